@@ -1,0 +1,1 @@
+"""Who talks to whom: the launch, process groups, collectives, random numbers."""

@@ -1,0 +1,70 @@
+"""The process groups of a run, built once and passed as an argument."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from cp_megatron.plan import Coordinates, Grid
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelGroups:
+    """Where this rank stands and whom it talks to. Groups of one rank exist too.
+
+    Attributes:
+        grid: the sizes of the axes.
+        coordinates: this rank's place on them.
+        mesh: axes ``dp``, ``cp``, ``tp``; row-major, so tp is fastest.
+        dp_cp_mesh: the flattened dp x cp axis, over which parameters are sharded.
+    """
+
+    grid: Grid
+    coordinates: Coordinates
+    mesh: DeviceMesh
+    dp_cp_mesh: DeviceMesh
+
+    @classmethod
+    def create(cls, grid: Grid, device_type: str) -> ParallelGroups:
+        """Builds the groups; collective over the default process group, which must exist.
+
+        Args:
+            grid: its world size is the default group's.
+            device_type: ``cpu`` or ``cuda``.
+        """
+        mesh = init_device_mesh(
+            device_type, (grid.dp, grid.cp, grid.tp), mesh_dim_names=("dp", "cp", "tp")
+        )
+        return cls(
+            grid=grid,
+            coordinates=grid.coordinates(dist.get_rank()),
+            mesh=mesh,
+            dp_cp_mesh=mesh["dp", "cp"]._flatten("dp_cp"),
+        )
+
+    @property
+    def tp_mesh(self) -> DeviceMesh:
+        """The 1-D mesh of this rank's tensor parallel group."""
+        return self.mesh["tp"]
+
+    @property
+    def tp(self) -> dist.ProcessGroup:
+        """Ranks that share the weights."""
+        return self.mesh.get_group("tp")
+
+    @property
+    def cp(self) -> dist.ProcessGroup:
+        """Ranks that share the sequence."""
+        return self.mesh.get_group("cp")
+
+    @property
+    def dp(self) -> dist.ProcessGroup:
+        """Ranks that share the batch."""
+        return self.mesh.get_group("dp")
+
+    @property
+    def dp_cp(self) -> dist.ProcessGroup:
+        """Ranks that hold the same part of the weights and different tokens."""
+        return self.dp_cp_mesh.get_group()

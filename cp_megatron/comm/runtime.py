@@ -1,0 +1,71 @@
+"""How this process was started. The one place that reads torchrun's variables; no torch."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from cp_megatron.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launch:
+    """This process among its peers.
+
+    Attributes:
+        rank: number of this process over all nodes.
+        local_rank: number of this process on its node.
+        world_size: processes over all nodes.
+        local_world_size: processes on this node.
+        under_torchrun: a launcher set the variables; else this is plain ``python``.
+    """
+
+    rank: int = 0
+    local_rank: int = 0
+    world_size: int = 1
+    local_world_size: int = 1
+    under_torchrun: bool = False
+
+    @classmethod
+    def from_environment(cls, environ: Mapping[str, str]) -> Launch:
+        """Reads RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE as torchrun sets them.
+
+        Without both RANK and WORLD_SIZE this is a plain ``python`` run of one rank. A launcher
+        that sets only these two is taken to run on one node.
+
+        Raises:
+            ConfigError: a variable is no number, or the numbers can not be.
+        """
+        if "RANK" not in environ or "WORLD_SIZE" not in environ:
+            return cls()
+        world_size = _number(environ, "WORLD_SIZE", 1)
+        rank = _number(environ, "RANK", 0)
+        local_world_size = _number(environ, "LOCAL_WORLD_SIZE", 1, world_size)
+        local_rank = _number(environ, "LOCAL_RANK", 0, rank % local_world_size)
+        if rank >= world_size:
+            raise ConfigError("RANK", rank, f"must be below WORLD_SIZE = {world_size}", "torchrun")
+        if local_rank >= local_world_size:
+            rule = f"must be below LOCAL_WORLD_SIZE = {local_world_size}"
+            raise ConfigError("LOCAL_RANK", local_rank, rule, "torchrun")
+        return cls(
+            rank=rank,
+            local_rank=local_rank,
+            world_size=world_size,
+            local_world_size=local_world_size,
+            under_torchrun=True,
+        )
+
+    @property
+    def nodes(self) -> int:
+        """Number of nodes, where all have as many processes as this one."""
+        return max(1, self.world_size // self.local_world_size)
+
+
+def _number(environ: Mapping[str, str], name: str, least: int, default: int = 0) -> int:
+    text = environ.get(name)
+    if text is None:
+        return default
+    if not re.fullmatch(r"[0-9]{1,9}", text) or int(text) < least:
+        raise ConfigError(name, text, f"must be a whole number >= {least}", "start with torchrun")
+    return int(text)

@@ -1,0 +1,145 @@
+"""Flags of Megatron-LM that mean nothing here: each is refused with the reason, never swallowed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+_ALWAYS_ON = "leave the flag out: it is always so here"
+_NOT_YET = "leave the flag out"
+
+MEANINGLESS: Mapping[str, tuple[str, str]] = MappingProxyType(
+    {
+        # parallelism
+        "--pipeline-model-parallel-size": (
+            "there is no pipeline parallelism yet",
+            "--tensor-parallel-size and --context-parallel-size",
+        ),
+        "--virtual-pipeline-model-parallel-size": ("there is no pipeline parallelism", _NOT_YET),
+        "--num-layers-per-virtual-pipeline-stage": ("there is no pipeline parallelism", _NOT_YET),
+        "--expert-model-parallel-size": ("there are no mixture-of-experts models", _NOT_YET),
+        "--expert-tensor-parallel-size": ("there are no mixture-of-experts models", _NOT_YET),
+        "--num-experts": ("there are no mixture-of-experts models", _NOT_YET),
+        "--hierarchical-context-parallel-sizes": (
+            "belongs to the exchange a2a+p2p, which is not there yet",
+            "--cp-comm-type p2p",
+        ),
+        "--hybrid-context-parallel": (
+            "the context parallel size is one for the whole run",
+            "--context-parallel-size",
+        ),
+        "--use-tp-pp-dp-mapping": ("ranks are always ordered tp, then cp, then dp", _NOT_YET),
+        "--distributed-backend": (
+            "the device decides: NCCL on cuda, gloo on cpu",
+            "--device cpu or --device cuda",
+        ),
+        "--tp-comm-overlap": ("needs TransformerEngine", _NOT_YET),
+        # optimizer and gradients
+        "--use-distributed-optimizer": (
+            "optimizer state is always sharded over dp x cp",
+            _ALWAYS_ON,
+        ),
+        "--overlap-grad-reduce": ("gradients are always reduced behind the backward", _ALWAYS_ON),
+        "--overlap-param-gather": ("weights are always gathered ahead of their use", _ALWAYS_ON),
+        "--use-torch-fsdp2": ("FSDP2 over dp x cp is always used", _ALWAYS_ON),
+        "--use-megatron-fsdp": ("FSDP2 over dp x cp is always used", _ALWAYS_ON),
+        "--calculate-per-token-loss": (
+            "the loss is always the sum over all valid tokens by their number",
+            _ALWAYS_ON,
+        ),
+        "--no-gradient-accumulation-fusion": ("there is no such fusion to switch off", _ALWAYS_ON),
+        "--accumulate-allreduce-grads-in-fp32": (
+            "gradients are always reduced in float32",
+            _ALWAYS_ON,
+        ),
+        "--optimizer": ("AdamW is the only optimizer", _ALWAYS_ON),
+        "--loss-scale": ("bfloat16 needs no loss scaling", _NOT_YET),
+        "--lr-warmup-fraction": ("the warm-up is counted in steps", "--lr-warmup-iters"),
+        "--lr-warmup-samples": ("the warm-up is counted in steps", "--lr-warmup-iters"),
+        "--lr-decay-samples": ("the decay is counted in steps", "--lr-decay-iters"),
+        "--train-samples": ("the training is counted in steps", "--train-iters"),
+        "--rampup-batch-size": ("the batch size is one for the whole run", "--global-batch-size"),
+        # precision and kernels
+        "--fp16": ("float16 needs loss scaling, which is not there", "--bf16"),
+        "--fp8-format": ("there is no FP8", "--bf16"),
+        "--params-dtype": ("weights are float32, the compute type is a flag", "--dtype"),
+        "--use-flash-attn": (
+            "the kernel is chosen by name",
+            "--kernel auto or --kernel flash_attn",
+        ),
+        "--attention-backend": ("the kernel is chosen by name", "--kernel"),
+        "--transformer-impl": ("there is one implementation", "--kernel chooses the attention"),
+        "--use-mcore-models": ("there is one implementation", _ALWAYS_ON),
+        "--attention-softmax-in-fp32": ("softmax is always in float32 or more", _ALWAYS_ON),
+        "--deterministic-mode": ("the same grid always repeats bit for bit on cpu", _ALWAYS_ON),
+        # model
+        "--group-query-attention": ("the number of groups says it", "--num-query-groups"),
+        "--use-rotary-position-embeddings": (
+            "is said by the type",
+            "--position-embedding-type rope",
+        ),
+        "--rotary-percent": ("rope always rotates the whole head", _NOT_YET),
+        "--use-rope-scaling": ("there is no scaling of rope yet", "--rotary-base"),
+        "--squared-relu": ("the MLP has GELU or SwiGLU", "--swiglu"),
+        "--apply-layernorm-1p": ("the norms have a plain weight", "--normalization"),
+        "--layernorm-epsilon": ("has another name here", "--norm-epsilon"),
+        # recomputation
+        "--recompute-activations": ("has another name", "--recompute-granularity selective"),
+        "--recompute-method": ("every layer is recomputed", "--recompute-granularity full"),
+        "--recompute-num-layers": ("every layer is recomputed", "--recompute-granularity full"),
+        "--recompute-modules": ("the parts are fixed", "--recompute-granularity selective"),
+        # data
+        "--mock-data": (
+            "without --data-path the run reads the sources of Python's library",
+            "leave the flag out",
+        ),
+        "--vocab-file": ("the byte tokenizer has no files", "--tokenizer-type byte"),
+        "--merge-file": ("the byte tokenizer has no files", "--tokenizer-type byte"),
+        "--vocab-size": ("the tokenizer knows it", "--tokenizer-type"),
+        "--train-data-path": ("one corpus is split by weights", "--data-path and --split"),
+        "--valid-data-path": ("one corpus is split by weights", "--data-path and --split"),
+        "--test-data-path": ("one corpus is split by weights", "--data-path and --split"),
+        "--data-cache-path": ("nothing is cached on disk", "leave the flag out"),
+        "--num-workers": ("rows are cut in the process itself", "leave the flag out"),
+        "--reset-position-ids": ("belongs to the mask of documents", "--document-mask"),
+        "--reset-attention-mask": ("belongs to the mask of documents", "--document-mask"),
+        "--eod-mask-loss": ("belongs to the mask of documents", "--document-mask"),
+        "--no-create-attention-mask-in-dataloader": ("no dense mask is ever made", _ALWAYS_ON),
+        # checkpoints and logs
+        "--async-save": ("saves are synchronous so far", "--save-interval"),
+        "--ckpt-format": ("there is one format: safetensors shards and a manifest", _ALWAYS_ON),
+        "--use-dist-ckpt": ("checkpoints are always distributed", _ALWAYS_ON),
+        "--use-checkpoint-args": ("--load always reads the run's config.yaml", _ALWAYS_ON),
+        "--no-load-optim": ("a run goes on with its optimizer", "leave the flag out"),
+        "--no-load-rng": ("random numbers are a function of seed and step", "--seed"),
+        "--finetune": ("a run goes on from its step", "--load with a larger --train-iters"),
+        "--override-opt-param-scheduler": ("flags always override what --load brings", _ALWAYS_ON),
+        "--tensorboard-dir": ("events lie in the run's folder", "--save"),
+        "--log-throughput": ("tokens per second are always logged", _ALWAYS_ON),
+        "--exit-interval": ("the run ends with its last step", "--train-iters"),
+        "--exit-duration-in-mins": (
+            "end it with Ctrl-C or SIGTERM: it saves first",
+            "--train-iters",
+        ),
+        "--local-rank": ("torchrun's variables say it", "torchrun"),
+    }
+)
+"""Flag -> (why it means nothing here, what to use instead)."""
+
+FAMILIES: Mapping[str, tuple[str, str]] = MappingProxyType(
+    {
+        "--moe-": ("there are no mixture-of-experts models", _NOT_YET),
+        "--fp8-": ("there is no FP8", "--bf16"),
+        "--wandb-": ("metrics go to metrics.jsonl and TensorBoard", "leave the flag out"),
+        "--mtp-": ("there is no multi-token prediction", _NOT_YET),
+        "--inference-": ("this program trains", _NOT_YET),
+    }
+)
+"""The same for whole families, by how the flag begins."""
+
+
+def why_meaningless(flag: str) -> tuple[str, str] | None:
+    """Why Megatron's ``flag`` means nothing here and what to use; None for any other flag."""
+    if flag in MEANINGLESS:
+        return MEANINGLESS[flag]
+    return next((why for prefix, why in FAMILIES.items() if flag.startswith(prefix)), None)

@@ -1,0 +1,332 @@
+"""The command line: flags generated from the dataclasses by tyro, mistakes told in one line.
+
+tyro 1.x prints a box and exits when it refuses something, and offers no stable hook. So the words
+are checked first against the table of settings, which gives the error every other mistake has
+(``ConfigError``); tyro then reads words it can not refuse, and writes ``--help``.
+
+What a setting is, the later winning: preset, ``--config FILE``, the ``config.yaml`` of the run that
+``--load`` names, flags.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import io
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import NoReturn, get_type_hints
+
+import tyro
+
+from cp_megatron.config.fields import BadValueError, Setting, setting_of_type, settings
+from cp_megatron.config.megatron_flags import why_meaningless
+from cp_megatron.config.presets import DEFAULT_PRESET
+from cp_megatron.config.schema import Config
+from cp_megatron.config.yaml_io import Values, overlay, preset_named, read_file, read_values
+from cp_megatron.errors import ConfigError
+
+CONFIG_FILE = "config.yaml"
+"""The file in a run's folder that holds its configuration."""
+
+_ALIASES: Mapping[str, str] = MappingProxyType(
+    {"--tensor-model-parallel-size": "--tensor-parallel-size"}
+)
+_HELP = ("-h", "--help", "-H", "--help-verbose")
+_STEP_FOLDER = re.compile(r"step-\d+")
+_DESCRIPTION = """Train a transformer over tensor, context and data parallel ranks.
+
+torchrun --nproc-per-node 4 launch/pretrain.py --context-parallel-size 2 --tensor-parallel-size 2"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaunchOptions:
+    """Where settings come from, and what to do besides training."""
+
+    config: str | None = None
+    """A YAML file with any part of the settings; flags override it."""
+    dry_run: bool = False
+    """Check everything, print the start table, train nothing."""
+    world_size: int | None = None
+    """With --dry-run: plan for this many ranks."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _CommandLine(Config):
+    """What tyro makes flags from."""
+
+    launch: LaunchOptions = field(default_factory=LaunchOptions)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """What a command line says.
+
+    Attributes:
+        config: the run.
+        dry_run: only show what would run.
+        world_size: the ranks to plan a dry run for; None where the launch says it.
+        given: the flags the user typed, in the spelling of ``--help``.
+    """
+
+    config: Config
+    dry_run: bool
+    world_size: int | None
+    given: frozenset[str]
+
+
+@dataclass(frozen=True)
+class _Word:
+    """One flag as typed: its setting, and its values as texts."""
+
+    setting: Setting
+    flag: str
+    texts: tuple[str, ...]
+
+    def for_tyro(self) -> list[str]:
+        """The same in the form that tyro can not misread."""
+        if self.setting.kind == "bool":
+            return [self.flag]
+        if self.setting.kind == "strings":
+            return [self.setting.flag, *self.texts]
+        return [f"{self.setting.flag}={self.texts[0]}"]
+
+
+def parse_arguments(
+    argv: Sequence[str], *, program: str = "pretrain.py", quiet: bool = False
+) -> Arguments:
+    """Reads a command line, without the program's name.
+
+    Args:
+        argv: the words.
+        program: the program's name for ``--help``.
+        quiet: print no help (on all ranks but the first).
+
+    Raises:
+        ConfigError: a flag or a value that can not be honoured.
+        SystemExit: with code 0, after ``--help`` is printed.
+    """
+    if any(word in _HELP for word in argv):
+        _print_help(argv, program, quiet)
+    words = _read_words(argv)
+    line = [text for word in words.values() for text in word.for_tyro()]
+    parsed = _ask_tyro(line, _base(words), program, quiet)
+    given = frozenset(word.setting.flag for word in words.values())
+    names = [row.name for row in dataclasses.fields(Config)]
+    config = Config(**{name: getattr(parsed, name) for name in names})
+    config = _fold_bf16(_place_of_run(config, given), given)
+    launch = parsed.launch
+    if launch.world_size is not None and not launch.dry_run:
+        rule = "only plans a --dry-run; a real run's world is what torchrun starts"
+        raise ConfigError(
+            "--world-size", launch.world_size, rule, "--dry-run, or torchrun --nproc-per-node"
+        )
+    return Arguments(
+        config=config, dry_run=launch.dry_run, world_size=launch.world_size, given=given
+    )
+
+
+def _print_help(argv: Sequence[str], program: str, quiet: bool) -> NoReturn:
+    """Shows the flags with the defaults that the rest of the line leads to."""
+    base = preset_named(DEFAULT_PRESET)
+    with contextlib.suppress(ConfigError):
+        base = _base(_read_words([word for word in argv if word not in _HELP]))
+    asked = next(word for word in argv if word in _HELP)
+    _ask_tyro([asked], base, program, quiet)
+    raise SystemExit(0)
+
+
+def _ask_tyro(line: list[str], base: Config, program: str, quiet: bool) -> _CommandLine:
+    """tyro's reading of ``line`` over the defaults ``base``."""
+    names = [row.name for row in dataclasses.fields(Config)]
+    default = _CommandLine(**{name: getattr(base, name) for name in names})
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            return tyro.cli(
+                _CommandLine,
+                prog=program,
+                description=_DESCRIPTION,
+                args=line,
+                default=default,
+                console_outputs=not quiet,
+                compact_help=True,
+                config=(tyro.conf.OmitArgPrefixes,),
+            )
+    except SystemExit as end:
+        if not end.code:
+            raise
+        told = " ".join(re.sub(r"[^\x20-\x7e]", " ", complaint.getvalue()).split())
+        raise ConfigError("command line", shlex.join(line), told or "was refused") from None
+
+
+def _flags() -> Mapping[str, tuple[Setting, bool]]:
+    """Every flag -> its setting, and whether the flag switches off."""
+    launch = get_type_hints(LaunchOptions)
+    rows = [setting_of_type("launch", name, hint) for name, hint in launch.items()]
+    rows += settings().values()
+    flags = {row.flag: (row, False) for row in rows}
+    flags |= {f"--no-{row.flag[2:]}": (row, True) for row in rows if row.kind == "bool"}
+    flags |= {alias: flags[flag] for alias, flag in _ALIASES.items()}
+    return flags
+
+
+def _read_words(argv: Sequence[str]) -> dict[str, _Word]:
+    """The flags of ``argv`` by setting, all checked."""
+    flags = _flags()
+    words: dict[str, _Word] = {}
+    place = 0
+    while place < len(argv):
+        flag, has_value, value = argv[place].partition("=")
+        place += 1
+        texts = [value] if has_value else []
+        if flag not in flags:
+            follows = argv[place] if place < len(argv) and not _is_flag(argv[place]) else ""
+            raise _unknown(flag, value if has_value else follows, flags)
+        setting, _ = flags[flag]
+        room = {"bool": 0, "strings": len(argv)}.get(setting.kind, 1) - len(texts)
+        while room > 0 and place < len(argv) and not _is_flag(argv[place]):
+            texts.append(argv[place])
+            place, room = place + 1, room - 1
+        word = _Word(setting, flag, _checked(setting, flag, texts))
+        _refuse_second(words.get(setting.name), word)
+        words[setting.name] = word
+    return words
+
+
+def _is_flag(word: str) -> bool:
+    """A word that can not be a value: a dash, then no number."""
+    return word.startswith("-") and not re.match(r"-\.?\d", word)
+
+
+def _unknown(flag: str, value: str, flags: Mapping[str, object]) -> ConfigError:
+    why = why_meaningless(flag)
+    if why is not None:
+        return ConfigError(
+            flag, value, f"a flag of Megatron without a meaning here: {why[0]}", why[1]
+        )
+    if not flag.startswith("-"):
+        rule = "belongs to no flag; only --data-path takes several values"
+        return ConfigError("argument", flag, rule, "--flag value")
+    spelling = flag.replace("_", "-").lower()
+    near = [spelling] if spelling in flags else difflib.get_close_matches(spelling, flags, n=3)
+    return ConfigError(flag, value, "unknown flag", ", ".join(near) or "see --help")
+
+
+def _checked(setting: Setting, flag: str, texts: list[str]) -> tuple[str, ...]:
+    if setting.kind == "bool":
+        if texts:
+            off = f"--no-{setting.flag[2:]}"
+            rule = "is a switch and takes no value"
+            raise ConfigError(flag, texts[0], rule, f"{setting.flag} or {off}")
+        return ()
+    if not texts:
+        hint = ", ".join(setting.choices)
+        raise ConfigError(flag, "", "needs a value", hint or f"{flag} VALUE")
+    for text in texts:
+        try:
+            setting.from_text(text)
+        except BadValueError as error:
+            raise ConfigError(flag, text, error.rule, error.works) from None
+    return tuple(texts)
+
+
+def _refuse_second(first: _Word | None, second: _Word) -> None:
+    """The same flag with two values: one of them would silently be ignored."""
+    if first is None or (first.flag, first.texts) == (second.flag, second.texts):
+        return
+    one, two = (" ".join([word.flag, *word.texts]) for word in (first, second))
+    raise ConfigError(second.flag, " ".join(second.texts), f"contradicts {one}", f"{one}, or {two}")
+
+
+def _base(words: Mapping[str, _Word]) -> Config:
+    """What the flags override: the preset, the ``--config`` file, the run that is loaded."""
+    typed = {name: word.texts[0] for name, word in words.items() if word.texts}
+    typed = {name: text for name, text in typed.items() if text != "None"}
+    preset, load, file = typed.get("preset"), typed.get("load"), typed.get("config")
+    earlier: Values = {"preset": preset} if preset else {}
+    values: Values = {}
+    if file is not None:
+        values = _values_of_file(file)
+        _refuse_lost(values, earlier, f"--config {file}")
+    base = overlay(preset_named(preset or values.get("preset", DEFAULT_PRESET)), values)
+    if load is None:
+        return base
+    saved = _values_of_run(load)
+    # A setting that is a flag too is taken from the flag: nothing is lost there.
+    untyped = {name: value for name, value in values.items() if name not in words}
+    _refuse_lost(saved, {**untyped, **earlier}, f"--load {load}")
+    return overlay(base, saved)
+
+
+def _values_of_file(file: str) -> Values:
+    """The settings of a ``--config`` file."""
+    values = read_values(read_file(Path(file), "--config"), f"--config {file}")
+    if values.get("load") is not None:
+        rule = "a file can not say which run to load"
+        key = f"--config {file}: {settings()['load'].key}"
+        raise ConfigError(key, values["load"], rule, f"--load {values['load']}")
+    return values
+
+
+def _values_of_run(load: str) -> Values:
+    """The settings of the run that ``--load`` names."""
+    path = run_folder(Path(load)) / CONFIG_FILE
+    if not path.is_file():
+        rule = f"is no run's folder: it has no {CONFIG_FILE}"
+        raise ConfigError("--load", load, rule, _runs_near(path.parent))
+    return read_values(read_file(path, "--load"), str(path))
+
+
+def _refuse_lost(later: Values, earlier: Values, source: str) -> None:
+    """A setting of ``--preset`` or ``--config`` that ``source`` would silently override."""
+    for name, value in sorted(earlier.items()):
+        if name in ("save", "load") or name not in later or later[name] == value:
+            continue
+        flag = settings()[name].flag
+        rule = f"{source} brings {later[name]}, which goes before presets and files"
+        raise ConfigError(flag, value, rule, f"leave it out, or give {flag} as a flag")
+
+
+def run_folder(path: Path) -> Path:
+    """The run's folder that ``--load`` names: ``path`` itself, or the parent of a ``step-N``."""
+    return path.parent if _STEP_FOLDER.fullmatch(path.name) else path
+
+
+def _runs_near(path: Path) -> str:
+    """The runs that lie beside a folder that is none."""
+    with contextlib.suppress(OSError):
+        runs = [file.parent for file in path.parent.glob(f"*/{CONFIG_FILE}")]
+        names = difflib.get_close_matches(path.name, [run.name for run in runs], cutoff=0.3)
+        return ", ".join(str(path.parent / name) for name in names)
+    return ""
+
+
+def _place_of_run(config: Config, given: frozenset[str]) -> Config:
+    """A loaded run goes on in its own folder, wherever that was moved to."""
+    checkpoint = config.checkpoint
+    if "--load" not in given:
+        checkpoint = dataclasses.replace(checkpoint, load=None)
+    elif checkpoint.load is not None and "--save" not in given:
+        save = str(run_folder(Path(checkpoint.load)))
+        checkpoint = dataclasses.replace(checkpoint, save=save)
+    return dataclasses.replace(config, checkpoint=checkpoint)
+
+
+def _fold_bf16(config: Config, given: frozenset[str]) -> Config:
+    """``--bf16`` said as ``--dtype bfloat16``. A flag overrides the other one's value in a file."""
+    train, dtype = config.train, config.train.dtype
+    typed = given & {"--bf16", "--dtype"}
+    if "--bf16" in typed and not train.bf16 and dtype == "bfloat16":
+        raise ConfigError("--no-bf16", "", "contradicts --dtype bfloat16", "--dtype float32")
+    if train.bf16 and typed != {"--dtype"}:
+        if len(typed) != 1 and dtype not in ("auto", "bfloat16"):
+            raise ConfigError("--bf16", "", f"contradicts --dtype {dtype}", "one of the two")
+        dtype = "bfloat16"
+    folded = dataclasses.replace(train, dtype=dtype, bf16=False)
+    return dataclasses.replace(config, train=folded)

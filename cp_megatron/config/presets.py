@@ -1,0 +1,100 @@
+"""Named configurations. A flag overrides any part of one; ``toy`` is where defaults come from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from cp_megatron.config.schema import (
+    Config,
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    TrainConfig,
+)
+
+_TOY_DATA = DataConfig(seq_length=1024, micro_batch_size=1, global_batch_size=4)
+_TOY_OPTIMIZER = OptimizerConfig(lr=3e-3, min_lr=3e-4, lr_warmup_iters=10)
+_TOY_TRAIN = TrainConfig(train_iters=100, log_interval=5)
+
+_TOY = Config(preset="toy", data=_TOY_DATA, optimizer=_TOY_OPTIMIZER, train=_TOY_TRAIN)
+
+_TOY_LLAMA = Config(
+    preset="toy-llama",
+    model=ModelConfig(
+        num_query_groups=2,
+        normalization="RMSNorm",
+        swiglu=True,
+        position_embedding_type="rope",
+        disable_bias_linear=True,
+    ),
+    data=_TOY_DATA,
+    optimizer=_TOY_OPTIMIZER,
+    train=_TOY_TRAIN,
+)
+
+# Radford et al. 2019, the smallest model: with its own vocabulary of 50,257 it has 124,439,808
+# parameters.
+_GPT2_SMALL = Config(
+    preset="gpt2-small",
+    model=ModelConfig(
+        num_layers=12,
+        hidden_size=768,
+        num_attention_heads=12,
+        hidden_dropout=0.1,
+    ),
+    data=DataConfig(seq_length=1024, micro_batch_size=4, global_batch_size=128),
+    optimizer=OptimizerConfig(lr=6e-4, min_lr=6e-5, lr_warmup_iters=2000, adam_beta2=0.95),
+    train=TrainConfig(train_iters=100_000, eval_interval=1000),
+)
+
+# The shape of Llama 3.2 1B.
+_LLAMA_1B = Config(
+    preset="llama-1b",
+    model=ModelConfig(
+        num_layers=16,
+        hidden_size=2048,
+        ffn_hidden_size=8192,
+        num_attention_heads=32,
+        num_query_groups=8,
+        normalization="RMSNorm",
+        swiglu=True,
+        position_embedding_type="rope",
+        rotary_base=500_000.0,
+        disable_bias_linear=True,
+    ),
+    data=DataConfig(seq_length=8192, micro_batch_size=1, global_batch_size=128),
+    optimizer=OptimizerConfig(lr=4e-4, min_lr=4e-5, lr_warmup_iters=2000),
+    train=TrainConfig(train_iters=100_000, eval_interval=1000),
+)
+
+# Llama 3 8B (Grattafiori et al. 2024, arXiv:2407.21783, table 3).
+_LLAMA3_8B = Config(
+    preset="llama3-8b",
+    model=ModelConfig(
+        num_layers=32,
+        hidden_size=4096,
+        ffn_hidden_size=14336,
+        num_attention_heads=32,
+        num_query_groups=8,
+        normalization="RMSNorm",
+        swiglu=True,
+        position_embedding_type="rope",
+        rotary_base=500_000.0,
+        untie_embeddings_and_output_weights=True,
+        disable_bias_linear=True,
+    ),
+    parallel=ParallelConfig(sequence_parallel=True),
+    data=DataConfig(seq_length=8192, micro_batch_size=1, global_batch_size=128),
+    optimizer=OptimizerConfig(lr=3e-4, min_lr=3e-5, lr_warmup_iters=2000),
+    train=TrainConfig(train_iters=100_000, recompute_granularity="selective", eval_interval=1000),
+)
+
+PRESETS: Mapping[str, Config] = MappingProxyType(
+    {config.preset: config for config in (_TOY, _TOY_LLAMA, _GPT2_SMALL, _LLAMA_1B, _LLAMA3_8B)}
+)
+"""The presets by name."""
+
+DEFAULT_PRESET = "toy"
+"""The preset of a command line that names none."""

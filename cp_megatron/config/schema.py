@@ -1,0 +1,204 @@
+"""What a run is: frozen, typed, keyword-only values. The command line is generated from them.
+
+A field ``num_layers`` is the flag ``--num-layers``; its docstring is the flag's help. Names are
+Megatron's wherever Megatron has one. ``None`` means "derived", and the property beside the field
+says how. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+Normalization = Literal["LayerNorm", "RMSNorm"]
+PositionEmbedding = Literal["learned_absolute", "rope", "none"]
+DecayStyle = Literal["constant", "linear", "cosine"]
+Recompute = Literal["none", "selective", "full"]
+DType = Literal["auto", "float64", "float32", "bfloat16"]
+Device = Literal["auto", "cpu", "cuda"]
+Exchange = Literal["auto", "p2p"]
+LayoutKind = Literal["auto", "contiguous", "zigzag"]
+KernelName = Literal["auto", "reference", "cpu", "cuda", "flash_attn"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The transformer."""
+
+    num_layers: int = 4
+    """Number of transformer layers."""
+    hidden_size: int = 128
+    """Width of the residual stream."""
+    ffn_hidden_size: int | None = None
+    """Width of the MLP; by default 4 x hidden, with --swiglu 2/3 of that in multiples of 64."""
+    num_attention_heads: int = 4
+    """Number of query heads."""
+    num_query_groups: int | None = None
+    """Number of key/value heads (grouped-query attention); by default one per query head."""
+    kv_channels: int | None = None
+    """Width of one head; by default hidden size / number of heads."""
+    normalization: Normalization = "LayerNorm"
+    """Normalization before attention, before the MLP and at the end."""
+    norm_epsilon: float = 1e-5
+    """Added to the variance inside every normalization."""
+    swiglu: bool = False
+    """Gated SiLU in the MLP instead of GELU."""
+    position_embedding_type: PositionEmbedding = "learned_absolute"
+    """learned_absolute adds a learned vector per position, rope rotates queries and keys."""
+    rotary_base: float = 10000.0
+    """Base of the rotary frequencies."""
+    max_position_embeddings: int | None = None
+    """Rows of the learned position table; by default the sequence length."""
+    hidden_dropout: float = 0.0
+    """Dropout on the residual stream: after the embedding, the attention and the MLP."""
+    attention_dropout: float = 0.0
+    """Dropout on the attention probabilities; needs a kernel that has it."""
+    untie_embeddings_and_output_weights: bool = False
+    """Give the output layer a weight of its own instead of the embedding's."""
+    disable_bias_linear: bool = False
+    """Linear layers without bias."""
+    init_method_std: float = 0.02
+    """Standard deviation of the initial weights."""
+    make_vocab_size_divisible_by: int = 128
+    """The vocabulary is padded to a multiple of this; the pad is never predicted."""
+
+    @property
+    def ffn_size(self) -> int:
+        """The MLP's width after the default is filled in."""
+        if self.ffn_hidden_size is not None:
+            return self.ffn_hidden_size
+        if self.swiglu:
+            return max(64, 4 * self.hidden_size * 2 // 3 // 64 * 64)
+        return 4 * self.hidden_size
+
+    @property
+    def num_kv_heads(self) -> int:
+        """Key/value heads after the default is filled in."""
+        return self.num_attention_heads if self.num_query_groups is None else self.num_query_groups
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one head after the default is filled in."""
+        if self.kv_channels is not None:
+            return self.kv_channels
+        return self.hidden_size // self.num_attention_heads
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """How the work is split over ranks. Data parallelism takes what the other two leave."""
+
+    tensor_parallel_size: int = 1
+    """Ranks that share every weight matrix."""
+    context_parallel_size: int = 1
+    """Ranks that share every sequence."""
+    sequence_parallel: bool = False
+    """Split the residual stream along the sequence over the tensor parallel ranks too."""
+    cp_comm_type: Exchange = "auto"
+    """How keys and values reach the queries: p2p is the ring; auto chooses and says why."""
+    cp_layout: LayoutKind = "auto"
+    """Which rank holds which part of the sequence: zigzag balances causal attention."""
+    kernel: KernelName = "auto"
+    """The attention kernel of one device; auto chooses by device and dtype and says why."""
+    distributed_timeout_minutes: float = 10.0
+    """A collective that waits longer than this ends the run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where tokens come from and how they are cut into rows."""
+
+    data_path: tuple[str, ...] = ()
+    """Text files or folders; by default the sources of Python's own standard library."""
+    split: str = "969,30,1"
+    """Weights of the training, validation and test parts, e.g. 969,30,1."""
+    tokenizer_type: Literal["byte"] = "byte"
+    """byte: one token per byte of UTF-8 plus one for the end of a document."""
+    tokenizer_model: str | None = None
+    """A tokenizer's file; the byte tokenizer has none."""
+    seq_length: int = 2048
+    """Tokens per row."""
+    micro_batch_size: int = 1
+    """Rows that go through the model at once, per data parallel rank."""
+    global_batch_size: int | None = None
+    """Rows per training step over all ranks; by default micro batch x data parallel size."""
+    document_mask: bool = False
+    """Attention never crosses a document, and positions restart at each."""
+    allow_data_change: bool = False
+    """On --load, go on although the data is not the data the checkpoint was trained on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW and its learning rate."""
+
+    lr: float = 3e-4
+    """Peak learning rate."""
+    min_lr: float = 0.0
+    """Learning rate at the end of the decay."""
+    lr_decay_style: DecayStyle = "cosine"
+    """Shape of the decay after the warm-up."""
+    lr_warmup_iters: int = 0
+    """Steps over which the learning rate rises linearly from 0."""
+    lr_decay_iters: int | None = None
+    """Step at which the decay ends; by default the last training step."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay of the matrices; vectors (norms, biases) have none."""
+    adam_beta1: float = 0.9
+    """Decay of the mean of the gradients."""
+    adam_beta2: float = 0.95
+    """Decay of the mean of the squared gradients."""
+    adam_eps: float = 1e-8
+    """Added to the root of the second moment."""
+    clip_grad: float = 1.0
+    """Largest global norm of the gradient; 0 does not clip."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How long, in which precision, on which device."""
+
+    train_iters: int = 200
+    """Training steps in all, those before a resume included."""
+    seed: int = 1234
+    """Everything random (weights, order of data, dropout) is a pure function of it."""
+    dtype: DType = "auto"
+    """Compute type; auto is bfloat16 on CUDA (float32 master weights) and float32 on CPU."""
+    bf16: bool = False
+    """The same as --dtype bfloat16."""
+    device: Device = "auto"
+    """auto is cuda where every local rank has a GPU of its own, else cpu."""
+    recompute_granularity: Recompute = "none"
+    """full: keep one tensor per layer and recompute it; selective: recompute all but attention."""
+    log_interval: int = 10
+    """Steps between two lines of metrics."""
+    eval_interval: int | None = None
+    """Steps between two validations; by default only at the end."""
+    eval_iters: int = 4
+    """Global batches per validation; 0 never validates."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """Where the run lies."""
+
+    save: str | None = None
+    """The run's folder; by default a fresh runs/<preset>-<n>."""
+    load: str | None = None
+    """A run's folder (or its step-N) to go on from; its config.yaml supplies all other flags."""
+    save_interval: int | None = None
+    """Steps between two checkpoints; by default only at the end or when interrupted."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A whole run. ``preset`` names where the defaults came from."""
+
+    preset: str = "toy"
+    """Where defaults come from: toy, toy-llama, gpt2-small, llama-1b or llama3-8b."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

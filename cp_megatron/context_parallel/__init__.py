@@ -1,0 +1,5 @@
+"""Context parallelism: every rank holds a part of the sequence, attention sees all of it."""
+
+from cp_megatron.context_parallel.api import ContextParallel
+
+__all__ = ["ContextParallel"]

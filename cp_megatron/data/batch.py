@@ -1,0 +1,106 @@
+"""One data parallel rank's part of a global batch, as tensors.
+
+Shapes: S = seq_length, m = micro_batch_size. The global batch at ``consumed`` is the rows
+[consumed, consumed + global_batch_size) of the run; data parallel rank d takes its d-th slice.
+Context and tensor parallel peers derive the same rows and keep their shard.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cp_megatron.data.sampler import Row, Rows
+from cp_megatron.data.sources import EOD
+from cp_megatron.errors import ConfigError
+from cp_megatron.plan import Mask
+
+IGNORED = -100
+"""The label of a token that has no loss."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """What one forward pass reads; on the CPU.
+
+    Attributes:
+        tokens: int64 [m, S], or [1, m * S] where documents are masked.
+        labels: int64, like ``tokens``, already shifted; ``IGNORED`` where there is no loss.
+        mask: which token sees which, for every row of the batch.
+    """
+
+    tokens: Tensor
+    labels: Tensor
+    mask: Mask
+
+    @property
+    def valid_tokens(self) -> int:
+        """Tokens that have a loss."""
+        return int((self.labels != IGNORED).sum())
+
+
+def microbatches(
+    rows: Rows,
+    *,
+    consumed: int,
+    global_batch_size: int,
+    micro_batch_size: int,
+    dp_rank: int,
+    dp_size: int,
+    document_mask: bool,
+) -> Iterator[Batch]:
+    """The micro batches of one rank for the global batch that begins at row ``consumed``.
+
+    Args:
+        rows: the rows of the run.
+        consumed: rows used before this batch (training step n: n * global_batch_size).
+        global_batch_size: rows of the batch over all ranks.
+        micro_batch_size: rows that go through the model at once.
+        dp_rank, dp_size: this rank's place on the dp axis.
+        document_mask: attention never crosses a document; the micro batch's rows are laid end to
+            end in one row, and an end-of-document token predicts nothing.
+
+    Yields:
+        global_batch_size / (dp_size * micro_batch_size) batches. No grid and no micro batch size
+        changes which rows the global batch holds, nor their order.
+
+    Raises:
+        ConfigError: the global batch is not a positive multiple of micro batch x dp size.
+    """
+    unit = micro_batch_size * dp_size
+    if global_batch_size <= 0 or global_batch_size % unit:
+        rule = f"must be a multiple of micro batch x data parallel size = {unit}"
+        above = -(-max(1, global_batch_size) // unit) * unit
+        near = [str(size) for size in (above - unit, above) if size > 0]
+        raise ConfigError("--global-batch-size", global_batch_size, rule, " or ".join(near))
+    per_rank = global_batch_size // dp_size
+    first = consumed + dp_rank * per_rank
+    for start in range(first, first + per_rank, micro_batch_size):
+        chosen = [rows[number] for number in range(start, start + micro_batch_size)]
+        yield _packed(chosen) if document_mask else _stacked(chosen)
+
+
+def _stacked(rows: Sequence[Row]) -> Batch:
+    tokens = np.stack([row.inputs for row in rows]).astype(np.int64)
+    labels = np.stack([row.labels for row in rows]).astype(np.int64)
+    return Batch(
+        tokens=torch.from_numpy(tokens),
+        labels=torch.from_numpy(labels),
+        mask=Mask.causal(tokens.shape[1]),
+    )
+
+
+def _packed(rows: Sequence[Row]) -> Batch:
+    # A mask holds for every row of a batch; rows with different documents become one row.
+    tokens = np.concatenate([row.inputs for row in rows]).astype(np.int64)[None]
+    labels = np.concatenate([row.labels for row in rows]).astype(np.int64)[None]
+    labels[tokens == EOD] = IGNORED
+    return Batch(
+        tokens=torch.from_numpy(tokens),
+        labels=torch.from_numpy(labels),
+        mask=Mask.documents([length for row in rows for length in row.document_lengths]),
+    )

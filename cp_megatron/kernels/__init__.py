@@ -1,0 +1,1 @@
+"""One device's attention tile: forward, backward and merge, one backend per file."""

@@ -1,0 +1,97 @@
+"""PyTorch's fused CUDA flash attention (FlashAttention 2; 3 or 4 where activated in PyTorch).
+
+Shapes as in ``interface.py``; the op takes them as they are, [B, length, heads, dim].
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cp_megatron.plan.tiles import Band
+
+_forward = torch.ops.aten._flash_attention_forward
+_backward = torch.ops.aten._flash_attention_backward
+
+
+class CudaKernel:
+    """The low-level op rather than ``_scaled_dot_product_flash_attention``: it has windows."""
+
+    def compute_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """The op computes in the inputs' type and accumulates in float32 inside."""
+        return dtype
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, band: Band, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """See ``Kernel.forward``; out comes in the inputs' type."""
+        num_queries, num_keys = q.shape[1], k.shape[1]
+        left, right = bottom_right_window(band, num_queries, num_keys)
+        out, lse, *_ = _forward(
+            q,
+            k,
+            v,
+            None,
+            None,
+            num_queries,
+            num_keys,
+            0.0,
+            band.is_causal,
+            False,
+            scale=scale,
+            window_size_left=left,
+            window_size_right=right,
+        )
+        return out, lse
+
+    def backward(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        band: Band,
+        scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See ``Kernel.backward``."""
+        num_queries, num_keys = q.shape[1], k.shape[1]
+        left, right = bottom_right_window(band, num_queries, num_keys)
+        # The random state is read for dropout only; without it any two integers do.
+        no_dropout = torch.zeros(2, dtype=torch.uint64, device=q.device)
+        dq, dk, dv = _backward(
+            dout,
+            q,
+            k,
+            v,
+            out,
+            lse.contiguous(),
+            None,
+            None,
+            num_queries,
+            num_keys,
+            0.0,
+            band.is_causal,
+            no_dropout,
+            no_dropout,
+            scale=scale,
+            window_size_left=left,
+            window_size_right=right,
+        )
+        return dq, dk, dv
+
+
+def bottom_right_window(band: Band, num_queries: int, num_keys: int) -> tuple[int, int]:
+    """A band in flash attention's terms: offsets from the diagonal through the last corner.
+
+    There row i attends column j iff ``i + s - left <= j <= i + s + right`` with
+    ``s = num_keys - num_queries``, and a negative bound means unlimited. A trimmed tile has a key
+    in its last row and a query for its last column, so neither bound that cuts can be negative.
+    """
+    shift = num_keys - num_queries
+    left = -1 if band.left is None else band.left + shift
+    right = -1 if band.right is None else band.right - shift
+    assert band.left is None or left >= 0, "tile is not trimmed"
+    assert band.right is None or right >= 0, "tile is not trimmed"
+    return left, right

@@ -1,0 +1,70 @@
+"""The oracle: attention as its formula, in eager PyTorch. Quadratic memory, any float type.
+
+Shapes as in ``interface.py``; g = query heads per key/value head.
+"""
+
+from __future__ import annotations
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from cp_megatron.kernels.interface import accumulation_dtype, allowed
+from cp_megatron.plan.tiles import Band
+
+
+class ReferenceKernel:
+    """Computes in float32 (float64 for float64) whatever the inputs' type."""
+
+    def compute_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """float32, or float64 for float64."""
+        return accumulation_dtype(dtype)
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, band: Band, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """See ``Kernel.forward``."""
+        scores = _scores(q, k, band, scale)
+        lse = torch.logsumexp(scores, dim=-1)
+        weights = torch.exp(scores - lse.unsqueeze(-1))
+        out = torch.einsum("bngqk,bkne->bqnge", weights, v)
+        return (
+            rearrange(out, "b q n g e -> b q (n g) e"),
+            rearrange(lse, "b n g q -> b (n g) q"),
+        )
+
+    def backward(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        band: Band,
+        scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See ``Kernel.backward``. dP = dO V^T; dS = P (dP - sum(dO O)); dQ = dS K; dK = dS^T Q."""
+        scores = _scores(q, k, band, scale)
+        num_groups = k.shape[2]
+        weights = torch.exp(scores - rearrange(lse, "b (n g) q -> b n g q 1", n=num_groups))
+        dout, out, q = (
+            rearrange(x, "b q (n g) e -> b q n g e", n=num_groups) for x in (dout, out, q)
+        )
+        dv = torch.einsum("bngqk,bqnge->bkne", weights, dout)
+        dweights = torch.einsum("bqnge,bkne->bngqk", dout, v)
+        delta = rearrange((dout * out).sum(-1), "b q n g -> b n g q 1")
+        dscores = weights * (dweights - delta) * scale
+        dq = torch.einsum("bngqk,bknd->bqngd", dscores, k)
+        dk = torch.einsum("bngqk,bqngd->bknd", dscores, q)
+        return rearrange(dq, "b q n g d -> b q (n g) d"), dk, dv
+
+
+def _scores(q: Tensor, k: Tensor, band: Band, scale: float) -> Tensor:
+    """[B, G, g, Q, K] scaled scores, -inf outside the band."""
+    grouped = rearrange(q, "b q (n g) d -> b q n g d", n=k.shape[2])
+    scores = torch.einsum("bqngd,bknd->bngqk", grouped, k) * scale
+    if band.is_full:
+        return scores
+    mask = allowed(band, q.shape[1], k.shape[1], q.device)
+    return scores.masked_fill(~mask, -torch.inf)

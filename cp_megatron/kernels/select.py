@@ -1,0 +1,150 @@
+"""Which attention kernel runs, and why. A table and one function; no torch.
+
+A kernel computes one tile (see ``plan/tiles.py``) and returns ``(out, lse)``; partial results of
+several tiles are merged by their lse. What each backend can do is stated here once, so that a
+flag can be refused before torch is loaded and the start table can say why a kernel was taken.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+
+from cp_megatron.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelTraits:
+    """What one backend can do."""
+
+    name: str
+    devices: tuple[str, ...]
+    dtypes: tuple[str, ...]
+    max_head_dim: int
+    head_dim_multiple: int = 1
+    dropout: bool = False
+    package: str | None = None
+    """The optional package it needs."""
+    summary: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelChoice:
+    """The kernel taken and the reason a user reads."""
+
+    name: str
+    reason: str
+
+
+TRAITS = {
+    traits.name: traits
+    for traits in (
+        KernelTraits(
+            name="reference",
+            devices=("cpu", "cuda"),
+            dtypes=("float64", "float32", "bfloat16"),
+            max_head_dim=1 << 16,
+            summary="eager PyTorch, quadratic memory, the oracle",
+        ),
+        KernelTraits(
+            name="cpu",
+            devices=("cpu",),
+            dtypes=("float64", "float32", "bfloat16"),
+            max_head_dim=512,
+            summary="PyTorch's fused CPU flash attention",
+        ),
+        KernelTraits(
+            name="cuda",
+            devices=("cuda",),
+            dtypes=("bfloat16",),
+            max_head_dim=256,
+            head_dim_multiple=8,
+            summary="PyTorch's fused CUDA flash attention",
+        ),
+        KernelTraits(
+            name="flash_attn",
+            devices=("cuda",),
+            dtypes=("bfloat16",),
+            max_head_dim=256,
+            head_dim_multiple=8,
+            package="flash_attn",
+            summary="the flash-attn package",
+        ),
+    )
+}
+
+# What "auto" tries on a device, in order.
+_PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("flash_attn", "cuda", "reference")}
+
+
+def select_kernel(
+    name: str,
+    *,
+    device: str,
+    dtype: str,
+    head_dim: int,
+    attention_dropout: float = 0.0,
+) -> KernelChoice:
+    """Chooses the attention kernel.
+
+    Args:
+        name: a kernel's name, or ``auto`` for the first that can do what is asked.
+        device: ``cpu`` or ``cuda``.
+        dtype: the compute type, ``float64``, ``float32`` or ``bfloat16``.
+        head_dim: width of a head.
+        attention_dropout: probability with which attention weights are dropped.
+
+    Raises:
+        ConfigError: the named kernel can not do this, or none can.
+    """
+    wanted = {
+        "device": device,
+        "dtype": dtype,
+        "head_dim": head_dim,
+        "attention_dropout": attention_dropout,
+    }
+    if name != "auto":
+        if name not in TRAITS:
+            raise ConfigError("--kernel", name, "is no kernel", ", ".join(["auto", *TRAITS]))
+        problem = _problem(TRAITS[name], **wanted)
+        if problem:
+            others = [other for other in TRAITS if not _problem(TRAITS[other], **wanted)]
+            raise _refusal(name, problem, others, attention_dropout)
+        return KernelChoice(name=name, reason=f"asked for: {TRAITS[name].summary}")
+    passed_over = []
+    for candidate in _PREFERENCE[device]:
+        problem = _problem(TRAITS[candidate], **wanted)
+        if not problem:
+            why = "".join(f"; {text}" for text in passed_over)
+            return KernelChoice(name=candidate, reason=f"{TRAITS[candidate].summary}{why}")
+        passed_over.append(f"not {candidate}: {problem}")
+    raise _refusal(name, "; ".join(passed_over), [], attention_dropout)
+
+
+def _refusal(name: str, problem: str, others: list[str], dropout: float) -> ConfigError:
+    """The error naming what works instead."""
+    works = [f"--kernel {other}" for other in ["auto", *others]] if others else []
+    if dropout and "dropout" in problem:
+        works.append("--attention-dropout 0")
+    if "install" in problem:
+        works.append("pip install -e '.[cuda]'")
+    return ConfigError("--kernel", name, problem, " or ".join(works))
+
+
+def _problem(
+    traits: KernelTraits, *, device: str, dtype: str, head_dim: int, attention_dropout: float
+) -> str:
+    """Why this backend can not do it; empty when it can."""
+    if device not in traits.devices:
+        return f"runs on {' or '.join(traits.devices)}, not on {device}"
+    if traits.package and importlib.util.find_spec(traits.package) is None:
+        return f"needs the package {traits.package}, which is not installed"
+    if dtype not in traits.dtypes:
+        return f"computes in {', '.join(traits.dtypes)}, not in {dtype}"
+    if head_dim > traits.max_head_dim:
+        return f"head dim {head_dim} is above its largest, {traits.max_head_dim}"
+    if head_dim % traits.head_dim_multiple:
+        return f"head dim {head_dim} must be a multiple of {traits.head_dim_multiple}"
+    if attention_dropout and not traits.dropout:
+        return "has no attention dropout"
+    return ""

@@ -1,0 +1,65 @@
+"""Normalization: torch's own functions on whatever part of the sequence a rank holds.
+
+Every token is normalized by itself, so these modules know nothing of ranks. The one thing they
+are told is whether other ranks see other tokens with the same weight, which makes the gradient
+computed here a summand.
+
+Shapes: .. tokens, h hidden.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.tensor import Replicate
+
+from cp_megatron.config.schema import ModelConfig
+from cp_megatron.tensor_parallel import ParameterSpec, SpecifiedModule, local_weight
+
+
+class LayerNorm(SpecifiedModule):
+    """(x - mean) / sqrt(variance + epsilon) * weight + bias (Ba et al. 2016, arXiv:1607.06450)."""
+
+    def __init__(self, hidden_size: int, *, epsilon: float, partial_gradient: bool) -> None:
+        super().__init__()
+        self.epsilon = epsilon
+        self.partial_gradient = partial_gradient
+        self.weight = nn.Parameter(torch.empty(hidden_size))
+        self.bias = nn.Parameter(torch.empty(hidden_size))
+        self.specs = {
+            "weight": ParameterSpec(placement=Replicate(), init="ones"),
+            "bias": ParameterSpec(placement=Replicate(), init="zeros"),
+        }
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[.., h] -> [.., h]."""
+        weight = local_weight(self.weight, partial=self.partial_gradient)
+        bias = local_weight(self.bias, partial=self.partial_gradient)
+        return F.layer_norm(x, weight.shape, weight, bias, self.epsilon)
+
+
+class RMSNorm(SpecifiedModule):
+    """x / sqrt(mean(x^2) + epsilon) * weight (Zhang and Sennrich 2019, arXiv:1910.07467)."""
+
+    def __init__(self, hidden_size: int, *, epsilon: float, partial_gradient: bool) -> None:
+        super().__init__()
+        self.epsilon = epsilon
+        self.partial_gradient = partial_gradient
+        self.weight = nn.Parameter(torch.empty(hidden_size))
+        self.specs = {"weight": ParameterSpec(placement=Replicate(), init="ones")}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[.., h] -> [.., h]."""
+        weight = local_weight(self.weight, partial=self.partial_gradient)
+        return F.rms_norm(x, weight.shape, weight, self.epsilon)
+
+
+def make_norm(config: ModelConfig, *, partial_gradient: bool) -> LayerNorm | RMSNorm:
+    """The normalization that ``config`` names.
+
+    Args:
+        partial_gradient: other ranks of the tp axis normalize other tokens (sequence parallelism).
+    """
+    kind = RMSNorm if config.normalization == "RMSNorm" else LayerNorm
+    return kind(config.hidden_size, epsilon=config.norm_epsilon, partial_gradient=partial_gradient)

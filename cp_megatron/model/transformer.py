@@ -1,0 +1,263 @@
+"""The transformer: pre-norm blocks, GPT style or Llama style by configuration alone.
+
+Every function here computes with the tokens one rank holds. What crosses ranks is visible:
+``tp.enter`` / ``tp.leave`` around each block (tensor and sequence parallelism) and
+``cp.attention`` (context parallelism); everything else is local.
+
+Shapes: b batch, s sequence of one context parallel rank, h hidden, v padded vocabulary. The
+residual stream is [b, s, h]; with sequence parallelism [b, s/tp, h].
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.distributed.tensor import Replicate
+from torch.utils.checkpoint import checkpoint
+
+from cp_megatron.config.schema import ModelConfig, Recompute
+from cp_megatron.context_parallel import ContextParallel
+from cp_megatron.errors import ConfigError
+from cp_megatron.model.attention import SelfAttention
+from cp_megatron.model.mlp import MLP
+from cp_megatron.model.norm import make_norm
+from cp_megatron.model.rope import Rotation
+from cp_megatron.tensor_parallel import (
+    ParameterSpec,
+    RowParallelLinear,
+    SpecifiedModule,
+    TensorParallel,
+    VocabParallelEmbedding,
+    VocabParallelHead,
+    local_weight,
+    padded_vocab_size,
+)
+
+Result = TypeVar("Result")
+
+
+class LearnedPositions(SpecifiedModule):
+    """A learned vector per position, added to the residual stream."""
+
+    def __init__(self, rows: int, hidden_size: int, *, partial_gradient: bool) -> None:
+        super().__init__()
+        self.partial_gradient = partial_gradient
+        self.weight = nn.Parameter(torch.empty(rows, hidden_size))
+        self.specs = {"weight": ParameterSpec(placement=Replicate(), init="normal")}
+
+    def forward(self, positions: Tensor) -> Tensor:
+        """int64 [s] (or [s/tp]) -> [s, h]."""
+        return F.embedding(positions, local_weight(self.weight, partial=self.partial_gradient))
+
+
+class TransformerLayer(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)); dropout on what is added."""
+
+    def __init__(self, config: ModelConfig, *, tp: TensorParallel, recompute: Recompute) -> None:
+        super().__init__()
+        self.tp = tp
+        self.recompute = recompute
+        bias = not config.disable_bias_linear
+        down = RowParallelLinear(config.ffn_size, config.hidden_size, bias=bias, tp=tp)
+        self.attention_norm = make_norm(config, partial_gradient=tp.splits_sequence)
+        self.attention = SelfAttention(config, tp=tp)
+        self.mlp_norm = make_norm(config, partial_gradient=tp.splits_sequence)
+        self.mlp = MLP(config, down=down)
+        self.dropout = nn.Dropout(config.hidden_dropout)
+
+    def forward(self, x: Tensor, rotation: Rotation | None, cp: ContextParallel) -> Tensor:
+        """Residual stream -> residual stream."""
+        # Inside the module's forward, so that FSDP has gathered the weights when it runs again.
+        if self.recompute == "full":
+            return _recomputed(self._block, x, rotation, cp)
+        return self._block(x, rotation, cp)
+
+    def _block(self, x: Tensor, rotation: Rotation | None, cp: ContextParallel) -> Tensor:
+        q, k, v = self._cheap(self._before_attention, x, rotation)
+        x = x + self.dropout(self.attention.output(cp.attention(q, k, v)))
+        return x + self.dropout(self._cheap(self._mlp, x))
+
+    def _before_attention(
+        self, x: Tensor, rotation: Rotation | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return self.attention.project(self.tp.enter(self.attention_norm(x)), rotation)
+
+    def _mlp(self, x: Tensor) -> Tensor:
+        return self.mlp(self.tp.enter(self.mlp_norm(x)))
+
+    def _cheap(self, function: Callable[..., Result], *args: object) -> Result:
+        """Run a part that selective recomputation does not keep: all but the attention itself."""
+        return _recomputed(function, *args) if self.recompute == "selective" else function(*args)
+
+
+class Transformer(nn.Module):
+    """Layers [first_layer, last_layer) of the model; the embedding and the head at its ends.
+
+    Built with global shapes (usually under ``torch.device("meta")``); parameter names do not
+    depend on the grid or on the range of layers.
+
+    Args:
+        config: the model.
+        seq_length: tokens of a whole row, the default number of learned positions.
+        vocab_size: ids the data can hold; padded to ``config.make_vocab_size_divisible_by``.
+        tp: the group that shares every weight; None is one rank.
+        sequence_parallel: split the residual stream over the tp group as well.
+        recompute: what is computed again in backward instead of kept: ``none``, ``selective``
+            (all but the attention), ``full`` (everything but each layer's input).
+        first_layer, last_layer: the range; the embedding is there when it starts at 0 and the
+            head when it ends at ``config.num_layers`` (None).
+
+    Raises:
+        ConfigError: heads, vocabulary or ffn do not divide over tp, learned positions are fewer
+            than the sequence is long, tied weights would be on two pipeline stages, or attention
+            dropout is asked for.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        seq_length: int,
+        vocab_size: int,
+        tp: ProcessGroup | None,
+        sequence_parallel: bool,
+        recompute: Recompute = "none",
+        first_layer: int = 0,
+        last_layer: int | None = None,
+    ) -> None:
+        super().__init__()
+        last_layer = config.num_layers if last_layer is None else last_layer
+        assert 0 <= first_layer < last_layer <= config.num_layers
+        self.config = config
+        self.tp = TensorParallel(group=tp, sequence_parallel=sequence_parallel)
+        padded_vocab = padded_vocab_size(vocab_size, config.make_vocab_size_divisible_by)
+        positions = config.max_position_embeddings or seq_length
+        tied = not config.untie_embeddings_and_output_weights
+        has_embedding, has_head = first_layer == 0, last_layer == config.num_layers
+        _check(config, self.tp, seq_length, positions, padded_vocab)
+        if tied and has_head and not has_embedding:
+            raise ConfigError(
+                "--untie-embeddings-and-output-weights",
+                False,
+                "the embedding and the output layer are on different pipeline stages",
+                "True",
+            )
+
+        vocabulary = vocab_size, padded_vocab, config.hidden_size
+        self.embedding = VocabParallelEmbedding(*vocabulary, tp=self.tp) if has_embedding else None
+        self.positions = (
+            LearnedPositions(
+                positions, config.hidden_size, partial_gradient=self.tp.splits_sequence
+            )
+            if has_embedding and config.position_embedding_type == "learned_absolute"
+            else None
+        )
+        self.dropout = nn.Dropout(config.hidden_dropout)
+        # Keyed by the number in the whole model, so that a stage's names are the model's.
+        self.layers = nn.ModuleDict(
+            {
+                str(i): TransformerLayer(config, tp=self.tp, recompute=recompute)
+                for i in range(first_layer, last_layer)
+            }
+        )
+        self.norm = (
+            make_norm(config, partial_gradient=self.tp.splits_sequence) if has_head else None
+        )
+        self.head = VocabParallelHead(*vocabulary, tied=tied, tp=self.tp) if has_head else None
+
+    def forward(self, x: Tensor, *, cp: ContextParallel) -> Tensor:
+        """Tokens -> logits, or what the range of layers makes of it.
+
+        Args:
+            x: int64 tokens [b, s] of this rank's shard, or where there is no embedding the
+                residual stream that the layer before returned.
+            cp: the context parallelism of this batch: which positions the tokens have, and the
+                attention across ranks.
+
+        Returns:
+            Logits [b, s, v/tp] in the compute dtype, -inf for the vocabulary's padding; where
+            there is no head, the residual stream.
+        """
+        positions = cp.document_positions.to(x.device)  # [s]
+        if self.embedding is not None:
+            x = self._embed(x, positions)
+        rotation = None
+        if self.config.position_embedding_type == "rope":
+            rotation = Rotation.make(
+                positions,
+                head_dim=self.config.head_dim,
+                base=self.config.rotary_base,
+                dtype=x.dtype,
+            )
+        for layer in self.layers.values():
+            x = layer(x, rotation, cp)
+        if self.head is None or self.norm is None:
+            return x
+        tied = None if self.embedding is None or self.head.weight is not None else self.embedding
+        return self.head(self.norm(x), None if tied is None else tied.weight)
+
+    def _embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """[b, s] -> residual stream."""
+        assert self.embedding is not None
+        if self.tp.splits_sequence:
+            assert tokens.shape[1] % self.tp.size == 0, "sequence parallelism needs s % tp == 0"
+        x = self.embedding(tokens)
+        if self.positions is not None:
+            x = x + self.positions(self.tp.own_rows(positions))
+        return self.dropout(x)
+
+
+def _recomputed(function: Callable[..., Result], *args: object) -> Result:
+    """Call ``function``, keep nothing but its inputs for backward, and call it again there.
+
+    Inputs are arguments, never captured: a captured name may mean something else by then.
+    """
+    return checkpoint(function, *args, use_reentrant=False)  # type: ignore[return-value]
+
+
+def _check(
+    config: ModelConfig, tp: TensorParallel, seq_length: int, positions: int, padded_vocab: int
+) -> None:
+    learned = config.position_embedding_type == "learned_absolute"
+    if learned and positions < seq_length:
+        raise ConfigError(
+            "--max-position-embeddings",
+            positions,
+            f"must be at least the sequence length {seq_length}",
+            str(seq_length),
+        )
+    if config.position_embedding_type == "rope" and config.head_dim % 2:
+        raise ConfigError(
+            "--kv-channels",
+            config.head_dim,
+            "must be even for rotary positions",
+            str(config.head_dim + 1),
+        )
+    if padded_vocab % tp.size:
+        raise ConfigError(
+            "--make-vocab-size-divisible-by",
+            config.make_vocab_size_divisible_by,
+            f"the padded vocabulary {padded_vocab} must be divisible by the tensor parallel size "
+            f"{tp.size}",
+            str(math.lcm(config.make_vocab_size_divisible_by, tp.size)),
+        )
+    if config.ffn_size % tp.size:
+        raise ConfigError(
+            "--ffn-hidden-size",
+            config.ffn_size,
+            f"must be divisible by the tensor parallel size {tp.size}",
+            str(-(-config.ffn_size // tp.size) * tp.size),
+        )
+    if config.attention_dropout:
+        raise ConfigError(
+            "--attention-dropout",
+            config.attention_dropout,
+            "attention across context parallel ranks has no dropout",
+            "0",
+        )

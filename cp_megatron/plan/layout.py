@@ -1,0 +1,92 @@
+"""Which rank holds which chunk of the sequence.
+
+    contiguous, 4 ranks          zigzag, 4 ranks: 8 chunks, rank r holds r and 7 - r
+    |0 0|1 1|2 2|3 3|            |0|1|2|3|3|2|1|0|
+
+Under a causal mask late queries attend more keys than early ones. Contiguous gives the last rank
+almost twice the mean; zigzag pairs an early chunk with a late one, so that every rank has exactly
+1/N of the pairs (Zhu, ring-flash-attention, 2024; Megatron-LM's ``get_batch_on_this_cp_rank``).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from cp_megatron.errors import ConfigError
+from cp_megatron.plan.mask import IntArray, Mask
+
+Chunk = tuple[int, int]
+KINDS = ("contiguous", "zigzag")
+
+
+def auto_layout(mask: Mask) -> str:
+    """The layout ``auto`` stands for: zigzag where the mask is causal, else contiguous."""
+    return "zigzag" if mask.is_causal else "contiguous"
+
+
+def sequence_divisor(kind: str, cp_size: int) -> int:
+    """What the sequence length must be divisible by; one rank holds any length."""
+    return 2 * cp_size if kind == "zigzag" and cp_size > 1 else cp_size
+
+
+@dataclass(frozen=True)
+class SequenceLayout:
+    """Which rank holds which chunks; every rank holds the same number of tokens.
+
+    Attributes:
+        chunks: per rank its chunks ``(start, stop)`` in ascending, local order.
+        kind: ``contiguous`` or ``zigzag``.
+    """
+
+    chunks: tuple[tuple[Chunk, ...], ...]
+    kind: str
+
+    @classmethod
+    def make(cls, mask: Mask, cp_size: int, kind: str = "auto") -> SequenceLayout:
+        """Deals the positions of ``mask`` to ``cp_size`` ranks.
+
+        Raises:
+            ConfigError: the kind is unknown, or the sequence is not divisible as it needs.
+        """
+        if kind == "auto":
+            kind = auto_layout(mask)
+        if kind not in KINDS:
+            raise ConfigError("--cp-layout", kind, "is no layout", ", ".join(("auto", *KINDS)))
+        if cp_size < 1:
+            raise ConfigError("--context-parallel-size", cp_size, "must be at least 1")
+        divisor = sequence_divisor(kind, cp_size)
+        if mask.seq_len % divisor:
+            below = mask.seq_len // divisor * divisor
+            near = [str(length) for length in (below, below + divisor) if length]
+            rule = f"the {kind} layout on {cp_size} context parallel ranks needs a multiple of"
+            raise ConfigError("--seq-length", mask.seq_len, f"{rule} {divisor}", ", ".join(near))
+        return cls(_deal(mask.seq_len, cp_size, kind), kind)
+
+    @property
+    def cp_size(self) -> int:
+        """Number of ranks."""
+        return len(self.chunks)
+
+    @property
+    def shard_len(self) -> int:
+        """Tokens each rank holds."""
+        return sum(stop - start for start, stop in self.chunks[0])
+
+    def positions(self, rank: int) -> IntArray:
+        """int64 [seq_len / cp_size]: the positions ``rank`` holds, in local order."""
+        return np.concatenate(
+            [np.arange(start, stop, dtype=np.int64) for start, stop in self.chunks[rank]]
+        )
+
+
+def _deal(seq_len: int, cp_size: int, kind: str) -> tuple[tuple[Chunk, ...], ...]:
+    if kind == "contiguous" or cp_size == 1:
+        width = seq_len // cp_size
+        return tuple(((rank * width, (rank + 1) * width),) for rank in range(cp_size))
+    width = seq_len // (2 * cp_size)
+    pairs = ((rank, 2 * cp_size - 1 - rank) for rank in range(cp_size))
+    return tuple(
+        tuple((chunk * width, (chunk + 1) * width) for chunk in pair) for pair in pairs
+    )

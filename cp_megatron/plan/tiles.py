@@ -1,0 +1,230 @@
+"""Cutting one rank's attention to one arrival of keys into tiles: rectangles one kernel computes.
+
+Coordinates are local: rows count in the rank's shard, columns in the keys as they arrived. Local
+order follows position, so the rows of one document are one run, and so are its keys in an arrival.
+
+*Own keys.* For one document, causal in position is causal in local order: a single square tile.
+Zigzag on 2 ranks, rank 0 (positions 0 1 6 7), one causal document:
+
+    q\\k  0 1 6 7
+     0   x . . .      the whole shard is one causal square; the kernel skips the upper triangle
+     1   x x . .
+     6   x x x .
+     7   x x x x
+
+*Keys of another rank.* Chunks never overlap, and a causal chunk attends an earlier chunk whole and
+a later one not at all, so what remains is at most one full rectangle per pair of chunks, inside the
+one document they can share. Rectangles that meet are fused: rank 1's keys (2 3 4 5) reach rank 0's
+late rows as one tile, rank 0's early keys (0 1) reach all rows of rank 1 as one tile:
+
+    q\\k  2 3 4 5          q\\k  0 1
+     0   . . . .           2   x x
+     1   . . . .           3   x x
+     6   x x x x           4   x x
+     7   x x x x           5   x x
+
+*Windows* cut a rectangle along a diagonal band; such tiles are trimmed until every row has a key.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from cp_megatron.plan.mask import IntArray, Mask
+
+Span = tuple[int, int]
+
+
+class Piece(NamedTuple):
+    """A contiguous run of positions and where it lies in a local buffer."""
+
+    start: int
+    stop: int
+    offset: int
+
+
+@dataclass(frozen=True)
+class Band:
+    """Row i of a tile attends column j iff ``i - left <= j <= i + right``; None does not cut."""
+
+    left: int | None = None
+    right: int | None = None
+
+    @property
+    def is_full(self) -> bool:
+        """Every row attends every column."""
+        return self.left is None and self.right is None
+
+    @property
+    def is_causal(self) -> bool:
+        """Row i attends columns 0 .. i."""
+        return self.left is None and self.right == 0
+
+
+FULL = Band()
+CAUSAL = Band(right=0)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Rows ``q0:q1`` of the shard against columns ``k0:k1`` of the arrival.
+
+    ``first``: no earlier tile of this rank touches these rows, so its result is stored, not merged.
+    """
+
+    q0: int
+    q1: int
+    k0: int
+    k1: int
+    band: Band = FULL
+    first: bool = False
+
+    @property
+    def kind(self) -> Literal["full", "causal", "window"]:
+        """``causal`` tiles are square."""
+        if self.band.is_full:
+            return "full"
+        square = self.q1 - self.q0 == self.k1 - self.k0
+        return "causal" if self.band.is_causal and square else "window"
+
+    @property
+    def pairs(self) -> int:
+        """Attended pairs."""
+        rows, columns = self.q1 - self.q0, self.k1 - self.k0
+        if self.kind == "full":
+            return rows * columns
+        if self.kind == "causal":
+            return rows * (rows + 1) // 2
+        row = np.arange(rows, dtype=np.int64)
+        first, end = np.zeros_like(row), np.full_like(row, columns)
+        if self.band.left is not None:
+            first = np.maximum(first, row - self.band.left)
+        if self.band.right is not None:
+            end = np.minimum(end, row + self.band.right + 1)
+        return int(np.maximum(end - first, 0).sum())
+
+
+def own_tiles(mask: Mask, shard: list[Piece]) -> list[Tile]:
+    """The tiles of a shard with its own keys; together they give every row its first keys."""
+    if mask.has_window:
+        tiles = [
+            tile
+            for document in _documents_in(mask, shard)
+            for q in document
+            for k in sorted(document, key=lambda piece: piece != q)
+            if (tile := _band_tile(q, k, mask)) is not None
+        ]
+        # Every row attends itself, so a piece with itself covers all its rows: those come first.
+        diagonal = [replace(tile, first=True) for tile in tiles if tile.q0 == tile.k0]
+        return diagonal + [tile for tile in tiles if tile.q0 != tile.k0]
+    band = CAUSAL if mask.is_causal else FULL
+    tiles = []
+    for document in _documents_in(mask, shard):
+        start = document[0].offset
+        stop = document[-1].offset + document[-1].stop - document[-1].start
+        tiles.append(Tile(start, stop, start, stop, band, first=True))
+    return tiles
+
+
+def remote_tiles(mask: Mask, shard: list[Piece], keys: list[Piece]) -> list[Tile]:
+    """The tiles of a shard with another rank's keys."""
+    starts = mask.starts()
+    tiles = []
+    for q in shard:
+        reach, end = _key_interval(mask, q.start, q.stop)
+        for k in keys:
+            if k.stop <= reach or k.start >= end:
+                continue
+            # Disjoint runs share at most the document of the query nearest to the keys.
+            near = q.start if k.stop <= q.start else q.stop - 1
+            index = int(np.searchsorted(starts, near, side="right")) - 1
+            document = (int(starts[index]), int(starts[index + 1]))
+            q_part, k_part = _clip(q, document), _clip(k, document)
+            tile = _band_tile(q_part, k_part, mask) if q_part and k_part else None
+            if tile is not None:
+                tiles.append(tile)
+    return _fuse(tiles)
+
+
+def key_intervals(mask: Mask, starts: IntArray, stops: IntArray) -> tuple[IntArray, IntArray]:
+    """Per chunk of queries the keys it reads, first and one after the last.
+
+    One run of positions: a row attends itself, and its range moves on by at most one a row.
+    """
+    return mask.key_range(starts)[0], mask.key_range(stops - 1)[1]
+
+
+def _key_interval(mask: Mask, start: int, stop: int) -> Span:
+    first, end = key_intervals(mask, np.asarray([start]), np.asarray([stop]))
+    return int(first[0]), int(end[0])
+
+
+def _documents_in(mask: Mask, shard: list[Piece]) -> list[list[Piece]]:
+    """The shard's pieces, cut at document borders, one list per document."""
+    starts = mask.starts()
+    documents: dict[int, list[Piece]] = {}
+    for piece in shard:
+        first = int(np.searchsorted(starts, piece.start, side="right")) - 1
+        last = int(np.searchsorted(starts, piece.stop - 1, side="right")) - 1
+        for index in range(first, last + 1):
+            part = _clip(piece, (int(starts[index]), int(starts[index + 1])))
+            assert part is not None
+            documents.setdefault(index, []).append(part)
+    return list(documents.values())
+
+
+def _clip(piece: Piece, span: Span) -> Piece | None:
+    start, stop = max(piece.start, span[0]), min(piece.stop, span[1])
+    if start >= stop:
+        return None
+    return Piece(start, stop, piece.offset + start - piece.start)
+
+
+def _band_tile(q: Piece, k: Piece, mask: Mask) -> Tile | None:
+    """The part of ``q`` x ``k`` (one document) under the window, trimmed; None when empty."""
+    left, right = mask.window
+    q0, q1, k0, k1 = q.start, q.stop, k.start, k.stop
+    if right >= 0:
+        q0 = max(q0, k0 - right)
+    if left >= 0:
+        q1 = min(q1, k1 + left)
+    if q0 >= q1:
+        return None
+    if left >= 0:
+        k0 = max(k0, q0 - left)
+    if right >= 0:
+        k1 = min(k1, q1 + right)
+    if k0 >= k1:
+        return None
+    shift = q0 - k0  # position of row 0 minus position of column 0
+    cuts_left = left >= 0 and k0 < q1 - 1 - left
+    cuts_right = right >= 0 and k1 - 1 > q0 + right
+    band = Band(left - shift if cuts_left else None, right + shift if cuts_right else None)
+    row, column = q.offset + q0 - q.start, k.offset + k0 - k.start
+    return Tile(row, row + q1 - q0, column, column + k1 - k0, band)
+
+
+def _fuse(tiles: list[Tile]) -> list[Tile]:
+    """Joins full tiles that meet: first along the keys, then along the queries."""
+    wide: list[Tile] = []
+    for tile in sorted(tiles, key=lambda t: (t.q0, t.q1, t.k0)):
+        last = wide[-1] if wide else None
+        if last and _joins(last, tile) and (last.q0, last.q1, last.k1) == (tile.q0, tile.q1, tile.k0):
+            wide[-1] = replace(last, k1=tile.k1)
+        else:
+            wide.append(tile)
+    tall: list[Tile] = []
+    for tile in sorted(wide, key=lambda t: (t.k0, t.k1, t.q0)):
+        last = tall[-1] if tall else None
+        if last and _joins(last, tile) and (last.k0, last.k1, last.q1) == (tile.k0, tile.k1, tile.q0):
+            tall[-1] = replace(last, q1=tile.q1)
+        else:
+            tall.append(tile)
+    return tall
+
+
+def _joins(a: Tile, b: Tile) -> bool:
+    return a.band.is_full and b.band.is_full

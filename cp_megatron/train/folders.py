@@ -1,0 +1,161 @@
+"""Where a run is saved and what it goes on from; nothing is ever overwritten. No torch."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from cp_megatron.checkpoint.manifest import Manifest, newest_step, read_manifest
+from cp_megatron.config import Config
+from cp_megatron.config.fields import settings
+from cp_megatron.config.parse import run_folder
+from cp_megatron.config.yaml_io import overlay
+from cp_megatron.errors import ConfigError
+from cp_megatron.train.rules import check_ranges
+
+
+def fresh_run_folder(root: Path, preset: str) -> Path:
+    """The first of ``root/<preset>-1``, ``-2``, ... that does not exist. Nothing is made.
+
+    Call it on one rank and tell the others: the folder exists as soon as that rank makes it.
+    """
+    number = 1
+    while os.path.lexists(root / f"{preset}-{number}"):
+        number += 1
+    return root / f"{preset}-{number}"
+
+
+def check_load(config: Config, vocab_size: int) -> tuple[Path, Manifest] | None:
+    """The checkpoint to go on from, its manifest read and its model compared; None to start anew.
+
+    Raises:
+        ConfigError: there is none, it is damaged, it is of another model, or the run is over.
+    """
+    load = config.checkpoint.load
+    if load is None:
+        return None
+    path = Path(load)
+    step = newest_step(path) if run_folder(path) == path else path
+    if step is None:
+        raise ConfigError(
+            "--load", load, "holds no finished checkpoint (step-N)", _saved_runs(path)
+        )
+    manifest = read_manifest(step)
+    _check_same_model(config, manifest, vocab_size, load)
+    if manifest.step >= config.train.train_iters:
+        rule = f"the run is at step {manifest.step} already; to go on it must be more"
+        works = str(manifest.step + config.train.train_iters)
+        raise ConfigError("--train-iters", config.train.train_iters, rule, works)
+    return step, manifest
+
+
+def check_save(config: Config, loaded: Path | None) -> None:
+    """The folder to save in: new or empty, or the one of the run that goes on.
+
+    Raises:
+        ConfigError: something lies there that would be mixed up or overwritten.
+    """
+    save = config.checkpoint.save
+    if save is None:
+        return
+    folder = Path(save)
+    if os.path.lexists(folder) and not folder.is_dir():
+        raise ConfigError("--save", save, "is a file, not a folder", "a new folder")
+    _check_writable(folder)
+    if loaded is not None and folder.resolve() == loaded.parent.resolve():
+        newest = newest_step(folder)
+        if newest is not None and newest.resolve() != loaded.resolve():
+            rule = f"its folder goes on to {newest.name}, which a run from here would mix with"
+            works = f"--load {folder}, or --save with a new folder"
+            raise ConfigError("--load", config.checkpoint.load, rule, works)
+    elif folder.is_dir() and any(folder.iterdir()):
+        rule = "is not empty, and nothing is overwritten"
+        works = f"--load {save} to go on with it, or a new folder" if _is_run(folder) else ""
+        raise ConfigError("--save", save, rule, works or "a new folder")
+
+
+def _check_writable(folder: Path) -> None:
+    existing = folder
+    while not os.path.lexists(existing) and existing != existing.parent:
+        existing = existing.parent
+    if not existing.is_dir():
+        raise ConfigError("--save", folder, f"{existing} is a file, not a folder", "a new folder")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise ConfigError("--save", folder, f"{existing} can not be written to", "another folder")
+
+
+def _check_same_model(config: Config, manifest: Manifest, vocab_size: int, load: str) -> None:
+    if manifest.vocab_size != vocab_size:
+        rule = f"its vocabulary has {manifest.vocab_size} tokens, this run's {vocab_size}"
+        raise ConfigError("--load", load, rule, "the tokenizer it was trained with")
+    now, then = _shape(config), _shape(_saved_config(manifest, load))
+    for name, value in now.items():
+        if then[name] != value:
+            rule = f"the checkpoint {load} is of another model"
+            raise ConfigError(
+                _spelled(name, value, config), "", rule, _spelled(name, then[name], config)
+            )
+
+
+def _spelled(name: str, value: object, config: Config) -> str:
+    """The flag and value that say it."""
+    if name == "max_position_embeddings" and config.model.max_position_embeddings is None:
+        name = "seq_length"
+    flag = name.replace("_", "-")
+    if isinstance(value, bool):
+        return f"--{flag}" if value else f"--no-{flag}"
+    return f"--{flag} {value}"
+
+
+def _saved_config(manifest: Manifest, load: str) -> Config:
+    """The model and data of the checkpoint; what a later version added has its default."""
+    values: dict[str, Any] = {}
+    try:
+        for section in ("model", "data"):
+            entries = manifest.config[section]
+            rows = [row for row in settings().values() if row.section == section]
+            values |= {
+                row.name: row.from_yaml(entries[row.name]) for row in rows if row.name in entries
+            }
+        saved = overlay(Config(), values)
+        check_ranges(saved)
+    except (KeyError, TypeError, ValueError) as error:
+        rule = f"its manifest does not say its model: {error}"
+        raise ConfigError("--load", load, rule, "another step") from None
+    return saved
+
+
+def _shape(config: Config) -> dict[str, Any]:
+    """What makes two models one: dropout and initial weights do not, defaults are filled in."""
+    model, seq_length = config.model, config.data.seq_length
+    learned = model.position_embedding_type == "learned_absolute"
+    rope = model.position_embedding_type == "rope"
+    return {
+        "num_layers": model.num_layers,
+        "hidden_size": model.hidden_size,
+        "ffn_hidden_size": model.ffn_size,
+        "num_attention_heads": model.num_attention_heads,
+        "num_query_groups": model.num_kv_heads,
+        "kv_channels": model.head_dim,
+        "normalization": model.normalization,
+        "norm_epsilon": model.norm_epsilon,
+        "swiglu": model.swiglu,
+        "position_embedding_type": model.position_embedding_type,
+        "rotary_base": model.rotary_base if rope else None,
+        "max_position_embeddings": (model.max_position_embeddings or seq_length)
+        if learned
+        else None,
+        "untie_embeddings_and_output_weights": model.untie_embeddings_and_output_weights,
+        "disable_bias_linear": model.disable_bias_linear,
+        "make_vocab_size_divisible_by": model.make_vocab_size_divisible_by,
+    }
+
+
+def _is_run(folder: Path) -> bool:
+    return newest_step(folder) is not None
+
+
+def _saved_runs(path: Path) -> str:
+    runs = [str(other) for other in sorted(path.parent.glob("*")) if other.is_dir()]
+    return ", ".join(run for run in runs if _is_run(Path(run)))

@@ -1,0 +1,314 @@
+"""Everything that can be known before torch is imported: is this run possible, and what is it?
+
+``check`` takes a configuration and a launch and gives the plan of the run, or a ``ConfigError``
+that names flag, value, rule and what works. It reads a few kilobytes of the data and of the
+checkpoint, sends nothing, makes nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Literal
+
+from cp_megatron.comm.runtime import Launch
+from cp_megatron.config import Config
+from cp_megatron.data.sources import VOCAB_SIZE, check_sources
+from cp_megatron.errors import ConfigError
+from cp_megatron.kernels.select import KernelChoice, select_kernel
+from cp_megatron.plan import Grid, Mask, SequenceLayout
+from cp_megatron.plan.layout import auto_layout, sequence_divisor
+from cp_megatron.train import rules
+from cp_megatron.train.folders import check_load, check_save
+from cp_megatron.train.parameters import padded_vocab_size
+
+DeviceName = Literal["cpu", "cuda"]
+
+_AUTO_DTYPE: Mapping[str, str] = MappingProxyType({"cpu": "float32", "cuda": "bfloat16"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunPlan:
+    """A run that passed every check.
+
+    Attributes:
+        config: the run with what follows from the grid filled in: ``global_batch_size`` is a
+            number, ``bf16`` is folded into ``dtype``, ``sequence_parallel`` is off at TP 1 and
+            ``eval_iters`` 0 without a validation part.
+        grid: the ranks.
+        device: None while ``--device auto`` waits for torch; see ``on_device``.
+        dtype: the compute type; None as long as it depends on the device.
+        kernels: per device that is still possible, the attention kernel and why.
+        layout: which context parallel rank holds which positions of a row.
+        exchange: how keys and values reach the queries.
+        exchange_reason: why.
+        vocab_size: tokens of the tokenizer.
+        padded_vocab_size: rows of the embedding.
+        row_length: tokens of what the model sees as one row.
+        num_microbatches: micro batches per step on each rank.
+        load: the checkpoint folder (step-N) to go on from.
+        load_step: its step, 0 for a new run.
+        notes: what was decided against or beside the flags, for the start table.
+    """
+
+    config: Config
+    grid: Grid
+    device: DeviceName | None
+    dtype: str | None
+    kernels: Mapping[DeviceName, KernelChoice]
+    layout: SequenceLayout
+    exchange: str
+    exchange_reason: str
+    vocab_size: int
+    padded_vocab_size: int
+    row_length: int
+    num_microbatches: int
+    load: Path | None
+    load_step: int
+    notes: tuple[str, ...]
+
+    @property
+    def kernel(self) -> KernelChoice | None:
+        """The attention kernel; None while the device is not known."""
+        return None if self.device is None else self.kernels[self.device]
+
+    def on_device(self, device: DeviceName, note: str = "") -> RunPlan:
+        """The plan on the device that was found once torch could be asked.
+
+        Args:
+            device: the device.
+            note: what a person should know about the choice, for the start table.
+
+        Raises:
+            ConfigError: ``--device`` names another one, or the kernel does not run on it.
+        """
+        asked = self.config.train.device
+        if asked not in ("auto", device):
+            raise ConfigError("--device", asked, f"there is only {device}", f"--device {device}")
+        kernel = kernel_on(self.config, device)
+        return dataclasses.replace(
+            self,
+            device=device,
+            dtype=dtype_on(self.config, device),
+            kernels=MappingProxyType({device: kernel}),
+            notes=(*self.notes, note) if note else self.notes,
+        )
+
+
+def check(
+    config: Config,
+    launch: Launch,
+    *,
+    dry_run: bool = False,
+    dry_run_world_size: int | None = None,
+    given: frozenset[str] = frozenset(),
+    argv: Sequence[str] = (),
+    script: str = "launch/pretrain.py",
+) -> RunPlan:
+    """The plan of the run.
+
+    Args:
+        config: the run.
+        launch: how this process was started.
+        dry_run: nothing is trained: the world may be any, and is by default the smallest.
+        dry_run_world_size: the world to plan for instead.
+        given: flags the user typed; one of them without an effect is refused.
+        argv: the user's words, for the corrected command.
+        script: the program as the user called it, for the same.
+
+    Raises:
+        ConfigError: the run is not possible.
+    """
+    rules.check_ranges(config)
+    grid, world_note = _grid(config, launch, dry_run, dry_run_world_size, [script, *argv])
+    padded = padded_vocab_size(VOCAB_SIZE, config.model)
+    rules.check_model(config.model, config.data.seq_length)
+    rules.check_positions(config.model, given)
+    rules.check_tensor_parallel(config.model, grid.tp, padded)
+    layout = _layout(config, grid)
+    rows, num_microbatches = rules.check_batch(config.data, grid.dp)
+    rules.check_schedule(config.optimizer, config.train, given)
+    validates = rules.check_data(config.data, config.train, given)
+    kernels = _kernels(config)
+    check_sources(config.data.data_path)
+    loaded = check_load(config, VOCAB_SIZE)
+    check_save(config, loaded[0] if loaded else None)
+    resolved, notes = _resolved(config, grid, rows, validates)
+    exchange, reason = _exchange(config, grid)
+    device = next(iter(kernels)) if len(kernels) == 1 and config.train.device != "auto" else None
+    return RunPlan(
+        config=resolved,
+        grid=grid,
+        device=device,
+        dtype=_dtype(resolved, device),
+        kernels=MappingProxyType(kernels),
+        layout=layout,
+        exchange=exchange,
+        exchange_reason=reason,
+        vocab_size=VOCAB_SIZE,
+        padded_vocab_size=padded,
+        row_length=_row_length(config),
+        num_microbatches=num_microbatches,
+        load=loaded[0] if loaded else None,
+        load_step=loaded[1].step if loaded else 0,
+        notes=(*world_note, *notes),
+    )
+
+
+def dtype_on(config: Config, device: DeviceName) -> str:
+    """The compute type on ``device``."""
+    dtype = "bfloat16" if config.train.bf16 else config.train.dtype
+    return _AUTO_DTYPE[device] if dtype == "auto" else dtype
+
+
+def kernel_on(config: Config, device: DeviceName) -> KernelChoice:
+    """The attention kernel on ``device``.
+
+    Raises:
+        ConfigError: there is none that can do what the configuration asks.
+    """
+    return select_kernel(
+        config.parallel.kernel,
+        device=device,
+        dtype=dtype_on(config, device),
+        head_dim=config.model.head_dim,
+        attention_dropout=config.model.attention_dropout,
+    )
+
+
+def _dtype(config: Config, device: DeviceName | None) -> str | None:
+    if device is not None:
+        return dtype_on(config, device)
+    return None if config.train.dtype == "auto" else config.train.dtype
+
+
+def _kernels(config: Config) -> dict[DeviceName, KernelChoice]:
+    """The kernel per device that the flags leave open; refused when none of them works."""
+    asked = config.train.device
+    devices: tuple[DeviceName, ...] = ("cpu", "cuda") if asked == "auto" else (asked,)
+    kernels: dict[DeviceName, KernelChoice] = {}
+    refusals: list[ConfigError] = []
+    for device in devices:
+        try:
+            kernels[device] = kernel_on(config, device)
+        except ConfigError as error:
+            refusals.append(error)
+    if not kernels:
+        # The device that the kernel does not run on at all says the least.
+        raise min(refusals, key=lambda error: "runs on" in error.rule)
+    return kernels
+
+
+def _grid(
+    config: Config,
+    launch: Launch,
+    dry_run: bool,
+    dry_run_world_size: int | None,
+    command: Sequence[str],
+) -> tuple[Grid, tuple[str, ...]]:
+    """The grid that the world of this launch, or of the dry run, makes."""
+    cp, tp = config.parallel.context_parallel_size, config.parallel.tensor_parallel_size
+    inner = cp * tp
+    if dry_run_world_size is not None:
+        world = dry_run_world_size
+        if world < 1:
+            raise ConfigError("--world-size", world, "must be positive", str(inner))
+        if world % inner:
+            rule = f"must be divisible by {_axes(cp, tp)} = {inner}"
+            raise ConfigError("--world-size", world, rule, rules.multiples(world, inner))
+        return Grid(dp=world // inner, cp=cp, tp=tp), ()
+    if dry_run and not launch.under_torchrun:
+        note = f"no --world-size given: planned for {inner}, the smallest world"
+        return Grid(dp=1, cp=cp, tp=tp), (note,)
+    if launch.world_size % inner:
+        raise _wrong_world(launch, cp, tp, command)
+    return Grid(dp=launch.world_size // inner, cp=cp, tp=tp), ()
+
+
+def _axes(cp: int, tp: int) -> str:
+    sizes = [("--context-parallel-size", cp), ("--tensor-parallel-size", tp)]
+    return " x ".join(f"{flag} {size}" for flag, size in sizes if size > 1)
+
+
+def _wrong_world(launch: Launch, cp: int, tp: int, command: Sequence[str]) -> ConfigError:
+    """The error with the whole command that works."""
+    inner, world = cp * tp, launch.world_size
+    started = "torchrun started" if launch.under_torchrun else "plain python starts"
+    rule = f"needs a multiple of {inner} ranks, but {started} {world}"
+    flag, _, value = _axes(cp, tp).rpartition(" ")
+    if launch.nodes > 1:
+        works = f"{rules.multiples(world, inner)} ranks over all nodes"
+        return ConfigError(flag, value, rule, works)
+    ranks = max(inner, world // inner * inner)
+    return ConfigError(
+        flag, value, rule, shlex.join(["torchrun", "--nproc-per-node", str(ranks), *command])
+    )
+
+
+def _row_length(config: Config) -> int:
+    """With documents masked, the rows of a micro batch are one packed row."""
+    rows = config.data.micro_batch_size if config.data.document_mask else 1
+    return config.data.seq_length * rows
+
+
+def _layout(config: Config, grid: Grid) -> SequenceLayout:
+    """Which rank holds what; the sequence must divide by all that cuts it."""
+    length, packed = config.data.seq_length, _row_length(config)
+    mask = Mask.causal(packed)
+    asked = config.parallel.cp_layout
+    kind = auto_layout(mask) if asked == "auto" else asked
+    divisor = _divisor(config, grid, kind)
+    if not packed % divisor:
+        return SequenceLayout.make(mask, grid.cp, kind)
+    needs = [f"the {kind} layout on {_axes(grid.cp, 1)}"] if grid.cp > 1 else []
+    if _splits_sequence(config, grid):
+        needs.append(f"--sequence-parallel on {_axes(1, grid.tp)}")
+    # Whole rows are packed, and each may bring a factor of its own.
+    unit = divisor // math.gcd(divisor, packed // length)
+    works = rules.multiples(length, unit)
+    if packed % _divisor(config, grid, "contiguous") == 0:
+        works += ", or --cp-layout contiguous"
+    rule = f"must be a multiple of {unit} for {' and '.join(needs)}"
+    raise ConfigError("--seq-length", length, rule, works)
+
+
+def _divisor(config: Config, grid: Grid, kind: str) -> int:
+    """What a row's length must be divisible by."""
+    ranks = grid.cp * grid.tp if _splits_sequence(config, grid) else 1
+    return math.lcm(sequence_divisor(kind, grid.cp), ranks)
+
+
+def _splits_sequence(config: Config, grid: Grid) -> bool:
+    return config.parallel.sequence_parallel and grid.tp > 1
+
+
+def _exchange(config: Config, grid: Grid) -> tuple[str, str]:
+    asked = config.parallel.cp_comm_type
+    if grid.cp == 1:
+        return "none", "one rank holds the whole sequence"
+    if asked == "auto":
+        return "p2p", "the ring, behind the tiles; the only exchange so far"
+    return asked, "asked for"
+
+
+def _resolved(
+    config: Config, grid: Grid, rows: int, validates: bool
+) -> tuple[Config, tuple[str, ...]]:
+    """What follows from the grid filled in, and what a person should know of it."""
+    notes: list[str] = []
+    parallel, train = config.parallel, config.train
+    if parallel.sequence_parallel and grid.tp == 1:
+        parallel = dataclasses.replace(parallel, sequence_parallel=False)
+        notes.append("--sequence-parallel is off: there is one tensor parallel rank")
+    if train.eval_iters and not validates:
+        train = dataclasses.replace(train, eval_iters=0)
+        notes.append(f"--split {config.data.split} has no validation part: nothing is validated")
+    if train.bf16:
+        train = dataclasses.replace(train, bf16=False, dtype="bfloat16")
+    data = dataclasses.replace(config.data, global_batch_size=rows)
+    return dataclasses.replace(config, parallel=parallel, train=train, data=data), tuple(notes)

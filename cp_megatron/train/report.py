@@ -1,0 +1,168 @@
+"""What a person reads before the first step: one table, or one line when a flag is wrong.
+
+No torch. ``--dry-run`` prints the same table for any world, so only a few ranks are shown.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from cp_megatron.errors import ConfigError
+from cp_megatron.train.parameters import num_parameters, parameters_on_rank
+from cp_megatron.train.preflight import RunPlan, dtype_on
+
+Line = tuple[str, str]
+"""What, and its value."""
+
+_RANKS_SHOWN = 8
+_CHUNKS_SHOWN = 2
+_VALUE_SHOWN = 200
+
+
+def error_line(error: ConfigError, program: str) -> str:
+    """A user's mistake on one line, whatever characters the value has."""
+    value = str(error.value)
+    shown = value if len(value) <= _VALUE_SHOWN else f"{value[:_VALUE_SHOWN]}..."
+    subject = f"{error.flag} {shown}".rstrip()
+    works = f" (works: {error.works})" if error.works else ""
+    return _printable(f"{program}: error: {subject}: {error.rule}{works}")
+
+
+def _printable(text: str) -> str:
+    return "".join(
+        letter if letter.isprintable() else letter.encode("unicode_escape").decode()
+        for letter in text
+    )
+
+
+def start_table(plan: RunPlan, run: Path | None) -> Table:
+    """The table of a run: its world, model, data and batch, what was chosen and why.
+
+    Args:
+        plan: the run.
+        run: the folder it is saved in; None where it is not chosen yet.
+    """
+    table = Table(
+        box=SIMPLE_HEAD, show_header=False, pad_edge=False, padding=(0, 1), title_justify="left"
+    )
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    groups = [
+        _world(plan),
+        _model(plan),
+        _choices(plan),
+        _training(plan, run),
+        [("note", note) for note in plan.notes],
+    ]
+    for group in groups:
+        for name, value in group:
+            # As Text: a path may look like rich's own markup.
+            table.add_row(name, Text(_printable(value)))
+        table.add_section()
+    return table
+
+
+def print_start(plan: RunPlan, run: Path | None, console: Console | None = None) -> None:
+    """Prints the table of the run, to standard output unless a console is given."""
+    (console or Console()).print(start_table(plan, run), highlight=False)
+
+
+def _world(plan: RunPlan) -> Iterator[Line]:
+    grid = plan.grid
+    ranks = "1 rank" if grid.world_size == 1 else f"{grid.world_size:,} ranks"
+    yield "world", f"{ranks} = dp {grid.dp} x cp {grid.cp} x tp {grid.tp}"
+    for rank in shown_ranks(grid.world_size):
+        if rank is None:
+            yield "...", "..."
+            continue
+        place = grid.coordinates(rank)
+        where = f"dp {place.dp}  cp {place.cp}  tp {place.tp}"
+        yield f"rank {rank}", f"{where}   positions {_positions(plan, place.cp)}"
+
+
+def shown_ranks(world_size: int) -> list[int | None]:
+    """The ranks to show, None for those left out."""
+    if world_size <= _RANKS_SHOWN:
+        return list(range(world_size))
+    return [*range(_RANKS_SHOWN - 2), None, world_size - 1]
+
+
+def _positions(plan: RunPlan, cp_rank: int) -> str:
+    chunks = [f"{start}-{stop - 1}" for start, stop in plan.layout.chunks[cp_rank]]
+    more = [] if len(chunks) <= _CHUNKS_SHOWN else ["..."]
+    return ", ".join(chunks[:_CHUNKS_SHOWN] + more)
+
+
+def _model(plan: RunPlan) -> Iterator[Line]:
+    model, sizes = plan.config.model, {"vocab_size": plan.padded_vocab_size}
+    sizes["seq_length"] = plan.config.data.seq_length
+    total = num_parameters(model, **sizes)
+    heads = f"{model.num_attention_heads} heads of {model.head_dim}"
+    if model.num_kv_heads != model.num_attention_heads:
+        heads += f" in {model.num_kv_heads} groups"
+    mlp = "SwiGLU" if model.swiglu else "GELU"
+    yield (
+        "model",
+        f"{plan.config.preset}: {model.num_layers} layers of {model.hidden_size}, {heads}",
+    )
+    yield "", f"{model.normalization}, {model.position_embedding_type}, {mlp} {model.ffn_size}"
+    vocabulary = f"{plan.vocab_size} tokens padded to {plan.padded_vocab_size}"
+    yield "vocabulary", f"{plan.config.data.tokenizer_type}, {vocabulary}"
+    grid = plan.grid
+    most = parameters_on_rank(model, **sizes, grid=grid, rank=0)
+    yield "parameters", f"{total:,} in all, {most:,} on a rank (tp, then sharded over dp x cp)"
+    tokens = plan.layout.shard_len
+    yield "tokens", f"{plan.row_length:,} per row, {tokens:,} of them on a rank"
+
+
+def _choices(plan: RunPlan) -> Iterator[Line]:
+    yield "device", _device(plan)
+    for device, kernel in plan.kernels.items():
+        label = "kernel" if len(plan.kernels) == 1 else f"kernel on {device}"
+        yield label, f"{kernel.name} - {kernel.reason}"
+    layout = plan.config.parallel.cp_layout
+    asked = "chosen: it gives every rank the same share" if layout == "auto" else "asked for"
+    if plan.grid.cp > 1:
+        yield "layout", f"{plan.layout.kind} - {asked}"
+    yield "exchange", f"{plan.exchange} - {plan.exchange_reason}"
+    parallel = plan.config.parallel
+    if plan.grid.tp > 1:
+        state = "on" if parallel.sequence_parallel else "off"
+        yield "sequence parallel", state
+
+
+def _device(plan: RunPlan) -> str:
+    if plan.device is not None:
+        return f"{plan.device}, {plan.dtype}"
+    types = [f"{device}: {dtype_on(plan.config, device)}" for device in plan.kernels]
+    return f"auto ({', '.join(types)})"
+
+
+def _training(plan: RunPlan, run: Path | None) -> Iterator[Line]:
+    config, grid = plan.config, plan.grid
+    rows = config.data.global_batch_size or 0
+    per_step = rows * config.data.seq_length
+    size = f"{config.data.micro_batch_size} x dp {grid.dp} x {plan.num_microbatches} accumulated"
+    yield "batch", f"{rows} rows = micro batch {size}, {per_step:,} tokens per step"
+    yield "steps", _steps(plan)
+    yield "data", _data(config.data.data_path)
+    yield "run", f"{run or config.checkpoint.save or f'runs/{config.preset}-<n>'}"
+    if plan.load is not None:
+        yield "goes on from", f"{plan.load} (step {plan.load_step})"
+
+
+def _steps(plan: RunPlan) -> str:
+    optimizer, train = plan.config.optimizer, plan.config.train
+    warmup = f", warm-up {optimizer.lr_warmup_iters}" if optimizer.lr_warmup_iters else ""
+    rate = f"lr {optimizer.lr:g} {optimizer.lr_decay_style}"
+    return f"{train.train_iters:,}, {rate}{warmup}, seed {train.seed}"
+
+
+def _data(paths: Sequence[str]) -> str:
+    return ", ".join(paths) if paths else "the sources of Python's standard library"

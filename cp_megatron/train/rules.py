@@ -1,0 +1,216 @@
+"""What the settings of a run must satisfy, one function per question; no torch.
+
+Every function raises ``ConfigError`` with the flag, its value, the rule and the nearest values
+that work, and returns nothing else than what it had to work out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
+
+from cp_megatron.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
+from cp_megatron.config.fields import settings
+from cp_megatron.data.sampler import parse_split
+from cp_megatron.errors import ConfigError
+
+LARGEST_SIZE = 2**31 - 1
+LARGEST_AXIS = 2**16
+
+_SIZES = (
+    *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups"),
+    *("kv_channels", "max_position_embeddings", "make_vocab_size_divisible_by"),
+    *("tensor_parallel_size", "context_parallel_size"),
+    *("seq_length", "micro_batch_size", "global_batch_size"),
+    *("train_iters", "lr_decay_iters", "log_interval", "eval_interval", "save_interval"),
+)
+_COUNTS = ("lr_warmup_iters", "eval_iters")
+# name -> (lowest, whether it may be it, highest, whether it may be it)
+_RANGES: Mapping[str, tuple[float, bool, float, bool]] = MappingProxyType(
+    {
+        "norm_epsilon": (0, True, 1, True),
+        "rotary_base": (1, False, math.inf, False),
+        "hidden_dropout": (0, True, 1, False),
+        "attention_dropout": (0, True, 1, False),
+        "init_method_std": (0, False, math.inf, False),
+        "lr": (0, False, math.inf, False),
+        "min_lr": (0, True, math.inf, False),
+        "weight_decay": (0, True, math.inf, False),
+        "adam_beta1": (0, True, 1, False),
+        "adam_beta2": (0, True, 1, False),
+        "adam_eps": (0, False, math.inf, False),
+        "clip_grad": (0, True, math.inf, False),
+        "distributed_timeout_minutes": (0, False, 525_600, True),
+        "seed": (0, True, 2**63 - 1, True),
+    }
+)
+
+
+def check_ranges(config: Config) -> None:
+    """Every number lies where it means something, every choice is one."""
+    for name, row in settings().items():
+        value = getattr(getattr(config, row.section) if row.section else config, name)
+        if value is None:
+            continue
+        if name in _SIZES or name in _COUNTS:
+            least = 1 if name in _SIZES else 0
+            most = LARGEST_AXIS if name.endswith("_parallel_size") else LARGEST_SIZE
+            if not least <= value <= most:
+                works = str(least) if value < least else str(most)
+                rule = f"must be {'positive' if least else '0 or more'}, at most {most}"
+                raise ConfigError(row.flag, value, rule, works)
+        elif name in _RANGES:
+            _check_range(row.flag, value, *_RANGES[name])
+        elif row.choices and value not in row.choices:
+            raise ConfigError(row.flag, value, "must be one of its choices", ", ".join(row.choices))
+
+
+def _check_range(
+    flag: str, value: float, low: float, low_works: bool, high: float, high_works: bool
+) -> None:
+    above = value >= low if low_works else value > low
+    below = value <= high if high_works else value < high
+    if above and below and math.isfinite(value):
+        return
+    left = f"{'>=' if low_works else '>'} {low:g}"
+    right = "" if high == math.inf else f" and {'<=' if high_works else '<'} {high:g}"
+    works = f"{low if not above else high:g}" if (low_works if not above else high_works) else ""
+    raise ConfigError(flag, value, f"must be {left}{right}", works or _default(flag))
+
+
+def _default(flag: str) -> str:
+    row = next(row for row in settings().values() if row.flag == flag)
+    return f"{getattr(getattr(Config(), row.section), row.name):g}"
+
+
+def check_model(model: ModelConfig, seq_length: int) -> None:
+    """The heads fit the width and one another, the positions fit the sequence."""
+    heads, groups = model.num_attention_heads, model.num_kv_heads
+    if model.kv_channels is None and model.hidden_size % heads:
+        rule = f"must be divisible by --num-attention-heads {heads}, or --kv-channels be given"
+        raise ConfigError(
+            "--hidden-size", model.hidden_size, rule, multiples(model.hidden_size, heads)
+        )
+    if heads % groups:
+        rule = f"must divide --num-attention-heads {heads}"
+        raise ConfigError("--num-query-groups", groups, rule, divisors(heads, groups))
+    rows = model.max_position_embeddings
+    if rows is not None and rows < seq_length:
+        rule = f"must be at least --seq-length {seq_length}"
+        raise ConfigError("--max-position-embeddings", rows, rule, str(seq_length))
+    if model.position_embedding_type == "rope" and model.head_dim % 2:
+        flag = "--hidden-size" if model.kv_channels is None else "--kv-channels"
+        value = model.hidden_size if model.kv_channels is None else model.kv_channels
+        step = 2 * heads if model.kv_channels is None else 2
+        rule = f"rope turns pairs, so the head's width {model.head_dim} must be even"
+        raise ConfigError(flag, value, rule, multiples(value, step))
+
+
+def check_tensor_parallel(model: ModelConfig, tp: int, padded_vocab: int) -> None:
+    """Every matrix that tensor parallelism splits can be split."""
+    heads, groups = model.num_attention_heads, model.num_kv_heads
+    if heads % tp:
+        rule = f"must divide --num-attention-heads {heads}"
+        both = [size for size in _divisors(heads) if _splits(model, size, padded_vocab)]
+        raise ConfigError("--tensor-parallel-size", tp, rule, _nearest(both, tp))
+    if groups % tp and tp % groups:
+        rule = f"must divide --num-query-groups {groups}, or be a multiple of it"
+        both = [size for size in _divisors(heads) if _splits(model, size, padded_vocab)]
+        raise ConfigError("--tensor-parallel-size", tp, rule, _nearest(both, tp))
+    if model.ffn_size % tp:
+        rule = f"must be divisible by --tensor-parallel-size {tp}"
+        raise ConfigError("--ffn-hidden-size", model.ffn_size, rule, multiples(model.ffn_size, tp))
+    if padded_vocab % tp:
+        unit = model.make_vocab_size_divisible_by
+        rule = (
+            f"pads the vocabulary to {padded_vocab}, which --tensor-parallel-size {tp} must divide"
+        )
+        raise ConfigError("--make-vocab-size-divisible-by", unit, rule, str(math.lcm(unit, tp)))
+
+
+def _splits(model: ModelConfig, tp: int, padded_vocab: int) -> bool:
+    groups = model.num_kv_heads
+    fits = not groups % tp or not tp % groups
+    return fits and not model.ffn_size % tp and not padded_vocab % tp
+
+
+def check_batch(data: DataConfig, dp: int) -> tuple[int, int]:
+    """Rows per step over all ranks, and micro batches per step on each rank."""
+    once = data.micro_batch_size * dp
+    rows = data.global_batch_size
+    if rows is None:
+        return once, 1
+    if rows % once:
+        rule = f"must be divisible by --micro-batch-size {data.micro_batch_size} x data parallel "
+        raise ConfigError(
+            "--global-batch-size", rows, f"{rule}{dp} = {once}", multiples(rows, once)
+        )
+    return rows, rows // once
+
+
+def check_schedule(optimizer: OptimizerConfig, train: TrainConfig, given: frozenset[str]) -> None:
+    """The learning rate rises, then falls, within the run."""
+    if optimizer.min_lr > optimizer.lr:
+        rule = f"must be at most --lr {optimizer.lr:g}"
+        raise ConfigError("--min-lr", optimizer.min_lr, rule, f"{optimizer.lr / 10:g}")
+    end = train.train_iters if optimizer.lr_decay_iters is None else optimizer.lr_decay_iters
+    end_flag = "--train-iters" if optimizer.lr_decay_iters is None else "--lr-decay-iters"
+    if optimizer.lr_warmup_iters >= end:
+        warmup = optimizer.lr_warmup_iters
+        if end_flag in given and "--lr-warmup-iters" not in given:
+            rule = f"must be above --lr-warmup-iters {warmup}"
+            works = f"{warmup + 1}, or --lr-warmup-iters {end // 10}"
+            raise ConfigError(end_flag, end, rule, works)
+        rule = f"must be below {end_flag} {end}"
+        raise ConfigError("--lr-warmup-iters", warmup, rule, str(end // 10))
+    if optimizer.lr_decay_style == "constant":
+        for flag in sorted(given & {"--min-lr", "--lr-decay-iters"}):
+            value = optimizer.min_lr if flag == "--min-lr" else optimizer.lr_decay_iters
+            rule = "has no meaning with --lr-decay-style constant"
+            raise ConfigError(flag, value, rule, "--lr-decay-style cosine or linear")
+
+
+def check_data(data: DataConfig, train: TrainConfig, given: frozenset[str]) -> bool:
+    """Whether the run can validate; refuses flags about data that would have no effect."""
+    if data.tokenizer_model is not None:
+        rule = "--tokenizer-type byte has no file"
+        raise ConfigError("--tokenizer-model", data.tokenizer_model, rule, "leave it out")
+    _, valid, _ = parse_split(data.split)
+    if train.eval_iters and not valid and given & {"--eval-iters", "--eval-interval"}:
+        rule = "has no validation part, which --eval-iters and --eval-interval read"
+        raise ConfigError("--split", data.split, rule, "969,30,1")
+    if not train.eval_iters and "--eval-interval" in given:
+        rule = "has no effect with --eval-iters 0"
+        raise ConfigError("--eval-interval", train.eval_interval, rule, "--eval-iters 4")
+    return bool(valid and train.eval_iters)
+
+
+def check_positions(model: ModelConfig, given: frozenset[str]) -> None:
+    """A base of rope where nothing is rotated."""
+    if "--rotary-base" in given and model.position_embedding_type != "rope":
+        rule = f"has no effect with --position-embedding-type {model.position_embedding_type}"
+        raise ConfigError(
+            "--rotary-base", model.rotary_base, rule, "--position-embedding-type rope"
+        )
+
+
+def multiples(value: int, unit: int) -> str:
+    """The multiples of ``unit`` next to ``value``, for people."""
+    below = value // unit * unit
+    return ", ".join(str(size) for size in (below, below + unit) if size)
+
+
+def divisors(value: int, near: int) -> str:
+    """The divisors of ``value`` nearest to ``near``, for people."""
+    return _nearest(_divisors(value), near)
+
+
+def _divisors(value: int) -> list[int]:
+    small = [size for size in range(1, math.isqrt(value) + 1) if not value % size]
+    return sorted({*small, *(value // size for size in small)})
+
+
+def _nearest(sizes: Iterable[int], near: int, most: int = 6) -> str:
+    nearest = sorted(sizes, key=lambda size: abs(size - near))[:most]
+    return ", ".join(str(size) for size in sorted(nearest))

@@ -1,0 +1,35 @@
+"""Dropout's seeds: stable numbers, different where masks must differ."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+
+from cp_megatron.comm.rng import dropout_seed, seed_dropout
+
+
+def test_the_seed_is_the_same_for_ever() -> None:
+    # A changed value would change the masks of a resumed run.
+    assert dropout_seed(seed=1234, step=5, microbatch=0, dp=0, cp=1) == 4692870899489041887
+    assert dropout_seed(seed=1234, step=5, microbatch=0, dp=0, cp=1, tp=None) == 4692870899489041887
+
+
+def test_every_coordinate_changes_it() -> None:
+    places = list(itertools.product((1, 2), (0, 1), (0, 1), (0, 1), (0, 1), (None, 0, 1)))
+    seeds = {
+        dropout_seed(seed=seed, step=step, microbatch=microbatch, dp=dp, cp=cp, tp=tp)
+        for seed, step, microbatch, dp, cp, tp in places
+    }
+    assert len(seeds) == len(places)
+    assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_seeding_repeats_a_mask() -> None:
+    dropout, x = torch.nn.Dropout(0.5), torch.ones(64)
+    masks = []
+    for seed in (7, 8, 7):
+        seed_dropout(seed, torch.device("cpu"))
+        masks.append(dropout(x))
+    assert torch.equal(masks[0], masks[2])
+    assert not torch.equal(masks[0], masks[1])

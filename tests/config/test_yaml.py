@@ -1,0 +1,109 @@
+"""YAML: what is written is read back, and nothing else is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cp_megatron.config import Config
+from cp_megatron.config.fields import Setting, settings
+from cp_megatron.config.presets import PRESETS
+from cp_megatron.config.yaml_io import from_yaml, overlay, to_yaml
+from cp_megatron.errors import ConfigError
+
+TEXTS = st.text(
+    st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=12
+).filter(lambda text: not text.startswith("-"))
+
+
+def values_of(row: Setting) -> st.SearchStrategy[Any]:
+    if row.name == "preset":
+        return st.sampled_from(list(PRESETS))
+    kinds: dict[str, st.SearchStrategy[Any]] = {
+        "bool": st.booleans(),
+        "int": st.integers(),
+        "float": st.floats(allow_nan=False, allow_infinity=False),
+        "str": st.sampled_from(row.choices) if row.choices else TEXTS,
+        "strings": st.lists(TEXTS, max_size=3).map(tuple),
+    }
+    return st.none() | kinds[row.kind] if row.optional else kinds[row.kind]
+
+
+CONFIGS = st.fixed_dictionaries(
+    {}, optional={name: values_of(row) for name, row in settings().items()}
+).map(lambda values: overlay(Config(), values))
+
+
+@given(CONFIGS)
+def test_round_trip(config: Config) -> None:
+    assert from_yaml(to_yaml(config), "test") == config
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_round_trip(name: str) -> None:
+    assert from_yaml(to_yaml(PRESETS[name]), "test") == PRESETS[name]
+
+
+def test_what_is_left_out_comes_from_the_preset() -> None:
+    config = from_yaml("preset: toy-llama\nmodel:\n  num_layers: 2\ndata:\n", "f")
+    assert config == overlay(PRESETS["toy-llama"], {"num_layers": 2})
+    assert from_yaml("", "f") == PRESETS["toy"]
+
+
+def test_numbers_as_people_write_them() -> None:
+    # YAML 1.1 reads the first as a text and the second as a whole number.
+    config = from_yaml("optimizer: {lr: 3e-4, weight_decay: 0}", "f")
+    assert config.optimizer.lr == 3e-4
+    assert isinstance(config.optimizer.weight_decay, float)
+
+
+@pytest.mark.parametrize(
+    ("text", "flag", "rule"),
+    [
+        ("model: {num_layer: 2}", "f: model.num_layer", "unknown key"),
+        ("num_layers: 2", "f: num_layers", "unknown key"),
+        ("data: {num_layers: 2}", "f: data.num_layers", "unknown key"),
+        ("model: 3", "f: model", "keys and values"),
+        ("[1, 2]", "f", "keys and values"),
+        ("word", "f", "keys and values"),
+        ("model: {num_layers: 2.5}", "f: model.num_layers", "whole number"),
+        ("model: {num_layers: true}", "f: model.num_layers", "whole number"),
+        ("model: {num_layers: '2'}", "f: model.num_layers", "whole number"),
+        ("model: {num_layers: null}", "f: model.num_layers", "whole number"),
+        ("model: {swiglu: 1}", "f: model.swiglu", "true or false"),
+        ("optimizer: {lr: .inf}", "f: optimizer.lr", "finite"),
+        ("optimizer: {lr: true}", "f: optimizer.lr", "number"),
+        ("train: {dtype: float16}", "f: train.dtype", "choices"),
+        ("data: {data_path: a}", "f: data.data_path", "list of texts"),
+        ("data: {data_path: [1]}", "f: data.data_path", "list of texts"),
+        ("checkpoint: {save: '-x'}", "f: checkpoint.save", "dash"),
+        ("preset: none-such", "f: preset", "no preset"),
+        ("model: {num_layers: 2, num_layers: 3}", "f", "stands twice"),
+        ("model: {}\nmodel: {}", "f", "stands twice"),
+        ("model: {", "f", "no YAML"),
+        ("a: 2020-99-99", "f", "no YAML"),
+        ("? [1]\n: 2", "f", "no YAML"),
+        ("1: 2", "f: 1", "unknown key"),
+        ('"a\\nb": 2', "f: a b", "unknown key"),
+        ("!!python/object/apply:os.getcwd []", "f", "no YAML"),
+        ("[" * 5000, "f", "no YAML"),
+        ("\x00", "f", "no YAML"),
+    ],
+)
+def test_refusals(text: str, flag: str, rule: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        from_yaml(text, "f")
+    assert rule in caught.value.rule
+    assert caught.value.flag == flag
+
+
+@given(st.text(max_size=40))
+def test_any_text_is_a_configuration_or_one_error(text: str) -> None:
+    try:
+        config = from_yaml(text, "f")
+    except ConfigError:
+        return
+    assert type(config) is Config

@@ -1,0 +1,179 @@
+"""One training step of a tiny model on any grid, everything brought back as whole tensors."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from cp_megatron.comm.collectives import all_gather_dim
+from cp_megatron.comm.groups import ParallelGroups
+from cp_megatron.config import Config, DataConfig, ModelConfig, ParallelConfig
+from cp_megatron.config.schema import Recompute
+from cp_megatron.context_parallel import ContextParallel
+from cp_megatron.model import Transformer, build_model
+from cp_megatron.model.initialize import initial_value
+from cp_megatron.plan import Grid, Mask
+from cp_megatron.tensor_parallel import named_specs, vocab_parallel_cross_entropy
+
+VOCAB = 257
+SEQ = 32
+ROWS = 2
+
+GPT = ModelConfig(num_layers=2, hidden_size=32, num_attention_heads=4)
+LLAMA = ModelConfig(
+    num_layers=2,
+    hidden_size=32,
+    num_attention_heads=4,
+    num_query_groups=2,
+    normalization="RMSNorm",
+    swiglu=True,
+    position_embedding_type="rope",
+    disable_bias_linear=True,
+    untie_embeddings_and_output_weights=True,
+)
+# Tied where Llama is not and the other way round, and biases on heads that tp ranks share.
+MIXED = replace(LLAMA, normalization="LayerNorm", disable_bias_linear=False, num_query_groups=1)
+STYLES = {
+    "gpt": GPT,
+    "llama": LLAMA,
+    "gpt-untied": replace(GPT, untie_embeddings_and_output_weights=True),
+    "llama-tied": replace(LLAMA, untie_embeddings_and_output_weights=False),
+    "mixed": MIXED,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """What one step computed, whole: logits [rows, S, padded vocabulary], gradients by name."""
+
+    logits: Tensor
+    loss: float
+    parameters: dict[str, Tensor]
+    gradients: dict[str, Tensor]
+
+
+def run_config(
+    model: ModelConfig, *, sequence_parallel: bool = False, recompute: Recompute = "none"
+) -> Config:
+    """A run of the tiny model."""
+    config = Config()
+    return replace(
+        config,
+        model=model,
+        parallel=ParallelConfig(sequence_parallel=sequence_parallel),
+        data=DataConfig(seq_length=SEQ),
+        train=replace(config.train, recompute_granularity=recompute),
+    )
+
+
+def batch() -> tuple[Tensor, Tensor]:
+    """Tokens and labels [rows, S]; a part of the labels, unevenly spread, does not count."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, VOCAB, (ROWS, SEQ + 1), generator=generator)
+    labels = tokens[:, 1:].clone()
+    labels[0, : SEQ // 2] = -100
+    return tokens[:, :-1], labels
+
+
+def plain_step(config: Config) -> Step:
+    """The oracle: one process, ordinary parameters, no group, no DTensor, torch's own loss."""
+    model = Transformer(
+        config.model, seq_length=SEQ, vocab_size=VOCAB, tp=None, sequence_parallel=False
+    ).double()
+    with torch.no_grad():
+        for name, owner, attribute, spec in named_specs(model):
+            parameter = owner.get_parameter(attribute)
+            parameter.copy_(
+                initial_value(
+                    name, parameter.shape, spec, config=config.model, seed=config.train.seed
+                )
+            )
+    tokens, labels = batch()
+    cp = ContextParallel(None, Mask.causal(SEQ), kernel="reference")
+    logits = model(tokens, cp=cp)
+    loss = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+    loss.backward()
+    return Step(
+        logits=logits.detach(),
+        loss=loss.item(),
+        parameters={name: p.detach() for name, p in model.named_parameters()},
+        gradients={name: p.grad for name, p in model.named_parameters() if p.grad is not None},
+    )
+
+
+def grid_step(rank: int, world_size: int, config: Config, grid: Grid) -> Step | None:
+    """The same step on a grid of ranks; warnings are errors. Whole tensors on rank 0."""
+    with no_warnings():
+        groups = ParallelGroups.create(grid, "cpu")
+        model = build_model(config, groups, vocab_size=VOCAB, dtype="float64", device="cpu")
+        parameters = dict(model.named_parameters())
+        cp = ContextParallel(groups.cp, Mask.causal(SEQ))
+        tokens, labels = (x.chunk(grid.dp)[groups.coordinates.dp] for x in batch())
+        valid = int((batch()[1] >= 0).sum())
+        logits = model(cp.shard(tokens, 1), cp=cp)
+        losses = vocab_parallel_cross_entropy(logits, cp.shard(labels, 1), groups.tp)
+        loss = losses.sum() / valid
+        loss.backward()
+        total = loss.detach().clone()
+        torch.distributed.all_reduce(total, group=groups.dp_cp)
+    whole = cp.gather(all_gather_dim(logits.detach(), -1, groups.tp), 1)
+    step = Step(
+        logits=all_gather_dim(whole, 0, groups.dp),
+        loss=total.item(),
+        parameters={name: full(p) for name, p in parameters.items()},
+        gradients={name: full(p.grad) for name, p in parameters.items() if p.grad is not None},
+    )
+    return step if rank == 0 else None
+
+
+def full(x: Tensor) -> Tensor:
+    """The whole of a DTensor."""
+    assert isinstance(x, DTensor)
+    return x.detach().full_tensor()
+
+
+@contextlib.contextmanager
+def no_warnings() -> Iterator[None]:
+    """Turn Python warnings and torch's logged ones into errors."""
+    logger = logging.getLogger("torch")
+    handler = _Refuse(level=logging.WARNING)
+    logger.addHandler(handler)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            yield
+    finally:
+        logger.removeHandler(handler)
+
+
+class _Refuse(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        raise AssertionError(f"torch warned: {record.getMessage()}")
+
+
+def worst(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> tuple[float, str]:
+    """The largest relative L2 error over all tensors, and whose it is.
+
+    A tensor that is zero but for rounding (the key bias: softmax does not see it) is measured
+    against all tensors together.
+    """
+    assert actual.keys() == expected.keys()
+    total = sum(x.norm().item() ** 2 for x in expected.values()) ** 0.5
+    gaps = []
+    for name, x in expected.items():
+        norm = x.norm().item()
+        gap = (actual[name] - x).norm().item()
+        gaps.append((gap / (norm if norm > 1e-12 * total else total), name))
+    return max(gaps)
+
+
+def error(actual: Tensor, expected: Tensor) -> float:
+    """Relative L2."""
+    return ((actual - expected).norm() / expected.norm()).item()

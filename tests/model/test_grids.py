@@ -1,0 +1,66 @@
+"""The model on every grid is the model in one process: logits, loss and every gradient."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+
+from cp_megatron.config.schema import Recompute
+from cp_megatron.plan import Grid
+from tests.model.grids import STYLES, VOCAB, Step, error, grid_step, plain_step, run_config, worst
+from tests.ranks import run_ranks
+
+TOLERANCE = 1e-12
+
+
+@functools.cache
+def oracle(style: str) -> Step:
+    return plain_step(run_config(STYLES[style]))
+
+
+def check(
+    style: str, grid: Grid, *, sequence_parallel: bool = False, recompute: Recompute = "none"
+) -> None:
+    config = run_config(STYLES[style], sequence_parallel=sequence_parallel, recompute=recompute)
+    step = run_ranks(grid_step, grid.world_size, config, grid)[0]
+    expected = oracle(style)
+    assert all(torch.equal(step.parameters[name], p) for name, p in expected.parameters.items())
+    assert step.logits[..., VOCAB:].eq(float("-inf")).all()
+    assert error(step.logits[..., :VOCAB], expected.logits[..., :VOCAB]) < TOLERANCE
+    assert step.loss == pytest.approx(expected.loss, rel=TOLERANCE)
+    gap, name = worst(step.gradients, expected.gradients)
+    assert gap < TOLERANCE, name
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_one_rank(style: str) -> None:
+    check(style, Grid(dp=1, cp=1, tp=1))
+
+
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_tp2(style: str, sequence_parallel: bool) -> None:
+    check(style, Grid(dp=1, cp=1, tp=2), sequence_parallel=sequence_parallel)
+
+
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_tp4(style: str, sequence_parallel: bool) -> None:
+    check(style, Grid(dp=1, cp=1, tp=4), sequence_parallel=sequence_parallel)
+
+
+@pytest.mark.parametrize("style", ["gpt", "llama"])
+@pytest.mark.parametrize("grid", [(2, 1, 1), (1, 2, 1), (2, 2, 1), (2, 1, 2), (1, 2, 2), (1, 4, 1)])
+def test_fsdp(style: str, grid: tuple[int, int, int]) -> None:
+    dp, cp, tp = grid
+    check(style, Grid(dp=dp, cp=cp, tp=tp), sequence_parallel=tp > 1)
+
+
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+@pytest.mark.parametrize("style", ["gpt", "llama"])
+@pytest.mark.parametrize("grid", [(1, 1, 1), (1, 2, 2)])
+def test_recompute(style: str, recompute: Recompute, grid: tuple[int, int, int]) -> None:
+    dp, cp, tp = grid
+    check(style, Grid(dp=dp, cp=cp, tp=tp), sequence_parallel=tp > 1, recompute=recompute)

@@ -1,0 +1,185 @@
+"""How the model lies over a grid: placements, precision, accumulation, dropout."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from cp_megatron.comm.groups import ParallelGroups
+from cp_megatron.comm.rng import dropout_seed, seed_dropout
+from cp_megatron.context_parallel import ContextParallel
+from cp_megatron.model import Transformer, build_model
+from cp_megatron.model.parallelize import ComputeDType
+from cp_megatron.plan import Grid, Mask
+from cp_megatron.tensor_parallel import vocab_parallel_cross_entropy
+from tests.model.grids import (
+    GPT,
+    LLAMA,
+    SEQ,
+    STYLES,
+    VOCAB,
+    batch,
+    error,
+    full,
+    no_warnings,
+    plain_step,
+    run_config,
+    worst,
+)
+from tests.ranks import run_ranks
+
+
+def losses_of(model: Transformer, groups: ParallelGroups, row: int | None = None) -> Tensor:
+    """This rank's token losses of the batch, or of one row of it; no dp."""
+    cp = ContextParallel(groups.cp, Mask.causal(SEQ))
+    tokens, labels = (x if row is None else x[row : row + 1] for x in batch())
+    return vocab_parallel_cross_entropy(
+        model(cp.shard(tokens, 1), cp=cp), cp.shard(labels, 1), groups.tp
+    )
+
+
+def local_shapes(rank: int, world_size: int, style: str) -> dict[str, list[int]]:
+    groups = ParallelGroups.create(Grid(dp=1, cp=2, tp=2), "cpu")
+    model = build_model(
+        run_config(STYLES[style]), groups, vocab_size=VOCAB, dtype="float32", device="cpu"
+    )
+    return {
+        name: list(p.to_local().shape)
+        for name, p in model.named_parameters()
+        if isinstance(p, DTensor)
+    }
+
+
+def test_every_rank_holds_its_part() -> None:
+    shapes = run_ranks(local_shapes, 4, "llama")[3]
+    # [global rows / tp / (dp x cp), columns], row parallel weights [rows / (dp x cp), columns / tp]
+    assert shapes["embedding.weight"] == [384 // 4, 32]
+    assert shapes["head.weight"] == [384 // 4, 32]
+    assert shapes["layers.0.attention.query.weight"] == [32 // 4, 32]
+    assert shapes["layers.1.attention.key.weight"] == [16 // 4, 32]
+    assert shapes["layers.1.attention.out.weight"] == [32 // 2, 32 // 2]
+    assert shapes["layers.0.mlp.gate.weight"] == [LLAMA.ffn_size // 4, 32]
+    assert shapes["layers.0.mlp.down.weight"] == [32 // 2, LLAMA.ffn_size // 2]
+    assert shapes["layers.0.mlp_norm.weight"] == [32 // 2]
+    # one kv head for two tp ranks: replicated over tp
+    shared = run_ranks(local_shapes, 4, "mixed")[3]
+    assert shared["layers.0.attention.key.weight"] == [8 // 2, 32]
+    assert shared["layers.0.attention.query.weight"] == [32 // 4, 32]
+
+
+def accumulated(rank: int, world_size: int, sync_every: bool) -> dict[str, Tensor] | None:
+    """Gradients of the batch, one row at a time, with sequence parallelism."""
+    groups = ParallelGroups.create(Grid(dp=1, cp=2, tp=2), "cpu")
+    config = run_config(STYLES["mixed"], sequence_parallel=True)
+    model = build_model(config, groups, vocab_size=VOCAB, dtype="float64", device="cpu")
+    assert isinstance(model, FSDPModule)
+    valid = int((batch()[1] >= 0).sum())
+    with no_warnings():
+        for row in range(2):
+            model.set_requires_gradient_sync(sync_every or row == 1)
+            (losses_of(model, groups, row).sum() / valid).backward()
+    gradients = {name: full(p.grad) for name, p in model.named_parameters() if p.grad is not None}
+    return gradients if rank == 0 else None
+
+
+@pytest.mark.parametrize("sync_every", [False, True])
+def test_gradients_accumulate(sync_every: bool) -> None:
+    expected = plain_step(run_config(STYLES["mixed"])).gradients
+    gap, name = worst(run_ranks(accumulated, 4, sync_every)[0], expected)
+    assert gap < 1e-12, name
+
+
+def precision(
+    rank: int, world_size: int, dtype: ComputeDType, grid: Grid
+) -> tuple[set[torch.dtype], torch.dtype, set[torch.dtype], float, dict[str, Tensor]]:
+    """(dtypes of parameters, of logits, of gradients, loss, gradients)."""
+    with no_warnings():
+        groups = ParallelGroups.create(grid, "cpu")
+        config = run_config(LLAMA, sequence_parallel=True)
+        model = build_model(config, groups, vocab_size=VOCAB, dtype=dtype, device="cpu")
+        cp = ContextParallel(groups.cp, Mask.causal(SEQ), kernel="reference")
+        tokens, labels = batch()
+        logits = model(cp.shard(tokens, 1), cp=cp)
+        losses = vocab_parallel_cross_entropy(logits, cp.shard(labels, 1), groups.tp)
+        loss = losses.sum() / int((labels >= 0).sum())
+        loss.backward()
+    total = loss.detach().clone()
+    torch.distributed.all_reduce(total, group=groups.dp_cp)
+    parameters = dict(model.named_parameters())
+    gradients = {
+        name: full(p.grad).double() for name, p in parameters.items() if p.grad is not None
+    }
+    dtypes = {p.dtype for p in parameters.values()}
+    grad_dtypes = {p.grad.dtype for p in parameters.values() if p.grad is not None}
+    return dtypes, logits.dtype, grad_dtypes, total.item(), gradients
+
+
+@pytest.mark.parametrize("grid", [Grid(dp=1, cp=1, tp=1), Grid(dp=1, cp=2, tp=2)])
+def test_bfloat16_computes_over_float32_weights(grid: Grid) -> None:
+    weights, logits, grads, loss, gradients = run_ranks(
+        precision, grid.world_size, "bfloat16", grid
+    )[0]
+    assert weights == grads == {torch.float32}
+    assert logits == torch.bfloat16
+    expected = plain_step(run_config(LLAMA))
+    assert loss == pytest.approx(expected.loss, rel=1e-3)
+    assert max(error(gradients[name], x) for name, x in expected.gradients.items()) < 0.05
+
+
+def test_float32_is_float32() -> None:
+    weights, logits, grads, loss, gradients = run_ranks(
+        precision, 2, "float32", Grid(dp=1, cp=1, tp=2)
+    )[0]
+    assert weights == grads == {torch.float32}
+    assert logits == torch.float32
+    expected = plain_step(run_config(LLAMA))
+    assert loss == pytest.approx(expected.loss, rel=1e-6)
+    assert max(error(gradients[name], x) for name, x in expected.gradients.items()) < 1e-5
+
+
+def dropped(
+    rank: int, world_size: int, sequence_parallel: bool
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """(mask of the embedding's dropout, tp-replicated gradients as this rank has them)."""
+    groups = ParallelGroups.create(Grid(dp=1, cp=2, tp=2), "cpu")
+    at = groups.coordinates
+    config = run_config(replace(GPT, hidden_dropout=0.5), sequence_parallel=sequence_parallel)
+    model = build_model(config, groups, vocab_size=VOCAB, dtype="float64", device="cpu")
+    masks: list[Tensor] = []
+    model.dropout.register_forward_hook(lambda module, x, out: masks.append(out == 0))
+    seed = dropout_seed(
+        seed=1, step=0, microbatch=0, dp=at.dp, cp=at.cp, tp=at.tp if sequence_parallel else None
+    )
+    seed_dropout(seed, torch.device("cpu"))
+    losses_of(model, groups).sum().backward()
+    replicated = {
+        name: p.grad.to_local()
+        for name, p in model.named_parameters()
+        if name.endswith("norm.weight") and isinstance(p.grad, DTensor)
+    }
+    return masks[0], replicated
+
+
+def test_dropout_differs_over_cp_and_agrees_where_activations_do() -> None:
+    # ranks 0, 1 and 2, 3 are the tp groups
+    ranks = run_ranks(dropped, 4, False)
+    assert 0.4 < ranks[0][0].double().mean() < 0.6
+    assert torch.equal(ranks[0][0], ranks[1][0])
+    assert torch.equal(ranks[2][0], ranks[3][0])
+    assert not torch.equal(ranks[0][0], ranks[2][0])
+    for first, second in ((0, 1), (2, 3)):
+        assert ranks[first][1]
+        for name, grad in ranks[first][1].items():
+            assert torch.equal(grad, ranks[second][1][name]), name
+
+
+def test_dropout_differs_over_tp_where_the_sequence_is_split() -> None:
+    masks = [mask for mask, _ in run_ranks(dropped, 4, True)]
+    assert masks[0].shape == (2, SEQ // 4, 32)
+    for i, a in enumerate(masks):
+        assert not [b for b in masks[i + 1 :] if torch.equal(a, b)]

@@ -1,0 +1,217 @@
+"""The model against the same mathematics written by hand; its parts; what it refuses."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from cp_megatron.config import ModelConfig
+from cp_megatron.config.schema import Recompute
+from cp_megatron.context_parallel import ContextParallel
+from cp_megatron.errors import ConfigError
+from cp_megatron.model import Transformer
+from cp_megatron.model.initialize import initial_value
+from cp_megatron.model.mlp import MLP
+from cp_megatron.model.norm import LayerNorm, RMSNorm
+from cp_megatron.plan import Mask
+from cp_megatron.tensor_parallel import ColumnParallelLinear, TensorParallel, named_specs
+from tests.model.grids import GPT, LLAMA, SEQ, STYLES, VOCAB, batch
+
+Weights = dict[str, Tensor]
+
+
+def transformer(config: ModelConfig, **options: object) -> Transformer:
+    """A float64 model on one rank with its initial weights, made large enough to matter."""
+    arguments = {"seq_length": SEQ, "vocab_size": VOCAB, "tp": None, "sequence_parallel": False}
+    model = Transformer(config, **{**arguments, **options}).double()  # type: ignore[arg-type]
+    with torch.no_grad():
+        for name, owner, attribute, spec in named_specs(model):
+            parameter = owner.get_parameter(attribute)
+            value = initial_value(name, parameter.shape, spec, config=config, seed=1).double()
+            noise = torch.randn(value.shape, generator=torch.Generator().manual_seed(len(name)))
+            parameter.copy_(5 * value + 0.1 * noise)
+    return model
+
+
+def one_rank(mask: Mask | None = None) -> ContextParallel:
+    return ContextParallel(None, mask or Mask.causal(SEQ), kernel="reference")
+
+
+def by_hand(config: ModelConfig, w: Weights, tokens: Tensor, positions: Tensor) -> Tensor:
+    """Logits [b, s, VOCAB] of one causal sequence, in torch's plain functions."""
+    x = w["embedding.weight"][tokens]
+    if config.position_embedding_type == "learned_absolute":
+        x = x + w["positions.weight"][positions]
+    for i in range(config.num_layers):
+        layer = {k.removeprefix(f"layers.{i}."): v for k, v in w.items() if f"layers.{i}." in k}
+        h = norm_by_hand(config, layer, "attention_norm", x)
+        x = x + attention_by_hand(config, layer, h, positions)
+        h = norm_by_hand(config, layer, "mlp_norm", x)
+        up = linear_by_hand(layer, "mlp.up", h)
+        if config.swiglu:
+            gate = linear_by_hand(layer, "mlp.gate", h)
+            up = gate * torch.sigmoid(gate) * up
+        else:
+            up = 0.5 * up * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (up + 0.044715 * up**3)))
+        x = x + linear_by_hand(layer, "mlp.down", up)
+    x = norm_by_hand(config, w, "norm", x)
+    return x @ w.get("head.weight", w["embedding.weight"])[:VOCAB].T
+
+
+def linear_by_hand(w: Weights, name: str, x: Tensor) -> Tensor:
+    return x @ w[f"{name}.weight"].T + w.get(f"{name}.bias", torch.zeros(()))
+
+
+def norm_by_hand(config: ModelConfig, w: Weights, name: str, x: Tensor) -> Tensor:
+    if config.normalization == "LayerNorm":
+        x = x - x.mean(-1, keepdim=True)
+    x = x / (x.square().mean(-1, keepdim=True) + config.norm_epsilon).sqrt()
+    return x * w[f"{name}.weight"] + w.get(f"{name}.bias", torch.zeros(()))
+
+
+def attention_by_hand(config: ModelConfig, w: Weights, h: Tensor, positions: Tensor) -> Tensor:
+    b, s, _ = h.shape
+    q, k, v = (
+        linear_by_hand(w, f"attention.{name}", h).view(b, s, -1, config.head_dim).transpose(1, 2)
+        for name in ("query", "key", "value")
+    )
+    if config.position_embedding_type == "rope":
+        q, k = rotate_by_hand(config, q, positions), rotate_by_hand(config, k, positions)
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    return linear_by_hand(w, "attention.out", out.transpose(1, 2).reshape(b, s, -1))
+
+
+def rotate_by_hand(config: ModelConfig, x: Tensor, positions: Tensor) -> Tensor:
+    """As Hugging Face writes it: x * cos + rotate_half(x) * sin."""
+    d = config.head_dim
+    frequencies = 1.0 / config.rotary_base ** (torch.arange(0, d, 2, dtype=torch.float64) / d)
+    angles = torch.outer(positions.double(), frequencies).repeat(1, 2)
+    half = torch.cat((-x[..., d // 2 :], x[..., : d // 2]), dim=-1)
+    return x * angles.cos() + half * angles.sin()
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_logits_are_those_of_the_mathematics(style: str) -> None:
+    model, tokens = transformer(STYLES[style]), batch()[0]
+    expected = by_hand(STYLES[style], dict(model.state_dict()), tokens, torch.arange(SEQ))
+    actual = model(tokens, cp=one_rank())[..., :VOCAB]
+    torch.testing.assert_close(actual, expected, atol=1e-11, rtol=1e-11)
+
+
+@pytest.mark.parametrize("config", [GPT, LLAMA])
+def test_positions_are_those_of_the_documents(config: ModelConfig) -> None:
+    """Two packed documents are two sequences."""
+    model, tokens = transformer(config), batch()[0][:1]
+    packed = model(tokens, cp=one_rank(Mask.documents([12, 20])))[..., :VOCAB]
+    weights = dict(model.state_dict())
+    for document in (slice(0, 12), slice(12, 32)):
+        part = tokens[:, document]
+        expected = by_hand(config, weights, part, torch.arange(part.shape[1]))
+        torch.testing.assert_close(packed[:, document], expected, atol=1e-11, rtol=1e-11)
+
+
+@pytest.mark.parametrize("config", [GPT, LLAMA])
+def test_ranges_of_layers_chain_to_the_model(config: ModelConfig) -> None:
+    config = replace(config, num_layers=3, untie_embeddings_and_output_weights=True)
+    model, tokens, cp = transformer(config), batch()[0], one_rank()
+    stages = [
+        transformer(config, first_layer=first, last_layer=last)
+        for first, last in ((0, 1), (1, 2), (2, 3))
+    ]
+    x = tokens
+    for stage in stages:
+        x = stage(x, cp=cp)
+    assert torch.equal(x, model(tokens, cp=cp))
+    names = [name for stage in stages for name, _ in stage.named_parameters()]
+    assert sorted(names) == sorted(name for name, _ in model.named_parameters())
+
+
+def test_tied_weights_exist_once() -> None:
+    names = [name for name, _ in transformer(GPT).named_parameters(remove_duplicate=False)]
+    assert "embedding.weight" in names
+    assert "head.weight" not in names
+    assert "head.weight" in dict(transformer(LLAMA).named_parameters())
+
+
+def test_llama_has_no_bias_and_no_position_table() -> None:
+    names = [name for name, _ in transformer(LLAMA).named_parameters()]
+    assert not [name for name in names if "bias" in name or "positions" in name]
+
+
+def test_no_positions_at_all() -> None:
+    config = replace(GPT, position_embedding_type="none")
+    assert transformer(config).positions is None
+
+
+def saved_bytes(recompute: Recompute) -> int:
+    """Bytes that the layers keep for backward, every storage once, weights not counted."""
+    model = transformer(GPT, recompute=recompute)
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        logits = model(batch()[0], cp=one_rank())
+    assert logits.requires_grad
+    return sum(kept.values())
+
+
+def test_recomputation_keeps_less() -> None:
+    none, selective, full = (saved_bytes(level) for level in ("none", "selective", "full"))
+    assert full < 0.5 * selective < 0.5 * none
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_dropout_is_the_same_when_recomputed(recompute: Recompute) -> None:
+    config = replace(GPT, hidden_dropout=0.5)
+    gradients = []
+    for level in ("none", recompute):
+        model = transformer(config, recompute=level)
+        torch.manual_seed(3)
+        model(batch()[0], cp=one_rank())[..., :VOCAB].square().sum().backward()
+        gradients.append([p.grad for p in model.parameters()])
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-12, rtol=1e-12)
+
+
+def test_norms_mlp_and_dropout_never_receive_a_group() -> None:
+    unchanged = (LayerNorm, RMSNorm, MLP, nn.Dropout, ColumnParallelLinear)
+    for config in (GPT, LLAMA):
+        model = transformer(config)
+        found = [module for module in model.modules() if isinstance(module, unchanged)]
+        assert {type(module) for module in found} >= {MLP, nn.Dropout}
+        for module in found:
+            assert not [x for x in vars(module).values() if isinstance(x, TensorParallel)]
+    for module in model.modules():
+        # The group of context parallelism comes with each batch; no module keeps one.
+        held = [x for x in vars(module).values() if isinstance(x, ContextParallel | ProcessGroup)]
+        assert not held
+
+
+@pytest.mark.parametrize(
+    ("change", "flag"),
+    [
+        ({"max_position_embeddings": SEQ - 1}, "--max-position-embeddings"),
+        ({"attention_dropout": 0.1}, "--attention-dropout"),
+        ({"kv_channels": 7, "position_embedding_type": "rope"}, "--kv-channels"),
+    ],
+)
+def test_refusals(change: dict[str, object], flag: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        transformer(replace(GPT, **change))  # type: ignore[arg-type]
+    assert caught.value.flag == flag
+
+
+def test_a_last_stage_can_not_share_the_first_ones_weight() -> None:
+    with pytest.raises(ConfigError, match="different pipeline stages"):
+        transformer(GPT, first_layer=1, last_layer=2)

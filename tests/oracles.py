@@ -1,0 +1,51 @@
+"""The slow, obviously right versions, sharing no code with the engine."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cp_megatron.plan import Mask
+
+
+def dense_attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float | None = None) -> Tensor:
+    """softmax(scale q k^T + mask) v, written down. q [B, S, H, D], k [B, S, G, D], v [B, S, G, E]."""
+    repeat = q.shape[2] // k.shape[2]
+    k, v = k.repeat_interleave(repeat, dim=2), v.repeat_interleave(repeat, dim=2)
+    scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    allowed = torch.from_numpy(mask.dense())
+    weights = torch.softmax(scores.masked_fill(~allowed, -torch.inf), dim=-1)
+    return torch.einsum("bhqk,bkhe->bqhe", weights, v)
+
+
+def attention_inputs(
+    seed: int, batch: int, seq_len: int, heads: int, kv_heads: int, dim: int, v_dim: int
+) -> list[Tensor]:
+    """float64 q, k, v and dout of the whole row, the same on every rank."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(heads, dim), (kv_heads, dim), (kv_heads, v_dim), (heads, v_dim)]
+    return [
+        torch.randn(batch, seq_len, *shape, generator=generator, dtype=torch.float64)
+        for shape in shapes
+    ]
+
+
+def dense_gradients(inputs: list[Tensor], mask: Mask) -> dict[str, Tensor]:
+    """out, dq, dk, dv of the dense attention in float64."""
+    *qkv, dout = inputs
+    q, k, v = (x.clone().requires_grad_() for x in qkv)
+    out = dense_attention(q, k, v, mask)
+    out.backward(dout)
+    assert q.grad is not None
+    assert k.grad is not None
+    assert v.grad is not None
+    return {"out": out.detach(), "dq": q.grad, "dk": k.grad, "dv": v.grad}
+
+
+def relative_error(x: Tensor, whole: Tensor, positions: Tensor) -> float:
+    """Of one rank's part: ||x - ref|| / max(||ref on this rank||, ||ref|| / sqrt(cp))."""
+    part = whole.index_select(1, positions)
+    share = float(np.sqrt(whole.shape[1] / positions.numel()))
+    floor = max(float(part.norm()), float(whole.norm()) / share, 1e-300)
+    return float((x.to(torch.float64) - part).norm()) / floor

@@ -1,0 +1,106 @@
+"""The vocabulary over tp ranks, as input and as output, against torch on the whole table."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cp_megatron.comm.collectives import all_gather_dim
+from cp_megatron.tensor_parallel import (
+    TensorParallel,
+    VocabParallelEmbedding,
+    VocabParallelHead,
+    padded_vocab_size,
+    vocab_parallel_cross_entropy,
+)
+from tests.ranks import run_ranks
+from tests.tensor_parallel.test_linear import (
+    TOLERANCE,
+    numbers,
+    placed,
+    tensor_parallel,
+    whole_gradients,
+)
+
+VOCAB, PADDED, HIDDEN, SEQ = 257, 384, 6, 8
+
+
+def tokens() -> Tensor:
+    """[1, S] with both ends of the vocabulary and a token that occurs twice."""
+    return torch.tensor([[0, 256, 95, 96, 96, 191, 192, 255]])
+
+
+def embed(rank: int, world_size: int, sequence_parallel: bool) -> tuple[Tensor, dict[str, Tensor]]:
+    tp = tensor_parallel(sequence_parallel)
+    embedding = placed(VocabParallelEmbedding(VOCAB, PADDED, HIDDEN, tp=tp), world_size, 1)
+    out = embedding(tokens())
+    shares = world_size if sequence_parallel else 1
+    (out * numbers(2, 1, SEQ, HIDDEN).chunk(shares, 1)[rank % shares]).sum().backward()
+    whole = all_gather_dim(out.detach(), 1, tp.group) if sequence_parallel else out.detach()
+    return whole, whole_gradients(embedding)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_embedding(world_size: int, sequence_parallel: bool) -> None:
+    weight = numbers(1, PADDED, HIDDEN).requires_grad_()
+    expected = F.embedding(tokens(), weight)
+    (expected * numbers(2, 1, SEQ, HIDDEN)).sum().backward()
+    for out, grads in run_ranks(embed, world_size, sequence_parallel):
+        assert torch.equal(out, expected)
+        torch.testing.assert_close(grads["weight"], weight.grad, **TOLERANCE)
+        assert not grads["weight"][VOCAB:].any()
+
+
+def head(
+    rank: int, world_size: int, sequence_parallel: bool
+) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
+    tp = tensor_parallel(sequence_parallel)
+    module = placed(VocabParallelHead(VOCAB, PADDED, HIDDEN, tied=False, tp=tp), world_size, 1)
+    shares = world_size if sequence_parallel else 1
+    x = numbers(2, 1, SEQ, HIDDEN).chunk(shares, 1)[rank % shares].clone().requires_grad_()
+    logits = module(x)
+    loss = vocab_parallel_cross_entropy(logits, tokens(), tp.group)
+    loss.sum().backward()
+    assert x.grad is not None
+    grad = all_gather_dim(x.grad, 1, tp.group) if sequence_parallel else x.grad
+    whole = all_gather_dim(logits.detach(), -1, tp.group)
+    return whole, loss.detach(), grad, whole_gradients(module)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_head_and_loss(world_size: int, sequence_parallel: bool) -> None:
+    weight = numbers(1, PADDED, HIDDEN).requires_grad_()
+    x = numbers(2, 1, SEQ, HIDDEN).requires_grad_()
+    logits = F.linear(x, weight[:VOCAB])
+    expected = F.cross_entropy(logits.squeeze(0), tokens().squeeze(0), reduction="none")
+    expected.sum().backward()
+    for whole, loss, grad, grads in run_ranks(head, world_size, sequence_parallel):
+        assert whole.shape == (1, SEQ, PADDED)
+        torch.testing.assert_close(whole[..., :VOCAB], logits.detach(), **TOLERANCE)
+        torch.testing.assert_close(loss.squeeze(0), expected.detach(), **TOLERANCE)
+        torch.testing.assert_close(grad, x.grad, **TOLERANCE)
+        torch.testing.assert_close(grads["weight"], weight.grad, **TOLERANCE)
+        assert not grads["weight"][VOCAB:].any()
+
+
+def test_padding_is_never_predicted_whatever_the_weights() -> None:
+    tp = TensorParallel()
+    module = VocabParallelHead(VOCAB, PADDED, HIDDEN, tied=False, tp=tp)
+    assert module.weight is not None
+    with torch.no_grad():
+        module.weight.fill_(-1.0)
+        module.weight[VOCAB:].fill_(1e30)  # a trained or loaded pad may hold anything
+    logits = module(torch.ones(1, 3, HIDDEN))
+    assert logits.argmax(-1).max() < VOCAB
+    assert torch.equal(logits.softmax(-1)[..., VOCAB:], torch.zeros(1, 3, PADDED - VOCAB))
+
+
+@pytest.mark.parametrize(
+    ("size", "multiple", "padded"), [(257, 128, 384), (256, 128, 256), (257, 1, 257), (1, 128, 128)]
+)
+def test_padded_size(size: int, multiple: int, padded: int) -> None:
+    assert padded_vocab_size(size, multiple) == padded

@@ -1,0 +1,142 @@
+"""Column and row parallel linears against torch's own on the whole weight, float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+
+from cp_megatron.comm.collectives import all_gather_dim
+from cp_megatron.tensor_parallel import (
+    ColumnParallelLinear,
+    ParameterSpec,
+    ReplicatedColumnLinear,
+    RowParallelLinear,
+    SpecifiedModule,
+    TensorParallel,
+    local_weight,
+    named_specs,
+    place,
+)
+from tests.ranks import run_ranks
+
+TOLERANCE = {"atol": 1e-12, "rtol": 1e-12}
+IN, FFN, OUT, SEQ = 6, 8, 5, 4
+
+
+def numbers(seed: int, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def placed(module: SpecifiedModule, world_size: int, *seeds: int) -> SpecifiedModule:
+    """The module with its parameters drawn from ``seeds`` and spread over the ranks."""
+    mesh = init_device_mesh("cpu", (world_size,), mesh_dim_names=("tp",))
+    for seed, (_, owner, name, spec) in zip(seeds, list(named_specs(module)), strict=True):
+        value = numbers(seed, *owner.get_parameter(name).shape)
+        owner.register_parameter(name, torch.nn.Parameter(place(value, spec, mesh, "cpu")))
+    return module
+
+
+def whole_gradients(module: torch.nn.Module) -> dict[str, Tensor]:
+    """Every gradient, summed where its ranks hold summands."""
+    return {
+        name: p.grad.redistribute(placements=p.placements).full_tensor()
+        for name, p in module.named_parameters()
+        if isinstance(p, DTensor) and isinstance(p.grad, DTensor)
+    }
+
+
+def tensor_parallel(sequence_parallel: bool) -> TensorParallel:
+    return TensorParallel(group=torch.distributed.group.WORLD, sequence_parallel=sequence_parallel)
+
+
+def two_layers(
+    rank: int, world_size: int, sequence_parallel: bool
+) -> tuple[Tensor, Tensor, dict[str, Tensor], dict[str, Tensor]]:
+    """row(column(x)): (output, gradient of x, gradients), with x and the output made whole."""
+    tp = tensor_parallel(sequence_parallel)
+    column = placed(ColumnParallelLinear(IN, FFN, bias=True), world_size, 1, 2)
+    row = placed(RowParallelLinear(FFN, OUT, bias=True, tp=tp), world_size, 3, 4)
+    # dim 1 is the sequence, of which each rank holds a part with sequence parallelism
+    shares = world_size if sequence_parallel else 1
+    x = numbers(0, 1, SEQ, IN).chunk(shares, 1)[rank % shares].clone().requires_grad_()
+    out = row(column(tp.enter(x)))
+    (out * numbers(5, 1, SEQ, OUT).chunk(shares, 1)[rank % shares]).sum().backward()
+    assert x.grad is not None
+    whole = [out.detach(), x.grad]
+    if sequence_parallel:
+        whole = [all_gather_dim(part, 1, tp.group) for part in whole]
+    return whole[0], whole[1], whole_gradients(column), whole_gradients(row)
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_column_then_row_is_two_plain_layers(world_size: int, sequence_parallel: bool) -> None:
+    x = numbers(0, 1, SEQ, IN).requires_grad_()
+    shapes = ((FFN, IN), (FFN,), (OUT, FFN), (OUT,))
+    weights = [numbers(i + 1, *shape).requires_grad_() for i, shape in enumerate(shapes)]
+    expected = F.linear(F.linear(x, *weights[:2]), *weights[2:])
+    (expected * numbers(5, 1, SEQ, OUT)).sum().backward()
+
+    for out, grad, column, row in run_ranks(two_layers, world_size, sequence_parallel):
+        torch.testing.assert_close(out, expected.detach(), **TOLERANCE)
+        torch.testing.assert_close(grad, x.grad, **TOLERANCE)
+        actual = [column["weight"], column["bias"], row["weight"], row["bias"]]
+        for a, weight in zip(actual, weights, strict=True):
+            torch.testing.assert_close(a, weight.grad, **TOLERANCE)
+
+
+def shared_heads(rank: int, world_size: int) -> tuple[Tensor, dict[str, Tensor], str]:
+    """Two heads of width 3 on four ranks: ranks 0, 1 compute the first, ranks 2, 3 the second."""
+    head = rank // 2
+    rows = slice(3 * head, 3 * head + 3)
+    linear = placed(ReplicatedColumnLinear(IN, 6, bias=True, rows=rows), world_size, 1, 2)
+    out = linear(numbers(0, 1, SEQ, IN))
+    (out * (rank + 1)).sum().backward()
+    assert isinstance(linear.weight, DTensor)
+    assert isinstance(linear.weight.grad, DTensor)
+    return out.detach(), whole_gradients(linear), str(linear.weight.grad.placements)
+
+
+def test_shared_heads_sum_their_gradients() -> None:
+    x, weight, bias = numbers(0, 1, SEQ, IN), numbers(1, 6, IN), numbers(2, 6)
+    whole = F.linear(x, weight, bias)
+    # the objective weighs rank r's output by r + 1: head 0 by 1 + 2, head 1 by 3 + 4
+    factor = torch.tensor([3.0] * 3 + [7.0] * 3, dtype=torch.float64)
+    for rank, (out, grads, placements) in enumerate(run_ranks(shared_heads, 4)):
+        torch.testing.assert_close(out, whole[..., 3 * (rank // 2) :][..., :3], **TOLERANCE)
+        torch.testing.assert_close(grads["bias"], factor * SEQ, **TOLERANCE)
+        expected = factor[:, None] * x.sum((0, 1))
+        torch.testing.assert_close(grads["weight"], expected, **TOLERANCE)
+        assert placements == str((Partial(),))
+
+
+def parts(rank: int, world_size: int) -> list[Tensor]:
+    mesh = init_device_mesh("cpu", (world_size,), mesh_dim_names=("tp",))
+    value = torch.arange(8.0).view(4, 2)
+    placements: tuple[Shard | Replicate, ...] = (Shard(0), Shard(1), Replicate())
+    specs = [ParameterSpec(placement=placement, init="normal") for placement in placements]
+    local = [place(value, spec, mesh, "cpu").to_local() for spec in specs]
+    assert all(part.untyped_storage().nbytes() == part.nbytes for part in local)
+    assert all(part.data_ptr() != value.data_ptr() for part in local)
+    return local
+
+
+def test_place_keeps_this_ranks_part_in_memory_of_its_own() -> None:
+    first, second = run_ranks(parts, 2)
+    assert [part.tolist() for part in first[:2]] == [[[0, 1], [2, 3]], [[0], [2], [4], [6]]]
+    assert [part.tolist() for part in second[:2]] == [[[4, 5], [6, 7]], [[1], [3], [5], [7]]]
+    assert first[2].tolist() == second[2].tolist() == [[0, 1], [2, 3], [4, 5], [6, 7]]
+
+
+def test_plain_parameters_work_on_one_rank() -> None:
+    x = torch.ones(1, 2, IN)
+    column = ColumnParallelLinear(IN, FFN, bias=True)
+    with torch.no_grad():
+        column.weight.fill_(1.0)
+    assert column.bias is not None
+    assert local_weight(column.bias, partial=True) is column.bias
+    assert torch.equal(F.linear(x, column.weight, column.bias), column(x))

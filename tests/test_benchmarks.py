@@ -1,0 +1,29 @@
+"""Every script of benchmarks/ runs as plain python, from any folder, and reports its hardware."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPTS = sorted((Path(__file__).resolve().parent.parent / "benchmarks").glob("*.py"))
+
+
+def test_there_are_benchmarks() -> None:
+    assert SCRIPTS
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_the_script_runs_in_its_quick_mode(script: Path, tmp_path: Path) -> None:
+    command = [sys.executable, str(script), "--quick"]
+    done = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert lines
+    assert all(line["hardware"]["cores"] >= 1 for line in lines)
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,297 @@
+"""Every setting that can not be is refused before torch is imported, with what works instead."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+import shlex
+from pathlib import Path
+
+import pytest
+
+from cp_megatron.comm.runtime import Launch
+from cp_megatron.config.parse import parse_arguments
+from cp_megatron.errors import ConfigError
+from cp_megatron.plan import Grid
+from cp_megatron.train.preflight import RunPlan, check
+
+LLAMA = ["--preset", "toy-llama"]
+ROPE = ["--position-embedding-type", "rope"]
+
+
+def plan(*argv: str, world: int = 1, local: int | None = None, torchrun: bool = True) -> RunPlan:
+    """The plan of a real run: ``world`` ranks, started as torchrun or plain python does."""
+    launch = Launch(world_size=world, local_world_size=local or world, under_torchrun=torchrun)
+    arguments = parse_arguments(argv)
+    return check(
+        arguments.config,
+        launch,
+        dry_run=arguments.dry_run,
+        dry_run_world_size=arguments.world_size,
+        given=arguments.given,
+        argv=argv,
+    )
+
+
+def refused(
+    *argv: str, world: int = 1, torchrun: bool = True, local: int | None = None
+) -> ConfigError:
+    with pytest.raises(ConfigError) as caught:
+        plan(*argv, world=world, torchrun=torchrun, local=local)
+    error = caught.value
+    assert error.rule
+    assert "\n" not in str(error)
+    return error
+
+
+# --- what is refused
+
+
+@pytest.mark.parametrize(
+    ("argv", "world", "flag", "works"),
+    [
+        # negative or zero sizes
+        (["--num-layers", "0"], 1, "--num-layers", "1"),
+        (["--hidden-size", "-128"], 1, "--hidden-size", "1"),
+        (["--ffn-hidden-size", "0"], 1, "--ffn-hidden-size", "1"),
+        (["--num-attention-heads", "0"], 1, "--num-attention-heads", "1"),
+        (["--num-query-groups", "0"], 1, "--num-query-groups", "1"),
+        (["--kv-channels", "-1"], 1, "--kv-channels", "1"),
+        (["--seq-length", "0"], 1, "--seq-length", "1"),
+        (["--micro-batch-size", "0"], 1, "--micro-batch-size", "1"),
+        (["--global-batch-size", "0"], 1, "--global-batch-size", "1"),
+        (["--train-iters", "0"], 1, "--train-iters", "1"),
+        (["--tensor-parallel-size", "0"], 1, "--tensor-parallel-size", "1"),
+        (["--context-parallel-size", "-2"], 1, "--context-parallel-size", "1"),
+        (["--log-interval", "0"], 1, "--log-interval", "1"),
+        (["--eval-interval", "0"], 1, "--eval-interval", "1"),
+        (["--save-interval", "0"], 1, "--save-interval", "1"),
+        (["--lr-decay-iters", "0"], 1, "--lr-decay-iters", "1"),
+        (["--eval-iters", "-1"], 1, "--eval-iters", "0"),
+        (["--lr-warmup-iters", "-1"], 1, "--lr-warmup-iters", "0"),
+        (["--seq-length", str(2**40)], 1, "--seq-length", str(2**31 - 1)),
+        (["--make-vocab-size-divisible-by", "0"], 1, "--make-vocab-size-divisible-by", "1"),
+        # numbers out of their range
+        (["--lr", "0"], 1, "--lr", "0.0003"),
+        (["--lr", "-1"], 1, "--lr", "0.0003"),
+        (["--min-lr", "-1"], 1, "--min-lr", "0"),
+        (["--weight-decay", "-0.1"], 1, "--weight-decay", "0"),
+        (["--adam-beta1", "1"], 1, "--adam-beta1", "0.9"),
+        (["--adam-beta2", "-0.1"], 1, "--adam-beta2", "0"),
+        (["--adam-eps", "0"], 1, "--adam-eps", "1e-08"),
+        (["--clip-grad", "-1"], 1, "--clip-grad", "0"),
+        (["--hidden-dropout", "1"], 1, "--hidden-dropout", "0"),
+        (["--attention-dropout", "1.5"], 1, "--attention-dropout", "0"),
+        (["--norm-epsilon", "-1"], 1, "--norm-epsilon", "0"),
+        (["--init-method-std", "0"], 1, "--init-method-std", "0.02"),
+        ([*ROPE, "--rotary-base", "1"], 1, "--rotary-base", "10000"),
+        (["--seed", "-1"], 1, "--seed", "0"),
+        (["--distributed-timeout-minutes", "0"], 1, "--distributed-timeout-minutes", "10"),
+        # the learning rate
+        (["--lr", "1e-4", "--min-lr", "2e-4"], 1, "--min-lr", "1e-05"),
+        (["--lr-warmup-iters", "100"], 1, "--lr-warmup-iters", "10"),
+        (["--train-iters", "10"], 1, "--train-iters", "11, or --lr-warmup-iters 1"),
+        (["--lr-decay-iters", "5"], 1, "--lr-decay-iters", "11, or --lr-warmup-iters 0"),
+        (["--lr-decay-style", "constant", "--min-lr", "1e-4"], 1, "--min-lr", "cosine"),
+        # the world
+        (["--tensor-parallel-size", "2"], 3, "--tensor-parallel-size", "--nproc-per-node 2 "),
+        # the model
+        (["--hidden-size", "130"], 1, "--hidden-size", "128, 132"),
+        (["--num-query-groups", "3"], 1, "--num-query-groups", "1, 2, 4"),
+        (["--num-query-groups", "8"], 1, "--num-query-groups", "1, 2, 4"),
+        ([*ROPE, "--hidden-size", "12"], 1, "--hidden-size", "8, 16"),
+        ([*ROPE, "--kv-channels", "5"], 1, "--kv-channels", "4, 6"),
+        (["--max-position-embeddings", "512"], 1, "--max-position-embeddings", "1024"),
+        ([*LLAMA, "--max-position-embeddings", "9"], 1, "--max-position-embeddings", "1024"),
+        (["--rotary-base", "5"], 1, "--rotary-base", "--position-embedding-type rope"),
+        # tensor parallelism
+        (["--tensor-parallel-size", "3"], 3, "--tensor-parallel-size", "1, 2, 4"),
+        (["--tensor-parallel-size", "8"], 8, "--tensor-parallel-size", "1, 2, 4"),
+        (
+            ["--tensor-parallel-size", "2", "--ffn-hidden-size", "9"],
+            2,
+            "--ffn-hidden-size",
+            "8, 10",
+        ),
+        # the sequence
+        (["--context-parallel-size", "2", "--seq-length", "1023"], 2, "--seq-length", "1020, 1024"),
+        (["--context-parallel-size", "2", "--seq-length", "1022"], 2, "--seq-length", "1020, 1024"),
+        (["--context-parallel-size", "4", "--seq-length", "3"], 4, "--seq-length", "8"),
+        # the batch
+        (["--global-batch-size", "6"], 4, "--global-batch-size", "4, 8"),
+        (["--micro-batch-size", "3"], 1, "--global-batch-size", "3, 6"),
+        # data and validation
+        (["--tokenizer-model", "t"], 1, "--tokenizer-model", "leave it out"),
+        (["--split", "1,2,3,4"], 1, "--split", ""),
+        (["--split", "0,1,1"], 1, "--split", ""),
+        (["--split", "-1,1,1"], 1, "--split", ""),
+        (["--split", "a"], 1, "--split", ""),
+        (["--split", "1,0,0", "--eval-iters", "2"], 1, "--split", "969,30,1"),
+        (["--eval-iters", "0", "--eval-interval", "5"], 1, "--eval-interval", "--eval-iters 4"),
+        # kernels
+        (["--attention-dropout", "0.1", "--kernel", "cpu"], 1, "--kernel", "--attention-dropout 0"),
+        (["--kernel", "cuda", "--device", "cpu"], 1, "--kernel", "--kernel cpu"),
+        (["--kernel", "cuda", "--dtype", "float64"], 1, "--kernel", "--kernel reference"),
+        # places
+        (["--load", "no-such-run"], 1, "--load", ""),
+        (["--data-path", "no-such-file"], 1, "--data-path", ""),
+    ],
+)
+def test_refusals(argv: list[str], world: int, flag: str, works: str) -> None:
+    error = refused(*argv, world=world)
+    assert error.flag == flag
+    assert works in error.works
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("flash_attn") is not None, reason="the package is installed"
+)
+def test_flash_attn_asked_for_and_not_installed() -> None:
+    error = refused("--kernel", "flash_attn")
+    assert (error.flag, error.value) == ("--kernel", "flash_attn")
+    assert "not installed" in error.rule
+
+
+def test_key_value_heads_that_neither_divide_nor_are_divided() -> None:
+    heads = ["--num-attention-heads", "12", "--num-query-groups", "3", "--hidden-size", "96"]
+    error = refused(*heads, "--tensor-parallel-size", "2", world=2)
+    assert error.flag == "--tensor-parallel-size"
+    assert error.works == "1, 3, 6, 12"
+    assert plan(*heads, "--tensor-parallel-size", "6", world=6).grid.tp == 6
+
+
+def test_a_vocabulary_that_tensor_parallelism_can_not_split() -> None:
+    heads = ["--num-attention-heads", "5", "--hidden-size", "80", "--ffn-hidden-size", "320"]
+    error = refused(*heads, "--tensor-parallel-size", "5", world=5)
+    assert (error.flag, error.value) == ("--make-vocab-size-divisible-by", 128)
+    argv = [*heads, "--tensor-parallel-size", "5", "--make-vocab-size-divisible-by", error.works]
+    assert plan(*argv, world=5).padded_vocab_size % 5 == 0
+
+
+def test_what_the_error_recommends_works() -> None:
+    sp = ["--tensor-parallel-size", "4", "--context-parallel-size", "2", "--sequence-parallel"]
+    error = refused(*sp, "--seq-length", "1020", world=8)
+    assert error.flag == "--seq-length"
+    for length in error.works.split(", "):
+        assert plan(*sp, "--seq-length", length, world=8).row_length == int(length)
+
+
+def test_packed_rows_are_cut_together() -> None:
+    packed = ["--context-parallel-size", "2", "--micro-batch-size", "2", "--document-mask"]
+    assert plan(*packed, "--seq-length", "1022", world=2).row_length == 2044
+    error = refused(*packed, "--seq-length", "1023", world=2)
+    assert error.flag == "--seq-length"
+    assert error.works == "1022, 1024, or --cp-layout contiguous"
+
+
+@pytest.mark.parametrize("torchrun", [False, True])
+def test_a_world_too_small_is_answered_with_the_whole_command(torchrun: bool) -> None:
+    argv = ["--context-parallel-size", "2", "--tensor-parallel-size", "2", "--save", "my run"]
+    error = refused(*argv, torchrun=torchrun)
+    assert f"{error.flag} {error.value}" == "--context-parallel-size 2 x --tensor-parallel-size 2"
+    command = ["torchrun", "--nproc-per-node", "4", "launch/pretrain.py", *argv]
+    assert shlex.split(error.works) == command
+
+
+def test_a_world_of_several_nodes_is_answered_with_the_sizes() -> None:
+    error = refused("--tensor-parallel-size", "4", world=6, local=3)
+    assert error.works == "4, 8 ranks over all nodes"
+
+
+def test_the_world_of_a_dry_run() -> None:
+    tp = ["--dry-run", "--tensor-parallel-size", "4"]
+    assert plan(*tp, "--world-size", "8").grid == Grid(dp=2, tp=4)
+    assert plan(*tp, torchrun=False).grid == Grid(tp=4)
+    error = refused(*tp, "--world-size", "10")
+    assert (error.flag, error.works) == ("--world-size", "8, 12")
+    assert refused("--dry-run", "--world-size", "0").flag == "--world-size"
+
+
+def test_data_that_is_not_text(tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "picture.txt").write_bytes(b"\x89PNG\x00\xff")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "text.txt").write_text("text")
+    for name in ("empty.txt", "picture.txt", "folder"):
+        assert refused("--data-path", str(tmp_path / name)).flag == "--data-path"
+    assert plan("--data-path", str(tmp_path / "text.txt"))
+
+
+# --- what is worked out
+
+
+def test_everything_derived_is_filled_in() -> None:
+    run = plan(*LLAMA, "--context-parallel-size", "2", "--global-batch-size", "8", world=4)
+    assert run.grid == Grid(dp=2, cp=2)
+    assert (run.num_microbatches, run.config.data.global_batch_size) == (4, 8)
+    assert (run.layout.kind, run.layout.shard_len, run.row_length) == ("zigzag", 512, 1024)
+    assert (run.exchange, run.load, run.load_step) == ("p2p", None, 0)
+    assert (run.vocab_size, run.padded_vocab_size) == (257, 384)
+
+
+def test_a_batch_of_one_micro_batch_per_rank_by_default() -> None:
+    run = plan("--global-batch-size", "None", "--micro-batch-size", "3", world=2)
+    assert (run.config.data.global_batch_size, run.num_microbatches) == (6, 1)
+
+
+def test_sequence_parallel_without_tensor_parallel_is_off_and_said() -> None:
+    run = plan("--sequence-parallel")
+    assert not run.config.parallel.sequence_parallel
+    assert "--sequence-parallel is off" in run.notes[0]
+
+
+def test_no_validation_part_is_said() -> None:
+    run = plan("--split", "1,0,0")
+    assert run.config.train.eval_iters == 0
+    assert "validation" in run.notes[0]
+
+
+def test_the_device_waits_for_torch_where_it_must() -> None:
+    run = plan()
+    assert (run.device, run.dtype, run.kernel) == (None, None, None)
+    assert set(run.kernels) == {"cpu", "cuda"}
+    on_cpu = run.on_device("cpu", note="no GPU was found")
+    assert (on_cpu.device, on_cpu.dtype) == ("cpu", "float32")
+    assert on_cpu.kernel == run.kernels["cpu"]
+    assert on_cpu.notes == ("no GPU was found",)
+    assert run.on_device("cuda").dtype == "bfloat16"
+    known = plan("--device", "cpu", "--bf16")
+    assert (known.device, known.dtype) == ("cpu", "bfloat16")
+
+
+def test_a_device_that_is_not_there() -> None:
+    with pytest.raises(ConfigError) as caught:
+        plan("--device", "cuda").on_device("cpu")
+    assert (caught.value.flag, caught.value.works) == ("--device", "--device cpu")
+
+
+def test_contiguous_is_named_where_it_would_do() -> None:
+    argv = ["--context-parallel-size", "2", "--seq-length"]
+    assert refused(*argv, "1022", world=2).works == "1020, 1024, or --cp-layout contiguous"
+    assert refused(*argv, "1023", world=2).works == "1020, 1024"
+
+
+def test_contiguous_needs_less_of_the_sequence() -> None:
+    argv = ["--context-parallel-size", "2", "--seq-length", "1022", "--cp-layout", "contiguous"]
+    assert plan(*argv, world=2).layout.chunks == (((0, 511),), ((511, 1022),))
+
+
+def test_a_length_that_is_no_number_in_code() -> None:
+    config = parse_arguments([]).config
+    object.__setattr__(config.optimizer, "lr", math.nan)
+    with pytest.raises(ConfigError, match="--lr nan"):
+        check(config, Launch())
+
+
+def test_presets_are_possible_runs() -> None:
+    for preset in ("toy", "toy-llama", "gpt2-small", "llama-1b", "llama3-8b"):
+        argv = ["--preset", preset, "--dry-run", "--world-size", "16"]
+        argv += ["--context-parallel-size", "2", "--tensor-parallel-size", "2"]
+        assert plan(*argv, "--global-batch-size", "16").grid == Grid(dp=4, cp=2, tp=2)
+
+
+def test_nothing_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    plan("--save", "deep/run")
+    assert not os.listdir(tmp_path)

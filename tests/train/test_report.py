@@ -1,0 +1,86 @@
+"""The start table: complete, and readable in 80 columns and in a file."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from cp_megatron.comm.runtime import Launch
+from cp_megatron.config.parse import parse_arguments
+from cp_megatron.errors import ConfigError
+from cp_megatron.train.preflight import RunPlan, check
+from cp_megatron.train.report import error_line, print_start, shown_ranks
+
+
+def planned(*argv: str) -> RunPlan:
+    arguments = parse_arguments(["--dry-run", *argv])
+    size = arguments.world_size
+    return check(arguments.config, Launch(), dry_run=True, dry_run_world_size=size)
+
+
+def shown(plan: RunPlan, width: int = 80, run: Path | None = None) -> str:
+    file = io.StringIO()
+    print_start(plan, run, Console(file=file, width=width))
+    return file.getvalue()
+
+
+GRID = ["--context-parallel-size", "2", "--tensor-parallel-size", "2"]
+
+
+def test_everything_a_person_asks_for() -> None:
+    text = shown(planned(*GRID, "--world-size", "8"))
+    for part in (
+        "8 ranks = dp 2 x cp 2 x tp 2",
+        "rank 6              dp 1  cp 1  tp 0   positions 256-511, 512-767",
+        "toy: 4 layers of 128, 4 heads of 32",
+        "973,568 in all",
+        "1,024 per row, 512 of them on a rank",
+        "auto (cpu: float32, cuda: bfloat16)",
+        "PyTorch's fused CPU flash attention",
+        "zigzag - chosen",
+        "p2p - the ring",
+        "4 rows = micro batch 1 x dp 2 x 2 accumulated",
+        "Python's standard library",
+        "runs/toy-<n>",
+    ):
+        assert part in text
+    assert max(map(len, text.splitlines())) <= 80
+    assert text.isascii()
+
+
+def test_a_known_device_has_one_kernel() -> None:
+    text = shown(planned(*GRID).on_device("cpu", note="2 local ranks, no GPU"))
+    assert "cpu, float32" in text
+    assert "kernel on" not in text
+    assert "2 local ranks, no GPU" in text
+
+
+def test_big_worlds_show_their_first_and_last_ranks() -> None:
+    text = shown(planned("--preset", "llama3-8b", *GRID, "--world-size", "512"))
+    assert "rank 5 " in text
+    assert "rank 6 " not in text
+    assert "rank 511" in text
+    assert shown_ranks(3) == [0, 1, 2]
+    assert shown_ranks(100) == [0, 1, 2, 3, 4, 5, None, 99]
+
+
+def test_paths_are_shown_as_they_are() -> None:
+    plan = planned()
+    assert "[bold]x" in shown(plan, run=Path("[bold]x"))
+    assert max(map(len, shown(plan, run=Path("x" * 300)).splitlines())) <= 80
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (ConfigError("--lr", 2, "rule", "1"), "p: error: --lr 2: rule (works: 1)"),
+        (ConfigError("--lr", "", "rule"), "p: error: --lr: rule"),
+        (ConfigError("--a", "x\ny\udcff", "rule"), "p: error: --a x\\ny\\udcff: rule"),
+        (ConfigError("--a", "9" * 999, "rule"), f"p: error: --a {'9' * 200}...: rule"),
+    ],
+)
+def test_a_mistake_is_one_line(error: ConfigError, line: str) -> None:
+    assert error_line(error, "p") == line
