@@ -7,7 +7,9 @@ line on standard error, and every rank ends with code 2.
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import time
 from collections.abc import Mapping, Sequence
 
 from cp_megatron.comm.runtime import Launch
@@ -17,17 +19,15 @@ from cp_megatron.train.preflight import check
 from cp_megatron.train.report import error_line, print_start
 
 PROGRAM = "pretrain.py"
+SECONDS_FOR_RANK_0 = 2.0
 
 
-def main(
-    argv: Sequence[str], environ: Mapping[str, str], script: str = "launch/pretrain.py"
-) -> int:
+def main(argv: Sequence[str], environ: Mapping[str, str], script: str = PROGRAM) -> int:
     """Runs the program; the exit code: 0 done, 2 a flag or setting can not be honoured."""
-    rank = 0
+    launch = Launch()
     try:
         launch = Launch.from_environment(environ)
-        rank = launch.rank
-        arguments = parse_arguments(argv, program=PROGRAM, quiet=rank != 0)
+        arguments = parse_arguments(argv, program=PROGRAM, quiet=launch.rank != 0)
         plan = check(
             arguments.config,
             launch,
@@ -37,16 +37,21 @@ def main(
             argv=argv,
             script=script,
         )
-        if arguments.dry_run:
-            if rank == 0:
-                print_start(plan, None)
-            return 0
-        from cp_megatron.train.run import run
+        if not arguments.dry_run:
+            from cp_megatron.train.run import run
 
-        return run(plan, launch)
+            return run(plan, launch, script)
+        if launch.rank == 0:
+            print_start(plan, None)
+        return 0
     except ConfigError as error:
-        if rank == 0:
-            print(error_line(error, PROGRAM), file=sys.stderr)
+        if launch.under_torchrun:
+            # The first rank to leave has torchrun end the others: rank 0 must have spoken before.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        if launch.rank == 0:
+            print(error_line(error, PROGRAM), file=sys.stderr, flush=True)
+        else:
+            time.sleep(SECONDS_FOR_RANK_0)
         return 2
 
 

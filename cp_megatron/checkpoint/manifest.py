@@ -100,8 +100,9 @@ class Manifest:
     tensors: Mapping[str, TensorEntry]
 
     def to_json(self) -> str:
-        """The text of ``manifest.json``."""
-        return json.dumps(asdict(self), separators=(",", ":"), allow_nan=False) + "\n"
+        """The text of ``manifest.json``: the fields, and their SHA-256 in canonical form."""
+        fields = asdict(self)
+        return _canonical({"manifest": fields, "sha256": _sha256(fields)}) + "\n"
 
 
 def step_folder(run_folder: Path, step: int) -> Path:
@@ -141,7 +142,10 @@ def read_manifest(folder: Path | str) -> Manifest:
         raise ConfigError(FLAG, folder, rule, _others(folder)) from None
     except (ValueError, RecursionError):
         raise _malformed(folder, "it is not JSON") from None
-    fields = _Fields(folder, "", parsed)
+    document = _Fields(folder, "", parsed)
+    fields = _Fields(folder, "", document.mapping("manifest"))
+    if document.text("sha256") != _sha256(fields.value):
+        raise damaged(folder, f"{MANIFEST} is damaged: its SHA-256 is not its own")
     version = fields.count("version")
     if version != FORMAT_VERSION:
         rule = f"has checkpoint format {version}, this program reads {FORMAT_VERSION}"
@@ -178,6 +182,14 @@ def file_sha256(path: Path) -> str:
 def damaged(folder: Path, rule: str) -> ConfigError:
     """The error for a checkpoint that can not be trusted, with the run's other checkpoints."""
     return ConfigError(FLAG, folder, rule, _others(folder))
+
+
+def _canonical(value: object) -> str:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"))
+
+
+def _sha256(fields: Mapping[str, Any]) -> str:
+    return hashlib.sha256(_canonical(fields).encode()).hexdigest()
 
 
 def _verify_file(folder: Path, name: str, entry: FileEntry) -> None:

@@ -17,9 +17,10 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.optim import Optimizer
 
 import cp_megatron
@@ -104,10 +105,12 @@ def save_checkpoint(
         )
 
     writer = ShardWriter(target, rank=_rank(process_group), describe=describe)
-    planner = dcp.DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     try:
         with _user_errors("--save", target), _one_process_is_fine():
-            dcp.save(state, storage_writer=writer, planner=planner, process_group=process_group)
+            state_dict_saver.save(
+                state, storage_writer=writer, planner=planner, process_group=process_group
+            )
     except BaseException:
         if _rank(process_group) == 0:
             # Half a checkpoint on a full disk would also fill it for the next one.
@@ -157,9 +160,9 @@ def load_checkpoint(
     if optimizer is not None:
         _create_optimizer_state(optimizer, parameters, manifest)
         state |= _optimizer_state(parameters, optimizer)
-    planner = dcp.DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     with _user_errors(FLAG, folder), _one_process_is_fine():
-        dcp.load(
+        state_dict_loader.load(
             state,
             storage_reader=ShardReader(folder, manifest),
             planner=planner,
@@ -229,7 +232,7 @@ def _create_optimizer_state(
     optimizer.state.clear()
     groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     for name, parameter in parameters.items():
-        if name in manifest.optimizer_steps:
+        if name in manifest.optimizer_steps and id(parameter) in groups:
             step = _step_tensor(manifest.optimizer_steps[name], parameter, groups[id(parameter)])
             optimizer.state[parameter]["step"] = step
     for entry_name, entry in manifest.tensors.items():

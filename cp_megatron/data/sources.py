@@ -33,7 +33,10 @@ PROBE_BYTES = 1 << 16
 PIECE_BYTES = 1 << 24
 # Not Python that somebody wrote: installed packages, tests, and folders generated from tables.
 STDLIB_SKIPPED = frozenset(
-    "site-packages dist-packages __pycache__ test tests idlelib lib2to3 encodings pydoc_data".split()
+    {
+        *("site-packages", "dist-packages", "__pycache__", "test", "tests"),
+        *("idlelib", "lib2to3", "encodings", "pydoc_data"),
+    }
 )
 
 
@@ -82,7 +85,8 @@ def decode(tokens: npt.ArrayLike) -> str:
     values = np.asarray(tokens, dtype=np.int64)
     if values.size and (values.min() < 0 or values.max() >= VOCAB_SIZE):
         raise ValueError(f"tokens must lie in [0, {VOCAB_SIZE})")
-    return values[values != EOD].astype(np.uint8).tobytes().decode("utf-8", errors="replace")
+    data: bytes = values[values != EOD].astype(np.uint8).tobytes()
+    return data.decode("utf-8", errors="replace")
 
 
 def check_sources(paths: Sequence[str]) -> None:
@@ -237,7 +241,7 @@ def _unreadable(error: OSError) -> str:
 
 
 def _is_text(data: bytes, whole: bool) -> bool:
-    """Whether the bytes are UTF-8 without NUL; ``whole`` False allows a character cut at the end."""
+    """Whether the bytes are UTF-8 without NUL; not ``whole``: the last character may be cut."""
     if b"\0" in data:
         return False
     decoder = codecs.getincrementaldecoder("utf-8")()

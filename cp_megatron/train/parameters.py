@@ -111,3 +111,14 @@ def parameters_on_rank(
         held = min(piece, max(0, local[0] - shard * piece))
         total += held * math.prod(local[1:]) * row.copies
     return total
+
+
+def matmul_parameters(model: ModelConfig, padded_vocab: int) -> int:
+    """Parameters a token is multiplied with: all matrices but the tables it is looked up in."""
+    tables = {"positions"} | ({"embedding"} if model.untie_embeddings_and_output_weights else set())
+    rows = parameters(model, vocab_size=padded_vocab, seq_length=1)
+    return sum(
+        math.prod(row.shape) * row.copies
+        for row in rows
+        if len(row.shape) == 2 and row.name not in tables
+    )

@@ -95,7 +95,7 @@ class RunPlan:
             self,
             device=device,
             dtype=dtype_on(self.config, device),
-            kernels=MappingProxyType({device: kernel}),
+            kernels={device: kernel},
             notes=(*self.notes, note) if note else self.notes,
         )
 
@@ -125,11 +125,12 @@ def check(
         ConfigError: the run is not possible.
     """
     rules.check_ranges(config)
-    grid, world_note = _grid(config, launch, dry_run, dry_run_world_size, [script, *argv])
     padded = padded_vocab_size(VOCAB_SIZE, config.model)
     rules.check_model(config.model, config.data.seq_length)
     rules.check_positions(config.model, given)
-    rules.check_tensor_parallel(config.model, grid.tp, padded)
+    rules.check_tensor_parallel(config.model, config.parallel.tensor_parallel_size, padded)
+    # After the model: a command with more ranks is no help where the heads forbid the grid.
+    grid, world_note = _grid(config, launch, dry_run, dry_run_world_size, [script, *argv])
     layout = _layout(config, grid)
     rows, num_microbatches = rules.check_batch(config.data, grid.dp)
     rules.check_schedule(config.optimizer, config.train, given)
@@ -146,7 +147,7 @@ def check(
         grid=grid,
         device=device,
         dtype=_dtype(resolved, device),
-        kernels=MappingProxyType(kernels),
+        kernels=kernels,
         layout=layout,
         exchange=exchange,
         exchange_reason=reason,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
+import pickle
 import shlex
 from pathlib import Path
 
@@ -289,6 +290,11 @@ def test_presets_are_possible_runs() -> None:
         argv = ["--preset", preset, "--dry-run", "--world-size", "16"]
         argv += ["--context-parallel-size", "2", "--tensor-parallel-size", "2"]
         assert plan(*argv, "--global-batch-size", "16").grid == Grid(dp=4, cp=2, tp=2)
+
+
+def test_a_plan_crosses_a_process_boundary() -> None:
+    run = plan(*LLAMA)
+    assert pickle.loads(pickle.dumps(run)) == run
 
 
 def test_nothing_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,108 @@
+"""What a run leaves behind for people and plots: metrics.jsonl and TensorBoard events."""
+
+from __future__ import annotations
+
+import json
+import resource
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import MappingProxyType
+
+import torch
+from torch.utils.tensorboard import SummaryWriter
+
+from cp_megatron.config import ModelConfig
+from cp_megatron.plan import Mask
+from cp_megatron.train.parameters import matmul_parameters
+
+METRICS_FILE = "metrics.jsonl"
+
+# Dense bfloat16 FLOP/s of the makers' data sheets.
+PEAK_FLOPS: Mapping[str, float] = MappingProxyType(
+    {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metrics:
+    """One logged step; times are means over the steps since the line before.
+
+    Attributes:
+        step: steps finished.
+        loss: nats per token of this step's global batch.
+        grad_norm: global gradient norm before clipping.
+        lr: learning rate of this step.
+        tokens: tokens trained on since the run began.
+        tokens_per_second: over all ranks.
+        step_seconds: time of a step.
+        mfu: model FLOP/s over the devices' peak; None where the peak is not known (CPU).
+        memory_bytes: the largest rank's peak: allocated on CUDA, resident on CPU.
+        valid_loss: nats per token of the validation part, where this step ended with one.
+    """
+
+    step: int
+    loss: float
+    grad_norm: float
+    lr: float
+    tokens: int
+    tokens_per_second: float
+    step_seconds: float
+    mfu: float | None
+    memory_bytes: int
+    valid_loss: float | None = None
+
+
+class MetricsWriter:
+    """Appends to the run's files; a resumed run goes on where it stopped.
+
+    Args:
+        folder: the run's folder.
+        start_step: steps finished before; TensorBoard hides events a stopped run left after it.
+    """
+
+    def __init__(self, folder: Path, *, start_step: int) -> None:
+        self._file = (folder / METRICS_FILE).open("a", encoding="utf-8")
+        self._board = SummaryWriter(str(folder), purge_step=start_step + 1)
+
+    def write(self, metrics: Metrics) -> None:
+        """One line, on the disk when this returns."""
+        row = asdict(metrics)
+        if metrics.valid_loss is None:
+            del row["valid_loss"]
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+        for name, value in row.items():
+            if name != "step" and value is not None:
+                self._board.add_scalar(name, value, metrics.step)
+
+    def close(self) -> None:
+        """Writes what is left."""
+        self._file.close()
+        self._board.close()
+
+
+def flops_per_row(model: ModelConfig, *, padded_vocab_size: int, mask: Mask) -> float:
+    """Forward and backward FLOPs of one row; recomputation is not counted.
+
+    6 per matrix parameter and token (Kaplan et al. 2020, arXiv:2001.08361, table 1) and 12 per
+    attended pair and channel of the queries: two products, each once forward, twice backward.
+    """
+    matrices = matmul_parameters(model, padded_vocab_size)
+    channels = model.num_layers * model.num_attention_heads * model.head_dim
+    return 6.0 * matrices * mask.seq_len + 12.0 * mask.pairs() * channels
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """The device's dense bfloat16 peak; None where it is not known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
+
+
+def peak_memory(device: torch.device) -> int:
+    """This rank's peak so far, in bytes."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

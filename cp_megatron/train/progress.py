@@ -1,0 +1,91 @@
+"""What a person sees while it trains: one line per logged step, and on a terminal a live bar."""
+
+from __future__ import annotations
+
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from cp_megatron.train.metrics import Metrics
+
+
+class ProgressView:
+    """Speaks on rank 0 and is silent elsewhere; a context manager around the loop.
+
+    Args:
+        console: where to speak.
+        quiet: not this rank.
+        start_step: steps finished before.
+        train_iters: steps in all.
+    """
+
+    def __init__(self, console: Console, *, quiet: bool, start_step: int, train_iters: int) -> None:
+        self._console = console
+        self._quiet = quiet
+        self._width = len(str(train_iters))
+        self._total = train_iters
+        self._bar = Progress(
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(),
+            TextColumn("{task.description}"),
+            TimeElapsedColumn(),
+            TextColumn("eta"),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            disable=quiet or not console.is_terminal,
+        )
+        self._task: TaskID = self._bar.add_task("", total=train_iters, completed=start_step)
+
+    def __enter__(self) -> ProgressView:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._bar.stop()
+
+    def step_done(self, step: int) -> None:
+        """Moves the bar."""
+        self._bar.update(self._task, completed=step)
+
+    def log(self, metrics: Metrics) -> None:
+        """Prints the line of a logged step."""
+        if self._quiet:
+            return
+        rate = f"{metrics.tokens_per_second:,.0f} tok/s"
+        memory = f"{metrics.memory_bytes / 2**30:.2f} GiB"
+        parts = [
+            f"step {metrics.step:>{self._width}}/{self._total}",
+            f"loss {metrics.loss:.4f}",
+            f"grad norm {metrics.grad_norm:.3f}",
+            f"lr {metrics.lr:.2e}",
+            rate,
+            f"{metrics.step_seconds:.2f} s/step",
+            memory,
+        ]
+        if metrics.mfu is not None:
+            parts.append(f"mfu {metrics.mfu:.1%}")
+        if metrics.valid_loss is not None:
+            parts.append(f"valid {metrics.valid_loss:.4f}")
+        self._console.print("  ".join(parts), highlight=False, soft_wrap=True)
+        self._bar.update(self._task, description=f"loss {metrics.loss:.3f}  {rate}  {memory}")
+
+    def say(self, text: str) -> None:
+        """Prints a sentence."""
+        if not self._quiet:
+            self._console.print(text, highlight=False, markup=False, soft_wrap=True)
