@@ -37,6 +37,9 @@ class ParallelGroups:
         mesh = init_device_mesh(
             device_type, (grid.dp, grid.cp, grid.tp), mesh_dim_names=("dp", "cp", "tp")
         )
+        # Reductions over all ranks at once (the gradient's norm) then take one message instead of
+        # one per axis: DTensor looks for a flattened mesh that covers both of a parameter's axes.
+        mesh._flatten("world")
         return cls(
             grid=grid,
             coordinates=grid.coordinates(dist.get_rank()),

@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from cp_megatron.checkpoint import save_checkpoint
 from cp_megatron.checkpoint.manifest import step_folder
+from cp_megatron.checkpoint.store import save_checkpoint
 from cp_megatron.data.batch import Batch, microbatches
 from cp_megatron.data.sampler import Rows, RowSplits
 from cp_megatron.train.metrics import (

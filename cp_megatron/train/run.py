@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 
-from cp_megatron.checkpoint import load_checkpoint
 from cp_megatron.checkpoint.manifest import Manifest, step_folder
+from cp_megatron.checkpoint.store import load_checkpoint
 from cp_megatron.comm.groups import ParallelGroups
 from cp_megatron.comm.runtime import Launch
 from cp_megatron.config.parse import CONFIG_FILE

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -17,6 +18,7 @@ from cp_megatron.model import Transformer, build_model
 from cp_megatron.model.parallelize import ComputeDType
 from cp_megatron.plan import Grid, Mask
 from cp_megatron.tensor_parallel import vocab_parallel_cross_entropy
+from cp_megatron.train.parameters import parameters_on_rank
 from tests.model.grids import (
     GPT,
     LLAMA,
@@ -70,6 +72,16 @@ def test_every_rank_holds_its_part() -> None:
     shared = run_ranks(local_shapes, 4, "mixed")[3]
     assert shared["layers.0.attention.key.weight"] == [8 // 2, 32]
     assert shared["layers.0.attention.query.weight"] == [32 // 4, 32]
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_the_start_tables_count_is_what_ranks_hold(style: str) -> None:
+    grid = Grid(dp=1, cp=2, tp=2)
+    for rank, shapes in enumerate(run_ranks(local_shapes, 4, style)):
+        expected = parameters_on_rank(
+            STYLES[style], vocab_size=384, seq_length=SEQ, grid=grid, rank=rank
+        )
+        assert sum(math.prod(shape) for shape in shapes.values()) == expected
 
 
 def accumulated(rank: int, world_size: int, sync_every: bool) -> dict[str, Tensor] | None:

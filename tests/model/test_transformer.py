@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from cp_megatron.config import ModelConfig
+from cp_megatron.config.presets import PRESETS
 from cp_megatron.config.schema import Recompute
 from cp_megatron.context_parallel import ContextParallel
 from cp_megatron.errors import ConfigError
@@ -20,6 +21,7 @@ from cp_megatron.model.mlp import MLP
 from cp_megatron.model.norm import LayerNorm, RMSNorm
 from cp_megatron.plan import Mask
 from cp_megatron.tensor_parallel import ColumnParallelLinear, TensorParallel, named_specs
+from cp_megatron.train.parameters import num_parameters, padded_vocab_size
 from tests.model.grids import GPT, LLAMA, SEQ, STYLES, VOCAB, batch
 
 Weights = dict[str, Tensor]
@@ -146,6 +148,24 @@ def test_llama_has_no_bias_and_no_position_table() -> None:
 def test_no_positions_at_all() -> None:
     config = replace(GPT, position_embedding_type="none")
     assert transformer(config).positions is None
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_preset_has_as_many_parameters_as_the_start_table_says(preset: str) -> None:
+    config = PRESETS[preset]
+    with torch.device("meta"):
+        model = Transformer(
+            config.model,
+            seq_length=config.data.seq_length,
+            vocab_size=VOCAB,
+            tp=None,
+            sequence_parallel=False,
+        )
+    assert sum(p.numel() for p in model.parameters()) == num_parameters(
+        config.model,
+        vocab_size=padded_vocab_size(VOCAB, config.model),
+        seq_length=config.data.seq_length,
+    )
 
 
 def saved_bytes(recompute: Recompute) -> int:

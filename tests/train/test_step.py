@@ -1,0 +1,200 @@
+"""Training on any grid is training on one rank: loss and gradient norm over 20 steps, float64."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from cp_megatron.comm.groups import ParallelGroups
+from cp_megatron.config import Config, DataConfig, ModelConfig, ParallelConfig, TrainConfig
+from cp_megatron.context_parallel import ContextParallel
+from cp_megatron.data.batch import IGNORED, Batch, microbatches
+from cp_megatron.data.sampler import Rows
+from cp_megatron.model.parallelize import build_model
+from cp_megatron.plan import Grid, Mask
+from cp_megatron.train.optimizer import make_optimizer
+from cp_megatron.train.step import StepResult, Trainer
+from tests.ranks import run_ranks
+
+SEQ_LENGTH, BATCH, STEPS, VOCAB = 32, 4, 20, 257
+SHAPE = {"num_layers": 2, "hidden_size": 32, "num_attention_heads": 4}
+STYLES = {
+    "gpt": ModelConfig(**SHAPE),
+    "llama": ModelConfig(
+        **SHAPE,
+        num_query_groups=2,
+        normalization="RMSNorm",
+        swiglu=True,
+        position_embedding_type="rope",
+        disable_bias_linear=True,
+        untie_embeddings_and_output_weights=True,
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A grid and how the batch goes over it."""
+
+    tp: int = 1
+    cp: int = 1
+    dp: int = 1
+    sequence_parallel: bool = False
+    micro_batch_size: int = 1
+    document_mask: bool = False
+    recompute: str = "none"
+    clip_grad: float = 0.5
+
+
+def config_of(style: str, case: Case) -> Config:
+    return Config(
+        model=STYLES[style],
+        parallel=ParallelConfig(
+            tensor_parallel_size=case.tp,
+            context_parallel_size=case.cp,
+            sequence_parallel=case.sequence_parallel,
+        ),
+        data=DataConfig(seq_length=SEQ_LENGTH, micro_batch_size=case.micro_batch_size),
+        train=TrainConfig(recompute_granularity=case.recompute, seed=5),
+    )
+
+
+def trainer_of(style: str, case: Case) -> Trainer:
+    config = config_of(style, case)
+    groups = ParallelGroups.create(Grid(dp=case.dp, cp=case.cp, tp=case.tp), "cpu")
+    model = build_model(config, groups, vocab_size=VOCAB, dtype="float64", device="cpu")
+    optimizer = make_optimizer(model.parameters(), replace(config.optimizer, lr=1e-3))
+    length = SEQ_LENGTH * (case.micro_batch_size if case.document_mask else 1)
+    return Trainer(
+        model=model,
+        optimizer=optimizer,
+        groups=groups,
+        cp=ContextParallel(groups.cp, Mask.causal(length)),
+        device=torch.device("cpu"),
+        seed=5,
+        clip_grad=case.clip_grad,
+        sequence_parallel=case.sequence_parallel,
+    )
+
+
+def batches_of(step: int, case: Case, groups: ParallelGroups) -> list[Batch]:
+    """Rows with unevenly masked labels: row 1 has none in either half that a CP2 rank holds."""
+    tokens = (np.arange(4096) * 7 % 61).astype(np.uint16)
+    tokens[::13] = 256
+    rows = Rows(tokens, seq_length=SEQ_LENGTH, seed=3)
+    found = list(
+        microbatches(
+            rows,
+            consumed=step * BATCH,
+            global_batch_size=BATCH,
+            micro_batch_size=case.micro_batch_size,
+            dp_rank=groups.coordinates.dp,
+            dp_size=case.dp,
+            document_mask=case.document_mask,
+        )
+    )
+    first = groups.coordinates.dp * (BATCH // case.dp)
+    for number, batch in enumerate(found):
+        labels = batch.labels.view(case.micro_batch_size, SEQ_LENGTH)
+        for local in range(case.micro_batch_size):
+            row = first + number * case.micro_batch_size + local
+            labels[local, : 3 * row] = IGNORED
+            if row == 1:
+                labels[local, 8:24] = IGNORED
+                labels[local, 25:] = IGNORED
+            if row == 2:
+                labels[local] = IGNORED
+    return found
+
+
+def train(rank: int, world_size: int, style: str, case: Case) -> list[StepResult]:
+    trainer = trainer_of(style, case)
+    return [
+        trainer.step(batches_of(step, case, trainer.groups), step=step, lr=3e-3)
+        for step in range(STEPS)
+    ]
+
+
+# Every (tp, cp, dp) of 4 ranks, with and without sequence parallelism, accumulation, clipping.
+CASES = [
+    ("gpt", Case(dp=4)),
+    ("llama", Case(cp=2, dp=2)),
+    ("gpt", Case(cp=4)),
+    ("llama", Case(cp=4, micro_batch_size=4)),
+    ("gpt", Case(tp=2, dp=2)),
+    ("llama", Case(tp=2, dp=2, sequence_parallel=True, micro_batch_size=2)),
+    ("gpt", Case(tp=2, cp=2)),
+    ("gpt", Case(tp=2, cp=2, sequence_parallel=True, micro_batch_size=2)),
+    ("llama", Case(tp=2, cp=2, micro_batch_size=2)),
+    ("llama", Case(tp=2, cp=2, sequence_parallel=True, micro_batch_size=4, recompute="full")),
+    ("llama", Case(tp=2, cp=2, micro_batch_size=4, recompute="selective")),
+    ("llama", Case(tp=4, micro_batch_size=2)),
+    ("gpt", Case(tp=4, sequence_parallel=True, micro_batch_size=4, clip_grad=0.0)),
+    ("gpt", Case(tp=2, cp=2, document_mask=True, micro_batch_size=2)),
+]
+
+
+@cache
+def on_one_rank(style: str, document_mask: bool, clip_grad: float) -> list[StepResult]:
+    case = Case(document_mask=document_mask, clip_grad=clip_grad)
+    return run_ranks(train, 1, style, case)[0]
+
+
+@pytest.mark.parametrize(("style", "case"), CASES, ids=str)
+def test_twenty_steps_equal_one_rank(style: str, case: Case) -> None:
+    reference = on_one_rank(style, case.document_mask, case.clip_grad)
+    assert reference[0].loss - reference[-1].loss > 0.5
+    assert max(result.grad_norm for result in reference) > 0.5
+    for results in run_ranks(train, 4, style, case):
+        for here, there in zip(results, reference, strict=True):
+            assert here.loss == pytest.approx(there.loss, rel=1e-10)
+            assert here.grad_norm == pytest.approx(there.grad_norm, rel=1e-10)
+
+
+def masked_everywhere(rank: int, world_size: int) -> StepResult:
+    case = Case(cp=2)
+    trainer = trainer_of("llama", case)
+    batches = batches_of(0, case, trainer.groups)
+    for batch in batches:
+        batch.labels.fill_(IGNORED)
+    return trainer.step(batches, step=0, lr=1e-3)
+
+
+def test_no_label_at_all_is_zero_and_not_nan() -> None:
+    for result in run_ranks(masked_everywhere, 2):
+        assert result == StepResult(loss=0.0, grad_norm=0.0)
+
+
+def dropout_masks(rank: int, world_size: int, case: Case, step: int) -> torch.Tensor:
+    """Which entries of the embedding's output dropout kept, on this rank."""
+    trainer = trainer_of("gpt", case)
+    dropout = trainer.model.dropout
+    dropout.p = 0.5
+    kept: list[torch.Tensor] = []
+    dropout.register_forward_hook(lambda module, args, out: kept.append(out != 0))
+    trainer.step(batches_of(step, case, trainer.groups)[:1], step=step, lr=0.0)
+    dist.barrier()
+    return kept[0]
+
+
+def test_dropout_differs_over_cp_and_agrees_over_tp() -> None:
+    masks = run_ranks(dropout_masks, 4, Case(tp=2, cp=2), 7)
+    assert torch.equal(masks[0], masks[1])
+    assert torch.equal(masks[2], masks[3])
+    assert not torch.equal(masks[0], masks[2])
+    again = run_ranks(dropout_masks, 4, Case(tp=2, cp=2), 7)
+    assert all(torch.equal(a, b) for a, b in zip(masks, again))
+    later = run_ranks(dropout_masks, 4, Case(tp=2, cp=2), 8)
+    assert not torch.equal(masks[0], later[0])
+
+
+def test_dropout_differs_over_tp_where_the_sequence_is_split() -> None:
+    masks = run_ranks(dropout_masks, 4, Case(tp=2, cp=2, sequence_parallel=True), 7)
+    for one in range(4):
+        for other in range(one):
+            assert not torch.equal(masks[one], masks[other]), (one, other)
