@@ -1,7 +1,6 @@
 """Trains a transformer: ``torchrun --nproc-per-node 4 launch/pretrain.py [FLAGS]``.
 
-Flags and settings are checked before torch is imported: a mistake costs less than a second and one
-line on standard error, and every rank ends with code 2.
+Flags are checked before torch is imported: a mistake costs a second, one line and code 2.
 """
 
 from __future__ import annotations
@@ -17,13 +16,15 @@ from cp_megatron.config.parse import parse_arguments
 from cp_megatron.errors import ConfigError
 from cp_megatron.train.preflight import check
 from cp_megatron.train.report import error_line, print_start
+from cp_megatron.train.signals import stop_at_once
 
 PROGRAM = "pretrain.py"
 SECONDS_FOR_RANK_0 = 2.0
 
 
 def main(argv: Sequence[str], environ: Mapping[str, str], script: str = PROGRAM) -> int:
-    """Runs the program; the exit code: 0 done, 2 a flag or setting can not be honoured."""
+    """Runs the program; the exit code: 0 done, 1 diverged, 2 a flag can not be honoured."""
+    stop_at_once()
     launch = Launch()
     try:
         launch = Launch.from_environment(environ)
@@ -37,17 +38,16 @@ def main(argv: Sequence[str], environ: Mapping[str, str], script: str = PROGRAM)
             argv=argv,
             script=script,
         )
-        if not arguments.dry_run:
-            from cp_megatron.train.run import run
+        if arguments.dry_run:
+            if launch.rank == 0:
+                print_start(plan, None)
+            return 0
+        from cp_megatron.train.run import run
 
-            return run(plan, launch, script)
-        if launch.rank == 0:
-            print_start(plan, None)
-        return 0
+        return run(plan, launch, script)
     except ConfigError as error:
-        if launch.under_torchrun:
-            # The first rank to leave has torchrun end the others: rank 0 must have spoken before.
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        # The first rank to leave has torchrun end the others: rank 0 must have spoken before.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         if launch.rank == 0:
             print(error_line(error, PROGRAM), file=sys.stderr, flush=True)
         else:

@@ -135,22 +135,31 @@ def ring_backward(
     compute = ring.kernel.compute_dtype(q.dtype)
     rows = _Rows(q.to(compute), dout.to(compute).contiguous(), out.to(compute), lse)
     shard = arrival = _KeyValues(k, v)
-    dq = torch.empty(q.shape, dtype=accumulation_dtype(q.dtype), device=q.device)
-    grads: list[_KeyValues] = []  # of the shard's own keys, then of the latest arrival's
+    dq = torch.zeros(q.shape, dtype=accumulation_dtype(q.dtype), device=q.device)
+    # The own tiles need no message: half of their heads are kept for the end, where they hide the
+    # last gradients' way home as the first half hides the first keys' way here.
+    num_heads = k.shape[2]
+    middle = num_heads // 2 if len(ring.rounds) > 1 else 0
+    own = _GradientsOf(ring.kernel, rows, shard.to(compute), scale, dq)
+    latest = own
     before: Round | None = None
     for turn in (*ring.rounds, None):
         if turn and turn.send_keys:
             shard = shard.pack()
             arrival = shard if before is None else arrival
-        slot = _BackwardSlot.post(ring, before, turn, shard, arrival, grads)
-        if turn:
-            new = _backward_round(ring.kernel, turn, rows, arrival.to(compute), scale, dq)
-            grads = [*grads[:1], new]
-        slot.wait_and_add(arrival=grads[-1], own=grads[0])
+        slot = _BackwardSlot.post(ring, before, turn, shard, arrival, latest.grads)
+        if turn is None:
+            own.add(ring.rounds[0].tiles, heads=slice(0, middle))
+        elif before is None:
+            own.add(turn.tiles, heads=slice(middle, num_heads))
+        else:
+            latest = _GradientsOf(ring.kernel, rows, arrival.to(compute), scale, dq)
+            latest.add(turn.tiles, heads=slice(0, num_heads))
+        slot.wait_and_add(arrival=latest.grads, own=own.grads)
         if slot.keys is not None:
             arrival = _KeyValues.unpack(slot.keys, shard)
         before = turn
-    return dq, grads[0].k, grads[0].v
+    return dq, own.grads.k, own.grads.v
 
 
 @dataclass(frozen=True)
@@ -180,7 +189,7 @@ class _BackwardSlot:
         turn: Round | None,
         shard: _KeyValues,
         arrival: _KeyValues,
-        grads: list[_KeyValues],
+        grads: _KeyValues,
     ) -> _BackwardSlot:
         """Both ends list keys first, then gradients passed on, then gradients going home."""
         sends = []
@@ -191,9 +200,8 @@ class _BackwardSlot:
             sends.append((_take(source.packed, send_keys.spans), send_keys.peer))
         for message in (before.pass_grads, before.return_grads) if before else ():
             if message:
-                packed = grads[-1].packed
-                assert packed is not None
-                sends.append((_take(packed, message.spans), message.peer))
+                assert grads.packed is not None
+                sends.append((_take(grads.packed, message.spans), message.peer))
         dtype = accumulation_dtype(shard.k.dtype)
         receive_keys = turn.receive_keys if turn else None
         keys = _buffer_for(receive_keys, shard, shard.k.dtype)
@@ -254,39 +262,38 @@ def _forward_tile(
     return result
 
 
-def _backward_round(
-    kernel: Kernel, turn: Round, rows: _Rows, keys: _KeyValues, scale: float, dq: Tensor
-) -> _KeyValues:
-    """Adds the round's share to ``dq`` and returns its gradients of the keys, packed."""
-    num_keys = keys.k.shape[1]
-    covers = len(turn.tiles) == 1 and turn.tiles[0].k1 - turn.tiles[0].k0 == num_keys
-    packed = keys.empty(num_keys, dq.dtype)
-    if not covers:
-        packed.zero_()
-    grads = _KeyValues.unpack(packed, keys)
-    for tile in turn.tiles:
-        q, k = slice(tile.q0, tile.q1), slice(tile.k0, tile.k1)
-        tile_dq, tile_dk, tile_dv = kernel.backward(
-            rows.dout[:, q],
-            rows.q[:, q],
-            keys.k[:, k],
-            keys.v[:, k],
-            rows.out[:, q],
-            rows.lse[:, :, q],
-            tile.band,
-            scale,
-        )
-        _store_or_add(dq[:, q], tile_dq, store=tile.first)
-        _store_or_add(grads.k[:, k], tile_dk, store=covers)
-        _store_or_add(grads.v[:, k], tile_dv, store=covers)
-    return grads
+class _GradientsOf:
+    """Gradients of the keys of one arrival, summed over tiles; their queries' go into ``dq``."""
 
+    def __init__(
+        self, kernel: Kernel, rows: _Rows, keys: _KeyValues, scale: float, dq: Tensor
+    ) -> None:
+        self._kernel, self._rows, self._keys = kernel, rows, keys
+        self._scale, self._dq = scale, dq
+        self.grads = _KeyValues.unpack(keys.empty(keys.k.shape[1], dq.dtype).zero_(), keys)
 
-def _store_or_add(target: Tensor, value: Tensor, *, store: bool) -> None:
-    if store:
-        target.copy_(value)
-    else:
-        target += value
+    def add(self, tiles: Sequence[Tile], *, heads: slice) -> None:
+        """Adds the tiles' share for some key/value heads and the query heads that read them."""
+        rows, keys = self._rows, self._keys
+        group = rows.q.shape[2] // keys.k.shape[2]
+        q_heads = slice(heads.start * group, heads.stop * group)
+        if heads.start == heads.stop:
+            return
+        for tile in tiles:
+            q, k = slice(tile.q0, tile.q1), slice(tile.k0, tile.k1)
+            dq, dk, dv = self._kernel.backward(
+                rows.dout[:, q, q_heads],
+                rows.q[:, q, q_heads],
+                keys.k[:, k, heads],
+                keys.v[:, k, heads],
+                rows.out[:, q, q_heads],
+                rows.lse[:, q_heads, q],
+                tile.band,
+                self._scale,
+            )
+            self._dq[:, q, q_heads] += dq
+            self.grads.k[:, k, heads] += dk
+            self.grads.v[:, k, heads] += dv
 
 
 def _take(packed: Tensor, spans: Sequence[Span]) -> Tensor:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from cp_megatron.checkpoint.manifest import step_folder
 from cp_megatron.checkpoint.store import save_checkpoint
 from cp_megatron.data.batch import Batch, microbatches
 from cp_megatron.data.sampler import Rows, RowSplits
@@ -29,7 +29,7 @@ from cp_megatron.train.step import StepResult, Trainer
 
 
 class DivergedError(RuntimeError):
-    """The loss or the gradient is not a number; every rank raises it at the same step."""
+    """The training left the finite numbers; every rank raises it at the same step, on one line."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,30 +60,28 @@ class Run:
         """Trains from ``start_step`` to the end or until asked to stop; saves; the last step.
 
         Raises:
-            DivergedError: the loss or the gradient norm is not finite.
+            DivergedError: a loss, the gradient norm or a parameter to be saved is not finite.
+            ConfigError: the checkpoint can not be written.
         """
-        train, data = self.plan.config.train, self.plan.config.data
-        batch_tokens = (data.global_batch_size or 0) * data.seq_length
-        clock = _Clock(start_step)
+        train = self.plan.config.train
+        interval = self.plan.config.checkpoint.save_interval
+        clock = _Clock()
         step, saved = start_step, start_step
         while step < train.train_iters:
             rate = learning_rate(step, self.plan.config.optimizer, train.train_iters)
-            result = self.trainer.step(self._batches(self.rows.train, step), step=step, lr=rate)
+            with clock:
+                batches = self._batches(self.rows.train, step)
+                result = self.trainer.step(batches, step=step, lr=rate)
             step += 1
-            if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
-                raise DivergedError(
-                    f"step {step}: loss {result.loss}, gradient norm {result.grad_norm}; "
-                    f"the last checkpoint is of step {saved}"
-                )
-            stopping = stop.agreed(self.control)
+            _check_finite(step, saved, {"loss": result.loss, "gradient norm": result.grad_norm})
+            stopping = any_rank_stops(stop, self.control)
             last = stopping or step == train.train_iters
-            valid_loss = None if stopping else self._validate(step)
+            valid_loss = None if stopping else self._validate(step, saved)
             if last or step % train.log_interval == 0 or valid_loss is not None:
-                self._log(step, result, rate, clock.seconds_per_step(step), batch_tokens, valid_loss)
+                self._log(step, result, rate, clock.seconds_per_step(), valid_loss)
             self.view.step_done(step)
-            interval = self.plan.config.checkpoint.save_interval
             if last or (interval and step % interval == 0):
-                self._save(step)
+                self._save(step, saved)
                 saved = step
             if stopping:
                 break
@@ -106,28 +104,25 @@ class Run:
             )
         )
 
-    def _validate(self, step: int) -> float | None:
+    def _validate(self, step: int, saved: int) -> float | None:
         """The validation loss where one is due: every ``eval_interval`` steps and at the end."""
         train = self.plan.config.train
         due = step == train.train_iters or (train.eval_interval and step % train.eval_interval == 0)
         if not due or not train.eval_iters or self.rows.valid is None:
             return None
         rows = self.rows.valid
-        return self.trainer.evaluate(
+        loss = self.trainer.evaluate(
             [batch for number in range(train.eval_iters) for batch in self._batches(rows, number)]
         )
+        _check_finite(step, saved, {"validation loss": loss})
+        return loss
 
     def _log(
-        self,
-        step: int,
-        result: StepResult,
-        rate: float,
-        seconds: float,
-        batch_tokens: int,
-        valid_loss: float | None,
+        self, step: int, result: StepResult, rate: float, seconds: float, valid_loss: float | None
     ) -> None:
-        device = self.trainer.device
-        memory = torch.tensor(peak_memory(device), dtype=torch.int64)
+        data = self.plan.config.data
+        batch_tokens = (data.global_batch_size or 0) * data.seq_length
+        memory = torch.tensor(peak_memory(self.trainer.device), dtype=torch.int64)
         dist.all_reduce(memory, op=dist.ReduceOp.MAX, group=self.control)
         metrics = Metrics(
             step=step,
@@ -146,7 +141,7 @@ class Run:
         self.view.log(metrics)
 
     def _utilisation(self, batch_tokens: int, seconds: float) -> float | None:
-        """Model FLOP/s over the peak of all devices, with attention as if no document were masked."""
+        """Model FLOP/s over all devices' peak; attention counts as if no document were masked."""
         peak = peak_flops(self.trainer.device)
         if peak is None:
             return None
@@ -156,9 +151,12 @@ class Run:
         flops = row * batch_tokens / mask.seq_len
         return flops / seconds / (peak * self.trainer.groups.grid.world_size)
 
-    def _save(self, step: int) -> None:
-        if step_folder(self.folder, step).exists():
-            return  # a resumed run that had nothing left to do
+    def _save(self, step: int, saved: int) -> None:
+        """Saves, unless the last update left the finite numbers, which its loss can not show."""
+        broken = torch.tensor(int(not self.trainer.is_finite()))
+        dist.all_reduce(broken, op=dist.ReduceOp.MAX, group=self.control)
+        if broken.item():
+            raise _diverged(step, saved, "a parameter is not finite")
         save_checkpoint(
             self.folder,
             step=step,
@@ -173,14 +171,45 @@ class Run:
         )
 
 
+def any_rank_stops(stop: StopRequest, group: dist.ProcessGroup) -> bool:
+    """Whether any rank was asked to stop; the same answer on all of them.
+
+    Args:
+        stop: what this rank was asked.
+        group: of all ranks, for CPU tensors.
+    """
+    asked = torch.tensor(int(stop.signal is not None))
+    if group.size() > 1:
+        dist.all_reduce(asked, op=dist.ReduceOp.MAX, group=group)
+    return bool(asked.item())
+
+
+def _check_finite(step: int, saved: int, numbers: Mapping[str, float]) -> None:
+    """Every rank has the same numbers, so all of them raise or none does."""
+    if not all(math.isfinite(number) for number in numbers.values()):
+        found = ", ".join(f"{name} {number}" for name, number in numbers.items())
+        raise _diverged(step, saved, found)
+
+
+def _diverged(step: int, saved: int, found: str) -> DivergedError:
+    last = f"the last checkpoint is of step {saved}" if saved else "there is no checkpoint"
+    return DivergedError(f"step {step}: {found}; {last} (works: often a lower --lr)")
+
+
 class _Clock:
-    """Mean seconds per step since the last time it was asked."""
+    """Mean seconds of a step since the last time it was asked; what lies between is not counted."""
 
-    def __init__(self, step: int) -> None:
-        self._step, self._time = step, time.perf_counter()
+    def __init__(self) -> None:
+        self._seconds, self._steps, self._begin = 0.0, 0, 0.0
 
-    def seconds_per_step(self, step: int) -> float:
-        now = time.perf_counter()
-        seconds = (now - self._time) / max(1, step - self._step)
-        self._step, self._time = step, now
-        return seconds
+    def __enter__(self) -> None:
+        self._begin = time.perf_counter()
+
+    def __exit__(self, *error: object) -> None:
+        self._seconds += time.perf_counter() - self._begin
+        self._steps += 1
+
+    def seconds_per_step(self) -> float:
+        mean = self._seconds / max(1, self._steps)
+        self._seconds, self._steps = 0.0, 0
+        return mean

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
+import shutil
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -56,21 +59,25 @@ class Metrics:
 class MetricsWriter:
     """Appends to the run's files; a resumed run goes on where it stopped.
 
+    What a killed run logged after ``start_step`` will be trained again: those lines leave
+    ``metrics.jsonl``, whose old text is kept beside it, and TensorBoard hides those events.
+
     Args:
         folder: the run's folder.
-        start_step: steps finished before; TensorBoard hides events a stopped run left after it.
+        start_step: steps finished before.
     """
 
     def __init__(self, folder: Path, *, start_step: int) -> None:
+        _forget_after(folder / METRICS_FILE, start_step)
         self._file = (folder / METRICS_FILE).open("a", encoding="utf-8")
         self._board = SummaryWriter(str(folder), purge_step=start_step + 1)
 
     def write(self, metrics: Metrics) -> None:
-        """One line, on the disk when this returns."""
+        """One line, out of this process's hands when this returns."""
         row = asdict(metrics)
         if metrics.valid_loss is None:
             del row["valid_loss"]
-        self._file.write(json.dumps(row) + "\n")
+        self._file.write(json.dumps(row, allow_nan=False) + "\n")
         self._file.flush()
         for name, value in row.items():
             if name != "step" and value is not None:
@@ -80,6 +87,42 @@ class MetricsWriter:
         """Writes what is left."""
         self._file.close()
         self._board.close()
+
+
+def _forget_after(file: Path, step: int) -> None:
+    """Drops the lines of later steps, and one that a kill tore; the old text stays beside it."""
+    if not file.exists():
+        return
+    text = file.read_text(encoding="utf-8")
+    kept = "".join(line for line in text.splitlines(keepends=True) if _is_of(line, step))
+    if kept == text:
+        return
+    new = file.with_suffix(".tmp")
+    new.write_text(kept, encoding="utf-8")
+    keep_aside(file, step)
+    new.replace(file)
+
+
+def _is_of(line: str, step: int) -> bool:
+    try:
+        return line.endswith("\n") and int(json.loads(line)["step"]) <= step
+    except (ValueError, KeyError, TypeError):
+        return False
+
+
+def keep_aside(file: Path, step: int) -> Path:
+    """Copies ``name.ext`` to ``name-step-N.ext``, or the next free name; nothing is overwritten.
+
+    Args:
+        file: the file, about to be replaced.
+        step: N, where the run goes on with another.
+    """
+    aside, number = file.with_name(f"{file.stem}-step-{step}{file.suffix}"), 1
+    while os.path.lexists(aside):
+        number += 1
+        aside = file.with_name(f"{file.stem}-step-{step}.{number}{file.suffix}")
+    shutil.copyfile(file, aside)
+    return aside
 
 
 def flops_per_row(model: ModelConfig, *, padded_vocab_size: int, mask: Mask) -> float:
@@ -105,4 +148,5 @@ def peak_memory(device: torch.device) -> int:
     """This rank's peak so far, in bytes."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -11,7 +11,6 @@ from rich.progress import (
     Progress,
     TaskID,
     TextColumn,
-    TimeElapsedColumn,
     TimeRemainingColumn,
 )
 
@@ -22,26 +21,26 @@ class ProgressView:
     """Speaks on rank 0 and is silent elsewhere; a context manager around the loop.
 
     Args:
-        console: where to speak.
+        console: where to speak; kept as an attribute.
         quiet: not this rank.
         start_step: steps finished before.
         train_iters: steps in all.
     """
 
     def __init__(self, console: Console, *, quiet: bool, start_step: int, train_iters: int) -> None:
-        self._console = console
+        self.console = console
         self._quiet = quiet
         self._width = len(str(train_iters))
         self._total = train_iters
         self._bar = Progress(
             TextColumn("step"),
             MofNCompleteColumn(),
-            BarColumn(),
+            BarColumn(bar_width=None),
             TextColumn("{task.description}"),
-            TimeElapsedColumn(),
             TextColumn("eta"),
             TimeRemainingColumn(),
             console=console,
+            expand=True,
             transient=True,
             disable=quiet or not console.is_terminal,
         )
@@ -72,20 +71,19 @@ class ProgressView:
         parts = [
             f"step {metrics.step:>{self._width}}/{self._total}",
             f"loss {metrics.loss:.4f}",
-            f"grad norm {metrics.grad_norm:.3f}",
+            f"grad {metrics.grad_norm:.3f}",
             f"lr {metrics.lr:.2e}",
             rate,
-            f"{metrics.step_seconds:.2f} s/step",
             memory,
         ]
         if metrics.mfu is not None:
             parts.append(f"mfu {metrics.mfu:.1%}")
         if metrics.valid_loss is not None:
             parts.append(f"valid {metrics.valid_loss:.4f}")
-        self._console.print("  ".join(parts), highlight=False, soft_wrap=True)
+        self.console.print("  ".join(parts), highlight=False, soft_wrap=True)
         self._bar.update(self._task, description=f"loss {metrics.loss:.3f}  {rate}  {memory}")
 
     def say(self, text: str) -> None:
         """Prints a sentence."""
         if not self._quiet:
-            self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+            self.console.print(text, highlight=False, markup=False, soft_wrap=True)

@@ -4,43 +4,46 @@ from __future__ import annotations
 
 import os
 import shlex
+import sys
 from contextlib import suppress
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from rich.console import Console
+from torch.distributed import HashStore  # type: ignore[attr-defined]
 
-from cp_megatron.checkpoint.manifest import Manifest, step_folder
+from cp_megatron.checkpoint.manifest import read_manifest, step_folder
 from cp_megatron.checkpoint.store import load_checkpoint
 from cp_megatron.comm.groups import ParallelGroups
 from cp_megatron.comm.runtime import Launch
+from cp_megatron.config import Config
 from cp_megatron.config.parse import CONFIG_FILE
 from cp_megatron.config.yaml_io import to_yaml
 from cp_megatron.context_parallel import ContextParallel
 from cp_megatron.data.sampler import split_rows
 from cp_megatron.data.sources import Corpus, load_corpus
 from cp_megatron.errors import ConfigError
-from cp_megatron.model.parallelize import build_model
+from cp_megatron.model.parallelize import ComputeDType, build_model
 from cp_megatron.plan import Mask
 from cp_megatron.train.folders import fresh_run_folder
-from cp_megatron.train.loop import Run
-from cp_megatron.train.metrics import MetricsWriter
+from cp_megatron.train.loop import DivergedError, Run
+from cp_megatron.train.metrics import METRICS_FILE, MetricsWriter, keep_aside
 from cp_megatron.train.optimizer import make_optimizer
 from cp_megatron.train.preflight import DeviceName, RunPlan
 from cp_megatron.train.progress import ProgressView
 from cp_megatron.train.report import print_start
-from cp_megatron.train.signals import stop_on_signal
+from cp_megatron.train.signals import StopRequest, stop_on_signal
 from cp_megatron.train.step import Trainer
 
 RUNS = Path("runs")
 
 
 def run(plan: RunPlan, launch: Launch, script: str = "launch/pretrain.py") -> int:
-    """Trains as planned; the exit code.
+    """Trains as planned; the exit code: 0 done or stopped in good order, 1 diverged.
 
     Args:
         plan: what ``preflight.check`` found possible.
@@ -53,18 +56,34 @@ def run(plan: RunPlan, launch: Launch, script: str = "launch/pretrain.py") -> in
     device, note = choose_device(plan, launch)
     plan = plan.on_device(device, note)
     _start_torch(launch, device)
-    with stop_on_signal() as stop:
-        control = _connect(plan, launch, device)
-        try:
-            pieces = _assemble(plan, launch, device, control)
-            with pieces.view:
-                last = pieces.train(plan.load_step, stop)
-            if pieces.writer is not None:
-                pieces.writer.close()
-            _say_farewell(pieces, launch, script, last, stop.signal is not None)
-        finally:
-            with suppress(Exception):  # a broken group must not hide what broke it
-                dist.destroy_process_group()
+    control = _connect(plan, launch, device)
+    try:
+        pieces = assemble(plan, launch, device, control)
+        dist.barrier(group=control)  # no rank ends at a signal that another one waits out
+        with stop_on_signal(quiet=launch.rank != 0) as stop:
+            return _train(pieces, launch, stop, script)
+    finally:
+        with suppress(Exception):  # a broken group must not hide what broke it
+            dist.destroy_process_group()
+
+
+def _train(pieces: Run, launch: Launch, stop: StopRequest, script: str) -> int:
+    """Trains the assembled run, and says how it ended."""
+    if launch.rank == 0:
+        print_start(pieces.plan, pieces.folder, pieces.view.console)
+    try:
+        with pieces.view:
+            last = pieces.train(pieces.plan.load_step, stop)
+    except DivergedError as error:
+        if launch.rank == 0:
+            print(f"{Path(script).name}: error: {error}", file=sys.stderr, flush=True)
+        # The first rank to leave has torchrun end the others: rank 0 must have spoken before.
+        dist.barrier(group=pieces.control)
+        return 1
+    finally:
+        if pieces.writer is not None:
+            pieces.writer.close()
+    _say_farewell(pieces, launch, script, last)
     return 0
 
 
@@ -92,7 +111,8 @@ def _start_torch(launch: Launch, device: DeviceName) -> None:
         torch.cuda.set_device(launch.local_rank)
         return
     # torchrun allows one thread a rank whatever the machine; share the cores out instead.
-    cores = len(os.sched_getaffinity(0))
+    affinity = getattr(os, "sched_getaffinity", None)  # Linux only
+    cores = len(affinity(0)) if affinity is not None else os.cpu_count() or 1
     torch.set_num_threads(max(1, cores // launch.local_world_size))
 
 
@@ -102,7 +122,7 @@ def _connect(plan: RunPlan, launch: Launch, device: DeviceName) -> dist.ProcessG
     backend = "nccl" if device == "cuda" else "gloo"
     options: dict[str, Any] = {"timeout": timeout}
     if not launch.under_torchrun:
-        options |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        options |= {"store": HashStore(), "rank": 0, "world_size": 1}
     if device == "cuda":
         options["device_id"] = torch.device("cuda", launch.local_rank)
     dist.init_process_group(backend, **options)
@@ -115,40 +135,60 @@ def _connect(plan: RunPlan, launch: Launch, device: DeviceName) -> dist.ProcessG
     return control
 
 
-def _assemble(
+def assemble(
     plan: RunPlan, launch: Launch, device_name: DeviceName, control: dist.ProcessGroup
 ) -> Run:
-    """Data, model, optimizer and folder, loaded where the run goes on."""
+    """Data, model, optimizer and folder, loaded where the run goes on. Called on every rank.
+
+    Args:
+        plan: on its device.
+        launch: this process.
+        device_name: the plan's device.
+        control: a group of all ranks for CPU tensors; the default group exists.
+
+    Raises:
+        ConfigError: the data, the checkpoint or the folder can not be used; on every rank alike.
+    """
     config = plan.config
-    assert plan.dtype is not None, "known since the device is"
-    assert plan.kernel is not None
-    corpus = load_corpus(config.data.data_path)
-    _check_same_data(corpus, control)
+    corpus = _load_same_corpus(plan, control)
+    _check_continues(plan, corpus)
     rows = split_rows(
         corpus, split=config.data.split, seq_length=config.data.seq_length, seed=config.train.seed
     )
-    device = torch.device(device_name, launch.local_rank if device_name == "cuda" else None)
-    groups = ParallelGroups.create(plan.grid, device_name)
-    model = build_model(
-        config, groups, vocab_size=plan.vocab_size, dtype=plan.dtype, device=device
-    )
-    optimizer = make_optimizer(model.parameters(), config.optimizer)
+    device = torch.device(f"cuda:{launch.local_rank}" if device_name == "cuda" else "cpu")
+    trainer = _make_trainer(plan, device)
     if plan.load is not None:
-        manifest = load_checkpoint(
-            plan.load, model=model, optimizer=optimizer, process_group=control
+        load_checkpoint(
+            plan.load, model=trainer.model, optimizer=trainer.optimizer, process_group=control
         )
-        _check_continues(plan, manifest, corpus)
     folder = _make_folder(plan, control)
-    plan = replace(
-        plan, config=replace(config, checkpoint=replace(config.checkpoint, save=str(folder)))
+    checkpoint = replace(config.checkpoint, save=str(folder))
+    quiet, start = launch.rank != 0, plan.load_step
+    return Run(
+        plan=replace(plan, config=replace(config, checkpoint=checkpoint)),
+        trainer=trainer,
+        rows=rows,
+        data_fingerprint=corpus.fingerprint,
+        folder=folder,
+        control=control,
+        writer=None if quiet else MetricsWriter(folder, start_step=start),
+        view=ProgressView(
+            Console(), quiet=quiet, start_step=start, train_iters=config.train.train_iters
+        ),
     )
-    quiet = launch.rank != 0
-    console = Console()
-    if not quiet:
-        print_start(plan, folder, console)
-    trainer = Trainer(
+
+
+def _make_trainer(plan: RunPlan, device: torch.device) -> Trainer:
+    """The initialised model on this rank, and what moves it."""
+    config = plan.config
+    assert plan.dtype is not None, "known since the device is"
+    assert plan.kernel is not None
+    groups = ParallelGroups.create(plan.grid, device.type)
+    dtype = cast(ComputeDType, plan.dtype)
+    model = build_model(config, groups, vocab_size=plan.vocab_size, dtype=dtype, device=device)
+    return Trainer(
         model=model,
-        optimizer=optimizer,
+        optimizer=make_optimizer(model.parameters(), config.optimizer),
         groups=groups,
         cp=ContextParallel(
             groups.cp,
@@ -162,34 +202,34 @@ def _assemble(
         clip_grad=config.optimizer.clip_grad,
         sequence_parallel=config.parallel.sequence_parallel,
     )
-    start = plan.load_step
-    return Run(
-        plan=plan,
-        trainer=trainer,
-        rows=rows,
-        data_fingerprint=corpus.fingerprint,
-        folder=folder,
-        control=control,
-        writer=None if quiet else MetricsWriter(folder, start_step=start),
-        view=ProgressView(
-            console, quiet=quiet, start_step=start, train_iters=config.train.train_iters
-        ),
-    )
 
 
-def _check_same_data(corpus: Corpus, control: dist.ProcessGroup) -> None:
-    """Every rank reads the data itself, so all must have read the same."""
-    prints: list[Any] = [None] * control.size()
-    dist.all_gather_object(prints, corpus.fingerprint, group=control)
-    differing = [rank for rank, found in enumerate(prints) if found != prints[0]]
+def _load_same_corpus(plan: RunPlan, control: dist.ProcessGroup) -> Corpus:
+    """Every rank reads the data itself, so all must have read the same; they fail together."""
+    corpus: Corpus | None = None
+    try:
+        corpus = load_corpus(plan.config.data.data_path)
+        answer: str | ConfigError = corpus.fingerprint
+    except ConfigError as error:
+        answer = error
+    answers: list[Any] = [None] * control.size()
+    dist.all_gather_object(answers, answer, group=control)
+    for found in answers:
+        if isinstance(found, ConfigError):
+            raise found
+    differing = [rank for rank, found in enumerate(answers) if found != answers[0]]
+    assert corpus is not None
     if differing:
         rule = f"ranks {differing[:8]} read other data than rank 0"
         raise ConfigError("--data-path", corpus.name, rule, "the same files on every node")
+    return corpus
 
 
-def _check_continues(plan: RunPlan, manifest: Manifest, corpus: Corpus) -> None:
+def _check_continues(plan: RunPlan, corpus: Corpus) -> None:
     """The data and the batch must be what the checkpoint was trained on."""
-    data = plan.config.data
+    if plan.load is None:
+        return
+    data, manifest = plan.config.data, read_manifest(plan.load)
     if manifest.data_fingerprint != corpus.fingerprint and not data.allow_data_change:
         rule = f"is not the data that {plan.load} was trained on"
         works = "the same files, or --allow-data-change"
@@ -229,31 +269,42 @@ def _write_config(plan: RunPlan) -> str:
     else:
         folder = Path(checkpoint.save)
         folder.mkdir(parents=True, exist_ok=True)
-    # Where it lies is not part of it: a folder may be moved.
-    lasting = replace(plan.config, checkpoint=replace(checkpoint, save=None, load=None))
-    text, file = to_yaml(lasting), folder / CONFIG_FILE
-    if file.exists() and file.read_text(encoding="utf-8") != text:
-        file.rename(folder / f"config-step-{plan.load_step}.yaml")
-    file.write_text(text, encoding="utf-8")
+    text, file = to_yaml(_lasting(plan.config)), folder / CONFIG_FILE
+    if file.exists():
+        if file.read_text(encoding="utf-8") == text:
+            return str(folder)
+        keep_aside(file, plan.load_step)
+    new = file.with_suffix(".tmp")
+    new.write_text(text, encoding="utf-8")
+    new.replace(file)  # a run is never without one
     return str(folder)
 
 
-def _say_farewell(run: Run, launch: Launch, script: str, last: int, stopped: bool) -> None:
-    folder, view = run.folder, run.view
+def _lasting(config: Config) -> Config:
+    """The run without what holds only now: where it lies (a folder may be moved), a permission."""
+    return replace(
+        config,
+        checkpoint=replace(config.checkpoint, save=None, load=None),
+        data=replace(config.data, allow_data_change=False),
+    )
+
+
+def _say_farewell(run: Run, launch: Launch, script: str, last: int) -> None:
+    folder, view, steps = run.folder, run.view, run.plan.config.train.train_iters
     view.say(f"checkpoint  {step_folder(folder, last)}")
-    view.say(f"metrics     {folder / 'metrics.jsonl'}, or: tensorboard --logdir {folder}")
+    view.say(f"metrics     {folder / METRICS_FILE}, or: tensorboard --logdir {folder}")
     words = [*launcher(launch), script, "--load", str(folder)]
-    if stopped:
+    if last < steps:
         view.say(f"stopped after step {last}; go on with:\n  {shlex.join(words)}")
         return
-    more = [*words, "--train-iters", str(2 * run.plan.config.train.train_iters)]
-    view.say(f"finished {last} steps; train on with:\n  {shlex.join(more)}")
+    words += ["--train-iters", str(2 * steps)]
+    view.say(f"finished {last} steps; train on with:\n  {shlex.join(words)}")
 
 
 def launcher(launch: Launch) -> list[str]:
     """The words that start as many ranks again."""
     if not launch.under_torchrun:
-        return ["python"]
+        return [Path(sys.executable).name]
     words = ["torchrun", "--nproc-per-node", str(launch.local_world_size)]
     if launch.nodes > 1:
         words += ["--nnodes", str(launch.nodes), "--rdzv-backend", "c10d"]

@@ -1,16 +1,16 @@
-"""Stopping in good order: a signal asks, the ranks agree, the step in progress is finished."""
+"""Stopping in good order: a signal asks, the step in progress is finished and saved. No torch."""
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
-import torch
-import torch.distributed as dist
-
 CAUGHT = (signal.SIGINT, signal.SIGTERM)
+
+_STDERR = 2
 
 
 class StopRequest:
@@ -18,34 +18,49 @@ class StopRequest:
 
     A second signal changes nothing: under torchrun a Ctrl-C reaches a rank twice, from the
     terminal and from torchrun, and must not tear the save that the first one began.
+
+    Args:
+        quiet: say nothing (on all ranks but the first).
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, quiet: bool = True) -> None:
         self.signal: signal.Signals | None = None
+        self._quiet = quiet
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         """The signal handler."""
-        self.signal = self.signal or signal.Signals(number)
+        if self.signal is not None:
+            return
+        self.signal = signal.Signals(number)
+        if not self._quiet:
+            # Past Python's streams: the handler may have interrupted one of their writes.
+            with suppress(OSError):
+                os.write(
+                    _STDERR, f"\n{self.signal.name}: finishing the step, then saving\n".encode()
+                )
 
-    def agreed(self, group: dist.ProcessGroup | None) -> bool:
-        """Whether any rank was asked; the same answer on all of them.
 
-        Args:
-            group: a group of CPU tensors over all ranks; None is this rank alone.
-        """
-        asked = torch.tensor(int(self.signal is not None))
-        if group is not None and group.size() > 1:
-            dist.all_reduce(asked, op=dist.ReduceOp.MAX, group=group)
-        return bool(asked.item())
+def stop_at_once() -> None:
+    """Lets Ctrl-C end this process like SIGTERM does: at once, without a stack trace.
+
+    For the time before the training, minutes for a large model, when there is nothing to save. A
+    Python handler would not run there while the process waits for its peers inside a library.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @contextmanager
-def stop_on_signal() -> Iterator[StopRequest]:
-    """Catches SIGINT and SIGTERM inside the block."""
-    request = StopRequest()
-    before = {number: signal.signal(number, request) for number in CAUGHT}
+def stop_on_signal(*, quiet: bool = True) -> Iterator[StopRequest]:
+    """Catches SIGINT and SIGTERM inside the block, and ignores them after it.
+
+    After it the process only leaves, and its launcher may still pass on the signal that ended it,
+    or end it for another rank that left a moment before.
+    """
+    request = StopRequest(quiet=quiet)
+    for number in CAUGHT:
+        signal.signal(number, request)
     try:
         yield request
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number in CAUGHT:
+            signal.signal(number, signal.SIG_IGN)

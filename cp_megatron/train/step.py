@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 
@@ -99,6 +100,15 @@ class Trainer:
             count += count_valid(labels)
         return self._sum(total) / max(self._sum(count), 1)
 
+    @torch.no_grad()
+    def is_finite(self) -> bool:
+        """Whether every parameter value that this rank holds is a finite number."""
+        found = torch.ones((), dtype=torch.bool, device=self.device)
+        for parameter in self.model.parameters():
+            local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+            found &= local.isfinite().all()
+        return bool(found.item())
+
     def _shard(self, batch: Batch) -> tuple[ContextParallel, Tensor, Tensor]:
         """This rank's tokens and labels: [b, S] -> [b, S / N]."""
         cp = self.cp if batch.mask == self.cp.mask else self.cp.with_mask(batch.mask)
@@ -120,7 +130,7 @@ class Trainer:
         parameters = [p for p in self.model.parameters() if p.grad is not None]
         grads = [p.grad for p in parameters if p.grad is not None]
         norm = get_total_norm(grads)
-        if hasattr(norm, "full_tensor"):
+        if isinstance(norm, DTensor):
             norm = norm.full_tensor()
         if self.clip_grad > 0:
             clip_grads_with_norm_(parameters, self.clip_grad, norm)

@@ -1,0 +1,80 @@
+"""Random masks, layouts and schedules, from one-token documents to windows wider than the row."""
+
+from __future__ import annotations
+
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+
+from cp_megatron.plan import Mask, Schedule, SequenceLayout
+from cp_megatron.plan.layout import KINDS, sequence_divisor
+from cp_megatron.plan.mask import Window
+from cp_megatron.plan.schedule import ROUTES
+
+
+def property_settings(max_examples: int) -> settings:
+    """The same examples on every run and machine, without a clock."""
+    return settings(
+        max_examples=max_examples,
+        derandomize=True,
+        database=None,
+        deadline=None,
+        suppress_health_check=[HealthCheck.too_slow],
+    )
+
+
+@st.composite
+def masks(draw: st.DrawFn, seq_len: int) -> Mask:
+    """Any mask over ``seq_len`` positions."""
+    window = draw(st.none() | windows(seq_len))
+    kind = draw(st.sampled_from(["causal", "full", "documents", "documents"]))
+    if kind == "causal":
+        return Mask.causal(seq_len, window)
+    if kind == "full":
+        return Mask.full(seq_len, window)
+    return Mask.documents(draw(lengths(seq_len)), draw(st.booleans()), window)
+
+
+def windows(seq_len: int) -> st.SearchStrategy[Window]:
+    """(left, right), each from unlimited over nothing to more than there is."""
+    side = st.just(-1) | st.integers(0, 4) | st.integers(0, seq_len + 2)
+    return st.tuples(side, side)
+
+
+@st.composite
+def lengths(draw: st.DrawFn, seq_len: int) -> list[int]:
+    """Document lengths that add up to ``seq_len``, many of them 1."""
+    longest = draw(st.sampled_from([1, 2, 7, seq_len]))
+    found: list[int] = []
+    while (left := seq_len - sum(found)) > 0:
+        found.append(draw(st.integers(1, min(longest, left))))
+    return found
+
+
+@st.composite
+def schedules(draw: st.DrawFn, max_cp: int = 8, max_width: int = 5) -> Schedule:
+    """A schedule of a short row on up to ``max_cp`` ranks."""
+    cp_size = draw(st.integers(1, max_cp))
+    kind = draw(st.sampled_from(KINDS))
+    mask = draw(masks(sequence_divisor(kind, cp_size) * draw(st.integers(1, max_width))))
+    layout = SequenceLayout.make(mask, cp_size, kind)
+    return Schedule.build(mask, layout, route=draw(st.sampled_from(ROUTES)))
+
+
+def large_schedules() -> list[Schedule]:
+    """Up to 64 ranks: every route and layout, every kind of mask in turn."""
+    found = []
+    for number, cp_size in enumerate((16, 33, 64, 64)):
+        seq_len = 2 * cp_size * 3
+        short = [1, 5, 2, 9, 1, 1, 30] * 10
+        packed = [n for i, n in enumerate(short) if sum(short[: i + 1]) <= seq_len]
+        packed.append(seq_len - sum(packed))
+        mask = (
+            Mask.causal(seq_len),
+            Mask.documents([n for n in packed if n]),
+            Mask.full(seq_len, window=(17, 5)),
+            Mask.documents([n for n in packed if n], causal=False, window=(-1, 4)),
+        )[number]
+        kind = KINDS[number % 2 == 0]
+        layout = SequenceLayout.make(mask, cp_size, kind)
+        found += [Schedule.build(mask, layout, route=route) for route in ROUTES]
+    return found

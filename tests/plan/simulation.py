@@ -1,0 +1,208 @@
+"""Running a schedule with integers: what every rank holds, sends and receives, slot by slot.
+
+Nothing here is shared with the engine. A key is represented by its position; the gradient of a key
+is a row of counters, one per reader, so that a contribution which is lost, doubled or sent to the
+wrong place shows in the numbers.
+
+Slot t: keys for round t + 1, then gradients passed on and gradients going home after round t - 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from cp_megatron.plan import Schedule
+from cp_megatron.plan.schedule import Message, Round
+from cp_megatron.plan.tiles import Band, Span, Tile
+
+Ints = npt.NDArray[np.int64]
+Bools = npt.NDArray[np.bool_]
+Rounds = list[tuple[Round, ...]]
+KINDS = ("keys", "passed", "returned")
+
+
+@dataclass(frozen=True)
+class Wire:
+    """One end of a message: its kind, whose keys, and which positions."""
+
+    slot: int
+    kind: str
+    owner: int
+    positions: tuple[int, ...]
+
+
+def all_rounds(schedule: Schedule) -> Rounds:
+    """Every rank's part."""
+    return [schedule.rounds(rank) for rank in range(schedule.layout.cp_size)]
+
+
+def expand(spans: Iterable[Span]) -> Ints:
+    """The numbers in ``spans``, one after the other."""
+    return np.concatenate([np.empty(0, np.int64), *(np.arange(a, b) for a, b in spans)])
+
+
+def band_matrix(band: Band, num_rows: int, num_columns: int) -> Bools:
+    """bool [rows, columns]: ``i - left <= j <= i + right``, spelt out."""
+    return np.asarray(
+        [
+            [
+                (band.left is None or i - band.left <= j)
+                and (band.right is None or j <= i + band.right)
+                for j in range(num_columns)
+            ]
+            for i in range(num_rows)
+        ]
+    )
+
+
+def tile_matrix(tile: Tile) -> Bools:
+    """bool [rows, columns] of the pairs a kernel computes for ``tile``."""
+    return band_matrix(tile.band, tile.q1 - tile.q0, tile.k1 - tile.k0)
+
+
+def slot_messages(
+    rounds: tuple[Round, ...], slot: int
+) -> tuple[list[tuple[str, Message]], list[tuple[str, Message]]]:
+    """What a rank sends and what it receives in ``slot``, in the order it lists them."""
+    now = rounds[slot] if slot < len(rounds) else None
+    before = rounds[slot - 1] if slot else None
+    sends = [
+        ("keys", now and now.send_keys),
+        ("passed", before and before.pass_grads),
+        ("returned", before and before.return_grads),
+    ]
+    receives = [
+        ("keys", now and now.receive_keys),
+        ("passed", before and before.receive_passed),
+        ("returned", before and before.receive_returned),
+    ]
+    return [(k, m) for k, m in sends if m], [(k, m) for k, m in receives if m]
+
+
+def sent_positions(schedule: Schedule, rounds: Rounds, rank: int, slot: int, kind: str) -> Ints:
+    """The buffer a message's spans count in, as global positions, on the sender."""
+    own = schedule.layout.positions(rank)
+    if kind == "keys":
+        from_shard = slot == 0 or schedule.route == "direct"
+        return own if from_shard else expand(rounds[rank][slot].keys)
+    return expand(rounds[rank][slot - 1].keys)
+
+
+def received_positions(schedule: Schedule, rounds: Rounds, rank: int, slot: int, kind: str) -> Ints:
+    """The same on the receiver."""
+    if kind == "returned":
+        return schedule.layout.positions(rank)
+    return expand(rounds[rank][slot + 1 if kind == "keys" else slot].keys)
+
+
+def wires(schedule: Schedule, rounds: Rounds, *, sending: bool) -> dict[tuple[int, int], list[Wire]]:
+    """Per ordered pair (from, to) the messages as one end sees them, in its order."""
+    found: dict[tuple[int, int], list[Wire]] = {}
+    for rank, mine in enumerate(rounds):
+        for slot in range(len(mine) + 1):
+            for kind, message in slot_messages(mine, slot)[0 if sending else 1]:
+                place = sent_positions if sending else received_positions
+                buffer = place(schedule, rounds, rank, slot, kind)
+                picked = tuple(buffer[expand(message.spans)].tolist())
+                assert message.num_tokens == len(picked) > 0
+                pair = (rank, message.peer) if sending else (message.peer, rank)
+                found.setdefault(pair, []).append(Wire(slot, kind, message.owner, picked))
+    return found
+
+
+def read_columns(turn: Round) -> Bools:
+    """bool [keys]: the arrived keys that some tile attends."""
+    read = np.zeros(turn.num_keys, dtype=np.bool_)
+    for tile in turn.tiles:
+        read[tile.k0 : tile.k1] |= tile_matrix(tile).any(axis=0)
+    return read
+
+
+class Machine:
+    """All ranks in lockstep: buffers of positions for keys, counters [keys, readers] for grads."""
+
+    def __init__(self, schedule: Schedule) -> None:
+        self.schedule, self.rounds = schedule, all_rounds(schedule)
+        self.size = schedule.layout.cp_size
+        self.shards = [schedule.layout.positions(rank) for rank in range(self.size)]
+        self.arrived: list[Ints] = list(self.shards)
+        self.home = [np.zeros((len(shard), self.size), np.int64) for shard in self.shards]
+        self.partial = [np.zeros((0, self.size), np.int64) for _ in self.shards]
+
+    def run(self) -> None:
+        """All slots. Everything of a slot is taken from the buffers before anything arrives."""
+        for slot in range(self.size + 1):
+            flights = list(self._departures(slot))
+            if slot < self.size:
+                self._compute(slot)
+            for rank in range(self.size):
+                self._arrive(rank, slot, [f for f in flights if f[1] == rank])
+
+    def _departures(self, slot: int) -> Iterator[tuple[int, int, str, Ints]]:
+        for rank in range(self.size):
+            for kind, message in slot_messages(self.rounds[rank], slot)[0]:
+                if kind != "keys":
+                    source = self.partial[rank]
+                elif message.owner == rank:
+                    source = self.shards[rank]
+                else:
+                    source = self.arrived[rank]
+                yield rank, message.peer, kind, source[expand(message.spans)].copy()
+
+    def _compute(self, slot: int) -> None:
+        for rank in range(self.size):
+            turn = self.rounds[rank][slot]
+            assert np.array_equal(self.arrived[rank], expand(turn.keys)), (rank, slot)
+            counts = np.zeros((turn.num_keys, self.size), np.int64)
+            if slot:
+                counts[read_columns(turn), rank] += 1
+            self.partial[rank] = counts
+
+    def _arrive(self, rank: int, slot: int, flights: list[tuple[int, int, str, Ints]]) -> None:
+        self.arrived[rank] = np.empty(0, np.int64)
+        for kind, message in slot_messages(self.rounds[rank], slot)[1]:
+            match = [f for f in flights if f[0] == message.peer and f[2] == kind]
+            assert len(match) == 1, (rank, slot, kind)
+            payload = match[0][3]
+            if kind == "keys":
+                self.arrived[rank] = payload
+            elif kind == "passed":
+                np.add.at(self.partial[rank], expand(message.spans), payload)
+            else:
+                np.add.at(self.home[rank], expand(message.spans), payload)
+
+
+def runs_without_deadlock(rounds: Rounds, order: list[int]) -> bool:
+    """Whether ranks that post a slot at once and then wait for it all reach the end.
+
+    A message completes once both ends have posted it, and the n-th send from one rank to another
+    meets the n-th receive there. ``order`` is who is looked at first.
+    """
+    posted: list[dict[tuple[str, int], int]] = [{} for _ in rounds]
+    waiting: list[list[tuple[str, int, int]]] = [[] for _ in rounds]
+    slots = [-1] * len(rounds)
+    progress = True
+    while progress:
+        progress = False
+        for rank in order:
+            arrived = all(
+                posted[peer].get((other, rank), 0) >= n for other, peer, n in waiting[rank]
+            )
+            if slots[rank] > len(rounds) or not arrived:
+                continue
+            slots[rank] += 1
+            progress = True
+            waiting[rank] = []
+            if slots[rank] > len(rounds):
+                continue
+            sends, receives = slot_messages(rounds[rank], slots[rank])
+            for mine, other, messages in (("s", "r", sends), ("r", "s", receives)):
+                for _, message in messages:
+                    key = (mine, message.peer)
+                    posted[rank][key] = posted[rank].get(key, 0) + 1
+                    waiting[rank].append((other, message.peer, posted[rank][key]))
+    return all(slot > len(rounds) for slot in slots)

@@ -1,0 +1,261 @@
+"""Runs assembled as the program does it, on the pool: stop, save, load on any grid, go on."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from rich.console import Console
+
+from cp_megatron.comm.runtime import Launch
+from cp_megatron.config.parse import parse_arguments
+from cp_megatron.errors import ConfigError
+from cp_megatron.train.loop import DivergedError, Run
+from cp_megatron.train.preflight import check
+from cp_megatron.train.progress import ProgressView
+from cp_megatron.train.run import assemble
+from cp_megatron.train.signals import StopRequest
+from tests.ranks import run_ranks
+from tests.train.checkpoints import differing, metrics_of, numbers
+
+STEPS, STOP = 4, 2
+WORDS = ["three", "blind", "mice", "see", "how", "they", "run", "after", "a", "wife"]
+GRIDS = {
+    "tp2 cp2": ["--tensor-parallel-size", "2", "--context-parallel-size", "2"],
+    "cp4": ["--tensor-parallel-size", "1", "--context-parallel-size", "4"],
+    "tp4": ["--tensor-parallel-size", "4", "--context-parallel-size", "1"],
+    "dp4": ["--tensor-parallel-size", "1", "--context-parallel-size", "1"],
+}
+BASE = [
+    *("--num-layers", "1", "--hidden-size", "32", "--seq-length", "32", "--lr-warmup-iters", "0"),
+    *("--log-interval", "1", "--train-iters", str(STEPS), "--eval-iters", "1", "--device", "cpu"),
+]
+
+
+class StoppingView(ProgressView):
+    """A silent view; asks to stop when a step is done, as a signal between two steps does."""
+
+    def __init__(self, stop: StopRequest, at: int | None) -> None:
+        super().__init__(Console(quiet=True), quiet=True, start_step=0, train_iters=STEPS)
+        self._stop, self._at = stop, at
+
+    def step_done(self, step: int) -> None:
+        """Asks when step ``at`` is over: the next one is still trained."""
+        if self._at is not None and step == self._at - 1:
+            self._stop(15, None)
+
+
+def assembled(rank: int, world_size: int, argv: list[str]) -> Run:
+    launch = Launch(
+        rank=rank,
+        local_rank=rank,
+        world_size=world_size,
+        local_world_size=world_size,
+        under_torchrun=True,
+    )
+    arguments = parse_arguments(argv)
+    plan = check(arguments.config, launch, given=arguments.given).on_device("cpu")
+    world = dist.group.WORLD
+    assert world is not None
+    return assemble(plan, launch, "cpu", world)
+
+
+def train(rank: int, world_size: int, argv: list[str], stop_at: int | None = None) -> int:
+    """The program without its words; the last step."""
+    run = assembled(rank, world_size, argv)
+    stop = StopRequest()
+    run = replace(run, view=StoppingView(stop, stop_at))
+    try:
+        return run.train(run.plan.load_step, stop)
+    finally:
+        if run.writer is not None:
+            run.writer.close()
+
+
+def save_again(rank: int, world_size: int, argv: list[str]) -> None:
+    """Loads and saves at once: what the checkpoint became in memory."""
+    run = assembled(rank, world_size, argv)
+    run._save(run.plan.load_step, 0)
+
+
+@dataclass(frozen=True)
+class Place:
+    """A folder of the test, and the words that every run of it has."""
+
+    folder: Path
+
+    def argv(self, save: str, *flags: str) -> list[str]:
+        data = ["--data-path", str(self.folder / "text.txt")]
+        return [*BASE, *data, "--save", self.run(save), *flags]
+
+    def run(self, name: str) -> str:
+        return str(self.folder / name)
+
+    def load(self, name: str, *flags: str) -> list[str]:
+        return ["--load", self.run(name), *flags]
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Place:
+    lines = (" ".join(WORDS[i % 7 :] + WORDS[: i % 3]) for i in range(100))
+    (tmp_path / "text.txt").write_text("\n".join(lines))
+    return Place(tmp_path)
+
+
+def test_the_same_grid_goes_on_bit_for_bit_with_dropout(place: Place) -> None:
+    flags = [*GRIDS["tp2 cp2"], "--sequence-parallel", "--hidden-dropout", "0.2"]
+    assert run_ranks(train, 4, place.argv("whole", *flags)) == [STEPS] * 4
+    assert run_ranks(train, 4, place.argv("cut", *flags), STOP) == [STOP] * 4
+    assert run_ranks(train, 4, place.load("cut")) == [STEPS] * 4
+    one, other = place.folder / "whole", place.folder / "cut"
+    assert differing(one / f"step-{STEPS}", other / f"step-{STEPS}") == []
+    assert list(map(numbers, metrics_of(one))) == list(map(numbers, metrics_of(other)))
+    assert (other / f"step-{STOP}").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "bound", "grids"),
+    [
+        ("float64", 1e-10, [(4, "cp4"), (4, "tp4"), (4, "dp4"), (1, "dp4")]),
+        pytest.param(
+            "float32",
+            1e-6,
+            [(4, "cp4"), (4, "tp4"), (4, "dp4"), (1, "dp4")],
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_any_grid_goes_on(
+    place: Place, dtype: str, bound: float, grids: list[tuple[int, str]]
+) -> None:
+    flags = ["--dtype", dtype, *GRIDS["tp2 cp2"]]
+    run_ranks(train, 4, place.argv("whole", *flags))
+    run_ranks(train, 4, place.argv("cut", *flags), STOP)
+    expected = metrics_of(place.folder / "whole")[STOP:]
+    step = place.folder / "cut" / f"step-{STOP}"
+    for world_size, name in grids:
+        load = ["--load", str(step), *GRIDS[name], "--save"]
+        again, on = f"again {name} {world_size}", f"on {name} {world_size}"
+        run_ranks(save_again, world_size, [*load, place.run(again)])
+        assert differing(step, place.folder / again / step.name) == [], name
+        assert run_ranks(train, world_size, [*load, place.run(on)]) == [STEPS] * world_size
+        rows = metrics_of(place.folder / on)
+        assert [row["step"] for row in rows] == [STOP + 1, STEPS]
+        for row, other in zip(rows, expected, strict=True):
+            assert row["loss"] == pytest.approx(other["loss"], rel=bound), name
+            assert row["lr"] == other["lr"]
+
+
+def diverge(rank: int, world_size: int, argv: list[str]) -> str:
+    with pytest.raises(DivergedError) as caught:
+        train(rank, world_size, argv)
+    return str(caught.value)
+
+
+def test_all_ranks_end_alike_where_the_numbers_end(place: Place) -> None:
+    flags = ["--context-parallel-size", "2", "--lr", "1e30"]
+    one, other = run_ranks(diverge, 2, place.argv("hot", *flags))
+    assert one == other
+    assert one.startswith("step 2: loss nan, gradient norm nan; there is no checkpoint")
+    assert not list((place.folder / "hot").glob("step-*"))
+
+
+def break_a_parameter(rank: int, world_size: int, argv: list[str]) -> str:
+    run = assembled(rank, world_size, argv)
+    if rank == 1:
+        with torch.no_grad():
+            next(run.trainer.model.parameters()).to_local().view(-1)[0] = math.inf
+    with pytest.raises(DivergedError) as caught:
+        run._save(1, 0)
+    return str(caught.value)
+
+
+def test_a_broken_model_is_never_saved(place: Place) -> None:
+    argv = place.argv("broken", "--context-parallel-size", "2")
+    for told in run_ranks(break_a_parameter, 2, argv):
+        assert "a parameter is not finite" in told
+    assert not list((place.folder / "broken").glob("step-*"))
+
+
+def refused(rank: int, world_size: int, argv: list[str]) -> ConfigError:
+    with pytest.raises(ConfigError) as caught:
+        assembled(rank, world_size, argv)
+    return caught.value
+
+
+def test_other_data_is_refused_unless_a_flag_allows_it_once(place: Place) -> None:
+    run_ranks(train, 1, place.argv("run"), STOP)
+    (place.folder / "text.txt").write_text("another text, " * 200)
+    (error,) = run_ranks(refused, 1, place.load("run"))
+    assert error.flag == "--data-path"
+    assert "is not the data that" in error.rule
+    assert "--allow-data-change" in error.works
+    allowed = ["--allow-data-change", "--train-iters", str(STOP + 1)]
+    assert run_ranks(train, 1, place.load("run", *allowed)) == [STOP + 1]
+    assert "allow_data_change: true" not in (place.folder / "run" / "config.yaml").read_text()
+    assert run_ranks(train, 1, place.load("run", "--train-iters", str(STEPS))) == [STEPS]
+
+
+def test_another_batch_size_is_refused_on_resume(place: Place) -> None:
+    run_ranks(train, 1, place.argv("run"), STOP)
+    (error,) = run_ranks(refused, 1, place.load("run", "--global-batch-size", "8"))
+    assert (error.flag, error.value, error.works) == ("--global-batch-size", 8, "4")
+
+
+@pytest.mark.parametrize(
+    ("text", "rule"), [(b"other " * 400, "ranks [1] read other data"), (b"ok" * 40000 + b"\0", "")]
+)
+def test_a_rank_that_reads_other_data_ends_all(place: Place, text: bytes, rule: str) -> None:
+    (place.folder / "other.txt").write_bytes(text)
+    argv = [*BASE, "--save", place.run("run"), "--context-parallel-size", "2"]
+    here, there = (str(place.folder / name) for name in ("text.txt", "other.txt"))
+    errors = run_ranks(load_both, 2, argv, [here, there])
+    assert errors[0].rule == errors[1].rule
+    assert errors[0].flag == "--data-path"
+    assert rule in errors[0].rule
+
+
+def load_both(rank: int, world_size: int, argv: list[str], paths: list[str]) -> ConfigError:
+    return refused(rank, world_size, [*argv, "--data-path", paths[rank]])
+
+
+def test_settings_that_change_are_kept_aside(place: Place) -> None:
+    run_ranks(train, 1, place.argv("run"), STOP)
+    folder = place.folder / "run"
+    before = (folder / "config.yaml").read_text()
+    run_ranks(train, 1, place.load("run", "--lr", "0.01"))
+    assert (folder / f"config-step-{STOP}.yaml").read_text() == before
+    assert "lr: 0.01" in (folder / "config.yaml").read_text()
+
+
+def test_checkpoints_and_validations_at_their_intervals(place: Place) -> None:
+    run_ranks(train, 1, place.argv("run", "--save-interval", "2", "--eval-interval", "2"))
+    folder = place.folder / "run"
+    assert sorted(path.name for path in folder.glob("step-*")) == ["step-2", "step-4"]
+    rows = metrics_of(folder)
+    assert [row["step"] for row in rows if "valid_loss" in row] == [2, 4]
+    assert rows[-1]["valid_loss"] < rows[1]["valid_loss"]
+
+
+KINDS = {
+    "documents": ["--document-mask", "--micro-batch-size", "2"],
+    "bfloat16, full": ["--recompute-granularity", "full", "--bf16"],
+    "selective": ["--recompute-granularity", "selective", "--document-mask"],
+    "llama": ["--preset", "toy-llama", "--tensor-parallel-size", "2"],
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_run_learns_and_goes_on(place: Place, kind: str) -> None:
+    grid = [] if kind == "llama" else ["--context-parallel-size", "2"]
+    run_ranks(train, 2, place.argv("run", *grid, *KINDS[kind]), STOP)
+    assert run_ranks(train, 2, place.load("run")) == [STEPS] * 2
+    rows = metrics_of(place.folder / "run")
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    losses = [row["loss"] for row in rows]
+    assert losses == sorted(losses, reverse=True)
+    assert losses[0] - losses[-1] > 0.15

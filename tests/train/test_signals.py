@@ -1,0 +1,90 @@
+"""What a signal does before the training and in it, and that the process leaves undisturbed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch.distributed as dist
+
+from cp_megatron.train.loop import any_rank_stops
+from cp_megatron.train.signals import CAUGHT, StopRequest, stop_on_signal
+from tests.ranks import run_ranks
+
+
+@pytest.fixture(autouse=True)
+def _handlers() -> Iterator[None]:
+    """The handlers of the test's process, back in place."""
+    before = {number: signal.getsignal(number) for number in CAUGHT}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", CAUGHT)
+def test_before_the_training_it_ends_the_process_without_a_trace(number: signal.Signals) -> None:
+    code = f"""
+import os
+from cp_megatron.train.signals import stop_at_once
+stop_at_once()
+os.kill(os.getpid(), {int(number)})
+"""
+    ended = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, timeout=60, check=False
+    )
+    assert (ended.returncode, ended.stdout, ended.stderr) == (-number, b"", b"")
+
+
+@pytest.mark.parametrize("number", CAUGHT)
+def test_in_the_training_it_only_asks(
+    number: signal.Signals, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with stop_on_signal(quiet=False) as stop:
+        assert stop.signal is None
+        for again in (number, signal.SIGINT, signal.SIGTERM):
+            os.kill(os.getpid(), again)
+        assert stop.signal is number, "the first one"
+    assert capfd.readouterr().err.strip() == f"{number.name}: finishing the step, then saving"
+
+
+def test_on_the_way_out_nothing_disturbs() -> None:
+    with stop_on_signal():
+        pass
+    os.kill(os.getpid(), signal.SIGINT)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_the_other_ranks_say_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    with stop_on_signal(quiet=True):
+        os.kill(os.getpid(), signal.SIGINT)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_closed_terminal_does_not_break_the_step() -> None:
+    code = """
+import os, signal
+from cp_megatron.train.signals import stop_on_signal
+with stop_on_signal(quiet=False) as stop:
+    os.close(2)
+    os.kill(os.getpid(), signal.SIGINT)
+os._exit(7)
+"""
+    assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 7
+
+
+def agreed(rank: int, world_size: int, asked: int | None) -> bool:
+    stop = StopRequest()
+    if rank == asked:
+        stop(signal.SIGTERM, None)
+    world = dist.group.WORLD
+    assert world is not None
+    return any_rank_stops(stop, world)
+
+
+@pytest.mark.parametrize(("asked", "answer"), [(None, False), (0, True), (1, True)])
+def test_all_ranks_stop_when_one_is_asked(asked: int | None, answer: bool) -> None:
+    assert run_ranks(agreed, 2, asked) == [answer] * 2
