@@ -9,11 +9,15 @@ from torch import Tensor
 from cp_megatron.plan import Mask
 
 
-def dense_attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float | None = None) -> Tensor:
-    """softmax(scale q k^T + mask) v, written down. q [B, S, H, D], k [B, S, G, D], v [B, S, G, E]."""
+def dense_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float | None = None
+) -> Tensor:
+    """softmax(scale q k^T + mask) v of q [B, S, H, D], k [B, S, G, D], v [B, S, G, E]."""
     repeat = q.shape[2] // k.shape[2]
     k, v = k.repeat_interleave(repeat, dim=2), v.repeat_interleave(repeat, dim=2)
-    scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * (
+        q.shape[-1] ** -0.5 if scale is None else scale
+    )
     allowed = torch.from_numpy(mask.dense())
     weights = torch.softmax(scores.masked_fill(~allowed, -torch.inf), dim=-1)
     return torch.einsum("bhqk,bkhe->bqhe", weights, v)

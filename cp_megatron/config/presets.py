@@ -14,14 +14,13 @@ from cp_megatron.config.schema import (
     TrainConfig,
 )
 
-_TOY_DATA = DataConfig(seq_length=1024, micro_batch_size=1, global_batch_size=4)
+_TOY_DATA = DataConfig(seq_length=1024, micro_batch_size=4, global_batch_size=4)
 _TOY_OPTIMIZER = OptimizerConfig(lr=3e-3, min_lr=3e-4, lr_warmup_iters=10)
-_TOY_TRAIN = TrainConfig(train_iters=100, log_interval=5)
+_TOY_TRAIN = TrainConfig(train_iters=100)
 
-_TOY = Config(preset="toy", data=_TOY_DATA, optimizer=_TOY_OPTIMIZER, train=_TOY_TRAIN)
-
-_TOY_LLAMA = Config(
-    preset="toy-llama",
+# Llama style in small: four ranks on two CPU cores train it in about a minute.
+_TOY = Config(
+    preset="toy",
     model=ModelConfig(
         num_query_groups=2,
         normalization="RMSNorm",
@@ -33,6 +32,9 @@ _TOY_LLAMA = Config(
     optimizer=_TOY_OPTIMIZER,
     train=_TOY_TRAIN,
 )
+
+# The same size in GPT style.
+_TOY_GPT = Config(preset="toy-gpt", data=_TOY_DATA, optimizer=_TOY_OPTIMIZER, train=_TOY_TRAIN)
 
 # Radford et al. 2019, the smallest model: with its own vocabulary of 50,257 it has 124,439,808
 # parameters.
@@ -92,7 +94,7 @@ _LLAMA3_8B = Config(
 )
 
 PRESETS: Mapping[str, Config] = MappingProxyType(
-    {config.preset: config for config in (_TOY, _TOY_LLAMA, _GPT2_SMALL, _LLAMA_1B, _LLAMA3_8B)}
+    {config.preset: config for config in (_TOY, _TOY_GPT, _GPT2_SMALL, _LLAMA_1B, _LLAMA3_8B)}
 )
 """The presets by name."""
 

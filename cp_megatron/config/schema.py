@@ -195,7 +195,7 @@ class Config:
     """A whole run. ``preset`` names where the defaults came from."""
 
     preset: str = "toy"
-    """Where defaults come from: toy, toy-llama, gpt2-small, llama-1b or llama3-8b."""
+    """Where defaults come from: toy, toy-gpt, gpt2-small, llama-1b or llama3-8b."""
     model: ModelConfig = field(default_factory=ModelConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     data: DataConfig = field(default_factory=DataConfig)

@@ -90,7 +90,7 @@ class ContextParallel:
             dim: the sequence dim.
 
         Returns:
-            Dim ``dim`` has length S / N, in local order. The gradient is the slice, zeros elsewhere.
+            Dim ``dim`` has length S / N, in local order. The gradient is zero elsewhere.
         """
         self._check_length(x, dim, self.mask.seq_len)
         return x.index_select(dim, self.positions.to(x.device))

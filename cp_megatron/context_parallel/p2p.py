@@ -72,7 +72,9 @@ class _KeyValues:
         return _KeyValues(self.k.to(dtype), self.v.to(dtype))
 
 
-def ring_forward(ring: Ring, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def ring_forward(
+    ring: Ring, q: Tensor, k: Tensor, v: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
     """Attention of the shard's queries over every key the mask lets them see.
 
     Args:

@@ -33,9 +33,7 @@ class CpuKernel:
         """See ``Kernel.forward``."""
         v_dim = v.shape[-1]
         q, k, v = _operands(q, k, v)
-        out, lse = _forward(
-            q, k, v, 0.0, band.is_causal, attn_mask=_bias(band, q, k), scale=scale
-        )
+        out, lse = _forward(q, k, v, 0.0, band.is_causal, attn_mask=_bias(band, q, k), scale=scale)
         return out.transpose(1, 2)[..., :v_dim], lse
 
     def backward(

@@ -8,7 +8,10 @@ flag can be refused before torch is loaded and the start table can say why a ker
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
+from types import MappingProxyType
 
 from cp_megatron.errors import ConfigError
 
@@ -36,45 +39,47 @@ class KernelChoice:
     reason: str
 
 
-TRAITS = {
-    traits.name: traits
-    for traits in (
-        KernelTraits(
-            name="reference",
-            devices=("cpu", "cuda"),
-            dtypes=("float64", "float32", "bfloat16"),
-            max_head_dim=1 << 16,
-            summary="eager PyTorch, quadratic memory, the oracle",
-        ),
-        KernelTraits(
-            name="cpu",
-            devices=("cpu",),
-            dtypes=("float64", "float32", "bfloat16"),
-            max_head_dim=512,
-            summary="PyTorch's fused CPU flash attention",
-        ),
-        KernelTraits(
-            name="cuda",
-            devices=("cuda",),
-            dtypes=("bfloat16",),
-            max_head_dim=256,
-            head_dim_multiple=8,
-            summary="PyTorch's fused CUDA flash attention",
-        ),
-        KernelTraits(
-            name="flash_attn",
-            devices=("cuda",),
-            dtypes=("bfloat16",),
-            max_head_dim=256,
-            head_dim_multiple=8,
-            package="flash_attn",
-            summary="the flash-attn package",
-        ),
-    )
-}
+_ALL = (
+    KernelTraits(
+        name="reference",
+        devices=("cpu", "cuda"),
+        dtypes=("float64", "float32", "bfloat16"),
+        max_head_dim=1 << 16,
+        summary="eager PyTorch, quadratic memory, the oracle",
+    ),
+    KernelTraits(
+        name="cpu",
+        devices=("cpu",),
+        dtypes=("float64", "float32", "bfloat16"),
+        max_head_dim=512,
+        summary="PyTorch's fused CPU flash attention",
+    ),
+    KernelTraits(
+        name="cuda",
+        devices=("cuda",),
+        dtypes=("bfloat16",),
+        max_head_dim=256,
+        head_dim_multiple=8,
+        summary="PyTorch's fused CUDA flash attention",
+    ),
+    KernelTraits(
+        name="flash_attn",
+        devices=("cuda",),
+        dtypes=("bfloat16",),
+        max_head_dim=256,
+        head_dim_multiple=8,
+        package="flash_attn",
+        summary="the flash-attn package",
+    ),
+)
+
+TRAITS: Mapping[str, KernelTraits] = MappingProxyType({traits.name: traits for traits in _ALL})
+"""Every backend by name."""
 
 # What "auto" tries on a device, in order.
-_PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("flash_attn", "cuda", "reference")}
+_PREFERENCE: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {"cpu": ("cpu", "reference"), "cuda": ("flash_attn", "cuda", "reference")}
+)
 
 
 def select_kernel(
@@ -97,23 +102,24 @@ def select_kernel(
     Raises:
         ConfigError: the named kernel can not do this, or none can.
     """
-    wanted = {
-        "device": device,
-        "dtype": dtype,
-        "head_dim": head_dim,
-        "attention_dropout": attention_dropout,
-    }
+    problem_of = partial(
+        _problem,
+        device=device,
+        dtype=dtype,
+        head_dim=head_dim,
+        attention_dropout=attention_dropout,
+    )
     if name != "auto":
         if name not in TRAITS:
             raise ConfigError("--kernel", name, "is no kernel", ", ".join(["auto", *TRAITS]))
-        problem = _problem(TRAITS[name], **wanted)
+        problem = problem_of(TRAITS[name])
         if problem:
-            others = [other for other in TRAITS if not _problem(TRAITS[other], **wanted)]
+            others = [other for other in TRAITS if not problem_of(TRAITS[other])]
             raise _refusal(name, problem, others, attention_dropout)
         return KernelChoice(name=name, reason=f"asked for: {TRAITS[name].summary}")
-    passed_over = []
+    passed_over: list[str] = []
     for candidate in _PREFERENCE[device]:
-        problem = _problem(TRAITS[candidate], **wanted)
+        problem = problem_of(TRAITS[candidate])
         if not problem:
             why = "".join(f"; {text}" for text in passed_over)
             return KernelChoice(name=candidate, reason=f"{TRAITS[candidate].summary}{why}")

@@ -87,6 +87,4 @@ def _deal(seq_len: int, cp_size: int, kind: str) -> tuple[tuple[Chunk, ...], ...
         return tuple(((rank * width, (rank + 1) * width),) for rank in range(cp_size))
     width = seq_len // (2 * cp_size)
     pairs = ((rank, 2 * cp_size - 1 - rank) for rank in range(cp_size))
-    return tuple(
-        tuple((chunk * width, (chunk + 1) * width) for chunk in pair) for pair in pairs
-    )
+    return tuple(tuple((chunk * width, (chunk + 1) * width) for chunk in pair) for pair in pairs)

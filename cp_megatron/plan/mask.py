@@ -72,10 +72,14 @@ class Mask:
     ) -> Mask:
         array = np.asarray(lengths)
         if array.ndim != 1 or array.size == 0 or array.dtype.kind not in "iu" or array.min() < 1:
-            raise ConfigError("mask lengths", list(lengths), "must be positive integers, one or more")
+            raise ConfigError(
+                "mask lengths", list(lengths), "must be positive integers, one or more"
+            )
         left, right = (-1, -1) if window is None else window
         if left < -1 or right < -1:
-            raise ConfigError("window", window, "must be >= 0, or -1 for unlimited", "(left, right)")
+            raise ConfigError(
+                "window", window, "must be >= 0, or -1 for unlimited", "(left, right)"
+            )
         return cls(tuple(array.tolist()), causal, (left, 0 if causal else right), kind)
 
     @property

@@ -30,7 +30,8 @@ def write_svg(schedule: Schedule, path: str) -> None:
     title = f"{schedule.mask.kind}, {schedule.layout.kind}, {schedule.exchange} over {size} ranks"
     legend = [
         f'<rect x="{MARGIN + SIDE + 16}" y="{MARGIN + 20 * rank}" width="12" height="12" '
-        f'fill="{_colour(rank, size)}"/><text x="{MARGIN + SIDE + 34}" y="{MARGIN + 20 * rank + 11}">'
+        f'fill="{_colour(rank, size)}"/>'
+        f'<text x="{MARGIN + SIDE + 34}" y="{MARGIN + 20 * rank + 11}">'
         f"rank {rank}: {schedule.pairs(rank):,} pairs</text>"
         for rank in range(min(size, 24))
     ]
@@ -41,7 +42,7 @@ def write_svg(schedule: Schedule, path: str) -> None:
             '<rect width="100%" height="100%" fill="white"/>',
             f'<text x="{MARGIN}" y="20" font-size="14">{escape(title)}</text>',
             f'<text x="{MARGIN}" y="{MARGIN - 8}">keys</text>',
-            f'<text x="8" y="{MARGIN + 12}">queries</text>'.replace('x="8"', 'x="2"'),
+            f'<text x="2" y="{MARGIN + 12}">queries</text>',
             *shapes,
             f'<rect x="{MARGIN}" y="{MARGIN}" width="{SIDE}" height="{SIDE}" fill="none" '
             'stroke="#444"/>',

@@ -35,6 +35,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from cp_megatron.errors import ConfigError
 from cp_megatron.plan.layout import SequenceLayout
@@ -279,7 +280,7 @@ class _KeyFlow:
     """
 
     spans: list[Span]
-    readers: np.ndarray
+    readers: npt.NDArray[np.bool_]
 
     @classmethod
     def of(
@@ -306,8 +307,9 @@ class _KeyFlow:
             offset += stop - start
         return cls(spans, np.stack(readers))
 
-    def _select(self, chosen: np.ndarray) -> list[Span]:
-        return _merge([span for span, take in zip(self.spans, chosen) if take])
+    def _select(self, chosen: npt.ArrayLike) -> list[Span]:
+        """The spans of the chosen runs, bool [runs]."""
+        return _merge([span for span, take in zip(self.spans, np.asarray(chosen)) if take])
 
     def passing(self, hop: int) -> list[Span]:
         """Keys that some rank ``hop`` or more below the owner reads."""

@@ -212,14 +212,22 @@ def _fuse(tiles: list[Tile]) -> list[Tile]:
     wide: list[Tile] = []
     for tile in sorted(tiles, key=lambda t: (t.q0, t.q1, t.k0)):
         last = wide[-1] if wide else None
-        if last and _joins(last, tile) and (last.q0, last.q1, last.k1) == (tile.q0, tile.q1, tile.k0):
+        if (
+            last
+            and _joins(last, tile)
+            and (last.q0, last.q1, last.k1) == (tile.q0, tile.q1, tile.k0)
+        ):
             wide[-1] = replace(last, k1=tile.k1)
         else:
             wide.append(tile)
     tall: list[Tile] = []
     for tile in sorted(wide, key=lambda t: (t.k0, t.k1, t.q0)):
         last = tall[-1] if tall else None
-        if last and _joins(last, tile) and (last.k0, last.k1, last.q1) == (tile.k0, tile.k1, tile.q0):
+        if (
+            last
+            and _joins(last, tile)
+            and (last.k0, last.k1, last.q1) == (tile.k0, tile.k1, tile.q0)
+        ):
             tall[-1] = replace(last, q1=tile.q1)
         else:
             tall.append(tile)

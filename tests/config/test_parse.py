@@ -47,13 +47,13 @@ def test_values_in_both_spellings(argv: list[str]) -> None:
 
 
 def test_a_switch_of_a_preset_is_switched_off() -> None:
-    config = parse_arguments(["--preset", "toy-llama", "--no-swiglu"]).config
+    config = parse_arguments(["--preset", "llama-1b", "--no-swiglu"]).config
     assert not config.model.swiglu
     assert config.model.normalization == "RMSNorm"
 
 
 def test_a_value_of_a_preset_goes_back_to_its_default() -> None:
-    argv = ["--preset", "toy-llama", "--num-query-groups", "None"]
+    argv = ["--preset", "llama-1b", "--num-query-groups", "None"]
     assert parse_arguments(argv).config.model.num_query_groups is None
 
 
@@ -174,10 +174,10 @@ def test_a_quiet_rank_prints_no_help(capsys: pytest.CaptureFixture[str]) -> None
 
 def test_flags_go_before_the_file_and_the_file_before_the_preset(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
-    file.write_text("preset: toy-llama\nmodel: {num_layers: 5, hidden_size: 64}\n")
+    file.write_text("preset: llama-1b\nmodel: {num_layers: 5, hidden_size: 64}\n")
     config = parse_arguments(["--config", str(file), "--num-layers", "6"]).config
     assert (config.model.num_layers, config.model.hidden_size) == (6, 64)
-    assert (config.preset, config.model.normalization) == ("toy-llama", "RMSNorm")
+    assert (config.preset, config.model.normalization) == ("llama-1b", "RMSNorm")
 
 
 def write_run(folder: Path, config: Config) -> str:
@@ -187,8 +187,8 @@ def write_run(folder: Path, config: Config) -> str:
 
 
 SAVED = dataclasses.replace(
-    PRESETS["toy-llama"],
-    train=dataclasses.replace(PRESETS["toy-llama"].train, seed=7, train_iters=11),
+    PRESETS["llama-1b"],
+    train=dataclasses.replace(PRESETS["llama-1b"].train, seed=7, train_iters=11),
 )
 
 
@@ -213,7 +213,7 @@ def test_what_load_would_silently_override_is_refused(tmp_path: Path) -> None:
     assert refused("--load", run, "--preset", "toy").flag == "--preset"
     error = refused("--load", run, "--config", str(file))
     assert (error.flag, error.value) == ("--num-layers", 9)
-    argv = ["--load", run, "--config", str(file), "--num-layers", "9", "--preset", "toy-llama"]
+    argv = ["--load", run, "--config", str(file), "--num-layers", "9", "--preset", "llama-1b"]
     assert parse_arguments(argv).config.model.num_layers == 9
 
 

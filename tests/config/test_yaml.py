@@ -48,8 +48,8 @@ def test_presets_round_trip(name: str) -> None:
 
 
 def test_what_is_left_out_comes_from_the_preset() -> None:
-    config = from_yaml("preset: toy-llama\nmodel:\n  num_layers: 2\ndata:\n", "f")
-    assert config == overlay(PRESETS["toy-llama"], {"num_layers": 2})
+    config = from_yaml("preset: llama-1b\nmodel:\n  num_layers: 2\ndata:\n", "f")
+    assert config == overlay(PRESETS["llama-1b"], {"num_layers": 2})
     assert from_yaml("", "f") == PRESETS["toy"]
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from rich.console import Console
+from torch.distributed.tensor import DTensor
 
 from cp_megatron.comm.runtime import Launch
 from cp_megatron.config.parse import parse_arguments
@@ -168,7 +169,9 @@ def break_a_parameter(rank: int, world_size: int, argv: list[str]) -> str:
     run = assembled(rank, world_size, argv)
     if rank == 1:
         with torch.no_grad():
-            next(run.trainer.model.parameters()).to_local().view(-1)[0] = math.inf
+            parameter = next(run.trainer.model.parameters())
+            assert isinstance(parameter, DTensor)
+            parameter.to_local().view(-1)[0] = math.inf
     with pytest.raises(DivergedError) as caught:
         run._save(1, 0)
     return str(caught.value)
