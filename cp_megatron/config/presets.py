@@ -16,12 +16,15 @@ from cp_megatron.config.schema import (
 
 _TOY_DATA = DataConfig(seq_length=1024, micro_batch_size=4, global_batch_size=4)
 _TOY_OPTIMIZER = OptimizerConfig(lr=3e-3, min_lr=3e-4, lr_warmup_iters=10)
-_TOY_TRAIN = TrainConfig(train_iters=100)
+_TOY_TRAIN = TrainConfig(train_iters=120)
 
 # Llama style in small: four ranks on two CPU cores train it in about a minute.
 _TOY = Config(
     preset="toy",
     model=ModelConfig(
+        num_layers=2,
+        hidden_size=192,
+        num_attention_heads=4,
         num_query_groups=2,
         normalization="RMSNorm",
         swiglu=True,

@@ -27,7 +27,8 @@ TORCHRUN = ["torchrun", "--nproc-per-node", "4"]
 MODEL = ["--num-layers", "1", "--hidden-size", "32", "--seq-length", "64", "--lr-warmup-iters", "0"]
 GRID = ["--context-parallel-size", "2", "--tensor-parallel-size", "2", "--sequence-parallel"]
 STEPS = 6
-RUN = ["--train-iters", str(STEPS), "--log-interval", "1", "--data-path", "text"]
+BATCH = ["--micro-batch-size", "1", "--global-batch-size", "4"]
+RUN = [*BATCH, "--train-iters", str(STEPS), "--log-interval", "1", "--data-path", "text"]
 SECONDS = 90.0
 
 METRICS = {
@@ -210,7 +211,7 @@ def test_a_run_that_leaves_the_numbers_ends_in_one_line(folder: Path) -> None:
     assert ended.code == 1
     (line,) = (line for line in ended.noise if line.startswith("pretrain.py: "))
     assert re.fullmatch(
-        r"pretrain\.py: error: step 2: loss nan, gradient norm nan; there is no checkpoint "
+        r"pretrain\.py: error: step 2: loss \S+, gradient norm (nan|inf); there is no checkpoint "
         r"\(works: often a lower --lr\)",
         line,
     )
@@ -307,7 +308,7 @@ def test_what_only_torch_or_the_data_can_tell_is_one_line_too(
         ["--tensor-parallel-size", "2", "--recompute-granularity", "full"],
         ["--context-parallel-size", "2", "--recompute-granularity", "selective"],
         ["--context-parallel-size", "2", "--tensor-parallel-size", "2", "--document-mask"],
-        ["--preset", "toy-llama", "--tensor-parallel-size", "2", "--context-parallel-size", "2"],
+        ["--preset", "toy-gpt", "--tensor-parallel-size", "2", "--context-parallel-size", "2"],
     ],
     ids=" ".join,
 )

@@ -63,8 +63,8 @@ def schedules(draw: st.DrawFn, max_cp: int = 8, max_width: int = 5) -> Schedule:
 def large_schedules() -> list[Schedule]:
     """Up to 64 ranks: every route and layout, every kind of mask in turn."""
     found = []
-    for number, cp_size in enumerate((16, 33, 64, 64)):
-        seq_len = 2 * cp_size * 3
+    for number, cp_size in enumerate((64, 33, 24, 16)):
+        seq_len = 2 * cp_size * (2 if cp_size == 64 else 3)
         short = [1, 5, 2, 9, 1, 1, 30] * 10
         packed = [n for i, n in enumerate(short) if sum(short[: i + 1]) <= seq_len]
         packed.append(seq_len - sum(packed))

@@ -47,16 +47,10 @@ def expand(spans: Iterable[Span]) -> Ints:
 
 def band_matrix(band: Band, num_rows: int, num_columns: int) -> Bools:
     """bool [rows, columns]: ``i - left <= j <= i + right``, spelt out."""
-    return np.asarray(
-        [
-            [
-                (band.left is None or i - band.left <= j)
-                and (band.right is None or j <= i + band.right)
-                for j in range(num_columns)
-            ]
-            for i in range(num_rows)
-        ]
-    )
+    i, j = np.arange(num_rows)[:, None], np.arange(num_columns)[None, :]
+    low = i - (num_rows if band.left is None else band.left)
+    high = i + (num_columns if band.right is None else band.right)
+    return np.asarray((low <= j) & (j <= high))
 
 
 def tile_matrix(tile: Tile) -> Bools:
@@ -99,7 +93,9 @@ def received_positions(schedule: Schedule, rounds: Rounds, rank: int, slot: int,
     return expand(rounds[rank][slot + 1 if kind == "keys" else slot].keys)
 
 
-def wires(schedule: Schedule, rounds: Rounds, *, sending: bool) -> dict[tuple[int, int], list[Wire]]:
+def wires(
+    schedule: Schedule, rounds: Rounds, *, sending: bool
+) -> dict[tuple[int, int], list[Wire]]:
     """Per ordered pair (from, to) the messages as one end sees them, in its order."""
     found: dict[tuple[int, int], list[Wire]] = {}
     for rank, mine in enumerate(rounds):
@@ -125,8 +121,8 @@ def read_columns(turn: Round) -> Bools:
 class Machine:
     """All ranks in lockstep: buffers of positions for keys, counters [keys, readers] for grads."""
 
-    def __init__(self, schedule: Schedule) -> None:
-        self.schedule, self.rounds = schedule, all_rounds(schedule)
+    def __init__(self, schedule: Schedule, rounds: Rounds) -> None:
+        self.rounds = rounds
         self.size = schedule.layout.cp_size
         self.shards = [schedule.layout.positions(rank) for rank in range(self.size)]
         self.arrived: list[Ints] = list(self.shards)

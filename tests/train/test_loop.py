@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -34,6 +35,7 @@ GRIDS = {
 BASE = [
     *("--num-layers", "1", "--hidden-size", "32", "--seq-length", "32", "--lr-warmup-iters", "0"),
     *("--log-interval", "1", "--train-iters", str(STEPS), "--eval-iters", "1", "--device", "cpu"),
+    *("--global-batch-size", "4"),
 ]
 
 
@@ -90,8 +92,10 @@ class Place:
     folder: Path
 
     def argv(self, save: str, *flags: str) -> list[str]:
-        data = ["--data-path", str(self.folder / "text.txt")]
-        return [*BASE, *data, "--save", self.run(save), *flags]
+        words = ["--data-path", str(self.folder / "text.txt"), "--save", self.run(save)]
+        if "--micro-batch-size" not in flags:
+            words += ["--micro-batch-size", "1"]
+        return [*BASE, *words, *flags]
 
     def run(self, name: str) -> str:
         return str(self.folder / name)
@@ -161,7 +165,7 @@ def test_all_ranks_end_alike_where_the_numbers_end(place: Place) -> None:
     flags = ["--context-parallel-size", "2", "--lr", "1e30"]
     one, other = run_ranks(diverge, 2, place.argv("hot", *flags))
     assert one == other
-    assert one.startswith("step 2: loss nan, gradient norm nan; there is no checkpoint")
+    assert re.match(r"step 2: loss \S+, gradient norm (nan|inf); there is no checkpoint ", one)
     assert not list((place.folder / "hot").glob("step-*"))
 
 
@@ -248,13 +252,13 @@ KINDS = {
     "documents": ["--document-mask", "--micro-batch-size", "2"],
     "bfloat16, full": ["--recompute-granularity", "full", "--bf16"],
     "selective": ["--recompute-granularity", "selective", "--document-mask"],
-    "llama": ["--preset", "toy-llama", "--tensor-parallel-size", "2"],
+    "gpt": ["--preset", "toy-gpt", "--tensor-parallel-size", "2"],
 }
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_run_learns_and_goes_on(place: Place, kind: str) -> None:
-    grid = [] if kind == "llama" else ["--context-parallel-size", "2"]
+    grid = [] if kind == "gpt" else ["--context-parallel-size", "2"]
     run_ranks(train, 2, place.argv("run", *grid, *KINDS[kind]), STOP)
     assert run_ranks(train, 2, place.load("run")) == [STEPS] * 2
     rows = metrics_of(place.folder / "run")

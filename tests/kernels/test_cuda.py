@@ -1,0 +1,119 @@
+"""The CUDA kernel without a card: its arguments, by the ops' schemas and fake tensors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from cp_megatron.kernels import cuda
+from cp_megatron.kernels.cuda import CudaKernel, bottom_right_window
+from cp_megatron.kernels.load import load_kernel
+from cp_megatron.plan import Schedule
+from cp_megatron.plan.tiles import Band
+from tests.kernels.cases import TILES, allowed
+from tests.kernels.double import flash_mask
+from tests.kernels.test_flash_attn import ALL_TILES
+from tests.plan.cases import property_settings, schedules
+
+
+def is_trimmed(band: Band, rows: int, columns: int) -> bool:
+    mask = allowed(band, rows, columns)
+    return bool(mask.any(0).all() and mask.any(1).all())
+
+
+def test_windows_by_brute_force() -> None:
+    """Every band on every small tile that has no empty row or column."""
+    sides = (None, 0, 1, 2, 3, 5)
+    seen = 0
+    for rows in range(1, 6):
+        for columns in range(1, 6):
+            for band in (Band(left, right) for left in sides for right in sides):
+                if is_trimmed(band, rows, columns):
+                    left, right = bottom_right_window(band, rows, columns)
+                    flash = flash_mask(rows, columns, False, left, right)
+                    assert torch.equal(flash, allowed(band, rows, columns)), (band, rows, columns)
+                    seen += 1
+    assert seen > 300
+
+
+def test_a_tile_that_is_not_trimmed_is_our_own_bug() -> None:
+    with pytest.raises(AssertionError, match="not trimmed"):
+        bottom_right_window(Band(left=0), 5, 1)
+    with pytest.raises(AssertionError, match="not trimmed"):
+        bottom_right_window(Band(right=0), 1, 5)
+
+
+@given(schedules(max_cp=6))
+@property_settings(60)
+def test_every_tile_of_a_plan_has_a_window(schedule: Schedule) -> None:
+    for rank in range(schedule.layout.cp_size):
+        for turn in schedule.rounds(rank):
+            for tile in turn.tiles:
+                rows, columns = tile.q1 - tile.q0, tile.k1 - tile.k0
+                left, right = bottom_right_window(tile.band, rows, columns)
+                flash = flash_mask(rows, columns, False, left, right)
+                assert torch.equal(flash, allowed(tile.band, rows, columns))
+
+
+def arguments(monkeypatch: pytest.MonkeyPatch, band: Band, rows: int, columns: int) -> list[Any]:
+    """What forward and backward hand to their ops, by the names of the schemas."""
+    seen: list[dict[str, Any]] = []
+
+    def spy(name: str) -> None:
+        packet = getattr(torch.ops.aten, name)
+        schema = packet.default._schema.arguments
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            positional = [a.name for a in schema if not a.kwarg_only]
+            assert len(args) == len(positional)
+            assert set(kwargs) <= {a.name for a in schema if a.kwarg_only}
+            seen.append(dict(zip(positional, args, strict=True)) | kwargs)
+            return packet(*args, **kwargs)
+
+        monkeypatch.setattr(cuda, "_forward" if "forward" in name else "_backward", call)
+
+    spy("_flash_attention_forward")
+    spy("_flash_attention_backward")
+    with FakeTensorMode():
+        q = torch.empty(2, rows, 6, 16, device="cuda", dtype=torch.bfloat16)
+        k, v = (torch.empty(2, columns, 2, 16, device="cuda", dtype=q.dtype) for _ in "kv")
+        kernel = CudaKernel()
+        out, lse = kernel.forward(q, k, v, band, 0.3)
+        assert (out.shape, out.dtype) == (q.shape, q.dtype)
+        assert (lse.shape, lse.dtype) == ((2, 6, rows), torch.float32)
+        # A view of the shard's, as inside the ring.
+        strides = 9 * (rows + 3), rows + 3, 1
+        lse = torch.empty_strided((2, 6, rows), strides, device="cuda", dtype=lse.dtype)
+        grads = kernel.backward(out, q, k, v, out, lse, band, 0.3)
+        assert [(x.shape, x.dtype) for x in grads] == [(x.shape, x.dtype) for x in (q, k, v)]
+        assert seen[0]["query"] is seen[1]["query"] is q
+        assert seen[0]["key"] is seen[1]["key"] is k
+        assert seen[0]["value"] is seen[1]["value"] is v
+        assert seen[1]["logsumexp"].is_contiguous()
+        assert seen[1]["grad_out"] is seen[1]["out"] is out
+    return seen
+
+
+@pytest.mark.parametrize("tile", ALL_TILES)
+def test_the_ops_are_asked_for_the_tile(tile: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    band, rows, columns = TILES[tile]
+    for call in arguments(monkeypatch, band, rows, columns):
+        assert (call["max_q"], call["max_k"]) == (rows, columns)
+        assert call["cum_seq_q"] is call["cum_seq_k"] is None
+        assert call["dropout_p"] == 0.0
+        assert call["scale"] == 0.3
+        window = call["window_size_left"], call["window_size_right"]
+        asked = flash_mask(rows, columns, call["is_causal"], *window)
+        assert torch.equal(asked, allowed(band, rows, columns))
+
+
+def test_the_random_state_is_two_integers(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, backward = arguments(monkeypatch, Band(), 4, 4)
+    assert backward["rng_state"].numel() == backward["unused"].numel() == 2
+    assert backward["rng_state"].dtype == torch.uint64
+    assert isinstance(load_kernel("cuda"), CudaKernel)
+    assert load_kernel("cuda").compute_dtype(torch.bfloat16) == torch.bfloat16
