@@ -14,7 +14,7 @@ from cp_megatron.config.schema import (
     TrainConfig,
 )
 
-_TOY_DATA = DataConfig(seq_length=1024, micro_batch_size=4, global_batch_size=4)
+_TOY_DATA = DataConfig(seq_length=1024, global_batch_size=4)
 _TOY_OPTIMIZER = OptimizerConfig(lr=3e-3, min_lr=3e-4, lr_warmup_iters=10)
 _TOY_TRAIN = TrainConfig(train_iters=120)
 

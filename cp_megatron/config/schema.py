@@ -118,10 +118,10 @@ class DataConfig:
     """A tokenizer's file; the byte tokenizer has none."""
     seq_length: int = 2048
     """Tokens per row."""
-    micro_batch_size: int = 1
-    """Rows that go through the model at once, per data parallel rank."""
+    micro_batch_size: int | None = None
+    """Rows that go through the model at once; by default a rank's whole share of the batch."""
     global_batch_size: int | None = None
-    """Rows per training step over all ranks; by default micro batch x data parallel size."""
+    """Rows per training step over all ranks; by default one micro batch per data parallel rank."""
     document_mask: bool = False
     """Attention never crosses a document, and positions restart at each."""
     allow_data_change: bool = False

@@ -97,7 +97,7 @@ class Run:
                 rows,
                 consumed=number * size,
                 global_batch_size=size,
-                micro_batch_size=data.micro_batch_size,
+                micro_batch_size=self.plan.micro_batch_size,
                 dp_rank=groups.coordinates.dp,
                 dp_size=groups.grid.dp,
                 document_mask=data.document_mask,

@@ -49,7 +49,9 @@ class RunPlan:
         exchange_reason: why.
         vocab_size: tokens of the tokenizer.
         padded_vocab_size: rows of the embedding.
-        row_length: tokens of what the model sees as one row.
+        row_length: tokens of what the model sees as one row; with documents masked, the rows of a
+            micro batch are one.
+        micro_batch_size: rows that go through the model at once.
         num_microbatches: micro batches per step on each rank.
         load: the checkpoint folder (step-N) to go on from.
         load_step: its step, 0 for a new run.
@@ -67,6 +69,7 @@ class RunPlan:
     vocab_size: int
     padded_vocab_size: int
     row_length: int
+    micro_batch_size: int
     num_microbatches: int
     load: Path | None
     load_step: int
@@ -131,8 +134,9 @@ def check(
     rules.check_tensor_parallel(config.model, config.parallel.tensor_parallel_size, padded)
     # After the model: a command with more ranks is no help where the heads forbid the grid.
     grid, world_note = _grid(config, launch, dry_run, dry_run_world_size, [script, *argv])
-    layout = _layout(config, grid)
-    rows, num_microbatches = rules.check_batch(config.data, grid.dp)
+    rows, micro_batch_size, num_microbatches = rules.check_batch(config.data, grid.dp)
+    row_length = config.data.seq_length * (micro_batch_size if config.data.document_mask else 1)
+    layout = _layout(config, grid, row_length)
     rules.check_schedule(config.optimizer, config.train, given)
     validates = rules.check_data(config.data, config.train, given)
     kernels = _kernels(config)
@@ -153,7 +157,8 @@ def check(
         exchange_reason=reason,
         vocab_size=VOCAB_SIZE,
         padded_vocab_size=padded,
-        row_length=_row_length(config),
+        row_length=row_length,
+        micro_batch_size=micro_batch_size,
         num_microbatches=num_microbatches,
         load=loaded[0] if loaded else None,
         load_step=loaded[1].step if loaded else 0,
@@ -251,15 +256,9 @@ def _wrong_world(launch: Launch, cp: int, tp: int, command: Sequence[str]) -> Co
     )
 
 
-def _row_length(config: Config) -> int:
-    """With documents masked, the rows of a micro batch are one packed row."""
-    rows = config.data.micro_batch_size if config.data.document_mask else 1
-    return config.data.seq_length * rows
-
-
-def _layout(config: Config, grid: Grid) -> SequenceLayout:
-    """Which rank holds what; the sequence must divide by all that cuts it."""
-    length, packed = config.data.seq_length, _row_length(config)
+def _layout(config: Config, grid: Grid, packed: int) -> SequenceLayout:
+    """Which rank holds what of a ``packed`` row; it must divide by all that cuts it."""
+    length = config.data.seq_length
     mask = Mask.causal(packed)
     asked = config.parallel.cp_layout
     kind = auto_layout(mask) if asked == "auto" else asked

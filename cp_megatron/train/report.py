@@ -148,7 +148,7 @@ def _training(plan: RunPlan, run: Path | None) -> Iterator[Line]:
     config, grid = plan.config, plan.grid
     rows = config.data.global_batch_size or 0
     per_step = rows * config.data.seq_length
-    size = f"{config.data.micro_batch_size} x dp {grid.dp} x {plan.num_microbatches} accumulated"
+    size = f"{plan.micro_batch_size} x dp {grid.dp} x {plan.num_microbatches} accumulated"
     yield "batch", f"{rows} rows = micro batch {size}, {per_step:,} tokens per step"
     yield "steps", _steps(plan)
     yield "data", _data(config.data.data_path)

@@ -135,18 +135,19 @@ def _splits(model: ModelConfig, tp: int, padded_vocab: int) -> bool:
     return fits and not model.ffn_size % tp and not padded_vocab % tp
 
 
-def check_batch(data: DataConfig, dp: int) -> tuple[int, int]:
-    """Rows per step over all ranks, and micro batches per step on each rank."""
-    once = data.micro_batch_size * dp
-    rows = data.global_batch_size
+def check_batch(data: DataConfig, dp: int) -> tuple[int, int, int]:
+    """Rows per step over all ranks, rows of a micro batch, micro batches per step on each rank."""
+    micro, rows = data.micro_batch_size, data.global_batch_size
     if rows is None:
-        return once, 1
+        return (micro or 1) * dp, micro or 1, 1
+    once = (micro or 1) * dp
     if rows % once:
-        rule = f"must be divisible by --micro-batch-size {data.micro_batch_size} x data parallel "
-        raise ConfigError(
-            "--global-batch-size", rows, f"{rule}{dp} = {once}", multiples(rows, once)
-        )
-    return rows, rows // once
+        factor = f"--micro-batch-size {micro} x " if micro else ""
+        rule = f"must be divisible by {factor}data parallel {dp}"
+        rule += f" = {once}" if micro else ""
+        raise ConfigError("--global-batch-size", rows, rule, multiples(rows, once))
+    micro = micro or rows // dp
+    return rows, micro, rows // (micro * dp)
 
 
 def check_schedule(optimizer: OptimizerConfig, train: TrainConfig, given: frozenset[str]) -> None:
@@ -156,12 +157,9 @@ def check_schedule(optimizer: OptimizerConfig, train: TrainConfig, given: frozen
         raise ConfigError("--min-lr", optimizer.min_lr, rule, f"{optimizer.lr / 10:g}")
     end = train.train_iters if optimizer.lr_decay_iters is None else optimizer.lr_decay_iters
     end_flag = "--train-iters" if optimizer.lr_decay_iters is None else "--lr-decay-iters"
-    if optimizer.lr_warmup_iters >= end:
-        warmup = optimizer.lr_warmup_iters
-        if end_flag in given and "--lr-warmup-iters" not in given:
-            rule = f"must be above --lr-warmup-iters {warmup}"
-            works = f"{warmup + 1}, or --lr-warmup-iters {end // 10}"
-            raise ConfigError(end_flag, end, rule, works)
+    warmup = optimizer.lr_warmup_iters
+    # A short run of a preset with a longer warm-up ends while the rate still rises.
+    if warmup >= end and ("--lr-warmup-iters" in given or "--lr-decay-iters" in given):
         rule = f"must be below {end_flag} {end}"
         raise ConfigError("--lr-warmup-iters", warmup, rule, str(end // 10))
     if optimizer.lr_decay_style == "constant":

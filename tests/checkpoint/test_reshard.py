@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import errno
 import functools
+import os
 import tempfile
 import warnings
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor
 
+from cp_megatron.checkpoint import storage
 from cp_megatron.checkpoint.manifest import read_manifest, verify_files
 from cp_megatron.checkpoint.store import load_checkpoint
 from cp_megatron.errors import ConfigError
@@ -122,13 +129,39 @@ def test_a_file_that_one_rank_finds_damaged_is_refused_on_every_rank(tmp_path: P
 
 
 def fail_on_rank_1(rank: int, world_size: int, folder: Path) -> str:
+    """Rank 1's disk is full."""
     model, optimizer = toy.make(Grid(cp=2), updates=1)
-    if rank == 1:
-        # Its shard can not be made, as on a full disk.
-        shard = folder / "step-3.tmp" / "rank-00001.safetensors"
-        toy.save.__globals__["save_checkpoint"].__globals__["ShardWriter"]._write = (
-            lambda *_: shard.joinpath("none").write_bytes(b"")
-        )
-    with pytest.raises(ConfigError) as refused:
-        toy.save(folder, model, optimizer)
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with ExitStack() as stack:
+        if rank == 1:
+            stack.enter_context(mock.patch.object(storage, "save_file", side_effect=full))
+        refused = stack.enter_context(pytest.raises(ConfigError))
+        toy.save(folder, model, optimizer, step=4)
     return str(refused.value)
+
+
+def test_a_full_disk_leaves_the_older_checkpoint_and_nothing_else(tmp_path: Path) -> None:
+    run_ranks(toy.save_on_ranks, 2, Grid(cp=2), tmp_path)
+    answers = run_ranks(fail_on_rank_1, 2, tmp_path)
+    assert answers[0] == answers[1]
+    assert answers[0].startswith(f"--save {tmp_path / 'step-4'}: rank 1: No space left on device")
+    assert [path.name for path in tmp_path.iterdir()] == ["step-3"]
+
+
+def with_uneven(
+    rank: int, world_size: int, job: Callable[..., Any], grid: Grid, folder: Path
+) -> Any:
+    """Rows that do not divide over tp x cp: 2 1 | 2 1 and 1 0 | 1 0 on TP2 x CP2."""
+    uneven = {"uneven": ((6,), toy.ROWS), "thin": ((2, 3), toy.ROWS)}
+    with mock.patch.dict(toy.PARAMETERS, uneven):
+        return job(rank, world_size, grid, folder)
+
+
+def test_uneven_and_empty_shards(tmp_path: Path) -> None:
+    expected = run_ranks(with_uneven, 4, toy.save_on_ranks, SAVED, tmp_path)[0]
+    assert {"uneven", "thin"} <= expected.keys()
+    for grid in (SAVED, Grid(cp=4), Grid(tp=2)):
+        for loaded, _, _ in run_ranks(
+            with_uneven, grid.world_size, toy.load_on_ranks, grid, tmp_path / "step-3"
+        ):
+            same(loaded, expected)

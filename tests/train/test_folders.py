@@ -21,7 +21,7 @@ VOCAB = 257
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A run of the toy preset with checkpoints at steps 20 and 40, in place of real ones."""
-    config = parse_arguments([]).config
+    config = parse_arguments(["--preset", "toy-gpt"]).config
     folder = tmp_path / "run"
     for step in (20, 40):
         (folder / f"step-{step}").mkdir(parents=True)

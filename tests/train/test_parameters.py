@@ -56,7 +56,7 @@ def test_the_vocabularys_padding() -> None:
     assert padded_vocab_size(256, ModelConfig()) == 256
 
 
-@pytest.mark.parametrize("preset", ["toy", "toy-llama"])
+@pytest.mark.parametrize("preset", ["toy-gpt", "toy"])
 def test_sharding_over_dp_and_cp_loses_and_doubles_nothing(preset: str) -> None:
     sizes = {"vocab_size": 384, "seq_length": 1024}
     model = PRESETS[preset].model
@@ -67,7 +67,7 @@ def test_sharding_over_dp_and_cp_loses_and_doubles_nothing(preset: str) -> None:
 
 def test_tensor_parallelism_splits_matrices_and_copies_the_rest() -> None:
     sizes = {"vocab_size": 384, "seq_length": 1024}
-    model = PRESETS["toy"].model
+    model = PRESETS["toy-gpt"].model
     grid = Grid(tp=2)
     held = sum(parameters_on_rank(model, **sizes, grid=grid, rank=rank) for rank in range(2))
     # Positions, 9 norms with a bias, and 2 biases of row-split layers per layer are held twice.
@@ -76,8 +76,8 @@ def test_tensor_parallelism_splits_matrices_and_copies_the_rest() -> None:
 
 
 def test_key_value_heads_fewer_than_ranks_are_held_whole() -> None:
-    model = PRESETS["toy-llama"].model
+    model = PRESETS["toy"].model
     sizes = {"vocab_size": 384, "seq_length": 1024}
     held = sum(parameters_on_rank(model, **sizes, grid=Grid(tp=4), rank=rank) for rank in range(4))
-    keys_and_values, norms = 4 * 2 * (2 * 32 * 128), 9 * 128
+    keys_and_values, norms = 2 * 2 * (2 * 48 * 192), 5 * 192
     assert held == num_parameters(model, **sizes) + 3 * (keys_and_values + norms)

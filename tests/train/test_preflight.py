@@ -17,14 +17,16 @@ from cp_megatron.errors import ConfigError
 from cp_megatron.plan import Grid
 from cp_megatron.train.preflight import RunPlan, check
 
-LLAMA = ["--preset", "toy-llama"]
+LLAMA = ["--preset", "toy"]
 ROPE = ["--position-embedding-type", "rope"]
 
 
 def plan(*argv: str, world: int = 1, local: int | None = None, torchrun: bool = True) -> RunPlan:
     """The plan of a real run: ``world`` ranks, started as torchrun or plain python does."""
     launch = Launch(world_size=world, local_world_size=local or world, under_torchrun=torchrun)
-    arguments = parse_arguments(argv)
+    # The GPT style preset, so that every flag of both styles has something to change.
+    preset = [] if {"--preset", "--load"} & set(argv) else ["--preset", "toy-gpt"]
+    arguments = parse_arguments([*preset, *argv])
     return check(
         arguments.config,
         launch,
@@ -91,9 +93,8 @@ def refused(
         (["--distributed-timeout-minutes", "0"], 1, "--distributed-timeout-minutes", "10"),
         # the learning rate
         (["--lr", "1e-4", "--min-lr", "2e-4"], 1, "--min-lr", "1e-05"),
-        (["--lr-warmup-iters", "100"], 1, "--lr-warmup-iters", "10"),
-        (["--train-iters", "10"], 1, "--train-iters", "11, or --lr-warmup-iters 1"),
-        (["--lr-decay-iters", "5"], 1, "--lr-decay-iters", "11, or --lr-warmup-iters 0"),
+        (["--lr-warmup-iters", "120"], 1, "--lr-warmup-iters", "12"),
+        (["--lr-decay-iters", "5"], 1, "--lr-warmup-iters", "0"),
         (["--lr-decay-style", "constant", "--min-lr", "1e-4"], 1, "--min-lr", "cosine"),
         # the world
         (["--tensor-parallel-size", "2"], 3, "--tensor-parallel-size", "--nproc-per-node 2 "),
@@ -225,7 +226,7 @@ def test_data_that_is_not_text(tmp_path: Path) -> None:
 def test_everything_derived_is_filled_in() -> None:
     run = plan(*LLAMA, "--context-parallel-size", "2", "--global-batch-size", "8", world=4)
     assert run.grid == Grid(dp=2, cp=2)
-    assert (run.num_microbatches, run.config.data.global_batch_size) == (4, 8)
+    assert (run.num_microbatches, run.config.data.global_batch_size) == (1, 8)
     assert (run.layout.kind, run.layout.shard_len, run.row_length) == ("zigzag", 512, 1024)
     assert (run.exchange, run.load, run.load_step) == ("p2p", None, 0)
     assert (run.vocab_size, run.padded_vocab_size) == (257, 384)
@@ -285,8 +286,20 @@ def test_a_length_that_is_no_number_in_code() -> None:
         check(config, Launch())
 
 
+def test_a_short_run_of_a_preset_with_a_longer_warm_up() -> None:
+    assert plan("--train-iters", "3").config.optimizer.lr_warmup_iters == 10
+
+
+def test_the_micro_batch_is_by_default_a_rank_s_whole_share() -> None:
+    for world in (1, 2, 4):
+        run = plan("--global-batch-size", "8", world=world)
+        assert (run.micro_batch_size, run.num_microbatches) == (8 // world, 1)
+    assert plan("--global-batch-size", "8", "--micro-batch-size", "2", world=2).num_microbatches == 2
+    assert refused("--global-batch-size", "6", world=4).works == "4, 8"
+
+
 def test_presets_are_possible_runs() -> None:
-    for preset in ("toy", "toy-llama", "gpt2-small", "llama-1b", "llama3-8b"):
+    for preset in ("toy", "toy-gpt", "gpt2-small", "llama-1b", "llama3-8b"):
         argv = ["--preset", preset, "--dry-run", "--world-size", "16"]
         argv += ["--context-parallel-size", "2", "--tensor-parallel-size", "2"]
         assert plan(*argv, "--global-batch-size", "16").grid == Grid(dp=4, cp=2, tp=2)

@@ -16,7 +16,7 @@ from cp_megatron.train.report import error_line, print_start, shown_ranks
 
 
 def planned(*argv: str) -> RunPlan:
-    arguments = parse_arguments(["--dry-run", *argv])
+    arguments = parse_arguments(["--dry-run", *([] if "--preset" in argv else ["--preset", "toy-gpt"]), *argv])
     size = arguments.world_size
     return check(arguments.config, Launch(), dry_run=True, dry_run_world_size=size)
 
@@ -35,16 +35,16 @@ def test_everything_a_person_asks_for() -> None:
     for part in (
         "8 ranks = dp 2 x cp 2 x tp 2",
         "rank 6              dp 1  cp 1  tp 0   positions 256-511, 512-767",
-        "toy: 4 layers of 128, 4 heads of 32",
+        "toy-gpt: 4 layers of 128, 4 heads of 32",
         "973,568 in all",
         "1,024 per row, 512 of them on a rank",
         "auto (cpu: float32, cuda: bfloat16)",
         "PyTorch's fused CPU flash attention",
         "zigzag - chosen",
         "p2p - the ring",
-        "4 rows = micro batch 1 x dp 2 x 2 accumulated",
+        "4 rows = micro batch 2 x dp 2 x 1 accumulated",
         "Python's standard library",
-        "runs/toy-<n>",
+        "runs/toy-gpt-<n>",
     ):
         assert part in text
     assert max(map(len, text.splitlines())) <= 80

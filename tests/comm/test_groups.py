@@ -1,0 +1,68 @@
+"""The real process groups of 1, 4 and 8 ranks, literally."""
+
+from __future__ import annotations
+
+import pytest
+import torch.distributed as dist
+
+from cp_megatron.comm.groups import ParallelGroups
+from cp_megatron.plan import Coordinates, Grid
+from tests.ranks import run_ranks
+
+AXES = ("tp", "cp", "dp", "dp_cp")
+Found = tuple[Coordinates, dict[str, list[int]], dict[str, int]]
+
+
+def groups_of(rank: int, world_size: int, grid: Grid) -> Found:
+    """This rank's coordinates, the ranks of its groups, and its place in each."""
+    groups = ParallelGroups.create(grid, "cpu")
+    by_axis = {axis: getattr(groups, axis) for axis in AXES}
+    assert groups.grid == grid
+    assert groups.tp_mesh.get_group() is groups.tp
+    assert groups.dp_cp_mesh.get_group() is groups.dp_cp
+    assert groups.mesh.mesh_dim_names == ("dp", "cp", "tp")
+    assert groups.tp_mesh.ndim == groups.dp_cp_mesh.ndim == 1
+    ranks = {axis: dist.get_process_group_ranks(group) for axis, group in by_axis.items()}
+    return groups.coordinates, ranks, {axis: dist.get_rank(g) for axis, g in by_axis.items()}
+
+
+def by_group(found: list[Found], axis: str) -> list[list[int]]:
+    """The distinct groups along an axis; every rank is in the one it names."""
+    groups = []
+    for rank, (_, ranks, place) in enumerate(found):
+        assert ranks[axis][place[axis]] == rank
+        if ranks[axis] not in groups:
+            groups.append(ranks[axis])
+    return groups
+
+
+def test_four_ranks() -> None:
+    found = run_ranks(groups_of, 4, Grid(cp=2, tp=2))
+    assert by_group(found, "tp") == [[0, 1], [2, 3]]
+    assert by_group(found, "cp") == [[0, 2], [1, 3]]
+    assert by_group(found, "dp") == [[0], [1], [2], [3]]
+    assert by_group(found, "dp_cp") == [[0, 2], [1, 3]]
+    assert [place for place, _, _ in found] == [(0, 0, 0), (0, 0, 1), (0, 1, 0), (0, 1, 1)]
+
+
+@pytest.mark.parametrize("grid", [Grid(dp=4), Grid(cp=4), Grid(tp=4), Grid(dp=2, tp=2)])
+def test_the_groups_are_the_grids(grid: Grid) -> None:
+    found = run_ranks(groups_of, 4, grid)
+    for axis in AXES:
+        assert by_group(found, axis) == grid.groups(axis)  # type: ignore[arg-type]
+    assert [place for place, _, _ in found] == [grid.coordinates(rank) for rank in range(4)]
+
+
+def test_eight_ranks() -> None:
+    found = run_ranks(groups_of, 8, Grid(dp=2, cp=2, tp=2))
+    assert by_group(found, "tp") == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    assert by_group(found, "cp") == [[0, 2], [1, 3], [4, 6], [5, 7]]
+    assert by_group(found, "dp") == [[0, 4], [1, 5], [2, 6], [3, 7]]
+    assert by_group(found, "dp_cp") == [[0, 2, 4, 6], [1, 3, 5, 7]]
+    assert found[6][0] == Coordinates(dp=1, cp=1, tp=0)
+
+
+def test_one_rank_has_groups_too() -> None:
+    ((place, ranks, _),) = run_ranks(groups_of, 1, Grid())
+    assert place == (0, 0, 0)
+    assert ranks == {axis: [0] for axis in AXES}
