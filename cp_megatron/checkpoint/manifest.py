@@ -12,9 +12,10 @@ import json
 import math
 import re
 import stat
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from cp_megatron.errors import ConfigError
@@ -26,18 +27,20 @@ TEMPORARY = ".tmp"
 MAX_MANIFEST_BYTES = 1 << 30
 STEP_FOLDER = re.compile(r"step-(0|[1-9][0-9]*)")
 SHARD_FILE = re.compile(r"rank-[0-9]{5,}\.safetensors")
-ELEMENT_BYTES: Mapping[str, int] = {
-    "float64": 8,
-    "float32": 4,
-    "bfloat16": 2,
-    "float16": 2,
-    "int64": 8,
-    "int32": 4,
-    "int16": 2,
-    "int8": 1,
-    "uint8": 1,
-    "bool": 1,
-}
+ELEMENT_BYTES: Mapping[str, int] = MappingProxyType(
+    {
+        "float64": 8,
+        "float32": 4,
+        "bfloat16": 2,
+        "float16": 2,
+        "int64": 8,
+        "int32": 4,
+        "int16": 2,
+        "int8": 1,
+        "uint8": 1,
+        "bool": 1,
+    }
+)
 """The dtypes a checkpoint may hold."""
 
 
@@ -131,20 +134,13 @@ def read_manifest(folder: Path | str) -> Manifest:
             names a file that is no shard of this folder.
     """
     folder = Path(folder)
-    path = folder / MANIFEST
-    try:
-        size = path.stat().st_size
-        if size > MAX_MANIFEST_BYTES:
-            raise _malformed(folder, f"its size is {size} bytes")
-        parsed = json.loads(path.read_bytes())
-    except OSError as error:
-        rule = f"is no finished checkpoint: {MANIFEST} can not be read ({error.strerror})"
-        raise ConfigError(FLAG, folder, rule, _others(folder)) from None
-    except (ValueError, RecursionError):
-        raise _malformed(folder, "it is not JSON") from None
-    document = _Fields(folder, "", parsed)
+    document = _Fields(folder, "", _read_json(folder))
     fields = _Fields(folder, "", document.mapping("manifest"))
-    if document.text("sha256") != _sha256(fields.value):
+    try:
+        digest = _sha256(fields.value)
+    except RecursionError:
+        raise _malformed(folder, "it is nested too deep") from None
+    if document.text("sha256") != digest:
         raise damaged(folder, f"{MANIFEST} is damaged: its SHA-256 is not its own")
     version = fields.count("version")
     if version != FORMAT_VERSION:
@@ -182,6 +178,21 @@ def file_sha256(path: Path) -> str:
 def damaged(folder: Path, rule: str) -> ConfigError:
     """The error for a checkpoint that can not be trusted, with the run's other checkpoints."""
     return ConfigError(FLAG, folder, rule, _others(folder))
+
+
+def _read_json(folder: Path) -> Any:
+    path = folder / MANIFEST
+    try:
+        status = path.stat()
+        # Reading a pipe would wait for ever, reading a device would not end.
+        if stat.S_ISREG(status.st_mode) and status.st_size <= MAX_MANIFEST_BYTES:
+            return json.loads(path.read_bytes())
+    except OSError as error:
+        rule = f"is no finished checkpoint: {MANIFEST} can not be read ({error.strerror})"
+        raise ConfigError(FLAG, folder, rule, _others(folder)) from None
+    except (ValueError, RecursionError):
+        raise _malformed(folder, "it is not JSON") from None
+    raise _malformed(folder, f"it is not a regular file of at most {MAX_MANIFEST_BYTES} bytes")
 
 
 def _canonical(value: object) -> str:
@@ -335,7 +346,8 @@ def _check_chunks(folder: Path, manifest: Manifest) -> None:
                 raise _malformed(folder, f"a chunk of {name} lies outside of its shape")
         filled = sum(math.prod(chunk.sizes) for chunk in tensor.chunks)
         corners = {chunk.offsets for chunk in tensor.chunks}
-        if filled != math.prod(tensor.shape) or len(corners) != len(tensor.chunks):
+        disjoint = len(corners) == len(tensor.chunks) and not _overlap(tensor.chunks)
+        if filled != math.prod(tensor.shape) or not disjoint:
             raise _malformed(folder, f"the chunks of {name} do not fill its shape")
     for file, size in held.items():
         if size > manifest.files[file].size:
@@ -345,4 +357,30 @@ def _check_chunks(folder: Path, manifest: Manifest) -> None:
 def _inside(chunk: ChunkEntry, shape: tuple[int, ...]) -> bool:
     return len(chunk.offsets) == len(chunk.sizes) == len(shape) and all(
         offset + size <= length for offset, size, length in zip(chunk.offsets, chunk.sizes, shape)
+    )
+
+
+def _overlap(chunks: Sequence[ChunkEntry]) -> bool:
+    """Whether two boxes share an element: a sweep along the dim with the most cuts."""
+    boxes = [chunk for chunk in chunks if math.prod(chunk.sizes)]
+    dims = range(len(boxes[0].sizes) if boxes else 0)
+    dim = max(dims, key=lambda d: len({box.offsets[d] for box in boxes}), default=None)
+    if dim is None:
+        return len(boxes) > 1
+    open_boxes: list[ChunkEntry] = []
+    for box in sorted(boxes, key=lambda box: box.offsets[dim]):
+        begin = box.offsets[dim]
+        open_boxes = [
+            other for other in open_boxes if other.offsets[dim] + other.sizes[dim] > begin
+        ]
+        if any(_meet(box, other) for other in open_boxes):
+            return True
+        open_boxes.append(box)
+    return False
+
+
+def _meet(one: ChunkEntry, other: ChunkEntry) -> bool:
+    return all(
+        max(a, b) < min(a + length, b + width)
+        for a, length, b, width in zip(one.offsets, one.sizes, other.offsets, other.sizes)
     )

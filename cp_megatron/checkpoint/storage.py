@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -50,8 +51,12 @@ from cp_megatron.checkpoint.manifest import (
 )
 from cp_megatron.errors import ConfigError
 
-DTYPES: Mapping[str, torch.dtype] = {name: getattr(torch, name) for name in ELEMENT_BYTES}
-DTYPE_NAMES: Mapping[torch.dtype, str] = {dtype: name for name, dtype in DTYPES.items()}
+DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
+    {name: getattr(torch, name) for name in ELEMENT_BYTES}
+)
+DTYPE_NAMES: Mapping[torch.dtype, str] = MappingProxyType(
+    {dtype: name for name, dtype in DTYPES.items()}
+)
 
 Describe = Callable[[Mapping[str, FileEntry], Mapping[str, TensorEntry]], Manifest]
 
@@ -237,6 +242,7 @@ class ShardReader(StorageReader):
                 for item, chunk in wanted:
                     self._check_stored(shard, item.storage_index.fqn, chunk)
                     source = _box(shard, item, chunk)
+                    self._check_dtype(source, item.storage_index.fqn, file)
                     target = planner.resolve_tensor(item).detach()
                     target.copy_(source)
                     planner.commit_tensor(item, target)
@@ -247,6 +253,11 @@ class ShardReader(StorageReader):
         stored = shard.get_slice(chunk.key)
         if tuple(stored.get_shape()) != chunk.sizes:
             raise damaged(self.folder, f"{chunk.file} holds {name} in another shape")
+
+    def _check_dtype(self, source: Tensor, name: str, file: str) -> None:
+        # copy_ would convert it without a word.
+        if source.dtype != DTYPES[self._manifest.tensors[name].dtype]:
+            raise damaged(self.folder, f"{file} holds {name} in another dtype")
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:

@@ -6,6 +6,7 @@ E value head dim.
 
 from __future__ import annotations
 
+import math
 from functools import cached_property
 
 import torch
@@ -117,7 +118,7 @@ class ContextParallel:
             q: [B, S / N, H, D].
             k: [B, S / N, G, D]; H is a multiple of G, query head h reads head h // (H / G).
             v: [B, S / N, G, E].
-            scale: multiplies the scores; by default D ** -0.5.
+            scale: multiplies the scores, above 0; by default D ** -0.5.
 
         Returns:
             [B, S / N, H, E] in q's type.
@@ -126,9 +127,12 @@ class ContextParallel:
             ConfigError: shapes or types do not fit each other, the layout or the kernel.
         """
         self._check_attention(q, k, v)
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        if not 0 < scale < math.inf:  # fused kernels mask before they scale
+            raise ConfigError("scale", scale, "must be positive and finite")
         choice = self.kernel_choice(q.device.type, q.dtype, max(q.shape[-1], v.shape[-1]))
         ring = Ring(rounds=self.rounds, group=self.group, kernel=load_kernel(choice.name))
-        return ring_attention(ring, q, k, v, q.shape[-1] ** -0.5 if scale is None else scale)
+        return ring_attention(ring, q, k, v, scale)
 
     def kernel_choice(self, device: str, dtype: torch.dtype, head_dim: int) -> KernelChoice:
         """The kernel that inputs of this kind get, and why."""

@@ -45,8 +45,7 @@ class FlashAttnKernel:
             v,
             dropout_p=0.0,
             softmax_scale=scale,
-            causal=band.is_causal,
-            **self._window(band, q, k),
+            **self._mask(band, q, k),
             alibi_slopes=None,
             return_softmax=False,
             softcap=0.0,
@@ -80,16 +79,18 @@ class FlashAttnKernel:
             dv,
             dropout_p=0.0,
             softmax_scale=scale,
-            causal=band.is_causal,
-            **self._window(band, q, k),
+            **self._mask(band, q, k),
             alibi_slopes=None,
             deterministic=False,
             softcap=0.0,
         )
         return dq, dk, dv
 
-    def _window(self, band: Band, q: Tensor, k: Tensor) -> dict[str, Any]:
-        left, right = bottom_right_window(band, q.shape[1], k.shape[1])
+    def _mask(self, band: Band, q: Tensor, k: Tensor) -> dict[str, Any]:
+        num_queries, num_keys = q.shape[1], k.shape[1]
+        left, right = bottom_right_window(band, num_queries, num_keys)
+        # The flag means the last corner's diagonal; off a square the window alone says it.
+        causal = band.is_causal and num_queries == num_keys
         if self._split_window:
-            return {"window_size_left": left, "window_size_right": right}
-        return {"window_size": (left, right)}
+            return {"causal": causal, "window_size_left": left, "window_size_right": right}
+        return {"causal": causal, "window_size": (left, right)}

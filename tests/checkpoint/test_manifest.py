@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,42 @@ def test_not_utf8(tmp_path: Path) -> None:
     refuse(tmp_path, "malformed")
 
 
+def test_a_pipe_is_no_manifest(tmp_path: Path) -> None:
+    path = write(tmp_path) / "manifest.json"
+    path.unlink()
+    os.mkfifo(path)
+    refuse(tmp_path, "malformed: it is not a regular file")
+
+
+def test_a_manifest_that_is_too_large_is_not_read(tmp_path: Path) -> None:
+    with (write(tmp_path) / "manifest.json").open("r+b") as file:
+        file.truncate(2**31)  # a hole, which takes no room on the disk
+    refuse(tmp_path, "at most 1073741824 bytes")
+
+
+def test_nesting_too_deep_to_check(tmp_path: Path) -> None:
+    # Around the depth at which the parser still copes, and what comes after it may not.
+    write(tmp_path)
+    for depth in range(sys.getrecursionlimit() - 100, sys.getrecursionlimit()):
+        nested = "[" * depth + "]" * depth
+        text = f'{{"manifest": {{"config": {nested}}}, "sha256": ""}}'
+        (tmp_path / "manifest.json").write_text(text)
+        refuse(tmp_path, "malformed|damaged")
+
+
+@pytest.mark.parametrize("columns", [1, 3])
+def test_boxes_side_by_side_do_not_overlap(columns: int, tmp_path: Path) -> None:
+    """A tensor cut along both dims, as over tp and dp x cp."""
+    chunks = tuple(
+        ChunkEntry(offsets=(row, column), sizes=(2, columns), file=SHARD, key=f"{row} {column}")
+        for row in (0, 2)
+        for column in range(0, 3, columns)
+    )
+    tensors = {"model.w": TensorEntry(dtype="float32", shape=(4, 3), chunks=chunks)}
+    manifest = read_manifest(write(tmp_path, replace(MANIFEST, tensors=tensors)))
+    assert manifest.tensors == tensors
+
+
 def test_every_bit_of_the_manifest_counts(tmp_path: Path) -> None:
     path = write(tmp_path) / "manifest.json"
     good = path.read_bytes()
@@ -125,6 +162,10 @@ def rewrite(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     canonical = json.dumps(fields, sort_keys=True, separators=(",", ":"))
     digest = hashlib.sha256(canonical.encode()).hexdigest()
     path.write_text(json.dumps({"manifest": fields, "sha256": digest}))
+
+
+def boxes(*rows: tuple[int, int]) -> list[dict[str, Any]]:
+    return [asdict(chunk(offset, size)) for offset, size in rows]
 
 
 def set_chunk(fields: dict[str, Any], **values: object) -> None:
@@ -152,6 +193,8 @@ def set_chunk(fields: dict[str, Any], **values: object) -> None:
         lambda m: m["tensors"]["model.w"]["chunks"].pop(),
         lambda m: set_chunk(m, offsets=[2, 0]),
         lambda m: set_chunk(m, offsets=[0, 0]),
+        # As many elements as the shape has, but row 1 twice and row 3 never.
+        lambda m: m["tensors"]["model.w"].update(chunks=boxes((0, 2), (1, 2))),
         lambda m: set_chunk(m, offsets=[1, "0"]),
         lambda m: set_chunk(m, sizes=[3, -3]),
         lambda m: set_chunk(m, file="rank-00001.safetensors"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -244,27 +245,27 @@ def test_extra_state_of_a_module_is_refused(tmp_path: Path) -> None:
         toy.save(tmp_path, Stateful(2, 2), None)  # type: ignore[arg-type]
 
 
-def test_a_shard_that_is_not_what_the_manifest_says(tmp_path: Path) -> None:
-    # The hashes are right (somebody wrote them so), the contents are another tensor's.
+@pytest.mark.parametrize(
+    ("values", "rule"),
+    [
+        ({"key": "model.column"}, "holds model.row in another shape"),
+        ({"key": "model.gone"}, "can not be read"),
+        ({"dtype": "int32"}, "holds model.row in another dtype"),
+    ],
+)
+def test_a_shard_that_is_not_what_the_manifest_says(
+    values: dict[str, str], rule: str, tmp_path: Path
+) -> None:
+    # The hashes are right (somebody wrote them so), the contents are not.
     folder = toy.save(tmp_path, *toy.make(None, updates=1))
     manifest = read_manifest(folder)
     entry = manifest.tensors["model.row"]
-    broken = {
-        **manifest.tensors,
-        "model.row": type(entry)(
-            dtype=entry.dtype,
-            shape=entry.shape,
-            chunks=tuple(
-                type(chunk)(
-                    offsets=chunk.offsets, sizes=chunk.sizes, file=chunk.file, key="model.column"
-                )
-                for chunk in entry.chunks
-            ),
-        ),
-    }
-    reader = ShardReader(folder, type(manifest)(**{**vars(manifest), "tensors": broken}))
+    chunks = tuple(replace(chunk, key=values.get("key", chunk.key)) for chunk in entry.chunks)
+    entry = replace(entry, dtype=values.get("dtype", entry.dtype), chunks=chunks)
+    tensors = {**manifest.tensors, "model.row": entry}
+    reader = ShardReader(folder, replace(manifest, tensors=tensors))
     model, _ = toy.make(None)
     planner = DefaultLoadPlanner(flatten_state_dict=False)
     planner.set_up_planner({"model.row": model.row.detach()}, reader.read_metadata())
-    with pytest.raises(ConfigError, match=r"rank-00000.safetensors holds model.row in another"):
+    with pytest.raises(ConfigError, match=f"rank-00000.safetensors {rule}"):
         reader.read_data(planner.create_local_plan(), planner)

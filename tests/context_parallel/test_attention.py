@@ -221,3 +221,10 @@ def test_the_ring_brings_the_all_gather_less_what_is_never_read() -> None:
         # What is missing here is read neither here nor further down the ring from its owner.
         queries = arrived[0]
         assert not dense[queries][:, sorted(never)].any(), rank
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.5, float("inf"), float("nan")])
+def test_a_scale_that_kernels_can_not_take_is_refused(scale: float) -> None:
+    x = torch.zeros(1, 8, 2, 4)
+    with pytest.raises(ConfigError, match="must be positive"):
+        ContextParallel(None, Mask.causal(8)).attention(x, x, x, scale=scale)

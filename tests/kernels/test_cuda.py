@@ -16,7 +16,6 @@ from cp_megatron.plan import Schedule
 from cp_megatron.plan.tiles import Band
 from tests.kernels.cases import TILES, allowed
 from tests.kernels.double import flash_mask
-from tests.kernels.test_flash_attn import ALL_TILES
 from tests.plan.cases import property_settings, schedules
 
 
@@ -94,7 +93,7 @@ def arguments(monkeypatch: pytest.MonkeyPatch, band: Band, rows: int, columns: i
     return seen
 
 
-@pytest.mark.parametrize("tile", ALL_TILES)
+@pytest.mark.parametrize("tile", TILES)
 def test_the_ops_are_asked_for_the_tile(tile: str, monkeypatch: pytest.MonkeyPatch) -> None:
     band, rows, columns = TILES[tile]
     for call in arguments(monkeypatch, band, rows, columns):

@@ -21,12 +21,6 @@ from tests.ranks import run_ranks
 
 BF16 = torch.bfloat16
 INTERFACES = pytest.mark.parametrize("interface", [double, double.pair_window_interface()])
-NOT_SQUARE = pytest.mark.xfail(
-    strict=True, reason="causal=True on a tile that is not square aligns at the other corner"
-)
-ALL_TILES = [
-    pytest.param(name, marks=NOT_SQUARE) if name == "causal tall" else name for name in TILES
-]
 
 
 def worst(interface: Any, band: Band, a: Attention) -> float:
@@ -44,7 +38,7 @@ def worst(interface: Any, band: Band, a: Attention) -> float:
 
 
 @INTERFACES
-@pytest.mark.parametrize("tile", ALL_TILES)
+@pytest.mark.parametrize("tile", TILES)
 def test_every_kind_of_tile(interface: Any, tile: str) -> None:
     band, rows, columns = TILES[tile]
     for heads in ((4, 4, 8, 8), (6, 2, 16, 16), (4, 1, 8, 8)):
@@ -153,6 +147,13 @@ def test_an_interface_is_told_apart_by_its_signature() -> None:
     with double.installed() as FlashAttnKernel:
         old: SimpleNamespace = double.pair_window_interface()
         q = torch.zeros(1, 4, 1, 8)
-        assert FlashAttnKernel(old)._window(FULL, q, q) == {"window_size": (-1, -1)}
-        new = {"window_size_left": -1, "window_size_right": -1}
-        assert FlashAttnKernel(double)._window(FULL, q, q) == new
+        assert FlashAttnKernel(old)._mask(FULL, q, q) == {
+            "causal": False,
+            "window_size": (-1, -1),
+        }
+        new = {
+            "causal": False,
+            "window_size_left": -1,
+            "window_size_right": -1,
+        }
+        assert FlashAttnKernel(double)._mask(FULL, q, q) == new

@@ -147,7 +147,9 @@ class Machine:
                     source = self.shards[rank]
                 else:
                     source = self.arrived[rank]
-                yield rank, message.peer, kind, source[expand(message.spans)].copy()
+                payload = source[expand(message.spans)].copy()
+                assert kind == "keys" or payload.any(axis=1).all(), "a gradient nobody added to"
+                yield rank, message.peer, kind, payload
 
     def _compute(self, slot: int) -> None:
         for rank in range(self.size):
