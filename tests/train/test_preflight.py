@@ -294,7 +294,8 @@ def test_the_micro_batch_is_by_default_a_rank_s_whole_share() -> None:
     for world in (1, 2, 4):
         run = plan("--global-batch-size", "8", world=world)
         assert (run.micro_batch_size, run.num_microbatches) == (8 // world, 1)
-    assert plan("--global-batch-size", "8", "--micro-batch-size", "2", world=2).num_microbatches == 2
+    both = ["--global-batch-size", "8", "--micro-batch-size", "2"]
+    assert plan(*both, world=2).num_microbatches == 2
     assert refused("--global-batch-size", "6", world=4).works == "4, 8"
 
 

@@ -16,7 +16,8 @@ from cp_megatron.train.report import error_line, print_start, shown_ranks
 
 
 def planned(*argv: str) -> RunPlan:
-    arguments = parse_arguments(["--dry-run", *([] if "--preset" in argv else ["--preset", "toy-gpt"]), *argv])
+    preset = [] if "--preset" in argv else ["--preset", "toy-gpt"]
+    arguments = parse_arguments(["--dry-run", *preset, *argv])
     size = arguments.world_size
     return check(arguments.config, Launch(), dry_run=True, dry_run_world_size=size)
 
