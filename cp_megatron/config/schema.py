@@ -171,7 +171,7 @@ class TrainConfig:
     recompute_granularity: Recompute = "none"
     """full: keep one tensor per layer and recompute it; selective: recompute all but attention."""
     log_interval: int = 10
-    """Steps between two lines of metrics."""
+    """Steps between two lines of metrics; the first and the last step have one too."""
     eval_interval: int | None = None
     """Steps between two validations; by default only at the end."""
     eval_iters: int = 4

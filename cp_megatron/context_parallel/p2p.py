@@ -137,13 +137,13 @@ def ring_backward(
     compute = ring.kernel.compute_dtype(q.dtype)
     rows = _Rows(q.to(compute), dout.to(compute).contiguous(), out.to(compute), lse)
     shard = arrival = _KeyValues(k, v)
-    dq = torch.zeros(q.shape, dtype=accumulation_dtype(q.dtype), device=q.device)
+    dq = torch.empty(q.shape, dtype=accumulation_dtype(q.dtype), device=q.device)
     # The own tiles need no message: half of their heads are kept for the end, where they hide the
     # last gradients' way home as the first half hides the first keys' way here.
     num_heads = k.shape[2]
     middle = num_heads // 2 if len(ring.rounds) > 1 else 0
-    own = _GradientsOf(ring.kernel, rows, shard.to(compute), scale, dq)
-    latest = own
+    own = latest = _GradientsOf(ring.kernel, rows, shard.to(compute), scale, dq)
+    own.zero(slice(0, middle), queries=True)
     before: Round | None = None
     for turn in (*ring.rounds, None):
         if turn and turn.send_keys:
@@ -151,12 +151,12 @@ def ring_backward(
             arrival = shard if before is None else arrival
         slot = _BackwardSlot.post(ring, before, turn, shard, arrival, latest.grads)
         if turn is None:
-            own.add(ring.rounds[0].tiles, heads=slice(0, middle))
+            own.add(ring.rounds[0].tiles, slice(0, middle))
         elif before is None:
-            own.add(turn.tiles, heads=slice(middle, num_heads))
+            own.store_own(turn.tiles, slice(middle, num_heads))
         else:
             latest = _GradientsOf(ring.kernel, rows, arrival.to(compute), scale, dq)
-            latest.add(turn.tiles, heads=slice(0, num_heads))
+            latest.store_remote(turn.tiles, slice(0, num_heads))
         slot.wait_and_add(arrival=latest.grads, own=own.grads)
         if slot.keys is not None:
             arrival = _KeyValues.unpack(slot.keys, shard)
@@ -265,37 +265,74 @@ def _forward_tile(
 
 
 class _GradientsOf:
-    """Gradients of the keys of one arrival, summed over tiles; their queries' go into ``dq``."""
+    """Gradients of the keys of one arrival, summed over tiles; their queries' go into ``dq``.
+
+    Memory is not cleared first: what is written first is stored, the rest added. ``heads`` are
+    key/value heads, and stand for the query heads that read them too.
+    """
 
     def __init__(
         self, kernel: Kernel, rows: _Rows, keys: _KeyValues, scale: float, dq: Tensor
     ) -> None:
         self._kernel, self._rows, self._keys = kernel, rows, keys
         self._scale, self._dq = scale, dq
-        self.grads = _KeyValues.unpack(keys.empty(keys.k.shape[1], dq.dtype).zero_(), keys)
+        self._group = rows.q.shape[2] // keys.k.shape[2]
+        self.grads = _KeyValues.unpack(keys.empty(keys.k.shape[1], dq.dtype), keys)
 
-    def add(self, tiles: Sequence[Tile], *, heads: slice) -> None:
-        """Adds the tiles' share for some key/value heads and the query heads that read them."""
-        rows, keys = self._rows, self._keys
-        group = rows.q.shape[2] // keys.k.shape[2]
-        q_heads = slice(heads.start * group, heads.stop * group)
-        if heads.start == heads.stop:
-            return
+    def zero(self, heads: slice, *, queries: bool) -> None:
+        """Clears the keys' gradients, and with ``queries`` those of the heads' queries."""
+        self.grads.k[:, :, heads] = 0
+        self.grads.v[:, :, heads] = 0
+        if queries:
+            self._dq[:, :, self._q_heads(heads)] = 0
+
+    def store_own(self, tiles: Sequence[Tile], heads: slice) -> None:
+        """The shard's own keys: its ``first`` tiles cover each row and each column once."""
         for tile in tiles:
-            q, k = slice(tile.q0, tile.q1), slice(tile.k0, tile.k1)
-            dq, dk, dv = self._kernel.backward(
-                rows.dout[:, q, q_heads],
-                rows.q[:, q, q_heads],
-                keys.k[:, k, heads],
-                keys.v[:, k, heads],
-                rows.out[:, q, q_heads],
-                rows.lse[:, q_heads, q],
-                tile.band,
-                self._scale,
-            )
-            self._dq[:, q, q_heads] += dq
-            self.grads.k[:, k, heads] += dk
-            self.grads.v[:, k, heads] += dv
+            self._accumulate(tile, heads, store_rows=tile.first, store_columns=tile.first)
+
+    def store_remote(self, tiles: Sequence[Tile], heads: slice) -> None:
+        """Another rank's keys: the rows have gradients already, the columns none."""
+        num_keys = self._keys.k.shape[1]
+        whole = len(tiles) == 1 and tiles[0].k1 - tiles[0].k0 == num_keys
+        if not whole:
+            self.zero(heads, queries=False)
+        for tile in tiles:
+            self._accumulate(tile, heads, store_rows=False, store_columns=whole)
+
+    def add(self, tiles: Sequence[Tile], heads: slice) -> None:
+        """Adds to what is there."""
+        for tile in tiles if heads.stop > heads.start else ():
+            self._accumulate(tile, heads, store_rows=False, store_columns=False)
+
+    def _accumulate(
+        self, tile: Tile, heads: slice, *, store_rows: bool, store_columns: bool
+    ) -> None:
+        rows, keys, q_heads = self._rows, self._keys, self._q_heads(heads)
+        q, k = slice(tile.q0, tile.q1), slice(tile.k0, tile.k1)
+        dq, dk, dv = self._kernel.backward(
+            rows.dout[:, q, q_heads],
+            rows.q[:, q, q_heads],
+            keys.k[:, k, heads],
+            keys.v[:, k, heads],
+            rows.out[:, q, q_heads],
+            rows.lse[:, q_heads, q],
+            tile.band,
+            self._scale,
+        )
+        _write(self._dq[:, q, q_heads], dq, store=store_rows)
+        _write(self.grads.k[:, k, heads], dk, store=store_columns)
+        _write(self.grads.v[:, k, heads], dv, store=store_columns)
+
+    def _q_heads(self, heads: slice) -> slice:
+        return slice(heads.start * self._group, heads.stop * self._group)
+
+
+def _write(target: Tensor, value: Tensor, *, store: bool) -> None:
+    if store:
+        target.copy_(value)
+    else:
+        target += value
 
 
 def _take(packed: Tensor, spans: Sequence[Span]) -> Tensor:

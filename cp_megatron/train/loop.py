@@ -77,7 +77,8 @@ class Run:
             stopping = any_rank_stops(stop, self.control)
             last = stopping or step == train.train_iters
             valid_loss = None if stopping else self._validate(step, saved)
-            if last or step % train.log_interval == 0 or valid_loss is not None:
+            # The first step too: it shows where the loss came from.
+            if last or step == 1 or step % train.log_interval == 0 or valid_loss is not None:
                 self._log(step, result, rate, clock.seconds_per_step(), valid_loss)
             self.view.step_done(step)
             if last or (interval and step % interval == 0):
