@@ -92,7 +92,7 @@ def load_another(rank: int, world_size: int, folder: Path) -> str:
 def saved() -> tuple[tempfile.TemporaryDirectory[str], Path, State, list[float]]:
     """One run for all tests; nobody writes to it."""
     holder = tempfile.TemporaryDirectory()
-    state, losses = run_ranks(train_and_save, 4, Path(holder.name))[0]
+    state, losses = run_ranks(train_and_save, 4, Path(holder.name), timeout=120)[0]
     return holder, Path(holder.name, f"step-{STEPS}"), state, losses
 
 
