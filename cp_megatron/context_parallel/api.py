@@ -26,6 +26,9 @@ from cp_megatron.plan.schedule import Round
 class ContextParallel:
     """A mask and a group of ranks, and what follows from them.
 
+    A group over NCCL is best made with a ``device_id``: a rank whose plan has no message yet takes
+    part in none, which a group that connects at its first message would wait for.
+
     Making one sends no message and allocates nothing, so a new mask for every batch is cheap.
     The objective is the *sum* of the ranks' losses: gradients of parameters must be summed over
     the group, and a loss computed alike on every rank from ``gather`` is divided by its size.
@@ -152,6 +155,8 @@ class ContextParallel:
         if q.shape[1] != self.layout.shard_len:
             rule = f"tokens must be this rank's {self.layout.shard_len} of {self.mask.seq_len}"
             raise ConfigError("attention", shapes, rule)
+        if 0 in (*q.shape, *v.shape):
+            raise ConfigError("attention", shapes, "must not be empty")
         if q.shape[2] % k.shape[2] or q.shape[3] != k.shape[3]:
             rule = "query heads must be a multiple of kv heads, and q and k equally wide"
             raise ConfigError("attention", shapes, rule)

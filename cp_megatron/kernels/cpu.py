@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cp_megatron.kernels.interface import accumulation_dtype, allowed
+from cp_megatron.kernels.interface import accumulation_dtype, allowed, same_width
 from cp_megatron.plan.tiles import Band
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -32,7 +32,7 @@ class CpuKernel:
     ) -> tuple[Tensor, Tensor]:
         """See ``Kernel.forward``."""
         v_dim = v.shape[-1]
-        q, k, v = _operands(q, k, v)
+        q, k, v = same_width(*(x.transpose(1, 2) for x in (q, k, v)))
         out, lse = _forward(q, k, v, 0.0, band.is_causal, attn_mask=_bias(band, q, k), scale=scale)
         return out.transpose(1, 2)[..., :v_dim], lse
 
@@ -49,29 +49,12 @@ class CpuKernel:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See ``Kernel.backward``."""
         dim, v_dim = q.shape[-1], v.shape[-1]
-        q, k, v = _operands(q, k, v)
-        width = q.shape[-1]
-        dout, out = (_pad(x.transpose(1, 2), width) for x in (dout, out))
+        q, k, v, dout, out = same_width(*(x.transpose(1, 2) for x in (q, k, v, dout, out)))
         dq, dk, dv = _backward(
             dout, q, k, v, out, lse, 0.0, band.is_causal, attn_mask=_bias(band, q, k), scale=scale
         )
         dq, dk, dv = (x.transpose(1, 2) for x in (dq, dk, dv))
         return dq[..., :dim], dk[..., :dim], dv[..., :v_dim]
-
-
-def _operands(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The op's views: heads before length, one width.
-
-    Zeros after a shorter head dim change no score, and after a shorter value dim no used column.
-    """
-    width = max(q.shape[-1], v.shape[-1])
-    q, k, v = (_pad(x.transpose(1, 2), width) for x in (q, k, v))
-    return q, k, v
-
-
-def _pad(x: Tensor, width: int) -> Tensor:
-    missing = width - x.shape[-1]
-    return torch.nn.functional.pad(x, (0, missing)) if missing else x
 
 
 def _bias(band: Band, q: Tensor, k: Tensor) -> Tensor | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from cp_megatron.kernels.interface import same_width
 from cp_megatron.plan.tiles import Band
 
 _forward = torch.ops.aten._flash_attention_forward
@@ -25,6 +26,8 @@ class CudaKernel:
         self, q: Tensor, k: Tensor, v: Tensor, band: Band, scale: float
     ) -> tuple[Tensor, Tensor]:
         """See ``Kernel.forward``; out comes in the inputs' type."""
+        v_dim = v.shape[-1]
+        q, k, v = same_width(q, k, v)
         num_queries, num_keys = q.shape[1], k.shape[1]
         left, right = bottom_right_window(band, num_queries, num_keys)
         out, lse, *_ = _forward(
@@ -42,7 +45,7 @@ class CudaKernel:
             window_size_left=left,
             window_size_right=right,
         )
-        return out, lse
+        return out[..., :v_dim], lse
 
     def backward(
         self,
@@ -56,6 +59,8 @@ class CudaKernel:
         scale: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See ``Kernel.backward``."""
+        dim, v_dim = q.shape[-1], v.shape[-1]
+        q, k, v, dout, out = same_width(q, k, v, dout, out)
         num_queries, num_keys = q.shape[1], k.shape[1]
         left, right = bottom_right_window(band, num_queries, num_keys)
         # The random state is read for dropout only; without it any two integers do.
@@ -79,7 +84,7 @@ class CudaKernel:
             window_size_left=left,
             window_size_right=right,
         )
-        return dq, dk, dv
+        return dq[..., :dim], dk[..., :dim], dv[..., :v_dim]
 
 
 def bottom_right_window(band: Band, num_queries: int, num_keys: int) -> tuple[int, int]:

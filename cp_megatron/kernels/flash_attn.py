@@ -14,6 +14,7 @@ from flash_attn import flash_attn_interface
 from torch import Tensor
 
 from cp_megatron.kernels.cuda import bottom_right_window
+from cp_megatron.kernels.interface import same_width
 from cp_megatron.plan.tiles import Band
 
 
@@ -27,7 +28,7 @@ class FlashAttnKernel:
     def __init__(self, interface: ModuleType | Any = flash_attn_interface) -> None:
         self._forward = interface._flash_attn_forward
         self._backward = interface._flash_attn_backward
-        # Until 2.6 a window was one pair, since then two numbers.
+        # Through 2.6 a window was one pair, since 2.7 two numbers.
         parameters = inspect.signature(self._forward).parameters
         self._split_window = "window_size_left" in parameters
 
@@ -39,6 +40,8 @@ class FlashAttnKernel:
         self, q: Tensor, k: Tensor, v: Tensor, band: Band, scale: float
     ) -> tuple[Tensor, Tensor]:
         """See ``Kernel.forward``; out comes in the inputs' type."""
+        v_dim = v.shape[-1]
+        q, k, v = same_width(q, k, v)
         results = self._forward(
             q,
             k,
@@ -51,8 +54,8 @@ class FlashAttnKernel:
             softcap=0.0,
         )
         if len(results) == 4:  # since 2.7: out, lse, debug mask, random state
-            return results[0], results[1]
-        return results[0], results[5]  # before: out, q, k, v, out padded, lse, ...
+            return results[0][..., :v_dim], results[1]
+        return results[0][..., :v_dim], results[5]  # before: out, q, k, v, out padded, lse, ...
 
     def backward(
         self,
@@ -66,6 +69,8 @@ class FlashAttnKernel:
         scale: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See ``Kernel.backward``."""
+        dim, v_dim = q.shape[-1], v.shape[-1]
+        q, k, v, dout, out = same_width(q, k, v, dout, out)
         dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
         self._backward(
             dout,
@@ -84,7 +89,7 @@ class FlashAttnKernel:
             deterministic=False,
             softcap=0.0,
         )
-        return dq, dk, dv
+        return dq[..., :dim], dk[..., :dim], dv[..., :v_dim]
 
     def _mask(self, band: Band, q: Tensor, k: Tensor) -> dict[str, Any]:
         num_queries, num_keys = q.shape[1], k.shape[1]

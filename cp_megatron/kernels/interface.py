@@ -19,13 +19,14 @@ from __future__ import annotations
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from cp_megatron.plan.tiles import Band
 
 
 class Kernel(Protocol):
-    """One backend. ``causal`` bands come on square tiles only."""
+    """One backend."""
 
     def compute_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """The type operands must be given in when activations are ``dtype``."""
@@ -50,6 +51,15 @@ class Kernel(Protocol):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """dq, dk, dv of one tile from the rows' merged out and lse; shapes as q, k, v."""
         ...
+
+
+def same_width(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Pads the last dim with zeros to the widest, for ops that know one head dim only.
+
+    Zeros after q and k change no score; zeros after v, out and dout change no column that is used.
+    """
+    width = max(x.shape[-1] for x in tensors)
+    return tuple(F.pad(x, (0, width - x.shape[-1])) if x.shape[-1] < width else x for x in tensors)
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -117,6 +117,8 @@ def select_kernel(
             others = [other for other in TRAITS if not problem_of(TRAITS[other])]
             raise _refusal(name, problem, others, attention_dropout)
         return KernelChoice(name=name, reason=f"asked for: {TRAITS[name].summary}")
+    if device not in _PREFERENCE:
+        raise ConfigError("device", device, "has no attention kernel", ", ".join(_PREFERENCE))
     passed_over: list[str] = []
     for candidate in _PREFERENCE[device]:
         problem = problem_of(TRAITS[candidate])

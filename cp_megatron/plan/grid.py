@@ -44,8 +44,11 @@ class Grid:
         """The grid of ``world_size`` ranks in which data parallelism takes what cp and tp leave.
 
         Raises:
-            ConfigError: the world size is not a multiple of cp x tp.
+            ConfigError: a size is not positive, or the world size no multiple of cp x tp.
         """
+        for flag, size in (("--context-parallel-size", cp), ("--tensor-parallel-size", tp)):
+            if size < 1:
+                raise ConfigError(flag, size, "must be positive", "1")
         inner = cp * tp
         if world_size % inner:
             below = world_size // inner * inner

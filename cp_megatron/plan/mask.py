@@ -15,6 +15,7 @@ rectangle are a sum over rows, and the keys a chunk of queries needs are one run
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -75,12 +76,22 @@ class Mask:
             raise ConfigError(
                 "mask lengths", list(lengths), "must be positive integers, one or more"
             )
-        left, right = (-1, -1) if window is None else window
+        left, right = cls._bounds(window)
         if left < -1 or right < -1:
             raise ConfigError(
                 "window", window, "must be >= 0, or -1 for unlimited", "(left, right)"
             )
         return cls(tuple(array.tolist()), causal, (left, 0 if causal else right), kind)
+
+    @staticmethod
+    def _bounds(window: Window | None) -> Window:
+        """Both bounds as integers, -1 where there is none."""
+        try:
+            left, right = (-1, -1) if window is None else map(operator.index, window)
+        except (TypeError, ValueError):
+            rule = "must be two integers, -1 for unlimited"
+            raise ConfigError("window", window, rule, "(left, right)") from None
+        return left, right
 
     @property
     def seq_len(self) -> int:

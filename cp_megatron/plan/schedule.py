@@ -104,6 +104,7 @@ class Schedule:
     layout: SequenceLayout
     exchange: str
     route: str
+    num_kv_heads: int | None = None
 
     @classmethod
     def build(
@@ -132,7 +133,7 @@ class Schedule:
         held = layout.shard_len * layout.cp_size
         if held != mask.seq_len:
             raise ConfigError("layout", held, f"must hold the mask's {mask.seq_len} positions")
-        return cls(mask, layout, exchange, route)
+        return cls(mask, layout, exchange, route, num_kv_heads)
 
     def rounds(self, rank: int) -> tuple[Round, ...]:
         """What ``rank`` does, in order. Round t computes the keys of rank ``(rank + t) % N``."""
@@ -149,12 +150,13 @@ class Schedule:
     def bytes_received(
         self, rank: int, head_dim: int, element_size: int, v_head_dim: int | None = None
     ) -> int:
-        """Bytes ``rank`` receives in forward for one key/value head of one batch row.
+        """Bytes ``rank`` receives in forward for one batch row.
 
-        Keys and values of a position travel together: ``head_dim + v_head_dim`` elements.
+        Keys and values of a position travel together, ``head_dim + v_head_dim`` elements for each
+        of the ``num_kv_heads`` the schedule was built with, or for one head without.
         """
         width = head_dim + (head_dim if v_head_dim is None else v_head_dim)
-        return self.kv_tokens_received(rank) * width * element_size
+        return self.kv_tokens_received(rank) * (self.num_kv_heads or 1) * width * element_size
 
     def plot(self, path: str) -> None:
         """Draws who computes which tile in which round as an SVG file."""

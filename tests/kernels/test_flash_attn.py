@@ -41,7 +41,7 @@ def worst(interface: Any, band: Band, a: Attention) -> float:
 @pytest.mark.parametrize("tile", TILES)
 def test_every_kind_of_tile(interface: Any, tile: str) -> None:
     band, rows, columns = TILES[tile]
-    for heads in ((4, 4, 8, 8), (6, 2, 16, 16), (4, 1, 8, 8)):
+    for heads in ((4, 4, 8, 8), (6, 2, 16, 16), (4, 1, 8, 8), (4, 2, 16, 8), (2, 2, 8, 16)):
         a = oracle(allowed(band, rows, columns), heads, dtype=BF16)
         assert worst(interface, band, a) < 1e-2
 

@@ -87,3 +87,10 @@ def test_one_of_1024_ranks_plans_within_a_second(mask: Mask, kind: str) -> None:
     start = time.process_time()
     assert len(schedule.rounds(517)) == 1024
     assert time.process_time() - start < 1
+
+
+def test_bytes_count_every_key_value_head() -> None:
+    mask = Mask.causal(64)
+    layout = SequenceLayout.make(mask, 4)
+    one = Schedule.build(mask, layout).bytes_received(1, 8, 2)
+    assert Schedule.build(mask, layout, num_kv_heads=3).bytes_received(1, 8, 2) == 3 * one

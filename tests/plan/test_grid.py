@@ -68,3 +68,9 @@ def test_fit_names_the_world_sizes_that_work(world_size: int, works: str) -> Non
     message = f"world size {world_size}: must be divisible by context parallel 2 x tensor parallel"
     with pytest.raises(ConfigError, match=re.escape(f"{message} 2 = 4 {works}")):
         Grid.fit(world_size, cp=2, tp=2)
+
+
+@pytest.mark.parametrize(("cp", "tp"), [(0, 1), (1, 0), (-2, 1)])
+def test_a_size_that_is_not_positive_is_refused(cp: int, tp: int) -> None:
+    with pytest.raises(ConfigError, match="must be positive"):
+        Grid.fit(4, cp=cp, tp=tp)

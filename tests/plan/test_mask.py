@@ -101,3 +101,9 @@ def test_counts_are_exact_beyond_32_bits() -> None:
 def test_impossible_masks_are_refused(make: Callable[[], Mask], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         make()
+
+
+@pytest.mark.parametrize("window", [3, (1,), (1, 2, 3), (1.5, 0), ("a", 0), (-2, 0)])
+def test_a_window_that_is_no_pair_of_bounds_is_refused(window: object) -> None:
+    with pytest.raises(ConfigError, match="window"):
+        Mask.causal(4, window=window)  # type: ignore[arg-type]
