@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cp_megatron.kernels.interface import same_width
+from cp_megatron.kernels.interface import cut, same_width
 from cp_megatron.plan.tiles import Band
 
 _forward = torch.ops.aten._flash_attention_forward
@@ -45,7 +45,7 @@ class CudaKernel:
             window_size_left=left,
             window_size_right=right,
         )
-        return out[..., :v_dim], lse
+        return cut(out, v_dim), lse
 
     def backward(
         self,
@@ -84,7 +84,7 @@ class CudaKernel:
             window_size_left=left,
             window_size_right=right,
         )
-        return dq[..., :dim], dk[..., :dim], dv[..., :v_dim]
+        return cut(dq, dim), cut(dk, dim), cut(dv, v_dim)
 
 
 def bottom_right_window(band: Band, num_queries: int, num_keys: int) -> tuple[int, int]:

@@ -14,7 +14,7 @@ from flash_attn import flash_attn_interface
 from torch import Tensor
 
 from cp_megatron.kernels.cuda import bottom_right_window
-from cp_megatron.kernels.interface import same_width
+from cp_megatron.kernels.interface import cut, same_width
 from cp_megatron.plan.tiles import Band
 
 
@@ -54,8 +54,8 @@ class FlashAttnKernel:
             softcap=0.0,
         )
         if len(results) == 4:  # since 2.7: out, lse, debug mask, random state
-            return results[0][..., :v_dim], results[1]
-        return results[0][..., :v_dim], results[5]  # before: out, q, k, v, out padded, lse, ...
+            return cut(results[0], v_dim), results[1]
+        return cut(results[0], v_dim), results[5]  # before: out, q, k, v, out padded, lse, ...
 
     def backward(
         self,
@@ -89,7 +89,7 @@ class FlashAttnKernel:
             deterministic=False,
             softcap=0.0,
         )
-        return dq[..., :dim], dk[..., :dim], dv[..., :v_dim]
+        return cut(dq, dim), cut(dk, dim), cut(dv, v_dim)
 
     def _mask(self, band: Band, q: Tensor, k: Tensor) -> dict[str, Any]:
         num_queries, num_keys = q.shape[1], k.shape[1]

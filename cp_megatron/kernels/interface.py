@@ -62,6 +62,11 @@ def same_width(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(F.pad(x, (0, width - x.shape[-1])) if x.shape[-1] < width else x for x in tensors)
 
 
+def cut(x: Tensor, width: int) -> Tensor:
+    """The first ``width`` columns of the last dim: what ``same_width`` added is taken away."""
+    return x if x.shape[-1] == width else x[..., :width]
+
+
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """The type partial results are kept in: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32

@@ -71,7 +71,6 @@ BAD: dict[str, tuple[Any, str]] = {
     "types": (lambda q, k, v: (q, k.half(), v), "one type"),
     "layout": (lambda q, k, v: (q.transpose(1, 2), k, v), "query heads|expected"),
     "strides": (lambda q, k, v: (q.mT.contiguous().mT, k, v), "last dim"),
-    "value width": (lambda q, k, v: (q, k, v[..., :4]), "expected"),
     "head dim": (lambda q, k, v: (q[..., :4], k[..., :4], v[..., :4]), "multiple of 8"),
 }
 
