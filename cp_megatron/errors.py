@@ -22,7 +22,7 @@ class ConfigError(ValueError):
         self.rule = rule
         self.works = works
         hint = f" (works: {works})" if works else ""
-        super().__init__(f"{flag} {value}: {rule}{hint}")
+        super().__init__(f"{f'{flag} {value}'.rstrip()}: {rule}{hint}")
 
     def __reduce__(self) -> tuple[type[ConfigError], tuple[str, object, str, str]]:
         """Pickles by its four parts, so that it can cross a process boundary."""
