@@ -14,36 +14,41 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cp_megatron.comm.collectives import all_gather_dim
-from cp_megatron.context_parallel.attention import ring_attention
-from cp_megatron.context_parallel.p2p import Ring
+from cp_megatron.context_parallel.agreement import agree
+from cp_megatron.context_parallel.attention import planned_attention
+from cp_megatron.context_parallel.rank_plan import RankPlan
 from cp_megatron.errors import ConfigError
 from cp_megatron.kernels.load import load_kernel
 from cp_megatron.kernels.select import KernelChoice, select_kernel
 from cp_megatron.plan import Mask, Schedule, SequenceLayout
-from cp_megatron.plan.schedule import Round
+from cp_megatron.plan.exchange import check_exchange
 
 
 class ContextParallel:
     """A mask and a group of ranks, and what follows from them.
 
-    A group over NCCL is best made with a ``device_id``: a rank whose plan has no message yet takes
-    part in none, which a group that connects at its first message would wait for.
-
-    Making one sends no message and allocates nothing, so a new mask for every batch is cheap.
+    Making one sends no message and allocates nothing on the device, so a new mask for every batch
+    is cheap; ``prepare`` works out this rank's plan ahead of time, in another thread if need be.
     The objective is the *sum* of the ranks' losses: gradients of parameters must be summed over
     the group, and a loss computed alike on every rank from ``gather`` is divided by its size.
 
     Args:
         group: the ranks that share each sequence, in order; None is one rank without messages.
         mask: what attends to what, for every row of the batch.
-        layout: ``zigzag``, ``contiguous`` or ``auto`` (zigzag where the mask is causal).
-        exchange: ``p2p`` or ``auto``.
-        kernel: ``reference``, ``cpu``, ``cuda``, ``flash_attn`` or ``auto``.
-        route: ``ring`` (from the neighbour), ``direct`` (from the owner) or ``auto`` (ring).
-        hierarchical_sizes: none of the exchanges above has a hierarchy; must be None.
+        layout: ``contiguous``, ``zigzag``, ``balanced`` or ``auto`` (balanced for documents,
+            else zigzag where the mask is causal).
+        exchange: ``p2p``, ``all_gather``, ``a2a``, ``a2a+p2p`` or ``auto`` (what moves least).
+        kernel: a kernel's name, or ``auto``.
+        route: of p2p: ``ring`` (from the neighbour), ``direct`` (from the owner) or ``auto`` (what
+            moves less).
+        hierarchical_sizes: (A, P) of a2a+p2p: A neighbours trade heads, P groups run a ring. With
+            ``auto`` it says how many ranks share a node, and how many nodes there are.
+        check_ranks: before the first attention with a mask and a shape, compare both between the
+            ranks: one small message, and a mistake is an error on every rank instead of a hang.
 
     Raises:
-        ConfigError: the layout does not divide the sequence, or a name is unknown.
+        ConfigError: the layout does not divide the sequence, a name is unknown, or the sizes do
+            not multiply to the number of ranks.
     """
 
     def __init__(
@@ -55,26 +60,64 @@ class ContextParallel:
         kernel: str = "auto",
         route: str = "auto",
         hierarchical_sizes: tuple[int, int] | None = None,
+        *,
+        check_ranks: bool = True,
     ) -> None:
         self.group = group
         self.mask = mask
         self.rank = dist.get_rank(group) if group is not None else 0
         self.cp_size = dist.get_world_size(group) if group is not None else 1
-        self._options = (layout, exchange, kernel, route, hierarchical_sizes)
+        check_exchange(exchange, route, self.cp_size, hierarchical_sizes)
         self.layout = SequenceLayout.make(mask, self.cp_size, layout)
-        self.schedule = Schedule.build(
-            mask, self.layout, exchange, route, hierarchical_sizes=hierarchical_sizes
-        )
+        self._layout_kind, self._exchange, self._route = layout, exchange, route
+        self._kernel, self._sizes, self._check_ranks = kernel, hierarchical_sizes, check_ranks
+        self._plans: dict[object, tuple[Schedule, RankPlan]] = {}
+        self._agreed: set[object] = set()
 
     def with_mask(self, mask: Mask) -> ContextParallel:
         """The same ranks and options for another mask."""
-        layout, exchange, kernel, route, sizes = self._options
-        return ContextParallel(self.group, mask, layout, exchange, kernel, route, sizes)
+        return ContextParallel(
+            self.group,
+            mask,
+            self._layout_kind,
+            self._exchange,
+            self._kernel,
+            self._route,
+            self._sizes,
+            check_ranks=self._check_ranks,
+        )
 
-    @cached_property
-    def rounds(self) -> tuple[Round, ...]:
-        """What this rank does, in order."""
-        return self.schedule.rounds(self.rank)
+    def schedule(
+        self,
+        num_heads: int,
+        num_kv_heads: int | None = None,
+        head_dim: int = 1,
+        v_head_dim: int | None = None,
+    ) -> Schedule:
+        """What all ranks do for heads of this number and width.
+
+        Raises:
+            ConfigError: the exchange can not share the heads.
+        """
+        return Schedule.build(
+            self.mask,
+            self.layout,
+            self._exchange,
+            self._route,
+            num_heads,
+            num_kv_heads,
+            self._sizes,
+            head_dim=head_dim,
+            v_head_dim=v_head_dim,
+        )
+
+    def prepare(self, q: Tensor, k: Tensor, v: Tensor) -> None:
+        """Works out this rank's plan for inputs of this kind, so that ``attention`` finds it ready.
+
+        Sends no message and may run in another thread while another mask is in use. Values are not
+        read: tensors on the meta device do, if the kernel is named.
+        """
+        self._plan(q, k, v)
 
     @cached_property
     def positions(self) -> Tensor:
@@ -129,24 +172,57 @@ class ContextParallel:
         Raises:
             ConfigError: shapes or types do not fit each other, the layout or the kernel.
         """
-        self._check_attention(q, k, v)
         scale = q.shape[-1] ** -0.5 if scale is None else scale
-        if not 0 < scale < math.inf:  # fused kernels mask before they scale
-            raise ConfigError("scale", scale, "must be positive and finite")
-        choice = self.kernel_choice(q.device.type, q.dtype, max(q.shape[-1], v.shape[-1]))
-        ring = Ring(rounds=self.rounds, group=self.group, kernel=load_kernel(choice.name))
-        return ring_attention(ring, q, k, v, scale)
+        problem, plan = None, None
+        try:
+            self._check_attention(q, k, v, scale)
+            plan = self._plan(q, k, v)
+        except ConfigError as error:
+            problem = error
+        self._agree(q, k, v, scale, problem)
+        assert plan is not None
+        return planned_attention(plan, q, k, v, scale)
 
     def kernel_choice(self, device: str, dtype: torch.dtype, head_dim: int) -> KernelChoice:
         """The kernel that inputs of this kind get, and why."""
         name = str(dtype).removeprefix("torch.")
-        return select_kernel(self._options[2], device=device, dtype=name, head_dim=head_dim)
+        return select_kernel(self._kernel, device=device, dtype=name, head_dim=head_dim)
+
+    def _plan(self, q: Tensor, k: Tensor, v: Tensor) -> RankPlan:
+        heads = (q.shape[2], k.shape[2], q.shape[3], v.shape[3])
+        key = (heads, q.device.type, q.dtype)
+        if key not in self._plans:
+            choice = self.kernel_choice(q.device.type, q.dtype, max(heads[2:]))
+            schedule = self.schedule(*heads)
+            plan = RankPlan.create(
+                rounds=schedule.rounds(self.rank),
+                gather=schedule.gather(self.rank),
+                trade=schedule.heads(self.rank),
+                num_heads=heads[0],
+                num_kv_heads=heads[1],
+                group=self.group,
+                kernel=load_kernel(choice.name),
+            )
+            self._plans[key] = (schedule, plan)
+        return self._plans[key][1]
+
+    def _agree(
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float, problem: ConfigError | None
+    ) -> None:
+        shapes = [tuple(x.shape) for x in (q, k, v)]
+        options = (self.layout.kind, self._exchange, self._route, self._sizes)
+        call = (*shapes, str(q.dtype), scale, *options)
+        if problem is None and call in self._agreed:
+            return
+        group = self.group if self._check_ranks else None
+        agree(group, mask=self.mask, call=call, problem=problem, device=q.device)
+        self._agreed.add(call)
 
     def _check_length(self, x: Tensor, dim: int, length: int) -> None:
         if x.shape[dim] != length:
             raise ConfigError("dim", dim, f"has length {x.shape[dim]}, the layout has {length}")
 
-    def _check_attention(self, q: Tensor, k: Tensor, v: Tensor) -> None:
+    def _check_attention(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> None:
         shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
         if not q.ndim == k.ndim == v.ndim == 4:
             raise ConfigError("attention", shapes, "must be [batch, tokens, heads, head_dim]")
@@ -162,3 +238,12 @@ class ContextParallel:
             raise ConfigError("attention", shapes, rule)
         if not q.dtype == k.dtype == v.dtype:
             raise ConfigError("attention", f"{q.dtype}, {k.dtype}, {v.dtype}", "must be one type")
+        if not q.device == k.device == v.device:
+            devices = f"{q.device}, {k.device}, {v.device}"
+            raise ConfigError("attention", devices, "must be on one device")
+        for name, x in (("q", q), ("k", k), ("v", v)):
+            if not x.is_contiguous():
+                value = f"{name} with strides {x.stride()}"
+                raise ConfigError("attention", value, "must be contiguous", f"{name}.contiguous()")
+        if not 0 < scale < math.inf:  # fused kernels mask before they scale
+            raise ConfigError("scale", scale, "must be positive and finite")

@@ -1,6 +1,7 @@
 """Attention over a sharded sequence as one autograd function.
 
 Shapes: B batch, S tokens of the shard, H query heads, G key/value heads, D head dim, E value dim.
+Where heads are traded, the rounds see M tokens of the group of traders and a share of the heads.
 """
 
 from __future__ import annotations
@@ -11,24 +12,36 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from cp_megatron.context_parallel.p2p import Ring, ring_backward, ring_forward
+from cp_megatron.context_parallel.a2a import Part, heads_to_tokens, tokens_to_heads
+from cp_megatron.context_parallel.all_gather import gather_backward, gather_forward
+from cp_megatron.context_parallel.p2p import ring_backward, ring_forward
+from cp_megatron.context_parallel.rank_plan import RankPlan
+from cp_megatron.plan.heads import HeadExchange
 
 
-class _RingAttention(torch.autograd.Function):
-    """Keeps q, k, v, out and lse of the shard; backward receives the other keys again.
+class _Attention(torch.autograd.Function):
+    """Keeps what this rank computed with: q, k, v, out and lse of its tokens and heads.
 
-    The gradient of q is this rank's alone. The gradients of k and v are summed over the queries of
-    all ranks, so the objective is the sum of the ranks' losses.
+    Keys of other ranks are received again in backward. The gradient of q is this rank's alone. The
+    gradients of k and v are summed over the queries of all ranks, in float32 (float64 for float64),
+    so the objective is the sum of the ranks' losses.
     """
 
     @staticmethod
-    def forward(ctx: Any, ring: Ring, scale: float, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def forward(ctx: Any, plan: RankPlan, scale: float, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """[B, S, H, D], [B, S, G, D], [B, S, G, E] -> [B, S, H, E] in q's type."""
-        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-        out, lse = ring_forward(ring, q, k, v, scale)
+        trade = plan.trade
+        if trade:
+            heads, kv_heads = trade.query_heads, trade.kv_heads
+            parts = [Part(q, heads), Part(k, kv_heads), Part(v, kv_heads)]
+            q, k, v = tokens_to_heads(trade, plan.group, parts)
+        run = gather_forward if plan.gather else ring_forward
+        out, lse = run(plan, q, k, v, scale)
         out = out.to(q.dtype)
         ctx.save_for_backward(q, k, v, out, lse)
-        ctx.ring, ctx.scale = ring, scale
+        ctx.plan, ctx.scale = plan, scale
+        if trade:
+            (out,) = heads_to_tokens(trade, plan.group, [Part(out, trade.query_heads)])
         return out
 
     @staticmethod
@@ -36,13 +49,45 @@ class _RingAttention(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor) -> tuple[None, None, Tensor, Tensor, Tensor]:
         """dq, dk, dv in the inputs' type."""
         q, k, v, out, lse = ctx.saved_tensors
-        grads = ring_backward(ctx.ring, dout, q, k, v, out, lse, ctx.scale)
+        plan: RankPlan = ctx.plan
+        trade = plan.trade
+        if trade:
+            (dout,) = tokens_to_heads(trade, plan.group, [Part(dout, trade.query_heads)])
+        run = gather_backward if plan.gather else ring_backward
+        grads = run(plan, dout, q, k, v, out, lse, ctx.scale)
+        if trade:
+            grads = _return_gradients(plan, trade, grads, q.dtype)
         dq, dk, dv = (grad.to(q.dtype) for grad in grads)
         return None, None, dq, dk, dv
 
 
+def _return_gradients(
+    plan: RankPlan, trade: HeadExchange, grads: tuple[Tensor, Tensor, Tensor], dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of this rank's tokens from those of its heads.
+
+    Key/value heads that several ranks computed come back as a sum and are rounded after it;
+    everything else is rounded before it travels.
+    """
+    dq, dk, dv = (Part(grads[0].to(dtype), trade.query_heads), *_key_parts(trade, grads, dtype))
+    if dq.tensor.dtype == dk.tensor.dtype:
+        queries, keys, values = heads_to_tokens(trade, plan.group, [dq, dk, dv])
+    else:
+        (queries,) = heads_to_tokens(trade, plan.group, [dq])
+        keys, values = heads_to_tokens(trade, plan.group, [dk, dv])
+    return queries, keys, values
+
+
+def _key_parts(
+    trade: HeadExchange, grads: tuple[Tensor, Tensor, Tensor], dtype: torch.dtype
+) -> list[Part]:
+    spans = trade.kv_heads
+    shared = sum(stop - start for start, stop in spans) > spans[-1][1]
+    return [Part(grad if shared else grad.to(dtype), spans) for grad in grads[1:]]
+
+
 @torch.compiler.disable
-def ring_attention(ring: Ring, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+def planned_attention(plan: RankPlan, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """The function above, opaque to torch.compile: its plan is data, not something to trace."""
-    out: Tensor = _RingAttention.apply(ring, scale, q, k, v)
+    out: Tensor = _Attention.apply(plan, scale, q, k, v)
     return out

@@ -18,6 +18,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -93,7 +94,7 @@ class Mask:
             raise ConfigError("window", window, rule, "(left, right)") from None
         return left, right
 
-    @property
+    @cached_property
     def seq_len(self) -> int:
         """Positions in the row."""
         return sum(self.lengths)
@@ -106,7 +107,13 @@ class Mask:
 
     def starts(self) -> IntArray:
         """int64 [documents + 1]: where each document starts, and the end of the last."""
-        return np.concatenate([[0], np.cumsum(self.lengths, dtype=np.int64)]).astype(np.int64)
+        return self._starts
+
+    @cached_property
+    def _starts(self) -> IntArray:
+        starts = np.concatenate([[0], np.cumsum(self.lengths, dtype=np.int64)]).astype(np.int64)
+        starts.setflags(write=False)
+        return starts
 
     def document_positions(self) -> IntArray:
         """int64 [seq_len]: each position counted from the start of its document."""

@@ -1,110 +1,53 @@
-"""The rounds of all ranks: which keys arrive, which tiles run, what is sent on.
+"""A schedule: the rounds of all ranks under one exchange, and what they cost.
 
-A ring of N ranks. In round 0 a rank computes its own keys; in round t it computes the keys of rank
-``r + t``, which reached it from ``r + 1``. Everything travels towards lower ranks. While a round
-computes, the keys of the next one are under way:
+    exchange     sequence travels       heads travel            explained in
+    p2p          in rounds              -                       ring.py
+    all_gather   at once                -                       gather.py
+    a2a          -                      among all ranks         heads.py
+    a2a+p2p      in rounds              among neighbours        heads.py, ring.py
 
-    rank 0    own    keys of 1    keys of 2    keys of 3        time ->
-    rank 1    own    keys of 2    keys of 3    keys of 0
-    rank 2    own    keys of 3    keys of 0    keys of 1
-    rank 3    own    keys of 0    keys of 1    keys of 2
-
-**Why downwards.** Under zigzag the late half of a shard is read by lower ranks only. Sent down, it
-passes exactly those and is dropped at rank 0; sent up it would circle the whole ring. In general a
-key is passed on while some rank further down the path reads it: all ranks together receive 0.75 of
-what a ring of whole shards moves under a causal mask, and far less where documents end the reach.
-
-**Gradients** of keys follow their keys down: each rank adds its part and passes the sum on. Once
-the last reader of a key has added its part, the sum goes home to the key's owner at once, so a
-gradient never travels where its key did not, and the bytes are the forward's.
-
-Messages of slot t are posted together, before the tiles of round t; both ends know this from the
-same arithmetic:
-
-    slot t   keys for round t + 1;   gradients finished or passed on by round t - 1
-
-The ``direct`` route differs only in who sends: keys come from their owner, gradients go straight
-home.
-
-Sources: Ring Attention (Liu et al. 2023, arXiv:2310.01889) for the rounds; needed-only downward
-routing is this project's.
+Whatever the exchange, a rank's work is a sequence of rounds, and a round a list of tiles. Where
+heads travel first, the rounds are those of a whole group of neighbours: rows count in what the
+group holds together (``schedule.rows``), and every member computes them for its own heads.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-import numpy as np
-import numpy.typing as npt
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 from cp_megatron.errors import ConfigError
+from cp_megatron.plan.exchange import Heads, check_exchange, choose_exchange, choose_route
+from cp_megatron.plan.gather import Gather, gathered_width, plan_gather, plan_gather_rounds
+from cp_megatron.plan.heads import HeadExchange, check_heads, merged_layout, plan_heads
 from cp_megatron.plan.layout import SequenceLayout
-from cp_megatron.plan.mask import IntArray, Mask
-from cp_megatron.plan.tiles import Piece, Span, Tile, key_intervals, own_tiles, remote_tiles
-
-EXCHANGES = ("p2p",)
-ROUTES = ("ring", "direct")
-
-
-@dataclass(frozen=True)
-class Message:
-    """Keys of rank ``owner``, or their gradients, between this rank and ``peer``.
-
-    ``spans`` says where they lie in this rank's buffer: the shard, or the arrival of a round.
-    """
-
-    peer: int
-    owner: int
-    spans: tuple[Span, ...]
-
-    @property
-    def num_tokens(self) -> int:
-        """Key positions in the message."""
-        return sum(stop - start for start, stop in self.spans)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Round:
-    """What one rank does in one round. A message that would be empty is None and never sent.
-
-    Attributes:
-        owner: whose keys are computed.
-        keys: positions of the arrival, as runs, in local order.
-        tiles: what is computed; columns count in the arrival.
-        send_keys: for the receiver's next round; spans in the own shard (round 0 or ``direct``)
-            or in this round's arrival.
-        receive_keys: fills the next round's arrival.
-        pass_grads: partial key gradients after this round, for rank - 1; spans in this arrival.
-        return_grads: finished key gradients after this round, for the owner; spans likewise.
-        receive_passed: what rank + 1 passes; spans in the next round's arrival.
-        receive_returned: what comes home; spans in the own shard.
-    """
-
-    owner: int
-    keys: tuple[Span, ...]
-    tiles: tuple[Tile, ...]
-    send_keys: Message | None = None
-    receive_keys: Message | None = None
-    pass_grads: Message | None = None
-    return_grads: Message | None = None
-    receive_passed: Message | None = None
-    receive_returned: Message | None = None
-
-    @property
-    def num_keys(self) -> int:
-        """Length of the arrival."""
-        return sum(stop - start for start, stop in self.keys)
+from cp_megatron.plan.mask import Mask
+from cp_megatron.plan.readers import Readers
+from cp_megatron.plan.ring import plan_ring
+from cp_megatron.plan.rounds import Message, Round
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """The p2p schedule of a mask on a layout. Each rank's part is computed when asked for."""
+    """The schedule of a mask on a layout. Each rank's part is computed when asked for.
+
+    Attributes:
+        mask, layout: what attends to what, and who holds it.
+        exchange: ``p2p``, ``all_gather``, ``a2a`` or ``a2a+p2p``; never ``auto``.
+        route: ``ring`` or ``direct``, for the p2p part.
+        num_heads, num_kv_heads: of the model; known wherever heads travel.
+        hierarchical_sizes: ranks that trade heads, and groups of them; their product is all ranks.
+        reason: why this exchange.
+    """
 
     mask: Mask
     layout: SequenceLayout
     exchange: str
     route: str
+    num_heads: int | None = None
     num_kv_heads: int | None = None
+    hierarchical_sizes: tuple[int, int] = (1, 1)
+    reason: str = "asked for"
 
     @classmethod
     def build(
@@ -116,35 +59,122 @@ class Schedule:
         num_heads: int | None = None,
         num_kv_heads: int | None = None,
         hierarchical_sizes: tuple[int, int] | None = None,
+        *,
+        head_dim: int = 1,
+        v_head_dim: int | None = None,
     ) -> Schedule:
-        """Plans the exchange. ``auto`` is p2p by ring.
+        """Plans the exchange.
+
+        Args:
+            mask: what attends to what.
+            layout: who holds what, of the same length.
+            exchange: one of the four above, or ``auto`` for the one that moves least.
+            route: ``ring``, ``direct``, or ``auto`` for the one that moves less.
+            num_heads: query heads, needed for a2a, a2a+p2p and ``auto``.
+            num_kv_heads: key/value heads; as many as query heads by default.
+            hierarchical_sizes: (A, P) of a2a+p2p.
+            head_dim, v_head_dim: widths, which ``auto`` weighs queries and keys with.
 
         Raises:
-            ConfigError: the exchange or route is unknown, or layout and mask differ in length.
+            ConfigError: a name is unknown, layout and mask differ in length, the heads can not be
+                shared as asked, or the sizes do not multiply to the number of ranks.
         """
-        exchange = "p2p" if exchange == "auto" else exchange
-        route = "ring" if route == "auto" else route
-        if exchange not in EXCHANGES:
-            raise ConfigError("--cp-comm-type", exchange, "is no exchange of this version", "p2p")
-        if route not in ROUTES:
-            raise ConfigError("route", route, "is no route", ", ".join(ROUTES))
-        if hierarchical_sizes is not None:
-            raise ConfigError("hierarchical sizes", hierarchical_sizes, "p2p has no hierarchy")
-        held = layout.shard_len * layout.cp_size
+        size = layout.cp_size
+        check_exchange(exchange, route, size, hierarchical_sizes)
+        held = layout.shard_len * size
         if held != mask.seq_len:
             raise ConfigError("layout", held, f"must hold the mask's {mask.seq_len} positions")
-        return cls(mask, layout, exchange, route, num_kv_heads)
+        kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        if exchange == "auto" or exchange.startswith("a2a"):
+            check_heads(1, num_heads, kv_heads, exchange)
+        plan = cls(mask, layout, exchange, route, num_heads, kv_heads)
+        if exchange == "auto":
+            assert num_heads is not None
+            assert kv_heads is not None
+            width = head_dim if v_head_dim is None else v_head_dim
+            heads = Heads(
+                num_heads=num_heads, num_kv_heads=kv_heads, head_dim=head_dim, v_head_dim=width
+            )
+            choice = choose_exchange(mask, layout, plan.readers, heads, hierarchical_sizes)
+            plan = replace(
+                plan,
+                exchange=choice.exchange,
+                route=choice.route if route == "auto" else route,
+                hierarchical_sizes=choice.sizes,
+                reason=choice.reason,
+            )
+        else:
+            sizes = {"p2p": (1, size), "all_gather": (1, size), "a2a": (size, 1)}
+            plan = replace(plan, hierarchical_sizes=hierarchical_sizes or sizes[exchange])
+        if plan.num_trading > 1:
+            check_heads(plan.num_trading, num_heads, kv_heads, plan.exchange)
+        if plan.route == "auto":
+            plan = replace(plan, route=choose_route(plan.readers))
+        return plan
+
+    @property
+    def num_trading(self) -> int:
+        """Ranks that trade heads with each other; 1 where heads do not travel."""
+        return self.hierarchical_sizes[0]
+
+    @cached_property
+    def rows(self) -> SequenceLayout:
+        """What each group of trading ranks holds together; the layout itself without trade."""
+        return merged_layout(self.layout, self.num_trading) if self.num_trading > 1 else self.layout
+
+    @cached_property
+    def readers(self) -> Readers:
+        """Who reads which keys, by group of trading ranks."""
+        return Readers.of(self.mask, self.rows)
 
     def rounds(self, rank: int) -> tuple[Round, ...]:
-        """What ``rank`` does, in order. Round t computes the keys of rank ``(rank + t) % N``."""
-        return _RankPlanner(self, rank).rounds()
+        """What ``rank`` does, in order; message peers are ranks.
+
+        Round 0 is the own keys. Under p2p, round t is the keys of the rank (group of trading
+        ranks) t places up; under all_gather, round 1 is everything else.
+        """
+        if self.exchange == "all_gather":
+            return plan_gather_rounds(self.mask, self.rows, self.readers, rank)
+        size = self.num_trading
+        rounds = plan_ring(self.mask, self.rows, self.readers, rank // size, self.route)
+        if size == 1:
+            return rounds
+        return tuple(_with_peers(turn, size, rank % size) for turn in rounds)
+
+    def gather(self, rank: int) -> Gather | None:
+        """The collective of all_gather."""
+        if self.exchange != "all_gather":
+            return None
+        return plan_gather(self.readers, rank)
+
+    def heads(self, rank: int) -> HeadExchange | None:
+        """The trade of heads."""
+        if self.num_trading == 1:
+            return None
+        assert self.num_heads is not None
+        assert self.num_kv_heads is not None
+        return plan_heads(self.layout, rank, self.num_trading, self.num_heads, self.num_kv_heads)
 
     def pairs(self, rank: int) -> int:
-        """Attended (query, key) pairs that ``rank`` computes."""
+        """Attended (query, key) pairs that ``rank`` computes, each for the heads it computes.
+
+        Where heads travel, members of a group compute the same pairs for different heads.
+        """
         return sum(tile.pairs for turn in self.rounds(rank) for tile in turn.tiles)
 
     def kv_tokens_received(self, rank: int) -> int:
-        """Key positions ``rank`` receives in forward, those it only passes on included."""
+        """Key positions ``rank`` receives in forward, those it only passes on included.
+
+        all_gather counts the parts of all other ranks, padding included; where heads travel, the
+        group's other shards and then what rounds bring, each for the heads ``rank`` computes.
+        """
+        size = self.layout.cp_size
+        if self.exchange == "all_gather":
+            return (size - 1) * gathered_width(self.readers)
+        traded = (self.num_trading - 1) * self.layout.shard_len
+        return traded + self._tokens_of_rounds(rank)
+
+    def _tokens_of_rounds(self, rank: int) -> int:
         return sum(turn.receive_keys.num_tokens for turn in self.rounds(rank) if turn.receive_keys)
 
     def bytes_received(
@@ -153,10 +183,20 @@ class Schedule:
         """Bytes ``rank`` receives in forward for one batch row.
 
         Keys and values of a position travel together, ``head_dim + v_head_dim`` elements for each
-        of the ``num_kv_heads`` the schedule was built with, or for one head without.
+        of the key/value heads the schedule was built with, or for one head without. Where heads
+        travel, queries and results count too.
         """
-        width = head_dim + (head_dim if v_head_dim is None else v_head_dim)
-        return self.kv_tokens_received(rank) * (self.num_kv_heads or 1) * width * element_size
+        v_dim = head_dim if v_head_dim is None else v_head_dim
+        trade = self.heads(rank)
+        if trade is None:
+            heads = self.num_kv_heads or 1
+            return self.kv_tokens_received(rank) * heads * (head_dim + v_dim) * element_size
+        q0, q1 = trade.query_heads[trade.index]
+        k0, k1 = trade.kv_heads[trade.index]
+        keys = (k1 - k0) * (head_dim + v_dim)
+        traded = (len(trade.peers) - 1) * self.layout.shard_len
+        elements = traded * ((q1 - q0) * (head_dim + v_dim) + keys)
+        return (elements + self._tokens_of_rounds(rank) * keys) * element_size
 
     def plot(self, path: str) -> None:
         """Draws who computes which tile in which round as an SVG file."""
@@ -165,196 +205,20 @@ class Schedule:
         write_svg(self, path)
 
 
-class _RankPlanner:
-    """Plans one rank; holds what is worked out once per owner of keys."""
+def _with_peers(turn: Round, size: int, index: int) -> Round:
+    """A round of groups as one of their members': it talks to the member in its own place."""
 
-    def __init__(self, schedule: Schedule, rank: int) -> None:
-        self.mask, self.layout = schedule.mask, schedule.layout
-        self.is_ring = schedule.route == "ring"
-        self.rank = rank
-        self.size = schedule.layout.cp_size
-        owners = [(chunk, r) for r, chunks in enumerate(self.layout.chunks) for chunk in chunks]
-        owners.sort()
-        self.chunk_owner = np.asarray([r for _, r in owners], dtype=np.int64)
-        starts = np.asarray([start for (start, _), _ in owners], dtype=np.int64)
-        stops = np.asarray([stop for (_, stop), _ in owners], dtype=np.int64)
-        self.reads = key_intervals(self.mask, starts, stops)
-        self.flows: dict[int, _KeyFlow] = {}
-
-    def rounds(self) -> tuple[Round, ...]:
-        shard = self.pieces(self.rank, [(0, self.layout.shard_len)])
-        tiles = own_tiles(self.mask, shard)
-        rounds = []
-        for t in range(self.size):
-            owner = (self.rank + t) % self.size
-            if t:
-                keys = self.pieces(owner, self.arrival(self.rank, t))
-                tiles = remote_tiles(self.mask, shard, keys)
-            else:
-                keys = shard
-            rounds.append(
-                Round(
-                    owner=owner,
-                    keys=tuple((piece.start, piece.stop) for piece in keys),
-                    tiles=tuple(tiles),
-                    send_keys=self.send_keys(t),
-                    receive_keys=self.receive_keys(t),
-                    **self.gradient_messages(t),
-                )
-            )
-        return tuple(rounds)
-
-    def flow(self, owner: int) -> _KeyFlow:
-        """Which hops read which keys of ``owner``."""
-        if owner not in self.flows:
-            self.flows[owner] = _KeyFlow.of(self.layout, owner, self.chunk_owner, self.reads)
-        return self.flows[owner]
-
-    def pieces(self, owner: int, spans: list[Span]) -> list[Piece]:
-        """The positions behind ``spans`` of the owner's shard, as runs in a packed buffer."""
-        pieces: list[Piece] = []
-        local = packed = 0
-        for start, stop in self.layout.chunks[owner]:
-            for a, b in spans:
-                low, high = max(a, local), min(b, local + stop - start)
-                if low < high:
-                    pieces.append(Piece(start + low - local, start + high - local, packed))
-                    packed += high - low
-            local += stop - start
-        return pieces
-
-    def arrival(self, rank: int, hop: int) -> list[Span]:
-        """Spans of the owner's shard that reach ``rank``, ``hop`` ranks below the owner."""
-        owner = (rank + hop) % self.size
-        flow = self.flow(owner)
-        return flow.passing(hop) if self.is_ring else flow.read_at(hop)
-
-    def send_keys(self, t: int) -> Message | None:
-        if t + 1 >= self.size:
+    def moved(message: Message | None) -> Message | None:
+        if message is None:
             return None
-        if not self.is_ring:
-            peer = (self.rank - t - 1) % self.size
-            return _message(peer, self.rank, self.arrival(peer, t + 1))
-        peer = (self.rank - 1) % self.size
-        spans = self.arrival(peer, t + 1)
-        held = [(0, self.layout.shard_len)] if t == 0 else self.arrival(self.rank, t)
-        return _message(peer, (self.rank + t) % self.size, _relative(spans, held))
+        return replace(message, peer=message.peer * size + index)
 
-    def receive_keys(self, t: int) -> Message | None:
-        if t + 1 >= self.size:
-            return None
-        peer = (self.rank + (1 if self.is_ring else t + 1)) % self.size
-        num_tokens = sum(stop - start for start, stop in self.arrival(self.rank, t + 1))
-        owner = (self.rank + t + 1) % self.size
-        return _message(peer, owner, [(0, num_tokens)] if num_tokens else [])
-
-    def gradient_messages(self, t: int) -> dict[str, Message | None]:
-        """The messages that carry key gradients once round ``t`` is computed."""
-        if t == 0:
-            return {}
-        me, size = self.rank, self.size
-        owner, reader = (me + t) % size, (me - t) % size
-        held = self.arrival(me, t)
-        if not self.is_ring:
-            return {
-                "return_grads": _message(owner, owner, _relative(held, held)),
-                "receive_returned": _message(reader, me, self.arrival(reader, t)),
-            }
-        flow = self.flow(owner)
-        messages = {
-            "pass_grads": _message((me - 1) % size, owner, _relative(flow.unfinished(t), held)),
-            "return_grads": _message(owner, owner, _relative(flow.finished(t), held)),
-            "receive_returned": _message(reader, me, self.flow(me).finished(t)),
-        }
-        if t + 1 < size:
-            next_owner = (me + t + 1) % size
-            passed = _relative(self.flow(next_owner).unfinished(t), self.arrival(me, t + 1))
-            messages["receive_passed"] = _message((me + 1) % size, next_owner, passed)
-        return messages
-
-
-@dataclass(frozen=True)
-class _KeyFlow:
-    """One owner's shard, cut into runs of keys that the same ranks read.
-
-    Hop h is the rank h places below the owner. Per run: its span in the shard, and which hops
-    read it (bool [runs, N], hop 0 never).
-    """
-
-    spans: list[Span]
-    readers: npt.NDArray[np.bool_]
-
-    @classmethod
-    def of(
-        cls,
-        layout: SequenceLayout,
-        owner: int,
-        chunk_owner: IntArray,
-        reads: tuple[IntArray, IntArray],
-    ) -> _KeyFlow:
-        size = layout.cp_size
-        hop = (owner - chunk_owner) % size
-        spans: list[Span] = []
-        readers = []
-        offset = 0
-        for start, stop in layout.chunks[owner]:
-            first, end = np.clip(reads[0], start, stop), np.clip(reads[1], start, stop)
-            edges = np.unique(np.concatenate([first, end, [start, stop]]))
-            for low, high in zip(edges[:-1].tolist(), edges[1:].tolist()):
-                reading = np.zeros(size, dtype=np.bool_)
-                reading[hop[(first <= low) & (end >= high)]] = True
-                reading[0] = False
-                spans.append((offset + low - start, offset + high - start))
-                readers.append(reading)
-            offset += stop - start
-        return cls(spans, np.stack(readers))
-
-    def _select(self, chosen: npt.ArrayLike) -> list[Span]:
-        """The spans of the chosen runs, bool [runs]."""
-        return _merge([span for span, take in zip(self.spans, np.asarray(chosen)) if take])
-
-    def passing(self, hop: int) -> list[Span]:
-        """Keys that some rank ``hop`` or more below the owner reads."""
-        return self._select(self.readers[:, hop:].any(axis=1))
-
-    def read_at(self, hop: int) -> list[Span]:
-        """Keys that the rank ``hop`` below reads."""
-        return self._select(self.readers[:, hop])
-
-    def unfinished(self, hop: int) -> list[Span]:
-        """Keys with a reader up to ``hop`` and another below it."""
-        before = self.readers[:, : hop + 1].any(axis=1)
-        return self._select(before & self.readers[:, hop + 1 :].any(axis=1))
-
-    def finished(self, hop: int) -> list[Span]:
-        """Keys whose last reader is at ``hop``."""
-        return self._select(self.readers[:, hop] & ~self.readers[:, hop + 1 :].any(axis=1))
-
-
-def _message(peer: int, owner: int, spans: list[Span]) -> Message | None:
-    return Message(peer, owner, tuple(spans)) if spans else None
-
-
-def _merge(spans: list[Span]) -> list[Span]:
-    """Joins spans that meet; ``spans`` ascend."""
-    merged: list[Span] = []
-    for start, stop in spans:
-        if merged and merged[-1][1] == start:
-            merged[-1] = (merged[-1][0], stop)
-        else:
-            merged.append((start, stop))
-    return merged
-
-
-def _relative(spans: list[Span], held: list[Span]) -> list[Span]:
-    """Where ``spans`` lie in a buffer that holds ``held`` one after the other.
-
-    Each span lies inside one of the held ones, because held spans are merged.
-    """
-    placed = []
-    offset = 0
-    for start, stop in held:
-        inside = [span for span in spans if start <= span[0] and span[1] <= stop]
-        placed += [(offset + a - start, offset + b - start) for a, b in inside]
-        offset += stop - start
-    return _merge(placed)
+    return replace(
+        turn,
+        send_keys=moved(turn.send_keys),
+        receive_keys=moved(turn.receive_keys),
+        pass_grads=moved(turn.pass_grads),
+        return_grads=moved(turn.return_grads),
+        receive_passed=moved(turn.receive_passed),
+        receive_returned=moved(turn.receive_returned),
+    )

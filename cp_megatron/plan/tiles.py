@@ -28,7 +28,9 @@ late rows as one tile, rank 0's early keys (0 1) reach all rows of rank 1 as one
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -44,6 +46,15 @@ class Piece(NamedTuple):
     start: int
     stop: int
     offset: int
+
+
+class Reading(NamedTuple):
+    """A run of queries, the keys it reads, and the documents of its first and last position."""
+
+    queries: Piece
+    keys: Span
+    first_document: Span
+    last_document: Span
 
 
 @dataclass(frozen=True)
@@ -129,19 +140,53 @@ def own_tiles(mask: Mask, shard: list[Piece]) -> list[Tile]:
     return tiles
 
 
-def remote_tiles(mask: Mask, shard: list[Piece], keys: list[Piece]) -> list[Tile]:
-    """The tiles of a shard with another rank's keys."""
-    starts = mask.starts()
+def merge_spans(spans: list[Span]) -> list[Span]:
+    """Joins spans that meet; ``spans`` ascend."""
+    merged: list[Span] = []
+    for start, stop in spans:
+        if merged and merged[-1][1] == start:
+            merged[-1] = (merged[-1][0], stop)
+        else:
+            merged.append((start, stop))
+    return merged
+
+
+def pack(spans: list[Span]) -> list[Piece]:
+    """Runs of positions, one after the other in a buffer."""
+    pieces = []
+    offset = 0
+    for start, stop in spans:
+        pieces.append(Piece(start, stop, offset))
+        offset += stop - start
+    return pieces
+
+
+def reading(mask: Mask, shard: list[Piece]) -> list[Reading]:
+    """What each piece of a shard reads, for those that read beyond themselves."""
+    starts = np.asarray([piece.start for piece in shard], dtype=np.int64)
+    stops = np.asarray([piece.stop for piece in shard], dtype=np.int64)
+    low, high = key_intervals(mask, starts, stops)
+    edges = mask.starts()
+    first = np.searchsorted(edges, starts, side="right") - 1
+    last = np.searchsorted(edges, stops - 1, side="right") - 1
+    columns = (low, high, edges[first], edges[first + 1], edges[last], edges[last + 1])
+    return [
+        Reading(piece, (a, b), (c, d), (e, f))
+        for piece, a, b, c, d, e, f in zip(shard, *(column.tolist() for column in columns))
+        if a < piece.start or b > piece.stop
+    ]
+
+
+def remote_tiles(mask: Mask, queries: list[Reading], keys: list[Piece]) -> list[Tile]:
+    """The tiles of a shard with keys of other ranks, which ascend in position."""
+    if not keys:
+        return []
+    starts, stops = [key.start for key in keys], [key.stop for key in keys]
     tiles = []
-    for q in shard:
-        reach, end = _key_interval(mask, q.start, q.stop)
-        for k in keys:
-            if k.stop <= reach or k.start >= end:
-                continue
+    for q, (reach, end), first_document, last_document in queries:
+        for k in keys[bisect_right(stops, reach) : bisect_left(starts, end)]:
             # Disjoint runs share at most the document of the query nearest to the keys.
-            near = q.start if k.stop <= q.start else q.stop - 1
-            index = int(np.searchsorted(starts, near, side="right")) - 1
-            document = (int(starts[index]), int(starts[index + 1]))
+            document = first_document if k.stop <= q.start else last_document
             q_part, k_part = _clip(q, document), _clip(k, document)
             tile = _band_tile(q_part, k_part, mask) if q_part and k_part else None
             if tile is not None:
@@ -157,20 +202,16 @@ def key_intervals(mask: Mask, starts: IntArray, stops: IntArray) -> tuple[IntArr
     return mask.key_range(starts)[0], mask.key_range(stops - 1)[1]
 
 
-def _key_interval(mask: Mask, start: int, stop: int) -> Span:
-    first, end = key_intervals(mask, np.asarray([start]), np.asarray([stop]))
-    return int(first[0]), int(end[0])
-
-
 def _documents_in(mask: Mask, shard: list[Piece]) -> list[list[Piece]]:
     """The shard's pieces, cut at document borders, one list per document."""
     starts = mask.starts()
+    begin = np.searchsorted(starts, [piece.start for piece in shard], side="right") - 1
+    end = np.searchsorted(starts, [piece.stop - 1 for piece in shard], side="right")
     documents: dict[int, list[Piece]] = {}
-    for piece in shard:
-        first = int(np.searchsorted(starts, piece.start, side="right")) - 1
-        last = int(np.searchsorted(starts, piece.stop - 1, side="right")) - 1
-        for index in range(first, last + 1):
-            part = _clip(piece, (int(starts[index]), int(starts[index + 1])))
+    for piece, first, last in zip(shard, begin.tolist(), end.tolist()):
+        edges = starts[first : last + 1].tolist()
+        for index, document in enumerate(pairwise(edges), start=first):
+            part = _clip(piece, document)
             assert part is not None
             documents.setdefault(index, []).append(part)
     return list(documents.values())

@@ -136,7 +136,7 @@ def traffic(rank: int, world_size: int, mask: Mask, route: str) -> tuple[list[An
 def test_messages_on_the_wire_equal_the_plan(mask: str, route: str) -> None:
     results = run_ranks(traffic, 4, MASKS[mask], route)
     cp = ContextParallel(None, MASKS[mask])
-    assert cp.schedule.kv_tokens_received(0) == 0
+    assert cp.schedule(1).kv_tokens_received(0) == 0
     layout = SequenceLayout.make(MASKS[mask], 4, "auto")
     schedule = Schedule.build(MASKS[mask], layout, route=route)
     for rank, (forward, backward) in enumerate(results):
@@ -208,7 +208,10 @@ def rounds_as_gather(rank: int, world_size: int) -> list[Tensor]:
     """Returns, for the card's test, this rank's part of positions as keys seen by the ring."""
     mask = Mask.causal(16)
     cp = ContextParallel(dist.group.WORLD, mask)
-    return [torch.tensor([p for a, b in turn.keys for p in range(a, b)]) for turn in cp.rounds]
+    return [
+        torch.tensor([p for a, b in turn.keys for p in range(a, b)])
+        for turn in cp.schedule(1).rounds(rank)
+    ]
 
 
 def test_the_ring_brings_the_all_gather_less_what_is_never_read() -> None:

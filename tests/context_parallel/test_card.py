@@ -93,7 +93,7 @@ def gather_gap(rank: int, world_size: int, mask: Mask, route: str, layout: str) 
     arrivals = iter(keys)
     have = np.zeros(mask.seq_len, np.bool_)
     have[cp.positions.numpy()] = True
-    for turn in cp.rounds[1:]:
+    for turn in cp.schedule(1).rounds(cp.rank)[1:]:
         where = np.concatenate([np.arange(0), *(np.arange(*span) for span in turn.keys)])
         if len(where):
             assert torch.equal(next(arrivals), whole[torch.from_numpy(where)])
@@ -133,8 +133,8 @@ def scatter_gap(rank: int, world_size: int, mask: Mask, route: str, layout: str)
     home = mine[cp.positions].clone()
     arrived = iter(buffers)
     for slot in range(world_size + 1):
-        turn = cp.rounds[slot] if slot < world_size else None
-        before = cp.rounds[slot - 1] if slot else None
+        turn = cp.schedule(1).rounds(cp.rank)[slot] if slot < world_size else None
+        before = cp.schedule(1).rounds(cp.rank)[slot - 1] if slot else None
         if turn and turn.receive_keys:
             next(arrived)
         if before and before.receive_passed:

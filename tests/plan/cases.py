@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from cp_megatron.plan import Mask, Schedule, SequenceLayout
 from cp_megatron.plan.layout import KINDS, sequence_divisor
 from cp_megatron.plan.mask import Window
-from cp_megatron.plan.schedule import ROUTES
+from cp_megatron.plan.exchange import ROUTES
 
 
 def property_settings(max_examples: int) -> settings:

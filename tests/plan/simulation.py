@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cp_megatron.plan import Schedule
-from cp_megatron.plan.schedule import Message, Round
+from cp_megatron.plan.rounds import Message, Round
 from cp_megatron.plan.tiles import Band, Span, Tile
 
 Ints = npt.NDArray[np.int64]

@@ -1,0 +1,163 @@
+"""Computing tiles and adding up what they give: results forward, gradients backward.
+
+Shapes: B batch, S tokens of the shard, K keys of an arrival, H query heads, G key/value heads,
+D head dim, E value head dim. Sums are float32 (float64 for float64), whatever kernels return.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cp_megatron.context_parallel.keys import KeyValues
+from cp_megatron.kernels.interface import Kernel, accumulation_dtype
+from cp_megatron.kernels.merge import merge_
+from cp_megatron.plan.heads import HeadGroup
+from cp_megatron.plan.tiles import Tile
+
+
+class Results:
+    """out [B, S, H, E] and lse [B, H, S] of the shard's queries, merged tile by tile.
+
+    Memory is not cleared first: a row's ``first`` tile is stored, the others merged. A tile that
+    covers everything is kept as it comes, without a copy.
+    """
+
+    def __init__(self, kernel: Kernel, q: Tensor, scale: float) -> None:
+        self._kernel, self._scale = kernel, scale
+        self._dtype = accumulation_dtype(q.dtype)
+        self._q = q.to(kernel.compute_dtype(q.dtype))
+        self._sums: tuple[Tensor, Tensor] | None = None
+
+    def add(self, tiles: Sequence[Tile], keys: KeyValues, groups: Sequence[HeadGroup]) -> None:
+        """Computes ``tiles`` with an arrival whose heads are counted as in ``groups``."""
+        if not tiles:
+            return
+        keys = keys.to(self._q.dtype)
+        for (q0, q1), (k0, k1) in groups:
+            heads, kv_heads = slice(q0, q1), slice(k0, k1)
+            for tile in tiles:
+                rows, columns = slice(tile.q0, tile.q1), slice(tile.k0, tile.k1)
+                out, lse = self._kernel.forward(
+                    self._q[:, rows, heads],
+                    keys.k[:, columns, kv_heads],
+                    keys.v[:, columns, kv_heads],
+                    tile.band,
+                    self._scale,
+                )
+                self._add(tile, heads, out, lse)
+
+    def _add(self, tile: Tile, heads: slice, new_out: Tensor, new_lse: Tensor) -> None:
+        batch, shard_len, num_heads, _ = self._q.shape
+        if self._sums is None:
+            if new_lse.shape == (batch, num_heads, shard_len):
+                self._sums = new_out.to(self._dtype), new_lse.to(self._dtype)
+                return
+            shape = (batch, shard_len, num_heads, new_out.shape[-1])
+            self._sums = (
+                new_out.new_empty(shape, dtype=self._dtype),
+                new_lse.new_empty((batch, num_heads, shard_len), dtype=self._dtype),
+            )
+        rows = slice(tile.q0, tile.q1)
+        out, lse = self._sums[0][:, rows, heads], self._sums[1][:, heads, rows]
+        if tile.first:
+            out.copy_(new_out)
+            lse.copy_(new_lse)
+        else:
+            merge_(out, lse, new_out, new_lse)
+
+    def sums(self) -> tuple[Tensor, Tensor]:
+        """out and lse, once every row has seen its keys."""
+        assert self._sums is not None
+        return self._sums
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What backward needs of the queries, in the kernel's type.
+
+    q [B, S, H, D], dout and out [B, S, H, E], lse [B, H, S], and dq [B, S, H, D] to add to.
+    """
+
+    q: Tensor
+    dout: Tensor
+    out: Tensor
+    lse: Tensor
+    dq: Tensor
+
+    @classmethod
+    def of(cls, kernel: Kernel, q: Tensor, dout: Tensor, out: Tensor, lse: Tensor) -> Rows:
+        """With operands converted and dq not yet cleared."""
+        compute = kernel.compute_dtype(q.dtype)
+        dq = torch.empty(q.shape, dtype=accumulation_dtype(q.dtype), device=q.device)
+        return cls(q.to(compute), dout.to(compute).contiguous(), out.to(compute), lse, dq)
+
+
+class Gradients:
+    """Gradients of the keys of one arrival, summed over tiles; their queries' go into ``rows.dq``.
+
+    Memory is not cleared first: what is written first is stored, the rest added.
+    """
+
+    def __init__(self, kernel: Kernel, rows: Rows, keys: KeyValues, scale: float) -> None:
+        self._kernel, self._rows, self._scale = kernel, rows, scale
+        self._keys = keys.to(rows.q.dtype)
+        self.grads = KeyValues.unpack(keys.empty(keys.k.shape[1], rows.dq.dtype), keys)
+
+    def zero(self, groups: Sequence[HeadGroup], *, queries: bool) -> None:
+        """Clears the keys' gradients, and with ``queries`` those of the heads' queries."""
+        for (q0, q1), (k0, k1) in groups:
+            self.grads.k[:, :, k0:k1] = 0
+            self.grads.v[:, :, k0:k1] = 0
+            if queries:
+                self._rows.dq[:, :, q0:q1] = 0
+
+    def store_own(self, tiles: Sequence[Tile], groups: Sequence[HeadGroup]) -> None:
+        """The shard's own keys: its ``first`` tiles cover each row and each column once."""
+        for tile in tiles:
+            self._accumulate(tile, groups, store_rows=tile.first, store_columns=tile.first)
+
+    def store_remote(self, tiles: Sequence[Tile], groups: Sequence[HeadGroup]) -> None:
+        """Another rank's keys: the rows have gradients already, the columns none."""
+        num_keys = self._keys.k.shape[1]
+        whole = len(tiles) == 1 and tiles[0].k1 - tiles[0].k0 == num_keys
+        if not whole:
+            self.zero(groups, queries=False)
+        for tile in tiles:
+            self._accumulate(tile, groups, store_rows=False, store_columns=whole)
+
+    def add(self, tiles: Sequence[Tile], groups: Sequence[HeadGroup]) -> None:
+        """Adds to what is there."""
+        for tile in tiles:
+            self._accumulate(tile, groups, store_rows=False, store_columns=False)
+
+    def _accumulate(
+        self, tile: Tile, groups: Sequence[HeadGroup], *, store_rows: bool, store_columns: bool
+    ) -> None:
+        rows, keys = self._rows, self._keys
+        q, k = slice(tile.q0, tile.q1), slice(tile.k0, tile.k1)
+        for (q0, q1), (k0, k1) in groups:
+            heads, kv_heads = slice(q0, q1), slice(k0, k1)
+            dq, dk, dv = self._kernel.backward(
+                rows.dout[:, q, heads],
+                rows.q[:, q, heads],
+                keys.k[:, k, kv_heads],
+                keys.v[:, k, kv_heads],
+                rows.out[:, q, heads],
+                rows.lse[:, heads, q],
+                tile.band,
+                self._scale,
+            )
+            _write(rows.dq[:, q, heads], dq, store=store_rows)
+            _write(self.grads.k[:, k, kv_heads], dk, store=store_columns)
+            _write(self.grads.v[:, k, kv_heads], dv, store=store_columns)
+
+
+def _write(target: Tensor, value: Tensor, *, store: bool) -> None:
+    if store:
+        target.copy_(value)
+    else:
+        target += value

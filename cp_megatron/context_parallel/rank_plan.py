@@ -1,0 +1,51 @@
+"""What one rank of a schedule does, and what it does it with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.distributed as dist
+
+from cp_megatron.kernels.interface import Kernel
+from cp_megatron.plan.gather import Gather
+from cp_megatron.plan.heads import HeadExchange, HeadGroup, all_heads
+from cp_megatron.plan.rounds import Round
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankPlan:
+    """One rank's part of a schedule, its group and its kernel.
+
+    Attributes:
+        rounds: tiles and messages, in order.
+        gather: the collective that brings round 1 its keys; None where messages do.
+        trade: tokens for heads, before the rounds and after; None where heads stay.
+        groups: the heads this rank computes, as its kernel takes them.
+        group: whom to talk to; None is one rank.
+        kernel: computes a tile.
+    """
+
+    rounds: tuple[Round, ...]
+    gather: Gather | None
+    trade: HeadExchange | None
+    groups: tuple[HeadGroup, ...]
+    group: dist.ProcessGroup | None
+    kernel: Kernel
+
+    @classmethod
+    def create(
+        cls,
+        *,
+        rounds: tuple[Round, ...],
+        gather: Gather | None,
+        trade: HeadExchange | None,
+        num_heads: int,
+        num_kv_heads: int,
+        group: dist.ProcessGroup | None,
+        kernel: Kernel,
+    ) -> RankPlan:
+        """With all heads as the rank's own where none are traded."""
+        groups = trade.groups if trade else all_heads(num_heads, num_kv_heads)
+        return cls(
+            rounds=rounds, gather=gather, trade=trade, groups=groups, group=group, kernel=kernel
+        )

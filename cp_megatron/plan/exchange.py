@@ -1,0 +1,159 @@
+"""Which exchange moves the least, and why: what ``auto`` stands for.
+
+Keys and values of a token are ``kv_heads * (head_dim + v_head_dim)`` elements. p2p moves them to
+who reads them, behind the tiles; a2a moves queries, keys, values and results once each, whatever
+the mask; a2a+p2p does that inside a group of neighbours and sends between groups. Under a causal
+mask with equally wide values a2a moves less from about
+
+    ranks > (query_heads + kv_heads) / (0.75 * kv_heads)
+
+on (32:8 heads: from 7 ranks), if the heads can be shared at all; under short documents p2p moves
+almost nothing. ``all_gather`` never moves less than p2p; it is there for networks that are good at
+one large collective and bad at many messages, and is only ever asked for.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cp_megatron.errors import ConfigError
+from cp_megatron.plan.heads import merged_layout
+from cp_megatron.plan.layout import SequenceLayout
+from cp_megatron.plan.mask import Mask
+from cp_megatron.plan.readers import Readers
+
+EXCHANGES = ("p2p", "all_gather", "a2a", "a2a+p2p")
+ROUTES = ("ring", "direct")
+Sizes = tuple[int, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExchangeChoice:
+    """An exchange and the reason a user reads.
+
+    Attributes:
+        exchange: one of ``EXCHANGES``.
+        route: how its p2p part sends, ``ring`` or ``direct``.
+        sizes: ranks that trade heads, and groups of them: ``(1, N)`` is p2p, ``(N, 1)`` a2a.
+        reason: why.
+    """
+
+    exchange: str
+    route: str
+    sizes: Sizes
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Heads:
+    """Number and width of the heads whose keys travel."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int = 1
+    v_head_dim: int = 1
+
+    @property
+    def key_width(self) -> int:
+        """Elements of one token's keys and values, for one head."""
+        return self.head_dim + self.v_head_dim
+
+
+def check_exchange(
+    exchange: str, route: str, cp_size: int, hierarchical_sizes: Sizes | None
+) -> None:
+    """Refuses what no mask and no heads can make right.
+
+    Raises:
+        ConfigError: a name is unknown, or the sizes are missing, superfluous or do not fit.
+    """
+    if exchange not in ("auto", *EXCHANGES):
+        works = ", ".join(("auto", *EXCHANGES))
+        raise ConfigError("--cp-comm-type", exchange, "is no exchange", works)
+    if route not in ("auto", *ROUTES):
+        raise ConfigError("route", route, "is no route", ", ".join(("auto", *ROUTES)))
+    flag = "--hierarchical-context-parallel-sizes"
+    pairs = [(a, cp_size // a) for a in range(1, cp_size + 1) if cp_size % a == 0]
+    works = " or ".join(f"{a} {p}" for a, p in pairs if 1 < a < cp_size or len(pairs) < 3)
+    if hierarchical_sizes is None:
+        if exchange == "a2a+p2p":
+            raise ConfigError(flag, None, "a2a+p2p needs two sizes", works)
+        return
+    if exchange not in ("auto", "a2a+p2p"):
+        rule = f"belongs to a2a+p2p, not to {exchange}"
+        raise ConfigError(flag, _text(hierarchical_sizes), rule, "--cp-comm-type a2a+p2p")
+    sizes = hierarchical_sizes
+    if len(sizes) != 2 or min(sizes) < 1 or sizes[0] * sizes[1] != cp_size:
+        rule = f"must be two sizes whose product is --context-parallel-size {cp_size}"
+        raise ConfigError(flag, _text(sizes), rule, works)
+
+
+def choose_exchange(
+    mask: Mask,
+    layout: SequenceLayout,
+    readers: Readers,
+    heads: Heads,
+    hierarchical_sizes: Sizes | None = None,
+) -> ExchangeChoice:
+    """The exchange with the fewest elements received by all ranks together, p2p where equal.
+
+    Args:
+        mask: what attends to what.
+        layout: who holds what.
+        readers: who reads what, of the two above.
+        heads: number and widths.
+        hierarchical_sizes: neighbours that share a node, and nodes; makes a2a+p2p a candidate and,
+            because its messages would all cross nodes, a2a over everybody none.
+    """
+    size = layout.cp_size
+    if size == 1:
+        return ExchangeChoice(
+            exchange="p2p", route="ring", sizes=(1, 1), reason="one rank exchanges nothing"
+        )
+    route = choose_route(readers)
+    costs = {"p2p": readers.tokens_received(route) * heads.num_kv_heads * heads.key_width}
+    inner = hierarchical_sizes[0] if hierarchical_sizes else size
+    name = "a2a+p2p" if hierarchical_sizes else "a2a"
+    inner_route = "ring"
+    notes = []
+    if heads.num_heads % inner:
+        notes.append(f"{name} can not share {heads.num_heads} heads among {inner}")
+    else:
+        costs[name] = trade_elements(layout, heads, inner)
+        if inner < size:
+            merged = merged_layout(layout, inner)
+            between = Readers.of(mask, merged)
+            inner_route = choose_route(between)
+            kv_heads = max(1, -(-heads.num_kv_heads // inner))
+            moved = between.tokens_received(inner_route) * inner * kv_heads * heads.key_width
+            costs[name] += moved
+    best = min(costs, key=lambda exchange: (costs[exchange], exchange != "p2p"))
+    others = [f"{other} {_ratio(costs[other], costs[best])}" for other in costs if other != best]
+    verdict = "moves the fewest bytes" if costs[best] else "moves nothing"
+    reason = ", ".join([verdict, *others, *notes])
+    if best == "p2p":
+        return ExchangeChoice(exchange=best, route=route, sizes=(1, size), reason=reason)
+    sizes = (inner, size // inner)
+    return ExchangeChoice(exchange=best, route=inner_route, sizes=sizes, reason=reason)
+
+
+def choose_route(readers: Readers) -> str:
+    """The route on which fewer keys travel; the ring, kind to neighbour links, where equal."""
+    ring, direct = (readers.tokens_received(route) for route in ROUTES)
+    return "ring" if ring <= direct else "direct"
+
+
+def trade_elements(layout: SequenceLayout, heads: Heads, size: int) -> int:
+    """Elements received by all ranks when groups of ``size`` trade q, k, v and results."""
+    share, serves = heads.num_heads // size, heads.num_heads // heads.num_kv_heads
+    kv_heads = sum(-(-(i + 1) * share // serves) - i * share // serves for i in range(size))
+    width = heads.num_heads * (heads.head_dim + heads.v_head_dim) + kv_heads * heads.key_width
+    return layout.cp_size // size * (size - 1) * layout.shard_len * width
+
+
+def _ratio(other: int, best: int) -> str:
+    return f"{other / best:.2g}x" if best else "some"
+
+
+def _text(sizes: Sizes) -> str:
+    return " ".join(map(str, sizes))

@@ -1,0 +1,83 @@
+"""all_gather: every rank gives the keys that somebody else reads, everybody gets them all at once.
+
+One collective needs equal parts, so shorter ones are padded to the longest. What comes back lies by
+rank; each rank picks what its own queries read, in order of position, so that keys of many owners
+meet in few large tiles. 4 ranks, 8 tokens, contiguous, one causal row with a window (2, 0):
+
+    positions   0 1   2 3   4 5   6 7
+    given       0 1   2 3   4 5    -       nobody reads 6 and 7
+    rank 2 picks      2 3                  out of [0 1 | 2 3 | 4 5 | - -]
+
+Gradients take the way back: each rank lays its part into a buffer of the same shape, and a
+reduce-scatter sums them at their owners.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from cp_megatron.plan.layout import SequenceLayout
+from cp_megatron.plan.mask import Mask
+from cp_megatron.plan.readers import Readers
+from cp_megatron.plan.rounds import Round
+from cp_megatron.plan.tiles import Span, merge_spans, own_tiles, pack, reading, remote_tiles
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gather:
+    """One rank's view of the collective.
+
+    Attributes:
+        width: tokens every rank contributes, padding included; 0 where there is nothing to gather.
+        given: where the contribution lies in the own shard.
+        picked: where the keys of round 1 lie in the gathered ``[ranks * width]``, in their order.
+    """
+
+    width: int
+    given: tuple[Span, ...]
+    picked: tuple[Span, ...]
+
+
+def gathered_width(readers: Readers) -> int:
+    """Tokens that every rank contributes: the most that others read of one rank."""
+    given = np.where(readers.read.any(axis=1), readers.length, 0)
+    return int(np.bincount(readers.owner, weights=given).max())
+
+
+def plan_gather(readers: Readers, rank: int) -> Gather:
+    """The collective of ``rank``."""
+    width = gathered_width(readers)
+    wanted = np.asarray(readers.read.any(axis=1))
+    given = np.where(wanted, readers.length, 0)
+    packed = np.concatenate([[0], np.cumsum(given)])
+    # A run lies behind the earlier given runs of its owner, and its owner's part behind the others.
+    place = packed[:-1] - packed[readers.first[readers.owner]] + readers.owner * width
+    mine = np.flatnonzero(readers.read[:, rank])
+    mine = mine[np.argsort(readers.start[mine])]
+    spans = zip(place[mine].tolist(), (place + given)[mine].tolist())
+    first, last = int(readers.first[rank]), int(readers.first[rank + 1])
+    mine_given = first + np.flatnonzero(wanted[first:last])
+    begin = readers.offset[mine_given]
+    end = begin + readers.length[mine_given]
+    return Gather(
+        width=width,
+        given=tuple(merge_spans(list(zip(begin.tolist(), end.tolist())))),
+        picked=tuple(merge_spans(list(spans))),
+    )
+
+
+def plan_gather_rounds(
+    mask: Mask, layout: SequenceLayout, readers: Readers, rank: int
+) -> tuple[Round, ...]:
+    """Round 0 computes the own keys, round 1 all others that this rank reads."""
+    shard = pack(list(layout.chunks[rank]))
+    own = Round(owner=rank, keys=layout.chunks[rank], tiles=tuple(own_tiles(mask, shard)))
+    mine = np.flatnonzero(readers.read[:, rank])
+    if not mine.size:
+        return (own,)
+    mine = mine[np.argsort(readers.start[mine])]
+    runs = merge_spans(list(zip(readers.start[mine].tolist(), readers.stop[mine].tolist())))
+    tiles = remote_tiles(mask, reading(mask, shard), pack(runs))
+    return own, Round(owner=-1, keys=tuple(runs), tiles=tuple(tiles))

@@ -1,0 +1,97 @@
+"""Who reads which keys: the row cut into runs that the same ranks read.
+
+Two ranks, zigzag, one causal row of 8: rank 0 holds 0 1 6 7, rank 1 holds 2 3 4 5.
+
+    run        0 1   2 3 4 5   6 7
+    owner       0       1       0
+    read by     1       0       -      by other ranks than the owner
+
+From this table every exchange follows: which keys travel at all, to whom, how far down a ring.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+
+from cp_megatron.plan.layout import SequenceLayout
+from cp_megatron.plan.mask import IntArray, Mask
+from cp_megatron.plan.tiles import key_intervals
+
+
+@dataclass(frozen=True, eq=False)
+class Readers:
+    """Runs of positions, those of one owner side by side and in its local order.
+
+    Attributes:
+        start, stop: int64 [runs], the positions.
+        owner: int64 [runs], the rank that holds them.
+        offset: int64 [runs], where a run starts in the owner's shard.
+        first: int64 [ranks + 1], the runs of rank r are ``first[r]:first[r + 1]``.
+        read: bool [runs, ranks], the ranks other than the owner with a query that attends the run.
+    """
+
+    start: IntArray
+    stop: IntArray
+    owner: IntArray
+    offset: IntArray
+    first: IntArray
+    read: npt.NDArray[np.bool_]
+
+    @classmethod
+    def of(cls, mask: Mask, layout: SequenceLayout) -> Readers:
+        """Cuts the row wherever a chunk or what a chunk reads begins or ends."""
+        size = layout.cp_size
+        held = [(a, b, r) for r, chunks in enumerate(layout.chunks) for a, b in chunks]
+        starts, stops, owners = np.asarray(held, dtype=np.int64).T
+        offsets = np.concatenate([[0], np.cumsum(stops - starts)[:-1]])
+        offsets -= owners * layout.shard_len
+        order = np.argsort(starts)
+        starts, stops, owners, offsets = (x[order] for x in (starts, stops, owners, offsets))
+        low, high = key_intervals(mask, starts, stops)
+        far = (low < starts) | (high > stops)  # reads more than itself
+        edges = np.unique(np.concatenate([starts, stops, low[far], high[far]]))
+        begin, end = edges[:-1], edges[1:]
+        chunk = np.searchsorted(starts, begin, side="right") - 1
+        owner = owners[chunk]
+        read = np.zeros((len(begin), size), dtype=np.bool_)
+        lows, highs = np.searchsorted(edges, low[far]), np.searchsorted(edges, high[far])
+        for a, b, reader in zip(lows.tolist(), highs.tolist(), owners[far].tolist()):
+            read[a:b, reader] = True
+        read[np.arange(len(begin)), owner] = False
+        by_owner = np.argsort(owner, kind="stable")
+        return cls(
+            start=begin[by_owner],
+            stop=end[by_owner],
+            owner=owner[by_owner],
+            offset=(offsets[chunk] + begin - starts[chunk])[by_owner],
+            first=np.searchsorted(owner[by_owner], np.arange(size + 1)).astype(np.int64),
+            read=read[by_owner],
+        )
+
+    @property
+    def length(self) -> IntArray:
+        """int64 [runs]: positions per run."""
+        return self.stop - self.start
+
+    @cached_property
+    def hops(self) -> tuple[IntArray, IntArray]:
+        """int64 [runs] twice: places below the owner of the nearest and the farthest reader.
+
+        Ranks are counted downwards and around; both are 0 where nobody else reads the run.
+        """
+        size = self.read.shape[1]
+        run, reader = np.nonzero(self.read)
+        hop = (self.owner[run] - reader) % size
+        near, far = np.full(len(self.owner), size, np.int64), np.zeros(len(self.owner), np.int64)
+        np.minimum.at(near, run, hop)
+        np.maximum.at(far, run, hop)
+        return np.where(far == 0, 0, near), far
+
+    def tokens_received(self, route: str) -> int:
+        """Key positions all ranks together receive over ``ring`` or ``direct``."""
+        times = self.hops[1] if route == "ring" else self.read.sum(axis=1)
+        return int((times * self.length).sum())

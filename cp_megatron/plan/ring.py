@@ -1,0 +1,203 @@
+"""p2p: which keys arrive in which round, and what is sent on.
+
+A ring of N ranks. In round 0 a rank computes its own keys; in round t it computes the keys of rank
+``r + t``, which reached it from ``r + 1``. Everything travels towards lower ranks. While a round
+computes, the keys of the next one are under way:
+
+    rank 0    own    keys of 1    keys of 2    keys of 3        time ->
+    rank 1    own    keys of 2    keys of 3    keys of 0
+    rank 2    own    keys of 3    keys of 0    keys of 1
+    rank 3    own    keys of 0    keys of 1    keys of 2
+
+**Why downwards.** Under zigzag the late half of a shard is read by lower ranks only. Sent down, it
+passes exactly those and is dropped at rank 0; sent up it would circle the whole ring. In general a
+key is passed on while some rank further down the path reads it: all ranks together receive 0.75 of
+what a ring of whole shards moves under a causal mask, and far less where documents end the reach.
+
+**Gradients** of keys follow their keys down: each rank adds its part and passes the sum on. Once
+the last reader of a key has added its part, the sum goes home to the key's owner at once, so a
+gradient never travels where its key did not, and the bytes are the forward's.
+
+Messages of slot t are posted together, before the tiles of round t; both ends know this from the
+same arithmetic:
+
+    slot t   keys for round t + 1;   gradients finished or passed on by round t - 1
+
+The ``direct`` route differs only in who sends: keys come from their owner, gradients go straight
+home.
+
+Sources: Ring Attention (Liu et al. 2023, arXiv:2310.01889) for the rounds; needed-only downward
+routing is this project's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from cp_megatron.plan.layout import SequenceLayout
+from cp_megatron.plan.mask import Mask
+from cp_megatron.plan.readers import Readers
+from cp_megatron.plan.rounds import Message, Round
+from cp_megatron.plan.tiles import Span, merge_spans, own_tiles, pack, reading, remote_tiles
+
+
+class _Run(NamedTuple):
+    """A run of one owner's keys: positions, place in the shard, nearest and farthest reader."""
+
+    start: int
+    stop: int
+    offset: int
+    near: int
+    far: int
+    row: int
+
+
+def plan_ring(
+    mask: Mask, layout: SequenceLayout, readers: Readers, rank: int, route: str
+) -> tuple[Round, ...]:
+    """What ``rank`` does, in order. Round t computes the keys of rank ``(rank + t) % N``."""
+    return _RankPlanner(mask, layout, readers, rank, route == "ring").rounds()
+
+
+class _RankPlanner:
+    """Plans one rank; holds what is worked out once per owner of keys."""
+
+    def __init__(
+        self, mask: Mask, layout: SequenceLayout, readers: Readers, rank: int, is_ring: bool
+    ) -> None:
+        self.mask, self.layout, self.readers = mask, layout, readers
+        self.rank, self.is_ring = rank, is_ring
+        self.size = layout.cp_size
+        self.runs: dict[int, list[_Run]] = {}
+        self.arrivals: dict[tuple[int, int], list[Span]] = {}
+
+    def rounds(self) -> tuple[Round, ...]:
+        shard = pack(list(self.layout.chunks[self.rank]))
+        queries = reading(self.mask, shard)
+        rounds = []
+        for t in range(self.size):
+            owner = (self.rank + t) % self.size
+            keys = pack(self._positions(self.rank, t)) if t else shard
+            tiles = remote_tiles(self.mask, queries, keys) if t else own_tiles(self.mask, shard)
+            rounds.append(
+                Round(
+                    owner=owner,
+                    keys=tuple((piece.start, piece.stop) for piece in keys),
+                    tiles=tuple(tiles),
+                    send_keys=self.send_keys(t),
+                    receive_keys=self.receive_keys(t),
+                    **self.gradient_messages(t),
+                )
+            )
+        return tuple(rounds)
+
+    def of(self, owner: int) -> list[_Run]:
+        """The runs of ``owner`` that somebody else reads."""
+        if owner not in self.runs:
+            table, (near, far) = self.readers, self.readers.hops
+            rows = range(int(table.first[owner]), int(table.first[owner + 1]))
+            cut = slice(rows.start, rows.stop)
+            columns = (table.start, table.stop, table.offset, near, far)
+            found = zip(*(column[cut].tolist() for column in columns), rows)
+            self.runs[owner] = [run for run in map(_Run._make, found) if run.far]
+        return self.runs[owner]
+
+    def _arrives(self, rank: int, hop: int) -> Callable[[_Run], bool]:
+        """Whether a run of the owner ``hop`` places above ``rank`` reaches it."""
+        if self.is_ring:
+            return lambda run: run.far >= hop
+        read = self.readers.read
+        return lambda run: bool(read[run.row, rank])
+
+    def arrival(self, rank: int, hop: int) -> list[Span]:
+        """Spans of the shard of the owner, ``hop`` ranks above ``rank``, that reach ``rank``."""
+        if (rank, hop) not in self.arrivals:
+            arrives = self._arrives(rank, hop)
+            owner = (rank + hop) % self.size
+            self.arrivals[rank, hop] = _spans([run for run in self.of(owner) if arrives(run)])
+        return self.arrivals[rank, hop]
+
+    def _positions(self, rank: int, hop: int) -> list[Span]:
+        """The same as positions."""
+        arrives = self._arrives(rank, hop)
+        owner = (rank + hop) % self.size
+        return merge_spans([(run.start, run.stop) for run in self.of(owner) if arrives(run)])
+
+    def send_keys(self, t: int) -> Message | None:
+        if t + 1 >= self.size:
+            return None
+        if not self.is_ring:
+            peer = (self.rank - t - 1) % self.size
+            return _message(peer, self.rank, self.arrival(peer, t + 1))
+        peer = (self.rank - 1) % self.size
+        spans = self.arrival(peer, t + 1)
+        held = [(0, self.layout.shard_len)] if t == 0 else self.arrival(self.rank, t)
+        return _message(peer, (self.rank + t) % self.size, _relative(spans, held))
+
+    def receive_keys(self, t: int) -> Message | None:
+        if t + 1 >= self.size:
+            return None
+        peer = (self.rank + (1 if self.is_ring else t + 1)) % self.size
+        num_tokens = sum(stop - start for start, stop in self.arrival(self.rank, t + 1))
+        owner = (self.rank + t + 1) % self.size
+        return _message(peer, owner, [(0, num_tokens)] if num_tokens else [])
+
+    def gradient_messages(self, t: int) -> dict[str, Message | None]:
+        """The messages that carry key gradients once round ``t`` is computed."""
+        if t == 0:
+            return {}
+        me, size = self.rank, self.size
+        owner, reader = (me + t) % size, (me - t) % size
+        held = self.arrival(me, t)
+        if not self.is_ring:
+            return {
+                "return_grads": _message(owner, owner, _relative(held, held)),
+                "receive_returned": _message(reader, me, self.arrival(reader, t)),
+            }
+        messages = {
+            "pass_grads": _message(
+                (me - 1) % size, owner, _relative(self.unfinished(owner, t), held)
+            ),
+            "return_grads": _message(owner, owner, _relative(self.finished(owner, t), held)),
+            "receive_returned": _message(reader, me, self.finished(me, t)),
+        }
+        if t + 1 < size:
+            next_owner = (me + t + 1) % size
+            passed = _relative(self.unfinished(next_owner, t), self.arrival(me, t + 1))
+            messages["receive_passed"] = _message((me + 1) % size, next_owner, passed)
+        return messages
+
+    def unfinished(self, owner: int, hop: int) -> list[Span]:
+        """Keys with a reader up to ``hop`` and another below it."""
+        return _spans([run for run in self.of(owner) if run.near <= hop < run.far])
+
+    def finished(self, owner: int, hop: int) -> list[Span]:
+        """Keys whose last reader is at ``hop``."""
+        return _spans([run for run in self.of(owner) if run.far == hop])
+
+
+def _spans(runs: list[_Run]) -> list[Span]:
+    """Where runs lie in the owner's shard."""
+    return merge_spans([(run.offset, run.offset + run.stop - run.start) for run in runs])
+
+
+def _message(peer: int, owner: int, spans: list[Span]) -> Message | None:
+    return Message(peer, owner, tuple(spans)) if spans else None
+
+
+def _relative(spans: list[Span], held: list[Span]) -> list[Span]:
+    """Where ``spans`` lie in a buffer that holds ``held`` one after the other.
+
+    Both ascend, and each span lies inside one of the held ones, because held spans are merged.
+    """
+    placed: list[Span] = []
+    offset = index = 0
+    for start, stop in held:
+        while index < len(spans) and spans[index][1] <= stop:
+            a, b = spans[index]
+            placed.append((offset + a - start, offset + b - start))
+            index += 1
+        offset += stop - start
+    assert index == len(spans), "a span that is not held"
+    return merge_spans(placed)
