@@ -1,29 +1,102 @@
-"""Every exchange gives the dense oracle's numbers: masks, layouts, heads, group sizes."""
+"""Every exchange gives the dense oracle's numbers: masks, layouts, heads, widths, group sizes.
+
+The default run takes every mask on every layout, with kinds of heads and widths in turn; the slow
+one takes the whole product, with both kernels.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from itertools import product
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 
-from tests.context_parallel.test_attention import HEADS, MASKS, errors
+from cp_megatron.plan import Mask
+from tests.context_parallel.test_attention import BOUNDS, MASKS, errors
 from tests.ranks import run_ranks
 
-EXCHANGES: dict[str, dict[str, Any]] = {
-    "all_gather": {"exchange": "all_gather"},
-    "a2a": {"exchange": "a2a"},
-    "a2a+p2p": {"exchange": "a2a+p2p", "hierarchical_sizes": (2, 2)},
-    "auto": {"exchange": "auto"},
-}
+LAYOUTS = ("contiguous", "zigzag", "balanced")
+DIMS = ((8, 8), (24, 8), (8, 24))
+HEADS = {"mha": (24, 24), "gqa": (24, 6), "mqa": (24, 1), "odd": (24, 8)}
+SIZES = {2: (2, 1), 3: (1, 3), 4: (2, 2), 8: (4, 2)}
+EXCHANGES = ("p2p", "direct", "all_gather", "a2a", "a2a+p2p", "auto")
 
 
+class Case(NamedTuple):
+    mask: Mask
+    heads: tuple[int, int]
+    dims: tuple[int, int]
+    dtype: torch.dtype
+    options: dict[str, Any]
+
+
+def options_of(exchange: str, world_size: int) -> dict[str, Any]:
+    if exchange == "direct":
+        return {"exchange": "p2p", "route": "direct"}
+    if exchange == "a2a+p2p":
+        return {"exchange": exchange, "hierarchical_sizes": SIZES[world_size]}
+    return {"exchange": exchange}
+
+
+def some_cases(exchange: str, world_size: int) -> list[Case]:
+    """Every mask on every layout; heads, widths and types in turn."""
+    kinds = list(product(HEADS.values(), DIMS, BOUNDS))
+    found = []
+    for number, (mask, layout) in enumerate(product(MASKS.values(), LAYOUTS)):
+        heads, dims, dtype = kinds[number * 7 % len(kinds)]
+        options = {"layout": layout, "kernel": "cpu", **options_of(exchange, world_size)}
+        found.append(Case(mask, heads, dims, dtype, options))
+    return found
+
+
+def all_cases(exchange: str, world_size: int) -> list[Case]:
+    return [
+        Case(mask, heads, dims, dtype, {"layout": layout, "kernel": kernel, **options})
+        for mask, layout, heads, dims, dtype, kernel in product(
+            MASKS.values(), LAYOUTS, HEADS.values(), DIMS, BOUNDS, ("cpu", "reference")
+        )
+        for options in [options_of(exchange, world_size)]
+    ]
+
+
+def many_errors(rank: int, world_size: int, cases: list[Case]) -> list[dict[str, float]]:
+    """This rank's relative errors, case by case."""
+    return [errors(rank, world_size, *case) for case in cases]
+
+
+def check(cases: list[Case], world_size: int, timeout: float = 60) -> None:
+    for results in run_ranks(many_errors, world_size, cases, timeout=timeout):
+        for case, result in zip(cases, results, strict=True):
+            assert max(result.values()) < BOUNDS[case.dtype], (case, result)
+
+
+@pytest.mark.parametrize("world_size", SIZES)
 @pytest.mark.parametrize("exchange", EXCHANGES)
-@pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
-def test_equals_dense_attention(exchange: str, mask: str, layout: str) -> None:
-    for heads in ((4, 4), (12, 3), (4, 1)):
-        options = {"layout": layout, "kernel": "cpu", **EXCHANGES[exchange]}
-        args = (MASKS[mask], heads, (8, 8), torch.float64, options)
-        for result in run_ranks(errors, 4, *args):
-            assert max(result.values()) < 1e-12, (heads, result)
+def test_equals_dense_attention(exchange: str, world_size: int) -> None:
+    check(some_cases(exchange, world_size), world_size)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("world_size", SIZES)
+@pytest.mark.parametrize("exchange", EXCHANGES)
+def test_equals_dense_attention_whole_product(exchange: str, world_size: int) -> None:
+    check(all_cases(exchange, world_size), world_size, timeout=1500)
+
+
+@pytest.mark.parametrize("dim", [1, 5, 40, 128, 256])
+def test_widths_of_heads(dim: int) -> None:
+    options = {"kernel": "cpu"}
+    mask = MASKS["documents"]
+    check([Case(mask, (4, 2), (dim, dim), dtype, options) for dtype in BOUNDS], 2)
+
+
+def test_heads_that_do_not_meet_their_keys_evenly() -> None:
+    """12 query heads over 3 kv heads on 2 ranks: kv head 1 is read by both, unevenly by each."""
+    for world_size, heads in ((2, (12, 3)), (2, (6, 3)), (4, (12, 3)), (8, (24, 3)), (3, (6, 2))):
+        cases = [
+            Case(MASKS["documents"], heads, (8, 8), torch.float64, {"exchange": "a2a"}),
+            Case(MASKS["causal"], heads, (8, 16), torch.float64, {"exchange": "a2a"}),
+        ]
+        check(cases, world_size)

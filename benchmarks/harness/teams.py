@@ -1,0 +1,155 @@
+"""Processes that do the same thing at the same time, timed fairly against each other.
+
+Everything that is compared takes turns inside every round, in a new order each round, so that
+whatever else the machine does hits all alike; what is reported is the median of the rounds' ratios.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import platform
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnProcess
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+PAUSE = 0.05  # seconds between two measurements
+ANSWER_TIMEOUT = 600.0  # seconds
+
+
+def hardware() -> Mapping[str, object]:
+    """What the numbers depend on."""
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        models = [line for line in info.read_text().splitlines() if line.startswith("model name")]
+        cpu = models[0].partition(":")[2].strip() if models else cpu
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {
+        "cpu": cpu,
+        "cores": cores,
+        "load": round(os.getloadavg()[0], 2),
+        "torch": torch.__version__,
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "python": platform.python_version(),
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where a process stands: ``rank`` of ``size``; one process has no group."""
+
+    rank: int
+    size: int
+    threads: int
+    store: str
+
+
+def serve(connection: Connection, place: Place, bench: Callable[[Place], Any]) -> None:
+    """Answers (method, argument) until the pipe closes. Runs in a process of its own."""
+    torch.set_num_threads(place.threads)
+    if place.size > 1:
+        dist.init_process_group(
+            "gloo",
+            init_method=f"file://{place.store}",
+            rank=place.rank,
+            world_size=place.size,
+        )
+    answers = bench(place)
+    while True:
+        try:
+            method, argument = connection.recv()
+        except EOFError:
+            break
+        connection.send(getattr(answers, method)(argument))
+    if place.size > 1:
+        dist.destroy_process_group()
+
+
+class Team:
+    """The parent's side of ``size`` processes with ``threads`` each.
+
+    ``bench`` is made in each of them with its ``Place`` and answers ``ask``; its ``time`` returns
+    when it began and ended, on the machine's one monotonic clock.
+    """
+
+    def __init__(self, size: int, threads: int, bench: Callable[[Place], Any]) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._folder = tempfile.TemporaryDirectory()
+        store = str(Path(self._folder.name) / "rendezvous")
+        self._members: list[tuple[Connection, SpawnProcess]] = []
+        for rank in range(size):
+            ours, theirs = context.Pipe()
+            place = Place(rank=rank, size=size, threads=threads, store=store)
+            process = context.Process(target=serve, args=(theirs, place, bench), daemon=True)
+            process.start()
+            theirs.close()
+            self._members.append((ours, process))
+
+    def ask(self, method: str, argument: object) -> list[Any]:
+        """Every member's answer."""
+        for connection, _ in self._members:
+            connection.send((method, argument))
+        return [self._answer(connection) for connection, _ in self._members]
+
+    @staticmethod
+    def _answer(connection: Connection) -> Any:
+        if not connection.poll(ANSWER_TIMEOUT):
+            raise TimeoutError(f"no answer within {ANSWER_TIMEOUT:g} s")
+        return connection.recv()
+
+    def seconds(self, name: str) -> float:
+        """From the first member's begin to the last one's end."""
+        spans = self.ask("time", name)
+        return float(max(end for _, end in spans) - min(begin for begin, _ in spans))
+
+    def close(self) -> None:
+        """Ends the processes."""
+        for connection, _ in self._members:
+            connection.close()
+        for _, process in self._members:
+            process.join(10)
+        self._folder.cleanup()
+
+
+def measure(teams: Mapping[str, Team], rounds: int, warmup: int) -> dict[str, list[float]]:
+    """Seconds per contestant and round, in a new order every round.
+
+    Nobody always follows the same one: the threads of a process that has just finished keep
+    spinning for a moment, which costs whoever comes next. The pause lets them go to sleep.
+    """
+    names = list(teams)
+    shuffle = random.Random(0).shuffle
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for turn in range(warmup + rounds):
+        shuffle(names)
+        for name in names:
+            time.sleep(PAUSE)
+            elapsed = teams[name].seconds(name)
+            if turn >= warmup:
+                seconds[name].append(elapsed)
+    return seconds
+
+
+def paired(over: Sequence[float], under: Sequence[float]) -> dict[str, object]:
+    """The median and quartiles of the rounds' ratios."""
+    ratios = [first / second for first, second in zip(over, under, strict=True)]
+    low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
+    return {"median": round(middle, 4), "quartiles": [round(low, 4), round(high, 4)]}
+
+
+def compared(seconds: Mapping[str, list[float]], ours: str) -> dict[str, object]:
+    """Medians, and the time of everything else over ``ours`` (above 1: ours is faster)."""
+    medians = {name: round(statistics.median(values) * 1e3, 3) for name, values in seconds.items()}
+    over = {name: paired(values, seconds[ours]) for name, values in seconds.items() if name != ours}
+    return {"rounds": len(seconds[ours]), "median_ms": medians, f"over_{ours}": over}
