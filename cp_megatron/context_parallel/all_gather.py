@@ -16,66 +16,66 @@ from torch import Tensor
 
 from cp_megatron.comm.nonblocking import Started, start_all_gather, start_reduce_scatter
 from cp_megatron.context_parallel.keys import KeyValues, take
-from cp_megatron.context_parallel.partials import Gradients, Results, Rows
+from cp_megatron.context_parallel.partials import Call, Gradients, Results, Rows
 from cp_megatron.context_parallel.rank_plan import RankPlan
 from cp_megatron.plan.gather import Gather
 from cp_megatron.plan.heads import HeadGroup, cut_heads
-from cp_megatron.plan.tiles import Span, Tile
+from cp_megatron.plan.tiles import Span
 
 MAX_PORTIONS = 4
 """Enough to hide all but a quarter; each portion more is one more collective and smaller tiles."""
 
 
 def gather_forward(
-    plan: RankPlan, q: Tensor, k: Tensor, v: Tensor, scale: float
+    plan: RankPlan, call: Call, q: Tensor, k: Tensor, v: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Attention of the shard's queries over every key the mask lets them see.
 
     Arguments and results as ``p2p.ring_forward``.
     """
-    results = Results(plan.kernel, q, scale)
+    results = Results(call, q)
     own = KeyValues(k, v)
     source = _Source(plan, own)
     for portion in source.portions:
         following = source.start_next()
         groups = _from_zero(cut_heads(plan.groups, *portion))
-        results.add(plan.rounds[0].tiles, own.heads(portion), groups)
+        results.add(plan.rounds[0], own.heads(portion), groups)
         keys = source.wait(portion)
         if keys is not None:
-            results.add(_far_tiles(plan), keys, groups)
+            results.add(plan.rounds[1], keys, groups)
         source.pending = following
     return results.sums()
 
 
 def gather_backward(
     plan: RankPlan,
+    call: Call,
     dout: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of the shard's queries, and of its keys and values from the queries of all ranks.
 
     Arguments and results as ``p2p.ring_backward``.
     """
-    rows = Rows.of(plan.kernel, q, dout, out, lse)
+    rows = Rows.of(call.kernel, q, dout, out, lse)
     shard = KeyValues(k, v)
     source = _Source(plan, shard)
-    own = Gradients(plan.kernel, rows, shard, scale)
+    own = Gradients(call, rows, plan.rounds[0], shard)
     sinks: list[tuple[Span, Started]] = []
     for portion in source.portions:
         following = source.start_next()
         groups = cut_heads(plan.groups, *portion)
-        own.store_own(plan.rounds[0].tiles, groups)
+        own.store_own(groups)
         keys = source.wait(portion)
         if source.gather.width:
             far = None
             if keys is not None:
-                gradients = Gradients(plan.kernel, rows, keys, scale)
-                gradients.store_remote(_far_tiles(plan), _from_zero(groups))
+                gradients = Gradients(call, rows, plan.rounds[1], keys)
+                gradients.store_remote(_from_zero(groups))
                 far = gradients.grads
             sinks.append((portion, source.start_return(portion, far, rows.dq)))
         source.pending = following
@@ -143,7 +143,3 @@ def _from_zero(groups: tuple[HeadGroup, ...]) -> tuple[HeadGroup, ...]:
     """The groups with key/value heads counted from the first, as a portion holds them."""
     first = groups[0].keys[0]
     return tuple(HeadGroup(q, (k0 - first, k1 - first)) for q, (k0, k1) in groups)
-
-
-def _far_tiles(plan: RankPlan) -> tuple[Tile, ...]:
-    return plan.rounds[1].tiles

@@ -18,6 +18,7 @@ from cp_megatron.context_parallel.agreement import agree
 from cp_megatron.context_parallel.attention import planned_attention
 from cp_megatron.context_parallel.rank_plan import RankPlan
 from cp_megatron.errors import ConfigError
+from cp_megatron.kernels.dropout import Dropout
 from cp_megatron.kernels.load import load_kernel
 from cp_megatron.kernels.select import KernelChoice, select_kernel
 from cp_megatron.plan import Mask, Schedule, SequenceLayout
@@ -36,13 +37,14 @@ class ContextParallel:
         group: the ranks that share each sequence, in order; None is one rank without messages.
         mask: what attends to what, for every row of the batch.
         layout: ``contiguous``, ``zigzag``, ``balanced`` or ``auto`` (balanced for documents,
-            else zigzag where the mask is causal).
+            else zigzag where the mask is causal); or a layout made before, of the same length.
         exchange: ``p2p``, ``all_gather``, ``a2a``, ``a2a+p2p`` or ``auto`` (what moves least).
         kernel: a kernel's name, or ``auto``.
         route: of p2p: ``ring`` (from the neighbour), ``direct`` (from the owner) or ``auto`` (what
             moves less).
         hierarchical_sizes: (A, P) of a2a+p2p: A neighbours trade heads, P groups run a ring. With
             ``auto`` it says how many ranks share a node, and how many nodes there are.
+        deterministic: the same inputs give the same bits; a kernel that can not is refused.
         check_ranks: before the first attention with a mask and a shape, compare both between the
             ranks: one small message, and a mistake is an error on every rank instead of a hang.
 
@@ -55,12 +57,13 @@ class ContextParallel:
         self,
         group: dist.ProcessGroup | None,
         mask: Mask,
-        layout: str = "auto",
+        layout: str | SequenceLayout = "auto",
         exchange: str = "auto",
         kernel: str = "auto",
         route: str = "auto",
         hierarchical_sizes: tuple[int, int] | None = None,
         *,
+        deterministic: bool = False,
         check_ranks: bool = True,
     ) -> None:
         self.group = group
@@ -68,22 +71,40 @@ class ContextParallel:
         self.rank = dist.get_rank(group) if group is not None else 0
         self.cp_size = dist.get_world_size(group) if group is not None else 1
         check_exchange(exchange, route, self.cp_size, hierarchical_sizes)
-        self.layout = SequenceLayout.make(mask, self.cp_size, layout)
+        self.layout = self._make_layout(layout)
         self._layout_kind, self._exchange, self._route = layout, exchange, route
-        self._kernel, self._sizes, self._check_ranks = kernel, hierarchical_sizes, check_ranks
+        self._kernel, self._sizes = kernel, hierarchical_sizes
+        self._deterministic, self._check_ranks = deterministic, check_ranks
         self._plans: dict[object, tuple[Schedule, RankPlan]] = {}
         self._agreed: set[object] = set()
 
-    def with_mask(self, mask: Mask) -> ContextParallel:
-        """The same ranks and options for another mask."""
+    def _make_layout(self, layout: str | SequenceLayout) -> SequenceLayout:
+        if isinstance(layout, str):
+            return SequenceLayout.make(self.mask, self.cp_size, layout)
+        held = (layout.cp_size, layout.cp_size * layout.shard_len)
+        if held != (self.cp_size, self.mask.seq_len):
+            value = f"of {held[1]} positions on {held[0]} ranks"
+            rule = f"must hold the mask's {self.mask.seq_len} on {self.cp_size}"
+            raise ConfigError("layout", value, rule)
+        return layout
+
+    def with_mask(self, mask: Mask, layout: SequenceLayout | None = None) -> ContextParallel:
+        """The same ranks and options for another mask.
+
+        Args:
+            mask: what attends to what.
+            layout: keeps tokens where this layout has them, as layers with different masks of one
+                model need; by default the layout is made anew for the mask.
+        """
         return ContextParallel(
             self.group,
             mask,
-            self._layout_kind,
+            layout or self._layout_kind,
             self._exchange,
             self._kernel,
             self._route,
             self._sizes,
+            deterministic=self._deterministic,
             check_ranks=self._check_ranks,
         )
 
@@ -157,7 +178,14 @@ class ContextParallel:
         order = [torch.from_numpy(self.layout.positions(rank)) for rank in range(self.cp_size)]
         return gathered.index_select(dim, torch.cat(order).argsort().to(x.device))
 
-    def attention(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
+    def attention(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float | None = None,
+        dropout: Dropout | None = None,
+    ) -> Tensor:
         """Attention of this rank's queries over the keys of all ranks that the mask allows.
 
         Args:
@@ -165,6 +193,8 @@ class ContextParallel:
             k: [B, S / N, G, D]; H is a multiple of G, query head h reads head h // (H / G).
             v: [B, S / N, G, E].
             scale: multiplies the scores, above 0; by default D ** -0.5.
+            dropout: drops attention weights; its mask depends on the pair of positions alone, so
+                it is the same on any layout, exchange and number of ranks.
 
         Returns:
             [B, S / N, H, E] in q's type.
@@ -176,23 +206,35 @@ class ContextParallel:
         problem, plan = None, None
         try:
             self._check_attention(q, k, v, scale)
-            plan = self._plan(q, k, v)
+            plan = self._plan(q, k, v, dropout)
         except ConfigError as error:
             problem = error
-        self._agree(q, k, v, scale, problem)
+        how = (scale, dropout.probability if dropout else 0.0)
+        self._agree(q, k, v, how, problem)
         assert plan is not None
-        return planned_attention(plan, q, k, v, scale)
+        return planned_attention(plan, q, k, v, scale, dropout)
 
-    def kernel_choice(self, device: str, dtype: torch.dtype, head_dim: int) -> KernelChoice:
+    def kernel_choice(
+        self, device: torch.device, dtype: torch.dtype, head_dim: int, dropout: float = 0.0
+    ) -> KernelChoice:
         """The kernel that inputs of this kind get, and why."""
-        name = str(dtype).removeprefix("torch.")
-        return select_kernel(self._kernel, device=device, dtype=name, head_dim=head_dim)
+        return select_kernel(
+            self._kernel,
+            device=device.type,
+            dtype=str(dtype).removeprefix("torch."),
+            head_dim=head_dim,
+            attention_dropout=dropout,
+            window=self.mask.has_window,
+            deterministic=self._deterministic,
+            capability=torch.cuda.get_device_capability(device) if device.type == "cuda" else None,
+        )
 
-    def _plan(self, q: Tensor, k: Tensor, v: Tensor) -> RankPlan:
+    def _plan(self, q: Tensor, k: Tensor, v: Tensor, dropout: Dropout | None = None) -> RankPlan:
         heads = (q.shape[2], k.shape[2], q.shape[3], v.shape[3])
-        key = (heads, q.device.type, q.dtype)
+        probability = dropout.probability if dropout else 0.0
+        key = (heads, q.device, q.dtype, probability > 0)
         if key not in self._plans:
-            choice = self.kernel_choice(q.device.type, q.dtype, max(heads[2:]))
+            choice = self.kernel_choice(q.device, q.dtype, max(heads[2:]), probability)
             schedule = self.schedule(*heads)
             plan = RankPlan.create(
                 rounds=schedule.rounds(self.rank),
@@ -201,17 +243,17 @@ class ContextParallel:
                 num_heads=heads[0],
                 num_kv_heads=heads[1],
                 group=self.group,
-                kernel=load_kernel(choice.name),
+                kernel=load_kernel(choice.name, deterministic=self._deterministic),
             )
             self._plans[key] = (schedule, plan)
         return self._plans[key][1]
 
     def _agree(
-        self, q: Tensor, k: Tensor, v: Tensor, scale: float, problem: ConfigError | None
+        self, q: Tensor, k: Tensor, v: Tensor, how: object, problem: ConfigError | None
     ) -> None:
         shapes = [tuple(x.shape) for x in (q, k, v)]
         options = (self.layout.kind, self._exchange, self._route, self._sizes)
-        call = (*shapes, str(q.dtype), scale, *options)
+        call = (*shapes, str(q.dtype), how, *options)
         if problem is None and call in self._agreed:
             return
         group = self.group if self._check_ranks else None

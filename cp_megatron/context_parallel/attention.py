@@ -6,6 +6,7 @@ Where heads are traded, the rounds see M tokens of the group of traders and a sh
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,7 +16,9 @@ from torch.autograd.function import once_differentiable
 from cp_megatron.context_parallel.a2a import Part, heads_to_tokens, tokens_to_heads
 from cp_megatron.context_parallel.all_gather import gather_backward, gather_forward
 from cp_megatron.context_parallel.p2p import ring_backward, ring_forward
+from cp_megatron.context_parallel.partials import Call
 from cp_megatron.context_parallel.rank_plan import RankPlan
+from cp_megatron.kernels.dropout import Dropout
 from cp_megatron.plan.heads import HeadExchange
 
 
@@ -28,7 +31,7 @@ class _Attention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, plan: RankPlan, scale: float, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def forward(ctx: Any, plan: RankPlan, call: Call, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """[B, S, H, D], [B, S, G, D], [B, S, G, E] -> [B, S, H, E] in q's type."""
         trade = plan.trade
         if trade:
@@ -36,10 +39,10 @@ class _Attention(torch.autograd.Function):
             parts = [Part(q, heads), Part(k, kv_heads), Part(v, kv_heads)]
             q, k, v = tokens_to_heads(trade, plan.group, parts)
         run = gather_forward if plan.gather else ring_forward
-        out, lse = run(plan, q, k, v, scale)
+        out, lse = run(plan, call, q, k, v)
         out = out.to(q.dtype)
         ctx.save_for_backward(q, k, v, out, lse)
-        ctx.plan, ctx.scale = plan, scale
+        ctx.plan, ctx.call = plan, call
         if trade:
             (out,) = heads_to_tokens(trade, plan.group, [Part(out, trade.query_heads)])
         return out
@@ -54,7 +57,7 @@ class _Attention(torch.autograd.Function):
         if trade:
             (dout,) = tokens_to_heads(trade, plan.group, [Part(dout, trade.query_heads)])
         run = gather_backward if plan.gather else ring_backward
-        grads = run(plan, dout, q, k, v, out, lse, ctx.scale)
+        grads = run(plan, ctx.call, dout, q, k, v, out, lse)
         if trade:
             grads = _return_gradients(plan, trade, grads, q.dtype)
         dq, dk, dv = (grad.to(q.dtype) for grad in grads)
@@ -87,7 +90,14 @@ def _key_parts(
 
 
 @torch.compiler.disable
-def planned_attention(plan: RankPlan, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+def planned_attention(
+    plan: RankPlan, q: Tensor, k: Tensor, v: Tensor, scale: float, dropout: Dropout | None
+) -> Tensor:
     """The function above, opaque to torch.compile: its plan is data, not something to trace."""
-    out: Tensor = _Attention.apply(plan, scale, q, k, v)
+    if dropout and plan.trade:
+        first = plan.trade.query_heads[plan.trade.index][0]
+        dropout = replace(dropout, head0=dropout.head0 + first)
+    rows = plan.rounds[0].keys
+    call = Call(kernel=plan.kernel, scale=scale, dropout=dropout, rows=rows)
+    out: Tensor = _Attention.apply(plan, call, q, k, v)
     return out

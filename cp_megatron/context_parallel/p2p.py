@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cp_megatron.comm.p2p import Pending, post
 from cp_megatron.context_parallel.keys import KeyValues, take
-from cp_megatron.context_parallel.partials import Gradients, Results, Rows
+from cp_megatron.context_parallel.partials import Call, Gradients, Results, Rows
 from cp_megatron.context_parallel.rank_plan import RankPlan
 from cp_megatron.kernels.interface import accumulation_dtype
 from cp_megatron.plan.heads import cut_heads
@@ -22,27 +22,27 @@ from cp_megatron.plan.rounds import Message, Round
 
 
 def ring_forward(
-    plan: RankPlan, q: Tensor, k: Tensor, v: Tensor, scale: float
+    plan: RankPlan, call: Call, q: Tensor, k: Tensor, v: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Attention of the shard's queries over every key the mask lets them see.
 
     Args:
         plan: this rank's part of the schedule.
+        call: what tiles are computed with.
         q: [B, S, H, D].
         k: [B, S, G, D].
         v: [B, S, G, E].
-        scale: what scores are multiplied with.
 
     Returns:
         out [B, S, H, E] and lse [B, H, S], float32 (float64 for float64).
     """
-    results = Results(plan.kernel, q, scale)
+    results = Results(call, q)
     keys = _Keys(plan, KeyValues(k, v))
     for turn in plan.rounds:
         sends = keys.sends(turn)
         incoming = keys.buffer(turn.receive_keys, k.dtype)
         pending = post(plan.group, sends=sends, receives=_receives((turn.receive_keys, incoming)))
-        results.add(turn.tiles, keys.arrival, plan.groups)
+        results.add(turn, keys.arrival, plan.groups)
         pending.wait()
         keys.arrived(incoming)
     return results.sums()
@@ -50,46 +50,44 @@ def ring_forward(
 
 def ring_backward(
     plan: RankPlan,
+    call: Call,
     dout: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of the shard's queries, and of its keys and values from the queries of all ranks.
 
     Args:
-        plan: this rank's part of the schedule.
+        plan, call, q, k, v: as in forward.
         dout: [B, S, H, E], the gradient of ``out``.
-        q, k, v: as in forward.
         out: [B, S, H, E], forward's result.
         lse: [B, H, S], forward's result.
-        scale: as in forward.
 
     Returns:
         dq [B, S, H, D], dk [B, S, G, D], dv [B, S, G, E], float32 (float64 for float64).
     """
-    rows = Rows.of(plan.kernel, q, dout, out, lse)
+    rows = Rows.of(call.kernel, q, dout, out, lse)
     keys = _Keys(plan, KeyValues(k, v))
     # The own tiles need no message: half of their heads are kept for the end, where they hide the
     # last gradients' way home as the first half hides the first keys' way here.
     num_heads = k.shape[2]
     middle = num_heads // 2 if len(plan.rounds) > 1 else 0
     late, early = cut_heads(plan.groups, 0, middle), cut_heads(plan.groups, middle, num_heads)
-    own = latest = Gradients(plan.kernel, rows, keys.shard, scale)
+    own = latest = Gradients(call, rows, plan.rounds[0], keys.shard)
     own.zero(late, queries=True)
     before: Round | None = None
     for turn in (*plan.rounds, None):
         slot = _BackwardSlot.post(plan, before, turn, keys, latest.grads)
         if turn is None:
-            own.add(plan.rounds[0].tiles, late)
+            own.add(late)
         elif before is None:
-            own.store_own(turn.tiles, early)
+            own.store_own(early)
         else:
-            latest = Gradients(plan.kernel, rows, keys.arrival, scale)
-            latest.store_remote(turn.tiles, plan.groups)
+            latest = Gradients(call, rows, turn, keys.arrival)
+            latest.store_remote(plan.groups)
         slot.wait_and_add(arrival=latest.grads, own=own.grads)
         keys.arrived(slot.keys)
         before = turn

@@ -13,10 +13,43 @@ import torch
 from torch import Tensor
 
 from cp_megatron.context_parallel.keys import KeyValues
+from cp_megatron.kernels.dropout import Dropout, TileDropout
 from cp_megatron.kernels.interface import Kernel, accumulation_dtype
 from cp_megatron.kernels.merge import merge_
 from cp_megatron.plan.heads import HeadGroup
-from cp_megatron.plan.tiles import Tile
+from cp_megatron.plan.rounds import Round
+from cp_megatron.plan.tiles import Span, Tile
+
+
+@dataclass(frozen=True, kw_only=True)
+class Call:
+    """What the tiles of one attention have in common.
+
+    Attributes:
+        kernel: computes a tile.
+        scale: what scores are multiplied with.
+        dropout: which pairs are dropped, heads counted from this rank's first; None drops none.
+        rows: positions of the queries, as runs.
+    """
+
+    kernel: Kernel
+    scale: float
+    dropout: Dropout | None
+    rows: tuple[Span, ...]
+
+    def tile_dropout(
+        self, turn: Round, tile: Tile, head: int, device: torch.device
+    ) -> TileDropout | None:
+        """Dropout of a tile whose first query head is ``head``."""
+        if self.dropout is None:
+            return None
+        rows, columns = (_positions(spans, device) for spans in (self.rows, turn.keys))
+        q_positions, k_positions = rows[tile.q0 : tile.q1], columns[tile.k0 : tile.k1]
+        return TileDropout(self.dropout, q_positions, k_positions, head)
+
+
+def _positions(spans: Sequence[Span], device: torch.device) -> Tensor:
+    return torch.cat([torch.arange(start, stop, device=device) for start, stop in spans])
 
 
 class Results:
@@ -26,27 +59,28 @@ class Results:
     covers everything is kept as it comes, without a copy.
     """
 
-    def __init__(self, kernel: Kernel, q: Tensor, scale: float) -> None:
-        self._kernel, self._scale = kernel, scale
+    def __init__(self, call: Call, q: Tensor) -> None:
+        self._call = call
         self._dtype = accumulation_dtype(q.dtype)
-        self._q = q.to(kernel.compute_dtype(q.dtype))
+        self._q = q.to(call.kernel.compute_dtype(q.dtype))
         self._sums: tuple[Tensor, Tensor] | None = None
 
-    def add(self, tiles: Sequence[Tile], keys: KeyValues, groups: Sequence[HeadGroup]) -> None:
-        """Computes ``tiles`` with an arrival whose heads are counted as in ``groups``."""
-        if not tiles:
+    def add(self, turn: Round, keys: KeyValues, groups: Sequence[HeadGroup]) -> None:
+        """Computes the tiles of a round, whose keys are counted as in ``groups``."""
+        if not turn.tiles:
             return
-        keys = keys.to(self._q.dtype)
+        call, keys = self._call, keys.to(self._q.dtype)
         for (q0, q1), (k0, k1) in groups:
             heads, kv_heads = slice(q0, q1), slice(k0, k1)
-            for tile in tiles:
+            for tile in turn.tiles:
                 rows, columns = slice(tile.q0, tile.q1), slice(tile.k0, tile.k1)
-                out, lse = self._kernel.forward(
+                out, lse = call.kernel.forward(
                     self._q[:, rows, heads],
                     keys.k[:, columns, kv_heads],
                     keys.v[:, columns, kv_heads],
                     tile.band,
-                    self._scale,
+                    call.scale,
+                    call.tile_dropout(turn, tile, q0, self._q.device),
                 )
                 self._add(tile, heads, out, lse)
 
@@ -102,8 +136,8 @@ class Gradients:
     Memory is not cleared first: what is written first is stored, the rest added.
     """
 
-    def __init__(self, kernel: Kernel, rows: Rows, keys: KeyValues, scale: float) -> None:
-        self._kernel, self._rows, self._scale = kernel, rows, scale
+    def __init__(self, call: Call, rows: Rows, turn: Round, keys: KeyValues) -> None:
+        self._call, self._rows, self._turn = call, rows, turn
         self._keys = keys.to(rows.q.dtype)
         self.grads = KeyValues.unpack(keys.empty(keys.k.shape[1], rows.dq.dtype), keys)
 
@@ -115,13 +149,14 @@ class Gradients:
             if queries:
                 self._rows.dq[:, :, q0:q1] = 0
 
-    def store_own(self, tiles: Sequence[Tile], groups: Sequence[HeadGroup]) -> None:
+    def store_own(self, groups: Sequence[HeadGroup]) -> None:
         """The shard's own keys: its ``first`` tiles cover each row and each column once."""
-        for tile in tiles:
+        for tile in self._turn.tiles:
             self._accumulate(tile, groups, store_rows=tile.first, store_columns=tile.first)
 
-    def store_remote(self, tiles: Sequence[Tile], groups: Sequence[HeadGroup]) -> None:
+    def store_remote(self, groups: Sequence[HeadGroup]) -> None:
         """Another rank's keys: the rows have gradients already, the columns none."""
+        tiles = self._turn.tiles
         num_keys = self._keys.k.shape[1]
         whole = len(tiles) == 1 and tiles[0].k1 - tiles[0].k0 == num_keys
         if not whole:
@@ -129,19 +164,19 @@ class Gradients:
         for tile in tiles:
             self._accumulate(tile, groups, store_rows=False, store_columns=whole)
 
-    def add(self, tiles: Sequence[Tile], groups: Sequence[HeadGroup]) -> None:
+    def add(self, groups: Sequence[HeadGroup]) -> None:
         """Adds to what is there."""
-        for tile in tiles:
+        for tile in self._turn.tiles:
             self._accumulate(tile, groups, store_rows=False, store_columns=False)
 
     def _accumulate(
         self, tile: Tile, groups: Sequence[HeadGroup], *, store_rows: bool, store_columns: bool
     ) -> None:
-        rows, keys = self._rows, self._keys
+        call, rows, keys = self._call, self._rows, self._keys
         q, k = slice(tile.q0, tile.q1), slice(tile.k0, tile.k1)
         for (q0, q1), (k0, k1) in groups:
             heads, kv_heads = slice(q0, q1), slice(k0, k1)
-            dq, dk, dv = self._kernel.backward(
+            dq, dk, dv = call.kernel.backward(
                 rows.dout[:, q, heads],
                 rows.q[:, q, heads],
                 keys.k[:, k, kv_heads],
@@ -149,7 +184,8 @@ class Gradients:
                 rows.out[:, q, heads],
                 rows.lse[:, heads, q],
                 tile.band,
-                self._scale,
+                call.scale,
+                call.tile_dropout(self._turn, tile, q0, rows.q.device),
             )
             _write(rows.dq[:, q, heads], dq, store=store_rows)
             _write(self.grads.k[:, k, kv_heads], dk, store=store_columns)

@@ -5,9 +5,13 @@ Shapes as in ``interface.py``; the op itself wants [B, heads, length, dim] views
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
+from cp_megatron.kernels.dropout import TileDropout
 from cp_megatron.kernels.interface import accumulation_dtype, allowed, cut, same_width
 from cp_megatron.kernels.merge import merge_
 from cp_megatron.plan.tiles import FULL, Band
@@ -18,6 +22,18 @@ _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 # Shorter causal tiles are left to the op.
 CAUSAL_LEAF = 128
+# Rows of a strip of a window.
+STRIP_ROWS = 128
+
+
+class Strip(NamedTuple):
+    """Rows ``q0:q1`` of a tile with the columns ``k0:k1`` they attend, and the band there."""
+
+    q0: int
+    q1: int
+    k0: int
+    k1: int
+    band: Band
 
 
 class CpuKernel:
@@ -32,6 +48,14 @@ class CpuKernel:
 
         causal(n)  =  | causal(n/2)              |
                       | full(n/2)    causal(n/2) |
+
+    Other bands the op knows as a bias of rows x columns only. They are cut into strips of rows,
+    each with the columns it attends, for work of rows x (window + strip), not rows x columns:
+
+        x x . . . . . .        x x
+        x x x . . . . .        x x x
+        . x x x . . . .   =      x x x
+        . . x x x . . .          . x x x
     """
 
     def compute_dtype(self, dtype: torch.dtype) -> torch.dtype:
@@ -39,17 +63,30 @@ class CpuKernel:
         return accumulation_dtype(dtype)
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, band: Band, scale: float
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        band: Band,
+        scale: float,
+        dropout: TileDropout | None = None,
     ) -> tuple[Tensor, Tensor]:
         """See ``Kernel.forward``."""
-        middle = _middle(q, k, band)
-        if middle is None:
-            return _forward_tile(q, k, v, band, scale)
-        early, late = slice(0, middle), slice(middle, None)
-        above = self.forward(q[:, early], k[:, early], v[:, early], band, scale)
-        out, lse = _forward_tile(q[:, late], k[:, early], v[:, early], FULL, scale)
-        merge_(out, lse, *self.forward(q[:, late], k[:, late], v[:, late], band, scale))
-        return torch.cat([above[0], out], dim=1), torch.cat([above[1], lse], dim=2)
+        assert dropout is None, "the op has no dropout"
+        parts = [
+            _forward_strip(
+                q[:, strip.q0 : strip.q1],
+                k[:, strip.k0 : strip.k1],
+                v[:, strip.k0 : strip.k1],
+                strip.band,
+                scale,
+                bias,
+            )
+            for strip, bias in _strips(band, q, k)
+        ]
+        if len(parts) == 1:
+            return parts[0]
+        return torch.cat([out for out, _ in parts], dim=1), torch.cat([x for _, x in parts], dim=2)
 
     def backward(
         self,
@@ -61,33 +98,86 @@ class CpuKernel:
         lse: Tensor,
         band: Band,
         scale: float,
+        dropout: TileDropout | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See ``Kernel.backward``."""
-        middle = _middle(q, k, band)
-        if middle is None:
-            return _backward_tile(dout, q, k, v, out, lse, band, scale)
-        early, late = slice(0, middle), slice(middle, None)
-
-        def part(
-            rows: slice, columns: slice
-        ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-            return (
+        assert dropout is None, "the op has no dropout"
+        dq: list[Tensor] = []
+        key_grads: tuple[Tensor, Tensor] | None = None
+        for strip, bias in _strips(band, q, k):
+            rows, columns = slice(strip.q0, strip.q1), slice(strip.k0, strip.k1)
+            strip_dq, strip_dk, strip_dv = _backward_strip(
                 dout[:, rows],
                 q[:, rows],
                 k[:, columns],
                 v[:, columns],
                 out[:, rows],
                 lse[:, :, rows],
+                strip.band,
+                scale,
+                bias,
             )
+            if strip.q1 - strip.q0 == q.shape[1] and strip.k1 - strip.k0 == k.shape[1]:
+                return strip_dq, strip_dk, strip_dv
+            if key_grads is None:
+                key_grads = torch.zeros_like(k), torch.zeros_like(v)
+            dq.append(strip_dq)
+            key_grads[0][:, columns] += strip_dk
+            key_grads[1][:, columns] += strip_dv
+        assert key_grads is not None
+        return torch.cat(dq, dim=1), *key_grads
 
-        dq, dk, dv = self.backward(*part(early, early), band, scale)
-        late_dq, late_dk, late_dv = self.backward(*part(late, late), band, scale)
-        full_dq, full_dk, full_dv = _backward_tile(*part(late, early), FULL, scale)
-        return (
-            torch.cat([dq, late_dq + full_dq], dim=1),
-            torch.cat([dk + full_dk, late_dk], dim=1),
-            torch.cat([dv + full_dv, late_dv], dim=1),
-        )
+
+def cut_band(band: Band, num_queries: int, num_keys: int) -> list[Strip]:
+    """A tile as strips, in order of rows. Full and square causal parts stay whole.
+
+    Args:
+        band: leaves every row a key.
+        num_queries: the tile's rows.
+        num_keys: its columns.
+    """
+    return list(_cut(band, num_keys, 0, num_queries))
+
+
+def _cut(band: Band, num_keys: int, q0: int, q1: int) -> Iterator[Strip]:
+    rows = q1 - q0
+    k0 = 0 if band.left is None else max(0, q0 - band.left)
+    k1 = num_keys if band.right is None else min(num_keys, q1 + band.right)
+    shift = q0 - k0  # the tile's row and column numbers, from here on counted from the strip's
+    left = None if band.left is None else band.left - shift
+    right = None if band.right is None else band.right + shift
+    # A bound that cuts nothing off the last row, or off the first, is none.
+    left = None if left is None or left >= rows - 1 else left
+    right = None if right is None or right >= k1 - k0 - 1 else right
+    part = Strip(q0, q1, k0, k1, Band(left, right))
+    causal = part.band.is_causal and rows == k1 - k0
+    if part.band.is_full or causal or rows <= STRIP_ROWS:
+        yield part
+        return
+    # Whole strips above, so that all but the last are alike and share one bias.
+    middle = q0 + max(rows // 2 // STRIP_ROWS, 1) * STRIP_ROWS
+    yield from _cut(band, num_keys, q0, middle)
+    yield from _cut(band, num_keys, middle, q1)
+
+
+def _strips(band: Band, q: Tensor, k: Tensor) -> Iterator[tuple[Strip, Tensor | None]]:
+    """The strips and their biases; strips that are alike share one."""
+    last: tuple[int, int, Band] | None = None
+    bias: Tensor | None = None
+    for strip in cut_band(band, q.shape[1], k.shape[1]):
+        alike = (strip.q1 - strip.q0, strip.k1 - strip.k0, strip.band)
+        if alike != last:
+            last, bias = alike, _bias(*alike, q)
+        yield strip, bias
+
+
+def _bias(num_queries: int, num_keys: int, band: Band, like: Tensor) -> Tensor | None:
+    """An additive mask for what the op's causal flag does not cover, in the op's own type."""
+    if band.is_full or (band.is_causal and num_queries == num_keys):
+        return None
+    mask = allowed(band, num_queries, num_keys, like.device)
+    zeros = torch.zeros(mask.shape, dtype=like.dtype, device=like.device)
+    return zeros.masked_fill(~mask, -torch.inf)
 
 
 def _middle(q: Tensor, k: Tensor, band: Band) -> int | None:
@@ -96,16 +186,21 @@ def _middle(q: Tensor, k: Tensor, band: Band) -> int | None:
     return length // 2 if band.is_causal and length == k.shape[1] > CAUSAL_LEAF else None
 
 
-def _forward_tile(
-    q: Tensor, k: Tensor, v: Tensor, band: Band, scale: float
+def _forward_strip(
+    q: Tensor, k: Tensor, v: Tensor, band: Band, scale: float, bias: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    v_dim = v.shape[-1]
-    q, k, v = same_width(*(x.transpose(1, 2) for x in (q, k, v)))
-    out, lse = _forward(q, k, v, 0.0, band.is_causal, attn_mask=_bias(band, q, k), scale=scale)
-    return cut(out.transpose(1, 2), v_dim), lse
+    """Halves a causal square; anything else is one call of the op."""
+    middle = _middle(q, k, band)
+    if middle is None:
+        return _call_forward(q, k, v, band, scale, bias)
+    early, late = slice(0, middle), slice(middle, None)
+    above = _forward_strip(q[:, early], k[:, early], v[:, early], band, scale)
+    out, lse = _call_forward(q[:, late], k[:, early], v[:, early], FULL, scale, None)
+    merge_(out, lse, *_forward_strip(q[:, late], k[:, late], v[:, late], band, scale))
+    return torch.cat([above[0], out], dim=1), torch.cat([above[1], lse], dim=2)
 
 
-def _backward_tile(
+def _backward_strip(
     dout: Tensor,
     q: Tensor,
     k: Tensor,
@@ -114,20 +209,57 @@ def _backward_tile(
     lse: Tensor,
     band: Band,
     scale: float,
+    bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    middle = _middle(q, k, band)
+    if middle is None:
+        return _call_backward(dout, q, k, v, out, lse, band, scale, bias)
+    early, late = slice(0, middle), slice(middle, None)
+
+    def part(rows: slice, columns: slice) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        return (
+            dout[:, rows],
+            q[:, rows],
+            k[:, columns],
+            v[:, columns],
+            out[:, rows],
+            lse[:, :, rows],
+        )
+
+    dq, dk, dv = _backward_strip(*part(early, early), band, scale)
+    late_dq, late_dk, late_dv = _backward_strip(*part(late, late), band, scale)
+    full_dq, full_dk, full_dv = _call_backward(*part(late, early), FULL, scale, None)
+    return (
+        torch.cat([dq, late_dq + full_dq], dim=1),
+        torch.cat([dk + full_dk, late_dk], dim=1),
+        torch.cat([dv + full_dv, late_dv], dim=1),
+    )
+
+
+def _call_forward(
+    q: Tensor, k: Tensor, v: Tensor, band: Band, scale: float, bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    v_dim = v.shape[-1]
+    causal = bias is None and band.is_causal
+    q, k, v = same_width(*(x.transpose(1, 2) for x in (q, k, v)))
+    out, lse = _forward(q, k, v, 0.0, causal, attn_mask=bias, scale=scale)
+    return cut(out.transpose(1, 2), v_dim), lse
+
+
+def _call_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    band: Band,
+    scale: float,
+    bias: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dim, v_dim = q.shape[-1], v.shape[-1]
+    causal = bias is None and band.is_causal
     q, k, v, dout, out = same_width(*(x.transpose(1, 2) for x in (q, k, v, dout, out)))
-    dq, dk, dv = _backward(
-        dout, q, k, v, out, lse, 0.0, band.is_causal, attn_mask=_bias(band, q, k), scale=scale
-    )
+    dq, dk, dv = _backward(dout, q, k, v, out, lse, 0.0, causal, attn_mask=bias, scale=scale)
     dq, dk, dv = (x.transpose(1, 2) for x in (dq, dk, dv))
     return cut(dq, dim), cut(dk, dim), cut(dv, v_dim)
-
-
-def _bias(band: Band, q: Tensor, k: Tensor) -> Tensor | None:
-    """An additive mask for tiles the op's causal flag does not cover, in the op's own type."""
-    num_queries, num_keys = q.shape[2], k.shape[2]
-    if band.is_full or band.is_causal:
-        return None
-    mask = allowed(band, num_queries, num_keys, q.device)
-    return torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill(~mask, -torch.inf)

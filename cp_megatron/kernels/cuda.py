@@ -1,13 +1,20 @@
 """PyTorch's fused CUDA flash attention (FlashAttention 2; 3 or 4 where activated in PyTorch).
 
+``torch.nn.attention.activate_flash_attention_impl("FA3")`` (or "FA4") puts those kernels behind
+these same ops, and ``cuda`` then runs them.
+
 Shapes as in ``interface.py``; the op takes them as they are, [B, length, heads, dim].
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
+from cp_megatron.kernels.dropout import TileDropout
 from cp_megatron.kernels.interface import cut, same_width
 from cp_megatron.plan.tiles import Band
 
@@ -16,18 +23,33 @@ _backward = torch.ops.aten._flash_attention_backward
 
 
 class CudaKernel:
-    """The low-level op rather than ``_scaled_dot_product_flash_attention``: it has windows."""
+    """The low-level op rather than ``_scaled_dot_product_flash_attention``: it has windows.
+
+    Args:
+        deterministic: sum dQ in a fixed order. The op has no argument for it and reads PyTorch's
+            global switch, which is therefore on during the call and put back after it.
+    """
+
+    def __init__(self, *, deterministic: bool = False) -> None:
+        self._deterministic = deterministic
 
     def compute_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """The op computes in the inputs' type and accumulates in float32 inside."""
         return dtype
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, band: Band, scale: float
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        band: Band,
+        scale: float,
+        dropout: TileDropout | None = None,
     ) -> tuple[Tensor, Tensor]:
         """See ``Kernel.forward``; out comes in the inputs' type."""
+        assert dropout is None, "the op's mask would depend on the layout"
         v_dim = v.shape[-1]
-        q, k, v = same_width(q, k, v)
+        q, k, v = same_width(q, k, v, multiple=8)
         num_queries, num_keys = q.shape[1], k.shape[1]
         left, right = bottom_right_window(band, num_queries, num_keys)
         out, lse, *_ = _forward(
@@ -57,34 +79,52 @@ class CudaKernel:
         lse: Tensor,
         band: Band,
         scale: float,
+        dropout: TileDropout | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See ``Kernel.backward``."""
+        assert dropout is None, "the op's mask would depend on the layout"
         dim, v_dim = q.shape[-1], v.shape[-1]
-        q, k, v, dout, out = same_width(q, k, v, dout, out)
+        q, k, v, dout, out = same_width(q, k, v, dout, out, multiple=8)
         num_queries, num_keys = q.shape[1], k.shape[1]
         left, right = bottom_right_window(band, num_queries, num_keys)
         # The random state is read for dropout only; without it any two integers do.
         no_dropout = torch.zeros(2, dtype=torch.uint64, device=q.device)
-        dq, dk, dv = _backward(
-            dout,
-            q,
-            k,
-            v,
-            out,
-            lse.contiguous(),
-            None,
-            None,
-            num_queries,
-            num_keys,
-            0.0,
-            band.is_causal and num_queries == num_keys,
-            no_dropout,
-            no_dropout,
-            scale=scale,
-            window_size_left=left,
-            window_size_right=right,
-        )
+        with deterministic_algorithms(self._deterministic):
+            dq, dk, dv = _backward(
+                dout,
+                q,
+                k,
+                v,
+                out,
+                lse.contiguous(),
+                None,
+                None,
+                num_queries,
+                num_keys,
+                0.0,
+                band.is_causal and num_queries == num_keys,
+                no_dropout,
+                no_dropout,
+                scale=scale,
+                window_size_left=left,
+                window_size_right=right,
+            )
         return cut(dq, dim), cut(dk, dim), cut(dv, v_dim)
+
+
+@contextmanager
+def deterministic_algorithms(wanted: bool) -> Iterator[None]:
+    """PyTorch's global switch on inside, as it was outside; nothing where not ``wanted``."""
+    before = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    if not wanted or (before and not warn_only):
+        yield
+        return
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warn_only)
 
 
 def bottom_right_window(band: Band, num_queries: int, num_keys: int) -> tuple[int, int]:

@@ -11,7 +11,11 @@ denominator, natural logarithm, so that results over different keys can be merge
 gradients (Dao et al. 2022, FlashAttention, section 3.1): tiles need nothing else of each other.
 
 Last dims have stride 1, lengths are positive, and every row of a tile has a key: the plan makes it
-so, because kernels differ or fail elsewhere.
+so, because kernels differ or fail elsewhere. What a backend can not do (windows, dropout, a
+deterministic backward, a head dim) is said in ``select.py`` and never asked of it.
+
+With ``dropout`` the weights in ``out`` are dropped and rescaled, those in ``lse`` are not, so that
+tiles still merge: see ``dropout.py``. Kernels that can not drop assert that it is None.
 """
 
 from __future__ import annotations
@@ -22,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cp_megatron.kernels.dropout import TileDropout
 from cp_megatron.plan.tiles import Band
 
 
@@ -33,7 +38,13 @@ class Kernel(Protocol):
         ...
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, band: Band, scale: float
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        band: Band,
+        scale: float,
+        dropout: TileDropout | None = None,
     ) -> tuple[Tensor, Tensor]:
         """out [B, Q, H, E] and lse [B, H, Q] (float32, float64 for float64) of one tile."""
         ...
@@ -48,17 +59,19 @@ class Kernel(Protocol):
         lse: Tensor,
         band: Band,
         scale: float,
+        dropout: TileDropout | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """dq, dk, dv of one tile from the rows' merged out and lse; shapes as q, k, v."""
         ...
 
 
-def same_width(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Pads the last dim with zeros to the widest, for ops that know one head dim only.
+def same_width(*tensors: Tensor, multiple: int = 1) -> tuple[Tensor, ...]:
+    """Pads the last dim with zeros to the widest, rounded up to a multiple of ``multiple``.
 
-    Zeros after q and k change no score; zeros after v, out and dout change no column that is used.
+    For ops that know one head dim only, or certain ones. Zeros after q and k change no score;
+    zeros after v, out and dout change no column that is used.
     """
-    width = max(x.shape[-1] for x in tensors)
+    width = -(-max(x.shape[-1] for x in tensors) // multiple) * multiple
     return tuple(F.pad(x, (0, width - x.shape[-1])) if x.shape[-1] < width else x for x in tensors)
 
 

@@ -9,24 +9,41 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from cp_megatron.kernels.dropout import TileDropout
 from cp_megatron.kernels.interface import accumulation_dtype, allowed
 from cp_megatron.plan.tiles import Band
 
 
 class ReferenceKernel:
-    """Computes in float32 (float64 for float64) whatever the inputs' type."""
+    """Computes in float32 (float64 for float64) whatever the inputs' type. It knows dropout.
+
+    With P the softmax, M the mask of kept pairs over 1 - p and D = P M the dropped weights:
+
+        out = D V            dV = D^T dO          dD = dO V^T
+        dS = P (M dD - delta)                     delta = sum_k P M dD = sum(dO out)
+
+    so the softmax's backward needs nothing new: delta is still read off the merged out.
+    """
 
     def compute_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """float32, or float64 for float64."""
         return accumulation_dtype(dtype)
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, band: Band, scale: float
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        band: Band,
+        scale: float,
+        dropout: TileDropout | None = None,
     ) -> tuple[Tensor, Tensor]:
         """See ``Kernel.forward``."""
         scores = _scores(q, k, band, scale)
         lse = torch.logsumexp(scores, dim=-1)
         weights = torch.exp(scores - lse.unsqueeze(-1))
+        if dropout is not None:
+            weights = weights * _kept(dropout, weights)
         out = torch.einsum("bngqk,bkne->bqnge", weights, v)
         return (
             rearrange(out, "b q n g e -> b q (n g) e"),
@@ -43,21 +60,33 @@ class ReferenceKernel:
         lse: Tensor,
         band: Band,
         scale: float,
+        dropout: TileDropout | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """See ``Kernel.backward``. dP = dO V^T; dS = P (dP - sum(dO O)); dQ = dS K; dK = dS^T Q."""
+        """See ``Kernel.backward``."""
         scores = _scores(q, k, band, scale)
         num_groups = k.shape[2]
         weights = torch.exp(scores - rearrange(lse, "b (n g) q -> b n g q 1", n=num_groups))
         dout, out, q = (
             rearrange(x, "b q (n g) e -> b q n g e", n=num_groups) for x in (dout, out, q)
         )
-        dv = torch.einsum("bngqk,bqnge->bkne", weights, dout)
         dweights = torch.einsum("bqnge,bkne->bngqk", dout, v)
+        dropped = weights
+        if dropout is not None:
+            kept = _kept(dropout, weights)
+            dropped, dweights = weights * kept, dweights * kept
+        dv = torch.einsum("bngqk,bqnge->bkne", dropped, dout)
         delta = rearrange((dout * out).sum(-1), "b q n g -> b n g q 1")
         dscores = weights * (dweights - delta) * scale
         dq = torch.einsum("bngqk,bknd->bqngd", dscores, k)
         dk = torch.einsum("bngqk,bqngd->bknd", dscores, q)
         return rearrange(dq, "b q n g d -> b q (n g) d"), dk, dv
+
+
+def _kept(dropout: TileDropout, weights: Tensor) -> Tensor:
+    """[B, G, g, Q, K]: 0 for dropped pairs, 1 / (1 - p) for the others."""
+    num_batch, num_groups, group_size = weights.shape[:3]
+    kept = dropout.weights(num_batch, num_groups * group_size, weights.dtype)
+    return rearrange(kept, "b (n g) q k -> b n g q k", n=num_groups)
 
 
 def _scores(q: Tensor, k: Tensor, band: Band, scale: float) -> Tensor:

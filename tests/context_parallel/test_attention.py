@@ -78,33 +78,6 @@ def test_kernels_routes_and_widths(
             assert max(result.values()) < BOUNDS[dtype], (mask.kind, result)
 
 
-def bfloat16_errors(rank: int, world_size: int) -> dict[str, tuple[float, float]]:
-    """Per tensor this rank's error, and that of one rank's whole kernel on the same positions."""
-    mask = Mask.causal(512)
-    inputs = [x.to(torch.bfloat16) for x in attention_inputs(7, 2, 512, 4, 2, 32, 32)]
-    reference = dense_gradients([x.to(torch.float64) for x in inputs], mask)
-    cp = ContextParallel(dist.group.WORLD, mask)
-
-    def run(engine: ContextParallel) -> list[Tensor]:
-        q, k, v, dout = (engine.shard(x, 1) for x in inputs)
-        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
-        out = engine.attention(*leaves)
-        return [out, *torch.autograd.grad(out, leaves, dout)]
-
-    sharded, whole = run(cp), [cp.shard(x, 1) for x in run(ContextParallel(None, mask))]
-    return {
-        name: tuple(relative_error(x, reference[name], cp.positions) for x in pair)
-        for name, *pair in zip(reference, sharded, whole, strict=True)
-    }
-
-
-@pytest.mark.parametrize("world_size", [2, 8])
-def test_bfloat16_is_as_exact_as_one_rank(world_size: int) -> None:
-    for result in run_ranks(bfloat16_errors, world_size):
-        for name, (error, alone) in result.items():
-            assert error < 1.1 * alone, (name, error, alone)
-
-
 def traffic(rank: int, world_size: int, mask: Mask, route: str) -> tuple[list[Any], list[Any]]:
     """What one rank really receives, forward and backward: (peer, tokens, elements per token)."""
     seen: list[tuple[int, int]] = []

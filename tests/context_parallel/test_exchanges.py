@@ -11,9 +11,13 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+import torch.distributed as dist
 
+from cp_megatron.context_parallel import ContextParallel
+from cp_megatron.kernels.dropout import Dropout
 from cp_megatron.plan import Mask
 from tests.context_parallel.test_attention import BOUNDS, MASKS, errors
+from tests.oracles import attention_inputs, dense_gradients, relative_error
 from tests.ranks import run_ranks
 
 LAYOUTS = ("contiguous", "zigzag", "balanced")
@@ -100,3 +104,72 @@ def test_heads_that_do_not_meet_their_keys_evenly() -> None:
             Case(MASKS["causal"], heads, (8, 16), torch.float64, {"exchange": "a2a"}),
         ]
         check(cases, world_size)
+
+
+def dropped(
+    rank: int, world_size: int, options: dict[str, Any], tokens: int
+) -> list[tuple[float, float]]:
+    """Per tensor: this rank's error against one rank with the same dropout; and the share of it
+    that dropout changed at all."""
+    mask = Mask.documents([tokens // 3, tokens - tokens // 3])
+    inputs = attention_inputs(3, 2, tokens, 8, 4, 8, 8)
+    dropout = Dropout(probability=0.3, seed=11, batch0=5, head0=8)
+
+    def run(engine: ContextParallel, dropout: Dropout | None) -> list[torch.Tensor]:
+        q, k, v, dout = (engine.shard(x, 1) for x in inputs)
+        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+        out = engine.attention(*leaves, dropout=dropout)
+        return [out.detach(), *torch.autograd.grad(out, leaves, dout)]
+
+    whole = ContextParallel(None, mask)
+    sharded = ContextParallel(dist.group.WORLD, mask, **options)
+    found, expected, plain = run(sharded, dropout), run(whole, dropout), run(whole, None)
+    places = sharded.positions
+    return [
+        (relative_error(x, y, places), relative_error(z[:, places], y, places))
+        for x, y, z in zip(found, expected, plain, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("exchange", EXCHANGES)
+def test_dropout_drops_the_same_pairs_on_any_number_of_ranks(exchange: str) -> None:
+    options = {"layout": "zigzag", **options_of(exchange, 4)}
+    for result in run_ranks(dropped, 4, options, 48):
+        for error, change in result:
+            assert error < 1e-12
+            assert change > 0.1
+
+
+def bfloat16_errors(
+    rank: int, world_size: int, exchanges: dict[str, dict[str, Any]]
+) -> dict[str, dict[str, tuple[float, float]]]:
+    """Per exchange and tensor this rank's error, and one rank's on the same positions."""
+    mask = Mask.causal(512)
+    inputs = [x.to(torch.bfloat16) for x in attention_inputs(7, 2, 512, 8, 2, 32, 32)]
+    reference = dense_gradients([x.to(torch.float64) for x in inputs], mask)
+
+    def run(engine: ContextParallel) -> list[torch.Tensor]:
+        q, k, v, dout = (engine.shard(x, 1) for x in inputs)
+        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+        out = engine.attention(*leaves)
+        return [out, *torch.autograd.grad(out, leaves, dout)]
+
+    whole = run(ContextParallel(None, mask))
+    found = {}
+    for name, options in exchanges.items():
+        cp = ContextParallel(dist.group.WORLD, mask, **options)
+        alone = [cp.shard(x, 1) for x in whole]
+        found[name] = {
+            key: tuple(relative_error(x, reference[key], cp.positions) for x in pair)
+            for key, *pair in zip(reference, run(cp), alone, strict=True)
+        }
+    return found
+
+
+@pytest.mark.parametrize("world_size", [2, 8])
+def test_bfloat16_is_as_exact_as_one_rank(world_size: int) -> None:
+    exchanges = {name: options_of(name, world_size) for name in EXCHANGES}
+    for results in run_ranks(bfloat16_errors, world_size, exchanges):
+        for exchange, tensors in results.items():
+            for name, (error, alone) in tensors.items():
+                assert error < 1.1 * alone, (exchange, name, error, alone)

@@ -58,7 +58,15 @@ def test_every_tile_of_a_plan_has_a_window(schedule: Schedule) -> None:
                 assert torch.equal(flash, allowed(tile.band, rows, columns))
 
 
-def arguments(monkeypatch: pytest.MonkeyPatch, band: Band, rows: int, columns: int) -> list[Any]:
+def arguments(
+    monkeypatch: pytest.MonkeyPatch,
+    band: Band,
+    rows: int,
+    columns: int,
+    *,
+    dims: tuple[int, int] = (16, 16),
+    deterministic: bool = False,
+) -> list[dict[str, Any]]:
     """What forward and backward hand to their ops, by the names of the schemas."""
     seen: list[dict[str, Any]] = []
 
@@ -70,27 +78,60 @@ def arguments(monkeypatch: pytest.MonkeyPatch, band: Band, rows: int, columns: i
             positional = [a.name for a in schema if not a.kwarg_only]
             assert len(args) == len(positional)
             assert set(kwargs) <= {a.name for a in schema if a.kwarg_only}
-            seen.append(dict(zip(positional, args, strict=True)) | kwargs)
+            switch = torch.are_deterministic_algorithms_enabled()
+            seen.append(dict(zip(positional, args, strict=True)) | kwargs | {"switch": switch})
             return packet(*args, **kwargs)
 
         monkeypatch.setattr(cuda, "_forward" if "forward" in name else "_backward", call)
 
     spy("_flash_attention_forward")
     spy("_flash_attention_backward")
+    dim, v_dim = dims
+    # Fake tensors of a card can not be sliced by a build without CUDA; tensors of no device can.
+    device = "cuda" if dims == (16, 16) else "meta"
     with FakeTensorMode():
-        q = torch.empty(2, rows, 6, 16, device="cuda", dtype=torch.bfloat16)
-        k, v = (torch.empty(2, columns, 2, 16, device="cuda", dtype=q.dtype) for _ in "kv")
-        kernel = CudaKernel()
+        q = torch.empty(2, rows, 6, dim, device=device, dtype=torch.bfloat16)
+        k = torch.empty(2, columns, 2, dim, device=device, dtype=q.dtype)
+        v = torch.empty(2, columns, 2, v_dim, device=device, dtype=q.dtype)
+        kernel = CudaKernel(deterministic=deterministic)
         out, lse = kernel.forward(q, k, v, band, 0.3)
-        assert (out.shape, out.dtype) == (q.shape, q.dtype)
+        assert (out.shape, out.dtype) == ((2, rows, 6, v_dim), q.dtype)
         assert (lse.shape, lse.dtype) == ((2, 6, rows), torch.float32)
         grads = kernel.backward(out, q, k, v, out, lse, band, 0.3)
         assert [(x.shape, x.dtype) for x in grads] == [(x.shape, x.dtype) for x in (q, k, v)]
-        assert seen[0]["query"] is seen[1]["query"] is q
-        assert seen[0]["key"] is seen[1]["key"] is k
-        assert seen[0]["value"] is seen[1]["value"] is v
-        assert seen[1]["grad_out"] is seen[1]["out"] is out
+        if dims == (16, 16):
+            assert seen[0]["query"] is seen[1]["query"] is q
+            assert seen[0]["key"] is seen[1]["key"] is k
+            assert seen[0]["value"] is seen[1]["value"] is v
+            assert seen[1]["grad_out"] is seen[1]["out"] is out
     return seen
+
+
+@pytest.mark.parametrize(("dims", "width"), [((5, 3), 8), ((64, 40), 64), ((192, 129), 192)])
+def test_heads_are_padded_to_one_width_that_the_op_takes(
+    dims: tuple[int, int], width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for call in arguments(monkeypatch, Band(), 4, 6, dims=dims):
+        assert {call[name].shape[-1] for name in ("query", "key", "value")} == {width}
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("before", [None, "warn", "on"])
+def test_backward_runs_under_the_switch_and_puts_it_back(
+    deterministic: bool, before: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.use_deterministic_algorithms(before is not None, warn_only=before == "warn")
+    try:
+        _, backward = arguments(monkeypatch, Band(), 4, 4, deterministic=deterministic)
+        after = (
+            torch.are_deterministic_algorithms_enabled(),
+            torch.is_deterministic_algorithms_warn_only_enabled(),
+        )
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert backward["switch"] is (deterministic or before is not None)
+    assert after == (before is not None, before == "warn")
+    assert load_kernel("cuda", deterministic=True) is not load_kernel("cuda")
 
 
 @pytest.mark.parametrize("tile", TILES)

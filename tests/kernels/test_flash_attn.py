@@ -1,9 +1,10 @@
-"""The flash-attn adapter against doubles of the package, alone and inside the ring."""
+"""The flash-attn adapters against doubles of the packages, alone and inside the ring."""
 
 from __future__ import annotations
 
 import sys
-from types import SimpleNamespace
+from functools import cache
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -11,59 +12,99 @@ import torch
 import torch.distributed as dist
 
 from cp_megatron.context_parallel import ContextParallel, api
+from cp_megatron.errors import ConfigError
+from cp_megatron.kernels.flash_attn import FlashAttention2, FlashAttention3, FlashAttention4
+from cp_megatron.kernels.interface import Kernel
 from cp_megatron.kernels.load import load_kernel
 from cp_megatron.plan import Mask
 from cp_megatron.plan.tiles import CAUSAL, FULL, Band
-from tests.kernels import double
+from tests.kernels import double, double_newer
 from tests.kernels.cases import SCALE, TILES, Attention, allowed, error, oracle
 from tests.oracles import attention_inputs, dense_gradients, relative_error
 from tests.ranks import run_ranks
 
 BF16 = torch.bfloat16
-INTERFACES = pytest.mark.parametrize("interface", [double, double.pair_window_interface()])
+NAMES = ["2", "2 old", "3", "3 beta", "4"]
 
 
-def worst(interface: Any, band: Band, a: Attention) -> float:
+def kernel_of(name: str, *, deterministic: bool = False) -> Kernel:
+    makers: dict[str, tuple[type[Any], Any]] = {
+        "2": (FlashAttention2, double),
+        "2 old": (FlashAttention2, double.pair_window_interface()),
+        "3": (FlashAttention3, double_newer.hopper_interface()),
+        "3 beta": (FlashAttention3, double_newer.beta_interface()),
+        "4": (FlashAttention4, double_newer.cute_interface()),
+    }
+    adapter, interface = makers[name]
+    kernel: Kernel = adapter(interface, deterministic=deterministic)
+    return kernel
+
+
+@cache
+def oracle_of(tile: str, heads: tuple[int, int, int, int]) -> Attention:
+    return oracle(allowed(*TILES[tile]), heads, dtype=BF16)
+
+
+GENERATIONS = pytest.mark.parametrize("name", NAMES)
+
+
+def worst(kernel: Kernel, band: Band, a: Attention) -> float:
     """Largest error over out, lse and gradients, operands in bfloat16."""
-    with double.installed() as FlashAttnKernel:
-        kernel = FlashAttnKernel(interface)
-        q, k, v, dout = (x.to(BF16) for x in (a.q, a.k, a.v, a.dout))
-        assert kernel.compute_dtype(BF16) == BF16
-        out, lse = kernel.forward(q, k, v, band, SCALE)
-        assert (out.dtype, lse.dtype) == (BF16, torch.float32)
-        assert lse.shape == (q.shape[0], q.shape[2], q.shape[1])
-        assert error(lse, a.lse) < 1e-6
-        grads = kernel.backward(dout, q, k, v, out, lse, band, SCALE)
+    q, k, v, dout = (x.to(BF16) for x in (a.q, a.k, a.v, a.dout))
+    assert kernel.compute_dtype(BF16) == BF16
+    out, lse = kernel.forward(q, k, v, band, SCALE)
+    assert (out.dtype, lse.dtype) == (BF16, torch.float32)
+    assert lse.shape == (q.shape[0], q.shape[2], q.shape[1])
+    assert error(lse, a.lse) < 1e-6
+    grads = kernel.backward(dout, q, k, v, out, lse, band, SCALE)
     return max(error(x, y) for x, y in zip((out, *grads), (a.out, a.dq, a.dk, a.dv)))
 
 
-@INTERFACES
+@GENERATIONS
 @pytest.mark.parametrize("tile", TILES)
-def test_every_kind_of_tile(interface: Any, tile: str) -> None:
-    band, rows, columns = TILES[tile]
-    for heads in ((4, 4, 8, 8), (6, 2, 16, 16), (4, 1, 8, 8), (4, 2, 16, 8), (2, 2, 8, 16)):
-        a = oracle(allowed(band, rows, columns), heads, dtype=BF16)
-        assert worst(interface, band, a) < 1e-2
+def test_every_kind_of_tile(name: str, tile: str) -> None:
+    """Heads of every grouping; widths that differ and that are no multiple of 8."""
+    for heads in ((4, 2, 16, 8), (2, 2, 5, 12)):
+        assert worst(kernel_of(name), TILES[tile][0], oracle_of(tile, heads)) < 1e-2
 
 
-@INTERFACES
-def test_the_lse_backward_gets_may_be_a_view_and_merged(interface: Any) -> None:
+@GENERATIONS
+def test_the_lse_backward_gets_may_be_a_view_and_merged(name: str) -> None:
     """Inside the ring lse is cut from the shard's and says more than this tile's keys."""
     mask = torch.cat([torch.ones(5, 3, dtype=torch.bool), allowed(CAUSAL, 5, 5)], dim=1)
     a = oracle(mask, (4, 2, 8, 8), dtype=BF16)
     shard_lse = torch.full((2, 6, 9), torch.nan)
     shard_lse[:, 1:5, 2:7] = a.lse
     q, k, v, dout, out = (x.to(BF16) for x in (a.q, a.k, a.v, a.dout, a.out))
-    with double.installed() as FlashAttnKernel:
-        kernel = FlashAttnKernel(interface)
-        view = shard_lse[:, 1:5, 2:7]
-        grads = [
-            kernel.backward(dout, q, k[:, part], v[:, part], out, view, band, SCALE)
-            for band, part in ((FULL, slice(0, 3)), (CAUSAL, slice(3, 8)))
-        ]
+    view = shard_lse[:, 1:5, 2:7]
+    kernel = kernel_of(name)
+    grads = [
+        kernel.backward(dout, q, k[:, part], v[:, part], out, view, band, SCALE)
+        for band, part in ((FULL, slice(0, 3)), (CAUSAL, slice(3, 8)))
+    ]
     assert error(grads[0][0] + grads[1][0], a.dq) < 1e-2
     assert error(torch.cat([g[1] for g in grads], dim=1), a.dk) < 1e-2
     assert error(torch.cat([g[2] for g in grads], dim=1), a.dv) < 1e-2
+
+
+@GENERATIONS
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_backward_is_told_to_be_deterministic(
+    name: str, deterministic: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernel: Any = kernel_of(name, deterministic=deterministic)
+    seen: list[Any] = []
+    original = kernel._backward
+    kernel._backward = lambda *args, **kwargs: (seen.append(kwargs), original(*args, **kwargs))[1]
+    worst(kernel, FULL, oracle(allowed(FULL, 4, 4), (2, 2, 8, 8), dtype=BF16))
+    assert [kwargs["deterministic"] for kwargs in seen] == [deterministic]
+
+
+def test_flash_attention_4_without_windows_is_refused() -> None:
+    interface = double_newer.cute_interface()
+    interface._flash_attn_bwd = lambda q, k, v, out, dout, lse, softmax_scale, causal: None
+    with pytest.raises(ConfigError, match="too old: its backward has no windows"):
+        FlashAttention4(interface)
 
 
 BAD: dict[str, tuple[Any, str]] = {
@@ -71,7 +112,6 @@ BAD: dict[str, tuple[Any, str]] = {
     "types": (lambda q, k, v: (q, k.half(), v), "one type"),
     "layout": (lambda q, k, v: (q.transpose(1, 2), k, v), "query heads|expected"),
     "strides": (lambda q, k, v: (q.mT.contiguous().mT, k, v), "last dim"),
-    "head dim": (lambda q, k, v: (q[..., :4], k[..., :4], v[..., :4]), "multiple of 8"),
 }
 
 
@@ -80,56 +120,61 @@ def test_the_double_refuses_what_the_extension_refuses(case: str) -> None:
     a = oracle(allowed(FULL, 5, 7), (4, 2, 8, 8), dtype=BF16)
     change, rule = BAD[case]
     q, k, v = change(*(x.to(BF16) for x in (a.q, a.k, a.v)))
-    with (
-        double.installed() as FlashAttnKernel,
-        pytest.raises(double.RefusedByExtension, match=rule),
-    ):
-        FlashAttnKernel(double).forward(q, k, v, FULL, SCALE)
+    with pytest.raises(double.RefusedByExtension, match=rule):
+        kernel_of("2").forward(q, k, v, FULL, SCALE)
 
 
-def test_nothing_of_the_double_stays() -> None:
-    before = sys.modules.get("flash_attn"), sys.modules.get(double.ADAPTER)
-    with double.installed():
-        # Uncached: the session must not keep a kernel made of the double.
-        loaded: Any = load_kernel.__wrapped__("flash_attn")
-        assert loaded._forward is double._flash_attn_forward
-    assert (sys.modules.get("flash_attn"), sys.modules.get(double.ADAPTER)) == before
+MODULES = [
+    ("flash_attn_2", "flash_attn.flash_attn_interface", double),
+    ("flash_attn_3", "flash_attn_interface", double_newer.hopper_interface()),
+    ("flash_attn_4", "flash_attn.cute.interface", double_newer.cute_interface()),
+]
 
 
-def ring_errors(rank: int, world_size: int, mask: Mask, old: bool) -> dict[str, float]:
+@pytest.mark.parametrize(("name", "module", "interface"), MODULES, ids=lambda x: str(x)[:12])
+def test_each_generation_is_found_where_it_lives(
+    name: str, module: str, interface: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = module.split(".")
+    for end in range(1, len(parts)):
+        monkeypatch.setitem(sys.modules, ".".join(parts[:end]), ModuleType(parts[end - 1]))
+    monkeypatch.setitem(sys.modules, module, interface)
+    # Uncached: the session must not keep a kernel made of the double.
+    loaded: Any = load_kernel.__wrapped__(name, deterministic=True)
+    assert type(loaded).__name__ == "FlashAttention" + name[-1]
+    assert loaded._deterministic
+
+
+def ring_errors(rank: int, world_size: int, mask: Mask, name: str) -> dict[str, float]:
     """One rank's errors in bfloat16 with the double as the kernel."""
     inputs = [x.to(BF16).double() for x in attention_inputs(3, 2, mask.seq_len, 6, 2, 16, 16)]
     reference = dense_gradients(inputs, mask)
-    interface: Any = double.pair_window_interface() if old else double
     original = vars(api)["load_kernel"]
-    with double.installed() as FlashAttnKernel:
-        kernel = FlashAttnKernel(interface)
-        vars(api)["load_kernel"] = lambda name: kernel
-        try:
-            cp = ContextParallel(dist.group.WORLD, mask)
-            q, k, v, dout = (cp.shard(x, 1).to(BF16) for x in inputs)
-            q, k, v = (x.requires_grad_() for x in (q, k, v))
-            out = cp.attention(q, k, v)
-            out.backward(dout)
-        finally:
-            vars(api)["load_kernel"] = original
+    vars(api)["load_kernel"] = lambda *args, **kwargs: kernel_of(name)
+    try:
+        cp = ContextParallel(dist.group.WORLD, mask)
+        q, k, v, dout = (cp.shard(x, 1).to(BF16) for x in inputs)
+        q, k, v = (x.requires_grad_() for x in (q, k, v))
+        out = cp.attention(q, k, v)
+        out.backward(dout)
+    finally:
+        vars(api)["load_kernel"] = original
     found: dict[str, Any] = {"out": out.detach(), "dq": q.grad, "dk": k.grad, "dv": v.grad}
     return {name: relative_error(x, reference[name], cp.positions) for name, x in found.items()}
 
 
-@pytest.mark.parametrize("old", [False, True])
 @pytest.mark.parametrize(
-    "mask",
+    ("mask", "name"),
     [
-        Mask.causal(48),
-        Mask.documents([1, 7, 21, 2, 5, 11, 1]),
-        Mask.documents([1, 30, 17], window=(6, 0)),
-        Mask.full(48, window=(9, 3)),
+        (Mask.causal(48), "2"),
+        (Mask.documents([1, 7, 21, 2, 5, 11, 1]), "2 old"),
+        (Mask.documents([1, 30, 17], window=(6, 0)), "3"),
+        (Mask.full(48, window=(9, 3)), "4"),
     ],
     ids=["causal", "documents", "window", "both sides"],
 )
-def test_the_ring_runs_on_it(mask: Mask, old: bool) -> None:
-    for result in run_ranks(ring_errors, 2, mask, old):
+def test_the_ring_runs_on_it(mask: Mask, name: str) -> None:
+    for result in run_ranks(ring_errors, 2, mask, name):
         assert max(result.values()) < 1e-2, result
 
 
@@ -140,19 +185,3 @@ def test_the_doubles_window_is_the_packages() -> None:
     tall = [[0, 0], [0, 0], [0, 0], [1, 0], [1, 1]]
     assert flash(5, 2, True, -1, -1).int().tolist() == tall
     assert flash(3, 3, False, 1, 0).int().tolist() == [[1, 0, 0], [1, 1, 0], [0, 1, 1]]
-
-
-def test_an_interface_is_told_apart_by_its_signature() -> None:
-    with double.installed() as FlashAttnKernel:
-        old: SimpleNamespace = double.pair_window_interface()
-        q = torch.zeros(1, 4, 1, 8)
-        assert FlashAttnKernel(old)._mask(FULL, q, q) == {
-            "causal": False,
-            "window_size": (-1, -1),
-        }
-        new = {
-            "causal": False,
-            "window_size_left": -1,
-            "window_size_right": -1,
-        }
-        assert FlashAttnKernel(double)._mask(FULL, q, q) == new

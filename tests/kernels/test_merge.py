@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
+import sys
 
 import pytest
 import torch
 from torch import Tensor
 
-from cp_megatron.kernels.merge import merge_
+from cp_megatron.kernels import merge
+from cp_megatron.kernels.merge import Merge, merge_, merge_eager_
 
 INF = float("inf")
 
@@ -96,3 +99,77 @@ def test_half_precision_results_accumulate_in_float32() -> None:
     merge_(out, lse, new, torch.full((1, 1, 1), -7.0))
     assert out.dtype == torch.float32
     assert out.item() == pytest.approx(1 + torch.sigmoid(torch.tensor(-7.0)).item(), rel=1e-6)
+
+
+@pytest.fixture
+def fused(monkeypatch: pytest.MonkeyPatch) -> Merge:
+    """The Triton kernel; without a card run by Triton's interpreter, which is slow and exact."""
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("triton is not installed")
+    if not torch.cuda.is_available():
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+        monkeypatch.delitem(sys.modules, "cp_megatron.kernels.merge_triton", raising=False)
+    from cp_megatron.kernels.merge_triton import merge_triton_
+
+    return merge_triton_
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of infinities in the interpreter
+@pytest.mark.parametrize(
+    ("shape", "dtype", "new_dtype"),
+    [
+        ((2, 5, 3, 4), torch.float32, torch.bfloat16),
+        ((1, 37, 2, 80), torch.float32, torch.float32),
+        ((1, 9, 4, 256), torch.float32, torch.bfloat16),
+        ((2, 3, 1, 1), torch.float64, torch.float64),
+    ],
+)
+def test_the_fused_merge_is_the_eager_one(
+    shape: tuple[int, int, int, int], dtype: torch.dtype, new_dtype: torch.dtype, fused: Merge
+) -> None:
+    """On views with strides of their own, with rows that have seen no key on either side."""
+    batch, rows, heads, width = shape
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    generator = torch.Generator().manual_seed(rows)
+
+    def draw(*size: int) -> Tensor:
+        return torch.randn(*size, generator=generator, dtype=torch.float64)
+
+    shard = draw(batch, rows + 4, heads + 2, width + 3).to(device, dtype)
+    shard_lse = (30 * draw(batch, heads + 2, rows + 4)).to(device, dtype)
+    new_out = draw(batch, rows, heads, width).to(device, new_dtype)
+    new_lse = (30 * draw(batch, heads, rows)).to(device, torch.float32)
+    shard_lse[:, :, 2:4], new_lse[:, :, 1:3] = -INF, -INF
+    results = []
+    for one in (fused, merge_eager_):
+        out, lse = shard.clone(), shard_lse.clone()
+        one(out[:, 2:-2, 1:-1, :-3], lse[:, 1:-1, 2:-2], new_out, new_lse)
+        results.append((out, lse))
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(*(r[0] for r in results), rtol=8 * eps, atol=8 * eps)
+    torch.testing.assert_close(*(r[1] for r in results), rtol=2 * eps, atol=2 * eps)
+
+
+def test_the_fused_merge_keeps_what_is_not_a_number(fused: Merge) -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    out, lse = torch.ones(1, 2, 1, 8, device=device), torch.zeros(1, 1, 2, device=device)
+    new_lse = torch.tensor([[[torch.nan, 0.0]]], device=device)
+    fused(out, lse, torch.full_like(out, torch.nan), new_lse)
+    assert out.isnan().all()
+    assert lse.isnan().flatten().tolist() == [True, False]
+
+
+def test_the_fused_merge_is_for_tensors_on_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[str] = []
+    monkeypatch.setattr(merge, "_fused", lambda: lambda *tensors: called.append("fused"))
+    monkeypatch.setattr(merge, "merge_eager_", lambda *tensors: called.append("eager"))
+    tensors = [torch.zeros(1, 1, 1, 1), torch.zeros(1, 1, 1)] * 2
+    merge_(*tensors)
+    if torch.cuda.is_available():
+        merge_(*(x.cuda() for x in tensors))
+    assert called == ["eager", "fused"][: 1 + torch.cuda.is_available()]
+
+
+def test_without_triton_a_card_merges_eagerly(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert merge._fused.__wrapped__() is None

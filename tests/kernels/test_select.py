@@ -2,31 +2,43 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import re
-from importlib.machinery import ModuleSpec
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from cp_megatron.errors import ConfigError
-from cp_megatron.kernels.select import KernelChoice, select_kernel
+from cp_megatron.kernels import select
+from cp_megatron.kernels.load import load_kernel
+from cp_megatron.kernels.select import (
+    KERNEL_NAMES,
+    TRAITS,
+    KernelChoice,
+    KernelTraits,
+    flash_attention_for,
+    select_kernel,
+)
 
 CPU: dict[str, Any] = {"device": "cpu", "dtype": "float32", "head_dim": 64}
 GPU: dict[str, Any] = {"device": "cuda", "dtype": "bfloat16", "head_dim": 64}
+AMPERE, HOPPER, BLACKWELL = (8, 0), (9, 0), (10, 0)
+
+
+def install(monkeypatch: pytest.MonkeyPatch, *generations: int) -> None:
+    """As if these generations of FlashAttention were there, on any machine."""
+
+    def installed(traits: KernelTraits) -> bool:
+        return traits.package is None or int(traits.name[-1]) in generations
+
+    monkeypatch.setattr(select, "_installed", installed)
 
 
 @pytest.fixture(params=[False, True], ids=["without flash_attn", "with flash_attn"])
 def installed(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Whether the optional package can be found, on any machine."""
-    original = importlib.util.find_spec
-
-    def find(name: str, package: str | None = None) -> ModuleSpec | None:
-        if name != "flash_attn":
-            return original(name, package)
-        return ModuleSpec(name, None) if request.param else None
-
-    monkeypatch.setattr(importlib.util, "find_spec", find)
+    """Whether FlashAttention 2 can be found."""
+    install(monkeypatch, *[2] * request.param)
     return bool(request.param)
 
 
@@ -41,38 +53,53 @@ def test_auto_takes_the_first_that_can(installed: bool) -> None:
     assert select_kernel("auto", **CPU).name == "cpu"
     assert select_kernel("auto", **CPU | {"dtype": "float64"}).name == "cpu"
     assert select_kernel("auto", **CPU | {"head_dim": 1024}).name == "reference"
-    assert select_kernel("auto", **GPU).name == ("flash_attn" if installed else "cuda")
-    for wanted in ({"dtype": "float32"}, {"head_dim": 65}, {"head_dim": 264}):
+    for wanted in ({}, {"head_dim": 65}, {"window": True}, {"deterministic": True}):
+        first = "flash_attn" if installed else "cuda"
+        assert select_kernel("auto", **GPU | wanted).name == first
+    for wanted in ({"dtype": "float32"}, {"head_dim": 264}, {"attention_dropout": 0.1}):
         assert select_kernel("auto", **GPU | wanted).name == "reference"
 
 
 def test_auto_says_what_it_passed_over(installed: bool) -> None:
-    choice = select_kernel("auto", **GPU | {"head_dim": 20})
-    assert "eager PyTorch" in choice.reason
-    assert "not cuda: head dim 20 must be a multiple of 8" in choice.reason
-    if not installed:
+    choice = select_kernel("auto", **GPU | {"attention_dropout": 0.1})
+    assert "eager PyTorch, slow, quadratic memory" in choice.reason
+    why = "has no attention dropout that is the same on every layout and number of ranks"
+    assert f"not cuda: {why}" in choice.reason
+    if installed:
+        assert f"not flash_attn: flash_attn_2 {why}" in choice.reason
+    else:
         assert "not flash_attn: needs the package flash_attn" in choice.reason
 
 
 def test_a_name_is_taken_and_said(installed: bool) -> None:
-    expected = "asked for: eager PyTorch, quadratic memory, the oracle"
+    expected = "asked for: eager PyTorch, slow, quadratic memory, the oracle"
     assert select_kernel("reference", **CPU) == KernelChoice(name="reference", reason=expected)
     assert select_kernel("cuda", **GPU).name == "cuda"
+    assert select_kernel("cudnn", **GPU).name == "cudnn"
+    assert select_kernel("cudnn", **GPU | {"head_dim": 256, "capability": HOPPER}).name == "cudnn"
+    assert select_kernel("reference", **CPU | {"attention_dropout": 0.1}).name == "reference"
 
 
 REFUSED = [
-    ("triton", CPU, "is no kernel (works: auto, reference, cpu, cuda, flash_attn)"),
+    (
+        "triton",
+        CPU,
+        "is no kernel (works: auto, reference, cpu, cuda, cudnn, flash_attn, flash_attn_2, "
+        "flash_attn_3, flash_attn_4)",
+    ),
     ("cuda", CPU, "runs on cuda, not on cpu (works: --kernel auto or --kernel reference or"),
     ("cpu", GPU, "runs on cpu, not on cuda"),
     ("flash_attn", CPU, "runs on cuda, not on cpu"),
+    ("flash_attn_3", CPU, "runs on cuda, not on cpu"),
     ("cuda", GPU | {"dtype": "float64"}, "computes in bfloat16, not in float64"),
     ("cpu", CPU | {"dtype": "float16"}, "computes in float64, float32, bfloat16, not in float16"),
     ("cpu", CPU | {"head_dim": 513}, "head dim 513 is above its largest, 512"),
     ("cuda", GPU | {"head_dim": 264}, "head dim 264 is above its largest, 256"),
-    ("cuda", GPU | {"head_dim": 12}, "head dim 12 must be a multiple of 8"),
-    ("cpu", CPU | {"attention_dropout": 0.1}, "has no attention dropout (works: --attention-drop"),
-    ("reference", CPU | {"attention_dropout": 0.1}, "(works: --attention-dropout 0)"),
-    ("auto", CPU | {"attention_dropout": 0.1}, "not reference: has no attention dropout"),
+    ("cudnn", GPU | {"head_dim": 136}, "head dim 136 is above its largest, 128"),
+    ("cudnn", GPU | {"window": True}, "has no sliding windows (works: --kernel auto or"),
+    ("cudnn", GPU | {"deterministic": True}, "its backward is not deterministic (works: --kernel"),
+    ("cpu", CPU | {"attention_dropout": 0.1}, "has no attention dropout that is the same on"),
+    ("cuda", GPU | {"attention_dropout": 0.1}, "--kernel reference or --attention-dropout 0)"),
 ]
 
 
@@ -90,8 +117,92 @@ def test_what_is_offered_instead_works(installed: bool) -> None:
 def test_the_package_must_be_installed(installed: bool) -> None:
     if installed:
         assert select_kernel("flash_attn", **GPU).name == "flash_attn"
-        assert "head dim 12 must be" in refusal("flash_attn", **GPU | {"head_dim": 12})
-        return
-    message = refusal("flash_attn", **GPU)
-    assert "needs the package flash_attn, which is not installed" in message
-    assert message.endswith("or --kernel cuda or pip install -e '.[cuda]')")
+        assert select_kernel("flash_attn_2", **GPU).name == "flash_attn_2"
+        assert "flash_attn_2 head dim 264 is" in refusal("flash_attn", **GPU | {"head_dim": 264})
+    else:
+        message = refusal("flash_attn", **GPU)
+        assert "needs the package flash_attn, which is not installed" in message
+        assert message.endswith("or --kernel cudnn or pip install -e '.[cuda]')")
+    message = refusal("flash_attn_4", **GPU)
+    assert "needs the package flash_attn.cute.interface, which is not installed" in message
+    assert message.endswith("pip install flash-attn-4)")
+
+
+@pytest.mark.parametrize(
+    ("there", "capability", "wanted", "taken"),
+    [
+        ((2, 3, 4), AMPERE, {}, 2),
+        ((2, 3, 4), HOPPER, {}, 3),
+        ((2, 4), HOPPER, {}, 4),
+        ((2, 3, 4), HOPPER, {"head_dim": 256, "deterministic": True}, 4),
+        ((2, 3), HOPPER, {"head_dim": 256, "deterministic": True}, 2),
+        ((2, 3, 4), BLACKWELL, {}, 4),
+        ((2, 3, 4), BLACKWELL, {"head_dim": 192}, 2),
+        ((2, 3), BLACKWELL, {}, 2),
+        ((2, 3, 4), (12, 0), {}, 2),
+    ],
+)
+def test_flash_attn_is_the_newest_generation_that_can(
+    there: tuple[int, ...],
+    capability: tuple[int, int],
+    wanted: dict[str, Any],
+    taken: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    install(monkeypatch, *there)
+    for name in ("auto", "flash_attn"):
+        choice = select_kernel(name, **GPU | wanted, capability=capability)
+        assert choice.name == f"flash_attn_{taken}"
+        assert f"FlashAttention {taken}" in choice.reason
+
+
+def test_a_generation_on_the_wrong_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, 3, 4)
+    message = refusal("flash_attn_3", **GPU, capability=BLACKWELL)
+    assert "needs compute capability 9, the device has 10.0" in message
+    assert "--kernel flash_attn" in message
+    message = refusal("flash_attn", **GPU, capability=AMPERE)
+    assert "flash_attn_4 needs compute capability 9 or 10 or 11, the device has 8.0" in message
+    wide = GPU | {"head_dim": 256, "deterministic": True}
+    message = refusal("flash_attn_3", **wide, capability=HOPPER)
+    assert "is deterministic up to head dim 192 only" in message
+
+
+def test_a_generation_for_any_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What ``load_kernel`` makes of the bare name, head dim and mask not being known."""
+    install(monkeypatch, 2, 3, 4)
+    assert flash_attention_for(HOPPER) == "flash_attn_3"
+    assert flash_attention_for(HOPPER, deterministic=True) == "flash_attn_4"
+    assert flash_attention_for(BLACKWELL) == "flash_attn_2"
+    assert flash_attention_for(AMPERE) == "flash_attn_2"
+    install(monkeypatch, 4)
+    assert flash_attention_for(BLACKWELL) == "flash_attn_4"
+    with pytest.raises(ConfigError, match="not installed"):
+        flash_attention_for(AMPERE)
+
+
+def test_packages_are_found_without_importing_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Generation 4 lives inside generation 2's package, with or without that one."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    bomb = "raise AssertionError('imported')"
+    for file in ("flash_attn_interface.py", "flash_attn/cute/interface.py"):
+        path = tmp_path / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(bomb)
+        (path.parent / "__init__.py").write_text(bomb)
+    (tmp_path / "flash_attn" / "__init__.py").unlink(missing_ok=True)
+    found = {name: select._installed(TRAITS[name]) for name in select.FLASH_ATTENTION}
+    assert found == {"flash_attn_4": True, "flash_attn_3": True, "flash_attn_2": False}
+    (tmp_path / "flash_attn" / "__init__.py").write_text(bomb)
+    (tmp_path / "flash_attn" / "flash_attn_interface.py").write_text(bomb)
+    importlib.invalidate_caches()
+    assert select._installed(TRAITS["flash_attn_2"])
+
+
+def test_every_name_has_a_row_and_a_kernel() -> None:
+    assert set(KERNEL_NAMES) - {"flash_attn"} == set(TRAITS)
+    for name, traits in TRAITS.items():
+        if traits.package is None:
+            assert load_kernel(name) is load_kernel(name)

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
-from cp_megatron.kernels.cpu import CpuKernel
+from cp_megatron.kernels import cpu
+from cp_megatron.kernels.cpu import CpuKernel, cut_band
 from cp_megatron.kernels.interface import Kernel
 from cp_megatron.kernels.load import load_kernel
 from cp_megatron.kernels.merge import merge_
 from cp_megatron.kernels.reference import ReferenceKernel
 from cp_megatron.plan.tiles import CAUSAL, FULL, Band
 from tests.kernels.cases import HEADS, SCALE, TILES, allowed, error, oracle, worst_error
+from tests.plan.cases import property_settings
 
 KERNELS = pytest.mark.parametrize("kernel", [ReferenceKernel(), CpuKernel()], ids=["ref", "cpu"])
 
@@ -24,6 +28,52 @@ def test_every_kind_of_tile(kernel: Kernel, tile: str) -> None:
     for heads in HEADS:
         attention = oracle(allowed(band, rows, columns), heads)
         assert worst_error(kernel, band, attention, torch.float64) < 1e-13, heads
+
+
+@KERNELS
+@pytest.mark.parametrize("dim", [1, 40, 64, 128, 192, 256])
+def test_every_head_dim(kernel: Kernel, dim: int) -> None:
+    """Value heads of the same width and of another one."""
+    for v_dim in (dim, 24):
+        a = oracle(allowed(CAUSAL, 5, 5), (2, 1, dim, v_dim))
+        assert worst_error(kernel, CAUSAL, a, torch.float64) < 1e-13
+
+
+@given(
+    st.integers(1, 40),
+    st.integers(1, 40),
+    st.none() | st.integers(0, 45),
+    st.none() | st.integers(0, 45),
+)
+@property_settings(100)
+def test_strips_are_the_band(rows: int, columns: int, left: int | None, right: int | None) -> None:
+    """Every pair of the band in exactly one strip and no other pair; strips cover the rows."""
+    band = Band(left, right)
+    mask = allowed(band, rows, columns)
+    if not (mask.any(1).all() and mask.any(0).all()):
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu, "STRIP_ROWS", 4)
+        strips = cut_band(band, rows, columns)
+    assert [strip.q0 for strip in strips[1:]] == [strip.q1 for strip in strips[:-1]]
+    assert (strips[0].q0, strips[-1].q1) == (0, rows)
+    found = torch.zeros(rows, columns, dtype=torch.bool)
+    for q0, q1, k0, k1, strip_band in strips:
+        part = allowed(strip_band, q1 - q0, k1 - k0)
+        assert part.any(1).all()
+        found[q0:q1, k0:k1] = part
+        causal_square = strip_band.is_causal and q1 - q0 == k1 - k0
+        assert q1 - q0 <= 4 or strip_band.is_full or causal_square
+    assert torch.equal(found, mask)
+
+
+def test_a_window_costs_its_area() -> None:
+    """8,192 rows under a window of 512: a fifth more than the pairs, not sixteen times them."""
+    strips = cut_band(Band(left=511, right=0), 8192, 8192)
+    cells = sum((q1 - q0) * (k1 - k0) for q0, q1, k0, k1, _ in strips)
+    assert cells < 1.25 * 8192 * 512
+    # All but the first (causal) are alike, so that one bias serves them.
+    assert len({(q1 - q0, k1 - k0, band) for q0, q1, k0, k1, band in strips}) <= 5
 
 
 REFERENCE, CPU = ReferenceKernel(), CpuKernel()
@@ -48,6 +98,8 @@ def test_sequences_longer_than_a_block(kernel: Kernel) -> None:
         (CAUSAL, 700, 700),
         (FULL, 33, 1100),
         (Band(left=90, right=40), 600, 640),
+        (Band(left=300), 500, 420),
+        (Band(left=130, right=0), 400, 400),
     ):
         attention = oracle(allowed(band, rows, columns), (2, 1, 8, 8))
         assert worst_error(kernel, band, attention, torch.float64) < 1e-12

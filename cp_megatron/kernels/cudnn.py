@@ -1,0 +1,136 @@
+"""cuDNN's fused attention, through PyTorch's op. Whole and square causal tiles; it has no windows.
+
+Shapes as in ``interface.py``; the op wants [B, heads, length, dim] views and keeps the lse as
+[B, H, Q, 1]. Key and value head dims may differ.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cp_megatron.errors import ConfigError
+from cp_megatron.kernels.dropout import TileDropout
+from cp_megatron.kernels.interface import cut, same_width
+from cp_megatron.kernels.reference import ReferenceKernel
+from cp_megatron.plan.tiles import Band
+
+_forward = torch.ops.aten._scaled_dot_product_cudnn_attention
+_backward = torch.ops.aten._scaled_dot_product_cudnn_attention_backward
+
+
+class CudnnKernel:
+    """Best where tiles come in few shapes: the op builds and keeps a plan for each one it meets.
+
+    That cache knows the strides of q, k and v only. A plan met again with another layout of out,
+    dout or lse would read them wrongly, so those are always handed over in one layout.
+
+    The op refuses a single key; such tiles (a document of one token, say) are a product of vectors
+    and are left to ``reference``, in float32.
+    """
+
+    def __init__(self) -> None:
+        self._single_key = ReferenceKernel()
+
+    def compute_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """The op computes in the inputs' type and accumulates in float32 inside."""
+        return dtype
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        band: Band,
+        scale: float,
+        dropout: TileDropout | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """See ``Kernel.forward``; out comes in the inputs' type.
+
+        Raises:
+            ConfigError: the tile has a window, or PyTorch's switch for shared plans is on.
+        """
+        assert dropout is None, "the op's mask would depend on the layout"
+        _refuse_window(band, q, k)
+        if k.shape[1] == 1:
+            out, lse = self._single_key.forward(q.float(), k.float(), v.float(), band, scale)
+            return out.to(q.dtype), lse
+        num_heads, v_dim = q.shape[2], v.shape[-1]
+        q, k, v = _operands(q, k, v)
+        out, lse, *_ = _forward(q, k, v, None, True, 0.0, band.is_causal, False, scale=scale)
+        # [B, H, Q, 1] -> [B, H, Q]
+        lse = lse.squeeze(-1)
+        if lse.stride(1) == 1 and num_heads > 1 and lse.shape[2] > 1:
+            raise ConfigError(
+                "TORCH_CUDNN_SDPA_AVOID_RECOMPILE",
+                "1",
+                "makes cuDNN keep the lse in a layout that can not be merged",
+                "unset it, or --kernel cuda",
+            )
+        return cut(out.transpose(1, 2), v_dim), lse
+
+    def backward(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        band: Band,
+        scale: float,
+        dropout: TileDropout | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See ``Kernel.backward``.
+
+        Raises:
+            ConfigError: the tile has a window.
+        """
+        assert dropout is None, "the op's mask would depend on the layout"
+        _refuse_window(band, q, k)
+        if k.shape[1] == 1:
+            wide = [x.float() for x in (dout, q, k, v, out)]
+            dq, dk, dv = self._single_key.backward(
+                wide[0], wide[1], wide[2], wide[3], wide[4], lse, band, scale
+            )
+            return dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype)
+        dim, v_dim = q.shape[-1], v.shape[-1]
+        num_queries, num_keys = q.shape[1], k.shape[1]
+        q, k, v = _operands(q, k, v)
+        dout, out = (x.contiguous().transpose(1, 2) for x in same_width(dout, out, multiple=8))
+        # Read for dropout only; without it any integer does.
+        no_dropout = torch.zeros((), dtype=torch.int64, device=q.device)
+        dq, dk, dv = _backward(
+            dout,
+            q,
+            k,
+            v,
+            out,
+            # [B, H, Q] -> [B, H, Q, 1]
+            lse.contiguous().unsqueeze(-1),
+            no_dropout,
+            no_dropout,
+            None,
+            None,
+            None,
+            num_queries,
+            num_keys,
+            0.0,
+            band.is_causal,
+            scale=scale,
+        )
+        dq, dk, dv = (x.transpose(1, 2) for x in (dq, dk, dv))
+        return cut(dq, dim), cut(dk, dim), cut(dv, v_dim)
+
+
+def _operands(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v as [B, heads, length, dim] views, their widths rounded up to multiples of 8."""
+    q, k = same_width(q, k, multiple=8)
+    (v,) = same_width(v, multiple=8)
+    return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+
+
+def _refuse_window(band: Band, q: Tensor, k: Tensor) -> None:
+    if not (band.is_full or (band.is_causal and q.shape[1] == k.shape[1])):
+        rule = "has no sliding windows"
+        raise ConfigError("--kernel", "cudnn", rule, "--kernel cuda or --kernel flash_attn")

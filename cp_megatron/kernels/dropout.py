@@ -1,0 +1,130 @@
+"""Attention dropout whose mask depends on *which pair* of tokens is meant, never on where it is.
+
+Shapes: B batch, H query heads, Q queries, K keys.
+
+A fused kernel draws its mask from offsets inside the tile it is given. Cut the same attention into
+other tiles (another layout, exchange or number of ranks) and another mask comes out. Here the mask
+is a function of the pair alone,
+
+    keep = hash(seed, batch row, query head, query position, key position) >= p 2^53
+
+so every grid drops the same pairs, forward and backward, with nothing stored.
+
+The hash is splitmix64 (Steele, Lea and Flood 2014, "Fast splittable pseudorandom number
+generators"). Each row (seed, batch row, head, query) is mixed into the start of a stream of its
+own, and the key's position says which number of that stream is taken:
+
+    row = mix(mix(mix(mix(seed) + batch row) + head) + query)
+    u   = mix(row + (key + 1) GAMMA)         uniform in 0 .. 2^64 - 1, its upper 53 bits are used
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cp_megatron.errors import ConfigError
+
+# int64 products and sums wrap modulo 2^64; constants above 2^63 are written as their two's
+# complement. GAMMA is 2^64 / golden ratio, the others splitmix64's multipliers.
+_GAMMA = 0x9E3779B97F4A7C15 - (1 << 64)
+_FIRST = 0xBF58476D1CE4E5B9 - (1 << 64)
+_SECOND = 0x94D049BB133111EB - (1 << 64)
+_BITS = 53
+
+
+@dataclass(frozen=True)
+class Dropout:
+    """What is dropped in one attention of one step.
+
+    Args:
+        probability: with which a weight is dropped, in [0, 1).
+        seed: any integer; another one for every layer and step, the same on all ranks.
+        batch0: the number, in the global batch, of this rank's first batch row.
+        head0: the number, among all query heads, of this rank's first one.
+
+    Raises:
+        ConfigError: the probability is outside [0, 1).
+    """
+
+    probability: float
+    seed: int
+    batch0: int = 0
+    head0: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.probability < 1:
+            rule = "must be at least 0 and below 1"
+            raise ConfigError("--attention-dropout", self.probability, rule, "0")
+
+    @property
+    def scale(self) -> float:
+        """What kept weights are multiplied with, so that the expectation stays."""
+        return 1 / (1 - self.probability)
+
+
+@dataclass(frozen=True, eq=False)
+class TileDropout:
+    """Dropout of one tile.
+
+    Args:
+        dropout: of the whole attention.
+        q_positions: int64 [Q], the tile's rows as positions in the whole row of tokens, on the
+            tensors' device.
+        k_positions: int64 [K], its columns.
+        head0: the tile's first query head, counted from ``dropout.head0``.
+    """
+
+    dropout: Dropout
+    q_positions: Tensor
+    k_positions: Tensor
+    head0: int = 0
+
+    def weights(self, num_batch: int, num_heads: int, dtype: torch.dtype) -> Tensor:
+        """[B, H, Q, K] in ``dtype``: 0 where dropped, 1 / (1 - p) where kept."""
+        drop = self.dropout
+        shifted = Dropout(drop.probability, drop.seed, drop.batch0, drop.head0 + self.head0)
+        keep = keep_mask(shifted, self.q_positions, self.k_positions, num_batch, num_heads)
+        return keep.to(dtype) * drop.scale
+
+
+def keep_mask(
+    dropout: Dropout, q_positions: Tensor, k_positions: Tensor, num_batch: int, num_heads: int
+) -> Tensor:
+    """Which pairs are kept.
+
+    Args:
+        dropout: probability, seed, and where batch rows and heads start counting.
+        q_positions: int64 [Q], positions in the whole row of tokens.
+        k_positions: int64 [K].
+        num_batch: B.
+        num_heads: H.
+
+    Returns:
+        bool [B, H, Q, K] on the positions' device, True with probability 1 - p.
+    """
+    device = q_positions.device
+    batch = torch.arange(dropout.batch0, dropout.batch0 + num_batch, device=device)
+    head = torch.arange(dropout.head0, dropout.head0 + num_heads, device=device)
+    # Seeds wrap to 64 bits, as everything here does.
+    seed = (dropout.seed + (1 << 63)) % (1 << 64) - (1 << 63)
+    row = _mix(torch.full((1,), seed, dtype=torch.int64, device=device))
+    row = _mix(row + batch)[:, None]
+    row = _mix(row + head)[:, :, None]
+    row = _mix(row + q_positions)[:, :, :, None]
+    drawn = _shift(_mix(row + (k_positions + 1) * _GAMMA), 64 - _BITS)
+    return drawn >= int(dropout.probability * (1 << _BITS))
+
+
+def _mix(x: Tensor) -> Tensor:
+    """splitmix64's finalizer: every bit of the input moves about half of the output's."""
+    x = (x ^ _shift(x, 30)) * _FIRST
+    x = (x ^ _shift(x, 27)) * _SECOND
+    return x ^ _shift(x, 31)
+
+
+def _shift(x: Tensor, bits: int) -> Tensor:
+    """Right shift that brings in zeros; torch's own brings in the sign."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)

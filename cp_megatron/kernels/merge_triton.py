@@ -1,0 +1,99 @@
+"""``merge_`` as one Triton kernel. The only file that imports triton.
+
+Shapes: B batch, Q queries, H heads, E value head dim; R = B Q H rows of E numbers.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton  # type: ignore[import-not-found]
+import triton.language as tl  # type: ignore[import-not-found]
+from torch import Tensor
+
+# Numbers of ``out`` that one program merges.
+_BLOCK = 2048
+
+
+def merge_triton_(out: Tensor, lse: Tensor, new_out: Tensor, new_lse: Tensor) -> None:
+    """``merge_`` on a GPU; arguments as there, each of them any view whose last dim has stride 1.
+
+    Shapes are the caller's promise; nothing is checked.
+    """
+    batch, num_queries, num_heads, width = out.shape
+    num_rows = batch * num_queries * num_heads
+    columns = triton.next_power_of_2(width)
+    rows = max(_BLOCK // columns, 1)
+    # Triton launches on the current device, which need not be the tensors'.
+    with torch.cuda.device_of(out):
+        _merge[(triton.cdiv(num_rows, rows),)](
+            out,
+            lse,
+            new_out,
+            new_lse,
+            num_rows,
+            num_queries,
+            num_heads,
+            width,
+            *out.stride()[:3],
+            *lse.stride(),
+            *new_out.stride()[:3],
+            *new_lse.stride(),
+            block_rows=rows,
+            block_columns=columns,
+        )
+
+
+@triton.jit
+def _merge(
+    out: tl.tensor,
+    lse: tl.tensor,
+    new_out: tl.tensor,
+    new_lse: tl.tensor,
+    num_rows: tl.tensor,
+    num_queries: tl.tensor,
+    num_heads: tl.tensor,
+    width: tl.tensor,
+    out_b: tl.tensor,
+    out_q: tl.tensor,
+    out_h: tl.tensor,
+    lse_b: tl.tensor,
+    lse_h: tl.tensor,
+    lse_q: tl.tensor,
+    new_out_b: tl.tensor,
+    new_out_q: tl.tensor,
+    new_out_h: tl.tensor,
+    new_lse_b: tl.tensor,
+    new_lse_h: tl.tensor,
+    new_lse_q: tl.tensor,
+    block_rows: tl.constexpr,
+    block_columns: tl.constexpr,
+) -> None:
+    """block_rows rows of out a program; a row is its number in (batch, query, head) order."""
+    row = tl.program_id(0).to(tl.int64) * block_rows + tl.arange(0, block_rows)
+    live = row < num_rows
+    head = row % num_heads
+    query = row // num_heads % num_queries
+    batch = row // num_heads // num_queries
+
+    lse_at = lse + batch * lse_b + head * lse_h + query * lse_q
+    new_lse_at = new_lse + batch * new_lse_b + head * new_lse_h + query * new_lse_q
+    old = tl.load(lse_at, mask=live, other=0.0)
+    new = tl.load(new_lse_at, mask=live, other=0.0).to(old.dtype)
+    gap = new - old
+    # gap is NaN where both are -inf (no key on either side) or both +inf, or where either is NaN.
+    known = gap == gap
+    weight = tl.where(known, 1.0 / (1.0 + tl.exp(-gap)), 0.0)
+    merged = tl.maximum(old, new) + tl.log(1.0 + tl.exp(-tl.abs(gap)))
+    tl.store(lse_at, tl.where(known, merged, old + new), mask=live)
+
+    column = tl.arange(0, block_columns)[None, :]
+    inside = live[:, None] & (column < width)
+    out_at = out + (batch * out_b + query * out_q + head * out_h)[:, None] + column
+    new_out_at = new_out + (batch * new_out_b + query * new_out_q + head * new_out_h)[:, None]
+    a = tl.load(out_at, mask=inside, other=0.0)
+    b = tl.load(new_out_at + column, mask=inside, other=0.0).to(a.dtype)
+    w = weight[:, None]
+    # As torch.lerp: from the nearer end, so that a weight of 0 or 1 returns that end exactly.
+    nearer_a = a + w * (b - a)
+    nearer_b = b - (b - a) * (1.0 - w)
+    tl.store(out_at, tl.where(w < 0.5, nearer_a, nearer_b), mask=inside)

@@ -1,0 +1,201 @@
+"""Doubles of FlashAttention 3 and 4, as ``double.py`` has them of 2.
+
+``hopper_interface`` and ``beta_interface`` are FlashAttention 3, ``cute_interface`` is
+FlashAttention 4. Signatures are those of the packages' sources, without what only other callers
+use.
+
+Shapes: q, out [B, Q, H, D], k, v [B, K, G, D], lse [B, H, Q] float32.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+from torch.library import custom_op
+
+from tests.kernels.double import Four, fill, flash_forward, flash_mask, require
+
+
+@custom_op("double_flash_attn_3::forward", mutates_args=())
+def _hopper_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_new: Tensor | None = None,
+    v_new: Tensor | None = None,
+    qv: Tensor | None = None,
+    out_: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size_left: int = -1,
+    window_size_right: int = -1,
+    attention_chunk: int = 0,
+    softcap: float = 0.0,
+    num_splits: int = 1,
+    pack_gqa: bool | None = None,
+    sm_margin: int = 0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Out, lse and two accumulators of split keys."""
+    require(num_splits == 1, "splits are for inference")
+    assert softmax_scale is not None
+    mask = flash_mask(q.shape[1], k.shape[1], causal, window_size_left, window_size_right)
+    out, lse = flash_forward(q, k, v, softmax_scale, mask)
+    return out, lse, torch.empty(0), torch.empty(0)
+
+
+@custom_op("double_flash_attn_3::backward", mutates_args=("dq", "dk", "dv"))
+def _hopper_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    softmax_lse: Tensor,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    sequed_q: Tensor | None = None,
+    sequed_k: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    dq: Tensor | None = None,
+    dk: Tensor | None = None,
+    dv: Tensor | None = None,
+    softmax_scale: float | None = None,
+    is_causal: bool = False,
+    window_size_left: int = -1,
+    window_size_right: int = -1,
+    softcap: float = 0.0,
+    deterministic: bool = False,
+    sm_margin: int = 0,
+) -> Tensor:
+    assert dq is not None
+    assert dk is not None
+    assert dv is not None
+    assert softmax_scale is not None
+    wide = max(q.shape[-1], v.shape[-1]) > 192
+    require(not (deterministic and wide), "Deterministic backward not supported for hdim 256.")
+    mask = flash_mask(q.shape[1], k.shape[1], is_causal, window_size_left, window_size_right)
+    return fill((dq, dk, dv), dout, q, k, v, out, softmax_lse, softmax_scale, mask)
+
+
+def hopper_interface() -> SimpleNamespace:
+    """``flash_attn_interface`` since November 2025: operators."""
+    return SimpleNamespace(
+        _flash_attn_forward=_hopper_forward, _flash_attn_backward=_hopper_backward
+    )
+
+
+def beta_interface() -> SimpleNamespace:
+    """``flash_attn_interface`` before: nothing has a default, and a window is a pair."""
+
+    def _forward(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        k_new: None,
+        v_new: None,
+        qv: None,
+        out: None,
+        cu_seqlens_q: None,
+        cu_seqlens_k: None,
+        page_table: None,
+        q_descale: None,
+        softmax_scale: float,
+        causal: bool,
+        window_size: tuple[int, int] = (-1, -1),
+        softcap: float = 0.0,
+    ) -> tuple[Tensor, Tensor, None, None]:
+        mask = flash_mask(q.shape[1], k.shape[1], causal, *window_size)
+        return *flash_forward(q, k, v, softmax_scale, mask), None, None
+
+    def _backward(
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        softmax_lse: Tensor,
+        cu_seqlens_q: None,
+        cu_seqlens_k: None,
+        sequed_q: None,
+        sequed_k: None,
+        max_seqlen_q: None,
+        max_seqlen_k: None,
+        dq: Tensor,
+        dk: Tensor,
+        dv: Tensor,
+        softmax_scale: float,
+        causal: bool,
+        window_size: tuple[int, int] = (-1, -1),
+        softcap: float = 0.0,
+        deterministic: bool = False,
+        sm_margin: int = 0,
+    ) -> Four:
+        mask = flash_mask(q.shape[1], k.shape[1], causal, *window_size)
+        delta = fill((dq, dk, dv), dout, q, k, v, out, softmax_lse, softmax_scale, mask)
+        return dq, dk, dv, delta
+
+    return SimpleNamespace(_flash_attn_forward=_forward, _flash_attn_backward=_backward)
+
+
+def cute_interface() -> SimpleNamespace:
+    """``flash_attn.cute.interface`` of August 2026."""
+
+    def _fwd(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        qv: None = None,
+        cu_seqlens_q: None = None,
+        softmax_scale: float | None = None,
+        causal: bool = False,
+        softcap: float | None = None,
+        window_size_left: int | None = None,
+        window_size_right: int | None = None,
+        num_splits: int = 1,
+        return_lse: bool = False,
+        out: None = None,
+        lse: None = None,
+    ) -> tuple[Tensor, Tensor | None, None, None]:
+        assert softmax_scale is not None
+        mask = _none_mask(q, k, causal, window_size_left, window_size_right)
+        result, row_lse = flash_forward(q, k, v, softmax_scale, mask)
+        return result, row_lse if return_lse else None, None, None
+
+    def _bwd(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        dout: Tensor,
+        lse: Tensor,
+        softmax_scale: float | None = None,
+        causal: bool = False,
+        softcap: float = 0.0,
+        window_size_left: int | None = None,
+        window_size_right: int | None = None,
+        m_block_size: int = 64,
+        deterministic: bool = False,
+        dq: Tensor | None = None,
+    ) -> tuple[Tensor, ...]:
+        assert softmax_scale is not None
+        mask = _none_mask(q, k, causal, window_size_left, window_size_right)
+        grads = (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v))
+        fill(grads, dout, q, k, v, out, lse, softmax_scale, mask)
+        return grads
+
+    return SimpleNamespace(_flash_attn_fwd=_fwd, _flash_attn_bwd=_bwd)
+
+
+def _none_mask(q: Tensor, k: Tensor, causal: bool, left: int | None, right: int | None) -> Tensor:
+    """There a missing bound is None, and a negative one is an offset like any other."""
+    require(left is None or left >= 0, "None is no bound; -1 would hide the row's own key")
+    require(right is None or right >= 0, "None is no bound")
+    left, right = (-1 if bound is None else bound for bound in (left, right))
+    return flash_mask(q.shape[1], k.shape[1], causal, left, right)

@@ -1,0 +1,175 @@
+"""Attention dropout: the mask as a random number, and attention under it against autograd."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from cp_megatron.errors import ConfigError
+from cp_megatron.kernels.cpu import CpuKernel
+from cp_megatron.kernels.dropout import Dropout, TileDropout, keep_mask
+from cp_megatron.kernels.merge import merge_
+from cp_megatron.kernels.reference import ReferenceKernel
+from cp_megatron.plan.tiles import CAUSAL, FULL, Band
+from tests.kernels.cases import SCALE, allowed, error
+
+RUN = torch.arange(64)
+
+
+def masks(dropout: Dropout, length: int = 64, batch: int = 2, heads: int = 3) -> Tensor:
+    run = torch.arange(length)
+    return keep_mask(dropout, run, run, batch, heads)
+
+
+@pytest.mark.parametrize("probability", [0.0, 0.1, 0.5, 0.9])
+def test_the_rate(probability: float) -> None:
+    """Over all pairs, and over the rows, columns, heads and batch rows one by one."""
+    keep = masks(Dropout(probability, seed=7), length=192, batch=4, heads=4).double()
+    kept = 1 - probability
+    for dims in ((0, 1, 2, 3), (1, 2, 3), (0, 2, 3), (0, 1, 3), (0, 1, 2)):
+        mean = keep.mean(dims)
+        number = keep.numel() / mean.numel()
+        # Six standard deviations.
+        assert (mean - kept).abs().max() <= 6 * (probability * kept / number) ** 0.5
+
+
+def test_pairs_are_independent() -> None:
+    """Neighbours in every direction and other seeds: coins of +-1 correlate below 6 / sqrt(n)."""
+
+    def coins_of(seed: int) -> Tensor:
+        return masks(Dropout(0.5, seed=seed), length=256).double() * 2 - 1
+
+    coins = coins_of(3)
+    upper = torch.ones(256, 256, dtype=torch.bool).triu(1)
+    pairs = [
+        (coins[..., 1:], coins[..., :-1]),
+        (coins[..., 1:, :], coins[..., :-1, :]),
+        (coins[..., 1:, 1:], coins[..., :-1, :-1]),
+        (coins[..., 1:, :-1], coins[..., :-1, 1:]),
+        (coins[..., upper], coins.mT[..., upper]),
+        (coins[:, 1:], coins[:, :-1]),
+        (coins[1:], coins[:-1]),
+        *((coins, coins_of(seed)) for seed in (4, 2**40, -3)),
+    ]
+    for a, b in pairs:
+        assert (a * b).mean().abs() < 6 / a.numel() ** 0.5
+
+
+def test_the_hash_is_splitmix64() -> None:
+    """Against the definition in Python's own integers."""
+    word = (1 << 64) - 1
+
+    def mix(x: int) -> int:
+        x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & word
+        x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & word
+        return x ^ (x >> 31)
+
+    for seed in (0, 12345, -1, 1 << 63, (1 << 64) + 5):
+        keep = keep_mask(Dropout(0.4, seed, 5, 7), torch.tensor([11, 900]), RUN, 2, 2)
+        for index in ((0, 0, 0, 0), (1, 1, 1, 63), (0, 1, 1, 17), (1, 0, 0, 40)):
+            batch, head, row, column = index
+            key = mix(seed & word)
+            for part in (5 + batch, 7 + head, (11, 900)[row]):
+                key = mix((key + part) & word)
+            drawn = mix((key + (column + 1) * 0x9E3779B97F4A7C15) & word) >> 11
+            assert bool(keep[index]) == (drawn >= int(0.4 * 2**53))
+
+
+def test_any_part_of_the_mask_is_that_part() -> None:
+    """The same pairs wherever rows, columns, batch rows and heads are cut and shuffled."""
+    whole = Dropout(0.3, seed=11)
+    keep = masks(whole)
+    rows, columns = torch.tensor([40, 3, 9]), torch.tensor([63, 0, 7, 8])
+    part = keep_mask(replace(whole, batch0=1, head0=1), rows, columns, 1, 2)
+    assert torch.equal(part, keep[1:, 1:][:, :, rows][..., columns])
+    tile = TileDropout(whole, rows, columns, head0=2).weights(2, 1, torch.float64)
+    torch.testing.assert_close(tile, keep[:, 2:][:, :, rows][..., columns].double() / 0.7)
+
+
+@pytest.mark.parametrize("probability", [-0.1, 1.0, float("nan")])
+def test_what_is_no_probability_is_refused(probability: float) -> None:
+    with pytest.raises(ConfigError, match="at least 0 and below 1"):
+        Dropout(probability, seed=0)
+
+
+def attention(mask: Tensor, dropout: Dropout) -> dict[str, Tensor]:
+    """Dropped attention of 6 query heads over 2 key/value heads, with autograd's gradients."""
+    generator = torch.Generator().manual_seed(5)
+    rows, columns = mask.shape
+    shapes = ((rows, 6, 8), (columns, 2, 8), (columns, 2, 4), (rows, 6, 4))
+    q, k, v, dout = (
+        torch.randn(2, *shape, generator=generator, dtype=torch.float64) for shape in shapes
+    )
+    q, k, v = (x.requires_grad_() for x in (q, k, v))
+    kv_head = torch.arange(6) // 3
+    scores = SCALE * torch.einsum("bqhd,bkhd->bhqk", q, k[:, :, kv_head])
+    scores = scores.masked_fill(~mask, -torch.inf)
+    keep = keep_mask(dropout, torch.arange(rows), torch.arange(columns), 2, 6)
+    weights = scores.softmax(-1) * keep / (1 - dropout.probability)
+    out = torch.einsum("bhqk,bkhe->bqhe", weights, v[:, :, kv_head])
+    dq, dk, dv = torch.autograd.grad(out, (q, k, v), dout)
+    q, k, v = (x.detach() for x in (q, k, v))
+    return {"q": q, "k": k, "v": v, "dout": dout, "out": out.detach(), "dq": dq, "dk": dk, "dv": dv}
+
+
+@pytest.mark.parametrize("band", [FULL, CAUSAL, Band(left=2, right=1)], ids=["full", "causal", "w"])
+def test_attention_against_autograd(band: Band) -> None:
+    dropout = Dropout(0.35, seed=2, batch0=4, head0=6)
+    a = attention(allowed(band, 9, 9), dropout)
+    run = torch.arange(9)
+    tile = TileDropout(dropout, run, run)
+    q, k, v, dout = (a[name] for name in ("q", "k", "v", "dout"))
+    out, lse = ReferenceKernel().forward(q, k, v, band, SCALE, tile)
+    _, plain_lse = ReferenceKernel().forward(q, k, v, band, SCALE)
+    assert torch.equal(lse, plain_lse)
+    grads = ReferenceKernel().backward(dout, q, k, v, out, lse, band, SCALE, tile)
+    found = zip((out, *grads), (a["out"], a["dq"], a["dk"], a["dv"]), strict=True)
+    assert max(error(x, y) for x, y in found) < 1e-13
+
+
+def test_tiles_merged_are_one_whole() -> None:
+    """Rows 4 .. 9, causal with themselves and whole with keys 0 .. 3; heads one group at a time."""
+    dropout = Dropout(0.35, seed=2)
+    a = attention(allowed(CAUSAL, 10, 10), dropout)
+    q, dout = a["q"][:, 4:], a["dout"][:, 4:]
+    reference = ReferenceKernel()
+    run = torch.arange(10)
+    parts = [(CAUSAL, slice(4, 10)), (FULL, slice(0, 4))]
+
+    def tile(columns: slice, head0: int = 0) -> TileDropout:
+        return TileDropout(dropout, run[4:], run[columns], head0)
+
+    results = [
+        reference.forward(q, a["k"][:, c], a["v"][:, c], band, SCALE, tile(c)) for band, c in parts
+    ]
+    out, lse = results[0]
+    merge_(out, lse, *results[1])
+    assert error(out, a["out"][:, 4:]) < 1e-13
+    dq = torch.zeros_like(q)
+    for band, c in parts:
+        for group in (0, 1):
+            heads, kv = slice(3 * group, 3 * group + 3), slice(group, group + 1)
+            dq[:, :, heads] += reference.backward(
+                dout[:, :, heads],
+                q[:, :, heads],
+                a["k"][:, c, kv],
+                a["v"][:, c, kv],
+                out[:, :, heads],
+                lse[:, heads],
+                band,
+                SCALE,
+                tile(c, 3 * group),
+            )[0]
+    assert error(dq, a["dq"][:, 4:]) < 1e-13
+
+
+def test_a_kernel_that_can_not_drop_never_ignores_it() -> None:
+    q = torch.zeros(1, 3, 1, 8)
+    tile = TileDropout(Dropout(0.1, 0), RUN[:3], RUN[:3])
+    with pytest.raises(AssertionError):
+        CpuKernel().forward(q, q, q, FULL, 1.0, tile)
+    with pytest.raises(AssertionError):
+        CpuKernel().backward(q, q, q, q, q, torch.zeros(1, 1, 3), FULL, 1.0, tile)
