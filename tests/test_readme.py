@@ -47,6 +47,26 @@ def test_the_library_example_runs_and_is_exact() -> None:
         torch.testing.assert_close(out, whole[:, positions], rtol=1e-12, atol=1e-12)
 
 
+def test_the_transformers_example_is_the_one_that_is_tested() -> None:
+    """tests/model/test_huggingface.py runs the module's own example; README shows the same calls."""
+    example = re.findall(r"```python\n(.*?)```", README, re.DOTALL)[1]
+    source = (ROOT / "cp_megatron/model/huggingface.py").read_text(encoding="utf-8")
+    docstring = " ".join(source.partition('"""')[2].partition('"""')[0].split())
+    for line in example.splitlines():
+        statement = " ".join(line.partition("  #")[0].split())
+        assert statement in docstring, statement
+
+
+def test_the_printed_plan_is_what_the_program_prints(tmp_path: Path) -> None:
+    found = re.search(r"\$ python (-m cp_megatron.plan .*)\n((?:.*\n)*?)```", README)
+    assert found is not None
+    command = [sys.executable, *shlex.split(found.group(1))]
+    answer = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    shown = [line.rstrip() for line in found.group(2).splitlines() if line.strip()]
+    printed = [line.rstrip() for line in answer.stdout.splitlines() if line.strip()]
+    assert printed[: len(shown)] == shown
+
+
 def test_the_refusal_is_what_the_program_says() -> None:
     found = re.search(r"\$ python (launch/pretrain.py .*)\n(pretrain.py: error: .*)\n", README)
     assert found is not None

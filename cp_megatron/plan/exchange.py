@@ -94,6 +94,7 @@ def choose_exchange(
     readers: Readers,
     heads: Heads,
     hierarchical_sizes: Sizes | None = None,
+    route: str = "auto",
 ) -> ExchangeChoice:
     """The exchange with the fewest elements received by all ranks together, p2p where equal.
 
@@ -104,17 +105,18 @@ def choose_exchange(
         heads: number and widths.
         hierarchical_sizes: neighbours that share a node, and nodes; makes a2a+p2p a candidate and,
             because its messages would all cross nodes, a2a over everybody none.
+        route: ``ring`` or ``direct`` where that is settled.
     """
     size = layout.cp_size
+    inner_route = "ring" if route == "auto" else route
     if size == 1:
         return ExchangeChoice(
-            exchange="p2p", route="ring", sizes=(1, 1), reason="one rank exchanges nothing"
+            exchange="p2p", route=inner_route, sizes=(1, 1), reason="one rank exchanges nothing"
         )
-    route = choose_route(readers)
-    costs = {"p2p": readers.tokens_received(route) * heads.num_kv_heads * heads.key_width}
+    p2p_route = choose_route(readers) if route == "auto" else route
+    costs = {"p2p": readers.tokens_received(p2p_route) * heads.num_kv_heads * heads.key_width}
     inner = hierarchical_sizes[0] if hierarchical_sizes else size
     name = "a2a+p2p" if hierarchical_sizes else "a2a"
-    inner_route = "ring"
     notes = []
     if heads.num_heads % inner:
         notes.append(f"{name} can not share {heads.num_heads} heads among {inner}")
@@ -123,16 +125,15 @@ def choose_exchange(
         if inner < size:
             merged = merged_layout(layout, inner)
             between = Readers.of(mask, merged)
-            inner_route = choose_route(between)
-            kv_heads = max(1, -(-heads.num_kv_heads // inner))
-            moved = between.tokens_received(inner_route) * inner * kv_heads * heads.key_width
-            costs[name] += moved
+            inner_route = choose_route(between) if route == "auto" else route
+            moved = between.tokens_received(inner_route) * _traded_kv_heads(heads, inner)
+            costs[name] += moved * heads.key_width
     best = min(costs, key=lambda exchange: (costs[exchange], exchange != "p2p"))
     others = [f"{other} {_ratio(costs[other], costs[best])}" for other in costs if other != best]
     verdict = "moves the fewest bytes" if costs[best] else "moves nothing"
     reason = ", ".join([verdict, *others, *notes])
     if best == "p2p":
-        return ExchangeChoice(exchange=best, route=route, sizes=(1, size), reason=reason)
+        return ExchangeChoice(exchange=best, route=p2p_route, sizes=(1, size), reason=reason)
     sizes = (inner, size // inner)
     return ExchangeChoice(exchange=best, route=inner_route, sizes=sizes, reason=reason)
 
@@ -145,10 +146,14 @@ def choose_route(readers: Readers) -> str:
 
 def trade_elements(layout: SequenceLayout, heads: Heads, size: int) -> int:
     """Elements received by all ranks when groups of ``size`` trade q, k, v and results."""
-    share, serves = heads.num_heads // size, heads.num_heads // heads.num_kv_heads
-    kv_heads = sum(-(-(i + 1) * share // serves) - i * share // serves for i in range(size))
-    width = heads.num_heads * (heads.head_dim + heads.v_head_dim) + kv_heads * heads.key_width
+    width = (heads.num_heads + _traded_kv_heads(heads, size)) * heads.key_width
     return layout.cp_size // size * (size - 1) * layout.shard_len * width
+
+
+def _traded_kv_heads(heads: Heads, size: int) -> int:
+    """Key/value heads of all members of a group, one that several members read counted for each."""
+    share, serves = heads.num_heads // size, heads.num_heads // heads.num_kv_heads
+    return sum(-(-(i + 1) * share // serves) - i * share // serves for i in range(size))
 
 
 def _ratio(other: int, best: int) -> str:

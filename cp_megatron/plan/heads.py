@@ -85,9 +85,11 @@ def check_heads(size: int, num_heads: int | None, num_kv_heads: int | None, exch
         rule = f"must divide the {num_heads} query heads"
         raise ConfigError("--num-query-groups", num_kv_heads, rule)
     if num_heads % size:
-        sizes = [str(n) for n in range(1, size) if num_heads % n == 0]
+        sizes = [str(n) for n in range(2, size) if num_heads % n == 0]
         rule = f"shares {num_heads} query heads among {size} ranks, which does not divide"
-        works = f"--cp-comm-type p2p, or among {' or '.join(sizes)} ranks"
+        works = "--cp-comm-type p2p"
+        if sizes:
+            works += f", or a2a+p2p among {' or '.join(sizes)} of them"
         raise ConfigError("--cp-comm-type", exchange, rule, works)
 
 

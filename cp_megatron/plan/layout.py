@@ -6,6 +6,8 @@
 Under a causal mask late queries attend more keys than early ones. Contiguous gives the last rank
 almost twice the mean; zigzag pairs an early chunk with a late one, so that every rank has exactly
 1/N of the pairs (Zhu, ring-flash-attention, 2024; Megatron-LM's ``get_batch_on_this_cp_rank``).
+Where documents are masked, neither is balanced: ``balanced`` deals pieces of documents by their
+pairs, see ``balance.py``.
 """
 
 from __future__ import annotations
@@ -15,15 +17,21 @@ from dataclasses import dataclass
 import numpy as np
 
 from cp_megatron.errors import ConfigError
+from cp_megatron.plan.balance import deal
 from cp_megatron.plan.mask import IntArray, Mask
 
 Chunk = tuple[int, int]
-KINDS = ("contiguous", "zigzag")
+KINDS = ("contiguous", "zigzag", "balanced")
 
 
 def auto_layout(mask: Mask) -> str:
-    """The layout ``auto`` stands for: zigzag where the mask is causal, else contiguous."""
-    return "zigzag" if mask.is_causal else "contiguous"
+    """The layout ``auto`` stands for.
+
+    Balanced for a row of several documents, else zigzag where no query looks ahead, else contiguous.
+    """
+    if len(mask.lengths) > 1:
+        return "balanced"
+    return "zigzag" if mask.is_causal or mask.window[1] == 0 else "contiguous"
 
 
 def sequence_divisor(kind: str, cp_size: int) -> int:
@@ -37,7 +45,7 @@ class SequenceLayout:
 
     Attributes:
         chunks: per rank its chunks ``(start, stop)`` in ascending, local order.
-        kind: ``contiguous`` or ``zigzag``.
+        kind: ``contiguous``, ``zigzag`` or ``balanced``.
     """
 
     chunks: tuple[tuple[Chunk, ...], ...]
@@ -62,7 +70,9 @@ class SequenceLayout:
             near = [str(length) for length in (below, below + divisor) if length]
             rule = f"the {kind} layout on {cp_size} context parallel ranks needs a multiple of"
             raise ConfigError("--seq-length", mask.seq_len, f"{rule} {divisor}", ", ".join(near))
-        return cls(_deal(mask.seq_len, cp_size, kind), kind)
+        if kind == "balanced" and cp_size > 1:
+            return cls(deal(mask, cp_size), kind)
+        return cls(_slice(mask.seq_len, cp_size, kind), kind)
 
     @property
     def cp_size(self) -> int:
@@ -81,7 +91,7 @@ class SequenceLayout:
         )
 
 
-def _deal(seq_len: int, cp_size: int, kind: str) -> tuple[tuple[Chunk, ...], ...]:
+def _slice(seq_len: int, cp_size: int, kind: str) -> tuple[tuple[Chunk, ...], ...]:
     if kind == "contiguous" or cp_size == 1:
         width = seq_len // cp_size
         return tuple(((rank * width, (rank + 1) * width),) for rank in range(cp_size))

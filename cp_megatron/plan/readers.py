@@ -2,15 +2,16 @@
 
 Two ranks, zigzag, one causal row of 8: rank 0 holds 0 1 6 7, rank 1 holds 2 3 4 5.
 
-    run        0 1   2 3 4 5   6 7
-    owner       0       1       0
-    read by     1       0       -      by other ranks than the owner
+    run        0 1   2 3   4 5   6 7
+    owner       0     1     1     0
+    read by     1     0     0     -      by other ranks than the owner
 
 From this table every exchange follows: which keys travel at all, to whom, how far down a ring.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -90,6 +91,14 @@ class Readers:
         np.minimum.at(near, run, hop)
         np.maximum.at(far, run, hop)
         return np.where(far == 0, 0, near), far
+
+    @cached_property
+    def received(self) -> Mapping[str, IntArray]:
+        """Per route int64 [ranks]: key positions a rank receives, those it only passes on too."""
+        size = self.read.shape[1]
+        hop = (self.owner[:, None] - np.arange(size)) % size
+        passed = (hop > 0) & (hop <= self.hops[1][:, None])
+        return {"ring": self.length @ passed, "direct": self.length @ self.read}
 
     def tokens_received(self, route: str) -> int:
         """Key positions all ranks together receive over ``ring`` or ``direct``."""

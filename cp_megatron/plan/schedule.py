@@ -95,11 +95,11 @@ class Schedule:
             heads = Heads(
                 num_heads=num_heads, num_kv_heads=kv_heads, head_dim=head_dim, v_head_dim=width
             )
-            choice = choose_exchange(mask, layout, plan.readers, heads, hierarchical_sizes)
+            choice = choose_exchange(mask, layout, plan.readers, heads, hierarchical_sizes, route)
             plan = replace(
                 plan,
                 exchange=choice.exchange,
-                route=choice.route if route == "auto" else route,
+                route=choice.route,
                 hierarchical_sizes=choice.sizes,
                 reason=choice.reason,
             )
@@ -175,7 +175,7 @@ class Schedule:
         return traded + self._tokens_of_rounds(rank)
 
     def _tokens_of_rounds(self, rank: int) -> int:
-        return sum(turn.receive_keys.num_tokens for turn in self.rounds(rank) if turn.receive_keys)
+        return int(self.readers.received[self.route][rank // self.num_trading])
 
     def bytes_received(
         self, rank: int, head_dim: int, element_size: int, v_head_dim: int | None = None

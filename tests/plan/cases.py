@@ -6,9 +6,9 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
 from cp_megatron.plan import Mask, Schedule, SequenceLayout
+from cp_megatron.plan.exchange import EXCHANGES, ROUTES
 from cp_megatron.plan.layout import KINDS, sequence_divisor
 from cp_megatron.plan.mask import Window
-from cp_megatron.plan.exchange import ROUTES
 
 
 def property_settings(max_examples: int) -> settings:
@@ -51,13 +51,39 @@ def lengths(draw: st.DrawFn, seq_len: int) -> list[int]:
 
 
 @st.composite
-def schedules(draw: st.DrawFn, max_cp: int = 8, max_width: int = 5) -> Schedule:
-    """A schedule of a short row on up to ``max_cp`` ranks."""
-    cp_size = draw(st.integers(1, max_cp))
-    kind = draw(st.sampled_from(KINDS))
+def heads(draw: st.DrawFn, num_trading: int) -> tuple[int, int]:
+    """Query heads that ``num_trading`` ranks can share, and any key/value heads for them."""
+    num_heads = num_trading * draw(st.integers(1, 6))
+    return num_heads, draw(st.sampled_from([n for n in range(1, 13) if num_heads % n == 0]))
+
+
+@st.composite
+def schedules(
+    draw: st.DrawFn,
+    exchanges: tuple[str, ...] = ("p2p",),
+    kinds: tuple[str, ...] = KINDS,
+    min_cp: int = 1,
+    max_cp: int = 8,
+    max_width: int = 5,
+) -> Schedule:
+    """A schedule of a short row on ``min_cp`` to ``max_cp`` ranks."""
+    cp_size = draw(st.integers(min_cp, max_cp))
+    kind = draw(st.sampled_from(kinds))
     mask = draw(masks(sequence_divisor(kind, cp_size) * draw(st.integers(1, max_width))))
     layout = SequenceLayout.make(mask, cp_size, kind)
-    return Schedule.build(mask, layout, route=draw(st.sampled_from(ROUTES)))
+    exchange, route = draw(st.sampled_from(exchanges)), draw(st.sampled_from(ROUTES))
+    if exchange in ("p2p", "all_gather"):
+        return Schedule.build(mask, layout, exchange, route)
+    divisors = [n for n in range(1, cp_size + 1) if cp_size % n == 0]
+    trading = cp_size if exchange == "a2a" else draw(st.sampled_from(divisors))
+    num_heads, num_kv_heads = draw(heads(trading))
+    sizes = (trading, cp_size // trading) if exchange == "a2a+p2p" else None
+    return Schedule.build(mask, layout, exchange, route, num_heads, num_kv_heads, sizes)
+
+
+def any_schedules(max_cp: int = 8) -> st.SearchStrategy[Schedule]:
+    """The same under every exchange."""
+    return schedules((*EXCHANGES, "a2a+p2p"), max_cp=max_cp)
 
 
 def large_schedules() -> list[Schedule]:
@@ -74,7 +100,7 @@ def large_schedules() -> list[Schedule]:
             Mask.full(seq_len, window=(17, 5)),
             Mask.documents([n for n in packed if n], causal=False, window=(-1, 4)),
         )[number]
-        kind = KINDS[number % 2 == 0]
+        kind = KINDS[(number + 1) % len(KINDS)]
         layout = SequenceLayout.make(mask, cp_size, kind)
         found += [Schedule.build(mask, layout, route=route) for route in ROUTES]
     return found

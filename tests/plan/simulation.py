@@ -5,6 +5,8 @@ is a row of counters, one per reader, so that a contribution which is lost, doub
 wrong place shows in the numbers.
 
 Slot t: keys for round t + 1, then gradients passed on and gradients going home after round t - 1.
+
+Where heads travel first, what a rank holds here is what its group holds together.
 """
 
 from __future__ import annotations
@@ -16,13 +18,15 @@ import numpy as np
 import numpy.typing as npt
 
 from cp_megatron.plan import Schedule
+from cp_megatron.plan.gather import Gather
+from cp_megatron.plan.heads import HeadExchange
 from cp_megatron.plan.rounds import Message, Round
 from cp_megatron.plan.tiles import Band, Span, Tile
 
 Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
 Rounds = list[tuple[Round, ...]]
-KINDS = ("keys", "passed", "returned")
+MESSAGES = ("keys", "passed", "returned")
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,23 @@ class Wire:
 def all_rounds(schedule: Schedule) -> Rounds:
     """Every rank's part."""
     return [schedule.rounds(rank) for rank in range(schedule.layout.cp_size)]
+
+
+def all_gathers(schedule: Schedule) -> list[Gather]:
+    """Every rank's view of the collective; none where there is no collective."""
+    found = [schedule.gather(rank) for rank in range(schedule.layout.cp_size)]
+    return [gather for gather in found if gather is not None]
+
+
+def all_trades(schedule: Schedule) -> list[HeadExchange]:
+    """Every rank's view of the trade; none where heads do not travel."""
+    found = [schedule.heads(rank) for rank in range(schedule.layout.cp_size)]
+    return [trade for trade in found if trade is not None]
+
+
+def held(schedule: Schedule, rank: int) -> Ints:
+    """The positions whose rows ``rank`` computes, in the order its tiles count them."""
+    return schedule.rows.positions(rank // schedule.num_trading)
 
 
 def expand(spans: Iterable[Span]) -> Ints:
@@ -79,7 +100,7 @@ def slot_messages(
 
 def sent_positions(schedule: Schedule, rounds: Rounds, rank: int, slot: int, kind: str) -> Ints:
     """The buffer a message's spans count in, as global positions, on the sender."""
-    own = schedule.layout.positions(rank)
+    own = held(schedule, rank)
     if kind == "keys":
         from_shard = slot == 0 or schedule.route == "direct"
         return own if from_shard else expand(rounds[rank][slot].keys)
@@ -89,7 +110,7 @@ def sent_positions(schedule: Schedule, rounds: Rounds, rank: int, slot: int, kin
 def received_positions(schedule: Schedule, rounds: Rounds, rank: int, slot: int, kind: str) -> Ints:
     """The same on the receiver."""
     if kind == "returned":
-        return schedule.layout.positions(rank)
+        return held(schedule, rank)
     return expand(rounds[rank][slot + 1 if kind == "keys" else slot].keys)
 
 
@@ -123,17 +144,18 @@ class Machine:
 
     def __init__(self, schedule: Schedule, rounds: Rounds) -> None:
         self.rounds = rounds
-        self.size = schedule.layout.cp_size
-        self.shards = [schedule.layout.positions(rank) for rank in range(self.size)]
+        self.size, self.num_trading = schedule.layout.cp_size, schedule.num_trading
+        self.shards = [held(schedule, rank) for rank in range(self.size)]
         self.arrived: list[Ints] = list(self.shards)
         self.home = [np.zeros((len(shard), self.size), np.int64) for shard in self.shards]
         self.partial = [np.zeros((0, self.size), np.int64) for _ in self.shards]
 
     def run(self) -> None:
         """All slots. Everything of a slot is taken from the buffers before anything arrives."""
-        for slot in range(self.size + 1):
+        num_rounds = len(self.rounds[0])
+        for slot in range(num_rounds + 1):
             flights = list(self._departures(slot))
-            if slot < self.size:
+            if slot < num_rounds:
                 self._compute(slot)
             for rank in range(self.size):
                 self._arrive(rank, slot, [f for f in flights if f[1] == rank])
@@ -143,7 +165,7 @@ class Machine:
             for kind, message in slot_messages(self.rounds[rank], slot)[0]:
                 if kind != "keys":
                     source = self.partial[rank]
-                elif message.owner == rank:
+                elif message.owner == rank // self.num_trading:
                     source = self.shards[rank]
                 else:
                     source = self.arrived[rank]
@@ -183,6 +205,7 @@ def runs_without_deadlock(rounds: Rounds, order: list[int]) -> bool:
     posted: list[dict[tuple[str, int], int]] = [{} for _ in rounds]
     waiting: list[list[tuple[str, int, int]]] = [[] for _ in rounds]
     slots = [-1] * len(rounds)
+    last = max(map(len, rounds))
     progress = True
     while progress:
         progress = False
@@ -190,12 +213,12 @@ def runs_without_deadlock(rounds: Rounds, order: list[int]) -> bool:
             arrived = all(
                 posted[peer].get((other, rank), 0) >= n for other, peer, n in waiting[rank]
             )
-            if slots[rank] > len(rounds) or not arrived:
+            if slots[rank] > last or not arrived:
                 continue
             slots[rank] += 1
             progress = True
             waiting[rank] = []
-            if slots[rank] > len(rounds):
+            if slots[rank] > last:
                 continue
             sends, receives = slot_messages(rounds[rank], slots[rank])
             for mine, other, messages in (("s", "r", sends), ("r", "s", receives)):
@@ -203,4 +226,56 @@ def runs_without_deadlock(rounds: Rounds, order: list[int]) -> bool:
                     key = (mine, message.peer)
                     posted[rank][key] = posted[rank].get(key, 0) + 1
                     waiting[rank].append((other, message.peer, posted[rank][key]))
-    return all(slot > len(rounds) for slot in slots)
+    return all(slot > last for slot in slots)
+
+
+def gathered(schedule: Schedule, gathers: list[Gather]) -> Ints:
+    """What the collective brings to every rank: all ranks' keys, -1 where there is padding."""
+    parts = []
+    for rank, gather in enumerate(gathers):
+        given = schedule.layout.positions(rank)[expand(gather.given)]
+        parts.append(np.pad(given, (0, gather.width - len(given)), constant_values=-1))
+    assert len({len(part) for part in parts}) == 1, "a collective of unequal parts"
+    return np.concatenate(parts)
+
+
+def heads_of_tokens(tokens: Ints, heads: Span) -> Ints:
+    """int64 [tokens, heads, 2]: which position and which head, as it would travel."""
+    pairs = np.broadcast_arrays(tokens[:, None], np.arange(*heads)[None, :])
+    return np.stack(pairs, axis=-1)
+
+
+def traded(
+    schedule: Schedule, trades: list[HeadExchange], rank: int, kind: str
+) -> tuple[Ints, int]:
+    """A trade of ``query`` or ``kv`` heads as ``rank`` sees it.
+
+    Returns:
+        int64 [tokens of the group, heads of the rank, 2]: position and head that arrived, -1 where
+        nothing did; and how many (token, head) pairs came from other ranks.
+    """
+    mine = trades[rank]
+    start, stop = (mine.query_heads if kind == "query" else mine.kv_heads)[mine.index]
+    buffer = np.full((len(held(schedule, rank)), stop - start, 2), -1, np.int64)
+    moved = 0
+    for place, peer in enumerate(mine.peers):
+        theirs = trades[peer]
+        heads = (theirs.query_heads if kind == "query" else theirs.kv_heads)[mine.index]
+        sent = heads_of_tokens(schedule.layout.positions(peer), heads)
+        rows = expand(mine.rows[place])
+        assert (buffer[rows] == -1).all(), "two tokens in one place"
+        buffer[rows] = sent
+        moved += sent[..., 0].size if peer != rank else 0
+    return buffer, moved
+
+
+def results_returned(schedule: Schedule, trades: list[HeadExchange], rank: int) -> tuple[Ints, int]:
+    """The way back: int64 [tokens of the shard, query heads, 2] as in ``traded``, and its size."""
+    mine = trades[rank]
+    parts, moved = [], 0
+    for peer in mine.peers:
+        theirs = trades[peer]
+        rows = held(schedule, peer)[expand(theirs.rows[mine.index])]
+        parts.append(heads_of_tokens(rows, theirs.query_heads[theirs.index]))
+        moved += parts[-1][..., 0].size if peer != rank else 0
+    return np.concatenate(parts, axis=1), moved

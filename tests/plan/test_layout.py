@@ -66,11 +66,12 @@ def test_every_position_is_held_once_and_shards_are_equal(kind: str, cp: int, wi
     assert layout.cp_size == cp
 
 
-def test_auto_is_zigzag_where_the_mask_is_causal() -> None:
+def test_auto_is_balanced_for_documents_and_zigzag_for_one_causal_sequence() -> None:
     assert SequenceLayout.make(Mask.causal(8), 2).kind == "zigzag"
-    assert SequenceLayout.make(Mask.documents([3, 5]), 2).kind == "zigzag"
     assert SequenceLayout.make(Mask.full(8), 2).kind == "contiguous"
-    assert SequenceLayout.make(Mask.documents([3, 5], causal=False), 2).kind == "contiguous"
+    assert SequenceLayout.make(Mask.documents([8]), 2).kind == "zigzag"
+    assert SequenceLayout.make(Mask.documents([3, 5]), 2).kind == "balanced"
+    assert SequenceLayout.make(Mask.documents([3, 5], causal=False), 2).kind == "balanced"
 
 
 @pytest.mark.parametrize(
@@ -82,7 +83,8 @@ def test_auto_is_zigzag_where_the_mask_is_causal() -> None:
         (3, 2, "zigzag", "multiple of 4 (works: 4)"),
         (12, 8, "zigzag", "multiple of 16 (works: 16)"),
         (8, 0, "zigzag", "--context-parallel-size 0: must be at least 1"),
-        (8, 2, "spiral", "--cp-layout spiral: is no layout (works: auto, contiguous, zigzag)"),
+        (10, 4, "balanced", "the balanced layout on 4 context parallel ranks needs a multiple"),
+        (8, 2, "spiral", "is no layout (works: auto, contiguous, zigzag, balanced)"),
     ],
 )  # fmt: skip
 def test_refusals_name_what_works(seq_len: int, cp_size: int, kind: str, message: str) -> None:

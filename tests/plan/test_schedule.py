@@ -3,28 +3,34 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from random import Random
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from cp_megatron.errors import ConfigError
 from cp_megatron.plan import Mask, Schedule, SequenceLayout
-from cp_megatron.plan.rounds import Round
-from tests.plan.cases import large_schedules, property_settings, schedules
+from cp_megatron.plan.exchange import EXCHANGES
+from cp_megatron.plan.layout import KINDS
+from tests.plan.cases import any_schedules, large_schedules, property_settings, schedules
+from tests.plan.checks import (
+    check_bytes,
+    check_gather,
+    check_messages,
+    check_needed_only,
+    check_pairs,
+    check_run,
+    check_tiles,
+    check_trade,
+)
 from tests.plan.simulation import (
-    KINDS,
-    Ints,
-    Machine,
-    Rounds,
+    MESSAGES,
+    all_gathers,
     all_rounds,
-    expand,
-    read_columns,
+    all_trades,
     runs_without_deadlock,
     slot_messages,
-    tile_matrix,
-    wires,
 )
 
 LARGE = pytest.mark.parametrize(
@@ -34,126 +40,45 @@ LARGE = pytest.mark.parametrize(
 )
 
 
-def computed(schedule: Schedule, rank: int) -> Ints:
-    """int64 [S, S]: how often ``rank`` computes each pair."""
-    rows = schedule.layout.positions(rank)
-    count = np.zeros((schedule.mask.seq_len,) * 2, np.int64)
-    for turn in schedule.rounds(rank):
-        columns = expand(turn.keys)
-        for tile in turn.tiles:
-            where = np.ix_(rows[tile.q0 : tile.q1], columns[tile.k0 : tile.k1])
-            count[where] += tile_matrix(tile)
-    return count
+def check_all(schedule: Schedule, random: Random) -> None:
+    """Everything that can be said of a schedule, from one reading of its parts."""
+    rounds, gathers, trades = all_rounds(schedule), all_gathers(schedule), all_trades(schedule)
+    ranks = list(range(schedule.layout.cp_size))
+    check_pairs(schedule, rounds)
+    check_needed_only(schedule, rounds)
+    for rank in random.sample(ranks, min(8, len(ranks))):
+        check_tiles(schedule, rank, rounds[rank])
+        check_bytes(schedule, rank, rounds, gathers, trades)
+        if schedule.num_trading > 1:
+            check_trade(schedule, trades, rank)
+    if schedule.exchange == "all_gather":
+        check_gather(schedule, rounds, gathers)
+    else:
+        check_messages(schedule, rounds)
+        check_run(schedule, rounds)
+        random.shuffle(ranks)
+        assert runs_without_deadlock(rounds, ranks)
 
 
-def check_tiles(schedule: Schedule, rounds: tuple[Round, ...]) -> int:
-    """What kernels rely on: lengths, trimming, kinds, which tile is a row's first."""
-    touched = np.zeros(schedule.layout.shard_len, np.bool_)
-    total = 0
-    for number, turn in enumerate(rounds):
-        for tile in turn.tiles:
-            assert 0 <= tile.q0 < tile.q1 <= len(touched)
-            assert 0 <= tile.k0 < tile.k1 <= turn.num_keys
-            matrix = tile_matrix(tile)
-            assert matrix.any(axis=1).all(), "a row without a key"
-            assert matrix.any(axis=0).all(), "a column without a query"
-            assert tile.pairs == matrix.sum()
-            cuts = not matrix.all() or matrix.size == 1  # one token under a causal band
-            assert cuts or tile.kind == "full", "a band that cuts nothing"
-            if tile.kind == "causal":
-                assert np.array_equal(matrix, np.tri(len(matrix), dtype=np.bool_))
-            rows = touched[tile.q0 : tile.q1]
-            assert rows.all() or not rows.any(), "stored over some rows, merged into others"
-            assert tile.first == (not rows.any())
-            rows[:] = True
-            total += tile.pairs
-        assert touched.all(), f"a row without a key after round {number}"
-    return total
+@given(any_schedules(), st.randoms(use_true_random=False))
+@property_settings(250)
+def test_everything_holds_on_a_few_ranks(schedule: Schedule, random: Random) -> None:
+    check_all(schedule, random)
 
 
-def check_messages(schedule: Schedule) -> None:
-    """Both ends of every message tell the same story, and tell it in the same order."""
-    rounds = all_rounds(schedule)
-    sent = wires(schedule, rounds, sending=True)
-    assert sent == wires(schedule, rounds, sending=False)
-    for (source, target), messages in sent.items():
-        assert source != target
-        seen = [(wire.slot, KINDS.index(wire.kind)) for wire in messages]
-        assert seen == sorted(set(seen)), "two of a kind, or not keys, passed, returned"
-
-
-def check_needed_only(schedule: Schedule) -> None:
-    """An arrival holds what its tiles read and, on a ring, what is passed on; nothing else."""
-    for rounds in all_rounds(schedule):
-        for number, turn in enumerate(rounds[1:], start=1):
-            needed = read_columns(turn)
-            if schedule.route == "ring" and turn.send_keys:
-                needed[expand(turn.send_keys.spans)] = True
-            assert needed.all()
-            received = rounds[number - 1].receive_keys
-            assert turn.num_keys == (received.num_tokens if received else 0)
-
-
-def check_run(schedule: Schedule, rounds: Rounds) -> None:
-    """Keys arrive, and every reader's gradient comes home exactly once."""
-    machine = Machine(schedule, rounds)
-    machine.run()
-    dense = schedule.mask.dense()
-    readers = [np.asarray(dense[shard].any(axis=0)) for shard in machine.shards]
-    for owner, home in enumerate(machine.home):
-        expected = np.stack([read[machine.shards[owner]] for read in readers], axis=1)
-        expected[:, owner] = False  # a rank's own contribution never travels
-        assert np.array_equal(home, expected.astype(np.int64)), owner
-
-
-@given(schedules())
-@property_settings(120)
-def test_every_pair_is_computed_once(schedule: Schedule) -> None:
-    dense = schedule.mask.dense()
-    counts = [computed(schedule, rank) for rank in range(schedule.layout.cp_size)]
-    assert np.array_equal(np.sum(counts, axis=0), dense.astype(np.int64))
-    for rank, count in enumerate(counts):
-        outside = np.delete(count, schedule.layout.positions(rank), axis=0)
-        assert not outside.any(), "a rank computes rows it does not hold"
-
-
-@given(schedules())
-@property_settings(120)
-def test_tiles_are_what_kernels_need(schedule: Schedule) -> None:
-    for rank in range(schedule.layout.cp_size):
-        assert check_tiles(schedule, schedule.rounds(rank)) == schedule.pairs(rank)
-
-
-@given(schedules())
-@property_settings(120)
-def test_both_ends_of_every_message_agree(schedule: Schedule) -> None:
-    check_messages(schedule)
-
-
-@given(schedules())
-@property_settings(100)
-def test_only_what_is_needed_moves(schedule: Schedule) -> None:
-    check_needed_only(schedule)
-
-
-@given(schedules())
-@property_settings(100)
-def test_keys_arrive_and_gradients_come_home_once(schedule: Schedule) -> None:
-    check_run(schedule, all_rounds(schedule))
-
-
-@given(schedules(), st.randoms(use_true_random=False))
-@property_settings(100)
-def test_no_order_of_ranks_ends_in_a_deadlock(schedule: Schedule, random: object) -> None:
-    order = list(range(schedule.layout.cp_size))
-    random.shuffle(order)  # type: ignore[attr-defined]
-    assert runs_without_deadlock(all_rounds(schedule), order)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("exchange", EXCHANGES)
+@given(data=st.data())
+@property_settings(6)
+def test_everything_holds_on_many_ranks(exchange: str, kind: str, data: st.DataObject) -> None:
+    many = schedules((exchange,), (kind,), min_cp=9, max_cp=64, max_width=3)
+    check_all(data.draw(many), data.draw(st.randoms(use_true_random=False)))
 
 
 @given(schedules())
 @property_settings(100)
 def test_gradients_travel_no_more_than_their_keys(schedule: Schedule) -> None:
-    tokens = dict.fromkeys(KINDS, 0)
+    tokens = dict.fromkeys(MESSAGES, 0)
     for rounds in all_rounds(schedule):
         for slot in range(len(rounds) + 1):
             for kind, message in slot_messages(rounds, slot)[1]:
@@ -167,7 +92,7 @@ def test_many_ranks(schedule: Schedule) -> None:
     size = schedule.layout.cp_size
     rounds = all_rounds(schedule)
     for rank in (0, size // 2, size - 1):
-        assert check_tiles(schedule, rounds[rank]) > 0
+        check_tiles(schedule, rank, rounds[rank])
     pairs = sum(tile.pairs for mine in rounds for turn in mine for tile in turn.tiles)
     assert pairs == schedule.mask.pairs()
     assert runs_without_deadlock(rounds, list(range(size)))
@@ -210,7 +135,7 @@ def test_two_ranks_literally() -> None:
     [
         ({"exchange": "carrier pigeon"}, "--cp-comm-type carrier pigeon"),
         ({"route": "scenic"}, "route scenic"),
-        ({"hierarchical_sizes": (2, 2)}, "hierarchical sizes"),
+        ({"hierarchical_sizes": (2, 2)}, "2 2: belongs to a2a"),
     ],
 )
 def test_what_cannot_be_planned_is_refused(options: dict[str, object], message: str) -> None:

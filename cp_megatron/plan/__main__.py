@@ -1,0 +1,23 @@
+"""Prints and draws a schedule: ``python -m cp_megatron.plan --help``. No torch."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from cp_megatron.errors import ConfigError
+from cp_megatron.plan.command import PROGRAM, parse, run
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs the program; the exit code: 0 done, 2 a flag can not be honoured."""
+    try:
+        run(parse(argv))
+    except ConfigError as error:
+        print(f"{PROGRAM}: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

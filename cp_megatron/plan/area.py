@@ -1,0 +1,114 @@
+"""Counting pairs and keys of pieces of documents in closed form.
+
+A *piece* is a run of positions ``[low, high)`` counted from the start of its document. Row p of a
+document of n positions attends ``min(p, left)`` earlier keys, itself and ``min(n - 1 - p, right)``
+later ones, so the pairs of rows ``[0, p)`` are two sums of the form 0 + 1 + .. that stop growing:
+
+    left = 2, right = 0, n = 6      rows 0 .. 5 attend 1 2 3 3 3 3 keys, rows [0, 4) together 9
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from cp_megatron.plan.mask import IntArray, Mask
+
+PairsUpTo = Callable[[int, int], int]
+Chunks = tuple[tuple[tuple[int, int], ...], ...]
+"""Per rank its runs of positions, ascending."""
+
+
+class Piece(NamedTuple):
+    """Positions ``[low, high)`` of ``document``, held by ``rank``."""
+
+    rank: int
+    document: int
+    low: int
+    high: int
+
+
+class Load(NamedTuple):
+    """What a layout costs: pairs of the busiest rank, keys all ranks receive from their owners."""
+
+    busiest: int
+    keys: int
+
+
+def pairs_up_to(mask: Mask) -> PairsUpTo:
+    """``f(length, p)``: attended pairs of the first ``p`` rows of a document of ``length``."""
+    left, right = mask.window
+    if left < 0 and right == 0:
+        return lambda length, p: p * (p + 1) // 2
+    if right == 0:
+        return lambda length, p: p + _ramp(p, left)
+    return lambda length, p: p + _ramp(p, left) + _ramp(length, right) - _ramp(length - p, right)
+
+
+def _ramp(n: int, limit: int) -> int:
+    """Sum of ``min(i, limit)`` over i < n; -1 is no limit."""
+    grows = n if limit < 0 else min(n, limit + 1)
+    return grows * (grows - 1) // 2 + (n - grows) * limit
+
+
+def _ramps(n: IntArray, limit: int) -> IntArray:
+    """The same for many n."""
+    grows = n if limit < 0 else np.minimum(n, limit + 1)
+    return grows * (grows - 1) // 2 + (n - grows) * limit
+
+
+def measure(mask: Mask, cp_size: int, pieces: IntArray) -> Load:
+    """The load of a layout given as pieces, every position in exactly one of them.
+
+    Args:
+        mask: what attends to what.
+        cp_size: number of ranks.
+        pieces: int64 [pieces, 4], the columns of ``Piece``, in any order.
+    """
+    rank, document, low, high = pieces[np.lexsort(pieces.T[[2, 1, 0]])].T
+    length = np.asarray(mask.lengths, dtype=np.int64)[document]
+    left, right = mask.window
+    pairs = high - low + _ramps(high, left) - _ramps(low, left)
+    pairs += _ramps(length - low, right) - _ramps(length - high, right)
+    total = np.zeros(cp_size, dtype=np.int64)
+    np.add.at(total, rank, pairs)
+    first = np.zeros_like(low) if left < 0 else np.maximum(low - left, 0)
+    end = length if right < 0 else np.minimum(high + right, length)
+    # A rank's pieces of one document ascend, and so do both ends of what they read.
+    known = np.zeros_like(end)
+    same = (rank[1:] == rank[:-1]) & (document[1:] == document[:-1])
+    known[1:][same] = end[:-1][same]
+    read = np.maximum(end - np.maximum(first, known), 0)
+    return Load(int(total.max()), int(read.sum() - (high - low).sum()))
+
+
+def to_pieces(mask: Mask, chunks: Sequence[Sequence[tuple[int, int]]]) -> IntArray:
+    """int64 [pieces, 4]: the chunks of every rank, cut at document borders."""
+    held = [(start, rank) for rank, mine in enumerate(chunks) for start, _ in mine]
+    start, rank = np.asarray(sorted(held), dtype=np.int64).T
+    border = mask.starts()
+    begin = np.sort(np.concatenate([start, border[:-1]]))
+    begin = begin[np.append(True, begin[1:] > begin[:-1])]
+    end = np.append(begin[1:], mask.seq_len)
+    chunk = np.searchsorted(start, begin, side="right") - 1
+    document = np.searchsorted(border, begin, side="right") - 1
+    first = border[document]
+    return np.stack([rank[chunk], document, begin - first, end - first], axis=1)
+
+
+def to_chunks(mask: Mask, cp_size: int, pieces: IntArray) -> Chunks:
+    """The runs of positions every rank holds, those that meet joined."""
+    rank, document, low, high = pieces.T
+    first = mask.starts()[document]
+    chunks: list[list[tuple[int, int]]] = [[] for _ in range(cp_size)]
+    for r, start, stop in sorted(
+        zip(rank.tolist(), (first + low).tolist(), (first + high).tolist())
+    ):
+        mine = chunks[r]
+        if mine and mine[-1][1] == start:
+            mine[-1] = (mine[-1][0], stop)
+        else:
+            mine.append((start, stop))
+    return tuple(map(tuple, chunks))

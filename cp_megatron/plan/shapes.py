@@ -1,0 +1,133 @@
+"""Where tiles lie in the attention matrix: the polygons of a picture.
+
+A tile counts rows and columns in local buffers, which hold several runs of positions. On the matrix
+it is therefore one patch per run of queries and run of keys. Rank 0 of zigzag on 2 ranks (positions
+0 1 6 7) computes its own keys as one causal tile of 4 x 4; on the matrix that is three patches:
+
+    q\\k  0 1 2 3 4 5 6 7
+     0   a . . . . . . .
+     1   a a . . . . . .      a, c   triangles
+      ...                     b      a rectangle
+     6   b b . . . . c .
+     7   b b . . . . c c
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from cp_megatron.plan.tiles import Band, Piece, Span, Tile
+
+Point = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Patch:
+    """Rows ``rows`` against columns ``keys``, both positions, under a band.
+
+    Row ``rows[0] + i`` attends column ``keys[0] + j`` iff the band says so of i and j. Every row
+    has a column.
+    """
+
+    rows: Span
+    keys: Span
+    band: Band
+
+    @property
+    def pairs(self) -> int:
+        """Attended pairs."""
+        (q0, q1), (k0, k1) = self.rows, self.keys
+        return Tile(0, q1 - q0, 0, k1 - k0, self.band).pairs
+
+    def row_range(self, row: int) -> Span:
+        """The columns that row number ``row`` attends, counted from ``keys[0]``."""
+        left, right = self.band.left, self.band.right
+        low = 0 if left is None else max(0, row - left)
+        width = self.keys[1] - self.keys[0]
+        return low, width if right is None else min(width, row + right + 1)
+
+    def outline(self, exact: bool) -> list[Point]:
+        """Corners ``(key, row)`` in positions, row r reaching from r to r + 1.
+
+        Args:
+            exact: follow the band cell by cell; otherwise a straight line through its middle, which
+                encloses the same area but for the line's two ends.
+        """
+        sides = self._stairs() if exact else self._lines()
+        x, y = self.keys[0], self.rows[0]
+        return _without_flat_corners([(x + a, y + b) for a, b in sides])
+
+    def _stairs(self) -> list[Point]:
+        ranges = [self.row_range(row) for row in range(self.rows[1] - self.rows[0])]
+        down = [(float(high), row + d) for row, (_, high) in enumerate(ranges) for d in (0.0, 1.0)]
+        up = [(float(low), row + d) for row, (low, _) in enumerate(ranges) for d in (0.0, 1.0)]
+        return down + up[::-1]
+
+    def _lines(self) -> list[Point]:
+        width, height = (float(stop - start) for start, stop in (self.keys, self.rows))
+        down, up = [(width, 0.0), (width, height)], [(0.0, 0.0), (0.0, height)]
+        if self.band.right is not None:
+            down = _diagonal(self.band.right + 0.5, width, height)
+        if self.band.left is not None:
+            up = _diagonal(-self.band.left - 0.5, width, height)
+        return down + up[::-1]
+
+
+def patches(tile: Tile, queries: Sequence[Piece], keys: Sequence[Piece]) -> Iterator[Patch]:
+    """The parts of ``tile`` that are rectangles on the matrix, cut by its band.
+
+    Args:
+        tile: rows count in the buffer of ``queries``, columns in that of ``keys``.
+        queries, keys: what the buffers hold.
+    """
+    columns = list(runs_within(keys, tile.k0, tile.k1))
+    for row, rows in runs_within(queries, tile.q0, tile.q1):
+        for column, run in columns:
+            patch = _patch(rows, run, tile.band, row - column)
+            if patch is not None:
+                yield patch
+
+
+def runs_within(pieces: Sequence[Piece], start: int, stop: int) -> Iterator[tuple[int, Span]]:
+    """The runs in ``start:stop`` of a buffer: place counted from ``start``, and positions."""
+    for piece in pieces:
+        low = max(start, piece.offset)
+        high = min(stop, piece.offset + piece.stop - piece.start)
+        if low < high:
+            first = piece.start + low - piece.offset
+            yield low - start, (first, first + high - low)
+
+
+def _patch(rows: Span, keys: Span, band: Band, shift: int) -> Patch | None:
+    """The patch of two runs; ``shift`` is the row minus the column of their first positions."""
+    left = None if band.left is None else band.left - shift
+    right = None if band.right is None else band.right + shift
+    (q0, q1), (k0, k1) = rows, keys
+    if right is not None and right < 0:  # the first rows have no column here
+        q0, left, right = q0 - right, None if left is None else left + right, 0
+    if left is not None:  # nor have the last
+        q1 = min(q1, q0 + k1 - k0 + left)
+    if q0 >= q1:
+        return None
+    if left is not None and left >= q1 - q0 - 1:
+        left = None
+    if right is not None and right >= k1 - k0 - 1:
+        right = None
+    return Patch((q0, q1), keys, Band(left, right))
+
+
+def _diagonal(shift: float, width: float, height: float) -> list[Point]:
+    """The line x = y + shift from y = 0 to ``height``, kept inside ``0 <= x <= width``."""
+    kinks = {y for y in (-shift, width - shift) if 0.0 < y < height}
+    return [(min(max(y + shift, 0.0), width), y) for y in sorted({0.0, height} | kinks)]
+
+
+def _without_flat_corners(points: list[Point]) -> list[Point]:
+    """The polygon without corners that lie on a line between their neighbours, or twice."""
+    kept: list[Point] = []
+    for index, (x, y) in enumerate(points):
+        (x0, y0), (x1, y1) = kept[-1] if kept else points[-1], points[(index + 1) % len(points)]
+        if (x - x0) * (y1 - y0) != (x1 - x0) * (y - y0) and (x, y) != (x0, y0):
+            kept.append((x, y))
+    return kept

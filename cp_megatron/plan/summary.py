@@ -1,0 +1,118 @@
+"""What a schedule comes to, in numbers and words: for the picture and for the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from cp_megatron.plan.mask import Mask
+from cp_megatron.plan.tiles import Span
+
+if TYPE_CHECKING:
+    from cp_megatron.plan.schedule import Schedule
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankSummary:
+    """One rank's share.
+
+    Attributes:
+        rank: which.
+        pairs: attended pairs it computes, each for its heads.
+        keys_received: key positions that reach it in forward.
+        heads: the heads it computes, as people count them; empty where heads do not travel.
+    """
+
+    rank: int
+    pairs: int
+    keys_received: int
+    heads: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """Every rank's share."""
+
+    ranks: tuple[RankSummary, ...]
+
+    @classmethod
+    def of(cls, schedule: Schedule) -> Summary:
+        """Counts over the very rounds that will run."""
+        return cls(
+            ranks=tuple(
+                RankSummary(
+                    rank=rank,
+                    pairs=schedule.pairs(rank),
+                    keys_received=schedule.kv_tokens_received(rank),
+                    heads=heads_of(schedule, rank),
+                )
+                for rank in range(schedule.layout.cp_size)
+            )
+        )
+
+    @cached_property
+    def mean_pairs(self) -> float:
+        """Pairs of the average rank; at least every position attends itself, so never 0."""
+        return sum(row.pairs for row in self.ranks) / len(self.ranks)
+
+    @property
+    def busiest(self) -> float:
+        """Pairs of the busiest rank over the mean; 1 is perfect balance."""
+        return max(row.pairs for row in self.ranks) / self.mean_pairs
+
+    @property
+    def keys_received(self) -> int:
+        """Key positions all ranks together receive."""
+        return sum(row.keys_received for row in self.ranks)
+
+
+def heads_of(schedule: Schedule, rank: int) -> str:
+    """The heads ``rank`` computes, e.g. ``q 4-7, kv 1``; empty where it computes all."""
+    trade = schedule.heads(rank)
+    if trade is None:
+        return ""
+    queries, keys = trade.query_heads[trade.index], trade.kv_heads[trade.index]
+    return f"q {numbers(queries)}, kv {numbers(keys)}"
+
+
+def numbers(span: Span) -> str:
+    """``(4, 8)`` as ``4-7``, ``(4, 5)`` as ``4``."""
+    start, stop = span
+    return f"{start}-{stop - 1}" if stop - start > 1 else str(start)
+
+
+def many(spans: Sequence[Span], shown: int = 4) -> str:
+    """Spans as ``0-3, 8, 10-11``, the middle of a long list left out."""
+    words = [numbers(span) for span in spans]
+    if len(words) > shown + 1:
+        words[shown - 1 : -1] = [f"... {len(words) - shown} more ..."]
+    return ", ".join(words)
+
+
+def mask_in_words(mask: Mask) -> str:
+    """E.g. ``documents: 12 of 5 to 3,000 tokens, window 127 left``."""
+    words: str = mask.kind
+    if mask.kind == "documents":
+        short, long = min(mask.lengths), max(mask.lengths)
+        count = f"{len(mask.lengths):,} of {short:,} to {long:,} tokens"
+        words = f"documents: {count}{'' if mask.is_causal else ', both directions'}"
+    if not mask.has_window:
+        return words
+    left, right = mask.window
+    sides = [f"{left:,} left"] if left >= 0 else []
+    if right >= 0 and not mask.is_causal:
+        sides.append(f"{right:,} right")
+    return f"{words}, window {' '.join(sides)}"
+
+
+def exchange_in_words(schedule: Schedule) -> str:
+    """E.g. ``p2p over the ring``, ``a2a among 4, p2p over the ring between 2 groups``."""
+    trading, groups = schedule.hierarchical_sizes
+    way = "over the ring" if schedule.route == "ring" else "straight from the owner"
+    if schedule.exchange not in ("p2p", "a2a+p2p"):
+        return schedule.exchange
+    if trading == 1:
+        return f"p2p {way}"
+    return f"a2a among {trading}" + (f", p2p {way} between {groups} groups" if groups > 1 else "")

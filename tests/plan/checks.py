@@ -1,0 +1,217 @@
+"""What must hold for a schedule of any exchange, each as one check that says what broke.
+
+Where heads travel, the members of a group compute the same tiles for different heads: rows and
+columns count in what the group holds together, and a pair is computed once by one group.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+
+from cp_megatron.plan import Schedule
+from cp_megatron.plan.gather import Gather
+from cp_megatron.plan.heads import HeadExchange
+from cp_megatron.plan.rounds import Round
+from tests.plan.simulation import (
+    MESSAGES,
+    Ints,
+    Machine,
+    Rounds,
+    expand,
+    gathered,
+    heads_of_tokens,
+    held,
+    read_columns,
+    results_returned,
+    tile_matrix,
+    traded,
+    wires,
+)
+
+
+def computed(schedule: Schedule, rank: int, rounds: tuple[Round, ...]) -> Ints:
+    """int64 [S, S]: how often ``rank`` computes each pair."""
+    rows = held(schedule, rank)
+    count = np.zeros((schedule.mask.seq_len,) * 2, np.int64)
+    for turn in rounds:
+        columns = expand(turn.keys)
+        for tile in turn.tiles:
+            where = np.ix_(rows[tile.q0 : tile.q1], columns[tile.k0 : tile.k1])
+            count[where] += tile_matrix(tile)
+    return count
+
+
+def check_pairs(schedule: Schedule, rounds: Rounds) -> None:
+    """Every attended pair is in exactly one tile of one group, no other pair is in any."""
+    total = np.zeros((schedule.mask.seq_len,) * 2, np.int64)
+    for rank, mine in enumerate(rounds):
+        first = rank // schedule.num_trading * schedule.num_trading
+        if rank == first:
+            count = computed(schedule, rank, mine)
+            outside = np.delete(count, held(schedule, rank), axis=0)
+            assert not outside.any(), "a rank computes rows it does not hold"
+            total += count
+        tiles = [(turn.owner, turn.keys, turn.tiles) for turn in mine]
+        assert tiles == [(turn.owner, turn.keys, turn.tiles) for turn in rounds[first]]
+    assert np.array_equal(total, schedule.mask.dense().astype(np.int64))
+
+
+def check_tiles(schedule: Schedule, rank: int, rounds: tuple[Round, ...]) -> None:
+    """What kernels rely on: lengths, trimming, kinds, which tile is a row's first."""
+    touched = np.zeros(len(held(schedule, rank)), np.bool_)
+    total = 0
+    for number, turn in enumerate(rounds):
+        for tile in turn.tiles:
+            assert 0 <= tile.q0 < tile.q1 <= len(touched)
+            assert 0 <= tile.k0 < tile.k1 <= turn.num_keys
+            matrix = tile_matrix(tile)
+            assert matrix.any(axis=1).all(), "a row without a key"
+            assert matrix.any(axis=0).all(), "a column without a query"
+            assert tile.pairs == matrix.sum()
+            cuts = not matrix.all() or matrix.size == 1  # one token under a causal band
+            assert cuts or tile.kind == "full", "a band that cuts nothing"
+            if tile.kind == "causal":
+                assert np.array_equal(matrix, np.tri(len(matrix), dtype=np.bool_))
+            rows = touched[tile.q0 : tile.q1]
+            assert rows.all() or not rows.any(), "stored over some rows, merged into others"
+            assert tile.first == (not rows.any())
+            rows[:] = True
+            total += tile.pairs
+        assert touched.all(), f"a row without a key after round {number}"
+    assert schedule.pairs(rank) == total
+
+
+def check_messages(schedule: Schedule, rounds: Rounds) -> None:
+    """Both ends of every message tell the same story, and tell it in the same order."""
+    sent = wires(schedule, rounds, sending=True)
+    assert sent == wires(schedule, rounds, sending=False)
+    for (source, target), messages in sent.items():
+        assert source != target
+        assert source % schedule.num_trading == target % schedule.num_trading
+        seen = [(wire.slot, MESSAGES.index(wire.kind)) for wire in messages]
+        assert seen == sorted(set(seen)), "two of a kind, or not keys, passed, returned"
+
+
+def check_needed_only(schedule: Schedule, rounds: Rounds) -> None:
+    """An arrival holds what its tiles read and, on a ring, what is passed on; nothing else."""
+    for mine in rounds:
+        for number, turn in enumerate(mine[1:], start=1):
+            needed = read_columns(turn)
+            if schedule.route == "ring" and turn.send_keys:
+                needed[expand(turn.send_keys.spans)] = True
+            assert needed.all()
+            received = mine[number - 1].receive_keys
+            if schedule.exchange != "all_gather":
+                assert turn.num_keys == (received.num_tokens if received else 0)
+
+
+def check_run(schedule: Schedule, rounds: Rounds) -> None:
+    """Keys arrive, and every reader's gradient comes home exactly once."""
+    machine = Machine(schedule, rounds)
+    machine.run()
+    expected = expected_home(schedule)
+    for rank, home in enumerate(machine.home):
+        assert np.array_equal(home, expected[rank]), rank
+
+
+def expected_home(schedule: Schedule) -> list[Ints]:
+    """Per rank int64 [keys held, ranks]: 1 where that rank reads the key and is not the owner.
+
+    A rank's own contribution never travels, and members of a group keep to their own heads.
+    """
+    dense, size = schedule.mask.dense(), schedule.num_trading
+    shards = [held(schedule, rank) for rank in range(schedule.layout.cp_size)]
+    read = np.stack([dense[shard].any(axis=0) for shard in shards], axis=1).astype(np.int64)
+    expected = []
+    for rank, shard in enumerate(shards):
+        home = read[shard]
+        home[:, [r for r in range(len(shards)) if r == rank or (r - rank) % size]] = 0
+        expected.append(home)
+    return expected
+
+
+def check_gather(schedule: Schedule, rounds: Rounds, gathers: list[Gather]) -> None:
+    """Given is what others read, picked is what the tiles read; gradients come home once."""
+    size = schedule.layout.cp_size
+    assert len(gathers) == size
+    everything = gathered(schedule, gathers)
+    expected = expected_home(schedule)
+    home = [np.zeros_like(counts) for counts in expected]
+    width = gathers[0].width
+    for rank, (mine, gather) in enumerate(zip(rounds, gathers)):
+        picked = everything[expand(gather.picked)]
+        assert np.array_equal(picked, expand(mine[1].keys if len(mine) > 1 else ())), rank
+        assert len(mine) == (2 if len(picked) else 1)
+        wanted = expected[rank].any(axis=1)
+        assert np.array_equal(np.flatnonzero(wanted), expand(gather.given)), "not what is read"
+        assert schedule.kv_tokens_received(rank) == (size - 1) * width
+        sums = np.zeros(size * width, np.int64)  # what this rank puts into reduce-scatter
+        sums[expand(gather.picked)] = 1
+        for owner, part in enumerate(sums.reshape(size, width)):
+            places = expand(gathers[owner].given)
+            home[owner][places, rank] += part[: len(places)]
+            assert not part[len(places) :].any(), "a gradient in the padding"
+    assert width == max(int(counts.any(axis=1).sum()) for counts in expected)
+    for rank in range(size):
+        assert np.array_equal(home[rank], expected[rank]), rank
+
+
+def check_trade(schedule: Schedule, trades: list[HeadExchange], rank: int) -> None:
+    """Every query head of every token is computed by one member, with the kv head it reads."""
+    num_heads, num_kv_heads = schedule.num_heads, schedule.num_kv_heads
+    assert num_heads is not None
+    assert num_kv_heads is not None
+    serves, size = num_heads // num_kv_heads, schedule.num_trading
+    trade = trades[rank]
+    first = rank // size * size
+    assert trade.peers == tuple(range(first, first + size))
+    assert trade.peers[trade.index] == rank
+    assert [h for span in trade.query_heads for h in range(*span)] == list(range(num_heads))
+    for queries, keys in zip(trade.query_heads, trade.kv_heads):
+        assert set(range(*keys)) == {h // serves for h in range(*queries)}, "kv heads sent"
+    tokens, shard = held(schedule, rank), schedule.layout.positions(rank)
+    for kind, spans in (("query", trade.query_heads), ("kv", trade.kv_heads)):
+        arrived, _ = traded(schedule, trades, rank, kind)
+        assert np.array_equal(arrived, heads_of_tokens(tokens, spans[trade.index])), "misplaced"
+    back, _ = results_returned(schedule, trades, rank)
+    assert np.array_equal(back, heads_of_tokens(shard, (0, num_heads))), "results misplaced"
+    check_groups(trade, serves)
+
+
+def check_groups(trade: HeadExchange, serves: int) -> None:
+    """The rank's groups are uniform, cover its heads in order, and pair them as the model does."""
+    (q0, q1), (k0, k1) = trade.query_heads[trade.index], trade.kv_heads[trade.index]
+    pairs = []
+    for queries, keys in trade.groups:
+        num_queries, num_keys = queries[1] - queries[0], keys[1] - keys[0]
+        assert num_queries % num_keys == 0, "a group that is not uniform"
+        each = num_queries // num_keys
+        pairs += [(q, keys[0] + i // each) for i, q in enumerate(range(*queries))]
+    assert pairs == [(h - q0, h // serves - k0) for h in range(q0, q1)]
+    assert {k for _, k in pairs} == set(range(k1 - k0))
+    for a, b in pairwise(trade.groups):
+        each_of = [(q[1] - q[0]) // (k[1] - k[0]) for q, k in (a, b)]
+        assert each_of[0] != each_of[1] or a.keys[1] != b.keys[0], "two groups that could be one"
+
+
+def check_bytes(
+    schedule: Schedule, rank: int, rounds: Rounds, gathers: list[Gather], trades: list[HeadExchange]
+) -> None:
+    """What reaches ``rank`` in forward, counted as it arrives; heads of 3 and 5, two bytes each."""
+    head_dim, v_dim, width = 3, 5, 3 + 5
+    in_rounds = sum(t.receive_keys.num_tokens for t in rounds[rank] if t.receive_keys)
+    tokens = (schedule.num_trading - 1) * schedule.layout.shard_len + in_rounds
+    elements = tokens * (schedule.num_kv_heads or 1) * width
+    if gathers:
+        tokens = len(gathered(schedule, gathers)) - gathers[rank].width
+        elements = tokens * (schedule.num_kv_heads or 1) * width
+    if trades:
+        _, queries = traded(schedule, trades, rank, "query")
+        arrived, keys = traded(schedule, trades, rank, "kv")
+        _, results = results_returned(schedule, trades, rank)
+        elements = queries * head_dim + results * v_dim
+        elements += (keys + in_rounds * arrived.shape[1]) * width
+    assert schedule.kv_tokens_received(rank) == tokens
+    assert schedule.bytes_received(rank, head_dim, 2, v_head_dim=v_dim) == 2 * elements

@@ -1,0 +1,133 @@
+"""``auto`` is the exchange that moves least, counted by the schedules themselves."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cp_megatron.errors import ConfigError
+from cp_megatron.plan import Mask, Schedule, SequenceLayout
+from cp_megatron.plan.exchange import ROUTES, Heads, trade_elements
+from tests.plan.cases import any_schedules, heads, property_settings
+
+Sizes = tuple[int, int]
+
+
+def total(schedule: Schedule, head_dim: int, v_head_dim: int) -> int:
+    """Elements all ranks together receive."""
+    ranks = range(schedule.layout.cp_size)
+    return sum(schedule.bytes_received(rank, head_dim, 1, v_head_dim) for rank in ranks)
+
+
+@given(any_schedules(max_cp=8), st.data())
+@property_settings(200)
+def test_auto_moves_the_fewest_bytes(other: Schedule, data: st.DataObject) -> None:
+    mask, layout = other.mask, other.layout
+    size = layout.cp_size
+    divisors = [n for n in range(1, size + 1) if size % n == 0]
+    trading = data.draw(st.sampled_from(divisors))
+    sizes = data.draw(st.none() | st.just((trading, size // trading)))
+    num_heads, num_kv = data.draw(heads(data.draw(st.sampled_from([1, trading, size]))))
+    widths = data.draw(st.tuples(st.integers(1, 9), st.integers(1, 9)))
+    route = data.draw(st.sampled_from(["auto", *ROUTES]))
+
+    def build(exchange: str, way: str, sizes: Sizes | None = None) -> Schedule:
+        return Schedule.build(
+            mask, layout, exchange, way, num_heads, num_kv, sizes,
+            head_dim=widths[0], v_head_dim=widths[1],
+        )  # fmt: skip
+
+    ways = ROUTES if route == "auto" else (route,)
+    candidates = [build("p2p", way) for way in ways]
+    if num_heads % (sizes[0] if sizes else size) == 0:
+        name = "a2a+p2p" if sizes else "a2a"
+        candidates += [build(name, way, sizes) for way in ways]
+    best = min(total(candidate, *widths) for candidate in candidates)
+    chosen = build("auto", route, sizes)
+    assert chosen.exchange in ("p2p", "a2a", "a2a+p2p")
+    assert total(chosen, *widths) == best
+    if total(candidates[0], *widths) == best:
+        assert chosen.exchange == "p2p", "p2p where equal"
+    assert route in ("auto", chosen.route)
+    for candidate in candidates if best else ():
+        if candidate.exchange != chosen.exchange and size > 1:
+            least = min(total(c, *widths) for c in candidates if c.exchange == candidate.exchange)
+            assert f"{candidate.exchange} {least / best:.2g}x" in chosen.reason
+    assert total(build("all_gather", "ring"), *widths) >= total(build("p2p", "direct"), *widths)
+
+
+@given(any_schedules(), st.data())
+@property_settings(60)
+def test_a_trade_costs_what_is_received(other: Schedule, data: st.DataObject) -> None:
+    size = other.layout.cp_size
+    num_heads, num_kv = data.draw(heads(size))
+    schedule = Schedule.build(
+        other.mask, other.layout, "a2a", num_heads=num_heads, num_kv_heads=num_kv
+    )
+    counted = Heads(num_heads=num_heads, num_kv_heads=num_kv, head_dim=3, v_head_dim=5)
+    if size > 1:
+        assert trade_elements(other.layout, counted, size) == total(schedule, 3, 5)
+
+
+@pytest.mark.parametrize(
+    ("mask", "cp_size", "num_heads", "num_kv", "sizes", "chosen", "reason"),
+    [
+        (Mask.causal(64), 4, 8, 2, None, ("p2p", (1, 4)), "moves the fewest bytes, a2a 2x"),
+        (Mask.causal(64), 4, 8, 8, None, ("a2a", (4, 1)), "moves the fewest bytes, p2p 1.5x"),
+        (Mask.causal(64), 16, 32, 8, None, ("a2a", (16, 1)), "moves the fewest bytes, p2p 2x"),
+        (Mask.causal(64), 8, 6, 6, None, ("p2p", (1, 8)),
+         "moves the fewest bytes, a2a can not share 6 heads among 8"),
+        (Mask.causal(64), 8, 8, 8, (4, 2), ("a2a+p2p", (4, 2)),
+         "moves the fewest bytes, p2p 2.3x"),
+        (Mask.causal(64), 8, 12, 3, (4, 2), ("p2p", (1, 8)),
+         "moves the fewest bytes, a2a+p2p 1.1x"),
+        (Mask.documents([8] * 8), 4, 8, 8, None, ("p2p", (1, 4)), "moves nothing, a2a some"),
+        (Mask.causal(64), 1, 8, 8, None, ("p2p", (1, 1)), "one rank exchanges nothing"),
+    ],
+)  # fmt: skip
+def test_the_reason_is_told(
+    mask: Mask,
+    cp_size: int,
+    num_heads: int,
+    num_kv: int,
+    sizes: Sizes | None,
+    chosen: tuple[str, Sizes],
+    reason: str,
+) -> None:
+    layout = SequenceLayout.make(mask, cp_size, "zigzag")
+    schedule = Schedule.build(mask, layout, "auto", "auto", num_heads, num_kv, sizes, head_dim=16)
+    assert (schedule.exchange, schedule.hierarchical_sizes) == chosen
+    assert schedule.reason == reason
+
+
+def test_auto_takes_the_route_on_which_fewer_keys_travel() -> None:
+    """A short window over contiguous shards: the ring would carry every key almost all around."""
+    mask = Mask.causal(64, window=(3, 0))
+    layout = SequenceLayout.make(mask, 8, "contiguous")
+    auto = Schedule.build(mask, layout, route="auto")
+    assert auto.route == "direct"
+    assert auto.kv_tokens_received(3) == 3
+    causal = Mask.causal(64)
+    assert Schedule.build(causal, SequenceLayout.make(causal, 8), route="auto").route == "ring"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"exchange": "auto"}, "--cp-comm-type auto: needs to know the number of heads"),
+        ({"exchange": "a2a"}, "--cp-comm-type a2a: needs to know the number of heads"),
+        ({"exchange": "a2a+p2p", "num_heads": 4},
+         "--hierarchical-context-parallel-sizes None: a2a+p2p needs two sizes (works: 2 2)"),
+        ({"exchange": "a2a+p2p", "num_heads": 4, "hierarchical_sizes": (3, 2)},
+         "3 2: must be two sizes whose product is --context-parallel-size 4 (works: 2 2)"),
+        ({"exchange": "auto", "num_heads": 4, "hierarchical_sizes": (4,)},
+         "4: must be two sizes whose product is"),
+    ],
+)  # fmt: skip
+def test_what_auto_and_a2a_need_is_said(options: dict[str, object], message: str) -> None:
+    mask = Mask.causal(8)
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        Schedule.build(mask, SequenceLayout.make(mask, 4), **options)  # type: ignore[arg-type]
