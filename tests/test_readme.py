@@ -48,7 +48,7 @@ def test_the_library_example_runs_and_is_exact() -> None:
 
 
 def test_the_transformers_example_is_the_one_that_is_tested() -> None:
-    """tests/model/test_huggingface.py runs the module's own example; README shows the same calls."""
+    """README shows the calls of the module's own example, which tests/model runs."""
     example = re.findall(r"```python\n(.*?)```", README, re.DOTALL)[1]
     source = (ROOT / "cp_megatron/model/huggingface.py").read_text(encoding="utf-8")
     docstring = " ".join(source.partition('"""')[2].partition('"""')[0].split())

@@ -26,7 +26,23 @@ def dropout_seed(
         tp: this rank's coordinate where the residual stream is split over tp (sequence
             parallelism); None where it is replicated, so that all tp ranks draw the same masks.
     """
-    text = f"dropout {seed} {step} {microbatch} {dp} {cp} {'-' if tp is None else tp}"
+    return _seed(f"dropout {seed} {step} {microbatch} {dp} {cp} {'-' if tp is None else tp}")
+
+
+def attention_dropout_seed(*, seed: int, layer: int) -> int:
+    """The seed of a layer's attention dropout, in [0, 2**63), the same for ever and on every rank.
+
+    All else that its mask depends on (row of the run, head, positions) is hashed pair by pair, so
+    it is the same on every grid: see ``kernels/dropout.py``.
+
+    Args:
+        seed: the run's seed.
+        layer: the layer's number in the whole model.
+    """
+    return _seed(f"attention dropout {seed} {layer}")
+
+
+def _seed(text: str) -> int:
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 

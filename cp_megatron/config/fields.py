@@ -9,13 +9,13 @@ from __future__ import annotations
 import dataclasses
 import math
 import types
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from cp_megatron.config.schema import Config
 
-Kind = Literal["bool", "int", "float", "str", "strings"]
+Kind = Literal["bool", "int", "float", "str", "strings", "ints"]
 
 _RULES: Mapping[Kind, str] = {
     "bool": "must be true or false",
@@ -23,7 +23,11 @@ _RULES: Mapping[Kind, str] = {
     "float": "must be a number",
     "str": "must be a text",
     "strings": "must be a list of texts",
+    "ints": "must be whole numbers",
 }
+
+# Another spelling of a choice, from the help of Megatron's --cp-comm-type.
+_SPELLINGS: Mapping[str, str] = types.MappingProxyType({"allgather": "all_gather"})
 
 
 class BadValueError(ValueError):
@@ -50,6 +54,7 @@ class Setting:
         kind: its type.
         optional: ``None`` is a value.
         choices: the only texts it takes; empty when any will do.
+        count: how many values it takes; 0 is one or more.
     """
 
     section: str
@@ -57,6 +62,7 @@ class Setting:
     kind: Kind
     optional: bool
     choices: tuple[str, ...] = ()
+    count: int = 1
 
     @property
     def flag(self) -> str:
@@ -68,6 +74,13 @@ class Setting:
         """The place in a YAML file, e.g. ``model.num_layers``."""
         return f"{self.section}.{self.name}" if self.section else self.name
 
+    def words(self, texts: Sequence[str]) -> list[str]:
+        """The words of the command line in the one spelling that the rest knows."""
+        if self.kind == "ints" and len(texts) == 1 and "," in texts[0]:
+            texts = texts[0].strip("()").split(",")  # Megatron writes --window-size 128,0
+        spelled = [(text, _SPELLINGS.get(text, text)) for text in texts]
+        return [new if new in self.choices else text for text, new in spelled]
+
     def from_text(self, text: str) -> Any:
         """The value that a word of the command line stands for.
 
@@ -76,8 +89,8 @@ class Setting:
         """
         if self.optional and text == "None":
             return None
-        if self.kind in ("int", "float"):
-            number: type = int if self.kind == "int" else float
+        if self.kind in ("int", "float", "ints"):
+            number: type = float if self.kind == "float" else int
             try:
                 return self._in_range(number(text))
             except ValueError as error:
@@ -108,11 +121,16 @@ class Setting:
             return self._chosen(value)
         if self.kind == "strings" and isinstance(value, (list, tuple)):
             return tuple(self._chosen(item) for item in value)
+        if self.kind == "ints" and isinstance(value, (list, tuple)):
+            if len(value) == self.count and all(type(item) is int for item in value):
+                return tuple(value)
+            raise BadValueError(f"must be {self.count} whole numbers")
         raise BadValueError(_RULES[self.kind], ", ".join(self.choices))
 
     def _chosen(self, text: Any) -> str:
         if not isinstance(text, str):
             raise BadValueError(_RULES[self.kind])
+        (text,) = self.words([text])
         if self.choices and text not in self.choices:
             raise BadValueError("must be one of its choices", ", ".join(self.choices))
         if not text:
@@ -169,6 +187,10 @@ def setting_of_type(section: str, name: str, hint: Any) -> Setting:
         return Setting(
             section=section, name=name, kind="str", optional=optional, choices=get_args(hint)
         )
+    kind: Kind
+    if get_origin(hint) is tuple:
+        parts = get_args(hint)
+        kind, count = ("strings", 0) if Ellipsis in parts else ("ints", len(parts))
+        return Setting(section=section, name=name, kind=kind, optional=optional, count=count)
     kinds: dict[Any, Kind] = {bool: "bool", int: "int", float: "float", str: "str"}
-    kind: Kind = "strings" if get_origin(hint) is tuple else kinds[hint]
-    return Setting(section=section, name=name, kind=kind, optional=optional)
+    return Setting(section=section, name=name, kind=kinds[hint], optional=optional)

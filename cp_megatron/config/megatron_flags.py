@@ -20,10 +20,6 @@ MEANINGLESS: Mapping[str, tuple[str, str]] = MappingProxyType(
         "--expert-model-parallel-size": ("there are no mixture-of-experts models", _NOT_YET),
         "--expert-tensor-parallel-size": ("there are no mixture-of-experts models", _NOT_YET),
         "--num-experts": ("there are no mixture-of-experts models", _NOT_YET),
-        "--hierarchical-context-parallel-sizes": (
-            "belongs to the exchange a2a+p2p, which is not there yet",
-            "--cp-comm-type p2p",
-        ),
         "--hybrid-context-parallel": (
             "the context parallel size is one for the whole run",
             "--context-parallel-size",
@@ -71,8 +67,8 @@ MEANINGLESS: Mapping[str, tuple[str, str]] = MappingProxyType(
         "--transformer-impl": ("there is one implementation", "--kernel chooses the attention"),
         "--use-mcore-models": ("there is one implementation", _ALWAYS_ON),
         "--attention-softmax-in-fp32": ("softmax is always in float32 or more", _ALWAYS_ON),
-        "--deterministic-mode": ("the same grid always repeats bit for bit on cpu", _ALWAYS_ON),
         # model
+        "--window-attn-skip-freq": ("every layer has the window", "--window-size"),
         "--group-query-attention": ("the number of groups says it", "--num-query-groups"),
         "--use-rotary-position-embeddings": (
             "is said by the type",

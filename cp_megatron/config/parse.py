@@ -35,7 +35,10 @@ CONFIG_FILE = "config.yaml"
 """The file in a run's folder that holds its configuration."""
 
 _ALIASES: Mapping[str, str] = MappingProxyType(
-    {"--tensor-model-parallel-size": "--tensor-parallel-size"}
+    {
+        "--tensor-model-parallel-size": "--tensor-parallel-size",
+        "--deterministic-mode": "--deterministic",
+    }
 )
 _HELP = ("-h", "--help", "-H", "--help-verbose")
 _STEP_FOLDER = re.compile(r"step-\d+")
@@ -91,8 +94,8 @@ class _Word:
     def for_tyro(self) -> list[str]:
         """The same in the form that tyro can not misread."""
         if self.setting.kind == "bool":
-            return [self.flag]
-        if self.setting.kind == "strings":
+            return [_ALIASES.get(self.flag, self.flag)]
+        if self.setting.kind in ("strings", "ints"):
             return [self.setting.flag, *self.texts]
         return [f"{self.setting.flag}={self.texts[0]}"]
 
@@ -189,7 +192,7 @@ def _read_words(argv: Sequence[str]) -> dict[str, _Word]:
             follows = argv[place] if place < len(argv) and not _is_flag(argv[place]) else ""
             raise _unknown(flag, value if has_value else follows, flags)
         setting, _ = flags[flag]
-        room = {"bool": 0, "strings": len(argv)}.get(setting.kind, 1) - len(texts)
+        room = {"bool": 0, "strings": len(argv)}.get(setting.kind, setting.count) - len(texts)
         while room > 0 and place < len(argv) and not _is_flag(argv[place]):
             texts.append(argv[place])
             place, room = place + 1, room - 1
@@ -211,7 +214,7 @@ def _unknown(flag: str, value: str, flags: Mapping[str, object]) -> ConfigError:
             flag, value, f"a flag of Megatron without a meaning here: {why[0]}", why[1]
         )
     if not flag.startswith("-"):
-        rule = "belongs to no flag; only --data-path takes several values"
+        rule = "belongs to no flag"
         return ConfigError("argument", flag, rule, "--flag value")
     spelling = flag.replace("_", "-").lower()
     near = [spelling] if spelling in flags else difflib.get_close_matches(spelling, flags, n=3)
@@ -227,13 +230,21 @@ def _checked(setting: Setting, flag: str, texts: list[str]) -> tuple[str, ...]:
         return ()
     if not texts:
         hint = ", ".join(setting.choices)
-        raise ConfigError(flag, "", "needs a value", hint or f"{flag} VALUE")
+        raise ConfigError(flag, "", "needs a value", hint or f"{flag} {_values(setting)}")
+    texts = setting.words(texts)
+    if setting.kind == "ints" and len(texts) != setting.count and texts != ["None"]:
+        rule = f"needs {setting.count} whole numbers"
+        raise ConfigError(flag, " ".join(texts), rule, f"{flag} {_values(setting)}")
     for text in texts:
         try:
             setting.from_text(text)
         except BadValueError as error:
             raise ConfigError(flag, text, error.rule, error.works) from None
     return tuple(texts)
+
+
+def _values(setting: Setting) -> str:
+    return " ".join(["VALUE"] * max(1, setting.count))
 
 
 def _refuse_second(first: _Word | None, second: _Word) -> None:

@@ -16,9 +16,20 @@ DecayStyle = Literal["constant", "linear", "cosine"]
 Recompute = Literal["none", "selective", "full"]
 DType = Literal["auto", "float64", "float32", "bfloat16"]
 Device = Literal["auto", "cpu", "cuda"]
-Exchange = Literal["auto", "p2p"]
-LayoutKind = Literal["auto", "contiguous", "zigzag"]
-KernelName = Literal["auto", "reference", "cpu", "cuda", "flash_attn"]
+Exchange = Literal["auto", "p2p", "all_gather", "a2a", "a2a+p2p"]
+Route = Literal["auto", "ring", "direct"]
+LayoutKind = Literal["auto", "contiguous", "zigzag", "balanced"]
+KernelName = Literal[
+    "auto",
+    "reference",
+    "cpu",
+    "cuda",
+    "cudnn",
+    "flash_attn",
+    "flash_attn_2",
+    "flash_attn_3",
+    "flash_attn_4",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,10 +60,13 @@ class ModelConfig:
     """Base of the rotary frequencies."""
     max_position_embeddings: int | None = None
     """Rows of the learned position table; by default the sequence length."""
+    window_size: tuple[int, int] | None = None
+    """Sliding window, LEFT RIGHT: a token attends LEFT tokens before itself and none after (RIGHT
+    is 0 or -1); -1 is unlimited. By default there is none."""
     hidden_dropout: float = 0.0
     """Dropout on the residual stream: after the embedding, the attention and the MLP."""
     attention_dropout: float = 0.0
-    """Dropout on the attention probabilities; needs a kernel that has it."""
+    """Dropout on the attention probabilities; only --kernel reference has it."""
     untie_embeddings_and_output_weights: bool = False
     """Give the output layer a weight of its own instead of the embedding's."""
     disable_bias_linear: bool = False
@@ -95,9 +109,21 @@ class ParallelConfig:
     sequence_parallel: bool = False
     """Split the residual stream along the sequence over the tensor parallel ranks too."""
     cp_comm_type: Exchange = "auto"
-    """How keys and values reach the queries: p2p is the ring; auto chooses and says why."""
+    """How keys and values reach the queries: p2p sends what is read (the ring), all_gather gathers
+    it at once, a2a trades tokens for heads, a2a+p2p does so among neighbours and sends between
+    groups of them; auto takes what moves least and says why."""
+    hierarchical_context_parallel_sizes: tuple[int, int] | None = None
+    """Of a2a+p2p, A P: A neighbours trade heads, P groups send keys; A x P is the context parallel
+    size."""
+    cp_route: Route = "auto"
+    """Of p2p and a2a+p2p: keys come from the neighbour (ring) or from their owner (direct); auto
+    takes what moves less."""
     cp_layout: LayoutKind = "auto"
-    """Which rank holds which part of the sequence: zigzag balances causal attention."""
+    """Which rank holds which part of a row: zigzag balances causal attention, balanced packed
+    documents; auto chooses between the two."""
+    cp_check_ranks: bool = True
+    """Before a rank attends with a new mask, compare mask and shapes between the ranks (one small
+    message), so that a mistake ends the run instead of hanging it."""
     kernel: KernelName = "auto"
     """The attention kernel of one device; auto chooses by device and dtype and says why."""
     distributed_timeout_minutes: float = 10.0
@@ -122,6 +148,9 @@ class DataConfig:
     """Rows that go through the model at once; by default a rank's whole share of the batch."""
     global_batch_size: int | None = None
     """Rows per training step over all ranks; by default one micro batch per data parallel rank."""
+    pad_rows: bool = False
+    """Pad rows that the ranks can not share evenly, by tokens without a loss, instead of refusing
+    the sequence length."""
     document_mask: bool = False
     """Attention never crosses a document, and positions restart at each."""
     allow_data_change: bool = False
@@ -166,6 +195,8 @@ class TrainConfig:
     """Compute type; auto is bfloat16 on CUDA (float32 master weights) and float32 on CPU."""
     bf16: bool = False
     """The same as --dtype bfloat16."""
+    deterministic: bool = False
+    """The same grid repeats bit for bit on cuda too; on cpu it always does."""
     device: Device = "auto"
     """auto is cuda where every local rank has a GPU of its own, else cpu."""
     recompute_granularity: Recompute = "none"

@@ -27,7 +27,11 @@ def to_yaml(config: Config) -> str:
     """Every setting of ``config``, in the order of the dataclasses."""
     plain = dataclasses.asdict(config)
     plain["data"]["data_path"] = list(config.data.data_path)
-    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
+    readable = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
+    # PyYAML writes the line breaks of Unicode as they are and reads them back as spaces.
+    if any(mark in readable for mark in "\x85\u2028\u2029"):
+        return yaml.safe_dump(plain, sort_keys=False, allow_unicode=False)
+    return readable
 
 
 def from_yaml(text: str, source: str) -> Config:

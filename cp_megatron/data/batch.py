@@ -1,7 +1,7 @@
 """One data parallel rank's part of a global batch, as tensors.
 
-Shapes: S = seq_length, m = micro_batch_size. The global batch at ``consumed`` is the rows
-[consumed, consumed + global_batch_size) of the run; data parallel rank d takes its d-th slice.
+Shapes: S = seq_length, m = micro_batch_size, p = padding. The global batch at ``consumed`` is the
+rows [consumed, consumed + global_batch_size) of the run; data parallel rank d takes its d-th slice.
 Context and tensor parallel peers derive the same rows and keep their shard.
 """
 
@@ -11,13 +11,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from cp_megatron.data.sampler import Row, Rows
+from cp_megatron.data.packing import row_mask
+from cp_megatron.data.sampler import Rows
 from cp_megatron.data.sources import EOD
 from cp_megatron.errors import ConfigError
-from cp_megatron.plan import Mask
+from cp_megatron.plan.mask import Mask, Window
 
 IGNORED = -100
 """The label of a token that has no loss."""
@@ -28,14 +30,16 @@ class Batch:
     """What one forward pass reads; on the CPU.
 
     Attributes:
-        tokens: int64 [m, S], or [1, m * S] where documents are masked.
+        tokens: int64 [m, S + p], or [1, m * S + p] where documents are masked.
         labels: int64, like ``tokens``, already shifted; ``IGNORED`` where there is no loss.
         mask: which token sees which, for every row of the batch.
+        first_row: number of the first row in the run.
     """
 
     tokens: Tensor
     labels: Tensor
     mask: Mask
+    first_row: int
 
     @property
     def valid_tokens(self) -> int:
@@ -52,6 +56,8 @@ def microbatches(
     dp_rank: int,
     dp_size: int,
     document_mask: bool,
+    window: Window | None = None,
+    padding: int = 0,
 ) -> Iterator[Batch]:
     """The micro batches of one rank for the global batch that begins at row ``consumed``.
 
@@ -63,6 +69,8 @@ def microbatches(
         dp_rank, dp_size: this rank's place on the dp axis.
         document_mask: attention never crosses a document; the micro batch's rows are laid end to
             end in one row, and an end-of-document token predicts nothing.
+        window: of the model's attention, as in ``Mask``.
+        padding: tokens without a label that follow each row of a batch, a document of their own.
 
     Yields:
         global_batch_size / (dp_size * micro_batch_size) batches. No grid and no micro batch size
@@ -81,26 +89,22 @@ def microbatches(
     first = consumed + dp_rank * per_rank
     for start in range(first, first + per_rank, micro_batch_size):
         chosen = [rows[number] for number in range(start, start + micro_batch_size)]
-        yield _packed(chosen) if document_mask else _stacked(chosen)
+        tokens = np.stack([row.inputs for row in chosen]).astype(np.int64)
+        labels = np.stack([row.labels for row in chosen]).astype(np.int64)
+        lengths: Sequence[int] = [rows.seq_length]
+        if document_mask:
+            # A mask holds for every row of a batch; rows with different documents become one row.
+            tokens, labels = tokens.reshape(1, -1), labels.reshape(1, -1)
+            labels[tokens == EOD] = IGNORED
+            lengths = [length for row in chosen for length in row.document_lengths]
+        yield Batch(
+            tokens=_padded(tokens, padding, EOD),
+            labels=_padded(labels, padding, IGNORED),
+            mask=row_mask(lengths, document_mask=document_mask, window=window, padding=padding),
+            first_row=start,
+        )
 
 
-def _stacked(rows: Sequence[Row]) -> Batch:
-    tokens = np.stack([row.inputs for row in rows]).astype(np.int64)
-    labels = np.stack([row.labels for row in rows]).astype(np.int64)
-    return Batch(
-        tokens=torch.from_numpy(tokens),
-        labels=torch.from_numpy(labels),
-        mask=Mask.causal(tokens.shape[1]),
-    )
-
-
-def _packed(rows: Sequence[Row]) -> Batch:
-    # A mask holds for every row of a batch; rows with different documents become one row.
-    tokens = np.concatenate([row.inputs for row in rows]).astype(np.int64)[None]
-    labels = np.concatenate([row.labels for row in rows]).astype(np.int64)[None]
-    labels[tokens == EOD] = IGNORED
-    return Batch(
-        tokens=torch.from_numpy(tokens),
-        labels=torch.from_numpy(labels),
-        mask=Mask.documents([length for row in rows for length in row.document_lengths]),
-    )
+def _padded(rows: npt.NDArray[np.int64], padding: int, value: int) -> Tensor:
+    """[m, S] -> [m, S + p]."""
+    return torch.from_numpy(np.pad(rows, ((0, 0), (0, padding)), constant_values=value))

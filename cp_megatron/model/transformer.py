@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TypeVar
 
 import torch
@@ -21,9 +22,11 @@ from torch.distributed import ProcessGroup
 from torch.distributed.tensor import Replicate
 from torch.utils.checkpoint import checkpoint
 
+from cp_megatron.comm.rng import attention_dropout_seed
 from cp_megatron.config.schema import ModelConfig, Recompute
 from cp_megatron.context_parallel import ContextParallel
 from cp_megatron.errors import ConfigError
+from cp_megatron.kernels.dropout import Dropout
 from cp_megatron.model.attention import SelfAttention
 from cp_megatron.model.mlp import MLP
 from cp_megatron.model.norm import make_norm
@@ -71,16 +74,20 @@ class TransformerLayer(nn.Module):
         self.mlp = MLP(config, down=down)
         self.dropout = nn.Dropout(config.hidden_dropout)
 
-    def forward(self, x: Tensor, rotation: Rotation | None, cp: ContextParallel) -> Tensor:
-        """Residual stream -> residual stream."""
+    def forward(
+        self, x: Tensor, rotation: Rotation | None, cp: ContextParallel, dropout: Dropout | None
+    ) -> Tensor:
+        """Residual stream -> residual stream; ``dropout`` is of attention weights."""
         # Inside the module's forward, so that FSDP has gathered the weights when it runs again.
         if self.recompute == "full":
-            return _recomputed(self._block, x, rotation, cp)
-        return self._block(x, rotation, cp)
+            return _recomputed(self._block, x, rotation, cp, dropout)
+        return self._block(x, rotation, cp, dropout)
 
-    def _block(self, x: Tensor, rotation: Rotation | None, cp: ContextParallel) -> Tensor:
+    def _block(
+        self, x: Tensor, rotation: Rotation | None, cp: ContextParallel, dropout: Dropout | None
+    ) -> Tensor:
         q, k, v = self._cheap(self._before_attention, x, rotation)
-        x = x + self.dropout(self.attention.output(cp.attention(q, k, v)))
+        x = x + self.dropout(self.attention.output(cp.attention(q, k, v, dropout=dropout)))
         return x + self.dropout(self._cheap(self._mlp, x))
 
     def _before_attention(
@@ -115,8 +122,7 @@ class Transformer(nn.Module):
 
     Raises:
         ConfigError: heads, vocabulary or ffn do not divide over tp, learned positions are fewer
-            than the sequence is long, tied weights would be on two pipeline stages, or attention
-            dropout is asked for.
+            than the sequence is long, or tied weights would be on two pipeline stages.
     """
 
     def __init__(
@@ -171,7 +177,9 @@ class Transformer(nn.Module):
         )
         self.head = VocabParallelHead(*vocabulary, tied=tied, tp=self.tp) if has_head else None
 
-    def forward(self, x: Tensor, *, cp: ContextParallel) -> Tensor:
+    def forward(
+        self, x: Tensor, *, cp: ContextParallel, attention_dropout: Dropout | None = None
+    ) -> Tensor:
         """Tokens -> logits, or what the range of layers makes of it.
 
         Args:
@@ -179,11 +187,15 @@ class Transformer(nn.Module):
                 residual stream that the layer before returned.
             cp: the context parallelism of this batch: which positions the tokens have, and the
                 attention across ranks.
+            attention_dropout: with the run's seed and the number of this rank's first query head;
+                every layer draws a mask of its own. Needed to train where the model has it.
 
         Returns:
             Logits [b, s, v/tp] in the compute dtype, -inf for the vocabulary's padding; where
             there is no head, the residual stream.
         """
+        asked = self.config.attention_dropout if self.training else 0.0
+        assert asked == (attention_dropout.probability if attention_dropout else 0.0)
         positions = cp.document_positions.to(x.device)  # [s]
         if self.embedding is not None:
             x = self._embed(x, positions)
@@ -195,8 +207,8 @@ class Transformer(nn.Module):
                 base=self.config.rotary_base,
                 dtype=x.dtype,
             )
-        for layer in self.layers.values():
-            x = layer(x, rotation, cp)
+        for number, layer in self.layers.items():
+            x = layer(x, rotation, cp, _of_layer(attention_dropout, int(number)))
         if self.head is None or self.norm is None:
             return x
         tied = None if self.embedding is None or self.head.weight is not None else self.embedding
@@ -211,6 +223,12 @@ class Transformer(nn.Module):
         if self.positions is not None:
             x = x + self.positions(self.tp.own_rows(positions))
         return self.dropout(x)
+
+
+def _of_layer(dropout: Dropout | None, layer: int) -> Dropout | None:
+    if dropout is None:
+        return None
+    return replace(dropout, seed=attention_dropout_seed(seed=dropout.seed, layer=layer))
 
 
 def _recomputed(function: Callable[..., Result], *args: object) -> Result:
@@ -253,11 +271,4 @@ def _check(
             config.ffn_size,
             f"must be divisible by the tensor parallel size {tp.size}",
             str(-(-config.ffn_size // tp.size) * tp.size),
-        )
-    if config.attention_dropout:
-        raise ConfigError(
-            "--attention-dropout",
-            config.attention_dropout,
-            "attention across context parallel ranks has no dropout",
-            "0",
         )

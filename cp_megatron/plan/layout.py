@@ -27,7 +27,8 @@ KINDS = ("contiguous", "zigzag", "balanced")
 def auto_layout(mask: Mask) -> str:
     """The layout ``auto`` stands for.
 
-    Balanced for a row of several documents, else zigzag where no query looks ahead, else contiguous.
+    Balanced for a row of several documents, else zigzag where no query looks ahead, else
+    contiguous.
     """
     if len(mask.lengths) > 1:
         return "balanced"

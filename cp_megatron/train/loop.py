@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,20 +12,21 @@ import torch
 import torch.distributed as dist
 
 from cp_megatron.checkpoint.store import save_checkpoint
+from cp_megatron.data.ahead import Ahead
 from cp_megatron.data.batch import Batch, microbatches
 from cp_megatron.data.sampler import Rows, RowSplits
 from cp_megatron.train.metrics import (
     Metrics,
     MetricsWriter,
-    flops_per_row,
     peak_flops,
     peak_memory,
+    training_flops,
 )
 from cp_megatron.train.optimizer import learning_rate
 from cp_megatron.train.preflight import RunPlan
 from cp_megatron.train.progress import ProgressView
 from cp_megatron.train.signals import StopRequest
-from cp_megatron.train.step import StepResult, Trainer
+from cp_megatron.train.step import Shard, StepResult, Trainer
 
 
 class DivergedError(RuntimeError):
@@ -63,6 +64,11 @@ class Run:
             DivergedError: a loss, the gradient norm or a parameter to be saved is not finite.
             ConfigError: the checkpoint can not be written.
         """
+        with Ahead(self._shards(self.rows.train, start_step)) as shards:
+            return self._train(shards, start_step, stop)
+
+    def _train(self, shards: Iterator[list[Shard]], start_step: int, stop: StopRequest) -> int:
+        """``train`` on this rank's shards of each step to come."""
         train = self.plan.config.train
         interval = self.plan.config.checkpoint.save_interval
         clock = _Clock()
@@ -70,8 +76,8 @@ class Run:
         while step < train.train_iters:
             rate = learning_rate(step, self.plan.config.optimizer, train.train_iters)
             with clock:
-                batches = self._batches(self.rows.train, step)
-                result = self.trainer.step(batches, step=step, lr=rate)
+                result = self.trainer.step(next(shards), step=step, lr=rate)
+                clock.num_pairs += result.num_pairs
             step += 1
             _check_finite(step, saved, {"loss": result.loss, "gradient norm": result.grad_norm})
             stopping = any_rank_stops(stop, self.control)
@@ -79,7 +85,7 @@ class Run:
             valid_loss = None if stopping else self._validate(step, saved)
             # The first step too: it shows where the loss came from.
             if last or step == 1 or step % train.log_interval == 0 or valid_loss is not None:
-                self._log(step, result, rate, clock.seconds_per_step(), valid_loss)
+                self._log(step, result, rate, clock, valid_loss)
             self.view.step_done(step)
             if last or (interval and step % interval == 0):
                 self._save(step, saved)
@@ -88,21 +94,26 @@ class Run:
                 break
         return step
 
-    def _batches(self, rows: Rows, number: int) -> list[Batch]:
+    def _shards(self, rows: Rows, first: int) -> Iterator[list[Shard]]:
+        """This rank's shards of the training's global batches from number ``first`` on."""
+        for number in range(first, self.plan.config.train.train_iters):
+            yield [self.trainer.prepare(batch) for batch in self._batches(rows, number)]
+
+    def _batches(self, rows: Rows, number: int) -> Iterator[Batch]:
         """This rank's micro batches of global batch ``number``."""
         data, groups = self.plan.config.data, self.trainer.groups
         size = data.global_batch_size
         assert size is not None, "preflight fills it in"
-        return list(
-            microbatches(
-                rows,
-                consumed=number * size,
-                global_batch_size=size,
-                micro_batch_size=self.plan.micro_batch_size,
-                dp_rank=groups.coordinates.dp,
-                dp_size=groups.grid.dp,
-                document_mask=data.document_mask,
-            )
+        return microbatches(
+            rows,
+            consumed=number * size,
+            global_batch_size=size,
+            micro_batch_size=self.plan.micro_batch_size,
+            dp_rank=groups.coordinates.dp,
+            dp_size=groups.grid.dp,
+            document_mask=data.document_mask,
+            window=self.plan.config.model.window_size,
+            padding=self.plan.sequence.padding,
         )
 
     def _validate(self, step: int, saved: int) -> float | None:
@@ -112,16 +123,21 @@ class Run:
         if not due or not train.eval_iters or self.rows.valid is None:
             return None
         rows = self.rows.valid
-        loss = self.trainer.evaluate(
-            [batch for number in range(train.eval_iters) for batch in self._batches(rows, number)]
+        shards = (
+            self.trainer.prepare(batch)
+            for number in range(train.eval_iters)
+            for batch in self._batches(rows, number)
         )
+        with Ahead(shards) as ahead:
+            loss = self.trainer.evaluate(ahead)
         _check_finite(step, saved, {"validation loss": loss})
         return loss
 
     def _log(
-        self, step: int, result: StepResult, rate: float, seconds: float, valid_loss: float | None
+        self, step: int, result: StepResult, rate: float, clock: _Clock, valid_loss: float | None
     ) -> None:
         data = self.plan.config.data
+        seconds, num_pairs = clock.means()
         batch_tokens = (data.global_batch_size or 0) * data.seq_length
         memory = torch.tensor(peak_memory(self.trainer.device), dtype=torch.int64)
         dist.all_reduce(memory, op=dist.ReduceOp.MAX, group=self.control)
@@ -133,7 +149,7 @@ class Run:
             tokens=step * batch_tokens,
             tokens_per_second=batch_tokens / seconds,
             step_seconds=seconds,
-            mfu=self._utilisation(batch_tokens, seconds),
+            mfu=self._utilisation(batch_tokens, num_pairs, seconds),
             memory_bytes=int(memory.item()),
             valid_loss=valid_loss,
         )
@@ -141,15 +157,17 @@ class Run:
             self.writer.write(metrics)
         self.view.log(metrics)
 
-    def _utilisation(self, batch_tokens: int, seconds: float) -> float | None:
-        """Model FLOP/s over all devices' peak; attention counts as if no document were masked."""
+    def _utilisation(self, num_tokens: int, num_pairs: float, seconds: float) -> float | None:
+        """Model FLOP/s over all devices' peak; of attention only what the masks allow counts."""
         peak = peak_flops(self.trainer.device)
         if peak is None:
             return None
-        mask = self.trainer.cp.mask
-        vocab = self.plan.padded_vocab_size
-        row = flops_per_row(self.plan.config.model, padded_vocab_size=vocab, mask=mask)
-        flops = row * batch_tokens / mask.seq_len
+        flops = training_flops(
+            self.plan.config.model,
+            padded_vocab_size=self.plan.padded_vocab_size,
+            num_tokens=num_tokens,
+            num_pairs=num_pairs,
+        )
         return flops / seconds / (peak * self.trainer.groups.grid.world_size)
 
     def _save(self, step: int, saved: int) -> None:
@@ -198,10 +216,15 @@ def _diverged(step: int, saved: int, found: str) -> DivergedError:
 
 
 class _Clock:
-    """Mean seconds of a step since the last time it was asked; what lies between is not counted."""
+    """Times steps; what lies between is not counted.
+
+    Attributes:
+        num_pairs: attended pairs of the steps since the means were last asked for.
+    """
 
     def __init__(self) -> None:
         self._seconds, self._steps, self._begin = 0.0, 0, 0.0
+        self.num_pairs = 0.0
 
     def __enter__(self) -> None:
         self._begin = time.perf_counter()
@@ -210,7 +233,9 @@ class _Clock:
         self._seconds += time.perf_counter() - self._begin
         self._steps += 1
 
-    def seconds_per_step(self) -> float:
-        mean = self._seconds / max(1, self._steps)
-        self._seconds, self._steps = 0.0, 0
-        return mean
+    def means(self) -> tuple[float, float]:
+        """Seconds and attended pairs of a step since the last time."""
+        steps = max(1, self._steps)
+        means = self._seconds / steps, self.num_pairs / steps
+        self._seconds, self._steps, self.num_pairs = 0.0, 0, 0.0
+        return means

@@ -16,7 +16,6 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from cp_megatron.config import ModelConfig
-from cp_megatron.plan import Mask
 from cp_megatron.train.parameters import matmul_parameters
 
 METRICS_FILE = "metrics.jsonl"
@@ -125,15 +124,23 @@ def keep_aside(file: Path, step: int) -> Path:
     return aside
 
 
-def flops_per_row(model: ModelConfig, *, padded_vocab_size: int, mask: Mask) -> float:
-    """Forward and backward FLOPs of one row; recomputation is not counted.
+def training_flops(
+    model: ModelConfig, *, padded_vocab_size: int, num_tokens: float, num_pairs: float
+) -> float:
+    """Forward and backward FLOPs; recomputation is not counted.
 
     6 per matrix parameter and token (Kaplan et al. 2020, arXiv:2001.08361, table 1) and 12 per
     attended pair and channel of the queries: two products, each once forward, twice backward.
+
+    Args:
+        model: the model.
+        padded_vocab_size: rows of the embedding.
+        num_tokens: tokens trained on.
+        num_pairs: pairs of a query and a key that it attends, over all rows.
     """
     matrices = matmul_parameters(model, padded_vocab_size)
     channels = model.num_layers * model.num_attention_heads * model.head_dim
-    return 6.0 * matrices * mask.seq_len + 12.0 * mask.pairs() * channels
+    return 6.0 * matrices * num_tokens + 12.0 * num_pairs * channels
 
 
 def peak_flops(device: torch.device) -> float | None:

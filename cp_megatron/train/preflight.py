@@ -8,7 +8,6 @@ checkpoint, sends nothing, makes nothing.
 from __future__ import annotations
 
 import dataclasses
-import math
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,11 +20,11 @@ from cp_megatron.config import Config
 from cp_megatron.data.sources import VOCAB_SIZE, check_sources
 from cp_megatron.errors import ConfigError
 from cp_megatron.kernels.select import KernelChoice, select_kernel
-from cp_megatron.plan import Grid, Mask, SequenceLayout
-from cp_megatron.plan.layout import auto_layout, sequence_divisor
+from cp_megatron.plan import Grid, Mask
 from cp_megatron.train import rules
 from cp_megatron.train.folders import check_load, check_save
 from cp_megatron.train.parameters import padded_vocab_size
+from cp_megatron.train.sequence import SequencePlan, plan_sequence
 
 DeviceName = Literal["cpu", "cuda"]
 
@@ -44,13 +43,9 @@ class RunPlan:
         device: None while ``--device auto`` waits for torch; see ``on_device``.
         dtype: the compute type; None as long as it depends on the device.
         kernels: per device that is still possible, the attention kernel and why.
-        layout: which context parallel rank holds which positions of a row.
-        exchange: how keys and values reach the queries.
-        exchange_reason: why.
+        sequence: how a row is shared; with documents masked, the rows of a micro batch are one.
         vocab_size: tokens of the tokenizer.
         padded_vocab_size: rows of the embedding.
-        row_length: tokens of what the model sees as one row; with documents masked, the rows of a
-            micro batch are one.
         micro_batch_size: rows that go through the model at once.
         num_microbatches: micro batches per step on each rank.
         load: the checkpoint folder (step-N) to go on from.
@@ -63,12 +58,9 @@ class RunPlan:
     device: DeviceName | None
     dtype: str | None
     kernels: Mapping[DeviceName, KernelChoice]
-    layout: SequenceLayout
-    exchange: str
-    exchange_reason: str
+    sequence: SequencePlan
     vocab_size: int
     padded_vocab_size: int
-    row_length: int
     micro_batch_size: int
     num_microbatches: int
     load: Path | None
@@ -80,12 +72,15 @@ class RunPlan:
         """The attention kernel; None while the device is not known."""
         return None if self.device is None else self.kernels[self.device]
 
-    def on_device(self, device: DeviceName, note: str = "") -> RunPlan:
+    def on_device(
+        self, device: DeviceName, note: str = "", capability: tuple[int, int] | None = None
+    ) -> RunPlan:
         """The plan on the device that was found once torch could be asked.
 
         Args:
             device: the device.
             note: what a person should know about the choice, for the start table.
+            capability: of a CUDA device, (major, minor).
 
         Raises:
             ConfigError: ``--device`` names another one, or the kernel does not run on it.
@@ -93,7 +88,7 @@ class RunPlan:
         asked = self.config.train.device
         if asked not in ("auto", device):
             raise ConfigError("--device", asked, f"there is only {device}", f"--device {device}")
-        kernel = kernel_on(self.config, device)
+        kernel = kernel_on(self.config, device, capability)
         return dataclasses.replace(
             self,
             device=device,
@@ -131,12 +126,19 @@ def check(
     padded = padded_vocab_size(VOCAB_SIZE, config.model)
     rules.check_model(config.model, config.data.seq_length)
     rules.check_positions(config.model, given)
+    rules.check_window(config.model)
     rules.check_tensor_parallel(config.model, config.parallel.tensor_parallel_size, padded)
     # After the model: a command with more ranks is no help where the heads forbid the grid.
     grid, world_note = _grid(config, launch, dry_run, dry_run_world_size, [script, *argv])
     rows, micro_batch_size, num_microbatches = rules.check_batch(config.data, grid.dp)
-    row_length = config.data.seq_length * (micro_batch_size if config.data.document_mask else 1)
-    layout = _layout(config, grid, row_length)
+    sequence = plan_sequence(
+        config,
+        grid,
+        launch,
+        rows=micro_batch_size if config.data.document_mask else 1,
+        given=given,
+        one_node=dry_run and not launch.under_torchrun,
+    )
     rules.check_schedule(config.optimizer, config.train, given)
     validates = rules.check_data(config.data, config.train, given)
     kernels = _kernels(config)
@@ -144,7 +146,6 @@ def check(
     loaded = check_load(config, VOCAB_SIZE)
     check_save(config, loaded[0] if loaded else None)
     resolved, notes = _resolved(config, grid, rows, validates)
-    exchange, reason = _exchange(config, grid)
     device = next(iter(kernels)) if len(kernels) == 1 and config.train.device != "auto" else None
     return RunPlan(
         config=resolved,
@@ -152,17 +153,14 @@ def check(
         device=device,
         dtype=_dtype(resolved, device),
         kernels=kernels,
-        layout=layout,
-        exchange=exchange,
-        exchange_reason=reason,
+        sequence=sequence,
         vocab_size=VOCAB_SIZE,
         padded_vocab_size=padded,
-        row_length=row_length,
         micro_batch_size=micro_batch_size,
         num_microbatches=num_microbatches,
         load=loaded[0] if loaded else None,
         load_step=loaded[1].step if loaded else 0,
-        notes=(*world_note, *notes),
+        notes=(*world_note, *sequence.notes, *notes),
     )
 
 
@@ -172,8 +170,15 @@ def dtype_on(config: Config, device: DeviceName) -> str:
     return _AUTO_DTYPE[device] if dtype == "auto" else dtype
 
 
-def kernel_on(config: Config, device: DeviceName) -> KernelChoice:
+def kernel_on(
+    config: Config, device: DeviceName, capability: tuple[int, int] | None = None
+) -> KernelChoice:
     """The attention kernel on ``device``.
+
+    Args:
+        config: the run.
+        device: the device.
+        capability: of a CUDA device, (major, minor); None where it is not known yet.
 
     Raises:
         ConfigError: there is none that can do what the configuration asks.
@@ -184,6 +189,9 @@ def kernel_on(config: Config, device: DeviceName) -> KernelChoice:
         dtype=dtype_on(config, device),
         head_dim=config.model.head_dim,
         attention_dropout=config.model.attention_dropout,
+        window=Mask.causal(1, config.model.window_size).has_window,
+        deterministic=config.train.deterministic,
+        capability=capability,
     )
 
 
@@ -254,46 +262,6 @@ def _wrong_world(launch: Launch, cp: int, tp: int, command: Sequence[str]) -> Co
     return ConfigError(
         flag, value, rule, shlex.join(["torchrun", "--nproc-per-node", str(ranks), *command])
     )
-
-
-def _layout(config: Config, grid: Grid, packed: int) -> SequenceLayout:
-    """Which rank holds what of a ``packed`` row; it must divide by all that cuts it."""
-    length = config.data.seq_length
-    mask = Mask.causal(packed)
-    asked = config.parallel.cp_layout
-    kind = auto_layout(mask) if asked == "auto" else asked
-    divisor = _divisor(config, grid, kind)
-    if not packed % divisor:
-        return SequenceLayout.make(mask, grid.cp, kind)
-    needs = [f"the {kind} layout on {_axes(grid.cp, 1)}"] if grid.cp > 1 else []
-    if _splits_sequence(config, grid):
-        needs.append(f"--sequence-parallel on {_axes(1, grid.tp)}")
-    # Whole rows are packed, and each may bring a factor of its own.
-    unit = divisor // math.gcd(divisor, packed // length)
-    works = rules.multiples(length, unit)
-    if packed % _divisor(config, grid, "contiguous") == 0:
-        works += ", or --cp-layout contiguous"
-    rule = f"must be a multiple of {unit} for {' and '.join(needs)}"
-    raise ConfigError("--seq-length", length, rule, works)
-
-
-def _divisor(config: Config, grid: Grid, kind: str) -> int:
-    """What a row's length must be divisible by."""
-    ranks = grid.cp * grid.tp if _splits_sequence(config, grid) else 1
-    return math.lcm(sequence_divisor(kind, grid.cp), ranks)
-
-
-def _splits_sequence(config: Config, grid: Grid) -> bool:
-    return config.parallel.sequence_parallel and grid.tp > 1
-
-
-def _exchange(config: Config, grid: Grid) -> tuple[str, str]:
-    asked = config.parallel.cp_comm_type
-    if grid.cp == 1:
-        return "none", "one rank holds the whole sequence"
-    if asked == "auto":
-        return "p2p", "the ring, behind the tiles; the only exchange so far"
-    return asked, "asked for"
 
 
 def _resolved(

@@ -16,6 +16,7 @@ from rich.text import Text
 from cp_megatron.errors import ConfigError
 from cp_megatron.train.parameters import num_parameters, parameters_on_rank
 from cp_megatron.train.preflight import RunPlan, dtype_on
+from cp_megatron.train.sequence import SequencePlan
 
 Line = tuple[str, str]
 """What, and its value."""
@@ -94,7 +95,10 @@ def shown_ranks(world_size: int) -> list[int | None]:
 
 
 def _positions(plan: RunPlan, cp_rank: int) -> str:
-    chunks = [f"{start}-{stop - 1}" for start, stop in plan.layout.chunks[cp_rank]]
+    sequence = plan.sequence
+    if sequence.per_batch and sequence.layout.kind == "balanced" and plan.grid.cp > 1:
+        return "of each batch's own"
+    chunks = [f"{start}-{stop - 1}" for start, stop in sequence.layout.chunks[cp_rank]]
     more = [] if len(chunks) <= _CHUNKS_SHOWN else ["..."]
     return ", ".join(chunks[:_CHUNKS_SHOWN] + more)
 
@@ -117,8 +121,11 @@ def _model(plan: RunPlan) -> Iterator[Line]:
     grid = plan.grid
     most = parameters_on_rank(model, **sizes, grid=grid, rank=0)
     yield "parameters", f"{total:,} in all, {most:,} on a rank (tp, then sharded over dp x cp)"
-    tokens = plan.layout.shard_len
-    yield "tokens", f"{plan.row_length:,} per row, {tokens:,} of them on a rank"
+    sequence = plan.sequence
+    padding = f" ({sequence.padding:,} of padding)" if sequence.padding else ""
+    on_rank = f"{sequence.layout.shard_len:,} of them on a rank"
+    yield "tokens", f"{sequence.row_length:,} per row{padding}, {on_rank}"
+    yield "attention", _attention(plan)
 
 
 def _choices(plan: RunPlan) -> Iterator[Line]:
@@ -126,15 +133,43 @@ def _choices(plan: RunPlan) -> Iterator[Line]:
     for device, kernel in plan.kernels.items():
         label = "kernel" if len(plan.kernels) == 1 else f"kernel on {device}"
         yield label, f"{kernel.name} - {kernel.reason}"
-    layout = plan.config.parallel.cp_layout
-    asked = "chosen: it gives every rank the same share" if layout == "auto" else "asked for"
+    if plan.config.train.deterministic:
+        yield "deterministic", "on: the same grid repeats bit for bit"
     if plan.grid.cp > 1:
-        yield "layout", f"{plan.layout.kind} - {asked}"
-    yield "exchange", f"{plan.exchange} - {plan.exchange_reason}"
+        yield "layout", f"{plan.sequence.layout.kind} - {_layout_reason(plan)}"
+    yield "exchange", _exchange(plan.sequence)
     parallel = plan.config.parallel
     if plan.grid.tp > 1:
         state = "on" if parallel.sequence_parallel else "off"
         yield "sequence parallel", state
+
+
+def _attention(plan: RunPlan) -> str:
+    left = plan.sequence.mask.window[0]
+    words = ["causal"]
+    if plan.sequence.per_batch:
+        words.append("inside each document")
+    if left >= 0:
+        words.append(f"{left:,} tokens back")
+    return ", ".join(words)
+
+
+def _layout_reason(plan: RunPlan) -> str:
+    if plan.config.parallel.cp_layout != "auto":
+        return "asked for"
+    if plan.sequence.layout.kind == "balanced":
+        return "chosen: it deals each batch's documents so that ranks have the same share"
+    return "chosen: it gives every rank the same share"
+
+
+def _exchange(sequence: SequencePlan) -> str:
+    name = sequence.exchange
+    sends = name in ("p2p", "a2a+p2p") and sequence.route != "auto"
+    # Of a choice that is still open the sizes say how many ranks share a node, and of nodes.
+    if sequence.sizes and name == "a2a+p2p":
+        name += f" {sequence.sizes[0]} x {sequence.sizes[1]}"
+    route = f", {sequence.route}" if sends else ""
+    return f"{name}{route} - {sequence.reason}"
 
 
 def _device(plan: RunPlan) -> str:

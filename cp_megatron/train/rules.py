@@ -193,6 +193,17 @@ def check_positions(model: ModelConfig, given: frozenset[str]) -> None:
         )
 
 
+def check_window(model: ModelConfig) -> None:
+    """A window of a causal model."""
+    if model.window_size is None:
+        return
+    left, right = model.window_size
+    if left < -1 or right not in (0, -1):
+        rule = "needs LEFT >= 0, or -1 for unlimited, and RIGHT 0 or -1: the model is causal"
+        works = f"{max(left, -1)} 0"
+        raise ConfigError("--window-size", f"{left} {right}", rule, works)
+
+
 def multiples(value: int, unit: int) -> str:
     """The multiples of ``unit`` next to ``value``, for people."""
     below = value // unit * unit

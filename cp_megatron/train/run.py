@@ -19,7 +19,7 @@ from torch.distributed import HashStore  # type: ignore[attr-defined]
 from cp_megatron.checkpoint.manifest import read_manifest, step_folder
 from cp_megatron.checkpoint.store import load_checkpoint
 from cp_megatron.comm.groups import ParallelGroups
-from cp_megatron.comm.runtime import Launch
+from cp_megatron.comm.runtime import Launch, set_cublas_workspace
 from cp_megatron.config import Config
 from cp_megatron.config.parse import CONFIG_FILE
 from cp_megatron.config.yaml_io import to_yaml
@@ -28,7 +28,6 @@ from cp_megatron.data.sampler import split_rows
 from cp_megatron.data.sources import Corpus, load_corpus
 from cp_megatron.errors import ConfigError
 from cp_megatron.model.parallelize import ComputeDType, build_model
-from cp_megatron.plan import Mask
 from cp_megatron.train.folders import fresh_run_folder
 from cp_megatron.train.loop import DivergedError, Run
 from cp_megatron.train.metrics import METRICS_FILE, MetricsWriter, keep_aside
@@ -54,8 +53,9 @@ def run(plan: RunPlan, launch: Launch, script: str = "launch/pretrain.py") -> in
         ConfigError: something that only torch or the whole of the data could tell.
     """
     device, note = choose_device(plan, launch)
-    plan = plan.on_device(device, note)
-    _start_torch(launch, device)
+    capability = torch.cuda.get_device_capability(launch.local_rank) if device == "cuda" else None
+    plan = plan.on_device(device, note, capability)
+    _start_torch(launch, device, deterministic=plan.config.train.deterministic)
     control = _connect(plan, launch, device)
     try:
         pieces = assemble(plan, launch, device, control)
@@ -106,8 +106,11 @@ def choose_device(plan: RunPlan, launch: Launch) -> tuple[DeviceName, str]:
     return "cuda", ""
 
 
-def _start_torch(launch: Launch, device: DeviceName) -> None:
+def _start_torch(launch: Launch, device: DeviceName, *, deterministic: bool) -> None:
     if device == "cuda":
+        if deterministic:
+            set_cublas_workspace()
+            torch.use_deterministic_algorithms(True)
         torch.cuda.set_device(launch.local_rank)
         return
     # torchrun allows one thread a rank whatever the machine; share the cores out instead.
@@ -186,21 +189,27 @@ def _make_trainer(plan: RunPlan, device: torch.device) -> Trainer:
     groups = ParallelGroups.create(plan.grid, device.type)
     dtype = cast(ComputeDType, plan.dtype)
     model = build_model(config, groups, vocab_size=plan.vocab_size, dtype=dtype, device=device)
+    sequence, parallel = plan.sequence, config.parallel
     return Trainer(
         model=model,
         optimizer=make_optimizer(model.parameters(), config.optimizer),
         groups=groups,
         cp=ContextParallel(
             groups.cp,
-            Mask.causal(plan.row_length),
-            layout=plan.layout.kind,
-            exchange=config.parallel.cp_comm_type,
+            sequence.mask,
+            layout=sequence.layout.kind,
+            exchange="auto" if sequence.exchange == "none" else sequence.exchange,
             kernel=plan.kernel.name,
+            route=sequence.route,
+            hierarchical_sizes=sequence.sizes,
+            deterministic=config.train.deterministic,
+            check_ranks=parallel.cp_check_ranks,
         ),
         device=device,
+        dtype=getattr(torch, dtype),
         seed=config.train.seed,
         clip_grad=config.optimizer.clip_grad,
-        sequence_parallel=config.parallel.sequence_parallel,
+        sequence_parallel=parallel.sequence_parallel,
     )
 
 

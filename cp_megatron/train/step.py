@@ -9,7 +9,7 @@ never averaged. A rank whose tokens are all masked adds 0.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +23,7 @@ from cp_megatron.comm.groups import ParallelGroups
 from cp_megatron.comm.rng import dropout_seed, seed_dropout
 from cp_megatron.context_parallel import ContextParallel
 from cp_megatron.data.batch import IGNORED, Batch
+from cp_megatron.kernels.dropout import Dropout
 from cp_megatron.model.transformer import Transformer
 from cp_megatron.tensor_parallel.loss import vocab_parallel_cross_entropy
 
@@ -34,10 +35,32 @@ class StepResult:
     Attributes:
         loss: mean loss per token over the whole global batch, in nats, before the update.
         grad_norm: global norm of the gradient before clipping.
+        num_pairs: pairs of a query and a key that it attends, over the whole global batch.
     """
 
     loss: float
     grad_norm: float
+    num_pairs: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shard:
+    """This rank's part of a micro batch, on the CPU, and the plan of its attention.
+
+    Attributes:
+        cp: context parallelism under the micro batch's mask.
+        tokens, labels: int64 [b, S / N].
+        first_row: number of the first row in the run.
+        num_valid: tokens of this rank that have a loss.
+        num_pairs: attended pairs of the whole rows over the number of ranks that share them.
+    """
+
+    cp: ContextParallel
+    tokens: Tensor
+    labels: Tensor
+    first_row: int
+    num_valid: int
+    num_pairs: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +73,8 @@ class Trainer:
         groups: this rank's groups.
         cp: context parallelism for rows without document masks; others are derived from it.
         device: where the model lives.
-        seed: of the run, for dropout.
+        dtype: what attention computes in.
+        seed: of the run, for dropout; attention's is the same on every grid.
         clip_grad: largest global gradient norm; 0 does not clip.
         sequence_parallel: the residual stream is split over tp, so dropout differs there too.
     """
@@ -60,25 +84,51 @@ class Trainer:
     groups: ParallelGroups
     cp: ContextParallel
     device: torch.device
+    dtype: torch.dtype
     seed: int
     clip_grad: float
     sequence_parallel: bool
 
-    def step(self, batches: Sequence[Batch], *, step: int, lr: float) -> StepResult:
+    def prepare(self, batch: Batch) -> Shard:
+        """This rank's part of whole rows, [b, S] -> [b, S / N], with its attention planned.
+
+        Sends no message and changes nothing, so it may run in another thread while ``step`` trains.
+        """
+        cp = self.cp if batch.mask == self.cp.mask else self.cp.with_mask(batch.mask)
+        model, tp = self.model.config, self.groups.grid.tp
+        # Only their kind is read, so they are empty.
+        q, k = (
+            torch.empty(0, 1, heads, model.head_dim, dtype=self.dtype, device=self.device)
+            for heads in (model.num_attention_heads // tp, max(1, model.num_kv_heads // tp))
+        )
+        cp.prepare(q, k, k)
+        _ = cp.document_positions  # kept by ``cp`` from now on
+        labels = cp.shard(batch.labels, 1)
+        return Shard(
+            cp=cp,
+            tokens=cp.shard(batch.tokens, 1),
+            labels=labels,
+            first_row=batch.first_row,
+            num_valid=count_valid(labels),
+            num_pairs=batch.mask.pairs() * batch.tokens.shape[0] / cp.cp_size,
+        )
+
+    def step(self, shards: Sequence[Shard], *, step: int, lr: float) -> StepResult:
         """Trains on this rank's micro batches of one global batch.
 
         Args:
-            batches: whole rows; each rank keeps its shard of them.
+            shards: what ``prepare`` made of them.
             step: steps finished before this one.
             lr: the learning rate.
         """
         self.model.train()
-        shards = [self._shard(batch) for batch in batches]
-        num_tokens = self._sum(sum(count_valid(labels) for _, _, labels in shards))
+        num_tokens, num_pairs = self._sum(
+            sum(shard.num_valid for shard in shards), sum(shard.num_pairs for shard in shards)
+        )
         total = torch.zeros((), dtype=torch.float64, device=self.device)
-        for number, (cp, tokens, labels) in enumerate(shards):
+        for number, shard in enumerate(shards):
             self._seed_dropout(step, number)
-            losses = self._token_losses(cp, tokens, labels)
+            losses = self._token_losses(shard)
             (losses.sum() / max(num_tokens, 1)).backward()
             total += losses.detach().sum(dtype=torch.float64)
         grad_norm = self._clip()
@@ -86,19 +136,20 @@ class Trainer:
             group["lr"] = lr
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return StepResult(loss=self._sum(total) / max(num_tokens, 1), grad_norm=grad_norm)
+        (loss,) = self._sum(total)
+        return StepResult(loss=loss / max(num_tokens, 1), grad_norm=grad_norm, num_pairs=num_pairs)
 
     @torch.no_grad()
-    def evaluate(self, batches: Sequence[Batch]) -> float:
+    def evaluate(self, shards: Iterable[Shard]) -> float:
         """Mean loss per token, in nats, over all ranks' batches; nothing is trained."""
         self.model.eval()
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         count = 0
-        for batch in batches:
-            cp, tokens, labels = self._shard(batch)
-            total += self._token_losses(cp, tokens, labels).sum(dtype=torch.float64)
-            count += count_valid(labels)
-        return self._sum(total) / max(self._sum(count), 1)
+        for shard in shards:
+            total += self._token_losses(shard).sum(dtype=torch.float64)
+            count += shard.num_valid
+        loss, num_tokens = self._sum(total, count)
+        return loss / max(num_tokens, 1)
 
     @torch.no_grad()
     def is_finite(self) -> bool:
@@ -109,21 +160,20 @@ class Trainer:
             found &= local.isfinite().all()
         return bool(found.item())
 
-    def _shard(self, batch: Batch) -> tuple[ContextParallel, Tensor, Tensor]:
-        """This rank's tokens and labels: [b, S] -> [b, S / N]."""
-        cp = self.cp if batch.mask == self.cp.mask else self.cp.with_mask(batch.mask)
-        tokens, labels = (cp.shard(x, 1).to(self.device) for x in (batch.tokens, batch.labels))
-        return cp, tokens, labels
-
-    def _token_losses(self, cp: ContextParallel, tokens: Tensor, labels: Tensor) -> Tensor:
+    def _token_losses(self, shard: Shard) -> Tensor:
         """[b, S / N] losses of this rank's tokens, 0 where there is no label."""
-        return vocab_parallel_cross_entropy(self.model(tokens, cp=cp), labels, self.groups.tp)
+        tokens, labels = (x.to(self.device) for x in (shard.tokens, shard.labels))
+        dropout = self._attention_dropout(shard) if self.model.training else None
+        logits = self.model(tokens, cp=shard.cp, attention_dropout=dropout)
+        return vocab_parallel_cross_entropy(logits, labels, self.groups.tp)
 
-    def _sum(self, value: float | Tensor) -> float:
-        """The sum over all ranks that hold different tokens."""
-        total = torch.as_tensor(value, dtype=torch.float64, device=self.device)
-        dist.all_reduce(total, group=self.groups.dp_cp)
-        return total.item()
+    def _sum(self, *values: float | Tensor) -> list[float]:
+        """The sums over all ranks that hold different tokens, in one message."""
+        totals = torch.stack(
+            [torch.as_tensor(value, dtype=torch.float64, device=self.device) for value in values]
+        )
+        dist.all_reduce(totals, group=self.groups.dp_cp)
+        return totals.tolist()
 
     def _clip(self) -> float:
         """Scales the gradients down to ``clip_grad`` and returns their true global norm."""
@@ -135,6 +185,17 @@ class Trainer:
         if self.clip_grad > 0:
             clip_grads_with_norm_(parameters, self.clip_grad, norm)
         return norm.item()
+
+    def _attention_dropout(self, shard: Shard) -> Dropout | None:
+        model, place, tp = self.model.config, self.groups.coordinates, self.groups.grid.tp
+        if not model.attention_dropout:
+            return None
+        return Dropout(
+            model.attention_dropout,
+            seed=self.seed,
+            batch0=shard.first_row,
+            head0=place.tp * (model.num_attention_heads // tp),
+        )
 
     def _seed_dropout(self, step: int, microbatch: int) -> None:
         place = self.groups.coordinates

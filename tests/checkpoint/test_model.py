@@ -18,7 +18,7 @@ from cp_megatron.train.step import Trainer
 from tests.checkpoint.toy import whole
 from tests.ranks import run_ranks
 from tests.train.checkpoints import tensors_of
-from tests.train.test_step import STYLES, VOCAB, Case, batches_of, config_of, trainer_of
+from tests.train.test_step import STYLES, VOCAB, Case, config_of, shards_of, trainer_of
 
 STEPS = 2
 # Tied embedding, biases, padded vocabulary, and fewer heads of keys than TP4 has ranks.
@@ -37,7 +37,7 @@ def trainer_for(case: Case) -> Trainer:
 def train(trainer: Trainer, case: Case, start: int) -> list[float]:
     """The losses of the next two steps; the second one tells of the optimizer, too."""
     return [
-        trainer.step(batches_of(step, case, trainer.groups), step=step, lr=3e-3).loss
+        trainer.step(shards_of(step, case, trainer), step=step, lr=3e-3).loss
         for step in range(start, start + STEPS)
     ]
 

@@ -6,7 +6,7 @@ import itertools
 
 import torch
 
-from cp_megatron.comm.rng import dropout_seed, seed_dropout
+from cp_megatron.comm.rng import attention_dropout_seed, dropout_seed, seed_dropout
 
 
 def test_the_seed_is_the_same_for_ever() -> None:
@@ -23,6 +23,12 @@ def test_every_coordinate_changes_it() -> None:
     }
     assert len(seeds) == len(places)
     assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_attention_dropout_has_a_seed_for_each_layer_for_ever() -> None:
+    assert attention_dropout_seed(seed=1234, layer=0) == 5965371568734988384
+    seeds = {attention_dropout_seed(seed=seed, layer=n) for seed in (1, 2) for n in range(9)}
+    assert len(seeds) == 18
 
 
 def test_seeding_repeats_a_mask() -> None:

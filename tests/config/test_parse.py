@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from hypothesis import given
+from hypothesis import settings as example_settings
 from hypothesis import strategies as st
 
 from cp_megatron.config import Config
@@ -14,7 +15,7 @@ from cp_megatron.config.fields import settings
 from cp_megatron.config.megatron_flags import FAMILIES, MEANINGLESS
 from cp_megatron.config.parse import Arguments, parse_arguments
 from cp_megatron.config.presets import PRESETS
-from cp_megatron.config.yaml_io import to_yaml
+from cp_megatron.config.yaml_io import from_yaml, to_yaml
 from cp_megatron.errors import ConfigError
 
 
@@ -67,10 +68,24 @@ def test_negative_numbers_are_values() -> None:
     assert parse_arguments(["--lr", "-1", "--min-lr=-.5"]).config.optimizer.lr == -1.0
 
 
-def test_megatrons_spelling_of_the_tensor_parallel_size() -> None:
-    arguments = parse_arguments(["--tensor-model-parallel-size", "2"])
-    assert arguments.config.parallel.tensor_parallel_size == 2
-    assert arguments.given == {"--tensor-parallel-size"}
+def test_megatrons_spellings() -> None:
+    arguments = parse_arguments(
+        ["--tensor-model-parallel-size=2", "--deterministic-mode", "--cp-comm-type", "allgather"]
+    )
+    parallel = arguments.config.parallel
+    assert (parallel.tensor_parallel_size, parallel.cp_comm_type) == (2, "all_gather")
+    assert arguments.config.train.deterministic
+    assert arguments.given == {"--tensor-parallel-size", "--deterministic", "--cp-comm-type"}
+
+
+@pytest.mark.parametrize("window", [["-1", "0"], ["-1,0"], ["(-1,0)"]])
+def test_a_window_is_two_numbers(window: list[str]) -> None:
+    argv = ["--window-size", *window, "--hierarchical-context-parallel-sizes", "2", "4"]
+    config = parse_arguments([*argv, "--seed", "3"]).config
+    assert (config.model.window_size, config.train.seed) == ((-1, 0), 3)
+    assert config.parallel.hierarchical_context_parallel_sizes == (2, 4)
+    assert from_yaml(to_yaml(config), "test") == config
+    assert parse_arguments(["--window-size", "None"]).config.model.window_size is None
 
 
 def test_bf16_is_a_dtype() -> None:
@@ -99,7 +114,12 @@ def test_bf16_is_a_dtype() -> None:
         (["--save=-x"], "--save", "-x", "./-x"),
         (["--save", "\udcff"], "--save", "\udcff", ""),
         (["--dtype", "fp32"], "--dtype", "fp32", "auto, float64, float32, bfloat16"),
-        (["--cp-comm-type", "a2a"], "--cp-comm-type", "a2a", "auto, p2p"),
+        (["--cp-comm-type", "nvlink"], "--cp-comm-type", "nvlink", "auto, p2p, all_gather, a2a"),
+        (["--window-size", "5"], "--window-size", "5", "--window-size VALUE VALUE"),
+        (["--window-size", "1,2,3"], "--window-size", "1 2 3", "--window-size VALUE VALUE"),
+        (["--window-size", "1", "b"], "--window-size", "b", ""),
+        (["--window-size", "1", "2", "3"], "argument", "3", "--flag value"),
+        (["--window-size"], "--window-size", "", "VALUE VALUE"),
         (["--dtype"], "--dtype", "", "auto, float64, float32, bfloat16"),
         (["--swiglu=true"], "--swiglu", "true", "--swiglu or --no-swiglu"),
         (["--swiglu", "true"], "argument", "true", "--flag value"),
@@ -249,6 +269,7 @@ WORDS = st.one_of(
 )
 
 
+@example_settings(deadline=None)  # a busy machine is no failure
 @given(st.lists(WORDS, max_size=6))
 def test_any_words_give_arguments_or_one_error(argv: list[str]) -> None:
     config: Config | None

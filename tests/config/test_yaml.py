@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
+from hypothesis import settings as example_settings
 from hypothesis import strategies as st
 
 from cp_megatron.config import Config
@@ -28,6 +29,7 @@ def values_of(row: Setting) -> st.SearchStrategy[Any]:
         "float": st.floats(allow_nan=False, allow_infinity=False),
         "str": st.sampled_from(row.choices) if row.choices else TEXTS,
         "strings": st.lists(TEXTS, max_size=3).map(tuple),
+        "ints": st.tuples(*[st.integers()] * row.count),
     }
     return st.none() | kinds[row.kind] if row.optional else kinds[row.kind]
 
@@ -37,6 +39,8 @@ CONFIGS = st.fixed_dictionaries(
 ).map(lambda values: overlay(Config(), values))
 
 
+@example_settings(deadline=None)  # a busy machine is no failure
+@example(overlay(Config(), {"data_path": ("a\x85b", "\u2028")}))
 @given(CONFIGS)
 def test_round_trip(config: Config) -> None:
     assert from_yaml(to_yaml(config), "test") == config
@@ -100,6 +104,7 @@ def test_refusals(text: str, flag: str, rule: str) -> None:
     assert caught.value.flag == flag
 
 
+@example_settings(deadline=None)  # a busy machine is no failure
 @given(st.text(max_size=40))
 def test_any_text_is_a_configuration_or_one_error(text: str) -> None:
     try:

@@ -82,6 +82,23 @@ def test_with_document_mask_rows_are_laid_end_to_end() -> None:
         assert batch.valid_tokens == 2 * S - int(ends.sum())
 
 
+@pytest.mark.parametrize("document_mask", [False, True])
+def test_padding_is_a_document_of_its_own_without_a_label(document_mask: bool) -> None:
+    rows, window = make_rows(), (4, 0)
+    options = {"consumed": 0, "global_batch_size": 2, "micro_batch_size": 2, "dp_rank": 0}
+    options |= {"dp_size": 1, "document_mask": document_mask}
+    (plain,) = microbatches(rows, **options)
+    (padded,) = microbatches(rows, **options, window=window, padding=3)
+    length = plain.tokens.shape[1]
+    for name in ("tokens", "labels"):
+        assert torch.equal(getattr(padded, name)[:, :length], getattr(plain, name))
+    assert (padded.labels[:, length:] == IGNORED).all()
+    assert padded.mask.lengths == (*plain.mask.lengths, 3)
+    assert padded.mask.window == window
+    assert not padded.mask.dense()[:length, length:].any()
+    assert padded.valid_tokens == plain.valid_tokens
+
+
 def test_the_end_of_a_document_is_predicted() -> None:
     tokens = np.array([1, 2, EOD, 3, 4], dtype=np.uint16)
     rows = Rows(tokens, seq_length=4, seed=0)

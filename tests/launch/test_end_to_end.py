@@ -309,6 +309,12 @@ def test_what_only_torch_or_the_data_can_tell_is_one_line_too(
         ["--context-parallel-size", "2", "--recompute-granularity", "selective"],
         ["--context-parallel-size", "2", "--tensor-parallel-size", "2", "--document-mask"],
         ["--preset", "toy-gpt", "--tensor-parallel-size", "2", "--context-parallel-size", "2"],
+        [
+            *("--context-parallel-size", "4", "--cp-comm-type", "a2a+p2p"),
+            *("--hierarchical-context-parallel-sizes", "2", "2", "--window-size", "16", "0"),
+        ],
+        ["--context-parallel-size", "4", "--document-mask", "--cp-comm-type", "allgather"],
+        ["--context-parallel-size", "2", "--attention-dropout", "0.1", "--document-mask"],
     ],
     ids=" ".join,
 )

@@ -15,6 +15,7 @@ from cp_megatron.config.presets import PRESETS
 from cp_megatron.config.schema import Recompute
 from cp_megatron.context_parallel import ContextParallel
 from cp_megatron.errors import ConfigError
+from cp_megatron.kernels.dropout import Dropout
 from cp_megatron.model import Transformer
 from cp_megatron.model.initialize import initial_value
 from cp_megatron.model.mlp import MLP
@@ -204,6 +205,30 @@ def test_dropout_is_the_same_when_recomputed(recompute: Recompute) -> None:
         torch.testing.assert_close(a, b, atol=1e-12, rtol=1e-12)
 
 
+@pytest.mark.parametrize("recompute", ["none", "full", "selective"])
+def test_every_layer_drops_pairs_of_its_own_in_training(
+    recompute: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = transformer(replace(GPT, attention_dropout=0.5), recompute=recompute)
+    cp, (tokens, _) = one_rank(), batch()
+    attend, given = cp.attention, []
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, *, dropout: Dropout | None) -> Tensor:
+        given.append(dropout)
+        return attend(q, k, v, dropout=dropout)
+
+    monkeypatch.setattr(cp, "attention", attention)
+    dropout = Dropout(0.5, seed=3, batch0=7, head0=2)
+    model(tokens, cp=cp, attention_dropout=dropout).sum().backward()
+    assert len({each.seed for each in given}) == GPT.num_layers
+    assert {replace(each, seed=3) for each in given} == {dropout}
+    given.clear()
+    model.eval()(tokens, cp=cp)
+    assert given == [None] * GPT.num_layers
+    with pytest.raises(AssertionError):
+        model.train()(tokens, cp=cp)
+
+
 def test_norms_mlp_and_dropout_never_receive_a_group() -> None:
     unchanged = (LayerNorm, RMSNorm, MLP, nn.Dropout, ColumnParallelLinear)
     for config in (GPT, LLAMA):
@@ -222,7 +247,6 @@ def test_norms_mlp_and_dropout_never_receive_a_group() -> None:
     ("change", "flag"),
     [
         ({"max_position_embeddings": SEQ - 1}, "--max-position-embeddings"),
-        ({"attention_dropout": 0.1}, "--attention-dropout"),
         ({"kv_channels": 7, "position_embedding_type": "rope"}, "--kv-channels"),
     ],
 )

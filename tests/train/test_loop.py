@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import re
+import threading
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
@@ -15,7 +17,9 @@ from torch.distributed.tensor import DTensor
 
 from cp_megatron.comm.runtime import Launch
 from cp_megatron.config.parse import parse_arguments
+from cp_megatron.data.sampler import Row, Rows
 from cp_megatron.errors import ConfigError
+from cp_megatron.plan import Mask
 from cp_megatron.train.loop import DivergedError, Run
 from cp_megatron.train.preflight import check
 from cp_megatron.train.progress import ProgressView
@@ -33,7 +37,7 @@ GRIDS = {
     "dp4": ["--tensor-parallel-size", "1", "--context-parallel-size", "1"],
 }
 BASE = [
-    *("--num-layers", "1", "--hidden-size", "32", "--seq-length", "32", "--lr-warmup-iters", "0"),
+    *("--num-layers", "1", "--hidden-size", "32", "--lr-warmup-iters", "0"),
     *("--log-interval", "1", "--train-iters", str(STEPS), "--eval-iters", "1", "--device", "cpu"),
     *("--global-batch-size", "4"),
 ]
@@ -79,6 +83,53 @@ def train(rank: int, world_size: int, argv: list[str], stop_at: int | None = Non
             run.writer.close()
 
 
+class LostRows:
+    """Rows whose source is gone after the first step's."""
+
+    seq_length = 32
+
+    def __init__(self, rows: Rows) -> None:
+        self._rows = rows
+
+    def __getitem__(self, number: int) -> Row:
+        if number >= 4:
+            raise OSError(f"row {number} is gone")
+        return self._rows[number]
+
+
+def lose_rows(rank: int, world_size: int, argv: list[str]) -> tuple[str, list[str]]:
+    run = assembled(rank, world_size, argv)
+    rows = replace(run.rows, train=cast(Rows, LostRows(run.rows.train)))
+    run = replace(run, rows=rows, view=StoppingView(StopRequest(), None))
+    with pytest.raises(OSError, match="gone") as caught:
+        run.train(0, StopRequest())
+    assert run.writer is not None
+    run.writer.close()
+    return str(caught.value), [thread.name for thread in threading.enumerate()]
+
+
+def test_what_fails_while_a_step_is_prepared_ends_the_training(place: Place) -> None:
+    ((told, threads),) = run_ranks(lose_rows, 1, place.argv("lost"))
+    assert told == "row 4 is gone"
+    assert not [name for name in threads if name.startswith("ahead")]
+    assert [row["step"] for row in metrics_of(place.folder / "lost")] == [1]
+
+
+def masks_of(rank: int, world_size: int, argv: list[str]) -> list[Mask]:
+    """What the plan promises, and what the first batch and the trainer have."""
+    run = assembled(rank, world_size, argv)
+    if run.writer is not None:
+        run.writer.close()
+    batch = next(run._batches(run.rows.train, 0))
+    return [run.plan.sequence.mask, run.trainer.prepare(batch).cp.mask, run.trainer.cp.mask]
+
+
+def test_batches_have_the_mask_of_the_plan(place: Place) -> None:
+    words = ["--seq-length", "30", "--window-size", "5", "0", "--context-parallel-size", "2"]
+    for promised, batch, trainer in run_ranks(masks_of, 2, place.argv("run", *words)):
+        assert promised == batch == trainer == Mask.documents([30, 2], window=(5, 0))
+
+
 def save_again(rank: int, world_size: int, argv: list[str]) -> None:
     """Loads and saves at once: what the checkpoint became in memory."""
     run = assembled(rank, world_size, argv)
@@ -93,8 +144,8 @@ class Place:
 
     def argv(self, save: str, *flags: str) -> list[str]:
         words = ["--data-path", str(self.folder / "text.txt"), "--save", self.run(save)]
-        if "--micro-batch-size" not in flags:
-            words += ["--micro-batch-size", "1"]
+        for flag, value in (("--micro-batch-size", "1"), ("--seq-length", "32")):
+            words += [] if flag in flags else [flag, value]
         return [*BASE, *words, *flags]
 
     def run(self, name: str) -> str:
@@ -113,6 +164,7 @@ def place(tmp_path: Path) -> Place:
 
 def test_the_same_grid_goes_on_bit_for_bit_with_dropout(place: Place) -> None:
     flags = [*GRIDS["tp2 cp2"], "--sequence-parallel", "--hidden-dropout", "0.2"]
+    flags += ["--attention-dropout", "0.1"]
     assert run_ranks(train, 4, place.argv("whole", *flags)) == [STEPS] * 4
     assert run_ranks(train, 4, place.argv("cut", *flags), STOP) == [STOP] * 4
     assert run_ranks(train, 4, place.load("cut")) == [STEPS] * 4
@@ -252,6 +304,10 @@ KINDS = {
     "documents": ["--document-mask", "--micro-batch-size", "2"],
     "bfloat16, full": ["--recompute-granularity", "full", "--bf16"],
     "selective": ["--recompute-granularity", "selective", "--document-mask"],
+    "a2a, padded, window": [
+        *("--cp-comm-type", "a2a", "--seq-length", "31", "--window-size", "9,0"),
+        *("--deterministic", "--no-cp-check-ranks"),
+    ],
     "gpt": ["--preset", "toy-gpt", "--tensor-parallel-size", "2"],
 }
 

@@ -16,8 +16,16 @@ from cp_megatron.config.parse import parse_arguments
 from cp_megatron.errors import ConfigError
 from cp_megatron.plan import Grid
 from cp_megatron.train.preflight import RunPlan, check
+from cp_megatron.train.sequence import ranks_together
 
 LLAMA = ["--preset", "toy"]
+CP2, CP8, TP4 = (
+    ["--context-parallel-size", "2"],
+    ["--context-parallel-size", "8"],
+    ["--tensor-parallel-size", "4"],
+)
+PACKED = ["--document-mask", "--micro-batch-size", "2"]
+HIERARCHY = "--hierarchical-context-parallel-sizes"
 ROPE = ["--position-embedding-type", "rope"]
 
 
@@ -117,9 +125,30 @@ def refused(
             "8, 10",
         ),
         # the sequence
-        (["--context-parallel-size", "2", "--seq-length", "1023"], 2, "--seq-length", "1020, 1024"),
-        (["--context-parallel-size", "2", "--seq-length", "1022"], 2, "--seq-length", "1020, 1024"),
+        ([*CP2, "--seq-length", "1023"], 2, "--seq-length", "1020, 1024, or --pad-rows"),
+        ([*CP2, "--seq-length", "1022"], 2, "--seq-length", "1020, 1024, or --cp-layout contig"),
+        (
+            [*CP2, *PACKED, "--seq-length", "1023", "--cp-layout", "zigzag"],
+            2,
+            "--seq-length",
+            "1022",
+        ),
         (["--context-parallel-size", "4", "--seq-length", "3"], 4, "--seq-length", "8"),
+        (["--window-size", "4", "1"], 1, "--window-size", "4 0"),
+        (["--window-size", "-2", "0"], 1, "--window-size", "-1 0"),
+        # exchanges
+        ([*CP8, "--cp-comm-type", "a2a"], 8, "--cp-comm-type", "a2a+p2p --hierarchical-context"),
+        ([*CP2, *TP4, "--cp-comm-type", "a2a"], 8, "--cp-comm-type", "--cp-comm-type p2p"),
+        ([*CP2, "--cp-comm-type", "a2a+p2p"], 2, HIERARCHY, "1 2 or 2 1"),
+        ([*CP8, "--cp-comm-type", "a2a+p2p", HIERARCHY, "8", "1"], 8, "--cp-comm-type", "p2p"),
+        ([*CP8, "--cp-comm-type", "a2a+p2p", HIERARCHY, "2", "2"], 8, HIERARCHY, "2 4 or 4 2"),
+        ([*CP8, "--cp-comm-type", "p2p", HIERARCHY, "2", "4"], 8, HIERARCHY, "a2a+p2p"),
+        (
+            [*CP2, "--cp-comm-type", "a2a", "--cp-route", "ring"],
+            2,
+            "--cp-route",
+            "--cp-comm-type p2p",
+        ),
         # the batch
         (["--global-batch-size", "6"], 4, "--global-batch-size", "4, 8"),
         (["--micro-batch-size", "3"], 1, "--global-batch-size", "3, 6"),
@@ -133,6 +162,14 @@ def refused(
         (["--eval-iters", "0", "--eval-interval", "5"], 1, "--eval-interval", "--eval-iters 4"),
         # kernels
         (["--attention-dropout", "0.1", "--kernel", "cpu"], 1, "--kernel", "--attention-dropout 0"),
+        (["--attention-dropout", "0.1", "--dtype=float64", "--kernel=cpu"], 1, "--kernel", "auto"),
+        (
+            ["--kernel", "cudnn", "--window-size", "9", "0", "--bf16"],
+            1,
+            "--kernel",
+            "--kernel cuda",
+        ),
+        (["--kernel", "cudnn", "--deterministic", "--bf16"], 1, "--kernel", "--kernel cuda"),
         (["--kernel", "cuda", "--device", "cpu"], 1, "--kernel", "--kernel cpu"),
         (["--kernel", "cuda", "--dtype", "float64"], 1, "--kernel", "--kernel reference"),
         # places
@@ -175,16 +212,128 @@ def test_what_the_error_recommends_works() -> None:
     sp = ["--tensor-parallel-size", "4", "--context-parallel-size", "2", "--sequence-parallel"]
     error = refused(*sp, "--seq-length", "1020", world=8)
     assert error.flag == "--seq-length"
-    for length in error.works.split(", "):
-        assert plan(*sp, "--seq-length", length, world=8).row_length == int(length)
+    *lengths, last = error.works.split(", ")
+    assert last == "or --pad-rows"
+    assert plan(*sp, "--seq-length", "1020", "--pad-rows", world=8).sequence.padding == 4
+    for length in lengths:
+        assert plan(*sp, "--seq-length", length, world=8).sequence.row_length == int(length)
+    error = refused(*CP8, "--cp-comm-type", "a2a", world=8)
+    works = error.works.split(" or ")[0].split()
+    assert plan(*CP8, *works, world=8).sequence.sizes == (4, 2)
 
 
-def test_packed_rows_are_cut_together() -> None:
-    packed = ["--context-parallel-size", "2", "--micro-batch-size", "2", "--document-mask"]
-    assert plan(*packed, "--seq-length", "1022", world=2).row_length == 2044
-    error = refused(*packed, "--seq-length", "1023", world=2)
-    assert error.flag == "--seq-length"
-    assert error.works == "1022, 1024, or --cp-layout contiguous"
+@pytest.mark.parametrize(
+    ("argv", "world", "row_length", "padding"),
+    [
+        ([*CP2, "--seq-length", "1023"], 2, 1024, 1),
+        ([*CP2, "--seq-length", "1022"], 2, 1024, 2),
+        ([*CP2, "--seq-length", "1022", "--cp-layout", "contiguous"], 2, 1022, 0),
+        ([*CP2, *TP4, "--sequence-parallel", "--seq-length", "1020"], 8, 1024, 4),
+        ([*TP4, "--sequence-parallel", "--seq-length", "1023"], 4, 1024, 1),
+        (
+            [*CP2, *PACKED, "--cp-layout", "zigzag", "--seq-length", "1023"],
+            2,
+            2048,
+            2,
+        ),
+        (["--seq-length", "1023"], 1, 1023, 0),
+    ],
+)
+def test_rows_are_padded_to_what_cuts_them(
+    argv: list[str], world: int, row_length: int, padding: int
+) -> None:
+    run = plan(*argv, "--pad-rows", world=world)
+    sequence = run.sequence
+    assert (sequence.row_length, sequence.padding) == (row_length, padding)
+    assert sequence.layout.shard_len * run.grid.cp == row_length
+    assert any(f"padded to {row_length:,}" in note for note in run.notes) == bool(padding)
+    if not run.config.data.document_mask and padding:
+        assert sequence.mask.lengths == (row_length - padding, padding)
+
+
+def test_a_window_is_every_row_s() -> None:
+    for argv in ([], ["--document-mask"]):
+        mask = plan(*CP2, *argv, "--window-size", "99", "-1", world=2).sequence.mask
+        assert (mask.window, mask.is_causal) == ((99, 0), True)
+
+
+# --- the exchange
+
+
+def test_the_exchange_is_chosen_by_what_it_moves() -> None:
+    heads = ["--num-attention-heads", "8", "--seq-length", "4096"]
+    sequence = plan(*CP8, *heads, world=8).sequence
+    assert (sequence.exchange, sequence.sizes) == ("a2a", None)
+    assert sequence.reason.startswith("moves the fewest bytes, p2p ")
+    few = plan(*CP8, *heads, "--num-query-groups", "1", world=8).sequence
+    assert (few.exchange, few.route) == ("p2p", "ring")
+    narrow = plan(*CP8, *heads, "--window-size", "63", "0", world=8).sequence
+    assert (narrow.exchange, narrow.route) == ("p2p", "direct")
+    unfit = plan(*CP8, "--num-attention-heads", "4", "--seq-length", "4096", world=8).sequence
+    assert unfit.exchange == "p2p"
+    assert "a2a can not share 4 heads among 8" in unfit.reason
+
+
+def test_heads_are_those_of_a_tensor_parallel_rank() -> None:
+    tp2 = [*CP8, "--tensor-parallel-size", "2", "--num-attention-heads", "8"]
+    assert "share 4 heads among 8" in plan(*tp2, world=16).sequence.reason
+    error = refused(*tp2, "--cp-comm-type", "a2a", world=16)
+    assert "4 query heads (--num-attention-heads 8 / --tensor-parallel-size 2)" in error.rule
+    # One key/value head for four ranks: each has it, and reads it with two query heads.
+    one = ["--num-attention-heads", "8", "--num-query-groups", "1"]
+    assert plan(*CP2, *TP4, *one, "--cp-comm-type", "a2a", world=8).sequence.exchange == "a2a"
+
+
+@pytest.mark.parametrize(
+    ("tp", "cp", "world", "local", "together"),
+    [
+        (1, 8, 8, 8, 8),
+        (1, 8, 16, 8, 8),
+        (1, 8, 16, 4, 4),
+        (2, 8, 16, 8, 4),
+        (2, 2, 16, 8, 2),
+        (1, 6, 24, 8, 2),  # the second group lies on two nodes: ranks 6 to 11
+        (8, 4, 32, 8, 1),
+        (4, 2, 12, 6, 1),  # tp itself crosses nodes
+        (1, 6, 12, 4, 2),
+    ],
+)
+def test_neighbours_that_share_a_node(
+    tp: int, cp: int, world: int, local: int, together: int
+) -> None:
+    grid = Grid(dp=world // (tp * cp), cp=cp, tp=tp)
+    assert ranks_together(grid, local) == together
+
+    def fits(size: int) -> bool:
+        groups = grid.groups("cp")
+        blocks = [group[i : i + size] for group in groups for i in range(0, cp, size)]
+        return all(block[0] // local == block[-1] // local for block in blocks)
+
+    assert max(size for size in range(1, cp + 1) if cp % size == 0 and fits(size)) == together
+
+
+def test_a2a_stays_inside_a_node() -> None:
+    heads = ["--num-attention-heads", "8", "--seq-length", "4096"]
+    sequence = plan(*CP8, *heads, world=16, local=4).sequence
+    assert (sequence.exchange, sequence.sizes) == ("a2a+p2p", (4, 2))
+    alone = plan(*CP8, *TP4, *heads, world=32, local=4).sequence
+    assert (alone.exchange, alone.sizes) == ("p2p", None)
+    assert "a node of its own" in alone.reason
+    dry = plan("--dry-run", *CP8, *heads, torchrun=False)
+    assert dry.sequence.exchange == "a2a"
+    assert any("as if one node had them all" in note for note in dry.notes)
+
+
+def test_documents_leave_the_choice_to_each_batch() -> None:
+    documents = [*CP8, "--document-mask", "--num-attention-heads", "8"]
+    sequence = plan(*documents, world=16, local=4).sequence
+    assert (sequence.exchange, sequence.route, sequence.sizes) == ("auto", "auto", (4, 2))
+    assert "each batch" in sequence.reason
+    assert sequence.layout.kind == "balanced"
+    words = ["--cp-comm-type", "p2p", "--cp-route", "direct", "--cp-layout", "zigzag"]
+    asked = plan(*documents, *words, world=8).sequence
+    assert (asked.exchange, asked.route, asked.sizes) == ("p2p", "direct", None)
+    assert asked.layout.kind == "zigzag"
 
 
 @pytest.mark.parametrize("torchrun", [False, True])
@@ -227,8 +376,10 @@ def test_everything_derived_is_filled_in() -> None:
     run = plan(*LLAMA, "--context-parallel-size", "2", "--global-batch-size", "8", world=4)
     assert run.grid == Grid(dp=2, cp=2)
     assert (run.num_microbatches, run.config.data.global_batch_size) == (1, 8)
-    assert (run.layout.kind, run.layout.shard_len, run.row_length) == ("zigzag", 512, 1024)
-    assert (run.exchange, run.load, run.load_step) == ("p2p", None, 0)
+    sequence = run.sequence
+    assert (sequence.layout.kind, sequence.layout.shard_len) == ("zigzag", 512)
+    assert (sequence.row_length, sequence.padding) == (1024, 0)
+    assert (sequence.exchange, run.load, run.load_step) == ("p2p", None, 0)
     assert (run.vocab_size, run.padded_vocab_size) == (257, 384)
 
 
@@ -266,17 +417,6 @@ def test_a_device_that_is_not_there() -> None:
     with pytest.raises(ConfigError) as caught:
         plan("--device", "cuda").on_device("cpu")
     assert (caught.value.flag, caught.value.works) == ("--device", "--device cpu")
-
-
-def test_contiguous_is_named_where_it_would_do() -> None:
-    argv = ["--context-parallel-size", "2", "--seq-length"]
-    assert refused(*argv, "1022", world=2).works == "1020, 1024, or --cp-layout contiguous"
-    assert refused(*argv, "1023", world=2).works == "1020, 1024"
-
-
-def test_contiguous_needs_less_of_the_sequence() -> None:
-    argv = ["--context-parallel-size", "2", "--seq-length", "1022", "--cp-layout", "contiguous"]
-    assert plan(*argv, world=2).layout.chunks == (((0, 511),), ((511, 1022),))
 
 
 def test_a_length_that_is_no_number_in_code() -> None:

@@ -42,7 +42,8 @@ def test_everything_a_person_asks_for() -> None:
         "auto (cpu: float32, cuda: bfloat16)",
         "PyTorch's fused CPU flash attention",
         "zigzag - chosen",
-        "p2p - the ring",
+        "causal",
+        "p2p, ring - moves the fewest bytes, a2a 1.3x",
         "4 rows = micro batch 2 x dp 2 x 1 accumulated",
         "Python's standard library",
         "runs/toy-gpt-<n>",
@@ -50,6 +51,24 @@ def test_everything_a_person_asks_for() -> None:
         assert part in text
     assert max(map(len, text.splitlines())) <= 80
     assert text.isascii()
+
+
+def test_what_is_special_is_said() -> None:
+    argv = [*GRID, "--document-mask", "--window-size", "100", "0", "--deterministic"]
+    text = shown(planned(*argv, "--seq-length", "1021", "--micro-batch-size", "1", "--pad-rows"))
+    for part in (
+        "causal, inside each document, 100 tokens back",
+        "1,022 per row (1 of padding), 511 of them on a rank",
+        "tp 0   positions of each batch's own",
+        "balanced - chosen: it deals each batch's documents",
+        "exchange            auto - each batch takes what moves the fewest bytes",
+        "deterministic       on",
+        "rows of 1,021 tokens are padded to 1,022, a",
+    ):
+        assert part in text
+    argv = ["--context-parallel-size", "4", "--cp-comm-type", "a2a+p2p", "--cp-route", "direct"]
+    text = shown(planned(*argv, "--hierarchical-context-parallel-sizes", "2", "2"))
+    assert "a2a+p2p 2 x 2, direct - asked for" in text
 
 
 def test_a_known_device_has_one_kernel() -> None:

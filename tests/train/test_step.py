@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import threading
+from dataclasses import dataclass, fields, replace
 from functools import cache
 
 import numpy as np
@@ -13,12 +14,13 @@ import torch.distributed as dist
 from cp_megatron.comm.groups import ParallelGroups
 from cp_megatron.config import Config, DataConfig, ModelConfig, ParallelConfig, TrainConfig
 from cp_megatron.context_parallel import ContextParallel
+from cp_megatron.data.ahead import Ahead
 from cp_megatron.data.batch import IGNORED, Batch, microbatches
 from cp_megatron.data.sampler import Rows
 from cp_megatron.model.parallelize import build_model
-from cp_megatron.plan import Grid, Mask
+from cp_megatron.plan import Grid, Mask, Schedule
 from cp_megatron.train.optimizer import make_optimizer
-from cp_megatron.train.step import StepResult, Trainer
+from cp_megatron.train.step import Shard, StepResult, Trainer
 from tests.ranks import run_ranks
 
 SEQ_LENGTH, BATCH, STEPS, VOCAB = 32, 4, 20, 257
@@ -49,11 +51,18 @@ class Case:
     document_mask: bool = False
     recompute: str = "none"
     clip_grad: float = 0.5
+    exchange: str = "auto"
+    sizes: tuple[int, int] | None = None
+    layout: str = "auto"
+    window: tuple[int, int] | None = None
+    padding: int = 0
+    attention_dropout: float = 0.0
+    steps: int = STEPS
 
 
 def config_of(style: str, case: Case) -> Config:
     return Config(
-        model=STYLES[style],
+        model=replace(STYLES[style], attention_dropout=case.attention_dropout),
         parallel=ParallelConfig(
             tensor_parallel_size=case.tp,
             context_parallel_size=case.cp,
@@ -74,8 +83,16 @@ def trainer_of(style: str, case: Case) -> Trainer:
         model=model,
         optimizer=optimizer,
         groups=groups,
-        cp=ContextParallel(groups.cp, Mask.causal(length)),
+        cp=ContextParallel(
+            groups.cp,
+            Mask.causal(length + case.padding, case.window),
+            layout=case.layout,
+            exchange=case.exchange,
+            hierarchical_sizes=case.sizes,
+            kernel="reference" if case.attention_dropout else "auto",
+        ),
         device=torch.device("cpu"),
+        dtype=torch.float64,
         seed=5,
         clip_grad=case.clip_grad,
         sequence_parallel=case.sequence_parallel,
@@ -96,11 +113,14 @@ def batches_of(step: int, case: Case, groups: ParallelGroups) -> list[Batch]:
             dp_rank=groups.coordinates.dp,
             dp_size=case.dp,
             document_mask=case.document_mask,
+            window=case.window,
+            padding=case.padding,
         )
     )
     first = groups.coordinates.dp * (BATCH // case.dp)
     for number, batch in enumerate(found):
-        labels = batch.labels.view(case.micro_batch_size, SEQ_LENGTH)
+        labels = batch.labels[:, : batch.labels.shape[1] - case.padding]
+        labels = labels.view(case.micro_batch_size, SEQ_LENGTH)
         for local in range(case.micro_batch_size):
             row = first + number * case.micro_batch_size + local
             labels[local, : 3 * row] = IGNORED
@@ -112,11 +132,15 @@ def batches_of(step: int, case: Case, groups: ParallelGroups) -> list[Batch]:
     return found
 
 
+def shards_of(step: int, case: Case, trainer: Trainer) -> list[Shard]:
+    return [trainer.prepare(batch) for batch in batches_of(step, case, trainer.groups)]
+
+
 def train(rank: int, world_size: int, style: str, case: Case) -> list[StepResult]:
     trainer = trainer_of(style, case)
     return [
-        trainer.step(batches_of(step, case, trainer.groups), step=step, lr=3e-3)
-        for step in range(STEPS)
+        trainer.step(shards_of(step, case, trainer), step=step, lr=3e-3)
+        for step in range(case.steps)
     ]
 
 
@@ -137,23 +161,77 @@ CASES = [
     ("gpt", Case(tp=4, sequence_parallel=True, micro_batch_size=4, clip_grad=0.0)),
     ("gpt", Case(tp=2, cp=2, document_mask=True, micro_batch_size=2)),
 ]
+# The other exchanges, layouts and masks: what differs shows in a few steps.
+CASES += [
+    (style, replace(case, steps=4))
+    for style, case in [
+        ("llama", Case(tp=2, cp=2, micro_batch_size=2, attention_dropout=0.3, recompute="full")),
+        ("llama", Case(dp=2, cp=2, exchange="a2a", attention_dropout=0.3)),
+        ("llama", Case(cp=4, exchange="a2a")),
+        ("llama", Case(cp=4, exchange="a2a+p2p", sizes=(2, 2), micro_batch_size=4, padding=8)),
+        ("gpt", Case(cp=4, exchange="all_gather", document_mask=True, micro_batch_size=2)),
+        ("gpt", Case(tp=2, cp=2, exchange="a2a", window=(9, 0), document_mask=True)),
+        ("gpt", Case(cp=4, layout="balanced", window=(9, 0), document_mask=True, padding=4)),
+    ]
+]
+
+
+def alone(case: Case) -> Case:
+    """The same training without a grid."""
+    kept = ("document_mask", "clip_grad", "window", "attention_dropout")
+    special = case.window or case.attention_dropout
+    steps = case.steps if special else STEPS
+    return Case(**{name: getattr(case, name) for name in kept}, steps=steps)
 
 
 @cache
-def on_one_rank(style: str, document_mask: bool, clip_grad: float) -> list[StepResult]:
-    case = Case(document_mask=document_mask, clip_grad=clip_grad)
+def on_one_rank(style: str, case: Case) -> list[StepResult]:
     return run_ranks(train, 1, style, case)[0]
 
 
-@pytest.mark.parametrize(("style", "case"), CASES, ids=str)
+def described(value: object) -> str:
+    """What a case changes."""
+    if not isinstance(value, Case):
+        return str(value)
+    changed = {row.name: getattr(value, row.name) for row in fields(Case)}
+    return ",".join(f"{k}={v}" for k, v in changed.items() if v != getattr(Case(), k))
+
+
+@pytest.mark.parametrize(("style", "case"), CASES, ids=described)
 def test_twenty_steps_equal_one_rank(style: str, case: Case) -> None:
-    reference = on_one_rank(style, case.document_mask, case.clip_grad)
-    assert reference[0].loss - reference[-1].loss > 0.5
+    reference = on_one_rank(style, alone(case))
+    assert reference[0].loss - reference[-1].loss > (0.5 if len(reference) == STEPS else 0.1)
     assert max(result.grad_norm for result in reference) > 0.5
     for results in run_ranks(train, 4, style, case):
-        for here, there in zip(results, reference, strict=True):
+        for here, there in zip(results, reference[: case.steps], strict=True):
             assert here.loss == pytest.approx(there.loss, rel=1e-10)
             assert here.grad_norm == pytest.approx(there.grad_norm, rel=1e-10)
+
+
+def train_ahead(rank: int, world_size: int, case: Case) -> tuple[list[StepResult], list[str]]:
+    """Trains on what a thread prepares; the names of the threads that planned."""
+    trainer = trainer_of("llama", case)
+    planners: list[str] = []
+    steps = (shards_of(step, case, trainer) for step in range(case.steps))
+    with pytest.MonkeyPatch.context() as patch, Ahead(steps) as ahead:
+        plan = Schedule.rounds
+
+        def rounds(self: Schedule, rank: int) -> object:
+            planners.append(threading.current_thread().name)
+            return plan(self, rank)
+
+        patch.setattr(Schedule, "rounds", rounds)
+        found = [trainer.step(shards, step=step, lr=3e-3) for step, shards in enumerate(ahead)]
+    return found, planners
+
+
+def test_planned_ahead_are_the_same_bits_and_nothing_is_left_to_plan() -> None:
+    case = Case(cp=2, document_mask=True, micro_batch_size=2, steps=4)
+    direct = run_ranks(train, 2, "llama", case)
+    for (found, planners), expected in zip(run_ranks(train_ahead, 2, case), direct):
+        assert found == expected
+        assert len(planners) >= case.steps
+        assert all(name.startswith("ahead") for name in planners)
 
 
 def masked_everywhere(rank: int, world_size: int) -> StepResult:
@@ -162,12 +240,13 @@ def masked_everywhere(rank: int, world_size: int) -> StepResult:
     batches = batches_of(0, case, trainer.groups)
     for batch in batches:
         batch.labels.fill_(IGNORED)
-    return trainer.step(batches, step=0, lr=1e-3)
+    return trainer.step([trainer.prepare(batch) for batch in batches], step=0, lr=1e-3)
 
 
 def test_no_label_at_all_is_zero_and_not_nan() -> None:
     for result in run_ranks(masked_everywhere, 2):
-        assert result == StepResult(loss=0.0, grad_norm=0.0)
+        pairs = BATCH * SEQ_LENGTH * (SEQ_LENGTH + 1) / 2
+        assert result == StepResult(loss=0.0, grad_norm=0.0, num_pairs=pairs)
 
 
 def dropout_masks(rank: int, world_size: int, case: Case, step: int) -> torch.Tensor:
@@ -177,7 +256,7 @@ def dropout_masks(rank: int, world_size: int, case: Case, step: int) -> torch.Te
     dropout.p = 0.5
     kept: list[torch.Tensor] = []
     dropout.register_forward_hook(lambda module, args, out: kept.append(out != 0))
-    trainer.step(batches_of(step, case, trainer.groups)[:1], step=step, lr=0.0)
+    trainer.step(shards_of(step, case, trainer)[:1], step=step, lr=0.0)
     dist.barrier()
     return kept[0]
 
