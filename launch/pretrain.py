@@ -16,7 +16,7 @@ from cp_megatron.config.parse import parse_arguments
 from cp_megatron.errors import ConfigError
 from cp_megatron.train.preflight import check
 from cp_megatron.train.report import error_line, print_start
-from cp_megatron.train.signals import stop_at_once
+from cp_megatron.train.signals import leave, stop_at_once
 
 PROGRAM = "pretrain.py"
 SECONDS_FOR_RANK_0 = 2.0
@@ -56,4 +56,4 @@ def main(argv: Sequence[str], environ: Mapping[str, str], script: str = PROGRAM)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:], os.environ, sys.argv[0]))
+    leave(main(sys.argv[1:], os.environ, sys.argv[0]))

@@ -7,12 +7,14 @@ tensor, m of them computed here, d width of a head.
     heads_to_tokens   [B, M, m, d] -> [B, S, h, d]     and back
 
 Each is the other's transpose: a head that was sent to several ranks comes back as their sum.
-Messages are sends and receives inside the context parallel group, so that no group of traders has
-to be made, which would take a message from every rank of the world.
+Where all ranks of the context parallel group trade, one collective moves everything. Where only
+neighbours do, messages are sends and receives inside that group, so that no group of traders has to
+be made, which would take a message from every rank of the world.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -61,11 +63,7 @@ def tokens_to_heads(
         for i in range(len(trade.peers))
     ]
     like = outgoing[trade.index]
-    incoming = [
-        like if i == trade.index else like.new_empty((num_tokens, like.shape[1], sum(widths)))
-        for i in range(len(trade.peers))
-    ]
-    _exchange(trade, group, outgoing, incoming)
+    incoming = _exchange(trade, group, outgoing, [sum(widths)] * len(trade.peers))
     # [S, B, w] of each trader -> [M, B, w] by position
     together = like.new_empty((num_tokens * len(trade.peers), *like.shape[1:]))
     for rows, part in zip(trade.rows, incoming):
@@ -94,14 +92,9 @@ def heads_to_tokens(
     outgoing = [take(together, rows) for rows in trade.rows]
     num_tokens, batch = outgoing[trade.index].shape[:2]
     dims = [part.tensor.shape[-1] for part in parts]
-    incoming, counts = [], []
-    for i in range(len(trade.peers)):
-        counts.append([_count(part.heads[i]) for part in parts])
-        width = sum(count * dim for count, dim in zip(counts[i], dims))
-        is_own = i == trade.index
-        empty = together.new_empty((num_tokens, batch, width)) if not is_own else outgoing[i]
-        incoming.append(empty)
-    _exchange(trade, group, outgoing, incoming)
+    counts = [[_count(part.heads[i]) for part in parts] for i in range(len(trade.peers))]
+    widths = [sum(count * dim for count, dim in zip(found, dims)) for found in counts]
+    incoming = _exchange(trade, group, outgoing, widths)
     found = []
     for number, (part, dim) in enumerate(zip(parts, dims)):
         num_heads = max(stop for _, stop in part.heads)
@@ -109,8 +102,8 @@ def heads_to_tokens(
         whole = part.tensor.new_empty((batch, num_tokens, num_heads, dim))
         stored = 0
         for i, (start, stop) in enumerate(part.heads):
-            widths = [count * d for count, d in zip(counts[i], dims)]
-            tensor = _unpack(incoming[i], counts[i], widths)[number]
+            split = [count * d for count, d in zip(counts[i], dims)]
+            tensor = _unpack(incoming[i], counts[i], split)[number]
             fresh = max(start, stored)
             whole[:, :, start:fresh] += tensor[:, :, : fresh - start]
             whole[:, :, fresh:stop] = tensor[:, :, fresh - start :]
@@ -123,14 +116,25 @@ def _exchange(
     trade: HeadExchange,
     group: dist.ProcessGroup | None,
     outgoing: Sequence[Tensor],
-    incoming: Sequence[Tensor],
-) -> None:
+    widths: Sequence[int],
+) -> list[Tensor]:
+    """What each trader sends to this rank, [S, B, its width], for ``outgoing`` to each of them."""
+    shapes = [(*outgoing[trade.index].shape[:2], width) for width in widths]
+    if group is not None and group.size() == len(trade.peers):
+        sent = torch.cat([x.reshape(-1) for x in outgoing])
+        sizes = [math.prod(shape) for shape in shapes]
+        received = sent.new_empty(sum(sizes))
+        dist.all_to_all_single(received, sent, sizes, [x.numel() for x in outgoing], group=group)
+        return [x.view(shape) for x, shape in zip(received.split(sizes), shapes)]
+    incoming = [outgoing[trade.index].new_empty(shape) for shape in shapes]
+    incoming[trade.index] = outgoing[trade.index]
     others = [i for i in range(len(trade.peers)) if i != trade.index]
     post(
         group,
         sends=[(outgoing[i], trade.peers[i]) for i in others],
         receives=[(incoming[i], trade.peers[i]) for i in others],
     ).wait()
+    return incoming
 
 
 def _pack(tensors: Sequence[Tensor]) -> Tensor:

@@ -1,9 +1,8 @@
 """Do all ranks mean the same attention? One small message instead of a hang or a wrong number.
 
 Ranks that disagree on the mask, a shape or a type would wait for messages that never come, or add
-up what does not belong together. Before a plan is run for the first time, every rank sends a digest
-of what it is about to do and whether its inputs are sound; all of them see all digests, so all of
-them refuse together.
+up what does not belong together. Before attending, every rank sends a digest of what it is about to
+do and whether its inputs are sound; all of them see all digests, so all of them refuse together.
 """
 
 from __future__ import annotations
@@ -20,12 +19,28 @@ from cp_megatron.errors import ConfigError
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
+MODES = ("auto", "always", "once", "never")
+
+
+def check_mode(mode: str | bool) -> str:
+    """One of ``MODES``.
+
+    Raises:
+        ConfigError: it is none of them, nor True (auto) or False (never).
+    """
+    if isinstance(mode, bool):
+        return "auto" if mode else "never"
+    if mode not in MODES:
+        raise ConfigError("check_ranks", mode, "is no way to check ranks", ", ".join(MODES))
+    return mode
+
+
 def agree(
     group: dist.ProcessGroup | None,
     *,
     mask: object,
     call: object,
-    problem: ConfigError | None,
+    problem: Exception | None,
     device: torch.device,
 ) -> None:
     """Returns on every rank, or raises on every rank.
@@ -38,10 +53,11 @@ def agree(
         device: where the group's messages live.
 
     Raises:
-        ConfigError: ``problem``; or another rank has one; or mask or call differ between ranks.
+        Exception: ``problem`` itself.
+        ConfigError: rank has a problem, or mask or call differ between ranks.
     """
     if group is not None and dist.get_world_size(group) > 1:
-        facts = [_digest(mask), _digest(call), int(problem is not None)]
+        facts = [digest(mask), digest(call), int(problem is not None)]
         mine = torch.tensor(facts, dtype=torch.int64, device=device)
         everyone = mine.new_empty(dist.get_world_size(group) * len(facts))
         _all_gather(everyone, mine, group=group)
@@ -64,7 +80,7 @@ def _compare(rows: Sequence[Sequence[int]], rank: int, mask: object, call: objec
             raise ConfigError(name, _short(value), rule, "the same on every rank")
 
 
-def _digest(value: object) -> int:
+def digest(value: object) -> int:
     """63 bits, the same on every machine and Python."""
     digest = hashlib.blake2b(repr(value).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1

@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import math
 from functools import cached_property
+from typing import cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from cp_megatron.comm.collectives import all_gather_dim
-from cp_megatron.context_parallel.agreement import agree
+from cp_megatron.context_parallel.agreement import agree, check_mode, digest
 from cp_megatron.context_parallel.attention import planned_attention
 from cp_megatron.context_parallel.rank_plan import RankPlan
 from cp_megatron.errors import ConfigError
 from cp_megatron.kernels.dropout import Dropout
+from cp_megatron.kernels.interface import Kernel
 from cp_megatron.kernels.load import load_kernel
 from cp_megatron.kernels.select import KernelChoice, select_kernel
 from cp_megatron.plan import Mask, Schedule, SequenceLayout
@@ -45,8 +47,12 @@ class ContextParallel:
         hierarchical_sizes: (A, P) of a2a+p2p: A neighbours trade heads, P groups run a ring. With
             ``auto`` it says how many ranks share a node, and how many nodes there are.
         deterministic: the same inputs give the same bits; a kernel that can not is refused.
-        check_ranks: before the first attention with a mask and a shape, compare both between the
-            ranks: one small message, and a mistake is an error on every rank instead of a hang.
+        check_ranks: compare masks, layouts, shapes and types between the ranks before attending,
+            so that a mistake is an error on every rank instead of a hang or a wrong number; one
+            small message. ``always``: before each attention; ``once``: before the first of each
+            mask and shape, which can not see a rank that goes wrong later; ``never``; ``auto``:
+            always, but once over CUDA, where waiting for the answer would stall the device. True
+            and False are ``auto`` and ``never``.
 
     Raises:
         ConfigError: the layout does not divide the sequence, a name is unknown, or the sizes do
@@ -64,28 +70,32 @@ class ContextParallel:
         hierarchical_sizes: tuple[int, int] | None = None,
         *,
         deterministic: bool = False,
-        check_ranks: bool = True,
+        check_ranks: str | bool = "auto",
     ) -> None:
         self.group = group
         self.mask = mask
         self.rank = dist.get_rank(group) if group is not None else 0
+        if self.rank < 0:
+            raise ConfigError("group", "this process", "must be one of its ranks")
         self.cp_size = dist.get_world_size(group) if group is not None else 1
-        check_exchange(exchange, route, self.cp_size, hierarchical_sizes)
+        # A list is as good, and what is remembered by its value must not change.
+        sizes = hierarchical_sizes and cast("tuple[int, int]", tuple(hierarchical_sizes))
+        check_exchange(exchange, route, self.cp_size, sizes)
         self.layout = self._make_layout(layout)
         self._layout_kind, self._exchange, self._route = layout, exchange, route
-        self._kernel, self._sizes = kernel, hierarchical_sizes
-        self._deterministic, self._check_ranks = deterministic, check_ranks
-        self._plans: dict[object, tuple[Schedule, RankPlan]] = {}
+        self._kernel, self._sizes = kernel, sizes
+        self._deterministic, self._check_ranks = deterministic, check_mode(check_ranks)
+        self._plans: dict[tuple[int, ...], RankPlan] = {}
+        self._kernels: dict[object, Kernel] = {}
         self._agreed: set[object] = set()
 
     def _make_layout(self, layout: str | SequenceLayout) -> SequenceLayout:
         if isinstance(layout, str):
             return SequenceLayout.make(self.mask, self.cp_size, layout)
-        held = (layout.cp_size, layout.cp_size * layout.shard_len)
-        if held != (self.cp_size, self.mask.seq_len):
-            value = f"of {held[1]} positions on {held[0]} ranks"
-            rule = f"must hold the mask's {self.mask.seq_len} on {self.cp_size}"
-            raise ConfigError("layout", value, rule)
+        if layout.cp_size != self.cp_size:
+            rule = f"must be for the group's {self.cp_size} ranks"
+            raise ConfigError("layout", f"for {layout.cp_size} ranks", rule)
+        layout.check(self.mask.seq_len)
         return layout
 
     def with_mask(self, mask: Mask, layout: SequenceLayout | None = None) -> ContextParallel:
@@ -94,7 +104,8 @@ class ContextParallel:
         Args:
             mask: what attends to what.
             layout: keeps tokens where this layout has them, as layers with different masks of one
-                model need; by default the layout is made anew for the mask.
+                model need; by default it is made anew for the mask, unless this object was itself
+                given a layout that was made before.
         """
         return ContextParallel(
             self.group,
@@ -132,13 +143,17 @@ class ContextParallel:
             v_head_dim=v_head_dim,
         )
 
-    def prepare(self, q: Tensor, k: Tensor, v: Tensor) -> None:
-        """Works out this rank's plan for inputs of this kind, so that ``attention`` finds it ready.
+    def prepare(
+        self, num_heads: int, num_kv_heads: int, head_dim: int, v_head_dim: int | None = None
+    ) -> None:
+        """Works out this rank's plan for such heads, so that ``attention`` finds it ready.
 
-        Sends no message and may run in another thread while another mask is in use. Values are not
-        read: tensors on the meta device do, if the kernel is named.
+        Sends no message and may run in another thread while another mask is in use.
+
+        Raises:
+            ConfigError: the exchange can not share the heads.
         """
-        self._plan(q, k, v)
+        self._plan(num_heads, num_kv_heads, head_dim, v_head_dim or head_dim)
 
     @cached_property
     def positions(self) -> Tensor:
@@ -178,6 +193,7 @@ class ContextParallel:
         order = [torch.from_numpy(self.layout.positions(rank)) for rank in range(self.cp_size)]
         return gathered.index_select(dim, torch.cat(order).argsort().to(x.device))
 
+    @torch.compiler.disable
     def attention(
         self,
         q: Tensor,
@@ -187,6 +203,8 @@ class ContextParallel:
         dropout: Dropout | None = None,
     ) -> Tensor:
         """Attention of this rank's queries over the keys of all ranks that the mask allows.
+
+        Opaque to torch.compile, which must not trace a plan that changes with every mask.
 
         Args:
             q: [B, S / N, H, D].
@@ -202,17 +220,19 @@ class ContextParallel:
         Raises:
             ConfigError: shapes or types do not fit each other, the layout or the kernel.
         """
-        scale = q.shape[-1] ** -0.5 if scale is None else scale
-        problem, plan = None, None
+        problem, ready, used = None, None, 0.0
         try:
-            self._check_attention(q, k, v, scale)
-            plan = self._plan(q, k, v, dropout)
-        except ConfigError as error:
+            self._check_attention(q, k, v)
+            used = q.shape[-1] ** -0.5 if scale is None else scale
+            if not 0 < used < math.inf:  # fused kernels mask before they scale
+                raise ConfigError("scale", used, "must be positive and finite")
+            kernel = self._load_kernel(q, v, dropout)
+            ready = self._plan(q.shape[2], k.shape[2], q.shape[3], v.shape[3]), kernel
+        except Exception as error:  # whatever it is, the other ranks must hear of it
             problem = error
-        how = (scale, dropout.probability if dropout else 0.0)
-        self._agree(q, k, v, how, problem)
-        assert plan is not None
-        return planned_attention(plan, q, k, v, scale, dropout)
+        self._agree((q, k, v), used, dropout, problem)
+        assert ready is not None
+        return planned_attention(*ready, q, k, v, used, dropout)
 
     def kernel_choice(
         self, device: torch.device, dtype: torch.dtype, head_dim: int, dropout: float = 0.0
@@ -229,42 +249,65 @@ class ContextParallel:
             capability=torch.cuda.get_device_capability(device) if device.type == "cuda" else None,
         )
 
-    def _plan(self, q: Tensor, k: Tensor, v: Tensor, dropout: Dropout | None = None) -> RankPlan:
-        heads = (q.shape[2], k.shape[2], q.shape[3], v.shape[3])
-        probability = dropout.probability if dropout else 0.0
-        key = (heads, q.device, q.dtype, probability > 0)
-        if key not in self._plans:
-            choice = self.kernel_choice(q.device, q.dtype, max(heads[2:]), probability)
+    def _plan(self, *heads: int) -> RankPlan:
+        """This rank's plan for a number of query and key/value heads and their widths."""
+        if heads not in self._plans:
             schedule = self.schedule(*heads)
-            plan = RankPlan.create(
+            self._plans[heads] = RankPlan.create(
                 rounds=schedule.rounds(self.rank),
                 gather=schedule.gather(self.rank),
                 trade=schedule.heads(self.rank),
                 num_heads=heads[0],
                 num_kv_heads=heads[1],
                 group=self.group,
-                kernel=load_kernel(choice.name, deterministic=self._deterministic),
             )
-            self._plans[key] = (schedule, plan)
-        return self._plans[key][1]
+        return self._plans[heads]
+
+    def _load_kernel(self, q: Tensor, v: Tensor, dropout: Dropout | None) -> Kernel:
+        probability = dropout.probability if dropout else 0.0
+        width = max(q.shape[3], v.shape[3])
+        key = (q.device, q.dtype, width, probability > 0)
+        if key not in self._kernels:
+            choice = self.kernel_choice(q.device, q.dtype, width, probability)
+            self._kernels[key] = load_kernel(choice.name, deterministic=self._deterministic)
+        return self._kernels[key]
 
     def _agree(
-        self, q: Tensor, k: Tensor, v: Tensor, how: object, problem: ConfigError | None
+        self,
+        tensors: tuple[Tensor, Tensor, Tensor],
+        scale: float,
+        dropout: Dropout | None,
+        problem: Exception | None,
     ) -> None:
-        shapes = [tuple(x.shape) for x in (q, k, v)]
+        """Compares with the other ranks as often as ``check_ranks`` says; raises ``problem``."""
+        kind = (*(tuple(x.shape) for x in tensors), str(tensors[0].dtype), scale)
+        mode, device = self._check_ranks, tensors[0].device
+        if mode == "auto":
+            mode = "once" if device.type == "cuda" else "always"
+        # Asked once, ranks without a problem would not come to hear of this one.
+        seen = self._agreed if mode == "once" and problem else kind in self._agreed
+        group = None if mode == "never" or (mode == "once" and seen) else self.group
         options = (self.layout.kind, self._exchange, self._route, self._sizes)
-        call = (*shapes, str(q.dtype), how, *options)
-        if problem is None and call in self._agreed:
-            return
-        group = self.group if self._check_ranks else None
-        agree(group, mask=self.mask, call=call, problem=problem, device=q.device)
-        self._agreed.add(call)
+        call = (kind, options, dropout, self._layout_digest)
+        agree(group, mask=self._mask_digest, call=call, problem=problem, device=device)
+        self._agreed.add(kind)
+
+    @cached_property
+    def _mask_digest(self) -> str:
+        """Stands for the mask between ranks, and names it in an error."""
+        mask = self.mask
+        name = f"{mask.kind} of {mask.seq_len} tokens, window {mask.window}"
+        return f"{name}, #{digest(mask):x}"
+
+    @cached_property
+    def _layout_digest(self) -> int:
+        return digest(self.layout.chunks)
 
     def _check_length(self, x: Tensor, dim: int, length: int) -> None:
         if x.shape[dim] != length:
             raise ConfigError("dim", dim, f"has length {x.shape[dim]}, the layout has {length}")
 
-    def _check_attention(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> None:
+    def _check_attention(self, q: Tensor, k: Tensor, v: Tensor) -> None:
         shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
         if not q.ndim == k.ndim == v.ndim == 4:
             raise ConfigError("attention", shapes, "must be [batch, tokens, heads, head_dim]")
@@ -287,5 +330,3 @@ class ContextParallel:
             if not x.is_contiguous():
                 value = f"{name} with strides {x.stride()}"
                 raise ConfigError("attention", value, "must be contiguous", f"{name}.contiguous()")
-        if not 0 < scale < math.inf:  # fused kernels mask before they scale
-            raise ConfigError("scale", scale, "must be positive and finite")

@@ -19,6 +19,7 @@ from cp_megatron.context_parallel.p2p import ring_backward, ring_forward
 from cp_megatron.context_parallel.partials import Call
 from cp_megatron.context_parallel.rank_plan import RankPlan
 from cp_megatron.kernels.dropout import Dropout
+from cp_megatron.kernels.interface import Kernel
 from cp_megatron.plan.heads import HeadExchange
 
 
@@ -39,7 +40,9 @@ class _Attention(torch.autograd.Function):
             parts = [Part(q, heads), Part(k, kv_heads), Part(v, kv_heads)]
             q, k, v = tokens_to_heads(trade, plan.group, parts)
         run = gather_forward if plan.gather else ring_forward
-        out, lse = run(plan, call, q, k, v)
+        # Types are the engine's business: sums are float32 whatever autocast would like.
+        with torch.autocast(q.device.type, enabled=False):
+            out, lse = run(plan, call, q, k, v)
         out = out.to(q.dtype)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.plan, ctx.call = plan, call
@@ -57,7 +60,8 @@ class _Attention(torch.autograd.Function):
         if trade:
             (dout,) = tokens_to_heads(trade, plan.group, [Part(dout, trade.query_heads)])
         run = gather_backward if plan.gather else ring_backward
-        grads = run(plan, ctx.call, dout, q, k, v, out, lse)
+        with torch.autocast(q.device.type, enabled=False):
+            grads = run(plan, ctx.call, dout, q, k, v, out, lse)
         if trade:
             grads = _return_gradients(plan, trade, grads, q.dtype)
         dq, dk, dv = (grad.to(q.dtype) for grad in grads)
@@ -89,15 +93,31 @@ def _key_parts(
     return [Part(grad if shared else grad.to(dtype), spans) for grad in grads[1:]]
 
 
-@torch.compiler.disable
 def planned_attention(
-    plan: RankPlan, q: Tensor, k: Tensor, v: Tensor, scale: float, dropout: Dropout | None
+    plan: RankPlan,
+    kernel: Kernel,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    dropout: Dropout | None,
 ) -> Tensor:
-    """The function above, opaque to torch.compile: its plan is data, not something to trace."""
+    """The function above.
+
+    Args:
+        plan: this rank's part of a schedule for these heads.
+        kernel: computes its tiles.
+        q, k, v: [B, S, H, D], [B, S, G, D] and [B, S, G, E], contiguous.
+        scale: what scores are multiplied with.
+        dropout: of attention weights; its ``head0`` is this rank's first head before any trade.
+
+    Returns:
+        [B, S, H, E] in q's type.
+    """
     if dropout and plan.trade:
         first = plan.trade.query_heads[plan.trade.index][0]
         dropout = replace(dropout, head0=dropout.head0 + first)
     rows = plan.rounds[0].keys
-    call = Call(kernel=plan.kernel, scale=scale, dropout=dropout, rows=rows)
+    call = Call(kernel=kernel, scale=scale, dropout=dropout, rows=rows)
     out: Tensor = _Attention.apply(plan, call, q, k, v)
     return out

@@ -1,4 +1,4 @@
-"""What one rank of a schedule does, and what it does it with."""
+"""What one rank of a schedule does, and with whom."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import torch.distributed as dist
 
-from cp_megatron.kernels.interface import Kernel
 from cp_megatron.plan.gather import Gather
 from cp_megatron.plan.heads import HeadExchange, HeadGroup, all_heads
 from cp_megatron.plan.rounds import Round
@@ -14,7 +13,7 @@ from cp_megatron.plan.rounds import Round
 
 @dataclass(frozen=True, kw_only=True)
 class RankPlan:
-    """One rank's part of a schedule, its group and its kernel.
+    """One rank's part of a schedule, and its group.
 
     Attributes:
         rounds: tiles and messages, in order.
@@ -22,7 +21,6 @@ class RankPlan:
         trade: tokens for heads, before the rounds and after; None where heads stay.
         groups: the heads this rank computes, as its kernel takes them.
         group: whom to talk to; None is one rank.
-        kernel: computes a tile.
     """
 
     rounds: tuple[Round, ...]
@@ -30,7 +28,6 @@ class RankPlan:
     trade: HeadExchange | None
     groups: tuple[HeadGroup, ...]
     group: dist.ProcessGroup | None
-    kernel: Kernel
 
     @classmethod
     def create(
@@ -42,10 +39,7 @@ class RankPlan:
         num_heads: int,
         num_kv_heads: int,
         group: dist.ProcessGroup | None,
-        kernel: Kernel,
     ) -> RankPlan:
         """With all heads as the rank's own where none are traded."""
         groups = trade.groups if trade else all_heads(num_heads, num_kv_heads)
-        return cls(
-            rounds=rounds, gather=gather, trade=trade, groups=groups, group=group, kernel=kernel
-        )
+        return cls(rounds=rounds, gather=gather, trade=trade, groups=groups, group=group)

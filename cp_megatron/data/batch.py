@@ -34,12 +34,14 @@ class Batch:
         labels: int64, like ``tokens``, already shifted; ``IGNORED`` where there is no loss.
         mask: which token sees which, for every row of the batch.
         first_row: number of the first row in the run.
+        row_length: S where documents are masked and rows laid end to end, else 0.
     """
 
     tokens: Tensor
     labels: Tensor
     mask: Mask
     first_row: int
+    row_length: int
 
     @property
     def valid_tokens(self) -> int:
@@ -102,6 +104,7 @@ def microbatches(
             labels=_padded(labels, padding, IGNORED),
             mask=row_mask(lengths, document_mask=document_mask, window=window, padding=padding),
             first_row=start,
+            row_length=rows.seq_length if document_mask else 0,
         )
 
 

@@ -20,7 +20,7 @@ own, and the key's position says which number of that stream is taken:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -44,6 +44,8 @@ class Dropout:
         seed: any integer; another one for every layer and step, the same on all ranks.
         batch0: the number, in the global batch, of this rank's first batch row.
         head0: the number, among all query heads, of this rank's first one.
+        row_length: where several rows of the batch are laid end to end in one, their length, so
+            that the same pairs are dropped as if each were a batch row; 0 where none are.
 
     Raises:
         ConfigError: the probability is outside [0, 1).
@@ -53,6 +55,7 @@ class Dropout:
     seed: int
     batch0: int = 0
     head0: int = 0
+    row_length: int = 0
 
     def __post_init__(self) -> None:
         if not 0 <= self.probability < 1:
@@ -85,7 +88,7 @@ class TileDropout:
     def weights(self, num_batch: int, num_heads: int, dtype: torch.dtype) -> Tensor:
         """[B, H, Q, K] in ``dtype``: 0 where dropped, 1 / (1 - p) where kept."""
         drop = self.dropout
-        shifted = Dropout(drop.probability, drop.seed, drop.batch0, drop.head0 + self.head0)
+        shifted = replace(drop, head0=drop.head0 + self.head0)
         keep = keep_mask(shifted, self.q_positions, self.k_positions, num_batch, num_heads)
         return keep.to(dtype) * drop.scale
 
@@ -111,8 +114,13 @@ def keep_mask(
     # Seeds wrap to 64 bits, as everything here does.
     seed = (dropout.seed + (1 << 63)) % (1 << 64) - (1 << 63)
     row = _mix(torch.full((1,), seed, dtype=torch.int64, device=device))
-    row = _mix(row + batch)[:, None]
-    row = _mix(row + head)[:, :, None]
+    number = batch[:, None, None]  # [B, 1, 1]
+    if dropout.row_length:
+        number = number + q_positions // dropout.row_length  # [B, 1, Q]
+        q_positions = q_positions % dropout.row_length
+        k_positions = k_positions % dropout.row_length
+    row = _mix(row + number)
+    row = _mix(row + head[:, None])
     row = _mix(row + q_positions)[:, :, :, None]
     drawn = _shift(_mix(row + (k_positions + 1) * _GAMMA), 64 - _BITS)
     return drawn >= int(dropout.probability * (1 << _BITS))

@@ -83,7 +83,8 @@ def check_exchange(
         rule = f"belongs to a2a+p2p, not to {exchange}"
         raise ConfigError(flag, _text(hierarchical_sizes), rule, "--cp-comm-type a2a+p2p")
     sizes = hierarchical_sizes
-    if len(sizes) != 2 or min(sizes) < 1 or sizes[0] * sizes[1] != cp_size:
+    whole = all(isinstance(size, int) for size in sizes)
+    if len(sizes) != 2 or not whole or min(sizes) < 1 or sizes[0] * sizes[1] != cp_size:
         rule = f"must be two sizes whose product is --context-parallel-size {cp_size}"
         raise ConfigError(flag, _text(sizes), rule, works)
 

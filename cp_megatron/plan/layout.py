@@ -75,6 +75,24 @@ class SequenceLayout:
             return cls(deal(mask, cp_size), kind)
         return cls(_slice(mask.seq_len, cp_size, kind), kind)
 
+    def check(self, seq_len: int) -> None:
+        """Whether ranks together hold ``seq_len`` positions once, equally many each, in order.
+
+        Raises:
+            ConfigError: they do not.
+        """
+        held = [np.asarray(chunks, dtype=np.int64).reshape(-1, 2) for chunks in self.chunks]
+        ordered = all((x[:, 0] < x[:, 1]).all() and (x[1:, 0] >= x[:-1, 1]).all() for x in held)
+        sizes = {int((x[:, 1] - x[:, 0]).sum()) for x in held}
+        every = np.concatenate(held)
+        every = every[np.argsort(every[:, 0])]
+        edges = [0, *every[:, 1].tolist()]
+        whole = every[:, 0].tolist() == edges[:-1] and edges[-1] == seq_len
+        if not (ordered and whole and len(sizes) == 1):
+            value = ", ".join(map(str, self.chunks[:2])) + (", ..." if self.cp_size > 2 else "")
+            rule = f"must hold each of {seq_len} positions once, ascending, equally many per rank"
+            raise ConfigError("layout", value, rule)
+
     @property
     def cp_size(self) -> int:
         """Number of ranks."""

@@ -203,10 +203,10 @@ def _make_trainer(plan: RunPlan, device: torch.device) -> Trainer:
             route=sequence.route,
             hierarchical_sizes=sequence.sizes,
             deterministic=config.train.deterministic,
-            check_ranks=parallel.cp_check_ranks,
+            # Masks are a function of the run's rows, alike on every rank that reads them.
+            check_ranks="once" if parallel.cp_check_ranks else "never",
         ),
         device=device,
-        dtype=getattr(torch, dtype),
         seed=config.train.seed,
         clip_grad=config.optimizer.clip_grad,
         sequence_parallel=parallel.sequence_parallel,

@@ -51,6 +51,7 @@ class Shard:
         cp: context parallelism under the micro batch's mask.
         tokens, labels: int64 [b, S / N].
         first_row: number of the first row in the run.
+        row_length: of rows that are laid end to end; 0 where none are.
         num_valid: tokens of this rank that have a loss.
         num_pairs: attended pairs of the whole rows over the number of ranks that share them.
     """
@@ -59,6 +60,7 @@ class Shard:
     tokens: Tensor
     labels: Tensor
     first_row: int
+    row_length: int
     num_valid: int
     num_pairs: float
 
@@ -73,7 +75,6 @@ class Trainer:
         groups: this rank's groups.
         cp: context parallelism for rows without document masks; others are derived from it.
         device: where the model lives.
-        dtype: what attention computes in.
         seed: of the run, for dropout; attention's is the same on every grid.
         clip_grad: largest global gradient norm; 0 does not clip.
         sequence_parallel: the residual stream is split over tp, so dropout differs there too.
@@ -84,7 +85,6 @@ class Trainer:
     groups: ParallelGroups
     cp: ContextParallel
     device: torch.device
-    dtype: torch.dtype
     seed: int
     clip_grad: float
     sequence_parallel: bool
@@ -96,12 +96,9 @@ class Trainer:
         """
         cp = self.cp if batch.mask == self.cp.mask else self.cp.with_mask(batch.mask)
         model, tp = self.model.config, self.groups.grid.tp
-        # Only their kind is read, so they are empty.
-        q, k = (
-            torch.empty(0, 1, heads, model.head_dim, dtype=self.dtype, device=self.device)
-            for heads in (model.num_attention_heads // tp, max(1, model.num_kv_heads // tp))
+        cp.prepare(
+            model.num_attention_heads // tp, max(1, model.num_kv_heads // tp), model.head_dim
         )
-        cp.prepare(q, k, k)
         _ = cp.document_positions  # kept by ``cp`` from now on
         labels = cp.shard(batch.labels, 1)
         return Shard(
@@ -109,6 +106,7 @@ class Trainer:
             tokens=cp.shard(batch.tokens, 1),
             labels=labels,
             first_row=batch.first_row,
+            row_length=batch.row_length,
             num_valid=count_valid(labels),
             num_pairs=batch.mask.pairs() * batch.tokens.shape[0] / cp.cp_size,
         )
@@ -194,6 +192,7 @@ class Trainer:
             model.attention_dropout,
             seed=self.seed,
             batch0=shard.first_row,
+            row_length=shard.row_length,
             head0=place.tp * (model.num_attention_heads // tp),
         )
 

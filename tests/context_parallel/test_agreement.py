@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cp_megatron.context_parallel import ContextParallel
 from cp_megatron.errors import ConfigError
-from cp_megatron.plan import Mask
+from cp_megatron.plan import Mask, SequenceLayout
 from tests.ranks import run_ranks
 
 Inputs = tuple[Tensor, Tensor, Tensor]
@@ -104,7 +104,7 @@ def test_masks_that_differ_are_an_error_on_every_rank(name: str) -> None:
         assert f"differs from what rank {1 - rank} of the group has" in result
 
 
-def messages(rank: int, world_size: int, check: bool) -> list[int]:
+def messages(rank: int, world_size: int, check: bool | str) -> list[int]:
     """Collectives per call: the first, the same again, another batch size, another mask."""
     seen = 0
     name = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
@@ -137,9 +137,79 @@ def messages(rank: int, world_size: int, check: bool) -> list[int]:
     return counts
 
 
-def test_one_message_per_mask_and_shape_or_none() -> None:
-    assert run_ranks(messages, 2, True) == [[1, 0, 1, 1]] * 2
+def test_one_message_per_call_or_per_mask_and_shape_or_none() -> None:
+    assert run_ranks(messages, 2, True) == [[1, 1, 1, 1]] * 2
+    assert run_ranks(messages, 2, "once") == [[1, 0, 1, 1]] * 2
     assert run_ranks(messages, 2, False) == [[0, 0, 0, 0]] * 2
+    with pytest.raises(ConfigError, match="is no way to check ranks"):
+        ContextParallel(None, Mask.causal(8), check_ranks="sometimes")
+
+
+def later(rank: int, world_size: int, name: str) -> str:
+    """A first attention that is right, then one that rank 1 gets wrong."""
+    cp = ContextParallel(dist.group.WORLD, Mask.causal(16))
+    cp.attention(*inputs())
+    if rank == 1 and name == "another mask":
+        cp = cp.with_mask(Mask.causal(16, window=(3, 0)))
+    try:
+        cp.attention(*(strided(inputs()) if rank == 1 and name == "strided" else inputs()))
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("name", ["strided", "another mask"])
+def test_a_rank_that_goes_wrong_later_stops_all(name: str) -> None:
+    zero, one = run_ranks(later, 2, name)
+    if name == "strided":
+        assert "is refused by rank 1" in zero
+        assert "must be contiguous" in one
+    else:
+        assert zero.startswith("mask causal of 16 tokens, window (-1, 0)")
+        assert "differs from what rank" in one
+
+
+def no_width(x: Inputs) -> Inputs:
+    return torch.zeros(1, 8, 4, 0), torch.zeros(1, 8, 4, 0), x[2]
+
+
+def test_what_is_no_refusal_on_one_rank_stops_the_others_too() -> None:
+    zero, one = run_ranks(refused, 2, no_width, 1)
+    assert "is refused by rank 1" in zero
+    assert "must not be empty" in one
+
+
+LAYOUTS = {
+    "descending": (((4, 6), (0, 2)), ((2, 4), (6, 8))),
+    "twice": (((0, 4),), ((0, 4),)),
+    "unequal": (((0, 3),), ((3, 8),)),
+    "too short": (((0, 3),), ((3, 6),)),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_layout_that_does_not_hold_the_row_is_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match="must hold each of 8 positions once"):
+        SequenceLayout(LAYOUTS[name], "own").check(8)
+    if name == "too short":
+        with pytest.raises(ConfigError, match="must be for the group's 1 ranks"):
+            ContextParallel(None, Mask.causal(6), SequenceLayout(LAYOUTS[name], "own"))
+
+
+def with_layout(rank: int, world_size: int, swapped: bool) -> str:
+    chunks = (((0, 8),), ((8, 16),))
+    layout = SequenceLayout(chunks[::-1] if swapped and rank else chunks, "own")
+    cp = ContextParallel(dist.group.WORLD, Mask.causal(16), layout)
+    try:
+        cp.attention(*inputs())
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+def test_layouts_that_differ_are_an_error_on_every_rank() -> None:
+    assert run_ranks(with_layout, 2, False) == ["", ""]
+    assert all("differs from what rank" in result for result in run_ranks(with_layout, 2, True))
 
 
 @pytest.mark.parametrize(
@@ -174,6 +244,7 @@ def with_heads(rank: int, world_size: int, options: dict[str, Any], heads: tuple
         ({"exchange": "mail"}, "is no exchange"),
         ({"route": "scenic"}, "is no route"),
         ({"layout": "spiral"}, "is no layout"),
+        ({"exchange": "a2a+p2p", "hierarchical_sizes": [1, 1.0]}, "whose product is"),
     ],
 )
 def test_names_and_sizes_are_refused_when_made(options: dict[str, Any], message: str) -> None:

@@ -204,3 +204,49 @@ def test_a_scale_that_kernels_can_not_take_is_refused(scale: float) -> None:
     x = torch.zeros(1, 8, 2, 4)
     with pytest.raises(ConfigError, match="must be positive"):
         ContextParallel(None, Mask.causal(8)).attention(x, x, x, scale=scale)
+
+
+def test_lists_are_sizes_too() -> None:
+    x = torch.zeros(1, 8, 2, 4)
+    cp = ContextParallel(None, Mask.causal(8), exchange="a2a+p2p", hierarchical_sizes=[1, 1])  # type: ignore[arg-type]
+    assert cp.attention(x, x, x).shape == x.shape
+
+
+def test_autocast_does_not_round_what_the_engine_adds_up() -> None:
+    q, k, v, dout = (x.float() for x in attention_inputs(1, 1, 32, 2, 2, 8, 8))
+    for kernel in ("cpu", "reference"):
+        cp = ContextParallel(None, Mask.causal(32), kernel=kernel)
+        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+        with torch.autocast("cpu", torch.bfloat16):
+            out = cp.attention(*leaves)
+            grads = torch.autograd.grad(out, leaves, dout)
+        exact = dense_gradients([x.double() for x in (q, k, v, dout)], cp.mask)
+        for x, y in zip((out.detach(), *grads), exact.values(), strict=True):
+            assert relative_error(x, y, cp.positions) < 1e-6
+
+
+def test_torch_compile_does_not_look_inside() -> None:
+    """One graph break per attention, and no new compilation for a new mask."""
+    q, k, v = (x.requires_grad_() for x in attention_inputs(1, 1, 16, 2, 2, 4, 4)[:3])
+    frames = 0
+
+    def counting(graph: Any, example_inputs: Any) -> Any:
+        nonlocal frames
+        frames += 1
+        return graph.forward
+
+    def layer(cp: ContextParallel, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return cp.attention(q * 2, k, v) + 1
+
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, backend=counting)
+    masks = [Mask.causal(16), Mask.documents([3, 13]), Mask.documents([9, 2, 5])]
+    counts = []
+    for mask in masks:
+        cp = ContextParallel(None, mask)
+        out = compiled(cp, q, k, v)
+        torch.testing.assert_close(out, layer(cp, q, k, v))
+        out.sum().backward()
+        counts.append(frames)
+    torch._dynamo.reset()
+    assert counts[0] == counts[-1] == 2

@@ -173,3 +173,15 @@ def test_a_kernel_that_can_not_drop_never_ignores_it() -> None:
         CpuKernel().forward(q, q, q, FULL, 1.0, tile)
     with pytest.raises(AssertionError):
         CpuKernel().backward(q, q, q, q, q, torch.zeros(1, 1, 3), FULL, 1.0, tile)
+
+
+def test_rows_laid_end_to_end_drop_what_rows_of_a_batch_drop() -> None:
+    """Two rows of 5 as one row of 10, and as a batch of two."""
+    one, five, ten = torch.arange(5), torch.arange(5, 10), torch.arange(10)
+    joined = keep_mask(Dropout(0.5, seed=3, batch0=7, row_length=5), ten, ten, 1, 2)
+    apart = keep_mask(Dropout(0.5, seed=3, batch0=7), one, one, 2, 2)
+    assert torch.equal(joined[0, :, :5, :5], apart[0])
+    assert torch.equal(joined[0, :, 5:, 5:], apart[1])
+    assert not torch.equal(apart[0], apart[1])
+    later = keep_mask(Dropout(0.5, seed=3, batch0=7, row_length=5), five, five, 1, 2)
+    assert torch.equal(later[0], apart[1])

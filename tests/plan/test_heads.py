@@ -105,7 +105,7 @@ def pairs(groups: tuple[tuple[Span, Span], ...]) -> list[tuple[int, int]]:
         (4, 6, 6, "--cp-comm-type a2a: shares 6 query heads among 4 ranks, which does not divide"),
         (2, 4, 3, "--num-query-groups 3: must divide the 4 query heads"),
         (2, 4, 0, "--num-query-groups 0: must divide the 4 query heads"),
-        (8, 4, 4, "(works: --cp-comm-type p2p, or among 1 or 2 or 4 ranks)"),
+        (8, 4, 4, "(works: --cp-comm-type p2p, or a2a+p2p among 2 or 4 of them)"),
     ],
 )
 def test_heads_that_can_not_be_shared_are_refused(

@@ -125,7 +125,8 @@ def masks_of(rank: int, world_size: int, argv: list[str]) -> list[Mask]:
 
 
 def test_batches_have_the_mask_of_the_plan(place: Place) -> None:
-    words = ["--seq-length", "30", "--window-size", "5", "0", "--context-parallel-size", "2"]
+    words = ["--seq-length", "30", "--pad-rows", "--window-size", "5", "0"]
+    words += ["--context-parallel-size", "2"]
     for promised, batch, trainer in run_ranks(masks_of, 2, place.argv("run", *words)):
         assert promised == batch == trainer == Mask.documents([30, 2], window=(5, 0))
 
@@ -306,7 +307,7 @@ KINDS = {
     "selective": ["--recompute-granularity", "selective", "--document-mask"],
     "a2a, padded, window": [
         *("--cp-comm-type", "a2a", "--seq-length", "31", "--window-size", "9,0"),
-        *("--deterministic", "--no-cp-check-ranks"),
+        *("--pad-rows", "--deterministic", "--no-cp-check-ranks"),
     ],
     "gpt": ["--preset", "toy-gpt", "--tensor-parallel-size", "2"],
 }

@@ -25,6 +25,20 @@ def _handlers() -> Iterator[None]:
         signal.signal(number, handler)
 
 
+def test_leaving_loses_no_words_and_skips_the_interpreter_s_end() -> None:
+    code = """
+import atexit
+from cp_megatron.train.signals import leave
+atexit.register(print, "late")
+print("said")
+leave(3)
+"""
+    ended = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, timeout=60, check=False
+    )
+    assert (ended.returncode, ended.stdout, ended.stderr) == (3, b"said\n", b"")
+
+
 @pytest.mark.parametrize("number", CAUGHT)
 def test_before_the_training_it_ends_the_process_without_a_trace(number: signal.Signals) -> None:
     code = f"""

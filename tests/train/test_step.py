@@ -92,7 +92,6 @@ def trainer_of(style: str, case: Case) -> Trainer:
             kernel="reference" if case.attention_dropout else "auto",
         ),
         device=torch.device("cpu"),
-        dtype=torch.float64,
         seed=5,
         clip_grad=case.clip_grad,
         sequence_parallel=case.sequence_parallel,
