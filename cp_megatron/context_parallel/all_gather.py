@@ -24,6 +24,8 @@ from cp_megatron.plan.tiles import Span
 
 MAX_PORTIONS = 4
 """Enough to hide all but a quarter; each portion more is one more collective and smaller tiles."""
+LEAST_PORTION = 4 << 20
+"""Bytes gathered in a portion below which starting another costs more than it hides."""
 
 
 def gather_forward(
@@ -92,7 +94,9 @@ class _Source:
         self.gather: Gather = plan.gather
         self._group, self._shard = plan.group, shard
         self._size = plan.group.size() if plan.group else 1
-        self.portions = _portions(shard.k.shape[2])
+        token = shard.empty(1, shard.k.dtype)
+        gathered = self._size * plan.gather.width * token.numel() * token.element_size()
+        self.portions = _portions(shard.k.shape[2], gathered)
         self._waiting = list(self.portions)
         self.pending: Started | None = self.start_next()
 
@@ -132,9 +136,9 @@ class _Source:
         return start_reduce_scatter(spread, self._group)
 
 
-def _portions(num_heads: int) -> list[Span]:
-    """Key/value heads in up to ``MAX_PORTIONS`` nearly equal runs."""
-    count = min(num_heads, MAX_PORTIONS)
+def _portions(num_heads: int, num_bytes: int) -> list[Span]:
+    """Key/value heads, gathered in ``num_bytes`` altogether, in a few nearly equal runs."""
+    count = min(num_heads, MAX_PORTIONS, max(1, num_bytes // LEAST_PORTION))
     edges = [number * num_heads // count for number in range(count + 1)]
     return list(pairwise(edges))
 

@@ -281,9 +281,11 @@ class ContextParallel:
     ) -> None:
         """Compares with the other ranks as often as ``check_ranks`` says; raises ``problem``."""
         kind = (*(tuple(x.shape) for x in tensors), str(tensors[0].dtype), scale)
-        mode, device = self._check_ranks, tensors[0].device
+        on_cuda = tensors[0].device.type == "cuda"
+        device = tensors[0].device if on_cuda else torch.device("cpu")
+        mode = self._check_ranks
         if mode == "auto":
-            mode = "once" if device.type == "cuda" else "always"
+            mode = "once" if on_cuda else "always"
         # Asked once, ranks without a problem would not come to hear of this one.
         seen = self._agreed if mode == "once" and problem else kind in self._agreed
         group = None if mode == "never" or (mode == "once" and seen) else self.group

@@ -173,3 +173,33 @@ def test_bfloat16_is_as_exact_as_one_rank(world_size: int) -> None:
         for exchange, tensors in results.items():
             for name, (error, alone) in tensors.items():
                 assert error < 1.1 * alone, (exchange, name, error, alone)
+
+
+def in_portions(rank: int, world_size: int, least: int, cases: list[Case]) -> tuple[int, float]:
+    """How many portions the heads were gathered in, and this rank's worst error."""
+    import cp_megatron.context_parallel.all_gather as module
+
+    seen: list[int] = []
+    portions, kept = module._portions, module.LEAST_PORTION
+
+    def counting(num_heads: int, num_bytes: int) -> Any:
+        found = portions(num_heads, num_bytes)
+        seen.append(len(found))
+        return found
+
+    module._portions, module.LEAST_PORTION = counting, least
+    try:
+        worst = max(max(result.values()) for result in many_errors(rank, world_size, cases))
+    finally:
+        module._portions, module.LEAST_PORTION = portions, kept
+    return max(seen), worst
+
+
+@pytest.mark.parametrize(("least", "expected"), [(1, 4), (1 << 30, 1)])
+def test_all_gather_in_one_portion_or_in_several(least: int, expected: int) -> None:
+    options = {"exchange": "all_gather", "kernel": "cpu", "layout": "balanced"}
+    mask = MASKS["documents"]
+    cases = [Case(mask, heads, (8, 24), torch.float64, options) for heads in ((8, 8), (12, 6))]
+    for count, worst in run_ranks(in_portions, 2, least, cases):
+        assert count == expected
+        assert worst < 1e-12
