@@ -47,16 +47,17 @@ def dense_gradients(inputs: list[Tensor], mask: Mask) -> dict[str, Tensor]:
     return {"out": out.detach(), "dq": q.grad, "dk": k.grad, "dv": v.grad}
 
 
-def relative_error(x: Tensor, whole: Tensor, positions: Tensor) -> float:
+def relative_error(x: Tensor, whole: Tensor, positions: Tensor, terms: int = 1) -> float:
     """Of one rank's part: ||x - ref|| / max(||ref on this rank||, ||ref|| / sqrt(cp)).
 
     A reference that is zero but for rounding (dq and dk where every query has one key) is compared
-    with the size of the inputs, which are drawn from a normal distribution.
+    with the size of the inputs, which are drawn from a normal distribution; ``terms`` of them, the
+    query heads of a key/value head, are summed in each element.
     """
     part = whole.index_select(1, positions)
     share = float(np.sqrt(whole.shape[1] / positions.numel()))
     floor = max(float(part.norm()), float(whole.norm()) / share)
-    unit = float(np.sqrt(part.numel()))
+    unit = float(np.sqrt(part.numel() * terms))
     if floor < 1e-9 * unit:
         floor = unit
     return float((x.to(torch.float64) - part).norm()) / floor

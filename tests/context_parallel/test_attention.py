@@ -51,7 +51,11 @@ def errors(
     out.backward(dout)
     found: dict[str, Any] = {"out": out.detach(), "dq": q.grad, "dk": k.grad, "dv": v.grad}
     assert all(x.dtype == dtype for x in found.values())
-    return {name: relative_error(x, reference[name], cp.positions) for name, x in found.items()}
+    terms = {"dk": heads[0] // heads[1], "dv": heads[0] // heads[1]}
+    return {
+        name: relative_error(x, reference[name], cp.positions, terms.get(name, 1))
+        for name, x in found.items()
+    }
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 8])
