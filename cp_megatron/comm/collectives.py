@@ -11,7 +11,6 @@ values, except that a value held alike by all ranks of a tensor parallel group c
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,13 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-# torch 2.13 renamed both and deprecates the old names with a warning per call.
-_all_gather: Callable[..., object] = (
-    getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-)
-_reduce_scatter: Callable[..., object] = (
-    getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-)
+from cp_megatron.comm.nonblocking import start_all_gather, start_reduce_scatter
 
 
 def copy_to_group(x: Tensor, group: ProcessGroup | None) -> Tensor:
@@ -73,9 +66,7 @@ def _sum(x: Tensor, group: ProcessGroup) -> Tensor:
 
 def _gather(x: Tensor, dim: int, group: ProcessGroup) -> Tensor:
     dim %= x.ndim
-    ranks = group.size()
-    stacked = x.new_empty((ranks, *x.shape))  # [ranks, .., n, ..]
-    _all_gather(stacked.view(-1), x.contiguous().view(-1), group=group)
+    stacked = start_all_gather(x.contiguous().unsqueeze(0), group).wait()  # [ranks, .., n, ..]
     # [ranks, .., n, ..] -> [.., ranks, n, ..] -> [.., ranks * n, ..]
     return stacked.movedim(0, dim).flatten(dim, dim + 1)
 
@@ -86,9 +77,7 @@ def _scatter_sum(x: Tensor, dim: int, group: ProcessGroup) -> Tensor:
     assert x.shape[dim] % ranks == 0, f"dim {dim} of {tuple(x.shape)} over {ranks} ranks"
     # [.., ranks * n, ..] -> [.., ranks, n, ..] -> [ranks, .., n, ..]
     stacked = x.unflatten(dim, (ranks, -1)).movedim(dim, 0).contiguous()
-    out = torch.empty_like(stacked[0])
-    _reduce_scatter(out.view(-1), stacked.view(-1), group=group)
-    return out
+    return start_reduce_scatter(stacked, group).wait().squeeze(0)
 
 
 class _CopyToGroup(torch.autograd.Function):

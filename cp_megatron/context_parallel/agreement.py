@@ -13,11 +13,8 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
+from cp_megatron.comm.nonblocking import start_all_gather
 from cp_megatron.errors import ConfigError
-
-# torch 2.13 renamed it and deprecates the old name with a warning per call.
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-
 
 MODES = ("auto", "always", "once", "never")
 
@@ -59,9 +56,7 @@ def agree(
     if group is not None and dist.get_world_size(group) > 1:
         facts = [digest(mask), digest(call), int(problem is not None)]
         mine = torch.tensor(facts, dtype=torch.int64, device=device)
-        everyone = mine.new_empty(dist.get_world_size(group) * len(facts))
-        _all_gather(everyone, mine, group=group)
-        rows = everyone.view(-1, len(facts)).tolist()
+        rows = start_all_gather(mine.unsqueeze(0), group).wait().tolist()
         if problem is None:
             _compare(rows, dist.get_rank(group), mask, call)
     if problem is not None:

@@ -18,6 +18,7 @@ from cp_megatron.comm.nonblocking import Started, start_all_gather, start_reduce
 from cp_megatron.context_parallel.keys import KeyValues, take
 from cp_megatron.context_parallel.partials import Call, Gradients, Results, Rows
 from cp_megatron.context_parallel.rank_plan import RankPlan
+from cp_megatron.kernels.interface import BackwardInputs
 from cp_megatron.plan.gather import Gather
 from cp_megatron.plan.heads import HeadGroup, cut_heads
 from cp_megatron.plan.tiles import Span
@@ -49,22 +50,13 @@ def gather_forward(
     return results.sums()
 
 
-def gather_backward(
-    plan: RankPlan,
-    call: Call,
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
+def gather_backward(plan: RankPlan, call: Call, x: BackwardInputs) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of the shard's queries, and of its keys and values from the queries of all ranks.
 
     Arguments and results as ``p2p.ring_backward``.
     """
-    rows = Rows.of(call.kernel, q, dout, out, lse)
-    shard = KeyValues(k, v)
+    rows = Rows.of(call.kernel, x)
+    shard = KeyValues(x.k, x.v)
     source = _Source(plan, shard)
     own = Gradients(call, rows, plan.rounds[0], shard)
     sinks: list[tuple[Span, Started]] = []

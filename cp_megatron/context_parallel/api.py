@@ -165,6 +165,12 @@ class ContextParallel:
         """int64 [S / N]: positions counted from the start of each document, as RoPE reads them."""
         return torch.from_numpy(self.mask.document_positions())[self.positions]
 
+    @cached_property
+    def _global_order(self) -> Tensor:
+        """int64 [S]: where each position lies among the ranks' shards, one after the other."""
+        held = [torch.from_numpy(self.layout.positions(rank)) for rank in range(self.cp_size)]
+        return torch.cat(held).argsort()
+
     def shard(self, x: Tensor, dim: int) -> Tensor:
         """This rank's part of a whole tensor; no message.
 
@@ -190,8 +196,7 @@ class ContextParallel:
         """
         self._check_length(x, dim, self.layout.shard_len)
         gathered = all_gather_dim(x, dim, self.group)
-        order = [torch.from_numpy(self.layout.positions(rank)) for rank in range(self.cp_size)]
-        return gathered.index_select(dim, torch.cat(order).argsort().to(x.device))
+        return gathered.index_select(dim, self._global_order.to(x.device))
 
     @torch.compiler.disable
     def attention(

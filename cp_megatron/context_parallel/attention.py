@@ -19,7 +19,7 @@ from cp_megatron.context_parallel.p2p import ring_backward, ring_forward
 from cp_megatron.context_parallel.partials import Call
 from cp_megatron.context_parallel.rank_plan import RankPlan
 from cp_megatron.kernels.dropout import Dropout
-from cp_megatron.kernels.interface import Kernel
+from cp_megatron.kernels.interface import BackwardInputs, Kernel
 from cp_megatron.plan.heads import HeadExchange
 
 
@@ -61,7 +61,7 @@ class _Attention(torch.autograd.Function):
             (dout,) = tokens_to_heads(trade, plan.group, [Part(dout, trade.query_heads)])
         run = gather_backward if plan.gather else ring_backward
         with torch.autocast(q.device.type, enabled=False):
-            grads = run(plan, ctx.call, dout, q, k, v, out, lse)
+            grads = run(plan, ctx.call, BackwardInputs(dout, q, k, v, out, lse))
         if trade:
             grads = _return_gradients(plan, trade, grads, q.dtype)
         dq, dk, dv = (grad.to(q.dtype) for grad in grads)

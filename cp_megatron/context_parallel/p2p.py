@@ -16,7 +16,7 @@ from cp_megatron.comm.p2p import Pending, post
 from cp_megatron.context_parallel.keys import KeyValues, take
 from cp_megatron.context_parallel.partials import Call, Gradients, Results, Rows
 from cp_megatron.context_parallel.rank_plan import RankPlan
-from cp_megatron.kernels.interface import accumulation_dtype
+from cp_megatron.kernels.interface import BackwardInputs, accumulation_dtype
 from cp_megatron.plan.heads import cut_heads
 from cp_megatron.plan.rounds import Message, Round
 
@@ -48,32 +48,21 @@ def ring_forward(
     return results.sums()
 
 
-def ring_backward(
-    plan: RankPlan,
-    call: Call,
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
+def ring_backward(plan: RankPlan, call: Call, x: BackwardInputs) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of the shard's queries, and of its keys and values from the queries of all ranks.
 
     Args:
-        plan, call, q, k, v: as in forward.
-        dout: [B, S, H, E], the gradient of ``out``.
-        out: [B, S, H, E], forward's result.
-        lse: [B, H, S], forward's result.
+        plan, call: as in forward.
+        x: forward's inputs and results, and dout [B, S, H, E], the gradient of ``out``.
 
     Returns:
         dq [B, S, H, D], dk [B, S, G, D], dv [B, S, G, E], float32 (float64 for float64).
     """
-    rows = Rows.of(call.kernel, q, dout, out, lse)
-    keys = _Keys(plan, KeyValues(k, v))
+    rows = Rows.of(call.kernel, x)
+    keys = _Keys(plan, KeyValues(x.k, x.v))
     # The own tiles need no message: half of their heads are kept for the end, where they hide the
     # last gradients' way home as the first half hides the first keys' way here.
-    num_heads = k.shape[2]
+    num_heads = x.k.shape[2]
     middle = num_heads // 2 if len(plan.rounds) > 1 else 0
     late, early = cut_heads(plan.groups, 0, middle), cut_heads(plan.groups, middle, num_heads)
     own = latest = Gradients(call, rows, plan.rounds[0], keys.shard)

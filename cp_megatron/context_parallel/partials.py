@@ -8,13 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from cp_megatron.context_parallel.keys import KeyValues
 from cp_megatron.kernels.dropout import Dropout, TileDropout
-from cp_megatron.kernels.interface import Kernel, accumulation_dtype
+from cp_megatron.kernels.interface import (
+    BackwardInputs,
+    DroppingKernel,
+    Kernel,
+    accumulation_dtype,
+)
 from cp_megatron.kernels.merge import merge_
 from cp_megatron.plan.heads import HeadGroup
 from cp_megatron.plan.rounds import Round
@@ -37,15 +43,15 @@ class Call:
     dropout: Dropout | None
     rows: tuple[Span, ...]
 
-    def tile_dropout(
-        self, turn: Round, tile: Tile, head: int, device: torch.device
-    ) -> TileDropout | None:
-        """Dropout of a tile whose first query head is ``head``."""
+    def tile_kernel(self, turn: Round, tile: Tile, head: int, device: torch.device) -> Kernel:
+        """The kernel of a tile whose first query head is ``head``."""
         if self.dropout is None:
-            return None
+            return self.kernel
         rows, columns = (_positions(spans, device) for spans in (self.rows, turn.keys))
         q_positions, k_positions = rows[tile.q0 : tile.q1], columns[tile.k0 : tile.k1]
-        return TileDropout(self.dropout, q_positions, k_positions, head)
+        # Chosen for being able to: see kernels/select.py.
+        kernel = cast(DroppingKernel, self.kernel)
+        return kernel.dropping(TileDropout(self.dropout, q_positions, k_positions, head))
 
 
 def _positions(spans: Sequence[Span], device: torch.device) -> Tensor:
@@ -74,13 +80,13 @@ class Results:
             heads, kv_heads = slice(q0, q1), slice(k0, k1)
             for tile in turn.tiles:
                 rows, columns = slice(tile.q0, tile.q1), slice(tile.k0, tile.k1)
-                out, lse = call.kernel.forward(
+                kernel = call.tile_kernel(turn, tile, q0, self._q.device)
+                out, lse = kernel.forward(
                     self._q[:, rows, heads],
                     keys.k[:, columns, kv_heads],
                     keys.v[:, columns, kv_heads],
                     tile.band,
                     call.scale,
-                    call.tile_dropout(turn, tile, q0, self._q.device),
                 )
                 self._add(tile, heads, out, lse)
 
@@ -123,11 +129,15 @@ class Rows:
     dq: Tensor
 
     @classmethod
-    def of(cls, kernel: Kernel, q: Tensor, dout: Tensor, out: Tensor, lse: Tensor) -> Rows:
+    def of(cls, kernel: Kernel, x: BackwardInputs) -> Rows:
         """With operands converted and dq not yet cleared."""
-        compute = kernel.compute_dtype(q.dtype)
-        dq = torch.empty(q.shape, dtype=accumulation_dtype(q.dtype), device=q.device)
-        return cls(q.to(compute), dout.to(compute).contiguous(), out.to(compute), lse, dq)
+        compute = kernel.compute_dtype(x.q.dtype)
+        dq = torch.empty(x.q.shape, dtype=accumulation_dtype(x.q.dtype), device=x.q.device)
+        return cls(x.q.to(compute), x.dout.to(compute).contiguous(), x.out.to(compute), x.lse, dq)
+
+    def inputs(self, keys: KeyValues) -> BackwardInputs:
+        """With some keys and values."""
+        return BackwardInputs(self.dout, self.q, keys.k, keys.v, self.out, self.lse)
 
 
 class Gradients:
@@ -137,8 +147,8 @@ class Gradients:
     """
 
     def __init__(self, call: Call, rows: Rows, turn: Round, keys: KeyValues) -> None:
-        self._call, self._rows, self._turn = call, rows, turn
-        self._keys = keys.to(rows.q.dtype)
+        self._call, self._turn, self._dq = call, turn, rows.dq
+        self._inputs = rows.inputs(keys.to(rows.q.dtype))
         self.grads = KeyValues.unpack(keys.empty(keys.k.shape[1], rows.dq.dtype), keys)
 
     def zero(self, groups: Sequence[HeadGroup], *, queries: bool) -> None:
@@ -147,7 +157,7 @@ class Gradients:
             self.grads.k[:, :, k0:k1] = 0
             self.grads.v[:, :, k0:k1] = 0
             if queries:
-                self._rows.dq[:, :, q0:q1] = 0
+                self._dq[:, :, q0:q1] = 0
 
     def store_own(self, groups: Sequence[HeadGroup]) -> None:
         """The shard's own keys: its ``first`` tiles cover each row and each column once."""
@@ -157,7 +167,7 @@ class Gradients:
     def store_remote(self, groups: Sequence[HeadGroup]) -> None:
         """Another rank's keys: the rows have gradients already, the columns none."""
         tiles = self._turn.tiles
-        num_keys = self._keys.k.shape[1]
+        num_keys = self._inputs.k.shape[1]
         whole = len(tiles) == 1 and tiles[0].k1 - tiles[0].k0 == num_keys
         if not whole:
             self.zero(groups, queries=False)
@@ -172,22 +182,14 @@ class Gradients:
     def _accumulate(
         self, tile: Tile, groups: Sequence[HeadGroup], *, store_rows: bool, store_columns: bool
     ) -> None:
-        call, rows, keys = self._call, self._rows, self._keys
+        call, inputs = self._call, self._inputs
         q, k = slice(tile.q0, tile.q1), slice(tile.k0, tile.k1)
         for (q0, q1), (k0, k1) in groups:
             heads, kv_heads = slice(q0, q1), slice(k0, k1)
-            dq, dk, dv = call.kernel.backward(
-                rows.dout[:, q, heads],
-                rows.q[:, q, heads],
-                keys.k[:, k, kv_heads],
-                keys.v[:, k, kv_heads],
-                rows.out[:, q, heads],
-                rows.lse[:, heads, q],
-                tile.band,
-                call.scale,
-                call.tile_dropout(self._turn, tile, q0, rows.q.device),
-            )
-            _write(rows.dq[:, q, heads], dq, store=store_rows)
+            kernel = call.tile_kernel(self._turn, tile, q0, inputs.q.device)
+            part = inputs.part(q, k, heads, kv_heads)
+            dq, dk, dv = kernel.backward(part, tile.band, call.scale)
+            _write(self._dq[:, q, heads], dq, store=store_rows)
             _write(self.grads.k[:, k, kv_heads], dk, store=store_columns)
             _write(self.grads.v[:, k, kv_heads], dv, store=store_columns)
 

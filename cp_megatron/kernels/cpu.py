@@ -11,8 +11,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cp_megatron.kernels.dropout import TileDropout
-from cp_megatron.kernels.interface import accumulation_dtype, allowed, cut, same_width
+from cp_megatron.kernels.interface import (
+    BackwardInputs,
+    accumulation_dtype,
+    allowed,
+    cut,
+    same_width,
+)
 from cp_megatron.kernels.merge import merge_
 from cp_megatron.plan.tiles import FULL, Band
 
@@ -63,16 +68,9 @@ class CpuKernel:
         return accumulation_dtype(dtype)
 
     def forward(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        band: Band,
-        scale: float,
-        dropout: TileDropout | None = None,
+        self, q: Tensor, k: Tensor, v: Tensor, band: Band, scale: float
     ) -> tuple[Tensor, Tensor]:
         """See ``Kernel.forward``."""
-        assert dropout is None, "the op has no dropout"
         parts = [
             _forward_strip(
                 q[:, strip.q0 : strip.q1],
@@ -86,41 +84,25 @@ class CpuKernel:
         ]
         if len(parts) == 1:
             return parts[0]
-        return torch.cat([out for out, _ in parts], dim=1), torch.cat([x for _, x in parts], dim=2)
+        return torch.cat([out for out, _ in parts], dim=1), torch.cat(
+            [lse for _, lse in parts], dim=2
+        )
 
     def backward(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        band: Band,
-        scale: float,
-        dropout: TileDropout | None = None,
+        self, x: BackwardInputs, band: Band, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See ``Kernel.backward``."""
-        assert dropout is None, "the op has no dropout"
         dq: list[Tensor] = []
         key_grads: tuple[Tensor, Tensor] | None = None
-        for strip, bias in _strips(band, q, k):
+        for strip, bias in _strips(band, x.q, x.k):
             rows, columns = slice(strip.q0, strip.q1), slice(strip.k0, strip.k1)
             strip_dq, strip_dk, strip_dv = _backward_strip(
-                dout[:, rows],
-                q[:, rows],
-                k[:, columns],
-                v[:, columns],
-                out[:, rows],
-                lse[:, :, rows],
-                strip.band,
-                scale,
-                bias,
+                x.part(rows, columns), strip.band, scale, bias
             )
-            if strip.q1 - strip.q0 == q.shape[1] and strip.k1 - strip.k0 == k.shape[1]:
+            if strip.q1 - strip.q0 == x.q.shape[1] and strip.k1 - strip.k0 == x.k.shape[1]:
                 return strip_dq, strip_dk, strip_dv
             if key_grads is None:
-                key_grads = torch.zeros_like(k), torch.zeros_like(v)
+                key_grads = torch.zeros_like(x.k), torch.zeros_like(x.v)
             dq.append(strip_dq)
             key_grads[0][:, columns] += strip_dk
             key_grads[1][:, columns] += strip_dv
@@ -201,34 +183,15 @@ def _forward_strip(
 
 
 def _backward_strip(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    band: Band,
-    scale: float,
-    bias: Tensor | None = None,
+    x: BackwardInputs, band: Band, scale: float, bias: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    middle = _middle(q, k, band)
+    middle = _middle(x.q, x.k, band)
     if middle is None:
-        return _call_backward(dout, q, k, v, out, lse, band, scale, bias)
+        return _call_backward(x, band, scale, bias)
     early, late = slice(0, middle), slice(middle, None)
-
-    def part(rows: slice, columns: slice) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-        return (
-            dout[:, rows],
-            q[:, rows],
-            k[:, columns],
-            v[:, columns],
-            out[:, rows],
-            lse[:, :, rows],
-        )
-
-    dq, dk, dv = _backward_strip(*part(early, early), band, scale)
-    late_dq, late_dk, late_dv = _backward_strip(*part(late, late), band, scale)
-    full_dq, full_dk, full_dv = _call_backward(*part(late, early), FULL, scale, None)
+    dq, dk, dv = _backward_strip(x.part(early, early), band, scale)
+    late_dq, late_dk, late_dv = _backward_strip(x.part(late, late), band, scale)
+    full_dq, full_dk, full_dv = _call_backward(x.part(late, early), FULL, scale, None)
     return (
         torch.cat([dq, late_dq + full_dq], dim=1),
         torch.cat([dk + full_dk, late_dk], dim=1),
@@ -247,19 +210,11 @@ def _call_forward(
 
 
 def _call_backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    band: Band,
-    scale: float,
-    bias: Tensor | None,
+    x: BackwardInputs, band: Band, scale: float, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dim, v_dim = q.shape[-1], v.shape[-1]
     causal = bias is None and band.is_causal
-    q, k, v, dout, out = same_width(*(x.transpose(1, 2) for x in (q, k, v, dout, out)))
-    dq, dk, dv = _backward(dout, q, k, v, out, lse, 0.0, causal, attn_mask=bias, scale=scale)
-    dq, dk, dv = (x.transpose(1, 2) for x in (dq, dk, dv))
-    return cut(dq, dim), cut(dk, dim), cut(dv, v_dim)
+    *wide, lse = x.same_width()
+    dout, q, k, v, out = (y.transpose(1, 2) for y in wide)
+    grads = _backward(dout, q, k, v, out, lse, 0.0, causal, attn_mask=bias, scale=scale)
+    dq, dk, dv = (grad.transpose(1, 2) for grad in grads)
+    return x.cut(dq, dk, dv)

@@ -14,8 +14,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from cp_megatron.kernels.dropout import TileDropout
-from cp_megatron.kernels.interface import cut, same_width
+from cp_megatron.kernels.interface import BackwardInputs, cut, same_width
 from cp_megatron.plan.tiles import Band
 
 _forward = torch.ops.aten._flash_attention_forward
@@ -38,16 +37,9 @@ class CudaKernel:
         return dtype
 
     def forward(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        band: Band,
-        scale: float,
-        dropout: TileDropout | None = None,
+        self, q: Tensor, k: Tensor, v: Tensor, band: Band, scale: float
     ) -> tuple[Tensor, Tensor]:
         """See ``Kernel.forward``; out comes in the inputs' type."""
-        assert dropout is None, "the op's mask would depend on the layout"
         v_dim = v.shape[-1]
         q, k, v = same_width(q, k, v, multiple=8)
         num_queries, num_keys = q.shape[1], k.shape[1]
@@ -70,21 +62,10 @@ class CudaKernel:
         return cut(out, v_dim), lse
 
     def backward(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        band: Band,
-        scale: float,
-        dropout: TileDropout | None = None,
+        self, x: BackwardInputs, band: Band, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See ``Kernel.backward``."""
-        assert dropout is None, "the op's mask would depend on the layout"
-        dim, v_dim = q.shape[-1], v.shape[-1]
-        q, k, v, dout, out = same_width(q, k, v, dout, out, multiple=8)
+        dout, q, k, v, out, lse = x.same_width(multiple=8)
         num_queries, num_keys = q.shape[1], k.shape[1]
         left, right = bottom_right_window(band, num_queries, num_keys)
         # The random state is read for dropout only; without it any two integers do.
@@ -109,7 +90,7 @@ class CudaKernel:
                 window_size_left=left,
                 window_size_right=right,
             )
-        return cut(dq, dim), cut(dk, dim), cut(dv, v_dim)
+        return x.cut(dq, dk, dv)
 
 
 @contextmanager

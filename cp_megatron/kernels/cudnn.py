@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from cp_megatron.errors import ConfigError
-from cp_megatron.kernels.dropout import TileDropout
-from cp_megatron.kernels.interface import cut, same_width
+from cp_megatron.kernels.interface import BackwardInputs, cut, same_width
 from cp_megatron.kernels.reference import ReferenceKernel
 from cp_megatron.plan.tiles import Band
 
@@ -37,20 +36,13 @@ class CudnnKernel:
         return dtype
 
     def forward(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        band: Band,
-        scale: float,
-        dropout: TileDropout | None = None,
+        self, q: Tensor, k: Tensor, v: Tensor, band: Band, scale: float
     ) -> tuple[Tensor, Tensor]:
         """See ``Kernel.forward``; out comes in the inputs' type.
 
         Raises:
             ConfigError: the tile has a window, or PyTorch's switch for shared plans is on.
         """
-        assert dropout is None, "the op's mask would depend on the layout"
         _refuse_window(band, q, k)
         if k.shape[1] == 1:
             out, lse = self._single_key.forward(q.float(), k.float(), v.float(), band, scale)
@@ -70,34 +62,22 @@ class CudnnKernel:
         return cut(out.transpose(1, 2), v_dim), lse
 
     def backward(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        band: Band,
-        scale: float,
-        dropout: TileDropout | None = None,
+        self, x: BackwardInputs, band: Band, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See ``Kernel.backward``.
 
         Raises:
             ConfigError: the tile has a window.
         """
-        assert dropout is None, "the op's mask would depend on the layout"
-        _refuse_window(band, q, k)
-        if k.shape[1] == 1:
-            wide = [x.float() for x in (dout, q, k, v, out)]
-            dq, dk, dv = self._single_key.backward(
-                wide[0], wide[1], wide[2], wide[3], wide[4], lse, band, scale
-            )
-            return dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype)
-        dim, v_dim = q.shape[-1], v.shape[-1]
-        num_queries, num_keys = q.shape[1], k.shape[1]
-        q, k, v = _operands(q, k, v)
-        dout, out = (x.contiguous().transpose(1, 2) for x in same_width(dout, out, multiple=8))
+        _refuse_window(band, x.q, x.k)
+        num_queries, num_keys = x.q.shape[1], x.k.shape[1]
+        if num_keys == 1:
+            wide = BackwardInputs(*(y.float() for y in x))
+            dq, dk, dv = self._single_key.backward(wide, band, scale)
+            return dq.to(x.q.dtype), dk.to(x.q.dtype), dv.to(x.q.dtype)
+        q, k, v = _operands(x.q, x.k, x.v)
+        padded = same_width(x.dout, x.out, multiple=8)
+        dout, out = (y.contiguous().transpose(1, 2) for y in padded)
         # Read for dropout only; without it any integer does.
         no_dropout = torch.zeros((), dtype=torch.int64, device=q.device)
         dq, dk, dv = _backward(
@@ -107,7 +87,7 @@ class CudnnKernel:
             v,
             out,
             # [B, H, Q] -> [B, H, Q, 1]
-            lse.contiguous().unsqueeze(-1),
+            x.lse.contiguous().unsqueeze(-1),
             no_dropout,
             no_dropout,
             None,
@@ -119,8 +99,7 @@ class CudnnKernel:
             band.is_causal,
             scale=scale,
         )
-        dq, dk, dv = (x.transpose(1, 2) for x in (dq, dk, dv))
-        return cut(dq, dim), cut(dk, dim), cut(dv, v_dim)
+        return x.cut(dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2))
 
 
 def _operands(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -22,8 +22,7 @@ from torch import Tensor
 
 from cp_megatron.errors import ConfigError
 from cp_megatron.kernels.cuda import bottom_right_window
-from cp_megatron.kernels.dropout import TileDropout
-from cp_megatron.kernels.interface import Kernel, cut, same_width
+from cp_megatron.kernels.interface import BackwardInputs, Kernel, cut, same_width
 from cp_megatron.plan.tiles import Band
 
 
@@ -35,39 +34,20 @@ class _FlashAttention(ABC):
         return dtype
 
     def forward(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        band: Band,
-        scale: float,
-        dropout: TileDropout | None = None,
+        self, q: Tensor, k: Tensor, v: Tensor, band: Band, scale: float
     ) -> tuple[Tensor, Tensor]:
         """See ``Kernel.forward``; out comes in the inputs' type."""
-        assert dropout is None, "the package's mask would depend on the layout"
         v_dim = v.shape[-1]
         q, k, v = same_width(q, k, v, multiple=8)
         out, lse = self._call_forward(q, k, v, band, scale)
         return cut(out, v_dim), lse
 
     def backward(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        band: Band,
-        scale: float,
-        dropout: TileDropout | None = None,
+        self, x: BackwardInputs, band: Band, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See ``Kernel.backward``."""
-        assert dropout is None, "the package's mask would depend on the layout"
-        dim, v_dim = q.shape[-1], v.shape[-1]
-        q, k, v, dout, out = same_width(q, k, v, dout, out, multiple=8)
-        dq, dk, dv = self._call_backward(dout, q, k, v, out, lse.contiguous(), band, scale)
-        return cut(dq, dim), cut(dk, dim), cut(dv, v_dim)
+        wide = x.same_width(multiple=8)._replace(lse=x.lse.contiguous())
+        return x.cut(*self._call_backward(wide, band, scale))
 
     @abstractmethod
     def _call_forward(
@@ -77,15 +57,7 @@ class _FlashAttention(ABC):
 
     @abstractmethod
     def _call_backward(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        band: Band,
-        scale: float,
+        self, x: BackwardInputs, band: Band, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         """dq, dk, dv; widths are equal and multiples of 8, lse is contiguous."""
 
@@ -122,28 +94,15 @@ class FlashAttention2(_FlashAttention):
         return results[0], results[1 if len(results) == 4 else 5]
 
     def _call_backward(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        band: Band,
-        scale: float,
+        self, x: BackwardInputs, band: Band, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        grads = _empty_like(q, k, v)
+        grads = _empty_like(x)
         self._backward(
-            dout,
-            q,
-            k,
-            v,
-            out,
-            lse,
+            *x,
             *grads,
             dropout_p=0.0,
             softmax_scale=scale,
-            **_mask(self._parameters, band, q, k),
+            **_mask(self._parameters, band, x.q, x.k),
             alibi_slopes=None,
             deterministic=self._deterministic,
             softcap=0.0,
@@ -180,30 +139,22 @@ class FlashAttention3(_FlashAttention):
         return out, lse
 
     def _call_backward(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        band: Band,
-        scale: float,
+        self, x: BackwardInputs, band: Band, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        dq, dk, dv = _empty_like(q, k, v)
+        dq, dk, dv = _empty_like(x)
         given = {
-            "dout": dout,
-            "q": q,
-            "k": k,
-            "v": v,
-            "out": out,
-            "softmax_lse": lse,
+            "dout": x.dout,
+            "q": x.q,
+            "k": x.k,
+            "v": x.v,
+            "out": x.out,
+            "softmax_lse": x.lse,
             "dq": dq,
             "dk": dk,
             "dv": dv,
             "softmax_scale": scale,
             "deterministic": self._deterministic,
-            **_mask(self._backward_parameters, band, q, k),
+            **_mask(self._backward_parameters, band, x.q, x.k),
         }
         self._backward(**_filled(self._backward_parameters, given))
         return dq, dk, dv
@@ -238,27 +189,14 @@ class FlashAttention4(_FlashAttention):
         return out, lse
 
     def _call_backward(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        band: Band,
-        scale: float,
+        self, x: BackwardInputs, band: Band, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         # Here the operands come first and dout after out.
         dq, dk, dv, *_ = self._backward(
-            q,
-            k,
-            v,
-            out,
-            dout,
-            lse,
+            *(x.q, x.k, x.v, x.out, x.dout, x.lse),
             softmax_scale=scale,
             deterministic=self._deterministic,
-            **self._mask(band, q, k),
+            **self._mask(band, x.q, x.k),
         )
         return dq, dk, dv
 
@@ -333,11 +271,9 @@ def _causal_and_window(band: Band, q: Tensor, k: Tensor) -> tuple[bool, int, int
     return band.is_causal and num_queries == num_keys, left, right
 
 
-def _empty_like(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _empty_like(x: BackwardInputs) -> tuple[Tensor, Tensor, Tensor]:
     """Where the package writes dq, dk and dv."""
-    contiguous = torch.contiguous_format
-    return (
-        torch.empty_like(q, memory_format=contiguous),
-        torch.empty_like(k, memory_format=contiguous),
-        torch.empty_like(v, memory_format=contiguous),
+    dq, dk, dv = (
+        torch.empty_like(y, memory_format=torch.contiguous_format) for y in (x.q, x.k, x.v)
     )
+    return dq, dk, dv

@@ -14,13 +14,13 @@ Last dims have stride 1, lengths are positive, and every row of a tile has a key
 so, because kernels differ or fail elsewhere. What a backend can not do (windows, dropout, a
 deterministic backward, a head dim) is said in ``select.py`` and never asked of it.
 
-With ``dropout`` the weights in ``out`` are dropped and rescaled, those in ``lse`` are not, so that
-tiles still merge: see ``dropout.py``. Kernels that can not drop assert that it is None.
+No kernel is told of attention dropout. The one that can drop, ``reference``, gives another kernel
+for each tile that drops: see ``dropout.py``.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,44 @@ from torch import Tensor
 
 from cp_megatron.kernels.dropout import TileDropout
 from cp_megatron.plan.tiles import Band
+
+
+class BackwardInputs(NamedTuple):
+    """What backward needs: dout [B, Q, H, E] and forward's operands and merged results."""
+
+    dout: Tensor
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    out: Tensor
+    lse: Tensor
+
+    def part(
+        self,
+        rows: slice,
+        columns: slice,
+        heads: slice = slice(None),
+        kv_heads: slice = slice(None),
+    ) -> BackwardInputs:
+        """Some rows and columns, of some heads."""
+        return BackwardInputs(
+            self.dout[:, rows, heads],
+            self.q[:, rows, heads],
+            self.k[:, columns, kv_heads],
+            self.v[:, columns, kv_heads],
+            self.out[:, rows, heads],
+            self.lse[:, heads, rows],
+        )
+
+    def same_width(self, multiple: int = 1) -> BackwardInputs:
+        """``same_width`` of all but the lse."""
+        q, k, v, dout, out = same_width(*self[1:4], self.dout, self.out, multiple=multiple)
+        return BackwardInputs(dout, q, k, v, out, self.lse)
+
+    def cut(self, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients with what ``same_width`` added to these inputs taken away."""
+        dim, v_dim = self.q.shape[-1], self.v.shape[-1]
+        return cut(dq, dim), cut(dk, dim), cut(dv, v_dim)
 
 
 class Kernel(Protocol):
@@ -38,30 +76,23 @@ class Kernel(Protocol):
         ...
 
     def forward(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        band: Band,
-        scale: float,
-        dropout: TileDropout | None = None,
+        self, q: Tensor, k: Tensor, v: Tensor, band: Band, scale: float
     ) -> tuple[Tensor, Tensor]:
         """out [B, Q, H, E] and lse [B, H, Q] (float32, float64 for float64) of one tile."""
         ...
 
     def backward(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        band: Band,
-        scale: float,
-        dropout: TileDropout | None = None,
+        self, x: BackwardInputs, band: Band, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         """dq, dk, dv of one tile from the rows' merged out and lse; shapes as q, k, v."""
+        ...
+
+
+class DroppingKernel(Kernel, Protocol):
+    """A backend with attention dropout."""
+
+    def dropping(self, dropout: TileDropout) -> Kernel:
+        """The kernel of one tile. Its weights are dropped and rescaled in out, not in lse."""
         ...
 
 

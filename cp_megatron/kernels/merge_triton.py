@@ -6,8 +6,8 @@ Shapes: B batch, Q queries, H heads, E value head dim; R = B Q H rows of E numbe
 from __future__ import annotations
 
 import torch
-import triton  # type: ignore[import-not-found]
-import triton.language as tl  # type: ignore[import-not-found]
+import triton
+import triton.language as tl
 from torch import Tensor
 
 # Numbers of ``out`` that one program merges.

@@ -10,12 +10,12 @@ from einops import rearrange
 from torch import Tensor
 
 from cp_megatron.kernels.dropout import TileDropout
-from cp_megatron.kernels.interface import accumulation_dtype, allowed
+from cp_megatron.kernels.interface import BackwardInputs, accumulation_dtype, allowed
 from cp_megatron.plan.tiles import Band
 
 
 class ReferenceKernel:
-    """Computes in float32 (float64 for float64) whatever the inputs' type. It knows dropout.
+    """Computes in float32 (float64 for float64) whatever the inputs' type. It can drop.
 
     With P the softmax, M the mask of kept pairs over 1 - p and D = P M the dropped weights:
 
@@ -23,27 +23,31 @@ class ReferenceKernel:
         dS = P (M dD - delta)                     delta = sum_k P M dD = sum(dO out)
 
     so the softmax's backward needs nothing new: delta is still read off the merged out.
+
+    Args:
+        dropout: of the one tile this kernel is for; None drops nothing, in any tile.
     """
+
+    def __init__(self, dropout: TileDropout | None = None) -> None:
+        self._dropout = dropout
+
+    def dropping(self, dropout: TileDropout) -> ReferenceKernel:
+        """See ``DroppingKernel.dropping``."""
+        return ReferenceKernel(dropout)
 
     def compute_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """float32, or float64 for float64."""
         return accumulation_dtype(dtype)
 
     def forward(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        band: Band,
-        scale: float,
-        dropout: TileDropout | None = None,
+        self, q: Tensor, k: Tensor, v: Tensor, band: Band, scale: float
     ) -> tuple[Tensor, Tensor]:
         """See ``Kernel.forward``."""
         scores = _scores(q, k, band, scale)
         lse = torch.logsumexp(scores, dim=-1)
         weights = torch.exp(scores - lse.unsqueeze(-1))
-        if dropout is not None:
-            weights = weights * _kept(dropout, weights)
+        if self._dropout is not None:
+            weights = weights * _kept(self._dropout, weights)
         out = torch.einsum("bngqk,bkne->bqnge", weights, v)
         return (
             rearrange(out, "b q n g e -> b q (n g) e"),
@@ -51,28 +55,20 @@ class ReferenceKernel:
         )
 
     def backward(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        band: Band,
-        scale: float,
-        dropout: TileDropout | None = None,
+        self, x: BackwardInputs, band: Band, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See ``Kernel.backward``."""
+        dout, q, k, v, out, lse = x
         scores = _scores(q, k, band, scale)
         num_groups = k.shape[2]
         weights = torch.exp(scores - rearrange(lse, "b (n g) q -> b n g q 1", n=num_groups))
         dout, out, q = (
-            rearrange(x, "b q (n g) e -> b q n g e", n=num_groups) for x in (dout, out, q)
+            rearrange(y, "b q (n g) e -> b q n g e", n=num_groups) for y in (dout, out, q)
         )
         dweights = torch.einsum("bqnge,bkne->bngqk", dout, v)
         dropped = weights
-        if dropout is not None:
-            kept = _kept(dropout, weights)
+        if self._dropout is not None:
+            kept = _kept(self._dropout, weights)
             dropped, dweights = weights * kept, dweights * kept
         dv = torch.einsum("bngqk,bqnge->bkne", dropped, dout)
         delta = rearrange((dout * out).sum(-1), "b q n g -> b n g q 1")

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from cp_megatron.plan.mask import IntArray, Mask
+from cp_megatron.plan.tiles import Span, merge_spans
 
 PairsUpTo = Callable[[int, int], int]
 Chunks = tuple[tuple[tuple[int, int], ...], ...]
@@ -102,13 +103,7 @@ def to_chunks(mask: Mask, cp_size: int, pieces: IntArray) -> Chunks:
     """The runs of positions every rank holds, those that meet joined."""
     rank, document, low, high = pieces.T
     first = mask.starts()[document]
-    chunks: list[list[tuple[int, int]]] = [[] for _ in range(cp_size)]
-    for r, start, stop in sorted(
-        zip(rank.tolist(), (first + low).tolist(), (first + high).tolist())
-    ):
-        mine = chunks[r]
-        if mine and mine[-1][1] == start:
-            mine[-1] = (mine[-1][0], stop)
-        else:
-            mine.append((start, stop))
-    return tuple(map(tuple, chunks))
+    spans: list[list[Span]] = [[] for _ in range(cp_size)]
+    for r, start, stop in zip(rank.tolist(), (first + low).tolist(), (first + high).tolist()):
+        spans[r].append((start, stop))
+    return tuple(tuple(merge_spans(sorted(mine))) for mine in spans)

@@ -19,6 +19,7 @@ import tyro
 from rich.console import Console
 
 from cp_megatron.config.fields import BadValueError, setting_of_type
+from cp_megatron.config.schema import Exchange, LayoutKind, Route
 from cp_megatron.errors import ConfigError
 from cp_megatron.plan.layout import SequenceLayout
 from cp_megatron.plan.mask import Mask
@@ -55,11 +56,11 @@ class Options:
     """LEFT RIGHT: query q sees keys q - LEFT to q + RIGHT; -1 is unlimited, causal ends at q."""
     context_parallel_size: int = 4
     """Ranks that share the row."""
-    cp_layout: Literal["auto", "contiguous", "zigzag", "balanced"] = "auto"
+    cp_layout: LayoutKind = "auto"
     """Which rank holds which part of the row."""
-    cp_comm_type: Literal["auto", "p2p", "all_gather", "a2a", "a2a+p2p"] = "auto"
+    cp_comm_type: Exchange = "auto"
     """How keys and values reach the queries; auto is what moves least, and says why."""
-    route: Literal["auto", "ring", "direct"] = "auto"
+    cp_route: Route = "auto"
     """p2p: from neighbour to neighbour, or straight from the owner."""
     hierarchical_context_parallel_sizes: tuple[int, int] | None = None
     """a2a+p2p: ranks that trade heads, and groups of them."""
@@ -150,7 +151,7 @@ def make_schedule(options: Options) -> Schedule:
         mask,
         layout,
         exchange=options.cp_comm_type,
-        route=options.route,
+        route=options.cp_route,
         num_heads=options.num_attention_heads,
         num_kv_heads=options.num_query_groups,
         hierarchical_sizes=options.hierarchical_context_parallel_sizes,

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from cp_megatron.plan.layout import SequenceLayout
-from cp_megatron.plan.mask import Mask
+from cp_megatron.plan.mask import IntArray, Mask
 from cp_megatron.plan.readers import Readers
 from cp_megatron.plan.rounds import Round
 from cp_megatron.plan.tiles import Span, merge_spans, own_tiles, pack, reading, remote_tiles
@@ -54,8 +54,7 @@ def plan_gather(readers: Readers, rank: int) -> Gather:
     packed = np.concatenate([[0], np.cumsum(given)])
     # A run lies behind the earlier given runs of its owner, and its owner's part behind the others.
     place = packed[:-1] - packed[readers.first[readers.owner]] + readers.owner * width
-    mine = np.flatnonzero(readers.read[:, rank])
-    mine = mine[np.argsort(readers.start[mine])]
+    mine = _picked(readers, rank)
     spans = zip(place[mine].tolist(), (place + given)[mine].tolist())
     first, last = int(readers.first[rank]), int(readers.first[rank + 1])
     mine_given = first + np.flatnonzero(wanted[first:last])
@@ -74,10 +73,15 @@ def plan_gather_rounds(
     """Round 0 computes the own keys, round 1 all others that this rank reads."""
     shard = pack(list(layout.chunks[rank]))
     own = Round(owner=rank, keys=layout.chunks[rank], tiles=tuple(own_tiles(mask, shard)))
-    mine = np.flatnonzero(readers.read[:, rank])
+    mine = _picked(readers, rank)
     if not mine.size:
         return (own,)
-    mine = mine[np.argsort(readers.start[mine])]
     runs = merge_spans(list(zip(readers.start[mine].tolist(), readers.stop[mine].tolist())))
     tiles = remote_tiles(mask, reading(mask, shard), pack(runs))
     return own, Round(owner=-1, keys=tuple(runs), tiles=tuple(tiles))
+
+
+def _picked(readers: Readers, rank: int) -> IntArray:
+    """int64: the runs that ``rank`` reads of others, by position."""
+    mine = np.flatnonzero(readers.read[:, rank])
+    return mine[np.argsort(readers.start[mine])]

@@ -27,7 +27,7 @@ from typing import NamedTuple
 
 from cp_megatron.errors import ConfigError
 from cp_megatron.plan.layout import Chunk, SequenceLayout
-from cp_megatron.plan.tiles import Span, merge_spans
+from cp_megatron.plan.tiles import Span, merge_spans, relative_spans
 
 
 class HeadGroup(NamedTuple):
@@ -115,7 +115,7 @@ def plan_heads(
         index=rank - first,
         query_heads=query_heads,
         kv_heads=kv_heads,
-        rows=tuple(_rows(layout.chunks[peer], together) for peer in peers),
+        rows=tuple(tuple(relative_spans(layout.chunks[peer], together)) for peer in peers),
         groups=_groups(*query_heads[rank - first], serves),
     )
 
@@ -139,15 +139,3 @@ def _groups(start: int, stop: int, serves: int) -> tuple[HeadGroup, ...]:
 def _together(layout: SequenceLayout, peers: Iterable[int]) -> tuple[Chunk, ...]:
     """What ``peers`` hold, by position."""
     return tuple(merge_spans(sorted(chunk for peer in peers for chunk in layout.chunks[peer])))
-
-
-def _rows(chunks: tuple[Chunk, ...], together: tuple[Chunk, ...]) -> tuple[Span, ...]:
-    """Where ``chunks`` lie in a buffer that holds ``together`` one after the other."""
-    rows = []
-    for start, stop in chunks:
-        offset = 0
-        for a, b in together:
-            if a <= start and stop <= b:
-                rows.append((offset + start - a, offset + stop - a))
-            offset += b - a
-    return tuple(rows)

@@ -39,7 +39,15 @@ from cp_megatron.plan.layout import SequenceLayout
 from cp_megatron.plan.mask import Mask
 from cp_megatron.plan.readers import Readers
 from cp_megatron.plan.rounds import Message, Round
-from cp_megatron.plan.tiles import Span, merge_spans, own_tiles, pack, reading, remote_tiles
+from cp_megatron.plan.tiles import (
+    Span,
+    merge_spans,
+    own_tiles,
+    pack,
+    reading,
+    relative_spans,
+    remote_tiles,
+)
 
 
 class _Run(NamedTuple):
@@ -133,7 +141,7 @@ class _RankPlanner:
         peer = (self.rank - 1) % self.size
         spans = self.arrival(peer, t + 1)
         held = [(0, self.layout.shard_len)] if t == 0 else self.arrival(self.rank, t)
-        return _message(peer, (self.rank + t) % self.size, _relative(spans, held))
+        return _message(peer, (self.rank + t) % self.size, relative_spans(spans, held))
 
     def receive_keys(self, t: int) -> Message | None:
         if t + 1 >= self.size:
@@ -152,19 +160,19 @@ class _RankPlanner:
         held = self.arrival(me, t)
         if not self.is_ring:
             return {
-                "return_grads": _message(owner, owner, _relative(held, held)),
+                "return_grads": _message(owner, owner, relative_spans(held, held)),
                 "receive_returned": _message(reader, me, self.arrival(reader, t)),
             }
         messages = {
             "pass_grads": _message(
-                (me - 1) % size, owner, _relative(self.unfinished(owner, t), held)
+                (me - 1) % size, owner, relative_spans(self.unfinished(owner, t), held)
             ),
-            "return_grads": _message(owner, owner, _relative(self.finished(owner, t), held)),
+            "return_grads": _message(owner, owner, relative_spans(self.finished(owner, t), held)),
             "receive_returned": _message(reader, me, self.finished(me, t)),
         }
         if t + 1 < size:
             next_owner = (me + t + 1) % size
-            passed = _relative(self.unfinished(next_owner, t), self.arrival(me, t + 1))
+            passed = relative_spans(self.unfinished(next_owner, t), self.arrival(me, t + 1))
             messages["receive_passed"] = _message((me + 1) % size, next_owner, passed)
         return messages
 
@@ -184,20 +192,3 @@ def _spans(runs: list[_Run]) -> list[Span]:
 
 def _message(peer: int, owner: int, spans: list[Span]) -> Message | None:
     return Message(peer, owner, tuple(spans)) if spans else None
-
-
-def _relative(spans: list[Span], held: list[Span]) -> list[Span]:
-    """Where ``spans`` lie in a buffer that holds ``held`` one after the other.
-
-    Both ascend, and each span lies inside one of the held ones, because held spans are merged.
-    """
-    placed: list[Span] = []
-    offset = index = 0
-    for start, stop in held:
-        while index < len(spans) and spans[index][1] <= stop:
-            a, b = spans[index]
-            placed.append((offset + a - start, offset + b - start))
-            index += 1
-        offset += stop - start
-    assert index == len(spans), "a span that is not held"
-    return merge_spans(placed)

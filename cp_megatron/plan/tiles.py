@@ -29,6 +29,7 @@ late rows as one tile, rank 0's early keys (0 1) reach all rows of rank 1 as one
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal, NamedTuple
@@ -149,6 +150,23 @@ def merge_spans(spans: list[Span]) -> list[Span]:
         else:
             merged.append((start, stop))
     return merged
+
+
+def relative_spans(spans: Sequence[Span], held: Sequence[Span]) -> list[Span]:
+    """Where ``spans`` lie in a buffer that holds ``held`` one after the other.
+
+    Both ascend, and each span lies inside one of those held.
+    """
+    placed: list[Span] = []
+    offset = index = 0
+    for start, stop in held:
+        while index < len(spans) and spans[index][1] <= stop:
+            a, b = spans[index]
+            placed.append((offset + a - start, offset + b - start))
+            index += 1
+        offset += stop - start
+    assert index == len(spans), "a span that is not held"
+    return merge_spans(placed)
 
 
 def pack(spans: list[Span]) -> list[Piece]:

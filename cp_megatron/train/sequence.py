@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 
 from cp_megatron.comm.runtime import Launch
-from cp_megatron.config import Config
+from cp_megatron.config import Config, ModelConfig
 from cp_megatron.data.packing import row_mask
 from cp_megatron.errors import ConfigError
 from cp_megatron.plan import Grid, Mask, Schedule, SequenceLayout
@@ -105,12 +105,11 @@ def plan_sequence(
     )
 
 
-def local_heads(config: Config) -> tuple[int, int]:
-    """Query heads and key/value heads of one tensor parallel rank.
+def local_heads(model: ModelConfig, tp: int) -> tuple[int, int]:
+    """Query heads and key/value heads of one of ``tp`` tensor parallel ranks.
 
     With fewer key/value heads than ranks each rank has one, shared with its neighbours.
     """
-    model, tp = config.model, config.parallel.tensor_parallel_size
     return model.num_attention_heads // tp, max(1, model.num_kv_heads // tp)
 
 
@@ -216,7 +215,7 @@ class _Exchange:
         if config.data.document_mask:
             why = why or "each batch takes what moves the fewest bytes"
             return cls(exchange=asked, route=route, sizes=sizes, reason=why, considered_nodes=free)
-        heads, kv_heads = local_heads(config)
+        heads, kv_heads = local_heads(config.model, grid.tp)
         schedule = Schedule.build(
             mask, layout, asked, route, heads, kv_heads, sizes, head_dim=config.model.head_dim
         )
@@ -232,7 +231,7 @@ class _Exchange:
 def _check_heads(config: Config, ranks: int) -> None:
     """Query heads that ``ranks`` can share; told in the flags that make them."""
     parallel, tp = config.parallel, config.parallel.tensor_parallel_size
-    heads, _ = local_heads(config)
+    heads, _ = local_heads(config.model, tp)
     if not heads % ranks:
         return
     made = f"--num-attention-heads {config.model.num_attention_heads}"

@@ -26,6 +26,7 @@ from cp_megatron.data.batch import IGNORED, Batch
 from cp_megatron.kernels.dropout import Dropout
 from cp_megatron.model.transformer import Transformer
 from cp_megatron.tensor_parallel.loss import vocab_parallel_cross_entropy
+from cp_megatron.train.sequence import local_heads
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,9 +97,7 @@ class Trainer:
         """
         cp = self.cp if batch.mask == self.cp.mask else self.cp.with_mask(batch.mask)
         model, tp = self.model.config, self.groups.grid.tp
-        cp.prepare(
-            model.num_attention_heads // tp, max(1, model.num_kv_heads // tp), model.head_dim
-        )
+        cp.prepare(*local_heads(model, tp), model.head_dim)
         _ = cp.document_positions  # kept by ``cp`` from now on
         labels = cp.shard(batch.labels, 1)
         return Shard(
@@ -193,7 +192,7 @@ class Trainer:
             seed=self.seed,
             batch0=shard.first_row,
             row_length=shard.row_length,
-            head0=place.tp * (model.num_attention_heads // tp),
+            head0=place.tp * local_heads(model, tp)[0],
         )
 
     def _seed_dropout(self, step: int, microbatch: int) -> None:

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cp_megatron.context_parallel import ContextParallel
+from cp_megatron.context_parallel import ContextParallel, agreement
 from cp_megatron.errors import ConfigError
 from cp_megatron.plan import Mask, SequenceLayout
 from tests.ranks import run_ranks
@@ -107,18 +107,14 @@ def test_masks_that_differ_are_an_error_on_every_rank(name: str) -> None:
 def messages(rank: int, world_size: int, check: bool | str) -> list[int]:
     """Collectives per call: the first, the same again, another batch size, another mask."""
     seen = 0
-    name = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
-    import cp_megatron.context_parallel.agreement as agreement
-
-    original: Any = agreement._all_gather
+    original = agreement.start_all_gather
 
     def counting(*args: Any, **options: Any) -> Any:
         nonlocal seen
         seen += 1
         return original(*args, **options)
 
-    assert original is getattr(dist, name)
-    agreement._all_gather = counting
+    agreement.start_all_gather = counting
     counts = []
     try:
         cp = ContextParallel(dist.group.WORLD, Mask.causal(16), check_ranks=check)
@@ -133,7 +129,7 @@ def messages(rank: int, world_size: int, check: bool | str) -> list[int]:
             engine.attention(*x)
             counts.append(seen - before)
     finally:
-        agreement._all_gather = original
+        agreement.start_all_gather = original
     return counts
 
 
@@ -191,9 +187,12 @@ LAYOUTS = {
 def test_a_layout_that_does_not_hold_the_row_is_refused(name: str) -> None:
     with pytest.raises(ConfigError, match="must hold each of 8 positions once"):
         SequenceLayout(LAYOUTS[name], "own").check(8)
-    if name == "too short":
-        with pytest.raises(ConfigError, match="must be for the group's 1 ranks"):
-            ContextParallel(None, Mask.causal(6), SequenceLayout(LAYOUTS[name], "own"))
+
+
+def test_a_layout_for_another_group_is_refused() -> None:
+    layout = SequenceLayout.make(Mask.causal(8), 2, "zigzag")
+    with pytest.raises(ConfigError, match="must be for the group's 1 ranks"):
+        ContextParallel(None, Mask.causal(8), layout)
 
 
 def with_layout(rank: int, world_size: int, swapped: bool) -> str:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cp_megatron.kernels.interface import Kernel
+from cp_megatron.kernels.interface import BackwardInputs, Kernel
 from cp_megatron.plan.tiles import CAUSAL, FULL, Band
 
 # band, rows, columns; every row has a key and every column a query
@@ -111,6 +111,6 @@ def worst_error(
     q, k, v, dout = (x.to(dtype) for x in (a.q, a.k, a.v, a.dout))
     out, lse = kernel.forward(q, k, v, band, scale)
     assert lse.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    grads = kernel.backward(dout, q, k, v, out, lse, band, scale)
+    grads = kernel.backward(BackwardInputs(dout, q, k, v, out, lse), band, scale)
     found = (out, lse, *grads)
     return max(error(x, y) for x, y in zip(found, (a.out, a.lse, a.dq, a.dk, a.dv), strict=True))

@@ -16,8 +16,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.library import custom_op
+from torch import Tensor, library
 
 Four = tuple[Tensor, Tensor, Tensor, Tensor]
 Eight = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
@@ -27,7 +26,7 @@ class RefusedByExtension(RuntimeError):  # noqa: N818 (reads as what happened)
     """What the extension answers with."""
 
 
-@custom_op("double_flash_attn_2::forward", mutates_args=())
+@library.custom_op("double_flash_attn_2::forward", mutates_args=())
 def _flash_attn_forward(
     q: Tensor,
     k: Tensor,
@@ -49,7 +48,7 @@ def _flash_attn_forward(
     return out, lse, torch.empty(0), torch.zeros(2, dtype=torch.int64)
 
 
-@custom_op("double_flash_attn_2::backward", mutates_args=("dq", "dk", "dv"))
+@library.custom_op("double_flash_attn_2::backward", mutates_args=("dq", "dk", "dv"))
 def _flash_attn_backward(
     dout: Tensor,
     q: Tensor,

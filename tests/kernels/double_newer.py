@@ -12,13 +12,12 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import torch
-from torch import Tensor
-from torch.library import custom_op
+from torch import Tensor, library
 
 from tests.kernels.double import Four, fill, flash_forward, flash_mask, require
 
 
-@custom_op("double_flash_attn_3::forward", mutates_args=())
+@library.custom_op("double_flash_attn_3::forward", mutates_args=())
 def _hopper_forward(
     q: Tensor,
     k: Tensor,
@@ -49,7 +48,7 @@ def _hopper_forward(
     return out, lse, torch.empty(0), torch.empty(0)
 
 
-@custom_op("double_flash_attn_3::backward", mutates_args=("dq", "dk", "dv"))
+@library.custom_op("double_flash_attn_3::backward", mutates_args=("dq", "dk", "dv"))
 def _hopper_backward(
     dout: Tensor,
     q: Tensor,

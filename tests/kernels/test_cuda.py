@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cp_megatron.kernels import cuda
 from cp_megatron.kernels.cuda import CudaKernel, bottom_right_window
+from cp_megatron.kernels.interface import BackwardInputs
 from cp_megatron.kernels.load import load_kernel
 from cp_megatron.plan import Schedule
 from cp_megatron.plan.tiles import Band
@@ -97,7 +98,7 @@ def arguments(
         out, lse = kernel.forward(q, k, v, band, 0.3)
         assert (out.shape, out.dtype) == ((2, rows, 6, v_dim), q.dtype)
         assert (lse.shape, lse.dtype) == ((2, 6, rows), torch.float32)
-        grads = kernel.backward(out, q, k, v, out, lse, band, 0.3)
+        grads = kernel.backward(BackwardInputs(out, q, k, v, out, lse), band, 0.3)
         assert [(x.shape, x.dtype) for x in grads] == [(x.shape, x.dtype) for x in (q, k, v)]
         if dims == (16, 16):
             assert seen[0]["query"] is seen[1]["query"] is q
@@ -167,6 +168,6 @@ def test_the_op_gets_a_contiguous_lse(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(cuda, "_backward", call)
     q = torch.zeros(2, 4, 6, 8)
-    CudaKernel().backward(q, q, q, q, q, view, Band(), 1.0)
+    CudaKernel().backward(BackwardInputs(q, q, q, q, q, view), Band(), 1.0)
     assert seen[0].is_contiguous()
     assert torch.equal(seen[0], view)

@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from cp_megatron.errors import ConfigError
 from cp_megatron.kernels import cudnn
 from cp_megatron.kernels.cudnn import CudnnKernel
+from cp_megatron.kernels.interface import BackwardInputs
 from cp_megatron.kernels.load import load_kernel
 from cp_megatron.plan.tiles import CAUSAL, FULL, Band
 from tests.kernels import double
@@ -117,7 +118,7 @@ def test_operands_may_be_views(kernel: CudnnKernel) -> None:
     q, k, v, dout, out = (strided(x.to(BF16)) for x in (a.q, a.k, a.v, a.dout, a.out))
     lse = strided(a.lse.float().transpose(1, 2).unsqueeze(-1)).squeeze(-1).transpose(1, 2)
     assert error(kernel.forward(q, k, v, CAUSAL, 0.37)[0], a.out) < 1e-2
-    grads = kernel.backward(dout, q, k, v, out, lse, CAUSAL, 0.37)
+    grads = kernel.backward(BackwardInputs(dout, q, k, v, out, lse), CAUSAL, 0.37)
     assert max(error(x, y) for x, y in zip(grads, (a.dq, a.dk, a.dv))) < 1e-2
 
 
@@ -129,7 +130,7 @@ def test_windows_are_refused(band: Band, rows: int, columns: int, kernel: CudnnK
     with pytest.raises(ConfigError, match="no sliding windows"):
         kernel.forward(q, k, k, band, 1.0)
     with pytest.raises(ConfigError, match="no sliding windows"):
-        kernel.backward(q, q, k, k, q, torch.zeros(1, 2, rows), band, 1.0)
+        kernel.backward(BackwardInputs(q, q, k, k, q, torch.zeros(1, 2, rows)), band, 1.0)
 
 
 def test_shared_plans_are_refused(kernel: CudnnKernel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,5 +174,5 @@ def test_the_ops_accept_the_arguments(device: str, dims: tuple[int, int]) -> Non
         fake = CudnnKernel()
         out, lse = fake.forward(q, k, v, FULL, 0.3)
         assert (out.shape, out.dtype, lse.shape) == ((2, 6, 4, v_dim), BF16, (2, 4, 6))
-        grads = fake.backward(out, q, k, v, out, lse, FULL, 0.3)
+        grads = fake.backward(BackwardInputs(out, q, k, v, out, lse), FULL, 0.3)
         assert [(x.shape, x.dtype) for x in grads] == [(x.shape, x.dtype) for x in (q, k, v)]

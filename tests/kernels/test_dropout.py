@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from cp_megatron.errors import ConfigError
-from cp_megatron.kernels.cpu import CpuKernel
 from cp_megatron.kernels.dropout import Dropout, TileDropout, keep_mask
+from cp_megatron.kernels.interface import BackwardInputs, Kernel
+from cp_megatron.kernels.load import load_kernel
 from cp_megatron.kernels.merge import merge_
 from cp_megatron.kernels.reference import ReferenceKernel
+from cp_megatron.kernels.select import TRAITS
 from cp_megatron.plan.tiles import CAUSAL, FULL, Band
 from tests.kernels.cases import SCALE, allowed, error
 
@@ -122,10 +124,11 @@ def test_attention_against_autograd(band: Band) -> None:
     run = torch.arange(9)
     tile = TileDropout(dropout, run, run)
     q, k, v, dout = (a[name] for name in ("q", "k", "v", "dout"))
-    out, lse = ReferenceKernel().forward(q, k, v, band, SCALE, tile)
+    kernel = ReferenceKernel().dropping(tile)
+    out, lse = kernel.forward(q, k, v, band, SCALE)
     _, plain_lse = ReferenceKernel().forward(q, k, v, band, SCALE)
     assert torch.equal(lse, plain_lse)
-    grads = ReferenceKernel().backward(dout, q, k, v, out, lse, band, SCALE, tile)
+    grads = kernel.backward(BackwardInputs(dout, q, k, v, out, lse), band, SCALE)
     found = zip((out, *grads), (a["out"], a["dq"], a["dk"], a["dv"]), strict=True)
     assert max(error(x, y) for x, y in found) < 1e-13
 
@@ -135,16 +138,14 @@ def test_tiles_merged_are_one_whole() -> None:
     dropout = Dropout(0.35, seed=2)
     a = attention(allowed(CAUSAL, 10, 10), dropout)
     q, dout = a["q"][:, 4:], a["dout"][:, 4:]
-    reference = ReferenceKernel()
     run = torch.arange(10)
     parts = [(CAUSAL, slice(4, 10)), (FULL, slice(0, 4))]
 
-    def tile(columns: slice, head0: int = 0) -> TileDropout:
-        return TileDropout(dropout, run[4:], run[columns], head0)
+    def kernel(columns: slice, head0: int = 0) -> Kernel:
+        tile = TileDropout(dropout, run[4:], run[columns], head0)
+        return ReferenceKernel().dropping(tile)
 
-    results = [
-        reference.forward(q, a["k"][:, c], a["v"][:, c], band, SCALE, tile(c)) for band, c in parts
-    ]
+    results = [kernel(c).forward(q, a["k"][:, c], a["v"][:, c], band, SCALE) for band, c in parts]
     out, lse = results[0]
     merge_(out, lse, *results[1])
     assert error(out, a["out"][:, 4:]) < 1e-13
@@ -152,27 +153,17 @@ def test_tiles_merged_are_one_whole() -> None:
     for band, c in parts:
         for group in (0, 1):
             heads, kv = slice(3 * group, 3 * group + 3), slice(group, group + 1)
-            dq[:, :, heads] += reference.backward(
-                dout[:, :, heads],
-                q[:, :, heads],
-                a["k"][:, c, kv],
-                a["v"][:, c, kv],
-                out[:, :, heads],
-                lse[:, heads],
-                band,
-                SCALE,
-                tile(c, 3 * group),
-            )[0]
+            whole = BackwardInputs(dout, q, a["k"], a["v"], out, lse)
+            part = whole.part(slice(None), c, heads, kv)
+            dq[:, :, heads] += kernel(c, 3 * group).backward(part, band, SCALE)[0]
     assert error(dq, a["dq"][:, 4:]) < 1e-13
 
 
-def test_a_kernel_that_can_not_drop_never_ignores_it() -> None:
-    q = torch.zeros(1, 3, 1, 8)
-    tile = TileDropout(Dropout(0.1, 0), RUN[:3], RUN[:3])
-    with pytest.raises(AssertionError):
-        CpuKernel().forward(q, q, q, FULL, 1.0, tile)
-    with pytest.raises(AssertionError):
-        CpuKernel().backward(q, q, q, q, q, torch.zeros(1, 1, 3), FULL, 1.0, tile)
+def test_only_what_the_table_says_can_drop() -> None:
+    """The engine asks the chosen kernel for a dropping one: it must have that."""
+    for name, traits in TRAITS.items():
+        if "cpu" in traits.devices:
+            assert hasattr(load_kernel(name), "dropping") == traits.dropout
 
 
 def test_rows_laid_end_to_end_drop_what_rows_of_a_batch_drop() -> None:

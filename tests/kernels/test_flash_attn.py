@@ -14,7 +14,7 @@ import torch.distributed as dist
 from cp_megatron.context_parallel import ContextParallel, api
 from cp_megatron.errors import ConfigError
 from cp_megatron.kernels.flash_attn import FlashAttention2, FlashAttention3, FlashAttention4
-from cp_megatron.kernels.interface import Kernel
+from cp_megatron.kernels.interface import BackwardInputs, Kernel
 from cp_megatron.kernels.load import load_kernel
 from cp_megatron.plan import Mask
 from cp_megatron.plan.tiles import CAUSAL, FULL, Band
@@ -56,7 +56,7 @@ def worst(kernel: Kernel, band: Band, a: Attention) -> float:
     assert (out.dtype, lse.dtype) == (BF16, torch.float32)
     assert lse.shape == (q.shape[0], q.shape[2], q.shape[1])
     assert error(lse, a.lse) < 1e-6
-    grads = kernel.backward(dout, q, k, v, out, lse, band, SCALE)
+    grads = kernel.backward(BackwardInputs(dout, q, k, v, out, lse), band, SCALE)
     return max(error(x, y) for x, y in zip((out, *grads), (a.out, a.dq, a.dk, a.dv)))
 
 
@@ -79,7 +79,7 @@ def test_the_lse_backward_gets_may_be_a_view_and_merged(name: str) -> None:
     view = shard_lse[:, 1:5, 2:7]
     kernel = kernel_of(name)
     grads = [
-        kernel.backward(dout, q, k[:, part], v[:, part], out, view, band, SCALE)
+        kernel.backward(BackwardInputs(dout, q, k[:, part], v[:, part], out, view), band, SCALE)
         for band, part in ((FULL, slice(0, 3)), (CAUSAL, slice(3, 8)))
     ]
     assert error(grads[0][0] + grads[1][0], a.dq) < 1e-2

@@ -5,10 +5,11 @@ from __future__ import annotations
 import importlib
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
+from cp_megatron.config.schema import KernelName
 from cp_megatron.errors import ConfigError
 from cp_megatron.kernels import select
 from cp_megatron.kernels.load import load_kernel
@@ -203,6 +204,7 @@ def test_packages_are_found_without_importing_them(
 
 def test_every_name_has_a_row_and_a_kernel() -> None:
     assert set(KERNEL_NAMES) - {"flash_attn"} == set(TRAITS)
+    assert get_args(KernelName) == ("auto", *KERNEL_NAMES)
     for name, traits in TRAITS.items():
         if traits.package is None:
             assert load_kernel(name) is load_kernel(name)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cp_megatron.kernels import cpu
 from cp_megatron.kernels.cpu import CpuKernel, cut_band
-from cp_megatron.kernels.interface import Kernel
+from cp_megatron.kernels.interface import BackwardInputs, Kernel
 from cp_megatron.kernels.load import load_kernel
 from cp_megatron.kernels.merge import merge_
 from cp_megatron.kernels.reference import ReferenceKernel
@@ -133,7 +133,7 @@ def test_operands_may_be_views(kernel: Kernel, band: Band) -> None:
     out, lse = kernel.forward(q, k, v, band, SCALE)
     assert error(out, a.out) < 1e-13
     lse = strided(lse.transpose(1, 2).unsqueeze(-1)).squeeze(-1).transpose(1, 2)
-    grads = kernel.backward(dout, q, k, v, strided(out), lse, band, SCALE)
+    grads = kernel.backward(BackwardInputs(dout, q, k, v, strided(out), lse), band, SCALE)
     assert max(error(x, y) for x, y in zip(grads, (a.dq, a.dk, a.dv))) < 1e-13
 
 
@@ -151,7 +151,7 @@ def test_tiles_of_a_merged_row_give_exact_gradients(kernel: Kernel) -> None:
     dq = torch.zeros_like(a.q)
     for band, columns in tiles:
         k, v = a.k[:, columns], a.v[:, columns]
-        tile_dq, dk, dv = kernel.backward(a.dout, a.q, k, v, out, lse, band, SCALE)
+        tile_dq, dk, dv = kernel.backward(BackwardInputs(a.dout, a.q, k, v, out, lse), band, SCALE)
         dq += tile_dq
         assert max(error(dk, a.dk[:, columns]), error(dv, a.dv[:, columns])) < 1e-12
     assert error(dq, a.dq) < 1e-12

@@ -76,7 +76,7 @@ def test_two_ranks_literally(capsys: pytest.CaptureFixture[str]) -> None:
           "round 0   keys of the own group",
           "round 1   keys of group 0: 0-1 (2)"]),
         (["--documents", "1", "1", "1", "1", "--context-parallel-size", "4", "--rank", "1",
-          "--route", "ring", "--cp-layout", "contiguous"],
+          "--cp-route", "ring", "--cp-layout", "contiguous"],
          ["mask      documents: 4 of 1 to 1 tokens; 4 tokens, 4 pairs (25.00%)",
           "exchange  p2p over the ring; moves nothing, a2a some",
           "rounds 1-3   nothing"]),
@@ -149,7 +149,7 @@ def test_a_mistake_is_one_line(
 def test_the_choices_are_those_of_the_plan() -> None:
     hints = get_type_hints(Options)
     assert get_args(hints["cp_comm_type"]) == ("auto", *EXCHANGES)
-    assert get_args(hints["route"]) == ("auto", *ROUTES)
+    assert get_args(hints["cp_route"]) == ("auto", *ROUTES)
     assert {"auto", *KINDS} <= set(get_args(hints["cp_layout"]))
 
 
