@@ -135,8 +135,9 @@ def test_place_keeps_this_ranks_part_in_memory_of_its_own() -> None:
 def test_plain_parameters_work_on_one_rank() -> None:
     x = torch.ones(1, 2, IN)
     column = ColumnParallelLinear(IN, FFN, bias=True)
+    assert column.bias is not None
     with torch.no_grad():
         column.weight.fill_(1.0)
-    assert column.bias is not None
+        column.bias.fill_(0.5)
     assert local_weight(column.bias, partial=True) is column.bias
     assert torch.equal(F.linear(x, column.weight, column.bias), column(x))
