@@ -45,6 +45,8 @@ TORCH_FREE_MODULES = (
     f"{PACKAGE}.checkpoint",
     f"{PACKAGE}.checkpoint.manifest",
     f"{PACKAGE}.train",
+    f"{PACKAGE}.train.log_rules",
+    f"{PACKAGE}.train.plots",
     f"{PACKAGE}.train.preflight",
     f"{PACKAGE}.train.report",
 )
@@ -56,6 +58,7 @@ OPTIONAL_PACKAGES = frozenset(
         "deepspeed",
         "flash_attn",
         "flash_attn_interface",
+        "matplotlib",
         "sentencepiece",
         "tiktoken",
         "tokenizers",

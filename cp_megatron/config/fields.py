@@ -122,9 +122,9 @@ class Setting:
         if self.kind == "strings" and isinstance(value, (list, tuple)):
             return tuple(self._chosen(item) for item in value)
         if self.kind == "ints" and isinstance(value, (list, tuple)):
-            if len(value) == self.count and all(type(item) is int for item in value):
+            if len(value) == (self.count or len(value)) and all(type(x) is int for x in value):
                 return tuple(value)
-            raise BadValueError(f"must be {self.count} whole numbers")
+            raise BadValueError(f"must be {self.count or 'a list of'} whole numbers")
         raise BadValueError(_RULES[self.kind], ", ".join(self.choices))
 
     def _chosen(self, text: Any) -> str:
@@ -190,7 +190,8 @@ def setting_of_type(section: str, name: str, hint: Any) -> Setting:
     kind: Kind
     if get_origin(hint) is tuple:
         parts = get_args(hint)
-        kind, count = ("strings", 0) if Ellipsis in parts else ("ints", len(parts))
+        kind = "ints" if parts[0] is int else "strings"
+        count = 0 if Ellipsis in parts else len(parts)
         return Setting(section=section, name=name, kind=kind, optional=optional, count=count)
     kinds: dict[Any, Kind] = {bool: "bool", int: "int", float: "float", str: "str"}
     return Setting(section=section, name=name, kind=kinds[hint], optional=optional)

@@ -111,6 +111,13 @@ MEANINGLESS: Mapping[str, tuple[str, str]] = MappingProxyType(
         "--finetune": ("a run goes on from its step", "--load with a larger --train-iters"),
         "--override-opt-param-scheduler": ("flags always override what --load brings", _ALWAYS_ON),
         "--tensorboard-dir": ("events lie in the run's folder", "--save"),
+        "--use-pytorch-profiler": ("the profiler is always PyTorch's", "--profile"),
+        "--pytorch-profiler-collect-callstack": (
+            "the parts of a step have names in the trace",
+            "--profile",
+        ),
+        "--record-memory-history": ("the trace can tell of memory", "--profile --profile-memory"),
+        "--memory-snapshot-path": ("the trace can tell of memory", "--profile --profile-memory"),
         "--log-throughput": ("tokens per second are always logged", _ALWAYS_ON),
         "--exit-interval": ("the run ends with its last step", "--train-iters"),
         "--exit-duration-in-mins": (
@@ -126,7 +133,10 @@ FAMILIES: Mapping[str, tuple[str, str]] = MappingProxyType(
     {
         "--moe-": ("there are no mixture-of-experts models", _NOT_YET),
         "--fp8-": ("there is no FP8", "--bf16"),
-        "--wandb-": ("metrics go to metrics.jsonl and TensorBoard", "leave the flag out"),
+        "--wandb-": (
+            "a run has a project, an entity, a name and a folder there",
+            "--wandb-project, --wandb-entity, --wandb-exp-name, --wandb-save-dir",
+        ),
         "--mtp-": ("there is no multi-token prediction", _NOT_YET),
         "--inference-": ("this program trains", _NOT_YET),
     }

@@ -192,7 +192,7 @@ def _read_words(argv: Sequence[str]) -> dict[str, _Word]:
             follows = argv[place] if place < len(argv) and not _is_flag(argv[place]) else ""
             raise _unknown(flag, value if has_value else follows, flags)
         setting, _ = flags[flag]
-        room = {"bool": 0, "strings": len(argv)}.get(setting.kind, setting.count) - len(texts)
+        room = (0 if setting.kind == "bool" else setting.count or len(argv)) - len(texts)
         while room > 0 and place < len(argv) and not _is_flag(argv[place]):
             texts.append(argv[place])
             place, room = place + 1, room - 1
@@ -232,7 +232,8 @@ def _checked(setting: Setting, flag: str, texts: list[str]) -> tuple[str, ...]:
         hint = ", ".join(setting.choices)
         raise ConfigError(flag, "", "needs a value", hint or f"{flag} {_values(setting)}")
     texts = setting.words(texts)
-    if setting.kind == "ints" and len(texts) != setting.count and texts != ["None"]:
+    counted = setting.kind == "ints" and setting.count > 0
+    if counted and len(texts) != setting.count and texts != ["None"]:
         rule = f"needs {setting.count} whole numbers"
         raise ConfigError(flag, " ".join(texts), rule, f"{flag} {_values(setting)}")
     for text in texts:

@@ -222,6 +222,34 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LogConfig:
+    """What a person sees of the run, besides metrics.jsonl and TensorBoard."""
+
+    wandb_project: str | None = None
+    """Send the metrics to this project of Weights & Biases too; by default they stay here."""
+    wandb_entity: str | None = None
+    """The team or user that the project belongs to; by default that of the login."""
+    wandb_exp_name: str | None = None
+    """The name of the run there; by default that of its folder."""
+    wandb_save_dir: str | None = None
+    """Where Weights & Biases keeps its files; by default the run's folder."""
+    plot: bool = True
+    """Draw curves.png in the run's folder at the end, where matplotlib is installed."""
+    profile: bool = False
+    """Write a trace of a few steps, trace-rank<N>.json.gz, for https://ui.perfetto.dev."""
+    profile_step_start: int = 10
+    """Steps finished when the profile begins; the one before warms the profiler up."""
+    profile_step_end: int = 12
+    """Steps finished when the profile ends."""
+    profile_ranks: tuple[int, ...] = (0,)
+    """The ranks that write a trace."""
+    profile_memory: bool = False
+    """What is allocated and freed is in the trace too."""
+    pytorch_profiler_collect_shapes: bool = False
+    """The shapes of every operation's inputs are in the trace too."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Config:
     """A whole run. ``preset`` names where the defaults came from."""
 
@@ -233,3 +261,4 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)

@@ -24,6 +24,7 @@ from einops import rearrange
 from torch import Tensor
 
 from cp_megatron.comm.p2p import post
+from cp_megatron.comm.trace import traced
 from cp_megatron.context_parallel.keys import take
 from cp_megatron.plan.heads import HeadExchange
 from cp_megatron.plan.tiles import Span
@@ -124,16 +125,19 @@ def _exchange(
         sent = torch.cat([x.reshape(-1) for x in outgoing])
         sizes = [math.prod(shape) for shape in shapes]
         received = sent.new_empty(sum(sizes))
-        dist.all_to_all_single(received, sent, sizes, [x.numel() for x in outgoing], group=group)
+        with traced("trade heads"):
+            counts = [x.numel() for x in outgoing]
+            dist.all_to_all_single(received, sent, sizes, counts, group=group)
         return [x.view(shape) for x, shape in zip(received.split(sizes), shapes)]
     incoming = [outgoing[trade.index].new_empty(shape) for shape in shapes]
     incoming[trade.index] = outgoing[trade.index]
     others = [i for i in range(len(trade.peers)) if i != trade.index]
-    post(
-        group,
-        sends=[(outgoing[i], trade.peers[i]) for i in others],
-        receives=[(incoming[i], trade.peers[i]) for i in others],
-    ).wait()
+    with traced("trade heads"):
+        post(
+            group,
+            sends=[(outgoing[i], trade.peers[i]) for i in others],
+            receives=[(incoming[i], trade.peers[i]) for i in others],
+        ).wait()
     return incoming
 
 

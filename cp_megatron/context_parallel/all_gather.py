@@ -15,6 +15,7 @@ from itertools import pairwise
 from torch import Tensor
 
 from cp_megatron.comm.nonblocking import Started, start_all_gather, start_reduce_scatter
+from cp_megatron.comm.trace import traced
 from cp_megatron.context_parallel.keys import KeyValues, take
 from cp_megatron.context_parallel.partials import Call, Gradients, Results, Rows
 from cp_megatron.context_parallel.rank_plan import RankPlan
@@ -74,7 +75,9 @@ def gather_backward(plan: RankPlan, call: Call, x: BackwardInputs) -> tuple[Tens
             sinks.append((portion, source.start_return(portion, far, rows.dq)))
         source.pending = following
     for portion, sink in sinks:
-        own.grads.heads(portion).add_(source.gather.given, sink.wait())
+        with traced("wait for gradients"):
+            returned = sink.wait()
+        own.grads.heads(portion).add_(source.gather.given, returned)
     return rows.dq, own.grads.k, own.grads.v
 
 
@@ -109,7 +112,8 @@ class _Source:
         """The keys that this rank reads of the portion under way; None where it reads none."""
         if self.pending is None:
             return None
-        gathered = self.pending.wait()  # [N * W, B, g * (D + E)]
+        with traced("wait for keys"):
+            gathered = self.pending.wait()  # [N * W, B, g * (D + E)]
         if not self.gather.picked:
             return None
         # [N * W, B, g * (D + E)] -> [K, B, g * (D + E)]

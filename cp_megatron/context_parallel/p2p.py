@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from cp_megatron.comm.p2p import Pending, post
+from cp_megatron.comm.trace import traced
 from cp_megatron.context_parallel.keys import KeyValues, take
 from cp_megatron.context_parallel.partials import Call, Gradients, Results, Rows
 from cp_megatron.context_parallel.rank_plan import RankPlan
@@ -43,7 +44,8 @@ def ring_forward(
         incoming = keys.buffer(turn.receive_keys, k.dtype)
         pending = post(plan.group, sends=sends, receives=_receives((turn.receive_keys, incoming)))
         results.add(turn, keys.arrival, plan.groups)
-        pending.wait()
+        with traced("wait for keys"):
+            pending.wait()
         keys.arrived(incoming)
     return results.sums()
 
@@ -157,7 +159,8 @@ class _BackwardSlot:
 
     def wait_and_add(self, *, arrival: KeyValues, own: KeyValues) -> None:
         """Adds what was passed to this round's gradients, what came home to the shard's."""
-        self.pending.wait()
+        with traced("wait for keys and gradients"):
+            self.pending.wait()
         for (message, buffer), target in ((self.passed, arrival), (self.returned, own)):
             if message is not None and buffer is not None:
                 target.add_(message.spans, buffer)

@@ -13,6 +13,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from cp_megatron.comm.trace import traced
 from cp_megatron.context_parallel.keys import KeyValues
 from cp_megatron.kernels.dropout import Dropout, TileDropout
 from cp_megatron.kernels.interface import (
@@ -81,14 +82,15 @@ class Results:
             for tile in turn.tiles:
                 rows, columns = slice(tile.q0, tile.q1), slice(tile.k0, tile.k1)
                 kernel = call.tile_kernel(turn, tile, q0, self._q.device)
-                out, lse = kernel.forward(
-                    self._q[:, rows, heads],
-                    keys.k[:, columns, kv_heads],
-                    keys.v[:, columns, kv_heads],
-                    tile.band,
-                    call.scale,
-                )
-                self._add(tile, heads, out, lse)
+                with traced("attention tile"):
+                    out, lse = kernel.forward(
+                        self._q[:, rows, heads],
+                        keys.k[:, columns, kv_heads],
+                        keys.v[:, columns, kv_heads],
+                        tile.band,
+                        call.scale,
+                    )
+                    self._add(tile, heads, out, lse)
 
     def _add(self, tile: Tile, heads: slice, new_out: Tensor, new_lse: Tensor) -> None:
         batch, shard_len, num_heads, _ = self._q.shape
@@ -187,11 +189,12 @@ class Gradients:
         for (q0, q1), (k0, k1) in groups:
             heads, kv_heads = slice(q0, q1), slice(k0, k1)
             kernel = call.tile_kernel(self._turn, tile, q0, inputs.q.device)
-            part = inputs.part(q, k, heads, kv_heads)
-            dq, dk, dv = kernel.backward(part, tile.band, call.scale)
-            _write(self._dq[:, q, heads], dq, store=store_rows)
-            _write(self.grads.k[:, k, kv_heads], dk, store=store_columns)
-            _write(self.grads.v[:, k, kv_heads], dv, store=store_columns)
+            with traced("attention tile, backward"):
+                part = inputs.part(q, k, heads, kv_heads)
+                dq, dk, dv = kernel.backward(part, tile.band, call.scale)
+                _write(self._dq[:, q, heads], dq, store=store_rows)
+                _write(self.grads.k[:, k, kv_heads], dk, store=store_columns)
+                _write(self.grads.v[:, k, kv_heads], dv, store=store_columns)
 
 
 def _write(target: Tensor, value: Tensor, *, store: bool) -> None:

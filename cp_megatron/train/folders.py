@@ -14,6 +14,9 @@ from cp_megatron.config.yaml_io import overlay
 from cp_megatron.errors import ConfigError
 from cp_megatron.train.rules import check_ranges
 
+METRICS_FILE = "metrics.jsonl"
+"""The file in a run's folder with a line per logged step."""
+
 
 def fresh_run_folder(root: Path, preset: str) -> Path:
     """The first of ``root/<preset>-1``, ``-2``, ... that does not exist. Nothing is made.

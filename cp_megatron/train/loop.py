@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from cp_megatron.checkpoint.store import save_checkpoint
+from cp_megatron.comm.trace import traced
 from cp_megatron.data.ahead import Ahead
 from cp_megatron.data.batch import Batch, microbatches
 from cp_megatron.data.sampler import Rows, RowSplits
@@ -24,6 +26,7 @@ from cp_megatron.train.metrics import (
 )
 from cp_megatron.train.optimizer import learning_rate
 from cp_megatron.train.preflight import RunPlan
+from cp_megatron.train.profiler import StepProfiler
 from cp_megatron.train.progress import ProgressView
 from cp_megatron.train.signals import StopRequest
 from cp_megatron.train.step import Shard, StepResult, Trainer
@@ -46,6 +49,7 @@ class Run:
         control: a group of all ranks for CPU tensors.
         writer: the metrics, on rank 0 only.
         view: what a person sees.
+        profiler: writes a trace of some steps where asked to.
     """
 
     plan: RunPlan
@@ -56,6 +60,7 @@ class Run:
     control: dist.ProcessGroup
     writer: MetricsWriter | None
     view: ProgressView
+    profiler: StepProfiler
 
     def train(self, start_step: int, stop: StopRequest) -> int:
         """Trains from ``start_step`` to the end or until asked to stop; saves; the last step.
@@ -64,7 +69,10 @@ class Run:
             DivergedError: a loss, the gradient norm or a parameter to be saved is not finite.
             ConfigError: the checkpoint can not be written.
         """
-        with Ahead(self._shards(self.rows.train, start_step)) as shards:
+        with (
+            closing(self.profiler),
+            Ahead(self._shards(self.rows.train, start_step)) as shards,
+        ):
             return self._train(shards, start_step, stop)
 
     def _train(self, shards: Iterator[list[Shard]], start_step: int, stop: StopRequest) -> int:
@@ -75,8 +83,10 @@ class Run:
         step, saved = start_step, start_step
         while step < train.train_iters:
             rate = learning_rate(step, self.plan.config.optimizer, train.train_iters)
-            with clock:
-                result = self.trainer.step(next(shards), step=step, lr=rate)
+            with self.profiler.step(step), clock:
+                with traced("wait for rows"):
+                    found = next(shards)
+                result = self.trainer.step(found, step=step, lr=rate)
                 clock.num_pairs += result.num_pairs
             step += 1
             _check_finite(step, saved, {"loss": result.loss, "gradient norm": result.grad_norm})

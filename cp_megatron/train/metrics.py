@@ -16,9 +16,9 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from cp_megatron.config import ModelConfig
+from cp_megatron.train.folders import METRICS_FILE
 from cp_megatron.train.parameters import matmul_parameters
-
-METRICS_FILE = "metrics.jsonl"
+from cp_megatron.train.wandb_log import WandbRun
 
 # Dense bfloat16 FLOP/s of the makers' data sheets.
 PEAK_FLOPS: Mapping[str, float] = MappingProxyType(
@@ -64,9 +64,11 @@ class MetricsWriter:
     Args:
         folder: the run's folder.
         start_step: steps finished before.
+        wandb: where every line goes too.
     """
 
-    def __init__(self, folder: Path, *, start_step: int) -> None:
+    def __init__(self, folder: Path, *, start_step: int, wandb: WandbRun | None = None) -> None:
+        self.wandb = wandb
         _forget_after(folder / METRICS_FILE, start_step)
         self._file = (folder / METRICS_FILE).open("a", encoding="utf-8")
         self._board = SummaryWriter(str(folder), purge_step=start_step + 1)
@@ -81,11 +83,19 @@ class MetricsWriter:
         for name, value in row.items():
             if name != "step" and value is not None:
                 self._board.add_scalar(name, value, metrics.step)
+        if self.wandb is not None:
+            self.wandb.write(row)
 
-    def close(self) -> None:
-        """Writes what is left."""
+    def close(self, *, failed: bool = False) -> None:
+        """Writes what is left.
+
+        Args:
+            failed: the run did not end in good order.
+        """
         self._file.close()
         self._board.close()
+        if self.wandb is not None:
+            self.wandb.close(failed=failed)
 
 
 def _forget_after(file: Path, step: int) -> None:

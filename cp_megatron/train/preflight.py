@@ -23,6 +23,7 @@ from cp_megatron.kernels.select import KernelChoice, select_kernel
 from cp_megatron.plan import Grid, Mask
 from cp_megatron.train import rules
 from cp_megatron.train.folders import check_load, check_save
+from cp_megatron.train.log_rules import check_log
 from cp_megatron.train.parameters import padded_vocab_size
 from cp_megatron.train.sequence import SequencePlan, plan_sequence
 
@@ -145,6 +146,13 @@ def check(
     check_sources(config.data.data_path)
     loaded = check_load(config, VOCAB_SIZE)
     check_save(config, loaded[0] if loaded else None)
+    check_log(
+        config.log,
+        first_step=loaded[1].step if loaded else 0,
+        last_step=config.train.train_iters,
+        world_size=grid.world_size,
+        given=given,
+    )
     resolved, notes = _resolved(config, grid, rows, validates)
     device = next(iter(kernels)) if len(kernels) == 1 and config.train.device != "auto" else None
     return RunPlan(

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
-import shlex
 import sys
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, cast
@@ -16,7 +15,7 @@ import torch.distributed as dist
 from rich.console import Console
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 
-from cp_megatron.checkpoint.manifest import read_manifest, step_folder
+from cp_megatron.checkpoint.manifest import read_manifest
 from cp_megatron.checkpoint.store import load_checkpoint
 from cp_megatron.comm.groups import ParallelGroups
 from cp_megatron.comm.runtime import Launch, set_cublas_workspace
@@ -28,15 +27,18 @@ from cp_megatron.data.sampler import split_rows
 from cp_megatron.data.sources import Corpus, load_corpus
 from cp_megatron.errors import ConfigError
 from cp_megatron.model.parallelize import ComputeDType, build_model
+from cp_megatron.train.farewell import say_farewell, show_curves
 from cp_megatron.train.folders import fresh_run_folder
 from cp_megatron.train.loop import DivergedError, Run
-from cp_megatron.train.metrics import METRICS_FILE, MetricsWriter, keep_aside
+from cp_megatron.train.metrics import MetricsWriter, keep_aside
 from cp_megatron.train.optimizer import make_optimizer
 from cp_megatron.train.preflight import DeviceName, RunPlan
+from cp_megatron.train.profiler import StepProfiler
 from cp_megatron.train.progress import ProgressView
 from cp_megatron.train.report import print_start
 from cp_megatron.train.signals import StopRequest, stop_on_signal
 from cp_megatron.train.step import Trainer
+from cp_megatron.train.wandb_log import WandbRun
 
 RUNS = Path("runs")
 
@@ -71,19 +73,22 @@ def _train(pieces: Run, launch: Launch, stop: StopRequest, script: str) -> int:
     """Trains the assembled run, and says how it ended."""
     if launch.rank == 0:
         print_start(pieces.plan, pieces.folder, pieces.view.console)
+    failed = True
     try:
         with pieces.view:
             last = pieces.train(pieces.plan.load_step, stop)
+        failed = False
     except DivergedError as error:
         if launch.rank == 0:
             print(f"{Path(script).name}: error: {error}", file=sys.stderr, flush=True)
+            show_curves(pieces)
         # The first rank to leave has torchrun end the others: rank 0 must have spoken before.
         dist.barrier(group=pieces.control)
         return 1
     finally:
         if pieces.writer is not None:
-            pieces.writer.close()
-    _say_farewell(pieces, launch, script, last)
+            pieces.writer.close(failed=failed)
+    say_farewell(pieces, launch, script, last)
     return 0
 
 
@@ -166,19 +171,38 @@ def assemble(
         )
     folder = _make_folder(plan, control)
     checkpoint = replace(config.checkpoint, save=str(folder))
+    plan = replace(plan, config=replace(config, checkpoint=checkpoint))
     quiet, start = launch.rank != 0, plan.load_step
+    view = ProgressView(
+        Console(), quiet=quiet, start_step=start, train_iters=config.train.train_iters
+    )
     return Run(
-        plan=replace(plan, config=replace(config, checkpoint=checkpoint)),
+        plan=plan,
         trainer=trainer,
         rows=rows,
         data_fingerprint=corpus.fingerprint,
         folder=folder,
         control=control,
-        writer=None if quiet else MetricsWriter(folder, start_step=start),
-        view=ProgressView(
-            Console(), quiet=quiet, start_step=start, train_iters=config.train.train_iters
+        writer=None if quiet else _open_metrics(plan, folder),
+        view=view,
+        profiler=StepProfiler(
+            config.log,
+            rank=launch.rank,
+            folder=folder,
+            start_step=start,
+            device=device,
+            say=view.say,
         ),
     )
+
+
+def _open_metrics(plan: RunPlan, folder: Path) -> MetricsWriter:
+    """On rank 0: the files of the run, and Weights & Biases where asked for."""
+    log, wandb = plan.config.log, None
+    if log.wandb_project is not None:
+        settings = {**asdict(plan.config), "grid": asdict(plan.grid)}
+        wandb = WandbRun(log, folder=folder, settings=settings)
+    return MetricsWriter(folder, start_step=plan.load_step, wandb=wandb)
 
 
 def _make_trainer(plan: RunPlan, device: torch.device) -> Trainer:
@@ -290,32 +314,13 @@ def _write_config(plan: RunPlan) -> str:
 
 
 def _lasting(config: Config) -> Config:
-    """The run without what holds only now: where it lies (a folder may be moved), a permission."""
+    """The run without what holds only now.
+
+    That is where it lies (a folder may be moved), a permission, the steps that are profiled.
+    """
     return replace(
         config,
         checkpoint=replace(config.checkpoint, save=None, load=None),
         data=replace(config.data, allow_data_change=False),
+        log=replace(config.log, profile=False),
     )
-
-
-def _say_farewell(run: Run, launch: Launch, script: str, last: int) -> None:
-    folder, view, steps = run.folder, run.view, run.plan.config.train.train_iters
-    view.say(f"checkpoint  {step_folder(folder, last)}")
-    view.say(f"metrics     {folder / METRICS_FILE}, or: tensorboard --logdir {folder}")
-    words = [*launcher(launch), script, "--load", str(folder)]
-    if last < steps:
-        view.say(f"stopped after step {last}; go on with:\n  {shlex.join(words)}")
-        return
-    words += ["--train-iters", str(2 * steps)]
-    view.say(f"finished {last} steps; train on with:\n  {shlex.join(words)}")
-
-
-def launcher(launch: Launch) -> list[str]:
-    """The words that start as many ranks again."""
-    if not launch.under_torchrun:
-        return [Path(sys.executable).name]
-    words = ["torchrun", "--nproc-per-node", str(launch.local_world_size)]
-    if launch.nodes > 1:
-        words += ["--nnodes", str(launch.nodes), "--rdzv-backend", "c10d"]
-        words += ["--rdzv-endpoint", "HOST:PORT"]
-    return words

@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 
 from cp_megatron.comm.groups import ParallelGroups
 from cp_megatron.comm.rng import dropout_seed, seed_dropout
+from cp_megatron.comm.trace import traced
 from cp_megatron.context_parallel import ContextParallel
 from cp_megatron.data.batch import IGNORED, Batch
 from cp_megatron.kernels.dropout import Dropout
@@ -126,13 +127,16 @@ class Trainer:
         for number, shard in enumerate(shards):
             self._seed_dropout(step, number)
             losses = self._token_losses(shard)
-            (losses.sum() / max(num_tokens, 1)).backward()
+            with traced("backward"):
+                (losses.sum() / max(num_tokens, 1)).backward()
             total += losses.detach().sum(dtype=torch.float64)
-        grad_norm = self._clip()
+        with traced("gradient norm"):
+            grad_norm = self._clip()
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        with traced("optimizer"):
+            self.optimizer.step()
+            self.optimizer.zero_grad()
         (loss,) = self._sum(total)
         return StepResult(loss=loss / max(num_tokens, 1), grad_norm=grad_norm, num_pairs=num_pairs)
 
@@ -161,8 +165,9 @@ class Trainer:
         """[b, S / N] losses of this rank's tokens, 0 where there is no label."""
         tokens, labels = (x.to(self.device) for x in (shard.tokens, shard.labels))
         dropout = self._attention_dropout(shard) if self.model.training else None
-        logits = self.model(tokens, cp=shard.cp, attention_dropout=dropout)
-        return vocab_parallel_cross_entropy(logits, labels, self.groups.tp)
+        with traced("forward"):
+            logits = self.model(tokens, cp=shard.cp, attention_dropout=dropout)
+            return vocab_parallel_cross_entropy(logits, labels, self.groups.tp)
 
     def _sum(self, *values: float | Tensor) -> list[float]:
         """The sums over all ranks that hold different tokens, in one message."""

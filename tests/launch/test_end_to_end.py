@@ -163,7 +163,9 @@ def test_a_run_is_quiet_and_leaves_a_whole_folder(whole: Ended, folder: Path) ->
     names = {path.name for path in found.iterdir()}
     events = {name for name in names if name.startswith("events.out.tfevents")}
     assert len(events) == 1
-    assert names - events == {"config.yaml", "metrics.jsonl", "step-3", f"step-{STEPS}"}
+    files = {"config.yaml", "metrics.jsonl", "curves.png"}
+    assert names - events == files | {"step-3", f"step-{STEPS}"}
+    assert "curves      runs/toy-1/curves.png" in whole.out
 
 
 def test_its_metrics_are_all_there_and_finite(whole: Ended, folder: Path) -> None:

@@ -13,8 +13,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from cp_megatron.config import ModelConfig
 from cp_megatron.plan import Mask
+from cp_megatron.train.folders import METRICS_FILE
 from cp_megatron.train.metrics import (
-    METRICS_FILE,
     Metrics,
     MetricsWriter,
     keep_aside,

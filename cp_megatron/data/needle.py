@@ -1,0 +1,272 @@
+"""Questions about a long text: find a needle, follow a chain of variables. No torch, no network.
+
+After RULER (Hsieh et al. 2024, arXiv:2404.06654, section 3), made from any text::
+
+    needle      intro | ...sentence. [The special magic number for river is 4711234.] sentence... |
+                question | answer
+    variables   intro | ... [VAR QZJFK = 52713.] ... [VAR MWHBX = VAR QZJFK.] ... | question | answer
+
+A task is a pure function of (seed, kind, length, depth, sample) and the haystack. Its length is
+exact to the token: pieces are put into tokens one by one, inserted where a sentence ends, and the
+haystack is cut at its front, so that it begins inside a sentence and ends with a whole one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from cp_megatron.errors import ConfigError
+
+Kind = Literal["needle", "variables"]
+Tokens = npt.NDArray[np.int64]
+Encode = Callable[[str], npt.ArrayLike]
+"""Text to tokens, without special ones."""
+
+NAMES_IN_CHAIN = 5
+LONGEST_SENTENCE = 400
+"""Characters; what has no full stop for so long is cut between two words."""
+
+_WORDS: Sequence[str] = (
+    *("river", "window", "garden", "copper", "harbour", "pencil", "mountain", "violin", "lantern"),
+    *(
+        "orchard",
+        "blanket",
+        "compass",
+        "feather",
+        "granite",
+        "island",
+        "kettle",
+        "ladder",
+        "meadow",
+    ),
+    *("needle", "oyster", "parade", "quarry", "ribbon", "saddle", "temple", "umbrella", "valley"),
+)
+_NEEDLE_INTRO = (
+    "A special magic number is hidden within the following text. Make sure to memorize it. "
+    "I will quiz you about the number afterwards.\n"
+)
+_VARIABLES_INTRO = (
+    "Memorize and track the chain of variable assignments hidden in the following text.\n"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """One question with its answer.
+
+    Attributes:
+        kind: of the question.
+        tokens: int64 [length], everything; it ends with the answer.
+        answer_start: the first token of the answer.
+        places: where each inserted sentence begins.
+        inserted: the inserted sentences.
+        answer: the answer as text.
+        depth: asked for, in percent; 0 for variables, which lie all over the text.
+        sample: number of the task among those alike.
+    """
+
+    kind: Kind
+    tokens: Tokens
+    answer_start: int
+    places: tuple[int, ...]
+    inserted: tuple[str, ...]
+    answer: str
+    depth: int
+    sample: int
+
+    @property
+    def length(self) -> int:
+        """Tokens in all."""
+        return len(self.tokens)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Haystack:
+    """A text as tokens.
+
+    Attributes:
+        tokens: int64 [n].
+        borders: int64 [sentences + 1], increasing from 0 to n: where sentences begin and end.
+    """
+
+    tokens: Tokens
+    borders: Tokens
+
+    @classmethod
+    def of(cls, text: str, encode: Encode) -> Haystack:
+        """Cuts ``text`` into sentences, each put into tokens on its own.
+
+        Raises:
+            ConfigError: the text has no sentence.
+        """
+        pieces = [np.asarray(encode(sentence), dtype=np.int64) for sentence in sentences(text)]
+        pieces = [piece for piece in pieces if piece.size]
+        if not pieces:
+            raise ConfigError("--data-path", "", "holds no sentence to hide a needle in", "prose")
+        borders = np.cumsum([0, *(piece.size for piece in pieces)]).astype(np.int64)
+        return cls(tokens=np.concatenate(pieces), borders=borders)
+
+    def window(self, size: int, end: int) -> tuple[Tokens, Tokens]:
+        """``size`` tokens before the border number ``end``, round and round the text.
+
+        Returns:
+            int64 [size], and the places in it where something may be inserted: 0, each border
+            inside, and ``size``, in order.
+        """
+        total, last = len(self.tokens), int(self.borders[end])
+        wanted = np.arange(last - size, last)
+        rounds = np.arange((last - size) // total, last // total + 1)
+        borders = (self.borders[:-1] + rounds[:, None] * total).ravel() - (last - size)
+        inside = borders[(borders > 0) & (borders < size)]
+        places = np.concatenate([[0], inside, [size]]).astype(np.int64)
+        return self.tokens[wanted % total], places
+
+
+def sentences(text: str) -> list[str]:
+    """The sentences of a text on one line each, after a space; none is very long.
+
+    The space stands before the words because most tokenizers have it in the word that follows.
+    """
+    found: list[str] = []
+    for sentence in re.split(r"(?<=[.!?])\s+|\n\s*\n", text):
+        words, line = sentence.split(), ""
+        for word in words:
+            if line and len(line) + len(word) >= LONGEST_SENTENCE:
+                found.append(line)
+                line = ""
+            line += f" {word}"
+        if line:
+            found.append(line)
+    return found
+
+
+def library_prose() -> str:
+    """English prose that ships with Python: the language reference as ``help()`` shows it."""
+    from pydoc_data import topics
+
+    return "\n\n".join(topics.topics[name] for name in sorted(topics.topics))
+
+
+def make_task(
+    kind: Kind,
+    haystack: Haystack,
+    encode: Encode,
+    *,
+    seed: int,
+    length: int,
+    depth: int = 0,
+    sample: int = 0,
+) -> Task:
+    """The task of these numbers.
+
+    Args:
+        kind: ``needle`` puts one sentence at the border nearest to ``depth``; ``variables`` puts
+            the sentences of a chain at borders all over the text, in order.
+        haystack: the text.
+        encode: the tokenizer that the haystack was made with.
+        seed: >= 0.
+        length: tokens of the task, intro, question and answer included.
+        depth: in percent of the text.
+        sample: number of the task among those alike, >= 0.
+
+    Raises:
+        ConfigError: the length has no room for a text.
+    """
+    draws = _draws(seed, kind, length, depth, sample)
+    intro, inserted, question, answer = _words_of(kind, draws)
+    ends = [_encoded(encode, text) for text in (intro, question, answer)]
+    hidden = [_encoded(encode, text) for text in inserted]
+    room = length - sum(len(piece) for piece in (*ends, *hidden))
+    if room < 1:
+        rule = f"{kind} needs {length - room + 1} tokens for its question alone"
+        raise ConfigError("--lengths", length, rule, str(_round_up(2 * (length - room))))
+    end = 1 + draws.below(len(haystack.borders) - 1)
+    text, borders = haystack.window(room, end)
+    cuts = _places(kind, borders, room, depth, len(hidden), draws)
+    pieces, places, written = [ends[0]], [], 0
+    for cut, piece in zip(cuts, hidden, strict=True):
+        pieces.append(text[written:cut])
+        places.append(sum(map(len, pieces)))
+        pieces.append(piece)
+        written = cut
+    pieces += [text[written:], ends[1], ends[2]]
+    return Task(
+        kind=kind,
+        tokens=np.concatenate(pieces),
+        answer_start=length - len(ends[2]),
+        places=tuple(places),
+        inserted=inserted,
+        answer=answer,
+        depth=depth,
+        sample=sample,
+    )
+
+
+def _places(
+    kind: Kind, borders: Tokens, room: int, depth: int, count: int, draws: _Draws
+) -> list[int]:
+    """Where in the text ``count`` sentences go, in order; several may share a border."""
+    if kind == "variables":
+        return [
+            int(borders[place]) for place in sorted(draws.below(len(borders)) for _ in range(count))
+        ]
+    nearest = np.abs(borders * 100 - depth * room).argmin()
+    return [int(borders[nearest])] * count
+
+
+def _words_of(kind: Kind, draws: _Draws) -> tuple[str, tuple[str, ...], str, str]:
+    """Intro, sentences to insert, question, answer."""
+    if kind == "needle":
+        word, number = _WORDS[draws.below(len(_WORDS))], 1_000_000 + draws.below(9_000_000)
+        needle = f" The special magic number for {word} is {number}."
+        question = (
+            f"\nWhat is the special magic number for {word} mentioned in the text above? "
+            f"The special magic number for {word} is"
+        )
+        return _NEEDLE_INTRO, (needle,), question, f" {number}"
+    names: list[str] = []
+    while len(names) < NAMES_IN_CHAIN:
+        name = "".join(chr(ord("A") + draws.below(26)) for _ in range(5))
+        if name not in names:
+            names.append(name)
+    value = 10_000 + draws.below(90_000)
+    values = [str(value), *(f"VAR {name}" for name in names)]
+    chain = tuple(f" VAR {name} = {held}." for name, held in zip(names, values))
+    question = (
+        f"\nQuestion: Find all variables that are assigned the value {value} in the text above.\n"
+        f"Answer: {NAMES_IN_CHAIN} variables are assigned the value {value}, they are:"
+    )
+    return _VARIABLES_INTRO, chain, question, "".join(f" {name}" for name in names)
+
+
+def _encoded(encode: Encode, text: str) -> Tokens:
+    return np.asarray(encode(text), dtype=np.int64)
+
+
+def _round_up(value: int) -> int:
+    """The next power of two."""
+    return 1 << (value - 1).bit_length()
+
+
+class _Draws:
+    """Random numbers of one task, the same on every machine: Philox's raw output."""
+
+    def __init__(self, bits: np.random.Philox) -> None:
+        self._bits = bits
+
+    def below(self, count: int) -> int:
+        """One of 0 .. count - 1; the bias of the remainder is below count / 2**64."""
+        return int(self._bits.random_raw()) % count
+
+
+def _draws(seed: int, *numbers: object) -> _Draws:
+    digest = hashlib.sha256(repr(numbers).encode()).digest()
+    key = np.array([seed % 2**64, int.from_bytes(digest[:8], "little")], dtype=np.uint64)
+    return _Draws(np.random.Philox(key=key))

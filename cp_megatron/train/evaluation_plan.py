@@ -1,0 +1,224 @@
+"""What an evaluation will do, checked before torch is imported: rows, tasks, how they are shared.
+
+The checks of a run are asked for each length; what only training reads is refused where it is
+typed. Evaluation has no dropout, no masks of documents, and one row at a time on a rank.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+from cp_megatron.checkpoint.manifest import Manifest
+from cp_megatron.comm.runtime import Launch
+from cp_megatron.config import Config, LogConfig, ModelConfig, OptimizerConfig, TrainConfig
+from cp_megatron.config.evaluation import TASKS, EvaluationOptions, Part
+from cp_megatron.config.fields import settings
+from cp_megatron.config.yaml_io import overlay
+from cp_megatron.data.needle import Encode, Kind, make_task
+from cp_megatron.data.needle import Haystack, Task
+from cp_megatron.data.sources import VOCAB_SIZE
+from cp_megatron.errors import ConfigError
+from cp_megatron.train.folders import check_load
+from cp_megatron.train.plots import require_matplotlib
+from cp_megatron.train.preflight import RunPlan, check
+from cp_megatron.train.rules import LARGEST_SIZE, check_ranges
+
+_READ: frozenset[str] = frozenset({"seed", "dtype", "bf16", "device", "deterministic"})
+"""Settings of the training that an evaluation reads."""
+_UNREAD_ELSEWHERE: frozenset[str] = frozenset(
+    {
+        *("save", "save_interval", "seq_length", "micro_batch_size", "global_batch_size"),
+        *("pad_rows", "document_mask", "allow_data_change", "sequence_parallel"),
+        *("hidden_dropout", "attention_dropout", "init_method_std"),
+    }
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationPlan:
+    """An evaluation that passed every check.
+
+    Attributes:
+        options: what is asked, lengths and depths in increasing order.
+        part: of the data that the perplexity reads.
+        own_text: the text of the needle tasks is the user's, not Python's.
+        runs: per length, what a run on rows of that length would be; the same model and grid.
+        load: the checkpoint, step-N.
+        manifest: of the checkpoint.
+    """
+
+    options: EvaluationOptions
+    part: Part
+    own_text: bool
+    runs: tuple[RunPlan, ...]
+    load: Path
+    manifest: Manifest
+
+    @property
+    def longest(self) -> RunPlan:
+        """The plan of the longest rows, which the model is built with."""
+        return self.runs[-1]
+
+    @property
+    def kinds(self) -> tuple[Kind, ...]:
+        """The tasks that ask a question."""
+        kinds: tuple[Kind, ...] = ("needle", "variables")
+        return tuple(kind for kind in kinds if kind in self.options.tasks)
+
+
+def check_evaluation(
+    config: Config,
+    options: EvaluationOptions,
+    launch: Launch,
+    *,
+    given: frozenset[str],
+    argv: Sequence[str] = (),
+    script: str = "launch/evaluate.py",
+) -> EvaluationPlan:
+    """The plan of the evaluation.
+
+    Args:
+        config: the loaded run with the user's flags.
+        options: what is asked.
+        launch: how this process was started.
+        given: flags the user typed.
+        argv: the user's words, for the corrected command.
+        script: the program as the user called it, for the same.
+
+    Raises:
+        ConfigError: it is not possible.
+    """
+    options = _checked_options(options, given)
+    _refuse_training_flags(given)
+    if config.checkpoint.load is None:
+        raise ConfigError("--load", "", "an evaluation needs a trained model", "--load RUN")
+    config = _without_training(config)
+    _check_positions(config.model, options.lengths)
+    load, manifest = _find_checkpoint(config)
+    runs = []
+    for length in options.lengths:
+        row = replace(config.data, seq_length=length)
+        checkpoint = replace(config.checkpoint, load=None)
+        asked = replace(config, data=row, checkpoint=checkpoint)
+        try:
+            run = check(
+                asked,
+                launch,
+                dry_run=options.dry_run,
+                dry_run_world_size=options.world_size,
+                given=given,
+                argv=argv,
+                script=script,
+            )
+        except ConfigError as error:
+            if error.flag != "--seq-length":
+                raise
+            raise ConfigError("--lengths", error.value, error.rule, error.works) from None
+        runs.append(run)
+    return EvaluationPlan(
+        options=options,
+        part=options.part or ("all" if "--data-path" in given else "valid"),
+        own_text="--data-path" in given,
+        runs=tuple(runs),
+        load=load,
+        manifest=manifest,
+    )
+
+
+def make_tasks(
+    plan: EvaluationPlan, length: int, haystack: Haystack, encode: Encode
+) -> list[Task]:
+    """All tasks of one length: needle by depth, then variables.
+
+    Raises:
+        ConfigError: the length has no room for them.
+    """
+    options, seed = plan.options, plan.longest.config.train.seed
+    return [
+        make_task(kind, haystack, encode, seed=seed, length=length, depth=depth, sample=sample)
+        for kind in plan.kinds
+        for depth in (options.depths if kind == "needle" else (0,))
+        for sample in range(options.num_samples)
+    ]
+
+
+def _checked_options(options: EvaluationOptions, given: frozenset[str]) -> EvaluationOptions:
+    for task in options.tasks:
+        if task not in TASKS:
+            raise ConfigError("--tasks", task, "is no task", ", ".join(TASKS))
+    for flag, values, least, most in (
+        ("--lengths", options.lengths, 2, LARGEST_SIZE),
+        ("--num-samples", (options.num_samples,), 1, LARGEST_SIZE),
+        ("--buckets", (options.buckets,), 1, 32),
+        ("--depths", options.depths, 0, 100),
+    ):
+        for value in values:
+            if not least <= value <= most:
+                works = str(least if value < least else most)
+                raise ConfigError(flag, value, f"must lie in {least} to {most}", works)
+    for flag, task in (("--buckets", "perplexity"), ("--part", "perplexity"), ("--depths", "needle")):
+        if flag in given and task not in options.tasks:
+            rule = f"has no effect without the task {task}"
+            raise ConfigError(flag, "", rule, f"--tasks {task}")
+    if options.plot and not options.dry_run:
+        require_matplotlib("--plot")
+    output = Path(options.output)
+    if os.path.lexists(output) and not (output.is_dir() and not any(output.iterdir())):
+        rule = "is there already, and nothing is overwritten"
+        raise ConfigError("--output", options.output, rule, "a new folder")
+    lengths, depths = (tuple(sorted(set(values))) for values in (options.lengths, options.depths))
+    tasks = tuple(task for task in TASKS if task in options.tasks)
+    return replace(options, tasks=tasks, lengths=lengths, depths=depths)
+
+
+def _refuse_training_flags(given: frozenset[str]) -> None:
+    """What has no effect here."""
+    for row in settings().values():
+        unread = row.section in ("optimizer", "log") or row.name in _UNREAD_ELSEWHERE
+        unread |= row.section == "train" and row.name not in _READ
+        if unread and row.flag in given:
+            works = "--lengths" if row.name == "seq_length" else "leave it out"
+            raise ConfigError(row.flag, "", "has no effect on an evaluation", works)
+
+
+def _without_training(config: Config) -> Config:
+    """The run as an evaluation sees it: rows as long as the model takes them, nothing trained."""
+    model, data, train = config.model, config.data, config.train
+    if model.position_embedding_type == "learned_absolute":
+        rows = model.max_position_embeddings or data.seq_length
+        model = replace(model, max_position_embeddings=rows)
+    read = {name: getattr(train, name) for name in _READ}
+    return replace(
+        config,
+        model=replace(model, hidden_dropout=0.0, attention_dropout=0.0),
+        parallel=replace(config.parallel, sequence_parallel=False),
+        data=replace(
+            data,
+            micro_batch_size=1,
+            global_batch_size=None,
+            pad_rows=True,
+            document_mask=False,
+        ),
+        optimizer=OptimizerConfig(),
+        train=TrainConfig(train_iters=LARGEST_SIZE, eval_iters=0, **read),
+        checkpoint=replace(config.checkpoint, save=None),
+        log=LogConfig(),
+    )
+
+
+def _check_positions(model: ModelConfig, lengths: Sequence[int]) -> None:
+    rows = model.max_position_embeddings
+    if model.position_embedding_type == "learned_absolute" and rows and lengths[-1] > rows:
+        rule = f"the model has learned {rows} positions"
+        raise ConfigError("--lengths", lengths[-1], rule, f"up to {rows}")
+
+
+def _find_checkpoint(config: Config) -> tuple[Path, Manifest]:
+    """The checkpoint; it is of this model, but for rotary positions, which one may try out."""
+    check_ranges(config)
+    found = check_load(config, VOCAB_SIZE)
+    assert found is not None
+    return found

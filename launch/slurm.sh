@@ -1,0 +1,85 @@
+#!/bin/bash
+# Trains over the nodes of a SLURM job, one torchrun per node. From the root of the repository, in
+# the environment that the program is installed in:
+#
+#     sbatch --nodes 4 --time 12:00:00 launch/slurm.sh --preset llama-1b --context-parallel-size 8
+#
+# Before its time is over the run is saved, and the job goes back into the queue and goes on:
+#
+#     SLURM --USR1--> this script --scancel TERM--> torchrun --TERM--> ranks: finish the step, save
+#     srun ends -> scontrol requeue -> this script again, with --load
+#
+# USR1 goes to this script alone (B:), because a rank that gets it dies. The script does not pass a
+# signal to srun, which would answer TERM with SIGKILL to its tasks, but has SLURM send TERM to them.
+#
+# Read from the environment, all optional:
+#     RUN              the run's folder, seen by all nodes; by default runs/<job's name>-<job's id>.
+#                      A folder with checkpoints is gone on with, flags override its settings.
+#     RANKS_PER_NODE   by default the node's GPUs, 1 where it has none
+#     SCRIPT           by default launch/pretrain.py
+
+#SBATCH --job-name=cp_megatron
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=32
+#SBATCH --time=24:00:00
+#SBATCH --signal=B:USR1@300
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%j.log
+
+set -euo pipefail
+shopt -s nullglob
+
+restart=${SLURM_RESTART_COUNT:-0}
+run=${RUN:-runs/$SLURM_JOB_NAME-$SLURM_JOB_ID}
+steps=("$run"/step-*[0-9])  # a torn one ends in .tmp
+if [ ${#steps[@]} -gt 0 ]; then
+    words=(--load "$run")
+    # After a requeue the folder's config.yaml says everything; flags are for a new job.
+    [ "$restart" -gt 0 ] || words+=("$@")
+else
+    # What an earlier start of this very job left before its first checkpoint.
+    if [ "$restart" -gt 0 ] && [ -e "$run/config.yaml" ]; then
+        mv "$run" "$run-start-$restart"
+    fi
+    words=(--save "$run" "$@")
+fi
+
+mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+port=$((20000 + (SLURM_JOB_ID + restart) % 20000))
+
+# The ranks have this long to save, less than SLURM gives; torchrun's own default is 30 seconds.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=240
+# srun does not take it over by itself.
+[ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
+
+warned= interrupted=
+warn() {
+    warned=yes interrupted=yes
+    echo "slurm.sh: the time is nearly over: the run is saved and put back into the queue"
+    scancel --signal=TERM "$SLURM_JOB_ID"
+}
+trap warn USR1
+
+srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 \
+    --kill-on-bad-exit=1 \
+    torchrun --nnodes "$SLURM_JOB_NUM_NODES" \
+    --nproc-per-node "${RANKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}" \
+    --rdzv-id "$SLURM_JOB_ID-$restart" --rdzv-backend c10d --rdzv-endpoint "${nodes[0]}:$port" \
+    "${SCRIPT:-launch/pretrain.py}" "${words[@]}" &
+step=$!
+
+# A trap ends the waiting, not the training.
+while :; do
+    interrupted= code=0
+    wait "$step" || code=$?
+    [ -n "$interrupted" ] || break
+done
+
+# torchrun calls a stopped run failed (1), also when it was saved; 0 is a run that is complete.
+if [ -n "$warned" ] && [ "$code" -ne 0 ]; then
+    scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$code"
