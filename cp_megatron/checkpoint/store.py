@@ -107,7 +107,7 @@ def save_checkpoint(
     writer = ShardWriter(target, rank=_rank(process_group), describe=describe)
     planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     try:
-        with _user_errors("--save", target), _one_process_is_fine():
+        with user_errors("--save", target), one_process_is_fine():
             state_dict_saver.save(
                 state, storage_writer=writer, planner=planner, process_group=process_group
             )
@@ -156,12 +156,12 @@ def load_checkpoint(
         verify_files(folder, manifest, mine)
         return manifest
 
-    manifest = _agreed(prepare, process_group)
+    manifest = agreed(prepare, process_group)
     if optimizer is not None:
         _create_optimizer_state(optimizer, parameters, manifest)
         state |= _optimizer_state(parameters, optimizer)
     planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-    with _user_errors(FLAG, folder), _one_process_is_fine():
+    with user_errors(FLAG, folder), one_process_is_fine():
         state_dict_loader.load(
             state,
             storage_reader=ShardReader(folder, manifest),
@@ -302,7 +302,7 @@ def _difference(name: str, saved: TensorEntry | None, here: Tensor | None) -> st
     return ""
 
 
-def _agreed(action: Callable[[], Result], group: Group) -> Result:
+def agreed(action: Callable[[], Result], group: Group) -> Result:
     """Runs it on every rank; when one fails, all raise the failure of the first that did."""
     result: Result | None = None
     failure: Exception | None = None
@@ -323,7 +323,7 @@ def _agreed(action: Callable[[], Result], group: Group) -> Result:
 
 
 @contextmanager
-def _user_errors(flag: str, folder: Path) -> Iterator[None]:
+def user_errors(flag: str, folder: Path) -> Iterator[None]:
     """Turns torch's CheckpointException, no ``Exception``, into one that callers expect."""
     try:
         yield
@@ -339,7 +339,8 @@ def _user_errors(flag: str, folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _one_process_is_fine() -> Iterator[None]:
+def one_process_is_fine() -> Iterator[None]:
+    """torch.distributed.checkpoint without its warning that there is no group."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable")
         yield

@@ -31,8 +31,6 @@ class EvaluationOptions(LaunchOptions):
     the run validated on."""
     output: str = "evaluation"
     """A new folder for results.json and the pictures."""
-    plot: bool = True
-    """Draw the pictures, which takes matplotlib."""
 
 
 EVALUATE = Program(

@@ -15,7 +15,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from cp_megatron.config.schema import Config
 
-Kind = Literal["bool", "int", "float", "str", "strings", "ints"]
+Kind = Literal["bool", "int", "float", "str", "strings", "ints", "floats"]
 
 _RULES: Mapping[Kind, str] = {
     "bool": "must be true or false",
@@ -24,10 +24,20 @@ _RULES: Mapping[Kind, str] = {
     "str": "must be a text",
     "strings": "must be a list of texts",
     "ints": "must be whole numbers",
+    "floats": "must be numbers",
 }
 
-# Another spelling of a choice, from the help of Megatron's --cp-comm-type.
-_SPELLINGS: Mapping[str, str] = types.MappingProxyType({"allgather": "all_gather"})
+# Megatron's spellings of choices: in the help of --cp-comm-type, and of --tokenizer-type.
+_SPELLINGS: Mapping[str, str] = types.MappingProxyType(
+    {
+        "allgather": "all_gather",
+        "HuggingFaceTokenizer": "huggingface",
+        "SentencePieceTokenizer": "sentencepiece",
+        "GPTSentencePieceTokenizer": "sentencepiece",
+        "Llama2Tokenizer": "sentencepiece",
+        "TikTokenizer": "tiktoken",
+    }
+)
 
 
 class BadValueError(ValueError):
@@ -76,7 +86,7 @@ class Setting:
 
     def words(self, texts: Sequence[str]) -> list[str]:
         """The words of the command line in the one spelling that the rest knows."""
-        if self.kind == "ints" and len(texts) == 1 and "," in texts[0]:
+        if self.kind in ("ints", "floats") and len(texts) == 1 and "," in texts[0]:
             texts = texts[0].strip("()").split(",")  # Megatron writes --window-size 128,0
         spelled = [(text, _SPELLINGS.get(text, text)) for text in texts]
         return [new if new in self.choices else text for text, new in spelled]
@@ -89,8 +99,8 @@ class Setting:
         """
         if self.optional and text == "None":
             return None
-        if self.kind in ("int", "float", "ints"):
-            number: type = float if self.kind == "float" else int
+        if self.kind in ("int", "float", "ints", "floats"):
+            number: type = float if self.kind in ("float", "floats") else int
             try:
                 return self._in_range(number(text))
             except ValueError as error:
@@ -125,6 +135,10 @@ class Setting:
             if len(value) == (self.count or len(value)) and all(type(x) is int for x in value):
                 return tuple(value)
             raise BadValueError(f"must be {self.count or 'a list of'} whole numbers")
+        if self.kind == "floats" and isinstance(value, (list, tuple)):
+            if any(isinstance(x, bool) or not isinstance(x, (int, float)) for x in value):
+                raise BadValueError("must be a list of numbers")
+            return tuple(self.from_text(str(x)) for x in value)
         raise BadValueError(_RULES[self.kind], ", ".join(self.choices))
 
     def _chosen(self, text: Any) -> str:
@@ -190,7 +204,8 @@ def setting_of_type(section: str, name: str, hint: Any) -> Setting:
     kind: Kind
     if get_origin(hint) is tuple:
         parts = get_args(hint)
-        kind = "ints" if parts[0] is int else "strings"
+        lists: dict[Any, Kind] = {int: "ints", float: "floats", str: "strings"}
+        kind = lists.get(parts[0], "strings")
         count = 0 if Ellipsis in parts else len(parts)
         return Setting(section=section, name=name, kind=kind, optional=optional, count=count)
     kinds: dict[Any, Kind] = {bool: "bool", int: "int", float: "float", str: "str"}

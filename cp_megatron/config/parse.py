@@ -25,6 +25,7 @@ from typing import NoReturn, get_type_hints
 import tyro
 
 from cp_megatron.config.fields import BadValueError, Setting, setting_of_type, settings
+from cp_megatron.config.huggingface import has_tokenizer, read_hf_config
 from cp_megatron.config.megatron_flags import why_meaningless
 from cp_megatron.config.presets import DEFAULT_PRESET
 from cp_megatron.config.schema import Config
@@ -60,10 +61,18 @@ class LaunchOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _CommandLine(Config):
-    """What tyro makes flags from."""
+class Program:
+    """A program with the settings of a run and some flags of its own.
 
-    launch: LaunchOptions = field(default_factory=LaunchOptions)
+    Attributes:
+        name: for ``--help``.
+        description: for the same.
+        options: its own flags.
+    """
+
+    name: str = "pretrain.py"
+    description: str = _DESCRIPTION
+    options: type[LaunchOptions] = LaunchOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,12 +84,14 @@ class Arguments:
         dry_run: only show what would run.
         world_size: the ranks to plan a dry run for; None where the launch says it.
         given: the flags the user typed, in the spelling of ``--help``.
+        options: the program's own flags.
     """
 
     config: Config
     dry_run: bool
     world_size: int | None
     given: frozenset[str]
+    options: LaunchOptions = field(default_factory=LaunchOptions)
 
 
 @dataclass(frozen=True)
@@ -95,72 +106,83 @@ class _Word:
         """The same in the form that tyro can not misread."""
         if self.setting.kind == "bool":
             return [_ALIASES.get(self.flag, self.flag)]
-        if self.setting.kind in ("strings", "ints"):
+        if self.setting.kind in ("strings", "ints", "floats"):
             return [self.setting.flag, *self.texts]
         return [f"{self.setting.flag}={self.texts[0]}"]
 
 
 def parse_arguments(
-    argv: Sequence[str], *, program: str = "pretrain.py", quiet: bool = False
+    argv: Sequence[str], *, program: str | Program = "pretrain.py", quiet: bool = False
 ) -> Arguments:
     """Reads a command line, without the program's name.
 
     Args:
         argv: the words.
-        program: the program's name for ``--help``.
+        program: the program, or the name of one that has no flags of its own, for ``--help``.
         quiet: print no help (on all ranks but the first).
 
     Raises:
         ConfigError: a flag or a value that can not be honoured.
         SystemExit: with code 0, after ``--help`` is printed.
     """
+    program = Program(name=program) if isinstance(program, str) else program
     if any(word in _HELP for word in argv):
         _print_help(argv, program, quiet)
-    words = _read_words(argv)
+    words = _read_words(argv, program.options)
     line = [text for word in words.values() for text in word.for_tyro()]
-    parsed = _ask_tyro(line, _base(words), program, quiet)
+    parsed, launch = _ask_tyro(line, _base(words), program, quiet)
     given = frozenset(word.setting.flag for word in words.values())
     names = [row.name for row in dataclasses.fields(Config)]
     config = Config(**{name: getattr(parsed, name) for name in names})
     config = _fold_bf16(_place_of_run(config, given), given)
-    launch = parsed.launch
     if launch.world_size is not None and not launch.dry_run:
         rule = "only plans a --dry-run; a real run's world is what torchrun starts"
         raise ConfigError(
             "--world-size", launch.world_size, rule, "--dry-run, or torchrun --nproc-per-node"
         )
     return Arguments(
-        config=config, dry_run=launch.dry_run, world_size=launch.world_size, given=given
+        config=config,
+        dry_run=launch.dry_run,
+        world_size=launch.world_size,
+        given=given,
+        options=launch,
     )
 
 
-def _print_help(argv: Sequence[str], program: str, quiet: bool) -> NoReturn:
+def _print_help(argv: Sequence[str], program: Program, quiet: bool) -> NoReturn:
     """Shows the flags with the defaults that the rest of the line leads to."""
     base = preset_named(DEFAULT_PRESET)
     with contextlib.suppress(ConfigError):
-        base = _base(_read_words([word for word in argv if word not in _HELP]))
+        others = [word for word in argv if word not in _HELP]
+        base = _base(_read_words(others, program.options))
     asked = next(word for word in argv if word in _HELP)
     _ask_tyro([asked], base, program, quiet)
     raise SystemExit(0)
 
 
-def _ask_tyro(line: list[str], base: Config, program: str, quiet: bool) -> _CommandLine:
-    """tyro's reading of ``line`` over the defaults ``base``."""
+def _ask_tyro(
+    line: list[str], base: Config, program: Program, quiet: bool
+) -> tuple[Config, LaunchOptions]:
+    """tyro's reading of ``line`` over the defaults ``base``, and the program's own flags."""
     names = [row.name for row in dataclasses.fields(Config)]
-    default = _CommandLine(**{name: getattr(base, name) for name in names})
+    options = program.options
+    row = ("launch", options, field(default_factory=options))
+    form = dataclasses.make_dataclass("Form", [row], bases=(Config,), frozen=True, kw_only=True)
+    default = form(**{name: getattr(base, name) for name in names})
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
-            return tyro.cli(
-                _CommandLine,
-                prog=program,
-                description=_DESCRIPTION,
+            parsed = tyro.cli(
+                form,
+                prog=program.name,
+                description=program.description,
                 args=line,
                 default=default,
                 console_outputs=not quiet,
                 compact_help=True,
                 config=(tyro.conf.OmitArgPrefixes,),
             )
+            return parsed, parsed.launch
     except SystemExit as end:
         if not end.code:
             raise
@@ -168,9 +190,9 @@ def _ask_tyro(line: list[str], base: Config, program: str, quiet: bool) -> _Comm
         raise ConfigError("command line", shlex.join(line), told or "was refused") from None
 
 
-def _flags() -> Mapping[str, tuple[Setting, bool]]:
+def _flags(options: type[LaunchOptions]) -> Mapping[str, tuple[Setting, bool]]:
     """Every flag -> its setting, and whether the flag switches off."""
-    launch = get_type_hints(LaunchOptions)
+    launch = get_type_hints(options)
     rows = [setting_of_type("launch", name, hint) for name, hint in launch.items()]
     rows += settings().values()
     flags = {row.flag: (row, False) for row in rows}
@@ -179,9 +201,9 @@ def _flags() -> Mapping[str, tuple[Setting, bool]]:
     return flags
 
 
-def _read_words(argv: Sequence[str]) -> dict[str, _Word]:
+def _read_words(argv: Sequence[str], options: type[LaunchOptions]) -> dict[str, _Word]:
     """The flags of ``argv`` by setting, all checked."""
-    flags = _flags()
+    flags = _flags(options)
     words: dict[str, _Word] = {}
     place = 0
     while place < len(argv):
@@ -261,12 +283,22 @@ def _base(words: Mapping[str, _Word]) -> Config:
     typed = {name: word.texts[0] for name, word in words.items() if word.texts}
     typed = {name: text for name, text in typed.items() if text != "None"}
     preset, load, file = typed.get("preset"), typed.get("load"), typed.get("config")
+    if load is not None and "load_hf" in typed:
+        rule = f"starts a new run, --load {load} goes on with one"
+        raise ConfigError("--load-hf", typed["load_hf"], rule, "one of the two")
     earlier: Values = {"preset": preset} if preset else {}
     values: Values = {}
     if file is not None:
         values = _values_of_file(file)
         _refuse_lost(values, earlier, f"--config {file}")
-    base = overlay(preset_named(preset or values.get("preset", DEFAULT_PRESET)), values)
+    base = preset_named(preset or values.get("preset", DEFAULT_PRESET))
+    folder = typed.get("load_hf", values.get("load_hf"))
+    if load is None and folder is not None:
+        said = words.keys() | values.keys()
+        base = _started_from(
+            base, folder, tokenizer=not said & {"tokenizer_type", "tokenizer_model"}
+        )
+    base = overlay(base, values)
     if load is None:
         return base
     saved = _values_of_run(load)
@@ -274,6 +306,22 @@ def _base(words: Mapping[str, _Word]) -> Config:
     untyped = {name: value for name, value in values.items() if name not in words}
     _refuse_lost(saved, {**untyped, **earlier}, f"--load {load}")
     return overlay(base, saved)
+
+
+def _started_from(base: Config, folder: str, *, tokenizer: bool) -> Config:
+    """The preset with the model of a Hugging Face folder, and its tokenizer where none is said."""
+    model, data = read_hf_config(folder).model, base.data
+    if tokenizer and has_tokenizer(folder):
+        values = {"tokenizer_type": "huggingface", "tokenizer_model": folder}
+        data = overlay(base, values).data
+    # Training has the dropout of the preset, not of the model's own training.
+    model = dataclasses.replace(
+        model,
+        attention_dropout=base.model.attention_dropout,
+        hidden_dropout=base.model.hidden_dropout,
+        make_vocab_size_divisible_by=base.model.make_vocab_size_divisible_by,
+    )
+    return dataclasses.replace(base, model=model, data=data)
 
 
 def _values_of_file(file: str) -> Values:

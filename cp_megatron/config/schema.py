@@ -12,10 +12,13 @@ from typing import Literal
 
 Normalization = Literal["LayerNorm", "RMSNorm"]
 PositionEmbedding = Literal["learned_absolute", "rope", "none"]
+RopeType = Literal["default", "linear", "dynamic", "yarn", "llama3", "longrope"]
 DecayStyle = Literal["constant", "linear", "cosine"]
 Recompute = Literal["none", "selective", "full"]
 DType = Literal["auto", "float64", "float32", "bfloat16"]
 Device = Literal["auto", "cpu", "cuda"]
+TokenizerType = Literal["byte", "huggingface", "sentencepiece", "tiktoken"]
+PackingKind = Literal["concatenate", "best-fit"]
 Exchange = Literal["auto", "p2p", "all_gather", "a2a", "a2a+p2p"]
 Route = Literal["auto", "ring", "direct"]
 LayoutKind = Literal["auto", "contiguous", "zigzag", "balanced"]
@@ -58,11 +61,41 @@ class ModelConfig:
     """learned_absolute adds a learned vector per position, rope rotates queries and keys."""
     rotary_base: float = 10000.0
     """Base of the rotary frequencies."""
+    rope_type: RopeType = "default"
+    """How rotary frequencies are changed for sequences longer than the model was trained on."""
+    rope_scaling_factor: float | None = None
+    """How much longer than that, for every --rope-type but default; longrope works it out."""
+    original_max_position_embeddings: int | None = None
+    """Tokens of the sequences the model was trained on before; by default
+    --max-position-embeddings."""
+    beta_fast: float = 32.0
+    """Of yarn: pairs that turn this often in the original length keep their frequency."""
+    beta_slow: float = 1.0
+    """Of yarn: pairs that turn this often or less are slowed by the whole factor."""
+    mscale: float | None = None
+    """Of yarn, with --mscale-all-dim: the two whose quotient is the attention factor."""
+    mscale_all_dim: float | None = None
+    """Of yarn, with --mscale."""
+    rope_attention_factor: float | None = None
+    """Of yarn and longrope: multiplies rotated queries and keys; by default worked out."""
+    rope_truncate: bool = True
+    """Of yarn: round the ends of its ramp outwards to whole pairs."""
+    rope_low_freq_factor: float = 1.0
+    """Of llama3: pairs that turn less often in the original length are slowed wholly."""
+    rope_high_freq_factor: float = 4.0
+    """Of llama3: pairs that turn more often in the original length keep their frequency."""
+    rope_short_factor: tuple[float, ...] | None = None
+    """Of longrope: a divisor for each pair of channels, up to the original length."""
+    rope_long_factor: tuple[float, ...] | None = None
+    """Of longrope: the same for longer documents."""
     max_position_embeddings: int | None = None
-    """Rows of the learned position table; by default the sequence length."""
+    """Rows of the learned position table, by default the sequence length; with rope the longest
+    sequence the model is made for, which an export repeats."""
     window_size: tuple[int, int] | None = None
     """Sliding window, LEFT RIGHT: a token attends LEFT tokens before itself and none after (RIGHT
     is 0 or -1); -1 is unlimited. By default there is none."""
+    window_layers: tuple[int, ...] | None = None
+    """The layers that have the window, numbered from 0; by default all of them."""
     hidden_dropout: float = 0.0
     """Dropout on the residual stream: after the embedding, the attention and the MLP."""
     attention_dropout: float = 0.0
@@ -71,10 +104,16 @@ class ModelConfig:
     """Give the output layer a weight of its own instead of the embedding's."""
     disable_bias_linear: bool = False
     """Linear layers without bias."""
+    add_qkv_bias: bool = False
+    """Biases on queries, keys and values, also with --disable-bias-linear."""
+    qk_layernorm: bool = False
+    """Normalize the channels of every query and key head before they are rotated."""
     init_method_std: float = 0.02
     """Standard deviation of the initial weights."""
     make_vocab_size_divisible_by: int = 128
     """The vocabulary is padded to a multiple of this; the pad is never predicted."""
+    vocab_size: int | None = None
+    """Tokens the model knows; by default those of the tokenizer, which must not be more."""
 
     @property
     def ffn_size(self) -> int:
@@ -84,6 +123,26 @@ class ModelConfig:
         if self.swiglu:
             return max(64, 4 * self.hidden_size * 2 // 3 // 64 * 64)
         return 4 * self.hidden_size
+
+    @property
+    def has_qkv_bias(self) -> bool:
+        """Whether queries, keys and values have a bias."""
+        return self.add_qkv_bias or not self.disable_bias_linear
+
+    @property
+    def row_window(self) -> tuple[int, int] | None:
+        """The window of a row's mask; none where some layers see more than it."""
+        return self.window_size if self.window_layers is None else None
+
+    def layer_window(self, layer: int) -> tuple[int, int] | None:
+        """The window of a layer, numbered from 0."""
+        has_it = self.window_layers is None or layer in self.window_layers
+        return self.window_size if has_it else None
+
+    @property
+    def original_length(self) -> int | None:
+        """Tokens of the sequences before a context extension; None where nothing says it."""
+        return self.original_max_position_embeddings or self.max_position_embeddings
 
     @property
     def num_kv_heads(self) -> int:
@@ -135,13 +194,29 @@ class DataConfig:
     """Where tokens come from and how they are cut into rows."""
 
     data_path: tuple[str, ...] = ()
-    """Text files or folders; by default the sources of Python's own standard library."""
+    """Text files or folders, .jsonl files, .bin/.idx prefixes, each after its weight if any has
+    one: 0.7 A 0.3 B; by default the sources of Python's own standard library."""
+    train_data_path: tuple[str, ...] = ()
+    """The same for training only, instead of --data-path and --split."""
+    valid_data_path: tuple[str, ...] = ()
+    """The same for validation."""
+    test_data_path: tuple[str, ...] = ()
+    """The same for the test part."""
     split: str = "969,30,1"
     """Weights of the training, validation and test parts, e.g. 969,30,1."""
-    tokenizer_type: Literal["byte"] = "byte"
-    """byte: one token per byte of UTF-8 plus one for the end of a document."""
+    tokenizer_type: TokenizerType = "byte"
+    """byte: one token per byte of UTF-8 plus one for the end of a document; the others read
+    --tokenizer-model."""
     tokenizer_model: str | None = None
-    """A tokenizer's file; the byte tokenizer has none."""
+    """A tokenizer's file, for huggingface also a model's folder; the byte tokenizer has none."""
+    packing: PackingKind = "concatenate"
+    """concatenate: rows are cut from the documents laid end to end; best-fit: a row has whole
+    documents, what is left of it is padded, and documents are masked."""
+    sft: bool = False
+    """The data are conversations, a JSON object per line; only the assistant's answers have a
+    loss."""
+    skip_bad_lines: bool = False
+    """Leave malformed lines of .jsonl files out, and say how many, instead of refusing them."""
     seq_length: int = 2048
     """Tokens per row."""
     micro_batch_size: int | None = None
@@ -214,9 +289,12 @@ class CheckpointConfig:
     """Where the run lies."""
 
     save: str | None = None
-    """The run's folder; by default a fresh runs/<preset>-<n>."""
+    """The run's folder; by default a fresh runs/<preset>-<n>, or with --load-hf
+    runs/<folder>-<n>."""
     load: str | None = None
     """A run's folder (or its step-N) to go on from; its config.yaml supplies all other flags."""
+    load_hf: str | None = None
+    """A Hugging Face folder whose config.json and safetensors the run starts from."""
     save_interval: int | None = None
     """Steps between two checkpoints; by default only at the end or when interrupted."""
 

@@ -7,7 +7,7 @@ E value head dim.
 from __future__ import annotations
 
 import math
-from functools import cached_property
+from functools import cached_property, partial
 from typing import cast
 
 import torch
@@ -25,6 +25,7 @@ from cp_megatron.kernels.load import load_kernel
 from cp_megatron.kernels.select import KernelChoice, select_kernel
 from cp_megatron.plan import Mask, Schedule, SequenceLayout
 from cp_megatron.plan.exchange import check_exchange
+from cp_megatron.plan.mask import Window
 
 
 class ContextParallel:
@@ -85,6 +86,8 @@ class ContextParallel:
         self._layout_kind, self._exchange, self._route = layout, exchange, route
         self._kernel, self._sizes = kernel, sizes
         self._deterministic, self._check_ranks = deterministic, check_mode(check_ranks)
+        self._chooser = mask
+        self._by_window: dict[Window, ContextParallel] = {}
         self._plans: dict[tuple[int, ...], RankPlan] = {}
         self._kernels: dict[object, Kernel] = {}
         self._agreed: set[object] = set()
@@ -119,6 +122,24 @@ class ContextParallel:
             check_ranks=self._check_ranks,
         )
 
+    def within(self, window: Window | None) -> ContextParallel:
+        """The same tokens, where they are, for layers whose queries see another window.
+
+        Made once and kept. Its exchange and route are those that this object's own mask gets, so
+        that a batch has one of each.
+
+        Args:
+            window: (left, right) as in ``Mask``; this object itself where its mask has it.
+        """
+        mask = self.mask.within(window)
+        if mask.window == self.mask.window:
+            return self
+        if mask.window not in self._by_window:
+            other = self.with_mask(mask, self.layout)
+            other._chooser = self._chooser
+            self._by_window[mask.window] = other
+        return self._by_window[mask.window]
+
     def schedule(
         self,
         num_heads: int,
@@ -131,17 +152,14 @@ class ContextParallel:
         Raises:
             ConfigError: the exchange can not share the heads.
         """
-        return Schedule.build(
-            self.mask,
-            self.layout,
-            self._exchange,
-            self._route,
-            num_heads,
-            num_kv_heads,
-            self._sizes,
-            head_dim=head_dim,
-            v_head_dim=v_head_dim,
-        )
+        build = partial(Schedule.build, head_dim=head_dim, v_head_dim=v_head_dim)
+        heads = num_heads, num_kv_heads
+        options = self._exchange, self._route, *heads, self._sizes
+        chosen = build(self._chooser, self.layout, *options)
+        if self._chooser is self.mask:
+            return chosen
+        sizes = chosen.hierarchical_sizes if chosen.exchange == "a2a+p2p" else None
+        return build(self.mask, self.layout, chosen.exchange, chosen.route, *heads, sizes)
 
     def prepare(
         self, num_heads: int, num_kv_heads: int, head_dim: int, v_head_dim: int | None = None

@@ -16,13 +16,10 @@ import torch
 from torch import Tensor
 
 from cp_megatron.data.packing import row_mask
-from cp_megatron.data.sampler import Rows
-from cp_megatron.data.sources import EOD
+from cp_megatron.data.sampler import IGNORED as IGNORED
+from cp_megatron.data.sampler import RowSource
 from cp_megatron.errors import ConfigError
 from cp_megatron.plan.mask import Mask, Window
-
-IGNORED = -100
-"""The label of a token that has no loss."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +47,7 @@ class Batch:
 
 
 def microbatches(
-    rows: Rows,
+    rows: RowSource,
     *,
     consumed: int,
     global_batch_size: int,
@@ -70,7 +67,7 @@ def microbatches(
         micro_batch_size: rows that go through the model at once.
         dp_rank, dp_size: this rank's place on the dp axis.
         document_mask: attention never crosses a document; the micro batch's rows are laid end to
-            end in one row, and an end-of-document token predicts nothing.
+            end in one row, and the last token of a document predicts nothing.
         window: of the model's attention, as in ``Mask``.
         padding: tokens without a label that follow each row of a batch, a document of their own.
 
@@ -91,16 +88,17 @@ def microbatches(
     first = consumed + dp_rank * per_rank
     for start in range(first, first + per_rank, micro_batch_size):
         chosen = [rows[number] for number in range(start, start + micro_batch_size)]
-        tokens = np.stack([row.inputs for row in chosen]).astype(np.int64)
-        labels = np.stack([row.labels for row in chosen]).astype(np.int64)
+        tokens = np.stack([row.inputs for row in chosen])
+        labels = np.stack([row.labels for row in chosen])
         lengths: Sequence[int] = [rows.seq_length]
         if document_mask:
             # A mask holds for every row of a batch; rows with different documents become one row.
+            for place, row in enumerate(chosen):
+                labels[place, row.crossing] = IGNORED
             tokens, labels = tokens.reshape(1, -1), labels.reshape(1, -1)
-            labels[tokens == EOD] = IGNORED
             lengths = [length for row in chosen for length in row.document_lengths]
         yield Batch(
-            tokens=_padded(tokens, padding, EOD),
+            tokens=_padded(tokens, padding, rows.eod),
             labels=_padded(labels, padding, IGNORED),
             mask=row_mask(lengths, document_mask=document_mask, window=window, padding=padding),
             first_row=start,

@@ -4,7 +4,8 @@ After RULER (Hsieh et al. 2024, arXiv:2404.06654, section 3), made from any text
 
     needle      intro | ...sentence. [The special magic number for river is 4711234.] sentence... |
                 question | answer
-    variables   intro | ... [VAR QZJFK = 52713.] ... [VAR MWHBX = VAR QZJFK.] ... | question | answer
+    variables   intro | ... [VAR QZJFK = 52713.] ... [VAR MWHBX = VAR QZJFK.] ... |
+                question | answer
 
 A task is a pure function of (seed, kind, length, depth, sample) and the haystack. Its length is
 exact to the token: pieces are put into tokens one by one, inserted where a sentence ends, and the

@@ -1,19 +1,26 @@
 """Which tokens are row number i of the run: a pure function of (seed, i, seq_length, corpus).
 
 Shapes: S = seq_length. A row is S + 1 consecutive tokens of a part of the corpus; row r of a part
-starts at r * S, so every token but the part's first is a label exactly once per epoch.
+starts at r * S, so every token but the part's first is a label exactly once per epoch. Rows of
+whole documents are those of ``best_fit``, rows of several corpora those of ``blend``.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from cp_megatron.data.sources import EOD, Corpus, Tokens
+from cp_megatron.data.part import Part
+from cp_megatron.data.sources import Corpus
 from cp_megatron.errors import ConfigError
+
+IGNORED = -100
+"""The label of a token that has no loss."""
 
 SPLIT_RULE = "must be three weights, not negative, the first above zero"
 SPLIT_WORKS = "969,30,1"
@@ -24,15 +31,39 @@ class Row:
     """One sequence.
 
     Attributes:
-        inputs: uint16 [S].
-        labels: uint16 [S], the token after each input.
-        document_lengths: lengths of the pieces of documents in ``inputs``, their sum is S. A piece
-            ends with its end-of-document token; the first and the last may be cut by the row.
+        inputs: int64 [S].
+        labels: int64 [S], the token after each input; ``IGNORED`` where none is to be predicted.
+        document_lengths: lengths of the pieces of documents in ``inputs``, their sum is S. The
+            first and the last may be cut by the row.
+        crossing: int64 [k], the places in ``inputs`` whose label belongs to the next document; it
+            is no label where documents are masked.
     """
 
-    inputs: Tokens
-    labels: Tokens
+    inputs: npt.NDArray[np.int64]
+    labels: npt.NDArray[np.int64]
     document_lengths: tuple[int, ...]
+    crossing: npt.NDArray[np.int64]
+
+
+class RowSource(Protocol):
+    """An endless sequence of rows: ``rows[i]`` for any i >= 0, in any order, from any thread.
+
+    Attributes:
+        seq_length: tokens per row.
+        rows_per_epoch: rows until every token was read once.
+        eod: the token that pads.
+    """
+
+    @property
+    def seq_length(self) -> int: ...
+
+    @property
+    def rows_per_epoch(self) -> int: ...
+
+    @property
+    def eod(self) -> int: ...
+
+    def __getitem__(self, number: int) -> Row: ...
 
 
 class Rows:
@@ -42,42 +73,67 @@ class Rows:
     (seed, epoch). Only its raw output is used, which numpy keeps stable between versions.
 
     Args:
-        tokens: uint16 [n], the part; needs n > seq_length.
+        part: the tokens; needs more than ``seq_length``.
         seq_length: tokens per row.
         seed: of the order; any int >= 0.
         shuffle: False walks the rows in order, every epoch alike (validation).
     """
 
-    def __init__(self, tokens: Tokens, *, seq_length: int, seed: int, shuffle: bool = True) -> None:
-        assert len(tokens) > seq_length > 0, (len(tokens), seq_length)
+    def __init__(self, part: Part, *, seq_length: int, seed: int, shuffle: bool = True) -> None:
+        assert len(part.tokens) > seq_length > 0, (len(part.tokens), seq_length)
         self.seq_length = seq_length
-        self.rows_per_epoch = count_rows(len(tokens), seq_length)
-        self._tokens = tokens
-        self._seed = seed
-        self._shuffle = shuffle
-        self._cached: tuple[int, npt.NDArray[np.int64]] | None = None
+        self.rows_per_epoch = count_rows(len(part.tokens), seq_length)
+        self.eod = part.eod
+        self._part = part
+        self._order = EpochOrder(self.rows_per_epoch, seed=seed, shuffle=shuffle)
 
     def __getitem__(self, number: int) -> Row:
         """Row ``number`` of the run.
 
         Raises:
             IndexError: the number is negative.
+            ConfigError: the row holds an id that is no token.
+        """
+        start = self._order[number] * self.seq_length
+        tokens = self._part.read(start, start + self.seq_length + 1)
+        ends = self._part.starts_within(start + 1, start + self.seq_length + 1) - start
+        bounds = np.unique(np.append(ends, self.seq_length))
+        return Row(
+            inputs=tokens[:-1],
+            labels=tokens[1:],
+            document_lengths=tuple(np.diff(bounds, prepend=0).tolist()),
+            crossing=ends - 1,
+        )
+
+
+class EpochOrder:
+    """Row number of the run -> row of the part: every epoch is a permutation of its own.
+
+    Args:
+        count: rows of an epoch.
+        seed: of the order.
+        shuffle: False is the identity in every epoch.
+    """
+
+    def __init__(self, count: int, *, seed: int, shuffle: bool) -> None:
+        self._count, self._seed, self._shuffle = count, seed, shuffle
+        self._cached: tuple[int, npt.NDArray[np.int64]] | None = None
+
+    def __getitem__(self, number: int) -> int:
+        """The row of the part.
+
+        Raises:
+            IndexError: the number is negative.
         """
         if number < 0:
             raise IndexError(f"row {number}: a run's rows are numbered from 0")
-        epoch, place = divmod(number, self.rows_per_epoch)
-        start = self._place(epoch, place) * self.seq_length
-        tokens = self._tokens[start : start + self.seq_length + 1]
-        inputs = tokens[:-1]
-        return Row(inputs=inputs, labels=tokens[1:], document_lengths=_document_lengths(inputs))
-
-    def _place(self, epoch: int, place: int) -> int:
+        epoch, place = divmod(number, self._count)
         if not self._shuffle:
             return place
         # One assignment of a pair, so that another thread sees the old epoch or the new one.
         cached = self._cached
         if cached is None or cached[0] != epoch:
-            cached = (epoch, permutation(self.rows_per_epoch, seed=self._seed, epoch=epoch))
+            cached = (epoch, permutation(self._count, seed=self._seed, epoch=epoch))
             self._cached = cached
         return int(cached[1][place])
 
@@ -86,9 +142,9 @@ class Rows:
 class RowSplits:
     """The parts of a corpus; None where a part has weight 0 or is shorter than one row."""
 
-    train: Rows
-    valid: Rows | None
-    test: Rows | None
+    train: RowSource
+    valid: RowSource | None
+    test: RowSource | None
 
 
 def count_rows(num_tokens: int, seq_length: int) -> int:
@@ -159,22 +215,17 @@ def split_rows(corpus: Corpus, *, split: str, seq_length: int, seed: int) -> Row
         rule = f"a row needs {seq_length + 1} tokens, the training part of the data has {sizes[0]}"
         works = f"--seq-length up to {sizes[0] - 1}, or more data" if sizes[0] > 1 else "more data"
         raise ConfigError("--seq-length", seq_length, rule, works)
-    train, valid, test = np.split(corpus.tokens, np.cumsum(sizes)[:-1])
+    cuts = [0, *np.cumsum(sizes).tolist()]
+    train, valid, test = (corpus.part(*cut) for cut in pairwise(cuts))
     return RowSplits(
         train=Rows(train, seq_length=seq_length, seed=seed),
-        valid=_held_out(valid, seq_length),
-        test=_held_out(test, seq_length),
+        valid=held_out(valid, seq_length),
+        test=held_out(test, seq_length),
     )
 
 
-def _held_out(tokens: Tokens, seq_length: int) -> Rows | None:
-    if count_rows(len(tokens), seq_length) == 0:
+def held_out(part: Part, seq_length: int) -> Rows | None:
+    """The part's rows in order; None where it is shorter than one."""
+    if count_rows(len(part.tokens), seq_length) == 0:
         return None
-    return Rows(tokens, seq_length=seq_length, seed=0, shuffle=False)
-
-
-def _document_lengths(inputs: Tokens) -> tuple[int, ...]:
-    ends = np.flatnonzero(inputs == EOD) + 1
-    if ends.size == 0 or ends[-1] != len(inputs):
-        ends = np.append(ends, len(inputs))
-    return tuple(np.diff(ends, prepend=0).tolist())
+    return Rows(part, seq_length=seq_length, seed=0, shuffle=False)

@@ -1,6 +1,7 @@
-"""Where tokens come from: text files as byte-level documents.
+"""Where tokens come from: text files as documents.
 
-A document is one file: its bytes, one token each, then ``EOD``. Nothing here imports torch.
+A document is one file: its tokens (by default one per byte), then the end of the document. Nothing
+here imports torch.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from cp_megatron.data.part import Part
+from cp_megatron.data.tokenizer import Tokenizer
 from cp_megatron.errors import ConfigError
 
 Tokens = npt.NDArray[np.uint16]
@@ -31,6 +34,10 @@ FLAG = "--data-path"
 WORKS = "a text file in UTF-8, or a folder that holds some"
 PROBE_BYTES = 1 << 16
 PIECE_BYTES = 1 << 24
+MOST_BYTES = 4 << 30
+"""The most text that is read as bytes at the start of a run."""
+MOST_TOKENISED = 128 << 20
+"""The most text that a tokenizer is run over at the start of a run: half a minute or so."""
 # Not Python that somebody wrote: installed packages, tests, and folders generated from tables.
 STDLIB_SKIPPED = frozenset(
     {
@@ -45,21 +52,40 @@ class Corpus:
     """All documents one after the other.
 
     Attributes:
-        tokens: uint16 [n], every document followed by ``EOD``.
+        tokens: integers [n]; of text every document is followed by ``eod``.
         document_starts: int64 [documents], where each document begins in ``tokens``.
         name: what a person calls this data.
         names: relative name of each document, in order.
         fingerprint: SHA-256 (hex) over the relative names, sizes and contents, so the same
             files give the same fingerprint wherever they lie.
         skipped: files in the given folders that are not text (or can not be read).
+        eod: the token that ends documents, where one does.
+        vocab_size: of the tokenizer.
+        loss: bool [n], whether a token is to be predicted; None where every token is.
     """
 
-    tokens: Tokens
+    tokens: npt.NDArray[np.integer]
     document_starts: npt.NDArray[np.int64]
     name: str
     names: tuple[str, ...]
     fingerprint: str
     skipped: int
+    eod: int = EOD
+    vocab_size: int = VOCAB_SIZE
+    loss: npt.NDArray[np.bool_] | None = None
+
+    def part(self, start: int, stop: int) -> Part:
+        """Tokens [start, stop), as a view."""
+        low, high = np.searchsorted(self.document_starts, [start, stop])
+        return Part(
+            tokens=self.tokens[start:stop],
+            document_starts=self.document_starts[low:high] - start,
+            eod=self.eod,
+            vocab_size=self.vocab_size,
+            offset=start,
+            name=self.name,
+            loss=None if self.loss is None else self.loss[start:stop],
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,20 +129,23 @@ def check_sources(paths: Sequence[str]) -> None:
             raise _no_text(path)
 
 
-def load_corpus(paths: Sequence[str]) -> Corpus:
+def load_corpus(paths: Sequence[str], tokenizer: Tokenizer | None = None) -> Corpus:
     """Reads every document.
 
     Args:
         paths: files and folders (read recursively by name, a folder's files before its folders,
             without hidden entries); empty means the sources of Python's standard library. In a
             folder, files that are not text are skipped and counted, empty ones are ignored.
+        tokenizer: of the text; by default a token per byte.
 
     Raises:
-        ConfigError: as ``check_sources``, for the whole contents.
+        ConfigError: as ``check_sources``, for the whole contents; or the text is too long to be
+            made into tokens at the start of a run.
     """
+    most = MOST_BYTES if tokenizer is None or tokenizer.kind == "byte" else MOST_TOKENISED
     documents: list[bytes] = []
     names: list[str] = []
-    skipped = 0
+    skipped = size = 0
     for path, files in _listing(paths):
         before = len(documents)
         for file in files:
@@ -126,26 +155,71 @@ def load_corpus(paths: Sequence[str]) -> Corpus:
             elif data:
                 documents.append(data)
                 names.append(file.name)
+                size += len(data)
+                check_size(path, size, most)
         if len(documents) == before:
             raise _no_text(path)
-    tokens, starts = _concatenate(documents)
-    return Corpus(
-        tokens=tokens,
-        document_starts=starts,
+    return corpus_of(
+        documents,
+        names=names,
         name=", ".join(paths) if paths else "the sources of Python's standard library",
-        names=tuple(names),
-        fingerprint=_fingerprint(names, documents),
         skipped=skipped,
+        tokenizer=tokenizer,
     )
 
 
-def _concatenate(documents: Sequence[bytes]) -> tuple[Tokens, npt.NDArray[np.int64]]:
+def check_size(path: str, size: int, most: int) -> None:
+    """Refuses text that would take minutes to be made into tokens, on every rank alike."""
+    if size > most:
+        rule = f"is more than the {most >> 20} MiB of text that are made into tokens at the start"
+        raise ConfigError(FLAG, path, rule, "the .bin/.idx that launch/prepare_data.py makes of it")
+
+
+def corpus_of(
+    documents: Sequence[bytes],
+    *,
+    names: Sequence[str],
+    name: str,
+    skipped: int,
+    tokenizer: Tokenizer | None,
+) -> Corpus:
+    """The corpus of documents in UTF-8, each with its end.
+
+    Args:
+        documents: at least one; none is empty.
+        names: of each.
+        name: of all.
+        skipped: files (or lines) that are none.
+        tokenizer: by default a token per byte.
+    """
+    if tokenizer is None or tokenizer.kind == "byte":
+        tokens, starts = _concatenate(
+            [np.frombuffer(document, dtype=np.uint8) for document in documents], EOD, np.uint16
+        )
+    else:
+        ids = tokenizer.encode_batch([document.decode("utf-8") for document in documents])
+        tokens, starts = _concatenate(ids, tokenizer.eod, np.int32)
+    return Corpus(
+        tokens=tokens,
+        document_starts=starts,
+        name=name,
+        names=tuple(names),
+        fingerprint=_fingerprint(names, documents),
+        skipped=skipped,
+        eod=EOD if tokenizer is None else tokenizer.eod,
+        vocab_size=VOCAB_SIZE if tokenizer is None else tokenizer.vocab_size,
+    )
+
+
+def _concatenate(
+    documents: Sequence[npt.NDArray[np.integer]], eod: int, dtype: npt.DTypeLike
+) -> tuple[npt.NDArray[np.integer], npt.NDArray[np.int64]]:
     lengths = np.array([len(document) + 1 for document in documents], dtype=np.int64)
     ends = np.cumsum(lengths)
-    tokens = np.full(int(ends[-1]), EOD, dtype=np.uint16)
+    tokens: npt.NDArray[np.integer] = np.full(int(ends[-1]), eod, dtype=dtype)
     starts = ends - lengths
     for start, document in zip(starts.tolist(), documents):
-        tokens[start : start + len(document)] = np.frombuffer(document, dtype=np.uint8)
+        tokens[start : start + len(document)] = document
     tokens.setflags(write=False)
     return tokens, starts
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from cp_megatron.config.schema import ModelConfig
 from cp_megatron.errors import ConfigError
+from cp_megatron.model.norm import LayerNorm, RMSNorm, make_norm
 from cp_megatron.model.rope import Rotation
 from cp_megatron.tensor_parallel import (
     ColumnParallelLinear,
@@ -24,7 +25,7 @@ from cp_megatron.tensor_parallel import (
 
 
 class SelfAttention(nn.Module):
-    """The four projections of one layer.
+    """The four projections of one layer, and the norms of its heads where the model has them.
 
     Raises:
         ConfigError: the query heads are not divisible by tp, or neither the kv heads by tp nor
@@ -42,11 +43,13 @@ class SelfAttention(nn.Module):
             )
         self.head_dim = config.head_dim
         width = config.num_attention_heads * config.head_dim
-        bias = not config.disable_bias_linear
-        self.query = ColumnParallelLinear(config.hidden_size, width, bias=bias)
+        self.query = ColumnParallelLinear(config.hidden_size, width, bias=config.has_qkv_bias)
         self.key = _key_value_linear(config, tp)
         self.value = _key_value_linear(config, tp)
+        bias = not config.disable_bias_linear
         self.out = RowParallelLinear(width, config.hidden_size, bias=bias, tp=tp)
+        self.query_norm = _head_norm(config, tp) if config.qk_layernorm else None
+        self.key_norm = _head_norm(config, tp) if config.qk_layernorm else None
 
     def project(self, x: Tensor, rotation: Rotation | None) -> tuple[Tensor, Tensor, Tensor]:
         """[b, s, h], entered into tensor parallelism -> q [b, s, n/tp, d], k and v [b, s, k/tp, d].
@@ -58,6 +61,8 @@ class SelfAttention(nn.Module):
             rearrange(linear(x), "b s (n d) -> b s n d", d=self.head_dim)
             for linear in (self.query, self.key, self.value)
         )
+        if self.query_norm is not None and self.key_norm is not None:
+            q, k = self.query_norm(q), self.key_norm(k)
         if rotation is not None:
             q, k = rotation.apply(q), rotation.apply(k)
         return q, k, v
@@ -68,11 +73,16 @@ class SelfAttention(nn.Module):
         return self.out(rearrange(attended, "b s n d -> b s (n d)"))
 
 
+def _head_norm(config: ModelConfig, tp: TensorParallel) -> LayerNorm | RMSNorm:
+    """One weight for all heads, of which every tp rank sees some: its gradient is a summand."""
+    return make_norm(config, partial_gradient=tp.size > 1, width=config.head_dim)
+
+
 def _key_value_linear(
     config: ModelConfig, tp: TensorParallel
 ) -> ColumnParallelLinear | ReplicatedColumnLinear:
     """Split by heads where there are enough; else whole on every rank, which computes one head."""
-    heads, bias = config.num_kv_heads, not config.disable_bias_linear
+    heads, bias = config.num_kv_heads, config.has_qkv_bias
     width = heads * config.head_dim
     if heads % tp.size == 0:
         return ColumnParallelLinear(config.hidden_size, width, bias=bias)

@@ -55,11 +55,17 @@ class RMSNorm(SpecifiedModule):
         return F.rms_norm(x, weight.shape, weight, self.epsilon)
 
 
-def make_norm(config: ModelConfig, *, partial_gradient: bool) -> LayerNorm | RMSNorm:
+def make_norm(
+    config: ModelConfig, *, partial_gradient: bool, width: int | None = None
+) -> LayerNorm | RMSNorm:
     """The normalization that ``config`` names.
 
     Args:
-        partial_gradient: other ranks of the tp axis normalize other tokens (sequence parallelism).
+        partial_gradient: other ranks of the tp axis normalize other tokens (sequence parallelism)
+            or other heads.
+        width: what is normalized, by default the residual stream.
     """
     kind = RMSNorm if config.normalization == "RMSNorm" else LayerNorm
-    return kind(config.hidden_size, epsilon=config.norm_epsilon, partial_gradient=partial_gradient)
+    return kind(
+        width or config.hidden_size, epsilon=config.norm_epsilon, partial_gradient=partial_gradient
+    )

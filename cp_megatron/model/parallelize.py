@@ -29,6 +29,7 @@ def build_model(
     vocab_size: int,
     dtype: ComputeDType,
     device: torch.device | str,
+    initialize: bool = True,
 ) -> Transformer:
     """The initialised model, ready to train.
 
@@ -42,6 +43,7 @@ def build_model(
         vocab_size: ids the data can hold.
         dtype: what is computed in.
         device: where the parameters live.
+        initialize: draw the initial weights; False leaves zeros, for who loads others over them.
 
     Raises:
         ConfigError: the model does not divide over the tp axis.
@@ -62,9 +64,16 @@ def build_model(
             parameter = owner.get_parameter(attribute)
             if not parameter.is_meta:
                 continue  # a layer's, seen again from the root
-            value = initial_value(
-                prefix + name, parameter.shape, spec, config=config.model, seed=config.train.seed
-            )
+            if initialize:
+                value = initial_value(
+                    prefix + name,
+                    parameter.shape,
+                    spec,
+                    config=config.model,
+                    seed=config.train.seed,
+                )
+            else:
+                value = torch.zeros((), dtype=stored).expand(parameter.shape)  # no memory
             placed = place(value.to(stored), spec, groups.tp_mesh, device)
             owner.register_parameter(attribute, nn.Parameter(placed))
 

@@ -14,6 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from cp_megatron.config.schema import ModelConfig
+from cp_megatron.model.rope_scaling import Frequencies, plain_frequencies, rope_frequencies
+
 
 @dataclass(frozen=True, kw_only=True)
 class Rotation:
@@ -30,11 +33,32 @@ class Rotation:
             dtype: of the activations. Angles are float64 whatever it is: in float32 an angle at
                 position 10^6 is off by 0.03.
         """
-        exponents = torch.arange(0, head_dim, 2, dtype=torch.float64, device=positions.device)
-        frequencies = base ** (-exponents / head_dim)  # [d/2]
-        angles = positions.to(torch.float64).unsqueeze(-1) * frequencies  # [s, d/2]
+        frequencies = Frequencies(inverse=plain_frequencies(head_dim, base))
+        return cls.turning(positions, frequencies, dtype=dtype)
+
+    @classmethod
+    def of_model(
+        cls, positions: Tensor, config: ModelConfig, *, longest: int, dtype: torch.dtype
+    ) -> Rotation:
+        """The same as the model's ``rope_type`` has it.
+
+        Args:
+            longest: tokens of the longest document of the whole row, not of this rank's part.
+        """
+        return cls.turning(positions, rope_frequencies(config, longest), dtype=dtype)
+
+    @classmethod
+    def turning(
+        cls, positions: Tensor, frequencies: Frequencies, *, dtype: torch.dtype
+    ) -> Rotation:
+        """The same for any frequencies."""
+        inverse = frequencies.inverse.to(positions.device)
+        angles = positions.to(torch.float64).unsqueeze(-1) * inverse  # [s, d/2]
         table = torch.float64 if dtype == torch.float64 else torch.float32
-        return cls(cos=angles.cos().to(table), sin=angles.sin().to(table))
+        cos, sin = angles.cos(), angles.sin()
+        if frequencies.attention_factor != 1.0:
+            cos, sin = cos * frequencies.attention_factor, sin * frequencies.attention_factor
+        return cls(cos=cos.to(table), sin=sin.to(table))
 
     def apply(self, x: Tensor) -> Tensor:
         """Rotate queries or keys, [b, s, n, d] -> the same shape and dtype."""

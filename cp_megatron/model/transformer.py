@@ -186,7 +186,7 @@ class Transformer(nn.Module):
             x: int64 tokens [b, s] of this rank's shard, or where there is no embedding the
                 residual stream that the layer before returned.
             cp: the context parallelism of this batch: which positions the tokens have, and the
-                attention across ranks.
+                attention across ranks. Where only some layers have the window, its mask has none.
             attention_dropout: with the run's seed and the number of this rank's first query head;
                 every layer draws a mask of its own. Needed to train where the model has it.
 
@@ -201,14 +201,12 @@ class Transformer(nn.Module):
             x = self._embed(x, positions)
         rotation = None
         if self.config.position_embedding_type == "rope":
-            rotation = Rotation.make(
-                positions,
-                head_dim=self.config.head_dim,
-                base=self.config.rotary_base,
-                dtype=x.dtype,
+            rotation = Rotation.of_model(
+                positions, self.config, longest=max(cp.mask.lengths), dtype=x.dtype
             )
         for number, layer in self.layers.items():
-            x = layer(x, rotation, cp, _of_layer(attention_dropout, int(number)))
+            context = layer_context(cp, self.config, int(number))
+            x = layer(x, rotation, context, _of_layer(attention_dropout, int(number)))
         if self.head is None or self.norm is None:
             return x
         tied = None if self.embedding is None or self.head.weight is not None else self.embedding
@@ -223,6 +221,11 @@ class Transformer(nn.Module):
         if self.positions is not None:
             x = x + self.positions(self.tp.own_rows(positions))
         return self.dropout(x)
+
+
+def layer_context(cp: ContextParallel, config: ModelConfig, layer: int) -> ContextParallel:
+    """What a layer attends with: the batch's context, or one on the same layout with its window."""
+    return cp if config.window_layers is None else cp.within(config.layer_window(layer))
 
 
 def _of_layer(dropout: Dropout | None, layer: int) -> Dropout | None:

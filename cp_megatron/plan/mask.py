@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
@@ -77,22 +77,24 @@ class Mask:
             raise ConfigError(
                 "mask lengths", list(lengths), "must be positive integers, one or more"
             )
-        left, right = cls._bounds(window)
-        if left < -1 or right < -1:
-            raise ConfigError(
-                "window", window, "must be >= 0, or -1 for unlimited", "(left, right)"
-            )
-        return cls(tuple(array.tolist()), causal, (left, 0 if causal else right), kind)
+        return cls(tuple(array.tolist()), causal, cls._bounds(window, causal), kind)
+
+    def within(self, window: Window | None) -> Mask:
+        """The same documents under another window."""
+        return replace(self, window=self._bounds(window, self.is_causal))
 
     @staticmethod
-    def _bounds(window: Window | None) -> Window:
+    def _bounds(window: Window | None, causal: bool) -> Window:
         """Both bounds as integers, -1 where there is none."""
         try:
             left, right = (-1, -1) if window is None else map(operator.index, window)
         except (TypeError, ValueError):
             rule = "must be two integers, -1 for unlimited"
             raise ConfigError("window", window, rule, "(left, right)") from None
-        return left, right
+        if left < -1 or right < -1:
+            rule = "must be >= 0, or -1 for unlimited"
+            raise ConfigError("window", window, rule, "(left, right)")
+        return left, 0 if causal else right
 
     @cached_property
     def seq_len(self) -> int:

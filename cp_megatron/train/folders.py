@@ -12,21 +12,28 @@ from cp_megatron.config.fields import settings
 from cp_megatron.config.parse import run_folder
 from cp_megatron.config.yaml_io import overlay
 from cp_megatron.errors import ConfigError
+from cp_megatron.train.rope_rules import FIELDS
 from cp_megatron.train.rules import check_ranges
 
 METRICS_FILE = "metrics.jsonl"
 """The file in a run's folder with a line per logged step."""
 
 
-def fresh_run_folder(root: Path, preset: str) -> Path:
-    """The first of ``root/<preset>-1``, ``-2``, ... that does not exist. Nothing is made.
+def model_name(config: Config) -> str:
+    """Where the model came from, in a word: the preset, or the Hugging Face folder's name."""
+    folder = config.checkpoint.load_hf
+    return config.preset if folder is None else Path(folder).resolve().name or config.preset
+
+
+def fresh_run_folder(root: Path, name: str) -> Path:
+    """The first of ``root/<name>-1``, ``-2``, ... that does not exist. Nothing is made.
 
     Call it on one rank and tell the others: the folder exists as soon as that rank makes it.
     """
     number = 1
-    while os.path.lexists(root / f"{preset}-{number}"):
+    while os.path.lexists(root / f"{name}-{number}"):
         number += 1
-    return root / f"{preset}-{number}"
+    return root / f"{name}-{number}"
 
 
 def check_load(config: Config, vocab_size: int) -> tuple[Path, Manifest] | None:
@@ -151,6 +158,10 @@ def _shape(config: Config) -> dict[str, Any]:
         else None,
         "untie_embeddings_and_output_weights": model.untie_embeddings_and_output_weights,
         "disable_bias_linear": model.disable_bias_linear,
+        "add_qkv_bias": model.has_qkv_bias,
+        "qk_layernorm": model.qk_layernorm,
+        "rope_type": model.rope_type if rope else None,
+        **{name: getattr(model, name) if rope else None for name in sorted(FIELDS)},
         "make_vocab_size_divisible_by": model.make_vocab_size_divisible_by,
     }
 

@@ -16,7 +16,7 @@ from cp_megatron.checkpoint.store import save_checkpoint
 from cp_megatron.comm.trace import traced
 from cp_megatron.data.ahead import Ahead
 from cp_megatron.data.batch import Batch, microbatches
-from cp_megatron.data.sampler import Rows, RowSplits
+from cp_megatron.data.sampler import RowSource, RowSplits
 from cp_megatron.train.metrics import (
     Metrics,
     MetricsWriter,
@@ -104,12 +104,12 @@ class Run:
                 break
         return step
 
-    def _shards(self, rows: Rows, first: int) -> Iterator[list[Shard]]:
+    def _shards(self, rows: RowSource, first: int) -> Iterator[list[Shard]]:
         """This rank's shards of the training's global batches from number ``first`` on."""
         for number in range(first, self.plan.config.train.train_iters):
             yield [self.trainer.prepare(batch) for batch in self._batches(rows, number)]
 
-    def _batches(self, rows: Rows, number: int) -> Iterator[Batch]:
+    def _batches(self, rows: RowSource, number: int) -> Iterator[Batch]:
         """This rank's micro batches of global batch ``number``."""
         data, groups = self.plan.config.data, self.trainer.groups
         size = data.global_batch_size
@@ -122,7 +122,7 @@ class Run:
             dp_rank=groups.coordinates.dp,
             dp_size=groups.grid.dp,
             document_mask=data.document_mask,
-            window=self.plan.config.model.window_size,
+            window=self.plan.config.model.row_window,
             padding=self.plan.sequence.padding,
         )
 

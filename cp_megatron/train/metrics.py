@@ -146,7 +146,8 @@ def training_flops(
         model: the model.
         padded_vocab_size: rows of the embedding.
         num_tokens: tokens trained on.
-        num_pairs: pairs of a query and a key that it attends, over all rows.
+        num_pairs: pairs of a query and a key that it attends, over all rows; of layers that
+            differ, their mean.
     """
     matrices = matmul_parameters(model, padded_vocab_size)
     channels = model.num_layers * model.num_attention_heads * model.head_dim

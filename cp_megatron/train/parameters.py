@@ -65,9 +65,11 @@ def _layer(model: ModelConfig, tp: int) -> Iterator[Parameter]:
     columns += [("gate", ffn, 0), ("up", ffn, 0)] if model.swiglu else [("up", ffn, 0)]
     rows = [("attention output", q_width), ("down", ffn)]
     yield from _norm(model, "norms", 2 * layers)
+    if model.qk_layernorm:
+        yield from _norm(model, "head norms", 2 * layers, width=model.head_dim)
     for name, width, dim in columns:
         yield Parameter(name, (width, hidden), dim, layers)
-        if not model.disable_bias_linear:
+        if model.has_qkv_bias if name in ("q", "k", "v") else not model.disable_bias_linear:
             yield Parameter(f"{name} bias", (width,), dim, layers)
     for name, width in rows:
         yield Parameter(name, (hidden, width), 1, layers)
@@ -75,10 +77,12 @@ def _layer(model: ModelConfig, tp: int) -> Iterator[Parameter]:
             yield Parameter(f"{name} bias", (hidden,), None, layers)
 
 
-def _norm(model: ModelConfig, name: str, copies: int) -> Iterator[Parameter]:
-    yield Parameter(name, (model.hidden_size,), None, copies)
+def _norm(
+    model: ModelConfig, name: str, copies: int, width: int | None = None
+) -> Iterator[Parameter]:
+    yield Parameter(name, (width or model.hidden_size,), None, copies)
     if model.normalization == "LayerNorm":
-        yield Parameter(f"{name} bias", (model.hidden_size,), None, copies)
+        yield Parameter(f"{name} bias", (width or model.hidden_size,), None, copies)
 
 
 def num_parameters(model: ModelConfig, *, vocab_size: int, seq_length: int) -> int:

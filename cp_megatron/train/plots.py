@@ -13,6 +13,7 @@ import logging
 import math
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -229,6 +230,79 @@ def _amount(value: float) -> str:
         if abs(value) >= size:
             return f"{value / size:.3g}{letter}"
     return f"{value:.3g}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curve:
+    """A value per bucket of positions: the bucket before ``ends[i]`` has ``values[i]``."""
+
+    label: str
+    ends: Sequence[int]
+    values: Sequence[float]
+
+
+def draw_by_position(path: Path, curves: Sequence[Curve], *, title: str = "") -> Path:
+    """Draws perplexity by position as steps, both axes logarithmic.
+
+    The first bucket, which begins at 0, is drawn from half its end on.
+
+    Raises:
+        OSError: the picture can not be written.
+    """
+    figure = new_figure(7, 4.5)
+    axes = figure.subplots()
+    for curve in curves:
+        edges = [max(1, curve.ends[0] // 2), *curve.ends]
+        values = [value if math.isfinite(value) else math.nan for value in curve.values]
+        axes.stairs(values, edges, baseline=None, label=curve.label, linewidth=1.8)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    for axis in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        axis(lambda value, _: f"{value:g}")
+    axes.set(xlabel="position in the row (tokens)", ylabel="perplexity", title=title)
+    axes.grid(alpha=0.3, which="both")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    return save_figure(figure, path)
+
+
+def draw_heat_map(
+    path: Path,
+    shares: Sequence[Sequence[float]],
+    *,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    row_name: str,
+    column_name: str,
+    title: str = "",
+) -> Path:
+    """Draws a table of shares in [0, 1] as coloured squares with the percentage in each.
+
+    Args:
+        path: the PNG.
+        shares: one list per row.
+        rows, columns: what each stands for.
+        row_name, column_name: what they are.
+        title: above it.
+
+    Raises:
+        OSError: the picture can not be written.
+    """
+    figure = new_figure(2.5 + 0.9 * len(columns), 1.8 + 0.5 * len(rows))
+    axes = figure.subplots()
+    image = axes.imshow(shares, vmin=0.0, vmax=1.0, cmap="RdYlGn", aspect="auto")
+    axes.set_xticks(range(len(columns)), columns)
+    axes.set_yticks(range(len(rows)), rows)
+    axes.set(xlabel=column_name, ylabel=row_name)
+    axes.set_title(title, fontsize="medium")
+    for row, values in enumerate(shares):
+        for column, value in enumerate(values):
+            ink = "black" if 0.15 < value < 0.9 else "white"  # both ends of the scale are dark
+            axes.text(column, row, f"{value:.0%}", ha="center", va="center", color=ink)
+    bar = figure.colorbar(image, ax=axes)
+    bar.ax.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    return save_figure(figure, path)
 
 
 def main(argv: Sequence[str]) -> int:

@@ -17,7 +17,8 @@ from typing import Literal
 
 from cp_megatron.comm.runtime import Launch
 from cp_megatron.config import Config
-from cp_megatron.data.sources import VOCAB_SIZE, check_sources
+from cp_megatron.data.corpora import check_data
+from cp_megatron.data.tokenizer import open_tokenizer
 from cp_megatron.errors import ConfigError
 from cp_megatron.kernels.select import KernelChoice, select_kernel
 from cp_megatron.plan import Grid, Mask
@@ -25,6 +26,8 @@ from cp_megatron.train import rules
 from cp_megatron.train.folders import check_load, check_save
 from cp_megatron.train.log_rules import check_log
 from cp_megatron.train.parameters import padded_vocab_size
+from cp_megatron.train.pretrained import check_load_hf, vocab_size_of
+from cp_megatron.train.rope_rules import check_rope
 from cp_megatron.train.sequence import SequencePlan, plan_sequence
 
 DeviceName = Literal["cpu", "cuda"]
@@ -45,7 +48,7 @@ class RunPlan:
         dtype: the compute type; None as long as it depends on the device.
         kernels: per device that is still possible, the attention kernel and why.
         sequence: how a row is shared; with documents masked, the rows of a micro batch are one.
-        vocab_size: tokens of the tokenizer.
+        vocab_size: tokens the model knows, by default those of the tokenizer.
         padded_vocab_size: rows of the embedding.
         micro_batch_size: rows that go through the model at once.
         num_microbatches: micro batches per step on each rank.
@@ -124,9 +127,13 @@ def check(
         ConfigError: the run is not possible.
     """
     rules.check_ranges(config)
-    padded = padded_vocab_size(VOCAB_SIZE, config.model)
+    config = dataclasses.replace(config, data=rules.with_packing(config.data, given))
+    tokenizer = open_tokenizer(config.data.tokenizer_type, config.data.tokenizer_model)
+    vocab_size = vocab_size_of(config.model, tokenizer)
+    padded = padded_vocab_size(vocab_size, config.model)
     rules.check_model(config.model, config.data.seq_length)
     rules.check_positions(config.model, given)
+    check_rope(config.model, config.data.seq_length, given)
     rules.check_window(config.model)
     rules.check_tensor_parallel(config.model, config.parallel.tensor_parallel_size, padded)
     # After the model: a command with more ranks is no help where the heads forbid the grid.
@@ -143,8 +150,9 @@ def check(
     rules.check_schedule(config.optimizer, config.train, given)
     validates = rules.check_data(config.data, config.train, given)
     kernels = _kernels(config)
-    check_sources(config.data.data_path)
-    loaded = check_load(config, VOCAB_SIZE)
+    check_data(config.data)
+    loaded = check_load(config, vocab_size)
+    pretrained = check_load_hf(config)
     check_save(config, loaded[0] if loaded else None)
     check_log(
         config.log,
@@ -162,13 +170,13 @@ def check(
         dtype=_dtype(resolved, device),
         kernels=kernels,
         sequence=sequence,
-        vocab_size=VOCAB_SIZE,
+        vocab_size=vocab_size,
         padded_vocab_size=padded,
         micro_batch_size=micro_batch_size,
         num_microbatches=num_microbatches,
         load=loaded[0] if loaded else None,
         load_step=loaded[1].step if loaded else 0,
-        notes=(*world_note, *sequence.notes, *notes),
+        notes=(*world_note, *pretrained, *sequence.notes, *notes),
     )
 
 
@@ -283,7 +291,8 @@ def _resolved(
         notes.append("--sequence-parallel is off: there is one tensor parallel rank")
     if train.eval_iters and not validates:
         train = dataclasses.replace(train, eval_iters=0)
-        notes.append(f"--split {config.data.split} has no validation part: nothing is validated")
+        own = "" if config.data.train_data_path else f"--split {config.data.split} has "
+        notes.append(f"{own or 'there is '}no validation part: nothing is validated")
     if train.bf16:
         train = dataclasses.replace(train, bf16=False, dtype="bfloat16")
     data = dataclasses.replace(config.data, global_batch_size=rows)

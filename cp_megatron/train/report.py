@@ -5,7 +5,7 @@ No torch. ``--dry-run`` prints the same table for any world, so only a few ranks
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
@@ -13,7 +13,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from cp_megatron.config import DataConfig, ModelConfig
 from cp_megatron.errors import ConfigError
+from cp_megatron.train.folders import model_name
 from cp_megatron.train.parameters import num_parameters, parameters_on_rank
 from cp_megatron.train.preflight import RunPlan, dtype_on
 from cp_megatron.train.sequence import SequencePlan
@@ -113,9 +115,9 @@ def _model(plan: RunPlan) -> Iterator[Line]:
     mlp = "SwiGLU" if model.swiglu else "GELU"
     yield (
         "model",
-        f"{plan.config.preset}: {model.num_layers} layers of {model.hidden_size}, {heads}",
+        f"{model_name(plan.config)}: {model.num_layers} layers of {model.hidden_size}, {heads}",
     )
-    yield "", f"{model.normalization}, {model.position_embedding_type}, {mlp} {model.ffn_size}"
+    yield "", f"{model.normalization}, {_positions_of(model)}, {mlp} {model.ffn_size}"
     vocabulary = f"{plan.vocab_size} tokens padded to {plan.padded_vocab_size}"
     yield "vocabulary", f"{plan.config.data.tokenizer_type}, {vocabulary}"
     grid = plan.grid
@@ -126,6 +128,14 @@ def _model(plan: RunPlan) -> Iterator[Line]:
     on_rank = f"{sequence.layout.shard_len:,} of them on a rank"
     yield "tokens", f"{sequence.row_length:,} per row{padding}, {on_rank}"
     yield "attention", _attention(plan)
+
+
+def _positions_of(model: ModelConfig) -> str:
+    kind = model.position_embedding_type
+    if kind != "rope" or model.rope_type == "default":
+        return kind
+    factor = f" x {model.rope_scaling_factor:g}" if model.rope_scaling_factor else ""
+    return f"rope ({model.rope_type}{factor})"
 
 
 def _choices(plan: RunPlan) -> Iterator[Line]:
@@ -145,12 +155,15 @@ def _choices(plan: RunPlan) -> Iterator[Line]:
 
 
 def _attention(plan: RunPlan) -> str:
-    left = plan.sequence.mask.window[0]
+    model = plan.config.model
+    left = -1 if model.window_size is None else model.window_size[0]
     words = ["causal"]
     if plan.sequence.per_batch:
         words.append("inside each document")
     if left >= 0:
-        words.append(f"{left:,} tokens back")
+        layers = model.window_layers
+        which = "" if layers is None else " in layers " + " ".join(map(str, layers))
+        words.append(f"{left:,} tokens back{which}")
     return ", ".join(words)
 
 
@@ -186,8 +199,8 @@ def _training(plan: RunPlan, run: Path | None) -> Iterator[Line]:
     size = f"{plan.micro_batch_size} x dp {grid.dp} x {plan.num_microbatches} accumulated"
     yield "batch", f"{rows} rows = micro batch {size}, {per_step:,} tokens per step"
     yield "steps", _steps(plan)
-    yield "data", _data(config.data.data_path)
-    yield "run", f"{run or config.checkpoint.save or f'runs/{config.preset}-<n>'}"
+    yield "data", _data(config.data)
+    yield "run", f"{run or config.checkpoint.save or f'runs/{model_name(config)}-<n>'}"
     if plan.load is not None:
         yield "goes on from", f"{plan.load} (step {plan.load_step})"
 
@@ -199,5 +212,9 @@ def _steps(plan: RunPlan) -> str:
     return f"{train.train_iters:,}, {rate}{warmup}, seed {train.seed}"
 
 
-def _data(paths: Sequence[str]) -> str:
-    return ", ".join(paths) if paths else "the sources of Python's standard library"
+def _data(data: DataConfig) -> str:
+    own = {"train": data.train_data_path, "valid": data.valid_data_path}
+    own |= {"test": data.test_data_path}
+    if any(own.values()):
+        return "; ".join(f"{part}: {' '.join(paths)}" for part, paths in own.items() if paths)
+    return " ".join(data.data_path) or "the sources of Python's standard library"

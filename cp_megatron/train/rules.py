@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from types import MappingProxyType
 
 from cp_megatron.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
@@ -21,6 +22,7 @@ LARGEST_AXIS = 2**16
 _SIZES = (
     *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups"),
     *("kv_channels", "max_position_embeddings", "make_vocab_size_divisible_by"),
+    *("original_max_position_embeddings", "vocab_size"),
     *("tensor_parallel_size", "context_parallel_size"),
     *("seq_length", "micro_batch_size", "global_batch_size"),
     *("train_iters", "lr_decay_iters", "log_interval", "eval_interval", "save_interval"),
@@ -31,6 +33,14 @@ _RANGES: Mapping[str, tuple[float, bool, float, bool]] = MappingProxyType(
     {
         "norm_epsilon": (0, True, 1, True),
         "rotary_base": (1, False, math.inf, False),
+        "rope_scaling_factor": (1, True, math.inf, False),
+        "rope_attention_factor": (0, False, math.inf, False),
+        "beta_fast": (0, False, math.inf, False),
+        "beta_slow": (0, False, math.inf, False),
+        "mscale": (0, True, math.inf, False),
+        "mscale_all_dim": (0, True, math.inf, False),
+        "rope_low_freq_factor": (0, False, math.inf, False),
+        "rope_high_freq_factor": (0, False, math.inf, False),
         "hidden_dropout": (0, True, 1, False),
         "attention_dropout": (0, True, 1, False),
         "init_method_std": (0, False, math.inf, False),
@@ -81,7 +91,8 @@ def _check_range(
 
 def _default(flag: str) -> str:
     row = next(row for row in settings().values() if row.flag == flag)
-    return f"{getattr(getattr(Config(), row.section), row.name):g}"
+    value = getattr(getattr(Config(), row.section), row.name)
+    return "1" if value is None else f"{value:g}"
 
 
 def check_model(model: ModelConfig, seq_length: int) -> None:
@@ -96,7 +107,8 @@ def check_model(model: ModelConfig, seq_length: int) -> None:
         rule = f"must divide --num-attention-heads {heads}"
         raise ConfigError("--num-query-groups", groups, rule, divisors(heads, groups))
     rows = model.max_position_embeddings
-    if rows is not None and rows < seq_length:
+    learned = model.position_embedding_type == "learned_absolute"
+    if learned and rows is not None and rows < seq_length:
         rule = f"must be at least --seq-length {seq_length}"
         raise ConfigError("--max-position-embeddings", rows, rule, str(seq_length))
     if model.position_embedding_type == "rope" and model.head_dim % 2:
@@ -171,10 +183,13 @@ def check_schedule(optimizer: OptimizerConfig, train: TrainConfig, given: frozen
 
 def check_data(data: DataConfig, train: TrainConfig, given: frozenset[str]) -> bool:
     """Whether the run can validate; refuses flags about data that would have no effect."""
-    if data.tokenizer_model is not None:
-        rule = "--tokenizer-type byte has no file"
-        raise ConfigError("--tokenizer-model", data.tokenizer_model, rule, "leave it out")
-    _, valid, _ = parse_split(data.split)
+    own = any((data.train_data_path, data.valid_data_path, data.test_data_path))
+    if own:
+        _check_own_paths(data, given)
+    valid = bool(data.valid_data_path) if own else parse_split(data.split)[1]
+    if own and train.eval_iters and not valid and given & {"--eval-iters", "--eval-interval"}:
+        rule = "reads the validation part, and there is none"
+        raise ConfigError("--eval-iters", train.eval_iters, rule, "--valid-data-path")
     if train.eval_iters and not valid and given & {"--eval-iters", "--eval-interval"}:
         rule = "has no validation part, which --eval-iters and --eval-interval read"
         raise ConfigError("--split", data.split, rule, "969,30,1")
@@ -182,6 +197,36 @@ def check_data(data: DataConfig, train: TrainConfig, given: frozenset[str]) -> b
         rule = "has no effect with --eval-iters 0"
         raise ConfigError("--eval-interval", train.eval_interval, rule, "--eval-iters 4")
     return bool(valid and train.eval_iters)
+
+
+def _check_own_paths(data: DataConfig, given: frozenset[str]) -> None:
+    """Each part has its own paths: nothing is split, and training needs some."""
+    if data.data_path:
+        rule = "is split into parts, but --train-data-path and its like name each part"
+        raise ConfigError("--data-path", " ".join(data.data_path), rule, "one of the two")
+    if "--split" in given:
+        rule = "has no effect where --train-data-path and its like name each part"
+        raise ConfigError("--split", data.split, rule, "leave it out")
+    if not data.train_data_path:
+        flag = "--valid-data-path" if data.valid_data_path else "--test-data-path"
+        paths = data.valid_data_path or data.test_data_path
+        rule = "needs data to train on beside it"
+        raise ConfigError(flag, " ".join(paths), rule, "--train-data-path")
+
+
+def with_packing(data: DataConfig, given: frozenset[str]) -> DataConfig:
+    """What ``--sft`` and ``--packing`` bring with them: best fit, and documents masked."""
+    if data.sft and data.packing != "best-fit":
+        if "--packing" in given:
+            rule = "cuts conversations anywhere, which --sft can not have"
+            raise ConfigError("--packing", data.packing, rule, "--packing best-fit")
+        data = replace(data, packing="best-fit")
+    if data.packing == "best-fit" and not data.document_mask:
+        if "--document-mask" in given:
+            rule = "contradicts --packing best-fit, whose documents never see one another"
+            raise ConfigError("--no-document-mask", "", rule, "--packing concatenate")
+        data = replace(data, document_mask=True)
+    return data
 
 
 def check_positions(model: ModelConfig, given: frozenset[str]) -> None:
@@ -194,7 +239,8 @@ def check_positions(model: ModelConfig, given: frozenset[str]) -> None:
 
 
 def check_window(model: ModelConfig) -> None:
-    """A window of a causal model."""
+    """A window of a causal model, and the layers that have it."""
+    _check_window_layers(model)
     if model.window_size is None:
         return
     left, right = model.window_size
@@ -202,6 +248,26 @@ def check_window(model: ModelConfig) -> None:
         rule = "needs LEFT >= 0, or -1 for unlimited, and RIGHT 0 or -1: the model is causal"
         works = f"{max(left, -1)} 0"
         raise ConfigError("--window-size", f"{left} {right}", rule, works)
+
+
+def _check_window_layers(model: ModelConfig) -> None:
+    layers = model.window_layers
+    if layers is None:
+        return
+    shown = " ".join(map(str, layers))
+    if model.window_size is None or model.window_size[0] < 0:
+        rule = "says which layers have the window, and there is none"
+        raise ConfigError("--window-layers", shown, rule, "--window-size LEFT 0")
+    if not layers:
+        rule = "names no layer"
+        raise ConfigError("--window-layers", shown, rule, "no --window-size and no --window-layers")
+    last = model.num_layers - 1
+    if not all(0 <= layer <= last for layer in layers):
+        rule = f"must be numbers from 0 to {last}, of --num-layers {model.num_layers}"
+        raise ConfigError("--window-layers", shown, rule, " ".join(map(str, range(0, last + 1, 2))))
+    if len(set(layers)) < len(layers):
+        once = " ".join(str(layer) for layer in sorted(set(layers)))
+        raise ConfigError("--window-layers", shown, "names a layer twice", once)
 
 
 def multiples(value: int, unit: int) -> str:

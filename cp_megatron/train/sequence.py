@@ -84,7 +84,7 @@ def plan_sequence(
     mask = row_mask(
         [length + padding] if per_batch else [length],
         document_mask=False,
-        window=config.model.window_size,
+        window=config.model.row_window,
         padding=0 if per_batch else padding,
     )
     layout = SequenceLayout.make(mask, grid.cp, kind)

@@ -9,6 +9,7 @@ never averaged. A rank whose tokens are all masked adds 0.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -25,7 +26,7 @@ from cp_megatron.comm.trace import traced
 from cp_megatron.context_parallel import ContextParallel
 from cp_megatron.data.batch import IGNORED, Batch
 from cp_megatron.kernels.dropout import Dropout
-from cp_megatron.model.transformer import Transformer
+from cp_megatron.model.transformer import Transformer, layer_context
 from cp_megatron.tensor_parallel.loss import vocab_parallel_cross_entropy
 from cp_megatron.train.sequence import local_heads
 
@@ -37,7 +38,8 @@ class StepResult:
     Attributes:
         loss: mean loss per token over the whole global batch, in nats, before the update.
         grad_norm: global norm of the gradient before clipping.
-        num_pairs: pairs of a query and a key that it attends, over the whole global batch.
+        num_pairs: pairs of a query and a key that it attends, over the whole global batch; of
+            layers with different windows, their mean.
     """
 
     loss: float
@@ -55,7 +57,8 @@ class Shard:
         first_row: number of the first row in the run.
         row_length: of rows that are laid end to end; 0 where none are.
         num_valid: tokens of this rank that have a loss.
-        num_pairs: attended pairs of the whole rows over the number of ranks that share them.
+        num_pairs: attended pairs of the whole rows over the number of ranks that share them; the
+            mean of the layers.
     """
 
     cp: ContextParallel
@@ -98,7 +101,10 @@ class Trainer:
         """
         cp = self.cp if batch.mask == self.cp.mask else self.cp.with_mask(batch.mask)
         model, tp = self.model.config, self.groups.grid.tp
-        cp.prepare(*local_heads(model, tp), model.head_dim)
+        contexts = Counter(layer_context(cp, model, layer) for layer in range(model.num_layers))
+        for context in contexts:
+            context.prepare(*local_heads(model, tp), model.head_dim)
+        pairs = sum(context.mask.pairs() * layers for context, layers in contexts.items())
         _ = cp.document_positions  # kept by ``cp`` from now on
         labels = cp.shard(batch.labels, 1)
         return Shard(
@@ -108,7 +114,7 @@ class Trainer:
             first_row=batch.first_row,
             row_length=batch.row_length,
             num_valid=count_valid(labels),
-            num_pairs=batch.mask.pairs() * batch.tokens.shape[0] / cp.cp_size,
+            num_pairs=pairs / model.num_layers * batch.tokens.shape[0] / cp.cp_size,
         )
 
     def step(self, shards: Sequence[Shard], *, step: int, lr: float) -> StepResult:

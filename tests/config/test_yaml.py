@@ -30,6 +30,7 @@ def values_of(row: Setting) -> st.SearchStrategy[Any]:
         "str": st.sampled_from(row.choices) if row.choices else TEXTS,
         "strings": st.lists(TEXTS, max_size=3).map(tuple),
         "ints": st.tuples(*[st.integers()] * row.count),
+        "floats": st.lists(st.floats(allow_nan=False, allow_infinity=False), max_size=3).map(tuple),
     }
     return st.none() | kinds[row.kind] if row.optional else kinds[row.kind]
 

@@ -11,6 +11,7 @@ from cp_megatron.data.sampler import Rows
 from cp_megatron.data.sources import EOD
 from cp_megatron.errors import ConfigError
 from cp_megatron.plan import Mask
+from tests.data.parts import part_of
 
 S = 8
 
@@ -18,7 +19,7 @@ S = 8
 def make_rows() -> Rows:
     tokens = np.random.default_rng(0).integers(0, 256, 1001).astype(np.uint16)
     tokens[::13] = EOD
-    return Rows(tokens, seq_length=S, seed=1)
+    return Rows(part_of(tokens), seq_length=S, seed=1)
 
 
 def read(
@@ -101,7 +102,7 @@ def test_padding_is_a_document_of_its_own_without_a_label(document_mask: bool) -
 
 def test_the_end_of_a_document_is_predicted() -> None:
     tokens = np.array([1, 2, EOD, 3, 4], dtype=np.uint16)
-    rows = Rows(tokens, seq_length=4, seed=0)
+    rows = Rows(part_of(tokens), seq_length=4, seed=0)
     batch = read(rows, step=0, micro=1, dp=1, document_mask=True, total=1)[0]
     assert batch.labels.tolist() == [[2, EOD, IGNORED, 4]]
 

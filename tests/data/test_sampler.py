@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cp_megatron.data.part import Part
 from cp_megatron.data.sampler import (
     Rows,
     count_rows,
@@ -17,6 +21,7 @@ from cp_megatron.data.sampler import (
 )
 from cp_megatron.data.sources import EOD, Corpus, Tokens
 from cp_megatron.errors import ConfigError
+from tests.data.parts import part_of
 
 
 def corpus_of(tokens: Tokens) -> Corpus:
@@ -27,6 +32,7 @@ def corpus_of(tokens: Tokens) -> Corpus:
         names=("test",),
         fingerprint="",
         skipped=0,
+        vocab_size=1 << 16,
     )
 
 
@@ -35,7 +41,7 @@ def counting(size: int) -> Tokens:
 
 
 def test_a_row_is_consecutive_and_its_labels_are_shifted() -> None:
-    rows = Rows(counting(1000), seq_length=10, seed=3)
+    rows = Rows(part_of(counting(1000)), seq_length=10, seed=3)
     for number in range(rows.rows_per_epoch):
         row = rows[number]
         assert (np.diff(row.inputs.astype(int)) == 1).all()
@@ -47,7 +53,7 @@ def test_a_row_is_consecutive_and_its_labels_are_shifted() -> None:
 def test_an_epoch_has_every_label_once(size: int, seq_length: int, seed: int) -> None:
     if size <= seq_length:
         return
-    rows = Rows(counting(size), seq_length=seq_length, seed=seed)
+    rows = Rows(part_of(counting(size)), seq_length=seq_length, seed=seed)
     for epoch in (0, 3):
         first = epoch * rows.rows_per_epoch
         labels = np.concatenate([rows[first + i].labels for i in range(rows.rows_per_epoch)])
@@ -56,8 +62,8 @@ def test_an_epoch_has_every_label_once(size: int, seq_length: int, seed: int) ->
 
 
 def test_rows_do_not_depend_on_what_was_read_before() -> None:
-    forward = Rows(counting(500), seq_length=7, seed=11)
-    backward = Rows(counting(500), seq_length=7, seed=11)
+    forward = Rows(part_of(counting(500)), seq_length=7, seed=11)
+    backward = Rows(part_of(counting(500)), seq_length=7, seed=11)
     numbers = list(range(3 * forward.rows_per_epoch))
     expected = [forward[i].inputs.tolist() for i in numbers]
     assert [backward[i].inputs.tolist() for i in reversed(numbers)] == expected[::-1]
@@ -79,14 +85,14 @@ def test_the_order_never_changes() -> None:
 
 
 def test_validation_is_read_in_order_every_epoch() -> None:
-    rows = Rows(counting(100), seq_length=9, seed=0, shuffle=False)
+    rows = Rows(part_of(counting(100)), seq_length=9, seed=0, shuffle=False)
     starts = [int(rows[i].inputs[0]) for i in range(2 * rows.rows_per_epoch)]
     assert starts == [9 * i for i in range(11)] * 2
 
 
 def test_negative_rows_are_refused() -> None:
     with pytest.raises(IndexError):
-        Rows(counting(100), seq_length=9, seed=0)[-1]
+        Rows(part_of(counting(100)), seq_length=9, seed=0)[-1]
 
 
 @pytest.mark.parametrize(
@@ -100,7 +106,7 @@ def test_negative_rows_are_refused() -> None:
 )
 def test_a_document_ends_after_its_eod(inputs: list[int], lengths: tuple[int, ...]) -> None:
     tokens = np.array([*inputs, 7], dtype=np.uint16)
-    assert Rows(tokens, seq_length=4, seed=0)[0].document_lengths == lengths
+    assert Rows(part_of(tokens), seq_length=4, seed=0)[0].document_lengths == lengths
 
 
 @pytest.mark.parametrize("split", ["", "a", "1,b", "0,1,1", "-1,1", "1,2,3,4", "nan", "inf,1,1"])
@@ -162,3 +168,37 @@ def test_training_shorter_than_a_row_is_refused_with_what_fits() -> None:
     assert caught.value.flag == "--seq-length"
     assert caught.value.works.startswith("--seq-length up to 99")
     assert split_rows(corpus_of(counting(100)), split="1", seq_length=99, seed=5).train[0]
+
+
+@given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=40), seq_length=st.integers(1, 12))
+def test_documents_need_no_token_that_ends_them(lengths: list[int], seq_length: int) -> None:
+    owner = np.repeat(np.arange(len(lengths)), lengths)
+    if len(owner) <= seq_length:
+        return
+    part = Part(
+        tokens=np.arange(len(owner), dtype=np.int32),
+        document_starts=(np.cumsum(lengths) - lengths).astype(np.int64),
+        eod=0,
+        vocab_size=len(owner),
+    )
+    rows = Rows(part, seq_length=seq_length, seed=0)
+    for number in range(rows.rows_per_epoch):
+        row = rows[number]
+        owners = owner[row.inputs]
+        pieces = np.flatnonzero(np.diff(owners, prepend=-1, append=-1))
+        assert row.document_lengths == tuple(np.diff(pieces).tolist())
+        assert row.crossing.tolist() == np.flatnonzero(owners != owner[row.labels]).tolist()
+
+
+def test_an_id_beyond_the_vocabulary_is_refused_with_its_place() -> None:
+    tokens = np.arange(100, dtype=np.int32)
+    corpus = replace(corpus_of(counting(1)), tokens=tokens, vocab_size=77)
+    rows = Rows(corpus.part(20, 100), seq_length=10, seed=0, shuffle=False)
+    assert rows[4].inputs[-1] == 69
+    with pytest.raises(ConfigError, match=r"token 77 is id 77, .* vocabulary of 77") as caught:
+        rows[5]
+    assert (caught.value.flag, caught.value.value) == ("--data-path", "test")
+    for vocab_size, works in ((80, False), (81, True)):
+        part = replace(corpus, vocab_size=vocab_size).part(0, 81)
+        with nullcontext() if works else pytest.raises(ConfigError):
+            part.read(70, 81)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 
 from cp_megatron.data import sources
@@ -148,3 +150,34 @@ def test_the_default_is_the_standard_library() -> None:
     start = corpus.document_starts[corpus.names.index("ast.py")]
     assert decode(corpus.tokens[start : start + 3]) == '"""'
     assert corpus.fingerprint == load_corpus([]).fingerprint
+
+
+class Words:
+    """A tokenizer of letters: "a" is 1; 0 ends a document."""
+
+    kind = "huggingface"
+    path = None
+    vocab_size, eod, fingerprint = 30, 0, "words"
+
+    def encode(self, text: str) -> npt.NDArray[np.int32]:
+        return np.array([ord(letter) - 96 for letter in text], dtype=np.int32)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[npt.NDArray[np.int32]]:
+        return [self.encode(text) for text in texts]
+
+    def decode(self, tokens: npt.ArrayLike) -> str:
+        return "".join(chr(token + 96) for token in np.asarray(tokens))
+
+
+def test_a_tokenizer_gives_ids_and_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, two = write(tmp_path / "one", b"abc"), write(tmp_path / "two", b"z")
+    corpus = load_corpus([one, two], Words())
+    assert corpus.tokens.tolist() == [1, 2, 3, 0, 26, 0]
+    assert corpus.document_starts.tolist() == [0, 4]
+    assert (corpus.eod, corpus.vocab_size) == (0, 30)
+    monkeypatch.setattr(sources, "MOST_TOKENISED", 3)
+    assert load_corpus([one], Words())
+    with pytest.raises(ConfigError, match=r"launch/prepare_data\.py") as caught:
+        load_corpus([one, two], Words())
+    assert caught.value.value == two
+    assert load_corpus([one, two]), "bytes take no time"

@@ -40,12 +40,15 @@ LLAMA = ModelConfig(
 )
 # Tied where Llama is not and the other way round, and biases on heads that tp ranks share.
 MIXED = replace(LLAMA, normalization="LayerNorm", disable_bias_linear=False, num_query_groups=1)
+# Biases and norms of heads that tp ranks share.
+HEADS = replace(LLAMA, add_qkv_bias=True, qk_layernorm=True, num_query_groups=1)
 STYLES = {
     "gpt": GPT,
     "llama": LLAMA,
     "gpt-untied": replace(GPT, untie_embeddings_and_output_weights=True),
     "llama-tied": replace(LLAMA, untie_embeddings_and_output_weights=False),
     "mixed": MIXED,
+    "heads": HEADS,
 }
 
 

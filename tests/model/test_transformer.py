@@ -83,6 +83,9 @@ def attention_by_hand(config: ModelConfig, w: Weights, h: Tensor, positions: Ten
         linear_by_hand(w, f"attention.{name}", h).view(b, s, -1, config.head_dim).transpose(1, 2)
         for name in ("query", "key", "value")
     )
+    if config.qk_layernorm:
+        q = norm_by_hand(config, w, "attention.query_norm", q)
+        k = norm_by_hand(config, w, "attention.key_norm", k)
     if config.position_embedding_type == "rope":
         q, k = rotate_by_hand(config, q, positions), rotate_by_hand(config, k, positions)
     out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from cp_megatron.comm.runtime import Launch
 from cp_megatron.config.parse import parse_arguments
-from cp_megatron.data.sampler import Row, Rows
+from cp_megatron.data.sampler import Row, RowSource
 from cp_megatron.errors import ConfigError
 from cp_megatron.plan import Mask
 from cp_megatron.train.loop import DivergedError, Run
@@ -87,8 +87,9 @@ class LostRows:
     """Rows whose source is gone after the first step's."""
 
     seq_length = 32
+    eod = 256
 
-    def __init__(self, rows: Rows) -> None:
+    def __init__(self, rows: RowSource) -> None:
         self._rows = rows
 
     def __getitem__(self, number: int) -> Row:
@@ -99,7 +100,7 @@ class LostRows:
 
 def lose_rows(rank: int, world_size: int, argv: list[str]) -> tuple[str, list[str]]:
     run = assembled(rank, world_size, argv)
-    rows = replace(run.rows, train=cast(Rows, LostRows(run.rows.train)))
+    rows = replace(run.rows, train=cast(RowSource, LostRows(run.rows.train)))
     run = replace(run, rows=rows, view=StoppingView(StopRequest(), None))
     with pytest.raises(OSError, match="gone") as caught:
         run.train(0, StopRequest())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from cp_megatron.config import ModelConfig
@@ -36,6 +38,16 @@ def test_a_tiny_llama_by_hand() -> None:
     attention = 8 * 8 + 2 * (4 * 8) + 8 * 8
     layer = attention + 3 * 12 * 8 + 2 * 8
     assert num_parameters(model, vocab_size=10, seq_length=6) == 2 * 10 * 8 + 2 * layer + 8
+
+
+def test_biases_and_norms_of_heads() -> None:
+    sizes = {"vocab_size": 10, "seq_length": 6}
+    model = replace(
+        PRESETS["toy"].model, num_layers=1, hidden_size=8, num_attention_heads=4, kv_channels=6
+    )
+    more = replace(model, add_qkv_bias=True, qk_layernorm=True)
+    added = num_parameters(more, **sizes) - num_parameters(model, **sizes)
+    assert added == (4 * 6 + 2 * 2 * 6) + 2 * 6
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from dataclasses import dataclass, fields, replace
 from functools import cache
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,9 +19,11 @@ from cp_megatron.data.ahead import Ahead
 from cp_megatron.data.batch import IGNORED, Batch, microbatches
 from cp_megatron.data.sampler import Rows
 from cp_megatron.model.parallelize import build_model
+from cp_megatron.model.transformer import layer_context
 from cp_megatron.plan import Grid, Mask, Schedule
 from cp_megatron.train.optimizer import make_optimizer
 from cp_megatron.train.step import Shard, StepResult, Trainer
+from tests.data.parts import part_of
 from tests.ranks import run_ranks
 
 SEQ_LENGTH, BATCH, STEPS, VOCAB = 32, 4, 20, 257
@@ -55,14 +58,21 @@ class Case:
     sizes: tuple[int, int] | None = None
     layout: str = "auto"
     window: tuple[int, int] | None = None
+    window_layers: tuple[int, ...] | None = None
     padding: int = 0
     attention_dropout: float = 0.0
     steps: int = STEPS
 
 
 def config_of(style: str, case: Case) -> Config:
+    model = replace(
+        STYLES[style],
+        attention_dropout=case.attention_dropout,
+        window_size=case.window,
+        window_layers=case.window_layers,
+    )
     return Config(
-        model=replace(STYLES[style], attention_dropout=case.attention_dropout),
+        model=model,
         parallel=ParallelConfig(
             tensor_parallel_size=case.tp,
             context_parallel_size=case.cp,
@@ -85,7 +95,7 @@ def trainer_of(style: str, case: Case) -> Trainer:
         groups=groups,
         cp=ContextParallel(
             groups.cp,
-            Mask.causal(length + case.padding, case.window),
+            Mask.causal(length + case.padding, config.model.row_window),
             layout=case.layout,
             exchange=case.exchange,
             hierarchical_sizes=case.sizes,
@@ -102,7 +112,7 @@ def batches_of(step: int, case: Case, groups: ParallelGroups) -> list[Batch]:
     """Rows with unevenly masked labels: row 1 has none in either half that a CP2 rank holds."""
     tokens = (np.arange(4096) * 7 % 61).astype(np.uint16)
     tokens[::13] = 256
-    rows = Rows(tokens, seq_length=SEQ_LENGTH, seed=3)
+    rows = Rows(part_of(tokens), seq_length=SEQ_LENGTH, seed=3)
     found = list(
         microbatches(
             rows,
@@ -112,7 +122,7 @@ def batches_of(step: int, case: Case, groups: ParallelGroups) -> list[Batch]:
             dp_rank=groups.coordinates.dp,
             dp_size=case.dp,
             document_mask=case.document_mask,
-            window=case.window,
+            window=config_of("gpt", case).model.row_window,
             padding=case.padding,
         )
     )
@@ -160,6 +170,7 @@ CASES = [
     ("gpt", Case(tp=4, sequence_parallel=True, micro_batch_size=4, clip_grad=0.0)),
     ("gpt", Case(tp=2, cp=2, document_mask=True, micro_batch_size=2)),
 ]
+MIXED: dict[str, Any] = {"window": (5, 0), "window_layers": (1,)}
 # The other exchanges, layouts and masks: what differs shows in a few steps.
 CASES += [
     (style, replace(case, steps=4))
@@ -171,13 +182,16 @@ CASES += [
         ("gpt", Case(cp=4, exchange="all_gather", document_mask=True, micro_batch_size=2)),
         ("gpt", Case(tp=2, cp=2, exchange="a2a", window=(9, 0), document_mask=True)),
         ("gpt", Case(cp=4, layout="balanced", window=(9, 0), document_mask=True, padding=4)),
+        ("llama", Case(tp=2, cp=2, micro_batch_size=2, **MIXED, document_mask=True)),
+        ("llama", Case(tp=2, cp=2, **MIXED, exchange="a2a", recompute="full")),
+        ("llama", Case(cp=4, **MIXED, document_mask=True, sequence_parallel=True)),
     ]
 ]
 
 
 def alone(case: Case) -> Case:
     """The same training without a grid."""
-    kept = ("document_mask", "clip_grad", "window", "attention_dropout")
+    kept = ("document_mask", "clip_grad", "window", "window_layers", "attention_dropout")
     special = case.window or case.attention_dropout
     steps = case.steps if special else STEPS
     return Case(**{name: getattr(case, name) for name in kept}, steps=steps)
@@ -224,13 +238,37 @@ def train_ahead(rank: int, world_size: int, case: Case) -> tuple[list[StepResult
     return found, planners
 
 
-def test_planned_ahead_are_the_same_bits_and_nothing_is_left_to_plan() -> None:
-    case = Case(cp=2, document_mask=True, micro_batch_size=2, steps=4)
+@pytest.mark.parametrize("window", [{}, MIXED])
+def test_planned_ahead_are_the_same_bits_and_nothing_is_left_to_plan(window: Any) -> None:
+    case = Case(cp=2, document_mask=True, micro_batch_size=2, steps=4, **window)
     direct = run_ranks(train, 2, "llama", case)
     for (found, planners), expected in zip(run_ranks(train_ahead, 2, case), direct):
         assert found == expected
-        assert len(planners) >= case.steps
+        assert len(planners) >= case.steps * (2 if window else 1)
         assert all(name.startswith("ahead") for name in planners)
+
+
+def contexts_of_a_batch(rank: int, world_size: int) -> list[tuple[object, ...]]:
+    """Exchange, route and layout of each layer, and the pairs of the shard."""
+    case = Case(cp=2, document_mask=True, micro_batch_size=4, **MIXED)
+    trainer = trainer_of("llama", case)
+    (batch,) = batches_of(0, case, trainer.groups)
+    shard, config = trainer.prepare(batch), trainer.model.config
+    found: list[tuple[object, ...]] = []
+    dense = 0
+    for layer in range(config.num_layers):
+        cp = layer_context(shard.cp, config, layer)
+        schedule = cp.schedule(4, 2, 8)
+        found.append((schedule.exchange, schedule.route, cp.layout, cp.mask.window))
+        dense += int(Mask.documents(batch.mask.lengths, window=cp.mask.window).dense().sum())
+    assert shard.num_pairs == dense / config.num_layers / case.cp
+    return found
+
+
+def test_layers_with_and_without_the_window_share_layout_and_exchange() -> None:
+    for whole, windowed in run_ranks(contexts_of_a_batch, 2):
+        assert whole[:3] == windowed[:3]
+        assert (whole[3], windowed[3]) == ((-1, 0), (5, 0))
 
 
 def masked_everywhere(rank: int, world_size: int) -> StepResult:

@@ -1,0 +1,144 @@
+"""Tables of documents, Parquet files and saved Hugging Face datasets, read by ``pyarrow``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from cp_megatron.errors import ConfigError
+
+FLAG = "--input"
+SAVED_DATASET = "state.json"
+"""The file by which a folder is known that ``Dataset.save_to_disk`` wrote."""
+SAVED_DATASETS = "dataset_dict.json"
+"""The same of ``DatasetDict.save_to_disk``."""
+_BATCH = 512
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """Some rows.
+
+    Attributes:
+        columns: for each key, its texts; None where the table has none.
+        share: how much of the piece they are, 0 to 1.
+    """
+
+    columns: tuple[list[str | None], ...]
+    share: float
+
+
+def row_groups(path: str) -> list[tuple[int, int]]:
+    """(number, bytes) of a Parquet file's row groups.
+
+    Raises:
+        ConfigError: it is no Parquet file, or pyarrow is missing.
+    """
+    arrow, parquet = _pyarrow(path)
+    try:
+        with parquet.ParquetFile(path) as table:
+            found = [table.metadata.row_group(n) for n in range(table.metadata.num_row_groups)]
+            sizes = [
+                sum(group.column(n).total_compressed_size for n in range(group.num_columns))
+                for group in found
+            ]
+    except (arrow.ArrowException, OSError, ValueError) as error:
+        raise _malformed(path, error) from None
+    return list(enumerate(sizes))
+
+
+def read_row_group(path: str, start: int, stop: int, keys: Sequence[str]) -> Iterator[Rows]:
+    """The rows of the row groups [start, stop).
+
+    Raises:
+        ConfigError: a key is no column of texts, or the file is damaged.
+    """
+    arrow, parquet = _pyarrow(path)
+    try:
+        with parquet.ParquetFile(path) as table:
+            _check_columns(path, table.schema_arrow, keys)
+            total = sum(table.metadata.row_group(n).num_rows for n in range(start, stop))
+            groups = list(range(start, stop))
+            for batch in table.iter_batches(_BATCH, row_groups=groups, columns=list(keys)):
+                yield _rows(batch, keys, total)
+    except (arrow.ArrowException, OSError, ValueError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise _malformed(path, error) from None
+
+
+def arrow_runs(path: str, piece_bytes: int) -> list[tuple[int, int, int]]:
+    """(first record batch, the one after the last, bytes) of an Arrow stream's pieces.
+
+    Raises:
+        ConfigError: it is no Arrow stream, or pyarrow is missing.
+    """
+    runs: list[tuple[int, int, int]] = []
+    start = size = number = 0
+    for number, batch in enumerate(_record_batches(path), 1):
+        size += batch.nbytes
+        if size >= piece_bytes:
+            runs.append((start, number, size))
+            start, size = number, 0
+    return runs + ([(start, number, size)] if number > start else [])
+
+
+def read_arrow(path: str, start: int, stop: int, keys: Sequence[str]) -> Iterator[Rows]:
+    """The rows of the record batches [start, stop).
+
+    Raises:
+        ConfigError: a key is no column of texts, or the file is damaged.
+    """
+    for number, batch in enumerate(_record_batches(path)):
+        if number >= stop:
+            return
+        if number < start:
+            continue
+        _check_columns(path, batch.schema, keys)
+        for place in range(0, batch.num_rows, _BATCH):
+            rows = batch.slice(place, _BATCH)
+            yield _rows(rows, keys, batch.num_rows * (stop - start))
+
+
+def _record_batches(path: str) -> Iterator[Any]:
+    """An Arrow stream's batches; those that nobody looks into are not read from the disk."""
+    arrow, _ = _pyarrow(path)
+    try:
+        with arrow.memory_map(path) as file, arrow.ipc.open_stream(file) as stream:
+            yield from stream
+    except (arrow.ArrowException, OSError) as error:
+        raise _malformed(path, error) from None
+
+
+def _rows(batch: Any, keys: Sequence[str], total: int) -> Rows:
+    columns = tuple(batch.column(batch.schema.get_field_index(key)).to_pylist() for key in keys)
+    return Rows(columns=columns, share=batch.num_rows / max(1, total))
+
+
+def _check_columns(path: str, schema: Any, keys: Sequence[str]) -> None:
+    arrow, _ = _pyarrow(path)
+    for key in keys:
+        if key not in schema.names:
+            columns = ", ".join(schema.names)
+            raise ConfigError("--json-keys", key, f"{path} has no such column", columns)
+        kind = schema.field(key).type
+        if kind not in (arrow.string(), arrow.large_string(), arrow.string_view()):
+            rule = f"the column of {path} holds {kind}, not text"
+            raise ConfigError("--json-keys", key, rule, "a column of texts")
+
+
+def _pyarrow(path: str) -> tuple[Any, Any]:
+    try:
+        import pyarrow
+        import pyarrow.ipc
+        import pyarrow.parquet
+    except ImportError:
+        rule = "needs the package pyarrow, which is not installed"
+        raise ConfigError(FLAG, path, rule, "pip install 'cp_megatron[data]'") from None
+    return pyarrow, pyarrow.parquet
+
+
+def _malformed(path: str, error: Exception) -> ConfigError:
+    told = " ".join(str(error).split())
+    return ConfigError(FLAG, path, f"can not be read as a table: {told}", "a whole file")

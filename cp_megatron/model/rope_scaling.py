@@ -1,0 +1,140 @@
+"""The frequencies of rotary positions, and how each ``--rope-type`` changes them.
+
+Pair i of a head's d/2 pairs turns by position * f_i, with f_i = base^(-2i/d). A model has only seen
+the angles of its original length L, so a longer text shows it angles it does not know. Every
+remedy slows some pairs down; s is the factor, T the longest document of the row:
+
+    linear     f_i / s                  all pairs alike; fine detail is lost (Chen et al. 2023,
+                                        arXiv:2306.15595)
+    dynamic    base * (s T / L - (s - 1))^(d / (d - 2)) as the base once T > L; short documents see
+                                        the original ("NTK-aware" by bloc97, its dynamic form by
+                                        emozilla; section 3.3 of arXiv:2309.00071)
+    yarn       by how often a pair turns in L: fast ones keep f_i, slow ones get f_i / s, a ramp
+                                        lies between, and q and k grow by 0.1 ln(s) + 1 (Peng et
+                                        al. 2023, arXiv:2309.00071)
+    llama3     the same idea with a ramp linear in the turns (Llama 3.1, arXiv:2407.21783)
+    longrope   f_i / a list found by search: the short list up to L, the long one beyond it (Ding
+                                        et al. 2024, arXiv:2402.13753)
+
+    turns in L   many ........ beta_fast ~~~~~~~~ beta_slow ........ few
+    frequency         f_i               a ramp                f_i / s
+
+T must not be the largest position that one rank holds: ranks would rotate differently and their
+scores mean nothing. It comes from the mask, which every rank knows.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cp_megatron.config.schema import ModelConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Frequencies:
+    """What positions are multiplied with.
+
+    Attributes:
+        inverse: float64 [d/2] on the CPU, radians per position.
+        attention_factor: multiplies cosine and sine, so the scores by its square.
+    """
+
+    inverse: Tensor
+    attention_factor: float = 1.0
+
+
+def plain_frequencies(head_dim: int, base: float) -> Tensor:
+    """base^(-2i/d), float64 [d/2]."""
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float64, device="cpu")
+    return base ** (-exponents / head_dim)
+
+
+def rope_frequencies(config: ModelConfig, longest: int) -> Frequencies:
+    """The frequencies of a model's heads, equal to those of Hugging Face transformers.
+
+    Args:
+        config: the model; what its ``rope_type`` needs is given (``rules.check_rope``).
+        longest: tokens of the longest document of the row, the same on every rank.
+    """
+    plain = plain_frequencies(config.head_dim, config.rotary_base)
+    factor = config.rope_scaling_factor or 1.0
+    match config.rope_type:
+        case "linear":
+            return Frequencies(inverse=plain / factor)
+        case "dynamic":
+            return Frequencies(inverse=_dynamic(config, factor, longest))
+        case "llama3":
+            return Frequencies(inverse=_llama3(config, plain, factor))
+        case "yarn":
+            return Frequencies(
+                inverse=_yarn(config, plain, factor),
+                attention_factor=_yarn_attention(config, factor),
+            )
+        case "longrope":
+            return _longrope(config, plain, longest)
+        case _:
+            return Frequencies(inverse=plain)
+
+
+def _original(config: ModelConfig) -> int:
+    assert config.original_length is not None, "checked before the run"
+    return config.original_length
+
+
+def _dynamic(config: ModelConfig, factor: float, longest: int) -> Tensor:
+    original, d = _original(config), config.head_dim
+    stretch = factor * max(longest, original) / original - (factor - 1)
+    return plain_frequencies(d, config.rotary_base * stretch ** (d / (d - 2)))
+
+
+def _llama3(config: ModelConfig, plain: Tensor, factor: float) -> Tensor:
+    low, high = config.rope_low_freq_factor, config.rope_high_freq_factor
+    turns = _original(config) * plain / (2 * math.pi)  # in the original length
+    kept = ((turns - low) / (high - low)).clamp(0, 1)  # 1 keeps the frequency
+    return plain * (kept + (1 - kept) / factor)
+
+
+def _yarn(config: ModelConfig, plain: Tensor, factor: float) -> Tensor:
+    d, base, original = config.head_dim, config.rotary_base, _original(config)
+
+    def pair_that_turns(times: float) -> float:
+        """The pair, as a fraction, that turns so often in the original length."""
+        return d * math.log(original / (times * 2 * math.pi)) / (2 * math.log(base))
+
+    first, last = pair_that_turns(config.beta_fast), pair_that_turns(config.beta_slow)
+    if config.rope_truncate:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, d - 1)
+    if first == last:
+        last += 0.001  # a step, not a division by zero
+    pairs = torch.arange(d // 2, dtype=torch.float64, device="cpu")
+    slowed = ((pairs - first) / (last - first)).clamp(0, 1)
+    return plain * (1 - slowed) + plain / factor * slowed
+
+
+def _yarn_attention(config: ModelConfig, factor: float) -> float:
+    if config.rope_attention_factor is not None:
+        return config.rope_attention_factor
+
+    def scale(mscale: float) -> float:
+        return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
+
+    if config.mscale and config.mscale_all_dim:
+        return scale(config.mscale) / scale(config.mscale_all_dim)
+    return scale(1.0)
+
+
+def _longrope(config: ModelConfig, plain: Tensor, longest: int) -> Frequencies:
+    original = _original(config)
+    factor = config.rope_scaling_factor or (config.max_position_embeddings or original) / original
+    divisors = config.rope_long_factor if longest > original else config.rope_short_factor
+    assert divisors is not None, "checked before the run"
+    attention = config.rope_attention_factor
+    if attention is None:
+        attention = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
+    inverse = plain / torch.tensor(divisors, dtype=torch.float64, device="cpu")
+    return Frequencies(inverse=inverse, attention_factor=attention)

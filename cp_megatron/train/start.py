@@ -1,0 +1,93 @@
+"""How a program's ranks begin: device, process groups, data that all of them read alike."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch.distributed import HashStore  # type: ignore[attr-defined]
+
+from cp_megatron.comm.runtime import Launch, set_cublas_workspace
+from cp_megatron.data.corpora import Data
+from cp_megatron.data.sources import Corpus
+from cp_megatron.errors import ConfigError
+from cp_megatron.train.preflight import DeviceName, RunPlan
+
+Read = TypeVar("Read", Data, Corpus)
+
+
+def choose_device(plan: RunPlan, launch: Launch) -> tuple[DeviceName, str]:
+    """cuda where every local rank has a GPU of its own, else cpu; and what to say about it.
+
+    Raises:
+        ConfigError: ``--device cuda`` and there are fewer GPUs than local ranks.
+    """
+    asked, num_ranks = plan.config.train.device, launch.local_world_size
+    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if asked == "cuda" and num_gpus < num_ranks:
+        rule = f"{num_ranks} ranks on this node need a GPU each, it has {num_gpus}"
+        works = f"--nproc-per-node {num_gpus}, or --device cpu" if num_gpus else "--device cpu"
+        raise ConfigError("--device", asked, rule, works)
+    if asked == "cpu" or num_gpus == 0:
+        return "cpu", ""
+    if num_gpus < num_ranks:
+        return "cpu", f"{num_ranks} ranks and {num_gpus} GPUs on this node: CPU and gloo"
+    return "cuda", ""
+
+
+def start_torch(launch: Launch, device: DeviceName, *, deterministic: bool) -> None:
+    """Sets the device of this process up: which GPU, or how many of the node's cores."""
+    if device == "cuda":
+        if deterministic:
+            set_cublas_workspace()
+            torch.use_deterministic_algorithms(True)
+        torch.cuda.set_device(launch.local_rank)
+        return
+    # torchrun allows one thread a rank whatever the machine; share the cores out instead.
+    affinity = getattr(os, "sched_getaffinity", None)  # Linux only
+    cores = len(affinity(0)) if affinity is not None else os.cpu_count() or 1
+    torch.set_num_threads(max(1, cores // launch.local_world_size))
+
+
+def connect(plan: RunPlan, launch: Launch, device: DeviceName) -> dist.ProcessGroup:
+    """Joins the other ranks; a group of all of them for CPU tensors and objects."""
+    timeout = timedelta(minutes=plan.config.parallel.distributed_timeout_minutes)
+    backend = "nccl" if device == "cuda" else "gloo"
+    options: dict[str, Any] = {"timeout": timeout}
+    if not launch.under_torchrun:
+        options |= {"store": HashStore(), "rank": 0, "world_size": 1}
+    if device == "cuda":
+        options["device_id"] = torch.device("cuda", launch.local_rank)
+    dist.init_process_group(backend, **options)
+    world = dist.group.WORLD
+    assert world is not None
+    if device == "cpu":
+        return world
+    control = dist.new_group(backend="gloo", timeout=timeout)
+    assert control is not None
+    return control
+
+
+def read_alike(control: dist.ProcessGroup, read: Callable[[], Read]) -> Read:
+    """Every rank reads the data itself, so all must have read the same; they fail together."""
+    found: Read | None = None
+    try:
+        found = read()
+        answer: str | ConfigError = found.fingerprint
+    except ConfigError as error:
+        answer = error
+    answers: list[Any] = [None] * control.size()
+    dist.all_gather_object(answers, answer, group=control)
+    for other in answers:
+        if isinstance(other, ConfigError):
+            raise other
+    differing = [rank for rank, other in enumerate(answers) if other != answers[0]]
+    assert found is not None
+    if differing:
+        rule = f"ranks {differing[:8]} read other data than rank 0"
+        raise ConfigError("--data-path", found.name, rule, "the same files on every node")
+    return found

@@ -1,0 +1,34 @@
+"""Converts a model: ``python launch/convert.py --from-gguf FILE.gguf | --load RUN --output DIR``.
+
+The folder is what transformers reads: configuration, weights, tokenizer.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import cast
+
+from cp_megatron.config.parse import parse_arguments
+from cp_megatron.config.programs import CONVERT, ConversionOptions
+from cp_megatron.errors import ConfigError
+from cp_megatron.train.conversion import convert
+from cp_megatron.train.report import error_line
+from cp_megatron.train.signals import leave, stop_at_once
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs the program; the exit code: 0 done, 2 a flag or a file can not be honoured."""
+    stop_at_once()
+    try:
+        arguments = parse_arguments(argv, program=CONVERT)
+        options = cast(ConversionOptions, arguments.options)
+        print(f"written  {convert(arguments.config, options, given=arguments.given)}")
+        return 0
+    except ConfigError as error:
+        print(error_line(error, CONVERT.name), file=sys.stderr, flush=True)
+        return 2
+
+
+if __name__ == "__main__":
+    leave(main(sys.argv[1:]))

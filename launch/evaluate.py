@@ -1,0 +1,55 @@
+"""Evaluates a model on long rows: ``torchrun --nproc-per-node 2 launch/evaluate.py --load RUN``.
+
+Flags are checked before torch is imported: a mistake costs a second, one line and code 2.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import cast
+
+from cp_megatron.comm.runtime import Launch
+from cp_megatron.config.evaluation import EVALUATE, EvaluationOptions
+from cp_megatron.config.parse import parse_arguments
+from cp_megatron.errors import ConfigError
+from cp_megatron.train.evaluation_plan import check_evaluation, print_plan
+from cp_megatron.train.report import error_line
+from cp_megatron.train.signals import leave, stop_at_once
+
+SECONDS_FOR_RANK_0 = 2.0
+
+
+def main(argv: Sequence[str], environ: Mapping[str, str], script: str = EVALUATE.name) -> int:
+    """Runs the program; the exit code: 0 done, 2 a flag can not be honoured."""
+    stop_at_once()
+    launch = Launch()
+    try:
+        launch = Launch.from_environment(environ)
+        arguments = parse_arguments(argv, program=EVALUATE, quiet=launch.rank != 0)
+        options = cast(EvaluationOptions, arguments.options)
+        plan = check_evaluation(
+            arguments.config, options, launch, given=arguments.given, argv=argv, script=script
+        )
+        if launch.rank == 0:
+            print_plan(plan)
+        if options.dry_run:
+            return 0
+        from cp_megatron.train.evaluation_run import run_evaluation
+
+        return run_evaluation(plan, launch)
+    except ConfigError as error:
+        # The first rank to leave has torchrun end the others: rank 0 must have spoken before.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        if launch.rank == 0:
+            print(error_line(error, EVALUATE.name), file=sys.stderr, flush=True)
+        else:
+            time.sleep(SECONDS_FOR_RANK_0)
+        return 2
+
+
+if __name__ == "__main__":
+    leave(main(sys.argv[1:], os.environ, sys.argv[0]))

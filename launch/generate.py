@@ -1,0 +1,45 @@
+"""Lets a trained model speak: ``python launch/generate.py --load RUN [--prompt TEXT]``.
+
+Flags are checked before torch is imported: a mistake costs a second, one line and code 2.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Mapping, Sequence
+from typing import cast
+
+from cp_megatron.comm.runtime import Launch
+from cp_megatron.config.parse import parse_arguments
+from cp_megatron.config.programs import GENERATE, GenerationOptions
+from cp_megatron.errors import ConfigError
+from cp_megatron.train.generation_plan import check_generation
+from cp_megatron.train.report import error_line
+from cp_megatron.train.signals import leave, stop_at_once
+
+
+def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
+    """Runs the program; the exit code: 0 done, 2 a flag can not be honoured."""
+    stop_at_once()
+    launch = Launch()
+    try:
+        launch = Launch.from_environment(environ)
+        arguments = parse_arguments(argv, program=GENERATE, quiet=launch.rank != 0)
+        options = cast(GenerationOptions, arguments.options)
+        plan = check_generation(arguments.config, options, launch, given=arguments.given)
+        from cp_megatron.train.generation import run_generation
+
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # ends an answer
+        return run_generation(plan)
+    except KeyboardInterrupt:
+        return 130
+    except ConfigError as error:
+        if launch.rank == 0:
+            print(error_line(error, GENERATE.name), file=sys.stderr, flush=True)
+        return 2
+
+
+if __name__ == "__main__":
+    leave(main(sys.argv[1:], os.environ))

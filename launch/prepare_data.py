@@ -1,0 +1,40 @@
+"""Turns documents into Megatron's .bin/.idx: ``python launch/prepare_data.py [FLAGS]``.
+
+A run that was stopped goes on where it was when the same command is given again.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from types import FrameType
+
+from cp_megatron.data.prepare_command import PROGRAM, interrupted, parse, run
+from cp_megatron.errors import ConfigError
+from cp_megatron.train.report import error_line
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs the program; the exit code: 0 done, 2 a flag can not be honoured, 130 stopped."""
+    signal.signal(signal.SIGTERM, _stop)
+    # For the processes this one starts: each has one core. The library can be told no other way.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    try:
+        run(parse(argv))
+        return 0
+    except ConfigError as error:
+        print(error_line(error, PROGRAM), file=sys.stderr, flush=True)
+        return 2
+    except KeyboardInterrupt:
+        print(interrupted(argv), file=sys.stderr, flush=True)
+        return 130
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

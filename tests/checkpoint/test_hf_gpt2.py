@@ -1,0 +1,202 @@
+"""A model of GPT-2's shape, saved on TP2 x CP2, as transformers loads it; the byte tokenizer."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from cp_megatron.checkpoint import huggingface
+from cp_megatron.checkpoint.huggingface import export_hf
+from cp_megatron.checkpoint.store import save_checkpoint
+from cp_megatron.comm.collectives import all_gather_dim
+from cp_megatron.comm.groups import ParallelGroups
+from cp_megatron.config import Config, ModelConfig
+from cp_megatron.config.huggingface import to_hf_config
+from cp_megatron.context_parallel import ContextParallel
+from cp_megatron.data.tokenizer import ByteTokenizer, open_tokenizer
+from cp_megatron.errors import ConfigError
+from cp_megatron.model import build_model
+from cp_megatron.plan import Grid, Mask
+from tests.ranks import run_ranks
+
+pytestmark = pytest.mark.skipif(
+    find_spec("transformers") is None, reason="transformers is not installed: pip install '.[hf]'"
+)
+
+VOCAB = 257
+SEQ = 32
+GPT2 = ModelConfig(num_layers=2, hidden_size=32, ffn_hidden_size=80, num_attention_heads=4)
+CASES = {
+    "tied": (GPT2, "float32", 1e-5),
+    "untied, a longer table": (
+        replace(GPT2, untie_embeddings_and_output_weights=True, max_position_embeddings=40),
+        "float64",
+        1e-10,
+    ),
+}
+
+
+def run_of(model: ModelConfig) -> Config:
+    config = Config()
+    return replace(config, model=model, data=replace(config.data, seq_length=SEQ))
+
+
+def tokens() -> Tensor:
+    return torch.randint(0, VOCAB, (2, SEQ), generator=torch.Generator().manual_seed(7))
+
+
+def save(rank: int, world_size: int, folder: Path, name: str, grid: Grid) -> Tensor:
+    """Logits [2, SEQ, VOCAB] of random weights, which are saved."""
+    config, dtype, _ = CASES[name]
+    groups = ParallelGroups.create(grid, "cpu")
+    options: dict[str, Any] = {"vocab_size": VOCAB, "dtype": dtype, "device": "cpu"}
+    model = build_model(run_of(config), groups, **options)
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for value in model.state_dict().values():
+            drawn = torch.randn(value.shape, generator=generator, dtype=value.dtype) * 0.2
+            drawn += value.ndim == 1
+            placed = torch.distributed.tensor.distribute_tensor(
+                drawn, value.device_mesh, value.placements
+            )
+            value.to_local().copy_(placed.to_local())
+    save_checkpoint(
+        folder,
+        step=1,
+        consumed=0,
+        model=model,
+        optimizer=None,
+        config=run_of(config),
+        grid=grid,
+        data_fingerprint="",
+        vocab_size=VOCAB,
+    )
+    cp = ContextParallel(groups.cp, Mask.causal(SEQ))
+    with torch.no_grad():
+        logits = model(cp.shard(tokens(), 1), cp=cp)
+    return cp.gather(all_gather_dim(logits, -1, groups.tp), 1)[..., :VOCAB]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_transformers_computes_the_same_logits(tmp_path: Path, name: str) -> None:
+    from transformers import AutoModelForCausalLM
+
+    _, dtype, bound = CASES[name]
+    ours = run_ranks(save, 4, tmp_path / "run", name, Grid(tp=2, cp=2))[0]
+    out = export_hf(tmp_path / "run", tmp_path / "out", dtype=dtype, max_shard_bytes=30_000)
+    assert len(list(out.glob("*.safetensors"))) > 1
+    model, told = AutoModelForCausalLM.from_pretrained(
+        out, dtype=getattr(torch, dtype), attn_implementation="eager", output_loading_info=True
+    )
+    assert type(model).__name__ == "GPT2LMHeadModel"
+    assert not any(told.values()), told
+    with torch.no_grad():
+        theirs = model.eval()(input_ids=tokens(), use_cache=False).logits
+    assert theirs.dtype == getattr(torch, dtype)
+    assert (theirs - ours).abs().max() / theirs.abs().max() < bound
+    assert model.config.n_positions == (40 if "table" in name else SEQ)
+
+
+def test_no_more_than_a_tensor_of_the_folder_is_held(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_ranks(save, 4, tmp_path / "run", "tied", Grid(tp=2, cp=2))
+    held: list[int] = []
+    empty = torch.empty
+
+    def counting(*args: Any, **kwargs: Any) -> Tensor:
+        made = empty(*args, **kwargs)
+        held.append(made.nbytes)
+        return made
+
+    monkeypatch.setattr(huggingface.torch, "empty", counting)
+    export_hf(tmp_path / "run", tmp_path / "out")
+    assert max(held) == VOCAB * 32 * 4  # the embedding; every tensor is made once, as it is written
+    assert sum(held) == sum(p.stat().st_size for p in [tmp_path / "out/model.safetensors"]) - (
+        8 + int.from_bytes((tmp_path / "out/model.safetensors").read_bytes()[:8], "little")
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "flag"),
+    [
+        ({"num_query_groups": 2}, "--num-query-groups"),
+        ({"kv_channels": 16}, "--kv-channels"),
+        ({"disable_bias_linear": True}, "--disable-bias-linear"),
+        ({"qk_layernorm": True}, "--qk-layernorm"),
+        ({"window_size": (3, 0)}, "--window-size"),
+    ],
+)
+def test_what_gpt2_has_no_place_for(changes: dict[str, Any], flag: str) -> None:
+    with pytest.raises(ConfigError, match="no architecture of Hugging Face: in GPT-2") as caught:
+        to_hf_config(replace(GPT2, **changes), vocab_size=VOCAB, seq_length=8, eod=256)
+    assert caught.value.flag == flag
+
+
+@pytest.fixture(scope="module", params=["gpt2", "llama"])
+def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The tokenizer and the folder of an export whose run read bytes."""
+    from transformers import AutoTokenizer
+
+    folder = tmp_path_factory.mktemp("bytes")
+    if request.param == "gpt2":
+        run_ranks(save, 1, folder / "run", "tied", Grid())
+    else:
+        run_ranks(save_llama, 1, folder / "run")
+    out = export_hf(folder / "run", folder / "out")
+    return AutoTokenizer.from_pretrained(out), out
+
+
+def save_llama(rank: int, world_size: int, folder: Path) -> None:
+    """The README's toy run before its first step."""
+    from cp_megatron.config.presets import PRESETS
+
+    config, grid = PRESETS["toy"], Grid()
+    groups = ParallelGroups.create(grid, "cpu")
+    model = build_model(config, groups, vocab_size=VOCAB, dtype="float32", device="cpu")
+    save_checkpoint(
+        folder,
+        step=1,
+        consumed=0,
+        model=model,
+        optimizer=None,
+        config=config,
+        grid=grid,
+        data_fingerprint="",
+        vocab_size=VOCAB,
+    )
+
+
+@given(text=st.text(st.characters(exclude_categories=["Cs"])))
+@settings(max_examples=200, deadline=None)
+def test_text_becomes_its_bytes(exported: Any, text: str) -> None:
+    theirs, ours = exported[0], ByteTokenizer()
+    ids = theirs(text)["input_ids"]
+    assert ids == ours.encode(text).tolist()
+    assert theirs.decode(ids, skip_special_tokens=True) == text
+
+
+@given(data=st.binary())
+@settings(max_examples=200, deadline=None)
+def test_bytes_become_the_same_text(exported: Any, data: bytes) -> None:
+    ids = [*data, 256]
+    assert exported[0].decode(ids, skip_special_tokens=True) == ByteTokenizer().decode(ids)
+
+
+def test_the_end_of_a_document(exported: Any) -> None:
+    tokenizer, out = exported
+    assert tokenizer.eos_token_id == 256
+    assert len(tokenizer) == VOCAB
+    assert tokenizer("a<|endoftext|>")["input_ids"] == list(b"a<|endoftext|>")
+    assert tokenizer.convert_ids_to_tokens([256]) == ["<|endoftext|>"]
+    assert tokenizer.bos_token_id is None
+    again = open_tokenizer("huggingface", str(out))
+    assert (again.vocab_size, again.eod) == (VOCAB, 256)

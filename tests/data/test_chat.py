@@ -1,0 +1,186 @@
+"""Conversations: the tokens and the answers that transformers finds with the same template."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cp_megatron.config import DataConfig
+from cp_megatron.data.chat import load_chats
+from cp_megatron.data.chat_template import CHATML
+from cp_megatron.data.corpora import open_data
+from cp_megatron.data.sampler import IGNORED
+from cp_megatron.data.tokenizer import ByteTokenizer, Tokenizer, open_tokenizer
+from cp_megatron.errors import ConfigError
+
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+# The answer and its end are marked; the line's end behind it is not.
+MARKED = (
+    "{{ bos_token }}{% for m in messages %}"
+    "{% if m['role'] == 'assistant' %}{{ '<|im_start|>assistant\\n' }}"
+    "{% generation %}{{ m['content'] + '<|im_end|>' }}{% endgeneration %}{{ '\\n' }}"
+    "{% else %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+TALKS: list[list[dict[str, Any]]] = [
+    [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "How do the mice run?"},
+        {"role": "assistant", "content": "They run after the wife.\n\nAll of them."},
+        {"role": "user", "content": "And then?"},
+        {"role": "assistant", "content": "naïve: she cut off their tails."},
+    ],
+    [
+        {"role": "user", "content": "\n\n Hello"},
+        {"role": "assistant", "content": " \nHello."},
+    ],
+]
+
+
+def folder_of(place: Path, template: str | None = None) -> Path:
+    """A folder with a tiny byte-level BPE tokenizer."""
+    from tokenizers import Tokenizer as Library
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    library = Library(models.BPE())
+    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    library.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
+    )
+    library.train_from_iterator(["three blind mice\n\n see how they run\n"] * 9, trainer)
+    place.mkdir()
+    library.save(str(place / "tokenizer.json"))
+    config: dict[str, Any] = {
+        "eos_token": "<|endoftext|>",
+        "tokenizer_class": "PreTrainedTokenizerFast",
+    }
+    config["bos_token"] = {"__type": "AddedToken", "content": "<|endoftext|>"}
+    if template is not None:
+        config["chat_template"] = template
+    (place / "tokenizer_config.json").write_text(json.dumps(config))
+    return place
+
+
+def file_of(place: Path, *lines: object) -> str:
+    path = place / "talks.jsonl"
+    path.write_text("\n".join(x if isinstance(x, str) else json.dumps(x) for x in lines))
+    return str(path)
+
+
+def talks(place: Path) -> str:
+    return file_of(place, *({"messages": talk} for talk in TALKS))
+
+
+def load(path: str, tokenizer: Tokenizer, seq_length: int = 4096) -> list[tuple[list[int], Any]]:
+    corpus = load_chats(path, tokenizer, seq_length=seq_length, skip_bad=False).corpus
+    assert corpus.loss is not None
+    cuts = corpus.document_starts[1:]
+    parts = zip(np.split(corpus.tokens, cuts), np.split(corpus.loss, cuts))
+    return [(tokens.tolist(), loss.astype(int).tolist()) for tokens, loss in parts]
+
+
+@pytest.mark.parametrize("in_file", [False, True])
+def test_tokens_and_answers_are_those_of_transformers(tmp_path: Path, in_file: bool) -> None:
+    transformers = pytest.importorskip("transformers")
+    folder = folder_of(tmp_path / "model", None if in_file else MARKED)
+    if in_file:
+        (folder / "chat_template.jinja").write_text(MARKED)
+    oracle = transformers.PreTrainedTokenizerFast.from_pretrained(str(folder))
+    found = load(talks(tmp_path), open_tokenizer("huggingface", str(folder)))
+    for (tokens, loss), talk in zip(found, TALKS, strict=True):
+        expected = oracle.apply_chat_template(
+            talk,
+            chat_template=MARKED,
+            tokenize=True,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+        )
+        assert tokens == expected["input_ids"]
+        assert loss == expected["assistant_masks"]
+        assert 0 < sum(loss) < len(loss)
+
+
+def test_chatml_where_the_tokenizer_has_its_tokens(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    folder = folder_of(tmp_path / "model")
+    oracle = transformers.PreTrainedTokenizerFast.from_pretrained(str(folder))
+    tokenizer = open_tokenizer("huggingface", str(folder))
+    for (tokens, loss), talk in zip(load(talks(tmp_path), tokenizer), TALKS, strict=True):
+        rendered = oracle.apply_chat_template(talk, chat_template=CHATML, tokenize=True)
+        assert tokens == rendered["input_ids"]
+        answers = [m["content"] + "<|im_end|>" for m in talk if m["role"] == "assistant"]
+        kept = np.array(tokens)[np.array(loss, dtype=bool)].tolist()
+        assert oracle.decode(kept) == "".join(answers)
+
+
+def test_without_a_template_an_answer_ends_with_the_document(tmp_path: Path) -> None:
+    share = {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yo"}]}
+    ((tokens, loss),) = load(file_of(tmp_path, share), ByteTokenizer())
+    assert tokens == [*b"User: Hi\n\nAssistant: Yo", 256]
+    assert loss == [0] * 21 + [1, 1, 1]
+
+
+def test_a_template_that_rewrites_what_came_before_is_refused(tmp_path: Path) -> None:
+    counting = "{{ messages | length }}" + CHATML
+    tokenizer = open_tokenizer("huggingface", str(folder_of(tmp_path / "model", counting)))
+    with pytest.raises(ConfigError, match="where answers lie can not be told") as caught:
+        load(talks(tmp_path), tokenizer)
+    assert caught.value.flag == "--tokenizer-model"
+
+
+def test_a_template_can_not_reach_python(tmp_path: Path) -> None:
+    template = "{{ messages.__class__.__mro__ }}" + CHATML
+    tokenizer = open_tokenizer("huggingface", str(folder_of(tmp_path / "model", template)))
+    with pytest.raises(ConfigError, match="line 1: the chat template refuses it"):
+        load(talks(tmp_path), tokenizer)
+    broken = folder_of(tmp_path / "broken", "{% for %}")
+    with pytest.raises(ConfigError, match="malformed"):
+        load(talks(tmp_path), open_tokenizer("huggingface", str(broken)))
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("{", "is no JSON"),
+        ("[1]", "is no JSON object"),
+        ({"text": "x"}, 'has no "messages"'),
+        ({"messages": []}, 'has no "messages"'),
+        ({"messages": [{"content": "x"}]}, 'message 0 has no "role"'),
+        ({"messages": [{"role": "user", "content": 3}]}, 'message 0 has no "content"'),
+        ({"messages": [{"role": "user", "content": "x"}]}, "has no answer of the assistant"),
+    ],
+)
+def test_a_malformed_line_is_named(tmp_path: Path, line: object, reason: str) -> None:
+    path = file_of(tmp_path, {"messages": TALKS[0]}, line)
+    with pytest.raises(ConfigError) as caught:
+        load(path, ByteTokenizer())
+    assert caught.value.value == path
+    assert caught.value.rule.startswith(f"line 2: {reason}")
+    chats = load_chats(path, ByteTokenizer(), seq_length=999, skip_bad=True)
+    assert chats.corpus.skipped == 1
+    assert len(chats.corpus.document_starts) == 1
+
+
+def test_long_conversations_are_cut_or_dropped(tmp_path: Path) -> None:
+    long = [
+        {"role": "user", "content": "x" * 80},
+        {"role": "assistant", "content": "too late"},
+    ]
+    short = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
+    lines = [{"messages": talk} for talk in (TALKS[0], long, short)]
+    config = DataConfig(data_path=(file_of(tmp_path, *lines),), seq_length=64, split="1")
+    data = open_data(replace(config, sft=True, packing="best-fit"), seed=0)
+    told = " ".join(data.notes)
+    assert "1 conversations without an answer in the first row left out" in told
+    assert "1 conversations are cut to 64 tokens" in told
+    rows = [data.rows.train[number] for number in range(data.rows.train.rows_per_epoch)]
+    labels = np.concatenate([row.labels for row in rows])
+    answers = bytes(labels[(labels != IGNORED) & (labels != 256)].tolist())
+    assert sorted(answers) == sorted(b"They ry")

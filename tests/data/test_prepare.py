@@ -1,0 +1,222 @@
+"""From documents to a pair: against documents put together one by one, killed and gone on with."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cp_megatron.data import prepare as module
+from cp_megatron.data.indexed import IndexedDataset
+from cp_megatron.data.prepare import Request, Start, prepare
+from cp_megatron.data.prepare_worker import Step
+from cp_megatron.errors import ConfigError
+from tests.data import tokenizer_files
+
+LINES = 400
+TEXTS = [f"document {number} " + "naïve words € " * (number % 50) for number in range(LINES)]
+
+
+@pytest.fixture(autouse=True)
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "SMALLEST_PIECE", 20_000)
+
+
+def corpus(folder: Path, bad: tuple[int, ...] = ()) -> Path:
+    path = folder / "corpus.jsonl"
+    lines = [json.dumps({"text": text, "title": f"t{n}"}) for n, text in enumerate(TEXTS)]
+    for number in bad:
+        lines.insert(number - 1, "{")
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def request(folder: Path, name: str, **changes: object) -> Request:
+    values: dict[str, object] = {
+        "inputs": (str(folder / "corpus.jsonl"),),
+        "output_prefix": str(folder / name / "out"),
+        "tokenizer_type": "byte",
+        "workers": 2,
+    }
+    return Request(**{**values, **changes})  # type: ignore[arg-type]
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def test_documents_become_sequences(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer
+
+    corpus(tmp_path)
+    path = tokenizer_files.huggingface(tmp_path)
+    made = {"tokenizer_type": "huggingface", "tokenizer_model": str(path)}
+    events: list[Start | Step] = []
+    result = prepare(request(tmp_path, "a", **made, keys=("text", "title")), events.append)
+    assert result.documents == (LINES, LINES)
+    assert sorted(files(tmp_path / "a")) == [
+        "out_text_document.bin",
+        "out_text_document.idx",
+        "out_title_document.bin",
+        "out_title_document.idx",
+    ]
+    oracle = Tokenizer.from_file(str(path))
+    oracle.no_truncation()
+    oracle.no_padding()
+    data = IndexedDataset.open(result.outputs[0])
+    assert data.dtype == np.uint16
+    for number, text in enumerate(TEXTS):
+        assert data.sequence(number).tolist() == [*oracle.encode(text).ids, 0]
+    assert data.document_index.tolist() == list(range(LINES + 1))
+    steps = [event for event in events if isinstance(event, Step)]
+    start = events[0]
+    assert isinstance(start, Start)
+    assert (
+        sum(step.weight for step in steps)
+        == start.weight
+        == os.path.getsize(tmp_path / "corpus.jsonl")
+    )
+    assert sum(step.tokens for step in steps) == sum(result.tokens)
+    # One process, and without an end of document.
+    prepare(request(tmp_path, "b", **made, keys=("text", "title"), workers=1))
+    assert files(tmp_path / "a") == files(tmp_path / "b")
+    prepare(request(tmp_path, "c", **made, append_eod=False))
+    data = IndexedDataset.open(str(tmp_path / "c" / "out_text_document"))
+    assert data.sequence(7).tolist() == oracle.encode(TEXTS[7]).ids
+
+
+def killed_after(request_: Request, number: int, pieces: int) -> None:
+    """Kills its own process when this many pieces are done."""
+    module.SMALLEST_PIECE = number  # type: ignore[misc]
+
+    def watch(event: Start | Step) -> None:
+        if len(list(request_.partial.glob("[0-9]*.json"))) >= pieces:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    prepare(request_, watch)
+
+
+def test_a_killed_run_goes_on(tmp_path: Path) -> None:
+    corpus(tmp_path)
+    undisturbed = request(tmp_path, "a")
+    prepare(undisturbed)
+    disturbed = request(tmp_path, "b")
+    # Not spawned as a daemon: it has processes of its own.
+    process = multiprocessing.get_context("spawn").Process(
+        target=killed_after, args=(disturbed, 20_000, 2)
+    )
+    process.start()
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+    assert [path.name for path in (tmp_path / "b").iterdir()] == ["out.partial"]
+    starts: list[Start | Step] = []
+    for changes, rule in (
+        ({"tokenizer_type": "tiktoken"}, "run with another tokenizer"),
+        ({"append_eod": False}, "run with other flags"),
+        ({"inputs": (str(tmp_path / "corpus.jsonl"),) * 2}, "run with other inputs"),
+    ):
+        if "tokenizer_type" in changes:
+            changes["tokenizer_model"] = str(tokenizer_files.tiktoken(tmp_path))
+        with pytest.raises(ConfigError, match=rule) as caught:
+            prepare(request(tmp_path, "b", **changes))
+        assert f"rm -r {disturbed.partial}" in caught.value.works
+    prepare(disturbed, starts.append)
+    assert isinstance(starts[0], Start)
+    assert 2 <= starts[0].kept_pieces < starts[0].pieces
+    assert files(tmp_path / "a") == files(tmp_path / "b")
+
+
+def test_an_input_that_changed_is_another(tmp_path: Path) -> None:
+    path = corpus(tmp_path, bad=(390,))
+    with pytest.raises(ConfigError, match="line 390"):
+        prepare(request(tmp_path, "a", workers=1))
+    time.sleep(0.01)
+    path.touch()
+    with pytest.raises(ConfigError, match="run with other inputs"):
+        prepare(request(tmp_path, "a"))
+
+
+def test_a_damaged_piece_is_made_again(tmp_path: Path) -> None:
+    corpus(tmp_path, bad=(390,))
+    wanted = request(tmp_path, "a", workers=1)
+    with pytest.raises(ConfigError, match="line 390"):
+        prepare(wanted)
+    # Mends the line without a change of size or time.
+    path = Path(wanted.inputs[0])
+    state = path.stat()
+    path.write_text(path.read_text().replace("\n{\n", "\n \n"))
+    os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
+    piece = wanted.partial / "000000-0.bin"
+    piece.write_bytes(bytes(piece.stat().st_size))
+    with pytest.raises(ConfigError, match="piece 0 in it is damaged"):
+        prepare(wanted)
+    assert prepare(wanted).documents == (LINES,)
+    data = IndexedDataset.open(wanted.outputs[0])
+    assert data.sequence(0).tolist() == [*TEXTS[0].encode(), 256]
+
+
+def test_skipped_lines_have_their_numbers(tmp_path: Path) -> None:
+    path = corpus(tmp_path, bad=(1, 200, 399))
+    with pytest.raises(ConfigError, match="line 1: not JSON"):
+        prepare(request(tmp_path, "a", workers=1))
+    result = prepare(request(tmp_path, "b", skip_bad_lines=True))
+    assert result.documents == (LINES,)
+    assert [line.split(": ")[0] for line in result.skipped] == [
+        f"{path}:{number}" for number in (1, 200, 399)
+    ]
+
+
+def test_refused_before_anything_is_made(tmp_path: Path) -> None:
+    corpus(tmp_path)
+    (tmp_path / "text.txt").write_text("text")
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "out_text_document.bin").write_bytes(b"1")
+    for name, changes, rule in (
+        ("a", {"inputs": ()}, "needs the documents"),
+        ("a", {"workers": 0}, "at least 1"),
+        ("a", {"keys": ("a", "a")}, "twice"),
+        ("a", {"keys": ("a/b",)}, "no /"),
+        ("a", {"inputs": (str(tmp_path / "text.txt"),), "keys": ("title",)}, "has no keys"),
+        ("there", {}, "is there already"),
+        ("text.txt", {}, "can not be written"),
+    ):
+        with pytest.raises(ConfigError, match=rule):
+            prepare(request(tmp_path, name, **changes))
+        assert not (tmp_path / "a").exists()
+    with pytest.raises(ConfigError, match="no document has any text"):
+        prepare(request(tmp_path, "b", inputs=(str(tmp_path / "empty.txt"),)))
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
+    corpus(tmp_path)
+    wanted = request(tmp_path, "a")
+    seen = []
+
+    def watch(event: Start | Step) -> None:
+        if isinstance(event, Start):
+            with pytest.raises(ConfigError, match="another run is at work"):
+                prepare(wanted)
+            seen.append(event)
+
+    prepare(wanted, watch)
+    assert seen
+
+
+def test_a_process_that_dies_is_told(tmp_path: Path) -> None:
+    corpus(tmp_path)
+
+    def watch(event: Start | Step) -> None:
+        for child in multiprocessing.active_children():
+            os.kill(child.pid or 0, signal.SIGKILL)
+
+    with pytest.raises(ConfigError, match="code -9, perhaps for want of memory") as caught:
+        prepare(request(tmp_path, "a"), watch)
+    assert caught.value.flag == "--workers"
+    assert prepare(request(tmp_path, "a")).documents == (LINES,)

@@ -1,0 +1,197 @@
+"""Tokenizers of every kind: the library is the oracle; what is refused, and how."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cp_megatron.config.fields import setting_of_type
+from cp_megatron.data.prepare_command import Options
+from cp_megatron.data.tokenizer import KINDS, Tokenizer, open_tokenizer
+from cp_megatron.errors import ConfigError
+from tests.data import tokenizer_files
+
+MAKERS = {kind: getattr(tokenizer_files, kind) for kind in KINDS if kind != "byte"}
+
+
+@pytest.fixture(scope="module")
+def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tokenizer]:
+    folder = tmp_path_factory.mktemp("tokenizers")
+    made = {kind: open_tokenizer(kind, str(make(folder))) for kind, make in MAKERS.items()}
+    return {"byte": open_tokenizer("byte", None), **made}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+class TestAll:
+    @given(
+        text=st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=40)
+    )
+    def test_what_is_encoded_comes_back(
+        self, kind: str, tokenizers: dict[str, Tokenizer], text: str
+    ) -> None:
+        tokenizer = tokenizers[kind]
+        if kind == "sentencepiece":
+            text = text.replace("\u2581", "")  # its own sign for a space
+        ids = tokenizer.encode(text)
+        assert ids.dtype == np.int32
+        assert ((ids >= 0) & (ids < tokenizer.vocab_size) & (ids != tokenizer.eod)).all()
+        assert tokenizer.decode([*ids.tolist(), tokenizer.eod]) == text
+
+    def test_a_batch_is_one_by_one(self, kind: str, tokenizers: dict[str, Tokenizer]) -> None:
+        tokenizer = tokenizers[kind]
+        texts = ["the cat", "", "a longer text, naïve and €, than two tokens"]
+        one = [tokenizer.encode(text).tolist() for text in texts]
+        assert len(one[2]) > 4  # a truncation left in the file has no effect
+        assert [ids.tolist() for ids in tokenizer.encode_batch(texts)] == one
+        single = open_tokenizer(kind, tokenizer.path, threads=1)
+        assert [ids.tolist() for ids in single.encode_batch(texts)] == one
+        assert single.fingerprint == tokenizer.fingerprint
+        assert tokenizer.encode_batch([]) == []
+
+    def test_ids_outside_the_vocabulary(self, kind: str, tokenizers: dict[str, Tokenizer]) -> None:
+        for bad in (-1, tokenizers[kind].vocab_size):
+            with pytest.raises(ValueError, match="must lie in"):
+                tokenizers[kind].decode([bad])
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+class TestRefused:
+    def refuse(self, kind: str, path: str | None, rule: str) -> None:
+        with pytest.raises(ConfigError, match=rule) as caught:
+            open_tokenizer(kind, path)
+        assert caught.value.works
+
+    def test_no_file(self, kind: str, tmp_path: Path) -> None:
+        self.refuse(kind, None, "needs the tokenizer's file")
+        self.refuse(kind, str(tmp_path / "none"), "no such file")
+        self.refuse(kind, "/dev/null", "must be a regular file")
+
+    @pytest.mark.parametrize("data", [b"", b"{}", b"\xff\x00 nothing", b"YQ== x\n", b"{" * 9])
+    def test_malformed(self, kind: str, data: bytes, tmp_path: Path) -> None:
+        (tmp_path / "file").write_bytes(data)
+        self.refuse(kind, str(tmp_path / "file"), f"is no {kind} tokenizer")
+
+    def test_another_kind(self, kind: str, tmp_path: Path) -> None:
+        for other, make in MAKERS.items():
+            if other != kind:
+                self.refuse(kind, str(make(tmp_path)), f"is no {kind} tokenizer")
+
+    def test_a_missing_package(
+        self, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        path = MAKERS[kind](tmp_path)
+        name = "tokenizers" if kind == "huggingface" else kind
+        monkeypatch.setitem(sys.modules, name, None)
+        with pytest.raises(ConfigError, match=f"package {name}") as caught:
+            open_tokenizer(kind, str(path))
+        assert caught.value.works == "pip install 'cp_megatron[data]'"
+
+
+def test_unknown_kinds_and_a_file_for_bytes() -> None:
+    with pytest.raises(ConfigError, match="one of its choices"):
+        open_tokenizer("words", None)
+    with pytest.raises(ConfigError, match="has no file"):
+        open_tokenizer("byte", "file")
+
+
+def test_where_huggingface_finds_the_end(tmp_path: Path) -> None:
+    path = tokenizer_files.huggingface(tmp_path, special=("<|im_end|>", "</s>", "<|endoftext|>"))
+
+    def eod() -> int:
+        assert open_tokenizer("huggingface", str(path)).eod == (
+            open_tokenizer("huggingface", str(tmp_path)).eod
+        )
+        return open_tokenizer("huggingface", str(path)).eod
+
+    assert eod() == 2
+    tokenizer_files.write_json(tmp_path / "config.json", {"eos_token_id": [1, 2]})
+    assert eod() == 1
+    tokenizer_files.write_json(tmp_path / "tokenizer_config.json", {"eos_token": "<|im_end|>"})
+    assert eod() == 0
+    name = {"content": "</s>", "lstrip": False}
+    tokenizer_files.write_json(tmp_path / "tokenizer_config.json", {"eos_token": name})
+    assert eod() == 1
+    (tmp_path / "tokenizer_config.json").write_bytes(b"{")
+    with pytest.raises(ConfigError, match=r"tokenizer_config.json: is no huggingface"):
+        eod()
+
+
+def test_no_end_of_document(tmp_path: Path) -> None:
+    path = tokenizer_files.huggingface(tmp_path, special=("<pad>",))
+    with pytest.raises(ConfigError, match="no token that ends a document"):
+        open_tokenizer("huggingface", str(path))
+    path = tokenizer_files.sentencepiece(tmp_path, eos_id=-1)
+    with pytest.raises(ConfigError, match="no token that ends a document"):
+        open_tokenizer("sentencepiece", str(path))
+
+
+def test_huggingface_is_transformers(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    path = tokenizer_files.huggingface(tmp_path, special=("<|endoftext|>", "<|im_start|>"))
+    oracle = transformers.PreTrainedTokenizerFast(tokenizer_file=str(path))
+    text = "<|im_start|>the cat, naïve"
+    wanted = oracle(text, add_special_tokens=False, padding=False, truncation=False)["input_ids"]
+    assert open_tokenizer("huggingface", str(path)).encode(text).tolist() == wanted
+    assert wanted[0] == 1
+
+
+@pytest.mark.parametrize(
+    ("ranks", "eod", "text", "ids"),
+    [
+        (258, 258, "<|endoftext|>", [258]),
+        (100_256, 100_257, "<|endoftext|>", [100_257]),
+        (128_000, 128_001, "<|begin_of_text|>", [128_000]),
+        (128_000, 128_001, "<|eot_id|>", [128_009]),
+        (151_643, 151_643, "<|im_end|>", [151_645]),
+    ],
+)
+def test_tiktoken_files_are_known_by_their_size(
+    ranks: int, eod: int, text: str, ids: list[int], tmp_path: Path
+) -> None:
+    path = tokenizer_files.tiktoken(tmp_path, more=ranks - 256)
+    tokenizer = open_tokenizer("tiktoken", str(path))
+    assert tokenizer.eod == eod
+    assert tokenizer.encode(text).tolist() == ids
+    assert tokenizer.encode("the").tolist() == [257]
+    if ranks > 258:  # digits come in threes, in Qwen one by one
+        assert len(tokenizer.encode("12")) == (2 if ranks == 151_643 else 1)
+    if ranks == 128_000:
+        assert tokenizer.vocab_size == 128_256
+    if ranks == 100_256:
+        with pytest.raises(ValueError, match="hole"):
+            tokenizer.decode([100_256])
+
+
+def test_a_tiktoken_file_has_every_byte_and_each_rank_once(tmp_path: Path) -> None:
+    path = tokenizer_files.tiktoken(tmp_path)
+    lines = path.read_text().splitlines()
+    for broken, rule in (
+        (lines[1:], "not every byte"),
+        ([*lines, "YWJj 3"], "two tokens have one rank"),
+        ([*lines, "YWJj"], "line 259"),
+    ):
+        path.write_text("\n".join(broken))
+        with pytest.raises(ConfigError, match=rule):
+            open_tokenizer("tiktoken", str(path))
+
+
+@pytest.mark.parametrize(
+    ("megatron", "ours"),
+    [
+        ("HuggingFaceTokenizer", "huggingface"),
+        ("SentencePieceTokenizer", "sentencepiece"),
+        ("GPTSentencePieceTokenizer", "sentencepiece"),
+        ("Llama2Tokenizer", "sentencepiece"),
+        ("TikTokenizer", "tiktoken"),
+    ],
+)
+def test_the_spellings_of_megatron(megatron: str, ours: str) -> None:
+    from typing import get_type_hints
+
+    hint = get_type_hints(Options)["tokenizer_type"]
+    assert setting_of_type("", "tokenizer_type", hint).from_text(megatron) == ours

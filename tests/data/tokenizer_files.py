@@ -1,0 +1,59 @@
+"""Small tokenizers made on the spot, one of each kind."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from pathlib import Path
+
+from cp_megatron.data.tokenizer_huggingface import train_byte_level
+
+TEXTS = ("the cat sat on the mat", "naïve € text, a bit of it", "one two three four five") * 20
+
+
+def huggingface(folder: Path, *, special: tuple[str, ...] = ("<|endoftext|>",)) -> Path:
+    """A byte-level BPE of 300 entries as ``tokenizer.json``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "tokenizer.json"
+    library = train_byte_level(TEXTS, path, vocab_size=300, special=special)
+    library.enable_truncation(2)  # what a training script may leave in the file
+    library.enable_padding(length=4)
+    library.save(str(path))
+    return path
+
+
+def sentencepiece(folder: Path, *, eos_id: int = 2) -> Path:
+    """A model with byte fallback that leaves spaces alone."""
+    from sentencepiece import SentencePieceTrainer
+
+    stream = io.BytesIO()
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXTS),
+        model_writer=stream,
+        vocab_size=300,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        add_dummy_prefix=False,
+        hard_vocab_limit=False,
+        eos_id=eos_id,
+        minloglevel=2,
+    )
+    path = folder / "tokenizer.model"
+    path.write_bytes(stream.getvalue())
+    return path
+
+
+def tiktoken(folder: Path, *, more: int = 2) -> Path:
+    """All bytes, and ``th``, ``the``, ``12``, then as many ranks as wanted."""
+    tokens = [bytes([value]) for value in range(256)] + [b"th", b"the", b"12"][:more]
+    tokens += [f"\0{number}".encode() for number in range(more - 3)]
+    lines = [f"{base64.b64encode(token).decode()} {rank}" for rank, token in enumerate(tokens)]
+    path = folder / "ranks.tiktoken"
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def write_json(path: Path, value: object) -> None:
+    path.write_text(json.dumps(value))

@@ -1,0 +1,212 @@
+"""launch/evaluate.py as a person runs it, on one rank and on two, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch.distributed as dist
+
+from cp_megatron.checkpoint.huggingface import export_hf
+from cp_megatron.comm.runtime import Launch
+from cp_megatron.config.evaluation import EVALUATE, EvaluationOptions
+from cp_megatron.config.parse import parse_arguments
+from cp_megatron.errors import ConfigError
+from cp_megatron.train import plots
+from cp_megatron.train.evaluation_plan import EvaluationPlan, check_evaluation
+from cp_megatron.train.evaluation_report import Results
+from cp_megatron.train.evaluation_run import evaluate
+from tests.launch.test_end_to_end import Ended, ours_in_trace, run
+from tests.ranks import run_ranks
+from tests.train.test_loop import train
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = str(ROOT / "launch" / "evaluate.py")
+FLAGS = ["--lengths", "600", "750", "--num-samples", "2", "--depths", "0", "50", "--buckets", "4"]
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a text and a run of two steps on it."""
+    folder = tmp_path_factory.mktemp("evaluated")
+    lines = (f"Number {i} is here. The {i % 7} mice run after line {i * i}!" for i in range(400))
+    (folder / "text.txt").write_text("\n".join(lines))
+    argv = ["--num-layers", "1", "--hidden-size", "32", "--seq-length", "64", "--train-iters", "2"]
+    argv += ["--data-path", str(folder / "text.txt"), "--save", str(folder / "run")]
+    argv += ["--device", "cpu", "--no-plot", "--split", "80,20"]
+    run_ranks(train, 1, argv)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(folder: Path) -> tuple[Ended, dict[str, Any]]:
+    ended = run([sys.executable, SCRIPT, "--load", "run", *FLAGS, "--output", "alone"], folder)
+    assert (ended.code, ended.err) == (0, ""), ended.err
+    return ended, json.loads((folder / "alone" / "results.json").read_text())
+
+
+def test_results_and_pictures_are_written(folder: Path, alone: tuple[Ended, Any]) -> None:
+    ended, results = alone
+    assert "perplexity by position" in ended.out
+    assert "needle: exact answers" in ended.out
+    for name in ("perplexity", "needle", "variables"):
+        assert (folder / "alone" / f"{name}.png").read_bytes().startswith(PNG)
+    assert [row["length"] for row in results["perplexity"]] == [600, 750]
+    for row in results["perplexity"]:
+        assert row["tokens"] == row["rows"] * row["length"]
+        assert sum(b["tokens"] for b in row["buckets"]) == row["tokens"]
+        loss = sum(b["loss"] * b["tokens"] for b in row["buckets"]) / row["tokens"]
+        assert loss == pytest.approx(row["loss"], rel=1e-12)
+        assert 3 < row["loss"] < 7
+    assert len(results["answers"]) == 2 * (2 * 2 + 2)
+    assert [cell["depth"] for cell in results["cells"]] == [0, 50, 0] * 2
+
+
+def near(one: Any, other: Any) -> bool:
+    if isinstance(one, Mapping):
+        return one.keys() == other.keys() and all(near(one[key], other[key]) for key in one)
+    if isinstance(one, list):
+        return len(one) == len(other) and all(map(near, one, other))
+    return one == (pytest.approx(other, rel=1e-4) if isinstance(other, float) else other)
+
+
+def test_two_ranks_find_the_same(folder: Path, alone: tuple[Ended, Any]) -> None:
+    command = ["torchrun", "--nproc-per-node", "2", SCRIPT, "--load", "run", *FLAGS]
+    command += ["--context-parallel-size", "2", "--output", "two", "--no-plot"]
+    ended = run(command, folder)
+    assert (ended.code, ours_in_trace(ended)) == (0, []), ended.err
+    assert "rows of 750 tokens are padded to 752" in ended.out
+    found = json.loads((folder / "two" / "results.json").read_text())
+    assert sorted(path.name for path in (folder / "two").iterdir()) == ["results.json"]
+    assert found.pop("grid") == {"dp": 1, "cp": 2, "tp": 1}
+    assert near(found, {key: value for key, value in alone[1].items() if key != "grid"})
+
+
+def planned(folder: Path, *words: str) -> EvaluationPlan:
+    argv = ["--load", str(folder / "run"), "--output", str(folder / "new"), *FLAGS, *words]
+    arguments = parse_arguments(argv, program=EVALUATE)
+    options = cast(EvaluationOptions, arguments.options)
+    return check_evaluation(arguments.config, options, Launch(), given=arguments.given)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--lr", "1"], "--lr: has no effect on an evaluation"),
+        (["--seq-length", "64"], "--seq-length: has no effect .*works: --lengths"),
+        (["--save", "x"], "--save: has no effect"),
+        (["--train-iters", "7"], "--train-iters: has no effect"),
+        (["--profile"], "--profile: has no effect"),
+        (["--sequence-parallel"], "--sequence-parallel: has no effect"),
+        (["--hidden-size", "64"], "is of another model"),
+        (["--dtype", "float64"], "--dtype float64: the checkpoint's weights are float32"),
+        (["--context-parallel-size", "2"], "torchrun --nproc-per-node 2"),
+        (["--tasks", "perplexity,needles"], "--tasks needles: is no task .*needle, variables"),
+        (["--tasks", "needle"], "--buckets: has no effect without the task perplexity"),
+    ],
+)
+def test_refused(folder: Path, words: list[str], told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        planned(folder, *words)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--lengths", "60"], "--lengths 60: needle needs .*tokens for its question"),
+        (["--lengths", "1", "--tasks", "perplexity"], "--lengths 1: must lie in 2"),
+        (["--depths", "101"], "--depths 101: must lie in 0 to 100 .works: 100"),
+        (["--output", "run"], "--output run: is there already"),
+    ],
+)
+def test_refused_in_one_line(folder: Path, words: list[str], told: str) -> None:
+    ended = run([sys.executable, SCRIPT, "--load", "run", *words], folder)
+    assert (ended.code, ended.out) == (2, "")
+    (line,) = ended.err.splitlines()
+    assert line.startswith("evaluate.py: error: ")
+    assert re.search(told, line), line
+
+
+def test_a_model_is_needed(tmp_path: Path) -> None:
+    arguments = parse_arguments([], program=EVALUATE)
+    options = cast(EvaluationOptions, arguments.options)
+    with pytest.raises(ConfigError, match="needs a trained model"):
+        check_evaluation(arguments.config, options, Launch(), given=arguments.given)
+
+
+def test_pictures_need_matplotlib_or_no_plot(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plots, "has_matplotlib", lambda: False)
+    with pytest.raises(ConfigError, match=r"pip install 'cp_megatron\[plot\]', or --no-plot"):
+        planned(folder)
+    assert not planned(folder, "--no-plot").plot
+
+
+def test_positions_may_be_tried_out(folder: Path) -> None:
+    plan = planned(folder, "--rotary-base", "50000", "--tasks", "needle,perplexity")
+    assert plan.longest.config.model.rotary_base == 50000
+    assert plan.options.tasks == ("perplexity", "needle")
+    assert plan.part == "valid"
+
+
+def test_other_data_has_no_parts(folder: Path) -> None:
+    (folder / "other.txt").write_text("Some other text. " * 200)
+    plan = planned(folder, "--data-path", str(folder / "other.txt"))
+    assert (plan.part, plan.own_text) == ("all", True)
+
+
+CHECK = """
+import sys
+sys.path.insert(0, "launch")
+import evaluate
+code = evaluate.main(sys.argv[1:], {"RANK": "1", "WORLD_SIZE": "4"})
+assert "torch" not in sys.modules, "torch was imported"
+sys.exit(code)
+"""
+
+
+def test_a_dry_run_needs_no_torch_and_only_the_first_rank_speaks(folder: Path) -> None:
+    argv = ["--load", str(folder / "run"), "--dry-run", "--tensor-parallel-size", "2"]
+    ended = subprocess.run(
+        [sys.executable, "-c", CHECK, *argv], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", "")
+
+
+def test_the_program_is_thin() -> None:
+    assert len(Path(SCRIPT).read_text().splitlines()) < 60
+
+
+def evaluated(rank: int, world_size: int, argv: list[str]) -> Results:
+    """The program without its words, on the pool."""
+    launch = Launch(rank=rank, world_size=world_size, local_world_size=world_size)
+    arguments = parse_arguments(argv, program=EVALUATE)
+    options = cast(EvaluationOptions, arguments.options)
+    plan = check_evaluation(arguments.config, options, launch, given=arguments.given)
+    plan = replace(plan, runs=tuple(run.on_device("cpu") for run in plan.runs))
+    world = dist.group.WORLD
+    assert world is not None
+    return evaluate(plan, launch, "cpu", world)
+
+
+def test_a_hugging_face_folder_is_evaluated_alike(folder: Path) -> None:
+    export_hf(folder / "run" / "step-2", folder / "hf")
+    words = ["--lengths", "700", "--num-samples", "2", "--buckets", "3", "--no-plot", "--output"]
+    words += [str(folder / "none"), "--data-path", str(folder / "text.txt")]
+    (ours,) = run_ranks(evaluated, 1, ["--load", str(folder / "run"), *words])
+    (theirs,) = run_ranks(evaluated, 1, ["--load-hf", str(folder / "hf"), *words])
+    assert theirs.about["step"] is None
+    assert near([asdict(row) for row in theirs.perplexity], [asdict(r) for r in ours.perplexity])
+    assert near([asdict(row) for row in theirs.answers], [asdict(row) for row in ours.answers])
+    scaled = ["--rope-type", "linear", "--rope-scaling-factor", "4"]
+    (other,) = run_ranks(evaluated, 1, ["--load-hf", str(folder / "hf"), *words, *scaled])
+    assert other.perplexity[0].whole.loss != pytest.approx(ours.perplexity[0].whole.loss, rel=1e-6)
+    with pytest.raises(ConfigError, match="does not say what it was trained on"):
+        evaluated(0, 1, ["--load-hf", str(folder / "hf"), *words, "--part", "valid"])

@@ -1,0 +1,124 @@
+"""The program: one line and code 2 for a mistake, without torch; Ctrl-C says how to go on."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from cp_megatron.data.indexed import IndexedDataset
+from cp_megatron.data.prepare_command import parse, run
+from cp_megatron.errors import ConfigError
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "launch" / "prepare_data.py"
+
+
+def launched(folder: Path, *argv: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(SCRIPT), *argv],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def test_it_prepares(tmp_path: Path) -> None:
+    lines = [json.dumps({"text": f"text {number}"}) for number in range(20)]
+    (tmp_path / "a.jsonl").write_text("\n".join([*lines, "{"]))
+    argv = ["--input", "*.jsonl", "--output-prefix", "out", "--workers", "1", "--log-interval=5"]
+    told = launched(tmp_path, "--help")
+    assert (told.returncode, "--json-keys" in told.stdout) == (0, True)
+    ended = launched(tmp_path, *argv, "--skip-bad-lines", "--append-eod")
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert "out_text_document.bin .idx: 20 documents, 150 tokens" in ended.stdout
+    assert "20 documents  " in ended.stdout
+    assert "skipped a.jsonl:21: not JSON" in ended.stdout
+    assert (tmp_path / "out_skipped.txt").read_text().startswith("a.jsonl:21: not JSON")
+    data = IndexedDataset.open(str(tmp_path / "out_text_document"))
+    assert data.sequence(3).tolist() == [*b"text 3", 256]
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["--inptu", "a"], "--inptu a: unknown flag (works: --input"),
+        (["a"], "argument a: belongs to no flag"),
+        (["--input", "a", "--input", "b"], "is given twice"),
+        (["--input"], "needs one or more values"),
+        (["--workers", "two"], "must be a whole number"),
+        (["--append-eod", "yes"], "takes no value"),
+        (["--input", "a"], "--output-prefix: needs the path"),
+        (["--output-prefix", "o", "--log-interval", "0"], "must be at least 1"),
+        (["--output-prefix", "o", "--input", "none"], "no such file or folder"),
+        (["--output-prefix", "o", "--tokenizer-type", "words"], "byte, huggingface, sentencep"),
+    ],
+)
+def test_mistakes(
+    argv: list[str],
+    expected: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError) as caught:
+        run(parse(argv))
+    assert expected in str(caught.value)
+    assert capsys.readouterr().out == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_mistake_ends_in_one_line_without_torch(tmp_path: Path) -> None:
+    argv = ["--output-prefix", "o", "--input", "none"]
+    code = (
+        f"import sys; sys.path.insert(0, {str(SCRIPT.parent)!r}); import prepare_data as p; "
+        "code = p.main(sys.argv[1:]); assert 'torch' not in sys.modules; sys.exit(code)"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", code, *argv],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (ended.returncode, ended.stdout) == (2, "")
+    (line,) = ended.stderr.splitlines()
+    assert line.startswith("prepare_data.py: error: ")
+    assert "--input none: there is no such file or folder" in line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_stopped_run_says_how_to_go_on(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    for number in range(40):
+        (tmp_path / "in" / f"{number}.txt").write_text(f"{number} " * 400_000)
+    argv = [sys.executable, str(SCRIPT), "--input", "in", "--output-prefix", "out"]
+    argv += ["--workers", "1"]
+    process = subprocess.Popen(
+        argv, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    until = time.monotonic() + 30
+    while not list(tmp_path.glob("out.partial/0*.json")) and time.monotonic() < until:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGINT)
+    _, told = process.communicate(timeout=30)
+    assert process.returncode == 130, told
+    (line,) = told.splitlines()
+    assert "finished pieces are in out.partial, the same command goes on" in line
+    ended = launched(tmp_path, *argv[2:])
+    assert ended.returncode == 0, ended.stderr
+    assert "going on: " in ended.stdout
+    assert "40 documents" in ended.stdout
+
+
+def test_the_program_is_thin() -> None:
+    assert len(SCRIPT.read_text().splitlines()) < 60

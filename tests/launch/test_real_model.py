@@ -1,0 +1,103 @@
+"""The job people come for, on a real model: evaluate it on any grid, extend its context, train it.
+
+SmolLM2-135M was trained on 8,192 tokens. The text is English prose that ships with Python. All of
+it is slow: a row of 16,384 tokens is a minute's work for two cores.
+"""
+
+from __future__ import annotations
+
+import json
+import pydoc_data.topics
+import shlex
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.launch.test_end_to_end import environment
+from tests.smollm2 import smollm2_folder
+
+LAUNCH = Path(__file__).parents[2] / "launch"
+RECIPE = LAUNCH / "recipes" / "extend-context.yaml"
+MINUTES = 60.0
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3 * 600)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the text."""
+    folder = tmp_path_factory.mktemp("real")
+    topics: dict[str, str] = pydoc_data.topics.topics
+    (folder / "text.txt").write_text("\n\n".join(topics.values()), encoding="utf-8")
+    return folder
+
+
+def launch(folder: Path, ranks: int, script: str, flags: str) -> str:
+    """Runs a program of ``launch/`` in ``folder``; what it printed."""
+    starter = ["python"] if ranks == 1 else ["torchrun", "--nproc-per-node", str(ranks)]
+    command = [*starter, str(LAUNCH / script), *shlex.split(flags)]
+    ended = subprocess.run(
+        command,
+        cwd=folder,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=20 * MINUTES,
+    )
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    return ended.stdout
+
+
+def perplexity(folder: Path, ranks: int, name: str, flags: str) -> dict[int, float]:
+    """Length -> perplexity of one row, the ranks sharing it."""
+    model = "" if "--load " in flags else f"--load-hf {smollm2_folder()}"
+    launch(
+        folder,
+        ranks,
+        "evaluate.py",
+        f"{model} --context-parallel-size {ranks} --data-path text.txt --tasks perplexity"
+        f" --num-samples 1 --dtype float32 --no-plot --output {name} {flags}",
+    )
+    results: dict[str, Any] = json.loads((folder / name / "results.json").read_text())
+    return {row["length"]: row["perplexity"] for row in results["perplexity"]}
+
+
+def test_perplexity_is_the_same_on_any_number_of_ranks(folder: Path) -> None:
+    lengths = "--lengths 512 2048 8192"
+    one = perplexity(folder, 1, "one", lengths)
+    assert one.keys() == {512, 2048, 8192}
+    assert all(1 < value < 30 for value in one.values()), one
+    for ranks in (2, 4):
+        shared = perplexity(folder, ranks, f"cp{ranks}", lengths)
+        assert shared == pytest.approx(one, rel=1e-4), ranks
+
+
+def test_yarn_keeps_the_perplexity_beyond_the_trained_length(folder: Path) -> None:
+    trained = perplexity(folder, 2, "trained", "--lengths 8192")[8192]
+    plain = perplexity(folder, 2, "plain", "--lengths 16384")[16384]
+    yarn = "--rope-type yarn --rope-scaling-factor 2 --lengths 16384"
+    scaled = perplexity(folder, 2, "yarn", yarn)[16384]
+    print(f"perplexity: 8K {trained:.2f}, 16K {plain:.2f}, 16K with YaRN {scaled:.2f}")
+    assert scaled < 1.3 * trained
+    assert plain > 3 * trained
+
+
+def test_a_few_steps_extend_the_context(folder: Path) -> None:
+    """The rotary base is cut to a tenth, as if the model had been made for shorter texts."""
+    base = "--rotary-base 10000"
+    before = perplexity(folder, 2, "before", f"{base} --lengths 4096")[4096]
+    launch(
+        folder,
+        2,
+        "pretrain.py",
+        f"--load-hf {smollm2_folder()} {base} --context-parallel-size 2 --seq-length 4096"
+        " --global-batch-size 1 --train-iters 6 --lr 2e-4 --lr-warmup-iters 1 --split 90,10"
+        " --eval-iters 1 --log-interval 1 --data-path text.txt --save extended --no-plot",
+    )
+    flags = "--load extended --part valid --lengths 4096"
+    after = perplexity(folder, 2, "after", flags.replace("--part valid", "--part all"))[4096]
+    print(f"perplexity at 4K: {before:.2f} before, {after:.2f} after")
+    assert after < before

