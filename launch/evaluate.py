@@ -6,9 +6,7 @@ Flags are checked before torch is imported: a mistake costs a second, one line a
 from __future__ import annotations
 
 import os
-import signal
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from typing import cast
 
@@ -17,10 +15,8 @@ from cp_megatron.config.evaluation import EVALUATE, EvaluationOptions
 from cp_megatron.config.parse import parse_arguments
 from cp_megatron.errors import ConfigError
 from cp_megatron.train.evaluation_plan import check_evaluation, print_plan
-from cp_megatron.train.report import error_line
+from cp_megatron.train.report import refuse
 from cp_megatron.train.signals import leave, stop_at_once
-
-SECONDS_FOR_RANK_0 = 2.0
 
 
 def main(argv: Sequence[str], environ: Mapping[str, str], script: str = EVALUATE.name) -> int:
@@ -42,13 +38,7 @@ def main(argv: Sequence[str], environ: Mapping[str, str], script: str = EVALUATE
 
         return run_evaluation(plan, launch)
     except ConfigError as error:
-        # The first rank to leave has torchrun end the others: rank 0 must have spoken before.
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        if launch.rank == 0:
-            print(error_line(error, EVALUATE.name), file=sys.stderr, flush=True)
-        else:
-            time.sleep(SECONDS_FOR_RANK_0)
-        return 2
+        return refuse(error, EVALUATE.name, rank=launch.rank)
 
 
 if __name__ == "__main__":

@@ -6,20 +6,17 @@ Flags are checked before torch is imported: a mistake costs a second, one line a
 from __future__ import annotations
 
 import os
-import signal
 import sys
-import time
 from collections.abc import Mapping, Sequence
 
 from cp_megatron.comm.runtime import Launch
 from cp_megatron.config.parse import parse_arguments
 from cp_megatron.errors import ConfigError
 from cp_megatron.train.preflight import check
-from cp_megatron.train.report import error_line, print_start
+from cp_megatron.train.report import print_start, refuse
 from cp_megatron.train.signals import leave, stop_at_once
 
 PROGRAM = "pretrain.py"
-SECONDS_FOR_RANK_0 = 2.0
 
 
 def main(argv: Sequence[str], environ: Mapping[str, str], script: str = PROGRAM) -> int:
@@ -46,13 +43,7 @@ def main(argv: Sequence[str], environ: Mapping[str, str], script: str = PROGRAM)
 
         return run(plan, launch, script)
     except ConfigError as error:
-        # The first rank to leave has torchrun end the others: rank 0 must have spoken before.
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        if launch.rank == 0:
-            print(error_line(error, PROGRAM), file=sys.stderr, flush=True)
-        else:
-            time.sleep(SECONDS_FOR_RANK_0)
-        return 2
+        return refuse(error, PROGRAM, rank=launch.rank)
 
 
 if __name__ == "__main__":

@@ -41,6 +41,7 @@ _ARCHITECTURES: Mapping[str, str] = {
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
 }
+_FACTORS = ("rope.scaling.factor", "rope.scale_linear")
 _BLOCK: Mapping[str, str] = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
@@ -186,6 +187,8 @@ def _read_shape(file: GGUFFile) -> _Shape:
     for key in ("expert_count", "attention.sliding_window", "rope.scaling.attn_factor"):
         if data.get(f"{architecture}.{key}"):
             raise ConfigError(FLAG, path, f"has {key}, which is not converted")
+    if data.get(f"{architecture}.attention.causal") is False:
+        raise ConfigError(FLAG, path, "attends in both directions, which is not converted")
 
     def number(key: str, default: int | None = None) -> int:
         value = data.get(f"{architecture}.{key}", default)
@@ -231,14 +234,17 @@ def _read_shape(file: GGUFFile) -> _Shape:
 
 
 def _linear_scaling(file: GGUFFile, real: Any) -> float | None:
+    """The factor, as llama.cpp reads it: without a type it is linear, and it has an older name."""
     architecture = file.metadata["general.architecture"]
-    kind = file.metadata.get(f"{architecture}.rope.scaling.type", "none")
+    names = [x for x in _FACTORS if f"{architecture}.{x}" in file.metadata]
+    usual = "linear" if names else "none"
+    kind = file.metadata.get(f"{architecture}.rope.scaling.type", usual)
     if kind == "none":
         return None
     if kind != "linear":
         rule = f"scales its positions by {kind}, which is not converted"
         raise ConfigError(FLAG, file.path, rule, "none, linear")
-    return cast(float, real("rope.scaling.factor", 1.0))
+    return cast(float, real(names[0], 1.0)) if names else 1.0
 
 
 def _map_names(file: GGUFFile, shape: _Shape) -> dict[str, str]:

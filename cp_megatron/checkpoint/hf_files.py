@@ -114,6 +114,9 @@ def read_hf_weights(
     """
     folder = Path(folder)
     stored, files = _stored(folder)
+    if model.num_layers > len(stored):
+        rule = f"config.json says {model.num_layers} layers, it stores {len(stored)} tensors in all"
+        raise _wrong(folder, rule)
     tensors: dict[str, TensorEntry] = {}
     wanted = hf_tensors(model, vocab_size)
     for ours, tensor in wanted.items():
@@ -220,17 +223,22 @@ def _header(folder: Path, name: str) -> tuple[dict[str, _Stored], int]:
         raise _wrong(folder, f"{name} has no header")
     entries = {key: value for key, value in document.items() if key != "__metadata__"}
     tensors: dict[str, _Stored] = {}
-    end = 0
+    spans: list[tuple[int, int]] = []
     for key, entry in entries.items():
-        tensors[key], stop = _entry(folder, name, key, entry)
-        end = max(end, stop)
+        tensors[key], span = _entry(folder, name, key, entry)
+        spans.append(span)
+    end = 0
+    for start, stop in sorted(spans):
+        if start != end:
+            raise _wrong(folder, f"{name} is malformed: its tensors overlap or leave a hole")
+        end = stop
     if 8 + length + end != status.st_size:
         rule = f"{name} has {status.st_size} bytes, its header says {8 + length + end}"
         raise _wrong(folder, f"{rule}: it is truncated or damaged")
     return tensors, status.st_size
 
 
-def _entry(folder: Path, name: str, key: str, entry: Any) -> tuple[_Stored, int]:
+def _entry(folder: Path, name: str, key: str, entry: Any) -> tuple[_Stored, tuple[int, int]]:
     bad = _wrong(folder, f"{name}: the header of {key} is malformed")
     if not isinstance(entry, dict):
         raise bad
@@ -244,7 +252,7 @@ def _entry(folder: Path, name: str, key: str, entry: Any) -> tuple[_Stored, int]
     size = math.prod(shape) * ELEMENT_BYTES[DTYPES[dtype]]
     if len(span) != 2 or span[1] - span[0] != size:
         raise bad
-    return _Stored(file=name, dtype=DTYPES[dtype], shape=shape), span[1]
+    return _Stored(file=name, dtype=DTYPES[dtype], shape=shape), (span[0], span[1])
 
 
 def _counts(entry: dict[str, Any], name: str) -> tuple[int, ...] | None:

@@ -52,6 +52,7 @@ from cp_megatron.data.tokenizer import open_tokenizer
 from cp_megatron.errors import ConfigError
 
 OUTPUT = "--output"
+_TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _TYPES: Mapping[str, str] = MappingProxyType({name: code for code, name in DTYPES.items()})
 
 
@@ -135,6 +136,7 @@ def export_hf(
         dtype=dtype,
     )
     tokenizer = _tokenizer_files(config)
+    described |= _token_ids(tokenizer)
     positions = max(config.model.max_position_embeddings or 0, config.data.seq_length)
     tensors = export_tensors(config.model, manifest.vocab_size, positions)
     entries = _entries(step, manifest, tensors)
@@ -144,8 +146,8 @@ def export_hf(
         discard(temporary)
         temporary.mkdir(parents=True)
         _write_json(temporary / "config.json", described)
-        generation = {"eos_token_id": eod, "bos_token_id": None, "_from_model_config": True}
-        _write_json(temporary / "generation_config.json", generation)
+        ids = {name: described[name] for name in _TOKEN_IDS}
+        _write_json(temporary / "generation_config.json", {**ids, "_from_model_config": True})
         for path in tokenizer:
             shutil.copyfile(path, temporary / path.name)
         if config.data.tokenizer_type == "byte":
@@ -188,6 +190,17 @@ def _saved_config(step: Path, manifest: Manifest) -> Config:
 
 def _eod(config: Config) -> int:
     return open_tokenizer(config.data.tokenizer_type, config.data.tokenizer_model).eod
+
+
+def _token_ids(tokenizer: Sequence[Path]) -> dict[str, Any]:
+    """The ids of a text's first and last tokens that the tokenizer's own folder names."""
+    path = tokenizer[0].parent / "config.json" if tokenizer else None
+    try:
+        found = json.loads(path.read_bytes()) if path is not None else None
+    except (OSError, ValueError, RecursionError):
+        return {}
+    named = found if isinstance(found, dict) else {}
+    return {key: named[key] for key in _TOKEN_IDS if named.get(key) is not None}
 
 
 def _tokenizer_files(config: Config) -> list[Path]:

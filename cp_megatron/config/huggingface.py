@@ -156,7 +156,8 @@ def _window(fields: JsonFields, architecture: str, layers: int) -> dict[str, Any
             raise fields.wrong("sliding_window", "is not honoured in Llama", "MistralForCausalLM")
         return {}
     if architecture == "mistral":
-        if kinds is not None and set(map(str, kinds)) != {"sliding_attention"}:
+        named = isinstance(kinds, list) and all(kind == "sliding_attention" for kind in kinds)
+        if kinds is not None and not named:
             raise fields.wrong("layer_types", "is not honoured in Mistral", "no layer_types")
         if "sliding_window" in fields.value and fields.value["sliding_window"] is None:
             return {}
@@ -315,7 +316,7 @@ def _architecture_of(model: ModelConfig) -> str:
         return "qwen3"
     if model.add_qkv_bias and not biases:
         return "qwen2"
-    if window and model.window_layers is not None:
+    if window and model.window_layers is not None and model.row_window is None:
         rule = "only Qwen2 and Qwen3 have a window on some layers"
         layers = " ".join(map(str, model.window_layers))
         raise refused("--window-layers", layers, rule, "--add-qkv-bias or --qk-layernorm")

@@ -27,7 +27,7 @@ import tyro
 from cp_megatron.config.fields import BadValueError, Setting, setting_of_type, settings
 from cp_megatron.config.huggingface import has_tokenizer, read_hf_config
 from cp_megatron.config.megatron_flags import why_meaningless
-from cp_megatron.config.presets import DEFAULT_PRESET
+from cp_megatron.config.presets import DEFAULT_PRESET, PRETRAINED_OPTIMIZER
 from cp_megatron.config.schema import Config
 from cp_megatron.config.yaml_io import Values, overlay, preset_named, read_file, read_values
 from cp_megatron.errors import ConfigError
@@ -298,6 +298,8 @@ def _base(words: Mapping[str, _Word]) -> Config:
         base = _started_from(
             base, folder, tokenizer=not said & {"tokenizer_type", "tokenizer_model"}
         )
+        if "preset" not in said:
+            base = dataclasses.replace(base, optimizer=PRETRAINED_OPTIMIZER)
     base = overlay(base, values)
     if load is None:
         return base

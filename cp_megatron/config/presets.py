@@ -103,3 +103,7 @@ PRESETS: Mapping[str, Config] = MappingProxyType(
 
 DEFAULT_PRESET = "toy"
 """The preset of a command line that names none."""
+
+PRETRAINED_OPTIMIZER = OptimizerConfig(lr=2e-5)
+"""Of a run that starts from pretrained weights and names no preset: a new model's learning rate
+would throw them away."""

@@ -79,8 +79,9 @@ def check_sampling(*, temperature: float, top_k: int, top_p: float) -> None:
     Raises:
         ConfigError: a number out of its range, or one that has no effect.
     """
+    usable = temperature == 0 or 1e-6 <= temperature <= 1e6  # smaller ones leave finite numbers
     for flag, value, fits, rule, works in (
-        ("--temperature", temperature, 0 <= temperature < 1e6, "must lie in 0 to 1e6", "0"),
+        ("--temperature", temperature, usable, "must be 0 or lie in 1e-6 to 1e6", "0"),
         ("--top-k", top_k, top_k >= 0, "must not be below 0", "0"),
         ("--top-p", top_p, 0 < top_p <= 1, "must lie in (0, 1]", "1.0"),
     ):

@@ -132,7 +132,8 @@ class ModelConfig:
     @property
     def row_window(self) -> tuple[int, int] | None:
         """The window of a row's mask; none where some layers see more than it."""
-        return self.window_size if self.window_layers is None else None
+        every = self.window_layers is None or len(self.window_layers) == self.num_layers
+        return self.window_size if every else None
 
     def layer_window(self, layer: int) -> tuple[int, int] | None:
         """The window of a layer, numbered from 0."""
@@ -294,7 +295,8 @@ class CheckpointConfig:
     load: str | None = None
     """A run's folder (or its step-N) to go on from; its config.yaml supplies all other flags."""
     load_hf: str | None = None
-    """A Hugging Face folder whose config.json and safetensors the run starts from."""
+    """A Hugging Face folder whose config.json and safetensors the run starts from; without a
+    --preset the learning rate is then 2e-5."""
     save_interval: int | None = None
     """Steps between two checkpoints; by default only at the end or when interrupted."""
 

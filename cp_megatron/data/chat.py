@@ -27,7 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cp_megatron.data.chat_template import Message, Render, TemplateRefusalError, find_template
-from cp_megatron.data.json_lines import BadLineError, read_lines
+from cp_megatron.data.json_lines import BadLineError, check_letters, read_lines
 from cp_megatron.data.sources import FLAG, Corpus
 from cp_megatron.data.tokenizer import MODEL_FLAG, Tokenizer
 from cp_megatron.errors import ConfigError
@@ -125,6 +125,7 @@ def _messages(found: Any) -> list[dict[str, Any]]:
             raise BadLineError(f'message {number} has no "{role}"')
         if not isinstance(turn.get(content), str):
             raise BadLineError(f'message {number} has no "{content}" that is a string')
+        check_letters(turn[role] + turn[content], f"message {number}")
         rest = {name: value for name, value in turn.items() if name not in (role, content)}
         name = _ROLES.get(turn[role], turn[role])
         messages.append({"role": name, "content": turn[content], **rest})
@@ -161,6 +162,7 @@ def _templated(tokenizer: Tokenizer, render: Render) -> Callable[[Sequence[Messa
     def write(messages: Sequence[Message]) -> Conversation:
         try:
             whole = render(messages, False)
+            check_letters(whole, "a message")
             spans = _answers(messages, whole, render)
         except TemplateRefusalError as error:
             raise BadLineError(f"the chat template refuses it: {error}") from None

@@ -119,10 +119,18 @@ def _compiled(
         values = {"messages": messages, "tools": None, "documents": None, **names}
         try:
             return compiled.render(**values, add_generation_prompt=answer_follows)
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
+        except Exception as error:  # a template is somebody's program: it may fail in any way
+            if today is None and "strftime_now" in str(error):
+                raise _wants_date(where) from None
             raise TemplateRefusalError(str(error)) from None
 
     return render
+
+
+def _wants_date(where: str) -> ConfigError:
+    rule = "its chat template writes today's date (strftime_now), so data would change by the day"
+    works = "a copy of the folder with a fixed date in its template"
+    return ConfigError(MODEL_FLAG, where, rule, works)
 
 
 class TemplateRefusalError(ValueError):

@@ -6,8 +6,8 @@ A path is one dataset::
     P.jsonl, P.json      a text per line; with --sft a conversation per line
     any other            a text file, or a folder of them
 
-``W1 P1 W2 P2`` gives weights; ``P1 P2`` takes every row of both once per epoch. Paths of text
-without weights are one dataset together.
+``W1 P1 W2 P2`` gives weights; ``P1 P2`` takes rows of each in proportion to what it has.
+Paths of text without weights are one dataset together.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from cp_megatron.data.indexed import IndexedDataset
 from cp_megatron.data.json_lines import SUFFIXES, load_json_text
 from cp_megatron.data.part import Part
 from cp_megatron.data.sampler import (
+    SPLIT_WORKS,
     Rows,
     RowSource,
     RowSplits,
@@ -138,7 +139,7 @@ def check_data(data: DataConfig) -> None:
                 if source.kind == "indexed":
                     IndexedDataset.open(_prefix(source.paths[0]), flag=flag)
                 else:
-                    check_sources(source.paths)
+                    check_sources(source.paths, whole=source.kind == "text")
     if data.skip_bad_lines and not json_lines:
         rule = "has no effect: no path is a .jsonl file"
         raise ConfigError("--skip-bad-lines", "", rule, "leave it out")
@@ -171,7 +172,11 @@ def open_data(data: DataConfig, *, seed: int) -> Data:
         rows=RowSplits(train=train, valid=parts["valid"], test=parts["test"]),
         fingerprint=_fingerprint(data, lists, opened, tokenizer),
         name=", ".join(one.corpus.name for one in opened),
-        notes=(*(note for one in opened for note in one.notes), *_packing_notes(train)),
+        notes=(
+            *(note for one in opened for note in one.notes),
+            *_packing_notes(train),
+            *_validation_notes(data, parts["valid"]),
+        ),
     )
 
 
@@ -191,10 +196,11 @@ def _parts(
             rule = f"has not a single row of {data.seq_length} tokens"
             raise ConfigError(flag, shown, rule, "more data")
         return {own: rows}
-    splits = [
-        _split(corpus, data, seed=seed + number * _SEED_STEP, whole=own == PARTS[0])
-        for number, corpus in enumerate(corpora)
-    ]
+    splits = []
+    for number, corpus in enumerate(corpora):
+        with _said_of_one(corpus, len(corpora)):
+            one_seed = seed + number * _SEED_STEP
+            splits.append(_split(corpus, data, seed=one_seed, whole=own == PARTS[0]))
     return {part: _blend([getattr(split, part) for split in splits], weights) for part in PARTS}
 
 
@@ -270,6 +276,8 @@ def _split(corpus: Corpus, data: DataConfig, *, seed: int, whole: bool) -> RowSp
     starts = np.append(corpus.document_starts, len(corpus.tokens))
     cuts = [0, *starts[np.searchsorted(starts, np.cumsum(sizes))].tolist()]
     train, valid, test = (corpus.part(*cut) for cut in pairwise(cuts))
+    if not len(train.tokens):
+        raise ConfigError("--split", data.split, "leaves nothing to train on", SPLIT_WORKS)
     return RowSplits(
         train=PackedRows(train, seq_length=data.seq_length, seed=seed),
         valid=_packed_in_order(valid, data.seq_length),
@@ -312,6 +320,14 @@ def _packing_notes(train: RowSource) -> tuple[str, ...]:
     return (f"{num_rows:,} packed rows of whole documents, {waste:.2%} padding",)
 
 
+def _validation_notes(data: DataConfig, valid: RowSource | None) -> tuple[str, ...]:
+    """A part that ``--split`` asks for may turn out to be empty: it is shorter than a row, or the
+    data is one document, which ``best-fit`` does not cut in two."""
+    if data.train_data_path or valid is not None or not parse_split(data.split)[1]:
+        return ()
+    return (f"--split {data.split} leaves validation not a single row: nothing is validated",)
+
+
 def _fingerprint(
     data: DataConfig,
     lists: Sequence[tuple[str, tuple[str, ...]]],
@@ -338,6 +354,8 @@ def _number(word: str) -> Fraction | None:
         return None
     if not math.isfinite(number):
         return None
+    if number == 0:  # as a fraction, 1e-99999999 would take minutes
+        return Fraction(0)
     try:
         return Fraction(word)
     except ValueError:
@@ -346,8 +364,9 @@ def _number(word: str) -> Fraction | None:
 
 def _kind(path: str) -> Kind:
     prefix = _prefix(path)
-    # A text may have any name, .bin too; .idx alone is half of a pair.
-    if path.endswith(".idx") or os.path.isfile(f"{prefix}.idx"):
+    # A text may have any name, .bin too; .idx alone, or P.bin where P is asked for, is half a pair.
+    half = not os.path.exists(path) and os.path.isfile(f"{prefix}.bin")
+    if half or path.endswith(".idx") or os.path.isfile(f"{prefix}.idx"):
         return "indexed"
     return "json" if path.endswith(SUFFIXES) and not os.path.isdir(path) else "text"
 
@@ -355,6 +374,18 @@ def _kind(path: str) -> Kind:
 def _prefix(path: str) -> str:
     """Of P, P.bin and P.idx: P."""
     return path[:-4] if path.endswith((".bin", ".idx")) else path
+
+
+@contextmanager
+def _said_of_one(corpus: Corpus, count: int) -> Iterator[None]:
+    """Of several datasets, the one that is too short is told."""
+    try:
+        yield
+    except ConfigError as error:
+        if count == 1:
+            raise
+        rule = f"{corpus.name}: {error.rule}"
+        raise ConfigError(error.flag, error.value, rule, error.works) from None
 
 
 @contextmanager

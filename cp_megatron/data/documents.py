@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Literal, cast
 
+from cp_megatron.data.json_lines import BadLineError, parse_object, text_under
 from cp_megatron.data.tables import (
     SAVED_DATASET,
     SAVED_DATASETS,
@@ -168,7 +169,8 @@ def _expanded(given: str) -> list[str]:
     """The paths that an input stands for, which may have * and ? in it."""
     if _exists(given):
         return [given]
-    found = sorted(glob.glob(given, recursive=True)) if glob.has_magic(given) else []
+    # A link that points nowhere matches too.
+    found = sorted(filter(_exists, glob.glob(given, recursive=True)))
     if not found:
         rule = "matches no file" if glob.has_magic(given) else "there is no such file or folder"
         raise ConfigError(FLAG, given, rule, WORKS)
@@ -217,9 +219,14 @@ def _saved_files(folder: Path) -> list[str]:
     try:
         state = json.loads((folder / SAVED_DATASET).read_bytes())
         names = [str(entry["filename"]) for entry in state["_data_files"]]
+        selected = state.get("_indices_data_files")
     except (OSError, ValueError, KeyError, TypeError):
         rule = f"its {SAVED_DATASET} does not name the files of a dataset"
         raise ConfigError(FLAG, str(folder), rule, WORKS) from None
+    if selected:  # early versions of the library wrote all rows, and which of them count
+        rule = f"its {SAVED_DATASET} selects some of the rows that it holds"
+        works = "the folder that dataset.flatten_indices().save_to_disk writes"
+        raise ConfigError(FLAG, str(folder), rule, works)
     for name in names:
         if not (folder / name).is_file():
             rule = f"its {SAVED_DATASET} names {name}, which is missing"
@@ -297,16 +304,15 @@ def _read_lines(piece: Piece, keys: Sequence[str], skip_bad_lines: bool) -> Iter
     weight = lines = 0
     number = 0
     for number, line in enumerate(_lines_of(piece), 1):
-        found = parse_line(line, keys)
         weight, lines = weight + len(line), lines + 1
-        if isinstance(found, str):
-            if not skip_bad_lines:
-                raise _bad_line(piece, number, found)
-            skipped.append((number, found))
-        else:
-            for column, text in zip(columns, found):
+        try:
+            for column, text in zip(columns, parse_line(line, keys)):
                 if text:
                     column.append(text)
+        except BadLineError as error:
+            if not skip_bad_lines:
+                raise _bad_line(piece, number, str(error)) from None
+            skipped.append((number, str(error)))
         if weight >= BUNDLE_BYTES:
             yield Bundle(texts=columns, weight=weight, lines=lines, skipped=tuple(skipped))
             columns, skipped, weight, lines = tuple([] for _ in keys), [], 0, 0
@@ -331,27 +337,14 @@ def _lines_of(piece: Piece) -> Iterator[bytes]:
             yield line
 
 
-def parse_line(line: bytes, keys: Sequence[str]) -> tuple[str, ...] | str:
-    """The texts of a line under ``keys``, or why it has none. A blank line has empty texts."""
-    try:
-        text = line.decode("utf-8").removeprefix("\ufeff").strip()
-        entry = json.loads(text) if text else dict.fromkeys(keys, "")
-    except UnicodeDecodeError as error:
-        return f"not UTF-8 at byte {error.start + 1}"
-    except json.JSONDecodeError as error:
-        return f"not JSON: {error.msg} at column {error.colno}"
-    except (ValueError, RecursionError) as error:
-        return f"not JSON: {error}"
-    if not isinstance(entry, dict):
-        return "not a JSON object"
-    for key in keys:
-        if key not in entry:
-            return f"has no key {key!r}"
-        if not isinstance(entry[key], str):
-            return f"{key!r} is not a text"
-        if b"\\u" in line and any("\ud800" <= letter <= "\udfff" for letter in entry[key]):
-            return f"{key!r} has half of a surrogate pair"
-    return tuple(entry[key] for key in keys)
+def parse_line(line: bytes, keys: Sequence[str]) -> tuple[str, ...]:
+    """The texts of a line under ``keys``; a blank line has empty texts.
+
+    Raises:
+        BadLineError: it has none.
+    """
+    found = parse_object(line)
+    return tuple("" if found is None else text_under(found, key) for key in keys)
 
 
 def _bad_line(piece: Piece, number: int, reason: str) -> ConfigError:

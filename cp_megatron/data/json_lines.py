@@ -6,7 +6,7 @@ A line that is none is refused with the file and the line's number, or counted w
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -60,11 +60,10 @@ def read_lines(path: str, parse: Callable[[Any], Item], *, skip_bad: bool) -> Li
     except OSError as error:
         raise ConfigError(FLAG, path, f"can not be read: {error.strerror}", WORKS) from None
     for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
         try:
-            items.append(parse(_object(line)))
-            numbers.append(number)
+            if (found := parse_object(line)) is not None:
+                items.append(parse(found))
+                numbers.append(number)
         except BadLineError as error:
             bad += 1
             if not skip_bad:
@@ -92,21 +91,52 @@ def load_json_text(path: str, tokenizer: Tokenizer, *, skip_bad: bool) -> Corpus
     )
 
 
-def _object(line: bytes) -> Any:
+def parse_object(line: bytes) -> dict[str, Any] | None:
+    """The object of a line in UTF-8; None where the line is blank.
+
+    Raises:
+        BadLineError: the line holds something else.
+    """
     try:
-        found = json.loads(line)
+        text = line.decode("utf-8").removeprefix("\ufeff").strip()
+        found: Any = json.loads(text) if text else {}
+    except UnicodeDecodeError as error:
+        raise BadLineError(f"not UTF-8 at byte {error.start + 1}") from None
+    except json.JSONDecodeError as error:
+        raise BadLineError(f"not JSON: {error.msg} at column {error.colno}") from None
     except (ValueError, RecursionError) as error:
-        raise BadLineError(f"is no JSON: {error}") from None
+        raise BadLineError(f"not JSON: {error}") from None
     if not isinstance(found, dict):
-        raise BadLineError("is no JSON object")
-    return found
+        raise BadLineError("not a JSON object")
+    return found if text else None
 
 
-def _text(found: Any) -> bytes:
-    text = found.get("text")
+def text_under(found: Mapping[str, Any], key: str) -> str:
+    """The text that an object has under a key.
+
+    Raises:
+        BadLineError: there is none.
+    """
+    if key not in found:
+        raise BadLineError(f"has no key {key!r}")
+    text = found[key]
     if not isinstance(text, str):
-        raise BadLineError('has no "text" that is a string')
+        raise BadLineError(f"{key!r} is not a text")
+    check_letters(text, repr(key))
+    return text
+
+
+def check_letters(text: str, where: str) -> None:
+    """Refuses a text that is none: JSON can spell half of a surrogate pair, UTF-8 can not.
+
+    Raises:
+        BadLineError: ``where`` has such a half.
+    """
     try:
-        return text.encode("utf-8")
+        text.encode("utf-8")
     except UnicodeEncodeError:
-        raise BadLineError("has a half of a surrogate pair, which is no text") from None
+        raise BadLineError(f"{where} has half of a surrogate pair") from None
+
+
+def _text(found: Mapping[str, Any]) -> bytes:
+    return text_under(found, "text").encode("utf-8")

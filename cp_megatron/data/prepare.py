@@ -126,22 +126,25 @@ def prepare(request: Request, watch: Watcher = lambda event: None) -> Result:
     """
     _check_request(request)
     tokenizer = open_tokenizer(request.tokenizer_type, request.tokenizer_model)
-    _check_outputs(request)
+    if not _receipts(request.partial):
+        _check_outputs(request)
     found = find_sources(request.inputs)
     if request.keys != ("text",) and any(kind == "text" for kind, _, _ in found):
         path = next(source.path for kind, source, _ in found if kind == "text")
         rule = f"{path} is a file of text and has no keys"
         raise ConfigError("--json-keys", " ".join(request.keys), rule, "text")
-    manifest: dict[str, Any] = {
-        "inputs": [asdict(source) for _, source, _ in found],
-        "tokenizer": [tokenizer.kind, tokenizer.fingerprint],
-        "options": [list(request.keys), request.append_eod, request.skip_bad_lines],
-    }
     total = sum(source.size for _, source, _ in found)
     piece_bytes = min(LARGEST_PIECE, max(SMALLEST_PIECE, total // PIECES))
     with _folder(request.partial):
         pieces = list(cut_pieces(found, piece_bytes=piece_bytes))
-        _check_manifest(request.partial, manifest)
+        manifest = {
+            "inputs": [asdict(source) for _, source, _ in found],
+            "tokenizer": [tokenizer.kind, tokenizer.fingerprint],
+            "options": [list(request.keys), request.append_eod],
+            "pieces": len(pieces),
+            "skip_bad_lines": request.skip_bad_lines,
+        }
+        _go_on_or_begin(request, manifest)
         _run_pieces(request, pieces, watch)
         result = _join(request, pieces, tokenizer.vocab_size)
     shutil.rmtree(request.partial)
@@ -164,9 +167,7 @@ def _check_request(request: Request) -> None:
 
 
 def _check_outputs(request: Request) -> None:
-    """Refuses to overwrite a pair, unless it is the first of several of a run that goes on."""
-    if request.partial.exists():
-        return
+    """Refuses to overwrite a pair. A run that goes on may have made the first of several."""
     for prefix in request.outputs:
         for suffix in (".idx", ".bin"):
             if os.path.exists(prefix + suffix):
@@ -193,21 +194,48 @@ def _folder(path: Path) -> Iterator[None]:
         yield
 
 
-def _check_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Whether an earlier run's pieces in the folder are of the same task."""
-    path = folder / MANIFEST
-    if not path.exists():
-        write_json(path, manifest)
-        return
+def _receipts(folder: Path) -> list[Path]:
+    """Those of the pieces that an earlier run finished."""
+    return list(folder.glob("[0-9]*.json"))
+
+
+def _go_on_or_begin(request: Request, manifest: Mapping[str, Any]) -> None:
+    """Keeps what an earlier run of the same task finished; without any, begins anew."""
+    folder = request.partial
+    path, kept = folder / MANIFEST, _receipts(folder)
+    earlier: Any = None
+    if kept and path.exists():
+        try:
+            earlier = json.loads(path.read_bytes())
+        except ValueError:
+            earlier = {}
+        _check_same_task(folder, earlier, manifest)
+    else:
+        _check_outputs(request)
     try:
-        earlier = json.loads(path.read_bytes())
-    except ValueError:
-        earlier = {}
-    told = {"inputs": "other inputs", "tokenizer": "another tokenizer", "options": "other flags"}
-    for name, what in told.items():
-        if earlier.get(name) != manifest[name]:
-            rule = f"{folder} holds the unfinished work of a run with {what}"
-            raise ConfigError(OUTPUT, str(folder), rule, f"rm -r {folder}, or another prefix")
+        # Receipts without a manifest were left by a run that was killed while it tidied up.
+        for useless in (*(kept if earlier is None else ()), *folder.glob("*.tmp")):
+            useless.unlink()
+        if earlier != manifest:
+            write_json(path, manifest)
+    except OSError as error:
+        rule = f"can not be written: {error.strerror}"
+        raise ConfigError(OUTPUT, str(folder), rule, "a disk with room") from None
+
+
+def _check_same_task(folder: Path, earlier: Any, manifest: Mapping[str, Any]) -> None:
+    """Whether an earlier run's pieces in the folder are of the same task.
+
+    Those finished without ``--skip-bad-lines`` have no bad line, so they are the same with it.
+    """
+    told = {"inputs": "other inputs", "tokenizer": "another tokenizer"}
+    told |= {"options": "other flags", "pieces": "other pieces"}
+    differing = [what for name, what in told.items() if earlier.get(name) != manifest[name]]
+    if earlier.get("skip_bad_lines") and not manifest["skip_bad_lines"]:
+        differing.append("--skip-bad-lines")
+    if differing:
+        rule = f"{folder} holds the unfinished work of a run with {differing[0]}"
+        raise ConfigError(OUTPUT, str(folder), rule, f"rm -r {folder}, or another prefix")
 
 
 # ---- pieces --------------------------------------------------------------------------------------

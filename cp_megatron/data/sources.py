@@ -115,17 +115,18 @@ def decode(tokens: npt.ArrayLike) -> str:
     return data.decode("utf-8", errors="replace")
 
 
-def check_sources(paths: Sequence[str]) -> None:
+def check_sources(paths: Sequence[str], *, whole: bool = True) -> None:
     """Looks at the beginning of the files only, in milliseconds; ``load_corpus`` reads them whole.
 
     Args:
         paths: files and folders; empty means the sources of Python's standard library.
+        whole: a file must be text as a whole; else each of its lines is to be judged on its own.
 
     Raises:
         ConfigError: a path is missing, empty or not text, or a folder holds no text file.
     """
     for path, files in _listing(paths):
-        if not any(_begins_as_text(file) for file in files):
+        if not any(_begins_as_text(file, whole) for file in files):
             raise _no_text(path)
 
 
@@ -276,7 +277,7 @@ def _is_library_source(name: str) -> bool:
     return name.endswith(".py") and not name.startswith("_sysconfigdata")
 
 
-def _begins_as_text(file: _File) -> bool:
+def _begins_as_text(file: _File, judged: bool) -> bool:
     """Whether the file has text at its beginning; an explicit file that has not is refused."""
     try:
         with file.path.open("rb") as stream:
@@ -286,7 +287,11 @@ def _begins_as_text(file: _File) -> bool:
         return _refuse_explicit(file, _unreadable(error))
     if not beginning:
         return _refuse_explicit(file, "the file is empty")
-    return _is_text(beginning, whole) or _refuse_explicit(file, "the file is not UTF-8 text")
+    return (
+        not judged
+        or _is_text(beginning, whole)
+        or _refuse_explicit(file, "the file is not UTF-8 text")
+    )
 
 
 def _read_text(file: _File) -> bytes | None:

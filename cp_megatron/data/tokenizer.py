@@ -64,6 +64,10 @@ class Tokenizer(Protocol):
     @property
     def fingerprint(self) -> str: ...
 
+    @property
+    def opening(self) -> tuple[int, ...]:
+        """Ids that a text to be continued begins with (Llama's BOS); rows of data have none."""
+
     def encode(self, text: str) -> Ids:
         """Ids of a text, int32 [n], without an end of document."""
 
@@ -86,6 +90,7 @@ class ByteTokenizer:
     vocab_size = 257
     eod = 256
     fingerprint = hashlib.sha256(b"byte 257 256").hexdigest()
+    opening: tuple[int, ...] = ()
 
     def encode(self, text: str) -> Ids:
         """Ids of a text, int32 [bytes of its UTF-8]."""

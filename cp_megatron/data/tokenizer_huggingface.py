@@ -33,6 +33,7 @@ class HuggingFaceTokenizer:
     vocab_size: int
     eod: int
     fingerprint: str
+    opening: tuple[int, ...]
     _library: Any
 
     @classmethod
@@ -69,6 +70,7 @@ class HuggingFaceTokenizer:
             vocab_size=largest + 1,
             eod=eod,
             fingerprint=fingerprint_of("huggingface", data, eod),
+            opening=_opening(library),
             _library=library,
         )
 
@@ -125,6 +127,16 @@ def train_byte_level(
     library.train_from_iterator(texts, trainer)
     library.save(str(path))
     return library
+
+
+def _opening(library: Any) -> tuple[int, ...]:
+    """What its post-processor puts before a text."""
+    bare = library.encode("a", add_special_tokens=False).ids
+    whole = library.encode("a", add_special_tokens=True).ids
+    for place in range(len(whole) - len(bare) + 1):
+        if whole[place : place + len(bare)] == bare:
+            return tuple(whole[:place])
+    return ()
 
 
 def _ends(path: Path, library: Any) -> Iterator[int | None]:

@@ -33,6 +33,7 @@ class SentencePieceTokenizer:
     vocab_size: int
     eod: int
     fingerprint: str
+    opening: tuple[int, ...] = field(default=(), init=False)
     threads: int
     _library: Any
 

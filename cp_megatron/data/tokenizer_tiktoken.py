@@ -86,6 +86,7 @@ class TiktokenTokenizer:
     vocab_size: int
     eod: int
     fingerprint: str
+    opening: tuple[int, ...] = field(default=(), init=False)
     threads: int
     _library: Any
 

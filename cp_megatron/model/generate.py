@@ -56,7 +56,14 @@ class Sampling:
         return scores.softmax(-1)
 
     def choose(self, logits: Tensor, generator: torch.Generator) -> int:
-        """A token of ``logits`` [V]; drawn on the CPU, so that every device draws alike."""
+        """A token of ``logits`` [V]; drawn on the CPU, so that every device draws alike.
+
+        Raises:
+            ConfigError: the model gives no numbers.
+        """
+        if not bool(logits.max().isfinite()):
+            rule = "its weights give logits that are not finite"
+            raise ConfigError("--load", "", rule, "a checkpoint from before it diverged")
         if self.temperature == 0:
             return int(logits.argmax())
         drawn = torch.multinomial(self.probabilities(logits.cpu()), 1, generator=generator)

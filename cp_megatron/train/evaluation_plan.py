@@ -209,6 +209,10 @@ def _checked_options(options: EvaluationOptions, given: frozenset[str]) -> Evalu
     if os.path.lexists(output) and not (output.is_dir() and not any(output.iterdir())):
         rule = "is there already, and nothing is overwritten"
         raise ConfigError("--output", options.output, rule, "a new folder")
+    place = next(x for x in (output, *output.absolute().parents) if x.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        rule = f"can not be written: {place} is no folder that one may write to"
+        raise ConfigError("--output", options.output, rule, "another folder")
     lengths, depths = (tuple(sorted(set(values))) for values in (options.lengths, options.depths))
     tasks = tuple(task for task in TASKS if task in asked)
     return replace(options, tasks=tasks, lengths=lengths, depths=depths)

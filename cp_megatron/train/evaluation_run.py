@@ -19,6 +19,7 @@ from cp_megatron.checkpoint.huggingface import load_hf
 from cp_megatron.checkpoint.store import load_checkpoint
 from cp_megatron.comm.groups import ParallelGroups
 from cp_megatron.comm.runtime import Launch
+from cp_megatron.config.evaluation import EVALUATE
 from cp_megatron.context_parallel import ContextParallel
 from cp_megatron.data.corpora import open_single
 from cp_megatron.data.needle import Haystack, Task, library_prose
@@ -41,6 +42,7 @@ from cp_megatron.train.evaluation_report import (
     write_results,
 )
 from cp_megatron.train.preflight import DeviceName, RunPlan
+from cp_megatron.train.report import error_line
 from cp_megatron.train.start import choose_device, connect, read_alike, start_torch
 
 HAYSTACK_ROWS = 64
@@ -48,7 +50,7 @@ HAYSTACK_ROWS = 64
 
 
 def run_evaluation(plan: EvaluationPlan, launch: Launch) -> int:
-    """Evaluates as planned, prints and writes; the exit code 0.
+    """Evaluates as planned, prints and writes; the exit code: 0, or 2 where nothing was written.
 
     Raises:
         ConfigError: something that only torch or the whole of the data could tell.
@@ -61,13 +63,9 @@ def run_evaluation(plan: EvaluationPlan, launch: Launch) -> int:
     control = connect(plan.longest, launch, device)
     try:
         results = evaluate(plan, launch, device, control)
-        if launch.rank == 0:
-            console = Console()
-            print_results(results, console)
-            for file in _written(plan, results):
-                console.print(f"written  {file}", highlight=False, soft_wrap=True)
+        written = launch.rank != 0 or _shown(plan, results)
         dist.barrier(group=control)
-        return 0
+        return 0 if written else 2
     finally:
         with suppress(Exception):  # a broken group must not hide what broke it
             dist.destroy_process_group()
@@ -161,13 +159,19 @@ def _tasks(plan: EvaluationPlan, corpus: Corpus | None) -> dict[int, list[Task]]
     return {length: make_tasks(plan, length, haystack, tokenizer.encode) for length in lengths}
 
 
-def _written(plan: EvaluationPlan, results: Results) -> list[Path]:
-    folder = Path(plan.options.output)
+def _shown(plan: EvaluationPlan, results: Results) -> bool:
+    """Prints and writes the results; whether they are written."""
+    console, folder = Console(), Path(plan.options.output)
+    print_results(results, console)
     try:
-        return write_results(results, folder, plot=plan.plot)
+        files = write_results(results, folder, plot=plan.plot)
     except OSError as error:
-        print(f"{folder}: can not be written: {error.strerror}", file=sys.stderr)
-        return []
+        wrong = ConfigError("--output", folder, f"can not be written: {error.strerror}")
+        print(error_line(wrong, EVALUATE.name), file=sys.stderr, flush=True)
+        return False
+    for file in files:
+        console.print(f"written  {file}", highlight=False, soft_wrap=True)
+    return True
 
 
 class _Evaluator:

@@ -60,6 +60,24 @@ def check_load(config: Config, vocab_size: int) -> tuple[Path, Manifest] | None:
     return step, manifest
 
 
+def data_changes(config: Config, manifest: Manifest) -> tuple[str, ...]:
+    """What a person should know of a run that goes on with its data cut or ordered otherwise."""
+    before: dict[str, Any] = {}
+    for name in ("data", "train"):
+        section = manifest.config.get(name)
+        before |= section if isinstance(section, dict) else {}
+    data = config.data
+    now: dict[str, Any] = {"seed": config.train.seed, "seq_length": data.seq_length}
+    now |= {"split": data.split, "packing": data.packing}
+    changed = [
+        f"{settings()[name].flag} is {value}, was {before[name]}"
+        for name, value in now.items()
+        if before.get(name, value) != value
+    ]
+    rule = f"it goes on at row {manifest.consumed:,} of rows that are cut anew"
+    return (f"{', '.join(changed)}: {rule}",) if changed else ()
+
+
 def check_save(config: Config, loaded: Path | None) -> None:
     """The folder to save in: new or empty, or the one of the run that goes on.
 

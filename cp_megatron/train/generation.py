@@ -17,7 +17,7 @@ from cp_megatron.errors import ConfigError
 from cp_megatron.model.generate import Sampling, Session
 from cp_megatron.model.transformer import Transformer
 from cp_megatron.train.generation_plan import GenerationPlan
-from cp_megatron.train.talk import pieces, speak, talk
+from cp_megatron.train.talk import as_utf8, pieces, speak, talk
 
 
 def run_generation(plan: GenerationPlan) -> int:
@@ -33,6 +33,7 @@ def run_generation(plan: GenerationPlan) -> int:
     speaker = Speaker(plan=plan, session=open_session(plan, device))
     prompt = plan.options.prompt
     if prompt is None:
+        as_utf8(sys.stdin)
         talk(speaker.answer, source=sys.stdin, out=sys.stdout)
         return 0
     if plan.template is None:
@@ -65,6 +66,16 @@ class Speaker:
         if self.plan.template is None:
             yield from self._continued(words)
             return
+        before = len(self.messages)
+        try:
+            yield from self._answered(words)
+        except ConfigError:
+            del self.messages[before:]  # words that could not be read were not said
+            raise
+
+    def _answered(self, words: str) -> Iterator[str]:
+        """The answer to ``words``, and both of them in the conversation."""
+        assert self.plan.template is not None
         self.messages.append({"role": "user", "content": words})
         try:
             text = self.plan.template(self.messages, True)
@@ -83,11 +94,13 @@ class Speaker:
         sampling = Sampling(
             temperature=options.temperature, top_k=options.top_k, top_p=options.top_p
         )
+        # A chat template writes the beginning of a text itself.
+        opening = tokenizer.opening if plan.template is None else ()
         tokens = self.session.generate(
-            tokenizer.encode(text).tolist() or [tokenizer.eod],
+            [*opening, *tokenizer.encode(text).tolist()] or [tokenizer.eod],
             max_new_tokens=options.max_new_tokens,
             # Rows of the embedding that no token has are no text.
-            stop={tokenizer.eod, *range(tokenizer.vocab_size, plan.vocab_size)},
+            stop={tokenizer.eod, *plan.ends, *range(tokenizer.vocab_size, plan.vocab_size)},
             sampling=sampling,
             seed=plan.config.train.seed,
         )

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from cp_megatron.checkpoint.manifest import Manifest, newest_step, read_manifest
 from cp_megatron.comm.runtime import Launch
@@ -22,6 +23,7 @@ from cp_megatron.config.programs import (
 from cp_megatron.data.chat_template import Render, find_template
 from cp_megatron.data.tokenizer import Tokenizer, open_tokenizer
 from cp_megatron.errors import ConfigError
+from cp_megatron.train.rope_rules import check_rope
 from cp_megatron.train.rules import LARGEST_SIZE, check_ranges
 
 _READ = (
@@ -45,6 +47,7 @@ class GenerationPlan:
         vocab_size: tokens the model knows.
         tokenizer: of the model.
         template: how a conversation is written; None without ``--chat``.
+        ends: tokens that end an answer, beside the tokenizer's end of document.
     """
 
     config: Config
@@ -54,6 +57,7 @@ class GenerationPlan:
     vocab_size: int
     tokenizer: Tokenizer
     template: Render | None
+    ends: frozenset[int] = frozenset()
 
 
 def check_generation(
@@ -83,13 +87,13 @@ def check_generation(
     if (load is None) == (load_hf is None):
         rule = "generation needs one trained model"
         raise ConfigError("--load", load or "", rule, "--load RUN, or --load-hf DIR")
-    manifest = None
+    manifest, ends = None, frozenset[int]()
     if load_hf is not None:
         folder = Path(load_hf)
         found = read_hf_config(folder)
         tried = {row.name: getattr(config.model, row.name) for row in rotary if row.flag in given}
         config = replace(config, model=replace(found.model, **tried))
-        vocab_size = found.vocab_size
+        vocab_size, ends = found.vocab_size, _ends(found.raw)
         if not {"--tokenizer-type", "--tokenizer-model"} & set(given):
             data = replace(config.data, tokenizer_type="huggingface", tokenizer_model=load_hf)
             config = replace(config, data=data)
@@ -97,6 +101,7 @@ def check_generation(
         folder, manifest = _checkpoint(Path(str(load)))
         vocab_size = manifest.vocab_size
     check_ranges(config)
+    check_rope(config.model, config.data.seq_length, frozenset(given))
     tokenizer = _tokenizer(config, vocab_size)
     return GenerationPlan(
         config=config,
@@ -106,7 +111,14 @@ def check_generation(
         vocab_size=vocab_size,
         tokenizer=tokenizer,
         template=_template(tokenizer) if options.chat else None,
+        ends=ends,
     )
+
+
+def _ends(raw: Mapping[str, Any]) -> frozenset[int]:
+    """The ``eos_token_id`` of a config.json: one, or several as Llama 3 has for turns and texts."""
+    asked = raw.get("eos_token_id")
+    return frozenset(x for x in (asked if isinstance(asked, list) else [asked]) if type(x) is int)
 
 
 def _checkpoint(load: Path) -> tuple[Path, Manifest]:

@@ -23,7 +23,7 @@ from cp_megatron.errors import ConfigError
 from cp_megatron.kernels.select import KernelChoice, select_kernel
 from cp_megatron.plan import Grid, Mask
 from cp_megatron.train import rules
-from cp_megatron.train.folders import check_load, check_save
+from cp_megatron.train.folders import check_load, check_save, data_changes
 from cp_megatron.train.log_rules import check_log
 from cp_megatron.train.parameters import padded_vocab_size
 from cp_megatron.train.pretrained import check_load_hf, vocab_size_of
@@ -152,6 +152,7 @@ def check(
     kernels = _kernels(config)
     check_data(config.data)
     loaded = check_load(config, vocab_size)
+    changes = data_changes(config, loaded[1]) if loaded else ()
     pretrained = check_load_hf(config)
     check_save(config, loaded[0] if loaded else None)
     check_log(
@@ -176,7 +177,7 @@ def check(
         num_microbatches=num_microbatches,
         load=loaded[0] if loaded else None,
         load_step=loaded[1].step if loaded else 0,
-        notes=(*world_note, *pretrained, *sequence.notes, *notes),
+        notes=(*world_note, *pretrained, *changes, *sequence.notes, *notes),
     )
 
 

@@ -5,6 +5,9 @@ No torch. ``--dry-run`` prints the same table for any world, so only a few ranks
 
 from __future__ import annotations
 
+import signal
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,6 +28,7 @@ Line = tuple[str, str]
 
 _RANKS_SHOWN = 8
 _CHUNKS_SHOWN = 2
+SECONDS_FOR_RANK_0 = 10.0
 _VALUE_SHOWN = 200
 
 
@@ -35,6 +39,23 @@ def error_line(error: ConfigError, program: str) -> str:
     subject = f"{error.flag} {shown}".rstrip()
     works = f" (works: {error.works})" if error.works else ""
     return _printable(f"{program}: error: {subject}: {error.rule}{works}")
+
+
+def refuse(error: ConfigError, program: str, *, rank: int) -> int:
+    """Says what is wrong, once whatever number of ranks found it; the exit code 2.
+
+    The first rank to leave has torchrun end the others, by SIGTERM: rank 0 must have spoken before.
+    A rank that is not ended so meanwhile has found a mistake that rank 0 has not, and speaks.
+    """
+    ended: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, frame: ended.append(number))
+    last = time.monotonic() + SECONDS_FOR_RANK_0
+    while rank and not ended and time.monotonic() < last:
+        time.sleep(0.02)
+    if not rank or not ended:
+        where = f" (rank {rank})" if rank else ""
+        print(error_line(error, f"{program}{where}"), file=sys.stderr, flush=True)
+    return 2
 
 
 def _printable(text: str) -> str:
@@ -161,9 +182,11 @@ def _attention(plan: RunPlan) -> str:
     if plan.sequence.per_batch:
         words.append("inside each document")
     if left >= 0:
-        layers = model.window_layers
-        which = "" if layers is None else " in layers " + " ".join(map(str, layers))
-        words.append(f"{left:,} tokens back{which}")
+        back = f"{left:,} tokens back"
+        if model.window_layers is not None:
+            plural = "s" if len(model.window_layers) > 1 else ""
+            back += f" in layer{plural} {' '.join(map(str, model.window_layers))}"
+        words.append(back)
     return ", ".join(words)
 
 

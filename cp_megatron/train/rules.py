@@ -257,7 +257,8 @@ def _check_window_layers(model: ModelConfig) -> None:
     shown = " ".join(map(str, layers))
     if model.window_size is None or model.window_size[0] < 0:
         rule = "says which layers have the window, and there is none"
-        raise ConfigError("--window-layers", shown, rule, "--window-size LEFT 0")
+        works = "--window-size LEFT 0, or --window-layers None"
+        raise ConfigError("--window-layers", shown, rule, works)
     if not layers:
         rule = "names no layer"
         raise ConfigError("--window-layers", shown, rule, "no --window-size and no --window-layers")

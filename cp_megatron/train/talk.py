@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
+from io import TextIOWrapper
 from typing import TextIO
 
+from cp_megatron.config.programs import GENERATE
 from cp_megatron.data.tokenizer import Tokenizer
+from cp_megatron.errors import ConfigError
+from cp_megatron.train.report import error_line
 
 Answer = Callable[[str], Iterator[str]]
 """A person's words -> pieces of the answer."""
@@ -44,6 +48,12 @@ def pieces(tokens: Iterable[int], tokenizer: Tokenizer) -> Iterator[str]:
         yield rest
 
 
+def as_utf8(stream: TextIO) -> None:
+    """Has a person's bytes read as UTF-8 in every locale; what is no text becomes U+FFFD."""
+    if isinstance(stream, TextIOWrapper):
+        stream.reconfigure(encoding="utf-8", errors="replace")
+
+
 def speak(answer: Iterator[str], out: TextIO) -> None:
     """Prints an answer as it comes; Ctrl-C ends it."""
     with suppress(KeyboardInterrupt):
@@ -55,7 +65,13 @@ def speak(answer: Iterator[str], out: TextIO) -> None:
 
 
 def talk(answer: Answer, *, source: TextIO, out: TextIO) -> None:
-    """Answers each line until the end of the input (Ctrl-D); empty ones are passed over."""
+    """Answers each line until the end of the input (Ctrl-D); empty ones are passed over.
+
+    A person is told what can not be answered, and goes on.
+
+    Raises:
+        ConfigError: a line can not be answered, and no person is there.
+    """
     person = source.isatty() and out.isatty()
     if person:
         out.write("A line is gone on from; Ctrl-C ends an answer, Ctrl-D ends.\n")
@@ -69,7 +85,13 @@ def talk(answer: Answer, *, source: TextIO, out: TextIO) -> None:
             break
         if not line:
             break
-        if line.strip():
+        if not line.strip():
+            continue
+        try:
             speak(answer(line.rstrip("\n")), out)
+        except ConfigError as error:
+            if not person:
+                raise
+            out.write(f"{error_line(error, GENERATE.name)}\n")
     if person:
         out.write("\n")

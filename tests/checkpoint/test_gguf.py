@@ -139,8 +139,9 @@ def write_gguf(
     writer.add_token_merges([" ".join(pair) for pair in body["merges"]])
     writer.add_eos_token_id(0)
     writer.add_chat_template("{{ messages[0]['content'] }}!")
+    adders = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32}
     for key, value in more.items():
-        writer.add_uint32(key.replace("__", "."), value)
+        adders[type(value)](key.replace("__", "."), value)
     for name, tensor in model.state_dict().items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
@@ -272,6 +273,7 @@ def test_qwen2_cuts_text_as_transformers_does(tmp_path: Path) -> None:
         ({"tokenizer_model": "llama"}, "tokenizer is of the kind llama"),
         ({"pre": "unheard-of"}, "unheard-of"),
         ({"llama__expert_count": 8}, "expert_count"),
+        ({"llama__attention__causal": False}, "attends in both directions"),
         ({"llama__rope__dimension_count": 8}, "rotates a part"),
         ({"llama__attention__key_length": 24}, "its metadata makes it"),
         ({"tokenizer__ggml__bos_token_id": 999}, "bos token is 999"),
@@ -285,6 +287,16 @@ def test_models_that_are_refused(changes: dict[str, Any], word: str, tmp_path: P
         convert_gguf(path, tmp_path / "hf")
     assert refused.value.flag == "--from-gguf"
     assert [entry.name for entry in tmp_path.iterdir()] == ["m.gguf"]
+
+
+@pytest.mark.parametrize("name", ["llama__rope__scaling__factor", "llama__rope__scale_linear"])
+def test_a_factor_without_a_type_is_linear(name: str, tmp_path: Path) -> None:
+    # https://github.com/ggml-org/llama.cpp/blob/master/src/llama-model.cpp, load_hparams
+    more: dict[str, Any] = {name: 4.0}
+    write_gguf(tmp_path / "m.gguf", tiny_model("llama"), kind="llama", **more)
+    folder = convert_gguf(tmp_path / "m.gguf", tmp_path / "hf")
+    config = json.loads((folder / "config.json").read_text())
+    assert config["rope_scaling"] == {"rope_type": "linear", "factor": 4.0}
 
 
 def test_an_output_that_exists_is_kept(tmp_path: Path) -> None:

@@ -67,8 +67,22 @@ def test_windows_count_the_token_itself(tmp_path: Path) -> None:
     window = {"use_sliding_window": True, "sliding_window": 8}
     assert read(tmp_path, **other("Qwen2", **window, max_window_layers=0)).window_size == (7, 0)
     assert read(tmp_path, **other("Qwen2", **window, max_window_layers=4)).window_size is None
-    with pytest.raises(ConfigError, match=r"max_window_layers 2 is not honoured: every layer"):
-        read(tmp_path, **other("Qwen2", **window, max_window_layers=2))
+
+
+def test_a_window_on_some_layers(tmp_path: Path) -> None:
+    window = {"use_sliding_window": True, "sliding_window": 8}
+    model = read(tmp_path, **other("Qwen2", **window, max_window_layers=2))
+    assert (model.window_size, model.window_layers) == ((7, 0), (2, 3))
+    assert (model.layer_window(1), model.layer_window(2), model.row_window) == (None, (7, 0), None)
+    kinds = ["sliding_attention", "full_attention"] * 2
+    # layer_types has the last word, as in transformers.
+    model = read(tmp_path, **other("Qwen3", **window, max_window_layers=4, layer_types=kinds))
+    assert (model.window_size, model.window_layers) == ((7, 0), (0, 2))
+    whole = read(tmp_path, **other("Qwen3", **window, layer_types=["sliding_attention"] * 4))
+    assert (whole.window_size, whole.window_layers) == ((7, 0), None)
+    # transformers' Mistral does not look at them.
+    with pytest.raises(ConfigError, match=r"layer_types .* is not honoured in Mistral"):
+        read(tmp_path, **other("Mistral", sliding_window=8, layer_types=kinds))
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
@@ -97,6 +111,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"rope_scaling": {**YARN, "rope_type": "longrope", "short_factor": 1}}, "short_factor"),
     ({"tie_word_embeddings": "yes"}, "must be true or false"),
     (other("Qwen3", attention_bias=True), "attention_bias"),
+    (other("Mistral", layer_types=5), "layer_types 5 is not honoured"),
 ]
 
 
@@ -152,6 +167,11 @@ ROUND: dict[str, dict[str, Any]] = {
     "mistral, odd heads": {"hidden_size": 190, "kv_channels": 48},
     "qwen2": {"add_qkv_bias": True},
     "qwen3": {"qk_layernorm": True, "kv_channels": 20, "window_size": (3, 0)},
+    "qwen2, window on some": {
+        "add_qkv_bias": True,
+        "window_size": (3, 0),
+        "window_layers": (0,),
+    },
     "linear": {"rope_type": "linear", "rope_scaling_factor": 2.0},
     "dynamic": {
         "rope_type": "dynamic",
@@ -195,6 +215,7 @@ def test_what_is_written_is_read_back(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "flag"),
     [
+        ({"window_size": (3, 0), "window_layers": (0,)}, "--window-layers"),
         ({"normalization": "LayerNorm"}, "--normalization"),
         ({"swiglu": False}, "--swiglu"),
         ({"position_embedding_type": "none"}, "--position-embedding-type"),

@@ -254,3 +254,32 @@ def test_torch_compile_does_not_look_inside() -> None:
         counts.append(frames)
     torch._dynamo.reset()
     assert counts[0] == counts[-1] == 2
+
+
+def within(rank: int, world_size: int, mask: Mask) -> list[float]:
+    """Relative errors of outputs under the mask, a window, and none again, on one layout."""
+    cp = ContextParallel(dist.group.WORLD, mask)
+    windowed = cp.within((3, 0))
+    assert windowed is cp.within((3, 7))  # nothing lies to the right
+    assert windowed is not cp
+    assert cp.within(None) is cp
+    inputs = attention_inputs(7, 1, mask.seq_len, 4, 4, 8, 8)
+    found = []
+    for context in (cp, windowed, windowed.within(None)):
+        assert context.layout == cp.layout
+        chosen, own = context.schedule(4, 4, 8), cp.schedule(4, 4, 8)
+        assert (chosen.exchange, chosen.route) == (own.exchange, own.route) == ("a2a", "ring")
+        out = context.attention(*(context.shard(x, 1) for x in inputs[:3]))
+        expected = dense_gradients(inputs, context.mask)["out"]
+        found.append(relative_error(out, expected, context.positions, 1))
+    return found
+
+
+def test_another_window_keeps_the_layout_and_the_exchange() -> None:
+    mask = Mask.documents([50, 14])
+    alone = mask.within((3, 0))
+    layouts = [SequenceLayout.make(each, 4, "auto") for each in (mask, alone)]
+    assert layouts[0] != layouts[1], "by itself the window would lie otherwise"
+    assert Schedule.build(alone, layouts[1], "auto", "auto", 4, 4, head_dim=8).exchange == "p2p"
+    for found in run_ranks(within, 4, mask):
+        assert max(found) < 1e-12

@@ -146,15 +146,43 @@ def test_a_template_can_not_reach_python(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("template", "flag", "reason"),
+    [
+        ("{{ 1 / 0 }}", "--data-path", "line 1: the chat template refuses it: division by zero"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "--data-path", "line 1: the chat "),
+        ("{{ strftime_now('%Y') }}" + CHATML, "--tokenizer-model", "its chat template writes"),
+    ],
+)
+def test_a_template_that_fails_is_refused(
+    tmp_path: Path, template: str, flag: str, reason: str
+) -> None:
+    folder = folder_of(tmp_path / "model", template)
+    with pytest.raises(ConfigError) as caught:
+        load(talks(tmp_path), open_tokenizer("huggingface", str(folder)))
+    assert caught.value.flag == flag
+    assert caught.value.rule.startswith(reason)
+
+
+def test_a_template_that_can_do_without_a_date_is_given_none(tmp_path: Path) -> None:
+    dated = "{% if strftime_now is defined %}{{ strftime_now('%Y') }}{% endif %}" + CHATML
+    with_date, without = (
+        load(talks(tmp_path), open_tokenizer("huggingface", str(folder_of(place, template))))
+        for place, template in ((tmp_path / "a", dated), (tmp_path / "b", CHATML))
+    )
+    assert with_date == without
+
+
+@pytest.mark.parametrize(
     ("line", "reason"),
     [
-        ("{", "is no JSON"),
-        ("[1]", "is no JSON object"),
+        ("{", "not JSON"),
+        ("[1]", "not a JSON object"),
         ({"text": "x"}, 'has no "messages"'),
         ({"messages": []}, 'has no "messages"'),
         ({"messages": [{"content": "x"}]}, 'message 0 has no "role"'),
         ({"messages": [{"role": "user", "content": 3}]}, 'message 0 has no "content"'),
         ({"messages": [{"role": "user", "content": "x"}]}, "has no answer of the assistant"),
+        ({"messages": [{"role": "assistant", "content": "\ud800"}]}, "message 0 has half of a"),
     ],
 )
 def test_a_malformed_line_is_named(tmp_path: Path, line: object, reason: str) -> None:

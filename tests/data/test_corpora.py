@@ -172,7 +172,7 @@ def test_a_bad_line_is_refused_or_counted(tmp_path: Path) -> None:
     path = text(tmp_path / "t.jsonl", "\n".join(lines))
     error = refused(config(path))
     assert (error.flag, error.value) == ("--data-path", path)
-    assert error.rule.startswith("line 3: is no JSON")
+    assert error.rule.startswith("line 3: not JSON")
     data = open_data(config(path, skip_bad_lines=True), seed=0)
     assert data.notes == (f"{path}: 4 malformed lines left out",)
     assert refused(config(str(tmp_path / "t.txt"))).flag == "--data-path"
@@ -185,3 +185,46 @@ def test_packing_says_what_it_wastes(tmp_path: Path) -> None:
     pair = indexed(tmp_path / "a", [15] * 10)
     data = open_data(config(pair, packing="best-fit", split="1"), seed=0)
     assert data.notes == ("10 packed rows of whole documents, 0.00% padding",)
+
+
+def test_a_line_is_read_as_prepare_data_reads_it(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"text": "first"}\n' + '{"text": "second"}'.encode("utf-16"))
+    error = refused(config(str(path), seq_length=2))
+    assert error.rule.startswith("line 2: not UTF-8")
+    data = config(str(path), seq_length=2, skip_bad_lines=True)
+    assert open_single(data).tokens.tolist() == [*b"first", EOD]
+
+
+def test_of_several_datasets_the_one_that_is_too_short_is_named(tmp_path: Path) -> None:
+    long, short = indexed(tmp_path / "long", [99]), indexed(tmp_path / "short", [3])
+    for words in ((long, short), ("0.5", long, "0.5", short)):
+        error = refused(config(*words))
+        assert error.flag == "--seq-length"
+        assert error.rule.startswith(f"{short}: a row needs 17 tokens")
+
+
+def test_a_split_that_leaves_nothing_is_refused_or_told(tmp_path: Path) -> None:
+    one = indexed(tmp_path / "one", [99])
+    error = refused(config(one, split="1e-20,1", packing="best-fit", document_mask=True))
+    assert (error.flag, error.rule) == ("--split", "leaves nothing to train on")
+    # best-fit does not cut the one document in two.
+    for packing, told in (("concatenate", False), ("best-fit", True)):
+        data = open_data(config(one, packing=packing, document_mask=True), seed=0)
+        assert (data.rows.valid is None) == told
+        assert any("nothing is validated" in note for note in data.notes) == told
+    own = DataConfig(train_data_path=(one,), seq_length=16)
+    assert not open_data(own, seed=0).notes
+
+
+def test_a_weight_too_small_for_a_float_is_none(tmp_path: Path) -> None:
+    pair = indexed(tmp_path / "a", [99])
+    error = refused(config("1e-99999999", pair, "1", pair))
+    assert error.rule == "a weight must be above zero"
+
+
+def test_a_pair_without_its_index_is_told_so(tmp_path: Path) -> None:
+    pair = indexed(tmp_path / "a", [99])
+    (tmp_path / "a.idx").unlink()
+    error = refused(config(pair))
+    assert (error.value, error.rule) == (f"{pair}.idx", "there is no such file")

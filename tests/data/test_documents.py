@@ -142,6 +142,25 @@ def test_bad_lines(line: bytes, rule: str, tmp_path: Path) -> None:
         assert rule in skipped[0]
 
 
+def test_a_link_that_points_nowhere_matches_no_pattern(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(json_lines(["a"]))
+    (tmp_path / "b.jsonl").symlink_to(tmp_path / "missing")
+    found = find_sources([str(tmp_path / "*.jsonl")])
+    assert [source.path for _, source, _ in found] == [str(tmp_path / "a.jsonl")]
+
+
+def test_a_saved_selection_of_rows_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "data.arrow").write_bytes(b"")
+    state: dict[str, object] = {"_data_files": [{"filename": "data.arrow"}]}
+    for selected in (None, [], [{"filename": "indices.arrow"}]):
+        state["_indices_data_files"] = selected
+        (tmp_path / "state.json").write_text(json.dumps(state))
+        if not selected:
+            assert len(find_sources([str(tmp_path)])) == 1
+    with pytest.raises(ConfigError, match="selects some of the rows"):
+        find_sources([str(tmp_path)])
+
+
 def test_a_pair_of_surrogates_is_a_letter() -> None:
     assert parse_line(b'{"text": "\\ud83d\\ude00"}', ["text"]) == ("\U0001f600",)
 

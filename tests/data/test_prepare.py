@@ -142,6 +142,53 @@ def test_an_input_that_changed_is_another(tmp_path: Path) -> None:
         prepare(request(tmp_path, "a"))
 
 
+def test_what_an_error_tells_to_do_works(tmp_path: Path) -> None:
+    corpus(tmp_path, bad=(390,))
+    with pytest.raises(ConfigError, match="--skip-bad-lines"):
+        prepare(request(tmp_path, "a", workers=1))
+    starts: list[Start | Step] = []
+    result = prepare(request(tmp_path, "a", skip_bad_lines=True), starts.append)
+    assert isinstance(starts[0], Start)
+    assert starts[0].kept_pieces > 0
+    assert len(result.skipped) == 1
+    # Nothing was finished before the bad line, so the mended file is read as if for the first time.
+    corpus(tmp_path, bad=(1,))
+    with pytest.raises(ConfigError, match="line 1"):
+        prepare(request(tmp_path, "b", workers=1))
+    corpus(tmp_path)
+    assert prepare(request(tmp_path, "b")).documents == (LINES,)
+
+
+def test_skipped_lines_are_not_kept_by_a_run_that_skips_none(tmp_path: Path) -> None:
+    corpus(tmp_path, bad=(1, 390))
+    wanted = request(tmp_path, "a", workers=1, skip_bad_lines=True)
+    process = multiprocessing.get_context("spawn").Process(
+        target=killed_after, args=(wanted, 20_000, 2)
+    )
+    process.start()
+    process.join(60)
+    with pytest.raises(ConfigError, match="run with --skip-bad-lines"):
+        prepare(request(tmp_path, "a"))
+
+
+def test_pieces_without_a_manifest_are_not_trusted(tmp_path: Path) -> None:
+    """As a run leaves them that is killed while it tidies up."""
+    corpus(tmp_path)
+    wanted = request(tmp_path, "a")
+    prepare(wanted)
+    wanted.partial.mkdir()
+    receipt = {"documents": [1], "tokens": [1], "crc32": [0], "lines": 1, "skipped": []}
+    (wanted.partial / "000000.json").write_text(json.dumps(receipt))
+    with pytest.raises(ConfigError, match="is there already"):
+        prepare(wanted)
+    other = request(tmp_path, "b", append_eod=False)
+    other.partial.mkdir(parents=True)
+    (other.partial / "000000.json").write_text(json.dumps(receipt))
+    (other.partial / "000000-0.bin.1.tmp").write_bytes(b"of a full disk")
+    assert prepare(other).documents == (LINES,)
+    assert not other.partial.exists()
+
+
 def test_a_damaged_piece_is_made_again(tmp_path: Path) -> None:
     corpus(tmp_path, bad=(390,))
     wanted = request(tmp_path, "a", workers=1)

@@ -130,6 +130,21 @@ def test_no_end_of_document(tmp_path: Path) -> None:
         open_tokenizer("sentencepiece", str(path))
 
 
+def test_what_a_text_to_be_continued_begins_with(tmp_path: Path) -> None:
+    processors = pytest.importorskip("tokenizers.processors")
+    path = tokenizer_files.huggingface(tmp_path, special=("<|endoftext|>", "<s>"))
+    library = pytest.importorskip("tokenizers").Tokenizer.from_file(str(path))
+    assert open_tokenizer("huggingface", str(path)).opening == ()
+    ends = [("<s>", 1), ("<|endoftext|>", 0)]
+    library.post_processor = processors.TemplateProcessing(
+        single="<s> $A <|endoftext|>", special_tokens=ends
+    )
+    library.save(str(path))
+    found = open_tokenizer("huggingface", str(path))
+    assert found.opening == (1,)
+    assert found.encode("the cat")[0] != 1
+
+
 def test_huggingface_is_transformers(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     path = tokenizer_files.huggingface(tmp_path, special=("<|endoftext|>", "<|im_start|>"))

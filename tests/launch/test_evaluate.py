@@ -19,7 +19,7 @@ from cp_megatron.comm.runtime import Launch
 from cp_megatron.config.evaluation import EVALUATE, EvaluationOptions
 from cp_megatron.config.parse import parse_arguments
 from cp_megatron.errors import ConfigError
-from cp_megatron.train import plots
+from cp_megatron.train import evaluation_run, plots
 from cp_megatron.train.evaluation_plan import EvaluationPlan, check_evaluation
 from cp_megatron.train.evaluation_report import Results
 from cp_megatron.train.evaluation_run import evaluate
@@ -125,6 +125,7 @@ def test_refused(folder: Path, words: list[str], told: str) -> None:
         (["--lengths", "1", "--tasks", "perplexity"], "--lengths 1: must lie in 2"),
         (["--depths", "101"], "--depths 101: must lie in 0 to 100 .works: 100"),
         (["--output", "run"], "--output run: is there already"),
+        (["--output", "run/config.yaml/x"], "config.yaml is no folder that one may write to"),
     ],
 )
 def test_refused_in_one_line(folder: Path, words: list[str], told: str) -> None:
@@ -133,6 +134,19 @@ def test_refused_in_one_line(folder: Path, words: list[str], told: str) -> None:
     (line,) = ended.err.splitlines()
     assert line.startswith("evaluate.py: error: ")
     assert re.search(told, line), line
+
+
+def test_results_that_can_not_be_written_are_shown_and_end_with_2(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = planned(folder)
+    (folder / "taken").write_text("")
+    plan = replace(plan, options=replace(plan.options, output=str(folder / "taken" / "x")))
+    results = Results(about={"model": "m"}, perplexity=(), answers=())
+    assert not evaluation_run._shown(plan, results)
+    told = capsys.readouterr().err
+    assert told.startswith("evaluate.py: error: --output ")
+    assert "can not be written" in told
 
 
 def test_a_model_is_needed(tmp_path: Path) -> None:

@@ -121,6 +121,8 @@ REFUSED = [
     ("generate", ["--load", "RUN", "--max-new-tokens", "0"], "--max-new-tokens 0: "),
     ("generate", ["--load", "RUN", "--top-k", "5"], "--top-k 5: has no effect at"),
     ("generate", ["--load", "RUN", "--chat"], "--chat: the tokenizer has no chat template"),
+    ("generate", ["--load", "RUN", "--rope-scaling-factor", "2"], "has no effect with --rope-type"),
+    ("generate", ["--load", "RUN", "--rope-type", "linear"], "needs --rope-scaling-factor"),
     ("generate", ["--load", "RUN", "--load-hf", "RUN"], "--load-hf "),
     ("generate", ["--load-hf", "no-such-folder"], "--load-hf no-such-folder: "),
     ("generate", ["--promt", "x"], "unknown flag (works: --prompt"),

@@ -62,9 +62,9 @@ def test_a_dry_run_needs_no_torch() -> None:
 
 
 def test_only_the_first_rank_speaks() -> None:
-    for argv, code in ((["--lr", "-1"], 2), (["--dry-run"], 0), (["--help"], 0)):
+    for argv in (["--dry-run"], ["--help"]):
         ended = launched("3", *argv, code=CHECK)
-        assert (ended.returncode, ended.stdout, ended.stderr) == (code, "", "")
+        assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", "")
     assert "--lr" in launched("0", "--lr", "-1", code=CHECK).stderr
 
 

@@ -6,6 +6,7 @@ training.
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -139,6 +140,23 @@ def test_draws_depend_on_the_seed_alone() -> None:
 def test_top_1_is_greedy() -> None:
     model = tiny(LLAMA)
     assert continuation(model, sampling=Sampling(temperature=9.0, top_k=1)) == continuation(model)
+
+
+def test_the_smallest_temperature_is_greedy_too() -> None:
+    model = tiny(LLAMA)
+    assert continuation(model, sampling=Sampling(temperature=1e-6)) == continuation(model)
+    with pytest.raises(ConfigError, match="1e-6"):
+        Sampling(temperature=5e-324)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_broken_model_says_so(temperature: float) -> None:
+    model = tiny(LLAMA)
+    assert model.norm is not None
+    with torch.no_grad():
+        model.norm.weight.fill_(math.nan)
+    with pytest.raises(ConfigError, match="not finite"):
+        continuation(model, sampling=Sampling(temperature=temperature))
 
 
 @settings(max_examples=60, deadline=None)

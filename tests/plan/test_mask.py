@@ -38,6 +38,21 @@ def test_dense_literally(mask: Mask, rows: list[str]) -> None:
     assert mask.pairs() == sum(row.count("x") for row in rows)
 
 
+@given(mask=masks(12), other=masks(12))
+@property_settings(60)
+def test_under_another_window(mask: Mask, other: Mask) -> None:
+    found = mask.within(other.window)
+    expected = Mask.documents(mask.lengths, causal=mask.is_causal, window=other.window)
+    assert (found.lengths, found.is_causal, found.window) == (
+        expected.lengths,
+        expected.is_causal,
+        expected.window,
+    )
+    assert found.within(mask.window) == mask
+    with pytest.raises(ConfigError, match="-1 for unlimited"):
+        mask.within((-2, 0))
+
+
 def attends(mask: Mask, q: int, k: int) -> bool:
     """The definition, one pair at a time."""
     document = [i for i, length in enumerate(mask.lengths) for _ in range(length)]

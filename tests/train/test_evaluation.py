@@ -51,6 +51,7 @@ STYLES = {
         untie_embeddings_and_output_weights=True,
     ),
 }
+STYLES["window above"] = replace(STYLES["llama"], window_size=(4, 0), window_layers=(1,))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,6 +142,7 @@ def oracle(style: str, rows: int) -> npt.NDArray[np.float64]:
         ("llama", Case(dp=2)),
         ("llama", Case(cp=4, padding=2)),
         ("gpt", Case(tp=2, cp=2, padding=2)),
+        ("window above", Case(tp=2, cp=2, padding=2)),
         ("gpt", Case(dp=2, cp=2, padding=2)),
         pytest.param("llama", Case(tp=2, cp=2, padding=2, rows=1), marks=pytest.mark.slow),
         pytest.param("llama", Case(tp=4, rows=2), marks=pytest.mark.slow),

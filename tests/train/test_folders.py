@@ -5,15 +5,17 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 from types import SimpleNamespace
+from typing import cast
 
 import pytest
 
+from cp_megatron.checkpoint.manifest import Manifest
 from cp_megatron.config import Config
 from cp_megatron.config.parse import parse_arguments
 from cp_megatron.config.yaml_io import overlay, to_yaml
 from cp_megatron.errors import ConfigError
 from cp_megatron.train import folders
-from cp_megatron.train.folders import check_load, check_save, fresh_run_folder
+from cp_megatron.train.folders import check_load, check_save, data_changes, fresh_run_folder
 
 VOCAB = 257
 
@@ -94,6 +96,16 @@ def test_the_same_model_said_otherwise(run: Path) -> None:
     same = ["--ffn-hidden-size", "512", "--num-query-groups", "4", "--kv-channels", "32"]
     changed = ["--hidden-dropout", "0.1", "--max-position-embeddings", "1024"]
     assert check_load(config_of("--load", str(run), *same, *changed), VOCAB)
+
+
+def test_rows_cut_anew_are_said() -> None:
+    before = parse_arguments(["--preset", "toy-gpt"]).config
+    manifest = cast(Manifest, SimpleNamespace(config=dataclasses.asdict(before), consumed=80))
+    assert data_changes(before, manifest) == ()
+    now = config_of("--preset", "toy-gpt", "--seq-length", "512", "--seed", "7")
+    (told,) = data_changes(now, manifest)
+    assert told.startswith("--seed is 7, was 1234, --seq-length is 512, was 1024: ")
+    assert "row 80" in told
 
 
 def test_another_vocabulary(run: Path) -> None:

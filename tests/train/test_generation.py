@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from cp_megatron.errors import ConfigError
 from cp_megatron.model import Transformer
 from cp_megatron.model.generate import Session
 from cp_megatron.train.generation import Speaker
-from cp_megatron.train.generation_plan import GenerationPlan
+from cp_megatron.train.generation_plan import GenerationPlan, _ends
 
 MODEL = ModelConfig(num_layers=1, hidden_size=16, num_attention_heads=2, max_position_embeddings=64)
 
@@ -77,3 +78,23 @@ def test_a_conversation_that_does_not_fit_is_refused() -> None:
         next(speaker().answer("HI"))
     with pytest.raises(ConfigError, match="has learned 64"):
         next(speaker().answer("long" * 20))
+
+
+@pytest.mark.parametrize("words", ["HI", "long" * 20])
+def test_words_that_could_not_be_read_are_not_part_of_the_conversation(words: str) -> None:
+    one = speaker()
+    "".join(one.answer("hi"))
+    before = list(one.messages)
+    with pytest.raises(ConfigError):
+        next(one.answer(words))
+    assert one.messages == before
+    assert "".join(one.answer("so")) == "::::"
+
+
+def test_an_answer_ends_with_any_of_the_tokens_that_end_one() -> None:
+    one = speaker()
+    ends = _ends({"eos_token_id": [256, ord(":")]})
+    assert _ends({"eos_token_id": 2}) == {2}
+    assert _ends({"eos_token_id": None}) == _ends({}) == frozenset()
+    one = replace(one, plan=replace(one.plan, ends=ends))
+    assert "".join(one.answer("hi")) == ""

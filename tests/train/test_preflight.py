@@ -18,6 +18,7 @@ from cp_megatron.plan import Grid
 from cp_megatron.train.preflight import RunPlan, check
 
 LLAMA = ["--preset", "toy"]
+WINDOW = ["--window-size"]
 CP2, CP8, TP4 = (
     ["--context-parallel-size", "2"],
     ["--context-parallel-size", "8"],
@@ -135,6 +136,11 @@ def refused(
         (["--context-parallel-size", "4", "--seq-length", "3"], 4, "--seq-length", "8"),
         (["--window-size", "4", "1"], 1, "--window-size", "4 0"),
         (["--window-size", "-2", "0"], 1, "--window-size", "-1 0"),
+        (["--window-layers", "0"], 1, "--window-layers", "--window-size LEFT 0"),
+        ([*WINDOW, "-1", "0", "--window-layers", "0"], 1, "--window-layers", "--window-size LEFT"),
+        ([*WINDOW, "9", "0", "--window-layers", "0", "4"], 1, "--window-layers", "0 2"),
+        ([*WINDOW, "9", "0", "--window-layers=-1"], 1, "--window-layers", "0 2"),
+        ([*WINDOW, "9", "0", "--window-layers", "2", "0", "2"], 1, "--window-layers", "0 2"),
         # exchanges
         ([*CP8, "--cp-comm-type", "a2a"], 8, "--cp-comm-type", "a2a+p2p --hierarchical-context"),
         ([*CP2, *TP4, "--cp-comm-type", "a2a"], 8, "--cp-comm-type", "--cp-comm-type p2p"),

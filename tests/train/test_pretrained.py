@@ -120,6 +120,13 @@ def test_a_vocabulary_too_small_for_the_tokenizer() -> None:
         check(arguments.config, launch, given=arguments.given)
 
 
+def test_layers_without_end_are_not_counted_one_by_one(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 10**9}))
+    with pytest.raises(ConfigError, match="1000000000 layers, it stores"):
+        plan(folder)
+
+
 def test_damage_is_found_before_the_run(folder: Path) -> None:
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1])

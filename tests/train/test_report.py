@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from rich.console import Console
 from cp_megatron.comm.runtime import Launch
 from cp_megatron.config.parse import parse_arguments
 from cp_megatron.errors import ConfigError
+from cp_megatron.train import report
 from cp_megatron.train.preflight import RunPlan, check
 from cp_megatron.train.report import error_line, print_start, shown_ranks
 
@@ -66,6 +69,8 @@ def test_what_is_special_is_said() -> None:
         "rows of 1,021 tokens are padded to 1,022, a",
     ):
         assert part in text
+    text = shown(planned(*GRID, "--window-size", "9", "0", "--window-layers", "0", "2"))
+    assert "causal, 9 tokens back in layers 0 2" in text
     argv = ["--context-parallel-size", "4", "--cp-comm-type", "a2a+p2p", "--cp-route", "direct"]
     text = shown(planned(*argv, "--hierarchical-context-parallel-sizes", "2", "2"))
     assert "a2a+p2p 2 x 2, direct - asked for" in text
@@ -91,6 +96,36 @@ def test_paths_are_shown_as_they_are() -> None:
     plan = planned()
     assert "[bold]x" in shown(plan, run=Path("[bold]x"))
     assert max(map(len, shown(plan, run=Path("x" * 300)).splitlines())) <= 80
+
+
+@pytest.mark.parametrize(
+    ("rank", "ended", "told"),
+    [
+        (0, False, "p: error: --lr 2: rule\n"),
+        (0, True, "p: error: --lr 2: rule\n"),
+        (1, True, ""),  # rank 0 has said it
+        (1, False, "p (rank 1): error: --lr 2: rule\n"),  # rank 0 knows nothing of it
+    ],
+)
+def test_a_mistake_is_said_once(
+    rank: int,
+    ended: bool,
+    told: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def sleep(seconds: float) -> None:
+        if ended:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(report, "SECONDS_FOR_RANK_0", 0.1)
+    monkeypatch.setattr(report.time, "sleep", sleep)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        assert report.refuse(ConfigError("--lr", 2, "rule"), "p", rank=rank) == 2
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert capsys.readouterr().err == told
 
 
 @pytest.mark.parametrize(

@@ -5,11 +5,13 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from cp_megatron.data.tokenizer import ByteTokenizer, Ids, open_tokenizer
-from cp_megatron.train.talk import pieces, talk
+from cp_megatron.errors import ConfigError
+from cp_megatron.train.talk import as_utf8, pieces, talk
 
 
 class CutAnywhere(ByteTokenizer):
@@ -80,3 +82,37 @@ def test_ctrl_c_ends_an_answer_and_not_the_talk() -> None:
     out = io.StringIO()
     talk(answer, source=io.StringIO("long\nshort\n"), out=out)
     assert out.getvalue() == "long\nshort.\n"
+
+
+class Terminal(io.StringIO):
+    """A place where a person sits."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def picky(line: str) -> Iterator[str]:
+    if line.isupper():
+        raise ConfigError("--chat", "", "do not shout")
+    yield line
+
+
+def test_a_person_is_told_what_can_not_be_answered_and_goes_on() -> None:
+    out = Terminal()
+    talk(picky, source=Terminal("one\nTWO\nthree\n"), out=out)
+    refusal = "> generate.py: error: --chat: do not shout\n"
+    assert out.getvalue().endswith(f"> one\n{refusal}> three\n> \n")
+
+
+def test_a_file_of_lines_ends_with_the_one_that_can_not_be_answered() -> None:
+    out = io.StringIO()
+    with pytest.raises(ConfigError, match="do not shout"):
+        talk(picky, source=io.StringIO("one\nTWO\nthree\n"), out=out)
+    assert out.getvalue() == "one\n"
+
+
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
+def test_bytes_that_are_no_text_are_read_too(errors: str) -> None:
+    source = io.TextIOWrapper(io.BytesIO(b"na\xc3\xafve \xff\n"), encoding="ascii", errors=errors)
+    as_utf8(source)
+    assert source.readline() == "na\u00efve \ufffd\n"
