@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -101,20 +99,35 @@ def test_a_stopped_run_says_how_to_go_on(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     for number in range(40):
         (tmp_path / "in" / f"{number}.txt").write_text(f"{number} " * 400_000)
-    argv = [sys.executable, str(SCRIPT), "--input", "in", "--output-prefix", "out"]
-    argv += ["--workers", "1"]
-    process = subprocess.Popen(
-        argv, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    argv = ["--input", "in", "--output-prefix", "out", "--workers", "1"]
+    # Ctrl-C when the first piece is finished and the second one is handed out.
+    code = f"""
+import os, signal, sys
+sys.path.insert(0, {str(SCRIPT.parent)!r})
+import prepare_data
+from cp_megatron.data import prepare
+give, given = prepare._give, []
+def give_or_stop(*task):
+    given.append(task)
+    if len(given) == 2:
+        os.kill(os.getpid(), signal.SIGINT)
+    give(*task)
+prepare._give = give_or_stop
+sys.exit(prepare_data.main(sys.argv[1:]))
+"""
+    stopped = subprocess.run(
+        [sys.executable, "-c", code, *argv],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
     )
-    until = time.monotonic() + 30
-    while not list(tmp_path.glob("out.partial/0*.json")) and time.monotonic() < until:
-        time.sleep(0.002)
-    process.send_signal(signal.SIGINT)
-    _, told = process.communicate(timeout=30)
-    assert process.returncode == 130, told
-    (line,) = told.splitlines()
+    assert stopped.returncode == 130, stopped.stderr
+    assert len(list(tmp_path.glob("out.partial/0*.json"))) == 1
+    (line,) = stopped.stderr.splitlines()
     assert "finished pieces are in out.partial, the same command goes on" in line
-    ended = launched(tmp_path, *argv[2:])
+    ended = launched(tmp_path, *argv)
     assert ended.returncode == 0, ended.stderr
     assert "going on: " in ended.stdout
     assert "40 documents" in ended.stdout
