@@ -5,7 +5,6 @@ A run that was stopped goes on where it was when the same command is given again
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -18,9 +17,9 @@ from cp_megatron.train.report import error_line
 
 def main(argv: Sequence[str]) -> int:
     """Runs the program; the exit code: 0 done, 2 a flag can not be honoured, 130 stopped."""
+    # Also where a script has started it with &, which leaves SIGINT ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, _stop)
-    # For the processes this one starts: each has one core. The library can be told no other way.
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     try:
         run(parse(argv))
         return 0

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from cp_megatron.checkpoint.gguf import FLAG, GGUFFile
+from cp_megatron.checkpoint.hf_tokenizer import bpe_model
 from cp_megatron.errors import ConfigError
 
 _CONTROL, _USER_DEFINED = 3, 4
@@ -77,18 +78,9 @@ def tokenizer_files(file: GGUFFile, *, vocab_size: int) -> dict[str, Any]:
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": list(reader.pre_tokenizer())},
         "post_processor": _post_processor(reader, special),
         "decoder": _byte_level(use_regex=True),
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "ignore_merges": reader.pre == "llama-bpe",
-            "vocab": {token: number for number, token in enumerate(tokens)},
-            "merges": reader.merges(tokens),
-        },
+        "model": bpe_model(
+            tokens, merges=reader.merges(tokens), ignore_merges=reader.pre == "llama-bpe"
+        ),
     }
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",

@@ -12,6 +12,7 @@ A BPE over these without a single merge leaves every byte a token, and a token's
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from cp_megatron.data.tokenizer import ByteTokenizer
@@ -43,18 +44,7 @@ def byte_tokenizer_files(seq_length: int) -> dict[str, dict[str, Any]]:
         "pre_tokenizer": level,
         "post_processor": None,
         "decoder": level,
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "ignore_merges": False,
-            "vocab": {character: byte for byte, character in enumerate(byte_alphabet())},
-            "merges": [],
-        },
+        "model": bpe_model(list(byte_alphabet()), merges=[]),
     }
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -65,6 +55,30 @@ def byte_tokenizer_files(seq_length: int) -> dict[str, dict[str, Any]]:
         "split_special_tokens": True,
     }
     return {"tokenizer.json": body, "tokenizer_config.json": config}
+
+
+def bpe_model(
+    tokens: Sequence[str], *, merges: Sequence[Any], ignore_merges: bool = False
+) -> dict[str, Any]:
+    """The model of a tokenizer.json: byte-level BPE, a token's id being its place.
+
+    Args:
+        tokens: the vocabulary.
+        merges: pairs of tokens, the first to be merged first.
+        ignore_merges: a word that is a token stays whole.
+    """
+    return {
+        "type": "BPE",
+        "dropout": None,
+        "unk_token": None,
+        "continuing_subword_prefix": None,
+        "end_of_word_suffix": None,
+        "fuse_unk": False,
+        "byte_fallback": False,
+        "ignore_merges": ignore_merges,
+        "vocab": {token: number for number, token in enumerate(tokens)},
+        "merges": list(merges),
+    }
 
 
 def byte_alphabet() -> str:

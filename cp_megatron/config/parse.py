@@ -16,7 +16,7 @@ import difflib
 import io
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -29,6 +29,7 @@ from cp_megatron.config.huggingface import has_tokenizer, read_hf_config
 from cp_megatron.config.megatron_flags import why_meaningless
 from cp_megatron.config.presets import DEFAULT_PRESET, PRETRAINED_OPTIMIZER
 from cp_megatron.config.schema import Config
+from cp_megatron.config.words import is_flag, unknown
 from cp_megatron.config.yaml_io import Values, overlay, preset_named, read_file, read_values
 from cp_megatron.errors import ConfigError
 
@@ -211,11 +212,11 @@ def _read_words(argv: Sequence[str], options: type[LaunchOptions]) -> dict[str, 
         place += 1
         texts = [value] if has_value else []
         if flag not in flags:
-            follows = argv[place] if place < len(argv) and not _is_flag(argv[place]) else ""
+            follows = argv[place] if place < len(argv) and not is_flag(argv[place]) else ""
             raise _unknown(flag, value if has_value else follows, flags)
         setting, _ = flags[flag]
         room = (0 if setting.kind == "bool" else setting.count or len(argv)) - len(texts)
-        while room > 0 and place < len(argv) and not _is_flag(argv[place]):
+        while room > 0 and place < len(argv) and not is_flag(argv[place]):
             texts.append(argv[place])
             place, room = place + 1, room - 1
         word = _Word(setting, flag, _checked(setting, flag, texts))
@@ -224,23 +225,13 @@ def _read_words(argv: Sequence[str], options: type[LaunchOptions]) -> dict[str, 
     return words
 
 
-def _is_flag(word: str) -> bool:
-    """A word that can not be a value: a dash, then no number."""
-    return word.startswith("-") and not re.match(r"-\.?\d", word)
-
-
-def _unknown(flag: str, value: str, flags: Mapping[str, object]) -> ConfigError:
+def _unknown(flag: str, value: str, flags: Collection[str]) -> ConfigError:
     why = why_meaningless(flag)
     if why is not None:
         return ConfigError(
             flag, value, f"a flag of Megatron without a meaning here: {why[0]}", why[1]
         )
-    if not flag.startswith("-"):
-        rule = "belongs to no flag"
-        return ConfigError("argument", flag, rule, "--flag value")
-    spelling = flag.replace("_", "-").lower()
-    near = [spelling] if spelling in flags else difflib.get_close_matches(spelling, flags, n=3)
-    return ConfigError(flag, value, "unknown flag", ", ".join(near) or "see --help")
+    return unknown(flag, value, flags)
 
 
 def _checked(setting: Setting, flag: str, texts: list[str]) -> tuple[str, ...]:

@@ -113,9 +113,6 @@ Watcher = Callable[[Start | Step], None]
 def prepare(request: Request, watch: Watcher = lambda event: None) -> Result:
     """Makes the pairs.
 
-    With ``huggingface``, set TOKENIZERS_PARALLELISM to false in the environment before, as
-    ``launch/prepare_data.py`` does, or every process starts as many threads as there are cores.
-
     Args:
         request: what to prepare.
         watch: is told of the start and of every step.

@@ -1,24 +1,18 @@
-"""The command line of ``launch/prepare_data.py``: its flags, and what a person sees. No torch.
-
-Words are checked one by one against the fields of ``Options``, so that a mistake is one
-``ConfigError``; tyro writes ``--help``.
-"""
+"""The command line of ``launch/prepare_data.py``: its flags, and what a person sees. No torch."""
 
 from __future__ import annotations
 
-import difflib
-import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Literal
 
 import tyro
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from cp_megatron.config.fields import BadValueError, Setting, setting_of_type
+from cp_megatron.config.words import read_words
 from cp_megatron.data.prepare import Request, Result, Start, prepare
 from cp_megatron.data.prepare_worker import Step
 from cp_megatron.errors import ConfigError
@@ -68,7 +62,7 @@ def parse(argv: Sequence[str]) -> Options:
     """
     if any(word in ("-h", "--help") for word in argv):
         tyro.cli(Options, prog=PROGRAM, description=_DESCRIPTION, args=["--help"])
-    values = _read_words(argv)
+    values = read_words(argv, Options)
     if not values.get("output_prefix"):
         rule = "needs the path that the new files begin with"
         raise ConfigError("--output-prefix", "", rule, "--output-prefix data/corpus")
@@ -165,60 +159,3 @@ class _View:
         seconds = max(1e-9, time.monotonic() - self._begin)
         speed = self._weight / seconds / 1e6
         return f"{self._tokens:,} tokens  {self._tokens / seconds:,.0f} tok/s  {speed:.1f} MB/s"
-
-
-# ---- words ---------------------------------------------------------------------------------------
-
-
-def _settings() -> Mapping[str, Setting]:
-    hints = get_type_hints(Options).items()
-    rows = [setting_of_type("", name, hint) for name, hint in hints]
-    return {row.flag: row for row in rows}
-
-
-def _read_words(argv: Sequence[str]) -> dict[str, Any]:
-    """The fields of ``Options`` that the words give."""
-    flags = _settings()
-    values: dict[str, Any] = {}
-    place = 0
-    while place < len(argv):
-        flag, has_value, value = argv[place].partition("=")
-        place += 1
-        texts = [value] if has_value else []
-        while place < len(argv) and not has_value and not re.match(r"-(?!\.?\d)", argv[place]):
-            texts.append(argv[place])
-            place += 1
-        off = flags.get(f"--{flag[5:]}") if flag.startswith("--no-") else None
-        setting = flags.get(flag) or (off if off is not None and off.kind == "bool" else None)
-        if setting is None:
-            raise _unknown(flag, " ".join(texts), [*flags, "--no-append-eod"])
-        if setting.name in values:
-            raise ConfigError(flag, " ".join(texts), "is given twice", "once")
-        values[setting.name] = _value(setting, flag, texts)
-    return values
-
-
-def _value(setting: Setting, flag: str, texts: list[str]) -> Any:
-    if setting.kind == "bool":
-        if texts:
-            raise ConfigError(flag, " ".join(texts), "is a switch and takes no value", flag)
-        return flag == setting.flag
-    if not texts or (setting.kind != "strings" and len(texts) != 1):
-        rule = "needs one or more values" if setting.kind == "strings" else "needs one value"
-        works = ", ".join(setting.choices) or f"{flag} VALUE"
-        raise ConfigError(flag, " ".join(texts), rule, works)
-    found = []
-    for text in setting.words(texts):
-        try:
-            found.append(setting.from_text(text))
-        except BadValueError as error:
-            raise ConfigError(flag, text, error.rule, error.works) from None
-    return tuple(found) if setting.kind == "strings" else found[0]
-
-
-def _unknown(flag: str, value: str, flags: list[str]) -> ConfigError:
-    if not flag.startswith("-"):
-        return ConfigError("argument", flag, "belongs to no flag", "--flag value")
-    spelling = flag.replace("_", "-").lower()
-    near = [spelling] if spelling in flags else difflib.get_close_matches(spelling, flags, n=3)
-    return ConfigError(flag, value, "unknown flag", ", ".join(near) or "see --help")

@@ -90,7 +90,7 @@ def serve(connection: Connection, job: Job) -> None:
     # Ctrl-C reaches the whole terminal; the parent ends this process by closing the pipe.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        tokenizer = open_tokenizer(job.tokenizer_type, job.tokenizer_model, threads=1)
+        tokenizer = open_tokenizer(job.tokenizer_type, job.tokenizer_model)
         while True:
             number, piece = connection.recv()
             tokenise_piece(number, piece, job, tokenizer, connection)
@@ -164,7 +164,8 @@ def _write(
     tokens = documents = 0
     after = []
     for texts, stream, sizes, check in zip(bundle.texts, streams, lengths, checks):
-        found = [ids for ids in tokenizer.encode_batch(texts) if ids.size]
+        # One by one: the cores are shared out among processes, not among a library's threads.
+        found = [ids for text in texts if (ids := tokenizer.encode(text)).size]
         parts: list[npt.NDArray[np.int32]] = [part for ids in found for part in (ids, end)]
         joined = np.concatenate(parts).astype(dtype) if parts else np.zeros(0, dtype=dtype)
         data = joined.tobytes()

@@ -106,14 +106,12 @@ class ByteTokenizer:
         return data.decode("utf-8", errors="replace")
 
 
-def open_tokenizer(kind: str, path: str | None, *, threads: int = 0) -> Tokenizer:
+def open_tokenizer(kind: str, path: str | None) -> Tokenizer:
     """Reads a tokenizer.
 
     Args:
         kind: one of ``KINDS``.
         path: its file; for ``huggingface`` also the folder that holds tokenizer.json.
-        threads: threads that ``encode_batch`` may use; 0 leaves it to the library. ``huggingface``
-            has its own way to say so only, TOKENIZERS_PARALLELISM in the process's environment.
 
     Raises:
         ConfigError: the file is missing, malformed or of another kind, it has no token that ends a
@@ -138,10 +136,10 @@ def open_tokenizer(kind: str, path: str | None, *, threads: int = 0) -> Tokenize
     if kind == "sentencepiece":
         from cp_megatron.data.tokenizer_sentencepiece import SentencePieceTokenizer
 
-        return SentencePieceTokenizer.read(file, threads=threads)
+        return SentencePieceTokenizer.read(file)
     from cp_megatron.data.tokenizer_tiktoken import TiktokenTokenizer
 
-    return TiktokenTokenizer.read(file, threads=threads)
+    return TiktokenTokenizer.read(file)
 
 
 def ids_without_eod(tokens: npt.ArrayLike, tokenizer: Tokenizer) -> list[int]:

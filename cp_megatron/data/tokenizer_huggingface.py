@@ -76,7 +76,7 @@ class HuggingFaceTokenizer:
 
     def encode(self, text: str) -> Ids:
         """Ids of a text, int32 [n]."""
-        return np.array(self._library.encode(text, add_special_tokens=False).ids, dtype=np.int32)
+        return self.encode_batch([text])[0]  # the library is faster so: no offsets are counted
 
     def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
         """``encode`` of each text, by the library's own threads."""

@@ -34,11 +34,10 @@ class SentencePieceTokenizer:
     eod: int
     fingerprint: str
     opening: tuple[int, ...] = field(default=(), init=False)
-    threads: int
     _library: Any
 
     @classmethod
-    def read(cls, path: Path, *, threads: int = 0) -> SentencePieceTokenizer:
+    def read(cls, path: Path) -> SentencePieceTokenizer:
         """Reads a model; its end of sentence ends a document.
 
         Raises:
@@ -64,7 +63,6 @@ class SentencePieceTokenizer:
             vocab_size=size,
             eod=eod,
             fingerprint=fingerprint_of("sentencepiece", data, eod),
-            threads=threads,
             _library=library,
         )
 
@@ -74,8 +72,7 @@ class SentencePieceTokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
         """``encode`` of each text, by the library's own threads."""
-        threads = self.threads or -1
-        found = self._library.encode(list(texts), out_type=int, num_threads=threads)
+        found = self._library.encode(list(texts), out_type=int, num_threads=-1)
         return [np.array(ids, dtype=np.int32) for ids in found]
 
     def decode(self, tokens: npt.ArrayLike) -> str:

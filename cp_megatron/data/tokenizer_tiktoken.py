@@ -87,11 +87,10 @@ class TiktokenTokenizer:
     eod: int
     fingerprint: str
     opening: tuple[int, ...] = field(default=(), init=False)
-    threads: int
     _library: Any
 
     @classmethod
-    def read(cls, path: Path, *, threads: int = 0) -> TiktokenTokenizer:
+    def read(cls, path: Path) -> TiktokenTokenizer:
         """Reads a file; what it does not say is in the table above.
 
         Raises:
@@ -113,7 +112,6 @@ class TiktokenTokenizer:
             vocab_size=library.max_token_value + 1,
             eod=special[rules.end],
             fingerprint=fingerprint_of("tiktoken", data, special[rules.end]),
-            threads=threads,
             _library=library,
         )
 
@@ -122,11 +120,8 @@ class TiktokenTokenizer:
         return np.array(self._library.encode(text, allowed_special="all"), dtype=np.int32)
 
     def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
-        """``encode`` of each text, by the library's own threads unless ``threads`` is 1."""
-        if self.threads == 1:
-            return [self.encode(text) for text in texts]
-        more = {"num_threads": self.threads} if self.threads else {}
-        found = self._library.encode_batch(list(texts), allowed_special="all", **more)
+        """``encode`` of each text, by the library's own threads."""
+        found = self._library.encode_batch(list(texts), allowed_special="all")
         return [np.array(ids, dtype=np.int32) for ids in found]
 
     def decode(self, tokens: npt.ArrayLike) -> str:

@@ -1,25 +1,20 @@
-"""The command line of ``python -m cp_megatron.plan``: its flags, and the schedule they describe.
-
-Words are checked before tyro sees them, as in ``config.parse``: a mistake is one ``ConfigError``.
-"""
+"""The command line of ``python -m cp_megatron.plan``: its flags, and the schedule they describe."""
 
 from __future__ import annotations
 
-import difflib
 import math
-import re
 import types
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Union, get_args, get_origin, get_type_hints
+from typing import Literal
 
 import numpy as np
 import tyro
 from rich.console import Console
 
-from cp_megatron.config.fields import BadValueError, setting_of_type
 from cp_megatron.config.schema import Exchange, LayoutKind, Route
+from cp_megatron.config.words import read_words
 from cp_megatron.errors import ConfigError
 from cp_megatron.plan.layout import SequenceLayout
 from cp_megatron.plan.mask import Mask
@@ -35,7 +30,6 @@ the attention matrix in which round, who sends what to whom. No GPU, no torch, a
 _ELEMENT_SIZES: Mapping[str, int] = types.MappingProxyType(
     {"bfloat16": 2, "float32": 4, "float64": 8}
 )
-_HELP = ("-h", "--help")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,16 +86,11 @@ def parse(argv: Sequence[str]) -> Options:
         ConfigError: a flag or a value that can not be honoured.
         SystemExit: with code 0, after ``--help`` is printed.
     """
-    asked = [word for word in argv if word in _HELP]
-    line = asked[:1] or _checked_words(argv)
-    return tyro.cli(
-        Options,
-        prog=PROGRAM,
-        description=_DESCRIPTION,
-        args=line,
-        compact_help=False,
-        config=(tyro.conf.FlagCreatePairsOff,),
-    )
+    if any(word in ("-h", "--help") for word in argv):
+        tyro.cli(
+            Options, prog=PROGRAM, description=_DESCRIPTION, args=["--help"], compact_help=False
+        )
+    return Options(**read_words(argv, Options))
 
 
 def run(options: Options, console: Console | None = None) -> None:
@@ -233,63 +222,3 @@ def _draw(schedule: Schedule, path: str) -> None:
         )
         reason = error.strerror or str(error)
         raise ConfigError("--svg", path, f"can not be written: {reason}", near) from None
-
-
-# ---- words ---------------------------------------------------------------------------------------
-
-
-def _checked_words(argv: Sequence[str]) -> list[str]:
-    """The command line, every word of it one that tyro can not refuse."""
-    hints = {f"--{name.replace('_', '-')}": hint for name, hint in get_type_hints(Options).items()}
-    line: list[str] = []
-    seen: set[str] = set()
-    place = 0
-    while place < len(argv):
-        flag, has_value, value = argv[place].partition("=")
-        place += 1
-        texts = [value] if has_value else []
-        while place < len(argv) and not _is_flag(argv[place]) and not has_value:
-            texts.append(argv[place])
-            place += 1
-        if flag not in hints:
-            raise _unknown(flag, " ".join(texts), list(hints))
-        if flag in seen:
-            raise ConfigError(flag, " ".join(texts), "is given twice", "once")
-        seen.add(flag)
-        _check(flag, hints[flag], texts)
-        line += [flag, *texts]
-    return line
-
-
-def _is_flag(word: str) -> bool:
-    """A word that can not be a value: a dash, then no number."""
-    return word.startswith("-") and not re.match(r"-\.?\d", word)
-
-
-def _unknown(flag: str, value: str, flags: list[str]) -> ConfigError:
-    if not flag.startswith("-"):
-        return ConfigError("argument", flag, "belongs to no flag", "--flag value")
-    spelling = flag.replace("_", "-").lower()
-    near = [spelling] if spelling in flags else difflib.get_close_matches(spelling, flags, n=3)
-    return ConfigError(flag, value, "unknown flag", ", ".join(near) or "see --help")
-
-
-def _check(flag: str, hint: object, texts: list[str]) -> None:
-    """Refuses values that the field's type does not take."""
-    parts = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
-    inner = next(part for part in parts if part is not type(None))
-    if inner is bool:
-        if texts:
-            raise ConfigError(flag, " ".join(texts), "is a switch and takes no value", flag)
-        return
-    sizes = get_args(inner) if get_origin(inner) is tuple else ()
-    wanted = 0 if Ellipsis in sizes else max(1, len(sizes))
-    if not texts or (wanted and len(texts) != wanted):
-        rule = f"needs {wanted or 'one or more'} value{'s' * (wanted != 1)}"
-        raise ConfigError(flag, " ".join(texts), rule, " ".join([flag, *["VALUE"] * (wanted or 2)]))
-    setting = setting_of_type("", flag, int if sizes else inner)
-    for text in texts:
-        try:
-            setting.from_text(text)
-        except BadValueError as error:
-            raise ConfigError(flag, text, error.rule, error.works) from None

@@ -43,7 +43,7 @@ from cp_megatron.train.evaluation_report import (
 )
 from cp_megatron.train.preflight import DeviceName, RunPlan
 from cp_megatron.train.report import error_line
-from cp_megatron.train.start import choose_device, connect, read_alike, start_torch
+from cp_megatron.train.start import begin, make_context, read_alike
 
 HAYSTACK_ROWS = 64
 """The text of the needle tasks is this many of the longest rows, where the data has so much."""
@@ -55,12 +55,8 @@ def run_evaluation(plan: EvaluationPlan, launch: Launch) -> int:
     Raises:
         ConfigError: something that only torch or the whole of the data could tell.
     """
-    device, note = choose_device(plan.longest, launch)
-    capability = torch.cuda.get_device_capability(launch.local_rank) if device == "cuda" else None
-    runs = tuple(run.on_device(device, note, capability) for run in plan.runs)
+    runs, device, control = begin(plan.runs, launch)
     plan = replace(plan, runs=runs)
-    start_torch(launch, device, deterministic=plan.longest.config.train.deterministic)
-    control = connect(plan.longest, launch, device)
     try:
         results = evaluate(plan, launch, device, control)
         written = launch.rank != 0 or _shown(plan, results)
@@ -212,7 +208,7 @@ class _Evaluator:
             load_hf(plan.load, model=model, process_group=control)
         else:
             load_checkpoint(plan.load, model=model, optimizer=None, process_group=control)
-        cps = {each.config.data.seq_length: _context(each, groups) for each in plan.runs}
+        cps = {each.config.data.seq_length: make_context(each, groups) for each in plan.runs}
         return cls(model, groups, device, cps)
 
     def perplexity(
@@ -268,20 +264,3 @@ class _Evaluator:
             device=self._device,
             padding=run.sequence.padding,
         )
-
-
-def _context(run: RunPlan, groups: ParallelGroups) -> ContextParallel:
-    """The context parallelism of rows of one length."""
-    sequence, parallel = run.sequence, run.config.parallel
-    assert run.kernel is not None
-    return ContextParallel(
-        groups.cp,
-        sequence.mask,
-        layout=sequence.layout.kind,
-        exchange="auto" if sequence.exchange == "none" else sequence.exchange,
-        kernel=run.kernel.name,
-        route=sequence.route,
-        hierarchical_sizes=sequence.sizes,
-        deterministic=run.config.train.deterministic,
-        check_ranks="once" if parallel.cp_check_ranks else "never",
-    )

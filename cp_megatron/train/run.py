@@ -20,7 +20,6 @@ from cp_megatron.comm.runtime import Launch
 from cp_megatron.config import Config
 from cp_megatron.config.parse import CONFIG_FILE
 from cp_megatron.config.yaml_io import to_yaml
-from cp_megatron.context_parallel import ContextParallel
 from cp_megatron.data.corpora import Data, open_data
 from cp_megatron.errors import ConfigError
 from cp_megatron.model.parallelize import ComputeDType, build_model
@@ -34,7 +33,7 @@ from cp_megatron.train.profiler import StepProfiler
 from cp_megatron.train.progress import ProgressView
 from cp_megatron.train.report import print_start
 from cp_megatron.train.signals import StopRequest, stop_on_signal
-from cp_megatron.train.start import choose_device, connect, read_alike, start_torch
+from cp_megatron.train.start import begin, make_context, read_alike
 from cp_megatron.train.step import Trainer
 from cp_megatron.train.wandb_log import WandbRun
 
@@ -52,11 +51,7 @@ def run(plan: RunPlan, launch: Launch, script: str = "launch/pretrain.py") -> in
     Raises:
         ConfigError: something that only torch or the whole of the data could tell.
     """
-    device, note = choose_device(plan, launch)
-    capability = torch.cuda.get_device_capability(launch.local_rank) if device == "cuda" else None
-    plan = plan.on_device(device, note, capability)
-    start_torch(launch, device, deterministic=plan.config.train.deterministic)
-    control = connect(plan, launch, device)
+    (plan,), device, control = begin([plan], launch)
     try:
         pieces = assemble(plan, launch, device, control)
         dist.barrier(group=control)  # no rank ends at a signal that another one waits out
@@ -156,7 +151,6 @@ def _make_trainer(plan: RunPlan, device: torch.device) -> Trainer:
     """The initialised model on this rank, and what moves it."""
     config = plan.config
     assert plan.dtype is not None, "known since the device is"
-    assert plan.kernel is not None
     groups = ParallelGroups.create(plan.grid, device.type)
     dtype = cast(ComputeDType, plan.dtype)
     model = build_model(
@@ -167,27 +161,15 @@ def _make_trainer(plan: RunPlan, device: torch.device) -> Trainer:
         device=device,
         initialize=plan.load is None and config.checkpoint.load_hf is None,
     )
-    sequence, parallel = plan.sequence, config.parallel
     return Trainer(
         model=model,
         optimizer=make_optimizer(model.parameters(), config.optimizer),
         groups=groups,
-        cp=ContextParallel(
-            groups.cp,
-            sequence.mask,
-            layout=sequence.layout.kind,
-            exchange="auto" if sequence.exchange == "none" else sequence.exchange,
-            kernel=plan.kernel.name,
-            route=sequence.route,
-            hierarchical_sizes=sequence.sizes,
-            deterministic=config.train.deterministic,
-            # Masks are a function of the run's rows, alike on every rank that reads them.
-            check_ranks="once" if parallel.cp_check_ranks else "never",
-        ),
+        cp=make_context(plan, groups),
         device=device,
         seed=config.train.seed,
         clip_grad=config.optimizer.clip_grad,
-        sequence_parallel=parallel.sequence_parallel,
+        sequence_parallel=config.parallel.sequence_parallel,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -11,7 +11,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 
+from cp_megatron.comm.groups import ParallelGroups
 from cp_megatron.comm.runtime import Launch, set_cublas_workspace
+from cp_megatron.context_parallel import ContextParallel
 from cp_megatron.data.corpora import Data
 from cp_megatron.data.sources import Corpus
 from cp_megatron.errors import ConfigError
@@ -20,7 +22,47 @@ from cp_megatron.train.preflight import DeviceName, RunPlan
 Read = TypeVar("Read", Data, Corpus)
 
 
-def choose_device(plan: RunPlan, launch: Launch) -> tuple[DeviceName, str]:
+def begin(
+    plans: Sequence[RunPlan], launch: Launch
+) -> tuple[tuple[RunPlan, ...], DeviceName, dist.ProcessGroup]:
+    """Sets this process up and joins the others.
+
+    Args:
+        plans: of one grid, model and device; one or more.
+        launch: how this process was started.
+
+    Returns:
+        the plans on their device, the device, and a group of all ranks for CPU tensors.
+
+    Raises:
+        ConfigError: the device is not there, or the kernel does not run on it.
+    """
+    device, note = _choose_device(plans[0], launch)
+    capability = torch.cuda.get_device_capability(launch.local_rank) if device == "cuda" else None
+    found = tuple(plan.on_device(device, note, capability) for plan in plans)
+    _start_torch(launch, device, deterministic=plans[0].config.train.deterministic)
+    return found, device, _connect(plans[0], launch, device)
+
+
+def make_context(plan: RunPlan, groups: ParallelGroups) -> ContextParallel:
+    """Context parallelism of the plan's rows."""
+    sequence, parallel = plan.sequence, plan.config.parallel
+    assert plan.kernel is not None, "known since the device is"
+    return ContextParallel(
+        groups.cp,
+        sequence.mask,
+        layout=sequence.layout.kind,
+        exchange="auto" if sequence.exchange == "none" else sequence.exchange,
+        kernel=plan.kernel.name,
+        route=sequence.route,
+        hierarchical_sizes=sequence.sizes,
+        deterministic=plan.config.train.deterministic,
+        # Masks are a function of the run's rows, alike on every rank that reads them.
+        check_ranks="once" if parallel.cp_check_ranks else "never",
+    )
+
+
+def _choose_device(plan: RunPlan, launch: Launch) -> tuple[DeviceName, str]:
     """cuda where every local rank has a GPU of its own, else cpu; and what to say about it.
 
     Raises:
@@ -39,7 +81,7 @@ def choose_device(plan: RunPlan, launch: Launch) -> tuple[DeviceName, str]:
     return "cuda", ""
 
 
-def start_torch(launch: Launch, device: DeviceName, *, deterministic: bool) -> None:
+def _start_torch(launch: Launch, device: DeviceName, *, deterministic: bool) -> None:
     """Sets the device of this process up: which GPU, or how many of the node's cores."""
     if device == "cuda":
         if deterministic:
@@ -53,7 +95,7 @@ def start_torch(launch: Launch, device: DeviceName, *, deterministic: bool) -> N
     torch.set_num_threads(max(1, cores // launch.local_world_size))
 
 
-def connect(plan: RunPlan, launch: Launch, device: DeviceName) -> dist.ProcessGroup:
+def _connect(plan: RunPlan, launch: Launch, device: DeviceName) -> dist.ProcessGroup:
     """Joins the other ranks; a group of all of them for CPU tensors and objects."""
     timeout = timedelta(minutes=plan.config.parallel.distributed_timeout_minutes)
     backend = "nccl" if device == "cuda" else "gloo"

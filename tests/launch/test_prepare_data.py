@@ -103,6 +103,7 @@ def test_a_stopped_run_says_how_to_go_on(tmp_path: Path) -> None:
     # Ctrl-C when the first piece is finished and the second one is handed out.
     code = f"""
 import os, signal, sys
+signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a script's & leaves it
 sys.path.insert(0, {str(SCRIPT.parent)!r})
 import prepare_data
 from cp_megatron.data import prepare
