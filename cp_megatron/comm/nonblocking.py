@@ -34,27 +34,35 @@ class Started:
         return self.result
 
 
-def start_all_gather(x: Tensor, group: ProcessGroup | None) -> Started:
+def start_all_gather(
+    x: Tensor, group: ProcessGroup | None, result: Tensor | None = None
+) -> Started:
     """The ranks' tensors one after the other: ``[n, ..] -> [ranks * n, ..]``.
 
     Args:
         x: contiguous, of the same shape on every rank.
         group: None is one rank and sends nothing.
+        result: where to; by default memory of its own.
     """
     if group is None or group.size() == 1:
         return Started(None, x, x)
-    result = x.new_empty((group.size() * x.shape[0], *x.shape[1:]))
+    if result is None:
+        result = x.new_empty((group.size() * x.shape[0], *x.shape[1:]))
     return Started(_all_gather(result, x, group=group, async_op=True), x, result)
 
 
-def start_reduce_scatter(x: Tensor, group: ProcessGroup | None) -> Started:
+def start_reduce_scatter(
+    x: Tensor, group: ProcessGroup | None, result: Tensor | None = None
+) -> Started:
     """This rank's part of the ranks' sum: ``[ranks * n, ..] -> [n, ..]``.
 
     Args:
         x: contiguous, of the same shape on every rank.
         group: None is one rank and sends nothing.
+        result: where to; by default memory of its own.
     """
     if group is None or group.size() == 1:
         return Started(None, x, x)
-    result = x.new_empty((x.shape[0] // group.size(), *x.shape[1:]))
+    if result is None:
+        result = x.new_empty((x.shape[0] // group.size(), *x.shape[1:]))
     return Started(_reduce_scatter(result, x, group=group, async_op=True), x, result)

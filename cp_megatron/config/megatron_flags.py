@@ -84,9 +84,14 @@ MEANINGLESS: Mapping[str, tuple[str, str]] = MappingProxyType(
         "--layernorm-epsilon": ("has another name here", "--norm-epsilon"),
         # recomputation
         "--recompute-activations": ("has another name", "--recompute-granularity selective"),
-        "--recompute-method": ("every layer is recomputed", "--recompute-granularity full"),
-        "--recompute-num-layers": ("every layer is recomputed", "--recompute-granularity full"),
+        "--recompute-method": (
+            "the first layers are recomputed, each by itself: Megatron's block",
+            "--recompute-num-layers",
+        ),
         "--recompute-modules": ("the parts are fixed", "--recompute-granularity selective"),
+        "--cpu-offloading-num-layers": ("every recomputed layer is moved", "--cpu-offloading"),
+        "--use-cpu-initialization": ("weights are always drawn on the CPU", _ALWAYS_ON),
+        "--cross-entropy-loss-fusion": ("head and loss are always one", _ALWAYS_ON),
         # data
         "--mock-data": (
             "without --data-path the run reads the sources of Python's library",

@@ -8,6 +8,7 @@ from types import MappingProxyType
 from cp_megatron.config.schema import (
     Config,
     DataConfig,
+    MemoryConfig,
     ModelConfig,
     OptimizerConfig,
     ParallelConfig,
@@ -93,7 +94,8 @@ _LLAMA3_8B = Config(
     parallel=ParallelConfig(sequence_parallel=True),
     data=DataConfig(seq_length=8192, micro_batch_size=1, global_batch_size=128),
     optimizer=OptimizerConfig(lr=3e-4, min_lr=3e-5, lr_warmup_iters=2000),
-    train=TrainConfig(train_iters=100_000, recompute_granularity="selective", eval_interval=1000),
+    train=TrainConfig(train_iters=100_000, eval_interval=1000),
+    memory=MemoryConfig(recompute_granularity="selective"),
 )
 
 PRESETS: Mapping[str, Config] = MappingProxyType(

@@ -275,14 +275,37 @@ class TrainConfig:
     """The same grid repeats bit for bit on cuda too; on cpu it always does."""
     device: Device = "auto"
     """auto is cuda where every local rank has a GPU of its own, else cpu."""
-    recompute_granularity: Recompute = "none"
-    """full: keep one tensor per layer and recompute it; selective: recompute all but attention."""
+    z_loss_coeff: float = 0.0
+    """Train on this times the square of every token's log-sum-exp too, which keeps logits from
+    drifting; the logged loss is without it."""
     log_interval: int = 10
     """Steps between two lines of metrics; the first and the last step have one too."""
     eval_interval: int | None = None
     """Steps between two validations; by default only at the end."""
     eval_iters: int = 4
     """Global batches per validation; 0 never validates."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryConfig:
+    """What is kept for backward, where, and how much of a sequence is in work at once."""
+
+    recompute_granularity: Recompute = "none"
+    """full: keep one tensor of each layer and compute the rest again; selective: keep the results
+    of attention too, which is not computed again and sends nothing twice."""
+    recompute_num_layers: int | None = None
+    """The first so many layers are recomputed; by default all of them."""
+    mlp_tile_size: int | None = None
+    """Tokens that go through a layer's MLP at once; by default all."""
+    loss_chunk_size: int | None = None
+    """Tokens whose logits exist at once; by default as many as fill 256 MiB."""
+    cpu_offloading: bool = False
+    """Move the one tensor that full recomputation keeps of each layer to the host, and back in time
+    for backward; with --device cpu to a file among the system's temporary ones."""
+    optimizer_cpu_offload: bool = False
+    """Keep parameters, gradients and the optimizer's state on the host and update them there."""
+    memory_report: bool = False
+    """After the first step, say what each rank holds, kind by kind, predicted and measured."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -340,5 +363,6 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)

@@ -1,5 +1,6 @@
 """Context parallelism: every rank holds a part of the sequence, attention sees all of it."""
 
 from cp_megatron.context_parallel.api import ContextParallel
+from cp_megatron.context_parallel.attention import KeptAttention
 
-__all__ = ["ContextParallel"]
+__all__ = ["ContextParallel", "KeptAttention"]

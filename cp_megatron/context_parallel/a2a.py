@@ -6,6 +6,10 @@ tensor, m of them computed here, d width of a head.
     tokens_to_heads   [B, S, h, d] -> [B, M, m, d]     all heads of my tokens -> my heads of all
     heads_to_tokens   [B, M, m, d] -> [B, S, h, d]     and back
 
+A trade holds what it sends and what it receives. A share of the heads of all tokens is as large as
+all heads of a share of the tokens, so neither grows with the number of ranks, unless key/value
+heads are repeated.
+
 Each is the other's transpose: a head that was sent to several ranks comes back as their sum.
 Where all ranks of the context parallel group trade, one collective moves everything. Where only
 neighbours do, messages are sends and receives inside that group, so that no group of traders has to
@@ -25,9 +29,15 @@ from torch import Tensor
 
 from cp_megatron.comm.p2p import post
 from cp_megatron.comm.trace import traced
-from cp_megatron.context_parallel.keys import take
+from cp_megatron.context_parallel.buffers import Workspace
 from cp_megatron.plan.heads import HeadExchange
 from cp_megatron.plan.tiles import Span
+
+Shape = tuple[int, int, int]
+"""[tokens, B, heads * d] of a message."""
+
+# The rooms of a ring's keys: a trade is over before rounds begin, and begins when they are over.
+SENT, RECEIVED = "keys 0", "keys 1"
 
 
 @dataclass(frozen=True)
@@ -44,58 +54,64 @@ class Part:
 
 
 def tokens_to_heads(
-    trade: HeadExchange, group: dist.ProcessGroup | None, parts: Sequence[Part]
+    trade: HeadExchange, group: dist.ProcessGroup | None, memory: Workspace, parts: Sequence[Part]
 ) -> list[Tensor]:
     """This rank's heads of every token that the traders hold, by position.
 
     Args:
         trade: this rank's view.
         group: the context parallel group.
+        memory: where messages live.
         parts: [B, S, h, d] each, of one type; they travel in one message per trader.
 
     Returns:
-        Per part [B, M, m, d], views of one buffer.
+        Per part [B, M, m, d], views of one tensor, which is not in ``memory``.
     """
-    num_tokens = parts[0].tensor.shape[1]
-    mine = [_count(part.heads[trade.index]) for part in parts]
-    widths = [count * part.tensor.shape[-1] for count, part in zip(mine, parts)]
-    outgoing = [
-        _pack([part.tensor[:, :, slice(*part.heads[i])] for part in parts])
-        for i in range(len(trade.peers))
-    ]
-    like = outgoing[trade.index]
-    incoming = _exchange(trade, group, outgoing, [sum(widths)] * len(trade.peers))
+    first = parts[0].tensor
+    batch, num_tokens = first.shape[:2]
+    dims = [part.tensor.shape[-1] for part in parts]
+    counts = [[_count(part.heads[i]) for part in parts] for i in range(len(trade.peers))]
+    sent = [(num_tokens, batch, _width(found, dims)) for found in counts]
+    outgoing = _rooms(memory, SENT, sent, first.dtype)
+    for i, message in enumerate(outgoing):
+        chosen = [part.tensor[:, :, slice(*part.heads[i])] for part in parts]
+        _store(message, chosen, [(0, num_tokens)])
+    mine = sent[trade.index]
+    incoming = _exchange(trade, group, memory, outgoing, [mine] * len(trade.peers))
     # [S, B, w] of each trader -> [M, B, w] by position
-    together = like.new_empty((num_tokens * len(trade.peers), *like.shape[1:]))
+    together = first.new_empty((num_tokens * len(trade.peers), *mine[1:]))
     for rows, part in zip(trade.rows, incoming):
         offset = 0
         for start, stop in rows:
             together[start:stop] = part[offset : offset + stop - start]
             offset += stop - start
-    return _unpack(together, mine, widths)
+    return _unpack(together, counts[trade.index], dims)
 
 
 def heads_to_tokens(
-    trade: HeadExchange, group: dist.ProcessGroup | None, parts: Sequence[Part]
+    trade: HeadExchange, group: dist.ProcessGroup | None, memory: Workspace, parts: Sequence[Part]
 ) -> list[Tensor]:
     """Every head of this rank's tokens; heads that several traders computed are summed.
 
     Args:
         trade: this rank's view.
         group: the context parallel group.
+        memory: where messages live.
         parts: [B, M, m, d] each, of one type; they travel in one message per trader.
 
     Returns:
-        Per part [B, S, h, d].
+        Per part [B, S, h, d], not in ``memory``.
     """
-    # [B, M, m, d] -> [M, B, w]
-    together = _pack([part.tensor for part in parts])
-    outgoing = [take(together, rows) for rows in trade.rows]
-    num_tokens, batch = outgoing[trade.index].shape[:2]
+    batch, num_tokens = parts[0].tensor.shape[0], sum(_count(span) for span in trade.rows[0])
     dims = [part.tensor.shape[-1] for part in parts]
     counts = [[_count(part.heads[i]) for part in parts] for i in range(len(trade.peers))]
-    widths = [sum(count * dim for count, dim in zip(found, dims)) for found in counts]
-    incoming = _exchange(trade, group, outgoing, widths)
+    shapes = [(num_tokens, batch, _width(found, dims)) for found in counts]
+    sent = [shapes[trade.index]] * len(trade.peers)
+    outgoing = _rooms(memory, SENT, sent, parts[0].tensor.dtype)
+    for message, rows in zip(outgoing, trade.rows):
+        _store(message, [part.tensor for part in parts], rows)
+    incoming = _exchange(trade, group, memory, outgoing, shapes)
+    unpacked = [_unpack(x, found, dims) for x, found in zip(incoming, counts)]
     found = []
     for number, (part, dim) in enumerate(zip(parts, dims)):
         num_heads = max(stop for _, stop in part.heads)
@@ -103,8 +119,7 @@ def heads_to_tokens(
         whole = part.tensor.new_empty((batch, num_tokens, num_heads, dim))
         stored = 0
         for i, (start, stop) in enumerate(part.heads):
-            split = [count * d for count, d in zip(counts[i], dims)]
-            tensor = _unpack(incoming[i], counts[i], split)[number]
+            tensor = unpacked[i][number]
             fresh = max(start, stored)
             whole[:, :, start:fresh] += tensor[:, :, : fresh - start]
             whole[:, :, fresh:stop] = tensor[:, :, fresh - start :]
@@ -116,41 +131,60 @@ def heads_to_tokens(
 def _exchange(
     trade: HeadExchange,
     group: dist.ProcessGroup | None,
+    memory: Workspace,
     outgoing: Sequence[Tensor],
-    widths: Sequence[int],
+    shapes: Sequence[Shape],
 ) -> list[Tensor]:
-    """What each trader sends to this rank, [S, B, its width], for ``outgoing`` to each of them."""
-    shapes = [(*outgoing[trade.index].shape[:2], width) for width in widths]
-    if group is not None and group.size() == len(trade.peers):
-        sent = torch.cat([x.reshape(-1) for x in outgoing])
-        sizes = [math.prod(shape) for shape in shapes]
-        received = sent.new_empty(sum(sizes))
-        with traced("trade heads"):
-            counts = [x.numel() for x in outgoing]
-            dist.all_to_all_single(received, sent, sizes, counts, group=group)
-        return [x.view(shape) for x, shape in zip(received.split(sizes), shapes)]
-    incoming = [outgoing[trade.index].new_empty(shape) for shape in shapes]
-    incoming[trade.index] = outgoing[trade.index]
-    others = [i for i in range(len(trade.peers)) if i != trade.index]
+    """What each trader sends to this rank, of these shapes, for ``outgoing`` to each of them.
+
+    The messages of ``outgoing`` lie in one room, one after the other.
+    """
+    incoming = _rooms(memory, RECEIVED, shapes, outgoing[0].dtype)
     with traced("trade heads"):
+        if group is not None and group.size() == len(trade.peers):
+            sizes = [message.numel() for message in incoming]
+            counts = [message.numel() for message in outgoing]
+            sent = memory.room(SENT, (sum(counts),), outgoing[0].dtype)
+            received = memory.room(RECEIVED, (sum(sizes),), outgoing[0].dtype)
+            dist.all_to_all_single(received, sent, sizes, counts, group=group)
+            return incoming
+        others = [i for i in range(len(trade.peers)) if i != trade.index]
         post(
             group,
             sends=[(outgoing[i], trade.peers[i]) for i in others],
             receives=[(incoming[i], trade.peers[i]) for i in others],
         ).wait()
+    incoming[trade.index] = outgoing[trade.index]
     return incoming
 
 
-def _pack(tensors: Sequence[Tensor]) -> Tensor:
-    """[B, S, m, d] each -> [S, B, sum of m * d], contiguous."""
-    flat = [rearrange(x, "b s n d -> s b (n d)") for x in tensors]
-    return torch.cat(flat, dim=-1) if len(flat) > 1 else flat[0].contiguous()
+def _rooms(
+    memory: Workspace, name: str, shapes: Sequence[Shape], dtype: torch.dtype
+) -> list[Tensor]:
+    """Messages of these shapes, one after the other in one room."""
+    sizes = [math.prod(shape) for shape in shapes]
+    room = memory.room(name, (sum(sizes),), dtype)
+    return [x.view(shape) for x, shape in zip(room.split(sizes), shapes)]
 
 
-def _unpack(packed: Tensor, counts: Sequence[int], widths: Sequence[int]) -> list[Tensor]:
+def _store(message: Tensor, tensors: Sequence[Tensor], spans: Sequence[Span]) -> None:
+    """Tokens ``spans`` of [B, T, m, d] each -> [S, B, sum of m * d]."""
+    counts, dims = [x.shape[2] for x in tensors], [x.shape[3] for x in tensors]
+    for target, tensor in zip(_unpack(message, counts, dims), tensors):
+        offset = 0
+        for start, stop in spans:
+            target[:, offset : offset + stop - start] = tensor[:, start:stop]
+            offset += stop - start
+
+
+def _unpack(packed: Tensor, counts: Sequence[int], dims: Sequence[int]) -> list[Tensor]:
     """[S, B, sum of m * d] -> [B, S, m, d] each, as views."""
-    parts = packed.split(list(widths), dim=-1)
+    parts = packed.split([count * dim for count, dim in zip(counts, dims)], dim=-1)
     return [rearrange(x, "s b (n d) -> b s n d", n=n) for x, n in zip(parts, counts)]
+
+
+def _width(counts: Sequence[int], dims: Sequence[int]) -> int:
+    return sum(count * dim for count, dim in zip(counts, dims))
 
 
 def _count(span: Span) -> int:

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from cp_megatron.comm.collectives import all_gather_dim
 from cp_megatron.context_parallel.agreement import agree, check_mode, digest
-from cp_megatron.context_parallel.attention import planned_attention
+from cp_megatron.context_parallel.attention import KeptAttention, planned_attention
+from cp_megatron.context_parallel.buffers import Buffers
 from cp_megatron.context_parallel.rank_plan import RankPlan
 from cp_megatron.errors import ConfigError
 from cp_megatron.kernels.dropout import Dropout
@@ -55,6 +56,12 @@ class ContextParallel:
             always, but once over CUDA, where waiting for the answer would stall the device. True
             and False are ``auto`` and ``never``.
 
+    Attributes:
+        group, mask, layout: as given, or as chosen.
+        rank, cp_size: this rank's number in the group, and how many there are.
+        buffers: the memory that messages live in, shared with what ``with_mask`` and ``within``
+            make: ``buffers.held_bytes`` now, ``buffers.peak_bytes`` at most.
+
     Raises:
         ConfigError: the layout does not divide the sequence, a name is unknown, or the sizes do
             not multiply to the number of ranks.
@@ -87,6 +94,7 @@ class ContextParallel:
         self._kernel, self._sizes = kernel, sizes
         self._deterministic, self._check_ranks = deterministic, check_mode(check_ranks)
         self._chooser = mask
+        self.buffers = Buffers()
         self._by_window: dict[Window, ContextParallel] = {}
         self._plans: dict[tuple[int, ...], RankPlan] = {}
         self._kernels: dict[object, Kernel] = {}
@@ -102,7 +110,7 @@ class ContextParallel:
         return layout
 
     def with_mask(self, mask: Mask, layout: SequenceLayout | None = None) -> ContextParallel:
-        """The same ranks and options for another mask.
+        """The same ranks and options for another mask, and the same memory for messages.
 
         Args:
             mask: what attends to what.
@@ -110,7 +118,7 @@ class ContextParallel:
                 model need; by default it is made anew for the mask, unless this object was itself
                 given a layout that was made before.
         """
-        return ContextParallel(
+        other = ContextParallel(
             self.group,
             mask,
             layout or self._layout_kind,
@@ -121,6 +129,8 @@ class ContextParallel:
             deterministic=self._deterministic,
             check_ranks=self._check_ranks,
         )
+        other.buffers = self.buffers
+        return other
 
     def within(self, window: Window | None) -> ContextParallel:
         """The same tokens, where they are, for layers whose queries see another window.
@@ -224,6 +234,7 @@ class ContextParallel:
         v: Tensor,
         scale: float | None = None,
         dropout: Dropout | None = None,
+        kept: KeptAttention | None = None,
     ) -> Tensor:
         """Attention of this rank's queries over the keys of all ranks that the mask allows.
 
@@ -236,6 +247,8 @@ class ContextParallel:
             scale: multiplies the scores, above 0; by default D ** -0.5.
             dropout: drops attention weights; its mask depends on the pair of positions alone, so
                 it is the same on any layout, exchange and number of ranks.
+            kept: given twice, for recomputation: the first call computes and leaves its results
+                there, the second takes them and sends nothing.
 
         Returns:
             [B, S / N, H, E] in q's type.
@@ -253,9 +266,12 @@ class ContextParallel:
             ready = self._plan(q.shape[2], k.shape[2], q.shape[3], v.shape[3]), kernel
         except Exception as error:  # whatever it is, the other ranks must hear of it
             problem = error
-        self._agree((q, k, v), used, dropout, problem)
+        if kept is None or not kept.filled:
+            self._agree((q, k, v), used, dropout, problem)
+        elif problem is not None:
+            raise problem
         assert ready is not None
-        return planned_attention(*ready, q, k, v, used, dropout)
+        return planned_attention(*ready, q, k, v, used, dropout, kept)
 
     def kernel_choice(
         self, device: torch.device, dtype: torch.dtype, head_dim: int, dropout: float = 0.0
@@ -283,6 +299,7 @@ class ContextParallel:
                 num_heads=heads[0],
                 num_kv_heads=heads[1],
                 group=self.group,
+                buffers=self.buffers,
             )
         return self._plans[heads]
 

@@ -14,14 +14,15 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from cp_megatron.context_parallel.buffers import Workspace
 from cp_megatron.plan.tiles import Span
 
 
 @dataclass(frozen=True)
 class KeyValues:
-    """Keys [B, K, G, D], values [B, K, G, E] and, once something was sent or received, both packed.
+    """Keys [B, K, G, D] and values [B, K, G, E].
 
-    ``packed`` is [K, B, G * (D + E)]; for an arrival keys and values are views of it.
+    Of an arrival they are views of the message ``packed``, [K, B, G * (D + E)].
     """
 
     k: Tensor
@@ -37,19 +38,21 @@ class KeyValues:
         v = rearrange(packed[..., num_heads * dim :], "k b (n e) -> b k n e", n=num_heads)
         return cls(k, v, packed)
 
-    def pack(self) -> KeyValues:
-        """With ``packed`` filled in."""
-        if self.packed is not None:
-            return self
-        # [B, K, G, D] and [B, K, G, E] -> [K, B, G * (D + E)]
-        k, v = (rearrange(x, "b k n d -> k b (n d)") for x in (self.k, self.v))
-        return KeyValues(self.k, self.v, torch.cat([k, v], dim=-1))
+    def pack(self, spans: Sequence[Span], packed: Tensor) -> Tensor:
+        """Writes the tokens at ``spans`` into the message ``packed`` and returns it."""
+        target = KeyValues.unpack(packed, self)
+        offset = 0
+        for start, stop in spans:
+            room = slice(offset, offset + stop - start)
+            target.k[:, room] = self.k[:, start:stop]
+            target.v[:, room] = self.v[:, start:stop]
+            offset += stop - start
+        return packed
 
-    def empty(self, num_tokens: int, dtype: torch.dtype) -> Tensor:
-        """An uninitialised message of ``num_tokens``."""
+    def message_shape(self, num_tokens: int) -> tuple[int, int, int]:
+        """Of a message of ``num_tokens``."""
         batch, _, num_heads, dim = self.k.shape
-        width = num_heads * (dim + self.v.shape[-1])
-        return torch.empty(num_tokens, batch, width, dtype=dtype, device=self.k.device)
+        return num_tokens, batch, num_heads * (dim + self.v.shape[-1])
 
     def heads(self, span: Span) -> KeyValues:
         """Some of the heads."""
@@ -72,8 +75,10 @@ class KeyValues:
             offset += stop - start
 
 
-def take(packed: Tensor, spans: Sequence[Span]) -> Tensor:
-    """Runs of tokens as one contiguous message; a single run without a copy."""
+def take(packed: Tensor, spans: Sequence[Span], memory: Workspace, room: str) -> Tensor:
+    """Runs of tokens as one contiguous message: a single run without a copy, else in ``room``."""
     if len(spans) == 1:
         return packed[spans[0][0] : spans[0][1]]
-    return torch.cat([packed[start:stop] for start, stop in spans])
+    num_tokens = sum(stop - start for start, stop in spans)
+    taken = memory.room(room, (num_tokens, *packed.shape[1:]), packed.dtype)
+    return torch.cat([packed[start:stop] for start, stop in spans], out=taken)

@@ -148,10 +148,20 @@ class Gradients:
     Memory is not cleared first: what is written first is stored, the rest added.
     """
 
-    def __init__(self, call: Call, rows: Rows, turn: Round, keys: KeyValues) -> None:
+    def __init__(
+        self, call: Call, rows: Rows, turn: Round, keys: KeyValues, packed: Tensor
+    ) -> None:
+        """With ``packed``, a message as long as ``keys`` in the sums' type, to sum up in."""
         self._call, self._turn, self._dq = call, turn, rows.dq
         self._inputs = rows.inputs(keys.to(rows.q.dtype))
-        self.grads = KeyValues.unpack(keys.empty(keys.k.shape[1], rows.dq.dtype), keys)
+        self.grads = KeyValues.unpack(packed, keys)
+
+    @classmethod
+    def returned(cls, call: Call, rows: Rows, turn: Round, shard: KeyValues) -> Gradients:
+        """Of the own keys, in memory of their own: they outlive the pass."""
+        shape = shard.message_shape(shard.k.shape[1])
+        packed = torch.empty(shape, dtype=rows.dq.dtype, device=rows.dq.device)
+        return cls(call, rows, turn, shard, packed)
 
     def zero(self, groups: Sequence[HeadGroup], *, queries: bool) -> None:
         """Clears the keys' gradients, and with ``queries`` those of the heads' queries."""

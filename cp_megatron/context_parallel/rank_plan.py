@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch.distributed as dist
 
+from cp_megatron.context_parallel.buffers import Buffers
 from cp_megatron.plan.gather import Gather
 from cp_megatron.plan.heads import HeadExchange, HeadGroup, all_heads
 from cp_megatron.plan.rounds import Round
@@ -21,6 +22,7 @@ class RankPlan:
         trade: tokens for heads, before the rounds and after; None where heads stay.
         groups: the heads this rank computes, as its kernel takes them.
         group: whom to talk to; None is one rank.
+        buffers: where messages live, shared with the plans of other layers and masks.
     """
 
     rounds: tuple[Round, ...]
@@ -28,6 +30,7 @@ class RankPlan:
     trade: HeadExchange | None
     groups: tuple[HeadGroup, ...]
     group: dist.ProcessGroup | None
+    buffers: Buffers
 
     @classmethod
     def create(
@@ -39,7 +42,15 @@ class RankPlan:
         num_heads: int,
         num_kv_heads: int,
         group: dist.ProcessGroup | None,
+        buffers: Buffers,
     ) -> RankPlan:
         """With all heads as the rank's own where none are traded."""
         groups = trade.groups if trade else all_heads(num_heads, num_kv_heads)
-        return cls(rounds=rounds, gather=gather, trade=trade, groups=groups, group=group)
+        return cls(
+            rounds=rounds,
+            gather=gather,
+            trade=trade,
+            groups=groups,
+            group=group,
+            buffers=buffers,
+        )

@@ -71,43 +71,35 @@ class CpuKernel:
         self, q: Tensor, k: Tensor, v: Tensor, band: Band, scale: float
     ) -> tuple[Tensor, Tensor]:
         """See ``Kernel.forward``."""
-        parts = [
-            _forward_strip(
-                q[:, strip.q0 : strip.q1],
-                k[:, strip.k0 : strip.k1],
-                v[:, strip.k0 : strip.k1],
-                strip.band,
-                scale,
-                bias,
-            )
-            for strip, bias in _strips(band, q, k)
-        ]
-        if len(parts) == 1:
-            return parts[0]
-        return torch.cat([out for out, _ in parts], dim=1), torch.cat(
-            [lse for _, lse in parts], dim=2
-        )
+        strips = list(_strips(band, q, k))
+        if len(strips) == 1 and _middle(q, k, strips[0][0].band) is None:
+            return _call_forward(q, k, v, strips[0][0].band, scale, strips[0][1])
+        batch, num_queries, num_heads, _ = q.shape
+        out = q.new_empty((batch, num_queries, num_heads, v.shape[-1]))
+        lse = q.new_empty((batch, num_heads, num_queries))
+        for strip, bias in strips:
+            rows, columns = slice(strip.q0, strip.q1), slice(strip.k0, strip.k1)
+            results = out[:, rows], lse[:, :, rows]
+            inputs = q[:, rows], k[:, columns], v[:, columns]
+            _forward_strip(*inputs, strip.band, scale, bias, results)
+        return out, lse
 
     def backward(
         self, x: BackwardInputs, band: Band, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See ``Kernel.backward``."""
-        dq: list[Tensor] = []
-        key_grads: tuple[Tensor, Tensor] | None = None
-        for strip, bias in _strips(band, x.q, x.k):
+        strips = list(_strips(band, x.q, x.k))
+        whole = len(strips) == 1 and strips[0][0].k1 - strips[0][0].k0 == x.k.shape[1]
+        if whole and _middle(x.q, x.k, strips[0][0].band) is None:
+            return _call_backward(x, strips[0][0].band, scale, strips[0][1])
+        fill = torch.empty if whole else torch.zeros
+        dq = torch.empty(x.q.shape, dtype=x.q.dtype, device=x.q.device)
+        dk, dv = (fill(y.shape, dtype=y.dtype, device=y.device) for y in (x.k, x.v))
+        for strip, bias in strips:
             rows, columns = slice(strip.q0, strip.q1), slice(strip.k0, strip.k1)
-            strip_dq, strip_dk, strip_dv = _backward_strip(
-                x.part(rows, columns), strip.band, scale, bias
-            )
-            if strip.q1 - strip.q0 == x.q.shape[1] and strip.k1 - strip.k0 == x.k.shape[1]:
-                return strip_dq, strip_dk, strip_dv
-            if key_grads is None:
-                key_grads = torch.zeros_like(x.k), torch.zeros_like(x.v)
-            dq.append(strip_dq)
-            key_grads[0][:, columns] += strip_dk
-            key_grads[1][:, columns] += strip_dv
-        assert key_grads is not None
-        return torch.cat(dq, dim=1), *key_grads
+            grads = dq[:, rows], dk[:, columns], dv[:, columns]
+            _backward_strip(x.part(rows, columns), strip.band, scale, bias, grads, add=not whole)
+        return dq, dk, dv
 
 
 def cut_band(band: Band, num_queries: int, num_keys: int) -> list[Strip]:
@@ -169,34 +161,58 @@ def _middle(q: Tensor, k: Tensor, band: Band) -> int | None:
 
 
 def _forward_strip(
-    q: Tensor, k: Tensor, v: Tensor, band: Band, scale: float, bias: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Halves a causal square; anything else is one call of the op."""
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    band: Band,
+    scale: float,
+    bias: Tensor | None,
+    results: tuple[Tensor, Tensor],
+) -> None:
+    """Writes out and lse. Halves a causal square; anything else is one call of the op."""
     middle = _middle(q, k, band)
+    out, lse = results
     if middle is None:
-        return _call_forward(q, k, v, band, scale, bias)
+        new_out, new_lse = _call_forward(q, k, v, band, scale, bias)
+        out.copy_(new_out)
+        lse.copy_(new_lse)
+        return
+    for half in (slice(0, middle), slice(middle, None)):
+        part = out[:, half], lse[:, :, half]
+        _forward_strip(q[:, half], k[:, half], v[:, half], band, scale, None, part)
     early, late = slice(0, middle), slice(middle, None)
-    above = _forward_strip(q[:, early], k[:, early], v[:, early], band, scale)
-    out, lse = _call_forward(q[:, late], k[:, early], v[:, early], FULL, scale, None)
-    merge_(out, lse, *_forward_strip(q[:, late], k[:, late], v[:, late], band, scale))
-    return torch.cat([above[0], out], dim=1), torch.cat([above[1], lse], dim=2)
+    full = _call_forward(q[:, late], k[:, early], v[:, early], FULL, scale, None)
+    merge_(out[:, late], lse[:, :, late], *full)
 
 
 def _backward_strip(
-    x: BackwardInputs, band: Band, scale: float, bias: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
+    x: BackwardInputs,
+    band: Band,
+    scale: float,
+    bias: Tensor | None,
+    grads: tuple[Tensor, Tensor, Tensor],
+    *,
+    add: bool,
+) -> None:
+    """Writes dq; writes dk and dv, or adds to them. Cuts as ``_forward_strip`` does."""
     middle = _middle(x.q, x.k, band)
+    dq, dk, dv = grads
     if middle is None:
-        return _call_backward(x, band, scale, bias)
+        new_dq, new_dk, new_dv = _call_backward(x, band, scale, bias)
+        dq.copy_(new_dq)
+        for total, part in ((dk, new_dk), (dv, new_dv)):
+            if add:
+                total += part
+            else:
+                total.copy_(part)
+        return
+    for half in (slice(0, middle), slice(middle, None)):
+        own = dq[:, half], dk[:, half], dv[:, half]
+        _backward_strip(x.part(half, half), band, scale, None, own, add=add)
     early, late = slice(0, middle), slice(middle, None)
-    dq, dk, dv = _backward_strip(x.part(early, early), band, scale)
-    late_dq, late_dk, late_dv = _backward_strip(x.part(late, late), band, scale)
-    full_dq, full_dk, full_dv = _call_backward(x.part(late, early), FULL, scale, None)
-    return (
-        torch.cat([dq, late_dq + full_dq], dim=1),
-        torch.cat([dk + full_dk, late_dk], dim=1),
-        torch.cat([dv + full_dv, late_dv], dim=1),
-    )
+    full = _call_backward(x.part(late, early), FULL, scale, None)
+    for total, part in zip((dq[:, late], dk[:, early], dv[:, early]), full):
+        total += part
 
 
 def _call_forward(

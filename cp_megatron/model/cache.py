@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from cp_megatron.context_parallel import ContextParallel
+from cp_megatron.context_parallel import ContextParallel, KeptAttention
 from cp_megatron.kernels.dropout import Dropout
 from cp_megatron.plan import Mask, SequenceLayout
 from cp_megatron.plan.mask import Window
@@ -138,18 +138,20 @@ class CachedRow(ContextParallel):
         v: Tensor,
         scale: float | None = None,
         dropout: Dropout | None = None,
+        kept: KeptAttention | None = None,
     ) -> Tensor:
         """Attention of the new queries over old and new keys, which are kept.
 
         Args:
             q, k, v: [B, S, H, D], [B, S, G, D] and [B, S, G, E] of the new tokens.
             scale: multiplies the scores, by default D ** -0.5.
-            dropout: must be None, nothing is trained here.
+            dropout, kept: must be None, nothing is trained here.
 
         Returns:
             [B, S, H, E].
         """
         assert dropout is None, "generation drops nothing"
+        assert kept is None, "generation recomputes nothing"
         keys, values = self.cache.append(self._calls.count, k, v)
         self._calls.count += 1
         first = 0

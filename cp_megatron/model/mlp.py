@@ -26,9 +26,24 @@ class MLP(nn.Module):
         self.up = ColumnParallelLinear(*sizes, bias=bias)
         self.down = down
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[b, s, h], entered into tensor parallelism -> residual stream."""
-        up = self.up(x)  # [b, s, f/tp]
+    def locals(self) -> dict[str, Tensor]:
+        """The parameters' parts that this tp rank computes with, named as here."""
+        linears = {"gate": self.gate, "up": self.up, "down": self.down}
+        return {
+            f"{name}.{own}": value
+            for name, linear in linears.items()
+            if linear is not None
+            for own, value in linear.locals().items()
+        }
+
+    def forward(self, x: Tensor, forgotten: bool = False) -> Tensor:
+        """[b, s, h], entered into tensor parallelism -> residual stream.
+
+        ``forgotten``: as in ``RowParallelLinear``.
+        """
+        wide = self.up(x)  # [b, s, f/tp]
         if self.gate is None:
-            return self.down(F.gelu(up, approximate="tanh"))
-        return self.down(F.silu(self.gate(x)) * up)
+            wide = F.gelu(wide, approximate="tanh")
+        else:
+            wide = F.silu(self.gate(x)) * wide
+        return self.down(wide, forgotten=forgotten)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import Replicate
 
 from cp_megatron.config.schema import ModelConfig
-from cp_megatron.tensor_parallel import ParameterSpec, SpecifiedModule, local_weight
+from cp_megatron.tensor_parallel import Init, ParameterSpec, SpecifiedModule
 
 
 class LayerNorm(SpecifiedModule):
@@ -24,18 +24,16 @@ class LayerNorm(SpecifiedModule):
     def __init__(self, hidden_size: int, *, epsilon: float, partial_gradient: bool) -> None:
         super().__init__()
         self.epsilon = epsilon
-        self.partial_gradient = partial_gradient
         self.weight = nn.Parameter(torch.empty(hidden_size))
         self.bias = nn.Parameter(torch.empty(hidden_size))
         self.specs = {
-            "weight": ParameterSpec(placement=Replicate(), init="ones"),
-            "bias": ParameterSpec(placement=Replicate(), init="zeros"),
+            "weight": _spec("ones", partial_gradient),
+            "bias": _spec("zeros", partial_gradient),
         }
 
     def forward(self, x: Tensor) -> Tensor:
         """[.., h] -> [.., h]."""
-        weight = local_weight(self.weight, partial=self.partial_gradient)
-        bias = local_weight(self.bias, partial=self.partial_gradient)
+        weight, bias = self.local("weight"), self.local("bias")
         return F.layer_norm(x, weight.shape, weight, bias, self.epsilon)
 
 
@@ -45,14 +43,17 @@ class RMSNorm(SpecifiedModule):
     def __init__(self, hidden_size: int, *, epsilon: float, partial_gradient: bool) -> None:
         super().__init__()
         self.epsilon = epsilon
-        self.partial_gradient = partial_gradient
         self.weight = nn.Parameter(torch.empty(hidden_size))
-        self.specs = {"weight": ParameterSpec(placement=Replicate(), init="ones")}
+        self.specs = {"weight": _spec("ones", partial_gradient)}
 
     def forward(self, x: Tensor) -> Tensor:
         """[.., h] -> [.., h]."""
-        weight = local_weight(self.weight, partial=self.partial_gradient)
+        weight = self.local("weight")
         return F.rms_norm(x, weight.shape, weight, self.epsilon)
+
+
+def _spec(init: Init, partial: bool) -> ParameterSpec:
+    return ParameterSpec(placement=Replicate(), init=init, partial=partial)
 
 
 def make_norm(

@@ -7,11 +7,18 @@ rank takes the same path.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
 
 from cp_megatron.comm.groups import ParallelGroups
 from cp_megatron.config.schema import Config
@@ -55,7 +62,7 @@ def build_model(
             vocab_size=vocab_size,
             tp=groups.tp,
             sequence_parallel=config.parallel.sequence_parallel,
-            recompute=config.train.recompute_granularity,
+            memory=config.memory,
         )
     stored = torch.float64 if dtype == "float64" else torch.float32
 
@@ -80,11 +87,15 @@ def build_model(
     policy = MixedPrecisionPolicy()
     if dtype == "bfloat16":
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    offload = OffloadPolicy()
+    if config.memory.optimizer_cpu_offload:
+        offload = CPUOffloadPolicy(pin_memory=torch.device(device).type == "cuda")
+    shard = partial(fully_shard, mesh=groups.dp_cp_mesh, mp_policy=policy, offload_policy=offload)
     for name, layer in model.layers.items():
         fill(layer, f"layers.{name}.")
-        fully_shard(layer, mesh=groups.dp_cp_mesh, mp_policy=policy)
+        shard(layer)
     fill(model, "")
-    fully_shard(model, mesh=groups.dp_cp_mesh, mp_policy=policy)
+    shard(model)
     sum_gradients(model)
     return model
 

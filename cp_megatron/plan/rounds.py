@@ -55,3 +55,16 @@ class Round:
     def num_keys(self) -> int:
         """Length of the arrival."""
         return sum(stop - start for start, stop in self.keys)
+
+    @property
+    def messages(self) -> tuple[Message, ...]:
+        """All messages sent or received, keys before gradients."""
+        found = (
+            self.send_keys,
+            self.receive_keys,
+            self.pass_grads,
+            self.return_grads,
+            self.receive_passed,
+            self.receive_returned,
+        )
+        return tuple(message for message in found if message is not None)

@@ -174,6 +174,19 @@ class Schedule:
         traded = (self.num_trading - 1) * self.layout.shard_len
         return traded + self._tokens_of_rounds(rank)
 
+    def largest_message(self, rank: int) -> int:
+        """Key positions in the largest message of keys or of their gradients ``rank`` handles.
+
+        The memory a rank keeps for messages follows from it. all_gather counts all that is gathered
+        at once for a head; a trade of heads is not counted.
+        """
+        if self.exchange == "all_gather":
+            return self.layout.cp_size * gathered_width(self.readers)
+        return max(
+            (message.num_tokens for turn in self.rounds(rank) for message in turn.messages),
+            default=0,
+        )
+
     def _tokens_of_rounds(self, rank: int) -> int:
         return int(self.readers.received[self.route][rank // self.num_trading])
 

@@ -5,13 +5,15 @@ from cp_megatron.tensor_parallel.embedding import (
     VocabParallelHead,
     padded_vocab_size,
 )
+from cp_megatron.tensor_parallel.fused_loss import LossRule, vocab_parallel_fused_loss
 from cp_megatron.tensor_parallel.linear import (
     ColumnParallelLinear,
     ReplicatedColumnLinear,
     RowParallelLinear,
 )
-from cp_megatron.tensor_parallel.loss import vocab_parallel_cross_entropy
+from cp_megatron.tensor_parallel.loss import accumulation_dtype, vocab_parallel_cross_entropy
 from cp_megatron.tensor_parallel.parameters import (
+    Init,
     ParameterSpec,
     SpecifiedModule,
     TensorParallel,
@@ -19,9 +21,12 @@ from cp_megatron.tensor_parallel.parameters import (
     named_specs,
     place,
 )
+from cp_megatron.tensor_parallel.regather import entered
 
 __all__ = [
     "ColumnParallelLinear",
+    "Init",
+    "LossRule",
     "ParameterSpec",
     "ReplicatedColumnLinear",
     "RowParallelLinear",
@@ -29,9 +34,12 @@ __all__ = [
     "TensorParallel",
     "VocabParallelEmbedding",
     "VocabParallelHead",
+    "accumulation_dtype",
+    "entered",
     "local_weight",
     "named_specs",
     "padded_vocab_size",
     "place",
     "vocab_parallel_cross_entropy",
+    "vocab_parallel_fused_loss",
 ]

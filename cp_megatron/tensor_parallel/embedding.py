@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import Shard
 
+from cp_megatron.tensor_parallel.fused_loss import LossRule, vocab_parallel_fused_loss
 from cp_megatron.tensor_parallel.parameters import (
     ParameterSpec,
     SpecifiedModule,
@@ -41,7 +42,7 @@ class VocabParallelEmbedding(SpecifiedModule):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """[b, s] int64 in [0, vocabulary) -> residual stream [b, s, h] (or [b, s/tp, h])."""
-        weight = local_weight(self.weight)  # [v/tp, h]
+        weight = self.local("weight")  # [v/tp, h]
         if self.tp.size == 1:
             return F.embedding(tokens, weight)
         local = tokens - self.tp.rank * weight.shape[0]
@@ -80,14 +81,27 @@ class VocabParallelHead(SpecifiedModule):
 
         The gradient of a padding column must be zero, which every loss over a softmax gives.
         """
-        parameter = self.weight if tied_weight is None else tied_weight
-        assert parameter is not None, "a tied head needs the embedding's weight"
-        weight = local_weight(parameter)  # [v/tp, h]
+        weight = self._weight(tied_weight)
         logits = F.linear(self.tp.enter(x), weight)
         first_padding = self.vocab_size - self.tp.rank * weight.shape[0]
         if first_padding < weight.shape[0]:
             logits = _HidePadding.apply(logits, max(first_padding, 0))
         return logits
+
+    def losses(
+        self, x: Tensor, labels: Tensor, rule: LossRule, tied_weight: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Residual stream and labels [b, s] -> their loss; see ``vocab_parallel_fused_loss``."""
+        weight = self._weight(tied_weight)
+        return vocab_parallel_fused_loss(
+            x, weight, labels, vocab_size=self.vocab_size, tp=self.tp, rule=rule
+        )
+
+    def _weight(self, tied: Tensor | None) -> Tensor:
+        """[v/tp, h]"""
+        parameter = self.weight if tied is None else tied
+        assert parameter is not None, "a tied head needs the embedding's weight"
+        return local_weight(parameter)
 
 
 class _HidePadding(torch.autograd.Function):

@@ -8,17 +8,19 @@ Shapes: b batch, s sequence of one context parallel rank, i in features, o out f
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import Replicate, Shard
 
+from cp_megatron.comm.collectives import all_gather_dim
 from cp_megatron.tensor_parallel.parameters import (
     Init,
     ParameterSpec,
     SpecifiedModule,
     TensorParallel,
-    local_weight,
 )
 
 
@@ -36,8 +38,8 @@ class ColumnParallelLinear(SpecifiedModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """[b, s, i] -> [b, s, o/tp]."""
-        bias = None if self.bias is None else local_weight(self.bias)
-        return F.linear(x, local_weight(self.weight), bias)
+        bias = None if self.bias is None else self.local("bias")
+        return F.linear(x, self.local("weight"), bias)
 
 
 class ReplicatedColumnLinear(SpecifiedModule):
@@ -53,14 +55,14 @@ class ReplicatedColumnLinear(SpecifiedModule):
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
         self.specs = {
-            "weight": ParameterSpec(placement=Replicate(), init="normal"),
-            "bias": ParameterSpec(placement=Replicate(), init="zeros"),
+            "weight": ParameterSpec(placement=Replicate(), init="normal", partial=True),
+            "bias": ParameterSpec(placement=Replicate(), init="zeros", partial=True),
         }
 
     def forward(self, x: Tensor) -> Tensor:
         """[b, s, i] -> [b, s, len(rows)]."""
-        bias = None if self.bias is None else local_weight(self.bias, partial=True)[self.rows]
-        return F.linear(x, local_weight(self.weight, partial=True)[self.rows], bias)
+        bias = None if self.bias is None else self.local("bias")[self.rows]
+        return F.linear(x, self.local("weight")[self.rows], bias)
 
 
 class RowParallelLinear(SpecifiedModule):
@@ -81,13 +83,46 @@ class RowParallelLinear(SpecifiedModule):
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
         self.specs = {
             "weight": ParameterSpec(placement=Shard(1), init=init),
-            "bias": ParameterSpec(placement=Replicate(), init="zeros"),
+            "bias": ParameterSpec(placement=Replicate(), init="zeros", partial=tp.splits_sequence),
         }
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[b, s, i/tp] -> [b, s, o], with sequence parallelism [b, s/tp, o]."""
-        out = self.tp.leave(F.linear(x, local_weight(self.weight)))
-        if self.bias is None:
-            return out
+    def forward(self, x: Tensor, *, forgotten: bool = False) -> Tensor:
+        """[b, s, i/tp] -> [b, s, o], with sequence parallelism [b, s/tp, o].
+
+        Args:
+            x: the input.
+            forgotten: nobody reads the values of the result, only gradients will come through it:
+                nothing is computed and no message is sent.
+        """
+        if forgotten:
+            out = _forgotten_product(x, self.local("weight"), self.tp)
+        else:
+            out = self.tp.leave(F.linear(x, self.local("weight")))
         # After the sum, or every rank would add it.
-        return out + local_weight(self.bias, partial=self.tp.splits_sequence)
+        return out if self.bias is None else out + self.local("bias")
+
+
+def _forgotten_product(x: Tensor, weight: Tensor, tp: TensorParallel) -> Tensor:
+    """``tp.leave(x @ weight.T)`` of which only the gradient is right."""
+    result: Tensor = _ForgottenProduct.apply(x, weight, tp)
+    return result
+
+
+class _ForgottenProduct(torch.autograd.Function):
+    """Forward: memory as it comes. Backward: that of the product and of ``TensorParallel.leave``,
+    which with sequence parallelism gathers the ranks' rows."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, tp: TensorParallel) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.tp = tp
+        rows = x.shape[1] // (tp.size if tp.splits_sequence else 1)
+        return x.new_empty((x.shape[0], rows, weight.shape[0]))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight = ctx.saved_tensors
+        tp: TensorParallel = ctx.tp
+        dout = all_gather_dim(grads[0], 1, tp.group) if tp.splits_sequence else grads[0]
+        # [b, s, o] and [b, s, i/tp] -> [o, i/tp]
+        return dout @ weight, dout.flatten(0, 1).T @ x.flatten(0, 1), None

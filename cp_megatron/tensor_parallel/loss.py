@@ -46,7 +46,7 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         here = (local >= 0) & (local < width)  # never for IGNORED, which is negative
         local = local.clamp(0, width - 1)  # [..], an index also where the label is elsewhere
 
-        exact = logits.to(_accumulation_dtype(logits.dtype))
+        exact = logits.to(accumulation_dtype(logits.dtype))
         target = exact.gather(-1, local.unsqueeze(-1)).squeeze(-1)
         target = torch.where(here, target, 0.0)
         lse, target = _combine(exact.logsumexp(-1), target, group)
@@ -65,7 +65,8 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         return out.to(logits.dtype), None, None
 
 
-def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What losses of logits of this type are computed in."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 

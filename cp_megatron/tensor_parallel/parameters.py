@@ -40,12 +40,24 @@ class ParameterSpec:
     init: Init
     rows: int | None = None
     """Rows that are drawn; those after them (the vocabulary's padding) are zero. None: all."""
+    partial: bool = False
+    """Each tp rank's gradient is a summand of the true one: the parameter is replicated but used on
+    activations (or for heads) that differ over tp."""
 
 
 class SpecifiedModule(nn.Module):
     """A module with parameters of its own: ``specs`` has an entry for each."""
 
     specs: dict[str, ParameterSpec]
+
+    def local(self, name: str) -> Tensor:
+        """The part of an own parameter that this tp rank computes with; see ``local_weight``."""
+        # Not get_parameter: torch.func puts plain tensors in the place of parameters.
+        return local_weight(getattr(self, name), partial=self.specs[name].partial)
+
+    def locals(self) -> dict[str, Tensor]:
+        """All own parameters so, by name."""
+        return {name: self.local(name) for name, _ in self.named_parameters(recurse=False)}
 
 
 def named_specs(module: nn.Module) -> Iterator[tuple[str, SpecifiedModule, str, ParameterSpec]]:
@@ -78,9 +90,8 @@ def local_weight(parameter: Tensor, *, partial: bool = False) -> Tensor:
     Args:
         parameter: a DTensor over the tp axis alone (inside a forward of a sharded module), or a
             plain tensor, which is returned as it is.
-        partial: the gradient computed here is a summand of the true one: the parameter is
-            replicated but used on activations (or for heads) that differ over tp. DTensor then
-            all-reduces it; otherwise the gradient is placed as the parameter is.
+        partial: as in ``ParameterSpec``. DTensor then all-reduces the gradient; otherwise it is
+            placed as the parameter is.
     """
     if not isinstance(parameter, DTensor):
         return parameter
@@ -125,6 +136,10 @@ class TensorParallel:
         if self.sequence_parallel:
             return reduce_scatter_dim(x, 1, self.group)
         return reduce_from_group(x, self.group)
+
+    def rows(self, num_tokens: int, batch: int) -> int:
+        """Rows of the residual stream that hold about ``num_tokens`` in all batches, entered."""
+        return max(1, num_tokens // (batch * (self.size if self.splits_sequence else 1)))
 
     def own_rows(self, x: Tensor) -> Tensor:
         """This rank's part of something of length s along dim 0 that meets the residual stream."""

@@ -135,6 +135,7 @@ def check(
     rules.check_positions(config.model, given)
     check_rope(config.model, config.data.seq_length, given)
     rules.check_window(config.model)
+    rules.check_memory(config.memory, config.model.num_layers, given)
     rules.check_tensor_parallel(config.model, config.parallel.tensor_parallel_size, padded)
     # After the model: a command with more ranks is no help where the heads forbid the grid.
     grid, world_note = _grid(config, launch, dry_run, dry_run_world_size, [script, *argv])

@@ -11,7 +11,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from types import MappingProxyType
 
-from cp_megatron.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
+from cp_megatron.config import (
+    Config,
+    DataConfig,
+    MemoryConfig,
+    ModelConfig,
+    OptimizerConfig,
+    TrainConfig,
+)
 from cp_megatron.config.fields import settings
 from cp_megatron.data.sampler import parse_split
 from cp_megatron.errors import ConfigError
@@ -26,6 +33,7 @@ _SIZES = (
     *("tensor_parallel_size", "context_parallel_size"),
     *("seq_length", "micro_batch_size", "global_batch_size"),
     *("train_iters", "lr_decay_iters", "log_interval", "eval_interval", "save_interval"),
+    *("recompute_num_layers", "mlp_tile_size", "loss_chunk_size"),
 )
 _COUNTS = ("lr_warmup_iters", "eval_iters")
 # name -> (lowest, whether it may be it, highest, whether it may be it)
@@ -51,6 +59,7 @@ _RANGES: Mapping[str, tuple[float, bool, float, bool]] = MappingProxyType(
         "adam_beta2": (0, True, 1, False),
         "adam_eps": (0, False, math.inf, False),
         "clip_grad": (0, True, math.inf, False),
+        "z_loss_coeff": (0, True, math.inf, False),
         "distributed_timeout_minutes": (0, False, 525_600, True),
         "seed": (0, True, 2**63 - 1, True),
     }
@@ -227,6 +236,21 @@ def with_packing(data: DataConfig, given: frozenset[str]) -> DataConfig:
             raise ConfigError("--no-document-mask", "", rule, "--packing concatenate")
         data = replace(data, document_mask=True)
     return data
+
+
+def check_memory(memory: MemoryConfig, num_layers: int, given: frozenset[str]) -> None:
+    """What is recomputed and moved is there."""
+    number, level = memory.recompute_num_layers, memory.recompute_granularity
+    if number is not None and number > num_layers:
+        rule = f"must be at most --num-layers {num_layers}"
+        raise ConfigError("--recompute-num-layers", number, rule, str(num_layers))
+    if number is not None and level == "none" and "--recompute-num-layers" in given:
+        rule = "has no effect with --recompute-granularity none"
+        works = "--recompute-granularity selective or full"
+        raise ConfigError("--recompute-num-layers", number, rule, works)
+    if memory.cpu_offloading and level != "full":
+        rule = "moves the one tensor that full recomputation keeps of each layer"
+        raise ConfigError("--cpu-offloading", "", rule, "--recompute-granularity full")
 
 
 def check_positions(model: ModelConfig, given: frozenset[str]) -> None:

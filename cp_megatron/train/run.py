@@ -23,6 +23,7 @@ from cp_megatron.config.yaml_io import to_yaml
 from cp_megatron.data.corpora import Data, open_data
 from cp_megatron.errors import ConfigError
 from cp_megatron.model.parallelize import ComputeDType, build_model
+from cp_megatron.tensor_parallel import LossRule
 from cp_megatron.train.farewell import say_farewell, show_curves
 from cp_megatron.train.folders import fresh_run_folder, model_name
 from cp_megatron.train.loop import DivergedError, Run
@@ -170,6 +171,9 @@ def _make_trainer(plan: RunPlan, device: torch.device) -> Trainer:
         seed=config.train.seed,
         clip_grad=config.optimizer.clip_grad,
         sequence_parallel=config.parallel.sequence_parallel,
+        rule=LossRule(
+            chunk_size=config.memory.loss_chunk_size, z_loss_coeff=config.train.z_loss_coeff
+        ),
     )
 
 
@@ -231,11 +235,12 @@ def _write_config(plan: RunPlan) -> str:
 def _lasting(config: Config) -> Config:
     """The run without what holds only now.
 
-    That is where it lies (a folder may be moved), a permission, the steps that are profiled.
+    That is where it lies (a folder may be moved), a permission, what is profiled and measured.
     """
     return replace(
         config,
         checkpoint=replace(config.checkpoint, save=None, load=None, load_hf=None),
         data=replace(config.data, allow_data_change=False),
         log=replace(config.log, profile=False),
+        memory=replace(config.memory, memory_report=False),
     )

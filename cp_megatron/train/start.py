@@ -99,6 +99,8 @@ def _connect(plan: RunPlan, launch: Launch, device: DeviceName) -> dist.ProcessG
     """Joins the other ranks; a group of all of them for CPU tensors and objects."""
     timeout = timedelta(minutes=plan.config.parallel.distributed_timeout_minutes)
     backend = "nccl" if device == "cuda" else "gloo"
+    if device == "cuda" and plan.config.memory.optimizer_cpu_offload:
+        backend = "cpu:gloo,cuda:nccl"  # the gradients' norm is one of CPU tensors
     options: dict[str, Any] = {"timeout": timeout}
     if not launch.under_torchrun:
         options |= {"store": HashStore(), "rank": 0, "world_size": 1}

@@ -27,7 +27,7 @@ from cp_megatron.context_parallel import ContextParallel
 from cp_megatron.data.batch import IGNORED, Batch
 from cp_megatron.kernels.dropout import Dropout
 from cp_megatron.model.transformer import Transformer, layer_context
-from cp_megatron.tensor_parallel.loss import vocab_parallel_cross_entropy
+from cp_megatron.tensor_parallel import LossRule
 from cp_megatron.train.sequence import local_heads
 
 
@@ -83,6 +83,7 @@ class Trainer:
         seed: of the run, for dropout; attention's is the same on every grid.
         clip_grad: largest global gradient norm; 0 does not clip.
         sequence_parallel: the residual stream is split over tp, so dropout differs there too.
+        rule: of the loss.
     """
 
     model: Transformer
@@ -93,6 +94,7 @@ class Trainer:
     seed: int
     clip_grad: float
     sequence_parallel: bool
+    rule: LossRule = LossRule()
 
     def prepare(self, batch: Batch) -> Shard:
         """This rank's part of whole rows, [b, S] -> [b, S / N], with its attention planned.
@@ -132,10 +134,10 @@ class Trainer:
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for number, shard in enumerate(shards):
             self._seed_dropout(step, number)
-            losses = self._token_losses(shard)
+            trained, losses = self._losses(shard)
             with traced("backward"):
-                (losses.sum() / max(num_tokens, 1)).backward()
-            total += losses.detach().sum(dtype=torch.float64)
+                (trained / max(num_tokens, 1)).backward()
+            total += losses.sum(dtype=torch.float64)
         with traced("gradient norm"):
             grad_norm = self._clip()
         for group in self.optimizer.param_groups:
@@ -153,7 +155,7 @@ class Trainer:
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         count = 0
         for shard in shards:
-            total += self._token_losses(shard).sum(dtype=torch.float64)
+            total += self._losses(shard)[1].sum(dtype=torch.float64)
             count += shard.num_valid
         loss, num_tokens = self._sum(total, count)
         return loss / max(num_tokens, 1)
@@ -167,13 +169,15 @@ class Trainer:
             found &= local.isfinite().all()
         return bool(found.item())
 
-    def _token_losses(self, shard: Shard) -> Tensor:
-        """[b, S / N] losses of this rank's tokens, 0 where there is no label."""
+    def _losses(self, shard: Shard) -> tuple[Tensor, Tensor]:
+        """The sum to train, and the losses [b, S / N] of this rank's tokens, 0 without a label."""
         tokens, labels = (x.to(self.device) for x in (shard.tokens, shard.labels))
         dropout = self._attention_dropout(shard) if self.model.training else None
         with traced("forward"):
-            logits = self.model(tokens, cp=shard.cp, attention_dropout=dropout)
-            return vocab_parallel_cross_entropy(logits, labels, self.groups.tp)
+            trained, losses = self.model(
+                tokens, cp=shard.cp, attention_dropout=dropout, labels=labels, rule=self.rule
+            )
+        return trained, losses
 
     def _sum(self, *values: float | Tensor) -> list[float]:
         """The sums over all ranks that hold different tokens, in one message."""

@@ -14,13 +14,12 @@ from torch.distributed.tensor import DTensor
 
 from cp_megatron.comm.collectives import all_gather_dim
 from cp_megatron.comm.groups import ParallelGroups
-from cp_megatron.config import Config, DataConfig, ModelConfig, ParallelConfig
-from cp_megatron.config.schema import Recompute
+from cp_megatron.config import Config, DataConfig, MemoryConfig, ModelConfig, ParallelConfig
 from cp_megatron.context_parallel import ContextParallel
 from cp_megatron.model import Transformer, build_model
 from cp_megatron.model.initialize import initial_value
 from cp_megatron.plan import Grid, Mask
-from cp_megatron.tensor_parallel import named_specs, vocab_parallel_cross_entropy
+from cp_megatron.tensor_parallel import LossRule, named_specs, vocab_parallel_cross_entropy
 
 VOCAB = 257
 SEQ = 32
@@ -63,16 +62,17 @@ class Step:
 
 
 def run_config(
-    model: ModelConfig, *, sequence_parallel: bool = False, recompute: Recompute = "none"
+    model: ModelConfig,
+    *,
+    sequence_parallel: bool = False,
+    memory: MemoryConfig | None = None,
 ) -> Config:
     """A run of the tiny model."""
-    config = Config()
-    return replace(
-        config,
+    return Config(
         model=model,
         parallel=ParallelConfig(sequence_parallel=sequence_parallel),
         data=DataConfig(seq_length=SEQ),
-        train=replace(config.train, recompute_granularity=recompute),
+        memory=memory or MemoryConfig(),
     )
 
 
@@ -131,6 +131,29 @@ def grid_step(rank: int, world_size: int, config: Config, grid: Grid) -> Step | 
         logits=all_gather_dim(whole, 0, groups.dp),
         loss=total.item(),
         parameters={name: full(p) for name, p in parameters.items()},
+        gradients={name: full(p.grad) for name, p in parameters.items() if p.grad is not None},
+    )
+    return step if rank == 0 else None
+
+
+def loss_step(rank: int, world_size: int, config: Config, grid: Grid) -> Step | None:
+    """``grid_step`` as the trainer does it: the loss in chunks, no logits."""
+    with no_warnings():
+        groups = ParallelGroups.create(grid, "cpu")
+        model = build_model(config, groups, vocab_size=VOCAB, dtype="float64", device="cpu")
+        cp = ContextParallel(groups.cp, Mask.causal(SEQ))
+        tokens, labels = (x.chunk(grid.dp)[groups.coordinates.dp] for x in batch())
+        valid = int((batch()[1] >= 0).sum())
+        rule = LossRule(chunk_size=config.memory.loss_chunk_size)
+        trained, losses = model(cp.shard(tokens, 1), cp=cp, labels=cp.shard(labels, 1), rule=rule)
+        (trained / valid).backward()
+        total = losses.sum() / valid
+        torch.distributed.all_reduce(total, group=groups.dp_cp)
+    parameters = dict(model.named_parameters())
+    step = Step(
+        logits=torch.empty(0),
+        loss=total.item(),
+        parameters={},
         gradients={name: full(p.grad) for name, p in parameters.items() if p.grad is not None},
     )
     return step if rank == 0 else None

@@ -7,7 +7,6 @@ import functools
 import pytest
 import torch
 
-from cp_megatron.config.schema import Recompute
 from cp_megatron.plan import Grid
 from tests.model.grids import STYLES, VOCAB, Step, error, grid_step, plain_step, run_config, worst
 from tests.ranks import run_ranks
@@ -20,10 +19,8 @@ def oracle(style: str) -> Step:
     return plain_step(run_config(STYLES[style]))
 
 
-def check(
-    style: str, grid: Grid, *, sequence_parallel: bool = False, recompute: Recompute = "none"
-) -> None:
-    config = run_config(STYLES[style], sequence_parallel=sequence_parallel, recompute=recompute)
+def check(style: str, grid: Grid, *, sequence_parallel: bool = False) -> None:
+    config = run_config(STYLES[style], sequence_parallel=sequence_parallel)
     step = run_ranks(grid_step, grid.world_size, config, grid)[0]
     expected = oracle(style)
     assert all(torch.equal(step.parameters[name], p) for name, p in expected.parameters.items())
@@ -56,11 +53,3 @@ def test_tp4(style: str, sequence_parallel: bool) -> None:
 def test_fsdp(style: str, grid: tuple[int, int, int]) -> None:
     dp, cp, tp = grid
     check(style, Grid(dp=dp, cp=cp, tp=tp), sequence_parallel=tp > 1)
-
-
-@pytest.mark.parametrize("recompute", ["selective", "full"])
-@pytest.mark.parametrize("style", ["gpt", "llama"])
-@pytest.mark.parametrize("grid", [(1, 1, 1), (1, 2, 2)])
-def test_recompute(style: str, recompute: Recompute, grid: tuple[int, int, int]) -> None:
-    dp, cp, tp = grid
-    check(style, Grid(dp=dp, cp=cp, tp=tp), sequence_parallel=tp > 1, recompute=recompute)

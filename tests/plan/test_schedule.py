@@ -147,3 +147,30 @@ def test_what_cannot_be_planned_is_refused(options: dict[str, object], message: 
 def test_a_layout_of_another_length_is_refused() -> None:
     with pytest.raises(ConfigError, match="must hold the mask's 16 positions"):
         Schedule.build(Mask.causal(16), SequenceLayout.make(Mask.causal(8), 2))
+
+
+@pytest.mark.parametrize("route", ["ring", "direct"])
+def test_the_largest_message_does_not_grow_with_the_ranks(route: str) -> None:
+    """The shard is what can be sent at once; with documents that end inside it, far less."""
+    for size in (2, 4, 8):
+        causal, full = Mask.causal(16 * size), Mask.full(16 * size)
+        documents = Mask.documents([16] * (size - 1) + [10, 6])
+        for mask, expected in ((causal, 16), (full, 16), (documents, 0)):
+            kind = "zigzag" if mask is causal else "contiguous"
+            layout = SequenceLayout.make(mask, size, kind)
+            schedule = Schedule.build(mask, layout, route=route)
+            assert max(map(schedule.largest_message, range(size))) == expected
+
+
+def test_the_largest_message_literally() -> None:
+    """2 ranks, zigzag: rank 0 holds 0 1 6 7 and sends 0 1; rank 1 holds and sends 2 3 4 5."""
+    mask = Mask.causal(8)
+    layout = SequenceLayout.make(mask, 2, "zigzag")
+    schedule = Schedule.build(mask, layout)
+    assert [schedule.largest_message(rank) for rank in range(2)] == [4, 4]
+    window = Mask.causal(8, window=(1, 0))
+    schedule = Schedule.build(window, SequenceLayout.make(window, 2, "contiguous"))
+    assert [schedule.largest_message(rank) for rank in range(2)] == [1, 1]
+    gathered = Schedule.build(mask, layout, "all_gather")
+    assert [gathered.largest_message(rank) for rank in range(2)] == [8, 8]
+    assert Schedule.build(mask, layout, "a2a", num_heads=2).largest_message(0) == 0

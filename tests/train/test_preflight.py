@@ -26,6 +26,7 @@ CP2, CP8, TP4 = (
 )
 PACKED = ["--document-mask", "--micro-batch-size", "2"]
 HIERARCHY = "--hierarchical-context-parallel-sizes"
+FULL = ["--recompute-granularity", "full"]
 ROPE = ["--position-embedding-type", "rope"]
 
 
@@ -99,6 +100,15 @@ def refused(
         ([*ROPE, "--rotary-base", "1"], 1, "--rotary-base", "10000"),
         (["--seed", "-1"], 1, "--seed", "0"),
         (["--distributed-timeout-minutes", "0"], 1, "--distributed-timeout-minutes", "10"),
+        # memory
+        (["--recompute-num-layers", "0"], 1, "--recompute-num-layers", "1"),
+        (["--mlp-tile-size", "0"], 1, "--mlp-tile-size", "1"),
+        (["--loss-chunk-size", "0"], 1, "--loss-chunk-size", "1"),
+        (["--recompute-num-layers", "2"], 1, "--recompute-num-layers", "selective or full"),
+        ([*FULL, "--recompute-num-layers", "5"], 1, "--recompute-num-layers", "4"),
+        (["--cpu-offloading"], 1, "--cpu-offloading", "--recompute-granularity full"),
+        (["--cpu-offloading", *FULL[:1], "selective"], 1, "--cpu-offloading", "full"),
+        (["--z-loss-coeff", "-1"], 1, "--z-loss-coeff", "0"),
         # the learning rate
         (["--lr", "1e-4", "--min-lr", "2e-4"], 1, "--min-lr", "1e-05"),
         (["--lr-warmup-iters", "120"], 1, "--lr-warmup-iters", "12"),
@@ -347,6 +357,11 @@ def test_presets_are_possible_runs() -> None:
         argv = ["--preset", preset, "--dry-run", "--world-size", "16"]
         argv += ["--context-parallel-size", "2", "--tensor-parallel-size", "2"]
         assert plan(*argv, "--global-batch-size", "16").grid == Grid(dp=4, cp=2, tp=2)
+
+
+def test_what_saves_memory_is_possible_together() -> None:
+    memory = plan(*FULL, "--recompute-num-layers", "4", "--cpu-offloading").config.memory
+    assert (memory.recompute_num_layers, memory.cpu_offloading) == (4, True)
 
 
 def test_a_plan_crosses_a_process_boundary() -> None:

@@ -13,7 +13,14 @@ import torch
 import torch.distributed as dist
 
 from cp_megatron.comm.groups import ParallelGroups
-from cp_megatron.config import Config, DataConfig, ModelConfig, ParallelConfig, TrainConfig
+from cp_megatron.config import (
+    Config,
+    DataConfig,
+    MemoryConfig,
+    ModelConfig,
+    ParallelConfig,
+    TrainConfig,
+)
 from cp_megatron.context_parallel import ContextParallel
 from cp_megatron.data.ahead import Ahead
 from cp_megatron.data.batch import IGNORED, Batch, microbatches
@@ -79,7 +86,8 @@ def config_of(style: str, case: Case) -> Config:
             sequence_parallel=case.sequence_parallel,
         ),
         data=DataConfig(seq_length=SEQ_LENGTH, micro_batch_size=case.micro_batch_size),
-        train=TrainConfig(recompute_granularity=case.recompute, seed=5),
+        train=TrainConfig(seed=5),
+        memory=MemoryConfig(recompute_granularity=case.recompute),
     )
 
 

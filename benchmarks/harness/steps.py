@@ -1,0 +1,217 @@
+"""A training step of this project, and of transformers, to be timed and counted.
+
+Everybody trains the same model on random tokens, alike in every process, with AdamW.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed import HashStore
+from torch.distributed.tensor import DTensor
+
+from cp_megatron.comm.groups import ParallelGroups
+from cp_megatron.config import (
+    Config,
+    DataConfig,
+    MemoryConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+)
+from cp_megatron.context_parallel import ContextParallel
+from cp_megatron.data.batch import Batch
+from cp_megatron.model import build_model
+from cp_megatron.plan import Grid, Mask
+from cp_megatron.tensor_parallel import LossRule
+from cp_megatron.train.allocations import counting_memory
+from cp_megatron.train.optimizer import make_optimizer
+from cp_megatron.train.step import Trainer
+from harness.traffic import Traffic
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What is trained, and on which grid.
+
+    Attributes:
+        model: the model.
+        vocab_size: its vocabulary.
+        tokens: of a row.
+        rows: of a step over all ranks; each goes through the model by itself.
+        grid: of all ranks.
+        memory: what is kept.
+    """
+
+    model: ModelConfig
+    vocab_size: int
+    tokens: int
+    rows: int = 1
+    grid: Grid = field(default_factory=lambda: Grid(dp=1, cp=1, tp=1))
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
+
+
+class OurStep:
+    """A trainer of this project with its rows; the process group is made where there is none."""
+
+    def __init__(self, job: Job) -> None:
+        if not dist.is_initialized():
+            dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+        self.job, parallel = job, ParallelConfig(sequence_parallel=job.grid.tp > 1)
+        config = Config(
+            model=job.model,
+            parallel=parallel,
+            data=DataConfig(seq_length=job.tokens),
+            memory=job.memory,
+        )
+        groups = ParallelGroups.create(job.grid, "cpu")
+        model = build_model(
+            config, groups, vocab_size=job.vocab_size, dtype="float32", device="cpu"
+        )
+        self.trainer = Trainer(
+            model=model,
+            optimizer=make_optimizer(model.parameters(), OptimizerConfig()),
+            groups=groups,
+            cp=ContextParallel(groups.cp, Mask.causal(job.tokens)),
+            device=torch.device("cpu"),
+            seed=0,
+            clip_grad=1.0,
+            sequence_parallel=parallel.sequence_parallel,
+            rule=LossRule(chunk_size=job.memory.loss_chunk_size),
+        )
+        own = job.rows // job.grid.dp
+        rows = random_rows(job)[groups.coordinates.dp * own :][:own]
+        self.shards = [
+            self.trainer.prepare(
+                Batch(
+                    tokens=row[None, :-1],
+                    labels=row[None, 1:],
+                    mask=Mask.causal(job.tokens),
+                    first_row=0,
+                    row_length=0,
+                )
+            )
+            for row in rows
+        ]
+
+    def run(self) -> float:
+        """One step; its loss."""
+        return self.trainer.step(self.shards, step=0, lr=1e-4).loss
+
+    def traffic(self) -> dict[str, int]:
+        """Bytes this rank sends in a step, by kind."""
+        with Traffic() as traffic:
+            self.run()
+        return dict(traffic.sent)
+
+    def kept(self) -> int:
+        """Bytes that autograd keeps for backward of one row, every storage once, no weights."""
+        model, shard = self.trainer.model, self.shards[0]
+        labels = {"labels": shard.labels, "rule": self.trainer.rule}
+        found = kept_bytes(model, lambda: model(shard.tokens, cp=shard.cp, **labels)[0])
+        return found
+
+
+class TheirStep:
+    """transformers' model of the same shape with its own gradient checkpointing."""
+
+    def __init__(self, job: Job) -> None:
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        model = job.model
+        self.model = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=job.vocab_size,
+                hidden_size=model.hidden_size,
+                intermediate_size=model.ffn_size,
+                num_hidden_layers=model.num_layers,
+                num_attention_heads=model.num_attention_heads,
+                num_key_value_heads=model.num_kv_heads,
+                max_position_embeddings=1 << 20,
+                tie_word_embeddings=not model.untie_embeddings_and_output_weights,
+                attn_implementation="sdpa",
+                use_cache=False,
+            )
+        )
+        self.model.gradient_checkpointing_enable()
+        self.model.train()
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
+        self.rows = random_rows(job)[:, :-1]
+
+    def run(self) -> float:
+        """One step; its loss."""
+        total = 0.0
+        for row in self.rows:
+            loss = self.model(input_ids=row[None], labels=row[None]).loss / len(self.rows)
+            loss.backward()
+            total += loss.item()
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return total
+
+
+def random_rows(job: Job) -> Tensor:
+    """int64 [rows, tokens + 1], alike in every process."""
+    generator = torch.Generator().manual_seed(job.tokens)
+    return torch.randint(0, job.vocab_size, (job.rows, job.tokens + 1), generator=generator)
+
+
+def peak_of(kind: Callable[[Job], Any], job: Job, steps: int = 2) -> int:
+    """The most bytes held at once by a trainer that is built and makes some steps."""
+    with counting_memory() as count:
+        step = kind(job)
+        for _ in range(steps):
+            step.run()
+        del step
+    return count.peak
+
+
+def kept_bytes(model: nn.Module, forward: Callable[[], Tensor]) -> int:
+    """Bytes of the storages that autograd keeps after ``forward``, each once, weights left out."""
+    weights: set[int] = set()
+    found: dict[int, torch.UntypedStorage] = {}
+
+    def meet(module: nn.Module, _: object) -> None:
+        for parameter in module.parameters(recurse=False):
+            local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+            weights.add(local.untyped_storage()._cdata)
+
+    def pack(x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        if storage._cdata not in weights:
+            found[storage._cdata] = storage
+        return x
+
+    handles = [module.register_forward_pre_hook(meet) for module in model.modules()]
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            result = forward()
+    finally:
+        for handle in handles:
+            handle.remove()
+    kept = sum(storage.nbytes() for storage in found.values())  # some were emptied since
+    result.backward()
+    model.zero_grad()
+    return kept
+
+
+def peak_of_loss(tokens: int, hidden: int, vocab: int) -> tuple[int, int]:
+    """(peak of head and loss, forward and backward, bytes of the whole logits in float32)."""
+    from cp_megatron.tensor_parallel import TensorParallel, vocab_parallel_fused_loss
+
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, tokens, hidden, generator=generator).requires_grad_()
+    weight = torch.randn(vocab, hidden, generator=generator).requires_grad_()
+    labels = torch.randint(0, vocab, (1, tokens), generator=generator)
+    with counting_memory() as count:
+        total, _ = vocab_parallel_fused_loss(
+            x, weight, labels, vocab_size=vocab, tp=TensorParallel(), rule=LossRule()
+        )
+        total.backward()
+    return count.peak, 4 * tokens * vocab

@@ -1,0 +1,270 @@
+"""What does a token cost in memory, and what do the savings cost in time?
+
+Bytes are counted, not sampled: every allocation of torch's CPU allocator, and every tensor that
+autograd keeps. Models have the proportions of SmolLM2-135M (vocabulary 85 x hidden, three query
+heads to a key/value head), float32. Prints one JSON line per result, each with the hardware:
+
+- ``kept``: bytes that a rank keeps for backward, per token of the row and layer, over hidden x 4,
+  for every --recompute-granularity on several grids (a layer is the difference of two models);
+- ``loss``: peak of head and loss, forward and backward, at 32K tokens and 128K ids over the size of
+  the whole logits;
+- ``longest``: the longest row that trains within ``--budget`` MiB a rank (weights, gradients, AdamW
+  and all else): transformers with its own gradient checkpointing in one process; ours with full
+  recomputation, tiles, offloading; on one, two and four context parallel ranks. Found from two
+  short rows, for memory is a straight line, and then trained, two steps, where that takes minutes;
+- ``cost``: paired step times of each option over the same without it, where matrices dominate.
+
+    python benchmarks/memory.py                  # half an hour on two cores
+    python benchmarks/memory.py --only cost
+    python benchmarks/memory.py --only longest --plot longest.png
+    python benchmarks/memory.py --quick          # tiny, seconds; the numbers mean nothing
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch.distributed as dist
+import tyro
+from harness.steps import Job, OurStep, TheirStep, peak_of, peak_of_loss
+from harness.teams import Place, Team, hardware, measure, paired
+
+from cp_megatron.config import MemoryConfig, ModelConfig
+from cp_megatron.plan import Grid
+
+MIB = 1 << 20
+FULL = MemoryConfig(recompute_granularity="full")
+LEAN = MemoryConfig(
+    recompute_granularity="full", mlp_tile_size=512, loss_chunk_size=256, cpu_offloading=True
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """Memory of a training step."""
+
+    only: Literal["all", "kept", "loss", "longest", "cost"] = "all"
+    """Which question."""
+    budget: int = 256
+    """MiB of a rank in ``longest``."""
+    trained_ranks: int = 2
+    """Up to so many ranks the longest row is trained too, not only worked out."""
+    rounds: int = 9
+    """Measured rounds of ``cost``."""
+    plot: Path | None = None
+    """Draw ``longest`` here, as PNG or SVG."""
+    quick: bool = False
+    """Tiny sizes: shows that the script runs, measures nothing."""
+
+
+def model_of(num_layers: int, width: int) -> ModelConfig:
+    """SmolLM2's proportions with ``width`` x 64 channels."""
+    return ModelConfig(
+        num_layers=num_layers,
+        hidden_size=64 * width,
+        ffn_hidden_size=512 * width // 3,
+        num_attention_heads=width,
+        num_query_groups=max(1, width // 3),
+        normalization="RMSNorm",
+        swiglu=True,
+        position_embedding_type="rope",
+        disable_bias_linear=True,
+    )
+
+
+class Bench:
+    """One process's side."""
+
+    def __init__(self, place: Place) -> None:
+        self.place = place
+        self.steps: dict[str, OurStep] = {}
+
+    def kept(self, job: Job) -> int:
+        """Bytes kept for backward by this rank."""
+        return OurStep(job).kept()
+
+    def peak(self, question: tuple[str, Job]) -> int:
+        """Peak of building a trainer and two steps."""
+        kind, job = question
+        return peak_of(OurStep if kind == "ours" else TheirStep, job)
+
+    def loss(self, sizes: tuple[int, int, int]) -> tuple[int, int]:
+        """Peak of head and loss, and the size of the whole logits."""
+        return peak_of_loss(*sizes)
+
+    def prepare(self, jobs: dict[str, Job]) -> None:
+        """Builds what is timed."""
+        self.steps = {name: OurStep(job) for name, job in jobs.items()}
+
+    def time(self, name: str) -> tuple[float, float]:
+        """When a step began and ended."""
+        if self.place.size > 1:
+            dist.barrier()
+        begin = time.monotonic()
+        self.steps[name].run()
+        return begin, time.monotonic()
+
+
+class Processes:
+    """Asks fresh processes, so that nobody's memory is another's; quick, the same ones again."""
+
+    def __init__(self, *, fresh: bool) -> None:
+        self.fresh = fresh
+        self.teams: dict[int, Team] = {}
+
+    def ask(self, ranks: int, method: str, argument: object) -> list[Any]:
+        """The answers of all ranks."""
+        if ranks not in self.teams:
+            self.teams[ranks] = Team(ranks, max(1, 2 // ranks), Bench)
+        answers = self.teams[ranks].ask(method, argument)
+        if self.fresh:
+            self.close()
+        return answers
+
+    def close(self) -> None:
+        """Ends them."""
+        for team in self.teams.values():
+            team.close()
+        self.teams.clear()
+
+
+# ---- the four questions --------------------------------------------------------------------------
+
+
+def kept(arguments: Arguments, processes: Processes) -> Iterator[dict[str, object]]:
+    """Bytes kept per token and layer."""
+    tokens, width, vocab = (64, 4, 512) if arguments.quick else (1024, 4, 4096)
+    grids = [Grid(dp=1, cp=1, tp=1), Grid(dp=1, cp=2, tp=2)]
+    grids += [Grid(dp=1, cp=2, tp=1), Grid(dp=1, cp=4, tp=1), Grid(dp=1, cp=1, tp=4)]
+    if arguments.quick:
+        grids = grids[:1]
+    alone: dict[str, float] = {}
+    model = replace(model_of(2, width), num_query_groups=width)
+    for grid in grids:
+        for level in ("none", "selective", "full"):
+            memory = MemoryConfig(recompute_granularity=level, loss_chunk_size=64)
+            job = Job(model=model, vocab_size=vocab, tokens=tokens, grid=grid, memory=memory)
+            deep = replace(job, model=replace(model, num_layers=4))
+            few, many = (processes.ask(grid.world_size, "kept", each) for each in (job, deep))
+            layer = max(b - a for a, b in zip(few, many, strict=True)) / 2 / tokens
+            alone.setdefault(level, layer)
+            yield {
+                "grid": f"tp {grid.tp} x cp {grid.cp}",
+                "recompute": level,
+                "bytes_per_token_and_layer": layer,
+                "over_hidden": round(layer / (4 * model.hidden_size), 4),
+                "of_one_rank_over_ranks": round(layer / alone[level] * grid.world_size, 4),
+            }
+
+
+def loss(arguments: Arguments, processes: Processes) -> Iterator[dict[str, object]]:
+    """Peak of head and loss over the whole logits."""
+    sizes = (512, 64, 4096) if arguments.quick else (32768, 128, 131072)
+    peak, logits = processes.ask(1, "loss", sizes)[0]
+    names = dict(zip(("tokens", "hidden", "vocabulary"), sizes))
+    share = round(peak / logits, 4)
+    yield {**names, "peak_mib": peak / MIB, "logits_mib": logits / MIB, "peak_over_logits": share}
+
+
+def longest(arguments: Arguments, processes: Processes) -> Iterator[dict[str, object]]:
+    """The longest row within the budget."""
+    shape = {"model": model_of(4, 3), "vocab_size": 16384}
+    budget, first = arguments.budget * MIB, 0
+    contestants = [("transformers", 1), ("ours", 1), ("ours", 2), ("ours", 4)]
+    if arguments.quick:
+        shape, budget = {"model": model_of(2, 3), "vocab_size": 512}, 40 * MIB
+        contestants = contestants[1:2]
+    for kind, ranks in contestants:
+        job = Job(**shape, tokens=0, grid=Grid(dp=1, cp=ranks, tp=1), memory=LEAN)
+        low, high = (512, 1024) if kind == "transformers" else (4096 * ranks, 8192 * ranks)
+        if arguments.quick:
+            low, high = 128, 256
+        peaks = [
+            max(processes.ask(ranks, "peak", (kind, replace(job, tokens=n)))) for n in (low, high)
+        ]
+        per_token = (peaks[1] - peaks[0]) / (high - low)
+        unit = 2 * ranks
+        tokens = int(low + (budget - peaks[0]) / per_token) // unit * unit
+        first = first or tokens
+        found: dict[str, object] = {"who": kind, "ranks": ranks, "tokens": tokens}
+        found["bytes_per_token_and_rank"] = round(per_token)
+        if ranks <= arguments.trained_ranks and not arguments.quick:
+            peak = max(processes.ask(ranks, "peak", (kind, replace(job, tokens=tokens))))
+            found["trained_peak_mib"] = round(peak / MIB, 1)
+        yield {**found, "budget_mib": budget // MIB, "over_transformers": round(tokens / first, 2)}
+
+
+def cost(arguments: Arguments, _: Processes) -> Iterator[dict[str, object]]:
+    """Paired step times."""
+    tokens = 64 if arguments.quick else 2048
+    model = model_of(2, 3) if arguments.quick else model_of(4, 12)
+    vocab = 512 if arguments.quick else 16384
+    whole = MemoryConfig(loss_chunk_size=tokens)
+    full = replace(whole, recompute_granularity="full")
+    options = {
+        "none": whole,
+        "chunked loss": replace(whole, loss_chunk_size=tokens // 4),
+        "tiles": replace(whole, mlp_tile_size=tokens // 4),
+        "selective": replace(whole, recompute_granularity="selective"),
+        "full": full,
+        "full, tiles": replace(full, mlp_tile_size=tokens // 4),
+        "full, offload": replace(full, cpu_offloading=True),
+    }
+    jobs = {
+        name: Job(model=model, vocab_size=vocab, tokens=tokens, memory=memory)
+        for name, memory in options.items()
+    }
+    processes = Processes(fresh=False)
+    processes.ask(1, "prepare", jobs)
+    rounds = 2 if arguments.quick else arguments.rounds
+    seconds = measure(dict.fromkeys(jobs, processes.teams[1]), rounds, 1)
+    processes.close()
+    for name, values in seconds.items():
+        base = "full" if name.startswith("full,") else "none"
+        if name != "none":
+            yield {"option": name, "over": base, "time": paired(values, seconds[base])}
+
+
+# ---- all of it -----------------------------------------------------------------------------------
+
+
+def draw(found: list[dict[str, Any]], path: Path) -> None:
+    """Longest rows as bars."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 3), layout="constrained")
+    axes = figure.subplots()
+    names = [f"{row['who']}, {row['ranks']} rank{'s'[: row['ranks'] > 1]}" for row in found]
+    bars = axes.barh(names, [row["tokens"] for row in found], color=["0.7"] + ["C0"] * 3)
+    axes.bar_label(bars, [f" {row['tokens']:,}" for row in found])
+    axes.set(xscale="log", xlabel=f"tokens of the longest row, {found[0]['budget_mib']} MiB a rank")
+    axes.invert_yaxis()
+    axes.margins(x=0.2)
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    arguments = tyro.cli(Arguments, description=__doc__)
+    questions = {"kept": kept, "loss": loss, "longest": longest, "cost": cost}
+    machine = hardware()
+    for name, question in questions.items():
+        if arguments.only not in ("all", name):
+            continue
+        rows = []
+        processes = Processes(fresh=not arguments.quick)
+        for row in question(arguments, processes):
+            rows.append(row)
+            line = {"benchmark": "memory", "result": name, **row, "hardware": machine}
+            print(json.dumps(line), flush=True)
+        processes.close()
+        if name == "longest" and arguments.plot is not None:
+            draw(rows, arguments.plot)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,236 @@
+"""The head and the loss in one: cross-entropy of hidden states, without the logits of all tokens.
+
+Logits are the largest tensor of a model with a large vocabulary: 32K tokens x 128K ids are 16 GiB.
+Here a few tokens at a time are multiplied with the head's weight, give their losses and at once
+their gradients, and are forgotten. Of the whole sequence only gradients stay, which are as wide as
+the hidden states (the idea of Liger Kernel, Hsu et al. 2024, arXiv:2410.10989, here over a
+vocabulary split by tensor parallelism):
+
+    rows of the residual stream   |  c  |  c  |  c  |
+                                     |
+              gather over tp         |  with sequence parallelism, rows of this chunk only
+                                     v
+                     logits [b, c * tp, v/tp] -> losses, d logits   (in place)
+                                     |
+                +--------------------+------------------+
+                v                                       v
+        dx [b, c, h], summed over tp         dw [v/tp, h] += d logits^T x
+
+Gradients in forward are those of the plain *sum* of the losses: the true ones are a multiple, known
+in backward. dw exists no longer than it would anyway: at the end of forward, where it is computed,
+all activations are there, which is where the memory of a step is highest with or without it.
+
+Shapes: b batch, r rows of the residual stream, s = r, with sequence parallelism r * tp, tokens,
+h hidden, v padded vocabulary, c rows of a chunk, n tokens of a chunk.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from cp_megatron.comm.nonblocking import start_all_gather, start_reduce_scatter
+from cp_megatron.comm.trace import traced
+from cp_megatron.tensor_parallel.loss import IGNORED, accumulation_dtype
+from cp_megatron.tensor_parallel.parameters import TensorParallel
+
+LOGITS_BYTES = 256 << 20
+"""Logits of a chunk, in float32, where nobody says how many tokens it has: products of thousands
+of rows are as fast as larger ones."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossRule:
+    """What is summed, and how much of it at once.
+
+    Attributes:
+        chunk_size: tokens whose logits exist at once; None: as many as fill ``LOGITS_BYTES``.
+        z_loss_coeff: adds this times the square of each token's log-sum-exp to what is trained
+            (Chowdhery et al. 2022, arXiv:2204.02311, section 5), so that logits do not drift.
+    """
+
+    chunk_size: int | None = None
+    z_loss_coeff: float = 0.0
+
+    def tokens(self, width: int) -> int:
+        """Tokens of a chunk whose logits have ``width`` columns."""
+        return self.chunk_size or max(1, LOGITS_BYTES // (4 * width))
+
+
+def vocab_parallel_fused_loss(
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    vocab_size: int,
+    tp: TensorParallel,
+    rule: LossRule,
+) -> tuple[Tensor, Tensor]:
+    """The sum of the tokens' losses, to be trained, and each token's cross-entropy, to be seen.
+
+    Args:
+        x: residual stream [b, r, h] of any floating dtype, as ``TensorParallel.enter`` takes it.
+        weight: [v/tp, h], this rank's part of the head in rank order.
+        labels: [b, s] int64, alike on all tp ranks; -100 marks a token that does not count.
+        vocab_size: ids before the padding.
+        tp: the group that shares the vocabulary.
+        rule: z-loss and the size of chunks.
+
+    Returns:
+        A scalar, the sum over counting tokens of cross-entropy and z-loss in nats, and [b, s] the
+        cross-entropies, which have no gradient and are exactly 0 for tokens that do not count.
+        Both float32 (float64 for float64), alike on all tp ranks. The gradient of ``x`` is the
+        true one, summed over the vocabulary; that of ``weight`` is this rank's part.
+    """
+    wanted = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    first_padding = vocab_size - tp.rank * weight.shape[0]
+    chunk = _Chunk(tp=tp, num_valid=max(0, first_padding), z_loss_coeff=rule.z_loss_coeff)
+    return _FusedLoss.apply(x, weight, labels, chunk, rule, wanted)
+
+
+class _FusedLoss(torch.autograd.Function):
+    """Forward computes the gradients of the sum, backward multiplies them: it can run once."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        chunk: _Chunk,
+        rule: LossRule,
+        wanted: bool,
+    ) -> tuple[Tensor, Tensor]:
+        batch, num_rows = x.shape[:2]
+        gathered = chunk.tp.size if chunk.tp.splits_sequence else 1
+        exact = accumulation_dtype(x.dtype)
+        losses = x.new_empty(labels.shape, dtype=exact)
+        total = x.new_zeros((), dtype=exact)
+        dx = torch.empty_like(x) if wanted else None
+        dw = torch.zeros_like(weight, dtype=exact) if wanted else None
+        # [b, tp * r] -> [b, tp, r]: the tokens of a chunk of rows are cut out of every rank's
+        by_rank = labels.unflatten(1, (gathered, num_rows))
+        seen = losses.unflatten(1, (gathered, num_rows))
+        at_once = chunk.tp.rows(rule.tokens(weight.shape[0]), batch)
+        for start in range(0, num_rows, at_once):
+            rows = slice(start, min(start + at_once, num_rows))
+            with traced("head and loss"):
+                found = chunk.forward(x[:, rows], weight, by_rank[..., rows], wanted)
+                seen[..., rows] = found.losses
+                total += found.total
+                if dx is not None and dw is not None:
+                    dx[:, rows] = chunk.backward(found, weight, dw)
+                del found  # or two chunks' logits would exist at once
+        ctx.grads = dx, dw
+        ctx.dtypes = x.dtype, weight.dtype
+        ctx.mark_non_differentiable(losses)
+        return total, losses
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        assert ctx.grads is not None, "backward of the loss runs once"
+        (dx, dw), ctx.grads = ctx.grads, None
+        x_dtype, weight_dtype = ctx.dtypes
+        dx = dx.mul_(grads[0].to(dx.dtype)).to(x_dtype)
+        dw = dw.mul_(grads[0].to(dw.dtype)).to(weight_dtype)
+        return dx, dw, None, None, None, None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Found:
+    """Of a chunk: its inputs [n, h], gradient of its logits [n, v/tp], losses [b, tp, c], sum."""
+
+    x: Tensor
+    dlogits: Tensor
+    losses: Tensor
+    total: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Chunk:
+    """One chunk's logits, from rows to losses and back.
+
+    Attributes:
+        tp: the group that shares the vocabulary.
+        num_valid: columns of this rank before the vocabulary's padding.
+        z_loss_coeff: of ``LossRule``.
+    """
+
+    tp: TensorParallel
+    num_valid: int
+    z_loss_coeff: float
+
+    def forward(self, rows: Tensor, weight: Tensor, labels: Tensor, wanted: bool) -> _Found:
+        """Rows [b, c, h] and labels [b, tp, c] -> losses, and the gradient where it is wanted."""
+        # [b, c, h] -> [b, tp * c, h] -> [n, h]
+        x = self._enter(rows).flatten(0, 1)
+        logits = x @ weight.T  # [n, v/tp]
+        exact = logits.to(accumulation_dtype(logits.dtype))
+        del logits
+        width = exact.shape[1]
+        exact[:, self.num_valid :] = float("-inf")
+        local = labels.flatten() - self.tp.rank * width
+        here = (local >= 0) & (local < width)  # never for IGNORED
+        local = local.clamp(0, width - 1).unsqueeze(1)  # an index also where the label is elsewhere
+        target = torch.where(here, exact.gather(1, local).squeeze(1), 0.0)
+        # exact becomes exp(logit - maximum), of this rank's columns
+        least = torch.finfo(exact.dtype).min  # a rank that holds only padding has no maximum
+        maximum = exact.amax(1).clamp(min=least)
+        exact.sub_(maximum.unsqueeze(1)).exp_()
+        lse, target = self._combine(maximum, exact.sum(1), target)
+        counts = labels.flatten() != IGNORED
+        losses = torch.where(counts, lse - target, 0.0)
+        total = losses.sum()
+        if self.z_loss_coeff:
+            total = total + self.z_loss_coeff * torch.where(counts, lse, 0.0).square().sum()
+        if wanted:
+            # softmax * (1 + 2 z lse) - one_hot(label)
+            scale = torch.exp(maximum - lse) * (1 + 2 * self.z_loss_coeff * lse)
+            exact.mul_(torch.where(counts, scale, 0.0).unsqueeze(1))
+            exact.scatter_add_(1, local, -here.to(exact.dtype).unsqueeze(1))
+        return _Found(x=x, dlogits=exact, losses=losses.view(labels.shape), total=total)
+
+    def backward(self, found: _Found, weight: Tensor, dw: Tensor) -> Tensor:
+        """Adds to ``dw`` [v/tp, h] and returns the gradient of the rows [b, c, h]."""
+        dlogits = found.dlogits.to(found.x.dtype)
+        if dw.dtype == dlogits.dtype:
+            torch.addmm(dw, dlogits.T, found.x, out=dw)
+        else:
+            dw += dlogits.T @ found.x
+        batch = found.losses.shape[0]
+        return self._leave((dlogits @ weight).unflatten(0, (batch, -1)))
+
+    def _enter(self, rows: Tensor) -> Tensor:
+        """What ``TensorParallel.enter`` makes of these rows alone."""
+        if not self.tp.splits_sequence:
+            return rows
+        assert self.tp.group is not None
+        # [1, b, c, h] -> [tp, b, c, h] -> [b, tp, c, h] -> [b, tp * c, h]
+        gathered = start_all_gather(rows.contiguous().unsqueeze(0), self.tp.group).wait()
+        return gathered.movedim(0, 1).flatten(1, 2)
+
+    def _leave(self, grad: Tensor) -> Tensor:
+        """The ranks' summands [b, tp * c, h] -> the gradient of this rank's rows."""
+        if self.tp.size == 1:
+            return grad
+        assert self.tp.group is not None
+        if not self.tp.splits_sequence:
+            dist.all_reduce(grad, group=self.tp.group)
+            return grad
+        # [b, tp * c, h] -> [tp, b, c, h] -> [1, b, c, h]
+        stacked = grad.unflatten(1, (self.tp.size, -1)).movedim(1, 0).contiguous()
+        return start_reduce_scatter(stacked, self.tp.group).wait().squeeze(0)
+
+    def _combine(self, maximum: Tensor, total: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Per rank (maximum, sum of exp, target logit or 0) [n] -> (lse, target) of all columns."""
+        if self.tp.size == 1:
+            return maximum + total.log(), target
+        highest = maximum.clone()
+        dist.all_reduce(highest, dist.ReduceOp.MAX, group=self.tp.group)
+        both = torch.stack((total * torch.exp(maximum - highest), target))  # [2, n]
+        dist.all_reduce(both, group=self.tp.group)
+        return highest + both[0].log(), both[1]

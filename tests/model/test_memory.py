@@ -1,0 +1,220 @@
+"""What saves memory changes no number: gradients on any grid, and nothing is done twice for it."""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from cp_megatron.comm.groups import ParallelGroups
+from cp_megatron.config import MemoryConfig
+from cp_megatron.context_parallel import ContextParallel
+from cp_megatron.model import Transformer, build_model
+from cp_megatron.plan import Grid, Mask
+from cp_megatron.tensor_parallel import LossRule
+from tests.model.grids import (
+    LLAMA,
+    SEQ,
+    STYLES,
+    VOCAB,
+    Step,
+    batch,
+    loss_step,
+    plain_step,
+    run_config,
+    worst,
+)
+from tests.ranks import run_ranks
+
+TOLERANCE = 1e-12
+OPTIONS = {
+    "selective": MemoryConfig(recompute_granularity="selective"),
+    "full": MemoryConfig(recompute_granularity="full"),
+    "first layer": MemoryConfig(recompute_granularity="full", recompute_num_layers=1),
+    "tiles": MemoryConfig(mlp_tile_size=6),
+    "tiles, selective": MemoryConfig(mlp_tile_size=6, recompute_granularity="selective"),
+    "tiles, full": MemoryConfig(mlp_tile_size=6, recompute_granularity="full"),
+    "everything": MemoryConfig(
+        recompute_granularity="full",
+        mlp_tile_size=4,
+        loss_chunk_size=5,
+        cpu_offloading=True,
+        optimizer_cpu_offload=True,
+    ),
+}
+
+
+@functools.cache
+def oracle(style: str) -> Step:
+    return plain_step(run_config(STYLES[style]))
+
+
+@pytest.mark.parametrize("style", ["gpt", "llama-tied"])
+@pytest.mark.parametrize(
+    ("grid", "option"),
+    [
+        *(((1, 2, 2), option) for option in OPTIONS),
+        *(((1, 1, 1), option) for option in ("tiles", "everything")),
+        *((grid, "everything") for grid in ((2, 2, 1), (1, 1, 4))),
+    ],
+)
+def test_gradients_are_those_of_one_process(
+    style: str, grid: tuple[int, int, int], option: str
+) -> None:
+    dp, cp, tp = grid
+    config = run_config(STYLES[style], sequence_parallel=tp > 1, memory=OPTIONS[option])
+    step = run_ranks(loss_step, dp * cp * tp, config, Grid(dp=dp, cp=cp, tp=tp))[0]
+    expected = oracle(style)
+    assert step.loss == pytest.approx(expected.loss, rel=TOLERANCE)
+    gap, name = worst(step.gradients, expected.gradients)
+    assert gap < TOLERANCE, name
+
+
+@pytest.mark.parametrize("option", ["tiles, full", "everything"])
+def test_without_sequence_parallelism(option: str) -> None:
+    config = run_config(STYLES["mixed"], memory=OPTIONS[option])
+    step = run_ranks(loss_step, 4, config, Grid(dp=1, cp=2, tp=2))[0]
+    gap, name = worst(step.gradients, oracle("mixed").gradients)
+    assert gap < TOLERANCE, name
+
+
+def own_tiles(rank: int, world_size: int) -> Step | None:
+    """Data parallel ranks of which each has tiles of its own size, rank 1 none at all."""
+    sizes = [2, None, 7, 100]
+    memory = MemoryConfig(mlp_tile_size=sizes[rank], recompute_granularity="full")
+    config = run_config(LLAMA, memory=memory)
+    return loss_step(rank, world_size, config, Grid(dp=2, cp=2, tp=1))
+
+
+def test_ranks_may_have_different_numbers_of_tiles() -> None:
+    step = run_ranks(own_tiles, 4)[0]
+    gap, name = worst(step.gradients, oracle("llama").gradients)
+    assert gap < TOLERANCE, name
+
+
+def counted(rank: int, world_size: int, memory: MemoryConfig, exchange: str) -> Counter[str]:
+    """Messages of the cp group and FLOPs of a step on CP 2."""
+    groups = ParallelGroups.create(Grid(dp=1, cp=2, tp=1), "cpu")
+    config = run_config(replace(LLAMA, num_query_groups=2), memory=memory)
+    model = build_model(config, groups, vocab_size=VOCAB, dtype="float64", device="cpu")
+    cp = ContextParallel(groups.cp, Mask.causal(SEQ), exchange=exchange, check_ranks="never")
+    tokens, labels = (cp.shard(x, 1) for x in batch())
+    found: Counter[str] = Counter()
+    with _Work(found):
+        trained, _ = model(tokens, cp=cp, labels=labels, rule=LossRule())
+        trained.backward()
+    return found
+
+
+class _Work(TorchDispatchMode):
+    """Counts FLOPs of products, and the attention's messages: sends and trades of heads."""
+
+    def __init__(self, found: Counter[str]) -> None:
+        super().__init__()
+        self.found = found
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        name = str(func)
+        if name.startswith("c10d.") and any(part in name for part in ("send", "alltoall")):
+            self.found["messages"] += 1
+        out = func(*args, **(kwargs or {}))
+        if func.overloadpacket in flop_registry:
+            flops = flop_registry[func.overloadpacket]
+            self.found["flops"] += flops(*args, **(kwargs or {}), out_val=out)
+        return out
+
+
+@pytest.mark.parametrize("exchange", ["p2p", "a2a"])
+def test_selective_recomputation_sends_nothing_twice(exchange: str) -> None:
+    plain, selective, full = (
+        run_ranks(counted, 2, MemoryConfig(recompute_granularity=level), exchange)
+        for level in ("none", "selective", "full")
+    )
+    for a, b, c in zip(plain, selective, full, strict=True):
+        assert 0 < a["messages"] == b["messages"] < c["messages"]
+        assert a["flops"] < b["flops"] < c["flops"]
+
+
+def test_tiles_compute_nothing_more_than_without() -> None:
+    for level in ("none", "selective", "full"):
+        memory = MemoryConfig(recompute_granularity=level)
+        whole = run_ranks(counted, 2, memory, "p2p")
+        tiled = run_ranks(counted, 2, replace(memory, mlp_tile_size=4), "p2p")
+        assert [found["flops"] for found in whole] == [found["flops"] for found in tiled]
+
+
+def kept(memory: MemoryConfig, num_layers: int) -> int:
+    """Bytes that autograd keeps of a step on one rank for backward, weights not counted."""
+    config = replace(LLAMA, num_layers=num_layers)
+    model = Transformer(
+        config, seq_length=SEQ, vocab_size=VOCAB, tp=None, sequence_parallel=False, memory=memory
+    ).double()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    found: dict[int, int] = {}
+
+    def keep(x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in weights:
+            found[storage.data_ptr()] = storage.nbytes()
+        return x
+
+    tokens, labels = batch()
+    cp = ContextParallel(None, Mask.causal(SEQ), kernel="reference")
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        trained, _ = model(tokens, cp=cp, labels=labels)
+    assert trained.requires_grad
+    return sum(found.values())
+
+
+def test_full_recomputation_keeps_one_tensor_of_a_layer() -> None:
+    one_tensor = batch()[0].numel() * LLAMA.hidden_size * 8
+    for options in ({}, {"mlp_tile_size": 5}):
+        memory = MemoryConfig(recompute_granularity="full", **options)
+        assert kept(memory, 5) - kept(memory, 2) == 3 * one_tensor
+        memory = replace(memory, cpu_offloading=True)
+        assert kept(memory, 5) == kept(memory, 2)
+
+
+def test_some_layers_alone_are_recomputed() -> None:
+    none, full = MemoryConfig(), MemoryConfig(recompute_granularity="full")
+    three, four = (replace(full, recompute_num_layers=number) for number in (3, 4))
+    layer, recomputed = (kept(memory, 5) - kept(memory, 4) for memory in (none, full))
+    assert kept(three, 6) - kept(three, 5) == layer
+    assert kept(four, 6) - kept(three, 5) == recomputed
+
+
+def test_offloaded_memory_is_used_again_and_given_back() -> None:
+    memory = MemoryConfig(recompute_granularity="full", cpu_offloading=True)
+    model = Transformer(
+        LLAMA, seq_length=SEQ, vocab_size=VOCAB, tp=None, sequence_parallel=False, memory=memory
+    )
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    tokens, labels = batch()
+    cp = ContextParallel(None, Mask.causal(SEQ), kernel="reference")
+    one_tensor = tokens.numel() * LLAMA.hidden_size * 4
+    assert model.offload is not None
+    for _ in range(3):
+        trained, _ = model(tokens, cp=cp, labels=labels)
+        assert model.offload.held_bytes == LLAMA.num_layers * one_tensor
+        trained.backward()
+        del trained
+        assert model.offload.held_bytes == 0
+        assert model.offload.host_bytes == LLAMA.num_layers * one_tensor
+    model(tokens, cp=cp, labels=labels)  # never differentiated
+    assert model.offload.held_bytes == 0
+
+
+def test_every_option_is_one_of_the_configuration() -> None:
+    assert set(asdict(MemoryConfig())) == {
+        *("recompute_granularity", "recompute_num_layers", "mlp_tile_size", "loss_chunk_size"),
+        *("cpu_offloading", "optimizer_cpu_offload", "memory_report"),
+    }
