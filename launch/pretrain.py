@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from cp_megatron.comm.runtime import Launch
 from cp_megatron.config.parse import parse_arguments
 from cp_megatron.errors import ConfigError
+from cp_megatron.train.memory_report import print_prediction
 from cp_megatron.train.preflight import check
 from cp_megatron.train.report import print_start, refuse
 from cp_megatron.train.signals import leave, stop_at_once
@@ -38,6 +39,8 @@ def main(argv: Sequence[str], environ: Mapping[str, str], script: str = PROGRAM)
         if arguments.dry_run:
             if launch.rank == 0:
                 print_start(plan, None)
+                if plan.config.memory.memory_report:
+                    print_prediction(plan)
             return 0
         from cp_megatron.train.run import run
 

@@ -77,7 +77,7 @@ class OurStep:
             model=model,
             optimizer=make_optimizer(model.parameters(), OptimizerConfig()),
             groups=groups,
-            cp=ContextParallel(groups.cp, Mask.causal(job.tokens)),
+            cp=ContextParallel(groups.cp, Mask.causal(job.tokens), exchange="p2p"),
             device=torch.device("cpu"),
             seed=0,
             clip_grad=1.0,

@@ -86,7 +86,12 @@ def build_model(
 
     policy = MixedPrecisionPolicy()
     if dtype == "bfloat16":
-        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        policy = MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16,
+            reduce_dtype=torch.float32,
+            # Inputs have their types already; the angles' sines among them are float32.
+            cast_forward_inputs=False,
+        )
     offload = OffloadPolicy()
     if config.memory.optimizer_cpu_offload:
         offload = CPUOffloadPolicy(pin_memory=torch.device(device).type == "cuda")

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,6 +18,9 @@ from cp_megatron.comm.trace import traced
 from cp_megatron.data.ahead import Ahead
 from cp_megatron.data.batch import Batch, microbatches
 from cp_megatron.data.sampler import RowSource, RowSplits
+from cp_megatron.train.memory_meter import MemoryMeter
+from cp_megatron.train.memory_plan import predict
+from cp_megatron.train.memory_report import MemoryReport
 from cp_megatron.train.metrics import (
     Metrics,
     MetricsWriter,
@@ -83,7 +87,9 @@ class Run:
         step, saved = start_step, start_step
         while step < train.train_iters:
             rate = learning_rate(step, self.plan.config.optimizer, train.train_iters)
-            with self.profiler.step(step), clock:
+            measures = self.plan.config.memory.memory_report and step == start_step
+            meter = MemoryMeter(self.trainer) if measures else None
+            with self.profiler.step(step), clock, meter or nullcontext():
                 with traced("wait for rows"):
                     found = next(shards)
                 result = self.trainer.step(found, step=step, lr=rate)
@@ -92,6 +98,8 @@ class Run:
             _check_finite(step, saved, {"loss": result.loss, "gradient norm": result.grad_norm})
             stopping = any_rank_stops(stop, self.control)
             last = stopping or step == train.train_iters
+            if meter is not None:
+                self._report_memory(step, meter)
             valid_loss = None if stopping else self._validate(step, saved)
             # The first step too: it shows where the loss came from.
             if last or step == 1 or step % train.log_interval == 0 or valid_loss is not None:
@@ -166,6 +174,17 @@ class Run:
         if self.writer is not None:
             self.writer.write(metrics)
         self.view.log(metrics)
+
+    def _report_memory(self, step: int, meter: MemoryMeter) -> None:
+        """Tells what each rank holds, on rank 0, and writes it into the run's folder."""
+        mine = predict(self.plan, self.control.rank()), meter.held()
+        ranks: list[Any] = [None] * self.control.size()
+        dist.all_gather_object(ranks, mine, group=self.control)
+        if self.control.rank() == 0:
+            predicted, measured = zip(*ranks)
+            report = MemoryReport(plan=self.plan, predicted=predicted, measured=measured)
+            report.write(self.folder, step=step)
+            report.print(self.view.console)
 
     def _utilisation(self, num_tokens: int, num_pairs: float, seconds: float) -> float | None:
         """Model FLOP/s over all devices' peak; of attention only what the masks allow counts."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -94,7 +94,7 @@ class Trainer:
     seed: int
     clip_grad: float
     sequence_parallel: bool
-    rule: LossRule = LossRule()
+    rule: LossRule = field(default_factory=LossRule)
 
     def prepare(self, batch: Batch) -> Shard:
         """This rank's part of whole rows, [b, S] -> [b, S / N], with its attention planned.

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from cp_megatron.comm.groups import ParallelGroups
 from cp_megatron.config import MemoryConfig
+from cp_megatron.config.schema import Recompute
 from cp_megatron.context_parallel import ContextParallel
 from cp_megatron.model import Transformer, build_model
 from cp_megatron.plan import Grid, Mask
@@ -181,6 +185,58 @@ def test_full_recomputation_keeps_one_tensor_of_a_layer() -> None:
         assert kept(memory, 5) - kept(memory, 2) == 3 * one_tensor
         memory = replace(memory, cpu_offloading=True)
         assert kept(memory, 5) == kept(memory, 2)
+
+
+def kept_on_rank(rank: int, world_size: int, grid: Grid, memory: MemoryConfig) -> int:
+    """Bytes that autograd keeps of two more layers, at the end of forward, on this rank."""
+    groups = ParallelGroups.create(grid, "cpu")
+    # a2a keeps attention's result of its heads and, traded back, of its tokens.
+    cp = ContextParallel(groups.cp, Mask.causal(SEQ), exchange="p2p")
+    tokens, labels = (cp.shard(x, 1) for x in batch())
+    found = []
+    for num_layers in (1, 3):
+        model = replace(LLAMA, num_layers=num_layers, num_query_groups=4)
+        config = run_config(model, sequence_parallel=True, memory=memory)
+        built = build_model(config, groups, vocab_size=VOCAB, dtype="float32", device="cpu")
+        forward = partial(built, tokens, cp=cp, labels=labels)
+        found.append(kept_bytes(built, forward))
+    return found[1] - found[0]
+
+
+def kept_bytes(model: Transformer, forward: Callable[[], tuple[Tensor, Tensor]]) -> int:
+    """Every storage once and as large as it is in the end; weights are left out."""
+    weights: set[int] = set()
+    found: dict[int, torch.UntypedStorage] = {}
+
+    def meet(module: torch.nn.Module, _: object) -> None:
+        for p in module.parameters(recurse=False):
+            local = p.to_local() if isinstance(p, DTensor) else p
+            weights.add(local.untyped_storage()._cdata)
+
+    def keep(x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        if storage._cdata not in weights:
+            found[storage._cdata] = storage
+        return x
+
+    handles = [module.register_forward_pre_hook(meet) for module in model.modules()]
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        trained, _ = forward()
+    for handle in handles:
+        handle.remove()
+    kept = sum(storage.nbytes() for storage in found.values())
+    trained.backward()
+    return kept
+
+
+@pytest.mark.parametrize("level", ["none", "selective", "full"])
+def test_ranks_share_what_a_layer_keeps(level: Recompute) -> None:
+    """With sequence parallelism nothing is kept twice: gathered rows are gathered again."""
+    memory = MemoryConfig(recompute_granularity=level)
+    (alone,) = run_ranks(kept_on_rank, 1, Grid(dp=1, cp=1, tp=1), memory)
+    for grid in (Grid(dp=1, cp=2, tp=2), Grid(dp=1, cp=1, tp=4), Grid(dp=1, cp=4, tp=1)):
+        for share in run_ranks(kept_on_rank, 4, grid, memory):
+            assert share == pytest.approx(alone / 4, rel=0.03)
 
 
 def test_some_layers_alone_are_recomputed() -> None:

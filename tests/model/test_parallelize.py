@@ -195,3 +195,19 @@ def test_dropout_differs_over_tp_where_the_sequence_is_split() -> None:
     assert masks[0].shape == (2, SEQ // 4, 32)
     for i, a in enumerate(masks):
         assert not [b for b in masks[i + 1 :] if torch.equal(a, b)]
+
+
+def rotation_types(rank: int, world_size: int) -> set[torch.dtype]:
+    """Types of the angles' sines that layers get in bfloat16."""
+    groups = ParallelGroups.create(Grid(dp=1, cp=1, tp=1), "cpu")
+    config = run_config(LLAMA)
+    model = build_model(config, groups, vocab_size=VOCAB, dtype="bfloat16", device="cpu")
+    found = set()
+    for layer in model.layers.values():
+        layer.register_forward_pre_hook(lambda _, args: found.add(args[1].sin.dtype))
+    model(batch()[0], cp=ContextParallel(groups.cp, Mask.causal(SEQ)))
+    return found
+
+
+def test_angles_stay_float32_where_a_model_computes_in_bfloat16() -> None:
+    assert run_ranks(rotation_types, 1) == [{torch.float32}]
