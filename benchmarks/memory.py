@@ -199,7 +199,7 @@ def longest(arguments: Arguments, processes: Processes) -> Iterator[dict[str, ob
         yield {**found, "budget_mib": budget // MIB, "over_transformers": round(tokens / first, 2)}
 
 
-def cost(arguments: Arguments, _: Processes) -> Iterator[dict[str, object]]:
+def cost(arguments: Arguments, processes: Processes) -> Iterator[dict[str, object]]:
     """Paired step times."""
     tokens = 64 if arguments.quick else 2048
     model = model_of(2, 3) if arguments.quick else model_of(4, 12)
@@ -219,11 +219,10 @@ def cost(arguments: Arguments, _: Processes) -> Iterator[dict[str, object]]:
         name: Job(model=model, vocab_size=vocab, tokens=tokens, memory=memory)
         for name, memory in options.items()
     }
-    processes = Processes(fresh=False)
+    processes.fresh = False  # what takes turns is in one process
     processes.ask(1, "prepare", jobs)
     rounds = 2 if arguments.quick else arguments.rounds
     seconds = measure(dict.fromkeys(jobs, processes.teams[1]), rounds, 1)
-    processes.close()
     for name, values in seconds.items():
         base = "full" if name.startswith("full,") else "none"
         if name != "none":
@@ -252,18 +251,22 @@ def main() -> None:
     arguments = tyro.cli(Arguments, description=__doc__)
     questions = {"kept": kept, "loss": loss, "longest": longest, "cost": cost}
     machine = hardware()
+    shared = Processes(fresh=False) if arguments.quick else None
     for name, question in questions.items():
         if arguments.only not in ("all", name):
             continue
         rows = []
-        processes = Processes(fresh=not arguments.quick)
+        processes = shared or Processes(fresh=True)
         for row in question(arguments, processes):
             rows.append(row)
             line = {"benchmark": "memory", "result": name, **row, "hardware": machine}
             print(json.dumps(line), flush=True)
-        processes.close()
+        if not shared:
+            processes.close()
         if name == "longest" and arguments.plot is not None:
             draw(rows, arguments.plot)
+    if shared:
+        shared.close()
 
 
 if __name__ == "__main__":

@@ -122,7 +122,8 @@ def test_sixteen_thousand_tokens_train_on_two_ranks_in_sixteen_gib(folder: Path)
         f"--load-hf {smollm2_folder()} --rope-type yarn --rope-scaling-factor 2"
         " --context-parallel-size 2 --seq-length 16384 --global-batch-size 1 --train-iters 2"
         " --lr 1e-4 --split 1,0,0 --eval-iters 0 --log-interval 1 --data-path row.txt"
-        " --recompute-granularity selective --mlp-tile-size 1024 --save long --no-plot",
+        " --recompute-granularity full --cpu-offloading --mlp-tile-size 1024 --loss-chunk-size 512"
+        " --save long --no-plot",
     )
     lines = (folder / "long" / "metrics.jsonl").read_text().splitlines()
     first, second = (json.loads(line) for line in lines)
