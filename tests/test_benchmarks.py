@@ -16,7 +16,17 @@ def test_there_are_benchmarks() -> None:
     assert SCRIPTS
 
 
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+# Half a dozen trainers each, most of a minute.
+SLOW = ("alternatives", "memory")
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        pytest.param(path, id=path.stem, marks=[pytest.mark.slow] if path.stem in SLOW else [])
+        for path in SCRIPTS
+    ],
+)
 def test_the_script_runs_in_its_quick_mode(script: Path, tmp_path: Path) -> None:
     command = [sys.executable, str(script), "--quick"]
     done = subprocess.run(
