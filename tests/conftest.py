@@ -1,10 +1,15 @@
-"""What every test shares: the pool of ranks ends with the session."""
+"""What every test shares: examples have no deadline, the pool of ranks ends with the session."""
 
 from __future__ import annotations
 
 import pytest
+from hypothesis import settings
 
 from tests.ranks import stop_pool
+
+# How long an example takes says more about the machine's other work than about the code.
+settings.register_profile("project", deadline=None)
+settings.load_profile("project")
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

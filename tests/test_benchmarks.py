@@ -16,19 +16,25 @@ def test_there_are_benchmarks() -> None:
     assert SCRIPTS
 
 
-# Half a dozen trainers each, most of a minute.
-SLOW = ("alternatives", "memory")
+# Half a dozen trainers each, or as many processes with other people's packages.
+SLOW = ("alternatives", "attention", "longest_on_card", "memory")
+WORDS = {"longest_on_card": ["--device", "cpu"]}
+CASES = [
+    pytest.param(
+        path, WORDS.get(path.stem, []), id=path.stem, marks=pytest.mark.slow if slow else ()
+    )
+    for path in SCRIPTS
+    for slow in [path.stem in SLOW]
+]
+SHORT = [path for path in SCRIPTS if path.stem == "attention"]
 
 
 @pytest.mark.parametrize(
-    "script",
-    [
-        pytest.param(path, id=path.stem, marks=[pytest.mark.slow] if path.stem in SLOW else [])
-        for path in SCRIPTS
-    ],
+    ("script", "words"),
+    [*CASES, *(pytest.param(path, ["--only", "long"], id="attention, long") for path in SHORT)],
 )
-def test_the_script_runs_in_its_quick_mode(script: Path, tmp_path: Path) -> None:
-    command = [sys.executable, str(script), "--quick"]
+def test_the_script_runs_in_its_quick_mode(script: Path, words: list[str], tmp_path: Path) -> None:
+    command = [sys.executable, str(script), "--quick", *words]
     done = subprocess.run(
         command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False
     )

@@ -1,19 +1,19 @@
 """A training step of this project, and of transformers, to be timed and counted.
 
-Everybody trains the same model on random tokens, alike in every process, with AdamW.
+Everybody trains the same model on random tokens, alike in every process, with AdamW: in float32 on
+the CPU, on CUDA with weights in float32 and products in bfloat16.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import HashStore
-from torch.distributed.tensor import DTensor
 
 from cp_megatron.comm.groups import ParallelGroups
 from cp_megatron.config import (
@@ -26,10 +26,10 @@ from cp_megatron.config import (
 )
 from cp_megatron.context_parallel import ContextParallel
 from cp_megatron.data.batch import Batch
-from cp_megatron.model import build_model
+from cp_megatron.model import ComputeDType, build_model
 from cp_megatron.plan import Grid, Mask
 from cp_megatron.tensor_parallel import LossRule
-from cp_megatron.train.allocations import counting_memory
+from cp_megatron.train.allocations import counting_memory, kept_bytes
 from cp_megatron.train.optimizer import make_optimizer
 from cp_megatron.train.step import Trainer
 from harness.traffic import Traffic
@@ -46,6 +46,8 @@ class Job:
         rows: of a step over all ranks; each goes through the model by itself.
         grid: of all ranks.
         memory: what is kept.
+        device: cpu, in float32, or cuda: float32 weights, computed with in bfloat16.
+        document: tokens of a document, of which rows are packed; by default a row is one.
     """
 
     model: ModelConfig
@@ -54,6 +56,16 @@ class Job:
     rows: int = 1
     grid: Grid = field(default_factory=lambda: Grid(dp=1, cp=1, tp=1))
     memory: MemoryConfig = field(default_factory=MemoryConfig)
+    device: Literal["cpu", "cuda"] = "cpu"
+    document: int | None = None
+
+    @property
+    def mask(self) -> Mask:
+        """Of a row."""
+        if self.document is None:
+            return Mask.causal(self.tokens)
+        whole, rest = divmod(self.tokens, self.document)
+        return Mask.documents([self.document] * whole + [rest] * (rest > 0))
 
 
 class OurStep:
@@ -61,7 +73,8 @@ class OurStep:
 
     def __init__(self, job: Job) -> None:
         if not dist.is_initialized():
-            dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+            backend = {"cpu": "gloo", "cuda": "nccl"}[job.device]
+            dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
         self.job, parallel = job, ParallelConfig(sequence_parallel=job.grid.tp > 1)
         config = Config(
             model=job.model,
@@ -69,16 +82,17 @@ class OurStep:
             data=DataConfig(seq_length=job.tokens),
             memory=job.memory,
         )
-        groups = ParallelGroups.create(job.grid, "cpu")
+        groups = ParallelGroups.create(job.grid, job.device)
+        dtype: ComputeDType = "bfloat16" if job.device == "cuda" else "float32"
         model = build_model(
-            config, groups, vocab_size=job.vocab_size, dtype="float32", device="cpu"
+            config, groups, vocab_size=job.vocab_size, dtype=dtype, device=job.device
         )
         self.trainer = Trainer(
             model=model,
             optimizer=make_optimizer(model.parameters(), OptimizerConfig()),
             groups=groups,
-            cp=ContextParallel(groups.cp, Mask.causal(job.tokens), exchange="p2p"),
-            device=torch.device("cpu"),
+            cp=ContextParallel(groups.cp, job.mask, exchange="p2p"),
+            device=torch.device(job.device),
             seed=0,
             clip_grad=1.0,
             sequence_parallel=parallel.sequence_parallel,
@@ -91,7 +105,7 @@ class OurStep:
                 Batch(
                     tokens=row[None, :-1],
                     labels=row[None, 1:],
-                    mask=Mask.causal(job.tokens),
+                    mask=job.mask,
                     first_row=0,
                     row_length=0,
                 )
@@ -114,6 +128,7 @@ class OurStep:
         model, shard = self.trainer.model, self.shards[0]
         labels = {"labels": shard.labels, "rule": self.trainer.rule}
         found = kept_bytes(model, lambda: model(shard.tokens, cp=shard.cp, **labels)[0])
+        model.zero_grad()
         return found
 
 
@@ -138,16 +153,19 @@ class TheirStep:
                 use_cache=False,
             )
         )
+        self.model.to(job.device)
         self.model.gradient_checkpointing_enable()
         self.model.train()
+        self.on_cuda = job.device == "cuda"
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
-        self.rows = random_rows(job)[:, :-1]
+        self.rows = random_rows(job)[:, :-1].to(job.device)
 
     def run(self) -> float:
         """One step; its loss."""
         total = 0.0
         for row in self.rows:
-            loss = self.model(input_ids=row[None], labels=row[None]).loss / len(self.rows)
+            with torch.autocast("cuda", torch.bfloat16, enabled=self.on_cuda):
+                loss = self.model(input_ids=row[None], labels=row[None]).loss / len(self.rows)
             loss.backward()
             total += loss.item()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -170,35 +188,6 @@ def peak_of(kind: Callable[[Job], Any], job: Job, steps: int = 2) -> int:
             step.run()
         del step
     return count.peak
-
-
-def kept_bytes(model: nn.Module, forward: Callable[[], Tensor]) -> int:
-    """Bytes of the storages that autograd keeps after ``forward``, each once, weights left out."""
-    weights: set[int] = set()
-    found: dict[int, torch.UntypedStorage] = {}
-
-    def meet(module: nn.Module, _: object) -> None:
-        for parameter in module.parameters(recurse=False):
-            local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-            weights.add(local.untyped_storage()._cdata)
-
-    def pack(x: Tensor) -> Tensor:
-        storage = x.untyped_storage()
-        if storage._cdata not in weights:
-            found[storage._cdata] = storage
-        return x
-
-    handles = [module.register_forward_pre_hook(meet) for module in model.modules()]
-    try:
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-            result = forward()
-    finally:
-        for handle in handles:
-            handle.remove()
-    kept = sum(storage.nbytes() for storage in found.values())  # some were emptied since
-    result.backward()
-    model.zero_grad()
-    return kept
 
 
 def peak_of_loss(tokens: int, hidden: int, vocab: int) -> tuple[int, int]:

@@ -10,6 +10,7 @@ from cp_megatron.config.schema import (
     OptimizerConfig,
     ParallelConfig,
     TrainConfig,
+    tokens_with_logits,
 )
 
 __all__ = [
@@ -22,4 +23,5 @@ __all__ = [
     "OptimizerConfig",
     "ParallelConfig",
     "TrainConfig",
+    "tokens_with_logits",
 ]

@@ -124,6 +124,11 @@ class ModelConfig:
             return max(64, 4 * self.hidden_size * 2 // 3 // 64 * 64)
         return 4 * self.hidden_size
 
+    def padded_vocab_size(self, vocab_size: int) -> int:
+        """Rows of the embedding for a vocabulary of this size; the same on every grid."""
+        unit = self.make_vocab_size_divisible_by
+        return -(-vocab_size // unit) * unit
+
     @property
     def has_qkv_bias(self) -> bool:
         """Whether queries, keys and values have a bias."""
@@ -284,6 +289,16 @@ class TrainConfig:
     """Steps between two validations; by default only at the end."""
     eval_iters: int = 4
     """Global batches per validation; 0 never validates."""
+
+
+LOGITS_BYTES = 256 << 20
+"""Logits that exist at once, in float32, where nobody says of how many tokens: products of
+thousands of rows are as fast as larger ones."""
+
+
+def tokens_with_logits(chunk_size: int | None, width: int) -> int:
+    """Tokens whose logits, of ``width`` columns, exist at once where ``chunk_size`` was asked."""
+    return chunk_size or max(1, LOGITS_BYTES // (4 * width))
 
 
 @dataclass(frozen=True, kw_only=True)

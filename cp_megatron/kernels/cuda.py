@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from cp_megatron.kernels.interface import BackwardInputs, cut, same_width
+from cp_megatron.kernels.windows import bottom_right_window
 from cp_megatron.plan.tiles import Band
 
 _forward = torch.ops.aten._flash_attention_forward
@@ -106,18 +107,3 @@ def deterministic_algorithms(wanted: bool) -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(before, warn_only=warn_only)
-
-
-def bottom_right_window(band: Band, num_queries: int, num_keys: int) -> tuple[int, int]:
-    """A band in flash attention's terms: offsets from the diagonal through the last corner.
-
-    There row i attends column j iff ``i + s - left <= j <= i + s + right`` with
-    ``s = num_keys - num_queries``, and a negative bound means unlimited. A trimmed tile has a key
-    in its last row and a query for its last column, so neither bound that cuts can be negative.
-    """
-    shift = num_keys - num_queries
-    left = -1 if band.left is None else band.left + shift
-    right = -1 if band.right is None else band.right - shift
-    assert band.left is None or left >= 0, "tile is not trimmed"
-    assert band.right is None or right >= 0, "tile is not trimmed"
-    return left, right

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from cp_megatron.errors import ConfigError
-from cp_megatron.kernels.cuda import bottom_right_window
 from cp_megatron.kernels.interface import BackwardInputs, Kernel, cut, same_width
+from cp_megatron.kernels.windows import bottom_right_window
 from cp_megatron.plan.tiles import Band
 
 

@@ -13,6 +13,7 @@ from cp_megatron.kernels.cudnn import CudnnKernel
 from cp_megatron.kernels.interface import Kernel
 from cp_megatron.kernels.reference import ReferenceKernel
 from cp_megatron.kernels.select import FLASH_ATTENTION, flash_attention_for
+from cp_megatron.kernels.windows import WindowedKernel
 
 
 @cache
@@ -36,12 +37,12 @@ def load_kernel(name: str, *, deterministic: bool = False) -> Kernel:
         # Imported here because the package is optional and this is the one place that needs it.
         from cp_megatron.kernels.flash_attn import load_flash_attention
 
-        return load_flash_attention(name, deterministic=deterministic)
+        return WindowedKernel(load_flash_attention(name, deterministic=deterministic))
     if name == "cudnn" and deterministic:
         rule = "its backward is not deterministic"
         raise ConfigError("--kernel", name, rule, "--kernel cuda or --kernel flash_attn")
     if name == "cuda":
-        return CudaKernel(deterministic=deterministic)
+        return WindowedKernel(CudaKernel(deterministic=deterministic))
     kernels: dict[str, type[Kernel]] = {
         "reference": ReferenceKernel,
         "cpu": CpuKernel,

@@ -94,11 +94,18 @@ class _Piece:
 
 
 class _PinnedPiece(_Piece):
-    """Page-locked, which copies need to run beside the computation."""
+    """Page-locked, which copies need to run beside the computation.
+
+    Not by torch's allocator: that rounds up to a power of two, and these are most of the host. In
+    pages of its own, for a page is locked once.
+    """
 
     def __init__(self, num_bytes: int) -> None:
         super().__init__(num_bytes)
-        self.memory = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
+        self.memory = torch.frombuffer(mmap.mmap(-1, num_bytes), dtype=torch.uint8)
+        runtime = torch.cuda.cudart()
+        torch.cuda.check_error(runtime.cudaHostRegister(self.memory.data_ptr(), num_bytes, 0))
+        weakref.finalize(self, _unpin, self.memory).atexit = False
 
 
 class _FilePiece(_Piece):
@@ -160,6 +167,12 @@ class _Kept:
             stream.wait_event(self._ready)
             found.record_stream(stream)
         return found
+
+
+def _unpin(memory: Tensor) -> None:
+    """Lets pages go; by then nobody copies them any more."""
+    torch.cuda.synchronize()
+    torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())
 
 
 def _unpack(kept: _Kept | Tensor) -> Tensor:

@@ -43,7 +43,6 @@ from cp_megatron.tensor_parallel import (
     VocabParallelEmbedding,
     VocabParallelHead,
     entered,
-    padded_vocab_size,
 )
 
 
@@ -209,7 +208,7 @@ class Transformer(nn.Module):
         assert 0 <= first_layer < last_layer <= config.num_layers
         self.config = config
         self.tp = TensorParallel(group=tp, sequence_parallel=sequence_parallel)
-        padded_vocab = padded_vocab_size(vocab_size, config.make_vocab_size_divisible_by)
+        padded_vocab = config.padded_vocab_size(vocab_size)
         positions = config.max_position_embeddings or seq_length
         tied = not config.untie_embeddings_and_output_weights
         has_embedding, has_head = first_layer == 0, last_layer == config.num_layers

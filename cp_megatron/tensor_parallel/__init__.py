@@ -3,7 +3,6 @@
 from cp_megatron.tensor_parallel.embedding import (
     VocabParallelEmbedding,
     VocabParallelHead,
-    padded_vocab_size,
 )
 from cp_megatron.tensor_parallel.fused_loss import LossRule, vocab_parallel_fused_loss
 from cp_megatron.tensor_parallel.linear import (
@@ -38,7 +37,6 @@ __all__ = [
     "entered",
     "local_weight",
     "named_specs",
-    "padded_vocab_size",
     "place",
     "vocab_parallel_cross_entropy",
     "vocab_parallel_fused_loss",

@@ -24,11 +24,6 @@ from cp_megatron.tensor_parallel.parameters import (
 )
 
 
-def padded_vocab_size(vocab_size: int, multiple: int) -> int:
-    """``vocab_size`` rounded up to a multiple of ``multiple``."""
-    return -(-vocab_size // multiple) * multiple
-
-
 class VocabParallelEmbedding(SpecifiedModule):
     """Rows of the table are split: each rank looks up the tokens it has, the sum is the result."""
 

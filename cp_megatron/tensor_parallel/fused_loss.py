@@ -35,12 +35,9 @@ from torch import Tensor
 
 from cp_megatron.comm.nonblocking import start_all_gather, start_reduce_scatter
 from cp_megatron.comm.trace import traced
+from cp_megatron.config import tokens_with_logits
 from cp_megatron.tensor_parallel.loss import IGNORED, accumulation_dtype
 from cp_megatron.tensor_parallel.parameters import TensorParallel
-
-LOGITS_BYTES = 256 << 20
-"""Logits of a chunk, in float32, where nobody says how many tokens it has: products of thousands
-of rows are as fast as larger ones."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,17 +45,13 @@ class LossRule:
     """What is summed, and how much of it at once.
 
     Attributes:
-        chunk_size: tokens whose logits exist at once; None: as many as fill ``LOGITS_BYTES``.
+        chunk_size: tokens whose logits exist at once; None: see ``tokens_with_logits``.
         z_loss_coeff: adds this times the square of each token's log-sum-exp to what is trained
             (Chowdhery et al. 2022, arXiv:2204.02311, section 5), so that logits do not drift.
     """
 
     chunk_size: int | None = None
     z_loss_coeff: float = 0.0
-
-    def tokens(self, width: int) -> int:
-        """Tokens of a chunk whose logits have ``width`` columns."""
-        return self.chunk_size or max(1, LOGITS_BYTES // (4 * width))
 
 
 def vocab_parallel_fused_loss(
@@ -115,7 +108,8 @@ class _FusedLoss(torch.autograd.Function):
         # [b, tp * r] -> [b, tp, r]: the tokens of a chunk of rows are cut out of every rank's
         by_rank = labels.unflatten(1, (gathered, num_rows))
         seen = losses.unflatten(1, (gathered, num_rows))
-        at_once = chunk.tp.rows(rule.tokens(weight.shape[0]), batch)
+        tokens = tokens_with_logits(rule.chunk_size, weight.shape[0])
+        at_once = chunk.tp.rows(tokens, batch)
         for start in range(0, num_rows, at_once):
             rows = slice(start, min(start + at_once, num_rows))
             with traced("head and loss"):

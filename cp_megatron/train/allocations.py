@@ -1,12 +1,15 @@
-"""Counting the bytes that torch takes from the CPU's allocator, to the byte."""
+"""Counting bytes: what torch takes from the CPU's allocator, what autograd keeps; to the byte."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
 
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity, profile
 
 
@@ -42,3 +45,39 @@ def counting_memory() -> Iterator[MemoryCount]:
     levels = list(accumulate(changes, initial=0))
     count.peak, count.held = max(levels), levels[-1]
     count.allocations = tuple(size for size in changes if size > 0)
+
+
+def kept_bytes(model: nn.Module, forward: Callable[[], Tensor]) -> int:
+    """Bytes that autograd keeps between ``forward`` and backward, weights left out.
+
+    Every storage counts once, as large as it is when forward has ended. Backward runs too, which
+    lets go of what was kept; gradients are left in the parameters.
+
+    Args:
+        model: whose weights, also those that FSDP gathers, do not count.
+        forward: its result is differentiated.
+    """
+    weights: set[int] = set()
+    found: dict[int, torch.UntypedStorage] = {}
+
+    def meet(module: nn.Module, _: object) -> None:
+        for parameter in module.parameters(recurse=False):
+            local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+            weights.add(local.untyped_storage()._cdata)
+
+    def pack(x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        if storage._cdata not in weights:
+            found[storage._cdata] = storage
+        return x
+
+    handles = [module.register_forward_pre_hook(meet) for module in model.modules()]
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            result = forward()
+    finally:
+        for handle in handles:
+            handle.remove()
+    kept = sum(storage.nbytes() for storage in found.values())
+    result.backward()
+    return kept

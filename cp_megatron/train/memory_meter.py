@@ -10,6 +10,7 @@ Neither changes a number. The rest is counted from the tensors themselves.
 from __future__ import annotations
 
 import re
+import time
 import weakref
 from collections import Counter
 from collections.abc import Iterable
@@ -43,6 +44,8 @@ _ENDS = (
 )
 _OUTSIDE = ""
 """Of the model: the step's own few numbers."""
+GRACE = 0.1
+"""Seconds: gloo's threads let go of a message's memory a moment after it was waited for."""
 
 
 class MemoryMeter:
@@ -154,6 +157,8 @@ class MemoryMeter:
         """The first forward is over, and all that backward reads is there."""
         self._measured = True
         self._forward.close()
+        if not self._on_cuda:
+            time.sleep(GRACE)
         sizes, live = self._sizes, self._live
         seen = set()
         for key, (reference, module) in self._saved.items():

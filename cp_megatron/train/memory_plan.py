@@ -21,7 +21,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from cp_megatron.config import MemoryConfig, ModelConfig
+from cp_megatron.config import MemoryConfig, ModelConfig, tokens_with_logits
 from cp_megatron.plan import Schedule
 from cp_megatron.plan.heads import HeadExchange
 from cp_megatron.plan.tiles import own_tiles, pack
@@ -37,8 +37,6 @@ from cp_megatron.train.preflight import RunPlan
 from cp_megatron.train.sequence import local_heads
 
 ELEMENT_BYTES: Mapping[str, int] = MappingProxyType({"float64": 8, "float32": 4, "bfloat16": 2})
-LOGITS_BYTES = 256 << 20
-"""As in tensor_parallel/fused_loss.py, which imports torch."""
 
 PARAMETERS, GRADIENTS, OPTIMIZER = "parameters", "gradients", "optimizer"
 GATHERED = "gathered weights"
@@ -251,7 +249,7 @@ class _Sizes:
     def logits(self) -> int:
         """Of one chunk, in the compute type and in the type they are summed in."""
         x = self.operands
-        asked = self.memory.loss_chunk_size or max(1, LOGITS_BYTES // (4 * self.vocabulary))
+        asked = tokens_with_logits(self.memory.loss_chunk_size, self.vocabulary)
         rows = min(self.stream, max(1, asked // (x.batch * self.gathered)))
         copies = x.exact if x.exact == x.element else x.exact + x.element
         return x.batch * rows * self.gathered * self.vocabulary * copies

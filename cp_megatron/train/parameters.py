@@ -29,12 +29,6 @@ class Parameter(NamedTuple):
     copies: int
 
 
-def padded_vocab_size(vocab_size: int, model: ModelConfig) -> int:
-    """The vocabulary's rows in the embedding; the same on every grid."""
-    unit = model.make_vocab_size_divisible_by
-    return -(-vocab_size // unit) * unit
-
-
 def parameters(
     model: ModelConfig, *, vocab_size: int, seq_length: int, tp: int = 1
 ) -> Iterator[Parameter]:

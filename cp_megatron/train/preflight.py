@@ -25,7 +25,6 @@ from cp_megatron.plan import Grid, Mask
 from cp_megatron.train import rules
 from cp_megatron.train.folders import check_load, check_save, data_changes
 from cp_megatron.train.log_rules import check_log
-from cp_megatron.train.parameters import padded_vocab_size
 from cp_megatron.train.pretrained import check_load_hf, vocab_size_of
 from cp_megatron.train.rope_rules import check_rope
 from cp_megatron.train.sequence import SequencePlan, plan_sequence
@@ -130,7 +129,7 @@ def check(
     config = dataclasses.replace(config, data=rules.with_packing(config.data, given))
     tokenizer = open_tokenizer(config.data.tokenizer_type, config.data.tokenizer_model)
     vocab_size = vocab_size_of(config.model, tokenizer)
-    padded = padded_vocab_size(vocab_size, config.model)
+    padded = config.model.padded_vocab_size(vocab_size)
     rules.check_model(config.model, config.data.seq_length)
     rules.check_positions(config.model, given)
     check_rope(config.model, config.data.seq_length, given)

@@ -8,7 +8,6 @@ from cp_megatron.config.fields import settings
 from cp_megatron.config.huggingface import has_tokenizer, read_hf_config
 from cp_megatron.data.tokenizer import Tokenizer
 from cp_megatron.errors import ConfigError
-from cp_megatron.train.parameters import padded_vocab_size
 
 # What the weights were made for: their shapes, and what gives their numbers a meaning.
 _FIXED = (
@@ -63,7 +62,7 @@ def check_load_hf(config: Config) -> tuple[str, ...]:
         folder,
         model,
         vocab_size=found.vocab_size,
-        padded_vocab_size=padded_vocab_size(found.vocab_size, model),
+        padded_vocab_size=model.padded_vocab_size(found.vocab_size),
     )
     return tuple(_notes(config, found.max_positions))
 

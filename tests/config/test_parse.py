@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 from hypothesis import given
-from hypothesis import settings as example_settings
 from hypothesis import strategies as st
 
 from cp_megatron.config import Config
@@ -269,7 +268,6 @@ WORDS = st.one_of(
 )
 
 
-@example_settings(deadline=None)  # a busy machine is no failure
 @given(st.lists(WORDS, max_size=6))
 def test_any_words_give_arguments_or_one_error(argv: list[str]) -> None:
     config: Config | None

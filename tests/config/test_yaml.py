@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 from hypothesis import example, given
-from hypothesis import settings as example_settings
 from hypothesis import strategies as st
 
 from cp_megatron.config import Config
@@ -40,7 +39,6 @@ CONFIGS = st.fixed_dictionaries(
 ).map(lambda values: overlay(Config(), values))
 
 
-@example_settings(deadline=None)  # a busy machine is no failure
 @example(overlay(Config(), {"data_path": ("a\x85b", "\u2028")}))
 @given(CONFIGS)
 def test_round_trip(config: Config) -> None:
@@ -105,7 +103,6 @@ def test_refusals(text: str, flag: str, rule: str) -> None:
     assert caught.value.flag == flag
 
 
-@example_settings(deadline=None)  # a busy machine is no failure
 @given(st.text(max_size=40))
 def test_any_text_is_a_configuration_or_one_error(text: str) -> None:
     try:

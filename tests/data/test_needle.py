@@ -77,7 +77,7 @@ def without_inserted(task: Task) -> str:
     depth=st.integers(0, 100),
     sample=st.integers(0, 1000),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_every_task(kind: Kind, seed: int, length: int, depth: int, sample: int) -> None:
     numbers = {"seed": seed, "length": length, "depth": depth, "sample": sample}
     task = make_task(kind, HAYSTACK, encode, **numbers)
@@ -98,7 +98,7 @@ def test_every_task(kind: Kind, seed: int, length: int, depth: int, sample: int)
 
 
 @given(length=st.integers(120, 900), depth=st.integers(0, 100), sample=st.integers(0, 50))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_the_length_is_in_tokens_of_any_tokenizer(length: int, depth: int, sample: int) -> None:
     haystack = Haystack.of(TEXT, by_word)
     for kind in ("needle", "variables"):

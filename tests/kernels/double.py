@@ -127,11 +127,15 @@ def pair_window_interface() -> SimpleNamespace:
 def flash_mask(rows: int, columns: int, causal: bool, left: int, right: int) -> Tensor:
     """bool [rows, columns]: flash attention's meaning of its arguments, one pair at a time.
 
-    Row i sees column j iff ``i + s - left <= j <= i + s + right`` with s = columns - rows, a
-    negative bound is none, and causal is right = 0.
+    Row i sees column j iff ``i + s - left <= j <= i + s + right`` with s = columns - rows, and
+    causal is right = 0. A negative bound is none, and so is one of ``columns`` or more; but beside
+    a bound that is one, none means ``columns``. Seen on a card, with PyTorch 2.11.
     """
     right = 0 if causal else right
     shift = columns - rows
+    left, right = (-1 if bound >= columns else bound for bound in (left, right))
+    if (left < 0) != (right < 0):
+        left, right = (columns if bound < 0 else bound for bound in (left, right))
     return torch.tensor(
         [
             [

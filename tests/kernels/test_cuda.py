@@ -10,9 +10,10 @@ from hypothesis import given
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cp_megatron.kernels import cuda
-from cp_megatron.kernels.cuda import CudaKernel, bottom_right_window
+from cp_megatron.kernels.cuda import CudaKernel
 from cp_megatron.kernels.interface import BackwardInputs
 from cp_megatron.kernels.load import load_kernel
+from cp_megatron.kernels.windows import WindowedKernel, bottom_right_window, parts
 from cp_megatron.plan import Schedule
 from cp_megatron.plan.tiles import Band
 from tests.kernels.cases import TILES, allowed
@@ -25,19 +26,37 @@ def is_trimmed(band: Band, rows: int, columns: int) -> bool:
     return bool(mask.any(0).all() and mask.any(1).all())
 
 
+def flash_sees(band: Band, rows: int, columns: int) -> torch.Tensor:
+    """bool [rows, columns]: the mask that flash attention makes of the parts' windows."""
+    found = torch.zeros(rows, columns, dtype=torch.bool)
+    stop = 0
+    for part in parts(band, rows, columns):
+        assert part.rows.start == stop
+        stop = part.rows.stop
+        shape = stop - part.rows.start, part.columns.stop - part.columns.start
+        assert is_trimmed(part.band, *shape)
+        window = bottom_right_window(part.band, *shape)
+        found[part.rows, part.columns] = flash_mask(*shape, False, *window)
+    assert stop == rows
+    return found
+
+
 def test_windows_by_brute_force() -> None:
     """Every band on every small tile that has no empty row or column."""
-    sides = (None, 0, 1, 2, 3, 5)
-    seen = 0
-    for rows in range(1, 6):
-        for columns in range(1, 6):
+    sides = (None, 0, 1, 2, 3, 5, 8)
+    seen, cut = 0, 0
+    for rows in range(1, 10):
+        for columns in range(1, 7):
             for band in (Band(left, right) for left in sides for right in sides):
                 if is_trimmed(band, rows, columns):
-                    left, right = bottom_right_window(band, rows, columns)
-                    flash = flash_mask(rows, columns, False, left, right)
-                    assert torch.equal(flash, allowed(band, rows, columns)), (band, rows, columns)
+                    found = flash_sees(band, rows, columns)
+                    assert torch.equal(found, allowed(band, rows, columns)), (band, rows, columns)
                     seen += 1
-    assert seen > 300
+                    cut += len(parts(band, rows, columns)) > 1
+                    if rows <= columns:
+                        assert len(parts(band, rows, columns)) == 1
+    assert seen > 900
+    assert cut > 100
 
 
 def test_a_tile_that_is_not_trimmed_is_our_own_bug() -> None:
@@ -54,9 +73,9 @@ def test_every_tile_of_a_plan_has_a_window(schedule: Schedule) -> None:
         for turn in schedule.rounds(rank):
             for tile in turn.tiles:
                 rows, columns = tile.q1 - tile.q0, tile.k1 - tile.k0
-                left, right = bottom_right_window(tile.band, rows, columns)
-                flash = flash_mask(rows, columns, False, left, right)
-                assert torch.equal(flash, allowed(tile.band, rows, columns))
+                assert torch.equal(
+                    flash_sees(tile.band, rows, columns), allowed(tile.band, rows, columns)
+                )
 
 
 def arguments(
@@ -67,6 +86,7 @@ def arguments(
     *,
     dims: tuple[int, int] = (16, 16),
     deterministic: bool = False,
+    device: str = "cuda",
 ) -> list[dict[str, Any]]:
     """What forward and backward hand to their ops, by the names of the schemas."""
     seen: list[dict[str, Any]] = []
@@ -89,18 +109,18 @@ def arguments(
     spy("_flash_attention_backward")
     dim, v_dim = dims
     # Fake tensors of a card can not be sliced by a build without CUDA; tensors of no device can.
-    device = "cuda" if dims == (16, 16) else "meta"
+    device = device if dims == (16, 16) else "meta"
     with FakeTensorMode():
         q = torch.empty(2, rows, 6, dim, device=device, dtype=torch.bfloat16)
         k = torch.empty(2, columns, 2, dim, device=device, dtype=q.dtype)
         v = torch.empty(2, columns, 2, v_dim, device=device, dtype=q.dtype)
-        kernel = CudaKernel(deterministic=deterministic)
+        kernel = WindowedKernel(CudaKernel(deterministic=deterministic))
         out, lse = kernel.forward(q, k, v, band, 0.3)
         assert (out.shape, out.dtype) == ((2, rows, 6, v_dim), q.dtype)
         assert (lse.shape, lse.dtype) == ((2, 6, rows), torch.float32)
         grads = kernel.backward(BackwardInputs(out, q, k, v, out, lse), band, 0.3)
         assert [(x.shape, x.dtype) for x in grads] == [(x.shape, x.dtype) for x in (q, k, v)]
-        if dims == (16, 16):
+        if device == "cuda":
             assert seen[0]["query"] is seen[1]["query"] is q
             assert seen[0]["key"] is seen[1]["key"] is k
             assert seen[0]["value"] is seen[1]["value"] is v
@@ -138,21 +158,26 @@ def test_backward_runs_under_the_switch_and_puts_it_back(
 @pytest.mark.parametrize("tile", TILES)
 def test_the_ops_are_asked_for_the_tile(tile: str, monkeypatch: pytest.MonkeyPatch) -> None:
     band, rows, columns = TILES[tile]
-    for call in arguments(monkeypatch, band, rows, columns):
+    cut = parts(band, rows, columns)
+    assert len(cut) == (2 if tile == "left only" else 1)
+    device = "meta" if len(cut) > 1 else "cuda"
+    seen = arguments(monkeypatch, band, rows, columns, device=device)
+    for call, part in zip(seen, [*cut, *cut], strict=True):
+        rows, columns = (x.stop - x.start for x in (part.rows, part.columns))
         assert (call["max_q"], call["max_k"]) == (rows, columns)
         assert call["cum_seq_q"] is call["cum_seq_k"] is None
         assert call["dropout_p"] == 0.0
         assert call["scale"] == 0.3
         window = call["window_size_left"], call["window_size_right"]
         asked = flash_mask(rows, columns, call["is_causal"], *window)
-        assert torch.equal(asked, allowed(band, rows, columns))
+        assert torch.equal(asked, allowed(part.band, rows, columns))
 
 
 def test_the_random_state_is_two_integers(monkeypatch: pytest.MonkeyPatch) -> None:
     _, backward = arguments(monkeypatch, Band(), 4, 4)
     assert backward["rng_state"].numel() == backward["unused"].numel() == 2
     assert backward["rng_state"].dtype == torch.uint64
-    assert isinstance(load_kernel("cuda"), CudaKernel)
+    assert isinstance(load_kernel("cuda"), WindowedKernel)
     assert load_kernel("cuda").compute_dtype(torch.bfloat16) == torch.bfloat16
 
 

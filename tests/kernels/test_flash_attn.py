@@ -16,6 +16,7 @@ from cp_megatron.errors import ConfigError
 from cp_megatron.kernels.flash_attn import FlashAttention2, FlashAttention3, FlashAttention4
 from cp_megatron.kernels.interface import BackwardInputs, Kernel
 from cp_megatron.kernels.load import load_kernel
+from cp_megatron.kernels.windows import WindowedKernel
 from cp_megatron.plan import Mask
 from cp_megatron.plan.tiles import CAUSAL, FULL, Band
 from tests.kernels import double, double_newer
@@ -36,8 +37,7 @@ def kernel_of(name: str, *, deterministic: bool = False) -> Kernel:
         "4": (FlashAttention4, double_newer.cute_interface()),
     }
     adapter, interface = makers[name]
-    kernel: Kernel = adapter(interface, deterministic=deterministic)
-    return kernel
+    return WindowedKernel(adapter(interface, deterministic=deterministic))
 
 
 @cache
@@ -94,8 +94,13 @@ def test_backward_is_told_to_be_deterministic(
 ) -> None:
     kernel: Any = kernel_of(name, deterministic=deterministic)
     seen: list[Any] = []
-    original = kernel._backward
-    kernel._backward = lambda *args, **kwargs: (seen.append(kwargs), original(*args, **kwargs))[1]
+    original = kernel.kernel._backward
+
+    def spy(*args: Any, **kwargs: Any) -> Any:
+        seen.append(kwargs)
+        return original(*args, **kwargs)
+
+    kernel.kernel._backward = spy
     worst(kernel, FULL, oracle(allowed(FULL, 4, 4), (2, 2, 8, 8), dtype=BF16))
     assert [kwargs["deterministic"] for kwargs in seen] == [deterministic]
 
@@ -140,7 +145,7 @@ def test_each_generation_is_found_where_it_lives(
         monkeypatch.setitem(sys.modules, ".".join(parts[:end]), ModuleType(parts[end - 1]))
     monkeypatch.setitem(sys.modules, module, interface)
     # Uncached: the session must not keep a kernel made of the double.
-    loaded: Any = load_kernel.__wrapped__(name, deterministic=True)
+    loaded: Any = load_kernel.__wrapped__(name, deterministic=True).kernel
     assert type(loaded).__name__ == "FlashAttention" + name[-1]
     assert loaded._deterministic
 

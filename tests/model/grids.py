@@ -136,13 +136,16 @@ def grid_step(rank: int, world_size: int, config: Config, grid: Grid) -> Step | 
     return step if rank == 0 else None
 
 
-def loss_step(rank: int, world_size: int, config: Config, grid: Grid) -> Step | None:
+def loss_step(
+    rank: int, world_size: int, config: Config, grid: Grid, device: str = "cpu"
+) -> Step | None:
     """``grid_step`` as the trainer does it: the loss in chunks, no logits."""
     with no_warnings():
-        groups = ParallelGroups.create(grid, "cpu")
-        model = build_model(config, groups, vocab_size=VOCAB, dtype="float64", device="cpu")
+        groups = ParallelGroups.create(grid, device)
+        model = build_model(config, groups, vocab_size=VOCAB, dtype="float64", device=device)
         cp = ContextParallel(groups.cp, Mask.causal(SEQ))
-        tokens, labels = (x.chunk(grid.dp)[groups.coordinates.dp] for x in batch())
+        own = (x.chunk(grid.dp)[groups.coordinates.dp] for x in batch())
+        tokens, labels = (x.to(device) for x in own)
         valid = int((batch()[1] >= 0).sum())
         rule = LossRule(chunk_size=config.memory.loss_chunk_size)
         trained, losses = model(cp.shard(tokens, 1), cp=cp, labels=cp.shard(labels, 1), rule=rule)

@@ -92,7 +92,7 @@ def test_prompts_in_parts_and_a_cache_that_grows(
     assert error(session.feed([1, 2, 3]), whole_logits(model, [*text, 1, 2, 3])) < 1e-10
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(data=st.data())
 def test_what_a_session_knows_changes_nothing(data: st.DataObject) -> None:
     """Prompts that share any beginning: the answer is that of a fresh session."""
@@ -159,7 +159,7 @@ def test_a_broken_model_says_so(temperature: float) -> None:
         continuation(model, sampling=Sampling(temperature=temperature))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     scores=st.lists(st.floats(-8, 8), min_size=2, max_size=12, unique=True),
     temperature=st.floats(0.1, 4),

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
@@ -22,6 +20,7 @@ from cp_megatron.context_parallel import ContextParallel
 from cp_megatron.model import Transformer, build_model
 from cp_megatron.plan import Grid, Mask
 from cp_megatron.tensor_parallel import LossRule
+from cp_megatron.train.allocations import kept_bytes
 from tests.model.grids import (
     LLAMA,
     SEQ,
@@ -161,21 +160,14 @@ def kept(memory: MemoryConfig, num_layers: int) -> int:
     ).double()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
-    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    found: dict[int, int] = {}
-
-    def keep(x: Tensor) -> Tensor:
-        storage = x.untyped_storage()
-        if storage.data_ptr() not in weights:
-            found[storage.data_ptr()] = storage.nbytes()
-        return x
-
-    tokens, labels = batch()
     cp = ContextParallel(None, Mask.causal(SEQ), kernel="reference")
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        trained, _ = model(tokens, cp=cp, labels=labels)
-    assert trained.requires_grad
-    return sum(found.values())
+    return kept_bytes(model, partial(loss_of, model, cp))
+
+
+def loss_of(model: Transformer, cp: ContextParallel) -> Tensor:
+    tokens, labels = (cp.shard(x, 1) for x in batch())
+    trained, _ = model(tokens, cp=cp, labels=labels)
+    return trained
 
 
 def test_full_recomputation_keeps_one_tensor_of_a_layer() -> None:
@@ -192,41 +184,13 @@ def kept_on_rank(rank: int, world_size: int, grid: Grid, memory: MemoryConfig) -
     groups = ParallelGroups.create(grid, "cpu")
     # a2a keeps attention's result of its heads and, traded back, of its tokens.
     cp = ContextParallel(groups.cp, Mask.causal(SEQ), exchange="p2p")
-    tokens, labels = (cp.shard(x, 1) for x in batch())
     found = []
     for num_layers in (1, 3):
         model = replace(LLAMA, num_layers=num_layers, num_query_groups=4)
         config = run_config(model, sequence_parallel=True, memory=memory)
         built = build_model(config, groups, vocab_size=VOCAB, dtype="float32", device="cpu")
-        forward = partial(built, tokens, cp=cp, labels=labels)
-        found.append(kept_bytes(built, forward))
+        found.append(kept_bytes(built, partial(loss_of, built, cp)))
     return found[1] - found[0]
-
-
-def kept_bytes(model: Transformer, forward: Callable[[], tuple[Tensor, Tensor]]) -> int:
-    """Every storage once and as large as it is in the end; weights are left out."""
-    weights: set[int] = set()
-    found: dict[int, torch.UntypedStorage] = {}
-
-    def meet(module: torch.nn.Module, _: object) -> None:
-        for p in module.parameters(recurse=False):
-            local = p.to_local() if isinstance(p, DTensor) else p
-            weights.add(local.untyped_storage()._cdata)
-
-    def keep(x: Tensor) -> Tensor:
-        storage = x.untyped_storage()
-        if storage._cdata not in weights:
-            found[storage._cdata] = storage
-        return x
-
-    handles = [module.register_forward_pre_hook(meet) for module in model.modules()]
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        trained, _ = forward()
-    for handle in handles:
-        handle.remove()
-    kept = sum(storage.nbytes() for storage in found.values())
-    trained.backward()
-    return kept
 
 
 @pytest.mark.parametrize("level", ["none", "selective", "full"])

@@ -22,7 +22,7 @@ from cp_megatron.model.mlp import MLP
 from cp_megatron.model.norm import LayerNorm, RMSNorm
 from cp_megatron.plan import Mask
 from cp_megatron.tensor_parallel import ColumnParallelLinear, TensorParallel, named_specs
-from cp_megatron.train.parameters import num_parameters, padded_vocab_size
+from cp_megatron.train.parameters import num_parameters
 from tests.model.grids import GPT, LLAMA, SEQ, STYLES, VOCAB, batch
 
 Weights = dict[str, Tensor]
@@ -167,7 +167,7 @@ def test_the_preset_has_as_many_parameters_as_the_start_table_says(preset: str) 
         )
     assert sum(p.numel() for p in model.parameters()) == num_parameters(
         config.model,
-        vocab_size=padded_vocab_size(VOCAB, config.model),
+        vocab_size=config.model.padded_vocab_size(VOCAB),
         seq_length=config.data.seq_length,
     )
 

@@ -12,7 +12,6 @@ from cp_megatron.tensor_parallel import (
     TensorParallel,
     VocabParallelEmbedding,
     VocabParallelHead,
-    padded_vocab_size,
     vocab_parallel_cross_entropy,
 )
 from tests.ranks import run_ranks
@@ -97,10 +96,3 @@ def test_padding_is_never_predicted_whatever_the_weights() -> None:
     logits = module(torch.ones(1, 3, HIDDEN))
     assert logits.argmax(-1).max() < VOCAB
     assert torch.equal(logits.softmax(-1)[..., VOCAB:], torch.zeros(1, 3, PADDED - VOCAB))
-
-
-@pytest.mark.parametrize(
-    ("size", "multiple", "padded"), [(257, 128, 384), (256, 128, 256), (257, 1, 257), (1, 128, 128)]
-)
-def test_padded_size(size: int, multiple: int, padded: int) -> None:
-    assert padded_vocab_size(size, multiple) == padded

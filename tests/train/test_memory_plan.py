@@ -11,7 +11,6 @@ from rich.console import Console
 from cp_megatron.comm.runtime import Launch
 from cp_megatron.config.parse import parse_arguments
 from cp_megatron.context_parallel import all_gather
-from cp_megatron.tensor_parallel import fused_loss
 from cp_megatron.train import exchange_memory
 from cp_megatron.train import memory_plan as kinds
 from cp_megatron.train.memory_plan import Held, predict, predict_ranks
@@ -88,7 +87,6 @@ def test_rooms_of_a_ring_counted_by_hand() -> None:
 def test_what_is_the_same_as_where_torch_is() -> None:
     assert exchange_memory.MAX_PORTIONS == all_gather.MAX_PORTIONS
     assert exchange_memory.LEAST_PORTION == all_gather.LEAST_PORTION
-    assert kinds.LOGITS_BYTES == fused_loss.LOGITS_BYTES
 
 
 def test_cuda_keeps_less_of_norms_and_masks() -> None:

@@ -9,7 +9,7 @@ import pytest
 from cp_megatron.config import ModelConfig
 from cp_megatron.config.presets import PRESETS
 from cp_megatron.plan import Grid
-from cp_megatron.train.parameters import num_parameters, padded_vocab_size, parameters_on_rank
+from cp_megatron.train.parameters import num_parameters, parameters_on_rank
 
 
 def test_a_tiny_gpt_by_hand() -> None:
@@ -63,9 +63,11 @@ def test_published_counts(preset: str, vocab_size: int, published: int) -> None:
     assert num_parameters(model, vocab_size=vocab_size, seq_length=1024) == published
 
 
-def test_the_vocabularys_padding() -> None:
-    assert padded_vocab_size(257, ModelConfig()) == 384
-    assert padded_vocab_size(256, ModelConfig()) == 256
+@pytest.mark.parametrize(
+    ("size", "unit", "padded"), [(257, 128, 384), (256, 128, 256), (257, 1, 257), (1, 128, 128)]
+)
+def test_the_vocabularys_padding(size: int, unit: int, padded: int) -> None:
+    assert ModelConfig(make_vocab_size_divisible_by=unit).padded_vocab_size(size) == padded
 
 
 @pytest.mark.parametrize("preset", ["toy-gpt", "toy"])

@@ -1,0 +1,183 @@
+"""The longest row of a 1B Llama that trains on one card: ours against transformers.
+
+The shape is Llama 3.2's with 1.24 billion parameters, weights, gradients and AdamW in float32,
+products in bfloat16. transformers has its own gradient checkpointing, autocast and fused attention;
+ours recomputes layers, keeps their inputs on the host and cuts MLP and loss into tiles. Each row
+length is a process of its own; bytes are the CUDA allocator's peak.
+
+Memory is a straight line in the length, so the longest row is worked out from two short ones and
+then trained, one step, where that takes at most ``--seconds``. Attention's time is quadratic, so
+ours is also trained on a row of that length packed with documents, which takes minutes.
+
+    python benchmarks/longest_on_card.py
+    python benchmarks/longest_on_card.py --device cpu --quick    # tiny: shows that it runs
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import tyro
+from harness.steps import Job, OurStep, TheirStep
+from harness.teams import hardware
+
+from cp_megatron.config import MemoryConfig, ModelConfig
+from cp_megatron.train.allocations import counting_memory
+
+Who = Literal["ours", "transformers"]
+GIB = 1 << 30
+MODEL = ModelConfig(
+    num_layers=16,
+    hidden_size=2048,
+    ffn_hidden_size=8192,
+    num_attention_heads=32,
+    num_query_groups=8,
+    normalization="RMSNorm",
+    swiglu=True,
+    position_embedding_type="rope",
+    disable_bias_linear=True,
+)
+TINY = replace(MODEL, num_layers=2, hidden_size=64, ffn_hidden_size=128, num_attention_heads=4)
+LEAN = MemoryConfig(
+    recompute_granularity="full", mlp_tile_size=8192, loss_chunk_size=2048, cpu_offloading=True
+)
+SPARE = 0.97
+"""Of the card: what it has not got for tensors is CUDA's own and the allocator's rounding."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """Longest rows."""
+
+    seconds: float = 120.0
+    """A step that would take longer is not made."""
+    document: int = 16384
+    """Tokens of a document in the packed row."""
+    budget: float | None = None
+    """GiB of the card that may be used; by default nearly all of it."""
+    device: Literal["cpu", "cuda"] = "cuda"
+    """cpu counts the same bytes with the CPU's kernels, in float32."""
+    quick: bool = False
+    """Tiny sizes."""
+    measure: str | None = None
+    """Internal: one length, as JSON."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Length:
+    """One measurement: whose step, on which row."""
+
+    who: Who
+    tokens: int
+    document: int | None = None
+    budget: int | None = None
+    device: Literal["cpu", "cuda"] = "cuda"
+    quick: bool = False
+
+    def job(self) -> Job:
+        """What is trained."""
+        model, vocab = (replace(TINY, num_query_groups=2), 512) if self.quick else (MODEL, 128256)
+        return Job(
+            model=model,
+            vocab_size=vocab,
+            tokens=self.tokens,
+            memory=LEAN,
+            device=self.device,
+            document=self.document,
+        )
+
+
+def measured(length: Length) -> dict[str, Any]:
+    """Peak and seconds of a step, the second where there is time for two."""
+    kind = OurStep if length.who == "ours" else TheirStep
+    if length.device == "cpu":
+        with counting_memory() as count:
+            step = kind(length.job())
+            begin = time.monotonic()
+            loss = step.run()
+        return {"peak": count.peak, "seconds": time.monotonic() - begin, "loss": loss}
+    if length.budget is not None:
+        torch.cuda.set_per_process_memory_fraction(length.budget / torch.cuda.mem_get_info()[1])
+    step = kind(length.job())
+    begin = time.monotonic()
+    loss = step.run()  # it makes the optimizer's state
+    seconds = time.monotonic() - begin
+    found: dict[str, Any] = {"peak": torch.cuda.max_memory_allocated(), "loss": loss}
+    if seconds < 15:
+        begin = time.monotonic()
+        step.run()
+        seconds = time.monotonic() - begin
+        found["peak"] = torch.cuda.max_memory_allocated()
+    return {**found, "reserved": torch.cuda.max_memory_reserved(), "seconds": seconds}
+
+
+def ask(length: Length) -> dict[str, Any] | None:
+    """``measured`` in a process of its own; None where memory does not suffice."""
+    command = [sys.executable, str(Path(__file__)), "--measure", json.dumps(asdict(length))]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    if ended.returncode:
+        if "OutOfMemoryError" in ended.stderr:
+            return None
+        raise RuntimeError(ended.stderr)
+    found: dict[str, Any] = json.loads(ended.stdout.splitlines()[-1])
+    return found
+
+
+def rows(arguments: Arguments) -> list[dict[str, Any]]:
+    """Every measurement, printed as it is made."""
+    machine = dict(hardware())
+    budget = 64 << 20
+    if arguments.device == "cuda":
+        machine["card"] = torch.cuda.get_device_name()
+        budget = int(SPARE * torch.cuda.mem_get_info()[1])
+    if arguments.budget is not None:
+        budget = int(arguments.budget * GIB)
+    found: list[dict[str, Any]] = []
+
+    def told(length: Length, **more: object) -> dict[str, Any]:
+        begin = time.monotonic()
+        answer = ask(length)
+        row = {"benchmark": "longest_on_card", "who": length.who, "tokens": length.tokens}
+        row |= {"document": length.document, **more, **(answer or {"out_of_memory": True})}
+        row["whole_seconds"] = round(time.monotonic() - begin, 1)
+        found.append(row)
+        print(json.dumps({**row, "hardware": machine}), flush=True)
+        return row
+
+    short: dict[Who, tuple[int, int]] = {"transformers": (4096, 8192), "ours": (32768, 65536)}
+    if arguments.quick:
+        short = {"transformers": (128, 256), "ours": (256, 512)}
+    sizes: dict[str, Any] = {"device": arguments.device, "quick": arguments.quick}
+    sizes["budget"] = budget
+    for who, (low, high) in short.items():
+        first, second = (told(Length(who=who, tokens=n, **sizes)) for n in (low, high))
+        slope = (second["peak"] - first["peak"]) / (high - low)
+        longest = int(high + (budget - second["peak"]) / slope) // 1024 * 1024
+        line = {"budget": budget, "bytes_per_token": round(slope), "longest": longest}
+        # Time has a linear and a quadratic part; the quadratic one is an upper bound.
+        if second["seconds"] * (longest / high) ** 2 <= arguments.seconds:
+            told(Length(who=who, tokens=longest, **sizes), **line)
+            continue
+        told(Length(who=who, tokens=longest, document=arguments.document, **sizes), **line)
+        trained = int(high * (arguments.seconds / second["seconds"]) ** 0.5) // 1024 * 1024
+        told(Length(who=who, tokens=min(trained, longest), **sizes), **line)
+    return found
+
+
+def main() -> None:
+    arguments = tyro.cli(Arguments, description=__doc__)
+    if arguments.measure is not None:
+        print(json.dumps(measured(Length(**json.loads(arguments.measure)))))
+        return
+    rows(arguments)
+
+
+if __name__ == "__main__":
+    main()

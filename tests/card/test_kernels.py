@@ -1,0 +1,69 @@
+"""The kernels of a card on a card: every kind of tile against autograd in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from cp_megatron.kernels.interface import BackwardInputs, Kernel
+from cp_megatron.kernels.load import load_kernel
+from cp_megatron.kernels.reference import ReferenceKernel
+from cp_megatron.plan.tiles import CAUSAL, FULL, Band
+from tests.kernels.cases import SCALE, TILES, Attention, allowed, error, oracle
+
+pytestmark = pytest.mark.card
+
+HEADS = [(4, 4, 64, 64), (6, 2, 128, 128), (4, 1, 40, 40), (4, 2, 64, 32), (4, 2, 24, 96)]
+LARGE = {
+    "full": (FULL, 300, 700),
+    "causal": (CAUSAL, 640, 640),
+    "window": (Band(left=90, right=40), 600, 640),
+    "left": (Band(left=300), 500, 420),
+    "sliding": (Band(left=130, right=0), 400, 400),
+}
+ROUNDING = 0.01
+"""bfloat16 keeps 8 bits; each of the few roundings on the way is at most 2^-9 of a number."""
+
+
+def errors(kernel: Kernel, band: Band, a: Attention, dtype: torch.dtype) -> list[float]:
+    """Of out, lse, dq, dk, dv."""
+    q, k, v, dout = (x.to("cuda", dtype) for x in (a.q, a.k, a.v, a.dout))
+    out, lse = kernel.forward(q, k, v, band, SCALE)
+    grads = kernel.backward(BackwardInputs(dout, q, k, v, out, lse), band, SCALE)
+    expected = (a.out, a.lse, a.dq, a.dk, a.dv)
+    return [error(x.cpu(), y) for x, y in zip((out, lse, *grads), expected, strict=True)]
+
+
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+@pytest.mark.parametrize("name", ["cuda", "cudnn"])
+def test_every_kind_of_tile(name: str, heads: tuple[int, int, int, int]) -> None:
+    for tile, (band, rows, columns) in {**TILES, **{f"large {x}": LARGE[x] for x in LARGE}}.items():
+        windowed = not (band.is_full or (band.is_causal and rows == columns))
+        if name == "cudnn" and windowed:
+            continue  # refused, see tests/kernels/test_cudnn.py
+        a = oracle(allowed(band, rows, columns), heads, dtype=torch.bfloat16)
+        found = errors(load_kernel(name), band, a, torch.bfloat16)
+        assert max(found) < ROUNDING, (tile, found)
+
+
+def test_the_oracle_is_exact_on_a_card() -> None:
+    for band, rows, columns in TILES.values():
+        a = oracle(allowed(band, rows, columns), (4, 2, 16, 8))
+        assert max(errors(ReferenceKernel(), band, a, torch.float64)) < 1e-13
+
+
+def test_deterministic_backward_repeats_its_bits() -> None:
+    generator = torch.Generator("cuda").manual_seed(0)
+
+    def draw(num_heads: int) -> torch.Tensor:
+        shape = (1, 4096, num_heads, 64)
+        return torch.randn(shape, generator=generator, device="cuda", dtype=torch.bfloat16)
+
+    q, k, v, dout = draw(8), draw(2), draw(2), draw(8)
+    kernel = load_kernel("cuda", deterministic=True)
+    out, lse = kernel.forward(q, k, v, CAUSAL, 0.1)
+    x = BackwardInputs(dout, q, k, v, out, lse)
+    first = kernel.backward(x, CAUSAL, 0.1)
+    for _ in range(5):
+        again = kernel.backward(x, CAUSAL, 0.1)
+        assert all(torch.equal(a, b) for a, b in zip(first, again))
