@@ -181,7 +181,7 @@ def longest(arguments: Arguments, processes: Processes) -> Iterator[dict[str, ob
         contestants = contestants[1:2]
     for kind, ranks in contestants:
         job = Job(**shape, tokens=0, grid=Grid(dp=1, cp=ranks, tp=1), memory=LEAN)
-        low, high = (512, 1024) if kind == "transformers" else (4096 * ranks, 8192 * ranks)
+        low, high = (512, 1024) if kind == "transformers" else (2048 * ranks, 4096 * ranks)
         if arguments.quick:
             low, high = 128, 256
         peaks = [
