@@ -144,6 +144,7 @@ def read_hf_weights(
         package_version="",
         grid={},
         optimizer_steps={},
+        extra={},
         files=files,
         tensors=tensors,
     )

@@ -85,6 +85,7 @@ class Manifest:
         torch_version, package_version: that wrote it.
         grid: sizes of the axes dp, cp and tp it was written on; it loads on any other.
         optimizer_steps: updates done per parameter, of those that have optimizer state.
+        extra: what else the training needs to go on, as plain data.
         files: the shards by name.
         tensors: ``model.<name>`` and ``optimizer.<name>.<moment>``.
     """
@@ -99,6 +100,7 @@ class Manifest:
     package_version: str
     grid: Mapping[str, int]
     optimizer_steps: Mapping[str, int]
+    extra: Mapping[str, Any]
     files: Mapping[str, FileEntry]
     tensors: Mapping[str, TensorEntry]
 
@@ -304,6 +306,8 @@ def _manifest(fields: _Fields) -> Manifest:
         package_version=fields.text("package_version"),
         grid=fields.counts_by_name("grid"),
         optimizer_steps=fields.counts_by_name("optimizer_steps"),
+        # Checkpoints from before there was any have none.
+        extra=fields.mapping("extra") if "extra" in fields.value else {},
         files={name: _file(name, entry) for name, entry in fields.objects("files").items()},
         tensors={name: _tensor(entry) for name, entry in fields.objects("tensors").items()},
     )

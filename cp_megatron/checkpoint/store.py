@@ -62,6 +62,7 @@ def save_checkpoint(
     grid: Grid,
     data_fingerprint: str,
     vocab_size: int,
+    extra: Mapping[str, Any] | None = None,
     process_group: Group = None,
 ) -> Path:
     """Writes ``folder/step-N``; on return it is complete and on the disk. Called on every rank.
@@ -73,6 +74,7 @@ def save_checkpoint(
         model: any module; DTensor parameters (FSDP2, tensor parallel) are stored in parts.
         optimizer: AdamW over parameters of ``model``, or None to store the model alone.
         config, grid, data_fingerprint, vocab_size: go into the manifest.
+        extra: plain data that goes there too; the first rank's is kept.
         process_group: the ranks that save, by default all; its first rank coordinates. Without
             torch.distributed the process saves alone.
 
@@ -100,6 +102,7 @@ def save_checkpoint(
             package_version=cp_megatron.__version__,
             grid=asdict(grid),
             optimizer_steps=steps,
+            extra=extra or {},
             files=files,
             tensors=tensors,
         )

@@ -43,6 +43,7 @@ MANIFEST = Manifest(
     package_version="0",
     grid={"dp": 1, "cp": 2, "tp": 2},
     optimizer_steps={"w": 7},
+    extra={"losses": [0.1, 2.5]},
     files={SHARD: FileEntry(size=64, sha256="")},
     tensors={
         "model.w": TensorEntry(dtype="float32", shape=(4, 3), chunks=(chunk(0, 1), chunk(1, 3)))
@@ -267,3 +268,15 @@ def test_shards_are_compared(tmp_path: Path) -> None:
     refuse(tmp_path / "step-7", f"{SHARD} has 63 bytes, the manifest says 64")
     shard.unlink()
     refuse(tmp_path / "step-7", f"{SHARD} can not be read")
+
+
+def test_a_checkpoint_from_before_there_was_anything_extra_is_read(tmp_path: Path) -> None:
+    fields = asdict(replace(MANIFEST, files={}, tensors={}))
+    del fields["extra"]
+    canonical = json.dumps(fields, sort_keys=True, separators=(",", ":"))
+    digest = hashlib.sha256(canonical.encode()).hexdigest()
+    (tmp_path / "step-7").mkdir()
+    (tmp_path / "step-7" / "manifest.json").write_text(
+        json.dumps({"manifest": fields, "sha256": digest})
+    )
+    assert read_manifest(tmp_path / "step-7").extra == {}
