@@ -12,9 +12,10 @@ from collections.abc import Mapping, Sequence
 from cp_megatron.comm.runtime import Launch
 from cp_megatron.config.parse import parse_arguments
 from cp_megatron.errors import ConfigError
+from cp_megatron.train.folders import FinishedError
 from cp_megatron.train.memory_report import print_prediction
 from cp_megatron.train.preflight import check
-from cp_megatron.train.report import print_start, refuse
+from cp_megatron.train.report import already_done, print_start, refuse
 from cp_megatron.train.signals import leave, stop_at_once
 
 PROGRAM = "pretrain.py"
@@ -26,13 +27,15 @@ def main(argv: Sequence[str], environ: Mapping[str, str], script: str = PROGRAM)
     launch = Launch()
     try:
         launch = Launch.from_environment(environ)
-        arguments = parse_arguments(argv, program=PROGRAM, quiet=launch.rank != 0)
+        again, quiet = launch.restarts > 0, launch.rank != 0
+        arguments = parse_arguments(argv, program=PROGRAM, quiet=quiet, again=again)
         plan = check(
             arguments.config,
             launch,
             dry_run=arguments.dry_run,
             dry_run_world_size=arguments.world_size,
             given=arguments.given,
+            auto=arguments.auto,
             argv=argv,
             script=script,
         )
@@ -45,6 +48,8 @@ def main(argv: Sequence[str], environ: Mapping[str, str], script: str = PROGRAM)
         from cp_megatron.train.run import run
 
         return run(plan, launch, script)
+    except FinishedError as error:
+        return already_done(error, rank=launch.rank)
     except ConfigError as error:
         return refuse(error, PROGRAM, rank=launch.rank)
 

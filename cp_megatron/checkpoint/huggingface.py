@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict_loader
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 
+from cp_megatron.checkpoint.agreement import agreed
 from cp_megatron.checkpoint.hf_export import ExportTensor, export_tensors
 from cp_megatron.checkpoint.hf_files import (
     DTYPES,
@@ -42,8 +43,9 @@ from cp_megatron.checkpoint.manifest import (
     read_manifest,
     verify_files,
 )
-from cp_megatron.checkpoint.storage import ShardReader, discard, sync
-from cp_megatron.checkpoint.store import agreed, one_process_is_fine, user_errors
+from cp_megatron.checkpoint.shard import discard, sync
+from cp_megatron.checkpoint.storage import ShardReader
+from cp_megatron.checkpoint.store import one_process_is_fine, user_errors
 from cp_megatron.config import Config
 from cp_megatron.config.fields import settings
 from cp_megatron.config.huggingface import TOKENIZER_FILES, read_hf_config, to_hf_config

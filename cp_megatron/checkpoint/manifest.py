@@ -12,12 +12,13 @@ import json
 import math
 import re
 import stat
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from cp_megatron.checkpoint.boxes import inside, overlap
 from cp_megatron.errors import ConfigError
 
 FLAG = "--load"
@@ -42,6 +43,10 @@ ELEMENT_BYTES: Mapping[str, int] = MappingProxyType(
     }
 )
 """The dtypes a checkpoint may hold."""
+
+
+class DamagedError(ConfigError):
+    """A checkpoint that is not whole. What is whole and can not be used here is no such error."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,8 +126,36 @@ def newest_step(run_folder: Path | str) -> Path | None:
     Unfinished ones (``step-N.tmp``) and folders without a manifest are passed over. Contents are
     not looked at.
     """
-    steps = _finished_steps(Path(run_folder))
+    steps = finished_steps(Path(run_folder))
     return steps[max(steps)] if steps else None
+
+
+def finished_steps(run_folder: Path) -> dict[int, Path]:
+    """The finished checkpoints of a run's folder by their steps."""
+    try:
+        entries = list(run_folder.iterdir())
+    except OSError:
+        return {}
+    matches = {entry: STEP_FOLDER.fullmatch(entry.name) for entry in entries}
+    return {
+        int(match[1]): entry
+        for entry, match in matches.items()
+        if match and (entry / MANIFEST).is_file()
+    }
+
+
+def unfinished_steps(run_folder: Path) -> list[Path]:
+    """What saves that did not come to their end left in a run's folder."""
+    try:
+        entries = list(run_folder.iterdir())
+    except OSError:
+        return []
+    return [
+        entry
+        for entry in entries
+        if entry.name.endswith(TEMPORARY)
+        and STEP_FOLDER.fullmatch(entry.name.removesuffix(TEMPORARY))
+    ]
 
 
 def read_manifest(folder: Path | str) -> Manifest:
@@ -132,8 +165,9 @@ def read_manifest(folder: Path | str) -> Manifest:
         folder: a ``step-N``.
 
     Raises:
-        ConfigError: there is none, it is malformed, of another version, contradicts itself, or
-            names a file that is no shard of this folder.
+        DamagedError: there is none, it is malformed, contradicts itself, or names a file that is no
+            shard of this folder.
+        ConfigError: it is of another version.
     """
     folder = Path(folder)
     document = _Fields(folder, "", _read_json(folder))
@@ -164,11 +198,28 @@ def verify_files(
         names: which shards; by default all.
 
     Raises:
-        ConfigError: a shard is missing, a link, of another size or of other contents.
+        DamagedError: a shard is missing, a link, of another size or of other contents.
     """
     folder = Path(folder)
     for name in sorted(manifest.files if names is None else names):
         _verify_file(folder, name, manifest.files[name])
+
+
+def check_size(folder: Path, name: str, entry: FileEntry) -> None:
+    """Compares a shard's kind and size with the manifest, in no time.
+
+    Raises:
+        DamagedError: it is missing, a link, or of another size.
+    """
+    try:
+        status = (folder / name).lstat()
+    except OSError as error:
+        raise damaged(folder, f"{name} can not be read ({error.strerror})") from None
+    if not stat.S_ISREG(status.st_mode):
+        raise damaged(folder, f"{name} is not a regular file")
+    if status.st_size != entry.size:
+        rule = f"{name} has {status.st_size} bytes, the manifest says {entry.size}"
+        raise damaged(folder, rule)
 
 
 def file_sha256(path: Path) -> str:
@@ -177,9 +228,9 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def damaged(folder: Path, rule: str) -> ConfigError:
+def damaged(folder: Path, rule: str) -> DamagedError:
     """The error for a checkpoint that can not be trusted, with the run's other checkpoints."""
-    return ConfigError(FLAG, folder, rule, _others(folder))
+    return DamagedError(FLAG, folder, rule, _others(folder))
 
 
 def _read_json(folder: Path) -> Any:
@@ -191,7 +242,7 @@ def _read_json(folder: Path) -> Any:
             return json.loads(path.read_bytes())
     except OSError as error:
         rule = f"is no finished checkpoint: {MANIFEST} can not be read ({error.strerror})"
-        raise ConfigError(FLAG, folder, rule, _others(folder)) from None
+        raise damaged(folder, rule) from None
     except (ValueError, RecursionError):
         raise _malformed(folder, "it is not JSON") from None
     raise _malformed(folder, f"it is not a regular file of at most {MAX_MANIFEST_BYTES} bytes")
@@ -206,42 +257,23 @@ def _sha256(fields: Mapping[str, Any]) -> str:
 
 
 def _verify_file(folder: Path, name: str, entry: FileEntry) -> None:
-    path = folder / name
+    check_size(folder, name, entry)
     try:
-        status = path.lstat()
-        if not stat.S_ISREG(status.st_mode):
-            raise damaged(folder, f"{name} is not a regular file")
-        if status.st_size != entry.size:
-            rule = f"{name} has {status.st_size} bytes, the manifest says {entry.size}"
-            raise damaged(folder, rule)
-        digest = file_sha256(path)
+        digest = file_sha256(folder / name)
     except OSError as error:
         raise damaged(folder, f"{name} can not be read ({error.strerror})") from None
     if digest != entry.sha256:
         raise damaged(folder, f"{name} is damaged: its SHA-256 is not the manifest's")
 
 
-def _finished_steps(run_folder: Path) -> dict[int, Path]:
-    try:
-        entries = list(run_folder.iterdir())
-    except OSError:
-        return {}
-    matches = {entry: STEP_FOLDER.fullmatch(entry.name) for entry in entries}
-    return {
-        int(match[1]): entry
-        for entry, match in matches.items()
-        if match and (entry / MANIFEST).is_file()
-    }
-
-
 def _others(folder: Path) -> str:
     """The run's newest other checkpoint, as the hint of an error."""
-    steps = _finished_steps(folder.parent)
+    steps = finished_steps(folder.parent)
     others = [step for step, path in steps.items() if path.name != folder.name]
     return str(steps[max(others)]) if others else ""
 
 
-def _malformed(folder: Path, what: str) -> ConfigError:
+def _malformed(folder: Path, what: str) -> DamagedError:
     return damaged(folder, f"{MANIFEST} is malformed: {what}")
 
 
@@ -260,7 +292,7 @@ class _Fields:
             raise self.wrong(name)
         return value
 
-    def wrong(self, name: str) -> ConfigError:
+    def wrong(self, name: str) -> DamagedError:
         return _malformed(self.folder, f"{self.where}{name} is missing or not valid")
 
     def count(self, name: str) -> int:
@@ -346,45 +378,13 @@ def _check_chunks(folder: Path, manifest: Manifest) -> None:
             if chunk.file not in held:
                 raise _malformed(folder, f"{name} lies in {chunk.file!r}, which is not listed")
             held[chunk.file] += math.prod(chunk.sizes) * ELEMENT_BYTES[tensor.dtype]
-            if not _inside(chunk, tensor.shape):
+            if not inside(chunk, tensor.shape):
                 raise _malformed(folder, f"a chunk of {name} lies outside of its shape")
         filled = sum(math.prod(chunk.sizes) for chunk in tensor.chunks)
         corners = {chunk.offsets for chunk in tensor.chunks}
-        disjoint = len(corners) == len(tensor.chunks) and not _overlap(tensor.chunks)
+        disjoint = len(corners) == len(tensor.chunks) and not overlap(tensor.chunks)
         if filled != math.prod(tensor.shape) or not disjoint:
             raise _malformed(folder, f"the chunks of {name} do not fill its shape")
     for file, size in held.items():
         if size > manifest.files[file].size:
             raise _malformed(folder, f"the tensors in {file} are larger than the file")
-
-
-def _inside(chunk: ChunkEntry, shape: tuple[int, ...]) -> bool:
-    return len(chunk.offsets) == len(chunk.sizes) == len(shape) and all(
-        offset + size <= length for offset, size, length in zip(chunk.offsets, chunk.sizes, shape)
-    )
-
-
-def _overlap(chunks: Sequence[ChunkEntry]) -> bool:
-    """Whether two boxes share an element: a sweep along the dim with the most cuts."""
-    boxes = [chunk for chunk in chunks if math.prod(chunk.sizes)]
-    dims = range(len(boxes[0].sizes) if boxes else 0)
-    dim = max(dims, key=lambda d: len({box.offsets[d] for box in boxes}), default=None)
-    if dim is None:
-        return len(boxes) > 1
-    open_boxes: list[ChunkEntry] = []
-    for box in sorted(boxes, key=lambda box: box.offsets[dim]):
-        begin = box.offsets[dim]
-        open_boxes = [
-            other for other in open_boxes if other.offsets[dim] + other.sizes[dim] > begin
-        ]
-        if any(_meet(box, other) for other in open_boxes):
-            return True
-        open_boxes.append(box)
-    return False
-
-
-def _meet(one: ChunkEntry, other: ChunkEntry) -> bool:
-    return all(
-        max(a, b) < min(a + length, b + width)
-        for a, length, b, width in zip(one.offsets, one.sizes, other.offsets, other.sizes)
-    )

@@ -20,6 +20,7 @@ class Launch:
         world_size: processes over all nodes.
         local_world_size: processes on this node.
         under_torchrun: a launcher set the variables; else this is plain ``python``.
+        restarts: times the launcher has started the ranks again after a failure.
     """
 
     rank: int = 0
@@ -27,6 +28,7 @@ class Launch:
     world_size: int = 1
     local_world_size: int = 1
     under_torchrun: bool = False
+    restarts: int = 0
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str]) -> Launch:
@@ -55,6 +57,7 @@ class Launch:
             world_size=world_size,
             local_world_size=local_world_size,
             under_torchrun=True,
+            restarts=_number(environ, "TORCHELASTIC_RESTART_COUNT", 0),
         )
 
     @property

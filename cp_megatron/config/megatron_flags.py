@@ -113,7 +113,6 @@ MEANINGLESS: Mapping[str, tuple[str, str]] = MappingProxyType(
         "--eod-mask-loss": ("belongs to the mask of documents", "--document-mask"),
         "--no-create-attention-mask-in-dataloader": ("no dense mask is ever made", _ALWAYS_ON),
         # checkpoints and logs
-        "--async-save": ("saves are synchronous so far", "--save-interval"),
         "--ckpt-format": ("there is one format: safetensors shards and a manifest", _ALWAYS_ON),
         "--use-dist-ckpt": ("checkpoints are always distributed", _ALWAYS_ON),
         "--use-checkpoint-args": ("--load always reads the run's config.yaml", _ALWAYS_ON),

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
 import io
 import re
 import shlex
@@ -28,13 +27,11 @@ from cp_megatron.config.fields import BadValueError, Setting, setting_of_type, s
 from cp_megatron.config.huggingface import has_tokenizer, read_hf_config
 from cp_megatron.config.megatron_flags import why_meaningless
 from cp_megatron.config.presets import DEFAULT_PRESET, PRETRAINED_OPTIMIZER
+from cp_megatron.config.run_folders import CONFIG_FILE, find_run, run_folder, runs_near
 from cp_megatron.config.schema import Config
 from cp_megatron.config.words import is_flag, unknown
 from cp_megatron.config.yaml_io import Values, overlay, preset_named, read_file, read_values
 from cp_megatron.errors import ConfigError
-
-CONFIG_FILE = "config.yaml"
-"""The file in a run's folder that holds its configuration."""
 
 _ALIASES: Mapping[str, str] = MappingProxyType(
     {
@@ -43,7 +40,6 @@ _ALIASES: Mapping[str, str] = MappingProxyType(
     }
 )
 _HELP = ("-h", "--help", "-H", "--help-verbose")
-_STEP_FOLDER = re.compile(r"step-\d+")
 _DESCRIPTION = """Train a transformer over tensor, context and data parallel ranks.
 
 torchrun --nproc-per-node 4 launch/pretrain.py --context-parallel-size 2 --tensor-parallel-size 2"""
@@ -85,6 +81,7 @@ class Arguments:
         dry_run: only show what would run.
         world_size: the ranks to plan a dry run for; None where the launch says it.
         given: the flags the user typed, in the spelling of ``--help``.
+        auto: ``--load auto``: a folder that was begun and has no checkpoint yet is begun again.
         options: the program's own flags.
     """
 
@@ -92,6 +89,7 @@ class Arguments:
     dry_run: bool
     world_size: int | None
     given: frozenset[str]
+    auto: bool = False
     options: LaunchOptions = field(default_factory=LaunchOptions)
 
 
@@ -113,7 +111,11 @@ class _Word:
 
 
 def parse_arguments(
-    argv: Sequence[str], *, program: str | Program = "pretrain.py", quiet: bool = False
+    argv: Sequence[str],
+    *,
+    program: str | Program = "pretrain.py",
+    quiet: bool = False,
+    again: bool = False,
 ) -> Arguments:
     """Reads a command line, without the program's name.
 
@@ -121,6 +123,7 @@ def parse_arguments(
         argv: the words.
         program: the program, or the name of one that has no flags of its own, for ``--help``.
         quiet: print no help (on all ranks but the first).
+        again: a launcher starts these words again after a failure: as if ``--load auto`` were said.
 
     Raises:
         ConfigError: a flag or a value that can not be honoured.
@@ -129,7 +132,7 @@ def parse_arguments(
     program = Program(name=program) if isinstance(program, str) else program
     if any(word in _HELP for word in argv):
         _print_help(argv, program, quiet)
-    words = _read_words(argv, program.options)
+    words, auto = _find_run(_read_words(argv, program.options), again)
     line = [text for word in words.values() for text in word.for_tyro()]
     parsed, launch = _ask_tyro(line, _base(words), program, quiet)
     given = frozenset(word.setting.flag for word in words.values())
@@ -146,6 +149,7 @@ def parse_arguments(
         dry_run=launch.dry_run,
         world_size=launch.world_size,
         given=given,
+        auto=auto,
         options=launch,
     )
 
@@ -155,7 +159,7 @@ def _print_help(argv: Sequence[str], program: Program, quiet: bool) -> NoReturn:
     base = preset_named(DEFAULT_PRESET)
     with contextlib.suppress(ConfigError):
         others = [word for word in argv if word not in _HELP]
-        base = _base(_read_words(others, program.options))
+        base = _base(_find_run(_read_words(others, program.options), False)[0])
     asked = next(word for word in argv if word in _HELP)
     _ask_tyro([asked], base, program, quiet)
     raise SystemExit(0)
@@ -223,6 +227,19 @@ def _read_words(argv: Sequence[str], options: type[LaunchOptions]) -> dict[str, 
         _refuse_second(words.get(setting.name), word)
         words[setting.name] = word
     return words
+
+
+def _find_run(words: dict[str, _Word], again: bool) -> tuple[dict[str, _Word], bool]:
+    """The words with the run that ``--load auto`` finds, which needs no other beginning."""
+    typed = {name: word.texts[0] for name, word in words.items() if word.texts}
+    load, auto = find_run(typed.get("load"), typed.get("save"), again=again)
+    if not auto:
+        return words, False
+    kept = {name: word for name, word in words.items() if name != "load"}
+    if load is not None:
+        kept.pop("load_hf", None)
+        kept["load"] = _Word(settings()["load"], "--load", (load,))
+    return kept, True
 
 
 def _unknown(flag: str, value: str, flags: Collection[str]) -> ConfigError:
@@ -332,7 +349,7 @@ def _values_of_run(load: str) -> Values:
     path = run_folder(Path(load)) / CONFIG_FILE
     if not path.is_file():
         rule = f"is no run's folder: it has no {CONFIG_FILE}"
-        raise ConfigError("--load", load, rule, _runs_near(path.parent))
+        raise ConfigError("--load", load, rule, runs_near(path.parent))
     return read_values(read_file(path, "--load"), str(path))
 
 
@@ -344,20 +361,6 @@ def _refuse_lost(later: Values, earlier: Values, source: str) -> None:
         flag = settings()[name].flag
         rule = f"{source} brings {later[name]}, which goes before presets and files"
         raise ConfigError(flag, value, rule, f"leave it out, or give {flag} as a flag")
-
-
-def run_folder(path: Path) -> Path:
-    """The run's folder that ``--load`` names: ``path`` itself, or the parent of a ``step-N``."""
-    return path.parent if _STEP_FOLDER.fullmatch(path.name) else path
-
-
-def _runs_near(path: Path) -> str:
-    """The runs that lie beside a folder that is none."""
-    with contextlib.suppress(OSError):
-        runs = [file.parent for file in path.parent.glob(f"*/{CONFIG_FILE}")]
-        names = difflib.get_close_matches(path.name, [run.name for run in runs], cutoff=0.3)
-        return ", ".join(str(path.parent / name) for name in names)
-    return ""
 
 
 def _place_of_run(config: Config, given: frozenset[str]) -> Config:

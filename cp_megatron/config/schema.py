@@ -331,12 +331,19 @@ class CheckpointConfig:
     """The run's folder; by default a fresh runs/<preset>-<n>, or with --load-hf
     runs/<folder>-<n>."""
     load: str | None = None
-    """A run's folder (or its step-N) to go on from; its config.yaml supplies all other flags."""
+    """A run's folder (or its step-N) to go on from; its config.yaml supplies all other flags. auto:
+    the folder of --save where that has a checkpoint, else begin."""
     load_hf: str | None = None
     """A Hugging Face folder whose config.json and safetensors the run starts from; without a
     --preset the learning rate is then 2e-5."""
     save_interval: int | None = None
     """Steps between two checkpoints; by default only at the end or when interrupted."""
+    async_save: bool = True
+    """Checkpoints are copied, and written while the training goes on."""
+    keep_latest_k: int | None = None
+    """Remove older checkpoints than so many of the newest; by default all stay."""
+    save_retain_interval: int | None = None
+    """With --keep-latest-k: checkpoints whose step is a multiple of this stay too."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -69,7 +69,7 @@ class LayerOffload:
         if free:
             piece = free.pop()
         else:
-            piece = _PinnedPiece(num_bytes) if x.is_cuda else _FilePiece(num_bytes)
+            piece = PinnedPiece(num_bytes) if x.is_cuda else _FilePiece(num_bytes)
             self.host_bytes += num_bytes
         self.held_bytes += num_bytes
         return piece
@@ -93,7 +93,7 @@ class _Piece:
         """Called after a tensor was copied here."""
 
 
-class _PinnedPiece(_Piece):
+class PinnedPiece(_Piece):
     """Page-locked, which copies need to run beside the computation.
 
     Not by torch's allocator: that rounds up to a power of two, and these are most of the host. In

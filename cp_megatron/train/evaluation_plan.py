@@ -18,7 +18,7 @@ from cp_megatron.comm.runtime import Launch
 from cp_megatron.config import Config, LogConfig, ModelConfig, OptimizerConfig, TrainConfig
 from cp_megatron.config.evaluation import TASKS, EvaluationOptions, Part
 from cp_megatron.config.fields import settings
-from cp_megatron.config.parse import run_folder
+from cp_megatron.config.run_folders import run_folder
 from cp_megatron.config.yaml_io import overlay
 from cp_megatron.data.needle import Encode, Haystack, Kind, Task, make_task
 from cp_megatron.data.tokenizer import open_tokenizer
@@ -35,7 +35,8 @@ _ROPE: frozenset[str] = FIELDS | {"rope_type", "rotary_base", "original_max_posi
 """Settings of rotary positions; they hold no weight, so others may be tried out."""
 _UNREAD_ELSEWHERE: frozenset[str] = frozenset(
     {
-        *("save", "save_interval", "seq_length", "micro_batch_size", "global_batch_size"),
+        *("save", "save_interval", "async_save", "keep_latest_k", "save_retain_interval"),
+        *("seq_length", "micro_batch_size", "global_batch_size"),
         *("pad_rows", "document_mask", "allow_data_change", "sequence_parallel"),
         *("train_data_path", "valid_data_path", "test_data_path", "packing", "sft"),
         *("hidden_dropout", "attention_dropout", "init_method_std"),

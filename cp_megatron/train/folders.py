@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from cp_megatron.checkpoint.manifest import Manifest, newest_step, read_manifest
+from cp_megatron.checkpoint.manifest import TEMPORARY, Manifest, newest_step, read_manifest
+from cp_megatron.checkpoint.newest import Newest, newest_whole
 from cp_megatron.config import Config
 from cp_megatron.config.fields import settings
-from cp_megatron.config.parse import run_folder
+from cp_megatron.config.run_folders import CONFIG_FILE, run_folder
 from cp_megatron.config.yaml_io import overlay
 from cp_megatron.errors import ConfigError
 from cp_megatron.train.rope_rules import FIELDS
@@ -36,8 +38,31 @@ def fresh_run_folder(root: Path, name: str) -> Path:
     return root / f"{name}-{number}"
 
 
+class FinishedError(ConfigError):
+    """The run that ``--load auto`` goes on with has nothing left to train."""
+
+
+def find_load(config: Config) -> Newest | None:
+    """The checkpoint that training goes on from, its manifest read; None to start anew.
+
+    Of a run's folder the newest that is whole; a ``step-N`` that is named is it, or none.
+
+    Raises:
+        ConfigError: there is none, or it is damaged.
+    """
+    if config.checkpoint.load is None:
+        return None
+    path = Path(config.checkpoint.load)
+    if run_folder(path) != path:
+        return Newest(folder=path, manifest=read_manifest(path))
+    found = newest_whole(path)
+    if found is None:
+        raise _no_checkpoint(path)
+    return found
+
+
 def check_load(config: Config, vocab_size: int) -> tuple[Path, Manifest] | None:
-    """The checkpoint to go on from, its manifest read and its model compared; None to start anew.
+    """The newest checkpoint of what ``--load`` names, its model compared; None to start anew.
 
     Raises:
         ConfigError: there is none, it is damaged, it is of another model, or the run is over.
@@ -48,16 +73,38 @@ def check_load(config: Config, vocab_size: int) -> tuple[Path, Manifest] | None:
     path = Path(load)
     step = newest_step(path) if run_folder(path) == path else path
     if step is None:
-        raise ConfigError(
-            "--load", load, "holds no finished checkpoint (step-N)", _saved_runs(path)
-        )
+        raise _no_checkpoint(path)
     manifest = read_manifest(step)
+    check_goes_on(config, manifest, vocab_size)
+    return step, manifest
+
+
+def check_goes_on(
+    config: Config, manifest: Manifest, vocab_size: int, *, auto: bool = False
+) -> None:
+    """The checkpoint is of this model, and there is something left to train.
+
+    Args:
+        config: the run; it loads.
+        manifest: of the checkpoint.
+        vocab_size: of the model.
+        auto: the same words are said however often the run is started.
+
+    Raises:
+        FinishedError: ``auto``, and the run is over.
+        ConfigError: one of the two does not hold.
+    """
+    load = str(config.checkpoint.load)
     _check_same_model(config, manifest, vocab_size, load)
     if manifest.step >= config.train.train_iters:
+        kind = FinishedError if auto else ConfigError
         rule = f"the run is at step {manifest.step} already; to go on it must be more"
         works = str(manifest.step + config.train.train_iters)
-        raise ConfigError("--train-iters", config.train.train_iters, rule, works)
-    return step, manifest
+        raise kind("--train-iters", config.train.train_iters, rule, works)
+
+
+def _no_checkpoint(path: Path) -> ConfigError:
+    return ConfigError("--load", path, "holds no finished checkpoint (step-N)", _saved_runs(path))
 
 
 def data_changes(config: Config, manifest: Manifest) -> tuple[str, ...]:
@@ -78,8 +125,20 @@ def data_changes(config: Config, manifest: Manifest) -> tuple[str, ...]:
     return (f"{', '.join(changed)}: {rule}",) if changed else ()
 
 
-def check_save(config: Config, loaded: Path | None) -> None:
+def check_save(
+    config: Config,
+    loaded: Path | None,
+    *,
+    passed_over: Collection[Path] = (),
+    auto: bool = False,
+) -> None:
     """The folder to save in: new or empty, or the one of the run that goes on.
+
+    Args:
+        config: the run.
+        loaded: the checkpoint that it goes on from.
+        passed_over: newer ones there that are damaged.
+        auto: the folder may be one that was begun and has no checkpoint yet.
 
     Raises:
         ConfigError: something lies there that would be mixed up or overwritten.
@@ -93,11 +152,12 @@ def check_save(config: Config, loaded: Path | None) -> None:
     _check_writable(folder)
     if loaded is not None and folder.resolve() == loaded.parent.resolve():
         newest = newest_step(folder)
-        if newest is not None and newest.resolve() != loaded.resolve():
+        known = {path.resolve() for path in (loaded, *passed_over)}
+        if newest is not None and newest.resolve() not in known:
             rule = f"its folder goes on to {newest.name}, which a run from here would mix with"
             works = f"--load {folder}, or --save with a new folder"
             raise ConfigError("--load", config.checkpoint.load, rule, works)
-    elif folder.is_dir() and any(folder.iterdir()):
+    elif folder.is_dir() and any(folder.iterdir()) and not (auto and _is_begun(folder)):
         rule = "is not empty, and nothing is overwritten"
         works = f"--load {save} to go on with it, or a new folder" if _is_run(folder) else ""
         raise ConfigError("--save", save, rule, works or "a new folder")
@@ -182,6 +242,13 @@ def _shape(config: Config) -> dict[str, Any]:
         **{name: getattr(model, name) if rope else None for name in sorted(FIELDS)},
         "make_vocab_size_divisible_by": model.make_vocab_size_divisible_by,
     }
+
+
+def _is_begun(folder: Path) -> bool:
+    """A run lies there that ended before its first checkpoint."""
+    return (folder / CONFIG_FILE).is_file() and not any(
+        not step.name.endswith(TEMPORARY) for step in folder.glob("step-*")
+    )
 
 
 def _is_run(folder: Path) -> bool:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 
 from cp_megatron.checkpoint.huggingface import load_hf
-from cp_megatron.checkpoint.storage import DTYPES
+from cp_megatron.checkpoint.shard import DTYPES
 from cp_megatron.checkpoint.store import load_checkpoint
 from cp_megatron.data.chat_template import TemplateRefusalError
 from cp_megatron.errors import ConfigError

@@ -13,13 +13,13 @@ from cp_megatron.comm.runtime import Launch
 from cp_megatron.config import Config
 from cp_megatron.config.fields import settings
 from cp_megatron.config.huggingface import read_hf_config
-from cp_megatron.config.parse import run_folder
 from cp_megatron.config.programs import (
     GENERATE,
     GenerationOptions,
     check_sampling,
     refuse_unread,
 )
+from cp_megatron.config.run_folders import run_folder
 from cp_megatron.data.chat_template import Render, find_template
 from cp_megatron.data.tokenizer import Tokenizer, open_tokenizer
 from cp_megatron.errors import ConfigError

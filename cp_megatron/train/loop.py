@@ -13,7 +13,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from cp_megatron.checkpoint.store import save_checkpoint
 from cp_megatron.comm.trace import traced
 from cp_megatron.data.ahead import Ahead
 from cp_megatron.data.batch import Batch, microbatches
@@ -32,6 +31,7 @@ from cp_megatron.train.optimizer import learning_rate
 from cp_megatron.train.preflight import RunPlan
 from cp_megatron.train.profiler import StepProfiler
 from cp_megatron.train.progress import ProgressView
+from cp_megatron.train.saving import Saver
 from cp_megatron.train.signals import StopRequest
 from cp_megatron.train.step import Shard, StepResult, Trainer
 
@@ -51,6 +51,7 @@ class Run:
         data_fingerprint: of the corpus.
         folder: where the run is kept.
         control: a group of all ranks for CPU tensors.
+        saver: writes the checkpoints.
         writer: the metrics, on rank 0 only.
         view: what a person sees.
         profiler: writes a trace of some steps where asked to.
@@ -62,6 +63,7 @@ class Run:
     data_fingerprint: str
     folder: Path
     control: dist.ProcessGroup
+    saver: Saver
     writer: MetricsWriter | None
     view: ProgressView
     profiler: StepProfiler
@@ -84,7 +86,7 @@ class Run:
         train = self.plan.config.train
         interval = self.plan.config.checkpoint.save_interval
         clock = _Clock()
-        step, saved = start_step, start_step
+        step = start_step
         while step < train.train_iters:
             rate = learning_rate(step, self.plan.config.optimizer, train.train_iters)
             measures = self.plan.config.memory.memory_report and step == start_step
@@ -95,19 +97,19 @@ class Run:
                 result = self.trainer.step(found, step=step, lr=rate)
                 clock.num_pairs += result.num_pairs
             step += 1
-            _check_finite(step, saved, {"loss": result.loss, "gradient norm": result.grad_norm})
+            self._check_finite(step, {"loss": result.loss, "gradient norm": result.grad_norm})
             stopping = any_rank_stops(stop, self.control)
             last = stopping or step == train.train_iters
             if meter is not None:
                 self._report_memory(step, meter)
-            valid_loss = None if stopping else self._validate(step, saved)
+            valid_loss = None if stopping else self._validate(step)
             # The first step too: it shows where the loss came from.
             if last or step == 1 or step % train.log_interval == 0 or valid_loss is not None:
                 self._log(step, result, rate, clock, valid_loss)
             self.view.step_done(step)
+            self.saver.poll()
             if last or (interval and step % interval == 0):
-                self._save(step, saved)
-                saved = step
+                self._save(step, last=last)
             if stopping:
                 break
         return step
@@ -134,7 +136,7 @@ class Run:
             padding=self.plan.sequence.padding,
         )
 
-    def _validate(self, step: int, saved: int) -> float | None:
+    def _validate(self, step: int) -> float | None:
         """The validation loss where one is due: every ``eval_interval`` steps and at the end."""
         train = self.plan.config.train
         due = step == train.train_iters or (train.eval_interval and step % train.eval_interval == 0)
@@ -148,7 +150,7 @@ class Run:
         )
         with Ahead(shards) as ahead:
             loss = self.trainer.evaluate(ahead)
-        _check_finite(step, saved, {"validation loss": loss})
+        self._check_finite(step, {"validation loss": loss})
         return loss
 
     def _log(
@@ -199,24 +201,25 @@ class Run:
         )
         return flops / seconds / (peak * self.trainer.groups.grid.world_size)
 
-    def _save(self, step: int, saved: int) -> None:
+    def _save(self, step: int, *, last: bool) -> None:
         """Saves, unless the last update left the finite numbers, which its loss can not show."""
         broken = torch.tensor(int(not self.trainer.is_finite()))
         dist.all_reduce(broken, op=dist.ReduceOp.MAX, group=self.control)
         if broken.item():
-            raise _diverged(step, saved, "a parameter is not finite")
-        save_checkpoint(
-            self.folder,
-            step=step,
-            consumed=step * (self.plan.config.data.global_batch_size or 0),
-            model=self.trainer.model,
-            optimizer=self.trainer.optimizer,
-            config=self.plan.config,
-            grid=self.plan.grid,
-            data_fingerprint=self.data_fingerprint,
-            vocab_size=self.plan.vocab_size,
-            process_group=self.control,
-        )
+            raise self._diverged(step, "a parameter is not finite")
+        self.saver.save(step, self.trainer, last=last)
+
+    def _check_finite(self, step: int, numbers: Mapping[str, float]) -> None:
+        """Every rank has the same numbers, so all of them raise or none does."""
+        if not all(math.isfinite(number) for number in numbers.values()):
+            found = ", ".join(f"{name} {number}" for name, number in numbers.items())
+            raise self._diverged(step, found)
+
+    def _diverged(self, step: int, found: str) -> DivergedError:
+        self.saver.settle()
+        saved = self.saver.saved
+        last = f"the last checkpoint is of step {saved}" if saved else "there is no checkpoint"
+        return DivergedError(f"step {step}: {found}; {last} (works: often a lower --lr)")
 
 
 def any_rank_stops(stop: StopRequest, group: dist.ProcessGroup) -> bool:
@@ -230,18 +233,6 @@ def any_rank_stops(stop: StopRequest, group: dist.ProcessGroup) -> bool:
     if group.size() > 1:
         dist.all_reduce(asked, op=dist.ReduceOp.MAX, group=group)
     return bool(asked.item())
-
-
-def _check_finite(step: int, saved: int, numbers: Mapping[str, float]) -> None:
-    """Every rank has the same numbers, so all of them raise or none does."""
-    if not all(math.isfinite(number) for number in numbers.values()):
-        found = ", ".join(f"{name} {number}" for name, number in numbers.items())
-        raise _diverged(step, saved, found)
-
-
-def _diverged(step: int, saved: int, found: str) -> DivergedError:
-    last = f"the last checkpoint is of step {saved}" if saved else "there is no checkpoint"
-    return DivergedError(f"step {step}: {found}; {last} (works: often a lower --lr)")
 
 
 class _Clock:

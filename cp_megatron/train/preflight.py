@@ -23,7 +23,7 @@ from cp_megatron.errors import ConfigError
 from cp_megatron.kernels.select import KernelChoice, select_kernel
 from cp_megatron.plan import Grid, Mask
 from cp_megatron.train import rules
-from cp_megatron.train.folders import check_load, check_save, data_changes
+from cp_megatron.train.folders import check_goes_on, check_save, data_changes, find_load
 from cp_megatron.train.log_rules import check_log
 from cp_megatron.train.pretrained import check_load_hf, vocab_size_of
 from cp_megatron.train.rope_rules import check_rope
@@ -53,6 +53,7 @@ class RunPlan:
         num_microbatches: micro batches per step on each rank.
         load: the checkpoint folder (step-N) to go on from.
         load_step: its step, 0 for a new run.
+        passed_over: newer checkpoints that are damaged, and what is wrong with them.
         notes: what was decided against or beside the flags, for the start table.
     """
 
@@ -68,6 +69,7 @@ class RunPlan:
     num_microbatches: int
     load: Path | None
     load_step: int
+    passed_over: Mapping[Path, str]
     notes: tuple[str, ...]
 
     @property
@@ -108,6 +110,7 @@ def check(
     dry_run: bool = False,
     dry_run_world_size: int | None = None,
     given: frozenset[str] = frozenset(),
+    auto: bool = False,
     argv: Sequence[str] = (),
     script: str = "launch/pretrain.py",
 ) -> RunPlan:
@@ -119,10 +122,12 @@ def check(
         dry_run: nothing is trained: the world may be any, and is by default the smallest.
         dry_run_world_size: the world to plan for instead.
         given: flags the user typed; one of them without an effect is refused.
+        auto: the same words are said however often the run is started.
         argv: the user's words, for the corrected command.
         script: the program as the user called it, for the same.
 
     Raises:
+        FinishedError: ``auto``, and the run is over.
         ConfigError: the run is not possible.
     """
     rules.check_ranges(config)
@@ -151,13 +156,17 @@ def check(
     validates = rules.check_data(config.data, config.train, given)
     kernels = _kernels(config)
     check_data(config.data)
-    loaded = check_load(config, vocab_size)
-    changes = data_changes(config, loaded[1]) if loaded else ()
+    rules.check_saving(config.checkpoint)
+    loaded = find_load(config)
+    if loaded is not None:
+        check_goes_on(config, loaded.manifest, vocab_size, auto=auto)
+    changes = data_changes(config, loaded.manifest) if loaded else ()
     pretrained = check_load_hf(config)
-    check_save(config, loaded[0] if loaded else None)
+    passed_over = loaded.passed_over if loaded else {}
+    check_save(config, loaded.folder if loaded else None, passed_over=passed_over, auto=auto)
     check_log(
         config.log,
-        first_step=loaded[1].step if loaded else 0,
+        first_step=loaded.manifest.step if loaded else 0,
         last_step=config.train.train_iters,
         world_size=grid.world_size,
         given=given,
@@ -175,8 +184,9 @@ def check(
         padded_vocab_size=padded,
         micro_batch_size=micro_batch_size,
         num_microbatches=num_microbatches,
-        load=loaded[0] if loaded else None,
-        load_step=loaded[1].step if loaded else 0,
+        load=loaded.folder if loaded else None,
+        load_step=loaded.manifest.step if loaded else 0,
+        passed_over=passed_over,
         notes=(*world_note, *pretrained, *changes, *sequence.notes, *notes),
     )
 

@@ -18,7 +18,7 @@ from rich.text import Text
 
 from cp_megatron.config import DataConfig, ModelConfig
 from cp_megatron.errors import ConfigError
-from cp_megatron.train.folders import model_name
+from cp_megatron.train.folders import FinishedError, model_name
 from cp_megatron.train.parameters import num_parameters, parameters_on_rank
 from cp_megatron.train.preflight import RunPlan, dtype_on
 from cp_megatron.train.sequence import SequencePlan
@@ -56,6 +56,13 @@ def refuse(error: ConfigError, program: str, *, rank: int) -> int:
         where = f" (rank {rank})" if rank else ""
         print(error_line(error, f"{program}{where}"), file=sys.stderr, flush=True)
     return 2
+
+
+def already_done(error: FinishedError, *, rank: int) -> int:
+    """Says that a run that is started again has nothing left to do; the exit code 0."""
+    if not rank:
+        print(f"nothing to do: {error}", flush=True)
+    return 0
 
 
 def _printable(text: str) -> str:

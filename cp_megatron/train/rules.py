@@ -12,6 +12,7 @@ from dataclasses import replace
 from types import MappingProxyType
 
 from cp_megatron.config import (
+    CheckpointConfig,
     Config,
     DataConfig,
     MemoryConfig,
@@ -33,6 +34,7 @@ _SIZES = (
     *("tensor_parallel_size", "context_parallel_size"),
     *("seq_length", "micro_batch_size", "global_batch_size"),
     *("train_iters", "lr_decay_iters", "log_interval", "eval_interval", "save_interval"),
+    *("keep_latest_k", "save_retain_interval"),
     *("recompute_num_layers", "mlp_tile_size", "loss_chunk_size"),
 )
 _COUNTS = ("lr_warmup_iters", "eval_iters")
@@ -236,6 +238,14 @@ def with_packing(data: DataConfig, given: frozenset[str]) -> DataConfig:
             raise ConfigError("--no-document-mask", "", rule, "--packing concatenate")
         data = replace(data, document_mask=True)
     return data
+
+
+def check_saving(checkpoint: CheckpointConfig) -> None:
+    """No flag about older checkpoints is without an effect."""
+    every = checkpoint.save_retain_interval
+    if every is not None and checkpoint.keep_latest_k is None:
+        rule = "has no effect where all checkpoints stay"
+        raise ConfigError("--save-retain-interval", every, rule, "--keep-latest-k 3 with it")
 
 
 def check_memory(memory: MemoryConfig, num_layers: int, given: frozenset[str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from contextlib import suppress
 from dataclasses import asdict, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,7 +19,7 @@ from cp_megatron.checkpoint.store import load_checkpoint
 from cp_megatron.comm.groups import ParallelGroups
 from cp_megatron.comm.runtime import Launch
 from cp_megatron.config import Config
-from cp_megatron.config.parse import CONFIG_FILE
+from cp_megatron.config.run_folders import CONFIG_FILE
 from cp_megatron.config.yaml_io import to_yaml
 from cp_megatron.data.corpora import Data, open_data
 from cp_megatron.errors import ConfigError
@@ -33,12 +34,16 @@ from cp_megatron.train.preflight import DeviceName, RunPlan
 from cp_megatron.train.profiler import StepProfiler
 from cp_megatron.train.progress import ProgressView
 from cp_megatron.train.report import print_start
+from cp_megatron.train.resume import settle_load
+from cp_megatron.train.saving import Saver
 from cp_megatron.train.signals import StopRequest, stop_on_signal
 from cp_megatron.train.start import begin, make_context, read_alike
 from cp_megatron.train.step import Trainer
 from cp_megatron.train.wandb_log import WandbRun
 
 RUNS = Path("runs")
+SAVING = timedelta(hours=2)
+"""What the slowest rank's disk may take longer than the fastest's for one checkpoint."""
 
 
 def run(plan: RunPlan, launch: Launch, script: str = "launch/pretrain.py") -> int:
@@ -100,6 +105,7 @@ def assemble(
     Raises:
         ConfigError: the data, the checkpoint or the folder can not be used; on every rank alike.
     """
+    plan = settle_load(plan, control)
     config = plan.config
     found = read_alike(control, lambda: open_data(config.data, seed=config.train.seed))
     _check_continues(plan, found)
@@ -107,7 +113,11 @@ def assemble(
     trainer = _make_trainer(plan, device)
     if plan.load is not None:
         load_checkpoint(
-            plan.load, model=trainer.model, optimizer=trainer.optimizer, process_group=control
+            plan.load,
+            model=trainer.model,
+            optimizer=trainer.optimizer,
+            verified=True,
+            process_group=control,
         )
     elif config.checkpoint.load_hf is not None:
         load_hf(config.checkpoint.load_hf, model=trainer.model, process_group=control)
@@ -126,6 +136,13 @@ def assemble(
         data_fingerprint=found.fingerprint,
         folder=folder,
         control=control,
+        saver=Saver(
+            plan,
+            folder=folder,
+            data_fingerprint=found.fingerprint,
+            group=_saving_group(config, control),
+            say=view.say,
+        ),
         writer=None if quiet else _open_metrics(plan, folder),
         view=view,
         profiler=StepProfiler(
@@ -137,6 +154,15 @@ def assemble(
             say=view.say,
         ),
     )
+
+
+def _saving_group(config: Config, control: dist.ProcessGroup) -> dist.ProcessGroup:
+    """Where ranks speak of a save while they train: ``control`` is in use then."""
+    if not config.checkpoint.async_save:
+        return control
+    group = dist.new_group(backend="gloo", timeout=SAVING)
+    assert group is not None
+    return group
 
 
 def _open_metrics(plan: RunPlan, folder: Path) -> MetricsWriter:

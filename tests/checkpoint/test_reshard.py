@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cp_megatron.checkpoint import storage
+from cp_megatron.checkpoint import save
 from cp_megatron.checkpoint.manifest import read_manifest, verify_files
 from cp_megatron.checkpoint.store import load_checkpoint
 from cp_megatron.errors import ConfigError
@@ -134,7 +134,7 @@ def fail_on_rank_1(rank: int, world_size: int, folder: Path) -> str:
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     with ExitStack() as stack:
         if rank == 1:
-            stack.enter_context(mock.patch.object(storage, "save_file", side_effect=full))
+            stack.enter_context(mock.patch.object(save, "write_image", side_effect=full))
         refused = stack.enter_context(pytest.raises(ConfigError))
         toy.save(folder, model, optimizer, step=4)
     return str(refused.value)

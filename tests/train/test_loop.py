@@ -135,7 +135,7 @@ def test_batches_have_the_mask_of_the_plan(place: Place) -> None:
 def save_again(rank: int, world_size: int, argv: list[str]) -> None:
     """Loads and saves at once: what the checkpoint became in memory."""
     run = assembled(rank, world_size, argv)
-    run._save(run.plan.load_step, 0)
+    run._save(run.plan.load_step, last=True)
 
 
 @dataclass(frozen=True)
@@ -231,7 +231,7 @@ def break_a_parameter(rank: int, world_size: int, argv: list[str]) -> str:
             assert isinstance(parameter, DTensor)
             parameter.to_local().view(-1)[0] = math.inf
     with pytest.raises(DivergedError) as caught:
-        run._save(1, 0)
+        run._save(1, last=True)
     return str(caught.value)
 
 
