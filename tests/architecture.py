@@ -73,6 +73,8 @@ TORCH_FREE_MODULES = (
     f"{PACKAGE}.train.talk",
     f"{PACKAGE}.train.evaluation_plan",
     f"{PACKAGE}.train.evaluation_report",
+    f"{PACKAGE}.train.faults",
+    f"{PACKAGE}.train.guard",
     f"{PACKAGE}.train.log_rules",
     f"{PACKAGE}.train.exchange_memory",
     f"{PACKAGE}.train.memory_plan",

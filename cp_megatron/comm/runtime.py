@@ -21,6 +21,7 @@ class Launch:
         local_world_size: processes on this node.
         under_torchrun: a launcher set the variables; else this is plain ``python``.
         restarts: times the launcher has started the ranks again after a failure.
+        fault: what is to go wrong, for tests: see ``train/faults.py``.
     """
 
     rank: int = 0
@@ -29,10 +30,13 @@ class Launch:
     local_world_size: int = 1
     under_torchrun: bool = False
     restarts: int = 0
+    fault: str = ""
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str]) -> Launch:
         """Reads RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE as torchrun sets them.
+
+        And TORCHELASTIC_RESTART_COUNT, and CPM_FAULT as a test does.
 
         Without both RANK and WORLD_SIZE this is a plain ``python`` run of one rank. A launcher
         that sets only these two is taken to run on one node.
@@ -41,7 +45,7 @@ class Launch:
             ConfigError: a variable is no number, or the numbers can not be.
         """
         if "RANK" not in environ or "WORLD_SIZE" not in environ:
-            return cls()
+            return cls(fault=environ.get("CPM_FAULT", ""))
         world_size = _number(environ, "WORLD_SIZE", 1)
         rank = _number(environ, "RANK", 0)
         local_world_size = _number(environ, "LOCAL_WORLD_SIZE", 1, world_size)
@@ -58,6 +62,7 @@ class Launch:
             local_world_size=local_world_size,
             under_torchrun=True,
             restarts=_number(environ, "TORCHELASTIC_RESTART_COUNT", 0),
+            fault=environ.get("CPM_FAULT", ""),
         )
 
     @property

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import closing, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from cp_megatron.comm.trace import traced
 from cp_megatron.data.ahead import Ahead
 from cp_megatron.data.batch import Batch, microbatches
 from cp_megatron.data.sampler import RowSource, RowSplits
+from cp_megatron.train.faults import Faults
 from cp_megatron.train.memory_meter import MemoryMeter
 from cp_megatron.train.memory_plan import predict
 from cp_megatron.train.memory_report import MemoryReport
@@ -55,6 +56,7 @@ class Run:
         writer: the metrics, on rank 0 only.
         view: what a person sees.
         profiler: writes a trace of some steps where asked to.
+        faults: what this rank does wrong on purpose.
     """
 
     plan: RunPlan
@@ -67,6 +69,7 @@ class Run:
     writer: MetricsWriter | None
     view: ProgressView
     profiler: StepProfiler
+    faults: Faults = field(default_factory=Faults)
 
     def train(self, start_step: int, stop: StopRequest) -> int:
         """Trains from ``start_step`` to the end or until asked to stop; saves; the last step.
@@ -94,7 +97,7 @@ class Run:
             with self.profiler.step(step), clock, meter or nullcontext():
                 with traced("wait for rows"):
                     found = next(shards)
-                result = self.trainer.step(found, step=step, lr=rate)
+                result = self.trainer.step(found, step=step, lr=rate, faults=self.faults)
                 clock.num_pairs += result.num_pairs
             step += 1
             self._check_finite(step, {"loss": result.loss, "gradient norm": result.grad_norm})

@@ -23,6 +23,7 @@ from cp_megatron.errors import ConfigError
 from cp_megatron.kernels.select import KernelChoice, select_kernel
 from cp_megatron.plan import Grid, Mask
 from cp_megatron.train import rules
+from cp_megatron.train.faults import parse_faults
 from cp_megatron.train.folders import check_goes_on, check_save, data_changes, find_load
 from cp_megatron.train.log_rules import check_log
 from cp_megatron.train.pretrained import check_load_hf, vocab_size_of
@@ -130,6 +131,8 @@ def check(
         FinishedError: ``auto``, and the run is over.
         ConfigError: the run is not possible.
     """
+    if not dry_run:
+        parse_faults(launch.fault, launch.world_size)
     rules.check_ranges(config)
     config = dataclasses.replace(config, data=rules.with_packing(config.data, given))
     tokenizer = open_tokenizer(config.data.tokenizer_type, config.data.tokenizer_model)

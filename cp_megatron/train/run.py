@@ -26,6 +26,7 @@ from cp_megatron.errors import ConfigError
 from cp_megatron.model.parallelize import ComputeDType, build_model
 from cp_megatron.tensor_parallel import LossRule
 from cp_megatron.train.farewell import say_farewell, show_curves
+from cp_megatron.train.faults import Faults
 from cp_megatron.train.folders import fresh_run_folder, model_name
 from cp_megatron.train.loop import DivergedError, Run
 from cp_megatron.train.metrics import MetricsWriter, keep_aside
@@ -153,6 +154,7 @@ def assemble(
             device=device,
             say=view.say,
         ),
+        faults=Faults.of(launch),
     )
 
 

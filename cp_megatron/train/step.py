@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 
+from cp_megatron.comm.bits import flip_bit
 from cp_megatron.comm.groups import ParallelGroups
 from cp_megatron.comm.rng import dropout_seed, seed_dropout
 from cp_megatron.comm.trace import traced
@@ -28,6 +29,7 @@ from cp_megatron.data.batch import IGNORED, Batch
 from cp_megatron.kernels.dropout import Dropout
 from cp_megatron.model.transformer import Transformer, layer_context
 from cp_megatron.tensor_parallel import LossRule
+from cp_megatron.train.faults import Faults
 from cp_megatron.train.sequence import local_heads
 
 
@@ -119,14 +121,19 @@ class Trainer:
             num_pairs=pairs / model.num_layers * batch.tokens.shape[0] / cp.cp_size,
         )
 
-    def step(self, shards: Sequence[Shard], *, step: int, lr: float) -> StepResult:
+    def step(
+        self, shards: Sequence[Shard], *, step: int, lr: float, faults: Faults | None = None
+    ) -> StepResult:
         """Trains on this rank's micro batches of one global batch.
 
         Args:
             shards: what ``prepare`` made of them.
             step: steps finished before this one.
             lr: the learning rate.
+            faults: what this rank does wrong on purpose.
         """
+        faults = faults or Faults()
+        faults.before_step(step)
         self.model.train()
         num_tokens, num_pairs = self._sum(
             sum(shard.num_valid for shard in shards), sum(shard.num_pairs for shard in shards)
@@ -135,6 +142,7 @@ class Trainer:
         for number, shard in enumerate(shards):
             self._seed_dropout(step, number)
             trained, losses = self._losses(shard)
+            trained, losses = _with_faults(faults, step, trained, losses)
             with traced("backward"):
                 (trained / max(num_tokens, 1)).backward()
             total += losses.sum(dtype=torch.float64)
@@ -145,6 +153,9 @@ class Trainer:
         with traced("optimizer"):
             self.optimizer.step()
             self.optimizer.zero_grad()
+        if faults.has("flip", step):
+            held = (local_values(parameter) for parameter in self.model.parameters())
+            flip_bit(next(x for x in held if x.numel()))
         (loss,) = self._sum(total)
         return StepResult(loss=loss / max(num_tokens, 1), grad_norm=grad_norm, num_pairs=num_pairs)
 
@@ -165,8 +176,7 @@ class Trainer:
         """Whether every parameter value that this rank holds is a finite number."""
         found = torch.ones((), dtype=torch.bool, device=self.device)
         for parameter in self.model.parameters():
-            local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-            found &= local.isfinite().all()
+            found &= local_values(parameter).isfinite().all()
         return bool(found.item())
 
     def _losses(self, shard: Shard) -> tuple[Tensor, Tensor]:
@@ -221,6 +231,25 @@ class Trainer:
             tp=place.tp if self.sequence_parallel else None,
         )
         seed_dropout(seed, self.device)
+
+
+def local_values(parameter: Tensor) -> Tensor:
+    """What this rank holds of a parameter."""
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+
+
+def _with_faults(
+    faults: Faults, step: int, trained: Tensor, losses: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The loss to train and those of the tokens, where something is to go wrong with them."""
+    if not faults.mine:
+        return trained, losses
+    faults.before_backward(step)
+    factor = faults.factor(step)
+    trained, losses = trained * factor, losses * factor
+    if faults.has("raise", step):
+        trained.register_hook(faults.raises)
+    return trained, losses
 
 
 def count_valid(labels: Tensor) -> int:
