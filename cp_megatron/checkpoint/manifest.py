@@ -132,16 +132,18 @@ def newest_step(run_folder: Path | str) -> Path | None:
 
 def finished_steps(run_folder: Path) -> dict[int, Path]:
     """The finished checkpoints of a run's folder by their steps."""
+    steps = step_folders(run_folder)
+    return {step: folder for step, folder in steps.items() if (folder / MANIFEST).is_file()}
+
+
+def step_folders(run_folder: Path) -> dict[int, Path]:
+    """Everything in a run's folder that has the name of a finished checkpoint, by its step."""
     try:
         entries = list(run_folder.iterdir())
     except OSError:
         return {}
     matches = {entry: STEP_FOLDER.fullmatch(entry.name) for entry in entries}
-    return {
-        int(match[1]): entry
-        for entry, match in matches.items()
-        if match and (entry / MANIFEST).is_file()
-    }
+    return {int(match[1]): entry for entry, match in matches.items() if match}
 
 
 def unfinished_steps(run_folder: Path) -> list[Path]:

@@ -11,8 +11,8 @@ from cp_megatron.checkpoint.manifest import (
     DamagedError,
     Manifest,
     check_size,
-    finished_steps,
     read_manifest,
+    step_folders,
 )
 
 DAMAGED = ".damaged"
@@ -48,7 +48,7 @@ def newest_whole(run_folder: Path, before: int | None = None) -> Newest | None:
     Raises:
         DamagedError: all of them are damaged; what it says of the newest.
     """
-    steps = finished_steps(run_folder)
+    steps = step_folders(run_folder)
     passed_over: dict[Path, str] = {}
     first: DamagedError | None = None
     for step in sorted(steps, reverse=True):

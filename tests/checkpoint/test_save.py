@@ -1,0 +1,351 @@
+"""Saves behind the training: what is copied is what is saved, and no moment of it can be torn."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from cp_megatron.checkpoint import save as saving
+from cp_megatron.checkpoint.manifest import finished_steps, read_manifest, verify_files
+from cp_megatron.checkpoint.newest import newest_whole, set_aside
+from cp_megatron.checkpoint.save import Keep, Save, start_save
+from cp_megatron.checkpoint.shard import (
+    DTYPES,
+    HostMemory,
+    take_image,
+    write_all,
+    write_image,
+    write_text,
+)
+from cp_megatron.checkpoint.store import load_checkpoint
+from cp_megatron.config import Config
+from cp_megatron.errors import ConfigError
+from cp_megatron.plan import Grid
+from tests.checkpoint import toy
+from tests.ranks import run_ranks
+
+
+def start(folder: Path, model: toy.Toy, optimizer: torch.optim.AdamW, **other: Any) -> Save:
+    facts = {"step": 3, "consumed": 24, "config": Config(), "grid": Grid()}
+    facts |= {"data_fingerprint": "abc", "vocab_size": 257}
+    return start_save(folder, model=model, optimizer=optimizer, **(facts | other))
+
+
+def test_a_shard_is_a_safetensors_file(tmp_path: Path) -> None:
+    tensors = {
+        name: torch.randint(0, 2, (2, 3)).to(dtype) for name, dtype in sorted(DTYPES.items())
+    }
+    tensors |= {"scalar": torch.tensor(2.5), "é": torch.arange(6).reshape(3, 2).t()}
+    entry = write_image(tmp_path / "shard", take_image(tensors, HostMemory()))
+    found = load_file(tmp_path / "shard")
+    assert found.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert found[name].dtype == tensor.dtype
+        assert torch.equal(found[name], tensor), name
+    assert entry.size == (tmp_path / "shard").stat().st_size
+    with pytest.raises(FileExistsError):
+        write_image(tmp_path / "shard", take_image(tensors, HostMemory()))
+
+
+def test_a_disk_that_takes_less_at_once_gets_all_of_it(tmp_path: Path) -> None:
+    descriptor = os.open(tmp_path / "file", os.O_WRONLY | os.O_CREAT)
+    whole = os.write
+    with mock.patch.object(os, "write", lambda fd, data: whole(fd, data[:3])):
+        write_all(descriptor, memoryview(b"0123456789"))
+    os.close(descriptor)
+    assert (tmp_path / "file").read_bytes() == b"0123456789"
+
+
+class Gate:
+    """Holds every thread that writes a shard until it is opened."""
+
+    def __init__(self) -> None:
+        self.opened = threading.Event()
+        self._write = write_image
+
+    def __call__(self, *args: Any) -> Any:
+        assert self.opened.wait(30)
+        return self._write(*args)
+
+
+def train_on(rank: int, world_size: int, folder: Path) -> list[bool]:
+    """Updates while the save waits: saved are the numbers of before."""
+    model, optimizer = toy.make(Grid(cp=2, tp=2), updates=3)
+    expected = toy.snapshot(model, optimizer)
+    gate = Gate()
+    with mock.patch.object(saving, "write_image", gate):
+        save = start(folder, model, optimizer, grid=Grid(cp=2, tp=2))
+        toy.update(model, optimizer, 2)
+        waited = not save.ended and not (folder / "step-3").exists()
+        gate.opened.set()
+        save.wait()
+    changed = not torch.equal(toy.snapshot(model, optimizer)["row"], expected["row"])
+    other, its_optimizer = toy.make(Grid(cp=2, tp=2))
+    load_checkpoint(folder / "step-3", model=other, optimizer=its_optimizer)
+    found = toy.snapshot(other, its_optimizer)
+    same = all(torch.equal(found[name], expected[name]) for name in expected)
+    return [waited, changed, same, save.ended, 0 < save.stopped_seconds < save.seconds]
+
+
+def test_the_training_goes_on_while_it_is_saved(tmp_path: Path) -> None:
+    assert run_ranks(train_on, 4, tmp_path) == [[True] * 5] * 4
+
+
+def fail_to_copy(rank: int, world_size: int, folder: Path) -> str:
+    model, optimizer = toy.make(Grid(cp=2), updates=1)
+    failing = mock.Mock(side_effect=MemoryError("no room for the copy"))
+    with mock.patch.object(saving, "take_image", failing if rank else take_image):
+        save = start(folder, model, optimizer, grid=Grid(cp=2))
+    with pytest.raises(MemoryError) as caught:
+        save.wait()
+    return f"{caught.value} {sorted(path.name for path in folder.iterdir())}"
+
+
+def test_a_rank_that_can_not_copy_fails_the_save_of_all(tmp_path: Path) -> None:
+    assert run_ranks(fail_to_copy, 2, tmp_path) == ["no room for the copy []"] * 2
+
+
+@given(st.sets(st.integers(0, 60)), st.none() | st.integers(1, 5), st.none() | st.integers(1, 7))
+def test_which_older_checkpoints_stay(
+    steps: set[int], latest: int | None, every: int | None
+) -> None:
+    removed = Keep(latest=latest, every=every).superseded(sorted(steps))
+    kept = steps - set(removed)
+    assert kept >= set(sorted(steps)[-(latest or len(steps) or 1) :])
+    assert kept >= {step for step in steps if every and step % every == 0}
+    if latest is not None:
+        assert len({s for s in kept if not every or s % every}) <= latest
+
+
+def test_older_checkpoints_make_room_when_the_new_one_is_complete(tmp_path: Path) -> None:
+    model, optimizer = toy.make(None, updates=1)
+    for step in range(1, 8):
+        start(tmp_path, model, optimizer, step=step, keep=Keep(latest=2, every=3)).wait()
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["step-3", "step-6", "step-7"]
+
+
+def test_a_full_disk_for_real(tmp_path: Path) -> None:
+    """The kernel refuses to make a file longer than this; Python gets it as an OSError."""
+    model, optimizer = toy.make(None, updates=1)
+    start(tmp_path, model, optimizer, step=1).wait()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with pytest.raises(ConfigError, match="rank 0: File too large"):
+            start(tmp_path, model, optimizer, step=2).wait()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [path.name for path in tmp_path.iterdir()] == ["step-1"]
+    start(tmp_path, model, optimizer, step=2).wait()
+    assert sorted(finished_steps(tmp_path)) == [1, 2]
+
+
+CALLS = ("open", "write", "fsync", "close", "rename", "mkdir", "rmdir", "unlink")
+"""What a save asks of the system; each is a moment in which the process may be killed."""
+
+VICTIM = """
+import os, signal, sys
+from pathlib import Path
+folder, last = Path(sys.argv[1]), int(sys.argv[2])
+from tests.checkpoint import toy
+from tests.checkpoint.test_save import CALLS, start
+from cp_megatron.checkpoint import shard
+from cp_megatron.checkpoint.save import Keep
+model, optimizer = toy.make(None, updates=1)
+count = 0
+def watched(call):
+    def wrapper(*args, **more):
+        global count
+        count += 1
+        if count == last:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return call(*args, **more)
+    return wrapper
+start(folder, model, optimizer, step=1).wait()
+start(folder, model, optimizer, step=2).wait()
+toy.update(model, optimizer, 1)
+shard.PIECE_BYTES = 500  # several writes
+for name in CALLS:
+    setattr(os, name, watched(getattr(os, name)))
+start(folder, model, optimizer, step=4, keep=Keep(latest=2)).wait()
+print(count, flush=True)
+os._exit(0)
+"""
+
+
+def fork_victims(folder: Path, first: int, last: int) -> Iterator[tuple[int, int]]:
+    """Children that are killed at call ``first`` to ``last``; (call, its exit status)."""
+    for number in range(first, last + 1):
+        child = os.fork()
+        if not child:
+            sys.argv = ["victim", str(folder / str(number)), str(number)]
+            with open(os.devnull, "w") as null:
+                os.dup2(null.fileno(), 1)
+            exec(VICTIM, {})
+        yield number, os.waitpid(child, 0)[1]
+
+
+KILLER = """
+import sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+import tests.checkpoint.test_save as tests
+folder = Path(sys.argv[1])
+number, status = 0, 9
+while status == 9:
+    number += 1
+    ((_, status),) = tests.fork_victims(folder, number, number)
+print(number, status)
+"""
+
+
+def test_killed_at_every_call_to_the_system_the_step_before_is_whole(tmp_path: Path) -> None:
+    """Steps 1 and 2 are there; the save of step 4 is killed and would then remove step 1."""
+    ended = subprocess.run(
+        [sys.executable, "-c", KILLER, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=True,
+    )
+    number, status = map(int, ended.stdout.split())
+    assert status == 0, "the last one was not killed"
+    assert number > 25
+    chosen = []
+    for point in range(1, number + 1):
+        found = newest_whole(tmp_path / str(point))
+        assert found is not None
+        assert not found.passed_over, point
+        verify_files(found.folder, found.manifest)
+        model, optimizer = toy.make(None)
+        load_checkpoint(found.folder, model=model, optimizer=optimizer)
+        chosen.append(found.manifest.step)
+        start(tmp_path / str(point), model, optimizer, step=5).wait()
+        assert not list((tmp_path / str(point)).glob("*.tmp")), "the next save makes room"
+    assert set(chosen) == {2, 4}
+    assert chosen == sorted(chosen), "the name decides, at one point"
+    print(f"{number - 1} points: step 2 chosen {chosen.count(2)} times, step 4 {chosen.count(4)}")
+
+
+def test_no_bit_can_flip_unseen(tmp_path: Path) -> None:
+    """200 flips over all files of the newest step: always the step before is chosen."""
+    model, optimizer = toy.make(None, updates=1)
+    for step in (1, 2):
+        start(tmp_path, model, optimizer, step=step).wait()
+    files = sorted((tmp_path / "step-2").iterdir())
+    assert [file.name for file in files] == ["manifest.json", "rank-00000.safetensors"]
+    generator = torch.Generator().manual_seed(5)
+    found = 0
+    for number in range(200):
+        file = files[number % len(files)]
+        good = file.read_bytes()
+        place = int(torch.randint(8 * len(good), (), generator=generator))
+        bad = bytearray(good)
+        bad[place // 8] ^= 1 << place % 8
+        file.write_bytes(bad)
+        found += not is_whole(tmp_path / "step-2", file.name)
+        file.write_bytes(good)
+    assert found == 200
+    assert is_whole(tmp_path / "step-2", "")
+
+
+def is_whole(step: Path, broken: str) -> bool:
+    try:
+        verify_files(step, read_manifest(step))
+    except ConfigError as error:
+        return not (broken in error.rule and str(step.with_name("step-1")) in error.works)
+    return True
+
+
+def slow_disk(rank: int, world_size: int, folder: Path) -> list[str]:
+    """Rank 1's disk takes a second, then gives up: all learn it, none is stuck."""
+    model, optimizer = toy.make(Grid(cp=2), updates=1)
+
+    def late(*args: Any) -> Any:
+        time.sleep(1)
+        raise OSError(5, "Input/output error")
+
+    with mock.patch.object(saving, "write_image", late if rank else write_image):
+        save = start(folder, model, optimizer, grid=Grid(cp=2))
+        at_once = save.stopped_seconds < 1
+        with pytest.raises(ConfigError) as caught:
+            save.wait()
+    again = start(folder, model, optimizer, grid=Grid(cp=2)).wait()
+    return [str(at_once), caught.value.rule, again.name]
+
+
+def test_a_slow_disk_that_fails_is_told_to_all(tmp_path: Path) -> None:
+    expected = ["True", "rank 1: Input/output error", "step-3"]
+    assert run_ranks(slow_disk, 2, tmp_path) == [expected] * 2
+
+
+def test_a_manifest_is_never_written_over(tmp_path: Path) -> None:
+    write_text(tmp_path / "manifest.json", "one")
+    with pytest.raises(FileExistsError):
+        write_text(tmp_path / "manifest.json", "other")
+
+
+def killed_peer(rank: int, world_size: int, folder: Path) -> None:
+    """Row 9: the same step again, and one rank dies: what is there stays as it is."""
+    model, optimizer = toy.make(Grid(cp=2), updates=1)
+    with pytest.raises(ConfigError, match="step-3 exists already"):
+        start(folder, model, optimizer, grid=Grid(cp=2)).wait()
+    if rank:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_step_is_never_saved_over(tmp_path: Path) -> None:
+    run_ranks(toy.save_on_ranks, 2, Grid(cp=2), tmp_path)
+    before = {path: path.read_bytes() for path in (tmp_path / "step-3").iterdir()}
+    with pytest.raises(RuntimeError, match="rank 1 died"):
+        run_ranks(killed_peer, 2, tmp_path)
+    assert {path: path.read_bytes() for path in (tmp_path / "step-3").iterdir()} == before
+
+
+MOVES: dict[str, Callable[[Path], object]] = {
+    "truncated": lambda file: os.truncate(file, file.stat().st_size // 2),
+    "empty": lambda file: os.truncate(file, 0),
+    "missing": lambda file: file.unlink(),
+    "longer": lambda file: file.write_bytes(file.read_bytes() + b"\0"),
+    "a folder": lambda file: (file.unlink(), file.mkdir()),
+    "a link": lambda file: (file.rename(file.with_name("x")), file.symlink_to("x")),
+    "a pipe": lambda file: (file.unlink(), os.mkfifo(file)),
+}
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "rank-00000.safetensors"])
+@pytest.mark.parametrize("move", MOVES)
+def test_a_checkpoint_without_one_of_its_files_is_passed_over(
+    name: str, move: str, tmp_path: Path
+) -> None:
+    model, optimizer = toy.make(None, updates=1)
+    for step in (1, 2):
+        start(tmp_path, model, optimizer, step=step).wait()
+    MOVES[move](tmp_path / "step-2" / name)
+    if name == "manifest.json" and move == "a link":
+        return  # what it says is checked; where it lies is the user's business
+    found = newest_whole(tmp_path)
+    assert found is not None
+    assert found.folder == tmp_path / "step-1"
+    assert list(found.passed_over) == [tmp_path / "step-2"]
+    assert set_aside(tmp_path / "step-2") == tmp_path / "step-2.damaged"
+    start(tmp_path, model, optimizer, step=2).wait()
+    assert set_aside(tmp_path / "step-2") == tmp_path / "step-2.damaged.2"
+    assert sorted(finished_steps(tmp_path)) == [1]
