@@ -1,0 +1,211 @@
+"""Going on: --load auto, the newest whole checkpoint, saves that fail while training goes on."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch.distributed as dist
+
+from cp_megatron.checkpoint import save as saving
+from cp_megatron.comm.runtime import Launch
+from cp_megatron.config.parse import parse_arguments
+from cp_megatron.errors import ConfigError
+from cp_megatron.train.folders import FinishedError
+from cp_megatron.train.loop import Run
+from cp_megatron.train.preflight import check
+from cp_megatron.train.run import assemble
+from cp_megatron.train.signals import StopRequest
+from tests.ranks import run_ranks
+from tests.train.checkpoints import differing, metrics_of, numbers
+from tests.train.test_loop import GRIDS, STEPS, Place, StoppingView, place
+
+__all__ = ["place"]  # the fixture
+EVERY = ["--save-interval", "1"]
+
+
+def assembled(rank: int, world_size: int, argv: list[str], again: bool = False) -> Run:
+    launch = Launch(
+        rank=rank,
+        local_rank=rank,
+        world_size=world_size,
+        local_world_size=world_size,
+        under_torchrun=True,
+    )
+    found = parse_arguments(argv, again=again)
+    plan = check(found.config, launch, given=found.given, auto=found.auto).on_device("cpu")
+    world = dist.group.WORLD
+    assert world is not None
+    return assemble(plan, launch, "cpu", world)
+
+
+def train(
+    rank: int, world_size: int, argv: list[str], stop_at: int | None = None, again: bool = False
+) -> tuple[int, int, list[str]]:
+    """First and last step, and the notes of the start table."""
+    run = assembled(rank, world_size, argv, again)
+    stop = StopRequest()
+    run = replace(run, view=StoppingView(stop, stop_at))
+    try:
+        return run.plan.load_step, run.train(run.plan.load_step, stop), list(run.plan.notes)
+    finally:
+        if run.writer is not None:
+            run.writer.close()
+
+
+def refused(rank: int, world_size: int, argv: list[str]) -> ConfigError:
+    with pytest.raises(ConfigError) as caught:
+        assembled(rank, world_size, argv)
+    return caught.value
+
+
+def flip(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[-5] ^= 4
+    file.write_bytes(data)
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_trained_again(place: Place) -> None:
+    grid = ["--context-parallel-size", "2"]
+    run_ranks(train, 2, place.argv("whole", *grid))
+    run_ranks(train, 2, place.argv("cut", *grid, *EVERY), 3)
+    cut, whole = place.folder / "cut", place.folder / "whole"
+    flip(cut / "step-3" / "rank-00001.safetensors")
+    flip(cut / "step-2" / "manifest.json")
+    for first, last, notes in run_ranks(train, 2, place.load("cut")):
+        assert (first, last) == (1, STEPS)
+        (note,) = (note for note in notes if "step-3" in note)
+        assert "is passed over: it rank-00001.safetensors is damaged" in note
+        assert "kept as step-3.damaged" in note
+        assert any("step-2 is passed over: it manifest.json" in note for note in notes)
+    assert (cut / "step-3.damaged" / "manifest.json").is_file()
+    assert (cut / "step-2.damaged").is_dir()
+    assert differing(whole / f"step-{STEPS}", cut / f"step-{STEPS}") == []
+    assert list(map(numbers, metrics_of(whole))) == list(map(numbers, metrics_of(cut)))
+
+
+def test_who_names_a_damaged_step_is_told_of_another(place: Place) -> None:
+    run_ranks(train, 1, place.argv("run", *EVERY), 2)
+    flip(place.folder / "run" / "step-2" / "rank-00000.safetensors")
+    argv = ["--load", place.run("run/step-2"), "--save", place.run("other")]
+    (error,) = run_ranks(refused, 1, argv)
+    assert "is damaged" in error.rule
+    assert error.works == place.run("run/step-1")
+    # From another folder's run nothing is renamed.
+    argv = ["--load", place.run("run"), "--save", place.run("other")]
+    ((first, _, notes),) = run_ranks(train, 1, argv)
+    assert first == 1
+    assert any(note.endswith("SHA-256 is not the manifest's") for note in notes)
+    assert (place.folder / "run" / "step-2").is_dir()
+
+
+def test_nothing_whole_is_refused_and_nothing_is_begun_over_it(place: Place) -> None:
+    run_ranks(train, 1, place.argv("run"), 2)
+    flip(place.folder / "run" / "step-2" / "rank-00000.safetensors")
+    for argv in (place.load("run"), place.argv("run", "--load", "auto")):
+        (error,) = run_ranks(refused, 1, argv)
+        assert "rank-00000.safetensors is damaged" in error.rule
+    (place.folder / "run" / "step-2" / "manifest.json").unlink()
+    with pytest.raises(ConfigError, match="is no finished checkpoint"):
+        assembled(0, 1, place.argv("run", "--load", "auto"))
+
+
+def test_the_same_words_begin_a_run_and_go_on_with_it(place: Place) -> None:
+    flags = ["--load", "auto", *GRIDS["tp2 cp2"]]
+    run_ranks(train, 4, place.argv("whole", *GRIDS["tp2 cp2"]))
+    assert run_ranks(train, 4, place.argv("run", *flags), 2)[0][:2] == (0, 2)
+    assert run_ranks(train, 4, place.argv("run", *flags))[0][:2] == (2, STEPS)
+    one, other = place.folder / "whole", place.folder / "run"
+    assert differing(one / f"step-{STEPS}", other / f"step-{STEPS}") == []
+    run_again = parse_arguments(place.argv("run", *flags))
+    with pytest.raises(FinishedError, match=f"at step {STEPS} already"):
+        check(run_again.config, Launch(world_size=4), given=run_again.given, auto=run_again.auto)
+    with pytest.raises(ConfigError, match="--load auto --save RUN"):
+        parse_arguments(["--load", "auto"])
+
+
+def test_a_run_that_ended_before_its_first_checkpoint_is_begun_again(place: Place) -> None:
+    run_ranks(train, 1, place.argv("run"), 2)
+    folder = place.folder / "run"
+    (folder / "step-2").rename(folder / "step-2.tmp")
+    (error,) = run_ranks(refused, 1, place.argv("run"))
+    assert "is not empty" in error.rule
+    assert run_ranks(train, 1, place.argv("run", "--load", "auto"))[0][:2] == (0, STEPS)
+    assert [row["step"] for row in metrics_of(folder)] == list(range(1, STEPS + 1))
+    assert sorted(path.name for path in folder.glob("step-*")) == [f"step-{STEPS}"]
+
+
+def test_a_launcher_that_starts_the_ranks_again_goes_on(place: Place) -> None:
+    """Without a word of --load, and from the new folder where there is another to begin from."""
+    run_ranks(train, 1, place.argv("run"), 2)
+    assert run_ranks(train, 1, place.argv("run"), None, True)[0][:2] == (2, STEPS)
+    words = ["--load", place.run("run/step-2"), "--save", place.run("on"), "--train-iters", "6"]
+    assert run_ranks(train, 1, words, 4)[0][:2] == (2, 4)
+    assert run_ranks(train, 1, words, None, True)[0][:2] == (4, 6)
+
+
+def full_disk(rank: int, world_size: int, argv: list[str], good: int) -> tuple[list[str], str]:
+    """What is said, and the error at the end, where all saves but the first ``good`` fail."""
+    run = assembled(rank, world_size, argv)
+    said: list[str] = []
+    run.saver._say = said.append
+    count = 0
+    write = saving.write_image
+
+    def full(*args: object) -> object:
+        nonlocal count
+        count += 1
+        if count > good and rank == 1:
+            raise OSError(28, "No space left on device")
+        return write(*args)  # type: ignore[arg-type]
+
+    run = replace(run, view=StoppingView(StopRequest(), None))
+    error = ""
+    with mock.patch.object(saving, "write_image", full):
+        try:
+            run.train(0, StopRequest())
+        except ConfigError as refused:
+            error = refused.rule
+    if run.writer is not None:
+        run.writer.close()
+    return said, error
+
+
+@pytest.mark.parametrize("flags", [[], ["--no-async-save"]])
+def test_a_full_disk_is_warned_of_and_the_last_save_has_to_succeed(
+    place: Place, flags: list[str]
+) -> None:
+    argv = place.argv("run", "--context-parallel-size", "2", *EVERY, *flags)
+    for said, error in run_ranks(full_disk, 2, argv, 1):
+        assert error == "rank 1: No space left on device"
+        first, second = said
+        assert first == (
+            "warning: no checkpoint of step 2 (rank 1: No space left on device); "
+            "the newest is of step 1"
+        )
+        assert second.startswith("warning: no checkpoint of step 3 ")
+    assert [path.name for path in (place.folder / "run").glob("step-*")] == ["step-1"]
+
+
+def test_only_the_newest_checkpoints_stay(place: Place) -> None:
+    keep = ["--keep-latest-k", "1", "--save-retain-interval", "2", *EVERY]
+    run_ranks(train, 2, place.argv("run", "--context-parallel-size", "2", *keep), 3)
+    names = sorted(path.name for path in (place.folder / "run").glob("step-*"))
+    assert names == ["step-2", "step-3"]
+    with pytest.raises(ConfigError, match="has no effect where all checkpoints stay"):
+        assembled(0, 1, place.argv("other", "--save-retain-interval", "2"))
+
+
+def differ(rank: int, world_size: int, argvs: list[list[str]]) -> ConfigError:
+    return refused(rank, world_size, argvs[rank])
+
+
+def test_ranks_that_see_other_checkpoints_end_alike(place: Place) -> None:
+    run_ranks(train, 2, place.argv("run", "--context-parallel-size", "2", *EVERY), 2)
+    save = ["--save", place.run("other")]
+    argvs = [["--load", place.run(f"run/step-{step}"), *save] for step in (1, 2)]
+    one, other = run_ranks(differ, 2, argvs)
+    assert one.rule == other.rule
+    assert one.rule.startswith("ranks [1] see ")
