@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -27,24 +28,32 @@ class ParallelGroups:
     dp_cp_mesh: DeviceMesh
 
     @classmethod
-    def create(cls, grid: Grid, device_type: str) -> ParallelGroups:
+    def create(
+        cls, grid: Grid, device_type: str, timeout: timedelta | None = None
+    ) -> ParallelGroups:
         """Builds the groups; collective over the default process group, which must exist.
 
         Args:
             grid: its world size is the default group's.
             device_type: ``cpu`` or ``cuda``.
+            timeout: after which a rank no longer waits for the others; by default torch's, which
+                new groups take whatever the default group's is.
         """
         mesh = init_device_mesh(
             device_type, (grid.dp, grid.cp, grid.tp), mesh_dim_names=("dp", "cp", "tp")
         )
         # Reductions over all ranks at once (the gradient's norm) then take one message instead of
         # one per axis: DTensor looks for a flattened mesh that covers both of a parameter's axes.
-        mesh._flatten("world")
+        world = mesh._flatten("world")
+        dp_cp = mesh["dp", "cp"]._flatten("dp_cp")
+        if timeout is not None:
+            for group in (*mesh.get_all_groups(), world.get_group(), dp_cp.get_group()):
+                dist.distributed_c10d._set_pg_timeout(timeout, group)
         return cls(
             grid=grid,
             coordinates=grid.coordinates(dist.get_rank()),
             mesh=mesh,
-            dp_cp_mesh=mesh["dp", "cp"]._flatten("dp_cp"),
+            dp_cp_mesh=dp_cp,
         )
 
     @property

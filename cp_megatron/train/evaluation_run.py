@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import cast
 
@@ -194,7 +195,8 @@ class _Evaluator:
         run = plan.longest
         assert run.dtype is not None
         device = torch.device(f"cuda:{launch.local_rank}" if device_name == "cuda" else "cpu")
-        groups = ParallelGroups.create(run.grid, device.type)
+        timeout = timedelta(minutes=run.config.parallel.distributed_timeout_minutes)
+        groups = ParallelGroups.create(run.grid, device.type, timeout)
         dtype = cast(ComputeDType, run.dtype)
         model = build_model(
             run.config,

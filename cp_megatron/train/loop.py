@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import closing, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -97,7 +97,8 @@ class Run:
             with self.profiler.step(step), clock, meter or nullcontext():
                 with traced("wait for rows"):
                     found = next(shards)
-                result = self.trainer.step(found, step=step, lr=rate, faults=self.faults)
+                with noted(f"step {step + 1}"):
+                    result = self.trainer.step(found, step=step, lr=rate, faults=self.faults)
                 clock.num_pairs += result.num_pairs
             step += 1
             self._check_finite(step, {"loss": result.loss, "gradient norm": result.grad_norm})
@@ -236,6 +237,16 @@ def any_rank_stops(stop: StopRequest, group: dist.ProcessGroup) -> bool:
     if group.size() > 1:
         dist.all_reduce(asked, op=dist.ReduceOp.MAX, group=group)
     return bool(asked.item())
+
+
+@contextmanager
+def noted(text: str) -> Iterator[None]:
+    """An exception from inside says where it was."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(text)
+        raise
 
 
 class _Clock:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import signal
 import sys
-from contextlib import suppress
 from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
@@ -17,7 +17,7 @@ from cp_megatron.checkpoint.huggingface import load_hf
 from cp_megatron.checkpoint.manifest import read_manifest
 from cp_megatron.checkpoint.store import load_checkpoint
 from cp_megatron.comm.groups import ParallelGroups
-from cp_megatron.comm.runtime import Launch
+from cp_megatron.comm.runtime import Launch, record_collectives
 from cp_megatron.config import Config
 from cp_megatron.config.run_folders import CONFIG_FILE
 from cp_megatron.config.yaml_io import to_yaml
@@ -41,6 +41,7 @@ from cp_megatron.train.signals import StopRequest, stop_on_signal
 from cp_megatron.train.start import begin, make_context, read_alike
 from cp_megatron.train.step import Trainer
 from cp_megatron.train.wandb_log import WandbRun
+from cp_megatron.train.watch import Watch
 
 RUNS = Path("runs")
 SAVING = timedelta(hours=2)
@@ -58,15 +59,35 @@ def run(plan: RunPlan, launch: Launch, script: str = "launch/pretrain.py") -> in
     Raises:
         ConfigError: something that only torch or the whole of the data could tell.
     """
+    record_collectives()
     (plan,), device, control = begin([plan], launch)
-    try:
-        pieces = assemble(plan, launch, device, control)
-        dist.barrier(group=control)  # no rank ends at a signal that another one waits out
-        with stop_on_signal(quiet=launch.rank != 0) as stop:
+    pieces = assemble(plan, launch, device, control)
+    dist.barrier(group=control)  # no rank ends at a signal that another one waits out
+    with stop_on_signal(quiet=launch.rank != 0) as stop:
+        train = _train if launch.world_size == 1 else _watched
+        code = train(pieces, launch, stop, script)
+    if not code:  # else a rank may be gone, and would be waited for
+        dist.destroy_process_group()
+    return code
+
+
+def _watched(pieces: Run, launch: Launch, stop: StopRequest, script: str) -> int:
+    """``_train`` among other ranks: whatever breaks it is told once."""
+    watch = Watch(
+        launch,
+        dist.distributed_c10d._get_default_store(),
+        folder=pieces.folder,
+        program=Path(script).name,
+        orphaned=lambda: stop(signal.SIGHUP, None),
+    )
+    with watch:
+        try:
             return _train(pieces, launch, stop, script)
-    finally:
-        with suppress(Exception):  # a broken group must not hide what broke it
-            dist.destroy_process_group()
+        except ConfigError:  # all ranks raise it
+            raise
+        except Exception as error:
+            watch.explain(error)
+            return 1
 
 
 def _train(pieces: Run, launch: Launch, stop: StopRequest, script: str) -> int:
@@ -180,7 +201,8 @@ def _make_trainer(plan: RunPlan, device: torch.device) -> Trainer:
     """The initialised model on this rank, and what moves it."""
     config = plan.config
     assert plan.dtype is not None, "known since the device is"
-    groups = ParallelGroups.create(plan.grid, device.type)
+    timeout = timedelta(minutes=config.parallel.distributed_timeout_minutes)
+    groups = ParallelGroups.create(plan.grid, device.type, timeout)
     dtype = cast(ComputeDType, plan.dtype)
     model = build_model(
         config,

@@ -10,7 +10,8 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import NoReturn
 
-CAUGHT = (signal.SIGINT, signal.SIGTERM)
+CAUGHT = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+"""SLURM warns with one of the last two; torchrun passes them on with --signals-to-handle."""
 
 _STDERR = 2
 
@@ -65,7 +66,7 @@ def leave(code: int) -> NoReturn:
 
 @contextmanager
 def stop_on_signal(*, quiet: bool = True) -> Iterator[StopRequest]:
-    """Catches SIGINT and SIGTERM inside the block, and ignores them after it.
+    """Catches the signals inside the block, and ignores them after it.
 
     After it the process only leaves, and its launcher may still pass on the signal that ended it,
     or end it for another rank that left a moment before.
