@@ -4,9 +4,10 @@
     copies        x0 ->|   x1 ->|  x2 ->                    <- x1 |  <- x0 |
 
 On CUDA the copies run on a stream of their own into pinned memory: out while the next layer is
-computed, back one layer ahead of the backward pass that reads it. On the CPU the same steps copy
-to files that are mapped into memory and unlinked at once, so that they end with the process; their
-pages leave the process as soon as they are written, and the kernel may write them to disk.
+computed, back one layer ahead of the backward pass that reads it. On the CPU the same tensors are
+copied to files that are mapped into memory and unlinked at once, so that they end with the process;
+their pages leave the process as soon as they are written, and the kernel may write them to disk.
+There a copy runs beside nothing, so each comes back when it is read and not before.
 
 Pieces of host memory are used again by later steps: as many exist as are kept at once.
 """
@@ -155,14 +156,14 @@ class _Kept:
         self._piece.written()
 
     def take(self) -> Tensor:
-        """The tensor on its device; the one kept before it, which is read next, is on its way."""
+        """The tensor on its device; on CUDA the one kept before it, read next, is on its way."""
         self.fetch()
         assert self._fetched is not None
         found, self._fetched = self._fetched, None
-        before = self._before() if self._before else None
-        if before is not None:
-            before.fetch()
         if self._ready is not None:
+            before = self._before() if self._before else None
+            if before is not None:
+                before.fetch()
             stream = torch.cuda.current_stream(self._device)
             stream.wait_event(self._ready)
             found.record_stream(stream)

@@ -18,9 +18,10 @@ from cp_megatron.config import MemoryConfig
 from cp_megatron.config.schema import Recompute
 from cp_megatron.context_parallel import ContextParallel
 from cp_megatron.model import Transformer, build_model
+from cp_megatron.model.offload import LayerOffload
 from cp_megatron.plan import Grid, Mask
 from cp_megatron.tensor_parallel import LossRule
-from cp_megatron.train.allocations import kept_bytes
+from cp_megatron.train.allocations import counting_memory, kept_bytes
 from tests.model.grids import (
     LLAMA,
     SEQ,
@@ -231,6 +232,19 @@ def test_offloaded_memory_is_used_again_and_given_back() -> None:
         assert model.offload.host_bytes == LLAMA.num_layers * one_tensor
     model(tokens, cp=cp, labels=labels)  # never differentiated
     assert model.offload.held_bytes == 0
+
+
+def test_without_a_stream_no_tensor_comes_back_before_it_is_read() -> None:
+    """A copy on the CPU runs beside nothing: a layer ahead it would only be held longer."""
+    given = [torch.full((64, 64), float(number), requires_grad=True) for number in range(3)]
+    offload = LayerOffload()
+    with offload.hooks():
+        results = [x.square() for x in given]
+    for x, result in zip(reversed(given), reversed(results)):
+        with counting_memory() as count:
+            found = result.grad_fn._saved_self
+        assert torch.equal(found, x)
+        assert count.allocations == (found.nbytes,)
 
 
 def test_every_option_is_one_of_the_configuration() -> None:
