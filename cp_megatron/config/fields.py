@@ -123,22 +123,22 @@ class Setting:
             return self._in_range(value)
         if self.kind == "float" and not isinstance(value, bool):
             # YAML 1.1 reads 3e-4 as a text, for want of a dot.
-            if isinstance(value, (int, str)):
-                return self.from_text(str(value))
-            if isinstance(value, float):
-                return self._in_range(value)
+            if isinstance(value, str):
+                return self.from_text(value)
+            if isinstance(value, (int, float)):
+                return self._float(value)
         if self.kind == "str" and isinstance(value, str):
             return self._chosen(value)
         if self.kind == "strings" and isinstance(value, (list, tuple)):
             return tuple(self._chosen(item) for item in value)
         if self.kind == "ints" and isinstance(value, (list, tuple)):
             if len(value) == (self.count or len(value)) and all(type(x) is int for x in value):
-                return tuple(value)
+                return tuple(self._in_range(x) for x in value)
             raise BadValueError(f"must be {self.count or 'a list of'} whole numbers")
         if self.kind == "floats" and isinstance(value, (list, tuple)):
             if any(isinstance(x, bool) or not isinstance(x, (int, float)) for x in value):
                 raise BadValueError("must be a list of numbers")
-            return tuple(self.from_text(str(x)) for x in value)
+            return tuple(self._float(x) for x in value)
         raise BadValueError(_RULES[self.kind], ", ".join(self.choices))
 
     def _chosen(self, text: Any) -> str:
@@ -155,7 +155,15 @@ class Setting:
             raise BadValueError("must not begin with a dash", f"./{text}")
         return text
 
+    def _float(self, number: float) -> float:
+        try:
+            return self._in_range(float(number))
+        except OverflowError:
+            raise BadValueError("must be finite") from None
+
     def _in_range(self, number: float) -> float:
+        if isinstance(number, int) and not -(2**63) <= number < 2**63:
+            raise BadValueError("must be a number of 64 bits")
         if isinstance(number, float) and not math.isfinite(number):
             raise BadValueError("must be finite")
         return number

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
+import os
 import re
 import shlex
 from collections.abc import Collection, Mapping, Sequence
@@ -347,7 +348,7 @@ def _values_of_file(file: str) -> Values:
 def _values_of_run(load: str) -> Values:
     """The settings of the run that ``--load`` names."""
     path = run_folder(Path(load)) / CONFIG_FILE
-    if not path.is_file():
+    if not os.path.isfile(path):  # a Path's own raises for a name that is too long
         rule = f"is no run's folder: it has no {CONFIG_FILE}"
         raise ConfigError("--load", load, rule, runs_near(path.parent))
     return read_values(read_file(path, "--load"), str(path))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,16 @@ from cp_megatron.config.presets import DEFAULT_PRESET, PRESETS
 from cp_megatron.config.schema import Config
 from cp_megatron.errors import ConfigError
 
+# PyYAML lets errors of the types it builds (dates, numbers) through as they are.
+_LET_THROUGH = (
+    *(yaml.YAMLError, ValueError, TypeError, LookupError, ArithmeticError),
+    *(RecursionError, AttributeError),
+)
+
 Values = Mapping[str, Any]
 """Settings by name, checked."""
+LARGEST = 1 << 20
+"""Bytes of a file, and letters of its values where aliases stand for the same ones again."""
 
 
 def to_yaml(config: Config) -> str:
@@ -79,7 +88,14 @@ def read_file(path: Path, flag: str) -> str:
         ConfigError: it can not be read as text.
     """
     try:
+        status = path.stat()
+        # Reading a pipe would wait for ever, reading a device would not end.
+        if not path.is_dir() and (not path.is_file() or status.st_size > LARGEST):
+            rule = f"is not a regular file of at most {LARGEST} bytes"
+            raise ConfigError(flag, path, rule, "a YAML file")
         return path.read_text(encoding="utf-8")
+    except ConfigError:
+        raise
     except UnicodeDecodeError:
         raise ConfigError(flag, path, "is not UTF-8 text", "a YAML file") from None
     except (OSError, ValueError) as error:
@@ -106,17 +122,35 @@ def read_values(text: str, source: str) -> Values:
 
 def _parse(text: str, source: str) -> Any:
     try:
-        _refuse_doubled_keys(yaml.compose(text, Loader=yaml.SafeLoader), source)
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        if _size(node, {}) > LARGEST:
+            raise ConfigError(source, "", "is no YAML: its aliases repeat too much")
+        _refuse_doubled_keys(node, source)
         return yaml.safe_load(text)
     except yaml.MarkedYAMLError as error:
         place = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise ConfigError(source, "", f"is no YAML: {error.problem}{place}") from None
     except ConfigError:
         raise
-    except (yaml.YAMLError, ValueError, TypeError, RecursionError, AttributeError) as error:
-        # PyYAML lets errors of the types it builds (dates, numbers) through as they are.
+    except _LET_THROUGH as error:
         reason = " ".join(str(error).split())
         raise ConfigError(source, "", f"is no YAML: {reason}") from None
+
+
+def _size(node: yaml.Node | None, known: dict[int, float]) -> float:
+    """Letters and nodes of a value with aliases written out; infinite where one is in itself."""
+    if node is None:
+        return 0
+    if id(node) not in known:
+        known[id(node)] = math.inf  # as long as it is not finished
+        if isinstance(node, yaml.ScalarNode):
+            size: float = len(node.value)
+        elif isinstance(node, yaml.MappingNode):
+            size = sum(_size(inner, known) for pair in node.value for inner in pair)
+        else:
+            size = sum(_size(inner, known) for inner in node.value)
+        known[id(node)] = 1 + size
+    return known[id(node)]
 
 
 def _refuse_doubled_keys(node: yaml.Node | None, source: str) -> None:
@@ -167,5 +201,8 @@ def _checked(section: str, name: Any, value: Any, source: str) -> Any:
 
 def _shown(value: Any) -> str:
     """A value on one line and not too long."""
-    text = " ".join(str(value).split())
+    try:
+        text = " ".join(str(value).split())
+    except ValueError:  # Python writes no number of thousands of digits
+        text = "a number of thousands of digits"
     return text if len(text) <= 80 else text[:77] + "..."

@@ -171,6 +171,16 @@ def _check_writable(folder: Path) -> None:
         raise ConfigError("--save", folder, f"{existing} is a file, not a folder", "a new folder")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise ConfigError("--save", folder, f"{existing} can not be written to", "another folder")
+    longest = os.pathconf(existing, "PC_NAME_MAX")
+    if any(len(os.fsencode(part)) > longest for part in folder.parts):
+        rule = f"a name in it is longer than {longest} bytes"
+        raise ConfigError("--save", folder, rule, "a shorter name")
+    try:
+        folder.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:
+        raise ConfigError("--save", folder, f"can not be used: {error.strerror}") from None
 
 
 def _check_same_model(config: Config, manifest: Manifest, vocab_size: int, load: str) -> None:

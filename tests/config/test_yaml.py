@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +13,7 @@ from hypothesis import strategies as st
 from cp_megatron.config import Config
 from cp_megatron.config.fields import Setting, settings
 from cp_megatron.config.presets import PRESETS
-from cp_megatron.config.yaml_io import from_yaml, overlay, to_yaml
+from cp_megatron.config.yaml_io import from_yaml, overlay, read_file, to_yaml
 from cp_megatron.errors import ConfigError
 
 TEXTS = st.text(
@@ -19,16 +21,19 @@ TEXTS = st.text(
 ).filter(lambda text: not text.startswith("-"))
 
 
+WHOLE = st.integers(-(2**63), 2**63 - 1)
+
+
 def values_of(row: Setting) -> st.SearchStrategy[Any]:
     if row.name == "preset":
         return st.sampled_from(list(PRESETS))
     kinds: dict[str, st.SearchStrategy[Any]] = {
         "bool": st.booleans(),
-        "int": st.integers(),
+        "int": WHOLE,
         "float": st.floats(allow_nan=False, allow_infinity=False),
         "str": st.sampled_from(row.choices) if row.choices else TEXTS,
         "strings": st.lists(TEXTS, max_size=3).map(tuple),
-        "ints": st.tuples(*[st.integers()] * row.count),
+        "ints": st.tuples(*[WHOLE] * row.count),
         "floats": st.lists(st.floats(allow_nan=False, allow_infinity=False), max_size=3).map(tuple),
     }
     return st.none() | kinds[row.kind] if row.optional else kinds[row.kind]
@@ -63,6 +68,14 @@ def test_numbers_as_people_write_them() -> None:
     assert isinstance(config.optimizer.weight_decay, float)
 
 
+HUGE = "0x" + "f" * 5000  # more digits than Python writes
+# The tenth list stands for a billion words.
+LAUGHS = "data:\n  data_path:\n  - &a0 [ha]\n" + "".join(
+    f"  - &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]\n" for n in range(1, 10)
+)
+
+
+@pytest.mark.timeout(20)
 @pytest.mark.parametrize(
     ("text", "flag", "rule"),
     [
@@ -94,6 +107,14 @@ def test_numbers_as_people_write_them() -> None:
         ("!!python/object/apply:os.getcwd []", "f", "no YAML"),
         ("[" * 5000, "f", "no YAML"),
         ("\x00", "f", "no YAML"),
+        ("a: !!bool maybe", "f", "no YAML"),
+        (f"model: {{num_layers: {HUGE}}}", "f: model.num_layers", "64 bits"),
+        (f"model: {{window_size: [{HUGE}, 0]}}", "f: model.window_size", "64 bits"),
+        (f"model: {{rope_long_factor: [{HUGE}]}}", "f: model.rope_long_factor", "finite"),
+        (f"model: {{swiglu: {HUGE}}}", "f: model.swiglu", "true or false"),
+        (f"optimizer: {{lr: {HUGE}}}", "f: optimizer.lr", "finite"),
+        (LAUGHS, "f", "repeat too much"),
+        ("a: &a [*a]", "f", "repeat too much"),
     ],
 )
 def test_refusals(text: str, flag: str, rule: str) -> None:
@@ -101,6 +122,21 @@ def test_refusals(text: str, flag: str, rule: str) -> None:
         from_yaml(text, "f")
     assert rule in caught.value.rule
     assert caught.value.flag == flag
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("kind", ["pipe", "device", "large"])
+def test_only_a_file_of_a_sane_size_is_read(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    else:
+        path.write_bytes(b"")
+        os.truncate(path, 1 << 40)
+    with pytest.raises(ConfigError, match=r"--config .*: is not a regular file of at most"):
+        read_file(path, "--config")
 
 
 @given(st.text(max_size=40))

@@ -145,6 +145,14 @@ def test_a_file_is_no_folder(run: Path, tmp_path: Path) -> None:
         assert refused(config_of("--save", str(tmp_path / place))).flag == "--save"
 
 
+@pytest.mark.parametrize("name", ["x" * 300, "new/" + "x" * 300, "/".join(["x" * 200] * 30)])
+def test_a_name_that_is_too_long(tmp_path: Path, name: str) -> None:
+    place = str(tmp_path / name)
+    assert refused(config_of("--save", place)).flag == "--save"
+    with pytest.raises(ConfigError, match="is no run's folder"):
+        config_of("--load", place)
+
+
 @pytest.mark.parametrize(
     "saved",
     [

@@ -1,0 +1,72 @@
+"""Reading what somebody harmed: within little time and memory, numbers or one line."""
+
+from __future__ import annotations
+
+import os
+import resource
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cp_megatron.errors import ConfigError
+from cp_megatron.train.report import error_line
+
+SECONDS = 3.0
+"""Of this process's own time that reading one file may take."""
+ROOM = 512 << 20
+"""Bytes of address space that it may ask for."""
+REFUSED = "refused"
+
+
+@contextmanager
+def narrow() -> Iterator[None]:
+    """Little time and little memory: what a file says of its size is not believed."""
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    began = time.process_time()
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + ROOM, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+    assert time.process_time() - began < SECONDS
+
+
+def outcome(read: Callable[[], Any]) -> Any:
+    """What was read, or ``REFUSED``; any other exception is a bug."""
+    with narrow():
+        try:
+            return read()
+        except ConfigError as error:
+            line = error_line(error, "pretrain.py")
+    assert len(line.splitlines()) == 1, line
+    return REFUSED
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    """The same names and bits."""
+    return one.keys() == other.keys() and all(
+        torch.equal(one[name].view(-1).view(torch.uint8), other[name].view(-1).view(torch.uint8))
+        for name in one
+    )
+
+
+def spread(found: Counter[str]) -> None:
+    """A test whose files are all refused, or none, tests little."""
+    assert found[REFUSED] > 0.3 * found.total()
+
+
+class Trap:
+    """Its pickle makes a folder when it is opened."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.mkdir, (str(self.path),)
