@@ -19,12 +19,14 @@ class ParallelGroups:
         coordinates: this rank's place on them.
         mesh: axes ``dp``, ``cp``, ``tp``; row-major, so tp is fastest.
         dp_cp_mesh: the flattened dp x cp axis, over which parameters are sharded.
+        world_mesh: all axes flattened.
     """
 
     grid: Grid
     coordinates: Coordinates
     mesh: DeviceMesh
     dp_cp_mesh: DeviceMesh
+    world_mesh: DeviceMesh
 
     @classmethod
     def create(cls, grid: Grid, device_type: str) -> ParallelGroups:
@@ -39,12 +41,13 @@ class ParallelGroups:
         )
         # Reductions over all ranks at once (the gradient's norm) then take one message instead of
         # one per axis: DTensor looks for a flattened mesh that covers both of a parameter's axes.
-        mesh._flatten("world")
+        world_mesh = mesh._flatten("world")
         return cls(
             grid=grid,
             coordinates=grid.coordinates(dist.get_rank()),
             mesh=mesh,
             dp_cp_mesh=mesh["dp", "cp"]._flatten("dp_cp"),
+            world_mesh=world_mesh,
         )
 
     @property
@@ -71,3 +74,8 @@ class ParallelGroups:
     def dp_cp(self) -> dist.ProcessGroup:
         """Ranks that hold the same part of the weights and different tokens."""
         return self.dp_cp_mesh.get_group()
+
+    @property
+    def world(self) -> dist.ProcessGroup:
+        """All ranks, by number."""
+        return self.world_mesh.get_group()
