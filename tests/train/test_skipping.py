@@ -64,8 +64,8 @@ def skip_one(
     return results, states
 
 
-@pytest.mark.parametrize("bad", [0, 3])
-def test_not_a_number_on_one_rank_changes_nothing_on_any(bad: int) -> None:
+def test_not_a_number_on_one_rank_changes_nothing_on_any() -> None:
+    bad = 3  # whose loss is not the one that is added up: its TP peer holds the same tokens
     without = run_ranks(skip_one, 4, None, [0, 2])
     for (results, states), (expected, there) in zip(
         run_ranks(skip_one, 4, bad, [0, 1, 2]), without, strict=True
@@ -153,9 +153,8 @@ def test_one_too_many_ends_all_ranks_and_leaves_the_batch(place: Place) -> None:
         )
     (rows,) = run_ranks(rows_of_batch, 1, place.argv("other"), 2)
     with safe_open(file, "pt") as found:
-        assert found.metadata() == {
-            **{"step": "3", "loss": "nan", "grad_norm": "nan", "checkpoint": "2"}
-        }
+        about = {"step": "3", "loss": "nan", "grad_norm": "nan", "checkpoint": "2"}
+        assert found.metadata() == about
         for name, expected in rows.items():
             assert torch.equal(found.get_tensor(name), expected), name
 
@@ -193,14 +192,19 @@ def break_and_train(rank: int, world_size: int, argv: list[str]) -> str:
 SPIKE_STEPS = LEAST_WINDOW + 6
 
 
+def longer(argv: list[str]) -> list[str]:
+    place = argv.index("--train-iters") + 1
+    return [*argv[:place], str(SPIKE_STEPS), *argv[place + 1 :]]
+
+
 def test_a_spike_is_skipped_and_a_run_that_goes_on_skips_the_same(place: Place) -> None:
     """Stopped before the spike, which only the window that was kept can tell."""
-    words = ["--spike-threshold", "6", "--train-iters", str(SPIKE_STEPS), "--lr", "1e-4"]
-    words += ["--context-parallel-size", "2", "--log-interval", "1"]
+    words = ["--spike-threshold", "6", "--lr", "1e-4", "--min-lr", "1e-5"]
+    words += ["--context-parallel-size", "2"]
     spike, stop = SPIKE_STEPS - 2, SPIKE_STEPS - 4
     faults = [("spike", rank, spike) for rank in range(2)]
-    whole = run_ranks(disturbed, 2, place.argv("whole", *words), faults)
-    assert run_ranks(disturbed, 2, place.argv("cut", *words), faults, stop)[0][0] == []
+    whole = run_ranks(disturbed, 2, longer(place.argv("whole", *words)), faults)
+    assert run_ranks(disturbed, 2, longer(place.argv("cut", *words)), faults, stop)[0][0] == []
     again = run_ranks(disturbed, 2, place.load("cut"), faults)
     for said, state, ended in (*whole, *again):
         assert (said, state, ended) == whole[0]
