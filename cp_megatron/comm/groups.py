@@ -20,12 +20,14 @@ class ParallelGroups:
         coordinates: this rank's place on them.
         mesh: axes ``dp``, ``cp``, ``tp``; row-major, so tp is fastest.
         dp_cp_mesh: the flattened dp x cp axis, over which parameters are sharded.
+        world_mesh: all axes flattened.
     """
 
     grid: Grid
     coordinates: Coordinates
     mesh: DeviceMesh
     dp_cp_mesh: DeviceMesh
+    world_mesh: DeviceMesh
 
     @classmethod
     def create(
@@ -54,6 +56,7 @@ class ParallelGroups:
             coordinates=grid.coordinates(dist.get_rank()),
             mesh=mesh,
             dp_cp_mesh=dp_cp,
+            world_mesh=world,
         )
 
     @property
@@ -80,3 +83,8 @@ class ParallelGroups:
     def dp_cp(self) -> dist.ProcessGroup:
         """Ranks that hold the same part of the weights and different tokens."""
         return self.dp_cp_mesh.get_group()
+
+    @property
+    def world(self) -> dist.ProcessGroup:
+        """All ranks, by number."""
+        return self.world_mesh.get_group()

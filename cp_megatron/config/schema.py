@@ -283,6 +283,12 @@ class TrainConfig:
     z_loss_coeff: float = 0.0
     """Train on this times the square of every token's log-sum-exp too, which keeps logits from
     drifting; the logged loss is without it."""
+    skip_budget: int = 5
+    """A step whose loss or gradient is not finite changes nothing and is skipped, at most so many
+    of any 1,000 steps in a row; one more ends the run."""
+    spike_threshold: float | None = None
+    """Skip a step too whose loss lies this many standard deviations (estimated robustly) above the
+    median of the last 128; by default none."""
     log_interval: int = 10
     """Steps between two lines of metrics; the first and the last step have one too."""
     eval_interval: int | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,12 +12,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 
 from cp_megatron.comm.trace import traced
 from cp_megatron.data.ahead import Ahead
 from cp_megatron.data.batch import Batch, microbatches
 from cp_megatron.data.sampler import RowSource, RowSplits
 from cp_megatron.train.faults import Faults
+from cp_megatron.train.guard import SPAN, Guard, Verdict
 from cp_megatron.train.memory_meter import MemoryMeter
 from cp_megatron.train.memory_plan import predict
 from cp_megatron.train.memory_report import MemoryReport
@@ -32,6 +34,7 @@ from cp_megatron.train.optimizer import learning_rate
 from cp_megatron.train.preflight import RunPlan
 from cp_megatron.train.profiler import StepProfiler
 from cp_megatron.train.progress import ProgressView
+from cp_megatron.train.replay import batch_file, save_batch
 from cp_megatron.train.saving import Saver
 from cp_megatron.train.signals import StopRequest
 from cp_megatron.train.step import Shard, StepResult, Trainer
@@ -56,6 +59,7 @@ class Run:
         writer: the metrics, on rank 0 only.
         view: what a person sees.
         profiler: writes a trace of some steps where asked to.
+        guard: says which steps are skipped.
         faults: what this rank does wrong on purpose.
     """
 
@@ -69,13 +73,15 @@ class Run:
     writer: MetricsWriter | None
     view: ProgressView
     profiler: StepProfiler
+    guard: Guard = field(default_factory=Guard)
     faults: Faults = field(default_factory=Faults)
 
     def train(self, start_step: int, stop: StopRequest) -> int:
         """Trains from ``start_step`` to the end or until asked to stop; saves; the last step.
 
         Raises:
-            DivergedError: a loss, the gradient norm or a parameter to be saved is not finite.
+            DivergedError: too many steps were skipped, or the validation loss or a parameter is
+                not finite.
             ConfigError: the checkpoint can not be written.
         """
         with (
@@ -98,17 +104,19 @@ class Run:
                 with traced("wait for rows"):
                     found = next(shards)
                 with noted(f"step {step + 1}"):
-                    result = self.trainer.step(found, step=step, lr=rate, faults=self.faults)
+                    verdict, result = self._step(found, step, rate)
                 clock.num_pairs += result.num_pairs
             step += 1
-            self._check_finite(step, {"loss": result.loss, "gradient norm": result.grad_norm})
+            if not verdict.accepted:
+                self._skip(step, result, verdict)
             stopping = any_rank_stops(stop, self.control)
             last = stopping or step == train.train_iters
             if meter is not None:
                 self._report_memory(step, meter)
             valid_loss = None if stopping else self._validate(step)
             # The first step too: it shows where the loss came from.
-            if last or step == 1 or step % train.log_interval == 0 or valid_loss is not None:
+            due = last or step == 1 or step % train.log_interval == 0 or valid_loss is not None
+            if due and verdict.finite:
                 self._log(step, result, rate, clock, valid_loss)
             self.view.step_done(step)
             self.saver.poll()
@@ -117,6 +125,51 @@ class Run:
             if stopping:
                 break
         return step
+
+    def _step(self, shards: list[Shard], step: int, rate: float) -> tuple[Verdict, StepResult]:
+        """Trains on a batch, unless its numbers went bad."""
+        verdicts: list[Verdict] = []
+
+        def accept(loss: float, grad_norm: float) -> bool:
+            verdicts.append(self.guard.judge(step + 1, loss, grad_norm))
+            return verdicts[0].accepted
+
+        result = self.trainer.step(shards, step=step, lr=rate, accept=accept, faults=self.faults)
+        return verdicts[0], result
+
+    def _skip(self, step: int, result: StepResult, verdict: Verdict) -> None:
+        """Says that a step changed nothing, or ends the run, on every rank alike."""
+        # Where the model itself is broken every step to come is bad too.
+        broken = not verdict.finite and self._is_broken()
+        if not verdict.over and not broken:
+            allowed = f"{verdict.num_skipped} of at most {self.guard.budget} in {SPAN:,} steps"
+            self.view.say(f"step {step}: {verdict.found}: skipped ({allowed})")
+            return
+        found = f"{verdict.found} and a parameter is not finite" if broken else verdict.found
+        if self.guard.budget and not broken:
+            found += f", {verdict.num_skipped} steps of {SPAN:,} skipped"
+        raise self._diverged(step, f"{found}; {self._keep_batch(step, result)}")
+
+    def _keep_batch(self, step: int, result: StepResult) -> str:
+        """Writes the batch of a step for whoever looks into it, on rank 0; says where it is."""
+        self.saver.settle()
+        data, file = self.plan.config.data, batch_file(self.folder, step)
+        size = data.global_batch_size or 0
+        about: dict[str, object] = {"step": step, "loss": result.loss}
+        about |= {"grad_norm": result.grad_norm, "checkpoint": self.saver.saved or "none"}
+        try:
+            if self.control.rank() == 0:
+                save_batch(
+                    file,
+                    self.rows.train,
+                    first=(step - 1) * size,
+                    size=size,
+                    document_mask=data.document_mask,
+                    about=about,
+                )
+        except (OSError, SafetensorError) as error:
+            return f"its batch could not be written: {error}"
+        return f"its batch is in {file}"
 
     def _shards(self, rows: RowSource, first: int) -> Iterator[list[Shard]]:
         """This rank's shards of the training's global batches from number ``first`` on."""
@@ -154,7 +207,8 @@ class Run:
         )
         with Ahead(shards) as ahead:
             loss = self.trainer.evaluate(ahead)
-        self._check_finite(step, {"validation loss": loss})
+        if not math.isfinite(loss):
+            raise self._diverged(step, f"validation loss {loss}")
         return loss
 
     def _log(
@@ -205,21 +259,20 @@ class Run:
         )
         return flops / seconds / (peak * self.trainer.groups.grid.world_size)
 
-    def _save(self, step: int, *, last: bool) -> None:
-        """Saves, unless the last update left the finite numbers, which its loss can not show."""
+    def _is_broken(self) -> bool:
+        """Whether any parameter value of any rank is not finite."""
         broken = torch.tensor(int(not self.trainer.is_finite()))
         dist.all_reduce(broken, op=dist.ReduceOp.MAX, group=self.control)
-        if broken.item():
-            raise self._diverged(step, "a parameter is not finite")
-        self.saver.save(step, self.trainer, last=last)
+        return bool(broken.item())
 
-    def _check_finite(self, step: int, numbers: Mapping[str, float]) -> None:
-        """Every rank has the same numbers, so all of them raise or none does."""
-        if not all(math.isfinite(number) for number in numbers.values()):
-            found = ", ".join(f"{name} {number}" for name, number in numbers.items())
-            raise self._diverged(step, found)
+    def _save(self, step: int, *, last: bool) -> None:
+        """Saves, unless the last update left the finite numbers, which its loss can not show."""
+        if self._is_broken():
+            raise self._diverged(step, "a parameter is not finite")
+        self.saver.save(step, self.trainer, last=last, extra={"guard": self.guard.state()})
 
     def _diverged(self, step: int, found: str) -> DivergedError:
+        """Every rank raises it, or none does."""
         self.saver.settle()
         saved = self.saver.saved
         last = f"the last checkpoint is of step {saved}" if saved else "there is no checkpoint"

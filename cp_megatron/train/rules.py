@@ -37,7 +37,7 @@ _SIZES = (
     *("keep_latest_k", "save_retain_interval"),
     *("recompute_num_layers", "mlp_tile_size", "loss_chunk_size"),
 )
-_COUNTS = ("lr_warmup_iters", "eval_iters")
+_COUNTS = ("lr_warmup_iters", "eval_iters", "skip_budget")
 # name -> (lowest, whether it may be it, highest, whether it may be it)
 _RANGES: Mapping[str, tuple[float, bool, float, bool]] = MappingProxyType(
     {
@@ -61,6 +61,7 @@ _RANGES: Mapping[str, tuple[float, bool, float, bool]] = MappingProxyType(
         "adam_beta2": (0, True, 1, False),
         "adam_eps": (0, False, math.inf, False),
         "clip_grad": (0, True, math.inf, False),
+        "spike_threshold": (0, False, math.inf, False),
         "z_loss_coeff": (0, True, math.inf, False),
         "distributed_timeout_minutes": (0, False, 525_600, True),
         "seed": (0, True, 2**63 - 1, True),

@@ -28,6 +28,7 @@ from cp_megatron.tensor_parallel import LossRule
 from cp_megatron.train.farewell import say_farewell, show_curves
 from cp_megatron.train.faults import Faults
 from cp_megatron.train.folders import fresh_run_folder, model_name
+from cp_megatron.train.guard import Guard
 from cp_megatron.train.loop import DivergedError, Run
 from cp_megatron.train.metrics import MetricsWriter, keep_aside
 from cp_megatron.train.optimizer import make_optimizer
@@ -175,6 +176,7 @@ def assemble(
             device=device,
             say=view.say,
         ),
+        guard=_make_guard(plan),
         faults=Faults.of(launch),
     )
 
@@ -186,6 +188,13 @@ def _saving_group(config: Config, control: dist.ProcessGroup) -> dist.ProcessGro
     group = dist.new_group(backend="gloo", timeout=SAVING)
     assert group is not None
     return group
+
+
+def _make_guard(plan: RunPlan) -> Guard:
+    """As the checkpoint left it, where the run goes on."""
+    kept = read_manifest(plan.load).extra.get("guard") if plan.load is not None else None
+    train = plan.config.train
+    return Guard(budget=train.skip_budget, spike_threshold=train.spike_threshold, kept=kept)
 
 
 def _open_metrics(plan: RunPlan, folder: Path) -> MetricsWriter:

@@ -9,8 +9,9 @@ never averaged. A rank whose tokens are all masked adds 0.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -42,11 +43,17 @@ class StepResult:
         grad_norm: global norm of the gradient before clipping.
         num_pairs: pairs of a query and a key that it attends, over the whole global batch; of
             layers with different windows, their mean.
+        accepted: the model was changed; else the step was skipped.
     """
 
     loss: float
     grad_norm: float
     num_pairs: float
+    accepted: bool = True
+
+
+Accept = Callable[[float, float], bool]
+"""Whether a step with this loss and this gradient norm may change the model."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +129,13 @@ class Trainer:
         )
 
     def step(
-        self, shards: Sequence[Shard], *, step: int, lr: float, faults: Faults | None = None
+        self,
+        shards: Sequence[Shard],
+        *,
+        step: int,
+        lr: float,
+        accept: Accept | None = None,
+        faults: Faults | None = None,
     ) -> StepResult:
         """Trains on this rank's micro batches of one global batch.
 
@@ -130,6 +143,8 @@ class Trainer:
             shards: what ``prepare`` made of them.
             step: steps finished before this one.
             lr: the learning rate.
+            accept: asked with the loss and the gradient's norm, which are the same on every rank,
+                before anything is changed; where it says no, nothing is. By default nobody is.
             faults: what this rank does wrong on purpose.
         """
         faults = faults or Faults()
@@ -147,17 +162,16 @@ class Trainer:
                 (trained / max(num_tokens, 1)).backward()
             total += losses.sum(dtype=torch.float64)
         with traced("gradient norm"):
-            grad_norm = self._clip()
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        with traced("optimizer"):
-            self.optimizer.step()
-            self.optimizer.zero_grad()
+            norm = self._norm()
+        loss = self._loss(total, num_tokens)
+        accepted = accept is None or accept(loss, norm.item())
+        if accepted:
+            self._update(lr, norm)
+        self.optimizer.zero_grad()
         if faults.has("flip", step):
             held = (local_values(parameter) for parameter in self.model.parameters())
             flip_bit(next(x for x in held if x.numel()))
-        (loss,) = self._sum(total)
-        return StepResult(loss=loss / max(num_tokens, 1), grad_norm=grad_norm, num_pairs=num_pairs)
+        return StepResult(loss=loss, grad_norm=norm.item(), num_pairs=num_pairs, accepted=accepted)
 
     @torch.no_grad()
     def evaluate(self, shards: Iterable[Shard]) -> float:
@@ -190,23 +204,42 @@ class Trainer:
         return trained, losses
 
     def _sum(self, *values: float | Tensor) -> list[float]:
-        """The sums over all ranks that hold different tokens, in one message."""
+        """The sums over all ranks that hold different tokens, in one message, alike on every rank.
+
+        Ranks that share their tokens have the same values, and only one of them gives its own.
+        """
         totals = torch.stack(
             [torch.as_tensor(value, dtype=torch.float64, device=self.device) for value in values]
         )
-        dist.all_reduce(totals, group=self.groups.dp_cp)
+        if self.groups.coordinates.tp:
+            totals.zero_()
+        dist.all_reduce(totals, group=self.groups.world)
         return totals.tolist()
 
-    def _clip(self) -> float:
-        """Scales the gradients down to ``clip_grad`` and returns their true global norm."""
-        parameters = [p for p in self.model.parameters() if p.grad is not None]
-        grads = [p.grad for p in parameters if p.grad is not None]
-        norm = get_total_norm(grads)
-        if isinstance(norm, DTensor):
-            norm = norm.full_tensor()
+    def _loss(self, total: Tensor, num_tokens: float) -> float:
+        """The mean loss of all ranks' tokens; not a number where any rank's is not finite."""
+        first = self.groups.coordinates.tp == 0
+        totals = torch.stack(
+            [total if first else total.new_zeros(()), (~total.isfinite()).double()]
+        )
+        dist.all_reduce(totals, group=self.groups.world)
+        loss, num_broken = totals.tolist()
+        return math.nan if num_broken else loss / max(num_tokens, 1)
+
+    def _norm(self) -> Tensor:
+        """The true global norm of the gradients, [], alike on every rank."""
+        norm = get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+    def _update(self, lr: float, norm: Tensor) -> None:
+        """Scales the gradients down to ``clip_grad`` and takes the optimizer's step."""
         if self.clip_grad > 0:
+            parameters = [p for p in self.model.parameters() if p.grad is not None]
             clip_grads_with_norm_(parameters, self.clip_grad, norm)
-        return norm.item()
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        with traced("optimizer"):
+            self.optimizer.step()
 
     def _attention_dropout(self, shard: Shard) -> Dropout | None:
         model, place, tp = self.model.config, self.groups.coordinates, self.groups.grid.tp

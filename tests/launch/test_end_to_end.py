@@ -209,12 +209,13 @@ def test_a_run_ended_by_ctrl_c_goes_on_bit_for_bit(
 def test_a_run_that_leaves_the_numbers_ends_in_one_line(folder: Path) -> None:
     two = ["torchrun", "--nproc-per-node", "2"]
     grid = ["--context-parallel-size", "2", "--lr", "1e30", "--save", "hot"]
+    grid += ["--skip-budget", "0"]
     ended = run([*two, SCRIPT, *MODEL, *RUN, *grid], folder)
     assert ended.code == 1
     (line,) = (line for line in ended.noise if line.startswith("pretrain.py: "))
     assert re.fullmatch(
-        r"pretrain\.py: error: step 2: loss \S+, gradient norm (nan|inf); there is no checkpoint "
-        r"\(works: often a lower --lr\)",
+        r"pretrain\.py: error: step 2: loss \S+, gradient norm (nan|inf); its batch is in "
+        r"hot/bad-step-2\.safetensors; there is no checkpoint \(works: often a lower --lr\)",
         line,
     )
     assert not ours_in_trace(ended)

@@ -1,0 +1,55 @@
+"""The batch of a step that ended a run, kept so that a person can look at it and try it again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+from cp_megatron.data.sampler import IGNORED, RowSource
+
+
+def batch_file(folder: Path, step: int) -> Path:
+    """Where the batch of a step lies in its run's folder."""
+    return folder / f"bad-step-{step}.safetensors"
+
+
+def save_batch(
+    file: Path,
+    rows: RowSource,
+    *,
+    first: int,
+    size: int,
+    document_mask: bool,
+    about: Mapping[str, object],
+) -> None:
+    """Writes a whole global batch: ``tokens`` and ``labels``, int64 [size, S], ``rows`` [size].
+
+    Args:
+        file: replaced where it exists.
+        rows: of the run.
+        first: number of the batch's first row.
+        size: of the global batch.
+        document_mask: documents are masked, so the last token of each predicts nothing.
+        about: goes into the file's metadata, as texts.
+
+    Raises:
+        OSError: the file can not be written.
+    """
+    numbers = range(first, first + size)
+    chosen = [rows[number] for number in numbers]
+    labels = np.stack([row.labels for row in chosen])
+    if document_mask:
+        for place, row in enumerate(chosen):
+            labels[place, row.crossing] = IGNORED
+    tensors = {
+        "tokens": torch.from_numpy(np.stack([row.inputs for row in chosen])),
+        "labels": torch.from_numpy(labels),
+        "rows": torch.tensor(numbers, dtype=torch.int64),
+    }
+    new = file.with_name(f"{file.name}.tmp")
+    save_file(tensors, new, metadata={name: str(value) for name, value in about.items()})
+    new.replace(file)
