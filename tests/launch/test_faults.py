@@ -1,0 +1,153 @@
+"""Faults for real: processes that are killed, stopped or fail; who is named, what goes on.
+
+Every run is the program under torchrun on four gloo ranks.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from tests.launch.test_end_to_end import GRID, MODEL, SCRIPT, Ended, Program, at_step
+from tests.train.checkpoints import differing, metrics_of, numbers
+
+STEPS = 6
+FLAGS = [
+    *MODEL,
+    *GRID,
+    *("--log-interval", "1", "--eval-iters", "0"),
+    *("--save-interval", "2", "--seq-length", "64", "--global-batch-size", "4"),
+    *("--data-path", "text"),
+]
+TORCHRUN = ["torchrun", "--nproc-per-node", "4"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("faults")
+    (folder / "text").mkdir()
+    (folder / "text" / "a.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 300)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(folder: Path) -> Path:
+    """The undisturbed run."""
+    ended = start(folder, "whole").ended()
+    assert ended.code == 0, ended.err
+    return folder / "whole"
+
+
+def start(
+    folder: Path,
+    save: str,
+    *flags: str,
+    steps: int = STEPS,
+    fault: str = "",
+    torchrun: Sequence[str] = (),
+) -> Program:
+    length = ["--train-iters", str(steps)]
+    words = [*TORCHRUN, *torchrun, SCRIPT, *FLAGS, "--save", save, *length, *flags]
+    return Program(["env", f"CPM_FAULT={fault}", *words], folder)
+
+
+def ours(ended: Ended) -> list[str]:
+    """What our program said, without torchrun's own report."""
+    return [line for line in ended.err.splitlines() if line.startswith("pretrain.py: ")]
+
+
+def processes(save: str) -> list[str]:
+    """What runs with this folder's name among its words."""
+    found = subprocess.run(
+        ["ps", "-eo", "pid,stat,args"], capture_output=True, text=True, check=True
+    ).stdout
+    return [line for line in found.splitlines() if f"--save {save}" in line]
+
+
+def all_gone(save: str, seconds: float) -> bool:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if not processes(save):
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def test_a_killed_rank_is_named_and_a_restart_ends_bit_for_bit(folder: Path, whole: Path) -> None:
+    program = start(folder, "killed", fault="kill:2:4", torchrun=["--max-restarts", "3"])
+    ended = program.ended()
+    assert ended.code == 0, ended.err
+    (line,) = ours(ended)
+    assert re.match(r"pretrain\.py: rank 2 \(process \d+ on \S+, (gone|dead)\) does not ", line)
+    assert "in step 5, gloo:" in line
+    assert differing(whole / f"step-{STEPS}", folder / "killed" / f"step-{STEPS}") == []
+    rows, others = metrics_of(whole), metrics_of(folder / "killed")
+    assert [numbers(row) for row in rows] == [numbers(row) for row in others]
+    assert all_gone("killed", 1)
+
+
+def test_a_stopped_rank_is_named_at_the_timeout_and_nothing_stays(folder: Path) -> None:
+    program = start(
+        folder, "stopped", "--distributed-timeout-minutes", "0.05", fault="stop:1:2"
+    ).when(at_step(2))
+    began = time.monotonic()
+    ended = program.ended()
+    assert time.monotonic() - began < 3 + 2 + 5, "the timeout, the naming, torchrun's own end"
+    assert ended.code == 1
+    (line,) = ours(ended)
+    assert re.match(r"pretrain\.py: rank 1 \(process \d+ on \S+, stopped\) does not answer", line)
+    assert all_gone("stopped", 1)
+    flights = sorted(path.name for path in (folder / "stopped").glob("flight-rank-*.jsonl"))
+    assert flights == [f"flight-rank-{rank}.jsonl" for rank in (0, 2, 3)]
+
+
+def test_an_exception_is_told_once_by_the_rank_that_has_it(folder: Path) -> None:
+    ended = start(folder, "raised", fault="raise:3:1").ended()
+    assert ended.code == 1
+    assert ours(ended) == ["pretrain.py: rank 3 failed"]
+    assert ended.err.count("InjectedError: CPM_FAULT: backward raises\nstep 2") == 1
+    assert ended.err.count("cp_megatron/train/step.py") == 1, "one trace of ours"
+
+
+def test_a_signal_of_slurm_saves(folder: Path, whole: Path) -> None:
+    """Passed on by torchrun, which has to be told to, as the launch files do."""
+    handled = ["--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"]
+    program = start(folder, "warned", torchrun=handled).when(at_step(3))
+    stopped = program.signalled(signal.SIGUSR1, to_group=False).ended()
+    (step,) = re.findall(r"stopped after step (\d+)", stopped.out)
+    assert int(step) in (3, 4, 5)
+    assert (folder / "warned" / f"step-{step}").is_dir()
+    assert all_gone("warned", 5)
+
+
+def test_ranks_whose_launcher_is_killed_save_and_leave(folder: Path) -> None:
+    program = start(folder, "orphans", steps=5000).when(at_step(3))
+    os.kill(program.process.pid, signal.SIGKILL)
+    program.process.wait()
+    assert all_gone("orphans", 8), processes("orphans")
+    last = max(int(path.name[5:]) for path in (folder / "orphans").glob("step-*"))
+    assert last >= metrics_of(folder / "orphans")[-1]["step"] >= 3, "no step is lost"
+
+
+@pytest.mark.slow
+def test_a_rank_that_hangs_is_named_at_the_timeout(folder: Path) -> None:
+    ended = start(folder, "hung", "--distributed-timeout-minutes", "0.05", fault="hang:3:2").ended()
+    assert ended.code == 1
+    (line,) = ours(ended)
+    assert re.match(r"pretrain\.py: rank 3 \(.*\) lives and does not join the others", line)
+    assert all_gone("hung", 1)
+
+
+@pytest.mark.slow
+def test_a_rank_that_leaves_is_named(folder: Path) -> None:
+    ended = start(folder, "left", fault="exit:0:2").ended()
+    assert ended.code == 1
+    (line,) = ours(ended)
+    assert line.startswith("pretrain.py: rank 0 (")
