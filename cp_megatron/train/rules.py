@@ -45,8 +45,8 @@ _RANGES: Mapping[str, tuple[float, bool, float, bool]] = MappingProxyType(
         "rotary_base": (1, False, math.inf, False),
         "rope_scaling_factor": (1, True, math.inf, False),
         "rope_attention_factor": (0, False, math.inf, False),
-        "beta_fast": (0, False, math.inf, False),
-        "beta_slow": (0, False, math.inf, False),
+        "beta_fast": (1e-30, True, 1e30, True),
+        "beta_slow": (1e-30, True, 1e30, True),
         "mscale": (0, True, math.inf, False),
         "mscale_all_dim": (0, True, math.inf, False),
         "rope_low_freq_factor": (0, False, math.inf, False),
@@ -63,7 +63,7 @@ _RANGES: Mapping[str, tuple[float, bool, float, bool]] = MappingProxyType(
         "clip_grad": (0, True, math.inf, False),
         "spike_threshold": (0, False, math.inf, False),
         "z_loss_coeff": (0, True, math.inf, False),
-        "distributed_timeout_minutes": (0, False, 525_600, True),
+        "distributed_timeout_minutes": (0.01, True, 525_600, True),
         "seed": (0, True, 2**63 - 1, True),
     }
 )

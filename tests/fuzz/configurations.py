@@ -179,16 +179,13 @@ def make_folder(folder: Path) -> None:
         (folder / "text" / name).write_text(text)
     (folder / "text" / "empty.txt").touch()
     (folder / "text" / "binary.bin").write_bytes(bytes(range(256)))
-    lines = [{"text": " ".join(words[i % 7 :] * 9)} for i in range(60)]
-    _write_lines(folder / "lines.jsonl", lines)
     turns = [("user", "three blind mice"), ("assistant", "see how they run")]
-    chat = {"messages": [{"role": role, "content": text} for role, text in turns]}
-    _write_lines(folder / "chats.jsonl", [chat] * 60)
+    chat = [{"role": role, "content": text} for role, text in turns]
+    # Both have both keys: what a line lacks is told when all of the data is read.
+    lines = [{"text": " ".join(words[i % 7 :] * 9), "messages": chat} for i in range(60)]
+    for name in ("lines.jsonl", "chats.jsonl"):
+        (folder / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
     (folder / "broken.idx").write_bytes(b"MMIDIDX\0\0")
-
-
-def _write_lines(path: Path, lines: Sequence[object]) -> None:
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 def line_of(seed: int) -> Line:

@@ -100,7 +100,7 @@ def judged_all(folder: Path, count: int) -> dict[int, RunPlan | ConfigError]:
     return found
 
 
-@pytest.fixture(scope="module", params=[200, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=[100, pytest.param(1000, marks=pytest.mark.slow)])
 def verdicts(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[int, RunPlan | ConfigError]:
@@ -175,7 +175,7 @@ def train(rank: int, world: int, folder: Path, words: tuple[str, ...]) -> int | 
 def test_what_is_accepted_trains(
     verdicts: dict[int, RunPlan | ConfigError], tmp_path: Path
 ) -> None:
-    count = 12 if len(verdicts) < 1000 else 60
+    count = 8 if len(verdicts) < 1000 else 60
     late, diverged = [], 0
     for seed in sample(verdicts, count):
         line, folder = line_of(seed), tmp_path / str(seed)

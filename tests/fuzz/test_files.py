@@ -65,6 +65,9 @@ def test_pairs(vocab_size: int, tmp_path: Path) -> None:
             assert data.fingerprint != whole.fingerprint
             assert data.lengths.tolist() == whole.lengths.tolist()
             assert data.starts.tolist() == whole.starts.tolist()
+            ends = data.document_index.tolist()
+            assert ends == sorted(ends)
+            assert (ends[0], ends[-1]) == (0, len(data.lengths))
             assert data.tokens.tobytes() == files[1].read_bytes()
             if place == 0:
                 assert data.tokens.tolist() == whole.tokens.tolist()

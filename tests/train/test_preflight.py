@@ -28,6 +28,7 @@ PACKED = ["--document-mask", "--micro-batch-size", "2"]
 HIERARCHY = "--hierarchical-context-parallel-sizes"
 FULL = ["--recompute-granularity", "full"]
 ROPE = ["--position-embedding-type", "rope"]
+YARN = [*ROPE, "--rope-type", "yarn", "--rope-scaling-factor", "2"]
 
 
 def plan(*argv: str, world: int = 1, local: int | None = None, torchrun: bool = True) -> RunPlan:
@@ -99,7 +100,11 @@ def refused(
         (["--init-method-std", "0"], 1, "--init-method-std", "0.02"),
         ([*ROPE, "--rotary-base", "1"], 1, "--rotary-base", "10000"),
         (["--seed", "-1"], 1, "--seed", "0"),
-        (["--distributed-timeout-minutes", "0"], 1, "--distributed-timeout-minutes", "10"),
+        (["--distributed-timeout-minutes", "0"], 1, "--distributed-timeout-minutes", "0.01"),
+        (["--distributed-timeout-minutes", "1e-9"], 1, "--distributed-timeout-minutes", "0.01"),
+        ([*YARN, "--beta-fast", "1e308"], 1, "--beta-fast", "1e+30"),
+        ([*YARN, "--beta-slow", "5e-324"], 1, "--beta-slow", "1e-30"),
+        (["--window-size", "9" * 30, "0"], 1, "--window-size", ""),
         # memory
         (["--recompute-num-layers", "0"], 1, "--recompute-num-layers", "1"),
         (["--mlp-tile-size", "0"], 1, "--mlp-tile-size", "1"),
