@@ -9,7 +9,8 @@
 #     SLURM --USR1--> this script --scancel TERM--> torchrun --TERM--> ranks: finish the step, save
 #     srun ends -> scontrol requeue -> this script again, with --load
 #
-# USR1 goes to this script alone (B:), because a rank that gets it dies. The script does not pass a
+# USR1 goes to this script alone (B:). Should another sender's reach torchrun (scancel --signal=USR1
+# JOB, say), it is passed on, and the ranks save just so. The script does not pass a
 # signal to srun, which would answer TERM with SIGKILL to its tasks, but has SLURM send TERM to them.
 #
 # Read from the environment, all optional:
@@ -67,6 +68,7 @@ srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per
     --kill-on-bad-exit=1 \
     torchrun --nnodes "$SLURM_JOB_NUM_NODES" \
     --nproc-per-node "${RANKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}" \
+    --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2 \
     --rdzv-id "$SLURM_JOB_ID-$restart" --rdzv-backend c10d --rdzv-endpoint "${nodes[0]}:$port" \
     "${SCRIPT:-launch/pretrain.py}" "${words[@]}" &
 step=$!

@@ -71,7 +71,9 @@ def test_its_flags_make_a_run_on_its_ranks() -> None:
 def test_the_first_pod_is_where_all_meet(tmp_path: Path, index: int, host: str) -> None:
     name = JOB["metadata"]["name"]
     assert torchrun(tmp_path, index) == [
-        *("--nnodes", "2", "--nproc-per-node", "8", "--rdzv-id", name, "--rdzv-backend", "c10d"),
+        *("--nnodes", "2", "--nproc-per-node", "8"),
+        *("--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"),
+        *("--rdzv-id", name, "--rdzv-backend", "c10d"),
         *("--rdzv-conf", f"is_host={host}", "--rdzv-endpoint", f"{name}-0.{name}:29500"),
         *("launch/pretrain.py", "--save", VARIABLES["RUN"], *FLAGS),
     ]

@@ -124,7 +124,9 @@ def test_one_torchrun_per_node_meets_at_the_first(slurm: Slurm) -> None:
     assert slurm.run("--preset", "toy gpt", SLURM_GPUS_ON_NODE="8") == 0
     assert slurm.told("srun") == [
         *("--nodes=2", "--ntasks=2", "--ntasks-per-node=1", "--kill-on-bad-exit=1"),
-        *("torchrun", "--nnodes", "2", "--nproc-per-node", "8", "--rdzv-id", "77-0"),
+        *("torchrun", "--nnodes", "2", "--nproc-per-node", "8"),
+        *("--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"),
+        *("--rdzv-id", "77-0"),
         *("--rdzv-backend", "c10d", "--rdzv-endpoint", "node-a:20077"),
         *("launch/pretrain.py", "--save", "runs/long-77", "--preset", "toy gpt"),
     ]
