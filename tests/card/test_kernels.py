@@ -43,7 +43,10 @@ def test_every_kind_of_tile(name: str, heads: tuple[int, int, int, int]) -> None
             continue  # refused, see tests/kernels/test_cudnn.py
         a = oracle(allowed(band, rows, columns), heads, dtype=torch.bfloat16)
         found = errors(load_kernel(name), band, a, torch.bfloat16)
-        assert max(found) < ROUNDING, (tile, found)
+        # A gradient that is a difference of like numbers keeps few bits, whatever the kernel.
+        plain = errors(ReferenceKernel(), band, a, torch.bfloat16)
+        for mine, its in zip(found, plain, strict=True):
+            assert mine < max(ROUNDING, its), (tile, found, plain)
 
 
 def test_the_oracle_is_exact_on_a_card() -> None:
