@@ -16,7 +16,7 @@ from cp_megatron.config.parse import parse_arguments
 from cp_megatron.errors import ConfigError
 from cp_megatron.train.evaluation_plan import check_evaluation, print_plan
 from cp_megatron.train.report import refuse
-from cp_megatron.train.signals import leave, stop_at_once
+from cp_megatron.train.signals import end_with_launcher, leave, stop_at_once
 
 
 def main(argv: Sequence[str], environ: Mapping[str, str], script: str = EVALUATE.name) -> int:
@@ -25,6 +25,7 @@ def main(argv: Sequence[str], environ: Mapping[str, str], script: str = EVALUATE
     launch = Launch()
     try:
         launch = Launch.from_environment(environ)
+        end_with_launcher(launch)
         arguments = parse_arguments(argv, program=EVALUATE, quiet=launch.rank != 0)
         options = cast(EvaluationOptions, arguments.options)
         plan = check_evaluation(

@@ -16,7 +16,7 @@ from cp_megatron.train.folders import FinishedError
 from cp_megatron.train.memory_report import print_prediction
 from cp_megatron.train.preflight import check
 from cp_megatron.train.report import already_done, print_start, refuse
-from cp_megatron.train.signals import leave, stop_at_once
+from cp_megatron.train.signals import end_with_launcher, leave, stop_at_once
 
 PROGRAM = "pretrain.py"
 
@@ -27,8 +27,10 @@ def main(argv: Sequence[str], environ: Mapping[str, str], script: str = PROGRAM)
     launch = Launch()
     try:
         launch = Launch.from_environment(environ)
-        again, quiet = launch.restarts > 0, launch.rank != 0
-        arguments = parse_arguments(argv, program=PROGRAM, quiet=quiet, again=again)
+        end_with_launcher(launch)
+        arguments = parse_arguments(
+            argv, program=PROGRAM, quiet=launch.rank != 0, again=launch.restarts > 0
+        )
         plan = check(
             arguments.config,
             launch,

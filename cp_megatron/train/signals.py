@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import sys
@@ -10,10 +11,13 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import NoReturn
 
+from cp_megatron.comm.runtime import Launch
+
 CAUGHT = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 """SLURM warns with one of the last two; torchrun passes them on with --signals-to-handle."""
 
 _STDERR = 2
+_PR_SET_PDEATHSIG = 1
 
 
 class StopRequest:
@@ -50,6 +54,19 @@ def stop_at_once() -> None:
     Python handler would not run there while the process waits for its peers inside a library.
     """
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def end_with_launcher(launch: Launch) -> None:
+    """Has a launcher's rank get SIGTERM when the launcher dies, on Linux.
+
+    It would else wait inside a library, for minutes, for a peer that nobody will start any more.
+    """
+    if not launch.under_torchrun:  # who started it by hand may log out
+        return
+    with suppress(OSError, AttributeError):  # no C library, or one without prctl
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() == 1:  # it died before
+        os._exit(1)
 
 
 def leave(code: int) -> NoReturn:

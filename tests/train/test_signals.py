@@ -6,7 +6,9 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch.distributed as dist
@@ -51,6 +53,34 @@ os.kill(os.getpid(), {int(number)})
         [sys.executable, "-c", code], capture_output=True, timeout=60, check=False
     )
     assert (ended.returncode, ended.stdout, ended.stderr) == (-number, b"", b"")
+
+
+LAUNCHER = """
+import os, subprocess, sys
+child = subprocess.Popen([sys.executable, "-c", sys.argv[1]], stdout=subprocess.PIPE, text=True)
+child.stdout.readline()
+print(child.pid, flush=True)
+os.kill(os.getpid(), 9)
+"""
+RANK = """
+import time
+from cp_megatron.comm.runtime import Launch
+from cp_megatron.train.signals import end_with_launcher
+end_with_launcher(Launch(under_torchrun=True))
+print(flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_rank_ends_with_its_launcher_whatever_it_waits_for() -> None:
+    """Linux only, as the means are."""
+    ended = subprocess.run(
+        [sys.executable, "-c", LAUNCHER, RANK], stdout=subprocess.PIPE, timeout=60, check=False
+    )
+    stat, end = Path(f"/proc/{int(ended.stdout)}/stat"), time.monotonic() + 5
+    while stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z":
+        assert time.monotonic() < end
+        time.sleep(0.02)
 
 
 @pytest.mark.parametrize("number", CAUGHT)
