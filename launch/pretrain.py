@@ -28,9 +28,8 @@ def main(argv: Sequence[str], environ: Mapping[str, str], script: str = PROGRAM)
     try:
         launch = Launch.from_environment(environ)
         end_with_launcher(launch)
-        arguments = parse_arguments(
-            argv, program=PROGRAM, quiet=launch.rank != 0, again=launch.restarts > 0
-        )
+        again = launch.restarts > 0
+        arguments = parse_arguments(argv, program=PROGRAM, quiet=launch.rank != 0, again=again)
         plan = check(
             arguments.config,
             launch,
