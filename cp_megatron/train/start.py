@@ -9,7 +9,12 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch.distributed import HashStore  # type: ignore[attr-defined]
+from torch.distributed import (  # type: ignore[attr-defined]
+    HashStore,
+    PrefixStore,
+    Store,
+)
+from torch.distributed.rendezvous import rendezvous
 
 from cp_megatron.comm.groups import ParallelGroups
 from cp_megatron.comm.runtime import Launch, set_cublas_workspace
@@ -101,9 +106,8 @@ def _connect(plan: RunPlan, launch: Launch, device: DeviceName) -> dist.ProcessG
     backend = "nccl" if device == "cuda" else "gloo"
     if device == "cuda" and plan.config.memory.optimizer_cpu_offload:
         backend = "cpu:gloo,cuda:nccl"  # the gradients' norm is one of CPU tensors
-    options: dict[str, Any] = {"timeout": timeout}
-    if not launch.under_torchrun:
-        options |= {"store": HashStore(), "rank": 0, "world_size": 1}
+    options: dict[str, Any] = {"timeout": timeout, "store": _meeting_place(launch, timeout)}
+    options |= {"rank": launch.rank, "world_size": launch.world_size}
     if device == "cuda":
         options["device_id"] = torch.device("cuda", launch.local_rank)
     dist.init_process_group(backend, **options)
@@ -114,6 +118,19 @@ def _connect(plan: RunPlan, launch: Launch, device: DeviceName) -> dist.ProcessG
     control = dist.new_group(backend="gloo", timeout=timeout)
     assert control is not None
     return control
+
+
+def _meeting_place(launch: Launch, timeout: timedelta) -> Store:
+    """The store that the ranks meet in; a life of theirs after a failure has a part of its own.
+
+    torchrun keeps its store from one life to the next where all ranks are on one node, and with it
+    the addresses at which the ranks of the life before could be reached.
+    """
+    if not launch.under_torchrun:
+        return HashStore()
+    size = launch.world_size
+    store, _, _ = next(iter(rendezvous("env://", launch.rank, size, timeout=timeout)))
+    return PrefixStore(f"life-{launch.restarts}", store)
 
 
 def read_alike(control: dist.ProcessGroup, read: Callable[[], Read]) -> Read:

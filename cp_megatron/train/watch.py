@@ -168,7 +168,7 @@ class Watch:
 
     def _watch(self) -> None:
         """The thread."""
-        beat, over, orphan = 0, 0.0, 0.0
+        beat, over, orphan, reachable = 0, 0.0, 0.0, True
         while not self._ended.wait(BEAT_SECONDS):
             beat, now = beat + 1, time.monotonic()
             if self._launch.under_torchrun and os.getppid() != self._parent:
@@ -177,9 +177,12 @@ class Watch:
                     orphan = now
                 if now - orphan > ORPHAN_SECONDS:
                     os._exit(1)
-            with suppress(RuntimeError, OSError):
-                self._store.set(self._key("beat", self._launch.rank), str(beat))
-                over = over or (now if self._read(self._key("over")) else 0.0)
+            if reachable:
+                try:
+                    self._store.set(self._key("beat", self._launch.rank), str(beat))
+                    over = over or (now if self._read(self._key("over")) else 0.0)
+                except (RuntimeError, OSError):  # torch warns at length each time
+                    reachable = False
             # The others have given up: this rank waits for what will not come.
             if over and now - over > _OVER_SECONDS:
                 os._exit(1)

@@ -66,7 +66,7 @@ def ours(ended: Ended) -> list[str]:
 def processes(save: str) -> list[str]:
     """What runs with this folder's name among its words."""
     found = subprocess.run(
-        ["ps", "-eo", "pid,stat,args"], capture_output=True, text=True, check=True
+        ["ps", "-ww", "-eo", "pid,stat,args"], capture_output=True, text=True, check=True
     ).stdout
     return [line for line in found.splitlines() if f"--save {save}" in line]
 
@@ -128,7 +128,7 @@ def test_a_signal_of_slurm_saves(folder: Path, whole: Path) -> None:
 
 
 def test_ranks_whose_launcher_is_killed_save_and_leave(folder: Path) -> None:
-    program = start(folder, "orphans", steps=5000).when(at_step(3))
+    program = start(folder, "orphans", steps=5000).when(lambda out: "step    3/" in out)
     os.kill(program.process.pid, signal.SIGKILL)
     program.process.wait()
     assert all_gone("orphans", 8), processes("orphans")
