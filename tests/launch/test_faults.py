@@ -1,6 +1,6 @@
 """Faults for real: processes that are killed, stopped or fail; who is named, what goes on.
 
-Every run is the program under torchrun on four gloo ranks.
+Every run is the program under torchrun on gloo ranks; two, where four would show no more.
 """
 
 from __future__ import annotations
@@ -15,18 +15,17 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch.test_end_to_end import GRID, MODEL, SCRIPT, Ended, Program, at_step
+from tests.launch.test_end_to_end import MODEL, SCRIPT, Ended, Program, at_step
 from tests.train.checkpoints import differing, metrics_of, numbers
 
 STEPS = 6
 FLAGS = [
     *MODEL,
-    *GRID,
+    *("--context-parallel-size", "2"),
     *("--log-interval", "1", "--eval-iters", "0"),
     *("--save-interval", "2", "--seq-length", "64", "--global-batch-size", "4"),
     *("--data-path", "text"),
 ]
-TORCHRUN = ["torchrun", "--nproc-per-node", "4"]
 
 
 @pytest.fixture(scope="module")
@@ -51,10 +50,12 @@ def start(
     *flags: str,
     steps: int = STEPS,
     fault: str = "",
+    ranks: int = 2,
     torchrun: Sequence[str] = (),
 ) -> Program:
     length = ["--train-iters", str(steps)]
-    words = [*TORCHRUN, *torchrun, SCRIPT, *FLAGS, "--save", save, *length, *flags]
+    launcher = ["torchrun", "--nproc-per-node", str(ranks), *torchrun]
+    words = [*launcher, SCRIPT, *FLAGS, "--save", save, *length, *flags]
     return Program(["env", f"CPM_FAULT={fault}", *words], folder)
 
 
@@ -81,11 +82,11 @@ def all_gone(save: str, seconds: float) -> bool:
 
 
 def test_a_killed_rank_is_named_and_a_restart_ends_bit_for_bit(folder: Path, whole: Path) -> None:
-    program = start(folder, "killed", fault="kill:2:4", torchrun=["--max-restarts", "3"])
+    program = start(folder, "killed", fault="kill:1:4", torchrun=["--max-restarts", "3"])
     ended = program.ended()
     assert ended.code == 0, ended.err
     (line,) = ours(ended)
-    assert re.match(r"pretrain\.py: rank 2 \(process \d+ on \S+, (gone|dead)\) does not ", line)
+    assert re.match(r"pretrain\.py: rank 1 \(process \d+ on \S+, (gone|dead)\) does not ", line)
     assert "in step 5, gloo:" in line
     assert differing(whole / f"step-{STEPS}", folder / "killed" / f"step-{STEPS}") == []
     rows, others = metrics_of(whole), metrics_of(folder / "killed")
@@ -105,13 +106,13 @@ def test_a_stopped_rank_is_named_at_the_timeout_and_nothing_stays(folder: Path) 
     assert re.match(r"pretrain\.py: rank 1 \(process \d+ on \S+, stopped\) does not answer", line)
     assert all_gone("stopped", 1)
     flights = sorted(path.name for path in (folder / "stopped").glob("flight-rank-*.jsonl"))
-    assert flights == [f"flight-rank-{rank}.jsonl" for rank in (0, 2, 3)]
+    assert flights == [f"flight-rank-{rank}.jsonl" for rank in (0,)]
 
 
 def test_an_exception_is_told_once_by_the_rank_that_has_it(folder: Path) -> None:
-    ended = start(folder, "raised", fault="raise:3:1").ended()
+    ended = start(folder, "raised", fault="raise:1:1").ended()
     assert ended.code == 1
-    assert ours(ended) == ["pretrain.py: rank 3 failed"]
+    assert ours(ended) == ["pretrain.py: rank 1 failed"]
     assert ended.err.count("InjectedError: CPM_FAULT: backward raises\nstep 2") == 1
     assert ended.err.count("cp_megatron/train/step.py") == 1, "one trace of ours"
 
@@ -138,7 +139,8 @@ def test_ranks_whose_launcher_is_killed_save_and_leave(folder: Path) -> None:
 
 @pytest.mark.slow
 def test_a_rank_that_hangs_is_named_at_the_timeout(folder: Path) -> None:
-    ended = start(folder, "hung", "--distributed-timeout-minutes", "0.05", fault="hang:3:2").ended()
+    timeout = ["--distributed-timeout-minutes", "0.05", "--tensor-parallel-size", "2"]
+    ended = start(folder, "hung", *timeout, ranks=4, fault="hang:3:2").ended()
     assert ended.code == 1
     (line,) = ours(ended)
     assert re.match(r"pretrain\.py: rank 3 \(.*\) lives and does not join the others", line)
@@ -147,7 +149,8 @@ def test_a_rank_that_hangs_is_named_at_the_timeout(folder: Path) -> None:
 
 @pytest.mark.slow
 def test_a_rank_that_leaves_is_named(folder: Path) -> None:
-    ended = start(folder, "left", fault="exit:0:2").ended()
+    flags = ["--tensor-parallel-size", "2"]
+    ended = start(folder, "left", *flags, ranks=4, fault="exit:2:2").ended()
     assert ended.code == 1
     (line,) = ours(ended)
-    assert line.startswith("pretrain.py: rank 0 (")
+    assert line.startswith("pretrain.py: rank 2 (")
