@@ -305,6 +305,9 @@ class _Fields:
 
     def text(self, name: str) -> str:
         text: str = self._get(name, str)
+        # JSON can spell half a character, which no file and no other program takes.
+        if any("\ud800" <= letter <= "\udfff" for letter in text):
+            raise self.wrong(name)
         return text
 
     def mapping(self, name: str) -> dict[str, Any]:

@@ -280,3 +280,10 @@ def test_a_checkpoint_from_before_there_was_anything_extra_is_read(tmp_path: Pat
         json.dumps({"manifest": fields, "sha256": digest})
     )
     assert read_manifest(tmp_path / "step-7").extra == {}
+
+
+def test_half_a_character_is_no_text(tmp_path: Path) -> None:
+    key = replace(MANIFEST.tensors["model.w"].chunks[0], key="\udcff")
+    entry = replace(MANIFEST.tensors["model.w"], chunks=(key, chunk(1, 3)))
+    folder = write(tmp_path / "step-7", replace(MANIFEST, tensors={"model.w": entry}))
+    refuse(folder, "key is missing or not valid")
