@@ -31,7 +31,13 @@ SHORT = [path for path in SCRIPTS if path.stem == "attention"]
 
 @pytest.mark.parametrize(
     ("script", "words"),
-    [*CASES, *(pytest.param(path, ["--only", "long"], id="attention, long") for path in SHORT)],
+    [
+        *CASES,
+        *(
+            pytest.param(path, ["--only", "long"], id="attention, long", marks=pytest.mark.slow)
+            for path in SHORT
+        ),
+    ],
 )
 def test_the_script_runs_in_its_quick_mode(script: Path, words: list[str], tmp_path: Path) -> None:
     command = [sys.executable, str(script), "--quick", *words]

@@ -76,8 +76,14 @@ def check(cases: list[Case], world_size: int, timeout: float = 60) -> None:
             assert max(result.values()) < BOUNDS[case.dtype], (case, result)
 
 
-@pytest.mark.parametrize("world_size", SIZES)
-@pytest.mark.parametrize("exchange", EXCHANGES)
+@pytest.mark.parametrize(
+    ("exchange", "world_size"),
+    [
+        pytest.param(exchange, size, marks=pytest.mark.slow if size > 4 else ())
+        for exchange in EXCHANGES
+        for size in SIZES
+    ],
+)
 def test_equals_dense_attention(exchange: str, world_size: int) -> None:
     check(some_cases(exchange, world_size), world_size)
 
@@ -174,7 +180,7 @@ def bfloat16_errors(
 
 
 @pytest.mark.parametrize(("rounding", "limit"), [(False, 1.1), (True, 1.5)])
-@pytest.mark.parametrize("world_size", [2, 8])
+@pytest.mark.parametrize("world_size", [2, pytest.param(8, marks=pytest.mark.slow)])
 def test_bfloat16_is_as_exact_as_one_rank(world_size: int, rounding: bool, limit: float) -> None:
     exchanges = {name: options_of(name, world_size) for name in EXCHANGES}
     for results in run_ranks(bfloat16_errors, world_size, exchanges, rounding):

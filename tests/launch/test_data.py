@@ -12,6 +12,7 @@ from tests.launch.test_end_to_end import MODEL, SCRIPT, run
 from tests.train.checkpoints import metrics_of
 
 
+@pytest.mark.slow
 def test_a_packed_blend_is_the_same_on_one_rank_and_on_two(tmp_path: Path) -> None:
     for name in ("a", "b"):
         random = np.random.default_rng(ord(name))

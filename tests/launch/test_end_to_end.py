@@ -181,6 +181,7 @@ def test_its_metrics_are_all_there_and_finite(whole: Ended, folder: Path) -> Non
     assert rows[0]["loss"] - rows[-1]["loss"] > 0.25
 
 
+@pytest.mark.slow
 def test_a_run_ended_by_ctrl_c_goes_on_bit_for_bit(
     whole: Ended, folder: Path, flags: list[str]
 ) -> None:

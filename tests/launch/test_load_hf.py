@@ -62,6 +62,7 @@ def make_folder(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text('{"eos_token": "<|endoftext|>"}')
 
 
+@pytest.mark.slow
 def test_a_context_is_extended_and_handed_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -163,12 +163,17 @@ def train(rank: int, world_size: int, style: str, case: Case) -> list[StepResult
 
 # Every (tp, cp, dp) of 4 ranks.
 CASES = [
-    ("gpt", Case(dp=4)),
     ("llama", Case(cp=2, dp=2)),
-    ("gpt", Case(cp=4)),
     ("gpt", Case(tp=2, dp=2)),
-    ("gpt", Case(tp=2, cp=2, sequence_parallel=True, micro_batch_size=2)),
-    ("llama", Case(tp=4, micro_batch_size=2)),
+    *(
+        pytest.param(style, case, marks=pytest.mark.slow)
+        for style, case in [
+            ("gpt", Case(dp=4)),
+            ("gpt", Case(cp=4)),
+            ("gpt", Case(tp=2, cp=2, sequence_parallel=True, micro_batch_size=2)),
+            ("llama", Case(tp=4, micro_batch_size=2)),
+        ]
+    ),
 ]
 MIXED: dict[str, Any] = {"window": (5, 0), "window_layers": (1,)}
 # With and without sequence parallelism, accumulation, clipping, recomputation; the other exchanges,
@@ -176,6 +181,9 @@ MIXED: dict[str, Any] = {"window": (5, 0), "window_layers": (1,)}
 CASES += [
     (style, replace(case, steps=4))
     for style, case in [
+        ("gpt", Case(dp=4)),
+        ("gpt", Case(tp=2, cp=2, sequence_parallel=True, micro_batch_size=2)),
+        ("llama", Case(tp=4, micro_batch_size=2)),
         ("llama", Case(cp=4, micro_batch_size=4)),
         ("llama", Case(tp=2, dp=2, sequence_parallel=True, micro_batch_size=2)),
         ("gpt", Case(tp=2, cp=2)),
