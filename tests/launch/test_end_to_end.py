@@ -207,6 +207,7 @@ def test_a_run_ended_by_ctrl_c_goes_on_bit_for_bit(
     assert [numbers(row) for row in rows] == [numbers(row) for row in others]
 
 
+@pytest.mark.slow
 def test_a_run_that_leaves_the_numbers_ends_in_one_line(folder: Path) -> None:
     two = ["torchrun", "--nproc-per-node", "2"]
     grid = ["--context-parallel-size", "2", "--lr", "1e30", "--save", "hot"]

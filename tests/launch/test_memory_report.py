@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.train.checkpoints import metrics_of
 
 SCRIPT = str(Path(__file__).parents[2] / "launch" / "pretrain.py")
@@ -38,6 +40,7 @@ def losses(run: Path) -> list[float]:
     return [row["loss"] for row in metrics_of(run)]
 
 
+@pytest.mark.slow
 def test_a_run_tells_what_it_holds(tmp_path: Path) -> None:
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "mice.txt").write_text("three blind mice, see how they run, " * 100)

@@ -194,7 +194,9 @@ def kept_on_rank(rank: int, world_size: int, grid: Grid, memory: MemoryConfig) -
     return found[1] - found[0]
 
 
-@pytest.mark.parametrize("level", ["none", "selective", "full"])
+@pytest.mark.parametrize(
+    "level", ["full", *(pytest.param(x, marks=pytest.mark.slow) for x in ("none", "selective"))]
+)
 def test_ranks_share_what_a_layer_keeps(level: Recompute) -> None:
     """With sequence parallelism nothing is kept twice: gathered rows are gathered again."""
     memory = MemoryConfig(recompute_granularity=level)

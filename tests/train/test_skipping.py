@@ -197,6 +197,7 @@ def longer(argv: list[str]) -> list[str]:
     return [*argv[:place], str(SPIKE_STEPS), *argv[place + 1 :]]
 
 
+@pytest.mark.slow
 def test_a_spike_is_skipped_and_a_run_that_goes_on_skips_the_same(place: Place) -> None:
     """Stopped before the spike, which only the window that was kept can tell."""
     words = ["--spike-threshold", "6", "--lr", "1e-4", "--min-lr", "1e-5"]
