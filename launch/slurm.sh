@@ -7,7 +7,7 @@
 # Before its time is over the run is saved, and the job goes back into the queue and goes on:
 #
 #     SLURM --USR1--> this script --scancel TERM--> torchrun --TERM--> ranks: finish the step, save
-#     srun ends -> scontrol requeue -> this script again, with --load
+#     srun ends -> scontrol requeue -> this script again: --load auto finds what was saved
 #
 # USR1 goes to this script alone (B:). Should another sender's reach torchrun (scancel --signal=USR1
 # JOB, say), it is passed on, and the ranks save just so. The script does not pass a
@@ -31,23 +31,9 @@
 #SBATCH --output=%x-%j.log
 
 set -euo pipefail
-shopt -s nullglob
 
 restart=${SLURM_RESTART_COUNT:-0}
 run=${RUN:-runs/$SLURM_JOB_NAME-$SLURM_JOB_ID}
-steps=("$run"/step-*[0-9])  # a torn one ends in .tmp
-if [ ${#steps[@]} -gt 0 ]; then
-    words=(--load "$run")
-    # After a requeue the folder's config.yaml says everything; flags are for a new job.
-    [ "$restart" -gt 0 ] || words+=("$@")
-else
-    # What an earlier start of this very job left before its first checkpoint.
-    if [ "$restart" -gt 0 ] && [ -e "$run/config.yaml" ]; then
-        mv "$run" "$run-start-$restart"
-    fi
-    words=(--save "$run" "$@")
-fi
-
 mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 port=$((20000 + (SLURM_JOB_ID + restart) % 20000))
 
@@ -70,7 +56,7 @@ srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per
     --nproc-per-node "${RANKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}" \
     --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2 \
     --rdzv-id "$SLURM_JOB_ID-$restart" --rdzv-backend c10d --rdzv-endpoint "${nodes[0]}:$port" \
-    "${SCRIPT:-launch/pretrain.py}" "${words[@]}" &
+    "${SCRIPT:-launch/pretrain.py}" --save "$run" --load auto "$@" &
 step=$!
 
 # A trap ends the waiting, not the training.

@@ -36,13 +36,12 @@ from cp_megatron.checkpoint.hf_files import (
 from cp_megatron.checkpoint.hf_tokenizer import byte_tokenizer_files
 from cp_megatron.checkpoint.manifest import (
     ELEMENT_BYTES,
-    STEP_FOLDER,
     Manifest,
     TensorEntry,
-    newest_step,
     read_manifest,
     verify_files,
 )
+from cp_megatron.checkpoint.newest import named_step
 from cp_megatron.checkpoint.shard import discard, sync
 from cp_megatron.checkpoint.storage import ShardReader
 from cp_megatron.checkpoint.store import one_process_is_fine, user_errors
@@ -126,7 +125,7 @@ def export_hf(
         raise ConfigError("--dtype", dtype, "is no dtype of weights", ", ".join(_TYPES))
     if os.path.lexists(output):
         raise ConfigError(OUTPUT, output, "exists already, and nothing is overwritten")
-    step = _step(Path(checkpoint))
+    step = named_step(Path(checkpoint))
     manifest = read_manifest(step)
     config = _saved_config(step, manifest)
     eod = _eod(config)
@@ -166,14 +165,6 @@ def export_hf(
             raise ConfigError(OUTPUT, output, rule, "another folder") from None
         raise
     return output
-
-
-def _step(checkpoint: Path) -> Path:
-    step = checkpoint if STEP_FOLDER.fullmatch(checkpoint.name) else newest_step(checkpoint)
-    if step is None:
-        rule = "holds no finished checkpoint (step-N)"
-        raise ConfigError("--load", checkpoint, rule, "a run's folder, or its step-N")
-    return step
 
 
 def _saved_config(step: Path, manifest: Manifest) -> Config:

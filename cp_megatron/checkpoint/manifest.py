@@ -19,6 +19,7 @@ from types import MappingProxyType
 from typing import Any
 
 from cp_megatron.checkpoint.boxes import inside, overlap
+from cp_megatron.config.run_folders import STEP_FOLDER
 from cp_megatron.errors import ConfigError
 
 FLAG = "--load"
@@ -26,7 +27,6 @@ FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 TEMPORARY = ".tmp"
 MAX_MANIFEST_BYTES = 1 << 30
-STEP_FOLDER = re.compile(r"step-(0|[1-9][0-9]*)")
 SHARD_FILE = re.compile(r"rank-[0-9]{5,}\.safetensors")
 ELEMENT_BYTES: Mapping[str, int] = MappingProxyType(
     {

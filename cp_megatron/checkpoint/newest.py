@@ -8,12 +8,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from cp_megatron.checkpoint.manifest import (
+    FLAG,
     DamagedError,
     Manifest,
     check_size,
+    newest_step,
     read_manifest,
     step_folders,
 )
+from cp_megatron.config.run_folders import run_folder
+from cp_megatron.errors import ConfigError
 
 DAMAGED = ".damaged"
 
@@ -67,6 +71,25 @@ def newest_whole(run_folder: Path, before: int | None = None) -> Newest | None:
     if first is not None:
         raise first
     return None
+
+
+def named_step(load: Path) -> Path:
+    """The ``step-N`` that ``--load`` names: it, or the newest of a run's folder. Contents unread.
+
+    Raises:
+        ConfigError: the folder has none.
+    """
+    step = newest_step(load) if run_folder(load) == load else load
+    if step is None:
+        rule = "holds no finished checkpoint (step-N)"
+        raise ConfigError(FLAG, load, rule, _saved_runs(load) or "a run's folder, or its step-N")
+    return step
+
+
+def _saved_runs(path: Path) -> str:
+    """The runs beside it that have a checkpoint."""
+    runs = [other for other in sorted(path.parent.glob("*")) if other.is_dir()]
+    return ", ".join(str(run) for run in runs if newest_step(run) is not None)
 
 
 def set_aside(folder: Path) -> Path:

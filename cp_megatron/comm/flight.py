@@ -12,7 +12,7 @@ from torch._C import _distributed_c10d as c10d
 def last_collectives() -> list[dict[str, Any]]:
     """The recorded collectives, oldest first; empty where none are kept.
 
-    How many are kept is said by TORCH_FR_BUFFER_SIZE before torch is loaded.
+    How many are kept is said by TORCH_FR_BUFFER_SIZE before the first process group.
     """
     try:
         dump = c10d._dump_fr_trace_json  # type: ignore[attr-defined]

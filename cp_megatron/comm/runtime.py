@@ -83,7 +83,7 @@ def set_cublas_workspace() -> None:
 def record_collectives() -> None:
     """Has torch keep the last collectives for ``comm/flight.py``, unless the user says how many.
 
-    Before torch is loaded. An entry is some hundred bytes and costs about a microsecond.
+    Before the first process group: torch reads it then. An entry is some hundred bytes.
     """
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "256")
 

@@ -15,7 +15,8 @@ from cp_megatron.errors import ConfigError
 AUTO = "auto"
 CONFIG_FILE = "config.yaml"
 """The file in a run's folder that holds its configuration."""
-STEP_FOLDER = re.compile(r"step-\d+")
+STEP_FOLDER = re.compile(r"step-(0|[1-9][0-9]*)")
+"""The name of a finished checkpoint."""
 
 
 def find_run(load: str | None, save: str | None, *, again: bool) -> tuple[str | None, bool]:

@@ -13,17 +13,17 @@ from pathlib import Path
 
 from rich.console import Console
 
-from cp_megatron.checkpoint.manifest import Manifest, newest_step, read_manifest
+from cp_megatron.checkpoint.manifest import Manifest, read_manifest
+from cp_megatron.checkpoint.newest import named_step
 from cp_megatron.comm.runtime import Launch
 from cp_megatron.config import Config, LogConfig, ModelConfig, OptimizerConfig, TrainConfig
 from cp_megatron.config.evaluation import TASKS, EvaluationOptions, Part
 from cp_megatron.config.fields import settings
-from cp_megatron.config.run_folders import run_folder
 from cp_megatron.config.yaml_io import overlay
 from cp_megatron.data.needle import Encode, Haystack, Kind, Task, make_task
 from cp_megatron.data.tokenizer import open_tokenizer
 from cp_megatron.errors import ConfigError
-from cp_megatron.train.folders import check_load
+from cp_megatron.train.folders import check_goes_on
 from cp_megatron.train.plots import require_matplotlib
 from cp_megatron.train.preflight import RunPlan, check
 from cp_megatron.train.rope_rules import FIELDS
@@ -294,16 +294,14 @@ def _check_positions(model: ModelConfig, lengths: Sequence[int]) -> None:
 def _find_checkpoint(config: Config, vocab_size: int) -> tuple[Path, Manifest]:
     """The checkpoint; it is of this model, but for rotary positions, which one may try out."""
     check_ranges(config)
-    load = Path(str(config.checkpoint.load))
-    step = newest_step(load) if run_folder(load) == load else load
-    if step is not None:
-        saved = read_manifest(step).config.get("model", {})
-        names = sorted(_ROPE & saved.keys())
-        config = overlay(config, {n: settings()[n].from_yaml(saved[n]) for n in names})
-    found = check_load(config, vocab_size)
-    assert found is not None
-    _check_dtype(config, found[1])
-    return found
+    step = named_step(Path(str(config.checkpoint.load)))
+    manifest = read_manifest(step)
+    saved = manifest.config.get("model", {})
+    names = sorted(_ROPE & saved.keys())
+    config = overlay(config, {n: settings()[n].from_yaml(saved[n]) for n in names})
+    check_goes_on(config, manifest, vocab_size)
+    _check_dtype(config, manifest)
+    return step, manifest
 
 
 def _check_dtype(config: Config, manifest: Manifest) -> None:

@@ -34,7 +34,6 @@ KINDS: Mapping[str, str] = MappingProxyType(
         "nan": "this rank's losses, and with them its gradients, are not finite",
         "spike": f"this rank's losses, and with them its gradients, are {SPIKE:g} times as large",
         "flip": "one bit of one parameter that this rank holds flips after the update",
-        "message": "one bit of the first keys and values that this rank receives flips",
         "slow": f"the rank is {SLOW_SECONDS:g} s late to this step and to every later one",
     }
 )

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cp_megatron.checkpoint.manifest import TEMPORARY, Manifest, newest_step, read_manifest
-from cp_megatron.checkpoint.newest import Newest, newest_whole
+from cp_megatron.checkpoint.newest import Newest, named_step, newest_whole
 from cp_megatron.config import Config
 from cp_megatron.config.fields import settings
 from cp_megatron.config.run_folders import CONFIG_FILE, run_folder
@@ -53,30 +53,11 @@ def find_load(config: Config) -> Newest | None:
     if config.checkpoint.load is None:
         return None
     path = Path(config.checkpoint.load)
-    if run_folder(path) != path:
-        return Newest(folder=path, manifest=read_manifest(path))
-    found = newest_whole(path)
+    found = newest_whole(path) if run_folder(path) == path else None
     if found is None:
-        raise _no_checkpoint(path)
+        step = named_step(path)
+        found = Newest(folder=step, manifest=read_manifest(step))
     return found
-
-
-def check_load(config: Config, vocab_size: int) -> tuple[Path, Manifest] | None:
-    """The newest checkpoint of what ``--load`` names, its model compared; None to start anew.
-
-    Raises:
-        ConfigError: there is none, it is damaged, it is of another model, or the run is over.
-    """
-    load = config.checkpoint.load
-    if load is None:
-        return None
-    path = Path(load)
-    step = newest_step(path) if run_folder(path) == path else path
-    if step is None:
-        raise _no_checkpoint(path)
-    manifest = read_manifest(step)
-    check_goes_on(config, manifest, vocab_size)
-    return step, manifest
 
 
 def check_goes_on(
@@ -101,10 +82,6 @@ def check_goes_on(
         rule = f"the run is at step {manifest.step} already; to go on it must be more"
         works = str(manifest.step + config.train.train_iters)
         raise kind("--train-iters", config.train.train_iters, rule, works)
-
-
-def _no_checkpoint(path: Path) -> ConfigError:
-    return ConfigError("--load", path, "holds no finished checkpoint (step-N)", _saved_runs(path))
 
 
 def data_changes(config: Config, manifest: Manifest) -> tuple[str, ...]:
@@ -159,7 +136,8 @@ def check_save(
             raise ConfigError("--load", config.checkpoint.load, rule, works)
     elif folder.is_dir() and any(folder.iterdir()) and not (auto and _is_begun(folder)):
         rule = "is not empty, and nothing is overwritten"
-        works = f"--load {save} to go on with it, or a new folder" if _is_run(folder) else ""
+        a_run = newest_step(folder) is not None
+        works = f"--load {save} to go on with it, or a new folder" if a_run else ""
         raise ConfigError("--save", save, rule, works or "a new folder")
 
 
@@ -259,12 +237,3 @@ def _is_begun(folder: Path) -> bool:
     return (folder / CONFIG_FILE).is_file() and not any(
         not step.name.endswith(TEMPORARY) for step in folder.glob("step-*")
     )
-
-
-def _is_run(folder: Path) -> bool:
-    return newest_step(folder) is not None
-
-
-def _saved_runs(path: Path) -> str:
-    runs = [str(other) for other in sorted(path.parent.glob("*")) if other.is_dir()]
-    return ", ".join(run for run in runs if _is_run(Path(run)))

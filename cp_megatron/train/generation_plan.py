@@ -8,7 +8,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from cp_megatron.checkpoint.manifest import Manifest, newest_step, read_manifest
+from cp_megatron.checkpoint.manifest import Manifest, read_manifest
+from cp_megatron.checkpoint.newest import named_step
 from cp_megatron.comm.runtime import Launch
 from cp_megatron.config import Config
 from cp_megatron.config.fields import settings
@@ -19,7 +20,6 @@ from cp_megatron.config.programs import (
     check_sampling,
     refuse_unread,
 )
-from cp_megatron.config.run_folders import run_folder
 from cp_megatron.data.chat_template import Render, find_template
 from cp_megatron.data.tokenizer import Tokenizer, open_tokenizer
 from cp_megatron.errors import ConfigError
@@ -122,9 +122,7 @@ def _ends(raw: Mapping[str, Any]) -> frozenset[int]:
 
 
 def _checkpoint(load: Path) -> tuple[Path, Manifest]:
-    step = newest_step(load) if run_folder(load) == load else load
-    if step is None:
-        raise ConfigError("--load", str(load), "holds no finished checkpoint (step-N)")
+    step = named_step(load)
     return step, read_manifest(step)
 
 

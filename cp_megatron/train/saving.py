@@ -30,7 +30,6 @@ class Saver:
 
     Attributes:
         saved: step of the newest checkpoint that is complete, 0 where there is none.
-        newest: the newest save that ended well, for who measures.
     """
 
     def __init__(
@@ -43,7 +42,6 @@ class Saver:
         say: Callable[[str], None],
     ) -> None:
         self.saved = plan.load_step
-        self.newest: Save | None = None
         self._plan, self._folder, self._group, self._say = plan, folder, group, say
         self._fingerprint = data_fingerprint
         self._memory = HostMemory()
@@ -110,4 +108,4 @@ class Saver:
             kept = f"the newest is of step {self.saved}" if self.saved else "there is none yet"
             self._say(f"warning: no checkpoint of step {step} ({error.rule}); {kept}")
             return
-        self.saved, self.newest = step, under_way
+        self.saved = step

@@ -21,7 +21,6 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 
-from cp_megatron.comm.bits import flip_bit
 from cp_megatron.comm.groups import ParallelGroups
 from cp_megatron.comm.rng import dropout_seed, seed_dropout
 from cp_megatron.comm.trace import traced
@@ -163,15 +162,16 @@ class Trainer:
             total += losses.sum(dtype=torch.float64)
         with traced("gradient norm"):
             norm = self._norm()
+            grad_norm = norm.item()
         loss = self._loss(total, num_tokens)
-        accepted = accept is None or accept(loss, norm.item())
+        accepted = accept is None or accept(loss, grad_norm)
         if accepted:
             self._update(lr, norm)
         self.optimizer.zero_grad()
         if faults.has("flip", step):
             held = (local_values(parameter) for parameter in self.model.parameters())
-            flip_bit(next(x for x in held if x.numel()))
-        return StepResult(loss=loss, grad_norm=norm.item(), num_pairs=num_pairs, accepted=accepted)
+            next(x for x in held if x.numel()).view(-1)[:1].view(torch.uint8)[0] ^= 32
+        return StepResult(loss=loss, grad_norm=grad_norm, num_pairs=num_pairs, accepted=accepted)
 
     @torch.no_grad()
     def evaluate(self, shards: Iterable[Shard]) -> float:

@@ -1,6 +1,6 @@
 """A rank's watchman: shows that it lives, sees its launcher die, and names who broke the run.
 
-    rank 0   beat beat beat  lost rank 2 -> says so, listens 1 s: 1 and 3 spoke, 2 shows no beat
+    rank 0   beat beat beat  lost rank 2 -> says so, listens 1.5 s: 1 and 3 spoke, 2 shows no beat
     rank 1   beat beat beat  lost rank 2 -> says so                         -> "rank 2 is gone"
     rank 2   beat beat X     killed
     rank 3   beat beat beat  waits for rank 1 ... its connection breaks when rank 1 leaves
@@ -30,8 +30,9 @@ from cp_megatron.comm.flight import last_collective, write_flight
 from cp_megatron.comm.runtime import Launch
 from cp_megatron.train.culprit import Report, judge, kind_of
 
-BEAT_SECONDS = 0.25
-LISTEN_SECONDS = 1.0
+BEAT_SECONDS = 0.5
+"""A beat is two trips to the store, which one thread answers for all ranks."""
+LISTEN_SECONDS = 1.5
 """After a connection broke; beats are missed within it."""
 ORPHAN_SECONDS = 30.0
 """For a rank whose launcher died to finish its step and save."""

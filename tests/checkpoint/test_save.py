@@ -330,8 +330,12 @@ MOVES: dict[str, Callable[[Path], object]] = {
 }
 
 
-@pytest.mark.parametrize("name", ["manifest.json", "rank-00000.safetensors"])
-@pytest.mark.parametrize("move", MOVES)
+# Where a manifest lies is the user's business; what it says is checked.
+@pytest.mark.parametrize(
+    ("name", "move"),
+    [("rank-00000.safetensors", move) for move in MOVES]
+    + [("manifest.json", move) for move in MOVES if move != "a link"],
+)
 def test_a_checkpoint_without_one_of_its_files_is_passed_over(
     name: str, move: str, tmp_path: Path
 ) -> None:
@@ -339,8 +343,6 @@ def test_a_checkpoint_without_one_of_its_files_is_passed_over(
     for step in (1, 2):
         start(tmp_path, model, optimizer, step=step).wait()
     MOVES[move](tmp_path / "step-2" / name)
-    if name == "manifest.json" and move == "a link":
-        return  # what it says is checked; where it lies is the user's business
     found = newest_whole(tmp_path)
     assert found is not None
     assert found.folder == tmp_path / "step-1"

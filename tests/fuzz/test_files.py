@@ -28,7 +28,7 @@ from cp_megatron.config.parse import CONFIG_FILE, parse_arguments
 from cp_megatron.config.presets import PRESETS
 from cp_megatron.config.yaml_io import to_yaml
 from cp_megatron.data.indexed import HEADER, IndexedDataset, IndexedWriter
-from cp_megatron.train.folders import check_load, data_changes
+from cp_megatron.train.folders import check_goes_on, data_changes, find_load
 from tests.checkpoint import toy
 from tests.fuzz.mutations import (
     forged_header,
@@ -165,9 +165,10 @@ def run_folder_of(saved: Saved) -> Path:
 
 def looked_at(config: Config) -> None:
     """What happens to a manifest before torch is imported."""
-    loaded = check_load(config, 257)
-    assert loaded is not None
-    data_changes(config, loaded[1])
+    found = find_load(config)
+    assert found is not None
+    check_goes_on(config, found.manifest, 257)
+    data_changes(config, found.manifest)
 
 
 def test_shards_with_a_right_sum(saved: Saved) -> None:

@@ -1,4 +1,4 @@
-"""The Kubernetes job: its parts name one another, its script chooses between a start and going on.
+"""The Kubernetes job: its parts name one another, its script starts the ranks.
 
 torchrun is a program that writes its words down; bash, and the script in the file, are real.
 """
@@ -75,24 +75,5 @@ def test_the_first_pod_is_where_all_meet(tmp_path: Path, index: int, host: str) 
         *("--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"),
         *("--rdzv-id", name, "--rdzv-backend", "c10d"),
         *("--rdzv-conf", f"is_host={host}", "--rdzv-endpoint", f"{name}-0.{name}:29500"),
-        *("launch/pretrain.py", "--save", VARIABLES["RUN"], *FLAGS),
+        *("launch/pretrain.py", "--save", VARIABLES["RUN"], "--load", "auto", *FLAGS),
     ]
-
-
-def test_a_run_with_checkpoints_goes_on_and_one_without_starts_anew(tmp_path: Path) -> None:
-    run = tmp_path / VARIABLES["RUN"]
-    (run / "step-5.tmp").mkdir(parents=True)
-    (run / "config.yaml").touch()
-    assert "--save" in torchrun(tmp_path, 1)
-    assert run.exists(), "only the first pod clears the way"
-    assert "--save" in torchrun(tmp_path, 0)
-    assert not run.exists()
-    (aside,) = run.parent.glob(f"{run.name}-before-*")
-    assert (aside / "config.yaml").is_file()
-    (run / "step-500").mkdir(parents=True)
-    for index in (0, 1):
-        assert torchrun(tmp_path, index)[-3:] == [
-            "launch/pretrain.py",
-            "--load",
-            VARIABLES["RUN"],
-        ]

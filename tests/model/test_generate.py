@@ -159,9 +159,13 @@ def test_a_broken_model_says_so(temperature: float) -> None:
         continuation(model, sampling=Sampling(temperature=temperature))
 
 
+# Farther apart than rounding: which of two equal scores is kept is nobody's promise.
+HUNDREDTHS = st.integers(-800, 800).map(lambda n: n / 100)
+
+
 @settings(max_examples=60)
 @given(
-    scores=st.lists(st.floats(-8, 8), min_size=2, max_size=12, unique=True),
+    scores=st.lists(HUNDREDTHS, min_size=2, max_size=12, unique=True),
     temperature=st.floats(0.1, 4),
     top_k=st.integers(0, 13),
     top_p=st.floats(0.05, 1),

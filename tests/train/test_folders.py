@@ -10,12 +10,19 @@ from typing import cast
 import pytest
 
 from cp_megatron.checkpoint.manifest import Manifest
+from cp_megatron.checkpoint.newest import Newest
 from cp_megatron.config import Config
 from cp_megatron.config.parse import parse_arguments
 from cp_megatron.config.yaml_io import overlay, to_yaml
 from cp_megatron.errors import ConfigError
 from cp_megatron.train import folders
-from cp_megatron.train.folders import check_load, check_save, data_changes, fresh_run_folder
+from cp_megatron.train.folders import (
+    check_goes_on,
+    check_save,
+    data_changes,
+    find_load,
+    fresh_run_folder,
+)
 
 VOCAB = 257
 
@@ -34,10 +41,16 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         steps = sorted(place.glob("step-*"), key=lambda step: int(step.name[5:]))
         return steps[-1] if steps else None
 
+    def whole(place: Path) -> Newest | None:
+        step = newest(place)
+        return None if step is None else Newest(folder=step, manifest=folders.read_manifest(step))
+
     def manifest(step: Path) -> SimpleNamespace:
         return SimpleNamespace(step=int(step.name[5:]), config=plain, vocab_size=VOCAB)
 
+    monkeypatch.setattr(folders, "newest_whole", whole)
     monkeypatch.setattr(folders, "newest_step", newest)
+    monkeypatch.setattr("cp_megatron.checkpoint.newest.newest_step", newest)
     monkeypatch.setattr(folders, "read_manifest", manifest)
     return folder
 
@@ -46,9 +59,17 @@ def config_of(*argv: str) -> Config:
     return parse_arguments(argv).config
 
 
+def check_load(config: Config, vocab_size: int) -> Newest | None:
+    """As the checks before a run do it."""
+    found = find_load(config)
+    if found is not None:
+        check_goes_on(config, found.manifest, vocab_size)
+    return found
+
+
 def checked(config: Config) -> None:
     loaded = check_load(config, VOCAB)
-    check_save(config, loaded[0] if loaded else None)
+    check_save(config, loaded.folder if loaded else None)
 
 
 def refused(config: Config) -> ConfigError:
@@ -61,8 +82,8 @@ def test_the_newest_checkpoint_of_a_run(run: Path) -> None:
     config = config_of("--load", str(run))
     loaded = check_load(config, VOCAB)
     assert loaded is not None
-    assert (loaded[0], loaded[1].step) == (run / "step-40", 40)
-    check_save(config, loaded[0])
+    assert (loaded.folder, loaded.manifest.step) == (run / "step-40", 40)
+    check_save(config, loaded.folder)
     assert check_load(config_of(), VOCAB) is None
 
 
@@ -73,7 +94,7 @@ def test_an_earlier_checkpoint_goes_on_elsewhere(run: Path, tmp_path: Path) -> N
     config = config_of("--load", f"{run}/step-20", "--save", str(tmp_path / "new"))
     loaded = check_load(config, VOCAB)
     assert loaded is not None
-    check_save(config, loaded[0])
+    check_save(config, loaded.folder)
 
 
 @pytest.mark.parametrize(

@@ -56,7 +56,8 @@ class StoppingView(ProgressView):
             self._stop(15, None)
 
 
-def assembled(rank: int, world_size: int, argv: list[str]) -> Run:
+def assembled(rank: int, world_size: int, argv: list[str], again: bool = False) -> Run:
+    """As torchrun's ranks assemble it; `again`: after a failure."""
     launch = Launch(
         rank=rank,
         local_rank=rank,
@@ -64,8 +65,8 @@ def assembled(rank: int, world_size: int, argv: list[str]) -> Run:
         local_world_size=world_size,
         under_torchrun=True,
     )
-    arguments = parse_arguments(argv)
-    plan = check(arguments.config, launch, given=arguments.given).on_device("cpu")
+    found = parse_arguments(argv, again=again)
+    plan = check(found.config, launch, given=found.given, auto=found.auto).on_device("cpu")
     world = dist.group.WORLD
     assert world is not None
     return assemble(plan, launch, "cpu", world)

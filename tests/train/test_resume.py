@@ -7,38 +7,20 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
-import torch.distributed as dist
 
 from cp_megatron.checkpoint import save as saving
 from cp_megatron.comm.runtime import Launch
 from cp_megatron.config.parse import parse_arguments
 from cp_megatron.errors import ConfigError
 from cp_megatron.train.folders import FinishedError
-from cp_megatron.train.loop import Run
 from cp_megatron.train.preflight import check
-from cp_megatron.train.run import assemble
 from cp_megatron.train.signals import StopRequest
 from tests.ranks import run_ranks
 from tests.train.checkpoints import differing, metrics_of, numbers
-from tests.train.test_loop import STEPS, Place, StoppingView, place
+from tests.train.test_loop import STEPS, Place, StoppingView, assembled, place
 
 __all__ = ["place"]  # the fixture
 EVERY = ["--save-interval", "1"]
-
-
-def assembled(rank: int, world_size: int, argv: list[str], again: bool = False) -> Run:
-    launch = Launch(
-        rank=rank,
-        local_rank=rank,
-        world_size=world_size,
-        local_world_size=world_size,
-        under_torchrun=True,
-    )
-    found = parse_arguments(argv, again=again)
-    plan = check(found.config, launch, given=found.given, auto=found.auto).on_device("cpu")
-    world = dist.group.WORLD
-    assert world is not None
-    return assemble(plan, launch, "cpu", world)
 
 
 def train(
