@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch.distributed as dist
 from torch import Tensor
+
+from cp_megatron.comm.checksums import LinkSums
 
 
 @dataclass(frozen=True)
@@ -16,6 +18,9 @@ class Pending:
     works: Sequence[dist.Work]
     buffers: Sequence[Tensor]
     """Keeps the memory alive until the messages have left."""
+    receives: Sequence[tuple[Tensor, int]] = ()
+    sums: LinkSums = field(default_factory=LinkSums)
+    """Notes what was received."""
 
     def wait(self) -> None:
         """Returns once everything posted has been sent and received.
@@ -24,6 +29,8 @@ class Pending:
         """
         for work in self.works:
             work.wait()
+        for tensor, peer in self.receives:
+            self.sums.received(tensor, peer)
 
 
 def post(
@@ -31,6 +38,7 @@ def post(
     *,
     sends: Sequence[tuple[Tensor, int]] = (),
     receives: Sequence[tuple[Tensor, int]] = (),
+    sums: LinkSums | None = None,
 ) -> Pending:
     """Starts sending and receiving; nothing is waited for.
 
@@ -42,7 +50,11 @@ def post(
         group: the group; None only where there is nothing to send.
         sends: contiguous tensors and the ranks in ``group`` that get them.
         receives: contiguous buffers and the ranks in ``group`` they are filled from.
+        sums: notes what is sent and received.
     """
+    sums = sums or LinkSums()
+    for tensor, peer in sends:
+        sums.sent(tensor, [peer])
     operations = [
         dist.P2POp(dist.irecv, tensor, group=group, group_peer=peer) for tensor, peer in receives
     ]
@@ -52,4 +64,4 @@ def post(
     if not operations:
         return Pending((), ())
     works = dist.batch_isend_irecv(operations)
-    return Pending(works, [operation.tensor for operation in operations])
+    return Pending(works, [operation.tensor for operation in operations], receives, sums)

@@ -55,6 +55,10 @@ MEANINGLESS: Mapping[str, tuple[str, str]] = MappingProxyType(
         "--lr-decay-samples": ("the decay is counted in steps", "--lr-decay-iters"),
         "--train-samples": ("the training is counted in steps", "--train-iters"),
         "--rampup-batch-size": ("the batch size is one for the whole run", "--global-batch-size"),
+        "--check-weight-hash-across-dp-replicas-interval": (
+            "weights are sharded over dp x cp; sums of their bits and of messages are compared",
+            "--check-interval",
+        ),
         # precision and kernels
         "--fp16": ("float16 needs loss scaling, which is not there", "--bf16"),
         "--fp8-format": ("there is no FP8", "--bf16"),

@@ -289,6 +289,9 @@ class TrainConfig:
     spike_threshold: float | None = None
     """Skip a step too whose loss lies this many standard deviations (estimated robustly) above the
     median of the last 128; by default none."""
+    check_interval: int | None = None
+    """Steps between two checks that parameters only change by updates, and that messages of
+    context parallelism arrive as they were sent; saves are checked too. By default none."""
     log_interval: int = 10
     """Steps between two lines of metrics; the first and the last step have one too."""
     eval_interval: int | None = None
@@ -364,6 +367,8 @@ class LogConfig:
     """The name of the run there; by default that of its folder."""
     wandb_save_dir: str | None = None
     """Where Weights & Biases keeps its files; by default the run's folder."""
+    log_straggler: bool = True
+    """Name ranks that come late to a step, or whose device is slow, with the metrics."""
     plot: bool = True
     """Draw curves.png in the run's folder at the end, where matplotlib is installed."""
     profile: bool = False

@@ -27,6 +27,7 @@ import torch.distributed as dist
 from einops import rearrange
 from torch import Tensor
 
+from cp_megatron.comm.checksums import LinkSums
 from cp_megatron.comm.p2p import post
 from cp_megatron.comm.trace import traced
 from cp_megatron.context_parallel.buffers import Workspace
@@ -54,7 +55,11 @@ class Part:
 
 
 def tokens_to_heads(
-    trade: HeadExchange, group: dist.ProcessGroup | None, memory: Workspace, parts: Sequence[Part]
+    trade: HeadExchange,
+    group: dist.ProcessGroup | None,
+    memory: Workspace,
+    sums: LinkSums,
+    parts: Sequence[Part],
 ) -> list[Tensor]:
     """This rank's heads of every token that the traders hold, by position.
 
@@ -62,6 +67,7 @@ def tokens_to_heads(
         trade: this rank's view.
         group: the context parallel group.
         memory: where messages live.
+        sums: notes what is sent and received.
         parts: [B, S, h, d] each, of one type; they travel in one message per trader.
 
     Returns:
@@ -77,7 +83,7 @@ def tokens_to_heads(
         chosen = [part.tensor[:, :, slice(*part.heads[i])] for part in parts]
         _store(message, chosen, [(0, num_tokens)])
     mine = sent[trade.index]
-    incoming = _exchange(trade, group, memory, outgoing, [mine] * len(trade.peers))
+    incoming = _exchange(trade, group, memory, sums, outgoing, [mine] * len(trade.peers))
     # [S, B, w] of each trader -> [M, B, w] by position
     together = first.new_empty((num_tokens * len(trade.peers), *mine[1:]))
     for rows, part in zip(trade.rows, incoming):
@@ -89,7 +95,11 @@ def tokens_to_heads(
 
 
 def heads_to_tokens(
-    trade: HeadExchange, group: dist.ProcessGroup | None, memory: Workspace, parts: Sequence[Part]
+    trade: HeadExchange,
+    group: dist.ProcessGroup | None,
+    memory: Workspace,
+    sums: LinkSums,
+    parts: Sequence[Part],
 ) -> list[Tensor]:
     """Every head of this rank's tokens; heads that several traders computed are summed.
 
@@ -97,6 +107,7 @@ def heads_to_tokens(
         trade: this rank's view.
         group: the context parallel group.
         memory: where messages live.
+        sums: notes what is sent and received.
         parts: [B, M, m, d] each, of one type; they travel in one message per trader.
 
     Returns:
@@ -110,7 +121,7 @@ def heads_to_tokens(
     outgoing = _rooms(memory, SENT, sent, parts[0].tensor.dtype)
     for message, rows in zip(outgoing, trade.rows):
         _store(message, [part.tensor for part in parts], rows)
-    incoming = _exchange(trade, group, memory, outgoing, shapes)
+    incoming = _exchange(trade, group, memory, sums, outgoing, shapes)
     unpacked = [_unpack(x, found, dims) for x, found in zip(incoming, counts)]
     found = []
     for number, (part, dim) in enumerate(zip(parts, dims)):
@@ -132,6 +143,7 @@ def _exchange(
     trade: HeadExchange,
     group: dist.ProcessGroup | None,
     memory: Workspace,
+    sums: LinkSums,
     outgoing: Sequence[Tensor],
     shapes: Sequence[Shape],
 ) -> list[Tensor]:
@@ -140,19 +152,24 @@ def _exchange(
     The messages of ``outgoing`` lie in one room, one after the other.
     """
     incoming = _rooms(memory, RECEIVED, shapes, outgoing[0].dtype)
+    others = [i for i in range(len(trade.peers)) if i != trade.index]
     with traced("trade heads"):
         if group is not None and group.size() == len(trade.peers):
             sizes = [message.numel() for message in incoming]
             counts = [message.numel() for message in outgoing]
             sent = memory.room(SENT, (sum(counts),), outgoing[0].dtype)
             received = memory.room(RECEIVED, (sum(sizes),), outgoing[0].dtype)
+            for i in others:
+                sums.sent(outgoing[i], [trade.peers[i]])
             dist.all_to_all_single(received, sent, sizes, counts, group=group)
+            for i in others:
+                sums.received(incoming[i], trade.peers[i])
             return incoming
-        others = [i for i in range(len(trade.peers)) if i != trade.index]
         post(
             group,
             sends=[(outgoing[i], trade.peers[i]) for i in others],
             receives=[(incoming[i], trade.peers[i]) for i in others],
+            sums=sums,
         ).wait()
     incoming[trade.index] = outgoing[trade.index]
     return incoming

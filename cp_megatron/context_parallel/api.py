@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from cp_megatron.comm.checksums import LinkSums
 from cp_megatron.comm.collectives import all_gather_dim
 from cp_megatron.context_parallel.agreement import agree, check_mode, digest
 from cp_megatron.context_parallel.attention import KeptAttention, planned_attention
@@ -61,6 +62,7 @@ class ContextParallel:
         rank, cp_size: this rank's number in the group, and how many there are.
         buffers: the memory that messages live in, shared with what ``with_mask`` and ``within``
             make: ``buffers.held_bytes`` now, ``buffers.peak_bytes`` at most.
+        link_sums: what each link carried, summed on both ends while it is open; shared as well.
 
     Raises:
         ConfigError: the layout does not divide the sequence, a name is unknown, or the sizes do
@@ -94,7 +96,7 @@ class ContextParallel:
         self._kernel, self._sizes = kernel, sizes
         self._deterministic, self._check_ranks = deterministic, check_mode(check_ranks)
         self._chooser = mask
-        self.buffers = Buffers()
+        self.buffers, self.link_sums = Buffers(), LinkSums()
         self._by_window: dict[Window, ContextParallel] = {}
         self._plans: dict[tuple[int, ...], RankPlan] = {}
         self._kernels: dict[object, Kernel] = {}
@@ -129,7 +131,7 @@ class ContextParallel:
             deterministic=self._deterministic,
             check_ranks=self._check_ranks,
         )
-        other.buffers = self.buffers
+        other.buffers, other.link_sums = self.buffers, self.link_sums
         return other
 
     def within(self, window: Window | None) -> ContextParallel:
@@ -300,6 +302,7 @@ class ContextParallel:
                 num_kv_heads=heads[1],
                 group=self.group,
                 buffers=self.buffers,
+                link_sums=self.link_sums,
             )
         return self._plans[heads]
 

@@ -93,12 +93,12 @@ class _Attention(torch.autograd.Function):
             if trade:
                 heads, kv_heads = trade.query_heads, trade.kv_heads
                 parts = [Part(q, heads), Part(k, kv_heads), Part(v, kv_heads)]
-                q, k, v = tokens_to_heads(trade, plan.group, memory, parts)
+                q, k, v = tokens_to_heads(trade, plan.group, memory, plan.link_sums, parts)
             out, lse = run(plan, call, memory, q, k, v)
             out = result = out.to(q.dtype)
             if trade:
                 part = Part(out, trade.query_heads)
-                (result,) = heads_to_tokens(trade, plan.group, memory, [part])
+                (result,) = heads_to_tokens(trade, plan.group, memory, plan.link_sums, [part])
         ctx.save_for_backward(q, k, v, out, lse)
         if kept is not None:
             kept.keep(trade is not None, (q, k, v, out, lse), result)
@@ -116,7 +116,7 @@ class _Attention(torch.autograd.Function):
         with plan.buffers.lend(q.device) as memory, no_autocast:
             if trade:
                 part = Part(dout, trade.query_heads)
-                (dout,) = tokens_to_heads(trade, plan.group, memory, [part])
+                (dout,) = tokens_to_heads(trade, plan.group, memory, plan.link_sums, [part])
             grads = run(plan, ctx.call, memory, BackwardInputs(dout, q, k, v, out, lse))
             if trade:
                 grads = _return_gradients(plan, trade, memory, grads, q.dtype)
@@ -138,10 +138,12 @@ def _return_gradients(
     """
     dq, dk, dv = (Part(grads[0].to(dtype), trade.query_heads), *_key_parts(trade, grads, dtype))
     if dq.tensor.dtype == dk.tensor.dtype:
-        queries, keys, values = heads_to_tokens(trade, plan.group, memory, [dq, dk, dv])
+        queries, keys, values = heads_to_tokens(
+            trade, plan.group, memory, plan.link_sums, [dq, dk, dv]
+        )
     else:
-        (queries,) = heads_to_tokens(trade, plan.group, memory, [dq])
-        keys, values = heads_to_tokens(trade, plan.group, memory, [dk, dv])
+        (queries,) = heads_to_tokens(trade, plan.group, memory, plan.link_sums, [dq])
+        keys, values = heads_to_tokens(trade, plan.group, memory, plan.link_sums, [dk, dv])
     return queries, keys, values
 
 

@@ -55,7 +55,8 @@ def ring_forward(
     for turn in plan.rounds:
         sends = keys.sends(turn)
         incoming = keys.buffer(turn.receive_keys)
-        pending = post(plan.group, sends=sends, receives=_receives((turn.receive_keys, incoming)))
+        receives = _receives((turn.receive_keys, incoming))
+        pending = post(plan.group, sends=sends, receives=receives, sums=plan.link_sums)
         results.add(turn, keys.arrival, plan.groups)
         with traced("wait for keys"):
             pending.wait()
@@ -180,7 +181,7 @@ class _BackwardSlot:
         returned = expected("returned", before.receive_returned if before else None)
         receives = _receives((receive_keys, incoming), passed, returned)
         return cls(
-            pending=post(plan.group, sends=sends, receives=receives),
+            pending=post(plan.group, sends=sends, receives=receives, sums=plan.link_sums),
             keys=incoming,
             passed=passed,
             returned=returned,

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch.distributed as dist
 
+from cp_megatron.comm.checksums import LinkSums
 from cp_megatron.context_parallel.buffers import Buffers
 from cp_megatron.plan.gather import Gather
 from cp_megatron.plan.heads import HeadExchange, HeadGroup, all_heads
@@ -23,6 +24,7 @@ class RankPlan:
         groups: the heads this rank computes, as its kernel takes them.
         group: whom to talk to; None is one rank.
         buffers: where messages live, shared with the plans of other layers and masks.
+        link_sums: notes what is sent and received, shared as well.
     """
 
     rounds: tuple[Round, ...]
@@ -31,6 +33,7 @@ class RankPlan:
     groups: tuple[HeadGroup, ...]
     group: dist.ProcessGroup | None
     buffers: Buffers
+    link_sums: LinkSums
 
     @classmethod
     def create(
@@ -43,6 +46,7 @@ class RankPlan:
         num_kv_heads: int,
         group: dist.ProcessGroup | None,
         buffers: Buffers,
+        link_sums: LinkSums,
     ) -> RankPlan:
         """With all heads as the rank's own where none are traded."""
         groups = trade.groups if trade else all_heads(num_heads, num_kv_heads)
@@ -53,4 +57,5 @@ class RankPlan:
             groups=groups,
             group=group,
             buffers=buffers,
+            link_sums=link_sums,
         )

@@ -18,6 +18,7 @@ from cp_megatron.comm.trace import traced
 from cp_megatron.data.ahead import Ahead
 from cp_megatron.data.batch import Batch, microbatches
 from cp_megatron.data.sampler import RowSource, RowSplits
+from cp_megatron.train.checks import Checks
 from cp_megatron.train.faults import Faults
 from cp_megatron.train.guard import SPAN, Guard, Verdict
 from cp_megatron.train.memory_meter import MemoryMeter
@@ -38,10 +39,11 @@ from cp_megatron.train.replay import batch_file, save_batch
 from cp_megatron.train.saving import Saver
 from cp_megatron.train.signals import StopRequest
 from cp_megatron.train.step import Shard, StepResult, Trainer
+from cp_megatron.train.stragglers import Stragglers
 
 
 class DivergedError(RuntimeError):
-    """The training left the finite numbers; every rank raises it at the same step, on one line."""
+    """The training's numbers went bad; every rank raises it at the same step, on one line."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +63,8 @@ class Run:
         profiler: writes a trace of some steps where asked to.
         guard: says which steps are skipped.
         faults: what this rank does wrong on purpose.
+        checks: find numbers that change by themselves; None does not look.
+        stragglers: find ranks that the others wait for; None does not look.
     """
 
     plan: RunPlan
@@ -75,13 +79,15 @@ class Run:
     profiler: StepProfiler
     guard: Guard = field(default_factory=Guard)
     faults: Faults = field(default_factory=Faults)
+    checks: Checks | None = None
+    stragglers: Stragglers | None = None
 
     def train(self, start_step: int, stop: StopRequest) -> int:
         """Trains from ``start_step`` to the end or until asked to stop; saves; the last step.
 
         Raises:
-            DivergedError: too many steps were skipped, or the validation loss or a parameter is
-                not finite.
+            DivergedError: too many steps were skipped, the validation loss or a parameter is not
+                finite, or a number changed by itself.
             ConfigError: the checkpoint can not be written.
         """
         with (
@@ -98,6 +104,8 @@ class Run:
         step = start_step
         while step < train.train_iters:
             rate = learning_rate(step, self.plan.config.optimizer, train.train_iters)
+            if self.checks is not None:
+                self.checks.begin(step + 1)
             measures = self.plan.config.memory.memory_report and step == start_step
             meter = MemoryMeter(self.trainer) if measures else None
             with self.profiler.step(step), clock, meter or nullcontext():
@@ -106,11 +114,15 @@ class Run:
                 with noted(f"step {step + 1}"):
                     verdict, result = self._step(found, step, rate)
                 clock.num_pairs += result.num_pairs
+            if self.stragglers is not None and step > start_step:  # the first warms up
+                self.stragglers.waited(result.waited)
             step += 1
             if not verdict.accepted:
                 self._skip(step, result, verdict)
             stopping = any_rank_stops(stop, self.control)
             last = stopping or step == train.train_iters
+            saves = last or bool(interval and step % interval == 0)
+            self._check(step, saves=saves)
             if meter is not None:
                 self._report_memory(step, meter)
             valid_loss = None if stopping else self._validate(step)
@@ -120,7 +132,7 @@ class Run:
                 self._log(step, result, rate, clock, valid_loss)
             self.view.step_done(step)
             self.saver.poll()
-            if last or (interval and step % interval == 0):
+            if saves:
                 self._save(step, last=last)
             if stopping:
                 break
@@ -136,6 +148,14 @@ class Run:
 
         result = self.trainer.step(shards, step=step, lr=rate, accept=accept, faults=self.faults)
         return verdicts[0], result
+
+    def _check(self, step: int, *, saves: bool) -> None:
+        """Ends the run where a number changed by itself; what is saved was looked at before."""
+        if self.checks is None or not (saves or self.checks.due(step)):
+            return
+        found = self.checks.find(step)
+        if found is not None:
+            raise self._diverged(step, found, "--load with it, on other hardware if it comes back")
 
     def _skip(self, step: int, result: StepResult, verdict: Verdict) -> None:
         """Says that a step changed nothing, or ends the run, on every rank alike."""
@@ -234,6 +254,8 @@ class Run:
         if self.writer is not None:
             self.writer.write(metrics)
         self.view.log(metrics)
+        for found in self.stragglers.find(seconds) if self.stragglers is not None else ():
+            self.view.say(f"step {step}: {found}")
 
     def _report_memory(self, step: int, meter: MemoryMeter) -> None:
         """Tells what each rank holds, on rank 0, and writes it into the run's folder."""
@@ -271,12 +293,12 @@ class Run:
             raise self._diverged(step, "a parameter is not finite")
         self.saver.save(step, self.trainer, last=last, extra={"guard": self.guard.state()})
 
-    def _diverged(self, step: int, found: str) -> DivergedError:
+    def _diverged(self, step: int, found: str, works: str = "often a lower --lr") -> DivergedError:
         """Every rank raises it, or none does."""
         self.saver.settle()
         saved = self.saver.saved
         last = f"the last checkpoint is of step {saved}" if saved else "there is no checkpoint"
-        return DivergedError(f"step {step}: {found}; {last} (works: often a lower --lr)")
+        return DivergedError(f"step {step}: {found}; {last} (works: {works})")
 
 
 def any_rank_stops(stop: StopRequest, group: dist.ProcessGroup) -> bool:

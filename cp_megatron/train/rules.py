@@ -34,7 +34,7 @@ _SIZES = (
     *("tensor_parallel_size", "context_parallel_size"),
     *("seq_length", "micro_batch_size", "global_batch_size"),
     *("train_iters", "lr_decay_iters", "log_interval", "eval_interval", "save_interval"),
-    *("keep_latest_k", "save_retain_interval"),
+    *("check_interval", "keep_latest_k", "save_retain_interval"),
     *("recompute_num_layers", "mlp_tile_size", "loss_chunk_size"),
 )
 _COUNTS = ("lr_warmup_iters", "eval_iters", "skip_budget")

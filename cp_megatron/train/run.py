@@ -25,6 +25,7 @@ from cp_megatron.data.corpora import Data, open_data
 from cp_megatron.errors import ConfigError
 from cp_megatron.model.parallelize import ComputeDType, build_model
 from cp_megatron.tensor_parallel import LossRule
+from cp_megatron.train.checks import Checks, ParameterSums
 from cp_megatron.train.farewell import say_farewell, show_curves
 from cp_megatron.train.faults import Faults
 from cp_megatron.train.folders import fresh_run_folder, model_name
@@ -41,6 +42,7 @@ from cp_megatron.train.saving import Saver
 from cp_megatron.train.signals import StopRequest, stop_on_signal
 from cp_megatron.train.start import begin, make_context, read_alike
 from cp_megatron.train.step import Trainer
+from cp_megatron.train.stragglers import Stragglers
 from cp_megatron.train.wandb_log import WandbRun
 from cp_megatron.train.watch import Watch
 
@@ -144,6 +146,9 @@ def assemble(
         )
     elif config.checkpoint.load_hf is not None:
         load_hf(config.checkpoint.load_hf, model=trainer.model, process_group=control)
+    checks = _make_checks(trainer, config, control)
+    if checks is not None:
+        trainer = replace(trainer, sums=checks.parameters)
     folder = _make_folder(plan, control)
     checkpoint = replace(config.checkpoint, save=str(folder))
     notes = (*plan.notes, *found.notes)
@@ -178,6 +183,22 @@ def assemble(
         ),
         guard=_make_guard(plan),
         faults=Faults.of(launch),
+        checks=checks,
+        stragglers=Stragglers(control, device) if config.log.log_straggler else None,
+    )
+
+
+def _make_checks(trainer: Trainer, config: Config, control: dist.ProcessGroup) -> Checks | None:
+    """With the sums of the parameters that were drawn or loaded."""
+    if config.train.check_interval is None:
+        return None
+    return Checks(
+        interval=config.train.check_interval,
+        parameters=ParameterSums(trainer.model.named_parameters()),
+        links=trainer.cp.link_sums,
+        groups=trainer.groups,
+        control=control,
+        device=trainer.device,
     )
 
 

@@ -10,6 +10,7 @@ never averaged. A rank whose tokens are all masked adds 0.
 from __future__ import annotations
 
 import math
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -29,6 +30,7 @@ from cp_megatron.data.batch import IGNORED, Batch
 from cp_megatron.kernels.dropout import Dropout
 from cp_megatron.model.transformer import Transformer, layer_context
 from cp_megatron.tensor_parallel import LossRule
+from cp_megatron.train.checks import ParameterSums
 from cp_megatron.train.faults import Faults
 from cp_megatron.train.sequence import local_heads
 
@@ -43,12 +45,14 @@ class StepResult:
         num_pairs: pairs of a query and a key that it attends, over the whole global batch; of
             layers with different windows, their mean.
         accepted: the model was changed; else the step was skipped.
+        waited: seconds this rank waited for the others at the step's first message.
     """
 
     loss: float
     grad_norm: float
     num_pairs: float
     accepted: bool = True
+    waited: float = field(default=0.0, compare=False)
 
 
 Accept = Callable[[float, float], bool]
@@ -92,6 +96,7 @@ class Trainer:
         clip_grad: largest global gradient norm; 0 does not clip.
         sequence_parallel: the residual stream is split over tp, so dropout differs there too.
         rule: of the loss.
+        sums: of the parameters, which only an update may change; None does not look.
     """
 
     model: Transformer
@@ -103,6 +108,7 @@ class Trainer:
     clip_grad: float
     sequence_parallel: bool
     rule: LossRule = field(default_factory=LossRule)
+    sums: ParameterSums | None = None
 
     def prepare(self, batch: Batch) -> Shard:
         """This rank's part of whole rows, [b, S] -> [b, S / N], with its attention planned.
@@ -149,9 +155,11 @@ class Trainer:
         faults = faults or Faults()
         faults.before_step(step)
         self.model.train()
+        arrived = time.perf_counter()
         num_tokens, num_pairs = self._sum(
             sum(shard.num_valid for shard in shards), sum(shard.num_pairs for shard in shards)
         )
+        waited = time.perf_counter() - arrived
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for number, shard in enumerate(shards):
             self._seed_dropout(step, number)
@@ -171,7 +179,13 @@ class Trainer:
         if faults.has("flip", step):
             held = (local_values(parameter) for parameter in self.model.parameters())
             next(x for x in held if x.numel()).view(-1)[:1].view(torch.uint8)[0] ^= 32
-        return StepResult(loss=loss, grad_norm=grad_norm, num_pairs=num_pairs, accepted=accepted)
+        return StepResult(
+            loss=loss,
+            grad_norm=grad_norm,
+            num_pairs=num_pairs,
+            accepted=accepted,
+            waited=waited,
+        )
 
     @torch.no_grad()
     def evaluate(self, shards: Iterable[Shard]) -> float:
@@ -238,8 +252,12 @@ class Trainer:
             clip_grads_with_norm_(parameters, self.clip_grad, norm)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
+        if self.sums is not None:
+            self.sums.compare()
         with traced("optimizer"):
             self.optimizer.step()
+        if self.sums is not None:
+            self.sums.take()
 
     def _attention_dropout(self, shard: Shard) -> Dropout | None:
         model, place, tp = self.model.config, self.groups.coordinates, self.groups.grid.tp

@@ -1,0 +1,135 @@
+"""What every exchange sends is summed on both ends: one flipped bit on the way is found out.
+
+The bit flips below everything of ours, in the buffer that torch has received into.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from cp_megatron.comm import nonblocking
+from cp_megatron.context_parallel import ContextParallel
+from cp_megatron.plan import Mask
+from tests.ranks import run_ranks
+
+CPU = torch.device("cpu")
+EXCHANGES: dict[str, dict[str, Any]] = {
+    "ring": {"exchange": "p2p", "route": "ring"},
+    "direct": {"exchange": "p2p", "route": "direct"},
+    "all_gather": {"exchange": "all_gather"},
+    "a2a": {"exchange": "a2a"},
+    "a2a+p2p": {"exchange": "a2a+p2p", "hierarchical_sizes": (2, 2)},
+}
+
+
+class Work:
+    """A message under way whose last bit but four flips as it arrives."""
+
+    def __init__(self, work: dist.Work | None, arrival: Tensor) -> None:
+        self._work, self._arrival = work, arrival
+
+    def wait(self) -> None:
+        if self._work is not None:
+            self._work.wait()
+        self._arrival.view(-1)[:1].view(torch.uint8)[0] ^= 16
+
+
+@contextmanager
+def flipping(number: int) -> Iterator[list[int]]:
+    """Flips a bit in message ``number`` of those that arrive; gives how many there were."""
+    seen = [0]
+    batch, gather, trade = (
+        dist.batch_isend_irecv,
+        nonblocking._all_gather,
+        dist.all_to_all_single,
+    )
+
+    def arrives() -> bool:
+        seen[0] += 1
+        return seen[0] - 1 == number
+
+    def batched(operations: list[dist.P2POp]) -> list[Any]:
+        works: list[Any] = list(batch(operations))
+        hit = [operation for operation in operations if operation.op is dist.irecv and arrives()]
+        return [*works, *(Work(None, operation.tensor) for operation in hit)]
+
+    def gathered(result: Tensor, x: Tensor, **options: Any) -> Any:
+        work = gather(result, x, **options)
+        group = options["group"]
+        other = (group.rank() + 1) % group.size()
+        if x.dtype is torch.int64 or not arrives():  # ranks agree by numbers
+            return work
+        return Work(work, result.chunk(group.size())[other])
+
+    def traded(result: Tensor, x: Tensor, *args: Any, **options: Any) -> None:
+        trade(result, x, *args, **options)
+        if args and arrives():  # sums travel without sizes
+            sizes: list[int] = args[0]
+            first = options["group"].rank() == 0  # whose own part comes first
+            Work(None, result[sizes[0] :] if first else result).wait()
+
+    with (
+        mock.patch.object(dist, "batch_isend_irecv", batched),
+        mock.patch.object(nonblocking, "_all_gather", gathered),
+        mock.patch.object(dist, "all_to_all_single", traded),
+    ):
+        yield seen
+
+
+def attend(
+    rank: int, world_size: int, kind: str, victim: int, number: int
+) -> tuple[list[int], int]:
+    """The senders that this rank misheard, and how many messages came."""
+    group = dist.group.WORLD
+    assert group is not None
+    cp = ContextParallel(group, Mask.causal(64), **EXCHANGES[kind])
+    generator = torch.Generator().manual_seed(rank)
+    q, k, v = (torch.randn(1, 16, 4, 8, generator=generator).requires_grad_() for _ in range(3))
+    cp.link_sums.open()
+    with flipping(number if rank == victim else -1) as seen:
+        cp.attention(q, k, v).sum().backward()
+        messages = seen[0]
+    return cp.link_sums.close(group, CPU), messages
+
+
+@pytest.mark.parametrize("kind", EXCHANGES)
+def test_a_bit_that_flips_on_the_way_is_found_on_the_rank_it_reached(kind: str) -> None:
+    unharmed = run_ranks(attend, 4, kind, 1, -1)
+    assert [found for found, _ in unharmed] == [[]] * 4
+    num_messages = unharmed[1][1]
+    assert num_messages > 1
+    for number in {0, num_messages - 1}:
+        results = [found for found, _ in run_ranks(attend, 4, kind, 1, number)]
+        assert [len(found) for found in results] == [0, 1, 0, 0], (kind, number, results)
+        assert results[1] != [1]
+
+
+def silent(rank: int, world_size: int) -> tuple[bool, bool]:
+    """Whether summing changed a bit of the gradients, and whether closed links hold anything."""
+    group = dist.group.WORLD
+    grads = []
+    for opens in (False, True):
+        cp = ContextParallel(group, Mask.causal(64))
+        x = torch.randn(1, 16, 4, 8, generator=torch.Generator().manual_seed(rank))
+        x.requires_grad_()
+        if opens:
+            cp.link_sums.open()
+        cp.attention(x, x, x).sum().backward()
+        grads.append(x.grad)
+        if not opens:
+            assert not cp.link_sums._sent
+    assert grads[0] is not None
+    assert grads[1] is not None
+    return torch.equal(grads[0], grads[1]), bool(cp.link_sums._sent)
+
+
+def test_links_are_noted_only_while_they_are_open() -> None:
+    assert run_ranks(silent, 4) == [(True, True)] * 4
