@@ -13,9 +13,10 @@ from cp_megatron.comm.runtime import Launch
 from cp_megatron.config.parse import parse_arguments
 from cp_megatron.errors import ConfigError
 from cp_megatron.train.folders import FinishedError
-from cp_megatron.train.memory_report import print_prediction
+from cp_megatron.train.memory_report import print_dry_run
 from cp_megatron.train.preflight import check
-from cp_megatron.train.report import already_done, print_start, refuse
+from cp_megatron.train.report import already_done, refuse
+from cp_megatron.train.room import look_around
 from cp_megatron.train.signals import end_with_launcher, leave, stop_at_once
 
 PROGRAM = "pretrain.py"
@@ -28,8 +29,8 @@ def main(argv: Sequence[str], environ: Mapping[str, str], script: str = PROGRAM)
     try:
         launch = Launch.from_environment(environ)
         end_with_launcher(launch)
-        again = launch.restarts > 0
-        arguments = parse_arguments(argv, program=PROGRAM, quiet=launch.rank != 0, again=again)
+        quiet, again = launch.rank != 0, launch.restarts > 0
+        arguments = parse_arguments(argv, program=PROGRAM, quiet=quiet, again=again)
         plan = check(
             arguments.config,
             launch,
@@ -40,12 +41,9 @@ def main(argv: Sequence[str], environ: Mapping[str, str], script: str = PROGRAM)
             argv=argv,
             script=script,
         )
+        plan = look_around(plan, launch, dry_run=arguments.dry_run)
         if arguments.dry_run:
-            if launch.rank == 0:
-                print_start(plan, None)
-                if plan.config.memory.memory_report:
-                    print_prediction(plan)
-            return 0
+            return 0 if quiet else print_dry_run(plan)
         from cp_megatron.train.run import run
 
         return run(plan, launch, script)

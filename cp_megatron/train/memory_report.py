@@ -14,6 +14,7 @@ from rich.table import Table
 from cp_megatron.train import memory_plan as kinds
 from cp_megatron.train.memory_plan import Held, predict_ranks
 from cp_megatron.train.preflight import RunPlan
+from cp_megatron.train.report import print_start
 
 MEMORY_FILE = "memory.json"
 RANKS_SHOWN = 8
@@ -133,6 +134,14 @@ def print_prediction(plan: RunPlan, console: Console | None = None) -> None:
         title = f"memory on {report.plan.device}, {report.plan.dtype}"
         console.print(title, highlight=False, markup=False)
         report.print(console)
+
+
+def print_dry_run(plan: RunPlan) -> int:
+    """Prints the start table, and with --memory-report what would be held; the exit code."""
+    print_start(plan, None)
+    if plan.config.memory.memory_report:
+        print_prediction(plan)
+    return 0
 
 
 def _by_key(held: Sequence[Held]) -> dict[Key, int]:

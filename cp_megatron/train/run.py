@@ -38,6 +38,7 @@ from cp_megatron.train.profiler import StepProfiler
 from cp_megatron.train.progress import ProgressView
 from cp_megatron.train.report import print_start
 from cp_megatron.train.resume import settle_load
+from cp_megatron.train.room import check_memory
 from cp_megatron.train.saving import Saver
 from cp_megatron.train.signals import StopRequest, stop_on_signal
 from cp_megatron.train.start import begin, make_context, read_alike
@@ -64,6 +65,9 @@ def run(plan: RunPlan, launch: Launch, script: str = "launch/pretrain.py") -> in
     """
     record_collectives()
     (plan,), device, control = begin([plan], launch)
+    if device == "cuda":
+        total = torch.cuda.get_device_properties(launch.local_rank).total_memory
+        check_memory(plan, num_ranks=1, total_bytes=total)
     pieces = assemble(plan, launch, device, control)
     dist.barrier(group=control)  # no rank ends at a signal that another one waits out
     with stop_on_signal(quiet=launch.rank != 0) as stop:
