@@ -65,7 +65,8 @@ def judge(
     """Whom to name, once every rank that can speak has spoken.
 
     A rank that neither spoke nor shows a sign of life is gone, or its process is stopped. Where all
-    live and some waited in vain, those that did not are stuck somewhere else.
+    live and some waited in vain, those that did not are stuck somewhere else; where all waited,
+    they do not do the same, and what each waited for says where they part.
 
     Args:
         reports: by rank; no rank failed by itself.
@@ -88,6 +89,9 @@ def judge(
         who = ", ".join(f"rank {rank} ({seen.get(rank, 'its process')})" for rank in silent)
         what = "lives and does" if len(silent) == 1 else "live and do"
         return Verdict(ranks=tuple(silent), text=f"{who} {what} not join the others{told}")
+    if waited:
+        # All of them wait: one has left out a message, or sent another than was waited for.
+        return Verdict(ranks=(), text=f"the ranks wait for different messages{told}")
     return Verdict(ranks=(), text=f"a connection between the ranks broke{told}")
 
 

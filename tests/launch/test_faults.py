@@ -23,7 +23,7 @@ FLAGS = [
     *MODEL,
     *("--context-parallel-size", "2"),
     *("--log-interval", "1", "--eval-iters", "0"),
-    *("--save-interval", "2", "--seq-length", "64", "--global-batch-size", "4"),
+    *("--seq-length", "64", "--global-batch-size", "4"),
     *("--data-path", "text"),
 ]
 
@@ -51,9 +51,10 @@ def start(
     steps: int = STEPS,
     fault: str = "",
     ranks: int = 2,
+    save_interval: int = 2,
     torchrun: Sequence[str] = (),
 ) -> Program:
-    length = ["--train-iters", str(steps)]
+    length = ["--train-iters", str(steps), "--save-interval", str(save_interval)]
     launcher = ["torchrun", "--nproc-per-node", str(ranks), *torchrun]
     words = [*launcher, SCRIPT, *FLAGS, "--save", save, *length, *flags]
     return Program(["env", f"CPM_FAULT={fault}", *words], folder)
@@ -154,3 +155,35 @@ def test_a_rank_that_leaves_is_named(folder: Path) -> None:
     assert ended.code == 1
     (line,) = ours(ended)
     assert line.startswith("pretrain.py: rank 2 (")
+
+
+# One rank sends nothing in one round of a step; all else is the program.
+SKIPS = f"""
+import os, sys
+sys.path.insert(0, {str(Path(SCRIPT).parents[1])!r})
+from cp_megatron.context_parallel import p2p
+from launch import pretrain
+post, calls = p2p.post, [0]
+def skipping(group, *, sends=(), **options):
+    calls[0] += 1
+    mute = os.environ["RANK"] == "1" and calls[0] == 21
+    return post(group, sends=() if mute else sends, **options)
+p2p.post = skipping
+sys.exit(pretrain.main(sys.argv[1:], os.environ, sys.argv[0]))
+"""
+
+
+@pytest.mark.slow
+def test_a_rank_that_leaves_a_message_out_is_seen_in_what_each_waits_for(folder: Path) -> None:
+    (folder / "skips.py").write_text(SKIPS)
+    flags = [*FLAGS, "--save", "skipped", "--train-iters", str(STEPS), "--cp-comm-type", "p2p"]
+    flags += ["--distributed-timeout-minutes", "0.05"]
+    ended = Program(["torchrun", "--nproc-per-node", "2", "skips.py", *flags], folder).ended()
+    assert ended.code == 1
+    (line,) = [line for line in ended.err.splitlines() if line.startswith("skips.py: ")]
+    assert "the ranks wait for different messages (rank 0 waited in step" in line
+    waits = re.findall(r"rank (\d) waited in (step \d+), gloo:(\w+) of \w+, its number (\d+)", line)
+    assert [rank for rank, *_ in waits] == ["0", "1"]
+    assert waits[0][1] == waits[1][1], "in the same step"
+    assert waits[0][2:] != waits[1][2:], "in different collectives"
+    assert all_gone("skipped", 1)

@@ -23,7 +23,7 @@ def named(reports: dict[int, Report], alive: set[int]) -> tuple[int, ...]:
         ({0: WAITED, 1: WAITED, 3: WAITED}, {0, 1, 2, 3}, (2,)),  # stuck elsewhere
         ({0: LOST}, {0}, (1, 2, 3)),  # a node is gone
         ({0: LOST, 1: LOST}, {0, 1, 2, 3}, ()),  # a cable
-        ({0: WAITED, 1: WAITED, 2: WAITED, 3: WAITED}, {0, 1, 2, 3}, ()),  # a deadlock of ours
+        ({0: WAITED, 1: WAITED, 2: WAITED, 3: WAITED}, {0, 1, 2, 3}, ()),  # a message left out
     ],
 )
 def test_the_culprit(

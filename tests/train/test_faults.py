@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -153,3 +154,11 @@ def test_nothing_is_asked_of_a_rank_without_faults() -> None:
     faults.before_step(0)
     faults.before_backward(0)
     assert faults.factor(0) == 1.0
+
+
+def test_every_kind_is_made_by_a_test() -> None:
+    files = Path(__file__).parents[1].rglob("test_*.py")
+    texts = [path.read_text() for path in files if path != Path(__file__)]
+    for kind in KINDS:
+        made = (f'"{kind}:', f'("{kind}", ', f'[("{kind}", ')
+        assert any(words in text for text in texts for words in made), kind

@@ -1,0 +1,217 @@
+"""What do checksums and asynchronous saves cost a step?
+
+A model with SmolLM2's proportions, float32, on gloo ranks that share each row. Everything takes
+turns in a shuffled order in every round; medians of the rounds' ratios. One JSON line per result,
+each with the hardware:
+
+- ``checks``: ten steps, all of whose parameters are summed before and after the update, one of them
+  with its links summed and checked (--check-interval 10), over ten steps without;
+- ``save``: the steps that begin while a save is under way, its copy included, over as many without.
+  ``save_seconds`` is how long it takes, ``copy_seconds`` of it the training waits.
+
+    python benchmarks/faults.py                   # five minutes on two cores
+    python benchmarks/faults.py --threads 1 --ranks 1
+    python benchmarks/faults.py --quick           # tiny, seconds; the numbers mean nothing
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import statistics
+import tempfile
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch.distributed as dist
+import tyro
+from harness.steps import Job, OurStep
+from harness.teams import PAUSE, Place, Team, hardware, paired
+
+from cp_megatron.checkpoint.save import start_save
+from cp_megatron.checkpoint.shard import HostMemory
+from cp_megatron.config import Config, ModelConfig
+from cp_megatron.plan import Grid
+from cp_megatron.train.checks import Checks, ParameterSums
+
+INTERVAL = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """The cost of finding faults, and of saves."""
+
+    ranks: int = 2
+    """That share each row."""
+    threads: int = 1
+    """Of each rank."""
+    rounds: int = 15
+    """Measured ones."""
+    quick: bool = False
+    """Tiny sizes: shows that the script runs, measures nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Block:
+    """Steps that were timed together."""
+
+    begin: float
+    end: float
+    num_steps: int
+    save_seconds: float = 0.0
+    copy_seconds: float = 0.0
+
+    @property
+    def step_seconds(self) -> float:
+        """Of a step."""
+        return (self.end - self.begin) / self.num_steps
+
+
+class Bench:
+    """One rank's side."""
+
+    def __init__(self, place: Place) -> None:
+        self.place = place
+
+    def prepare(self, job: Job) -> None:
+        """Makes the model; everything that is compared trains it further."""
+        self.ours, self.memory = OurStep(job), HostMemory()
+        trainer = self.ours.trainer
+        world = dist.group.WORLD
+        assert world is not None
+        self.checks = Checks(
+            interval=INTERVAL,
+            parameters=ParameterSums(trainer.model.named_parameters()),
+            links=trainer.cp.link_sums,
+            groups=trainer.groups,
+            control=world,
+            device=trainer.device,
+        )
+        self.plain = trainer
+        self.checked = replace(trainer, sums=self.checks.parameters)
+
+    def block(self, asked: tuple[str, int, str]) -> Block:
+        """(what, steps, folder to save in) -> what it took."""
+        what, num_steps, folder = asked
+        dist.barrier()
+        if what == "save":
+            return self._save(Path(folder))
+        self.ours.trainer = self.checked if what == "checks" else self.plain
+        self.checks.parameters.take()
+        begin = time.perf_counter()
+        for step in range(1, num_steps + 1):
+            if what == "checks":
+                self.checks.begin(step)
+            self.ours.run()
+            if what == "checks" and self.checks.due(step):
+                assert self.checks.find(step) is None
+        return Block(begin=begin, end=time.perf_counter(), num_steps=num_steps)
+
+    def _save(self, folder: Path) -> Block:
+        self.ours.trainer = self.plain
+        begin = time.perf_counter()
+        save = start_save(
+            folder,
+            step=1,
+            consumed=1,
+            model=self.plain.model,
+            optimizer=self.plain.optimizer,
+            config=Config(),
+            grid=self.ours.job.grid,
+            data_fingerprint="",
+            vocab_size=self.ours.job.vocab_size,
+            memory=self.memory,
+            process_group=dist.group.WORLD if self.place.size == 1 else self._second_group(),
+        )
+        copied = time.perf_counter()
+        num_steps = 0
+        while True:
+            self.ours.run()
+            num_steps += 1
+            # All ranks stop after the same step: the run's loss is a message between them.
+            over = [None] * self.place.size
+            dist.all_gather_object(over, save.ended)
+            if all(over):
+                break
+        end = time.perf_counter()
+        save.wait()
+        return Block(
+            begin=begin,
+            end=end,
+            num_steps=num_steps,
+            save_seconds=end - begin,
+            copy_seconds=copied - begin,
+        )
+
+    def _second_group(self) -> dist.ProcessGroup:
+        if not hasattr(self, "_group"):
+            self._group = dist.new_group(backend="gloo")
+        assert self._group is not None
+        return self._group
+
+
+def job_of(arguments: Arguments) -> Job:
+    width, layers = (3, 2) if arguments.quick else (12, 4)
+    model = ModelConfig(
+        num_layers=layers,
+        hidden_size=64 * width,
+        ffn_hidden_size=512 * width // 3,
+        num_attention_heads=width,
+        num_query_groups=max(1, width // 3),
+        normalization="RMSNorm",
+        swiglu=True,
+        position_embedding_type="rope",
+        disable_bias_linear=True,
+    )
+    return Job(
+        model=model,
+        vocab_size=512 if arguments.quick else 16384,
+        tokens=64 if arguments.quick else 2048,
+        grid=Grid(dp=1, cp=arguments.ranks, tp=1),
+    )
+
+
+def measured(team: Team, rounds: int) -> dict[str, list[Block]]:
+    """Blocks of everything, one of each per round; the slowest rank's."""
+    names = ["plain", "checks", "save"]
+    found: dict[str, list[Block]] = {name: [] for name in names}
+    shuffle = random.Random(0).shuffle
+    for turn in range(rounds + 1):
+        shuffle(names)
+        for name in names:
+            time.sleep(PAUSE)
+            folder = tempfile.mkdtemp()
+            blocks = team.ask("block", (name, INTERVAL, folder))
+            shutil.rmtree(folder)
+            if turn:  # the first warms up
+                found[name].append(max(blocks, key=lambda block: block.end - block.begin))
+    return found
+
+
+def main() -> None:
+    """Prints a line per result."""
+    arguments = tyro.cli(Arguments)
+    team = Team(arguments.ranks, arguments.threads, Bench)
+    job = job_of(arguments)
+    team.ask("prepare", job)
+    found = measured(team, 2 if arguments.quick else arguments.rounds)
+    team.close()
+    seconds = {name: [block.step_seconds for block in blocks] for name, blocks in found.items()}
+    about = {"ranks": arguments.ranks, "threads": arguments.threads, "hardware": hardware()}
+    middle = statistics.median
+    for name in ("checks", "save"):
+        line: dict[str, object] = {"benchmark": "faults", "result": name}
+        line |= {"step_seconds": round(middle(seconds["plain"]), 4)}
+        line |= {"time": paired(seconds[name], seconds["plain"])}
+        if name == "save":
+            saves = found["save"]
+            line |= {"num_steps": middle(block.num_steps for block in saves)}
+            line |= {"save_seconds": round(middle(block.save_seconds for block in saves), 3)}
+            line |= {"copy_seconds": round(middle(block.copy_seconds for block in saves), 3)}
+        print(json.dumps({**line, **about}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
