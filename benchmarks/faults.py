@@ -4,10 +4,10 @@ A model with SmolLM2's proportions, float32, on gloo ranks that share each row. 
 turns in a shuffled order in every round; medians of the rounds' ratios. One JSON line per result,
 each with the hardware:
 
-- ``checks``: ten steps, all of whose parameters are summed before and after the update, one of them
-  with its links summed and checked (--check-interval 10), over ten steps without;
+- ``checks``: five steps, the parameters summed before and after each update, the links of the last
+  summed and checked (--check-interval 5), over five steps without;
 - ``save``: the steps that begin while a save is under way, its copy included, over as many without.
-  ``save_seconds`` is how long it takes, ``copy_seconds`` of it the training waits.
+  ``save_seconds`` is how long these took, ``copy_seconds`` how long of it the training stood still.
 
     python benchmarks/faults.py                   # five minutes on two cores
     python benchmarks/faults.py --threads 1 --ranks 1
@@ -36,7 +36,7 @@ from cp_megatron.config import Config, ModelConfig
 from cp_megatron.plan import Grid
 from cp_megatron.train.checks import Checks, ParameterSums
 
-INTERVAL = 10
+INTERVAL = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,7 +153,7 @@ class Bench:
 
 
 def job_of(arguments: Arguments) -> Job:
-    width, layers = (3, 2) if arguments.quick else (12, 4)
+    width, layers = (3, 2) if arguments.quick else (8, 4)
     model = ModelConfig(
         num_layers=layers,
         hidden_size=64 * width,
@@ -167,8 +167,8 @@ def job_of(arguments: Arguments) -> Job:
     )
     return Job(
         model=model,
-        vocab_size=512 if arguments.quick else 16384,
-        tokens=64 if arguments.quick else 2048,
+        vocab_size=512 if arguments.quick else 8192,
+        tokens=64 if arguments.quick else 1024 * arguments.ranks,
         grid=Grid(dp=1, cp=arguments.ranks, tp=1),
     )
 

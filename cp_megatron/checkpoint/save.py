@@ -52,7 +52,6 @@ from cp_megatron.checkpoint.manifest import (
 from cp_megatron.checkpoint.shard import (
     DTYPE_NAMES,
     HostMemory,
-    ShardImage,
     discard,
     sync,
     take_image,
@@ -137,7 +136,7 @@ class _Job:
     facts: Mapping[str, Any]
     tensors: Mapping[str, TensorEntry]
     """On the first rank."""
-    image: ShardImage | None
+    image: Tensor | None
     """None where this rank writes nothing."""
     failure: Exception | None
     """Why there is none where there should be one."""
@@ -285,7 +284,7 @@ def _make_folder(target: Path) -> None:
     target.with_name(target.name + TEMPORARY).mkdir(parents=True)
 
 
-def _copy(plan: SavePlan, state: Mapping[str, Tensor], memory: HostMemory) -> ShardImage | None:
+def _copy(plan: SavePlan, state: Mapping[str, Tensor], memory: HostMemory) -> Tensor | None:
     """The boxes that this rank writes."""
     planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     planner.set_up_planner(dict(state))
