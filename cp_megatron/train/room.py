@@ -37,15 +37,21 @@ def checkpoint_bytes(plan: RunPlan) -> int:
     return num_parameters(plan.config.model, **sizes) * element * (1 + _MOMENTS)
 
 
-def check_disk(plan: RunPlan) -> str:
+def check_disk(plan: RunPlan, *, elsewhere: bool = False) -> str:
     """How much checkpoints take of the disk under ``--save``, in words.
 
+    Args:
+        plan: the run.
+        elsewhere: it will be on another machine.
+
     Raises:
-        ConfigError: not one checkpoint fits.
+        ConfigError: not one checkpoint fits, on this machine.
     """
     folder = Path(plan.config.checkpoint.save or "runs")
     free, needed = _free_bytes(folder), checkpoint_bytes(plan)
     room = f"a checkpoint takes {_gib(needed)}, {_gib(free)} are free"
+    if elsewhere:
+        return f"disk: {room} here"
     if needed > free:
         raise ConfigError("--save", folder, room, "a folder on a larger disk, or a smaller model")
     kept = _kept_at_once(plan.config, plan.load_step)
@@ -107,8 +113,9 @@ def look_around(plan: RunPlan, launch: Launch, *, dry_run: bool) -> RunPlan:
     Raises:
         ConfigError: what was planned does not fit here.
     """
-    disk = check_disk(plan)
-    if dry_run and not launch.under_torchrun:
+    elsewhere = dry_run and not launch.under_torchrun
+    disk = check_disk(plan, elsewhere=elsewhere and plan.config.checkpoint.save is None)
+    if elsewhere:
         notes = [disk, *(f"memory: {_of_one_rank(plan, device)}" for device in plan.kernels)]
     else:
         notes = [disk] if dry_run or "not fit" in disk else []

@@ -100,7 +100,7 @@ def judged_all(folder: Path, count: int) -> dict[int, RunPlan | ConfigError]:
     return found
 
 
-@pytest.fixture(scope="module", params=[100, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=[60, pytest.param(1000, marks=pytest.mark.slow)])
 def verdicts(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[int, RunPlan | ConfigError]:

@@ -110,6 +110,7 @@ def test_a_stopped_rank_is_named_at_the_timeout_and_nothing_stays(folder: Path) 
     assert flights == [f"flight-rank-{rank}.jsonl" for rank in (0,)]
 
 
+@pytest.mark.slow  # by default tests/train/test_culprit.py judges what ranks report
 def test_an_exception_is_told_once_by_the_rank_that_has_it(folder: Path) -> None:
     ended = start(folder, "raised", fault="raise:1:1").ended()
     assert ended.code == 1
@@ -118,6 +119,7 @@ def test_an_exception_is_told_once_by_the_rank_that_has_it(folder: Path) -> None
     assert ended.err.count("cp_megatron/train/step.py") == 1, "one trace of ours"
 
 
+@pytest.mark.slow  # by default tests/train/test_signals.py sends it to a process
 def test_a_signal_of_slurm_saves(folder: Path, whole: Path) -> None:
     """Passed on by torchrun, which has to be told to, as the launch files do."""
     handled = ["--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"]

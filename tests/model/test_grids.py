@@ -36,6 +36,7 @@ def test_one_rank(style: str) -> None:
     check(style, Grid(dp=1, cp=1, tp=1))
 
 
+@pytest.mark.slow  # all of it is in four ranks too
 @pytest.mark.parametrize("style", STYLES)
 @pytest.mark.parametrize("sequence_parallel", [False, True])
 def test_tp2(style: str, sequence_parallel: bool) -> None:
@@ -49,7 +50,13 @@ def test_tp4(style: str, sequence_parallel: bool) -> None:
 
 
 @pytest.mark.parametrize("style", ["gpt", "llama"])
-@pytest.mark.parametrize("grid", [(2, 1, 1), (1, 2, 1), (2, 2, 1), (2, 1, 2), (1, 2, 2), (1, 4, 1)])
+@pytest.mark.parametrize(
+    "grid",
+    [
+        *((1, 2, 1), (2, 2, 1), (2, 1, 2), (1, 2, 2)),
+        *(pytest.param(grid, marks=pytest.mark.slow) for grid in ((2, 1, 1), (1, 4, 1))),
+    ],
+)
 def test_fsdp(style: str, grid: tuple[int, int, int]) -> None:
     dp, cp, tp = grid
     check(style, Grid(dp=dp, cp=cp, tp=tp), sequence_parallel=tp > 1)

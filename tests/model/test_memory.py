@@ -64,8 +64,15 @@ def oracle(style: str) -> Step:
     ("grid", "option"),
     [
         *(((1, 2, 2), option) for option in OPTIONS),
-        *(((1, 1, 1), option) for option in ("tiles", "everything")),
-        *((grid, "everything") for grid in ((2, 2, 1), (1, 1, 4))),
+        *(
+            pytest.param(grid, option, marks=pytest.mark.slow)
+            for grid, option in [
+                ((1, 1, 1), "tiles"),
+                ((1, 1, 1), "everything"),
+                ((2, 2, 1), "everything"),
+                ((1, 1, 4), "everything"),
+            ]
+        ),
     ],
 )
 def test_gradients_are_those_of_one_process(

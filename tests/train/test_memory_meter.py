@@ -38,15 +38,17 @@ CASES = [
     (1, [*LLAMA, *FULL, *FIRST, "--cpu-offloading", "--optimizer-cpu-offload"]),
     (1, [*GPT, *DROPOUT]),
     (1, [*GPT, "--dtype", "float64", "--untie-embeddings-and-output-weights"]),
-    (2, [*LLAMA, *BF16, *ROWS]),
     (2, [*LLAMA, *TP2, *SP, *TILES, "--num-query-groups", "1"]),
     (2, [*LLAMA, *CP2, *A2A, *BF16, *SELECTIVE, "--num-query-groups", "1"]),
     (2, [*LLAMA, *CP2, *GATHER]),
     (4, [*GPT, *TP2, *CP2, *SP, *FULL, *TILES, *CHUNKS]),
     (4, [*LLAMA, *TP2, *CP2, *BF16, *ROWS, *ROWS]),
     (4, [*LLAMA, *CP4, "--window-size", "9", "0", "--window-layers", "1"]),
-    (4, [*LLAMA, *CP4, *BF16, "--cp-comm-type", "p2p", "--cp-route", "direct"]),
     (4, [*LLAMA, *CP4, *LEVELS]),
+]
+SLOW = [
+    (2, [*LLAMA, *BF16, *ROWS]),
+    (4, [*LLAMA, *CP4, *BF16, "--cp-comm-type", "p2p", "--cp-route", "direct"]),
 ]
 
 
@@ -104,7 +106,11 @@ def by_name(held: tuple[Held, ...]) -> dict[tuple[str, str], int]:
     return {(row.kind, row.detail): row.num_bytes for row in held}
 
 
-@pytest.mark.parametrize(("world_size", "flags"), CASES, ids=words_of)
+@pytest.mark.parametrize(
+    ("world_size", "flags"),
+    [*CASES, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)],
+    ids=words_of,
+)
 def test_measured_is_predicted_to_the_byte(place: Place, world_size: int, flags: list[str]) -> None:
     for predicted, found in run_ranks(measured, world_size, place.argv("run", *flags)):
         assert found[-1].kind == kinds.PEAK
@@ -150,7 +156,13 @@ def test_the_peak_is_all_but_what_operations_take_inside(place: Place) -> None:
         assert 0.9 * exact < found <= exact
 
 
-@pytest.mark.parametrize("flags", [[*TP2, *CP2, *SP, *FULL], [*CP4, *DROPOUT, *ROWS, *ROWS]])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        [*TP2, *CP2, *SP, *FULL],
+        pytest.param([*CP4, *DROPOUT, *ROWS, *ROWS], marks=pytest.mark.slow),
+    ],
+)
 def test_looking_changes_no_bit(place: Place, flags: list[str]) -> None:
     for name, more in (("plain", []), ("looked at", ["--memory-report"])):
         argv = place.argv(name, *flags, *more)

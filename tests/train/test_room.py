@@ -103,6 +103,15 @@ def test_a_plan_for_another_machine_is_not_measured_by_this_one(
     assert exchange.startswith("exchange: rehearsed for 4 ranks: 4 messages"), exchange
 
 
+def test_a_disk_of_another_machine_may_be_larger(free: list[int]) -> None:
+    free[0] = 1
+    first, *_ = _notes(planned(launch=PLAIN, dry_run=True), PLAIN, dry_run=True)
+    assert first.endswith("free here")
+    here = planned("--save", "some-folder", launch=PLAIN, dry_run=True)
+    with pytest.raises(ConfigError, match="a checkpoint takes"):
+        _notes(here, PLAIN, dry_run=True)
+
+
 def test_a_machine_has_memory() -> None:
     found = room.machine_bytes()
     assert found is None or found > GIB / 8
