@@ -196,7 +196,9 @@ def logit_gaps(rank: int, world_size: int, folders: dict[str, Path], grid: Grid)
     return gaps
 
 
-@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize(
+    "grid", ["one", "tp2 cp2", *(pytest.param(x, marks=pytest.mark.slow) for x in ("cp4", "tp4"))]
+)
 def test_logits_are_those_of_transformers(folders: dict[str, Path], grid: str) -> None:
     size = GRIDS[grid].world_size
     for gaps in run_ranks(logit_gaps, size, folders, GRIDS[grid]):

@@ -93,7 +93,13 @@ def loaded(folder: Path) -> Session:
     return Session(model=model.eval(), seq_length=16)
 
 
-@pytest.mark.parametrize("name", CASES)
+BY_DEFAULT = ("llama-yarn", "llama-longrope", "mistral", "qwen3", "qwen2-window-above")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [name if name in BY_DEFAULT else pytest.param(name, marks=pytest.mark.slow) for name in CASES],
+)
 def test_greedy_is_that_of_transformers(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
