@@ -27,12 +27,12 @@ from pathlib import Path
 
 import torch.distributed as dist
 import tyro
-from harness.steps import Job, OurStep
+from harness.steps import Job, OurStep, model_of
 from harness.teams import PAUSE, Place, Team, hardware, paired
 
 from cp_megatron.checkpoint.save import start_save
 from cp_megatron.checkpoint.shard import HostMemory
-from cp_megatron.config import Config, ModelConfig
+from cp_megatron.config import Config
 from cp_megatron.plan import Grid
 from cp_megatron.train.checks import Checks, ParameterSums
 
@@ -153,20 +153,8 @@ class Bench:
 
 
 def job_of(arguments: Arguments) -> Job:
-    width, layers = (3, 2) if arguments.quick else (8, 4)
-    model = ModelConfig(
-        num_layers=layers,
-        hidden_size=64 * width,
-        ffn_hidden_size=512 * width // 3,
-        num_attention_heads=width,
-        num_query_groups=max(1, width // 3),
-        normalization="RMSNorm",
-        swiglu=True,
-        position_embedding_type="rope",
-        disable_bias_linear=True,
-    )
     return Job(
-        model=model,
+        model=model_of(2, 3) if arguments.quick else model_of(4, 8),
         vocab_size=512 if arguments.quick else 8192,
         tokens=64 if arguments.quick else 1024 * arguments.ranks,
         grid=Grid(dp=1, cp=arguments.ranks, tp=1),

@@ -33,10 +33,10 @@ from typing import Any, Literal
 
 import torch.distributed as dist
 import tyro
-from harness.steps import Job, OurStep, TheirStep, peak_of, peak_of_loss
+from harness.steps import Job, OurStep, TheirStep, model_of, peak_of, peak_of_loss
 from harness.teams import Place, Team, hardware, measure, paired
 
-from cp_megatron.config import MemoryConfig, ModelConfig
+from cp_megatron.config import MemoryConfig
 from cp_megatron.plan import Grid
 
 MIB = 1 << 20
@@ -65,21 +65,6 @@ class Arguments:
     """Draw ``longest`` here, as PNG or SVG."""
     quick: bool = False
     """Tiny sizes: shows that the script runs, measures nothing."""
-
-
-def model_of(num_layers: int, width: int) -> ModelConfig:
-    """SmolLM2's proportions with ``width`` x 64 channels."""
-    return ModelConfig(
-        num_layers=num_layers,
-        hidden_size=64 * width,
-        ffn_hidden_size=512 * width // 3,
-        num_attention_heads=width,
-        num_query_groups=max(1, width // 3),
-        normalization="RMSNorm",
-        swiglu=True,
-        position_embedding_type="rope",
-        disable_bias_linear=True,
-    )
 
 
 class Bench:

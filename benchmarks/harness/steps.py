@@ -68,6 +68,21 @@ class Job:
         return Mask.documents([self.document] * whole + [rest] * (rest > 0))
 
 
+def model_of(num_layers: int, width: int) -> ModelConfig:
+    """SmolLM2's proportions with ``width`` x 64 channels."""
+    return ModelConfig(
+        num_layers=num_layers,
+        hidden_size=64 * width,
+        ffn_hidden_size=512 * width // 3,
+        num_attention_heads=width,
+        num_query_groups=max(1, width // 3),
+        normalization="RMSNorm",
+        swiglu=True,
+        position_embedding_type="rope",
+        disable_bias_linear=True,
+    )
+
+
 class OurStep:
     """A trainer of this project with its rows; the process group is made where there is none."""
 

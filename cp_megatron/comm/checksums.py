@@ -10,8 +10,6 @@ A message has no sum of its own to travel with: the ends compare once, when the 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -57,17 +55,24 @@ class LinkSums:
         self._open = True
         self._sent, self._received = {}, {}
 
-    def sent(self, x: Tensor, peers: Iterable[int]) -> None:
-        """Notes a message before it leaves, to ranks of the group."""
+    def sent(self, x: Tensor, peer: int) -> None:
+        """Notes a message before it leaves."""
         if self._open:
-            bits = bit_sum(x)
-            for peer in peers:
-                self._sent[peer] = _with(self._sent.get(peer), bits)
+            self._sent[peer] = _with(self._sent.get(peer), bit_sum(x))
 
     def received(self, x: Tensor, peer: int) -> None:
         """Notes a message once it is here, before anybody reads it."""
         if self._open:
             self._received[peer] = _with(self._received.get(peer), bit_sum(x))
+
+    def gathered(self, given: Tensor, parts: Tensor, group: dist.ProcessGroup) -> None:
+        """Notes an all-gather once it is over: what this rank gave, and all ranks' parts."""
+        if self._open:
+            bits = bit_sum(given)
+            for peer, part in enumerate(parts.chunk(group.size())):
+                if peer != group.rank():
+                    self._sent[peer] = _with(self._sent.get(peer), bits)
+                    self.received(part, peer)
 
     def close(self, group: dist.ProcessGroup, device: torch.device) -> list[int]:
         """The ranks of the group from which something arrived that is not what they sent.

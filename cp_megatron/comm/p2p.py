@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch.distributed as dist
 from torch import Tensor
@@ -18,8 +18,8 @@ class Pending:
     works: Sequence[dist.Work]
     buffers: Sequence[Tensor]
     """Keeps the memory alive until the messages have left."""
-    receives: Sequence[tuple[Tensor, int]] = ()
-    sums: LinkSums = field(default_factory=LinkSums)
+    receives: Sequence[tuple[Tensor, int]]
+    sums: LinkSums
     """Notes what was received."""
 
     def wait(self) -> None:
@@ -38,7 +38,7 @@ def post(
     *,
     sends: Sequence[tuple[Tensor, int]] = (),
     receives: Sequence[tuple[Tensor, int]] = (),
-    sums: LinkSums | None = None,
+    sums: LinkSums,
 ) -> Pending:
     """Starts sending and receiving; nothing is waited for.
 
@@ -52,9 +52,8 @@ def post(
         receives: contiguous buffers and the ranks in ``group`` they are filled from.
         sums: notes what is sent and received.
     """
-    sums = sums or LinkSums()
     for tensor, peer in sends:
-        sums.sent(tensor, [peer])
+        sums.sent(tensor, peer)
     operations = [
         dist.P2POp(dist.irecv, tensor, group=group, group_peer=peer) for tensor, peer in receives
     ]
@@ -62,6 +61,6 @@ def post(
         dist.P2POp(dist.isend, tensor, group=group, group_peer=peer) for tensor, peer in sends
     ]
     if not operations:
-        return Pending((), ())
+        return Pending((), (), (), sums)
     works = dist.batch_isend_irecv(operations)
     return Pending(works, [operation.tensor for operation in operations], receives, sums)

@@ -13,6 +13,8 @@ from pathlib import Path
 from cp_megatron.errors import ConfigError
 
 AUTO = "auto"
+RUNS = Path("runs")
+"""Where a run is kept that nobody named a folder for."""
 CONFIG_FILE = "config.yaml"
 """The file in a run's folder that holds its configuration."""
 STEP_FOLDER = re.compile(r"step-(0|[1-9][0-9]*)")

@@ -160,7 +160,7 @@ def _exchange(
             sent = memory.room(SENT, (sum(counts),), outgoing[0].dtype)
             received = memory.room(RECEIVED, (sum(sizes),), outgoing[0].dtype)
             for i in others:
-                sums.sent(outgoing[i], [trade.peers[i]])
+                sums.sent(outgoing[i], trade.peers[i])
             dist.all_to_all_single(received, sent, sizes, counts, group=group)
             for i in others:
                 sums.received(incoming[i], trade.peers[i])

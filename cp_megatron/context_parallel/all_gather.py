@@ -99,8 +99,7 @@ class _Source:
         self._size = plan.group.size() if plan.group else 1
         gathered = self._size * plan.gather.width * math.prod(shard.message_shape(1))
         self.portions = _portions(shard.k.shape[2], gathered * shard.k.dtype.itemsize)
-        self._sums, rank = plan.link_sums, plan.group.rank() if plan.group else 0
-        self._others = [other for other in range(self._size) if other != rank]
+        self._sums = plan.link_sums
         self._started = 0
         self.pending: Started | None = self.start_next()
 
@@ -118,7 +117,6 @@ class _Source:
         num_given = sum(stop - start for start, stop in self.gather.given)
         part.pack(self.gather.given, given[:num_given])
         given[num_given:] = 0
-        self._sums.sent(given, self._others)
         shape = part.message_shape(self._size * self.gather.width)
         room = self._memory.room(f"gathered {number % 2}", shape, dtype)
         return start_all_gather(given, self._group, room)
@@ -129,9 +127,8 @@ class _Source:
             return None
         with traced("wait for keys"):
             gathered = self.pending.wait()  # [N * W, B, g * (D + E)]
-        given = gathered.chunk(self._size)
-        for other in self._others:
-            self._sums.received(given[other], other)
+        if self._group is not None:
+            self._sums.gathered(self.pending.source, gathered, self._group)
         if not self.gather.picked:
             return None
         # [N * W, B, g * (D + E)] -> [K, B, g * (D + E)]

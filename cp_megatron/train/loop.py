@@ -155,7 +155,9 @@ class Run:
             return
         found = self.checks.find(step)
         if found is not None:
-            raise self._diverged(step, found, "--load with it, on other hardware if it comes back")
+            raise self._diverged(
+                step, found, "to go on from it; on other hardware if that happens again"
+            )
 
     def _skip(self, step: int, result: StepResult, verdict: Verdict) -> None:
         """Says that a step changed nothing, or ends the run, on every rank alike."""

@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cp_megatron.config import DataConfig, ModelConfig
+from cp_megatron.config.run_folders import RUNS
 from cp_megatron.errors import ConfigError
 from cp_megatron.train.folders import FinishedError, model_name
 from cp_megatron.train.parameters import num_parameters, parameters_on_rank
@@ -230,7 +231,7 @@ def _training(plan: RunPlan, run: Path | None) -> Iterator[Line]:
     yield "batch", f"{rows} rows = micro batch {size}, {per_step:,} tokens per step"
     yield "steps", _steps(plan)
     yield "data", _data(config.data)
-    yield "run", f"{run or config.checkpoint.save or f'runs/{model_name(config)}-<n>'}"
+    yield "run", f"{run or config.checkpoint.save or RUNS / f'{model_name(config)}-<n>'}"
     if plan.load is not None:
         yield "goes on from", f"{plan.load} (step {plan.load_step})"
 

@@ -8,11 +8,13 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 from cp_megatron.comm.runtime import Launch
 from cp_megatron.config import Config
+from cp_megatron.config.run_folders import RUNS
 from cp_megatron.errors import ConfigError
 from cp_megatron.plan.rehearsal import rehearse
 from cp_megatron.train import memory_plan as kinds
@@ -47,7 +49,7 @@ def check_disk(plan: RunPlan, *, elsewhere: bool = False) -> str:
     Raises:
         ConfigError: not one checkpoint fits, on this machine.
     """
-    folder = Path(plan.config.checkpoint.save or "runs")
+    folder = Path(plan.config.checkpoint.save or RUNS)
     free, needed = _free_bytes(folder), checkpoint_bytes(plan)
     room = f"a checkpoint takes {_gib(needed)}, {_gib(free)} are free"
     if elsewhere:
@@ -92,7 +94,7 @@ def check_memory(plan: RunPlan, *, num_ranks: int, total_bytes: int | None) -> s
     """
     needed = _least_bytes(plan) * num_ranks
     ranks = "a rank holds" if num_ranks == 1 else f"{num_ranks} ranks hold"
-    found = f"{ranks} {_gib(needed)} on {plan.device} when backward begins"
+    found = f"{ranks} {_gib(needed)} at least on {plan.device} in a step"
     if total_bytes is None:
         return found
     found += f", there are {_gib(total_bytes)}"
@@ -146,9 +148,19 @@ def _of_one_rank(plan: RunPlan, device: DeviceName) -> str:
 
 
 def _least_bytes(plan: RunPlan) -> int:
-    """What rank 0, which has the largest share, holds at least when its backward begins."""
-    left_out = (kinds.EXCHANGE, kinds.AFTER_FORWARD, kinds.PEAK)
-    return sum(row.num_bytes for row in predict(plan, 0) if row.kind not in left_out)
+    """What rank 0, which has the largest share, holds at some moment of its second step.
+
+    Activations are let go as the gradients come, so that only where micro batches are accumulated
+    both are there at once. What waits on the host, or in files, takes none of the device's memory.
+    """
+    held: Counter[str] = Counter()
+    for row in predict(plan, 0):
+        if row.detail != kinds.HOST and row.kind != kinds.HOST:
+            held[row.kind] += row.num_bytes
+    forward = held[kinds.GATHERED] + held[kinds.ACTIVATIONS]
+    gradients = held[kinds.GRADIENTS]
+    together = forward + gradients if plan.num_microbatches > 1 else max(forward, gradients)
+    return held[kinds.PARAMETERS] + held[kinds.OPTIMIZER] + together
 
 
 def machine_bytes() -> int | None:

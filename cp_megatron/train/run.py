@@ -19,7 +19,7 @@ from cp_megatron.checkpoint.store import load_checkpoint
 from cp_megatron.comm.groups import ParallelGroups
 from cp_megatron.comm.runtime import Launch, record_collectives
 from cp_megatron.config import Config
-from cp_megatron.config.run_folders import CONFIG_FILE
+from cp_megatron.config.run_folders import CONFIG_FILE, RUNS
 from cp_megatron.config.yaml_io import to_yaml
 from cp_megatron.data.corpora import Data, open_data
 from cp_megatron.errors import ConfigError
@@ -47,7 +47,6 @@ from cp_megatron.train.stragglers import Stragglers
 from cp_megatron.train.wandb_log import WandbRun
 from cp_megatron.train.watch import Watch
 
-RUNS = Path("runs")
 SAVING = timedelta(hours=2)
 """What the slowest rank's disk may take longer than the fastest's for one checkpoint."""
 

@@ -121,18 +121,29 @@ class Watch:
         while time.monotonic() < end:
             time.sleep(0.1)
             reports = self._reports()
-            if len(reports) == len(others) or any(r.kind == "failed" for r in reports.values()):
+            silent = [rank for rank in others if rank not in reports]
+            # Of the others on this node nobody needs to wait for a beat.
+            if all(self._has_ended(rank) for rank in silent):
+                break
+            if any(report.kind == "failed" for report in reports.values()):
                 break
         alive = [rank for rank in others if self._lives(rank, before[rank])]
         return self._reports(), alive
 
     def _lives(self, rank: int, beat: str) -> bool:
         """Whether its process runs; on another node, whether there was a beat meanwhile."""
-        pid, host = self._who(rank)
-        state = _state(pid) if host == _host() else ""
-        if state:
-            return state not in _ENDED
+        if self._state_of(rank):
+            return not self._has_ended(rank)
         return self._read(self._key("beat", rank)) != beat
+
+    def _has_ended(self, rank: int) -> bool:
+        """Whether its process is seen to be gone, or stopped."""
+        return self._state_of(rank) in _ENDED
+
+    def _state_of(self, rank: int) -> str:
+        """Of its process, where that can be seen from here."""
+        pid, host = self._who(rank)
+        return _state(pid) if host == _host() else ""
 
     def _reports(self) -> dict[int, Report]:
         texts = {
@@ -150,7 +161,7 @@ class Watch:
     def _seen(self, rank: int) -> str:
         """A rank's process, and in which state it is where that can be seen from here."""
         pid, host = self._who(rank)
-        state = _state(pid) if host == _host() else ""
+        state = self._state_of(rank)
         return f"process {pid} on {host}{state and f', {state}'}"
 
     def _who(self, rank: int) -> tuple[int, str]:

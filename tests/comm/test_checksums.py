@@ -43,15 +43,15 @@ def say(rank: int, world_size: int, heard: list[list[int]]) -> list[int]:
     """Rank 0 sends 1, 2 to rank 1, which hears ``heard``; then the same without being open."""
     world, sums = dist.group.WORLD, LinkSums()
     assert world is not None
-    sums.sent(torch.tensor([7]), [1])
+    sums.sent(torch.tensor([7]), 1)
     sums.open()
     for number in range(2):
         if rank == 0:
-            sums.sent(torch.tensor([number + 1]), [1])
+            sums.sent(torch.tensor([number + 1]), 1)
         else:
             sums.received(torch.tensor(heard[number]), 0)
     found = sums.close(world, torch.device("cpu"))
-    sums.sent(torch.tensor([7]), [1])
+    sums.sent(torch.tensor([7]), 1)
     sums.open()
     assert sums.close(world, torch.device("cpu")) == []
     return found

@@ -18,16 +18,10 @@ from torch import Tensor
 from cp_megatron.comm import nonblocking
 from cp_megatron.context_parallel import ContextParallel
 from cp_megatron.plan import Mask
+from tests.context_parallel.test_buffers import EXCHANGES
 from tests.ranks import run_ranks
 
 CPU = torch.device("cpu")
-EXCHANGES: dict[str, dict[str, Any]] = {
-    "ring": {"exchange": "p2p", "route": "ring"},
-    "direct": {"exchange": "p2p", "route": "direct"},
-    "all_gather": {"exchange": "all_gather"},
-    "a2a": {"exchange": "a2a"},
-    "a2a+p2p": {"exchange": "a2a+p2p", "hierarchical_sizes": (2, 2)},
-}
 
 
 class Work:

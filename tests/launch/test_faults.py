@@ -183,7 +183,6 @@ def test_a_rank_that_leaves_a_message_out_is_seen_in_what_each_waits_for(folder:
     ended = Program(["torchrun", "--nproc-per-node", "2", "skips.py", *flags], folder).ended()
     assert ended.code == 1
     (line,) = [line for line in ended.err.splitlines() if line.startswith("skips.py: ")]
-    print(line)
     assert "the ranks wait for different messages (rank 0 waited in step" in line
     # The one whose time is over last may lose its peer first.
     told = r"rank (\d) (?:waited|lost its peer) in (step \d+), gloo:(\S+) of \S+, its number (\d+)"
