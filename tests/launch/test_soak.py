@@ -22,6 +22,8 @@ KILLS = 30
 LONGEST_LIFE = 14.0
 """Seconds; of these a start takes most on two cores."""
 STEPS, SAVED = 2000, 10
+MOST_STEPS = STEPS // (KILLS + 10)
+"""Of one life, so that the run outlives all its kills on a machine of any speed."""
 MINUTES = 10
 
 
@@ -49,16 +51,26 @@ def lives(program: Program, save: str) -> Iterator[list[int]]:
         time.sleep(0.05)
 
 
+def last_step(run: Path) -> int:
+    rows = metrics_of(run) if (run / "metrics.jsonl").exists() else []
+    return rows[-1]["step"] if rows else 0
+
+
 def kill_again_and_again(program: Program, run: Path) -> list[int]:
     """The last step that was told before each kill."""
     random, killed = Random(5), list[int]()
     for pids in lives(program, "run"):
-        time.sleep(random.uniform(0, LONGEST_LIFE))
-        if len(killed) == KILLS or program.process.poll() is not None:
+        if len(killed) == KILLS:
+            break
+        until = time.monotonic() + random.uniform(0, LONGEST_LIFE)
+        most = last_step(run) + random.randint(1, MOST_STEPS)
+        while time.monotonic() < until and last_step(run) < most:
+            time.sleep(0.05)
+        time.sleep(random.uniform(0, 0.1))
+        if program.process.poll() is not None:
             break
         os.kill(random.choice(pids), signal.SIGKILL)
-        rows = metrics_of(run) if (run / "metrics.jsonl").exists() else []
-        killed.append(rows[-1]["step"] if rows else 0)
+        killed.append(last_step(run))
     return killed
 
 
