@@ -83,12 +83,16 @@ class Program:
             )
 
     def when(self, ready: Callable[[str], bool]) -> Program:
-        """Waits until what it wrote to standard output is ``ready``."""
+        """Waits until what it wrote to standard output is ``ready``, or ends it."""
         end = time.monotonic() + SECONDS
-        while not ready(self._out.read_text()):
-            assert self.process.poll() is None, self._err.read_text()
-            assert time.monotonic() < end, self._err.read_text()
-            time.sleep(0.02)
+        try:
+            while not ready(self._out.read_text()):
+                assert self.process.poll() is None, self._err.read_text()
+                assert time.monotonic() < end, self._err.read_text()
+                time.sleep(0.02)
+        except BaseException:
+            self.kill()
+            raise
         return self
 
     def signalled(self, number: signal.Signals, *, to_group: bool = True) -> Program:
@@ -97,14 +101,17 @@ class Program:
         send(self.process.pid, number)
         return self
 
+    def kill(self) -> None:
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+
     def ended(self) -> Ended:
         """Waits for the end; nothing is left running when it does not come."""
         try:
             code = self.process.wait(SECONDS)
         finally:
-            if self.process.poll() is None:
-                os.killpg(self.process.pid, signal.SIGKILL)
-                self.process.wait()
+            self.kill()
         return Ended(code, self._out.read_text(), self._err.read_text())
 
 
@@ -119,7 +126,7 @@ def ours_in_trace(ended: Ended) -> list[str]:
 
 
 def at_step(number: int) -> Callable[[str], bool]:
-    return lambda out: f"step {number}/" in out
+    return lambda out: re.search(rf"step +{number}/", out) is not None
 
 
 @pytest.fixture(scope="module")

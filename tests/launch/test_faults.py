@@ -132,12 +132,41 @@ def test_a_signal_of_slurm_saves(folder: Path, whole: Path) -> None:
 
 
 def test_ranks_whose_launcher_is_killed_save_and_leave(folder: Path) -> None:
-    program = start(folder, "orphans", steps=5000).when(lambda out: "step    3/" in out)
+    program = start(folder, "orphans", steps=5000).when(at_step(3))
     os.kill(program.process.pid, signal.SIGKILL)
     program.process.wait()
     assert all_gone("orphans", 8), processes("orphans")
     last = max(int(path.name[5:]) for path in (folder / "orphans").glob("step-*"))
     assert last >= metrics_of(folder / "orphans")[-1]["step"] >= 3, "no step is lost"
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_the_others_leave_within_two_seconds_of_a_kill(folder: Path, ranks: int) -> None:
+    save = f"kill-of-{ranks}"
+    flags = ["--tensor-parallel-size", str(ranks // 2)]
+    program = start(folder, save, *flags, ranks=ranks, steps=5000, save_interval=5000)
+    program.when(at_step(3))
+    pids = [int(line.split()[0]) for line in processes(save) if "torchrun" not in line]
+    assert len(pids) == ranks
+    began = time.monotonic()
+    os.kill(pids[-1], signal.SIGKILL)
+    while any(map(is_alive, pids)):
+        time.sleep(0.01)
+    took = time.monotonic() - began
+    print(f"{ranks} ranks: all gone {took:.2f} s after the kill")
+    assert took < 2
+    ended = program.ended()
+    assert ended.code == 1
+    (line,) = ours(ended)
+    assert re.match(rf"pretrain\.py: rank {ranks - 1} \(process {pids[-1]} ", line)
 
 
 @pytest.mark.slow
