@@ -6,8 +6,9 @@ each with the hardware:
 
 - ``checks``: five steps, the parameters summed before and after each update, the links of the last
   summed and checked (--check-interval 5), over five steps without;
-- ``save``: the steps that begin while a save is under way, its copy included, over as many without.
-  ``save_seconds`` is how long these took, ``copy_seconds`` how long of it the training stood still.
+- ``save``: the steps that begin while a save is under way, its copy included, over as many without,
+  timed alike. ``save_seconds`` is how long these took, ``copy_seconds`` how long of it the training
+  stood still.
 
     python benchmarks/faults.py                   # five minutes on two cores
     python benchmarks/faults.py --threads 1 --ranks 1
@@ -16,6 +17,8 @@ each with the hardware:
 
 from __future__ import annotations
 
+import atexit
+import gc
 import json
 import random
 import shutil
@@ -30,7 +33,7 @@ import tyro
 from harness.steps import Job, OurStep, model_of
 from harness.teams import PAUSE, Place, Team, hardware, paired
 
-from cp_megatron.checkpoint.save import start_save
+from cp_megatron.checkpoint.save import Save, start_save
 from cp_megatron.checkpoint.shard import HostMemory
 from cp_megatron.config import Config
 from cp_megatron.plan import Grid
@@ -90,14 +93,17 @@ class Bench:
             device=trainer.device,
         )
         self.plain = trainer
+        gc.collect()
+        gc.freeze()  # as the program does
+        atexit.register(gc.unfreeze)
         self.checked = replace(trainer, sums=self.checks.parameters)
 
     def block(self, asked: tuple[str, int, str]) -> Block:
         """(what, steps, folder to save in) -> what it took."""
         what, num_steps, folder = asked
         dist.barrier()
-        if what == "save":
-            return self._save(Path(folder))
+        if what in ("save", "alone"):
+            return self._save(Path(folder), num_steps if what == "alone" else None)
         self.ours.trainer = self.checked if what == "checks" else self.plain
         self.checks.parameters.take()
         begin = time.perf_counter()
@@ -109,10 +115,34 @@ class Bench:
                 assert self.checks.find(step) is None
         return Block(begin=begin, end=time.perf_counter(), num_steps=num_steps)
 
-    def _save(self, folder: Path) -> Block:
+    def _save(self, folder: Path, alone: int | None) -> Block:
+        """Steps until a save has ended; without one, so many."""
         self.ours.trainer = self.plain
         begin = time.perf_counter()
-        save = start_save(
+        save = None if alone else self._start_save(folder)
+        copied = time.perf_counter()
+        num_steps = 0
+        while True:
+            self.ours.run()
+            num_steps += 1
+            # All ranks stop after the same step: the run's loss is a message between them.
+            over = [None] * self.place.size
+            dist.all_gather_object(over, save.ended if save else num_steps == alone)
+            if all(over):
+                break
+        end = time.perf_counter()
+        if save:
+            save.wait()
+        return Block(
+            begin=begin,
+            end=end,
+            num_steps=num_steps,
+            save_seconds=end - begin,
+            copy_seconds=copied - begin,
+        )
+
+    def _start_save(self, folder: Path) -> Save:
+        return start_save(
             folder,
             step=1,
             consumed=1,
@@ -124,25 +154,6 @@ class Bench:
             vocab_size=self.ours.job.vocab_size,
             memory=self.memory,
             process_group=dist.group.WORLD if self.place.size == 1 else self._second_group(),
-        )
-        copied = time.perf_counter()
-        num_steps = 0
-        while True:
-            self.ours.run()
-            num_steps += 1
-            # All ranks stop after the same step: the run's loss is a message between them.
-            over = [None] * self.place.size
-            dist.all_gather_object(over, save.ended)
-            if all(over):
-                break
-        end = time.perf_counter()
-        save.wait()
-        return Block(
-            begin=begin,
-            end=end,
-            num_steps=num_steps,
-            save_seconds=end - begin,
-            copy_seconds=copied - begin,
         )
 
     def _second_group(self) -> dist.ProcessGroup:
@@ -163,16 +174,18 @@ def job_of(arguments: Arguments) -> Job:
 
 def measured(team: Team, rounds: int) -> dict[str, list[Block]]:
     """Blocks of everything, one of each per round; the slowest rank's."""
-    names = ["plain", "checks", "save"]
+    names = ["plain", "checks", "save", "alone"]
     found: dict[str, list[Block]] = {name: [] for name in names}
     shuffle = random.Random(0).shuffle
+    beside = 1
     for turn in range(rounds + 1):
         shuffle(names)
         for name in names:
             time.sleep(PAUSE)
             folder = tempfile.mkdtemp()
-            blocks = team.ask("block", (name, INTERVAL, folder))
+            blocks = team.ask("block", (name, beside if name == "alone" else INTERVAL, folder))
             shutil.rmtree(folder)
+            beside = blocks[0].num_steps if name == "save" else beside
             if turn:  # the first warms up
                 found[name].append(max(blocks, key=lambda block: block.end - block.begin))
     return found
@@ -191,8 +204,9 @@ def main() -> None:
     middle = statistics.median
     for name in ("checks", "save"):
         line: dict[str, object] = {"benchmark": "faults", "result": name}
-        line |= {"step_seconds": round(middle(seconds["plain"]), 4)}
-        line |= {"time": paired(seconds[name], seconds["plain"])}
+        without = seconds["alone" if name == "save" else "plain"]
+        line |= {"step_seconds": round(middle(without), 4)}
+        line |= {"time": paired(seconds[name], without)}
         if name == "save":
             saves = found["save"]
             line |= {"num_steps": middle(block.num_steps for block in saves)}

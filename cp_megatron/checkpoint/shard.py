@@ -3,15 +3,21 @@
 The copy is the file's contents, so that writing it needs no second copy and no tensor:
 
     8 bytes   length of the header
-    header    JSON: name -> dtype, shape, where its bytes begin and end; blanks up to 8 bytes
+    header    JSON: name -> dtype, shape, where its bytes begin and end; blanks up to 64 bytes
     bytes     of all tensors, one after the other, those with wide elements first
 
 which is the format of safetensors (huggingface/safetensors, "Format"); its own writer would copy
 every tensor once more while it holds Python's lock, and hash nothing.
+
+A large file goes past the system's cache where the file system allows: copying it there takes more
+of the processor than hashing it, from a training that goes on, and pushes out what others read.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -48,6 +54,11 @@ _CODES: Mapping[torch.dtype, str] = MappingProxyType(
 )
 PIECE_BYTES = 16 << 20
 """Bytes hashed and written at once."""
+DIRECT_BYTES = 1 << 20
+"""Of a file that is worth going past the cache for."""
+_BLOCK = 4096
+"""What then must begin and end at a multiple of it, in memory and in the file."""
+_HEADER_BLANKS = 64
 
 
 class HostMemory:
@@ -62,7 +73,7 @@ class HostMemory:
         self._pinned: PinnedPiece | None = None
 
     def take(self, num_bytes: int, *, pinned: bool) -> Tensor:
-        """uint8 [num_bytes], where what was taken before may have lain.
+        """uint8 [num_bytes], from a block's begin on, where what was taken before may have lain.
 
         Args:
             num_bytes: wanted.
@@ -75,7 +86,8 @@ class HostMemory:
                 self._pinned = PinnedPiece(num_bytes)
                 self._held = self._pinned.memory
             else:
-                self._held = torch.empty(num_bytes, dtype=torch.uint8)
+                memory = torch.empty(num_bytes + _BLOCK, dtype=torch.uint8)
+                self._held = memory[-memory.data_ptr() % _BLOCK :]
         return self._held[:num_bytes]
 
 
@@ -101,7 +113,7 @@ def take_image(tensors: Mapping[str, Tensor], memory: HostMemory) -> Tensor:
             "data_offsets": [begin, end],
         }
     text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-(8 + len(text)) % _HEADER_BLANKS)
     header = len(text).to_bytes(8, "little") + text
     on_device = [tensor for tensor in tensors.values() if tensor.is_cuda]
     image = memory.take(len(header) + end, pinned=bool(on_device))
@@ -132,6 +144,8 @@ def write_image(path: Path, image: Tensor) -> FileEntry:
     data = memoryview(image.numpy().data)
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
+        if len(data) >= DIRECT_BYTES:
+            _pass_cache(descriptor, True)
         for at in range(0, len(data), PIECE_BYTES):
             piece = data[at : at + PIECE_BYTES]
             digest.update(piece)
@@ -153,9 +167,25 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_all(descriptor: int, data: memoryview) -> None:
-    """All of it: a file system may take less at once."""
+    """All of it: a file system may take less at once, or no part of a block past its cache."""
     while data:
-        data = data[os.write(descriptor, data) :]
+        try:
+            data = data[os.write(descriptor, data) :]
+        except OSError as error:
+            if error.errno != errno.EINVAL or not _pass_cache(descriptor, False):
+                raise
+
+
+def _pass_cache(descriptor: int, wanted: bool) -> bool:
+    """Whether this changed where the file's writes go; not every system and file system can."""
+    direct = getattr(os, "O_DIRECT", 0)
+    with contextlib.suppress(OSError):
+        before = fcntl.fcntl(descriptor, fcntl.F_GETFL)
+        after = before | direct if wanted else before & ~direct
+        if after != before:
+            fcntl.fcntl(descriptor, fcntl.F_SETFL, after)
+            return True
+    return False
 
 
 def discard(folder: Path) -> None:

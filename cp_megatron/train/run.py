@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
@@ -69,12 +72,27 @@ def run(plan: RunPlan, launch: Launch, script: str = "launch/pretrain.py") -> in
         check_memory(plan, num_ranks=1, total_bytes=total)
     pieces = assemble(plan, launch, device, control)
     dist.barrier(group=control)  # no rank ends at a signal that another one waits out
-    with stop_on_signal(quiet=launch.rank != 0) as stop:
+    with stop_on_signal(quiet=launch.rank != 0) as stop, _settled():
         train = _train if launch.world_size == 1 else _watched
         code = train(pieces, launch, stop, script)
     if not code:  # else a rank may be gone, and would be waited for
         dist.destroy_process_group()
     return code
+
+
+@contextmanager
+def _settled() -> Iterator[None]:
+    """Python does not look for garbage among all that is there already.
+
+    That would take a seventh of a second, with all that torch brings, in a step of one rank that
+    all others wait for.
+    """
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def _watched(pieces: Run, launch: Launch, stop: StopRequest, script: str) -> int:

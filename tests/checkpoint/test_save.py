@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -25,6 +26,7 @@ from cp_megatron.checkpoint.manifest import finished_steps, read_manifest, verif
 from cp_megatron.checkpoint.newest import newest_whole, set_aside
 from cp_megatron.checkpoint.save import Keep, Save, start_save
 from cp_megatron.checkpoint.shard import (
+    DIRECT_BYTES,
     DTYPES,
     HostMemory,
     take_image,
@@ -71,11 +73,32 @@ def test_a_disk_that_takes_less_at_once_gets_all_of_it(tmp_path: Path) -> None:
     assert (tmp_path / "file").read_bytes() == b"0123456789"
 
 
-def test_memory_is_kept_for_the_next_image() -> None:
-    memory = HostMemory()
-    first = memory.take(5000, pinned=False)
-    assert memory.take(4000, pinned=False).data_ptr() == first.data_ptr()
-    assert memory.take(9000, pinned=False).numel() == 9000
+@pytest.mark.parametrize("most", [1 << 30, 3 << 12, (1 << 20) + 7])
+def test_a_large_file_goes_past_the_cache_as_far_as_it_can(tmp_path: Path, most: int) -> None:
+    """However little of it is taken at once."""
+    size = DIRECT_BYTES + 4096 * 3 + 5
+    tensors = {"large": torch.randint(0, 256, (size,), dtype=torch.uint8)}
+    whole, taken = os.write, list[int]()
+
+    def write(descriptor: int, data: memoryview) -> int:
+        taken.append(whole(descriptor, data[:most]))
+        return taken[-1]
+
+    with mock.patch.object(os, "write", write):
+        entry = write_image(tmp_path / "shard", take_image(tensors, HostMemory()))
+    assert sum(taken) == entry.size == (tmp_path / "shard").stat().st_size
+    assert torch.equal(load_file(tmp_path / "shard")["large"], tensors["large"])
+    assert entry.sha256 == sha256((tmp_path / "shard").read_bytes()).hexdigest()
+
+
+def test_memory_begins_at_a_block_and_is_kept() -> None:
+    for size in (1, 5000, 1 << 20):
+        memory = HostMemory()
+        taken = memory.take(size, pinned=False)
+        assert taken.numel() == size
+        assert taken.data_ptr() % 4096 == 0
+        assert memory.take(size - 1 or 1, pinned=False).data_ptr() == taken.data_ptr()
+        assert memory.take(size + 9000, pinned=False).numel() == size + 9000
 
 
 class Gate:
