@@ -33,8 +33,7 @@ import tyro
 from harness.steps import Job, OurStep, model_of
 from harness.teams import PAUSE, Place, Team, hardware, paired
 
-from cp_megatron.checkpoint.save import Save, start_save
-from cp_megatron.checkpoint.shard import HostMemory
+from cp_megatron.checkpoint.save import Kept, Save, start_save
 from cp_megatron.config import Config
 from cp_megatron.plan import Grid
 from cp_megatron.train.checks import Checks, ParameterSums
@@ -80,7 +79,7 @@ class Bench:
 
     def prepare(self, job: Job) -> None:
         """Makes the model; everything that is compared trains it further."""
-        self.ours, self.memory = OurStep(job), HostMemory()
+        self.ours, self.kept = OurStep(job), Kept()
         trainer = self.ours.trainer
         world = dist.group.WORLD
         assert world is not None
@@ -152,7 +151,7 @@ class Bench:
             grid=self.ours.job.grid,
             data_fingerprint="",
             vocab_size=self.ours.job.vocab_size,
-            memory=self.memory,
+            kept=self.kept,
             process_group=dist.group.WORLD if self.place.size == 1 else self._second_group(),
         )
 

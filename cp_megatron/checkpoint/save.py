@@ -23,9 +23,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import SavePlan, WriteItem, WriteItemType
 from torch.optim import Optimizer
 
 import cp_megatron
@@ -34,14 +31,12 @@ from cp_megatron.checkpoint.agreement import (
     attempt,
     from_first,
     gathered,
-    raise_first,
     rank_in,
 )
 from cp_megatron.checkpoint.manifest import (
     FORMAT_VERSION,
     MANIFEST,
     TEMPORARY,
-    ChunkEntry,
     FileEntry,
     Manifest,
     TensorEntry,
@@ -49,8 +44,8 @@ from cp_megatron.checkpoint.manifest import (
     step_folder,
     unfinished_steps,
 )
+from cp_megatron.checkpoint.planning import Part, plan_part, shard_file
 from cp_megatron.checkpoint.shard import (
-    DTYPE_NAMES,
     HostMemory,
     discard,
     sync,
@@ -86,6 +81,19 @@ class Keep:
             return []
         older = sorted(steps)[: -self.latest]
         return [step for step in older if not self.every or step % self.every]
+
+
+@dataclass(kw_only=True)
+class Kept:
+    """What a save leaves for the next one of the same ranks.
+
+    Attributes:
+        memory: that the tensors were copied to.
+        part: of the checkpoint, that this rank wrote; used again if the tensors are alike.
+    """
+
+    memory: HostMemory = field(default_factory=HostMemory)
+    part: Part | None = None
 
 
 @dataclass(kw_only=True)
@@ -162,7 +170,7 @@ def start_save(
     vocab_size: int,
     extra: Mapping[str, Any] | None = None,
     keep: Keep | None = None,
-    memory: HostMemory | None = None,
+    kept: Kept | None = None,
     process_group: Group = None,
 ) -> Save:
     """Begins to write ``folder/step-N``; the model may change on return. Called on every rank.
@@ -176,7 +184,7 @@ def start_save(
         config, grid, data_fingerprint, vocab_size: go into the manifest.
         extra: plain data that goes there too; the first rank's is kept.
         keep: which older checkpoints stay; by default all.
-        memory: to copy to; whoever saves often keeps it. Free again when the save has ended.
+        kept: from the last save; whoever saves often has one. Free again when this save has ended.
         process_group: the ranks that save, by default all; its first rank coordinates. Nothing
             else may use it until the save has ended. Without torch.distributed the process saves
             alone.
@@ -189,13 +197,17 @@ def start_save(
     parameters, state = model_state(model)
     state |= optimizer_state(parameters, optimizer)
     save = Save(folder=target)
+    kept = kept or Kept()
     try:
-        plan, tensors = _plan(target, state, process_group)
+        part = plan_part(
+            state, group=process_group, last=kept.part, begin=lambda: _make_folder(target)
+        )
     except Exception as error:
         save._failure = error
         return save
+    kept.part = part
     # A rank that could not copy says so with the others' answers, which would wait for it.
-    image, failure = attempt(lambda: _copy(plan, state, memory or HostMemory()))
+    image, failure = attempt(lambda: _copy(part, state, kept.memory))
     facts = {
         "version": FORMAT_VERSION,
         "step": step,
@@ -212,7 +224,7 @@ def start_save(
     job = _Job(
         target=target,
         facts=facts,
-        tensors=tensors,
+        tensors=part.tensors,
         image=image,
         failure=failure,
         keep=keep or Keep(),
@@ -224,76 +236,23 @@ def start_save(
     return save
 
 
-def _plan(
-    target: Path, state: Mapping[str, Tensor], group: Group
-) -> tuple[SavePlan, dict[str, TensorEntry]]:
-    """What this rank writes, and on the first rank where every tensor will lie.
-
-    The first rank also makes the folder, before any rank writes into it.
-    """
-    planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-
-    def local() -> SavePlan:
-        planner.set_up_planner(dict(state), is_coordinator=rank_in(group) == 0)
-        return SavePlan(storable(planner.create_local_plan().items))
-
-    plan, failure = attempt(local)
-    answers = gathered((plan, failure), group)
-    raise_first([error for _, error in answers])
-    if rank_in(group):
-        merged, failure = from_first(None, group)
-        tensors: dict[str, TensorEntry] = {}
-    else:
-        found, failure = attempt(lambda: _merge(planner, [plan for plan, _ in answers], target))
-        failure = None if failure is None else _user_error(failure, target, 0)
-        merged, tensors = found or ([], {})
-        from_first((merged, failure), group)
-    raise_first([failure])
-    return merged[rank_in(group)], tensors
-
-
-def _merge(
-    planner: DefaultSavePlanner, plans: list[SavePlan], target: Path
-) -> tuple[list[SavePlan], dict[str, TensorEntry]]:
-    merged, metadata = planner.create_global_plan(plans)
-    _make_folder(target)
-    return merged, _tensor_entries(metadata, merged)
-
-
-def storable(items: Sequence[WriteItem]) -> list[WriteItem]:
-    """The items without the empty shards of ranks that hold none of a tensor.
-
-    An empty shard may begin where another rank's begins and would pass for its duplicate.
-    """
-    for item in items:
-        if item.type is WriteItemType.BYTE_IO or item.tensor_data is None:
-            raise TypeError(f"{item.index.fqn} is not a tensor; a checkpoint holds no pickles")
-        if item.tensor_data.properties.dtype not in DTYPE_NAMES:
-            dtype = item.tensor_data.properties.dtype
-            raise TypeError(f"{item.index.fqn}: a checkpoint can not hold {dtype}")
-    return [item for item in items if _sizes(item).numel() > 0]
-
-
 def _make_folder(target: Path) -> None:
     """Makes an empty ``step-N.tmp``; what an ended process left of others makes room."""
     if os.path.lexists(target):
         rule = f"{target.name} exists already, and nothing is overwritten"
         raise ConfigError(FLAG, target.parent, rule, "another folder")
-    for torn in unfinished_steps(target.parent):
-        discard(torn)
-    target.with_name(target.name + TEMPORARY).mkdir(parents=True)
+    try:
+        for torn in unfinished_steps(target.parent):
+            discard(torn)
+        target.with_name(target.name + TEMPORARY).mkdir(parents=True)
+    except OSError as error:
+        raise _user_error(error, target, 0) from error
 
 
-def _copy(plan: SavePlan, state: Mapping[str, Tensor], memory: HostMemory) -> Tensor | None:
-    """The boxes that this rank writes."""
-    planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-    planner.set_up_planner(dict(state))
-    found: dict[str, Tensor] = {}
-    for item in plan.items:
-        data = planner.resolve_data(item)
-        assert isinstance(data, Tensor), item.index.fqn
-        found[_key(item)] = data.detach()
-    return take_image(found, memory) if found else None
+def _copy(part: Part, state: Mapping[str, Tensor], memory: HostMemory) -> Tensor | None:
+    """The boxes that this rank writes, if there are any."""
+    boxes = part.boxes(state)
+    return take_image(boxes, memory) if boxes else None
 
 
 def _finish(save: Save, job: _Job, began: float) -> None:
@@ -318,7 +277,7 @@ def _write(job: _Job) -> Exception | None:
     failure = next((error for error in failures if error is not None), None)
     if rank_in(job.group) == 0:
         if failure is None:
-            files = {_file(rank): entry for rank, (entry, _) in enumerate(answers) if entry}
+            files = {shard_file(rank): entry for rank, (entry, _) in enumerate(answers) if entry}
             _, failure = attempt(lambda: _complete(job, files))
             failure = None if failure is None else _user_error(failure, job.target, 0)
         if failure is not None:
@@ -333,7 +292,7 @@ def _write_shard(job: _Job) -> FileEntry | None:
         raise job.failure
     if job.image is None:
         return None
-    return write_image(job.temporary / _file(rank_in(job.group)), job.image)
+    return write_image(job.temporary / shard_file(rank_in(job.group)), job.image)
 
 
 def _complete(job: _Job, files: Mapping[str, FileEntry]) -> None:
@@ -357,40 +316,3 @@ def _user_error(error: Exception, target: Path, rank: int) -> Exception:
         rule = f"rank {rank}: {error.strerror or error}"
         return ConfigError(FLAG, target, rule, "a disk with room and write access")
     return error
-
-
-def _tensor_entries(metadata: Metadata, plans: Sequence[SavePlan]) -> dict[str, TensorEntry]:
-    places = {
-        (item.index.fqn, item.index.offset): (_file(rank), _key(item))
-        for rank, plan in enumerate(plans)
-        for item in plan.items
-    }
-    entries = {}
-    for name, tensor in metadata.state_dict_metadata.items():
-        assert isinstance(tensor, TensorStorageMetadata)
-        chunks = []
-        for chunk in tensor.chunks:
-            file, key = places[name, chunk.offsets]
-            offsets, sizes = tuple(chunk.offsets), tuple(chunk.sizes)
-            chunks.append(ChunkEntry(offsets=offsets, sizes=sizes, file=file, key=key))
-        dtype = DTYPE_NAMES[tensor.properties.dtype]
-        shape = tuple(tensor.size)
-        entries[name] = TensorEntry(dtype=dtype, shape=shape, chunks=tuple(chunks))
-    return entries
-
-
-def _file(rank: int) -> str:
-    return f"rank-{rank:05d}.safetensors"
-
-
-def _sizes(item: WriteItem) -> torch.Size:
-    assert item.tensor_data is not None
-    return item.tensor_data.chunk.sizes
-
-
-def _key(item: WriteItem) -> str:
-    """A whole tensor is stored under its own name, so that other programs can read it."""
-    assert item.tensor_data is not None
-    if _sizes(item) == item.tensor_data.size:
-        return item.index.fqn
-    return f"{item.index.fqn}@{','.join(map(str, item.tensor_data.chunk.offsets))}"

@@ -8,8 +8,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from cp_megatron.checkpoint.save import Keep, Save, start_save
-from cp_megatron.checkpoint.shard import HostMemory
+from cp_megatron.checkpoint.save import Keep, Kept, Save, start_save
 from cp_megatron.errors import ConfigError
 from cp_megatron.train.preflight import RunPlan
 from cp_megatron.train.step import Trainer
@@ -44,7 +43,7 @@ class Saver:
         self.saved = plan.load_step
         self._plan, self._folder, self._group, self._say = plan, folder, group, say
         self._fingerprint = data_fingerprint
-        self._memory = HostMemory()
+        self._kept = Kept()
         self._under_way: tuple[int, Save] | None = None
 
     def save(
@@ -78,7 +77,7 @@ class Saver:
             keep=Keep(
                 latest=config.checkpoint.keep_latest_k, every=config.checkpoint.save_retain_interval
             ),
-            memory=self._memory,
+            kept=self._kept,
             process_group=self._group,
         )
         self._under_way = step, under_way

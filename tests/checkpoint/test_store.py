@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadItem
 
 from cp_megatron.checkpoint.manifest import newest_step, read_manifest
-from cp_megatron.checkpoint.save import storable
+from cp_megatron.checkpoint.planning import storable
 from cp_megatron.checkpoint.storage import ShardReader
 from cp_megatron.checkpoint.store import load_checkpoint
 from cp_megatron.errors import ConfigError
