@@ -59,8 +59,8 @@ from cp_megatron.errors import ConfigError
 from cp_megatron.plan import Grid
 
 FLAG = "--save"
-_NICENESS = 10
-"""Of the writing threads: a step that wants the cores goes first."""
+_NICENESS = 19
+"""Of a thread that writes behind the training: a step that wants the cores goes first."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,6 +171,7 @@ def start_save(
     extra: Mapping[str, Any] | None = None,
     keep: Keep | None = None,
     kept: Kept | None = None,
+    background: bool = True,
     process_group: Group = None,
 ) -> Save:
     """Begins to write ``folder/step-N``; the model may change on return. Called on every rank.
@@ -185,6 +186,7 @@ def start_save(
         extra: plain data that goes there too; the first rank's is kept.
         keep: which older checkpoints stay; by default all.
         kept: from the last save; whoever saves often has one. Free again when this save has ended.
+        background: the training goes on meanwhile, and goes first; False where it waits.
         process_group: the ranks that save, by default all; its first rank coordinates. Nothing
             else may use it until the save has ended. Without torch.distributed the process saves
             alone.
@@ -230,7 +232,9 @@ def start_save(
         keep=keep or Keep(),
         group=process_group,
     )
-    save._thread = threading.Thread(target=_finish, args=(save, job, began), daemon=True)
+    save._thread = threading.Thread(
+        target=_finish, args=(save, job, began, background), daemon=True
+    )
     save._thread.start()
     save.stopped_seconds = time.perf_counter() - began
     return save
@@ -255,10 +259,10 @@ def _copy(part: Part, state: Mapping[str, Tensor], memory: HostMemory) -> Tensor
     return take_image(boxes, memory) if boxes else None
 
 
-def _finish(save: Save, job: _Job, began: float) -> None:
+def _finish(save: Save, job: _Job, began: float, background: bool) -> None:
     """A rank's thread: writes its shard; the first rank completes the checkpoint."""
     try:
-        if hasattr(os, "setpriority"):
+        if background and hasattr(os, "setpriority"):
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
         save._failure = _write(job)
     except Exception:  # a peer is gone, say; the training will notice too

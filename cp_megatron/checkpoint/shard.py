@@ -52,8 +52,8 @@ _CODES: Mapping[torch.dtype, str] = MappingProxyType(
         torch.bool: "BOOL",
     }
 )
-PIECE_BYTES = 16 << 20
-"""Bytes hashed and written at once."""
+PIECE_BYTES = 1 << 20
+"""Bytes hashed and written at once: with 16 times as many a step beside a save is 1-2% slower."""
 DIRECT_BYTES = 1 << 20
 """Of a file that is worth going past the cache for."""
 _BLOCK = 4096

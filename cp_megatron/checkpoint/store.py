@@ -49,7 +49,7 @@ def save_checkpoint(folder: Path | str, **facts: Any) -> Path:
         ConfigError: it exists already, or can not be written; on every rank alike.
         RuntimeError: a rank failed otherwise; on every rank alike, with its traceback.
     """
-    return start_save(folder, **facts).wait()
+    return start_save(folder, background=False, **facts).wait()
 
 
 def load_checkpoint(

@@ -63,6 +63,7 @@ class Saver:
         """
         self.settle()
         config = self._plan.config
+        waits = last or not config.checkpoint.async_save
         under_way = start_save(
             self._folder,
             step=step,
@@ -78,10 +79,11 @@ class Saver:
                 latest=config.checkpoint.keep_latest_k, every=config.checkpoint.save_retain_interval
             ),
             kept=self._kept,
+            background=not waits,
             process_group=self._group,
         )
         self._under_way = step, under_way
-        if last or not config.checkpoint.async_save:
+        if waits:
             self.settle(last=last)
 
     def poll(self) -> None:
