@@ -29,7 +29,7 @@ import tyro
 from harness.teams import hardware
 
 from cp_megatron.plan import Mask, Schedule, SequenceLayout
-from cp_megatron.plan.balance import deal
+from cp_megatron.plan.balance.balanced import deal
 from cp_megatron.plan.readers import Readers
 
 MEDIAN, SIGMA = 3000, 1.5

@@ -35,8 +35,8 @@ from harness.teams import PAUSE, Place, Team, hardware, paired
 
 from cp_megatron.checkpoint.save import Kept, Save, start_save
 from cp_megatron.config import Config
+from cp_megatron.faults.checks import Checks, ParameterSums
 from cp_megatron.plan import Grid
-from cp_megatron.train.checks import Checks, ParameterSums
 
 INTERVAL = 5
 

@@ -29,7 +29,7 @@ from harness.steps import Job, OurStep, TheirStep
 from harness.teams import hardware
 
 from cp_megatron.config import MemoryConfig, ModelConfig
-from cp_megatron.train.allocations import counting_memory
+from tests.allocations import counting_memory
 
 Who = Literal["ours", "transformers"]
 GIB = 1 << 30

@@ -2,7 +2,8 @@
 
 Both read the same JSON lines, tokenise with the same byte-level BPE and write the ids:
 
-- ``ours``: ``cp_megatron.data.prepare`` from the start of its processes to the final .bin/.idx;
+- ``ours``: ``cp_megatron.data.prepare.prepare`` from the start of its processes to the final
+  .bin/.idx;
 - ``library``: ``tokenizers``' own ``encode_batch_fast`` with its own threads, on 16 MB of text at a
   time, ids joined by numpy and written to one file.
 
@@ -30,10 +31,10 @@ from pathlib import Path
 import numpy as np
 import tyro
 
-from cp_megatron.data.indexed import IndexedDataset, optimal_dtype
-from cp_megatron.data.prepare import Request, cores, prepare
-from cp_megatron.data.sources import decode, load_corpus
-from cp_megatron.data.tokenizer_huggingface import HuggingFaceTokenizer, train_byte_level
+from cp_megatron.data.prepare.prepare import Request, cores, prepare
+from cp_megatron.data.read.indexed import IndexedDataset, optimal_dtype
+from cp_megatron.data.read.sources import decode, load_corpus
+from cp_megatron.data.tokenize.tokenizer_huggingface import HuggingFaceTokenizer, train_byte_level
 
 BATCH_BYTES = 1 << 24
 TRAINED_ON = 4_000_000

@@ -9,11 +9,11 @@ import sys
 from collections.abc import Sequence
 from typing import cast
 
-from cp_megatron.config.parse import parse_arguments
-from cp_megatron.config.programs import CONVERT, ConversionOptions
+from cp_megatron.checkpoint.convert import convert
+from cp_megatron.cli.parse import parse_arguments
+from cp_megatron.cli.programs import CONVERT, ConversionOptions
 from cp_megatron.errors import ConfigError
-from cp_megatron.train.conversion import convert
-from cp_megatron.train.report import error_line
+from cp_megatron.preflight.start_table import error_line
 from cp_megatron.train.signals import leave, stop_at_once
 
 

@@ -10,12 +10,12 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import cast
 
+from cp_megatron.cli.evaluation_options import EVALUATE, EvaluationOptions
+from cp_megatron.cli.parse import parse_arguments
 from cp_megatron.comm.runtime import Launch
-from cp_megatron.config.evaluation import EVALUATE, EvaluationOptions
-from cp_megatron.config.parse import parse_arguments
 from cp_megatron.errors import ConfigError
-from cp_megatron.train.evaluation_plan import check_evaluation, print_plan
-from cp_megatron.train.report import refuse
+from cp_megatron.evaluate.check_evaluation import check_evaluation, print_plan
+from cp_megatron.preflight.start_table import refuse
 from cp_megatron.train.signals import end_with_launcher, leave, stop_at_once
 
 
@@ -35,7 +35,7 @@ def main(argv: Sequence[str], environ: Mapping[str, str], script: str = EVALUATE
             print_plan(plan)
         if options.dry_run:
             return 0
-        from cp_megatron.train.evaluation_run import run_evaluation
+        from cp_megatron.evaluate.run_evaluation import run_evaluation
 
         return run_evaluation(plan, launch)
     except ConfigError as error:

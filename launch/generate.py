@@ -11,12 +11,12 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import cast
 
+from cp_megatron.cli.parse import parse_arguments
+from cp_megatron.cli.programs import GENERATE, GenerationOptions
 from cp_megatron.comm.runtime import Launch
-from cp_megatron.config.parse import parse_arguments
-from cp_megatron.config.programs import GENERATE, GenerationOptions
 from cp_megatron.errors import ConfigError
-from cp_megatron.train.generation_plan import check_generation
-from cp_megatron.train.report import error_line
+from cp_megatron.generate.check_generation import check_generation
+from cp_megatron.preflight.start_table import error_line
 from cp_megatron.train.signals import leave, stop_at_once
 
 
@@ -29,7 +29,7 @@ def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
         arguments = parse_arguments(argv, program=GENERATE, quiet=launch.rank != 0)
         options = cast(GenerationOptions, arguments.options)
         plan = check_generation(arguments.config, options, launch, given=arguments.given)
-        from cp_megatron.train.generation import run_generation
+        from cp_megatron.generate.run_generation import run_generation
 
         signal.signal(signal.SIGINT, signal.default_int_handler)  # ends an answer
         return run_generation(plan)

@@ -10,9 +10,9 @@ import sys
 from collections.abc import Sequence
 from types import FrameType
 
-from cp_megatron.data.prepare_command import PROGRAM, interrupted, parse, run
+from cp_megatron.data.prepare.prepare_command import PROGRAM, interrupted, parse, run
 from cp_megatron.errors import ConfigError
-from cp_megatron.train.report import error_line
+from cp_megatron.preflight.start_table import error_line
 
 
 def main(argv: Sequence[str]) -> int:

@@ -18,22 +18,32 @@ LAYERS = {
     "errors": 0,
     "config": 1,
     "plan": 2,
+    "spec": 3,
     "kernels": 3,
+    "families": 4,
     "comm": 4,
-    "context_parallel": 5,
-    "tensor_parallel": 5,
-    "model": 6,
-    "data": 7,
-    "checkpoint": 8,
-    "train": 9,
-    "launch": 10,
-    "benchmarks": 10,
-    "tests": 11,
+    "cli": 5,
+    "data": 6,
+    "context_parallel": 7,
+    "tensor_parallel": 7,
+    "model": 8,
+    "checkpoint": 9,
+    "faults": 10,
+    "metrics": 10,
+    "preflight": 11,
+    "memory": 12,
+    "evaluate": 13,
+    "generate": 13,
+    "train": 14,
+    "launch": 15,
+    "tests": 16,
+    "benchmarks": 17,
 }
 
 # What a wrong flag needs, and no more: importing torch would cost seconds before the answer. So do
 # the modules in launch/, outside their functions.
-TORCH_FREE_PACKAGES = ("config", "errors", "plan")
+TORCH_FREE_PACKAGES = ("config", "errors", "plan", "spec", "families", "cli")
+# Modules, or packages with all that is in them.
 TORCH_FREE_MODULES = (
     PACKAGE,
     f"{PACKAGE}.kernels",
@@ -41,25 +51,12 @@ TORCH_FREE_MODULES = (
     f"{PACKAGE}.comm",
     f"{PACKAGE}.comm.runtime",
     f"{PACKAGE}.data",
-    f"{PACKAGE}.data.documents",
-    f"{PACKAGE}.data.indexed",
-    f"{PACKAGE}.data.needle",
-    f"{PACKAGE}.data.prepare_command",
-    f"{PACKAGE}.data.sources",
-    f"{PACKAGE}.data.tables",
-    f"{PACKAGE}.data.tokenizer",
-    f"{PACKAGE}.data.tokenizer_huggingface",
-    f"{PACKAGE}.data.tokenizer_sentencepiece",
-    f"{PACKAGE}.data.tokenizer_tiktoken",
-    f"{PACKAGE}.data.best_fit",
-    f"{PACKAGE}.data.blend",
-    f"{PACKAGE}.data.chat",
-    f"{PACKAGE}.data.chat_template",
-    f"{PACKAGE}.data.corpora",
-    f"{PACKAGE}.data.json_lines",
-    f"{PACKAGE}.data.part",
-    f"{PACKAGE}.data.sampler",
+    f"{PACKAGE}.data.prepare",
+    f"{PACKAGE}.data.read",
+    f"{PACKAGE}.data.rows",
+    f"{PACKAGE}.data.tokenize",
     f"{PACKAGE}.checkpoint",
+    f"{PACKAGE}.checkpoint.convert",
     f"{PACKAGE}.checkpoint.gguf",
     f"{PACKAGE}.checkpoint.gguf_convert",
     f"{PACKAGE}.checkpoint.gguf_tokenizer",
@@ -67,23 +64,29 @@ TORCH_FREE_MODULES = (
     f"{PACKAGE}.checkpoint.hf_files",
     f"{PACKAGE}.checkpoint.hf_tokenizer",
     f"{PACKAGE}.checkpoint.manifest",
+    f"{PACKAGE}.evaluate",
+    f"{PACKAGE}.evaluate.check_evaluation",
+    f"{PACKAGE}.evaluate.needle",
+    f"{PACKAGE}.evaluate.results",
+    f"{PACKAGE}.faults",
+    f"{PACKAGE}.faults.guard",
+    f"{PACKAGE}.faults.inject",
+    f"{PACKAGE}.generate",
+    f"{PACKAGE}.generate.check_generation",
+    f"{PACKAGE}.generate.dialogue",
+    f"{PACKAGE}.memory",
+    f"{PACKAGE}.memory.exchange_buffers",
+    f"{PACKAGE}.memory.memory_report",
+    f"{PACKAGE}.memory.predict",
+    f"{PACKAGE}.metrics",
+    f"{PACKAGE}.metrics.plots",
+    f"{PACKAGE}.preflight",
+    f"{PACKAGE}.preflight.check",
+    f"{PACKAGE}.preflight.log_rules",
+    f"{PACKAGE}.preflight.pretrained",
+    f"{PACKAGE}.preflight.rope_rules",
+    f"{PACKAGE}.preflight.start_table",
     f"{PACKAGE}.train",
-    f"{PACKAGE}.train.conversion",
-    f"{PACKAGE}.train.generation_plan",
-    f"{PACKAGE}.train.talk",
-    f"{PACKAGE}.train.evaluation_plan",
-    f"{PACKAGE}.train.evaluation_report",
-    f"{PACKAGE}.train.faults",
-    f"{PACKAGE}.train.guard",
-    f"{PACKAGE}.train.log_rules",
-    f"{PACKAGE}.train.exchange_memory",
-    f"{PACKAGE}.train.memory_plan",
-    f"{PACKAGE}.train.memory_report",
-    f"{PACKAGE}.train.plots",
-    f"{PACKAGE}.train.preflight",
-    f"{PACKAGE}.train.pretrained",
-    f"{PACKAGE}.train.report",
-    f"{PACKAGE}.train.rope_rules",
 )
 
 OPTIONAL_PACKAGES = frozenset(
@@ -249,6 +252,13 @@ def in_torch_free_package(module: str) -> bool:
     return any(f"{module}.".startswith(f"{PACKAGE}.{part}.") for part in TORCH_FREE_PACKAGES)
 
 
+def in_torch_free_module(file: File) -> bool:
+    module = file.module
+    whole = ("prepare", "read", "rows", "tokenize")
+    inside = any(module.startswith(f"{PACKAGE}.data.{name}.") for name in whole)
+    return inside or module in TORCH_FREE_MODULES
+
+
 def torch_free(files: list[File]) -> Iterator[str]:
     """No torch in the ground packages; none loaded by importing a torch-free module."""
     known = {file.module: file for file in files}
@@ -257,7 +267,7 @@ def torch_free(files: list[File]) -> Iterator[str]:
             for found in imports(file):
                 if found.name.split(".")[0] == "torch":
                     yield f"{file.path}:{found.line}: imports torch"
-        elif file.module in TORCH_FREE_MODULES or file.path.startswith("launch/"):
+        elif in_torch_free_module(file) or file.path.startswith("launch/"):
             chain = way_to_torch(file.module, known)
             if chain:
                 yield f"{file.path}: loads torch: {' > '.join(chain)}"

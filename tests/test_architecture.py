@@ -64,7 +64,7 @@ BROKEN: tuple[tuple[Rule, str, str], ...] = (
     (torch_free, "cp_megatron/config/a.py", "from torch import nn"),
     (torch_free, "cp_megatron/errors.py", "import torch"),
     (torch_free, "cp_megatron/__init__.py", "import torch"),
-    (torch_free, "cp_megatron/train/preflight.py", "from torch import nn"),
+    (torch_free, "cp_megatron/preflight/check.py", "from torch import nn"),
     (torch_free, "launch/pretrain.py", "import torch.distributed"),
     (no_module_state, "cp_megatron/a.py", "CACHE = {}"),
     (no_module_state, "cp_megatron/a.py", "CACHE: Mapping[str, int] = {}"),
@@ -99,15 +99,16 @@ def test_a_second_importer_of_an_optional_package_is_seen() -> None:
 
 
 @pytest.mark.parametrize(
-    "statement", ["from cp_megatron.data import batch", "from cp_megatron.data.batch import x"]
+    "statement",
+    ["from cp_megatron.data.batch import batch", "from cp_megatron.data.batch.batch import x"],
 )
 def test_torch_behind_other_modules_is_seen(statement: str) -> None:
     files = [
-        File("launch/pretrain.py", "from cp_megatron.train import preflight"),
-        File("cp_megatron/train/preflight.py", statement),
-        File("cp_megatron/data/batch.py", "import torch"),
+        File("launch/pretrain.py", "from cp_megatron.preflight import check"),
+        File("cp_megatron/preflight/check.py", statement),
+        File("cp_megatron/data/batch/batch.py", "import torch"),
     ]
-    chain = "cp_megatron.train.preflight > cp_megatron.data.batch > torch"
+    chain = "cp_megatron.preflight.check > cp_megatron.data.batch.batch > torch"
     complaints = list(torch_free(files))
     assert len(complaints) == 2
     assert all(complaint.endswith(chain) for complaint in complaints)
@@ -116,7 +117,7 @@ def test_torch_behind_other_modules_is_seen(statement: str) -> None:
 ALLOWED: tuple[tuple[str, str], ...] = (
     ("cp_megatron/model/a.py", "from cp_megatron.comm.groups import x\nfrom .rope import y"),
     ("cp_megatron/config/a.py", "from cp_megatron.errors import ConfigError"),
-    ("cp_megatron/train/preflight.py", "from cp_megatron.plan import Grid"),
+    ("cp_megatron/preflight/check.py", "from cp_megatron.plan import Grid"),
     ("cp_megatron/comm/runtime.py", "import os\nx = os.environ"),
     ("cp_megatron/a.py", "__all__ = ['a']\nTABLE: Mapping[str, int] = {'a': 1}\nSIZES = (1, 2)"),
     ("launch/pretrain.py", "def main():\n    from cp_megatron.train.run import run"),

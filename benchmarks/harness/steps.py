@@ -25,14 +25,14 @@ from cp_megatron.config import (
     ParallelConfig,
 )
 from cp_megatron.context_parallel import ContextParallel
-from cp_megatron.data.batch import Batch
+from cp_megatron.data.batch.batch import Batch
 from cp_megatron.model import ComputeDType, build_model
 from cp_megatron.plan import Grid, Mask
 from cp_megatron.tensor_parallel import LossRule
-from cp_megatron.train.allocations import counting_memory, kept_bytes
 from cp_megatron.train.optimizer import make_optimizer
 from cp_megatron.train.step import Trainer
 from harness.traffic import Traffic
+from tests.allocations import counting_memory, kept_bytes
 
 
 @dataclass(frozen=True, kw_only=True)

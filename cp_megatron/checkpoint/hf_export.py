@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from cp_megatron.checkpoint.hf_files import hf_tensors
 from cp_megatron.config import ModelConfig
-from cp_megatron.config.hf_gpt2 import has_gpt2_shape
+from cp_megatron.families.gpt2 import has_gpt2_shape
 
 Shape = tuple[int, ...]
 

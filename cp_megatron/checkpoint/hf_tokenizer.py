@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from cp_megatron.data.tokenizer import ByteTokenizer
+from cp_megatron.data.tokenize.tokenizer import ByteTokenizer
 
 END = "<|endoftext|>"
 

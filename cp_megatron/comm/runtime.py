@@ -21,7 +21,7 @@ class Launch:
         local_world_size: processes on this node.
         under_torchrun: a launcher set the variables; else this is plain ``python``.
         restarts: times the launcher has started the ranks again after a failure.
-        fault: what is to go wrong, for tests: see ``train/faults.py``.
+        fault: what is to go wrong, for tests: see ``faults/inject.py``.
     """
 
     rank: int = 0

@@ -17,6 +17,8 @@ RUNS = Path("runs")
 """Where a run is kept that nobody named a folder for."""
 CONFIG_FILE = "config.yaml"
 """The file in a run's folder that holds its configuration."""
+METRICS_FILE = "metrics.jsonl"
+"""The file in a run's folder with a line per logged step."""
 STEP_FOLDER = re.compile(r"step-(0|[1-9][0-9]*)")
 """The name of a finished checkpoint."""
 

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from cp_megatron.errors import ConfigError
-from cp_megatron.plan.command import PROGRAM, parse, run
+from cp_megatron.plan.show.command import PROGRAM, parse, run
 
 
 def main(argv: Sequence[str]) -> int:

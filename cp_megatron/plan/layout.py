@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from cp_megatron.errors import ConfigError
-from cp_megatron.plan.balance import deal
+from cp_megatron.plan.balance.balanced import deal
 from cp_megatron.plan.mask import IntArray, Mask
 
 Chunk = tuple[int, int]

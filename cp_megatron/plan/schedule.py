@@ -213,7 +213,7 @@ class Schedule:
 
     def plot(self, path: str) -> None:
         """Draws who computes which tile in which round as an SVG file."""
-        from cp_megatron.plan.plot import write_svg
+        from cp_megatron.plan.show.plot import write_svg
 
         write_svg(self, path)
 

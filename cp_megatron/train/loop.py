@@ -15,31 +15,31 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 
 from cp_megatron.comm.trace import traced
-from cp_megatron.data.ahead import Ahead
-from cp_megatron.data.batch import Batch, microbatches
-from cp_megatron.data.sampler import RowSource, RowSplits
-from cp_megatron.train.checks import Checks
-from cp_megatron.train.faults import Faults
-from cp_megatron.train.guard import SPAN, Guard, Verdict
-from cp_megatron.train.memory_meter import MemoryMeter
-from cp_megatron.train.memory_plan import predict
-from cp_megatron.train.memory_report import MemoryReport
-from cp_megatron.train.metrics import (
+from cp_megatron.data.batch.ahead import Ahead
+from cp_megatron.data.batch.batch import Batch, microbatches
+from cp_megatron.data.rows.sampler import RowSource, RowSplits
+from cp_megatron.faults.checks import Checks
+from cp_megatron.faults.guard import SPAN, Guard, Verdict
+from cp_megatron.faults.inject import Faults
+from cp_megatron.faults.stragglers import Stragglers
+from cp_megatron.memory.measure import MemoryMeter
+from cp_megatron.memory.memory_report import MemoryReport
+from cp_megatron.memory.predict import predict
+from cp_megatron.metrics.writer import (
     Metrics,
     MetricsWriter,
     peak_flops,
     peak_memory,
     training_flops,
 )
+from cp_megatron.preflight.check import RunPlan
 from cp_megatron.train.optimizer import learning_rate
-from cp_megatron.train.preflight import RunPlan
 from cp_megatron.train.profiler import StepProfiler
 from cp_megatron.train.progress import ProgressView
 from cp_megatron.train.replay import batch_file, save_batch
 from cp_megatron.train.saving import Saver
 from cp_megatron.train.signals import StopRequest
 from cp_megatron.train.step import Shard, StepResult, Trainer
-from cp_megatron.train.stragglers import Stragglers
 
 
 class DivergedError(RuntimeError):

@@ -14,7 +14,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from cp_megatron.train.metrics import Metrics
+from cp_megatron.metrics.writer import Metrics
 
 
 class ProgressView:

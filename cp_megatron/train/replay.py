@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from cp_megatron.data.sampler import IGNORED, RowSource
+from cp_megatron.data.rows.sampler import IGNORED, RowSource
 
 
 def batch_file(folder: Path, step: int) -> Path:

@@ -24,31 +24,31 @@ from cp_megatron.comm.runtime import Launch, record_collectives
 from cp_megatron.config import Config
 from cp_megatron.config.run_folders import CONFIG_FILE, RUNS
 from cp_megatron.config.yaml_io import to_yaml
-from cp_megatron.data.corpora import Data, open_data
+from cp_megatron.data.rows.corpora import Data, open_data
 from cp_megatron.errors import ConfigError
+from cp_megatron.faults.checks import Checks, ParameterSums
+from cp_megatron.faults.guard import Guard
+from cp_megatron.faults.inject import Faults
+from cp_megatron.faults.stragglers import Stragglers
+from cp_megatron.faults.watch import Watch
+from cp_megatron.memory.capacity import check_memory
+from cp_megatron.metrics.wandb_log import WandbRun
+from cp_megatron.metrics.writer import MetricsWriter, keep_aside
 from cp_megatron.model.parallelize import ComputeDType, build_model
+from cp_megatron.preflight.check import DeviceName, RunPlan
+from cp_megatron.preflight.save_and_load import fresh_run_folder, model_name
+from cp_megatron.preflight.start import begin, make_context, read_alike
+from cp_megatron.preflight.start_table import print_start
 from cp_megatron.tensor_parallel import LossRule
-from cp_megatron.train.checks import Checks, ParameterSums
-from cp_megatron.train.farewell import say_farewell, show_curves
-from cp_megatron.train.faults import Faults
-from cp_megatron.train.folders import fresh_run_folder, model_name
-from cp_megatron.train.guard import Guard
+from cp_megatron.train.finish import say_farewell, show_curves
 from cp_megatron.train.loop import DivergedError, Run
-from cp_megatron.train.metrics import MetricsWriter, keep_aside
 from cp_megatron.train.optimizer import make_optimizer
-from cp_megatron.train.preflight import DeviceName, RunPlan
 from cp_megatron.train.profiler import StepProfiler
 from cp_megatron.train.progress import ProgressView
-from cp_megatron.train.report import print_start
 from cp_megatron.train.resume import settle_load
-from cp_megatron.train.room import check_memory
 from cp_megatron.train.saving import Saver
 from cp_megatron.train.signals import StopRequest, stop_on_signal
-from cp_megatron.train.start import begin, make_context, read_alike
 from cp_megatron.train.step import Trainer
-from cp_megatron.train.stragglers import Stragglers
-from cp_megatron.train.wandb_log import WandbRun
-from cp_megatron.train.watch import Watch
 
 SAVING = timedelta(hours=2)
 """What the slowest rank's disk may take longer than the fastest's for one checkpoint."""

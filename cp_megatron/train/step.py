@@ -26,13 +26,13 @@ from cp_megatron.comm.groups import ParallelGroups
 from cp_megatron.comm.rng import dropout_seed, seed_dropout
 from cp_megatron.comm.trace import traced
 from cp_megatron.context_parallel import ContextParallel
-from cp_megatron.data.batch import IGNORED, Batch
+from cp_megatron.data.batch.batch import IGNORED, Batch
+from cp_megatron.faults.checks import ParameterSums
+from cp_megatron.faults.inject import Faults
 from cp_megatron.kernels.dropout import Dropout
 from cp_megatron.model.transformer import Transformer, layer_context
+from cp_megatron.preflight.sequence import local_heads
 from cp_megatron.tensor_parallel import LossRule
-from cp_megatron.train.checks import ParameterSums
-from cp_megatron.train.faults import Faults
-from cp_megatron.train.sequence import local_heads
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,9 +22,9 @@ from cp_megatron.checkpoint.store import save_checkpoint
 from cp_megatron.comm.collectives import all_gather_dim
 from cp_megatron.comm.groups import ParallelGroups
 from cp_megatron.config import Config
-from cp_megatron.config.huggingface import read_hf_config
 from cp_megatron.context_parallel import ContextParallel
 from cp_megatron.errors import ConfigError
+from cp_megatron.families.llama import read_hf_config
 from cp_megatron.model import Transformer, build_model
 from cp_megatron.plan import Grid, Mask
 from tests.ranks import run_ranks

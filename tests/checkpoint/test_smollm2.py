@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 
 from cp_megatron.checkpoint.huggingface import load_hf
-from cp_megatron.config.huggingface import read_hf_config
 from cp_megatron.context_parallel import ContextParallel
-from cp_megatron.data.tokenizer import Tokenizer, open_tokenizer
+from cp_megatron.data.tokenize.tokenizer import Tokenizer, open_tokenizer
+from cp_megatron.families.llama import read_hf_config
+from cp_megatron.generate.decode import Sampling, Session
 from cp_megatron.model import Transformer
-from cp_megatron.model.generate import Sampling, Session
 from cp_megatron.plan import Mask
 from tests.smollm2 import smollm2_folder
 

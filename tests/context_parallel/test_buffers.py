@@ -14,7 +14,7 @@ from torch import Tensor
 from cp_megatron.context_parallel import ContextParallel
 from cp_megatron.context_parallel.buffers import Buffers
 from cp_megatron.plan import Mask, Schedule, SequenceLayout
-from cp_megatron.train.allocations import counting_memory
+from tests.allocations import counting_memory
 from tests.ranks import run_ranks
 
 SHARD, HEADS, DIM = 128, 4, 16

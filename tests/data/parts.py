@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from cp_megatron.data.part import Part
-from cp_megatron.data.sources import EOD, Tokens
+from cp_megatron.data.read.part import Part
+from cp_megatron.data.read.sources import EOD, Tokens
 
 
 def part_of(tokens: Tokens) -> Part:

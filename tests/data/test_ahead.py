@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from cp_megatron.data.ahead import Ahead
+from cp_megatron.data.batch.ahead import Ahead
 
 
 def ahead_threads() -> list[threading.Thread]:

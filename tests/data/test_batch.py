@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from cp_megatron.data.batch import IGNORED, Batch, microbatches
-from cp_megatron.data.sampler import Rows
-from cp_megatron.data.sources import EOD
+from cp_megatron.data.batch.batch import IGNORED, Batch, microbatches
+from cp_megatron.data.read.sources import EOD
+from cp_megatron.data.rows.sampler import Rows
 from cp_megatron.errors import ConfigError
 from cp_megatron.plan import Mask
 from tests.data.parts import part_of

@@ -7,9 +7,9 @@ import numpy.typing as npt
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cp_megatron.data.best_fit import PackedRows, pack
-from cp_megatron.data.part import Part
-from cp_megatron.data.sampler import IGNORED
+from cp_megatron.data.read.part import Part
+from cp_megatron.data.rows.best_fit import PackedRows, pack
+from cp_megatron.data.rows.sampler import IGNORED
 
 EOD = 5000
 documents = st.lists(st.integers(1, 30), min_size=1, max_size=60)

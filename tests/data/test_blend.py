@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cp_megatron.data.blend import PERIOD, BlendedRows, make_pattern
-from cp_megatron.data.sampler import Row
+from cp_megatron.data.rows.blend import PERIOD, BlendedRows, make_pattern
+from cp_megatron.data.rows.sampler import Row
 
 weights_of = st.lists(st.integers(1, 60), min_size=1, max_size=12)
 

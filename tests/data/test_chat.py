@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from cp_megatron.config import DataConfig
-from cp_megatron.data.chat import load_chats
-from cp_megatron.data.chat_template import CHATML
-from cp_megatron.data.corpora import open_data
-from cp_megatron.data.sampler import IGNORED
-from cp_megatron.data.tokenizer import ByteTokenizer, Tokenizer, open_tokenizer
+from cp_megatron.data.read.chat import load_chats
+from cp_megatron.data.rows.corpora import open_data
+from cp_megatron.data.rows.sampler import IGNORED
+from cp_megatron.data.tokenize.chat_template import CHATML
+from cp_megatron.data.tokenize.tokenizer import ByteTokenizer, Tokenizer, open_tokenizer
 from cp_megatron.errors import ConfigError
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from cp_megatron.config import DataConfig
-from cp_megatron.data.corpora import check_data, open_data, open_single, sources_of
-from cp_megatron.data.indexed import IndexedWriter
-from cp_megatron.data.sampler import RowSource
+from cp_megatron.data.read.indexed import IndexedWriter
+from cp_megatron.data.rows.corpora import check_data, open_data, open_single, sources_of
+from cp_megatron.data.rows.sampler import RowSource
 from cp_megatron.errors import ConfigError
 
 EOD = 256

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cp_megatron.data.documents import (
+from cp_megatron.data.read.documents import (
     cut_pieces,
     find_sources,
     lines_before,

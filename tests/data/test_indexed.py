@@ -11,8 +11,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cp_megatron.data import indexed
-from cp_megatron.data.indexed import CODES, IndexedDataset, IndexedWriter, optimal_dtype
+from cp_megatron.data.read import indexed
+from cp_megatron.data.read.indexed import CODES, IndexedDataset, IndexedWriter, optimal_dtype
 from cp_megatron.errors import ConfigError
 
 

@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cp_megatron.data import prepare as module
-from cp_megatron.data.indexed import IndexedDataset
-from cp_megatron.data.prepare import Request, Start, prepare
-from cp_megatron.data.prepare_worker import Step
+from cp_megatron.data.prepare import prepare as module
+from cp_megatron.data.prepare.prepare import Request, Start, prepare
+from cp_megatron.data.prepare.prepare_worker import Step
+from cp_megatron.data.read.indexed import IndexedDataset
 from cp_megatron.errors import ConfigError
 from tests.data import tokenizer_files
 

@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cp_megatron.data.part import Part
-from cp_megatron.data.sampler import (
+from cp_megatron.data.read.part import Part
+from cp_megatron.data.read.sources import EOD, Corpus, Tokens
+from cp_megatron.data.rows.sampler import (
     Rows,
     count_rows,
     parse_split,
@@ -19,7 +20,6 @@ from cp_megatron.data.sampler import (
     split_rows,
     split_sizes,
 )
-from cp_megatron.data.sources import EOD, Corpus, Tokens
 from cp_megatron.errors import ConfigError
 from tests.data.parts import part_of
 

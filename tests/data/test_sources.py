@@ -10,8 +10,15 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from cp_megatron.data import sources
-from cp_megatron.data.sources import EOD, VOCAB_SIZE, check_sources, decode, encode, load_corpus
+from cp_megatron.data.read import sources
+from cp_megatron.data.read.sources import (
+    EOD,
+    VOCAB_SIZE,
+    check_sources,
+    decode,
+    encode,
+    load_corpus,
+)
 from cp_megatron.errors import ConfigError
 
 

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cp_megatron.config.fields import setting_of_type
-from cp_megatron.data.prepare_command import Options
-from cp_megatron.data.tokenizer import KINDS, Tokenizer, open_tokenizer
+from cp_megatron.data.prepare.prepare_command import Options
+from cp_megatron.data.tokenize.tokenizer import KINDS, Tokenizer, open_tokenizer
 from cp_megatron.errors import ConfigError
 from tests.data import tokenizer_files
 

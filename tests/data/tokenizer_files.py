@@ -7,7 +7,7 @@ import io
 import json
 from pathlib import Path
 
-from cp_megatron.data.tokenizer_huggingface import train_byte_level
+from cp_megatron.data.tokenize.tokenizer_huggingface import train_byte_level
 
 TEXTS = ("the cat sat on the mat", "naïve € text, a bit of it", "one two three four five") * 20
 

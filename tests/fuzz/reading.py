@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from cp_megatron.errors import ConfigError
-from cp_megatron.train.report import error_line
+from cp_megatron.preflight.start_table import error_line
 
 SECONDS = 3.0
 """Of this process's own time that reading one file may take."""

@@ -23,12 +23,12 @@ from torch import Tensor
 
 from cp_megatron.checkpoint.manifest import FileEntry, file_sha256, read_manifest
 from cp_megatron.checkpoint.store import load_checkpoint
+from cp_megatron.cli.parse import CONFIG_FILE, parse_arguments
 from cp_megatron.config import Config
-from cp_megatron.config.parse import CONFIG_FILE, parse_arguments
 from cp_megatron.config.presets import PRESETS
 from cp_megatron.config.yaml_io import to_yaml
-from cp_megatron.data.indexed import HEADER, IndexedDataset, IndexedWriter
-from cp_megatron.train.folders import check_goes_on, data_changes, find_load
+from cp_megatron.data.read.indexed import HEADER, IndexedDataset, IndexedWriter
+from cp_megatron.preflight.save_and_load import check_goes_on, data_changes, find_load
 from tests.checkpoint import toy
 from tests.fuzz.mutations import (
     forged_header,

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from cp_megatron.checkpoint.hf_files import INDEX_FILE, hf_tensors
 from cp_megatron.checkpoint.huggingface import load_hf
-from cp_megatron.config.huggingface import read_hf_config
+from cp_megatron.families.llama import read_hf_config
 from tests.fuzz.mutations import forged_header, harm_bytes, harm_json, header_of, with_header
 from tests.fuzz.reading import REFUSED, Trap, outcome, same, spread
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cp_megatron.data.indexed import IndexedWriter
+from cp_megatron.data.read.indexed import IndexedWriter
 from tests.launch.test_end_to_end import MODEL, SCRIPT, run
 from tests.train.checkpoints import metrics_of
 

@@ -15,14 +15,15 @@ import pytest
 import torch.distributed as dist
 
 from cp_megatron.checkpoint.huggingface import export_hf
+from cp_megatron.cli.evaluation_options import EVALUATE, EvaluationOptions
+from cp_megatron.cli.parse import parse_arguments
 from cp_megatron.comm.runtime import Launch
-from cp_megatron.config.evaluation import EVALUATE, EvaluationOptions
-from cp_megatron.config.parse import parse_arguments
 from cp_megatron.errors import ConfigError
-from cp_megatron.train import evaluation_run, plots
-from cp_megatron.train.evaluation_plan import EvaluationPlan, check_evaluation
-from cp_megatron.train.evaluation_report import Results
-from cp_megatron.train.evaluation_run import evaluate
+from cp_megatron.evaluate import run_evaluation as evaluation_run
+from cp_megatron.evaluate.check_evaluation import EvaluationPlan, check_evaluation
+from cp_megatron.evaluate.results import Results
+from cp_megatron.evaluate.run_evaluation import evaluate
+from cp_megatron.metrics import plots
 from tests.launch.test_end_to_end import Ended, ours_in_trace, run
 from tests.ranks import run_ranks
 from tests.train.test_loop import train

@@ -12,14 +12,14 @@ import pytest
 import torch
 
 from cp_megatron.checkpoint.store import save_checkpoint
+from cp_megatron.cli.programs import GenerationOptions
 from cp_megatron.comm.runtime import Launch
 from cp_megatron.config import CheckpointConfig, Config, DataConfig, ModelConfig
-from cp_megatron.config.programs import GenerationOptions
 from cp_megatron.config.yaml_io import to_yaml
 from cp_megatron.errors import ConfigError
+from cp_megatron.generate.check_generation import check_generation
 from cp_megatron.model import Transformer
 from cp_megatron.plan import Grid
-from cp_megatron.train.generation_plan import check_generation
 
 ROOT = Path(__file__).parents[2]
 MODEL = ModelConfig(

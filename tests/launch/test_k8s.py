@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import yaml
 
+from cp_megatron.cli.parse import parse_arguments
 from cp_megatron.comm.runtime import Launch
-from cp_megatron.config.parse import parse_arguments
-from cp_megatron.train.preflight import check
+from cp_megatron.preflight.check import check
 
 ROOT = Path(__file__).resolve().parents[2]
 SERVICE, JOB = yaml.safe_load_all((ROOT / "launch" / "k8s.yaml").read_text())

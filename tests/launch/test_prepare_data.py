@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from cp_megatron.data.indexed import IndexedDataset
-from cp_megatron.data.prepare_command import parse, run
+from cp_megatron.data.prepare.prepare_command import parse, run
+from cp_megatron.data.read.indexed import IndexedDataset
 from cp_megatron.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
@@ -106,7 +106,7 @@ import os, signal, sys
 signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a script's & leaves it
 sys.path.insert(0, {str(SCRIPT.parent)!r})
 import prepare_data
-from cp_megatron.data import prepare
+from cp_megatron.data.prepare import prepare
 give, given = prepare._give, []
 def give_or_stop(*task):
     given.append(task)

@@ -21,7 +21,7 @@ from cp_megatron.model import Transformer, build_model
 from cp_megatron.model.offload import LayerOffload
 from cp_megatron.plan import Grid, Mask
 from cp_megatron.tensor_parallel import LossRule
-from cp_megatron.train.allocations import counting_memory, kept_bytes
+from tests.allocations import counting_memory, kept_bytes
 from tests.model.grids import (
     LLAMA,
     SEQ,

@@ -17,8 +17,8 @@ from cp_megatron.context_parallel import ContextParallel
 from cp_megatron.model import Transformer, build_model
 from cp_megatron.model.parallelize import ComputeDType
 from cp_megatron.plan import Grid, Mask
+from cp_megatron.spec.parameter_table import parameters_on_rank
 from cp_megatron.tensor_parallel import vocab_parallel_cross_entropy
-from cp_megatron.train.parameters import parameters_on_rank
 from tests.model.grids import (
     GPT,
     LLAMA,

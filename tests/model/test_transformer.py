@@ -21,8 +21,8 @@ from cp_megatron.model.initialize import initial_value
 from cp_megatron.model.mlp import MLP
 from cp_megatron.model.norm import LayerNorm, RMSNorm
 from cp_megatron.plan import Mask
+from cp_megatron.spec.parameter_table import num_parameters
 from cp_megatron.tensor_parallel import ColumnParallelLinear, TensorParallel, named_specs
-from cp_megatron.train.parameters import num_parameters
 from tests.model.grids import GPT, LLAMA, SEQ, STYLES, VOCAB, batch
 
 Weights = dict[str, Tensor]

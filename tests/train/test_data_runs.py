@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cp_megatron.data.indexed import IndexedWriter
+from cp_megatron.data.read.indexed import IndexedWriter
 from cp_megatron.errors import ConfigError
 from tests.ranks import run_ranks
 from tests.train.checkpoints import differing, metrics_of, numbers

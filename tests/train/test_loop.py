@@ -15,13 +15,13 @@ import torch.distributed as dist
 from rich.console import Console
 from torch.distributed.tensor import DTensor
 
+from cp_megatron.cli.parse import parse_arguments
 from cp_megatron.comm.runtime import Launch
-from cp_megatron.config.parse import parse_arguments
-from cp_megatron.data.sampler import Row, RowSource
+from cp_megatron.data.rows.sampler import Row, RowSource
 from cp_megatron.errors import ConfigError
 from cp_megatron.plan import Mask
+from cp_megatron.preflight.check import check
 from cp_megatron.train.loop import DivergedError, Run
-from cp_megatron.train.preflight import check
 from cp_megatron.train.progress import ProgressView
 from cp_megatron.train.run import assemble
 from cp_megatron.train.signals import StopRequest

@@ -13,9 +13,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from cp_megatron.data.batch import IGNORED
-from cp_megatron.train.faults import Fault, Faults
-from cp_megatron.train.guard import LEAST_WINDOW
+from cp_megatron.data.batch.batch import IGNORED
+from cp_megatron.faults.guard import LEAST_WINDOW
+from cp_megatron.faults.inject import Fault, Faults
 from cp_megatron.train.loop import DivergedError, Run
 from cp_megatron.train.signals import StopRequest
 from cp_megatron.train.step import StepResult, Trainer, local_values

@@ -22,9 +22,9 @@ from cp_megatron.config import (
     TrainConfig,
 )
 from cp_megatron.context_parallel import ContextParallel
-from cp_megatron.data.ahead import Ahead
-from cp_megatron.data.batch import IGNORED, Batch, microbatches
-from cp_megatron.data.sampler import Rows
+from cp_megatron.data.batch.ahead import Ahead
+from cp_megatron.data.batch.batch import IGNORED, Batch, microbatches
+from cp_megatron.data.rows.sampler import Rows
 from cp_megatron.model.parallelize import build_model
 from cp_megatron.model.transformer import layer_context
 from cp_megatron.plan import Grid, Mask, Schedule

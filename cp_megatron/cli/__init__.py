@@ -1,0 +1,1 @@
+"""The command line: flags generated from the settings, and what they refuse. No torch."""

@@ -1,0 +1,1 @@
+"""From rows to one data parallel rank's batches, as tensors."""

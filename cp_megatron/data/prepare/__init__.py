@@ -1,0 +1,1 @@
+"""Text to Megatron's .bin/.idx, ahead of a run. No torch."""

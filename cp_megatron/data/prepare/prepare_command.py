@@ -1,0 +1,161 @@
+"""The command line of ``launch/prepare_data.py``: its flags, and what a person sees. No torch."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from cp_megatron.config.words import read_words
+from cp_megatron.data.prepare.prepare import Request, Result, Start, prepare
+from cp_megatron.data.prepare.prepare_worker import Step
+from cp_megatron.errors import ConfigError
+
+PROGRAM = "prepare_data.py"
+_SHOWN = 10
+_DESCRIPTION = """Turn documents into Megatron's .bin/.idx, with all cores.
+
+python launch/prepare_data.py --input corpus/*.jsonl --output-prefix data/corpus
+    --tokenizer-type huggingface --tokenizer-model models/llama
+
+makes data/corpus_text_document.bin and .idx. A run that was stopped goes on where it was when the
+same command is given again."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """A field is a flag, its docstring the flag's help."""
+
+    input: tuple[str, ...] = ()
+    """Text files, .jsonl, .json (both with .gz too), .parquet, folders of these, folders that
+    Dataset.save_to_disk wrote; * and ? work. A file of text is one document."""
+    output_prefix: str | None = None
+    """Where to: PREFIX_KEY_document.bin and .idx, KEY being text for files of text."""
+    tokenizer_type: Literal["byte", "huggingface", "sentencepiece", "tiktoken"] = "byte"
+    """How text becomes ids; byte is one id per byte of UTF-8."""
+    tokenizer_model: str | None = None
+    """The tokenizer's file, or the folder of a Hugging Face model."""
+    json_keys: tuple[str, ...] = ("text",)
+    """The keys of a JSON object, or the columns of a table, that hold text."""
+    append_eod: bool = True
+    """Every document ends with the tokenizer's end-of-document id."""
+    workers: int | None = None
+    """Processes; by default one for each core."""
+    skip_bad_lines: bool = False
+    """Skip malformed JSON lines and list them in PREFIX_skipped.txt, instead of refusing them."""
+    log_interval: int = 100_000
+    """Documents between two lines of progress."""
+
+
+def parse(argv: Sequence[str]) -> Options:
+    """Reads a command line, without the program's name.
+
+    Raises:
+        ConfigError: a flag or a value that can not be honoured.
+        SystemExit: with code 0, after ``--help`` is printed.
+    """
+    if any(word in ("-h", "--help") for word in argv):
+        tyro.cli(Options, prog=PROGRAM, description=_DESCRIPTION, args=["--help"])
+    values = read_words(argv, Options)
+    if not values.get("output_prefix"):
+        rule = "needs the path that the new files begin with"
+        raise ConfigError("--output-prefix", "", rule, "--output-prefix data/corpus")
+    if values.get("log_interval", 1) < 1:
+        raise ConfigError("--log-interval", values["log_interval"], "must be at least 1", "1")
+    return Options(**values)
+
+
+def run(options: Options, console: Console | None = None) -> Result:
+    """Prepares the data and shows how far it is.
+
+    Raises:
+        ConfigError: the flags can not be honoured.
+    """
+    assert options.output_prefix is not None
+    request = Request(
+        inputs=options.input,
+        output_prefix=options.output_prefix,
+        tokenizer_type=options.tokenizer_type,
+        tokenizer_model=options.tokenizer_model,
+        keys=options.json_keys,
+        append_eod=options.append_eod,
+        workers=options.workers,
+        skip_bad_lines=options.skip_bad_lines,
+    )
+    out = console or Console()
+    view = _View(out, options.log_interval)
+    with view.bar:
+        result = prepare(request, view)
+    for prefix, documents, tokens in zip(result.outputs, result.documents, result.tokens):
+        text = f"{prefix}.bin .idx: {documents:,} documents, {tokens:,} tokens"
+        out.print(text, highlight=False, markup=False, soft_wrap=True)
+    if result.skipped:
+        _tell_skipped(result.skipped, f"{options.output_prefix}_skipped.txt", out)
+    return result
+
+
+def interrupted(argv: Sequence[str]) -> str:
+    """The line for somebody who pressed Ctrl-C."""
+    folder = Request(
+        inputs=(), output_prefix=str(parse(argv).output_prefix), tokenizer_type="byte"
+    ).partial
+    done = len(list(folder.glob("[0-9]*.json")))
+    return f"{PROGRAM}: stopped; {done} finished pieces are in {folder}, the same command goes on"
+
+
+def _tell_skipped(skipped: Sequence[str], path: str, out: Console) -> None:
+    Path(path).write_text("".join(f"{line}\n" for line in skipped), "utf-8", "backslashreplace")
+    for line in skipped[:_SHOWN]:
+        out.print(f"skipped {line}", highlight=False, markup=False, soft_wrap=True)
+    text = f"skipped {len(skipped):,} in all, listed in {path}"
+    out.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+class _View:
+    """A bar on a terminal, and a line every so many documents."""
+
+    def __init__(self, console: Console, interval: int) -> None:
+        self._interval = interval
+        self._begin = time.monotonic()
+        self._weight = self._tokens = self._documents = self._reported = 0
+        self.bar = Progress(
+            TextColumn("{task.percentage:>3.0f}%"),
+            BarColumn(bar_width=None),
+            TextColumn("{task.description}"),
+            TextColumn("eta"),
+            TimeRemainingColumn(),
+            console=console,
+            expand=True,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._task = self.bar.add_task("", total=None)
+
+    def __call__(self, event: Start | Step) -> None:
+        """What ``prepare`` tells."""
+        if isinstance(event, Start):
+            self._begin = time.monotonic()
+            self.bar.update(self._task, total=event.weight, completed=event.kept_weight)
+            if event.kept_pieces:
+                text = f"going on: {event.kept_pieces} of {event.pieces} pieces were finished"
+                self.bar.console.print(text, highlight=False, markup=False, soft_wrap=True)
+            return
+        self._weight += event.weight
+        self._tokens += event.tokens
+        self._documents += event.documents
+        self.bar.update(self._task, advance=event.weight, description=self._rates())
+        if self._documents // self._interval > self._reported:
+            self._reported = self._documents // self._interval
+            text = f"{self._documents:,} documents  {self._rates()}"
+            self.bar.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def _rates(self) -> str:
+        seconds = max(1e-9, time.monotonic() - self._begin)
+        speed = self._weight / seconds / 1e6
+        return f"{self._tokens:,} tokens  {self._tokens / seconds:,.0f} tok/s  {speed:.1f} MB/s"

@@ -1,0 +1,1 @@
+"""From documents to the rows of a run. No torch."""

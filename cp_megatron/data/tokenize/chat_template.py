@@ -1,0 +1,145 @@
+"""A tokenizer's chat template: how a conversation is written as text. No torch.
+
+The template is that of the tokenizer's folder (chat_template.jinja, or ``chat_template`` in
+tokenizer_config.json), run by Jinja in its sandbox with the names that transformers gives it; else
+ChatML where the tokenizer has its two tokens::
+
+    <|im_start|>user
+    Hello<|im_end|>
+    <|im_start|>assistant
+    Hi.<|im_end|>
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NoReturn
+
+from cp_megatron.data.tokenize.tokenizer import MODEL_FLAG, TYPE_FLAG, Tokenizer
+from cp_megatron.errors import ConfigError
+
+Message = Mapping[str, Any]
+Render = Callable[[Sequence[Message], bool], str]
+"""(messages, whether the beginning of an answer follows) -> text."""
+
+CHATML = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+_SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token")
+
+
+def find_template(tokenizer: Tokenizer, *, today: datetime | None = None) -> Render | None:
+    """The tokenizer's template, or ChatML; None where the tokenizer has neither.
+
+    Args:
+        tokenizer: with the folder it lies in.
+        today: what the template is told of the date; None leaves it to the template, so that data
+            to train on do not change from one day to the next.
+
+    Raises:
+        ConfigError: the template is malformed, or Jinja is not installed.
+    """
+    template, names = _in_folder(tokenizer)
+    if template is None:
+        if any(len(tokenizer.encode(token)) != 1 for token in ("<|im_start|>", "<|im_end|>")):
+            return None
+        template = CHATML
+    return _compiled(template, names, tokenizer, today)
+
+
+def _in_folder(tokenizer: Tokenizer) -> tuple[str | None, dict[str, str]]:
+    """The template beside the tokenizer's file, and the special tokens that it may name."""
+    if tokenizer.path is None or tokenizer.kind != "huggingface":
+        return None, {}
+    folder = Path(tokenizer.path).parent
+    config: dict[str, Any] = {}
+    try:
+        if (folder / "tokenizer_config.json").is_file():
+            config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+        own = folder / "chat_template.jinja"
+        template = own.read_text(encoding="utf-8") if own.is_file() else config.get("chat_template")
+    except (OSError, ValueError, AttributeError) as error:
+        rule = f"its chat template can not be read: {error}"
+        raise ConfigError(MODEL_FLAG, str(folder), rule, "a valid tokenizer_config.json") from None
+    if isinstance(template, list):  # several, by name
+        named = {entry.get("name"): entry.get("template") for entry in template}
+        template = named.get("default")
+    names = {}
+    for name in _SPECIAL:
+        token = config.get(name)
+        token = token.get("content") if isinstance(token, dict) else token
+        if isinstance(token, str):
+            names[name] = token
+    return template if isinstance(template, str) else None, names
+
+
+def _compiled(
+    template: str, names: Mapping[str, str], tokenizer: Tokenizer, today: datetime | None
+) -> Render:
+    where = tokenizer.path or f"{TYPE_FLAG} {tokenizer.kind}"
+    try:
+        import jinja2
+        from jinja2 import nodes
+        from jinja2.ext import Extension, loopcontrols
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+    except ImportError:
+        rule = "its chat template needs the package jinja2, which is not installed"
+        raise ConfigError(MODEL_FLAG, where, rule, "pip install 'cp_megatron[data]'") from None
+
+    class Generation(Extension):
+        """``{% generation %}``, by which templates mark answers, changes no text."""
+
+        tags = {"generation"}  # noqa: RUF012 - Jinja's own interface
+
+        def parse(self, parser: Any) -> list[nodes.Node]:
+            next(parser.stream)
+            body: list[nodes.Node] = parser.parse_statements(("name:endgeneration",), True)
+            return body
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
+    )
+    environment.filters["tojson"] = _tojson
+    environment.globals["raise_exception"] = _raise
+    if today is not None:
+        environment.globals["strftime_now"] = today.strftime
+    try:
+        compiled = environment.from_string(template)
+    except jinja2.TemplateError as error:
+        rule = f"its chat template is malformed: {error}"
+        raise ConfigError(MODEL_FLAG, where, rule, "a template that Jinja reads") from None
+
+    def render(messages: Sequence[Message], answer_follows: bool) -> str:
+        values = {"messages": messages, "tools": None, "documents": None, **names}
+        try:
+            return compiled.render(**values, add_generation_prompt=answer_follows)
+        except Exception as error:  # a template is somebody's program: it may fail in any way
+            if today is None and "strftime_now" in str(error):
+                raise _wants_date(where) from None
+            raise TemplateRefusalError(str(error)) from None
+
+    return render
+
+
+def _wants_date(where: str) -> ConfigError:
+    rule = "its chat template writes today's date (strftime_now), so data would change by the day"
+    works = "a copy of the folder with a fixed date in its template"
+    return ConfigError(MODEL_FLAG, where, rule, works)
+
+
+class TemplateRefusalError(ValueError):
+    """The template does not take this conversation."""
+
+
+def _raise(told: str) -> NoReturn:
+    raise TemplateRefusalError(told)
+
+
+def _tojson(value: Any, indent: int | None = None) -> str:
+    return json.dumps(value, ensure_ascii=False, indent=indent)

@@ -1,0 +1,157 @@
+"""tiktoken files (lines of a token in base64 and its rank), read by the package ``tiktoken``.
+
+Such a file holds neither the pattern that cuts a text into words nor the special tokens. They are
+assumed from how many ranks there are, as the models that made these files define them:
+
+    ranks      pattern           special tokens, from the id               end of document
+    151,643    Qwen (1 digit)    <|endoftext|> <|im_start|> .., 151643     <|endoftext|>   151643
+    128,000    cl100k            <|begin_of_text|> .., 128000              <|end_of_text|> 128001
+    199,998    o200k             <|endoftext|>, 199999                     <|endoftext|>   199999
+    100,256    cl100k            <|endoftext|>, 100257                     <|endoftext|>   100257
+    other      cl100k            <|endoftext|>, the largest rank + 1       <|endoftext|>
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from cp_megatron.data.tokenize.tokenizer import (
+    Ids,
+    fingerprint_of,
+    ids_without_eod,
+    malformed,
+    missing_package,
+    read_bytes,
+)
+
+_SHORT = "'s|'t|'re|'ve|'m|'ll|'d"
+_CL100K = (
+    rf"(?i:{_SHORT})|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_QWEN = _CL100K.replace("{1,3}", "")
+_UPPER, _LOWER = r"\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}", r"\p{Ll}\p{Lm}\p{Lo}\p{M}"
+_O200K = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?[{_UPPER}]*[{_LOWER}]+(?i:{_SHORT})?"
+    rf"|[^\r\n\p{{L}}\p{{N}}]?[{_UPPER}]+[{_LOWER}]*(?i:{_SHORT})?"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_END = "<|endoftext|>"
+_QWEN_SPECIAL = (_END, "<|im_start|>", "<|im_end|>", *(f"<|extra_{n}|>" for n in range(205)))
+_LLAMA3_SPECIAL = (
+    *("<|begin_of_text|>", "<|end_of_text|>"),
+    *(f"<|reserved_special_token_{n}|>" for n in range(4)),
+    *("<|start_header_id|>", "<|end_header_id|>", "<|reserved_special_token_4|>", "<|eot_id|>"),
+    *(f"<|reserved_special_token_{n}|>" for n in range(5, 251)),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Rules:
+    """What a file does not say: the pattern, the special tokens from an id on, the end."""
+
+    pattern: str
+    first: int
+    special: tuple[str, ...]
+    end: str = _END
+
+
+def _rules(ranks: int, largest: int) -> _Rules:
+    if ranks == 151_643:
+        return _Rules(pattern=_QWEN, first=151_643, special=_QWEN_SPECIAL)
+    if ranks == 128_000:
+        end = "<|end_of_text|>"
+        return _Rules(pattern=_CL100K, first=128_000, special=_LLAMA3_SPECIAL, end=end)
+    if ranks == 199_998:
+        return _Rules(pattern=_O200K, first=199_999, special=(_END,))
+    if ranks == 100_256:
+        return _Rules(pattern=_CL100K, first=100_257, special=(_END,))
+    return _Rules(pattern=_CL100K, first=largest + 1, special=(_END,))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TiktokenTokenizer:
+    """A tiktoken file; see ``Tokenizer``. ``read`` makes one."""
+
+    kind: str = field(default="tiktoken", init=False)
+    path: str
+    vocab_size: int
+    eod: int
+    fingerprint: str
+    opening: tuple[int, ...] = field(default=(), init=False)
+    _library: Any
+
+    @classmethod
+    def read(cls, path: Path) -> TiktokenTokenizer:
+        """Reads a file; what it does not say is in the table above.
+
+        Raises:
+            ConfigError: the package is missing, or the file is malformed.
+        """
+        try:
+            import tiktoken
+        except ImportError:
+            raise missing_package("tiktoken", "tiktoken") from None
+        data = read_bytes(path)
+        ranks = _read_ranks(path, data)
+        rules = _rules(len(ranks), max(ranks.values()))
+        special = {text: rules.first + n for n, text in enumerate(rules.special)}
+        library = tiktoken.Encoding(
+            path.name, pat_str=rules.pattern, mergeable_ranks=dict(ranks), special_tokens=special
+        )
+        return cls(
+            path=str(path),
+            vocab_size=library.max_token_value + 1,
+            eod=special[rules.end],
+            fingerprint=fingerprint_of("tiktoken", data, special[rules.end]),
+            _library=library,
+        )
+
+    def encode(self, text: str) -> Ids:
+        """Ids of a text, int32 [n]."""
+        return np.array(self._library.encode(text, allowed_special="all"), dtype=np.int32)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
+        """``encode`` of each text, by the library's own threads."""
+        found = self._library.encode_batch(list(texts), allowed_special="all")
+        return [np.array(ids, dtype=np.int32) for ids in found]
+
+    def decode(self, tokens: npt.ArrayLike) -> str:
+        """Text of ids; bytes that are no UTF-8 become U+FFFD, ends of documents are left out.
+
+        Raises:
+            ValueError: an id lies outside the vocabulary, or in a hole of it.
+        """
+        kept = ids_without_eod(tokens, self)
+        try:
+            text: str = self._library.decode(kept, errors="replace")
+        except KeyError as error:
+            raise ValueError(f"token {error} is in a hole of the vocabulary") from None
+        return text
+
+
+def _read_ranks(path: Path, data: bytes) -> Mapping[bytes, int]:
+    """Token -> rank. Every byte must be a token, or some text could not be told."""
+    ranks: dict[bytes, int] = {}
+    for number, line in enumerate(data.splitlines(), 1):
+        if not line:
+            continue
+        try:
+            token, rank = line.split()
+            ranks[base64.b64decode(token, validate=True)] = int(rank)
+        except (ValueError, binascii.Error):
+            rule = f'line {number} is not "base64 rank"'
+            raise malformed(path, "tiktoken", rule) from None
+    if len(set(ranks.values())) != len(ranks) or any(rank < 0 for rank in ranks.values()):
+        raise malformed(path, "tiktoken", "two tokens have one rank, or a rank is negative")
+    if any(bytes([value]) not in ranks for value in range(256)):
+        raise malformed(path, "tiktoken", "not every byte is a token")
+    return ranks

@@ -1,0 +1,1 @@
+"""Evaluation of a model on long rows: perplexity by position, needles, reports."""

@@ -1,0 +1,242 @@
+"""What an evaluation found: tables for a person, results.json for programs, pictures. No torch."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from cp_megatron.metrics.plots import Curve, draw_by_position, draw_heat_map
+
+RESULTS_FILE = "results.json"
+PERPLEXITY_FILE = "perplexity.png"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """Of some predicted tokens.
+
+    Attributes:
+        tokens: their number; 0 has the loss 0.
+        loss: mean, in nats.
+        accuracy: share that are the most likely one.
+    """
+
+    tokens: int
+    loss: float
+    accuracy: float
+
+    @classmethod
+    def of(cls, sums: Iterable[float]) -> Score:
+        """From the sum of losses, the number of right guesses, the number of tokens."""
+        loss, right, tokens = sums
+        return cls(
+            tokens=round(tokens), loss=loss / max(tokens, 1), accuracy=right / max(tokens, 1)
+        )
+
+    @property
+    def perplexity(self) -> float:
+        """e to the mean loss; inf where that is more than a float holds."""
+        return math.exp(self.loss) if not self.loss > 700 else math.inf
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bucket:
+    """Predictions made with ``first`` + 1 to ``end`` tokens of context."""
+
+    first: int
+    end: int
+    score: Score
+
+
+@dataclass(frozen=True, kw_only=True)
+class Perplexity:
+    """Of the rows of one length."""
+
+    length: int
+    rows: int
+    whole: Score
+    buckets: tuple[Bucket, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """How one question was answered.
+
+    Attributes:
+        task: needle or variables.
+        length, depth, sample: of the task.
+        answer: the true one.
+        exact: greedy decoding gives it, to the last token.
+        token_accuracy: share of its tokens that are the most likely after the true ones before.
+        log_probability: of the whole answer, in nats.
+    """
+
+    task: str
+    length: int
+    depth: int
+    sample: int
+    answer: str
+    exact: bool
+    token_accuracy: float
+    log_probability: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Results:
+    """All of it.
+
+    Attributes:
+        about: model, data and grid, as plain data.
+        perplexity: per length.
+        answers: one per question.
+    """
+
+    about: Mapping[str, Any]
+    perplexity: tuple[Perplexity, ...]
+    answers: tuple[Answer, ...]
+
+    def cells(self) -> dict[tuple[str, int, int], list[Answer]]:
+        """The answers by (task, length, depth)."""
+        cells: dict[tuple[str, int, int], list[Answer]] = {}
+        for answer in self.answers:
+            cells.setdefault((answer.task, answer.length, answer.depth), []).append(answer)
+        return cells
+
+
+def write_results(results: Results, folder: Path, *, plot: bool) -> list[Path]:
+    """Writes results.json and the pictures into ``folder``, which is made; the files.
+
+    Raises:
+        OSError: they can not be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / RESULTS_FILE
+    new = file.with_suffix(".tmp")
+    new.write_text(json.dumps(_plain(results), indent=1) + "\n", encoding="utf-8")
+    new.replace(file)
+    return [file, *(_pictures(results, folder) if plot else [])]
+
+
+def print_results(results: Results, console: Console) -> None:
+    """Prints the tables: perplexity by position, then the share of exact answers."""
+    if results.perplexity:
+        console.print(_perplexity_table(results.perplexity), highlight=False)
+    for task in dict.fromkeys(answer.task for answer in results.answers):
+        console.print(_answer_table(results, task), highlight=False)
+
+
+def _plain(results: Results) -> dict[str, Any]:
+    """Plain data; a number that JSON has not is None."""
+    rows = [
+        {
+            "length": row.length,
+            "rows": row.rows,
+            **_score(row.whole),
+            "buckets": [{"first": b.first, "end": b.end, **_score(b.score)} for b in row.buckets],
+        }
+        for row in results.perplexity
+    ]
+    cells = [
+        {"task": task, "length": length, "depth": depth, "samples": len(found), **_mean(found)}
+        for (task, length, depth), found in results.cells().items()
+    ]
+    answers = [asdict(answer) for answer in results.answers]
+    for entry in answers:
+        entry["log_probability"] = _finite(entry["log_probability"])
+    return {**results.about, "perplexity": rows, "cells": cells, "answers": answers}
+
+
+def _score(score: Score) -> dict[str, Any]:
+    return {
+        "tokens": score.tokens,
+        "loss": _finite(score.loss),
+        "perplexity": _finite(score.perplexity),
+        "accuracy": score.accuracy,
+    }
+
+
+def _finite(number: float) -> float | None:
+    return number if math.isfinite(number) else None
+
+
+def _mean(answers: Sequence[Answer]) -> dict[str, Any]:
+    count = len(answers)
+    return {
+        "exact": sum(answer.exact for answer in answers) / count,
+        "token_accuracy": sum(answer.token_accuracy for answer in answers) / count,
+        "log_probability": _finite(sum(answer.log_probability for answer in answers) / count),
+    }
+
+
+def _perplexity_table(rows: Sequence[Perplexity]) -> Table:
+    table = Table(title="perplexity by position (right guesses)", box=SIMPLE_HEAD)
+    table.add_column("positions", justify="right")
+    for row in rows:
+        table.add_column(f"{row.length:,} tokens x {row.rows}", justify="right")
+    found = [{(b.first, b.end): b.score for b in row.buckets} for row in rows]
+    for first, end in sorted({span for scores in found for span in scores}):
+        shown = [_shown(scores.get((first, end))) for scores in found]
+        table.add_row(f"{first:,} to {end - 1:,}", *shown)
+    table.add_section()
+    table.add_row("all", *(_shown(row.whole) for row in rows))
+    return table
+
+
+def _shown(score: Score | None) -> str:
+    return "" if score is None else f"{score.perplexity:.4g} ({score.accuracy:.1%})"
+
+
+def _answer_table(results: Results, task: str) -> Table:
+    cells = {key[1:]: found for key, found in results.cells().items() if key[0] == task}
+    lengths = sorted({length for length, _ in cells})
+    table = Table(title=f"{task}: exact answers (right tokens)", box=SIMPLE_HEAD)
+    table.add_column("depth" if task == "needle" else "", justify="right")
+    for length in lengths:
+        table.add_column(f"{length:,} tokens", justify="right")
+    for depth in sorted({depth for _, depth in cells}):
+        means = [_mean(cells[length, depth]) for length in lengths]
+        shown = [f"{mean['exact']:.0%} ({mean['token_accuracy']:.0%})" for mean in means]
+        table.add_row(f"{depth}%" if task == "needle" else "all over the text", *shown)
+    return table
+
+
+def _pictures(results: Results, folder: Path) -> list[Path]:
+    files = []
+    name = str(results.about.get("model", ""))
+    if results.perplexity:
+        curves = [
+            Curve(
+                label=f"{row.length:,} tokens",
+                ends=[bucket.end for bucket in row.buckets],
+                values=[bucket.score.perplexity for bucket in row.buckets],
+            )
+            for row in results.perplexity
+        ]
+        files.append(draw_by_position(folder / PERPLEXITY_FILE, curves, title=name))
+    for task in dict.fromkeys(answer.task for answer in results.answers):
+        files.append(_heat_map(results, task, folder / f"{task}.png", name))
+    return files
+
+
+def _heat_map(results: Results, task: str, path: Path, name: str) -> Path:
+    cells = {key[1:]: found for key, found in results.cells().items() if key[0] == task}
+    lengths, depths = (sorted({key[axis] for key in cells}) for axis in (0, 1))
+    exact = [[_mean(cells[length, depth])["exact"] for length in lengths] for depth in depths]
+    samples = min(len(found) for found in cells.values())
+    return draw_heat_map(
+        path,
+        exact,
+        rows=[f"{depth}%" for depth in depths] if task == "needle" else ["all over"],
+        columns=[f"{length:,}" for length in lengths],
+        row_name="depth in the text",
+        column_name="tokens",
+        title=f"{name}\n{task}: exact answers of {samples}",
+    )

@@ -1,0 +1,1 @@
+"""What goes wrong while training: guards, checks, the watch, stragglers, injected faults."""

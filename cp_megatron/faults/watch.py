@@ -1,0 +1,235 @@
+"""A rank's watchman: shows that it lives, sees its launcher die, and names who broke the run.
+
+    rank 0   beat beat beat  lost rank 2 -> says so, listens 1.5 s: 1 and 3 spoke, 2 shows no beat
+    rank 1   beat beat beat  lost rank 2 -> says so                         -> "rank 2 is gone"
+    rank 2   beat beat X     killed
+    rank 3   beat beat beat  waits for rank 1 ... its connection breaks when rank 1 leaves
+
+A thread writes a number that grows into the store that the ranks met in, over a connection of its
+own. It lives as long as the process is not stopped, also while a collective waits.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+
+from torch.distributed import Store  # type: ignore[attr-defined]
+
+from cp_megatron.comm.flight import last_collective, write_flight
+from cp_megatron.comm.runtime import Launch
+from cp_megatron.faults.culprit import Report, judge, kind_of
+
+BEAT_SECONDS = 0.5
+"""A beat is two trips to the store, which one thread answers for all ranks."""
+LISTEN_SECONDS = 1.5
+"""After a connection broke; beats are missed within it."""
+ORPHAN_SECONDS = 30.0
+"""For a rank whose launcher died to finish its step and save."""
+_OVER_SECONDS = 5.0
+_ENDED = ("gone", "dead", "stopped")
+
+
+class Watch:
+    """The watchman of a rank; a context manager around the training.
+
+    Args:
+        launch: this process.
+        store: that all ranks reach.
+        folder: of the run, for what the flight recorder has.
+        program: the name that lines to a person begin with.
+        orphaned: called once when the launcher died.
+    """
+
+    def __init__(
+        self,
+        launch: Launch,
+        store: Store,
+        *,
+        folder: Path,
+        program: str,
+        orphaned: Callable[[], None],
+    ) -> None:
+        self._launch, self._folder, self._program = launch, folder, program
+        clone = getattr(store, "clone", None)
+        self._store: Store = clone() if clone is not None else store
+        self._life = f"watch{launch.restarts}"
+        self._orphaned = orphaned
+        self._parent = os.getppid()
+        self._ended = threading.Event()
+        self._store.set(self._key("who", launch.rank), json.dumps([os.getpid(), _host()]))
+        self._thread = threading.Thread(target=self._watch, daemon=True, name="watch")
+
+    def __enter__(self) -> Watch:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._ended.set()
+
+    def explain(self, error: BaseException) -> None:
+        """Tells once, of all ranks, what broke the run, and ends a rank that is stuck.
+
+        Args:
+            error: what this rank met.
+        """
+        notes = " ".join(getattr(error, "__notes__", ()))
+        where = ", ".join(part for part in (notes, last_collective()) if part)
+        report = Report(kind=kind_of(error), where=where)
+        with suppress(OSError):
+            write_flight(self._folder / f"flight-rank-{self._launch.rank}.jsonl")
+        try:
+            self._explain(error, report)
+        except (RuntimeError, OSError, ValueError):  # the store is gone with the rank that had it
+            self._say(f"rank {self._launch.rank}: {error}; the ranks' store is gone too")
+
+    def _explain(self, error: BaseException, report: Report) -> None:
+        rank = self._launch.rank
+        if report.kind == "failed":
+            if self._is_first("failure"):
+                trace = "".join(traceback.format_exception(error))
+                self._say(f"rank {rank} failed\n{trace.rstrip()}")
+            self._publish(report)
+            return
+        self._publish(report)
+        reports, alive = self._listen()
+        if any(other.kind == "failed" for other in reports.values()):
+            return
+        seen = {other: self._seen(other) for other in range(self._launch.world_size)}
+        verdict = judge(reports, world_size=self._launch.world_size, alive=alive, seen=seen)
+        if self._is_first("verdict"):
+            self._say(verdict.text)
+        for other in verdict.ranks:
+            self._end(other)
+        self._store.set(self._key("over"), "1")
+
+    def _listen(self) -> tuple[dict[int, Report], list[int]]:
+        """The ranks' reports, and which ranks showed a sign of life meanwhile."""
+        others = range(self._launch.world_size)
+        before = [self._read(self._key("beat", rank)) for rank in others]
+        end = time.monotonic() + LISTEN_SECONDS
+        while time.monotonic() < end:
+            time.sleep(0.1)
+            reports = self._reports()
+            silent = [rank for rank in others if rank not in reports]
+            # Of the others on this node nobody needs to wait for a beat.
+            if all(self._has_ended(rank) for rank in silent):
+                break
+            if any(report.kind == "failed" for report in reports.values()):
+                break
+        alive = [rank for rank in others if self._lives(rank, before[rank])]
+        return self._reports(), alive
+
+    def _lives(self, rank: int, beat: str) -> bool:
+        """Whether its process runs; on another node, whether there was a beat meanwhile."""
+        if self._state_of(rank):
+            return not self._has_ended(rank)
+        return self._read(self._key("beat", rank)) != beat
+
+    def _has_ended(self, rank: int) -> bool:
+        """Whether its process is seen to be gone, or stopped."""
+        return self._state_of(rank) in _ENDED
+
+    def _state_of(self, rank: int) -> str:
+        """Of its process, where that can be seen from here."""
+        pid, host = self._who(rank)
+        return _state(pid) if host == _host() else ""
+
+    def _reports(self) -> dict[int, Report]:
+        texts = {
+            rank: self._read(self._key("report", rank)) for rank in range(self._launch.world_size)
+        }
+        return {rank: Report(**json.loads(text)) for rank, text in texts.items() if text}
+
+    def _publish(self, report: Report) -> None:
+        self._store.set(self._key("report", self._launch.rank), json.dumps(asdict(report)))
+
+    def _is_first(self, what: str) -> bool:
+        """Whether this rank is the one that says it."""
+        return self._store.add(self._key(what), 1) == 1
+
+    def _seen(self, rank: int) -> str:
+        """A rank's process, and in which state it is where that can be seen from here."""
+        pid, host = self._who(rank)
+        state = self._state_of(rank)
+        return f"process {pid} on {host}{state and f', {state}'}"
+
+    def _who(self, rank: int) -> tuple[int, str]:
+        pid, host = json.loads(self._read(self._key("who", rank)) or '[0, "?"]')
+        return pid, host
+
+    def _end(self, rank: int) -> None:
+        """Kills a stuck rank on this node, which would not hear a milder word.
+
+        Only a process of the same launcher: a number may have been given to another one since.
+        """
+        pid, host = self._who(rank)
+        if host == _host() and _parent_of(pid) == self._parent:
+            with suppress(OSError):
+                os.kill(pid, signal.SIGKILL)
+
+    def _watch(self) -> None:
+        """The thread."""
+        beat, over, orphan, reachable = 0, 0.0, 0.0, True
+        while not self._ended.wait(BEAT_SECONDS):
+            beat, now = beat + 1, time.monotonic()
+            if self._launch.under_torchrun and os.getppid() != self._parent:
+                if not orphan:
+                    self._orphaned()
+                    orphan = now
+                if now - orphan > ORPHAN_SECONDS:
+                    os._exit(1)
+            if reachable:
+                try:
+                    self._store.set(self._key("beat", self._launch.rank), str(beat))
+                    over = over or (now if self._read(self._key("over")) else 0.0)
+                except (RuntimeError, OSError):  # torch warns at length each time
+                    reachable = False
+            # The others have given up: this rank waits for what will not come.
+            if over and now - over > _OVER_SECONDS:
+                os._exit(1)
+
+    def _read(self, key: str) -> str:
+        return self._store.get(key).decode() if self._store.check([key]) else ""
+
+    def _key(self, *parts: object) -> str:
+        return "/".join([self._life, *map(str, parts)])
+
+    def _say(self, text: str) -> None:
+        print(f"{self._program}: {text}", file=sys.stderr, flush=True)
+
+
+def _host() -> str:
+    return socket.gethostname()
+
+
+def _state(pid: int) -> str:
+    """Of a process on this node, as Linux tells it."""
+    try:
+        letter = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (OSError, IndexError):
+        return "gone" if Path("/proc").is_dir() else ""
+    return {
+        "T": "stopped",
+        "t": "stopped",
+        "Z": "dead",
+        "X": "dead",
+        "D": "waiting for a disk",
+    }.get(letter, "running")
+
+
+def _parent_of(pid: int) -> int:
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except (OSError, IndexError, ValueError):
+        return -1

@@ -1,0 +1,323 @@
+"""Pictures of a run, as PNG files. The one file that imports matplotlib, which is optional.
+
+    python -m cp_megatron.metrics.plots RUN     draws RUN/curves.png again
+
+Figures are drawn by the Agg backend without pyplot: no display is needed, and nothing stays open.
+No torch.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from cp_megatron.config.run_folders import METRICS_FILE
+from cp_megatron.errors import ConfigError
+
+CURVES_FILE = "curves.png"
+INSTALL = "pip install 'cp_megatron[plot]'"
+DOTS_PER_INCH = 120
+
+_FEW = 40
+"""Points up to which each is marked, and below which a mean over neighbours says little."""
+_RAW, _MEAN, _OTHER = "#9db8d9", "#1f4e8c", "#d1661f"
+
+Row = Mapping[str, Any]
+"""One line of metrics.jsonl."""
+
+
+def has_matplotlib() -> bool:
+    """Whether pictures can be drawn; imports nothing."""
+    return find_spec("matplotlib") is not None
+
+
+def require_matplotlib(flag: str, value: object = "") -> None:
+    """For a flag that asks for a picture.
+
+    Raises:
+        ConfigError: matplotlib is not installed.
+    """
+    if not has_matplotlib():
+        raise ConfigError(flag, value, "needs the package matplotlib", INSTALL)
+
+
+def new_figure(width: float, height: float) -> Any:
+    """An empty matplotlib figure of that many inches, drawn by Agg; nobody has to close it."""
+    # On a new machine it announces that it reads the fonts.
+    logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def save_figure(figure: Any, path: Path) -> Path:
+    """Writes a figure as PNG; a picture that is there already is replaced in one go.
+
+    Raises:
+        OSError: it can not be written.
+    """
+    new = path.with_name(f"{path.name}.tmp")
+    figure.savefig(new, format="png", dpi=DOTS_PER_INCH)
+    new.replace(path)
+    return path
+
+
+def read_metrics(run: Path) -> list[Row]:
+    """The lines of a run's metrics.jsonl; one that a kill tore is left out.
+
+    Raises:
+        OSError: there is no such file.
+    """
+    rows: list[Row] = []
+    for line in (run / METRICS_FILE).read_text(encoding="utf-8").splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and "step" in row:
+            rows.append(row)
+    return rows
+
+
+def draw_curves(run: Path) -> Path:
+    """Draws the whole run, resumed or not: loss, gradient norm, throughput, learning rate.
+
+    Args:
+        run: a run's folder, with a metrics.jsonl.
+
+    Returns:
+        The picture, ``curves.png`` in that folder.
+
+    Raises:
+        ConfigError: no step is logged there.
+        OSError: the metrics can not be read or the picture not be written.
+    """
+    rows = read_metrics(run)
+    if not rows:
+        raise ConfigError("RUN", run, f"its {METRICS_FILE} has no logged step", "a run's folder")
+    figure = new_figure(12, 7.5)
+    steps, tokens = rows[-1]["step"], _amount(rows[-1]["tokens"])
+    figure.suptitle(f"{run.resolve().name}: after step {steps:,}, {tokens} tokens")
+    (loss, norm), (speed, rate) = figure.subplots(2, 2, sharex=True)
+    _draw_loss(loss, rows)
+    _draw_norm(norm, rows)
+    _draw_speed(speed, rows)
+    rate.plot(*column(rows, "lr"), color=_MEAN, marker=_marker(rows))
+    rate.set(ylabel="learning rate", ylim=(0, None))
+    rate.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
+    for axes in (loss, norm, speed, rate):
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    for axes in (speed, rate):
+        axes.set_xlabel("step")
+        axes.locator_params(axis="x", integer=True)
+    return save_figure(figure, run / CURVES_FILE)
+
+
+def _draw_loss(axes: Any, rows: Sequence[Row]) -> None:
+    _draw_with_mean(axes, rows, "loss", "training")
+    valid_steps, valid = column(rows, "valid_loss")
+    if valid:
+        label = f"validation, at the end {valid[-1]:.4g}"
+        axes.plot(valid_steps, valid, color=_OTHER, marker="o", markersize=4, label=label)
+    axes.set_ylabel("loss (nats per token)")
+    axes.legend(frameon=False, loc="upper right")
+    per_step = rows[-1]["tokens"] / rows[-1]["step"]
+    if len(rows) == 1 or not per_step:
+        return  # an axis of one point has no scale
+    top = axes.secondary_xaxis("top", functions=(lambda s: s * per_step, lambda t: t / per_step))
+    top.set_xlabel("tokens")
+    top.xaxis.set_major_formatter(lambda value, _: _amount(value))
+    top.tick_params(labelsize="small")
+
+
+def _draw_norm(axes: Any, rows: Sequence[Row]) -> None:
+    _, norms = column(rows, "grad_norm")
+    _draw_with_mean(axes, rows, "grad_norm", "before clipping")
+    positive = [norm for norm in norms if norm > 0]
+    if len(positive) == len(norms) and max(norms) > 20 * min(norms):
+        axes.set_yscale("log")
+    axes.set_ylabel("gradient norm")
+    axes.legend(frameon=False, loc="upper right")
+
+
+def _draw_speed(axes: Any, rows: Sequence[Row]) -> None:
+    steps, speeds = column(rows, "tokens_per_second")
+    axes.plot(steps, speeds, color=_MEAN, marker=_marker(rows))
+    axes.set(ylabel="tokens per second", ylim=(0, None))
+    axes.yaxis.set_major_formatter(lambda value, _: _amount(value))
+    words = [f"median {_amount(sorted(speeds)[len(speeds) // 2])} tokens/s"]
+    _, shares = column(rows, "mfu")
+    if shares:
+        words.append(f"MFU {sorted(shares)[len(shares) // 2]:.1%}")
+    words.append(f"peak memory {max(row['memory_bytes'] for row in rows) / 2**30:.2f} GiB")
+    axes.set_title(", ".join(words), fontsize="medium")
+
+
+def _draw_with_mean(axes: Any, rows: Sequence[Row], name: str, label: str) -> None:
+    """The values pale, their running mean on top; few values alone."""
+    steps, values = column(rows, name)
+    label = f"{label}, at the end "
+    if len(values) <= _FEW:
+        label += f"{values[-1]:.4g}"
+        axes.plot(steps, values, color=_MEAN, marker=_marker(rows), label=label)
+        return
+    # A hundredth of the run, three lines at least.
+    half_life = (steps[-1] - steps[0]) / min(100, len(steps) // 3)
+    mean = running_mean(steps, values, half_life)
+    axes.plot(steps, values, color=_RAW, linewidth=0.9)
+    axes.plot(steps, mean, color=_MEAN, linewidth=1.8, label=f"{label}{mean[-1]:.4g} (smoothed)")
+
+
+def column(rows: Sequence[Row], name: str) -> tuple[list[int], list[float]]:
+    """Steps and values of one number; lines without it are left out."""
+    found = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
+    return [step for step, _ in found], [value for _, value in found]
+
+
+def running_mean(steps: Sequence[int], values: Sequence[float], half_life: float) -> list[float]:
+    """At every step the mean over its surroundings; a value ``half_life`` steps off counts half.
+
+    Both sides count, so the mean does not lag behind a falling loss, and lines need not be equally
+    far apart. One pass forward and one back, each a discounted sum (an exponential moving average
+    before it is normalised), give all the means:
+
+        weight of a value     1/4   1/2    1    1/2   1/4
+        at a distance of      -2h    -h    0     h    2h
+    """
+    forward = _discounted(steps, values, half_life)
+    backward = _discounted(steps[::-1], values[::-1], half_life)[::-1]
+    means: list[float] = []
+    for value, (before, weight_before), (after, weight_after) in zip(
+        values, forward, backward, strict=True
+    ):
+        # Both passes have counted the value itself.
+        means.append((before + after - value) / (weight_before + weight_after - 1))
+    return means
+
+
+def _discounted(
+    steps: Sequence[int], values: Sequence[float], half_life: float
+) -> list[tuple[float, float]]:
+    """At each value: the sum of all up to it, halved every ``half_life`` steps; that of weights."""
+    sums: list[tuple[float, float]] = []
+    total = weight = 0.0
+    before = steps[0] if steps else 0
+    for step, value in zip(steps, values, strict=True):
+        kept = math.exp2(-abs(step - before) / half_life) if half_life > 0 else 0.0
+        total, weight, before = total * kept + value, weight * kept + 1.0, step
+        sums.append((total, weight))
+    return sums
+
+
+def _marker(rows: Sequence[Row]) -> str:
+    return "." if len(rows) <= _FEW else ""
+
+
+def _amount(value: float) -> str:
+    """A large number in three digits, e.g. 1.05M."""
+    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:.3g}{letter}"
+    return f"{value:.3g}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curve:
+    """A value per bucket of positions: the bucket before ``ends[i]`` has ``values[i]``."""
+
+    label: str
+    ends: Sequence[int]
+    values: Sequence[float]
+
+
+def draw_by_position(path: Path, curves: Sequence[Curve], *, title: str = "") -> Path:
+    """Draws perplexity by position as steps, both axes logarithmic.
+
+    The first bucket, which begins at 0, is drawn from half its end on.
+
+    Raises:
+        OSError: the picture can not be written.
+    """
+    figure = new_figure(7, 4.5)
+    axes = figure.subplots()
+    for curve in curves:
+        edges = [max(1, curve.ends[0] // 2), *curve.ends]
+        values = [value if math.isfinite(value) else math.nan for value in curve.values]
+        axes.stairs(values, edges, baseline=None, label=curve.label, linewidth=1.8)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    for axis in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        axis(lambda value, _: f"{value:g}")
+    axes.set(xlabel="position in the row (tokens)", ylabel="perplexity", title=title)
+    axes.grid(alpha=0.3, which="both")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    return save_figure(figure, path)
+
+
+def draw_heat_map(
+    path: Path,
+    shares: Sequence[Sequence[float]],
+    *,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    row_name: str,
+    column_name: str,
+    title: str = "",
+) -> Path:
+    """Draws a table of shares in [0, 1] as coloured squares with the percentage in each.
+
+    Args:
+        path: the PNG.
+        shares: one list per row.
+        rows, columns: what each stands for.
+        row_name, column_name: what they are.
+        title: above it.
+
+    Raises:
+        OSError: the picture can not be written.
+    """
+    figure = new_figure(2.5 + 0.9 * len(columns), 1.8 + 0.5 * len(rows))
+    axes = figure.subplots()
+    image = axes.imshow(shares, vmin=0.0, vmax=1.0, cmap="RdYlGn", aspect="auto")
+    axes.set_xticks(range(len(columns)), columns)
+    axes.set_yticks(range(len(rows)), rows)
+    axes.set(xlabel=column_name, ylabel=row_name)
+    axes.set_title(title, fontsize="medium")
+    for row, values in enumerate(shares):
+        for column, value in enumerate(values):
+            ink = "black" if 0.15 < value < 0.9 else "white"  # both ends of the scale are dark
+            axes.text(column, row, f"{value:.0%}", ha="center", va="center", color=ink)
+    bar = figure.colorbar(image, ax=axes)
+    bar.ax.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    return save_figure(figure, path)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Draws the curves of the runs named; the exit code, 2 where one can not be drawn."""
+    try:
+        require_matplotlib("plots")
+        if not argv or argv[0].startswith("-"):
+            raise ConfigError("RUN", " ".join(argv), "must be a run's folder", "runs/toy-1")
+        for run in argv:
+            print(draw_curves(Path(run)))
+    except (ConfigError, OSError) as error:
+        print(f"plots: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

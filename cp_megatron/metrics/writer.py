@@ -1,0 +1,170 @@
+"""What a run leaves behind for people and plots: metrics.jsonl and TensorBoard events."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import MappingProxyType
+
+import torch
+from torch.utils.tensorboard import SummaryWriter
+
+from cp_megatron.config import ModelConfig
+from cp_megatron.config.run_folders import METRICS_FILE
+from cp_megatron.metrics.wandb_log import WandbRun
+from cp_megatron.spec.parameter_table import matmul_parameters
+
+# Dense bfloat16 FLOP/s of the makers' data sheets.
+PEAK_FLOPS: Mapping[str, float] = MappingProxyType(
+    {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metrics:
+    """One logged step; times are means over the steps since the line before.
+
+    Attributes:
+        step: steps finished.
+        loss: nats per token of this step's global batch.
+        grad_norm: global gradient norm before clipping.
+        lr: learning rate of this step.
+        tokens: tokens trained on since the run began.
+        tokens_per_second: over all ranks.
+        step_seconds: time of a step.
+        mfu: model FLOP/s over the devices' peak; None where the peak is not known (CPU).
+        memory_bytes: the largest rank's peak: allocated on CUDA, resident on CPU.
+        valid_loss: nats per token of the validation part, where this step ended with one.
+    """
+
+    step: int
+    loss: float
+    grad_norm: float
+    lr: float
+    tokens: int
+    tokens_per_second: float
+    step_seconds: float
+    mfu: float | None
+    memory_bytes: int
+    valid_loss: float | None = None
+
+
+class MetricsWriter:
+    """Appends to the run's files; a resumed run goes on where it stopped.
+
+    What a killed run logged after ``start_step`` will be trained again: those lines leave
+    ``metrics.jsonl``, whose old text is kept beside it, and TensorBoard hides those events.
+
+    Args:
+        folder: the run's folder.
+        start_step: steps finished before.
+        wandb: where every line goes too.
+    """
+
+    def __init__(self, folder: Path, *, start_step: int, wandb: WandbRun | None = None) -> None:
+        self.wandb = wandb
+        _forget_after(folder / METRICS_FILE, start_step)
+        self._file = (folder / METRICS_FILE).open("a", encoding="utf-8")
+        self._board = SummaryWriter(str(folder), purge_step=start_step + 1)
+
+    def write(self, metrics: Metrics) -> None:
+        """One line, out of this process's hands when this returns."""
+        row = asdict(metrics)
+        if metrics.valid_loss is None:
+            del row["valid_loss"]
+        self._file.write(json.dumps(row, allow_nan=False) + "\n")
+        self._file.flush()
+        for name, value in row.items():
+            if name != "step" and value is not None:
+                self._board.add_scalar(name, value, metrics.step)
+        if self.wandb is not None:
+            self.wandb.write(row)
+
+    def close(self, *, failed: bool = False) -> None:
+        """Writes what is left.
+
+        Args:
+            failed: the run did not end in good order.
+        """
+        self._file.close()
+        self._board.close()
+        if self.wandb is not None:
+            self.wandb.close(failed=failed)
+
+
+def _forget_after(file: Path, step: int) -> None:
+    """Drops the lines of later steps, and one that a kill tore; the old text stays beside it."""
+    if not file.exists():
+        return
+    text = file.read_text(encoding="utf-8")
+    kept = "".join(line for line in text.splitlines(keepends=True) if _is_of(line, step))
+    if kept == text:
+        return
+    new = file.with_suffix(".tmp")
+    new.write_text(kept, encoding="utf-8")
+    keep_aside(file, step)
+    new.replace(file)
+
+
+def _is_of(line: str, step: int) -> bool:
+    try:
+        return line.endswith("\n") and int(json.loads(line)["step"]) <= step
+    except (ValueError, KeyError, TypeError):
+        return False
+
+
+def keep_aside(file: Path, step: int) -> Path:
+    """Copies ``name.ext`` to ``name-step-N.ext``, or the next free name; nothing is overwritten.
+
+    Args:
+        file: the file, about to be replaced.
+        step: N, where the run goes on with another.
+    """
+    aside, number = file.with_name(f"{file.stem}-step-{step}{file.suffix}"), 1
+    while os.path.lexists(aside):
+        number += 1
+        aside = file.with_name(f"{file.stem}-step-{step}.{number}{file.suffix}")
+    shutil.copyfile(file, aside)
+    return aside
+
+
+def training_flops(
+    model: ModelConfig, *, padded_vocab_size: int, num_tokens: float, num_pairs: float
+) -> float:
+    """Forward and backward FLOPs; recomputation is not counted.
+
+    6 per matrix parameter and token (Kaplan et al. 2020, arXiv:2001.08361, table 1) and 12 per
+    attended pair and channel of the queries: two products, each once forward, twice backward.
+
+    Args:
+        model: the model.
+        padded_vocab_size: rows of the embedding.
+        num_tokens: tokens trained on.
+        num_pairs: pairs of a query and a key that it attends, over all rows; of layers that
+            differ, their mean.
+    """
+    matrices = matmul_parameters(model, padded_vocab_size)
+    channels = model.num_layers * model.num_attention_heads * model.head_dim
+    return 6.0 * matrices * num_tokens + 12.0 * num_pairs * channels
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """The device's dense bfloat16 peak; None where it is not known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
+
+
+def peak_memory(device: torch.device) -> int:
+    """This rank's peak so far, in bytes."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

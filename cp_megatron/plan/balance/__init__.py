@@ -1,0 +1,1 @@
+"""The balanced layout: how documents are dealt to ranks. No torch."""

@@ -1,0 +1,361 @@
+"""Filling ranks one after the other with pieces of documents; ``balance.py`` explains the method.
+
+What is left of a document is always one run ``[low, high)``: heads are taken from its bottom,
+tails from its top. A document nothing was taken of is *fresh*.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right, insort
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from cp_megatron.plan.balance.area import PairsUpTo, Piece
+
+NUM_FRESH = 4  # longest fresh documents considered for a tail, or for a head that fills up
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """What every trial shares. Documents are numbered by ascending length.
+
+    Attributes:
+        cp_size: number of ranks.
+        shard_len: tokens of every rank.
+        limit: pairs no rank should exceed.
+        lengths: of the documents.
+        pairs: of the documents.
+        up_to: pairs of a document's first rows.
+    """
+
+    cp_size: int
+    shard_len: int
+    limit: int
+    lengths: list[int]
+    pairs: list[int]
+    up_to: PairsUpTo
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bias:
+    """Factors around 1 that make trials differ.
+
+    Attributes:
+        cut: per document, how early its tail is dealt.
+        fill: per document, how late it is used as a filler.
+    """
+
+    cut: Sequence[float]
+    fill: Sequence[float]
+
+
+class Cut(NamedTuple):
+    """A rank's share of a cut document: head up to ``head``, whole fillers, part of one more."""
+
+    head: int
+    whole: list[int]
+    part: tuple[int, int] | None
+    """A document and the tokens of its head."""
+
+
+class Dealer:
+    """One trial: a row dealt to all ranks."""
+
+    def __init__(self, row: Row, bias: Bias) -> None:
+        self.row, self.bias = row, bias
+        num = len(row.lengths)
+        self.low, self.high = [0] * num, list(row.lengths)
+        self.fresh, self.opened = list(range(num)), list[int]()
+        self.order = [bias.fill[d] * row.pairs[d] / row.lengths[d] for d in range(num)]
+        self.queue = sorted((self.order[d], d) for d in range(num))
+        self.density = [self._tail_density(d) for d in range(num)]
+        self.num_left, self.pairs_left = sum(row.lengths), sum(row.pairs)
+        self.pieces: list[Piece] = []
+        self.rank = self.tokens = self.room = 0
+
+    def deal(self) -> list[Piece]:
+        """Fills every rank with exactly ``shard_len`` tokens."""
+        for rank in range(self.row.cp_size - 1):
+            self._fill(rank)
+        last = self.row.cp_size - 1
+        for d in self.fresh + self.opened:
+            self.pieces.append(Piece(last, d, self.low[d], self.high[d]))
+        return self.pieces
+
+    def _fill(self, rank: int) -> None:
+        self.rank, self.tokens = rank, self.row.shard_len
+        # Above the limit only if it is out of reach: then all that follow share alike.
+        self.room = max(self.row.limit, -(-self.pairs_left // (self.row.cp_size - rank)))
+        while self.tokens:
+            self._step()
+
+    def _step(self) -> None:
+        """Gives the rank the densest document whole, its tail, or what a cut leaves room for."""
+        d, tokens = self._densest(), self.tokens
+        low, high = self.low[d], self.high[d]
+        size, pairs = high - low, self.count(d, low, high)
+        if size <= tokens and pairs <= self.room and self._completes(d, size, pairs):
+            self._take(d, low, high)
+        elif size >= tokens and self.count(d, high - tokens, high) <= self.room:
+            whole = self._largest_whole(size - tokens)
+            if whole is None:
+                self._take(d, high - tokens, high)
+            else:
+                self._take(whole, 0, self.high[whole])
+        else:
+            self._cut(d)
+
+    def _densest(self) -> int:
+        """The document whose tail has the most pairs per row."""
+        return max(self.opened + self.fresh[-NUM_FRESH:], key=self.density.__getitem__)
+
+    def _tail_density(self, d: int) -> float:
+        """Pairs per row of a tail as long as a rank can take."""
+        low, high = self.low[d], self.high[d]
+        low = max(low, high - self.row.shard_len)
+        return self.count(d, low, high) / (high - low) * self.bias.cut[d]
+
+    def _completes(self, d: int, size: int, pairs: int) -> bool:
+        """Whether, with ``d`` whole, the cheapest other tokens fit under the limit."""
+        tokens, room = self.tokens - size, self.room - pairs
+        if room * (self.num_left - size) >= (self.pairs_left - pairs) * tokens:
+            return True  # even average ones do
+        lengths, whole = self.row.lengths, self.row.pairs
+        for e in self.fresh:
+            if e == d:
+                continue
+            if lengths[e] >= tokens or room < 0:
+                return room >= self.count(e, 0, max(tokens, 0))
+            tokens, room = tokens - lengths[e], room - whole[e]
+        for e in self.opened:
+            if e != d and tokens > 0:
+                low = self.low[e]
+                some = min(tokens, self.high[e] - low)
+                tokens, room = tokens - some, room - self.count(e, low, low + some)
+        return room >= 0
+
+    def _largest_whole(self, rest: int) -> int | None:
+        """The largest fresh document that fits and leaves less than ``rest`` tokens to fill."""
+        lengths, pairs = self.row.lengths, self.row.pairs
+        place = min(
+            bisect_right(self.fresh, self.tokens, key=lengths.__getitem__),
+            bisect_right(self.fresh, self.room, key=pairs.__getitem__),
+        )
+        if not place:
+            return None
+        e = self.fresh[place - 1]
+        if self.tokens - lengths[e] >= rest or not self._completes(e, lengths[e], pairs[e]):
+            return None
+        return e
+
+    def _cut(self, d: int) -> None:
+        """Fills the rank with fillers, a head of ``d`` and the tail of ``d`` that then fits."""
+        cut = _CutPlan(self, d).plan()
+        if cut is None:
+            # No filler fits whole and none can be split to fit: what is cheapest goes first.
+            e = next((e for _, e in self.queue if e != d), d)
+            low = self.low[e]
+            self._take(e, low, min(self.high[e], low + self.tokens))
+            return
+        self._take(d, self.low[d], cut.head)
+        for e in cut.whole:
+            self._take(e, self.low[e], self.high[e])
+        if cut.part:
+            e, some = cut.part
+            self._take(e, self.low[e], self.low[e] + some)
+        if self.low[d] < self.high[d]:
+            self._take(d, max(self.low[d], self.high[d] - self.tokens), self.high[d])
+
+    def _take(self, d: int, low: int, high: int) -> None:
+        """Gives ``[low, high)`` of ``d``, an end of what is left of it, to the rank."""
+        if low == high:
+            return
+        pairs = self.count(d, low, high)
+        self.pieces.append(Piece(self.rank, d, low, high))
+        self.tokens, self.room = self.tokens - (high - low), self.room - pairs
+        self.num_left, self.pairs_left = self.num_left - (high - low), self.pairs_left - pairs
+        del self.queue[bisect_left(self.queue, (self.order[d], d))]
+        if self.low[d] == 0 and self.high[d] == self.row.lengths[d]:
+            del self.fresh[bisect_left(self.fresh, d)]
+        else:
+            self.opened.remove(d)
+        if low == self.low[d]:
+            self.low[d] = high
+        else:
+            self.high[d] = low
+        low, high = self.low[d], self.high[d]
+        if low < high:
+            self.opened.append(d)
+            self.order[d] = self.bias.fill[d] * self.count(d, low, high) / (high - low)
+            insort(self.queue, (self.order[d], d))
+            self.density[d] = self._tail_density(d)
+
+    def count(self, d: int, low: int, high: int) -> int:
+        """Pairs of rows ``[low, high)`` of ``d``."""
+        up_to, length = self.row.up_to, self.row.lengths[d]
+        return up_to(length, high) - up_to(length, low)
+
+
+class _CutPlan:
+    """Looks for what fills up a rank that gets a tail of document ``d``.
+
+    ``tokens`` and ``pairs`` are those of the fillers so far. The *gap* is closed when the tail that
+    takes the remaining tokens has no more pairs than the rank has room for.
+    """
+
+    def __init__(self, dealer: Dealer, d: int) -> None:
+        self.dealer, self.d = dealer, d
+        self.up_to, self.length = dealer.row.up_to, dealer.row.lengths[d]
+        self.top = dealer.high[d]
+        self.pairs_to_top = self.up_to(self.length, self.top)
+        self.head = dealer.low[d]
+        self.tokens = self.pairs = 0
+        self.whole: list[int] = []
+
+    def plan(self) -> Cut | None:
+        """Cheapest documents first, whole while they fit; then the best way to close the gap."""
+        short = self._add_whole()
+        if self.whole:
+            last = self.whole[-1]
+            self._exchange(last, self._largest_for(last))
+            cut = self._close(short)
+            if cut is not None:
+                return cut
+            self._exchange(self.whole[-1], last)
+        return self._close(short)
+
+    def _add_whole(self) -> list[int]:
+        """Adds whole documents while they fit; returns the first that does not, if any."""
+        dealer = self.dealer
+        for _, e in dealer.queue:
+            if e == self.d:
+                continue
+            low, high = dealer.low[e], dealer.high[e]
+            if not self._fits(high - low, dealer.count(e, low, high)):
+                return [e]
+            self._add(e, 1)
+        return []
+
+    def _excess(self, tokens: int, pairs: int, head: int) -> int:
+        """Pairs above the limit if the tail of ``d`` fills up; > 0 while it is too short."""
+        dealer = self.dealer
+        bottom = self.top - dealer.tokens + tokens
+        if bottom < head:
+            return max(1, self._excess(dealer.tokens - self.top + head, pairs, head))
+        return self.pairs_to_top - self.up_to(self.length, bottom) + pairs - dealer.room
+
+    def _fits(self, tokens: int, pairs: int) -> bool:
+        tokens += self.tokens
+        if tokens > self.dealer.tokens:
+            return False
+        return self._excess(tokens, self.pairs + pairs, self.head) > 0
+
+    def _add(self, e: int, sign: int) -> None:
+        dealer = self.dealer
+        low, high = dealer.low[e], dealer.high[e]
+        self.tokens += sign * (high - low)
+        self.pairs += sign * dealer.count(e, low, high)
+        if sign > 0:
+            self.whole.append(e)
+        else:
+            self.whole.remove(e)
+
+    def _own_heads(self, most: int) -> int | None:
+        """The fewest own head tokens, at most ``most``, that close the gap."""
+        up_to, length, head = self.up_to, self.length, self.head
+        pairs = self.pairs - up_to(length, head)
+        return first_closed(
+            lambda n: self._excess(self.tokens + n, pairs + up_to(length, head + n), head + n),
+            most,
+        )
+
+    def _heads_of(self, e: int) -> int | None:
+        """The fewest head tokens of ``e`` that close the gap."""
+        dealer, up_to = self.dealer, self.up_to
+        low, length = dealer.low[e], dealer.row.lengths[e]
+        pairs = self.pairs - up_to(length, low)
+        return first_closed(
+            lambda n: self._excess(self.tokens + n, pairs + up_to(length, low + n), self.head),
+            min(dealer.tokens - self.tokens, dealer.high[e] - low),
+        )
+
+    def _exchange(self, old: int, new: int) -> None:
+        self._add(old, -1)
+        self._add(new, 1)
+
+    def _largest_for(self, last: int) -> int:
+        """The largest fresh document that fits in place of the filler ``last``."""
+        dealer = self.dealer
+        lengths, pairs, fresh = dealer.row.lengths, dealer.row.pairs, dealer.fresh
+        size = dealer.high[last] - dealer.low[last]
+        freed = dealer.count(last, dealer.low[last], dealer.high[last])
+        # What is left of the tail has to make up for the tokens that are missing.
+        missing = dealer.tokens - self.tokens + size - (self.top - self.head)
+        first = bisect_right(fresh, max(size, missing), key=lengths.__getitem__)
+        end, best = len(fresh), last
+        while first < end:
+            middle = (first + end) // 2
+            e = fresh[middle]
+            if self._fits(lengths[e] - size, pairs[e] - freed):
+                first = middle + 1
+                if e != self.d and e not in self.whole:
+                    best = e
+            else:
+                end = middle
+        return best
+
+    def _close(self, short: list[int]) -> Cut | None:
+        """Own heads or the head of another document, by what they cost from here on.
+
+        A lower tail lowers all later tails of this document as well, about as many as its
+        remaining pairs fill ranks; a foreign head makes this rank read all keys below it.
+        """
+        dealer = self.dealer
+        num_ranks = 2 * dealer.count(self.d, dealer.low[self.d], self.top) / dealer.row.limit
+        bottom = self.top - dealer.tokens + self.tokens
+        best, least = None, float("inf")
+        num = self._own_heads(min(dealer.tokens - self.tokens, self.top - self.head))
+        if num is not None:
+            best, least = Cut(self.head + num, self.whole, None), num_ranks * (bottom + num)
+            if num == 0:
+                return best
+        used = {self.d, *self.whole}
+        opened = sorted(dealer.opened, key=dealer.low.__getitem__)
+        for e in (*short, *dealer.fresh[-NUM_FRESH:], *opened):
+            low = dealer.low[e]
+            if e in used or num_ranks * bottom + low >= least:
+                continue
+            if (num := self._heads_of(e)) is None:
+                continue
+            end = low + num
+            cost = num_ranks * (bottom + num) + (end if end < dealer.high[e] else 0)
+            if cost < least:
+                best, least = Cut(self.head, self.whole, (e, num)), cost
+        return best
+
+
+def first_closed(excess: Callable[[int], int], most: int) -> int | None:
+    """The first n in 0 .. ``most`` with ``excess(n) <= 0``, for an excess that falls; else None.
+
+    Interpolates first, which hits at once where the excess is linear, as it is for heads and
+    tails under a causal mask; then halves.
+    """
+    low, high = 0, most
+    if high < 0 or (below := excess(high)) > 0:
+        return None
+    if (above := excess(low)) <= 0:
+        return low
+    turn = 0
+    while high - low > 1:
+        turn += 1
+        middle = (low + high) // 2
+        if turn <= 6:
+            middle = low + (high - low) * above // (above - below) + turn % 2
+            middle = min(max(middle, low + 1), high - 1)
+        value = excess(middle)
+        if value > 0:
+            low, above = middle, value
+        else:
+            high, below = middle, value
+    return high

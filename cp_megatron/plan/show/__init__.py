@@ -1,0 +1,1 @@
+"""Schedules printed and drawn. No torch."""

@@ -1,0 +1,347 @@
+"""A picture of a schedule: the attention matrix, who computes which part of it, in which round.
+
+Rows are queries, columns keys. The edges say who holds them: left the rows, above the columns. A
+patch has the colour of the rank that computes it and the number of its round. Where heads travel
+first, a patch belongs to a group of ranks, each of which computes it for the heads in the legend.
+
+A file's size follows the number of patches only up to a point: those smaller than a pixel are drawn
+together, each pixel in the colour of whoever has most of it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+from xml.sax.saxutils import escape
+
+from cp_megatron.plan.show.shapes import Patch, Point, patches
+from cp_megatron.plan.show.summary import Summary, exchange_in_words, mask_in_words
+from cp_megatron.plan.tiles import Span, pack
+
+if TYPE_CHECKING:
+    from cp_megatron.plan.schedule import Schedule
+
+SIDE, LEFT, TOP, EDGE = 640, 76, 128, 15  # pixels
+LINE, LETTER, SMALL_LETTER = 19, 6.7, 5.6  # pixels of a line and of letters
+EXACT = 4  # cells of so many pixels are drawn one by one, smaller ones as a slanted line
+BORDER = 6  # patches of fewer pixels have no white border, which would hide them
+LEGEND_ROWS = 30
+MAX_PATCHES = 40_000
+MANY_COLOURS = 8
+NEUTRAL = "#c9d2dc"
+
+
+class _Placed(NamedTuple):
+    """A patch, whose it is, and the round it belongs to."""
+
+    patch: Patch
+    group: int
+    number: int
+
+
+def write_svg(schedule: Schedule, path: str) -> None:
+    """Writes the picture. The same schedule gives the same bytes.
+
+    Args:
+        schedule: what to draw.
+        path: the file; overwritten.
+    """
+    summary = Summary.of(schedule)
+    drawing, notes = _matrix(schedule)
+    legend, width = _legend(schedule, summary)
+    notes = [*_explanations(schedule), *notes]
+    total_width = LEFT + SIDE + 28 + max(width, 120)
+    total_height = TOP + SIDE + 16 + LINE * len(notes)
+    subtitles = _subtitles(schedule)
+    lines = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{total_width}" height="{total_height}" '
+        f'viewBox="0 0 {total_width} {total_height}" font-family="sans-serif" font-size="12">',
+        '<rect width="100%" height="100%" fill="white"/>',
+        _text(LEFT, 24, subtitles[0], 'font-size="16" font-weight="bold"'),
+        *(_text(LEFT, 25 + LINE * i, line) for i, line in enumerate(subtitles) if i),
+        _text(LEFT + SIDE / 2, TOP - 2 * EDGE - 8, "keys", 'text-anchor="middle"'),
+        f'<text transform="translate({LEFT - 2 * EDGE - 8} {TOP + SIDE // 2}) rotate(-90)" '
+        'text-anchor="middle">queries</text>',
+        *_edges(schedule),
+        *drawing,
+        *_documents(schedule),
+        f'<rect x="{LEFT}" y="{TOP}" width="{SIDE}" height="{SIDE}" fill="none" stroke="#333"/>',
+        *legend,
+        *(_text(LEFT, TOP + SIDE + LINE * (i + 1), note) for i, note in enumerate(notes)),
+        "</svg>",
+    ]
+    Path(path).write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+# ---- words ---------------------------------------------------------------------------------------
+
+
+def _subtitles(schedule: Schedule) -> list[str]:
+    layout, size = schedule.layout, schedule.layout.cp_size
+    ranks = "1 rank" if size == 1 else f"{size} ranks"
+    heads = f", {schedule.num_heads} query and {schedule.num_kv_heads} key/value heads"
+    return [
+        f"{layout.kind} on {ranks}, {exchange_in_words(schedule)}",
+        f"{mask_in_words(schedule.mask)}; {schedule.mask.seq_len:,} tokens"
+        + (heads if schedule.num_trading > 1 else ""),
+        f"chosen: {schedule.reason}" if schedule.reason != "asked for" else "",
+    ]
+
+
+def _explanations(schedule: Schedule) -> list[str]:
+    colour = "Colour: the rank that computes it"
+    if schedule.num_trading > 1:
+        colour = "Colour: the group of ranks that computes it, each member for its own heads"
+        if schedule.hierarchical_sizes[1] == 1:
+            colour = "Every rank computes all of it, for its own heads"
+    lines = [
+        f"{colour}. Number: the round. White: masked, never computed.",
+        "Left edge: the rank that holds the queries. Upper edge: the rank that holds the keys.",
+    ]
+    if len(schedule.mask.lengths) > 1:
+        lines.append("Outlined squares: documents.")
+    return lines
+
+
+def _text(x: float, y: float, text: str, attributes: str = "") -> str:
+    space = " " if attributes else ""
+    return f'<text x="{_number(x)}" y="{_number(y)}"{space}{attributes}>{escape(text)}</text>'
+
+
+def _number(value: float) -> str:
+    """At most two decimals, none where there are none."""
+    return f"{value:.2f}".rstrip("0").rstrip(".")
+
+
+# ---- colours -------------------------------------------------------------------------------------
+
+
+def rank_colour(schedule: Schedule, rank: int) -> str:
+    """A rank's colour; members of one of several groups have shades of the group's."""
+    trading, groups = schedule.hierarchical_sizes
+    if trading == 1 or groups == 1:
+        return _colour(rank, schedule.layout.cp_size)
+    member = rank % trading / (trading - 1) - 0.5
+    return _colour(rank // trading, groups, shade=-0.16 * member)
+
+
+def group_colour(schedule: Schedule, group: int) -> str:
+    """A group's colour, which is the rank's where heads do not travel."""
+    if schedule.num_trading > 1 and schedule.hierarchical_sizes[1] == 1:
+        return NEUTRAL
+    return _colour(group, schedule.layout.cp_size // schedule.num_trading)
+
+
+def _colour(index: int, count: int, shade: float = 0.0) -> str:
+    """Evenly spaced hues; where there are many, neighbours share one and differ in lightness.
+
+    Hues of OKLCH, equally far apart to the eye (Ottosson 2020, bottosson.github.io/posts/oklab).
+    """
+    lightness, hues, hue = 0.78, count, index
+    if count > MANY_COLOURS:
+        lightness, hues, hue = (0.86, 0.68)[index % 2], (count + 1) // 2, index // 2
+    lightness += shade
+    angle = 2 * math.pi * (hue / hues + 0.65)
+    a, b = 0.115 * math.cos(angle), 0.115 * math.sin(angle)
+    large = (lightness + 0.3963377774 * a + 0.2158037573 * b) ** 3
+    medium = (lightness - 0.1055613458 * a - 0.0638541728 * b) ** 3
+    short = (lightness - 0.0894841775 * a - 1.2914855480 * b) ** 3
+    red = 4.0767416621 * large - 3.3077115913 * medium + 0.2309699292 * short
+    green = -1.2684380046 * large + 2.6097574011 * medium - 0.3413193965 * short
+    blue = -0.0041960863 * large - 0.7034186147 * medium + 1.7076147010 * short
+    bright = (min(max(part, 0.0), 1.0) for part in (red, green, blue))
+    return "#" + "".join(f"{round(255 * _gamma(part)):02x}" for part in bright)
+
+
+def _gamma(linear: float) -> float:
+    return 12.92 * linear if linear <= 0.0031308 else 1.055 * linear ** (1 / 2.4) - 0.055
+
+
+# ---- the matrix ----------------------------------------------------------------------------------
+
+
+def _matrix(schedule: Schedule) -> tuple[list[str], list[str]]:
+    """The patches, group by group, and what a reader must know about those not drawn."""
+    scale = SIDE / schedule.mask.seq_len
+    placed = list(_placed(schedule))
+    seen = [item for item in placed if max(_sides(item.patch)) * scale >= 1]
+    tiny = [item for item in placed if max(_sides(item.patch)) * scale < 1]
+    notes = []
+    if tiny:
+        notes.append(f"Drawn together, one colour a pixel: {len(tiny):,} areas below a pixel.")
+    if len(seen) > MAX_PATCHES:
+        seen.sort(key=lambda item: math.prod(_sides(item.patch)), reverse=True)
+        left_out = sum(item.patch.pairs for item in seen[MAX_PATCHES:])
+        share = left_out / sum(item.patch.pairs for item in placed)
+        notes.append(
+            f"Not drawn: the {len(seen) - MAX_PATCHES:,} smallest areas, {share:.2%} of the pairs."
+        )
+        seen = seen[:MAX_PATCHES]
+    pixels = _pixels(tiny, scale)
+    groups = range(schedule.layout.cp_size // schedule.num_trading)
+    drawing: list[str] = []
+    for group in groups:
+        mine = [item for item in seen if item.group == group]
+        drawing += _group(mine, pixels.get(group, ""), scale, group_colour(schedule, group))
+    return drawing, notes
+
+
+def _placed(schedule: Schedule) -> Iterator[_Placed]:
+    """Every patch. Members of a group compute the same tiles: the first stands for all."""
+    for group, chunks in enumerate(schedule.rows.chunks):
+        queries = pack(list(chunks))
+        for number, turn in enumerate(schedule.rounds(group * schedule.num_trading)):
+            keys = pack(list(turn.keys))
+            for tile in turn.tiles:
+                for patch in patches(tile, queries, keys):
+                    yield _Placed(patch, group, number)
+
+
+def _sides(patch: Patch) -> Span:
+    return patch.rows[1] - patch.rows[0], patch.keys[1] - patch.keys[0]
+
+
+def _group(mine: Sequence[_Placed], pixels: str, scale: float, colour: str) -> list[str]:
+    """One colour's patches and the numbers of their rounds."""
+    paths = {True: "", False: ""}
+    numbers = []
+    for patch, _, number in mine:
+        corners = patch.outline(exact=scale >= EXACT)
+        points = [(LEFT + x * scale, TOP + y * scale) for x, y in corners]
+        pixels_across = min(_sides(patch)) * scale
+        paths[pixels_across >= BORDER] += _path(points)
+        place = _inside(points, letters=len(str(number))) if pixels_across >= 10 else None
+        if place:
+            numbers.append(_text(*place, str(number)))
+    lines = [f'<g fill="{colour}">']
+    if paths[True]:
+        lines.append(f'<path stroke="#fff" stroke-width="0.8" d="{paths[True]}"/>')
+    if paths[False]:
+        lines.append(f'<path d="{paths[False]}"/>')
+    if pixels:
+        lines.append(f'<path class="pixels" d="{pixels}"/>')
+    if numbers:
+        lines += ['<g fill="#222" text-anchor="middle" font-size="11">', *numbers, "</g>"]
+    return [*lines, "</g>"] if len(lines) > 1 else []
+
+
+def _path(points: Sequence[Point]) -> str:
+    corners = " ".join(f"{_number(x)} {_number(y)}" for x, y in points)
+    return f"M{corners}z"
+
+
+def _inside(points: Sequence[Point], letters: int) -> Point | None:
+    """Where a number of so many letters fits into a polygon, around its centre of mass."""
+    area = x = y = 0.0
+    for (x0, y0), (x1, y1) in zip(points, [*points[1:], points[0]]):
+        cross = x0 * y1 - x1 * y0
+        area, x, y = area + cross, x + (x0 + x1) * cross, y + (y0 + y1) * cross
+    if area == 0:
+        return None
+    x, y = x / (3 * area), y / (3 * area)
+    half_width, half_height = LETTER * letters / 2 + 1, 5
+    box = [(x + a * half_width, y + b * half_height) for a in (-1, 1) for b in (-1, 1)]
+    return (x, y + 4) if all(_contains(points, corner) for corner in box) else None
+
+
+def _contains(points: Sequence[Point], point: Point) -> bool:
+    """Whether a ray from ``point`` to the right crosses the border an odd number of times."""
+    x, y = point
+    inside = False
+    for (x0, y0), (x1, y1) in zip(points, [*points[1:], points[0]]):
+        if (y0 > y) != (y1 > y) and x < x0 + (y - y0) * (x1 - x0) / (y1 - y0):
+            inside = not inside
+    return inside
+
+
+def _pixels(tiny: Sequence[_Placed], scale: float) -> dict[int, str]:
+    """Patches below a pixel, as path data per group: each pixel belongs to who has most of it."""
+    shares: dict[tuple[int, int], dict[int, int]] = {}
+    for patch, group, _ in tiny:
+        row, key = (int((a + b) / 2 * scale) for a, b in (patch.rows, patch.keys))
+        share = shares.setdefault((row, key), {})
+        share[group] = share.get(group, 0) + patch.pairs
+    paths: dict[int, str] = {}
+    for (row, key), share in sorted(shares.items()):
+        winner = max(share, key=lambda group: (share[group], -group))
+        x, y = LEFT + key, TOP + row
+        paths[winner] = paths.get(winner, "") + f"M{x} {y}h1v1h-1z"
+    return paths
+
+
+# ---- around it -----------------------------------------------------------------------------------
+
+
+def _edges(schedule: Schedule) -> Iterator[str]:
+    """Who holds the rows and the columns."""
+    scale = SIDE / schedule.mask.seq_len
+    room = max(10, SMALL_LETTER * len(str(schedule.layout.cp_size - 1)) + 2)
+    for rank, chunks in enumerate(schedule.layout.chunks):
+        path, numbers = "", []
+        wide = min(stop - start for start, stop in chunks) * scale >= BORDER
+        border = ' stroke="#fff" stroke-width="0.8"' if wide else ""
+        for start, stop in chunks:
+            a, b = start * scale, stop * scale
+            top, left = TOP - EDGE - 3, LEFT - EDGE - 3
+            for x0, x1, y0, y1 in (
+                (LEFT + a, LEFT + b, top, top + EDGE),
+                (left, left + EDGE, TOP + a, TOP + b),
+            ):
+                path += _path([(x0, y0), (x1, y0), (x1, y1), (x0, y1)])
+                if b - a >= room:
+                    numbers.append(_text((x0 + x1) / 2, (y0 + y1) / 2 + 3.5, str(rank)))
+        yield f'<path class="edge" fill="{rank_colour(schedule, rank)}"{border} d="{path}"/>'
+        if numbers:
+            yield f'<g text-anchor="middle" font-size="10">{"".join(numbers)}</g>'
+
+
+def _documents(schedule: Schedule) -> Iterator[str]:
+    """The outlines of packed documents that are large enough for one."""
+    scale = SIDE / schedule.mask.seq_len
+    edges = schedule.mask.starts().tolist()
+    spans = [(a * scale, b * scale) for a, b in pairwise(edges) if (b - a) * scale >= 3]
+    if len(schedule.mask.lengths) > 1 and spans:
+        path = "".join(
+            _path(
+                [(LEFT + a, TOP + a), (LEFT + b, TOP + a), (LEFT + b, TOP + b), (LEFT + a, TOP + b)]
+            )
+            for a, b in spans
+        )
+        yield f'<path fill="none" stroke="#333" stroke-width="0.7" d="{path}"/>'
+
+
+def _legend(schedule: Schedule, summary: Summary) -> tuple[list[str], int]:
+    """Each rank's colour and share, and the width of the whole."""
+    shown = summary.ranks if len(summary.ranks) <= LEGEND_ROWS else summary.ranks[: LEGEND_ROWS - 1]
+    table = [("rank", "pairs", "of mean", "keys received", "heads")]
+    table += [
+        (str(row.rank), f"{row.pairs:,}", f"{row.pairs / summary.mean_pairs:.3f}",
+         f"{row.keys_received:,}", row.heads)
+        for row in shown
+    ]  # fmt: skip
+    start = LEFT + SIDE + 28
+    x = start + 18
+    lines, rights = [], []
+    for column in zip(*table):
+        x += math.ceil(LETTER * max(map(len, column))) + 14
+        rights.append(x - 14)
+    has_heads = schedule.num_trading > 1
+    for index, cells in enumerate(table):
+        y = TOP + 10 + LINE * index
+        if index:
+            colour = rank_colour(schedule, index - 1)
+            lines.append(f'<rect x="{start}" y="{y - 10}" width="12" height="12" fill="{colour}"/>')
+        lines += [_text(rights[i], y, cells[i], 'text-anchor="end"') for i in range(4)]
+        if has_heads:
+            lines.append(_text(rights[3] + 14, y, cells[4]))
+    y = TOP + 10 + LINE * len(table)
+    if len(shown) < len(summary.ranks):
+        lines.append(_text(start, y, f"and {len(summary.ranks) - len(shown)} more ranks"))
+        y += LINE
+    lines.append(_text(start, y, f"busiest over mean {summary.busiest:.3f}"))
+    lines.append(_text(start, y + LINE, f"all receive {summary.keys_received:,} keys"))
+    width = (rights[4] if has_heads else rights[3]) - LEFT - SIDE - 28
+    return lines, width + 12

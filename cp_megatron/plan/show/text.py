@@ -1,0 +1,220 @@
+"""A schedule as text: a table over the ranks, and one rank's rounds line by line.
+
+Positions are global throughout, whatever buffer a tile or a message counts in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from cp_megatron.plan.rounds import Message, Round
+from cp_megatron.plan.schedule import Schedule
+from cp_megatron.plan.show.shapes import runs_within
+from cp_megatron.plan.show.summary import Summary, exchange_in_words, heads_of, many, mask_in_words
+from cp_megatron.plan.tiles import Piece, Span, Tile, merge_spans, pack
+
+MAX_RANKS, MAX_TILES = 128, 12
+
+
+def print_schedule(
+    schedule: Schedule,
+    console: Console,
+    *,
+    head_dim: int,
+    v_head_dim: int | None,
+    element_size: int,
+) -> None:
+    """Prints what was chosen and each rank's share.
+
+    Args:
+        schedule: what to print, built with the numbers of heads.
+        console: where to.
+        head_dim, v_head_dim: widths of a key and a value head.
+        element_size: bytes per element.
+    """
+    summary = Summary.of(schedule)
+    moved = [
+        schedule.bytes_received(rank, head_dim, element_size, v_head_dim)
+        for rank in range(schedule.layout.cp_size)
+    ]
+    for name, text in _choices(schedule, summary):
+        console.print(f"{name:<10}{text}", highlight=False, markup=False)
+    table = Table(
+        box=SIMPLE_HEAD if console.is_terminal else None, pad_edge=False, show_footer=True
+    )
+    table.add_column("rank", "all", justify="right")
+    table.add_column("holds", "")
+    pairs = sum(row.pairs for row in summary.ranks) // schedule.num_trading
+    for name, footer in (
+        ("pairs", f"{pairs:,}"),
+        ("of mean", f"{summary.busiest:.3f} at most"),
+        ("keys received", f"{summary.keys_received:,}"),
+        ("bytes received", in_bytes(sum(moved))),
+    ):
+        table.add_column(name, footer, justify="right")
+    if schedule.num_trading > 1:
+        table.add_column("heads", "")
+    for row, size in list(zip(summary.ranks, moved))[:MAX_RANKS]:
+        cells = [
+            str(row.rank),
+            many(merge_spans(list(schedule.layout.chunks[row.rank]))),
+            f"{row.pairs:,}",
+            f"{row.pairs / summary.mean_pairs:.3f}",
+            f"{row.keys_received:,}",
+            in_bytes(size),
+        ]
+        table.add_row(*cells, *([row.heads] if schedule.num_trading > 1 else []))
+    if len(moved) > MAX_RANKS:
+        table.add_row("...", f"{len(moved) - MAX_RANKS} more ranks")
+    console.print()
+    console.print(table, highlight=False, markup=False)
+
+
+def in_bytes(count: int) -> str:
+    """``1536`` as ``1.5 KiB``."""
+    size, unit = float(count), "B"
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if size < 1024 or unit == "TiB":
+            break
+        size /= 1024
+    return f"{size:,.0f} B" if unit == "B" else f"{size:,.1f} {unit}"
+
+
+def _choices(schedule: Schedule, summary: Summary) -> Iterator[tuple[str, str]]:
+    mask, layout = schedule.mask, schedule.layout
+    pairs = sum(row.pairs for row in summary.ranks) // schedule.num_trading
+    share = pairs / mask.seq_len**2
+    yield "mask", f"{mask_in_words(mask)}; {mask.seq_len:,} tokens, {pairs:,} pairs ({share:.2%})"
+    ranks = "1 rank" if layout.cp_size == 1 else f"{layout.cp_size} ranks"
+    yield "layout", f"{layout.kind} on {ranks}, {layout.shard_len:,} tokens each"
+    yield "exchange", f"{exchange_in_words(schedule)}; {schedule.reason}"
+    if schedule.exchange in ("p2p", "a2a+p2p") and layout.cp_size > 1:
+        counts = {route: schedule.readers.tokens_received(route) for route in ("ring", "direct")}
+        words = " or ".join(f"{count:,} ({route})" for route, count in counts.items())
+        who = "ranks" if schedule.num_trading == 1 else "groups"
+        yield "route", f"{schedule.route}; all {who} together receive {words} keys"
+    yield "heads", f"{schedule.num_heads} query, {schedule.num_kv_heads} key/value"
+
+
+# ---- one rank ------------------------------------------------------------------------------------
+
+
+def print_rank(schedule: Schedule, rank: int, console: Console) -> None:
+    """Prints what ``rank`` does: its trade or collective, then its rounds."""
+    console.print()
+    for line in _rank_lines(schedule, rank):
+        console.print(line, highlight=False, markup=False)
+
+
+def _rank_lines(schedule: Schedule, rank: int) -> Iterator[str]:
+    chunks = merge_spans(list(schedule.layout.chunks[rank]))
+    yield f"rank {rank} holds {schedule.layout.shard_len:,} tokens: {many(chunks)}"
+    yield from _trade_lines(schedule, rank)
+    gather = schedule.gather(rank)
+    if gather is not None:
+        given = _positions(pack(chunks), gather.given)
+        yield f"  gathers   gives {_tokens(given)}, padded to {gather.width:,} tokens"
+        size = schedule.layout.cp_size
+        yield f"            picks {_count(gather.picked):,} of the {size * gather.width:,} gathered"
+    queries = pack(list(schedule.rows.chunks[rank // schedule.num_trading]))
+    rounds = schedule.rounds(rank)
+    idle: list[int] = []
+    for number, turn in enumerate(rounds):
+        lines = list(_round_lines(turn, number, queries, rounds, schedule.route))
+        if lines:
+            yield from _idle_line(idle)
+            idle = []
+            yield f"round {number}   {_whose(turn, number, schedule)}"
+            yield from lines
+        else:
+            idle.append(number)
+    yield from _idle_line(idle)
+
+
+def _trade_lines(schedule: Schedule, rank: int) -> Iterator[str]:
+    trade = schedule.heads(rank)
+    if trade is None:
+        return
+    mine = heads_of(schedule, rank)
+    yield f"  trades    with ranks {many(merge_spans([(p, p + 1) for p in trade.peers]))}"
+    for peer in trade.peers:
+        if peer != rank:
+            theirs = heads_of(schedule, peer)
+            yield f"            rank {peer} gets {theirs} of the own tokens, gives {mine}"
+    yield f"            results go back the same way; all below is for {mine}"
+
+
+def _idle_line(idle: Sequence[int]) -> Iterator[str]:
+    if idle:
+        numbers = many(merge_spans([(number, number + 1) for number in idle]))
+        yield f"round{'s' * (len(idle) > 1)} {numbers}   nothing"
+
+
+def _whose(turn: Round, number: int, schedule: Schedule) -> str:
+    if number == 0:
+        return "own keys" if schedule.num_trading == 1 else "keys of the own group"
+    if turn.owner < 0:
+        return f"keys of all others: {many(turn.keys)}"
+    owner = f"{'rank' if schedule.num_trading == 1 else 'group'} {turn.owner}"
+    return f"keys of {owner}: {_tokens(turn.keys)}"
+
+
+def _round_lines(
+    turn: Round, number: int, queries: Sequence[Piece], rounds: Sequence[Round], route: str
+) -> Iterator[str]:
+    keys = pack(list(turn.keys))
+    for index, tile in enumerate(turn.tiles[:MAX_TILES]):
+        yield f"  {'' if index else 'computes':<10}{_tile(tile, queries, keys)}"
+    rest = turn.tiles[MAX_TILES:]
+    if rest:
+        pairs = sum(tile.pairs for tile in rest)
+        yield f"  {'':<10}and {len(rest):,} more tiles of {pairs:,} pairs"
+    if turn.send_keys:
+        own = pack(list(rounds[0].keys))
+        source = own if number == 0 or route == "direct" else keys
+        yield f"  sends     {_message(turn.send_keys, source)} to rank {turn.send_keys.peer}"
+    if turn.receive_keys:
+        coming = pack(list(rounds[number + 1].keys))
+        text = _message(turn.receive_keys, coming)
+        yield f"  receives  {text} from rank {turn.receive_keys.peer}, for round {number + 1}"
+    backward = [
+        (turn.pass_grads, "passes the gradients of", "to"),
+        (turn.return_grads, "returns the gradients of", "to"),
+        (turn.receive_passed, "is passed those of", "by"),
+        (turn.receive_returned, "gets back those of", "from"),
+    ]
+    words = [
+        f"{verb} {message.num_tokens:,} keys {side} rank {message.peer}"
+        for message, verb, side in backward
+        if message
+    ]
+    if words:
+        yield f"  backward  {', '.join(words)}"
+
+
+def _tile(tile: Tile, queries: Sequence[Piece], keys: Sequence[Piece]) -> str:
+    rows = many(tuple(run for _, run in runs_within(queries, tile.q0, tile.q1)))
+    columns = many(tuple(run for _, run in runs_within(keys, tile.k0, tile.k1)))
+    return f"queries {rows} x keys {columns}, {tile.kind}, {tile.pairs:,} pairs"
+
+
+def _message(message: Message, source: Sequence[Piece]) -> str:
+    return f"keys {_tokens(_positions(source, message.spans))}"
+
+
+def _positions(pieces: Sequence[Piece], spans: Sequence[Span]) -> tuple[Span, ...]:
+    """Spans of a buffer as positions."""
+    found = [run for start, stop in spans for _, run in runs_within(pieces, start, stop)]
+    return tuple(merge_spans(found))
+
+
+def _count(spans: Sequence[Span]) -> int:
+    return sum(stop - start for start, stop in spans)
+
+
+def _tokens(spans: tuple[Span, ...]) -> str:
+    return f"{many(spans)} ({_count(spans):,})" if spans else "none"

@@ -1,0 +1,1 @@
+"""What is checked and decided before torch is loaded."""

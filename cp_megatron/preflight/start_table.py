@@ -1,0 +1,251 @@
+"""What a person reads before the first step: one table, or one line when a flag is wrong.
+
+No torch. ``--dry-run`` prints the same table for any world, so only a few ranks are shown.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from cp_megatron.config import DataConfig, ModelConfig
+from cp_megatron.config.run_folders import RUNS
+from cp_megatron.errors import ConfigError
+from cp_megatron.preflight.check import RunPlan, dtype_on
+from cp_megatron.preflight.save_and_load import FinishedError, model_name
+from cp_megatron.preflight.sequence import SequencePlan
+from cp_megatron.spec.parameter_table import num_parameters, parameters_on_rank
+
+Line = tuple[str, str]
+"""What, and its value."""
+
+_RANKS_SHOWN = 8
+_CHUNKS_SHOWN = 2
+SECONDS_FOR_RANK_0 = 10.0
+_VALUE_SHOWN = 200
+
+
+def error_line(error: ConfigError, program: str) -> str:
+    """A user's mistake on one line, whatever characters the value has."""
+    value = str(error.value)
+    shown = value if len(value) <= _VALUE_SHOWN else f"{value[:_VALUE_SHOWN]}..."
+    subject = f"{error.flag} {shown}".rstrip()
+    works = f" (works: {error.works})" if error.works else ""
+    return _printable(f"{program}: error: {subject}: {error.rule}{works}")
+
+
+def refuse(error: ConfigError, program: str, *, rank: int) -> int:
+    """Says what is wrong, once whatever number of ranks found it; the exit code 2.
+
+    The first rank to leave has torchrun end the others, by SIGTERM: rank 0 must have spoken before.
+    A rank that is not ended so meanwhile has found a mistake that rank 0 has not, and speaks.
+    """
+    ended: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, frame: ended.append(number))
+    last = time.monotonic() + SECONDS_FOR_RANK_0
+    while rank and not ended and time.monotonic() < last:
+        time.sleep(0.02)
+    if not rank or not ended:
+        where = f" (rank {rank})" if rank else ""
+        print(error_line(error, f"{program}{where}"), file=sys.stderr, flush=True)
+    return 2
+
+
+def already_done(error: FinishedError, *, rank: int) -> int:
+    """Says that a run that is started again has nothing left to do; the exit code 0."""
+    if not rank:
+        print(f"nothing to do: {error}", flush=True)
+    return 0
+
+
+def _printable(text: str) -> str:
+    return "".join(
+        letter if letter.isprintable() else letter.encode("unicode_escape").decode()
+        for letter in text
+    )
+
+
+def start_table(plan: RunPlan, run: Path | None) -> Table:
+    """The table of a run: its world, model, data and batch, what was chosen and why.
+
+    Args:
+        plan: the run.
+        run: the folder it is saved in; None where it is not chosen yet.
+    """
+    table = Table(
+        box=SIMPLE_HEAD, show_header=False, pad_edge=False, padding=(0, 1), title_justify="left"
+    )
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    groups = [
+        _world(plan),
+        _model(plan),
+        _choices(plan),
+        _training(plan, run),
+        [("note", note) for note in plan.notes],
+    ]
+    for group in groups:
+        for name, value in group:
+            # As Text: a path may look like rich's own markup.
+            table.add_row(name, Text(_printable(value)))
+        table.add_section()
+    return table
+
+
+def print_start(plan: RunPlan, run: Path | None, console: Console | None = None) -> None:
+    """Prints the table of the run, to standard output unless a console is given."""
+    (console or Console()).print(start_table(plan, run), highlight=False)
+
+
+def _world(plan: RunPlan) -> Iterator[Line]:
+    grid = plan.grid
+    ranks = "1 rank" if grid.world_size == 1 else f"{grid.world_size:,} ranks"
+    yield "world", f"{ranks} = dp {grid.dp} x cp {grid.cp} x tp {grid.tp}"
+    for rank in shown_ranks(grid.world_size):
+        if rank is None:
+            yield "...", "..."
+            continue
+        place = grid.coordinates(rank)
+        where = f"dp {place.dp}  cp {place.cp}  tp {place.tp}"
+        yield f"rank {rank}", f"{where}   positions {_positions(plan, place.cp)}"
+
+
+def shown_ranks(world_size: int) -> list[int | None]:
+    """The ranks to show, None for those left out."""
+    if world_size <= _RANKS_SHOWN:
+        return list(range(world_size))
+    return [*range(_RANKS_SHOWN - 2), None, world_size - 1]
+
+
+def _positions(plan: RunPlan, cp_rank: int) -> str:
+    sequence = plan.sequence
+    if sequence.per_batch and sequence.layout.kind == "balanced" and plan.grid.cp > 1:
+        return "of each batch's own"
+    chunks = [f"{start}-{stop - 1}" for start, stop in sequence.layout.chunks[cp_rank]]
+    more = [] if len(chunks) <= _CHUNKS_SHOWN else ["..."]
+    return ", ".join(chunks[:_CHUNKS_SHOWN] + more)
+
+
+def _model(plan: RunPlan) -> Iterator[Line]:
+    model, sizes = plan.config.model, {"vocab_size": plan.padded_vocab_size}
+    sizes["seq_length"] = plan.config.data.seq_length
+    total = num_parameters(model, **sizes)
+    heads = f"{model.num_attention_heads} heads of {model.head_dim}"
+    if model.num_kv_heads != model.num_attention_heads:
+        heads += f" in {model.num_kv_heads} groups"
+    mlp = "SwiGLU" if model.swiglu else "GELU"
+    yield (
+        "model",
+        f"{model_name(plan.config)}: {model.num_layers} layers of {model.hidden_size}, {heads}",
+    )
+    yield "", f"{model.normalization}, {_positions_of(model)}, {mlp} {model.ffn_size}"
+    vocabulary = f"{plan.vocab_size} tokens padded to {plan.padded_vocab_size}"
+    yield "vocabulary", f"{plan.config.data.tokenizer_type}, {vocabulary}"
+    grid = plan.grid
+    most = parameters_on_rank(model, **sizes, grid=grid, rank=0)
+    yield "parameters", f"{total:,} in all, {most:,} on a rank (tp, then sharded over dp x cp)"
+    sequence = plan.sequence
+    padding = f" ({sequence.padding:,} of padding)" if sequence.padding else ""
+    on_rank = f"{sequence.layout.shard_len:,} of them on a rank"
+    yield "tokens", f"{sequence.row_length:,} per row{padding}, {on_rank}"
+    yield "attention", _attention(plan)
+
+
+def _positions_of(model: ModelConfig) -> str:
+    kind = model.position_embedding_type
+    if kind != "rope" or model.rope_type == "default":
+        return kind
+    factor = f" x {model.rope_scaling_factor:g}" if model.rope_scaling_factor else ""
+    return f"rope ({model.rope_type}{factor})"
+
+
+def _choices(plan: RunPlan) -> Iterator[Line]:
+    yield "device", _device(plan)
+    for device, kernel in plan.kernels.items():
+        label = "kernel" if len(plan.kernels) == 1 else f"kernel on {device}"
+        yield label, f"{kernel.name} - {kernel.reason}"
+    if plan.config.train.deterministic:
+        yield "deterministic", "on: the same grid repeats bit for bit"
+    if plan.grid.cp > 1:
+        yield "layout", f"{plan.sequence.layout.kind} - {_layout_reason(plan)}"
+    yield "exchange", _exchange(plan.sequence)
+    parallel = plan.config.parallel
+    if plan.grid.tp > 1:
+        state = "on" if parallel.sequence_parallel else "off"
+        yield "sequence parallel", state
+
+
+def _attention(plan: RunPlan) -> str:
+    model = plan.config.model
+    left = -1 if model.window_size is None else model.window_size[0]
+    words = ["causal"]
+    if plan.sequence.per_batch:
+        words.append("inside each document")
+    if left >= 0:
+        back = f"{left:,} tokens back"
+        if model.window_layers is not None:
+            plural = "s" if len(model.window_layers) > 1 else ""
+            back += f" in layer{plural} {' '.join(map(str, model.window_layers))}"
+        words.append(back)
+    return ", ".join(words)
+
+
+def _layout_reason(plan: RunPlan) -> str:
+    if plan.config.parallel.cp_layout != "auto":
+        return "asked for"
+    if plan.sequence.layout.kind == "balanced":
+        return "chosen: it deals each batch's documents so that ranks have the same share"
+    return "chosen: it gives every rank the same share"
+
+
+def _exchange(sequence: SequencePlan) -> str:
+    name = sequence.exchange
+    sends = name in ("p2p", "a2a+p2p") and sequence.route != "auto"
+    # Of a choice that is still open the sizes say how many ranks share a node, and of nodes.
+    if sequence.sizes and name == "a2a+p2p":
+        name += f" {sequence.sizes[0]} x {sequence.sizes[1]}"
+    route = f", {sequence.route}" if sends else ""
+    return f"{name}{route} - {sequence.reason}"
+
+
+def _device(plan: RunPlan) -> str:
+    if plan.device is not None:
+        return f"{plan.device}, {plan.dtype}"
+    types = [f"{device}: {dtype_on(plan.config, device)}" for device in plan.kernels]
+    return f"auto ({', '.join(types)})"
+
+
+def _training(plan: RunPlan, run: Path | None) -> Iterator[Line]:
+    config, grid = plan.config, plan.grid
+    rows = config.data.global_batch_size or 0
+    per_step = rows * config.data.seq_length
+    size = f"{plan.micro_batch_size} x dp {grid.dp} x {plan.num_microbatches} accumulated"
+    yield "batch", f"{rows} rows = micro batch {size}, {per_step:,} tokens per step"
+    yield "steps", _steps(plan)
+    yield "data", _data(config.data)
+    yield "run", f"{run or config.checkpoint.save or RUNS / f'{model_name(config)}-<n>'}"
+    if plan.load is not None:
+        yield "goes on from", f"{plan.load} (step {plan.load_step})"
+
+
+def _steps(plan: RunPlan) -> str:
+    optimizer, train = plan.config.optimizer, plan.config.train
+    warmup = f", warm-up {optimizer.lr_warmup_iters}" if optimizer.lr_warmup_iters else ""
+    rate = f"lr {optimizer.lr:g} {optimizer.lr_decay_style}"
+    return f"{train.train_iters:,}, {rate}{warmup}, seed {train.seed}"
+
+
+def _data(data: DataConfig) -> str:
+    own = {"train": data.train_data_path, "valid": data.valid_data_path}
+    own |= {"test": data.test_data_path}
+    if any(own.values()):
+        return "; ".join(f"{part}: {' '.join(paths)}" for part, paths in own.items() if paths)
+    return " ".join(data.data_path) or "the sources of Python's standard library"

@@ -1,0 +1,1 @@
+"""What a model is, as data: its parameters, where they lie, what they cost. No torch."""

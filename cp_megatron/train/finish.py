@@ -1,0 +1,62 @@
+"""What a person reads after the last step: where everything lies, and the command that goes on."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+
+from cp_megatron.checkpoint.manifest import step_folder
+from cp_megatron.comm.runtime import Launch
+from cp_megatron.config.run_folders import METRICS_FILE
+from cp_megatron.metrics.plots import INSTALL, draw_curves, has_matplotlib
+from cp_megatron.train.loop import Run
+
+
+def say_farewell(run: Run, launch: Launch, script: str, last: int) -> None:
+    """Speaks and draws on rank 0; silent elsewhere.
+
+    Args:
+        run: ended in good order, its metrics closed.
+        launch: how this process was started.
+        script: the program as the user called it.
+        last: steps finished.
+    """
+    if run.writer is None:
+        return
+    folder, view, steps = run.folder, run.view, run.plan.config.train.train_iters
+    view.say(f"checkpoint  {step_folder(folder, last)}")
+    view.say(f"metrics     {folder / METRICS_FILE}, or: tensorboard --logdir {folder}")
+    if run.writer.wandb is not None and run.writer.wandb.place:
+        view.say(f"wandb       {run.writer.wandb.place}")
+    show_curves(run)
+    words = [*launcher(launch), script, "--load", str(folder)]
+    if last < steps:
+        view.say(f"stopped after step {last}; go on with:\n  {shlex.join(words)}")
+        return
+    words += ["--train-iters", str(2 * steps)]
+    view.say(f"finished {last} steps; train on with:\n  {shlex.join(words)}")
+
+
+def show_curves(run: Run) -> None:
+    """Draws the run's curves where it wants them, and says where they are, on rank 0."""
+    if run.writer is None or not run.plan.config.log.plot:
+        return
+    if not has_matplotlib():
+        run.view.say(f"curves      not drawn, that needs: {INSTALL}")
+        return
+    try:
+        run.view.say(f"curves      {draw_curves(run.folder)}")
+    except Exception as error:  # a picture for people: the run is over, whatever fails here
+        run.view.say(f"curves      not drawn: {error}")
+
+
+def launcher(launch: Launch) -> list[str]:
+    """The words that start as many ranks again."""
+    if not launch.under_torchrun:
+        return [Path(sys.executable).name]
+    words = ["torchrun", "--nproc-per-node", str(launch.local_world_size)]
+    if launch.nodes > 1:
+        words += ["--nnodes", str(launch.nodes), "--rdzv-backend", "c10d"]
+        words += ["--rdzv-endpoint", "HOST:PORT"]
+    return words

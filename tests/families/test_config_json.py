@@ -1,0 +1,229 @@
+"""config.json as a model and back; whatever is malformed or not honoured is refused."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from cp_megatron.config import ModelConfig
+from cp_megatron.config.presets import PRESETS
+from cp_megatron.errors import ConfigError
+from cp_megatron.families.llama import read_hf_config, to_hf_config
+
+LLAMA: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 300,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500.0,
+    "tie_word_embeddings": True,
+    "eos_token_id": [2, 3],
+}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+
+
+def read(folder: Path, **changes: Any) -> ModelConfig:
+    (folder / "config.json").write_text(json.dumps({**LLAMA, **changes}))
+    return read_hf_config(folder).model
+
+
+def other(family: str, **changes: Any) -> dict[str, Any]:
+    return {"architectures": [f"{family}ForCausalLM"], "model_type": family.lower(), **changes}
+
+
+def test_a_llama(tmp_path: Path) -> None:
+    model = read(tmp_path)
+    assert (model.num_kv_heads, model.head_dim, model.ffn_size) == (2, 8, 48)
+    assert model.rotary_base == 500.0
+    assert not model.untie_embeddings_and_output_weights
+    assert model.disable_bias_linear
+    found = read_hf_config(tmp_path)
+    assert (found.eos, found.bos, found.vocab_size, found.max_positions) == (2, None, 300, 64)
+
+
+def test_both_generations_of_rope_say_the_same(tmp_path: Path) -> None:
+    old = read(tmp_path, rope_scaling={"type": "yarn", "factor": 4.0, **YARN})
+    new = read(tmp_path, rope_theta=None, rope_parameters={"rope_theta": 500.0, **YARN})
+    assert old == new
+    assert (new.rope_type, new.rope_scaling_factor, new.rotary_base) == ("yarn", 4.0, 500.0)
+
+
+def test_windows_count_the_token_itself(tmp_path: Path) -> None:
+    assert read(tmp_path, **other("Mistral", sliding_window=8)).window_size == (7, 0)
+    assert read(tmp_path, **other("Mistral", sliding_window=None)).window_size is None
+    window = {"use_sliding_window": True, "sliding_window": 8}
+    assert read(tmp_path, **other("Qwen2", **window, max_window_layers=0)).window_size == (7, 0)
+    assert read(tmp_path, **other("Qwen2", **window, max_window_layers=4)).window_size is None
+
+
+def test_a_window_on_some_layers(tmp_path: Path) -> None:
+    window = {"use_sliding_window": True, "sliding_window": 8}
+    model = read(tmp_path, **other("Qwen2", **window, max_window_layers=2))
+    assert (model.window_size, model.window_layers) == ((7, 0), (2, 3))
+    assert (model.layer_window(1), model.layer_window(2), model.row_window) == (None, (7, 0), None)
+    kinds = ["sliding_attention", "full_attention"] * 2
+    # layer_types has the last word, as in transformers.
+    model = read(tmp_path, **other("Qwen3", **window, max_window_layers=4, layer_types=kinds))
+    assert (model.window_size, model.window_layers) == ((7, 0), (0, 2))
+    whole = read(tmp_path, **other("Qwen3", **window, layer_types=["sliding_attention"] * 4))
+    assert (whole.window_size, whole.window_layers) == ((7, 0), None)
+    # transformers' Mistral does not look at them.
+    with pytest.raises(ConfigError, match=r"layer_types .* is not honoured in Mistral"):
+        read(tmp_path, **other("Mistral", sliding_window=8, layer_types=kinds))
+
+
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"architectures": ["GptOssForCausalLM"]}, "not known here"),
+    ({"architectures": None, "model_type": "mamba"}, "not known here"),
+    ({"architectures": [3]}, "architectures"),
+    ({"hidden_act": "gelu"}, "hidden_act gelu is not honoured"),
+    ({"attention_bias": True}, "attention_bias"),
+    ({"quantization_config": {"bits": 4}}, "quantization_config"),
+    ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+    ({"vocab_size": None}, "vocab_size"),
+    ({"vocab_size": 1e400}, "vocab_size"),
+    ({"num_hidden_layers": 10**30}, "num_hidden_layers"),
+    ({"num_hidden_layers": True}, "num_hidden_layers"),
+    ({"hidden_size": "32"}, "hidden_size"),
+    ({"num_key_value_heads": 3}, "must divide num_attention_heads 4"),
+    ({"head_dim": 7}, "must be even"),
+    ({"rms_norm_eps": float("nan")}, "rms_norm_eps"),
+    ({"rope_theta": -1}, "rope_theta"),
+    ({"rope_scaling": [1]}, "must be an object"),
+    ({"rope_scaling": {"rope_type": "mrope"}}, "rope_type mrope"),
+    ({"rope_scaling": {"rope_type": ["yarn"]}}, "rope_type"),
+    ({"rope_scaling": {"rope_type": "linear"}}, "factor"),
+    ({"rope_scaling": {"rope_type": "linear", "factor": "2"}}, "factor 2"),
+    ({"rope_scaling": {"rope_type": "linear", "factor": 2, "more": 1}}, "more 1 is not honoured"),
+    ({"rope_scaling": {**YARN, "rope_type": "longrope", "short_factor": 1}}, "short_factor"),
+    ({"tie_word_embeddings": "yes"}, "must be true or false"),
+    (other("Qwen3", attention_bias=True), "attention_bias"),
+    (other("Mistral", layer_types=5), "layer_types 5 is not honoured"),
+]
+
+
+@pytest.mark.parametrize(("changes", "told"), REFUSED)
+def test_refused_with_file_and_reason(tmp_path: Path, changes: dict[str, Any], told: str) -> None:
+    with pytest.raises(ConfigError, match=told) as caught:
+        read(tmp_path, **changes)
+    assert str(caught.value).startswith(f"--load-hf {tmp_path}: config.json")
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", "3", "[" * 100_000, "\xff"])
+def test_text_that_is_no_object(tmp_path: Path, text: str) -> None:
+    (tmp_path / "config.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(ConfigError, match=r"config\.json"):
+        read_hf_config(tmp_path)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner),
+    max_leaves=5,
+)
+KEYS = st.sampled_from(
+    [
+        *LLAMA,
+        *("rope_scaling", "rope_parameters", "layer_types", "sliding_window", "head_dim"),
+        *("use_sliding_window", "max_window_layers", "attention_dropout", "initializer_range"),
+        *("original_max_position_embeddings", "bos_token_id", "hidden_act", "mlp_bias"),
+    ]
+)
+
+
+@settings(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    changes=st.dictionaries(KEYS, JSON, max_size=3),
+    family=st.sampled_from(["Llama", "Mistral", "Qwen2", "Qwen3"]),
+    rope=st.dictionaries(st.sampled_from(["rope_type", "factor", "short_factor", *YARN]), JSON),
+)
+def test_anything_is_read_or_refused(
+    tmp_path: Path, changes: dict[str, Any], family: str, rope: dict[str, Any]
+) -> None:
+    with contextlib.suppress(ConfigError):
+        read(tmp_path, **{**other(family), "rope_scaling": {**YARN, **rope}, **changes})
+
+
+BASE = replace(PRESETS["toy"].model, vocab_size=300, max_position_embeddings=64, norm_epsilon=1e-6)
+ROUND: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "llama, biases": {"disable_bias_linear": False},
+    "mistral": {"window_size": (7, 0)},
+    "mistral, odd heads": {"hidden_size": 190, "kv_channels": 48},
+    "qwen2": {"add_qkv_bias": True},
+    "qwen3": {"qk_layernorm": True, "kv_channels": 20, "window_size": (3, 0)},
+    "qwen2, window on some": {
+        "add_qkv_bias": True,
+        "window_size": (3, 0),
+        "window_layers": (0,),
+    },
+    "linear": {"rope_type": "linear", "rope_scaling_factor": 2.0},
+    "dynamic": {
+        "rope_type": "dynamic",
+        "rope_scaling_factor": 2.0,
+        "original_max_position_embeddings": 64,
+    },
+    "yarn": {
+        "rope_type": "yarn",
+        "rope_scaling_factor": 4.0,
+        "original_max_position_embeddings": 32,
+        "beta_fast": 16.0,
+        "rope_truncate": False,
+    },
+    "longrope": {
+        "rope_type": "longrope",
+        "rope_scaling_factor": 4.0,
+        "original_max_position_embeddings": 32,
+        "rope_short_factor": (1.0,) * 24,
+        "rope_long_factor": (2.0,) * 24,
+    },
+}
+
+
+@pytest.mark.parametrize("name", ROUND)
+def test_what_is_written_is_read_back(tmp_path: Path, name: str) -> None:
+    model = replace(BASE, **ROUND[name])
+    written = to_hf_config(model, vocab_size=300, seq_length=48, eod=5)
+    (tmp_path / "config.json").write_text(json.dumps(written))
+    found = read_hf_config(tmp_path)
+    assert found.eos == 5
+    assert found.architecture == name.partition(",")[0] or model.rope_type == name
+    filled = replace(
+        model,
+        ffn_hidden_size=model.ffn_size,
+        kv_channels=model.head_dim,
+        make_vocab_size_divisible_by=found.model.make_vocab_size_divisible_by,
+    )
+    assert found.model == filled
+
+
+@pytest.mark.parametrize(
+    ("changes", "flag"),
+    [
+        ({"window_size": (3, 0), "window_layers": (0,)}, "--window-layers"),
+        ({"normalization": "LayerNorm"}, "--normalization"),
+        ({"swiglu": False}, "--swiglu"),
+        ({"position_embedding_type": "none"}, "--position-embedding-type"),
+        ({"disable_bias_linear": False, "qk_layernorm": True}, "--disable-bias-linear"),
+        ({"add_qkv_bias": True, "qk_layernorm": True}, "--add-qkv-bias"),
+    ],
+)
+def test_what_no_architecture_has(changes: dict[str, Any], flag: str) -> None:
+    with pytest.raises(ConfigError, match="no architecture of Hugging Face") as caught:
+        to_hf_config(replace(BASE, **changes), vocab_size=300, seq_length=8, eod=1)
+    assert caught.value.flag == flag

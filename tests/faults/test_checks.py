@@ -1,0 +1,126 @@
+"""A parameter or a message that changes by itself ends the run, and the rank is named."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any, cast
+from unittest import mock
+
+import torch
+
+from cp_megatron.faults.checks import Checks, ParameterSums
+from cp_megatron.plan import Grid
+from cp_megatron.train.loop import DivergedError
+from cp_megatron.train.signals import StopRequest
+from cp_megatron.train.step import StepResult, Trainer, local_values
+from tests.context_parallel.test_link_sums import flipping
+from tests.ranks import run_ranks
+from tests.train.checkpoints import differing
+from tests.train.test_loop import GRIDS, STEPS, Place, StoppingView, assembled
+from tests.train.test_loop import place as place  # the fixture
+from tests.train.test_skipping import faults_of
+
+CHECKED = ["--check-interval", "2", "--save-interval", "1"]
+
+
+def train(
+    rank: int,
+    world_size: int,
+    argv: list[str],
+    flip: tuple[int, int] | None = None,
+    message: tuple[int, int] | None = None,
+) -> str:
+    """Why the training ended, or nothing.
+
+    Args:
+        flip: (rank, step) where a bit of a parameter flips.
+        message: (rank, step): a bit flips in the first message that arrives there then.
+    """
+    run = assembled(rank, world_size, argv)
+    faults = faults_of(rank, *([("flip", *flip)] if flip else []))
+    run = replace(run, faults=faults, view=StoppingView(StopRequest(), None))
+    step_of = Trainer.step
+
+    def step(self: Trainer, *args: Any, **options: Any) -> StepResult:
+        with flipping(0 if (rank, options["step"]) == message else -1):
+            return step_of(self, *args, **options)
+
+    try:
+        with mock.patch.object(Trainer, "step", step):
+            run.train(run.plan.load_step, StopRequest())
+    except DivergedError as error:
+        return str(error)
+    finally:
+        if run.writer is not None:
+            run.writer.close()
+    return ""
+
+
+def test_a_parameter_that_changes_by_itself_is_found_before_it_is_saved(place: Place) -> None:
+    told = run_ranks(train, 4, place.argv("run", *GRIDS["tp2 cp2"], *CHECKED), (2, 1))
+    assert len(set(told)) == 1
+    # After step 2, whose save is checked too.
+    assert told[0].startswith("step 2: rank 2: "), told[0]
+    assert "changed between two updates; the last checkpoint is of step 1" in told[0]
+    assert not (place.folder / "run" / "step-2").exists()
+
+
+def test_a_message_that_arrives_changed_is_found_in_a_checked_step(place: Place) -> None:
+    argv = place.argv("run", *GRIDS["tp2 cp2"], *CHECKED)
+    assert run_ranks(train, 4, argv, None, (3, 2)) == [""] * 4, "step 3 is not checked"
+    other = place.argv("other", *GRIDS["tp2 cp2"], *CHECKED)
+    told = run_ranks(train, 4, other, None, (3, 1))
+    assert set(told) == {told[0]}
+    assert told[0].startswith("step 2: rank 3: what rank 1 sent arrived changed"), told[0]
+    assert not (place.folder / "other" / "step-2").exists()
+
+
+def test_checks_change_nothing(place: Place) -> None:
+    argv = ["--context-parallel-size", "2"]
+    assert run_ranks(train, 2, place.argv("plain", *argv)) == [""] * 2
+    assert run_ranks(train, 2, place.argv("checked", *argv, "--check-interval", "1")) == [""] * 2
+    one, other = place.folder / "plain", place.folder / "checked"
+    assert differing(one / f"step-{STEPS}", other / f"step-{STEPS}") == []
+
+
+def drift(rank: int, world_size: int, argv: list[str], odd: int) -> str | None:
+    """What the check says where an update itself went wrong on rank ``odd``."""
+    run = assembled(rank, world_size, argv)
+    assert run.checks is not None
+    norms = [p for n, p in run.trainer.model.named_parameters() if "norm" in n]
+    held = next(x for x in map(local_values, norms) if x.numel())
+    if rank == odd:
+        held.data.add_(1)
+    run.checks.parameters.take()
+    if run.writer is not None:
+        run.writer.close()
+    return run.checks.find(1)
+
+
+def test_tensor_parallel_ranks_that_drift_apart_are_named(place: Place) -> None:
+    four = run_ranks(drift, 4, place.argv("a", *GRIDS["tp4"], *CHECKED), 2)
+    assert four == ["rank 2: parameters that tensor parallel ranks share differ"] * 4
+    two = run_ranks(drift, 4, place.argv("b", *GRIDS["tp2 cp2"], *CHECKED), 2)
+    assert two == ["rank 2, 3: parameters that tensor parallel ranks share differ"] * 4
+
+
+def test_who_is_blamed() -> None:
+    checks = Checks(
+        interval=1,
+        parameters=ParameterSums([("w", torch.ones(2))]),
+        links=cast("Any", None),
+        groups=cast("Any", SimpleNamespace(grid=Grid(dp=2, cp=1, tp=3))),
+        control=cast("Any", None),
+        device=torch.device("cpu"),
+    )
+    fine = [False] * 6
+    assert checks._replicas([1, 1, 1, 2, 2, 2], fine) == []
+    assert [text.split(":")[0] for text in checks._replicas([1, 5, 1, 2, 2, 3], fine)] == [
+        "rank 1",
+        "rank 5",
+    ]
+    (text,) = checks._replicas([1, 2, 3, 4, 4, 4], fine)
+    assert text.startswith("rank 0, 1, 2:")
+    # A rank that found its own fault is blamed once.
+    assert checks._replicas([1, 5, 1, 2, 2, 2], [False, True, *fine[:4]]) == []

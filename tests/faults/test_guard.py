@@ -1,0 +1,108 @@
+"""Which steps are skipped: rules that hold for any losses, and the state that is kept."""
+
+from __future__ import annotations
+
+import json
+import math
+from statistics import median
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cp_megatron.faults.guard import LEAST_WINDOW, SPAN, WINDOW, Guard
+
+LOSS = st.one_of(st.floats(0, 20), st.floats(allow_nan=True, allow_infinity=True))
+LOSSES = st.lists(LOSS, max_size=300)
+BUDGET = st.integers(0, 8)
+THRESHOLD = st.one_of(st.none(), st.floats(0.5, 50))
+
+
+def accepted(guard: Guard, losses: list[float], first: int = 1) -> list[bool]:
+    return [guard.judge(first + i, loss, 1.0).accepted for i, loss in enumerate(losses)]
+
+
+@given(LOSSES, BUDGET)
+def test_only_finite_numbers_are_accepted_and_without_a_threshold_all_of_them(
+    losses: list[float], budget: int
+) -> None:
+    assert accepted(Guard(budget=budget), losses) == [math.isfinite(x) for x in losses]
+    guard = Guard(budget=budget)
+    assert not any(
+        guard.judge(1 + i, 1.0, x).accepted != math.isfinite(x) for i, x in enumerate(losses)
+    )
+
+
+@given(LOSSES, BUDGET, THRESHOLD, st.integers(0, 300))
+def test_going_on_from_what_was_kept_changes_nothing(
+    losses: list[float], budget: int, threshold: float | None, cut: int
+) -> None:
+    whole = Guard(budget=budget, spike_threshold=threshold)
+    expected = [whole.judge(1 + i, loss, 1.0) for i, loss in enumerate(losses)]
+    before = Guard(budget=budget, spike_threshold=threshold)
+    found = [before.judge(1 + i, loss, 1.0) for i, loss in enumerate(losses[:cut])]
+    kept = json.loads(json.dumps(before.state(), allow_nan=False))
+    after = Guard(budget=budget, spike_threshold=threshold, kept=kept)
+    rest = enumerate(losses[cut:], 1 + len(found))
+    found += [after.judge(number, loss, 1.0) for number, loss in rest]
+    assert found == expected
+    assert after.state() == whole.state()
+
+
+@given(LOSSES, st.floats(0.5, 50))
+def test_a_spike_lies_above_what_the_window_of_accepted_losses_says(
+    losses: list[float], threshold: float
+) -> None:
+    """Against the definition, spelled out once more."""
+    guard, window = Guard(spike_threshold=threshold), list[float]()
+    for step, loss in enumerate(losses, 1):
+        limit = math.inf
+        if len(window) >= 32:
+            middle = median(window[-128:])
+            mad = median([abs(x - middle) for x in window[-128:]])
+            limit = middle + threshold * max(1.4826 * mad, 0.01 * abs(middle))
+        expected = math.isfinite(loss) and loss <= limit
+        assert guard.judge(step, loss, 1.0).accepted == expected
+        window += [loss] * expected
+
+
+def test_ten_times_the_loss_is_a_spike_and_noise_is_none() -> None:
+    guard = Guard(spike_threshold=6.0)
+    noise = [2 + 0.1 * math.sin(17 * i) for i in range(WINDOW)]
+    assert accepted(guard, noise) == [True] * WINDOW
+    spike = guard.judge(WINDOW + 1, 20.0, 1.0)
+    assert (spike.accepted, spike.finite, spike.over, spike.num_skipped) == (False, True, False, 1)
+    assert "a spike: above" in spike.found
+    assert guard.judge(WINDOW + 2, 2.1, 1.0).accepted
+
+
+def test_losses_that_do_not_differ_leave_room() -> None:
+    guard = Guard(spike_threshold=5.0)
+    assert accepted(guard, [2.0] * LEAST_WINDOW + [2.09, 2.11]) == [True] * 33 + [False]
+
+
+@given(st.sets(st.integers(1, 4 * SPAN)), BUDGET)
+def test_the_budget_is_of_any_thousand_steps_in_a_row(bad: set[int], budget: int) -> None:
+    guard = Guard(budget=budget)
+    for step in range(1, 4 * SPAN + 1):
+        verdict = guard.judge(step, math.nan if step in bad else 1.0, 1.0)
+        count = sum(step - SPAN < other <= step for other in bad)
+        assert verdict.num_skipped == count
+        assert verdict.over == (step in bad and count > budget)
+
+
+@pytest.mark.parametrize(
+    "kept",
+    [
+        *(None, 3, "x", [], {"losses": 3}, {"losses": "12", "skipped": {}}),
+        *({"losses": [1.0, None]}, {"losses": [True]}, {"skipped": [1.5]}, {"skipped": ["1"]}),
+        *({"losses": [math.nan, math.inf]}, {"skipped": [-3, 0]}),
+    ],
+)
+def test_what_is_not_of_the_right_kind_is_left_out(kept: object) -> None:
+    assert Guard(kept=kept).state() == {"losses": [], "skipped": []}
+
+
+def test_a_long_list_is_cut_to_the_window() -> None:
+    kept = {"losses": [*range(500)], "skipped": []}
+    assert Guard(kept=kept).state()["losses"] == [float(x) for x in range(500 - WINDOW, 500)]

@@ -1,0 +1,210 @@
+"""Generation with a cache against the whole forward pass at every step, and against transformers.
+
+The oracle has no cache: it computes the whole text anew for each token, with the attention of
+training.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from cp_megatron.config import ModelConfig
+from cp_megatron.context_parallel import ContextParallel
+from cp_megatron.errors import ConfigError
+from cp_megatron.generate import decode as generate_module
+from cp_megatron.generate import key_value_cache as cache_module
+from cp_megatron.generate.decode import Sampling, Session
+from cp_megatron.model import Transformer
+from cp_megatron.model.initialize import initial_value
+from cp_megatron.plan import Mask
+from cp_megatron.tensor_parallel import named_specs
+from tests.model.grids import GPT, LLAMA, STYLES
+
+VOCAB, SEQ = 131, 64
+PROMPT = [5, 17, 99, 3, 3, 42, 7]
+MODELS = {
+    **STYLES,
+    "window": replace(LLAMA, window_size=(3, 0)),
+    "window-below": replace(LLAMA, window_size=(3, 0), window_layers=(0,)),
+    "window-above": replace(LLAMA, window_size=(3, 0), window_layers=(1,)),
+    "gpt-window": replace(GPT, window_size=(4, -1)),
+    "no-positions": replace(GPT, position_embedding_type="none"),
+    "wide-heads": replace(LLAMA, kv_channels=16),
+}
+
+
+def tiny(config: ModelConfig) -> Transformer:
+    """A float64 model whose weights are large enough that tokens differ."""
+    config = replace(config, init_method_std=0.3)
+    model = Transformer(
+        config, seq_length=SEQ, vocab_size=VOCAB, tp=None, sequence_parallel=False
+    ).double()
+    with torch.no_grad():
+        for name, owner, attribute, spec in named_specs(model):
+            parameter = owner.get_parameter(attribute)
+            drawn = initial_value(name, parameter.shape, spec, config=config, seed=1)
+            parameter.copy_(drawn)
+    return model.eval()
+
+
+@torch.no_grad()
+def whole_logits(model: Transformer, tokens: list[int]) -> Tensor:
+    """The logits after the last token, nothing cached."""
+    cp = ContextParallel(None, Mask.causal(len(tokens), model.config.row_window))
+    logits: Tensor = model(torch.tensor([tokens]), cp=cp)[0, -1]
+    return logits
+
+
+def error(x: Tensor, reference: Tensor) -> float:
+    x, reference = x[:VOCAB], reference[:VOCAB]
+    return float((x - reference).norm() / reference.norm())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_step_is_the_whole_forward_pass(name: str) -> None:
+    model = tiny(MODELS[name])
+    session = Session(model=model, seq_length=SEQ)
+    text, fresh = list(PROMPT), list(PROMPT)
+    for _ in range(12):
+        logits = session.feed(fresh)
+        assert error(logits, whole_logits(model, text)) < 1e-10
+        fresh = [int(logits.argmax())]
+        text += fresh
+
+
+@pytest.mark.parametrize("name", ["gpt", "llama", "window", "window-above"])
+def test_prompts_in_parts_and_a_cache_that_grows(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(generate_module, "PREFILL_TOKENS", 5)
+    monkeypatch.setattr(cache_module, "FIRST_ROOM", 2)
+    model = tiny(MODELS[name])
+    text = [(7 * i * i + i) % VOCAB for i in range(23)]
+    session = Session(model=model, seq_length=SEQ)
+    assert error(session.feed(text), whole_logits(model, text)) < 1e-10
+    assert error(session.feed([1, 2, 3]), whole_logits(model, [*text, 1, 2, 3])) < 1e-10
+
+
+@settings(max_examples=25)
+@given(data=st.data())
+def test_what_a_session_knows_changes_nothing(data: st.DataObject) -> None:
+    """Prompts that share any beginning: the answer is that of a fresh session."""
+    model = tiny(MODELS["window"])
+    session = Session(model=model, seq_length=SEQ)
+    texts = st.lists(st.integers(0, 2), min_size=1, max_size=9)
+    greedy = Sampling()
+    for prompt in data.draw(st.lists(texts, min_size=2, max_size=4)):
+        fresh = Session(model=model, seq_length=SEQ)
+        answers = [
+            list(one.generate(prompt, max_new_tokens=3, stop=(), sampling=greedy, seed=0))
+            for one in (session, fresh)
+        ]
+        assert answers[0] == answers[1]
+        assert session.tokens[: len(prompt)] == prompt
+
+
+def continuation(model: Transformer, **changes: object) -> list[int]:
+    options: dict[str, object] = {"max_new_tokens": 10, "stop": (), "sampling": Sampling()}
+    options |= {"seed": 0, **changes}
+    session = Session(model=model, seq_length=SEQ)
+    return list(session.generate(PROMPT, **options))  # type: ignore[arg-type]
+
+
+def test_ends_at_a_stop_token_and_at_the_last_position() -> None:
+    model = tiny(GPT)
+    free = continuation(model, max_new_tokens=1000)
+    assert len(free) == SEQ - len(PROMPT) + 1, "the last position's token is still known"
+    stop = free[4]
+    assert continuation(model, stop=(stop,)) == free[: free.index(stop)]
+    assert continuation(model, max_new_tokens=0) == []
+    with pytest.raises(ConfigError, match="learned 64"):
+        Session(model=model, seq_length=SEQ).feed([1] * (SEQ + 1))
+
+
+def test_draws_depend_on_the_seed_alone() -> None:
+    model = tiny(LLAMA)
+    hot = Sampling(temperature=1.5)
+    first = continuation(model, sampling=hot, seed=3)
+    assert continuation(model, sampling=hot, seed=3) == first
+    assert continuation(model, sampling=hot, seed=4) != first
+    assert all(0 <= token < VOCAB for token in first), "padding is never drawn"
+
+
+def test_top_1_is_greedy() -> None:
+    model = tiny(LLAMA)
+    assert continuation(model, sampling=Sampling(temperature=9.0, top_k=1)) == continuation(model)
+
+
+def test_the_smallest_temperature_is_greedy_too() -> None:
+    model = tiny(LLAMA)
+    assert continuation(model, sampling=Sampling(temperature=1e-6)) == continuation(model)
+    with pytest.raises(ConfigError, match="1e-6"):
+        Sampling(temperature=5e-324)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_broken_model_says_so(temperature: float) -> None:
+    model = tiny(LLAMA)
+    assert model.norm is not None
+    with torch.no_grad():
+        model.norm.weight.fill_(math.nan)
+    with pytest.raises(ConfigError, match="not finite"):
+        continuation(model, sampling=Sampling(temperature=temperature))
+
+
+# Farther apart than rounding: which of two equal scores is kept is nobody's promise.
+HUNDREDTHS = st.integers(-800, 800).map(lambda n: n / 100)
+
+
+@settings(max_examples=60)
+@given(
+    scores=st.lists(HUNDREDTHS, min_size=2, max_size=12, unique=True),
+    temperature=st.floats(0.1, 4),
+    top_k=st.integers(0, 13),
+    top_p=st.floats(0.05, 1),
+)
+def test_probabilities_by_a_slow_loop(
+    scores: list[float], temperature: float, top_k: int, top_p: float
+) -> None:
+    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
+    found = sampling.probabilities(torch.tensor(scores, dtype=torch.float64))
+    assert found.sum().item() == pytest.approx(1)
+    order = sorted(range(len(scores)), key=lambda i: -scores[i])
+    kept = order[: top_k or len(order)]
+    weights = {i: torch.tensor(scores[i] / temperature).double().exp().item() for i in kept}
+    total, nucleus, reached = sum(weights.values()), [], 0.0
+    for i in kept:
+        if reached < top_p - 1e-9 or top_p == 1:
+            nucleus.append(i)
+        reached += weights[i] / total
+    share = sum(weights[i] for i in nucleus)
+    on_the_edge = any(
+        abs(sum(weights[j] for j in kept[:n]) / total - top_p) < 1e-6 for n in range(len(kept))
+    )
+    for i in range(len(scores)):
+        wanted = weights[i] / share if i in nucleus else 0.0
+        assert on_the_edge or found[i].item() == pytest.approx(wanted, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "flag"),
+    [
+        ({"temperature": -1.0}, "--temperature"),
+        ({"temperature": float("nan")}, "--temperature"),
+        ({"temperature": 1.0, "top_k": -1}, "--top-k"),
+        ({"temperature": 1.0, "top_p": 0.0}, "--top-p"),
+        ({"top_k": 5}, "--top-k"),
+        ({"top_p": 0.5}, "--top-p"),
+    ],
+)
+def test_refusals(options: dict[str, float], flag: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        Sampling(**options)  # type: ignore[arg-type]
+    assert refused.value.flag == flag

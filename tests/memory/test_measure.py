@@ -1,0 +1,233 @@
+"""What a step holds is what was predicted, to the byte, on any grid; looking changes nothing."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from cp_megatron.memory import predict as kinds
+from cp_megatron.memory.live_bytes import LiveBytes
+from cp_megatron.memory.measure import MemoryMeter
+from cp_megatron.memory.predict import Held, predict
+from cp_megatron.train.step import Shard, Trainer
+from tests.allocations import counting_memory
+from tests.ranks import run_ranks
+from tests.train.checkpoints import differing, metrics_of, numbers
+from tests.train.test_loop import assembled, train
+
+GPT, LLAMA = ["--preset", "toy-gpt"], ["--preset", "toy"]
+TP2 = ["--tensor-parallel-size", "2"]
+CP2, CP4 = (["--context-parallel-size", size] for size in ("2", "4"))
+A2A, GATHER = (["--cp-comm-type", name] for name in ("a2a", "all_gather"))
+LEVELS = ["--cp-comm-type", "a2a+p2p", "--hierarchical-context-parallel-sizes", "2", "2"]
+SP, BF16, ROWS = ["--sequence-parallel"], ["--bf16"], ["--micro-batch-size", "2"]
+SELECTIVE, FULL = (["--recompute-granularity", name] for name in ("selective", "full"))
+FIRST = ["--recompute-num-layers", "1"]
+TILES, CHUNKS = ["--mlp-tile-size", "24"], ["--loss-chunk-size", "24"]
+DROPOUT = ["--hidden-dropout", "0.1", "--attention-dropout", "0.1"]
+
+CASES = [
+    (1, GPT),
+    (1, [*LLAMA, *BF16, *TILES, *CHUNKS, "--qk-layernorm"]),
+    (1, [*GPT, *BF16, *SELECTIVE, *ROWS]),
+    (1, [*LLAMA, *BF16, *SELECTIVE, *FIRST, *TILES]),
+    (1, [*LLAMA, *FULL, *FIRST, "--cpu-offloading", "--optimizer-cpu-offload"]),
+    (1, [*GPT, *DROPOUT]),
+    (1, [*GPT, "--dtype", "float64", "--untie-embeddings-and-output-weights"]),
+    (2, [*LLAMA, *TP2, *SP, *TILES, "--num-query-groups", "1"]),
+    (2, [*LLAMA, *CP2, *A2A, *BF16, *SELECTIVE, "--num-query-groups", "1"]),
+    (2, [*LLAMA, *CP2, *GATHER]),
+    (4, [*GPT, *TP2, *CP2, *SP, *FULL, *TILES, *CHUNKS]),
+    (4, [*LLAMA, *TP2, *CP2, *BF16, *ROWS, *ROWS]),
+    (4, [*LLAMA, *CP4, "--window-size", "9", "0", "--window-layers", "1"]),
+    (4, [*LLAMA, *CP4, *LEVELS]),
+]
+SLOW = [
+    (2, [*LLAMA, *BF16, *ROWS]),
+    (4, [*LLAMA, *CP4, *BF16, "--cp-comm-type", "p2p", "--cp-route", "direct"]),
+]
+
+
+def words_of(value: object) -> str:
+    """A case's name."""
+    return " ".join(value) if isinstance(value, list) else str(value)
+
+
+@dataclass(frozen=True)
+class Place:
+    """A folder of the test with a text, and the words that every run of it has."""
+
+    folder: Path
+
+    def argv(self, save: str, *flags: str) -> list[str]:
+        words = ["--num-layers", "2", "--hidden-size", "32", "--num-attention-heads", "4"]
+        words += ["--seq-length", "64", "--global-batch-size", "4", "--lr-warmup-iters", "0"]
+        words += ["--train-iters", "2", "--eval-iters", "0", "--log-interval", "1"]
+        words += ["--device", "cpu", "--data-path", str(self.folder / "text.txt")]
+        return [*words, "--save", str(self.folder / save), *flags]
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Place:
+    (tmp_path / "text.txt").write_text("three blind mice, see how they run, " * 100)
+    return Place(tmp_path)
+
+
+def prepared(rank: int, world_size: int, argv: list[str]) -> tuple[Trainer, list[Shard], object]:
+    run = assembled(rank, world_size, argv)
+    if run.writer is not None:
+        run.writer.close()
+    batches = run._batches(run.rows.train, 0)
+    return run.trainer, [run.trainer.prepare(batch) for batch in batches], run.plan
+
+
+def measured(
+    rank: int, world_size: int, argv: list[str], forward_alone: bool = False
+) -> tuple[tuple[Held, ...], tuple[Held, ...]]:
+    """Predicted and found on this rank."""
+    trainer, shards, plan = prepared(rank, world_size, argv)
+    with pytest.MonkeyPatch.context() as patch:
+        meter = MemoryMeter(trainer)
+        if forward_alone:
+            patch.setattr(meter, "_on_cuda", True)
+            patch.setattr(torch.cuda, "memory_allocated", lambda _: 1)
+            patch.setattr(torch.cuda, "max_memory_allocated", lambda _: 2)
+            patch.setattr(MemoryMeter, "_parameters", lambda _: [])
+        with meter:
+            trainer.step(shards, step=0, lr=1e-3)
+        return predict(plan, rank), meter.held()  # type: ignore[arg-type]
+
+
+def by_name(held: tuple[Held, ...]) -> dict[tuple[str, str], int]:
+    return {(row.kind, row.detail): row.num_bytes for row in held}
+
+
+@pytest.mark.parametrize(
+    ("world_size", "flags"),
+    [*CASES, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)],
+    ids=words_of,
+)
+def test_measured_is_predicted_to_the_byte(place: Place, world_size: int, flags: list[str]) -> None:
+    for predicted, found in run_ranks(measured, world_size, place.argv("run", *flags)):
+        assert found[-1].kind == kinds.PEAK
+        assert by_name(found[:-1]) == by_name(predicted)
+
+
+def test_documents_change_the_exchange_alone(place: Place) -> None:
+    argv = place.argv("run", *CP2, "--document-mask", *ROWS)
+    for predicted, found in run_ranks(measured, 2, argv):
+        differ = {
+            row.kind
+            for row, other in zip(predicted, found[:-1], strict=True)
+            if row.num_bytes != other.num_bytes
+        }
+        assert differ <= {kinds.EXCHANGE, kinds.AFTER_FORWARD}
+
+
+def test_the_forward_pass_alone_is_enough_as_on_cuda(place: Place) -> None:
+    flags = [*LLAMA, *BF16, *CP2, *SELECTIVE, *FIRST]
+    whole = run_ranks(measured, 2, place.argv("whole", *flags))
+    alone = run_ranks(measured, 2, place.argv("alone", *flags), True)
+    for (_, found), (_, again) in zip(whole, alone, strict=True):
+        after, peak = kinds.AFTER_FORWARD, kinds.PEAK
+        expected = by_name(found) | {(after, ""): 1, (peak, ""): 2, (kinds.PARAMETERS, ""): 0}
+        assert by_name(again) == expected
+
+
+def peaks(rank: int, world_size: int, one: list[str], other: list[str]) -> tuple[int, int]:
+    """The peak of a step, as the meter and as torch's profiler has it."""
+    trainer, shards, _ = prepared(rank, world_size, one)
+    with counting_memory() as count:
+        trainer.step(shards, step=0, lr=0.0)
+    trainer, shards, _ = prepared(rank, world_size, other)
+    with MemoryMeter(trainer) as meter:
+        trainer.step(shards, step=0, lr=0.0)
+    found = by_name(meter.held())
+    return found[kinds.PEAK, ""] - found[kinds.PARAMETERS, ""], count.peak
+
+
+def test_the_peak_is_all_but_what_operations_take_inside(place: Place) -> None:
+    one, other = (place.argv(name, *LLAMA, *CP2) for name in ("one", "other"))
+    for found, exact in run_ranks(peaks, 2, one, other):
+        assert 0.9 * exact < found <= exact
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        [*TP2, *CP2, *SP, *FULL],
+        pytest.param([*CP4, *DROPOUT, *ROWS, *ROWS], marks=pytest.mark.slow),
+    ],
+)
+def test_looking_changes_no_bit(place: Place, flags: list[str]) -> None:
+    for name, more in (("plain", []), ("looked at", ["--memory-report"])):
+        argv = place.argv(name, *flags, *more)
+        run_ranks(train, 4, argv)
+    one, other = place.folder / "plain", place.folder / "looked at"
+    assert differing(one / "step-2", other / "step-2") == []
+    assert list(map(numbers, metrics_of(one))) == list(map(numbers, metrics_of(other)))
+    assert (one / "config.yaml").read_text() == (other / "config.yaml").read_text()
+    assert not (one / "memory.json").exists()
+    written = json.loads((other / "memory.json").read_text())
+    assert [row["rank"] for row in written["ranks"]] == [0, 1, 2, 3]
+    assert written["step"] == 1
+    for rank in written["ranks"]:
+        *rows, peak = rank["held"]
+        assert all(row["predicted"] == row["measured"] for row in rows)
+        assert (peak["kind"], peak["predicted"]) == (kinds.PEAK, None)
+
+
+def test_a_run_that_goes_on_has_its_optimizer_from_the_start(place: Place) -> None:
+    run_ranks(train, 2, place.argv("run", *CP2))
+    load = ["--load", str(place.folder / "run"), "--train-iters", "3", "--memory-report"]
+    run_ranks(train, 2, load)
+    written = json.loads((place.folder / "run" / "memory.json").read_text())
+    assert written["step"] == 3
+    for rank in written["ranks"]:
+        assert all(row["predicted"] == row["measured"] for row in rank["held"][:-1])
+    assert "memory_report: true" not in (place.folder / "run" / "config.yaml").read_text()
+
+
+def test_memory_counts_until_it_is_released() -> None:
+    before = torch.zeros(1000)
+    where = "first"
+    with LiveBytes(lambda func, tensor: where) as live:
+        view = before.view(10, 100)[2:]
+        one = before + 1
+        same = one.view(-1)
+        del one
+        where = "second"
+        two = torch.ones(500)
+        assert sorted((x.place, x.num_bytes) for x in live.alive().values()) == [
+            ("first", 4000),
+            ("second", 2000),
+        ]
+        del same
+        assert [x.place for x in live.alive().values()] == ["second"]
+        two += 1
+    assert (live.peak, live.peaks["first"], live.peaks["second"]) == (6000, 4000, 2000)
+    assert view.shape == (8, 100)
+
+
+def test_memory_that_is_emptied_and_filled() -> None:
+    old = torch.zeros(50)
+    resize = torch.UntypedStorage.resize_
+    with LiveBytes(lambda func, tensor: "new") as live:
+        weight = torch.zeros(100)
+        live.adopt(weight, "weight")
+        live.adopt(old, "old")
+        assert [x.num_bytes for x in live.alive().values()] == [400, 200]
+        assert live.place_of(weight.view(10, 10).untyped_storage()) == "weight"
+        weight.untyped_storage().resize_(0)
+        assert [x.num_bytes for x in live.alive().values()] == [200, 0]
+        other = torch.ones(100)
+        assert live.peak == 600
+        weight.untyped_storage().resize_(800)
+    assert torch.UntypedStorage.resize_ is resize
+    assert (live.peak, live.peaks["weight"], live.peaks["old"]) == (1400, 800, 200)
+    del weight, other
+    assert [x.place for x in live.alive().values()] == ["old"]

@@ -1,0 +1,151 @@
+"""What a run leaves for people: the lines, what a resume does to them, the counts by hand."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from cp_megatron.config import ModelConfig
+from cp_megatron.config.run_folders import METRICS_FILE
+from cp_megatron.metrics.writer import (
+    Metrics,
+    MetricsWriter,
+    keep_aside,
+    peak_flops,
+    peak_memory,
+    training_flops,
+)
+from cp_megatron.plan import Mask
+from cp_megatron.train.progress import ProgressView
+
+ROW = Metrics(
+    step=1,
+    loss=2.5,
+    grad_norm=1.25,
+    lr=3e-4,
+    tokens=1024,
+    tokens_per_second=12345.6,
+    step_seconds=0.5,
+    mfu=None,
+    memory_bytes=2**30,
+)
+
+
+def written(folder: Path, steps: list[int], *, start_step: int = 0) -> None:
+    writer = MetricsWriter(folder, start_step=start_step)
+    for step in steps:
+        writer.write(replace(ROW, step=step))
+    writer.close()
+
+
+def steps_in(file: Path) -> list[int]:
+    return [json.loads(line)["step"] for line in file.read_text().splitlines()]
+
+
+def test_a_line_has_every_number_and_is_json(tmp_path: Path) -> None:
+    writer = MetricsWriter(tmp_path, start_step=0)
+    writer.write(ROW)
+    line = json.loads((tmp_path / METRICS_FILE).read_text())  # before it is closed
+    assert line == {
+        "step": 1,
+        "loss": 2.5,
+        "grad_norm": 1.25,
+        "lr": 3e-4,
+        "tokens": 1024,
+        "tokens_per_second": 12345.6,
+        "step_seconds": 0.5,
+        "mfu": None,
+        "memory_bytes": 2**30,
+    }
+    writer.write(replace(ROW, step=2, valid_loss=2.75))
+    assert json.loads((tmp_path / METRICS_FILE).read_text().splitlines()[1])["valid_loss"] == 2.75
+    with pytest.raises(ValueError, match="JSON"):
+        writer.write(replace(ROW, loss=float("nan")))
+    writer.close()
+
+
+def test_the_board_has_the_same(tmp_path: Path) -> None:
+    written(tmp_path, [5, 10])
+    board = EventAccumulator(str(tmp_path)).Reload()
+    assert [(event.step, event.value) for event in board.Scalars("loss")] == [(5, 2.5), (10, 2.5)]
+    assert "mfu" not in board.Tags()["scalars"]
+
+
+def test_a_resumed_run_goes_on_below(tmp_path: Path) -> None:
+    written(tmp_path, [1, 2])
+    written(tmp_path, [3], start_step=2)
+    assert steps_in(tmp_path / METRICS_FILE) == [1, 2, 3]
+    assert not list(tmp_path.glob("metrics-*"))
+
+
+def test_what_was_logged_after_the_checkpoint_and_a_torn_line_step_aside(tmp_path: Path) -> None:
+    written(tmp_path, [1, 2, 3, 4])
+    with (tmp_path / METRICS_FILE).open("a") as file:
+        file.write('{"step": 5, "lo')
+    before = (tmp_path / METRICS_FILE).read_text()
+    written(tmp_path, [3, 4], start_step=2)
+    assert steps_in(tmp_path / METRICS_FILE) == [1, 2, 3, 4]
+    assert (tmp_path / "metrics-step-2.jsonl").read_text() == before
+
+
+def test_nothing_set_aside_is_overwritten(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    for text in ("first", "second", "third"):
+        file.write_text(text)
+        assert keep_aside(file, 4).read_text() == text
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == [
+        "config-step-4.2.yaml",
+        "config-step-4.3.yaml",
+        "config-step-4.yaml",
+        file.name,
+    ]
+
+
+def test_flops_by_hand() -> None:
+    model = ModelConfig(num_layers=2, hidden_size=8, num_attention_heads=2, num_query_groups=1)
+    mask = Mask.causal(4)
+    # Per layer q 8x8, k and v 4x8 each, output 8x8, up and down 32x8 each; the head is 16x8.
+    matrices = 2 * (64 + 2 * 32 + 64 + 2 * 256) + 16 * 8
+    # 10 pairs; scores and values are a product of 8 channels each, 2 FLOPs, 3 times.
+    attention = 2 * 10 * 8 * 2 * 2 * 3
+    flops = training_flops(model, padded_vocab_size=16, num_tokens=4, num_pairs=mask.pairs())
+    assert flops == 6 * matrices * 4 + attention
+
+
+def test_the_process_says_its_memory_and_no_peak_speed() -> None:
+    device = torch.device("cpu")
+    assert 2**25 < peak_memory(device) < 2**40
+    assert peak_flops(device) is None
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_line_fits_a_terminal(terminal: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    console = Console(width=80, force_terminal=terminal, no_color=True, legacy_windows=False)
+    with ProgressView(console, quiet=False, start_step=0, train_iters=20000) as view:
+        view.log(replace(ROW, step=10))
+        view.step_done(10)
+    lines = capsys.readouterr().out.splitlines()
+    line = next(line for line in lines if "grad" in line)
+    assert line.removeprefix("\x1b[2K").removeprefix("\r") == (
+        "step    10/20000  loss 2.5000  grad 1.250  lr 3.00e-04  12,346 tok/s  1.00 GiB"
+    )
+    bars = [line for line in lines if "eta" in line]
+    assert bool(bars) == terminal
+    if terminal:
+        assert "loss 2.500  12,346 tok/s  1.00 GiB" in bars[-1]
+
+
+def test_the_other_ranks_print_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    console = Console(force_terminal=True)
+    with ProgressView(console, quiet=True, start_step=0, train_iters=2) as view:
+        view.log(ROW)
+        view.step_done(1)
+        view.say("hello")
+    assert capsys.readouterr().out == ""

@@ -1,0 +1,203 @@
+"""Runs are fresh or go on in their own folder; nothing is mixed up or overwritten."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
+
+import pytest
+
+from cp_megatron.checkpoint.manifest import Manifest
+from cp_megatron.checkpoint.newest import Newest
+from cp_megatron.cli.parse import parse_arguments
+from cp_megatron.config import Config
+from cp_megatron.config.yaml_io import overlay, to_yaml
+from cp_megatron.errors import ConfigError
+from cp_megatron.preflight import save_and_load as folders
+from cp_megatron.preflight.save_and_load import (
+    check_goes_on,
+    check_save,
+    data_changes,
+    find_load,
+    fresh_run_folder,
+)
+
+VOCAB = 257
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A run of the toy preset with checkpoints at steps 20 and 40, in place of real ones."""
+    config = parse_arguments(["--preset", "toy-gpt"]).config
+    folder = tmp_path / "run"
+    for step in (20, 40):
+        (folder / f"step-{step}").mkdir(parents=True)
+    (folder / "config.yaml").write_text(to_yaml(config))
+    plain = dataclasses.asdict(config)
+
+    def newest(place: Path) -> Path | None:
+        steps = sorted(place.glob("step-*"), key=lambda step: int(step.name[5:]))
+        return steps[-1] if steps else None
+
+    def whole(place: Path) -> Newest | None:
+        step = newest(place)
+        return None if step is None else Newest(folder=step, manifest=folders.read_manifest(step))
+
+    def manifest(step: Path) -> SimpleNamespace:
+        return SimpleNamespace(step=int(step.name[5:]), config=plain, vocab_size=VOCAB)
+
+    monkeypatch.setattr(folders, "newest_whole", whole)
+    monkeypatch.setattr(folders, "newest_step", newest)
+    monkeypatch.setattr("cp_megatron.checkpoint.newest.newest_step", newest)
+    monkeypatch.setattr(folders, "read_manifest", manifest)
+    return folder
+
+
+def config_of(*argv: str) -> Config:
+    return parse_arguments(argv).config
+
+
+def check_load(config: Config, vocab_size: int) -> Newest | None:
+    """As the checks before a run do it."""
+    found = find_load(config)
+    if found is not None:
+        check_goes_on(config, found.manifest, vocab_size)
+    return found
+
+
+def checked(config: Config) -> None:
+    loaded = check_load(config, VOCAB)
+    check_save(config, loaded.folder if loaded else None)
+
+
+def refused(config: Config) -> ConfigError:
+    with pytest.raises(ConfigError) as caught:
+        checked(config)
+    return caught.value
+
+
+def test_the_newest_checkpoint_of_a_run(run: Path) -> None:
+    config = config_of("--load", str(run))
+    loaded = check_load(config, VOCAB)
+    assert loaded is not None
+    assert (loaded.folder, loaded.manifest.step) == (run / "step-40", 40)
+    check_save(config, loaded.folder)
+    assert check_load(config_of(), VOCAB) is None
+
+
+def test_an_earlier_checkpoint_goes_on_elsewhere(run: Path, tmp_path: Path) -> None:
+    error = refused(config_of("--load", f"{run}/step-20"))
+    assert error.flag == "--load"
+    assert f"--load {run}" in error.works
+    config = config_of("--load", f"{run}/step-20", "--save", str(tmp_path / "new"))
+    loaded = check_load(config, VOCAB)
+    assert loaded is not None
+    check_save(config, loaded.folder)
+
+
+@pytest.mark.parametrize(
+    ("argv", "spelled", "works"),
+    [
+        (["--num-layers", "5"], "--num-layers 5", "--num-layers 4"),
+        (["--ffn-hidden-size", "64"], "--ffn-hidden-size 64", "--ffn-hidden-size 512"),
+        (["--disable-bias-linear"], "--disable-bias-linear", "--no-disable-bias-linear"),
+        (["--seq-length", "2048"], "--seq-length 2048", "--seq-length 1024"),
+        (["--normalization", "RMSNorm"], "--normalization RMSNorm", "--normalization LayerNorm"),
+    ],
+)
+def test_another_model(run: Path, argv: list[str], spelled: str, works: str) -> None:
+    error = refused(config_of("--load", str(run), *argv))
+    assert (error.flag, error.works) == (spelled, works)
+    assert "another model" in error.rule
+
+
+def test_the_same_model_said_otherwise(run: Path) -> None:
+    same = ["--ffn-hidden-size", "512", "--num-query-groups", "4", "--kv-channels", "32"]
+    changed = ["--hidden-dropout", "0.1", "--max-position-embeddings", "1024"]
+    assert check_load(config_of("--load", str(run), *same, *changed), VOCAB)
+
+
+def test_rows_cut_anew_are_said() -> None:
+    before = parse_arguments(["--preset", "toy-gpt"]).config
+    manifest = cast(Manifest, SimpleNamespace(config=dataclasses.asdict(before), consumed=80))
+    assert data_changes(before, manifest) == ()
+    now = config_of("--preset", "toy-gpt", "--seq-length", "512", "--seed", "7")
+    (told,) = data_changes(now, manifest)
+    assert told.startswith("--seed is 7, was 1234, --seq-length is 512, was 1024: ")
+    assert "row 80" in told
+
+
+def test_another_vocabulary(run: Path) -> None:
+    with pytest.raises(ConfigError, match="257 tokens, this run's 300"):
+        check_load(config_of("--load", str(run)), 300)
+
+
+def test_a_run_that_is_over_says_how_it_goes_on(run: Path) -> None:
+    error = refused(config_of("--load", str(run), "--train-iters", "40"))
+    assert (error.flag, error.value, error.works) == ("--train-iters", 40, "80")
+
+
+def test_a_run_without_a_checkpoint_names_those_that_have_one(run: Path, tmp_path: Path) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    (empty / "config.yaml").write_text(to_yaml(config_of()))
+    error = refused(config_of("--load", str(empty)))
+    assert (error.flag, error.works) == ("--load", str(run))
+
+
+def test_a_folder_that_holds_something_is_not_saved_into(run: Path, tmp_path: Path) -> None:
+    error = refused(config_of("--save", str(run)))
+    assert error.flag == "--save"
+    assert f"--load {run}" in error.works
+    (tmp_path / "other").mkdir()
+    check_save(config_of("--save", str(tmp_path / "other")), None)
+    (tmp_path / "other" / "mine.txt").touch()
+    assert refused(config_of("--save", str(tmp_path / "other"))).works == "a new folder"
+    assert (
+        refused(config_of("--load", str(run), "--save", str(tmp_path / "other"))).flag == "--save"
+    )
+
+
+def test_a_file_is_no_folder(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for place in ("file", "file/deeper"):
+        assert refused(config_of("--save", str(tmp_path / place))).flag == "--save"
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "new/" + "x" * 300, "/".join(["x" * 200] * 30)])
+def test_a_name_that_is_too_long(tmp_path: Path, name: str) -> None:
+    place = str(tmp_path / name)
+    assert refused(config_of("--save", place)).flag == "--save"
+    with pytest.raises(ConfigError, match="is no run's folder"):
+        config_of("--load", place)
+
+
+@pytest.mark.parametrize(
+    "saved",
+    [
+        {},
+        {"model": 3, "data": {}},
+        {"model": {"num_layers": "four"}, "data": {}},
+        {"model": {"num_attention_heads": 0}, "data": {}},
+    ],
+)
+def test_a_manifest_that_does_not_say_its_model(
+    run: Path, monkeypatch: pytest.MonkeyPatch, saved: dict[str, object]
+) -> None:
+    broken = SimpleNamespace(step=40, config=saved, vocab_size=VOCAB)
+    monkeypatch.setattr(folders, "read_manifest", lambda step: broken)
+    assert refused(config_of("--load", str(run))).flag == "--load"
+
+
+def test_the_first_number_that_is_free(tmp_path: Path) -> None:
+    assert fresh_run_folder(tmp_path, "toy") == tmp_path / "toy-1"
+    (tmp_path / "toy-1").mkdir()
+    (tmp_path / "toy-2").symlink_to(tmp_path / "gone")
+    assert fresh_run_folder(tmp_path, "toy") == tmp_path / "toy-3"
+    assert not (tmp_path / "toy-3").exists()
+
+
+def test_overlay_keeps_the_rest() -> None:
+    assert overlay(config_of(), {}) == config_of()

@@ -1,0 +1,141 @@
+"""The start table: complete, and readable in 80 columns and in a file."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from cp_megatron.cli.parse import parse_arguments
+from cp_megatron.comm.runtime import Launch
+from cp_megatron.errors import ConfigError
+from cp_megatron.preflight import start_table as report
+from cp_megatron.preflight.check import RunPlan, check
+from cp_megatron.preflight.start_table import error_line, print_start, shown_ranks
+
+
+def planned(*argv: str) -> RunPlan:
+    preset = [] if "--preset" in argv else ["--preset", "toy-gpt"]
+    arguments = parse_arguments(["--dry-run", *preset, *argv])
+    size = arguments.world_size
+    return check(arguments.config, Launch(), dry_run=True, dry_run_world_size=size)
+
+
+def shown(plan: RunPlan, width: int = 80, run: Path | None = None) -> str:
+    file = io.StringIO()
+    print_start(plan, run, Console(file=file, width=width))
+    return file.getvalue()
+
+
+GRID = ["--context-parallel-size", "2", "--tensor-parallel-size", "2"]
+
+
+def test_everything_a_person_asks_for() -> None:
+    text = shown(planned(*GRID, "--world-size", "8"))
+    for part in (
+        "8 ranks = dp 2 x cp 2 x tp 2",
+        "rank 6              dp 1  cp 1  tp 0   positions 256-511, 512-767",
+        "toy-gpt: 4 layers of 128, 4 heads of 32",
+        "973,568 in all",
+        "1,024 per row, 512 of them on a rank",
+        "auto (cpu: float32, cuda: bfloat16)",
+        "PyTorch's fused CPU flash attention",
+        "zigzag - chosen",
+        "causal",
+        "p2p, ring - moves the fewest bytes, a2a 1.3x",
+        "4 rows = micro batch 2 x dp 2 x 1 accumulated",
+        "Python's standard library",
+        "runs/toy-gpt-<n>",
+    ):
+        assert part in text
+    assert max(map(len, text.splitlines())) <= 80
+    assert text.isascii()
+
+
+def test_what_is_special_is_said() -> None:
+    argv = [*GRID, "--document-mask", "--window-size", "100", "0", "--deterministic"]
+    text = shown(planned(*argv, "--seq-length", "1021", "--micro-batch-size", "1", "--pad-rows"))
+    for part in (
+        "causal, inside each document, 100 tokens back",
+        "1,022 per row (1 of padding), 511 of them on a rank",
+        "tp 0   positions of each batch's own",
+        "balanced - chosen: it deals each batch's documents",
+        "exchange            auto - each batch takes what moves the fewest bytes",
+        "deterministic       on",
+        "rows of 1,021 tokens are padded to 1,022, a",
+    ):
+        assert part in text
+    text = shown(planned(*GRID, "--window-size", "9", "0", "--window-layers", "0", "2"))
+    assert "causal, 9 tokens back in layers 0 2" in text
+    argv = ["--context-parallel-size", "4", "--cp-comm-type", "a2a+p2p", "--cp-route", "direct"]
+    text = shown(planned(*argv, "--hierarchical-context-parallel-sizes", "2", "2"))
+    assert "a2a+p2p 2 x 2, direct - asked for" in text
+
+
+def test_a_known_device_has_one_kernel() -> None:
+    text = shown(planned(*GRID).on_device("cpu", note="2 local ranks, no GPU"))
+    assert "cpu, float32" in text
+    assert "kernel on" not in text
+    assert "2 local ranks, no GPU" in text
+
+
+def test_big_worlds_show_their_first_and_last_ranks() -> None:
+    text = shown(planned("--preset", "llama3-8b", *GRID, "--world-size", "512"))
+    assert "rank 5 " in text
+    assert "rank 6 " not in text
+    assert "rank 511" in text
+    assert shown_ranks(3) == [0, 1, 2]
+    assert shown_ranks(100) == [0, 1, 2, 3, 4, 5, None, 99]
+
+
+def test_paths_are_shown_as_they_are() -> None:
+    plan = planned()
+    assert "[bold]x" in shown(plan, run=Path("[bold]x"))
+    assert max(map(len, shown(plan, run=Path("x" * 300)).splitlines())) <= 80
+
+
+@pytest.mark.parametrize(
+    ("rank", "ended", "told"),
+    [
+        (0, False, "p: error: --lr 2: rule\n"),
+        (0, True, "p: error: --lr 2: rule\n"),
+        (1, True, ""),  # rank 0 has said it
+        (1, False, "p (rank 1): error: --lr 2: rule\n"),  # rank 0 knows nothing of it
+    ],
+)
+def test_a_mistake_is_said_once(
+    rank: int,
+    ended: bool,
+    told: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def sleep(seconds: float) -> None:
+        if ended:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(report, "SECONDS_FOR_RANK_0", 0.1)
+    monkeypatch.setattr(report.time, "sleep", sleep)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        assert report.refuse(ConfigError("--lr", 2, "rule"), "p", rank=rank) == 2
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert capsys.readouterr().err == told
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (ConfigError("--lr", 2, "rule", "1"), "p: error: --lr 2: rule (works: 1)"),
+        (ConfigError("--lr", "", "rule"), "p: error: --lr: rule"),
+        (ConfigError("--a", "x\ny\udcff", "rule"), "p: error: --a x\\ny\\udcff: rule"),
+        (ConfigError("--a", "9" * 999, "rule"), f"p: error: --a {'9' * 200}...: rule"),
+    ],
+)
+def test_a_mistake_is_one_line(error: ConfigError, line: str) -> None:
+    assert error_line(error, "p") == line
