@@ -80,22 +80,22 @@ class Bench:
     def prepare(self, job: Job) -> None:
         """Makes the model; everything that is compared trains it further."""
         self.ours, self.kept = OurStep(job), Kept()
-        trainer = self.ours.trainer
+        train_step = self.ours.train_step
         world = dist.group.WORLD
         assert world is not None
         self.checks = Checks(
             interval=INTERVAL,
-            parameters=ParameterSums(trainer.model.named_parameters()),
-            links=trainer.cp.link_sums,
-            groups=trainer.groups,
+            parameters=ParameterSums(train_step.model.named_parameters()),
+            links=train_step.cp.link_sums,
+            groups=train_step.groups,
             control=world,
-            device=trainer.device,
+            device=train_step.device,
         )
-        self.plain = trainer
+        self.plain = train_step
         gc.collect()
         gc.freeze()  # as the program does
         atexit.register(gc.unfreeze)
-        self.checked = replace(trainer, sums=self.checks.parameters)
+        self.checked = replace(train_step, sums=self.checks.parameters)
 
     def block(self, asked: tuple[str, int, str]) -> Block:
         """(what, steps, folder to save in) -> what it took."""
@@ -103,7 +103,7 @@ class Bench:
         dist.barrier()
         if what in ("save", "alone"):
             return self._save(Path(folder), num_steps if what == "alone" else None)
-        self.ours.trainer = self.checked if what == "checks" else self.plain
+        self.ours.train_step = self.checked if what == "checks" else self.plain
         self.checks.parameters.take()
         begin = time.perf_counter()
         for step in range(1, num_steps + 1):
@@ -116,7 +116,7 @@ class Bench:
 
     def _save(self, folder: Path, alone: int | None) -> Block:
         """Steps until a save has ended; without one, so many."""
-        self.ours.trainer = self.plain
+        self.ours.train_step = self.plain
         begin = time.perf_counter()
         save = None if alone else self._start_save(folder)
         copied = time.perf_counter()

@@ -79,7 +79,7 @@ class Bench:
         return OurStep(job).kept()
 
     def peak(self, question: tuple[str, Job]) -> int:
-        """Peak of building a trainer and two steps."""
+        """Peak of building a training step and two steps."""
         kind, job = question
         return peak_of(OurStep if kind == "ours" else TheirStep, job)
 

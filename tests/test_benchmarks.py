@@ -17,8 +17,8 @@ def test_there_are_benchmarks() -> None:
 
 
 # Half a dozen trainers each, or as many processes with other people's packages.
-SLOW = ("alternatives", "attention", "longest_on_card", "memory")
-WORDS = {"longest_on_card": ["--device", "cpu"]}
+SLOW = ("alternatives", "attention", "longest_on_gpu", "memory")
+WORDS = {"longest_on_gpu": ["--device", "cpu"]}
 CASES = [
     pytest.param(
         path, WORDS.get(path.stem, []), id=path.stem, marks=pytest.mark.slow if slow else ()

@@ -30,7 +30,7 @@ from cp_megatron.model import ComputeDType, build_model
 from cp_megatron.plan import Grid, Mask
 from cp_megatron.tensor_parallel import LossRule
 from cp_megatron.train.optimizer import make_optimizer
-from cp_megatron.train.step import Trainer
+from cp_megatron.train.step import TrainStep
 from harness.traffic import Traffic
 from tests.allocations import counting_memory, kept_bytes
 
@@ -84,7 +84,7 @@ def model_of(num_layers: int, width: int) -> ModelConfig:
 
 
 class OurStep:
-    """A trainer of this project with its rows; the process group is made where there is none."""
+    """A train_step of this project with its rows; the process group is made where there is none."""
 
     def __init__(self, job: Job) -> None:
         if not dist.is_initialized():
@@ -102,7 +102,7 @@ class OurStep:
         model = build_model(
             config, groups, vocab_size=job.vocab_size, dtype=dtype, device=job.device
         )
-        self.trainer = Trainer(
+        self.train_step = TrainStep(
             model=model,
             optimizer=make_optimizer(model.parameters(), OptimizerConfig()),
             groups=groups,
@@ -116,7 +116,7 @@ class OurStep:
         own = job.rows // job.grid.dp
         rows = random_rows(job)[groups.coordinates.dp * own :][:own]
         self.shards = [
-            self.trainer.prepare(
+            self.train_step.prepare(
                 Batch(
                     tokens=row[None, :-1],
                     labels=row[None, 1:],
@@ -130,7 +130,7 @@ class OurStep:
 
     def run(self) -> float:
         """One step; its loss."""
-        return self.trainer.step(self.shards, step=0, lr=1e-4).loss
+        return self.train_step.run(self.shards, step=0, lr=1e-4).loss
 
     def traffic(self) -> dict[str, int]:
         """Bytes this rank sends in a step, by kind."""
@@ -140,8 +140,8 @@ class OurStep:
 
     def kept(self) -> int:
         """Bytes that autograd keeps for backward of one row, every storage once, no weights."""
-        model, shard = self.trainer.model, self.shards[0]
-        labels = {"labels": shard.labels, "rule": self.trainer.rule}
+        model, shard = self.train_step.model, self.shards[0]
+        labels = {"labels": shard.labels, "rule": self.train_step.rule}
         found = kept_bytes(model, lambda: model(shard.tokens, cp=shard.cp, **labels)[0])
         model.zero_grad()
         return found
@@ -196,7 +196,7 @@ def random_rows(job: Job) -> Tensor:
 
 
 def peak_of(kind: Callable[[Job], Any], job: Job, steps: int = 2) -> int:
-    """The most bytes held at once by a trainer that is built and makes some steps."""
+    """The most bytes held at once by a training step that is built and makes some steps."""
     with counting_memory() as count:
         step = kind(job)
         for _ in range(steps):

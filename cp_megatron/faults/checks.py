@@ -81,7 +81,7 @@ class Checks:
 
     Attributes:
         interval: steps between two checks.
-        parameters: the sums that the trainer takes and compares.
+        parameters: the sums that the training step takes and compares.
         links: of the context parallel group.
         groups: this rank's groups.
         control: a group of all ranks for CPU tensors.

@@ -50,7 +50,7 @@ GRACE = 0.1
 
 
 class Measured(Protocol):
-    """What makes a step: ``train.step.Trainer``."""
+    """What makes a step: ``train.step.TrainStep``."""
 
     @property
     def model(self) -> Transformer: ...
@@ -63,18 +63,18 @@ class Measured(Protocol):
 
 
 class MemoryMeter:
-    """A context manager around one ``trainer.step``; ``held`` has the result afterwards.
+    """A context manager around one ``train_step.step``; ``held`` has the result afterwards.
 
     On CUDA the totals are the allocator's, which rounds sizes up and whose peak is the process's.
 
     Args:
-        trainer: whose step it is.
+        train_step: whose step it is.
     """
 
-    def __init__(self, trainer: Measured) -> None:
-        self._trainer = trainer
-        self._on_cuda = trainer.device.type == "cuda"
-        self._place = _Place(trainer.model)
+    def __init__(self, train_step: Measured) -> None:
+        self._train_step = train_step
+        self._on_cuda = train_step.device.type == "cuda"
+        self._place = _Place(train_step.model)
         self._live = LiveBytes(self._place.allocated)
         self._saved: dict[int, tuple[weakref.ref[torch.UntypedStorage], str]] = {}
         self._hooks, self._forward = ExitStack(), ExitStack()
@@ -84,15 +84,15 @@ class MemoryMeter:
         self._sizes: Counter[str] = Counter()
 
     def __enter__(self) -> MemoryMeter:
-        model, hooks = self._trainer.model, self._hooks
+        model, hooks = self._train_step.model, self._hooks
         parameters, state = self._parameters(), self._state()
         self._sizes[kinds.PARAMETERS] = _num_bytes(parameters)
         self._at_start = self._on_device([*parameters, *state])
-        self._rooms = self._trainer.cp.buffers.held_bytes
+        self._rooms = self._train_step.cp.buffers.held_bytes
         for name, module in model.named_modules():
             _keep(hooks, module.register_forward_pre_hook(self._entering(name)))
             _keep(hooks, module.register_forward_hook(self._leaving(name)))
-        _keep(hooks, self._trainer.optimizer.register_step_pre_hook(self._before_update))
+        _keep(hooks, self._train_step.optimizer.register_step_pre_hook(self._before_update))
         if not self._on_cuda:
             hooks.enter_context(self._live)
         return self
@@ -106,9 +106,9 @@ class MemoryMeter:
         self._forward.close()
         self._hooks.close()
         self._sizes[kinds.OPTIMIZER] = _num_bytes(self._state())
-        self._sizes[kinds.EXCHANGE] = self._trainer.cp.buffers.peak_bytes
+        self._sizes[kinds.EXCHANGE] = self._train_step.cp.buffers.peak_bytes
         if self._on_cuda:
-            self._sizes[kinds.PEAK] = torch.cuda.max_memory_allocated(self._trainer.device)
+            self._sizes[kinds.PEAK] = torch.cuda.max_memory_allocated(self._train_step.device)
         else:
             self._sizes[kinds.PEAK] = self._at_start + self._live.peak
         self._live.close()
@@ -145,7 +145,7 @@ class MemoryMeter:
             if isinstance(module, TransformerLayer):
                 self._watch(module.parameters())
             elif not name:
-                layers = {id(parameter) for parameter in self._trainer.model.layers.parameters()}
+                layers = {id(parameter) for parameter in self._train_step.model.layers.parameters()}
                 self._watch(p for p in module.parameters() if id(p) not in layers)
             self._place.enter(name)
 
@@ -185,13 +185,13 @@ class MemoryMeter:
                 self._rows[allocation.place] += allocation.num_bytes
         sizes[kinds.GATHERED] = self._rows.pop(kinds.GATHERED, 0)
         # Messages' memory was allocated where attention runs.
-        rooms = self._trainer.cp.buffers.held_bytes - self._rooms
+        rooms = self._train_step.cp.buffers.held_bytes - self._rooms
         self._rows[kinds.ATTENTION] -= rooms
         sizes[kinds.LOGITS] = live.peaks[kinds.LOGITS]
-        offload = self._trainer.model.offload
+        offload = self._train_step.model.offload
         sizes[kinds.HOST] = 0 if offload is None else offload.held_bytes
         if self._on_cuda:
-            sizes[kinds.AFTER_FORWARD] = torch.cuda.memory_allocated(self._trainer.device)
+            sizes[kinds.AFTER_FORWARD] = torch.cuda.memory_allocated(self._train_step.device)
         else:
             found = sum(self._rows.values()) + sizes[kinds.GATHERED] + rooms
             sizes[kinds.AFTER_FORWARD] = self._at_start + found
@@ -212,18 +212,18 @@ class MemoryMeter:
                 self._live.adopt(part, kinds.GATHERED)
 
     def _before_update(self, *_: object) -> None:
-        grads = [p.grad for p in self._trainer.model.parameters() if p.grad is not None]
+        grads = [p.grad for p in self._train_step.model.parameters() if p.grad is not None]
         self._sizes[kinds.GRADIENTS] = _num_bytes(_local(grad) for grad in grads)
 
     def _parameters(self) -> list[Tensor]:
-        return [_local(parameter) for parameter in self._trainer.model.parameters()]
+        return [_local(parameter) for parameter in self._train_step.model.parameters()]
 
     def _state(self) -> list[Tensor]:
-        rows = self._trainer.optimizer.state.values()
+        rows = self._train_step.optimizer.state.values()
         return [_local(x) for row in rows for x in row.values() if isinstance(x, Tensor)]
 
     def _on_device(self, tensors: Iterable[Tensor]) -> int:
-        return _num_bytes(x for x in tensors if x.device.type == self._trainer.device.type)
+        return _num_bytes(x for x in tensors if x.device.type == self._train_step.device.type)
 
 
 class _Place:

@@ -10,10 +10,10 @@ from cp_megatron.checkpoint.manifest import step_folder
 from cp_megatron.comm.runtime import Launch
 from cp_megatron.config.run_folders import METRICS_FILE
 from cp_megatron.metrics.plots import INSTALL, draw_curves, has_matplotlib
-from cp_megatron.train.loop import Run
+from cp_megatron.train.loop import Trainer
 
 
-def say_farewell(run: Run, launch: Launch, script: str, last: int) -> None:
+def say_farewell(trainer: Trainer, launch: Launch, script: str, last: int) -> None:
     """Speaks and draws on rank 0; silent elsewhere.
 
     Args:
@@ -22,14 +22,14 @@ def say_farewell(run: Run, launch: Launch, script: str, last: int) -> None:
         script: the program as the user called it.
         last: steps finished.
     """
-    if run.writer is None:
+    if trainer.writer is None:
         return
-    folder, view, steps = run.folder, run.view, run.plan.config.train.train_iters
+    folder, view, steps = trainer.folder, trainer.view, trainer.plan.config.train.train_iters
     view.say(f"checkpoint  {step_folder(folder, last)}")
     view.say(f"metrics     {folder / METRICS_FILE}, or: tensorboard --logdir {folder}")
-    if run.writer.wandb is not None and run.writer.wandb.place:
-        view.say(f"wandb       {run.writer.wandb.place}")
-    show_curves(run)
+    if trainer.writer.wandb is not None and trainer.writer.wandb.place:
+        view.say(f"wandb       {trainer.writer.wandb.place}")
+    show_curves(trainer)
     words = [*launcher(launch), script, "--load", str(folder)]
     if last < steps:
         view.say(f"stopped after step {last}; go on with:\n  {shlex.join(words)}")
@@ -38,17 +38,17 @@ def say_farewell(run: Run, launch: Launch, script: str, last: int) -> None:
     view.say(f"finished {last} steps; train on with:\n  {shlex.join(words)}")
 
 
-def show_curves(run: Run) -> None:
+def show_curves(trainer: Trainer) -> None:
     """Draws the run's curves where it wants them, and says where they are, on rank 0."""
-    if run.writer is None or not run.plan.config.log.plot:
+    if trainer.writer is None or not trainer.plan.config.log.plot:
         return
     if not has_matplotlib():
-        run.view.say(f"curves      not drawn, that needs: {INSTALL}")
+        trainer.view.say(f"curves      not drawn, that needs: {INSTALL}")
         return
     try:
-        run.view.say(f"curves      {draw_curves(run.folder)}")
+        trainer.view.say(f"curves      {draw_curves(trainer.folder)}")
     except Exception as error:  # a picture for people: the run is over, whatever fails here
-        run.view.say(f"curves      not drawn: {error}")
+        trainer.view.say(f"curves      not drawn: {error}")
 
 
 def launcher(launch: Launch) -> list[str]:

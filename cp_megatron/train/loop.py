@@ -39,7 +39,7 @@ from cp_megatron.train.progress import ProgressView
 from cp_megatron.train.replay import batch_file, save_batch
 from cp_megatron.train.saving import Saver
 from cp_megatron.train.signals import StopRequest
-from cp_megatron.train.step import Shard, StepResult, Trainer
+from cp_megatron.train.step import Shard, StepResult, TrainStep
 
 
 class DivergedError(RuntimeError):
@@ -47,12 +47,12 @@ class DivergedError(RuntimeError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run:
+class Trainer:
     """All that a run consists of.
 
     Attributes:
         plan: what was decided before torch was loaded.
-        trainer: the model and what moves it.
+        train_step: the model and what moves it.
         rows: the data.
         data_fingerprint: of the corpus.
         folder: where the run is kept.
@@ -68,7 +68,7 @@ class Run:
     """
 
     plan: RunPlan
-    trainer: Trainer
+    train_step: TrainStep
     rows: RowSplits
     data_fingerprint: str
     folder: Path
@@ -107,7 +107,7 @@ class Run:
             if self.checks is not None:
                 self.checks.begin(step + 1)
             measures = self.plan.config.memory.memory_report and step == start_step
-            meter = MemoryMeter(self.trainer) if measures else None
+            meter = MemoryMeter(self.train_step) if measures else None
             with self.profiler.step(step), clock, meter or nullcontext():
                 with traced("wait for rows"):
                     found = next(shards)
@@ -146,7 +146,7 @@ class Run:
             verdicts.append(self.guard.judge(step + 1, loss, grad_norm))
             return verdicts[0].accepted
 
-        result = self.trainer.step(shards, step=step, lr=rate, accept=accept, faults=self.faults)
+        result = self.train_step.run(shards, step=step, lr=rate, accept=accept, faults=self.faults)
         return verdicts[0], result
 
     def _check(self, step: int, *, saves: bool) -> None:
@@ -196,11 +196,11 @@ class Run:
     def _shards(self, rows: RowSource, first: int) -> Iterator[list[Shard]]:
         """This rank's shards of the training's global batches from number ``first`` on."""
         for number in range(first, self.plan.config.train.train_iters):
-            yield [self.trainer.prepare(batch) for batch in self._batches(rows, number)]
+            yield [self.train_step.prepare(batch) for batch in self._batches(rows, number)]
 
     def _batches(self, rows: RowSource, number: int) -> Iterator[Batch]:
         """This rank's micro batches of global batch ``number``."""
-        data, groups = self.plan.config.data, self.trainer.groups
+        data, groups = self.plan.config.data, self.train_step.groups
         size = data.global_batch_size
         assert size is not None, "preflight fills it in"
         return microbatches(
@@ -223,12 +223,12 @@ class Run:
             return None
         rows = self.rows.valid
         shards = (
-            self.trainer.prepare(batch)
+            self.train_step.prepare(batch)
             for number in range(train.eval_iters)
             for batch in self._batches(rows, number)
         )
         with Ahead(shards) as ahead:
-            loss = self.trainer.evaluate(ahead)
+            loss = self.train_step.evaluate(ahead)
         if not math.isfinite(loss):
             raise self._diverged(step, f"validation loss {loss}")
         return loss
@@ -239,7 +239,7 @@ class Run:
         data = self.plan.config.data
         seconds, num_pairs = clock.means()
         batch_tokens = (data.global_batch_size or 0) * data.seq_length
-        memory = torch.tensor(peak_memory(self.trainer.device), dtype=torch.int64)
+        memory = torch.tensor(peak_memory(self.train_step.device), dtype=torch.int64)
         dist.all_reduce(memory, op=dist.ReduceOp.MAX, group=self.control)
         metrics = Metrics(
             step=step,
@@ -272,7 +272,7 @@ class Run:
 
     def _utilisation(self, num_tokens: int, num_pairs: float, seconds: float) -> float | None:
         """Model FLOP/s over all devices' peak; of attention only what the masks allow counts."""
-        peak = peak_flops(self.trainer.device)
+        peak = peak_flops(self.train_step.device)
         if peak is None:
             return None
         flops = training_flops(
@@ -281,11 +281,11 @@ class Run:
             num_tokens=num_tokens,
             num_pairs=num_pairs,
         )
-        return flops / seconds / (peak * self.trainer.groups.grid.world_size)
+        return flops / seconds / (peak * self.train_step.groups.grid.world_size)
 
     def _is_broken(self) -> bool:
         """Whether any parameter value of any rank is not finite."""
-        broken = torch.tensor(int(not self.trainer.is_finite()))
+        broken = torch.tensor(int(not self.train_step.is_finite()))
         dist.all_reduce(broken, op=dist.ReduceOp.MAX, group=self.control)
         return bool(broken.item())
 
@@ -293,7 +293,7 @@ class Run:
         """Saves, unless the last update left the finite numbers, which its loss can not show."""
         if self._is_broken():
             raise self._diverged(step, "a parameter is not finite")
-        self.saver.save(step, self.trainer, last=last, extra={"guard": self.guard.state()})
+        self.saver.save(step, self.train_step, last=last, extra={"guard": self.guard.state()})
 
     def _diverged(self, step: int, found: str, works: str = "often a lower --lr") -> DivergedError:
         """Every rank raises it, or none does."""

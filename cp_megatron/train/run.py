@@ -41,14 +41,14 @@ from cp_megatron.preflight.start import begin, make_context, read_alike
 from cp_megatron.preflight.start_table import print_start
 from cp_megatron.tensor_parallel import LossRule
 from cp_megatron.train.finish import say_farewell, show_curves
-from cp_megatron.train.loop import DivergedError, Run
+from cp_megatron.train.loop import DivergedError, Trainer
 from cp_megatron.train.optimizer import make_optimizer
 from cp_megatron.train.profiler import StepProfiler
 from cp_megatron.train.progress import ProgressView
 from cp_megatron.train.resume import settle_load
 from cp_megatron.train.saving import Saver
 from cp_megatron.train.signals import StopRequest, stop_on_signal
-from cp_megatron.train.step import Trainer
+from cp_megatron.train.step import TrainStep
 
 SAVING = timedelta(hours=2)
 """What the slowest rank's disk may take longer than the fastest's for one checkpoint."""
@@ -70,11 +70,11 @@ def run(plan: RunPlan, launch: Launch, script: str = "launch/pretrain.py") -> in
     if device == "cuda":
         total = torch.cuda.get_device_properties(launch.local_rank).total_memory
         check_memory(plan, num_ranks=1, total_bytes=total)
-    pieces = assemble(plan, launch, device, control)
+    trainer = assemble(plan, launch, device, control)
     dist.barrier(group=control)  # no rank ends at a signal that another one waits out
     with stop_on_signal(quiet=launch.rank != 0) as stop, _settled():
         train = _train if launch.world_size == 1 else _watched
-        code = train(pieces, launch, stop, script)
+        code = train(trainer, launch, stop, script)
     if not code:  # else a rank may be gone, and would be waited for
         dist.destroy_process_group()
     return code
@@ -95,18 +95,18 @@ def _settled() -> Iterator[None]:
         gc.unfreeze()
 
 
-def _watched(pieces: Run, launch: Launch, stop: StopRequest, script: str) -> int:
+def _watched(trainer: Trainer, launch: Launch, stop: StopRequest, script: str) -> int:
     """``_train`` among other ranks: whatever breaks it is told once."""
     watch = Watch(
         launch,
         dist.distributed_c10d._get_default_store(),
-        folder=pieces.folder,
+        folder=trainer.folder,
         program=Path(script).name,
         orphaned=lambda: stop(signal.SIGHUP, None),
     )
     with watch:
         try:
-            return _train(pieces, launch, stop, script)
+            return _train(trainer, launch, stop, script)
         except ConfigError:  # all ranks raise it
             raise
         except Exception as error:
@@ -114,32 +114,32 @@ def _watched(pieces: Run, launch: Launch, stop: StopRequest, script: str) -> int
             return 1
 
 
-def _train(pieces: Run, launch: Launch, stop: StopRequest, script: str) -> int:
+def _train(trainer: Trainer, launch: Launch, stop: StopRequest, script: str) -> int:
     """Trains the assembled run, and says how it ended."""
     if launch.rank == 0:
-        print_start(pieces.plan, pieces.folder, pieces.view.console)
+        print_start(trainer.plan, trainer.folder, trainer.view.console)
     failed = True
     try:
-        with pieces.view:
-            last = pieces.train(pieces.plan.load_step, stop)
+        with trainer.view:
+            last = trainer.train(trainer.plan.load_step, stop)
         failed = False
     except DivergedError as error:
         if launch.rank == 0:
             print(f"{Path(script).name}: error: {error}", file=sys.stderr, flush=True)
-            show_curves(pieces)
+            show_curves(trainer)
         # The first rank to leave has torchrun end the others: rank 0 must have spoken before.
-        dist.barrier(group=pieces.control)
+        dist.barrier(group=trainer.control)
         return 1
     finally:
-        if pieces.writer is not None:
-            pieces.writer.close(failed=failed)
-    say_farewell(pieces, launch, script, last)
+        if trainer.writer is not None:
+            trainer.writer.close(failed=failed)
+    say_farewell(trainer, launch, script, last)
     return 0
 
 
 def assemble(
     plan: RunPlan, launch: Launch, device_name: DeviceName, control: dist.ProcessGroup
-) -> Run:
+) -> Trainer:
     """Data, model, optimizer and folder, loaded where the run goes on. Called on every rank.
 
     Args:
@@ -156,20 +156,20 @@ def assemble(
     found = read_alike(control, lambda: open_data(config.data, seed=config.train.seed))
     _check_continues(plan, found)
     device = torch.device(f"cuda:{launch.local_rank}" if device_name == "cuda" else "cpu")
-    trainer = _make_trainer(plan, device)
+    train_step = _make_train_step(plan, device)
     if plan.load is not None:
         load_checkpoint(
             plan.load,
-            model=trainer.model,
-            optimizer=trainer.optimizer,
+            model=train_step.model,
+            optimizer=train_step.optimizer,
             verified=True,
             process_group=control,
         )
     elif config.checkpoint.load_hf is not None:
-        load_hf(config.checkpoint.load_hf, model=trainer.model, process_group=control)
-    checks = _make_checks(trainer, config, control)
+        load_hf(config.checkpoint.load_hf, model=train_step.model, process_group=control)
+    checks = _make_checks(train_step, config, control)
     if checks is not None:
-        trainer = replace(trainer, sums=checks.parameters)
+        train_step = replace(train_step, sums=checks.parameters)
     folder = _make_folder(plan, control)
     checkpoint = replace(config.checkpoint, save=str(folder))
     notes = (*plan.notes, *found.notes)
@@ -178,9 +178,9 @@ def assemble(
     view = ProgressView(
         Console(), quiet=quiet, start_step=start, train_iters=config.train.train_iters
     )
-    return Run(
+    return Trainer(
         plan=plan,
-        trainer=trainer,
+        train_step=train_step,
         rows=found.rows,
         data_fingerprint=found.fingerprint,
         folder=folder,
@@ -209,17 +209,19 @@ def assemble(
     )
 
 
-def _make_checks(trainer: Trainer, config: Config, control: dist.ProcessGroup) -> Checks | None:
+def _make_checks(
+    train_step: TrainStep, config: Config, control: dist.ProcessGroup
+) -> Checks | None:
     """With the sums of the parameters that were drawn or loaded."""
     if config.train.check_interval is None:
         return None
     return Checks(
         interval=config.train.check_interval,
-        parameters=ParameterSums(trainer.model.named_parameters()),
-        links=trainer.cp.link_sums,
-        groups=trainer.groups,
+        parameters=ParameterSums(train_step.model.named_parameters()),
+        links=train_step.cp.link_sums,
+        groups=train_step.groups,
         control=control,
-        device=trainer.device,
+        device=train_step.device,
     )
 
 
@@ -248,7 +250,7 @@ def _open_metrics(plan: RunPlan, folder: Path) -> MetricsWriter:
     return MetricsWriter(folder, start_step=plan.load_step, wandb=wandb)
 
 
-def _make_trainer(plan: RunPlan, device: torch.device) -> Trainer:
+def _make_train_step(plan: RunPlan, device: torch.device) -> TrainStep:
     """The initialised model on this rank, and what moves it."""
     config = plan.config
     assert plan.dtype is not None, "known since the device is"
@@ -263,7 +265,7 @@ def _make_trainer(plan: RunPlan, device: torch.device) -> Trainer:
         device=device,
         initialize=plan.load is None and config.checkpoint.load_hf is None,
     )
-    return Trainer(
+    return TrainStep(
         model=model,
         optimizer=make_optimizer(model.parameters(), config.optimizer),
         groups=groups,

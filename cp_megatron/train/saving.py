@@ -11,7 +11,7 @@ import torch.distributed as dist
 from cp_megatron.checkpoint.save import Keep, Kept, Save, start_save
 from cp_megatron.errors import ConfigError
 from cp_megatron.preflight.check import RunPlan
-from cp_megatron.train.step import Trainer
+from cp_megatron.train.step import TrainStep
 
 
 class Saver:
@@ -47,13 +47,18 @@ class Saver:
         self._under_way: tuple[int, Save] | None = None
 
     def save(
-        self, step: int, trainer: Trainer, *, last: bool, extra: Mapping[str, Any] | None = None
+        self,
+        step: int,
+        train_step: TrainStep,
+        *,
+        last: bool,
+        extra: Mapping[str, Any] | None = None,
     ) -> None:
         """Saves after ``step``; called on every rank. On return the model may change.
 
         Args:
             step: steps finished.
-            trainer: what is saved.
+            train_step: what is saved.
             last: return when it is on the disk.
             extra: plain data that belongs to it.
 
@@ -68,8 +73,8 @@ class Saver:
             self._folder,
             step=step,
             consumed=step * (config.data.global_batch_size or 0),
-            model=trainer.model,
-            optimizer=trainer.optimizer,
+            model=train_step.model,
+            optimizer=train_step.optimizer,
             config=config,
             grid=self._plan.grid,
             data_fingerprint=self._fingerprint,

@@ -83,7 +83,7 @@ class Shard:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Trainer:
+class TrainStep:
     """A model and what moves it.
 
     Attributes:
@@ -133,7 +133,7 @@ class Trainer:
             num_pairs=pairs / model.num_layers * batch.tokens.shape[0] / cp.cp_size,
         )
 
-    def step(
+    def run(
         self,
         shards: Sequence[Shard],
         *,

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from cp_megatron.checkpoint.store import load_checkpoint, save_checkpoint
 from cp_megatron.errors import ConfigError
-from cp_megatron.train.step import Trainer
+from cp_megatron.train.step import TrainStep
 from tests.checkpoint.toy import whole
 from tests.ranks import run_ranks
 from tests.train.checkpoints import tensors_of
-from tests.train.test_step import STYLES, VOCAB, Case, config_of, shards_of, trainer_of
+from tests.train.test_step import STYLES, VOCAB, Case, config_of, shards_of, train_step_of
 
 STEPS = 2
 # Tied embedding, biases, padded vocabulary, and fewer heads of keys than TP4 has ranks.
@@ -29,62 +29,62 @@ CASES = [SAVED, Case(cp=4), Case(tp=4), Case(tp=2, dp=2), Case(dp=4), Case()]
 State = dict[str, Tensor]
 
 
-def trainer_for(case: Case) -> Trainer:
+def train_step_for(case: Case) -> TrainStep:
     with mock.patch.dict(STYLES, gpt=MODEL):
-        return trainer_of("gpt", case)
+        return train_step_of("gpt", case)
 
 
-def train(trainer: Trainer, case: Case, start: int) -> list[float]:
+def train(train_step: TrainStep, case: Case, start: int) -> list[float]:
     """The losses of the next two steps; the second one tells of the optimizer, too."""
     return [
-        trainer.step(shards_of(step, case, trainer), step=step, lr=3e-3).loss
+        train_step.run(shards_of(step, case, train_step), step=step, lr=3e-3).loss
         for step in range(start, start + STEPS)
     ]
 
 
-def state_of(trainer: Trainer) -> State:
+def state_of(train_step: TrainStep) -> State:
     """Every number of model and optimizer, whole, named as in a checkpoint."""
     found = {}
-    for name, parameter in trainer.model.named_parameters():
+    for name, parameter in train_step.model.named_parameters():
         found[f"model.{name}"] = whole(parameter)
-        for moment, value in trainer.optimizer.state[parameter].items():
+        for moment, value in train_step.optimizer.state[parameter].items():
             found[f"optimizer.{name}.{moment}"] = whole(value)
     return found
 
 
 def train_and_save(rank: int, world_size: int, folder: Path) -> tuple[State, list[float]]:
     """What was saved, and the losses of the steps after it."""
-    trainer = trainer_for(SAVED)
-    train(trainer, SAVED, 0)
+    train_step = train_step_for(SAVED)
+    train(train_step, SAVED, 0)
     save_checkpoint(
         folder,
         step=STEPS,
         consumed=8,
-        model=trainer.model,
-        optimizer=trainer.optimizer,
+        model=train_step.model,
+        optimizer=train_step.optimizer,
         config=config_of("gpt", SAVED),
-        grid=trainer.groups.grid,
+        grid=train_step.groups.grid,
         data_fingerprint="abc",
         vocab_size=VOCAB,
     )
-    return state_of(trainer), train(trainer, SAVED, STEPS)
+    return state_of(train_step), train(train_step, SAVED, STEPS)
 
 
 def load(rank: int, world_size: int, case: Case, folder: Path) -> tuple[State, list[float]]:
     """What was loaded, and on the grid of the save the losses of the steps after it."""
-    trainer = trainer_for(case)
+    train_step = train_step_for(case)
     with torch.no_grad():
-        for parameter in trainer.model.parameters():
+        for parameter in train_step.model.parameters():
             parameter.fill_(99)
-    load_checkpoint(folder, model=trainer.model, optimizer=trainer.optimizer)
-    loaded = state_of(trainer)
-    return loaded, train(trainer, case, STEPS) if case == SAVED else []
+    load_checkpoint(folder, model=train_step.model, optimizer=train_step.optimizer)
+    loaded = state_of(train_step)
+    return loaded, train(train_step, case, STEPS) if case == SAVED else []
 
 
 def load_another(rank: int, world_size: int, folder: Path) -> str:
-    trainer = trainer_of("llama", Case(cp=2))
+    train_step = train_step_of("llama", Case(cp=2))
     with pytest.raises(ConfigError) as refused:
-        load_checkpoint(folder, model=trainer.model, optimizer=trainer.optimizer)
+        load_checkpoint(folder, model=train_step.model, optimizer=train_step.optimizer)
     return str(refused.value)
 
 

@@ -13,7 +13,7 @@ from cp_megatron.faults.checks import Checks, ParameterSums
 from cp_megatron.plan import Grid
 from cp_megatron.train.loop import DivergedError
 from cp_megatron.train.signals import StopRequest
-from cp_megatron.train.step import StepResult, Trainer, local_values
+from cp_megatron.train.step import StepResult, TrainStep, local_values
 from tests.context_parallel.test_link_sums import flipping
 from tests.ranks import run_ranks
 from tests.train.checkpoints import differing
@@ -40,14 +40,14 @@ def train(
     run = assembled(rank, world_size, argv)
     faults = faults_of(rank, *([("flip", *flip)] if flip else []))
     run = replace(run, faults=faults, view=StoppingView(StopRequest(), None))
-    step_of = Trainer.step
+    step_of = TrainStep.run
 
-    def step(self: Trainer, *args: Any, **options: Any) -> StepResult:
+    def step(self: TrainStep, *args: Any, **options: Any) -> StepResult:
         with flipping(0 if (rank, options["step"]) == message else -1):
             return step_of(self, *args, **options)
 
     try:
-        with mock.patch.object(Trainer, "step", step):
+        with mock.patch.object(TrainStep, "run", step):
             run.train(run.plan.load_step, StopRequest())
     except DivergedError as error:
         return str(error)
@@ -88,7 +88,7 @@ def drift(rank: int, world_size: int, argv: list[str], odd: int) -> str | None:
     """What the check says where an update itself went wrong on rank ``odd``."""
     run = assembled(rank, world_size, argv)
     assert run.checks is not None
-    norms = [p for n, p in run.trainer.model.named_parameters() if "norm" in n]
+    norms = [p for n, p in run.train_step.model.named_parameters() if "norm" in n]
     held = next(x for x in map(local_values, norms) if x.numel())
     if rank == odd:
         held.data.add_(1)

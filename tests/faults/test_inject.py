@@ -26,7 +26,7 @@ from cp_megatron.faults.inject import (
 )
 from cp_megatron.preflight.check import check
 from tests.ranks import run_ranks
-from tests.train.test_step import Case, shards_of, trainer_of
+from tests.train.test_step import Case, shards_of, train_step_of
 
 FAULTS = st.builds(
     Fault,
@@ -124,19 +124,19 @@ def test_slow_is_from_its_step_on() -> None:
 def broken_steps(rank: int, world_size: int) -> tuple[float, list[float], int]:
     """A step with ``spike`` and one without; how many values ``flip`` changed."""
     case, faults = Case(), tuple(Fault(kind=kind, rank=0, step=1) for kind in ("spike", "flip"))
-    trainer = trainer_of("llama", case)
-    shards = shards_of(0, case, trainer)
-    plain = trainer.step(shards, step=0, lr=0.0, faults=Faults(mine=faults))
-    before = [parameter.detach().clone() for parameter in trainer.model.parameters()]
-    spiked = trainer.step(shards, step=1, lr=0.0, faults=Faults(mine=faults))
-    changed = zip(before, trainer.model.parameters(), strict=True)
+    train_step = train_step_of("llama", case)
+    shards = shards_of(0, case, train_step)
+    plain = train_step.run(shards, step=0, lr=0.0, faults=Faults(mine=faults))
+    before = [parameter.detach().clone() for parameter in train_step.model.parameters()]
+    spiked = train_step.run(shards, step=1, lr=0.0, faults=Faults(mine=faults))
+    changed = zip(before, train_step.model.parameters(), strict=True)
     num_flipped = sum(int((old != new).sum()) for old, new in changed)
     ratios = [spiked.loss / plain.loss, spiked.grad_norm / plain.grad_norm]
     with pytest.raises(InjectedError):
-        trainer.step(
+        train_step.run(
             shards, step=2, lr=0.0, faults=Faults(mine=(Fault(kind="raise", rank=0, step=2),))
         )
-    nan = trainer.step(
+    nan = train_step.run(
         shards, step=3, lr=0.0, faults=Faults(mine=(Fault(kind="nan", rank=0, step=3),))
     )
     return nan.loss, ratios, num_flipped

@@ -13,7 +13,7 @@ from cp_megatron.memory import predict as kinds
 from cp_megatron.memory.live_bytes import LiveBytes
 from cp_megatron.memory.measure import MemoryMeter
 from cp_megatron.memory.predict import Held, predict
-from cp_megatron.train.step import Shard, Trainer
+from cp_megatron.train.step import Shard, TrainStep
 from tests.allocations import counting_memory
 from tests.ranks import run_ranks
 from tests.train.checkpoints import differing, metrics_of, numbers
@@ -77,28 +77,28 @@ def place(tmp_path: Path) -> Place:
     return Place(tmp_path)
 
 
-def prepared(rank: int, world_size: int, argv: list[str]) -> tuple[Trainer, list[Shard], object]:
+def prepared(rank: int, world_size: int, argv: list[str]) -> tuple[TrainStep, list[Shard], object]:
     run = assembled(rank, world_size, argv)
     if run.writer is not None:
         run.writer.close()
     batches = run._batches(run.rows.train, 0)
-    return run.trainer, [run.trainer.prepare(batch) for batch in batches], run.plan
+    return run.train_step, [run.train_step.prepare(batch) for batch in batches], run.plan
 
 
 def measured(
     rank: int, world_size: int, argv: list[str], forward_alone: bool = False
 ) -> tuple[tuple[Held, ...], tuple[Held, ...]]:
     """Predicted and found on this rank."""
-    trainer, shards, plan = prepared(rank, world_size, argv)
+    train_step, shards, plan = prepared(rank, world_size, argv)
     with pytest.MonkeyPatch.context() as patch:
-        meter = MemoryMeter(trainer)
+        meter = MemoryMeter(train_step)
         if forward_alone:
             patch.setattr(meter, "_on_cuda", True)
             patch.setattr(torch.cuda, "memory_allocated", lambda _: 1)
             patch.setattr(torch.cuda, "max_memory_allocated", lambda _: 2)
             patch.setattr(MemoryMeter, "_parameters", lambda _: [])
         with meter:
-            trainer.step(shards, step=0, lr=1e-3)
+            train_step.run(shards, step=0, lr=1e-3)
         return predict(plan, rank), meter.held()  # type: ignore[arg-type]
 
 
@@ -140,12 +140,12 @@ def test_the_forward_pass_alone_is_enough_as_on_cuda(place: Place) -> None:
 
 def peaks(rank: int, world_size: int, one: list[str], other: list[str]) -> tuple[int, int]:
     """The peak of a step, as the meter and as torch's profiler has it."""
-    trainer, shards, _ = prepared(rank, world_size, one)
+    train_step, shards, _ = prepared(rank, world_size, one)
     with counting_memory() as count:
-        trainer.step(shards, step=0, lr=0.0)
-    trainer, shards, _ = prepared(rank, world_size, other)
-    with MemoryMeter(trainer) as meter:
-        trainer.step(shards, step=0, lr=0.0)
+        train_step.run(shards, step=0, lr=0.0)
+    train_step, shards, _ = prepared(rank, world_size, other)
+    with MemoryMeter(train_step) as meter:
+        train_step.run(shards, step=0, lr=0.0)
     found = by_name(meter.held())
     return found[kinds.PEAK, ""] - found[kinds.PARAMETERS, ""], count.peak
 

@@ -139,7 +139,7 @@ def grid_step(rank: int, world_size: int, config: Config, grid: Grid) -> Step | 
 def loss_step(
     rank: int, world_size: int, config: Config, grid: Grid, device: str = "cpu"
 ) -> Step | None:
-    """``grid_step`` as the trainer does it: the loss in chunks, no logits."""
+    """``grid_step`` as the training step does it: the loss in chunks, no logits."""
     with no_warnings():
         groups = ParallelGroups.create(grid, device)
         model = build_model(config, groups, vocab_size=VOCAB, dtype="float64", device=device)

@@ -21,7 +21,7 @@ from cp_megatron.data.rows.sampler import Row, RowSource
 from cp_megatron.errors import ConfigError
 from cp_megatron.plan import Mask
 from cp_megatron.preflight.check import check
-from cp_megatron.train.loop import DivergedError, Run
+from cp_megatron.train.loop import DivergedError, Trainer
 from cp_megatron.train.progress import ProgressView
 from cp_megatron.train.run import assemble
 from cp_megatron.train.signals import StopRequest
@@ -56,7 +56,7 @@ class StoppingView(ProgressView):
             self._stop(15, None)
 
 
-def assembled(rank: int, world_size: int, argv: list[str], again: bool = False) -> Run:
+def assembled(rank: int, world_size: int, argv: list[str], again: bool = False) -> Trainer:
     """As torchrun's ranks assemble it; `again`: after a failure."""
     launch = Launch(
         rank=rank,
@@ -118,19 +118,19 @@ def test_what_fails_while_a_step_is_prepared_ends_the_training(place: Place) -> 
 
 
 def masks_of(rank: int, world_size: int, argv: list[str]) -> list[Mask]:
-    """What the plan promises, and what the first batch and the trainer have."""
+    """What the plan promises, and what the first batch and the training step have."""
     run = assembled(rank, world_size, argv)
     if run.writer is not None:
         run.writer.close()
     batch = next(run._batches(run.rows.train, 0))
-    return [run.plan.sequence.mask, run.trainer.prepare(batch).cp.mask, run.trainer.cp.mask]
+    return [run.plan.sequence.mask, run.train_step.prepare(batch).cp.mask, run.train_step.cp.mask]
 
 
 def test_batches_have_the_mask_of_the_plan(place: Place) -> None:
     words = ["--seq-length", "30", "--pad-rows", "--window-size", "5", "0"]
     words += ["--context-parallel-size", "2"]
-    for promised, batch, trainer in run_ranks(masks_of, 2, place.argv("run", *words)):
-        assert promised == batch == trainer == Mask.documents([30, 2], window=(5, 0))
+    for promised, batch, train_step in run_ranks(masks_of, 2, place.argv("run", *words)):
+        assert promised == batch == train_step == Mask.documents([30, 2], window=(5, 0))
 
 
 def save_again(rank: int, world_size: int, argv: list[str]) -> None:
@@ -232,7 +232,7 @@ def break_a_parameter(rank: int, world_size: int, argv: list[str]) -> str:
     run = assembled(rank, world_size, argv)
     if rank == 1:
         with torch.no_grad():
-            parameter = next(run.trainer.model.parameters())
+            parameter = next(run.train_step.model.parameters())
             assert isinstance(parameter, DTensor)
             parameter.to_local().view(-1)[0] = math.inf
     with pytest.raises(DivergedError) as caught:

@@ -16,14 +16,14 @@ from torch import Tensor
 from cp_megatron.data.batch.batch import IGNORED
 from cp_megatron.faults.guard import LEAST_WINDOW
 from cp_megatron.faults.inject import Fault, Faults
-from cp_megatron.train.loop import DivergedError, Run
+from cp_megatron.train.loop import DivergedError, Trainer
 from cp_megatron.train.signals import StopRequest
-from cp_megatron.train.step import StepResult, Trainer, local_values
+from cp_megatron.train.step import StepResult, TrainStep, local_values
 from tests.ranks import run_ranks
 from tests.train.checkpoints import differing, metrics_of, numbers
 from tests.train.test_loop import GRIDS, STEPS, Place, StoppingView, assembled
 from tests.train.test_loop import place as place  # the fixture
-from tests.train.test_step import Case, batches_of, shards_of, trainer_of
+from tests.train.test_step import Case, batches_of, shards_of, train_step_of
 
 GRID = Case(tp=2, cp=2, sequence_parallel=True)
 Held = list[Tensor]
@@ -35,10 +35,10 @@ def faults_of(rank: int, *asked: tuple[str, int, int]) -> Faults:
     return Faults(mine=tuple(fault for fault in found if fault.rank == rank))
 
 
-def held(trainer: Trainer) -> Held:
+def held(train_step: TrainStep) -> Held:
     """Copies of this rank's parameters and optimizer state."""
-    found = [local_values(parameter).clone() for parameter in trainer.model.parameters()]
-    for state in trainer.optimizer.state.values():
+    found = [local_values(parameter).clone() for parameter in train_step.model.parameters()]
+    for state in train_step.optimizer.state.values():
         found += [local_values(x).clone() for x in state.values() if isinstance(x, Tensor)]
     return found
 
@@ -47,20 +47,20 @@ def skip_one(
     rank: int, world_size: int, bad: int | None, steps: list[int]
 ) -> tuple[list[StepResult], list[Held]]:
     """Trains on the batches ``steps``; rank ``bad`` has no number in batch 1."""
-    trainer = trainer_of("llama", GRID)
+    train_step = train_step_of("llama", GRID)
     faults = faults_of(rank, *([("nan", bad, 1)] if bad is not None else []))
     results, states = [], []
     for step in steps:
         results.append(
-            trainer.step(
-                shards_of(step, GRID, trainer),
+            train_step.run(
+                shards_of(step, GRID, train_step),
                 step=step,
                 lr=3e-3,
                 accept=lambda loss, norm: math.isfinite(loss) and math.isfinite(norm),
                 faults=faults,
             )
         )
-        states.append(held(trainer))
+        states.append(held(train_step))
     return results, states
 
 
@@ -82,11 +82,11 @@ def test_not_a_number_on_one_rank_changes_nothing_on_any() -> None:
 
 def loss_where_a_rank_has_no_labels(rank: int, world_size: int, case: Case) -> StepResult:
     """All labels in the second half of the row are masked, which is all that CP rank 1 holds."""
-    trainer = trainer_of("llama", case)
-    batches = batches_of(0, case, trainer.groups)
+    train_step = train_step_of("llama", case)
+    batches = batches_of(0, case, train_step.groups)
     for batch in batches:
         batch.labels[:, batch.labels.shape[1] // 2 :] = IGNORED
-    return trainer.step([trainer.prepare(batch) for batch in batches], step=0, lr=1e-3)
+    return train_step.run([train_step.prepare(batch) for batch in batches], step=0, lr=1e-3)
 
 
 def test_a_rank_without_labels_is_finite_and_changes_no_number() -> None:
@@ -161,7 +161,7 @@ def test_one_too_many_ends_all_ranks_and_leaves_the_batch(place: Place) -> None:
 
 def rows_of_batch(rank: int, world_size: int, argv: list[str], number: int) -> dict[str, Tensor]:
     """A global batch as one rank trains on it."""
-    run: Run = assembled(rank, world_size, argv)
+    run: Trainer = assembled(rank, world_size, argv)
     if run.writer is not None:
         run.writer.close()
     batches = list(run._batches(run.rows.train, number))
@@ -181,7 +181,7 @@ def break_and_train(rank: int, world_size: int, argv: list[str]) -> str:
     run = assembled(rank, world_size, argv)
     if rank == 1:
         with torch.no_grad():
-            local_values(next(run.trainer.model.parameters())).fill_(math.nan)
+            local_values(next(run.train_step.model.parameters())).fill_(math.nan)
     with pytest.raises(DivergedError) as caught:
         run.train(0, StopRequest())
     if run.writer is not None:

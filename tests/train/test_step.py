@@ -29,7 +29,7 @@ from cp_megatron.model.parallelize import build_model
 from cp_megatron.model.transformer import layer_context
 from cp_megatron.plan import Grid, Mask, Schedule
 from cp_megatron.train.optimizer import make_optimizer
-from cp_megatron.train.step import Shard, StepResult, Trainer
+from cp_megatron.train.step import Shard, StepResult, TrainStep
 from tests.data.parts import part_of
 from tests.ranks import run_ranks
 
@@ -91,13 +91,13 @@ def config_of(style: str, case: Case) -> Config:
     )
 
 
-def trainer_of(style: str, case: Case) -> Trainer:
+def train_step_of(style: str, case: Case) -> TrainStep:
     config = config_of(style, case)
     groups = ParallelGroups.create(Grid(dp=case.dp, cp=case.cp, tp=case.tp), "cpu")
     model = build_model(config, groups, vocab_size=VOCAB, dtype="float64", device="cpu")
     optimizer = make_optimizer(model.parameters(), replace(config.optimizer, lr=1e-3))
     length = SEQ_LENGTH * (case.micro_batch_size if case.document_mask else 1)
-    return Trainer(
+    return TrainStep(
         model=model,
         optimizer=optimizer,
         groups=groups,
@@ -149,14 +149,14 @@ def batches_of(step: int, case: Case, groups: ParallelGroups) -> list[Batch]:
     return found
 
 
-def shards_of(step: int, case: Case, trainer: Trainer) -> list[Shard]:
-    return [trainer.prepare(batch) for batch in batches_of(step, case, trainer.groups)]
+def shards_of(step: int, case: Case, train_step: TrainStep) -> list[Shard]:
+    return [train_step.prepare(batch) for batch in batches_of(step, case, train_step.groups)]
 
 
 def train(rank: int, world_size: int, style: str, case: Case) -> list[StepResult]:
-    trainer = trainer_of(style, case)
+    train_step = train_step_of(style, case)
     return [
-        trainer.step(shards_of(step, case, trainer), step=step, lr=3e-3)
+        train_step.run(shards_of(step, case, train_step), step=step, lr=3e-3)
         for step in range(case.steps)
     ]
 
@@ -246,9 +246,9 @@ def test_twenty_steps_equal_one_rank(style: str, case: Case) -> None:
 
 def train_ahead(rank: int, world_size: int, case: Case) -> tuple[list[StepResult], list[str]]:
     """Trains on what a thread prepares; the names of the threads that planned."""
-    trainer = trainer_of("llama", case)
+    train_step = train_step_of("llama", case)
     planners: list[str] = []
-    steps = (shards_of(step, case, trainer) for step in range(case.steps))
+    steps = (shards_of(step, case, train_step) for step in range(case.steps))
     with pytest.MonkeyPatch.context() as patch, Ahead(steps) as ahead:
         plan = Schedule.rounds
 
@@ -257,7 +257,7 @@ def train_ahead(rank: int, world_size: int, case: Case) -> tuple[list[StepResult
             return plan(self, rank)
 
         patch.setattr(Schedule, "rounds", rounds)
-        found = [trainer.step(shards, step=step, lr=3e-3) for step, shards in enumerate(ahead)]
+        found = [train_step.run(shards, step=step, lr=3e-3) for step, shards in enumerate(ahead)]
     return found, planners
 
 
@@ -274,9 +274,9 @@ def test_planned_ahead_are_the_same_bits_and_nothing_is_left_to_plan(window: Any
 def contexts_of_a_batch(rank: int, world_size: int) -> list[tuple[object, ...]]:
     """Exchange, route and layout of each layer, and the pairs of the shard."""
     case = Case(cp=2, document_mask=True, micro_batch_size=4, **MIXED)
-    trainer = trainer_of("llama", case)
-    (batch,) = batches_of(0, case, trainer.groups)
-    shard, config = trainer.prepare(batch), trainer.model.config
+    train_step = train_step_of("llama", case)
+    (batch,) = batches_of(0, case, train_step.groups)
+    shard, config = train_step.prepare(batch), train_step.model.config
     found: list[tuple[object, ...]] = []
     dense = 0
     for layer in range(config.num_layers):
@@ -296,11 +296,11 @@ def test_layers_with_and_without_the_window_share_layout_and_exchange() -> None:
 
 def masked_everywhere(rank: int, world_size: int) -> StepResult:
     case = Case(cp=2)
-    trainer = trainer_of("llama", case)
-    batches = batches_of(0, case, trainer.groups)
+    train_step = train_step_of("llama", case)
+    batches = batches_of(0, case, train_step.groups)
     for batch in batches:
         batch.labels.fill_(IGNORED)
-    return trainer.step([trainer.prepare(batch) for batch in batches], step=0, lr=1e-3)
+    return train_step.run([train_step.prepare(batch) for batch in batches], step=0, lr=1e-3)
 
 
 def test_no_label_at_all_is_zero_and_not_nan() -> None:
@@ -311,12 +311,12 @@ def test_no_label_at_all_is_zero_and_not_nan() -> None:
 
 def dropout_masks(rank: int, world_size: int, case: Case, step: int) -> torch.Tensor:
     """Which entries of the embedding's output dropout kept, on this rank."""
-    trainer = trainer_of("gpt", case)
-    dropout = trainer.model.dropout
+    train_step = train_step_of("gpt", case)
+    dropout = train_step.model.dropout
     dropout.p = 0.5
     kept: list[torch.Tensor] = []
     dropout.register_forward_hook(lambda module, args, out: kept.append(out != 0))
-    trainer.step(shards_of(step, case, trainer)[:1], step=step, lr=0.0)
+    train_step.run(shards_of(step, case, train_step)[:1], step=step, lr=0.0)
     dist.barrier()
     return kept[0]
 

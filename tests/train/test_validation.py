@@ -5,25 +5,25 @@ from __future__ import annotations
 import pytest
 
 from tests.ranks import run_ranks
-from tests.train.test_step import Case, alone, batches_of, shards_of, trainer_of
+from tests.train.test_step import Case, alone, batches_of, shards_of, train_step_of
 
 ROUNDS = 2
 
 
 def validation(rank: int, world_size: int, style: str, case: Case) -> float:
-    trainer = trainer_of(style, case)
-    return trainer.evaluate(
-        shard for number in range(ROUNDS) for shard in shards_of(number, case, trainer)
+    train_step = train_step_of(style, case)
+    return train_step.evaluate(
+        shard for number in range(ROUNDS) for shard in shards_of(number, case, train_step)
     )
 
 
 def by_batches(rank: int, world_size: int, style: str, case: Case) -> tuple[float, list[int]]:
     """The mean over tokens from one micro batch at a time, and how many each one has."""
-    trainer = trainer_of(style, case)
+    train_step = train_step_of(style, case)
     total, counts = 0.0, []
     for number in range(ROUNDS):
-        for batch in batches_of(number, case, trainer.groups):
-            mean = trainer.evaluate([trainer.prepare(batch)])
+        for batch in batches_of(number, case, train_step.groups):
+            mean = train_step.evaluate([train_step.prepare(batch)])
             counts.append(batch.valid_tokens)
             total += mean * counts[-1]
     return total / sum(counts), counts

@@ -12,7 +12,7 @@ import torch
 
 from tests.train.checkpoints import differing, metrics_of
 
-pytestmark = pytest.mark.card
+pytestmark = pytest.mark.gpu
 
 SCRIPT = str(Path(__file__).parents[2] / "launch" / "pretrain.py")
 WORDS = ["--num-layers", "3", "--hidden-size", "256", "--seq-length", "512"]

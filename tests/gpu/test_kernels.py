@@ -11,7 +11,7 @@ from cp_megatron.kernels.reference import ReferenceKernel
 from cp_megatron.plan.tiles import CAUSAL, FULL, Band
 from tests.kernels.cases import SCALE, TILES, Attention, allowed, error, oracle
 
-pytestmark = pytest.mark.card
+pytestmark = pytest.mark.gpu
 
 HEADS = [(4, 4, 64, 64), (6, 2, 128, 128), (4, 1, 40, 40), (4, 2, 64, 32), (4, 2, 24, 96)]
 LARGE = {

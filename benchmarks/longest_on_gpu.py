@@ -9,8 +9,8 @@ Memory is a straight line in the length, so the longest row is worked out from t
 then trained, one step, where that takes at most ``--seconds``. Attention's time is quadratic, so
 ours is also trained on a row of that length packed with documents, which takes minutes.
 
-    python benchmarks/longest_on_card.py
-    python benchmarks/longest_on_card.py --device cpu --quick    # tiny: shows that it runs
+    python benchmarks/longest_on_gpu.py
+    python benchmarks/longest_on_gpu.py --device cpu --quick    # tiny: shows that it runs
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ def rows(arguments: Arguments) -> list[dict[str, Any]]:
     def told(length: Length, **more: object) -> dict[str, Any]:
         begin = time.monotonic()
         answer = ask(length)
-        row = {"benchmark": "longest_on_card", "who": length.who, "tokens": length.tokens}
+        row = {"benchmark": "longest_on_gpu", "who": length.who, "tokens": length.tokens}
         row |= {"document": length.document, **more, **(answer or {"out_of_memory": True})}
         row["whole_seconds"] = round(time.monotonic() - begin, 1)
         found.append(row)

@@ -13,12 +13,12 @@ import torch.distributed as dist
 from cp_megatron.config import MemoryConfig
 from cp_megatron.context_parallel import ContextParallel
 from cp_megatron.plan import Grid, Mask
-from tests.card import staged
+from tests.gpu import staged
 from tests.model.grids import STYLES, loss_step, plain_step, run_config, worst
 from tests.oracles import attention_inputs, dense_gradients, relative_error
 from tests.ranks import run_ranks
 
-pytestmark = pytest.mark.card
+pytestmark = pytest.mark.gpu
 
 DEVICE = "cuda"
 MASKS = {
