@@ -1,0 +1,40 @@
+"""Mistral: Llama without biases, and with one sliding window on all layers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from cp_megatron.config.schema import ModelConfig
+from cp_megatron.families.family import Family
+from cp_megatron.families.json_fields import JsonFields
+from cp_megatron.families.llama_like import (
+    LLAMA_MODULES,
+    read_llama_like,
+    window_width,
+    write_llama_like,
+)
+
+
+def _read(fields: JsonFields) -> ModelConfig:
+    kinds = fields.value.get("layer_types")
+    everywhere = isinstance(kinds, list) and all(kind == "sliding_attention" for kind in kinds)
+    if kinds is not None and not everywhere:
+        why = "transformers does not read it in Mistral"
+        raise fields.unsupported("layer_types", "no layer_types", why)
+    window = None
+    if fields.value.get("sliding_window", 4096) is not None:
+        window = (fields.size("sliding_window", 4096) - 1, 0)
+    return read_llama_like(fields, default_kv_heads=8, window_size=window)
+
+
+def _write(model: ModelConfig, longest: int) -> dict[str, Any]:
+    return {**write_llama_like(model, longest), "sliding_window": window_width(model)}
+
+
+MISTRAL = Family(
+    model_type="mistral",
+    architecture="MistralForCausalLM",
+    read=_read,
+    write=_write,
+    modules=LLAMA_MODULES,
+)
