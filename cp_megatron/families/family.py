@@ -14,10 +14,10 @@ Shapes are not part of the table: they follow from the description of the model 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
+from typing import Any, NamedTuple
 
 from cp_megatron.config import ModelConfig
 from cp_megatron.families.json_fields import JsonFields
@@ -26,25 +26,33 @@ from cp_megatron.spec import ModelSpec
 Shape = tuple[int, ...]
 
 
+class Part(NamedTuple):
+    """A parameter of ours as the folder has it: its name, its shape, whether we pad its rows."""
+
+    name: str
+    shape: Shape
+    padded: bool
+
+
 @dataclass(frozen=True, kw_only=True)
 class HFTensor:
     """A tensor of a Hugging Face folder.
 
     Attributes:
-        key: Its name in the folder.
-        parts: Names and shapes of our parameters, concatenated along their first dim.
-        transposed: Whether the folder stores the transpose of that concatenation.
+        key: its name in the folder.
+        parts: our parameters, concatenated along their first dim.
+        transposed: whether the folder stores the transpose of that concatenation.
     """
 
     key: str
-    parts: tuple[tuple[str, Shape], ...]
+    parts: tuple[Part, ...]
     transposed: bool = False
 
     @property
     def shape(self) -> Shape:
         """The shape in the folder."""
-        rows = sum(shape[0] for _, shape in self.parts)
-        shape = (rows, *self.parts[0][1][1:])
+        rows = sum(part.shape[0] for part in self.parts)
+        shape = (rows, *self.parts[0].shape[1:])
         return shape[::-1] if self.transposed else shape
 
 
@@ -53,19 +61,19 @@ class Family:
     """A Hugging Face architecture.
 
     Attributes:
-        model_type: Its name in config.json, for example ``llama``.
-        architecture: Its class in transformers, for example ``LlamaForCausalLM``.
-        read: Makes the flags of a model from config.json. It raises ``fields.wrong`` or
-            ``fields.unsupported`` for whatever this program would not compute as transformers does.
-        write: Makes the entries of config.json from the flags of a model and the longest sequence
-            in tokens. It need not check the flags: a flag that ``read`` does not get back from the
-            entries is refused when a checkpoint is exported.
-        modules: Names of modules in the folder, and the names of ours that each one holds,
-            separated by spaces. ``{}`` stands for the number of the layer. Modules that a model
-            does not have are skipped.
-        transposed: Last parts of the names of modules whose weight the folder stores transposed.
-        heads_divide_hidden_size: Whether transformers refuses the model otherwise.
-        loads: Whether a run can start from such a folder; otherwise it is only written.
+        model_type: its name in config.json, for example ``llama``.
+        architecture: its class in transformers, for example ``LlamaForCausalLM``.
+        read: makes the flags of a model from config.json. It raises ``fields.wrong`` or
+            ``fields.unsupported`` for everything that transformers would compute otherwise.
+        write: makes the entries of config.json that are the family's own, from the flags of a model
+            and the longest sequence in tokens. It need not check the flags: the export is refused
+            if ``read`` does not get a flag back from the entries.
+        modules: for each module of the folder, in its order, our modules that it holds, separated
+            by spaces. ``{}`` stands for the number of the layer. Modules that a model does not have
+            are skipped.
+        transposed: last parts of the names of modules whose weight the folder stores transposed.
+        heads_divide_hidden_size: transformers refuses a model of which this is not true.
+        loads: a run can start from such a folder; otherwise the family is only exported.
     """
 
     model_type: str
@@ -81,35 +89,33 @@ class Family:
         """Lists the tensors of a folder in their order.
 
         Args:
-            model: A model of this family.
-            vocab_size: Rows of the embedding in the folder, without our padding.
-            seq_length: As in ``ModelSpec.of``.
+            model: a model of this family.
+            vocab_size: rows of the embedding in the folder, which has no padding.
+            seq_length: as in ``ModelSpec.of``.
         """
         spec = ModelSpec.of(model, vocab_size=vocab_size, seq_length=seq_length)
-        shapes: dict[str, dict[str, Shape]] = defaultdict(dict)
+        parts: dict[str, dict[str, Part]] = defaultdict(dict)
         for parameter in spec.parameters():
             module, _, leaf = parameter.name.rpartition(".")
-            shapes[module][leaf] = parameter.shape
+            rows = parameter.rows or parameter.shape[0]
+            shape = (rows, *parameter.shape[1:])
+            parts[module][leaf] = Part(parameter.name, shape, padded=parameter.rows is not None)
         tensors: list[HFTensor] = []
-        for per_layer, rows in groupby(self.modules.items(), key=lambda row: "{}" in row[0]):
-            block = list(rows)
+        for per_layer, rows_of_table in groupby(self.modules.items(), lambda row: "{}" in row[0]):
+            block = list(rows_of_table)
             for layer in range(model.num_layers if per_layer else 1):
                 for theirs, ours in block:
                     names = ours.replace("{}", str(layer)).split()
-                    tensors += self._module(theirs.format(layer), names, shapes)
+                    tensors += self._module(theirs.format(layer), [parts[name] for name in names])
         named = sum(len(tensor.parts) for tensor in tensors)
-        assert named == sum(map(len, shapes.values())), f"{self.model_type} names every parameter"
+        assert named == sum(map(len, parts.values())), f"{self.model_type} names every parameter"
         return tensors
 
-    def _module(
-        self, theirs: str, ours: list[str], shapes: Mapping[str, Mapping[str, Shape]]
-    ) -> list[HFTensor]:
-        turned = theirs.rpartition(".")[2] in self.transposed
-        return [
-            HFTensor(
+    def _module(self, theirs: str, ours: list[dict[str, Part]]) -> Iterator[HFTensor]:
+        transposed = theirs.rpartition(".")[2] in self.transposed
+        for leaf in ours[0]:
+            yield HFTensor(
                 key=f"{theirs}.{leaf}",
-                parts=tuple((f"{name}.{leaf}", shapes[name][leaf]) for name in ours),
-                transposed=turned and leaf == "weight",
+                parts=tuple(module[leaf] for module in ours),
+                transposed=transposed and leaf == "weight",
             )
-            for leaf in shapes.get(ours[0], ())
-        ]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from cp_megatron.config.schema import ModelConfig
 from cp_megatron.families.family import Family
 from cp_megatron.families.json_fields import JsonFields
 
-_MODULES = {
+_MODULES: Mapping[str, str] = {
     "transformer.wte": "embedding",
     "transformer.wpe": "positions",
     "transformer.h.{}.ln_1": "layers.{}.attention_norm",

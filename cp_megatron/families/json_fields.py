@@ -20,7 +20,7 @@ def read_json(folder: Path) -> dict[str, Any]:
     """Reads the JSON object in a folder's config.json.
 
     Raises:
-        ConfigError: The file cannot be read, or is not a JSON object.
+        ConfigError: the file cannot be read, or is not a JSON object.
     """
     path = folder / _CONFIG
     try:
@@ -46,9 +46,9 @@ class JsonFields:
     """A JSON object of config.json. As in transformers, null means the same as a missing key.
 
     Attributes:
-        folder: The folder of config.json, for error messages.
-        value: The object.
-        prefix: The path of the object inside config.json, for example ``rope_scaling.``.
+        folder: the folder of config.json, for error messages.
+        value: the object.
+        prefix: the path of the object inside config.json, for example ``rope_scaling.``.
     """
 
     folder: Path

@@ -1,6 +1,4 @@
-"""Llama (1 to 3): every linear layer has a bias, or none has; all layers attend to the whole past.
-"""
-
+"""Llama: all linear layers have biases or none has; every layer attends to the whole past."""
 from __future__ import annotations
 
 from typing import Any
@@ -15,7 +13,7 @@ def _read(fields: JsonFields) -> ModelConfig:
     fields.only("sliding_window", works="MistralForCausalLM", why="Llama has no window")
     attention, mlp = (fields.switch(name, False) for name in ("attention_bias", "mlp_bias"))
     if attention != mlp:
-        why = f"mlp_bias must be the same, because all linear layers have biases or none"
+        why = "mlp_bias must be the same, because all linear layers have biases or none"
         raise fields.unsupported("attention_bias", str(mlp).lower(), why)
     return read_llama_like(fields, disable_bias_linear=not attention)
 

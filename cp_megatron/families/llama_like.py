@@ -44,9 +44,9 @@ def read_llama_like(
 
     Args:
         fields: config.json.
-        default_head_dim: Width of a head if the file does not say it; None derives it.
-        default_kv_heads: The same for the number of key/value heads.
-        flags: Fields of ``ModelConfig`` that the family itself decides.
+        default_head_dim: width of a head if the file does not say it; None derives it.
+        default_kv_heads: the same for the number of key/value heads.
+        flags: fields of ``ModelConfig`` that the family itself decides.
     """
     fields.only("hidden_act", "silu", "swish")
     fields.only("partial_rotary_factor", 1, 1.0, why="whole heads are rotated")

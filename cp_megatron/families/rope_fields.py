@@ -13,8 +13,10 @@ from typing import Any
 from cp_megatron.config.schema import ModelConfig
 from cp_megatron.families.json_fields import JsonFields
 
-_FACTOR = {"factor": "rope_scaling_factor"}
-_ORIGINAL = {"original_max_position_embeddings": "original_max_position_embeddings"}
+_FACTOR: Mapping[str, str] = {"factor": "rope_scaling_factor"}
+_ORIGINAL: Mapping[str, str] = {
+    "original_max_position_embeddings": "original_max_position_embeddings"
+}
 ROPE_KEYS: Mapping[str, Mapping[str, str]] = MappingProxyType(
     {
         "default": {},
@@ -48,6 +50,7 @@ ROPE_KEYS: Mapping[str, Mapping[str, str]] = MappingProxyType(
 """For each rope type, the keys of config.json and the fields of ``ModelConfig`` they set."""
 ROPE_FIELDS = frozenset(field for keys in ROPE_KEYS.values() for field in keys.values())
 """The fields of ``ModelConfig`` that at least one rope type reads."""
+
 _REQUIRED: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "linear": ("factor",),
@@ -58,12 +61,18 @@ _REQUIRED: Mapping[str, tuple[str, ...]] = MappingProxyType(
 )
 
 
+def fields_of(rope_type: str) -> frozenset[str]:
+    """The fields of ``ModelConfig`` that a rope type reads."""
+    more = set(_ORIGINAL.values()) if rope_type == "dynamic" else set()
+    return frozenset(ROPE_KEYS[rope_type].values()) | more
+
+
 def read_rope(fields: JsonFields, positions: int) -> dict[str, Any]:
     """Reads the fields of ``ModelConfig`` that describe rotary embeddings.
 
     Args:
-        fields: The whole of config.json.
-        positions: The longest sequence, in tokens, that config.json names.
+        fields: the whole of config.json.
+        positions: the longest sequence, in tokens, that config.json names.
     """
     scaling = fields.inner("rope_scaling")
     rope = scaling if scaling.value else fields.inner("rope_parameters")

@@ -1,0 +1,94 @@
+"""Loads the weights of a Hugging Face folder into a model on any grid.
+
+The folder is described as a checkpoint of ours (``hf_folder``). torch.distributed.checkpoint then
+plans which box of which tensor each rank reads, as for a checkpoint of another grid.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint import state_dict_loader
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.planner import ReadItem
+
+from cp_megatron.checkpoint.agreement import agreed
+from cp_megatron.checkpoint.hf_folder import HFWeights, read_hf_weights
+from cp_megatron.checkpoint.manifest import ChunkEntry
+from cp_megatron.checkpoint.storage import ShardReader
+from cp_megatron.checkpoint.store import one_process_is_fine, user_errors
+from cp_megatron.errors import ConfigError
+from cp_megatron.families.json_fields import FLAG
+from cp_megatron.families.registry import HFModel, read_hf_config
+
+
+def load_hf(
+    folder: str | Path, *, model: nn.Module, process_group: dist.ProcessGroup | None = None
+) -> None:
+    """Fills a model in place; each rank reads its part. All ranks call it.
+
+    Args:
+        folder: holds config.json and safetensors of any float dtype, in one file or in shards.
+        model: a ``Transformer`` of that config with storage. The rows that pad its vocabulary
+            become zero.
+        process_group: the ranks that load; by default all.
+
+    Raises:
+        ConfigError: the folder is damaged, or of another model; all ranks raise the same error.
+    """
+    read_into(model, agreed(lambda: read_hf_config(folder), process_group), process_group)
+
+
+def read_into(
+    model: nn.Module, found: HFModel, process_group: dist.ProcessGroup | None = None
+) -> None:
+    """Fills a model from a folder whose config.json is read; see ``load_hf``."""
+    folder = Path(found.folder)
+    state = {f"model.{name}": value.detach() for name, value in model.state_dict().items()}
+    config = getattr(model, "config")  # noqa: B009 - attributes of a module have no types
+
+    def check() -> HFWeights:
+        rows = state["model.embedding.weight"].shape[0]
+        if found.vocab_size > rows:
+            rule = f"its vocabulary has {found.vocab_size} tokens, the model's has {rows}"
+            raise ConfigError(FLAG, folder, rule)
+        weights = read_hf_weights(found, config, padded_vocab_size=rows)
+        assert weights.manifest.tensors.keys() == state.keys(), "the model is built from its spec"
+        return weights
+
+    weights = agreed(check, process_group)
+    with torch.no_grad():
+        for name, source in weights.sources.items():
+            if source.padded:
+                state[name].zero_()
+    planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    with user_errors(FLAG, folder), one_process_is_fine():
+        state_dict_loader.load(
+            state,
+            storage_reader=_FolderReader(folder, weights),
+            planner=planner,
+            process_group=process_group,
+        )
+
+
+class _FolderReader(ShardReader):
+    """Reads boxes of our parameters out of tensors that may be fused or transposed."""
+
+    def __init__(self, folder: Path, weights: HFWeights) -> None:
+        super().__init__(folder, weights.manifest)
+        self._sources = weights.sources
+
+    def _stored_shape(self, name: str, chunk: ChunkEntry) -> tuple[int, ...]:
+        return self._sources[name].tensor.shape
+
+    def _read_box(self, shard: Any, item: ReadItem, chunk: ChunkEntry) -> Tensor:
+        source = self._sources[item.storage_index.fqn]
+        first, *others = item.storage_offsets
+        corner = (first + source.start, *others)
+        box = tuple(slice(x, x + length) for x, length in zip(corner, item.lengths))
+        part: Tensor = shard.get_slice(chunk.key)[box[::-1] if source.tensor.transposed else box]
+        return part.T if source.tensor.transposed else part
