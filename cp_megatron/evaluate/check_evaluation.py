@@ -13,8 +13,8 @@ from pathlib import Path
 
 from rich.console import Console
 
+from cp_megatron.checkpoint.find_checkpoint import named_step
 from cp_megatron.checkpoint.manifest import Manifest, read_manifest
-from cp_megatron.checkpoint.newest import named_step
 from cp_megatron.cli.evaluation_options import TASKS, EvaluationOptions, Part
 from cp_megatron.comm.runtime import Launch
 from cp_megatron.config import Config, LogConfig, ModelConfig, OptimizerConfig, TrainConfig

@@ -8,8 +8,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from cp_megatron.checkpoint.find_checkpoint import named_step
 from cp_megatron.checkpoint.manifest import Manifest, read_manifest
-from cp_megatron.checkpoint.newest import named_step
 from cp_megatron.cli.programs import (
     GENERATE,
     GenerationOptions,
