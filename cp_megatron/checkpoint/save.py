@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import os
 import shutil
-import threading
 import time
 import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from threading import Thread, get_native_id
 from typing import Any
 
 import torch
@@ -106,7 +106,7 @@ class Save:
     folder: Path
     stopped_seconds: float = 0.0
     seconds: float = 0.0
-    _thread: threading.Thread | None = None
+    _thread: Thread | None = None
     _failure: Exception | None = None
 
     @property
@@ -228,8 +228,7 @@ def start_save(
     except Exception as error:
         save._failure = error
         return save
-    arguments = save, job, began, background
-    save._thread = threading.Thread(target=_finish, args=arguments, daemon=True)
+    save._thread = Thread(target=_finish, args=(save, job, began, background), daemon=True)
     save._thread.start()
     save.stopped_seconds = time.perf_counter() - began
     return save
@@ -282,7 +281,7 @@ def _finish(save: Save, job: _Job, began: float, background: bool) -> None:
     """Runs in a thread of every rank."""
     try:
         if background and hasattr(os, "setpriority"):
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
+            os.setpriority(os.PRIO_PROCESS, get_native_id(), _NICENESS)
         save._failure = _write(job)
     except Exception:  # for example, another rank has ended; training will notice it too
         save._failure = RuntimeError(f"checkpoint {job.target}\n{traceback.format_exc()}")
@@ -320,9 +319,13 @@ def _write_shard(job: _Job) -> FileEntry | None:
 
 def _complete(job: _Job, files: Mapping[str, FileEntry]) -> None:
     """Runs on the first rank: writes the manifest, renames the folder, removes older ones."""
-    versions = {"torch_version": torch.__version__, "package_version": cp_megatron.__version__}
     manifest = Manifest(
-        version=FORMAT_VERSION, **versions, **job.facts, files=files, tensors=job.tensors
+        version=FORMAT_VERSION,
+        torch_version=torch.__version__,
+        package_version=cp_megatron.__version__,
+        files=files,
+        tensors=job.tensors,
+        **job.facts,
     )
     temporary = temporary_folder(job.target)
     write_text(temporary / MANIFEST, manifest.to_json())
