@@ -47,6 +47,6 @@ def convert(config: Config, options: ConversionOptions, *, given: Collection[str
         check_package()
         return convert_gguf(source, output, dtype=kind)
     assert load is not None
-    from cp_megatron.checkpoint.huggingface import export_hf  # imports torch
+    from cp_megatron.checkpoint.hf_export import export_hf  # imports torch
 
     return export_hf(Path(load), output, dtype=kind)

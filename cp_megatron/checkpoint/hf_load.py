@@ -10,25 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.checkpoint import state_dict_loader
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.planner import ReadItem
 
-from cp_megatron.checkpoint.agreement import agreed
 from cp_megatron.checkpoint.hf_folder import HFWeights, read_hf_weights
 from cp_megatron.checkpoint.manifest import ChunkEntry
-from cp_megatron.checkpoint.storage import ShardReader
-from cp_megatron.checkpoint.store import one_process_is_fine, user_errors
+from cp_megatron.checkpoint.object_collectives import Group, on_all_ranks
+from cp_megatron.checkpoint.shard_reader import ShardReader, read_shards
 from cp_megatron.errors import ConfigError
 from cp_megatron.families.json_fields import FLAG
 from cp_megatron.families.registry import HFModel, read_hf_config
 
 
-def load_hf(
-    folder: str | Path, *, model: nn.Module, process_group: dist.ProcessGroup | None = None
-) -> None:
+def load_hf(folder: str | Path, *, model: nn.Module, process_group: Group = None) -> None:
     """Fills a model in place; each rank reads its part. All ranks call it.
 
     Args:
@@ -40,12 +34,10 @@ def load_hf(
     Raises:
         ConfigError: the folder is damaged, or of another model; all ranks raise the same error.
     """
-    read_into(model, agreed(lambda: read_hf_config(folder), process_group), process_group)
+    read_into(model, on_all_ranks(lambda: read_hf_config(folder), process_group), process_group)
 
 
-def read_into(
-    model: nn.Module, found: HFModel, process_group: dist.ProcessGroup | None = None
-) -> None:
+def read_into(model: nn.Module, found: HFModel, process_group: Group = None) -> None:
     """Fills a model from a folder whose config.json is read; see ``load_hf``."""
     folder = Path(found.folder)
     state = {f"model.{name}": value.detach() for name, value in model.state_dict().items()}
@@ -60,19 +52,12 @@ def read_into(
         assert weights.manifest.tensors.keys() == state.keys(), "the model is built from its spec"
         return weights
 
-    weights = agreed(check, process_group)
+    weights = on_all_ranks(check, process_group)
     with torch.no_grad():
         for name, source in weights.sources.items():
             if source.padded:
                 state[name].zero_()
-    planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-    with user_errors(FLAG, folder), one_process_is_fine():
-        state_dict_loader.load(
-            state,
-            storage_reader=_FolderReader(folder, weights),
-            planner=planner,
-            process_group=process_group,
-        )
+    read_shards(state, _FolderReader(folder, weights), flag=FLAG, group=process_group)
 
 
 class _FolderReader(ShardReader):
@@ -82,13 +67,13 @@ class _FolderReader(ShardReader):
         super().__init__(folder, weights.manifest)
         self._sources = weights.sources
 
-    def _stored_shape(self, name: str, chunk: ChunkEntry) -> tuple[int, ...]:
-        return self._sources[name].tensor.shape
-
     def _read_box(self, shard: Any, item: ReadItem, chunk: ChunkEntry) -> Tensor:
-        source = self._sources[item.storage_index.fqn]
+        source, stored = self._sources[item.storage_index.fqn], shard.get_slice(chunk.key)
+        if tuple(stored.get_shape()) != source.tensor.shape:
+            rule = f"{chunk.file} changed while it was read: {chunk.key} has another shape"
+            raise ConfigError(FLAG, self.folder, rule)
         first, *others = item.storage_offsets
         corner = (first + source.start, *others)
         box = tuple(slice(x, x + length) for x, length in zip(corner, item.lengths))
-        part: Tensor = shard.get_slice(chunk.key)[box[::-1] if source.tensor.transposed else box]
+        part: Tensor = stored[box[::-1] if source.tensor.transposed else box]
         return part.T if source.tensor.transposed else part

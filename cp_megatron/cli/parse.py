@@ -32,7 +32,7 @@ from cp_megatron.config.schema import Config
 from cp_megatron.config.words import is_flag, unknown
 from cp_megatron.config.yaml_io import Values, overlay, preset_named, read_file, read_values
 from cp_megatron.errors import ConfigError
-from cp_megatron.families.llama import has_tokenizer, read_hf_config
+from cp_megatron.families.registry import has_tokenizer, read_hf_config
 
 _ALIASES: Mapping[str, str] = MappingProxyType(
     {

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from rich.console import Console
 
+from cp_megatron.checkpoint.find_checkpoint import named_step
 from cp_megatron.checkpoint.manifest import Manifest, read_manifest
-from cp_megatron.checkpoint.newest import named_step
 from cp_megatron.cli.evaluation_options import TASKS, EvaluationOptions, Part
 from cp_megatron.comm.runtime import Launch
 from cp_megatron.config import Config, LogConfig, ModelConfig, OptimizerConfig, TrainConfig
@@ -23,15 +23,15 @@ from cp_megatron.config.yaml_io import overlay
 from cp_megatron.data.tokenize.tokenizer import open_tokenizer
 from cp_megatron.errors import ConfigError
 from cp_megatron.evaluate.needle import Encode, Haystack, Kind, Task, make_task
+from cp_megatron.families.rope_fields import ROPE_FIELDS
 from cp_megatron.metrics.plots import require_matplotlib
 from cp_megatron.preflight.check import RunPlan, check
-from cp_megatron.preflight.rope_rules import FIELDS
 from cp_megatron.preflight.rules import LARGEST_SIZE, check_ranges
 from cp_megatron.preflight.save_and_load import check_goes_on
 
 _READ: frozenset[str] = frozenset({"seed", "dtype", "bf16", "device", "deterministic"})
 """Settings of the training that an evaluation reads."""
-_ROPE: frozenset[str] = FIELDS | {"rope_type", "rotary_base", "original_max_position_embeddings"}
+_ROPE: frozenset[str] = ROPE_FIELDS | {"rope_type", "rotary_base"}
 """Settings of rotary positions; they hold no weight, so others may be tried out."""
 _UNREAD_ELSEWHERE: frozenset[str] = frozenset(
     {

@@ -1,4 +1,5 @@
 """Llama: all linear layers have biases or none has; every layer attends to the whole past."""
+
 from __future__ import annotations
 
 from typing import Any

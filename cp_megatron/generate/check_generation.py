@@ -8,8 +8,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from cp_megatron.checkpoint.find_checkpoint import named_step
 from cp_megatron.checkpoint.manifest import Manifest, read_manifest
-from cp_megatron.checkpoint.newest import named_step
 from cp_megatron.cli.programs import (
     GENERATE,
     GenerationOptions,
@@ -22,7 +22,7 @@ from cp_megatron.config.fields import settings
 from cp_megatron.data.tokenize.chat_template import Render, find_template
 from cp_megatron.data.tokenize.tokenizer import Tokenizer, open_tokenizer
 from cp_megatron.errors import ConfigError
-from cp_megatron.families.llama import read_hf_config
+from cp_megatron.families.registry import read_hf_config
 from cp_megatron.preflight.rope_rules import check_rope
 from cp_megatron.preflight.rules import LARGEST_SIZE, check_ranges
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 
 import torch
 
-from cp_megatron.checkpoint.huggingface import load_hf
-from cp_megatron.checkpoint.shard import DTYPES
-from cp_megatron.checkpoint.store import load_checkpoint
+from cp_megatron.checkpoint.hf_load import load_hf
+from cp_megatron.checkpoint.load import load_checkpoint
+from cp_megatron.checkpoint.shard_writer import DTYPES
 from cp_megatron.data.tokenize.chat_template import TemplateRefusalError
 from cp_megatron.errors import ConfigError
 from cp_megatron.generate.check_generation import GenerationPlan

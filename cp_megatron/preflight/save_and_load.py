@@ -7,14 +7,15 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from cp_megatron.checkpoint.manifest import TEMPORARY, Manifest, newest_step, read_manifest
-from cp_megatron.checkpoint.newest import Newest, named_step, newest_whole
+from cp_megatron.checkpoint.find_checkpoint import Newest, named_step, newest_whole
+from cp_megatron.checkpoint.manifest import Manifest, read_manifest
+from cp_megatron.checkpoint.saved_config import saved_config
+from cp_megatron.checkpoint.step_folders import TEMPORARY, newest_step
 from cp_megatron.config import Config
 from cp_megatron.config.fields import settings
 from cp_megatron.config.run_folders import CONFIG_FILE, run_folder
-from cp_megatron.config.yaml_io import overlay
 from cp_megatron.errors import ConfigError
-from cp_megatron.preflight.rope_rules import FIELDS
+from cp_megatron.families.rope_fields import ROPE_FIELDS
 from cp_megatron.preflight.rules import check_ranges
 
 
@@ -162,7 +163,7 @@ def _check_same_model(config: Config, manifest: Manifest, vocab_size: int, load:
     if manifest.vocab_size != vocab_size:
         rule = f"its vocabulary has {manifest.vocab_size} tokens, this run's {vocab_size}"
         raise ConfigError("--load", load, rule, "the tokenizer it was trained with")
-    now, then = _shape(config), _shape(_saved_config(manifest, load))
+    now, then = _shape(config), _shape(saved_config(manifest, load, check=check_ranges))
     for name, value in now.items():
         if then[name] != value:
             rule = f"the checkpoint {load} is of another model"
@@ -179,24 +180,6 @@ def _spelled(name: str, value: object, config: Config) -> str:
     if isinstance(value, bool):
         return f"--{flag}" if value else f"--no-{flag}"
     return f"--{flag} {value}"
-
-
-def _saved_config(manifest: Manifest, load: str) -> Config:
-    """The model and data of the checkpoint; what a later version added has its default."""
-    values: dict[str, Any] = {}
-    try:
-        for section in ("model", "data"):
-            entries = manifest.config[section]
-            rows = [row for row in settings().values() if row.section == section]
-            values |= {
-                row.name: row.from_yaml(entries[row.name]) for row in rows if row.name in entries
-            }
-        saved = overlay(Config(), values)
-        check_ranges(saved)
-    except (KeyError, TypeError, ValueError) as error:
-        rule = f"its manifest does not say its model: {error}"
-        raise ConfigError("--load", load, rule, "another step") from None
-    return saved
 
 
 def _shape(config: Config) -> dict[str, Any]:
@@ -224,7 +207,7 @@ def _shape(config: Config) -> dict[str, Any]:
         "add_qkv_bias": model.has_qkv_bias,
         "qk_layernorm": model.qk_layernorm,
         "rope_type": model.rope_type if rope else None,
-        **{name: getattr(model, name) if rope else None for name in sorted(FIELDS)},
+        **{name: getattr(model, name) if rope else None for name in sorted(ROPE_FIELDS)},
         "make_vocab_size_divisible_by": model.make_vocab_size_divisible_by,
     }
 

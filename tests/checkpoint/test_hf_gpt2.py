@@ -13,16 +13,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cp_megatron.checkpoint import huggingface
-from cp_megatron.checkpoint.huggingface import export_hf
-from cp_megatron.checkpoint.store import save_checkpoint
+from cp_megatron.checkpoint import hf_export
+from cp_megatron.checkpoint.hf_export import export_hf
+from cp_megatron.checkpoint.save import save_checkpoint
 from cp_megatron.comm.collectives import all_gather_dim
 from cp_megatron.comm.groups import ParallelGroups
 from cp_megatron.config import Config, ModelConfig
 from cp_megatron.context_parallel import ContextParallel
 from cp_megatron.data.tokenize.tokenizer import ByteTokenizer, open_tokenizer
 from cp_megatron.errors import ConfigError
-from cp_megatron.families.llama import to_hf_config
+from cp_megatron.families.registry import to_hf_config
 from cp_megatron.model import build_model
 from cp_megatron.plan import Grid, Mask
 from tests.ranks import run_ranks
@@ -117,7 +117,7 @@ def test_no_more_than_a_tensor_of_the_folder_is_held(
         held.append(made.nbytes)
         return made
 
-    monkeypatch.setattr(huggingface.torch, "empty", counting)
+    monkeypatch.setattr(hf_export.torch, "empty", counting)
     export_hf(tmp_path / "run", tmp_path / "out")
     assert max(held) == VOCAB * 32 * 4  # the embedding; every tensor is made once, as it is written
     assert sum(held) == sum(p.stat().st_size for p in [tmp_path / "out/model.safetensors"]) - (
@@ -136,7 +136,7 @@ def test_no_more_than_a_tensor_of_the_folder_is_held(
     ],
 )
 def test_what_gpt2_has_no_place_for(changes: dict[str, Any], flag: str) -> None:
-    with pytest.raises(ConfigError, match="no architecture of Hugging Face: in GPT-2") as caught:
+    with pytest.raises(ConfigError, match="the nearest one, GPT2LMHeadModel") as caught:
         to_hf_config(replace(GPT2, **changes), vocab_size=VOCAB, seq_length=8, eod=256)
     assert caught.value.flag == flag
 
