@@ -89,7 +89,8 @@ def read_hf_weights(found: HFModel, model: ModelConfig, *, padded_vocab_size: in
     if model.num_layers > len(stored):
         rule = f"config.json says {model.num_layers} layers, but the folder has only {len(stored)} "
         raise _wrong(folder, f"{rule}tensors")
-    tensors = found.family.tensors(model, vocab_size=found.vocab_size, seq_length=1)
+    positions = found.model.max_position_embeddings or 1
+    tensors = found.family.tensors(model, vocab_size=found.vocab_size, seq_length=positions)
     described: dict[str, TensorEntry] = {}
     sources: dict[str, Source] = {}
     for tensor in tensors:
