@@ -153,12 +153,11 @@ def check_evaluation(
 def print_plan(plan: EvaluationPlan) -> None:
     """Prints what will be evaluated, and how rows are shared."""
     grid, options = plan.longest.grid, plan.options
-    ranks = f"dp {grid.dp} x cp {grid.cp} x tp {grid.tp}"
     console = Console()
     step = "" if plan.manifest is None else f", step {plan.manifest.step:,}"
     lines = [
         f"evaluates  {plan.load}{step}",
-        f"world      {grid.world_size:,} ranks = {ranks}",
+        f"world      {grid.world_size:,} ranks = {grid}",
         f"tasks      {', '.join(options.tasks)}",
         f"lengths    {', '.join(f'{length:,}' for length in options.lengths)} tokens",
         f"into       {options.output}",

@@ -110,7 +110,7 @@ def evaluate(
         "seed": plan.longest.config.train.seed,
         "dtype": plan.longest.dtype,
         "device": device_name,
-        "grid": asdict(plan.longest.grid),
+        "grid": plan.longest.grid.sizes,
         "settings": asdict(plan.longest.config.model),
     }
     return Results(about=about, perplexity=tuple(perplexity), answers=tuple(answers))

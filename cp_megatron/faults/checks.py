@@ -138,15 +138,14 @@ class Checks:
     def _replicas(self, sums: list[int], broken: list[bool]) -> list[str]:
         """Tensor parallel groups that do not hold alike what they should, and who is to blame."""
         found = []
-        for first in range(0, len(sums), self.groups.grid.tp):
-            group = range(first, first + self.groups.grid.tp)
+        for group in self.groups.grid.groups("tp"):
             held = [sums[rank] for rank in group]
             most = max(held.count(value) for value in held)
             if most == len(held) or any(broken[rank] for rank in group):
                 continue
             odd = [rank for rank in group if held.count(sums[rank]) < most]
             # Without a majority nobody can tell who is right.
-            ranks = odd if 2 * most > len(held) else list(group)
+            ranks = odd if 2 * most > len(held) else group
             text = f"rank {', '.join(map(str, ranks))}"
             found.append(f"{text}: parameters that tensor parallel ranks share differ")
         return found

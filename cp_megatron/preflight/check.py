@@ -17,12 +17,14 @@ from typing import Literal
 
 from cp_megatron.comm.runtime import Launch
 from cp_megatron.config import Config
+from cp_megatron.config.fields import settings
 from cp_megatron.data.rows.corpora import check_data
 from cp_megatron.data.tokenize.tokenizer import open_tokenizer
 from cp_megatron.errors import ConfigError
 from cp_megatron.faults.inject import parse_faults
 from cp_megatron.kernels.select import KernelChoice, select_kernel
 from cp_megatron.plan import Grid, Mask
+from cp_megatron.plan.grid import AXES
 from cp_megatron.preflight import rules
 from cp_megatron.preflight.log_rules import check_log
 from cp_megatron.preflight.pretrained import check_load_hf, vocab_size_of
@@ -256,35 +258,39 @@ def _grid(
     command: Sequence[str],
 ) -> tuple[Grid, tuple[str, ...]]:
     """The grid that the world of this launch, or of the dry run, makes."""
-    cp, tp = config.parallel.context_parallel_size, config.parallel.tensor_parallel_size
-    inner = cp * tp
+    sizes = {axis: getattr(config.parallel, name) for axis, name in AXES.items() if name}
+    smallest = Grid(**sizes)
+    inner = smallest.world_size
     if dry_run_world_size is not None:
         world = dry_run_world_size
         if world < 1:
             raise ConfigError("--world-size", world, "must be positive", str(inner))
         if world % inner:
-            rule = f"must be divisible by {_axes(cp, tp)} = {inner}"
+            rule = f"must be divisible by {_axis_flags(smallest)} = {inner}"
             raise ConfigError("--world-size", world, rule, rules.multiples(world, inner))
-        return Grid(dp=world // inner, cp=cp, tp=tp), ()
+        return Grid(dp=world // inner, **sizes), ()
     if dry_run and not launch.under_torchrun:
         note = f"no --world-size given: planned for {inner}, the smallest world"
-        return Grid(dp=1, cp=cp, tp=tp), (note,)
+        return smallest, (note,)
     if launch.world_size % inner:
-        raise _wrong_world(launch, cp, tp, command)
-    return Grid(dp=launch.world_size // inner, cp=cp, tp=tp), ()
+        raise _wrong_world(launch, smallest, command)
+    return Grid(dp=launch.world_size // inner, **sizes), ()
 
 
-def _axes(cp: int, tp: int) -> str:
-    sizes = [("--context-parallel-size", cp), ("--tensor-parallel-size", tp)]
-    return " x ".join(f"{flag} {size}" for flag, size in sizes if size > 1)
+def _axis_flags(grid: Grid) -> str:
+    """The flags that give the axes of this grid their sizes, the slowest first."""
+    flags = [
+        f"{settings()[AXES[axis]].flag} {size}" for axis, size in grid.sizes.items() if size > 1
+    ]
+    return " x ".join(flags)
 
 
-def _wrong_world(launch: Launch, cp: int, tp: int, command: Sequence[str]) -> ConfigError:
+def _wrong_world(launch: Launch, smallest: Grid, command: Sequence[str]) -> ConfigError:
     """The error with the whole command that works."""
-    inner, world = cp * tp, launch.world_size
+    inner, world = smallest.world_size, launch.world_size
     started = "torchrun started" if launch.under_torchrun else "plain python starts"
     rule = f"needs a multiple of {inner} ranks, but {started} {world}"
-    flag, _, value = _axes(cp, tp).rpartition(" ")
+    flag, _, value = _axis_flags(smallest).rpartition(" ")
     if launch.nodes > 1:
         works = f"{rules.multiples(world, inner)} ranks over all nodes"
         return ConfigError(flag, value, rule, works)

@@ -245,7 +245,7 @@ def _open_metrics(plan: RunPlan, folder: Path) -> MetricsWriter:
     """On rank 0: the files of the run, and Weights & Biases where asked for."""
     log, wandb = plan.config.log, None
     if log.wandb_project is not None:
-        settings = {**asdict(plan.config), "grid": asdict(plan.grid)}
+        settings = {**asdict(plan.config), "grid": plan.grid.sizes}
         wandb = WandbRun(log, folder=folder, settings=settings)
     return MetricsWriter(folder, start_step=plan.load_step, wandb=wandb)
 
