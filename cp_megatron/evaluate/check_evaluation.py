@@ -24,9 +24,10 @@ from cp_megatron.data.tokenize.tokenizer import open_tokenizer
 from cp_megatron.errors import ConfigError
 from cp_megatron.evaluate.needle import Encode, Haystack, Kind, Task, make_task
 from cp_megatron.metrics.plots import require_matplotlib
-from cp_megatron.preflight.check import RunPlan, check
+from cp_megatron.preflight.check import check
 from cp_megatron.preflight.rope_rules import FIELDS
 from cp_megatron.preflight.rules import LARGEST_SIZE, check_ranges
+from cp_megatron.preflight.run_plan import RunPlan
 from cp_megatron.preflight.save_and_load import check_goes_on
 
 _READ: frozenset[str] = frozenset({"seed", "dtype", "bf16", "device", "deterministic"})

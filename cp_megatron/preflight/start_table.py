@@ -19,7 +19,7 @@ from rich.text import Text
 from cp_megatron.config import DataConfig, ModelConfig
 from cp_megatron.config.run_folders import RUNS
 from cp_megatron.errors import ConfigError
-from cp_megatron.preflight.check import RunPlan, dtype_on
+from cp_megatron.preflight.run_plan import RunPlan, dtype_on
 from cp_megatron.preflight.save_and_load import FinishedError, model_name
 from cp_megatron.preflight.sequence import SequencePlan
 from cp_megatron.spec.parameter_table import num_parameters, parameters_on_rank

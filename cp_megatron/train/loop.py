@@ -32,7 +32,7 @@ from cp_megatron.metrics.writer import (
     peak_memory,
     training_flops,
 )
-from cp_megatron.preflight.check import RunPlan
+from cp_megatron.preflight.run_plan import RunPlan
 from cp_megatron.train.optimizer import learning_rate
 from cp_megatron.train.profiler import StepProfiler
 from cp_megatron.train.progress import ProgressView

@@ -35,7 +35,7 @@ from cp_megatron.memory.capacity import check_memory
 from cp_megatron.metrics.wandb_log import WandbRun
 from cp_megatron.metrics.writer import MetricsWriter, keep_aside
 from cp_megatron.model.parallelize import ComputeDType, build_model
-from cp_megatron.preflight.check import DeviceName, RunPlan
+from cp_megatron.preflight.run_plan import DeviceName, RunPlan
 from cp_megatron.preflight.save_and_load import fresh_run_folder, model_name
 from cp_megatron.preflight.start import begin, make_context, read_alike
 from cp_megatron.preflight.start_table import print_start

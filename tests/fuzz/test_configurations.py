@@ -23,7 +23,8 @@ from cp_megatron.comm.runtime import Launch
 from cp_megatron.config.fields import settings
 from cp_megatron.errors import ConfigError
 from cp_megatron.memory.memory_report import print_prediction
-from cp_megatron.preflight.check import RunPlan, check
+from cp_megatron.preflight.check import check
+from cp_megatron.preflight.run_plan import RunPlan
 from cp_megatron.preflight.start_table import error_line, print_start
 from cp_megatron.spec.parameter_table import num_parameters
 from cp_megatron.train.loop import DivergedError

@@ -17,7 +17,8 @@ from cp_megatron.config.presets import PRESETS
 from cp_megatron.config.yaml_io import from_yaml, to_yaml
 from cp_megatron.errors import ConfigError
 from cp_megatron.families.llama import to_hf_config
-from cp_megatron.preflight.check import RunPlan, check
+from cp_megatron.preflight.check import check
+from cp_megatron.preflight.run_plan import RunPlan
 
 VOCAB = 300
 LISTS = [*("--rope-short-factor", "1", "2", "3"), *("--rope-long-factor", "1", "2", "3")]
