@@ -121,7 +121,7 @@ def _train(trainer: Trainer, launch: Launch, stop: StopRequest, script: str) -> 
     failed = True
     try:
         with trainer.view:
-            last = trainer.train(trainer.plan.load_step, stop)
+            last = trainer.train(stop)
         failed = False
     except DivergedError as error:
         if launch.rank == 0:
@@ -182,7 +182,6 @@ def assemble(
         plan=plan,
         train_step=train_step,
         rows=found.rows,
-        data_fingerprint=found.fingerprint,
         folder=folder,
         control=control,
         saver=Saver(

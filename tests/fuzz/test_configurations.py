@@ -164,7 +164,7 @@ def train(rank: int, world: int, folder: Path, words: tuple[str, ...]) -> int | 
         if iters > 2:
             stop(15, None)  # one step, and the end in good order
         try:
-            return replace(assembled, view=view).train(0, stop)
+            return replace(assembled, view=view).train(stop)
         except DivergedError as error:
             return str(error)
         finally:

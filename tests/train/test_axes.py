@@ -28,7 +28,7 @@ def train(rank: int, world_size: int, argv: list[str], axes: tuple[str, ...]) ->
     run = replace(run, view=StoppingView(StopRequest(), None))
     assert run.train_step.groups.meshes.keys() == {*axes, "dp_cp", "world"}
     with no_warnings():  # e.g. that DTensor finds no mesh to reduce the gradient's norm over
-        run.train(run.plan.load_step, StopRequest())
+        run.train(StopRequest())
     if run.writer is not None:
         run.writer.close()
     return table.get()

@@ -91,7 +91,7 @@ def train(rank: int, world_size: int, argv: list[str], stop_at: int | None = Non
     stop = StopRequest()
     run = replace(run, view=StoppingView(stop, stop_at))
     try:
-        return run.train(run.plan.load_step, stop)
+        return run.train(stop)
     finally:
         if run.writer is not None:
             run.writer.close()
@@ -117,7 +117,7 @@ def lose_rows(rank: int, world_size: int, argv: list[str]) -> tuple[str, list[st
     rows = replace(run.rows, train=cast(RowSource, LostRows(run.rows.train)))
     run = replace(run, rows=rows, view=StoppingView(StopRequest(), None))
     with pytest.raises(OSError, match="gone") as caught:
-        run.train(0, StopRequest())
+        run.train(StopRequest())
     assert run.writer is not None
     run.writer.close()
     return str(caught.value), [thread.name for thread in threading.enumerate()]
