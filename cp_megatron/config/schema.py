@@ -387,7 +387,7 @@ class LogConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """A whole run. ``preset`` names where the defaults came from."""
+    """A whole run."""
 
     preset: str = "toy"
     """Where defaults come from: toy, toy-gpt, gpt2-small, llama-1b or llama3-8b."""

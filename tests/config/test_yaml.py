@@ -32,11 +32,11 @@ def values_of(row: Setting) -> st.SearchStrategy[Any]:
         "int": WHOLE,
         "float": st.floats(allow_nan=False, allow_infinity=False),
         "str": st.sampled_from(row.choices) if row.choices else TEXTS,
-        "strings": st.lists(TEXTS, max_size=3).map(tuple),
-        "ints": st.tuples(*[WHOLE] * row.count),
-        "floats": st.lists(st.floats(allow_nan=False, allow_infinity=False), max_size=3).map(tuple),
     }
-    return st.none() | kinds[row.kind] if row.optional else kinds[row.kind]
+    value = kinds[row.kind]
+    if row.count != 1:
+        value = st.lists(value, min_size=row.count, max_size=row.count or 3).map(tuple)
+    return st.none() | value if row.optional else value
 
 
 CONFIGS = st.fixed_dictionaries(
@@ -93,8 +93,8 @@ LAUGHS = "data:\n  data_path:\n  - &a0 [ha]\n" + "".join(
         ("optimizer: {lr: .inf}", "f: optimizer.lr", "finite"),
         ("optimizer: {lr: true}", "f: optimizer.lr", "number"),
         ("train: {dtype: float16}", "f: train.dtype", "choices"),
-        ("data: {data_path: a}", "f: data.data_path", "list of texts"),
-        ("data: {data_path: [1]}", "f: data.data_path", "list of texts"),
+        ("data: {data_path: a}", "f: data.data_path", "list of values"),
+        ("data: {data_path: [1]}", "f: data.data_path", "must be text"),
         ("checkpoint: {save: '-x'}", "f: checkpoint.save", "dash"),
         ("preset: none-such", "f: preset", "no preset"),
         ("model: {num_layers: 2, num_layers: 3}", "f", "stands twice"),

@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import tyro
 from rich.console import Console
 
 from cp_megatron.config.schema import Exchange, LayoutKind, Route
-from cp_megatron.config.words import read_words
+from cp_megatron.config.words import read_options
 from cp_megatron.errors import ConfigError
 from cp_megatron.plan.layout import SequenceLayout
 from cp_megatron.plan.mask import Mask
@@ -86,11 +85,7 @@ def parse(argv: Sequence[str]) -> Options:
         ConfigError: a flag or a value that can not be honoured.
         SystemExit: with code 0, after ``--help`` is printed.
     """
-    if any(word in ("-h", "--help") for word in argv):
-        tyro.cli(
-            Options, prog=PROGRAM, description=_DESCRIPTION, args=["--help"], compact_help=False
-        )
-    return Options(**read_words(argv, Options))
+    return read_options(argv, Options, program=PROGRAM, description=_DESCRIPTION)
 
 
 def run(options: Options, console: Console | None = None) -> None:
