@@ -219,6 +219,16 @@ def settings() -> Mapping[str, Setting]:
     return types.MappingProxyType(by_name)
 
 
+def check_values(config: Config) -> None:
+    """Checks the value of every setting, for configurations that were not read from text.
+
+    Raises:
+        ConfigError: a field does not accept its value.
+    """
+    for row in settings().values():
+        row.check(getattr(getattr(config, row.section) if row.section else config, row.name))
+
+
 def settings_of(options: Any, section: str = "") -> list[Setting]:
     """The settings of a dataclass; fields that are sections of settings are left out."""
     hints = get_type_hints(options, include_extras=True)

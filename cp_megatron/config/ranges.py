@@ -52,11 +52,10 @@ def _number(value: float) -> str:
 
 EVERY_NUMBER = Range()
 
-Size = Annotated[int, Range(1, 2**31 - 1)]
-Count = Annotated[int, Range(0, 2**31 - 1)]
-AxisEVERY_NUMBER = Range()
-
-Size = Annotated[int, Range(1, 2**16)]
+LARGEST_SIZE = 2**31 - 1
+Size = Annotated[int, Range(1, LARGEST_SIZE)]
+Count = Annotated[int, Range(0, LARGEST_SIZE)]
+AxisSize = Annotated[int, Range(1, 2**16)]
 Positive = Annotated[float, Range(0, open_low=True)]
 NonNegative = Annotated[float, Range(0)]
 BelowOne = Annotated[float, Range(0, 1, open_high=True)]

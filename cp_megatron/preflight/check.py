@@ -17,6 +17,7 @@ from typing import Literal
 
 from cp_megatron.comm.runtime import Launch
 from cp_megatron.config import Config
+from cp_megatron.config.fields import check_values
 from cp_megatron.data.rows.corpora import check_data
 from cp_megatron.data.tokenize.tokenizer import open_tokenizer
 from cp_megatron.errors import ConfigError
@@ -133,7 +134,7 @@ def check(
     """
     if not dry_run:
         parse_faults(launch.fault, launch.world_size)
-    rules.check_ranges(config)
+    check_values(config)
     config = dataclasses.replace(config, data=rules.with_packing(config.data, given))
     tokenizer = open_tokenizer(config.data.tokenizer_type, config.data.tokenizer_model)
     vocab_size = vocab_size_of(config.model, tokenizer)

@@ -65,7 +65,10 @@ def test_several_paths_end_at_the_next_flag() -> None:
 
 
 def test_negative_numbers_are_values() -> None:
-    assert parse_arguments(["--lr", "-1", "--min-lr=-.5"]).config.optimizer.lr == -1.0
+    argv = ["--window-size", "-1", "0", "--rope-short-factor=-.5", "-1"]
+    model = parse_arguments(argv).config.model
+    assert (model.window_size, model.rope_short_factor) == ((-1, 0), (-0.5, -1.0))
+    assert refused("--lr", "-1").rule == "must be above 0"
 
 
 def test_megatrons_spellings() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -21,16 +22,16 @@ TEXTS = st.text(
 ).filter(lambda text: not text.startswith("-"))
 
 
-WHOLE = st.integers(-(2**63), 2**63 - 1)
-
-
 def values_of(row: Setting) -> st.SearchStrategy[Any]:
     if row.name == "preset":
         return st.sampled_from(list(PRESETS))
+    low, high = (end if math.isfinite(end) else None for end in (row.range.low, row.range.high))
     kinds: dict[str, st.SearchStrategy[Any]] = {
         "bool": st.booleans(),
-        "int": WHOLE,
-        "float": st.floats(allow_nan=False, allow_infinity=False),
+        "int": st.integers(int(low or -(2**63)), int(high or 2**63 - 1)),
+        "float": st.floats(low, high, allow_nan=False, allow_infinity=False).filter(
+            lambda number: number in row.range
+        ),
         "str": st.sampled_from(row.choices) if row.choices else TEXTS,
     }
     value = kinds[row.kind]
@@ -91,6 +92,8 @@ LAUGHS = "data:\n  data_path:\n  - &a0 [ha]\n" + "".join(
         ("model: {num_layers: null}", "f: model.num_layers", "whole number"),
         ("model: {swiglu: 1}", "f: model.swiglu", "true or false"),
         ("optimizer: {lr: .inf}", "f: optimizer.lr", "finite"),
+        ("optimizer: {lr: 0}", "f: optimizer.lr", "above 0"),
+        ("model: {num_layers: 0}", "f: model.num_layers", "at least 1"),
         ("optimizer: {lr: true}", "f: optimizer.lr", "number"),
         ("train: {dtype: float16}", "f: train.dtype", "choices"),
         ("data: {data_path: a}", "f: data.data_path", "list of values"),

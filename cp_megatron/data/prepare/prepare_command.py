@@ -11,6 +11,7 @@ from typing import Literal
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from cp_megatron.config.ranges import Size
 from cp_megatron.config.words import read_options
 from cp_megatron.data.prepare.prepare import Request, Result, Start, prepare
 from cp_megatron.data.prepare.prepare_worker import Step
@@ -48,7 +49,7 @@ class Options:
     """Processes; by default one for each core."""
     skip_bad_lines: bool = False
     """Skip malformed JSON lines and list them in PREFIX_skipped.txt, instead of refusing them."""
-    log_interval: int = 100_000
+    log_interval: Size = 100_000
     """Documents between two lines of progress."""
 
 
@@ -63,8 +64,6 @@ def parse(argv: Sequence[str]) -> Options:
     if options.output_prefix is None:
         rule = "needs the path that the new files begin with"
         raise ConfigError("--output-prefix", "", rule, "--output-prefix data/corpus")
-    if options.log_interval < 1:
-        raise ConfigError("--log-interval", options.log_interval, "must be at least 1", "1")
     return options
 
 
