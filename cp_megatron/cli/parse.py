@@ -17,12 +17,12 @@ from typing import Any
 
 from cp_megatron.cli.megatron_flags import refuse_megatron_flag
 from cp_megatron.config.fields import settings, settings_of
+from cp_megatron.config.files.presets import DEFAULT_PRESET, PRETRAINED_OPTIMIZER
+from cp_megatron.config.files.run_folders import CONFIG_FILE, find_run, run_folder, runs_near
+from cp_megatron.config.files.yaml_io import Values, overlay, preset_named, read_file, read_values
 from cp_megatron.config.help_page import HELP, help_page
-from cp_megatron.config.presets import DEFAULT_PRESET, PRETRAINED_OPTIMIZER
-from cp_megatron.config.run_folders import CONFIG_FILE, find_run, run_folder, runs_near
 from cp_megatron.config.schema import Config
 from cp_megatron.config.words import read_words
-from cp_megatron.config.yaml_io import Values, overlay, preset_named, read_file, read_values
 from cp_megatron.errors import ConfigError
 from cp_megatron.families.llama import has_tokenizer, read_hf_config
 

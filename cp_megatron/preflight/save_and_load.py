@@ -11,8 +11,8 @@ from cp_megatron.checkpoint.manifest import TEMPORARY, Manifest, newest_step, re
 from cp_megatron.checkpoint.newest import Newest, named_step, newest_whole
 from cp_megatron.config import Config
 from cp_megatron.config.fields import settings
-from cp_megatron.config.run_folders import CONFIG_FILE, run_folder
-from cp_megatron.config.yaml_io import overlay
+from cp_megatron.config.files.run_folders import CONFIG_FILE, run_folder
+from cp_megatron.config.files.yaml_io import overlay
 from cp_megatron.errors import ConfigError
 from cp_megatron.preflight.rope_rules import FIELDS
 

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from cp_megatron.config import Config
 from cp_megatron.config.fields import Setting, settings
-from cp_megatron.config.presets import PRESETS
-from cp_megatron.config.yaml_io import from_yaml, overlay, read_file, to_yaml
+from cp_megatron.config.files.presets import PRESETS
+from cp_megatron.config.files.yaml_io import from_yaml, overlay, read_file, to_yaml
 from cp_megatron.errors import ConfigError
 
 TEXTS = st.text(

@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from cp_megatron.config.fields import settings, shown
-from cp_megatron.config.presets import DEFAULT_PRESET, PRESETS
+from cp_megatron.config.files.presets import DEFAULT_PRESET, PRESETS
 from cp_megatron.config.schema import Config
 from cp_megatron.errors import ConfigError
 
