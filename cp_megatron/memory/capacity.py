@@ -14,7 +14,7 @@ from pathlib import Path
 
 from cp_megatron.comm.runtime import Launch
 from cp_megatron.config import Config
-from cp_megatron.config.run_folders import RUNS
+from cp_megatron.config.files.run_folders import RUNS
 from cp_megatron.errors import ConfigError
 from cp_megatron.memory import predict as kinds
 from cp_megatron.memory.exchange_buffers import schedules

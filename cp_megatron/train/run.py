@@ -22,8 +22,8 @@ from cp_megatron.checkpoint.store import load_checkpoint
 from cp_megatron.comm.groups import ParallelGroups
 from cp_megatron.comm.runtime import Launch, record_collectives
 from cp_megatron.config import Config
-from cp_megatron.config.run_folders import CONFIG_FILE, RUNS
-from cp_megatron.config.yaml_io import to_yaml
+from cp_megatron.config.files.run_folders import CONFIG_FILE, RUNS
+from cp_megatron.config.files.yaml_io import to_yaml
 from cp_megatron.data.rows.corpora import Data, open_data
 from cp_megatron.errors import ConfigError
 from cp_megatron.faults.checks import Checks, ParameterSums
