@@ -25,6 +25,7 @@ from cp_megatron.plan.mask import Mask
 from cp_megatron.plan.readers import Readers
 from cp_megatron.plan.ring import plan_ring
 from cp_megatron.plan.rounds import Message, Round
+from cp_megatron.plan.show.plot import write_svg
 
 
 @dataclass(frozen=True)
@@ -213,8 +214,6 @@ class Schedule:
 
     def plot(self, path: str) -> None:
         """Draws who computes which tile in which round as an SVG file."""
-        from cp_megatron.plan.show.plot import write_svg
-
         write_svg(self, path)
 
 

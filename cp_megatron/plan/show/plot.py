@@ -12,17 +12,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from html import escape
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
-from xml.sax.saxutils import escape
+from typing import NamedTuple
 
 from cp_megatron.plan.show.shapes import Patch, Point, patches
-from cp_megatron.plan.show.summary import Summary, exchange_in_words, mask_in_words
+from cp_megatron.plan.show.summary import (
+    DrawableSchedule,
+    Summary,
+    exchange_in_words,
+    mask_in_words,
+)
 from cp_megatron.plan.tiles import Span, pack
-
-if TYPE_CHECKING:
-    from cp_megatron.plan.schedule import Schedule
 
 SIDE, LEFT, TOP, EDGE = 640, 76, 128, 15  # pixels
 LINE, LETTER, SMALL_LETTER = 19, 6.7, 5.6  # pixels of a line and of letters
@@ -42,7 +44,7 @@ class _Placed(NamedTuple):
     number: int
 
 
-def write_svg(schedule: Schedule, path: str) -> None:
+def write_svg(schedule: DrawableSchedule, path: str) -> None:
     """Writes the picture. The same schedule gives the same bytes.
 
     Args:
@@ -79,7 +81,7 @@ def write_svg(schedule: Schedule, path: str) -> None:
 # ---- words ---------------------------------------------------------------------------------------
 
 
-def _subtitles(schedule: Schedule) -> list[str]:
+def _subtitles(schedule: DrawableSchedule) -> list[str]:
     layout, size = schedule.layout, schedule.layout.cp_size
     ranks = "1 rank" if size == 1 else f"{size} ranks"
     heads = f", {schedule.num_heads} query and {schedule.num_kv_heads} key/value heads"
@@ -91,7 +93,7 @@ def _subtitles(schedule: Schedule) -> list[str]:
     ]
 
 
-def _explanations(schedule: Schedule) -> list[str]:
+def _explanations(schedule: DrawableSchedule) -> list[str]:
     colour = "Colour: the rank that computes it"
     if schedule.num_trading > 1:
         colour = "Colour: the group of ranks that computes it, each member for its own heads"
@@ -108,7 +110,7 @@ def _explanations(schedule: Schedule) -> list[str]:
 
 def _text(x: float, y: float, text: str, attributes: str = "") -> str:
     space = " " if attributes else ""
-    return f'<text x="{_number(x)}" y="{_number(y)}"{space}{attributes}>{escape(text)}</text>'
+    return f'<text x="{_number(x)}" y="{_number(y)}"{space}{attributes}>{escape(text, quote=False)}</text>'
 
 
 def _number(value: float) -> str:
@@ -119,7 +121,7 @@ def _number(value: float) -> str:
 # ---- colours -------------------------------------------------------------------------------------
 
 
-def rank_colour(schedule: Schedule, rank: int) -> str:
+def rank_colour(schedule: DrawableSchedule, rank: int) -> str:
     """A rank's colour; members of one of several groups have shades of the group's."""
     trading, groups = schedule.hierarchical_sizes
     if trading == 1 or groups == 1:
@@ -128,7 +130,7 @@ def rank_colour(schedule: Schedule, rank: int) -> str:
     return _colour(rank // trading, groups, shade=-0.16 * member)
 
 
-def group_colour(schedule: Schedule, group: int) -> str:
+def group_colour(schedule: DrawableSchedule, group: int) -> str:
     """A group's colour, which is the rank's where heads do not travel."""
     if schedule.num_trading > 1 and schedule.hierarchical_sizes[1] == 1:
         return NEUTRAL
@@ -163,7 +165,7 @@ def _gamma(linear: float) -> float:
 # ---- the matrix ----------------------------------------------------------------------------------
 
 
-def _matrix(schedule: Schedule) -> tuple[list[str], list[str]]:
+def _matrix(schedule: DrawableSchedule) -> tuple[list[str], list[str]]:
     """The patches, group by group, and what a reader must know about those not drawn."""
     scale = SIDE / schedule.mask.seq_len
     placed = list(_placed(schedule))
@@ -189,7 +191,7 @@ def _matrix(schedule: Schedule) -> tuple[list[str], list[str]]:
     return drawing, notes
 
 
-def _placed(schedule: Schedule) -> Iterator[_Placed]:
+def _placed(schedule: DrawableSchedule) -> Iterator[_Placed]:
     """Every patch. Members of a group compute the same tiles: the first stands for all."""
     for group, chunks in enumerate(schedule.rows.chunks):
         queries = pack(list(chunks))
@@ -275,7 +277,7 @@ def _pixels(tiny: Sequence[_Placed], scale: float) -> dict[int, str]:
 # ---- around it -----------------------------------------------------------------------------------
 
 
-def _edges(schedule: Schedule) -> Iterator[str]:
+def _edges(schedule: DrawableSchedule) -> Iterator[str]:
     """Who holds the rows and the columns."""
     scale = SIDE / schedule.mask.seq_len
     room = max(10, SMALL_LETTER * len(str(schedule.layout.cp_size - 1)) + 2)
@@ -298,7 +300,7 @@ def _edges(schedule: Schedule) -> Iterator[str]:
             yield f'<g text-anchor="middle" font-size="10">{"".join(numbers)}</g>'
 
 
-def _documents(schedule: Schedule) -> Iterator[str]:
+def _documents(schedule: DrawableSchedule) -> Iterator[str]:
     """The outlines of packed documents that are large enough for one."""
     scale = SIDE / schedule.mask.seq_len
     edges = schedule.mask.starts().tolist()
@@ -313,7 +315,7 @@ def _documents(schedule: Schedule) -> Iterator[str]:
         yield f'<path fill="none" stroke="#333" stroke-width="0.7" d="{path}"/>'
 
 
-def _legend(schedule: Schedule, summary: Summary) -> tuple[list[str], int]:
+def _legend(schedule: DrawableSchedule, summary: Summary) -> tuple[list[str], int]:
     """Each rank's colour and share, and the width of the whole."""
     shown = summary.ranks if len(summary.ranks) <= LEGEND_ROWS else summary.ranks[: LEGEND_ROWS - 1]
     table = [("rank", "pairs", "of mean", "keys received", "heads")]

@@ -5,13 +5,46 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import Protocol
 
+from cp_megatron.plan.heads import HeadExchange
+from cp_megatron.plan.layout import SequenceLayout
 from cp_megatron.plan.mask import Mask
+from cp_megatron.plan.rounds import Round
 from cp_megatron.plan.tiles import Span
 
-if TYPE_CHECKING:
-    from cp_megatron.plan.schedule import Schedule
+
+class DrawableSchedule(Protocol):
+    """The attributes of a ``Schedule`` that the drawing reads.
+
+    ``Schedule.plot`` calls the drawing, so this package cannot import ``Schedule`` in turn.
+    """
+
+    @property
+    def mask(self) -> Mask: ...
+    @property
+    def layout(self) -> SequenceLayout: ...
+    @property
+    def rows(self) -> SequenceLayout: ...
+    @property
+    def exchange(self) -> str: ...
+    @property
+    def route(self) -> str: ...
+    @property
+    def reason(self) -> str: ...
+    @property
+    def num_heads(self) -> int | None: ...
+    @property
+    def num_kv_heads(self) -> int | None: ...
+    @property
+    def hierarchical_sizes(self) -> Span: ...
+    @property
+    def num_trading(self) -> int: ...
+
+    def rounds(self, rank: int) -> tuple[Round, ...]: ...
+    def heads(self, rank: int) -> HeadExchange | None: ...
+    def pairs(self, rank: int) -> int: ...
+    def kv_tokens_received(self, rank: int) -> int: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +71,7 @@ class Summary:
     ranks: tuple[RankSummary, ...]
 
     @classmethod
-    def of(cls, schedule: Schedule) -> Summary:
+    def of(cls, schedule: DrawableSchedule) -> Summary:
         """Counts over the very rounds that will run."""
         return cls(
             ranks=tuple(
@@ -68,7 +101,7 @@ class Summary:
         return sum(row.keys_received for row in self.ranks)
 
 
-def heads_of(schedule: Schedule, rank: int) -> str:
+def heads_of(schedule: DrawableSchedule, rank: int) -> str:
     """The heads ``rank`` computes, e.g. ``q 4-7, kv 1``; empty where it computes all."""
     trade = schedule.heads(rank)
     if trade is None:
@@ -107,7 +140,7 @@ def mask_in_words(mask: Mask) -> str:
     return f"{words}, window {' '.join(sides)}"
 
 
-def exchange_in_words(schedule: Schedule) -> str:
+def exchange_in_words(schedule: DrawableSchedule) -> str:
     """E.g. ``p2p over the ring``, ``a2a among 4, p2p over the ring between 2 groups``."""
     trading, groups = schedule.hierarchical_sizes
     way = "over the ring" if schedule.route == "ring" else "straight from the owner"
