@@ -122,12 +122,12 @@ def choose_exchange(
     if heads.num_heads % inner:
         notes.append(f"{name} can not share {heads.num_heads} heads among {inner}")
     else:
-        costs[name] = trade_elements(layout, heads, inner)
+        costs[name] = all_to_all_elements(layout, heads, inner)
         if inner < size:
             merged = merged_layout(layout, inner)
             between = Readers.of(mask, merged)
             inner_route = choose_route(between) if route == "auto" else route
-            moved = between.tokens_received(inner_route) * _traded_kv_heads(heads, inner)
+            moved = between.tokens_received(inner_route) * _computed_kv_heads(heads, inner)
             costs[name] += moved * heads.key_width
     best = min(costs, key=lambda exchange: (costs[exchange], exchange != "p2p"))
     others = [f"{other} {_ratio(costs[other], costs[best])}" for other in costs if other != best]
@@ -145,13 +145,13 @@ def choose_route(readers: Readers) -> str:
     return "ring" if ring <= direct else "direct"
 
 
-def trade_elements(layout: SequenceLayout, heads: Heads, size: int) -> int:
+def all_to_all_elements(layout: SequenceLayout, heads: Heads, size: int) -> int:
     """Elements received by all ranks when groups of ``size`` trade q, k, v and results."""
-    width = (heads.num_heads + _traded_kv_heads(heads, size)) * heads.key_width
+    width = (heads.num_heads + _computed_kv_heads(heads, size)) * heads.key_width
     return layout.cp_size // size * (size - 1) * layout.shard_len * width
 
 
-def _traded_kv_heads(heads: Heads, size: int) -> int:
+def _computed_kv_heads(heads: Heads, size: int) -> int:
     """Key/value heads of all members of a group, one that several members read counted for each."""
     share, serves = heads.num_heads // size, heads.num_heads // heads.num_kv_heads
     return sum(-(-(i + 1) * share // serves) - i * share // serves for i in range(size))

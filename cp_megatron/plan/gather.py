@@ -22,7 +22,7 @@ from cp_megatron.plan.layout import SequenceLayout
 from cp_megatron.plan.mask import IntArray, Mask
 from cp_megatron.plan.readers import Readers
 from cp_megatron.plan.rounds import Round
-from cp_megatron.plan.tiles import Span, merge_spans, own_tiles, pack, reading, remote_tiles
+from cp_megatron.plan.tiling import Span, merge_spans, own_tiles, pack, reading, remote_tiles
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ With fewer query heads per rank than a key/value head serves, heads are repeated
 often as that; local groups of unequal size (6 query heads, 3 kv heads, 2 ranks: rank 0 has two of
 kv head 0 and one of kv head 1) are computed one after the other and repeat nothing.
 
-``a2a+p2p`` with sizes (A, P): A neighbours trade, and the P groups of neighbours run a ring over
+``a2a+p2p`` with sizes (A, P): A neighbours head_exchange, and the P groups of neighbours run a ring over
 the tokens that the group holds together.
 
 Sources: DeepSpeed Ulysses (Jacobs et al. 2023, arXiv:2309.14509); two levels: USP (Fang and Zhao
@@ -27,7 +27,7 @@ from typing import NamedTuple
 
 from cp_megatron.errors import ConfigError
 from cp_megatron.plan.layout import Chunk, SequenceLayout
-from cp_megatron.plan.tiles import Span, merge_spans, relative_spans
+from cp_megatron.plan.tiling import Span, merge_spans, num_positions, relative_spans
 
 
 class HeadGroup(NamedTuple):
@@ -55,10 +55,10 @@ def cut_heads(groups: tuple[HeadGroup, ...], start: int, stop: int) -> tuple[Hea
 
 @dataclass(frozen=True, kw_only=True)
 class HeadExchange:
-    """One rank's view of the trade.
+    """One rank's view of the head_exchange.
 
     Attributes:
-        peers: the ranks that trade, in order, this one among them.
+        peers: the ranks that head_exchange, in order, this one among them.
         index: where in ``peers`` this rank is.
         query_heads, kv_heads: per peer, the heads it computes.
         rows: per peer, where its shard's tokens lie in the group's, in the shard's order.
@@ -71,6 +71,11 @@ class HeadExchange:
     kv_heads: tuple[Span, ...]
     rows: tuple[tuple[Span, ...], ...]
     groups: tuple[HeadGroup, ...]
+
+    @property
+    def repeats_kv_heads(self) -> bool:
+        """Whether a key/value head is computed by several peers."""
+        return num_positions(self.kv_heads) > self.kv_heads[-1][1]
 
 
 def check_heads(size: int, num_heads: int | None, num_kv_heads: int | None, exchange: str) -> None:

@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from cp_megatron.plan.layout import SequenceLayout
 from cp_megatron.plan.mask import IntArray, Mask
-from cp_megatron.plan.tiles import key_intervals
+from cp_megatron.plan.tiling import key_intervals
 
 
 @dataclass(frozen=True, eq=False)

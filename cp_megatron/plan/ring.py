@@ -39,9 +39,10 @@ from cp_megatron.plan.layout import SequenceLayout
 from cp_megatron.plan.mask import Mask
 from cp_megatron.plan.readers import Readers
 from cp_megatron.plan.rounds import Message, Round
-from cp_megatron.plan.tiles import (
+from cp_megatron.plan.tiling import (
     Span,
     merge_spans,
+    num_positions,
     own_tiles,
     pack,
     reading,
@@ -147,7 +148,7 @@ class _RankPlanner:
         if t + 1 >= self.size:
             return None
         peer = (self.rank + (1 if self.is_ring else t + 1)) % self.size
-        num_tokens = sum(stop - start for start, stop in self.arrival(self.rank, t + 1))
+        num_tokens = num_positions(self.arrival(self.rank, t + 1))
         owner = (self.rank + t + 1) % self.size
         return _message(peer, owner, [(0, num_tokens)] if num_tokens else [])
 

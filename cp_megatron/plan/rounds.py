@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cp_megatron.plan.tiles import Span, Tile
+from cp_megatron.plan.tiling import Span, Tile, num_positions
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Message:
     @property
     def num_tokens(self) -> int:
         """Key positions in the message."""
-        return sum(stop - start for start, stop in self.spans)
+        return num_positions(self.spans)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,17 +54,4 @@ class Round:
     @property
     def num_keys(self) -> int:
         """Length of the arrival."""
-        return sum(stop - start for start, stop in self.keys)
-
-    @property
-    def messages(self) -> tuple[Message, ...]:
-        """All messages sent or received, keys before gradients."""
-        found = (
-            self.send_keys,
-            self.receive_keys,
-            self.pass_grads,
-            self.return_grads,
-            self.receive_passed,
-            self.receive_returned,
-        )
-        return tuple(message for message in found if message is not None)
+        return num_positions(self.keys)

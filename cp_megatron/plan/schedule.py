@@ -107,40 +107,44 @@ class Schedule:
         else:
             sizes = {"p2p": (1, size), "all_gather": (1, size), "a2a": (size, 1)}
             plan = replace(plan, hierarchical_sizes=hierarchical_sizes or sizes[exchange])
-        if plan.num_trading > 1:
-            check_heads(plan.num_trading, num_heads, kv_heads, plan.exchange)
+        if plan.all_to_all_size > 1:
+            check_heads(plan.all_to_all_size, num_heads, kv_heads, plan.exchange)
         if plan.route == "auto":
             plan = replace(plan, route=choose_route(plan.readers))
         return plan
 
     @property
-    def num_trading(self) -> int:
+    def all_to_all_size(self) -> int:
         """Ranks that trade heads with each other; 1 where heads do not travel."""
         return self.hierarchical_sizes[0]
 
     @cached_property
     def rows(self) -> SequenceLayout:
-        """What each group of trading ranks holds together; the layout itself without trade."""
-        return merged_layout(self.layout, self.num_trading) if self.num_trading > 1 else self.layout
+        """What each group of all_to_all_size ranks holds together; the layout itself without head_exchange."""
+        return (
+            merged_layout(self.layout, self.all_to_all_size)
+            if self.all_to_all_size > 1
+            else self.layout
+        )
 
     @cached_property
     def readers(self) -> Readers:
-        """Who reads which keys, by group of trading ranks."""
+        """Who reads which keys, by group of all_to_all_size ranks."""
         return Readers.of(self.mask, self.rows)
 
     def rounds(self, rank: int) -> tuple[Round, ...]:
         """What ``rank`` does, in order; message peers are ranks.
 
-        Round 0 is the own keys. Under p2p, round t is the keys of the rank (group of trading
+        Round 0 is the own keys. Under p2p, round t is the keys of the rank (group of all_to_all_size
         ranks) t places up; under all_gather, round 1 is everything else.
         """
         if self.exchange == "all_gather":
             return plan_gather_rounds(self.mask, self.rows, self.readers, rank)
-        size = self.num_trading
+        size = self.all_to_all_size
         rounds = plan_ring(self.mask, self.rows, self.readers, rank // size, self.route)
         if size == 1:
             return rounds
-        return tuple(_with_peers(turn, size, rank % size) for turn in rounds)
+        return tuple(_with_peers(round_, size, rank % size) for round_ in rounds)
 
     def gather(self, rank: int) -> Gather | None:
         """The collective of all_gather."""
@@ -150,18 +154,20 @@ class Schedule:
 
     def heads(self, rank: int) -> HeadExchange | None:
         """The trade of heads."""
-        if self.num_trading == 1:
+        if self.all_to_all_size == 1:
             return None
         assert self.num_heads is not None
         assert self.num_kv_heads is not None
-        return plan_heads(self.layout, rank, self.num_trading, self.num_heads, self.num_kv_heads)
+        return plan_heads(
+            self.layout, rank, self.all_to_all_size, self.num_heads, self.num_kv_heads
+        )
 
     def pairs(self, rank: int) -> int:
         """Attended (query, key) pairs that ``rank`` computes, each for the heads it computes.
 
         Where heads travel, members of a group compute the same pairs for different heads.
         """
-        return sum(tile.pairs for turn in self.rounds(rank) for tile in turn.tiles)
+        return sum(tile.pairs for round_ in self.rounds(rank) for tile in round_.tiles)
 
     def kv_tokens_received(self, rank: int) -> int:
         """Key positions ``rank`` receives in forward, those it only passes on included.
@@ -172,24 +178,11 @@ class Schedule:
         size = self.layout.cp_size
         if self.exchange == "all_gather":
             return (size - 1) * gathered_width(self.readers)
-        traded = (self.num_trading - 1) * self.layout.shard_len
+        traded = (self.all_to_all_size - 1) * self.layout.shard_len
         return traded + self._tokens_of_rounds(rank)
 
-    def largest_message(self, rank: int) -> int:
-        """Key positions in the largest message of keys or of their gradients ``rank`` handles.
-
-        The memory a rank keeps for messages follows from it. all_gather counts all that is gathered
-        at once for a head; a trade of heads is not counted.
-        """
-        if self.exchange == "all_gather":
-            return self.layout.cp_size * gathered_width(self.readers)
-        return max(
-            (message.num_tokens for turn in self.rounds(rank) for message in turn.messages),
-            default=0,
-        )
-
     def _tokens_of_rounds(self, rank: int) -> int:
-        return int(self.readers.received[self.route][rank // self.num_trading])
+        return int(self.readers.received[self.route][rank // self.all_to_all_size])
 
     def bytes_received(
         self, rank: int, head_dim: int, element_size: int, v_head_dim: int | None = None
@@ -201,14 +194,14 @@ class Schedule:
         travel, queries and results count too.
         """
         v_dim = head_dim if v_head_dim is None else v_head_dim
-        trade = self.heads(rank)
-        if trade is None:
+        head_exchange = self.heads(rank)
+        if head_exchange is None:
             heads = self.num_kv_heads or 1
             return self.kv_tokens_received(rank) * heads * (head_dim + v_dim) * element_size
-        q0, q1 = trade.query_heads[trade.index]
-        k0, k1 = trade.kv_heads[trade.index]
+        q0, q1 = head_exchange.query_heads[head_exchange.index]
+        k0, k1 = head_exchange.kv_heads[head_exchange.index]
         keys = (k1 - k0) * (head_dim + v_dim)
-        traded = (len(trade.peers) - 1) * self.layout.shard_len
+        traded = (len(head_exchange.peers) - 1) * self.layout.shard_len
         elements = traded * ((q1 - q0) * (head_dim + v_dim) + keys)
         return (elements + self._tokens_of_rounds(rank) * keys) * element_size
 
@@ -217,7 +210,7 @@ class Schedule:
         write_svg(self, path)
 
 
-def _with_peers(turn: Round, size: int, index: int) -> Round:
+def _with_peers(round_: Round, size: int, index: int) -> Round:
     """A round of groups as one of their members': it talks to the member in its own place."""
 
     def moved(message: Message | None) -> Message | None:
@@ -226,11 +219,11 @@ def _with_peers(turn: Round, size: int, index: int) -> Round:
         return replace(message, peer=message.peer * size + index)
 
     return replace(
-        turn,
-        send_keys=moved(turn.send_keys),
-        receive_keys=moved(turn.receive_keys),
-        pass_grads=moved(turn.pass_grads),
-        return_grads=moved(turn.return_grads),
-        receive_passed=moved(turn.receive_passed),
-        receive_returned=moved(turn.receive_returned),
+        round_,
+        send_keys=moved(round_.send_keys),
+        receive_keys=moved(round_.receive_keys),
+        pass_grads=moved(round_.pass_grads),
+        return_grads=moved(round_.return_grads),
+        receive_passed=moved(round_.receive_passed),
+        receive_returned=moved(round_.receive_returned),
     )

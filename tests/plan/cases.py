@@ -51,9 +51,9 @@ def lengths(draw: st.DrawFn, seq_len: int) -> list[int]:
 
 
 @st.composite
-def heads(draw: st.DrawFn, num_trading: int) -> tuple[int, int]:
-    """Query heads that ``num_trading`` ranks can share, and any key/value heads for them."""
-    num_heads = num_trading * draw(st.integers(1, 6))
+def heads(draw: st.DrawFn, all_to_all_size: int) -> tuple[int, int]:
+    """Query heads that ``all_to_all_size`` ranks can share, and any key/value heads for them."""
+    num_heads = all_to_all_size * draw(st.integers(1, 6))
     return num_heads, draw(st.sampled_from([n for n in range(1, 13) if num_heads % n == 0]))
 
 
@@ -75,9 +75,9 @@ def schedules(
     if exchange in ("p2p", "all_gather"):
         return Schedule.build(mask, layout, exchange, route)
     divisors = [n for n in range(1, cp_size + 1) if cp_size % n == 0]
-    trading = cp_size if exchange == "a2a" else draw(st.sampled_from(divisors))
-    num_heads, num_kv_heads = draw(heads(trading))
-    sizes = (trading, cp_size // trading) if exchange == "a2a+p2p" else None
+    all_to_all_size = cp_size if exchange == "a2a" else draw(st.sampled_from(divisors))
+    num_heads, num_kv_heads = draw(heads(all_to_all_size))
+    sizes = (all_to_all_size, cp_size // all_to_all_size) if exchange == "a2a+p2p" else None
     return Schedule.build(mask, layout, exchange, route, num_heads, num_kv_heads, sizes)
 
 

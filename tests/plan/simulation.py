@@ -21,7 +21,7 @@ from cp_megatron.plan import Schedule
 from cp_megatron.plan.gather import Gather
 from cp_megatron.plan.heads import HeadExchange
 from cp_megatron.plan.rounds import Message, Round
-from cp_megatron.plan.tiles import Band, Span, Tile
+from cp_megatron.plan.tiling import Band, Span, Tile
 
 Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
@@ -50,15 +50,15 @@ def all_gathers(schedule: Schedule) -> list[Gather]:
     return [gather for gather in found if gather is not None]
 
 
-def all_trades(schedule: Schedule) -> list[HeadExchange]:
+def all_head_exchanges(schedule: Schedule) -> list[HeadExchange]:
     """Every rank's view of the trade; none where heads do not travel."""
     found = [schedule.heads(rank) for rank in range(schedule.layout.cp_size)]
-    return [trade for trade in found if trade is not None]
+    return [head_exchange for head_exchange in found if head_exchange is not None]
 
 
 def held(schedule: Schedule, rank: int) -> Ints:
     """The positions whose rows ``rank`` computes, in the order its tiles count them."""
-    return schedule.rows.positions(rank // schedule.num_trading)
+    return schedule.rows.positions(rank // schedule.all_to_all_size)
 
 
 def expand(spans: Iterable[Span]) -> Ints:
@@ -131,10 +131,10 @@ def wires(
     return found
 
 
-def read_columns(turn: Round) -> Bools:
+def read_columns(round_: Round) -> Bools:
     """bool [keys]: the arrived keys that some tile attends."""
-    read = np.zeros(turn.num_keys, dtype=np.bool_)
-    for tile in turn.tiles:
+    read = np.zeros(round_.num_keys, dtype=np.bool_)
+    for tile in round_.tiles:
         read[tile.k0 : tile.k1] |= tile_matrix(tile).any(axis=0)
     return read
 
@@ -144,7 +144,7 @@ class Machine:
 
     def __init__(self, schedule: Schedule, rounds: Rounds) -> None:
         self.rounds = rounds
-        self.size, self.num_trading = schedule.layout.cp_size, schedule.num_trading
+        self.size, self.all_to_all_size = schedule.layout.cp_size, schedule.all_to_all_size
         self.shards = [held(schedule, rank) for rank in range(self.size)]
         self.arrived: list[Ints] = list(self.shards)
         self.home = [np.zeros((len(shard), self.size), np.int64) for shard in self.shards]
@@ -165,7 +165,7 @@ class Machine:
             for kind, message in slot_messages(self.rounds[rank], slot)[0]:
                 if kind != "keys":
                     source = self.partial[rank]
-                elif message.owner == rank // self.num_trading:
+                elif message.owner == rank // self.all_to_all_size:
                     source = self.shards[rank]
                 else:
                     source = self.arrived[rank]
@@ -175,11 +175,11 @@ class Machine:
 
     def _compute(self, slot: int) -> None:
         for rank in range(self.size):
-            turn = self.rounds[rank][slot]
-            assert np.array_equal(self.arrived[rank], expand(turn.keys)), (rank, slot)
-            counts = np.zeros((turn.num_keys, self.size), np.int64)
+            round_ = self.rounds[rank][slot]
+            assert np.array_equal(self.arrived[rank], expand(round_.keys)), (rank, slot)
+            counts = np.zeros((round_.num_keys, self.size), np.int64)
             if slot:
-                counts[read_columns(turn), rank] += 1
+                counts[read_columns(round_), rank] += 1
             self.partial[rank] = counts
 
     def _arrive(self, rank: int, slot: int, flights: list[tuple[int, int, str, Ints]]) -> None:
@@ -246,7 +246,7 @@ def heads_of_tokens(tokens: Ints, heads: Span) -> Ints:
 
 
 def traded(
-    schedule: Schedule, trades: list[HeadExchange], rank: int, kind: str
+    schedule: Schedule, head_exchanges: list[HeadExchange], rank: int, kind: str
 ) -> tuple[Ints, int]:
     """A trade of ``query`` or ``kv`` heads as ``rank`` sees it.
 
@@ -254,12 +254,12 @@ def traded(
         int64 [tokens of the group, heads of the rank, 2]: position and head that arrived, -1 where
         nothing did; and how many (token, head) pairs came from other ranks.
     """
-    mine = trades[rank]
+    mine = head_exchanges[rank]
     start, stop = (mine.query_heads if kind == "query" else mine.kv_heads)[mine.index]
     buffer = np.full((len(held(schedule, rank)), stop - start, 2), -1, np.int64)
     moved = 0
     for place, peer in enumerate(mine.peers):
-        theirs = trades[peer]
+        theirs = head_exchanges[peer]
         heads = (theirs.query_heads if kind == "query" else theirs.kv_heads)[mine.index]
         sent = heads_of_tokens(schedule.layout.positions(peer), heads)
         rows = expand(mine.rows[place])
@@ -269,12 +269,14 @@ def traded(
     return buffer, moved
 
 
-def results_returned(schedule: Schedule, trades: list[HeadExchange], rank: int) -> tuple[Ints, int]:
+def results_returned(
+    schedule: Schedule, head_exchanges: list[HeadExchange], rank: int
+) -> tuple[Ints, int]:
     """The way back: int64 [tokens of the shard, query heads, 2] as in ``traded``, and its size."""
-    mine = trades[rank]
+    mine = head_exchanges[rank]
     parts, moved = [], 0
     for peer in mine.peers:
-        theirs = trades[peer]
+        theirs = head_exchanges[peer]
         rows = held(schedule, peer)[expand(theirs.rows[mine.index])]
         parts.append(heads_of_tokens(rows, theirs.query_heads[theirs.index]))
         moved += parts[-1][..., 0].size if peer != rank else 0

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from cp_megatron.errors import ConfigError
 from cp_megatron.plan import Mask, Schedule, SequenceLayout
-from cp_megatron.plan.exchange import ROUTES, Heads, trade_elements
+from cp_megatron.plan.exchange import ROUTES, Heads, all_to_all_elements
 from tests.plan.cases import any_schedules, heads, property_settings
 
 Sizes = tuple[int, int]
@@ -28,9 +28,9 @@ def test_auto_moves_the_fewest_bytes(other: Schedule, data: st.DataObject) -> No
     mask, layout = other.mask, other.layout
     size = layout.cp_size
     divisors = [n for n in range(1, size + 1) if size % n == 0]
-    trading = data.draw(st.sampled_from(divisors))
-    sizes = data.draw(st.none() | st.just((trading, size // trading)))
-    num_heads, num_kv = data.draw(heads(data.draw(st.sampled_from([1, trading, size]))))
+    all_to_all_size = data.draw(st.sampled_from(divisors))
+    sizes = data.draw(st.none() | st.just((all_to_all_size, size // all_to_all_size)))
+    num_heads, num_kv = data.draw(heads(data.draw(st.sampled_from([1, all_to_all_size, size]))))
     widths = data.draw(st.tuples(st.integers(1, 9), st.integers(1, 9)))
     route = data.draw(st.sampled_from(["auto", *ROUTES]))
 
@@ -69,7 +69,7 @@ def test_a_trade_costs_what_is_received(other: Schedule, data: st.DataObject) ->
     )
     counted = Heads(num_heads=num_heads, num_kv_heads=num_kv, head_dim=3, v_head_dim=5)
     if size > 1:
-        assert trade_elements(other.layout, counted, size) == total(schedule, 3, 5)
+        assert all_to_all_elements(other.layout, counted, size) == total(schedule, 3, 5)
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,7 @@ def test_a_document_over_three_ranks_literally() -> None:
 def test_every_run_is_read_by_exactly_those(schedule: Schedule) -> None:
     readers, dense = schedule.readers, schedule.mask.dense()
     size = schedule.rows.cp_size
-    held_by = [held(schedule, group * schedule.num_trading) for group in range(size)]
+    held_by = [held(schedule, group * schedule.all_to_all_size) for group in range(size)]
     reads = np.stack([dense[rows].any(axis=0) for rows in held_by], axis=1)
     seen: list[int] = []
     for run, (start, stop) in enumerate(zip(readers.start, readers.stop)):

@@ -48,15 +48,15 @@ def moved(message: Message | None) -> Message | None:
 
 
 BROKEN: dict[str, Callable[[Round], Round]] = {
-    "not sent": lambda turn: replace(turn, send_keys=None),
-    "not received": lambda turn: replace(turn, receive_keys=None),
-    "shorter": lambda turn: replace(turn, send_keys=moved(turn.send_keys)),
-    "to another": lambda turn: replace(
-        turn, send_keys=turn.send_keys and replace(turn.send_keys, peer=0)
+    "not sent": lambda round_: replace(round_, send_keys=None),
+    "not received": lambda round_: replace(round_, receive_keys=None),
+    "shorter": lambda round_: replace(round_, send_keys=moved(round_.send_keys)),
+    "to another": lambda round_: replace(
+        round_, send_keys=round_.send_keys and replace(round_.send_keys, peer=0)
     ),
-    "gradients kept": lambda turn: replace(turn, return_grads=None),
-    "gradients not awaited": lambda turn: replace(turn, receive_returned=None),
-    "gradients not passed": lambda turn: replace(turn, pass_grads=None),
+    "gradients kept": lambda round_: replace(round_, return_grads=None),
+    "gradients not awaited": lambda round_: replace(round_, receive_returned=None),
+    "gradients not passed": lambda round_: replace(round_, pass_grads=None),
 }
 
 

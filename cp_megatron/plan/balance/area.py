@@ -1,6 +1,6 @@
 """Counting pairs and keys of pieces of documents in closed form.
 
-A *piece* is a run of positions ``[low, high)`` counted from the start of its document. Row p of a
+A *piece* is a run of positions ``[low, high)`` counted from the start of its document. BalanceProblem p of a
 document of n positions attends ``min(p, left)`` earlier keys, itself and ``min(n - 1 - p, right)``
 later ones, so the pairs of rows ``[0, p)`` are two sums of the form 0 + 1 + .. that stop growing:
 
@@ -15,14 +15,14 @@ from typing import NamedTuple
 import numpy as np
 
 from cp_megatron.plan.mask import IntArray, Mask
-from cp_megatron.plan.tiles import Span, merge_spans
+from cp_megatron.plan.tiling import Span, merge_spans
 
 PairsUpTo = Callable[[int, int], int]
 Chunks = tuple[tuple[tuple[int, int], ...], ...]
 """Per rank its runs of positions, ascending."""
 
 
-class Piece(NamedTuple):
+class DocumentSlice(NamedTuple):
     """Positions ``[low, high)`` of ``document``, held by ``rank``."""
 
     rank: int
@@ -66,7 +66,7 @@ def measure(mask: Mask, cp_size: int, pieces: IntArray) -> Load:
     Args:
         mask: what attends to what.
         cp_size: number of ranks.
-        pieces: int64 [pieces, 4], the columns of ``Piece``, in any order.
+        pieces: int64 [pieces, 4], the columns of ``DocumentSlice``, in any order.
     """
     rank, document, low, high = pieces[np.lexsort(pieces.T[[2, 1, 0]])].T
     length = np.asarray(mask.lengths, dtype=np.int64)[document]

@@ -65,8 +65,15 @@ from collections.abc import Sequence
 import numpy as np
 
 from cp_megatron.errors import ConfigError
-from cp_megatron.plan.balance.area import Chunks, Piece, measure, pairs_up_to, to_chunks, to_pieces
-from cp_megatron.plan.balance.dealer import Bias, Dealer, Row
+from cp_megatron.plan.balance.area import (
+    Chunks,
+    DocumentSlice,
+    measure,
+    pairs_up_to,
+    to_chunks,
+    to_pieces,
+)
+from cp_megatron.plan.balance.dealer import BalanceProblem, Bias, Dealer
 from cp_megatron.plan.mask import IntArray, Mask
 
 EFFORT = 3200  # trials x (documents + 8 ranks)
@@ -110,8 +117,8 @@ def deal(mask: Mask, cp_size: int, tolerance: float = 0.03) -> Chunks:
 
 
 def _best_trial(
-    mask: Mask, row: Row, order: IntArray, to_beat: tuple[int, int]
-) -> list[Piece] | None:
+    mask: Mask, row: BalanceProblem, order: IntArray, to_beat: tuple[int, int]
+) -> list[DocumentSlice] | None:
     """The best of a number of trials, each a change of the best so far; None if none is better."""
     num_trials = max(2, EFFORT // (len(row.lengths) + 8 * row.cp_size))
     best, dice = None, random.Random(0)
@@ -127,7 +134,7 @@ def _best_trial(
     return best
 
 
-def _table(pieces: list[Piece], order: IntArray) -> IntArray:
+def _table(pieces: list[DocumentSlice], order: IntArray) -> IntArray:
     """int64 [pieces, 4], with the mask's numbers of the documents."""
     table = np.asarray(pieces, dtype=np.int64)
     table[:, 1] = order[table[:, 1]]
@@ -160,13 +167,13 @@ def _mirror(chunks: Chunks, seq_len: int) -> Chunks:
     )
 
 
-def _row(mask: Mask, cp_size: int, tolerance: float) -> tuple[Row, IntArray]:
+def _row(mask: Mask, cp_size: int, tolerance: float) -> tuple[BalanceProblem, IntArray]:
     """The dealer's view of the row, and which document each of its documents is."""
     order = np.argsort(np.asarray(mask.lengths), kind="stable")
     lengths = [mask.lengths[d] for d in order.tolist()]
     up_to = pairs_up_to(mask)
     pairs = [up_to(length, length) for length in lengths]
-    row = Row(
+    row = BalanceProblem(
         cp_size=cp_size,
         shard_len=mask.seq_len // cp_size,
         limit=math.floor(sum(pairs) / cp_size * (1 + tolerance)),
@@ -177,13 +184,13 @@ def _row(mask: Mask, cp_size: int, tolerance: float) -> tuple[Row, IntArray]:
     return row, order
 
 
-def _score(mask: Mask, row: Row, pieces: IntArray) -> tuple[int, int]:
+def _score(mask: Mask, row: BalanceProblem, pieces: IntArray) -> tuple[int, int]:
     """Less is better: pairs of the busiest rank above the limit, then keys."""
     load = measure(mask, row.cp_size, pieces)
     return max(0, load.busiest - row.limit), load.keys
 
 
-def _neutral(row: Row) -> Bias:
+def _neutral(row: BalanceProblem) -> Bias:
     ones = [1.0] * len(row.lengths)
     return Bias(cut=ones, fill=ones)
 
@@ -201,9 +208,9 @@ def _changed(bias: Bias, dice: random.Random) -> Bias:
     return Bias(cut=change(bias.cut), fill=change(bias.fill))
 
 
-def _numbered(pieces: list[Piece]) -> list[Piece]:
+def _numbered(pieces: list[DocumentSlice]) -> list[DocumentSlice]:
     """Puts ranks side by side whose topmost tail is of the same document, in the order dealt."""
-    top: dict[int, Piece] = {}
+    top: dict[int, DocumentSlice] = {}
     for piece in pieces:
         if piece.low and (piece.rank not in top or piece.high > top[piece.rank].high):
             top[piece.rank] = piece

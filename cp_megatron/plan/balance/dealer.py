@@ -11,13 +11,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from cp_megatron.plan.balance.area import PairsUpTo, Piece
+from cp_megatron.plan.balance.area import DocumentSlice, PairsUpTo
 
 NUM_FRESH = 4  # longest fresh documents considered for a tail, or for a head that fills up
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
+class BalanceProblem:
     """What every trial shares. Documents are numbered by ascending length.
 
     Attributes:
@@ -62,7 +62,7 @@ class Cut(NamedTuple):
 class Dealer:
     """One trial: a row dealt to all ranks."""
 
-    def __init__(self, row: Row, bias: Bias) -> None:
+    def __init__(self, row: BalanceProblem, bias: Bias) -> None:
         self.row, self.bias = row, bias
         num = len(row.lengths)
         self.low, self.high = [0] * num, list(row.lengths)
@@ -71,33 +71,33 @@ class Dealer:
         self.queue = sorted((self.order[d], d) for d in range(num))
         self.density = [self._tail_density(d) for d in range(num)]
         self.num_left, self.pairs_left = sum(row.lengths), sum(row.pairs)
-        self.pieces: list[Piece] = []
-        self.rank = self.tokens = self.room = 0
+        self.pieces: list[DocumentSlice] = []
+        self.rank = self.tokens = self.budget = 0
 
-    def deal(self) -> list[Piece]:
+    def deal(self) -> list[DocumentSlice]:
         """Fills every rank with exactly ``shard_len`` tokens."""
         for rank in range(self.row.cp_size - 1):
             self._fill(rank)
         last = self.row.cp_size - 1
         for d in self.fresh + self.opened:
-            self.pieces.append(Piece(last, d, self.low[d], self.high[d]))
+            self.pieces.append(DocumentSlice(last, d, self.low[d], self.high[d]))
         return self.pieces
 
     def _fill(self, rank: int) -> None:
         self.rank, self.tokens = rank, self.row.shard_len
         # Above the limit only if it is out of reach: then all that follow share alike.
-        self.room = max(self.row.limit, -(-self.pairs_left // (self.row.cp_size - rank)))
+        self.budget = max(self.row.limit, -(-self.pairs_left // (self.row.cp_size - rank)))
         while self.tokens:
             self._step()
 
     def _step(self) -> None:
-        """Gives the rank the densest document whole, its tail, or what a cut leaves room for."""
+        """Gives the rank the densest document whole, its tail, or what a cut leaves budget for."""
         d, tokens = self._densest(), self.tokens
         low, high = self.low[d], self.high[d]
         size, pairs = high - low, self.count(d, low, high)
-        if size <= tokens and pairs <= self.room and self._completes(d, size, pairs):
+        if size <= tokens and pairs <= self.budget and self._completes(d, size, pairs):
             self._take(d, low, high)
-        elif size >= tokens and self.count(d, high - tokens, high) <= self.room:
+        elif size >= tokens and self.count(d, high - tokens, high) <= self.budget:
             whole = self._largest_whole(size - tokens)
             if whole is None:
                 self._take(d, high - tokens, high)
@@ -118,29 +118,29 @@ class Dealer:
 
     def _completes(self, d: int, size: int, pairs: int) -> bool:
         """Whether, with ``d`` whole, the cheapest other tokens fit under the limit."""
-        tokens, room = self.tokens - size, self.room - pairs
-        if room * (self.num_left - size) >= (self.pairs_left - pairs) * tokens:
+        tokens, budget = self.tokens - size, self.budget - pairs
+        if budget * (self.num_left - size) >= (self.pairs_left - pairs) * tokens:
             return True  # even average ones do
         lengths, whole = self.row.lengths, self.row.pairs
         for e in self.fresh:
             if e == d:
                 continue
-            if lengths[e] >= tokens or room < 0:
-                return room >= self.count(e, 0, max(tokens, 0))
-            tokens, room = tokens - lengths[e], room - whole[e]
+            if lengths[e] >= tokens or budget < 0:
+                return budget >= self.count(e, 0, max(tokens, 0))
+            tokens, budget = tokens - lengths[e], budget - whole[e]
         for e in self.opened:
             if e != d and tokens > 0:
                 low = self.low[e]
                 some = min(tokens, self.high[e] - low)
-                tokens, room = tokens - some, room - self.count(e, low, low + some)
-        return room >= 0
+                tokens, budget = tokens - some, budget - self.count(e, low, low + some)
+        return budget >= 0
 
     def _largest_whole(self, rest: int) -> int | None:
         """The largest fresh document that fits and leaves less than ``rest`` tokens to fill."""
         lengths, pairs = self.row.lengths, self.row.pairs
         place = min(
             bisect_right(self.fresh, self.tokens, key=lengths.__getitem__),
-            bisect_right(self.fresh, self.room, key=pairs.__getitem__),
+            bisect_right(self.fresh, self.budget, key=pairs.__getitem__),
         )
         if not place:
             return None
@@ -151,7 +151,7 @@ class Dealer:
 
     def _cut(self, d: int) -> None:
         """Fills the rank with fillers, a head of ``d`` and the tail of ``d`` that then fits."""
-        cut = _CutPlan(self, d).plan()
+        cut = _CutSearch(self, d).plan()
         if cut is None:
             # No filler fits whole and none can be split to fit: what is cheapest goes first.
             e = next((e for _, e in self.queue if e != d), d)
@@ -172,8 +172,8 @@ class Dealer:
         if low == high:
             return
         pairs = self.count(d, low, high)
-        self.pieces.append(Piece(self.rank, d, low, high))
-        self.tokens, self.room = self.tokens - (high - low), self.room - pairs
+        self.pieces.append(DocumentSlice(self.rank, d, low, high))
+        self.tokens, self.budget = self.tokens - (high - low), self.budget - pairs
         self.num_left, self.pairs_left = self.num_left - (high - low), self.pairs_left - pairs
         del self.queue[bisect_left(self.queue, (self.order[d], d))]
         if self.low[d] == 0 and self.high[d] == self.row.lengths[d]:
@@ -197,11 +197,11 @@ class Dealer:
         return up_to(length, high) - up_to(length, low)
 
 
-class _CutPlan:
+class _CutSearch:
     """Looks for what fills up a rank that gets a tail of document ``d``.
 
     ``tokens`` and ``pairs`` are those of the fillers so far. The *gap* is closed when the tail that
-    takes the remaining tokens has no more pairs than the rank has room for.
+    takes the remaining tokens has no more pairs than the rank has budget for.
     """
 
     def __init__(self, dealer: Dealer, d: int) -> None:
@@ -243,7 +243,7 @@ class _CutPlan:
         bottom = self.top - dealer.tokens + tokens
         if bottom < head:
             return max(1, self._excess(dealer.tokens - self.top + head, pairs, head))
-        return self.pairs_to_top - self.up_to(self.length, bottom) + pairs - dealer.room
+        return self.pairs_to_top - self.up_to(self.length, bottom) + pairs - dealer.budget
 
     def _fits(self, tokens: int, pairs: int) -> bool:
         tokens += self.tokens
@@ -346,12 +346,12 @@ def first_closed(excess: Callable[[int], int], most: int) -> int | None:
         return None
     if (above := excess(low)) <= 0:
         return low
-    turn = 0
+    iteration = 0
     while high - low > 1:
-        turn += 1
+        iteration += 1
         middle = (low + high) // 2
-        if turn <= 6:
-            middle = low + (high - low) * above // (above - below) + turn % 2
+        if iteration <= 6:
+            middle = low + (high - low) * above // (above - below) + iteration % 2
             middle = min(max(middle, low + 1), high - 1)
         value = excess(middle)
         if value > 0:

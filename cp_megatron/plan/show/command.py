@@ -33,7 +33,7 @@ _ELEMENT_SIZES: Mapping[str, int] = types.MappingProxyType(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class PlanOptions:
     """What to plan. A field is a flag, its docstring the flag's help."""
 
     mask: Literal["causal", "full", "documents"] | None = None
@@ -79,7 +79,7 @@ class Options:
         return _ELEMENT_SIZES[self.dtype]
 
 
-def parse(argv: Sequence[str]) -> Options:
+def parse(argv: Sequence[str]) -> PlanOptions:
     """Reads a command line, without the program's name.
 
     Raises:
@@ -88,12 +88,12 @@ def parse(argv: Sequence[str]) -> Options:
     """
     if any(word in ("-h", "--help") for word in argv):
         tyro.cli(
-            Options, prog=PROGRAM, description=_DESCRIPTION, args=["--help"], compact_help=False
+            PlanOptions, prog=PROGRAM, description=_DESCRIPTION, args=["--help"], compact_help=False
         )
-    return Options(**read_words(argv, Options))
+    return PlanOptions(**read_words(argv, PlanOptions))
 
 
-def run(options: Options, console: Console | None = None) -> None:
+def run(options: PlanOptions, console: Console | None = None) -> None:
     """Prints the schedule, and draws it where asked to.
 
     Raises:
@@ -122,7 +122,7 @@ def run(options: Options, console: Console | None = None) -> None:
         out.print(f"\npicture   {options.svg}", highlight=False, markup=False)
 
 
-def make_schedule(options: Options) -> Schedule:
+def make_schedule(options: PlanOptions) -> Schedule:
     """The schedule the flags describe.
 
     Raises:
@@ -149,7 +149,7 @@ def make_schedule(options: Options) -> Schedule:
     )
 
 
-def make_mask(options: Options) -> Mask:
+def make_mask(options: PlanOptions) -> Mask:
     """The mask the flags describe.
 
     Raises:

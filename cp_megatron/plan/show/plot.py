@@ -24,7 +24,7 @@ from cp_megatron.plan.show.summary import (
     exchange_in_words,
     mask_in_words,
 )
-from cp_megatron.plan.tiles import Span, pack
+from cp_megatron.plan.tiling import Span, pack
 
 SIDE, LEFT, TOP, EDGE = 640, 76, 128, 15  # pixels
 LINE, LETTER, SMALL_LETTER = 19, 6.7, 5.6  # pixels of a line and of letters
@@ -88,14 +88,14 @@ def _subtitles(schedule: DrawableSchedule) -> list[str]:
     return [
         f"{layout.kind} on {ranks}, {exchange_in_words(schedule)}",
         f"{mask_in_words(schedule.mask)}; {schedule.mask.seq_len:,} tokens"
-        + (heads if schedule.num_trading > 1 else ""),
+        + (heads if schedule.all_to_all_size > 1 else ""),
         f"chosen: {schedule.reason}" if schedule.reason != "asked for" else "",
     ]
 
 
 def _explanations(schedule: DrawableSchedule) -> list[str]:
     colour = "Colour: the rank that computes it"
-    if schedule.num_trading > 1:
+    if schedule.all_to_all_size > 1:
         colour = "Colour: the group of ranks that computes it, each member for its own heads"
         if schedule.hierarchical_sizes[1] == 1:
             colour = "Every rank computes all of it, for its own heads"
@@ -110,7 +110,8 @@ def _explanations(schedule: DrawableSchedule) -> list[str]:
 
 def _text(x: float, y: float, text: str, attributes: str = "") -> str:
     space = " " if attributes else ""
-    return f'<text x="{_number(x)}" y="{_number(y)}"{space}{attributes}>{escape(text, quote=False)}</text>'
+    words = escape(text, quote=False)
+    return f'<text x="{_number(x)}" y="{_number(y)}"{space}{attributes}>{words}</text>'
 
 
 def _number(value: float) -> str:
@@ -123,18 +124,18 @@ def _number(value: float) -> str:
 
 def rank_colour(schedule: DrawableSchedule, rank: int) -> str:
     """A rank's colour; members of one of several groups have shades of the group's."""
-    trading, groups = schedule.hierarchical_sizes
-    if trading == 1 or groups == 1:
+    all_to_all_size, groups = schedule.hierarchical_sizes
+    if all_to_all_size == 1 or groups == 1:
         return _colour(rank, schedule.layout.cp_size)
-    member = rank % trading / (trading - 1) - 0.5
-    return _colour(rank // trading, groups, shade=-0.16 * member)
+    member = rank % all_to_all_size / (all_to_all_size - 1) - 0.5
+    return _colour(rank // all_to_all_size, groups, shade=-0.16 * member)
 
 
 def group_colour(schedule: DrawableSchedule, group: int) -> str:
     """A group's colour, which is the rank's where heads do not travel."""
-    if schedule.num_trading > 1 and schedule.hierarchical_sizes[1] == 1:
+    if schedule.all_to_all_size > 1 and schedule.hierarchical_sizes[1] == 1:
         return NEUTRAL
-    return _colour(group, schedule.layout.cp_size // schedule.num_trading)
+    return _colour(group, schedule.layout.cp_size // schedule.all_to_all_size)
 
 
 def _colour(index: int, count: int, shade: float = 0.0) -> str:
@@ -183,7 +184,7 @@ def _matrix(schedule: DrawableSchedule) -> tuple[list[str], list[str]]:
         )
         seen = seen[:MAX_PATCHES]
     pixels = _pixels(tiny, scale)
-    groups = range(schedule.layout.cp_size // schedule.num_trading)
+    groups = range(schedule.layout.cp_size // schedule.all_to_all_size)
     drawing: list[str] = []
     for group in groups:
         mine = [item for item in seen if item.group == group]
@@ -195,9 +196,9 @@ def _placed(schedule: DrawableSchedule) -> Iterator[_Placed]:
     """Every patch. Members of a group compute the same tiles: the first stands for all."""
     for group, chunks in enumerate(schedule.rows.chunks):
         queries = pack(list(chunks))
-        for number, turn in enumerate(schedule.rounds(group * schedule.num_trading)):
-            keys = pack(list(turn.keys))
-            for tile in turn.tiles:
+        for number, round_ in enumerate(schedule.rounds(group * schedule.all_to_all_size)):
+            keys = pack(list(round_.keys))
+            for tile in round_.tiles:
                 for patch in patches(tile, queries, keys):
                     yield _Placed(patch, group, number)
 
@@ -280,7 +281,7 @@ def _pixels(tiny: Sequence[_Placed], scale: float) -> dict[int, str]:
 def _edges(schedule: DrawableSchedule) -> Iterator[str]:
     """Who holds the rows and the columns."""
     scale = SIDE / schedule.mask.seq_len
-    room = max(10, SMALL_LETTER * len(str(schedule.layout.cp_size - 1)) + 2)
+    needed = max(10, SMALL_LETTER * len(str(schedule.layout.cp_size - 1)) + 2)
     for rank, chunks in enumerate(schedule.layout.chunks):
         path, numbers = "", []
         wide = min(stop - start for start, stop in chunks) * scale >= BORDER
@@ -293,7 +294,7 @@ def _edges(schedule: DrawableSchedule) -> Iterator[str]:
                 (left, left + EDGE, TOP + a, TOP + b),
             ):
                 path += _path([(x0, y0), (x1, y0), (x1, y1), (x0, y1)])
-                if b - a >= room:
+                if b - a >= needed:
                     numbers.append(_text((x0 + x1) / 2, (y0 + y1) / 2 + 3.5, str(rank)))
         yield f'<path class="edge" fill="{rank_colour(schedule, rank)}"{border} d="{path}"/>'
         if numbers:
@@ -330,7 +331,7 @@ def _legend(schedule: DrawableSchedule, summary: Summary) -> tuple[list[str], in
     for column in zip(*table):
         x += math.ceil(LETTER * max(map(len, column))) + 14
         rights.append(x - 14)
-    has_heads = schedule.num_trading > 1
+    has_heads = schedule.all_to_all_size > 1
     for index, cells in enumerate(table):
         y = TOP + 10 + LINE * index
         if index:

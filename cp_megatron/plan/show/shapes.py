@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from cp_megatron.plan.tiles import Band, Piece, Span, Tile
+from cp_megatron.plan.tiling import Band, LocalRun, Span, Tile
 
 Point = tuple[float, float]
 
@@ -74,7 +74,7 @@ class Patch:
         return down + up[::-1]
 
 
-def patches(tile: Tile, queries: Sequence[Piece], keys: Sequence[Piece]) -> Iterator[Patch]:
+def patches(tile: Tile, queries: Sequence[LocalRun], keys: Sequence[LocalRun]) -> Iterator[Patch]:
     """The parts of ``tile`` that are rectangles on the matrix, cut by its band.
 
     Args:
@@ -89,7 +89,7 @@ def patches(tile: Tile, queries: Sequence[Piece], keys: Sequence[Piece]) -> Iter
                 yield patch
 
 
-def runs_within(pieces: Sequence[Piece], start: int, stop: int) -> Iterator[tuple[int, Span]]:
+def runs_within(pieces: Sequence[LocalRun], start: int, stop: int) -> Iterator[tuple[int, Span]]:
     """The runs in ``start:stop`` of a buffer: place counted from ``start``, and positions."""
     for piece in pieces:
         low = max(start, piece.offset)

@@ -11,13 +11,13 @@ from cp_megatron.plan.heads import HeadExchange
 from cp_megatron.plan.layout import SequenceLayout
 from cp_megatron.plan.mask import Mask
 from cp_megatron.plan.rounds import Round
-from cp_megatron.plan.tiles import Span
+from cp_megatron.plan.tiling import Span
 
 
 class DrawableSchedule(Protocol):
     """The attributes of a ``Schedule`` that the drawing reads.
 
-    ``Schedule.plot`` calls the drawing, so this package cannot import ``Schedule`` in turn.
+    ``Schedule.plot`` calls the drawing, so this package cannot import ``Schedule`` in round_.
     """
 
     @property
@@ -39,7 +39,7 @@ class DrawableSchedule(Protocol):
     @property
     def hierarchical_sizes(self) -> Span: ...
     @property
-    def num_trading(self) -> int: ...
+    def all_to_all_size(self) -> int: ...
 
     def rounds(self, rank: int) -> tuple[Round, ...]: ...
     def heads(self, rank: int) -> HeadExchange | None: ...
@@ -103,10 +103,13 @@ class Summary:
 
 def heads_of(schedule: DrawableSchedule, rank: int) -> str:
     """The heads ``rank`` computes, e.g. ``q 4-7, kv 1``; empty where it computes all."""
-    trade = schedule.heads(rank)
-    if trade is None:
+    head_exchange = schedule.heads(rank)
+    if head_exchange is None:
         return ""
-    queries, keys = trade.query_heads[trade.index], trade.kv_heads[trade.index]
+    queries, keys = (
+        head_exchange.query_heads[head_exchange.index],
+        head_exchange.kv_heads[head_exchange.index],
+    )
     return f"q {numbers(queries)}, kv {numbers(keys)}"
 
 
@@ -142,10 +145,12 @@ def mask_in_words(mask: Mask) -> str:
 
 def exchange_in_words(schedule: DrawableSchedule) -> str:
     """E.g. ``p2p over the ring``, ``a2a among 4, p2p over the ring between 2 groups``."""
-    trading, groups = schedule.hierarchical_sizes
+    all_to_all_size, groups = schedule.hierarchical_sizes
     way = "over the ring" if schedule.route == "ring" else "straight from the owner"
     if schedule.exchange not in ("p2p", "a2a+p2p"):
         return schedule.exchange
-    if trading == 1:
+    if all_to_all_size == 1:
         return f"p2p {way}"
-    return f"a2a among {trading}" + (f", p2p {way} between {groups} groups" if groups > 1 else "")
+    return f"a2a among {all_to_all_size}" + (
+        f", p2p {way} between {groups} groups" if groups > 1 else ""
+    )

@@ -15,7 +15,7 @@ from cp_megatron.plan.rounds import Message, Round
 from cp_megatron.plan.schedule import Schedule
 from cp_megatron.plan.show.shapes import runs_within
 from cp_megatron.plan.show.summary import Summary, exchange_in_words, heads_of, many, mask_in_words
-from cp_megatron.plan.tiles import Piece, Span, Tile, merge_spans, pack
+from cp_megatron.plan.tiling import LocalRun, Span, Tile, merge_spans, num_positions, pack
 
 MAX_RANKS, MAX_TILES = 128, 12
 
@@ -48,7 +48,7 @@ def print_schedule(
     )
     table.add_column("rank", "all", justify="right")
     table.add_column("holds", "")
-    pairs = sum(row.pairs for row in summary.ranks) // schedule.num_trading
+    pairs = sum(row.pairs for row in summary.ranks) // schedule.all_to_all_size
     for name, footer in (
         ("pairs", f"{pairs:,}"),
         ("of mean", f"{summary.busiest:.3f} at most"),
@@ -56,7 +56,7 @@ def print_schedule(
         ("bytes received", in_bytes(sum(moved))),
     ):
         table.add_column(name, footer, justify="right")
-    if schedule.num_trading > 1:
+    if schedule.all_to_all_size > 1:
         table.add_column("heads", "")
     for row, size in list(zip(summary.ranks, moved))[:MAX_RANKS]:
         cells = [
@@ -67,7 +67,7 @@ def print_schedule(
             f"{row.keys_received:,}",
             in_bytes(size),
         ]
-        table.add_row(*cells, *([row.heads] if schedule.num_trading > 1 else []))
+        table.add_row(*cells, *([row.heads] if schedule.all_to_all_size > 1 else []))
     if len(moved) > MAX_RANKS:
         table.add_row("...", f"{len(moved) - MAX_RANKS} more ranks")
     console.print()
@@ -86,7 +86,7 @@ def in_bytes(count: int) -> str:
 
 def _choices(schedule: Schedule, summary: Summary) -> Iterator[tuple[str, str]]:
     mask, layout = schedule.mask, schedule.layout
-    pairs = sum(row.pairs for row in summary.ranks) // schedule.num_trading
+    pairs = sum(row.pairs for row in summary.ranks) // schedule.all_to_all_size
     share = pairs / mask.seq_len**2
     yield "mask", f"{mask_in_words(mask)}; {mask.seq_len:,} tokens, {pairs:,} pairs ({share:.2%})"
     ranks = "1 rank" if layout.cp_size == 1 else f"{layout.cp_size} ranks"
@@ -95,7 +95,7 @@ def _choices(schedule: Schedule, summary: Summary) -> Iterator[tuple[str, str]]:
     if schedule.exchange in ("p2p", "a2a+p2p") and layout.cp_size > 1:
         counts = {route: schedule.readers.tokens_received(route) for route in ("ring", "direct")}
         words = " or ".join(f"{count:,} ({route})" for route, count in counts.items())
-        who = "ranks" if schedule.num_trading == 1 else "groups"
+        who = "ranks" if schedule.all_to_all_size == 1 else "groups"
         yield "route", f"{schedule.route}; all {who} together receive {words} keys"
     yield "heads", f"{schedule.num_heads} query, {schedule.num_kv_heads} key/value"
 
@@ -113,35 +113,37 @@ def print_rank(schedule: Schedule, rank: int, console: Console) -> None:
 def _rank_lines(schedule: Schedule, rank: int) -> Iterator[str]:
     chunks = merge_spans(list(schedule.layout.chunks[rank]))
     yield f"rank {rank} holds {schedule.layout.shard_len:,} tokens: {many(chunks)}"
-    yield from _trade_lines(schedule, rank)
+    yield from _all_to_all_lines(schedule, rank)
     gather = schedule.gather(rank)
     if gather is not None:
         given = _positions(pack(chunks), gather.given)
         yield f"  gathers   gives {_tokens(given)}, padded to {gather.width:,} tokens"
         size = schedule.layout.cp_size
-        yield f"            picks {_count(gather.picked):,} of the {size * gather.width:,} gathered"
-    queries = pack(list(schedule.rows.chunks[rank // schedule.num_trading]))
+        picked = num_positions(gather.picked)
+        yield f"            picks {picked:,} of the {size * gather.width:,} gathered"
+    queries = pack(list(schedule.rows.chunks[rank // schedule.all_to_all_size]))
     rounds = schedule.rounds(rank)
     idle: list[int] = []
-    for number, turn in enumerate(rounds):
-        lines = list(_round_lines(turn, number, queries, rounds, schedule.route))
+    for number, round_ in enumerate(rounds):
+        lines = list(_round_lines(round_, number, queries, rounds, schedule.route))
         if lines:
             yield from _idle_line(idle)
             idle = []
-            yield f"round {number}   {_whose(turn, number, schedule)}"
+            yield f"round {number}   {_whose(round_, number, schedule)}"
             yield from lines
         else:
             idle.append(number)
     yield from _idle_line(idle)
 
 
-def _trade_lines(schedule: Schedule, rank: int) -> Iterator[str]:
-    trade = schedule.heads(rank)
-    if trade is None:
+def _all_to_all_lines(schedule: Schedule, rank: int) -> Iterator[str]:
+    head_exchange = schedule.heads(rank)
+    if head_exchange is None:
         return
     mine = heads_of(schedule, rank)
-    yield f"  trades    with ranks {many(merge_spans([(p, p + 1) for p in trade.peers]))}"
-    for peer in trade.peers:
+    peers = many(merge_spans([(peer, peer + 1) for peer in head_exchange.peers]))
+    yield f"  exchanges heads for tokens with ranks {peers}"
+    for peer in head_exchange.peers:
         if peer != rank:
             theirs = heads_of(schedule, peer)
             yield f"            rank {peer} gets {theirs} of the own tokens, gives {mine}"
@@ -154,38 +156,38 @@ def _idle_line(idle: Sequence[int]) -> Iterator[str]:
         yield f"round{'s' * (len(idle) > 1)} {numbers}   nothing"
 
 
-def _whose(turn: Round, number: int, schedule: Schedule) -> str:
+def _whose(round_: Round, number: int, schedule: Schedule) -> str:
     if number == 0:
-        return "own keys" if schedule.num_trading == 1 else "keys of the own group"
-    if turn.owner < 0:
-        return f"keys of all others: {many(turn.keys)}"
-    owner = f"{'rank' if schedule.num_trading == 1 else 'group'} {turn.owner}"
-    return f"keys of {owner}: {_tokens(turn.keys)}"
+        return "own keys" if schedule.all_to_all_size == 1 else "keys of the own group"
+    if round_.owner < 0:
+        return f"keys of all others: {many(round_.keys)}"
+    owner = f"{'rank' if schedule.all_to_all_size == 1 else 'group'} {round_.owner}"
+    return f"keys of {owner}: {_tokens(round_.keys)}"
 
 
 def _round_lines(
-    turn: Round, number: int, queries: Sequence[Piece], rounds: Sequence[Round], route: str
+    round_: Round, number: int, queries: Sequence[LocalRun], rounds: Sequence[Round], route: str
 ) -> Iterator[str]:
-    keys = pack(list(turn.keys))
-    for index, tile in enumerate(turn.tiles[:MAX_TILES]):
+    keys = pack(list(round_.keys))
+    for index, tile in enumerate(round_.tiles[:MAX_TILES]):
         yield f"  {'' if index else 'computes':<10}{_tile(tile, queries, keys)}"
-    rest = turn.tiles[MAX_TILES:]
+    rest = round_.tiles[MAX_TILES:]
     if rest:
         pairs = sum(tile.pairs for tile in rest)
         yield f"  {'':<10}and {len(rest):,} more tiles of {pairs:,} pairs"
-    if turn.send_keys:
+    if round_.send_keys:
         own = pack(list(rounds[0].keys))
         source = own if number == 0 or route == "direct" else keys
-        yield f"  sends     {_message(turn.send_keys, source)} to rank {turn.send_keys.peer}"
-    if turn.receive_keys:
+        yield f"  sends     {_message(round_.send_keys, source)} to rank {round_.send_keys.peer}"
+    if round_.receive_keys:
         coming = pack(list(rounds[number + 1].keys))
-        text = _message(turn.receive_keys, coming)
-        yield f"  receives  {text} from rank {turn.receive_keys.peer}, for round {number + 1}"
+        text = _message(round_.receive_keys, coming)
+        yield f"  receives  {text} from rank {round_.receive_keys.peer}, for round {number + 1}"
     backward = [
-        (turn.pass_grads, "passes the gradients of", "to"),
-        (turn.return_grads, "returns the gradients of", "to"),
-        (turn.receive_passed, "is passed those of", "by"),
-        (turn.receive_returned, "gets back those of", "from"),
+        (round_.pass_grads, "passes the gradients of", "to"),
+        (round_.return_grads, "returns the gradients of", "to"),
+        (round_.receive_passed, "is passed those of", "by"),
+        (round_.receive_returned, "gets back those of", "from"),
     ]
     words = [
         f"{verb} {message.num_tokens:,} keys {side} rank {message.peer}"
@@ -196,25 +198,21 @@ def _round_lines(
         yield f"  backward  {', '.join(words)}"
 
 
-def _tile(tile: Tile, queries: Sequence[Piece], keys: Sequence[Piece]) -> str:
+def _tile(tile: Tile, queries: Sequence[LocalRun], keys: Sequence[LocalRun]) -> str:
     rows = many(tuple(run for _, run in runs_within(queries, tile.q0, tile.q1)))
     columns = many(tuple(run for _, run in runs_within(keys, tile.k0, tile.k1)))
     return f"queries {rows} x keys {columns}, {tile.kind}, {tile.pairs:,} pairs"
 
 
-def _message(message: Message, source: Sequence[Piece]) -> str:
+def _message(message: Message, source: Sequence[LocalRun]) -> str:
     return f"keys {_tokens(_positions(source, message.spans))}"
 
 
-def _positions(pieces: Sequence[Piece], spans: Sequence[Span]) -> tuple[Span, ...]:
+def _positions(pieces: Sequence[LocalRun], spans: Sequence[Span]) -> tuple[Span, ...]:
     """Spans of a buffer as positions."""
     found = [run for start, stop in spans for _, run in runs_within(pieces, start, stop)]
     return tuple(merge_spans(found))
 
 
-def _count(spans: Sequence[Span]) -> int:
-    return sum(stop - start for start, stop in spans)
-
-
 def _tokens(spans: tuple[Span, ...]) -> str:
-    return f"{many(spans)} ({_count(spans):,})" if spans else "none"
+    return f"{many(spans)} ({num_positions(spans):,})" if spans else "none"

@@ -12,7 +12,7 @@ import pytest
 from cp_megatron.plan.__main__ import main
 from cp_megatron.plan.exchange import EXCHANGES, ROUTES
 from cp_megatron.plan.layout import KINDS
-from cp_megatron.plan.show.command import Options, make_schedule, parse, random_lengths
+from cp_megatron.plan.show.command import PlanOptions, make_schedule, parse, random_lengths
 from cp_megatron.plan.show.text import in_bytes
 
 ROOT = Path(__file__).parents[3]
@@ -71,7 +71,7 @@ def test_two_ranks_literally(capsys: pytest.CaptureFixture[str]) -> None:
           "--head-dim", "8", "--v-head-dim=4", "--dtype", "float32", "--rank", "3"],
          ["exchange  a2a among 2, p2p over the ring between 2 groups; asked for",
           "   3  3-4       18          1.000              4           672 B  q 3-5, kv 1-2",
-          "  trades    with ranks 2-3",
+          "  exchanges heads for tokens with ranks 2-3",
           "            rank 2 gets q 0-2, kv 0-1 of the own tokens, gives q 3-5, kv 1-2",
           "round 0   keys of the own group",
           "round 1   keys of group 0: 0-1 (2)"]),
@@ -147,7 +147,7 @@ def test_a_mistake_is_one_line(
 
 
 def test_the_choices_are_those_of_the_plan() -> None:
-    hints = get_type_hints(Options)
+    hints = get_type_hints(PlanOptions)
     assert get_args(hints["cp_comm_type"]) == ("auto", *EXCHANGES)
     assert get_args(hints["cp_route"]) == ("auto", *ROUTES)
     assert {"auto", *KINDS} <= set(get_args(hints["cp_layout"]))
@@ -180,6 +180,6 @@ def test_it_starts_without_torch_and_helps() -> None:
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
     )
     assert (ended.returncode, ended.stderr) == (0, "")
-    for name in get_type_hints(Options):
+    for name in get_type_hints(PlanOptions):
         assert f"--{name.replace('_', '-')}" in ended.stdout
     assert "Print this rank's rounds too" in ended.stdout

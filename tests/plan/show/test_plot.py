@@ -77,7 +77,7 @@ EVERY = pytest.mark.parametrize("schedule", CASES.values(), ids=CASES.keys())
 @EVERY
 def test_the_drawn_area_is_the_mask_in_each_ones_colour(schedule: Schedule, tmp_path: Path) -> None:
     found = shares(drawn(schedule, tmp_path))
-    size = schedule.num_trading
+    size = schedule.all_to_all_size
     for group in range(schedule.rows.cp_size):
         share = schedule.pairs(group * size) / schedule.mask.seq_len**2
         assert found.pop(group_colour(schedule, group)) == pytest.approx(share, abs=1e-4, rel=1e-3)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from cp_megatron.plan import Schedule
 from cp_megatron.plan.show.shapes import Patch, Point, patches
-from cp_megatron.plan.tiles import CAUSAL, FULL, Band, Span, Tile, pack
+from cp_megatron.plan.tiling import CAUSAL, FULL, Band, Span, Tile, pack
 from tests.plan.cases import any_schedules, property_settings
 from tests.plan.simulation import band_matrix, expand
 
@@ -24,9 +24,9 @@ def patches_of(schedule: Schedule) -> list[Patch]:
     return [
         patch
         for group, chunks in enumerate(schedule.rows.chunks)
-        for turn in schedule.rounds(group * schedule.num_trading)
-        for tile in turn.tiles
-        for patch in patches(tile, pack(list(chunks)), pack(list(turn.keys)))
+        for round_ in schedule.rounds(group * schedule.all_to_all_size)
+        for tile in round_.tiles
+        for patch in patches(tile, pack(list(chunks)), pack(list(round_.keys)))
     ]
 
 

@@ -29,7 +29,7 @@ late rows as one tile, rank 0's early keys (0 1) reach all rows of rank 1 as one
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal, NamedTuple
@@ -41,7 +41,7 @@ from cp_megatron.plan.mask import IntArray, Mask
 Span = tuple[int, int]
 
 
-class Piece(NamedTuple):
+class LocalRun(NamedTuple):
     """A contiguous run of positions and where it lies in a local buffer."""
 
     start: int
@@ -52,7 +52,7 @@ class Piece(NamedTuple):
 class Reading(NamedTuple):
     """A run of queries, the keys it reads, and the documents of its first and last position."""
 
-    queries: Piece
+    queries: LocalRun
     keys: Span
     first_document: Span
     last_document: Span
@@ -119,7 +119,7 @@ class Tile:
         return int(np.maximum(end - first, 0).sum())
 
 
-def own_tiles(mask: Mask, shard: list[Piece]) -> list[Tile]:
+def own_tiles(mask: Mask, shard: list[LocalRun]) -> list[Tile]:
     """The tiles of a shard with its own keys; together they give every row its first keys."""
     if mask.has_window:
         tiles = [
@@ -152,6 +152,11 @@ def merge_spans(spans: list[Span]) -> list[Span]:
     return merged
 
 
+def num_positions(spans: Iterable[Span]) -> int:
+    """The number of positions in all ``spans`` together."""
+    return sum(stop - start for start, stop in spans)
+
+
 def relative_spans(spans: Sequence[Span], held: Sequence[Span]) -> list[Span]:
     """Where ``spans`` lie in a buffer that holds ``held`` one after the other.
 
@@ -169,17 +174,17 @@ def relative_spans(spans: Sequence[Span], held: Sequence[Span]) -> list[Span]:
     return merge_spans(placed)
 
 
-def pack(spans: list[Span]) -> list[Piece]:
+def pack(spans: list[Span]) -> list[LocalRun]:
     """Runs of positions, one after the other in a buffer."""
     pieces = []
     offset = 0
     for start, stop in spans:
-        pieces.append(Piece(start, stop, offset))
+        pieces.append(LocalRun(start, stop, offset))
         offset += stop - start
     return pieces
 
 
-def reading(mask: Mask, shard: list[Piece]) -> list[Reading]:
+def reading(mask: Mask, shard: list[LocalRun]) -> list[Reading]:
     """What each piece of a shard reads, for those that read beyond themselves."""
     starts = np.asarray([piece.start for piece in shard], dtype=np.int64)
     stops = np.asarray([piece.stop for piece in shard], dtype=np.int64)
@@ -195,7 +200,7 @@ def reading(mask: Mask, shard: list[Piece]) -> list[Reading]:
     ]
 
 
-def remote_tiles(mask: Mask, queries: list[Reading], keys: list[Piece]) -> list[Tile]:
+def remote_tiles(mask: Mask, queries: list[Reading], keys: list[LocalRun]) -> list[Tile]:
     """The tiles of a shard with keys of other ranks, which ascend in position."""
     if not keys:
         return []
@@ -220,12 +225,12 @@ def key_intervals(mask: Mask, starts: IntArray, stops: IntArray) -> tuple[IntArr
     return mask.key_range(starts)[0], mask.key_range(stops - 1)[1]
 
 
-def _documents_in(mask: Mask, shard: list[Piece]) -> list[list[Piece]]:
+def _documents_in(mask: Mask, shard: list[LocalRun]) -> list[list[LocalRun]]:
     """The shard's pieces, cut at document borders, one list per document."""
     starts = mask.starts()
     begin = np.searchsorted(starts, [piece.start for piece in shard], side="right") - 1
     end = np.searchsorted(starts, [piece.stop - 1 for piece in shard], side="right")
-    documents: dict[int, list[Piece]] = {}
+    documents: dict[int, list[LocalRun]] = {}
     for piece, first, last in zip(shard, begin.tolist(), end.tolist()):
         edges = starts[first : last + 1].tolist()
         for index, document in enumerate(pairwise(edges), start=first):
@@ -235,14 +240,14 @@ def _documents_in(mask: Mask, shard: list[Piece]) -> list[list[Piece]]:
     return list(documents.values())
 
 
-def _clip(piece: Piece, span: Span) -> Piece | None:
+def _clip(piece: LocalRun, span: Span) -> LocalRun | None:
     start, stop = max(piece.start, span[0]), min(piece.stop, span[1])
     if start >= stop:
         return None
-    return Piece(start, stop, piece.offset + start - piece.start)
+    return LocalRun(start, stop, piece.offset + start - piece.start)
 
 
-def _band_tile(q: Piece, k: Piece, mask: Mask) -> Tile | None:
+def _band_tile(q: LocalRun, k: LocalRun, mask: Mask) -> Tile | None:
     """The part of ``q`` x ``k`` (one document) under the window, trimmed; None when empty."""
     left, right = mask.window
     q0, q1, k0, k1 = q.start, q.stop, k.start, k.stop
