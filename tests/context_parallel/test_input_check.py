@@ -240,9 +240,9 @@ def with_heads(rank: int, world_size: int, options: dict[str, Any], heads: tuple
         ({"exchange": "a2a+p2p"}, "a2a+p2p needs two sizes"),
         ({"exchange": "a2a+p2p", "hierarchical_sizes": (2, 2)}, "whose product is"),
         ({"exchange": "p2p", "hierarchical_sizes": (1, 1)}, "belongs to a2a+p2p"),
-        ({"exchange": "mail"}, "is no exchange"),
-        ({"route": "scenic"}, "is no route"),
-        ({"layout": "spiral"}, "is no layout"),
+        ({"exchange": "mail"}, "is not an exchange"),
+        ({"route": "scenic"}, "is not a route"),
+        ({"layout": "spiral"}, "is not a layout"),
         ({"exchange": "a2a+p2p", "hierarchical_sizes": [1, 1.0]}, "whose product is"),
     ],
 )

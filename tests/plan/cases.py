@@ -1,4 +1,4 @@
-"""Random masks, layouts and schedules, from one-token documents to windows wider than the row."""
+"""Random masks, layouts and schedules, including one-token documents and very wide windows."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from cp_megatron.plan.mask import Window
 
 
 def property_settings(max_examples: int) -> settings:
-    """The same examples on every run and machine, without a clock."""
+    """Runs the same examples on every run and machine, without a deadline."""
     return settings(
         max_examples=max_examples,
         derandomize=True,
@@ -35,14 +35,14 @@ def masks(draw: st.DrawFn, seq_len: int) -> Mask:
 
 
 def windows(seq_len: int) -> st.SearchStrategy[Window]:
-    """(left, right), each from unlimited over nothing to more than there is."""
+    """(left, right), each from -1 (unlimited) to more than the row."""
     side = st.just(-1) | st.integers(0, 4) | st.integers(0, seq_len + 2)
     return st.tuples(side, side)
 
 
 @st.composite
 def lengths(draw: st.DrawFn, seq_len: int) -> list[int]:
-    """Document lengths that add up to ``seq_len``, many of them 1."""
+    """Document lengths that add up to ``seq_len``; many of them are 1."""
     longest = draw(st.sampled_from([1, 2, 7, seq_len]))
     found: list[int] = []
     while (left := seq_len - sum(found)) > 0:
@@ -82,12 +82,12 @@ def schedules(
 
 
 def any_schedules(max_cp: int = 8) -> st.SearchStrategy[Schedule]:
-    """The same under every exchange."""
+    """Like ``schedules``, under every exchange."""
     return schedules((*EXCHANGES, "a2a+p2p"), max_cp=max_cp)
 
 
 def large_schedules() -> list[Schedule]:
-    """Up to 64 ranks: every route and layout, every kind of mask in turn."""
+    """Schedules of up to 64 ranks: every route and layout, and every kind of mask in turn."""
     found = []
     for number, cp_size in enumerate((64, 33, 24, 16)):
         seq_len = 2 * cp_size * (2 if cp_size == 64 else 3)

@@ -1,7 +1,7 @@
-"""What must hold for a schedule of any exchange, each as one check that says what broke.
+"""Properties of a schedule of any exchange, one function for each.
 
-Where heads travel, the members of a group compute the same tiles for different heads: rows and
-columns count in what the group holds together, and a pair is computed once by one group.
+If heads are exchanged, the members of a group compute the same tiles for different heads. Rows and
+columns then count in the tokens that the group holds together, and one group computes each pair.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from tests.plan.simulation import (
     Ints,
     Machine,
     Rounds,
+    exchanged_heads,
     expand,
     gathered,
     heads_of_tokens,
@@ -26,13 +27,12 @@ from tests.plan.simulation import (
     read_columns,
     results_returned,
     tile_matrix,
-    traded,
     wires,
 )
 
 
 def computed(schedule: Schedule, rank: int, rounds: tuple[Round, ...]) -> Ints:
-    """int64 [S, S]: how often ``rank`` computes each pair."""
+    """int64 [S, S]: the number of times that ``rank`` computes each pair."""
     rows = held(schedule, rank)
     count = np.zeros((schedule.mask.seq_len,) * 2, np.int64)
     for round_ in rounds:
@@ -44,7 +44,7 @@ def computed(schedule: Schedule, rank: int, rounds: tuple[Round, ...]) -> Ints:
 
 
 def check_pairs(schedule: Schedule, rounds: Rounds) -> None:
-    """Every attended pair is in exactly one tile of one group, no other pair is in any."""
+    """Each attended pair is in exactly one tile of one group, and no tile has any other pair."""
     total = np.zeros((schedule.mask.seq_len,) * 2, np.int64)
     for rank, mine in enumerate(rounds):
         first = rank // schedule.all_to_all_size * schedule.all_to_all_size
@@ -59,7 +59,7 @@ def check_pairs(schedule: Schedule, rounds: Rounds) -> None:
 
 
 def check_tiles(schedule: Schedule, rank: int, rounds: tuple[Round, ...]) -> None:
-    """What kernels rely on: lengths, trimming, kinds, which tile is a row's first."""
+    """Kernels can rely on lengths, trimming, kinds, and the first tile of each row."""
     touched = np.zeros(len(held(schedule, rank)), np.bool_)
     total = 0
     for number, round_ in enumerate(rounds):
@@ -84,7 +84,7 @@ def check_tiles(schedule: Schedule, rank: int, rounds: tuple[Round, ...]) -> Non
 
 
 def check_messages(schedule: Schedule, rounds: Rounds) -> None:
-    """Both ends of every message tell the same story, and tell it in the same order."""
+    """Both ends of each message agree on its content and on its place in the order."""
     sent = wires(schedule, rounds, sending=True)
     assert sent == wires(schedule, rounds, sending=False)
     for (source, target), messages in sent.items():
@@ -95,7 +95,7 @@ def check_messages(schedule: Schedule, rounds: Rounds) -> None:
 
 
 def check_needed_only(schedule: Schedule, rounds: Rounds) -> None:
-    """An arrival holds what its tiles read and, on a ring, what is passed on; nothing else."""
+    """An arrival holds only keys that its tiles read and, on a ring, keys to forward."""
     for mine in rounds:
         for number, round_ in enumerate(mine[1:], start=1):
             needed = read_columns(round_)
@@ -108,7 +108,7 @@ def check_needed_only(schedule: Schedule, rounds: Rounds) -> None:
 
 
 def check_run(schedule: Schedule, rounds: Rounds) -> None:
-    """Keys arrive, and every reader's gradient comes home exactly once."""
+    """All keys arrive, and each reader's gradient returns to the owner exactly once."""
     machine = Machine(schedule, rounds)
     machine.run()
     expected = expected_home(schedule)
@@ -117,9 +117,9 @@ def check_run(schedule: Schedule, rounds: Rounds) -> None:
 
 
 def expected_home(schedule: Schedule) -> list[Ints]:
-    """Per rank int64 [keys held, ranks]: 1 where that rank reads the key and is not the owner.
+    """For each rank int64 [keys held, ranks]: 1 if another rank reads the key.
 
-    A rank's own contribution never travels, and members of a group keep to their own heads.
+    A rank does not send its own contribution, and members of a group keep to their own heads.
     """
     dense, size = schedule.mask.dense(), schedule.all_to_all_size
     shards = [held(schedule, rank) for rank in range(schedule.layout.cp_size)]
@@ -133,7 +133,7 @@ def expected_home(schedule: Schedule) -> list[Ints]:
 
 
 def check_gather(schedule: Schedule, rounds: Rounds, gathers: list[Gather]) -> None:
-    """Given is what others read, picked is what the tiles read; gradients come home once."""
+    """Ranks give what others read and pick what their tiles read; gradients return once."""
     size = schedule.layout.cp_size
     assert len(gathers) == size
     everything = gathered(schedule, gathers)
@@ -159,7 +159,7 @@ def check_gather(schedule: Schedule, rounds: Rounds, gathers: list[Gather]) -> N
 
 
 def check_head_exchange(schedule: Schedule, head_exchanges: list[HeadExchange], rank: int) -> None:
-    """Every query head of every token is computed by one member, with the kv head it reads."""
+    """One member of a group computes each query head of each token, with the kv head it reads."""
     num_heads, num_kv_heads = schedule.num_heads, schedule.num_kv_heads
     assert num_heads is not None
     assert num_kv_heads is not None
@@ -173,7 +173,7 @@ def check_head_exchange(schedule: Schedule, head_exchanges: list[HeadExchange], 
         assert set(range(*keys)) == {h // serves for h in range(*queries)}, "kv heads sent"
     tokens, shard = held(schedule, rank), schedule.layout.positions(rank)
     for kind, spans in (("query", head_exchange.query_heads), ("kv", head_exchange.kv_heads)):
-        arrived, _ = traded(schedule, head_exchanges, rank, kind)
+        arrived, _ = exchanged_heads(schedule, head_exchanges, rank, kind)
         assert np.array_equal(arrived, heads_of_tokens(tokens, spans[head_exchange.index])), (
             "misplaced"
         )
@@ -208,7 +208,7 @@ def check_bytes(
     gathers: list[Gather],
     head_exchanges: list[HeadExchange],
 ) -> None:
-    """What reaches ``rank`` in forward, counted as it arrives; heads of 3 and 5, two bytes each."""
+    """Bytes that ``rank`` receives in forward; heads of 3 and 5 elements, two bytes each."""
     head_dim, v_dim, width = 3, 5, 3 + 5
     in_rounds = sum(t.receive_keys.num_tokens for t in rounds[rank] if t.receive_keys)
     tokens = (schedule.all_to_all_size - 1) * schedule.layout.shard_len + in_rounds
@@ -217,8 +217,8 @@ def check_bytes(
         tokens = len(gathered(schedule, gathers)) - gathers[rank].width
         elements = tokens * (schedule.num_kv_heads or 1) * width
     if head_exchanges:
-        _, queries = traded(schedule, head_exchanges, rank, "query")
-        arrived, keys = traded(schedule, head_exchanges, rank, "kv")
+        _, queries = exchanged_heads(schedule, head_exchanges, rank, "query")
+        arrived, keys = exchanged_heads(schedule, head_exchanges, rank, "kv")
         _, results = results_returned(schedule, head_exchanges, rank)
         elements = queries * head_dim + results * v_dim
         elements += (keys + in_rounds * arrived.shape[1]) * width

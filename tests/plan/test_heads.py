@@ -1,4 +1,4 @@
-"""Who computes which heads, literally, for groups that divide evenly and for those that do not."""
+"""Which rank computes which heads, for groups that divide evenly and for those that do not."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_literally(
         assert [tuple(group) for group in head_exchange.groups] == groups[rank]
 
 
-def test_rows_say_where_the_peers_tokens_go() -> None:
+def test_rows_give_the_place_of_the_peers_tokens() -> None:
     """Zigzag of 8 on 4, groups of 2: ranks 0 and 1 hold 0 7 and 1 6, together 0 1 6 7."""
     mask = Mask.causal(8)
     layout = SequenceLayout.make(mask, 4, "zigzag")
@@ -108,7 +108,7 @@ def pairs(groups: tuple[tuple[Span, Span], ...]) -> list[tuple[int, int]]:
         (8, 4, 4, "(works: --cp-comm-type p2p, or a2a+p2p among 2 or 4 of them)"),
     ],
 )
-def test_heads_that_can_not_be_shared_are_refused(
+def test_heads_that_cannot_be_shared_are_refused(
     size: int, num_heads: int, num_kv_heads: int, message: str
 ) -> None:
     with pytest.raises(ConfigError, match=re.escape(message)):

@@ -1,4 +1,4 @@
-"""Every schedule computes exactly its mask and moves exactly what is needed, on both ends alike."""
+"""Every schedule computes exactly its mask, sends only what is needed, and both ends agree."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ LARGE = pytest.mark.parametrize(
 
 
 def check_all(schedule: Schedule, random: Random) -> None:
-    """Everything that can be said of a schedule, from one reading of its parts."""
+    """Checks all properties of a schedule after planning its parts once."""
     rounds, gathers, head_exchanges = (
         all_rounds(schedule),
         all_gathers(schedule),
@@ -81,7 +81,7 @@ def test_everything_holds_on_many_ranks(exchange: str, kind: str, data: st.DataO
 
 @given(schedules())
 @property_settings(100)
-def test_gradients_travel_no_more_than_their_keys(schedule: Schedule) -> None:
+def test_gradients_move_no_more_than_their_keys(schedule: Schedule) -> None:
     tokens = dict.fromkeys(MESSAGES, 0)
     for rounds in all_rounds(schedule):
         for slot in range(len(rounds) + 1):
@@ -103,8 +103,8 @@ def test_many_ranks(schedule: Schedule) -> None:
     check_run(schedule, rounds)
 
 
-def test_the_simulated_deadlock_is_seen() -> None:
-    """Three ranks of which one forgets a send."""
+def test_the_simulation_detects_a_deadlock() -> None:
+    """One of three ranks omits a send."""
     mask = Mask.causal(12)
     rounds = all_rounds(Schedule.build(mask, SequenceLayout.make(mask, 3)))
     assert runs_without_deadlock(rounds, [0, 1, 2])
@@ -113,7 +113,7 @@ def test_the_simulated_deadlock_is_seen() -> None:
 
 
 def test_two_ranks_literally() -> None:
-    """Positions 0 1 6 7 and 2 3 4 5: rank 0 reads all of rank 1, which reads its early half."""
+    """Positions 0 1 6 7 and 2 3 4 5: rank 0 reads all of rank 1, rank 1 half of rank 0."""
     mask = Mask.causal(8)
     schedule = Schedule.build(mask, SequenceLayout.make(mask, 2, "zigzag"))
     own, other = schedule.rounds(0)

@@ -23,8 +23,8 @@ from cp_megatron.plan.show.text import print_rank, print_schedule
 
 PROGRAM = "python -m cp_megatron.plan"
 MEDIAN_LENGTH, SIGMA = 3000, 1.5
-_DESCRIPTION = f"""Print and draw a schedule: who holds which tokens, who computes which tiles of
-the attention matrix in which round, who sends what to whom. No GPU, no torch, any number of ranks.
+_DESCRIPTION = f"""Print and draw a schedule: which rank holds which tokens, computes which tiles
+of the attention matrix in which round, and sends what to whom. It needs neither a GPU nor torch.
 
 {PROGRAM} --mask documents --documents 900 100 3000 96 --context-parallel-size 4 --svg plan.svg"""
 _ELEMENT_SIZES: Mapping[str, int] = types.MappingProxyType(
@@ -34,30 +34,31 @@ _ELEMENT_SIZES: Mapping[str, int] = types.MappingProxyType(
 
 @dataclass(frozen=True, kw_only=True)
 class PlanOptions:
-    """What to plan. A field is a flag, its docstring the flag's help."""
+    """Describe the schedule. A field is a flag, and its docstring is the help of the flag."""
 
     mask: Literal["causal", "full", "documents"] | None = None
-    """What attends to what; documents if any are given, else causal."""
+    """The mask; documents if any are given, otherwise causal."""
     seq_length: int | None = None
-    """Tokens of the row; by default what --documents add up to, else 8,192."""
+    """Tokens of the row; by default the sum of --documents, or 8,192."""
     documents: tuple[int, ...] | None = None
     """The lengths of the packed documents."""
     documents_random: int | None = None
-    """A seed: log-normal document lengths of median 3,000, sigma 1.5, until the row is full."""
+    """A seed for log-normal document lengths of median 3,000 and sigma 1.5 that fill the row."""
     bidirectional: bool = False
-    """Documents are attended in both directions; --mask full always is."""
+    """Attend documents in both directions; --mask full always does."""
     window: tuple[int, int] | None = None
-    """LEFT RIGHT: query q sees keys q - LEFT to q + RIGHT; -1 is unlimited, causal ends at q."""
+    """LEFT RIGHT: query q attends keys q - LEFT to q + RIGHT; -1 is unlimited. A causal mask ends
+    at q."""
     context_parallel_size: int = 4
     """Ranks that share the row."""
     cp_layout: LayoutKind = "auto"
     """Which rank holds which part of the row."""
     cp_comm_type: Exchange = "auto"
-    """How keys and values reach the queries; auto is what moves least, and says why."""
+    """How keys and values reach the queries; auto chooses what moves the fewest bytes."""
     cp_route: Route = "auto"
-    """p2p: from neighbour to neighbour, or straight from the owner."""
+    """Route of p2p: from neighbour to neighbour, or straight from the owner."""
     hierarchical_context_parallel_sizes: tuple[int, int] | None = None
-    """a2a+p2p: ranks that trade heads, and groups of them."""
+    """For a2a+p2p: the size of a group of ranks that exchange heads, and the number of groups."""
     num_attention_heads: int = 32
     """Query heads."""
     num_query_groups: int = 8
@@ -65,13 +66,13 @@ class PlanOptions:
     head_dim: int = 128
     """Width of a query and key head."""
     v_head_dim: int | None = None
-    """Width of a value head; by default the same."""
+    """Width of a value head; by default that of a key head."""
     dtype: Literal["bfloat16", "float32", "float64"] = "bfloat16"
-    """What the bytes are counted in."""
+    """The type in which bytes are counted."""
     svg: str | None = None
-    """Draw the schedule into this file."""
+    """Draw the schedule to this file."""
     rank: int | None = None
-    """Print this rank's rounds too: what it computes, receives and sends."""
+    """Also print the rounds of this rank: what it computes, receives and sends."""
 
     @property
     def element_size(self) -> int:
@@ -83,7 +84,7 @@ def parse(argv: Sequence[str]) -> PlanOptions:
     """Reads a command line, without the program's name.
 
     Raises:
-        ConfigError: a flag or a value that can not be honoured.
+        ConfigError: a flag or a value is invalid.
         SystemExit: with code 0, after ``--help`` is printed.
     """
     if any(word in ("-h", "--help") for word in argv):
@@ -94,19 +95,20 @@ def parse(argv: Sequence[str]) -> PlanOptions:
 
 
 def run(options: PlanOptions, console: Console | None = None) -> None:
-    """Prints the schedule, and draws it where asked to.
+    """Prints the schedule, and draws it if requested.
 
     Raises:
-        ConfigError: the flags do not fit together.
+        ConfigError: the flags contradict each other.
     """
     out = console or Console()
     if not out.is_terminal:
-        out = Console(width=240, file=out.file)  # a file has no edge to fold lines at
+        out = Console(width=240, file=out.file)  # lines are not folded in a file
     schedule = make_schedule(options)
     rank = options.rank
     if rank is not None and not 0 <= rank < schedule.layout.cp_size:
         last = schedule.layout.cp_size - 1
-        raise ConfigError("--rank", rank, "is no rank of --context-parallel-size", f"0 to {last}")
+        rule = "is not a rank of --context-parallel-size"
+        raise ConfigError("--rank", rank, rule, f"0 to {last}")
     if options.svg is not None:
         _draw(schedule, options.svg)
     print_schedule(
@@ -123,10 +125,10 @@ def run(options: PlanOptions, console: Console | None = None) -> None:
 
 
 def make_schedule(options: PlanOptions) -> Schedule:
-    """The schedule the flags describe.
+    """Builds the schedule that the flags describe.
 
     Raises:
-        ConfigError: the flags do not fit together.
+        ConfigError: the flags contradict each other.
     """
     for name in ("context_parallel_size", "num_attention_heads", "num_query_groups", "head_dim"):
         if getattr(options, name) < 1:
@@ -150,22 +152,23 @@ def make_schedule(options: PlanOptions) -> Schedule:
 
 
 def make_mask(options: PlanOptions) -> Mask:
-    """The mask the flags describe.
+    """Builds the mask that the flags describe.
 
     Raises:
-        ConfigError: two flags contradict each other, or lengths do not add up to the row.
+        ConfigError: two flags contradict each other, or the lengths do not add up to the row.
     """
     has_documents = options.documents is not None or options.documents_random is not None
     kind = options.mask or ("documents" if has_documents else "causal")
     works = "--documents L1 L2 ... or --documents-random SEED"
     if kind == "documents" and not has_documents:
-        raise ConfigError("--mask", kind, "needs the documents' lengths", works)
+        raise ConfigError("--mask", kind, "needs the lengths of the documents", works)
     if kind != "documents" and has_documents:
         raise ConfigError("--mask", kind, "has no documents", "--mask documents")
     if kind == "causal" and options.bidirectional:
         raise ConfigError("--bidirectional", "", "contradicts a causal mask", "--mask full")
     if options.documents is not None and options.documents_random is not None:
-        raise ConfigError("--documents-random", options.documents_random, "is one of two", works)
+        rule = "cannot be combined with --documents"
+        raise ConfigError("--documents-random", options.documents_random, rule, works)
     seq_len = 8192 if options.seq_length is None else options.seq_length
     if seq_len < 1:
         raise ConfigError("--seq-length", seq_len, "must be at least 1")
@@ -186,7 +189,7 @@ def make_mask(options: PlanOptions) -> Mask:
 
 
 def random_lengths(seq_len: int, seed: int) -> list[int]:
-    """Log-normal document lengths that fill a row, the last one cut.
+    """Draws log-normal document lengths that fill a row; the last one is cut.
 
     Raises:
         ConfigError: the seed is negative.
@@ -205,7 +208,7 @@ def random_lengths(seq_len: int, seed: int) -> list[int]:
 
 def _given_lengths(documents: tuple[int, ...], seq_length: int | None) -> list[int]:
     if min(documents) < 1:
-        raise ConfigError("--documents", min(documents), "is no length", "1 or more tokens")
+        raise ConfigError("--documents", min(documents), "is not a length", "1 or more tokens")
     total = sum(documents)
     if seq_length not in (None, total):
         rule = f"the documents add up to {total}"
@@ -221,4 +224,4 @@ def _draw(schedule: Schedule, path: str) -> None:
             "" if Path(path).parent.is_dir() else f"a folder that exists, not {Path(path).parent}"
         )
         reason = error.strerror or str(error)
-        raise ConfigError("--svg", path, f"can not be written: {reason}", near) from None
+        raise ConfigError("--svg", path, f"cannot be written: {reason}", near) from None

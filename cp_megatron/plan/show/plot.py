@@ -1,11 +1,12 @@
-"""A picture of a schedule: the attention matrix, who computes which part of it, in which round.
+"""A picture of a schedule: which rank computes which part of the attention matrix in which round.
 
-Rows are queries, columns keys. The edges say who holds them: left the rows, above the columns. A
-patch has the colour of the rank that computes it and the number of its round. Where heads travel
-first, a patch belongs to a group of ranks, each of which computes it for the heads in the legend.
+Rows are queries, columns are keys. The left edge shows which rank holds the rows, the upper edge
+which rank holds the columns. A patch has the colour of the rank that computes it and the number of
+its round. If heads are exchanged, a patch belongs to a group of ranks, each of which computes it
+for the heads in the legend.
 
-A file's size follows the number of patches only up to a point: those smaller than a pixel are drawn
-together, each pixel in the colour of whoever has most of it.
+The size of the file is bounded: patches smaller than a pixel are drawn together, and each pixel has
+the colour of the rank that computes most of it.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ from cp_megatron.plan.tiling import Span, pack
 
 SIDE, LEFT, TOP, EDGE = 640, 76, 128, 15  # pixels
 LINE, LETTER, SMALL_LETTER = 19, 6.7, 5.6  # pixels of a line and of letters
-EXACT = 4  # cells of so many pixels are drawn one by one, smaller ones as a slanted line
-BORDER = 6  # patches of fewer pixels have no white border, which would hide them
+EXACT = 4  # cells of at least this many pixels are drawn one by one, smaller ones as slanted lines
+BORDER = 6  # narrower patches have no white border, which would hide them
 LEGEND_ROWS = 30
 MAX_PATCHES = 40_000
 MANY_COLOURS = 8
@@ -37,7 +38,7 @@ NEUTRAL = "#c9d2dc"
 
 
 class _Placed(NamedTuple):
-    """A patch, whose it is, and the round it belongs to."""
+    """A patch, the group that computes it, and its round."""
 
     patch: Patch
     group: int
@@ -45,11 +46,11 @@ class _Placed(NamedTuple):
 
 
 def write_svg(schedule: DrawableSchedule, path: str) -> None:
-    """Writes the picture. The same schedule gives the same bytes.
+    """Writes the picture. The same schedule always gives the same bytes.
 
     Args:
-        schedule: what to draw.
-        path: the file; overwritten.
+        schedule: the schedule to draw.
+        path: the file; it is overwritten.
     """
     summary = Summary.of(schedule)
     drawing, notes = _matrix(schedule)
@@ -115,7 +116,7 @@ def _text(x: float, y: float, text: str, attributes: str = "") -> str:
 
 
 def _number(value: float) -> str:
-    """At most two decimals, none where there are none."""
+    """Formats with at most two decimals."""
     return f"{value:.2f}".rstrip("0").rstrip(".")
 
 
@@ -123,7 +124,7 @@ def _number(value: float) -> str:
 
 
 def rank_colour(schedule: DrawableSchedule, rank: int) -> str:
-    """A rank's colour; members of one of several groups have shades of the group's."""
+    """The colour of a rank. Members of one of several groups have shades of the group's colour."""
     all_to_all_size, groups = schedule.hierarchical_sizes
     if all_to_all_size == 1 or groups == 1:
         return _colour(rank, schedule.layout.cp_size)
@@ -132,16 +133,17 @@ def rank_colour(schedule: DrawableSchedule, rank: int) -> str:
 
 
 def group_colour(schedule: DrawableSchedule, group: int) -> str:
-    """A group's colour, which is the rank's where heads do not travel."""
+    """The colour of a group. If heads are not exchanged, a group is one rank."""
     if schedule.all_to_all_size > 1 and schedule.hierarchical_sizes[1] == 1:
         return NEUTRAL
     return _colour(group, schedule.layout.cp_size // schedule.all_to_all_size)
 
 
 def _colour(index: int, count: int, shade: float = 0.0) -> str:
-    """Evenly spaced hues; where there are many, neighbours share one and differ in lightness.
+    """Evenly spaced hues; many ranks share a hue in pairs that differ in lightness.
 
-    Hues of OKLCH, equally far apart to the eye (Ottosson 2020, bottosson.github.io/posts/oklab).
+    The hues are those of OKLCH, which look equally distant (Ottosson 2020,
+    bottosson.github.io/posts/oklab).
     """
     lightness, hues, hue = 0.78, count, index
     if count > MANY_COLOURS:
@@ -167,7 +169,7 @@ def _gamma(linear: float) -> float:
 
 
 def _matrix(schedule: DrawableSchedule) -> tuple[list[str], list[str]]:
-    """The patches, group by group, and what a reader must know about those not drawn."""
+    """The patches, group by group, and notes about those that are not drawn."""
     scale = SIDE / schedule.mask.seq_len
     placed = list(_placed(schedule))
     seen = [item for item in placed if max(_sides(item.patch)) * scale >= 1]
@@ -193,7 +195,7 @@ def _matrix(schedule: DrawableSchedule) -> tuple[list[str], list[str]]:
 
 
 def _placed(schedule: DrawableSchedule) -> Iterator[_Placed]:
-    """Every patch. Members of a group compute the same tiles: the first stands for all."""
+    """All patches. Members of a group compute the same tiles, so the first stands for all."""
     for group, chunks in enumerate(schedule.rows.chunks):
         queries = pack(list(chunks))
         for number, round_ in enumerate(schedule.rounds(group * schedule.all_to_all_size)):
@@ -208,7 +210,7 @@ def _sides(patch: Patch) -> Span:
 
 
 def _group(mine: Sequence[_Placed], pixels: str, scale: float, colour: str) -> list[str]:
-    """One colour's patches and the numbers of their rounds."""
+    """The patches of one colour and the numbers of their rounds."""
     paths = {True: "", False: ""}
     numbers = []
     for patch, _, number in mine:
@@ -237,7 +239,7 @@ def _path(points: Sequence[Point]) -> str:
 
 
 def _inside(points: Sequence[Point], letters: int) -> Point | None:
-    """Where a number of so many letters fits into a polygon, around its centre of mass."""
+    """The place of a number of ``letters`` digits in a polygon; None if it does not fit."""
     area = x = y = 0.0
     for (x0, y0), (x1, y1) in zip(points, [*points[1:], points[0]]):
         cross = x0 * y1 - x1 * y0
@@ -261,7 +263,7 @@ def _contains(points: Sequence[Point], point: Point) -> bool:
 
 
 def _pixels(tiny: Sequence[_Placed], scale: float) -> dict[int, str]:
-    """Patches below a pixel, as path data per group: each pixel belongs to who has most of it."""
+    """Patches below a pixel as path data per group; the group with most pairs gets the pixel."""
     shares: dict[tuple[int, int], dict[int, int]] = {}
     for patch, group, _ in tiny:
         row, key = (int((a + b) / 2 * scale) for a, b in (patch.rows, patch.keys))
@@ -279,7 +281,7 @@ def _pixels(tiny: Sequence[_Placed], scale: float) -> dict[int, str]:
 
 
 def _edges(schedule: DrawableSchedule) -> Iterator[str]:
-    """Who holds the rows and the columns."""
+    """The edges, which show the ranks that hold the rows and the columns."""
     scale = SIDE / schedule.mask.seq_len
     needed = max(10, SMALL_LETTER * len(str(schedule.layout.cp_size - 1)) + 2)
     for rank, chunks in enumerate(schedule.layout.chunks):
@@ -302,7 +304,7 @@ def _edges(schedule: DrawableSchedule) -> Iterator[str]:
 
 
 def _documents(schedule: DrawableSchedule) -> Iterator[str]:
-    """The outlines of packed documents that are large enough for one."""
+    """The outlines of packed documents, if they are large enough."""
     scale = SIDE / schedule.mask.seq_len
     edges = schedule.mask.starts().tolist()
     spans = [(a * scale, b * scale) for a, b in pairwise(edges) if (b - a) * scale >= 3]
@@ -317,7 +319,7 @@ def _documents(schedule: DrawableSchedule) -> Iterator[str]:
 
 
 def _legend(schedule: DrawableSchedule, summary: Summary) -> tuple[list[str], int]:
-    """Each rank's colour and share, and the width of the whole."""
+    """The colour and the share of each rank, and the width of the legend."""
     shown = summary.ranks if len(summary.ranks) <= LEGEND_ROWS else summary.ranks[: LEGEND_ROWS - 1]
     table = [("rank", "pairs", "of mean", "keys received", "heads")]
     table += [

@@ -1,4 +1,4 @@
-"""What a schedule comes to, in numbers and words: for the picture and for the command line."""
+"""The totals of a schedule, in numbers and words, for the picture and for the command line."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from cp_megatron.plan.tiling import Span
 class DrawableSchedule(Protocol):
     """The attributes of a ``Schedule`` that the drawing reads.
 
-    ``Schedule.plot`` calls the drawing, so this package cannot import ``Schedule`` in round_.
+    ``Schedule.plot`` calls the drawing, so the drawing cannot import ``Schedule``.
     """
 
     @property
@@ -52,10 +52,10 @@ class RankSummary:
     """One rank's share.
 
     Attributes:
-        rank: which.
-        pairs: attended pairs it computes, each for its heads.
-        keys_received: key positions that reach it in forward.
-        heads: the heads it computes, as people count them; empty where heads do not travel.
+        rank: the rank.
+        pairs: attended pairs that it computes, each for its heads.
+        keys_received: key positions that it receives in forward.
+        heads: the heads that it computes, formatted; empty if heads are not exchanged.
     """
 
     rank: int
@@ -66,13 +66,13 @@ class RankSummary:
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:
-    """Every rank's share."""
+    """The shares of all ranks."""
 
     ranks: tuple[RankSummary, ...]
 
     @classmethod
     def of(cls, schedule: DrawableSchedule) -> Summary:
-        """Counts over the very rounds that will run."""
+        """Counts over the rounds of a schedule."""
         return cls(
             ranks=tuple(
                 RankSummary(
@@ -87,22 +87,22 @@ class Summary:
 
     @cached_property
     def mean_pairs(self) -> float:
-        """Pairs of the average rank; at least every position attends itself, so never 0."""
+        """The mean number of pairs; never 0, because each position attends itself."""
         return sum(row.pairs for row in self.ranks) / len(self.ranks)
 
     @property
     def busiest(self) -> float:
-        """Pairs of the busiest rank over the mean; 1 is perfect balance."""
+        """Pairs of the busiest rank divided by the mean; 1 is perfect balance."""
         return max(row.pairs for row in self.ranks) / self.mean_pairs
 
     @property
     def keys_received(self) -> int:
-        """Key positions all ranks together receive."""
+        """Key positions that all ranks together receive."""
         return sum(row.keys_received for row in self.ranks)
 
 
 def heads_of(schedule: DrawableSchedule, rank: int) -> str:
-    """The heads ``rank`` computes, e.g. ``q 4-7, kv 1``; empty where it computes all."""
+    """Formats the heads of ``rank``, e.g. ``q 4-7, kv 1``; empty if it computes all heads."""
     head_exchange = schedule.heads(rank)
     if head_exchange is None:
         return ""
@@ -114,13 +114,13 @@ def heads_of(schedule: DrawableSchedule, rank: int) -> str:
 
 
 def numbers(span: Span) -> str:
-    """``(4, 8)`` as ``4-7``, ``(4, 5)`` as ``4``."""
+    """Formats ``(4, 8)`` as ``4-7`` and ``(4, 5)`` as ``4``."""
     start, stop = span
     return f"{start}-{stop - 1}" if stop - start > 1 else str(start)
 
 
 def many(spans: Sequence[Span], shown: int = 4) -> str:
-    """Spans as ``0-3, 8, 10-11``, the middle of a long list left out."""
+    """Formats spans as ``0-3, 8, 10-11``, without the middle of a long list."""
     words = [numbers(span) for span in spans]
     if len(words) > shown + 1:
         words[shown - 1 : -1] = [f"... {len(words) - shown} more ..."]

@@ -1,6 +1,6 @@
-"""A schedule as text: a table over the ranks, and one rank's rounds line by line.
+"""A schedule as text: a table of all ranks, and the rounds of one rank line by line.
 
-Positions are global throughout, whatever buffer a tile or a message counts in.
+All positions are global, whatever buffer a tile or a message counts in.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ def print_schedule(
     v_head_dim: int | None,
     element_size: int,
 ) -> None:
-    """Prints what was chosen and each rank's share.
+    """Prints what was chosen, and each rank's share.
 
     Args:
-        schedule: what to print, built with the numbers of heads.
-        console: where to.
-        head_dim, v_head_dim: widths of a key and a value head.
+        schedule: a schedule that knows its numbers of heads.
+        console: where to print.
+        head_dim, v_head_dim: widths of a key head and a value head.
         element_size: bytes per element.
     """
     summary = Summary.of(schedule)
@@ -43,12 +43,19 @@ def print_schedule(
     ]
     for name, text in _choices(schedule, summary):
         console.print(f"{name:<10}{text}", highlight=False, markup=False)
-    table = Table(
-        box=SIMPLE_HEAD if console.is_terminal else None, pad_edge=False, show_footer=True
-    )
+    console.print()
+    box = SIMPLE_HEAD if console.is_terminal else None
+    table = Table(box=box, pad_edge=False, show_footer=True)
+    _fill(table, schedule, summary, moved)
+    console.print(table, highlight=False, markup=False)
+
+
+def _fill(table: Table, schedule: Schedule, summary: Summary, moved: Sequence[int]) -> None:
+    """Adds a column for each number and a line for each rank."""
+    has_heads = schedule.all_to_all_size > 1
+    pairs = sum(row.pairs for row in summary.ranks) // schedule.all_to_all_size
     table.add_column("rank", "all", justify="right")
     table.add_column("holds", "")
-    pairs = sum(row.pairs for row in summary.ranks) // schedule.all_to_all_size
     for name, footer in (
         ("pairs", f"{pairs:,}"),
         ("of mean", f"{summary.busiest:.3f} at most"),
@@ -56,7 +63,7 @@ def print_schedule(
         ("bytes received", in_bytes(sum(moved))),
     ):
         table.add_column(name, footer, justify="right")
-    if schedule.all_to_all_size > 1:
+    if has_heads:
         table.add_column("heads", "")
     for row, size in list(zip(summary.ranks, moved))[:MAX_RANKS]:
         cells = [
@@ -67,15 +74,13 @@ def print_schedule(
             f"{row.keys_received:,}",
             in_bytes(size),
         ]
-        table.add_row(*cells, *([row.heads] if schedule.all_to_all_size > 1 else []))
+        table.add_row(*cells, *([row.heads] if has_heads else []))
     if len(moved) > MAX_RANKS:
         table.add_row("...", f"{len(moved) - MAX_RANKS} more ranks")
-    console.print()
-    console.print(table, highlight=False, markup=False)
 
 
 def in_bytes(count: int) -> str:
-    """``1536`` as ``1.5 KiB``."""
+    """Formats ``1536`` as ``1.5 KiB``."""
     size, unit = float(count), "B"
     for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
         if size < 1024 or unit == "TiB":
@@ -104,7 +109,7 @@ def _choices(schedule: Schedule, summary: Summary) -> Iterator[tuple[str, str]]:
 
 
 def print_rank(schedule: Schedule, rank: int, console: Console) -> None:
-    """Prints what ``rank`` does: its trade or collective, then its rounds."""
+    """Prints the part of ``rank``: its all-to-all or all-gather, then its rounds."""
     console.print()
     for line in _rank_lines(schedule, rank):
         console.print(line, highlight=False, markup=False)
@@ -137,17 +142,17 @@ def _rank_lines(schedule: Schedule, rank: int) -> Iterator[str]:
 
 
 def _all_to_all_lines(schedule: Schedule, rank: int) -> Iterator[str]:
-    head_exchange = schedule.heads(rank)
-    if head_exchange is None:
+    exchange = schedule.heads(rank)
+    if exchange is None:
         return
     mine = heads_of(schedule, rank)
-    peers = many(merge_spans([(peer, peer + 1) for peer in head_exchange.peers]))
-    yield f"  exchanges heads for tokens with ranks {peers}"
-    for peer in head_exchange.peers:
+    peers = many(merge_spans([(peer, peer + 1) for peer in exchange.peers]))
+    yield f"  heads     exchanged for tokens with ranks {peers}"
+    for peer in exchange.peers:
         if peer != rank:
             theirs = heads_of(schedule, peer)
             yield f"            rank {peer} gets {theirs} of the own tokens, gives {mine}"
-    yield f"            results go back the same way; all below is for {mine}"
+    yield f"            results go back the same way; the lines below are for {mine}"
 
 
 def _idle_line(idle: Sequence[int]) -> Iterator[str]:
@@ -186,8 +191,8 @@ def _round_lines(
     backward = [
         (round_.pass_grads, "passes the gradients of", "to"),
         (round_.return_grads, "returns the gradients of", "to"),
-        (round_.receive_passed, "is passed those of", "by"),
-        (round_.receive_returned, "gets back those of", "from"),
+        (round_.receive_passed, "receives gradients of", "from"),
+        (round_.receive_returned, "gets back gradients of", "from"),
     ]
     words = [
         f"{verb} {message.num_tokens:,} keys {side} rank {message.peer}"
@@ -208,9 +213,9 @@ def _message(message: Message, source: Sequence[LocalRun]) -> str:
     return f"keys {_tokens(_positions(source, message.spans))}"
 
 
-def _positions(pieces: Sequence[LocalRun], spans: Sequence[Span]) -> tuple[Span, ...]:
-    """Spans of a buffer as positions."""
-    found = [run for start, stop in spans for _, run in runs_within(pieces, start, stop)]
+def _positions(runs: Sequence[LocalRun], spans: Sequence[Span]) -> tuple[Span, ...]:
+    """The positions at ``spans`` of a buffer."""
+    found = [run for start, stop in spans for _, run in runs_within(runs, start, stop)]
     return tuple(merge_spans(found))
 
 
