@@ -18,7 +18,7 @@ from cp_megatron.kernels.interface import BackwardInputs, Kernel
 from cp_megatron.kernels.load import load_kernel
 from cp_megatron.kernels.windows import WindowedKernel
 from cp_megatron.plan import Mask
-from cp_megatron.plan.tiles import CAUSAL, FULL, Band
+from cp_megatron.plan.tiling import CAUSAL, FULL, Band
 from tests.kernels import double, double_newer
 from tests.kernels.cases import SCALE, TILES, Attention, allowed, error, oracle
 from tests.oracles import attention_inputs, dense_gradients, relative_error
