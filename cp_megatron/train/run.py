@@ -17,8 +17,8 @@ import torch.distributed as dist
 from rich.console import Console
 
 from cp_megatron.checkpoint.huggingface import load_hf
+from cp_megatron.checkpoint.load import load_checkpoint
 from cp_megatron.checkpoint.manifest import read_manifest
-from cp_megatron.checkpoint.store import load_checkpoint
 from cp_megatron.comm.groups import ParallelGroups
 from cp_megatron.comm.runtime import Launch, record_collectives
 from cp_megatron.config import Config
