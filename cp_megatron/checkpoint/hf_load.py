@@ -6,6 +6,7 @@ plans which box of which tensor each rank reads, as for a checkpoint of another 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.planner import ReadItem
 
-from cp_megatron.checkpoint.hf_folder import HFWeights, read_hf_weights
+from cp_megatron.checkpoint.hf_folder import Source, find_weights
 from cp_megatron.checkpoint.manifest import ChunkEntry
 from cp_megatron.checkpoint.object_collectives import Group, on_all_ranks
 from cp_megatron.checkpoint.shard_reader import ShardReader, read_shards
@@ -34,38 +35,38 @@ def load_hf(folder: str | Path, *, model: nn.Module, process_group: Group = None
     Raises:
         ConfigError: the folder is damaged, or of another model; all ranks raise the same error.
     """
-    read_into(model, on_all_ranks(lambda: read_hf_config(folder), process_group), process_group)
+    found = on_all_ranks(lambda: read_hf_config(folder), process_group)
+    read_into(model, found, process_group)
 
 
 def read_into(model: nn.Module, found: HFModel, process_group: Group = None) -> None:
     """Fills a model from a folder whose config.json is read; see ``load_hf``."""
-    folder = Path(found.folder)
-    state = {f"model.{name}": value.detach() for name, value in model.state_dict().items()}
+    state = {name: value.detach() for name, value in model.state_dict().items()}
     config = getattr(model, "config")  # noqa: B009 - attributes of a module have no types
+    rows = state["embedding.weight"].shape[0]
 
-    def check() -> HFWeights:
-        rows = state["model.embedding.weight"].shape[0]
+    def find() -> dict[str, Source]:
         if found.vocab_size > rows:
             rule = f"its vocabulary has {found.vocab_size} tokens, the model's has {rows}"
-            raise ConfigError(FLAG, folder, rule)
-        weights = read_hf_weights(found, config, padded_vocab_size=rows)
-        assert weights.manifest.tensors.keys() == state.keys(), "the model is built from its spec"
-        return weights
+            raise ConfigError(FLAG, found.folder, rule)
+        sources = find_weights(found, config, padded_vocab_size=rows)
+        assert sources.keys() == state.keys(), "the model is built from its description"
+        return sources
 
-    weights = on_all_ranks(check, process_group)
+    sources = on_all_ranks(find, process_group)
     with torch.no_grad():
-        for name, source in weights.sources.items():
-            if source.padded:
-                state[name].zero_()
-    read_shards(state, _FolderReader(folder, weights), flag=FLAG, group=process_group)
+        for name, source in sources.items():
+            if source.entry.shape != source.entry.chunks[0].sizes:
+                state[name].zero_()  # the chunk leaves rows that pad the vocabulary
+    read_shards(state, _FolderReader(found.folder, sources), flag=FLAG, group=process_group)
 
 
 class _FolderReader(ShardReader):
     """Reads boxes of our parameters out of tensors that may be fused or transposed."""
 
-    def __init__(self, folder: Path, weights: HFWeights) -> None:
-        super().__init__(folder, weights.manifest)
-        self._sources = weights.sources
+    def __init__(self, folder: str, sources: Mapping[str, Source]) -> None:
+        super().__init__(Path(folder), {name: source.entry for name, source in sources.items()})
+        self._sources = sources
 
     def _read_box(self, shard: Any, item: ReadItem, chunk: ChunkEntry) -> Tensor:
         source, stored = self._sources[item.storage_index.fqn], shard.get_slice(chunk.key)

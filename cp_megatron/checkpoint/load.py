@@ -70,7 +70,7 @@ def load_checkpoint(
     if optimizer is not None:
         _create_optimizer_state(optimizer, parameters, manifest)
         state |= optimizer_state(parameters, optimizer)
-    read_shards(state, ShardReader(folder, manifest), flag=FLAG, group=process_group)
+    read_shards(state, ShardReader(folder, manifest.tensors), flag=FLAG, group=process_group)
     return manifest
 
 

@@ -219,7 +219,7 @@ def start_save(
         "config": asdict(config),
         "data_fingerprint": data_fingerprint,
         "vocab_size": vocab_size,
-        "grid": asdict(grid),
+        "grid": grid.sizes,
         "optimizer_steps": optimizer_steps(parameters, optimizer),
         "extra": extra or {},
     }

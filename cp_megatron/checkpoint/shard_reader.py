@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPla
 from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
-from cp_megatron.checkpoint.manifest import ChunkEntry, Manifest, damaged
+from cp_megatron.checkpoint.manifest import ChunkEntry, TensorEntry, damaged
 from cp_megatron.checkpoint.object_collectives import Group
 from cp_megatron.checkpoint.shard_writer import DTYPES
 from cp_megatron.errors import ConfigError
@@ -81,15 +81,15 @@ class ShardReader(StorageReader):
 
     Args:
         folder: the checkpoint.
-        manifest: the manifest of this folder; its files are verified.
+        tensors: the tensors by name, in files that are verified.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest) -> None:
+    def __init__(self, folder: Path, tensors: Mapping[str, TensorEntry]) -> None:
         self.folder = folder
-        self._manifest = manifest
+        self._tensors = tensors
         self._chunks = {
             (name, chunk.offsets): chunk
-            for name, tensor in manifest.tensors.items()
+            for name, tensor in tensors.items()
             for chunk in tensor.chunks
         }
 
@@ -109,7 +109,7 @@ class ShardReader(StorageReader):
                         for chunk in tensor.chunks
                     ],
                 )
-                for name, tensor in self._manifest.tensors.items()
+                for name, tensor in self._tensors.items()
             }
         )
 
@@ -168,7 +168,7 @@ class ShardReader(StorageReader):
             spans = zip(item.storage_offsets, item.lengths)
             box = stored[tuple(slice(start, start + length) for start, length in spans)]
         # Without this check, copy_ would convert another dtype silently.
-        if box.dtype != DTYPES[self._manifest.tensors[name].dtype]:
+        if box.dtype != DTYPES[self._tensors[name].dtype]:
             raise damaged(self.folder, f"{chunk.file} holds {name} in another dtype")
         return box
 

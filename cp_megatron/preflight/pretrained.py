@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from cp_megatron.checkpoint.hf_folder import read_hf_weights
+from cp_megatron.checkpoint.hf_folder import find_weights
 from cp_megatron.config import Config, ModelConfig
 from cp_megatron.data.tokenize.tokenizer import Tokenizer
 from cp_megatron.errors import ConfigError
@@ -57,7 +57,7 @@ def check_load_hf(config: Config) -> tuple[str, ...]:
             works = f"leave it out, or {spelled(name, theirs)}"
             raise ConfigError(spelled(name, ours), "", rule, works)
     padded = model.padded_vocab_size(found.vocab_size)
-    read_hf_weights(found, model, padded_vocab_size=padded)
+    find_weights(found, model, padded_vocab_size=padded)
     return tuple(_notes(config, folder, found.model.max_position_embeddings or 0))
 
 

@@ -13,10 +13,9 @@ from cp_megatron.checkpoint.saved_config import saved_config
 from cp_megatron.checkpoint.step_folders import TEMPORARY, newest_step
 from cp_megatron.config import Config
 from cp_megatron.config.fields import settings
-from cp_megatron.config.run_folders import CONFIG_FILE, run_folder
+from cp_megatron.config.files.run_folders import CONFIG_FILE, run_folder
 from cp_megatron.errors import ConfigError
 from cp_megatron.families.rope_fields import ROPE_FIELDS
-from cp_megatron.preflight.rules import check_ranges
 
 
 def model_name(config: Config) -> str:
@@ -163,7 +162,7 @@ def _check_same_model(config: Config, manifest: Manifest, vocab_size: int, load:
     if manifest.vocab_size != vocab_size:
         rule = f"its vocabulary has {manifest.vocab_size} tokens, this run's {vocab_size}"
         raise ConfigError("--load", load, rule, "the tokenizer it was trained with")
-    now, then = _shape(config), _shape(saved_config(manifest, load, check=check_ranges))
+    now, then = _shape(config), _shape(saved_config(manifest, load))
     for name, value in now.items():
         if then[name] != value:
             rule = f"the checkpoint {load} is of another model"
