@@ -153,7 +153,7 @@ def _header(folder: Path, name: str) -> dict[str, _Stored]:
     tensors: dict[str, _Stored] = {}
     try:
         with safe_open(folder / name, framework="np") as file:
-            for key in file.keys():
+            for key in file.keys():  # noqa: SIM118 - a file is not a dict
                 tensor = file.get_slice(key)
                 dtype, shape = tensor.get_dtype(), tuple(tensor.get_shape())
                 if dtype not in DTYPES:
@@ -161,7 +161,8 @@ def _header(folder: Path, name: str) -> dict[str, _Stored]:
                     raise ConfigError(FLAG, folder, rule, f"weights in {works}")
                 tensors[key] = _Stored(file=name, dtype=DTYPES[dtype], shape=shape)
     except (SafetensorError, OSError) as error:
-        rule = f"{name} is truncated, damaged or not a safetensors file ({str(error)[:160]})"
+        reason = str(error).removeprefix("Error while deserializing header: ")[:160]
+        rule = f"{name} is truncated, damaged or not a safetensors file ({reason})"
         raise _wrong(folder, rule) from None
     return tensors
 

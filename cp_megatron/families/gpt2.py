@@ -2,31 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from cp_megatron.config.schema import ModelConfig
 from cp_megatron.families.family import Family
 from cp_megatron.families.json_fields import JsonFields
 
-_MODULES: Mapping[str, str] = {
-    "transformer.wte": "embedding",
-    "transformer.wpe": "positions",
-    "transformer.h.{}.ln_1": "layers.{}.attention_norm",
-    "transformer.h.{}.attn.c_attn": " ".join(
-        f"layers.{{}}.attention.{name}" for name in ("query", "key", "value")
-    ),
-    "transformer.h.{}.attn.c_proj": "layers.{}.attention.out",
-    "transformer.h.{}.ln_2": "layers.{}.mlp_norm",
-    "transformer.h.{}.mlp.c_fc": "layers.{}.mlp.up",
-    "transformer.h.{}.mlp.c_proj": "layers.{}.mlp.down",
-    "transformer.ln_f": "norm",
-    "lm_head": "head",
-}
-
 
 def _read(fields: JsonFields) -> ModelConfig:
-    """Reads what ``_write`` writes, and no more: folders of GPT-2 are not loaded."""
+    """Reads only what this file writes, because folders of GPT-2 are not loaded."""
     return ModelConfig(
         num_layers=fields.size("n_layer"),
         hidden_size=fields.size("n_embd"),
@@ -38,8 +20,11 @@ def _read(fields: JsonFields) -> ModelConfig:
     )
 
 
-def _write(model: ModelConfig, longest: int) -> dict[str, Any]:
-    return {
+GPT2 = Family(
+    model_type="gpt2",
+    architecture="GPT2LMHeadModel",
+    read=_read,
+    write=lambda model, longest: {
         "n_positions": longest,
         "n_embd": model.hidden_size,
         "n_layer": model.num_layers,
@@ -53,15 +38,20 @@ def _write(model: ModelConfig, longest: int) -> dict[str, Any]:
         "scale_attn_weights": True,
         "scale_attn_by_inverse_layer_idx": False,
         "reorder_and_upcast_attn": False,
-    }
-
-
-GPT2 = Family(
-    model_type="gpt2",
-    architecture="GPT2LMHeadModel",
-    read=_read,
-    write=_write,
-    modules=_MODULES,
+    },
+    modules={
+        "transformer.wte": "embedding",
+        "transformer.wpe": "positions",
+        "transformer.h.{}.ln_1": "layers.{}.attention_norm",
+        "transformer.h.{}.attn.c_attn": "layers.{}.attention.query layers.{}.attention.key "
+        "layers.{}.attention.value",
+        "transformer.h.{}.attn.c_proj": "layers.{}.attention.out",
+        "transformer.h.{}.ln_2": "layers.{}.mlp_norm",
+        "transformer.h.{}.mlp.c_fc": "layers.{}.mlp.up",
+        "transformer.h.{}.mlp.c_proj": "layers.{}.mlp.down",
+        "transformer.ln_f": "norm",
+        "lm_head": "head",
+    },
     transposed=frozenset({"c_attn", "c_proj", "c_fc"}),
     heads_divide_hidden_size=True,
     loads=False,

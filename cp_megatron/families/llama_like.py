@@ -12,7 +12,7 @@ from cp_megatron.families.rope_fields import read_rope, write_rope
 
 _KINDS = ("full_attention", "sliding_attention")
 
-LLAMA_MODULES: Mapping[str, str] = MappingProxyType(
+MODULES: Mapping[str, str] = MappingProxyType(
     {
         "model.embed_tokens": "embedding",
         "model.layers.{}.self_attn.q_proj": "layers.{}.attention.query",
@@ -33,7 +33,7 @@ LLAMA_MODULES: Mapping[str, str] = MappingProxyType(
 """The tensor names of Llama, with those of Qwen3's head norms."""
 
 
-def read_llama_like(
+def read(
     fields: JsonFields,
     *,
     default_head_dim: int | None = None,
@@ -79,7 +79,7 @@ def read_llama_like(
     )
 
 
-def write_llama_like(model: ModelConfig, longest: int) -> dict[str, Any]:
+def write(model: ModelConfig, longest: int) -> dict[str, Any]:
     """Writes the entries that these families share; see ``Family.write``."""
     if model.rope_type == "dynamic":
         longest = model.original_length or longest  # the length from which this type stretches
@@ -125,10 +125,8 @@ def read_layer_windows(fields: JsonFields) -> dict[str, Any]:
 def write_layer_windows(model: ModelConfig) -> dict[str, Any]:
     """Writes a sliding window that some layers have."""
     width = window_width(model)
-    sliding = [
-        width is not None and model.layer_window(layer) is not None
-        for layer in range(model.num_layers)
-    ]
+    layers = range(model.num_layers)
+    sliding = [width is not None and model.layer_window(layer) is not None for layer in layers]
     return {
         "use_sliding_window": width is not None,
         "sliding_window": width,
@@ -140,5 +138,5 @@ def write_layer_windows(model: ModelConfig) -> dict[str, Any]:
 
 def window_width(model: ModelConfig) -> int | None:
     """The width of the sliding window as Hugging Face counts it, or None without one."""
-    limited = model.window_size is not None and model.window_size[0] >= 0
-    return model.window_size[0] + 1 if limited and model.window_size else None
+    left = -1 if model.window_size is None else model.window_size[0]
+    return left + 1 if left >= 0 else None

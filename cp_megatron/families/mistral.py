@@ -2,17 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from cp_megatron.config.schema import ModelConfig
+from cp_megatron.families import llama_like
 from cp_megatron.families.family import Family
 from cp_megatron.families.json_fields import JsonFields
-from cp_megatron.families.llama_like import (
-    LLAMA_MODULES,
-    read_llama_like,
-    window_width,
-    write_llama_like,
-)
 
 
 def _read(fields: JsonFields) -> ModelConfig:
@@ -24,17 +17,16 @@ def _read(fields: JsonFields) -> ModelConfig:
     window = None
     if fields.value.get("sliding_window", 4096) is not None:
         window = (fields.size("sliding_window", 4096) - 1, 0)
-    return read_llama_like(fields, default_kv_heads=8, window_size=window)
-
-
-def _write(model: ModelConfig, longest: int) -> dict[str, Any]:
-    return {**write_llama_like(model, longest), "sliding_window": window_width(model)}
+    return llama_like.read(fields, default_kv_heads=8, window_size=window)
 
 
 MISTRAL = Family(
     model_type="mistral",
     architecture="MistralForCausalLM",
     read=_read,
-    write=_write,
-    modules=LLAMA_MODULES,
+    write=lambda model, longest: {
+        **llama_like.write(model, longest),
+        "sliding_window": llama_like.window_width(model),
+    },
+    modules=llama_like.MODULES,
 )

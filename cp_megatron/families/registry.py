@@ -6,7 +6,6 @@ returns the flags of the model can express it; so a flag that no family writes i
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +33,6 @@ _NOT_COMPARED = frozenset(
         *("vocab_size", "make_vocab_size_divisible_by", "max_position_embeddings"),
     }
 )
-_ROTARY = ROPE_FIELDS | {"rope_type", "rotary_base"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,57 +133,46 @@ def to_hf_config(
         try:
             misfits[family.architecture] = _misfits(model, family, entries)
         except ConfigError:
-            continue  # the family has no such model at all, so its own values would mislead
+            continue  # the family cannot have such sizes
         if not misfits[family.architecture]:
             return family, entries
     # Of families with as few misfits, the last one is the most specific.
     nearest = min(reversed(misfits), key=lambda name: len(misfits[name]))
-    raise misfits[nearest][0].error(nearest)
+    name, ours, theirs = misfits[nearest][0]
+    flag, _, value = spelled(name, ours).partition(" ")
+    rule = "no supported Hugging Face architecture has such a model; the nearest one, "
+    raise ConfigError(flag, value, f"{rule}{nearest}, differs in this flag", spelled(name, theirs))
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Misfit:
-    """A flag that a family does not have: its value, and the value that the family has."""
-
-    name: str
-    ours: Any
-    theirs: Any
-
-    def error(self, architecture: str) -> ConfigError:
-        rule = "no supported Hugging Face architecture has such a model; the nearest one, "
-        rule += f"{architecture}, differs in this flag"
-        flag, _, value = spelled(self.name, self.ours).partition(" ")
-        return ConfigError(flag, value, rule, spelled(self.name, self.theirs))
+_Misfit = tuple[str, Any, Any]
+"""The name of a flag, its value, and the value that it has in a family."""
 
 
 def _misfits(model: ModelConfig, family: Family, entries: dict[str, Any]) -> list[_Misfit]:
-    theirs = _flags(family.read(JsonFields(Path(), entries)))
+    read = _flags(family.read(JsonFields(Path(), entries)))
     misfits = [
-        _Misfit(name=name, ours=ours, theirs=theirs[name])
-        for name, ours in _flags(model).items()
-        if ours != theirs[name] and not (ours is None and name in ROPE_FIELDS)  # derived
+        (name, value, read[name])
+        for name, value in _flags(model).items()
+        if value != read[name] and not (value is None and name in ROPE_FIELDS)  # it is derived
     ]
     hidden, heads = model.hidden_size, model.num_attention_heads
     if family.heads_divide_hidden_size and hidden % heads:
-        multiple = max(1, hidden // heads) * heads
-        misfits.append(_Misfit(name="hidden_size", ours=hidden, theirs=multiple))
+        misfits.append(("hidden_size", hidden, max(1, hidden // heads) * heads))
     return misfits
 
 
 def _flags(model: ModelConfig) -> dict[str, Any]:
     """The flags that decide what a model computes, by name, with defaults filled in."""
-    names = {field.name for field in dataclasses.fields(model)} - _NOT_COMPARED
-    rotates = model.position_embedding_type == "rope"
-    names -= (ROPE_FIELDS - fields_of(model.rope_type)) if rotates else _ROTARY
-    ordered = [field.name for field in dataclasses.fields(model) if field.name in names]
-    flags = {name: getattr(model, name) for name in ordered}
-    flags |= dict.fromkeys(_ROTARY - names)
+    flags = {name: value for name, value in vars(model).items() if name not in _NOT_COMPARED}
     flags["ffn_hidden_size"] = model.ffn_size
     flags["num_query_groups"] = model.num_kv_heads
     flags["kv_channels"] = model.head_dim
     flags["add_qkv_bias"] = model.add_qkv_bias and model.disable_bias_linear
-    if "original_max_position_embeddings" in names:
-        flags["original_max_position_embeddings"] = model.original_length
+    flags["original_max_position_embeddings"] = model.original_length
+    unread = {*ROPE_FIELDS, "rope_type", "rotary_base"}
+    if model.position_embedding_type == "rope":
+        unread = {*ROPE_FIELDS - fields_of(model.rope_type)}
+    flags |= dict.fromkeys(unread)
     width, layers = window_width(model), range(model.num_layers)
     windows = [layer for layer in layers if width and model.layer_window(layer) is not None]
     flags["window_size"] = (width - 1, 0) if width and windows else None

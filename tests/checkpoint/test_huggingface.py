@@ -378,13 +378,13 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "a shard missing": (_index("model-00009.safetensors"), "model-00009.safetensors is missing"),
     "no header": (
         lambda folder: (folder / "model.safetensors").write_bytes(b"\xff" * 64),
-        "truncated, or not a safetensors file",
+        "truncated, damaged or not",
     ),
     "no index": (
         lambda folder: (folder / "model.safetensors.index.json").write_text("[" * 99999),
         "not JSON",
     ),
-    "tensors in one place": (_overlap, "overlap or leave a hole"),
+    "tensors in one place": (_overlap, "truncated, damaged or not"),
     "another size": (
         lambda folder: (folder / "config.json").write_text(
             (folder / "config.json").read_text().replace('"vocab_size": 300', '"vocab_size": 299')

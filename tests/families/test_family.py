@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from cp_megatron.config.files.presets import PRESETS
 
-from cp_megatron.config.presets import PRESETS
 from cp_megatron.families.family import Family
 from cp_megatron.families.llama import LLAMA
-from cp_megatron.families.llama_like import LLAMA_MODULES
+from cp_megatron.families.llama_like import MODULES
 from cp_megatron.families.registry import FAMILIES
 
 MODEL = replace(
@@ -22,7 +22,7 @@ def fused() -> Family:
     """Llama with one tensor for gate and up, and one transposed tensor for q, k and v."""
     heads = " ".join(f"layers.{{}}.attention.{name}" for name in ("query", "key", "value"))
     gone = ("gate_proj", "up_proj", "q_proj", "k_proj", "v_proj")
-    modules = {key: ours for key, ours in LLAMA_MODULES.items() if not key.endswith(gone)}
+    modules = {key: ours for key, ours in MODULES.items() if not key.endswith(gone)}
     modules |= {
         "model.layers.{}.mlp.gate_up_proj": "layers.{}.mlp.gate layers.{}.mlp.up",
         "model.layers.{}.self_attn.qkv_proj": heads,

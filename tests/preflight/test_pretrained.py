@@ -130,5 +130,5 @@ def test_layers_without_end_are_not_counted_one_by_one(folder: Path) -> None:
 def test_damage_is_found_before_the_run(folder: Path) -> None:
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
-    with pytest.raises(ConfigError, match=r"model\.safetensors has .* truncated or damaged"):
+    with pytest.raises(ConfigError, match=r"model\.safetensors is truncated, damaged or not"):
         plan(folder)
