@@ -18,7 +18,7 @@ from cp_megatron.plan.heads import HeadExchange
 from cp_megatron.plan.rounds import Message, Round
 from cp_megatron.plan.tiles import Span
 from cp_megatron.preflight.check import RunPlan
-from cp_megatron.preflight.sequence import local_heads
+from cp_megatron.spec import local_heads
 
 # As in context_parallel/all_gather.py, which imports torch.
 MAX_PORTIONS, LEAST_PORTION = 4, 4 << 20
