@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from cp_megatron.config import ModelConfig
 from cp_megatron.errors import ConfigError
 from cp_megatron.plan import Grid
-from cp_megatron.spec.layer import LayerSpec
+from cp_megatron.spec.layer_spec import LayerSpec
 from cp_megatron.spec.parameter import BlockSpec, ParameterSpec
 from cp_megatron.spec.pieces import EmbeddingSpec, HeadSpec, NormSpec, PositionsSpec
 
