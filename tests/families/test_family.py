@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from cp_megatron.config.files.presets import PRESETS
 
+from cp_megatron.config.files.presets import PRESETS
 from cp_megatron.families.family import Family
 from cp_megatron.families.llama import LLAMA
 from cp_megatron.families.llama_like import MODULES
@@ -39,8 +39,8 @@ def test_a_family_may_fuse_and_transpose() -> None:
     assert shapes["model.layers.0.self_attn.qkv_proj.weight"] == (32, 80)
     assert shapes["model.layers.0.self_attn.qkv_proj.bias"] == (80,)
     assert shapes["model.embed_tokens.weight"] == (300, 32)  # the padding is ours
-    transposed = {tensor.key.partition("layers.0.")[2] for tensor in tensors if tensor.transposed}
-    assert transposed == {"self_attn.qkv_proj.weight", ""}
+    transposed = {tensor.key.split(".", 3)[3] for tensor in tensors if tensor.transposed}
+    assert transposed == {"self_attn.qkv_proj.weight"}
     (qkv,) = (x for x in tensors if x.key == "model.layers.1.self_attn.qkv_proj.weight")
     names = [part.name for part in qkv.parts]
     assert names == [f"layers.1.attention.{name}.weight" for name in ("query", "key", "value")]
