@@ -74,7 +74,7 @@ def export_hf(
     if dtype not in _CODES:
         raise ConfigError("--dtype", dtype, "is not a dtype of weights", ", ".join(_CODES))
     if os.path.lexists(output):
-        raise ConfigError(_OUTPUT, output, "exists already; an export overwrites nothing")
+        raise ConfigError(_OUTPUT, output, "exists already, and nothing is overwritten")
     files, weights = _prepare(named_step(Path(checkpoint)), dtype)
     temporary = output.with_name(output.name + ".tmp")
     try:

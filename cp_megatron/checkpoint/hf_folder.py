@@ -8,9 +8,7 @@ another one.
 
 from __future__ import annotations
 
-import json
 import re
-import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +20,7 @@ from cp_megatron.checkpoint.manifest import ChunkEntry, TensorEntry
 from cp_megatron.config import ModelConfig
 from cp_megatron.errors import ConfigError
 from cp_megatron.families.family import HFTensor
-from cp_megatron.families.json_fields import FLAG
+from cp_megatron.families.json_fields import FLAG, file_size, read_json
 from cp_megatron.families.registry import HFModel
 
 SINGLE_FILE = "model.safetensors"
@@ -31,7 +29,6 @@ DTYPES: Mapping[str, str] = MappingProxyType(
     {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 )
 """The dtypes that weights may have, by their names in safetensors."""
-_MAX_INDEX_BYTES = 1 << 27
 _SHARD = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*\.safetensors")
 # A buffer that old versions of transformers stored. It follows from the flags.
 _OLD_BUFFER = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
@@ -130,13 +127,7 @@ def _index(folder: Path) -> dict[str, str] | None:
     """The file of each key; None if the folder has a single file."""
     if not (folder / INDEX_FILE).exists():
         return None
-    if _size(folder, INDEX_FILE) > _MAX_INDEX_BYTES:
-        raise _wrong(folder, f"{INDEX_FILE} has more than {_MAX_INDEX_BYTES} bytes")
-    try:
-        document = json.loads((folder / INDEX_FILE).read_bytes())
-    except (OSError, ValueError, RecursionError):
-        raise _wrong(folder, f"{INDEX_FILE} is malformed: it is not JSON") from None
-    index = document.get("weight_map") if isinstance(document, dict) else None
+    index = read_json(folder, INDEX_FILE, max_bytes=1 << 27).get("weight_map")
     if not isinstance(index, dict) or not index:
         raise _wrong(folder, f"{INDEX_FILE} has no weight_map")
     for key, name in index.items():
@@ -149,7 +140,7 @@ def _index(folder: Path) -> dict[str, str] | None:
 
 def _header(folder: Path, name: str) -> dict[str, _Stored]:
     """The tensors of a file by key. The library checks that they fill the file exactly."""
-    _size(folder, name)
+    file_size(folder, name)
     tensors: dict[str, _Stored] = {}
     try:
         with safe_open(folder / name, framework="np") as file:
@@ -165,17 +156,6 @@ def _header(folder: Path, name: str) -> dict[str, _Stored]:
         rule = f"{name} is truncated, damaged or not a safetensors file ({reason})"
         raise _wrong(folder, rule) from None
     return tensors
-
-
-def _size(folder: Path, name: str) -> int:
-    """The bytes of a regular file. Reading a pipe would wait; reading a device would not end."""
-    try:
-        status = (folder / name).stat()
-    except OSError as error:
-        raise _wrong(folder, f"{name} is missing or cannot be read ({error.strerror})") from None
-    if not stat.S_ISREG(status.st_mode):
-        raise _wrong(folder, f"{name} is not a regular file")
-    return status.st_size
 
 
 def _wrong(folder: Path, rule: str) -> ConfigError:

@@ -12,32 +12,39 @@ from cp_megatron.errors import ConfigError
 
 FLAG = "--load-hf"
 _CONFIG = "config.json"
-_MAX_BYTES = 1 << 24
 _LARGEST = 2**31 - 1
 
 
-def read_json(folder: Path) -> dict[str, Any]:
-    """Reads the JSON object in a folder's config.json.
+def file_size(folder: Path, name: str) -> int:
+    """Returns the bytes of a regular file. A pipe or a device might never end.
 
     Raises:
-        ConfigError: the file cannot be read, or is not a JSON object.
+        ConfigError: the file is missing or not a regular file.
     """
-    path = folder / _CONFIG
     try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode) or status.st_size > _MAX_BYTES:
-            rule = f"{_CONFIG} is not a regular file of at most {_MAX_BYTES} bytes"
-            raise ConfigError(FLAG, folder, rule)
-        document = json.loads(path.read_bytes())
-    except ConfigError:
-        raise
+        status = (folder / name).stat()
     except OSError as error:
-        rule = f"{_CONFIG} cannot be read ({error.strerror})"
+        rule = f"{name} is missing or cannot be read ({error.strerror})"
         raise ConfigError(FLAG, folder, rule, "a folder with config.json and safetensors") from None
-    except (ValueError, RecursionError):
-        raise ConfigError(FLAG, folder, f"{_CONFIG} is not valid JSON") from None
+    if not stat.S_ISREG(status.st_mode):
+        raise ConfigError(FLAG, folder, f"{name} is not a regular file")
+    return status.st_size
+
+
+def read_json(folder: Path, name: str = _CONFIG, *, max_bytes: int = 1 << 24) -> dict[str, Any]:
+    """Reads the JSON object in a file of a folder.
+
+    Raises:
+        ConfigError: the file cannot be read, is too large or is not a JSON object.
+    """
+    if file_size(folder, name) > max_bytes:
+        raise ConfigError(FLAG, folder, f"{name} has more than {max_bytes} bytes")
+    try:
+        document = json.loads((folder / name).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        raise ConfigError(FLAG, folder, f"{name} cannot be read, or is not JSON") from None
     if not isinstance(document, dict):
-        raise ConfigError(FLAG, folder, f"{_CONFIG} is not a JSON object")
+        raise ConfigError(FLAG, folder, f"{name} is not a JSON object")
     return document
 
 

@@ -27,12 +27,13 @@ from cp_megatron.families.rope_fields import ROPE_FIELDS, fields_of
 
 FAMILIES: tuple[Family, ...] = (LLAMA, QWEN2, QWEN3, MISTRAL, GPT2)
 """A model that several families can express is exported as the first of them."""
-_NOT_COMPARED = frozenset(
+TRAINING_ONLY = frozenset(
     {
         *("hidden_dropout", "attention_dropout", "init_method_std"),
-        *("vocab_size", "make_vocab_size_divisible_by", "max_position_embeddings"),
+        *("make_vocab_size_divisible_by", "max_position_embeddings"),
     }
 )
+"""The flags that do not change what a trained model computes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,7 +164,8 @@ def _misfits(model: ModelConfig, family: Family, entries: dict[str, Any]) -> lis
 
 def _flags(model: ModelConfig) -> dict[str, Any]:
     """The flags that decide what a model computes, by name, with defaults filled in."""
-    flags = {name: value for name, value in vars(model).items() if name not in _NOT_COMPARED}
+    flags = {name: value for name, value in vars(model).items() if name not in TRAINING_ONLY}
+    flags["vocab_size"] = None  # the tokenizer may decide it
     flags["ffn_hidden_size"] = model.ffn_size
     flags["num_query_groups"] = model.num_kv_heads
     flags["kv_channels"] = model.head_dim

@@ -9,14 +9,12 @@ from cp_megatron.config import Config, ModelConfig
 from cp_megatron.data.tokenize.tokenizer import Tokenizer
 from cp_megatron.errors import ConfigError
 from cp_megatron.families.json_fields import FLAG
-from cp_megatron.families.registry import has_tokenizer, read_hf_config, spelled
+from cp_megatron.families.registry import TRAINING_ONLY, has_tokenizer, read_hf_config, spelled
 from cp_megatron.families.rope_fields import ROPE_FIELDS
 
-# A run may change these: they extend the context, or matter only to training.
-_CHANGEABLE = ROPE_FIELDS | {
-    *("rope_type", "rotary_base", "max_position_embeddings", "window_size", "window_layers"),
-    *("hidden_dropout", "attention_dropout", "init_method_std", "make_vocab_size_divisible_by"),
-}
+# A run may change these flags, some of them to extend the context.
+_CHANGEABLE = TRAINING_ONLY | ROPE_FIELDS
+_CHANGEABLE |= {"rope_type", "rotary_base", "window_size", "window_layers"}
 
 
 def vocab_size_of(model: ModelConfig, tokenizer: Tokenizer) -> int:
