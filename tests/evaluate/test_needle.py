@@ -16,7 +16,6 @@ from cp_megatron.evaluate.needle import (
     LONGEST_SENTENCE,
     Haystack,
     Kind,
-    Task,
     library_prose,
     make_task,
     sentences,
@@ -26,9 +25,17 @@ TEXT = "One fish. Two fish are here. Red fish! Blue fish swim far away, or do th
 HAYSTACK = Haystack.of(TEXT, encode)
 
 
+WORDS: dict[str, int] = {}
+
+
 def by_word(text: str) -> npt.NDArray[np.int64]:
-    """Another tokenizer: one token per word or other sign, from a hash that keeps it readable."""
-    return np.array([sum(map(ord, word)) + 1000 for word in re.findall(r" ?\w+|\W", text)])
+    """Another tokenizer: one token per word or other character."""
+    return np.array([WORDS.setdefault(x, len(WORDS)) for x in re.findall(r" ?\w+|\W", text)])
+
+
+def text_of_words(tokens: npt.NDArray[np.int64]) -> str:
+    words = list(WORDS)
+    return "".join(words[token] for token in tokens)
 
 
 def test_a_literal_needle() -> None:
@@ -62,12 +69,15 @@ def test_a_literal_chain() -> None:
     assert text.endswith(f"they are:{task.answer}")
 
 
-def without_inserted(task: Task) -> str:
-    text = decode(task.tokens)
-    for sentence in task.inserted:
-        assert text.count(sentence) == 1, sentence
-        text = text.replace(sentence, "")
-    return text
+INSERTED = re.compile(r" The special magic number for \w+ is \d{7}\.| VAR \w{5} = [\w ]+\.")
+"""The inserted sentences of both kinds."""
+
+
+def inserted(text: str, kind: Kind) -> list[re.Match[str]]:
+    """The inserted sentences, of which there are as many as the kind has."""
+    matches = list(INSERTED.finditer(text))
+    assert len(matches) == (1 if kind == "needle" else 5)
+    return matches
 
 
 @given(
@@ -83,18 +93,18 @@ def test_every_task(kind: Kind, seed: int, length: int, depth: int, sample: int)
     task = make_task(kind, HAYSTACK, encode, **numbers)
     assert task.length == length
     assert decode(task.tokens[task.answer_start :]) == task.answer
-    for place, sentence in zip(task.places, task.inserted, strict=True):
-        assert decode(task.tokens[place:]).startswith(sentence)
-    whole = without_inserted(task)
+    text = decode(task.tokens)
+    hidden = inserted(text, kind)
+    whole = INSERTED.sub("", text)
     again = make_task(kind, HAYSTACK, encode, **numbers)
     assert np.array_equal(task.tokens, again.tokens)
     other = make_task(kind, HAYSTACK, encode, **{**numbers, "sample": sample + 1})
     assert not np.array_equal(task.tokens, other.tokens)
     if kind == "needle":
         head = whole.index("\n") + 1
-        room = whole.index("\nWhat") - head
+        size = whole.index("\nWhat") - head
         longest = int(np.diff(HAYSTACK.borders).max())
-        assert abs((task.places[0] - head) - depth * room / 100) <= longest / 2 + 1
+        assert abs((hidden[0].start() - head) - depth * size / 100) <= longest / 2 + 1
 
 
 @given(length=st.integers(120, 900), depth=st.integers(0, 100), sample=st.integers(0, 50))
@@ -105,9 +115,12 @@ def test_the_length_is_in_tokens_of_any_tokenizer(length: int, depth: int, sampl
         task = make_task(kind, haystack, by_word, seed=3, length=length, depth=depth, sample=sample)
         assert task.length == length
         assert np.array_equal(task.tokens[task.answer_start :], by_word(task.answer))
-        for place, sentence in zip(task.places, task.inserted, strict=True):
-            tokens = by_word(sentence)
-            assert np.array_equal(task.tokens[place : place + len(tokens)], tokens)
+        text = text_of_words(task.tokens)
+        hidden = inserted(text, kind)
+        assert all(text[match.start() - 1] in ".!?\n" for match in hidden)
+        assert text.endswith(task.answer)
+        if kind == "needle":
+            assert f"{task.answer}." in hidden[0][0]
 
 
 def test_both_ends_are_depths() -> None:

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from cp_megatron.cli.programs import check_sampling
 from cp_megatron.config import ModelConfig
 from cp_megatron.context_parallel import ContextParallel
 from cp_megatron.errors import ConfigError
@@ -146,7 +147,7 @@ def test_the_smallest_temperature_is_greedy_too() -> None:
     model = tiny(LLAMA)
     assert continuation(model, sampling=Sampling(temperature=1e-6)) == continuation(model)
     with pytest.raises(ConfigError, match="1e-6"):
-        Sampling(temperature=5e-324)
+        check_sampling(temperature=5e-324, top_k=0, top_p=1.0)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -206,5 +207,5 @@ def test_probabilities_by_a_slow_loop(
 )
 def test_refusals(options: dict[str, float], flag: str) -> None:
     with pytest.raises(ConfigError) as refused:
-        Sampling(**options)  # type: ignore[arg-type]
+        check_sampling(**{"temperature": 0.0, "top_k": 0, "top_p": 1.0, **options})  # type: ignore[arg-type]
     assert refused.value.flag == flag
