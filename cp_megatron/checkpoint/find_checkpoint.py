@@ -14,7 +14,7 @@ from cp_megatron.checkpoint.manifest import (
     read_manifest,
 )
 from cp_megatron.checkpoint.step_folders import newest_step, step_folders
-from cp_megatron.config.run_folders import run_folder
+from cp_megatron.config.files.run_folders import run_folder
 from cp_megatron.errors import ConfigError
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from cp_megatron.config.run_folders import STEP_FOLDER
+from cp_megatron.config.files.run_folders import STEP_FOLDER
 
 MANIFEST = "manifest.json"
 TEMPORARY = ".tmp"

@@ -19,15 +19,16 @@ from cp_megatron.checkpoint.manifest import Manifest, read_manifest
 from cp_megatron.cli.evaluation_options import TASKS, EvaluationOptions, Part
 from cp_megatron.comm.runtime import Launch
 from cp_megatron.config import Config, ModelConfig
-from cp_megatron.config.fields import Setting, settings
-from cp_megatron.config.yaml_io import overlay
+from cp_megatron.config.fields import Setting, check_values, settings
+from cp_megatron.config.files.yaml_io import overlay
+from cp_megatron.config.ranges import LARGEST_SIZE
 from cp_megatron.data.tokenize.tokenizer import open_tokenizer
 from cp_megatron.errors import ConfigError
 from cp_megatron.evaluate.needle import Encode, Haystack, Kind, Task, make_task
 from cp_megatron.metrics.plots import require_matplotlib
-from cp_megatron.preflight.check import RunPlan, check
+from cp_megatron.preflight.check import check
 from cp_megatron.preflight.rope_rules import FIELDS
-from cp_megatron.preflight.rules import LARGEST_SIZE, check_ranges
+from cp_megatron.preflight.run_plan import RunPlan
 from cp_megatron.preflight.save_and_load import check_goes_on
 
 _READ = frozenset({"seed", "dtype", "bf16", "device", "deterministic", "plot"})
@@ -137,11 +138,10 @@ def check_evaluation(
 def print_setup(setup: EvaluationSetup) -> None:
     """Prints what will be evaluated and on which ranks."""
     grid, options = setup.longest.grid, setup.options
-    ranks = f"dp {grid.dp} x cp {grid.cp} x tp {grid.tp}"
     step = "" if setup.manifest is None else f", step {setup.manifest.step:,}"
     lines = [
         f"evaluates  {setup.load}{step}",
-        f"world      {grid.world_size:,} ranks = {ranks}",
+        f"world      {grid.world_size:,} ranks = {grid}",
         f"tasks      {', '.join(options.tasks)}",
         f"lengths    {', '.join(f'{length:,}' for length in options.lengths)} tokens",
         f"into       {options.output}",
@@ -287,7 +287,7 @@ def _find_model(config: Config, vocab_size: int) -> tuple[Path, Manifest | None]
     """
     if config.checkpoint.load is None:
         return Path(str(config.checkpoint.load_hf)), None
-    check_ranges(config)
+    check_values(config)
     step = named_step(Path(config.checkpoint.load))
     manifest = read_manifest(step)
     saved = manifest.config.get("model", {})

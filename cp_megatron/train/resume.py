@@ -19,9 +19,9 @@ from cp_megatron.checkpoint.object_collectives import (
     on_all_ranks,
 )
 from cp_megatron.checkpoint.step_folders import set_aside
-from cp_megatron.config.run_folders import run_folder
+from cp_megatron.config.files.run_folders import run_folder
 from cp_megatron.errors import ConfigError
-from cp_megatron.preflight.check import RunPlan
+from cp_megatron.preflight.run_plan import RunPlan
 
 
 def settle_load(plan: RunPlan, control: dist.ProcessGroup) -> RunPlan:
