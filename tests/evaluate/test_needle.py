@@ -1,4 +1,4 @@
-"""Needle tasks: a literal one, and what holds for every one of them."""
+"""Needle tasks: literal examples, and properties of every task."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ INSERTED = re.compile(r" The special magic number for \w+ is \d{7}\.| VAR \w{5} 
 
 
 def inserted(text: str, kind: Kind) -> list[re.Match[str]]:
-    """The inserted sentences, of which there are as many as the kind has."""
+    """Returns the inserted sentences, and checks their number."""
     matches = list(INSERTED.finditer(text))
     assert len(matches) == (1 if kind == "needle" else 5)
     return matches
@@ -131,7 +131,7 @@ def test_both_ends_are_depths() -> None:
     assert re.search(r"for \w+ is \d{7}\.\nWhat is", decode(last.tokens))
 
 
-def test_a_window_goes_round_and_round() -> None:
+def test_a_window_repeats_the_text() -> None:
     haystack = Haystack(tokens=np.arange(5), borders=np.array([0, 2, 5]))
     tokens, places = haystack.window(9, 1)
     assert tokens.tolist() == [3, 4, 0, 1, 2, 3, 4, 0, 1]
@@ -145,7 +145,7 @@ def test_sentences_are_never_long() -> None:
     assert len(prose) > 1000
 
 
-def test_too_short_a_length_is_told() -> None:
+def test_a_length_that_is_too_short_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"--lengths 100: needle needs \d+ tokens") as caught:
         make_task("needle", HAYSTACK, encode, seed=1, length=100)
     make_task("needle", HAYSTACK, encode, seed=1, length=int(caught.value.works))
