@@ -174,16 +174,6 @@ def _checked_options(options: EvaluationOptions, given: frozenset[str]) -> Evalu
     for task in asked or [""]:
         if task not in TASKS:
             raise ConfigError("--tasks", task, "is not a task", ", ".join(TASKS))
-    for flag, values, least, most in (
-        ("--lengths", options.lengths, 2, LARGEST_SIZE),
-        ("--num-samples", (options.num_samples,), 1, LARGEST_SIZE),
-        ("--buckets", (options.buckets,), 1, 32),
-        ("--depths", options.depths, 0, 100),
-    ):
-        for value in values:
-            if not least <= value <= most:
-                works = str(least if value < least else most)
-                raise ConfigError(flag, value, f"must lie in {least} to {most}", works)
     for flag, task in (
         ("--buckets", "perplexity"),
         ("--part", "perplexity"),

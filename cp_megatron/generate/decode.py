@@ -25,7 +25,7 @@ PREFILL_TOKENS = 512
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How the next token is chosen; ``check_sampling`` states the ranges.
+    """How the next token is chosen.
 
     Attributes:
         temperature: 0 takes the most likely token; a larger value samples.

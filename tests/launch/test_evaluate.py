@@ -123,8 +123,8 @@ def test_refused(folder: Path, argv: list[str], message: str) -> None:
     ("argv", "message"),
     [
         (["--lengths", "60"], "--lengths 60: needle needs .*tokens for its question"),
-        (["--lengths", "1", "--tasks", "perplexity"], "--lengths 1: must lie in 2"),
-        (["--depths", "101"], "--depths 101: must lie in 0 to 100 .works: 100"),
+        (["--lengths", "1", "--tasks", "perplexity"], "--lengths 1: must be at least 2"),
+        (["--depths", "101"], "--depths 101: must be at least 0 and at most 100 .works: 100"),
         (["--output", "run"], "--output run: exists already"),
         (["--output", "run/config.yaml/x"], "config.yaml is not a writable folder"),
     ],
