@@ -6,9 +6,7 @@ import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, replace
-from datetime import timedelta
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 import numpy.typing as npt
@@ -40,10 +38,9 @@ from cp_megatron.evaluate.results import (
     write_results,
 )
 from cp_megatron.evaluate.score import Row, bucket_ends, perplexity_row, score, task_row
-from cp_megatron.model.parallelize import ComputeDType, build_model
 from cp_megatron.model.transformer import Transformer
 from cp_megatron.preflight.run_plan import DeviceName, RunPlan
-from cp_megatron.preflight.start import begin, make_context, read_alike
+from cp_megatron.preflight.start import begin, make_context, make_model, read_alike
 from cp_megatron.preflight.start_table import error_line
 
 HAYSTACK_ROWS = 64
@@ -88,7 +85,7 @@ def evaluate(
     corpus = read_alike(control, lambda: open_single(data)) if reads else None
     text = _part(plan, corpus) if corpus is not None and "perplexity" in asked.tasks else None
     tasks = _tasks(plan, corpus)
-    evaluator = _Evaluator.load(plan, launch, device_name, control)
+    evaluator = _Evaluator.load(plan, launch, control)
     perplexity, answers = [], []
     for run in plan.runs:
         if text is not None:
@@ -188,24 +185,10 @@ class _Evaluator:
         cls,
         plan: EvaluationPlan,
         launch: Launch,
-        device_name: DeviceName,
         control: dist.ProcessGroup,
     ) -> _Evaluator:
         """Builds the model for the longest rows and fills it from the checkpoint."""
-        run = plan.longest
-        assert run.dtype is not None
-        device = torch.device(f"cuda:{launch.local_rank}" if device_name == "cuda" else "cpu")
-        timeout = timedelta(minutes=run.config.parallel.distributed_timeout_minutes)
-        groups = ParallelGroups.create(run.grid, device.type, timeout)
-        dtype = cast(ComputeDType, run.dtype)
-        model = build_model(
-            run.config,
-            groups,
-            vocab_size=run.vocab_size,
-            dtype=dtype,
-            device=device,
-            initialize=False,
-        )
+        model, groups, device = make_model(plan.longest, launch, initialize=False)
         if plan.manifest is None:
             load_hf(plan.load, model=model, process_group=control)
         else:

@@ -187,7 +187,8 @@ def _choose_exchange(
 ) -> _Exchange:
     """The requested exchange, or the best one; ``_check_exchange`` has passed."""
     parallel = config.parallel
-    exchange, route = parallel.cp_comm_type, parallel.cp_route
+    exchange: str = parallel.cp_comm_type
+    route: str = parallel.cp_route
     sizes = parallel.hierarchical_context_parallel_sizes
     if grid.cp == 1:
         reason = "one rank holds the whole sequence"

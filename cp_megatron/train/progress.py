@@ -1,4 +1,4 @@
-"""What a person sees while it trains: one line per logged step, and on a terminal a live bar."""
+"""Progress on the console: one line per logged step and, on a terminal, a live bar."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from cp_megatron.metrics.writer import Metrics
 
 
 class ProgressView:
-    """Speaks on rank 0 and is silent elsewhere; a context manager around the loop.
+    """Prints on rank 0 only; a context manager around the loop.
 
     Args:
-        console: where to speak; kept as an attribute.
-        quiet: not this rank.
-        start_step: steps finished before.
-        train_iters: steps in all.
+        console: the console to print on; kept as an attribute.
+        quiet: print nothing, on the other ranks.
+        start_step: steps finished before the run started.
+        train_iters: the number of the last step.
     """
 
     def __init__(self, console: Console, *, quiet: bool, start_step: int, train_iters: int) -> None:

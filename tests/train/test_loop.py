@@ -82,7 +82,7 @@ def assembled(
     plan = replace(plan, grid=Grid(axes=axes, **plan.grid.sizes))
     world = dist.group.WORLD
     assert world is not None
-    return assemble(plan, launch, "cpu", world)
+    return assemble(plan, launch, world)
 
 
 def train(rank: int, world_size: int, argv: list[str], stop_at: int | None = None) -> int:
