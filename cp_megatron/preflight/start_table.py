@@ -1,6 +1,6 @@
-"""What a person reads before the first step: one table, or one line when a flag is wrong.
+"""The start table, printed before the first step: ranks, model, data, and why each was chosen.
 
-No torch. ``--dry-run`` prints the same table for any world, so only a few ranks are shown.
+``--dry-run`` prints the same table for a world of any size, so only a few ranks are shown.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from cp_megatron.preflight.sequence import SequencePlan
 from cp_megatron.spec.parameter_table import num_parameters, parameters_on_rank
 
 Line = tuple[str, str]
-"""What, and its value."""
+"""A label and its value."""
 
 _RANKS_SHOWN = 8
 _CHUNKS_SHOWN = 2
@@ -74,11 +74,11 @@ def _printable(text: str) -> str:
 
 
 def start_table(plan: RunPlan, run: Path | None) -> Table:
-    """The table of a run: its world, model, data and batch, what was chosen and why.
+    """The table of a run.
 
     Args:
         plan: the run.
-        run: the folder it is saved in; None where it is not chosen yet.
+        run: the folder it is saved in; None if it is not known yet.
     """
     table = Table(
         box=SIMPLE_HEAD, show_header=False, pad_edge=False, padding=(0, 1), title_justify="left"
@@ -94,14 +94,14 @@ def start_table(plan: RunPlan, run: Path | None) -> Table:
     ]
     for group in groups:
         for name, value in group:
-            # As Text: a path may look like rich's own markup.
+            # As Text, because a path may look like rich markup.
             table.add_row(name, Text(_printable(value)))
         table.add_section()
     return table
 
 
 def print_start(plan: RunPlan, run: Path | None, console: Console | None = None) -> None:
-    """Prints the table of the run, to standard output unless a console is given."""
+    """Prints the table of a run, by default to standard output."""
     (console or Console()).print(start_table(plan, run), highlight=False)
 
 
@@ -118,7 +118,7 @@ def _world(plan: RunPlan) -> Iterator[Line]:
 
 
 def shown_ranks(world_size: int) -> list[int | None]:
-    """The ranks to show, None for those left out."""
+    """The ranks to show; None stands for those left out."""
     if world_size <= _RANKS_SHOWN:
         return list(range(world_size))
     return [*range(_RANKS_SHOWN - 2), None, world_size - 1]
@@ -127,7 +127,7 @@ def shown_ranks(world_size: int) -> list[int | None]:
 def _positions(plan: RunPlan, cp_rank: int) -> str:
     sequence = plan.sequence
     if sequence.per_batch and sequence.layout.kind == "balanced" and plan.grid.cp > 1:
-        return "of each batch's own"
+        return "differ from batch to batch"
     chunks = [f"{start}-{stop - 1}" for start, stop in sequence.layout.chunks[cp_rank]]
     more = [] if len(chunks) <= _CHUNKS_SHOWN else ["..."]
     return ", ".join(chunks[:_CHUNKS_SHOWN] + more)
@@ -201,14 +201,14 @@ def _layout_reason(plan: RunPlan) -> str:
     if plan.config.parallel.cp_layout != "auto":
         return "asked for"
     if plan.sequence.layout.kind == "balanced":
-        return "chosen: it deals each batch's documents so that ranks have the same share"
+        return "chosen: it distributes each batch's documents evenly over the ranks"
     return "chosen: it gives every rank the same share"
 
 
 def _exchange(sequence: SequencePlan) -> str:
     name = sequence.exchange
     sends = name in ("p2p", "a2a+p2p") and sequence.route != "auto"
-    # Of a choice that is still open the sizes say how many ranks share a node, and of nodes.
+    # The sizes of an exchange that is not chosen yet only tell how ranks lie on nodes.
     if sequence.sizes and name == "a2a+p2p":
         name += f" {sequence.sizes[0]} x {sequence.sizes[1]}"
     route = f", {sequence.route}" if sends else ""

@@ -63,8 +63,8 @@ def test_what_is_special_is_said() -> None:
     for part in (
         "causal, inside each document, 100 tokens back",
         "1,022 per row (1 of padding), 511 of them on a rank",
-        "tp 0   positions of each batch's own",
-        "balanced - chosen: it deals each batch's documents",
+        "tp 0   positions differ from batch to batch",
+        "balanced - chosen: it distributes each batch's",
         "exchange            auto - each batch takes what moves the fewest bytes",
         "deterministic       on",
         "rows of 1,021 tokens are padded to 1,022, a",
