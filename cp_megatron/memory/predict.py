@@ -31,7 +31,7 @@ from cp_megatron.memory.exchange_buffers import (
 )
 from cp_megatron.plan import Schedule
 from cp_megatron.plan.heads import HeadExchange
-from cp_megatron.plan.tiles import own_tiles, pack
+from cp_megatron.plan.tiling import own_tiles, pack
 from cp_megatron.preflight.run_plan import RunPlan
 from cp_megatron.preflight.sequence import local_heads
 from cp_megatron.spec.parameter_table import parameters, parameters_on_rank

@@ -11,10 +11,10 @@ import dataclasses
 import shlex
 from collections.abc import Sequence
 
-from cp_megatron.checkpoint.newest import Newest
+from cp_megatron.checkpoint.find_checkpoint import Newest
 from cp_megatron.comm.runtime import Launch
 from cp_megatron.config import Config
-from cp_megatron.config.fields import settings
+from cp_megatron.config.fields import check_values, settings
 from cp_megatron.data.rows.corpora import check_data
 from cp_megatron.data.tokenize.tokenizer import open_tokenizer
 from cp_megatron.errors import ConfigError
@@ -60,7 +60,7 @@ def check(
     """
     if not dry_run:
         parse_faults(launch.fault, launch.world_size)
-    rules.check_ranges(config)
+    check_values(config)
     config = dataclasses.replace(config, data=rules.with_packing(config.data, given))
     vocab_size = _check_model(config, given)
     # After the model: a command with more ranks is no help if the heads forbid the grid.

@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cp_megatron.config import DataConfig, ModelConfig
-from cp_megatron.config.run_folders import RUNS
+from cp_megatron.config.files.run_folders import RUNS
 from cp_megatron.errors import ConfigError
 from cp_megatron.preflight.run_plan import RunPlan, dtype_on
 from cp_megatron.preflight.save_and_load import FinishedError, model_name

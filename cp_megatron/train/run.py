@@ -17,12 +17,12 @@ import torch.distributed as dist
 from rich.console import Console
 
 from cp_megatron.checkpoint.huggingface import load_hf
+from cp_megatron.checkpoint.load import load_checkpoint
 from cp_megatron.checkpoint.manifest import read_manifest
-from cp_megatron.checkpoint.store import load_checkpoint
 from cp_megatron.comm.runtime import Launch, record_collectives
 from cp_megatron.config import Config
-from cp_megatron.config.run_folders import CONFIG_FILE, RUNS
-from cp_megatron.config.yaml_io import to_yaml
+from cp_megatron.config.files.run_folders import CONFIG_FILE, RUNS
+from cp_megatron.config.files.yaml_io import to_yaml
 from cp_megatron.data.rows.corpora import Data, open_data
 from cp_megatron.errors import ConfigError
 from cp_megatron.faults.checks import Checks, ParameterSums

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
+from cp_megatron.checkpoint.load import load_checkpoint
 from cp_megatron.checkpoint.manifest import Manifest
-from cp_megatron.checkpoint.store import load_checkpoint, save_checkpoint
+from cp_megatron.checkpoint.save import save_checkpoint
 from cp_megatron.comm.groups import ParallelGroups
 from cp_megatron.config import Config
 from cp_megatron.plan import Grid

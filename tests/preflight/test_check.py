@@ -7,6 +7,7 @@ import math
 import os
 import pickle
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -340,7 +341,7 @@ def test_a_device_that_is_not_there() -> None:
 
 def test_a_length_that_is_no_number_in_code() -> None:
     config = parse_arguments([]).config
-    object.__setattr__(config.optimizer, "lr", math.nan)
+    config = replace(config, optimizer=replace(config.optimizer, lr=math.nan))
     with pytest.raises(ConfigError, match="--lr nan"):
         check(config, Launch())
 

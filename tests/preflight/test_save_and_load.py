@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 from torch import nn
 
+from cp_megatron.checkpoint.find_checkpoint import Newest
 from cp_megatron.checkpoint.manifest import read_manifest
-from cp_megatron.checkpoint.newest import Newest
 from cp_megatron.checkpoint.save import start_save
 from cp_megatron.cli.parse import parse_arguments
 from cp_megatron.config import Config
-from cp_megatron.config.yaml_io import overlay, to_yaml
+from cp_megatron.config.files.yaml_io import overlay, to_yaml
 from cp_megatron.errors import ConfigError
 from cp_megatron.plan import Grid
 from cp_megatron.preflight.save_and_load import (
@@ -163,7 +163,7 @@ def test_a_file_is_no_folder(run: Path, tmp_path: Path) -> None:
 def test_a_name_that_is_too_long(tmp_path: Path, name: str) -> None:
     place = str(tmp_path / name)
     assert refused(config_of("--save", place)).flag == "--save"
-    with pytest.raises(ConfigError, match="is no run's folder"):
+    with pytest.raises(ConfigError, match="is not a run's folder"):
         config_of("--load", place)
 
 

@@ -102,7 +102,7 @@ PARTS = {
     [
         ("p2p", {"wait for keys", "wait for keys and gradients"}),
         ("all_gather", {"wait for keys", "wait for gradients"}),
-        ("a2a", {"trade heads"}),
+        ("a2a", {"all-to-all of heads"}),
     ],
 )
 def test_the_parts_of_a_step_have_names(tmp_path: Path, exchange: str, waits: set[str]) -> None:

@@ -79,7 +79,7 @@ def test_who_names_a_damaged_step_is_told_of_another(place: Place) -> None:
     argv = ["--load", place.run("run"), "--save", place.run("other")]
     ((first, _, notes),) = run_ranks(train, 1, argv)
     assert first == 1
-    assert any(note.endswith("SHA-256 is not the manifest's") for note in notes)
+    assert any(note.endswith("SHA-256 differs from the manifest") for note in notes)
     assert (place.folder / "run" / "step-2").is_dir()
 
 
@@ -90,7 +90,7 @@ def test_nothing_whole_is_refused_and_nothing_is_begun_over_it(place: Place) -> 
         (error,) = run_ranks(refused, 1, argv)
         assert "rank-00000.safetensors is damaged" in error.rule
     (place.folder / "run" / "step-2" / "manifest.json").unlink()
-    with pytest.raises(ConfigError, match="is no finished checkpoint"):
+    with pytest.raises(ConfigError, match="is not a finished checkpoint"):
         assembled(0, 1, place.argv("run", "--load", "auto"))
 
 
@@ -103,7 +103,7 @@ def test_the_same_words_begin_a_run_and_go_on_with_it(place: Place) -> None:
     one, other = place.folder / "whole", place.folder / "run"
     assert differing(one / f"step-{STEPS}", other / f"step-{STEPS}") == []
     run_again = parse_arguments(place.argv("run", *flags))
-    with pytest.raises(FinishedError, match=f"at step {STEPS} already"):
+    with pytest.raises(FinishedError, match=f"already at step {STEPS}"):
         check(run_again.config, Launch(world_size=2), given=run_again.given, auto=run_again.auto)
     with pytest.raises(ConfigError, match="--load auto --save RUN"):
         parse_arguments(["--load", "auto"])
