@@ -16,6 +16,7 @@ from torch.distributed import (  # type: ignore[attr-defined]
 )
 from torch.distributed.rendezvous import rendezvous
 
+from cp_megatron.checkpoint.object_collectives import all_gather_objects, on_all_ranks
 from cp_megatron.comm.groups import ParallelGroups
 from cp_megatron.comm.runtime import Launch, set_cublas_workspace
 from cp_megatron.context_parallel import ContextParallel
@@ -169,19 +170,9 @@ def read_alike(control: dist.ProcessGroup, read: Callable[[], Read]) -> Read:
     Raises:
         ConfigError: a rank cannot read the data, or the data differ; the same on every rank.
     """
-    data: Read | None = None
-    try:
-        data = read()
-        answer: str | ConfigError = data.fingerprint
-    except ConfigError as error:
-        answer = error
-    answers: list[Any] = [None] * control.size()
-    dist.all_gather_object(answers, answer, group=control)
-    for other in answers:
-        if isinstance(other, ConfigError):
-            raise other
-    differing = [rank for rank, other in enumerate(answers) if other != answers[0]]
-    assert data is not None
+    data = on_all_ranks(read, control)
+    fingerprints = all_gather_objects(data.fingerprint, control)
+    differing = [rank for rank, other in enumerate(fingerprints) if other != fingerprints[0]]
     if differing:
         rule = f"ranks {differing[:8]} read other data than rank 0"
         raise ConfigError("--data-path", data.name, rule, "the same files on every node")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -110,7 +110,7 @@ class Trainer:
                     self.stragglers.waited(result.waited)
                 if not verdict.accepted:
                     self._skip(step, result, verdict)
-                stopping = any_rank_stops(stop, self.control)
+                stopping = bool(largest(int(stop.signal is not None), self.control))
                 saves = stopping or self._is_due(step, config.checkpoint.save_interval)
                 self._check(step, saves=saves)
                 if meter is not None:
@@ -147,8 +147,11 @@ class Trainer:
             batch = next(shards)
         if self.checks is not None:
             self.checks.begin(step)
-        with noted(f"step {step}"):
+        try:
             result = self.train_step.run(batch, step=step, lr=lr, accept=accept, faults=self.faults)
+        except Exception as error:
+            error.add_note(f"step {step}")
+            raise
         return result, verdicts[0]
 
     def _check(self, step: int, *, saves: bool) -> None:
@@ -239,8 +242,6 @@ class Trainer:
         data = self.plan.config.data
         seconds, num_pairs = clock.means()
         num_tokens = (data.global_batch_size or 0) * data.seq_length
-        memory = torch.tensor(peak_memory(self.train_step.device), dtype=torch.int64)
-        dist.all_reduce(memory, op=dist.ReduceOp.MAX, group=self.control)
         metrics = Metrics(
             step=step,
             loss=result.loss,
@@ -250,7 +251,7 @@ class Trainer:
             tokens_per_second=num_tokens / seconds,
             step_seconds=seconds,
             mfu=self._utilisation(num_tokens, num_pairs, seconds),
-            memory_bytes=int(memory.item()),
+            memory_bytes=largest(peak_memory(self.train_step.device), self.control),
             valid_loss=valid_loss,
         )
         if self.writer is not None:
@@ -285,9 +286,7 @@ class Trainer:
 
     def _is_broken(self) -> bool:
         """Whether a parameter value of any rank is not finite."""
-        broken = torch.tensor(int(not self.train_step.is_finite()))
-        dist.all_reduce(broken, op=dist.ReduceOp.MAX, group=self.control)
-        return bool(broken.item())
+        return bool(largest(int(not self.train_step.is_finite()), self.control))
 
     def _save(self, step: int, *, last: bool) -> None:
         """Saves, unless the last update made a parameter infinite, which its loss cannot show."""
@@ -303,27 +302,11 @@ class Trainer:
         return DivergedError(f"step {step}: {reason}; {last} (works: {works})")
 
 
-def any_rank_stops(stop: StopRequest, group: dist.ProcessGroup) -> bool:
-    """Whether any rank was asked to stop; all ranks get the same answer.
-
-    Args:
-        stop: the request of this rank.
-        group: a group of all ranks for CPU tensors.
-    """
-    stops = torch.tensor(int(stop.signal is not None))
-    if group.size() > 1:
-        dist.all_reduce(stops, op=dist.ReduceOp.MAX, group=group)
-    return bool(stops.item())
-
-
-@contextmanager
-def noted(text: str) -> Iterator[None]:
-    """Adds a note to an exception that leaves the block."""
-    try:
-        yield
-    except Exception as error:
-        error.add_note(text)
-        raise
+def largest(value: int, control: dist.ProcessGroup) -> int:
+    """The largest value of all ranks; ``control`` is a group of them for CPU tensors."""
+    values = torch.tensor(value, dtype=torch.int64)
+    dist.all_reduce(values, op=dist.ReduceOp.MAX, group=control)
+    return int(values.item())
 
 
 class _Clock:

@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,6 +18,7 @@ from rich.console import Console
 from cp_megatron.checkpoint.huggingface import load_hf
 from cp_megatron.checkpoint.load import load_checkpoint
 from cp_megatron.checkpoint.manifest import read_manifest
+from cp_megatron.checkpoint.object_collectives import broadcast_object, on_all_ranks
 from cp_megatron.comm.runtime import Launch, record_collectives
 from cp_megatron.config import Config
 from cp_megatron.config.files.run_folders import CONFIG_FILE, RUNS
@@ -288,38 +288,33 @@ def _make_folder(plan: RunPlan, control: dist.ProcessGroup) -> Path:
 
     A run that continues with other settings keeps the old ones as ``config-step-N.yaml``.
     """
-    answer: list[Any] = [None]
-    if control.rank() == 0:
+
+    def make() -> Path:
+        save = plan.config.checkpoint.save
+        if control.rank():
+            return Path()
         try:
-            answer = [_write_config(plan)]
+            folder = fresh_run_folder(RUNS, model_name(plan.config)) if save is None else Path(save)
+            folder.mkdir(parents=True, exist_ok=save is not None)
+            _write_config(plan, folder / CONFIG_FILE)
         except OSError as error:
-            save = plan.config.checkpoint.save or str(RUNS)
             rule = f"cannot be written: {error.strerror}"
-            answer = [ConfigError("--save", save, rule, "another folder")]
-    dist.broadcast_object_list(answer, group=control, group_src=0)
-    if isinstance(answer[0], ConfigError):
-        raise answer[0]
-    return Path(answer[0])
+            raise ConfigError("--save", save or RUNS, rule, "another folder") from None
+        return folder
+
+    folder: Path = broadcast_object(on_all_ranks(make, control), control)
+    return folder
 
 
-def _write_config(plan: RunPlan) -> str:
-    checkpoint = plan.config.checkpoint
-    if checkpoint.save is None:
-        RUNS.mkdir(exist_ok=True)
-        folder = fresh_run_folder(RUNS, model_name(plan.config))
-        folder.mkdir()
-    else:
-        folder = Path(checkpoint.save)
-        folder.mkdir(parents=True, exist_ok=True)
-    text, file = to_yaml(_lasting(plan.config)), folder / CONFIG_FILE
+def _write_config(plan: RunPlan, file: Path) -> None:
+    text = to_yaml(_lasting(plan.config))
     if file.exists():
         if file.read_text(encoding="utf-8") == text:
-            return str(folder)
+            return
         keep_aside(file, plan.load_step)
     new = file.with_suffix(".tmp")
     new.write_text(text, encoding="utf-8")
     new.replace(file)  # so that the run always has a complete configuration
-    return str(folder)
 
 
 def _lasting(config: Config) -> Config:

@@ -8,14 +8,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch.distributed as dist
 
-from cp_megatron.train.loop import any_rank_stops
 from cp_megatron.train.signals import CAUGHT, StopRequest, stop_on_signal
 from tests.ranks import run_ranks
+from tests.train.test_loop import STEPS, Place, StoppingView, assembled
+from tests.train.test_loop import place as place  # the fixture
 
 
 @pytest.fixture(autouse=True)
@@ -120,15 +121,19 @@ os._exit(7)
     assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 7
 
 
-def agreed(rank: int, world_size: int, asked: int | None) -> bool:
-    stop = StopRequest()
-    if rank == asked:
+def train(rank: int, world_size: int, argv: list[str], stopped: int | None) -> int:
+    """The last step of a run in which one rank is asked to stop at the beginning."""
+    run, stop = assembled(rank, world_size, argv), StopRequest()
+    if rank == stopped:
         stop(signal.SIGTERM, None)
-    world = dist.group.WORLD
-    assert world is not None
-    return any_rank_stops(stop, world)
+    try:
+        return replace(run, view=StoppingView(stop, None)).train(stop)
+    finally:
+        if run.writer is not None:
+            run.writer.close()
 
 
-@pytest.mark.parametrize(("asked", "answer"), [(None, False), (0, True), (1, True)])
-def test_all_ranks_stop_when_one_is_asked(asked: int | None, answer: bool) -> None:
-    assert run_ranks(agreed, 2, asked) == [answer] * 2
+@pytest.mark.parametrize(("stopped", "last"), [(None, STEPS), (0, 1), (1, 1)])
+def test_all_ranks_stop_when_one_is_asked(place: Place, stopped: int | None, last: int) -> None:
+    argv = place.argv("run", "--context-parallel-size", "2")
+    assert run_ranks(train, 2, argv, stopped) == [last] * 2
