@@ -59,11 +59,7 @@ class WandbRun:
             self._give_up("stopped", error)
 
     def close(self, *, failed: bool = False) -> None:
-        """Sends the remaining metrics, for at most two minutes; local files stay on the disk.
-
-        Args:
-            failed: mark the run as failed.
-        """
+        """Sends what remains, for at most two minutes; ``failed`` marks the run as failed."""
         run, self._run = self._run, None
         if run is None:
             return

@@ -87,11 +87,7 @@ class MetricsWriter:
             self.wandb.write(row)
 
     def close(self, *, failed: bool = False) -> None:
-        """Writes what is buffered and closes the files.
-
-        Args:
-            failed: the run ended with an error.
-        """
+        """Writes what is buffered and closes the files; ``failed``: the run ended with an error."""
         self._file.close()
         self._board.close()
         if self.wandb is not None:

@@ -17,6 +17,12 @@ from cp_megatron.config.files.yaml_io import overlay
 from cp_megatron.errors import ConfigError
 from cp_megatron.preflight.rope_rules import FIELDS
 
+_MAY_CHANGE = frozenset(
+    {"hidden_dropout", "attention_dropout", "init_method_std", "window_size", "window_layers"}
+    | {"vocab_size"}  # the number of tokens is compared instead
+)
+"""Settings of the model that a run may change when it continues."""
+
 
 def model_name(config: Config) -> str:
     """The name of the model: its preset, or the name of its Hugging Face folder."""
@@ -66,7 +72,7 @@ def check_goes_on(
         config: the run, with ``--load``.
         manifest: the manifest of the checkpoint.
         vocab_size: the vocabulary size of the run.
-        auto: the same command is used to start the run and to continue it.
+        auto: the same command starts the run and continues it.
 
     Raises:
         FinishedError: ``auto``, and the run is finished.
@@ -201,32 +207,14 @@ def _saved_config(manifest: Manifest, load: str) -> Config:
 
 def _shape(config: Config) -> dict[str, Any]:
     """The settings in which a run must agree with its checkpoint, with defaults filled in."""
-    model, seq_length = config.model, config.data.seq_length
-    learned = model.position_embedding_type == "learned_absolute"
-    rope = model.position_embedding_type == "rope"
-    return {
-        "num_layers": model.num_layers,
-        "hidden_size": model.hidden_size,
-        "ffn_hidden_size": model.ffn_size,
-        "num_attention_heads": model.num_attention_heads,
-        "num_query_groups": model.num_kv_heads,
-        "kv_channels": model.head_dim,
-        "normalization": model.normalization,
-        "norm_epsilon": model.norm_epsilon,
-        "swiglu": model.swiglu,
-        "position_embedding_type": model.position_embedding_type,
-        "rotary_base": model.rotary_base if rope else None,
-        "max_position_embeddings": (model.max_position_embeddings or seq_length)
-        if learned
-        else None,
-        "untie_embeddings_and_output_weights": model.untie_embeddings_and_output_weights,
-        "disable_bias_linear": model.disable_bias_linear,
-        "add_qkv_bias": model.has_qkv_bias,
-        "qk_layernorm": model.qk_layernorm,
-        "rope_type": model.rope_type if rope else None,
-        **{name: getattr(model, name) if rope else None for name in sorted(FIELDS)},
-        "make_vocab_size_divisible_by": model.make_vocab_size_divisible_by,
-    }
+    model, kind = config.model, config.model.position_embedding_type
+    shape = {name: value for name, value in vars(model).items() if name not in _MAY_CHANGE}
+    shape |= {"ffn_hidden_size": model.ffn_size, "num_query_groups": model.num_kv_heads}
+    shape |= {"kv_channels": model.head_dim, "add_qkv_bias": model.has_qkv_bias}
+    if kind != "rope":
+        shape |= dict.fromkeys(("rotary_base", "rope_type", *FIELDS))
+    positions = model.max_position_embeddings or config.data.seq_length
+    return shape | {"max_position_embeddings": positions if kind == "learned_absolute" else None}
 
 
 def _is_begun(folder: Path) -> bool:

@@ -55,16 +55,9 @@ class Trainer:
     """A run that is ready to train.
 
     Attributes:
-        plan: what was decided before torch was imported.
-        train_step: the model and its optimizer.
-        rows: the data.
         folder: the run's folder.
         control: a group of all ranks for CPU tensors.
-        saver: writes the checkpoints.
         writer: writes the metrics; on rank 0 only.
-        view: shows the progress.
-        profiler: records a trace of the requested steps.
-        guard: decides which steps are skipped.
         faults: the faults injected on this rank.
         checks: detect silent data corruption; None disables them.
         stragglers: finds the ranks that the others wait for; None disables it.

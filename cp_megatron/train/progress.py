@@ -18,14 +18,7 @@ from cp_megatron.metrics.writer import Metrics
 
 
 class ProgressView:
-    """Prints on rank 0 only; a context manager around the loop.
-
-    Args:
-        console: the console to print on; kept as an attribute.
-        quiet: print nothing, on the other ranks.
-        start_step: steps finished before the run started.
-        train_iters: the number of the last step.
-    """
+    """Prints the progress unless ``quiet``; a context manager around the loop."""
 
     def __init__(self, console: Console, *, quiet: bool, start_step: int, train_iters: int) -> None:
         self.console = console

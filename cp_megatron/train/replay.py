@@ -29,8 +29,6 @@ def save_batch(
     """Writes a whole global batch: ``tokens`` and ``labels``, int64 [size, S], ``rows`` [size].
 
     Args:
-        file: the file to write; it is replaced if it exists.
-        rows: the rows of the run.
         first: number of the batch's first row.
         size: rows of the global batch.
         document_mask: documents are masked, so the last token of each has no label.

@@ -116,7 +116,6 @@ def _watched(trainer: Trainer, launch: Launch, stop: StopRequest, script: str) -
 
 
 def _train(trainer: Trainer, launch: Launch, stop: StopRequest, script: str) -> int:
-    """Trains, and shows how the run ended."""
     if launch.rank == 0:
         print_start(trainer.plan, trainer.folder, trainer.view.console)
     failed = True

@@ -21,9 +21,6 @@ class Saver:
     a warning, and older checkpoints stay. Only the last checkpoint must succeed.
 
     Args:
-        plan: the run.
-        folder: the run's folder.
-        data_fingerprint: the fingerprint of the corpus.
         group: a group of all ranks for CPU tensors; asynchronous saves need one of their own.
         say: prints a line; on the first rank only.
 
@@ -58,7 +55,6 @@ class Saver:
 
         Args:
             step: the number of the last finished step.
-            train_step: its model and optimizer are saved.
             last: return only when the checkpoint is on the disk.
             extra: plain data to keep in the checkpoint.
 
