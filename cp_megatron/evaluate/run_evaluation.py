@@ -6,9 +6,7 @@ import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from datetime import timedelta
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 import numpy.typing as npt
@@ -40,10 +38,9 @@ from cp_megatron.evaluate.results import (
     write_results,
 )
 from cp_megatron.evaluate.score import LabeledRow, bucket_ends, perplexity_row, score, task_row
-from cp_megatron.model.parallelize import ComputeDType, build_model
 from cp_megatron.model.transformer import Transformer
 from cp_megatron.preflight.run_plan import DeviceName, RunPlan
-from cp_megatron.preflight.start import begin, make_context, read_alike
+from cp_megatron.preflight.start import begin, make_context, make_model, read_alike
 from cp_megatron.preflight.start_table import error_line
 
 HAYSTACK_ROWS = 64
@@ -91,7 +88,7 @@ def evaluate(
     corpus = read_alike(control, lambda: open_single(data)) if reads else None
     text = _text(setup, corpus) if corpus is not None and "perplexity" in options.tasks else None
     tasks = _tasks(setup, corpus)
-    evaluator = _Evaluator.load(setup, launch, device_name, control)
+    evaluator = _Evaluator.load(setup, launch, control)
     perplexity, answers = [], []
     for run in setup.runs:
         if text is not None:
@@ -182,22 +179,10 @@ class _Evaluator:
         cls,
         setup: EvaluationSetup,
         launch: Launch,
-        device_name: DeviceName,
         control: dist.ProcessGroup,
     ) -> _Evaluator:
         """Builds the model for the longest rows and loads its weights."""
-        run = setup.longest
-        device = torch.device(f"cuda:{launch.local_rank}" if device_name == "cuda" else "cpu")
-        timeout = timedelta(minutes=run.config.parallel.distributed_timeout_minutes)
-        groups = ParallelGroups.create(run.grid, device.type, timeout)
-        model = build_model(
-            run.config,
-            groups,
-            vocab_size=run.vocab_size,
-            dtype=cast(ComputeDType, run.dtype),
-            device=device,
-            initialize=False,
-        )
+        model, groups, device = make_model(setup.longest, launch, initialize=False)
         if setup.manifest is None:
             load_hf(setup.load, model=model, process_group=control)
         else:
