@@ -59,7 +59,6 @@ TORCH_FREE_MODULES = (
     f"{PACKAGE}.checkpoint.convert",
     f"{PACKAGE}.checkpoint.gguf",
     f"{PACKAGE}.checkpoint.gguf_convert",
-    f"{PACKAGE}.checkpoint.gguf_tokenizer",
     f"{PACKAGE}.checkpoint.hf_export",
     f"{PACKAGE}.checkpoint.hf_files",
     f"{PACKAGE}.checkpoint.hf_tokenizer",
