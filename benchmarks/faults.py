@@ -23,18 +23,19 @@ import json
 import random
 import shutil
 import statistics
+import sys
 import tempfile
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch.distributed as dist
-import tyro
 from harness.steps import Job, OurStep, model_of
 from harness.teams import PAUSE, Place, Team, hardware, paired
 
 from cp_megatron.checkpoint.save import Kept, Save, start_save
 from cp_megatron.config import Config
+from cp_megatron.config.words import read_options
 from cp_megatron.faults.checks import Checks, ParameterSums
 from cp_megatron.plan import Grid
 
@@ -192,7 +193,7 @@ def measured(team: Team, rounds: int) -> dict[str, list[Block]]:
 
 def main() -> None:
     """Prints a line per result."""
-    arguments = tyro.cli(Arguments)
+    arguments = read_options(sys.argv[1:], Arguments, program=sys.argv[0], description=__doc__)
     team = Team(arguments.ranks, arguments.threads, Bench)
     job = job_of(arguments)
     team.ask("prepare", job)

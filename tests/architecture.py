@@ -84,6 +84,7 @@ TORCH_FREE_MODULES = (
     f"{PACKAGE}.preflight.log_rules",
     f"{PACKAGE}.preflight.pretrained",
     f"{PACKAGE}.preflight.rope_rules",
+    f"{PACKAGE}.preflight.run_plan",
     f"{PACKAGE}.preflight.start_table",
     f"{PACKAGE}.train",
 )

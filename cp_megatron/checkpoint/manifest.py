@@ -19,7 +19,7 @@ from types import MappingProxyType
 from typing import Any
 
 from cp_megatron.checkpoint.boxes import inside, overlap
-from cp_megatron.config.run_folders import STEP_FOLDER
+from cp_megatron.config.files.run_folders import STEP_FOLDER
 from cp_megatron.errors import ConfigError
 
 FLAG = "--load"

@@ -16,7 +16,7 @@ from cp_megatron.checkpoint.manifest import (
     read_manifest,
     step_folders,
 )
-from cp_megatron.config.run_folders import run_folder
+from cp_megatron.config.files.run_folders import run_folder
 from cp_megatron.errors import ConfigError
 
 DAMAGED = ".damaged"

@@ -219,7 +219,7 @@ def start_save(
         "vocab_size": vocab_size,
         "torch_version": torch.__version__,
         "package_version": cp_megatron.__version__,
-        "grid": asdict(grid),
+        "grid": grid.sizes,
         "optimizer_steps": optimizer_steps(parameters, optimizer),
         "extra": extra or {},
     }

@@ -18,15 +18,16 @@ from cp_megatron.checkpoint.newest import named_step
 from cp_megatron.cli.evaluation_options import TASKS, EvaluationOptions, Part
 from cp_megatron.comm.runtime import Launch
 from cp_megatron.config import Config, LogConfig, ModelConfig, OptimizerConfig, TrainConfig
-from cp_megatron.config.fields import settings
-from cp_megatron.config.yaml_io import overlay
+from cp_megatron.config.fields import check_values, settings
+from cp_megatron.config.files.yaml_io import overlay
+from cp_megatron.config.ranges import LARGEST_SIZE
 from cp_megatron.data.tokenize.tokenizer import open_tokenizer
 from cp_megatron.errors import ConfigError
 from cp_megatron.evaluate.needle import Encode, Haystack, Kind, Task, make_task
 from cp_megatron.metrics.plots import require_matplotlib
-from cp_megatron.preflight.check import RunPlan, check
+from cp_megatron.preflight.check import check
 from cp_megatron.preflight.rope_rules import FIELDS
-from cp_megatron.preflight.rules import LARGEST_SIZE, check_ranges
+from cp_megatron.preflight.run_plan import RunPlan
 from cp_megatron.preflight.save_and_load import check_goes_on
 
 _READ: frozenset[str] = frozenset({"seed", "dtype", "bf16", "device", "deterministic"})
@@ -153,12 +154,11 @@ def check_evaluation(
 def print_plan(plan: EvaluationPlan) -> None:
     """Prints what will be evaluated, and how rows are shared."""
     grid, options = plan.longest.grid, plan.options
-    ranks = f"dp {grid.dp} x cp {grid.cp} x tp {grid.tp}"
     console = Console()
     step = "" if plan.manifest is None else f", step {plan.manifest.step:,}"
     lines = [
         f"evaluates  {plan.load}{step}",
-        f"world      {grid.world_size:,} ranks = {ranks}",
+        f"world      {grid.world_size:,} ranks = {grid}",
         f"tasks      {', '.join(options.tasks)}",
         f"lengths    {', '.join(f'{length:,}' for length in options.lengths)} tokens",
         f"into       {options.output}",
@@ -293,7 +293,7 @@ def _check_positions(model: ModelConfig, lengths: Sequence[int]) -> None:
 
 def _find_checkpoint(config: Config, vocab_size: int) -> tuple[Path, Manifest]:
     """The checkpoint; it is of this model, but for rotary positions, which one may try out."""
-    check_ranges(config)
+    check_values(config)
     step = named_step(Path(str(config.checkpoint.load)))
     manifest = read_manifest(step)
     saved = manifest.config.get("model", {})

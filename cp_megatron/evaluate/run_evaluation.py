@@ -42,7 +42,7 @@ from cp_megatron.evaluate.results import (
 from cp_megatron.evaluate.score import Row, bucket_ends, perplexity_row, score, task_row
 from cp_megatron.model.parallelize import ComputeDType, build_model
 from cp_megatron.model.transformer import Transformer
-from cp_megatron.preflight.check import DeviceName, RunPlan
+from cp_megatron.preflight.run_plan import DeviceName, RunPlan
 from cp_megatron.preflight.start import begin, make_context, read_alike
 from cp_megatron.preflight.start_table import error_line
 
@@ -110,7 +110,7 @@ def evaluate(
         "seed": plan.longest.config.train.seed,
         "dtype": plan.longest.dtype,
         "device": device_name,
-        "grid": asdict(plan.longest.grid),
+        "grid": plan.longest.grid.sizes,
         "settings": asdict(plan.longest.config.model),
     }
     return Results(about=about, perplexity=tuple(perplexity), answers=tuple(answers))

@@ -18,13 +18,13 @@ from cp_megatron.cli.programs import (
 )
 from cp_megatron.comm.runtime import Launch
 from cp_megatron.config import Config
-from cp_megatron.config.fields import settings
+from cp_megatron.config.fields import check_values, settings
+from cp_megatron.config.ranges import LARGEST_SIZE
 from cp_megatron.data.tokenize.chat_template import Render, find_template
 from cp_megatron.data.tokenize.tokenizer import Tokenizer, open_tokenizer
 from cp_megatron.errors import ConfigError
 from cp_megatron.families.llama import read_hf_config
 from cp_megatron.preflight.rope_rules import check_rope
-from cp_megatron.preflight.rules import LARGEST_SIZE, check_ranges
 
 _READ = (
     *("--load", "--load-hf", "--tokenizer-type", "--tokenizer-model", "--chat"),
@@ -100,7 +100,7 @@ def check_generation(
     else:
         folder, manifest = _checkpoint(Path(str(load)))
         vocab_size = manifest.vocab_size
-    check_ranges(config)
+    check_values(config)
     check_rope(config.model, config.data.seq_length, frozenset(given))
     tokenizer = _tokenizer(config, vocab_size)
     return GenerationPlan(

@@ -14,13 +14,13 @@ from pathlib import Path
 
 from cp_megatron.comm.runtime import Launch
 from cp_megatron.config import Config
-from cp_megatron.config.run_folders import RUNS
+from cp_megatron.config.files.run_folders import RUNS
 from cp_megatron.errors import ConfigError
 from cp_megatron.memory import predict as kinds
 from cp_megatron.memory.exchange_buffers import schedules
 from cp_megatron.memory.predict import predict
 from cp_megatron.plan.rehearsal import rehearse
-from cp_megatron.preflight.check import DeviceName, RunPlan
+from cp_megatron.preflight.run_plan import DeviceName, RunPlan
 from cp_megatron.spec.parameter_table import num_parameters
 
 _MEMORY_FILES = (

@@ -17,7 +17,7 @@ from cp_megatron.plan.gather import Gather
 from cp_megatron.plan.heads import HeadExchange
 from cp_megatron.plan.rounds import Message, Round
 from cp_megatron.plan.tiles import Span
-from cp_megatron.preflight.check import RunPlan
+from cp_megatron.preflight.run_plan import RunPlan
 from cp_megatron.preflight.sequence import local_heads
 
 # As in context_parallel/all_gather.py, which imports torch.

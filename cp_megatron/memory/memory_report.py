@@ -13,7 +13,7 @@ from rich.table import Table
 
 from cp_megatron.memory import predict as kinds
 from cp_megatron.memory.predict import Held, predict_ranks
-from cp_megatron.preflight.check import RunPlan
+from cp_megatron.preflight.run_plan import RunPlan
 from cp_megatron.preflight.start_table import print_start
 
 MEMORY_FILE = "memory.json"

@@ -32,7 +32,7 @@ from cp_megatron.memory.exchange_buffers import (
 from cp_megatron.plan import Schedule
 from cp_megatron.plan.heads import HeadExchange
 from cp_megatron.plan.tiles import own_tiles, pack
-from cp_megatron.preflight.check import RunPlan
+from cp_megatron.preflight.run_plan import RunPlan
 from cp_megatron.preflight.sequence import local_heads
 from cp_megatron.spec.parameter_table import parameters, parameters_on_rank
 
@@ -156,7 +156,7 @@ def _gathered_bytes(plan: RunPlan) -> int:
     assert plan.dtype is not None
     shape = {"vocab_size": plan.padded_vocab_size, "seq_length": plan.config.data.seq_length}
     model, grid = plan.config.model, plan.grid
-    ranks, element = grid.dp * grid.cp, ELEMENT_BYTES[plan.dtype]
+    ranks, element = grid.size("dp_cp"), ELEMENT_BYTES[plan.dtype]
     outside = ("embedding", "positions", "final norm", "final norm bias", "head")
     total = 0
     for row in parameters(model, **shape, tp=grid.tp):

@@ -16,7 +16,7 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from cp_megatron.config import ModelConfig
-from cp_megatron.config.run_folders import METRICS_FILE
+from cp_megatron.config.files.run_folders import METRICS_FILE
 from cp_megatron.metrics.wandb_log import WandbRun
 from cp_megatron.spec.parameter_table import matmul_parameters
 

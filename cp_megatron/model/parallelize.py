@@ -81,7 +81,7 @@ def build_model(
                 )
             else:
                 value = torch.zeros((), dtype=stored).expand(parameter.shape)  # no memory
-            placed = place(value.to(stored), spec, groups.tp_mesh, device)
+            placed = place(value.to(stored), spec, groups.meshes["tp"], device)
             owner.register_parameter(attribute, nn.Parameter(placed))
 
     policy = MixedPrecisionPolicy()
@@ -95,7 +95,9 @@ def build_model(
     offload = OffloadPolicy()
     if config.memory.optimizer_cpu_offload:
         offload = CPUOffloadPolicy(pin_memory=torch.device(device).type == "cuda")
-    shard = partial(fully_shard, mesh=groups.dp_cp_mesh, mp_policy=policy, offload_policy=offload)
+    shard = partial(
+        fully_shard, mesh=groups.meshes["dp_cp"], mp_policy=policy, offload_policy=offload
+    )
     for name, layer in model.layers.items():
         fill(layer, f"layers.{name}.")
         shard(layer)

@@ -98,8 +98,7 @@ def parameters_on_rank(
 
     FSDP2 cuts dim 0 into pieces of equal, rounded-up size; the last ranks may hold less.
     """
-    place = grid.coordinates(rank)
-    shards, shard = grid.dp * grid.cp, place.dp * grid.cp + place.cp
+    shards, shard = grid.size("dp_cp"), grid.index("dp_cp", rank)
     total = 0
     for row in parameters(model, vocab_size=vocab_size, seq_length=seq_length, tp=grid.tp):
         local = [

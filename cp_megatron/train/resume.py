@@ -14,9 +14,9 @@ import torch.distributed as dist
 from cp_megatron.checkpoint.agreement import agreed, from_first, gathered
 from cp_megatron.checkpoint.manifest import DamagedError, read_manifest, verify_files
 from cp_megatron.checkpoint.newest import Newest, newest_whole, set_aside
-from cp_megatron.config.run_folders import run_folder
+from cp_megatron.config.files.run_folders import run_folder
 from cp_megatron.errors import ConfigError
-from cp_megatron.preflight.check import RunPlan
+from cp_megatron.preflight.run_plan import RunPlan
 
 
 def settle_load(plan: RunPlan, control: dist.ProcessGroup) -> RunPlan:

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from cp_megatron.checkpoint.save import Keep, Kept, Save, start_save
 from cp_megatron.errors import ConfigError
-from cp_megatron.preflight.check import RunPlan
+from cp_megatron.preflight.run_plan import RunPlan
 from cp_megatron.train.step import TrainStep
 
 

@@ -157,7 +157,7 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 
 def save_llama(rank: int, world_size: int, folder: Path) -> None:
     """The README's toy run before its first step."""
-    from cp_megatron.config.presets import PRESETS
+    from cp_megatron.config.files.presets import PRESETS
 
     config, grid = PRESETS["toy"], Grid()
     groups = ParallelGroups.create(grid, "cpu")

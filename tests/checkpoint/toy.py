@@ -37,7 +37,7 @@ class Toy(nn.Module):
             value = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
             if groups is not None:
                 spec = ParameterSpec(placement=placement, init="zeros")
-                value = place(value, spec, groups.tp_mesh, "cpu")
+                value = place(value, spec, groups.meshes["tp"], "cpu")
             self.register_parameter(name, nn.Parameter(value))
         self.tied = self.column
         self.register_buffer("count", torch.tensor([3, 4]))
@@ -54,7 +54,7 @@ def make(
     groups = None if grid is None else ParallelGroups.create(grid, "cpu")
     model = Toy(groups, dtype)
     if groups is not None:
-        fully_shard(model, mesh=groups.dp_cp_mesh)
+        fully_shard(model, mesh=groups.meshes["dp_cp"])
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
     update(model, optimizer, updates)
     return model, optimizer

@@ -13,7 +13,8 @@ from cp_megatron.comm.runtime import Launch
 from cp_megatron.errors import ConfigError
 from cp_megatron.memory import capacity as room
 from cp_megatron.memory.predict import predict
-from cp_megatron.preflight.check import RunPlan, check
+from cp_megatron.preflight.check import check
+from cp_megatron.preflight.run_plan import RunPlan
 
 GIB = room.GIB
 KINDS = ("parameters", "optimizer", "gradients", "gathered weights", "activations")

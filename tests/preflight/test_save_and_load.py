@@ -13,7 +13,7 @@ from cp_megatron.checkpoint.manifest import Manifest
 from cp_megatron.checkpoint.newest import Newest
 from cp_megatron.cli.parse import parse_arguments
 from cp_megatron.config import Config
-from cp_megatron.config.yaml_io import overlay, to_yaml
+from cp_megatron.config.files.yaml_io import overlay, to_yaml
 from cp_megatron.errors import ConfigError
 from cp_megatron.preflight import save_and_load as folders
 from cp_megatron.preflight.save_and_load import (
@@ -170,7 +170,7 @@ def test_a_file_is_no_folder(run: Path, tmp_path: Path) -> None:
 def test_a_name_that_is_too_long(tmp_path: Path, name: str) -> None:
     place = str(tmp_path / name)
     assert refused(config_of("--save", place)).flag == "--save"
-    with pytest.raises(ConfigError, match="is no run's folder"):
+    with pytest.raises(ConfigError, match="is not a run's folder"):
         config_of("--load", place)
 
 

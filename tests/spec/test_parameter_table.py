@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from cp_megatron.config import ModelConfig
-from cp_megatron.config.presets import PRESETS
+from cp_megatron.config.files.presets import PRESETS
 from cp_megatron.plan import Grid
 from cp_megatron.spec.parameter_table import num_parameters, parameters_on_rank
 

@@ -31,7 +31,7 @@ def train(
     stop = StopRequest()
     run = replace(run, view=StoppingView(stop, stop_at))
     try:
-        return run.plan.load_step, run.train(run.plan.load_step, stop), list(run.plan.notes)
+        return run.plan.load_step, run.train(stop), list(run.plan.notes)
     finally:
         if run.writer is not None:
             run.writer.close()
@@ -148,7 +148,7 @@ def full_disk(rank: int, world_size: int, argv: list[str], good: int) -> tuple[l
     error = ""
     with mock.patch.object(saving, "write_image", full):
         try:
-            run.train(0, StopRequest())
+            run.train(StopRequest())
         except ConfigError as refused:
             error = refused.rule
     if run.writer is not None:

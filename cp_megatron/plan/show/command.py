@@ -7,14 +7,14 @@ import types
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
-import tyro
 from rich.console import Console
 
+from cp_megatron.config.ranges import Range
 from cp_megatron.config.schema import Exchange, LayoutKind, Route
-from cp_megatron.config.words import read_words
+from cp_megatron.config.words import read_options
 from cp_megatron.errors import ConfigError
 from cp_megatron.plan.layout import SequenceLayout
 from cp_megatron.plan.mask import Mask
@@ -23,6 +23,8 @@ from cp_megatron.plan.show.text import print_rank, print_schedule
 
 PROGRAM = "python -m cp_megatron.plan"
 MEDIAN_LENGTH, SIGMA = 3000, 1.5
+AtLeastOne = Annotated[int, Range(1)]
+WindowEnd = Annotated[int, Range(-1)]
 _DESCRIPTION = f"""Print and draw a schedule: who holds which tokens, who computes which tiles of
 the attention matrix in which round, who sends what to whom. No GPU, no torch, any number of ranks.
 
@@ -38,17 +40,17 @@ class Options:
 
     mask: Literal["causal", "full", "documents"] | None = None
     """What attends to what; documents if any are given, else causal."""
-    seq_length: int | None = None
+    seq_length: AtLeastOne | None = None
     """Tokens of the row; by default what --documents add up to, else 8,192."""
-    documents: tuple[int, ...] | None = None
+    documents: tuple[AtLeastOne, ...] | None = None
     """The lengths of the packed documents."""
-    documents_random: int | None = None
+    documents_random: Annotated[int, Range(0)] | None = None
     """A seed: log-normal document lengths of median 3,000, sigma 1.5, until the row is full."""
     bidirectional: bool = False
     """Documents are attended in both directions; --mask full always is."""
-    window: tuple[int, int] | None = None
+    window: tuple[WindowEnd, WindowEnd] | None = None
     """LEFT RIGHT: query q sees keys q - LEFT to q + RIGHT; -1 is unlimited, causal ends at q."""
-    context_parallel_size: int = 4
+    context_parallel_size: AtLeastOne = 4
     """Ranks that share the row."""
     cp_layout: LayoutKind = "auto"
     """Which rank holds which part of the row."""
@@ -58,13 +60,13 @@ class Options:
     """p2p: from neighbour to neighbour, or straight from the owner."""
     hierarchical_context_parallel_sizes: tuple[int, int] | None = None
     """a2a+p2p: ranks that trade heads, and groups of them."""
-    num_attention_heads: int = 32
+    num_attention_heads: AtLeastOne = 32
     """Query heads."""
-    num_query_groups: int = 8
+    num_query_groups: AtLeastOne = 8
     """Key/value heads."""
-    head_dim: int = 128
+    head_dim: AtLeastOne = 128
     """Width of a query and key head."""
-    v_head_dim: int | None = None
+    v_head_dim: AtLeastOne | None = None
     """Width of a value head; by default the same."""
     dtype: Literal["bfloat16", "float32", "float64"] = "bfloat16"
     """What the bytes are counted in."""
@@ -86,11 +88,7 @@ def parse(argv: Sequence[str]) -> Options:
         ConfigError: a flag or a value that can not be honoured.
         SystemExit: with code 0, after ``--help`` is printed.
     """
-    if any(word in ("-h", "--help") for word in argv):
-        tyro.cli(
-            Options, prog=PROGRAM, description=_DESCRIPTION, args=["--help"], compact_help=False
-        )
-    return Options(**read_words(argv, Options))
+    return read_options(argv, Options, program=PROGRAM, description=_DESCRIPTION)
 
 
 def run(options: Options, console: Console | None = None) -> None:
@@ -128,12 +126,6 @@ def make_schedule(options: Options) -> Schedule:
     Raises:
         ConfigError: the flags do not fit together.
     """
-    for name in ("context_parallel_size", "num_attention_heads", "num_query_groups", "head_dim"):
-        if getattr(options, name) < 1:
-            flag = "--" + name.replace("_", "-")
-            raise ConfigError(flag, getattr(options, name), "must be at least 1")
-    if options.v_head_dim is not None and options.v_head_dim < 1:
-        raise ConfigError("--v-head-dim", options.v_head_dim, "must be at least 1")
     mask = make_mask(options)
     layout = SequenceLayout.make(mask, options.context_parallel_size, options.cp_layout)
     return Schedule.build(
@@ -167,12 +159,7 @@ def make_mask(options: Options) -> Mask:
     if options.documents is not None and options.documents_random is not None:
         raise ConfigError("--documents-random", options.documents_random, "is one of two", works)
     seq_len = 8192 if options.seq_length is None else options.seq_length
-    if seq_len < 1:
-        raise ConfigError("--seq-length", seq_len, "must be at least 1")
     window = options.window
-    if window is not None and min(window) < -1:
-        rule = "must be two lengths, -1 for unlimited"
-        raise ConfigError("--window", " ".join(map(str, window)), rule, "--window LEFT RIGHT")
     if kind == "causal":
         return Mask.causal(seq_len, window)
     if kind == "full":
@@ -186,13 +173,7 @@ def make_mask(options: Options) -> Mask:
 
 
 def random_lengths(seq_len: int, seed: int) -> list[int]:
-    """Log-normal document lengths that fill a row, the last one cut.
-
-    Raises:
-        ConfigError: the seed is negative.
-    """
-    if seed < 0:
-        raise ConfigError("--documents-random", seed, "is a seed and must not be negative", "0")
+    """Log-normal document lengths that fill a row, the last one cut."""
     generator = np.random.default_rng(seed)
     lengths: list[int] = []
     left = seq_len
@@ -204,8 +185,6 @@ def random_lengths(seq_len: int, seed: int) -> list[int]:
 
 
 def _given_lengths(documents: tuple[int, ...], seq_length: int | None) -> list[int]:
-    if min(documents) < 1:
-        raise ConfigError("--documents", min(documents), "is no length", "1 or more tokens")
     total = sum(documents)
     if seq_length not in (None, total):
         rule = f"the documents add up to {total}"
