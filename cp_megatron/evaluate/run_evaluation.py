@@ -22,11 +22,10 @@ from cp_megatron.cli.evaluation_options import EVALUATE
 from cp_megatron.comm.groups import ParallelGroups
 from cp_megatron.comm.runtime import Launch
 from cp_megatron.context_parallel import ContextParallel
-from cp_megatron.data.read.part import Part
-from cp_megatron.data.read.sources import Corpus
+from cp_megatron.data.read.corpus import Corpus, CorpusRange
 from cp_megatron.data.rows.corpora import open_single
 from cp_megatron.data.rows.sampler import count_rows, parse_split, split_sizes
-from cp_megatron.data.tokenize.tokenizer import open_tokenizer
+from cp_megatron.data.tokenize.open_tokenizer import open_tokenizer
 from cp_megatron.errors import ConfigError
 from cp_megatron.evaluate.check_evaluation import EvaluationPlan, make_tasks
 from cp_megatron.evaluate.needle import Haystack, Task, library_prose
@@ -116,7 +115,7 @@ def evaluate(
     return Results(about=about, perplexity=tuple(perplexity), answers=tuple(answers))
 
 
-def _part(plan: EvaluationPlan, corpus: Corpus) -> Part:
+def _part(plan: EvaluationPlan, corpus: Corpus) -> CorpusRange:
     """The tokens that the perplexity reads."""
     data, total = plan.longest.config.data, len(corpus.tokens)
     cuts = [0, total]
@@ -132,7 +131,7 @@ def _part(plan: EvaluationPlan, corpus: Corpus) -> Part:
         ends = np.cumsum(sizes).tolist()
         number = ("train", "valid", "test").index(plan.part)
         cuts = [ends[number] - sizes[number], ends[number]]
-    part = corpus.part(*cuts)
+    part = corpus.range(*cuts)
     size = len(part.tokens)
     for length in plan.options.lengths:
         if count_rows(size, length) == 0:
@@ -214,7 +213,7 @@ class _Evaluator:
         return cls(model, groups, device, cps)
 
     def perplexity(
-        self, run: RunPlan, text: Part, *, num_samples: int, num_buckets: int, longest: int
+        self, run: RunPlan, text: CorpusRange, *, num_samples: int, num_buckets: int, longest: int
     ) -> Perplexity:
         """Of rows spread evenly over the text, none of which share a label."""
         length = run.config.data.seq_length

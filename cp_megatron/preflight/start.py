@@ -19,7 +19,7 @@ from torch.distributed.rendezvous import rendezvous
 from cp_megatron.comm.groups import ParallelGroups
 from cp_megatron.comm.runtime import Launch, set_cublas_workspace
 from cp_megatron.context_parallel import ContextParallel
-from cp_megatron.data.read.sources import Corpus
+from cp_megatron.data.read.corpus import Corpus
 from cp_megatron.data.rows.corpora import Data
 from cp_megatron.errors import ConfigError
 from cp_megatron.preflight.run_plan import DeviceName, RunPlan

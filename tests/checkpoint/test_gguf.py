@@ -21,6 +21,7 @@ from torch import Tensor
 from cp_megatron.checkpoint.gguf import GGUFFile
 from cp_megatron.checkpoint.gguf_convert import convert_gguf
 from cp_megatron.errors import ConfigError
+from tests.data.tokenizer_files import train_byte_level
 
 gguf = pytest.importorskip("gguf")
 transformers = pytest.importorskip("transformers")
@@ -86,24 +87,16 @@ def as_llama_cpp_has_it(weight: np.ndarray[Any, Any], heads: int) -> np.ndarray[
     return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(weight.shape)
 
 
-def trained_tokenizer(individual_digits: bool) -> Any:
+def trained_tokenizer(folder: Path, *, individual_digits: bool) -> Any:
     """A byte-level BPE of 300 tokens; id 0 ends a text."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    found = Tokenizer(models.BPE())
-    found.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    found.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=300,
-        special_tokens=["<|end|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    found.train_from_iterator(["the cat sat on the mat, 2024 times 2024"] * 3, trainer)
-    if individual_digits:  # only now, so that merges of digits are there and must not be used
-        digits = pre_tokenizers.Digits(individual_digits=True)
-        found.pre_tokenizer = pre_tokenizers.Sequence([digits, found.pre_tokenizer])
-    return found
+    texts = ["the cat sat on the mat, 2024 times 2024"] * 3
+    library = train_byte_level(texts, folder / "tok.json", vocab_size=300, special=["<|end|>"])
+    (folder / "tok.json").unlink()
+    if individual_digits:  # after training: the vocabulary has merges of digits to be ignored
+        cut = tokenizers.pre_tokenizers
+        digits = cut.Digits(individual_digits=True)
+        library.pre_tokenizer = cut.Sequence([digits, library.pre_tokenizer])
+    return library
 
 
 def write_gguf(
@@ -131,7 +124,7 @@ def write_gguf(
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     if kind == "qwen3":
         writer.add_key_length(config.head_dim)
-    tokenizer = tokenizer or trained_tokenizer(individual_digits=True)
+    tokenizer = tokenizer or trained_tokenizer(path.parent, individual_digits=True)
     body = json.loads(tokenizer.to_str())["model"]
     vocab = sorted(body["vocab"], key=body["vocab"].get)
     writer.add_tokenizer_model(more.pop("tokenizer_model", "gpt2"))
@@ -228,7 +221,7 @@ def test_quantised_and_bfloat16(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("digits", [True, False])
 def test_the_tokenizer_is_the_one_it_was(digits: bool, tmp_path: Path) -> None:
-    tokenizer = trained_tokenizer(digits)
+    tokenizer = trained_tokenizer(tmp_path, individual_digits=digits)
     write_gguf(
         tmp_path / "m.gguf",
         tiny_model("llama"),
@@ -249,7 +242,7 @@ def test_the_tokenizer_is_the_one_it_was(digits: bool, tmp_path: Path) -> None:
 
 
 def test_qwen2_cuts_text_as_transformers_does(tmp_path: Path) -> None:
-    body = json.loads(trained_tokenizer(individual_digits=False).to_str())["model"]
+    body = json.loads(trained_tokenizer(tmp_path, individual_digits=False).to_str())["model"]
     merges = [tuple(pair) for pair in body["merges"]]
     theirs = transformers.Qwen2Tokenizer(vocab=body["vocab"], merges=merges)
     write_gguf(tmp_path / "m.gguf", tiny_model("qwen2"), kind="qwen2", pre="qwen2")
