@@ -22,7 +22,7 @@ from cp_megatron.config import Config, ModelConfig
 from cp_megatron.config.fields import Setting, check_values, settings
 from cp_megatron.config.files.yaml_io import overlay
 from cp_megatron.config.ranges import LARGEST_SIZE
-from cp_megatron.data.tokenize.tokenizer import open_tokenizer
+from cp_megatron.data.tokenize.open_tokenizer import open_tokenizer
 from cp_megatron.errors import ConfigError
 from cp_megatron.evaluate.needle import Encode, Haystack, Kind, Task, make_task
 from cp_megatron.metrics.plots import require_matplotlib

@@ -17,8 +17,8 @@ from cp_megatron.comm.groups import ParallelGroups
 from cp_megatron.config import Config, DataConfig, ModelConfig, ParallelConfig, TrainConfig
 from cp_megatron.context_parallel import ContextParallel
 from cp_megatron.data.batch.batch import IGNORED
-from cp_megatron.data.read.sources import encode
 from cp_megatron.data.rows.packing import row_mask
+from cp_megatron.data.tokenize.tokenizer import ByteTokenizer
 from cp_megatron.evaluate import score as evaluation
 from cp_megatron.evaluate.needle import Haystack, make_task
 from cp_megatron.evaluate.results import Score
@@ -202,8 +202,8 @@ def test_buckets_are_shared_by_lengths() -> None:
 
 
 def test_only_the_answer_counts() -> None:
-    haystack = Haystack.of("One fish. Two fish.", encode)
-    task = make_task("needle", haystack, encode, seed=1, length=400, depth=50)
+    haystack = Haystack.of("One fish. Two fish.", ByteTokenizer().encode)
+    task = make_task("needle", haystack, ByteTokenizer().encode, seed=1, length=400, depth=50)
     row = task_row(task, 7)
     counted = np.flatnonzero(row.labels != IGNORED)
     assert row.labels[counted].tolist() == task.tokens[counted + 1].tolist()

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cp_megatron.data.read.sources import decode, encode
+from cp_megatron.data.tokenize.tokenizer import ByteTokenizer
 from cp_megatron.errors import ConfigError
 from cp_megatron.evaluate.needle import (
     LONGEST_SENTENCE,
@@ -22,6 +22,7 @@ from cp_megatron.evaluate.needle import (
 )
 
 TEXT = "One fish. Two fish are here. Red fish! Blue fish swim far away, or do they? Yes."
+encode, decode = ByteTokenizer().encode, ByteTokenizer().decode
 HAYSTACK = Haystack.of(TEXT, encode)
 
 

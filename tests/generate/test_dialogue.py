@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cp_megatron.data.tokenize.tokenizer import ByteTokenizer, Ids, open_tokenizer
+from cp_megatron.data.tokenize.open_tokenizer import open_tokenizer
+from cp_megatron.data.tokenize.tokenizer import ByteTokenizer, Ids
 from cp_megatron.errors import ConfigError
 from cp_megatron.generate.dialogue import answer_lines, as_utf8, pieces
 

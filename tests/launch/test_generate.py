@@ -126,11 +126,11 @@ REFUSED = [
     ("generate", ["--load", "RUN", "--load-hf", "RUN"], "--load-hf "),
     ("generate", ["--load-hf", "no-such-folder"], "--load-hf no-such-folder: "),
     ("generate", ["--promt", "x"], "unknown flag (works: --prompt"),
-    ("convert", [], "--from-gguf: says what to convert"),
+    ("convert", [], "--from-gguf: names what to convert"),
     ("convert", ["--load", "RUN"], "--output: "),
     ("convert", ["--load", "RUN", "--from-gguf", "x"], "one of the two"),
     ("convert", ["--load", "RUN", "--output", "RUN"], "nothing is overwritten"),
-    ("convert", ["--from-gguf", "no-such-file", "--output", "new"], "can not be read"),
+    ("convert", ["--from-gguf", "no-such-file", "--output", "new"], "cannot be read"),
     ("convert", ["--from-gguf", "x", "--output", "new", "--dtype", "float64"], "--dtype float64"),
 ]
 
