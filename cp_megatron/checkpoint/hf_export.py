@@ -35,7 +35,7 @@ from cp_megatron.checkpoint.manifest import (
 from cp_megatron.checkpoint.saved_config import saved_config
 from cp_megatron.checkpoint.shard_writer import discard, sync
 from cp_megatron.config import Config
-from cp_megatron.data.tokenize.tokenizer import open_tokenizer
+from cp_megatron.data.tokenize.open_tokenizer import open_tokenizer
 from cp_megatron.errors import ConfigError
 from cp_megatron.families.family import HFTensor
 from cp_megatron.families.registry import to_hf_config
