@@ -25,15 +25,15 @@ from cp_megatron.config.ranges import LARGEST_SIZE
 from cp_megatron.data.tokenize.open_tokenizer import open_tokenizer
 from cp_megatron.errors import ConfigError
 from cp_megatron.evaluate.needle import Encode, Haystack, Kind, Task, make_task
+from cp_megatron.families.rope_fields import ROPE_FIELDS
 from cp_megatron.metrics.plots import require_matplotlib
 from cp_megatron.preflight.check import check
-from cp_megatron.preflight.rope_rules import FIELDS
 from cp_megatron.preflight.run_plan import RunPlan
 from cp_megatron.preflight.save_and_load import check_goes_on
 
 _READ = frozenset({"seed", "dtype", "bf16", "device", "deterministic", "plot"})
 """Settings of the sections ``train``, ``optimizer`` and ``log`` that an evaluation reads."""
-_ROPE: frozenset[str] = FIELDS | {"rope_type", "rotary_base", "original_max_position_embeddings"}
+_ROPE: frozenset[str] = ROPE_FIELDS | {"rope_type", "rotary_base"}
 """Settings of rotary positions. They have no weights, so other values can be tried."""
 _UNREAD_ELSEWHERE = frozenset(
     {

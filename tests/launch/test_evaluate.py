@@ -14,7 +14,7 @@ from typing import Any, cast
 import pytest
 import torch.distributed as dist
 
-from cp_megatron.checkpoint.huggingface import export_hf
+from cp_megatron.checkpoint.hf_export import export_hf
 from cp_megatron.cli.evaluation_options import EVALUATE, EvaluationOptions
 from cp_megatron.cli.parse import parse_arguments
 from cp_megatron.comm.runtime import Launch
