@@ -13,8 +13,8 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from cp_megatron.config.ranges import EVERY_NUMBER, Range
 from cp_megatron.config.schema import Config
+from cp_megatron.config.schema.ranges import EVERY_NUMBER, Range
 from cp_megatron.errors import ConfigError
 
 Kind = Literal["bool", "int", "float", "str"]

@@ -20,7 +20,7 @@ from cp_megatron.comm.runtime import Launch
 from cp_megatron.config import Config, LogConfig, ModelConfig, OptimizerConfig, TrainConfig
 from cp_megatron.config.fields import check_values, settings
 from cp_megatron.config.files.yaml_io import overlay
-from cp_megatron.config.ranges import LARGEST_SIZE
+from cp_megatron.config.schema.ranges import LARGEST_SIZE
 from cp_megatron.data.tokenize.tokenizer import open_tokenizer
 from cp_megatron.errors import ConfigError
 from cp_megatron.evaluate.needle import Encode, Haystack, Kind, Task, make_task

@@ -19,7 +19,7 @@ from cp_megatron.cli.programs import (
 from cp_megatron.comm.runtime import Launch
 from cp_megatron.config import Config
 from cp_megatron.config.fields import check_values, settings
-from cp_megatron.config.ranges import LARGEST_SIZE
+from cp_megatron.config.schema.ranges import LARGEST_SIZE
 from cp_megatron.data.tokenize.chat_template import Render, find_template
 from cp_megatron.data.tokenize.tokenizer import Tokenizer, open_tokenizer
 from cp_megatron.errors import ConfigError

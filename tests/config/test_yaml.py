@@ -26,9 +26,10 @@ def values_of(row: Setting) -> st.SearchStrategy[Any]:
     if row.name == "preset":
         return st.sampled_from(list(PRESETS))
     low, high = (end if math.isfinite(end) else None for end in (row.range.low, row.range.high))
+    whole = (-(2**63) if low is None else low, 2**63 - 1 if high is None else high)
     kinds: dict[str, st.SearchStrategy[Any]] = {
         "bool": st.booleans(),
-        "int": st.integers(int(low or -(2**63)), int(high or 2**63 - 1)),
+        "int": st.integers(*(int(end) for end in whole)),
         "float": st.floats(low, high, allow_nan=False, allow_infinity=False).filter(
             lambda number: number in row.range
         ),

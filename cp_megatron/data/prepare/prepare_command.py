@@ -11,7 +11,7 @@ from typing import Literal
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from cp_megatron.config.ranges import Size
+from cp_megatron.config.schema.ranges import Size
 from cp_megatron.config.words import read_options
 from cp_megatron.data.prepare.prepare import Request, Result, Start, prepare
 from cp_megatron.data.prepare.prepare_worker import Step

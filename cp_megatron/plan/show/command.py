@@ -12,8 +12,8 @@ from typing import Annotated, Literal
 import numpy as np
 from rich.console import Console
 
-from cp_megatron.config.ranges import Range
-from cp_megatron.config.schema import Exchange, LayoutKind, Route
+from cp_megatron.config.schema.parallel_config import Exchange, LayoutKind, Route
+from cp_megatron.config.schema.ranges import Range
 from cp_megatron.config.words import read_options
 from cp_megatron.errors import ConfigError
 from cp_megatron.plan.layout import SequenceLayout
