@@ -12,10 +12,10 @@ from typing import cast
 
 from cp_megatron.cli.evaluation_options import EVALUATE, EvaluationOptions
 from cp_megatron.cli.parse import parse_arguments
+from cp_megatron.cli.refusal import refuse
 from cp_megatron.comm.runtime import Launch
 from cp_megatron.errors import ConfigError
 from cp_megatron.evaluate.check_evaluation import check_evaluation, print_plan
-from cp_megatron.preflight.start_table import refuse
 from cp_megatron.train.signals import end_with_launcher, leave, stop_at_once
 
 

@@ -13,10 +13,10 @@ from typing import cast
 
 from cp_megatron.cli.parse import parse_arguments
 from cp_megatron.cli.programs import GENERATE, GenerationOptions
+from cp_megatron.cli.refusal import refuse
 from cp_megatron.comm.runtime import Launch
 from cp_megatron.errors import ConfigError
 from cp_megatron.generate.check_generation import check_generation
-from cp_megatron.preflight.start_table import error_line
 from cp_megatron.train.signals import leave, stop_at_once
 
 
@@ -36,9 +36,7 @@ def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     except KeyboardInterrupt:
         return 130
     except ConfigError as error:
-        if launch.rank == 0:
-            print(error_line(error, GENERATE.name), file=sys.stderr, flush=True)
-        return 2
+        return refuse(error, GENERATE.name, rank=launch.rank)
 
 
 if __name__ == "__main__":

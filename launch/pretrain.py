@@ -10,13 +10,12 @@ import sys
 from collections.abc import Mapping, Sequence
 
 from cp_megatron.cli.parse import parse_arguments
+from cp_megatron.cli.refusal import already_done, refuse
 from cp_megatron.comm.runtime import Launch
-from cp_megatron.errors import ConfigError
+from cp_megatron.errors import ConfigError, FinishedError
 from cp_megatron.memory.capacity import look_around
 from cp_megatron.memory.memory_report import print_dry_run
 from cp_megatron.preflight.check import check
-from cp_megatron.preflight.save_and_load import FinishedError
-from cp_megatron.preflight.start_table import already_done, refuse
 from cp_megatron.train.signals import end_with_launcher, leave, stop_at_once
 
 PROGRAM = "pretrain.py"

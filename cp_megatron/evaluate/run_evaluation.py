@@ -19,6 +19,7 @@ from rich.console import Console
 from cp_megatron.checkpoint.huggingface import load_hf
 from cp_megatron.checkpoint.store import load_checkpoint
 from cp_megatron.cli.evaluation_options import EVALUATE
+from cp_megatron.cli.refusal import error_line
 from cp_megatron.comm.groups import ParallelGroups
 from cp_megatron.comm.runtime import Launch
 from cp_megatron.context_parallel import ContextParallel
@@ -44,7 +45,6 @@ from cp_megatron.model.parallelize import ComputeDType, build_model
 from cp_megatron.model.transformer import Transformer
 from cp_megatron.preflight.check import DeviceName, RunPlan
 from cp_megatron.preflight.start import begin, make_context, read_alike
-from cp_megatron.preflight.start_table import error_line
 
 HAYSTACK_ROWS = 64
 """The text of the needle tasks is this many of the longest rows, where the data has so much."""

@@ -13,7 +13,7 @@ from cp_megatron.config import Config
 from cp_megatron.config.fields import settings
 from cp_megatron.config.files.run_folders import CONFIG_FILE, run_folder
 from cp_megatron.config.files.yaml_io import overlay
-from cp_megatron.errors import ConfigError
+from cp_megatron.errors import ConfigError, FinishedError
 from cp_megatron.preflight.rope_rules import FIELDS
 
 
@@ -32,10 +32,6 @@ def fresh_run_folder(root: Path, name: str) -> Path:
     while os.path.lexists(root / f"{name}-{number}"):
         number += 1
     return root / f"{name}-{number}"
-
-
-class FinishedError(ConfigError):
-    """The run that ``--load auto`` goes on with has nothing left to train."""
 
 
 def find_load(config: Config) -> Newest | None:

@@ -19,12 +19,13 @@ import torch.distributed as dist
 from rich.console import Console
 
 from cp_megatron.cli.parse import parse_arguments
+from cp_megatron.cli.refusal import error_line
 from cp_megatron.comm.runtime import Launch
 from cp_megatron.config.fields import settings
 from cp_megatron.errors import ConfigError
 from cp_megatron.memory.memory_report import print_prediction
 from cp_megatron.preflight.check import RunPlan, check
-from cp_megatron.preflight.start_table import error_line, print_start
+from cp_megatron.preflight.start_table import print_start
 from cp_megatron.spec.parameter_table import num_parameters
 from cp_megatron.train.loop import DivergedError
 from cp_megatron.train.progress import ProgressView

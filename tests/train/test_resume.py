@@ -11,9 +11,8 @@ import pytest
 from cp_megatron.checkpoint import save as saving
 from cp_megatron.cli.parse import parse_arguments
 from cp_megatron.comm.runtime import Launch
-from cp_megatron.errors import ConfigError
+from cp_megatron.errors import ConfigError, FinishedError
 from cp_megatron.preflight.check import check
-from cp_megatron.preflight.save_and_load import FinishedError
 from cp_megatron.train.signals import StopRequest
 from tests.ranks import run_ranks
 from tests.train.checkpoints import differing, metrics_of, numbers
