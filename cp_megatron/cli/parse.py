@@ -17,9 +17,9 @@ from typing import Any
 
 from cp_megatron.cli.megatron_flags import refuse_megatron_flag
 from cp_megatron.config.fields import settings, settings_of
-from cp_megatron.config.files.presets import DEFAULT_PRESET, PRETRAINED_OPTIMIZER
+from cp_megatron.config.files.presets import DEFAULT_PRESET, PRESETS, PRETRAINED_OPTIMIZER
 from cp_megatron.config.files.run_folders import CONFIG_FILE, find_run, run_folder, runs_near
-from cp_megatron.config.files.yaml_io import Values, overlay, preset_named, read_file, read_values
+from cp_megatron.config.files.yaml_io import Values, overlay, read_file, read_values
 from cp_megatron.config.help_page import HELP, help_page
 from cp_megatron.config.schema import Config
 from cp_megatron.config.words import read_words
@@ -131,7 +131,7 @@ def parse_arguments(
 
 def _print_help(argv: Sequence[str], program: Program) -> None:
     """Shows every flag with the default that the rest of the command line leads to."""
-    base = preset_named(DEFAULT_PRESET)
+    base = PRESETS[DEFAULT_PRESET]
     with contextlib.suppress(ConfigError):
         base = _base(_read(argv, program, False)[1])
     names = [row.name for row in dataclasses.fields(Config) if row.name != "preset"]
@@ -171,7 +171,7 @@ def _base(typed: Values) -> Config:
     if file is not None:
         values = _values_of_file(file)
         _refuse_lost(values, earlier, f"--config {file}")
-    base = preset_named(preset or values.get("preset", DEFAULT_PRESET))
+    base = PRESETS[preset or values.get("preset", DEFAULT_PRESET)]
     folder = typed.get("load_hf") or values.get("load_hf")
     if load is None and folder is not None:
         said = typed.keys() | values.keys()

@@ -14,9 +14,10 @@ from cp_megatron.cli.parse import Arguments, LaunchOptions, parse_arguments
 from cp_megatron.config import Config
 from cp_megatron.config.fields import settings, settings_of
 from cp_megatron.config.files.presets import PRESETS
-from cp_megatron.config.files.yaml_io import from_yaml, to_yaml
+from cp_megatron.config.files.yaml_io import to_yaml
 from cp_megatron.config.help_page import HELP
 from cp_megatron.errors import ConfigError
+from tests.config.yaml_text import from_yaml
 
 
 def refused(*argv: str) -> ConfigError:

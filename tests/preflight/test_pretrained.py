@@ -14,10 +14,11 @@ from cp_megatron.checkpoint.hf_files import hf_tensors
 from cp_megatron.cli.parse import parse_arguments
 from cp_megatron.comm.runtime import Launch
 from cp_megatron.config.files.presets import PRESETS
-from cp_megatron.config.files.yaml_io import from_yaml, to_yaml
+from cp_megatron.config.files.yaml_io import to_yaml
 from cp_megatron.errors import ConfigError
 from cp_megatron.families.llama import to_hf_config
 from cp_megatron.preflight.check import RunPlan, check
+from tests.config.yaml_text import from_yaml
 
 VOCAB = 300
 LISTS = [*("--rope-short-factor", "1", "2", "3"), *("--rope-long-factor", "1", "2", "3")]

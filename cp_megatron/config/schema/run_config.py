@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from cp_megatron.config.schema.checkpoint_config import CheckpointConfig
 from cp_megatron.config.schema.data_config import DataConfig
@@ -13,13 +14,15 @@ from cp_megatron.config.schema.optimizer_config import OptimizerConfig
 from cp_megatron.config.schema.parallel_config import ParallelConfig
 from cp_megatron.config.schema.train_config import TrainConfig
 
+PresetName = Literal["toy", "toy-gpt", "gpt2-small", "llama-1b", "llama3-8b"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """The whole run."""
 
-    preset: str = "toy"
-    """The preset that supplies the defaults: toy, toy-gpt, gpt2-small, llama-1b or llama3-8b."""
+    preset: PresetName = "toy"
+    """The preset that supplies the defaults of all other flags."""
     model: ModelConfig = field(default_factory=ModelConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     data: DataConfig = field(default_factory=DataConfig)
