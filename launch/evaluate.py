@@ -10,8 +10,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import cast
 
-from cp_megatron.cli.evaluation_options import EVALUATE, EvaluationOptions
 from cp_megatron.cli.parse import parse_arguments
+from cp_megatron.cli.programs import EVALUATE, EvaluationOptions
 from cp_megatron.cli.refusal import refuse
 from cp_megatron.comm.runtime import Launch
 from cp_megatron.errors import ConfigError

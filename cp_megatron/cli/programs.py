@@ -1,45 +1,61 @@
-"""The flags of ``launch/generate.py`` and ``launch/convert.py``, beside those of a run."""
+"""The flags of ``evaluate.py``, ``generate.py`` and ``convert.py``, beside those of a run."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Literal
 
 from cp_megatron.cli.parse import LaunchOptions, Program
 from cp_megatron.errors import ConfigError
 
+Part = Literal["train", "valid", "test", "all"]
+
+TASKS = ("perplexity", "needle", "variables")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationOptions(LaunchOptions):
+    """What is measured."""
+
+    tasks: tuple[str, ...] = TASKS
+    """perplexity (by position), needle (a number to find again), variables (a chain to follow)."""
+    lengths: tuple[int, ...] = (512, 2048, 8192)
+    """Tokens per row; each length is one column of the results."""
+    num_samples: int = 8
+    """Rows per length, and for needle per length and depth."""
+    buckets: int = 8
+    """Buckets of positions for the perplexity; each is twice as long as the one before."""
+    depths: tuple[int, ...] = (0, 25, 50, 75, 100)
+    """Places of the needle in the text, in percent."""
+    part: Part | None = None
+    """Part of the data, as --split cuts it; by default all of --data-path if it is given, otherwise
+    the data that the run validated on."""
+    output: str = "evaluation"
+    """A new folder for results.json and the pictures."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationOptions(LaunchOptions):
-    """What to say, and how the answer is chosen."""
+    """The text to continue, and how tokens are chosen."""
 
     prompt: str | None = None
-    """The text to go on from; by default lines are read until Ctrl-D."""
+    """The text to continue; by default lines are read until Ctrl-D."""
     max_new_tokens: int = 256
-    """Tokens of an answer at most; it ends before at an end of document."""
+    """Largest number of tokens of an answer, which ends earlier at an end of document."""
     temperature: float = 0.0
-    """0 takes the likeliest token each time; above it tokens are drawn, flatter when larger."""
+    """0 takes the likeliest token; above 0 tokens are drawn, more evenly at higher values."""
     top_k: int = 0
-    """Draw among the so many likeliest tokens; 0 is all."""
+    """Draw among this many of the likeliest tokens; 0 means all."""
     top_p: float = 1.0
     """Draw among the likeliest tokens whose probabilities reach this sum."""
     chat: bool = False
-    """Talk: the tokenizer's chat template keeps the conversation."""
-
-
-GENERATE = Program(
-    name="generate.py",
-    description="""Let a trained transformer go on from a text, on one rank.
-
-python launch/generate.py --load RUN --prompt "Once upon a time"
-python launch/generate.py --load-hf DIR --chat""",
-    options=GenerationOptions,
-)
+    """Hold a conversation, formatted by the tokenizer's chat template."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConversionOptions(LaunchOptions):
-    """From which file to which folder."""
+    """The file to read and the folder to write."""
 
     from_gguf: str | None = None
     """A GGUF file of the architecture llama, qwen2 or qwen3."""
@@ -47,6 +63,21 @@ class ConversionOptions(LaunchOptions):
     """The Hugging Face folder to write; it must not exist."""
 
 
+EVALUATE = Program(
+    name="evaluate.py",
+    description="""Evaluate a trained transformer on long rows over any grid of ranks.
+
+torchrun --nproc-per-node 2 launch/evaluate.py --load RUN --context-parallel-size 2""",
+    options=EvaluationOptions,
+)
+GENERATE = Program(
+    name="generate.py",
+    description="""Let a trained transformer continue a text, on one rank.
+
+python launch/generate.py --load RUN --prompt "Once upon a time"
+python launch/generate.py --load-hf DIR --chat""",
+    options=GenerationOptions,
+)
 CONVERT = Program(
     name="convert.py",
     description="""Turn a GGUF file or a checkpoint into a Hugging Face folder.
@@ -61,12 +92,12 @@ def refuse_unread(given: Collection[str], read: Collection[str], program: Progra
     """Refuses flags of a training run that a program does not read.
 
     Args:
-        given: what the user typed.
-        read: what the program reads.
-        program: for the message.
+        given: the flags that the user typed.
+        read: the flags that the program reads.
+        program: the program, for the message.
 
     Raises:
-        ConfigError: there is one.
+        ConfigError: a flag is given that is not read.
     """
     for flag in sorted(given):
         if flag not in read:
@@ -74,16 +105,17 @@ def refuse_unread(given: Collection[str], read: Collection[str], program: Progra
 
 
 def check_sampling(*, temperature: float, top_k: int, top_p: float) -> None:
-    """The rules of ``GenerationOptions`` on how a token is chosen.
+    """Checks the numbers by which a token is chosen; see ``GenerationOptions``.
 
     Raises:
-        ConfigError: a number out of its range, or one that has no effect.
+        ConfigError: a number is out of its range or has no effect.
     """
-    usable = temperature == 0 or 1e-6 <= temperature <= 1e6  # smaller ones leave finite numbers
+    # With a smaller temperature, logits divided by it may be infinite.
+    usable = temperature == 0 or 1e-6 <= temperature <= 1e6
     for flag, value, fits, rule, works in (
-        ("--temperature", temperature, usable, "must be 0 or lie in 1e-6 to 1e6", "0"),
-        ("--top-k", top_k, top_k >= 0, "must not be below 0", "0"),
-        ("--top-p", top_p, 0 < top_p <= 1, "must lie in (0, 1]", "1.0"),
+        ("--temperature", temperature, usable, "must be 0 or between 1e-6 and 1e6", "0"),
+        ("--top-k", top_k, top_k >= 0, "must be at least 0", "0"),
+        ("--top-p", top_p, 0 < top_p <= 1, "must be above 0 and at most 1", "1.0"),
     ):
         if not fits:
             raise ConfigError(flag, value, rule, works)

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from cp_megatron.checkpoint.manifest import Manifest, read_manifest
 from cp_megatron.checkpoint.newest import named_step
-from cp_megatron.cli.evaluation_options import TASKS, EvaluationOptions, Part
+from cp_megatron.cli.programs import TASKS, EvaluationOptions, Part
 from cp_megatron.comm.runtime import Launch
 from cp_megatron.config import Config, LogConfig, ModelConfig, OptimizerConfig, TrainConfig
 from cp_megatron.config.fields import check_values, settings

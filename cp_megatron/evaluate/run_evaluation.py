@@ -18,7 +18,7 @@ from rich.console import Console
 
 from cp_megatron.checkpoint.huggingface import load_hf
 from cp_megatron.checkpoint.store import load_checkpoint
-from cp_megatron.cli.evaluation_options import EVALUATE
+from cp_megatron.cli.programs import EVALUATE
 from cp_megatron.cli.refusal import error_line
 from cp_megatron.comm.groups import ParallelGroups
 from cp_megatron.comm.runtime import Launch
