@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cp_megatron.checkpoint import huggingface
 from cp_megatron.checkpoint.huggingface import export_hf
-from cp_megatron.checkpoint.store import save_checkpoint
+from cp_megatron.checkpoint.save import save_checkpoint
 from cp_megatron.comm.collectives import all_gather_dim
 from cp_megatron.comm.groups import ParallelGroups
 from cp_megatron.config import Config, ModelConfig

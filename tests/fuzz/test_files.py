@@ -21,8 +21,8 @@ import numpy as np
 import pytest
 from torch import Tensor
 
+from cp_megatron.checkpoint.load import load_checkpoint
 from cp_megatron.checkpoint.manifest import FileEntry, file_sha256, read_manifest
-from cp_megatron.checkpoint.store import load_checkpoint
 from cp_megatron.cli.parse import CONFIG_FILE, parse_arguments
 from cp_megatron.config import Config
 from cp_megatron.config.files.presets import PRESETS

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cp_megatron.checkpoint.store import save_checkpoint
+from cp_megatron.checkpoint.save import save_checkpoint
 from cp_megatron.cli.programs import GenerationOptions
 from cp_megatron.comm.runtime import Launch
 from cp_megatron.config import CheckpointConfig, Config, DataConfig, ModelConfig

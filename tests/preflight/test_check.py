@@ -16,7 +16,8 @@ from cp_megatron.cli.parse import parse_arguments
 from cp_megatron.comm.runtime import Launch
 from cp_megatron.errors import ConfigError
 from cp_megatron.plan import Grid
-from cp_megatron.preflight.check import RunPlan, check
+from cp_megatron.preflight.check import check
+from cp_megatron.preflight.run_plan import RunPlan
 
 LLAMA = ["--preset", "toy"]
 WINDOW = ["--window-size"]

@@ -17,7 +17,8 @@ from cp_megatron.config.files.presets import PRESETS
 from cp_megatron.config.files.yaml_io import to_yaml
 from cp_megatron.errors import ConfigError
 from cp_megatron.families.llama import to_hf_config
-from cp_megatron.preflight.check import RunPlan, check
+from cp_megatron.preflight.check import check
+from cp_megatron.preflight.run_plan import RunPlan
 from tests.config.yaml_text import from_yaml
 
 VOCAB = 300

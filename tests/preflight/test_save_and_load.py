@@ -9,8 +9,8 @@ from typing import cast
 
 import pytest
 
+from cp_megatron.checkpoint.find_checkpoint import Newest
 from cp_megatron.checkpoint.manifest import Manifest
-from cp_megatron.checkpoint.newest import Newest
 from cp_megatron.cli.parse import parse_arguments
 from cp_megatron.config import Config
 from cp_megatron.config.files.yaml_io import overlay, to_yaml
@@ -50,7 +50,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
     monkeypatch.setattr(folders, "newest_whole", whole)
     monkeypatch.setattr(folders, "newest_step", newest)
-    monkeypatch.setattr("cp_megatron.checkpoint.newest.newest_step", newest)
+    monkeypatch.setattr("cp_megatron.checkpoint.find_checkpoint.newest_step", newest)
     monkeypatch.setattr(folders, "read_manifest", manifest)
     return folder
 

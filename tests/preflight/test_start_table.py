@@ -9,7 +9,8 @@ from rich.console import Console
 
 from cp_megatron.cli.parse import parse_arguments
 from cp_megatron.comm.runtime import Launch
-from cp_megatron.preflight.check import RunPlan, check
+from cp_megatron.preflight.check import check
+from cp_megatron.preflight.run_plan import RunPlan
 from cp_megatron.preflight.start_table import print_start, shown_ranks
 
 
