@@ -83,7 +83,7 @@ def test_a_file_may_name_the_folder(folder: Path) -> None:
         (["--no-qk-layernorm"], "--no-qk-layernorm: contradicts the weights"),
         (["--vocab-size", "301"], "--vocab-size 301: contradicts the weights"),
         (["--load", "run"], "starts a new run, but --load run continues one"),
-        (["--beta-fast", "16"], "--beta-fast: has no effect with --rope-type default"),
+        (["--beta-fast", "16"], "--beta-fast 16.0: has no effect with --rope-type default"),
         (["--no-rope-truncate"], "--no-rope-truncate: has no effect"),
         (["--rope-type", "linear"], "--rope-type linear: needs --rope-scaling-factor"),
         (["--rope-type", "linear", "--rope-scaling-factor", "0.5"], "must be at least 1"),
