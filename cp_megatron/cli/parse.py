@@ -148,8 +148,7 @@ def _read(
     A run that ``--load auto`` finds takes the place of what the run began with.
     """
     rows = [*settings_of(program.options), *settings().values()]
-    words = read_words(argv, rows, aliases=_ALIASES, refuse=refuse_megatron_flag)
-    typed = {name: word.value for name, word in words.items()}
+    typed = read_words(argv, rows, aliases=_ALIASES, refuse=refuse_megatron_flag)
     load, auto = find_run(typed.get("load"), typed.get("save"), again=again)
     if auto:
         typed.pop("load", None)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 from cp_megatron.cli.parse import LaunchOptions, Program
+from cp_megatron.config.fields import settings_of
+from cp_megatron.config.schema.ranges import Count, Range
 from cp_megatron.errors import ConfigError
 
 Part = Literal["train", "valid", "test", "all"]
@@ -43,11 +45,11 @@ class GenerationOptions(LaunchOptions):
     """The text to continue; by default lines are read until Ctrl-D."""
     max_new_tokens: int = 256
     """Largest number of tokens of an answer, which ends earlier at an end of document."""
-    temperature: float = 0.0
+    temperature: Annotated[float, Range(0, 1e6)] = 0.0
     """0 takes the likeliest token; above 0 tokens are drawn, more evenly at higher values."""
-    top_k: int = 0
+    top_k: Count = 0
     """Draw among this many of the likeliest tokens; 0 means all."""
-    top_p: float = 1.0
+    top_p: Annotated[float, Range(0, 1, open_low=True)] = 1.0
     """Draw among the likeliest tokens whose probabilities reach this sum."""
     chat: bool = False
     """Hold a conversation, formatted by the tokenizer's chat template."""
@@ -105,20 +107,16 @@ def refuse_unread(given: Collection[str], read: Collection[str], program: Progra
 
 
 def check_sampling(*, temperature: float, top_k: int, top_p: float) -> None:
-    """Checks the numbers by which a token is chosen; see ``GenerationOptions``.
+    """Checks the numbers by which a token is chosen.
 
     Raises:
         ConfigError: a number is out of its range or has no effect.
     """
-    # With a smaller temperature, logits divided by it may be infinite.
-    usable = temperature == 0 or 1e-6 <= temperature <= 1e6
-    for flag, value, fits, rule, works in (
-        ("--temperature", temperature, usable, "must be 0 or between 1e-6 and 1e6", "0"),
-        ("--top-k", top_k, top_k >= 0, "must be at least 0", "0"),
-        ("--top-p", top_p, 0 < top_p <= 1, "must be above 0 and at most 1", "1.0"),
-    ):
-        if not fits:
-            raise ConfigError(flag, value, rule, works)
+    options = GenerationOptions(temperature=temperature, top_k=top_k, top_p=top_p)
+    for row in settings_of(GenerationOptions):
+        row.check(getattr(options, row.name))
+    if 0 < temperature < 1e-6:  # Logits divided by less may be infinite.
+        raise ConfigError("--temperature", temperature, "must be 0 or at least 1e-6", "0")
     if temperature == 0 and (top_k, top_p) != (0, 1.0):
         flag, value = ("--top-k", top_k) if top_k else ("--top-p", top_p)
         rule = "has no effect at temperature 0, which takes the likeliest token"

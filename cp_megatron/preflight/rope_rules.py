@@ -30,10 +30,9 @@ def check_rope(model: ModelConfig, seq_length: int, given: frozenset[str]) -> No
             rule = f"must be at least --seq-length {seq_length}"
             raise ConfigError("--max-position-embeddings", rows, rule, str(seq_length))
     for name in sorted(FIELDS - _fields_of(kind)):
-        works = (
-            f"--rope-type {', '.join(other for other in ROPE_KEYS if name in _fields_of(other))}"
-        )
-        refuse_idle(model, [name], given, reason=f"with --rope-type {kind}", works=works)
+        readers = ", ".join(other for other in ROPE_KEYS if name in _fields_of(other))
+        reason, works = f"with --rope-type {kind}", f"--rope-type {readers}"
+        refuse_idle(model, [name], given, reason=reason, works=works)
     if kind in ("linear", "dynamic", "yarn", "llama3") and model.rope_scaling_factor is None:
         works = "--rope-scaling-factor 4 with it"
         raise ConfigError("--rope-type", kind, "needs --rope-scaling-factor", works)
@@ -74,7 +73,7 @@ def _check_yarn(model: ModelConfig) -> None:
     alone = {flag: value for flag, value in scales.items() if value is not None}
     if len(alone) == 1:
         ((flag, value),) = alone.items()
-        rule = "has an effect only together with the other: give both or none"
+        rule = "has an effect only with the other of --mscale and --mscale-all-dim"
         raise ConfigError(flag, value, rule, "--mscale 1 --mscale-all-dim 1")
 
 

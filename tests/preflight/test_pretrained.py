@@ -88,7 +88,10 @@ def test_a_file_may_name_the_folder(folder: Path) -> None:
         (["--rope-type", "linear"], "--rope-type linear: needs --rope-scaling-factor"),
         (["--rope-type", "linear", "--rope-scaling-factor", "0.5"], "must be at least 1"),
         (["--rope-type", "yarn", *SCALED, "--beta-slow", "64"], "at least --beta-slow 64"),
-        (["--rope-type", "yarn", *SCALED, "--mscale", "1"], "--mscale 1.0: is read together"),
+        (
+            ["--rope-type", "yarn", *SCALED, "--mscale", "1"],
+            "--mscale 1.0: has an effect only together",
+        ),
         (
             ["--rope-type", "llama3", *SCALED, "--rope-low-freq-factor", "5"],
             "must be above --rope-low-freq-factor 5",
