@@ -18,7 +18,7 @@ from cp_megatron.train.signals import leave, stop_at_once
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs the program; the exit code: 0 done, 2 a flag or a file can not be honoured."""
+    """Runs the program; returns 0, or 2 if a flag or a file is wrong."""
     stop_at_once()
     try:
         arguments = parse_arguments(argv, program=CONVERT)

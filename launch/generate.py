@@ -1,6 +1,6 @@
-"""Lets a trained model speak: ``python launch/generate.py --load RUN [--prompt TEXT]``.
+"""Generates text with a trained model: ``python launch/generate.py --load RUN [--prompt TEXT]``.
 
-Flags are checked before torch is imported: a mistake costs a second, one line and code 2.
+Flags are checked before torch is imported, so that a mistake is reported within a second.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from cp_megatron.train.signals import leave, stop_at_once
 
 
 def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
-    """Runs the program; the exit code: 0 done, 2 a flag can not be honoured."""
+    """Runs the program; returns 0, 2 if a flag is wrong, or 130 if it was interrupted."""
     stop_at_once()
     launch = Launch()
     try:

@@ -1,6 +1,6 @@
 """Turns documents into Megatron's .bin/.idx: ``python launch/prepare_data.py [FLAGS]``.
 
-A run that was stopped goes on where it was when the same command is given again.
+The same command continues a run that was stopped.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from cp_megatron.errors import ConfigError
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs the program; the exit code: 0 done, 2 a flag can not be honoured, 130 stopped."""
-    # Also where a script has started it with &, which leaves SIGINT ignored.
+    """Runs the program; returns 0, 2 if a flag is wrong, or 130 if it was stopped."""
+    # A script that starts the program with & leaves SIGINT ignored.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, _stop)
     try:

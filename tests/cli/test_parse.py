@@ -28,9 +28,7 @@ def refused(*argv: str) -> ConfigError:
 
 def test_nothing_given_is_the_toy_preset() -> None:
     arguments = parse_arguments([])
-    assert arguments == Arguments(
-        config=PRESETS["toy"], dry_run=False, world_size=None, given=frozenset()
-    )
+    assert arguments == Arguments(config=PRESETS["toy"], given=frozenset(), options=LaunchOptions())
 
 
 @pytest.mark.parametrize(

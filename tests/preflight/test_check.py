@@ -42,8 +42,8 @@ def plan(*argv: str, world: int = 1, local: int | None = None, torchrun: bool = 
     return check(
         arguments.config,
         launch,
-        dry_run=arguments.dry_run,
-        dry_run_world_size=arguments.world_size,
+        dry_run=arguments.options.dry_run,
+        dry_run_world_size=arguments.options.world_size,
         given=arguments.given,
         argv=argv,
     )

@@ -90,7 +90,7 @@ def test_a_file_may_name_the_folder(folder: Path) -> None:
         (["--rope-type", "yarn", *SCALED, "--beta-slow", "64"], "at least --beta-slow 64"),
         (
             ["--rope-type", "yarn", *SCALED, "--mscale", "1"],
-            "--mscale 1.0: has an effect only together",
+            "--mscale 1.0: has an effect only with",
         ),
         (
             ["--rope-type", "llama3", *SCALED, "--rope-low-freq-factor", "5"],

@@ -17,7 +17,7 @@ from cp_megatron.preflight.start_table import print_start, shown_ranks
 def planned(*argv: str) -> RunPlan:
     preset = [] if "--preset" in argv else ["--preset", "toy-gpt"]
     arguments = parse_arguments(["--dry-run", *preset, *argv])
-    size = arguments.world_size
+    size = arguments.options.world_size
     return check(arguments.config, Launch(), dry_run=True, dry_run_world_size=size)
 
 
