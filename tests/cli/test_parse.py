@@ -1,4 +1,4 @@
-"""The command line: what it reads, what it refuses, and that it does nothing else."""
+"""The command line: the values that it reads and the mistakes that it refuses."""
 
 from __future__ import annotations
 

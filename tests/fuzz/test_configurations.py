@@ -1,6 +1,6 @@
-"""Whatever the checks accept runs; whatever they refuse is one line. No hang, no trace.
+"""What the checks accept runs, and what they refuse is reported in one line: no hang, no traceback.
 
-A line is known by its seed. By default a short form; the whole of it, a thousand lines, is slow.
+A command line is determined by its seed. The test with a thousand of them is marked slow.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ SECONDS = 5.0
 MEMORY = 512 << 20
 """Bytes that the checks of all lines may add to this process."""
 LATER = {"save", "split"}
-"""A folder that can not be made, a part too short for a row: only the attempt tells."""
+"""Settings whose mistakes only the run itself finds: a folder that cannot be made, a part of the
+data that is too short for a row."""
 
 
 @contextmanager

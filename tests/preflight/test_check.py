@@ -1,4 +1,4 @@
-"""Every setting that can not be is refused before torch is imported, with what works instead."""
+"""Every impossible setting is refused before torch is imported, with what works instead."""
 
 from __future__ import annotations
 
@@ -234,7 +234,7 @@ def test_key_value_heads_that_neither_divide_nor_are_divided() -> None:
     assert plan(*heads, "--tensor-parallel-size", "6", world=6).grid.tp == 6
 
 
-def test_a_vocabulary_that_tensor_parallelism_can_not_split() -> None:
+def test_a_vocabulary_that_tensor_parallelism_cannot_split() -> None:
     heads = ["--num-attention-heads", "5", "--hidden-size", "80", "--ffn-hidden-size", "320"]
     error = refused(*heads, "--tensor-parallel-size", "5", world=5)
     assert (error.flag, error.value) == ("--make-vocab-size-divisible-by", 128)

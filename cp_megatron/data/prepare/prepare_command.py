@@ -6,11 +6,11 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from cp_megatron.config.schema.data_config import TokenizerType
 from cp_megatron.config.schema.ranges import Size
 from cp_megatron.config.words import read_options
 from cp_megatron.data.prepare.prepare import Request, Result, Start, prepare
@@ -24,31 +24,30 @@ _DESCRIPTION = """Turn documents into Megatron's .bin/.idx, with all cores.
 python launch/prepare_data.py --input corpus/*.jsonl --output-prefix data/corpus
     --tokenizer-type huggingface --tokenizer-model models/llama
 
-makes data/corpus_text_document.bin and .idx. A run that was stopped goes on where it was when the
-same command is given again."""
+makes data/corpus_text_document.bin and .idx. The same command continues a run that was stopped."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """A field is a flag, its docstring the flag's help."""
+    """The documents to prepare, and how."""
 
     input: tuple[str, ...] = ()
-    """Text files, .jsonl, .json (both with .gz too), .parquet, folders of these, folders that
-    Dataset.save_to_disk wrote; * and ? work. A file of text is one document."""
+    """Text files (one document each), .jsonl, .json (also with .gz), .parquet, folders of these and
+    folders that Dataset.save_to_disk wrote; * and ? are expanded."""
     output_prefix: str | None = None
-    """Where to: PREFIX_KEY_document.bin and .idx, KEY being text for files of text."""
-    tokenizer_type: Literal["byte", "huggingface", "sentencepiece", "tiktoken"] = "byte"
-    """How text becomes ids; byte is one id per byte of UTF-8."""
+    """Path of the new files: PREFIX_KEY_document.bin and .idx; KEY is text for text files."""
+    tokenizer_type: TokenizerType = "byte"
+    """How text becomes ids; byte gives one id per byte of UTF-8."""
     tokenizer_model: str | None = None
     """The tokenizer's file, or the folder of a Hugging Face model."""
     json_keys: tuple[str, ...] = ("text",)
     """The keys of a JSON object, or the columns of a table, that hold text."""
     append_eod: bool = True
-    """Every document ends with the tokenizer's end-of-document id."""
+    """End every document with the tokenizer's end-of-document id."""
     workers: int | None = None
-    """Processes; by default one for each core."""
+    """Number of processes; by default one per core."""
     skip_bad_lines: bool = False
-    """Skip malformed JSON lines and list them in PREFIX_skipped.txt, instead of refusing them."""
+    """Skip malformed JSON lines and list them in PREFIX_skipped.txt instead of refusing them."""
     log_interval: Size = 100_000
     """Documents between two lines of progress."""
 
@@ -57,7 +56,7 @@ def parse(argv: Sequence[str]) -> Options:
     """Reads a command line, without the program's name.
 
     Raises:
-        ConfigError: a flag or a value that can not be honoured.
+        ConfigError: a flag or a value is not accepted.
         SystemExit: with code 0, after ``--help`` is printed.
     """
     options = read_options(argv, Options, program=PROGRAM, description=_DESCRIPTION)

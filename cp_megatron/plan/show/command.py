@@ -36,7 +36,7 @@ _ELEMENT_SIZES: Mapping[str, int] = types.MappingProxyType(
 
 @dataclass(frozen=True, kw_only=True)
 class PlanOptions:
-    """Describe the schedule. A field is a flag, and its docstring is the help of the flag."""
+    """The schedule to show."""
 
     mask: Literal["causal", "full", "documents"] | None = None
     """The mask; documents if any are given, otherwise causal."""
