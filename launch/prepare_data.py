@@ -1,6 +1,6 @@
 """Turns documents into Megatron's .bin/.idx: ``python launch/prepare_data.py [FLAGS]``.
 
-The same command continues a run that was stopped.
+To continue a run that was stopped, give the same command again.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from cp_megatron.errors import ConfigError
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs the program; returns 0, 2 if a flag is wrong, or 130 if it was stopped."""
-    # A script that starts the program with & leaves SIGINT ignored.
+    """Runs the program and returns the exit code: 0 done, 2 a wrong flag or input, 130 stopped."""
+    # A shell script that starts the program with & has it ignore SIGINT.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, _stop)
     try:

@@ -45,7 +45,7 @@ from cp_megatron.checkpoint.shard_writer import discard, sync
 from cp_megatron.config import Config
 from cp_megatron.config.fields import settings
 from cp_megatron.config.files.yaml_io import overlay
-from cp_megatron.data.tokenize.tokenizer import open_tokenizer
+from cp_megatron.data.tokenize.open_tokenizer import open_tokenizer
 from cp_megatron.errors import ConfigError
 from cp_megatron.families.llama import TOKENIZER_FILES, read_hf_config, to_hf_config
 

@@ -8,8 +8,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,22 +50,16 @@ def read_shards(
         ConfigError: a shard cannot be read or does not hold what the manifest says; on every rank.
         RuntimeError: a rank failed for another reason; on every rank, with its traceback.
     """
-    with _usual_errors(flag, folder), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable")
-        state_dict_loader.load(
-            state,
-            storage_reader=ShardReader(folder, manifest),
-            planner=DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
-            process_group=group,
-        )
-
-
-@contextmanager
-def _usual_errors(flag: str, folder: Path) -> Iterator[None]:
-    """Converts torch's CheckpointException, which is not an ``Exception``, into a usual error."""
     try:
-        yield
-    except CheckpointException as failed:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable")
+            state_dict_loader.load(
+                state,
+                storage_reader=ShardReader(folder, manifest),
+                planner=DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
+                process_group=group,
+            )
+    except CheckpointException as failed:  # this is not an ``Exception``
         rank, (error, _) = min(failed.failures.items(), key=lambda failure: failure[0])
         # A KeyboardInterrupt of a rank is passed on unchanged.
         if isinstance(error, ConfigError) or not isinstance(error, Exception):

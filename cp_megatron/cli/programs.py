@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from cp_megatron.cli.parse import LaunchOptions, Program
-from cp_megatron.config.fields import settings_of
-from cp_megatron.config.schema.ranges import Count, Range
+from cp_megatron.config.schema.ranges import LARGEST_SIZE, Count, Range, Size
 from cp_megatron.errors import ConfigError
 
 Part = Literal["train", "valid", "test", "all"]
@@ -22,13 +21,13 @@ class EvaluationOptions(LaunchOptions):
 
     tasks: tuple[str, ...] = TASKS
     """perplexity (by position), needle (a number to find again), variables (a chain to follow)."""
-    lengths: tuple[int, ...] = (512, 2048, 8192)
+    lengths: tuple[Annotated[int, Range(2, LARGEST_SIZE)], ...] = (512, 2048, 8192)
     """Tokens per row; each length is one column of the results."""
-    num_samples: int = 8
+    num_samples: Size = 8
     """Rows per length, and for needle per length and depth."""
-    buckets: int = 8
+    buckets: Annotated[int, Range(1, 32)] = 8
     """Buckets of positions for the perplexity; each is twice as long as the one before."""
-    depths: tuple[int, ...] = (0, 25, 50, 75, 100)
+    depths: tuple[Annotated[int, Range(0, 100)], ...] = (0, 25, 50, 75, 100)
     """Places of the needle in the text, in percent."""
     part: Part | None = None
     """Part of the data, as --split cuts it; by default all of --data-path if it is given, otherwise
@@ -43,7 +42,7 @@ class GenerationOptions(LaunchOptions):
 
     prompt: str | None = None
     """The text to continue; by default lines are read until Ctrl-D."""
-    max_new_tokens: int = 256
+    max_new_tokens: Size = 256
     """Largest number of tokens of an answer, which ends earlier at an end of document."""
     temperature: Annotated[float, Range(0, 1e6)] = 0.0
     """0 takes the likeliest token; above 0 tokens are drawn, more evenly at higher values."""
@@ -106,18 +105,16 @@ def refuse_unread(given: Collection[str], read: Collection[str], program: Progra
             raise ConfigError(flag, "", f"has no effect on {program.name}", "leave it out")
 
 
-def check_sampling(*, temperature: float, top_k: int, top_p: float) -> None:
-    """Checks the numbers by which a token is chosen.
+def check_sampling(options: GenerationOptions) -> None:
+    """Checks what the ranges of the single options do not say.
 
     Raises:
-        ConfigError: a number is out of its range or has no effect.
+        ConfigError: the temperature is too small, or an option has no effect.
     """
-    options = GenerationOptions(temperature=temperature, top_k=top_k, top_p=top_p)
-    for row in settings_of(GenerationOptions):
-        row.check(getattr(options, row.name))
-    if 0 < temperature < 1e-6:  # Logits divided by less may be infinite.
-        raise ConfigError("--temperature", temperature, "must be 0 or at least 1e-6", "0")
-    if temperature == 0 and (top_k, top_p) != (0, 1.0):
-        flag, value = ("--top-k", top_k) if top_k else ("--top-p", top_p)
-        rule = "has no effect at temperature 0, which takes the likeliest token"
+    if 0 < options.temperature < 1e-6:  # Logits divided by less may overflow.
+        rule = "must be 0 or at least 1e-6"
+        raise ConfigError("--temperature", options.temperature, rule, "0")
+    if options.temperature == 0 and (options.top_k, options.top_p) != (0, 1.0):
+        flag, value = ("--top-k", options.top_k) if options.top_k else ("--top-p", options.top_p)
+        rule = "has no effect at temperature 0, which takes the most likely token"
         raise ConfigError(flag, value, rule, "--temperature 1.0")

@@ -163,8 +163,8 @@ class Setting:
             if not math.isfinite(value):
                 return "must be finite", ""
             if value not in self.range:
-                default = "1" if self.default is None else f"{self.default:g}"
-                return self.range.rule, self.range.nearest(value) or default
+                default = 1 if self.default is None else self.default
+                return self.range.rule, self.range.nearest(value) or f"{default:g}"
         elif self.choices and value not in self.choices:
             return "must be one of its choices", ", ".join(self.choices)
         elif not value:

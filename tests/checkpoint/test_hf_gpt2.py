@@ -20,7 +20,8 @@ from cp_megatron.comm.collectives import all_gather_dim
 from cp_megatron.comm.groups import ParallelGroups
 from cp_megatron.config import Config, ModelConfig
 from cp_megatron.context_parallel import ContextParallel
-from cp_megatron.data.tokenize.tokenizer import ByteTokenizer, open_tokenizer
+from cp_megatron.data.tokenize.open_tokenizer import open_tokenizer
+from cp_megatron.data.tokenize.tokenizer import ByteTokenizer
 from cp_megatron.errors import ConfigError
 from cp_megatron.families.llama import to_hf_config
 from cp_megatron.model import build_model
