@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cp_megatron.cli.refusal import error_line
 from cp_megatron.errors import ConfigError
-from cp_megatron.preflight.start_table import error_line
 
 SECONDS = 3.0
 """Of this process's own time that reading one file may take."""

@@ -6,12 +6,12 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from cp_megatron.config.ranges import Size
+from cp_megatron.config.schema.data_config import TokenizerType
+from cp_megatron.config.schema.ranges import Size
 from cp_megatron.config.words import read_options
 from cp_megatron.data.prepare.prepare import Prepared, Request, WorkAhead, prepare
 from cp_megatron.data.prepare.prepare_worker import SpanProgress
@@ -30,23 +30,23 @@ command again."""
 
 @dataclass(frozen=True, kw_only=True)
 class PreparationOptions:
-    """Each field is a flag, its docstring the help of the flag."""
+    """The documents to prepare, and how."""
 
     input: tuple[str, ...] = ()
-    """Text files, .jsonl, .json (both also with .gz), .parquet, folders of these, and folders that
-    Dataset.save_to_disk wrote; patterns with * and ? work. A text file is one document."""
+    """Text files (one document each), .jsonl, .json (also with .gz), .parquet, folders of these and
+    folders that Dataset.save_to_disk wrote; * and ? are expanded."""
     output_prefix: str | None = None
     """Where to write PREFIX_KEY_document.bin and .idx; KEY is text for text files."""
-    tokenizer_type: Literal["byte", "huggingface", "sentencepiece", "tiktoken"] = "byte"
-    """How text is turned into ids; byte is one id per byte of UTF-8."""
+    tokenizer_type: TokenizerType = "byte"
+    """How text is turned into ids; byte gives one id per byte of UTF-8."""
     tokenizer_model: str | None = None
     """The tokenizer's file, or the folder of a Hugging Face model."""
     json_keys: tuple[str, ...] = ("text",)
     """The keys of a JSON object, or the columns of a table, that hold text."""
     append_eod: bool = True
-    """Every document ends with the tokenizer's end-of-document id."""
+    """End every document with the tokenizer's end-of-document id."""
     workers: int | None = None
-    """The number of processes; by default one for each core."""
+    """Number of processes; by default one per core."""
     skip_bad_lines: bool = False
     """Skip malformed JSON lines and list them in PREFIX_skipped.txt instead of refusing them."""
     log_interval: Size = 100_000
