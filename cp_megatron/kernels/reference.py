@@ -1,4 +1,4 @@
-"""The oracle: attention as its formula, in eager PyTorch. Quadratic memory, any float type.
+"""The reference: attention as its formula, in eager PyTorch. Quadratic memory, any float type.
 
 Shapes as in ``interface.py``; g = query heads per key/value head.
 """
@@ -15,17 +15,17 @@ from cp_megatron.plan.tiling import Band
 
 
 class ReferenceKernel:
-    """Computes in float32 (float64 for float64) whatever the inputs' type. It can drop.
+    """Computes in float32 (float64 for float64 inputs), with or without dropout.
 
-    With P the softmax, M the mask of kept pairs over 1 - p and D = P M the dropped weights:
+    With the softmax P, the mask M of kept pairs divided by 1 - p, and dropped weights D = P M:
 
         out = D V            dV = D^T dO          dD = dO V^T
         dS = P (M dD - delta)                     delta = sum_k P M dD = sum(dO out)
 
-    so the softmax's backward needs nothing new: delta is still read off the merged out.
+    So dropout leaves the softmax's backward as it is: delta still follows from the merged out.
 
     Args:
-        dropout: of the one tile this kernel is for; None drops nothing, in any tile.
+        dropout: the dropout of the one tile that this kernel computes; None drops nothing.
     """
 
     def __init__(self, dropout: TileDropout | None = None) -> None:
@@ -86,7 +86,7 @@ def _kept(dropout: TileDropout, weights: Tensor) -> Tensor:
 
 
 def _scores(q: Tensor, k: Tensor, band: Band, scale: float) -> Tensor:
-    """[B, G, g, Q, K] scaled scores, -inf outside the band."""
+    """[B, G, g, Q, K]: scaled scores, -inf outside the band."""
     grouped = rearrange(q, "b q (n g) d -> b q n g d", n=k.shape[2])
     scores = torch.einsum("bqngd,bknd->bngqk", grouped, k) * scale
     if band.is_full:

@@ -122,7 +122,7 @@ def test_it_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
          "--seq-length 9: the documents add up to 8 (works: 8, or leave it out)"),
         (["--mask", "documents"], "--mask documents: needs the lengths of the documents"),
         (["--mask", "causal", "--documents", "8"], "--mask causal: has no documents"),
-        (["--documents", "8", "--documents-random", "1"], "--documents-random 1: cannot be combined"),
+        (["--documents", "8", "--documents-random", "1"], "random 1: cannot be combined"),
         (["--documents-random", "-1"], "--documents-random -1: is a seed"),
         (["--bidirectional"], "--bidirectional: contradicts a causal mask (works: --mask full)"),
         (["--bidirectional", "yes"], "--bidirectional yes: is a switch and takes no value"),
