@@ -80,23 +80,10 @@ class CudnnKernel:
         dout, out = (y.contiguous().transpose(1, 2) for y in padded)
         # The op reads the seed for dropout only; without it any integer does.
         no_dropout = torch.zeros((), dtype=torch.int64, device=q.device)
+        lse = x.lse.contiguous().unsqueeze(-1)  # [B, H, Q] -> [B, H, Q, 1]
         dq, dk, dv = _backward(
-            dout,
-            q,
-            k,
-            v,
-            out,
-            # [B, H, Q] -> [B, H, Q, 1]
-            x.lse.contiguous().unsqueeze(-1),
-            no_dropout,
-            no_dropout,
-            None,
-            None,
-            None,
-            num_queries,
-            num_keys,
-            0.0,
-            band.is_causal,
+            *(dout, q, k, v, out, lse, no_dropout, no_dropout, None, None, None),
+            *(num_queries, num_keys, 0.0, band.is_causal),
             scale=scale,
         )
         return x.cut(dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2))

@@ -41,11 +41,7 @@ class BackwardInputs(NamedTuple):
     lse: Tensor
 
     def part(
-        self,
-        rows: slice,
-        columns: slice,
-        heads: slice = slice(None),
-        kv_heads: slice = slice(None),
+        self, rows: slice, columns: slice, heads: slice = slice(None), kv_heads: slice = slice(None)
     ) -> BackwardInputs:
         """Selects rows, columns and heads."""
         return BackwardInputs(

@@ -49,10 +49,7 @@ class ReferenceKernel:
         if self._dropout is not None:
             weights = weights * _kept(self._dropout, weights)
         out = torch.einsum("bngqk,bkne->bqnge", weights, v)
-        return (
-            rearrange(out, "b q n g e -> b q (n g) e"),
-            rearrange(lse, "b n g q -> b (n g) q"),
-        )
+        return (rearrange(out, "b q n g e -> b q (n g) e"), rearrange(lse, "b n g q -> b (n g) q"))
 
     def backward(
         self, x: BackwardInputs, band: Band, scale: float

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from cp_megatron.context_parallel import ContextParallel, api
 from cp_megatron.errors import ConfigError
-from cp_megatron.kernels.flash_attn import FlashAttention2, FlashAttention3, FlashAttention4
+from cp_megatron.kernels.flash_attn import FlashAttention
 from cp_megatron.kernels.interface import BackwardInputs, Kernel
 from cp_megatron.kernels.load import load_kernel
 from cp_megatron.plan import Mask
@@ -28,16 +28,15 @@ NAMES = ["2", "2 old", "3", "3 beta", "4"]
 
 
 def kernel_of(name: str, *, deterministic: bool = False) -> Kernel:
-    makers: dict[str, tuple[type[Any], Any]] = {
-        "2": (FlashAttention2, double),
-        "2 old": (FlashAttention2, double.pair_window_interface()),
-        "3": (FlashAttention3, double_newer.hopper_interface()),
-        "3 beta": (FlashAttention3, double_newer.beta_interface()),
-        "4": (FlashAttention4, double_newer.cute_interface()),
+    interfaces: dict[str, Any] = {
+        "2": double,
+        "2 old": double.pair_window_interface(),
+        "3": double_newer.hopper_interface(),
+        "3 beta": double_newer.beta_interface(),
+        "4": double_newer.cute_interface(),
     }
-    adapter, interface = makers[name]
-    kernel: Kernel = adapter(interface, deterministic=deterministic)
-    return kernel
+    generation = f"flash_attn_{name[0]}"
+    return FlashAttention(generation, interfaces[name], deterministic=deterministic)
 
 
 @cache
@@ -109,7 +108,7 @@ def test_flash_attention_4_without_windows_is_refused() -> None:
     interface = double_newer.cute_interface()
     interface._flash_attn_bwd = lambda q, k, v, out, dout, lse, softmax_scale, causal: None
     with pytest.raises(ConfigError, match="too old: its backward has no windows"):
-        FlashAttention4(interface)
+        FlashAttention("flash_attn_4", interface)
 
 
 BAD: dict[str, tuple[Any, str]] = {
@@ -146,7 +145,7 @@ def test_each_generation_is_imported_from_its_module(
     monkeypatch.setitem(sys.modules, module, interface)
     # Bypass the cache: the session must not keep a kernel made of the double.
     loaded: Any = load_kernel.__wrapped__(name, deterministic=True)
-    assert type(loaded).__name__ == "FlashAttention" + name[-1]
+    assert loaded.name == name
     assert loaded._deterministic
 
 

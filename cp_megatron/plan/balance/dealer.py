@@ -265,8 +265,7 @@ class _CutSearch:
         up_to, length, head = self.up_to, self.length, self.head
         pairs = self.pairs - up_to(length, head)
         return first_closed(
-            lambda n: self._excess(self.tokens + n, pairs + up_to(length, head + n), head + n),
-            most,
+            lambda n: self._excess(self.tokens + n, pairs + up_to(length, head + n), head + n), most
         )
 
     def _heads_of(self, e: int) -> int | None:
