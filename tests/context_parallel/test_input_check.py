@@ -137,7 +137,7 @@ def test_one_message_per_call_or_per_mask_and_shape_or_none() -> None:
     assert run_ranks(messages, 2, True) == [[1, 1, 1, 1]] * 2
     assert run_ranks(messages, 2, "once") == [[1, 0, 1, 1]] * 2
     assert run_ranks(messages, 2, False) == [[0, 0, 0, 0]] * 2
-    with pytest.raises(ConfigError, match="is no way to check ranks"):
+    with pytest.raises(ConfigError, match="is not a mode of the check"):
         ContextParallel(None, Mask.causal(8), check_ranks="sometimes")
 
 

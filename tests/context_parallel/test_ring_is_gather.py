@@ -89,7 +89,7 @@ def all_gathered(cp: ContextParallel, k: Tensor, v: Tensor) -> Tensor:
 
 
 def gather_gap(rank: int, world_size: int, mask: Mask, route: str, layout: str) -> None:
-    """Arrivals and own keys equal the all-gather to the bit, without keys that no rank below reads."""
+    """Own keys and arrivals are the all-gather, to the bit, without keys no rank below reads."""
     cp, (_, k, v, _), (keys, _), _ = run(mask, route, layout)
     whole = all_gathered(cp, k, v)
     arrivals = iter(keys)
