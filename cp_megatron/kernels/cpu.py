@@ -71,7 +71,6 @@ class CpuKernel:
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, band: Band, scale: float
     ) -> tuple[Tensor, Tensor]:
-        """See ``Kernel.forward``."""
         strips = list(_strips(band, q, k))
         if len(strips) == 1 and _middle(q, k, strips[0][0].band) is None:
             return _call_forward(q, k, v, strips[0][0].band, scale, strips[0][1])
@@ -88,7 +87,6 @@ class CpuKernel:
     def backward(
         self, x: BackwardInputs, band: Band, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """See ``Kernel.backward``."""
         strips = list(_strips(band, x.q, x.k))
         whole = len(strips) == 1 and strips[0][0].k1 - strips[0][0].k0 == x.k.shape[1]
         if whole and _middle(x.q, x.k, strips[0][0].band) is None:
@@ -129,7 +127,6 @@ def _cut(band: Band, num_keys: int, q0: int, q1: int) -> Iterator[Strip]:
 
 
 def _strips(band: Band, q: Tensor, k: Tensor) -> Iterator[tuple[Strip, Tensor | None]]:
-    """The strips and their biases; equal strips share one."""
     last: tuple[int, int, Band] | None = None
     bias: Tensor | None = None
     for strip in cut_band(band, q.shape[1], k.shape[1]):

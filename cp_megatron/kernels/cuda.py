@@ -35,7 +35,6 @@ class CudaKernel(FlashKernel):
     def call_forward(
         self, q: Tensor, k: Tensor, v: Tensor, window: FlashWindow, scale: float
     ) -> tuple[Tensor, Tensor]:
-        """See ``FlashKernel.call_forward``."""
         out, lse, *_ = _forward(
             *(q, k, v, None, None, q.shape[1], k.shape[1], 0.0, window.causal, False),
             scale=scale,
@@ -47,7 +46,6 @@ class CudaKernel(FlashKernel):
     def call_backward(
         self, x: BackwardInputs, window: FlashWindow, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """See ``FlashKernel.call_backward``."""
         # The op reads the random state for dropout only; without it any two integers do.
         no_dropout = torch.zeros(2, dtype=torch.uint64, device=x.q.device)
         with deterministic_algorithms(self._deterministic):

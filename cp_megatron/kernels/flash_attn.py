@@ -104,7 +104,6 @@ class FlashAttention(FlashKernel):
     def call_forward(
         self, q: Tensor, k: Tensor, v: Tensor, window: FlashWindow, scale: float
     ) -> tuple[Tensor, Tensor]:
-        """See ``FlashKernel.call_forward``."""
         tensors = {"q": q, "k": k, "v": v}
         results = self._call(self._forward_op, self._forward_parameters, tensors, window, scale)
         # Generation 2 before 2.7 returns out, q, k, v, padded out, lse, debug mask, random state.
@@ -113,7 +112,6 @@ class FlashAttention(FlashKernel):
     def call_backward(
         self, x: BackwardInputs, window: FlashWindow, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """See ``FlashKernel.call_backward``."""
         tensors = {**x._asdict(), "softmax_lse": x.lse}
         call = partial(self._call, self._backward_op, self._backward_parameters)
         if not self._generation.fills:

@@ -45,7 +45,6 @@ def merge_eager_(out: Tensor, lse: Tensor, new_out: Tensor, new_lse: Tensor) -> 
 
 @cache
 def _fused() -> Merge | None:
-    """The Triton kernel, if the optional package is installed, as it is with CUDA wheels."""
     if importlib.util.find_spec("triton") is None:
         return None
     # The package is optional, and this is the only place that needs it.

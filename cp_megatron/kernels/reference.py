@@ -32,7 +32,6 @@ class ReferenceKernel:
         self._dropout = dropout
 
     def dropping(self, dropout: TileDropout) -> ReferenceKernel:
-        """See ``DroppingKernel.dropping``."""
         return ReferenceKernel(dropout)
 
     def compute_dtype(self, dtype: torch.dtype) -> torch.dtype:
@@ -42,7 +41,6 @@ class ReferenceKernel:
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, band: Band, scale: float
     ) -> tuple[Tensor, Tensor]:
-        """See ``Kernel.forward``."""
         scores = _scores(q, k, band, scale)
         lse = torch.logsumexp(scores, dim=-1)
         weights = torch.exp(scores - lse.unsqueeze(-1))
@@ -54,7 +52,6 @@ class ReferenceKernel:
     def backward(
         self, x: BackwardInputs, band: Band, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """See ``Kernel.backward``."""
         dout, q, k, v, out, lse = x
         scores = _scores(q, k, band, scale)
         num_groups = k.shape[2]

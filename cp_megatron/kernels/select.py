@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.machinery import PathFinder
 from types import MappingProxyType
+from typing import NamedTuple
 
 from cp_megatron.errors import ConfigError
 
@@ -24,23 +25,16 @@ class KernelTraits:
     """What one backend supports."""
 
     name: str
-    devices: tuple[str, ...]
-    dtypes: tuple[str, ...]
-    max_head_dim: int
-    """For key heads and value heads."""
-    wider_on: tuple[tuple[int, int], ...] = ()
-    """(major compute capability, its larger ``max_head_dim``)."""
-    deterministic_head_dim: int = 1 << 16
-    """Up to this head dim its backward can be deterministic; 0 means never."""
+    devices: tuple[str, ...] = ("cuda",)
+    dtypes: tuple[str, ...] = ("bfloat16",)
+    max_head_dim: int  # for key heads and value heads
+    wider_on: tuple[tuple[int, int], ...] = ()  # major compute capability, its larger max_head_dim
+    deterministic_head_dim: int = 1 << 16  # largest with a deterministic backward; 0 means none
     windows: bool = True
-    dropout: bool = False
-    """Whether it has attention dropout whose mask does not depend on the layout."""
-    capabilities: tuple[int, ...] = ()
-    """Major compute capabilities that it runs on; empty means all."""
-    package: str | None = None
-    """The optional module that it needs."""
-    install: str = ""
-    """How to install the package."""
+    dropout: bool = False  # whether it has a dropout mask that does not depend on the layout
+    capabilities: tuple[int, ...] = ()  # major compute capabilities; empty means all
+    package: str | None = None  # the optional module that it needs
+    install: str = ""  # how to install the package
     summary: str = ""
 
 
@@ -52,8 +46,7 @@ class KernelChoice:
     reason: str
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Wanted:
+class _Wanted(NamedTuple):
     """The requirements: the arguments of ``select_kernel``."""
 
     device: str
@@ -83,15 +76,11 @@ _ALL = (
     ),
     KernelTraits(
         name="cuda",
-        devices=("cuda",),
-        dtypes=("bfloat16",),
         max_head_dim=256,
         summary="PyTorch's fused CUDA flash attention",
     ),
     KernelTraits(
         name="cudnn",
-        devices=("cuda",),
-        dtypes=("bfloat16",),
         max_head_dim=128,
         wider_on=((9, 256),),
         deterministic_head_dim=0,
@@ -100,8 +89,6 @@ _ALL = (
     ),
     KernelTraits(
         name="flash_attn_2",
-        devices=("cuda",),
-        dtypes=("bfloat16",),
         max_head_dim=256,
         package="flash_attn.flash_attn_interface",
         install="pip install -e '.[cuda]'",
@@ -109,8 +96,6 @@ _ALL = (
     ),
     KernelTraits(
         name="flash_attn_3",
-        devices=("cuda",),
-        dtypes=("bfloat16",),
         max_head_dim=256,
         deterministic_head_dim=192,
         capabilities=(9,),
@@ -120,8 +105,6 @@ _ALL = (
     ),
     KernelTraits(
         name="flash_attn_4",
-        devices=("cuda",),
-        dtypes=("bfloat16",),
         max_head_dim=128,
         wider_on=((9, 256),),
         capabilities=(9, 10, 11),
@@ -180,15 +163,7 @@ def select_kernel(
     Raises:
         ConfigError: the named kernel, or every kernel, lacks a feature.
     """
-    wanted = _Wanted(
-        device=device,
-        dtype=dtype,
-        head_dim=head_dim,
-        attention_dropout=attention_dropout,
-        window=window,
-        deterministic=deterministic,
-        capability=capability,
-    )
+    wanted = _Wanted(device, dtype, head_dim, attention_dropout, window, deterministic, capability)
     if name != "auto":
         if name not in KERNEL_NAMES:
             works = ", ".join(["auto", *KERNEL_NAMES])
@@ -253,7 +228,6 @@ def _try(name: str, wanted: _Wanted) -> tuple[str | None, str]:
 
 
 def _refusal(name: str, problem: str, wanted: _Wanted) -> ConfigError:
-    """The error, with the flags that would work."""
     others = [x for x in KERNEL_NAMES[:5] if x != name and _try(x, wanted)[0] is not None]
     works = [f"--kernel {other}" for other in ["auto", *others]] if others else []
     if wanted.attention_dropout and "dropout" in problem:
@@ -289,7 +263,6 @@ def _problem(traits: KernelTraits, wanted: _Wanted) -> str:
 
 
 def _generations(capability: tuple[int, int] | None) -> Sequence[str]:
-    """The generations, in the order in which they are tried."""
     return _HOPPER if capability and capability[0] == 9 else FLASH_ATTENTION
 
 
@@ -298,7 +271,6 @@ def _runs_on(traits: KernelTraits, capability: tuple[int, int] | None) -> bool:
 
 
 def _largest(traits: KernelTraits, capability: tuple[int, int] | None, deterministic: bool) -> int:
-    """The largest head dim on this device."""
     major = capability[0] if capability else 0
     largest = dict(traits.wider_on).get(major, traits.max_head_dim)
     return min(largest, traits.deterministic_head_dim) if deterministic else largest

@@ -114,7 +114,6 @@ class FlashKernel(ABC):
     def backward(
         self, x: BackwardInputs, band: Band, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """See ``Kernel.backward``."""
         tiles = sub_tiles(band, x.q.shape[1], x.k.shape[1])
         if len(tiles) == 1:
             return self._backward(x, band, scale)

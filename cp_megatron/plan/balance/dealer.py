@@ -106,7 +106,6 @@ class Dealer:
             self._cut(d)
 
     def _densest(self) -> int:
-        """The document whose tail has the most pairs per row."""
         return max(self.opened + self.fresh[-NUM_FRESH:], key=self.density.__getitem__)
 
     def _tail_density(self, d: int) -> float:
