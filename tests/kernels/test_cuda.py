@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from cp_megatron.kernels import cuda
 from cp_megatron.kernels.cuda import CudaKernel
 from cp_megatron.kernels.interface import BackwardInputs
-from cp_megatron.kernels.load import load_kernel
+from cp_megatron.kernels.load_kernel import load_kernel
 from cp_megatron.kernels.windows import flash_window, sub_tiles
 from cp_megatron.plan import Schedule
 from cp_megatron.plan.tiling import Band

@@ -15,7 +15,7 @@ from cp_megatron.context_parallel import ContextParallel, api
 from cp_megatron.errors import ConfigError
 from cp_megatron.kernels.flash_attn import FlashAttention
 from cp_megatron.kernels.interface import BackwardInputs, Kernel
-from cp_megatron.kernels.load import load_kernel
+from cp_megatron.kernels.load_kernel import load_kernel
 from cp_megatron.plan import Mask
 from cp_megatron.plan.tiling import CAUSAL, FULL, Band
 from tests.kernels import double, double_newer

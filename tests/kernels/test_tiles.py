@@ -11,7 +11,7 @@ from torch import Tensor
 from cp_megatron.kernels import cpu
 from cp_megatron.kernels.cpu import CpuKernel, cut_band
 from cp_megatron.kernels.interface import BackwardInputs, Kernel
-from cp_megatron.kernels.load import load_kernel
+from cp_megatron.kernels.load_kernel import load_kernel
 from cp_megatron.kernels.merge import merge_
 from cp_megatron.kernels.reference import ReferenceKernel
 from cp_megatron.plan.tiling import CAUSAL, FULL, Band

@@ -13,7 +13,8 @@ from cp_megatron.comm.runtime import Launch
 from cp_megatron.memory import predict as kinds
 from cp_megatron.memory.memory_report import MemoryReport, predict_report, print_prediction
 from cp_megatron.memory.predict import Held, predict, predict_ranks
-from cp_megatron.preflight.check import RunPlan, check
+from cp_megatron.preflight.check import check
+from cp_megatron.preflight.run_plan import RunPlan
 
 MODEL = ["--num-layers", "3", "--hidden-size", "64", "--num-attention-heads", "4"]
 MODEL += ["--num-query-groups", "2", "--ffn-hidden-size", "96", "--seq-length", "128"]

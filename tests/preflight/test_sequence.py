@@ -105,7 +105,7 @@ def test_a2a_stays_inside_a_node() -> None:
     assert "a node of its own" in alone.reason
     dry = plan("--dry-run", *CP8, *heads, torchrun=False)
     assert dry.sequence.exchange == "a2a"
-    assert any("as if one node had them all" in note for note in dry.notes)
+    assert any("as if one node had all ranks" in note for note in dry.notes)
 
 
 def test_documents_leave_the_choice_to_each_batch() -> None:

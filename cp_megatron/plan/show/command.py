@@ -7,14 +7,14 @@ import types
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
-import tyro
 from rich.console import Console
 
+from cp_megatron.config.ranges import Range
 from cp_megatron.config.schema import Exchange, LayoutKind, Route
-from cp_megatron.config.words import read_words
+from cp_megatron.config.words import read_options
 from cp_megatron.errors import ConfigError
 from cp_megatron.plan.layout import SequenceLayout
 from cp_megatron.plan.mask import Mask
@@ -23,6 +23,8 @@ from cp_megatron.plan.show.text import print_rank, print_schedule
 
 PROGRAM = "python -m cp_megatron.plan"
 MEDIAN_LENGTH, SIGMA = 3000, 1.5
+AtLeastOne = Annotated[int, Range(1)]
+WindowEnd = Annotated[int, Range(-1)]
 _DESCRIPTION = f"""Print and draw a schedule: which rank holds which tokens, computes which tiles
 of the attention matrix in which round, and sends what to whom. It needs neither a GPU nor torch.
 
@@ -38,18 +40,18 @@ class PlanOptions:
 
     mask: Literal["causal", "full", "documents"] | None = None
     """The mask; documents if any are given, otherwise causal."""
-    seq_length: int | None = None
+    seq_length: AtLeastOne | None = None
     """Tokens of the row; by default the sum of --documents, or 8,192."""
-    documents: tuple[int, ...] | None = None
+    documents: tuple[AtLeastOne, ...] | None = None
     """The lengths of the packed documents."""
-    documents_random: int | None = None
+    documents_random: Annotated[int, Range(0)] | None = None
     """A seed for log-normal document lengths of median 3,000 and sigma 1.5 that fill the row."""
     bidirectional: bool = False
     """Attend documents in both directions; --mask full always does."""
-    window: tuple[int, int] | None = None
+    window: tuple[WindowEnd, WindowEnd] | None = None
     """LEFT RIGHT: query q attends keys q - LEFT to q + RIGHT; -1 is unlimited. A causal mask ends
     at q."""
-    context_parallel_size: int = 4
+    context_parallel_size: AtLeastOne = 4
     """Ranks that share the row."""
     cp_layout: LayoutKind = "auto"
     """Which rank holds which part of the row."""
@@ -59,13 +61,13 @@ class PlanOptions:
     """Route of p2p: from neighbour to neighbour, or straight from the owner."""
     hierarchical_context_parallel_sizes: tuple[int, int] | None = None
     """For a2a+p2p: the size of a group of ranks that exchange heads, and the number of groups."""
-    num_attention_heads: int = 32
+    num_attention_heads: AtLeastOne = 32
     """Query heads."""
-    num_query_groups: int = 8
+    num_query_groups: AtLeastOne = 8
     """Key/value heads."""
-    head_dim: int = 128
+    head_dim: AtLeastOne = 128
     """Width of a query and key head."""
-    v_head_dim: int | None = None
+    v_head_dim: AtLeastOne | None = None
     """Width of a value head; by default that of a key head."""
     dtype: Literal["bfloat16", "float32", "float64"] = "bfloat16"
     """The type in which bytes are counted."""
@@ -87,11 +89,7 @@ def parse(argv: Sequence[str]) -> PlanOptions:
         ConfigError: a flag or a value is invalid.
         SystemExit: with code 0, after ``--help`` is printed.
     """
-    if any(word in ("-h", "--help") for word in argv):
-        tyro.cli(
-            PlanOptions, prog=PROGRAM, description=_DESCRIPTION, args=["--help"], compact_help=False
-        )
-    return PlanOptions(**read_words(argv, PlanOptions))
+    return read_options(argv, PlanOptions, program=PROGRAM, description=_DESCRIPTION)
 
 
 def run(options: PlanOptions, console: Console | None = None) -> None:
@@ -130,12 +128,6 @@ def make_schedule(options: PlanOptions) -> Schedule:
     Raises:
         ConfigError: the flags contradict each other.
     """
-    for name in ("context_parallel_size", "num_attention_heads", "num_query_groups", "head_dim"):
-        if getattr(options, name) < 1:
-            flag = "--" + name.replace("_", "-")
-            raise ConfigError(flag, getattr(options, name), "must be at least 1")
-    if options.v_head_dim is not None and options.v_head_dim < 1:
-        raise ConfigError("--v-head-dim", options.v_head_dim, "must be at least 1")
     mask = make_mask(options)
     layout = SequenceLayout.make(mask, options.context_parallel_size, options.cp_layout)
     return Schedule.build(
@@ -170,12 +162,7 @@ def make_mask(options: PlanOptions) -> Mask:
         rule = "cannot be combined with --documents"
         raise ConfigError("--documents-random", options.documents_random, rule, works)
     seq_len = 8192 if options.seq_length is None else options.seq_length
-    if seq_len < 1:
-        raise ConfigError("--seq-length", seq_len, "must be at least 1")
     window = options.window
-    if window is not None and min(window) < -1:
-        rule = "must be two lengths, -1 for unlimited"
-        raise ConfigError("--window", " ".join(map(str, window)), rule, "--window LEFT RIGHT")
     if kind == "causal":
         return Mask.causal(seq_len, window)
     if kind == "full":
@@ -189,13 +176,7 @@ def make_mask(options: PlanOptions) -> Mask:
 
 
 def random_lengths(seq_len: int, seed: int) -> list[int]:
-    """Draws log-normal document lengths that fill a row; the last one is cut.
-
-    Raises:
-        ConfigError: the seed is negative.
-    """
-    if seed < 0:
-        raise ConfigError("--documents-random", seed, "is a seed and must not be negative", "0")
+    """Draws log-normal document lengths that fill a row; the last one is cut."""
     generator = np.random.default_rng(seed)
     lengths: list[int] = []
     left = seq_len
@@ -207,8 +188,6 @@ def random_lengths(seq_len: int, seed: int) -> list[int]:
 
 
 def _given_lengths(documents: tuple[int, ...], seq_length: int | None) -> list[int]:
-    if min(documents) < 1:
-        raise ConfigError("--documents", min(documents), "is not a length", "1 or more tokens")
     total = sum(documents)
     if seq_length not in (None, total):
         rule = f"the documents add up to {total}"

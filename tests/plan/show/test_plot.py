@@ -176,7 +176,7 @@ def test_documents_below_a_pixel_are_drawn_together(tmp_path: Path) -> None:
 
 
 def test_a_pixel_belongs_to_the_rank_with_most_of_it(tmp_path: Path) -> None:
-    """Ten documents of one token share a pixel: rank 0 has 7 of the first, rank 1 of the last."""
+    """Ten one-token documents share a pixel: rank 0 has 7 of the first ten, rank 1 of the last."""
     chunks = (((0, 7), (10, 3203)), ((7, 10), (3203, 6400)))
     schedule = Schedule.build(Mask.documents([1] * 6400), SequenceLayout(chunks, "by hand"))
     root = drawn(schedule, tmp_path)
