@@ -101,18 +101,11 @@ class CpuKernel:
         return dq, dk, dv
 
 
-def cut_band(band: Band, num_queries: int, num_keys: int) -> list[Strip]:
-    """Cuts a tile into strips, in order of rows. Full and square causal parts stay whole.
+def cut_band(band: Band, num_keys: int, q0: int, q1: int) -> Iterator[Strip]:
+    """Cuts rows ``q0:q1`` of a tile into strips. Full and square causal parts stay whole.
 
-    Args:
-        band: leaves every row a key.
-        num_queries: the number of rows of the tile.
-        num_keys: the number of its columns.
+    The band must leave every row a key.
     """
-    return list(_cut(band, num_keys, 0, num_queries))
-
-
-def _cut(band: Band, num_keys: int, q0: int, q1: int) -> Iterator[Strip]:
     rows = q1 - q0
     k0, k1 = band.columns(q0, q1, num_keys)
     part = Strip(q0, q1, k0, k1, band.within(q0, q1, k0, k1))
@@ -122,14 +115,14 @@ def _cut(band: Band, num_keys: int, q0: int, q1: int) -> Iterator[Strip]:
         return
     # The upper part is a multiple of the strip, so that all strips but the last share one bias.
     middle = q0 + max(rows // 2 // STRIP_ROWS, 1) * STRIP_ROWS
-    yield from _cut(band, num_keys, q0, middle)
-    yield from _cut(band, num_keys, middle, q1)
+    yield from cut_band(band, num_keys, q0, middle)
+    yield from cut_band(band, num_keys, middle, q1)
 
 
 def _strips(band: Band, q: Tensor, k: Tensor) -> Iterator[tuple[Strip, Tensor | None]]:
     last: tuple[int, int, Band] | None = None
     bias: Tensor | None = None
-    for strip in cut_band(band, q.shape[1], k.shape[1]):
+    for strip in cut_band(band, k.shape[1], 0, q.shape[1]):
         alike = (strip.q1 - strip.q0, strip.k1 - strip.k0, strip.band)
         if alike != last:
             last, bias = alike, _bias(*alike, q)

@@ -54,7 +54,7 @@ def test_strips_are_the_band(rows: int, columns: int, left: int | None, right: i
         return
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cpu, "STRIP_ROWS", 4)
-        strips = cut_band(band, rows, columns)
+        strips = list(cut_band(band, columns, 0, rows))
     assert [strip.q0 for strip in strips[1:]] == [strip.q1 for strip in strips[:-1]]
     assert (strips[0].q0, strips[-1].q1) == (0, rows)
     found = torch.zeros(rows, columns, dtype=torch.bool)
@@ -69,7 +69,7 @@ def test_strips_are_the_band(rows: int, columns: int, left: int | None, right: i
 
 def test_a_window_costs_its_area() -> None:
     """8,192 rows under a window of 512 cost a fifth more than the pairs, not 16 times as much."""
-    strips = cut_band(Band(left=511, right=0), 8192, 8192)
+    strips = list(cut_band(Band(left=511, right=0), 8192, 0, 8192))
     cells = sum((q1 - q0) * (k1 - k0) for q0, q1, k0, k1, _ in strips)
     assert cells < 1.25 * 8192 * 512
     # All strips but the first (causal) are equal, so one bias serves them.
