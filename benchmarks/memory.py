@@ -27,6 +27,7 @@ hardware:
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -34,11 +35,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch.distributed as dist
-import tyro
 from harness.steps import Job, OurStep, TheirStep, model_of, peak_of, peak_of_loss
 from harness.teams import Place, Team, hardware, measure, paired
 
 from cp_megatron.config import MemoryConfig
+from cp_megatron.config.words import read_options
 from cp_megatron.plan import Grid
 
 MIB = 1 << 20
@@ -63,7 +64,7 @@ class Arguments:
     """The longest row is trained on up to this many ranks; on more it is computed from two rows."""
     rounds: int = 9
     """Measured rounds of the cost."""
-    plot: Path | None = None
+    plot: str | None = None
     """Draw the longest rows into this file, as PNG or SVG."""
     quick: bool = False
     """Use tiny sizes, which show that the script runs but measure nothing."""
@@ -259,7 +260,7 @@ def draw(found: list[dict[str, Any]], path: Path) -> None:
 
 
 def main() -> None:
-    arguments = tyro.cli(Arguments, description=__doc__)
+    arguments = read_options(sys.argv[1:], Arguments, program=sys.argv[0], description=__doc__)
     questions = {"kept": kept, "loss": loss, "longest": longest, "cost": cost}
     machine = hardware()
     shared = Processes(fresh=False) if arguments.quick else None
@@ -275,7 +276,7 @@ def main() -> None:
         if not shared:
             processes.close()
         if name == "longest" and arguments.plot is not None:
-            draw(rows, arguments.plot)
+            draw(rows, Path(arguments.plot))
     if shared:
         shared.close()
 

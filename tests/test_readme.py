@@ -138,7 +138,7 @@ def flags_of(program: str) -> frozenset[str]:
         return frozenset()
     answer = run_program(f"{program} --help", ROOT)
     assert answer.returncode == 0, answer.stderr
-    return frozenset(FLAG.findall(answer.stdout))
+    return frozenset(FLAG.findall(answer.stdout)) | {"--help"}
 
 
 def commands_of(text: str) -> list[tuple[str, list[str]]]:

@@ -17,12 +17,12 @@ from rich.table import Table
 from rich.text import Text
 
 from cp_megatron.config import DataConfig, ModelConfig
-from cp_megatron.config.run_folders import RUNS
+from cp_megatron.config.files.run_folders import RUNS
 from cp_megatron.errors import ConfigError
-from cp_megatron.preflight.check import RunPlan, dtype_on
+from cp_megatron.preflight.run_plan import RunPlan, dtype_on
 from cp_megatron.preflight.save_and_load import FinishedError, model_name
 from cp_megatron.preflight.sequence import SequencePlan
-from cp_megatron.spec.parameter_table import num_parameters, parameters_on_rank
+from cp_megatron.spec import ModelSpec
 
 Line = tuple[str, str]
 """What, and its value."""
@@ -108,14 +108,13 @@ def print_start(plan: RunPlan, run: Path | None, console: Console | None = None)
 def _world(plan: RunPlan) -> Iterator[Line]:
     grid = plan.grid
     ranks = "1 rank" if grid.world_size == 1 else f"{grid.world_size:,} ranks"
-    yield "world", f"{ranks} = dp {grid.dp} x cp {grid.cp} x tp {grid.tp}"
+    yield "world", f"{ranks} = {grid}"
     for rank in shown_ranks(grid.world_size):
         if rank is None:
             yield "...", "..."
             continue
         place = grid.coordinates(rank)
-        where = f"dp {place.dp}  cp {place.cp}  tp {place.tp}"
-        yield f"rank {rank}", f"{where}   positions {_positions(plan, place.cp)}"
+        yield f"rank {rank}", f"{place}   positions {_positions(plan, place.cp)}"
 
 
 def shown_ranks(world_size: int) -> list[int | None]:
@@ -137,7 +136,7 @@ def _positions(plan: RunPlan, cp_rank: int) -> str:
 def _model(plan: RunPlan) -> Iterator[Line]:
     model, sizes = plan.config.model, {"vocab_size": plan.padded_vocab_size}
     sizes["seq_length"] = plan.config.data.seq_length
-    total = num_parameters(model, **sizes)
+    spec = ModelSpec.of(model, **sizes)
     heads = f"{model.num_attention_heads} heads of {model.head_dim}"
     if model.num_kv_heads != model.num_attention_heads:
         heads += f" in {model.num_kv_heads} groups"
@@ -150,8 +149,11 @@ def _model(plan: RunPlan) -> Iterator[Line]:
     vocabulary = f"{plan.vocab_size} tokens padded to {plan.padded_vocab_size}"
     yield "vocabulary", f"{plan.config.data.tokenizer_type}, {vocabulary}"
     grid = plan.grid
-    most = parameters_on_rank(model, **sizes, grid=grid, rank=0)
-    yield "parameters", f"{total:,} in all, {most:,} on a rank (tp, then sharded over dp x cp)"
+    most = spec.parameters_on_rank(grid, 0)
+    yield (
+        "parameters",
+        f"{spec.num_parameters():,} in all, {most:,} on a rank (tp, then sharded over dp x cp)",
+    )
     sequence = plan.sequence
     padding = f" ({sequence.padding:,} of padding)" if sequence.padding else ""
     on_rank = f"{sequence.layout.shard_len:,} of them on a rank"

@@ -23,9 +23,10 @@ from cp_megatron.comm.runtime import Launch
 from cp_megatron.config.fields import settings
 from cp_megatron.errors import ConfigError
 from cp_megatron.memory.memory_report import print_prediction
-from cp_megatron.preflight.check import RunPlan, check
+from cp_megatron.preflight.check import check
+from cp_megatron.preflight.run_plan import RunPlan
 from cp_megatron.preflight.start_table import error_line, print_start
-from cp_megatron.spec.parameter_table import num_parameters
+from cp_megatron.spec import ModelSpec
 from cp_megatron.train.loop import DivergedError
 from cp_megatron.train.progress import ProgressView
 from cp_megatron.train.run import assemble
@@ -120,13 +121,12 @@ def sample(verdicts: dict[int, RunPlan | ConfigError], count: int) -> list[int]:
 
 def is_small(plan: RunPlan, line: Line) -> bool:
     config = plan.config
-    size = num_parameters(
-        config.model, vocab_size=plan.padded_vocab_size, seq_length=config.data.seq_length
-    )
+    length = config.data.seq_length
+    spec = ModelSpec.of(config.model, vocab_size=plan.padded_vocab_size, seq_length=length)
     rows = max(config.data.global_batch_size or 0, config.train.eval_iters)
     tokens = rows * config.data.seq_length
     return (
-        size < 2_000_000
+        spec.num_parameters() < 2_000_000
         and tokens <= 8192
         and config.data.seq_length <= 256
         and not line.names & LATER
@@ -163,7 +163,7 @@ def train(rank: int, world: int, folder: Path, words: tuple[str, ...]) -> int | 
         if iters > 2:
             stop(15, None)  # one step, and the end in good order
         try:
-            return replace(assembled, view=view).train(0, stop)
+            return replace(assembled, view=view).train(stop)
         except DivergedError as error:
             return str(error)
         finally:

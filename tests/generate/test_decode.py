@@ -47,10 +47,8 @@ def tiny(config: ModelConfig) -> Transformer:
         config, seq_length=SEQ, vocab_size=VOCAB, tp=None, sequence_parallel=False
     ).double()
     with torch.no_grad():
-        for name, owner, attribute, spec in named_specs(model):
-            parameter = owner.get_parameter(attribute)
-            drawn = initial_value(name, parameter.shape, spec, config=config, seed=1)
-            parameter.copy_(drawn)
+        for owner, name, spec in named_specs(model):
+            owner.get_parameter(name).copy_(initial_value(spec, config=config, seed=1))
     return model.eval()
 
 
@@ -84,7 +82,7 @@ def test_prompts_in_parts_and_a_cache_that_grows(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(generate_module, "PREFILL_TOKENS", 5)
-    monkeypatch.setattr(cache_module, "FIRST_ROOM", 2)
+    monkeypatch.setattr(cache_module, "FIRST_CAPACITY", 2)
     model = tiny(MODELS[name])
     text = [(7 * i * i + i) % VOCAB for i in range(23)]
     session = Session(model=model, seq_length=SEQ)
