@@ -28,7 +28,7 @@ from harness.steps import Job, OurStep, TheirStep, llama_shape
 from harness.teams import hardware
 
 from cp_megatron.config import MemoryConfig
-from cp_megatron.config.presets import PRESETS
+from cp_megatron.config.files.presets import PRESETS
 from cp_megatron.config.words import read_options
 from tests.allocations import counting_memory
 

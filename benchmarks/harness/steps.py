@@ -24,7 +24,7 @@ from cp_megatron.config import (
     OptimizerConfig,
     ParallelConfig,
 )
-from cp_megatron.config.presets import PRESETS
+from cp_megatron.config.files.presets import PRESETS
 from cp_megatron.context_parallel import ContextParallel
 from cp_megatron.data.batch.batch import Batch
 from cp_megatron.model import ComputeDType, build_model
