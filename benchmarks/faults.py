@@ -33,7 +33,7 @@ import torch.distributed as dist
 from harness.steps import Job, OurStep, model_of
 from harness.teams import PAUSE, Place, Team, hardware, paired
 
-from cp_megatron.checkpoint.save import Kept, Save, start_save
+from cp_megatron.checkpoint.save import Save, SaveCache, start_save
 from cp_megatron.config import Config
 from cp_megatron.config.words import read_options
 from cp_megatron.faults.checks import Checks, ParameterSums
@@ -80,7 +80,7 @@ class Bench:
 
     def prepare(self, job: Job) -> None:
         """Makes the model; everything that is compared trains it further."""
-        self.ours, self.kept = OurStep(job), Kept()
+        self.ours, self.save_cache = OurStep(job), SaveCache()
         train_step = self.ours.train_step
         world = dist.group.WORLD
         assert world is not None
@@ -152,7 +152,7 @@ class Bench:
             grid=self.ours.job.grid,
             data_fingerprint="",
             vocab_size=self.ours.job.vocab_size,
-            kept=self.kept,
+            cache=self.save_cache,
             process_group=dist.group.WORLD if self.place.size == 1 else self._second_group(),
         )
 

@@ -11,7 +11,7 @@ import dataclasses
 import shlex
 from collections.abc import Sequence
 
-from cp_megatron.checkpoint.newest import Newest
+from cp_megatron.checkpoint.find_checkpoint import Newest
 from cp_megatron.comm.runtime import Launch
 from cp_megatron.config import Config
 from cp_megatron.config.fields import check_values, settings

@@ -33,8 +33,8 @@ from cp_megatron.data.batch.batch import IGNORED, Batch
 from cp_megatron.faults.checks import ParameterSums
 from cp_megatron.faults.inject import Faults
 from cp_megatron.kernels.dropout import Dropout
-from cp_megatron.model.transformer import Transformer, layer_context
-from cp_megatron.preflight.sequence import local_heads
+from cp_megatron.model.transformer import Transformer
+from cp_megatron.spec import local_heads
 from cp_megatron.tensor_parallel import LossRule
 
 
@@ -90,16 +90,11 @@ class TrainStep:
     """A model and its optimizer.
 
     Attributes:
-        model: the sharded model.
-        optimizer: over its parameters.
-        groups: this rank's groups.
         cp: context parallelism for rows without document masks; that of other rows is derived from
             it.
-        device: the device of the model.
         seed: the run's seed, for dropout. Attention dropout is the same on every grid.
         clip_grad: largest global gradient norm; 0 disables clipping.
         sequence_parallel: the residual stream is split over tp, and so dropout differs over tp.
-        rule: how the loss is computed.
         sums: checksums of the parameters, which only an update may change; None disables them.
     """
 
@@ -121,7 +116,7 @@ class TrainStep:
         """
         cp = self.cp if batch.mask == self.cp.mask else self.cp.with_mask(batch.mask)
         model, tp = self.model.config, self.groups.grid.tp
-        contexts = Counter(layer_context(cp, model, layer) for layer in range(model.num_layers))
+        contexts = Counter(self.model.layer_contexts(cp))
         for context in contexts:
             context.prepare(*local_heads(model, tp), model.head_dim)
         pairs = sum(context.mask.pairs() * layers for context, layers in contexts.items())
@@ -298,7 +293,6 @@ def local_values(parameter: Tensor) -> Tensor:
 
 
 def _flip_a_bit(model: Transformer) -> None:
-    """Flips one bit of the first parameter value that this rank holds."""
     held = (local_values(parameter) for parameter in model.parameters())
     next(x for x in held if x.numel()).view(-1)[:1].view(torch.uint8)[0] ^= 32
 

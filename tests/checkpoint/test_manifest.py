@@ -1,4 +1,4 @@
-"""The manifest: what it says comes back; whatever can not be trusted is refused in one line."""
+"""A manifest is read back as it was written; one that cannot be trusted is refused in one line."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from cp_megatron.checkpoint.manifest import (
     Manifest,
     TensorEntry,
     file_sha256,
-    newest_step,
     read_manifest,
     verify_files,
 )
+from cp_megatron.checkpoint.step_folders import newest_step
 from cp_megatron.errors import ConfigError
 
 SHARD = "rank-00000.safetensors"
@@ -70,7 +70,7 @@ def refuse(folder: Path, rule: str) -> ConfigError:
     return caught.value
 
 
-def test_what_is_written_comes_back(tmp_path: Path) -> None:
+def test_a_manifest_is_read_back(tmp_path: Path) -> None:
     manifest = read_manifest(write(tmp_path / "step-7"))
     verify_files(tmp_path / "step-7", manifest)
     assert replace(manifest, files=MANIFEST.files) == MANIFEST
@@ -92,8 +92,10 @@ def test_the_newest_step_is_the_largest_number_that_is_finished(tmp_path: Path) 
 def test_missing(tmp_path: Path) -> None:
     write(tmp_path / "step-5")
     (tmp_path / "step-7").mkdir()
-    assert refuse(tmp_path / "step-7", "no finished checkpoint").works == str(tmp_path / "step-5")
-    refuse(tmp_path / "none", "no finished checkpoint")
+    assert refuse(tmp_path / "step-7", "not a finished checkpoint").works == str(
+        tmp_path / "step-5"
+    )
+    refuse(tmp_path / "none", "not a finished checkpoint")
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", "1", '"a"', "{}", "\0", "[" * 100_000])
@@ -109,7 +111,7 @@ def test_not_utf8(tmp_path: Path) -> None:
     refuse(tmp_path, "malformed")
 
 
-def test_a_pipe_is_no_manifest(tmp_path: Path) -> None:
+def test_a_pipe_is_not_a_manifest(tmp_path: Path) -> None:
     path = write(tmp_path) / "manifest.json"
     path.unlink()
     os.mkfifo(path)
@@ -118,12 +120,12 @@ def test_a_pipe_is_no_manifest(tmp_path: Path) -> None:
 
 def test_a_manifest_that_is_too_large_is_not_read(tmp_path: Path) -> None:
     with (write(tmp_path) / "manifest.json").open("r+b") as file:
-        file.truncate(2**31)  # a hole, which takes no room on the disk
+        file.truncate(2**31)  # a hole, which takes no space on the disk
     refuse(tmp_path, "at most 1073741824 bytes")
 
 
 def test_nesting_too_deep_to_check(tmp_path: Path) -> None:
-    # Around the depth at which the parser still copes, and what comes after it may not.
+    # Around the depth at which the parser succeeds, but later code may not.
     write(tmp_path)
     for depth in range(sys.getrecursionlimit() - 100, sys.getrecursionlimit()):
         nested = "[" * depth + "]" * depth
@@ -134,7 +136,7 @@ def test_nesting_too_deep_to_check(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("columns", [1, 3])
 def test_boxes_side_by_side_do_not_overlap(columns: int, tmp_path: Path) -> None:
-    """A tensor cut along both dims, as over tp and dp x cp."""
+    """A tensor that is split along both dims, as over tp and dp x cp."""
     chunks = tuple(
         ChunkEntry(offsets=(row, column), sizes=(2, columns), file=SHARD, key=f"{row} {column}")
         for row in (0, 2)
@@ -156,7 +158,7 @@ def test_every_bit_of_the_manifest_counts(tmp_path: Path) -> None:
 
 
 def rewrite(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
-    """Changes the fields as somebody would who also makes the checksum right."""
+    """Changes the fields and writes the checksum of the new fields."""
     path = write(folder) / "manifest.json"
     fields = json.loads(path.read_text())["manifest"]
     change(fields)
@@ -194,7 +196,7 @@ def set_chunk(fields: dict[str, Any], **values: object) -> None:
         lambda m: m["tensors"]["model.w"]["chunks"].pop(),
         lambda m: set_chunk(m, offsets=[2, 0]),
         lambda m: set_chunk(m, offsets=[0, 0]),
-        # As many elements as the shape has, but row 1 twice and row 3 never.
+        # The number of elements is right, but row 1 is stored twice and row 3 is missing.
         lambda m: m["tensors"]["model.w"].update(chunks=boxes((0, 2), (1, 2))),
         lambda m: set_chunk(m, offsets=[1, "0"]),
         lambda m: set_chunk(m, sizes=[3, -3]),
@@ -217,7 +219,7 @@ def test_fields_that_are_wrong(change: Callable[[dict[str, Any]], Any], tmp_path
 
 def test_another_version(tmp_path: Path) -> None:
     write(tmp_path, replace(MANIFEST, version=2))
-    refuse(tmp_path, "has checkpoint format 2, this program reads 1")
+    refuse(tmp_path, "has checkpoint format 2, but this program reads 1")
 
 
 @pytest.mark.parametrize(
@@ -265,12 +267,12 @@ def test_shards_are_compared(tmp_path: Path) -> None:
         data[place] = 0
     assert error.works == str(tmp_path / "step-3")
     shard.write_bytes(bytes(63))
-    refuse(tmp_path / "step-7", f"{SHARD} has 63 bytes, the manifest says 64")
+    refuse(tmp_path / "step-7", f"{SHARD} has 63 bytes, but the manifest says 64")
     shard.unlink()
-    refuse(tmp_path / "step-7", f"{SHARD} can not be read")
+    refuse(tmp_path / "step-7", f"{SHARD} cannot be read")
 
 
-def test_a_checkpoint_from_before_there_was_anything_extra_is_read(tmp_path: Path) -> None:
+def test_an_older_checkpoint_without_extra_is_read(tmp_path: Path) -> None:
     fields = asdict(replace(MANIFEST, files={}, tensors={}))
     del fields["extra"]
     canonical = json.dumps(fields, sort_keys=True, separators=(",", ":"))
@@ -282,7 +284,7 @@ def test_a_checkpoint_from_before_there_was_anything_extra_is_read(tmp_path: Pat
     assert read_manifest(tmp_path / "step-7").extra == {}
 
 
-def test_half_a_character_is_no_text(tmp_path: Path) -> None:
+def test_a_lone_surrogate_is_refused(tmp_path: Path) -> None:
     key = replace(MANIFEST.tensors["model.w"].chunks[0], key="\udcff")
     entry = replace(MANIFEST.tensors["model.w"], chunks=(key, chunk(1, 3)))
     folder = write(tmp_path / "step-7", replace(MANIFEST, tensors={"model.w": entry}))

@@ -1,4 +1,4 @@
-"""``launch/generate.py`` and ``launch/convert.py`` as a person calls them."""
+"""``launch/generate.py`` and ``launch/convert.py`` as programs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cp_megatron.checkpoint.store import save_checkpoint
+from cp_megatron.checkpoint.save import save_checkpoint
 from cp_megatron.cli.programs import GenerationOptions
 from cp_megatron.comm.runtime import Launch
 from cp_megatron.config import CheckpointConfig, Config, DataConfig, ModelConfig
@@ -48,9 +48,9 @@ print(json.dumps([answers, "torch" in sys.modules]))
 
 
 def called(*calls: tuple[str, list[str], str]) -> tuple[list[tuple[int, str]], bool, list[str]]:
-    """(exit code, output) of each call, whether one imported torch, and the lines of stderr.
+    """Returns (exit code, output) of each call, whether torch was imported, and stderr's lines.
 
-    All in one process, as most of a call's time is the import of torch.
+    All calls run in one process, because importing torch takes most of the time of a call.
     """
     ended = subprocess.run(
         [sys.executable, "-c", CALLS],
@@ -68,7 +68,7 @@ def called(*calls: tuple[str, list[str], str]) -> tuple[list[tuple[int, str]], b
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run's folder with a model that has learned nothing, and writes a's after an a."""
+    """A run's folder with a model that repeats the last character."""
     folder = tmp_path_factory.mktemp("run")
     config = Config(model=MODEL, data=DataConfig(seq_length=32))
     model = Transformer(MODEL, seq_length=32, vocab_size=257, tp=None, sequence_parallel=False)

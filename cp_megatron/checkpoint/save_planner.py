@@ -1,0 +1,175 @@
+"""Assigns boxes of tensors to the ranks that write them, with torch.distributed.checkpoint.
+
+    first save    every rank sends its boxes; the first rank assigns them; every rank gets its part
+    later saves   every rank reports that its tensors are unchanged; the cached plan is used
+
+A cached plan is valid while no rank's tensors change in name, shape, dtype or placement. Training
+waits while a plan is made, which takes longer than the copy, and longer on more ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import SavePlan, WriteItem, WriteItemType
+from torch.distributed.tensor import DTensor
+
+from cp_megatron.checkpoint.manifest import ChunkEntry, TensorEntry
+from cp_megatron.checkpoint.object_collectives import (
+    Group,
+    all_gather_objects,
+    attempt,
+    on_first_rank,
+    raise_first,
+    rank_in,
+)
+from cp_megatron.checkpoint.shard_writer import DTYPE_NAMES
+
+
+@dataclass(frozen=True, kw_only=True)
+class CachedPlan:
+    """What this rank writes, as long as the tensors keep their signature.
+
+    Attributes:
+        signature: what the plan depends on.
+        items: the boxes that this rank writes.
+        tensors: on the first rank, the description of every tensor; on other ranks empty.
+    """
+
+    signature: tuple[object, ...]
+    items: Sequence[WriteItem]
+    tensors: Mapping[str, TensorEntry]
+
+    def boxes(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Returns the tensors to write by their keys; they share memory with the state's."""
+        planner = _planner()
+        planner.set_up_planner(dict(state))
+        boxes: dict[str, Tensor] = {}
+        for item in self.items:
+            data = planner.resolve_data(item)
+            assert isinstance(data, Tensor), item.index.fqn
+            boxes[_key(item)] = data.detach()
+        return boxes
+
+
+def plan_save(
+    state: Mapping[str, Tensor],
+    *,
+    group: Group,
+    cached: CachedPlan | None,
+    begin: Callable[[], None],
+) -> CachedPlan:
+    """Plans this rank's part of a checkpoint. Every rank calls this.
+
+    Args:
+        state: tensors by name; DTensors are written in parts.
+        group: the ranks that save.
+        cached: the plan of this rank's last save; it is returned if it is still valid.
+        begin: an action of the first rank, done before any rank returns.
+
+    Raises:
+        Exception: the first exception of any rank, on every rank.
+    """
+    signature, failure = attempt(lambda: _signature(state, group))
+    answers = all_gather_objects(
+        (cached is not None and cached.signature == signature, failure), group
+    )
+    raise_first([error for _, error in answers])
+    assert signature is not None
+    if cached is None or not all(valid for valid, _ in answers):
+        cached = _new_plan(state, signature, group)
+    on_first_rank(begin, group)
+    return cached
+
+
+def _signature(state: Mapping[str, Tensor], group: Group) -> tuple[object, ...]:
+    tensors = [
+        (name, x.dtype, x.shape, (x.device_mesh, x.placements) if isinstance(x, DTensor) else ())
+        for name, x in state.items()
+    ]
+    return group, *tensors
+
+
+def _new_plan(
+    state: Mapping[str, Tensor], signature: tuple[object, ...], group: Group
+) -> CachedPlan:
+    planner, tensors = _planner(), dict[str, TensorEntry]()
+
+    def local() -> SavePlan:
+        planner.set_up_planner(dict(state), is_coordinator=rank_in(group) == 0)
+        return SavePlan(storable(planner.create_local_plan().items))
+
+    def merge() -> list[SavePlan]:
+        assigned, metadata = planner.create_global_plan([plan for plan, _ in answers])
+        tensors.update(_tensor_entries(metadata, assigned))
+        return assigned
+
+    answers = all_gather_objects(attempt(local), group)
+    raise_first([error for _, error in answers])
+    items = on_first_rank(merge, group)[rank_in(group)].items
+    return CachedPlan(signature=signature, items=items, tensors=tensors)
+
+
+def _planner() -> DefaultSavePlanner:
+    return DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+
+
+def storable(items: Sequence[WriteItem]) -> list[WriteItem]:
+    """Returns the items without empty boxes, from ranks that hold no part of a tensor.
+
+    An empty box can have the same offsets as another rank's box, which the planner would take for
+    its duplicate.
+
+    Raises:
+        TypeError: an item is not a tensor, or has a dtype that a checkpoint cannot hold.
+    """
+    for item in items:
+        if item.type is WriteItemType.BYTE_IO or item.tensor_data is None:
+            raise TypeError(f"{item.index.fqn} is not a tensor, and a checkpoint stores no pickles")
+        if item.tensor_data.properties.dtype not in DTYPE_NAMES:
+            dtype = item.tensor_data.properties.dtype
+            raise TypeError(f"{item.index.fqn}: a checkpoint cannot hold {dtype}")
+    return [item for item in items if _sizes(item).numel() > 0]
+
+
+def _tensor_entries(metadata: Metadata, plans: Sequence[SavePlan]) -> dict[str, TensorEntry]:
+    places = {
+        (item.index.fqn, item.index.offset): (shard_file(rank), _key(item))
+        for rank, plan in enumerate(plans)
+        for item in plan.items
+    }
+    entries = {}
+    for name, tensor in metadata.state_dict_metadata.items():
+        assert isinstance(tensor, TensorStorageMetadata)
+        chunks = []
+        for chunk in tensor.chunks:
+            file, key = places[name, chunk.offsets]
+            offsets, sizes = tuple(chunk.offsets), tuple(chunk.sizes)
+            chunks.append(ChunkEntry(offsets=offsets, sizes=sizes, file=file, key=key))
+        dtype = DTYPE_NAMES[tensor.properties.dtype]
+        shape = tuple(tensor.size)
+        entries[name] = TensorEntry(dtype=dtype, shape=shape, chunks=tuple(chunks))
+    return entries
+
+
+def shard_file(rank: int) -> str:
+    """Returns the name of the file that a rank writes."""
+    return f"rank-{rank:05d}.safetensors"
+
+
+def _sizes(item: WriteItem) -> torch.Size:
+    assert item.tensor_data is not None
+    return item.tensor_data.chunk.sizes
+
+
+def _key(item: WriteItem) -> str:
+    """Returns a box's key; a whole tensor keeps its name, so that other programs can read it."""
+    assert item.tensor_data is not None
+    if _sizes(item) == item.tensor_data.size:
+        return item.index.fqn
+    return f"{item.index.fqn}@{','.join(map(str, item.tensor_data.chunk.offsets))}"
