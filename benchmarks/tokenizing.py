@@ -32,7 +32,8 @@ from pathlib import Path
 import numpy as np
 
 from cp_megatron.config.words import read_options
-from cp_megatron.data.prepare.prepare import Request, cores, prepare
+from cp_megatron.data.prepare.prepare import cores, prepare
+from cp_megatron.data.prepare.request import Request
 from cp_megatron.data.read.indexed import IndexedDataset, optimal_dtype
 from cp_megatron.data.read.text_files import load_text_files
 from cp_megatron.data.tokenize.tokenizer import ByteTokenizer
@@ -110,7 +111,7 @@ def run_ours(source: Path, tokenizer: str, prefix: Path) -> float:
     for suffix in (".bin", ".idx"):
         Path(f"{prefix}_text_document{suffix}").unlink(missing_ok=True)
     request = Request(
-        inputs=(str(source),),
+        input=(str(source),),
         output_prefix=str(prefix),
         tokenizer_type="huggingface",
         tokenizer_model=tokenizer,
