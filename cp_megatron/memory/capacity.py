@@ -22,7 +22,7 @@ from cp_megatron.memory.exchange_buffers import schedules
 from cp_megatron.memory.predict import predict
 from cp_megatron.plan.rehearsal import rehearse
 from cp_megatron.preflight.run_plan import DeviceName, RunPlan
-from cp_megatron.spec.parameter_table import num_parameters
+from cp_megatron.spec import ModelSpec
 
 _MEMORY_FILES = (
     Path("/sys/fs/cgroup/memory.max"),
@@ -37,7 +37,8 @@ def checkpoint_bytes(plan: RunPlan) -> int:
     """Returns the bytes of one checkpoint on all ranks: parameters and their two moments."""
     sizes = {"vocab_size": plan.padded_vocab_size, "seq_length": plan.config.data.seq_length}
     element = 8 if plan.dtype == "float64" else 4
-    return num_parameters(plan.config.model, **sizes) * element * (1 + _MOMENTS)
+    spec = ModelSpec.of(plan.config.model, **sizes)
+    return spec.num_parameters() * element * (1 + _MOMENTS)
 
 
 def check_disk(plan: RunPlan, *, other_machine: bool = False) -> str:

@@ -9,7 +9,7 @@ from cp_megatron.plan import Schedule
 from cp_megatron.plan.buffer_sizes import AttentionSizes as Operands
 from cp_megatron.plan.buffer_sizes import BufferSizes as Rooms
 from cp_megatron.preflight.run_plan import RunPlan
-from cp_megatron.preflight.sequence import local_heads
+from cp_megatron.spec import local_heads
 
 __all__ = ["Operands", "Rooms", "lay_backward", "lay_forward", "schedules"]
 

@@ -28,7 +28,8 @@ from cp_megatron.context_parallel import ContextParallel
 from cp_megatron.memory import predict as kinds
 from cp_megatron.memory.live_bytes import LiveBytes, plain
 from cp_megatron.memory.predict import Held
-from cp_megatron.model.transformer import Transformer, TransformerLayer
+from cp_megatron.model.layer import TransformerLayer
+from cp_megatron.model.transformer import Transformer
 
 _PARTS = (
     ("attention_norm", kinds.ATTENTION_NORM),
@@ -255,7 +256,7 @@ class _Place:
         """For what autograd saves here: of a layer itself these are attention's or the inputs."""
         name = self._inside[-1]
         layer = self._model.get_submodule(name)
-        if isinstance(layer, TransformerLayer) and layer.recompute != "none":
+        if isinstance(layer, TransformerLayer) and layer.memory.granularity != "none":
             return kinds.INPUTS
         return self._named(name)
 

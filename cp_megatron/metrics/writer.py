@@ -15,10 +15,8 @@ from types import MappingProxyType
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
-from cp_megatron.config import ModelConfig
 from cp_megatron.config.files.run_folders import METRICS_FILE
 from cp_megatron.metrics.wandb_log import WandbRun
-from cp_megatron.spec.parameter_table import matmul_parameters
 
 # Dense bfloat16 FLOP/s from the data sheets.
 PEAK_FLOPS: Mapping[str, float] = MappingProxyType(
@@ -128,26 +126,6 @@ def keep_aside(file: Path, step: int) -> Path:
         aside = file.with_name(f"{file.stem}-step-{step}.{number}{file.suffix}")
     shutil.copyfile(file, aside)
     return aside
-
-
-def training_flops(
-    model: ModelConfig, *, padded_vocab_size: int, num_tokens: float, num_pairs: float
-) -> float:
-    """Forward and backward FLOPs; recomputation is not counted.
-
-    6 per matrix parameter and token (Kaplan et al. 2020, arXiv:2001.08361, table 1) and 12 per
-    attended pair and channel of the queries: two products, each once forward, twice backward.
-
-    Args:
-        model: the model.
-        padded_vocab_size: rows of the embedding.
-        num_tokens: tokens trained on.
-        num_pairs: pairs of a query and a key that it attends, over all rows; of layers that
-            differ, their mean.
-    """
-    matrices = matmul_parameters(model, padded_vocab_size)
-    channels = model.num_layers * model.num_attention_heads * model.head_dim
-    return 6.0 * matrices * num_tokens + 12.0 * num_pairs * channels
 
 
 def peak_flops(device: torch.device) -> float | None:

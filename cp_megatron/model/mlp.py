@@ -1,4 +1,4 @@
-"""The feed-forward block: two or three linears around an activation. Receives no group.
+"""The feed-forward block: two or three linears around an activation. It receives no group.
 
 Shapes: b batch, s sequence of one context parallel rank, h hidden, f ffn.
 """
@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cp_megatron.config.schema import ModelConfig
-from cp_megatron.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from cp_megatron.spec import MLPSpec
+from cp_megatron.tensor_parallel import ColumnParallelLinear, RowParallelLinear, TensorParallel
 
 
 class MLP(nn.Module):
@@ -18,32 +18,20 @@ class MLP(nn.Module):
     GELU is the tanh form of Hendrycks and Gimpel (arXiv:1606.08415), as in GPT-2.
     """
 
-    def __init__(self, config: ModelConfig, *, down: RowParallelLinear) -> None:
+    def __init__(self, spec: MLPSpec, *, tp: TensorParallel) -> None:
         super().__init__()
-        sizes = config.hidden_size, config.ffn_size
-        bias = not config.disable_bias_linear
-        self.gate = ColumnParallelLinear(*sizes, bias=bias) if config.swiglu else None
-        self.up = ColumnParallelLinear(*sizes, bias=bias)
-        self.down = down
+        self.gate = None if spec.gate is None else ColumnParallelLinear(spec.gate, tp=tp)
+        self.up = ColumnParallelLinear(spec.up, tp=tp)
+        self.down = RowParallelLinear(spec.down, tp=tp)
 
-    def locals(self) -> dict[str, Tensor]:
-        """The parameters' parts that this tp rank computes with, named as here."""
-        linears = {"gate": self.gate, "up": self.up, "down": self.down}
-        return {
-            f"{name}.{own}": value
-            for name, linear in linears.items()
-            if linear is not None
-            for own, value in linear.locals().items()
-        }
+    def forward(self, x: Tensor, gradient_only: bool = False) -> Tensor:
+        """[b, s, h] -> this rank's summand [b, s, h] of what is added to the residual stream.
 
-    def forward(self, x: Tensor, forgotten: bool = False) -> Tensor:
-        """[b, s, h], entered into tensor parallelism -> residual stream.
-
-        ``forgotten``: as in ``RowParallelLinear``.
+        ``gradient_only`` is described in ``RowParallelLinear``.
         """
         wide = self.up(x)  # [b, s, f/tp]
         if self.gate is None:
             wide = F.gelu(wide, approximate="tanh")
         else:
             wide = F.silu(self.gate(x)) * wide
-        return self.down(wide, forgotten=forgotten)
+        return self.down(wide, gradient_only)

@@ -1,8 +1,8 @@
-"""From a model on the meta device to one spread over the grid: TP by DTensor, dp x cp by FSDP2.
+"""From a model on the meta device to one spread over the grid: tp by DTensor, dp x cp by FSDP2.
 
-One unit (a layer) at a time gets memory, its initial values and its sharding, so no rank ever
-holds more than one layer that is not sharded (and one global tensor on the CPU). A world of one
-rank takes the same path.
+Memory, initial values and sharding are given to one unit (a layer) at a time, so no rank ever holds
+more than one unsharded layer, plus one global tensor on the CPU. A world of one rank takes the same
+path.
 """
 
 from __future__ import annotations
@@ -40,20 +40,20 @@ def build_model(
 ) -> Transformer:
     """The initialised model, ready to train.
 
-    Parameters are DTensors, split over the tp axis as their modules say and over dp x cp by FSDP2.
-    Gradients are *summed* over dp x cp. With bfloat16 the parameters are float32, computed with in
-    bfloat16, and their gradients are reduced in float32.
+    Parameters are DTensors, split over the tp axis as the spec says and over dp x cp by FSDP2.
+    Gradients are *summed* over dp x cp. With bfloat16 the parameters are float32, the computation
+    is in bfloat16, and gradients are reduced in float32.
 
     Args:
         config: the run; ``model``, ``parallel``, ``train.seed`` and the sequence length are read.
         groups: this rank's groups.
-        vocab_size: ids the data can hold.
-        dtype: what is computed in.
+        vocab_size: number of ids in the data.
+        dtype: the compute type.
         device: where the parameters live.
-        initialize: draw the initial weights; False leaves zeros, for who loads others over them.
+        initialize: draw the initial weights; False leaves zeros for a caller that loads others.
 
     Raises:
-        ConfigError: the model does not divide over the tp axis.
+        ConfigError: the tp ranks cannot share the model.
     """
     with torch.device("meta"):
         model = Transformer(
@@ -66,24 +66,36 @@ def build_model(
         )
     stored = torch.float64 if dtype == "float64" else torch.float32
 
-    def fill(unit: nn.Module, prefix: str) -> None:
-        for name, owner, attribute, spec in list(named_specs(unit)):
-            parameter = owner.get_parameter(attribute)
-            if not parameter.is_meta:
-                continue  # a layer's, seen again from the root
+    def fill(unit: nn.Module, prefix: str = "") -> None:
+        for owner, attribute, spec in list(named_specs(unit, prefix)):
+            if not owner.get_parameter(attribute).is_meta:
+                continue  # a layer's parameter, reached again from the root
             if initialize:
-                value = initial_value(
-                    prefix + name,
-                    parameter.shape,
-                    spec,
-                    config=config.model,
-                    seed=config.train.seed,
-                )
+                value = initial_value(spec, config=config.model, seed=config.train.seed)
             else:
-                value = torch.zeros((), dtype=stored).expand(parameter.shape)  # no memory
+                value = torch.zeros((), dtype=stored).expand(spec.shape)  # no memory
             placed = place(value.to(stored), spec, groups.meshes["tp"], device)
             owner.register_parameter(attribute, nn.Parameter(placed))
 
+    shard = _sharding(config, groups, dtype, device)
+    for name, layer in model.layers.items():
+        fill(layer, f"layers.{name}")
+        shard(layer)
+    fill(model)
+    shard(model)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            # Sum gradients over the ranks; the default is the mean.
+            module.set_gradient_divide_factor(1.0)
+            # Otherwise the factor is passed to the backend as a scaled sum, which gloo lacks.
+            module.set_force_sum_reduction_for_comms(True)
+    return model
+
+
+def _sharding(
+    config: Config, groups: ParallelGroups, dtype: ComputeDType, device: torch.device | str
+) -> partial[FSDPModule]:
+    """``fully_shard`` over dp x cp with the precision and the place of the parameters."""
     policy = MixedPrecisionPolicy()
     if dtype == "bfloat16":
         policy = MixedPrecisionPolicy(
@@ -95,22 +107,6 @@ def build_model(
     offload = OffloadPolicy()
     if config.memory.optimizer_cpu_offload:
         offload = CPUOffloadPolicy(pin_memory=torch.device(device).type == "cuda")
-    shard = partial(
+    return partial(
         fully_shard, mesh=groups.meshes["dp_cp"], mp_policy=policy, offload_policy=offload
     )
-    for name, layer in model.layers.items():
-        fill(layer, f"layers.{name}.")
-        shard(layer)
-    fill(model, "")
-    shard(model)
-    sum_gradients(model)
-    return model
-
-
-def sum_gradients(model: nn.Module) -> None:
-    """Let FSDP sum gradients over its ranks; its default is the mean."""
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.set_gradient_divide_factor(1.0)
-            # Without it the factor is handed to the backend as a scaled sum, which gloo lacks.
-            module.set_force_sum_reduction_for_comms(True)

@@ -1,8 +1,8 @@
-"""Recomputation: keep a function's inputs for backward and call it again there.
+"""Recomputation: keep the inputs of a function for backward and call it again there.
 
-Chen et al. 2016, arXiv:1604.06174, as torch's own non-reentrant ``checkpoint`` does it. What is new
-here is a ``Pass``: the function is told whether it runs for the first time or again, so that what
-nobody reads is not computed at all.
+This is torch's own non-reentrant ``checkpoint`` (Chen et al. 2016, arXiv:1604.06174) with one
+addition: a ``Pass`` tells the function whether it runs for the first or for the second time, so
+that it can leave out results that are not read in the second.
 """
 
 from __future__ import annotations
@@ -20,40 +20,42 @@ class Pass:
     """Which run of a recomputed function this is.
 
     Attributes:
-        again: this is the second one, in backward: only what autograd saves of it is read.
+        is_second: this is the run in backward: only what autograd saves of it is read.
     """
 
     def __init__(self) -> None:
-        self.again = False
+        self.is_second = False
 
     @contextmanager
     def second(self) -> Iterator[None]:
-        """Inside, ``again`` holds."""
-        self.again = True
+        """A context in which ``is_second`` holds."""
+        self.is_second = True
         try:
             yield
         finally:
-            self.again = False
+            self.is_second = False
 
 
 def recomputed(
     function: Callable[..., Result],
     *args: object,
+    which: Pass | None = None,
     hooks: AbstractContextManager[object] | None = None,
 ) -> Result:
-    """Call ``function(pass, *args)``, keep its inputs alone for backward, call it again there.
+    """Calls ``function(*args)``, keeps only the arguments, and calls it again in backward.
 
     Args:
         function: gives the same results both times.
-        args: never captured by it: a captured name may mean something else by then.
-        hooks: a context that says where the inputs are kept; by default where they are.
+        args: everything that differs between calls. It must not be captured instead: a captured
+            name may refer to something else by then.
+        which: is in its second run while the function is called again.
+        hooks: a context that decides where the arguments are kept; by default where they are.
     """
-    which = Pass()
 
     def contexts() -> tuple[AbstractContextManager[object], AbstractContextManager[object]]:
-        return nullcontext(), which.second()
+        return nullcontext(), which.second() if which else nullcontext()
 
     with hooks or nullcontext():
         return checkpoint(  # type: ignore[return-value]
-            function, which, *args, use_reentrant=False, context_fn=contexts
+            function, *args, use_reentrant=False, context_fn=contexts
         )

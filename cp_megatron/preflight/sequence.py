@@ -11,13 +11,14 @@ import math
 from dataclasses import dataclass, replace
 
 from cp_megatron.comm.runtime import Launch
-from cp_megatron.config import Config, ModelConfig
+from cp_megatron.config import Config
 from cp_megatron.data.rows.packing import row_mask
 from cp_megatron.errors import ConfigError
 from cp_megatron.plan import Grid, Mask, Schedule, SequenceLayout
 from cp_megatron.plan.exchange import Sizes, check_exchange
 from cp_megatron.plan.layout import auto_layout, sequence_divisor
 from cp_megatron.preflight.rules import multiples
+from cp_megatron.spec import local_heads
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,14 +103,6 @@ def plan_sequence(
     if grid.cp == 1:
         return plan
     return _with_exchange(plan, config, grid, launch, one_node)
-
-
-def local_heads(model: ModelConfig, tp: int) -> tuple[int, int]:
-    """Query heads and key/value heads of one of ``tp`` tensor parallel ranks.
-
-    With fewer key/value heads than ranks each rank has one, shared with its neighbours.
-    """
-    return model.num_attention_heads // tp, max(1, model.num_kv_heads // tp)
 
 
 def ranks_together(grid: Grid, ranks_per_node: int) -> int:

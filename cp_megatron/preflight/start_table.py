@@ -22,7 +22,7 @@ from cp_megatron.errors import ConfigError
 from cp_megatron.preflight.run_plan import RunPlan, dtype_on
 from cp_megatron.preflight.save_and_load import FinishedError, model_name
 from cp_megatron.preflight.sequence import SequencePlan
-from cp_megatron.spec.parameter_table import num_parameters, parameters_on_rank
+from cp_megatron.spec import ModelSpec
 
 Line = tuple[str, str]
 """A label and its value."""
@@ -140,8 +140,8 @@ def _model(plan: RunPlan) -> Iterator[Line]:
     vocabulary = f"{plan.vocab_size} tokens padded to {plan.padded_vocab_size}"
     yield "vocabulary", f"{config.data.tokenizer_type}, {vocabulary}"
     sizes = {"vocab_size": plan.padded_vocab_size, "seq_length": config.data.seq_length}
-    total = num_parameters(model, **sizes)
-    most = parameters_on_rank(model, **sizes, grid=plan.grid, rank=0)
+    spec = ModelSpec.of(model, **sizes)
+    total, most = spec.num_parameters(), spec.parameters_on_rank(plan.grid, 0)
     yield "parameters", f"{total:,} in all, {most:,} on a rank (tp, then sharded over dp x cp)"
     padding = f" ({sequence.padding:,} of padding)" if sequence.padding else ""
     on_rank = f"{sequence.layout.shard_len:,} of them on a rank"

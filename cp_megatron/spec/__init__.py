@@ -1,1 +1,25 @@
-"""What a model is, as data: its parameters, where they lie, what they cost. No torch."""
+"""What a model is, as data: its parameters, how they are split, what they cost. No torch."""
+
+from cp_megatron.spec.layer_spec import LayerSpec, MLPSpec
+from cp_megatron.spec.mixer import AttentionSpec, local_heads
+from cp_megatron.spec.model_spec import ModelSpec
+from cp_megatron.spec.parameter import BlockSpec, Init, ParameterSpec
+from cp_megatron.spec.pieces import EmbeddingSpec, HeadSpec, LinearSpec, NormSpec, PositionsSpec
+from cp_megatron.spec.sizes import ActivationSizes
+
+__all__ = [
+    "ActivationSizes",
+    "AttentionSpec",
+    "BlockSpec",
+    "EmbeddingSpec",
+    "HeadSpec",
+    "Init",
+    "LayerSpec",
+    "LinearSpec",
+    "MLPSpec",
+    "ModelSpec",
+    "NormSpec",
+    "ParameterSpec",
+    "PositionsSpec",
+    "local_heads",
+]

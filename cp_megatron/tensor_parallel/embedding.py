@@ -13,27 +13,21 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.tensor import Shard
 
+from cp_megatron.spec import EmbeddingSpec, HeadSpec
 from cp_megatron.tensor_parallel.fused_loss import LossRule, vocab_parallel_fused_loss
-from cp_megatron.tensor_parallel.parameters import (
-    ParameterSpec,
-    SpecifiedModule,
-    TensorParallel,
-    local_weight,
-)
+from cp_megatron.tensor_parallel.group import TensorParallel
+from cp_megatron.tensor_parallel.placement import SpecifiedModule, local_weight
 
 
 class VocabParallelEmbedding(SpecifiedModule):
-    """Rows of the table are split: each rank looks up the tokens it has, the sum is the result."""
+    """The rows of the table are split: each rank looks up the ids it has, and the sum is taken."""
 
-    def __init__(
-        self, vocab_size: int, padded_vocab: int, hidden_size: int, *, tp: TensorParallel
-    ) -> None:
-        super().__init__()
+    weight: nn.Parameter
+
+    def __init__(self, spec: EmbeddingSpec, *, tp: TensorParallel) -> None:
+        super().__init__(spec, tp)
         self.tp = tp
-        self.weight = nn.Parameter(torch.empty(padded_vocab, hidden_size))
-        self.specs = {"weight": ParameterSpec(placement=Shard(0), init="normal", rows=vocab_size)}
 
     def forward(self, tokens: Tensor) -> Tensor:
         """[b, s] int64 in [0, vocabulary) -> residual stream [b, s, h] (or [b, s/tp, h])."""
@@ -42,34 +36,20 @@ class VocabParallelEmbedding(SpecifiedModule):
             return F.embedding(tokens, weight)
         local = tokens - self.tp.rank * weight.shape[0]
         elsewhere = (local < 0) | (local >= weight.shape[0])
-        found = F.embedding(local.masked_fill(elsewhere, 0), weight)
-        return self.tp.leave(found.masked_fill(elsewhere.unsqueeze(-1), 0.0))
+        vectors = F.embedding(local.masked_fill(elsewhere, 0), weight)
+        return self.tp.leave(vectors.masked_fill(elsewhere.unsqueeze(-1), 0.0))
 
 
 class VocabParallelHead(SpecifiedModule):
     """Logits of this rank's part of the vocabulary; those of padding are -inf.
 
-    Args:
-        tied: own no weight; ``forward`` is given the embedding's.
+    With tied weights it has no parameter, and its methods are given the embedding's.
     """
 
-    weight: nn.Parameter | None
-
-    def __init__(
-        self,
-        vocab_size: int,
-        padded_vocab: int,
-        hidden_size: int,
-        *,
-        tied: bool,
-        tp: TensorParallel,
-    ) -> None:
-        super().__init__()
+    def __init__(self, spec: HeadSpec, *, tp: TensorParallel) -> None:
+        super().__init__(spec, tp)
         self.tp = tp
-        self.vocab_size = vocab_size
-        weight = None if tied else nn.Parameter(torch.empty(padded_vocab, hidden_size))
-        self.register_parameter("weight", weight)
-        self.specs = {"weight": ParameterSpec(placement=Shard(0), init="normal", rows=vocab_size)}
+        self.vocab_size = spec.vocab_size
 
     def forward(self, x: Tensor, tied_weight: Tensor | None = None) -> Tensor:
         """Residual stream -> logits [b, s, v/tp].
@@ -94,13 +74,11 @@ class VocabParallelHead(SpecifiedModule):
 
     def _weight(self, tied: Tensor | None) -> Tensor:
         """[v/tp, h]"""
-        parameter = self.weight if tied is None else tied
-        assert parameter is not None, "a tied head needs the embedding's weight"
-        return local_weight(parameter)
+        return self.local("weight") if tied is None else local_weight(tied)
 
 
 class _HidePadding(torch.autograd.Function):
-    """Sets the columns from ``first`` on to -inf in place: no copy of the largest tensor there is.
+    """Sets the columns from ``first`` on to -inf in place: logits are too large to be copied.
 
     Backward: identity, because the gradient there is zero already.
     """

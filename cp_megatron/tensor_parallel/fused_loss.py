@@ -1,10 +1,10 @@
-"""The head and the loss in one: cross-entropy of hidden states, without the logits of all tokens.
+"""Head and loss fused: the cross-entropy of hidden states, without the logits of all tokens.
 
 Logits are the largest tensor of a model with a large vocabulary: 32K tokens x 128K ids are 16 GiB.
-Here a few tokens at a time are multiplied with the head's weight, give their losses and at once
-their gradients, and are forgotten. Of the whole sequence only gradients stay, which are as wide as
-the hidden states (the idea of Liger Kernel, Hsu et al. 2024, arXiv:2410.10989, here over a
-vocabulary split by tensor parallelism):
+Here the head's weight multiplies a chunk of tokens at a time; the losses and the gradients of the
+chunk are computed at once, and its logits are freed. Only gradients remain of the whole sequence,
+and they are as wide as the hidden states (the idea of Liger Kernel, Hsu et al. 2024,
+arXiv:2410.10989, here over a vocabulary split by tensor parallelism):
 
     rows of the residual stream   |  c  |  c  |  c  |
                                      |
@@ -16,9 +16,8 @@ vocabulary split by tensor parallelism):
                 v                                       v
         dx [b, c, h], summed over tp         dw [v/tp, h] += d logits^T x
 
-Gradients in forward are those of the plain *sum* of the losses: the true ones are a multiple, known
-in backward. dw exists no longer than it would anyway: at the end of forward, where it is computed,
-all activations are there, which is where the memory of a step is highest with or without it.
+Forward computes the gradients of the plain *sum* of the losses; the true ones are a multiple, which
+backward knows. dw exists from the end of forward on, when all activations exist.
 
 Shapes: b batch, r rows of the residual stream, s = r, with sequence parallelism r * tp, tokens,
 h hidden, v padded vocabulary, c rows of a chunk, n tokens of a chunk.
@@ -36,18 +35,19 @@ from torch import Tensor
 from cp_megatron.comm.nonblocking import start_all_gather, start_reduce_scatter
 from cp_megatron.comm.trace import traced
 from cp_megatron.config import tokens_with_logits
+from cp_megatron.tensor_parallel.group import TensorParallel
 from cp_megatron.tensor_parallel.loss import IGNORED, accumulation_dtype
-from cp_megatron.tensor_parallel.parameters import TensorParallel
 
 
 @dataclass(frozen=True, kw_only=True)
 class LossRule:
-    """What is summed, and how much of it at once.
+    """Which loss is trained, and how many tokens are computed at once.
 
     Attributes:
-        chunk_size: tokens whose logits exist at once; None: see ``tokens_with_logits``.
-        z_loss_coeff: adds this times the square of each token's log-sum-exp to what is trained
-            (Chowdhery et al. 2022, arXiv:2204.02311, section 5), so that logits do not drift.
+        chunk_size: number of tokens whose logits exist at once; None: see ``tokens_with_logits``.
+        z_loss_coeff: adds this times the square of each token's log-sum-exp to the loss that is
+            trained, so that logits do not drift (Chowdhery et al. 2022, arXiv:2204.02311, section
+            5).
     """
 
     chunk_size: int | None = None
@@ -63,21 +63,21 @@ def vocab_parallel_fused_loss(
     tp: TensorParallel,
     rule: LossRule,
 ) -> tuple[Tensor, Tensor]:
-    """The sum of the tokens' losses, to be trained, and each token's cross-entropy, to be seen.
+    """The sum of the losses, which is trained, and the cross-entropy of each token, for metrics.
 
     Args:
         x: residual stream [b, r, h] of any floating dtype, as ``TensorParallel.enter`` takes it.
         weight: [v/tp, h], this rank's part of the head in rank order.
-        labels: [b, s] int64, alike on all tp ranks; -100 marks a token that does not count.
-        vocab_size: ids before the padding.
+        labels: [b, s] int64, the same on all tp ranks; -100 marks a token that does not count.
+        vocab_size: number of ids without padding.
         tp: the group that shares the vocabulary.
-        rule: z-loss and the size of chunks.
+        rule: the z-loss and the size of chunks.
 
     Returns:
-        A scalar, the sum over counting tokens of cross-entropy and z-loss in nats, and [b, s] the
-        cross-entropies, which have no gradient and are exactly 0 for tokens that do not count.
-        Both float32 (float64 for float64), alike on all tp ranks. The gradient of ``x`` is the
-        true one, summed over the vocabulary; that of ``weight`` is this rank's part.
+        A scalar, the sum of cross-entropy and z-loss in nats over the tokens that count; and the
+        cross-entropies [b, s], which have no gradient and are exactly 0 for tokens that do not
+        count. Both are float32 (float64 for float64) and the same on all tp ranks. The gradient of
+        ``x`` is the true one, summed over the vocabulary; that of ``weight`` is this rank's part.
     """
     wanted = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     first_padding = vocab_size - tp.rank * weight.shape[0]
@@ -86,7 +86,7 @@ def vocab_parallel_fused_loss(
 
 
 class _FusedLoss(torch.autograd.Function):
-    """Forward computes the gradients of the sum, backward multiplies them: it can run once."""
+    """Forward computes the gradients of the sum; backward scales them in place, so it runs once."""
 
     @staticmethod
     def forward(
@@ -105,20 +105,20 @@ class _FusedLoss(torch.autograd.Function):
         total = x.new_zeros((), dtype=exact)
         dx = torch.empty_like(x) if wanted else None
         dw = torch.zeros_like(weight, dtype=exact) if wanted else None
-        # [b, tp * r] -> [b, tp, r]: the tokens of a chunk of rows are cut out of every rank's
+        # [b, tp * r] -> [b, tp, r]: a chunk of rows holds tokens of every rank
         by_rank = labels.unflatten(1, (gathered, num_rows))
-        seen = losses.unflatten(1, (gathered, num_rows))
+        losses_by_rank = losses.unflatten(1, (gathered, num_rows))
         tokens = tokens_with_logits(rule.chunk_size, weight.shape[0])
         at_once = chunk.tp.rows(tokens, batch)
         for start in range(0, num_rows, at_once):
             rows = slice(start, min(start + at_once, num_rows))
             with traced("head and loss"):
-                found = chunk.forward(x[:, rows], weight, by_rank[..., rows], wanted)
-                seen[..., rows] = found.losses
-                total += found.total
+                result = chunk.forward(x[:, rows], weight, by_rank[..., rows], wanted)
+                losses_by_rank[..., rows] = result.losses
+                total += result.total
                 if dx is not None and dw is not None:
-                    dx[:, rows] = chunk.backward(found, weight, dw)
-                del found  # or two chunks' logits would exist at once
+                    dx[:, rows] = chunk.backward(result, weight, dw)
+                del result  # otherwise the logits of two chunks would exist at once
         ctx.grads = dx, dw
         ctx.dtypes = x.dtype, weight.dtype
         ctx.mark_non_differentiable(losses)
@@ -135,31 +135,31 @@ class _FusedLoss(torch.autograd.Function):
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Found:
-    """Of a chunk: its inputs [n, h], gradient of its logits [n, v/tp], losses [b, tp, c], sum."""
+class _ChunkLoss:
+    """What backward needs of a chunk, and its losses."""
 
-    x: Tensor
-    dlogits: Tensor
-    losses: Tensor
+    x: Tensor  # [n, h]
+    dlogits: Tensor  # [n, v/tp]
+    losses: Tensor  # [b, tp, c]
     total: Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Chunk:
-    """One chunk's logits, from rows to losses and back.
+    """Computes one chunk, from rows to losses and back.
 
     Attributes:
         tp: the group that shares the vocabulary.
-        num_valid: columns of this rank before the vocabulary's padding.
-        z_loss_coeff: of ``LossRule``.
+        num_valid: number of this rank's columns that are not padding.
+        z_loss_coeff: as in ``LossRule``.
     """
 
     tp: TensorParallel
     num_valid: int
     z_loss_coeff: float
 
-    def forward(self, rows: Tensor, weight: Tensor, labels: Tensor, wanted: bool) -> _Found:
-        """Rows [b, c, h] and labels [b, tp, c] -> losses, and the gradient where it is wanted."""
+    def forward(self, rows: Tensor, weight: Tensor, labels: Tensor, wanted: bool) -> _ChunkLoss:
+        """Rows [b, c, h] and labels [b, tp, c] -> losses, and their gradient if it is wanted."""
         # [b, c, h] -> [b, tp * c, h] -> [n, h]
         x = self._enter(rows).flatten(0, 1)
         logits = x @ weight.T  # [n, v/tp]
@@ -169,7 +169,7 @@ class _Chunk:
         exact[:, self.num_valid :] = float("-inf")
         local = labels.flatten() - self.tp.rank * width
         here = (local >= 0) & (local < width)  # never for IGNORED
-        local = local.clamp(0, width - 1).unsqueeze(1)  # an index also where the label is elsewhere
+        local = local.clamp(0, width - 1).unsqueeze(1)  # valid even if the label is elsewhere
         target = torch.where(here, exact.gather(1, local).squeeze(1), 0.0)
         # exact becomes exp(logit - maximum), of this rank's columns
         least = torch.finfo(exact.dtype).min  # a rank that holds only padding has no maximum
@@ -186,20 +186,20 @@ class _Chunk:
             scale = torch.exp(maximum - lse) * (1 + 2 * self.z_loss_coeff * lse)
             exact.mul_(torch.where(counts, scale, 0.0).unsqueeze(1))
             exact.scatter_add_(1, local, -here.to(exact.dtype).unsqueeze(1))
-        return _Found(x=x, dlogits=exact, losses=losses.view(labels.shape), total=total)
+        return _ChunkLoss(x=x, dlogits=exact, losses=losses.view(labels.shape), total=total)
 
-    def backward(self, found: _Found, weight: Tensor, dw: Tensor) -> Tensor:
+    def backward(self, result: _ChunkLoss, weight: Tensor, dw: Tensor) -> Tensor:
         """Adds to ``dw`` [v/tp, h] and returns the gradient of the rows [b, c, h]."""
-        dlogits = found.dlogits.to(found.x.dtype)
+        dlogits = result.dlogits.to(result.x.dtype)
         if dw.dtype == dlogits.dtype:
-            torch.addmm(dw, dlogits.T, found.x, out=dw)
+            torch.addmm(dw, dlogits.T, result.x, out=dw)
         else:
-            dw += dlogits.T @ found.x
-        batch = found.losses.shape[0]
+            dw += dlogits.T @ result.x
+        batch = result.losses.shape[0]
         return self._leave((dlogits @ weight).unflatten(0, (batch, -1)))
 
     def _enter(self, rows: Tensor) -> Tensor:
-        """What ``TensorParallel.enter`` makes of these rows alone."""
+        """``TensorParallel.enter`` of these rows, without autograd."""
         if not self.tp.splits_sequence:
             return rows
         assert self.tp.group is not None

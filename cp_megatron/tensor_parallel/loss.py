@@ -1,6 +1,6 @@
 """Cross-entropy on logits whose vocabulary is split over the tp ranks.
 
-The full logits never exist on one rank: one number per token is reduced for the maximum and two
+The full logits never exist on one rank: per token, one number is reduced for the maximum and two
 for the sum (Megatron-LM, Shoeybi et al. 2019, arXiv:1909.08053 section 3).
 
 Shapes: .. tokens, v padded vocabulary.
@@ -25,14 +25,14 @@ def vocab_parallel_cross_entropy(
 
     Args:
         logits: [.., v/tp] of any floating dtype, this rank's part in rank order; -inf for padding.
-        labels: [..] int64, ids of the whole vocabulary, alike on all ranks of the group; -100
+        labels: [..] int64, ids of the whole vocabulary, the same on all ranks of the group; -100
             marks a token that does not count.
         group: the tp group; None is one rank.
 
     Returns:
-        [..] float32 (float64 for float64 logits), alike on all ranks; exactly 0 for tokens that do
-        not count. The gradient of ``logits`` has their dtype, is this rank's part of the true one,
-        exactly 0 for padding and for tokens that do not count, and needs no message.
+        [..] float32 (float64 for float64 logits), the same on all ranks; exactly 0 for tokens that
+        do not count. The gradient of ``logits`` has their dtype, is this rank's part of the true
+        one, exactly 0 for padding and for tokens that do not count, and needs no message.
     """
     return _VocabParallelCrossEntropy.apply(logits, labels, group)
 
@@ -44,7 +44,7 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         width = logits.shape[-1]
         local = labels - rank * width
         here = (local >= 0) & (local < width)  # never for IGNORED, which is negative
-        local = local.clamp(0, width - 1)  # [..], an index also where the label is elsewhere
+        local = local.clamp(0, width - 1)  # [..], a valid index even if the label is elsewhere
 
         exact = logits.to(accumulation_dtype(logits.dtype))
         target = exact.gather(-1, local.unsqueeze(-1)).squeeze(-1)
@@ -66,7 +66,7 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What losses of logits of this type are computed in."""
+    """The type in which sums of numbers of ``dtype`` (losses, gradients) are accumulated."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 

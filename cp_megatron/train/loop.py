@@ -34,7 +34,6 @@ from cp_megatron.metrics.writer import (
     MetricsWriter,
     peak_flops,
     peak_memory,
-    training_flops,
 )
 from cp_megatron.preflight.run_plan import RunPlan
 from cp_megatron.train.optimizer import learning_rate
@@ -269,11 +268,8 @@ class Trainer:
         peak = peak_flops(self.train_step.device)
         if peak is None:
             return None
-        flops = training_flops(
-            self.plan.config.model,
-            padded_vocab_size=self.plan.padded_vocab_size,
-            num_tokens=num_tokens,
-            num_pairs=num_pairs,
+        flops = self.train_step.model.spec.training_flops(
+            num_tokens=num_tokens, num_pairs=num_pairs
         )
         return flops / seconds / (peak * self.train_step.groups.grid.world_size)
 

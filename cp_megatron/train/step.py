@@ -33,8 +33,8 @@ from cp_megatron.data.batch.batch import IGNORED, Batch
 from cp_megatron.faults.checks import ParameterSums
 from cp_megatron.faults.inject import Faults
 from cp_megatron.kernels.dropout import Dropout
-from cp_megatron.model.transformer import Transformer, layer_context
-from cp_megatron.preflight.sequence import local_heads
+from cp_megatron.model.transformer import Transformer
+from cp_megatron.spec import local_heads
 from cp_megatron.tensor_parallel import LossRule
 
 
@@ -116,7 +116,7 @@ class TrainStep:
         """
         cp = self.cp if batch.mask == self.cp.mask else self.cp.with_mask(batch.mask)
         model, tp = self.model.config, self.groups.grid.tp
-        contexts = Counter(layer_context(cp, model, layer) for layer in range(model.num_layers))
+        contexts = Counter(self.model.layer_contexts(cp))
         for context in contexts:
             context.prepare(*local_heads(model, tp), model.head_dim)
         pairs = sum(context.mask.pairs() * layers for context, layers in contexts.items())

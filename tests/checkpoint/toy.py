@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor
 
 from cp_megatron.checkpoint.load import load_checkpoint
 from cp_megatron.checkpoint.manifest import Manifest
@@ -15,10 +15,14 @@ from cp_megatron.checkpoint.save import save_checkpoint
 from cp_megatron.comm.groups import ParallelGroups
 from cp_megatron.config import Config
 from cp_megatron.plan import Grid
-from cp_megatron.tensor_parallel.parameters import ParameterSpec, place
+from cp_megatron.spec import ParameterSpec
+from cp_megatron.tensor_parallel import place
 
-ROWS, COLUMNS, WHOLE = Shard(0), Shard(1), Replicate()
-PARAMETERS: dict[str, tuple[tuple[int, ...], Shard | Replicate]] = {
+Split = dict[str, int]
+ROWS: Split = {"tp": 0}
+COLUMNS: Split = {"tp": 1}
+WHOLE: Split = {}
+PARAMETERS: dict[str, tuple[tuple[int, ...], Split]] = {
     "column": ((12, 6), ROWS),
     "row": ((6, 12), COLUMNS),
     "bias": ((8,), ROWS),
@@ -34,10 +38,10 @@ class Toy(nn.Module):
     def __init__(self, groups: ParallelGroups | None, dtype: torch.dtype) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(7)
-        for name, (shape, placement) in PARAMETERS.items():
+        for name, (shape, split) in PARAMETERS.items():
             value = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
             if groups is not None:
-                spec = ParameterSpec(placement=placement, init="zeros")
+                spec = ParameterSpec(name=name, shape=shape, init="zeros", split=split)
                 value = place(value, spec, groups.meshes["tp"], "cpu")
             self.register_parameter(name, nn.Parameter(value))
         self.tied = self.column

@@ -26,7 +26,7 @@ from cp_megatron.memory.memory_report import print_prediction
 from cp_megatron.preflight.check import check
 from cp_megatron.preflight.run_plan import RunPlan
 from cp_megatron.preflight.start_table import error_line, print_start
-from cp_megatron.spec.parameter_table import num_parameters
+from cp_megatron.spec import ModelSpec
 from cp_megatron.train.loop import DivergedError
 from cp_megatron.train.progress import ProgressView
 from cp_megatron.train.run import assemble
@@ -121,13 +121,12 @@ def sample(verdicts: dict[int, RunPlan | ConfigError], count: int) -> list[int]:
 
 def is_small(plan: RunPlan, line: Line) -> bool:
     config = plan.config
-    size = num_parameters(
-        config.model, vocab_size=plan.padded_vocab_size, seq_length=config.data.seq_length
-    )
+    length = config.data.seq_length
+    spec = ModelSpec.of(config.model, vocab_size=plan.padded_vocab_size, seq_length=length)
     rows = max(config.data.global_batch_size or 0, config.train.eval_iters)
     tokens = rows * config.data.seq_length
     return (
-        size < 2_000_000
+        spec.num_parameters() < 2_000_000
         and tokens <= 8192
         and config.data.seq_length <= 256
         and not line.names & LATER

@@ -47,10 +47,8 @@ def tiny(config: ModelConfig) -> Transformer:
         config, seq_length=SEQ, vocab_size=VOCAB, tp=None, sequence_parallel=False
     ).double()
     with torch.no_grad():
-        for name, owner, attribute, spec in named_specs(model):
-            parameter = owner.get_parameter(attribute)
-            drawn = initial_value(name, parameter.shape, spec, config=config, seed=1)
-            parameter.copy_(drawn)
+        for owner, name, spec in named_specs(model):
+            owner.get_parameter(name).copy_(initial_value(spec, config=config, seed=1))
     return model.eval()
 
 

@@ -11,7 +11,6 @@ import torch
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from cp_megatron.config import ModelConfig
 from cp_megatron.config.files.run_folders import METRICS_FILE
 from cp_megatron.metrics.writer import (
     Metrics,
@@ -19,9 +18,7 @@ from cp_megatron.metrics.writer import (
     keep_aside,
     peak_flops,
     peak_memory,
-    training_flops,
 )
-from cp_megatron.plan import Mask
 from cp_megatron.train.progress import ProgressView
 
 ROW = Metrics(
@@ -106,17 +103,6 @@ def test_nothing_set_aside_is_overwritten(tmp_path: Path) -> None:
         "config-step-4.yaml",
         file.name,
     ]
-
-
-def test_flops_by_hand() -> None:
-    model = ModelConfig(num_layers=2, hidden_size=8, num_attention_heads=2, num_query_groups=1)
-    mask = Mask.causal(4)
-    # Per layer q 8x8, k and v 4x8 each, output 8x8, up and down 32x8 each; the head is 16x8.
-    matrices = 2 * (64 + 2 * 32 + 64 + 2 * 256) + 16 * 8
-    # 10 pairs; scores and values are a product of 8 channels each, 2 FLOPs, 3 times.
-    attention = 2 * 10 * 8 * 2 * 2 * 3
-    flops = training_flops(model, padded_vocab_size=16, num_tokens=4, num_pairs=mask.pairs())
-    assert flops == 6 * matrices * 4 + attention
 
 
 def test_the_process_says_its_memory_and_no_peak_speed() -> None:

@@ -91,13 +91,9 @@ def plain_step(config: Config) -> Step:
         config.model, seq_length=SEQ, vocab_size=VOCAB, tp=None, sequence_parallel=False
     ).double()
     with torch.no_grad():
-        for name, owner, attribute, spec in named_specs(model):
-            parameter = owner.get_parameter(attribute)
-            parameter.copy_(
-                initial_value(
-                    name, parameter.shape, spec, config=config.model, seed=config.train.seed
-                )
-            )
+        for owner, name, spec in named_specs(model):
+            value = initial_value(spec, config=config.model, seed=config.train.seed)
+            owner.get_parameter(name).copy_(value)
     tokens, labels = batch()
     cp = ContextParallel(None, Mask.causal(SEQ), kernel="reference")
     logits = model(tokens, cp=cp)

@@ -7,12 +7,10 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import Shard
 
 from cp_megatron.config import ModelConfig
 from cp_megatron.model.initialize import initial_value
-from cp_megatron.tensor_parallel import ParameterSpec
-from cp_megatron.tensor_parallel.parameters import Init
+from cp_megatron.spec import Init, ParameterSpec
 
 CONFIG = ModelConfig(num_layers=8, init_method_std=0.02)
 
@@ -20,8 +18,8 @@ CONFIG = ModelConfig(num_layers=8, init_method_std=0.02)
 def value(
     name: str = "w", *shape: int, init: Init = "normal", rows: int | None = None, seed: int = 1
 ) -> Tensor:
-    spec = ParameterSpec(placement=Shard(0), init=init, rows=rows)
-    return initial_value(name, torch.Size(shape or (256, 64)), spec, config=CONFIG, seed=seed)
+    spec = ParameterSpec(name=name, shape=shape or (256, 64), init=init, rows=rows)
+    return initial_value(spec, config=CONFIG, seed=seed)
 
 
 def test_repeatable_and_different_by_name_and_seed() -> None:
@@ -64,7 +62,6 @@ def test_padding_is_zero_and_leaves_the_other_rows_alone() -> None:
 
 
 def test_only_the_model_decides() -> None:
-    spec = ParameterSpec(placement=Shard(0), init="normal")
+    spec = ParameterSpec(name="w", shape=(256, 64), init="normal", split={"tp": 0})
     other = replace(CONFIG, num_layers=2)
-    shape = torch.Size((256, 64))
-    assert torch.equal(value(), initial_value("w", shape, spec, config=other, seed=1))
+    assert torch.equal(value(), initial_value(spec, config=other, seed=1))

@@ -17,7 +17,7 @@ from cp_megatron.context_parallel import ContextParallel
 from cp_megatron.model import Transformer, build_model
 from cp_megatron.model.parallelize import ComputeDType
 from cp_megatron.plan import Grid, Mask
-from cp_megatron.spec.parameter_table import parameters_on_rank
+from cp_megatron.spec import ModelSpec
 from cp_megatron.tensor_parallel import vocab_parallel_cross_entropy
 from tests.model.grids import (
     GPT,
@@ -78,9 +78,8 @@ def test_every_rank_holds_its_part() -> None:
 def test_the_start_tables_count_is_what_ranks_hold(style: str) -> None:
     grid = Grid(dp=1, cp=2, tp=2)
     for rank, shapes in enumerate(run_ranks(local_shapes, 4, style)):
-        expected = parameters_on_rank(
-            STYLES[style], vocab_size=384, seq_length=SEQ, grid=grid, rank=rank
-        )
+        spec = ModelSpec.of(STYLES[style], vocab_size=VOCAB, seq_length=SEQ)
+        expected = spec.parameters_on_rank(grid, rank)
         assert sum(math.prod(shape) for shape in shapes.values()) == expected
 
 

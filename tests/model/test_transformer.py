@@ -21,7 +21,7 @@ from cp_megatron.model.initialize import initial_value
 from cp_megatron.model.mlp import MLP
 from cp_megatron.model.norm import LayerNorm, RMSNorm
 from cp_megatron.plan import Mask
-from cp_megatron.spec.parameter_table import num_parameters
+from cp_megatron.spec import ModelSpec
 from cp_megatron.tensor_parallel import ColumnParallelLinear, TensorParallel, named_specs
 from tests.model.grids import GPT, LLAMA, SEQ, STYLES, VOCAB, batch
 
@@ -33,11 +33,11 @@ def transformer(config: ModelConfig, **options: object) -> Transformer:
     arguments = {"seq_length": SEQ, "vocab_size": VOCAB, "tp": None, "sequence_parallel": False}
     model = Transformer(config, **{**arguments, **options}).double()  # type: ignore[arg-type]
     with torch.no_grad():
-        for name, owner, attribute, spec in named_specs(model):
-            parameter = owner.get_parameter(attribute)
-            value = initial_value(name, parameter.shape, spec, config=config, seed=1).double()
-            noise = torch.randn(value.shape, generator=torch.Generator().manual_seed(len(name)))
-            parameter.copy_(5 * value + 0.1 * noise)
+        for owner, name, spec in named_specs(model):
+            value = initial_value(spec, config=config, seed=1).double()
+            seeded = torch.Generator().manual_seed(len(spec.name))
+            noise = torch.randn(value.shape, generator=seeded)
+            owner.get_parameter(name).copy_(5 * value + 0.1 * noise)
     return model
 
 
@@ -165,11 +165,10 @@ def test_the_preset_has_as_many_parameters_as_the_start_table_says(preset: str) 
             tp=None,
             sequence_parallel=False,
         )
-    assert sum(p.numel() for p in model.parameters()) == num_parameters(
-        config.model,
-        vocab_size=config.model.padded_vocab_size(VOCAB),
-        seq_length=config.data.seq_length,
-    )
+    spec = ModelSpec.of(config.model, vocab_size=VOCAB, seq_length=config.data.seq_length)
+    assert sum(p.numel() for p in model.parameters()) == spec.num_parameters()
+    shapes = [(name, tuple(p.shape)) for name, p in model.named_parameters()]
+    assert shapes == [(parameter.name, parameter.shape) for parameter in spec.parameters()]
 
 
 def saved_bytes(recompute: Recompute) -> int:

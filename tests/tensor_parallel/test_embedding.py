@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cp_megatron.comm.collectives import all_gather_dim
+from cp_megatron.spec import EmbeddingSpec, HeadSpec
 from cp_megatron.tensor_parallel import (
     TensorParallel,
     VocabParallelEmbedding,
@@ -24,6 +25,7 @@ from tests.tensor_parallel.test_linear import (
 )
 
 VOCAB, PADDED, HIDDEN, SEQ = 257, 384, 6, 8
+SIZES = {"vocab_size": VOCAB, "padded_vocab": PADDED, "width": HIDDEN}
 
 
 def tokens() -> Tensor:
@@ -33,7 +35,7 @@ def tokens() -> Tensor:
 
 def embed(rank: int, world_size: int, sequence_parallel: bool) -> tuple[Tensor, dict[str, Tensor]]:
     tp = tensor_parallel(sequence_parallel)
-    embedding = placed(VocabParallelEmbedding(VOCAB, PADDED, HIDDEN, tp=tp), world_size, 1)
+    embedding = placed(VocabParallelEmbedding(EmbeddingSpec(**SIZES), tp=tp), world_size, 1)
     out = embedding(tokens())
     shares = world_size if sequence_parallel else 1
     (out * numbers(2, 1, SEQ, HIDDEN).chunk(shares, 1)[rank % shares]).sum().backward()
@@ -57,7 +59,7 @@ def head(
     rank: int, world_size: int, sequence_parallel: bool
 ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
     tp = tensor_parallel(sequence_parallel)
-    module = placed(VocabParallelHead(VOCAB, PADDED, HIDDEN, tied=False, tp=tp), world_size, 1)
+    module = placed(VocabParallelHead(HeadSpec(**SIZES, tied=False), tp=tp), world_size, 1)
     shares = world_size if sequence_parallel else 1
     x = numbers(2, 1, SEQ, HIDDEN).chunk(shares, 1)[rank % shares].clone().requires_grad_()
     logits = module(x)
@@ -88,8 +90,7 @@ def test_head_and_loss(world_size: int, sequence_parallel: bool) -> None:
 
 def test_padding_is_never_predicted_whatever_the_weights() -> None:
     tp = TensorParallel()
-    module = VocabParallelHead(VOCAB, PADDED, HIDDEN, tied=False, tp=tp)
-    assert module.weight is not None
+    module = VocabParallelHead(HeadSpec(**SIZES, tied=False), tp=tp)
     with torch.no_grad():
         module.weight.fill_(-1.0)
         module.weight[VOCAB:].fill_(1e30)  # a trained or loaded pad may hold anything

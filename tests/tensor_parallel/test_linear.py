@@ -7,13 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.distributed.tensor import DTensor, Partial
 
 from cp_megatron.comm.collectives import all_gather_dim
+from cp_megatron.spec import LinearSpec, ParameterSpec
 from cp_megatron.tensor_parallel import (
     ColumnParallelLinear,
-    ParameterSpec,
-    ReplicatedColumnLinear,
     RowParallelLinear,
     SpecifiedModule,
     TensorParallel,
@@ -25,6 +24,8 @@ from tests.ranks import run_ranks
 
 TOLERANCE = {"atol": 1e-12, "rtol": 1e-12}
 IN, FFN, OUT, SEQ = 6, 8, 5, 4
+COLUMN = LinearSpec(inputs=IN, outputs=FFN, bias=True)
+ROW = LinearSpec(inputs=FFN, outputs=OUT, bias=True, split="row")
 
 
 def numbers(seed: int, *shape: int) -> Tensor:
@@ -34,8 +35,8 @@ def numbers(seed: int, *shape: int) -> Tensor:
 def placed(module: SpecifiedModule, world_size: int, *seeds: int) -> SpecifiedModule:
     """The module with its parameters drawn from ``seeds`` and spread over the ranks."""
     mesh = init_device_mesh("cpu", (world_size,), mesh_dim_names=("tp",))
-    for seed, (_, owner, name, spec) in zip(seeds, list(named_specs(module)), strict=True):
-        value = numbers(seed, *owner.get_parameter(name).shape)
+    for seed, (owner, name, spec) in zip(seeds, list(named_specs(module)), strict=True):
+        value = numbers(seed, *spec.shape)
         owner.register_parameter(name, torch.nn.Parameter(place(value, spec, mesh, "cpu")))
     return module
 
@@ -58,12 +59,13 @@ def two_layers(
 ) -> tuple[Tensor, Tensor, dict[str, Tensor], dict[str, Tensor]]:
     """row(column(x)): (output, gradient of x, gradients), with x and the output made whole."""
     tp = tensor_parallel(sequence_parallel)
-    column = placed(ColumnParallelLinear(IN, FFN, bias=True), world_size, 1, 2)
-    row = placed(RowParallelLinear(FFN, OUT, bias=True, tp=tp), world_size, 3, 4)
+    column, row = ColumnParallelLinear(COLUMN, tp=tp), RowParallelLinear(ROW, tp=tp)
+    placed(column, world_size, 1, 2)
+    placed(row, world_size, 3, 4)
     # dim 1 is the sequence, of which each rank holds a part with sequence parallelism
     shares = world_size if sequence_parallel else 1
     x = numbers(0, 1, SEQ, IN).chunk(shares, 1)[rank % shares].clone().requires_grad_()
-    out = row(column(tp.enter(x)))
+    out = tp.leave(row(column(tp.enter(x))), row.local_bias())
     (out * numbers(5, 1, SEQ, OUT).chunk(shares, 1)[rank % shares]).sum().backward()
     assert x.grad is not None
     whole = [out.detach(), x.grad]
@@ -91,9 +93,9 @@ def test_column_then_row_is_two_plain_layers(world_size: int, sequence_parallel:
 
 def shared_heads(rank: int, world_size: int) -> tuple[Tensor, dict[str, Tensor], str]:
     """Two heads of width 3 on four ranks: ranks 0, 1 compute the first, ranks 2, 3 the second."""
-    head = rank // 2
-    rows = slice(3 * head, 3 * head + 3)
-    linear = placed(ReplicatedColumnLinear(IN, 6, bias=True, rows=rows), world_size, 1, 2)
+    spec = LinearSpec(inputs=IN, outputs=6, bias=True, units=2, shares_units=True)
+    linear = ColumnParallelLinear(spec, tp=tensor_parallel(False))
+    placed(linear, world_size, 1, 2)
     out = linear(numbers(0, 1, SEQ, IN))
     (out * (rank + 1)).sum().backward()
     assert isinstance(linear.weight, DTensor)
@@ -117,8 +119,8 @@ def test_shared_heads_sum_their_gradients() -> None:
 def parts(rank: int, world_size: int) -> list[Tensor]:
     mesh = init_device_mesh("cpu", (world_size,), mesh_dim_names=("tp",))
     value = torch.arange(8.0).view(4, 2)
-    placements: tuple[Shard | Replicate, ...] = (Shard(0), Shard(1), Replicate())
-    specs = [ParameterSpec(placement=placement, init="normal") for placement in placements]
+    splits: tuple[dict[str, int], ...] = ({"tp": 0}, {"tp": 1}, {"ep": 0})
+    specs = [ParameterSpec(name="w", shape=(4, 2), init="normal", split=x) for x in splits]
     local = [place(value, spec, mesh, "cpu").to_local() for spec in specs]
     assert all(part.untyped_storage().nbytes() == part.nbytes for part in local)
     assert all(part.data_ptr() != value.data_ptr() for part in local)
@@ -134,7 +136,7 @@ def test_place_keeps_this_ranks_part_in_memory_of_its_own() -> None:
 
 def test_plain_parameters_work_on_one_rank() -> None:
     x = torch.ones(1, 2, IN)
-    column = ColumnParallelLinear(IN, FFN, bias=True)
+    column = ColumnParallelLinear(COLUMN, tp=TensorParallel())
     assert column.bias is not None
     with torch.no_grad():
         column.weight.fill_(1.0)

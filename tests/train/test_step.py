@@ -26,7 +26,6 @@ from cp_megatron.data.batch.ahead import Ahead
 from cp_megatron.data.batch.batch import IGNORED, Batch, microbatches
 from cp_megatron.data.rows.sampler import Rows
 from cp_megatron.model.parallelize import build_model
-from cp_megatron.model.transformer import layer_context
 from cp_megatron.plan import Grid, Mask, Schedule
 from cp_megatron.train.optimizer import make_optimizer
 from cp_megatron.train.step import Shard, StepResult, TrainStep
@@ -279,8 +278,7 @@ def contexts_of_a_batch(rank: int, world_size: int) -> list[tuple[object, ...]]:
     shard, config = train_step.prepare(batch), train_step.model.config
     found: list[tuple[object, ...]] = []
     dense = 0
-    for layer in range(config.num_layers):
-        cp = layer_context(shard.cp, config, layer)
+    for cp in train_step.model.layer_contexts(shard.cp):
         schedule = cp.schedule(4, 2, 8)
         found.append((schedule.exchange, schedule.route, cp.layout, cp.mask.window))
         dense += int(Mask.documents(batch.mask.lengths, window=cp.mask.window).dense().sum())

@@ -8,8 +8,14 @@ import pytest
 
 from cp_megatron.config import ModelConfig
 from cp_megatron.config.files.presets import PRESETS
-from cp_megatron.plan import Grid
-from cp_megatron.spec.parameter_table import num_parameters, parameters_on_rank
+from cp_megatron.plan import Grid, Mask
+from cp_megatron.spec import ModelSpec
+
+
+def spec_of(model: ModelConfig, *, vocab_size: int, seq_length: int) -> ModelSpec:
+    """The description without padding of the vocabulary."""
+    model = replace(model, make_vocab_size_divisible_by=1)
+    return ModelSpec.of(model, vocab_size=vocab_size, seq_length=seq_length)
 
 
 def test_a_tiny_gpt_by_hand() -> None:
@@ -19,7 +25,7 @@ def test_a_tiny_gpt_by_hand() -> None:
     mlp = (16 * 4 + 16) + (4 * 16 + 4)
     norms = 3 * 2 * 4
     expected = embedding + positions + attention + mlp + norms
-    assert num_parameters(model, vocab_size=8, seq_length=6) == expected
+    assert spec_of(model, vocab_size=8, seq_length=6).num_parameters() == expected
 
 
 def test_a_tiny_llama_by_hand() -> None:
@@ -37,7 +43,9 @@ def test_a_tiny_llama_by_hand() -> None:
     )
     attention = 8 * 8 + 2 * (4 * 8) + 8 * 8
     layer = attention + 3 * 12 * 8 + 2 * 8
-    assert num_parameters(model, vocab_size=10, seq_length=6) == 2 * 10 * 8 + 2 * layer + 8
+    assert (
+        spec_of(model, vocab_size=10, seq_length=6).num_parameters() == 2 * 10 * 8 + 2 * layer + 8
+    )
 
 
 def test_biases_and_norms_of_heads() -> None:
@@ -46,7 +54,7 @@ def test_biases_and_norms_of_heads() -> None:
         PRESETS["toy"].model, num_layers=1, hidden_size=8, num_attention_heads=4, kv_channels=6
     )
     more = replace(model, add_qkv_bias=True, qk_layernorm=True)
-    added = num_parameters(more, **sizes) - num_parameters(model, **sizes)
+    added = spec_of(more, **sizes).num_parameters() - spec_of(model, **sizes).num_parameters()
     assert added == (4 * 6 + 2 * 2 * 6) + 2 * 6
 
 
@@ -60,7 +68,7 @@ def test_biases_and_norms_of_heads() -> None:
 )
 def test_published_counts(preset: str, vocab_size: int, published: int) -> None:
     model = PRESETS[preset].model
-    assert num_parameters(model, vocab_size=vocab_size, seq_length=1024) == published
+    assert spec_of(model, vocab_size=vocab_size, seq_length=1024).num_parameters() == published
 
 
 @pytest.mark.parametrize(
@@ -75,23 +83,36 @@ def test_sharding_over_dp_and_cp_loses_and_doubles_nothing(preset: str) -> None:
     sizes = {"vocab_size": 384, "seq_length": 1024}
     model = PRESETS[preset].model
     grid = Grid(dp=2, cp=3)
-    held = [parameters_on_rank(model, **sizes, grid=grid, rank=rank) for rank in range(6)]
-    assert sum(held) == num_parameters(model, **sizes)
+    held = [spec_of(model, **sizes).parameters_on_rank(grid, rank) for rank in range(6)]
+    assert sum(held) == spec_of(model, **sizes).num_parameters()
 
 
 def test_tensor_parallelism_splits_matrices_and_copies_the_rest() -> None:
     sizes = {"vocab_size": 384, "seq_length": 1024}
     model = PRESETS["toy-gpt"].model
     grid = Grid(tp=2)
-    held = sum(parameters_on_rank(model, **sizes, grid=grid, rank=rank) for rank in range(2))
+    held = sum(spec_of(model, **sizes).parameters_on_rank(grid, rank) for rank in range(2))
     # Positions, 9 norms with a bias, and 2 biases of row-split layers per layer are held twice.
     copied = 1024 * 128 + 9 * 2 * 128 + 4 * 2 * 128
-    assert held == num_parameters(model, **sizes) + copied
+    assert held == spec_of(model, **sizes).num_parameters() + copied
 
 
 def test_key_value_heads_fewer_than_ranks_are_held_whole() -> None:
     model = PRESETS["toy"].model
     sizes = {"vocab_size": 384, "seq_length": 1024}
-    held = sum(parameters_on_rank(model, **sizes, grid=Grid(tp=4), rank=rank) for rank in range(4))
+    held = sum(spec_of(model, **sizes).parameters_on_rank(Grid(tp=4), rank) for rank in range(4))
     keys_and_values, norms = 2 * 2 * (2 * 48 * 192), 5 * 192
-    assert held == num_parameters(model, **sizes) + 3 * (keys_and_values + norms)
+    assert held == spec_of(model, **sizes).num_parameters() + 3 * (keys_and_values + norms)
+
+
+def test_flops_by_hand() -> None:
+    model = ModelConfig(num_layers=2, hidden_size=8, num_attention_heads=2, num_query_groups=1)
+    mask = Mask.causal(4)
+    # Per layer q 8x8, k and v 4x8 each, output 8x8, up and down 32x8 each; the head is 16x8.
+    matrices = 2 * (64 + 2 * 32 + 64 + 2 * 256) + 16 * 8
+    # 10 pairs; scores and values are a product of 8 channels each, 2 FLOPs, 3 times.
+    attention = 2 * 10 * 8 * 2 * 2 * 3
+    flops = spec_of(model, vocab_size=16, seq_length=1).training_flops(
+        num_tokens=4, num_pairs=mask.pairs()
+    )
+    assert flops == 6 * matrices * 4 + attention

@@ -1,0 +1,140 @@
+"""The whole model: its layers and its ends.
+
+The modules are built from this description, parameters and FLOPs are counted from it, memory is
+predicted from it, and checkpoints and Hugging Face tensors take their names from it. So none of
+them can disagree with another.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from cp_megatron.config import ModelConfig
+from cp_megatron.errors import ConfigError
+from cp_megatron.plan import Grid
+from cp_megatron.spec.layer_spec import LayerSpec
+from cp_megatron.spec.parameter import BlockSpec, ParameterSpec
+from cp_megatron.spec.pieces import EmbeddingSpec, HeadSpec, NormSpec, PositionsSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSpec(BlockSpec):
+    """A transformer.
+
+    Attributes:
+        embedding: the table of token embeddings.
+        positions: the table of learned positions, if there is one.
+        layers: the layers in order.
+        norm: the norm after the last layer.
+        head: the output layer.
+        dropout: the probability of the dropout after the embedding.
+    """
+
+    embedding: EmbeddingSpec
+    positions: PositionsSpec | None
+    layers: tuple[LayerSpec, ...]
+    norm: NormSpec
+    head: HeadSpec
+    dropout: float = 0.0
+
+    @classmethod
+    def of(cls, model: ModelConfig, *, vocab_size: int, seq_length: int) -> ModelSpec:
+        """The model that the flags describe.
+
+        Args:
+            model: the flags.
+            vocab_size: number of ids, with or without padding.
+            seq_length: number of learned positions, unless the flags give it.
+
+        Raises:
+            ConfigError: there are fewer learned positions than tokens, or rotary heads have an odd
+                width.
+        """
+        _check(model, seq_length)
+        rows = model.max_position_embeddings or seq_length
+        hidden, padded_vocab = model.hidden_size, model.padded_vocab_size(vocab_size)
+        learned = model.position_embedding_type == "learned_absolute"
+        return cls(
+            embedding=EmbeddingSpec(vocab_size=vocab_size, padded_vocab=padded_vocab, width=hidden),
+            positions=PositionsSpec(rows=rows, width=hidden) if learned else None,
+            layers=tuple(LayerSpec.of(model, layer=i) for i in range(model.num_layers)),
+            norm=NormSpec.of(model),
+            head=HeadSpec(
+                vocab_size=vocab_size,
+                padded_vocab=padded_vocab,
+                width=hidden,
+                tied=not model.untie_embeddings_and_output_weights,
+            ),
+            dropout=model.hidden_dropout,
+        )
+
+    def ends(self) -> Iterator[ParameterSpec]:
+        """The parameters outside of the layers."""
+        yield from replace(self, layers=()).parameters()
+
+    def check_split(self, axis: str, size: int) -> None:
+        """Checks that ``size`` ranks of ``axis`` can share every parameter.
+
+        Raises:
+            ConfigError: one of them cannot be divided.
+        """
+        for parameter in self.parameters():
+            parameter.check_split(axis, size)
+
+    def num_parameters(self) -> int:
+        """Parameters of the whole model, each counted once."""
+        return sum(parameter.numel * copies for parameter, copies in self._distinct())
+
+    def num_tensors(self) -> int:
+        """Parameter tensors of the whole model."""
+        return sum(copies for _, copies in self._distinct())
+
+    def parameters_on_rank(self, grid: Grid, rank: int) -> int:
+        """Parameters that ``rank`` stores: its tensor parallel part, sharded over dp x cp.
+
+        FSDP2 cuts dim 0 into pieces of equal, rounded-up size, so the last ranks may hold less.
+        """
+        shards, shard = grid.size("dp_cp"), grid.index("dp_cp", rank)
+        total = 0
+        for parameter, copies in self._distinct():
+            rows, *rest = parameter.local_shape({"tp": grid.tp})
+            piece = -(-rows // shards)
+            held = min(piece, max(0, rows - shard * piece))
+            total += held * math.prod(rest) * copies
+        return total
+
+    def training_flops(self, *, num_tokens: float, num_pairs: float) -> float:
+        """Forward and backward FLOPs; recomputation is not counted.
+
+        These are 6 per matrix parameter and token (Kaplan et al. 2020, arXiv:2001.08361, table 1)
+        and those of the attended pairs.
+
+        Args:
+            num_tokens: tokens trained on.
+            num_pairs: attended pairs of a query and a key, over all rows; the mean of layers that
+                differ.
+        """
+        channels = sum(layer.attention.pair_channels() for layer in self.layers)
+        return 6.0 * self.matmul_parameters() * num_tokens + 12.0 * num_pairs * channels
+
+    def _distinct(self) -> Iterator[tuple[ParameterSpec, int]]:
+        """Every parameter with the number of its copies; layers that are alike are listed once."""
+        for parameter in self.ends():
+            yield parameter, 1
+        for layer, copies in Counter(self.layers).items():
+            for parameter in layer.parameters():
+                yield parameter, copies
+
+
+def _check(model: ModelConfig, seq_length: int) -> None:
+    rows = model.max_position_embeddings
+    learned = model.position_embedding_type == "learned_absolute"
+    if learned and rows is not None and rows < seq_length:
+        rule = f"must be at least the sequence length {seq_length}"
+        raise ConfigError("--max-position-embeddings", rows, rule, str(seq_length))
+    if model.position_embedding_type == "rope" and model.head_dim % 2:
+        rule = "must be even for rotary positions"
+        raise ConfigError("--kv-channels", model.head_dim, rule, str(model.head_dim + 1))

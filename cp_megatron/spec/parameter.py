@@ -1,0 +1,131 @@
+"""One parameter, and the base class of everything that has parameters.
+
+A block is a tree: it has parts, and the leaves have parameters. The names of parts are the names
+of submodules, so the path to a parameter is its name in the model's ``state_dict``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Literal
+
+from cp_megatron.errors import ConfigError
+
+Init = Literal["normal", "scaled_normal", "ones", "zeros"]
+"""``scaled_normal`` divides the standard deviation by sqrt(2 x layers). It is meant for matrices
+whose output is added to the residual stream (Radford et al. 2019)."""
+Activations = Literal["residual", "heads"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParameterSpec:
+    """One parameter: its name, its global shape, how ranks share it and how it starts.
+
+    Attributes:
+        name: dotted, relative to the block that was asked (``query.weight``).
+        shape: the global shape; the first dim is the output.
+        init: the distribution of the initial values.
+        split: for each mesh axis that splits the parameter, by name, the dim that it splits.
+        units: number of indivisible parts of the split dim, such as heads; None allows any
+            division.
+        shares_units: several ranks may share a unit. An axis that has more ranks than units then
+            does not split the parameter: each rank holds all of it and computes with one unit.
+        used_on: what ranks that hold the parameter whole compute with it: the residual stream,
+            which differs over the ranks of an axis only if that axis splits the sequence, or
+            heads, which always differ.
+        rows: number of rows that are drawn at random; the rows after them (the padding of the
+            vocabulary) are zero. None: all.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    init: Init
+    split: Mapping[str, int] = field(default_factory=dict)
+    units: int | None = None
+    shares_units: bool = False
+    used_on: Activations = "residual"
+    rows: int | None = None
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    def split_dim(self, axis: str, size: int) -> int | None:
+        """The dim that ``size`` ranks of ``axis`` split; None: each of them holds all of it."""
+        if axis not in self.split or (self.shares_units and (self.units or 1) % size):
+            return None
+        return self.split[axis]
+
+    def is_partial(self, axis: str, size: int, *, splits_sequence: bool) -> bool:
+        """Whether the gradient that a rank of ``axis`` computes is only a summand of the true one.
+
+        This is so if the parameter is replicated over the axis, but used on activations that
+        differ over it.
+
+        Args:
+            axis: a mesh axis.
+            size: its number of ranks.
+            splits_sequence: the ranks of the axis hold different parts of the residual stream.
+        """
+        if size == 1 or self.split_dim(axis, size) is not None:
+            return False
+        return axis in self.split or self.used_on == "heads" or splits_sequence
+
+    def local_shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
+        """The shape of one rank's part on mesh axes of these sizes."""
+        shape = list(self.shape)
+        for axis, size in sizes.items():
+            dim = self.split_dim(axis, size)
+            if dim is not None:
+                shape[dim] //= size
+        return tuple(shape)
+
+    def check_split(self, axis: str, size: int) -> None:
+        """Checks that ``size`` ranks of ``axis`` can share the parameter.
+
+        Raises:
+            ConfigError: its units or its width cannot be divided.
+        """
+        if axis not in self.split:
+            return
+        width = self.units or self.shape[self.split[axis]]
+        if width % size and not (self.shares_units and size % width == 0):
+            rule = f"must divide {width}, the number of {'heads' if self.units else 'rows'}"
+            raise ConfigError(f"{axis} size", size, f"{rule} of {self.name}", f"1, {width}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockSpec:
+    """Base class of the descriptions of a model's blocks.
+
+    Fields that hold a block (or a tuple of blocks) are its parts. They are named as the modules
+    are, and stand in the order of the modules.
+    """
+
+    def parts(self) -> Iterator[tuple[str, BlockSpec]]:
+        """The blocks that this block consists of, with the names of their modules, in order."""
+        for each in fields(self):
+            value = getattr(self, each.name)
+            if isinstance(value, BlockSpec):
+                yield each.name, value
+            elif isinstance(value, tuple):
+                blocks = enumerate(value)
+                yield from ((f"{each.name}.{i}", x) for i, x in blocks if isinstance(x, BlockSpec))
+
+    def own_parameters(self) -> Iterator[ParameterSpec]:
+        """The parameters that belong to no part."""
+        yield from ()
+
+    def parameters(self) -> Iterator[ParameterSpec]:
+        """All parameters in the order of the modules, with names relative to this block."""
+        yield from self.own_parameters()
+        for name, part in self.parts():
+            for parameter in part.parameters():
+                yield replace(parameter, name=f"{name}.{parameter.name}")
+
+    def matmul_parameters(self) -> int:
+        """Number of elements of the matrices that every token is multiplied with."""
+        return sum(part.matmul_parameters() for _, part in self.parts())

@@ -1,0 +1,173 @@
+"""The pieces that blocks are made of: linear layers, norms, and the ends of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+from cp_megatron.config import ModelConfig, tokens_with_logits
+from cp_megatron.spec.parameter import Activations, BlockSpec, Init, ParameterSpec
+from cp_megatron.spec.sizes import ActivationSizes
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearSpec(BlockSpec):
+    """A linear layer that tensor parallelism splits (Shoeybi et al. 2019, arXiv:1909.08053).
+
+    Attributes:
+        inputs, outputs: number of features.
+        bias: whether it has one.
+        split: ``column`` splits the outputs; ``row`` splits the inputs, so that the ranks' results
+            are summands, and adds to the residual stream.
+        units, shares_units: as in ``ParameterSpec``.
+    """
+
+    inputs: int
+    outputs: int
+    bias: bool
+    split: Literal["column", "row"] = "column"
+    units: int | None = None
+    shares_units: bool = False
+
+    def own_parameters(self) -> Iterator[ParameterSpec]:
+        shape, column = (self.outputs, self.inputs), self.split == "column"
+        spec = partial(ParameterSpec, units=self.units, shares_units=self.shares_units)
+        init: Init = "normal" if column else "scaled_normal"
+        yield spec(name="weight", shape=shape, init=init, split={"tp": 0 if column else 1})
+        if self.bias:
+            split = {"tp": 0} if column else {}
+            yield spec(name="bias", shape=shape[:1], init="zeros", split=split)
+
+    def matmul_parameters(self) -> int:
+        return self.inputs * self.outputs
+
+
+@dataclass(frozen=True, kw_only=True)
+class NormSpec(BlockSpec):
+    """A normalization of vectors.
+
+    Attributes:
+        width: length of a vector.
+        kind: ``LayerNorm`` or ``RMSNorm``.
+        epsilon: added to the variance.
+        used_on: what is normalized, the residual stream or heads; see ``ParameterSpec``.
+    """
+
+    width: int
+    kind: str
+    epsilon: float
+    used_on: Activations = "residual"
+
+    @classmethod
+    def of(cls, model: ModelConfig, *, head: bool = False) -> NormSpec:
+        """The norm of the residual stream, or of the channels of a head."""
+        return cls(
+            width=model.head_dim if head else model.hidden_size,
+            kind=model.normalization,
+            epsilon=model.norm_epsilon,
+            used_on="heads" if head else "residual",
+        )
+
+    def own_parameters(self) -> Iterator[ParameterSpec]:
+        shape, used_on = (self.width,), self.used_on
+        yield ParameterSpec(name="weight", shape=shape, init="ones", used_on=used_on)
+        if self.kind == "LayerNorm":
+            yield ParameterSpec(name="bias", shape=shape, init="zeros", used_on=used_on)
+
+    def kept_bytes(self, vectors: int, sizes: ActivationSizes) -> int:
+        """Bytes that backward needs of ``vectors`` normalized vectors."""
+        if not self._is_fused(sizes):  # input, 1 / rms, and their product
+            return vectors * (2 * self.width + 1) * sizes.exact
+        statistics = 2 if self.kind == "LayerNorm" else 1
+        statistic = sizes.exact if sizes.on_cuda else sizes.element
+        return vectors * (self.width * sizes.element + statistics * statistic)
+
+    def keeps_input(self, sizes: ActivationSizes) -> bool:
+        """Whether it keeps its input itself, not a copy in the type of the sums."""
+        return self._is_fused(sizes) or sizes.element == sizes.exact
+
+    def _is_fused(self, sizes: ActivationSizes) -> bool:
+        """On the CPU torch composes RMSNorm from several operations."""
+        return sizes.on_cuda or self.kind == "LayerNorm"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbeddingSpec(BlockSpec):
+    """The table of token embeddings, whose rows are split.
+
+    Attributes:
+        vocab_size: number of ids.
+        padded_vocab: number of rows, padding included.
+        width: of the residual stream.
+    """
+
+    vocab_size: int
+    padded_vocab: int
+    width: int
+
+    def own_parameters(self) -> Iterator[ParameterSpec]:
+        yield ParameterSpec(
+            name="weight",
+            shape=(self.padded_vocab, self.width),
+            init="normal",
+            split={"tp": 0},
+            rows=self.vocab_size,
+        )
+
+    def kept_bytes(self, sizes: ActivationSizes) -> int:
+        """Bytes of the ids; with tensor parallelism also of a mask of those on other ranks."""
+        return sizes.tokens * (8 if sizes.tp == 1 else 9)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PositionsSpec(BlockSpec):
+    """A table of learned position embeddings, ``rows`` x ``width``."""
+
+    rows: int
+    width: int
+
+    def own_parameters(self) -> Iterator[ParameterSpec]:
+        yield ParameterSpec(name="weight", shape=(self.rows, self.width), init="normal")
+
+    def kept_bytes(self, sizes: ActivationSizes) -> int:
+        """Bytes of the positions, which all rows of the batch share."""
+        return 8 * sizes.row_tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadSpec(EmbeddingSpec):
+    """The output layer, which multiplies with a table of its own or with the embedding's.
+
+    Attributes:
+        tied: it has no weight of its own.
+    """
+
+    tied: bool
+
+    def own_parameters(self) -> Iterator[ParameterSpec]:
+        if not self.tied:
+            yield from super().own_parameters()
+
+    def matmul_parameters(self) -> int:
+        return self.padded_vocab * self.width
+
+    def kept_bytes(self, sizes: ActivationSizes) -> int:
+        """Bytes of the gradients that the fused loss computes in forward, and of the losses."""
+        weight = self.padded_vocab // sizes.tp * self.width
+        return sizes.stream_bytes(self.width) + (weight + sizes.tokens + 1) * sizes.exact
+
+    def logits_bytes(self, sizes: ActivationSizes, chunk_size: int | None) -> int:
+        """Bytes of the logits of one chunk, in the compute type and in the type of the sums.
+
+        Args:
+            sizes: the sizes of activations.
+            chunk_size: tokens of a chunk; None: see ``tokens_with_logits``.
+        """
+        columns = self.padded_vocab // sizes.tp
+        shared = sizes.tp if sizes.splits_sequence else 1
+        asked = tokens_with_logits(chunk_size, columns) // (sizes.batch * shared)
+        rows = min(sizes.row_tokens // shared, max(1, asked))
+        copies = sizes.exact if sizes.exact == sizes.element else sizes.exact + sizes.element
+        return sizes.batch * rows * shared * columns * copies

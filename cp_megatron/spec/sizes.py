@@ -1,0 +1,56 @@
+"""The sizes that the activations of a micro batch on one rank are products of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cp_megatron.plan.heads import HeadExchange
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActivationSizes:
+    """What a block must know to say how many bytes it keeps for backward.
+
+    Attributes:
+        batch: rows of the micro batch.
+        row_tokens: tokens of a row on this context parallel rank.
+        tp: tensor parallel size.
+        splits_sequence: the residual stream is split over the tp ranks (sequence parallelism).
+        element: bytes of an element of the activations.
+        exact: bytes of an element of the type that sums are computed in.
+        on_cuda: the device is a GPU; its operations keep other tensors than the CPU's.
+        head_exchange: the exchange of heads for tokens by all-to-all, if attention does one.
+        result_copies: copies of attention's result that are kept; 2 if the output projection
+            needs it in another memory layout.
+    """
+
+    batch: int
+    row_tokens: int
+    tp: int
+    splits_sequence: bool
+    element: int
+    exact: int
+    on_cuda: bool
+    head_exchange: HeadExchange | None = None
+    result_copies: int = 1
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that column parallel layers compute."""
+        return self.batch * self.row_tokens
+
+    @property
+    def stream_tokens(self) -> int:
+        """Tokens of the residual stream on this rank."""
+        return self.batch * (self.row_tokens // (self.tp if self.splits_sequence else 1))
+
+    def stream_bytes(self, width: int) -> int:
+        """Bytes of the residual stream on this rank."""
+        return self.stream_tokens * width * self.element
+
+    def dropout_bytes(self, width: int) -> int:
+        """Bytes of the mask of a dropout of the residual stream.
+
+        On CUDA it is a mask of bytes, on the CPU a tensor of factors.
+        """
+        return self.stream_tokens * width * (1 if self.on_cuda else self.element)

@@ -1,0 +1,126 @@
+"""Parameters over the tp axis: from their description to DTensors, and back to local tensors.
+
+Parameters are DTensors over the tp axis; activations are plain local tensors. A module is built
+with *global* shapes, usually on the meta device, and ``model/parallelize.py`` materialises this
+rank's part. A module that keeps its global, ordinary parameters works as it is on one rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+
+from cp_megatron.spec import BlockSpec, ParameterSpec
+from cp_megatron.tensor_parallel.group import TensorParallel
+
+
+class SpecifiedModule(nn.Module):
+    """A module whose own parameters are those of a block of the spec.
+
+    Args:
+        block: describes the parameters; their global shapes are allocated.
+        tp: the group that shares them. The module does not keep it.
+    """
+
+    specs: dict[str, ParameterSpec]
+
+    def __init__(self, block: BlockSpec, tp: TensorParallel) -> None:
+        super().__init__()
+        self.specs = {spec.name: spec for spec in block.own_parameters()}
+        self._partial = {name for name, spec in self.specs.items() if tp.is_partial(spec)}
+        for name, spec in self.specs.items():
+            self.register_parameter(name, nn.Parameter(torch.empty(spec.shape)))
+
+    def local(self, name: str) -> Tensor:
+        """The part of an own parameter that this tp rank computes with; see ``local_weight``."""
+        # Not get_parameter: LocalWeights.replaced puts plain tensors in the place of parameters.
+        return local_weight(getattr(self, name), partial=name in self._partial)
+
+    def local_bias(self) -> Tensor | None:
+        """The same for the parameter ``bias``; None if there is none."""
+        return self.local("bias") if "bias" in self.specs else None
+
+
+def named_specs(
+    module: nn.Module, prefix: str = ""
+) -> Iterator[tuple[SpecifiedModule, str, ParameterSpec]]:
+    """Every parameter of a module, in order: its owner, its name there, its description.
+
+    The name in the description is the fully qualified one, behind ``prefix``.
+    """
+    for path, owner in module.named_modules(prefix=prefix):
+        for name, _ in owner.named_parameters(recurse=False):
+            assert isinstance(owner, SpecifiedModule), f"{path}.{name} has no description"
+            spec = owner.specs[name]
+            yield owner, name, replace(spec, name=f"{path}.{name}" if path else name)
+
+
+class LocalWeights:
+    """The parameters of some modules as plain tensors, which can be replaced for a while.
+
+    A function that is differentiated by hand needs the weights that it reads as arguments.
+    """
+
+    def __init__(self, *modules: nn.Module) -> None:
+        self._owners = [(owner, name) for m in modules for owner, name, _ in named_specs(m)]
+
+    def tensors(self) -> list[Tensor]:
+        """The parts that this tp rank computes with, in order."""
+        return [owner.local(name) for owner, name in self._owners]
+
+    @contextmanager
+    def replaced(self, tensors: Sequence[Tensor]) -> Iterator[None]:
+        """Inside, the modules compute with ``tensors``, which are in the order of ``tensors()``."""
+        before = [owner._parameters[name] for owner, name in self._owners]
+        try:
+            self._set(tensors)
+            yield
+        finally:
+            self._set(before)
+
+    def _set(self, tensors: Sequence[Tensor | None]) -> None:
+        for (owner, name), tensor in zip(self._owners, tensors, strict=True):
+            owner._parameters[name] = tensor  # type: ignore[assignment]
+
+
+def placement(spec: ParameterSpec, size: int) -> Shard | Replicate:
+    """How a parameter lies over a tp axis of ``size`` ranks."""
+    dim = spec.split_dim("tp", size)
+    return Replicate() if dim is None else Shard(dim)
+
+
+def place(
+    value: Tensor, spec: ParameterSpec, tp_mesh: DeviceMesh, device: torch.device | str
+) -> DTensor:
+    """Turns a global tensor, the same on every rank, into a DTensor over tp without a message.
+
+    This rank's part gets memory of its own on ``device``, so the global tensor can be freed.
+    """
+    local, size = value, tp_mesh.size()
+    over_tp = placement(spec, size)
+    if isinstance(over_tp, Shard):
+        assert value.shape[over_tp.dim] % size == 0, f"{tuple(value.shape)} over {size} ranks"
+        local = value.chunk(size, over_tp.dim)[tp_mesh.get_local_rank()]
+    local = local.to(device, copy=True).contiguous()
+    return DTensor.from_local(local, tp_mesh, [over_tp], run_check=False)
+
+
+def local_weight(parameter: Tensor, *, partial: bool = False) -> Tensor:
+    """The part of a parameter that this tp rank computes with, as a plain tensor.
+
+    Args:
+        parameter: a DTensor over the tp axis alone (inside the forward of a sharded module), or a
+            plain tensor, which is returned as it is.
+        partial: each rank's gradient is a summand of the true one, so DTensor all-reduces it.
+            Otherwise the gradient is placed as the parameter is.
+    """
+    if not isinstance(parameter, DTensor):
+        return parameter
+    assert parameter.device_mesh.ndim == 1, "a weight is read inside its module's forward"
+    return parameter.to_local(grad_placements=[Partial() if partial else parameter.placements[0]])
