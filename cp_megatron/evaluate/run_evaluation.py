@@ -14,17 +14,16 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 
-from cp_megatron.checkpoint.huggingface import load_hf
+from cp_megatron.checkpoint.hf_load import load_hf
 from cp_megatron.checkpoint.load import load_checkpoint
 from cp_megatron.cli.evaluation_options import EVALUATE, EvaluationOptions
 from cp_megatron.comm.groups import ParallelGroups
 from cp_megatron.comm.runtime import Launch
 from cp_megatron.context_parallel import ContextParallel
-from cp_megatron.data.read.part import Part
-from cp_megatron.data.read.sources import Corpus
+from cp_megatron.data.read.corpus import Corpus, CorpusRange
 from cp_megatron.data.rows.corpora import open_single
 from cp_megatron.data.rows.sampler import count_rows, parse_split, split_sizes
-from cp_megatron.data.tokenize.tokenizer import open_tokenizer
+from cp_megatron.data.tokenize.open_tokenizer import open_tokenizer
 from cp_megatron.errors import ConfigError
 from cp_megatron.evaluate.check_evaluation import EvaluationSetup, make_tasks
 from cp_megatron.evaluate.needle import Haystack, Task, library_prose
@@ -108,7 +107,7 @@ def evaluate(
     return EvaluationResults(about=about, perplexity=tuple(perplexity), answers=tuple(answers))
 
 
-def _text(setup: EvaluationSetup, corpus: Corpus) -> Part:
+def _text(setup: EvaluationSetup, corpus: Corpus) -> CorpusRange:
     """Returns the part of the corpus whose perplexity is measured."""
     data, total = setup.longest.config.data, len(corpus.tokens)
     cuts = [0, total]
@@ -124,7 +123,7 @@ def _text(setup: EvaluationSetup, corpus: Corpus) -> Part:
         ends = np.cumsum(sizes).tolist()
         number = ("train", "valid", "test").index(setup.part)
         cuts = [ends[number] - sizes[number], ends[number]]
-    part = corpus.part(*cuts)
+    part = corpus.range(*cuts)
     size = len(part.tokens)
     for length in setup.options.lengths:
         if count_rows(size, length) == 0:
@@ -190,7 +189,7 @@ class _Evaluator:
         cps = {each.config.data.seq_length: make_context(each, groups) for each in setup.runs}
         return cls(model, groups, device, cps)
 
-    def perplexity(self, run: RunPlan, text: Part, options: EvaluationOptions) -> Perplexity:
+    def perplexity(self, run: RunPlan, text: CorpusRange, options: EvaluationOptions) -> Perplexity:
         """Scores rows that are spread evenly over the text and share no label."""
         length = run.config.data.seq_length
         available = count_rows(len(text.tokens), length)

@@ -20,7 +20,7 @@ from cp_megatron.checkpoint.object_collectives import all_gather_objects, on_all
 from cp_megatron.comm.groups import ParallelGroups
 from cp_megatron.comm.runtime import Launch, set_cublas_workspace
 from cp_megatron.context_parallel import ContextParallel
-from cp_megatron.data.read.sources import Corpus
+from cp_megatron.data.read.corpus import Corpus
 from cp_megatron.data.rows.corpora import Data
 from cp_megatron.errors import ConfigError
 from cp_megatron.model.parallelize import ComputeDType, build_model

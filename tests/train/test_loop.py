@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from cp_megatron.cli.parse import parse_arguments
 from cp_megatron.comm.runtime import Launch
-from cp_megatron.data.rows.sampler import Row, RowSource
+from cp_megatron.data.rows.sampler import RowSource, TokenRow
 from cp_megatron.errors import ConfigError
 from cp_megatron.plan import Grid, Mask
 from cp_megatron.plan.grid import AXES
@@ -115,7 +115,7 @@ class LostRows:
     def __init__(self, rows: RowSource) -> None:
         self._rows = rows
 
-    def __getitem__(self, number: int) -> Row:
+    def __getitem__(self, number: int) -> TokenRow:
         if number >= 4:
             raise OSError(f"row {number} is gone")
         return self._rows[number]

@@ -24,12 +24,12 @@ from cp_megatron.config import (
 from cp_megatron.context_parallel import ContextParallel
 from cp_megatron.data.batch.ahead import Ahead
 from cp_megatron.data.batch.batch import IGNORED, Batch, microbatches
-from cp_megatron.data.rows.sampler import Rows
+from cp_megatron.data.rows.sampler import ConcatenatedRows
 from cp_megatron.model.parallelize import build_model
 from cp_megatron.plan import Grid, Mask, Schedule
 from cp_megatron.train.optimizer import make_optimizer
 from cp_megatron.train.step import Shard, StepResult, TrainStep
-from tests.data.parts import part_of
+from tests.data.ranges import range_of
 from tests.ranks import run_ranks
 
 SEQ_LENGTH, BATCH, STEPS, VOCAB = 32, 4, 20, 257
@@ -119,7 +119,7 @@ def batches_of(step: int, case: Case, groups: ParallelGroups) -> list[Batch]:
     """Rows with unevenly masked labels: row 1 has none in either half that a CP2 rank holds."""
     tokens = (np.arange(4096) * 7 % 61).astype(np.uint16)
     tokens[::13] = 256
-    rows = Rows(part_of(tokens), seq_length=SEQ_LENGTH, seed=3)
+    rows = ConcatenatedRows(range_of(tokens), seq_length=SEQ_LENGTH, seed=3)
     found = list(
         microbatches(
             rows,
