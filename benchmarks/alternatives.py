@@ -23,15 +23,16 @@ from __future__ import annotations
 
 import json
 import statistics
+import sys
 import time
 from dataclasses import dataclass, replace
 
 import torch.distributed as dist
-import tyro
 from harness.steps import Job, OurStep, peak_of
 from harness.teams import Place, Team, hardware, measure, paired
 
 from cp_megatron.config import MemoryConfig, ModelConfig
+from cp_megatron.config.words import read_options
 from cp_megatron.plan import Grid
 
 MIB = 1 << 20
@@ -101,7 +102,7 @@ class Bench:
 
 
 def main() -> None:
-    arguments = tyro.cli(Arguments, description=__doc__)
+    arguments = read_options(sys.argv[1:], Arguments, program=sys.argv[0], description=__doc__)
     tokens, rounds = (64, 2) if arguments.quick else (arguments.tokens, arguments.rounds)
     model = replace(MODEL, hidden_size=64, ffn_hidden_size=128) if arguments.quick else MODEL
     jobs = {

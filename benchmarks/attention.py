@@ -23,6 +23,7 @@ Prints one JSON line per result, each with the hardware:
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -30,12 +31,12 @@ from typing import Any, Literal
 
 import numpy as np
 import torch.distributed as dist
-import tyro
 from harness import contestants
 from harness.contestants import Contestant
 from harness.teams import Place, Team, compared, hardware, measure
 from torch import Tensor
 
+from cp_megatron.config.words import read_options
 from cp_megatron.plan import Mask
 
 HEADS = 8
@@ -191,7 +192,7 @@ def problems(arguments: Arguments) -> Iterator[Problem]:
 
 
 def main() -> None:
-    arguments = tyro.cli(Arguments, description=__doc__)
+    arguments = read_options(sys.argv[1:], Arguments, program=sys.argv[0], description=__doc__)
     rounds, warmup = (2, 1) if arguments.quick else (arguments.rounds, arguments.warmup)
     machine = hardware()
     one: Team | None = None

@@ -20,14 +20,15 @@ from __future__ import annotations
 import heapq
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import tyro
 from harness.teams import hardware
 
+from cp_megatron.config.words import read_options
 from cp_megatron.plan import Mask, Schedule, SequenceLayout
 from cp_megatron.plan.balance.balanced import deal
 from cp_megatron.plan.readers import Readers
@@ -188,7 +189,7 @@ def results(arguments: Arguments) -> Iterator[dict[str, object]]:
 
 
 def main() -> None:
-    arguments = tyro.cli(Arguments, description=__doc__)
+    arguments = read_options(sys.argv[1:], Arguments, program=sys.argv[0], description=__doc__)
     machine = hardware()
     for result in results(arguments):
         print(json.dumps({"benchmark": "balance", **result, "hardware": machine}), flush=True)

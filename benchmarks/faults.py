@@ -23,18 +23,19 @@ import json
 import random
 import shutil
 import statistics
+import sys
 import tempfile
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch.distributed as dist
-import tyro
 from harness.steps import Job, OurStep, model_of
 from harness.teams import PAUSE, Place, Team, hardware, paired
 
-from cp_megatron.checkpoint.save import Kept, Save, start_save
+from cp_megatron.checkpoint.save import Save, SaveCache, start_save
 from cp_megatron.config import Config
+from cp_megatron.config.words import read_options
 from cp_megatron.faults.checks import Checks, ParameterSums
 from cp_megatron.plan import Grid
 
@@ -79,7 +80,7 @@ class Bench:
 
     def prepare(self, job: Job) -> None:
         """Makes the model; everything that is compared trains it further."""
-        self.ours, self.kept = OurStep(job), Kept()
+        self.ours, self.save_cache = OurStep(job), SaveCache()
         train_step = self.ours.train_step
         world = dist.group.WORLD
         assert world is not None
@@ -151,7 +152,7 @@ class Bench:
             grid=self.ours.job.grid,
             data_fingerprint="",
             vocab_size=self.ours.job.vocab_size,
-            kept=self.kept,
+            cache=self.save_cache,
             process_group=dist.group.WORLD if self.place.size == 1 else self._second_group(),
         )
 
@@ -192,7 +193,7 @@ def measured(team: Team, rounds: int) -> dict[str, list[Block]]:
 
 def main() -> None:
     """Prints a line per result."""
-    arguments = tyro.cli(Arguments)
+    arguments = read_options(sys.argv[1:], Arguments, program=sys.argv[0], description=__doc__)
     team = Team(arguments.ranks, arguments.threads, Bench)
     job = job_of(arguments)
     team.ask("prepare", job)

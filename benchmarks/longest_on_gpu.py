@@ -24,11 +24,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import tyro
 from harness.steps import Job, OurStep, TheirStep
 from harness.teams import hardware
 
 from cp_megatron.config import MemoryConfig, ModelConfig
+from cp_megatron.config.words import read_options
 from tests.allocations import counting_memory
 
 Who = Literal["ours", "transformers"]
@@ -172,7 +172,7 @@ def rows(arguments: Arguments) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    arguments = tyro.cli(Arguments, description=__doc__)
+    arguments = read_options(sys.argv[1:], Arguments, program=sys.argv[0], description=__doc__)
     if arguments.measure is not None:
         print(json.dumps(measured(Length(**json.loads(arguments.measure)))))
         return

@@ -25,6 +25,7 @@ heads to a key/value head), float32. Prints one JSON line per result, each with 
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -32,11 +33,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch.distributed as dist
-import tyro
 from harness.steps import Job, OurStep, TheirStep, model_of, peak_of, peak_of_loss
 from harness.teams import Place, Team, hardware, measure, paired
 
 from cp_megatron.config import MemoryConfig
+from cp_megatron.config.words import read_options
 from cp_megatron.plan import Grid
 
 MIB = 1 << 20
@@ -61,7 +62,7 @@ class Arguments:
     """Up to so many ranks the longest row is trained; on more it is worked out from two rows."""
     rounds: int = 9
     """Measured rounds of ``cost``."""
-    plot: Path | None = None
+    plot: str | None = None
     """Draw ``longest`` here, as PNG or SVG."""
     quick: bool = False
     """Tiny sizes: shows that the script runs, measures nothing."""
@@ -257,7 +258,7 @@ def draw(found: list[dict[str, Any]], path: Path) -> None:
 
 
 def main() -> None:
-    arguments = tyro.cli(Arguments, description=__doc__)
+    arguments = read_options(sys.argv[1:], Arguments, program=sys.argv[0], description=__doc__)
     questions = {"kept": kept, "loss": loss, "longest": longest, "cost": cost}
     machine = hardware()
     shared = Processes(fresh=False) if arguments.quick else None
@@ -273,7 +274,7 @@ def main() -> None:
         if not shared:
             processes.close()
         if name == "longest" and arguments.plot is not None:
-            draw(rows, arguments.plot)
+            draw(rows, Path(arguments.plot))
     if shared:
         shared.close()
 

@@ -22,6 +22,7 @@ import json
 import os
 import random
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -29,8 +30,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import tyro
 
+from cp_megatron.config.words import read_options
 from cp_megatron.data.prepare.prepare import Request, cores, prepare
 from cp_megatron.data.read.indexed import IndexedDataset, optimal_dtype
 from cp_megatron.data.read.sources import decode, load_corpus
@@ -143,7 +144,7 @@ def measure(arguments: Arguments, folder: Path) -> dict[str, object]:
 def main() -> None:
     from harness.teams import hardware  # here, or every process of ours would import torch
 
-    arguments = tyro.cli(Arguments, description=__doc__)
+    arguments = read_options(sys.argv[1:], Arguments, program=sys.argv[0], description=__doc__)
     load = round(os.getloadavg()[0], 2)
     with tempfile.TemporaryDirectory() as folder:
         result = measure(arguments, Path(folder))

@@ -14,7 +14,7 @@ from cp_megatron.cli.evaluation_options import EVALUATE, EvaluationOptions
 from cp_megatron.cli.parse import parse_arguments
 from cp_megatron.comm.runtime import Launch
 from cp_megatron.errors import ConfigError
-from cp_megatron.evaluate.check_evaluation import check_evaluation, print_plan
+from cp_megatron.evaluate.check_evaluation import check_evaluation, print_setup
 from cp_megatron.preflight.start_table import refuse
 from cp_megatron.train.signals import end_with_launcher, leave, stop_at_once
 
@@ -28,16 +28,16 @@ def main(argv: Sequence[str], environ: Mapping[str, str], script: str = EVALUATE
         end_with_launcher(launch)
         arguments = parse_arguments(argv, program=EVALUATE, quiet=launch.rank != 0)
         options = cast(EvaluationOptions, arguments.options)
-        plan = check_evaluation(
+        setup = check_evaluation(
             arguments.config, options, launch, given=arguments.given, argv=argv, script=script
         )
         if launch.rank == 0:
-            print_plan(plan)
+            print_setup(setup)
         if options.dry_run:
             return 0
         from cp_megatron.evaluate.run_evaluation import run_evaluation
 
-        return run_evaluation(plan, launch)
+        return run_evaluation(setup, launch)
     except ConfigError as error:
         return refuse(error, EVALUATE.name, rank=launch.rank)
 

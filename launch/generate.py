@@ -28,11 +28,11 @@ def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
         launch = Launch.from_environment(environ)
         arguments = parse_arguments(argv, program=GENERATE, quiet=launch.rank != 0)
         options = cast(GenerationOptions, arguments.options)
-        plan = check_generation(arguments.config, options, launch, given=arguments.given)
+        setup = check_generation(arguments.config, options, launch, given=arguments.given)
         from cp_megatron.generate.run_generation import run_generation
 
         signal.signal(signal.SIGINT, signal.default_int_handler)  # ends an answer
-        return run_generation(plan)
+        return run_generation(setup)
     except KeyboardInterrupt:
         return 130
     except ConfigError as error:

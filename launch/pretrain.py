@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from cp_megatron.cli.parse import parse_arguments
 from cp_megatron.comm.runtime import Launch
 from cp_megatron.errors import ConfigError
-from cp_megatron.memory.capacity import look_around
+from cp_megatron.memory.capacity import check_capacity
 from cp_megatron.memory.memory_report import print_dry_run
 from cp_megatron.preflight.check import check
 from cp_megatron.preflight.save_and_load import FinishedError
@@ -41,7 +41,7 @@ def main(argv: Sequence[str], environ: Mapping[str, str], script: str = PROGRAM)
             argv=argv,
             script=script,
         )
-        plan = look_around(plan, launch, dry_run=arguments.dry_run)
+        plan = check_capacity(plan, launch, dry_run=arguments.dry_run)
         if arguments.dry_run:
             return 0 if quiet else print_dry_run(plan)
         from cp_megatron.train.run import run

@@ -1,14 +1,14 @@
-"""The rules of the package's shape. Each is a function from source files to complaints.
-
-The sources are parsed, never imported, so that a file which does not run is judged too.
-"""
+"""The rules of the package's shape. Each is a function from source files to complaints."""
 
 from __future__ import annotations
 
 import ast
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+
+from tests.sources import File, called, imports
+
+Rule = Callable[[list[File]], Iterator[str]]
 
 PACKAGE = "cp_megatron"
 
@@ -40,150 +40,50 @@ LAYERS = {
     "benchmarks": 17,
 }
 
-# What a wrong flag needs, and no more: importing torch would cost seconds before the answer. So do
-# the modules in launch/, outside their functions.
-TORCH_FREE_PACKAGES = ("config", "errors", "plan", "spec", "families", "cli")
-# Modules, or packages with all that is in them.
+# Packages in which no file imports torch, not even inside a function: what they do has to be done
+# before torch is loaded, which takes seconds, or on a machine without it.
+TORCH_FREE_PACKAGES = (
+    *("config", "errors", "plan", "spec", "families", "cli", "preflight"),
+    *("data.read", "data.tokenize", "data.rows", "data.prepare"),
+)
+NEEDS_TORCH = (f"{PACKAGE}.preflight.start",)
+# Other modules that do not load torch when they are imported. So do all files in launch/, and
+# therefore what they import outside their functions.
 TORCH_FREE_MODULES = (
     PACKAGE,
-    f"{PACKAGE}.kernels",
-    f"{PACKAGE}.kernels.select",
-    f"{PACKAGE}.comm",
-    f"{PACKAGE}.comm.runtime",
-    f"{PACKAGE}.data",
-    f"{PACKAGE}.data.prepare",
-    f"{PACKAGE}.data.read",
-    f"{PACKAGE}.data.rows",
-    f"{PACKAGE}.data.tokenize",
-    f"{PACKAGE}.checkpoint",
-    f"{PACKAGE}.checkpoint.convert",
-    f"{PACKAGE}.checkpoint.gguf",
-    f"{PACKAGE}.checkpoint.gguf_convert",
-    f"{PACKAGE}.checkpoint.gguf_tokenizer",
     f"{PACKAGE}.checkpoint.hf_export",
-    f"{PACKAGE}.checkpoint.hf_files",
-    f"{PACKAGE}.checkpoint.hf_tokenizer",
-    f"{PACKAGE}.checkpoint.manifest",
-    f"{PACKAGE}.evaluate",
-    f"{PACKAGE}.evaluate.check_evaluation",
-    f"{PACKAGE}.evaluate.needle",
     f"{PACKAGE}.evaluate.results",
-    f"{PACKAGE}.faults",
     f"{PACKAGE}.faults.guard",
-    f"{PACKAGE}.faults.inject",
-    f"{PACKAGE}.generate",
-    f"{PACKAGE}.generate.check_generation",
     f"{PACKAGE}.generate.dialogue",
-    f"{PACKAGE}.memory",
-    f"{PACKAGE}.memory.exchange_buffers",
-    f"{PACKAGE}.memory.memory_report",
-    f"{PACKAGE}.memory.predict",
-    f"{PACKAGE}.metrics",
     f"{PACKAGE}.metrics.plots",
-    f"{PACKAGE}.preflight",
-    f"{PACKAGE}.preflight.check",
-    f"{PACKAGE}.preflight.log_rules",
-    f"{PACKAGE}.preflight.pretrained",
-    f"{PACKAGE}.preflight.rope_rules",
-    f"{PACKAGE}.preflight.start_table",
-    f"{PACKAGE}.train",
 )
 
 OPTIONAL_PACKAGES = frozenset(
     {
-        "apex",
-        "datasets",
-        "deepspeed",
-        "flash_attn",
-        "flash_attn_interface",
-        "gguf",
-        "jinja2",
-        "matplotlib",
-        "pyarrow",
-        "sentencepiece",
-        "tiktoken",
-        "tokenizers",
-        "transformer_engine",
-        "transformers",
-        "triton",
-        "wandb",
-        "xformers",
+        *("apex", "datasets", "deepspeed", "flash_attn", "flash_attn_interface", "gguf", "jinja2"),
+        *("matplotlib", "pyarrow", "sentencepiece", "tiktoken", "tokenizers", "transformer_engine"),
+        *("transformers", "triton", "wandb", "xformers"),
     }
 )
 ENVIRONMENT_READERS = (f"{PACKAGE}.comm.runtime",)
-MAX_LINES = 450
-MAX_LAUNCH_LINES = 60
+# The first prefix that a path begins with counts.
+MAX_LINES: Mapping[str, int] = {"launch/": 60, f"{PACKAGE}/": 400, "": 450}
+MAX_FUNCTION_LINES = 40
 DRAWERS = ("utils.py", "util.py", "helpers.py", "misc.py")
 MUTABLE_CALLS = frozenset(
     {
-        "list",
-        "dict",
-        "set",
-        "bytearray",
-        "defaultdict",
-        "deque",
-        "OrderedDict",
-        "Counter",
-        "WeakKeyDictionary",
-        "WeakValueDictionary",
-        "SimpleNamespace",
+        *("list", "dict", "set", "bytearray", "defaultdict", "deque", "OrderedDict", "Counter"),
+        *("WeakKeyDictionary", "WeakValueDictionary", "SimpleNamespace"),
     }
 )
-READ_ONLY_TYPES = frozenset(
-    {
-        "Mapping",
-        "Sequence",
-        "Set",
-        "AbstractSet",
-        "Collection",
-        "Iterable",
-    }
-)
-GROUP_NAMES = frozenset(
-    {
-        "ProcessGroup",
-        "DeviceMesh",
-        "ParallelGroups",
-    }
-)
+READ_ONLY_TYPES = frozenset({"Mapping", "Sequence", "Set", "AbstractSet", "Collection", "Iterable"})
+GROUP_NAMES = frozenset({"ProcessGroup", "DeviceMesh", "ParallelGroups"})
 GROUP_MAKERS = frozenset(
     {
-        "new_group",
-        "init_process_group",
-        "init_device_mesh",
-        "_flatten",
-        "split_group",
+        *("new_group", "init_process_group", "init_device_mesh", "_flatten", "split_group"),
         "new_subgroups",
     }
 )
-
-
-@dataclass(frozen=True)
-class File:
-    """One source file: its path from the root, e.g. ``cp_megatron/plan/grid.py``, and its text."""
-
-    path: str
-    source: str
-
-    @property
-    def module(self) -> str:
-        return self.path.removesuffix(".py").replace("/", ".").removesuffix(".__init__")
-
-    @property
-    def tree(self) -> ast.Module:
-        return ast.parse(self.source, self.path)
-
-
-@dataclass(frozen=True)
-class Import:
-    """An import of a module, or of a name that may be a module (``from a import b`` is a.b)."""
-
-    name: str
-    line: int
-    at_import_time: bool
-
-
-Rule = Callable[[list[File]], Iterator[str]]
 
 
 def layer_of(module: str) -> str | None:
@@ -191,49 +91,6 @@ def layer_of(module: str) -> str | None:
     if parts[0] != PACKAGE:
         return parts[0] if parts[0] in LAYERS else None
     return parts[1] if len(parts) > 1 and parts[1] in LAYERS else None
-
-
-def absolute(node: ast.ImportFrom, file: File) -> str:
-    if not node.level:
-        return node.module or ""
-    package = file.module.split(".")
-    if not file.path.endswith("__init__.py"):
-        package = package[:-1]
-    base = package[: len(package) - node.level + 1]
-    return ".".join([*base, node.module] if node.module else base)
-
-
-def type_checking_only(node: ast.AST) -> bool:
-    return isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
-
-
-def imports(file: File) -> Iterator[Import]:
-    """Every import, wherever it stands, ``importlib.import_module("literal")`` included."""
-
-    def visit(node: ast.AST, at_import_time: bool) -> Iterator[Import]:
-        if isinstance(node, ast.Import):
-            for alias in node.names:
-                yield Import(alias.name, node.lineno, at_import_time)
-        elif isinstance(node, ast.ImportFrom):
-            for alias in node.names:
-                name = f"{absolute(node, file)}.{alias.name}"
-                yield Import(name, node.lineno, at_import_time)
-        elif isinstance(node, ast.Call) and called(node) in ("import_module", "__import__"):
-            literals = [argument for argument in node.args if isinstance(argument, ast.Constant)]
-            for literal in literals[:1]:
-                yield Import(str(literal.value), node.lineno, at_import_time)
-        inside = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
-        for child in ast.iter_child_nodes(node):
-            yield from visit(child, at_import_time and not inside and not type_checking_only(node))
-
-    yield from visit(file.tree, True)
-
-
-def called(node: ast.Call) -> str:
-    return ast.unparse(node.func).rsplit(".", 1)[-1]
-
-
-# ---- the rules -----------------------------------------------------------------------------------
 
 
 def imports_point_down(files: list[File]) -> Iterator[str]:
@@ -248,29 +105,23 @@ def imports_point_down(files: list[File]) -> Iterator[str]:
             yield f"{file.path}:{found.line}: {here} imports {there}, which is not below it"
 
 
-def in_torch_free_package(module: str) -> bool:
-    return any(f"{module}.".startswith(f"{PACKAGE}.{part}.") for part in TORCH_FREE_PACKAGES)
-
-
-def in_torch_free_module(file: File) -> bool:
-    module = file.module
-    whole = ("prepare", "read", "rows", "tokenize")
-    inside = any(module.startswith(f"{PACKAGE}.data.{name}.") for name in whole)
-    return inside or module in TORCH_FREE_MODULES
-
-
 def torch_free(files: list[File]) -> Iterator[str]:
-    """No torch in the ground packages; none loaded by importing a torch-free module."""
+    """No import of torch in a torch-free package; none by importing another torch-free module."""
     known = {file.module: file for file in files}
     for file in files:
-        if in_torch_free_package(file.module):
-            for found in imports(file):
-                if found.name.split(".")[0] == "torch":
-                    yield f"{file.path}:{found.line}: imports torch"
-        elif in_torch_free_module(file) or file.path.startswith("launch/"):
+        whole = in_torch_free_package(file.module)
+        direct = [found for found in imports(file) if found.name.split(".")[0] == "torch"]
+        if whole and direct:
+            yield f"{file.path}:{direct[0].line}: imports torch"
+        elif whole or file.module in TORCH_FREE_MODULES or file.path.startswith("launch/"):
             chain = way_to_torch(file.module, known)
             if chain:
                 yield f"{file.path}: loads torch: {' > '.join(chain)}"
+
+
+def in_torch_free_package(module: str) -> bool:
+    inside = (f"{module}.".startswith(f"{PACKAGE}.{part}.") for part in TORCH_FREE_PACKAGES)
+    return module not in NEEDS_TORCH and any(inside)
 
 
 def way_to_torch(module: str, known: Mapping[str, File]) -> list[str]:
@@ -294,6 +145,38 @@ def loaded_by(file: File) -> Iterator[str]:
         if found.at_import_time:
             parts = found.name.split(".")
             yield from (".".join(parts[: end + 1]) for end in range(len(parts)))
+
+
+def no_import_circle(files: list[File]) -> Iterator[str]:
+    """No file imports itself by way of others, counting imports inside functions and for types."""
+    known = {file.module: file for file in files if file.path.startswith(f"{PACKAGE}/")}
+    ways = {module: set(imported_files(file, known)) for module, file in known.items()}
+    seen: set[str] = set()
+    for module in sorted(known):
+        circle = {other for other in reached(module, ways) if module in reached(other, ways)}
+        if circle and module not in seen:
+            seen |= circle
+            paths = (known[other].path for other in sorted(circle))
+            yield f"{' and '.join(paths)} import each other"
+
+
+def imported_files(file: File, known: Mapping[str, File]) -> Iterator[str]:
+    """The modules that a file names: the package's own file only where a name is taken from it."""
+    for found in imports(file):
+        parent = found.name.rpartition(".")[0]
+        if found.name in known or parent in known:
+            yield found.name if found.name in known else parent
+
+
+def reached(module: str, ways: Mapping[str, set[str]]) -> set[str]:
+    """Every module that ``module`` imports, directly or through others."""
+    found: set[str] = set()
+    queue = [module]
+    while queue:
+        new = ways[queue.pop()] - found
+        found |= new
+        queue += new
+    return found
 
 
 def optional_packages_have_one_importer(files: list[File]) -> Iterator[str]:
@@ -394,24 +277,77 @@ def environment_read_in_one_place(files: list[File]) -> Iterator[str]:
 
 def files_are_short(files: list[File]) -> Iterator[str]:
     for file in files:
-        limit = MAX_LAUNCH_LINES if file.path.startswith("launch/") else MAX_LINES
+        limit = next(most for prefix, most in MAX_LINES.items() if file.path.startswith(prefix))
         lines = len(file.source.splitlines())
         if lines > limit:
             yield f"{file.path}: {lines} lines, at most {limit}"
 
 
+def functions_are_short(files: list[File]) -> Iterator[str]:
+    """At most 40 lines of code: the signature counts; docstrings, comments and blanks do not."""
+    for file in files:
+        if not file.path.startswith(f"{PACKAGE}/"):
+            continue
+        for node in ast.walk(file.tree):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                lines = code_lines(node, file)
+                if lines > MAX_FUNCTION_LINES:
+                    yield f"{file.path}: {node.name}: {lines} lines, at most {MAX_FUNCTION_LINES}"
+
+
+def code_lines(function: ast.FunctionDef | ast.AsyncFunctionDef, file: File) -> int:
+    """Lines of code from ``def`` on, so without decorators."""
+    source = file.source.splitlines()
+    assert function.end_lineno is not None
+    numbers = set(range(function.lineno, function.end_lineno + 1))
+    for node in ast.walk(function):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            first = node.body[0]
+            if ast.get_docstring(node) is not None and first.end_lineno is not None:
+                numbers -= set(range(first.lineno, first.end_lineno + 1))
+    texts = (source[number - 1].strip() for number in numbers)
+    return sum(1 for text in texts if text and not text.startswith("#"))
+
+
+def file_names_differ(files: list[File]) -> Iterator[str]:
+    places: dict[str, list[str]] = defaultdict(list)
+    for file in files:
+        if file.path.startswith(f"{PACKAGE}/") and file.name != "__init__.py":
+            places[file.name].append(file.path)
+    yield from said_twice(places)
+
+
+def public_class_names_differ(files: list[File]) -> Iterator[str]:
+    places: dict[str, list[str]] = defaultdict(list)
+    for file in files:
+        for node in file.tree.body if file.path.startswith(f"{PACKAGE}/") else ():
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                places[node.name].append(file.path)
+    yield from said_twice(places)
+
+
+def said_twice(places: Mapping[str, list[str]]) -> Iterator[str]:
+    for name, paths in sorted(places.items()):
+        if len(paths) > 1:
+            yield f"{name} names different things: {', '.join(sorted(paths))}"
+
+
 def no_drawer(files: list[File]) -> Iterator[str]:
     for file in files:
-        if file.path.rsplit("/", 1)[-1] in DRAWERS:
-            yield f"{file.path}: say what is in it"
+        if file.name in DRAWERS:
+            yield f"{file.path}: the name does not say what is in the file"
 
 
 RULES: tuple[Rule, ...] = (
     imports_point_down,
     torch_free,
+    no_import_circle,
     optional_packages_have_one_importer,
     no_module_state,
     environment_read_in_one_place,
     files_are_short,
+    functions_are_short,
+    file_names_differ,
+    public_class_names_differ,
     no_drawer,
 )

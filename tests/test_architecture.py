@@ -1,7 +1,9 @@
-"""The sources keep every rule of the package's shape, and every rule sees what breaks it."""
+"""The sources keep every rule of the package's shape, and every rule detects what breaks it."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -10,20 +12,57 @@ from tests.architecture import (
     LAYERS,
     PACKAGE,
     RULES,
-    File,
     Rule,
     environment_read_in_one_place,
+    file_names_differ,
     files_are_short,
+    functions_are_short,
     imports_point_down,
     no_drawer,
+    no_import_circle,
     no_module_state,
     optional_packages_have_one_importer,
+    public_class_names_differ,
     torch_free,
 )
+from tests.sources import File
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
+# Complaints that are accepted for now, by how they begin.
+KNOWN: Mapping[Rule, tuple[str, ...]] = {
+    no_import_circle: (
+        "cp_megatron/data/tokenize/tokenizer.py and",
+        "cp_megatron/plan/schedule.py and",
+    ),
+    files_are_short: ("cp_megatron/config/schema.py",),
+    functions_are_short: (
+        "cp_megatron/checkpoint/gguf_convert.py: _read_shape",
+        "cp_megatron/checkpoint/huggingface.py: export_hf",
+        "cp_megatron/checkpoint/save.py: start_save",
+        "cp_megatron/evaluate/check_evaluation.py: check_evaluation",
+        "cp_megatron/families/llama.py: read_hf_config",
+        "cp_megatron/generate/check_generation.py: check_generation",
+        "cp_megatron/kernels/merge_triton.py: _merge",
+        "cp_megatron/model/huggingface.py: shard_batch",
+        "cp_megatron/model/parallelize.py: build_model",
+        "cp_megatron/model/transformer.py: __init__",
+        "cp_megatron/plan/schedule.py: build",
+        "cp_megatron/plan/show/text.py: print_schedule",
+        "cp_megatron/preflight/check.py: check",
+        "cp_megatron/preflight/sequence.py: of",
+        "cp_megatron/train/run.py: assemble",
+        "cp_megatron/train/step.py: run",
+    ),
+    file_names_differ: ("agreement.py", "attention.py", "huggingface.py", "p2p.py", "tiles.py"),
+    public_class_names_differ: (
+        *("Options", "Part", "Piece", "Results", "Row", "Rows", "Source", "Verdict"),
+    ),
+}
+
+
+@cache
 def all_files() -> list[File]:
     paths = [
         path
@@ -35,7 +74,8 @@ def all_files() -> list[File]:
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
 def test_sources_keep_the_rule(rule: Rule) -> None:
-    complaints = list(rule(all_files()))
+    known = KNOWN.get(rule, ())
+    complaints = [text for text in rule(all_files()) if not text.startswith(known)]
     assert not complaints, "\n".join(complaints)
 
 
@@ -77,18 +117,21 @@ BROKEN: tuple[tuple[Rule, str, str], ...] = (
     (environment_read_in_one_place, "cp_megatron/train/a.py", "import os\nos.environ['RANK']"),
     (environment_read_in_one_place, "cp_megatron/train/a.py", "import os\nos.getenv('RANK')"),
     (environment_read_in_one_place, "cp_megatron/train/a.py", "from os import environ"),
-    (files_are_short, "cp_megatron/a.py", "x = 1\n" * 451),
+    (files_are_short, "cp_megatron/a.py", "x = 1\n" * 401),
+    (files_are_short, "tests/a.py", "x = 1\n" * 451),
     (files_are_short, "launch/a.py", "x = 1\n" * 61),
+    (functions_are_short, "cp_megatron/a.py", "def f():\n" + "    x = 1\n" * 40),
+    (functions_are_short, "cp_megatron/a.py", "class A:\n def f(self):\n" + "  x = 1\n" * 40),
     (no_drawer, "cp_megatron/utils.py", ""),
 )
 
 
 @pytest.mark.parametrize(("rule", "path", "source"), BROKEN)
-def test_the_rule_sees_what_breaks_it(rule: Rule, path: str, source: str) -> None:
+def test_the_rule_detects_what_breaks_it(rule: Rule, path: str, source: str) -> None:
     assert len(list(rule([File(path, source)]))) == 1
 
 
-def test_a_second_importer_of_an_optional_package_is_seen() -> None:
+def test_a_second_importer_of_an_optional_package_is_detected() -> None:
     one = File("cp_megatron/kernels/a.py", "def f():\n    import flash_attn")
     two = File(
         "cp_megatron/kernels/b.py",
@@ -102,7 +145,7 @@ def test_a_second_importer_of_an_optional_package_is_seen() -> None:
     "statement",
     ["from cp_megatron.data.batch import batch", "from cp_megatron.data.batch.batch import x"],
 )
-def test_torch_behind_other_modules_is_seen(statement: str) -> None:
+def test_torch_behind_other_modules_is_detected(statement: str) -> None:
     files = [
         File("launch/pretrain.py", "from cp_megatron.preflight import check"),
         File("cp_megatron/preflight/check.py", statement),
@@ -114,12 +157,54 @@ def test_torch_behind_other_modules_is_seen(statement: str) -> None:
     assert all(complaint.endswith(chain) for complaint in complaints)
 
 
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "from cp_megatron.plan.show.b import x",
+        "from cp_megatron.plan.show import b",
+        "import cp_megatron.plan.show.b",
+        "from .show.b import x",
+        "def f():\n    from .show.b import x",
+        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from .show.b import x",
+    ],
+)
+def test_an_import_circle_is_detected(statement: str) -> None:
+    one = File("cp_megatron/plan/a.py", statement)
+    other = File("cp_megatron/plan/show/b.py", "from cp_megatron.plan.c import x")
+    third = File("cp_megatron/plan/c.py", "from .a import x")
+    assert list(no_import_circle([one, other])) == []
+    (complaint,) = no_import_circle([one, other, third])
+    assert all(file.path in complaint for file in (one, other, third))
+
+
+def test_importing_from_the_package_that_imports_the_file_is_a_circle() -> None:
+    package = File("cp_megatron/plan/__init__.py", "from cp_megatron.plan.mask import Mask")
+    mask = File("cp_megatron/plan/mask.py", "from cp_megatron.plan import x")
+    assert len(list(no_import_circle([package, mask]))) == 1
+    mask = File("cp_megatron/plan/mask.py", "from cp_megatron.plan.grid import x")
+    assert list(no_import_circle([package, mask])) == []
+
+
+def test_one_name_for_two_files_or_two_public_classes_is_detected() -> None:
+    one = File("cp_megatron/plan/row.py", "class Row: ...\nclass _Own: ...")
+    other = File("cp_megatron/data/row.py", "class Row: ...\nclass _Own: ...")
+    packages = [File(f"cp_megatron/{name}/__init__.py", "") for name in ("plan", "data")]
+    assert len(list(file_names_differ([one, other, *packages]))) == 1
+    assert len(list(public_class_names_differ([one, other]))) == 1
+
+
 ALLOWED: tuple[tuple[str, str], ...] = (
     ("cp_megatron/model/a.py", "from cp_megatron.comm.groups import x\nfrom .rope import y"),
     ("cp_megatron/config/a.py", "from cp_megatron.errors import ConfigError"),
     ("cp_megatron/preflight/check.py", "from cp_megatron.plan import Grid"),
     ("cp_megatron/comm/runtime.py", "import os\nx = os.environ"),
     ("cp_megatron/a.py", "__all__ = ['a']\nTABLE: Mapping[str, int] = {'a': 1}\nSIZES = (1, 2)"),
+    (
+        "cp_megatron/a.py",
+        '@cache\n@other\ndef f():\n    """One.\n\n    More.\n    """\n    # why\n\n'
+        + "    x = 1\n" * 39,
+    ),
+    ("cp_megatron/preflight/start.py", "import torch"),
     ("launch/pretrain.py", "def main():\n    from cp_megatron.train.run import run"),
     (
         "cp_megatron/kernels/select.py",

@@ -1,5 +1,17 @@
-"""Checkpoints: safetensors shards and one JSON manifest; any grid loads any other; no pickle.
+"""Checkpoints: safetensors shards and a JSON manifest, written and read without pickle.
 
-``manifest`` reads and checks without torch, ``storage`` is torch.distributed.checkpoint's storage,
-``store`` saves and loads a model and its optimizer. Importing this package imports no torch.
+A checkpoint that is saved on one grid loads on any other.
+
+    save.py               saves a model and its optimizer while training continues
+      save_planner.py     decides which rank writes which part of which tensor
+      shard_writer.py     copies one rank's part and writes it as a safetensors file
+    load.py               loads a checkpoint into a model and its optimizer
+      shard_reader.py     reads the parts that one rank needs
+    state_dict.py         names the tensors of a model and its optimizer
+    manifest.py           describes a checkpoint and checks it; does not import torch
+    step_folders.py       the folders step-N of a run; does not import torch
+    find_checkpoint.py    chooses the checkpoint to load; does not import torch
+    huggingface.py, hf_*  Hugging Face folders
+
+Importing this package does not import torch.
 """

@@ -21,10 +21,8 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from torch.distributed.checkpoint import state_dict_loader
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 
-from cp_megatron.checkpoint.agreement import agreed
+from cp_megatron.checkpoint.find_checkpoint import named_step
 from cp_megatron.checkpoint.hf_export import ExportTensor, export_tensors
 from cp_megatron.checkpoint.hf_files import (
     DTYPES,
@@ -41,13 +39,12 @@ from cp_megatron.checkpoint.manifest import (
     read_manifest,
     verify_files,
 )
-from cp_megatron.checkpoint.newest import named_step
-from cp_megatron.checkpoint.shard import discard, sync
-from cp_megatron.checkpoint.storage import ShardReader
-from cp_megatron.checkpoint.store import one_process_is_fine, user_errors
+from cp_megatron.checkpoint.object_collectives import on_all_ranks
+from cp_megatron.checkpoint.shard_reader import read_shards
+from cp_megatron.checkpoint.shard_writer import discard, sync
 from cp_megatron.config import Config
 from cp_megatron.config.fields import settings
-from cp_megatron.config.yaml_io import overlay
+from cp_megatron.config.files.yaml_io import overlay
 from cp_megatron.data.tokenize.tokenizer import open_tokenizer
 from cp_megatron.errors import ConfigError
 from cp_megatron.families.llama import TOKENIZER_FILES, read_hf_config, to_hf_config
@@ -84,19 +81,12 @@ def load_hf(
         assert manifest.tensors.keys() == state.keys(), "the table of names is the model's"
         return manifest
 
-    manifest = agreed(prepare, process_group)
+    manifest = on_all_ranks(prepare, process_group)
     with torch.no_grad():
         for name in ("model.embedding.weight", "model.head.weight"):
             if name in state:
                 state[name].zero_()
-    planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-    with user_errors(FLAG, Path(folder)), one_process_is_fine():
-        state_dict_loader.load(
-            state,
-            storage_reader=ShardReader(Path(folder), manifest),
-            planner=planner,
-            process_group=process_group,
-        )
+    read_shards(state, Path(folder), manifest, flag=FLAG, group=process_group)
 
 
 def export_hf(

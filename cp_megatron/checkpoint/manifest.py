@@ -1,8 +1,7 @@
-"""What a checkpoint holds, read with suspicion. Nothing here imports torch.
+"""Describes a checkpoint, and checks the description. This module does not import torch.
 
-A checkpoint is a folder ``step-N`` with ``manifest.json`` and shards ``rank-00000.safetensors``.
-It gets that name only when every byte of it is on the disk; until then it is ``step-N.tmp``. JSON
-is the only thing that is parsed here, and a name in it can not lead out of the folder.
+A checkpoint has a ``manifest.json`` and shards ``rank-00000.safetensors``. The manifest is not
+trusted: every field is checked before it is used, and a name in it cannot lead out of the folder.
 """
 
 from __future__ import annotations
@@ -12,20 +11,17 @@ import json
 import math
 import re
 import stat
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from cp_megatron.checkpoint.boxes import inside, overlap
-from cp_megatron.config.run_folders import STEP_FOLDER
+from cp_megatron.checkpoint.step_folders import MANIFEST, finished_steps
 from cp_megatron.errors import ConfigError
 
 FLAG = "--load"
 FORMAT_VERSION = 1
-MANIFEST = "manifest.json"
-TEMPORARY = ".tmp"
 MAX_MANIFEST_BYTES = 1 << 30
 SHARD_FILE = re.compile(r"rank-[0-9]{5,}\.safetensors")
 ELEMENT_BYTES: Mapping[str, int] = MappingProxyType(
@@ -42,16 +38,16 @@ ELEMENT_BYTES: Mapping[str, int] = MappingProxyType(
         "bool": 1,
     }
 )
-"""The dtypes a checkpoint may hold."""
+"""The dtypes that a checkpoint can hold, and the bytes of an element."""
 
 
 class DamagedError(ConfigError):
-    """A checkpoint that is not whole. What is whole and can not be used here is no such error."""
+    """A checkpoint that is incomplete or corrupt."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class FileEntry:
-    """A shard: its size in bytes and the SHA-256 (hex) of its contents."""
+    """A shard's size in bytes and the SHA-256 (hex) of its contents."""
 
     size: int
     sha256: str
@@ -59,7 +55,7 @@ class FileEntry:
 
 @dataclass(frozen=True, kw_only=True)
 class ChunkEntry:
-    """A box of a tensor and where it lies: ``key`` of the safetensors file ``file``."""
+    """A box of a tensor, stored under ``key`` in the safetensors file ``file``."""
 
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
@@ -69,7 +65,7 @@ class ChunkEntry:
 
 @dataclass(frozen=True, kw_only=True)
 class TensorEntry:
-    """A tensor's global shape, its dtype (``float32``) and the chunks that fill it."""
+    """A tensor's dtype (``float32``), its global shape and the chunks that fill it."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -78,19 +74,19 @@ class TensorEntry:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """Everything about a checkpoint but the numbers.
+    """Everything about a checkpoint except the values of its tensors.
 
     Attributes:
-        version: of this format.
-        step: training steps done.
-        consumed: rows of the run used so far.
+        version: the version of this format.
+        step: the number of training steps done.
+        consumed: the number of rows that the run has used so far.
         config: the run's configuration as plain data.
-        data_fingerprint: of the corpus.
-        vocab_size: tokens of the tokenizer.
-        torch_version, package_version: that wrote it.
-        grid: sizes of the axes dp, cp and tp it was written on; it loads on any other.
-        optimizer_steps: updates done per parameter, of those that have optimizer state.
-        extra: what else the training needs to go on, as plain data.
+        data_fingerprint: identifies the corpus.
+        vocab_size: the size of the tokenizer's vocabulary.
+        torch_version, package_version: the versions that wrote the checkpoint.
+        grid: the sizes of the axes it was written on; it loads on any other grid.
+        optimizer_steps: the number of updates of each parameter that has optimizer state.
+        extra: other plain data that training needs to continue.
         files: the shards by name.
         tensors: ``model.<name>`` and ``optimizer.<name>.<moment>``.
     """
@@ -110,66 +106,21 @@ class Manifest:
     tensors: Mapping[str, TensorEntry]
 
     def to_json(self) -> str:
-        """The text of ``manifest.json``: the fields, and their SHA-256 in canonical form."""
+        """Returns the text of ``manifest.json``: the fields and their SHA-256."""
         fields = asdict(self)
         return _canonical({"manifest": fields, "sha256": _sha256(fields)}) + "\n"
 
 
-def step_folder(run_folder: Path, step: int) -> Path:
-    """Where a run's checkpoint of that step lies."""
-    return run_folder / f"step-{step}"
-
-
-def newest_step(run_folder: Path | str) -> Path | None:
-    """The checkpoint with the most steps in a run's folder; None when there is none.
-
-    Unfinished ones (``step-N.tmp``) and folders without a manifest are passed over. Contents are
-    not looked at.
-    """
-    steps = finished_steps(Path(run_folder))
-    return steps[max(steps)] if steps else None
-
-
-def finished_steps(run_folder: Path) -> dict[int, Path]:
-    """The finished checkpoints of a run's folder by their steps."""
-    steps = step_folders(run_folder)
-    return {step: folder for step, folder in steps.items() if (folder / MANIFEST).is_file()}
-
-
-def step_folders(run_folder: Path) -> dict[int, Path]:
-    """Everything in a run's folder that has the name of a finished checkpoint, by its step."""
-    try:
-        entries = list(run_folder.iterdir())
-    except OSError:
-        return {}
-    matches = {entry: STEP_FOLDER.fullmatch(entry.name) for entry in entries}
-    return {int(match[1]): entry for entry, match in matches.items() if match}
-
-
-def unfinished_steps(run_folder: Path) -> list[Path]:
-    """What saves that did not come to their end left in a run's folder."""
-    try:
-        entries = list(run_folder.iterdir())
-    except OSError:
-        return []
-    return [
-        entry
-        for entry in entries
-        if entry.name.endswith(TEMPORARY)
-        and STEP_FOLDER.fullmatch(entry.name.removesuffix(TEMPORARY))
-    ]
-
-
 def read_manifest(folder: Path | str) -> Manifest:
-    """Reads and checks a checkpoint's manifest, not its shards.
+    """Reads and checks a checkpoint's manifest. The shards are not read.
 
     Args:
         folder: a ``step-N``.
 
     Raises:
-        DamagedError: there is none, it is malformed, contradicts itself, or names a file that is no
-            shard of this folder.
-        ConfigError: it is of another version.
+        DamagedError: the manifest is missing, malformed or inconsistent, or names a file that is
+            not a shard in this folder.
+        ConfigError: the manifest has another version.
     """
     folder = Path(folder)
     document = _Fields(folder, "", _read_json(folder))
@@ -179,10 +130,10 @@ def read_manifest(folder: Path | str) -> Manifest:
     except RecursionError:
         raise _malformed(folder, "it is nested too deep") from None
     if document.text("sha256") != digest:
-        raise damaged(folder, f"{MANIFEST} is damaged: its SHA-256 is not its own")
+        raise damaged(folder, f"{MANIFEST} is damaged: its SHA-256 does not match")
     version = fields.count("version")
     if version != FORMAT_VERSION:
-        rule = f"has checkpoint format {version}, this program reads {FORMAT_VERSION}"
+        rule = f"has checkpoint format {version}, but this program reads {FORMAT_VERSION}"
         raise ConfigError(FLAG, folder, rule, "the version of the program that wrote it")
     manifest = _manifest(fields)
     _check_chunks(folder, manifest)
@@ -192,58 +143,66 @@ def read_manifest(folder: Path | str) -> Manifest:
 def verify_files(
     folder: Path | str, manifest: Manifest, names: Collection[str] | None = None
 ) -> None:
-    """Compares shards with the manifest: kind, size, and SHA-256 (about 1.5 GB/s).
+    """Compares shards with the manifest by kind, size and SHA-256, at about 1.5 GB/s.
 
     Args:
         folder: the checkpoint.
-        manifest: of this folder.
-        names: which shards; by default all.
+        manifest: the manifest of this folder.
+        names: the shards to compare; by default all.
 
     Raises:
-        DamagedError: a shard is missing, a link, of another size or of other contents.
+        DamagedError: a shard is missing or a link, or its size or contents differ.
     """
     folder = Path(folder)
     for name in sorted(manifest.files if names is None else names):
-        _verify_file(folder, name, manifest.files[name])
+        entry = manifest.files[name]
+        check_size(folder, name, entry)
+        try:
+            digest = file_sha256(folder / name)
+        except OSError as error:
+            raise damaged(folder, f"{name} cannot be read ({error.strerror})") from None
+        if digest != entry.sha256:
+            raise damaged(folder, f"{name} is damaged: its SHA-256 differs from the manifest")
 
 
 def check_size(folder: Path, name: str, entry: FileEntry) -> None:
-    """Compares a shard's kind and size with the manifest, in no time.
+    """Compares a shard's kind and size with the manifest, without reading its contents.
 
     Raises:
-        DamagedError: it is missing, a link, or of another size.
+        DamagedError: the shard is missing or a link, or its size differs.
     """
     try:
         status = (folder / name).lstat()
     except OSError as error:
-        raise damaged(folder, f"{name} can not be read ({error.strerror})") from None
+        raise damaged(folder, f"{name} cannot be read ({error.strerror})") from None
     if not stat.S_ISREG(status.st_mode):
         raise damaged(folder, f"{name} is not a regular file")
     if status.st_size != entry.size:
-        rule = f"{name} has {status.st_size} bytes, the manifest says {entry.size}"
+        rule = f"{name} has {status.st_size} bytes, but the manifest says {entry.size}"
         raise damaged(folder, rule)
 
 
 def file_sha256(path: Path) -> str:
-    """SHA-256 (hex) of a file's contents."""
+    """Returns the SHA-256 (hex) of a file's contents."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def damaged(folder: Path, rule: str) -> DamagedError:
-    """The error for a checkpoint that can not be trusted, with the run's other checkpoints."""
-    return DamagedError(FLAG, folder, rule, _others(folder))
+    """Returns the error for a damaged checkpoint; it suggests the run's newest other one."""
+    others = {n: path for n, path in finished_steps(folder.parent).items() if path != folder}
+    return DamagedError(FLAG, folder, rule, str(others[max(others)]) if others else "")
 
 
 def _read_json(folder: Path) -> Any:
     path = folder / MANIFEST
     try:
         status = path.stat()
-        # Reading a pipe would wait for ever, reading a device would not end.
+        # Reading a pipe would block, and reading a device would not end.
         if stat.S_ISREG(status.st_mode) and status.st_size <= MAX_MANIFEST_BYTES:
             return json.loads(path.read_bytes())
     except OSError as error:
-        rule = f"is no finished checkpoint: {MANIFEST} can not be read ({error.strerror})"
+        rule = f"is not a finished checkpoint: {MANIFEST} cannot be read ({error.strerror})"
         raise damaged(folder, rule) from None
     except (ValueError, RecursionError):
         raise _malformed(folder, "it is not JSON") from None
@@ -258,30 +217,13 @@ def _sha256(fields: Mapping[str, Any]) -> str:
     return hashlib.sha256(_canonical(fields).encode()).hexdigest()
 
 
-def _verify_file(folder: Path, name: str, entry: FileEntry) -> None:
-    check_size(folder, name, entry)
-    try:
-        digest = file_sha256(folder / name)
-    except OSError as error:
-        raise damaged(folder, f"{name} can not be read ({error.strerror})") from None
-    if digest != entry.sha256:
-        raise damaged(folder, f"{name} is damaged: its SHA-256 is not the manifest's")
-
-
-def _others(folder: Path) -> str:
-    """The run's newest other checkpoint, as the hint of an error."""
-    steps = finished_steps(folder.parent)
-    others = [step for step, path in steps.items() if path.name != folder.name]
-    return str(steps[max(others)]) if others else ""
-
-
 def _malformed(folder: Path, what: str) -> DamagedError:
     return damaged(folder, f"{MANIFEST} is malformed: {what}")
 
 
 @dataclass(frozen=True)
 class _Fields:
-    """Typed access to a JSON object; whatever is missing or of another type is refused."""
+    """Reads the fields of a JSON object; refuses missing fields and wrong types."""
 
     folder: Path
     where: str
@@ -289,7 +231,7 @@ class _Fields:
 
     def _get(self, name: str, kind: type) -> Any:
         value = self.value.get(name) if isinstance(self.value, dict) else None
-        # bool is an int in Python, not in JSON.
+        # In Python, but not in JSON, a bool is an int.
         if not isinstance(value, kind) or isinstance(value, bool):
             raise self.wrong(name)
         return value
@@ -305,7 +247,7 @@ class _Fields:
 
     def text(self, name: str) -> str:
         text: str = self._get(name, str)
-        # JSON can spell half a character, which no file and no other program takes.
+        # JSON can contain a lone surrogate, which no file name can hold.
         if any("\ud800" <= letter <= "\udfff" for letter in text):
             raise self.wrong(name)
         return text
@@ -343,7 +285,7 @@ def _manifest(fields: _Fields) -> Manifest:
         package_version=fields.text("package_version"),
         grid=fields.counts_by_name("grid"),
         optimizer_steps=fields.counts_by_name("optimizer_steps"),
-        # Checkpoints from before there was any have none.
+        # Older checkpoints do not have this field.
         extra=fields.mapping("extra") if "extra" in fields.value else {},
         files={name: _file(name, entry) for name, entry in fields.objects("files").items()},
         tensors={name: _tensor(entry) for name, entry in fields.objects("tensors").items()},
@@ -351,7 +293,7 @@ def _manifest(fields: _Fields) -> Manifest:
 
 
 def _file(name: str, entry: _Fields) -> FileEntry:
-    # A shard's name has no separator and no leading dot, so no path can lead out of the folder.
+    # The name has no separator and no leading dot, so it cannot lead out of the folder.
     if not SHARD_FILE.fullmatch(name):
         raise _malformed(entry.folder, f"{name!r} is not the name of a shard")
     return FileEntry(size=entry.count("size"), sha256=entry.text("sha256"))
@@ -376,20 +318,50 @@ def _tensor(entry: _Fields) -> TensorEntry:
 
 
 def _check_chunks(folder: Path, manifest: Manifest) -> None:
-    """The chunks of a tensor lie inside it and fill it, and its files can hold them."""
+    """Checks that the chunks of each tensor fill it exactly, and that their files can hold them."""
     held = dict.fromkeys(manifest.files, 0)
     for name, tensor in manifest.tensors.items():
         for chunk in tensor.chunks:
             if chunk.file not in held:
-                raise _malformed(folder, f"{name} lies in {chunk.file!r}, which is not listed")
+                raise _malformed(folder, f"{name} is stored in {chunk.file!r}, which is not listed")
             held[chunk.file] += math.prod(chunk.sizes) * ELEMENT_BYTES[tensor.dtype]
-            if not inside(chunk, tensor.shape):
-                raise _malformed(folder, f"a chunk of {name} lies outside of its shape")
+            if not _inside(chunk, tensor.shape):
+                raise _malformed(folder, f"a chunk of {name} lies outside its shape")
         filled = sum(math.prod(chunk.sizes) for chunk in tensor.chunks)
         corners = {chunk.offsets for chunk in tensor.chunks}
-        disjoint = len(corners) == len(tensor.chunks) and not overlap(tensor.chunks)
+        disjoint = len(corners) == len(tensor.chunks) and not _overlap(tensor.chunks)
         if filled != math.prod(tensor.shape) or not disjoint:
             raise _malformed(folder, f"the chunks of {name} do not fill its shape")
     for file, size in held.items():
         if size > manifest.files[file].size:
             raise _malformed(folder, f"the tensors in {file} are larger than the file")
+
+
+def _inside(chunk: ChunkEntry, shape: tuple[int, ...]) -> bool:
+    return len(chunk.offsets) == len(chunk.sizes) == len(shape) and all(
+        offset + size <= length for offset, size, length in zip(chunk.offsets, chunk.sizes, shape)
+    )
+
+
+def _overlap(chunks: Sequence[ChunkEntry]) -> bool:
+    """Whether two chunks share an element. Sweeps along the dim with the most distinct offsets."""
+    chunks = [chunk for chunk in chunks if math.prod(chunk.sizes)]
+    dims = range(len(chunks[0].sizes) if chunks else 0)
+    dim = max(dims, key=lambda d: len({chunk.offsets[d] for chunk in chunks}), default=None)
+    if dim is None:
+        return len(chunks) > 1
+    active: list[ChunkEntry] = []
+    for chunk in sorted(chunks, key=lambda chunk: chunk.offsets[dim]):
+        begin = chunk.offsets[dim]
+        active = [other for other in active if other.offsets[dim] + other.sizes[dim] > begin]
+        if any(_intersect(chunk, other) for other in active):
+            return True
+        active.append(chunk)
+    return False
+
+
+def _intersect(one: ChunkEntry, other: ChunkEntry) -> bool:
+    return all(
+        max(a, b) < min(a + length, b + width)
+        for a, length, b, width in zip(one.offsets, one.sizes, other.offsets, other.sizes)
+    )

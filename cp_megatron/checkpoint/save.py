@@ -1,24 +1,24 @@
-"""Saves a model with its AdamW state, behind the training.
+"""Saves a model and its AdamW state while training continues.
 
     training   | plan, copy |  step  |  step  |  step  |
-    thread                  | write, hash, fsync | manifest, rename | older ones |
+    thread                  | write, hash, fsync | manifest, rename | remove older ones |
 
-torch.distributed.checkpoint plans who writes which box of which tensor. A rank's boxes are copied,
-and the training goes on; a thread of every rank writes its shard, the first rank then the manifest,
-and gives ``step-N.tmp`` its name. All ranks learn how it ended. What the ranks tell each other goes
-over a group that nothing else uses meanwhile.
+Every rank copies the boxes of tensors that ``save_planner`` assigns to it; then training continues.
+A thread of every rank writes the copy as a shard. When all shards are on the disk, the first rank
+writes the manifest and renames ``step-N.tmp`` to ``step-N``. All ranks learn whether the save
+succeeded. The threads communicate over a process group that nothing else uses during the save.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
-import threading
 import time
 import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from threading import Thread, get_native_id
 from typing import Any
 
 import torch
@@ -26,26 +26,16 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import cp_megatron
-from cp_megatron.checkpoint.agreement import (
+from cp_megatron.checkpoint.manifest import FORMAT_VERSION, FileEntry, Manifest, TensorEntry
+from cp_megatron.checkpoint.object_collectives import (
     Group,
+    all_gather_objects,
     attempt,
-    from_first,
-    gathered,
+    broadcast_object,
     rank_in,
 )
-from cp_megatron.checkpoint.manifest import (
-    FORMAT_VERSION,
-    MANIFEST,
-    TEMPORARY,
-    FileEntry,
-    Manifest,
-    TensorEntry,
-    finished_steps,
-    step_folder,
-    unfinished_steps,
-)
-from cp_megatron.checkpoint.planning import Part, plan_part, shard_file
-from cp_megatron.checkpoint.shard import (
+from cp_megatron.checkpoint.save_planner import CachedPlan, plan_save, shard_file
+from cp_megatron.checkpoint.shard_writer import (
     HostMemory,
     discard,
     sync,
@@ -53,30 +43,37 @@ from cp_megatron.checkpoint.shard import (
     write_image,
     write_text,
 )
-from cp_megatron.checkpoint.state import model_state, optimizer_state, optimizer_steps
+from cp_megatron.checkpoint.state_dict import model_state, optimizer_state, optimizer_steps
+from cp_megatron.checkpoint.step_folders import (
+    MANIFEST,
+    finished_steps,
+    step_folder,
+    temporary_folder,
+    unfinished_steps,
+)
 from cp_megatron.config import Config
 from cp_megatron.errors import ConfigError
 from cp_megatron.plan import Grid
 
 FLAG = "--save"
 _NICENESS = 19
-"""Of a thread that writes behind the training: a step that wants the cores goes first."""
+"""Priority of a thread that writes while training runs, so that training gets the cores first."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Keep:
-    """Which older checkpoints stay when another one is complete.
+class Retention:
+    """Which older checkpoints are kept when a new one is complete.
 
     Attributes:
-        latest: so many of the newest; None keeps all.
-        every: those whose step is a multiple of it besides; None keeps none besides.
+        latest: the number of newest checkpoints to keep; None keeps all.
+        every: also keep checkpoints whose step is a multiple of this.
     """
 
     latest: int | None = None
     every: int | None = None
 
     def superseded(self, steps: Sequence[int]) -> list[int]:
-        """The steps to remove of those that are there."""
+        """Returns the steps of ``steps`` that are to be removed."""
         if self.latest is None:
             return []
         older = sorted(steps)[: -self.latest]
@@ -84,50 +81,53 @@ class Keep:
 
 
 @dataclass(kw_only=True)
-class Kept:
-    """What a save leaves for the next one of the same ranks.
+class SaveCache:
+    """What one save leaves for the next save of the same ranks.
 
     Attributes:
-        memory: that the tensors were copied to.
-        part: of the checkpoint, that this rank wrote; used again if the tensors are alike.
+        memory: host memory for the copy of the tensors.
+        plan: the plan of the last save, valid while the tensors keep their shapes and placements.
     """
 
     memory: HostMemory = field(default_factory=HostMemory)
-    part: Part | None = None
+    plan: CachedPlan | None = None
 
 
 @dataclass(kw_only=True)
 class Save:
-    """A save under way, on one rank.
+    """A save in progress, on one rank.
 
     Attributes:
-        folder: the checkpoint's name to be.
-        stopped_seconds: how long the training stood still for it.
-        seconds: how long all of it took; 0 while it is under way.
+        folder: the checkpoint's final name.
+        stopped_seconds: how long training was stopped.
+        seconds: how long the whole save took; 0 while it is in progress.
     """
 
     folder: Path
     stopped_seconds: float = 0.0
     seconds: float = 0.0
-    _thread: threading.Thread | None = None
+    _thread: Thread | None = None
     _failure: Exception | None = None
 
     @property
     def ended(self) -> bool:
-        """Whether ``wait`` would return, or raise what the disk refused, at once.
+        """Whether ``wait`` would immediately return or raise ConfigError.
 
-        False too where it would raise another failure: ranks do not raise that at a step of their
-        own.
+        This is False if ``wait`` would raise another failure, because ranks must not raise that at
+        different steps.
         """
         alive = self._thread is not None and self._thread.is_alive()
         return not alive and (self._failure is None or isinstance(self._failure, ConfigError))
 
     def wait(self) -> Path:
-        """The checkpoint's folder, complete and on the disk. Called on every rank.
+        """Waits until the checkpoint is complete and on the disk. Every rank calls this.
+
+        Returns:
+            the checkpoint's folder.
 
         Raises:
-            ConfigError: it exists already, or can not be written; on every rank alike.
-            RuntimeError: a rank failed otherwise; on every rank alike, with its traceback.
+            ConfigError: the checkpoint exists already or cannot be written; on every rank.
+            RuntimeError: a rank failed for another reason; on every rank, with its traceback.
         """
         if self._thread is not None:
             self._thread.join()
@@ -138,23 +138,38 @@ class Save:
 
 @dataclass(frozen=True, kw_only=True)
 class _Job:
-    """What a rank's thread needs, and nothing that the training changes."""
+    """What a rank's thread needs; training changes nothing of it.
+
+    Attributes:
+        target: the checkpoint's final name.
+        facts: the manifest's fields, except files and tensors.
+        tensors: on the first rank, the description of every tensor.
+        image: the contents of this rank's shard; None if it writes nothing.
+        failure: why the image could not be made.
+        retention: which older checkpoints are kept.
+        group: the ranks that save.
+    """
 
     target: Path
     facts: Mapping[str, Any]
     tensors: Mapping[str, TensorEntry]
-    """On the first rank."""
     image: Tensor | None
-    """None where this rank writes nothing."""
     failure: Exception | None
-    """Why there is none where there should be one."""
-    keep: Keep
+    retention: Retention
     group: Group = field(repr=False)
 
-    @property
-    def temporary(self) -> Path:
-        """The folder's name until it is complete."""
-        return self.target.with_name(self.target.name + TEMPORARY)
+
+def save_checkpoint(folder: Path | str, **arguments: Any) -> Path:
+    """Calls ``start_save`` and waits: on return the checkpoint is complete and on the disk.
+
+    Returns:
+        the checkpoint's folder.
+
+    Raises:
+        ConfigError: the checkpoint exists already or cannot be written; on every rank.
+        RuntimeError: a rank failed for another reason; on every rank, with its traceback.
+    """
+    return start_save(folder, background=False, **arguments).wait()
 
 
 def start_save(
@@ -169,111 +184,114 @@ def start_save(
     data_fingerprint: str,
     vocab_size: int,
     extra: Mapping[str, Any] | None = None,
-    keep: Keep | None = None,
-    kept: Kept | None = None,
+    retention: Retention | None = None,
+    cache: SaveCache | None = None,
     background: bool = True,
     process_group: Group = None,
 ) -> Save:
-    """Begins to write ``folder/step-N``; the model may change on return. Called on every rank.
+    """Begins to write ``folder/step-N``. Every rank calls this; on return the model may change.
 
     Args:
-        folder: the run's folder, made when missing; all ranks see the same files.
-        step: training steps done.
-        consumed: rows of the run used so far.
-        model: any module; DTensor parameters (FSDP2, tensor parallel) are stored in parts.
-        optimizer: AdamW over parameters of ``model``, or None to store the model alone.
-        config, grid, data_fingerprint, vocab_size: go into the manifest.
-        extra: plain data that goes there too; the first rank's is kept.
-        keep: which older checkpoints stay; by default all.
-        kept: from the last save; whoever saves often has one. Free again when this save has ended.
-        background: the training goes on meanwhile, and goes first; False where it waits.
-        process_group: the ranks that save, by default all; its first rank coordinates. Nothing
-            else may use it until the save has ended. Without torch.distributed the process saves
-            alone.
+        folder: the run's folder, which all ranks share; it is created if it is missing.
+        step: the number of training steps done.
+        consumed: the number of rows that the run has used so far.
+        model: any module; DTensor parameters (FSDP2, tensor parallelism) are stored in parts.
+        optimizer: AdamW over parameters of ``model``; None saves only the model.
+        config, grid, data_fingerprint, vocab_size: stored in the manifest.
+        extra: other plain data for the manifest, from the first rank.
+        retention: which older checkpoints are kept; by default all.
+        cache: left by this rank's last save and used by one save at a time; it makes repeated
+            saves faster.
+        background: whether training continues meanwhile and gets the cores first.
+        process_group: the ranks that save, by default all. Nothing else may use the group until
+            the save has ended. Without torch.distributed, this process saves alone.
 
     Returns:
-        the save; whatever fails, it is told by its ``wait``.
+        the save in progress; its ``wait`` raises every failure.
     """
     began = time.perf_counter()
-    target = step_folder(Path(folder), step)
+    save = Save(folder=step_folder(Path(folder), step))
     parameters, state = model_state(model)
     state |= optimizer_state(parameters, optimizer)
-    save = Save(folder=target)
-    kept = kept or Kept()
-    try:
-        part = plan_part(
-            state, group=process_group, last=kept.part, begin=lambda: _make_folder(target)
-        )
-    except Exception as error:
-        save._failure = error
-        return save
-    kept.part = part
-    # A rank that could not copy says so with the others' answers, which would wait for it.
-    image, failure = attempt(lambda: _copy(part, state, kept.memory))
     facts = {
-        "version": FORMAT_VERSION,
         "step": step,
         "consumed": consumed,
         "config": asdict(config),
         "data_fingerprint": data_fingerprint,
         "vocab_size": vocab_size,
-        "torch_version": torch.__version__,
-        "package_version": cp_megatron.__version__,
-        "grid": asdict(grid),
+        "grid": grid.sizes,
         "optimizer_steps": optimizer_steps(parameters, optimizer),
         "extra": extra or {},
     }
-    job = _Job(
-        target=target,
-        facts=facts,
-        tensors=part.tensors,
-        image=image,
-        failure=failure,
-        keep=keep or Keep(),
-        group=process_group,
-    )
-    save._thread = threading.Thread(
-        target=_finish, args=(save, job, began, background), daemon=True
-    )
+    try:
+        job = _prepare(save.folder, state, facts, retention, cache, process_group)
+    except Exception as error:
+        save._failure = error
+        return save
+    save._thread = Thread(target=_finish, args=(save, job, began, background), daemon=True)
     save._thread.start()
     save.stopped_seconds = time.perf_counter() - began
     return save
 
 
+def _prepare(
+    target: Path,
+    state: Mapping[str, Tensor],
+    facts: Mapping[str, Any],
+    retention: Retention | None,
+    cache: SaveCache | None,
+    group: Group,
+) -> _Job:
+    """Plans the save and copies this rank's part of the tensors."""
+    cache = cache or SaveCache()
+    plan = plan_save(state, group=group, cached=cache.plan, begin=lambda: _make_folder(target))
+    cache.plan, memory = plan, cache.memory
+
+    def copy() -> Tensor | None:
+        boxes = plan.boxes(state)
+        return take_image(boxes, memory) if boxes else None
+
+    # A rank that cannot copy reports this after writing, because the other ranks wait for it there.
+    image, failure = attempt(copy)
+    return _Job(
+        target=target,
+        facts=facts,
+        tensors=plan.tensors,
+        image=image,
+        failure=failure,
+        retention=retention or Retention(),
+        group=group,
+    )
+
+
 def _make_folder(target: Path) -> None:
-    """Makes an empty ``step-N.tmp``; what an ended process left of others makes room."""
+    """Creates an empty ``step-N.tmp``, and removes those of saves that did not finish."""
     if os.path.lexists(target):
         rule = f"{target.name} exists already, and nothing is overwritten"
         raise ConfigError(FLAG, target.parent, rule, "another folder")
     try:
-        for torn in unfinished_steps(target.parent):
-            discard(torn)
-        target.with_name(target.name + TEMPORARY).mkdir(parents=True)
+        for unfinished in unfinished_steps(target.parent):
+            discard(unfinished)
+        temporary_folder(target).mkdir(parents=True)
     except OSError as error:
         raise _user_error(error, target, 0) from error
 
 
-def _copy(part: Part, state: Mapping[str, Tensor], memory: HostMemory) -> Tensor | None:
-    """The boxes that this rank writes, if there are any."""
-    boxes = part.boxes(state)
-    return take_image(boxes, memory) if boxes else None
-
-
 def _finish(save: Save, job: _Job, began: float, background: bool) -> None:
-    """A rank's thread: writes its shard; the first rank completes the checkpoint."""
+    """Runs in a thread of every rank."""
     try:
         if background and hasattr(os, "setpriority"):
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
+            os.setpriority(os.PRIO_PROCESS, get_native_id(), _NICENESS)
         save._failure = _write(job)
-    except Exception:  # a peer is gone, say; the training will notice too
+    except Exception:  # for example, another rank has ended; training will notice it too
         save._failure = RuntimeError(f"checkpoint {job.target}\n{traceback.format_exc()}")
     save.seconds = time.perf_counter() - began
 
 
 def _write(job: _Job) -> Exception | None:
-    """Why the checkpoint could not be written, on every rank alike."""
+    """Writes the checkpoint; returns why it could not be written, the same on every rank."""
     entry, failure = attempt(lambda: _write_shard(job))
-    answers = gathered((entry, failure), job.group)
+    answers = all_gather_objects((entry, failure), job.group)
     failures = [
         None if error is None else _user_error(error, job.target, rank)
         for rank, (_, error) in enumerate(answers)
@@ -285,10 +303,10 @@ def _write(job: _Job) -> Exception | None:
             _, failure = attempt(lambda: _complete(job, files))
             failure = None if failure is None else _user_error(failure, job.target, 0)
         if failure is not None:
-            # Half a checkpoint on a full disk would also fill it for the next one.
-            shutil.rmtree(job.temporary, ignore_errors=True)
-    told: Exception | None = from_first(failure, job.group)
-    return told
+            # On a full disk, half a checkpoint would leave no space for the next one.
+            shutil.rmtree(temporary_folder(job.target), ignore_errors=True)
+    common_failure: Exception | None = broadcast_object(failure, job.group)
+    return common_failure
 
 
 def _write_shard(job: _Job) -> FileEntry | None:
@@ -296,27 +314,35 @@ def _write_shard(job: _Job) -> FileEntry | None:
         raise job.failure
     if job.image is None:
         return None
-    return write_image(job.temporary / shard_file(rank_in(job.group)), job.image)
+    return write_image(temporary_folder(job.target) / shard_file(rank_in(job.group)), job.image)
 
 
 def _complete(job: _Job, files: Mapping[str, FileEntry]) -> None:
-    """On the first rank, when every rank has written: the manifest, the name, the older ones."""
-    manifest = Manifest(**job.facts, files=files, tensors=job.tensors)
-    write_text(job.temporary / MANIFEST, manifest.to_json())
-    sync(job.temporary)
-    job.temporary.rename(job.target)
+    """Runs on the first rank: writes the manifest, renames the folder, removes older ones."""
+    manifest = Manifest(
+        version=FORMAT_VERSION,
+        torch_version=torch.__version__,
+        package_version=cp_megatron.__version__,
+        files=files,
+        tensors=job.tensors,
+        **job.facts,
+    )
+    temporary = temporary_folder(job.target)
+    write_text(temporary / MANIFEST, manifest.to_json())
+    sync(temporary)
+    temporary.rename(job.target)
     sync(job.target.parent)
     steps = finished_steps(job.target.parent)
-    for step in job.keep.superseded(list(steps)):
-        # Not by that name any more as soon as a byte of it is gone.
-        torn = steps[step].with_name(steps[step].name + TEMPORARY)
-        steps[step].rename(torn)
-        shutil.rmtree(torn, ignore_errors=True)
+    for step in job.retention.superseded(list(steps)):
+        # It loses its name first, so that a step-N is never incomplete.
+        removed = temporary_folder(steps[step])
+        steps[step].rename(removed)
+        shutil.rmtree(removed, ignore_errors=True)
 
 
 def _user_error(error: Exception, target: Path, rank: int) -> Exception:
-    """What the disk refused, as a person is told it."""
+    """Converts an OSError of a rank into a ConfigError; returns other errors unchanged."""
     if isinstance(error, OSError):
         rule = f"rank {rank}: {error.strerror or error}"
-        return ConfigError(FLAG, target, rule, "a disk with room and write access")
+        return ConfigError(FLAG, target, rule, "a disk with free space and write access")
     return error

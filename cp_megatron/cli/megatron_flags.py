@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
+from cp_megatron.errors import ConfigError
+
 _ALWAYS_ON = "leave the flag out: it is always so here"
 _NOT_YET = "leave the flag out"
 
@@ -158,8 +160,14 @@ FAMILIES: Mapping[str, tuple[str, str]] = MappingProxyType(
 """The same for whole families, by how the flag begins."""
 
 
-def why_meaningless(flag: str) -> tuple[str, str] | None:
-    """Why Megatron's ``flag`` means nothing here and what to use; None for any other flag."""
-    if flag in MEANINGLESS:
-        return MEANINGLESS[flag]
-    return next((why for prefix, why in FAMILIES.items() if flag.startswith(prefix)), None)
+def refuse_megatron_flag(flag: str, value: str) -> None:
+    """Raises the error for a flag of Megatron that this project does not have.
+
+    Raises:
+        ConfigError: ``flag`` is one of these.
+    """
+    families = (answer for prefix, answer in FAMILIES.items() if flag.startswith(prefix))
+    answer = MEANINGLESS.get(flag) or next(families, None)
+    if answer is not None:
+        rule = f"is a flag of Megatron without a meaning here: {answer[0]}"
+        raise ConfigError(flag, value, rule, answer[1])

@@ -1,36 +1,28 @@
-"""The command line: flags generated from the dataclasses by tyro, mistakes told in one line.
+"""The command line of a run: its flags, over a run's ``config.yaml``, a file and a preset.
 
-tyro 1.x prints a box and exits when it refuses something, and offers no stable hook. So the words
-are checked first against the table of settings, which gives the error every other mistake has
-(``ConfigError``); tyro then reads words it can not refuse, and writes ``--help``.
-
-What a setting is, the later winning: preset, ``--config FILE``, the ``config.yaml`` of the run that
-``--load`` names, flags.
+A setting comes from the last of these that gives it: the preset, ``--config FILE``, the
+``config.yaml`` of the run that ``--load`` names, the flags.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import io
 import os
-import re
-import shlex
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import NoReturn, get_type_hints
+from typing import Any
 
-import tyro
-
-from cp_megatron.cli.megatron_flags import why_meaningless
-from cp_megatron.config.fields import BadValueError, Setting, setting_of_type, settings
-from cp_megatron.config.presets import DEFAULT_PRESET, PRETRAINED_OPTIMIZER
-from cp_megatron.config.run_folders import CONFIG_FILE, find_run, run_folder, runs_near
+from cp_megatron.cli.megatron_flags import refuse_megatron_flag
+from cp_megatron.config.fields import settings, settings_of
+from cp_megatron.config.files.presets import DEFAULT_PRESET, PRETRAINED_OPTIMIZER
+from cp_megatron.config.files.run_folders import CONFIG_FILE, find_run, run_folder, runs_near
+from cp_megatron.config.files.yaml_io import Values, overlay, preset_named, read_file, read_values
+from cp_megatron.config.help_page import HELP, help_page
 from cp_megatron.config.schema import Config
-from cp_megatron.config.words import is_flag, unknown
-from cp_megatron.config.yaml_io import Values, overlay, preset_named, read_file, read_values
+from cp_megatron.config.words import read_words
 from cp_megatron.errors import ConfigError
 from cp_megatron.families.llama import has_tokenizer, read_hf_config
 
@@ -40,7 +32,6 @@ _ALIASES: Mapping[str, str] = MappingProxyType(
         "--deterministic-mode": "--deterministic",
     }
 )
-_HELP = ("-h", "--help", "-H", "--help-verbose")
 _DESCRIPTION = """Train a transformer over tensor, context and data parallel ranks.
 
 torchrun --nproc-per-node 4 launch/pretrain.py --context-parallel-size 2 --tensor-parallel-size 2"""
@@ -48,23 +39,23 @@ torchrun --nproc-per-node 4 launch/pretrain.py --context-parallel-size 2 --tenso
 
 @dataclass(frozen=True, kw_only=True)
 class LaunchOptions:
-    """Where settings come from, and what to do besides training."""
+    """Where settings come from, and what to do instead of training."""
 
     config: str | None = None
-    """A YAML file with any part of the settings; flags override it."""
+    """A YAML file with any of the settings; flags override it."""
     dry_run: bool = False
-    """Check everything, print the start table, train nothing."""
+    """Check everything and print the start table, but do not train."""
     world_size: int | None = None
-    """With --dry-run: plan for this many ranks."""
+    """The number of ranks to plan for; only with --dry-run."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Program:
-    """A program with the settings of a run and some flags of its own.
+    """A program that takes the flags of a run and some flags of its own.
 
     Attributes:
-        name: for ``--help``.
-        description: for the same.
+        name: the program's name, for ``--help``.
+        description: what it does, for ``--help``.
         options: its own flags.
     """
 
@@ -75,14 +66,15 @@ class Program:
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """What a command line says.
+    """The content of a command line.
 
     Attributes:
         config: the run.
-        dry_run: only show what would run.
-        world_size: the ranks to plan a dry run for; None where the launch says it.
-        given: the flags the user typed, in the spelling of ``--help``.
-        auto: ``--load auto``: a folder that was begun and has no checkpoint yet is begun again.
+        dry_run: whether only to show what would run.
+        world_size: the number of ranks to plan a dry run for; None if the launch gives it.
+        given: the flags that the user typed, as ``--help`` spells them.
+        auto: whether ``--load auto`` is in force, which allows ``--save`` to name a folder of a
+            run that has no checkpoint yet.
         options: the program's own flags.
     """
 
@@ -92,23 +84,6 @@ class Arguments:
     given: frozenset[str]
     auto: bool = False
     options: LaunchOptions = field(default_factory=LaunchOptions)
-
-
-@dataclass(frozen=True)
-class _Word:
-    """One flag as typed: its setting, and its values as texts."""
-
-    setting: Setting
-    flag: str
-    texts: tuple[str, ...]
-
-    def for_tyro(self) -> list[str]:
-        """The same in the form that tyro can not misread."""
-        if self.setting.kind == "bool":
-            return [_ALIASES.get(self.flag, self.flag)]
-        if self.setting.kind in ("strings", "ints", "floats"):
-            return [self.setting.flag, *self.texts]
-        return [f"{self.setting.flag}={self.texts[0]}"]
 
 
 def parse_arguments(
@@ -121,179 +96,75 @@ def parse_arguments(
     """Reads a command line, without the program's name.
 
     Args:
-        argv: the words.
-        program: the program, or the name of one that has no flags of its own, for ``--help``.
-        quiet: print no help (on all ranks but the first).
-        again: a launcher starts these words again after a failure: as if ``--load auto`` were said.
+        argv: the command line.
+        program: the program, or the name of one that has no flags of its own.
+        quiet: whether to print no help (on all ranks but the first).
+        again: whether a launcher repeats the command line after a failure, which has the effect
+            of ``--load auto``.
 
     Raises:
-        ConfigError: a flag or a value that can not be honoured.
+        ConfigError: a flag or a value is not accepted.
         SystemExit: with code 0, after ``--help`` is printed.
     """
     program = Program(name=program) if isinstance(program, str) else program
-    if any(word in _HELP for word in argv):
-        _print_help(argv, program, quiet)
-    words, auto = _find_run(_read_words(argv, program.options), again)
-    line = [text for word in words.values() for text in word.for_tyro()]
-    parsed, launch = _ask_tyro(line, _base(words), program, quiet)
-    given = frozenset(word.setting.flag for word in words.values())
-    names = [row.name for row in dataclasses.fields(Config)]
-    config = Config(**{name: getattr(parsed, name) for name in names})
-    config = _fold_bf16(_place_of_run(config, given), given)
-    if launch.world_size is not None and not launch.dry_run:
-        rule = "only plans a --dry-run; a real run's world is what torchrun starts"
-        raise ConfigError(
-            "--world-size", launch.world_size, rule, "--dry-run, or torchrun --nproc-per-node"
-        )
+    if HELP & set(argv):
+        if not quiet:
+            _print_help([word for word in argv if word not in HELP], program)
+        raise SystemExit(0)
+    given, typed, auto = _read(argv, program, again)
+    own = {row.name for row in settings_of(program.options)}
+    options = program.options(**{name: typed[name] for name in own & typed.keys()})
+    if options.world_size is not None and not options.dry_run:
+        rule = "plans a --dry-run only; torchrun sets the number of ranks of a real run"
+        works = "--dry-run, or torchrun --nproc-per-node"
+        raise ConfigError("--world-size", options.world_size, rule, works)
+    config = overlay(_base(typed), {name: typed[name] for name in typed.keys() - own})
     return Arguments(
-        config=config,
-        dry_run=launch.dry_run,
-        world_size=launch.world_size,
+        config=_fold_bf16(_place_of_run(config, given), given),
+        dry_run=options.dry_run,
+        world_size=options.world_size,
         given=given,
         auto=auto,
-        options=launch,
+        options=options,
     )
 
 
-def _print_help(argv: Sequence[str], program: Program, quiet: bool) -> NoReturn:
-    """Shows the flags with the defaults that the rest of the line leads to."""
+def _print_help(argv: Sequence[str], program: Program) -> None:
+    """Shows every flag with the default that the rest of the command line leads to."""
     base = preset_named(DEFAULT_PRESET)
     with contextlib.suppress(ConfigError):
-        others = [word for word in argv if word not in _HELP]
-        base = _base(_find_run(_read_words(others, program.options), False)[0])
-    asked = next(word for word in argv if word in _HELP)
-    _ask_tyro([asked], base, program, quiet)
-    raise SystemExit(0)
+        base = _base(_read(argv, program, False)[1])
+    names = [row.name for row in dataclasses.fields(Config) if row.name != "preset"]
+    sections = {"run": base, **{name: getattr(base, name) for name in names}}
+    sections["launch"] = program.options()
+    print(help_page(program.name, program.description, sections))
 
 
-def _ask_tyro(
-    line: list[str], base: Config, program: Program, quiet: bool
-) -> tuple[Config, LaunchOptions]:
-    """tyro's reading of ``line`` over the defaults ``base``, and the program's own flags."""
-    names = [row.name for row in dataclasses.fields(Config)]
-    options = program.options
-    row = ("launch", options, field(default_factory=options))
-    form = dataclasses.make_dataclass("Form", [row], bases=(Config,), frozen=True, kw_only=True)
-    default = form(**{name: getattr(base, name) for name in names})
-    complaint = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(complaint):
-            parsed = tyro.cli(
-                form,
-                prog=program.name,
-                description=program.description,
-                args=line,
-                default=default,
-                console_outputs=not quiet,
-                compact_help=True,
-                config=(tyro.conf.OmitArgPrefixes,),
-            )
-            return parsed, parsed.launch
-    except SystemExit as end:
-        if not end.code:
-            raise
-        told = " ".join(re.sub(r"[^\x20-\x7e]", " ", complaint.getvalue()).split())
-        raise ConfigError("command line", shlex.join(line), told or "was refused") from None
+def _read(
+    argv: Sequence[str], program: Program, again: bool
+) -> tuple[frozenset[str], dict[str, Any], bool]:
+    """The flags that are given, the values by name, and whether ``--load auto`` is in force.
 
-
-def _flags(options: type[LaunchOptions]) -> Mapping[str, tuple[Setting, bool]]:
-    """Every flag -> its setting, and whether the flag switches off."""
-    launch = get_type_hints(options)
-    rows = [setting_of_type("launch", name, hint) for name, hint in launch.items()]
-    rows += settings().values()
-    flags = {row.flag: (row, False) for row in rows}
-    flags |= {f"--no-{row.flag[2:]}": (row, True) for row in rows if row.kind == "bool"}
-    flags |= {alias: flags[flag] for alias, flag in _ALIASES.items()}
-    return flags
-
-
-def _read_words(argv: Sequence[str], options: type[LaunchOptions]) -> dict[str, _Word]:
-    """The flags of ``argv`` by setting, all checked."""
-    flags = _flags(options)
-    words: dict[str, _Word] = {}
-    place = 0
-    while place < len(argv):
-        flag, has_value, value = argv[place].partition("=")
-        place += 1
-        texts = [value] if has_value else []
-        if flag not in flags:
-            follows = argv[place] if place < len(argv) and not is_flag(argv[place]) else ""
-            raise _unknown(flag, value if has_value else follows, flags)
-        setting, _ = flags[flag]
-        room = (0 if setting.kind == "bool" else setting.count or len(argv)) - len(texts)
-        while room > 0 and place < len(argv) and not is_flag(argv[place]):
-            texts.append(argv[place])
-            place, room = place + 1, room - 1
-        word = _Word(setting, flag, _checked(setting, flag, texts))
-        _refuse_second(words.get(setting.name), word)
-        words[setting.name] = word
-    return words
-
-
-def _find_run(words: dict[str, _Word], again: bool) -> tuple[dict[str, _Word], bool]:
-    """The words with the run that ``--load auto`` finds, which needs no other beginning."""
-    typed = {name: word.texts[0] for name, word in words.items() if word.texts}
+    A run that ``--load auto`` finds takes the place of what the run began with.
+    """
+    rows = [*settings_of(program.options), *settings().values()]
+    words = read_words(argv, rows, aliases=_ALIASES, refuse=refuse_megatron_flag)
+    typed = {name: word.value for name, word in words.items()}
     load, auto = find_run(typed.get("load"), typed.get("save"), again=again)
-    if not auto:
-        return words, False
-    kept = {name: word for name, word in words.items() if name != "load"}
-    if load is not None:
-        kept.pop("load_hf", None)
-        kept["load"] = _Word(settings()["load"], "--load", (load,))
-    return kept, True
+    if auto:
+        typed.pop("load", None)
+        if load is not None:
+            typed.pop("load_hf", None)
+            typed["load"] = load
+    flags = {row.name: row.flag for row in rows}
+    return frozenset(flags[name] for name in typed), typed, auto
 
 
-def _unknown(flag: str, value: str, flags: Collection[str]) -> ConfigError:
-    why = why_meaningless(flag)
-    if why is not None:
-        return ConfigError(
-            flag, value, f"a flag of Megatron without a meaning here: {why[0]}", why[1]
-        )
-    return unknown(flag, value, flags)
-
-
-def _checked(setting: Setting, flag: str, texts: list[str]) -> tuple[str, ...]:
-    if setting.kind == "bool":
-        if texts:
-            off = f"--no-{setting.flag[2:]}"
-            rule = "is a switch and takes no value"
-            raise ConfigError(flag, texts[0], rule, f"{setting.flag} or {off}")
-        return ()
-    if not texts:
-        hint = ", ".join(setting.choices)
-        raise ConfigError(flag, "", "needs a value", hint or f"{flag} {_values(setting)}")
-    texts = setting.words(texts)
-    counted = setting.kind == "ints" and setting.count > 0
-    if counted and len(texts) != setting.count and texts != ["None"]:
-        rule = f"needs {setting.count} whole numbers"
-        raise ConfigError(flag, " ".join(texts), rule, f"{flag} {_values(setting)}")
-    for text in texts:
-        try:
-            setting.from_text(text)
-        except BadValueError as error:
-            raise ConfigError(flag, text, error.rule, error.works) from None
-    return tuple(texts)
-
-
-def _values(setting: Setting) -> str:
-    return " ".join(["VALUE"] * max(1, setting.count))
-
-
-def _refuse_second(first: _Word | None, second: _Word) -> None:
-    """The same flag with two values: one of them would silently be ignored."""
-    if first is None or (first.flag, first.texts) == (second.flag, second.texts):
-        return
-    one, two = (" ".join([word.flag, *word.texts]) for word in (first, second))
-    raise ConfigError(second.flag, " ".join(second.texts), f"contradicts {one}", f"{one}, or {two}")
-
-
-def _base(words: Mapping[str, _Word]) -> Config:
+def _base(typed: Values) -> Config:
     """What the flags override: the preset, the ``--config`` file, the run that is loaded."""
-    typed = {name: word.texts[0] for name, word in words.items() if word.texts}
-    typed = {name: text for name, text in typed.items() if text != "None"}
     preset, load, file = typed.get("preset"), typed.get("load"), typed.get("config")
-    if load is not None and "load_hf" in typed:
-        rule = f"starts a new run, --load {load} goes on with one"
+    if load is not None and typed.get("load_hf") is not None:
+        rule = f"starts a new run, but --load {load} continues one"
         raise ConfigError("--load-hf", typed["load_hf"], rule, "one of the two")
     earlier: Values = {"preset": preset} if preset else {}
     values: Values = {}
@@ -301,9 +172,9 @@ def _base(words: Mapping[str, _Word]) -> Config:
         values = _values_of_file(file)
         _refuse_lost(values, earlier, f"--config {file}")
     base = preset_named(preset or values.get("preset", DEFAULT_PRESET))
-    folder = typed.get("load_hf", values.get("load_hf"))
+    folder = typed.get("load_hf") or values.get("load_hf")
     if load is None and folder is not None:
-        said = words.keys() | values.keys()
+        said = typed.keys() | values.keys()
         base = _started_from(
             base, folder, tokenizer=not said & {"tokenizer_type", "tokenizer_model"}
         )
@@ -313,19 +184,19 @@ def _base(words: Mapping[str, _Word]) -> Config:
     if load is None:
         return base
     saved = _values_of_run(load)
-    # A setting that is a flag too is taken from the flag: nothing is lost there.
-    untyped = {name: value for name, value in values.items() if name not in words}
+    # A setting of the file that is also typed comes from the flag and is not lost.
+    untyped = {name: value for name, value in values.items() if name not in typed}
     _refuse_lost(saved, {**untyped, **earlier}, f"--load {load}")
     return overlay(base, saved)
 
 
 def _started_from(base: Config, folder: str, *, tokenizer: bool) -> Config:
-    """The preset with the model of a Hugging Face folder, and its tokenizer where none is said."""
+    """``base`` with the model of a Hugging Face folder and, if asked for, its tokenizer."""
     model, data = read_hf_config(folder).model, base.data
     if tokenizer and has_tokenizer(folder):
         values = {"tokenizer_type": "huggingface", "tokenizer_model": folder}
         data = overlay(base, values).data
-    # Training has the dropout of the preset, not of the model's own training.
+    # The dropout is the preset's: the folder tells how the model was trained, not how to go on.
     model = dataclasses.replace(
         model,
         attention_dropout=base.model.attention_dropout,
@@ -339,7 +210,7 @@ def _values_of_file(file: str) -> Values:
     """The settings of a ``--config`` file."""
     values = read_values(read_file(Path(file), "--config"), f"--config {file}")
     if values.get("load") is not None:
-        rule = "a file can not say which run to load"
+        rule = "a file cannot choose the run to load"
         key = f"--config {file}: {settings()['load'].key}"
         raise ConfigError(key, values["load"], rule, f"--load {values['load']}")
     return values
@@ -348,24 +219,24 @@ def _values_of_file(file: str) -> Values:
 def _values_of_run(load: str) -> Values:
     """The settings of the run that ``--load`` names."""
     path = run_folder(Path(load)) / CONFIG_FILE
-    if not os.path.isfile(path):  # a Path's own raises for a name that is too long
-        rule = f"is no run's folder: it has no {CONFIG_FILE}"
+    if not os.path.isfile(path):  # Path.is_file raises for a name that is too long.
+        rule = f"is not a run's folder: it has no {CONFIG_FILE}"
         raise ConfigError("--load", load, rule, runs_near(path.parent))
     return read_values(read_file(path, "--load"), str(path))
 
 
 def _refuse_lost(later: Values, earlier: Values, source: str) -> None:
-    """A setting of ``--preset`` or ``--config`` that ``source`` would silently override."""
+    """Refuses a setting of ``--preset`` or ``--config`` that ``source`` would override."""
     for name, value in sorted(earlier.items()):
         if name in ("save", "load") or name not in later or later[name] == value:
             continue
         flag = settings()[name].flag
-        rule = f"{source} brings {later[name]}, which goes before presets and files"
+        rule = f"{source} sets it to {later[name]}, which overrides presets and files"
         raise ConfigError(flag, value, rule, f"leave it out, or give {flag} as a flag")
 
 
 def _place_of_run(config: Config, given: frozenset[str]) -> Config:
-    """A loaded run goes on in its own folder, wherever that was moved to."""
+    """A loaded run continues in its own folder, even if the folder was moved."""
     checkpoint = config.checkpoint
     if "--load" not in given:
         checkpoint = dataclasses.replace(checkpoint, load=None)
@@ -376,7 +247,7 @@ def _place_of_run(config: Config, given: frozenset[str]) -> Config:
 
 
 def _fold_bf16(config: Config, given: frozenset[str]) -> Config:
-    """``--bf16`` said as ``--dtype bfloat16``. A flag overrides the other one's value in a file."""
+    """Replaces ``--bf16`` by ``--dtype bfloat16``; each overrides the other one in a file."""
     train, dtype = config.train, config.train.dtype
     typed = given & {"--bf16", "--dtype"}
     if "--bf16" in typed and not train.bf16 and dtype == "bfloat16":

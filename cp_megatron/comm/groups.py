@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -13,21 +14,20 @@ from cp_megatron.plan import Coordinates, Grid
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelGroups:
-    """Where this rank stands and whom it talks to. Groups of one rank exist too.
+    """This rank's place on the grid and its process groups. A group may have one rank.
+
+    ``groups["cp"]`` is this rank's group along an axis of the grid, along ``dp_cp`` or over the
+    ``world``; those in common use are attributes as well.
 
     Attributes:
         grid: the sizes of the axes.
-        coordinates: this rank's place on them.
-        mesh: axes ``dp``, ``cp``, ``tp``; row-major, so tp is fastest.
-        dp_cp_mesh: the flattened dp x cp axis, over which parameters are sharded.
-        world_mesh: all axes flattened.
+        coordinates: this rank's index on each of them.
+        meshes: the 1-D mesh of each group, by the same names.
     """
 
     grid: Grid
     coordinates: Coordinates
-    mesh: DeviceMesh
-    dp_cp_mesh: DeviceMesh
-    world_mesh: DeviceMesh
+    meshes: Mapping[str, DeviceMesh]
 
     @classmethod
     def create(
@@ -38,53 +38,48 @@ class ParallelGroups:
         Args:
             grid: its world size is the default group's.
             device_type: ``cpu`` or ``cuda``.
-            timeout: after which a rank no longer waits for the others; by default torch's, which
-                new groups take whatever the default group's is.
+            timeout: how long a rank waits for the others; by default that of the default group.
         """
-        mesh = init_device_mesh(
-            device_type, (grid.dp, grid.cp, grid.tp), mesh_dim_names=("dp", "cp", "tp")
-        )
-        # Reductions over all ranks at once (the gradient's norm) then take one message instead of
-        # one per axis: DTensor looks for a flattened mesh that covers both of a parameter's axes.
-        world = mesh._flatten("world")
-        dp_cp = mesh["dp", "cp"]._flatten("dp_cp")
+        names, shape = tuple(grid.sizes), tuple(grid.sizes.values())
+        mesh = init_device_mesh(device_type, shape, mesh_dim_names=names)
+        meshes = {name: mesh[name] for name in names}
+        # With a mesh over all ranks, a reduction over both meshes of a parameter (the norm of the
+        # gradients) takes one message instead of two: DTensor looks for a mesh that covers both.
+        meshes["world"] = mesh._flatten("world")
+        meshes["dp_cp"] = mesh["dp", "cp"]._flatten("dp_cp")
         if timeout is not None:
-            for group in (*mesh.get_all_groups(), world.get_group(), dp_cp.get_group()):
-                dist.distributed_c10d._set_pg_timeout(timeout, group)
-        return cls(
-            grid=grid,
-            coordinates=grid.coordinates(dist.get_rank()),
-            mesh=mesh,
-            dp_cp_mesh=dp_cp,
-            world_mesh=world,
-        )
+            for one in meshes.values():
+                dist.distributed_c10d._set_pg_timeout(timeout, one.get_group())
+        coordinates = grid.coordinates(dist.get_rank())
+        return cls(grid=grid, coordinates=coordinates, meshes=meshes)
 
-    @property
-    def tp_mesh(self) -> DeviceMesh:
-        """The 1-D mesh of this rank's tensor parallel group."""
-        return self.mesh["tp"]
+    def __getitem__(self, name: str) -> dist.ProcessGroup:
+        return self.meshes[name].get_group()
 
     @property
     def tp(self) -> dist.ProcessGroup:
         """Ranks that share the weights."""
-        return self.mesh.get_group("tp")
+        return self["tp"]
 
     @property
     def cp(self) -> dist.ProcessGroup:
         """Ranks that share the sequence."""
-        return self.mesh.get_group("cp")
+        return self["cp"]
 
     @property
     def dp(self) -> dist.ProcessGroup:
         """Ranks that share the batch."""
-        return self.mesh.get_group("dp")
+        return self["dp"]
 
     @property
     def dp_cp(self) -> dist.ProcessGroup:
-        """Ranks that hold the same part of the weights and different tokens."""
-        return self.dp_cp_mesh.get_group()
+        """Ranks that hold the same part of the weights and different tokens.
+
+        Parameters, gradients and optimizer state are sharded over this group.
+        """
+        return self["dp_cp"]
 
     @property
     def world(self) -> dist.ProcessGroup:
         """All ranks, by number."""
-        return self.world_mesh.get_group()
+        return self["world"]

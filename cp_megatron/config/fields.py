@@ -1,7 +1,7 @@
-"""Every setting as one row: its name, its flag, and which values it takes.
+"""Settings: the fields of the configuration's dataclasses, with their flags and valid values.
 
-The rows are read off the dataclasses, once. The command line and the YAML files both check values
-here, so that a rule about a type is written in one place.
+The command line and the YAML files read values by the same ``Setting``, so that each rule about a
+value is stated once: on the field, as its type.
 """
 
 from __future__ import annotations
@@ -11,23 +11,29 @@ import math
 import types
 from collections.abc import Mapping, Sequence
 from functools import cache
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from cp_megatron.config.ranges import EVERY_NUMBER, Range
 from cp_megatron.config.schema import Config
+from cp_megatron.errors import ConfigError
 
-Kind = Literal["bool", "int", "float", "str", "strings", "ints", "floats"]
+Kind = Literal["bool", "int", "float", "str"]
 
-_RULES: Mapping[Kind, str] = {
-    "bool": "must be true or false",
-    "int": "must be a whole number",
-    "float": "must be a number",
-    "str": "must be a text",
-    "strings": "must be a list of texts",
-    "ints": "must be whole numbers",
-    "floats": "must be numbers",
-}
-
-# Megatron's spellings of choices: in the help of --cp-comm-type, and of --tokenizer-type.
+_TYPES: Mapping[Kind, type] = types.MappingProxyType(
+    {"bool": bool, "int": int, "float": float, "str": str}
+)
+_RULES: Mapping[Kind, str] = types.MappingProxyType(
+    {
+        "bool": "must be true or false",
+        "int": "must be a whole number",
+        "float": "must be a number",
+        "str": "must be text",
+    }
+)
+_METAVARS: Mapping[Kind, str] = types.MappingProxyType(
+    {"bool": "", "int": "INT", "float": "FLOAT", "str": "TEXT"}
+)
+# Megatron's names of choices, for --cp-comm-type and --tokenizer-type.
 _SPELLINGS: Mapping[str, str] = types.MappingProxyType(
     {
         "allgather": "all_gather",
@@ -40,38 +46,28 @@ _SPELLINGS: Mapping[str, str] = types.MappingProxyType(
 )
 
 
-class BadValueError(ValueError):
-    """A value that its setting does not take; the caller knows which flag or key it was.
-
-    Attributes:
-        rule: what must hold.
-        works: values that work, or empty.
-    """
-
-    def __init__(self, rule: str, works: str = "") -> None:
-        self.rule = rule
-        self.works = works
-        super().__init__(rule)
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Setting:
-    """One field of the configuration.
+    """One field of the configuration, or of a program's options.
 
     Attributes:
-        section: the field of ``Config`` it lies in, empty for one of ``Config`` itself.
+        section: the field of ``Config`` that holds it; empty if the field is not in a section.
         name: the field's name.
-        kind: its type.
-        optional: ``None`` is a value.
-        choices: the only texts it takes; empty when any will do.
-        count: how many values it takes; 0 is one or more.
+        kind: the type of its values.
+        optional: whether ``None`` is a value.
+        default: the field's default.
+        choices: the only texts that it accepts; empty if it accepts any.
+        range: the numbers that it accepts.
+        count: the number of values; 0 means one or more.
     """
 
     section: str
     name: str
     kind: Kind
-    optional: bool
+    optional: bool = False
+    default: Any = None
     choices: tuple[str, ...] = ()
+    range: Range = EVERY_NUMBER
     count: int = 1
 
     @property
@@ -80,141 +76,179 @@ class Setting:
         return "--" + self.name.replace("_", "-")
 
     @property
+    def off_flag(self) -> str:
+        """The flag that switches it off, e.g. ``--no-swiglu``."""
+        return f"--no-{self.flag[2:]}"
+
+    @property
     def key(self) -> str:
-        """The place in a YAML file, e.g. ``model.num_layers``."""
+        """The key in a YAML file, e.g. ``model.num_layers``."""
         return f"{self.section}.{self.name}" if self.section else self.name
 
-    def words(self, texts: Sequence[str]) -> list[str]:
-        """The words of the command line in the one spelling that the rest knows."""
-        if self.kind in ("ints", "floats") and len(texts) == 1 and "," in texts[0]:
-            texts = texts[0].strip("()").split(",")  # Megatron writes --window-size 128,0
-        spelled = [(text, _SPELLINGS.get(text, text)) for text in texts]
-        return [new if new in self.choices else text for text, new in spelled]
+    @property
+    def metavar(self) -> str:
+        """The values that follow the flag, for ``--help``."""
+        one = f"{{{','.join(self.choices)}}}" if self.choices else _METAVARS[self.kind]
+        return f"{one} [{one} ...]" if self.count == 0 else " ".join([one] * self.count)
 
-    def from_text(self, text: str) -> Any:
-        """The value that a word of the command line stands for.
+    def from_words(self, words: Sequence[str]) -> Any:
+        """The value that the words after the flag stand for.
 
         Raises:
-            BadValueError: the word is no such value.
+            ConfigError: the field does not accept them.
         """
-        if self.optional and text == "None":
+        if self.optional and list(words) == ["None"]:
             return None
-        if self.kind in ("int", "float", "ints", "floats"):
-            number: type = float if self.kind in ("float", "floats") else int
+        if self.count != 1 and self.kind != "str" and len(words) == 1 and "," in words[0]:
+            words = words[0].strip("()").split(",")  # Megatron writes --window-size 128,0
+        if not words or (self.count and len(words) != self.count):
+            some = {0: "one or more values", 1: "one value"}.get(self.count)
+            rule = f"needs {some or f'{self.count} values'}"
+            works = ", ".join(self.choices) or f"{self.flag} {self.metavar}"
+            raise ConfigError(self.flag, " ".join(words), rule, works)
+        values = tuple(self._from_word(word) for word in words)
+        return values[0] if self.count == 1 else values
+
+    def from_yaml(self, entry: Any) -> Any:
+        """The value that an entry of a YAML or JSON file stands for, in the field's own type.
+
+        Raises:
+            ConfigError: the field does not accept it.
+        """
+        if entry is None and self.optional:
+            return None
+        if self.count == 1:
+            return self._from_entry(entry)
+        if not isinstance(entry, list | tuple) or self.count not in (0, len(entry)):
+            number = f"{self.count} values" if self.count else "values"
+            raise ConfigError(self.flag, shown(entry), f"must be a list of {number}")
+        return tuple(self._from_entry(item) for item in entry)
+
+    def check(self, value: Any) -> None:
+        """Checks a value of the field's type.
+
+        Raises:
+            ConfigError: the field does not accept it.
+        """
+        if value is not None:
+            for item in [value] if self.count == 1 else value:
+                self._checked(item)
+
+    def _from_word(self, word: str) -> Any:
+        try:
+            value = _TYPES[self.kind](self._spelled(word))
+        except ValueError:
+            works = _whole_number(word) if self.kind == "int" else ""
+            raise ConfigError(self.flag, word, _RULES[self.kind], works) from None
+        return self._checked(value, word)
+
+    def _from_entry(self, entry: Any) -> Any:
+        if self.kind == "float" and isinstance(entry, str):
+            return self._from_word(entry)  # YAML 1.1 reads 3e-4 as a text, for want of a dot.
+        if self.kind == "float" and type(entry) is int:
             try:
-                return self._in_range(number(text))
-            except ValueError as error:
-                if isinstance(error, BadValueError):
-                    raise
-                raise BadValueError(_RULES[self.kind], self._number_hint(text)) from None
-        return self._chosen(text)
+                entry = float(entry)
+            except OverflowError:
+                entry = math.inf
+        if type(entry) is not _TYPES[self.kind]:
+            works = ", ".join(self.choices)
+            raise ConfigError(self.flag, shown(entry), _RULES[self.kind], works)
+        return self._checked(self._spelled(entry))
 
-    def from_yaml(self, value: Any) -> Any:
-        """The value that an entry of a YAML file stands for, in the field's own type.
+    def _spelled(self, value: Any) -> Any:
+        """A choice of Megatron's under the name that it has here; any other value as it is."""
+        name = _SPELLINGS.get(value) if isinstance(value, str) else None
+        return name if name in self.choices else value
 
-        Raises:
-            BadValueError: the entry is no such value.
-        """
-        if value is None and self.optional:
-            return None
-        if self.kind == "bool" and isinstance(value, bool):
-            return value
-        if self.kind == "int" and isinstance(value, int) and not isinstance(value, bool):
-            return self._in_range(value)
-        if self.kind == "float" and not isinstance(value, bool):
-            # YAML 1.1 reads 3e-4 as a text, for want of a dot.
-            if isinstance(value, str):
-                return self.from_text(value)
-            if isinstance(value, (int, float)):
-                return self._float(value)
-        if self.kind == "str" and isinstance(value, str):
-            return self._chosen(value)
-        if self.kind == "strings" and isinstance(value, (list, tuple)):
-            return tuple(self._chosen(item) for item in value)
-        if self.kind == "ints" and isinstance(value, (list, tuple)):
-            if len(value) == (self.count or len(value)) and all(type(x) is int for x in value):
-                return tuple(self._in_range(x) for x in value)
-            raise BadValueError(f"must be {self.count or 'a list of'} whole numbers")
-        if self.kind == "floats" and isinstance(value, (list, tuple)):
-            if any(isinstance(x, bool) or not isinstance(x, (int, float)) for x in value):
-                raise BadValueError("must be a list of numbers")
-            return tuple(self._float(x) for x in value)
-        raise BadValueError(_RULES[self.kind], ", ".join(self.choices))
+    def _checked(self, value: Any, typed: str = "") -> Any:
+        """The value, if the field accepts it; a message shows it as it was typed."""
+        subject = typed or shown(value)
+        if isinstance(value, str):
+            return self._checked_text(value)
+        if isinstance(value, int) and not -(2**63) <= value < 2**63:
+            raise ConfigError(self.flag, subject, "must be a number of 64 bits")
+        if not math.isfinite(value):
+            raise ConfigError(self.flag, subject, "must be finite")
+        if value not in self.range:
+            default = "1" if self.default is None else f"{self.default:g}"
+            works = self.range.nearest(value) or default
+            raise ConfigError(self.flag, subject, self.range.rule, works)
+        return value
 
-    def _chosen(self, text: Any) -> str:
-        if not isinstance(text, str):
-            raise BadValueError(_RULES[self.kind])
-        (text,) = self.words([text])
+    def _checked_text(self, text: str) -> str:
         if self.choices and text not in self.choices:
-            raise BadValueError("must be one of its choices", ", ".join(self.choices))
+            works = ", ".join(self.choices)
+            raise ConfigError(self.flag, text, "must be one of its choices", works)
         if not text:
-            raise BadValueError("must not be empty")
-        if "\0" in text or not _is_utf8(text):
-            raise BadValueError("must be UTF-8 text without NUL")
+            raise ConfigError(self.flag, text, "must not be empty")
+        # The bytes of a command line that are not UTF-8 arrive as lone surrogates.
+        if "\0" in text or any("\ud800" <= letter <= "\udfff" for letter in text):
+            raise ConfigError(self.flag, text, "must be UTF-8 text without NUL")
         if text.startswith("-"):
-            raise BadValueError("must not begin with a dash", f"./{text}")
+            raise ConfigError(self.flag, text, "must not begin with a dash", f"./{text}")
         return text
 
-    def _float(self, number: float) -> float:
-        try:
-            return self._in_range(float(number))
-        except OverflowError:
-            raise BadValueError("must be finite") from None
 
-    def _in_range(self, number: float) -> float:
-        if isinstance(number, int) and not -(2**63) <= number < 2**63:
-            raise BadValueError("must be a number of 64 bits")
-        if isinstance(number, float) and not math.isfinite(number):
-            raise BadValueError("must be finite")
-        return number
-
-    def _number_hint(self, text: str) -> str:
-        """The whole number that somebody who wrote ``1e3`` or ``4.0`` meant."""
-        try:
-            number = float(text)
-        except ValueError:
-            return ""
-        return str(int(number)) if math.isfinite(number) and number.is_integer() else ""
+def shown(value: Any) -> str:
+    """A value on one line of at most 80 letters."""
+    try:
+        text = " ".join(str(value).split())
+    except ValueError:  # Python does not write numbers of thousands of digits.
+        text = "a number of thousands of digits"
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
-def _is_utf8(text: str) -> bool:
-    """Bytes of the command line that are no UTF-8 arrive as lone surrogates."""
-    return not any("\ud800" <= letter <= "\udfff" for letter in text)
+def _whole_number(text: str) -> str:
+    """The whole number that ``1e3`` or ``4.0`` stands for; empty for any other text."""
+    try:
+        number = float(text)
+    except ValueError:
+        return ""
+    return str(int(number)) if number.is_integer() else ""
 
 
 @cache
 def settings() -> Mapping[str, Setting]:
-    """All settings by name. Names are unique over the sections, as flags are flat."""
-    rows: dict[str, Setting] = {}
+    """All settings of a run by name. A name is unique over the sections because flags are flat."""
+    rows = settings_of(Config)
     for name, hint in get_type_hints(Config).items():
         if dataclasses.is_dataclass(hint):
-            section = {
-                inner: setting_of_type(name, inner, inner_hint)
-                for inner, inner_hint in get_type_hints(hint).items()
-            }
-        else:
-            section = {name: setting_of_type("", name, hint)}
-        assert not rows.keys() & section.keys(), "two settings of one name"
-        rows.update(section)
-    return types.MappingProxyType(rows)
+            rows += settings_of(hint, name)
+    by_name = {row.name: row for row in rows}
+    assert len(by_name) == len(rows), "two settings have the same name"
+    return types.MappingProxyType(by_name)
 
 
-def setting_of_type(section: str, name: str, hint: Any) -> Setting:
-    """The row of a field with the type ``hint``; the types a setting may have end here."""
-    optional = False
+def check_values(config: Config) -> None:
+    """Checks the value of every setting, for configurations that were not read from text.
+
+    Raises:
+        ConfigError: a field does not accept its value.
+    """
+    for row in settings().values():
+        row.check(getattr(getattr(config, row.section) if row.section else config, row.name))
+
+
+def settings_of(options: Any, section: str = "") -> list[Setting]:
+    """The settings of a dataclass; fields that are sections of settings are left out."""
+    hints = get_type_hints(options, include_extras=True)
+    return [
+        _setting(hints[row.name], section=section, name=row.name, default=row.default)
+        for row in dataclasses.fields(options)
+        if not dataclasses.is_dataclass(hints[row.name])
+    ]
+
+
+def _setting(hint: Any, **row: Any) -> Setting:
+    """The setting of a field of the type ``hint``, which the parts of the type describe."""
     if get_origin(hint) in (Union, types.UnionType):
         (hint,) = [part for part in get_args(hint) if part is not type(None)]
-        optional = True
-    if get_origin(hint) is Literal:
-        return Setting(
-            section=section, name=name, kind="str", optional=optional, choices=get_args(hint)
-        )
-    kind: Kind
+        row["optional"] = True
     if get_origin(hint) is tuple:
         parts = get_args(hint)
-        lists: dict[Any, Kind] = {int: "ints", float: "floats", str: "strings"}
-        kind = lists.get(parts[0], "strings")
-        count = 0 if Ellipsis in parts else len(parts)
-        return Setting(section=section, name=name, kind=kind, optional=optional, count=count)
-    kinds: dict[Any, Kind] = {bool: "bool", int: "int", float: "float", str: "str"}
-    return Setting(section=section, name=name, kind=kinds[hint], optional=optional)
+        hint, row["count"] = parts[0], 0 if Ellipsis in parts else len(parts)
+    if get_origin(hint) is Annotated:
+        hint, row["range"] = get_args(hint)
+    if get_origin(hint) is Literal:
+        hint, row["choices"] = str, get_args(hint)
+    return Setting(kind=hint.__name__, **row)

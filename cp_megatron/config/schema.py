@@ -8,7 +8,17 @@ says how. Nothing here imports torch.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
+
+from cp_megatron.config.ranges import (
+    AxisSize,
+    BelowOne,
+    Count,
+    NonNegative,
+    Positive,
+    Range,
+    Size,
+)
 
 Normalization = Literal["LayerNorm", "RMSNorm"]
 PositionEmbedding = Literal["learned_absolute", "rope", "none"]
@@ -39,56 +49,56 @@ KernelName = Literal[
 class ModelConfig:
     """The transformer."""
 
-    num_layers: int = 4
+    num_layers: Size = 4
     """Number of transformer layers."""
-    hidden_size: int = 128
+    hidden_size: Size = 128
     """Width of the residual stream."""
-    ffn_hidden_size: int | None = None
+    ffn_hidden_size: Size | None = None
     """Width of the MLP; by default 4 x hidden, with --swiglu 2/3 of that in multiples of 64."""
-    num_attention_heads: int = 4
+    num_attention_heads: Size = 4
     """Number of query heads."""
-    num_query_groups: int | None = None
+    num_query_groups: Size | None = None
     """Number of key/value heads (grouped-query attention); by default one per query head."""
-    kv_channels: int | None = None
+    kv_channels: Size | None = None
     """Width of one head; by default hidden size / number of heads."""
     normalization: Normalization = "LayerNorm"
     """Normalization before attention, before the MLP and at the end."""
-    norm_epsilon: float = 1e-5
+    norm_epsilon: Annotated[float, Range(0, 1)] = 1e-5
     """Added to the variance inside every normalization."""
     swiglu: bool = False
     """Gated SiLU in the MLP instead of GELU."""
     position_embedding_type: PositionEmbedding = "learned_absolute"
     """learned_absolute adds a learned vector per position, rope rotates queries and keys."""
-    rotary_base: float = 10000.0
+    rotary_base: Annotated[float, Range(1, open_low=True)] = 10000.0
     """Base of the rotary frequencies."""
     rope_type: RopeType = "default"
     """How rotary frequencies are changed for sequences longer than the model was trained on."""
-    rope_scaling_factor: float | None = None
+    rope_scaling_factor: Annotated[float, Range(1)] | None = None
     """How much longer than that, for every --rope-type but default; longrope works it out."""
-    original_max_position_embeddings: int | None = None
+    original_max_position_embeddings: Size | None = None
     """Tokens of the sequences the model was trained on before; by default
     --max-position-embeddings."""
-    beta_fast: float = 32.0
+    beta_fast: Annotated[float, Range(1e-30, 1e30)] = 32.0
     """Of yarn: pairs that turn this often in the original length keep their frequency."""
-    beta_slow: float = 1.0
+    beta_slow: Annotated[float, Range(1e-30, 1e30)] = 1.0
     """Of yarn: pairs that turn this often or less are slowed by the whole factor."""
-    mscale: float | None = None
+    mscale: NonNegative | None = None
     """Of yarn, with --mscale-all-dim: the two whose quotient is the attention factor."""
-    mscale_all_dim: float | None = None
+    mscale_all_dim: NonNegative | None = None
     """Of yarn, with --mscale."""
-    rope_attention_factor: float | None = None
+    rope_attention_factor: Positive | None = None
     """Of yarn and longrope: multiplies rotated queries and keys; by default worked out."""
     rope_truncate: bool = True
     """Of yarn: round the ends of its ramp outwards to whole pairs."""
-    rope_low_freq_factor: float = 1.0
+    rope_low_freq_factor: Positive = 1.0
     """Of llama3: pairs that turn less often in the original length are slowed wholly."""
-    rope_high_freq_factor: float = 4.0
+    rope_high_freq_factor: Positive = 4.0
     """Of llama3: pairs that turn more often in the original length keep their frequency."""
     rope_short_factor: tuple[float, ...] | None = None
     """Of longrope: a divisor for each pair of channels, up to the original length."""
     rope_long_factor: tuple[float, ...] | None = None
     """Of longrope: the same for longer documents."""
-    max_position_embeddings: int | None = None
+    max_position_embeddings: Size | None = None
     """Rows of the learned position table, by default the sequence length; with rope the longest
     sequence the model is made for, which an export repeats."""
     window_size: tuple[int, int] | None = None
@@ -96,9 +106,9 @@ class ModelConfig:
     is 0 or -1); -1 is unlimited. By default there is none."""
     window_layers: tuple[int, ...] | None = None
     """The layers that have the window, numbered from 0; by default all of them."""
-    hidden_dropout: float = 0.0
+    hidden_dropout: BelowOne = 0.0
     """Dropout on the residual stream: after the embedding, the attention and the MLP."""
-    attention_dropout: float = 0.0
+    attention_dropout: BelowOne = 0.0
     """Dropout on the attention probabilities; only --kernel reference has it."""
     untie_embeddings_and_output_weights: bool = False
     """Give the output layer a weight of its own instead of the embedding's."""
@@ -108,11 +118,11 @@ class ModelConfig:
     """Biases on queries, keys and values, also with --disable-bias-linear."""
     qk_layernorm: bool = False
     """Normalize the channels of every query and key head before they are rotated."""
-    init_method_std: float = 0.02
+    init_method_std: Positive = 0.02
     """Standard deviation of the initial weights."""
-    make_vocab_size_divisible_by: int = 128
+    make_vocab_size_divisible_by: Size = 128
     """The vocabulary is padded to a multiple of this; the pad is never predicted."""
-    vocab_size: int | None = None
+    vocab_size: Size | None = None
     """Tokens the model knows; by default those of the tokenizer, which must not be more."""
 
     @property
@@ -167,9 +177,9 @@ class ModelConfig:
 class ParallelConfig:
     """How the work is split over ranks. Data parallelism takes what the other two leave."""
 
-    tensor_parallel_size: int = 1
+    tensor_parallel_size: AxisSize = 1
     """Ranks that share every weight matrix."""
-    context_parallel_size: int = 1
+    context_parallel_size: AxisSize = 1
     """Ranks that share every sequence."""
     sequence_parallel: bool = False
     """Split the residual stream along the sequence over the tensor parallel ranks too."""
@@ -191,7 +201,7 @@ class ParallelConfig:
     message), so that a mistake ends the run instead of hanging it."""
     kernel: KernelName = "auto"
     """The attention kernel of one device; auto chooses by device and dtype and says why."""
-    distributed_timeout_minutes: float = 10.0
+    distributed_timeout_minutes: Annotated[float, Range(0.01, 525_600)] = 10.0
     """A collective that waits longer than this ends the run."""
 
 
@@ -223,11 +233,11 @@ class DataConfig:
     loss."""
     skip_bad_lines: bool = False
     """Leave malformed lines of .jsonl files out, and say how many, instead of refusing them."""
-    seq_length: int = 2048
+    seq_length: Size = 2048
     """Tokens per row."""
-    micro_batch_size: int | None = None
+    micro_batch_size: Size | None = None
     """Rows that go through the model at once; by default a rank's whole share of the batch."""
-    global_batch_size: int | None = None
+    global_batch_size: Size | None = None
     """Rows per training step over all ranks; by default one micro batch per data parallel rank."""
     pad_rows: bool = False
     """Pad rows that the ranks can not share evenly, by tokens without a loss, instead of refusing
@@ -242,25 +252,25 @@ class DataConfig:
 class OptimizerConfig:
     """AdamW and its learning rate."""
 
-    lr: float = 3e-4
+    lr: Positive = 3e-4
     """Peak learning rate."""
-    min_lr: float = 0.0
+    min_lr: NonNegative = 0.0
     """Learning rate at the end of the decay."""
     lr_decay_style: DecayStyle = "cosine"
     """Shape of the decay after the warm-up."""
-    lr_warmup_iters: int = 0
+    lr_warmup_iters: Count = 0
     """Steps over which the learning rate rises linearly from 0."""
-    lr_decay_iters: int | None = None
+    lr_decay_iters: Size | None = None
     """Step at which the decay ends; by default the last training step."""
-    weight_decay: float = 0.1
+    weight_decay: NonNegative = 0.1
     """Decoupled weight decay of the matrices; vectors (norms, biases) have none."""
-    adam_beta1: float = 0.9
+    adam_beta1: BelowOne = 0.9
     """Decay of the mean of the gradients."""
-    adam_beta2: float = 0.95
+    adam_beta2: BelowOne = 0.95
     """Decay of the mean of the squared gradients."""
-    adam_eps: float = 1e-8
+    adam_eps: Positive = 1e-8
     """Added to the root of the second moment."""
-    clip_grad: float = 1.0
+    clip_grad: NonNegative = 1.0
     """Largest global norm of the gradient; 0 does not clip."""
 
 
@@ -268,9 +278,9 @@ class OptimizerConfig:
 class TrainConfig:
     """How long, in which precision, on which device."""
 
-    train_iters: int = 200
+    train_iters: Size = 200
     """Training steps in all, those before a resume included."""
-    seed: int = 1234
+    seed: Annotated[int, Range(0, 2**63 - 1)] = 1234
     """Everything random (weights, order of data, dropout) is a pure function of it."""
     dtype: DType = "auto"
     """Compute type; auto is bfloat16 on CUDA (float32 master weights) and float32 on CPU."""
@@ -280,23 +290,23 @@ class TrainConfig:
     """The same grid repeats bit for bit on cuda too; on cpu it always does."""
     device: Device = "auto"
     """auto is cuda where every local rank has a GPU of its own, else cpu."""
-    z_loss_coeff: float = 0.0
+    z_loss_coeff: NonNegative = 0.0
     """Train on this times the square of every token's log-sum-exp too, which keeps logits from
     drifting; the logged loss is without it."""
-    skip_budget: int = 5
+    skip_budget: Count = 5
     """A step whose loss or gradient is not finite changes nothing and is skipped, at most so many
     of any 1,000 steps in a row; one more ends the run."""
-    spike_threshold: float | None = None
+    spike_threshold: Positive | None = None
     """Skip a step too whose loss lies this many standard deviations (estimated robustly) above the
     median of the last 128; by default none."""
-    check_interval: int | None = None
+    check_interval: Size | None = None
     """Steps between two checks that parameters only change by updates, and that messages of
     context parallelism arrive as they were sent; saves are checked too. By default none."""
-    log_interval: int = 10
+    log_interval: Size = 10
     """Steps between two lines of metrics; the first and the last step have one too."""
-    eval_interval: int | None = None
+    eval_interval: Size | None = None
     """Steps between two validations; by default only at the end."""
-    eval_iters: int = 4
+    eval_iters: Count = 4
     """Global batches per validation; 0 never validates."""
 
 
@@ -317,11 +327,11 @@ class MemoryConfig:
     recompute_granularity: Recompute = "none"
     """full: keep one tensor of each layer and compute the rest again; selective: keep the results
     of attention too, which is not computed again and sends nothing twice."""
-    recompute_num_layers: int | None = None
+    recompute_num_layers: Size | None = None
     """The first so many layers are recomputed; by default all of them."""
-    mlp_tile_size: int | None = None
+    mlp_tile_size: Size | None = None
     """Tokens that go through a layer's MLP at once; by default all."""
-    loss_chunk_size: int | None = None
+    loss_chunk_size: Size | None = None
     """Tokens whose logits exist at once; by default as many as fill 256 MiB."""
     cpu_offloading: bool = False
     """Move the one tensor that full recomputation keeps of each layer to the host, and back in time
@@ -345,13 +355,13 @@ class CheckpointConfig:
     load_hf: str | None = None
     """A Hugging Face folder whose config.json and safetensors the run starts from; without a
     --preset the learning rate is then 2e-5."""
-    save_interval: int | None = None
+    save_interval: Size | None = None
     """Steps between two checkpoints; by default only at the end or when interrupted."""
     async_save: bool = True
     """Checkpoints are copied, and written while the training goes on."""
-    keep_latest_k: int | None = None
+    keep_latest_k: Size | None = None
     """Remove older checkpoints than so many of the newest; by default all stay."""
-    save_retain_interval: int | None = None
+    save_retain_interval: Size | None = None
     """With --keep-latest-k: checkpoints whose step is a multiple of this stay too."""
 
 
@@ -387,7 +397,7 @@ class LogConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """A whole run. ``preset`` names where the defaults came from."""
+    """A whole run."""
 
     preset: str = "toy"
     """Where defaults come from: toy, toy-gpt, gpt2-small, llama-1b or llama3-8b."""

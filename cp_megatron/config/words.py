@@ -1,79 +1,115 @@
-"""A command line read word by word against the fields of a dataclass. No torch.
+"""Reads a command line into settings: each flag with the words that follow it.
 
-tyro writes ``--help``; words are checked here, so that a mistake is one ``ConfigError`` that names
-the flag and what works.
+A mistake is one ``ConfigError`` that names the flag, its value and what works instead.
 """
 
 from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Collection, Sequence
-from typing import Any, get_type_hints
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
-from cp_megatron.config.fields import BadValueError, Setting, setting_of_type
+from cp_megatron.config.fields import Setting, settings_of
+from cp_megatron.config.help_page import HELP, help_page
 from cp_megatron.errors import ConfigError
 
+Options = TypeVar("Options")
 
-def read_words(argv: Sequence[str], options: type) -> dict[str, Any]:
-    """The fields of a dataclass that a command line gives.
+
+@dataclass(frozen=True)
+class Word:
+    """A flag that a user typed: its setting, its value, and its text for messages."""
+
+    setting: Setting
+    value: Any
+    text: str
+
+
+def read_options(
+    argv: Sequence[str], options: type[Options], *, program: str, description: str | None
+) -> Options:
+    """Reads a whole command line into a dataclass, whose fields are the flags.
 
     Args:
-        argv: the words, without the program's name.
-        options: the dataclass; a field is a flag, a switch has ``--no-...`` too.
+        argv: the command line without the program's name.
+        options: the dataclass.
+        program: the program's name, for ``--help``.
+        description: the description, for ``--help``.
 
     Raises:
-        ConfigError: an unknown flag, one that is given twice, or a value that it does not take.
+        ConfigError: a flag or a value is not accepted.
+        SystemExit: with code 0, after ``--help`` is printed.
     """
-    rows = [setting_of_type("", name, hint) for name, hint in get_type_hints(options).items()]
+    if HELP & set(argv):
+        print(help_page(program, description, {"flags": options()}))
+        raise SystemExit(0)
+    words = read_words(argv, settings_of(options))
+    return options(**{name: word.value for name, word in words.items()})
+
+
+def read_words(
+    argv: Sequence[str],
+    rows: Iterable[Setting],
+    *,
+    aliases: Mapping[str, str] | None = None,
+    refuse: Callable[[str, str], None] | None = None,
+) -> dict[str, Word]:
+    """The settings that a command line gives, by name.
+
+    Args:
+        argv: the command line without the program's name.
+        rows: the settings that the program knows.
+        aliases: other names of flags.
+        refuse: raises the error for an unknown flag and its value if there is a special one.
+
+    Raises:
+        ConfigError: a flag is unknown or given with two values, or it does not accept its value.
+    """
     flags = {row.flag: row for row in rows}
-    flags |= {f"--no-{row.flag[2:]}": row for row in rows if row.kind == "bool"}
-    values: dict[str, Any] = {}
-    place = 0
-    while place < len(argv):
-        flag, has_value, value = argv[place].partition("=")
-        place += 1
-        texts = [value] if has_value else []
-        while place < len(argv) and not has_value and not is_flag(argv[place]):
-            texts.append(argv[place])
-            place += 1
+    flags |= {row.off_flag: row for row in flags.values() if row.kind == "bool"}
+    flags |= {alias: flags[flag] for alias, flag in (aliases or {}).items()}
+    words: dict[str, Word] = {}
+    for flag, texts in _split(argv):
+        value = " ".join(texts)
         if flag not in flags:
-            raise unknown(flag, " ".join(texts), flags)
-        setting = flags[flag]
-        if setting.name in values:
-            raise ConfigError(flag, " ".join(texts), "is given twice", "once")
-        values[setting.name] = _value(setting, flag, texts)
-    return values
+            if refuse is not None:
+                refuse(flag, value)
+            raise _unknown(flag, value, flags)
+        row = flags[flag]
+        word = Word(row, _value(row, flag, texts), f"{flag} {value}".rstrip())
+        first = words.setdefault(row.name, word)
+        if first.value != word.value:  # One of the two would be ignored.
+            works = f"{first.text}, or {word.text}"
+            raise ConfigError(flag, value, f"contradicts {first.text}", works)
+    return words
 
 
-def is_flag(word: str) -> bool:
-    """A word that can not be a value: a dash, then no number."""
-    return word.startswith("-") and not re.match(r"-\.?\d", word)
+def _split(argv: Sequence[str]) -> list[tuple[str, list[str]]]:
+    """Each flag with the words up to the next one. A dash and a digit begin a number, no flag."""
+    pieces: list[tuple[str, list[str]]] = []
+    for word in argv:
+        if word.startswith("-") and not re.match(r"-\.?\d", word):
+            flag, equals, value = word.partition("=")
+            pieces.append((flag, [value] if equals else []))
+        elif pieces:
+            pieces[-1][1].append(word)
+        else:
+            raise ConfigError("argument", word, "belongs to no flag", "--flag value")
+    return pieces
 
 
-def unknown(flag: str, value: str, flags: Collection[str]) -> ConfigError:
-    """The refusal of a word that is no flag, with those that look like it."""
-    if not flag.startswith("-"):
-        return ConfigError("argument", flag, "belongs to no flag", "--flag value")
+def _value(row: Setting, flag: str, texts: Sequence[str]) -> Any:
+    if row.kind != "bool":
+        return row.from_words(texts)
+    if texts:
+        rule = "is a switch and takes no value"
+        raise ConfigError(flag, " ".join(texts), rule, f"{row.flag} or {row.off_flag}")
+    return flag != row.off_flag
+
+
+def _unknown(flag: str, value: str, flags: Collection[str]) -> ConfigError:
     spelling = flag.replace("_", "-").lower()
     near = [spelling] if spelling in flags else difflib.get_close_matches(spelling, flags, n=3)
     return ConfigError(flag, value, "unknown flag", ", ".join(near) or "see --help")
-
-
-def _value(setting: Setting, flag: str, texts: list[str]) -> Any:
-    if setting.kind == "bool":
-        if texts:
-            raise ConfigError(flag, " ".join(texts), "is a switch and takes no value", flag)
-        return flag == setting.flag
-    texts, wanted = setting.words(texts), setting.count
-    if not texts or (wanted and len(texts) != wanted):
-        rule = f"needs {wanted or 'one or more'} value{'s' * (wanted != 1)}"
-        works = ", ".join(setting.choices) or " ".join([flag, *["VALUE"] * (wanted or 2)])
-        raise ConfigError(flag, " ".join(texts), rule, works)
-    found = []
-    for text in texts:
-        try:
-            found.append(setting.from_text(text))
-        except BadValueError as error:
-            raise ConfigError(flag, text, error.rule, error.works) from None
-    return tuple(found) if setting.kind in ("strings", "ints", "floats") else found[0]

@@ -1,6 +1,6 @@
 """Context parallelism: every rank holds a part of the sequence, attention sees all of it."""
 
 from cp_megatron.context_parallel.api import ContextParallel
-from cp_megatron.context_parallel.attention import KeptAttention
+from cp_megatron.context_parallel.attention_function import KeptAttention
 
 __all__ = ["ContextParallel", "KeptAttention"]

@@ -1,19 +1,19 @@
-"""Trading tokens for heads and back. Who trades what is planned in plan/heads.py.
+"""Exchanging heads for tokens by all-to-all, and back. plan/heads.py plans the exchange.
 
-Shapes: B batch, S tokens of the shard, M tokens of the group of traders together, h heads of a
-tensor, m of them computed here, d width of a head.
+Shapes: B = batch, S = tokens of the shard, M = tokens of all peers together, h = heads of a tensor,
+m = those of them that this rank computes, d = width of a head.
 
-    tokens_to_heads   [B, S, h, d] -> [B, M, m, d]     all heads of my tokens -> my heads of all
-    heads_to_tokens   [B, M, m, d] -> [B, S, h, d]     and back
+    to_heads    [B, S, h, d] -> [B, M, m, d]     all heads of my tokens -> my heads of all tokens
+    to_tokens   [B, M, m, d] -> [B, S, h, d]     and back
 
-A trade holds what it sends and what it receives. A share of the heads of all tokens is as large as
-all heads of a share of the tokens, so neither grows with the number of ranks, unless key/value
-heads are repeated.
+An exchange needs a buffer for what it sends and one for what it receives. Some of the heads of all
+tokens take as much memory as all heads of some of the tokens, so neither buffer grows with the
+number of ranks, unless key/value heads are repeated.
 
-Each is the other's transpose: a head that was sent to several ranks comes back as their sum.
-Where all ranks of the context parallel group trade, one collective moves everything. Where only
-neighbours do, messages are sends and receives inside that group, so that no group of traders has to
-be made, which would take a message from every rank of the world.
+Each direction is the transpose of the other: a head that was sent to several ranks comes back as
+the sum of their results. If all ranks of the context parallel group take part, one collective moves
+everything. If only neighbours do, they send and receive within that group: a process group of their
+own would need a message from every rank of the world.
 """
 
 from __future__ import annotations
@@ -28,160 +28,144 @@ from einops import rearrange
 from torch import Tensor
 
 from cp_megatron.comm.checksums import LinkSums
-from cp_megatron.comm.p2p import post
+from cp_megatron.comm.send_receive import post
 from cp_megatron.comm.trace import traced
 from cp_megatron.context_parallel.buffers import Workspace
+from cp_megatron.plan.buffer_sizes import RECEIVED_HEADS, SENT_HEADS, message_widths
 from cp_megatron.plan.heads import HeadExchange
-from cp_megatron.plan.tiles import Span
+from cp_megatron.plan.tiling import Span, num_positions
 
 Shape = tuple[int, int, int]
 """[tokens, B, heads * d] of a message."""
 
-# The rooms of a ring's keys: a trade is over before rounds begin, and begins when they are over.
-SENT, RECEIVED = "keys 0", "keys 1"
-
 
 @dataclass(frozen=True)
-class Part:
-    """A tensor that takes part in a trade.
+class PartitionedHeads:
+    """A tensor whose heads are divided among peers.
 
     Attributes:
-        tensor: [B, S, h, d] on the way to heads, [B, M, m, d] on the way back.
-        heads: per trader, the heads it computes.
+        tensor: [B, S, h, d] before ``to_heads``, [B, M, m, d] before ``to_tokens``.
+        heads: for each peer, the heads that it computes.
     """
 
     tensor: Tensor
     heads: Sequence[Span]
 
 
-def tokens_to_heads(
-    trade: HeadExchange,
-    group: dist.ProcessGroup | None,
-    memory: Workspace,
-    sums: LinkSums,
-    parts: Sequence[Part],
-) -> list[Tensor]:
-    """This rank's heads of every token that the traders hold, by position.
+@dataclass(frozen=True)
+class HeadAllToAll:
+    """The all-to-all of one pass.
 
-    Args:
-        trade: this rank's view.
+    Attributes:
+        exchange: this rank's part of it.
         group: the context parallel group.
-        memory: where messages live.
-        sums: notes what is sent and received.
-        parts: [B, S, h, d] each, of one type; they travel in one message per trader.
-
-    Returns:
-        Per part [B, M, m, d], views of one tensor, which is not in ``memory``.
+        memory: provides the buffers of messages. Results do not lie in it.
+        sums: checksums of what is sent and received.
     """
-    first = parts[0].tensor
-    batch, num_tokens = first.shape[:2]
-    dims = [part.tensor.shape[-1] for part in parts]
-    counts = [[_count(part.heads[i]) for part in parts] for i in range(len(trade.peers))]
-    sent = [(num_tokens, batch, _width(found, dims)) for found in counts]
-    outgoing = _rooms(memory, SENT, sent, first.dtype)
-    for i, message in enumerate(outgoing):
-        chosen = [part.tensor[:, :, slice(*part.heads[i])] for part in parts]
-        _store(message, chosen, [(0, num_tokens)])
-    mine = sent[trade.index]
-    incoming = _exchange(trade, group, memory, sums, outgoing, [mine] * len(trade.peers))
-    # [S, B, w] of each trader -> [M, B, w] by position
-    together = first.new_empty((num_tokens * len(trade.peers), *mine[1:]))
-    for rows, part in zip(trade.rows, incoming):
-        offset = 0
-        for start, stop in rows:
-            together[start:stop] = part[offset : offset + stop - start]
-            offset += stop - start
-    return _unpack(together, counts[trade.index], dims)
 
+    exchange: HeadExchange
+    group: dist.ProcessGroup | None
+    memory: Workspace
+    sums: LinkSums
 
-def heads_to_tokens(
-    trade: HeadExchange,
-    group: dist.ProcessGroup | None,
-    memory: Workspace,
-    sums: LinkSums,
-    parts: Sequence[Part],
-) -> list[Tensor]:
-    """Every head of this rank's tokens; heads that several traders computed are summed.
+    def to_heads(self, parts: Sequence[PartitionedHeads]) -> list[Tensor]:
+        """Returns this rank's heads of every token that the peers hold, by position.
 
-    Args:
-        trade: this rank's view.
-        group: the context parallel group.
-        memory: where messages live.
-        sums: notes what is sent and received.
-        parts: [B, M, m, d] each, of one type; they travel in one message per trader.
+        Args:
+            parts: tensors [B, S, h, d] of one type. They share one message per peer.
 
-    Returns:
-        Per part [B, S, h, d], not in ``memory``.
-    """
-    batch, num_tokens = parts[0].tensor.shape[0], sum(_count(span) for span in trade.rows[0])
-    dims = [part.tensor.shape[-1] for part in parts]
-    counts = [[_count(part.heads[i]) for part in parts] for i in range(len(trade.peers))]
-    shapes = [(num_tokens, batch, _width(found, dims)) for found in counts]
-    sent = [shapes[trade.index]] * len(trade.peers)
-    outgoing = _rooms(memory, SENT, sent, parts[0].tensor.dtype)
-    for message, rows in zip(outgoing, trade.rows):
-        _store(message, [part.tensor for part in parts], rows)
-    incoming = _exchange(trade, group, memory, sums, outgoing, shapes)
-    unpacked = [_unpack(x, found, dims) for x, found in zip(incoming, counts)]
-    found = []
-    for number, (part, dim) in enumerate(zip(parts, dims)):
-        num_heads = max(stop for _, stop in part.heads)
-        # The first trader that computes a head stores it, others add.
-        whole = part.tensor.new_empty((batch, num_tokens, num_heads, dim))
-        stored = 0
-        for i, (start, stop) in enumerate(part.heads):
-            tensor = unpacked[i][number]
-            fresh = max(start, stored)
-            whole[:, :, start:fresh] += tensor[:, :, : fresh - start]
-            whole[:, :, fresh:stop] = tensor[:, :, fresh - start :]
-            stored = stop
-        found.append(whole)
-    return found
+        Returns:
+            For each part [B, M, m, d], views of one tensor.
+        """
+        first, exchange = parts[0].tensor, self.exchange
+        num_tokens = first.shape[1]
+        sent, received = self._shapes(parts, num_tokens, to_heads=True)
+        outgoing = self._take(SENT_HEADS, sent, first.dtype)
+        for i, message in enumerate(outgoing):
+            chosen = [part.tensor[:, :, slice(*part.heads[i])] for part in parts]
+            _store(message, chosen, [(0, num_tokens)])
+        incoming = self._exchange(outgoing, received)
+        # [S, B, w] of each peer -> [M, B, w] by position
+        together = first.new_empty((num_tokens * len(received), *received[0][1:]))
+        for rows, message in zip(exchange.rows, incoming):
+            offset = 0
+            for start, stop in rows:
+                together[start:stop] = message[offset : offset + stop - start]
+                offset += stop - start
+        return _unpack(together, *_heads_of_peer(parts, exchange.index))
 
+    def to_tokens(self, parts: Sequence[PartitionedHeads]) -> list[Tensor]:
+        """Returns every head of this rank's tokens; heads that several peers computed are summed.
 
-def _exchange(
-    trade: HeadExchange,
-    group: dist.ProcessGroup | None,
-    memory: Workspace,
-    sums: LinkSums,
-    outgoing: Sequence[Tensor],
-    shapes: Sequence[Shape],
-) -> list[Tensor]:
-    """What each trader sends to this rank, of these shapes, for ``outgoing`` to each of them.
+        Args:
+            parts: tensors [B, M, m, d] of one type. They share one message per peer.
 
-    The messages of ``outgoing`` lie in one room, one after the other.
-    """
-    incoming = _rooms(memory, RECEIVED, shapes, outgoing[0].dtype)
-    others = [i for i in range(len(trade.peers)) if i != trade.index]
-    with traced("trade heads"):
-        if group is not None and group.size() == len(trade.peers):
-            sizes = [message.numel() for message in incoming]
-            counts = [message.numel() for message in outgoing]
-            sent = memory.room(SENT, (sum(counts),), outgoing[0].dtype)
-            received = memory.room(RECEIVED, (sum(sizes),), outgoing[0].dtype)
-            for i in others:
-                sums.sent(outgoing[i], trade.peers[i])
-            dist.all_to_all_single(received, sent, sizes, counts, group=group)
-            for i in others:
-                sums.received(incoming[i], trade.peers[i])
-            return incoming
-        post(
-            group,
-            sends=[(outgoing[i], trade.peers[i]) for i in others],
-            receives=[(incoming[i], trade.peers[i]) for i in others],
-            sums=sums,
-        ).wait()
-    incoming[trade.index] = outgoing[trade.index]
-    return incoming
+        Returns:
+            For each part [B, S, h, d].
+        """
+        first, exchange = parts[0].tensor, self.exchange
+        batch, num_tokens = first.shape[0], num_positions(exchange.rows[0])
+        sent, received = self._shapes(parts, num_tokens, to_heads=False)
+        outgoing = self._take(SENT_HEADS, sent, first.dtype)
+        for message, rows in zip(outgoing, exchange.rows):
+            _store(message, [part.tensor for part in parts], rows)
+        incoming = self._exchange(outgoing, received)
+        unpacked = [_unpack(x, *_heads_of_peer(parts, i)) for i, x in enumerate(incoming)]
+        results = []
+        for number, part in enumerate(parts):
+            num_heads = max(stop for _, stop in part.heads)
+            # The first peer that computes a head stores it, the others add to it.
+            whole = first.new_empty((batch, num_tokens, num_heads, part.tensor.shape[-1]))
+            stored = 0
+            for i, (start, stop) in enumerate(part.heads):
+                tensor = unpacked[i][number]
+                fresh = max(start, stored)
+                whole[:, :, start:fresh] += tensor[:, :, : fresh - start]
+                whole[:, :, fresh:stop] = tensor[:, :, fresh - start :]
+                stored = stop
+            results.append(whole)
+        return results
 
+    def _shapes(
+        self, parts: Sequence[PartitionedHeads], num_tokens: int, *, to_heads: bool
+    ) -> tuple[list[Shape], list[Shape]]:
+        """The shapes of the messages to and from each peer."""
+        tensors = [(part.heads, part.tensor.shape[-1]) for part in parts]
+        batch = parts[0].tensor.shape[0]
+        sent, received = message_widths(self.exchange, tensors, to_heads=to_heads)
+        return [(num_tokens, batch, w) for w in sent], [(num_tokens, batch, w) for w in received]
 
-def _rooms(
-    memory: Workspace, name: str, shapes: Sequence[Shape], dtype: torch.dtype
-) -> list[Tensor]:
-    """Messages of these shapes, one after the other in one room."""
-    sizes = [math.prod(shape) for shape in shapes]
-    room = memory.room(name, (sum(sizes),), dtype)
-    return [x.view(shape) for x, shape in zip(room.split(sizes), shapes)]
+    def _take(self, name: str, shapes: Sequence[Shape], dtype: torch.dtype) -> list[Tensor]:
+        """Messages of these shapes, one after the other in one buffer."""
+        sizes = [math.prod(shape) for shape in shapes]
+        buffer = self.memory.take(name, (sum(sizes),), dtype)
+        return [x.view(shape) for x, shape in zip(buffer.split(sizes), shapes)]
+
+    def _exchange(self, outgoing: Sequence[Tensor], shapes: Sequence[Shape]) -> list[Tensor]:
+        """Sends ``outgoing`` to the peers; returns what they send, of the given shapes."""
+        peers, index, dtype = self.exchange.peers, self.exchange.index, outgoing[0].dtype
+        incoming = self._take(RECEIVED_HEADS, shapes, dtype)
+        others = [i for i in range(len(peers)) if i != index]
+        with traced("all-to-all of heads"):
+            if self.group is not None and self.group.size() == len(peers):
+                sizes = [message.numel() for message in incoming]
+                counts = [message.numel() for message in outgoing]
+                sent = self.memory.take(SENT_HEADS, (sum(counts),), dtype)
+                received = self.memory.take(RECEIVED_HEADS, (sum(sizes),), dtype)
+                for i in others:
+                    self.sums.sent(outgoing[i], peers[i])
+                dist.all_to_all_single(received, sent, sizes, counts, group=self.group)
+                for i in others:
+                    self.sums.received(incoming[i], peers[i])
+                return incoming
+            post(
+                self.group,
+                sends=[(outgoing[i], peers[i]) for i in others],
+                receives=[(incoming[i], peers[i]) for i in others],
+                sums=self.sums,
+            ).wait()
+        incoming[index] = outgoing[index]
+        return incoming
 
 
 def _store(message: Tensor, tensors: Sequence[Tensor], spans: Sequence[Span]) -> None:
@@ -200,9 +184,7 @@ def _unpack(packed: Tensor, counts: Sequence[int], dims: Sequence[int]) -> list[
     return [rearrange(x, "s b (n d) -> b s n d", n=n) for x, n in zip(parts, counts)]
 
 
-def _width(counts: Sequence[int], dims: Sequence[int]) -> int:
-    return sum(count * dim for count, dim in zip(counts, dims))
-
-
-def _count(span: Span) -> int:
-    return span[1] - span[0]
+def _heads_of_peer(parts: Sequence[PartitionedHeads], i: int) -> tuple[list[int], list[int]]:
+    """For each part, the number of heads that peer ``i`` computes, and their width."""
+    counts = [num_positions([part.heads[i]]) for part in parts]
+    return counts, [part.tensor.shape[-1] for part in parts]

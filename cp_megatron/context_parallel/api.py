@@ -16,14 +16,14 @@ from torch import Tensor
 
 from cp_megatron.comm.checksums import LinkSums
 from cp_megatron.comm.collectives import all_gather_dim
-from cp_megatron.context_parallel.agreement import agree, check_mode, digest
-from cp_megatron.context_parallel.attention import KeptAttention, planned_attention
+from cp_megatron.context_parallel.attention_function import KeptAttention, planned_attention
 from cp_megatron.context_parallel.buffers import Buffers
+from cp_megatron.context_parallel.input_check import agree, check_mode, digest
 from cp_megatron.context_parallel.rank_plan import RankPlan
 from cp_megatron.errors import ConfigError
 from cp_megatron.kernels.dropout import Dropout
 from cp_megatron.kernels.interface import Kernel
-from cp_megatron.kernels.load import load_kernel
+from cp_megatron.kernels.load_kernel import load_kernel
 from cp_megatron.kernels.select import KernelChoice, select_kernel
 from cp_megatron.plan import Mask, Schedule, SequenceLayout
 from cp_megatron.plan.exchange import check_exchange
@@ -293,13 +293,9 @@ class ContextParallel:
     def _plan(self, *heads: int) -> RankPlan:
         """This rank's plan for a number of query and key/value heads and their widths."""
         if heads not in self._plans:
-            schedule = self.schedule(*heads)
-            self._plans[heads] = RankPlan.create(
-                rounds=schedule.rounds(self.rank),
-                gather=schedule.gather(self.rank),
-                trade=schedule.heads(self.rank),
-                num_heads=heads[0],
-                num_kv_heads=heads[1],
+            self._plans[heads] = RankPlan.of(
+                self.schedule(*heads),
+                self.rank,
                 group=self.group,
                 buffers=self.buffers,
                 link_sums=self.link_sums,

@@ -1,13 +1,15 @@
-"""The memory that messages live in: kept from one attention to the next, shared by all layers.
+"""The memory of messages: kept from one attention to the next and shared by all layers.
 
-A pass (one forward or one backward of one attention) borrows a ``Workspace`` and takes named rooms
-in it: what each room is for, and how many there are, is said where it is taken. A room grows to the
-largest message that ever lay in it and is then reused as it is, so what is kept is what the largest
-pass needed, however many layers and masks there are, and a pass like one before allocates nothing.
+One pass (the forward or the backward of one attention) borrows a ``Workspace`` and takes named
+buffers from it; ``plan/buffer_sizes.py`` lists their names and sizes. A buffer grows to the largest
+message that it has held and is then reused, so the memory in use is what the largest pass needs,
+however many layers and masks there are. A pass that resembles an earlier one allocates nothing.
 
-Fresh memory for each message would cost more than the allocation: the first touch of every page.
+Fresh memory for each message would cost more than its allocation: every page is slow to touch for
+the first time.
 
-Whatever outlives the pass (results, gradients, what autograd keeps) must never lie in a room.
+Results, gradients and tensors that autograd keeps outlive the pass, so they must never lie in a
+buffer.
 """
 
 from __future__ import annotations
@@ -23,40 +25,40 @@ from torch import Tensor
 
 
 class Workspace:
-    """Rooms for the messages of one pass. Used by one thread at a time."""
+    """The buffers of one pass. One thread uses it at a time."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._rooms: dict[str, Tensor] = {}
+        self._buffers: dict[str, Tensor] = {}
 
-    def room(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """Memory to write in, contiguous, with whatever lay there before.
+    def take(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Returns contiguous memory whose content is undefined.
 
-        What was given under this name before lies in the same memory: every message that reads or
-        fills it must have been waited for.
+        A tensor that was taken under the same name before shares its memory. Every message that
+        reads or fills that tensor must have completed.
         """
         size = math.prod(shape) * dtype.itemsize
-        held = self._rooms.get(name)
+        held = self._buffers.get(name)
         if held is None or held.numel() < size:
-            self._rooms.pop(name, None)
-            del held  # before its successor is allocated, so that they are never held together
+            self._buffers.pop(name, None)
+            del held  # free it before its successor is allocated
             # A tensor made in inference mode could not be written outside it.
             with torch.inference_mode(False):
                 held = torch.empty(size, dtype=torch.uint8, device=self.device)
-            self._rooms[name] = held
+            self._buffers[name] = held
         return held[:size].view(dtype).view(*shape)
 
     @property
     def held_bytes(self) -> int:
-        """Bytes of all rooms."""
-        return sum(room.numel() for room in list(self._rooms.values()))
+        """Bytes of all buffers."""
+        return sum(buffer.numel() for buffer in list(self._buffers.values()))
 
 
 class Buffers:
-    """Workspaces, lent to one pass each. Safe to use from several threads.
+    """Workspaces, each lent to one pass at a time. Safe to use from several threads.
 
-    There is one for each device (on CUDA: each stream, which orders what is written in it) and for
-    each pass that runs at the same time, which is one in training.
+    There is one workspace for each device (on CUDA for each stream, because a stream orders the
+    writes) and for each pass that runs at the same time; training runs one pass at a time.
     """
 
     def __init__(self) -> None:
@@ -67,9 +69,10 @@ class Buffers:
 
     @contextmanager
     def lend(self, device: torch.device) -> Iterator[Workspace]:
-        """A workspace until the end of the ``with`` block, when no message may be under way.
+        """Lends a workspace until the end of the ``with`` block.
 
-        After an error some may be: such a workspace is given up, never lent again.
+        All messages must have completed by then. After an error some may still be in flight, so
+        that workspace is dropped and never lent again.
         """
         place: object = device
         if device.type == "cuda":
@@ -91,13 +94,13 @@ class Buffers:
 
     @property
     def held_bytes(self) -> int:
-        """Bytes held now, in use or not."""
+        """Bytes of all workspaces, lent or free."""
         with self._lock:
             return self._count()
 
     @property
     def peak_bytes(self) -> int:
-        """The most that was ever held."""
+        """The maximum of ``held_bytes`` so far."""
         with self._lock:
             return max(self._peak, self._count())
 

@@ -1,8 +1,8 @@
 """Keys and values as tensors and as messages.
 
-Shapes: B batch, K keys of a shard or an arrival, G key/value heads, D head dim, E value head dim.
-A message is [tokens, B, G * (D + E)]: keys and values of a token side by side, tokens outermost, so
-that a run of tokens is one contiguous piece of memory.
+Shapes: B = batch, K = keys of a shard or an arrival, G = key/value heads, D = head dim,
+E = value head dim. A message is [tokens, B, G * (D + E)]: the keys and values of a token lie side
+by side, and tokens come first so that a run of tokens is contiguous in memory.
 """
 
 from __future__ import annotations
@@ -15,14 +15,15 @@ from einops import rearrange
 from torch import Tensor
 
 from cp_megatron.context_parallel.buffers import Workspace
-from cp_megatron.plan.tiles import Span
+from cp_megatron.plan.buffer_sizes import Buffer
+from cp_megatron.plan.tiling import Span
 
 
 @dataclass(frozen=True)
 class KeyValues:
     """Keys [B, K, G, D] and values [B, K, G, E].
 
-    Of an arrival they are views of the message ``packed``, [K, B, G * (D + E)].
+    For an arrival they are views of the message ``packed``, [K, B, G * (D + E)].
     """
 
     k: Tensor
@@ -31,7 +32,7 @@ class KeyValues:
 
     @classmethod
     def unpack(cls, packed: Tensor, like: KeyValues) -> KeyValues:
-        """The views of a message; ``like`` gives the number of heads and their widths."""
+        """Views a message as keys and values with the heads and widths of ``like``."""
         num_heads, dim = like.k.shape[2:]
         # [K, B, G * D + G * E] -> [B, K, G, D] and [B, K, G, E]
         k = rearrange(packed[..., : num_heads * dim], "k b (n d) -> b k n d", n=num_heads)
@@ -43,26 +44,31 @@ class KeyValues:
         target = KeyValues.unpack(packed, self)
         offset = 0
         for start, stop in spans:
-            room = slice(offset, offset + stop - start)
-            target.k[:, room] = self.k[:, start:stop]
-            target.v[:, room] = self.v[:, start:stop]
+            place = slice(offset, offset + stop - start)
+            target.k[:, place] = self.k[:, start:stop]
+            target.v[:, place] = self.v[:, start:stop]
             offset += stop - start
         return packed
 
     def message_shape(self, num_tokens: int) -> tuple[int, int, int]:
-        """Of a message of ``num_tokens``."""
+        """The shape of a message of ``num_tokens``."""
         batch, _, num_heads, dim = self.k.shape
         return num_tokens, batch, num_heads * (dim + self.v.shape[-1])
 
+    def take(self, memory: Workspace, buffer: Buffer, dtype: torch.dtype | None = None) -> Tensor:
+        """Takes a buffer for a message; ``dtype`` is the type of the keys by default."""
+        shape = self.message_shape(buffer.num_tokens)
+        return memory.take(buffer.name, shape, dtype or self.k.dtype)
+
     def heads(self, span: Span) -> KeyValues:
-        """Some of the heads."""
+        """Selects the heads of ``span``."""
         start, stop = span
         if stop - start == self.k.shape[2]:
             return self
         return KeyValues(self.k[:, :, start:stop], self.v[:, :, start:stop])
 
     def to(self, dtype: torch.dtype) -> KeyValues:
-        """Keys and values as operands of the kernel."""
+        """Converts keys and values to the operand type of the kernel."""
         return KeyValues(self.k.to(dtype), self.v.to(dtype))
 
     def add_(self, spans: Sequence[Span], packed: Tensor) -> None:
@@ -75,10 +81,15 @@ class KeyValues:
             offset += stop - start
 
 
-def take(packed: Tensor, spans: Sequence[Span], memory: Workspace, room: str) -> Tensor:
-    """Runs of tokens as one contiguous message: a single run without a copy, else in ``room``."""
-    if len(spans) == 1:
-        return packed[spans[0][0] : spans[0][1]]
-    num_tokens = sum(stop - start for start, stop in spans)
-    taken = memory.room(room, (num_tokens, *packed.shape[1:]), packed.dtype)
+def contiguous_runs(
+    packed: Tensor, spans: Sequence[Span], memory: Workspace, buffer: Buffer | None
+) -> Tensor:
+    """Returns runs of tokens as one contiguous message.
+
+    A single run is a view of ``packed``; several runs are copied into ``buffer``.
+    """
+    if buffer is None:
+        ((start, stop),) = spans
+        return packed[start:stop]
+    taken = memory.take(buffer.name, (buffer.num_tokens, *packed.shape[1:]), packed.dtype)
     return torch.cat([packed[start:stop] for start, stop in spans], out=taken)

@@ -1,7 +1,8 @@
-"""Computing tiles and adding up what they give: results forward, gradients backward.
+"""Computing tiles and summing up what they give: results in forward, gradients in backward.
 
-Shapes: B batch, S tokens of the shard, K keys of an arrival, H query heads, G key/value heads,
-D head dim, E value head dim. Sums are float32 (float64 for float64), whatever kernels return.
+Shapes: B = batch, S = tokens of the shard, K = keys of an arrival, H = query heads, G = key/value
+heads, D = head dim, E = value head dim. Sums are float32 (float64 for float64), whatever types the
+kernels return.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from cp_megatron.kernels.interface import (
 from cp_megatron.kernels.merge import merge_
 from cp_megatron.plan.heads import HeadGroup
 from cp_megatron.plan.rounds import Round
-from cp_megatron.plan.tiles import Span, Tile
+from cp_megatron.plan.tiling import Span, Tile
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,8 +35,9 @@ class Call:
 
     Attributes:
         kernel: computes a tile.
-        scale: what scores are multiplied with.
-        dropout: which pairs are dropped, heads counted from this rank's first; None drops none.
+        scale: the factor of the scores.
+        dropout: which pairs are dropped, with heads counted from this rank's first; None drops
+            nothing.
         rows: positions of the queries, as runs.
     """
 
@@ -44,13 +46,13 @@ class Call:
     dropout: Dropout | None
     rows: tuple[Span, ...]
 
-    def tile_kernel(self, turn: Round, tile: Tile, head: int, device: torch.device) -> Kernel:
-        """The kernel of a tile whose first query head is ``head``."""
+    def tile_kernel(self, round_: Round, tile: Tile, head: int, device: torch.device) -> Kernel:
+        """Returns the kernel of a tile whose first query head is ``head``."""
         if self.dropout is None:
             return self.kernel
-        rows, columns = (_positions(spans, device) for spans in (self.rows, turn.keys))
+        rows, columns = (_positions(spans, device) for spans in (self.rows, round_.keys))
         q_positions, k_positions = rows[tile.q0 : tile.q1], columns[tile.k0 : tile.k1]
-        # Chosen for being able to: see kernels/select.py.
+        # kernels/select.py chooses only a kernel that can drop.
         kernel = cast(DroppingKernel, self.kernel)
         return kernel.dropping(TileDropout(self.dropout, q_positions, k_positions, head))
 
@@ -59,11 +61,11 @@ def _positions(spans: Sequence[Span], device: torch.device) -> Tensor:
     return torch.cat([torch.arange(start, stop, device=device) for start, stop in spans])
 
 
-class Results:
+class MergedResults:
     """out [B, S, H, E] and lse [B, H, S] of the shard's queries, merged tile by tile.
 
-    Memory is not cleared first: a row's ``first`` tile is stored, the others merged. A tile that
-    covers everything is kept as it comes, without a copy.
+    The memory is not cleared first: the ``first`` tile of a row is stored and the others are
+    merged. A tile that covers everything is kept without a copy.
     """
 
     def __init__(self, call: Call, q: Tensor) -> None:
@@ -72,16 +74,16 @@ class Results:
         self._q = q.to(call.kernel.compute_dtype(q.dtype))
         self._sums: tuple[Tensor, Tensor] | None = None
 
-    def add(self, turn: Round, keys: KeyValues, groups: Sequence[HeadGroup]) -> None:
-        """Computes the tiles of a round, whose keys are counted as in ``groups``."""
-        if not turn.tiles:
+    def add(self, round_: Round, keys: KeyValues, groups: Sequence[HeadGroup]) -> None:
+        """Computes the tiles of a round for the heads in ``groups``."""
+        if not round_.tiles:
             return
         call, keys = self._call, keys.to(self._q.dtype)
         for (q0, q1), (k0, k1) in groups:
             heads, kv_heads = slice(q0, q1), slice(k0, k1)
-            for tile in turn.tiles:
+            for tile in round_.tiles:
                 rows, columns = slice(tile.q0, tile.q1), slice(tile.k0, tile.k1)
-                kernel = call.tile_kernel(turn, tile, q0, self._q.device)
+                kernel = call.tile_kernel(round_, tile, q0, self._q.device)
                 with traced("attention tile"):
                     out, lse = kernel.forward(
                         self._q[:, rows, heads],
@@ -112,16 +114,16 @@ class Results:
             merge_(out, lse, new_out, new_lse)
 
     def sums(self) -> tuple[Tensor, Tensor]:
-        """out and lse, once every row has seen its keys."""
+        """Returns out and lse; complete after the last round."""
         assert self._sums is not None
         return self._sums
 
 
 @dataclass(frozen=True)
-class Rows:
-    """What backward needs of the queries, in the kernel's type.
+class BackwardQueries:
+    """The tensors of backward that belong to the queries, in the kernel's type.
 
-    q [B, S, H, D], dout and out [B, S, H, E], lse [B, H, S], and dq [B, S, H, D] to add to.
+    q [B, S, H, D], dout and out [B, S, H, E], lse [B, H, S], and the sum dq [B, S, H, D].
     """
 
     q: Tensor
@@ -131,40 +133,44 @@ class Rows:
     dq: Tensor
 
     @classmethod
-    def of(cls, kernel: Kernel, x: BackwardInputs) -> Rows:
-        """With operands converted and dq not yet cleared."""
+    def of(cls, kernel: Kernel, x: BackwardInputs) -> BackwardQueries:
+        """Converts the operands and allocates dq, which is not cleared."""
         compute = kernel.compute_dtype(x.q.dtype)
         dq = torch.empty(x.q.shape, dtype=accumulation_dtype(x.q.dtype), device=x.q.device)
         return cls(x.q.to(compute), x.dout.to(compute).contiguous(), x.out.to(compute), x.lse, dq)
 
     def inputs(self, keys: KeyValues) -> BackwardInputs:
-        """With some keys and values."""
+        """Returns the inputs of the kernel for some keys and values."""
         return BackwardInputs(self.dout, self.q, keys.k, keys.v, self.out, self.lse)
 
 
 class Gradients:
-    """Gradients of the keys of one arrival, summed over tiles; their queries' go into ``rows.dq``.
+    """Sums of the gradients of one arrival of keys; gradients of queries go to ``queries.dq``.
 
-    Memory is not cleared first: what is written first is stored, the rest added.
+    The memory is not cleared first: the first contribution is stored and the others are added.
+
+    Args:
+        packed: memory for the sums, a message as long as ``keys``.
     """
 
     def __init__(
-        self, call: Call, rows: Rows, turn: Round, keys: KeyValues, packed: Tensor
+        self, call: Call, queries: BackwardQueries, round_: Round, keys: KeyValues, packed: Tensor
     ) -> None:
-        """With ``packed``, a message as long as ``keys`` in the sums' type, to sum up in."""
-        self._call, self._turn, self._dq = call, turn, rows.dq
-        self._inputs = rows.inputs(keys.to(rows.q.dtype))
+        self._call, self._round, self._dq = call, round_, queries.dq
+        self._inputs = queries.inputs(keys.to(queries.q.dtype))
         self.grads = KeyValues.unpack(packed, keys)
 
     @classmethod
-    def returned(cls, call: Call, rows: Rows, turn: Round, shard: KeyValues) -> Gradients:
-        """Of the own keys, in memory of their own: they outlive the pass."""
+    def of_shard(
+        cls, call: Call, queries: BackwardQueries, round_: Round, shard: KeyValues
+    ) -> Gradients:
+        """The gradients of the own keys. They outlive the pass, so they get memory of their own."""
         shape = shard.message_shape(shard.k.shape[1])
-        packed = torch.empty(shape, dtype=rows.dq.dtype, device=rows.dq.device)
-        return cls(call, rows, turn, shard, packed)
+        packed = torch.empty(shape, dtype=queries.dq.dtype, device=queries.dq.device)
+        return cls(call, queries, round_, shard, packed)
 
     def zero(self, groups: Sequence[HeadGroup], *, queries: bool) -> None:
-        """Clears the keys' gradients, and with ``queries`` those of the heads' queries."""
+        """Clears the gradients of keys and, with ``queries``, those of the heads' queries."""
         for (q0, q1), (k0, k1) in groups:
             self.grads.k[:, :, k0:k1] = 0
             self.grads.v[:, :, k0:k1] = 0
@@ -172,13 +178,13 @@ class Gradients:
                 self._dq[:, :, q0:q1] = 0
 
     def store_own(self, groups: Sequence[HeadGroup]) -> None:
-        """The shard's own keys: its ``first`` tiles cover each row and each column once."""
-        for tile in self._turn.tiles:
+        """Computes the own keys, whose ``first`` tiles cover each row and each column once."""
+        for tile in self._round.tiles:
             self._accumulate(tile, groups, store_rows=tile.first, store_columns=tile.first)
 
     def store_remote(self, groups: Sequence[HeadGroup]) -> None:
-        """Another rank's keys: the rows have gradients already, the columns none."""
-        tiles = self._turn.tiles
+        """Computes another rank's keys: rows have gradients already, columns do not."""
+        tiles = self._round.tiles
         num_keys = self._inputs.k.shape[1]
         whole = len(tiles) == 1 and tiles[0].k1 - tiles[0].k0 == num_keys
         if not whole:
@@ -187,8 +193,8 @@ class Gradients:
             self._accumulate(tile, groups, store_rows=False, store_columns=whole)
 
     def add(self, groups: Sequence[HeadGroup]) -> None:
-        """Adds to what is there."""
-        for tile in self._turn.tiles:
+        """Computes the tiles and adds to gradients that exist."""
+        for tile in self._round.tiles:
             self._accumulate(tile, groups, store_rows=False, store_columns=False)
 
     def _accumulate(
@@ -198,7 +204,7 @@ class Gradients:
         q, k = slice(tile.q0, tile.q1), slice(tile.k0, tile.k1)
         for (q0, q1), (k0, k1) in groups:
             heads, kv_heads = slice(q0, q1), slice(k0, k1)
-            kernel = call.tile_kernel(self._turn, tile, q0, inputs.q.device)
+            kernel = call.tile_kernel(self._round, tile, q0, inputs.q.device)
             with traced("attention tile, backward"):
                 part = inputs.part(q, k, heads, kv_heads)
                 dq, dk, dv = kernel.backward(part, tile.band, call.scale)

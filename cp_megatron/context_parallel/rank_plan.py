@@ -1,4 +1,4 @@
-"""What one rank of a schedule does, and with whom."""
+"""One rank's part of a schedule, and the group that it exchanges messages with."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import torch.distributed as dist
 
 from cp_megatron.comm.checksums import LinkSums
 from cp_megatron.context_parallel.buffers import Buffers
+from cp_megatron.plan import Schedule
+from cp_megatron.plan.buffer_sizes import RoundBuffers, ring_buffers
 from cp_megatron.plan.gather import Gather
 from cp_megatron.plan.heads import HeadExchange, HeadGroup, all_heads
 from cp_megatron.plan.rounds import Round
@@ -19,42 +21,46 @@ class RankPlan:
 
     Attributes:
         rounds: tiles and messages, in order.
-        gather: the collective that brings round 1 its keys; None where messages do.
-        trade: tokens for heads, before the rounds and after; None where heads stay.
-        groups: the heads this rank computes, as its kernel takes them.
-        group: whom to talk to; None is one rank.
-        buffers: where messages live, shared with the plans of other layers and masks.
-        link_sums: notes what is sent and received, shared as well.
+        round_buffers: for each round, the buffers of its messages.
+        gather: the collective that brings the keys of round 1; None if messages bring the keys.
+        head_exchange: the all-to-all before and after the rounds; None if heads stay where they
+            are.
+        groups: the heads that this rank computes, as its kernel takes them.
+        group: the context parallel group; None is one rank.
+        buffers: the memory of the messages, shared with the plans of other layers and masks.
+        link_sums: checksums of what is sent and received, shared likewise.
     """
 
     rounds: tuple[Round, ...]
+    round_buffers: tuple[RoundBuffers, ...]
     gather: Gather | None
-    trade: HeadExchange | None
+    head_exchange: HeadExchange | None
     groups: tuple[HeadGroup, ...]
     group: dist.ProcessGroup | None
     buffers: Buffers
     link_sums: LinkSums
 
     @classmethod
-    def create(
+    def of(
         cls,
+        schedule: Schedule,
+        rank: int,
         *,
-        rounds: tuple[Round, ...],
-        gather: Gather | None,
-        trade: HeadExchange | None,
-        num_heads: int,
-        num_kv_heads: int,
         group: dist.ProcessGroup | None,
         buffers: Buffers,
         link_sums: LinkSums,
     ) -> RankPlan:
-        """With all heads as the rank's own where none are traded."""
-        groups = trade.groups if trade else all_heads(num_heads, num_kv_heads)
+        """Takes the part of ``rank`` out of a schedule that knows its numbers of heads."""
+        assert schedule.num_heads is not None
+        assert schedule.num_kv_heads is not None
+        rounds, exchange = schedule.rounds(rank), schedule.heads(rank)
+        own_heads = all_heads(schedule.num_heads, schedule.num_kv_heads)
         return cls(
             rounds=rounds,
-            gather=gather,
-            trade=trade,
-            groups=groups,
+            round_buffers=ring_buffers(rounds),
+            gather=schedule.gather(rank),
+            head_exchange=exchange,
+            groups=exchange.groups if exchange else own_heads,
             group=group,
             buffers=buffers,
             link_sums=link_sums,

@@ -1,22 +1,22 @@
-"""Questions about a long text: find a needle, follow a chain of variables. No torch, no network.
+"""Makes questions about a long text: find a needle, follow a chain of variables.
 
-After RULER (Hsieh et al. 2024, arXiv:2404.06654, section 3), made from any text::
+The questions follow RULER (Hsieh et al. 2024, arXiv:2404.06654, section 3), in any text::
 
     needle      intro | ...sentence. [The special magic number for river is 4711234.] sentence... |
                 question | answer
     variables   intro | ... [VAR QZJFK = 52713.] ... [VAR MWHBX = VAR QZJFK.] ... |
                 question | answer
 
-A task is a pure function of (seed, kind, length, depth, sample) and the haystack. Its length is
-exact to the token: pieces are put into tokens one by one, inserted where a sentence ends, and the
-haystack is cut at its front, so that it begins inside a sentence and ends with a whole one.
+A task is a pure function of (seed, kind, length, depth, sample) and the haystack. It has exactly
+``length`` tokens: every piece is tokenized on its own and inserted at the end of a sentence, and
+the haystack is cut at its front. So it begins inside a sentence and ends with a whole one.
 """
 
 from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -28,26 +28,16 @@ from cp_megatron.errors import ConfigError
 Kind = Literal["needle", "variables"]
 Tokens = npt.NDArray[np.int64]
 Encode = Callable[[str], npt.ArrayLike]
-"""Text to tokens, without special ones."""
+"""Converts text to tokens, without special tokens."""
 
 NAMES_IN_CHAIN = 5
 LONGEST_SENTENCE = 400
-"""Characters; what has no full stop for so long is cut between two words."""
+"""Characters. A longer sentence is cut between two words."""
 
-_WORDS: Sequence[str] = (
-    *("river", "window", "garden", "copper", "harbour", "pencil", "mountain", "violin", "lantern"),
-    *(
-        "orchard",
-        "blanket",
-        "compass",
-        "feather",
-        "granite",
-        "island",
-        "kettle",
-        "ladder",
-        "meadow",
-    ),
-    *("needle", "oyster", "parade", "quarry", "ribbon", "saddle", "temple", "umbrella", "valley"),
+_WORDS = (
+    "river window garden copper harbour pencil mountain violin lantern "
+    "orchard blanket compass feather granite island kettle ladder meadow "
+    "needle oyster parade quarry ribbon saddle temple umbrella valley"
 )
 _NEEDLE_INTRO = (
     "A special magic number is hidden within the following text. Make sure to memorize it. "
@@ -60,17 +50,17 @@ _VARIABLES_INTRO = (
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """One question with its answer.
+    """One question with its text and its answer.
 
     Attributes:
-        kind: of the question.
-        tokens: int64 [length], everything; it ends with the answer.
-        answer_start: the first token of the answer.
-        places: where each inserted sentence begins.
+        kind: the kind of question.
+        tokens: int64 [length], the intro, the text, the question and the answer.
+        answer_start: the index of the answer's first token.
+        places: the index at which each inserted sentence begins.
         inserted: the inserted sentences.
         answer: the answer as text.
-        depth: asked for, in percent; 0 for variables, which lie all over the text.
-        sample: number of the task among those alike.
+        depth: the requested depth in percent; 0 for variables, which are spread over the text.
+        sample: the number of the task among tasks of the same kind, length and depth.
     """
 
     kind: Kind
@@ -84,17 +74,17 @@ class Task:
 
     @property
     def length(self) -> int:
-        """Tokens in all."""
+        """The number of tokens."""
         return len(self.tokens)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Haystack:
-    """A text as tokens.
+    """A tokenized text.
 
     Attributes:
         tokens: int64 [n].
-        borders: int64 [sentences + 1], increasing from 0 to n: where sentences begin and end.
+        borders: int64 [sentences + 1], increasing from 0 to n: the boundaries of the sentences.
     """
 
     tokens: Tokens
@@ -102,7 +92,7 @@ class Haystack:
 
     @classmethod
     def of(cls, text: str, encode: Encode) -> Haystack:
-        """Cuts ``text`` into sentences, each put into tokens on its own.
+        """Cuts ``text`` into sentences and tokenizes each one on its own.
 
         Raises:
             ConfigError: the text has no sentence.
@@ -115,11 +105,11 @@ class Haystack:
         return cls(tokens=np.concatenate(pieces), borders=borders)
 
     def window(self, size: int, end: int) -> tuple[Tokens, Tokens]:
-        """``size`` tokens before the border number ``end``, round and round the text.
+        """Returns the ``size`` tokens before the border number ``end``; the text is repeated.
 
         Returns:
-            int64 [size], and the places in it where something may be inserted: 0, each border
-            inside, and ``size``, in order.
+            int64 [size], and the indices in it where a sentence can be inserted: 0, each border
+            inside, and ``size``, in increasing order.
         """
         total, last = len(self.tokens), int(self.borders[end])
         wanted = np.arange(last - size, last)
@@ -131,25 +121,25 @@ class Haystack:
 
 
 def sentences(text: str) -> list[str]:
-    """The sentences of a text on one line each, after a space; none is very long.
+    """Returns the sentences of a text, each on one line after a space.
 
-    The space stands before the words because most tokenizers have it in the word that follows.
+    The space precedes the words because most tokenizers join it to the word that follows.
     """
-    found: list[str] = []
+    lines: list[str] = []
     for sentence in re.split(r"(?<=[.!?])\s+|\n\s*\n", text):
         words, line = sentence.split(), ""
         for word in words:
             if line and len(line) + len(word) >= LONGEST_SENTENCE:
-                found.append(line)
+                lines.append(line)
                 line = ""
             line += f" {word}"
         if line:
-            found.append(line)
-    return found
+            lines.append(line)
+    return lines
 
 
 def library_prose() -> str:
-    """English prose that ships with Python: the language reference as ``help()`` shows it."""
+    """Returns English prose that ships with Python: the language reference of ``help()``."""
     from pydoc_data import topics
 
     return "\n\n".join(topics.topics[name] for name in sorted(topics.topics))
@@ -165,32 +155,34 @@ def make_task(
     depth: int = 0,
     sample: int = 0,
 ) -> Task:
-    """The task of these numbers.
+    """Makes one task.
 
     Args:
-        kind: ``needle`` puts one sentence at the border nearest to ``depth``; ``variables`` puts
-            the sentences of a chain at borders all over the text, in order.
+        kind: ``needle`` inserts one sentence at the border nearest to ``depth``; ``variables``
+            inserts the sentences of a chain at borders all over the text, in order.
         haystack: the text.
         encode: the tokenizer that the haystack was made with.
         seed: >= 0.
-        length: tokens of the task, intro, question and answer included.
+        length: the number of tokens, including intro, question and answer.
         depth: in percent of the text.
-        sample: number of the task among those alike, >= 0.
+        sample: the number of the task among tasks of the same kind, length and depth, >= 0.
 
     Raises:
-        ConfigError: the length has no room for a text.
+        ConfigError: the length leaves no token for the text.
     """
     draws = _draws(seed, kind, length, depth, sample)
     intro, inserted, question, answer = _words_of(kind, draws)
     ends = [_encoded(encode, text) for text in (intro, question, answer)]
     hidden = [_encoded(encode, text) for text in inserted]
-    room = length - sum(len(piece) for piece in (*ends, *hidden))
-    if room < 1:
-        rule = f"{kind} needs {length - room + 1} tokens for its question alone"
-        raise ConfigError("--lengths", length, rule, str(_round_up(2 * (length - room))))
+    needed = sum(len(piece) for piece in (*ends, *hidden))
+    size = length - needed
+    if size < 1:
+        rule = f"{kind} needs {needed + 1} tokens for its question alone"
+        power_of_two = 1 << (2 * needed - 1).bit_length()
+        raise ConfigError("--lengths", length, rule, str(power_of_two))
     end = 1 + draws.below(len(haystack.borders) - 1)
-    text, borders = haystack.window(room, end)
-    cuts = _places(kind, borders, room, depth, len(hidden), draws)
+    text, borders = haystack.window(size, end)
+    cuts = _places(kind, borders, size, depth, len(hidden), draws)
     pieces, places, written = [ends[0]], [], 0
     for cut, piece in zip(cuts, hidden, strict=True):
         pieces.append(text[written:cut])
@@ -211,21 +203,22 @@ def make_task(
 
 
 def _places(
-    kind: Kind, borders: Tokens, room: int, depth: int, count: int, draws: _Draws
+    kind: Kind, borders: Tokens, size: int, depth: int, count: int, draws: _Draws
 ) -> list[int]:
-    """Where in the text ``count`` sentences go, in order; several may share a border."""
+    """Chooses where ``count`` sentences are inserted, in order; several can share a border."""
     if kind == "variables":
         return [
             int(borders[place]) for place in sorted(draws.below(len(borders)) for _ in range(count))
         ]
-    nearest = np.abs(borders * 100 - depth * room).argmin()
+    nearest = np.abs(borders * 100 - depth * size).argmin()
     return [int(borders[nearest])] * count
 
 
 def _words_of(kind: Kind, draws: _Draws) -> tuple[str, tuple[str, ...], str, str]:
-    """Intro, sentences to insert, question, answer."""
+    """Returns the intro, the sentences to insert, the question and the answer."""
     if kind == "needle":
-        word, number = _WORDS[draws.below(len(_WORDS))], 1_000_000 + draws.below(9_000_000)
+        words = _WORDS.split()
+        word, number = words[draws.below(len(words))], 1_000_000 + draws.below(9_000_000)
         needle = f" The special magic number for {word} is {number}."
         question = (
             f"\nWhat is the special magic number for {word} mentioned in the text above? "
@@ -251,19 +244,14 @@ def _encoded(encode: Encode, text: str) -> Tokens:
     return np.asarray(encode(text), dtype=np.int64)
 
 
-def _round_up(value: int) -> int:
-    """The next power of two."""
-    return 1 << (value - 1).bit_length()
-
-
 class _Draws:
-    """Random numbers of one task, the same on every machine: Philox's raw output."""
+    """Random numbers of one task: Philox's raw output, which is equal on every machine."""
 
     def __init__(self, bits: np.random.Philox) -> None:
         self._bits = bits
 
     def below(self, count: int) -> int:
-        """One of 0 .. count - 1; the bias of the remainder is below count / 2**64."""
+        """Draws one of 0 .. count - 1; the bias of the remainder is below count / 2**64."""
         return int(self._bits.random_raw()) % count
 
 

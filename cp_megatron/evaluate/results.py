@@ -1,4 +1,4 @@
-"""What an evaluation found: tables for a person, results.json for programs, pictures. No torch."""
+"""Prints the results of an evaluation, and writes results.json and the pictures."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ PERPLEXITY_FILE = "perplexity.png"
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """Of some predicted tokens.
+    """Scores of a group of predicted tokens.
 
     Attributes:
-        tokens: their number; 0 has the loss 0.
-        loss: mean, in nats.
-        accuracy: share that are the most likely one.
+        tokens: the number of tokens.
+        loss: the mean loss in nats; 0 if there are no tokens.
+        accuracy: the share of tokens that the model finds most likely.
     """
 
     tokens: int
@@ -35,7 +35,7 @@ class Score:
 
     @classmethod
     def of(cls, sums: Iterable[float]) -> Score:
-        """From the sum of losses, the number of right guesses, the number of tokens."""
+        """Makes a score from the sum of losses, the number of right guesses and of tokens."""
         loss, right, tokens = sums
         return cls(
             tokens=round(tokens), loss=loss / max(tokens, 1), accuracy=right / max(tokens, 1)
@@ -43,13 +43,13 @@ class Score:
 
     @property
     def perplexity(self) -> float:
-        """e to the mean loss; inf where that is more than a float holds."""
+        """e to the mean loss; inf if a float cannot hold it."""
         return math.exp(self.loss) if not self.loss > 700 else math.inf
 
 
 @dataclass(frozen=True, kw_only=True)
 class Bucket:
-    """Predictions made with ``first`` + 1 to ``end`` tokens of context."""
+    """Scores of predictions with ``first`` + 1 to ``end`` tokens of context."""
 
     first: int
     end: int
@@ -58,7 +58,7 @@ class Bucket:
 
 @dataclass(frozen=True, kw_only=True)
 class Perplexity:
-    """Of the rows of one length."""
+    """Scores of the rows of one length, in total and by position."""
 
     length: int
     rows: int
@@ -68,15 +68,15 @@ class Perplexity:
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """How one question was answered.
+    """The result of one question.
 
     Attributes:
         task: needle or variables.
-        length, depth, sample: of the task.
-        answer: the true one.
-        exact: greedy decoding gives it, to the last token.
-        token_accuracy: share of its tokens that are the most likely after the true ones before.
-        log_probability: of the whole answer, in nats.
+        length, depth, sample: the numbers of the task.
+        answer: the correct answer.
+        exact: whether greedy decoding gives the whole answer.
+        token_accuracy: the share of its tokens that are most likely after the correct ones.
+        log_probability: the log probability of the whole answer, in nats.
     """
 
     task: str
@@ -90,13 +90,13 @@ class Answer:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Results:
-    """All of it.
+class EvaluationResults:
+    """The results of an evaluation.
 
     Attributes:
         about: model, data and grid, as plain data.
-        perplexity: per length.
-        answers: one per question.
+        perplexity: one entry per length.
+        answers: one entry per question.
     """
 
     about: Mapping[str, Any]
@@ -104,18 +104,30 @@ class Results:
     answers: tuple[Answer, ...]
 
     def cells(self) -> dict[tuple[str, int, int], list[Answer]]:
-        """The answers by (task, length, depth)."""
+        """Returns the answers by (task, length, depth)."""
         cells: dict[tuple[str, int, int], list[Answer]] = {}
         for answer in self.answers:
             cells.setdefault((answer.task, answer.length, answer.depth), []).append(answer)
         return cells
 
+    def cells_of(self, task: str) -> dict[tuple[int, int], list[Answer]]:
+        """Returns the answers of one task by (length, depth)."""
+        return {key[1:]: answers for key, answers in self.cells().items() if key[0] == task}
 
-def write_results(results: Results, folder: Path, *, plot: bool) -> list[Path]:
-    """Writes results.json and the pictures into ``folder``, which is made; the files.
+    @property
+    def tasks(self) -> list[str]:
+        """The tasks that have answers."""
+        return list(dict.fromkeys(answer.task for answer in self.answers))
+
+
+def write_results(results: EvaluationResults, folder: Path, *, plot: bool) -> list[Path]:
+    """Writes results.json and the pictures into ``folder``, which is created.
+
+    Returns:
+        the files.
 
     Raises:
-        OSError: they can not be written.
+        OSError: a file cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / RESULTS_FILE
@@ -125,16 +137,16 @@ def write_results(results: Results, folder: Path, *, plot: bool) -> list[Path]:
     return [file, *(_pictures(results, folder) if plot else [])]
 
 
-def print_results(results: Results, console: Console) -> None:
-    """Prints the tables: perplexity by position, then the share of exact answers."""
+def print_results(results: EvaluationResults, console: Console) -> None:
+    """Prints the tables of perplexity by position and of exact answers."""
     if results.perplexity:
         console.print(_perplexity_table(results.perplexity), highlight=False)
-    for task in dict.fromkeys(answer.task for answer in results.answers):
+    for task in results.tasks:
         console.print(_answer_table(results, task), highlight=False)
 
 
-def _plain(results: Results) -> dict[str, Any]:
-    """Plain data; a number that JSON has not is None."""
+def _plain(results: EvaluationResults) -> dict[str, Any]:
+    """Returns plain data, with None for numbers that JSON cannot hold."""
     rows = [
         {
             "length": row.length,
@@ -145,8 +157,8 @@ def _plain(results: Results) -> dict[str, Any]:
         for row in results.perplexity
     ]
     cells = [
-        {"task": task, "length": length, "depth": depth, "samples": len(found), **_mean(found)}
-        for (task, length, depth), found in results.cells().items()
+        {"task": task, "length": length, "depth": depth, "samples": len(cell), **_mean(cell)}
+        for (task, length, depth), cell in results.cells().items()
     ]
     answers = [asdict(answer) for answer in results.answers]
     for entry in answers:
@@ -181,9 +193,9 @@ def _perplexity_table(rows: Sequence[Perplexity]) -> Table:
     table.add_column("positions", justify="right")
     for row in rows:
         table.add_column(f"{row.length:,} tokens x {row.rows}", justify="right")
-    found = [{(b.first, b.end): b.score for b in row.buckets} for row in rows]
-    for first, end in sorted({span for scores in found for span in scores}):
-        shown = [_shown(scores.get((first, end))) for scores in found]
+    columns = [{(b.first, b.end): b.score for b in row.buckets} for row in rows]
+    for first, end in sorted({span for scores in columns for span in scores}):
+        shown = [_shown(scores.get((first, end))) for scores in columns]
         table.add_row(f"{first:,} to {end - 1:,}", *shown)
     table.add_section()
     table.add_row("all", *(_shown(row.whole) for row in rows))
@@ -194,8 +206,8 @@ def _shown(score: Score | None) -> str:
     return "" if score is None else f"{score.perplexity:.4g} ({score.accuracy:.1%})"
 
 
-def _answer_table(results: Results, task: str) -> Table:
-    cells = {key[1:]: found for key, found in results.cells().items() if key[0] == task}
+def _answer_table(results: EvaluationResults, task: str) -> Table:
+    cells = results.cells_of(task)
     lengths = sorted({length for length, _ in cells})
     table = Table(title=f"{task}: exact answers (right tokens)", box=SIMPLE_HEAD)
     table.add_column("depth" if task == "needle" else "", justify="right")
@@ -208,7 +220,7 @@ def _answer_table(results: Results, task: str) -> Table:
     return table
 
 
-def _pictures(results: Results, folder: Path) -> list[Path]:
+def _pictures(results: EvaluationResults, folder: Path) -> list[Path]:
     files = []
     name = str(results.about.get("model", ""))
     if results.perplexity:
@@ -221,16 +233,16 @@ def _pictures(results: Results, folder: Path) -> list[Path]:
             for row in results.perplexity
         ]
         files.append(draw_by_position(folder / PERPLEXITY_FILE, curves, title=name))
-    for task in dict.fromkeys(answer.task for answer in results.answers):
+    for task in results.tasks:
         files.append(_heat_map(results, task, folder / f"{task}.png", name))
     return files
 
 
-def _heat_map(results: Results, task: str, path: Path, name: str) -> Path:
-    cells = {key[1:]: found for key, found in results.cells().items() if key[0] == task}
+def _heat_map(results: EvaluationResults, task: str, path: Path, name: str) -> Path:
+    cells = results.cells_of(task)
     lengths, depths = (sorted({key[axis] for key in cells}) for axis in (0, 1))
     exact = [[_mean(cells[length, depth])["exact"] for length in lengths] for depth in depths]
-    samples = min(len(found) for found in cells.values())
+    samples = min(map(len, cells.values()))
     return draw_heat_map(
         path,
         exact,

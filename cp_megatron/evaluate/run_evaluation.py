@@ -1,11 +1,11 @@
-"""From a checked evaluation to its results. The first module on that path that imports torch."""
+"""Runs a checked evaluation: loads the model, scores it and writes the results."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import cast
@@ -17,8 +17,8 @@ import torch.distributed as dist
 from rich.console import Console
 
 from cp_megatron.checkpoint.huggingface import load_hf
-from cp_megatron.checkpoint.store import load_checkpoint
-from cp_megatron.cli.evaluation_options import EVALUATE
+from cp_megatron.checkpoint.load import load_checkpoint
+from cp_megatron.cli.evaluation_options import EVALUATE, EvaluationOptions
 from cp_megatron.comm.groups import ParallelGroups
 from cp_megatron.comm.runtime import Launch
 from cp_megatron.context_parallel import ContextParallel
@@ -28,142 +28,139 @@ from cp_megatron.data.rows.corpora import open_single
 from cp_megatron.data.rows.sampler import count_rows, parse_split, split_sizes
 from cp_megatron.data.tokenize.tokenizer import open_tokenizer
 from cp_megatron.errors import ConfigError
-from cp_megatron.evaluate.check_evaluation import EvaluationPlan, make_tasks
+from cp_megatron.evaluate.check_evaluation import EvaluationSetup, make_tasks
 from cp_megatron.evaluate.needle import Haystack, Task, library_prose
 from cp_megatron.evaluate.results import (
     Answer,
     Bucket,
+    EvaluationResults,
     Perplexity,
-    Results,
     Score,
     print_results,
     write_results,
 )
-from cp_megatron.evaluate.score import Row, bucket_ends, perplexity_row, score, task_row
+from cp_megatron.evaluate.score import LabeledRow, bucket_ends, perplexity_row, score, task_row
 from cp_megatron.model.parallelize import ComputeDType, build_model
 from cp_megatron.model.transformer import Transformer
-from cp_megatron.preflight.check import DeviceName, RunPlan
+from cp_megatron.preflight.run_plan import DeviceName, RunPlan
 from cp_megatron.preflight.start import begin, make_context, read_alike
 from cp_megatron.preflight.start_table import error_line
 
 HAYSTACK_ROWS = 64
-"""The text of the needle tasks is this many of the longest rows, where the data has so much."""
+"""The user's text for the needle tasks is cut to this many of the longest rows."""
 
 
-def run_evaluation(plan: EvaluationPlan, launch: Launch) -> int:
-    """Evaluates as planned, prints and writes; the exit code: 0, or 2 where nothing was written.
+def run_evaluation(setup: EvaluationSetup, launch: Launch) -> int:
+    """Evaluates the model, prints the results and writes them.
+
+    Returns:
+        the exit code: 0, or 2 if the results cannot be written.
 
     Raises:
-        ConfigError: something that only torch or the whole of the data could tell.
+        ConfigError: the device, the data or the weights cannot be used.
     """
-    runs, device, control = begin(plan.runs, launch)
-    plan = replace(plan, runs=runs)
+    runs, device, control = begin(setup.runs, launch)
+    setup = replace(setup, runs=runs)
     try:
-        results = evaluate(plan, launch, device, control)
-        written = launch.rank != 0 or _shown(plan, results)
+        results = evaluate(setup, launch, device, control)
+        written = launch.rank != 0 or _show(setup, results)
         dist.barrier(group=control)
         return 0 if written else 2
     finally:
-        with suppress(Exception):  # a broken group must not hide what broke it
+        with suppress(Exception):  # an error of a broken group must not hide its cause
             dist.destroy_process_group()
 
 
 def evaluate(
-    plan: EvaluationPlan, launch: Launch, device_name: DeviceName, control: dist.ProcessGroup
-) -> Results:
-    """Loads the model and scores it. Called on every rank; the results are alike on all.
+    setup: EvaluationSetup, launch: Launch, device_name: DeviceName, control: dist.ProcessGroup
+) -> EvaluationResults:
+    """Loads the model and scores it. Every rank calls this and gets the same results.
 
     Args:
-        plan: on its device.
-        launch: this process.
-        device_name: the plan's device.
+        setup: the evaluation; its plans name the device.
+        launch: how this process was started.
+        device_name: the device of the plans.
         control: a group of all ranks for CPU tensors; the default group exists.
 
     Raises:
-        ConfigError: the data or the checkpoint can not be used; on every rank alike.
+        ConfigError: the data or the checkpoint cannot be used; on every rank.
     """
-    asked = plan.options
-    reads = "perplexity" in asked.tasks or (plan.kinds and plan.own_text)
-    data = plan.longest.config.data
+    options = setup.options
+    reads = "perplexity" in options.tasks or (setup.kinds and setup.own_text)
+    data = setup.longest.config.data
     corpus = read_alike(control, lambda: open_single(data)) if reads else None
-    text = _part(plan, corpus) if corpus is not None and "perplexity" in asked.tasks else None
-    tasks = _tasks(plan, corpus)
-    evaluator = _Evaluator.load(plan, launch, device_name, control)
+    text = _text(setup, corpus) if corpus is not None and "perplexity" in options.tasks else None
+    tasks = _tasks(setup, corpus)
+    evaluator = _Evaluator.load(setup, launch, device_name, control)
     perplexity, answers = [], []
-    for run in plan.runs:
+    for run in setup.runs:
         if text is not None:
-            perplexity.append(
-                evaluator.perplexity(
-                    run,
-                    text,
-                    num_samples=asked.num_samples,
-                    num_buckets=asked.buckets,
-                    longest=asked.lengths[-1],
-                )
-            )
+            perplexity.append(evaluator.perplexity(run, text, options))
         answers += evaluator.answers(run, tasks[run.config.data.seq_length])
     about = {
-        "model": str(plan.load),
-        "step": None if plan.manifest is None else plan.manifest.step,
+        "model": str(setup.load),
+        "step": None if setup.manifest is None else setup.manifest.step,
         "data": None if corpus is None else corpus.name,
-        "part": plan.part if text is not None else None,
-        "seed": plan.longest.config.train.seed,
-        "dtype": plan.longest.dtype,
+        "part": setup.part if text is not None else None,
+        "seed": setup.longest.config.train.seed,
+        "dtype": setup.longest.dtype,
         "device": device_name,
-        "grid": asdict(plan.longest.grid),
-        "settings": asdict(plan.longest.config.model),
+        "grid": setup.longest.grid.sizes,
+        "settings": asdict(setup.longest.config.model),
     }
-    return Results(about=about, perplexity=tuple(perplexity), answers=tuple(answers))
+    return EvaluationResults(about=about, perplexity=tuple(perplexity), answers=tuple(answers))
 
 
-def _part(plan: EvaluationPlan, corpus: Corpus) -> Part:
-    """The tokens that the perplexity reads."""
-    data, total = plan.longest.config.data, len(corpus.tokens)
+def _text(setup: EvaluationSetup, corpus: Corpus) -> Part:
+    """Returns the part of the corpus whose perplexity is measured."""
+    data, total = setup.longest.config.data, len(corpus.tokens)
     cuts = [0, total]
-    if plan.part != "all":
-        assert plan.manifest is not None, "another model has no parts"
-        plain = data.tokenizer_type == "byte"  # else the fingerprint is of more than the data
-        changed = corpus.fingerprint != plan.manifest.data_fingerprint
-        if plain and changed and not plan.own_text:
-            rule = f"is not the data that {plan.load} was trained on, so its parts are not known"
+    if setup.part != "all":
+        assert setup.manifest is not None, "only a run of ours has parts"
+        plain = data.tokenizer_type == "byte"  # otherwise the fingerprint also covers the tokenizer
+        changed = corpus.fingerprint != setup.manifest.data_fingerprint
+        if plain and changed and not setup.own_text:
+            rule = f"is not the data that {setup.load} was trained on, so its parts are not known"
             raise ConfigError("--data-path", corpus.name, rule, "name the data by --data-path")
-        trained = int(plan.manifest.config["data"]["seq_length"])
+        trained = int(setup.manifest.config["data"]["seq_length"])
         sizes = split_sizes(total, weights=parse_split(data.split), seq_length=trained)
         ends = np.cumsum(sizes).tolist()
-        number = ("train", "valid", "test").index(plan.part)
+        number = ("train", "valid", "test").index(setup.part)
         cuts = [ends[number] - sizes[number], ends[number]]
     part = corpus.part(*cuts)
     size = len(part.tokens)
-    for length in plan.options.lengths:
+    for length in setup.options.lengths:
         if count_rows(size, length) == 0:
-            rule = f"a row needs {length + 1} tokens, the data's part ({plan.part}) has {size}"
+            rule = (
+                f"a row needs {length + 1} tokens, but the part {setup.part} of the data has {size}"
+            )
             works = f"up to {size - 1}" if size > 2 else "--part all"
             raise ConfigError("--lengths", length, rule, f"{works}, or --data-path with more data")
     return part
 
 
-def _tasks(plan: EvaluationPlan, corpus: Corpus | None) -> dict[int, list[Task]]:
-    """The questions of each length, on every rank alike."""
-    lengths = plan.options.lengths
-    if not plan.kinds:
+def _tasks(setup: EvaluationSetup, corpus: Corpus | None) -> dict[int, list[Task]]:
+    """Returns the questions of each length, equal on every rank."""
+    lengths = setup.options.lengths
+    if not setup.kinds:
         return {length: [] for length in lengths}
-    data, text = plan.longest.config.data, library_prose()
+    data, text = setup.longest.config.data, library_prose()
     tokenizer = open_tokenizer(data.tokenizer_type, data.tokenizer_model)
-    if plan.own_text:
+    if setup.own_text:
         assert corpus is not None
         text = tokenizer.decode(corpus.tokens[: HAYSTACK_ROWS * lengths[-1]])
     haystack = Haystack.of(text, tokenizer.encode)
-    return {length: make_tasks(plan, length, haystack, tokenizer.encode) for length in lengths}
+    return {length: make_tasks(setup, length, haystack, tokenizer.encode) for length in lengths}
 
 
-def _shown(plan: EvaluationPlan, results: Results) -> bool:
-    """Prints and writes the results; whether they are written."""
-    console, folder = Console(), Path(plan.options.output)
+def _show(setup: EvaluationSetup, results: EvaluationResults) -> bool:
+    """Prints and writes the results; returns whether they could be written."""
+    console, folder = Console(), Path(setup.options.output)
     print_results(results, console)
     try:
-        files = write_results(results, folder, plot=plan.plot)
+        files = write_results(results, folder, plot=setup.plot)
     except OSError as error:
-        wrong = ConfigError("--output", folder, f"can not be written: {error.strerror}")
+        wrong = ConfigError("--output", folder, f"cannot be written: {error.strerror}")
         print(error_line(wrong, EVALUATE.name), file=sys.stderr, flush=True)
         return False
     for file in files:
@@ -171,57 +168,51 @@ def _shown(plan: EvaluationPlan, results: Results) -> bool:
     return True
 
 
+@dataclass(frozen=True)
 class _Evaluator:
-    """The loaded model on its ranks."""
+    """The loaded model on one rank, with context parallelism for each length of rows."""
 
-    def __init__(
-        self,
-        model: Transformer,
-        groups: ParallelGroups,
-        device: torch.device,
-        cps: Mapping[int, ContextParallel],
-    ) -> None:
-        self._model, self._groups, self._device, self._cps = model, groups, device, cps
+    model: Transformer
+    groups: ParallelGroups
+    device: torch.device
+    cps: Mapping[int, ContextParallel]
 
     @classmethod
     def load(
         cls,
-        plan: EvaluationPlan,
+        setup: EvaluationSetup,
         launch: Launch,
         device_name: DeviceName,
         control: dist.ProcessGroup,
     ) -> _Evaluator:
-        """Builds the model for the longest rows and fills it from the checkpoint."""
-        run = plan.longest
-        assert run.dtype is not None
+        """Builds the model for the longest rows and loads its weights."""
+        run = setup.longest
         device = torch.device(f"cuda:{launch.local_rank}" if device_name == "cuda" else "cpu")
         timeout = timedelta(minutes=run.config.parallel.distributed_timeout_minutes)
         groups = ParallelGroups.create(run.grid, device.type, timeout)
-        dtype = cast(ComputeDType, run.dtype)
         model = build_model(
             run.config,
             groups,
             vocab_size=run.vocab_size,
-            dtype=dtype,
+            dtype=cast(ComputeDType, run.dtype),
             device=device,
             initialize=False,
         )
-        if plan.manifest is None:
-            load_hf(plan.load, model=model, process_group=control)
+        if setup.manifest is None:
+            load_hf(setup.load, model=model, process_group=control)
         else:
-            load_checkpoint(plan.load, model=model, optimizer=None, process_group=control)
-        cps = {each.config.data.seq_length: make_context(each, groups) for each in plan.runs}
+            load_checkpoint(setup.load, model=model, optimizer=None, process_group=control)
+        cps = {each.config.data.seq_length: make_context(each, groups) for each in setup.runs}
         return cls(model, groups, device, cps)
 
-    def perplexity(
-        self, run: RunPlan, text: Part, *, num_samples: int, num_buckets: int, longest: int
-    ) -> Perplexity:
-        """Of rows spread evenly over the text, none of which share a label."""
+    def perplexity(self, run: RunPlan, text: Part, options: EvaluationOptions) -> Perplexity:
+        """Scores rows that are spread evenly over the text and share no label."""
         length = run.config.data.seq_length
         available = count_rows(len(text.tokens), length)
-        num_rows, ends = min(num_samples, available), bucket_ends(length, num_buckets, longest)
+        num_rows = min(options.num_samples, available)
+        ends = bucket_ends(length, options.buckets, options.lengths[-1])
 
-        def row_of(number: int) -> Row:
+        def row_of(number: int) -> LabeledRow:
             start = number * available // num_rows * length
             loss = None if text.loss is None else text.loss[start + 1 : start + length + 1]
             return perplexity_row(text.read(start, start + length + 1), ends, loss)
@@ -235,7 +226,7 @@ class _Evaluator:
         return Perplexity(length=length, rows=num_rows, whole=whole, buckets=tuple(buckets))
 
     def answers(self, run: RunPlan, tasks: list[Task]) -> list[Answer]:
-        """Of the questions of one length."""
+        """Scores the answers to the questions of one length."""
         if not tasks:
             return []
         table = self._score(run, lambda n: task_row(tasks[n], n), len(tasks), len(tasks))
@@ -254,15 +245,15 @@ class _Evaluator:
         ]
 
     def _score(
-        self, run: RunPlan, row_of: Callable[[int], Row], num_rows: int, num_cells: int
+        self, run: RunPlan, row_of: Callable[[int], LabeledRow], num_rows: int, num_cells: int
     ) -> npt.NDArray[np.float64]:
         return score(
-            self._model,
-            self._groups,
-            self._cps[run.config.data.seq_length],
+            self.model,
+            self.groups,
+            self.cps[run.config.data.seq_length],
             row_of,
             num_rows=num_rows,
             num_cells=num_cells,
-            device=self._device,
+            device=self.device,
             padding=run.sequence.padding,
         )

@@ -1,20 +1,19 @@
 """Scores a model on long rows over any grid: sums of losses and right guesses per cell.
 
-Shapes: S tokens of a row, p padding, N context parallel ranks, n tokens of a rank that have a
-label, v padded vocabulary.
+Shapes: S = tokens of a row, p = padding, N = context parallel ranks, n = tokens of a rank that have
+a label, v = padded vocabulary.
 
-Every predicted token belongs to a *cell*: a bucket of positions (perplexity), or its question
-(needle, variables). A rank adds the tokens of its shard to a table [cells, 3] of loss, right
-guesses and tokens, and the tables are summed over dp x cp once, in float64; a rank that has no
-token of a cell adds 0. So the numbers do not depend on the grid, and a mean is over tokens, never
-over batches.
+Every predicted token belongs to a *cell*: a bucket of positions (perplexity) or its question
+(needle, variables). Each rank sums the loss, the right guesses and the number of its tokens per
+cell in a table [cells, 3]; the tables are summed over dp x cp once, in float64. So the results do
+not depend on the grid, and a mean is over tokens and never over batches.
 
-One forward pass scores a whole answer. Greedy decoding gives it exactly iff every token of it is
-the most likely one after the *true* tokens before it: while the decoded tokens are true, decoding
-sees what this pass sees, and the first one that is not ends both.
+One forward pass scores a whole answer. Greedy decoding gives exactly this answer if and only if
+every token of it is most likely after the *correct* tokens before it: as long as the decoded tokens
+are correct, decoding and this pass see the same tokens, and at the first wrong one both fail.
 
 The head is applied only to tokens that have a label, in pieces, so that the largest tensor is
-[PIECE, v/tp] however long the row is.
+[PIECE, v/tp] for rows of any length.
 """
 
 from __future__ import annotations
@@ -38,18 +37,18 @@ from cp_megatron.model.transformer import Transformer
 from cp_megatron.tensor_parallel.loss import vocab_parallel_cross_entropy
 
 PIECE = 1024
-"""Tokens whose logits exist at once."""
+"""The number of tokens whose logits are in memory at once."""
 NO_TOKEN = 2**62
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
+class LabeledRow:
     """One row to score.
 
     Attributes:
         tokens: int64 [S].
-        labels: int64 [S], the token after each; ``IGNORED`` where it does not count.
-        cells: int64 [S], the cell of each; not read where there is no label.
+        labels: int64 [S], the next token, or ``IGNORED`` if it does not count.
+        cells: int64 [S], the cell of each label.
     """
 
     tokens: npt.NDArray[np.int64]
@@ -58,18 +57,19 @@ class Row:
 
 
 def bucket_ends(length: int, count: int, longest: int) -> list[int]:
-    """The ends of the buckets of positions of a row: powers of two, and the row's own.
+    """Returns the ends of a row's buckets of positions: powers of two, and the length of the row.
 
-    The loss falls with the logarithm of the context, so doublings show it evenly, and rows of
-    different lengths share the buckets they have::
+    The loss falls with the logarithm of the context, so buckets that double in size show it evenly.
+    Rows of different lengths share their buckets::
 
-        longest 2048 in 4     [0, 256) [256, 512) [512, 1024) [1024, 2048)
-        with it, 600          [0, 256) [256, 512) [512, 600)
+        row of 2048, 4 buckets     [0, 256) [256, 512) [512, 1024) [1024, 2048)
+        row of 600 beside it       [0, 256) [256, 512) [512, 600)
 
     Args:
-        length: of the row.
-        count: buckets of the longest row; fewer where it is shorter than 2 ** (count - 1).
-        longest: of all rows that are compared.
+        length: the length of the row.
+        count: the number of buckets of the longest row; fewer if it is shorter than
+            2 ** (count - 1).
+        longest: the length of the longest row that is compared.
     """
     first = max(1, (1 << (longest - 1).bit_length()) >> (count - 1))
     ends = []
@@ -81,25 +81,27 @@ def bucket_ends(length: int, count: int, longest: int) -> list[int]:
 
 def perplexity_row(
     tokens: npt.NDArray[np.int64], ends: list[int], loss: npt.NDArray[np.bool_] | None = None
-) -> Row:
-    """A row of text: each position's cell is its bucket.
+) -> LabeledRow:
+    """Makes a row of text whose cells are the buckets of positions.
 
     Args:
-        tokens: int64 [S + 1]; neighbours are input and label.
-        ends: of the buckets; position i predicts the token after i + 1 tokens of context.
-        loss: bool [S], whether the label counts; None where every one does.
+        tokens: int64 [S + 1]; each token but the first is the label of the one before.
+        ends: the ends of the buckets; position i predicts a token from i + 1 tokens of context.
+        loss: bool [S], whether a label counts; by default all count.
     """
     cells = np.searchsorted(ends, np.arange(len(tokens) - 1), side="right")
     labels = tokens[1:] if loss is None else np.where(loss, tokens[1:], IGNORED)
-    return Row(tokens=tokens[:-1], labels=labels, cells=cells)
+    return LabeledRow(tokens=tokens[:-1], labels=labels, cells=cells)
 
 
-def task_row(task: Task, cell: int) -> Row:
-    """A question: only the tokens of its answer count."""
+def task_row(task: Task, cell: int) -> LabeledRow:
+    """Makes the row of a question, in which only the tokens of the answer count."""
     labels = np.full(task.length, IGNORED, dtype=np.int64)
     answer = slice(task.answer_start, task.length)
     labels[task.answer_start - 1 : task.length - 1] = task.tokens[answer]
-    return Row(tokens=task.tokens, labels=labels, cells=np.full(task.length, cell, dtype=np.int64))
+    return LabeledRow(
+        tokens=task.tokens, labels=labels, cells=np.full(task.length, cell, dtype=np.int64)
+    )
 
 
 @torch.no_grad()
@@ -107,34 +109,34 @@ def score(
     model: Transformer,
     groups: ParallelGroups,
     cp: ContextParallel,
-    row_of: Callable[[int], Row],
+    row_of: Callable[[int], LabeledRow],
     *,
     num_rows: int,
     num_cells: int,
     device: torch.device,
     padding: int = 0,
 ) -> npt.NDArray[np.float64]:
-    """Scores rows of one length. Called on every rank.
+    """Scores rows of one length. Every rank calls this.
 
     Args:
         model: the sharded model.
         groups: this rank's groups.
-        cp: context parallelism under the mask of a row, padding included.
-        row_of: row number i, for 0 <= i < ``num_rows``; called for this rank's rows only.
-        num_rows: of all ranks; any number.
-        num_cells: rows of the table.
-        device: where the model lives.
-        padding: tokens without a label put behind each row.
+        cp: context parallelism with the mask of a row, including padding.
+        row_of: returns row number i, for 0 <= i < ``num_rows``; called for this rank's rows only.
+        num_rows: the number of rows on all ranks.
+        num_cells: the number of cells.
+        device: the device of the model.
+        padding: the number of tokens without a label to append to each row.
 
     Returns:
-        float64 [num_cells, 3], alike on every rank: the sum of losses in nats, the number of
-        tokens that are the most likely one (of equals, the lowest), the number of tokens.
+        float64 [num_cells, 3], equal on every rank: the sum of losses in nats, the number of
+        tokens that are most likely (of equal ones, the lowest), the number of tokens.
     """
     model.eval()
     table = torch.zeros(num_cells, 3, dtype=torch.float64, device=device)
     place, dp = groups.coordinates.dp, groups.grid.dp
     for number in range(place, -(-num_rows // dp) * dp, dp):
-        # The weights are shared by all ranks, so one without a row of its own repeats one.
+        # All ranks must take part in a forward pass; a rank without a row of its own repeats one.
         row = row_of(min(number, num_rows - 1))
         tokens, labels, cells = _shard(row, cp, padding, counts=number < num_rows)
         table += _score_shard(model, groups, cp, tokens, labels, cells, num_cells, device)
@@ -143,9 +145,9 @@ def score(
 
 
 def _shard(
-    row: Row, cp: ContextParallel, padding: int, *, counts: bool
+    row: LabeledRow, cp: ContextParallel, padding: int, *, counts: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """This rank's tokens, labels and cells, [S] -> [(S + p) / N]."""
+    """Pads a row and returns this rank's tokens, labels and cells: [S] -> [(S + p) / N]."""
     labels = row.labels if counts else np.full_like(row.labels, IGNORED)
     padded = ((row.tokens, 0), (labels, IGNORED), (row.cells, 0))
     whole = [torch.from_numpy(np.pad(x, (0, padding), constant_values=v)) for x, v in padded]
@@ -163,38 +165,38 @@ def _score_shard(
     num_cells: int,
     device: torch.device,
 ) -> Tensor:
-    """[num_cells, 3] of this rank's tokens."""
+    """Returns the table [num_cells, 3] of this rank's tokens."""
     counted = torch.nonzero(labels != IGNORED).squeeze(1)  # [n]
     labels, counted = labels[counted].to(device), counted.to(device)
     with _scoring_head(model, counted, labels, groups.tp):
         scores = model(tokens.unsqueeze(0).to(device), cp=cp)  # [n, 2]
-    found = torch.cat([scores, torch.ones_like(scores[:, :1])], dim=1)
-    # A sum in a fixed order: on CUDA index_add would depend on the order of threads.
-    belongs = torch.nn.functional.one_hot(cells.to(device)[counted], num_cells)
-    return belongs.T.to(torch.float64) @ found
+    values = torch.cat([scores, torch.ones_like(scores[:, :1])], dim=1)
+    # A matrix product adds in a fixed order; index_add on CUDA depends on the order of threads.
+    cell_of_token = torch.nn.functional.one_hot(cells.to(device)[counted], num_cells)
+    return cell_of_token.T.to(torch.float64) @ values
 
 
 @contextmanager
 def _scoring_head(
     model: Transformer, counted: Tensor, labels: Tensor, tp: ProcessGroup
 ) -> Iterator[None]:
-    """Inside, the model returns [n, 2] loss and right guess of the tokens ``counted``.
+    """Makes the model return [n, 2], loss and right guess of the tokens ``counted``.
 
-    The head is called inside the model's own forward pass, where FSDP has gathered its weights.
+    The scores are computed inside the model's forward pass, where FSDP has gathered the head.
     """
     head = model.head
     assert head is not None
     logits_of = head.forward
 
     def forward(x: Tensor, tied_weight: Tensor | None = None) -> Tensor:
-        found = [torch.zeros(0, 2, dtype=torch.float64, device=x.device)]
+        scores = [torch.zeros(0, 2, dtype=torch.float64, device=x.device)]
         for start in range(0, len(counted), PIECE):
             rows = slice(start, start + PIECE)
             logits = logits_of(x[:, counted[rows]], tied_weight)[0]  # [piece, v/tp]
             losses = vocab_parallel_cross_entropy(logits, labels[rows], tp).double()
             right = (vocab_parallel_argmax(logits, tp) == labels[rows]).double()
-            found.append(torch.stack([losses, right], dim=1))
-        return torch.cat(found)
+            scores.append(torch.stack([losses, right], dim=1))
+        return torch.cat(scores)
 
     head.forward = forward  # type: ignore[method-assign]
     try:
@@ -204,21 +206,22 @@ def _scoring_head(
 
 
 def vocab_parallel_argmax(logits: Tensor, group: ProcessGroup | None) -> Tensor:
-    """The most likely token where the vocabulary is split; of equals, the lowest.
+    """Returns the most likely token of a split vocabulary; of equal ones, the lowest.
 
-    Two numbers per token cross the ranks: the largest logit, then the lowest id that has it.
+    Two numbers per token are reduced over the ranks: the largest logit, and then the lowest id that
+    has it.
 
     Args:
-        logits: [.., v/tp], this rank's part in rank order.
-        group: the tp group; None is one rank.
+        logits: [..., v/tp], this rank's part of the vocabulary in rank order.
+        group: the tp group; None means one rank.
 
     Returns:
-        int64 [..], alike on all ranks; ``NO_TOKEN`` where a logit is not a number.
+        int64 [...], equal on all ranks; ``NO_TOKEN`` where a logit is NaN.
     """
-    # max() does not say which of several equals it takes, argmax() does: the first.
+    # Of equal logits, argmax() takes the first; max() does not specify which one.
     token = logits.argmax(-1)
     best = logits.gather(-1, token.unsqueeze(-1)).squeeze(-1)
-    broken = best.isnan()  # argmax takes it for the largest
+    broken = best.isnan()  # argmax treats NaN as the largest
     token = token + (0 if group is None else group.rank() * logits.shape[-1])
     token = torch.where(broken, NO_TOKEN, token)
     if group is None or group.size() == 1:

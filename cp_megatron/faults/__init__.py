@@ -1,1 +1,1 @@
-"""What goes wrong while training: guards, checks, the watch, stragglers, injected faults."""
+"""Faults during training: the guard, checks, the watch, stragglers, and fault injection."""

@@ -1,17 +1,18 @@
-"""Numbers that change by themselves: which rank's memory or links can not be trusted.
+"""Detects silent data corruption in parameters and messages.
 
-Three sums of bits, which a flipped one always changes (comm/checksums.py):
+The checks compare sums of bits, which change whenever a bit flips (comm/checksums.py):
 
-    update    take sums                    of the parameters this rank holds
-    ...       forward, backward            nothing may write parameters
-    update    compare, take sums           a difference: this rank's memory
-    check     compare; ranks that hold the same parameters for tensor parallelism compare theirs
-              (a difference: an update went wrong somewhere); and both ends of every link what the
-              exchanges of the checked step sent and received (a difference: the receiver's link)
+    update    take sums                    of the parameters that this rank holds
+    ...       forward, backward            nothing may write to the parameters
+    update    compare sums, take sums      a difference: the memory of this rank
+    check     compare sums; compare the sums of parameters that tensor parallel ranks hold alike
+              (a difference: a wrong update); compare what both ends of every link sent and received
+              in the exchanges of the checked step (a difference: the link of the receiver)
 
-The first is done at every step and asks nobody; every ``interval`` steps, and before a save, all
-ranks hear of it. What is not seen: arithmetic that is wrong on a rank whose results no other rank
-has too, and messages that are added up on their way (FSDP's gradients, those of ``all_gather``).
+Every step compares sums on its own rank, without a message. All ranks share their findings every
+``interval`` steps and before a save. The checks do not detect wrong arithmetic on a rank whose
+results no other rank has, or corruption of messages that are reduced in transit (the gradients of
+FSDP and of ``all_gather``).
 """
 
 from __future__ import annotations
@@ -30,10 +31,10 @@ from cp_megatron.comm.groups import ParallelGroups
 
 
 class ParameterSums:
-    """The sums of the parameters that this rank holds.
+    """Checksums of the parameters that this rank holds.
 
     Args:
-        named: name and parameter, sharded; in the same order on every rank.
+        named: names and sharded parameters, in the same order on every rank.
     """
 
     def __init__(self, named: Iterable[tuple[str, Tensor]]) -> None:
@@ -45,22 +46,25 @@ class ParameterSums:
         self._changed = torch.zeros_like(self._taken, dtype=torch.bool)
 
     def take(self) -> None:
-        """After an update, or whatever else may write parameters."""
+        """Takes the sums. Call it after an update or any other write to the parameters."""
         self._taken = self._sums()
 
     def compare(self) -> None:
-        """Before an update: notes what changed since the last ``take``; waits for nothing."""
+        """Notes what has changed since the last ``take``, without waiting for the device.
+
+        Call it before an update.
+        """
         self._changed |= self._sums() != self._taken
 
     def changed(self) -> list[str]:
-        """The parameters that ever changed in between."""
-        return [name for name, found in zip(self._names, self._changed.tolist()) if found]
+        """Names of the parameters that have ever changed between two updates."""
+        return [name for name, changed in zip(self._names, self._changed.tolist()) if changed]
 
     def replicated(self) -> int:
-        """One sum of the parameters that every tensor parallel rank holds alike."""
-        found = self._taken[self._alike].tolist()
-        # The place in the row counts: two parameters that changed places are a difference.
-        total = sum((2 * place + 1) * bits for place, bits in enumerate(found))
+        """One sum over the parameters that all tensor parallel ranks hold alike."""
+        sums = self._taken[self._alike].tolist()
+        # The sums are weighted by their place, so that two swapped parameters make a difference.
+        total = sum((2 * place + 1) * bits for place, bits in enumerate(sums))
         return (total + 2**63) % 2**64 - 2**63
 
     def _sums(self) -> Tensor:
@@ -77,15 +81,15 @@ def _is_replicated(parameter: Tensor) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class Checks:
-    """What the ranks ask one another every ``interval`` steps.
+    """The check of all ranks every ``interval`` steps.
 
     Attributes:
         interval: steps between two checks.
         parameters: the sums that the training step takes and compares.
-        links: of the context parallel group.
+        links: the sums of messages in the context parallel group.
         groups: this rank's groups.
         control: a group of all ranks for CPU tensors.
-        device: for the messages of the context parallel group.
+        device: the device of messages in the context parallel group.
     """
 
     interval: int
@@ -96,21 +100,23 @@ class Checks:
     device: torch.device
 
     def due(self, step: int) -> bool:
-        """Whether the links are summed in the step that makes ``step`` finished steps."""
+        """Whether this step is checked, which includes its messages."""
         return step % self.interval == 0
 
     def begin(self, step: int) -> None:
-        """Before the step that makes ``step`` finished steps."""
+        """Call it before every step, with its number."""
         if self.due(step) and self.groups.grid.cp > 1:
             self.links.open()
 
     def find(self, step: int) -> str | None:
-        """What went wrong on which ranks, alike on every rank; None where nothing did.
+        """What is corrupted on which ranks, the same text on every rank; None if nothing is.
+
+        Call it on every rank after a step that is ``due``, and before a save.
 
         Args:
-            step: finished steps. Called on every rank, always where ``due``.
+            step: the number of the last finished step.
         """
-        text = self._of_this_rank(step)
+        text = self._check_this_rank(step)
         mine = torch.tensor([bool(text), self.parameters.replicated()])
         rows = [torch.empty_like(mine) for _ in range(self.control.size())]
         dist.all_gather(rows, mine, group=self.control)
@@ -118,35 +124,34 @@ class Checks:
         texts: list[Any] = [text] * len(rows)
         if any(broken):
             dist.all_gather_object(texts, text, group=self.control)
-        found = [f"rank {rank}: {text}" for rank, text in enumerate(texts) if broken[rank]]
-        found += self._replicas([int(row[1]) for row in rows], broken)
-        return "; ".join(found) or None
+        findings = [f"rank {rank}: {text}" for rank, text in enumerate(texts) if broken[rank]]
+        findings += self._compare_replicas([int(row[1]) for row in rows], broken)
+        return "; ".join(findings) or None
 
-    def _of_this_rank(self, step: int) -> str:
+    def _check_this_rank(self, step: int) -> str:
         self.parameters.compare()
-        found = []
+        findings = []
         if names := self.parameters.changed():
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            found.append(f"{names[0]}{more} changed between two updates")
+            findings.append(f"{names[0]}{more} changed between two updates")
         if self.due(step) and self.groups.grid.cp > 1:
             peers = self.links.close(self.groups.cp, self.device)
             senders = [dist.get_global_rank(self.groups.cp, peer) for peer in peers]
             if senders:
-                found.append(f"what rank {', '.join(map(str, senders))} sent arrived changed")
-        return ", ".join(found)
+                findings.append(f"what rank {', '.join(map(str, senders))} sent arrived changed")
+        return ", ".join(findings)
 
-    def _replicas(self, sums: list[int], broken: list[bool]) -> list[str]:
-        """Tensor parallel groups that do not hold alike what they should, and who is to blame."""
-        found = []
-        for first in range(0, len(sums), self.groups.grid.tp):
-            group = range(first, first + self.groups.grid.tp)
+    def _compare_replicas(self, sums: list[int], broken: list[bool]) -> list[str]:
+        """Tensor parallel groups whose common parameters differ, and the ranks that deviate."""
+        findings = []
+        for group in self.groups.grid.groups("tp"):
             held = [sums[rank] for rank in group]
             most = max(held.count(value) for value in held)
             if most == len(held) or any(broken[rank] for rank in group):
                 continue
             odd = [rank for rank in group if held.count(sums[rank]) < most]
-            # Without a majority nobody can tell who is right.
-            ranks = odd if 2 * most > len(held) else list(group)
+            # Without a majority, any rank of the group may be the wrong one.
+            ranks = odd if 2 * most > len(held) else group
             text = f"rank {', '.join(map(str, ranks))}"
-            found.append(f"{text}: parameters that tensor parallel ranks share differ")
-        return found
+            findings.append(f"{text}: parameters that tensor parallel ranks share differ")
+        return findings

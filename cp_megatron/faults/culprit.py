@@ -1,7 +1,7 @@
-"""Who is to blame when a run breaks: a rank that failed, is gone, or is stuck. No torch.
+"""Decides which rank broke a run: one that failed, is gone, or is stuck.
 
-One broken rank breaks all others: the ranks that talk to it lose their connection or wait in vain,
-and so do those that talk to them. Each of them says what it met, and is heard here.
+One broken rank breaks all others: ranks that exchange messages with it lose their connection or
+time out, and then the ranks that wait for those. Each rank reports what happened to it.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ class Report:
     """What ended a rank.
 
     Attributes:
-        kind: ``failed`` by itself; it ``lost`` a connection; it ``waited`` in vain.
-        where: the training step, and the collective that it was in.
+        kind: it ``failed`` by itself, ``lost`` a connection, or ``waited`` until a timeout.
+        where: the training step and the collective it was in.
     """
 
     kind: Kind
@@ -33,12 +33,12 @@ class Report:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Verdict:
-    """Whom to name.
+class Culprits:
+    """The ranks that broke a run.
 
     Attributes:
-        ranks: the culprits; empty where nobody can tell.
-        text: one line.
+        ranks: the ranks; empty if the reports do not identify any.
+        text: one line for the user.
     """
 
     ranks: tuple[int, ...]
@@ -46,7 +46,7 @@ class Verdict:
 
 
 def kind_of(error: BaseException) -> Kind:
-    """Whether an exception is a rank's own, or one that another rank gave it."""
+    """Whether a rank failed by itself, or because of another rank."""
     if isinstance(error, (RuntimeError, OSError)):
         if _LOST.search(str(error)):
             return "lost"
@@ -61,38 +61,38 @@ def judge(
     world_size: int,
     alive: Collection[int],
     seen: Mapping[int, str],
-) -> Verdict:
-    """Whom to name, once every rank that can speak has spoken.
+) -> Culprits:
+    """Which ranks broke the run, given the reports of all ranks that could make one.
 
-    A rank that neither spoke nor shows a sign of life is gone, or its process is stopped. Where all
-    live and some waited in vain, those that did not are stuck somewhere else; where all waited,
-    they do not do the same, and what each waited for says where they part.
+    A rank without a report and without a sign of life is gone, or its process is stopped. If all
+    ranks are alive and some timed out, those without a report are stuck somewhere else. If all
+    timed out, they wait for different messages, which their reports show.
 
     Args:
         reports: by rank; no rank failed by itself.
-        world_size: ranks in all.
-        alive: ranks whose process showed a sign of life meanwhile.
-        seen: what is known of a rank's process, ``process 12 on host``.
+        world_size: number of ranks.
+        alive: ranks whose process has shown a sign of life since.
+        seen: a description of each rank's process, such as ``process 12 on host``.
     """
     silent = [rank for rank in range(world_size) if rank not in reports]
     gone = [rank for rank in silent if rank not in alive]
     waited = any(report.kind == "waited" for report in reports.values())
-    told = "; ".join(
+    details = "; ".join(
         f"rank {rank} {_verb(reports[rank])}" for rank in sorted(reports)[:3] if reports[rank].where
     )
-    told = f" ({told})" if told else ""
+    details = f" ({details})" if details else ""
     if gone:
         who = ", ".join(f"rank {rank} ({seen.get(rank, 'its process')})" for rank in gone)
         what = "does not answer" if len(gone) == 1 else "do not answer"
-        return Verdict(ranks=tuple(gone), text=f"{who} {what}{told}")
+        return Culprits(ranks=tuple(gone), text=f"{who} {what}{details}")
     if waited and silent:
         who = ", ".join(f"rank {rank} ({seen.get(rank, 'its process')})" for rank in silent)
         what = "lives and does" if len(silent) == 1 else "live and do"
-        return Verdict(ranks=tuple(silent), text=f"{who} {what} not join the others{told}")
+        return Culprits(ranks=tuple(silent), text=f"{who} {what} not join the others{details}")
     if waited:
-        # All of them wait: one has left out a message, or sent another than was waited for.
-        return Verdict(ranks=(), text=f"the ranks wait for different messages{told}")
-    return Verdict(ranks=(), text=f"a connection between the ranks broke{told}")
+        # All of them wait: a rank has left out a message or sent a different one.
+        return Culprits(ranks=(), text=f"the ranks wait for different messages{details}")
+    return Culprits(ranks=(), text=f"a connection between the ranks broke{details}")
 
 
 def _verb(report: Report) -> str:

@@ -1,8 +1,8 @@
-"""Whether a step may change the model: not where its numbers went bad. No torch.
+"""Decides whether a step may update the model: not if its loss or gradient norm is bad.
 
-Every rank asks with the same numbers and so gets the same answer. What the answer depends on, the
-losses of late and the steps skipped, is plain data that a checkpoint keeps: a run that goes on
-answers as if it had never stopped.
+Every rank calls the guard with the same numbers and therefore gets the same verdict. The verdict
+depends on recent losses and skipped steps. These are plain data in the checkpoint, so that a
+resumed run decides as if it had never stopped.
 """
 
 from __future__ import annotations
@@ -15,28 +15,28 @@ from statistics import median
 from typing import Any
 
 WINDOW = 128
-"""Accepted losses that a spike is measured against."""
+"""Number of accepted losses that a spike is compared with."""
 LEAST_WINDOW = 32
-"""Fewer of them say nothing yet."""
+"""With fewer accepted losses than this, nothing counts as a spike."""
 SPAN = 1000
-"""Steps in a row over which skipped ones are counted."""
+"""Length of the span of steps in which skipped steps are counted."""
 _NORMAL = 1.4826  # median absolute deviation of a normal distribution -> its standard deviation
-_LEAST_SPREAD = 0.01  # of the median: losses that hardly differ do not make every next one a spike
+_LEAST_SPREAD = 0.01  # of the median: nearly equal losses do not turn the next one into a spike
 
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """The answer on a step.
+    """Whether a step is applied, and why.
 
     Attributes:
-        found: its numbers, as a person reads them.
-        accepted: it may change the model.
-        num_skipped: steps skipped of the last ``SPAN``, this one included.
-        finite: loss and gradient norm are finite; what is skipped nevertheless is a spike.
-        over: more are skipped than may be, so that the run must end.
+        numbers: the loss and the gradient norm, for messages.
+        accepted: the step may update the model.
+        num_skipped: number of the last ``SPAN`` steps that were skipped, this one included.
+        finite: the loss and the gradient norm are finite; a finite step is skipped as a spike.
+        over: more steps were skipped than the budget allows, and the run must end.
     """
 
-    found: str
+    numbers: str
     accepted: bool
     num_skipped: int
     finite: bool
@@ -47,11 +47,12 @@ class Guard:
     """Judges one step after the other.
 
     Args:
-        budget: steps that may be skipped of any ``SPAN`` in a row; 0 ends the run at the first.
-        spike_threshold: a loss that lies more than so many standard deviations, estimated by
-            the median absolute deviation, above the median of the last accepted ones is skipped
-            too; None lets it pass.
-        kept: what ``state`` gave before. Whatever in it is not of the right kind is left out.
+        budget: number of steps that may be skipped in any ``SPAN`` consecutive steps; 0 ends the
+            run at the first bad step.
+        spike_threshold: a finite loss is skipped too if it exceeds the median of the last accepted
+            losses by more than this number of standard deviations, which are estimated from the
+            median absolute deviation; None disables this.
+        kept: what ``state`` returned earlier. Entries of a wrong type are ignored.
     """
 
     def __init__(
@@ -64,19 +65,19 @@ class Guard:
         self._skipped = [int(x) for x in _numbers(state.get("skipped"), int) if x > 0]
 
     def judge(self, step: int, loss: float, grad_norm: float) -> Verdict:
-        """The verdict on a step, which counts from now on.
+        """Judges a step, and takes it into account from now on.
 
         Args:
             step: its number, from 1.
             loss: in nats per token.
             grad_norm: before clipping.
         """
-        found = f"loss {loss:.5g}, gradient norm {grad_norm:.5g}"
+        numbers = f"loss {loss:.5g}, gradient norm {grad_norm:.5g}"
         finite = math.isfinite(loss) and math.isfinite(grad_norm)
         limit = self._limit()
         accepted = finite and loss <= limit
         if finite and not accepted:
-            found += f" (a spike: above {limit:.5g})"
+            numbers += f" (a spike: above {limit:.5g})"
         self._skipped = [other for other in self._skipped if step - SPAN < other < step]
         if accepted:
             self._losses.append(loss)
@@ -84,14 +85,16 @@ class Guard:
             self._skipped.append(step)
         count = len(self._skipped)
         over = not accepted and count > self.budget
-        return Verdict(found=found, accepted=accepted, num_skipped=count, finite=finite, over=over)
+        return Verdict(
+            numbers=numbers, accepted=accepted, num_skipped=count, finite=finite, over=over
+        )
 
     def state(self) -> dict[str, Any]:
-        """What ``kept`` takes: plain data, whose floats JSON gives back bit for bit."""
+        """The value for ``kept``: plain data, whose floats survive JSON bit for bit."""
         return {"losses": list(self._losses), "skipped": list(self._skipped)}
 
     def _limit(self) -> float:
-        """The largest loss that is no spike."""
+        """The largest loss that is not a spike."""
         if self._threshold is None or len(self._losses) < LEAST_WINDOW:
             return math.inf
         middle = median(self._losses)
@@ -101,7 +104,7 @@ class Guard:
 
 
 def _numbers(value: object, kind: type[int] | type[float]) -> Sequence[float]:
-    """A list of numbers of this kind (a float may be written as a whole number); else nothing."""
+    """``value`` if it is a list of numbers of this kind (an int is also a float), else ()."""
     if not isinstance(value, list | tuple):
         return ()
     kinds = (int,) if kind is int else (int, float)

@@ -1,8 +1,8 @@
-"""Faults on purpose: what a rank does wrong in a step, to see what the run makes of it.
+"""Fault injection: errors that a rank makes on purpose, to test how the run handles them.
 
-``CPM_FAULT=kill:1:5`` ends rank 1 in the step that begins with 5 steps finished (the one that would
-have been logged as step 6). Several are separated by commas. A rank that was started again by its
-launcher has none, so that a run which goes on is not hit twice. No torch.
+``CPM_FAULT=kill:1:5`` kills rank 1 in the step after step 5, that is in step 6. Several faults are
+separated by commas. A rank that its launcher restarted has no faults, so that a run is not hit
+again when it continues.
 """
 
 from __future__ import annotations
@@ -27,33 +27,33 @@ EXIT_CODE = 3
 KINDS: Mapping[str, str] = MappingProxyType(
     {
         "kill": "the process is killed (SIGKILL) between forward and backward",
-        "stop": "the process is stopped (SIGSTOP) there",
-        "exit": f"the process leaves there with code {EXIT_CODE}",
-        "hang": "the process sleeps there for ever",
+        "stop": "the process is stopped (SIGSTOP) between forward and backward",
+        "exit": f"the process exits with code {EXIT_CODE} between forward and backward",
+        "hang": "the process sleeps forever between forward and backward",
         "raise": "backward raises an exception",
-        "nan": "this rank's losses, and with them its gradients, are not finite",
-        "spike": f"this rank's losses, and with them its gradients, are {SPIKE:g} times as large",
+        "nan": "the losses of this rank, and so its gradients, are not finite",
+        "spike": f"the losses of this rank, and so its gradients, are {SPIKE:g} times as large",
         "flip": "one bit of one parameter that this rank holds flips after the update",
         "slow": f"the rank is {SLOW_SECONDS:g} s late to this step and to every later one",
     }
 )
-"""Kind -> what happens."""
+"""What happens, by kind."""
 
 _FAULT = re.compile(r"([a-z]+):([0-9]{1,9}):([0-9]{1,9})")
 
 
 class InjectedError(RuntimeError):
-    """What the fault ``raise`` raises."""
+    """The exception of the fault ``raise``."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fault:
-    """One thing that goes wrong.
+    """One fault.
 
     Attributes:
         kind: one of ``KINDS``.
-        rank: the rank that does it, counted over all nodes.
-        step: steps finished before the one it happens in.
+        rank: the rank it happens on, counted over all nodes.
+        step: the number of the step it happens in, from 1.
     """
 
     kind: str
@@ -62,34 +62,35 @@ class Fault:
 
 
 def parse_faults(text: str, world_size: int | None = None) -> tuple[Fault, ...]:
-    """The faults that ``CPM_FAULT`` asks for; none where it is empty.
+    """The faults in the text of ``CPM_FAULT``; none if it is empty.
 
     Args:
-        text: ``kind:rank:step``, several separated by commas.
-        world_size: ranks in all; None where that is not known.
+        text: ``kind:rank:steps``, several separated by commas; the fault happens in the step after
+            that many steps.
+        world_size: number of ranks; None if it is not known.
 
     Raises:
-        ConfigError: it is not written so, or there is no such kind or rank.
+        ConfigError: the text has another form, or there is no such kind or rank.
     """
     return tuple(_parse(part.strip(), text, world_size) for part in text.split(",") if text)
 
 
 def _parse(part: str, text: str, world_size: int | None) -> Fault:
-    found = _FAULT.fullmatch(part)
-    if found is None:
+    match = _FAULT.fullmatch(part)
+    if match is None:
         raise ConfigError(VARIABLE, text, "must be kind:rank:step, or several of these", "kill:1:5")
-    kind, rank, step = found[1], int(found[2]), int(found[3])
+    kind, rank, steps = match[1], int(match[2]), int(match[3])
     if kind not in KINDS:
         raise ConfigError(VARIABLE, text, f"there is no fault {kind}", ", ".join(KINDS))
     if world_size is not None and rank >= world_size:
         works = "0" if world_size == 1 else f"0 to {world_size - 1}"
         raise ConfigError(VARIABLE, text, f"there is no rank {rank}", works)
-    return Fault(kind=kind, rank=rank, step=step)
+    return Fault(kind=kind, rank=rank, step=steps + 1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Faults:
-    """What goes wrong on this rank, asked at the places where it can; by default nothing does.
+    """The faults of this rank, by default none.
 
     Attributes:
         mine: this rank's faults.
@@ -99,27 +100,27 @@ class Faults:
 
     @classmethod
     def of(cls, launch: Launch) -> Faults:
-        """This process's own.
+        """The faults of this process.
 
         Raises:
             ConfigError: ``CPM_FAULT`` is malformed.
         """
-        found = parse_faults(launch.fault, launch.world_size)
+        faults = parse_faults(launch.fault, launch.world_size)
         if launch.restarts:
             return cls()
-        return cls(mine=tuple(fault for fault in found if fault.rank == launch.rank))
+        return cls(mine=tuple(fault for fault in faults if fault.rank == launch.rank))
 
     def has(self, kind: str, step: int) -> bool:
-        """Whether ``kind`` happens in the step that begins with ``step`` finished."""
+        """Whether ``kind`` happens in this step."""
         return any(fault.kind == kind and fault.step == step for fault in self.mine)
 
     def before_step(self, step: int) -> None:
-        """At the beginning, before any message of the step."""
+        """Applies the faults at the beginning of a step, before its first message."""
         if any(fault.kind == "slow" and step >= fault.step for fault in self.mine):
             time.sleep(SLOW_SECONDS)
 
     def before_backward(self, step: int) -> None:
-        """Where forward is done; may not return."""
+        """Applies the faults between forward and backward; may not return."""
         if self.has("kill", step):
             os.kill(os.getpid(), signal.SIGKILL)
         if self.has("stop", step):
@@ -130,12 +131,12 @@ class Faults:
             time.sleep(3600)
 
     def factor(self, step: int) -> float:
-        """What this rank's losses are multiplied with."""
+        """The factor of this rank's losses."""
         if self.has("nan", step):
             return float("nan")
         return SPIKE if self.has("spike", step) else 1.0
 
     @staticmethod
     def raises(gradient: object) -> NoReturn:
-        """A hook on a gradient."""
+        """A hook for a gradient that raises an exception."""
         raise InjectedError(f"{VARIABLE}: backward raises")

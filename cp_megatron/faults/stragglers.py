@@ -1,12 +1,12 @@
-"""Which rank the others wait for, told with the metrics.
+"""Finds the rank that the others wait for, and reports it with the metrics.
 
-Two measures of each rank, of which neither needs clocks that agree:
+Each rank measures two times, neither of which needs synchronised clocks:
 
-    waits     how long it waits where all ranks first meet in a step: the last to come waits least.
-              Its data, its host or its disk is slow.
-    probe     how long its device takes for a product of matrices that no other rank takes part in.
-              A processor that is shared or throttled. Inside a step the ranks wait for one another
-              at every exchange, so that the time of a step says nothing of one of them.
+    wait      how long the rank waits at the first message of a step. The last rank to arrive waits
+              least: its data, its host or its disk is slow.
+    probe     how long its device takes for a matrix product without any message. A processor that
+              is shared or throttled takes longer. The time of a step cannot show this, because
+              within a step the ranks wait for one another at every exchange.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ import torch
 import torch.distributed as dist
 
 LATE_SHARE, LATE_SECONDS = 0.1, 0.01
-"""Of a step, and at least, that a rank must come late to be named."""
+"""A rank is reported if it is late by more than this share of a step and these seconds."""
 SLOW_FACTOR = 2.0
-"""Times as long as the others' median that a rank's device must take to be named."""
+"""A rank is reported if its probe takes longer than the median of the others by this factor."""
 _PROBES = 5
 
 
 class Stragglers:
-    """Gathers one rank's waits and asks the others.
+    """Collects the waits of this rank and compares them with those of the others.
 
     Args:
         control: a group of all ranks for CPU tensors.
-        device: of this rank.
+        device: the device of this rank.
     """
 
     def __init__(self, control: dist.ProcessGroup, device: torch.device) -> None:
@@ -43,10 +43,12 @@ class Stragglers:
         self._steps += 1
 
     def find(self, step_seconds: float) -> list[str]:
-        """What to tell of the steps since the last time; called on every rank, alike on all.
+        """Findings about the steps since the last call, the same on every rank.
+
+        Call it on every rank.
 
         Args:
-            step_seconds: of a step, on average.
+            step_seconds: mean time of a step.
         """
         if self._control.size() == 1:
             return []
@@ -60,26 +62,28 @@ class Stragglers:
 
 
 def judge(waits: Sequence[float], probes: Sequence[float], step_seconds: float) -> list[str]:
-    """The ranks to name.
+    """A line for each rank that is late or slow.
 
     Args:
-        waits: per rank, seconds that it waits for the others in a step.
-        probes: per rank, seconds that its device takes for the same work.
-        step_seconds: of a step.
+        waits: for each rank, the seconds that it waits for the others in a step.
+        probes: for each rank, the seconds that its device takes for the same work.
+        step_seconds: time of a step.
     """
-    found = []
+    findings = []
     for rank, (wait, seconds) in enumerate(zip(waits, probes)):
         late = _median_of_others(waits, rank) - wait
         if late > max(LATE_SECONDS, LATE_SHARE * step_seconds):
-            found.append(f"rank {rank} comes {late:.2f} s late to a step of {step_seconds:.2f} s")
+            findings.append(
+                f"rank {rank} comes {late:.2f} s late to a step of {step_seconds:.2f} s"
+            )
         factor = seconds / _median_of_others(probes, rank)
         if factor > SLOW_FACTOR:
-            found.append(f"rank {rank} computes {factor:.1f} times as long as the others")
-    return found
+            findings.append(f"rank {rank} computes {factor:.1f} times as long as the others")
+    return findings
 
 
 def probe(device: torch.device) -> float:
-    """Seconds this rank's device takes for a few milliseconds' work, undisturbed at best."""
+    """Seconds that the device takes for a few milliseconds of work; the best of several tries."""
     cuda = device.type == "cuda"
     size, products, dtype = (2048, 32, torch.bfloat16) if cuda else (256, 1, torch.float32)
     x = torch.ones(size, size, dtype=dtype, device=device)

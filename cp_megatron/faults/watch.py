@@ -1,12 +1,12 @@
-"""A rank's watchman: shows that it lives, sees its launcher die, and names who broke the run.
+"""Watches the ranks of a run: heartbeats, the launcher's death, and which rank broke the run.
 
-    rank 0   beat beat beat  lost rank 2 -> says so, listens 1.5 s: 1 and 3 spoke, 2 shows no beat
-    rank 1   beat beat beat  lost rank 2 -> says so                         -> "rank 2 is gone"
+    rank 0   beat beat beat  lost rank 2 -> reports, waits 1.5 s: 1 and 3 report, 2 has no beat
+    rank 1   beat beat beat  lost rank 2 -> reports                         -> "rank 2 is gone"
     rank 2   beat beat X     killed
-    rank 3   beat beat beat  waits for rank 1 ... its connection breaks when rank 1 leaves
+    rank 3   beat beat beat  waits for rank 1 ... its connection breaks when rank 1 exits
 
-A thread writes a number that grows into the store that the ranks met in, over a connection of its
-own. It lives as long as the process is not stopped, also while a collective waits.
+A thread writes an increasing number into the store through which the ranks met, over a connection
+of its own. It keeps running while a collective waits, unless the process is stopped.
 """
 
 from __future__ import annotations
@@ -31,24 +31,24 @@ from cp_megatron.comm.runtime import Launch
 from cp_megatron.faults.culprit import Report, judge, kind_of
 
 BEAT_SECONDS = 0.5
-"""A beat is two trips to the store, which one thread answers for all ranks."""
-LISTEN_SECONDS = 1.5
-"""After a connection broke; beats are missed within it."""
+"""A beat takes two requests to the store, which serves all ranks by one thread."""
+REPORT_SECONDS = 1.5
+"""How long a rank collects reports after a connection broke; longer than two beats."""
 ORPHAN_SECONDS = 30.0
-"""For a rank whose launcher died to finish its step and save."""
+"""The time that a rank whose launcher died has to finish its step and save."""
 _OVER_SECONDS = 5.0
 _ENDED = ("gone", "dead", "stopped")
 
 
 class Watch:
-    """The watchman of a rank; a context manager around the training.
+    """The watch of one rank, a context manager around the training.
 
     Args:
-        launch: this process.
-        store: that all ranks reach.
-        folder: of the run, for what the flight recorder has.
-        program: the name that lines to a person begin with.
-        orphaned: called once when the launcher died.
+        launch: how this process was started.
+        store: a store that all ranks can reach.
+        folder: the run's folder, for the record of collectives.
+        program: the name that messages to the user begin with.
+        orphaned: called once when the launcher has died.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class Watch:
         self._launch, self._folder, self._program = launch, folder, program
         clone = getattr(store, "clone", None)
         self._store: Store = clone() if clone is not None else store
-        self._life = f"watch{launch.restarts}"
+        self._prefix = f"watch{launch.restarts}"
         self._orphaned = orphaned
         self._parent = os.getppid()
         self._ended = threading.Event()
@@ -78,10 +78,10 @@ class Watch:
         self._ended.set()
 
     def explain(self, error: BaseException) -> None:
-        """Tells once, of all ranks, what broke the run, and ends a rank that is stuck.
+        """Prints what broke the run, once over all ranks, and ends a rank that is stuck.
 
         Args:
-            error: what this rank met.
+            error: the exception that ended this rank.
         """
         notes = " ".join(getattr(error, "__notes__", ()))
         where = ", ".join(part for part in (notes, last_collective()) if part)
@@ -90,7 +90,7 @@ class Watch:
             write_flight(self._folder / f"flight-rank-{self._launch.rank}.jsonl")
         try:
             self._explain(error, report)
-        except (RuntimeError, OSError, ValueError):  # the store is gone with the rank that had it
+        except (RuntimeError, OSError, ValueError):  # the rank that served the store is gone
             self._say(f"rank {self._launch.rank}: {error}; the ranks' store is gone too")
 
     def _explain(self, error: BaseException, report: Report) -> None:
@@ -102,27 +102,27 @@ class Watch:
             self._publish(report)
             return
         self._publish(report)
-        reports, alive = self._listen()
+        reports, alive = self._collect()
         if any(other.kind == "failed" for other in reports.values()):
             return
         seen = {other: self._seen(other) for other in range(self._launch.world_size)}
-        verdict = judge(reports, world_size=self._launch.world_size, alive=alive, seen=seen)
+        culprits = judge(reports, world_size=self._launch.world_size, alive=alive, seen=seen)
         if self._is_first("verdict"):
-            self._say(verdict.text)
-        for other in verdict.ranks:
+            self._say(culprits.text)
+        for other in culprits.ranks:
             self._end(other)
         self._store.set(self._key("over"), "1")
 
-    def _listen(self) -> tuple[dict[int, Report], list[int]]:
-        """The ranks' reports, and which ranks showed a sign of life meanwhile."""
+    def _collect(self) -> tuple[dict[int, Report], list[int]]:
+        """The ranks' reports, and the ranks that have shown a sign of life meanwhile."""
         others = range(self._launch.world_size)
         before = [self._read(self._key("beat", rank)) for rank in others]
-        end = time.monotonic() + LISTEN_SECONDS
+        end = time.monotonic() + REPORT_SECONDS
         while time.monotonic() < end:
             time.sleep(0.1)
             reports = self._reports()
             silent = [rank for rank in others if rank not in reports]
-            # Of the others on this node nobody needs to wait for a beat.
+            # There is no need to wait for the beats of processes that have visibly ended.
             if all(self._has_ended(rank) for rank in silent):
                 break
             if any(report.kind == "failed" for report in reports.values()):
@@ -131,17 +131,17 @@ class Watch:
         return self._reports(), alive
 
     def _lives(self, rank: int, beat: str) -> bool:
-        """Whether its process runs; on another node, whether there was a beat meanwhile."""
+        """Whether its process runs; on another node, whether ``beat`` is outdated."""
         if self._state_of(rank):
             return not self._has_ended(rank)
         return self._read(self._key("beat", rank)) != beat
 
     def _has_ended(self, rank: int) -> bool:
-        """Whether its process is seen to be gone, or stopped."""
+        """Whether its process runs on this node and is gone or stopped."""
         return self._state_of(rank) in _ENDED
 
     def _state_of(self, rank: int) -> str:
-        """Of its process, where that can be seen from here."""
+        """The state of its process; empty on another node."""
         pid, host = self._who(rank)
         return _state(pid) if host == _host() else ""
 
@@ -155,11 +155,11 @@ class Watch:
         self._store.set(self._key("report", self._launch.rank), json.dumps(asdict(report)))
 
     def _is_first(self, what: str) -> bool:
-        """Whether this rank is the one that says it."""
+        """Whether this rank is the first to claim ``what``."""
         return self._store.add(self._key(what), 1) == 1
 
     def _seen(self, rank: int) -> str:
-        """A rank's process, and in which state it is where that can be seen from here."""
+        """A description of a rank's process, with its state if it runs on this node."""
         pid, host = self._who(rank)
         state = self._state_of(rank)
         return f"process {pid} on {host}{state and f', {state}'}"
@@ -169,9 +169,9 @@ class Watch:
         return pid, host
 
     def _end(self, rank: int) -> None:
-        """Kills a stuck rank on this node, which would not hear a milder word.
+        """Kills a stuck rank on this node, which does not react to a milder signal.
 
-        Only a process of the same launcher: a number may have been given to another one since.
+        The process must have the same launcher, because its number may belong to another one now.
         """
         pid, host = self._who(rank)
         if host == _host() and _parent_of(pid) == self._parent:
@@ -179,7 +179,6 @@ class Watch:
                 os.kill(pid, signal.SIGKILL)
 
     def _watch(self) -> None:
-        """The thread."""
         beat, over, orphan, reachable = 0, 0.0, 0.0, True
         while not self._ended.wait(BEAT_SECONDS):
             beat, now = beat + 1, time.monotonic()
@@ -193,9 +192,9 @@ class Watch:
                 try:
                     self._store.set(self._key("beat", self._launch.rank), str(beat))
                     over = over or (now if self._read(self._key("over")) else 0.0)
-                except (RuntimeError, OSError):  # torch warns at length each time
+                except (RuntimeError, OSError):  # once is enough: torch prints a long warning
                     reachable = False
-            # The others have given up: this rank waits for what will not come.
+            # The others have given up, so this rank waits for a message that will not arrive.
             if over and now - over > _OVER_SECONDS:
                 os._exit(1)
 
@@ -203,7 +202,7 @@ class Watch:
         return self._store.get(key).decode() if self._store.check([key]) else ""
 
     def _key(self, *parts: object) -> str:
-        return "/".join([self._life, *map(str, parts)])
+        return "/".join([self._prefix, *map(str, parts)])
 
     def _say(self, text: str) -> None:
         print(f"{self._program}: {text}", file=sys.stderr, flush=True)
@@ -214,7 +213,7 @@ def _host() -> str:
 
 
 def _state(pid: int) -> str:
-    """Of a process on this node, as Linux tells it."""
+    """The state of a process on this node, from /proc; empty without /proc."""
     try:
         letter = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except (OSError, IndexError):

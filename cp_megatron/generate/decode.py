@@ -1,10 +1,10 @@
-"""Continues a text token by token, greedily or by drawing. One rank, with a cache of the keys.
+"""Generates tokens one by one, greedily or by sampling, with a cache of the keys, on one rank.
 
-Drawing is that of transformers, in its order: scores are divided by the temperature, all but the
-``top_k`` largest fall away, then the least likely ones whose sum is at most 1 - ``top_p`` (nucleus
-sampling, Holtzman et al. 2019, arXiv:1904.09751).
+Sampling follows transformers in the same order: the scores are divided by the temperature; only the
+``top_k`` largest are kept; then the least likely tokens whose probabilities sum to at most
+1 - ``top_p`` are removed (nucleus sampling, Holtzman et al. 2019, arXiv:1904.09751).
 
-Shapes: S tokens, V padded vocabulary.
+Shapes: V = padded vocabulary.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from cp_megatron.generate.key_value_cache import CachedRow, KeyValueCache
 from cp_megatron.model.transformer import Transformer
 
 PREFILL_TOKENS = 512
-"""Tokens of a prompt computed at once: the logits of each are as wide as the vocabulary."""
+"""The number of prompt tokens per forward pass, which limits the memory of the logits."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,9 +29,9 @@ class Sampling:
     """How the next token is chosen.
 
     Attributes:
-        temperature: 0 takes the likeliest; the other two are for drawing.
-        top_k: draw among so many; 0 is all.
-        top_p: draw among the likeliest whose probabilities reach this sum.
+        temperature: 0 takes the most likely token; a larger value samples.
+        top_k: sample from this many most likely tokens; 0 means all.
+        top_p: sample from the most likely tokens whose probabilities reach this sum.
     """
 
     temperature: float = 0.0
@@ -42,7 +42,7 @@ class Sampling:
         check_sampling(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p)
 
     def probabilities(self, logits: Tensor) -> Tensor:
-        """float64 [V]: what is drawn from; zero for what fell away. Needs a temperature above 0."""
+        """Returns float64 [V], zero for removed tokens. The temperature must be above 0."""
         scores = logits.double() / self.temperature
         if 0 < self.top_k < len(scores):
             least = scores.topk(self.top_k).values[-1]
@@ -50,34 +50,33 @@ class Sampling:
         if self.top_p < 1:
             ordered, order = scores.sort(descending=True, stable=True)
             shares = ordered.softmax(-1)
-            # A token stays while those before it have not reached the sum; so the first one does.
-            gone = shares.cumsum(-1) - shares >= self.top_p
-            scores = scores.masked_fill(gone[order.argsort()], -torch.inf)
+            # A token is kept if the tokens before it have not reached the sum; the first one is.
+            removed = shares.cumsum(-1) - shares >= self.top_p
+            scores = scores.masked_fill(removed[order.argsort()], -torch.inf)
         return scores.softmax(-1)
 
     def choose(self, logits: Tensor, generator: torch.Generator) -> int:
-        """A token of ``logits`` [V]; drawn on the CPU, so that every device draws alike.
+        """Chooses a token from ``logits`` [V]. It samples on the CPU, to be equal on every device.
 
         Raises:
-            ConfigError: the model gives no numbers.
+            ConfigError: the logits are not finite.
         """
         if not bool(logits.max().isfinite()):
             rule = "its weights give logits that are not finite"
-            raise ConfigError("--load", "", rule, "a checkpoint from before it diverged")
+            raise ConfigError("--load", "", rule, "a checkpoint from before training diverged")
         if self.temperature == 0:
             return int(logits.argmax())
-        drawn = torch.multinomial(self.probabilities(logits.cpu()), 1, generator=generator)
-        return int(drawn)
+        return int(torch.multinomial(self.probabilities(logits.cpu()), 1, generator=generator))
 
 
 @dataclass(kw_only=True)
 class Session:
-    """A text that grows: the tokens the model has seen, and their keys.
+    """A growing text: the tokens that the model has seen, and their keys and values.
 
     Attributes:
-        model: whole on one rank, in eval mode, its weights plain tensors.
-        seq_length: rows of the table of learned positions where the model's config leaves it open.
-        tokens: those whose keys are in the cache.
+        model: the whole model on one rank, in eval mode, with plain tensors as weights.
+        seq_length: the number of learned positions if the model's config does not say it.
+        tokens: the tokens whose keys are in the cache.
     """
 
     model: Transformer
@@ -86,17 +85,17 @@ class Session:
     _cache: KeyValueCache = field(default_factory=KeyValueCache, repr=False)
 
     @property
-    def room(self) -> int | None:
-        """Tokens that still fit; None where positions have no end."""
+    def num_free(self) -> int | None:
+        """The number of positions that are left; None if it is unlimited."""
         config = self.model.config
         if config.position_embedding_type != "learned_absolute":
             return None
         return (config.max_position_embeddings or self.seq_length) - len(self.tokens)
 
     def keep(self, tokens: Sequence[int]) -> list[int]:
-        """Forgets all but the beginning that is shared with ``tokens``; the rest of ``tokens``.
+        """Keeps the longest common prefix with ``tokens``, and returns the rest of ``tokens``.
 
-        At least one token is left over, whose logits say what comes next.
+        At least one token is returned, because its logits are needed for the next token.
         """
         same = 0
         for ours, theirs in zip(self.tokens, tokens[:-1], strict=False):
@@ -109,15 +108,15 @@ class Session:
 
     @torch.no_grad()
     def feed(self, tokens: Sequence[int]) -> Tensor:
-        """Reads on; the logits [V] of what comes after the last of ``tokens`` (not empty).
+        """Appends ``tokens`` (not empty) to the text; returns the logits [V] of the next token.
 
         Raises:
-            ConfigError: the model has no positions for so many.
+            ConfigError: the model does not have enough positions.
         """
-        room = self.room
-        if room is not None and len(tokens) > room:
-            total = len(self.tokens) + len(tokens)
-            rule = f"the text has {total} tokens, the model has learned {room + len(self.tokens)}"
+        num_free, known = self.num_free, len(self.tokens)
+        if num_free is not None and len(tokens) > num_free:
+            total, learned = known + len(tokens), known + num_free
+            rule = f"the text has {total} tokens, but the model has learned {learned} positions"
             raise ConfigError("--prompt", "", rule, "a shorter text")
         device = next(self.model.parameters()).device
         row_len = self._cache.length + len(tokens)
@@ -140,17 +139,17 @@ class Session:
         sampling: Sampling,
         seed: int,
     ) -> Iterator[int]:
-        """The tokens after ``prompt``, each as soon as it is known.
+        """Yields the tokens after ``prompt`` one by one.
 
         Args:
-            prompt: the whole text so far, not empty; what the session knows is not computed again.
-            max_new_tokens: at most so many, and no more than there are positions for.
-            stop: ends with the first of these, which is not given.
+            prompt: the whole text so far, not empty; a prefix that is in the cache is reused.
+            max_new_tokens: the largest number of tokens; also limited by the positions left.
+            stop: tokens that end the text; they are not yielded.
             sampling: how a token is chosen.
-            seed: of the draws; they depend on nothing else.
+            seed: determines the samples.
 
         Raises:
-            ConfigError: the model has no positions for the prompt.
+            ConfigError: the model does not have enough positions for the prompt.
         """
         generator = torch.Generator("cpu").manual_seed(seed)
         fresh = self.keep(prompt)
@@ -160,5 +159,5 @@ class Session:
                 return
             yield token
             fresh = [token]
-            if self.room == 0:
+            if self.num_free == 0:
                 return

@@ -1,4 +1,4 @@
-"""Text that appears token by token, and the lines of a person it answers. No torch."""
+"""Prints text while it is generated, and answers lines of input."""
 
 from __future__ import annotations
 
@@ -12,23 +12,24 @@ from cp_megatron.data.tokenize.tokenizer import Tokenizer
 from cp_megatron.errors import ConfigError
 from cp_megatron.preflight.start_table import error_line
 
-Answer = Callable[[str], Iterator[str]]
-"""A person's words -> pieces of the answer."""
+Respond = Callable[[str], Iterator[str]]
+"""Converts a line of input into pieces of the answer."""
 
-_BROKEN = "\ufffd"
+_REPLACEMENT = "\ufffd"
 
 
 def pieces(tokens: Iterable[int], tokenizer: Tokenizer) -> Iterator[str]:
-    """The text of tokens in pieces that can be printed at once; joined they are the whole text.
+    """Yields the text of tokens in pieces that can be printed immediately.
 
-    A letter may be cut between tokens. Its half decodes as U+FFFD, so what ends in that waits:
+    A character can be split between tokens. Its first part decodes as U+FFFD, so text that ends in
+    U+FFFD is held back::
 
         tokens      "na" | "i" | C3 | AF | "f"
         decoded     na     nai  nai\ufffd  naï   naïf
         printed     na     i            ï     f
 
-    Decoding starts again after every whole letter, with the tokens printed last in front, because
-    some tokenizers drop a space at the beginning of a text.
+    After every complete character, decoding starts again at the tokens that were printed last and
+    not at the new one, because some tokenizers drop a space at the beginning of a text.
     """
     window: list[int] = []
     known = 0
@@ -36,7 +37,7 @@ def pieces(tokens: Iterable[int], tokenizer: Tokenizer) -> Iterator[str]:
     for token in tokens:
         window.append(token)
         text = tokenizer.decode(window)
-        whole = text.rstrip(_BROKEN)
+        whole = text.rstrip(_REPLACEMENT)
         if len(whole) > len(shown):
             yield whole[len(shown) :]
             shown = whole
@@ -49,13 +50,13 @@ def pieces(tokens: Iterable[int], tokenizer: Tokenizer) -> Iterator[str]:
 
 
 def as_utf8(stream: TextIO) -> None:
-    """Has a person's bytes read as UTF-8 in every locale; what is no text becomes U+FFFD."""
+    """Makes a stream decode UTF-8 in every locale; invalid bytes become U+FFFD."""
     if isinstance(stream, TextIOWrapper):
         stream.reconfigure(encoding="utf-8", errors="replace")
 
 
-def speak(answer: Iterator[str], out: TextIO) -> None:
-    """Prints an answer as it comes; Ctrl-C ends it."""
+def print_answer(answer: Iterator[str], out: TextIO) -> None:
+    """Prints the pieces of an answer as they come; Ctrl-C ends the answer."""
     with suppress(KeyboardInterrupt):
         for piece in answer:
             out.write(piece)
@@ -64,19 +65,19 @@ def speak(answer: Iterator[str], out: TextIO) -> None:
     out.flush()
 
 
-def talk(answer: Answer, *, source: TextIO, out: TextIO) -> None:
-    """Answers each line until the end of the input (Ctrl-D); empty ones are passed over.
+def answer_lines(respond: Respond, *, source: TextIO, out: TextIO) -> None:
+    """Answers each line until the end of the input (Ctrl-D); empty lines are skipped.
 
-    A person is told what can not be answered, and goes on.
+    In a terminal, an error is printed and the dialogue continues.
 
     Raises:
-        ConfigError: a line can not be answered, and no person is there.
+        ConfigError: a line cannot be answered, and input or output is not a terminal.
     """
-    person = source.isatty() and out.isatty()
-    if person:
-        out.write("A line is gone on from; Ctrl-C ends an answer, Ctrl-D ends.\n")
+    interactive = source.isatty() and out.isatty()
+    if interactive:
+        out.write("Type a line. Ctrl-C ends an answer, Ctrl-D ends the program.\n")
     while True:
-        if person:
+        if interactive:
             out.write("> ")
             out.flush()
         try:
@@ -88,10 +89,10 @@ def talk(answer: Answer, *, source: TextIO, out: TextIO) -> None:
         if not line.strip():
             continue
         try:
-            speak(answer(line.rstrip("\n")), out)
+            print_answer(respond(line.rstrip("\n")), out)
         except ConfigError as error:
-            if not person:
+            if not interactive:
                 raise
             out.write(f"{error_line(error, GENERATE.name)}\n")
-    if person:
+    if interactive:
         out.write("\n")

@@ -19,7 +19,7 @@ from cp_megatron.kernels.interface import (
     same_width,
 )
 from cp_megatron.kernels.merge import merge_
-from cp_megatron.plan.tiles import FULL, Band
+from cp_megatron.plan.tiling import FULL, Band
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cp_megatron.kernels.interface import BackwardInputs, cut, same_width
 from cp_megatron.kernels.windows import bottom_right_window
-from cp_megatron.plan.tiles import Band
+from cp_megatron.plan.tiling import Band
 
 _forward = torch.ops.aten._flash_attention_forward
 _backward = torch.ops.aten._flash_attention_backward

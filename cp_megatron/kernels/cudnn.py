@@ -12,7 +12,7 @@ from torch import Tensor
 from cp_megatron.errors import ConfigError
 from cp_megatron.kernels.interface import BackwardInputs, cut, same_width
 from cp_megatron.kernels.reference import ReferenceKernel
-from cp_megatron.plan.tiles import Band
+from cp_megatron.plan.tiling import Band
 
 _forward = torch.ops.aten._scaled_dot_product_cudnn_attention
 _backward = torch.ops.aten._scaled_dot_product_cudnn_attention_backward

@@ -23,7 +23,7 @@ from torch import Tensor
 from cp_megatron.errors import ConfigError
 from cp_megatron.kernels.interface import BackwardInputs, Kernel, cut, same_width
 from cp_megatron.kernels.windows import bottom_right_window
-from cp_megatron.plan.tiles import Band
+from cp_megatron.plan.tiling import Band
 
 
 class _FlashAttention(ABC):

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cp_megatron.kernels.dropout import TileDropout
-from cp_megatron.plan.tiles import Band
+from cp_megatron.plan.tiling import Band
 
 
 class BackwardInputs(NamedTuple):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cp_megatron.kernels.dropout import TileDropout
 from cp_megatron.kernels.interface import BackwardInputs, accumulation_dtype, allowed
-from cp_megatron.plan.tiles import Band
+from cp_megatron.plan.tiling import Band
 
 
 class ReferenceKernel:

@@ -1,6 +1,6 @@
 """Which attention kernel runs, and why. A table and one function; no torch.
 
-A kernel computes one tile (see ``plan/tiles.py``) and returns ``(out, lse)``; partial results of
+A kernel computes one tile (see ``plan/tiling.py``) and returns ``(out, lse)``; partial results of
 several tiles are merged by their lse. What each backend can do is stated here once, so that a
 flag can be refused before torch is loaded and the start table can say why a kernel was taken.
 

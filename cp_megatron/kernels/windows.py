@@ -11,7 +11,7 @@ that is another mask:
 
     6 queries, 4 keys, j >= i - 3: left 1, right unlimited     1 1 1 0   <- cut, j <= 0 - 2 + 4
                                                                1 1 1 1
-    Such a tile is computed in parts: its rows are halved,     1 1 1 1
+    Such a tile is computed in sub_tiles: its rows are halved,     1 1 1 1
     with the columns that they see, until a window says        1 1 1 1
     what the band does.                                        0 1 1 1
                                                                0 0 1 1
@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from cp_megatron.kernels.interface import BackwardInputs, Kernel, accumulation_dtype
-from cp_megatron.plan.tiles import Band
+from cp_megatron.plan.tiling import Band
 
 
 def bottom_right_window(band: Band, num_queries: int, num_keys: int) -> tuple[int, int]:
@@ -44,7 +44,7 @@ def bottom_right_window(band: Band, num_queries: int, num_keys: int) -> tuple[in
 
 
 @dataclass(frozen=True)
-class Part:
+class SubTile:
     """Some rows of a tile and the columns that they see."""
 
     rows: slice
@@ -53,10 +53,10 @@ class Part:
 
 
 @cache
-def parts(band: Band, num_queries: int, num_keys: int) -> tuple[Part, ...]:
+def sub_tiles(band: Band, num_queries: int, num_keys: int) -> tuple[SubTile, ...]:
     """The tile, or what it is cut into, by rows; no row or column of a part is empty."""
     if _has_window(band, num_queries, num_keys):
-        return (Part(slice(0, num_queries), slice(0, num_keys), band),)
+        return (SubTile(slice(0, num_queries), slice(0, num_keys), band),)
     found = []
     half = num_queries // 2
     for q0, q1 in ((0, half), (half, num_queries)):
@@ -68,10 +68,10 @@ def parts(band: Band, num_queries: int, num_keys: int) -> tuple[Part, ...]:
             left = None
         if right is not None and right >= k1 - k0 - 1:
             right = None
-        for part in parts(Band(left, right), q1 - q0, k1 - k0):
+        for part in sub_tiles(Band(left, right), q1 - q0, k1 - k0):
             rows = slice(q0 + part.rows.start, q0 + part.rows.stop)
             columns = slice(k0 + part.columns.start, k0 + part.columns.stop)
-            found.append(Part(rows, columns, part.band))
+            found.append(SubTile(rows, columns, part.band))
     return tuple(found)
 
 
@@ -98,7 +98,7 @@ class WindowedKernel:
         self, q: Tensor, k: Tensor, v: Tensor, band: Band, scale: float
     ) -> tuple[Tensor, Tensor]:
         """See ``Kernel.forward``."""
-        cut = parts(band, q.shape[1], k.shape[1])
+        cut = sub_tiles(band, q.shape[1], k.shape[1])
         if len(cut) == 1:
             return self.kernel.forward(q, k, v, band, scale)
         found = [
@@ -112,7 +112,7 @@ class WindowedKernel:
         self, x: BackwardInputs, band: Band, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See ``Kernel.backward``."""
-        cut = parts(band, x.q.shape[1], x.k.shape[1])
+        cut = sub_tiles(band, x.q.shape[1], x.k.shape[1])
         if len(cut) == 1:
             return self.kernel.backward(x, band, scale)
         dq = torch.empty_like(x.q)

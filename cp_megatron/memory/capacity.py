@@ -1,6 +1,7 @@
-"""What can be found out beside the flags: room on the disk and in memory, an exchange that fits.
+"""Checks before a run that its checkpoints fit on the disk and its step fits in memory.
 
-No torch: before a run what forbids it, and in a dry run everything in words.
+This module does not import torch. Before a run it refuses what does not fit; in a dry run it
+describes the space that is needed, and rehearses the exchange.
 """
 
 from __future__ import annotations
@@ -14,13 +15,13 @@ from pathlib import Path
 
 from cp_megatron.comm.runtime import Launch
 from cp_megatron.config import Config
-from cp_megatron.config.run_folders import RUNS
+from cp_megatron.config.files.run_folders import RUNS
 from cp_megatron.errors import ConfigError
 from cp_megatron.memory import predict as kinds
-from cp_megatron.memory.exchange_buffers import schedules
+from cp_megatron.memory.layer_schedules import schedules
 from cp_megatron.memory.predict import predict
 from cp_megatron.plan.rehearsal import rehearse
-from cp_megatron.preflight.check import DeviceName, RunPlan
+from cp_megatron.preflight.run_plan import DeviceName, RunPlan
 from cp_megatron.spec import ModelSpec
 
 _MEMORY_FILES = (
@@ -33,39 +34,39 @@ GIB = 2**30
 
 
 def checkpoint_bytes(plan: RunPlan) -> int:
-    """Bytes of one checkpoint of all ranks: parameters and two moments of each."""
+    """Returns the bytes of one checkpoint on all ranks: parameters and their two moments."""
     sizes = {"vocab_size": plan.padded_vocab_size, "seq_length": plan.config.data.seq_length}
     element = 8 if plan.dtype == "float64" else 4
     spec = ModelSpec.of(plan.config.model, **sizes)
     return spec.num_parameters() * element * (1 + _MOMENTS)
 
 
-def check_disk(plan: RunPlan, *, elsewhere: bool = False) -> str:
-    """How much checkpoints take of the disk under ``--save``, in words.
+def check_disk(plan: RunPlan, *, other_machine: bool = False) -> str:
+    """Describes how much space checkpoints need under ``--save``.
 
     Args:
         plan: the run.
-        elsewhere: it will be on another machine.
+        other_machine: whether the run will be on another machine.
 
     Raises:
-        ConfigError: not one checkpoint fits, on this machine.
+        ConfigError: not even one checkpoint fits on this machine.
     """
     folder = Path(plan.config.checkpoint.save or RUNS)
     free, needed = _free_bytes(folder), checkpoint_bytes(plan)
-    room = f"a checkpoint takes {_gib(needed)}, {_gib(free)} are free"
-    if elsewhere:
-        return f"disk: {room} here"
+    space = f"a checkpoint takes {_gib(needed)}, {_gib(free)} are free"
+    if other_machine:
+        return f"disk: {space} here"
     if needed > free:
-        raise ConfigError("--save", folder, room, "a folder on a larger disk, or a smaller model")
+        raise ConfigError("--save", folder, space, "a folder on a larger disk, or a smaller model")
     kept = _kept_at_once(plan.config, plan.load_step)
     if needed * kept > free:
         works = f"--keep-latest-k {max(1, free // needed - 1)}"
-        return f"disk: {room}: {kept} of them will not fit (works: {works})"
-    return f"disk: {room}"
+        return f"disk: {space}: {kept} of them will not fit (works: {works})"
+    return f"disk: {space}"
 
 
 def _kept_at_once(config: Config, first_step: int) -> int:
-    """Checkpoints that will lie in the folder, the one being written included."""
+    """Returns the largest number of checkpoints in the folder, including the one being written."""
     train, checkpoint = config.train, config.checkpoint
     every = checkpoint.save_interval
     saves = 1 if every is None else -(-(train.train_iters - first_step) // every)
@@ -83,76 +84,76 @@ def _free_bytes(folder: Path) -> int:
 
 
 def check_memory(plan: RunPlan, *, num_ranks: int, total_bytes: int | None) -> str:
-    """How much the ranks that share a memory will hold, in words.
+    """Describes how much memory a step needs on ranks that share a device or a machine.
 
     Args:
         plan: the run, on its device.
-        num_ranks: that share it.
-        total_bytes: of the memory; None where that is not known.
+        num_ranks: the number of ranks that share the memory.
+        total_bytes: the size of the memory; None if it is unknown.
 
     Raises:
-        ConfigError: they will hold more than there is.
+        ConfigError: the ranks need more memory than there is.
     """
     needed = _least_bytes(plan) * num_ranks
     ranks = "a rank holds" if num_ranks == 1 else f"{num_ranks} ranks hold"
-    found = f"{ranks} {_gib(needed)} at least on {plan.device} in a step"
+    space = f"{ranks} {_gib(needed)} at least on {plan.device} in a step"
     if total_bytes is None:
-        return found
-    found += f", there are {_gib(total_bytes)}"
+        return space
+    space += f", there are {_gib(total_bytes)}"
     if needed > total_bytes:
         works = "more ranks with a larger --context-parallel-size, --recompute-granularity full"
-        raise ConfigError("--device", plan.device, found, works)
-    return found
+        raise ConfigError("--device", plan.device, space, works)
+    return space
 
 
-def look_around(plan: RunPlan, launch: Launch, *, dry_run: bool) -> RunPlan:
-    """The plan with what a person should know of this machine, and of a first exchange.
+def check_capacity(plan: RunPlan, launch: Launch, *, dry_run: bool) -> RunPlan:
+    """Checks disk and memory of this machine, and returns the plan with notes about them.
 
     Args:
         plan: the run.
         launch: how this process was started.
-        dry_run: nothing is trained, and where the run will be is not known.
+        dry_run: whether nothing is trained; without torchrun the run will be on another machine.
 
     Raises:
-        ConfigError: what was planned does not fit here.
+        ConfigError: the run does not fit on this machine.
     """
-    elsewhere = dry_run and not launch.under_torchrun
-    disk = check_disk(plan, elsewhere=elsewhere and plan.config.checkpoint.save is None)
-    if elsewhere:
-        notes = [disk, *(f"memory: {_of_one_rank(plan, device)}" for device in plan.kernels)]
+    other_machine = dry_run and not launch.under_torchrun
+    disk = check_disk(plan, other_machine=other_machine and plan.config.checkpoint.save is None)
+    if other_machine:
+        notes = [disk, *(f"memory: {_one_rank(plan, device)}" for device in plan.kernels)]
     else:
         notes = [disk] if dry_run or "not fit" in disk else []
-        # A GPU's memory is asked for when torch is there.
+        # The memory of a GPU is checked later, when torch is imported.
         if plan.device == "cpu" or (plan.device is None and not _NVIDIA.exists()):
-            here = plan.on_device("cpu")
-            total, num_ranks = machine_bytes(), launch.local_world_size
-            found = check_memory(here, num_ranks=num_ranks, total_bytes=total)
-            notes += [f"memory: {found}"] if dry_run else []
+            on_cpu, num_ranks = plan.on_device("cpu"), launch.local_world_size
+            memory = check_memory(on_cpu, num_ranks=num_ranks, total_bytes=machine_bytes())
+            notes += [f"memory: {memory}"] if dry_run else []
     notes += _rehearsed(plan) if dry_run else []
     return dataclasses.replace(plan, notes=(*plan.notes, *notes))
 
 
 def _rehearsed(plan: RunPlan) -> list[str]:
-    """That the ranks expect of each other what is sent (plan/rehearsal.py)."""
-    found = [rehearse(schedule) for schedule in schedules(plan)]
-    if not found:
+    """Checks that every rank receives the messages that it expects (plan/rehearsal.py)."""
+    rehearsals = [rehearse(schedule) for schedule in schedules(plan)]
+    if not rehearsals:
         return []
-    size, seen = plan.grid.cp, found[0].num_ranks
+    size, seen = plan.grid.cp, rehearsals[0].num_ranks
     ranks = f"{size} ranks" if seen == size else f"{seen} of {size:,} ranks"
-    count = sum(one.num_messages for one in found)
+    count = sum(rehearsal.num_messages for rehearsal in rehearsals)
     return [f"exchange: rehearsed for {ranks}: {count:,} messages are what their receivers expect"]
 
 
-def _of_one_rank(plan: RunPlan, device: DeviceName) -> str:
+def _one_rank(plan: RunPlan, device: DeviceName) -> str:
     on_device = plan if plan.device is not None else plan.on_device(device)
     return check_memory(on_device, num_ranks=1, total_bytes=None)
 
 
 def _least_bytes(plan: RunPlan) -> int:
-    """What rank 0, which has the largest share, holds at some moment of its second step.
+    """Returns a lower bound of the memory of rank 0, which has the largest share, in a step.
 
-    Activations are let go as the gradients come, so that only where micro batches are accumulated
-    both are there at once. What waits on the host, or in files, takes none of the device's memory.
+    Backward releases activations while it allocates gradients, so both are held at the same time
+    only if gradients of several micro batches are accumulated. What is offloaded to the host or to
+    files is not counted.
     """
     held: Counter[str] = Counter()
     for row in predict(plan, 0):
@@ -165,7 +166,7 @@ def _least_bytes(plan: RunPlan) -> int:
 
 
 def machine_bytes() -> int | None:
-    """Memory that processes here may use, whole machine or container; None where it is not told."""
+    """Returns the memory limit of this machine or container in bytes, or None if it is unknown."""
     return min(_limits(), default=None)
 
 

@@ -1,4 +1,4 @@
-"""What each rank holds, for people and for programs: a table, and ``memory.json``. No torch."""
+"""Reports the memory of each rank as a table and as ``memory.json``. It does not import torch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rich.table import Table
 
 from cp_megatron.memory import predict as kinds
 from cp_megatron.memory.predict import Held, predict_ranks
-from cp_megatron.preflight.check import RunPlan
+from cp_megatron.preflight.run_plan import RunPlan
 from cp_megatron.preflight.start_table import print_start
 
 MEMORY_FILE = "memory.json"
@@ -24,17 +24,17 @@ _NAME_WIDTH, _NUMBER_WIDTH = 22, 13
 Key = tuple[str, str]
 """Kind and detail."""
 Column = tuple[str, dict[Key, int], dict[Key, int]]
-"""Its head, and bytes predicted and measured."""
+"""The head of a column, the predicted bytes and the measured bytes."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryReport:
-    """What all ranks hold.
+    """The memory that all ranks hold.
 
     Attributes:
         plan: the run, on its device.
-        predicted: of each rank.
-        measured: the same; empty where nothing ran.
+        predicted: the predicted memory of each rank.
+        measured: the measured memory of each rank; empty if nothing ran.
     """
 
     plan: RunPlan
@@ -42,7 +42,7 @@ class MemoryReport:
     measured: Sequence[Sequence[Held]] = ()
 
     def write(self, folder: Path, *, step: int) -> None:
-        """Bytes of every rank as ``memory.json``, of the training step ``step``."""
+        """Writes the bytes of every rank in the training step ``step`` to ``memory.json``."""
         ranks = [
             {
                 "rank": rank,
@@ -53,31 +53,38 @@ class MemoryReport:
             }
             for rank, column in enumerate(self._ranks())
         ]
-        found = {"step": step, "device": self.plan.device, "dtype": self.plan.dtype, "ranks": ranks}
-        path = folder / MEMORY_FILE
-        path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        about = {"step": step, "device": self.plan.device, "dtype": self.plan.dtype}
+        text = json.dumps({**about, "ranks": ranks}, indent=1)
+        (folder / MEMORY_FILE).write_text(text + "\n", encoding="utf-8")
 
     def print(self, console: Console) -> None:
-        """The table, in as many parts as the console is narrow."""
+        """Prints the table, in several parts on a narrow console."""
         columns = self._columns()
-        # A row of zeros says nothing; memory.json has it.
-        keys = [key for key in _keys(columns) if any(_some(key, column) for column in columns)]
+        # Rows of zeros are left out here; memory.json has them.
+        keys = [
+            key
+            for key in _keys(columns)
+            if any(column[1].get(key) or column[2].get(key) for column in columns)
+        ]
         per_column = _NUMBER_WIDTH * (2 if self.measured else 1)
         at_once = max(1, (console.width - _NAME_WIDTH) // per_column)
         for first in range(0, len(columns), at_once):
             console.print(self._table(keys, columns[first : first + at_once]), highlight=False)
-        for note in self._notes():
+        if self.plan.grid.cp > 1 and self.plan.sequence.per_batch:
+            note = "exchange buffers are predicted for rows that are one document"
             console.print(note, highlight=False, markup=False)
 
     def _ranks(self) -> list[Column]:
         measured = [*self.measured] or [()] * len(self.predicted)
         return [
-            (f"rank {rank}", _by_key(plan), _by_key(found))
-            for rank, (plan, found) in enumerate(zip(self.predicted, measured, strict=True))
+            (f"rank {rank}", _by_key(predicted), _by_key(measured_rows))
+            for rank, (predicted, measured_rows) in enumerate(
+                zip(self.predicted, measured, strict=True)
+            )
         ]
 
     def _columns(self) -> list[Column]:
-        """One for all ranks that are alike; of many ranks the least and the most."""
+        """Merges the columns of equal ranks; for many ranks returns the least and the most."""
         ranks = self._ranks()
         if len(ranks) > RANKS_SHOWN and any(rank[1:] != ranks[0][1:] for rank in ranks):
             keys = _keys(ranks)
@@ -89,15 +96,10 @@ class MemoryReport:
                 )
                 for head, of in (("least of all ranks", min), ("most of all ranks", max))
             ]
-        alike: list[list[int]] = []
-        for number, rank in enumerate(ranks):
-            same = (group for group in alike if ranks[group[0]][1:] == rank[1:])
-            group = next(same, None)
-            if group is None:
-                alike.append([number])
-            else:
-                group.append(number)
-        return [(_head(group), *ranks[group[0]][1:]) for group in alike]
+        equal: dict[tuple[object, ...], list[int]] = {}
+        for number, (_, *held) in enumerate(ranks):
+            equal.setdefault(tuple(frozenset(part.items()) for part in held), []).append(number)
+        return [(_head(group), *ranks[group[0]][1:]) for group in equal.values()]
 
     def _table(self, keys: Sequence[Key], columns: Sequence[Column]) -> Table:
         table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1), title_justify="left")
@@ -114,13 +116,9 @@ class MemoryReport:
             table.add_row(name, *cells)
         return table
 
-    def _notes(self) -> Iterator[str]:
-        if self.plan.grid.cp > 1 and self.plan.sequence.per_batch:
-            yield "exchange buffers are predicted for rows that are one document"
-
 
 def predict_report(plan: RunPlan) -> Iterator[MemoryReport]:
-    """What would be held, on each device that the run may still get."""
+    """Predicts the memory for each device that the run can still get."""
     for device in plan.kernels:
         on_device = plan if plan.device else plan.on_device(device)
         ranks = range(plan.grid.world_size)
@@ -128,7 +126,7 @@ def predict_report(plan: RunPlan) -> Iterator[MemoryReport]:
 
 
 def print_prediction(plan: RunPlan, console: Console | None = None) -> None:
-    """Prints that, to standard output unless a console is given."""
+    """Prints the predictions, to standard output by default."""
     console = console or Console()
     for report in predict_report(plan):
         title = f"memory on {report.plan.device}, {report.plan.dtype}"
@@ -137,7 +135,7 @@ def print_prediction(plan: RunPlan, console: Console | None = None) -> None:
 
 
 def print_dry_run(plan: RunPlan) -> int:
-    """Prints the start table, and with --memory-report what would be held; the exit code."""
+    """Prints the start table and, with --memory-report, the predictions; returns the exit code."""
     print_start(plan, None)
     if plan.config.memory.memory_report:
         print_prediction(plan)
@@ -152,17 +150,13 @@ def _numbers(key: Key, column: Column) -> dict[str, int | None]:
     return {"predicted": column[1].get(key), "measured": column[2].get(key)}
 
 
-def _some(key: Key, column: Column) -> bool:
-    return bool(column[1].get(key) or column[2].get(key))
-
-
 def _keys(columns: Sequence[Column]) -> list[Key]:
-    """All kinds and details that any has, in order."""
+    """Returns the kinds and details of all columns, in order."""
     return list(dict.fromkeys(key for column in columns for part in column[1:] for key in part))
 
 
 def _lines(keys: Sequence[Key]) -> Iterator[tuple[str, list[Key]]]:
-    """What each line says and adds up: activations together, then one by one."""
+    """Yields each line's name and what it sums: activations in total, then one by one."""
     activations = [key for key in keys if key[0] == kinds.ACTIVATIONS]
     for key in keys:
         kind, detail = key
@@ -175,7 +169,7 @@ def _lines(keys: Sequence[Key]) -> Iterator[tuple[str, list[Key]]]:
 
 
 def _head(ranks: Sequence[int]) -> str:
-    """rank 0, ranks 0-3, ranks 0, 2."""
+    """Returns ``rank 0``, ``ranks 0-3`` or ``ranks 0, 2``."""
     if len(ranks) == 1:
         return f"rank {ranks[0]}"
     if ranks[-1] - ranks[0] == len(ranks) - 1:
@@ -183,8 +177,8 @@ def _head(ranks: Sequence[int]) -> str:
     return f"ranks {', '.join(map(str, ranks))}"
 
 
-def _mib(keys: Sequence[Key], found: dict[Key, int]) -> str:
-    known = [found[key] for key in keys if key in found]
+def _mib(keys: Sequence[Key], held: dict[Key, int]) -> str:
+    known = [held[key] for key in keys if key in held]
     if not known:
         return "-"
     size = sum(known) / MIB

@@ -22,16 +22,11 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from cp_megatron.config import MemoryConfig
-from cp_megatron.memory.exchange_buffers import (
-    Operands,
-    Rooms,
-    lay_backward,
-    lay_forward,
-    schedules,
-)
+from cp_megatron.memory.layer_schedules import schedules
 from cp_megatron.plan import Schedule
-from cp_megatron.plan.tiles import own_tiles, pack
-from cp_megatron.preflight.check import RunPlan
+from cp_megatron.plan.buffer_sizes import AttentionSizes, BufferSizes
+from cp_megatron.plan.tiling import own_tiles, pack
+from cp_megatron.preflight.run_plan import RunPlan
 from cp_megatron.spec import ActivationSizes, AttentionSpec, LayerSpec, ModelSpec, local_heads
 
 ELEMENT_BYTES: Mapping[str, int] = MappingProxyType({"float64": 8, "float32": 4, "bfloat16": 2})
@@ -137,21 +132,23 @@ def _held(
     yield Held(kind=AFTER_FORWARD, num_bytes=total)
 
 
-def _buffer_bytes(planned: Iterable[Schedule], cp_rank: int, operands: Operands) -> tuple[int, int]:
+def _buffer_bytes(
+    planned: Iterable[Schedule], cp_rank: int, operands: AttentionSizes
+) -> tuple[int, int]:
     """Bytes of message buffers after the layers' forward, and after their backward."""
-    rooms = Rooms()
+    buffers = BufferSizes()
     for schedule in planned:
-        lay_forward(rooms, schedule, cp_rank, operands)
-    in_forward = rooms.num_bytes
+        buffers.add_forward(schedule, cp_rank, operands)
+    in_forward = buffers.num_bytes
     for schedule in planned:
-        lay_backward(rooms, schedule, cp_rank, operands)
-    return in_forward, rooms.num_bytes
+        buffers.add_backward(schedule, cp_rank, operands)
+    return in_forward, buffers.num_bytes
 
 
-def _operands(plan: RunPlan, sizes: ActivationSizes) -> Operands:
+def _operands(plan: RunPlan, sizes: ActivationSizes) -> AttentionSizes:
     model = plan.config.model
     heads, kv_heads = local_heads(model, sizes.tp)
-    return Operands(
+    return AttentionSizes(
         batch=sizes.batch,
         num_tokens=sizes.row_tokens,
         heads=heads,
@@ -178,9 +175,9 @@ def _permanent(plan: RunPlan, rank: int, spec: ModelSpec) -> tuple[Held, Held, H
 def _gathered_bytes(plan: RunPlan, spec: ModelSpec) -> int:
     """Whole weights at the end of forward, in the compute type, padded to equal shards."""
     assert plan.dtype is not None
-    ranks, total = plan.grid.dp * plan.grid.cp, 0
+    ranks, total = plan.grid.size("dp_cp"), 0
     for parameter in spec.ends():
-        rows, *rest = parameter.local_shape({"tp": plan.grid.tp})
+        rows, *rest = parameter.local_shape(plan.grid.sizes)
         total += -(-rows // ranks) * ranks * math.prod(rest)
     return total * ELEMENT_BYTES[plan.dtype]
 

@@ -18,7 +18,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from cp_megatron.config.run_folders import METRICS_FILE
+from cp_megatron.config.files.run_folders import METRICS_FILE
 from cp_megatron.errors import ConfigError
 
 CURVES_FILE = "curves.png"

@@ -15,7 +15,7 @@ from types import MappingProxyType
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
-from cp_megatron.config.run_folders import METRICS_FILE
+from cp_megatron.config.files.run_folders import METRICS_FILE
 from cp_megatron.metrics.wandb_log import WandbRun
 
 # Dense bfloat16 FLOP/s of the makers' data sheets.

@@ -74,7 +74,7 @@ def build_model(
                 value = initial_value(spec, config=config.model, seed=config.train.seed)
             else:
                 value = torch.zeros((), dtype=stored).expand(spec.shape)  # no memory
-            placed = place(value.to(stored), spec, groups.tp_mesh, device)
+            placed = place(value.to(stored), spec, groups.meshes["tp"], device)
             owner.register_parameter(attribute, nn.Parameter(placed))
 
     shard = _sharding(config, groups, dtype, device)
@@ -107,4 +107,6 @@ def _sharding(
     offload = OffloadPolicy()
     if config.memory.optimizer_cpu_offload:
         offload = CPUOffloadPolicy(pin_memory=torch.device(device).type == "cuda")
-    return partial(fully_shard, mesh=groups.dp_cp_mesh, mp_policy=policy, offload_policy=offload)
+    return partial(
+        fully_shard, mesh=groups.meshes["dp_cp"], mp_policy=policy, offload_policy=offload
+    )

@@ -1,4 +1,7 @@
-"""Who holds which tokens, who computes which tile, who sends what to whom: plain data, no torch."""
+"""Plans an exchange: which rank holds which tokens, computes which tiles and sends what to whom.
+
+A plan is plain data. This package does not import torch.
+"""
 
 from cp_megatron.plan.grid import Coordinates, Grid
 from cp_megatron.plan.layout import SequenceLayout

@@ -1,4 +1,4 @@
-"""Prints and draws a schedule: ``python -m cp_megatron.plan --help``. No torch."""
+"""Prints and draws a schedule: ``python -m cp_megatron.plan --help``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from cp_megatron.plan.show.command import PROGRAM, parse, run
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs the program; the exit code: 0 done, 2 a flag can not be honoured."""
+    """Runs the program. Returns the exit code: 0 on success, 2 for an invalid flag."""
     try:
         run(parse(argv))
     except ConfigError as error:

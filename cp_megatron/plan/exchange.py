@@ -1,15 +1,16 @@
-"""Which exchange moves the least, and why: what ``auto`` stands for.
+"""Choosing an exchange: what ``auto`` resolves to, and why.
 
-Keys and values of a token are ``kv_heads * (head_dim + v_head_dim)`` elements. p2p moves them to
-who reads them, behind the tiles; a2a moves queries, keys, values and results once each, whatever
-the mask; a2a+p2p does that inside a group of neighbours and sends between groups. Under a causal
-mask with equally wide values a2a moves less from about
+Keys and values of a token are ``kv_heads * (head_dim + v_head_dim)`` elements. p2p sends them to
+the ranks that read them, while tiles are computed. a2a sends queries, keys, values and results once
+each, whatever the mask. a2a+p2p does that inside a group of neighbours and sends keys between
+groups. Under a causal mask with values as wide as keys, a2a moves less if
 
     ranks > (query_heads + kv_heads) / (0.75 * kv_heads)
 
-on (32:8 heads: from 7 ranks), if the heads can be shared at all; under short documents p2p moves
-almost nothing. ``all_gather`` never moves less than p2p; it is there for networks that are good at
-one large collective and bad at many messages, and is only ever asked for.
+which is 7 ranks or more for 32 query and 8 key/value heads, provided that the ranks can share the
+heads. Under short documents p2p moves almost nothing. ``all_gather`` never moves less than p2p. It
+suits networks that handle one large collective better than many messages, and ``auto`` never
+chooses it.
 """
 
 from __future__ import annotations
@@ -29,13 +30,14 @@ Sizes = tuple[int, int]
 
 @dataclass(frozen=True, kw_only=True)
 class ExchangeChoice:
-    """An exchange and the reason a user reads.
+    """An exchange and the reason that is shown to the user.
 
     Attributes:
         exchange: one of ``EXCHANGES``.
-        route: how its p2p part sends, ``ring`` or ``direct``.
-        sizes: ranks that trade heads, and groups of them: ``(1, N)`` is p2p, ``(N, 1)`` a2a.
-        reason: why.
+        route: how the p2p part sends, ``ring`` or ``direct``.
+        sizes: the size of a group of ranks that exchange heads, and the number of groups:
+            ``(1, N)`` is p2p, ``(N, 1)`` is a2a.
+        reason: why this exchange was chosen.
     """
 
     exchange: str
@@ -46,7 +48,7 @@ class ExchangeChoice:
 
 @dataclass(frozen=True, kw_only=True)
 class Heads:
-    """Number and width of the heads whose keys travel."""
+    """Number and width of the heads."""
 
     num_heads: int
     num_kv_heads: int
@@ -55,23 +57,23 @@ class Heads:
 
     @property
     def key_width(self) -> int:
-        """Elements of one token's keys and values, for one head."""
+        """Elements of the keys and values of one token and head."""
         return self.head_dim + self.v_head_dim
 
 
 def check_exchange(
     exchange: str, route: str, cp_size: int, hierarchical_sizes: Sizes | None
 ) -> None:
-    """Refuses what no mask and no heads can make right.
+    """Checks an exchange without regard to mask and heads.
 
     Raises:
         ConfigError: a name is unknown, or the sizes are missing, superfluous or do not fit.
     """
     if exchange not in ("auto", *EXCHANGES):
         works = ", ".join(("auto", *EXCHANGES))
-        raise ConfigError("--cp-comm-type", exchange, "is no exchange", works)
+        raise ConfigError("--cp-comm-type", exchange, "is not an exchange", works)
     if route not in ("auto", *ROUTES):
-        raise ConfigError("route", route, "is no route", ", ".join(("auto", *ROUTES)))
+        raise ConfigError("route", route, "is not a route", ", ".join(("auto", *ROUTES)))
     flag = "--hierarchical-context-parallel-sizes"
     pairs = [(a, cp_size // a) for a in range(1, cp_size + 1) if cp_size % a == 0]
     works = " or ".join(f"{a} {p}" for a, p in pairs if 1 < a < cp_size or len(pairs) < 3)
@@ -97,16 +99,17 @@ def choose_exchange(
     hierarchical_sizes: Sizes | None = None,
     route: str = "auto",
 ) -> ExchangeChoice:
-    """The exchange with the fewest elements received by all ranks together, p2p where equal.
+    """Chooses the exchange whose ranks together receive the fewest elements; p2p wins a tie.
 
     Args:
-        mask: what attends to what.
-        layout: who holds what.
-        readers: who reads what, of the two above.
-        heads: number and widths.
-        hierarchical_sizes: neighbours that share a node, and nodes; makes a2a+p2p a candidate and,
-            because its messages would all cross nodes, a2a over everybody none.
-        route: ``ring`` or ``direct`` where that is settled.
+        mask: which keys each query attends.
+        layout: which rank holds which tokens.
+        readers: which rank reads which keys, for this mask and layout.
+        heads: number and widths of the heads.
+        hierarchical_sizes: the number of ranks that share a node, and the number of nodes. It makes
+            a2a+p2p a candidate instead of a2a over all ranks, which would cross nodes with
+            everything.
+        route: ``ring`` or ``direct``, or ``auto`` to choose it as well.
     """
     size = layout.cp_size
     inner_route = "ring" if route == "auto" else route
@@ -120,14 +123,14 @@ def choose_exchange(
     name = "a2a+p2p" if hierarchical_sizes else "a2a"
     notes = []
     if heads.num_heads % inner:
-        notes.append(f"{name} can not share {heads.num_heads} heads among {inner}")
+        notes.append(f"{name} cannot share {heads.num_heads} heads among {inner}")
     else:
-        costs[name] = trade_elements(layout, heads, inner)
+        costs[name] = all_to_all_elements(layout, heads, inner)
         if inner < size:
             merged = merged_layout(layout, inner)
             between = Readers.of(mask, merged)
             inner_route = choose_route(between) if route == "auto" else route
-            moved = between.tokens_received(inner_route) * _traded_kv_heads(heads, inner)
+            moved = between.tokens_received(inner_route) * _computed_kv_heads(heads, inner)
             costs[name] += moved * heads.key_width
     best = min(costs, key=lambda exchange: (costs[exchange], exchange != "p2p"))
     others = [f"{other} {_ratio(costs[other], costs[best])}" for other in costs if other != best]
@@ -140,19 +143,19 @@ def choose_exchange(
 
 
 def choose_route(readers: Readers) -> str:
-    """The route on which fewer keys travel; the ring, kind to neighbour links, where equal."""
+    """Chooses the route that moves fewer keys; the ring, which uses neighbour links, wins a tie."""
     ring, direct = (readers.tokens_received(route) for route in ROUTES)
     return "ring" if ring <= direct else "direct"
 
 
-def trade_elements(layout: SequenceLayout, heads: Heads, size: int) -> int:
-    """Elements received by all ranks when groups of ``size`` trade q, k, v and results."""
-    width = (heads.num_heads + _traded_kv_heads(heads, size)) * heads.key_width
+def all_to_all_elements(layout: SequenceLayout, heads: Heads, size: int) -> int:
+    """Elements that all ranks receive if groups of ``size`` exchange q, k, v and results."""
+    width = (heads.num_heads + _computed_kv_heads(heads, size)) * heads.key_width
     return layout.cp_size // size * (size - 1) * layout.shard_len * width
 
 
-def _traded_kv_heads(heads: Heads, size: int) -> int:
-    """Key/value heads of all members of a group, one that several members read counted for each."""
+def _computed_kv_heads(heads: Heads, size: int) -> int:
+    """Key/value heads that the ranks of a group compute, counted once for each of them."""
     share, serves = heads.num_heads // size, heads.num_heads // heads.num_kv_heads
     return sum(-(-(i + 1) * share // serves) - i * share // serves for i in range(size))
 

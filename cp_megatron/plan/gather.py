@@ -1,15 +1,16 @@
-"""all_gather: every rank gives the keys that somebody else reads, everybody gets them all at once.
+"""all_gather: every rank gives the keys that other ranks read, and receives all of them at once.
 
-One collective needs equal parts, so shorter ones are padded to the longest. What comes back lies by
-rank; each rank picks what its own queries read, in order of position, so that keys of many owners
-meet in few large tiles. 4 ranks, 8 tokens, contiguous, one causal row with a window (2, 0):
+A collective needs equal parts, so shorter parts are padded to the longest. The gathered keys lie in
+the order of their ranks. Each rank picks the keys that its own queries read, in order of position,
+so that keys of many owners meet in few large tiles. For 4 ranks and 8 tokens, contiguous, one
+causal row with a window (2, 0):
 
     positions   0 1   2 3   4 5   6 7
-    given       0 1   2 3   4 5    -       nobody reads 6 and 7
+    given       0 1   2 3   4 5    -       no other rank reads 6 and 7
     rank 2 picks      2 3                  out of [0 1 | 2 3 | 4 5 | - -]
 
-Gradients take the way back: each rank lays its part into a buffer of the same shape, and a
-reduce-scatter sums them at their owners.
+Gradients go the opposite way: each rank writes its part into a buffer of the gathered shape, and a
+reduce-scatter sums them at the owners of the keys.
 """
 
 from __future__ import annotations
@@ -22,16 +23,16 @@ from cp_megatron.plan.layout import SequenceLayout
 from cp_megatron.plan.mask import IntArray, Mask
 from cp_megatron.plan.readers import Readers
 from cp_megatron.plan.rounds import Round
-from cp_megatron.plan.tiles import Span, merge_spans, own_tiles, pack, reading, remote_tiles
+from cp_megatron.plan.tiling import Span, merge_spans, own_tiles, pack, reading, remote_tiles
 
 
 @dataclass(frozen=True, kw_only=True)
 class Gather:
-    """One rank's view of the collective.
+    """One rank's part of the collective.
 
     Attributes:
-        width: tokens every rank contributes, padding included; 0 where there is nothing to gather.
-        given: where the contribution lies in the own shard.
+        width: tokens that every rank gives, padding included; 0 if there is nothing to gather.
+        given: where the given tokens lie in this rank's shard.
         picked: where the keys of round 1 lie in the gathered ``[ranks * width]``, in their order.
     """
 
@@ -41,18 +42,19 @@ class Gather:
 
 
 def gathered_width(readers: Readers) -> int:
-    """Tokens that every rank contributes: the most that others read of one rank."""
+    """Tokens that every rank gives: the most that other ranks read from one rank."""
     given = np.where(readers.read.any(axis=1), readers.length, 0)
     return int(np.bincount(readers.owner, weights=given).max())
 
 
 def plan_gather(readers: Readers, rank: int) -> Gather:
-    """The collective of ``rank``."""
+    """Plans the part of ``rank`` in the collective."""
     width = gathered_width(readers)
     wanted = np.asarray(readers.read.any(axis=1))
     given = np.where(wanted, readers.length, 0)
     packed = np.concatenate([[0], np.cumsum(given)])
-    # A run lies behind the earlier given runs of its owner, and its owner's part behind the others.
+    # A run lies behind the given runs before it of its owner, and the part of an owner behind the
+    # parts of the ranks before it.
     place = packed[:-1] - packed[readers.first[readers.owner]] + readers.owner * width
     mine = _picked(readers, rank)
     spans = zip(place[mine].tolist(), (place + given)[mine].tolist())
@@ -70,7 +72,7 @@ def plan_gather(readers: Readers, rank: int) -> Gather:
 def plan_gather_rounds(
     mask: Mask, layout: SequenceLayout, readers: Readers, rank: int
 ) -> tuple[Round, ...]:
-    """Round 0 computes the own keys, round 1 all others that this rank reads."""
+    """Round 0 computes the own keys, round 1 all other keys that this rank reads."""
     shard = pack(list(layout.chunks[rank]))
     own = Round(owner=rank, keys=layout.chunks[rank], tiles=tuple(own_tiles(mask, shard)))
     mine = _picked(readers, rank)
@@ -82,6 +84,6 @@ def plan_gather_rounds(
 
 
 def _picked(readers: Readers, rank: int) -> IntArray:
-    """int64: the runs that ``rank`` reads of others, by position."""
+    """int64: the runs of other ranks that ``rank`` reads, by position."""
     mine = np.flatnonzero(readers.read[:, rank])
     return mine[np.argsort(readers.start[mine])]

@@ -1,4 +1,4 @@
-"""The grid of ranks: tensor parallel fastest, then context parallel, then data parallel.
+"""The grid of ranks over named axes: tensor parallel fastest, then context, then data parallel.
 
 World 8 as dp 2 x cp 2 x tp 2::
 
@@ -10,78 +10,110 @@ World 8 as dp 2 x cp 2 x tp 2::
     dp 1 cp 0   4     5       dp groups  [0,4] [1,5] [2,6] [3,7]
          cp 1   6     7       dp_cp      [0,2,4,6] [1,3,5,7]
 
-Neighbours in TP talk most and so sit on one node; this is Megatron-LM's order ``tp-cp-dp``.
+Tensor parallel neighbours exchange the most data and therefore share a node. This is Megatron-LM's
+order ``tp-cp-dp``.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+import math
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 
-from cp_megatron.errors import ConfigError
-
-Axis = Literal["dp", "cp", "tp", "dp_cp"]
-
-
-class Coordinates(NamedTuple):
-    """A rank's index on every axis."""
-
-    dp: int
-    cp: int
-    tp: int
+AXES: Mapping[str, str] = MappingProxyType(
+    {"tp": "tensor_parallel_size", "cp": "context_parallel_size", "dp": ""}
+)
+"""The axes, fastest first, each with the setting that gives its size. The one axis without a
+setting takes the ranks that the others leave."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Grid:
-    """The sizes of the dp, cp and tp axes."""
+class _PerAxis:
+    """One number for each axis, slowest axis first, read as an attribute: ``x.cp``."""
 
-    dp: int = 1
-    cp: int = 1
-    tp: int = 1
+    def __init__(self, numbers: Mapping[str, int]) -> None:
+        self._numbers = dict(numbers)
 
-    @classmethod
-    def fit(cls, world_size: int, *, cp: int, tp: int) -> Grid:
-        """The grid of ``world_size`` ranks in which data parallelism takes what cp and tp leave.
+    def __getattr__(self, axis: str) -> int:
+        numbers: dict[str, int] = self.__dict__.get("_numbers", {})
+        if axis not in numbers:
+            raise AttributeError(f"there is no axis {axis}, only {', '.join(numbers)}")
+        return numbers[axis]
 
-        Raises:
-            ConfigError: a size is not positive, or the world size no multiple of cp x tp.
-        """
-        for flag, size in (("--context-parallel-size", cp), ("--tensor-parallel-size", tp)):
-            if size < 1:
-                raise ConfigError(flag, size, "must be positive", "1")
-        inner = cp * tp
-        if world_size % inner:
-            below = world_size // inner * inner
-            works = ", ".join(str(size) for size in (below, below + inner) if size)
-            raise ConfigError(
-                "world size",
-                world_size,
-                f"must be divisible by context parallel {cp} x tensor parallel {tp} = {inner}",
-                f"{works} ranks",
-            )
-        return cls(dp=world_size // inner, cp=cp, tp=tp)
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other) and vars(self) == vars(other)
+
+    def __hash__(self) -> int:
+        return hash(tuple(self._numbers.items()))
+
+    def __repr__(self) -> str:
+        numbers = ", ".join(f"{axis}={number}" for axis, number in self._numbers.items())
+        return f"{type(self).__name__}({numbers})"
+
+
+class Coordinates(_PerAxis):
+    """A rank's index on every axis, e.g. ``coordinates.cp``."""
+
+    def __init__(self, **indices: int) -> None:
+        super().__init__(indices)
+
+    def __str__(self) -> str:
+        return "  ".join(f"{axis} {index}" for axis, index in self._numbers.items())
+
+
+class Grid(_PerAxis):
+    """The sizes of the axes, e.g. ``grid.cp``.
+
+    Methods that take the name of an axis also take several, joined from the slowest on: ``dp_cp``
+    is dp x cp as one axis.
+
+    Args:
+        axes: the names of the axes, fastest first.
+        sizes: by axis; an axis that is not named has size 1.
+    """
+
+    def __init__(self, *, axes: Iterable[str] = AXES, **sizes: int) -> None:
+        ones = dict.fromkeys(reversed(tuple(axes)), 1)
+        if unknown := sizes.keys() - ones.keys():
+            raise TypeError(f"there is no axis {', '.join(unknown)}, only {', '.join(ones)}")
+        super().__init__(ones | sizes)
+
+    def __str__(self) -> str:
+        return " x ".join(f"{axis} {size}" for axis, size in self._numbers.items())
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Sizes by axis, the slowest first: the names and the shape of the mesh of ranks."""
+        return dict(self._numbers)
 
     @property
     def world_size(self) -> int:
         """Number of ranks."""
-        return self.dp * self.cp * self.tp
+        return math.prod(self._numbers.values())
 
-    def rank(self, *, dp: int, cp: int, tp: int) -> int:
-        """The rank at these coordinates."""
-        return tp + self.tp * (cp + self.cp * dp)
+    def size(self, name: str) -> int:
+        """Number of ranks along an axis."""
+        return math.prod(self._numbers[axis] for axis in name.split("_"))
+
+    def index(self, name: str, rank: int) -> int:
+        """The index of ``rank`` along an axis."""
+        index, coordinates = 0, self.coordinates(rank)
+        for axis in name.split("_"):
+            index = index * self._numbers[axis] + getattr(coordinates, axis)
+        return index
 
     def coordinates(self, rank: int) -> Coordinates:
-        """Where ``rank`` lies on every axis."""
-        rest, tp = divmod(rank, self.tp)
-        dp, cp = divmod(rest, self.cp)
-        return Coordinates(dp=dp, cp=cp, tp=tp)
+        """The index of ``rank`` on every axis."""
+        indices: dict[str, int] = {}
+        for axis, size in reversed(self._numbers.items()):
+            rank, indices[axis] = divmod(rank, size)
+        return Coordinates(**dict(reversed(indices.items())))
 
-    def groups(self, axis: Axis) -> list[list[int]]:
-        """The groups of ranks along ``axis``, each in the order of that axis."""
-        along = axis.split("_")
+    def groups(self, name: str) -> list[list[int]]:
+        """The groups of ranks along an axis, each in the order of that axis."""
+        along = name.split("_")
         groups: dict[tuple[int, ...], list[int]] = {}
         for rank in range(self.world_size):
-            place = self.coordinates(rank)._asdict()
-            key = tuple(index for name, index in place.items() if name not in along)
+            place = self.coordinates(rank)
+            key = tuple(getattr(place, axis) for axis in self._numbers if axis not in along)
             groups.setdefault(key, []).append(rank)
         return list(groups.values())

@@ -1,19 +1,20 @@
-"""a2a: ranks trade tokens for heads; each ends with every token of the group and some of the heads.
+"""a2a: ranks exchange heads for tokens by all-to-all.
 
-4 query heads, 2 key/value heads, 4 ranks: each rank starts with a quarter of the tokens and all
-heads, and ends with all tokens and one query head. A key/value head goes to every rank that has one
-of its query heads, and to no other:
+Each rank starts with its tokens and all heads, and ends with every token of its group and some of
+the heads. For 4 query heads, 2 key/value heads and 4 ranks, it starts with a quarter of the tokens
+and ends with one query head. A key/value head goes to every rank that has one of its query heads:
 
     rank            0    1    2    3
     query head      0    1    2    3
     kv head         0    0    1    1
 
-With fewer query heads per rank than a key/value head serves, heads are repeated on the wire just as
-often as that; local groups of unequal size (6 query heads, 3 kv heads, 2 ranks: rank 0 has two of
-kv head 0 and one of kv head 1) are computed one after the other and repeat nothing.
+If a rank has fewer query heads than share a key/value head, that head is sent to several ranks. A
+rank's groups may be of unequal size (6 query heads, 3 kv heads, 2 ranks: rank 0 has two query heads
+of kv head 0 and one of kv head 1). Such groups are computed one after the other, and no head is
+repeated.
 
-``a2a+p2p`` with sizes (A, P): A neighbours trade, and the P groups of neighbours run a ring over
-the tokens that the group holds together.
+``a2a+p2p`` with sizes (A, P): A neighbours exchange heads, and P groups of neighbours run a ring
+over the tokens that each group holds together.
 
 Sources: DeepSpeed Ulysses (Jacobs et al. 2023, arXiv:2309.14509); two levels: USP (Fang and Zhao
 2024, arXiv:2405.07719).
@@ -27,23 +28,23 @@ from typing import NamedTuple
 
 from cp_megatron.errors import ConfigError
 from cp_megatron.plan.layout import Chunk, SequenceLayout
-from cp_megatron.plan.tiles import Span, merge_spans, relative_spans
+from cp_megatron.plan.tiling import Span, merge_spans, num_positions, relative_spans
 
 
 class HeadGroup(NamedTuple):
-    """Query heads and the key/value heads they read, all of which serve equally many."""
+    """Query heads and their key/value heads, each of which serves equally many query heads."""
 
     queries: Span
     keys: Span
 
 
 def all_heads(num_heads: int, num_kv_heads: int) -> tuple[HeadGroup, ...]:
-    """Every head as one group."""
+    """All heads as one group."""
     return (HeadGroup((0, num_heads), (0, num_kv_heads)),)
 
 
 def cut_heads(groups: tuple[HeadGroup, ...], start: int, stop: int) -> tuple[HeadGroup, ...]:
-    """The part of ``groups`` with key/value heads ``start:stop``."""
+    """Selects the part of ``groups`` with key/value heads ``start:stop``."""
     found = []
     for (q0, q1), (k0, k1) in groups:
         a, b = max(k0, start), min(k1, stop)
@@ -55,14 +56,14 @@ def cut_heads(groups: tuple[HeadGroup, ...], start: int, stop: int) -> tuple[Hea
 
 @dataclass(frozen=True, kw_only=True)
 class HeadExchange:
-    """One rank's view of the trade.
+    """One rank's part of the all-to-all.
 
     Attributes:
-        peers: the ranks that trade, in order, this one among them.
-        index: where in ``peers`` this rank is.
-        query_heads, kv_heads: per peer, the heads it computes.
-        rows: per peer, where its shard's tokens lie in the group's, in the shard's order.
-        groups: this rank's heads, counted from its first, as kernels take them.
+        peers: the ranks that exchange heads, in order, including this one.
+        index: the place of this rank in ``peers``.
+        query_heads, kv_heads: for each peer, the heads that it computes.
+        rows: for each peer, where the tokens of its shard lie among the tokens of all peers.
+        groups: this rank's heads, counted from its first one, as kernels take them.
     """
 
     peers: tuple[int, ...]
@@ -72,12 +73,17 @@ class HeadExchange:
     rows: tuple[tuple[Span, ...], ...]
     groups: tuple[HeadGroup, ...]
 
+    @property
+    def repeats_kv_heads(self) -> bool:
+        """Whether several peers compute the same key/value head."""
+        return num_positions(self.kv_heads) > self.kv_heads[-1][1]
+
 
 def check_heads(size: int, num_heads: int | None, num_kv_heads: int | None, exchange: str) -> None:
-    """Refuses heads that ``size`` ranks can not share.
+    """Checks that ``size`` ranks can share the heads.
 
     Raises:
-        ConfigError: the heads are not given, too few, or not divisible.
+        ConfigError: the number of heads is unknown, too small or not divisible.
     """
     if num_heads is None:
         raise ConfigError("--cp-comm-type", exchange, "needs to know the number of heads")
@@ -94,7 +100,7 @@ def check_heads(size: int, num_heads: int | None, num_kv_heads: int | None, exch
 
 
 def merged_layout(layout: SequenceLayout, size: int) -> SequenceLayout:
-    """The layout of groups of ``size`` neighbours: what they hold together, by position."""
+    """Returns the layout of groups of ``size`` neighbours: the tokens each group holds together."""
     groups = range(0, layout.cp_size, size)
     held = tuple(_together(layout, range(first, first + size)) for first in groups)
     return SequenceLayout(held, layout.kind)
@@ -103,7 +109,7 @@ def merged_layout(layout: SequenceLayout, size: int) -> SequenceLayout:
 def plan_heads(
     layout: SequenceLayout, rank: int, size: int, num_heads: int, num_kv_heads: int
 ) -> HeadExchange:
-    """The trade of ``rank`` with its ``size`` neighbours."""
+    """Plans the part of ``rank`` in the all-to-all with its ``size`` neighbours."""
     first = rank // size * size
     peers = tuple(range(first, first + size))
     share, serves = num_heads // size, num_heads // num_kv_heads
@@ -121,7 +127,7 @@ def plan_heads(
 
 
 def _groups(start: int, stop: int, serves: int) -> tuple[HeadGroup, ...]:
-    """Query heads ``start:stop`` cut where the number per key/value head changes."""
+    """Cuts query heads ``start:stop`` where their number per key/value head changes."""
     groups: list[HeadGroup] = []
     first = start // serves
     for kv in range(first, -(-stop // serves)):
@@ -137,5 +143,5 @@ def _groups(start: int, stop: int, serves: int) -> tuple[HeadGroup, ...]:
 
 
 def _together(layout: SequenceLayout, peers: Iterable[int]) -> tuple[Chunk, ...]:
-    """What ``peers`` hold, by position."""
+    """The chunks that ``peers`` hold together, by position."""
     return tuple(merge_spans(sorted(chunk for peer in peers for chunk in layout.chunks[peer])))

@@ -3,11 +3,11 @@
     contiguous, 4 ranks          zigzag, 4 ranks: 8 chunks, rank r holds r and 7 - r
     |0 0|1 1|2 2|3 3|            |0|1|2|3|3|2|1|0|
 
-Under a causal mask late queries attend more keys than early ones. Contiguous gives the last rank
-almost twice the mean; zigzag pairs an early chunk with a late one, so that every rank has exactly
-1/N of the pairs (Zhu, ring-flash-attention, 2024; Megatron-LM's ``get_batch_on_this_cp_rank``).
-Where documents are masked, neither is balanced: ``balanced`` deals pieces of documents by their
-pairs, see ``balance.py``.
+Under a causal mask, late queries attend more keys than early ones. Contiguous gives the last rank
+almost twice the mean number of pairs. Zigzag gives each rank an early and a late chunk, so that
+every rank has exactly 1/N of the pairs (Zhu, ring-flash-attention, 2024; Megatron-LM's
+``get_batch_on_this_cp_rank``). Neither is balanced if documents are masked: ``balanced`` deals
+slices of documents by their pairs, see ``balance/balanced.py``.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ KINDS = ("contiguous", "zigzag", "balanced")
 
 
 def auto_layout(mask: Mask) -> str:
-    """The layout ``auto`` stands for.
+    """Resolves ``auto``.
 
-    Balanced for a row of several documents, else zigzag where no query looks ahead, else
-    contiguous.
+    Balanced for a row of several documents, zigzag for one sequence in which no query attends a
+    later key, otherwise contiguous.
     """
     if len(mask.lengths) > 1:
         return "balanced"
@@ -36,16 +36,16 @@ def auto_layout(mask: Mask) -> str:
 
 
 def sequence_divisor(kind: str, cp_size: int) -> int:
-    """What the sequence length must be divisible by; one rank holds any length."""
+    """The number that must divide the sequence length."""
     return 2 * cp_size if kind == "zigzag" and cp_size > 1 else cp_size
 
 
 @dataclass(frozen=True)
 class SequenceLayout:
-    """Which rank holds which chunks; every rank holds the same number of tokens.
+    """The chunks of each rank. Every rank holds the same number of tokens.
 
     Attributes:
-        chunks: per rank its chunks ``(start, stop)`` in ascending, local order.
+        chunks: for each rank its chunks ``(start, stop)``, ascending, which is the local order.
         kind: ``contiguous``, ``zigzag`` or ``balanced``.
     """
 
@@ -57,12 +57,12 @@ class SequenceLayout:
         """Deals the positions of ``mask`` to ``cp_size`` ranks.
 
         Raises:
-            ConfigError: the kind is unknown, or the sequence is not divisible as it needs.
+            ConfigError: the kind is unknown, or the sequence length is not divisible.
         """
         if kind == "auto":
             kind = auto_layout(mask)
         if kind not in KINDS:
-            raise ConfigError("--cp-layout", kind, "is no layout", ", ".join(("auto", *KINDS)))
+            raise ConfigError("--cp-layout", kind, "is not a layout", ", ".join(("auto", *KINDS)))
         if cp_size < 1:
             raise ConfigError("--context-parallel-size", cp_size, "must be at least 1")
         divisor = sequence_divisor(kind, cp_size)
@@ -76,7 +76,7 @@ class SequenceLayout:
         return cls(_slice(mask.seq_len, cp_size, kind), kind)
 
     def check(self, seq_len: int) -> None:
-        """Whether ranks together hold ``seq_len`` positions once, equally many each, in order.
+        """Checks that the ranks hold each of ``seq_len`` positions once, ascending, equally many.
 
         Raises:
             ConfigError: they do not.
@@ -95,16 +95,16 @@ class SequenceLayout:
 
     @property
     def cp_size(self) -> int:
-        """Number of ranks."""
+        """The number of ranks."""
         return len(self.chunks)
 
     @property
     def shard_len(self) -> int:
-        """Tokens each rank holds."""
+        """The number of tokens that each rank holds."""
         return sum(stop - start for start, stop in self.chunks[0])
 
     def positions(self, rank: int) -> IntArray:
-        """int64 [seq_len / cp_size]: the positions ``rank`` holds, in local order."""
+        """int64 [seq_len / cp_size]: the positions that ``rank`` holds, in local order."""
         return np.concatenate(
             [np.arange(start, stop, dtype=np.int64) for start, stop in self.chunks[rank]]
         )

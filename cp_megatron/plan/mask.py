@@ -1,8 +1,8 @@
-"""Which key a query may attend to.
+"""Masks: which keys a query attends.
 
 Every mask of this project gives query ``q`` one contiguous run of keys, ``first(q) .. last(q)``,
-and both ends never go back as ``q`` grows. That is what makes planning cheap: the pairs of any
-rectangle are a sum over rows, and the keys a chunk of queries needs are one run per document.
+and neither end decreases as ``q`` grows. This makes planning cheap: the pairs of any rectangle are
+a sum over rows, and the keys that a chunk of queries needs are one run per document.
 
     causal               full                 documents([3, 2])
     q\\k 0 1 2 3 4       q\\k 0 1 2 3 4       q\\k 0 1 2 3 4
@@ -32,14 +32,14 @@ Window = tuple[int, int]
 
 @dataclass(frozen=True)
 class Mask:
-    """One mask for every row of a batch. Make it with ``causal``, ``full`` or ``documents``.
+    """One mask for every row of a batch, made with ``causal``, ``full`` or ``documents``.
 
     Attributes:
-        lengths: the documents' lengths in order; a single one when the row is not packed.
-        is_causal: a query attends no later key.
-        window: ``(left, right)``, both >= -1, -1 = unlimited: query q attends key k of its
+        lengths: the lengths of the documents, in order; a single length if the row is not packed.
+        is_causal: whether a query attends no later key.
+        window: ``(left, right)``, both >= -1, where -1 is unlimited: query q attends key k of its
             document iff ``q - left <= k <= q + right``. Causal masks have ``right == 0``.
-        kind: the constructor's name, for people.
+        kind: the name of the constructor, for display.
     """
 
     lengths: tuple[int, ...]
@@ -49,7 +49,7 @@ class Mask:
 
     @classmethod
     def causal(cls, seq_len: int, window: Window | None = None) -> Mask:
-        """One sequence; a query attends itself and what came before."""
+        """One sequence; a query attends itself and all earlier positions."""
         return cls._make([seq_len], True, window, "causal")
 
     @classmethod
@@ -61,7 +61,7 @@ class Mask:
     def documents(
         cls, lengths: Sequence[int], causal: bool = True, window: Window | None = None
     ) -> Mask:
-        """A packed row; attention never crosses from one document to another."""
+        """A packed row; attention never crosses document borders."""
         return cls._make(lengths, causal, window, "documents")
 
     @classmethod
@@ -80,12 +80,12 @@ class Mask:
         return cls(tuple(array.tolist()), causal, cls._bounds(window, causal), kind)
 
     def within(self, window: Window | None) -> Mask:
-        """The same documents under another window."""
+        """Returns the same documents with another window."""
         return replace(self, window=self._bounds(window, self.is_causal))
 
     @staticmethod
     def _bounds(window: Window | None, causal: bool) -> Window:
-        """Both bounds as integers, -1 where there is none."""
+        """Both bounds as integers, -1 if unlimited."""
         try:
             left, right = (-1, -1) if window is None else map(operator.index, window)
         except (TypeError, ValueError):
@@ -98,17 +98,17 @@ class Mask:
 
     @cached_property
     def seq_len(self) -> int:
-        """Positions in the row."""
+        """The number of positions in the row."""
         return sum(self.lengths)
 
     @property
     def has_window(self) -> bool:
-        """Some pair inside a document is cut by the window itself."""
+        """Whether the window itself, not the causal mask, excludes pairs of a long document."""
         left, right = self.window
         return left >= 0 or (right >= 0 and not self.is_causal)
 
     def starts(self) -> IntArray:
-        """int64 [documents + 1]: where each document starts, and the end of the last."""
+        """int64 [documents + 1]: the start of each document, and the end of the last one."""
         return self._starts
 
     @cached_property
@@ -118,12 +118,12 @@ class Mask:
         return starts
 
     def document_positions(self) -> IntArray:
-        """int64 [seq_len]: each position counted from the start of its document."""
+        """int64 [seq_len]: the distance of each position from the start of its document."""
         starts, lengths = self.starts()[:-1], np.asarray(self.lengths)
         return np.arange(self.seq_len, dtype=np.int64) - np.repeat(starts, lengths)
 
     def key_range(self, q: IntArray) -> tuple[IntArray, IntArray]:
-        """For queries ``q`` the first key attended and the one after the last, int64 alike."""
+        """Returns, for queries ``q``, the first attended key and the end of the run, both int64."""
         starts = self.starts()
         document = np.searchsorted(starts, q, side="right") - 1
         first, end = starts[document], starts[document + 1]
@@ -135,18 +135,18 @@ class Mask:
         return first, end
 
     def pairs_between(self, q0: int, q1: int, k0: int, k1: int) -> int:
-        """Attended pairs with ``q0 <= q < q1`` and ``k0 <= k < k1``."""
+        """The number of attended pairs with ``q0 <= q < q1`` and ``k0 <= k < k1``."""
         first, end = self.key_range(np.arange(q0, q1, dtype=np.int64))
         return int(np.maximum(np.minimum(end, k1) - np.maximum(first, k0), 0).sum())
 
     def pairs(self) -> int:
-        """Attended pairs in all."""
+        """The number of attended pairs."""
         return self.pairs_between(0, self.seq_len, 0, self.seq_len)
 
     def dense(self) -> npt.NDArray[np.bool_]:
-        """bool [seq_len, seq_len], row = query: the mask spelt out from its definition.
+        """bool [seq_len, seq_len], row = query: the mask written out from its definition.
 
-        The oracle of everything above; it shares no code with it.
+        It shares no code with the methods above, so that tests can compare them with it.
         """
         position = np.arange(self.seq_len)
         q, k = position[:, None], position[None, :]

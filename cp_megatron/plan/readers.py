@@ -1,12 +1,13 @@
-"""Who reads which keys: the row cut into runs that the same ranks read.
+"""Readers: which ranks read which keys, as runs of positions with the same readers.
 
 Two ranks, zigzag, one causal row of 8: rank 0 holds 0 1 6 7, rank 1 holds 2 3 4 5.
 
     run        0 1   2 3   4 5   6 7
     owner       0     1     1     0
-    read by     1     0     0     -      by other ranks than the owner
+    read by     1     0     0     -      ranks other than the owner
 
-From this table every exchange follows: which keys travel at all, to whom, how far down a ring.
+Every exchange follows from this table: which keys are sent at all, to which ranks, and how far down
+a ring.
 """
 
 from __future__ import annotations
@@ -20,19 +21,19 @@ import numpy.typing as npt
 
 from cp_megatron.plan.layout import SequenceLayout
 from cp_megatron.plan.mask import IntArray, Mask
-from cp_megatron.plan.tiles import key_intervals
+from cp_megatron.plan.tiling import key_intervals
 
 
 @dataclass(frozen=True, eq=False)
 class Readers:
-    """Runs of positions, those of one owner side by side and in its local order.
+    """Runs of positions, grouped by owner and in the owner's local order.
 
     Attributes:
         start, stop: int64 [runs], the positions.
         owner: int64 [runs], the rank that holds them.
-        offset: int64 [runs], where a run starts in the owner's shard.
+        offset: int64 [runs], where the run starts in the owner's shard.
         first: int64 [ranks + 1], the runs of rank r are ``first[r]:first[r + 1]``.
-        read: bool [runs, ranks], the ranks other than the owner with a query that attends the run.
+        read: bool [runs, ranks], whether a rank other than the owner has a query that attends it.
     """
 
     start: IntArray
@@ -44,7 +45,7 @@ class Readers:
 
     @classmethod
     def of(cls, mask: Mask, layout: SequenceLayout) -> Readers:
-        """Cuts the row wherever a chunk or what a chunk reads begins or ends."""
+        """Cuts the row where a chunk, or the keys that a chunk reads, begin or end."""
         size = layout.cp_size
         held = [(a, b, r) for r, chunks in enumerate(layout.chunks) for a, b in chunks]
         starts, stops, owners = np.asarray(held, dtype=np.int64).T
@@ -53,7 +54,7 @@ class Readers:
         order = np.argsort(starts)
         starts, stops, owners, offsets = (x[order] for x in (starts, stops, owners, offsets))
         low, high = key_intervals(mask, starts, stops)
-        far = (low < starts) | (high > stops)  # reads more than itself
+        far = (low < starts) | (high > stops)  # the chunk reads beyond itself
         edges = np.unique(np.concatenate([starts, stops, low[far], high[far]]))
         begin, end = edges[:-1], edges[1:]
         chunk = np.searchsorted(starts, begin, side="right") - 1
@@ -75,14 +76,14 @@ class Readers:
 
     @property
     def length(self) -> IntArray:
-        """int64 [runs]: positions per run."""
+        """int64 [runs]: the number of positions of each run."""
         return self.stop - self.start
 
     @cached_property
     def hops(self) -> tuple[IntArray, IntArray]:
-        """int64 [runs] twice: places below the owner of the nearest and the farthest reader.
+        """int64 [runs] twice: how far below the owner the nearest and the farthest reader are.
 
-        Ranks are counted downwards and around; both are 0 where nobody else reads the run.
+        Ranks are counted downwards and around the ring; both are 0 if no other rank reads the run.
         """
         size = self.read.shape[1]
         run, reader = np.nonzero(self.read)
@@ -94,13 +95,13 @@ class Readers:
 
     @cached_property
     def received(self) -> Mapping[str, IntArray]:
-        """Per route int64 [ranks]: key positions a rank receives, those it only passes on too."""
+        """For each route int64 [ranks]: key positions that a rank receives, forwarded included."""
         size = self.read.shape[1]
         hop = (self.owner[:, None] - np.arange(size)) % size
         passed = (hop > 0) & (hop <= self.hops[1][:, None])
         return {"ring": self.length @ passed, "direct": self.length @ self.read}
 
     def tokens_received(self, route: str) -> int:
-        """Key positions all ranks together receive over ``ring`` or ``direct``."""
+        """Key positions that all ranks together receive over ``ring`` or ``direct``."""
         times = self.hops[1] if route == "ring" else self.read.sum(axis=1)
         return int((times * self.length).sum())

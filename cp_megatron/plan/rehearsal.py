@@ -1,8 +1,8 @@
-"""A schedule's exchange gone through on one process: does everybody expect what is sent?
+"""Rehearses a schedule's exchange on one process: does each rank expect what the others send?
 
-Every rank's rounds are laid side by side. What a rank sends in a slot must be what its receiver
-waits for in the same slot, position by position: then no message is lost, none is waited for in
-vain, and no two ranks wait for each other.
+The rounds of all ranks are compared. What a rank sends in a slot must be what its receiver waits
+for in the same slot, position by position. Then no message is lost, no rank waits for a message
+that never comes, and no two ranks wait for each other.
 
     slot 0   rank 1 sends keys 8-15 to rank 0      rank 0 waits for keys 8-15 of rank 1
 """
@@ -14,11 +14,11 @@ from dataclasses import dataclass
 
 from cp_megatron.plan.rounds import Message, Round
 from cp_megatron.plan.schedule import Schedule
-from cp_megatron.plan.tiles import Span, merge_spans
+from cp_megatron.plan.tiling import Span, merge_spans
 
 ROUNDS = 4096
-"""Gone through at most, a second's work: of more than 64 ranks fewer, neighbours, and the messages
-between them."""
+"""The number of rounds to rehearse at most, about a second's work. On more than 64 ranks it covers
+only some neighbours and the messages between them."""
 
 Wire = tuple[int, str, int, int]
 """Slot, kind, sender, receiver."""
@@ -26,11 +26,12 @@ Wire = tuple[int, str, int, int]
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """What was gone through.
+    """What was rehearsed.
 
     Attributes:
-        num_ranks: whose parts were laid side by side.
-        num_messages: of keys or gradients between two of them; of collectives, one per rank.
+        num_ranks: the number of ranks that were compared.
+        num_messages: messages of keys or gradients between two of them, and one for each rank in a
+            collective.
     """
 
     num_ranks: int
@@ -38,10 +39,10 @@ class Rehearsal:
 
 
 def rehearse(schedule: Schedule) -> Rehearsal:
-    """Goes through one attention, forward and backward.
+    """Rehearses one attention, forward and backward.
 
     Raises:
-        AssertionError: two ranks do not expect the same of each other: a fault of the plan.
+        AssertionError: two ranks disagree on a message, which is a bug in the plan.
     """
     size = schedule.layout.cp_size
     ranks = range(min(size, max(2, ROUNDS // size)))
@@ -52,23 +53,23 @@ def rehearse(schedule: Schedule) -> Rehearsal:
             if wire[2] in ranks and wire[3] in ranks:
                 (sent if sending else expected)[wire] = spans
     odd = [wire for wire in sent.keys() | expected.keys() if sent.get(wire) != expected.get(wire)]
-    assert not odd, f"slot, kind, sender, receiver: {min(odd)} is not what is waited for"
+    assert not odd, f"slot, kind, sender, receiver: {min(odd)} is not what the receiver expects"
     return Rehearsal(len(ranks), len(sent) + _collectives(schedule, ranks))
 
 
 def _wires(rounds: Sequence[Round], rank: int) -> Iterator[tuple[Wire, list[Span], bool]]:
-    """Every message of a rank: its wire, the positions in it, and whether it is sent."""
+    """Every message of a rank: its wire, the positions in it, and whether this rank sends it."""
     shard = rounds[0].keys
-    for slot, turn in enumerate(rounds):
+    for slot, round_ in enumerate(rounds):
         following = rounds[slot + 1].keys if slot + 1 < len(rounds) else ()
-        # What a rank sends on lies in its arrival, what is its own in its shard.
+        # Keys to forward lie in this rank's arrival, its own keys in its shard.
         ends: tuple[tuple[str, Message | None, Sequence[Span], bool], ...] = (
-            ("keys", turn.send_keys, _source(turn, rounds[0]), True),
-            ("keys", turn.receive_keys, following, False),
-            ("passed", turn.pass_grads, turn.keys, True),
-            ("passed", turn.receive_passed, following, False),
-            ("returned", turn.return_grads, turn.keys, True),
-            ("returned", turn.receive_returned, shard, False),
+            ("keys", round_.send_keys, _source(round_, rounds[0]), True),
+            ("keys", round_.receive_keys, following, False),
+            ("passed", round_.pass_grads, round_.keys, True),
+            ("passed", round_.receive_passed, following, False),
+            ("returned", round_.return_grads, round_.keys, True),
+            ("returned", round_.receive_returned, shard, False),
         )
         for kind, message, runs, sending in ends:
             if message is not None:
@@ -76,9 +77,9 @@ def _wires(rounds: Sequence[Round], rank: int) -> Iterator[tuple[Wire, list[Span
                 yield (slot, kind, *pair), _picked(runs, message.spans), sending
 
 
-def _source(turn: Round, first: Round) -> Sequence[Span]:
-    own = turn.send_keys is not None and turn.send_keys.owner == first.owner
-    return first.keys if own else turn.keys
+def _source(round_: Round, first: Round) -> Sequence[Span]:
+    own = round_.send_keys is not None and round_.send_keys.owner == first.owner
+    return first.keys if own else round_.keys
 
 
 def _picked(runs: Sequence[Span], spans: Iterable[Span]) -> list[Span]:
@@ -96,17 +97,20 @@ def _picked(runs: Sequence[Span], spans: Iterable[Span]) -> list[Span]:
 
 
 def _collectives(schedule: Schedule, ranks: range) -> int:
-    """Gathers and trades that all ranks see alike."""
+    """Checks that all ranks agree on gathers and all-to-alls; returns how many there are."""
     gathers = [schedule.gather(rank) for rank in ranks]
-    trades = [schedule.heads(rank) for rank in ranks]
+    head_exchanges = [schedule.heads(rank) for rank in ranks]
     widths = {gather.width if gather else 0 for gather in gathers}
     assert len(widths) == 1, "ranks give parts of different lengths to one gather"
-    for rank, trade in zip(ranks, trades):
-        if trade is None:
+    for rank, head_exchange in zip(ranks, head_exchanges):
+        if head_exchange is None:
             continue
-        assert trade.peers[trade.index] == rank
-        for other in (trades[peer] for peer in trade.peers if peer in ranks):
+        assert head_exchange.peers[head_exchange.index] == rank
+        for other in (head_exchanges[peer] for peer in head_exchange.peers if peer in ranks):
             assert other is not None
-            assert (other.peers, other.kv_heads) == (trade.peers, trade.kv_heads)
-            assert (other.query_heads, other.rows) == (trade.query_heads, trade.rows)
-    return sum(found is not None for found in (*gathers, *trades))
+            assert (other.peers, other.kv_heads) == (head_exchange.peers, head_exchange.kv_heads)
+            assert (other.query_heads, other.rows) == (
+                head_exchange.query_heads,
+                head_exchange.rows,
+            )
+    return sum(found is not None for found in (*gathers, *head_exchanges))

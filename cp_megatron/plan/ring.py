@@ -1,33 +1,35 @@
-"""p2p: which keys arrive in which round, and what is sent on.
+"""p2p: which keys arrive in which round, and which are forwarded.
 
-A ring of N ranks. In round 0 a rank computes its own keys; in round t it computes the keys of rank
-``r + t``, which reached it from ``r + 1``. Everything travels towards lower ranks. While a round
-computes, the keys of the next one are under way:
+In a ring of N ranks, rank r computes its own keys in round 0. In round t it computes the keys of
+rank ``r + t``, which it received from rank ``r + 1``. All messages go to lower ranks. While a round
+is computed, the keys of the next one are in flight:
 
     rank 0    own    keys of 1    keys of 2    keys of 3        time ->
     rank 1    own    keys of 2    keys of 3    keys of 0
     rank 2    own    keys of 3    keys of 0    keys of 1
     rank 3    own    keys of 0    keys of 1    keys of 2
 
-**Why downwards.** Under zigzag the late half of a shard is read by lower ranks only. Sent down, it
-passes exactly those and is dropped at rank 0; sent up it would circle the whole ring. In general a
-key is passed on while some rank further down the path reads it: all ranks together receive 0.75 of
-what a ring of whole shards moves under a causal mask, and far less where documents end the reach.
+**Direction.** Under zigzag, only lower ranks read the late half of a shard. Sent downwards, it
+passes exactly those ranks and is dropped at rank 0; sent upwards, it would go around the whole
+ring. In general a key is forwarded as long as some rank further down reads it. Under a causal mask
+all ranks together receive 0.75 of what a ring of whole shards moves, and far less if documents end
+early.
 
-**Gradients** of keys follow their keys down: each rank adds its part and passes the sum on. Once
-the last reader of a key has added its part, the sum goes home to the key's owner at once, so a
-gradient never travels where its key did not, and the bytes are the forward's.
+**Gradients** of keys follow their keys downwards: each rank adds its part and passes the sum on.
+Once the last reader of a key has added its part, the sum is returned to the key's owner at once.
+So a gradient never goes where its key did not, and backward moves as many gradients as forward
+moves keys.
 
-Messages of slot t are posted together, before the tiles of round t; both ends know this from the
-same arithmetic:
+All messages of slot t are posted together, before the tiles of round t. Both ends compute the same
+list:
 
     slot t   keys for round t + 1;   gradients finished or passed on by round t - 1
 
-The ``direct`` route differs only in who sends: keys come from their owner, gradients go straight
-home.
+The ``direct`` route differs only in the sender: keys come from their owner, and gradients are
+returned to the owner after each round.
 
-Sources: Ring Attention (Liu et al. 2023, arXiv:2310.01889) for the rounds; needed-only downward
-routing is this project's.
+Sources: Ring Attention (Liu et al. 2023, arXiv:2310.01889) for the rounds. Sending only needed
+keys, downwards, is this project's method.
 """
 
 from __future__ import annotations
@@ -39,9 +41,10 @@ from cp_megatron.plan.layout import SequenceLayout
 from cp_megatron.plan.mask import Mask
 from cp_megatron.plan.readers import Readers
 from cp_megatron.plan.rounds import Message, Round
-from cp_megatron.plan.tiles import (
+from cp_megatron.plan.tiling import (
     Span,
     merge_spans,
+    num_positions,
     own_tiles,
     pack,
     reading,
@@ -64,12 +67,12 @@ class _Run(NamedTuple):
 def plan_ring(
     mask: Mask, layout: SequenceLayout, readers: Readers, rank: int, route: str
 ) -> tuple[Round, ...]:
-    """What ``rank`` does, in order. Round t computes the keys of rank ``(rank + t) % N``."""
+    """Plans the rounds of ``rank``. Round t computes the keys of rank ``(rank + t) % N``."""
     return _RankPlanner(mask, layout, readers, rank, route == "ring").rounds()
 
 
 class _RankPlanner:
-    """Plans one rank; holds what is worked out once per owner of keys."""
+    """Plans one rank and caches results for each owner of keys."""
 
     def __init__(
         self, mask: Mask, layout: SequenceLayout, readers: Readers, rank: int, is_ring: bool
@@ -91,7 +94,7 @@ class _RankPlanner:
             rounds.append(
                 Round(
                     owner=owner,
-                    keys=tuple((piece.start, piece.stop) for piece in keys),
+                    keys=tuple((run.start, run.stop) for run in keys),
                     tiles=tuple(tiles),
                     send_keys=self.send_keys(t),
                     receive_keys=self.receive_keys(t),
@@ -101,7 +104,7 @@ class _RankPlanner:
         return tuple(rounds)
 
     def of(self, owner: int) -> list[_Run]:
-        """The runs of ``owner`` that somebody else reads."""
+        """The runs of ``owner`` that other ranks read."""
         if owner not in self.runs:
             table, (near, far) = self.readers, self.readers.hops
             rows = range(int(table.first[owner]), int(table.first[owner + 1]))
@@ -119,7 +122,7 @@ class _RankPlanner:
         return lambda run: bool(read[run.row, rank])
 
     def arrival(self, rank: int, hop: int) -> list[Span]:
-        """Spans of the shard of the owner, ``hop`` ranks above ``rank``, that reach ``rank``."""
+        """Spans, in the shard of the owner ``hop`` ranks above ``rank``, that reach ``rank``."""
         if (rank, hop) not in self.arrivals:
             arrives = self._arrives(rank, hop)
             owner = (rank + hop) % self.size
@@ -127,7 +130,7 @@ class _RankPlanner:
         return self.arrivals[rank, hop]
 
     def _positions(self, rank: int, hop: int) -> list[Span]:
-        """The same as positions."""
+        """The positions of ``arrival``."""
         arrives = self._arrives(rank, hop)
         owner = (rank + hop) % self.size
         return merge_spans([(run.start, run.stop) for run in self.of(owner) if arrives(run)])
@@ -147,12 +150,12 @@ class _RankPlanner:
         if t + 1 >= self.size:
             return None
         peer = (self.rank + (1 if self.is_ring else t + 1)) % self.size
-        num_tokens = sum(stop - start for start, stop in self.arrival(self.rank, t + 1))
+        num_tokens = num_positions(self.arrival(self.rank, t + 1))
         owner = (self.rank + t + 1) % self.size
         return _message(peer, owner, [(0, num_tokens)] if num_tokens else [])
 
     def gradient_messages(self, t: int) -> dict[str, Message | None]:
-        """The messages that carry key gradients once round ``t`` is computed."""
+        """The messages that carry gradients of keys after round ``t``."""
         if t == 0:
             return {}
         me, size = self.rank, self.size
@@ -177,11 +180,11 @@ class _RankPlanner:
         return messages
 
     def unfinished(self, owner: int, hop: int) -> list[Span]:
-        """Keys with a reader up to ``hop`` and another below it."""
+        """Keys with a reader up to ``hop`` places below the owner, and another one further down."""
         return _spans([run for run in self.of(owner) if run.near <= hop < run.far])
 
     def finished(self, owner: int, hop: int) -> list[Span]:
-        """Keys whose last reader is at ``hop``."""
+        """Keys whose last reader is ``hop`` places below the owner."""
         return _spans([run for run in self.of(owner) if run.far == hop])
 
 

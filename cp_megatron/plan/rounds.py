@@ -1,17 +1,17 @@
-"""What a schedule is made of: rounds, and the messages between them. Plain data."""
+"""The parts of a schedule: rounds, and the messages between them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cp_megatron.plan.tiles import Span, Tile
+from cp_megatron.plan.tiling import Span, Tile, num_positions
 
 
 @dataclass(frozen=True)
 class Message:
-    """Keys of rank ``owner``, or their gradients, between this rank and ``peer``.
+    """Keys of rank ``owner``, or their gradients, that this rank exchanges with ``peer``.
 
-    ``spans`` says where they lie in this rank's buffer: the shard, or the arrival of a round.
+    ``spans`` gives their place in this rank's buffer: the shard, or the arrival of a round.
     """
 
     peer: int
@@ -20,25 +20,25 @@ class Message:
 
     @property
     def num_tokens(self) -> int:
-        """Key positions in the message."""
-        return sum(stop - start for start, stop in self.spans)
+        """The number of key positions in the message."""
+        return num_positions(self.spans)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Round:
-    """What one rank does in one round. A message that would be empty is None and never sent.
+    """The tiles and messages of one rank in one round. Empty messages are None and never sent.
 
     Attributes:
-        owner: whose keys are computed; -1 where they come from all ranks together.
+        owner: the rank whose keys are computed; -1 if the keys come from all ranks together.
         keys: positions of the arrival, as runs, in local order.
-        tiles: what is computed; columns count in the arrival.
-        send_keys: for the receiver's next round; spans in the own shard (round 0 or ``direct``)
-            or in this round's arrival.
+        tiles: the tiles to compute; columns count in the arrival.
+        send_keys: keys for the receiver's next round; spans in the own shard (round 0 or
+            ``direct``) or in this round's arrival.
         receive_keys: fills the next round's arrival.
-        pass_grads: partial key gradients after this round, for rank - 1; spans in this arrival.
-        return_grads: finished key gradients after this round, for the owner; spans likewise.
-        receive_passed: what rank + 1 passes; spans in the next round's arrival.
-        receive_returned: what comes home; spans in the own shard.
+        pass_grads: partial key gradients for rank - 1 after this round; spans in this arrival.
+        return_grads: finished key gradients for the owner after this round; spans likewise.
+        receive_passed: the gradients that rank + 1 passes; spans in the next round's arrival.
+        receive_returned: finished gradients of the own keys; spans in the own shard.
     """
 
     owner: int
@@ -53,18 +53,5 @@ class Round:
 
     @property
     def num_keys(self) -> int:
-        """Length of the arrival."""
-        return sum(stop - start for start, stop in self.keys)
-
-    @property
-    def messages(self) -> tuple[Message, ...]:
-        """All messages sent or received, keys before gradients."""
-        found = (
-            self.send_keys,
-            self.receive_keys,
-            self.pass_grads,
-            self.return_grads,
-            self.receive_passed,
-            self.receive_returned,
-        )
-        return tuple(message for message in found if message is not None)
+        """The number of keys in the arrival."""
+        return num_positions(self.keys)

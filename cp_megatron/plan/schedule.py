@@ -1,14 +1,15 @@
 """A schedule: the rounds of all ranks under one exchange, and what they cost.
 
-    exchange     sequence travels       heads travel            explained in
+    exchange     sequence is sent       heads are exchanged     explained in
     p2p          in rounds              -                       ring.py
     all_gather   at once                -                       gather.py
     a2a          -                      among all ranks         heads.py
     a2a+p2p      in rounds              among neighbours        heads.py, ring.py
 
-Whatever the exchange, a rank's work is a sequence of rounds, and a round a list of tiles. Where
-heads travel first, the rounds are those of a whole group of neighbours: rows count in what the
-group holds together (``schedule.rows``), and every member computes them for its own heads.
+Under every exchange, a rank's work is a sequence of rounds, and a round is a list of tiles. If
+ranks first exchange heads for tokens by all-to-all, the rounds are those of a whole group of
+neighbours: rows count in the tokens that the group holds together (``schedule.rows``), and every
+member computes them for its own heads.
 """
 
 from __future__ import annotations
@@ -25,19 +26,21 @@ from cp_megatron.plan.mask import Mask
 from cp_megatron.plan.readers import Readers
 from cp_megatron.plan.ring import plan_ring
 from cp_megatron.plan.rounds import Message, Round
+from cp_megatron.plan.show.plot import write_svg
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """The schedule of a mask on a layout. Each rank's part is computed when asked for.
+    """The schedule of a mask on a layout. Each rank's part is computed on request.
 
     Attributes:
-        mask, layout: what attends to what, and who holds it.
+        mask, layout: which keys each query attends, and which rank holds which tokens.
         exchange: ``p2p``, ``all_gather``, ``a2a`` or ``a2a+p2p``; never ``auto``.
         route: ``ring`` or ``direct``, for the p2p part.
-        num_heads, num_kv_heads: of the model; known wherever heads travel.
-        hierarchical_sizes: ranks that trade heads, and groups of them; their product is all ranks.
-        reason: why this exchange.
+        num_heads, num_kv_heads: of the model; always known if heads are exchanged.
+        hierarchical_sizes: the size of a group of ranks that exchange heads, and the number of such
+            groups; their product is the number of ranks.
+        reason: why this exchange was chosen.
     """
 
     mask: Mask
@@ -66,18 +69,18 @@ class Schedule:
         """Plans the exchange.
 
         Args:
-            mask: what attends to what.
-            layout: who holds what, of the same length.
-            exchange: one of the four above, or ``auto`` for the one that moves least.
-            route: ``ring``, ``direct``, or ``auto`` for the one that moves less.
-            num_heads: query heads, needed for a2a, a2a+p2p and ``auto``.
+            mask: which keys each query attends.
+            layout: which rank holds which tokens, of the same length.
+            exchange: one of the four above, or ``auto`` for the one that moves the fewest bytes.
+            route: ``ring``, ``direct``, or ``auto`` for the one that moves fewer keys.
+            num_heads: query heads; required for a2a, a2a+p2p and ``auto``.
             num_kv_heads: key/value heads; as many as query heads by default.
             hierarchical_sizes: (A, P) of a2a+p2p.
-            head_dim, v_head_dim: widths, which ``auto`` weighs queries and keys with.
+            head_dim, v_head_dim: widths of heads; ``auto`` weighs queries and keys by them.
 
         Raises:
-            ConfigError: a name is unknown, layout and mask differ in length, the heads can not be
-                shared as asked, or the sizes do not multiply to the number of ranks.
+            ConfigError: a name is unknown, layout and mask differ in length, the heads cannot be
+                shared as requested, or the product of the sizes is not the number of ranks.
         """
         size = layout.cp_size
         check_exchange(exchange, route, size, hierarchical_sizes)
@@ -89,137 +92,136 @@ class Schedule:
             check_heads(1, num_heads, kv_heads, exchange)
         plan = cls(mask, layout, exchange, route, num_heads, kv_heads)
         if exchange == "auto":
-            assert num_heads is not None
-            assert kv_heads is not None
             width = head_dim if v_head_dim is None else v_head_dim
-            heads = Heads(
-                num_heads=num_heads, num_kv_heads=kv_heads, head_dim=head_dim, v_head_dim=width
-            )
-            choice = choose_exchange(mask, layout, plan.readers, heads, hierarchical_sizes, route)
-            plan = replace(
-                plan,
-                exchange=choice.exchange,
-                route=choice.route,
-                hierarchical_sizes=choice.sizes,
-                reason=choice.reason,
-            )
+            plan = plan._with_choice(head_dim, width, hierarchical_sizes)
         else:
             sizes = {"p2p": (1, size), "all_gather": (1, size), "a2a": (size, 1)}
             plan = replace(plan, hierarchical_sizes=hierarchical_sizes or sizes[exchange])
-        if plan.num_trading > 1:
-            check_heads(plan.num_trading, num_heads, kv_heads, plan.exchange)
+        if plan.all_to_all_size > 1:
+            check_heads(plan.all_to_all_size, num_heads, kv_heads, plan.exchange)
         if plan.route == "auto":
             plan = replace(plan, route=choose_route(plan.readers))
         return plan
 
+    def _with_choice(
+        self, head_dim: int, v_head_dim: int, hierarchical_sizes: tuple[int, int] | None
+    ) -> Schedule:
+        """Resolves ``auto``."""
+        assert self.num_heads is not None
+        assert self.num_kv_heads is not None
+        heads = Heads(
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=head_dim,
+            v_head_dim=v_head_dim,
+        )
+        choice = choose_exchange(
+            self.mask, self.layout, self.readers, heads, hierarchical_sizes, self.route
+        )
+        return replace(
+            self,
+            exchange=choice.exchange,
+            route=choice.route,
+            hierarchical_sizes=choice.sizes,
+            reason=choice.reason,
+        )
+
     @property
-    def num_trading(self) -> int:
-        """Ranks that trade heads with each other; 1 where heads do not travel."""
+    def all_to_all_size(self) -> int:
+        """The number of ranks that exchange heads with each other; 1 if heads stay."""
         return self.hierarchical_sizes[0]
 
     @cached_property
     def rows(self) -> SequenceLayout:
-        """What each group of trading ranks holds together; the layout itself without trade."""
-        return merged_layout(self.layout, self.num_trading) if self.num_trading > 1 else self.layout
+        """The tokens that each group of ``all_to_all_size`` ranks holds together, as a layout."""
+        size = self.all_to_all_size
+        return merged_layout(self.layout, size) if size > 1 else self.layout
 
     @cached_property
     def readers(self) -> Readers:
-        """Who reads which keys, by group of trading ranks."""
+        """Which keys each group of ``all_to_all_size`` ranks reads."""
         return Readers.of(self.mask, self.rows)
 
     def rounds(self, rank: int) -> tuple[Round, ...]:
-        """What ``rank`` does, in order; message peers are ranks.
+        """The rounds of ``rank``, in order. The peers of messages are ranks.
 
-        Round 0 is the own keys. Under p2p, round t is the keys of the rank (group of trading
-        ranks) t places up; under all_gather, round 1 is everything else.
+        Round 0 computes the own keys. Under p2p, round t computes the keys of the rank (or the
+        group) t places above; under all_gather, round 1 computes all other keys.
         """
         if self.exchange == "all_gather":
             return plan_gather_rounds(self.mask, self.rows, self.readers, rank)
-        size = self.num_trading
+        size = self.all_to_all_size
         rounds = plan_ring(self.mask, self.rows, self.readers, rank // size, self.route)
         if size == 1:
             return rounds
-        return tuple(_with_peers(turn, size, rank % size) for turn in rounds)
+        return tuple(_with_peers(round_, size, rank % size) for round_ in rounds)
 
     def gather(self, rank: int) -> Gather | None:
-        """The collective of all_gather."""
+        """The part of ``rank`` in the collective of all_gather; None under other exchanges."""
         if self.exchange != "all_gather":
             return None
         return plan_gather(self.readers, rank)
 
     def heads(self, rank: int) -> HeadExchange | None:
-        """The trade of heads."""
-        if self.num_trading == 1:
+        """The part of ``rank`` in the all-to-all of heads; None if heads stay."""
+        if self.all_to_all_size == 1:
             return None
         assert self.num_heads is not None
         assert self.num_kv_heads is not None
-        return plan_heads(self.layout, rank, self.num_trading, self.num_heads, self.num_kv_heads)
+        size = self.all_to_all_size
+        return plan_heads(self.layout, rank, size, self.num_heads, self.num_kv_heads)
 
     def pairs(self, rank: int) -> int:
-        """Attended (query, key) pairs that ``rank`` computes, each for the heads it computes.
+        """The number of (query, key) pairs that ``rank`` computes, each for the heads it computes.
 
-        Where heads travel, members of a group compute the same pairs for different heads.
+        If heads are exchanged, members of a group compute the same pairs for different heads.
         """
-        return sum(tile.pairs for turn in self.rounds(rank) for tile in turn.tiles)
+        return sum(tile.pairs for round_ in self.rounds(rank) for tile in round_.tiles)
 
     def kv_tokens_received(self, rank: int) -> int:
-        """Key positions ``rank`` receives in forward, those it only passes on included.
+        """The number of key positions ``rank`` receives in forward, including those it forwards.
 
-        all_gather counts the parts of all other ranks, padding included; where heads travel, the
-        group's other shards and then what rounds bring, each for the heads ``rank`` computes.
+        Under all_gather it counts the parts of all other ranks with their padding. If heads are
+        exchanged, it counts the group's other shards and then the rounds, each for the heads that
+        ``rank`` computes.
         """
         size = self.layout.cp_size
         if self.exchange == "all_gather":
             return (size - 1) * gathered_width(self.readers)
-        traded = (self.num_trading - 1) * self.layout.shard_len
-        return traded + self._tokens_of_rounds(rank)
-
-    def largest_message(self, rank: int) -> int:
-        """Key positions in the largest message of keys or of their gradients ``rank`` handles.
-
-        The memory a rank keeps for messages follows from it. all_gather counts all that is gathered
-        at once for a head; a trade of heads is not counted.
-        """
-        if self.exchange == "all_gather":
-            return self.layout.cp_size * gathered_width(self.readers)
-        return max(
-            (message.num_tokens for turn in self.rounds(rank) for message in turn.messages),
-            default=0,
-        )
+        in_group = (self.all_to_all_size - 1) * self.layout.shard_len
+        return in_group + self._tokens_of_rounds(rank)
 
     def _tokens_of_rounds(self, rank: int) -> int:
-        return int(self.readers.received[self.route][rank // self.num_trading])
+        return int(self.readers.received[self.route][rank // self.all_to_all_size])
 
     def bytes_received(
         self, rank: int, head_dim: int, element_size: int, v_head_dim: int | None = None
     ) -> int:
-        """Bytes ``rank`` receives in forward for one batch row.
+        """The number of bytes ``rank`` receives in forward for one batch row.
 
-        Keys and values of a position travel together, ``head_dim + v_head_dim`` elements for each
-        of the key/value heads the schedule was built with, or for one head without. Where heads
-        travel, queries and results count too.
+        Keys and values of a position are sent together: ``head_dim + v_head_dim`` elements for each
+        key/value head of the schedule, or for one head if their number is unknown. If heads are
+        exchanged, queries and results count too.
         """
         v_dim = head_dim if v_head_dim is None else v_head_dim
-        trade = self.heads(rank)
-        if trade is None:
+        exchange = self.heads(rank)
+        if exchange is None:
             heads = self.num_kv_heads or 1
             return self.kv_tokens_received(rank) * heads * (head_dim + v_dim) * element_size
-        q0, q1 = trade.query_heads[trade.index]
-        k0, k1 = trade.kv_heads[trade.index]
+        q0, q1 = exchange.query_heads[exchange.index]
+        k0, k1 = exchange.kv_heads[exchange.index]
         keys = (k1 - k0) * (head_dim + v_dim)
-        traded = (len(trade.peers) - 1) * self.layout.shard_len
-        elements = traded * ((q1 - q0) * (head_dim + v_dim) + keys)
+        in_group = (len(exchange.peers) - 1) * self.layout.shard_len
+        elements = in_group * ((q1 - q0) * (head_dim + v_dim) + keys)
         return (elements + self._tokens_of_rounds(rank) * keys) * element_size
 
     def plot(self, path: str) -> None:
-        """Draws who computes which tile in which round as an SVG file."""
-        from cp_megatron.plan.show.plot import write_svg
-
+        """Draws an SVG file that shows which rank computes which tile in which round."""
         write_svg(self, path)
 
 
-def _with_peers(turn: Round, size: int, index: int) -> Round:
-    """A round of groups as one of their members': it talks to the member in its own place."""
+def _with_peers(round_: Round, size: int, index: int) -> Round:
+    """Translates a round of groups to one member, whose peers have the same place in theirs."""
 
     def moved(message: Message | None) -> Message | None:
         if message is None:
@@ -227,11 +229,11 @@ def _with_peers(turn: Round, size: int, index: int) -> Round:
         return replace(message, peer=message.peer * size + index)
 
     return replace(
-        turn,
-        send_keys=moved(turn.send_keys),
-        receive_keys=moved(turn.receive_keys),
-        pass_grads=moved(turn.pass_grads),
-        return_grads=moved(turn.return_grads),
-        receive_passed=moved(turn.receive_passed),
-        receive_returned=moved(turn.receive_returned),
+        round_,
+        send_keys=moved(round_.send_keys),
+        receive_keys=moved(round_.receive_keys),
+        pass_grads=moved(round_.pass_grads),
+        return_grads=moved(round_.return_grads),
+        receive_passed=moved(round_.receive_passed),
+        receive_returned=moved(round_.receive_returned),
     )

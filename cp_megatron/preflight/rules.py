@@ -7,104 +7,19 @@ that work, and returns nothing else than what it had to work out.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import replace
-from types import MappingProxyType
 
 from cp_megatron.config import (
     CheckpointConfig,
-    Config,
     DataConfig,
     MemoryConfig,
     ModelConfig,
     OptimizerConfig,
     TrainConfig,
 )
-from cp_megatron.config.fields import settings
 from cp_megatron.data.rows.sampler import parse_split
 from cp_megatron.errors import ConfigError
-
-LARGEST_SIZE = 2**31 - 1
-LARGEST_AXIS = 2**16
-
-_SIZES = (
-    *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups"),
-    *("kv_channels", "max_position_embeddings", "make_vocab_size_divisible_by"),
-    *("original_max_position_embeddings", "vocab_size"),
-    *("tensor_parallel_size", "context_parallel_size"),
-    *("seq_length", "micro_batch_size", "global_batch_size"),
-    *("train_iters", "lr_decay_iters", "log_interval", "eval_interval", "save_interval"),
-    *("check_interval", "keep_latest_k", "save_retain_interval"),
-    *("recompute_num_layers", "mlp_tile_size", "loss_chunk_size"),
-)
-_COUNTS = ("lr_warmup_iters", "eval_iters", "skip_budget")
-# name -> (lowest, whether it may be it, highest, whether it may be it)
-_RANGES: Mapping[str, tuple[float, bool, float, bool]] = MappingProxyType(
-    {
-        "norm_epsilon": (0, True, 1, True),
-        "rotary_base": (1, False, math.inf, False),
-        "rope_scaling_factor": (1, True, math.inf, False),
-        "rope_attention_factor": (0, False, math.inf, False),
-        "beta_fast": (1e-30, True, 1e30, True),
-        "beta_slow": (1e-30, True, 1e30, True),
-        "mscale": (0, True, math.inf, False),
-        "mscale_all_dim": (0, True, math.inf, False),
-        "rope_low_freq_factor": (0, False, math.inf, False),
-        "rope_high_freq_factor": (0, False, math.inf, False),
-        "hidden_dropout": (0, True, 1, False),
-        "attention_dropout": (0, True, 1, False),
-        "init_method_std": (0, False, math.inf, False),
-        "lr": (0, False, math.inf, False),
-        "min_lr": (0, True, math.inf, False),
-        "weight_decay": (0, True, math.inf, False),
-        "adam_beta1": (0, True, 1, False),
-        "adam_beta2": (0, True, 1, False),
-        "adam_eps": (0, False, math.inf, False),
-        "clip_grad": (0, True, math.inf, False),
-        "spike_threshold": (0, False, math.inf, False),
-        "z_loss_coeff": (0, True, math.inf, False),
-        "distributed_timeout_minutes": (0.01, True, 525_600, True),
-        "seed": (0, True, 2**63 - 1, True),
-    }
-)
-
-
-def check_ranges(config: Config) -> None:
-    """Every number lies where it means something, every choice is one."""
-    for name, row in settings().items():
-        value = getattr(getattr(config, row.section) if row.section else config, name)
-        if value is None:
-            continue
-        if name in _SIZES or name in _COUNTS:
-            least = 1 if name in _SIZES else 0
-            most = LARGEST_AXIS if name.endswith("_parallel_size") else LARGEST_SIZE
-            if not least <= value <= most:
-                works = str(least) if value < least else str(most)
-                rule = f"must be {'positive' if least else '0 or more'}, at most {most}"
-                raise ConfigError(row.flag, value, rule, works)
-        elif name in _RANGES:
-            _check_range(row.flag, value, *_RANGES[name])
-        elif row.choices and value not in row.choices:
-            raise ConfigError(row.flag, value, "must be one of its choices", ", ".join(row.choices))
-
-
-def _check_range(
-    flag: str, value: float, low: float, low_works: bool, high: float, high_works: bool
-) -> None:
-    above = value >= low if low_works else value > low
-    below = value <= high if high_works else value < high
-    if above and below and math.isfinite(value):
-        return
-    left = f"{'>=' if low_works else '>'} {low:g}"
-    right = "" if high == math.inf else f" and {'<=' if high_works else '<'} {high:g}"
-    works = f"{low if not above else high:g}" if (low_works if not above else high_works) else ""
-    raise ConfigError(flag, value, f"must be {left}{right}", works or _default(flag))
-
-
-def _default(flag: str) -> str:
-    row = next(row for row in settings().values() if row.flag == flag)
-    value = getattr(getattr(Config(), row.section), row.name)
-    return "1" if value is None else f"{value:g}"
 
 
 def check_model(model: ModelConfig, seq_length: int) -> None:

@@ -7,15 +7,15 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from cp_megatron.checkpoint.manifest import TEMPORARY, Manifest, newest_step, read_manifest
-from cp_megatron.checkpoint.newest import Newest, named_step, newest_whole
+from cp_megatron.checkpoint.find_checkpoint import Newest, named_step, newest_whole
+from cp_megatron.checkpoint.manifest import Manifest, read_manifest
+from cp_megatron.checkpoint.step_folders import TEMPORARY, newest_step
 from cp_megatron.config import Config
 from cp_megatron.config.fields import settings
-from cp_megatron.config.run_folders import CONFIG_FILE, run_folder
-from cp_megatron.config.yaml_io import overlay
+from cp_megatron.config.files.run_folders import CONFIG_FILE, run_folder
+from cp_megatron.config.files.yaml_io import overlay
 from cp_megatron.errors import ConfigError
 from cp_megatron.preflight.rope_rules import FIELDS
-from cp_megatron.preflight.rules import check_ranges
 
 
 def model_name(config: Config) -> str:
@@ -191,12 +191,10 @@ def _saved_config(manifest: Manifest, load: str) -> Config:
             values |= {
                 row.name: row.from_yaml(entries[row.name]) for row in rows if row.name in entries
             }
-        saved = overlay(Config(), values)
-        check_ranges(saved)
+        return overlay(Config(), values)
     except (KeyError, TypeError, ValueError) as error:
         rule = f"its manifest does not say its model: {error}"
         raise ConfigError("--load", load, rule, "another step") from None
-    return saved
 
 
 def _shape(config: Config) -> dict[str, Any]:

@@ -1,8 +1,8 @@
-"""How context parallel ranks share a row: mask, padding, layout, exchange. No torch.
+"""How context parallel ranks share a row: its mask, padding, layout and exchange.
 
-All of it is known before the first row is read, but for packed documents: their layout and what
-``auto`` takes for an exchange follow from each batch, and are worked out by ``ContextParallel``
-with the same functions.
+All of this is known before the first row is read. Packed documents are the exception: their layout
+and the exchange that ``auto`` chooses depend on the batch, and ``ContextParallel`` computes them
+for each batch with the same functions.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ class SequencePlan:
     """How a row is shared.
 
     Attributes:
-        mask: of every row; where documents are masked, of a row that is one document, in whose
-            place each batch puts its own.
-        per_batch: each batch has its own mask, and what follows from it.
-        padding: tokens put behind each row.
-        layout: which context parallel rank holds which positions; where documents are masked and
-            the layout is ``balanced``, only its kind and the number of tokens are every batch's.
-        exchange: how keys and values reach the queries; ``none`` on one rank, ``auto`` where each
+        mask: the mask of every row. If documents are masked, it is that of a row of one document,
+            and each batch has its own instead.
+        per_batch: each batch has its own mask, and a layout and exchange that follow from it.
+        padding: tokens appended to each row.
+        layout: which context parallel rank holds which positions. If documents are masked and the
+            layout is ``balanced``, batches share only its kind and its number of tokens.
+        exchange: how keys and values reach the queries; ``none`` on one rank, ``auto`` if each
             batch decides.
-        route: of the exchange's messages; ``auto`` where each batch decides.
-        sizes: ranks that trade heads and groups of them, as ``ContextParallel`` takes them.
-        reason: why this exchange.
-        notes: what a person should know of it, for the start table.
+        route: the route of the exchange's messages; ``auto`` if each batch decides.
+        sizes: ``hierarchical_sizes`` of ``ContextParallel``.
+        reason: why this exchange was chosen.
+        notes: consequences worth knowing, for the start table.
     """
 
     mask: Mask
@@ -52,7 +52,7 @@ class SequencePlan:
 
     @property
     def row_length(self) -> int:
-        """Tokens of what the model sees as one row, padding included."""
+        """Tokens of one row of the model's input, padding included."""
         return self.mask.seq_len
 
 
@@ -65,18 +65,18 @@ def plan_sequence(
     given: frozenset[str] = frozenset(),
     one_node: bool = False,
 ) -> SequencePlan:
-    """How the rows of this run are shared.
+    """Plans how the rows of this run are shared.
 
     Args:
-        config: the run; its model is sound.
+        config: the run; its model has been checked.
         grid: the ranks.
-        launch: says how many of them share a node.
+        launch: how many of them share a node.
         rows: rows that are packed into one.
         given: flags the user typed; one of them without an effect is refused.
-        one_node: the launch does not say where ranks will be: take one node for all.
+        one_node: the launch does not tell where the ranks will be: assume one node.
 
     Raises:
-        ConfigError: the row can not be cut, or the heads not be shared, as asked.
+        ConfigError: the row or the heads cannot be split as requested.
     """
     per_batch = config.data.document_mask
     length = config.data.seq_length * rows
@@ -89,10 +89,11 @@ def plan_sequence(
         padding=0 if per_batch else padding,
     )
     layout = SequenceLayout.make(mask, grid.cp, kind)
-    choice = _Exchange.of(config, grid, mask, layout, given, _nodes(grid, launch, one_node))
-    # p2p moves the same bytes wherever ranks are.
+    _check_exchange(config, grid, given)
+    choice = _choose_exchange(config, grid, mask, layout, _nodes(grid, launch, one_node))
+    # p2p moves the same bytes on any nodes.
     unknown = one_node and choice.considered_nodes and choice.exchange != "p2p"
-    note = "where ranks are is not known: the exchange is chosen as if one node had them all"
+    note = "the nodes are not known: the exchange is chosen as if one node had all ranks"
     return SequencePlan(
         mask=mask,
         per_batch=per_batch,
@@ -107,10 +108,10 @@ def plan_sequence(
 
 
 def ranks_together(grid: Grid, ranks_per_node: int) -> int:
-    """The most neighbours on the cp axis that share a node in every context parallel group.
+    """The largest number of cp neighbours that share a node in every context parallel group.
 
-    Neighbours are ``tp`` ranks apart, so A of them, starting at any multiple of A, take up A x tp
-    consecutive ranks; these never cross into the next node iff A x tp divides its ranks::
+    Neighbours are ``tp`` ranks apart. So A of them, starting at any multiple of A, take up A x tp
+    consecutive ranks, which all lie on one node if and only if A x tp divides the ranks of a node::
 
         8 ranks a node, tp 2, cp 8       node 0: 0 2 4 6 | node 1: 8 10 12 14       A = 4
     """
@@ -122,7 +123,7 @@ def ranks_together(grid: Grid, ranks_per_node: int) -> int:
 
 
 def _nodes(grid: Grid, launch: Launch, one_node: bool) -> Sizes | None:
-    """(ranks of a context parallel group on a node, nodes of a group); None where one has all."""
+    """(ranks of a context parallel group per node, nodes per group); None if one node has all."""
     together = grid.cp if one_node else ranks_together(grid, launch.local_world_size)
     return None if together == grid.cp else (together, grid.cp // together)
 
@@ -131,13 +132,13 @@ def _layout_kind(config: Config, length: int) -> str:
     asked = config.parallel.cp_layout
     if asked != "auto":
         return asked
-    # Of several documents, whatever a batch has: the padding must fit every batch.
+    # The padding must fit every batch, so the kind cannot depend on a batch's documents.
     packed = Mask.documents([1, length])
     return auto_layout(packed if config.data.document_mask else Mask.causal(length))
 
 
 def _padding(config: Config, grid: Grid, kind: str, length: int) -> tuple[int, tuple[str, ...]]:
-    """Tokens to put behind a row of ``length`` so that all that cuts it divides it; a note."""
+    """Tokens to append to a row of ``length`` so that it can be split evenly, and a note."""
     splits_sequence = config.parallel.sequence_parallel and grid.tp > 1
     every = grid.cp * grid.tp if splits_sequence else 1
     divisor = math.lcm(sequence_divisor(kind, grid.cp), every)
@@ -147,7 +148,7 @@ def _padding(config: Config, grid: Grid, kind: str, length: int) -> tuple[int, t
     needs = [f"the {kind} layout on --context-parallel-size {grid.cp}"] if grid.cp > 1 else []
     if splits_sequence:
         needs.append(f"--sequence-parallel on --tensor-parallel-size {grid.tp}")
-    # Whole rows are packed, and each may bring a factor of its own.
+    # A packed row is several rows long, which may already contain a part of the divisor.
     unit = divisor // math.gcd(divisor, length // config.data.seq_length)
     fits = padding <= config.data.seq_length  # learned positions end at the sequence length
     if config.data.pad_rows and fits:
@@ -165,7 +166,7 @@ def _padding(config: Config, grid: Grid, kind: str, length: int) -> tuple[int, t
 
 @dataclass(frozen=True, kw_only=True)
 class _Exchange:
-    """What was chosen, and whether the place of ranks had a say in it."""
+    """The exchange, and whether the choice depends on which ranks share a node."""
 
     exchange: str
     route: str
@@ -173,63 +174,60 @@ class _Exchange:
     reason: str
     considered_nodes: bool = False
 
-    @classmethod
-    def of(
-        cls,
-        config: Config,
-        grid: Grid,
-        mask: Mask,
-        layout: SequenceLayout,
-        given: frozenset[str],
-        nodes: Sizes | None,
-    ) -> _Exchange:
-        """The exchange asked for, or the best."""
-        parallel = config.parallel
-        asked, route = parallel.cp_comm_type, parallel.cp_route
-        sizes = parallel.hierarchical_context_parallel_sizes
-        check_exchange(asked, route, grid.cp, sizes)
-        if asked in ("a2a", "all_gather") and "--cp-route" in given:
-            rule = f"has no effect with --cp-comm-type {asked}"
-            raise ConfigError("--cp-route", route, rule, "--cp-comm-type p2p or a2a+p2p")
-        if grid.cp == 1:
-            reason = "one rank holds the whole sequence"
-            return cls(exchange="none", route="auto", sizes=None, reason=reason)
-        if asked.startswith("a2a") or sizes:
-            _check_heads(config, sizes[0] if sizes else grid.cp)
-        free = asked == "auto" and sizes is None
-        if free and nodes and nodes[0] == 1:
-            asked, nodes = "p2p", None
-            why = "every rank of a context parallel group is on a node of its own"
-        elif asked == "auto":
-            why = ""
-        else:
-            why = "asked for"
-        sizes = nodes if free else sizes
-        if config.data.document_mask:
-            why = why or "each batch takes what moves the fewest bytes"
-            return cls(exchange=asked, route=route, sizes=sizes, reason=why, considered_nodes=free)
+
+def _choose_exchange(
+    config: Config, grid: Grid, mask: Mask, layout: SequenceLayout, nodes: Sizes | None
+) -> _Exchange:
+    """The requested exchange, or the best one; ``_check_exchange`` has passed."""
+    parallel = config.parallel
+    exchange: str = parallel.cp_comm_type
+    route: str = parallel.cp_route
+    sizes = parallel.hierarchical_context_parallel_sizes
+    if grid.cp == 1:
+        reason = "one rank holds the whole sequence"
+        return _Exchange(exchange="none", route="auto", sizes=None, reason=reason)
+    reason = "" if exchange == "auto" else "asked for"
+    is_free = exchange == "auto" and sizes is None
+    if is_free and nodes and nodes[0] == 1:
+        exchange, nodes = "p2p", None
+        reason = "every rank of a context parallel group is on a node of its own"
+    sizes = nodes if is_free else sizes
+    if config.data.document_mask:
+        reason = reason or "each batch takes what moves the fewest bytes"
+    else:
         heads, kv_heads = local_heads(config.model, grid.tp)
         schedule = Schedule.build(
-            mask, layout, asked, route, heads, kv_heads, sizes, head_dim=config.model.head_dim
+            mask, layout, exchange, route, heads, kv_heads, sizes, head_dim=config.model.head_dim
         )
-        return cls(
-            exchange=schedule.exchange,
-            route=schedule.route,
-            sizes=schedule.hierarchical_sizes if schedule.exchange == "a2a+p2p" else None,
-            reason=why or schedule.reason,
-            considered_nodes=free,
-        )
+        exchange, route, reason = schedule.exchange, schedule.route, reason or schedule.reason
+        sizes = schedule.hierarchical_sizes if exchange == "a2a+p2p" else None
+    return _Exchange(
+        exchange=exchange, route=route, sizes=sizes, reason=reason, considered_nodes=is_free
+    )
+
+
+def _check_exchange(config: Config, grid: Grid, given: frozenset[str]) -> None:
+    """Refuses an exchange that contradicts the other flags or that the heads do not allow."""
+    parallel = config.parallel
+    exchange, route = parallel.cp_comm_type, parallel.cp_route
+    sizes = parallel.hierarchical_context_parallel_sizes
+    check_exchange(exchange, route, grid.cp, sizes)
+    if exchange in ("a2a", "all_gather") and "--cp-route" in given:
+        rule = f"has no effect with --cp-comm-type {exchange}"
+        raise ConfigError("--cp-route", route, rule, "--cp-comm-type p2p or a2a+p2p")
+    if grid.cp > 1 and (exchange.startswith("a2a") or sizes):
+        _check_heads(config, sizes[0] if sizes else grid.cp)
 
 
 def _check_heads(config: Config, ranks: int) -> None:
-    """Query heads that ``ranks`` can share; told in the flags that make them."""
+    """Refuses query heads that ``ranks`` cannot share, and names the flags they come from."""
     parallel, tp = config.parallel, config.parallel.tensor_parallel_size
     heads, _ = local_heads(config.model, tp)
     if not heads % ranks:
         return
     made = f"--num-attention-heads {config.model.num_attention_heads}"
     made += f" / --tensor-parallel-size {tp}" if tp > 1 else ""
-    rule = f"{ranks} ranks can not share {heads} query heads ({made})"
+    rule = f"{ranks} ranks cannot share {heads} query heads ({made})"
     cp = parallel.context_parallel_size
     fitting = [size for size in range(2, cp) if not cp % size and not heads % size]
     pairs = [f"--hierarchical-context-parallel-sizes {size} {cp // size}" for size in fitting]

@@ -22,7 +22,7 @@ from cp_megatron.context_parallel import ContextParallel
 from cp_megatron.data.read.sources import Corpus
 from cp_megatron.data.rows.corpora import Data
 from cp_megatron.errors import ConfigError
-from cp_megatron.preflight.check import DeviceName, RunPlan
+from cp_megatron.preflight.run_plan import DeviceName, RunPlan
 
 Read = TypeVar("Read", Data, Corpus)
 

@@ -17,9 +17,9 @@ from rich.table import Table
 from rich.text import Text
 
 from cp_megatron.config import DataConfig, ModelConfig
-from cp_megatron.config.run_folders import RUNS
+from cp_megatron.config.files.run_folders import RUNS
 from cp_megatron.errors import ConfigError
-from cp_megatron.preflight.check import RunPlan, dtype_on
+from cp_megatron.preflight.run_plan import RunPlan, dtype_on
 from cp_megatron.preflight.save_and_load import FinishedError, model_name
 from cp_megatron.preflight.sequence import SequencePlan
 from cp_megatron.spec import ModelSpec
@@ -108,14 +108,13 @@ def print_start(plan: RunPlan, run: Path | None, console: Console | None = None)
 def _world(plan: RunPlan) -> Iterator[Line]:
     grid = plan.grid
     ranks = "1 rank" if grid.world_size == 1 else f"{grid.world_size:,} ranks"
-    yield "world", f"{ranks} = dp {grid.dp} x cp {grid.cp} x tp {grid.tp}"
+    yield "world", f"{ranks} = {grid}"
     for rank in shown_ranks(grid.world_size):
         if rank is None:
             yield "...", "..."
             continue
         place = grid.coordinates(rank)
-        where = f"dp {place.dp}  cp {place.cp}  tp {place.tp}"
-        yield f"rank {rank}", f"{where}   positions {_positions(plan, place.cp)}"
+        yield f"rank {rank}", f"{place}   positions {_positions(plan, place.cp)}"
 
 
 def shown_ranks(world_size: int) -> list[int | None]:

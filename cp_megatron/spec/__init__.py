@@ -1,6 +1,6 @@
 """What a model is, as data: its parameters, how they are split, what they cost. No torch."""
 
-from cp_megatron.spec.layer import LayerSpec, MLPSpec
+from cp_megatron.spec.layer_spec import LayerSpec, MLPSpec
 from cp_megatron.spec.mixer import AttentionSpec, local_heads
 from cp_megatron.spec.model_spec import ModelSpec
 from cp_megatron.spec.parameter import BlockSpec, Init, ParameterSpec

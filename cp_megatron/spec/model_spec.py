@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from cp_megatron.config import ModelConfig
 from cp_megatron.errors import ConfigError
 from cp_megatron.plan import Grid
-from cp_megatron.spec.layer import LayerSpec
+from cp_megatron.spec.layer_spec import LayerSpec
 from cp_megatron.spec.parameter import BlockSpec, ParameterSpec
 from cp_megatron.spec.pieces import EmbeddingSpec, HeadSpec, NormSpec, PositionsSpec
 
@@ -97,11 +97,10 @@ class ModelSpec(BlockSpec):
 
         FSDP2 cuts dim 0 into pieces of equal, rounded-up size, so the last ranks may hold less.
         """
-        place = grid.coordinates(rank)
-        shards, shard = grid.dp * grid.cp, place.dp * grid.cp + place.cp
+        shards, shard = grid.size("dp_cp"), grid.index("dp_cp", rank)
         total = 0
         for parameter, copies in self._distinct():
-            rows, *rest = parameter.local_shape({"tp": grid.tp})
+            rows, *rest = parameter.local_shape(grid.sizes)
             piece = -(-rows // shards)
             held = min(piece, max(0, rows - shard * piece))
             total += held * math.prod(rest) * copies

@@ -6,9 +6,9 @@ import shlex
 import sys
 from pathlib import Path
 
-from cp_megatron.checkpoint.manifest import step_folder
+from cp_megatron.checkpoint.step_folders import step_folder
 from cp_megatron.comm.runtime import Launch
-from cp_megatron.config.run_folders import METRICS_FILE
+from cp_megatron.config.files.run_folders import METRICS_FILE
 from cp_megatron.metrics.plots import INSTALL, draw_curves, has_matplotlib
 from cp_megatron.train.loop import Trainer
 

@@ -1,4 +1,8 @@
-"""The loop: steps, and around them validation, metrics, checkpoints and the wish to stop."""
+"""The training loop: steps and, around them, validation, metrics, checkpoints and early stops.
+
+``step`` is the number of a training step, counted from 1: step N is being made until it is applied,
+and afterwards N steps are finished.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +35,7 @@ from cp_megatron.metrics.writer import (
     peak_flops,
     peak_memory,
 )
-from cp_megatron.preflight.check import RunPlan
+from cp_megatron.preflight.run_plan import RunPlan
 from cp_megatron.train.optimizer import learning_rate
 from cp_megatron.train.profiler import StepProfiler
 from cp_megatron.train.progress import ProgressView
@@ -42,34 +46,32 @@ from cp_megatron.train.step import Shard, StepResult, TrainStep
 
 
 class DivergedError(RuntimeError):
-    """The training's numbers went bad; every rank raises it at the same step, on one line."""
+    """The run cannot continue with the numbers it has; every rank raises it at the same step."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Trainer:
-    """All that a run consists of.
+    """A run that is ready to train.
 
     Attributes:
-        plan: what was decided before torch was loaded.
-        train_step: the model and what moves it.
+        plan: what was decided before torch was imported.
+        train_step: the model and its optimizer.
         rows: the data.
-        data_fingerprint: of the corpus.
-        folder: where the run is kept.
+        folder: the run's folder.
         control: a group of all ranks for CPU tensors.
         saver: writes the checkpoints.
-        writer: the metrics, on rank 0 only.
-        view: what a person sees.
-        profiler: writes a trace of some steps where asked to.
-        guard: says which steps are skipped.
-        faults: what this rank does wrong on purpose.
-        checks: find numbers that change by themselves; None does not look.
-        stragglers: find ranks that the others wait for; None does not look.
+        writer: writes the metrics; on rank 0 only.
+        view: shows the progress.
+        profiler: records a trace of the requested steps.
+        guard: decides which steps are skipped.
+        faults: the faults injected on this rank.
+        checks: detect silent data corruption; None disables them.
+        stragglers: finds the ranks that the others wait for; None disables it.
     """
 
     plan: RunPlan
     train_step: TrainStep
     rows: RowSplits
-    data_fingerprint: str
     folder: Path
     control: dist.ProcessGroup
     saver: Saver
@@ -81,98 +83,97 @@ class Trainer:
     checks: Checks | None = None
     stragglers: Stragglers | None = None
 
-    def train(self, start_step: int, stop: StopRequest) -> int:
-        """Trains from ``start_step`` to the end or until asked to stop; saves; the last step.
+    def train(self, stop: StopRequest) -> int:
+        """Trains to the end, or until a rank is asked to stop, and saves.
+
+        Returns:
+            The last finished step.
 
         Raises:
             DivergedError: too many steps were skipped, the validation loss or a parameter is not
-                finite, or a number changed by itself.
-            ConfigError: the checkpoint can not be written.
+                finite, or data was corrupted.
+            ConfigError: the checkpoint cannot be written.
         """
-        with (
-            closing(self.profiler),
-            Ahead(self._shards(self.rows.train, start_step)) as shards,
-        ):
-            return self._train(shards, start_step, stop)
-
-    def _train(self, shards: Iterator[list[Shard]], start_step: int, stop: StopRequest) -> int:
-        """``train`` on this rank's shards of each step to come."""
-        train = self.plan.config.train
-        interval = self.plan.config.checkpoint.save_interval
-        clock = _Clock()
-        step = start_step
-        while step < train.train_iters:
-            rate = learning_rate(step, self.plan.config.optimizer, train.train_iters)
-            if self.checks is not None:
-                self.checks.begin(step + 1)
-            measures = self.plan.config.memory.memory_report and step == start_step
-            meter = MemoryMeter(self.train_step) if measures else None
-            with self.profiler.step(step), clock, meter or nullcontext():
-                with traced("wait for rows"):
-                    found = next(shards)
-                with noted(f"step {step + 1}"):
-                    verdict, result = self._step(found, step, rate)
+        config, step = self.plan.config, self.plan.load_step
+        first, num_steps = step + 1, config.train.train_iters
+        clock, shards = _Clock(), self._shards(step, num_steps)
+        with closing(self.profiler), Ahead(shards) as ahead:
+            for step in range(first, num_steps + 1):
+                lr = learning_rate(step, config.optimizer, num_steps)
+                measures = config.memory.memory_report and step == first
+                meter = MemoryMeter(self.train_step) if measures else None
+                with self.profiler.step(step), clock, meter or nullcontext():
+                    result, verdict = self._step(step, ahead, lr)
                 clock.num_pairs += result.num_pairs
-            if self.stragglers is not None and step > start_step:  # the first warms up
-                self.stragglers.waited(result.waited)
-            step += 1
-            if not verdict.accepted:
-                self._skip(step, result, verdict)
-            stopping = any_rank_stops(stop, self.control)
-            last = stopping or step == train.train_iters
-            saves = last or bool(interval and step % interval == 0)
-            self._check(step, saves=saves)
-            if meter is not None:
-                self._report_memory(step, meter)
-            valid_loss = None if stopping else self._validate(step)
-            # The first step too: it shows where the loss came from.
-            due = last or step == 1 or step % train.log_interval == 0 or valid_loss is not None
-            if due and verdict.finite:
-                self._log(step, result, rate, clock, valid_loss)
-            self.view.step_done(step)
-            self.saver.poll()
-            if saves:
-                self._save(step, last=last)
-            if stopping:
-                break
+                if self.stragglers is not None and step > first:  # the first step warms up
+                    self.stragglers.waited(result.waited)
+                if not verdict.accepted:
+                    self._skip(step, result, verdict)
+                stopping = any_rank_stops(stop, self.control)
+                saves = stopping or self._is_due(step, config.checkpoint.save_interval)
+                self._check(step, saves=saves)
+                if meter is not None:
+                    self._report_memory(step, meter)
+                valid_loss = None if stopping else self._validate(step)
+                # Step 1 is logged as well, because it shows where the loss started.
+                logs = stopping or step == 1 or self._is_due(step, config.train.log_interval)
+                if (logs or valid_loss is not None) and verdict.finite:
+                    self._log(step, result, lr, clock, valid_loss)
+                self.view.step_done(step)
+                self.saver.poll()
+                if saves:
+                    self._save(step, last=stopping or step == num_steps)
+                if stopping:
+                    break
         return step
 
-    def _step(self, shards: list[Shard], step: int, rate: float) -> tuple[Verdict, StepResult]:
-        """Trains on a batch, unless its numbers went bad."""
+    def _is_due(self, step: int, interval: int | None) -> bool:
+        """Whether ``step`` is the last of the run or of an interval."""
+        is_last = step == self.plan.config.train.train_iters
+        return is_last or bool(interval and step % interval == 0)
+
+    def _step(
+        self, step: int, shards: Iterator[list[Shard]], lr: float
+    ) -> tuple[StepResult, Verdict]:
+        """Trains on the next batch; the verdict says whether the step was applied."""
         verdicts: list[Verdict] = []
 
         def accept(loss: float, grad_norm: float) -> bool:
-            verdicts.append(self.guard.judge(step + 1, loss, grad_norm))
+            verdicts.append(self.guard.judge(step, loss, grad_norm))
             return verdicts[0].accepted
 
-        result = self.train_step.run(shards, step=step, lr=rate, accept=accept, faults=self.faults)
-        return verdicts[0], result
+        with traced("wait for rows"):
+            batch = next(shards)
+        if self.checks is not None:
+            self.checks.begin(step)
+        with noted(f"step {step}"):
+            result = self.train_step.run(batch, step=step, lr=lr, accept=accept, faults=self.faults)
+        return result, verdicts[0]
 
     def _check(self, step: int, *, saves: bool) -> None:
-        """Ends the run where a number changed by itself; what is saved was looked at before."""
+        """Ends the run if data was corrupted; always checks before a save."""
         if self.checks is None or not (saves or self.checks.due(step)):
             return
-        found = self.checks.find(step)
-        if found is not None:
-            raise self._diverged(
-                step, found, "to go on from it; on other hardware if that happens again"
-            )
+        finding = self.checks.find(step)
+        if finding is not None:
+            works = "to continue from it; on other hardware if this happens again"
+            raise self._diverged(step, finding, works)
 
     def _skip(self, step: int, result: StepResult, verdict: Verdict) -> None:
-        """Says that a step changed nothing, or ends the run, on every rank alike."""
-        # Where the model itself is broken every step to come is bad too.
+        """Reports that a step was not applied, or ends the run; the same on every rank."""
+        # If the model itself is broken, all following steps are bad too.
         broken = not verdict.finite and self._is_broken()
         if not verdict.over and not broken:
             allowed = f"{verdict.num_skipped} of at most {self.guard.budget} in {SPAN:,} steps"
-            self.view.say(f"step {step}: {verdict.found}: skipped ({allowed})")
+            self.view.say(f"step {step}: {verdict.numbers}: skipped ({allowed})")
             return
-        found = f"{verdict.found} and a parameter is not finite" if broken else verdict.found
+        reason = f"{verdict.numbers} and a parameter is not finite" if broken else verdict.numbers
         if self.guard.budget and not broken:
-            found += f", {verdict.num_skipped} steps of {SPAN:,} skipped"
-        raise self._diverged(step, f"{found}; {self._keep_batch(step, result)}")
+            reason += f", {verdict.num_skipped} steps of {SPAN:,} skipped"
+        raise self._diverged(step, f"{reason}; {self._keep_batch(step, result)}")
 
     def _keep_batch(self, step: int, result: StepResult) -> str:
-        """Writes the batch of a step for whoever looks into it, on rank 0; says where it is."""
+        """Writes the batch of a step, on rank 0, so that it can be examined; says where it is."""
         self.saver.settle()
         data, file = self.plan.config.data, batch_file(self.folder, step)
         size = data.global_batch_size or 0
@@ -192,13 +193,14 @@ class Trainer:
             return f"its batch could not be written: {error}"
         return f"its batch is in {file}"
 
-    def _shards(self, rows: RowSource, first: int) -> Iterator[list[Shard]]:
-        """This rank's shards of the training's global batches from number ``first`` on."""
-        for number in range(first, self.plan.config.train.train_iters):
-            yield [self.train_step.prepare(batch) for batch in self._batches(rows, number)]
+    def _shards(self, first: int, end: int) -> Iterator[list[Shard]]:
+        """This rank's shards of the training's global batches number ``first`` to ``end - 1``."""
+        for number in range(first, end):
+            batches = self._batches(self.rows.train, number)
+            yield [self.train_step.prepare(batch) for batch in batches]
 
     def _batches(self, rows: RowSource, number: int) -> Iterator[Batch]:
-        """This rank's micro batches of global batch ``number``."""
+        """This rank's micro batches of global batch ``number``, counted from 0."""
         data, groups = self.plan.config.data, self.train_step.groups
         size = data.global_batch_size
         assert size is not None, "preflight fills it in"
@@ -215,12 +217,10 @@ class Trainer:
         )
 
     def _validate(self, step: int) -> float | None:
-        """The validation loss where one is due: every ``eval_interval`` steps and at the end."""
-        train = self.plan.config.train
-        due = step == train.train_iters or (train.eval_interval and step % train.eval_interval == 0)
-        if not due or not train.eval_iters or self.rows.valid is None:
+        """The validation loss if one is due: every ``eval_interval`` steps and at the end."""
+        train, rows = self.plan.config.train, self.rows.valid
+        if not train.eval_iters or rows is None or not self._is_due(step, train.eval_interval):
             return None
-        rows = self.rows.valid
         shards = (
             self.train_step.prepare(batch)
             for number in range(train.eval_iters)
@@ -233,33 +233,33 @@ class Trainer:
         return loss
 
     def _log(
-        self, step: int, result: StepResult, rate: float, clock: _Clock, valid_loss: float | None
+        self, step: int, result: StepResult, lr: float, clock: _Clock, valid_loss: float | None
     ) -> None:
         data = self.plan.config.data
         seconds, num_pairs = clock.means()
-        batch_tokens = (data.global_batch_size or 0) * data.seq_length
+        num_tokens = (data.global_batch_size or 0) * data.seq_length
         memory = torch.tensor(peak_memory(self.train_step.device), dtype=torch.int64)
         dist.all_reduce(memory, op=dist.ReduceOp.MAX, group=self.control)
         metrics = Metrics(
             step=step,
             loss=result.loss,
             grad_norm=result.grad_norm,
-            lr=rate,
-            tokens=step * batch_tokens,
-            tokens_per_second=batch_tokens / seconds,
+            lr=lr,
+            tokens=step * num_tokens,
+            tokens_per_second=num_tokens / seconds,
             step_seconds=seconds,
-            mfu=self._utilisation(batch_tokens, num_pairs, seconds),
+            mfu=self._utilisation(num_tokens, num_pairs, seconds),
             memory_bytes=int(memory.item()),
             valid_loss=valid_loss,
         )
         if self.writer is not None:
             self.writer.write(metrics)
         self.view.log(metrics)
-        for found in self.stragglers.find(seconds) if self.stragglers is not None else ():
-            self.view.say(f"step {step}: {found}")
+        for finding in self.stragglers.find(seconds) if self.stragglers is not None else ():
+            self.view.say(f"step {step}: {finding}")
 
     def _report_memory(self, step: int, meter: MemoryMeter) -> None:
-        """Tells what each rank holds, on rank 0, and writes it into the run's folder."""
+        """Prints what each rank holds in memory, and writes it into the run's folder; on rank 0."""
         mine = predict(self.plan, self.control.rank()), meter.held()
         ranks: list[Any] = [None] * self.control.size()
         dist.all_gather_object(ranks, mine, group=self.control)
@@ -270,7 +270,7 @@ class Trainer:
             report.print(self.view.console)
 
     def _utilisation(self, num_tokens: int, num_pairs: float, seconds: float) -> float | None:
-        """Model FLOP/s over all devices' peak; of attention only what the masks allow counts."""
+        """Model FLOP/s over the peak of all devices; attention counts only attended pairs."""
         peak = peak_flops(self.train_step.device)
         if peak is None:
             return None
@@ -280,41 +280,41 @@ class Trainer:
         return flops / seconds / (peak * self.train_step.groups.grid.world_size)
 
     def _is_broken(self) -> bool:
-        """Whether any parameter value of any rank is not finite."""
+        """Whether a parameter value of any rank is not finite."""
         broken = torch.tensor(int(not self.train_step.is_finite()))
         dist.all_reduce(broken, op=dist.ReduceOp.MAX, group=self.control)
         return bool(broken.item())
 
     def _save(self, step: int, *, last: bool) -> None:
-        """Saves, unless the last update left the finite numbers, which its loss can not show."""
+        """Saves, unless the last update made a parameter infinite, which its loss cannot show."""
         if self._is_broken():
             raise self._diverged(step, "a parameter is not finite")
         self.saver.save(step, self.train_step, last=last, extra={"guard": self.guard.state()})
 
-    def _diverged(self, step: int, found: str, works: str = "often a lower --lr") -> DivergedError:
-        """Every rank raises it, or none does."""
+    def _diverged(self, step: int, reason: str, works: str = "often a lower --lr") -> DivergedError:
+        """The error that every rank raises, after the save in progress has ended."""
         self.saver.settle()
         saved = self.saver.saved
         last = f"the last checkpoint is of step {saved}" if saved else "there is no checkpoint"
-        return DivergedError(f"step {step}: {found}; {last} (works: {works})")
+        return DivergedError(f"step {step}: {reason}; {last} (works: {works})")
 
 
 def any_rank_stops(stop: StopRequest, group: dist.ProcessGroup) -> bool:
-    """Whether any rank was asked to stop; the same answer on all of them.
+    """Whether any rank was asked to stop; all ranks get the same answer.
 
     Args:
-        stop: what this rank was asked.
-        group: of all ranks, for CPU tensors.
+        stop: the request of this rank.
+        group: a group of all ranks for CPU tensors.
     """
-    asked = torch.tensor(int(stop.signal is not None))
+    stops = torch.tensor(int(stop.signal is not None))
     if group.size() > 1:
-        dist.all_reduce(asked, op=dist.ReduceOp.MAX, group=group)
-    return bool(asked.item())
+        dist.all_reduce(stops, op=dist.ReduceOp.MAX, group=group)
+    return bool(stops.item())
 
 
 @contextmanager
 def noted(text: str) -> Iterator[None]:
-    """An exception from inside says where it was."""
+    """Adds a note to an exception that leaves the block."""
     try:
         yield
     except Exception as error:
@@ -323,10 +323,10 @@ def noted(text: str) -> Iterator[None]:
 
 
 class _Clock:
-    """Times steps; what lies between is not counted.
+    """Times the steps, without what happens between them.
 
     Attributes:
-        num_pairs: attended pairs of the steps since the means were last asked for.
+        num_pairs: attended pairs of the steps since the last call of ``means``.
     """
 
     def __init__(self) -> None:
@@ -341,7 +341,7 @@ class _Clock:
         self._steps += 1
 
     def means(self) -> tuple[float, float]:
-        """Seconds and attended pairs of a step since the last time."""
+        """Seconds and attended pairs per step since the last call."""
         steps = max(1, self._steps)
         means = self._seconds / steps, self.num_pairs / steps
         self._seconds, self._steps, self.num_pairs = 0.0, 0, 0.0

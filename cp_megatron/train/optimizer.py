@@ -1,4 +1,4 @@
-"""AdamW and its learning rate, a pure function of the step."""
+"""AdamW, and its learning rate as a pure function of the step."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from cp_megatron.config import OptimizerConfig
 def make_optimizer(parameters: Iterable[nn.Parameter], config: OptimizerConfig) -> AdamW:
     """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) over sharded parameters.
 
-    Matrices and embeddings decay, vectors (norms, biases) do not.
+    Weight decay applies to matrices and embeddings, not to vectors (norms, biases).
     """
     parameters = list(parameters)
     decayed = [parameter for parameter in parameters if parameter.ndim > 1]
@@ -33,18 +33,19 @@ def make_optimizer(parameters: Iterable[nn.Parameter], config: OptimizerConfig) 
 
 
 def learning_rate(step: int, config: OptimizerConfig, train_iters: int) -> float:
-    """The rate of the step that comes after ``step`` finished ones.
+    """The learning rate of step number ``step``, from 1.
 
-    Linear from 0 to ``lr`` over ``lr_warmup_iters`` (the last of them has the peak rate), then the
-    decay to ``min_lr``, reached by the step ``lr_decay_iters`` (by default the last) and kept.
+    It rises linearly from 0 to ``lr`` over ``lr_warmup_iters`` steps, the last of which has the
+    peak rate. Then it decays to ``min_lr``, which it reaches at step ``lr_decay_iters`` (by default
+    the last) and keeps.
     """
-    number, warmup = step + 1, config.lr_warmup_iters
-    if number <= warmup:
-        return config.lr * number / warmup
+    warmup = config.lr_warmup_iters
+    if step <= warmup:
+        return config.lr * step / warmup
     if config.lr_decay_style == "constant":
         return config.lr
     end = config.lr_decay_iters or train_iters
-    progress = min(1.0, (number - warmup) / max(1, end - warmup))
+    progress = min(1.0, (step - warmup) / max(1, end - warmup))
     if config.lr_decay_style == "linear":
         share = 1.0 - progress
     else:

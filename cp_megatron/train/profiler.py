@@ -1,9 +1,9 @@
-"""A trace of a few steps, which https://ui.perfetto.dev and chrome://tracing open.
+"""A trace of a few steps, which https://ui.perfetto.dev and chrome://tracing can open.
 
     step            1   2   3   4   5           --profile-step-start 2 --profile-step-end 4
-    profiler            w   r   r               w warms up, r records; nothing runs before or after
+    profiler            w   r   r               w warms up, r records; it is off in other steps
 
-The parts of a step have names in it: ``traced`` in comm/trace.py.
+The trace shows the parts of a step by the names that ``traced`` (comm/trace.py) gives them.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from cp_megatron.config import LogConfig
 
 
 class StepProfiler:
-    """Records the steps that the flags name, on the ranks that they name; else does nothing.
+    """Records the steps that the flags name, on the ranks that they name.
 
     Args:
         log: the flags; the steps lie inside the run.
-        rank: this process.
-        folder: where the trace goes.
-        start_step: steps finished before.
-        device: of the training.
-        say: what to do with a sentence for a person; by default nothing.
+        rank: the rank of this process.
+        folder: the folder to write the trace into.
+        start_step: steps finished before the run started.
+        device: the device of the training.
+        say: called with a line for the user when the trace is written.
     """
 
     def __init__(
@@ -45,40 +45,41 @@ class StepProfiler:
         self.active = log.profile and rank in log.profile_ranks
         self._log, self._rank, self._folder = log, rank, folder
         self._device, self._say = device, say
-        # The first profiled step of a resumed run may have none before it to warm up in.
-        self._begin = max(log.profile_step_start - 1, start_step)
+        # The profiler warms up in the step before the first one that it records. A resumed run may
+        # have no such step.
+        self._begin = max(log.profile_step_start, start_step + 1)
         self._profile: profile | None = None
 
     @contextmanager
-    def step(self, finished: int) -> Iterator[None]:
-        """Around a training step, ``finished`` steps after the run's first."""
+    def step(self, step: int) -> Iterator[None]:
+        """Wraps step number ``step``, from 1."""
         if not self.active:
             yield
             return
-        if finished == self._begin:
+        if step == self._begin:
             self._start()
-        with traced(f"step {finished + 1}"):
+        with traced(f"step {step}"):
             yield
         if self._profile is not None:
             self._profile.step()
-            if finished + 1 == self._log.profile_step_end:
+            if step == self._log.profile_step_end:
                 self.close()
 
     def close(self) -> None:
-        """Ends a profile under way; what it recorded so far is written."""
-        running, self._profile = self._profile, None
-        if running is not None:
-            running.stop()
+        """Ends the profile in progress, if any, and writes what it has recorded."""
+        profile, self._profile = self._profile, None
+        if profile is not None:
+            profile.stop()
 
     def _start(self) -> None:
-        log, warms_up = self._log, self._begin < self._log.profile_step_start
+        log, warms_up = self._log, self._begin <= self._log.profile_step_start
         num_steps = log.profile_step_end - log.profile_step_start
         activities = [ProfilerActivity.CPU]
         if self._device.type == "cuda":
             activities.append(ProfilerActivity.CUDA)
         self._profile = profile(
             activities=activities,
-            # Without a schedule it records at once and until it is stopped.
+            # Without a schedule, the profiler records from now on until it is stopped.
             schedule=schedule(wait=0, warmup=1, active=num_steps, repeat=1) if warms_up else None,
             record_shapes=log.pytorch_profiler_collect_shapes,
             profile_memory=log.profile_memory,
@@ -86,18 +87,18 @@ class StepProfiler:
         )
         self._profile.start()
 
-    def _write(self, ready: profile) -> None:
+    def _write(self, finished: profile) -> None:
         file = _free(self._folder, f"trace-rank{self._rank}")
         try:
-            ready.export_chrome_trace(str(file))
-        except (OSError, RuntimeError) as error:  # a picture for people, not worth the run
+            finished.export_chrome_trace(str(file))
+        except (OSError, RuntimeError) as error:  # a missing trace is no reason to end the run
             print(f"warning: {file}: the trace is not written: {error}", file=sys.stderr)
             return
         self._say(f"trace       {file}: open it in https://ui.perfetto.dev")
 
 
 def _free(folder: Path, stem: str) -> Path:
-    """``stem.json.gz``, or the next free name; nothing is overwritten."""
+    """``stem.json.gz``, or ``stem.N.json.gz`` with the first free number N."""
     file, number = folder / f"{stem}.json.gz", 1
     while file.exists():
         number += 1

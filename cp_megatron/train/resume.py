@@ -11,12 +11,17 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from cp_megatron.checkpoint.agreement import agreed, from_first, gathered
+from cp_megatron.checkpoint.find_checkpoint import Newest, newest_whole
 from cp_megatron.checkpoint.manifest import DamagedError, read_manifest, verify_files
-from cp_megatron.checkpoint.newest import Newest, newest_whole, set_aside
-from cp_megatron.config.run_folders import run_folder
+from cp_megatron.checkpoint.object_collectives import (
+    all_gather_objects,
+    broadcast_object,
+    on_all_ranks,
+)
+from cp_megatron.checkpoint.step_folders import set_aside
+from cp_megatron.config.files.run_folders import run_folder
 from cp_megatron.errors import ConfigError
-from cp_megatron.preflight.check import RunPlan
+from cp_megatron.preflight.run_plan import RunPlan
 
 
 def settle_load(plan: RunPlan, control: dist.ProcessGroup) -> RunPlan:
@@ -29,7 +34,7 @@ def settle_load(plan: RunPlan, control: dist.ProcessGroup) -> RunPlan:
     Raises:
         ConfigError: the ranks see different checkpoints, or none is whole; on every rank alike.
     """
-    seen = gathered(plan.load, control)
+    seen = all_gather_objects(plan.load, control)
     differing = [rank for rank, load in enumerate(seen) if load != seen[0]]
     if differing:
         rule = f"ranks {differing[:8]} see {seen[differing[0]]}, rank 0 {seen[0]}"
@@ -67,7 +72,7 @@ def _damage(found: Newest, control: dist.ProcessGroup) -> DamagedError | None:
         return True
 
     try:
-        agreed(verify, control)
+        on_all_ranks(verify, control)
     except DamagedError as error:
         return error
     return None
@@ -82,7 +87,7 @@ def _older(found: Newest, error: DamagedError, control: dist.ProcessGroup) -> Ne
             raise error
         return older
 
-    return agreed(find, control)
+    return on_all_ranks(find, control)
 
 
 def _set_aside(folder: Path, plan: RunPlan, control: dist.ProcessGroup) -> str:
@@ -95,4 +100,4 @@ def _set_aside(folder: Path, plan: RunPlan, control: dist.ProcessGroup) -> str:
             told = f"; kept as {set_aside(folder).name}"
         except OSError as error:
             told = f"; it can not be renamed ({error.strerror})"
-    return str(from_first(told, control))
+    return str(broadcast_object(told, control))

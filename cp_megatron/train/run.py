@@ -17,13 +17,13 @@ import torch.distributed as dist
 from rich.console import Console
 
 from cp_megatron.checkpoint.huggingface import load_hf
+from cp_megatron.checkpoint.load import load_checkpoint
 from cp_megatron.checkpoint.manifest import read_manifest
-from cp_megatron.checkpoint.store import load_checkpoint
 from cp_megatron.comm.groups import ParallelGroups
 from cp_megatron.comm.runtime import Launch, record_collectives
 from cp_megatron.config import Config
-from cp_megatron.config.run_folders import CONFIG_FILE, RUNS
-from cp_megatron.config.yaml_io import to_yaml
+from cp_megatron.config.files.run_folders import CONFIG_FILE, RUNS
+from cp_megatron.config.files.yaml_io import to_yaml
 from cp_megatron.data.rows.corpora import Data, open_data
 from cp_megatron.errors import ConfigError
 from cp_megatron.faults.checks import Checks, ParameterSums
@@ -35,7 +35,7 @@ from cp_megatron.memory.capacity import check_memory
 from cp_megatron.metrics.wandb_log import WandbRun
 from cp_megatron.metrics.writer import MetricsWriter, keep_aside
 from cp_megatron.model.parallelize import ComputeDType, build_model
-from cp_megatron.preflight.check import DeviceName, RunPlan
+from cp_megatron.preflight.run_plan import DeviceName, RunPlan
 from cp_megatron.preflight.save_and_load import fresh_run_folder, model_name
 from cp_megatron.preflight.start import begin, make_context, read_alike
 from cp_megatron.preflight.start_table import print_start
@@ -121,7 +121,7 @@ def _train(trainer: Trainer, launch: Launch, stop: StopRequest, script: str) -> 
     failed = True
     try:
         with trainer.view:
-            last = trainer.train(trainer.plan.load_step, stop)
+            last = trainer.train(stop)
         failed = False
     except DivergedError as error:
         if launch.rank == 0:
@@ -182,7 +182,6 @@ def assemble(
         plan=plan,
         train_step=train_step,
         rows=found.rows,
-        data_fingerprint=found.fingerprint,
         folder=folder,
         control=control,
         saver=Saver(
@@ -245,7 +244,7 @@ def _open_metrics(plan: RunPlan, folder: Path) -> MetricsWriter:
     """On rank 0: the files of the run, and Weights & Biases where asked for."""
     log, wandb = plan.config.log, None
     if log.wandb_project is not None:
-        settings = {**asdict(plan.config), "grid": asdict(plan.grid)}
+        settings = {**asdict(plan.config), "grid": plan.grid.sizes}
         wandb = WandbRun(log, folder=folder, settings=settings)
     return MetricsWriter(folder, start_step=plan.load_step, wandb=wandb)
 

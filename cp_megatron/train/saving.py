@@ -8,9 +8,9 @@ from typing import Any
 
 import torch.distributed as dist
 
-from cp_megatron.checkpoint.save import Keep, Kept, Save, start_save
+from cp_megatron.checkpoint.save import Retention, Save, SaveCache, start_save
 from cp_megatron.errors import ConfigError
-from cp_megatron.preflight.check import RunPlan
+from cp_megatron.preflight.run_plan import RunPlan
 from cp_megatron.train.step import TrainStep
 
 
@@ -43,7 +43,7 @@ class Saver:
         self.saved = plan.load_step
         self._plan, self._folder, self._group, self._say = plan, folder, group, say
         self._fingerprint = data_fingerprint
-        self._kept = Kept()
+        self._cache = SaveCache()
         self._under_way: tuple[int, Save] | None = None
 
     def save(
@@ -80,10 +80,10 @@ class Saver:
             data_fingerprint=self._fingerprint,
             vocab_size=self._plan.vocab_size,
             extra=extra,
-            keep=Keep(
+            retention=Retention(
                 latest=config.checkpoint.keep_latest_k, every=config.checkpoint.save_retain_interval
             ),
-            kept=self._kept,
+            cache=self._cache,
             background=not waits,
             process_group=self._group,
         )

@@ -1,10 +1,13 @@
-"""One training step: loss and gradients of a global batch, clipping, the update.
+"""One training step: the loss and gradients of a global batch, clipping, and the update.
 
-Shapes: b rows of a micro batch, S tokens of a row, N context parallel ranks.
+Shapes: b = rows of a micro batch, S = tokens of a row, N = context parallel ranks.
 
-The loss is the sum of the token losses of the whole global batch over the number of its tokens
-that have one, whatever the grid: both are summed over dp x cp, and so are the gradients, which are
-never averaged. A rank whose tokens are all masked adds 0.
+On every grid, the loss is the sum of the token losses of the whole global batch, divided by the
+number of its tokens that have a label. Both are summed over dp x cp, and so are the gradients,
+which are never averaged. A rank whose tokens are all masked adds 0.
+
+``step`` is the number of a training step, counted from 1: step N is being made until it is applied,
+and afterwards N steps are finished.
 """
 
 from __future__ import annotations
@@ -37,14 +40,14 @@ from cp_megatron.tensor_parallel import LossRule
 
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
-    """What a step found.
+    """The result of a step.
 
     Attributes:
         loss: mean loss per token over the whole global batch, in nats, before the update.
         grad_norm: global norm of the gradient before clipping.
-        num_pairs: pairs of a query and a key that it attends, over the whole global batch; of
-            layers with different windows, their mean.
-        accepted: the model was changed; else the step was skipped.
+        num_pairs: attended pairs of a query and a key over the whole global batch; the mean of the
+            layers if their windows differ.
+        accepted: the model was updated; otherwise the step was skipped.
         waited: seconds this rank waited for the others at the step's first message.
     """
 
@@ -56,21 +59,21 @@ class StepResult:
 
 
 Accept = Callable[[float, float], bool]
-"""Whether a step with this loss and this gradient norm may change the model."""
+"""Whether a step with this loss and this gradient norm may update the model."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shard:
-    """This rank's part of a micro batch, on the CPU, and the plan of its attention.
+    """This rank's part of a micro batch, on the CPU, with its attention planned.
 
     Attributes:
         cp: context parallelism under the micro batch's mask.
         tokens, labels: int64 [b, S / N].
         first_row: number of the first row in the run.
-        row_length: of rows that are laid end to end; 0 where none are.
-        num_valid: tokens of this rank that have a loss.
-        num_pairs: attended pairs of the whole rows over the number of ranks that share them; the
-            mean of the layers.
+        row_length: length of the rows that are concatenated into one; 0 if none are.
+        num_valid: tokens of this rank that have a label.
+        num_pairs: attended pairs of the whole rows, divided by the number of ranks that share them;
+            the mean of the layers.
     """
 
     cp: ContextParallel
@@ -84,19 +87,20 @@ class Shard:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainStep:
-    """A model and what moves it.
+    """A model and its optimizer.
 
     Attributes:
         model: the sharded model.
         optimizer: over its parameters.
         groups: this rank's groups.
-        cp: context parallelism for rows without document masks; others are derived from it.
-        device: where the model lives.
-        seed: of the run, for dropout; attention's is the same on every grid.
-        clip_grad: largest global gradient norm; 0 does not clip.
-        sequence_parallel: the residual stream is split over tp, so dropout differs there too.
-        rule: of the loss.
-        sums: of the parameters, which only an update may change; None does not look.
+        cp: context parallelism for rows without document masks; that of other rows is derived from
+            it.
+        device: the device of the model.
+        seed: the run's seed, for dropout. Attention dropout is the same on every grid.
+        clip_grad: largest global gradient norm; 0 disables clipping.
+        sequence_parallel: the residual stream is split over tp, and so dropout differs over tp.
+        rule: how the loss is computed.
+        sums: checksums of the parameters, which only an update may change; None disables them.
     """
 
     model: Transformer
@@ -113,7 +117,7 @@ class TrainStep:
     def prepare(self, batch: Batch) -> Shard:
         """This rank's part of whole rows, [b, S] -> [b, S / N], with its attention planned.
 
-        Sends no message and changes nothing, so it may run in another thread while ``step`` trains.
+        This sends no message and changes nothing, so another thread may call it during ``run``.
         """
         cp = self.cp if batch.mask == self.cp.mask else self.cp.with_mask(batch.mask)
         model, tp = self.model.config, self.groups.grid.tp
@@ -121,7 +125,7 @@ class TrainStep:
         for context in contexts:
             context.prepare(*local_heads(model, tp), model.head_dim)
         pairs = sum(context.mask.pairs() * layers for context, layers in contexts.items())
-        _ = cp.document_positions  # kept by ``cp`` from now on
+        _ = cp.document_positions  # computed here once; ``cp`` keeps them
         labels = cp.shard(batch.labels, 1)
         return Shard(
             cp=cp,
@@ -129,7 +133,7 @@ class TrainStep:
             labels=labels,
             first_row=batch.first_row,
             row_length=batch.row_length,
-            num_valid=count_valid(labels),
+            num_valid=int((labels != IGNORED).sum()),
             num_pairs=pairs / model.num_layers * batch.tokens.shape[0] / cp.cp_size,
         )
 
@@ -145,12 +149,12 @@ class TrainStep:
         """Trains on this rank's micro batches of one global batch.
 
         Args:
-            shards: what ``prepare`` made of them.
-            step: steps finished before this one.
+            shards: the micro batches, from ``prepare``.
+            step: the number of this step, from 1.
             lr: the learning rate.
-            accept: asked with the loss and the gradient's norm, which are the same on every rank,
-                before anything is changed; where it says no, nothing is. By default nobody is.
-            faults: what this rank does wrong on purpose.
+            accept: decides whether the model is updated. It is called once, with the loss and the
+                gradient norm, which are the same on every rank. None always updates.
+            faults: the faults injected on this rank.
         """
         faults = faults or Faults()
         faults.before_step(step)
@@ -160,14 +164,7 @@ class TrainStep:
             sum(shard.num_valid for shard in shards), sum(shard.num_pairs for shard in shards)
         )
         waited = time.perf_counter() - arrived
-        total = torch.zeros((), dtype=torch.float64, device=self.device)
-        for number, shard in enumerate(shards):
-            self._seed_dropout(step, number)
-            trained, losses = self._losses(shard)
-            trained, losses = _with_faults(faults, step, trained, losses)
-            with traced("backward"):
-                (trained / max(num_tokens, 1)).backward()
-            total += losses.sum(dtype=torch.float64)
+        total = self._backward(shards, num_tokens, step, faults)
         with traced("gradient norm"):
             norm = self._norm()
             grad_norm = norm.item()
@@ -177,19 +174,29 @@ class TrainStep:
             self._update(lr, norm)
         self.optimizer.zero_grad()
         if faults.has("flip", step):
-            held = (local_values(parameter) for parameter in self.model.parameters())
-            next(x for x in held if x.numel()).view(-1)[:1].view(torch.uint8)[0] ^= 32
+            _flip_a_bit(self.model)
         return StepResult(
-            loss=loss,
-            grad_norm=grad_norm,
-            num_pairs=num_pairs,
-            accepted=accepted,
-            waited=waited,
+            loss=loss, grad_norm=grad_norm, num_pairs=num_pairs, accepted=accepted, waited=waited
         )
+
+    def _backward(
+        self, shards: Sequence[Shard], num_tokens: float, step: int, faults: Faults
+    ) -> Tensor:
+        """Adds the gradients of the micro batches; returns the sum of this rank's losses, []."""
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        for microbatch, shard in enumerate(shards):
+            self._seed_dropout(step, microbatch)
+            objective, losses = self._losses(shard)
+            if faults.mine:
+                objective, losses = _with_faults(faults, step, objective, losses)
+            with traced("backward"):
+                (objective / max(num_tokens, 1)).backward()
+            total += losses.sum(dtype=torch.float64)
+        return total
 
     @torch.no_grad()
     def evaluate(self, shards: Iterable[Shard]) -> float:
-        """Mean loss per token, in nats, over all ranks' batches; nothing is trained."""
+        """Mean loss per token, in nats, over the batches of all ranks, without training."""
         self.model.eval()
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         count = 0
@@ -202,25 +209,26 @@ class TrainStep:
     @torch.no_grad()
     def is_finite(self) -> bool:
         """Whether every parameter value that this rank holds is a finite number."""
-        found = torch.ones((), dtype=torch.bool, device=self.device)
+        finite = torch.ones((), dtype=torch.bool, device=self.device)
         for parameter in self.model.parameters():
-            found &= local_values(parameter).isfinite().all()
-        return bool(found.item())
+            finite &= local_values(parameter).isfinite().all()
+        return bool(finite.item())
 
     def _losses(self, shard: Shard) -> tuple[Tensor, Tensor]:
-        """The sum to train, and the losses [b, S / N] of this rank's tokens, 0 without a label."""
+        """The objective, [], and the losses of this rank's tokens, [b, S / N]; 0 without label."""
         tokens, labels = (x.to(self.device) for x in (shard.tokens, shard.labels))
         dropout = self._attention_dropout(shard) if self.model.training else None
         with traced("forward"):
-            trained, losses = self.model(
+            objective, losses = self.model(
                 tokens, cp=shard.cp, attention_dropout=dropout, labels=labels, rule=self.rule
             )
-        return trained, losses
+        return objective, losses
 
     def _sum(self, *values: float | Tensor) -> list[float]:
-        """The sums over all ranks that hold different tokens, in one message, alike on every rank.
+        """The sums over all ranks that hold different tokens, in one message.
 
-        Ranks that share their tokens have the same values, and only one of them gives its own.
+        Tensor parallel ranks share their tokens and have the same values, so only the first of them
+        contributes.
         """
         totals = torch.stack(
             [torch.as_tensor(value, dtype=torch.float64, device=self.device) for value in values]
@@ -231,7 +239,7 @@ class TrainStep:
         return totals.tolist()
 
     def _loss(self, total: Tensor, num_tokens: float) -> float:
-        """The mean loss of all ranks' tokens; not a number where any rank's is not finite."""
+        """The mean loss of the tokens of all ranks; NaN if the loss of any rank is not finite."""
         first = self.groups.coordinates.tp == 0
         totals = torch.stack(
             [total if first else total.new_zeros(()), (~total.isfinite()).double()]
@@ -241,12 +249,12 @@ class TrainStep:
         return math.nan if num_broken else loss / max(num_tokens, 1)
 
     def _norm(self) -> Tensor:
-        """The true global norm of the gradients, [], alike on every rank."""
+        """The global norm of the gradients, [], the same on every rank."""
         norm = get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     def _update(self, lr: float, norm: Tensor) -> None:
-        """Scales the gradients down to ``clip_grad`` and takes the optimizer's step."""
+        """Clips the gradients to ``clip_grad`` and updates the parameters."""
         if self.clip_grad > 0:
             parameters = [p for p in self.model.parameters() if p.grad is not None]
             clip_grads_with_norm_(parameters, self.clip_grad, norm)
@@ -275,7 +283,7 @@ class TrainStep:
         place = self.groups.coordinates
         seed = dropout_seed(
             seed=self.seed,
-            step=step,
+            step=step - 1,  # counted from 0
             microbatch=microbatch,
             dp=place.dp,
             cp=place.cp,
@@ -285,24 +293,23 @@ class TrainStep:
 
 
 def local_values(parameter: Tensor) -> Tensor:
-    """What this rank holds of a parameter."""
+    """The part of a parameter that this rank holds."""
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
+def _flip_a_bit(model: Transformer) -> None:
+    """Flips one bit of the first parameter value that this rank holds."""
+    held = (local_values(parameter) for parameter in model.parameters())
+    next(x for x in held if x.numel()).view(-1)[:1].view(torch.uint8)[0] ^= 32
+
+
 def _with_faults(
-    faults: Faults, step: int, trained: Tensor, losses: Tensor
+    faults: Faults, step: int, objective: Tensor, losses: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The loss to train and those of the tokens, where something is to go wrong with them."""
-    if not faults.mine:
-        return trained, losses
+    """The objective and the losses after the faults between forward and backward."""
     faults.before_backward(step)
     factor = faults.factor(step)
-    trained, losses = trained * factor, losses * factor
+    objective, losses = objective * factor, losses * factor
     if faults.has("raise", step):
-        trained.register_hook(faults.raises)
-    return trained, losses
-
-
-def count_valid(labels: Tensor) -> int:
-    """Tokens that have a loss."""
-    return int((labels != IGNORED).sum())
+        objective.register_hook(faults.raises)
+    return objective, losses

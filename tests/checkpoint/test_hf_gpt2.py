@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cp_megatron.checkpoint import huggingface
 from cp_megatron.checkpoint.huggingface import export_hf
-from cp_megatron.checkpoint.store import save_checkpoint
+from cp_megatron.checkpoint.save import save_checkpoint
 from cp_megatron.comm.collectives import all_gather_dim
 from cp_megatron.comm.groups import ParallelGroups
 from cp_megatron.config import Config, ModelConfig
@@ -157,7 +157,7 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 
 def save_llama(rank: int, world_size: int, folder: Path) -> None:
     """The README's toy run before its first step."""
-    from cp_megatron.config.presets import PRESETS
+    from cp_megatron.config.files.presets import PRESETS
 
     config, grid = PRESETS["toy"], Grid()
     groups = ParallelGroups.create(grid, "cpu")

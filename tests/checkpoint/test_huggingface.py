@@ -16,9 +16,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from cp_megatron.checkpoint import storage
 from cp_megatron.checkpoint.huggingface import export_hf, load_hf
-from cp_megatron.checkpoint.store import save_checkpoint
+from cp_megatron.checkpoint.save import save_checkpoint
+from cp_megatron.checkpoint.shard_reader import ShardReader
 from cp_megatron.comm.collectives import all_gather_dim
 from cp_megatron.comm.groups import ParallelGroups
 from cp_megatron.config import Config
@@ -265,19 +265,19 @@ def test_an_export_in_half_precision(runs: dict[str, Path], tmp_path: Path) -> N
 
 def count_bytes(rank: int, world_size: int, folder: Path, grid: Grid) -> int:
     """Bytes that this rank takes out of the files."""
-    counted, box = 0, storage._box
+    counted, read_box = 0, ShardReader._read_box
 
     def counting(*args: Any) -> Tensor:
         nonlocal counted
-        part = box(*args)
+        part = read_box(*args)
         counted += part.nbytes
         return part
 
-    storage._box = counting
+    ShardReader._read_box = counting  # type: ignore[method-assign]
     try:
         load_on(folder, grid)
     finally:
-        storage._box = box
+        ShardReader._read_box = read_box  # type: ignore[method-assign]
     return counted
 
 

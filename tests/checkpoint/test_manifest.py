@@ -19,10 +19,10 @@ from cp_megatron.checkpoint.manifest import (
     Manifest,
     TensorEntry,
     file_sha256,
-    newest_step,
     read_manifest,
     verify_files,
 )
+from cp_megatron.checkpoint.step_folders import newest_step
 from cp_megatron.errors import ConfigError
 
 SHARD = "rank-00000.safetensors"
@@ -92,8 +92,10 @@ def test_the_newest_step_is_the_largest_number_that_is_finished(tmp_path: Path) 
 def test_missing(tmp_path: Path) -> None:
     write(tmp_path / "step-5")
     (tmp_path / "step-7").mkdir()
-    assert refuse(tmp_path / "step-7", "no finished checkpoint").works == str(tmp_path / "step-5")
-    refuse(tmp_path / "none", "no finished checkpoint")
+    assert refuse(tmp_path / "step-7", "not a finished checkpoint").works == str(
+        tmp_path / "step-5"
+    )
+    refuse(tmp_path / "none", "not a finished checkpoint")
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", "1", '"a"', "{}", "\0", "[" * 100_000])
@@ -217,7 +219,7 @@ def test_fields_that_are_wrong(change: Callable[[dict[str, Any]], Any], tmp_path
 
 def test_another_version(tmp_path: Path) -> None:
     write(tmp_path, replace(MANIFEST, version=2))
-    refuse(tmp_path, "has checkpoint format 2, this program reads 1")
+    refuse(tmp_path, "has checkpoint format 2, but this program reads 1")
 
 
 @pytest.mark.parametrize(
@@ -265,9 +267,9 @@ def test_shards_are_compared(tmp_path: Path) -> None:
         data[place] = 0
     assert error.works == str(tmp_path / "step-3")
     shard.write_bytes(bytes(63))
-    refuse(tmp_path / "step-7", f"{SHARD} has 63 bytes, the manifest says 64")
+    refuse(tmp_path / "step-7", f"{SHARD} has 63 bytes, but the manifest says 64")
     shard.unlink()
-    refuse(tmp_path / "step-7", f"{SHARD} can not be read")
+    refuse(tmp_path / "step-7", f"{SHARD} cannot be read")
 
 
 def test_a_checkpoint_from_before_there_was_anything_extra_is_read(tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from cp_megatron.checkpoint.store import load_checkpoint, save_checkpoint
+from cp_megatron.checkpoint.load import load_checkpoint
+from cp_megatron.checkpoint.save import save_checkpoint
 from cp_megatron.errors import ConfigError
 from cp_megatron.train.step import TrainStep
 from tests.checkpoint.toy import whole

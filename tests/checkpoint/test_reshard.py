@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from cp_megatron.checkpoint import save
+from cp_megatron.checkpoint.load import load_checkpoint
 from cp_megatron.checkpoint.manifest import read_manifest, verify_files
-from cp_megatron.checkpoint.store import load_checkpoint
 from cp_megatron.errors import ConfigError
 from cp_megatron.plan import Grid
 from tests.checkpoint import toy

@@ -22,10 +22,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from cp_megatron.checkpoint import save as saving
-from cp_megatron.checkpoint.manifest import finished_steps, read_manifest, verify_files
-from cp_megatron.checkpoint.newest import newest_whole, set_aside
-from cp_megatron.checkpoint.save import Keep, Save, start_save
-from cp_megatron.checkpoint.shard import (
+from cp_megatron.checkpoint.find_checkpoint import newest_whole
+from cp_megatron.checkpoint.load import load_checkpoint
+from cp_megatron.checkpoint.manifest import read_manifest, verify_files
+from cp_megatron.checkpoint.save import Retention, Save, start_save
+from cp_megatron.checkpoint.shard_writer import (
     DIRECT_BYTES,
     DTYPES,
     HostMemory,
@@ -34,7 +35,7 @@ from cp_megatron.checkpoint.shard import (
     write_image,
     write_text,
 )
-from cp_megatron.checkpoint.store import load_checkpoint
+from cp_megatron.checkpoint.step_folders import finished_steps, set_aside
 from cp_megatron.config import Config
 from cp_megatron.errors import ConfigError
 from cp_megatron.plan import Grid
@@ -154,7 +155,7 @@ def test_a_rank_that_can_not_copy_fails_the_save_of_all(tmp_path: Path) -> None:
 def test_which_older_checkpoints_stay(
     steps: set[int], latest: int | None, every: int | None
 ) -> None:
-    removed = Keep(latest=latest, every=every).superseded(sorted(steps))
+    removed = Retention(latest=latest, every=every).superseded(sorted(steps))
     kept = steps - set(removed)
     assert kept >= set(sorted(steps)[-(latest or len(steps) or 1) :])
     assert kept >= {step for step in steps if every and step % every == 0}
@@ -165,7 +166,7 @@ def test_which_older_checkpoints_stay(
 def test_older_checkpoints_make_room_when_the_new_one_is_complete(tmp_path: Path) -> None:
     model, optimizer = toy.make(None, updates=1)
     for step in range(1, 8):
-        start(tmp_path, model, optimizer, step=step, keep=Keep(latest=2, every=3)).wait()
+        start(tmp_path, model, optimizer, step=step, retention=Retention(latest=2, every=3)).wait()
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == ["step-3", "step-6", "step-7"]
 
@@ -195,8 +196,8 @@ from pathlib import Path
 folder, last = Path(sys.argv[1]), int(sys.argv[2])
 from tests.checkpoint import toy
 from tests.checkpoint.test_save import CALLS, start
-from cp_megatron.checkpoint import shard
-from cp_megatron.checkpoint.save import Keep
+from cp_megatron.checkpoint import shard_writer
+from cp_megatron.checkpoint.save import Retention
 model, optimizer = toy.make(None, updates=1)
 count = 0
 def watched(call):
@@ -210,10 +211,10 @@ def watched(call):
 start(folder, model, optimizer, step=1).wait()
 start(folder, model, optimizer, step=2).wait()
 toy.update(model, optimizer, 1)
-shard.PIECE_BYTES = 500  # several writes
+shard_writer.PIECE_BYTES = 500  # several writes
 for name in CALLS:
     setattr(os, name, watched(getattr(os, name)))
-start(folder, model, optimizer, step=4, keep=Keep(latest=2)).wait()
+start(folder, model, optimizer, step=4, retention=Retention(latest=2)).wait()
 print(count, flush=True)
 os._exit(0)
 """

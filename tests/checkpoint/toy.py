@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
+from cp_megatron.checkpoint.load import load_checkpoint
 from cp_megatron.checkpoint.manifest import Manifest
-from cp_megatron.checkpoint.store import load_checkpoint, save_checkpoint
+from cp_megatron.checkpoint.save import save_checkpoint
 from cp_megatron.comm.groups import ParallelGroups
 from cp_megatron.config import Config
 from cp_megatron.plan import Grid
@@ -41,7 +42,7 @@ class Toy(nn.Module):
             value = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
             if groups is not None:
                 spec = ParameterSpec(name=name, shape=shape, init="zeros", split=split)
-                value = place(value, spec, groups.tp_mesh, "cpu")
+                value = place(value, spec, groups.meshes["tp"], "cpu")
             self.register_parameter(name, nn.Parameter(value))
         self.tied = self.column
         self.register_buffer("count", torch.tensor([3, 4]))
@@ -58,7 +59,7 @@ def make(
     groups = None if grid is None else ParallelGroups.create(grid, "cpu")
     model = Toy(groups, dtype)
     if groups is not None:
-        fully_shard(model, mesh=groups.dp_cp_mesh)
+        fully_shard(model, mesh=groups.meshes["dp_cp"])
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
     update(model, optimizer, updates)
     return model, optimizer

@@ -10,11 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cp_megatron.cli.megatron_flags import FAMILIES, MEANINGLESS
-from cp_megatron.cli.parse import Arguments, parse_arguments
+from cp_megatron.cli.parse import Arguments, LaunchOptions, parse_arguments
 from cp_megatron.config import Config
-from cp_megatron.config.fields import settings
-from cp_megatron.config.presets import PRESETS
-from cp_megatron.config.yaml_io import from_yaml, to_yaml
+from cp_megatron.config.fields import settings, settings_of
+from cp_megatron.config.files.presets import PRESETS
+from cp_megatron.config.files.yaml_io import from_yaml, to_yaml
+from cp_megatron.config.help_page import HELP
 from cp_megatron.errors import ConfigError
 
 
@@ -64,7 +65,10 @@ def test_several_paths_end_at_the_next_flag() -> None:
 
 
 def test_negative_numbers_are_values() -> None:
-    assert parse_arguments(["--lr", "-1", "--min-lr=-.5"]).config.optimizer.lr == -1.0
+    argv = ["--window-size", "-1", "0", "--rope-short-factor=-.5", "-1"]
+    model = parse_arguments(argv).config.model
+    assert (model.window_size, model.rope_short_factor) == ((-1, 0), (-0.5, -1.0))
+    assert refused("--lr", "-1").rule == "must be above 0"
 
 
 def test_megatrons_spellings() -> None:
@@ -101,9 +105,9 @@ def test_bf16_is_a_dtype() -> None:
         (["--num-layer", "3"], "--num-layer", "3", "--num-layers"),
         (["-x"], "-x", "", "see --help"),
         (["--"], "--", "", ""),
-        (["--num-layers"], "--num-layers", "", "VALUE"),
-        (["--num-layers", "--lr", "1"], "--num-layers", "", "VALUE"),
-        (["--data-path"], "--data-path", "", "VALUE"),
+        (["--num-layers"], "--num-layers", "", "--num-layers INT"),
+        (["--num-layers", "--lr", "1"], "--num-layers", "", "--num-layers INT"),
+        (["--data-path"], "--data-path", "", "--data-path TEXT [TEXT ...]"),
         (["--num-layers", "1e3"], "--num-layers", "1e3", "1000"),
         (["--num-layers", "four"], "--num-layers", "four", ""),
         (["--num-layers", "9" * 5000], "--num-layers", "9" * 5000, ""),
@@ -114,23 +118,22 @@ def test_bf16_is_a_dtype() -> None:
         (["--save", "\udcff"], "--save", "\udcff", ""),
         (["--dtype", "fp32"], "--dtype", "fp32", "auto, float64, float32, bfloat16"),
         (["--cp-comm-type", "nvlink"], "--cp-comm-type", "nvlink", "auto, p2p, all_gather, a2a"),
-        (["--window-size", "5"], "--window-size", "5", "--window-size VALUE VALUE"),
-        (["--window-size", "1,2,3"], "--window-size", "1 2 3", "--window-size VALUE VALUE"),
+        (["--window-size", "5"], "--window-size", "5", "--window-size INT INT"),
+        (["--window-size", "1,2,3"], "--window-size", "1 2 3", "--window-size INT INT"),
         (["--window-size", "1", "b"], "--window-size", "b", ""),
-        (["--window-size", "1", "2", "3"], "argument", "3", "--flag value"),
-        (["--window-size"], "--window-size", "", "VALUE VALUE"),
+        (["--window-size", "1", "2", "3"], "--window-size", "1 2 3", "--window-size INT INT"),
+        (["--window-size"], "--window-size", "", "--window-size INT INT"),
         (["--dtype"], "--dtype", "", "auto, float64, float32, bfloat16"),
         (["--swiglu=true"], "--swiglu", "true", "--swiglu or --no-swiglu"),
-        (["--swiglu", "true"], "argument", "true", "--flag value"),
+        (["--swiglu", "true"], "--swiglu", "true", "--swiglu or --no-swiglu"),
         (["train"], "argument", "train", "--flag value"),
-        (["--lr", "1", "2"], "argument", "2", "--flag value"),
+        (["--lr", "1", "2"], "--lr", "1 2", "--lr FLOAT"),
         (["--lr", "1", "--lr", "2"], "--lr", "2", "--lr 1, or --lr 2"),
         (["--swiglu", "--no-swiglu"], "--no-swiglu", "", "--swiglu, or --no-swiglu"),
         (["--bf16", "--dtype", "float32"], "--bf16", "", "one of the two"),
         (["--no-bf16", "--dtype", "bfloat16"], "--no-bf16", "", "--dtype float32"),
         (["--preset", "big"], "--preset", "big", ", ".join(PRESETS)),
         (["--world-size", "8"], "--world-size", "8", "--dry-run"),
-        (["--tyro-print-completion", "bash"], "--tyro-print-completion", "bash", ""),
     ],
 )
 def test_refusals(argv: list[str], flag: str, value: str, works: str) -> None:
@@ -162,13 +165,22 @@ def test_what_a_refusal_recommends_exists() -> None:
     assert {word for word in words if word.startswith("--")} <= known
 
 
-def test_every_setting_is_a_flag_with_a_help_text(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("flag", sorted(HELP))
+def test_every_setting_is_a_flag_with_a_help_text(
+    flag: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as end:
-        parse_arguments(["--help-verbose"])
+        parse_arguments([flag])
     assert end.value.code == 0
-    shown = capsys.readouterr().out
-    assert all(row.flag in shown for row in settings().values())
-    assert all(flag in shown for flag in ("--config", "--dry-run", "--world-size"))
+    lines = capsys.readouterr().out.splitlines()
+    for row in [*settings().values(), *settings_of(LaunchOptions)]:
+        flag = f"  {row.flag}, {row.off_flag} " if row.kind == "bool" else f"  {row.flag} "
+        (place,) = (number for number, line in enumerate(lines) if line.startswith(flag))
+        assert "(default: " in lines[place]
+        assert lines[place + 1].startswith(" " * 6)
+    titles = [line.partition(":")[0] for line in lines if line[:1].isalpha() and ": " in line]
+    sections = dict.fromkeys(row.section or "run" for row in settings().values())
+    assert titles == ["usage", *sections, "launch"]
 
 
 def test_help_shows_the_presets_values_and_survives_a_wrong_flag(
@@ -178,8 +190,8 @@ def test_help_shows_the_presets_values_and_survives_a_wrong_flag(
         with pytest.raises(SystemExit):
             parse_arguments(argv)
     first, second = capsys.readouterr().out.split("usage:")[1:]
-    assert "--ffn-hidden-size {None}|INT (default: 14336)" in first
-    assert "--ffn-hidden-size {None}|INT (default: None)" in second
+    assert "--ffn-hidden-size INT|None (default: 14336)" in first
+    assert "--ffn-hidden-size INT|None (default: None)" in second
 
 
 def test_a_quiet_rank_prints_no_help(capsys: pytest.CaptureFixture[str]) -> None:
@@ -251,7 +263,7 @@ def test_a_folder_that_is_no_run_names_the_runs_beside_it(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("flag", ["--config", "--load"])
-def test_files_that_can_not_be_read(flag: str, tmp_path: Path) -> None:
+def test_files_that_cannot_be_read(flag: str, tmp_path: Path) -> None:
     assert refused(flag, str(tmp_path / "none")).flag == flag
     (tmp_path / "config.yaml").write_bytes(b"\xff\xfe\x00")
     place = tmp_path / "config.yaml" if flag == "--config" else tmp_path
@@ -276,5 +288,5 @@ def test_any_words_give_arguments_or_one_error(argv: list[str]) -> None:
     except ConfigError:
         return
     except SystemExit:
-        config = Config() if {"-h", "--help", "-H", "--help-verbose"} & set(argv) else None
+        config = Config() if HELP & set(argv) else None
     assert type(config) is Config

@@ -16,12 +16,11 @@ Found = tuple[Coordinates, dict[str, list[int]], dict[str, int]]
 def groups_of(rank: int, world_size: int, grid: Grid) -> Found:
     """This rank's coordinates, the ranks of its groups, and its place in each."""
     groups = ParallelGroups.create(grid, "cpu")
-    by_axis = {axis: getattr(groups, axis) for axis in AXES}
+    by_axis = {axis: groups[axis] for axis in AXES}
     assert groups.grid == grid
-    assert groups.tp_mesh.get_group() is groups.tp
-    assert groups.dp_cp_mesh.get_group() is groups.dp_cp
-    assert groups.mesh.mesh_dim_names == ("dp", "cp", "tp")
-    assert groups.tp_mesh.ndim == groups.dp_cp_mesh.ndim == 1
+    assert all(getattr(groups, axis) is group for axis, group in by_axis.items())
+    assert dist.get_process_group_ranks(groups.world) == list(range(world_size))
+    assert {mesh.ndim for mesh in groups.meshes.values()} == {1}
     ranks = {axis: dist.get_process_group_ranks(group) for axis, group in by_axis.items()}
     return groups.coordinates, ranks, {axis: dist.get_rank(g) for axis, g in by_axis.items()}
 
@@ -42,14 +41,15 @@ def test_four_ranks() -> None:
     assert by_group(found, "cp") == [[0, 2], [1, 3]]
     assert by_group(found, "dp") == [[0], [1], [2], [3]]
     assert by_group(found, "dp_cp") == [[0, 2], [1, 3]]
-    assert [place for place, _, _ in found] == [(0, 0, 0), (0, 0, 1), (0, 1, 0), (0, 1, 1)]
+    places = [(0, 0), (0, 1), (1, 0), (1, 1)]
+    assert [place for place, _, _ in found] == [Coordinates(dp=0, cp=c, tp=t) for c, t in places]
 
 
 @pytest.mark.parametrize("grid", [Grid(dp=4), Grid(cp=4), Grid(tp=4), Grid(dp=2, tp=2)])
 def test_the_groups_are_the_grids(grid: Grid) -> None:
     found = run_ranks(groups_of, 4, grid)
     for axis in AXES:
-        assert by_group(found, axis) == grid.groups(axis)  # type: ignore[arg-type]
+        assert by_group(found, axis) == grid.groups(axis)
     assert [place for place, _, _ in found] == [grid.coordinates(rank) for rank in range(4)]
 
 
@@ -64,5 +64,5 @@ def test_eight_ranks() -> None:
 
 def test_one_rank_has_groups_too() -> None:
     ((place, ranks, _),) = run_ranks(groups_of, 1, Grid())
-    assert place == (0, 0, 0)
+    assert place == Coordinates(dp=0, cp=0, tp=0)
     assert ranks == {axis: [0] for axis in AXES}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,8 @@ from hypothesis import strategies as st
 
 from cp_megatron.config import Config
 from cp_megatron.config.fields import Setting, settings
-from cp_megatron.config.presets import PRESETS
-from cp_megatron.config.yaml_io import from_yaml, overlay, read_file, to_yaml
+from cp_megatron.config.files.presets import PRESETS
+from cp_megatron.config.files.yaml_io import from_yaml, overlay, read_file, to_yaml
 from cp_megatron.errors import ConfigError
 
 TEXTS = st.text(
@@ -21,22 +22,24 @@ TEXTS = st.text(
 ).filter(lambda text: not text.startswith("-"))
 
 
-WHOLE = st.integers(-(2**63), 2**63 - 1)
-
-
 def values_of(row: Setting) -> st.SearchStrategy[Any]:
     if row.name == "preset":
         return st.sampled_from(list(PRESETS))
+    low, high = (end if math.isfinite(end) else None for end in (row.range.low, row.range.high))
     kinds: dict[str, st.SearchStrategy[Any]] = {
         "bool": st.booleans(),
-        "int": WHOLE,
-        "float": st.floats(allow_nan=False, allow_infinity=False),
+        "int": st.integers(
+            -(2**63) if low is None else int(low), 2**63 - 1 if high is None else int(high)
+        ),
+        "float": st.floats(low, high, allow_nan=False, allow_infinity=False).filter(
+            lambda number: number in row.range
+        ),
         "str": st.sampled_from(row.choices) if row.choices else TEXTS,
-        "strings": st.lists(TEXTS, max_size=3).map(tuple),
-        "ints": st.tuples(*[WHOLE] * row.count),
-        "floats": st.lists(st.floats(allow_nan=False, allow_infinity=False), max_size=3).map(tuple),
     }
-    return st.none() | kinds[row.kind] if row.optional else kinds[row.kind]
+    value = kinds[row.kind]
+    if row.count != 1:
+        value = st.lists(value, min_size=row.count, max_size=row.count or 3).map(tuple)
+    return st.none() | value if row.optional else value
 
 
 CONFIGS = st.fixed_dictionaries(
@@ -91,10 +94,12 @@ LAUGHS = "data:\n  data_path:\n  - &a0 [ha]\n" + "".join(
         ("model: {num_layers: null}", "f: model.num_layers", "whole number"),
         ("model: {swiglu: 1}", "f: model.swiglu", "true or false"),
         ("optimizer: {lr: .inf}", "f: optimizer.lr", "finite"),
+        ("optimizer: {lr: 0}", "f: optimizer.lr", "above 0"),
+        ("model: {num_layers: 0}", "f: model.num_layers", "at least 1"),
         ("optimizer: {lr: true}", "f: optimizer.lr", "number"),
         ("train: {dtype: float16}", "f: train.dtype", "choices"),
-        ("data: {data_path: a}", "f: data.data_path", "list of texts"),
-        ("data: {data_path: [1]}", "f: data.data_path", "list of texts"),
+        ("data: {data_path: a}", "f: data.data_path", "list of values"),
+        ("data: {data_path: [1]}", "f: data.data_path", "must be text"),
         ("checkpoint: {save: '-x'}", "f: checkpoint.save", "dash"),
         ("preset: none-such", "f: preset", "no preset"),
         ("model: {num_layers: 2, num_layers: 3}", "f", "stands twice"),

@@ -118,13 +118,13 @@ def test_messages_on_the_wire_equal_the_plan(mask: str, route: str) -> None:
     schedule = Schedule.build(MASKS[mask], layout, route=route)
     for rank, (forward, backward) in enumerate(results):
         turns = schedule.rounds(rank)
-        keys = [(m.peer, m.num_tokens) for turn in turns if (m := turn.receive_keys)]
+        keys = [(m.peer, m.num_tokens) for round_ in turns if (m := round_.receive_keys)]
         assert forward == keys
         assert sum(tokens for _, tokens in forward) == schedule.kv_tokens_received(rank)
         grads = [
             (message.peer, message.num_tokens)
-            for turn in turns
-            for message in (turn.receive_passed, turn.receive_returned)
+            for round_ in turns
+            for message in (round_.receive_passed, round_.receive_returned)
             if message
         ]
         assert Counter(backward) == Counter(keys + grads)
@@ -186,8 +186,8 @@ def rounds_as_gather(rank: int, world_size: int) -> list[Tensor]:
     mask = Mask.causal(16)
     cp = ContextParallel(dist.group.WORLD, mask)
     return [
-        torch.tensor([p for a, b in turn.keys for p in range(a, b)])
-        for turn in cp.schedule(1).rounds(rank)
+        torch.tensor([p for a, b in round_.keys for p in range(a, b)])
+        for round_ in cp.schedule(1).rounds(rank)
     ]
 
 

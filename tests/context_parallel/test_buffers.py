@@ -14,6 +14,7 @@ from torch import Tensor
 from cp_megatron.context_parallel import ContextParallel
 from cp_megatron.context_parallel.buffers import Buffers
 from cp_megatron.plan import Mask, Schedule, SequenceLayout
+from cp_megatron.plan.buffer_sizes import AttentionSizes, BufferSizes
 from tests.allocations import counting_memory
 from tests.ranks import run_ranks
 
@@ -33,10 +34,10 @@ MASKS = {  # by number of ranks
 }
 
 
-def inputs(seed: int, shard: int, dtype: torch.dtype) -> list[Tensor]:
+def inputs(seed: int, shard: int, dtype: torch.dtype, dim: int = DIM) -> list[Tensor]:
     """q, k, v and dout of a shard."""
     generator = torch.Generator().manual_seed(seed)
-    shape = 1, shard, HEADS, DIM
+    shape = 1, shard, HEADS, dim
     return [torch.randn(shape, generator=generator).to(dtype) for _ in range(4)]
 
 
@@ -103,48 +104,60 @@ def test_memory_of_a_pass_does_not_grow_with_the_ranks(mask: str, route: str) ->
         assert found.kept <= (keys + 5) * SHARD * TOKEN, size
 
 
-def kept(rank: int, world_size: int, masks: list[Mask], options: dict[str, Any]) -> list[int]:
+def kept(
+    rank: int, world_size: int, masks: list[Mask], options: dict[str, Any], dim: int = DIM
+) -> list[int]:
     """Bytes kept for messages after each mask."""
     cp = ContextParallel(dist.group.WORLD, masks[0], kernel="cpu", **options)
     found = []
     for mask in masks:
-        one_pass(cp.with_mask(mask), inputs(rank, mask.seq_len // world_size, torch.float32))
+        one_pass(cp.with_mask(mask), inputs(rank, mask.seq_len // world_size, torch.float32, dim))
         found.append(cp.buffers.held_bytes)
     return found
 
 
-@pytest.mark.parametrize("route", ROUTES)
-def test_what_is_kept_follows_from_the_largest_message(route: str) -> None:
-    """Of the largest mask, not of their sum, and as the plan says before anything runs."""
+def predicted(schedules: list[Schedule], rank: int, dim: int) -> int:
+    """Bytes of the buffers that the plan describes."""
+    sizes = BufferSizes()
+    for schedule in schedules:
+        x = AttentionSizes(
+            batch=1,
+            num_tokens=schedule.layout.shard_len,
+            heads=HEADS,
+            kv_heads=HEADS,
+            head_dim=dim,
+            element=4,
+            exact=4,
+        )
+        sizes.add_forward(schedule, rank, x)
+        sizes.add_backward(schedule, rank, x)
+    return sizes.num_bytes
+
+
+@pytest.mark.parametrize("exchange", EXCHANGES)
+def test_what_is_kept_is_what_the_plan_says(exchange: str) -> None:
+    """The memory follows from the largest message of all masks, and is known before they run."""
     masks = [Mask.documents([3 * n, 96 - 3 * n]) for n in range(1, 16)] + [Mask.causal(96)]
-    options = {"exchange": "p2p", "route": route}
-    largest = [0] * 4
-    for mask in masks:
-        schedule = Schedule.build(mask, SequenceLayout.make(mask, 4, "auto"), route=route)
-        found = [schedule.largest_message(rank) for rank in range(4)]
-        largest = [max(pair) for pair in zip(largest, found)]
-    for tokens, held in zip(largest, run_ranks(kept, 4, masks + masks, options)):
-        assert 0 < held[-1] <= 8 * tokens * TOKEN
+    options = EXCHANGES[exchange]
+    schedules = [
+        Schedule.build(mask, SequenceLayout.make(mask, 4), num_heads=HEADS, **options)
+        for mask in masks
+    ]
+    for rank, held in enumerate(run_ranks(kept, 4, masks + masks, options)):
         assert held[-1] == held[len(masks) - 1]
-
-
-def gathered(rank: int, world_size: int, mask: Mask) -> int:
-    """Bytes kept for an all_gather in four portions."""
-    import cp_megatron.context_parallel.all_gather as module
-
-    normal, module.LEAST_PORTION = module.LEAST_PORTION, 1
-    try:
-        return kept(rank, world_size, [mask], {"exchange": "all_gather", "layout": "zigzag"})[0]
-    finally:
-        module.LEAST_PORTION = normal
+        assert held[-1] == predicted(schedules, rank, DIM) > 0
 
 
 def test_all_gather_holds_a_portion_of_the_heads_and_the_next() -> None:
-    mask = Mask.causal(256)
+    """Heads are wide enough that each is gathered by itself."""
+    mask, dim = Mask.causal(1024), 512
+    options = {"exchange": "all_gather", "layout": "zigzag"}
     schedule = Schedule.build(mask, SequenceLayout.make(mask, 4, "zigzag"), "all_gather")
-    portion = schedule.largest_message(0) * TOKEN // 4
-    # Two gathered, keys picked, their gradients, one on its way home; two given, one returned.
-    assert max(run_ranks(gathered, 4, mask)) <= 5 * portion + 3 * portion // 4
+    portion = mask.seq_len * 2 * dim * 4
+    for rank, (held,) in enumerate(run_ranks(kept, 4, [mask], options, dim)):
+        assert held == predicted([schedule], rank, dim)
+        # Two gathered, keys picked, their gradients, one reduced; two given, one returned.
+        assert 3 * portion < held <= 5 * portion + 3 * portion // 4
 
 
 # ---- whose ---------------------------------------------------------------------------------------
@@ -177,7 +190,7 @@ def rooms(cp: ContextParallel) -> list[Tensor]:
         room
         for group in cp.buffers._free.values()
         for workspace in group
-        for room in workspace._rooms.values()
+        for room in workspace._buffers.values()
     ]
 
 
@@ -286,7 +299,7 @@ def test_a_room_is_replaced_where_it_is_too_small_and_kept_where_it_is_not() -> 
     with counting_memory() as count:
         for tokens in (10, 4, 20, 20, 7):
             with buffers.lend(CPU) as memory:
-                room = memory.room("keys", (tokens, 2, 3), torch.float32)
+                room = memory.take("keys", (tokens, 2, 3), torch.float32)
                 assert room.shape == (tokens, 2, 3)
                 assert room.is_contiguous()
                 del room
@@ -294,8 +307,8 @@ def test_a_room_is_replaced_where_it_is_too_small_and_kept_where_it_is_not() -> 
     assert count.peak == 480, "the smaller one was given back first"
     assert buffers.held_bytes == buffers.peak_bytes == 480
     with buffers.lend(CPU) as memory:
-        half = memory.room("keys", (480 // 2,), torch.bfloat16)
-        other = memory.room("gradients", (3,), torch.float64)
+        half = memory.take("keys", (480 // 2,), torch.bfloat16)
+        other = memory.take("gradients", (3,), torch.float64)
         assert half.dtype == torch.bfloat16
         assert not places([half]) & places([other])
     assert buffers.held_bytes == 480 + 24
@@ -305,8 +318,8 @@ def test_passes_at_the_same_time_have_memory_of_their_own() -> None:
     buffers = Buffers()
     with buffers.lend(CPU) as one, buffers.lend(CPU) as two:
         assert one is not two
-        one.room("keys", (8,), torch.float32)
-        two.room("keys", (8,), torch.float32)
+        one.take("keys", (8,), torch.float32)
+        two.take("keys", (8,), torch.float32)
         assert buffers.held_bytes == 64
     with buffers.lend(CPU) as three, buffers.lend(CPU) as four:
         assert {id(three), id(four)} == {id(one), id(two)}
@@ -318,7 +331,7 @@ def test_memory_is_not_lent_again_after_an_error() -> None:
 
     def fails() -> None:
         with buffers.lend(CPU) as memory:
-            memory.room("keys", (8,), torch.float32)
+            memory.take("keys", (8,), torch.float32)
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -330,7 +343,7 @@ def test_memory_is_not_lent_again_after_an_error() -> None:
 def test_memory_of_inference_mode_serves_training() -> None:
     """Looked at from inside: whether a room as it is handed out may be written is torch's whim."""
     with torch.inference_mode(), Buffers().lend(CPU) as memory:
-        memory.room("keys", (8,), torch.float32)
-    (held,) = memory._rooms.values()
+        memory.take("keys", (8,), torch.float32)
+    (held,) = memory._buffers.values()
     held.add_(1)
     assert not held.is_inference()

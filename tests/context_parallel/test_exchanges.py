@@ -8,14 +8,15 @@ from __future__ import annotations
 
 from itertools import product
 from typing import Any, NamedTuple
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from cp_megatron.context_parallel import ContextParallel
+from cp_megatron.context_parallel import ContextParallel, all_gather
 from cp_megatron.kernels.dropout import Dropout
-from cp_megatron.plan import Mask
+from cp_megatron.plan import Mask, buffer_sizes
 from tests.context_parallel.test_attention import BOUNDS, MASKS, errors
 from tests.kernels.rounding import RoundingKernel
 from tests.oracles import attention_inputs, dense_gradients, relative_error
@@ -190,23 +191,11 @@ def test_bfloat16_is_as_exact_as_one_rank(world_size: int, rounding: bool, limit
 
 
 def in_portions(rank: int, world_size: int, least: int, cases: list[Case]) -> tuple[int, float]:
-    """How many portions the heads were gathered in, and this rank's worst error."""
-    import cp_megatron.context_parallel.all_gather as module
-
-    seen: list[int] = []
-    portions, kept = module._portions, module.LEAST_PORTION
-
-    def counting(num_heads: int, num_bytes: int) -> Any:
-        found = portions(num_heads, num_bytes)
-        seen.append(len(found))
-        return found
-
-    module._portions, module.LEAST_PORTION = counting, least
-    try:
+    """The number of all-gathers of keys, and this rank's worst error."""
+    counted = mock.patch.object(all_gather, "start_all_gather", wraps=all_gather.start_all_gather)
+    with mock.patch.object(buffer_sizes, "LEAST_PORTION", least), counted as gathers:
         worst = max(max(result.values()) for result in many_errors(rank, world_size, cases))
-    finally:
-        module._portions, module.LEAST_PORTION = portions, kept
-    return max(seen), worst
+    return gathers.call_count, worst
 
 
 @pytest.mark.parametrize(("least", "expected"), [(1, 4), (1 << 30, 1)])
@@ -215,5 +204,5 @@ def test_all_gather_in_one_portion_or_in_several(least: int, expected: int) -> N
     mask = MASKS["documents"]
     cases = [Case(mask, heads, (8, 24), torch.float64, options) for heads in ((8, 8), (12, 6))]
     for count, worst in run_ranks(in_portions, 2, least, cases):
-        assert count == expected
+        assert count == len(cases) * 2 * expected, "forward and backward"
         assert worst < 1e-12

@@ -40,7 +40,7 @@ class Work:
 def flipping(number: int) -> Iterator[list[int]]:
     """Flips a bit in message ``number`` of those that arrive; gives how many there were."""
     seen = [0]
-    batch, gather, trade = (
+    batch, gather, all_to_all = (
         dist.batch_isend_irecv,
         nonblocking._all_gather,
         dist.all_to_all_single,
@@ -63,8 +63,8 @@ def flipping(number: int) -> Iterator[list[int]]:
             return work
         return Work(work, result.chunk(group.size())[other])
 
-    def traded(result: Tensor, x: Tensor, *args: Any, **options: Any) -> None:
-        trade(result, x, *args, **options)
+    def corrupted(result: Tensor, x: Tensor, *args: Any, **options: Any) -> None:
+        all_to_all(result, x, *args, **options)
         if args and arrives():  # sums travel without sizes
             sizes: list[int] = args[0]
             first = options["group"].rank() == 0  # whose own part comes first
@@ -73,7 +73,7 @@ def flipping(number: int) -> Iterator[list[int]]:
     with (
         mock.patch.object(dist, "batch_isend_irecv", batched),
         mock.patch.object(nonblocking, "_all_gather", gathered),
-        mock.patch.object(dist, "all_to_all_single", traded),
+        mock.patch.object(dist, "all_to_all_single", corrupted),
     ):
         yield seen
 

@@ -95,8 +95,8 @@ def gather_gap(rank: int, world_size: int, mask: Mask, route: str, layout: str) 
     arrivals = iter(keys)
     have = np.zeros(mask.seq_len, np.bool_)
     have[cp.positions.numpy()] = True
-    for turn in cp.schedule(1).rounds(cp.rank)[1:]:
-        where = np.concatenate([np.arange(0), *(np.arange(*span) for span in turn.keys)])
+    for round_ in cp.schedule(1).rounds(cp.rank)[1:]:
+        where = np.concatenate([np.arange(0), *(np.arange(*span) for span in round_.keys)])
         if len(where):
             assert torch.equal(next(arrivals), whole[torch.from_numpy(where)])
         assert not have[where].any(), "a key came twice"
@@ -135,9 +135,9 @@ def scatter_gap(rank: int, world_size: int, mask: Mask, route: str, layout: str)
     home = mine[cp.positions].clone()
     arrived = iter(buffers)
     for slot in range(world_size + 1):
-        turn = cp.schedule(1).rounds(cp.rank)[slot] if slot < world_size else None
+        round_ = cp.schedule(1).rounds(cp.rank)[slot] if slot < world_size else None
         before = cp.schedule(1).rounds(cp.rank)[slot - 1] if slot else None
-        if turn and turn.receive_keys:
+        if round_ and round_.receive_keys:
             next(arrived)
         if before and before.receive_passed:
             next(arrived)

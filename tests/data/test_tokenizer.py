@@ -10,8 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cp_megatron.config.fields import setting_of_type
-from cp_megatron.data.prepare.prepare_command import Options
+from cp_megatron.data.prepare.prepare_command import parse
 from cp_megatron.data.tokenize.tokenizer import KINDS, Tokenizer, open_tokenizer
 from cp_megatron.errors import ConfigError
 from tests.data import tokenizer_files
@@ -206,7 +205,5 @@ def test_a_tiktoken_file_has_every_byte_and_each_rank_once(tmp_path: Path) -> No
     ],
 )
 def test_the_spellings_of_megatron(megatron: str, ours: str) -> None:
-    from typing import get_type_hints
-
-    hint = get_type_hints(Options)["tokenizer_type"]
-    assert setting_of_type("", "tokenizer_type", hint).from_text(megatron) == ours
+    argv = ["--output-prefix", "p", "--tokenizer-type", megatron]
+    assert parse(argv).tokenizer_type == ours

@@ -24,7 +24,7 @@ from cp_megatron.evaluate.needle import Haystack, make_task
 from cp_megatron.evaluate.results import Score
 from cp_megatron.evaluate.score import (
     NO_TOKEN,
-    Row,
+    LabeledRow,
     bucket_ends,
     perplexity_row,
     score,
@@ -66,13 +66,13 @@ class Case:
     dtype: Any = "float64"
 
 
-def rows_of(number: int) -> Row:
+def rows_of(number: int) -> LabeledRow:
     """Rows 0 and 2 are text; row 1 has labels in cell 3 only, and at its end."""
     tokens = np.random.default_rng(number).integers(0, VOCAB, LENGTH + 1)
     if number == 1:
         labels = np.full(LENGTH, IGNORED)
         labels[-3:] = tokens[-3:]
-        return Row(tokens=tokens[:-1], labels=labels, cells=np.full(LENGTH, 4))
+        return LabeledRow(tokens=tokens[:-1], labels=labels, cells=np.full(LENGTH, 4))
     return perplexity_row(tokens, bucket_ends(LENGTH, 4, LENGTH))
 
 
@@ -229,7 +229,7 @@ def follows_greedy(rank: int, world_size: int, style: str) -> list[tuple[float, 
             model,
             groups,
             ContextParallel(groups.cp, Mask.causal(24)),
-            lambda _, row=row, labels=labels: Row(
+            lambda _, row=row, labels=labels: LabeledRow(
                 tokens=row, labels=labels, cells=np.zeros(24, dtype=np.int64)
             ),
             num_rows=1,

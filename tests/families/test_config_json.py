@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cp_megatron.config import ModelConfig
-from cp_megatron.config.presets import PRESETS
+from cp_megatron.config.files.presets import PRESETS
 from cp_megatron.errors import ConfigError
 from cp_megatron.families.llama import read_hf_config, to_hf_config
 

@@ -1,11 +1,11 @@
-"""A parameter or a message that changes by itself ends the run, and the rank is named."""
+"""Corrupted parameters and messages end the run, and the rank is named."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any, cast
-from unittest import mock
 
 import torch
 
@@ -13,7 +13,7 @@ from cp_megatron.faults.checks import Checks, ParameterSums
 from cp_megatron.plan import Grid
 from cp_megatron.train.loop import DivergedError
 from cp_megatron.train.signals import StopRequest
-from cp_megatron.train.step import StepResult, TrainStep, local_values
+from cp_megatron.train.step import Shard, StepResult, TrainStep, local_values
 from tests.context_parallel.test_link_sums import flipping
 from tests.ranks import run_ranks
 from tests.train.checkpoints import differing
@@ -22,6 +22,17 @@ from tests.train.test_loop import place as place  # the fixture
 from tests.train.test_skipping import faults_of
 
 CHECKED = ["--check-interval", "2", "--save-interval", "1"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorruptingStep(TrainStep):
+    """A training step in which a bit of the first message that arrives flips, in one step."""
+
+    corrupted_step: int
+
+    def run(self, shards: Sequence[Shard], *, step: int, **options: Any) -> StepResult:
+        with flipping(0 if step == self.corrupted_step else -1):
+            return super().run(shards, step=step, **options)
 
 
 def train(
@@ -35,20 +46,16 @@ def train(
 
     Args:
         flip: (rank, step) where a bit of a parameter flips.
-        message: (rank, step): a bit flips in the first message that arrives there then.
+        message: (rank, step) where a bit flips in the first message that arrives.
     """
     run = assembled(rank, world_size, argv)
     faults = faults_of(rank, *([("flip", *flip)] if flip else []))
     run = replace(run, faults=faults, view=StoppingView(StopRequest(), None))
-    step_of = TrainStep.run
-
-    def step(self: TrainStep, *args: Any, **options: Any) -> StepResult:
-        with flipping(0 if (rank, options["step"]) == message else -1):
-            return step_of(self, *args, **options)
-
+    if message is not None and message[0] == rank:
+        step = CorruptingStep(**vars(run.train_step), corrupted_step=message[1])
+        run = replace(run, train_step=step)
     try:
-        with mock.patch.object(TrainStep, "run", step):
-            run.train(run.plan.load_step, StopRequest())
+        run.train(StopRequest())
     except DivergedError as error:
         return str(error)
     finally:
@@ -57,22 +64,22 @@ def train(
     return ""
 
 
-def test_a_parameter_that_changes_by_itself_is_found_before_it_is_saved(place: Place) -> None:
-    told = run_ranks(train, 4, place.argv("run", *GRIDS["tp2 cp2"], *CHECKED), (2, 1))
-    assert len(set(told)) == 1
+def test_a_corrupted_parameter_is_found_before_it_is_saved(place: Place) -> None:
+    errors = run_ranks(train, 4, place.argv("run", *GRIDS["tp2 cp2"], *CHECKED), (2, 2))
+    assert len(set(errors)) == 1
     # After step 2, whose save is checked too.
-    assert told[0].startswith("step 2: rank 2: "), told[0]
-    assert "changed between two updates; the last checkpoint is of step 1" in told[0]
+    assert errors[0].startswith("step 2: rank 2: "), errors[0]
+    assert "changed between two updates; the last checkpoint is of step 1" in errors[0]
     assert not (place.folder / "run" / "step-2").exists()
 
 
-def test_a_message_that_arrives_changed_is_found_in_a_checked_step(place: Place) -> None:
+def test_a_corrupted_message_is_found_in_a_checked_step(place: Place) -> None:
     argv = place.argv("run", *GRIDS["tp2 cp2"], *CHECKED)
-    assert run_ranks(train, 4, argv, None, (3, 2)) == [""] * 4, "step 3 is not checked"
+    assert run_ranks(train, 4, argv, None, (3, 3)) == [""] * 4, "step 3 is not checked"
     other = place.argv("other", *GRIDS["tp2 cp2"], *CHECKED)
-    told = run_ranks(train, 4, other, None, (3, 1))
-    assert set(told) == {told[0]}
-    assert told[0].startswith("step 2: rank 3: what rank 1 sent arrived changed"), told[0]
+    errors = run_ranks(train, 4, other, None, (3, 2))
+    assert set(errors) == {errors[0]}
+    assert errors[0].startswith("step 2: rank 3: what rank 1 sent arrived changed"), errors[0]
     assert not (place.folder / "other" / "step-2").exists()
 
 
@@ -105,7 +112,7 @@ def test_tensor_parallel_ranks_that_drift_apart_are_named(place: Place) -> None:
     assert two == ["rank 2, 3: parameters that tensor parallel ranks share differ"] * 4
 
 
-def test_who_is_blamed() -> None:
+def test_which_rank_is_blamed() -> None:
     checks = Checks(
         interval=1,
         parameters=ParameterSums([("w", torch.ones(2))]),
@@ -115,12 +122,12 @@ def test_who_is_blamed() -> None:
         device=torch.device("cpu"),
     )
     fine = [False] * 6
-    assert checks._replicas([1, 1, 1, 2, 2, 2], fine) == []
-    assert [text.split(":")[0] for text in checks._replicas([1, 5, 1, 2, 2, 3], fine)] == [
+    assert checks._compare_replicas([1, 1, 1, 2, 2, 2], fine) == []
+    assert [text.split(":")[0] for text in checks._compare_replicas([1, 5, 1, 2, 2, 3], fine)] == [
         "rank 1",
         "rank 5",
     ]
-    (text,) = checks._replicas([1, 2, 3, 4, 4, 4], fine)
+    (text,) = checks._compare_replicas([1, 2, 3, 4, 4, 4], fine)
     assert text.startswith("rank 0, 1, 2:")
     # A rank that found its own fault is blamed once.
-    assert checks._replicas([1, 5, 1, 2, 2, 2], [False, True, *fine[:4]]) == []
+    assert checks._compare_replicas([1, 5, 1, 2, 2, 2], [False, True, *fine[:4]]) == []

@@ -1,4 +1,4 @@
-"""Who is named when a run breaks."""
+"""Which rank is named when a run breaks."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ def test_the_culprit(
     assert named(reports, alive) == culprits
 
 
-def test_what_is_said() -> None:
-    verdict = judge({0: LOST, 1: WAITED, 3: LOST}, world_size=4, alive={0, 1, 3}, seen=SEEN)
-    assert verdict.text == (
+def test_the_text_names_what_the_others_met() -> None:
+    culprits = judge({0: LOST, 1: WAITED, 3: LOST}, world_size=4, alive={0, 1, 3}, seen=SEEN)
+    assert culprits.text == (
         "rank 2 (process 2) does not answer (rank 0 lost its peer in step 6; rank 1 waited in "
         "step 6; rank 3 lost its peer in step 6)"
     )

@@ -72,7 +72,7 @@ def test_ten_times_the_loss_is_a_spike_and_noise_is_none() -> None:
     assert accepted(guard, noise) == [True] * WINDOW
     spike = guard.judge(WINDOW + 1, 20.0, 1.0)
     assert (spike.accepted, spike.finite, spike.over, spike.num_skipped) == (False, True, False, 1)
-    assert "a spike: above" in spike.found
+    assert "a spike: above" in spike.numbers
     assert guard.judge(WINDOW + 2, 2.1, 1.0).accepted
 
 

@@ -1,4 +1,4 @@
-"""Faults on purpose: how they are written, whom they hit, and that they do what they say."""
+"""Fault injection: how faults are written, which ranks they hit, and what they do."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ FAULTS = st.builds(
     Fault,
     kind=st.sampled_from(sorted(KINDS)),
     rank=st.integers(0, 3),
-    step=st.integers(0, 10**6),
+    step=st.integers(1, 10**6),
 )
 
 
 @given(st.lists(FAULTS))
-def test_what_is_written_is_read_again(faults: list[Fault]) -> None:
-    text = ",".join(f"{fault.kind}:{fault.rank}:{fault.step}" for fault in faults)
+def test_parse_faults_reads_what_it_documents(faults: list[Fault]) -> None:
+    text = ",".join(f"{fault.kind}:{fault.rank}:{fault.step - 1}" for fault in faults)
     assert parse_faults(text, 4) == tuple(faults)
     for rank in range(4):
         mine = Faults.of(Launch(rank=rank, world_size=4, fault=text)).mine
@@ -56,13 +56,13 @@ def test_what_is_written_is_read_again(faults: list[Fault]) -> None:
         ("boom:1:5", "there is no fault boom", ", ".join(KINDS)),
     ],
 )
-def test_a_mistake_is_told_before_the_run(text: str, rule: str, works: str) -> None:
+def test_a_mistake_is_refused_before_the_run(text: str, rule: str, works: str) -> None:
     from cp_megatron.config import Config
 
     with pytest.raises(ConfigError) as caught:
         check(Config(), Launch(world_size=4, under_torchrun=True, fault=text))
-    told = caught.value
-    assert (told.flag, told.value, told.rule, told.works) == ("CPM_FAULT", text, rule, works)
+    error = caught.value
+    assert (error.flag, error.value, error.rule, error.works) == ("CPM_FAULT", text, rule, works)
 
 
 def test_it_is_read_from_the_environment_with_the_number_of_restarts() -> None:
@@ -101,14 +101,14 @@ def test_the_process_ends(kind: str, code: int) -> None:
 @pytest.mark.parametrize(("kind", "state"), [("stop", "T"), ("hang", "S")])
 def test_the_process_stays_and_does_nothing(kind: str, state: str) -> None:
     with started(kind) as process:
-        end, found = time.monotonic() + 10, ""
-        while found != state and time.monotonic() < end:
+        end, seen = time.monotonic() + 10, ""
+        while seen != state and time.monotonic() < end:
             time.sleep(0.05)
             with open(f"/proc/{process.pid}/stat") as file:
-                found = file.read().rpartition(")")[2].split()[0]
+                seen = file.read().rpartition(")")[2].split()[0]
         assert process.poll() is None
         process.kill()
-        assert found == state
+        assert seen == state
 
 
 def test_slow_is_from_its_step_on() -> None:
@@ -123,37 +123,37 @@ def test_slow_is_from_its_step_on() -> None:
 
 def broken_steps(rank: int, world_size: int) -> tuple[float, list[float], int]:
     """A step with ``spike`` and one without; how many values ``flip`` changed."""
-    case, faults = Case(), tuple(Fault(kind=kind, rank=0, step=1) for kind in ("spike", "flip"))
+    case, faults = Case(), tuple(Fault(kind=kind, rank=0, step=2) for kind in ("spike", "flip"))
     train_step = train_step_of("llama", case)
     shards = shards_of(0, case, train_step)
-    plain = train_step.run(shards, step=0, lr=0.0, faults=Faults(mine=faults))
+    plain = train_step.run(shards, step=1, lr=0.0, faults=Faults(mine=faults))
     before = [parameter.detach().clone() for parameter in train_step.model.parameters()]
-    spiked = train_step.run(shards, step=1, lr=0.0, faults=Faults(mine=faults))
+    spiked = train_step.run(shards, step=2, lr=0.0, faults=Faults(mine=faults))
     changed = zip(before, train_step.model.parameters(), strict=True)
     num_flipped = sum(int((old != new).sum()) for old, new in changed)
     ratios = [spiked.loss / plain.loss, spiked.grad_norm / plain.grad_norm]
     with pytest.raises(InjectedError):
         train_step.run(
-            shards, step=2, lr=0.0, faults=Faults(mine=(Fault(kind="raise", rank=0, step=2),))
+            shards, step=3, lr=0.0, faults=Faults(mine=(Fault(kind="raise", rank=0, step=3),))
         )
     nan = train_step.run(
-        shards, step=3, lr=0.0, faults=Faults(mine=(Fault(kind="nan", rank=0, step=3),))
+        shards, step=4, lr=0.0, faults=Faults(mine=(Fault(kind="nan", rank=0, step=4),))
     )
     return nan.loss, ratios, num_flipped
 
 
-def test_numbers_are_broken_as_they_say() -> None:
+def test_the_faults_that_change_numbers() -> None:
     ((loss, ratios, num_flipped),) = run_ranks(broken_steps, 1)
     assert math.isnan(loss)
     assert ratios == pytest.approx([10, 10], rel=1e-9)
     assert num_flipped == 1
 
 
-def test_nothing_is_asked_of_a_rank_without_faults() -> None:
+def test_a_rank_without_faults() -> None:
     faults = Faults()
-    faults.before_step(0)
-    faults.before_backward(0)
-    assert faults.factor(0) == 1.0
+    faults.before_step(1)
+    faults.before_backward(1)
+    assert faults.factor(1) == 1.0
 
 
 def test_every_kind_is_made_by_a_test() -> None:

@@ -78,9 +78,6 @@ _BY_KIND: Mapping[str, Sequence[str]] = {
     "int": ("1", "2", "3", "4", "8", "16"),
     "float": ("0", "0.1", "0.5", "1", "2"),
     "str": ("new", "text", "a name"),
-    "strings": ("text", "text/one.txt"),
-    "ints": ("0", "1", "2", "4"),
-    "floats": ("1", "0.5", "2", "4"),
 }
 _NASTY_INTS = (
     *("0", "-1", "-2", "3", "7", "65536", "65537", "2147483647", "2147483648", "9" * 30),
@@ -219,7 +216,7 @@ def _own_flags() -> list[Setting]:
 def _names() -> dict[str, str]:
     """Flag -> setting."""
     rows = settings().values()
-    return {f: row.name for row in rows for f in (row.flag, f"--no-{row.flag[2:]}")}
+    return {f: row.name for row in rows for f in (row.flag, row.off_flag)}
 
 
 def _said(group: str) -> dict[str, list[str]]:
@@ -272,19 +269,19 @@ def _base(rng: Random) -> tuple[int, dict[str, list[str]]]:
 def _flag(rng: Random, row: Setting) -> list[str]:
     """The flag with a value that often works, as words."""
     if row.kind == "bool":
-        return [rng.choice([row.flag, f"--no-{row.flag[2:]}"])]
+        return [rng.choice([row.flag, row.off_flag])]
     text = rng.choice(SENSIBLE.get(row.name) or row.choices or _BY_KIND[row.kind])
-    texts = text.split(" ") if row.kind in ("ints", "floats", "strings") else [text]
+    texts = text.split(" ") if row.count != 1 else [text]
     return _spelled(rng, row, texts * row.count if 1 == len(texts) < row.count else texts)
 
 
 def _nasty(rng: Random, row: Setting) -> list[str]:
     """The flag with what may not work."""
     pools = {"int": _NASTY_INTS, "float": _NASTY_FLOATS, "str": _NASTY_TEXTS}
-    pool = pools.get(row.kind.removesuffix("s"), _NASTY_TEXTS)
-    if row.kind == "strings" and rng.random() < 0.5:
+    pool = pools.get(row.kind, _NASTY_TEXTS)
+    if row.kind == "str" and row.count != 1 and rng.random() < 0.5:
         return [row.flag, *rng.choice(_NASTY_TEXTS).split(" ")]
-    several = rng.randint(1, 4) if row.kind in ("ints", "floats", "strings") else 1
+    several = rng.randint(1, 4) if row.count != 1 else 1
     return _spelled(rng, row, rng.choices([*pool, _garbage(rng)], k=several))
 
 

@@ -23,7 +23,8 @@ from cp_megatron.comm.runtime import Launch
 from cp_megatron.config.fields import settings
 from cp_megatron.errors import ConfigError
 from cp_megatron.memory.memory_report import print_prediction
-from cp_megatron.preflight.check import RunPlan, check
+from cp_megatron.preflight.check import check
+from cp_megatron.preflight.run_plan import RunPlan
 from cp_megatron.preflight.start_table import error_line, print_start
 from cp_megatron.spec import ModelSpec
 from cp_megatron.train.loop import DivergedError
@@ -162,7 +163,7 @@ def train(rank: int, world: int, folder: Path, words: tuple[str, ...]) -> int | 
         if iters > 2:
             stop(15, None)  # one step, and the end in good order
         try:
-            return replace(assembled, view=view).train(0, stop)
+            return replace(assembled, view=view).train(stop)
         except DivergedError as error:
             return str(error)
         finally:

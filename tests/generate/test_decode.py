@@ -82,7 +82,7 @@ def test_prompts_in_parts_and_a_cache_that_grows(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(generate_module, "PREFILL_TOKENS", 5)
-    monkeypatch.setattr(cache_module, "FIRST_ROOM", 2)
+    monkeypatch.setattr(cache_module, "FIRST_CAPACITY", 2)
     model = tiny(MODELS[name])
     text = [(7 * i * i + i) % VOCAB for i in range(23)]
     session = Session(model=model, seq_length=SEQ)

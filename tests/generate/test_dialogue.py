@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from cp_megatron.data.tokenize.tokenizer import ByteTokenizer, Ids, open_tokenizer
 from cp_megatron.errors import ConfigError
-from cp_megatron.generate.dialogue import as_utf8, pieces, talk
+from cp_megatron.generate.dialogue import answer_lines, as_utf8, pieces
 
 
 class CutAnywhere(ByteTokenizer):
@@ -68,7 +68,7 @@ def test_a_letter_is_shown_as_soon_as_it_is_whole() -> None:
 
 def test_every_line_is_answered_until_the_end() -> None:
     out = io.StringIO()
-    talk(lambda line: iter([line, "!"]), source=io.StringIO("one\n\n two \nlast"), out=out)
+    answer_lines(lambda line: iter([line, "!"]), source=io.StringIO("one\n\n two \nlast"), out=out)
     assert out.getvalue() == "one!\n two !\nlast!\n"
 
 
@@ -80,7 +80,7 @@ def test_ctrl_c_ends_an_answer_and_not_the_talk() -> None:
         yield "."
 
     out = io.StringIO()
-    talk(answer, source=io.StringIO("long\nshort\n"), out=out)
+    answer_lines(answer, source=io.StringIO("long\nshort\n"), out=out)
     assert out.getvalue() == "long\nshort.\n"
 
 
@@ -99,7 +99,7 @@ def picky(line: str) -> Iterator[str]:
 
 def test_a_person_is_told_what_can_not_be_answered_and_goes_on() -> None:
     out = Terminal()
-    talk(picky, source=Terminal("one\nTWO\nthree\n"), out=out)
+    answer_lines(picky, source=Terminal("one\nTWO\nthree\n"), out=out)
     refusal = "> generate.py: error: --chat: do not shout\n"
     assert out.getvalue().endswith(f"> one\n{refusal}> three\n> \n")
 
@@ -107,7 +107,7 @@ def test_a_person_is_told_what_can_not_be_answered_and_goes_on() -> None:
 def test_a_file_of_lines_ends_with_the_one_that_can_not_be_answered() -> None:
     out = io.StringIO()
     with pytest.raises(ConfigError, match="do not shout"):
-        talk(picky, source=io.StringIO("one\nTWO\nthree\n"), out=out)
+        answer_lines(picky, source=io.StringIO("one\nTWO\nthree\n"), out=out)
     assert out.getvalue() == "one\n"
 
 

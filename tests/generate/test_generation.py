@@ -14,9 +14,9 @@ from cp_megatron.config import Config, ModelConfig
 from cp_megatron.data.tokenize.chat_template import Message, TemplateRefusalError
 from cp_megatron.data.tokenize.tokenizer import ByteTokenizer
 from cp_megatron.errors import ConfigError
-from cp_megatron.generate.check_generation import GenerationPlan, _ends
+from cp_megatron.generate.check_generation import GenerationSetup, end_tokens
 from cp_megatron.generate.decode import Session
-from cp_megatron.generate.run_generation import Speaker
+from cp_megatron.generate.run_generation import Responder
 from cp_megatron.model import Transformer
 
 MODEL = ModelConfig(num_layers=1, hidden_size=16, num_attention_heads=2, max_position_embeddings=64)
@@ -30,7 +30,7 @@ def parrot(messages: Sequence[Message], answer_follows: bool) -> str:
     return said + ("A:" if answer_follows else "")
 
 
-def speaker() -> Speaker:
+def responder() -> Responder:
     """A model without knowledge: it repeats the last letter."""
     model = Transformer(MODEL, seq_length=64, vocab_size=257, tp=None, sequence_parallel=False)
     torch.manual_seed(0)
@@ -39,7 +39,7 @@ def speaker() -> Speaker:
             parameter.zero_()
         model.get_parameter("embedding.weight").normal_()
         model.get_parameter("norm.weight").fill_(1)
-    plan = GenerationPlan(
+    setup = GenerationSetup(
         config=Config(model=MODEL),
         options=GenerationOptions(max_new_tokens=4, chat=True),
         folder=Path(),
@@ -48,15 +48,15 @@ def speaker() -> Speaker:
         tokenizer=ByteTokenizer(),
         template=parrot,
     )
-    return Speaker(plan=plan, session=Session(model=model.eval(), seq_length=64))
+    return Responder(setup=setup, session=Session(model=model.eval(), seq_length=64))
 
 
-def text_of(one: Speaker) -> str:
+def text_of(one: Responder) -> str:
     return bytes(one.session.tokens).decode()
 
 
 def test_the_model_reads_the_whole_conversation() -> None:
-    one = speaker()
+    one = responder()
     assert "".join(one.answer("hi")) == "::::"
     assert text_of(one) == "U:hi|A::::"
     assert "".join(one.answer("so")) == "::::"
@@ -65,7 +65,7 @@ def test_the_model_reads_the_whole_conversation() -> None:
 
 
 def test_what_was_said_before_ctrl_c_was_said() -> None:
-    one = speaker()
+    one = responder()
     answer = one.answer("hi")
     next(answer)
     with pytest.raises(KeyboardInterrupt):
@@ -75,14 +75,14 @@ def test_what_was_said_before_ctrl_c_was_said() -> None:
 
 def test_a_conversation_that_does_not_fit_is_refused() -> None:
     with pytest.raises(ConfigError, match="do not shout"):
-        next(speaker().answer("HI"))
+        next(responder().answer("HI"))
     with pytest.raises(ConfigError, match="has learned 64"):
-        next(speaker().answer("long" * 20))
+        next(responder().answer("long" * 20))
 
 
 @pytest.mark.parametrize("words", ["HI", "long" * 20])
 def test_words_that_could_not_be_read_are_not_part_of_the_conversation(words: str) -> None:
-    one = speaker()
+    one = responder()
     "".join(one.answer("hi"))
     before = list(one.messages)
     with pytest.raises(ConfigError):
@@ -92,9 +92,9 @@ def test_words_that_could_not_be_read_are_not_part_of_the_conversation(words: st
 
 
 def test_an_answer_ends_with_any_of_the_tokens_that_end_one() -> None:
-    one = speaker()
-    ends = _ends({"eos_token_id": [256, ord(":")]})
-    assert _ends({"eos_token_id": 2}) == {2}
-    assert _ends({"eos_token_id": None}) == _ends({}) == frozenset()
-    one = replace(one, plan=replace(one.plan, ends=ends))
+    one = responder()
+    ends = end_tokens({"eos_token_id": [256, ord(":")]})
+    assert end_tokens({"eos_token_id": 2}) == {2}
+    assert end_tokens({"eos_token_id": None}) == end_tokens({}) == frozenset()
+    one = replace(one, setup=replace(one.setup, ends=ends))
     assert "".join(one.answer("hi")) == ""

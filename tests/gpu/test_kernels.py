@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from cp_megatron.kernels.interface import BackwardInputs, Kernel
-from cp_megatron.kernels.load import load_kernel
+from cp_megatron.kernels.load_kernel import load_kernel
 from cp_megatron.kernels.reference import ReferenceKernel
-from cp_megatron.plan.tiles import CAUSAL, FULL, Band
+from cp_megatron.plan.tiling import CAUSAL, FULL, Band
 from tests.kernels.cases import SCALE, TILES, Attention, allowed, error, oracle
 
 pytestmark = pytest.mark.gpu

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cp_megatron.kernels.interface import BackwardInputs, Kernel
-from cp_megatron.plan.tiles import CAUSAL, FULL, Band
+from cp_megatron.plan.tiling import CAUSAL, FULL, Band
 
 # band, rows, columns; every row has a key and every column a query
 TILES = {

@@ -14,7 +14,7 @@ from einops import rearrange
 from torch import Tensor
 
 from cp_megatron.kernels.interface import BackwardInputs, allowed
-from cp_megatron.plan.tiles import Band
+from cp_megatron.plan.tiling import Band
 
 
 class RoundingKernel:

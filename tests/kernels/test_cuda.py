@@ -12,10 +12,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from cp_megatron.kernels import cuda
 from cp_megatron.kernels.cuda import CudaKernel
 from cp_megatron.kernels.interface import BackwardInputs
-from cp_megatron.kernels.load import load_kernel
-from cp_megatron.kernels.windows import WindowedKernel, bottom_right_window, parts
+from cp_megatron.kernels.load_kernel import load_kernel
+from cp_megatron.kernels.windows import WindowedKernel, bottom_right_window, sub_tiles
 from cp_megatron.plan import Schedule
-from cp_megatron.plan.tiles import Band
+from cp_megatron.plan.tiling import Band
 from tests.kernels.cases import TILES, allowed
 from tests.kernels.double import flash_mask
 from tests.plan.cases import property_settings, schedules
@@ -30,7 +30,7 @@ def flash_sees(band: Band, rows: int, columns: int) -> torch.Tensor:
     """bool [rows, columns]: the mask that flash attention makes of the parts' windows."""
     found = torch.zeros(rows, columns, dtype=torch.bool)
     stop = 0
-    for part in parts(band, rows, columns):
+    for part in sub_tiles(band, rows, columns):
         assert part.rows.start == stop
         stop = part.rows.stop
         shape = stop - part.rows.start, part.columns.stop - part.columns.start
@@ -52,9 +52,9 @@ def test_windows_by_brute_force() -> None:
                     found = flash_sees(band, rows, columns)
                     assert torch.equal(found, allowed(band, rows, columns)), (band, rows, columns)
                     seen += 1
-                    cut += len(parts(band, rows, columns)) > 1
+                    cut += len(sub_tiles(band, rows, columns)) > 1
                     if rows <= columns:
-                        assert len(parts(band, rows, columns)) == 1
+                        assert len(sub_tiles(band, rows, columns)) == 1
     assert seen > 900
     assert cut > 100
 
@@ -158,7 +158,7 @@ def test_backward_runs_under_the_switch_and_puts_it_back(
 @pytest.mark.parametrize("tile", TILES)
 def test_the_ops_are_asked_for_the_tile(tile: str, monkeypatch: pytest.MonkeyPatch) -> None:
     band, rows, columns = TILES[tile]
-    cut = parts(band, rows, columns)
+    cut = sub_tiles(band, rows, columns)
     assert len(cut) == (2 if tile == "left only" else 1)
     device = "meta" if len(cut) > 1 else "cuda"
     seen = arguments(monkeypatch, band, rows, columns, device=device)

@@ -13,8 +13,8 @@ from cp_megatron.errors import ConfigError
 from cp_megatron.kernels import cudnn
 from cp_megatron.kernels.cudnn import CudnnKernel
 from cp_megatron.kernels.interface import BackwardInputs
-from cp_megatron.kernels.load import load_kernel
-from cp_megatron.plan.tiles import CAUSAL, FULL, Band
+from cp_megatron.kernels.load_kernel import load_kernel
+from cp_megatron.plan.tiling import CAUSAL, FULL, Band
 from tests.kernels import double
 from tests.kernels.cases import TILES, allowed, error, oracle, worst_error
 from tests.kernels.test_tiles import strided

@@ -11,11 +11,11 @@ from torch import Tensor
 from cp_megatron.errors import ConfigError
 from cp_megatron.kernels.dropout import Dropout, TileDropout, keep_mask
 from cp_megatron.kernels.interface import BackwardInputs, Kernel
-from cp_megatron.kernels.load import load_kernel
+from cp_megatron.kernels.load_kernel import load_kernel
 from cp_megatron.kernels.merge import merge_
 from cp_megatron.kernels.reference import ReferenceKernel
 from cp_megatron.kernels.select import TRAITS
-from cp_megatron.plan.tiles import CAUSAL, FULL, Band
+from cp_megatron.plan.tiling import CAUSAL, FULL, Band
 from tests.kernels.cases import SCALE, allowed, error
 
 RUN = torch.arange(64)

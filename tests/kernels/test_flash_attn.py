@@ -15,10 +15,10 @@ from cp_megatron.context_parallel import ContextParallel, api
 from cp_megatron.errors import ConfigError
 from cp_megatron.kernels.flash_attn import FlashAttention2, FlashAttention3, FlashAttention4
 from cp_megatron.kernels.interface import BackwardInputs, Kernel
-from cp_megatron.kernels.load import load_kernel
+from cp_megatron.kernels.load_kernel import load_kernel
 from cp_megatron.kernels.windows import WindowedKernel
 from cp_megatron.plan import Mask
-from cp_megatron.plan.tiles import CAUSAL, FULL, Band
+from cp_megatron.plan.tiling import CAUSAL, FULL, Band
 from tests.kernels import double, double_newer
 from tests.kernels.cases import SCALE, TILES, Attention, allowed, error, oracle
 from tests.oracles import attention_inputs, dense_gradients, relative_error

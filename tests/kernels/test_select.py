@@ -12,7 +12,7 @@ import pytest
 from cp_megatron.config.schema import KernelName
 from cp_megatron.errors import ConfigError
 from cp_megatron.kernels import select
-from cp_megatron.kernels.load import load_kernel
+from cp_megatron.kernels.load_kernel import load_kernel
 from cp_megatron.kernels.select import (
     KERNEL_NAMES,
     TRAITS,

@@ -11,10 +11,10 @@ from torch import Tensor
 from cp_megatron.kernels import cpu
 from cp_megatron.kernels.cpu import CpuKernel, cut_band
 from cp_megatron.kernels.interface import BackwardInputs, Kernel
-from cp_megatron.kernels.load import load_kernel
+from cp_megatron.kernels.load_kernel import load_kernel
 from cp_megatron.kernels.merge import merge_
 from cp_megatron.kernels.reference import ReferenceKernel
-from cp_megatron.plan.tiles import CAUSAL, FULL, Band
+from cp_megatron.plan.tiling import CAUSAL, FULL, Band
 from tests.kernels.cases import HEADS, SCALE, TILES, allowed, error, oracle, worst_error
 from tests.plan.cases import property_settings
 

@@ -20,8 +20,8 @@ from cp_megatron.cli.parse import parse_arguments
 from cp_megatron.comm.runtime import Launch
 from cp_megatron.errors import ConfigError
 from cp_megatron.evaluate import run_evaluation as evaluation_run
-from cp_megatron.evaluate.check_evaluation import EvaluationPlan, check_evaluation
-from cp_megatron.evaluate.results import Results
+from cp_megatron.evaluate.check_evaluation import EvaluationSetup, check_evaluation
+from cp_megatron.evaluate.results import EvaluationResults
 from cp_megatron.evaluate.run_evaluation import evaluate
 from cp_megatron.metrics import plots
 from tests.launch.test_end_to_end import Ended, ours_in_trace, run
@@ -91,7 +91,7 @@ def test_two_ranks_find_the_same(folder: Path, alone: tuple[Ended, Any]) -> None
     assert near(found, {key: value for key, value in alone[1].items() if key != "grid"})
 
 
-def planned(folder: Path, *words: str) -> EvaluationPlan:
+def planned(folder: Path, *words: str) -> EvaluationSetup:
     argv = ["--load", str(folder / "run"), "--output", str(folder / "new"), *FLAGS, *words]
     arguments = parse_arguments(argv, program=EVALUATE)
     options = cast(EvaluationOptions, arguments.options)
@@ -110,7 +110,7 @@ def planned(folder: Path, *words: str) -> EvaluationPlan:
         (["--hidden-size", "64"], "is of another model"),
         (["--dtype", "float64"], "--dtype float64: the checkpoint's weights are float32"),
         (["--context-parallel-size", "2"], "torchrun --nproc-per-node 2"),
-        (["--tasks", "perplexity,needles"], "--tasks needles: is no task .*needle, variables"),
+        (["--tasks", "perplexity,needles"], "--tasks needles: is not a task .*needle, variables"),
         (["--tasks", "needle"], "--buckets: has no effect without the task perplexity"),
     ],
 )
@@ -125,8 +125,8 @@ def test_refused(folder: Path, words: list[str], told: str) -> None:
         (["--lengths", "60"], "--lengths 60: needle needs .*tokens for its question"),
         (["--lengths", "1", "--tasks", "perplexity"], "--lengths 1: must lie in 2"),
         (["--depths", "101"], "--depths 101: must lie in 0 to 100 .works: 100"),
-        (["--output", "run"], "--output run: is there already"),
-        (["--output", "run/config.yaml/x"], "config.yaml is no folder that one may write to"),
+        (["--output", "run"], "--output run: exists already"),
+        (["--output", "run/config.yaml/x"], "config.yaml is not a writable folder"),
     ],
 )
 def test_refused_in_one_line(folder: Path, words: list[str], told: str) -> None:
@@ -143,11 +143,11 @@ def test_results_that_can_not_be_written_are_shown_and_end_with_2(
     plan = planned(folder)
     (folder / "taken").write_text("")
     plan = replace(plan, options=replace(plan.options, output=str(folder / "taken" / "x")))
-    results = Results(about={"model": "m"}, perplexity=(), answers=())
-    assert not evaluation_run._shown(plan, results)
+    results = EvaluationResults(about={"model": "m"}, perplexity=(), answers=())
+    assert not evaluation_run._show(plan, results)
     told = capsys.readouterr().err
     assert told.startswith("evaluate.py: error: --output ")
-    assert "can not be written" in told
+    assert "cannot be written" in told
 
 
 def test_a_model_is_needed(tmp_path: Path) -> None:
@@ -199,7 +199,7 @@ def test_the_program_is_thin() -> None:
     assert len(Path(SCRIPT).read_text().splitlines()) < 60
 
 
-def evaluated(rank: int, world_size: int, argv: list[str]) -> Results:
+def evaluated(rank: int, world_size: int, argv: list[str]) -> EvaluationResults:
     """The program without its words, on the pool."""
     launch = Launch(rank=rank, world_size=world_size, local_world_size=world_size)
     arguments = parse_arguments(argv, program=EVALUATE)

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from cp_megatron.checkpoint.store import save_checkpoint
+from cp_megatron.checkpoint.save import save_checkpoint
 from cp_megatron.cli.programs import GenerationOptions
 from cp_megatron.comm.runtime import Launch
 from cp_megatron.config import CheckpointConfig, Config, DataConfig, ModelConfig
-from cp_megatron.config.yaml_io import to_yaml
+from cp_megatron.config.files.yaml_io import to_yaml
 from cp_megatron.errors import ConfigError
 from cp_megatron.generate.check_generation import check_generation
 from cp_megatron.model import Transformer

@@ -49,7 +49,7 @@ def test_it_prepares(tmp_path: Path) -> None:
     [
         (["--inptu", "a"], "--inptu a: unknown flag (works: --input"),
         (["a"], "argument a: belongs to no flag"),
-        (["--input", "a", "--input", "b"], "is given twice"),
+        (["--input", "a", "--input", "b"], "--input b: contradicts --input a"),
         (["--input"], "needs one or more values"),
         (["--workers", "two"], "must be a whole number"),
         (["--append-eod", "yes"], "takes no value"),

@@ -11,11 +11,12 @@ import pytest
 from cp_megatron.cli.parse import parse_arguments
 from cp_megatron.comm.runtime import Launch
 from cp_megatron.errors import ConfigError
-from cp_megatron.memory import capacity as room
+from cp_megatron.memory import capacity
 from cp_megatron.memory.predict import predict
-from cp_megatron.preflight.check import RunPlan, check
+from cp_megatron.preflight.check import check
+from cp_megatron.preflight.run_plan import RunPlan
 
-GIB = room.GIB
+GIB = capacity.GIB
 KINDS = ("parameters", "optimizer", "gradients", "gathered weights", "activations")
 ONE = Launch(rank=0, local_rank=0, world_size=1, local_world_size=1, under_torchrun=True)
 TWO = Launch(rank=0, local_rank=0, world_size=2, local_world_size=2, under_torchrun=True)
@@ -43,11 +44,11 @@ def free(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def test_a_disk_without_room_for_one_checkpoint(free: list[int], tmp_path: Path) -> None:
     plan = planned("--save", str(tmp_path / "a" / "b"))
-    free[0] = room.checkpoint_bytes(plan)
-    assert "are free" in room.check_disk(plan)
+    free[0] = capacity.checkpoint_bytes(plan)
+    assert "are free" in capacity.check_disk(plan)
     free[0] -= 1
     with pytest.raises(ConfigError, match=r"--save .*a checkpoint takes .* are free") as refused:
-        room.look_around(plan, ONE, dry_run=False)
+        capacity.check_capacity(plan, ONE, dry_run=False)
     assert "larger disk" in refused.value.works
 
 
@@ -65,33 +66,33 @@ def test_checkpoints_that_will_not_all_fit(
     flags: list[str], num_kept: int, free: list[int]
 ) -> None:
     plan = planned("--train-iters", "200", *flags)
-    size = room.checkpoint_bytes(plan)
+    size = capacity.checkpoint_bytes(plan)
     free[0] = num_kept * size
-    assert "will not fit" not in room.check_disk(plan)
+    assert "will not fit" not in capacity.check_disk(plan)
     free[0] -= 1
     if num_kept > 1:
-        assert f"{num_kept} of them will not fit" in room.check_disk(plan)
+        assert f"{num_kept} of them will not fit" in capacity.check_disk(plan)
         assert any("will not fit" in note for note in _notes(plan, ONE))
     else:
         with pytest.raises(ConfigError):
-            room.check_disk(plan)
+            capacity.check_disk(plan)
 
 
 def _notes(plan: RunPlan, launch: Launch, *, dry_run: bool = False) -> tuple[str, ...]:
-    return room.look_around(plan, launch, dry_run=dry_run).notes
+    return capacity.check_capacity(plan, launch, dry_run=dry_run).notes
 
 
 def test_ranks_that_share_a_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     one, two = planned(), planned(launch=TWO)
-    needed = room._least_bytes(two)
-    monkeypatch.setattr(room, "machine_bytes", lambda: 2 * needed)
+    needed = capacity._least_bytes(two)
+    monkeypatch.setattr(capacity, "machine_bytes", lambda: 2 * needed)
     assert not [note for note in _notes(two, TWO) if note.startswith("memory")]
     assert [note for note in _notes(two, TWO, dry_run=True) if note.startswith("memory: 2 ranks")]
-    monkeypatch.setattr(room, "machine_bytes", lambda: 2 * needed - 1)
+    monkeypatch.setattr(capacity, "machine_bytes", lambda: 2 * needed - 1)
     with pytest.raises(ConfigError, match=r"2 ranks hold .* there are"):
         _notes(two, TWO)
     _notes(one, ONE)
-    monkeypatch.setattr(room, "machine_bytes", lambda: None)
+    monkeypatch.setattr(capacity, "machine_bytes", lambda: None)
     _notes(two, TWO)
 
 
@@ -104,7 +105,7 @@ def test_what_waits_on_the_host_is_not_the_device_s() -> None:
     for name, flags in {"all": cuda, "lean": lean}.items():
         plan = check(parse_arguments(["--preset", "toy-gpt", *flags]).config, PLAIN, dry_run=True)
         rows = predict(plan, 0)
-        found[name] = room._least_bytes(plan)
+        found[name] = capacity._least_bytes(plan)
         here = [row for row in rows if "on the host" not in (row.kind, row.detail)]
         sums = {kind: sum(r.num_bytes for r in here if r.kind == kind) for kind in KINDS}
         most = max(sums["gradients"], sums["gathered weights"] + sums["activations"])
@@ -115,14 +116,17 @@ def test_what_waits_on_the_host_is_not_the_device_s() -> None:
 def test_accumulated_gradients_are_there_beside_the_activations() -> None:
     one, two = (planned("--micro-batch-size", "1", "--global-batch-size", n) for n in "12")
     gradients = next(row.num_bytes for row in predict(one, 0) if row.kind == "gradients")
-    forward = room._least_bytes(two) - gradients
-    assert 0 < room._least_bytes(one) - forward <= gradients or room._least_bytes(one) == forward
+    forward = capacity._least_bytes(two) - gradients
+    assert (
+        0 < capacity._least_bytes(one) - forward <= gradients
+        or capacity._least_bytes(one) == forward
+    )
 
 
 def test_a_plan_for_another_machine_is_not_measured_by_this_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(room, "machine_bytes", lambda: 1)
+    monkeypatch.setattr(capacity, "machine_bytes", lambda: 1)
     plan = planned("--context-parallel-size", "4", launch=PLAIN, dry_run=True)
     *_, memory, exchange = _notes(plan, PLAIN, dry_run=True)
     assert re.fullmatch(r"memory: a rank holds \d+\.\d\d GiB at least on cpu in a step", memory)
@@ -139,5 +143,5 @@ def test_a_disk_of_another_machine_may_be_larger(free: list[int]) -> None:
 
 
 def test_a_machine_has_memory() -> None:
-    found = room.machine_bytes()
+    found = capacity.machine_bytes()
     assert found is None or found > GIB / 8

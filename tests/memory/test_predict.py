@@ -10,12 +10,11 @@ from rich.console import Console
 
 from cp_megatron.cli.parse import parse_arguments
 from cp_megatron.comm.runtime import Launch
-from cp_megatron.context_parallel import all_gather
-from cp_megatron.memory import exchange_buffers as exchange_memory
 from cp_megatron.memory import predict as kinds
 from cp_megatron.memory.memory_report import MemoryReport, predict_report, print_prediction
 from cp_megatron.memory.predict import Held, predict, predict_ranks
-from cp_megatron.preflight.check import RunPlan, check
+from cp_megatron.preflight.check import check
+from cp_megatron.preflight.run_plan import RunPlan
 
 MODEL = ["--num-layers", "3", "--hidden-size", "64", "--num-attention-heads", "4"]
 MODEL += ["--num-query-groups", "2", "--ffn-hidden-size", "96", "--seq-length", "128"]
@@ -82,11 +81,6 @@ def test_rooms_of_a_ring_counted_by_hand() -> None:
     # Rank 1 reads the early half of rank 0's shard, rank 0 all of rank 1's.
     assert bytes_of(plan, 0)[kinds.EXCHANGE] == (64 + 32 + 64 + 32) * token
     assert bytes_of(plan, 1)[kinds.EXCHANGE] == (64 + 32 + 32 + 64) * token
-
-
-def test_what_is_the_same_as_where_torch_is() -> None:
-    assert exchange_memory.MAX_PORTIONS == all_gather.MAX_PORTIONS
-    assert exchange_memory.LEAST_PORTION == all_gather.LEAST_PORTION
 
 
 def test_cuda_keeps_less_of_norms_and_masks() -> None:

@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from cp_megatron.config.run_folders import METRICS_FILE
+from cp_megatron.config.files.run_folders import METRICS_FILE
 from cp_megatron.metrics.writer import (
     Metrics,
     MetricsWriter,

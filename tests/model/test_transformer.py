@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from cp_megatron.config import MemoryConfig, ModelConfig
-from cp_megatron.config.presets import PRESETS
+from cp_megatron.config.files.presets import PRESETS
 from cp_megatron.config.schema import Recompute
 from cp_megatron.context_parallel import ContextParallel, KeptAttention
 from cp_megatron.errors import ConfigError

@@ -1,4 +1,4 @@
-"""Random masks, layouts and schedules, from one-token documents to windows wider than the row."""
+"""Random masks, layouts and schedules, including one-token documents and very wide windows."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from cp_megatron.plan.mask import Window
 
 
 def property_settings(max_examples: int) -> settings:
-    """The same examples on every run and machine, without a clock."""
+    """Runs the same examples on every run and machine, without a deadline."""
     return settings(
         max_examples=max_examples,
         derandomize=True,
@@ -35,14 +35,14 @@ def masks(draw: st.DrawFn, seq_len: int) -> Mask:
 
 
 def windows(seq_len: int) -> st.SearchStrategy[Window]:
-    """(left, right), each from unlimited over nothing to more than there is."""
+    """(left, right), each from -1 (unlimited) to more than the row."""
     side = st.just(-1) | st.integers(0, 4) | st.integers(0, seq_len + 2)
     return st.tuples(side, side)
 
 
 @st.composite
 def lengths(draw: st.DrawFn, seq_len: int) -> list[int]:
-    """Document lengths that add up to ``seq_len``, many of them 1."""
+    """Document lengths that add up to ``seq_len``; many of them are 1."""
     longest = draw(st.sampled_from([1, 2, 7, seq_len]))
     found: list[int] = []
     while (left := seq_len - sum(found)) > 0:
@@ -51,9 +51,9 @@ def lengths(draw: st.DrawFn, seq_len: int) -> list[int]:
 
 
 @st.composite
-def heads(draw: st.DrawFn, num_trading: int) -> tuple[int, int]:
-    """Query heads that ``num_trading`` ranks can share, and any key/value heads for them."""
-    num_heads = num_trading * draw(st.integers(1, 6))
+def heads(draw: st.DrawFn, all_to_all_size: int) -> tuple[int, int]:
+    """Query heads that ``all_to_all_size`` ranks can share, and any key/value heads for them."""
+    num_heads = all_to_all_size * draw(st.integers(1, 6))
     return num_heads, draw(st.sampled_from([n for n in range(1, 13) if num_heads % n == 0]))
 
 
@@ -75,19 +75,19 @@ def schedules(
     if exchange in ("p2p", "all_gather"):
         return Schedule.build(mask, layout, exchange, route)
     divisors = [n for n in range(1, cp_size + 1) if cp_size % n == 0]
-    trading = cp_size if exchange == "a2a" else draw(st.sampled_from(divisors))
-    num_heads, num_kv_heads = draw(heads(trading))
-    sizes = (trading, cp_size // trading) if exchange == "a2a+p2p" else None
+    all_to_all_size = cp_size if exchange == "a2a" else draw(st.sampled_from(divisors))
+    num_heads, num_kv_heads = draw(heads(all_to_all_size))
+    sizes = (all_to_all_size, cp_size // all_to_all_size) if exchange == "a2a+p2p" else None
     return Schedule.build(mask, layout, exchange, route, num_heads, num_kv_heads, sizes)
 
 
 def any_schedules(max_cp: int = 8) -> st.SearchStrategy[Schedule]:
-    """The same under every exchange."""
+    """Like ``schedules``, under every exchange."""
     return schedules((*EXCHANGES, "a2a+p2p"), max_cp=max_cp)
 
 
 def large_schedules() -> list[Schedule]:
-    """Up to 64 ranks: every route and layout, every kind of mask in turn."""
+    """Schedules of up to 64 ranks: every route and layout, and every kind of mask in turn."""
     found = []
     for number, cp_size in enumerate((64, 33, 24, 16)):
         seq_len = 2 * cp_size * (2 if cp_size == 64 else 3)

@@ -1,7 +1,7 @@
-"""What must hold for a schedule of any exchange, each as one check that says what broke.
+"""Properties of a schedule of any exchange, one function for each.
 
-Where heads travel, the members of a group compute the same tiles for different heads: rows and
-columns count in what the group holds together, and a pair is computed once by one group.
+If heads are exchanged, the members of a group compute the same tiles for different heads. Rows and
+columns then count in the tokens that the group holds together, and one group computes each pair.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from tests.plan.simulation import (
     Ints,
     Machine,
     Rounds,
+    exchanged_heads,
     expand,
     gathered,
     heads_of_tokens,
@@ -26,46 +27,45 @@ from tests.plan.simulation import (
     read_columns,
     results_returned,
     tile_matrix,
-    traded,
     wires,
 )
 
 
 def computed(schedule: Schedule, rank: int, rounds: tuple[Round, ...]) -> Ints:
-    """int64 [S, S]: how often ``rank`` computes each pair."""
+    """int64 [S, S]: the number of times that ``rank`` computes each pair."""
     rows = held(schedule, rank)
     count = np.zeros((schedule.mask.seq_len,) * 2, np.int64)
-    for turn in rounds:
-        columns = expand(turn.keys)
-        for tile in turn.tiles:
+    for round_ in rounds:
+        columns = expand(round_.keys)
+        for tile in round_.tiles:
             where = np.ix_(rows[tile.q0 : tile.q1], columns[tile.k0 : tile.k1])
             count[where] += tile_matrix(tile)
     return count
 
 
 def check_pairs(schedule: Schedule, rounds: Rounds) -> None:
-    """Every attended pair is in exactly one tile of one group, no other pair is in any."""
+    """Each attended pair is in exactly one tile of one group, and no tile has any other pair."""
     total = np.zeros((schedule.mask.seq_len,) * 2, np.int64)
     for rank, mine in enumerate(rounds):
-        first = rank // schedule.num_trading * schedule.num_trading
+        first = rank // schedule.all_to_all_size * schedule.all_to_all_size
         if rank == first:
             count = computed(schedule, rank, mine)
             outside = np.delete(count, held(schedule, rank), axis=0)
             assert not outside.any(), "a rank computes rows it does not hold"
             total += count
-        tiles = [(turn.owner, turn.keys, turn.tiles) for turn in mine]
-        assert tiles == [(turn.owner, turn.keys, turn.tiles) for turn in rounds[first]]
+        tiles = [(round_.owner, round_.keys, round_.tiles) for round_ in mine]
+        assert tiles == [(round_.owner, round_.keys, round_.tiles) for round_ in rounds[first]]
     assert np.array_equal(total, schedule.mask.dense().astype(np.int64))
 
 
 def check_tiles(schedule: Schedule, rank: int, rounds: tuple[Round, ...]) -> None:
-    """What kernels rely on: lengths, trimming, kinds, which tile is a row's first."""
+    """Kernels can rely on lengths, trimming, kinds, and the first tile of each row."""
     touched = np.zeros(len(held(schedule, rank)), np.bool_)
     total = 0
-    for number, turn in enumerate(rounds):
-        for tile in turn.tiles:
+    for number, round_ in enumerate(rounds):
+        for tile in round_.tiles:
             assert 0 <= tile.q0 < tile.q1 <= len(touched)
-            assert 0 <= tile.k0 < tile.k1 <= turn.num_keys
+            assert 0 <= tile.k0 < tile.k1 <= round_.num_keys
             matrix = tile_matrix(tile)
             assert matrix.any(axis=1).all(), "a row without a key"
             assert matrix.any(axis=0).all(), "a column without a query"
@@ -84,31 +84,31 @@ def check_tiles(schedule: Schedule, rank: int, rounds: tuple[Round, ...]) -> Non
 
 
 def check_messages(schedule: Schedule, rounds: Rounds) -> None:
-    """Both ends of every message tell the same story, and tell it in the same order."""
+    """Both ends of each message agree on its content and on its place in the order."""
     sent = wires(schedule, rounds, sending=True)
     assert sent == wires(schedule, rounds, sending=False)
     for (source, target), messages in sent.items():
         assert source != target
-        assert source % schedule.num_trading == target % schedule.num_trading
+        assert source % schedule.all_to_all_size == target % schedule.all_to_all_size
         seen = [(wire.slot, MESSAGES.index(wire.kind)) for wire in messages]
         assert seen == sorted(set(seen)), "two of a kind, or not keys, passed, returned"
 
 
 def check_needed_only(schedule: Schedule, rounds: Rounds) -> None:
-    """An arrival holds what its tiles read and, on a ring, what is passed on; nothing else."""
+    """An arrival holds only keys that its tiles read and, on a ring, keys to forward."""
     for mine in rounds:
-        for number, turn in enumerate(mine[1:], start=1):
-            needed = read_columns(turn)
-            if schedule.route == "ring" and turn.send_keys:
-                needed[expand(turn.send_keys.spans)] = True
+        for number, round_ in enumerate(mine[1:], start=1):
+            needed = read_columns(round_)
+            if schedule.route == "ring" and round_.send_keys:
+                needed[expand(round_.send_keys.spans)] = True
             assert needed.all()
             received = mine[number - 1].receive_keys
             if schedule.exchange != "all_gather":
-                assert turn.num_keys == (received.num_tokens if received else 0)
+                assert round_.num_keys == (received.num_tokens if received else 0)
 
 
 def check_run(schedule: Schedule, rounds: Rounds) -> None:
-    """Keys arrive, and every reader's gradient comes home exactly once."""
+    """All keys arrive, and each reader's gradient returns to the owner exactly once."""
     machine = Machine(schedule, rounds)
     machine.run()
     expected = expected_home(schedule)
@@ -117,11 +117,11 @@ def check_run(schedule: Schedule, rounds: Rounds) -> None:
 
 
 def expected_home(schedule: Schedule) -> list[Ints]:
-    """Per rank int64 [keys held, ranks]: 1 where that rank reads the key and is not the owner.
+    """For each rank int64 [keys held, ranks]: 1 if another rank reads the key.
 
-    A rank's own contribution never travels, and members of a group keep to their own heads.
+    A rank does not send its own contribution, and members of a group keep to their own heads.
     """
-    dense, size = schedule.mask.dense(), schedule.num_trading
+    dense, size = schedule.mask.dense(), schedule.all_to_all_size
     shards = [held(schedule, rank) for rank in range(schedule.layout.cp_size)]
     read = np.stack([dense[shard].any(axis=0) for shard in shards], axis=1).astype(np.int64)
     expected = []
@@ -133,7 +133,7 @@ def expected_home(schedule: Schedule) -> list[Ints]:
 
 
 def check_gather(schedule: Schedule, rounds: Rounds, gathers: list[Gather]) -> None:
-    """Given is what others read, picked is what the tiles read; gradients come home once."""
+    """Ranks give what others read and pick what their tiles read; gradients return once."""
     size = schedule.layout.cp_size
     assert len(gathers) == size
     everything = gathered(schedule, gathers)
@@ -158,59 +158,68 @@ def check_gather(schedule: Schedule, rounds: Rounds, gathers: list[Gather]) -> N
         assert np.array_equal(home[rank], expected[rank]), rank
 
 
-def check_trade(schedule: Schedule, trades: list[HeadExchange], rank: int) -> None:
-    """Every query head of every token is computed by one member, with the kv head it reads."""
+def check_head_exchange(schedule: Schedule, head_exchanges: list[HeadExchange], rank: int) -> None:
+    """One member of a group computes each query head of each token, with the kv head it reads."""
     num_heads, num_kv_heads = schedule.num_heads, schedule.num_kv_heads
     assert num_heads is not None
     assert num_kv_heads is not None
-    serves, size = num_heads // num_kv_heads, schedule.num_trading
-    trade = trades[rank]
+    serves, size = num_heads // num_kv_heads, schedule.all_to_all_size
+    head_exchange = head_exchanges[rank]
     first = rank // size * size
-    assert trade.peers == tuple(range(first, first + size))
-    assert trade.peers[trade.index] == rank
-    assert [h for span in trade.query_heads for h in range(*span)] == list(range(num_heads))
-    for queries, keys in zip(trade.query_heads, trade.kv_heads):
+    assert head_exchange.peers == tuple(range(first, first + size))
+    assert head_exchange.peers[head_exchange.index] == rank
+    assert [h for span in head_exchange.query_heads for h in range(*span)] == list(range(num_heads))
+    for queries, keys in zip(head_exchange.query_heads, head_exchange.kv_heads):
         assert set(range(*keys)) == {h // serves for h in range(*queries)}, "kv heads sent"
     tokens, shard = held(schedule, rank), schedule.layout.positions(rank)
-    for kind, spans in (("query", trade.query_heads), ("kv", trade.kv_heads)):
-        arrived, _ = traded(schedule, trades, rank, kind)
-        assert np.array_equal(arrived, heads_of_tokens(tokens, spans[trade.index])), "misplaced"
-    back, _ = results_returned(schedule, trades, rank)
+    for kind, spans in (("query", head_exchange.query_heads), ("kv", head_exchange.kv_heads)):
+        arrived, _ = exchanged_heads(schedule, head_exchanges, rank, kind)
+        assert np.array_equal(arrived, heads_of_tokens(tokens, spans[head_exchange.index])), (
+            "misplaced"
+        )
+    back, _ = results_returned(schedule, head_exchanges, rank)
     assert np.array_equal(back, heads_of_tokens(shard, (0, num_heads))), "results misplaced"
-    check_groups(trade, serves)
+    check_groups(head_exchange, serves)
 
 
-def check_groups(trade: HeadExchange, serves: int) -> None:
+def check_groups(head_exchange: HeadExchange, serves: int) -> None:
     """The rank's groups are uniform, cover its heads in order, and pair them as the model does."""
-    (q0, q1), (k0, k1) = trade.query_heads[trade.index], trade.kv_heads[trade.index]
+    (q0, q1), (k0, k1) = (
+        head_exchange.query_heads[head_exchange.index],
+        head_exchange.kv_heads[head_exchange.index],
+    )
     pairs = []
-    for queries, keys in trade.groups:
+    for queries, keys in head_exchange.groups:
         num_queries, num_keys = queries[1] - queries[0], keys[1] - keys[0]
         assert num_queries % num_keys == 0, "a group that is not uniform"
         each = num_queries // num_keys
         pairs += [(q, keys[0] + i // each) for i, q in enumerate(range(*queries))]
     assert pairs == [(h - q0, h // serves - k0) for h in range(q0, q1)]
     assert {k for _, k in pairs} == set(range(k1 - k0))
-    for a, b in pairwise(trade.groups):
+    for a, b in pairwise(head_exchange.groups):
         each_of = [(q[1] - q[0]) // (k[1] - k[0]) for q, k in (a, b)]
         assert each_of[0] != each_of[1] or a.keys[1] != b.keys[0], "two groups that could be one"
 
 
 def check_bytes(
-    schedule: Schedule, rank: int, rounds: Rounds, gathers: list[Gather], trades: list[HeadExchange]
+    schedule: Schedule,
+    rank: int,
+    rounds: Rounds,
+    gathers: list[Gather],
+    head_exchanges: list[HeadExchange],
 ) -> None:
-    """What reaches ``rank`` in forward, counted as it arrives; heads of 3 and 5, two bytes each."""
+    """Bytes that ``rank`` receives in forward; heads of 3 and 5 elements, two bytes each."""
     head_dim, v_dim, width = 3, 5, 3 + 5
     in_rounds = sum(t.receive_keys.num_tokens for t in rounds[rank] if t.receive_keys)
-    tokens = (schedule.num_trading - 1) * schedule.layout.shard_len + in_rounds
+    tokens = (schedule.all_to_all_size - 1) * schedule.layout.shard_len + in_rounds
     elements = tokens * (schedule.num_kv_heads or 1) * width
     if gathers:
         tokens = len(gathered(schedule, gathers)) - gathers[rank].width
         elements = tokens * (schedule.num_kv_heads or 1) * width
-    if trades:
-        _, queries = traded(schedule, trades, rank, "query")
-        arrived, keys = traded(schedule, trades, rank, "kv")
-        _, results = results_returned(schedule, trades, rank)
+    if head_exchanges:
+        _, queries = exchanged_heads(schedule, head_exchanges, rank, "query")
+        arrived, keys = exchanged_heads(schedule, head_exchanges, rank, "kv")
+        _, results = results_returned(schedule, head_exchanges, rank)
         elements = queries * head_dim + results * v_dim
         elements += (keys + in_rounds * arrived.shape[1]) * width
     assert schedule.kv_tokens_received(rank) == tokens

@@ -1,12 +1,12 @@
-"""Running a schedule with integers: what every rank holds, sends and receives, slot by slot.
+"""Simulates a schedule with integers: what each rank holds, sends and receives, slot by slot.
 
-Nothing here is shared with the engine. A key is represented by its position; the gradient of a key
-is a row of counters, one per reader, so that a contribution which is lost, doubled or sent to the
-wrong place shows in the numbers.
+The simulation shares no code with the engine. A key is represented by its position. The gradient of
+a key is a row of counters, one per reader, which shows contributions that are lost, counted twice
+or sent to the wrong place.
 
-Slot t: keys for round t + 1, then gradients passed on and gradients going home after round t - 1.
+Slot t has the keys for round t + 1, then the gradients passed on and returned after round t - 1.
 
-Where heads travel first, what a rank holds here is what its group holds together.
+If heads are exchanged, a rank holds what its group holds together.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from cp_megatron.plan import Schedule
 from cp_megatron.plan.gather import Gather
 from cp_megatron.plan.heads import HeadExchange
 from cp_megatron.plan.rounds import Message, Round
-from cp_megatron.plan.tiles import Band, Span, Tile
+from cp_megatron.plan.tiling import Band, Span, Tile
 
 Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
@@ -31,7 +31,7 @@ MESSAGES = ("keys", "passed", "returned")
 
 @dataclass(frozen=True)
 class Wire:
-    """One end of a message: its kind, whose keys, and which positions."""
+    """One end of a message: its kind, the owner of its keys, and its positions."""
 
     slot: int
     kind: str
@@ -40,25 +40,25 @@ class Wire:
 
 
 def all_rounds(schedule: Schedule) -> Rounds:
-    """Every rank's part."""
+    """The rounds of every rank."""
     return [schedule.rounds(rank) for rank in range(schedule.layout.cp_size)]
 
 
 def all_gathers(schedule: Schedule) -> list[Gather]:
-    """Every rank's view of the collective; none where there is no collective."""
+    """Every rank's part of the all-gather; empty under other exchanges."""
     found = [schedule.gather(rank) for rank in range(schedule.layout.cp_size)]
     return [gather for gather in found if gather is not None]
 
 
-def all_trades(schedule: Schedule) -> list[HeadExchange]:
-    """Every rank's view of the trade; none where heads do not travel."""
+def all_head_exchanges(schedule: Schedule) -> list[HeadExchange]:
+    """Every rank's part of the all-to-all; empty if heads are not exchanged."""
     found = [schedule.heads(rank) for rank in range(schedule.layout.cp_size)]
-    return [trade for trade in found if trade is not None]
+    return [head_exchange for head_exchange in found if head_exchange is not None]
 
 
 def held(schedule: Schedule, rank: int) -> Ints:
-    """The positions whose rows ``rank`` computes, in the order its tiles count them."""
-    return schedule.rows.positions(rank // schedule.num_trading)
+    """The positions of the rows that ``rank`` computes, in the order in which its tiles count."""
+    return schedule.rows.positions(rank // schedule.all_to_all_size)
 
 
 def expand(spans: Iterable[Span]) -> Ints:
@@ -67,7 +67,7 @@ def expand(spans: Iterable[Span]) -> Ints:
 
 
 def band_matrix(band: Band, num_rows: int, num_columns: int) -> Bools:
-    """bool [rows, columns]: ``i - left <= j <= i + right``, spelt out."""
+    """bool [rows, columns]: ``i - left <= j <= i + right``, written out."""
     i, j = np.arange(num_rows)[:, None], np.arange(num_columns)[None, :]
     low = i - (num_rows if band.left is None else band.left)
     high = i + (num_columns if band.right is None else band.right)
@@ -75,14 +75,14 @@ def band_matrix(band: Band, num_rows: int, num_columns: int) -> Bools:
 
 
 def tile_matrix(tile: Tile) -> Bools:
-    """bool [rows, columns] of the pairs a kernel computes for ``tile``."""
+    """bool [rows, columns] of the pairs that a kernel computes for ``tile``."""
     return band_matrix(tile.band, tile.q1 - tile.q0, tile.k1 - tile.k0)
 
 
 def slot_messages(
     rounds: tuple[Round, ...], slot: int
 ) -> tuple[list[tuple[str, Message]], list[tuple[str, Message]]]:
-    """What a rank sends and what it receives in ``slot``, in the order it lists them."""
+    """The messages that a rank sends and receives in ``slot``, in the order of its lists."""
     now = rounds[slot] if slot < len(rounds) else None
     before = rounds[slot - 1] if slot else None
     sends = [
@@ -99,7 +99,7 @@ def slot_messages(
 
 
 def sent_positions(schedule: Schedule, rounds: Rounds, rank: int, slot: int, kind: str) -> Ints:
-    """The buffer a message's spans count in, as global positions, on the sender."""
+    """The sender's buffer in which the spans of a message count, as global positions."""
     own = held(schedule, rank)
     if kind == "keys":
         from_shard = slot == 0 or schedule.route == "direct"
@@ -108,7 +108,7 @@ def sent_positions(schedule: Schedule, rounds: Rounds, rank: int, slot: int, kin
 
 
 def received_positions(schedule: Schedule, rounds: Rounds, rank: int, slot: int, kind: str) -> Ints:
-    """The same on the receiver."""
+    """The receiver's buffer in which the spans of a message count, as global positions."""
     if kind == "returned":
         return held(schedule, rank)
     return expand(rounds[rank][slot + 1 if kind == "keys" else slot].keys)
@@ -117,7 +117,7 @@ def received_positions(schedule: Schedule, rounds: Rounds, rank: int, slot: int,
 def wires(
     schedule: Schedule, rounds: Rounds, *, sending: bool
 ) -> dict[tuple[int, int], list[Wire]]:
-    """Per ordered pair (from, to) the messages as one end sees them, in its order."""
+    """For each ordered pair (from, to), the messages as one end lists them."""
     found: dict[tuple[int, int], list[Wire]] = {}
     for rank, mine in enumerate(rounds):
         for slot in range(len(mine) + 1):
@@ -131,27 +131,27 @@ def wires(
     return found
 
 
-def read_columns(turn: Round) -> Bools:
+def read_columns(round_: Round) -> Bools:
     """bool [keys]: the arrived keys that some tile attends."""
-    read = np.zeros(turn.num_keys, dtype=np.bool_)
-    for tile in turn.tiles:
+    read = np.zeros(round_.num_keys, dtype=np.bool_)
+    for tile in round_.tiles:
         read[tile.k0 : tile.k1] |= tile_matrix(tile).any(axis=0)
     return read
 
 
 class Machine:
-    """All ranks in lockstep: buffers of positions for keys, counters [keys, readers] for grads."""
+    """All ranks in lockstep, with buffers of positions for keys and counters for gradients."""
 
     def __init__(self, schedule: Schedule, rounds: Rounds) -> None:
         self.rounds = rounds
-        self.size, self.num_trading = schedule.layout.cp_size, schedule.num_trading
+        self.size, self.all_to_all_size = schedule.layout.cp_size, schedule.all_to_all_size
         self.shards = [held(schedule, rank) for rank in range(self.size)]
         self.arrived: list[Ints] = list(self.shards)
         self.home = [np.zeros((len(shard), self.size), np.int64) for shard in self.shards]
         self.partial = [np.zeros((0, self.size), np.int64) for _ in self.shards]
 
     def run(self) -> None:
-        """All slots. Everything of a slot is taken from the buffers before anything arrives."""
+        """Runs all slots. All messages of a slot leave before any of them arrives."""
         num_rounds = len(self.rounds[0])
         for slot in range(num_rounds + 1):
             flights = list(self._departures(slot))
@@ -165,21 +165,23 @@ class Machine:
             for kind, message in slot_messages(self.rounds[rank], slot)[0]:
                 if kind != "keys":
                     source = self.partial[rank]
-                elif message.owner == rank // self.num_trading:
+                elif message.owner == rank // self.all_to_all_size:
                     source = self.shards[rank]
                 else:
                     source = self.arrived[rank]
                 payload = source[expand(message.spans)].copy()
-                assert kind == "keys" or payload.any(axis=1).all(), "a gradient nobody added to"
+                assert kind == "keys" or payload.any(axis=1).all(), (
+                    "a gradient without a contribution"
+                )
                 yield rank, message.peer, kind, payload
 
     def _compute(self, slot: int) -> None:
         for rank in range(self.size):
-            turn = self.rounds[rank][slot]
-            assert np.array_equal(self.arrived[rank], expand(turn.keys)), (rank, slot)
-            counts = np.zeros((turn.num_keys, self.size), np.int64)
+            round_ = self.rounds[rank][slot]
+            assert np.array_equal(self.arrived[rank], expand(round_.keys)), (rank, slot)
+            counts = np.zeros((round_.num_keys, self.size), np.int64)
             if slot:
-                counts[read_columns(turn), rank] += 1
+                counts[read_columns(round_), rank] += 1
             self.partial[rank] = counts
 
     def _arrive(self, rank: int, slot: int, flights: list[tuple[int, int, str, Ints]]) -> None:
@@ -197,10 +199,10 @@ class Machine:
 
 
 def runs_without_deadlock(rounds: Rounds, order: list[int]) -> bool:
-    """Whether ranks that post a slot at once and then wait for it all reach the end.
+    """Whether ranks reach the end if each posts a slot at once and then waits for all of it.
 
-    A message completes once both ends have posted it, and the n-th send from one rank to another
-    meets the n-th receive there. ``order`` is who is looked at first.
+    A message completes once both ends have posted it. The n-th send from one rank to another meets
+    the n-th receive there. ``order`` is the order in which ranks are checked.
     """
     posted: list[dict[tuple[str, int], int]] = [{} for _ in rounds]
     waiting: list[list[tuple[str, int, int]]] = [[] for _ in rounds]
@@ -230,7 +232,7 @@ def runs_without_deadlock(rounds: Rounds, order: list[int]) -> bool:
 
 
 def gathered(schedule: Schedule, gathers: list[Gather]) -> Ints:
-    """What the collective brings to every rank: all ranks' keys, -1 where there is padding."""
+    """The keys that every rank gathers, -1 for padding."""
     parts = []
     for rank, gather in enumerate(gathers):
         given = schedule.layout.positions(rank)[expand(gather.given)]
@@ -240,26 +242,26 @@ def gathered(schedule: Schedule, gathers: list[Gather]) -> Ints:
 
 
 def heads_of_tokens(tokens: Ints, heads: Span) -> Ints:
-    """int64 [tokens, heads, 2]: which position and which head, as it would travel."""
+    """int64 [tokens, heads, 2]: position and head of each element of a message."""
     pairs = np.broadcast_arrays(tokens[:, None], np.arange(*heads)[None, :])
     return np.stack(pairs, axis=-1)
 
 
-def traded(
-    schedule: Schedule, trades: list[HeadExchange], rank: int, kind: str
+def exchanged_heads(
+    schedule: Schedule, head_exchanges: list[HeadExchange], rank: int, kind: str
 ) -> tuple[Ints, int]:
-    """A trade of ``query`` or ``kv`` heads as ``rank`` sees it.
+    """Simulates the all-to-all of ``query`` or ``kv`` heads for ``rank``.
 
     Returns:
-        int64 [tokens of the group, heads of the rank, 2]: position and head that arrived, -1 where
-        nothing did; and how many (token, head) pairs came from other ranks.
+        int64 [tokens of the group, heads of the rank, 2]: position and head that arrived, -1 if
+        nothing did; and the number of (token, head) pairs that came from other ranks.
     """
-    mine = trades[rank]
+    mine = head_exchanges[rank]
     start, stop = (mine.query_heads if kind == "query" else mine.kv_heads)[mine.index]
     buffer = np.full((len(held(schedule, rank)), stop - start, 2), -1, np.int64)
     moved = 0
     for place, peer in enumerate(mine.peers):
-        theirs = trades[peer]
+        theirs = head_exchanges[peer]
         heads = (theirs.query_heads if kind == "query" else theirs.kv_heads)[mine.index]
         sent = heads_of_tokens(schedule.layout.positions(peer), heads)
         rows = expand(mine.rows[place])
@@ -269,12 +271,14 @@ def traded(
     return buffer, moved
 
 
-def results_returned(schedule: Schedule, trades: list[HeadExchange], rank: int) -> tuple[Ints, int]:
-    """The way back: int64 [tokens of the shard, query heads, 2] as in ``traded``, and its size."""
-    mine = trades[rank]
+def results_returned(
+    schedule: Schedule, head_exchanges: list[HeadExchange], rank: int
+) -> tuple[Ints, int]:
+    """The way back: int64 [tokens of the shard, query heads, 2], and the number received."""
+    mine = head_exchanges[rank]
     parts, moved = [], 0
     for peer in mine.peers:
-        theirs = trades[peer]
+        theirs = head_exchanges[peer]
         rows = held(schedule, peer)[expand(theirs.rows[mine.index])]
         parts.append(heads_of_tokens(rows, theirs.query_heads[theirs.index]))
         moved += parts[-1][..., 0].size if peer != rank else 0

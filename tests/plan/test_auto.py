@@ -1,4 +1,4 @@
-"""``auto`` is the exchange that moves least, counted by the schedules themselves."""
+"""``auto`` chooses the exchange that moves the fewest bytes, as the schedules count them."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from hypothesis import strategies as st
 
 from cp_megatron.errors import ConfigError
 from cp_megatron.plan import Mask, Schedule, SequenceLayout
-from cp_megatron.plan.exchange import ROUTES, Heads, trade_elements
+from cp_megatron.plan.exchange import ROUTES, Heads, all_to_all_elements
 from tests.plan.cases import any_schedules, heads, property_settings
 
 Sizes = tuple[int, int]
 
 
 def total(schedule: Schedule, head_dim: int, v_head_dim: int) -> int:
-    """Elements all ranks together receive."""
+    """Elements that all ranks together receive."""
     ranks = range(schedule.layout.cp_size)
     return sum(schedule.bytes_received(rank, head_dim, 1, v_head_dim) for rank in ranks)
 
@@ -28,9 +28,9 @@ def test_auto_moves_the_fewest_bytes(other: Schedule, data: st.DataObject) -> No
     mask, layout = other.mask, other.layout
     size = layout.cp_size
     divisors = [n for n in range(1, size + 1) if size % n == 0]
-    trading = data.draw(st.sampled_from(divisors))
-    sizes = data.draw(st.none() | st.just((trading, size // trading)))
-    num_heads, num_kv = data.draw(heads(data.draw(st.sampled_from([1, trading, size]))))
+    all_to_all_size = data.draw(st.sampled_from(divisors))
+    sizes = data.draw(st.none() | st.just((all_to_all_size, size // all_to_all_size)))
+    num_heads, num_kv = data.draw(heads(data.draw(st.sampled_from([1, all_to_all_size, size]))))
     widths = data.draw(st.tuples(st.integers(1, 9), st.integers(1, 9)))
     route = data.draw(st.sampled_from(["auto", *ROUTES]))
 
@@ -61,7 +61,7 @@ def test_auto_moves_the_fewest_bytes(other: Schedule, data: st.DataObject) -> No
 
 @given(any_schedules(), st.data())
 @property_settings(60)
-def test_a_trade_costs_what_is_received(other: Schedule, data: st.DataObject) -> None:
+def test_an_all_to_all_costs_what_is_received(other: Schedule, data: st.DataObject) -> None:
     size = other.layout.cp_size
     num_heads, num_kv = data.draw(heads(size))
     schedule = Schedule.build(
@@ -69,7 +69,7 @@ def test_a_trade_costs_what_is_received(other: Schedule, data: st.DataObject) ->
     )
     counted = Heads(num_heads=num_heads, num_kv_heads=num_kv, head_dim=3, v_head_dim=5)
     if size > 1:
-        assert trade_elements(other.layout, counted, size) == total(schedule, 3, 5)
+        assert all_to_all_elements(other.layout, counted, size) == total(schedule, 3, 5)
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ def test_a_trade_costs_what_is_received(other: Schedule, data: st.DataObject) ->
         (Mask.causal(64), 4, 8, 8, None, ("a2a", (4, 1)), "moves the fewest bytes, p2p 1.5x"),
         (Mask.causal(64), 16, 32, 8, None, ("a2a", (16, 1)), "moves the fewest bytes, p2p 2x"),
         (Mask.causal(64), 8, 6, 6, None, ("p2p", (1, 8)),
-         "moves the fewest bytes, a2a can not share 6 heads among 8"),
+         "moves the fewest bytes, a2a cannot share 6 heads among 8"),
         (Mask.causal(64), 8, 8, 8, (4, 2), ("a2a+p2p", (4, 2)),
          "moves the fewest bytes, p2p 2.3x"),
         (Mask.causal(64), 8, 12, 3, (4, 2), ("p2p", (1, 8)),
@@ -88,7 +88,7 @@ def test_a_trade_costs_what_is_received(other: Schedule, data: st.DataObject) ->
         (Mask.causal(64), 1, 8, 8, None, ("p2p", (1, 1)), "one rank exchanges nothing"),
     ],
 )  # fmt: skip
-def test_the_reason_is_told(
+def test_the_reason_is_given(
     mask: Mask,
     cp_size: int,
     num_heads: int,
@@ -104,7 +104,7 @@ def test_the_reason_is_told(
 
 
 def test_auto_takes_the_route_on_which_fewer_keys_travel() -> None:
-    """A short window over contiguous shards: the ring would carry every key almost all around."""
+    """With a short window over contiguous shards, a ring would carry keys almost all around."""
     mask = Mask.causal(64, window=(3, 0))
     layout = SequenceLayout.make(mask, 8, "contiguous")
     auto = Schedule.build(mask, layout, route="auto")
@@ -127,7 +127,7 @@ def test_auto_takes_the_route_on_which_fewer_keys_travel() -> None:
          "4: must be two sizes whose product is"),
     ],
 )  # fmt: skip
-def test_what_auto_and_a2a_need_is_said(options: dict[str, object], message: str) -> None:
+def test_missing_heads_are_refused(options: dict[str, object], message: str) -> None:
     mask = Mask.causal(8)
     with pytest.raises(ConfigError, match=re.escape(message)):
         Schedule.build(mask, SequenceLayout.make(mask, 4), **options)  # type: ignore[arg-type]

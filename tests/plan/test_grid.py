@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
+import pickle
 
 import pytest
 
-from cp_megatron.errors import ConfigError
-from cp_megatron.plan import Grid
+from cp_megatron.plan import Coordinates, Grid
+from cp_megatron.plan.grid import AXES
 
 FOUR = {"tp": [[0, 1], [2, 3]], "cp": [[0, 2], [1, 3]], "dp": [[0], [1], [2], [3]]}
 EIGHT = {
@@ -37,40 +37,43 @@ def test_groups_without_one_axis() -> None:
     assert Grid().groups("tp") == [[0]]
 
 
-def test_coordinates_are_the_inverse_of_rank() -> None:
+def test_coordinates_on_the_grid() -> None:
     grid = Grid(dp=3, cp=4, tp=5)
     assert grid.world_size == 60
-    for rank in range(60):
-        assert grid.rank(**grid.coordinates(rank)._asdict()) == rank
-    assert grid.coordinates(1 + 5 * (2 + 4 * 2)) == (2, 2, 1)
-    assert grid.rank(dp=0, cp=0, tp=4) == 4
-    assert grid.rank(dp=0, cp=3, tp=0) == 15
-    assert grid.rank(dp=2, cp=0, tp=0) == 40
+    assert grid.coordinates(1 + 5 * (2 + 4 * 2)) == Coordinates(dp=2, cp=2, tp=1)
+    assert grid.coordinates(4) == Coordinates(dp=0, cp=0, tp=4)
+    assert grid.coordinates(15) == Coordinates(dp=0, cp=3, tp=0)
+    assert grid.coordinates(40) == Coordinates(dp=2, cp=0, tp=0)
+    assert len({grid.coordinates(rank) for rank in range(60)}) == 60
 
 
 def test_every_rank_is_in_one_group_of_every_axis() -> None:
     grid = Grid(dp=3, cp=4, tp=5)
     for axis, size in (("tp", 5), ("cp", 4), ("dp", 3), ("dp_cp", 12)):
-        groups = grid.groups(axis)  # type: ignore[arg-type]
-        assert {len(group) for group in groups} == {size}
+        groups = grid.groups(axis)
+        assert {len(group) for group in groups} == {size} == {grid.size(axis)}
         assert sorted(rank for group in groups for rank in group) == list(range(60))
+        assert all(group[grid.index(axis, rank)] == rank for group in groups for rank in group)
 
 
-def test_fit_gives_data_parallelism_the_rest() -> None:
-    assert Grid.fit(8, cp=2, tp=2) == Grid(dp=2, cp=2, tp=2)
-    assert Grid.fit(1, cp=1, tp=1) == Grid()
+def test_one_more_axis() -> None:
+    grid = Grid(axes=(*AXES, "pp"), pp=2, cp=2, tp=2)
+    assert grid.sizes == {"pp": 2, "dp": 1, "cp": 2, "tp": 2}
+    assert grid.groups("pp") == EIGHT["dp"]
+    assert grid.groups("dp_cp") == EIGHT["cp"]
+    assert str(grid.coordinates(6)) == "pp 1  dp 0  cp 1  tp 0"
+    assert Grid(axes=(*AXES, "pp")) != Grid()
 
 
-@pytest.mark.parametrize(
-    ("world_size", "works"), [(6, "(works: 4, 8 ranks)"), (3, "(works: 4 ranks)")]
-)
-def test_fit_names_the_world_sizes_that_work(world_size: int, works: str) -> None:
-    message = f"world size {world_size}: must be divisible by context parallel 2 x tensor parallel"
-    with pytest.raises(ConfigError, match=re.escape(f"{message} 2 = 4 {works}")):
-        Grid.fit(world_size, cp=2, tp=2)
+def test_a_grid_is_a_value() -> None:
+    grid = Grid(dp=2, cp=2)
+    assert pickle.loads(pickle.dumps(grid)) == grid == Grid(cp=2, dp=2, tp=1) != Grid(dp=2)
+    assert (str(grid), repr(grid)) == ("dp 2 x cp 2 x tp 1", "Grid(dp=2, cp=2, tp=1)")
+    assert len({grid, Grid(dp=2, cp=2)}) == 1
 
 
-@pytest.mark.parametrize(("cp", "tp"), [(0, 1), (1, 0), (-2, 1)])
-def test_a_size_that_is_not_positive_is_refused(cp: int, tp: int) -> None:
-    with pytest.raises(ConfigError, match="must be positive"):
-        Grid.fit(4, cp=cp, tp=tp)
+def test_an_axis_that_is_not_there() -> None:
+    with pytest.raises(TypeError, match="there is no axis pp, only dp, cp, tp"):
+        Grid(pp=2)
+    with pytest.raises(AttributeError, match="there is no axis pp, only dp, cp, tp"):
+        _ = Grid().pp

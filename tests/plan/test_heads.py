@@ -1,4 +1,4 @@
-"""Who computes which heads, literally, for groups that divide evenly and for those that do not."""
+"""Which rank computes which heads, for groups that divide evenly and for those that do not."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from cp_megatron.errors import ConfigError
 from cp_megatron.plan import Mask, Schedule, SequenceLayout
 from cp_megatron.plan.heads import all_heads, cut_heads
-from cp_megatron.plan.tiles import Span
+from cp_megatron.plan.tiling import Span
 from tests.plan.cases import heads, property_settings
 
 Groups = list[tuple[Span, Span]]
@@ -50,14 +50,14 @@ def test_literally(
     size: int, num_heads: int, num_kv_heads: int, kv_heads: list[Span], groups: list[Groups]
 ) -> None:
     schedule = a2a(size, num_heads, num_kv_heads)
-    trades = [schedule.heads(rank) for rank in range(size)]
-    for rank, trade in enumerate(trades):
-        assert trade is not None
-        assert list(trade.kv_heads) == kv_heads
-        assert [tuple(group) for group in trade.groups] == groups[rank]
+    head_exchanges = [schedule.heads(rank) for rank in range(size)]
+    for rank, head_exchange in enumerate(head_exchanges):
+        assert head_exchange is not None
+        assert list(head_exchange.kv_heads) == kv_heads
+        assert [tuple(group) for group in head_exchange.groups] == groups[rank]
 
 
-def test_rows_say_where_the_peers_tokens_go() -> None:
+def test_rows_give_the_place_of_the_peers_tokens() -> None:
     """Zigzag of 8 on 4, groups of 2: ranks 0 and 1 hold 0 7 and 1 6, together 0 1 6 7."""
     mask = Mask.causal(8)
     layout = SequenceLayout.make(mask, 4, "zigzag")
@@ -65,10 +65,10 @@ def test_rows_say_where_the_peers_tokens_go() -> None:
         mask, layout, "a2a+p2p", num_heads=2, num_kv_heads=1, hierarchical_sizes=(2, 2)
     )
     assert schedule.rows.chunks == (((0, 2), (6, 8)), ((2, 6),))
-    trade = schedule.heads(1)
-    assert trade is not None
-    assert (trade.peers, trade.index) == ((0, 1), 1)
-    assert trade.rows == (((0, 1), (3, 4)), ((1, 3),))
+    head_exchange = schedule.heads(1)
+    assert head_exchange is not None
+    assert (head_exchange.peers, head_exchange.index) == ((0, 1), 1)
+    assert head_exchange.rows == (((0, 1), (3, 4)), ((1, 3),))
     other = schedule.heads(3)
     assert other is not None
     assert (other.peers, other.index) == ((2, 3), 1)
@@ -81,8 +81,8 @@ def test_a_cut_keeps_the_pairs_of_heads(
     case: tuple[int, tuple[int, int]], data: st.DataObject
 ) -> None:
     size, (num_heads, num_kv_heads) = case
-    trade = a2a(size, num_heads, num_kv_heads).heads(data.draw(st.integers(0, size - 1)))
-    groups = trade.groups if trade else all_heads(num_heads, num_kv_heads)
+    head_exchange = a2a(size, num_heads, num_kv_heads).heads(data.draw(st.integers(0, size - 1)))
+    groups = head_exchange.groups if head_exchange else all_heads(num_heads, num_kv_heads)
     last = groups[-1].keys[1]
     cut = sorted([data.draw(st.integers(0, last)), data.draw(st.integers(0, last))])
     spans = [(0, cut[0]), (cut[0], cut[1]), (cut[1], last)]
@@ -108,7 +108,7 @@ def pairs(groups: tuple[tuple[Span, Span], ...]) -> list[tuple[int, int]]:
         (8, 4, 4, "(works: --cp-comm-type p2p, or a2a+p2p among 2 or 4 of them)"),
     ],
 )
-def test_heads_that_can_not_be_shared_are_refused(
+def test_heads_that_cannot_be_shared_are_refused(
     size: int, num_heads: int, num_kv_heads: int, message: str
 ) -> None:
     with pytest.raises(ConfigError, match=re.escape(message)):

@@ -1,4 +1,4 @@
-"""Who holds which tokens: Megatron-LM's slicing facts, literally, and what every layout keeps."""
+"""Layouts: Megatron-LM's slicing, literal examples, and the properties of every layout."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_auto_is_balanced_for_documents_and_zigzag_for_one_causal_sequence() -> 
         (12, 8, "zigzag", "multiple of 16 (works: 16)"),
         (8, 0, "zigzag", "--context-parallel-size 0: must be at least 1"),
         (10, 4, "balanced", "the balanced layout on 4 context parallel ranks needs a multiple"),
-        (8, 2, "spiral", "is no layout (works: auto, contiguous, zigzag, balanced)"),
+        (8, 2, "spiral", "is not a layout (works: auto, contiguous, zigzag, balanced)"),
     ],
 )  # fmt: skip
 def test_refusals_name_what_works(seq_len: int, cp_size: int, kind: str, message: str) -> None:

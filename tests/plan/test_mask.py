@@ -1,4 +1,4 @@
-"""Masks: small ones literally, random ones against the definition spelt out here."""
+"""Masks: small ones literally, random ones against an independent definition."""
 
 from __future__ import annotations
 

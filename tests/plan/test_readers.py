@@ -1,4 +1,4 @@
-"""The table of who reads what: the example of its docstring, and every run against the mask."""
+"""The table of readers: the example of its docstring, and every run against the mask."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.plan.simulation import held
 
 
 def test_two_ranks_literally() -> None:
-    """Rank 0 holds 0 1 6 7 and rank 1 holds 2 3 4 5: nobody else reads 6 and 7."""
+    """Rank 0 holds 0 1 6 7 and rank 1 holds 2 3 4 5; no other rank reads 6 and 7."""
     mask = Mask.causal(8)
     readers = Readers.of(mask, SequenceLayout.make(mask, 2, "zigzag"))
     assert readers.start.tolist() == [0, 6, 2, 4]
@@ -28,7 +28,7 @@ def test_two_ranks_literally() -> None:
 
 
 def test_a_document_over_three_ranks_literally() -> None:
-    """Documents 0-4 and 5-7 on 4 ranks of two: rank 2 reads 0 to 3, for position 4 alone."""
+    """Documents 0-4 and 5-7 on 4 ranks of two tokens: rank 2 reads 0 to 3 for position 4."""
     mask = Mask.documents([5, 3])
     readers = Readers.of(mask, SequenceLayout.make(mask, 4, "contiguous"))
     runs = list(zip(readers.start.tolist(), readers.stop.tolist(), readers.read.tolist()))
@@ -39,7 +39,7 @@ def test_a_document_over_three_ranks_literally() -> None:
         (5, 6, [False, False, False, True]),
         (6, 8, [False, False, False, False]),
     ]
-    # Downwards from rank 0 the way to rank 2 is 2 places, to rank 1 it is 3.
+    # Going down from rank 0, rank 2 is 2 places away and rank 1 is 3 places away.
     assert [hops.tolist() for hops in readers.hops] == [[2, 3, 0, 3, 0], [3, 3, 0, 3, 0]]
     assert readers.tokens_received("direct") == 2 * 2 + 2 + 1
     assert readers.tokens_received("ring") == 2 * 3 + 2 * 3 + 3
@@ -47,10 +47,10 @@ def test_a_document_over_three_ranks_literally() -> None:
 
 @given(any_schedules(max_cp=12))
 @property_settings(100)
-def test_every_run_is_read_by_exactly_those(schedule: Schedule) -> None:
+def test_every_run_has_exactly_these_readers(schedule: Schedule) -> None:
     readers, dense = schedule.readers, schedule.mask.dense()
     size = schedule.rows.cp_size
-    held_by = [held(schedule, group * schedule.num_trading) for group in range(size)]
+    held_by = [held(schedule, group * schedule.all_to_all_size) for group in range(size)]
     reads = np.stack([dense[rows].any(axis=0) for rows in held_by], axis=1)
     seen: list[int] = []
     for run, (start, stop) in enumerate(zip(readers.start, readers.stop)):

@@ -1,4 +1,4 @@
-"""A rehearsal counts the messages of a schedule, and finds the one that is not waited for."""
+"""A rehearsal counts the messages of a schedule and finds those that no receiver expects."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_two_ranks_send_keys_and_get_gradients_back() -> None:
     assert rehearse(Schedule.build(mask, layout, "a2a", num_heads=4)).num_messages == 4
 
 
-def test_of_many_ranks_some_neighbours() -> None:
+def test_many_ranks_are_rehearsed_in_part() -> None:
     found = rehearse(ring(256))
     assert found.num_ranks == 16
     assert found.num_messages > 256
@@ -48,30 +48,30 @@ def moved(message: Message | None) -> Message | None:
 
 
 BROKEN: dict[str, Callable[[Round], Round]] = {
-    "not sent": lambda turn: replace(turn, send_keys=None),
-    "not received": lambda turn: replace(turn, receive_keys=None),
-    "shorter": lambda turn: replace(turn, send_keys=moved(turn.send_keys)),
-    "to another": lambda turn: replace(
-        turn, send_keys=turn.send_keys and replace(turn.send_keys, peer=0)
+    "not sent": lambda round_: replace(round_, send_keys=None),
+    "not received": lambda round_: replace(round_, receive_keys=None),
+    "shorter": lambda round_: replace(round_, send_keys=moved(round_.send_keys)),
+    "to another": lambda round_: replace(
+        round_, send_keys=round_.send_keys and replace(round_.send_keys, peer=0)
     ),
-    "gradients kept": lambda turn: replace(turn, return_grads=None),
-    "gradients not awaited": lambda turn: replace(turn, receive_returned=None),
-    "gradients not passed": lambda turn: replace(turn, pass_grads=None),
+    "gradients kept": lambda round_: replace(round_, return_grads=None),
+    "gradients not awaited": lambda round_: replace(round_, receive_returned=None),
+    "gradients not passed": lambda round_: replace(round_, pass_grads=None),
 }
 
 
 @pytest.mark.parametrize("fault", BROKEN)
-def test_a_message_that_is_not_what_is_waited_for(
+def test_a_message_that_the_receiver_does_not_expect(
     fault: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rounds = Schedule.rounds
 
-    def spoilt(self: Schedule, rank: int) -> tuple[Round, ...]:
+    def broken(self: Schedule, rank: int) -> tuple[Round, ...]:
         found = rounds(self, rank)
         return tuple(map(BROKEN[fault], found)) if rank == 2 else found
 
     schedule = ring()
     rehearse(schedule)
-    monkeypatch.setattr(Schedule, "rounds", spoilt)
-    with pytest.raises(AssertionError, match="is not what is waited for"):
+    monkeypatch.setattr(Schedule, "rounds", broken)
+    with pytest.raises(AssertionError, match="is not what the receiver expects"):
         rehearse(schedule)

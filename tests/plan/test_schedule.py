@@ -1,4 +1,4 @@
-"""Every schedule computes exactly its mask and moves exactly what is needed, on both ends alike."""
+"""Every schedule computes exactly its mask, sends only what is needed, and both ends agree."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from tests.plan.cases import any_schedules, large_schedules, property_settings, 
 from tests.plan.checks import (
     check_bytes,
     check_gather,
+    check_head_exchange,
     check_messages,
     check_needed_only,
     check_pairs,
     check_run,
     check_tiles,
-    check_trade,
 )
 from tests.plan.simulation import (
     MESSAGES,
     all_gathers,
+    all_head_exchanges,
     all_rounds,
-    all_trades,
     runs_without_deadlock,
     slot_messages,
 )
@@ -41,16 +41,20 @@ LARGE = pytest.mark.parametrize(
 
 
 def check_all(schedule: Schedule, random: Random) -> None:
-    """Everything that can be said of a schedule, from one reading of its parts."""
-    rounds, gathers, trades = all_rounds(schedule), all_gathers(schedule), all_trades(schedule)
+    """Checks all properties of a schedule after planning its parts once."""
+    rounds, gathers, head_exchanges = (
+        all_rounds(schedule),
+        all_gathers(schedule),
+        all_head_exchanges(schedule),
+    )
     ranks = list(range(schedule.layout.cp_size))
     check_pairs(schedule, rounds)
     check_needed_only(schedule, rounds)
     for rank in random.sample(ranks, min(8, len(ranks))):
         check_tiles(schedule, rank, rounds[rank])
-        check_bytes(schedule, rank, rounds, gathers, trades)
-        if schedule.num_trading > 1:
-            check_trade(schedule, trades, rank)
+        check_bytes(schedule, rank, rounds, gathers, head_exchanges)
+        if schedule.all_to_all_size > 1:
+            check_head_exchange(schedule, head_exchanges, rank)
     if schedule.exchange == "all_gather":
         check_gather(schedule, rounds, gathers)
     else:
@@ -77,7 +81,7 @@ def test_everything_holds_on_many_ranks(exchange: str, kind: str, data: st.DataO
 
 @given(schedules())
 @property_settings(100)
-def test_gradients_travel_no_more_than_their_keys(schedule: Schedule) -> None:
+def test_gradients_move_no_more_than_their_keys(schedule: Schedule) -> None:
     tokens = dict.fromkeys(MESSAGES, 0)
     for rounds in all_rounds(schedule):
         for slot in range(len(rounds) + 1):
@@ -93,14 +97,14 @@ def test_many_ranks(schedule: Schedule) -> None:
     rounds = all_rounds(schedule)
     for rank in (0, size // 2, size - 1):
         check_tiles(schedule, rank, rounds[rank])
-    pairs = sum(tile.pairs for mine in rounds for turn in mine for tile in turn.tiles)
+    pairs = sum(tile.pairs for mine in rounds for round_ in mine for tile in round_.tiles)
     assert pairs == schedule.mask.pairs()
     assert runs_without_deadlock(rounds, list(range(size)))
     check_run(schedule, rounds)
 
 
-def test_the_simulated_deadlock_is_seen() -> None:
-    """Three ranks of which one forgets a send."""
+def test_the_simulation_detects_a_deadlock() -> None:
+    """One of three ranks omits a send."""
     mask = Mask.causal(12)
     rounds = all_rounds(Schedule.build(mask, SequenceLayout.make(mask, 3)))
     assert runs_without_deadlock(rounds, [0, 1, 2])
@@ -109,7 +113,7 @@ def test_the_simulated_deadlock_is_seen() -> None:
 
 
 def test_two_ranks_literally() -> None:
-    """Positions 0 1 6 7 and 2 3 4 5: rank 0 reads all of rank 1, which reads its early half."""
+    """Positions 0 1 6 7 and 2 3 4 5: rank 0 reads all of rank 1, rank 1 half of rank 0."""
     mask = Mask.causal(8)
     schedule = Schedule.build(mask, SequenceLayout.make(mask, 2, "zigzag"))
     own, other = schedule.rounds(0)
@@ -147,30 +151,3 @@ def test_what_cannot_be_planned_is_refused(options: dict[str, object], message: 
 def test_a_layout_of_another_length_is_refused() -> None:
     with pytest.raises(ConfigError, match="must hold the mask's 16 positions"):
         Schedule.build(Mask.causal(16), SequenceLayout.make(Mask.causal(8), 2))
-
-
-@pytest.mark.parametrize("route", ["ring", "direct"])
-def test_the_largest_message_does_not_grow_with_the_ranks(route: str) -> None:
-    """The shard is what can be sent at once; with documents that end inside it, far less."""
-    for size in (2, 4, 8):
-        causal, full = Mask.causal(16 * size), Mask.full(16 * size)
-        documents = Mask.documents([16] * (size - 1) + [10, 6])
-        for mask, expected in ((causal, 16), (full, 16), (documents, 0)):
-            kind = "zigzag" if mask is causal else "contiguous"
-            layout = SequenceLayout.make(mask, size, kind)
-            schedule = Schedule.build(mask, layout, route=route)
-            assert max(map(schedule.largest_message, range(size))) == expected
-
-
-def test_the_largest_message_literally() -> None:
-    """2 ranks, zigzag: rank 0 holds 0 1 6 7 and sends 0 1; rank 1 holds and sends 2 3 4 5."""
-    mask = Mask.causal(8)
-    layout = SequenceLayout.make(mask, 2, "zigzag")
-    schedule = Schedule.build(mask, layout)
-    assert [schedule.largest_message(rank) for rank in range(2)] == [4, 4]
-    window = Mask.causal(8, window=(1, 0))
-    schedule = Schedule.build(window, SequenceLayout.make(window, 2, "contiguous"))
-    assert [schedule.largest_message(rank) for rank in range(2)] == [1, 1]
-    gathered = Schedule.build(mask, layout, "all_gather")
-    assert [gathered.largest_message(rank) for rank in range(2)] == [8, 8]
-    assert Schedule.build(mask, layout, "a2a", num_heads=2).largest_message(0) == 0

@@ -7,6 +7,7 @@ import math
 import os
 import pickle
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,8 @@ from cp_megatron.cli.parse import parse_arguments
 from cp_megatron.comm.runtime import Launch
 from cp_megatron.errors import ConfigError
 from cp_megatron.plan import Grid
-from cp_megatron.preflight.check import RunPlan, check
+from cp_megatron.preflight.check import check
+from cp_megatron.preflight.run_plan import RunPlan
 
 LLAMA = ["--preset", "toy"]
 WINDOW = ["--window-size"]
@@ -339,7 +341,7 @@ def test_a_device_that_is_not_there() -> None:
 
 def test_a_length_that_is_no_number_in_code() -> None:
     config = parse_arguments([]).config
-    object.__setattr__(config.optimizer, "lr", math.nan)
+    config = replace(config, optimizer=replace(config.optimizer, lr=math.nan))
     with pytest.raises(ConfigError, match="--lr nan"):
         check(config, Launch())
 

@@ -9,11 +9,11 @@ from typing import cast
 
 import pytest
 
+from cp_megatron.checkpoint.find_checkpoint import Newest
 from cp_megatron.checkpoint.manifest import Manifest
-from cp_megatron.checkpoint.newest import Newest
 from cp_megatron.cli.parse import parse_arguments
 from cp_megatron.config import Config
-from cp_megatron.config.yaml_io import overlay, to_yaml
+from cp_megatron.config.files.yaml_io import overlay, to_yaml
 from cp_megatron.errors import ConfigError
 from cp_megatron.preflight import save_and_load as folders
 from cp_megatron.preflight.save_and_load import (
@@ -50,7 +50,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
     monkeypatch.setattr(folders, "newest_whole", whole)
     monkeypatch.setattr(folders, "newest_step", newest)
-    monkeypatch.setattr("cp_megatron.checkpoint.newest.newest_step", newest)
+    monkeypatch.setattr("cp_megatron.checkpoint.find_checkpoint.newest_step", newest)
     monkeypatch.setattr(folders, "read_manifest", manifest)
     return folder
 
@@ -170,7 +170,7 @@ def test_a_file_is_no_folder(run: Path, tmp_path: Path) -> None:
 def test_a_name_that_is_too_long(tmp_path: Path, name: str) -> None:
     place = str(tmp_path / name)
     assert refused(config_of("--save", place)).flag == "--save"
-    with pytest.raises(ConfigError, match="is no run's folder"):
+    with pytest.raises(ConfigError, match="is not a run's folder"):
         config_of("--load", place)
 
 

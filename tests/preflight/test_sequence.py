@@ -55,7 +55,7 @@ def test_the_exchange_is_chosen_by_what_it_moves() -> None:
     assert (narrow.exchange, narrow.route) == ("p2p", "direct")
     unfit = plan(*CP8, "--num-attention-heads", "4", "--seq-length", "4096", world=8).sequence
     assert unfit.exchange == "p2p"
-    assert "a2a can not share 4 heads among 8" in unfit.reason
+    assert "a2a cannot share 4 heads among 8" in unfit.reason
 
 
 def test_heads_are_those_of_a_tensor_parallel_rank() -> None:
@@ -105,7 +105,7 @@ def test_a2a_stays_inside_a_node() -> None:
     assert "a node of its own" in alone.reason
     dry = plan("--dry-run", *CP8, *heads, torchrun=False)
     assert dry.sequence.exchange == "a2a"
-    assert any("as if one node had them all" in note for note in dry.notes)
+    assert any("as if one node had all ranks" in note for note in dry.notes)
 
 
 def test_documents_leave_the_choice_to_each_batch() -> None:

@@ -14,7 +14,8 @@ from cp_megatron.cli.parse import parse_arguments
 from cp_megatron.comm.runtime import Launch
 from cp_megatron.errors import ConfigError
 from cp_megatron.preflight import start_table as report
-from cp_megatron.preflight.check import RunPlan, check
+from cp_megatron.preflight.check import check
+from cp_megatron.preflight.run_plan import RunPlan
 from cp_megatron.preflight.start_table import error_line, print_start, shown_ranks
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from cp_megatron.config import ModelConfig
-from cp_megatron.config.presets import PRESETS
+from cp_megatron.config.files.presets import PRESETS
 from cp_megatron.plan import Grid, Mask
 from cp_megatron.spec import ModelSpec
 

@@ -19,7 +19,8 @@ from cp_megatron.cli.parse import parse_arguments
 from cp_megatron.comm.runtime import Launch
 from cp_megatron.data.rows.sampler import Row, RowSource
 from cp_megatron.errors import ConfigError
-from cp_megatron.plan import Mask
+from cp_megatron.plan import Grid, Mask
+from cp_megatron.plan.grid import AXES
 from cp_megatron.preflight.check import check
 from cp_megatron.train.loop import DivergedError, Trainer
 from cp_megatron.train.progress import ProgressView
@@ -56,8 +57,19 @@ class StoppingView(ProgressView):
             self._stop(15, None)
 
 
-def assembled(rank: int, world_size: int, argv: list[str], again: bool = False) -> Trainer:
-    """As torchrun's ranks assemble it; `again`: after a failure."""
+def assembled(
+    rank: int,
+    world_size: int,
+    argv: list[str],
+    again: bool = False,
+    axes: tuple[str, ...] = tuple(AXES),
+) -> Trainer:
+    """A trainer as torchrun's ranks assemble it.
+
+    Args:
+        again: the ranks were started again after a failure.
+        axes: the names of the grid's axes.
+    """
     launch = Launch(
         rank=rank,
         local_rank=rank,
@@ -67,6 +79,7 @@ def assembled(rank: int, world_size: int, argv: list[str], again: bool = False) 
     )
     found = parse_arguments(argv, again=again)
     plan = check(found.config, launch, given=found.given, auto=found.auto).on_device("cpu")
+    plan = replace(plan, grid=Grid(axes=axes, **plan.grid.sizes))
     world = dist.group.WORLD
     assert world is not None
     return assemble(plan, launch, "cpu", world)
@@ -78,7 +91,7 @@ def train(rank: int, world_size: int, argv: list[str], stop_at: int | None = Non
     stop = StopRequest()
     run = replace(run, view=StoppingView(stop, stop_at))
     try:
-        return run.train(run.plan.load_step, stop)
+        return run.train(stop)
     finally:
         if run.writer is not None:
             run.writer.close()
@@ -104,7 +117,7 @@ def lose_rows(rank: int, world_size: int, argv: list[str]) -> tuple[str, list[st
     rows = replace(run.rows, train=cast(RowSource, LostRows(run.rows.train)))
     run = replace(run, rows=rows, view=StoppingView(StopRequest(), None))
     with pytest.raises(OSError, match="gone") as caught:
-        run.train(0, StopRequest())
+        run.train(StopRequest())
     assert run.writer is not None
     run.writer.close()
     return str(caught.value), [thread.name for thread in threading.enumerate()]

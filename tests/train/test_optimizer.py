@@ -17,7 +17,7 @@ def rates(style: DecayStyle, steps: int, *, warmup: int = 0, end: int | None = N
     config = OptimizerConfig(
         lr=LR, min_lr=MIN_LR, lr_decay_style=style, lr_warmup_iters=warmup, lr_decay_iters=end
     )
-    return [learning_rate(step, config, steps) for step in range(steps)]
+    return [learning_rate(step, config, steps) for step in range(1, steps + 1)]
 
 
 def test_the_warm_up_rises_from_its_first_step_to_the_peak() -> None:

@@ -43,8 +43,8 @@ def profiled(
     profiler = StepProfiler(
         log, rank=rank, folder=folder, start_step=first, device=SILENT_CPU, say=told.append
     )
-    for finished in range(first, steps):
-        with profiler.step(finished):
+    for step in range(first + 1, steps + 1):
+        with profiler.step(step):
             torch.ones(2).sum()
     profiler.close()
     return sorted(path.name for path in folder.glob("trace*")), told
@@ -102,7 +102,7 @@ PARTS = {
     [
         ("p2p", {"wait for keys", "wait for keys and gradients"}),
         ("all_gather", {"wait for keys", "wait for gradients"}),
-        ("a2a", {"trade heads"}),
+        ("a2a", {"all-to-all of heads"}),
     ],
 )
 def test_the_parts_of_a_step_have_names(tmp_path: Path, exchange: str, waits: set[str]) -> None:

@@ -31,7 +31,7 @@ def train(
     stop = StopRequest()
     run = replace(run, view=StoppingView(stop, stop_at))
     try:
-        return run.plan.load_step, run.train(run.plan.load_step, stop), list(run.plan.notes)
+        return run.plan.load_step, run.train(stop), list(run.plan.notes)
     finally:
         if run.writer is not None:
             run.writer.close()
@@ -79,7 +79,7 @@ def test_who_names_a_damaged_step_is_told_of_another(place: Place) -> None:
     argv = ["--load", place.run("run"), "--save", place.run("other")]
     ((first, _, notes),) = run_ranks(train, 1, argv)
     assert first == 1
-    assert any(note.endswith("SHA-256 is not the manifest's") for note in notes)
+    assert any(note.endswith("SHA-256 differs from the manifest") for note in notes)
     assert (place.folder / "run" / "step-2").is_dir()
 
 
@@ -90,7 +90,7 @@ def test_nothing_whole_is_refused_and_nothing_is_begun_over_it(place: Place) -> 
         (error,) = run_ranks(refused, 1, argv)
         assert "rank-00000.safetensors is damaged" in error.rule
     (place.folder / "run" / "step-2" / "manifest.json").unlink()
-    with pytest.raises(ConfigError, match="is no finished checkpoint"):
+    with pytest.raises(ConfigError, match="is not a finished checkpoint"):
         assembled(0, 1, place.argv("run", "--load", "auto"))
 
 
@@ -148,7 +148,7 @@ def full_disk(rank: int, world_size: int, argv: list[str], good: int) -> tuple[l
     error = ""
     with mock.patch.object(saving, "write_image", full):
         try:
-            run.train(0, StopRequest())
+            run.train(StopRequest())
         except ConfigError as refused:
             error = refused.rule
     if run.writer is not None:

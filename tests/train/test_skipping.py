@@ -46,14 +46,14 @@ def held(train_step: TrainStep) -> Held:
 def skip_one(
     rank: int, world_size: int, bad: int | None, steps: list[int]
 ) -> tuple[list[StepResult], list[Held]]:
-    """Trains on the batches ``steps``; rank ``bad`` has no number in batch 1."""
+    """Trains on the batches of ``steps``; the loss of rank ``bad`` is NaN in step 2."""
     train_step = train_step_of("llama", GRID)
-    faults = faults_of(rank, *([("nan", bad, 1)] if bad is not None else []))
+    faults = faults_of(rank, *([("nan", bad, 2)] if bad is not None else []))
     results, states = [], []
     for step in steps:
         results.append(
             train_step.run(
-                shards_of(step, GRID, train_step),
+                shards_of(step - 1, GRID, train_step),
                 step=step,
                 lr=3e-3,
                 accept=lambda loss, norm: math.isfinite(loss) and math.isfinite(norm),
@@ -66,9 +66,9 @@ def skip_one(
 
 def test_not_a_number_on_one_rank_changes_nothing_on_any() -> None:
     bad = 3  # whose loss is not the one that is added up: its TP peer holds the same tokens
-    without = run_ranks(skip_one, 4, None, [0, 2])
+    without = run_ranks(skip_one, 4, None, [1, 3])
     for (results, states), (expected, there) in zip(
-        run_ranks(skip_one, 4, bad, [0, 1, 2]), without, strict=True
+        run_ranks(skip_one, 4, bad, [1, 2, 3]), without, strict=True
     ):
         assert [result.accepted for result in results] == [True, False, True]
         assert math.isnan(results[1].loss)
@@ -86,7 +86,7 @@ def loss_where_a_rank_has_no_labels(rank: int, world_size: int, case: Case) -> S
     batches = batches_of(0, case, train_step.groups)
     for batch in batches:
         batch.labels[:, batch.labels.shape[1] // 2 :] = IGNORED
-    return train_step.run([train_step.prepare(batch) for batch in batches], step=0, lr=1e-3)
+    return train_step.run([train_step.prepare(batch) for batch in batches], step=1, lr=1e-3)
 
 
 def test_a_rank_without_labels_is_finite_and_changes_no_number() -> None:
@@ -120,7 +120,7 @@ def disturbed(
     view.said = []
     run = replace(run, view=view, faults=faults_of(rank, *faults))
     try:
-        run.train(run.plan.load_step, stop)
+        run.train(stop)
         ended = ""
     except DivergedError as error:
         ended = str(error)
@@ -131,7 +131,7 @@ def disturbed(
 
 def test_a_skipped_step_is_told_and_logs_no_line(place: Place) -> None:
     argv = place.argv("run", *GRIDS["tp2 cp2"])
-    for said, state, ended in run_ranks(disturbed, 4, argv, [("nan", 3, 1)]):
+    for said, state, ended in run_ranks(disturbed, 4, argv, [("nan", 3, 2)]):
         found = "step 2: loss nan, gradient norm nan: skipped (1 of at most 5 in 1,000 steps)"
         assert said == [found]
         assert state["skipped"] == [2]
@@ -144,7 +144,7 @@ def test_a_skipped_step_is_told_and_logs_no_line(place: Place) -> None:
 
 def test_one_too_many_ends_all_ranks_and_leaves_the_batch(place: Place) -> None:
     argv = place.argv("run", *GRIDS["tp2 cp2"], "--skip-budget", "1", "--save-interval", "1")
-    answers = run_ranks(disturbed, 4, argv, [("nan", 0, 1), ("nan", 2, 2)])
+    answers = run_ranks(disturbed, 4, argv, [("nan", 0, 2), ("nan", 2, 3)])
     file = place.folder / "run" / "bad-step-3.safetensors"
     for _, _, ended in answers:
         assert ended.startswith(
@@ -183,7 +183,7 @@ def break_and_train(rank: int, world_size: int, argv: list[str]) -> str:
         with torch.no_grad():
             local_values(next(run.train_step.model.parameters())).fill_(math.nan)
     with pytest.raises(DivergedError) as caught:
-        run.train(0, StopRequest())
+        run.train(StopRequest())
     if run.writer is not None:
         run.writer.close()
     return str(caught.value)
@@ -202,7 +202,7 @@ def test_a_spike_is_skipped_and_a_run_that_goes_on_skips_the_same(place: Place) 
     """Stopped before the spike, which only the window that was kept can tell."""
     words = ["--spike-threshold", "6", "--lr", "1e-4", "--min-lr", "1e-5"]
     words += ["--context-parallel-size", "2"]
-    spike, stop = SPIKE_STEPS - 2, SPIKE_STEPS - 4
+    spike, stop = SPIKE_STEPS - 1, SPIKE_STEPS - 4
     faults = [("spike", rank, spike) for rank in range(2)]
     whole = run_ranks(disturbed, 2, longer(place.argv("whole", *words)), faults)
     assert run_ranks(disturbed, 2, longer(place.argv("cut", *words)), faults, stop)[0][0] == []
@@ -210,9 +210,9 @@ def test_a_spike_is_skipped_and_a_run_that_goes_on_skips_the_same(place: Place) 
     for said, state, ended in (*whole, *again):
         assert (said, state, ended) == whole[0]
         assert len(said) == 1
-        assert said[0].startswith(f"step {spike + 1}: loss ")
+        assert said[0].startswith(f"step {spike}: loss ")
         assert "(a spike: above " in said[0]
-        assert state["skipped"] == [spike + 1]
+        assert state["skipped"] == [spike]
         assert len(state["losses"]) == SPIKE_STEPS - 1
     one, other = place.folder / "whole", place.folder / "cut"
     assert differing(one / f"step-{SPIKE_STEPS}", other / f"step-{SPIKE_STEPS}") == []

@@ -155,8 +155,8 @@ def shards_of(step: int, case: Case, train_step: TrainStep) -> list[Shard]:
 def train(rank: int, world_size: int, style: str, case: Case) -> list[StepResult]:
     train_step = train_step_of(style, case)
     return [
-        train_step.run(shards_of(step, case, train_step), step=step, lr=3e-3)
-        for step in range(case.steps)
+        train_step.run(shards_of(number, case, train_step), step=number + 1, lr=3e-3)
+        for number in range(case.steps)
     ]
 
 
@@ -256,7 +256,7 @@ def train_ahead(rank: int, world_size: int, case: Case) -> tuple[list[StepResult
             return plan(self, rank)
 
         patch.setattr(Schedule, "rounds", rounds)
-        found = [train_step.run(shards, step=step, lr=3e-3) for step, shards in enumerate(ahead)]
+        found = [train_step.run(shards, step=step, lr=3e-3) for step, shards in enumerate(ahead, 1)]
     return found, planners
 
 
@@ -298,7 +298,7 @@ def masked_everywhere(rank: int, world_size: int) -> StepResult:
     batches = batches_of(0, case, train_step.groups)
     for batch in batches:
         batch.labels.fill_(IGNORED)
-    return train_step.run([train_step.prepare(batch) for batch in batches], step=0, lr=1e-3)
+    return train_step.run([train_step.prepare(batch) for batch in batches], step=1, lr=1e-3)
 
 
 def test_no_label_at_all_is_zero_and_not_nan() -> None:

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import tyro
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from cp_megatron.config.words import read_words
+from cp_megatron.config.ranges import Size
+from cp_megatron.config.words import read_options
 from cp_megatron.data.prepare.prepare import Request, Result, Start, prepare
 from cp_megatron.data.prepare.prepare_worker import Step
 from cp_megatron.errors import ConfigError
@@ -49,7 +49,7 @@ class Options:
     """Processes; by default one for each core."""
     skip_bad_lines: bool = False
     """Skip malformed JSON lines and list them in PREFIX_skipped.txt, instead of refusing them."""
-    log_interval: int = 100_000
+    log_interval: Size = 100_000
     """Documents between two lines of progress."""
 
 
@@ -60,15 +60,11 @@ def parse(argv: Sequence[str]) -> Options:
         ConfigError: a flag or a value that can not be honoured.
         SystemExit: with code 0, after ``--help`` is printed.
     """
-    if any(word in ("-h", "--help") for word in argv):
-        tyro.cli(Options, prog=PROGRAM, description=_DESCRIPTION, args=["--help"])
-    values = read_words(argv, Options)
-    if not values.get("output_prefix"):
+    options = read_options(argv, Options, program=PROGRAM, description=_DESCRIPTION)
+    if options.output_prefix is None:
         rule = "needs the path that the new files begin with"
         raise ConfigError("--output-prefix", "", rule, "--output-prefix data/corpus")
-    if values.get("log_interval", 1) < 1:
-        raise ConfigError("--log-interval", values["log_interval"], "must be at least 1", "1")
-    return Options(**values)
+    return options
 
 
 def run(options: Options, console: Console | None = None) -> Result:

@@ -1,1 +1,1 @@
-"""The balanced layout: how documents are dealt to ranks. No torch."""
+"""The balanced layout: dealing slices of documents to ranks."""

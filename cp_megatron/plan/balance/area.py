@@ -1,8 +1,8 @@
-"""Counting pairs and keys of pieces of documents in closed form.
+"""Counting the pairs and keys of document slices in closed form.
 
-A *piece* is a run of positions ``[low, high)`` counted from the start of its document. Row p of a
+A slice is a run of positions ``[low, high)``, counted from the start of its document. Row p of a
 document of n positions attends ``min(p, left)`` earlier keys, itself and ``min(n - 1 - p, right)``
-later ones, so the pairs of rows ``[0, p)`` are two sums of the form 0 + 1 + .. that stop growing:
+later ones. So the pairs of rows ``[0, p)`` are two sums of the form 0 + 1 + .. that stop growing:
 
     left = 2, right = 0, n = 6      rows 0 .. 5 attend 1 2 3 3 3 3 keys, rows [0, 4) together 9
 """
@@ -15,14 +15,14 @@ from typing import NamedTuple
 import numpy as np
 
 from cp_megatron.plan.mask import IntArray, Mask
-from cp_megatron.plan.tiles import Span, merge_spans
+from cp_megatron.plan.tiling import Span, merge_spans
 
 PairsUpTo = Callable[[int, int], int]
 Chunks = tuple[tuple[tuple[int, int], ...], ...]
-"""Per rank its runs of positions, ascending."""
+"""For each rank its runs of positions, ascending."""
 
 
-class Piece(NamedTuple):
+class DocumentSlice(NamedTuple):
     """Positions ``[low, high)`` of ``document``, held by ``rank``."""
 
     rank: int
@@ -32,14 +32,14 @@ class Piece(NamedTuple):
 
 
 class Load(NamedTuple):
-    """What a layout costs: pairs of the busiest rank, keys all ranks receive from their owners."""
+    """The cost of a layout: pairs of the busiest rank, keys that all ranks receive from owners."""
 
     busiest: int
     keys: int
 
 
 def pairs_up_to(mask: Mask) -> PairsUpTo:
-    """``f(length, p)``: attended pairs of the first ``p`` rows of a document of ``length``."""
+    """Returns ``f(length, p)``, the attended pairs of the first ``p`` rows of a document."""
     left, right = mask.window
     if left < 0 and right == 0:
         return lambda length, p: p * (p + 1) // 2
@@ -49,26 +49,26 @@ def pairs_up_to(mask: Mask) -> PairsUpTo:
 
 
 def _ramp(n: int, limit: int) -> int:
-    """Sum of ``min(i, limit)`` over i < n; -1 is no limit."""
+    """The sum of ``min(i, limit)`` over i < n; a limit of -1 is unlimited."""
     grows = n if limit < 0 else min(n, limit + 1)
     return grows * (grows - 1) // 2 + (n - grows) * limit
 
 
 def _ramps(n: IntArray, limit: int) -> IntArray:
-    """The same for many n."""
+    """``_ramp`` for an array of n."""
     grows = n if limit < 0 else np.minimum(n, limit + 1)
     return grows * (grows - 1) // 2 + (n - grows) * limit
 
 
-def measure(mask: Mask, cp_size: int, pieces: IntArray) -> Load:
-    """The load of a layout given as pieces, every position in exactly one of them.
+def measure(mask: Mask, cp_size: int, slices: IntArray) -> Load:
+    """Measures a layout given as slices that hold every position once.
 
     Args:
-        mask: what attends to what.
-        cp_size: number of ranks.
-        pieces: int64 [pieces, 4], the columns of ``Piece``, in any order.
+        mask: which keys each query attends.
+        cp_size: the number of ranks.
+        slices: int64 [slices, 4], the fields of ``DocumentSlice`` as columns, in any order.
     """
-    rank, document, low, high = pieces[np.lexsort(pieces.T[[2, 1, 0]])].T
+    rank, document, low, high = slices[np.lexsort(slices.T[[2, 1, 0]])].T
     length = np.asarray(mask.lengths, dtype=np.int64)[document]
     left, right = mask.window
     pairs = high - low + _ramps(high, left) - _ramps(low, left)
@@ -77,7 +77,7 @@ def measure(mask: Mask, cp_size: int, pieces: IntArray) -> Load:
     np.add.at(total, rank, pairs)
     first = np.zeros_like(low) if left < 0 else np.maximum(low - left, 0)
     end = length if right < 0 else np.minimum(high + right, length)
-    # A rank's pieces of one document ascend, and so do both ends of what they read.
+    # The slices that a rank holds of one document ascend, and so do both ends of their keys.
     known = np.zeros_like(end)
     same = (rank[1:] == rank[:-1]) & (document[1:] == document[:-1])
     known[1:][same] = end[:-1][same]
@@ -85,8 +85,8 @@ def measure(mask: Mask, cp_size: int, pieces: IntArray) -> Load:
     return Load(int(total.max()), int(read.sum() - (high - low).sum()))
 
 
-def to_pieces(mask: Mask, chunks: Sequence[Sequence[tuple[int, int]]]) -> IntArray:
-    """int64 [pieces, 4]: the chunks of every rank, cut at document borders."""
+def to_slices(mask: Mask, chunks: Sequence[Sequence[tuple[int, int]]]) -> IntArray:
+    """int64 [slices, 4]: the chunks of every rank, cut at document borders."""
     held = [(start, rank) for rank, mine in enumerate(chunks) for start, _ in mine]
     start, rank = np.asarray(sorted(held), dtype=np.int64).T
     border = mask.starts()
@@ -99,9 +99,9 @@ def to_pieces(mask: Mask, chunks: Sequence[Sequence[tuple[int, int]]]) -> IntArr
     return np.stack([rank[chunk], document, begin - first, end - first], axis=1)
 
 
-def to_chunks(mask: Mask, cp_size: int, pieces: IntArray) -> Chunks:
-    """The runs of positions every rank holds, those that meet joined."""
-    rank, document, low, high = pieces.T
+def to_chunks(mask: Mask, cp_size: int, slices: IntArray) -> Chunks:
+    """The runs of positions of every rank, with adjacent runs joined."""
+    rank, document, low, high = slices.T
     first = mask.starts()[document]
     spans: list[list[Span]] = [[] for _ in range(cp_size)]
     for r, start, stop in zip(rank.tolist(), (first + low).tolist(), (first + high).tolist()):

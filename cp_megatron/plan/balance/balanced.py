@@ -1,59 +1,61 @@
 """The balanced layout: equal tokens, nearly equal pairs, few keys between ranks.
 
-**What is expensive.** Under a causal mask row p of a document costs p + 1 pairs. With S tokens and
-P pairs on N ranks, a rank has to hold S/N tokens and, up to a tolerance, P/N pairs: rows of an
-average density P/S. Rows of long documents far from their start are denser than that, heads of
-documents and short documents are not; every rank needs some of both. A rank that holds rows of a
-document up to row ``top`` reads the keys ``[0, top)``, and those it holds itself are free. So
-all ranks together receive
+**The cost.** Under a causal mask, row p of a document has p + 1 pairs. With S tokens and P pairs on
+N ranks, each rank must hold S/N tokens and, up to a tolerance, P/N pairs: rows with the average
+density P/S. Late rows of long documents are denser than that, while early rows of documents and
+short documents are less dense, so every rank needs some of both. A rank that holds rows of a
+document up to row ``top`` reads the keys ``[0, top)``, except those that it holds itself. So all
+ranks together receive
 
-    sum over ranks and the documents they hold a part of:  top    minus    S
+    the sum of top, over ranks and the documents of which they hold a slice,    minus    S
 
-keys. Whole documents cost nothing, nor do heads of a document on a rank that has its tail, cuts
-near the start of a document cost little, and a long document wants *few* ranks, each as full of it
-as can be, in one nested order.
+keys. Whole documents cost nothing. The first rows (the *head*) of a document cost nothing on a rank
+that also has its last rows (its *tail*). Cuts near the start of a document cost little. A long
+document should be cut for *few* ranks, each filled with as much of it as possible, in one nested
+order.
 
 **Filling a rank.** Ranks are filled one at a time, to exactly S/N tokens and at most
 ``(1 + tolerance) P/N`` pairs:
 
-1. Take the densest tail of all that is left. If its document fits whole, it goes whole; repeat.
-2. Else its tail will be cut. Whole documents go first as filler, the sparsest first: what lies
-   early in that order makes the tail that still fits wider, and it is spent where tails are most
-   expensive. The last of them is exchanged for the largest that fits as well.
-3. The gap is closed exactly, in tokens and pairs at once, by a head: of the same document (free,
-   but not as sparse), or of another (its length is paid in keys), whichever costs less from here
-   on. Head and tail meet both counts because they trade one token for another.
+1. Take the densest remaining tail. If its whole document fits, take the document and repeat.
+2. Otherwise the document is cut. First add whole documents as fillers, the sparsest first: each
+   one makes the tail that still fits longer, and the sparsest are best spent on the densest tails.
+   Then exchange the last filler for the largest document that also fits.
+3. Close the gap exactly, in tokens and pairs at once, with a head. Either take it from the same
+   document (no keys, but denser), or from another one (it costs its length in keys), whichever
+   costs less over the remaining ranks. Since a longer head means a shorter tail, some length
+   meets both counts.
 
-Two documents of 12 and 4 positions on 2 ranks: 8 tokens each, 88 pairs in all, with a tolerance of
-0 at most 44 on a rank. The longer one is cut; the shorter one fits whole as filler; a head of 1 is
-missing, then the tail [9, 12) completes 8 tokens and 44 pairs. The other rank is the rest:
+Two documents of 12 and 4 positions on 2 ranks: 8 tokens each and 88 pairs in all, so a tolerance of
+0 allows 44 pairs on a rank. The longer document is cut, and the shorter one fits as a filler. With
+a head of 1 token, the tail [9, 12) completes 8 tokens and 44 pairs. The other rank gets the rest:
 
     document    a a a a a a a a a a a a   b b b b
     pairs       1 2 3 4 5 6 7 8 9 . . 12  1 2 3 4
     rank        0 1 1 1 1 1 1 1 1 0 0 0   0 0 0 0        rank 0: 1 + 33 + 10    rank 1: 44
 
-Rank 0 reads the 8 keys of rank 1, and rank 1 the first of rank 0: 12 + 4 + 9 - 16 = 9 keys. Zigzag
-moves 4, for 20 and 68 pairs.
+Rank 0 reads the 8 keys of rank 1, and rank 1 the first key of rank 0: 12 + 4 + 9 - 16 = 9 keys.
+Zigzag moves 4 keys, but its ranks have 20 and 68 pairs.
 
-The tolerance is spent on the first ranks, whose tails are longest: all later tails get shorter.
-What is left for the last rank is then lighter than the mean, which harms nobody.
+The first ranks use up the tolerance, because their tails are longest and every later tail then gets
+shorter. The last rank ends up below the mean, which does no harm.
 
-**Trials.** The greedy choice is good and fast; a handful of runs with slightly changed preferences
-finds better packings where documents are few. The best is kept: least above the limit, then fewest
-keys. Contiguous and zigzag take part, so the result is never worse than either. The number of
-trials depends on the size of the problem alone, and their random numbers are fixed: every rank gets
-the same layout.
+**Trials.** The greedy choice is good and fast. A handful of runs with slightly changed preferences
+finds better layouts if documents are few. The best one is kept: the fewest pairs above the limit,
+then the fewest keys. Contiguous and zigzag take part, so the result is never worse than either. The
+number of trials depends only on the size of the problem, and the random numbers are fixed, so every
+rank computes the same layout.
 
-**Numbering.** Ranks that share a document get neighbouring numbers, later tails lower ones: keys
-then travel a ring downwards over few ranks that do not read them.
+**Numbering.** Ranks that share a document get neighbouring numbers, and later tails get lower ones.
+On a ring, keys then pass few ranks that do not read them.
 
-**Other masks.** Windows and bidirectional documents only change the pairs per row, which are sums
-in closed form. Rows then differ less, cuts cost no more than a window, and where windows let early
-rows attend more than late ones, the row is dealt backwards.
+**Other masks.** Windows and bidirectional documents change only the pairs per row, which are sums
+in closed form. Their rows differ less, and a cut costs no more keys than a window. If windows let
+early rows attend more keys than late ones, the row is dealt backwards.
 
-Why not deal chunks by pairs alone (longest first, Graham 1969): 4 chunks a rank move 1.3 to 1.6
-times these keys and leave 3 % to 35 % imbalance on 8 to 64 ranks. ``benchmarks/balance.py`` shows
-all of this. The method is this project's.
+Dealing chunks by pairs alone (longest first, Graham 1969) with 4 chunks per rank moves 1.3 to 1.6
+times these keys and leaves 3 % to 35 % imbalance on 8 to 64 ranks; see ``benchmarks/balance.py``.
+The method is this project's.
 """
 
 from __future__ import annotations
@@ -61,17 +63,25 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 
 from cp_megatron.errors import ConfigError
-from cp_megatron.plan.balance.area import Chunks, Piece, measure, pairs_up_to, to_chunks, to_pieces
-from cp_megatron.plan.balance.dealer import Bias, Dealer, Row
+from cp_megatron.plan.balance.area import (
+    Chunks,
+    DocumentSlice,
+    measure,
+    pairs_up_to,
+    to_chunks,
+    to_slices,
+)
+from cp_megatron.plan.balance.dealer import BalanceProblem, Bias, Dealer
 from cp_megatron.plan.mask import IntArray, Mask
 
 EFFORT = 3200  # trials x (documents + 8 ranks)
 MOST_TRIALS = 48
-CHANGED = 0.3  # share of the preferences a trial changes, by up to a factor of 2 either way
+CHANGED = 0.3  # share of the preferences that a trial changes, each by a factor of up to 2
 
 
 def deal(mask: Mask, cp_size: int, tolerance: float = 0.03) -> Chunks:
@@ -80,13 +90,13 @@ def deal(mask: Mask, cp_size: int, tolerance: float = 0.03) -> Chunks:
     One causal sequence without a window is dealt like zigzag.
 
     Args:
-        mask: what attends to what, of a length that ``cp_size`` divides.
-        cp_size: number of ranks.
-        tolerance: by which share of the mean the busiest rank may exceed it where that can be
-            reached; more tolerance needs fewer keys.
+        mask: which keys each query attends; ``cp_size`` must divide its length.
+        cp_size: the number of ranks.
+        tolerance: how far the busiest rank may exceed the mean, as a share of the mean, if that can
+            be reached. More tolerance needs fewer keys.
 
     Returns:
-        Per rank its chunks ``(start, stop)``, ascending, with a gap between any two.
+        For each rank its chunks ``(start, stop)``, ascending, with a gap between any two.
 
     Raises:
         ConfigError: ``tolerance`` is negative.
@@ -101,41 +111,42 @@ def deal(mask: Mask, cp_size: int, tolerance: float = 0.03) -> Chunks:
         left, right = mask.window
         mirrored = Mask.documents(mask.lengths[::-1], causal=False, window=(right, left))
         return _mirror(deal(mirrored, cp_size, tolerance), mask.seq_len)
-    row, order = _row(mask, cp_size, tolerance)
+    problem, order = _problem(mask, cp_size, tolerance)
     width = mask.seq_len // cp_size
     contiguous = tuple(((rank * width, (rank + 1) * width),) for rank in range(cp_size))
-    plain = min((contiguous, nested), key=lambda chunks: _score(mask, row, to_pieces(mask, chunks)))
-    dealt = _best_trial(mask, row, order, _score(mask, row, to_pieces(mask, plain)))
+    score = partial(_score, mask, problem)
+    plain = min((contiguous, nested), key=lambda chunks: score(to_slices(mask, chunks)))
+    dealt = _best_trial(mask, problem, order, score(to_slices(mask, plain)))
     return plain if dealt is None else to_chunks(mask, cp_size, _table(_numbered(dealt), order))
 
 
 def _best_trial(
-    mask: Mask, row: Row, order: IntArray, to_beat: tuple[int, int]
-) -> list[Piece] | None:
-    """The best of a number of trials, each a change of the best so far; None if none is better."""
-    num_trials = max(2, EFFORT // (len(row.lengths) + 8 * row.cp_size))
+    mask: Mask, problem: BalanceProblem, order: IntArray, to_beat: tuple[int, int]
+) -> list[DocumentSlice] | None:
+    """Runs trials, each a change of the best so far; None if none beats ``to_beat``."""
+    num_trials = max(2, EFFORT // (len(problem.lengths) + 8 * problem.cp_size))
     best, dice = None, random.Random(0)
-    bias = trial = _neutral(row)
+    bias = trial = _neutral(problem)
     for _ in range(min(MOST_TRIALS, num_trials)):
         if to_beat == (0, 0):
             break
-        dealt = Dealer(row, trial).deal()
-        score = _score(mask, row, _table(dealt, order))
+        dealt = Dealer(problem, trial).deal()
+        score = _score(mask, problem, _table(dealt, order))
         if score < to_beat:
             best, to_beat, bias = dealt, score, trial
         trial = _changed(bias, dice)
     return best
 
 
-def _table(pieces: list[Piece], order: IntArray) -> IntArray:
-    """int64 [pieces, 4], with the mask's numbers of the documents."""
-    table = np.asarray(pieces, dtype=np.int64)
+def _table(slices: list[DocumentSlice], order: IntArray) -> IntArray:
+    """int64 [slices, 4], with documents numbered as in the mask."""
+    table = np.asarray(slices, dtype=np.int64)
     table[:, 1] = order[table[:, 1]]
     return table
 
 
 def _nested(seq_len: int, cp_size: int) -> Chunks:
-    """Zigzag for any shard: rank r holds the r-th run of half a shard from either end."""
+    """Zigzag for shards of any length: rank r holds the r-th half of a shard from either end."""
     late = -(-seq_len // cp_size // 2)
     early = seq_len // cp_size - late
     ranks = []
@@ -148,7 +159,7 @@ def _nested(seq_len: int, cp_size: int) -> Chunks:
 
 
 def _is_denser_early(mask: Mask) -> bool:
-    """Whether windows let early rows attend more than late ones: a causal mask read backwards."""
+    """Whether windows let early rows attend more keys than late ones."""
     left, right = (math.inf if side < 0 else side for side in mask.window)
     return right > left
 
@@ -160,13 +171,13 @@ def _mirror(chunks: Chunks, seq_len: int) -> Chunks:
     )
 
 
-def _row(mask: Mask, cp_size: int, tolerance: float) -> tuple[Row, IntArray]:
-    """The dealer's view of the row, and which document each of its documents is."""
+def _problem(mask: Mask, cp_size: int, tolerance: float) -> tuple[BalanceProblem, IntArray]:
+    """The problem, and for each of its documents the number of the document in the mask."""
     order = np.argsort(np.asarray(mask.lengths), kind="stable")
     lengths = [mask.lengths[d] for d in order.tolist()]
     up_to = pairs_up_to(mask)
     pairs = [up_to(length, length) for length in lengths]
-    row = Row(
+    problem = BalanceProblem(
         cp_size=cp_size,
         shard_len=mask.seq_len // cp_size,
         limit=math.floor(sum(pairs) / cp_size * (1 + tolerance)),
@@ -174,24 +185,24 @@ def _row(mask: Mask, cp_size: int, tolerance: float) -> tuple[Row, IntArray]:
         pairs=pairs,
         up_to=up_to,
     )
-    return row, order
+    return problem, order
 
 
-def _score(mask: Mask, row: Row, pieces: IntArray) -> tuple[int, int]:
-    """Less is better: pairs of the busiest rank above the limit, then keys."""
-    load = measure(mask, row.cp_size, pieces)
-    return max(0, load.busiest - row.limit), load.keys
+def _score(mask: Mask, problem: BalanceProblem, slices: IntArray) -> tuple[int, int]:
+    """Smaller is better: pairs of the busiest rank above the limit, then keys."""
+    load = measure(mask, problem.cp_size, slices)
+    return max(0, load.busiest - problem.limit), load.keys
 
 
-def _neutral(row: Row) -> Bias:
-    ones = [1.0] * len(row.lengths)
+def _neutral(problem: BalanceProblem) -> Bias:
+    ones = [1.0] * len(problem.lengths)
     return Bias(cut=ones, fill=ones)
 
 
 def _changed(bias: Bias, dice: random.Random) -> Bias:
-    """Some preferences of ``bias``, doubled at most and halved at least.
+    """Changes some preferences by a factor between a half and two.
 
-    By quotients, which every machine computes alike.
+    The factors are quotients, which every machine rounds alike.
     """
     roll = dice.random
 
@@ -201,17 +212,17 @@ def _changed(bias: Bias, dice: random.Random) -> Bias:
     return Bias(cut=change(bias.cut), fill=change(bias.fill))
 
 
-def _numbered(pieces: list[Piece]) -> list[Piece]:
-    """Puts ranks side by side whose topmost tail is of the same document, in the order dealt."""
-    top: dict[int, Piece] = {}
-    for piece in pieces:
-        if piece.low and (piece.rank not in top or piece.high > top[piece.rank].high):
-            top[piece.rank] = piece
+def _numbered(slices: list[DocumentSlice]) -> list[DocumentSlice]:
+    """Renumbers ranks so that those whose highest tail is of the same document are neighbours."""
+    top: dict[int, DocumentSlice] = {}
+    for part in slices:
+        if part.low and (part.rank not in top or part.high > top[part.rank].high):
+            top[part.rank] = part
     leader: dict[int, int] = {}
-    ranks = sorted({piece.rank for piece in pieces})
+    ranks = sorted({part.rank for part in slices})
     for rank in ranks:
         if rank in top:
             leader.setdefault(top[rank].document, rank)
     place = {rank: (leader[top[rank].document] if rank in top else rank, rank) for rank in ranks}
     number = {rank: n for n, rank in enumerate(sorted(ranks, key=place.__getitem__))}
-    return [piece._replace(rank=number[piece.rank]) for piece in pieces]
+    return [part._replace(rank=number[part.rank]) for part in slices]

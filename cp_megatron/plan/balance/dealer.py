@@ -1,7 +1,7 @@
-"""Filling ranks one after the other with pieces of documents; ``balance.py`` explains the method.
+"""Filling one rank after the other with slices of documents; ``balanced.py`` explains the method.
 
-What is left of a document is always one run ``[low, high)``: heads are taken from its bottom,
-tails from its top. A document nothing was taken of is *fresh*.
+The rest of a document is always one run ``[low, high)``, because heads are taken from its lower end
+and tails from its upper end. A document is *fresh* until something is taken from it.
 """
 
 from __future__ import annotations
@@ -11,22 +11,21 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from cp_megatron.plan.balance.area import PairsUpTo, Piece
+from cp_megatron.plan.balance.area import DocumentSlice, PairsUpTo
 
-NUM_FRESH = 4  # longest fresh documents considered for a tail, or for a head that fills up
+NUM_FRESH = 4  # how many of the longest fresh documents are considered for a tail or a head
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
-    """What every trial shares. Documents are numbered by ascending length.
+class BalanceProblem:
+    """The data that all trials share. Documents are numbered by ascending length.
 
     Attributes:
-        cp_size: number of ranks.
-        shard_len: tokens of every rank.
-        limit: pairs no rank should exceed.
-        lengths: of the documents.
-        pairs: of the documents.
-        up_to: pairs of a document's first rows.
+        cp_size: the number of ranks.
+        shard_len: the number of tokens of each rank.
+        limit: the number of pairs that no rank should exceed.
+        lengths, pairs: of each document.
+        up_to: counts the pairs of a document's first rows.
     """
 
     cp_size: int
@@ -39,11 +38,11 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Bias:
-    """Factors around 1 that make trials differ.
+    """Factors around 1 that distinguish trials.
 
     Attributes:
-        cut: per document, how early its tail is dealt.
-        fill: per document, how late it is used as a filler.
+        cut: for each document, how early its tail is dealt.
+        fill: for each document, how late it is used as a filler.
     """
 
     cut: Sequence[float]
@@ -51,7 +50,7 @@ class Bias:
 
 
 class Cut(NamedTuple):
-    """A rank's share of a cut document: head up to ``head``, whole fillers, part of one more."""
+    """A rank's share of a cut document: a head up to ``head``, whole fillers, part of another."""
 
     head: int
     whole: list[int]
@@ -60,44 +59,44 @@ class Cut(NamedTuple):
 
 
 class Dealer:
-    """One trial: a row dealt to all ranks."""
+    """One trial: deals the row to all ranks."""
 
-    def __init__(self, row: Row, bias: Bias) -> None:
-        self.row, self.bias = row, bias
-        num = len(row.lengths)
-        self.low, self.high = [0] * num, list(row.lengths)
+    def __init__(self, problem: BalanceProblem, bias: Bias) -> None:
+        self.problem, self.bias = problem, bias
+        num = len(problem.lengths)
+        self.low, self.high = [0] * num, list(problem.lengths)
         self.fresh, self.opened = list(range(num)), list[int]()
-        self.order = [bias.fill[d] * row.pairs[d] / row.lengths[d] for d in range(num)]
+        self.order = [bias.fill[d] * problem.pairs[d] / problem.lengths[d] for d in range(num)]
         self.queue = sorted((self.order[d], d) for d in range(num))
         self.density = [self._tail_density(d) for d in range(num)]
-        self.num_left, self.pairs_left = sum(row.lengths), sum(row.pairs)
-        self.pieces: list[Piece] = []
-        self.rank = self.tokens = self.room = 0
+        self.num_left, self.pairs_left = sum(problem.lengths), sum(problem.pairs)
+        self.slices: list[DocumentSlice] = []
+        self.rank = self.tokens = self.budget = 0
 
-    def deal(self) -> list[Piece]:
+    def deal(self) -> list[DocumentSlice]:
         """Fills every rank with exactly ``shard_len`` tokens."""
-        for rank in range(self.row.cp_size - 1):
+        for rank in range(self.problem.cp_size - 1):
             self._fill(rank)
-        last = self.row.cp_size - 1
+        last = self.problem.cp_size - 1
         for d in self.fresh + self.opened:
-            self.pieces.append(Piece(last, d, self.low[d], self.high[d]))
-        return self.pieces
+            self.slices.append(DocumentSlice(last, d, self.low[d], self.high[d]))
+        return self.slices
 
     def _fill(self, rank: int) -> None:
-        self.rank, self.tokens = rank, self.row.shard_len
-        # Above the limit only if it is out of reach: then all that follow share alike.
-        self.room = max(self.row.limit, -(-self.pairs_left // (self.row.cp_size - rank)))
+        self.rank, self.tokens = rank, self.problem.shard_len
+        # If the limit is out of reach, the ranks that follow share the excess equally.
+        self.budget = max(self.problem.limit, -(-self.pairs_left // (self.problem.cp_size - rank)))
         while self.tokens:
             self._step()
 
     def _step(self) -> None:
-        """Gives the rank the densest document whole, its tail, or what a cut leaves room for."""
+        """Gives the rank the densest document, its tail, or as much of it as a cut allows."""
         d, tokens = self._densest(), self.tokens
         low, high = self.low[d], self.high[d]
         size, pairs = high - low, self.count(d, low, high)
-        if size <= tokens and pairs <= self.room and self._completes(d, size, pairs):
+        if size <= tokens and pairs <= self.budget and self._completes(d, size, pairs):
             self._take(d, low, high)
-        elif size >= tokens and self.count(d, high - tokens, high) <= self.room:
+        elif size >= tokens and self.count(d, high - tokens, high) <= self.budget:
             whole = self._largest_whole(size - tokens)
             if whole is None:
                 self._take(d, high - tokens, high)
@@ -111,36 +110,36 @@ class Dealer:
         return max(self.opened + self.fresh[-NUM_FRESH:], key=self.density.__getitem__)
 
     def _tail_density(self, d: int) -> float:
-        """Pairs per row of a tail as long as a rank can take."""
+        """Pairs per row of the longest tail that a rank can take."""
         low, high = self.low[d], self.high[d]
-        low = max(low, high - self.row.shard_len)
+        low = max(low, high - self.problem.shard_len)
         return self.count(d, low, high) / (high - low) * self.bias.cut[d]
 
     def _completes(self, d: int, size: int, pairs: int) -> bool:
-        """Whether, with ``d`` whole, the cheapest other tokens fit under the limit."""
-        tokens, room = self.tokens - size, self.room - pairs
-        if room * (self.num_left - size) >= (self.pairs_left - pairs) * tokens:
-            return True  # even average ones do
-        lengths, whole = self.row.lengths, self.row.pairs
+        """Whether the cheapest other tokens fit under the limit if ``d`` is taken whole."""
+        tokens, budget = self.tokens - size, self.budget - pairs
+        if budget * (self.num_left - size) >= (self.pairs_left - pairs) * tokens:
+            return True  # tokens of average density fit
+        lengths, whole = self.problem.lengths, self.problem.pairs
         for e in self.fresh:
             if e == d:
                 continue
-            if lengths[e] >= tokens or room < 0:
-                return room >= self.count(e, 0, max(tokens, 0))
-            tokens, room = tokens - lengths[e], room - whole[e]
+            if lengths[e] >= tokens or budget < 0:
+                return budget >= self.count(e, 0, max(tokens, 0))
+            tokens, budget = tokens - lengths[e], budget - whole[e]
         for e in self.opened:
             if e != d and tokens > 0:
                 low = self.low[e]
                 some = min(tokens, self.high[e] - low)
-                tokens, room = tokens - some, room - self.count(e, low, low + some)
-        return room >= 0
+                tokens, budget = tokens - some, budget - self.count(e, low, low + some)
+        return budget >= 0
 
     def _largest_whole(self, rest: int) -> int | None:
         """The largest fresh document that fits and leaves less than ``rest`` tokens to fill."""
-        lengths, pairs = self.row.lengths, self.row.pairs
+        lengths, pairs = self.problem.lengths, self.problem.pairs
         place = min(
             bisect_right(self.fresh, self.tokens, key=lengths.__getitem__),
-            bisect_right(self.fresh, self.room, key=pairs.__getitem__),
+            bisect_right(self.fresh, self.budget, key=pairs.__getitem__),
         )
         if not place:
             return None
@@ -150,10 +149,10 @@ class Dealer:
         return e
 
     def _cut(self, d: int) -> None:
-        """Fills the rank with fillers, a head of ``d`` and the tail of ``d`` that then fits."""
-        cut = _CutPlan(self, d).plan()
+        """Fills the rank with fillers, a head of ``d``, and the tail of ``d`` that then fits."""
+        cut = _CutSearch(self, d).plan()
         if cut is None:
-            # No filler fits whole and none can be split to fit: what is cheapest goes first.
+            # No filler fits whole, and no part of one closes the gap: take the cheapest tokens.
             e = next((e for _, e in self.queue if e != d), d)
             low = self.low[e]
             self._take(e, low, min(self.high[e], low + self.tokens))
@@ -168,15 +167,15 @@ class Dealer:
             self._take(d, max(self.low[d], self.high[d] - self.tokens), self.high[d])
 
     def _take(self, d: int, low: int, high: int) -> None:
-        """Gives ``[low, high)`` of ``d``, an end of what is left of it, to the rank."""
+        """Gives the rank ``[low, high)``, one end of the rest of ``d``."""
         if low == high:
             return
         pairs = self.count(d, low, high)
-        self.pieces.append(Piece(self.rank, d, low, high))
-        self.tokens, self.room = self.tokens - (high - low), self.room - pairs
+        self.slices.append(DocumentSlice(self.rank, d, low, high))
+        self.tokens, self.budget = self.tokens - (high - low), self.budget - pairs
         self.num_left, self.pairs_left = self.num_left - (high - low), self.pairs_left - pairs
         del self.queue[bisect_left(self.queue, (self.order[d], d))]
-        if self.low[d] == 0 and self.high[d] == self.row.lengths[d]:
+        if self.low[d] == 0 and self.high[d] == self.problem.lengths[d]:
             del self.fresh[bisect_left(self.fresh, d)]
         else:
             self.opened.remove(d)
@@ -193,20 +192,20 @@ class Dealer:
 
     def count(self, d: int, low: int, high: int) -> int:
         """Pairs of rows ``[low, high)`` of ``d``."""
-        up_to, length = self.row.up_to, self.row.lengths[d]
+        up_to, length = self.problem.up_to, self.problem.lengths[d]
         return up_to(length, high) - up_to(length, low)
 
 
-class _CutPlan:
-    """Looks for what fills up a rank that gets a tail of document ``d``.
+class _CutSearch:
+    """Searches for the tokens that complete a rank with a tail of document ``d``.
 
-    ``tokens`` and ``pairs`` are those of the fillers so far. The *gap* is closed when the tail that
-    takes the remaining tokens has no more pairs than the rank has room for.
+    ``tokens`` and ``pairs`` count the fillers so far. The *gap* is closed once the tail that takes
+    the remaining tokens has no more pairs than the rank's budget.
     """
 
     def __init__(self, dealer: Dealer, d: int) -> None:
         self.dealer, self.d = dealer, d
-        self.up_to, self.length = dealer.row.up_to, dealer.row.lengths[d]
+        self.up_to, self.length = dealer.problem.up_to, dealer.problem.lengths[d]
         self.top = dealer.high[d]
         self.pairs_to_top = self.up_to(self.length, self.top)
         self.head = dealer.low[d]
@@ -214,7 +213,7 @@ class _CutPlan:
         self.whole: list[int] = []
 
     def plan(self) -> Cut | None:
-        """Cheapest documents first, whole while they fit; then the best way to close the gap."""
+        """Adds the cheapest documents while they fit, then finds the best way to close the gap."""
         short = self._add_whole()
         if self.whole:
             last = self.whole[-1]
@@ -226,7 +225,7 @@ class _CutPlan:
         return self._close(short)
 
     def _add_whole(self) -> list[int]:
-        """Adds whole documents while they fit; returns the first that does not, if any."""
+        """Adds whole documents while they fit; returns the first that does not fit, if any."""
         dealer = self.dealer
         for _, e in dealer.queue:
             if e == self.d:
@@ -238,12 +237,12 @@ class _CutPlan:
         return []
 
     def _excess(self, tokens: int, pairs: int, head: int) -> int:
-        """Pairs above the limit if the tail of ``d`` fills up; > 0 while it is too short."""
+        """Pairs above the limit if the tail of ``d`` fills up; positive while it is too short."""
         dealer = self.dealer
         bottom = self.top - dealer.tokens + tokens
         if bottom < head:
             return max(1, self._excess(dealer.tokens - self.top + head, pairs, head))
-        return self.pairs_to_top - self.up_to(self.length, bottom) + pairs - dealer.room
+        return self.pairs_to_top - self.up_to(self.length, bottom) + pairs - dealer.budget
 
     def _fits(self, tokens: int, pairs: int) -> bool:
         tokens += self.tokens
@@ -262,7 +261,7 @@ class _CutPlan:
             self.whole.remove(e)
 
     def _own_heads(self, most: int) -> int | None:
-        """The fewest own head tokens, at most ``most``, that close the gap."""
+        """The fewest tokens of the head of ``d``, at most ``most``, that close the gap."""
         up_to, length, head = self.up_to, self.length, self.head
         pairs = self.pairs - up_to(length, head)
         return first_closed(
@@ -271,9 +270,9 @@ class _CutPlan:
         )
 
     def _heads_of(self, e: int) -> int | None:
-        """The fewest head tokens of ``e`` that close the gap."""
+        """The fewest tokens of the head of ``e`` that close the gap."""
         dealer, up_to = self.dealer, self.up_to
-        low, length = dealer.low[e], dealer.row.lengths[e]
+        low, length = dealer.low[e], dealer.problem.lengths[e]
         pairs = self.pairs - up_to(length, low)
         return first_closed(
             lambda n: self._excess(self.tokens + n, pairs + up_to(length, low + n), self.head),
@@ -287,10 +286,10 @@ class _CutPlan:
     def _largest_for(self, last: int) -> int:
         """The largest fresh document that fits in place of the filler ``last``."""
         dealer = self.dealer
-        lengths, pairs, fresh = dealer.row.lengths, dealer.row.pairs, dealer.fresh
+        lengths, pairs, fresh = dealer.problem.lengths, dealer.problem.pairs, dealer.fresh
         size = dealer.high[last] - dealer.low[last]
         freed = dealer.count(last, dealer.low[last], dealer.high[last])
-        # What is left of the tail has to make up for the tokens that are missing.
+        # The rest of the tail must make up for the missing tokens.
         missing = dealer.tokens - self.tokens + size - (self.top - self.head)
         first = bisect_right(fresh, max(size, missing), key=lengths.__getitem__)
         end, best = len(fresh), last
@@ -306,13 +305,14 @@ class _CutPlan:
         return best
 
     def _close(self, short: list[int]) -> Cut | None:
-        """Own heads or the head of another document, by what they cost from here on.
+        """Closes the gap with a head of ``d`` or of another document, whichever costs less.
 
-        A lower tail lowers all later tails of this document as well, about as many as its
-        remaining pairs fill ranks; a foreign head makes this rank read all keys below it.
+        A lower tail lowers all later tails of this document too, about as many as the number of
+        ranks that its remaining pairs fill. A head of another document makes this rank read all
+        keys below it.
         """
         dealer = self.dealer
-        num_ranks = 2 * dealer.count(self.d, dealer.low[self.d], self.top) / dealer.row.limit
+        num_ranks = 2 * dealer.count(self.d, dealer.low[self.d], self.top) / dealer.problem.limit
         bottom = self.top - dealer.tokens + self.tokens
         best, least = None, float("inf")
         num = self._own_heads(min(dealer.tokens - self.tokens, self.top - self.head))
@@ -336,22 +336,22 @@ class _CutPlan:
 
 
 def first_closed(excess: Callable[[int], int], most: int) -> int | None:
-    """The first n in 0 .. ``most`` with ``excess(n) <= 0``, for an excess that falls; else None.
+    """Returns the first n in 0 .. ``most`` with ``excess(n) <= 0``, or None; the excess falls.
 
-    Interpolates first, which hits at once where the excess is linear, as it is for heads and
-    tails under a causal mask; then halves.
+    It interpolates first, which succeeds at once if the excess is linear, as it is for heads and
+    tails under a causal mask. Then it halves the interval.
     """
     low, high = 0, most
     if high < 0 or (below := excess(high)) > 0:
         return None
     if (above := excess(low)) <= 0:
         return low
-    turn = 0
+    iteration = 0
     while high - low > 1:
-        turn += 1
+        iteration += 1
         middle = (low + high) // 2
-        if turn <= 6:
-            middle = low + (high - low) * above // (above - below) + turn % 2
+        if iteration <= 6:
+            middle = low + (high - low) * above // (above - below) + iteration % 2
             middle = min(max(middle, low + 1), high - 1)
         value = excess(middle)
         if value > 0:

@@ -1,1 +1,1 @@
-"""Schedules printed and drawn. No torch."""
+"""Printing and drawing schedules."""

@@ -7,14 +7,14 @@ import types
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
-import tyro
 from rich.console import Console
 
+from cp_megatron.config.ranges import Range
 from cp_megatron.config.schema import Exchange, LayoutKind, Route
-from cp_megatron.config.words import read_words
+from cp_megatron.config.words import read_options
 from cp_megatron.errors import ConfigError
 from cp_megatron.plan.layout import SequenceLayout
 from cp_megatron.plan.mask import Mask
@@ -23,8 +23,10 @@ from cp_megatron.plan.show.text import print_rank, print_schedule
 
 PROGRAM = "python -m cp_megatron.plan"
 MEDIAN_LENGTH, SIGMA = 3000, 1.5
-_DESCRIPTION = f"""Print and draw a schedule: who holds which tokens, who computes which tiles of
-the attention matrix in which round, who sends what to whom. No GPU, no torch, any number of ranks.
+AtLeastOne = Annotated[int, Range(1)]
+WindowEnd = Annotated[int, Range(-1)]
+_DESCRIPTION = f"""Print and draw a schedule: which rank holds which tokens, computes which tiles
+of the attention matrix in which round, and sends what to whom. It needs neither a GPU nor torch.
 
 {PROGRAM} --mask documents --documents 900 100 3000 96 --context-parallel-size 4 --svg plan.svg"""
 _ELEMENT_SIZES: Mapping[str, int] = types.MappingProxyType(
@@ -33,45 +35,46 @@ _ELEMENT_SIZES: Mapping[str, int] = types.MappingProxyType(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
-    """What to plan. A field is a flag, its docstring the flag's help."""
+class PlanOptions:
+    """Describe the schedule. A field is a flag, and its docstring is the help of the flag."""
 
     mask: Literal["causal", "full", "documents"] | None = None
-    """What attends to what; documents if any are given, else causal."""
-    seq_length: int | None = None
-    """Tokens of the row; by default what --documents add up to, else 8,192."""
-    documents: tuple[int, ...] | None = None
+    """The mask; documents if any are given, otherwise causal."""
+    seq_length: AtLeastOne | None = None
+    """Tokens of the row; by default the sum of --documents, or 8,192."""
+    documents: tuple[AtLeastOne, ...] | None = None
     """The lengths of the packed documents."""
-    documents_random: int | None = None
-    """A seed: log-normal document lengths of median 3,000, sigma 1.5, until the row is full."""
+    documents_random: Annotated[int, Range(0)] | None = None
+    """A seed for log-normal document lengths of median 3,000 and sigma 1.5 that fill the row."""
     bidirectional: bool = False
-    """Documents are attended in both directions; --mask full always is."""
-    window: tuple[int, int] | None = None
-    """LEFT RIGHT: query q sees keys q - LEFT to q + RIGHT; -1 is unlimited, causal ends at q."""
-    context_parallel_size: int = 4
+    """Attend documents in both directions; --mask full always does."""
+    window: tuple[WindowEnd, WindowEnd] | None = None
+    """LEFT RIGHT: query q attends keys q - LEFT to q + RIGHT; -1 is unlimited. A causal mask ends
+    at q."""
+    context_parallel_size: AtLeastOne = 4
     """Ranks that share the row."""
     cp_layout: LayoutKind = "auto"
     """Which rank holds which part of the row."""
     cp_comm_type: Exchange = "auto"
-    """How keys and values reach the queries; auto is what moves least, and says why."""
+    """How keys and values reach the queries; auto chooses what moves the fewest bytes."""
     cp_route: Route = "auto"
-    """p2p: from neighbour to neighbour, or straight from the owner."""
+    """Route of p2p: from neighbour to neighbour, or straight from the owner."""
     hierarchical_context_parallel_sizes: tuple[int, int] | None = None
-    """a2a+p2p: ranks that trade heads, and groups of them."""
-    num_attention_heads: int = 32
+    """For a2a+p2p: the size of a group of ranks that exchange heads, and the number of groups."""
+    num_attention_heads: AtLeastOne = 32
     """Query heads."""
-    num_query_groups: int = 8
+    num_query_groups: AtLeastOne = 8
     """Key/value heads."""
-    head_dim: int = 128
+    head_dim: AtLeastOne = 128
     """Width of a query and key head."""
-    v_head_dim: int | None = None
-    """Width of a value head; by default the same."""
+    v_head_dim: AtLeastOne | None = None
+    """Width of a value head; by default that of a key head."""
     dtype: Literal["bfloat16", "float32", "float64"] = "bfloat16"
-    """What the bytes are counted in."""
+    """The type in which bytes are counted."""
     svg: str | None = None
-    """Draw the schedule into this file."""
+    """Draw the schedule to this file."""
     rank: int | None = None
-    """Print this rank's rounds too: what it computes, receives and sends."""
+    """Also print the rounds of this rank: what it computes, receives and sends."""
 
     @property
     def element_size(self) -> int:
@@ -79,34 +82,31 @@ class Options:
         return _ELEMENT_SIZES[self.dtype]
 
 
-def parse(argv: Sequence[str]) -> Options:
+def parse(argv: Sequence[str]) -> PlanOptions:
     """Reads a command line, without the program's name.
 
     Raises:
-        ConfigError: a flag or a value that can not be honoured.
+        ConfigError: a flag or a value is invalid.
         SystemExit: with code 0, after ``--help`` is printed.
     """
-    if any(word in ("-h", "--help") for word in argv):
-        tyro.cli(
-            Options, prog=PROGRAM, description=_DESCRIPTION, args=["--help"], compact_help=False
-        )
-    return Options(**read_words(argv, Options))
+    return read_options(argv, PlanOptions, program=PROGRAM, description=_DESCRIPTION)
 
 
-def run(options: Options, console: Console | None = None) -> None:
-    """Prints the schedule, and draws it where asked to.
+def run(options: PlanOptions, console: Console | None = None) -> None:
+    """Prints the schedule, and draws it if requested.
 
     Raises:
-        ConfigError: the flags do not fit together.
+        ConfigError: the flags contradict each other.
     """
     out = console or Console()
     if not out.is_terminal:
-        out = Console(width=240, file=out.file)  # a file has no edge to fold lines at
+        out = Console(width=240, file=out.file)  # lines are not folded in a file
     schedule = make_schedule(options)
     rank = options.rank
     if rank is not None and not 0 <= rank < schedule.layout.cp_size:
         last = schedule.layout.cp_size - 1
-        raise ConfigError("--rank", rank, "is no rank of --context-parallel-size", f"0 to {last}")
+        rule = "is not a rank of --context-parallel-size"
+        raise ConfigError("--rank", rank, rule, f"0 to {last}")
     if options.svg is not None:
         _draw(schedule, options.svg)
     print_schedule(
@@ -122,18 +122,12 @@ def run(options: Options, console: Console | None = None) -> None:
         out.print(f"\npicture   {options.svg}", highlight=False, markup=False)
 
 
-def make_schedule(options: Options) -> Schedule:
-    """The schedule the flags describe.
+def make_schedule(options: PlanOptions) -> Schedule:
+    """Builds the schedule that the flags describe.
 
     Raises:
-        ConfigError: the flags do not fit together.
+        ConfigError: the flags contradict each other.
     """
-    for name in ("context_parallel_size", "num_attention_heads", "num_query_groups", "head_dim"):
-        if getattr(options, name) < 1:
-            flag = "--" + name.replace("_", "-")
-            raise ConfigError(flag, getattr(options, name), "must be at least 1")
-    if options.v_head_dim is not None and options.v_head_dim < 1:
-        raise ConfigError("--v-head-dim", options.v_head_dim, "must be at least 1")
     mask = make_mask(options)
     layout = SequenceLayout.make(mask, options.context_parallel_size, options.cp_layout)
     return Schedule.build(
@@ -149,30 +143,26 @@ def make_schedule(options: Options) -> Schedule:
     )
 
 
-def make_mask(options: Options) -> Mask:
-    """The mask the flags describe.
+def make_mask(options: PlanOptions) -> Mask:
+    """Builds the mask that the flags describe.
 
     Raises:
-        ConfigError: two flags contradict each other, or lengths do not add up to the row.
+        ConfigError: two flags contradict each other, or the lengths do not add up to the row.
     """
     has_documents = options.documents is not None or options.documents_random is not None
     kind = options.mask or ("documents" if has_documents else "causal")
     works = "--documents L1 L2 ... or --documents-random SEED"
     if kind == "documents" and not has_documents:
-        raise ConfigError("--mask", kind, "needs the documents' lengths", works)
+        raise ConfigError("--mask", kind, "needs the lengths of the documents", works)
     if kind != "documents" and has_documents:
         raise ConfigError("--mask", kind, "has no documents", "--mask documents")
     if kind == "causal" and options.bidirectional:
         raise ConfigError("--bidirectional", "", "contradicts a causal mask", "--mask full")
     if options.documents is not None and options.documents_random is not None:
-        raise ConfigError("--documents-random", options.documents_random, "is one of two", works)
+        rule = "cannot be combined with --documents"
+        raise ConfigError("--documents-random", options.documents_random, rule, works)
     seq_len = 8192 if options.seq_length is None else options.seq_length
-    if seq_len < 1:
-        raise ConfigError("--seq-length", seq_len, "must be at least 1")
     window = options.window
-    if window is not None and min(window) < -1:
-        rule = "must be two lengths, -1 for unlimited"
-        raise ConfigError("--window", " ".join(map(str, window)), rule, "--window LEFT RIGHT")
     if kind == "causal":
         return Mask.causal(seq_len, window)
     if kind == "full":
@@ -186,13 +176,7 @@ def make_mask(options: Options) -> Mask:
 
 
 def random_lengths(seq_len: int, seed: int) -> list[int]:
-    """Log-normal document lengths that fill a row, the last one cut.
-
-    Raises:
-        ConfigError: the seed is negative.
-    """
-    if seed < 0:
-        raise ConfigError("--documents-random", seed, "is a seed and must not be negative", "0")
+    """Draws log-normal document lengths that fill a row; the last one is cut."""
     generator = np.random.default_rng(seed)
     lengths: list[int] = []
     left = seq_len
@@ -204,8 +188,6 @@ def random_lengths(seq_len: int, seed: int) -> list[int]:
 
 
 def _given_lengths(documents: tuple[int, ...], seq_length: int | None) -> list[int]:
-    if min(documents) < 1:
-        raise ConfigError("--documents", min(documents), "is no length", "1 or more tokens")
     total = sum(documents)
     if seq_length not in (None, total):
         rule = f"the documents add up to {total}"
@@ -221,4 +203,4 @@ def _draw(schedule: Schedule, path: str) -> None:
             "" if Path(path).parent.is_dir() else f"a folder that exists, not {Path(path).parent}"
         )
         reason = error.strerror or str(error)
-        raise ConfigError("--svg", path, f"can not be written: {reason}", near) from None
+        raise ConfigError("--svg", path, f"cannot be written: {reason}", near) from None

@@ -1,33 +1,36 @@
-"""A picture of a schedule: the attention matrix, who computes which part of it, in which round.
+"""A picture of a schedule: which rank computes which part of the attention matrix in which round.
 
-Rows are queries, columns keys. The edges say who holds them: left the rows, above the columns. A
-patch has the colour of the rank that computes it and the number of its round. Where heads travel
-first, a patch belongs to a group of ranks, each of which computes it for the heads in the legend.
+Rows are queries, columns are keys. The left edge shows which rank holds the rows, the upper edge
+which rank holds the columns. A patch has the colour of the rank that computes it and the number of
+its round. If heads are exchanged, a patch belongs to a group of ranks, each of which computes it
+for the heads in the legend.
 
-A file's size follows the number of patches only up to a point: those smaller than a pixel are drawn
-together, each pixel in the colour of whoever has most of it.
+The size of the file is bounded: patches smaller than a pixel are drawn together, and each pixel has
+the colour of the rank that computes most of it.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from html import escape
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
-from xml.sax.saxutils import escape
+from typing import NamedTuple
 
 from cp_megatron.plan.show.shapes import Patch, Point, patches
-from cp_megatron.plan.show.summary import Summary, exchange_in_words, mask_in_words
-from cp_megatron.plan.tiles import Span, pack
-
-if TYPE_CHECKING:
-    from cp_megatron.plan.schedule import Schedule
+from cp_megatron.plan.show.summary import (
+    DrawableSchedule,
+    Summary,
+    exchange_in_words,
+    mask_in_words,
+)
+from cp_megatron.plan.tiling import Span, pack
 
 SIDE, LEFT, TOP, EDGE = 640, 76, 128, 15  # pixels
 LINE, LETTER, SMALL_LETTER = 19, 6.7, 5.6  # pixels of a line and of letters
-EXACT = 4  # cells of so many pixels are drawn one by one, smaller ones as a slanted line
-BORDER = 6  # patches of fewer pixels have no white border, which would hide them
+EXACT = 4  # cells of at least this many pixels are drawn one by one, smaller ones as slanted lines
+BORDER = 6  # narrower patches have no white border, which would hide them
 LEGEND_ROWS = 30
 MAX_PATCHES = 40_000
 MANY_COLOURS = 8
@@ -35,19 +38,19 @@ NEUTRAL = "#c9d2dc"
 
 
 class _Placed(NamedTuple):
-    """A patch, whose it is, and the round it belongs to."""
+    """A patch, the group that computes it, and its round."""
 
     patch: Patch
     group: int
     number: int
 
 
-def write_svg(schedule: Schedule, path: str) -> None:
-    """Writes the picture. The same schedule gives the same bytes.
+def write_svg(schedule: DrawableSchedule, path: str) -> None:
+    """Writes the picture. The same schedule always gives the same bytes.
 
     Args:
-        schedule: what to draw.
-        path: the file; overwritten.
+        schedule: the schedule to draw.
+        path: the file; it is overwritten.
     """
     summary = Summary.of(schedule)
     drawing, notes = _matrix(schedule)
@@ -79,21 +82,21 @@ def write_svg(schedule: Schedule, path: str) -> None:
 # ---- words ---------------------------------------------------------------------------------------
 
 
-def _subtitles(schedule: Schedule) -> list[str]:
+def _subtitles(schedule: DrawableSchedule) -> list[str]:
     layout, size = schedule.layout, schedule.layout.cp_size
     ranks = "1 rank" if size == 1 else f"{size} ranks"
     heads = f", {schedule.num_heads} query and {schedule.num_kv_heads} key/value heads"
     return [
         f"{layout.kind} on {ranks}, {exchange_in_words(schedule)}",
         f"{mask_in_words(schedule.mask)}; {schedule.mask.seq_len:,} tokens"
-        + (heads if schedule.num_trading > 1 else ""),
+        + (heads if schedule.all_to_all_size > 1 else ""),
         f"chosen: {schedule.reason}" if schedule.reason != "asked for" else "",
     ]
 
 
-def _explanations(schedule: Schedule) -> list[str]:
+def _explanations(schedule: DrawableSchedule) -> list[str]:
     colour = "Colour: the rank that computes it"
-    if schedule.num_trading > 1:
+    if schedule.all_to_all_size > 1:
         colour = "Colour: the group of ranks that computes it, each member for its own heads"
         if schedule.hierarchical_sizes[1] == 1:
             colour = "Every rank computes all of it, for its own heads"
@@ -108,37 +111,39 @@ def _explanations(schedule: Schedule) -> list[str]:
 
 def _text(x: float, y: float, text: str, attributes: str = "") -> str:
     space = " " if attributes else ""
-    return f'<text x="{_number(x)}" y="{_number(y)}"{space}{attributes}>{escape(text)}</text>'
+    words = escape(text, quote=False)
+    return f'<text x="{_number(x)}" y="{_number(y)}"{space}{attributes}>{words}</text>'
 
 
 def _number(value: float) -> str:
-    """At most two decimals, none where there are none."""
+    """Formats with at most two decimals."""
     return f"{value:.2f}".rstrip("0").rstrip(".")
 
 
 # ---- colours -------------------------------------------------------------------------------------
 
 
-def rank_colour(schedule: Schedule, rank: int) -> str:
-    """A rank's colour; members of one of several groups have shades of the group's."""
-    trading, groups = schedule.hierarchical_sizes
-    if trading == 1 or groups == 1:
+def rank_colour(schedule: DrawableSchedule, rank: int) -> str:
+    """The colour of a rank. Members of one of several groups have shades of the group's colour."""
+    all_to_all_size, groups = schedule.hierarchical_sizes
+    if all_to_all_size == 1 or groups == 1:
         return _colour(rank, schedule.layout.cp_size)
-    member = rank % trading / (trading - 1) - 0.5
-    return _colour(rank // trading, groups, shade=-0.16 * member)
+    member = rank % all_to_all_size / (all_to_all_size - 1) - 0.5
+    return _colour(rank // all_to_all_size, groups, shade=-0.16 * member)
 
 
-def group_colour(schedule: Schedule, group: int) -> str:
-    """A group's colour, which is the rank's where heads do not travel."""
-    if schedule.num_trading > 1 and schedule.hierarchical_sizes[1] == 1:
+def group_colour(schedule: DrawableSchedule, group: int) -> str:
+    """The colour of a group. If heads are not exchanged, a group is one rank."""
+    if schedule.all_to_all_size > 1 and schedule.hierarchical_sizes[1] == 1:
         return NEUTRAL
-    return _colour(group, schedule.layout.cp_size // schedule.num_trading)
+    return _colour(group, schedule.layout.cp_size // schedule.all_to_all_size)
 
 
 def _colour(index: int, count: int, shade: float = 0.0) -> str:
-    """Evenly spaced hues; where there are many, neighbours share one and differ in lightness.
+    """Evenly spaced hues; many ranks share a hue in pairs that differ in lightness.
 
-    Hues of OKLCH, equally far apart to the eye (Ottosson 2020, bottosson.github.io/posts/oklab).
+    The hues are those of OKLCH, which look equally distant (Ottosson 2020,
+    bottosson.github.io/posts/oklab).
     """
     lightness, hues, hue = 0.78, count, index
     if count > MANY_COLOURS:
@@ -163,8 +168,8 @@ def _gamma(linear: float) -> float:
 # ---- the matrix ----------------------------------------------------------------------------------
 
 
-def _matrix(schedule: Schedule) -> tuple[list[str], list[str]]:
-    """The patches, group by group, and what a reader must know about those not drawn."""
+def _matrix(schedule: DrawableSchedule) -> tuple[list[str], list[str]]:
+    """The patches, group by group, and notes about those that are not drawn."""
     scale = SIDE / schedule.mask.seq_len
     placed = list(_placed(schedule))
     seen = [item for item in placed if max(_sides(item.patch)) * scale >= 1]
@@ -181,7 +186,7 @@ def _matrix(schedule: Schedule) -> tuple[list[str], list[str]]:
         )
         seen = seen[:MAX_PATCHES]
     pixels = _pixels(tiny, scale)
-    groups = range(schedule.layout.cp_size // schedule.num_trading)
+    groups = range(schedule.layout.cp_size // schedule.all_to_all_size)
     drawing: list[str] = []
     for group in groups:
         mine = [item for item in seen if item.group == group]
@@ -189,13 +194,13 @@ def _matrix(schedule: Schedule) -> tuple[list[str], list[str]]:
     return drawing, notes
 
 
-def _placed(schedule: Schedule) -> Iterator[_Placed]:
-    """Every patch. Members of a group compute the same tiles: the first stands for all."""
+def _placed(schedule: DrawableSchedule) -> Iterator[_Placed]:
+    """All patches. Members of a group compute the same tiles, so the first stands for all."""
     for group, chunks in enumerate(schedule.rows.chunks):
         queries = pack(list(chunks))
-        for number, turn in enumerate(schedule.rounds(group * schedule.num_trading)):
-            keys = pack(list(turn.keys))
-            for tile in turn.tiles:
+        for number, round_ in enumerate(schedule.rounds(group * schedule.all_to_all_size)):
+            keys = pack(list(round_.keys))
+            for tile in round_.tiles:
                 for patch in patches(tile, queries, keys):
                     yield _Placed(patch, group, number)
 
@@ -205,7 +210,7 @@ def _sides(patch: Patch) -> Span:
 
 
 def _group(mine: Sequence[_Placed], pixels: str, scale: float, colour: str) -> list[str]:
-    """One colour's patches and the numbers of their rounds."""
+    """The patches of one colour and the numbers of their rounds."""
     paths = {True: "", False: ""}
     numbers = []
     for patch, _, number in mine:
@@ -234,7 +239,7 @@ def _path(points: Sequence[Point]) -> str:
 
 
 def _inside(points: Sequence[Point], letters: int) -> Point | None:
-    """Where a number of so many letters fits into a polygon, around its centre of mass."""
+    """The place of a number of ``letters`` digits in a polygon; None if it does not fit."""
     area = x = y = 0.0
     for (x0, y0), (x1, y1) in zip(points, [*points[1:], points[0]]):
         cross = x0 * y1 - x1 * y0
@@ -258,7 +263,7 @@ def _contains(points: Sequence[Point], point: Point) -> bool:
 
 
 def _pixels(tiny: Sequence[_Placed], scale: float) -> dict[int, str]:
-    """Patches below a pixel, as path data per group: each pixel belongs to who has most of it."""
+    """Patches below a pixel as path data per group; the group with most pairs gets the pixel."""
     shares: dict[tuple[int, int], dict[int, int]] = {}
     for patch, group, _ in tiny:
         row, key = (int((a + b) / 2 * scale) for a, b in (patch.rows, patch.keys))
@@ -275,10 +280,10 @@ def _pixels(tiny: Sequence[_Placed], scale: float) -> dict[int, str]:
 # ---- around it -----------------------------------------------------------------------------------
 
 
-def _edges(schedule: Schedule) -> Iterator[str]:
-    """Who holds the rows and the columns."""
+def _edges(schedule: DrawableSchedule) -> Iterator[str]:
+    """The edges, which show the ranks that hold the rows and the columns."""
     scale = SIDE / schedule.mask.seq_len
-    room = max(10, SMALL_LETTER * len(str(schedule.layout.cp_size - 1)) + 2)
+    needed = max(10, SMALL_LETTER * len(str(schedule.layout.cp_size - 1)) + 2)
     for rank, chunks in enumerate(schedule.layout.chunks):
         path, numbers = "", []
         wide = min(stop - start for start, stop in chunks) * scale >= BORDER
@@ -291,15 +296,15 @@ def _edges(schedule: Schedule) -> Iterator[str]:
                 (left, left + EDGE, TOP + a, TOP + b),
             ):
                 path += _path([(x0, y0), (x1, y0), (x1, y1), (x0, y1)])
-                if b - a >= room:
+                if b - a >= needed:
                     numbers.append(_text((x0 + x1) / 2, (y0 + y1) / 2 + 3.5, str(rank)))
         yield f'<path class="edge" fill="{rank_colour(schedule, rank)}"{border} d="{path}"/>'
         if numbers:
             yield f'<g text-anchor="middle" font-size="10">{"".join(numbers)}</g>'
 
 
-def _documents(schedule: Schedule) -> Iterator[str]:
-    """The outlines of packed documents that are large enough for one."""
+def _documents(schedule: DrawableSchedule) -> Iterator[str]:
+    """The outlines of packed documents, if they are large enough."""
     scale = SIDE / schedule.mask.seq_len
     edges = schedule.mask.starts().tolist()
     spans = [(a * scale, b * scale) for a, b in pairwise(edges) if (b - a) * scale >= 3]
@@ -313,8 +318,8 @@ def _documents(schedule: Schedule) -> Iterator[str]:
         yield f'<path fill="none" stroke="#333" stroke-width="0.7" d="{path}"/>'
 
 
-def _legend(schedule: Schedule, summary: Summary) -> tuple[list[str], int]:
-    """Each rank's colour and share, and the width of the whole."""
+def _legend(schedule: DrawableSchedule, summary: Summary) -> tuple[list[str], int]:
+    """The colour and the share of each rank, and the width of the legend."""
     shown = summary.ranks if len(summary.ranks) <= LEGEND_ROWS else summary.ranks[: LEGEND_ROWS - 1]
     table = [("rank", "pairs", "of mean", "keys received", "heads")]
     table += [
@@ -328,7 +333,7 @@ def _legend(schedule: Schedule, summary: Summary) -> tuple[list[str], int]:
     for column in zip(*table):
         x += math.ceil(LETTER * max(map(len, column))) + 14
         rights.append(x - 14)
-    has_heads = schedule.num_trading > 1
+    has_heads = schedule.all_to_all_size > 1
     for index, cells in enumerate(table):
         y = TOP + 10 + LINE * index
         if index:

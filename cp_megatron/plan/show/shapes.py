@@ -1,8 +1,8 @@
-"""Where tiles lie in the attention matrix: the polygons of a picture.
+"""The polygons of tiles in the picture of the attention matrix.
 
 A tile counts rows and columns in local buffers, which hold several runs of positions. On the matrix
-it is therefore one patch per run of queries and run of keys. Rank 0 of zigzag on 2 ranks (positions
-0 1 6 7) computes its own keys as one causal tile of 4 x 4; on the matrix that is three patches:
+it becomes one patch for each run of queries and run of keys. Rank 0 of zigzag on 2 ranks (positions
+0 1 6 7) computes its own keys as one causal tile of 4 x 4, which is three patches on the matrix:
 
     q\\k  0 1 2 3 4 5 6 7
      0   a . . . . . . .
@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from cp_megatron.plan.tiles import Band, Piece, Span, Tile
+from cp_megatron.plan.tiling import Band, LocalRun, Span, Tile
 
 Point = tuple[float, float]
 
@@ -26,8 +26,8 @@ Point = tuple[float, float]
 class Patch:
     """Rows ``rows`` against columns ``keys``, both positions, under a band.
 
-    Row ``rows[0] + i`` attends column ``keys[0] + j`` iff the band says so of i and j. Every row
-    has a column.
+    Row ``rows[0] + i`` attends column ``keys[0] + j`` iff the band allows i and j. Every row has a
+    column.
     """
 
     rows: Span
@@ -36,7 +36,7 @@ class Patch:
 
     @property
     def pairs(self) -> int:
-        """Attended pairs."""
+        """The number of attended pairs."""
         (q0, q1), (k0, k1) = self.rows, self.keys
         return Tile(0, q1 - q0, 0, k1 - k0, self.band).pairs
 
@@ -48,11 +48,11 @@ class Patch:
         return low, width if right is None else min(width, row + right + 1)
 
     def outline(self, exact: bool) -> list[Point]:
-        """Corners ``(key, row)`` in positions, row r reaching from r to r + 1.
+        """Corners ``(key, row)`` in positions, where row r reaches from r to r + 1.
 
         Args:
-            exact: follow the band cell by cell; otherwise a straight line through its middle, which
-                encloses the same area but for the line's two ends.
+            exact: follow the band cell by cell. Otherwise draw a straight line through its middle,
+                which encloses the same area except at the ends of the line.
         """
         sides = self._stairs() if exact else self._lines()
         x, y = self.keys[0], self.rows[0]
@@ -74,12 +74,12 @@ class Patch:
         return down + up[::-1]
 
 
-def patches(tile: Tile, queries: Sequence[Piece], keys: Sequence[Piece]) -> Iterator[Patch]:
-    """The parts of ``tile`` that are rectangles on the matrix, cut by its band.
+def patches(tile: Tile, queries: Sequence[LocalRun], keys: Sequence[LocalRun]) -> Iterator[Patch]:
+    """Splits a tile into the parts that are rectangles on the matrix, cut by its band.
 
     Args:
         tile: rows count in the buffer of ``queries``, columns in that of ``keys``.
-        queries, keys: what the buffers hold.
+        queries, keys: the runs in the two buffers.
     """
     columns = list(runs_within(keys, tile.k0, tile.k1))
     for row, rows in runs_within(queries, tile.q0, tile.q1):
@@ -89,13 +89,13 @@ def patches(tile: Tile, queries: Sequence[Piece], keys: Sequence[Piece]) -> Iter
                 yield patch
 
 
-def runs_within(pieces: Sequence[Piece], start: int, stop: int) -> Iterator[tuple[int, Span]]:
-    """The runs in ``start:stop`` of a buffer: place counted from ``start``, and positions."""
-    for piece in pieces:
-        low = max(start, piece.offset)
-        high = min(stop, piece.offset + piece.stop - piece.start)
+def runs_within(runs: Sequence[LocalRun], start: int, stop: int) -> Iterator[tuple[int, Span]]:
+    """The runs in ``start:stop`` of a buffer: offset from ``start``, and positions."""
+    for run in runs:
+        low = max(start, run.offset)
+        high = min(stop, run.offset + run.stop - run.start)
         if low < high:
-            first = piece.start + low - piece.offset
+            first = run.start + low - run.offset
             yield low - start, (first, first + high - low)
 
 
@@ -106,7 +106,7 @@ def _patch(rows: Span, keys: Span, band: Band, shift: int) -> Patch | None:
     (q0, q1), (k0, k1) = rows, keys
     if right is not None and right < 0:  # the first rows have no column here
         q0, left, right = q0 - right, None if left is None else left + right, 0
-    if left is not None:  # nor have the last
+    if left is not None:  # neither have the last rows
         q1 = min(q1, q0 + k1 - k0 + left)
     if q0 >= q1:
         return None
@@ -124,7 +124,7 @@ def _diagonal(shift: float, width: float, height: float) -> list[Point]:
 
 
 def _without_flat_corners(points: list[Point]) -> list[Point]:
-    """The polygon without corners that lie on a line between their neighbours, or twice."""
+    """The polygon without repeated corners and corners on a line between their neighbours."""
     kept: list[Point] = []
     for index, (x, y) in enumerate(points):
         (x0, y0), (x1, y1) = kept[-1] if kept else points[-1], points[(index + 1) % len(points)]

@@ -1,17 +1,50 @@
-"""What a schedule comes to, in numbers and words: for the picture and for the command line."""
+"""The totals of a schedule, in numbers and words, for the picture and for the command line."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import Protocol
 
+from cp_megatron.plan.heads import HeadExchange
+from cp_megatron.plan.layout import SequenceLayout
 from cp_megatron.plan.mask import Mask
-from cp_megatron.plan.tiles import Span
+from cp_megatron.plan.rounds import Round
+from cp_megatron.plan.tiling import Span
 
-if TYPE_CHECKING:
-    from cp_megatron.plan.schedule import Schedule
+
+class DrawableSchedule(Protocol):
+    """The attributes of a ``Schedule`` that the drawing reads.
+
+    ``Schedule.plot`` calls the drawing, so the drawing cannot import ``Schedule``.
+    """
+
+    @property
+    def mask(self) -> Mask: ...
+    @property
+    def layout(self) -> SequenceLayout: ...
+    @property
+    def rows(self) -> SequenceLayout: ...
+    @property
+    def exchange(self) -> str: ...
+    @property
+    def route(self) -> str: ...
+    @property
+    def reason(self) -> str: ...
+    @property
+    def num_heads(self) -> int | None: ...
+    @property
+    def num_kv_heads(self) -> int | None: ...
+    @property
+    def hierarchical_sizes(self) -> Span: ...
+    @property
+    def all_to_all_size(self) -> int: ...
+
+    def rounds(self, rank: int) -> tuple[Round, ...]: ...
+    def heads(self, rank: int) -> HeadExchange | None: ...
+    def pairs(self, rank: int) -> int: ...
+    def kv_tokens_received(self, rank: int) -> int: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,10 +52,10 @@ class RankSummary:
     """One rank's share.
 
     Attributes:
-        rank: which.
-        pairs: attended pairs it computes, each for its heads.
-        keys_received: key positions that reach it in forward.
-        heads: the heads it computes, as people count them; empty where heads do not travel.
+        rank: the rank.
+        pairs: attended pairs that it computes, each for its heads.
+        keys_received: key positions that it receives in forward.
+        heads: the heads that it computes, formatted; empty if heads are not exchanged.
     """
 
     rank: int
@@ -33,13 +66,13 @@ class RankSummary:
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:
-    """Every rank's share."""
+    """The shares of all ranks."""
 
     ranks: tuple[RankSummary, ...]
 
     @classmethod
-    def of(cls, schedule: Schedule) -> Summary:
-        """Counts over the very rounds that will run."""
+    def of(cls, schedule: DrawableSchedule) -> Summary:
+        """Counts over the rounds of a schedule."""
         return cls(
             ranks=tuple(
                 RankSummary(
@@ -54,37 +87,40 @@ class Summary:
 
     @cached_property
     def mean_pairs(self) -> float:
-        """Pairs of the average rank; at least every position attends itself, so never 0."""
+        """The mean number of pairs; never 0, because each position attends itself."""
         return sum(row.pairs for row in self.ranks) / len(self.ranks)
 
     @property
     def busiest(self) -> float:
-        """Pairs of the busiest rank over the mean; 1 is perfect balance."""
+        """Pairs of the busiest rank divided by the mean; 1 is perfect balance."""
         return max(row.pairs for row in self.ranks) / self.mean_pairs
 
     @property
     def keys_received(self) -> int:
-        """Key positions all ranks together receive."""
+        """Key positions that all ranks together receive."""
         return sum(row.keys_received for row in self.ranks)
 
 
-def heads_of(schedule: Schedule, rank: int) -> str:
-    """The heads ``rank`` computes, e.g. ``q 4-7, kv 1``; empty where it computes all."""
-    trade = schedule.heads(rank)
-    if trade is None:
+def heads_of(schedule: DrawableSchedule, rank: int) -> str:
+    """Formats the heads of ``rank``, e.g. ``q 4-7, kv 1``; empty if it computes all heads."""
+    head_exchange = schedule.heads(rank)
+    if head_exchange is None:
         return ""
-    queries, keys = trade.query_heads[trade.index], trade.kv_heads[trade.index]
+    queries, keys = (
+        head_exchange.query_heads[head_exchange.index],
+        head_exchange.kv_heads[head_exchange.index],
+    )
     return f"q {numbers(queries)}, kv {numbers(keys)}"
 
 
 def numbers(span: Span) -> str:
-    """``(4, 8)`` as ``4-7``, ``(4, 5)`` as ``4``."""
+    """Formats ``(4, 8)`` as ``4-7`` and ``(4, 5)`` as ``4``."""
     start, stop = span
     return f"{start}-{stop - 1}" if stop - start > 1 else str(start)
 
 
 def many(spans: Sequence[Span], shown: int = 4) -> str:
-    """Spans as ``0-3, 8, 10-11``, the middle of a long list left out."""
+    """Formats spans as ``0-3, 8, 10-11``, without the middle of a long list."""
     words = [numbers(span) for span in spans]
     if len(words) > shown + 1:
         words[shown - 1 : -1] = [f"... {len(words) - shown} more ..."]
@@ -107,12 +143,14 @@ def mask_in_words(mask: Mask) -> str:
     return f"{words}, window {' '.join(sides)}"
 
 
-def exchange_in_words(schedule: Schedule) -> str:
+def exchange_in_words(schedule: DrawableSchedule) -> str:
     """E.g. ``p2p over the ring``, ``a2a among 4, p2p over the ring between 2 groups``."""
-    trading, groups = schedule.hierarchical_sizes
+    all_to_all_size, groups = schedule.hierarchical_sizes
     way = "over the ring" if schedule.route == "ring" else "straight from the owner"
     if schedule.exchange not in ("p2p", "a2a+p2p"):
         return schedule.exchange
-    if trading == 1:
+    if all_to_all_size == 1:
         return f"p2p {way}"
-    return f"a2a among {trading}" + (f", p2p {way} between {groups} groups" if groups > 1 else "")
+    return f"a2a among {all_to_all_size}" + (
+        f", p2p {way} between {groups} groups" if groups > 1 else ""
+    )

@@ -1,6 +1,6 @@
-"""A schedule as text: a table over the ranks, and one rank's rounds line by line.
+"""A schedule as text: a table of all ranks, and the rounds of one rank line by line.
 
-Positions are global throughout, whatever buffer a tile or a message counts in.
+All positions are global, whatever buffer a tile or a message counts in.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from cp_megatron.plan.rounds import Message, Round
 from cp_megatron.plan.schedule import Schedule
 from cp_megatron.plan.show.shapes import runs_within
 from cp_megatron.plan.show.summary import Summary, exchange_in_words, heads_of, many, mask_in_words
-from cp_megatron.plan.tiles import Piece, Span, Tile, merge_spans, pack
+from cp_megatron.plan.tiling import LocalRun, Span, Tile, merge_spans, num_positions, pack
 
 MAX_RANKS, MAX_TILES = 128, 12
 
@@ -28,12 +28,12 @@ def print_schedule(
     v_head_dim: int | None,
     element_size: int,
 ) -> None:
-    """Prints what was chosen and each rank's share.
+    """Prints what was chosen, and each rank's share.
 
     Args:
-        schedule: what to print, built with the numbers of heads.
-        console: where to.
-        head_dim, v_head_dim: widths of a key and a value head.
+        schedule: a schedule that knows its numbers of heads.
+        console: where to print.
+        head_dim, v_head_dim: widths of a key head and a value head.
         element_size: bytes per element.
     """
     summary = Summary.of(schedule)
@@ -43,12 +43,19 @@ def print_schedule(
     ]
     for name, text in _choices(schedule, summary):
         console.print(f"{name:<10}{text}", highlight=False, markup=False)
-    table = Table(
-        box=SIMPLE_HEAD if console.is_terminal else None, pad_edge=False, show_footer=True
-    )
+    console.print()
+    box = SIMPLE_HEAD if console.is_terminal else None
+    table = Table(box=box, pad_edge=False, show_footer=True)
+    _fill(table, schedule, summary, moved)
+    console.print(table, highlight=False, markup=False)
+
+
+def _fill(table: Table, schedule: Schedule, summary: Summary, moved: Sequence[int]) -> None:
+    """Adds a column for each number and a line for each rank."""
+    has_heads = schedule.all_to_all_size > 1
+    pairs = sum(row.pairs for row in summary.ranks) // schedule.all_to_all_size
     table.add_column("rank", "all", justify="right")
     table.add_column("holds", "")
-    pairs = sum(row.pairs for row in summary.ranks) // schedule.num_trading
     for name, footer in (
         ("pairs", f"{pairs:,}"),
         ("of mean", f"{summary.busiest:.3f} at most"),
@@ -56,7 +63,7 @@ def print_schedule(
         ("bytes received", in_bytes(sum(moved))),
     ):
         table.add_column(name, footer, justify="right")
-    if schedule.num_trading > 1:
+    if has_heads:
         table.add_column("heads", "")
     for row, size in list(zip(summary.ranks, moved))[:MAX_RANKS]:
         cells = [
@@ -67,15 +74,13 @@ def print_schedule(
             f"{row.keys_received:,}",
             in_bytes(size),
         ]
-        table.add_row(*cells, *([row.heads] if schedule.num_trading > 1 else []))
+        table.add_row(*cells, *([row.heads] if has_heads else []))
     if len(moved) > MAX_RANKS:
         table.add_row("...", f"{len(moved) - MAX_RANKS} more ranks")
-    console.print()
-    console.print(table, highlight=False, markup=False)
 
 
 def in_bytes(count: int) -> str:
-    """``1536`` as ``1.5 KiB``."""
+    """Formats ``1536`` as ``1.5 KiB``."""
     size, unit = float(count), "B"
     for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
         if size < 1024 or unit == "TiB":
@@ -86,7 +91,7 @@ def in_bytes(count: int) -> str:
 
 def _choices(schedule: Schedule, summary: Summary) -> Iterator[tuple[str, str]]:
     mask, layout = schedule.mask, schedule.layout
-    pairs = sum(row.pairs for row in summary.ranks) // schedule.num_trading
+    pairs = sum(row.pairs for row in summary.ranks) // schedule.all_to_all_size
     share = pairs / mask.seq_len**2
     yield "mask", f"{mask_in_words(mask)}; {mask.seq_len:,} tokens, {pairs:,} pairs ({share:.2%})"
     ranks = "1 rank" if layout.cp_size == 1 else f"{layout.cp_size} ranks"
@@ -95,7 +100,7 @@ def _choices(schedule: Schedule, summary: Summary) -> Iterator[tuple[str, str]]:
     if schedule.exchange in ("p2p", "a2a+p2p") and layout.cp_size > 1:
         counts = {route: schedule.readers.tokens_received(route) for route in ("ring", "direct")}
         words = " or ".join(f"{count:,} ({route})" for route, count in counts.items())
-        who = "ranks" if schedule.num_trading == 1 else "groups"
+        who = "ranks" if schedule.all_to_all_size == 1 else "groups"
         yield "route", f"{schedule.route}; all {who} together receive {words} keys"
     yield "heads", f"{schedule.num_heads} query, {schedule.num_kv_heads} key/value"
 
@@ -104,7 +109,7 @@ def _choices(schedule: Schedule, summary: Summary) -> Iterator[tuple[str, str]]:
 
 
 def print_rank(schedule: Schedule, rank: int, console: Console) -> None:
-    """Prints what ``rank`` does: its trade or collective, then its rounds."""
+    """Prints the part of ``rank``: its all-to-all or all-gather, then its rounds."""
     console.print()
     for line in _rank_lines(schedule, rank):
         console.print(line, highlight=False, markup=False)
@@ -113,39 +118,41 @@ def print_rank(schedule: Schedule, rank: int, console: Console) -> None:
 def _rank_lines(schedule: Schedule, rank: int) -> Iterator[str]:
     chunks = merge_spans(list(schedule.layout.chunks[rank]))
     yield f"rank {rank} holds {schedule.layout.shard_len:,} tokens: {many(chunks)}"
-    yield from _trade_lines(schedule, rank)
+    yield from _all_to_all_lines(schedule, rank)
     gather = schedule.gather(rank)
     if gather is not None:
         given = _positions(pack(chunks), gather.given)
         yield f"  gathers   gives {_tokens(given)}, padded to {gather.width:,} tokens"
         size = schedule.layout.cp_size
-        yield f"            picks {_count(gather.picked):,} of the {size * gather.width:,} gathered"
-    queries = pack(list(schedule.rows.chunks[rank // schedule.num_trading]))
+        picked = num_positions(gather.picked)
+        yield f"            picks {picked:,} of the {size * gather.width:,} gathered"
+    queries = pack(list(schedule.rows.chunks[rank // schedule.all_to_all_size]))
     rounds = schedule.rounds(rank)
     idle: list[int] = []
-    for number, turn in enumerate(rounds):
-        lines = list(_round_lines(turn, number, queries, rounds, schedule.route))
+    for number, round_ in enumerate(rounds):
+        lines = list(_round_lines(round_, number, queries, rounds, schedule.route))
         if lines:
             yield from _idle_line(idle)
             idle = []
-            yield f"round {number}   {_whose(turn, number, schedule)}"
+            yield f"round {number}   {_whose(round_, number, schedule)}"
             yield from lines
         else:
             idle.append(number)
     yield from _idle_line(idle)
 
 
-def _trade_lines(schedule: Schedule, rank: int) -> Iterator[str]:
-    trade = schedule.heads(rank)
-    if trade is None:
+def _all_to_all_lines(schedule: Schedule, rank: int) -> Iterator[str]:
+    exchange = schedule.heads(rank)
+    if exchange is None:
         return
     mine = heads_of(schedule, rank)
-    yield f"  trades    with ranks {many(merge_spans([(p, p + 1) for p in trade.peers]))}"
-    for peer in trade.peers:
+    peers = many(merge_spans([(peer, peer + 1) for peer in exchange.peers]))
+    yield f"  heads     exchanged for tokens with ranks {peers}"
+    for peer in exchange.peers:
         if peer != rank:
             theirs = heads_of(schedule, peer)
             yield f"            rank {peer} gets {theirs} of the own tokens, gives {mine}"
-    yield f"            results go back the same way; all below is for {mine}"
+    yield f"            results go back the same way; the lines below are for {mine}"
 
 
 def _idle_line(idle: Sequence[int]) -> Iterator[str]:
@@ -154,38 +161,38 @@ def _idle_line(idle: Sequence[int]) -> Iterator[str]:
         yield f"round{'s' * (len(idle) > 1)} {numbers}   nothing"
 
 
-def _whose(turn: Round, number: int, schedule: Schedule) -> str:
+def _whose(round_: Round, number: int, schedule: Schedule) -> str:
     if number == 0:
-        return "own keys" if schedule.num_trading == 1 else "keys of the own group"
-    if turn.owner < 0:
-        return f"keys of all others: {many(turn.keys)}"
-    owner = f"{'rank' if schedule.num_trading == 1 else 'group'} {turn.owner}"
-    return f"keys of {owner}: {_tokens(turn.keys)}"
+        return "own keys" if schedule.all_to_all_size == 1 else "keys of the own group"
+    if round_.owner < 0:
+        return f"keys of all others: {many(round_.keys)}"
+    owner = f"{'rank' if schedule.all_to_all_size == 1 else 'group'} {round_.owner}"
+    return f"keys of {owner}: {_tokens(round_.keys)}"
 
 
 def _round_lines(
-    turn: Round, number: int, queries: Sequence[Piece], rounds: Sequence[Round], route: str
+    round_: Round, number: int, queries: Sequence[LocalRun], rounds: Sequence[Round], route: str
 ) -> Iterator[str]:
-    keys = pack(list(turn.keys))
-    for index, tile in enumerate(turn.tiles[:MAX_TILES]):
+    keys = pack(list(round_.keys))
+    for index, tile in enumerate(round_.tiles[:MAX_TILES]):
         yield f"  {'' if index else 'computes':<10}{_tile(tile, queries, keys)}"
-    rest = turn.tiles[MAX_TILES:]
+    rest = round_.tiles[MAX_TILES:]
     if rest:
         pairs = sum(tile.pairs for tile in rest)
         yield f"  {'':<10}and {len(rest):,} more tiles of {pairs:,} pairs"
-    if turn.send_keys:
+    if round_.send_keys:
         own = pack(list(rounds[0].keys))
         source = own if number == 0 or route == "direct" else keys
-        yield f"  sends     {_message(turn.send_keys, source)} to rank {turn.send_keys.peer}"
-    if turn.receive_keys:
+        yield f"  sends     {_message(round_.send_keys, source)} to rank {round_.send_keys.peer}"
+    if round_.receive_keys:
         coming = pack(list(rounds[number + 1].keys))
-        text = _message(turn.receive_keys, coming)
-        yield f"  receives  {text} from rank {turn.receive_keys.peer}, for round {number + 1}"
+        text = _message(round_.receive_keys, coming)
+        yield f"  receives  {text} from rank {round_.receive_keys.peer}, for round {number + 1}"
     backward = [
-        (turn.pass_grads, "passes the gradients of", "to"),
-        (turn.return_grads, "returns the gradients of", "to"),
-        (turn.receive_passed, "is passed those of", "by"),
-        (turn.receive_returned, "gets back those of", "from"),
+        (round_.pass_grads, "passes the gradients of", "to"),
+        (round_.return_grads, "returns the gradients of", "to"),
+        (round_.receive_passed, "receives gradients of", "from"),
+        (round_.receive_returned, "gets back gradients of", "from"),
     ]
     words = [
         f"{verb} {message.num_tokens:,} keys {side} rank {message.peer}"
@@ -196,25 +203,21 @@ def _round_lines(
         yield f"  backward  {', '.join(words)}"
 
 
-def _tile(tile: Tile, queries: Sequence[Piece], keys: Sequence[Piece]) -> str:
+def _tile(tile: Tile, queries: Sequence[LocalRun], keys: Sequence[LocalRun]) -> str:
     rows = many(tuple(run for _, run in runs_within(queries, tile.q0, tile.q1)))
     columns = many(tuple(run for _, run in runs_within(keys, tile.k0, tile.k1)))
     return f"queries {rows} x keys {columns}, {tile.kind}, {tile.pairs:,} pairs"
 
 
-def _message(message: Message, source: Sequence[Piece]) -> str:
+def _message(message: Message, source: Sequence[LocalRun]) -> str:
     return f"keys {_tokens(_positions(source, message.spans))}"
 
 
-def _positions(pieces: Sequence[Piece], spans: Sequence[Span]) -> tuple[Span, ...]:
-    """Spans of a buffer as positions."""
-    found = [run for start, stop in spans for _, run in runs_within(pieces, start, stop)]
+def _positions(runs: Sequence[LocalRun], spans: Sequence[Span]) -> tuple[Span, ...]:
+    """The positions at ``spans`` of a buffer."""
+    found = [run for start, stop in spans for _, run in runs_within(runs, start, stop)]
     return tuple(merge_spans(found))
 
 
-def _count(spans: Sequence[Span]) -> int:
-    return sum(stop - start for start, stop in spans)
-
-
 def _tokens(spans: tuple[Span, ...]) -> str:
-    return f"{many(spans)} ({_count(spans):,})" if spans else "none"
+    return f"{many(spans)} ({num_positions(spans):,})" if spans else "none"

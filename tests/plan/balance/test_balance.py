@@ -1,4 +1,4 @@
-"""Zigzag gives every rank the same work, and the needed-only ring three quarters of the keys."""
+"""Zigzag gives every rank the same work, and the ring moves three quarters of the keys."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def zigzag(cp_size: int, width: int = 3) -> Schedule:
 
 
 def test_every_rank_holds_the_same_number_of_pairs() -> None:
-    """By the mask alone, for every size: the late chunk makes up for what the early one lacks."""
+    """Counted by the mask alone: the late chunk compensates for the early one."""
     for cp_size in range(1, 65):
         schedule = zigzag(cp_size)
         seq_len = schedule.mask.seq_len

@@ -11,17 +11,17 @@ from hypothesis import strategies as st
 
 from cp_megatron.errors import ConfigError
 from cp_megatron.plan import Mask, Schedule, SequenceLayout
-from cp_megatron.plan.balance.area import Chunks, Load, measure, pairs_up_to, to_chunks, to_pieces
+from cp_megatron.plan.balance.area import Chunks, Load, measure, pairs_up_to, to_chunks, to_slices
 from cp_megatron.plan.balance.balanced import deal
 from cp_megatron.plan.readers import Readers
 from tests.plan.cases import masks, property_settings
 
 BARS = {8: 1.4, 16: 1.4, 32: 1.6, 64: 1.8}
-"""Keys over those of zigzag, per number of ranks."""
+"""Keys divided by those of zigzag, for each number of ranks."""
 
 
 def log_normal_row(cp_size: int, seed: int) -> Mask:
-    """Documents of 3,000 tokens in the median, sigma 1.5, 16K tokens a rank, the last one cut."""
+    """Documents with a median of 3,000 tokens and sigma 1.5; 16K tokens per rank."""
     rng, left = np.random.default_rng(seed), 16384 * cp_size
     lengths = []
     while left:
@@ -31,14 +31,14 @@ def log_normal_row(cp_size: int, seed: int) -> Mask:
 
 
 def busiest_over_mean(mask: Mask, chunks: Chunks) -> float:
-    """By the pairs of every single row of a causal mask without a window."""
+    """Counts the pairs of every single row of a causal mask without a window."""
     until = np.concatenate([[0], np.cumsum(mask.document_positions() + 1)])
     pairs = [sum(int(until[stop] - until[start]) for start, stop in mine) for mine in chunks]
     return max(pairs) * len(pairs) / sum(pairs)
 
 
 def dense_load(mask: Mask, chunks: Chunks) -> Load:
-    """Counted in the matrix."""
+    """Counts in the dense matrix."""
     matrix, busiest, keys = mask.dense(), 0, 0
     for mine in chunks:
         held = np.zeros(mask.seq_len, np.bool_)
@@ -50,7 +50,7 @@ def dense_load(mask: Mask, chunks: Chunks) -> Load:
 
 
 def check_shards(mask: Mask, cp_size: int, chunks: Chunks) -> None:
-    """Every position once, equal counts, ascending runs that do not meet."""
+    """Every position is held once, counts are equal, and runs ascend with gaps."""
     assert {sum(stop - start for start, stop in mine) for mine in chunks} == {
         mask.seq_len // cp_size
     }
@@ -83,7 +83,7 @@ def test_documents_stay_whole_where_they_fit() -> None:
 @pytest.mark.parametrize("cp_size", [1, 2, 3, 8, 64])
 def test_one_causal_sequence_is_dealt_as_zigzag(cp_size: int) -> None:
     mask = Mask.causal(10 * cp_size)
-    zigzag = to_pieces(mask, SequenceLayout.make(mask, cp_size, "zigzag").chunks)
+    zigzag = to_slices(mask, SequenceLayout.make(mask, cp_size, "zigzag").chunks)
     assert deal(mask, cp_size) == to_chunks(mask, cp_size, zigzag)
     odd = Mask.documents([31 * cp_size])
     assert busiest_over_mean(odd, deal(odd, cp_size)) <= 1 + 1 / 31
@@ -97,7 +97,7 @@ def problems(draw: st.DrawFn) -> tuple[Mask, int]:
 
 @given(problems())
 @property_settings(80)
-def test_any_mask_is_dealt_once_and_alike_and_no_worse_than_the_simple_layouts(
+def test_any_mask_is_dealt_once_deterministically_and_no_worse_than_the_simple_layouts(
     problem: tuple[Mask, int],
 ) -> None:
     mask, cp_size = problem
@@ -105,10 +105,10 @@ def test_any_mask_is_dealt_once_and_alike_and_no_worse_than_the_simple_layouts(
     check_shards(mask, cp_size, chunks)
     again = Mask.documents(mask.lengths, mask.is_causal, mask.window)
     assert deal(again, cp_size) == chunks
-    pieces = to_pieces(mask, chunks)
-    load = measure(mask, cp_size, pieces)
+    slices = to_slices(mask, chunks)
+    load = measure(mask, cp_size, slices)
     assert load == dense_load(mask, chunks)
-    assert to_chunks(mask, cp_size, pieces[::-1]) == chunks
+    assert to_chunks(mask, cp_size, slices[::-1]) == chunks
     contiguous = dense_load(mask, SequenceLayout.make(mask, cp_size, "contiguous").chunks)
     limit = int(mask.pairs() / cp_size * 1.03)
     if len(mask.lengths) > 1:
@@ -128,7 +128,7 @@ def test_pairs_up_to_a_row_are_those_of_the_matrix(mask: Mask, p: int) -> None:
 
 @pytest.mark.parametrize(("cp_size", "num_rows"), [(8, 6), (16, 4), (32, 4), (64, 2)])
 def test_packed_rows_are_balanced_for_a_fraction_more_keys(cp_size: int, num_rows: int) -> None:
-    """The issue's bars, on some of the rows; ``benchmarks/balance.py`` takes twenty."""
+    """The issue's limits, on some of the rows; ``benchmarks/balance.py`` uses twenty."""
     keys = {(kind, route): 0 for kind in ("balanced", "zigzag") for route in ("direct", "ring")}
     for seed in range(num_rows):
         mask = log_normal_row(cp_size, seed)
@@ -150,7 +150,7 @@ def test_the_schedule_receives_the_keys_and_computes_the_pairs_that_were_planned
     mask = log_normal_row(8, 0)
     layout = SequenceLayout.make(mask, 8, "balanced")
     schedule = Schedule.build(mask, layout, route=route)
-    load = measure(mask, 8, to_pieces(mask, layout.chunks))
+    load = measure(mask, 8, to_slices(mask, layout.chunks))
     assert max(schedule.pairs(rank) for rank in range(8)) == load.busiest
     received = sum(schedule.kv_tokens_received(rank) for rank in range(8))
     assert (received == load.keys) if route == "direct" else (received < 2 * load.keys)
@@ -176,7 +176,7 @@ def test_more_tolerance_needs_fewer_keys() -> None:
     mask = log_normal_row(8, 1)
     keys = []
     for tolerance in (0.005, 0.03, 0.1, 0.3):
-        load = measure(mask, 8, to_pieces(mask, deal(mask, 8, tolerance)))
+        load = measure(mask, 8, to_slices(mask, deal(mask, 8, tolerance)))
         assert load.busiest <= mask.pairs() / 8 * (1 + tolerance)
         keys.append(load.keys)
     assert keys == sorted(keys, reverse=True)
@@ -186,7 +186,7 @@ def test_more_tolerance_needs_fewer_keys() -> None:
 
 
 def test_ranks_that_share_a_document_are_neighbours() -> None:
-    """Numbered at random the ring would carry most keys past ranks that do not read them."""
+    """With random numbers, the ring would carry most keys past ranks that do not read them."""
     mask = log_normal_row(32, 2)
     layout = SequenceLayout.make(mask, 32, "balanced")
     order = np.random.default_rng(0).permutation(32)
@@ -196,7 +196,7 @@ def test_ranks_that_share_a_document_are_neighbours() -> None:
 
 
 def test_a_million_tokens_on_64_ranks_are_planned_at_once() -> None:
-    """With room for a slow machine; the bar is the benchmark's."""
+    """The limit allows for a slow machine; the benchmark has the exact one."""
     cuts = np.sort(np.random.default_rng(0).choice(np.arange(1, 1 << 20), 999, replace=False))
     mask = Mask.documents(np.diff(np.concatenate([[0], cuts, [1 << 20]])).tolist())
     start = time.process_time()

@@ -1,4 +1,4 @@
-"""``python -m cp_megatron.plan``: what it prints, what it draws, what it refuses. No torch."""
+"""``python -m cp_megatron.plan``: what it prints, draws and refuses, without torch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from cp_megatron.plan.__main__ import main
 from cp_megatron.plan.exchange import EXCHANGES, ROUTES
 from cp_megatron.plan.layout import KINDS
-from cp_megatron.plan.show.command import Options, make_schedule, parse, random_lengths
+from cp_megatron.plan.show.command import PlanOptions, make_schedule, parse, random_lengths
 from cp_megatron.plan.show.text import in_bytes
 
 ROOT = Path(__file__).parents[3]
@@ -38,7 +38,7 @@ round 0   own keys
   receives  keys 2-5 (4) from rank 1, for round 1
 round 1   keys of rank 1: 2-5 (4)
   computes  queries 6-7 x keys 2-5, full, 8 pairs
-  backward  returns the gradients of 4 keys to rank 1, gets back those of 2 keys from rank 1
+  backward  returns the gradients of 4 keys to rank 1, gets back gradients of 2 keys from rank 1
 """
 
 
@@ -71,7 +71,7 @@ def test_two_ranks_literally(capsys: pytest.CaptureFixture[str]) -> None:
           "--head-dim", "8", "--v-head-dim=4", "--dtype", "float32", "--rank", "3"],
          ["exchange  a2a among 2, p2p over the ring between 2 groups; asked for",
           "   3  3-4       18          1.000              4           672 B  q 3-5, kv 1-2",
-          "  trades    with ranks 2-3",
+          "  heads     exchanged for tokens with ranks 2-3",
           "            rank 2 gets q 0-2, kv 0-1 of the own tokens, gives q 3-5, kv 1-2",
           "round 0   keys of the own group",
           "round 1   keys of group 0: 0-1 (2)"]),
@@ -109,21 +109,22 @@ def test_it_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["--seq-lenght", "4"], "--seq-lenght 4: unknown flag (works: --seq-length)"),
         (["--seq_length=4"], "--seq_length 4: unknown flag (works: --seq-length)"),
         (["4096"], "argument 4096: belongs to no flag (works: --flag value)"),
-        (["--seq-length"], "--seq-length: needs 1 value (works: --seq-length VALUE)"),
+        (["--seq-length"], "--seq-length: needs one value (works: --seq-length INT)"),
         (["--seq-length", "x"], "--seq-length x: must be a whole number"),
         (["--seq-length", "0"], "--seq-length 0: must be at least 1"),
-        (["--seq-length", "8", "--seq-length", "9"], "--seq-length 9: is given twice"),
+        (["--seq-length", "8", "--seq-length", "9"],
+         "--seq-length 9: contradicts --seq-length 8"),
         (["--seq-length", "10"], "--seq-length 10: the zigzag layout on 4 context parallel ranks"),
         (["--window", "3"], "--window 3: needs 2 values"),
-        (["--window", "-2", "0"], "--window -2 0: must be two lengths, -1 for unlimited"),
+        (["--window", "-2", "0"], "--window -2: must be at least -1 (works: -1)"),
         (["--documents"], "--documents: needs one or more values"),
-        (["--documents", "4", "0"], "--documents 0: is no length (works: 1 or more tokens)"),
+        (["--documents", "4", "0"], "--documents 0: must be at least 1 (works: 1)"),
         (["--documents", "4", "4", "--seq-length", "9"],
          "--seq-length 9: the documents add up to 8 (works: 8, or leave it out)"),
-        (["--mask", "documents"], "--mask documents: needs the documents' lengths"),
+        (["--mask", "documents"], "--mask documents: needs the lengths of the documents"),
         (["--mask", "causal", "--documents", "8"], "--mask causal: has no documents"),
-        (["--documents", "8", "--documents-random", "1"], "--documents-random 1: is one of two"),
-        (["--documents-random", "-1"], "--documents-random -1: is a seed"),
+        (["--documents", "8", "--documents-random", "1"], "--documents-random 1: cannot be"),
+        (["--documents-random", "-1"], "--documents-random -1: must be at least 0"),
         (["--bidirectional"], "--bidirectional: contradicts a causal mask (works: --mask full)"),
         (["--bidirectional", "yes"], "--bidirectional yes: is a switch and takes no value"),
         (["--mask", "cubist"],
@@ -132,8 +133,8 @@ def test_it_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["--head-dim", "0"], "--head-dim 0: must be at least 1"),
         (["--v-head-dim", "0"], "--v-head-dim 0: must be at least 1"),
         (["--num-query-groups", "5"], "--num-query-groups 5: must divide the 32 query heads"),
-        (["--rank", "4"], "--rank 4: is no rank of --context-parallel-size (works: 0 to 3)"),
-        (["--svg", "no/such/folder/a.svg"], "--svg no/such/folder/a.svg: can not be written: No"),
+        (["--rank", "4"], "--rank 4: is not a rank of --context-parallel-size (works: 0 to 3)"),
+        (["--svg", "no/such/folder/a.svg"], "--svg no/such/folder/a.svg: cannot be written: No"),
     ],
 )  # fmt: skip
 def test_a_mistake_is_one_line(
@@ -147,7 +148,7 @@ def test_a_mistake_is_one_line(
 
 
 def test_the_choices_are_those_of_the_plan() -> None:
-    hints = get_type_hints(Options)
+    hints = get_type_hints(PlanOptions)
     assert get_args(hints["cp_comm_type"]) == ("auto", *EXCHANGES)
     assert get_args(hints["cp_route"]) == ("auto", *ROUTES)
     assert {"auto", *KINDS} <= set(get_args(hints["cp_layout"]))
@@ -163,7 +164,7 @@ def test_random_documents_fill_the_row_with_the_bars_lengths() -> None:
     assert schedule.mask.lengths == tuple(random_lengths(4096, 3))
 
 
-def test_bytes_for_people() -> None:
+def test_bytes_are_formatted() -> None:
     assert [in_bytes(n) for n in (0, 1023, 1536, 3 << 20, 5 << 30)] == [
         "0 B", "1,023 B", "1.5 KiB", "3.0 MiB", "5.0 GiB",
     ]  # fmt: skip
@@ -180,6 +181,6 @@ def test_it_starts_without_torch_and_helps() -> None:
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
     )
     assert (ended.returncode, ended.stderr) == (0, "")
-    for name in get_type_hints(Options):
+    for name in get_type_hints(PlanOptions):
         assert f"--{name.replace('_', '-')}" in ended.stdout
-    assert "Print this rank's rounds too" in ended.stdout
+    assert "Also print the rounds of this rank" in ended.stdout

@@ -1,4 +1,4 @@
-"""The picture is well-formed and legible, and shows exactly the mask, each part in its colour."""
+"""The picture is well-formed and legible, and shows the mask in the colours of the ranks."""
 
 from __future__ import annotations
 
@@ -75,9 +75,9 @@ EVERY = pytest.mark.parametrize("schedule", CASES.values(), ids=CASES.keys())
 
 
 @EVERY
-def test_the_drawn_area_is_the_mask_in_each_ones_colour(schedule: Schedule, tmp_path: Path) -> None:
+def test_the_area_of_each_colour_is_its_share(schedule: Schedule, tmp_path: Path) -> None:
     found = shares(drawn(schedule, tmp_path))
-    size = schedule.num_trading
+    size = schedule.all_to_all_size
     for group in range(schedule.rows.cp_size):
         share = schedule.pairs(group * size) / schedule.mask.seq_len**2
         assert found.pop(group_colour(schedule, group)) == pytest.approx(share, abs=1e-4, rel=1e-3)
@@ -85,7 +85,7 @@ def test_the_drawn_area_is_the_mask_in_each_ones_colour(schedule: Schedule, tmp_
 
 
 @EVERY
-def test_the_edges_show_who_holds_what(schedule: Schedule, tmp_path: Path) -> None:
+def test_the_edges_show_the_owners(schedule: Schedule, tmp_path: Path) -> None:
     edges = {
         path.attrib["fill"]: polygons(path.attrib["d"])
         for path in drawn(schedule, tmp_path).iter(f"{SVG}path")
@@ -137,7 +137,7 @@ def test_numbers_fit_into_their_patches(schedule: Schedule, tmp_path: Path) -> N
             assert any((c.min(0) <= low).all() and (c.max(0) >= high).all() for c in corners)
 
 
-def test_rounds_and_shares_are_told(tmp_path: Path) -> None:
+def test_rounds_and_shares_are_shown(tmp_path: Path) -> None:
     found = texts(drawn(CASES["causal"], tmp_path))
     assert found[:2] == ["zigzag on 4 ranks, p2p over the ring", "causal; 64 tokens"]
     assert found.count("0") == 1 + 2 * 2 + 12, "legend, edges, own keys: three patches a rank"
@@ -147,7 +147,7 @@ def test_rounds_and_shares_are_told(tmp_path: Path) -> None:
     assert "all receive 144 keys" in found
 
 
-def test_groups_say_which_heads_a_rank_computes(tmp_path: Path) -> None:
+def test_groups_show_the_heads_of_a_rank(tmp_path: Path) -> None:
     found = texts(drawn(CASES["a2a"], tmp_path))
     assert found[1] == "causal; 96 tokens, 12 query and 3 key/value heads"
     assert [text for text in found if text.startswith("q ")] == [
@@ -164,7 +164,7 @@ def test_the_same_schedule_gives_the_same_bytes(tmp_path: Path) -> None:
 
 
 def test_documents_below_a_pixel_are_drawn_together(tmp_path: Path) -> None:
-    """5,000 documents of 40 tokens: one pixel after the other along the diagonal."""
+    """5,000 documents of 40 tokens are one pixel after the other along the diagonal."""
     schedule = schedule_of(Mask.documents([40] * 5_000), 2, "contiguous")
     root = drawn(schedule, tmp_path)
     assert "Drawn together, one colour a pixel: 5,000 areas below a pixel." in texts(root)
@@ -175,8 +175,8 @@ def test_documents_below_a_pixel_are_drawn_together(tmp_path: Path) -> None:
     assert all(int(x) - plot.LEFT == int(y) - plot.TOP for x, y in cells)
 
 
-def test_a_pixel_belongs_to_who_has_most_of_it(tmp_path: Path) -> None:
-    """Ten documents of one token a pixel; of the first, rank 0 has 7, of number 320 rank 1."""
+def test_a_pixel_belongs_to_the_rank_with_most_of_it(tmp_path: Path) -> None:
+    """Ten one-token documents share a pixel: rank 0 has 7 of the first ten, rank 1 of the last."""
     chunks = (((0, 7), (10, 3203)), ((7, 10), (3203, 6400)))
     schedule = Schedule.build(Mask.documents([1] * 6400), SequenceLayout(chunks, "by hand"))
     root = drawn(schedule, tmp_path)
@@ -187,7 +187,7 @@ def test_a_pixel_belongs_to_who_has_most_of_it(tmp_path: Path) -> None:
         assert [int(x) - plot.LEFT for x in columns] == list(pixels)
 
 
-def test_what_is_left_out_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_omitted_areas_are_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plot, "MAX_PATCHES", 20)
     found = texts(drawn(schedule_of(Mask.causal(256), 4, "zigzag"), tmp_path))
     (note,) = [text for text in found if text.startswith("Not drawn")]

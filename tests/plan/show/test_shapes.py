@@ -1,4 +1,4 @@
-"""Patches cover the mask cell by cell; an outline encloses as many cells as there are pairs."""
+"""Patches cover the mask cell by cell, and an outline encloses as many cells as there are pairs."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from hypothesis import strategies as st
 
 from cp_megatron.plan import Schedule
 from cp_megatron.plan.show.shapes import Patch, Point, patches
-from cp_megatron.plan.tiles import CAUSAL, FULL, Band, Span, Tile, pack
+from cp_megatron.plan.tiling import CAUSAL, FULL, Band, Span, Tile, pack
 from tests.plan.cases import any_schedules, property_settings
 from tests.plan.simulation import band_matrix, expand
 
 
 def area(points: list[Point]) -> float:
-    """Of a polygon, by the shoelace formula."""
+    """The area of a polygon, by the shoelace formula."""
     turns = zip(points, [*points[1:], points[0]])
     return abs(sum(x0 * y1 - x1 * y0 for (x0, y0), (x1, y1) in turns)) / 2
 
@@ -24,9 +24,9 @@ def patches_of(schedule: Schedule) -> list[Patch]:
     return [
         patch
         for group, chunks in enumerate(schedule.rows.chunks)
-        for turn in schedule.rounds(group * schedule.num_trading)
-        for tile in turn.tiles
-        for patch in patches(tile, pack(list(chunks)), pack(list(turn.keys)))
+        for round_ in schedule.rounds(group * schedule.all_to_all_size)
+        for tile in round_.tiles
+        for patch in patches(tile, pack(list(chunks)), pack(list(round_.keys)))
     ]
 
 
@@ -49,7 +49,7 @@ def test_patches_cover_the_mask_once(schedule: Schedule) -> None:
 
 @st.composite
 def buffers(draw: st.DrawFn) -> list[Span]:
-    """Runs of positions that ascend, some of which meet."""
+    """Runs of positions that ascend; some are adjacent."""
     steps = draw(st.lists(st.tuples(st.integers(0, 2), st.integers(1, 6)), min_size=2, max_size=4))
     spans, at = [], 0
     for gap, length in steps:

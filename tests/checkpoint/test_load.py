@@ -15,10 +15,11 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, Def
 from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadItem
 
-from cp_megatron.checkpoint.manifest import newest_step, read_manifest
-from cp_megatron.checkpoint.planning import storable
-from cp_megatron.checkpoint.storage import ShardReader
-from cp_megatron.checkpoint.store import load_checkpoint
+from cp_megatron.checkpoint.load import load_checkpoint
+from cp_megatron.checkpoint.manifest import read_manifest
+from cp_megatron.checkpoint.save_planner import storable
+from cp_megatron.checkpoint.shard_reader import ShardReader
+from cp_megatron.checkpoint.step_folders import newest_step
 from cp_megatron.errors import ConfigError
 from tests.checkpoint import toy
 
@@ -111,11 +112,11 @@ class Other(toy.Toy):
 @pytest.mark.parametrize(
     ("change", "names"),
     [
-        ("shape", "model.norm is [5], here [6]"),
-        ("more", "model.extra is not in it"),
+        ("shape", "model.norm is [5], but [6] in this model"),
+        ("more", "model.extra is not in the checkpoint"),
         ("less", "model.norm is not in this model"),
-        ("untied", "model.tied is not in it"),
-        ("dtype", "model.bias is float32, here float64"),
+        ("untied", "model.tied is not in the checkpoint"),
+        ("dtype", "model.bias is float32, but float64 in this model"),
     ],
 )
 @pytest.mark.parametrize("with_optimizer", [True, False])
@@ -185,7 +186,7 @@ def test_damage_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
     shard.write_bytes(good[:-1])
     assert "rank-00000.safetensors has" in refuse(folder, model, optimizer)
     shard.unlink()
-    assert "rank-00000.safetensors can not be read" in refuse(folder, model, optimizer)
+    assert "rank-00000.safetensors cannot be read" in refuse(folder, model, optimizer)
     assert torch.equal(model.row, before)
     assert not optimizer.state
 
@@ -245,7 +246,7 @@ def test_extra_state_of_a_module_is_refused(tmp_path: Path) -> None:
     ("values", "rule"),
     [
         ({"key": "model.column"}, "holds model.row in another shape"),
-        ({"key": "model.gone"}, "can not be read"),
+        ({"key": "model.gone"}, "cannot be read"),
         ({"dtype": "int32"}, "holds model.row in another dtype"),
     ],
 )

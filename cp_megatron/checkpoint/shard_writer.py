@@ -1,16 +1,18 @@
-"""One rank's part of a checkpoint: copied in a moment, then written without holding anybody up.
+"""Copies one rank's part of a checkpoint while training waits, and writes it while training runs.
 
-The copy is the file's contents, so that writing it needs no second copy and no tensor:
+The copy already has the layout of the file (huggingface/safetensors, "Format"), so that it can be
+written without another copy:
 
     8 bytes   length of the header
-    header    JSON: name -> dtype, shape, where its bytes begin and end; blanks up to 64 bytes
-    bytes     of all tensors, one after the other, those with wide elements first
+    header    JSON: name -> dtype, shape, begin and end of its bytes; padded to 64 bytes
+    bytes     the tensors one after the other, those with the widest elements first
 
-which is the format of safetensors (huggingface/safetensors, "Format"); its own writer would copy
-every tensor once more while it holds Python's lock, and hash nothing.
+The writer of the safetensors library would copy every tensor again while it holds Python's global
+lock, and it computes no hash.
 
-A large file goes past the system's cache where the file system allows: copying it there takes more
-of the processor than hashing it, from a training that goes on, and pushes out what others read.
+A large file is written with O_DIRECT where the file system supports it. Copying the file into the
+page cache would take more processor time than hashing it, which slows the training that runs at the
+same time, and would evict what other programs read.
 """
 
 from __future__ import annotations
@@ -53,19 +55,19 @@ _CODES: Mapping[torch.dtype, str] = MappingProxyType(
     }
 )
 PIECE_BYTES = 1 << 20
-"""Bytes hashed and written at once: with 16 times as many a step beside a save is 1-2% slower."""
+"""Bytes hashed and written at once. With 16 MiB, a step during a save is 1-2% slower."""
 DIRECT_BYTES = 1 << 20
-"""Of a file that is worth going past the cache for."""
+"""The size from which a file is written with O_DIRECT."""
 _BLOCK = 4096
-"""What then must begin and end at a multiple of it, in memory and in the file."""
-_HEADER_BLANKS = 64
+"""With O_DIRECT, memory and file offsets must be multiples of this."""
+_HEADER_ALIGNMENT = 64
 
 
 class HostMemory:
-    """Where images are copied to, one at a time; kept for the next one.
+    """Host memory for one image at a time, reused by the next one.
 
-    Fresh memory takes four times as long to fill, page by page, and the training waits. From a GPU
-    images are copied into page-locked memory, ten times as fast, and locking takes longer still.
+    Training waits for the copy, and filling new memory takes four times as long. From a GPU, images
+    are copied into page-locked memory, which is ten times as fast but slow to allocate.
     """
 
     def __init__(self) -> None:
@@ -73,14 +75,14 @@ class HostMemory:
         self._pinned: PinnedPiece | None = None
 
     def take(self, num_bytes: int, *, pinned: bool) -> Tensor:
-        """uint8 [num_bytes], from a block's begin on, where what was taken before may have lain.
+        """Returns uint8 [num_bytes], aligned to a block. It overwrites what was taken before.
 
         Args:
-            num_bytes: wanted.
-            pinned: page-locked; always or never.
+            num_bytes: the size.
+            pinned: whether the memory is page-locked; the same in every call.
         """
         if self._held.numel() < num_bytes:
-            self._held = torch.empty(0, dtype=torch.uint8)  # never both
+            self._held = torch.empty(0, dtype=torch.uint8)  # free the old memory first
             if pinned:
                 self._pinned = None
                 self._pinned = PinnedPiece(num_bytes)
@@ -92,14 +94,14 @@ class HostMemory:
 
 
 def take_image(tensors: Mapping[str, Tensor], memory: HostMemory) -> Tensor:
-    """Copies tensors; they may change as soon as this returns.
+    """Copies tensors into the contents of a shard file. They may change when this returns.
 
     Args:
-        tensors: by name, of dtypes in ``DTYPES``, on one device.
-        memory: where to.
+        tensors: tensors by name, on one device, with dtypes of ``DTYPES``.
+        memory: holds the copy.
 
     Returns:
-        uint8, the contents of a shard's file.
+        uint8, the contents of the file.
     """
     names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     entries: dict[str, object] = {}
@@ -113,7 +115,7 @@ def take_image(tensors: Mapping[str, Tensor], memory: HostMemory) -> Tensor:
             "data_offsets": [begin, end],
         }
     text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-(8 + len(text)) % _HEADER_BLANKS)
+    text += b" " * (-(8 + len(text)) % _HEADER_ALIGNMENT)
     header = len(text).to_bytes(8, "little") + text
     on_device = [tensor for tensor in tensors.values() if tensor.is_cuda]
     image = memory.take(len(header) + end, pinned=bool(on_device))
@@ -131,21 +133,21 @@ def take_image(tensors: Mapping[str, Tensor], memory: HostMemory) -> Tensor:
 
 
 def write_image(path: Path, image: Tensor) -> FileEntry:
-    """Writes a new file and returns when it is on the disk: its size and SHA-256.
+    """Writes a new file, and returns its size and SHA-256 when it is on the disk.
 
     Args:
-        path: of the file.
-        image: what ``take_image`` returned.
+        path: the file, which must not exist.
+        image: the result of ``take_image``.
 
     Raises:
-        OSError: as the file system does.
+        OSError: the file exists or cannot be written.
     """
     digest = hashlib.sha256()
     data = memoryview(image.numpy().data)
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
         if len(data) >= DIRECT_BYTES:
-            _pass_cache(descriptor, True)
+            _set_direct(descriptor, True)
         for at in range(0, len(data), PIECE_BYTES):
             piece = data[at : at + PIECE_BYTES]
             digest.update(piece)
@@ -157,7 +159,7 @@ def write_image(path: Path, image: Tensor) -> FileEntry:
 
 
 def write_text(path: Path, text: str) -> None:
-    """The same for a text, in UTF-8."""
+    """Writes a new UTF-8 file, and returns when it is on the disk."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
         write_all(descriptor, memoryview(text.encode()))
@@ -167,17 +169,17 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_all(descriptor: int, data: memoryview) -> None:
-    """All of it: a file system may take less at once, or no part of a block past its cache."""
+    """Writes all data. A file system may accept less at once, or no partial block with O_DIRECT."""
     while data:
         try:
             data = data[os.write(descriptor, data) :]
         except OSError as error:
-            if error.errno != errno.EINVAL or not _pass_cache(descriptor, False):
+            if error.errno != errno.EINVAL or not _set_direct(descriptor, False):
                 raise
 
 
-def _pass_cache(descriptor: int, wanted: bool) -> bool:
-    """Whether this changed where the file's writes go; not every system and file system can."""
+def _set_direct(descriptor: int, wanted: bool) -> bool:
+    """Turns O_DIRECT on or off if the file system can; returns whether this changed anything."""
     direct = getattr(os, "O_DIRECT", 0)
     with contextlib.suppress(OSError):
         before = fcntl.fcntl(descriptor, fcntl.F_GETFL)
@@ -189,7 +191,7 @@ def _pass_cache(descriptor: int, wanted: bool) -> bool:
 
 
 def discard(folder: Path) -> None:
-    """Removes what a save that did not finish left behind; a link is removed, not followed."""
+    """Removes a folder or a file. A link is removed and not followed."""
     if folder.is_symlink() or folder.is_file():
         folder.unlink()
     elif folder.exists():
@@ -197,7 +199,7 @@ def discard(folder: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Returns when the file's contents, or the folder's list of names, are on the disk."""
+    """Returns when the file's contents or the folder's entries are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

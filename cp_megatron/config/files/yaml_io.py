@@ -15,8 +15,8 @@ from typing import Any
 
 import yaml
 
-from cp_megatron.config.fields import BadValueError, settings
-from cp_megatron.config.presets import DEFAULT_PRESET, PRESETS
+from cp_megatron.config.fields import settings, shown
+from cp_megatron.config.files.presets import DEFAULT_PRESET, PRESETS
 from cp_megatron.config.schema import Config
 from cp_megatron.errors import ConfigError
 
@@ -178,7 +178,7 @@ def _mapping(entry: Any, source: str, key: str) -> dict[str, Any]:
         return {}
     if not isinstance(entry, dict):
         where = f"{source}: {key}" if key else source
-        raise ConfigError(where, _shown(entry), "must hold keys and values")
+        raise ConfigError(where, shown(entry), "must hold keys and values")
     return entry
 
 
@@ -188,21 +188,12 @@ def _sections() -> list[str]:
 
 def _checked(section: str, name: Any, value: Any, source: str) -> Any:
     setting = settings().get(name) if isinstance(name, str) else None
-    key = _shown(f"{section}.{name}" if section else name)
+    key = shown(f"{section}.{name}" if section else name)
     if setting is None or setting.section != section:
         known = [*_sections(), *(row.key for row in settings().values())]
         near = [setting.key] if setting else difflib.get_close_matches(key, known)
-        raise ConfigError(f"{source}: {key}", _shown(value), "unknown key", ", ".join(near))
+        raise ConfigError(f"{source}: {key}", shown(value), "unknown key", ", ".join(near))
     try:
         return setting.from_yaml(value)
-    except BadValueError as error:
-        raise ConfigError(f"{source}: {key}", _shown(value), error.rule, error.works) from None
-
-
-def _shown(value: Any) -> str:
-    """A value on one line and not too long."""
-    try:
-        text = " ".join(str(value).split())
-    except ValueError:  # Python writes no number of thousands of digits
-        text = "a number of thousands of digits"
-    return text if len(text) <= 80 else text[:77] + "..."
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {key}", shown(value), error.rule, error.works) from None

@@ -1,10 +1,10 @@
-"""Which rank writes which box of which tensor, as torch.distributed.checkpoint plans it.
+"""Assigns boxes of tensors to the ranks that write them, with torch.distributed.checkpoint.
 
-    first save   every rank: its boxes -> the first rank: who writes what -> every rank: its part
-    next saves   every rank: as before -> the first rank: go on
+    first save    every rank sends its boxes; the first rank assigns them; every rank gets its part
+    later saves   every rank reports that its tensors are unchanged; the cached plan is used
 
-A plan holds for as long as the tensors are alike on all ranks. To make one takes longer than the
-copy that the training waits for, and the longer the more ranks there are.
+A cached plan is valid while no rank's tensors change in name, shape, dtype or placement. Training
+waits while a plan is made, which takes longer than the copy, and longer on more ranks.
 """
 
 from __future__ import annotations
@@ -19,101 +19,104 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from torch.distributed.checkpoint.planner import SavePlan, WriteItem, WriteItemType
 from torch.distributed.tensor import DTensor
 
-from cp_megatron.checkpoint.agreement import (
+from cp_megatron.checkpoint.manifest import ChunkEntry, TensorEntry
+from cp_megatron.checkpoint.object_collectives import (
     Group,
+    all_gather_objects,
     attempt,
-    from_first,
-    gathered,
+    broadcast_object,
     raise_first,
     rank_in,
 )
-from cp_megatron.checkpoint.manifest import ChunkEntry, TensorEntry
-from cp_megatron.checkpoint.shard import DTYPE_NAMES
+from cp_megatron.checkpoint.shard_writer import DTYPE_NAMES
 
 
 @dataclass(frozen=True, kw_only=True)
-class Part:
-    """What this rank writes.
+class CachedPlan:
+    """What this rank writes, as long as the tensors keep their signature.
 
     Attributes:
-        likeness: of the tensors that it was planned for.
-        plan: the boxes.
-        tensors: on the first rank, where every tensor lies; elsewhere empty.
+        signature: what the plan depends on.
+        items: the boxes that this rank writes.
+        tensors: on the first rank, the description of every tensor; on other ranks empty.
     """
 
-    likeness: tuple[object, ...]
-    plan: SavePlan
+    signature: tuple[object, ...]
+    items: Sequence[WriteItem]
     tensors: Mapping[str, TensorEntry]
 
     def boxes(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors to write, by their keys; they share memory with the state's."""
+        """Returns the tensors to write by their keys; they share memory with the state's."""
         planner = _planner()
         planner.set_up_planner(dict(state))
-        found: dict[str, Tensor] = {}
-        for item in self.plan.items:
+        boxes: dict[str, Tensor] = {}
+        for item in self.items:
             data = planner.resolve_data(item)
             assert isinstance(data, Tensor), item.index.fqn
-            found[_key(item)] = data.detach()
-        return found
+            boxes[_key(item)] = data.detach()
+        return boxes
 
 
-def plan_part(
+def plan_save(
     state: Mapping[str, Tensor],
     *,
     group: Group,
-    last: Part | None,
+    cached: CachedPlan | None,
     begin: Callable[[], object],
-) -> Part:
-    """This rank's part of a checkpoint. Called on every rank.
+) -> CachedPlan:
+    """Plans this rank's part of a checkpoint. Every rank calls this.
 
     Args:
         state: tensors by name; DTensors are written in parts.
         group: the ranks that save.
-        last: this rank's part of the last checkpoint, which is returned if it still holds.
-        begin: done on the first rank before any rank returns.
+        cached: the plan of this rank's last save; it is returned if it is still valid.
+        begin: an action of the first rank, done before any rank returns.
 
     Raises:
-        Exception: the first that a rank met, on every rank alike.
+        Exception: the first exception of any rank, on every rank.
     """
-    likeness, failure = attempt(lambda: _likeness(state, group))
-    answers = gathered((last is not None and last.likeness == likeness, failure), group)
+    signature, failure = attempt(lambda: _signature(state, group))
+    answers = all_gather_objects(
+        (cached is not None and cached.signature == signature, failure), group
+    )
     raise_first([error for _, error in answers])
-    assert likeness is not None
-    if last is None or not all(same for same, _ in answers):
-        last = _new_part(state, likeness, group)
+    assert signature is not None
+    if cached is None or not all(valid for valid, _ in answers):
+        cached = _new_plan(state, signature, group)
     failure = None if rank_in(group) else attempt(begin)[1]
-    raise_first([from_first(failure, group)])
-    return last
+    raise_first([broadcast_object(failure, group)])
+    return cached
 
 
-def _likeness(state: Mapping[str, Tensor], group: Group) -> tuple[object, ...]:
-    """Equal where the same plan holds."""
-    found: list[object] = [group]
-    for name, x in state.items():
-        split = (x.device_mesh, x.placements) if isinstance(x, DTensor) else ()
-        found.append((name, x.dtype, x.shape, split))
-    return tuple(found)
+def _signature(state: Mapping[str, Tensor], group: Group) -> tuple[object, ...]:
+    tensors = [
+        (name, x.dtype, x.shape, (x.device_mesh, x.placements) if isinstance(x, DTensor) else ())
+        for name, x in state.items()
+    ]
+    return group, *tensors
 
 
-def _new_part(state: Mapping[str, Tensor], likeness: tuple[object, ...], group: Group) -> Part:
+def _new_plan(
+    state: Mapping[str, Tensor], signature: tuple[object, ...], group: Group
+) -> CachedPlan:
     planner = _planner()
 
     def local() -> SavePlan:
         planner.set_up_planner(dict(state), is_coordinator=rank_in(group) == 0)
         return SavePlan(storable(planner.create_local_plan().items))
 
-    plan, failure = attempt(local)
-    answers = gathered((plan, failure), group)
+    answers = all_gather_objects(attempt(local), group)
     raise_first([error for _, error in answers])
-    merged: list[SavePlan] | None = None
+    assigned: list[SavePlan] | None = None
     tensors: dict[str, TensorEntry] = {}
+    failure: Exception | None = None
     if rank_in(group) == 0:
-        found, failure = attempt(lambda: _merge(planner, [plan for plan, _ in answers]))
-        merged, tensors = found or (None, {})
-    merged, failure = from_first((merged, failure), group)
+        merged, failure = attempt(lambda: _merge(planner, [plan for plan, _ in answers]))
+        assigned, tensors = merged or (None, {})
+    assigned, failure = broadcast_object((assigned, failure), group)
     raise_first([failure])
-    assert merged is not None
-    return Part(likeness=likeness, plan=merged[rank_in(group)], tensors=tensors)
+    assert assigned is not None
+    return CachedPlan(signature=signature, items=assigned[rank_in(group)].items, tensors=tensors)
 
 
 def _planner() -> DefaultSavePlanner:
@@ -128,16 +131,20 @@ def _merge(
 
 
 def storable(items: Sequence[WriteItem]) -> list[WriteItem]:
-    """The items without the empty shards of ranks that hold none of a tensor.
+    """Returns the items without empty boxes, from ranks that hold no part of a tensor.
 
-    An empty shard may begin where another rank's begins and would pass for its duplicate.
+    An empty box can have the same offsets as another rank's box, which the planner would take for
+    its duplicate.
+
+    Raises:
+        TypeError: an item is not a tensor, or has a dtype that a checkpoint cannot hold.
     """
     for item in items:
         if item.type is WriteItemType.BYTE_IO or item.tensor_data is None:
-            raise TypeError(f"{item.index.fqn} is not a tensor; a checkpoint holds no pickles")
+            raise TypeError(f"{item.index.fqn} is not a tensor, and a checkpoint stores no pickles")
         if item.tensor_data.properties.dtype not in DTYPE_NAMES:
             dtype = item.tensor_data.properties.dtype
-            raise TypeError(f"{item.index.fqn}: a checkpoint can not hold {dtype}")
+            raise TypeError(f"{item.index.fqn}: a checkpoint cannot hold {dtype}")
     return [item for item in items if _sizes(item).numel() > 0]
 
 
@@ -162,7 +169,7 @@ def _tensor_entries(metadata: Metadata, plans: Sequence[SavePlan]) -> dict[str, 
 
 
 def shard_file(rank: int) -> str:
-    """The name of what a rank writes."""
+    """Returns the name of the file that a rank writes."""
     return f"rank-{rank:05d}.safetensors"
 
 
@@ -172,7 +179,7 @@ def _sizes(item: WriteItem) -> torch.Size:
 
 
 def _key(item: WriteItem) -> str:
-    """A whole tensor is stored under its own name, so that other programs can read it."""
+    """Returns a box's key; a whole tensor keeps its name, so that other programs can read it."""
     assert item.tensor_data is not None
     if _sizes(item) == item.tensor_data.size:
         return item.index.fqn

@@ -1,8 +1,7 @@
-"""The newest checkpoint of a run that is whole, and those that had to be passed over. No torch."""
+"""Chooses the checkpoint that ``--load`` names. This module does not import torch."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,24 +11,21 @@ from cp_megatron.checkpoint.manifest import (
     DamagedError,
     Manifest,
     check_size,
-    newest_step,
     read_manifest,
-    step_folders,
 )
-from cp_megatron.config.run_folders import run_folder
+from cp_megatron.checkpoint.step_folders import newest_step, step_folders
+from cp_megatron.config.files.run_folders import run_folder
 from cp_megatron.errors import ConfigError
-
-DAMAGED = ".damaged"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Newest:
-    """A checkpoint to go on from.
+    """The checkpoint to continue from.
 
     Attributes:
         folder: a ``step-N``.
-        manifest: of it.
-        passed_over: newer ones that are damaged, and what is wrong with them.
+        manifest: the manifest of this checkpoint.
+        passed_over: newer checkpoints that are damaged, and what is wrong with them.
     """
 
     folder: Path
@@ -38,19 +34,19 @@ class Newest:
 
 
 def newest_whole(run_folder: Path, before: int | None = None) -> Newest | None:
-    """The newest checkpoint whose manifest can be trusted and whose shards have their sizes.
+    """Finds the newest checkpoint with a valid manifest and shards of the right sizes.
 
-    Contents of shards are not read.
+    The contents of the shards are not read.
 
     Args:
         run_folder: the run's folder.
-        before: only checkpoints of fewer steps.
+        before: consider only checkpoints of fewer steps.
 
     Returns:
-        None where the folder has no checkpoint at all.
+        None if the folder has no checkpoint at all.
 
     Raises:
-        DamagedError: all of them are damaged; what it says of the newest.
+        DamagedError: all checkpoints are damaged; the error describes the newest.
     """
     steps = step_folders(run_folder)
     passed_over: dict[Path, str] = {}
@@ -74,10 +70,12 @@ def newest_whole(run_folder: Path, before: int | None = None) -> Newest | None:
 
 
 def named_step(load: Path) -> Path:
-    """The ``step-N`` that ``--load`` names: it, or the newest of a run's folder. Contents unread.
+    """Returns ``load`` if it is a ``step-N``, else the newest checkpoint of the run's folder.
+
+    The contents of the checkpoint are not read.
 
     Raises:
-        ConfigError: the folder has none.
+        ConfigError: the folder has no checkpoint.
     """
     step = newest_step(load) if run_folder(load) == load else load
     if step is None:
@@ -87,21 +85,6 @@ def named_step(load: Path) -> Path:
 
 
 def _saved_runs(path: Path) -> str:
-    """The runs beside it that have a checkpoint."""
+    """Lists the runs next to ``path`` that have a checkpoint."""
     runs = [other for other in sorted(path.parent.glob("*")) if other.is_dir()]
     return ", ".join(str(run) for run in runs if newest_step(run) is not None)
-
-
-def set_aside(folder: Path) -> Path:
-    """Renames a damaged ``step-N`` to ``step-N.damaged``, or the next free name.
-
-    Its step will be trained and saved again under the old name.
-
-    Raises:
-        OSError: as the file system does.
-    """
-    aside, number = folder.with_name(folder.name + DAMAGED), 1
-    while os.path.lexists(aside):
-        number += 1
-        aside = folder.with_name(f"{folder.name}{DAMAGED}.{number}")
-    return folder.rename(aside)

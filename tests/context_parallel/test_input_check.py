@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cp_megatron.context_parallel import ContextParallel, agreement
+from cp_megatron.context_parallel import ContextParallel, input_check
 from cp_megatron.errors import ConfigError
 from cp_megatron.plan import Mask, SequenceLayout
 from tests.ranks import run_ranks
@@ -107,14 +107,14 @@ def test_masks_that_differ_are_an_error_on_every_rank(name: str) -> None:
 def messages(rank: int, world_size: int, check: bool | str) -> list[int]:
     """Collectives per call: the first, the same again, another batch size, another mask."""
     seen = 0
-    original = agreement.start_all_gather
+    original = input_check.start_all_gather
 
     def counting(*args: Any, **options: Any) -> Any:
         nonlocal seen
         seen += 1
         return original(*args, **options)
 
-    agreement.start_all_gather = counting
+    input_check.start_all_gather = counting
     counts = []
     try:
         cp = ContextParallel(dist.group.WORLD, Mask.causal(16), check_ranks=check)
@@ -129,7 +129,7 @@ def messages(rank: int, world_size: int, check: bool | str) -> list[int]:
             engine.attention(*x)
             counts.append(seen - before)
     finally:
-        agreement.start_all_gather = original
+        input_check.start_all_gather = original
     return counts
 
 
@@ -240,9 +240,9 @@ def with_heads(rank: int, world_size: int, options: dict[str, Any], heads: tuple
         ({"exchange": "a2a+p2p"}, "a2a+p2p needs two sizes"),
         ({"exchange": "a2a+p2p", "hierarchical_sizes": (2, 2)}, "whose product is"),
         ({"exchange": "p2p", "hierarchical_sizes": (1, 1)}, "belongs to a2a+p2p"),
-        ({"exchange": "mail"}, "is no exchange"),
-        ({"route": "scenic"}, "is no route"),
-        ({"layout": "spiral"}, "is no layout"),
+        ({"exchange": "mail"}, "is not an exchange"),
+        ({"route": "scenic"}, "is not a route"),
+        ({"layout": "spiral"}, "is not a layout"),
         ({"exchange": "a2a+p2p", "hierarchical_sizes": [1, 1.0]}, "whose product is"),
     ],
 )

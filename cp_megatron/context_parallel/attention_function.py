@@ -1,7 +1,8 @@
 """Attention over a sharded sequence as one autograd function.
 
-Shapes: B batch, S tokens of the shard, H query heads, G key/value heads, D head dim, E value dim.
-Where heads are traded, the rounds see M tokens of the group of traders and a share of the heads.
+Shapes: B = batch, S = tokens of the shard, H = query heads, G = key/value heads, D = head dim,
+E = value head dim. If heads are exchanged by all-to-all, the rounds compute some of the heads for
+the M tokens of all peers.
 """
 
 from __future__ import annotations
@@ -13,22 +14,20 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from cp_megatron.context_parallel.a2a import Part, heads_to_tokens, tokens_to_heads
+from cp_megatron.context_parallel.a2a import HeadAllToAll, PartitionedHeads
 from cp_megatron.context_parallel.all_gather import gather_backward, gather_forward
-from cp_megatron.context_parallel.buffers import Workspace
 from cp_megatron.context_parallel.p2p import ring_backward, ring_forward
 from cp_megatron.context_parallel.partials import Call
 from cp_megatron.context_parallel.rank_plan import RankPlan
 from cp_megatron.kernels.dropout import Dropout
 from cp_megatron.kernels.interface import BackwardInputs, Kernel
-from cp_megatron.plan.heads import HeadExchange
 
 
 class KeptAttention:
-    """The results of one attention, for whoever calls it again to rebuild what backward reads.
+    """The results of one attention, kept for a second call that rebuilds what backward reads.
 
-    A recomputed layer hands the same object to ``attention`` both times. The first call fills it;
-    the second is given its own q, k and v again, computes nothing and sends nothing.
+    A recomputed layer passes the same object to ``attention`` twice. The first call fills it. The
+    second call receives its own q, k and v, computes nothing and sends nothing.
     """
 
     def __init__(self) -> None:
@@ -40,21 +39,22 @@ class KeptAttention:
         """Whether the first call was made."""
         return self._result is not None
 
-    def keep(self, traded: bool, saved: tuple[Tensor, ...], result: Tensor) -> None:
-        """Keeps what the first call has found.
+    def keep(self, heads_exchanged: bool, saved: tuple[Tensor, ...], result: Tensor) -> None:
+        """Keeps the results of the first call.
 
         Args:
-            traded: q, k and v came from other ranks and can not be computed again here.
+            heads_exchanged: q, k and v came from other ranks, so the second call cannot provide
+                them.
             saved: q, k, v, out, lse as backward reads them.
-            result: what was returned.
+            result: the return value.
         """
-        # Without its history: it holds this object, which would then hold itself.
-        mine = (None, None, None) if not traded else tuple(x.detach() for x in saved[:3])
-        self._saved = (*mine, *(x.detach() for x in saved[3:]))
+        # The history of the tensors refers to this object, which would then refer to itself.
+        inputs = tuple(x.detach() for x in saved[:3]) if heads_exchanged else (None, None, None)
+        self._saved = (*inputs, *(x.detach() for x in saved[3:]))
         self._result = result.detach()
 
     def again(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
-        """What backward reads, from the inputs of the second call, and what to return."""
+        """Returns the tensors that backward reads and the return value of the second call."""
         assert self._saved is not None
         assert self._result is not None
         saved = tuple(own if x is None else x for x, own in zip(self._saved, (q, k, v, None, None)))
@@ -62,9 +62,9 @@ class KeptAttention:
 
 
 class _Attention(torch.autograd.Function):
-    """Keeps what this rank computed with: q, k, v, out and lse of its tokens and heads.
+    """Saves q, k, v, out and lse of the tokens and heads that this rank computes.
 
-    Keys of other ranks are received again in backward. The gradient of q is this rank's alone. The
+    Backward receives the keys of other ranks again. The gradient of q is complete on this rank. The
     gradients of k and v are summed over the queries of all ranks, in float32 (float64 for float64),
     so the objective is the sum of the ranks' losses.
     """
@@ -85,23 +85,22 @@ class _Attention(torch.autograd.Function):
             saved, result = kept.again(q, k, v)
             ctx.save_for_backward(*saved)
             return result
-        trade = plan.trade
+        exchange = plan.head_exchange
         run = gather_forward if plan.gather else ring_forward
-        # Types are the engine's business: sums are float32 whatever autocast would like.
+        # The engine sums in float32 on its own, so autocast must not change types.
         no_autocast = torch.autocast(q.device.type, enabled=False)
         with plan.buffers.lend(q.device) as memory, no_autocast:
-            if trade:
-                heads, kv_heads = trade.query_heads, trade.kv_heads
-                parts = [Part(q, heads), Part(k, kv_heads), Part(v, kv_heads)]
-                q, k, v = tokens_to_heads(trade, plan.group, memory, plan.link_sums, parts)
+            if exchange:
+                all_to_all = HeadAllToAll(exchange, plan.group, memory, plan.link_sums)
+                heads = exchange.query_heads, exchange.kv_heads, exchange.kv_heads
+                q, k, v = all_to_all.to_heads(list(map(PartitionedHeads, (q, k, v), heads)))
             out, lse = run(plan, call, memory, q, k, v)
             out = result = out.to(q.dtype)
-            if trade:
-                part = Part(out, trade.query_heads)
-                (result,) = heads_to_tokens(trade, plan.group, memory, plan.link_sums, [part])
+            if exchange:
+                (result,) = all_to_all.to_tokens([PartitionedHeads(out, exchange.query_heads)])
         ctx.save_for_backward(q, k, v, out, lse)
         if kept is not None:
-            kept.keep(trade is not None, (q, k, v, out, lse), result)
+            kept.keep(exchange is not None, (q, k, v, out, lse), result)
         return result
 
     @staticmethod
@@ -110,49 +109,37 @@ class _Attention(torch.autograd.Function):
         """dq, dk, dv in the inputs' type."""
         q, k, v, out, lse = ctx.saved_tensors
         plan: RankPlan = ctx.plan
-        trade = plan.trade
+        exchange = plan.head_exchange
         run = gather_backward if plan.gather else ring_backward
         no_autocast = torch.autocast(q.device.type, enabled=False)
         with plan.buffers.lend(q.device) as memory, no_autocast:
-            if trade:
-                part = Part(dout, trade.query_heads)
-                (dout,) = tokens_to_heads(trade, plan.group, memory, plan.link_sums, [part])
+            if exchange:
+                all_to_all = HeadAllToAll(exchange, plan.group, memory, plan.link_sums)
+                (dout,) = all_to_all.to_heads([PartitionedHeads(dout, exchange.query_heads)])
             grads = run(plan, ctx.call, memory, BackwardInputs(dout, q, k, v, out, lse))
-            if trade:
-                grads = _return_gradients(plan, trade, memory, grads, q.dtype)
+            if exchange:
+                grads = _return_gradients(all_to_all, grads, q.dtype)
         dq, dk, dv = (grad.to(q.dtype) for grad in grads)
         return None, None, None, dq, dk, dv
 
 
 def _return_gradients(
-    plan: RankPlan,
-    trade: HeadExchange,
-    memory: Workspace,
-    grads: tuple[Tensor, Tensor, Tensor],
-    dtype: torch.dtype,
+    all_to_all: HeadAllToAll, grads: tuple[Tensor, Tensor, Tensor], dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of this rank's tokens from those of its heads.
+    """Returns the gradients of this rank's tokens, given those of its heads.
 
-    Key/value heads that several ranks computed come back as a sum and are rounded after it;
-    everything else is rounded before it travels.
+    Key/value heads that several ranks computed come back as a sum and are rounded after it. All
+    other gradients are rounded before they are sent.
     """
-    dq, dk, dv = (Part(grads[0].to(dtype), trade.query_heads), *_key_parts(trade, grads, dtype))
-    if dq.tensor.dtype == dk.tensor.dtype:
-        queries, keys, values = heads_to_tokens(
-            trade, plan.group, memory, plan.link_sums, [dq, dk, dv]
-        )
-    else:
-        (queries,) = heads_to_tokens(trade, plan.group, memory, plan.link_sums, [dq])
-        keys, values = heads_to_tokens(trade, plan.group, memory, plan.link_sums, [dk, dv])
-    return queries, keys, values
-
-
-def _key_parts(
-    trade: HeadExchange, grads: tuple[Tensor, Tensor, Tensor], dtype: torch.dtype
-) -> list[Part]:
-    spans = trade.kv_heads
-    shared = sum(stop - start for start, stop in spans) > spans[-1][1]
-    return [Part(grad if shared else grad.to(dtype), spans) for grad in grads[1:]]
+    exchange = all_to_all.exchange
+    dq, dk, dv = grads
+    if not exchange.repeats_kv_heads:
+        dk, dv = dk.to(dtype), dv.to(dtype)
+    queries = [PartitionedHeads(dq.to(dtype), exchange.query_heads)]
+    keys = [PartitionedHeads(grad, exchange.kv_heads) for grad in (dk, dv)]
+    groups = [queries + keys] if dk.dtype == dtype else [queries, keys]
+    dq, dk, dv = (grad for parts in groups for grad in all_to_all.to_tokens(parts))
+    return dq, dk, dv
 
 
 def planned_attention(
@@ -165,21 +152,23 @@ def planned_attention(
     dropout: Dropout | None,
     kept: KeptAttention | None = None,
 ) -> Tensor:
-    """The function above.
+    """Applies the autograd function.
 
     Args:
         plan: this rank's part of a schedule for these heads.
-        kernel: computes its tiles.
+        kernel: computes the tiles.
         q, k, v: [B, S, H, D], [B, S, G, D] and [B, S, G, E], contiguous.
-        scale: what scores are multiplied with.
-        dropout: of attention weights; its ``head0`` is this rank's first head before any trade.
-        kept: where the results are kept for a second call.
+        scale: the factor of the scores.
+        dropout: drops attention weights; its ``head0`` is this rank's first head before any
+            all-to-all.
+        kept: keeps the results for a second call.
 
     Returns:
         [B, S, H, E] in q's type.
     """
-    if dropout and plan.trade:
-        first = plan.trade.query_heads[plan.trade.index][0]
+    exchange = plan.head_exchange
+    if dropout and exchange:
+        first = exchange.query_heads[exchange.index][0]
         dropout = replace(dropout, head0=dropout.head0 + first)
     rows = plan.rounds[0].keys
     call = Call(kernel=kernel, scale=scale, dropout=dropout, rows=rows)

@@ -1,10 +1,10 @@
-"""Cutting one rank's attention to one arrival of keys into tiles: rectangles one kernel computes.
+"""Cutting one rank's attention to one arrival of keys into tiles: the rectangles of kernel calls.
 
 Coordinates are local: rows count in the rank's shard, columns in the keys as they arrived. Local
 order follows position, so the rows of one document are one run, and so are its keys in an arrival.
 
-*Own keys.* For one document, causal in position is causal in local order: a single square tile.
-Zigzag on 2 ranks, rank 0 (positions 0 1 6 7), one causal document:
+*Own keys.* For one document, causal order in position is causal order in the shard, so one square
+tile suffices. Zigzag on 2 ranks, rank 0 (positions 0 1 6 7), one causal document:
 
     q\\k  0 1 6 7
      0   x . . .      the whole shard is one causal square; the kernel skips the upper triangle
@@ -12,10 +12,10 @@ Zigzag on 2 ranks, rank 0 (positions 0 1 6 7), one causal document:
      6   x x x .
      7   x x x x
 
-*Keys of another rank.* Chunks never overlap, and a causal chunk attends an earlier chunk whole and
-a later one not at all, so what remains is at most one full rectangle per pair of chunks, inside the
-one document they can share. Rectangles that meet are fused: rank 1's keys (2 3 4 5) reach rank 0's
-late rows as one tile, rank 0's early keys (0 1) reach all rows of rank 1 as one tile:
+*Keys of another rank.* Chunks never overlap. A causal chunk attends all of an earlier chunk and
+nothing of a later one, so each pair of chunks needs at most one full rectangle, inside the one
+document that they can share. Adjacent rectangles are fused: rank 1's keys (2 3 4 5) reach the late
+rows of rank 0 as one tile, and rank 0's early keys (0 1) reach all rows of rank 1 as one tile:
 
     q\\k  2 3 4 5          q\\k  0 1
      0   . . . .           2   x x
@@ -23,13 +23,13 @@ late rows as one tile, rank 0's early keys (0 1) reach all rows of rank 1 as one
      6   x x x x           4   x x
      7   x x x x           5   x x
 
-*Windows* cut a rectangle along a diagonal band; such tiles are trimmed until every row has a key.
+*Windows* cut a rectangle along a diagonal band. Such tiles are trimmed until every row has a key.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal, NamedTuple
@@ -41,8 +41,8 @@ from cp_megatron.plan.mask import IntArray, Mask
 Span = tuple[int, int]
 
 
-class Piece(NamedTuple):
-    """A contiguous run of positions and where it lies in a local buffer."""
+class LocalRun(NamedTuple):
+    """A contiguous run of positions and its place in a local buffer."""
 
     start: int
     stop: int
@@ -52,7 +52,7 @@ class Piece(NamedTuple):
 class Reading(NamedTuple):
     """A run of queries, the keys it reads, and the documents of its first and last position."""
 
-    queries: Piece
+    queries: LocalRun
     keys: Span
     first_document: Span
     last_document: Span
@@ -60,19 +60,19 @@ class Reading(NamedTuple):
 
 @dataclass(frozen=True)
 class Band:
-    """Row i of a tile attends column j iff ``i - left <= j <= i + right``; None does not cut."""
+    """Row i of a tile attends column j iff ``i - left <= j <= i + right``; None is unlimited."""
 
     left: int | None = None
     right: int | None = None
 
     @property
     def is_full(self) -> bool:
-        """Every row attends every column."""
+        """Whether every row attends every column."""
         return self.left is None and self.right is None
 
     @property
     def is_causal(self) -> bool:
-        """Row i attends columns 0 .. i."""
+        """Whether row i attends columns 0 .. i."""
         return self.left is None and self.right == 0
 
 
@@ -84,7 +84,7 @@ CAUSAL = Band(right=0)
 class Tile:
     """Rows ``q0:q1`` of the shard against columns ``k0:k1`` of the arrival.
 
-    ``first``: no earlier tile of this rank touches these rows, so its result is stored, not merged.
+    ``first``: no earlier tile of this rank covers these rows, so the result is stored, not merged.
     """
 
     q0: int
@@ -96,7 +96,7 @@ class Tile:
 
     @property
     def kind(self) -> Literal["full", "causal", "window"]:
-        """``causal`` tiles are square."""
+        """``causal`` tiles are square; other bands are ``window``."""
         if self.band.is_full:
             return "full"
         square = self.q1 - self.q0 == self.k1 - self.k0
@@ -104,7 +104,7 @@ class Tile:
 
     @property
     def pairs(self) -> int:
-        """Attended pairs."""
+        """The number of attended pairs."""
         rows, columns = self.q1 - self.q0, self.k1 - self.k0
         if self.kind == "full":
             return rows * columns
@@ -119,17 +119,17 @@ class Tile:
         return int(np.maximum(end - first, 0).sum())
 
 
-def own_tiles(mask: Mask, shard: list[Piece]) -> list[Tile]:
-    """The tiles of a shard with its own keys; together they give every row its first keys."""
+def own_tiles(mask: Mask, shard: list[LocalRun]) -> list[Tile]:
+    """Cuts the attention of a shard to its own keys; the tiles give every row its first keys."""
     if mask.has_window:
         tiles = [
             tile
             for document in _documents_in(mask, shard)
             for q in document
-            for k in sorted(document, key=lambda piece: piece != q)
+            for k in sorted(document, key=lambda run: run != q)
             if (tile := _band_tile(q, k, mask)) is not None
         ]
-        # Every row attends itself, so a piece with itself covers all its rows: those come first.
+        # Every row attends itself, so a run with itself covers all its rows. Those tiles are first.
         diagonal = [replace(tile, first=True) for tile in tiles if tile.q0 == tile.k0]
         return diagonal + [tile for tile in tiles if tile.q0 != tile.k0]
     band = CAUSAL if mask.is_causal else FULL
@@ -142,7 +142,7 @@ def own_tiles(mask: Mask, shard: list[Piece]) -> list[Tile]:
 
 
 def merge_spans(spans: list[Span]) -> list[Span]:
-    """Joins spans that meet; ``spans`` ascend."""
+    """Joins adjacent spans; ``spans`` ascend."""
     merged: list[Span] = []
     for start, stop in spans:
         if merged and merged[-1][1] == start:
@@ -152,10 +152,15 @@ def merge_spans(spans: list[Span]) -> list[Span]:
     return merged
 
 
-def relative_spans(spans: Sequence[Span], held: Sequence[Span]) -> list[Span]:
-    """Where ``spans`` lie in a buffer that holds ``held`` one after the other.
+def num_positions(spans: Iterable[Span]) -> int:
+    """The number of positions in all ``spans`` together."""
+    return sum(stop - start for start, stop in spans)
 
-    Both ascend, and each span lies inside one of those held.
+
+def relative_spans(spans: Sequence[Span], held: Sequence[Span]) -> list[Span]:
+    """Returns the place of ``spans`` in a buffer that holds ``held`` one after the other.
+
+    Both ascend, and each span lies inside one of ``held``.
     """
     placed: list[Span] = []
     offset = index = 0
@@ -169,41 +174,41 @@ def relative_spans(spans: Sequence[Span], held: Sequence[Span]) -> list[Span]:
     return merge_spans(placed)
 
 
-def pack(spans: list[Span]) -> list[Piece]:
-    """Runs of positions, one after the other in a buffer."""
-    pieces = []
+def pack(spans: list[Span]) -> list[LocalRun]:
+    """Places runs of positions one after the other in a buffer."""
+    runs = []
     offset = 0
     for start, stop in spans:
-        pieces.append(Piece(start, stop, offset))
+        runs.append(LocalRun(start, stop, offset))
         offset += stop - start
-    return pieces
+    return runs
 
 
-def reading(mask: Mask, shard: list[Piece]) -> list[Reading]:
-    """What each piece of a shard reads, for those that read beyond themselves."""
-    starts = np.asarray([piece.start for piece in shard], dtype=np.int64)
-    stops = np.asarray([piece.stop for piece in shard], dtype=np.int64)
+def reading(mask: Mask, shard: list[LocalRun]) -> list[Reading]:
+    """Returns what each run of a shard reads, for the runs that read beyond themselves."""
+    starts = np.asarray([run.start for run in shard], dtype=np.int64)
+    stops = np.asarray([run.stop for run in shard], dtype=np.int64)
     low, high = key_intervals(mask, starts, stops)
     edges = mask.starts()
     first = np.searchsorted(edges, starts, side="right") - 1
     last = np.searchsorted(edges, stops - 1, side="right") - 1
     columns = (low, high, edges[first], edges[first + 1], edges[last], edges[last + 1])
     return [
-        Reading(piece, (a, b), (c, d), (e, f))
-        for piece, a, b, c, d, e, f in zip(shard, *(column.tolist() for column in columns))
-        if a < piece.start or b > piece.stop
+        Reading(run, (a, b), (c, d), (e, f))
+        for run, a, b, c, d, e, f in zip(shard, *(column.tolist() for column in columns))
+        if a < run.start or b > run.stop
     ]
 
 
-def remote_tiles(mask: Mask, queries: list[Reading], keys: list[Piece]) -> list[Tile]:
-    """The tiles of a shard with keys of other ranks, which ascend in position."""
+def remote_tiles(mask: Mask, queries: list[Reading], keys: list[LocalRun]) -> list[Tile]:
+    """Cuts the attention of a shard to keys of other ranks, which ascend in position."""
     if not keys:
         return []
     starts, stops = [key.start for key in keys], [key.stop for key in keys]
     tiles = []
     for q, (reach, end), first_document, last_document in queries:
         for k in keys[bisect_right(stops, reach) : bisect_left(starts, end)]:
-            # Disjoint runs share at most the document of the query nearest to the keys.
+            # Disjoint runs share at most the document of the query that is nearest to the keys.
             document = first_document if k.stop <= q.start else last_document
             q_part, k_part = _clip(q, document), _clip(k, document)
             tile = _band_tile(q_part, k_part, mask) if q_part and k_part else None
@@ -213,37 +218,38 @@ def remote_tiles(mask: Mask, queries: list[Reading], keys: list[Piece]) -> list[
 
 
 def key_intervals(mask: Mask, starts: IntArray, stops: IntArray) -> tuple[IntArray, IntArray]:
-    """Per chunk of queries the keys it reads, first and one after the last.
+    """Returns, for each chunk of queries, the first key that it reads and the end of the run.
 
-    One run of positions: a row attends itself, and its range moves on by at most one a row.
+    The keys are one run of positions, because each row attends itself and its range moves by at
+    most one position per row.
     """
     return mask.key_range(starts)[0], mask.key_range(stops - 1)[1]
 
 
-def _documents_in(mask: Mask, shard: list[Piece]) -> list[list[Piece]]:
-    """The shard's pieces, cut at document borders, one list per document."""
+def _documents_in(mask: Mask, shard: list[LocalRun]) -> list[list[LocalRun]]:
+    """The shard's runs, cut at document borders, one list per document."""
     starts = mask.starts()
-    begin = np.searchsorted(starts, [piece.start for piece in shard], side="right") - 1
-    end = np.searchsorted(starts, [piece.stop - 1 for piece in shard], side="right")
-    documents: dict[int, list[Piece]] = {}
-    for piece, first, last in zip(shard, begin.tolist(), end.tolist()):
+    begin = np.searchsorted(starts, [run.start for run in shard], side="right") - 1
+    end = np.searchsorted(starts, [run.stop - 1 for run in shard], side="right")
+    documents: dict[int, list[LocalRun]] = {}
+    for run, first, last in zip(shard, begin.tolist(), end.tolist()):
         edges = starts[first : last + 1].tolist()
         for index, document in enumerate(pairwise(edges), start=first):
-            part = _clip(piece, document)
+            part = _clip(run, document)
             assert part is not None
             documents.setdefault(index, []).append(part)
     return list(documents.values())
 
 
-def _clip(piece: Piece, span: Span) -> Piece | None:
-    start, stop = max(piece.start, span[0]), min(piece.stop, span[1])
+def _clip(run: LocalRun, span: Span) -> LocalRun | None:
+    start, stop = max(run.start, span[0]), min(run.stop, span[1])
     if start >= stop:
         return None
-    return Piece(start, stop, piece.offset + start - piece.start)
+    return LocalRun(start, stop, run.offset + start - run.start)
 
 
-def _band_tile(q: Piece, k: Piece, mask: Mask) -> Tile | None:
-    """The part of ``q`` x ``k`` (one document) under the window, trimmed; None when empty."""
+def _band_tile(q: LocalRun, k: LocalRun, mask: Mask) -> Tile | None:
+    """The part of ``q`` x ``k`` (one document) under the window, trimmed; None if it is empty."""
     left, right = mask.window
     q0, q1, k0, k1 = q.start, q.stop, k.start, k.stop
     if right >= 0:
@@ -267,31 +273,23 @@ def _band_tile(q: Piece, k: Piece, mask: Mask) -> Tile | None:
 
 
 def _fuse(tiles: list[Tile]) -> list[Tile]:
-    """Joins full tiles that meet: first along the keys, then along the queries."""
-    wide: list[Tile] = []
-    for tile in sorted(tiles, key=lambda t: (t.q0, t.q1, t.k0)):
-        last = wide[-1] if wide else None
-        if (
-            last
-            and _joins(last, tile)
-            and (last.q0, last.q1, last.k1) == (tile.q0, tile.q1, tile.k0)
-        ):
-            wide[-1] = replace(last, k1=tile.k1)
-        else:
-            wide.append(tile)
-    tall: list[Tile] = []
-    for tile in sorted(wide, key=lambda t: (t.k0, t.k1, t.q0)):
-        last = tall[-1] if tall else None
-        if (
-            last
-            and _joins(last, tile)
-            and (last.k0, last.k1, last.q1) == (tile.k0, tile.k1, tile.q0)
-        ):
-            tall[-1] = replace(last, q1=tile.q1)
-        else:
-            tall.append(tile)
-    return tall
+    """Joins full tiles that are adjacent: first along the keys, then along the queries."""
+    wide = _join(
+        sorted(tiles, key=lambda t: (t.q0, t.q1, t.k0)),
+        lambda a, b: (a.q0, a.q1, a.k1) == (b.q0, b.q1, b.k0),
+    )
+    return _join(
+        sorted(wide, key=lambda t: (t.k0, t.k1, t.q0)),
+        lambda a, b: (a.k0, a.k1, a.q1) == (b.k0, b.k1, b.q0),
+    )
 
 
-def _joins(a: Tile, b: Tile) -> bool:
-    return a.band.is_full and b.band.is_full
+def _join(tiles: Iterable[Tile], are_adjacent: Callable[[Tile, Tile], bool]) -> list[Tile]:
+    joined: list[Tile] = []
+    for tile in tiles:
+        last = joined[-1] if joined else None
+        if last and last.band.is_full and tile.band.is_full and are_adjacent(last, tile):
+            joined[-1] = replace(last, q1=tile.q1, k1=tile.k1)
+        else:
+            joined.append(tile)
+    return joined

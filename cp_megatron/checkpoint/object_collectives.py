@@ -1,4 +1,4 @@
-"""All ranks of a group succeed or all of them fail, with the failure of the first that did."""
+"""Collectives of Python objects, and actions that succeed or fail on all ranks together."""
 
 from __future__ import annotations
 
@@ -10,45 +10,45 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 Group = dist.ProcessGroup | None
-"""Ranks that act together. None is all, and without torch.distributed this process alone."""
+"""Ranks that act together. None means all ranks, or this process if there are no ranks."""
 Result = TypeVar("Result")
 
 
 def rank_in(group: Group) -> int:
-    """This process's number in the group."""
+    """Returns this process's rank in the group."""
     return dist.get_rank(group) if dist.is_initialized() else 0
 
 
 def size_of(group: Group) -> int:
-    """Processes in the group."""
+    """Returns the number of ranks in the group."""
     return dist.get_world_size(group) if dist.is_initialized() else 1
 
 
-def agreed(action: Callable[[], Result], group: Group) -> Result:
-    """Runs it on every rank; when one fails, all raise the failure of the first that did."""
+def on_all_ranks(action: Callable[[], Result], group: Group) -> Result:
+    """Runs an action on every rank. If it fails on any, every rank raises the first failure."""
     result, failure = attempt(action)
-    raise_first(gathered(failure, group))
+    raise_first(all_gather_objects(failure, group))
     assert result is not None
     return result
 
 
 def attempt(action: Callable[[], Result]) -> tuple[Result | None, Exception | None]:
-    """What it returns, or what it raises in a form that other ranks can be told."""
+    """Returns the action's result, or its exception in a form that can be sent to other ranks."""
     try:
         return action(), None
     except Exception as error:
-        return None, _tellable(error)
+        return None, _picklable(error)
 
 
 def raise_first(failures: list[Exception | None]) -> None:
-    """Raises the first failure there is."""
+    """Raises the first exception of the list, if there is one."""
     for failure in failures:
         if failure is not None:
             raise failure
 
 
-def gathered(value: Any, group: Group) -> list[Any]:
-    """Every rank's value, on every rank."""
+def all_gather_objects(value: Any, group: Group) -> list[Any]:
+    """Returns every rank's value, in rank order, on every rank."""
     if not dist.is_initialized():
         return [value]
     values: list[Any] = [None] * size_of(group)
@@ -56,8 +56,8 @@ def gathered(value: Any, group: Group) -> list[Any]:
     return values
 
 
-def from_first(value: Any, group: Group) -> Any:
-    """The first rank's value, on every rank."""
+def broadcast_object(value: Any, group: Group) -> Any:
+    """Returns the first rank's value on every rank."""
     if not dist.is_initialized():
         return value
     values = [value]
@@ -65,8 +65,8 @@ def from_first(value: Any, group: Group) -> Any:
     return values[0]
 
 
-def _tellable(error: Exception) -> Exception:
-    """The error, or a RuntimeError with its text where it can not be sent."""
+def _picklable(error: Exception) -> Exception:
+    """Returns the error, or a RuntimeError with its traceback if the error cannot be pickled."""
     try:
         pickle.loads(pickle.dumps(error))
     except Exception:

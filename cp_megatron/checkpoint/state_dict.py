@@ -1,4 +1,10 @@
-"""What of a model and its AdamW a checkpoint holds, tensor by tensor."""
+"""Names the tensors of a model and its AdamW state that a checkpoint stores.
+
+``model.<name>`` is a parameter or a persistent buffer; ``optimizer.<name>.<moment>`` (``exp_avg``,
+``exp_avg_sq``) is what the optimizer keeps for a parameter. The number of a parameter's updates is
+stored in the manifest. Tied tensors are stored once, under their first name. Learning rates are not
+stored, because the schedule is a function of the step.
+"""
 
 from __future__ import annotations
 
@@ -10,17 +16,18 @@ from torch.optim import Optimizer
 
 
 def model_state(model: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, Tensor]]:
-    """The parameters by name, and the state they and the buffers are stored as.
+    """Returns the parameters by name, and the tensors to store of parameters and buffers.
 
-    ``state_dict`` and not ``named_parameters``: it makes FSDP put its shards back into the module
-    (they are gathered after a forward pass without backward), and leaves out passing buffers.
+    This calls ``state_dict`` and not ``named_parameters``: it makes FSDP put its shards back into
+    the module (they stay gathered after a forward pass without a backward pass), and it leaves out
+    buffers that are not persistent.
     """
     parameters: dict[str, nn.Parameter] = {}
     state: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, tensor in model.state_dict(keep_vars=True).items():
         if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} is not a tensor; a checkpoint holds no pickles")
+            raise TypeError(f"{name} is not a tensor, and a checkpoint stores no pickles")
         if id(tensor) in seen:
             continue
         seen.add(id(tensor))
@@ -33,6 +40,7 @@ def model_state(model: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, Te
 def optimizer_state(
     parameters: Mapping[str, nn.Parameter], optimizer: Optimizer | None
 ) -> dict[str, Tensor]:
+    """Returns the optimizer's tensors to store, except the update counts."""
     return {
         f"optimizer.{name}.{moment}": value
         for name, values in _states(parameters, optimizer)
@@ -44,6 +52,7 @@ def optimizer_state(
 def optimizer_steps(
     parameters: Mapping[str, nn.Parameter], optimizer: Optimizer | None
 ) -> dict[str, int]:
+    """Returns the number of updates of each parameter that has optimizer state."""
     return {
         name: int(values["step"])
         for name, values in _states(parameters, optimizer)
@@ -51,10 +60,16 @@ def optimizer_steps(
     }
 
 
+def split_optimizer_name(entry_name: str) -> tuple[str, str]:
+    """``optimizer.layers.0.weight.exp_avg`` -> (``layers.0.weight``, ``exp_avg``)."""
+    name, _, moment = entry_name.removeprefix("optimizer.").rpartition(".")
+    return name, moment
+
+
 def _states(
     parameters: Mapping[str, nn.Parameter], optimizer: Optimizer | None
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     for name, parameter in parameters.items():
-        # ``state`` is a defaultdict: asking for a parameter it lacks would add it.
+        # ``state`` is a defaultdict: looking a missing parameter up would add it.
         if optimizer is not None and parameter in optimizer.state:
             yield name, optimizer.state[parameter]

@@ -1,0 +1,270 @@
+"""The buffers that the messages of one attention occupy: their names and their sizes.
+
+``context_parallel`` asks these functions which buffers to take, and ``memory`` adds up their sizes
+before a tensor exists. A buffer is kept from one attention to the next and grows to its largest
+message. Each buffer of p2p holds at most the tokens of a shard, whatever the number of ranks:
+
+    keys               2   this round's arrival and the next one
+    sent keys          1   keys to send that are not one run of the arrival
+    gradients          2   the sums of this round, and those of the round before, which are sent
+    sent gradients     2   gradients to pass on or to return that are not one run of the sums
+    passed, returned   2   gradients that arrive
+
+Round 0 has no arrival yet, so its keys to send are packed into the second buffer for keys. The last
+three rows occur in backward only and hold sums: float32, or float64 for float64 inputs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
+
+from cp_megatron.plan.gather import Gather
+from cp_megatron.plan.heads import HeadExchange
+from cp_megatron.plan.rounds import Message, Round
+from cp_megatron.plan.schedule import Schedule
+from cp_megatron.plan.tiling import Span, num_positions
+
+MAX_PORTIONS = 4
+"""Each further portion is one more collective and makes tiles smaller; four hide all but a quarter
+of the communication."""
+LEAST_PORTION = 4 << 20
+"""Bytes: below this size of a portion, starting another collective costs more than it hides."""
+
+SENT_HEADS, RECEIVED_HEADS = "keys 0", "keys 1"
+"""An all-to-all uses the buffers for keys, because it never runs at the same time as the rounds."""
+
+
+class Buffer(NamedTuple):
+    """A named buffer and the number of tokens that a message occupies in it."""
+
+    name: str
+    num_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundBuffers:
+    """The buffers of one round of p2p. None means that the round does not need the buffer.
+
+    Attributes:
+        sent_keys: keys to send. Keys that form one run of the arrival are sent in place.
+        arrival: the keys of the next round.
+        gradients: sums of the gradients of this round's keys; None for the own keys, whose
+            gradients are returned to the caller and need memory of their own.
+        sent_passed, sent_returned: gradients to pass on or to return; one run is sent in place.
+        passed, returned: gradients that arrive after this round.
+    """
+
+    sent_keys: Buffer | None
+    arrival: Buffer | None
+    gradients: Buffer | None
+    sent_passed: Buffer | None
+    sent_returned: Buffer | None
+    passed: Buffer | None
+    returned: Buffer | None
+
+
+def ring_buffers(rounds: Sequence[Round]) -> tuple[RoundBuffers, ...]:
+    """Assigns the messages of each round to buffers."""
+    assigned = []
+    filled = 0  # which of the two buffers for keys the next arrival fills
+    for number, round_ in enumerate(rounds):
+        sent = round_.send_keys
+        is_own = sent is not None and sent.owner == rounds[0].owner
+        name = "sent keys" if number else f"keys {1 - filled}"
+        sums = Buffer(f"gradients {number % 2}", round_.num_keys)
+        assigned.append(
+            RoundBuffers(
+                sent_keys=_buffer(name, sent) if is_own else _unless_one_run(name, sent),
+                arrival=_buffer(f"keys {filled}", round_.receive_keys),
+                gradients=sums if number and round_.num_keys else None,
+                sent_passed=_unless_one_run("sent gradients, pass", round_.pass_grads),
+                sent_returned=_unless_one_run("sent gradients, return", round_.return_grads),
+                passed=_buffer("passed", round_.receive_passed),
+                returned=_buffer("returned", round_.receive_returned),
+            )
+        )
+        if round_.receive_keys:
+            filled = 1 - filled
+    return tuple(assigned)
+
+
+def _buffer(name: str, message: Message | None) -> Buffer | None:
+    return Buffer(name, message.num_tokens) if message else None
+
+
+def _unless_one_run(name: str, message: Message | None) -> Buffer | None:
+    return _buffer(name, message) if message and len(message.spans) > 1 else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class GatherBuffers:
+    """The buffers of one portion of an all-gather.
+
+    Attributes:
+        given, gathered: input and output of the all-gather. Two portions alternate, because one is
+            gathered while the other is computed.
+        picked: the gathered keys that this rank reads; None if they are one run, or none at all.
+        gradients: gradients of the picked keys.
+        spread, returned: input and output of the reduce-scatter of gradients.
+    """
+
+    given: Buffer
+    gathered: Buffer
+    picked: Buffer | None
+    gradients: Buffer | None
+    spread: Buffer
+    returned: Buffer
+
+
+def gather_buffers(gather: Gather, num_ranks: int, number: int) -> GatherBuffers:
+    """Assigns portion ``number`` of an all-gather over ``num_ranks`` to buffers."""
+    width, total, num_picked = gather.width, num_ranks * gather.width, num_positions(gather.picked)
+    return GatherBuffers(
+        given=Buffer(f"given {number % 2}", width),
+        gathered=Buffer(f"gathered {number % 2}", total),
+        picked=Buffer("picked", num_picked) if len(gather.picked) > 1 else None,
+        gradients=Buffer("gradients", num_picked) if num_picked else None,
+        spread=Buffer("spread", total),
+        returned=Buffer("returned", width),
+    )
+
+
+def gather_portions(
+    gather: Gather, num_ranks: int, num_kv_heads: int, head_bytes: int
+) -> list[Span]:
+    """Splits key/value heads into the nearly equal runs that are gathered one after the other.
+
+    Args:
+        gather: this rank's part of the collective.
+        num_ranks: the number of ranks that gather.
+        num_kv_heads: the number of key/value heads.
+        head_bytes: bytes of the keys and values of one head of one token, for the whole batch.
+    """
+    num_bytes = num_ranks * gather.width * num_kv_heads * head_bytes
+    count = min(num_kv_heads, MAX_PORTIONS, max(1, num_bytes // LEAST_PORTION))
+    edges = [number * num_kv_heads // count for number in range(count + 1)]
+    return list(pairwise(edges))
+
+
+def message_widths(
+    exchange: HeadExchange, tensors: Iterable[tuple[Sequence[Span], int]], *, to_heads: bool
+) -> tuple[list[int], list[int]]:
+    """Elements per token of the messages that a rank sends to and receives from each peer.
+
+    Args:
+        exchange: this rank's part of the all-to-all.
+        tensors: for each tensor, the heads that each peer computes, and the width of a head.
+        to_heads: whether tokens are exchanged for heads; otherwise heads for tokens.
+    """
+    tensors = list(tensors)
+    peers = range(len(exchange.peers))
+    all_heads = [sum(num_positions([heads[i]]) * dim for heads, dim in tensors) for i in peers]
+    own_heads = [all_heads[exchange.index]] * len(all_heads)
+    return (all_heads, own_heads) if to_heads else (own_heads, all_heads)
+
+
+# ---- the sizes of a whole pass -------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionSizes:
+    """Sizes of one rank's queries, keys and values.
+
+    Attributes:
+        batch, num_tokens: rows, and tokens of each row on this rank.
+        heads, kv_heads, head_dim: as this rank holds them before any all-to-all.
+        element: bytes of one element of the activations.
+        exact: bytes of one element of a sum.
+    """
+
+    batch: int
+    num_tokens: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    element: int
+    exact: int
+
+
+class BufferSizes:
+    """The size in bytes of each buffer, grown to the largest message so far."""
+
+    def __init__(self) -> None:
+        self._sizes: dict[str, int] = {}
+
+    def grow(self, name: str, num_bytes: int) -> None:
+        """Makes a buffer large enough for a message."""
+        self._sizes[name] = max(num_bytes, self._sizes.get(name, 0))
+
+    @property
+    def num_bytes(self) -> int:
+        """The sum over all buffers."""
+        return sum(self._sizes.values())
+
+    def add_forward(self, schedule: Schedule, rank: int, x: AttentionSizes) -> None:
+        """Grows the buffers to what the forward pass of one attention needs on ``rank``."""
+        exchange = schedule.heads(rank)
+        if exchange is None:
+            return self._move_keys(schedule, rank, x, backward=False)
+        q, kv = exchange.query_heads, exchange.kv_heads
+        self._exchange_heads(exchange, x, [q, kv, kv], x.element, to_heads=True)
+        self._move_keys(schedule, rank, x, backward=False)
+        self._exchange_heads(exchange, x, [q], x.element, to_heads=False)
+
+    def add_backward(self, schedule: Schedule, rank: int, x: AttentionSizes) -> None:
+        """Grows the buffers to what the backward pass of one attention needs on ``rank``."""
+        exchange = schedule.heads(rank)
+        if exchange is None:
+            return self._move_keys(schedule, rank, x, backward=True)
+        q, kv = exchange.query_heads, exchange.kv_heads
+        self._exchange_heads(exchange, x, [q], x.element, to_heads=True)
+        self._move_keys(schedule, rank, x, backward=True)
+        element = x.exact if exchange.repeats_kv_heads else x.element
+        groups = [[q, kv, kv]] if element == x.element else [[q], [kv, kv]]
+        for tensors, size in zip(groups, (x.element, element)):
+            self._exchange_heads(exchange, x, tensors, size, to_heads=False)
+
+    def _grow_all(self, buffers: Iterable[Buffer | None], token_bytes: int) -> None:
+        for buffer in buffers:
+            if buffer:
+                self.grow(buffer.name, buffer.num_tokens * token_bytes)
+
+    def _exchange_heads(
+        self,
+        exchange: HeadExchange,
+        x: AttentionSizes,
+        tensors: Iterable[Sequence[Span]],
+        element: int,
+        *,
+        to_heads: bool,
+    ) -> None:
+        widths = message_widths(exchange, [(t, x.head_dim) for t in tensors], to_heads=to_heads)
+        for name, per_peer in zip((SENT_HEADS, RECEIVED_HEADS), widths):
+            self.grow(name, math.prod((x.num_tokens, x.batch, sum(per_peer), element)))
+
+    def _move_keys(
+        self, schedule: Schedule, rank: int, x: AttentionSizes, *, backward: bool
+    ) -> None:
+        gather, exchange = schedule.gather(rank), schedule.heads(rank)
+        head = x.batch * 2 * x.head_dim
+        if gather:
+            num_ranks = schedule.layout.cp_size
+            portions = gather_portions(gather, num_ranks, x.kv_heads, head * x.element)
+            for number, (start, stop) in enumerate(portions if gather.width else []):
+                use, token = gather_buffers(gather, num_ranks, number), (stop - start) * head
+                self._grow_all((use.given, use.gathered, use.picked), token * x.element)
+                if backward:
+                    self._grow_all((use.gradients, use.spread, use.returned), token * x.exact)
+            return
+        kv_heads = num_positions([exchange.kv_heads[exchange.index]]) if exchange else x.kv_heads
+        for buffers in ring_buffers(schedule.rounds(rank)):
+            keys = buffers.sent_keys, buffers.arrival
+            self._grow_all(keys, kv_heads * head * x.element)
+            if backward:
+                sent = buffers.sent_passed, buffers.sent_returned
+                sums = buffers.gradients, *sent, buffers.passed, buffers.returned
+                self._grow_all(sums, kv_heads * head * x.exact)
