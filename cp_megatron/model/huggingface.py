@@ -161,16 +161,9 @@ def shard_batch(
     cp_size = dist.get_world_size(group) if group is not None else 1
     padding = -sum(lengths[0]) % sequence_divisor("zigzag" if layout == "auto" else layout, cp_size)
     mask = _mask([*lengths[0], padding] if padding else lengths[0])
+    options = layout, exchange, kernel, route, hierarchical_sizes
     cp = ContextParallel(
-        group,
-        mask,
-        layout,
-        exchange,
-        kernel,
-        route,
-        hierarchical_sizes,
-        deterministic=deterministic,
-        check_ranks=check_ranks,
+        group, mask, *options, deterministic=deterministic, check_ranks=check_ranks
     )
     batch: dict[str, Any] = {
         name: cp.shard(_pad(name, x, padding), 1) for name, x in tokens.items()
