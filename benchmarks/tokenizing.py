@@ -34,8 +34,10 @@ import numpy as np
 from cp_megatron.config.words import read_options
 from cp_megatron.data.prepare.prepare import Request, cores, prepare
 from cp_megatron.data.read.indexed import IndexedDataset, optimal_dtype
-from cp_megatron.data.read.sources import decode, load_corpus
-from cp_megatron.data.tokenize.tokenizer_huggingface import HuggingFaceTokenizer, train_byte_level
+from cp_megatron.data.read.text_files import load_text_files
+from cp_megatron.data.tokenize.tokenizer import ByteTokenizer
+from cp_megatron.data.tokenize.tokenizer_huggingface import HuggingFaceTokenizer
+from tests.data.tokenizer_files import train_byte_level
 
 BATCH_BYTES = 1 << 24
 TRAINED_ON = 4_000_000
@@ -61,9 +63,13 @@ class Arguments:
 
 def documents(text: str | None, size: int) -> Iterator[str]:
     """Documents of ``size`` bytes in all, no two alike."""
-    corpus = load_corpus([text] if text else [])
+    tokenizer = ByteTokenizer()
+    corpus = load_text_files([text] if text else [], tokenizer)
     ends = [*corpus.document_starts.tolist()[1:], len(corpus.tokens)]
-    files = [decode(corpus.tokens[start:end]) for start, end in zip(corpus.document_starts, ends)]
+    files = [
+        tokenizer.decode(corpus.tokens[start:end])
+        for start, end in zip(corpus.document_starts, ends)
+    ]
     rng = random.Random(0)
     while size > 0:
         lines = rng.choice(files).splitlines(keepends=True)
@@ -128,7 +134,7 @@ def measure(arguments: Arguments, folder: Path) -> dict[str, object]:
             run = run_ours if name == "ours" else run_library
             seconds[name].append(run(source, tokenizer, output))
     made = IndexedDataset.open(f"{folder / 'ours'}_text_document")
-    assert np.array_equal(made.tokens, np.fromfile(folder / "library", dtype=made.dtype))
+    assert np.array_equal(made.tokens, np.fromfile(folder / "library", dtype=made.tokens.dtype))
     ratios = [ours / library for ours, library in zip(seconds["ours"], seconds["library"])]
     return {
         "result": "prepare",

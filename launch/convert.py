@@ -1,6 +1,6 @@
 """Converts a model: ``python launch/convert.py --from-gguf FILE.gguf | --load RUN --output DIR``.
 
-The folder is what transformers reads: configuration, weights, tokenizer.
+The result is a folder that transformers reads: configuration, weights, tokenizer.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from cp_megatron.train.signals import leave, stop_at_once
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs the program; the exit code: 0 done, 2 a flag or a file can not be honoured."""
+    """Runs the program and returns the exit code: 0 done, 2 a flag or a file cannot be used."""
     stop_at_once()
     try:
         arguments = parse_arguments(argv, program=CONVERT)

@@ -1,6 +1,6 @@
 """Turns documents into Megatron's .bin/.idx: ``python launch/prepare_data.py [FLAGS]``.
 
-A run that was stopped goes on where it was when the same command is given again.
+To continue a run that was stopped, give the same command again.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from cp_megatron.preflight.start_table import error_line
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs the program; the exit code: 0 done, 2 a flag can not be honoured, 130 stopped."""
-    # Also where a script has started it with &, which leaves SIGINT ignored.
+    """Runs the program and returns the exit code: 0 done, 2 a wrong flag or input, 130 stopped."""
+    # A shell script that starts the program with & has it ignore SIGINT.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, _stop)
     try:

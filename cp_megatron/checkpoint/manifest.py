@@ -12,10 +12,11 @@ import math
 import re
 import stat
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 from cp_megatron.checkpoint.step_folders import MANIFEST, finished_steps
 from cp_megatron.errors import ConfigError
@@ -24,6 +25,7 @@ FLAG = "--load"
 FORMAT_VERSION = 1
 MAX_MANIFEST_BYTES = 1 << 30
 SHARD_FILE = re.compile(r"rank-[0-9]{5,}\.safetensors")
+_SURROGATE = re.compile("[\ud800-\udfff]")
 ELEMENT_BYTES: Mapping[str, int] = MappingProxyType(
     {
         "float64": 8,
@@ -91,7 +93,7 @@ class Manifest:
         tensors: ``model.<name>`` and ``optimizer.<name>.<moment>``.
     """
 
-    version: int
+    version: int = FORMAT_VERSION
     step: int
     consumed: int
     config: Mapping[str, Any]
@@ -102,8 +104,8 @@ class Manifest:
     grid: Mapping[str, int]
     optimizer_steps: Mapping[str, int]
     extra: Mapping[str, Any]
-    files: Mapping[str, FileEntry]
-    tensors: Mapping[str, TensorEntry]
+    files: Mapping[str, FileEntry] = field(default_factory=dict)
+    tensors: Mapping[str, TensorEntry] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """Returns the text of ``manifest.json``: the fields and their SHA-256."""
@@ -123,20 +125,23 @@ def read_manifest(folder: Path | str) -> Manifest:
         ConfigError: the manifest has another version.
     """
     folder = Path(folder)
-    document = _Fields(folder, "", _read_json(folder))
-    fields = _Fields(folder, "", document.mapping("manifest"))
+    document = _read_json(folder)
+    fields = document.get("manifest") if isinstance(document, dict) else None
+    if not isinstance(fields, dict):
+        raise _malformed(folder, "manifest is missing or not valid")
     try:
-        digest = _sha256(fields.value)
+        if document.get("sha256") != _sha256(fields):
+            raise damaged(folder, f"{MANIFEST} is damaged: its SHA-256 does not match")
+        version = _decode(int, fields.get("version"), "version")
+        if version != FORMAT_VERSION:
+            rule = f"has checkpoint format {version}, but this program reads {FORMAT_VERSION}"
+            raise ConfigError(FLAG, folder, rule, "the version of the program that wrote it")
+        manifest: Manifest = _decode(Manifest, fields, "")
     except RecursionError:
         raise _malformed(folder, "it is nested too deep") from None
-    if document.text("sha256") != digest:
-        raise damaged(folder, f"{MANIFEST} is damaged: its SHA-256 does not match")
-    version = fields.count("version")
-    if version != FORMAT_VERSION:
-        rule = f"has checkpoint format {version}, but this program reads {FORMAT_VERSION}"
-        raise ConfigError(FLAG, folder, rule, "the version of the program that wrote it")
-    manifest = _manifest(fields)
-    _check_chunks(folder, manifest)
+    except _FieldError as error:
+        raise _malformed(folder, f"{error} is missing or not valid") from None
+    _check_consistent(folder, manifest)
     return manifest
 
 
@@ -221,106 +226,47 @@ def _malformed(folder: Path, what: str) -> DamagedError:
     return damaged(folder, f"{MANIFEST} is malformed: {what}")
 
 
-@dataclass(frozen=True)
-class _Fields:
-    """Reads the fields of a JSON object; refuses missing fields and wrong types."""
+class _FieldError(Exception):
+    """Names a field that is missing or has a wrong type."""
 
-    folder: Path
-    where: str
-    value: Any
 
-    def _get(self, name: str, kind: type) -> Any:
-        value = self.value.get(name) if isinstance(self.value, dict) else None
-        # In Python, but not in JSON, a bool is an int.
-        if not isinstance(value, kind) or isinstance(value, bool):
-            raise self.wrong(name)
+def _decode(kind: Any, value: Any, name: str) -> Any:
+    """Converts JSON data to ``kind``: a dataclass above, or the type of one of its fields."""
+    # In Python, but not in JSON, a bool is an int.
+    if kind is Any or (kind is int and type(value) is int and 0 <= value < 1 << 63):
         return value
-
-    def wrong(self, name: str) -> DamagedError:
-        return _malformed(self.folder, f"{self.where}{name} is missing or not valid")
-
-    def count(self, name: str) -> int:
-        number: int = self._get(name, int)
-        if not 0 <= number < 1 << 63:
-            raise self.wrong(name)
-        return number
-
-    def text(self, name: str) -> str:
-        text: str = self._get(name, str)
-        # JSON can contain a lone surrogate, which no file name can hold.
-        if any("\ud800" <= letter <= "\udfff" for letter in text):
-            raise self.wrong(name)
-        return text
-
-    def mapping(self, name: str) -> dict[str, Any]:
-        mapping: dict[str, Any] = self._get(name, dict)
-        return mapping
-
-    def counts_by_name(self, name: str) -> dict[str, int]:
-        inner = _Fields(self.folder, f"{self.where}{name}.", self.mapping(name))
-        return {key: inner.count(key) for key in inner.value}
-
-    def counts(self, name: str) -> tuple[int, ...]:
-        values = self._get(name, list)
-        if any(type(number) is not int or not 0 <= number < 1 << 63 for number in values):
-            raise self.wrong(name)
-        return tuple(values)
-
-    def objects(self, name: str) -> dict[str, _Fields]:
-        mapping = self.mapping(name)
-        return {
-            key: _Fields(self.folder, f"{self.where}{name}.{key}.", mapping[key]) for key in mapping
-        }
+    # JSON can contain a lone surrogate, which no file name can hold.
+    if kind is str and isinstance(value, str) and not _SURROGATE.search(value):
+        return value
+    arguments = get_args(kind)
+    if get_origin(kind) is tuple and isinstance(value, list):
+        return tuple(_decode(arguments[0], x, f"{name}.{n}") for n, x in enumerate(value))
+    if get_origin(kind) is Mapping and isinstance(value, dict):
+        return {key: _decode(arguments[1], x, f"{name}.{key}") for key, x in value.items()}
+    if kind in (Manifest, FileEntry, TensorEntry, ChunkEntry) and isinstance(value, dict):
+        kinds = _field_types(kind)
+        if kind is Manifest:
+            value = {"extra": {}, **value}  # older checkpoints do not have this field
+        fields = {x: _decode(kinds[x], value.get(x), f"{name}.{x}" if name else x) for x in kinds}
+        return kind(**fields)
+    raise _FieldError(name)
 
 
-def _manifest(fields: _Fields) -> Manifest:
-    return Manifest(
-        version=fields.count("version"),
-        step=fields.count("step"),
-        consumed=fields.count("consumed"),
-        config=fields.mapping("config"),
-        data_fingerprint=fields.text("data_fingerprint"),
-        vocab_size=fields.count("vocab_size"),
-        torch_version=fields.text("torch_version"),
-        package_version=fields.text("package_version"),
-        grid=fields.counts_by_name("grid"),
-        optimizer_steps=fields.counts_by_name("optimizer_steps"),
-        # Older checkpoints do not have this field.
-        extra=fields.mapping("extra") if "extra" in fields.value else {},
-        files={name: _file(name, entry) for name, entry in fields.objects("files").items()},
-        tensors={name: _tensor(entry) for name, entry in fields.objects("tensors").items()},
-    )
+@cache
+def _field_types(kind: Any) -> dict[str, Any]:
+    return get_type_hints(kind)
 
 
-def _file(name: str, entry: _Fields) -> FileEntry:
-    # The name has no separator and no leading dot, so it cannot lead out of the folder.
-    if not SHARD_FILE.fullmatch(name):
-        raise _malformed(entry.folder, f"{name!r} is not the name of a shard")
-    return FileEntry(size=entry.count("size"), sha256=entry.text("sha256"))
-
-
-def _tensor(entry: _Fields) -> TensorEntry:
-    dtype = entry.text("dtype")
-    if dtype not in ELEMENT_BYTES:
-        raise entry.wrong("dtype")
-    chunks = []
-    for number, chunk in enumerate(entry._get("chunks", list)):
-        fields = _Fields(entry.folder, f"{entry.where}chunks.{number}.", chunk)
-        chunks.append(
-            ChunkEntry(
-                offsets=fields.counts("offsets"),
-                sizes=fields.counts("sizes"),
-                file=fields.text("file"),
-                key=fields.text("key"),
-            )
-        )
-    return TensorEntry(dtype=dtype, shape=entry.counts("shape"), chunks=tuple(chunks))
-
-
-def _check_chunks(folder: Path, manifest: Manifest) -> None:
+def _check_consistent(folder: Path, manifest: Manifest) -> None:
     """Checks that the chunks of each tensor fill it exactly, and that their files can hold them."""
     held = dict.fromkeys(manifest.files, 0)
+    for name in held:
+        # The name has no separator and no leading dot, so it cannot lead out of the folder.
+        if not SHARD_FILE.fullmatch(name):
+            raise _malformed(folder, f"{name!r} is not the name of a shard")
     for name, tensor in manifest.tensors.items():
+        if tensor.dtype not in ELEMENT_BYTES:
+            raise _malformed(folder, f"{name} has the unknown dtype {tensor.dtype!r}")
         for chunk in tensor.chunks:
             if chunk.file not in held:
                 raise _malformed(folder, f"{name} is stored in {chunk.file!r}, which is not listed")

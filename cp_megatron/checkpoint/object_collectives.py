@@ -32,6 +32,14 @@ def on_all_ranks(action: Callable[[], Result], group: Group) -> Result:
     return result
 
 
+def on_first_rank(action: Callable[[], Result], group: Group) -> Result:
+    """Runs an action on the first rank. Every rank returns its result or raises its failure."""
+    result, failure = broadcast_object(None if rank_in(group) else attempt(action), group)
+    raise_first([failure])
+    first_result: Result = result
+    return first_result
+
+
 def attempt(action: Callable[[], Result]) -> tuple[Result | None, Exception | None]:
     """Returns the action's result, or its exception in a form that can be sent to other ranks."""
     try:

@@ -16,7 +16,7 @@ import shutil
 import time
 import traceback
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from threading import Thread, get_native_id
 from typing import Any
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import cp_megatron
-from cp_megatron.checkpoint.manifest import FORMAT_VERSION, FileEntry, Manifest, TensorEntry
+from cp_megatron.checkpoint.manifest import FileEntry, Manifest
 from cp_megatron.checkpoint.object_collectives import (
     Group,
     all_gather_objects,
@@ -135,6 +135,11 @@ class Save:
             raise self._failure
         return self.folder
 
+    def _start(self, job: _Job, began: float, background: bool) -> None:
+        self._thread = Thread(target=_finish, args=(self, job, began, background), daemon=True)
+        self._thread.start()
+        self.stopped_seconds = time.perf_counter() - began
+
 
 @dataclass(frozen=True, kw_only=True)
 class _Job:
@@ -142,8 +147,7 @@ class _Job:
 
     Attributes:
         target: the checkpoint's final name.
-        facts: the manifest's fields, except files and tensors.
-        tensors: on the first rank, the description of every tensor.
+        manifest: without files, and on other ranks than the first without tensors.
         image: the contents of this rank's shard; None if it writes nothing.
         failure: why the image could not be made.
         retention: which older checkpoints are kept.
@@ -151,8 +155,7 @@ class _Job:
     """
 
     target: Path
-    facts: Mapping[str, Any]
-    tensors: Mapping[str, TensorEntry]
+    manifest: Manifest
     image: Tensor | None
     failure: Exception | None
     retention: Retention
@@ -160,15 +163,7 @@ class _Job:
 
 
 def save_checkpoint(folder: Path | str, **arguments: Any) -> Path:
-    """Calls ``start_save`` and waits: on return the checkpoint is complete and on the disk.
-
-    Returns:
-        the checkpoint's folder.
-
-    Raises:
-        ConfigError: the checkpoint exists already or cannot be written; on every rank.
-        RuntimeError: a rank failed for another reason; on every rank, with its traceback.
-    """
+    """Calls ``start_save`` and waits, as ``Save.wait`` does, until the checkpoint is complete."""
     return start_save(folder, background=False, **arguments).wait()
 
 
@@ -213,31 +208,31 @@ def start_save(
     save = Save(folder=step_folder(Path(folder), step))
     parameters, state = model_state(model)
     state |= optimizer_state(parameters, optimizer)
-    facts = {
-        "step": step,
-        "consumed": consumed,
-        "config": asdict(config),
-        "data_fingerprint": data_fingerprint,
-        "vocab_size": vocab_size,
-        "grid": grid.sizes,
-        "optimizer_steps": optimizer_steps(parameters, optimizer),
-        "extra": extra or {},
-    }
+    manifest = Manifest(
+        step=step,
+        consumed=consumed,
+        config=asdict(config),
+        data_fingerprint=data_fingerprint,
+        vocab_size=vocab_size,
+        torch_version=torch.__version__,
+        package_version=cp_megatron.__version__,
+        grid=grid.sizes,
+        optimizer_steps=optimizer_steps(parameters, optimizer),
+        extra=extra or {},
+    )
     try:
-        job = _prepare(save.folder, state, facts, retention, cache, process_group)
+        job = _prepare(save.folder, state, manifest, retention, cache, process_group)
     except Exception as error:
         save._failure = error
-        return save
-    save._thread = Thread(target=_finish, args=(save, job, began, background), daemon=True)
-    save._thread.start()
-    save.stopped_seconds = time.perf_counter() - began
+    else:
+        save._start(job, began, background)
     return save
 
 
 def _prepare(
     target: Path,
     state: Mapping[str, Tensor],
-    facts: Mapping[str, Any],
+    manifest: Manifest,
     retention: Retention | None,
     cache: SaveCache | None,
     group: Group,
@@ -255,8 +250,7 @@ def _prepare(
     image, failure = attempt(copy)
     return _Job(
         target=target,
-        facts=facts,
-        tensors=plan.tensors,
+        manifest=replace(manifest, tensors=plan.tensors),
         image=image,
         failure=failure,
         retention=retention or Retention(),
@@ -319,16 +313,8 @@ def _write_shard(job: _Job) -> FileEntry | None:
 
 def _complete(job: _Job, files: Mapping[str, FileEntry]) -> None:
     """Runs on the first rank: writes the manifest, renames the folder, removes older ones."""
-    manifest = Manifest(
-        version=FORMAT_VERSION,
-        torch_version=torch.__version__,
-        package_version=cp_megatron.__version__,
-        files=files,
-        tensors=job.tensors,
-        **job.facts,
-    )
     temporary = temporary_folder(job.target)
-    write_text(temporary / MANIFEST, manifest.to_json())
+    write_text(temporary / MANIFEST, replace(job.manifest, files=files).to_json())
     sync(temporary)
     temporary.rename(job.target)
     sync(job.target.parent)

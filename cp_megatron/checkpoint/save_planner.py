@@ -24,7 +24,7 @@ from cp_megatron.checkpoint.object_collectives import (
     Group,
     all_gather_objects,
     attempt,
-    broadcast_object,
+    on_first_rank,
     raise_first,
     rank_in,
 )
@@ -62,7 +62,7 @@ def plan_save(
     *,
     group: Group,
     cached: CachedPlan | None,
-    begin: Callable[[], object],
+    begin: Callable[[], None],
 ) -> CachedPlan:
     """Plans this rank's part of a checkpoint. Every rank calls this.
 
@@ -83,8 +83,7 @@ def plan_save(
     assert signature is not None
     if cached is None or not all(valid for valid, _ in answers):
         cached = _new_plan(state, signature, group)
-    failure = None if rank_in(group) else attempt(begin)[1]
-    raise_first([broadcast_object(failure, group)])
+    on_first_rank(begin, group)
     return cached
 
 
@@ -99,35 +98,25 @@ def _signature(state: Mapping[str, Tensor], group: Group) -> tuple[object, ...]:
 def _new_plan(
     state: Mapping[str, Tensor], signature: tuple[object, ...], group: Group
 ) -> CachedPlan:
-    planner = _planner()
+    planner, tensors = _planner(), dict[str, TensorEntry]()
 
     def local() -> SavePlan:
         planner.set_up_planner(dict(state), is_coordinator=rank_in(group) == 0)
         return SavePlan(storable(planner.create_local_plan().items))
 
+    def merge() -> list[SavePlan]:
+        assigned, metadata = planner.create_global_plan([plan for plan, _ in answers])
+        tensors.update(_tensor_entries(metadata, assigned))
+        return assigned
+
     answers = all_gather_objects(attempt(local), group)
     raise_first([error for _, error in answers])
-    assigned: list[SavePlan] | None = None
-    tensors: dict[str, TensorEntry] = {}
-    failure: Exception | None = None
-    if rank_in(group) == 0:
-        merged, failure = attempt(lambda: _merge(planner, [plan for plan, _ in answers]))
-        assigned, tensors = merged or (None, {})
-    assigned, failure = broadcast_object((assigned, failure), group)
-    raise_first([failure])
-    assert assigned is not None
-    return CachedPlan(signature=signature, items=assigned[rank_in(group)].items, tensors=tensors)
+    items = on_first_rank(merge, group)[rank_in(group)].items
+    return CachedPlan(signature=signature, items=items, tensors=tensors)
 
 
 def _planner() -> DefaultSavePlanner:
     return DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-
-
-def _merge(
-    planner: DefaultSavePlanner, plans: list[SavePlan]
-) -> tuple[list[SavePlan], dict[str, TensorEntry]]:
-    merged, metadata = planner.create_global_plan(plans)
-    return merged, _tensor_entries(metadata, merged)
 
 
 def storable(items: Sequence[WriteItem]) -> list[WriteItem]:

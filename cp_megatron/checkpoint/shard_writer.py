@@ -24,7 +24,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
@@ -54,6 +54,7 @@ _CODES: Mapping[torch.dtype, str] = MappingProxyType(
         torch.bool: "BOOL",
     }
 )
+"""The names of dtypes in a safetensors header."""
 PIECE_BYTES = 1 << 20
 """Bytes hashed and written at once. With 16 MiB, a step during a save is 1-2% slower."""
 DIRECT_BYTES = 1 << 20
@@ -144,25 +145,27 @@ def write_image(path: Path, image: Tensor) -> FileEntry:
     """
     digest = hashlib.sha256()
     data = memoryview(image.numpy().data)
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-    try:
+    with _new_file(path) as descriptor:
         if len(data) >= DIRECT_BYTES:
             _set_direct(descriptor, True)
         for at in range(0, len(data), PIECE_BYTES):
             piece = data[at : at + PIECE_BYTES]
             digest.update(piece)
             write_all(descriptor, piece)
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
     return FileEntry(size=len(data), sha256=digest.hexdigest())
 
 
 def write_text(path: Path, text: str) -> None:
     """Writes a new UTF-8 file, and returns when it is on the disk."""
+    with _new_file(path) as descriptor:
+        write_all(descriptor, memoryview(text.encode()))
+
+
+@contextlib.contextmanager
+def _new_file(path: Path) -> Iterator[int]:
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
-        write_all(descriptor, memoryview(text.encode()))
+        yield descriptor
         os.fsync(descriptor)
     finally:
         os.close(descriptor)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 from cp_megatron.cli.parse import LaunchOptions, Program
+from cp_megatron.config.ranges import LARGEST_SIZE, Range, Size
 
 Part = Literal["train", "valid", "test", "all"]
 
@@ -18,13 +19,13 @@ class EvaluationOptions(LaunchOptions):
 
     tasks: tuple[str, ...] = TASKS
     """perplexity (by position), needle (a number to find again), variables (a chain to follow)."""
-    lengths: tuple[int, ...] = (512, 2048, 8192)
+    lengths: tuple[Annotated[int, Range(2, LARGEST_SIZE)], ...] = (512, 2048, 8192)
     """Tokens of a row, one column of the results each."""
-    num_samples: int = 8
+    num_samples: Size = 8
     """Rows per length; of needle, per length and depth."""
-    buckets: int = 8
+    buckets: Annotated[int, Range(1, 32)] = 8
     """Buckets of positions of the perplexity; each is twice as long as the one before."""
-    depths: tuple[int, ...] = (0, 25, 50, 75, 100)
+    depths: tuple[Annotated[int, Range(0, 100)], ...] = (0, 25, 50, 75, 100)
     """Where in the text the needle lies, in percent."""
     part: Part | None = None
     """Part of the data, as --split cuts it; by default all where --data-path is given, else what

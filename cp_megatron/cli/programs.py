@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Annotated
 
 from cp_megatron.cli.parse import LaunchOptions, Program
+from cp_megatron.config.ranges import Count, Range, Size
 from cp_megatron.errors import ConfigError
 
 
@@ -15,13 +17,13 @@ class GenerationOptions(LaunchOptions):
 
     prompt: str | None = None
     """The text to go on from; by default lines are read until Ctrl-D."""
-    max_new_tokens: int = 256
+    max_new_tokens: Size = 256
     """Tokens of an answer at most; it ends before at an end of document."""
-    temperature: float = 0.0
+    temperature: Annotated[float, Range(0, 1e6)] = 0.0
     """0 takes the likeliest token each time; above it tokens are drawn, flatter when larger."""
-    top_k: int = 0
+    top_k: Count = 0
     """Draw among the so many likeliest tokens; 0 is all."""
-    top_p: float = 1.0
+    top_p: Annotated[float, Range(0, 1, open_low=True)] = 1.0
     """Draw among the likeliest tokens whose probabilities reach this sum."""
     chat: bool = False
     """Talk: the tokenizer's chat template keeps the conversation."""
@@ -73,21 +75,16 @@ def refuse_unread(given: Collection[str], read: Collection[str], program: Progra
             raise ConfigError(flag, "", f"has no effect on {program.name}", "leave it out")
 
 
-def check_sampling(*, temperature: float, top_k: int, top_p: float) -> None:
-    """The rules of ``GenerationOptions`` on how a token is chosen.
+def check_sampling(options: GenerationOptions) -> None:
+    """Checks what the ranges of the single options do not say.
 
     Raises:
-        ConfigError: a number out of its range, or one that has no effect.
+        ConfigError: the temperature is too small, or an option has no effect.
     """
-    usable = temperature == 0 or 1e-6 <= temperature <= 1e6  # smaller ones leave finite numbers
-    for flag, value, fits, rule, works in (
-        ("--temperature", temperature, usable, "must be 0 or lie in 1e-6 to 1e6", "0"),
-        ("--top-k", top_k, top_k >= 0, "must not be below 0", "0"),
-        ("--top-p", top_p, 0 < top_p <= 1, "must lie in (0, 1]", "1.0"),
-    ):
-        if not fits:
-            raise ConfigError(flag, value, rule, works)
-    if temperature == 0 and (top_k, top_p) != (0, 1.0):
-        flag, value = ("--top-k", top_k) if top_k else ("--top-p", top_p)
-        rule = "has no effect at temperature 0, which takes the likeliest token"
+    if 0 < options.temperature < 1e-6:  # the scores would overflow
+        rule = "must be 0 or at least 1e-6"
+        raise ConfigError("--temperature", options.temperature, rule, "0")
+    if options.temperature == 0 and (options.top_k, options.top_p) != (0, 1.0):
+        flag, value = ("--top-k", options.top_k) if options.top_k else ("--top-p", options.top_p)
+        rule = "has no effect at temperature 0, which takes the most likely token"
         raise ConfigError(flag, value, rule, "--temperature 1.0")

@@ -170,8 +170,8 @@ class Setting:
         if not math.isfinite(value):
             raise ConfigError(self.flag, subject, "must be finite")
         if value not in self.range:
-            default = "1" if self.default is None else f"{self.default:g}"
-            works = self.range.nearest(value) or default
+            default = 1 if self.default is None else self.default
+            works = self.range.nearest(value) or f"{default:g}"
             raise ConfigError(self.flag, subject, self.range.rule, works)
         return value
 

@@ -18,32 +18,33 @@ from cp_megatron.checkpoint.find_checkpoint import named_step
 from cp_megatron.checkpoint.manifest import Manifest, read_manifest
 from cp_megatron.cli.evaluation_options import TASKS, EvaluationOptions, Part
 from cp_megatron.comm.runtime import Launch
-from cp_megatron.config import Config, LogConfig, ModelConfig, OptimizerConfig, TrainConfig
-from cp_megatron.config.fields import check_values, settings
+from cp_megatron.config import Config, ModelConfig
+from cp_megatron.config.fields import Setting, check_values, settings
 from cp_megatron.config.files.yaml_io import overlay
 from cp_megatron.config.ranges import LARGEST_SIZE
-from cp_megatron.data.tokenize.tokenizer import open_tokenizer
+from cp_megatron.data.tokenize.open_tokenizer import open_tokenizer
 from cp_megatron.errors import ConfigError
 from cp_megatron.evaluate.needle import Encode, Haystack, Kind, Task, make_task
+from cp_megatron.families.rope_fields import ROPE_FIELDS
 from cp_megatron.metrics.plots import require_matplotlib
 from cp_megatron.preflight.check import check
-from cp_megatron.preflight.rope_rules import FIELDS
 from cp_megatron.preflight.run_plan import RunPlan
 from cp_megatron.preflight.save_and_load import check_goes_on
 
-_READ: frozenset[str] = frozenset({"seed", "dtype", "bf16", "device", "deterministic"})
-"""Settings of the section ``train`` that an evaluation reads."""
-_ROPE: frozenset[str] = FIELDS | {"rope_type", "rotary_base", "original_max_position_embeddings"}
+_READ = frozenset({"seed", "dtype", "bf16", "device", "deterministic", "plot"})
+"""Settings of the sections ``train``, ``optimizer`` and ``log`` that an evaluation reads."""
+_ROPE: frozenset[str] = ROPE_FIELDS | {"rope_type", "rotary_base"}
 """Settings of rotary positions. They have no weights, so other values can be tried."""
-_UNREAD_ELSEWHERE: frozenset[str] = frozenset(
+_UNREAD_ELSEWHERE = frozenset(
     {
         *("save", "save_interval", "async_save", "keep_latest_k", "save_retain_interval"),
         *("seq_length", "micro_batch_size", "global_batch_size"),
         *("pad_rows", "document_mask", "allow_data_change", "sequence_parallel"),
         *("train_data_path", "valid_data_path", "test_data_path", "packing", "sft"),
-        *("hidden_dropout", "attention_dropout", "init_method_std"),
+        *("hidden_dropout", "attention_dropout"),
     }
 )
+"""Settings of other sections that an evaluation does not read."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,16 +174,6 @@ def _checked_options(options: EvaluationOptions, given: frozenset[str]) -> Evalu
     for task in asked or [""]:
         if task not in TASKS:
             raise ConfigError("--tasks", task, "is not a task", ", ".join(TASKS))
-    for flag, values, least, most in (
-        ("--lengths", options.lengths, 2, LARGEST_SIZE),
-        ("--num-samples", (options.num_samples,), 1, LARGEST_SIZE),
-        ("--buckets", (options.buckets,), 1, 32),
-        ("--depths", options.depths, 0, 100),
-    ):
-        for value in values:
-            if not least <= value <= most:
-                works = str(least if value < least else most)
-                raise ConfigError(flag, value, f"must lie in {least} to {most}", works)
     for flag, task in (
         ("--buckets", "perplexity"),
         ("--part", "perplexity"),
@@ -216,12 +207,16 @@ def _draws_pictures(config: Config, options: EvaluationOptions, given: frozenset
     return plot
 
 
+def _is_unread(row: Setting) -> bool:
+    """Whether an evaluation does not read this setting."""
+    if row.section in ("optimizer", "log", "train"):
+        return row.name not in _READ
+    return row.name in _UNREAD_ELSEWHERE
+
+
 def _refuse_training_flags(given: frozenset[str]) -> None:
     for row in settings().values():
-        unread = row.section == "optimizer" or row.name in _UNREAD_ELSEWHERE
-        unread |= row.section == "log" and row.name != "plot"
-        unread |= row.section == "train" and row.name not in _READ
-        if unread and row.flag in given:
+        if row.flag in given and (_is_unread(row) or row.name == "init_method_std"):
             works = "--lengths" if row.name == "seq_length" else "leave it out"
             raise ConfigError(row.flag, "", "has no effect on an evaluation", works)
 
@@ -244,34 +239,15 @@ def _check_sources(config: Config, options: EvaluationOptions, given: frozenset[
 
 def _without_training(config: Config) -> Config:
     """Resets what only training reads, so that the checks of a run do not judge it."""
-    model, data, train = config.model, config.data, config.train
+    model, default = config.model, Config()
     rows = model.max_position_embeddings
     if model.position_embedding_type == "learned_absolute":
-        rows = rows or data.seq_length
-    read = {name: getattr(train, name) for name in _READ}
-    return replace(
-        config,
-        model=replace(
-            model, hidden_dropout=0.0, attention_dropout=0.0, max_position_embeddings=rows
-        ),
-        parallel=replace(config.parallel, sequence_parallel=False),
-        data=replace(
-            data,
-            micro_batch_size=1,
-            global_batch_size=None,
-            train_data_path=(),
-            valid_data_path=(),
-            test_data_path=(),
-            packing="concatenate",
-            sft=False,
-            pad_rows=True,
-            document_mask=False,
-        ),
-        optimizer=OptimizerConfig(),
-        train=TrainConfig(train_iters=LARGEST_SIZE, eval_iters=0, **read),
-        checkpoint=replace(config.checkpoint, save=None),
-        log=LogConfig(plot=False),
-    )
+        rows = rows or config.data.seq_length
+    unread = [row for row in settings().values() if _is_unread(row)]
+    values = {row.name: getattr(getattr(default, row.section), row.name) for row in unread}
+    values |= {"micro_batch_size": 1, "pad_rows": True, "train_iters": LARGEST_SIZE}
+    values |= {"eval_iters": 0, "plot": False, "max_position_embeddings": rows}
+    return overlay(config, values)
 
 
 def _check_positions(model: ModelConfig, lengths: Sequence[int]) -> None:

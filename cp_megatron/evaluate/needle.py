@@ -56,8 +56,6 @@ class Task:
         kind: the kind of question.
         tokens: int64 [length], the intro, the text, the question and the answer.
         answer_start: the index of the answer's first token.
-        places: the index at which each inserted sentence begins.
-        inserted: the inserted sentences.
         answer: the answer as text.
         depth: the requested depth in percent; 0 for variables, which are spread over the text.
         sample: the number of the task among tasks of the same kind, length and depth.
@@ -66,8 +64,6 @@ class Task:
     kind: Kind
     tokens: Tokens
     answer_start: int
-    places: tuple[int, ...]
-    inserted: tuple[str, ...]
     answer: str
     depth: int
     sample: int
@@ -183,19 +179,15 @@ def make_task(
     end = 1 + draws.below(len(haystack.borders) - 1)
     text, borders = haystack.window(size, end)
     cuts = _places(kind, borders, size, depth, len(hidden), draws)
-    pieces, places, written = [ends[0]], [], 0
+    pieces, written = [ends[0]], 0
     for cut, piece in zip(cuts, hidden, strict=True):
-        pieces.append(text[written:cut])
-        places.append(sum(map(len, pieces)))
-        pieces.append(piece)
+        pieces += [text[written:cut], piece]
         written = cut
     pieces += [text[written:], ends[1], ends[2]]
     return Task(
         kind=kind,
         tokens=np.concatenate(pieces),
         answer_start=length - len(ends[2]),
-        places=tuple(places),
-        inserted=inserted,
         answer=answer,
         depth=depth,
         sample=sample,

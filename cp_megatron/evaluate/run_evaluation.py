@@ -6,9 +6,7 @@ import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from datetime import timedelta
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 import numpy.typing as npt
@@ -16,17 +14,16 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 
-from cp_megatron.checkpoint.huggingface import load_hf
+from cp_megatron.checkpoint.hf_load import load_hf
 from cp_megatron.checkpoint.load import load_checkpoint
 from cp_megatron.cli.evaluation_options import EVALUATE, EvaluationOptions
 from cp_megatron.comm.groups import ParallelGroups
 from cp_megatron.comm.runtime import Launch
 from cp_megatron.context_parallel import ContextParallel
-from cp_megatron.data.read.part import Part
-from cp_megatron.data.read.sources import Corpus
+from cp_megatron.data.read.corpus import Corpus, CorpusRange
 from cp_megatron.data.rows.corpora import open_single
 from cp_megatron.data.rows.sampler import count_rows, parse_split, split_sizes
-from cp_megatron.data.tokenize.tokenizer import open_tokenizer
+from cp_megatron.data.tokenize.open_tokenizer import open_tokenizer
 from cp_megatron.errors import ConfigError
 from cp_megatron.evaluate.check_evaluation import EvaluationSetup, make_tasks
 from cp_megatron.evaluate.needle import Haystack, Task, library_prose
@@ -40,10 +37,9 @@ from cp_megatron.evaluate.results import (
     write_results,
 )
 from cp_megatron.evaluate.score import LabeledRow, bucket_ends, perplexity_row, score, task_row
-from cp_megatron.model.parallelize import ComputeDType, build_model
 from cp_megatron.model.transformer import Transformer
 from cp_megatron.preflight.run_plan import DeviceName, RunPlan
-from cp_megatron.preflight.start import begin, make_context, read_alike
+from cp_megatron.preflight.start import begin, make_context, make_model, read_alike
 from cp_megatron.preflight.start_table import error_line
 
 HAYSTACK_ROWS = 64
@@ -91,7 +87,7 @@ def evaluate(
     corpus = read_alike(control, lambda: open_single(data)) if reads else None
     text = _text(setup, corpus) if corpus is not None and "perplexity" in options.tasks else None
     tasks = _tasks(setup, corpus)
-    evaluator = _Evaluator.load(setup, launch, device_name, control)
+    evaluator = _Evaluator.load(setup, launch, control)
     perplexity, answers = [], []
     for run in setup.runs:
         if text is not None:
@@ -111,7 +107,7 @@ def evaluate(
     return EvaluationResults(about=about, perplexity=tuple(perplexity), answers=tuple(answers))
 
 
-def _text(setup: EvaluationSetup, corpus: Corpus) -> Part:
+def _text(setup: EvaluationSetup, corpus: Corpus) -> CorpusRange:
     """Returns the part of the corpus whose perplexity is measured."""
     data, total = setup.longest.config.data, len(corpus.tokens)
     cuts = [0, total]
@@ -127,7 +123,7 @@ def _text(setup: EvaluationSetup, corpus: Corpus) -> Part:
         ends = np.cumsum(sizes).tolist()
         number = ("train", "valid", "test").index(setup.part)
         cuts = [ends[number] - sizes[number], ends[number]]
-    part = corpus.part(*cuts)
+    part = corpus.range(*cuts)
     size = len(part.tokens)
     for length in setup.options.lengths:
         if count_rows(size, length) == 0:
@@ -182,22 +178,10 @@ class _Evaluator:
         cls,
         setup: EvaluationSetup,
         launch: Launch,
-        device_name: DeviceName,
         control: dist.ProcessGroup,
     ) -> _Evaluator:
         """Builds the model for the longest rows and loads its weights."""
-        run = setup.longest
-        device = torch.device(f"cuda:{launch.local_rank}" if device_name == "cuda" else "cpu")
-        timeout = timedelta(minutes=run.config.parallel.distributed_timeout_minutes)
-        groups = ParallelGroups.create(run.grid, device.type, timeout)
-        model = build_model(
-            run.config,
-            groups,
-            vocab_size=run.vocab_size,
-            dtype=cast(ComputeDType, run.dtype),
-            device=device,
-            initialize=False,
-        )
+        model, groups, device = make_model(setup.longest, launch, initialize=False)
         if setup.manifest is None:
             load_hf(setup.load, model=model, process_group=control)
         else:
@@ -205,7 +189,7 @@ class _Evaluator:
         cps = {each.config.data.seq_length: make_context(each, groups) for each in setup.runs}
         return cls(model, groups, device, cps)
 
-    def perplexity(self, run: RunPlan, text: Part, options: EvaluationOptions) -> Perplexity:
+    def perplexity(self, run: RunPlan, text: CorpusRange, options: EvaluationOptions) -> Perplexity:
         """Scores rows that are spread evenly over the text and share no label."""
         length = run.config.data.seq_length
         available = count_rows(len(text.tokens), length)

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -138,42 +138,24 @@ def score(
     for number in range(place, -(-num_rows // dp) * dp, dp):
         # All ranks must take part in a forward pass; a rank without a row of its own repeats one.
         row = row_of(min(number, num_rows - 1))
-        tokens, labels, cells = _shard(row, cp, padding, counts=number < num_rows)
-        table += _score_shard(model, groups, cp, tokens, labels, cells, num_cells, device)
+        if number >= num_rows:
+            row = replace(row, labels=np.full_like(row.labels, IGNORED))
+        tokens, labels, cells = (x.to(device) for x in _shard(row, cp, padding))
+        counted = torch.nonzero(labels != IGNORED).squeeze(1)  # [n]
+        with _scoring_head(model, counted, labels[counted], groups.tp):
+            scores = model(tokens.unsqueeze(0), cp=cp)  # [n, 2]
+        values = torch.cat([scores, torch.ones_like(scores[:, :1])], dim=1)
+        # A matrix product adds in a fixed order; index_add on CUDA depends on the order of threads.
+        cell_of_token = torch.nn.functional.one_hot(cells[counted], num_cells)
+        table += cell_of_token.T.to(torch.float64) @ values
     dist.all_reduce(table, group=groups.dp_cp)
     return table.cpu().numpy()
 
 
-def _shard(
-    row: LabeledRow, cp: ContextParallel, padding: int, *, counts: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Pads a row and returns this rank's tokens, labels and cells: [S] -> [(S + p) / N]."""
-    labels = row.labels if counts else np.full_like(row.labels, IGNORED)
-    padded = ((row.tokens, 0), (labels, IGNORED), (row.cells, 0))
-    whole = [torch.from_numpy(np.pad(x, (0, padding), constant_values=v)) for x, v in padded]
-    tokens, labels_, cells = (cp.shard(x, 0) for x in whole)
-    return tokens, labels_, cells
-
-
-def _score_shard(
-    model: Transformer,
-    groups: ParallelGroups,
-    cp: ContextParallel,
-    tokens: Tensor,
-    labels: Tensor,
-    cells: Tensor,
-    num_cells: int,
-    device: torch.device,
-) -> Tensor:
-    """Returns the table [num_cells, 3] of this rank's tokens."""
-    counted = torch.nonzero(labels != IGNORED).squeeze(1)  # [n]
-    labels, counted = labels[counted].to(device), counted.to(device)
-    with _scoring_head(model, counted, labels, groups.tp):
-        scores = model(tokens.unsqueeze(0).to(device), cp=cp)  # [n, 2]
-    values = torch.cat([scores, torch.ones_like(scores[:, :1])], dim=1)
-    # A matrix product adds in a fixed order; index_add on CUDA depends on the order of threads.
-    cell_of_token = torch.nn.functional.one_hot(cells.to(device)[counted], num_cells)
-    return cell_of_token.T.to(torch.float64) @ values
+def _shard(row: LabeledRow, cp: ContextParallel, padding: int) -> Iterator[Tensor]:
+    """Pads a row and yields this rank's tokens, labels and cells: [S] -> [(S + p) / N]."""
+    for x, value in ((row.tokens, 0), (row.labels, IGNORED), (row.cells, 0)):
+        yield cp.shard(torch.from_numpy(np.pad(x, (0, padding), constant_values=value)), 0)
 
 
 @contextmanager

@@ -72,7 +72,6 @@ class ParameterSums:
 
 
 def _is_replicated(parameter: Tensor) -> bool:
-    """Whether every rank of the tensor parallel axis holds the same part."""
     if not isinstance(parameter, DTensor):
         return False
     axes = parameter.device_mesh.mesh_dim_names or ()
@@ -87,7 +86,6 @@ class Checks:
         interval: steps between two checks.
         parameters: the sums that the training step takes and compares.
         links: the sums of messages in the context parallel group.
-        groups: this rank's groups.
         control: a group of all ranks for CPU tensors.
         device: the device of messages in the context parallel group.
     """

@@ -94,7 +94,6 @@ class Guard:
         return {"losses": list(self._losses), "skipped": list(self._skipped)}
 
     def _limit(self) -> float:
-        """The largest loss that is not a spike."""
         if self._threshold is None or len(self._losses) < LEAST_WINDOW:
             return math.inf
         middle = median(self._losses)

@@ -90,11 +90,7 @@ def _parse(part: str, text: str, world_size: int | None) -> Fault:
 
 @dataclass(frozen=True, kw_only=True)
 class Faults:
-    """The faults of this rank, by default none.
-
-    Attributes:
-        mine: this rank's faults.
-    """
+    """The faults of this rank, by default none."""
 
     mine: tuple[Fault, ...] = ()
 

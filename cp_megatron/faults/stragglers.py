@@ -30,7 +30,7 @@ class Stragglers:
 
     Args:
         control: a group of all ranks for CPU tensors.
-        device: the device of this rank.
+        device: the device to probe.
     """
 
     def __init__(self, control: dist.ProcessGroup, device: torch.device) -> None:
@@ -45,10 +45,7 @@ class Stragglers:
     def find(self, step_seconds: float) -> list[str]:
         """Findings about the steps since the last call, the same on every rank.
 
-        Call it on every rank.
-
-        Args:
-            step_seconds: mean time of a step.
+        Call it on every rank, with the mean time of these steps.
         """
         if self._control.size() == 1:
             return []

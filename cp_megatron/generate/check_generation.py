@@ -19,11 +19,11 @@ from cp_megatron.cli.programs import (
 from cp_megatron.comm.runtime import Launch
 from cp_megatron.config import Config
 from cp_megatron.config.fields import check_values, settings
-from cp_megatron.config.ranges import LARGEST_SIZE
 from cp_megatron.data.tokenize.chat_template import Render, find_template
-from cp_megatron.data.tokenize.tokenizer import Tokenizer, open_tokenizer
+from cp_megatron.data.tokenize.open_tokenizer import open_tokenizer
+from cp_megatron.data.tokenize.tokenizer import Tokenizer
 from cp_megatron.errors import ConfigError
-from cp_megatron.families.llama import read_hf_config
+from cp_megatron.families.registry import read_hf_config
 from cp_megatron.preflight.rope_rules import check_rope
 
 _READ = (
@@ -76,7 +76,10 @@ def check_generation(
     """
     rotary = [row for row in settings().values() if row.name.startswith(_ROTARY)]
     refuse_unread(given, (*_READ, *(row.flag for row in rotary)), GENERATE)
-    _check_options(options, launch)
+    check_sampling(options)
+    if launch.world_size > 1:
+        rule = "text is generated on one rank"
+        raise ConfigError("--nproc-per-node", launch.world_size, rule, "python launch/generate.py")
     load, load_hf = config.checkpoint.load, config.checkpoint.load_hf
     if (load is None) == (load_hf is None):
         rule = "generation needs one trained model"
@@ -114,16 +117,6 @@ def end_tokens(raw: Mapping[str, Any]) -> frozenset[int]:
     """Returns the ``eos_token_id`` of a config.json, which is one token, a list or missing."""
     ids = raw.get("eos_token_id")
     return frozenset(x for x in (ids if isinstance(ids, list) else [ids]) if type(x) is int)
-
-
-def _check_options(options: GenerationOptions, launch: Launch) -> None:
-    if launch.world_size > 1:
-        rule = "text is generated on one rank"
-        raise ConfigError("--nproc-per-node", launch.world_size, rule, "python launch/generate.py")
-    if not 1 <= options.max_new_tokens <= LARGEST_SIZE:
-        rule = f"must lie in 1 to {LARGEST_SIZE}"
-        raise ConfigError("--max-new-tokens", options.max_new_tokens, rule, "256")
-    check_sampling(temperature=options.temperature, top_k=options.top_k, top_p=options.top_p)
 
 
 def _tokenizer(config: Config, vocab_size: int) -> Tokenizer:

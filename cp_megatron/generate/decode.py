@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from cp_megatron.cli.programs import check_sampling
 from cp_megatron.errors import ConfigError
 from cp_megatron.generate.key_value_cache import CachedRow, KeyValueCache
 from cp_megatron.model.transformer import Transformer
@@ -37,9 +36,6 @@ class Sampling:
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
-
-    def __post_init__(self) -> None:
-        check_sampling(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p)
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """Returns float64 [V], zero for removed tokens. The temperature must be above 0."""

@@ -19,7 +19,7 @@ G = key/value heads, D = head dim, E = value dim.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from itertools import count
 
 import torch
 import torch.nn.functional as F
@@ -82,13 +82,6 @@ def _grown(kept: Tensor, total: int) -> Tensor:
     return larger
 
 
-@dataclass
-class _Calls:
-    """The number of layers that have attended in this forward pass."""
-
-    count: int = 0
-
-
 class CachedRow(ContextParallel):
     """The context of one forward pass over the tokens that follow those in the cache.
 
@@ -112,7 +105,7 @@ class CachedRow(ContextParallel):
         self.cache, self.num_new = cache, num_new
         total = cache.length + num_new
         super().__init__(None, Mask.causal(row_len or total, window))
-        self._calls = _Calls()
+        self._layers = count()  # shared by layers with another window
 
     @property
     def document_positions(self) -> Tensor:  # type: ignore[override]
@@ -122,7 +115,7 @@ class CachedRow(ContextParallel):
     def with_mask(self, mask: Mask, layout: SequenceLayout | None = None) -> CachedRow:
         """Returns the context of the same tokens for layers with another window."""
         other = CachedRow(self.cache, self.num_new, row_len=self.mask.seq_len, window=mask.window)
-        other._calls = self._calls
+        other._layers = self._layers
         return other
 
     def attention(  # type: ignore[override]
@@ -139,8 +132,7 @@ class CachedRow(ContextParallel):
             [B, S, H, E].
         """
         assert not any(training.values()), "generation has no dropout and no recomputation"
-        keys, values = self.cache.append(self._calls.count, k, v)
-        self._calls.count += 1
+        keys, values = self.cache.append(next(self._layers), k, v)
         first = 0
         left = self.mask.window[0]
         if left >= 0:  # no query reads keys before the first query's window

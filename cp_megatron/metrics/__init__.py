@@ -1,1 +1,1 @@
-"""What a run leaves for people and programs: metrics, plots, Weights & Biases."""
+"""Metrics: metrics.jsonl, TensorBoard, Weights & Biases, and plots."""

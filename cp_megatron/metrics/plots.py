@@ -1,9 +1,8 @@
-"""Pictures of a run, as PNG files. The one file that imports matplotlib, which is optional.
+"""Plots of a run as PNG files. This is the only file that imports matplotlib, which is optional.
 
     python -m cp_megatron.metrics.plots RUN     draws RUN/curves.png again
 
-Figures are drawn by the Agg backend without pyplot: no display is needed, and nothing stays open.
-No torch.
+Figures are drawn by the Agg backend without pyplot, so they need no display and no closing.
 """
 
 from __future__ import annotations
@@ -26,20 +25,20 @@ INSTALL = "pip install 'cp_megatron[plot]'"
 DOTS_PER_INCH = 120
 
 _FEW = 40
-"""Points up to which each is marked, and below which a mean over neighbours says little."""
+"""Up to this number of points, each is marked, and no running mean is drawn."""
 _RAW, _MEAN, _OTHER = "#9db8d9", "#1f4e8c", "#d1661f"
 
-Row = Mapping[str, Any]
+LoggedStep = Mapping[str, Any]
 """One line of metrics.jsonl."""
 
 
 def has_matplotlib() -> bool:
-    """Whether pictures can be drawn; imports nothing."""
+    """Whether matplotlib is installed; does not import it."""
     return find_spec("matplotlib") is not None
 
 
 def require_matplotlib(flag: str, value: object = "") -> None:
-    """For a flag that asks for a picture.
+    """Refuses a flag that requests a plot if matplotlib is not installed.
 
     Raises:
         ConfigError: matplotlib is not installed.
@@ -49,8 +48,8 @@ def require_matplotlib(flag: str, value: object = "") -> None:
 
 
 def new_figure(width: float, height: float) -> Any:
-    """An empty matplotlib figure of that many inches, drawn by Agg; nobody has to close it."""
-    # On a new machine it announces that it reads the fonts.
+    """An empty matplotlib figure; width and height in inches."""
+    # On its first use, matplotlib announces that it builds a font cache.
     logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -61,10 +60,10 @@ def new_figure(width: float, height: float) -> Any:
 
 
 def save_figure(figure: Any, path: Path) -> Path:
-    """Writes a figure as PNG; a picture that is there already is replaced in one go.
+    """Writes a figure as PNG; an existing file is replaced atomically.
 
     Raises:
-        OSError: it can not be written.
+        OSError: the file cannot be written.
     """
     new = path.with_name(f"{path.name}.tmp")
     figure.savefig(new, format="png", dpi=DOTS_PER_INCH)
@@ -72,13 +71,13 @@ def save_figure(figure: Any, path: Path) -> Path:
     return path
 
 
-def read_metrics(run: Path) -> list[Row]:
-    """The lines of a run's metrics.jsonl; one that a kill tore is left out.
+def read_metrics(run: Path) -> list[LoggedStep]:
+    """The lines of a run's metrics.jsonl, without incomplete ones.
 
     Raises:
-        OSError: there is no such file.
+        OSError: the file cannot be read.
     """
-    rows: list[Row] = []
+    rows: list[LoggedStep] = []
     for line in (run / METRICS_FILE).read_text(encoding="utf-8").splitlines():
         try:
             row = json.loads(line)
@@ -90,17 +89,17 @@ def read_metrics(run: Path) -> list[Row]:
 
 
 def draw_curves(run: Path) -> Path:
-    """Draws the whole run, resumed or not: loss, gradient norm, throughput, learning rate.
+    """Draws loss, gradient norm, throughput and learning rate over a whole run.
 
     Args:
         run: a run's folder, with a metrics.jsonl.
 
     Returns:
-        The picture, ``curves.png`` in that folder.
+        The plot, ``curves.png`` in that folder.
 
     Raises:
-        ConfigError: no step is logged there.
-        OSError: the metrics can not be read or the picture not be written.
+        ConfigError: no step is logged.
+        OSError: the metrics cannot be read, or the plot cannot be written.
     """
     rows = read_metrics(run)
     if not rows:
@@ -124,7 +123,7 @@ def draw_curves(run: Path) -> Path:
     return save_figure(figure, run / CURVES_FILE)
 
 
-def _draw_loss(axes: Any, rows: Sequence[Row]) -> None:
+def _draw_loss(axes: Any, rows: Sequence[LoggedStep]) -> None:
     _draw_with_mean(axes, rows, "loss", "training")
     valid_steps, valid = column(rows, "valid_loss")
     if valid:
@@ -134,14 +133,14 @@ def _draw_loss(axes: Any, rows: Sequence[Row]) -> None:
     axes.legend(frameon=False, loc="upper right")
     per_step = rows[-1]["tokens"] / rows[-1]["step"]
     if len(rows) == 1 or not per_step:
-        return  # an axis of one point has no scale
+        return  # one point gives the axis no scale
     top = axes.secondary_xaxis("top", functions=(lambda s: s * per_step, lambda t: t / per_step))
     top.set_xlabel("tokens")
     top.xaxis.set_major_formatter(lambda value, _: _amount(value))
     top.tick_params(labelsize="small")
 
 
-def _draw_norm(axes: Any, rows: Sequence[Row]) -> None:
+def _draw_norm(axes: Any, rows: Sequence[LoggedStep]) -> None:
     _, norms = column(rows, "grad_norm")
     _draw_with_mean(axes, rows, "grad_norm", "before clipping")
     positive = [norm for norm in norms if norm > 0]
@@ -151,7 +150,7 @@ def _draw_norm(axes: Any, rows: Sequence[Row]) -> None:
     axes.legend(frameon=False, loc="upper right")
 
 
-def _draw_speed(axes: Any, rows: Sequence[Row]) -> None:
+def _draw_speed(axes: Any, rows: Sequence[LoggedStep]) -> None:
     steps, speeds = column(rows, "tokens_per_second")
     axes.plot(steps, speeds, color=_MEAN, marker=_marker(rows))
     axes.set(ylabel="tokens per second", ylim=(0, None))
@@ -164,33 +163,33 @@ def _draw_speed(axes: Any, rows: Sequence[Row]) -> None:
     axes.set_title(", ".join(words), fontsize="medium")
 
 
-def _draw_with_mean(axes: Any, rows: Sequence[Row], name: str, label: str) -> None:
-    """The values pale, their running mean on top; few values alone."""
+def _draw_with_mean(axes: Any, rows: Sequence[LoggedStep], name: str, label: str) -> None:
+    """Draws the values in a pale colour, with their running mean on top unless they are few."""
     steps, values = column(rows, name)
     label = f"{label}, at the end "
     if len(values) <= _FEW:
         label += f"{values[-1]:.4g}"
         axes.plot(steps, values, color=_MEAN, marker=_marker(rows), label=label)
         return
-    # A hundredth of the run, three lines at least.
+    # A hundredth of the run, but at least three logged steps.
     half_life = (steps[-1] - steps[0]) / min(100, len(steps) // 3)
     mean = running_mean(steps, values, half_life)
     axes.plot(steps, values, color=_RAW, linewidth=0.9)
     axes.plot(steps, mean, color=_MEAN, linewidth=1.8, label=f"{label}{mean[-1]:.4g} (smoothed)")
 
 
-def column(rows: Sequence[Row], name: str) -> tuple[list[int], list[float]]:
-    """Steps and values of one number; lines without it are left out."""
-    found = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
-    return [step for step, _ in found], [value for _, value in found]
+def column(rows: Sequence[LoggedStep], name: str) -> tuple[list[int], list[float]]:
+    """Steps and values of one metric; lines without it are left out."""
+    logged = [row for row in rows if row.get(name) is not None]
+    return [row["step"] for row in logged], [row[name] for row in logged]
 
 
 def running_mean(steps: Sequence[int], values: Sequence[float], half_life: float) -> list[float]:
-    """At every step the mean over its surroundings; a value ``half_life`` steps off counts half.
+    """The mean around every step; a value ``half_life`` steps away has half the weight.
 
-    Both sides count, so the mean does not lag behind a falling loss, and lines need not be equally
-    far apart. One pass forward and one back, each a discounted sum (an exponential moving average
-    before it is normalised), give all the means:
+    Both sides contribute, so the mean does not lag behind a falling loss. The steps need not be
+    equally spaced. A forward and a backward pass, each a discounted sum (an exponential moving
+    average before it is normalised), give all means:
 
         weight of a value     1/4   1/2    1    1/2   1/4
         at a distance of      -2h    -h    0     h    2h
@@ -201,7 +200,7 @@ def running_mean(steps: Sequence[int], values: Sequence[float], half_life: float
     for value, (before, weight_before), (after, weight_after) in zip(
         values, forward, backward, strict=True
     ):
-        # Both passes have counted the value itself.
+        # Both passes contain the value itself.
         means.append((before + after - value) / (weight_before + weight_after - 1))
     return means
 
@@ -209,7 +208,7 @@ def running_mean(steps: Sequence[int], values: Sequence[float], half_life: float
 def _discounted(
     steps: Sequence[int], values: Sequence[float], half_life: float
 ) -> list[tuple[float, float]]:
-    """At each value: the sum of all up to it, halved every ``half_life`` steps; that of weights."""
+    """For each value, the discounted sums of all values up to it and of their weights."""
     sums: list[tuple[float, float]] = []
     total = weight = 0.0
     before = steps[0] if steps else 0
@@ -220,12 +219,12 @@ def _discounted(
     return sums
 
 
-def _marker(rows: Sequence[Row]) -> str:
+def _marker(rows: Sequence[LoggedStep]) -> str:
     return "." if len(rows) <= _FEW else ""
 
 
 def _amount(value: float) -> str:
-    """A large number in three digits, e.g. 1.05M."""
+    """A large number with three digits, e.g. 1.05M."""
     for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size:
             return f"{value / size:.3g}{letter}"
@@ -234,7 +233,7 @@ def _amount(value: float) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Curve:
-    """A value per bucket of positions: the bucket before ``ends[i]`` has ``values[i]``."""
+    """A value for each bucket of positions; bucket ``i`` ends before position ``ends[i]``."""
 
     label: str
     ends: Sequence[int]
@@ -242,12 +241,12 @@ class Curve:
 
 
 def draw_by_position(path: Path, curves: Sequence[Curve], *, title: str = "") -> Path:
-    """Draws perplexity by position as steps, both axes logarithmic.
+    """Draws perplexity by position, with both axes logarithmic.
 
-    The first bucket, which begins at 0, is drawn from half its end on.
+    The first bucket begins at position 0; it is drawn from half of its end on.
 
     Raises:
-        OSError: the picture can not be written.
+        OSError: the plot cannot be written.
     """
     figure = new_figure(7, 4.5)
     axes = figure.subplots()
@@ -277,17 +276,17 @@ def draw_heat_map(
     column_name: str,
     title: str = "",
 ) -> Path:
-    """Draws a table of shares in [0, 1] as coloured squares with the percentage in each.
+    """Draws a table of shares in [0, 1] as coloured squares with percentages.
 
     Args:
-        path: the PNG.
+        path: the PNG file.
         shares: one list per row.
-        rows, columns: what each stands for.
-        row_name, column_name: what they are.
-        title: above it.
+        rows, columns: the labels of the rows and the columns.
+        row_name, column_name: the labels of the axes.
+        title: the title above the table.
 
     Raises:
-        OSError: the picture can not be written.
+        OSError: the plot cannot be written.
     """
     figure = new_figure(2.5 + 0.9 * len(columns), 1.8 + 0.5 * len(rows))
     axes = figure.subplots()
@@ -306,7 +305,7 @@ def draw_heat_map(
 
 
 def main(argv: Sequence[str]) -> int:
-    """Draws the curves of the runs named; the exit code, 2 where one can not be drawn."""
+    """Draws the curves of the named runs; returns exit code 2 if that fails, else 0."""
     try:
         require_matplotlib("plots")
         if not argv or argv[0].startswith("-"):

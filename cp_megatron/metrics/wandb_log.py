@@ -1,7 +1,7 @@
-"""Metrics sent to Weights & Biases. The one file that imports wandb, which is optional.
+"""Sends metrics to Weights & Biases. This is the only file that imports wandb, which is optional.
 
-A run that goes on in its folder goes on there too: the folder keeps the id. Whatever fails here is
-one warning; the training never ends for it.
+A run that continues in its folder also continues there, because the folder keeps its id. A failure
+here is reported by one warning and never ends the training.
 """
 
 from __future__ import annotations
@@ -17,25 +17,26 @@ from typing import Any
 from cp_megatron.config import LogConfig
 
 ID_FILE = "wandb.json"
-"""The file in a run's folder: the place there, ``entity/project``, and the run's id in it."""
+"""The file in a run's folder that maps ``entity/project`` to the run's id there."""
 SECONDS_TO_START = 60
 SECONDS_TO_FINISH = 120
 
 
 class WandbRun:
-    """The run there, on one rank.
+    """A run on Weights & Biases, written by one rank.
 
-    The training's steps are given as a number of their own, ``step``, against which all others are
-    drawn: Weights & Biases' own counter can not go back, as a run killed after its checkpoint does.
+    The training step is logged as a metric, ``step``, against which all others are drawn. The
+    service's own counter cannot go back, as the step does when a killed run continues from its last
+    checkpoint.
 
     Args:
         log: the flags, with a project.
         folder: the run's folder.
-        settings: what the run is, shown beside its curves.
+        settings: the run's settings, which are shown beside its curves.
 
     Attributes:
-        place: its address, or the command that sends it from a machine without a network; empty
-            where it did not start.
+        place: its address, or the command that uploads it if there is no network; empty if it did
+            not start.
     """
 
     def __init__(self, log: LogConfig, *, folder: Path, settings: Mapping[str, Any]) -> None:
@@ -45,11 +46,11 @@ class WandbRun:
             self._run = _start(log, folder, settings)
             offline = f"wandb sync {self._run.settings.sync_dir}"
             self.place = offline if self._run.offline else self._run.url
-        except Exception as error:  # by intent any: a login, a network, a disk, their program
+        except Exception as error:  # any error: login, network, disk, or wandb itself
             self._give_up("did not start", error)
 
     def write(self, row: Mapping[str, Any]) -> None:
-        """Hands one line of metrics to wandb's own process; waits for no network."""
+        """Passes one line of metrics to wandb's own process, without waiting for the network."""
         if self._run is None:
             return
         try:
@@ -58,11 +59,7 @@ class WandbRun:
             self._give_up("stopped", error)
 
     def close(self, *, failed: bool = False) -> None:
-        """Sends what is left, for two minutes at most; their files stay on the disk.
-
-        Args:
-            failed: how the run is marked there.
-        """
+        """Sends what remains, for at most two minutes; ``failed`` marks the run as failed."""
         run, self._run = self._run, None
         if run is None:
             return
@@ -74,7 +71,7 @@ class WandbRun:
             except Exception as error:
                 errors.append(error)
 
-        # Without a network it would try for ever.
+        # Without a network, wandb would try forever.
         thread = threading.Thread(target=finish, name="wandb finish", daemon=True)
         thread.start()
         thread.join(SECONDS_TO_FINISH)
@@ -86,7 +83,7 @@ class WandbRun:
     def _give_up(self, what: str, error: Exception) -> None:
         self._run = None
         reason = " ".join(str(error).split()) or type(error).__name__
-        text = f"warning: Weights & Biases {what}, the training goes on without it: {reason}"
+        text = f"warning: Weights & Biases {what}, training continues without it: {reason}"
         print(text, file=sys.stderr, flush=True)
 
 
@@ -104,7 +101,7 @@ def _start(log: LogConfig, folder: Path, settings: Mapping[str, Any]) -> Any:
         resume="allow",
         config=dict(settings),
         settings=wandb.Settings(
-            console="off",  # what the run prints stays this program's
+            console="off",  # do not capture what this program prints
             silent=True,
             init_timeout=SECONDS_TO_START,
             login_timeout=SECONDS_TO_START,
@@ -116,7 +113,7 @@ def _start(log: LogConfig, folder: Path, settings: Mapping[str, Any]) -> Any:
 
 
 def _run_id(log: LogConfig, folder: Path) -> str:
-    """The id that the folder keeps for this project; a fresh one is kept from now on."""
+    """The id that the folder keeps for this project; a new one is stored first."""
     file, place = folder / ID_FILE, f"{log.wandb_entity or ''}/{log.wandb_project}"
     known: dict[str, str] = {}
     if file.exists():

@@ -1,4 +1,4 @@
-"""What a run leaves behind for people and plots: metrics.jsonl and TensorBoard events."""
+"""Writes a run's metrics to metrics.jsonl, TensorBoard and, if requested, Weights & Biases."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from torch.utils.tensorboard import SummaryWriter
 from cp_megatron.config.files.run_folders import METRICS_FILE
 from cp_megatron.metrics.wandb_log import WandbRun
 
-# Dense bfloat16 FLOP/s of the makers' data sheets.
+# Dense bfloat16 FLOP/s from the data sheets.
 PEAK_FLOPS: Mapping[str, float] = MappingProxyType(
     {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}
 )
@@ -26,19 +26,19 @@ PEAK_FLOPS: Mapping[str, float] = MappingProxyType(
 
 @dataclass(frozen=True, kw_only=True)
 class Metrics:
-    """One logged step; times are means over the steps since the line before.
+    """One logged step; times are means over the steps since the previous logged one.
 
     Attributes:
-        step: steps finished.
+        step: the number of the step.
         loss: nats per token of this step's global batch.
         grad_norm: global gradient norm before clipping.
         lr: learning rate of this step.
         tokens: tokens trained on since the run began.
         tokens_per_second: over all ranks.
         step_seconds: time of a step.
-        mfu: model FLOP/s over the devices' peak; None where the peak is not known (CPU).
-        memory_bytes: the largest rank's peak: allocated on CUDA, resident on CPU.
-        valid_loss: nats per token of the validation part, where this step ended with one.
+        mfu: model FLOP/s over the peak of the devices; None if the peak is not known (CPU).
+        memory_bytes: the largest peak of any rank: allocated on CUDA, resident on CPU.
+        valid_loss: nats per token of the validation part, if there was a validation.
     """
 
     step: int
@@ -54,15 +54,15 @@ class Metrics:
 
 
 class MetricsWriter:
-    """Appends to the run's files; a resumed run goes on where it stopped.
+    """Appends to the run's files.
 
-    What a killed run logged after ``start_step`` will be trained again: those lines leave
-    ``metrics.jsonl``, whose old text is kept beside it, and TensorBoard hides those events.
+    Steps that a killed run logged after ``start_step`` will be trained again. Their lines are
+    removed from ``metrics.jsonl``, of which a copy is kept, and TensorBoard hides their events.
 
     Args:
         folder: the run's folder.
-        start_step: steps finished before.
-        wandb: where every line goes too.
+        start_step: steps finished before the run started.
+        wandb: receives every line as well.
     """
 
     def __init__(self, folder: Path, *, start_step: int, wandb: WandbRun | None = None) -> None:
@@ -72,7 +72,7 @@ class MetricsWriter:
         self._board = SummaryWriter(str(folder), purge_step=start_step + 1)
 
     def write(self, metrics: Metrics) -> None:
-        """One line, out of this process's hands when this returns."""
+        """Writes one line; it is flushed to the operating system when this returns."""
         row = asdict(metrics)
         if metrics.valid_loss is None:
             del row["valid_loss"]
@@ -85,11 +85,7 @@ class MetricsWriter:
             self.wandb.write(row)
 
     def close(self, *, failed: bool = False) -> None:
-        """Writes what is left.
-
-        Args:
-            failed: the run did not end in good order.
-        """
+        """Writes what is buffered and closes the files; ``failed``: the run ended with an error."""
         self._file.close()
         self._board.close()
         if self.wandb is not None:
@@ -97,7 +93,7 @@ class MetricsWriter:
 
 
 def _forget_after(file: Path, step: int) -> None:
-    """Drops the lines of later steps, and one that a kill tore; the old text stays beside it."""
+    """Removes the lines of later steps and incomplete lines; keeps a copy of the old file."""
     if not file.exists():
         return
     text = file.read_text(encoding="utf-8")
@@ -118,11 +114,11 @@ def _is_of(line: str, step: int) -> bool:
 
 
 def keep_aside(file: Path, step: int) -> Path:
-    """Copies ``name.ext`` to ``name-step-N.ext``, or the next free name; nothing is overwritten.
+    """Copies ``name.ext`` to ``name-step-N.ext`` or, if that exists, to ``name-step-N.M.ext``.
 
     Args:
-        file: the file, about to be replaced.
-        step: N, where the run goes on with another.
+        file: the file, which is about to be replaced.
+        step: N, the step from which the run continues with another file.
     """
     aside, number = file.with_name(f"{file.stem}-step-{step}{file.suffix}"), 1
     while os.path.lexists(aside):
@@ -133,7 +129,7 @@ def keep_aside(file: Path, step: int) -> Path:
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """The device's dense bfloat16 peak; None where it is not known."""
+    """The device's dense bfloat16 peak in FLOP/s; None if it is not known."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)

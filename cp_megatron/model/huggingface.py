@@ -42,6 +42,7 @@ from torch import Tensor, nn
 
 from cp_megatron.context_parallel import ContextParallel
 from cp_megatron.errors import ConfigError
+from cp_megatron.model.transformers_library import import_transformers
 from cp_megatron.plan import Mask
 from cp_megatron.plan.layout import sequence_divisor
 
@@ -72,14 +73,9 @@ def register(name: str = "cp_megatron") -> None:
     Raises:
         ConfigError: transformers is not installed or too old.
     """
-    try:
-        from transformers import AttentionInterface, AttentionMaskInterface
-    except ImportError as error:
-        rule = "needs the package transformers, 5.0 or newer"
-        works = "pip install 'transformers>=5.0'"
-        raise ConfigError("attn_implementation", name, rule, works) from error
-    AttentionInterface.register(name, attention)
-    AttentionMaskInterface.register(name, wanted_mask)
+    library = import_transformers("attn_implementation", name)
+    library.AttentionInterface.register(name, attention)
+    library.AttentionMaskInterface.register(name, wanted_mask)
 
 
 @dataclass(frozen=True, kw_only=True)

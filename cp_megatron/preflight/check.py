@@ -16,7 +16,7 @@ from cp_megatron.comm.runtime import Launch
 from cp_megatron.config import Config
 from cp_megatron.config.fields import check_values, settings
 from cp_megatron.data.rows.corpora import check_data
-from cp_megatron.data.tokenize.tokenizer import open_tokenizer
+from cp_megatron.data.tokenize.open_tokenizer import open_tokenizer
 from cp_megatron.errors import ConfigError
 from cp_megatron.faults.inject import parse_faults
 from cp_megatron.kernels.select import KernelChoice

@@ -5,16 +5,7 @@ from __future__ import annotations
 from cp_megatron.config import ModelConfig
 from cp_megatron.config.fields import settings
 from cp_megatron.errors import ConfigError
-from cp_megatron.families.json_fields import ROPE_KEYS
-
-FIELDS = frozenset(field for fields in ROPE_KEYS.values() for field in fields.values())
-"""The fields of ModelConfig that some ``--rope-type`` reads."""
-
-
-def fields_of(rope_type: str) -> frozenset[str]:
-    """The fields that this type reads."""
-    more = {"original_max_position_embeddings"} if rope_type == "dynamic" else set()
-    return frozenset(ROPE_KEYS[rope_type].values()) | more
+from cp_megatron.families.rope_fields import ROPE_FIELDS, ROPE_KEYS, fields_of
 
 
 def check_rope(model: ModelConfig, seq_length: int, given: frozenset[str]) -> None:
@@ -30,7 +21,7 @@ def check_rope(model: ModelConfig, seq_length: int, given: frozenset[str]) -> No
             raise ConfigError("--rope-type", kind, rule, "--position-embedding-type rope")
     elif "--max-position-embeddings" in given:
         _check_typed_length(model, seq_length)
-    for name in sorted(FIELDS - fields_of(kind)):
+    for name in sorted(ROPE_FIELDS - fields_of(kind)):
         flag = settings()[name].flag
         off = f"--no-{flag[2:]}" if settings()[name].kind == "bool" else flag
         if flag in given:

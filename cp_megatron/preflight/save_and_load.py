@@ -1,4 +1,4 @@
-"""Where a run is saved and what it goes on from; nothing is ever overwritten. No torch."""
+"""Checks where a run is saved and what it continues from; nothing is ever overwritten."""
 
 from __future__ import annotations
 
@@ -9,25 +9,31 @@ from typing import Any
 
 from cp_megatron.checkpoint.find_checkpoint import Newest, named_step, newest_whole
 from cp_megatron.checkpoint.manifest import Manifest, read_manifest
+from cp_megatron.checkpoint.saved_config import saved_config
 from cp_megatron.checkpoint.step_folders import TEMPORARY, newest_step
 from cp_megatron.config import Config
 from cp_megatron.config.fields import settings
 from cp_megatron.config.files.run_folders import CONFIG_FILE, run_folder
-from cp_megatron.config.files.yaml_io import overlay
 from cp_megatron.errors import ConfigError
-from cp_megatron.preflight.rope_rules import FIELDS
+from cp_megatron.families.rope_fields import ROPE_FIELDS
+
+_MAY_CHANGE = frozenset(
+    {"hidden_dropout", "attention_dropout", "init_method_std", "window_size", "window_layers"}
+    | {"vocab_size"}  # the number of tokens is compared instead
+)
+"""Settings of the model that a run may change when it continues."""
 
 
 def model_name(config: Config) -> str:
-    """Where the model came from, in a word: the preset, or the Hugging Face folder's name."""
+    """The name of the model: its preset, or the name of its Hugging Face folder."""
     folder = config.checkpoint.load_hf
     return config.preset if folder is None else Path(folder).resolve().name or config.preset
 
 
 def fresh_run_folder(root: Path, name: str) -> Path:
-    """The first of ``root/<name>-1``, ``-2``, ... that does not exist. Nothing is made.
+    """The first of ``root/<name>-1``, ``-2``, ... that does not exist. It is not created.
 
-    Call it on one rank and tell the others: the folder exists as soon as that rank makes it.
+    Call it on one rank only: as soon as that rank creates the folder, the answer changes.
     """
     number = 1
     while os.path.lexists(root / f"{name}-{number}"):
@@ -36,53 +42,53 @@ def fresh_run_folder(root: Path, name: str) -> Path:
 
 
 class FinishedError(ConfigError):
-    """The run that ``--load auto`` goes on with has nothing left to train."""
+    """The run that ``--load auto`` continues has nothing left to train."""
 
 
 def find_load(config: Config) -> Newest | None:
-    """The checkpoint that training goes on from, its manifest read; None to start anew.
+    """The checkpoint to continue from, with its manifest; None for a new run.
 
-    Of a run's folder the newest that is whole; a ``step-N`` that is named is it, or none.
+    In a run's folder, it is the newest whole checkpoint. A named ``step-N`` is taken as it is.
 
     Raises:
-        ConfigError: there is none, or it is damaged.
+        ConfigError: there is no checkpoint, or it is damaged.
     """
     if config.checkpoint.load is None:
         return None
     path = Path(config.checkpoint.load)
-    found = newest_whole(path) if run_folder(path) == path else None
-    if found is None:
+    newest = newest_whole(path) if run_folder(path) == path else None
+    if newest is None:
         step = named_step(path)
-        found = Newest(folder=step, manifest=read_manifest(step))
-    return found
+        newest = Newest(folder=step, manifest=read_manifest(step))
+    return newest
 
 
 def check_goes_on(
     config: Config, manifest: Manifest, vocab_size: int, *, auto: bool = False
 ) -> None:
-    """The checkpoint is of this model, and there is something left to train.
+    """Checks that the checkpoint is of this model and that something is left to train.
 
     Args:
-        config: the run; it loads.
-        manifest: of the checkpoint.
-        vocab_size: of the model.
-        auto: the same words are said however often the run is started.
+        config: the run, with ``--load``.
+        manifest: the manifest of the checkpoint.
+        vocab_size: the vocabulary size of the run.
+        auto: the same command starts the run and continues it.
 
     Raises:
-        FinishedError: ``auto``, and the run is over.
-        ConfigError: one of the two does not hold.
+        FinishedError: ``auto``, and the run is finished.
+        ConfigError: the model differs, or the run is finished.
     """
     load = str(config.checkpoint.load)
     _check_same_model(config, manifest, vocab_size, load)
     if manifest.step >= config.train.train_iters:
         kind = FinishedError if auto else ConfigError
-        rule = f"the run is at step {manifest.step} already; to go on it must be more"
+        rule = f"the run is already at step {manifest.step}; to continue, this must be larger"
         works = str(manifest.step + config.train.train_iters)
         raise kind("--train-iters", config.train.train_iters, rule, works)
 
 
 def data_changes(config: Config, manifest: Manifest) -> tuple[str, ...]:
-    """What a person should know of a run that goes on with its data cut or ordered otherwise."""
+    """A note if the run continues with its data cut into rows or ordered in another way."""
     before: dict[str, Any] = {}
     for name in ("data", "train"):
         section = manifest.config.get(name)
@@ -95,7 +101,7 @@ def data_changes(config: Config, manifest: Manifest) -> tuple[str, ...]:
         for name, value in now.items()
         if before.get(name, value) != value
     ]
-    rule = f"it goes on at row {manifest.consumed:,} of rows that are cut anew"
+    rule = f"the run continues at row {manifest.consumed:,} of new rows"
     return (f"{', '.join(changed)}: {rule}",) if changed else ()
 
 
@@ -106,16 +112,16 @@ def check_save(
     passed_over: Collection[Path] = (),
     auto: bool = False,
 ) -> None:
-    """The folder to save in: new or empty, or the one of the run that goes on.
+    """Checks that the folder to save in is new, empty, or the one of the run that continues.
 
     Args:
         config: the run.
-        loaded: the checkpoint that it goes on from.
-        passed_over: newer ones there that are damaged.
-        auto: the folder may be one that was begun and has no checkpoint yet.
+        loaded: the checkpoint that it continues from.
+        passed_over: damaged newer checkpoints.
+        auto: the folder may be that of a run that has no checkpoint yet.
 
     Raises:
-        ConfigError: something lies there that would be mixed up or overwritten.
+        ConfigError: the folder contains files that would be overwritten or mixed up with the run's.
     """
     save = config.checkpoint.save
     if save is None:
@@ -128,13 +134,15 @@ def check_save(
         newest = newest_step(folder)
         known = {path.resolve() for path in (loaded, *passed_over)}
         if newest is not None and newest.resolve() not in known:
-            rule = f"its folder goes on to {newest.name}, which a run from here would mix with"
+            rule = (
+                f"its folder also has {newest.name}, with which a run from here would be mixed up"
+            )
             works = f"--load {folder}, or --save with a new folder"
             raise ConfigError("--load", config.checkpoint.load, rule, works)
     elif folder.is_dir() and any(folder.iterdir()) and not (auto and _is_begun(folder)):
-        rule = "is not empty, and nothing is overwritten"
+        rule = "is not empty, and nothing is ever overwritten"
         a_run = newest_step(folder) is not None
-        works = f"--load {save} to go on with it, or a new folder" if a_run else ""
+        works = f"--load {save} to continue it, or a new folder" if a_run else ""
         raise ConfigError("--save", save, rule, works or "a new folder")
 
 
@@ -145,7 +153,7 @@ def _check_writable(folder: Path) -> None:
     if not existing.is_dir():
         raise ConfigError("--save", folder, f"{existing} is a file, not a folder", "a new folder")
     if not os.access(existing, os.W_OK | os.X_OK):
-        raise ConfigError("--save", folder, f"{existing} can not be written to", "another folder")
+        raise ConfigError("--save", folder, f"{existing} is not writable", "another folder")
     longest = os.pathconf(existing, "PC_NAME_MAX")
     if any(len(os.fsencode(part)) > longest for part in folder.parts):
         rule = f"a name in it is longer than {longest} bytes"
@@ -155,14 +163,14 @@ def _check_writable(folder: Path) -> None:
     except (FileNotFoundError, NotADirectoryError):
         pass
     except OSError as error:
-        raise ConfigError("--save", folder, f"can not be used: {error.strerror}") from None
+        raise ConfigError("--save", folder, f"cannot be used: {error.strerror}") from None
 
 
 def _check_same_model(config: Config, manifest: Manifest, vocab_size: int, load: str) -> None:
     if manifest.vocab_size != vocab_size:
-        rule = f"its vocabulary has {manifest.vocab_size} tokens, this run's {vocab_size}"
+        rule = f"its vocabulary has {manifest.vocab_size} tokens, this run's has {vocab_size}"
         raise ConfigError("--load", load, rule, "the tokenizer it was trained with")
-    now, then = _shape(config), _shape(_saved_config(manifest, load))
+    now, then = _shape(config), _shape(saved_config(manifest, load))
     for name, value in now.items():
         if then[name] != value:
             rule = f"the checkpoint {load} is of another model"
@@ -172,7 +180,7 @@ def _check_same_model(config: Config, manifest: Manifest, vocab_size: int, load:
 
 
 def _spelled(name: str, value: object, config: Config) -> str:
-    """The flag and value that say it."""
+    """The flag and value on the command line."""
     if name == "max_position_embeddings" and config.model.max_position_embeddings is None:
         name = "seq_length"
     flag = name.replace("_", "-")
@@ -181,54 +189,20 @@ def _spelled(name: str, value: object, config: Config) -> str:
     return f"--{flag} {value}"
 
 
-def _saved_config(manifest: Manifest, load: str) -> Config:
-    """The model and data of the checkpoint; what a later version added has its default."""
-    values: dict[str, Any] = {}
-    try:
-        for section in ("model", "data"):
-            entries = manifest.config[section]
-            rows = [row for row in settings().values() if row.section == section]
-            values |= {
-                row.name: row.from_yaml(entries[row.name]) for row in rows if row.name in entries
-            }
-        return overlay(Config(), values)
-    except (KeyError, TypeError, ValueError) as error:
-        rule = f"its manifest does not say its model: {error}"
-        raise ConfigError("--load", load, rule, "another step") from None
-
-
 def _shape(config: Config) -> dict[str, Any]:
-    """What makes two models one: dropout and initial weights do not, defaults are filled in."""
-    model, seq_length = config.model, config.data.seq_length
-    learned = model.position_embedding_type == "learned_absolute"
-    rope = model.position_embedding_type == "rope"
-    return {
-        "num_layers": model.num_layers,
-        "hidden_size": model.hidden_size,
-        "ffn_hidden_size": model.ffn_size,
-        "num_attention_heads": model.num_attention_heads,
-        "num_query_groups": model.num_kv_heads,
-        "kv_channels": model.head_dim,
-        "normalization": model.normalization,
-        "norm_epsilon": model.norm_epsilon,
-        "swiglu": model.swiglu,
-        "position_embedding_type": model.position_embedding_type,
-        "rotary_base": model.rotary_base if rope else None,
-        "max_position_embeddings": (model.max_position_embeddings or seq_length)
-        if learned
-        else None,
-        "untie_embeddings_and_output_weights": model.untie_embeddings_and_output_weights,
-        "disable_bias_linear": model.disable_bias_linear,
-        "add_qkv_bias": model.has_qkv_bias,
-        "qk_layernorm": model.qk_layernorm,
-        "rope_type": model.rope_type if rope else None,
-        **{name: getattr(model, name) if rope else None for name in sorted(FIELDS)},
-        "make_vocab_size_divisible_by": model.make_vocab_size_divisible_by,
-    }
+    """The settings in which a run must agree with its checkpoint, with defaults filled in."""
+    model, kind = config.model, config.model.position_embedding_type
+    shape = {name: value for name, value in vars(model).items() if name not in _MAY_CHANGE}
+    shape |= {"ffn_hidden_size": model.ffn_size, "num_query_groups": model.num_kv_heads}
+    shape |= {"kv_channels": model.head_dim, "add_qkv_bias": model.has_qkv_bias}
+    if kind != "rope":
+        shape |= dict.fromkeys(("rotary_base", "rope_type", *ROPE_FIELDS))
+    positions = model.max_position_embeddings or config.data.seq_length
+    return shape | {"max_position_embeddings": positions if kind == "learned_absolute" else None}
 
 
 def _is_begun(folder: Path) -> bool:
-    """A run lies there that ended before its first checkpoint."""
+    """Whether it is the folder of a run that ended before its first checkpoint."""
     return (folder / CONFIG_FILE).is_file() and not any(
         not step.name.endswith(TEMPORARY) for step in folder.glob("step-*")
     )

@@ -8,7 +8,7 @@ for each batch with the same functions.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cp_megatron.comm.runtime import Launch
 from cp_megatron.config import Config
@@ -81,30 +81,28 @@ def plan_sequence(
     per_batch = config.data.document_mask
     length = config.data.seq_length * rows
     kind = _layout_kind(config, length)
-    padding, padded = _padding(config, grid, kind, length)
+    padding, notes = _padding(config, grid, kind, length)
     mask = row_mask(
         [length + padding] if per_batch else [length],
         document_mask=False,
         window=config.model.row_window,
         padding=0 if per_batch else padding,
     )
-    layout = SequenceLayout.make(mask, grid.cp, kind)
     _check_exchange(config, grid, given)
-    choice = _choose_exchange(config, grid, mask, layout, _nodes(grid, launch, one_node))
-    # p2p moves the same bytes on any nodes.
-    unknown = one_node and choice.considered_nodes and choice.exchange != "p2p"
-    note = "the nodes are not known: the exchange is chosen as if one node had all ranks"
-    return SequencePlan(
+    plan = SequencePlan(
         mask=mask,
         per_batch=per_batch,
         padding=padding,
-        layout=layout,
-        exchange=choice.exchange,
-        route=choice.route,
-        sizes=choice.sizes,
-        reason=choice.reason,
-        notes=(*padded, note) if unknown else padded,
+        layout=SequenceLayout.make(mask, grid.cp, kind),
+        exchange="none",
+        route="auto",
+        sizes=None,
+        reason="one rank holds the whole sequence",
+        notes=notes,
     )
+    if grid.cp == 1:
+        return plan
+    return _with_exchange(plan, config, grid, launch, one_node)
 
 
 def ranks_together(grid: Grid, ranks_per_node: int) -> int:
@@ -164,46 +162,34 @@ def _padding(config: Config, grid: Grid, kind: str, length: int) -> tuple[int, t
     raise ConfigError("--seq-length", config.data.seq_length, rule, works)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Exchange:
-    """The exchange, and whether the choice depends on which ranks share a node."""
-
-    exchange: str
-    route: str
-    sizes: Sizes | None
-    reason: str
-    considered_nodes: bool = False
-
-
-def _choose_exchange(
-    config: Config, grid: Grid, mask: Mask, layout: SequenceLayout, nodes: Sizes | None
-) -> _Exchange:
-    """The requested exchange, or the best one; ``_check_exchange`` has passed."""
-    parallel = config.parallel
+def _with_exchange(
+    plan: SequencePlan, config: Config, grid: Grid, launch: Launch, one_node: bool
+) -> SequencePlan:
+    """The plan with the requested exchange, or with the best one."""
+    parallel, notes = config.parallel, plan.notes
     exchange: str = parallel.cp_comm_type
     route: str = parallel.cp_route
     sizes = parallel.hierarchical_context_parallel_sizes
-    if grid.cp == 1:
-        reason = "one rank holds the whole sequence"
-        return _Exchange(exchange="none", route="auto", sizes=None, reason=reason)
     reason = "" if exchange == "auto" else "asked for"
     is_free = exchange == "auto" and sizes is None
-    if is_free and nodes and nodes[0] == 1:
-        exchange, nodes = "p2p", None
-        reason = "every rank of a context parallel group is on a node of its own"
-    sizes = nodes if is_free else sizes
-    if config.data.document_mask:
+    if is_free:
+        sizes = _nodes(grid, launch, one_node)
+        if sizes is not None and sizes[0] == 1:
+            exchange, sizes = "p2p", None
+            reason = "every rank of a context parallel group is on a node of its own"
+    if plan.per_batch:
         reason = reason or "each batch takes what moves the fewest bytes"
     else:
-        heads, kv_heads = local_heads(config.model, grid.tp)
+        heads, width = local_heads(config.model, grid.tp), config.model.head_dim
         schedule = Schedule.build(
-            mask, layout, exchange, route, heads, kv_heads, sizes, head_dim=config.model.head_dim
+            plan.mask, plan.layout, exchange, route, *heads, sizes, head_dim=width
         )
         exchange, route, reason = schedule.exchange, schedule.route, reason or schedule.reason
         sizes = schedule.hierarchical_sizes if exchange == "a2a+p2p" else None
-    return _Exchange(
-        exchange=exchange, route=route, sizes=sizes, reason=reason, considered_nodes=is_free
-    )
+    if one_node and is_free and exchange != "p2p":  # p2p moves the same bytes on any nodes
+        note = "the nodes are not known: the exchange is chosen as if one node had all ranks"
+        notes = (*notes, note)
+    return replace(plan, exchange=exchange, route=route, sizes=sizes, reason=reason, notes=notes)
 
 
 def _check_exchange(config: Config, grid: Grid, given: frozenset[str]) -> None:

@@ -1,6 +1,6 @@
-"""What a person reads before the first step: one table, or one line when a flag is wrong.
+"""The start table, printed before the first step: ranks, model, data, and why each was chosen.
 
-No torch. ``--dry-run`` prints the same table for any world, so only a few ranks are shown.
+``--dry-run`` prints the same table for a world of any size, so only a few ranks are shown.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from cp_megatron.config import DataConfig, ModelConfig
+from cp_megatron.config import DataConfig
 from cp_megatron.config.files.run_folders import RUNS
 from cp_megatron.errors import ConfigError
 from cp_megatron.preflight.run_plan import RunPlan, dtype_on
@@ -25,10 +25,9 @@ from cp_megatron.preflight.sequence import SequencePlan
 from cp_megatron.spec import ModelSpec
 
 Line = tuple[str, str]
-"""What, and its value."""
+"""A label and its value."""
 
 _RANKS_SHOWN = 8
-_CHUNKS_SHOWN = 2
 SECONDS_FOR_RANK_0 = 10.0
 _VALUE_SHOWN = 200
 
@@ -74,41 +73,34 @@ def _printable(text: str) -> str:
 
 
 def start_table(plan: RunPlan, run: Path | None) -> Table:
-    """The table of a run: its world, model, data and batch, what was chosen and why.
+    """The table of a run.
 
     Args:
         plan: the run.
-        run: the folder it is saved in; None where it is not chosen yet.
+        run: the folder it is saved in; None if it is not known yet.
     """
     table = Table(
         box=SIMPLE_HEAD, show_header=False, pad_edge=False, padding=(0, 1), title_justify="left"
     )
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
-    groups = [
-        _world(plan),
-        _model(plan),
-        _choices(plan),
-        _training(plan, run),
-        [("note", note) for note in plan.notes],
-    ]
-    for group in groups:
-        for name, value in group:
-            # As Text: a path may look like rich's own markup.
-            table.add_row(name, Text(_printable(value)))
+    notes = [("note", note) for note in plan.notes]
+    for section in (_world(plan), _model(plan), _choices(plan), _training(plan, run), notes):
+        for label, value in section:
+            # As Text, because a path may look like rich markup.
+            table.add_row(label, Text(_printable(value)))
         table.add_section()
     return table
 
 
 def print_start(plan: RunPlan, run: Path | None, console: Console | None = None) -> None:
-    """Prints the table of the run, to standard output unless a console is given."""
+    """Prints the table of a run, by default to standard output."""
     (console or Console()).print(start_table(plan, run), highlight=False)
 
 
 def _world(plan: RunPlan) -> Iterator[Line]:
     grid = plan.grid
-    ranks = "1 rank" if grid.world_size == 1 else f"{grid.world_size:,} ranks"
-    yield "world", f"{ranks} = {grid}"
+    yield "world", f"{grid.world_size:,} rank{'s' if grid.world_size > 1 else ''} = {grid}"
     for rank in shown_ranks(grid.world_size):
         if rank is None:
             yield "...", "..."
@@ -118,7 +110,7 @@ def _world(plan: RunPlan) -> Iterator[Line]:
 
 
 def shown_ranks(world_size: int) -> list[int | None]:
-    """The ranks to show, None for those left out."""
+    """The ranks to show; None stands for those left out."""
     if world_size <= _RANKS_SHOWN:
         return list(range(world_size))
     return [*range(_RANKS_SHOWN - 2), None, world_size - 1]
@@ -127,50 +119,40 @@ def shown_ranks(world_size: int) -> list[int | None]:
 def _positions(plan: RunPlan, cp_rank: int) -> str:
     sequence = plan.sequence
     if sequence.per_batch and sequence.layout.kind == "balanced" and plan.grid.cp > 1:
-        return "of each batch's own"
+        return "differ from batch to batch"
     chunks = [f"{start}-{stop - 1}" for start, stop in sequence.layout.chunks[cp_rank]]
-    more = [] if len(chunks) <= _CHUNKS_SHOWN else ["..."]
-    return ", ".join(chunks[:_CHUNKS_SHOWN] + more)
+    return ", ".join(chunks if len(chunks) <= 2 else [*chunks[:2], "..."])
 
 
 def _model(plan: RunPlan) -> Iterator[Line]:
-    model, sizes = plan.config.model, {"vocab_size": plan.padded_vocab_size}
-    sizes["seq_length"] = plan.config.data.seq_length
-    spec = ModelSpec.of(model, **sizes)
+    config, model, sequence = plan.config, plan.config.model, plan.sequence
+    layers = f"{model.num_layers} layers of {model.hidden_size}"
     heads = f"{model.num_attention_heads} heads of {model.head_dim}"
     if model.num_kv_heads != model.num_attention_heads:
         heads += f" in {model.num_kv_heads} groups"
+    yield "model", f"{model_name(config)}: {layers}, {heads}"
+    positions: str = model.position_embedding_type
+    if positions == "rope" and model.rope_type != "default":
+        factor = f" x {model.rope_scaling_factor:g}" if model.rope_scaling_factor else ""
+        positions = f"rope ({model.rope_type}{factor})"
     mlp = "SwiGLU" if model.swiglu else "GELU"
-    yield (
-        "model",
-        f"{model_name(plan.config)}: {model.num_layers} layers of {model.hidden_size}, {heads}",
-    )
-    yield "", f"{model.normalization}, {_positions_of(model)}, {mlp} {model.ffn_size}"
+    yield "", f"{model.normalization}, {positions}, {mlp} {model.ffn_size}"
     vocabulary = f"{plan.vocab_size} tokens padded to {plan.padded_vocab_size}"
-    yield "vocabulary", f"{plan.config.data.tokenizer_type}, {vocabulary}"
-    grid = plan.grid
-    most = spec.parameters_on_rank(grid, 0)
-    yield (
-        "parameters",
-        f"{spec.num_parameters():,} in all, {most:,} on a rank (tp, then sharded over dp x cp)",
-    )
-    sequence = plan.sequence
+    yield "vocabulary", f"{config.data.tokenizer_type}, {vocabulary}"
+    sizes = {"vocab_size": plan.padded_vocab_size, "seq_length": config.data.seq_length}
+    spec = ModelSpec.of(model, **sizes)
+    total, most = spec.num_parameters(), spec.parameters_on_rank(plan.grid, 0)
+    yield "parameters", f"{total:,} in all, {most:,} on a rank (tp, then sharded over dp x cp)"
     padding = f" ({sequence.padding:,} of padding)" if sequence.padding else ""
     on_rank = f"{sequence.layout.shard_len:,} of them on a rank"
     yield "tokens", f"{sequence.row_length:,} per row{padding}, {on_rank}"
     yield "attention", _attention(plan)
 
 
-def _positions_of(model: ModelConfig) -> str:
-    kind = model.position_embedding_type
-    if kind != "rope" or model.rope_type == "default":
-        return kind
-    factor = f" x {model.rope_scaling_factor:g}" if model.rope_scaling_factor else ""
-    return f"rope ({model.rope_type}{factor})"
-
-
 def _choices(plan: RunPlan) -> Iterator[Line]:
-    yield "device", _device(plan)
+    types = [f"{device}: {dtype_on(plan.config, device)}" for device in plan.kernels]
+    known = f"{plan.device}, {plan.dtype}"
+    yield "device", f"auto ({', '.join(types)})" if plan.device is None else known
     for device, kernel in plan.kernels.items():
         label = "kernel" if len(plan.kernels) == 1 else f"kernel on {device}"
         yield label, f"{kernel.name} - {kernel.reason}"
@@ -179,75 +161,56 @@ def _choices(plan: RunPlan) -> Iterator[Line]:
     if plan.grid.cp > 1:
         yield "layout", f"{plan.sequence.layout.kind} - {_layout_reason(plan)}"
     yield "exchange", _exchange(plan.sequence)
-    parallel = plan.config.parallel
     if plan.grid.tp > 1:
-        state = "on" if parallel.sequence_parallel else "off"
-        yield "sequence parallel", state
+        yield "sequence parallel", "on" if plan.config.parallel.sequence_parallel else "off"
 
 
 def _attention(plan: RunPlan) -> str:
     model = plan.config.model
-    left = -1 if model.window_size is None else model.window_size[0]
-    words = ["causal"]
-    if plan.sequence.per_batch:
-        words.append("inside each document")
+    left, layers = (model.window_size or (-1, 0))[0], model.window_layers
+    text = "causal, inside each document" if plan.sequence.per_batch else "causal"
     if left >= 0:
-        back = f"{left:,} tokens back"
-        if model.window_layers is not None:
-            plural = "s" if len(model.window_layers) > 1 else ""
-            back += f" in layer{plural} {' '.join(map(str, model.window_layers))}"
-        words.append(back)
-    return ", ".join(words)
+        text += f", {left:,} tokens back"
+        if layers is not None:
+            text += f" in layer{'s' if len(layers) > 1 else ''} {' '.join(map(str, layers))}"
+    return text
 
 
 def _layout_reason(plan: RunPlan) -> str:
     if plan.config.parallel.cp_layout != "auto":
         return "asked for"
     if plan.sequence.layout.kind == "balanced":
-        return "chosen: it deals each batch's documents so that ranks have the same share"
+        return "chosen: it distributes each batch's documents evenly over the ranks"
     return "chosen: it gives every rank the same share"
 
 
 def _exchange(sequence: SequencePlan) -> str:
     name = sequence.exchange
     sends = name in ("p2p", "a2a+p2p") and sequence.route != "auto"
-    # Of a choice that is still open the sizes say how many ranks share a node, and of nodes.
+    # The sizes of an exchange that is not chosen yet only tell how ranks lie on nodes.
     if sequence.sizes and name == "a2a+p2p":
         name += f" {sequence.sizes[0]} x {sequence.sizes[1]}"
     route = f", {sequence.route}" if sends else ""
     return f"{name}{route} - {sequence.reason}"
 
 
-def _device(plan: RunPlan) -> str:
-    if plan.device is not None:
-        return f"{plan.device}, {plan.dtype}"
-    types = [f"{device}: {dtype_on(plan.config, device)}" for device in plan.kernels]
-    return f"auto ({', '.join(types)})"
-
-
 def _training(plan: RunPlan, run: Path | None) -> Iterator[Line]:
-    config, grid = plan.config, plan.grid
+    config, optimizer, train = plan.config, plan.config.optimizer, plan.config.train
     rows = config.data.global_batch_size or 0
     per_step = rows * config.data.seq_length
-    size = f"{plan.micro_batch_size} x dp {grid.dp} x {plan.num_microbatches} accumulated"
+    size = f"{plan.micro_batch_size} x dp {plan.grid.dp} x {plan.num_microbatches} accumulated"
     yield "batch", f"{rows} rows = micro batch {size}, {per_step:,} tokens per step"
-    yield "steps", _steps(plan)
+    warmup = f", warm-up {optimizer.lr_warmup_iters}" if optimizer.lr_warmup_iters else ""
+    rate = f"lr {optimizer.lr:g} {optimizer.lr_decay_style}{warmup}"
+    yield "steps", f"{train.train_iters:,}, {rate}, seed {train.seed}"
     yield "data", _data(config.data)
     yield "run", f"{run or config.checkpoint.save or RUNS / f'{model_name(config)}-<n>'}"
     if plan.load is not None:
         yield "goes on from", f"{plan.load} (step {plan.load_step})"
 
 
-def _steps(plan: RunPlan) -> str:
-    optimizer, train = plan.config.optimizer, plan.config.train
-    warmup = f", warm-up {optimizer.lr_warmup_iters}" if optimizer.lr_warmup_iters else ""
-    rate = f"lr {optimizer.lr:g} {optimizer.lr_decay_style}"
-    return f"{train.train_iters:,}, {rate}{warmup}, seed {train.seed}"
-
-
 def _data(data: DataConfig) -> str:
-    own = {"train": data.train_data_path, "valid": data.valid_data_path}
-    own |= {"test": data.test_data_path}
-    if any(own.values()):
-        return "; ".join(f"{part}: {' '.join(paths)}" for part, paths in own.items() if paths)
-    return " ".join(data.data_path) or "the sources of Python's standard library"
+    parts = {"train": data.train_data_path, "valid": data.valid_data_path}
+    parts |= {"test": data.test_data_path}
+    paths = "; ".join(f"{part}: {' '.join(paths)}" for part, paths in parts.items() if paths)
+    return paths or " ".join(data.data_path) or "the sources of Python's standard library"

@@ -1,1 +1,1 @@
-"""Training: what is checked before, the step, the loop, what a person sees."""
+"""Training: the run, the loop, the step, the optimizer, saving, resuming, and stopping."""

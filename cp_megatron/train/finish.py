@@ -1,4 +1,4 @@
-"""What a person reads after the last step: where everything lies, and the command that goes on."""
+"""The lines after the last step: where the files are, and the command that continues the run."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from cp_megatron.metrics.plots import INSTALL, draw_curves, has_matplotlib
 from cp_megatron.train.loop import Trainer
 
 
-def say_farewell(trainer: Trainer, launch: Launch, script: str, last: int) -> None:
-    """Speaks and draws on rank 0; silent elsewhere.
+def print_end(trainer: Trainer, launch: Launch, script: str, last: int) -> None:
+    """Prints the lines and draws the curves, on rank 0.
 
     Args:
-        run: ended in good order, its metrics closed.
+        trainer: it has ended without an error, and its metrics are closed.
         launch: how this process was started.
         script: the program as the user called it.
-        last: steps finished.
+        last: the last finished step.
     """
     if trainer.writer is None:
         return
@@ -39,7 +39,7 @@ def say_farewell(trainer: Trainer, launch: Launch, script: str, last: int) -> No
 
 
 def show_curves(trainer: Trainer) -> None:
-    """Draws the run's curves where it wants them, and says where they are, on rank 0."""
+    """Draws the run's curves unless ``--no-plot`` is set, on rank 0."""
     if trainer.writer is None or not trainer.plan.config.log.plot:
         return
     if not has_matplotlib():
@@ -47,12 +47,12 @@ def show_curves(trainer: Trainer) -> None:
         return
     try:
         trainer.view.say(f"curves      {draw_curves(trainer.folder)}")
-    except Exception as error:  # a picture for people: the run is over, whatever fails here
+    except Exception as error:  # a missing picture must not turn a finished run into a failed one
         trainer.view.say(f"curves      not drawn: {error}")
 
 
 def launcher(launch: Launch) -> list[str]:
-    """The words that start as many ranks again."""
+    """The beginning of a command that starts as many ranks again."""
     if not launch.under_torchrun:
         return [Path(sys.executable).name]
     words = ["torchrun", "--nproc-per-node", str(launch.local_world_size)]

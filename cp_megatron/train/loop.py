@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -54,16 +54,9 @@ class Trainer:
     """A run that is ready to train.
 
     Attributes:
-        plan: what was decided before torch was imported.
-        train_step: the model and its optimizer.
-        rows: the data.
         folder: the run's folder.
         control: a group of all ranks for CPU tensors.
-        saver: writes the checkpoints.
         writer: writes the metrics; on rank 0 only.
-        view: shows the progress.
-        profiler: records a trace of the requested steps.
-        guard: decides which steps are skipped.
         faults: the faults injected on this rank.
         checks: detect silent data corruption; None disables them.
         stragglers: finds the ranks that the others wait for; None disables it.
@@ -109,7 +102,7 @@ class Trainer:
                     self.stragglers.waited(result.waited)
                 if not verdict.accepted:
                     self._skip(step, result, verdict)
-                stopping = any_rank_stops(stop, self.control)
+                stopping = bool(largest(int(stop.signal is not None), self.control))
                 saves = stopping or self._is_due(step, config.checkpoint.save_interval)
                 self._check(step, saves=saves)
                 if meter is not None:
@@ -146,8 +139,11 @@ class Trainer:
             batch = next(shards)
         if self.checks is not None:
             self.checks.begin(step)
-        with noted(f"step {step}"):
+        try:
             result = self.train_step.run(batch, step=step, lr=lr, accept=accept, faults=self.faults)
+        except Exception as error:
+            error.add_note(f"step {step}")
+            raise
         return result, verdicts[0]
 
     def _check(self, step: int, *, saves: bool) -> None:
@@ -238,8 +234,6 @@ class Trainer:
         data = self.plan.config.data
         seconds, num_pairs = clock.means()
         num_tokens = (data.global_batch_size or 0) * data.seq_length
-        memory = torch.tensor(peak_memory(self.train_step.device), dtype=torch.int64)
-        dist.all_reduce(memory, op=dist.ReduceOp.MAX, group=self.control)
         metrics = Metrics(
             step=step,
             loss=result.loss,
@@ -249,7 +243,7 @@ class Trainer:
             tokens_per_second=num_tokens / seconds,
             step_seconds=seconds,
             mfu=self._utilisation(num_tokens, num_pairs, seconds),
-            memory_bytes=int(memory.item()),
+            memory_bytes=largest(peak_memory(self.train_step.device), self.control),
             valid_loss=valid_loss,
         )
         if self.writer is not None:
@@ -281,9 +275,7 @@ class Trainer:
 
     def _is_broken(self) -> bool:
         """Whether a parameter value of any rank is not finite."""
-        broken = torch.tensor(int(not self.train_step.is_finite()))
-        dist.all_reduce(broken, op=dist.ReduceOp.MAX, group=self.control)
-        return bool(broken.item())
+        return bool(largest(int(not self.train_step.is_finite()), self.control))
 
     def _save(self, step: int, *, last: bool) -> None:
         """Saves, unless the last update made a parameter infinite, which its loss cannot show."""
@@ -299,27 +291,11 @@ class Trainer:
         return DivergedError(f"step {step}: {reason}; {last} (works: {works})")
 
 
-def any_rank_stops(stop: StopRequest, group: dist.ProcessGroup) -> bool:
-    """Whether any rank was asked to stop; all ranks get the same answer.
-
-    Args:
-        stop: the request of this rank.
-        group: a group of all ranks for CPU tensors.
-    """
-    stops = torch.tensor(int(stop.signal is not None))
-    if group.size() > 1:
-        dist.all_reduce(stops, op=dist.ReduceOp.MAX, group=group)
-    return bool(stops.item())
-
-
-@contextmanager
-def noted(text: str) -> Iterator[None]:
-    """Adds a note to an exception that leaves the block."""
-    try:
-        yield
-    except Exception as error:
-        error.add_note(text)
-        raise
+def largest(value: int, control: dist.ProcessGroup) -> int:
+    """The largest value of all ranks; ``control`` is a group of them for CPU tensors."""
+    values = torch.tensor(value, dtype=torch.int64)
+    dist.all_reduce(values, op=dist.ReduceOp.MAX, group=control)
+    return int(values.item())
 
 
 class _Clock:

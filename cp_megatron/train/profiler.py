@@ -25,10 +25,8 @@ class StepProfiler:
 
     Args:
         log: the flags; the steps lie inside the run.
-        rank: the rank of this process.
         folder: the folder to write the trace into.
         start_step: steps finished before the run started.
-        device: the device of the training.
         say: called with a line for the user when the trace is written.
     """
 

@@ -1,4 +1,4 @@
-"""What a person sees while it trains: one line per logged step, and on a terminal a live bar."""
+"""Progress on the console: one line per logged step and, on a terminal, a live bar."""
 
 from __future__ import annotations
 
@@ -18,14 +18,7 @@ from cp_megatron.metrics.writer import Metrics
 
 
 class ProgressView:
-    """Speaks on rank 0 and is silent elsewhere; a context manager around the loop.
-
-    Args:
-        console: where to speak; kept as an attribute.
-        quiet: not this rank.
-        start_step: steps finished before.
-        train_iters: steps in all.
-    """
+    """Prints the progress unless ``quiet``; a context manager around the loop."""
 
     def __init__(self, console: Console, *, quiet: bool, start_step: int, train_iters: int) -> None:
         self.console = console

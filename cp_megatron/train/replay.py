@@ -1,4 +1,4 @@
-"""The batch of a step that ended a run, kept so that a person can look at it and try it again."""
+"""Keeps the batch of the step that ended a run, so that it can be examined and replayed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cp_megatron.data.rows.sampler import IGNORED, RowSource
 
 
 def batch_file(folder: Path, step: int) -> Path:
-    """Where the batch of a step lies in its run's folder."""
+    """The file for the batch of a step, in the run's folder."""
     return folder / f"bad-step-{step}.safetensors"
 
 
@@ -29,15 +29,13 @@ def save_batch(
     """Writes a whole global batch: ``tokens`` and ``labels``, int64 [size, S], ``rows`` [size].
 
     Args:
-        file: replaced where it exists.
-        rows: of the run.
         first: number of the batch's first row.
-        size: of the global batch.
-        document_mask: documents are masked, so the last token of each predicts nothing.
-        about: goes into the file's metadata, as texts.
+        size: rows of the global batch.
+        document_mask: documents are masked, so the last token of each has no label.
+        about: entries for the file's metadata.
 
     Raises:
-        OSError: the file can not be written.
+        OSError: the file cannot be written.
     """
     numbers = range(first, first + size)
     chosen = [rows[number] for number in numbers]

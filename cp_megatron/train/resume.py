@@ -1,7 +1,8 @@
-"""Which checkpoint a run really goes on from: the same on all ranks, every byte of it whole.
+"""Decides which checkpoint a run continues from: the same on all ranks, with all files verified.
 
-A damaged checkpoint is passed over for the newest whole one, and a person is told. In the run's own
-folder it is renamed to ``step-N.damaged``: its step will be trained and saved again.
+If a checkpoint is damaged, the newest whole one before it is used instead, and a note in the start
+table says so. In the run's own folder, the damaged one is renamed to ``step-N.damaged``, because
+its step will be trained and saved again.
 """
 
 from __future__ import annotations
@@ -25,10 +26,10 @@ from cp_megatron.preflight.run_plan import RunPlan
 
 
 def settle_load(plan: RunPlan, control: dist.ProcessGroup) -> RunPlan:
-    """The plan with the checkpoint that it goes on from, verified. Called on every rank.
+    """The plan with a verified checkpoint. Call it on every rank.
 
     Args:
-        plan: what each rank found by itself.
+        plan: the plan that this rank made by itself.
         control: a group of all ranks for CPU tensors.
 
     Raises:
@@ -43,32 +44,32 @@ def settle_load(plan: RunPlan, control: dist.ProcessGroup) -> RunPlan:
         return plan
     named = str(plan.config.checkpoint.load)
     passed_over = dict(plan.passed_over)
-    found = Newest(folder=plan.load, manifest=read_manifest(plan.load))
-    while (error := _damage(found, control)) is not None:
-        if run_folder(Path(named)) != Path(named):  # who names a step means it
+    newest = Newest(folder=plan.load, manifest=read_manifest(plan.load))
+    while (error := _damage(newest, control)) is not None:
+        if run_folder(Path(named)) != Path(named):  # the user named this very step
             raise error
-        passed_over[found.folder] = error.rule
-        found = _older(found, error, control)
-        passed_over |= found.passed_over
+        passed_over[newest.folder] = error.rule
+        newest = _older(newest, error, control)
+        passed_over |= newest.passed_over
     notes = [
         f"{folder.name} is passed over: it {rule}{_set_aside(folder, plan, control)}"
         for folder, rule in sorted(passed_over.items())
     ]
     return replace(
         plan,
-        load=found.folder,
-        load_step=found.manifest.step,
+        load=newest.folder,
+        load_step=newest.manifest.step,
         passed_over=passed_over,
         notes=(*plan.notes, *notes),
     )
 
 
-def _damage(found: Newest, control: dist.ProcessGroup) -> DamagedError | None:
-    """What is wrong with its shards; each rank reads its share of them."""
-    names = sorted(found.manifest.files)[control.rank() :: control.size()]
+def _damage(checkpoint: Newest, control: dist.ProcessGroup) -> DamagedError | None:
+    """What is wrong with the files of a checkpoint; each rank verifies its share of them."""
+    names = sorted(checkpoint.manifest.files)[control.rank() :: control.size()]
 
     def verify() -> bool:
-        verify_files(found.folder, found.manifest, names)
+        verify_files(checkpoint.folder, checkpoint.manifest, names)
         return True
 
     try:
@@ -78,11 +79,11 @@ def _damage(found: Newest, control: dist.ProcessGroup) -> DamagedError | None:
     return None
 
 
-def _older(found: Newest, error: DamagedError, control: dist.ProcessGroup) -> Newest:
-    """The newest whole one before it; ``error`` where there is none."""
+def _older(damaged: Newest, error: DamagedError, control: dist.ProcessGroup) -> Newest:
+    """The newest whole checkpoint before a damaged one; raises ``error`` if there is none."""
 
     def find() -> Newest:
-        older = newest_whole(found.folder.parent, before=found.manifest.step)
+        older = newest_whole(damaged.folder.parent, before=damaged.manifest.step)
         if older is None:
             raise error
         return older
@@ -91,13 +92,13 @@ def _older(found: Newest, error: DamagedError, control: dist.ProcessGroup) -> Ne
 
 
 def _set_aside(folder: Path, plan: RunPlan, control: dist.ProcessGroup) -> str:
-    """Renames it where this run will save, and says so. By rank 0."""
-    save, told = plan.config.checkpoint.save, ""
+    """Renames a damaged checkpoint in the folder of this run, on rank 0; returns a note."""
+    save, note = plan.config.checkpoint.save, ""
     if save is None or folder.parent.resolve() != Path(save).resolve():
-        return told
+        return note
     if control.rank() == 0:
         try:
-            told = f"; kept as {set_aside(folder).name}"
+            note = f"; kept as {set_aside(folder).name}"
         except OSError as error:
-            told = f"; it can not be renamed ({error.strerror})"
-    return str(broadcast_object(told, control))
+            note = f"; it cannot be renamed ({error.strerror})"
+    return str(broadcast_object(note, control))

@@ -1,4 +1,4 @@
-"""When a run is saved, behind the training or not, and what becomes of a save that fails."""
+"""Saves a run, during training or while it waits, and handles saves that fail."""
 
 from __future__ import annotations
 
@@ -15,20 +15,17 @@ from cp_megatron.train.step import TrainStep
 
 
 class Saver:
-    """Saves one run, one checkpoint at a time.
+    """Saves a run, one checkpoint at a time.
 
-    A checkpoint that can not be written (the disk is full) is warned of while the training can go
-    on; the older ones stay. The last one has to succeed.
+    If a checkpoint cannot be written, for example because the disk is full, training continues with
+    a warning, and older checkpoints stay. Only the last checkpoint must succeed.
 
     Args:
-        plan: the run.
-        folder: where it is kept.
-        data_fingerprint: of the corpus.
-        group: of all ranks for CPU tensors; asynchronous saves need one of their own.
-        say: tells a person a line; on the first rank only.
+        group: a group of all ranks for CPU tensors; asynchronous saves need one of their own.
+        say: prints a line; on the first rank only.
 
     Attributes:
-        saved: step of the newest checkpoint that is complete, 0 where there is none.
+        saved: step of the newest complete checkpoint, 0 if there is none.
     """
 
     def __init__(
@@ -54,17 +51,16 @@ class Saver:
         last: bool,
         extra: Mapping[str, Any] | None = None,
     ) -> None:
-        """Saves after ``step``; called on every rank. On return the model may change.
+        """Saves after ``step``. Call it on every rank. When it returns, the model may change.
 
         Args:
-            step: steps finished.
-            train_step: what is saved.
-            last: return when it is on the disk.
-            extra: plain data that belongs to it.
+            step: the number of the last finished step.
+            last: return only when the checkpoint is on the disk.
+            extra: plain data to keep in the checkpoint.
 
         Raises:
-            ConfigError: ``last`` and it can not be written.
-            RuntimeError: a rank failed otherwise.
+            ConfigError: ``last``, and the checkpoint cannot be written.
+            RuntimeError: a rank failed for another reason.
         """
         self.settle()
         config = self._plan.config
@@ -92,16 +88,16 @@ class Saver:
             self.settle(last=last)
 
     def poll(self) -> None:
-        """Takes note of a save that has ended meanwhile, so that a person learns of it now."""
+        """Reports a save that has ended in the meantime."""
         if self._under_way is not None and self._under_way[1].ended:
             self.settle()
 
     def settle(self, *, last: bool = False) -> None:
-        """Waits for the save under way, if there is one; called on every rank.
+        """Waits for the save in progress, if there is one. Call it on every rank.
 
         Raises:
-            ConfigError: ``last`` and it could not be written.
-            RuntimeError: a rank failed otherwise.
+            ConfigError: ``last``, and the checkpoint could not be written.
+            RuntimeError: a rank failed for another reason.
         """
         if self._under_way is None:
             return

@@ -1,4 +1,4 @@
-"""Stopping in good order: a signal asks, the step in progress is finished and saved. No torch."""
+"""Signals: the first one makes the training finish its step, save and stop."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from typing import NoReturn
 from cp_megatron.comm.runtime import Launch
 
 CAUGHT = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-"""SLURM warns with one of the last two; torchrun passes them on with --signals-to-handle."""
+"""SLURM sends one of the last two as a warning; torchrun forwards them with --signals-to-handle."""
 
 _STDERR = 2
 _PR_SET_PDEATHSIG = 1
 
 
 class StopRequest:
-    """Whether someone asked this rank to stop.
+    """Whether this rank was asked to stop; a signal handler.
 
-    A second signal changes nothing: under torchrun a Ctrl-C reaches a rank twice, from the
-    terminal and from torchrun, and must not tear the save that the first one began.
+    A second signal changes nothing. Under torchrun, Ctrl-C reaches a rank twice, from the terminal
+    and from torchrun, and the second one must not interrupt the save that the first one started.
 
     Args:
-        quiet: say nothing (on all ranks but the first).
+        quiet: print nothing (on all ranks but the first).
     """
 
     def __init__(self, *, quiet: bool = True) -> None:
@@ -35,12 +35,12 @@ class StopRequest:
         self._quiet = quiet
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
-        """The signal handler."""
+        """Handles a signal."""
         if self.signal is not None:
             return
         self.signal = signal.Signals(number)
         if not self._quiet:
-            # Past Python's streams: the handler may have interrupted one of their writes.
+            # Not through Python's streams: the handler may have interrupted a write to one of them.
             with suppress(OSError):
                 os.write(
                     _STDERR, f"\n{self.signal.name}: finishing the step, then saving\n".encode()
@@ -48,33 +48,33 @@ class StopRequest:
 
 
 def stop_at_once() -> None:
-    """Lets Ctrl-C end this process like SIGTERM does: at once, without a stack trace.
+    """Makes Ctrl-C end this process at once, without a stack trace, as SIGTERM does.
 
-    For the time before the training, minutes for a large model, when there is nothing to save. A
-    Python handler would not run there while the process waits for its peers inside a library.
+    This is for the time before the training (minutes for a large model), when there is nothing to
+    save. A Python handler would not run while the process waits for other ranks inside a library.
     """
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def end_with_launcher(launch: Launch) -> None:
-    """Has a launcher's rank get SIGTERM when the launcher dies, on Linux.
+    """Makes this process receive SIGTERM when its launcher dies, on Linux.
 
-    It would else wait inside a library, for minutes, for a peer that nobody will start any more.
+    Otherwise it would wait inside a library, for minutes, for ranks that will never start.
     """
-    if not launch.under_torchrun:  # who started it by hand may log out
+    if not launch.under_torchrun:  # started from a shell, which may be closed
         return
     with suppress(OSError, AttributeError):  # no C library, or one without prctl
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() == 1:  # it died before
+    if os.getppid() == 1:  # the launcher has died already
         os._exit(1)
 
 
 def leave(code: int) -> NoReturn:
-    """Ends the process with this exit code, without taking the interpreter down first.
+    """Ends the process with this exit code, without shutting down the interpreter.
 
-    On a busy machine a process that talked over gloo sometimes aborts while Python ends ("terminate
-    called without an active exception"): probably a thread of gloo that only then lets go of its
-    last tensor. A run that was finished and saved would count as failed.
+    On a busy machine, a process that used gloo sometimes aborts while Python shuts down ("terminate
+    called without an active exception"), probably because a thread of gloo releases its last tensor
+    only then. A run that is finished and saved would count as failed.
     """
     sys.stdout.flush()
     sys.stderr.flush()
@@ -85,8 +85,8 @@ def leave(code: int) -> NoReturn:
 def stop_on_signal(*, quiet: bool = True) -> Iterator[StopRequest]:
     """Catches the signals inside the block, and ignores them after it.
 
-    After it the process only leaves, and its launcher may still pass on the signal that ended it,
-    or end it for another rank that left a moment before.
+    After the block the process only exits. Its launcher may still forward the signal that stopped
+    it, or end it because another rank exited a moment earlier.
     """
     request = StopRequest(quiet=quiet)
     for number in CAUGHT:

@@ -90,16 +90,11 @@ class TrainStep:
     """A model and its optimizer.
 
     Attributes:
-        model: the sharded model.
-        optimizer: over its parameters.
-        groups: this rank's groups.
         cp: context parallelism for rows without document masks; that of other rows is derived from
             it.
-        device: the device of the model.
         seed: the run's seed, for dropout. Attention dropout is the same on every grid.
         clip_grad: largest global gradient norm; 0 disables clipping.
         sequence_parallel: the residual stream is split over tp, and so dropout differs over tp.
-        rule: how the loss is computed.
         sums: checksums of the parameters, which only an update may change; None disables them.
     """
 
@@ -298,7 +293,6 @@ def local_values(parameter: Tensor) -> Tensor:
 
 
 def _flip_a_bit(model: Transformer) -> None:
-    """Flips one bit of the first parameter value that this rank holds."""
     held = (local_values(parameter) for parameter in model.parameters())
     next(x for x in held if x.numel()).view(-1)[:1].view(torch.uint8)[0] ^= 32
 

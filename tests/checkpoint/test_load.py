@@ -1,4 +1,4 @@
-"""Saving and loading in one process: same bits, other models and damage refused, no pickle."""
+"""Saving and loading in one process is exact; other models, damage and pickles are refused."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_learning_rates_are_not_stored(tmp_path: Path) -> None:
     assert optimizer.param_groups[0]["lr"] == 0.7
 
 
-def test_before_the_first_update_there_is_no_state(tmp_path: Path) -> None:
+def test_before_the_first_update_no_state_is_stored(tmp_path: Path) -> None:
     folder = toy.save(tmp_path, *toy.make(None), step=0)
     model, optimizer = toy.make(None, updates=2)
     load_checkpoint(folder, model=model, optimizer=optimizer)
@@ -95,7 +95,7 @@ def test_a_whole_tensor_has_its_own_name_for_other_programs(tmp_path: Path) -> N
 
 
 class Other(toy.Toy):
-    """The toy with one tensor changed."""
+    """The toy model with one change."""
 
     def __init__(self, change: str) -> None:
         super().__init__(None, torch.float64 if change == "dtype" else torch.float32)
@@ -138,7 +138,7 @@ def test_only_the_first_few_differences_are_named(tmp_path: Path) -> None:
     assert "and 5 more" in message
 
 
-def test_a_save_that_did_not_finish_is_passed_over_and_replaced(tmp_path: Path) -> None:
+def test_an_unfinished_save_is_passed_over_and_replaced(tmp_path: Path) -> None:
     model, optimizer = toy.make(None, updates=1)
     toy.save(tmp_path, model, optimizer, step=3)
     torn = tmp_path / "step-4.tmp"
@@ -166,7 +166,7 @@ def test_an_existing_step_is_never_touched(existing: str, tmp_path: Path) -> Non
     assert [path.name for path in tmp_path.iterdir()] == ["step-3"]
 
 
-def test_a_run_folder_that_can_not_be_made_is_refused(tmp_path: Path) -> None:
+def test_a_run_folder_that_cannot_be_created_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"--save .*rank 0: Not a directory"):
         toy.save(tmp_path / "file" / "run", *toy.make(None, updates=1))
@@ -192,7 +192,7 @@ def test_damage_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
 
 
 class Trap:
-    """Its pickle makes a file when it is opened."""
+    """Unpickling it creates a folder."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -226,7 +226,7 @@ def test_byte_items_are_refused_on_save() -> None:
 
 def test_byte_items_are_refused_on_load(tmp_path: Path) -> None:
     folder = toy.save(tmp_path, *toy.make(None, updates=1))
-    reader = ShardReader(folder, read_manifest(folder))
+    reader = ShardReader(folder, read_manifest(folder).tensors)
     index, none = MetadataIndex("epoch"), torch.Size([0])
     item = ReadItem(LoadItemType.BYTE_IO, index, none, index, none, none)
     with pytest.raises(TypeError, match="epoch is not a tensor"):
@@ -253,14 +253,14 @@ def test_extra_state_of_a_module_is_refused(tmp_path: Path) -> None:
 def test_a_shard_that_is_not_what_the_manifest_says(
     values: dict[str, str], rule: str, tmp_path: Path
 ) -> None:
-    # The hashes are right (somebody wrote them so), the contents are not.
+    # The hashes match the contents, but the contents do not match the manifest.
     folder = toy.save(tmp_path, *toy.make(None, updates=1))
     manifest = read_manifest(folder)
     entry = manifest.tensors["model.row"]
     chunks = tuple(replace(chunk, key=values.get("key", chunk.key)) for chunk in entry.chunks)
     entry = replace(entry, dtype=values.get("dtype", entry.dtype), chunks=chunks)
     tensors = {**manifest.tensors, "model.row": entry}
-    reader = ShardReader(folder, replace(manifest, tensors=tensors))
+    reader = ShardReader(folder, tensors)
     model, _ = toy.make(None)
     planner = DefaultLoadPlanner(flatten_state_dict=False)
     planner.set_up_planner({"model.row": model.row.detach()}, reader.read_metadata())

@@ -1,4 +1,4 @@
-"""The manifest: what it says comes back; whatever can not be trusted is refused in one line."""
+"""A manifest is read back as it was written; one that cannot be trusted is refused in one line."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def refuse(folder: Path, rule: str) -> ConfigError:
     return caught.value
 
 
-def test_what_is_written_comes_back(tmp_path: Path) -> None:
+def test_a_manifest_is_read_back(tmp_path: Path) -> None:
     manifest = read_manifest(write(tmp_path / "step-7"))
     verify_files(tmp_path / "step-7", manifest)
     assert replace(manifest, files=MANIFEST.files) == MANIFEST
@@ -111,7 +111,7 @@ def test_not_utf8(tmp_path: Path) -> None:
     refuse(tmp_path, "malformed")
 
 
-def test_a_pipe_is_no_manifest(tmp_path: Path) -> None:
+def test_a_pipe_is_not_a_manifest(tmp_path: Path) -> None:
     path = write(tmp_path) / "manifest.json"
     path.unlink()
     os.mkfifo(path)
@@ -120,12 +120,12 @@ def test_a_pipe_is_no_manifest(tmp_path: Path) -> None:
 
 def test_a_manifest_that_is_too_large_is_not_read(tmp_path: Path) -> None:
     with (write(tmp_path) / "manifest.json").open("r+b") as file:
-        file.truncate(2**31)  # a hole, which takes no room on the disk
+        file.truncate(2**31)  # a hole, which takes no space on the disk
     refuse(tmp_path, "at most 1073741824 bytes")
 
 
 def test_nesting_too_deep_to_check(tmp_path: Path) -> None:
-    # Around the depth at which the parser still copes, and what comes after it may not.
+    # Around the depth at which the parser succeeds, but later code may not.
     write(tmp_path)
     for depth in range(sys.getrecursionlimit() - 100, sys.getrecursionlimit()):
         nested = "[" * depth + "]" * depth
@@ -136,7 +136,7 @@ def test_nesting_too_deep_to_check(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("columns", [1, 3])
 def test_boxes_side_by_side_do_not_overlap(columns: int, tmp_path: Path) -> None:
-    """A tensor cut along both dims, as over tp and dp x cp."""
+    """A tensor that is split along both dims, as over tp and dp x cp."""
     chunks = tuple(
         ChunkEntry(offsets=(row, column), sizes=(2, columns), file=SHARD, key=f"{row} {column}")
         for row in (0, 2)
@@ -158,7 +158,7 @@ def test_every_bit_of_the_manifest_counts(tmp_path: Path) -> None:
 
 
 def rewrite(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
-    """Changes the fields as somebody would who also makes the checksum right."""
+    """Changes the fields and writes the checksum of the new fields."""
     path = write(folder) / "manifest.json"
     fields = json.loads(path.read_text())["manifest"]
     change(fields)
@@ -196,7 +196,7 @@ def set_chunk(fields: dict[str, Any], **values: object) -> None:
         lambda m: m["tensors"]["model.w"]["chunks"].pop(),
         lambda m: set_chunk(m, offsets=[2, 0]),
         lambda m: set_chunk(m, offsets=[0, 0]),
-        # As many elements as the shape has, but row 1 twice and row 3 never.
+        # The number of elements is right, but row 1 is stored twice and row 3 is missing.
         lambda m: m["tensors"]["model.w"].update(chunks=boxes((0, 2), (1, 2))),
         lambda m: set_chunk(m, offsets=[1, "0"]),
         lambda m: set_chunk(m, sizes=[3, -3]),
@@ -272,7 +272,7 @@ def test_shards_are_compared(tmp_path: Path) -> None:
     refuse(tmp_path / "step-7", f"{SHARD} cannot be read")
 
 
-def test_a_checkpoint_from_before_there_was_anything_extra_is_read(tmp_path: Path) -> None:
+def test_an_older_checkpoint_without_extra_is_read(tmp_path: Path) -> None:
     fields = asdict(replace(MANIFEST, files={}, tensors={}))
     del fields["extra"]
     canonical = json.dumps(fields, sort_keys=True, separators=(",", ":"))
@@ -284,7 +284,7 @@ def test_a_checkpoint_from_before_there_was_anything_extra_is_read(tmp_path: Pat
     assert read_manifest(tmp_path / "step-7").extra == {}
 
 
-def test_half_a_character_is_no_text(tmp_path: Path) -> None:
+def test_a_lone_surrogate_is_refused(tmp_path: Path) -> None:
     key = replace(MANIFEST.tensors["model.w"].chunks[0], key="\udcff")
     entry = replace(MANIFEST.tensors["model.w"], chunks=(key, chunk(1, 3)))
     folder = write(tmp_path / "step-7", replace(MANIFEST, tensors={"model.w": entry}))

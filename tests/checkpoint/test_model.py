@@ -1,4 +1,4 @@
-"""The real model with its AdamW: two steps on TP2 x CP2, loaded on every grid, the same bits."""
+"""The real model with AdamW, saved on TP2 x CP2, loads on every grid with the same bits."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def train_step_for(case: Case) -> TrainStep:
 
 
 def train(train_step: TrainStep, case: Case, start: int) -> list[float]:
-    """The losses of the next two steps; the second one tells of the optimizer, too."""
+    """Returns the losses of the next two steps; the second one depends on the optimizer state."""
     return [
         train_step.run(shards_of(step, case, train_step), step=step, lr=3e-3).loss
         for step in range(start, start + STEPS)
@@ -44,7 +44,7 @@ def train(train_step: TrainStep, case: Case, start: int) -> list[float]:
 
 
 def state_of(train_step: TrainStep) -> State:
-    """Every number of model and optimizer, whole, named as in a checkpoint."""
+    """Returns the whole tensors of model and optimizer, named as in a checkpoint."""
     found = {}
     for name, parameter in train_step.model.named_parameters():
         found[f"model.{name}"] = whole(parameter)
@@ -54,7 +54,7 @@ def state_of(train_step: TrainStep) -> State:
 
 
 def train_and_save(rank: int, world_size: int, folder: Path) -> tuple[State, list[float]]:
-    """What was saved, and the losses of the steps after it."""
+    """Returns what was saved, and the losses of the next steps."""
     train_step = train_step_for(SAVED)
     train(train_step, SAVED, 0)
     save_checkpoint(
@@ -72,7 +72,7 @@ def train_and_save(rank: int, world_size: int, folder: Path) -> tuple[State, lis
 
 
 def load(rank: int, world_size: int, case: Case, folder: Path) -> tuple[State, list[float]]:
-    """What was loaded, and on the grid of the save the losses of the steps after it."""
+    """Returns what was loaded and, on the grid of the save, the losses of the next steps."""
     train_step = train_step_for(case)
     with torch.no_grad():
         for parameter in train_step.model.parameters():
@@ -91,7 +91,7 @@ def load_another(rank: int, world_size: int, folder: Path) -> str:
 
 @functools.cache
 def saved() -> tuple[tempfile.TemporaryDirectory[str], Path, State, list[float]]:
-    """One run for all tests; nobody writes to it."""
+    """One checkpoint for all tests; no test changes it."""
     holder = tempfile.TemporaryDirectory()
     state, losses = run_ranks(train_and_save, 4, Path(holder.name), timeout=120)[0]
     return holder, Path(holder.name, f"step-{STEPS}"), state, losses
@@ -108,7 +108,7 @@ def test_loads_on_any_grid(case: Case) -> None:
         assert losses == (further if case == SAVED else [])
 
 
-def test_the_shards_hold_what_the_ranks_held() -> None:
+def test_the_shards_hold_the_tensors_of_the_ranks() -> None:
     _, folder, expected, _ = saved()
     stored = tensors_of(folder)
     assert stored.keys() == {name for name in expected if not name.endswith(".step")}
@@ -117,7 +117,7 @@ def test_the_shards_hold_what_the_ranks_held() -> None:
         assert torch.equal(tensor, expected[name]), name
 
 
-def test_another_model_is_refused_on_every_rank_alike() -> None:
+def test_another_model_is_refused_on_every_rank() -> None:
     answers = run_ranks(load_another, 2, saved()[1])
     assert answers[0] == answers[1]
     differences = answers[0].partition(" is of another model: ")[2]

@@ -1,4 +1,4 @@
-"""A checkpoint of any grid, loaded on any other, is the same bits."""
+"""A checkpoint of any grid loads on any other grid with the same bits."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ GRIDS = [SAVED, Grid(cp=4), Grid(dp=2, tp=2), Grid(tp=4), Grid(cp=2), Grid()]
 
 @functools.cache
 def saved() -> tuple[tempfile.TemporaryDirectory[str], Path]:
-    """One checkpoint of TP2 x CP2 for all tests; nobody writes to it."""
+    """One checkpoint of TP2 x CP2 for all tests; no test changes it."""
     holder = tempfile.TemporaryDirectory()
     folder = Path(holder.name, "run")
     run_ranks(toy.save_on_ranks, 4, SAVED, folder)
@@ -85,13 +85,13 @@ def test_every_rank_writes_its_part_once() -> None:
     assert len({chunk.file for chunk in column.chunks}) == 4
     assert "model.tied" not in manifest.tensors
     assert "model.cache" not in manifest.tensors
-    # Stored once although two tp ranks hold it, and no rank's empty part is stored.
+    # It is stored once although two tp ranks hold it, and empty parts are not stored.
     assert len(manifest.tensors["model.one"].chunks) == 1
     assert len(manifest.tensors["model.count"].chunks) == 1
 
 
 def save_twice(rank: int, world_size: int, folder: Path) -> list[str]:
-    """The error of each rank, and what warnings there were."""
+    """Returns this rank's error and warnings."""
     model, optimizer = toy.make(Grid(cp=2), updates=1)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -102,7 +102,7 @@ def save_twice(rank: int, world_size: int, folder: Path) -> list[str]:
     return [str(refused.value), *(str(warning.message) for warning in caught)]
 
 
-def test_an_existing_step_is_refused_on_every_rank_alike_and_nothing_warns(tmp_path: Path) -> None:
+def test_an_existing_step_is_refused_on_every_rank_without_warnings(tmp_path: Path) -> None:
     answers = run_ranks(save_twice, 2, tmp_path)
     assert answers[0] == answers[1]
     assert len(answers[0]) == 1, answers[0][1:]
@@ -151,7 +151,7 @@ def test_a_full_disk_leaves_the_older_checkpoint_and_nothing_else(tmp_path: Path
 def with_uneven(
     rank: int, world_size: int, job: Callable[..., Any], grid: Grid, folder: Path
 ) -> Any:
-    """Rows that do not divide over tp x cp: 2 1 | 2 1 and 1 0 | 1 0 on TP2 x CP2."""
+    """Rows that are not divisible by tp x cp: 2 1 | 2 1 and 1 0 | 1 0 on TP2 x CP2."""
     uneven = {"uneven": ((6,), toy.ROWS), "thin": ((2, 3), toy.ROWS)}
     with mock.patch.dict(toy.PARAMETERS, uneven):
         return job(rank, world_size, grid, folder)

@@ -1,4 +1,4 @@
-"""Saves behind the training: what is copied is what is saved, and no moment of it can be torn."""
+"""Saves while training continues: they store the copied values, and can be killed at any time."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_a_shard_is_a_safetensors_file(tmp_path: Path) -> None:
         write_image(tmp_path / "shard", take_image(tensors, HostMemory()))
 
 
-def test_a_disk_that_takes_less_at_once_gets_all_of_it(tmp_path: Path) -> None:
+def test_partial_writes_are_continued(tmp_path: Path) -> None:
     descriptor = os.open(tmp_path / "file", os.O_WRONLY | os.O_CREAT)
     whole = os.write
     with mock.patch.object(os, "write", lambda fd, data: whole(fd, data[:3])):
@@ -75,8 +75,7 @@ def test_a_disk_that_takes_less_at_once_gets_all_of_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("most", [1 << 30, 3 << 12, (1 << 20) + 7])
-def test_a_large_file_goes_past_the_cache_as_far_as_it_can(tmp_path: Path, most: int) -> None:
-    """However little of it is taken at once."""
+def test_a_large_file_is_written_with_partial_direct_writes(tmp_path: Path, most: int) -> None:
     size = DIRECT_BYTES + 4096 * 3 + 5
     tensors = {"large": torch.randint(0, 256, (size,), dtype=torch.uint8)}
     whole, taken = os.write, list[int]()
@@ -92,7 +91,7 @@ def test_a_large_file_goes_past_the_cache_as_far_as_it_can(tmp_path: Path, most:
     assert entry.sha256 == sha256((tmp_path / "shard").read_bytes()).hexdigest()
 
 
-def test_memory_begins_at_a_block_and_is_kept() -> None:
+def test_memory_is_aligned_and_reused() -> None:
     for size in (1, 5000, 1 << 20):
         memory = HostMemory()
         taken = memory.take(size, pinned=False)
@@ -103,7 +102,7 @@ def test_memory_begins_at_a_block_and_is_kept() -> None:
 
 
 class Gate:
-    """Holds every thread that writes a shard until it is opened."""
+    """Blocks every thread that writes a shard until it is opened."""
 
     def __init__(self) -> None:
         self.opened = threading.Event()
@@ -115,7 +114,7 @@ class Gate:
 
 
 def train_on(rank: int, world_size: int, folder: Path) -> list[bool]:
-    """Updates while the save waits: saved are the numbers of before."""
+    """Updates the model while the save waits; the values before the update are saved."""
     model, optimizer = toy.make(Grid(cp=2, tp=2), updates=3)
     expected = toy.snapshot(model, optimizer)
     gate = Gate()
@@ -133,13 +132,13 @@ def train_on(rank: int, world_size: int, folder: Path) -> list[bool]:
     return [waited, changed, same, save.ended, 0 < save.stopped_seconds < save.seconds]
 
 
-def test_the_training_goes_on_while_it_is_saved(tmp_path: Path) -> None:
+def test_training_continues_during_a_save(tmp_path: Path) -> None:
     assert run_ranks(train_on, 4, tmp_path) == [[True] * 5] * 4
 
 
 def fail_to_copy(rank: int, world_size: int, folder: Path) -> str:
     model, optimizer = toy.make(Grid(cp=2), updates=1)
-    failing = mock.Mock(side_effect=MemoryError("no room for the copy"))
+    failing = mock.Mock(side_effect=MemoryError("no memory for the copy"))
     with mock.patch.object(saving, "take_image", failing if rank else take_image):
         save = start(folder, model, optimizer, grid=Grid(cp=2))
     with pytest.raises(MemoryError) as caught:
@@ -147,12 +146,12 @@ def fail_to_copy(rank: int, world_size: int, folder: Path) -> str:
     return f"{caught.value} {sorted(path.name for path in folder.iterdir())}"
 
 
-def test_a_rank_that_can_not_copy_fails_the_save_of_all(tmp_path: Path) -> None:
-    assert run_ranks(fail_to_copy, 2, tmp_path) == ["no room for the copy []"] * 2
+def test_a_rank_that_cannot_copy_fails_the_save_on_all_ranks(tmp_path: Path) -> None:
+    assert run_ranks(fail_to_copy, 2, tmp_path) == ["no memory for the copy []"] * 2
 
 
 @given(st.sets(st.integers(0, 60)), st.none() | st.integers(1, 5), st.none() | st.integers(1, 7))
-def test_which_older_checkpoints_stay(
+def test_which_older_checkpoints_are_kept(
     steps: set[int], latest: int | None, every: int | None
 ) -> None:
     removed = Retention(latest=latest, every=every).superseded(sorted(steps))
@@ -163,7 +162,7 @@ def test_which_older_checkpoints_stay(
         assert len({s for s in kept if not every or s % every}) <= latest
 
 
-def test_older_checkpoints_make_room_when_the_new_one_is_complete(tmp_path: Path) -> None:
+def test_older_checkpoints_are_removed_when_the_new_one_is_complete(tmp_path: Path) -> None:
     model, optimizer = toy.make(None, updates=1)
     for step in range(1, 8):
         start(tmp_path, model, optimizer, step=step, retention=Retention(latest=2, every=3)).wait()
@@ -172,7 +171,7 @@ def test_older_checkpoints_make_room_when_the_new_one_is_complete(tmp_path: Path
 
 
 def test_a_full_disk_for_real(tmp_path: Path) -> None:
-    """The kernel refuses to make a file longer than this; Python gets it as an OSError."""
+    """The kernel refuses to write files that are longer than a limit; Python raises OSError."""
     model, optimizer = toy.make(None, updates=1)
     start(tmp_path, model, optimizer, step=1).wait()
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -188,7 +187,7 @@ def test_a_full_disk_for_real(tmp_path: Path) -> None:
 
 
 CALLS = ("open", "write", "fsync", "close", "rename", "mkdir", "rmdir", "unlink")
-"""What a save asks of the system; each is a moment in which the process may be killed."""
+"""The system calls of a save; the process may be killed at each of them."""
 
 VICTIM = """
 import os, signal, sys
@@ -221,7 +220,7 @@ os._exit(0)
 
 
 def fork_victims(folder: Path, first: int, last: int) -> Iterator[tuple[int, int]]:
-    """Children that are killed at call ``first`` to ``last``; (call, its exit status)."""
+    """Forks children that are killed at call ``first`` to ``last``; yields (call, exit status)."""
     for number in range(first, last + 1):
         child = os.fork()
         if not child:
@@ -247,8 +246,8 @@ print(number, status)
 """
 
 
-def test_killed_at_every_call_to_the_system_the_step_before_is_whole(tmp_path: Path) -> None:
-    """Steps 1 and 2 are there; the save of step 4 is killed and would then remove step 1."""
+def test_a_save_killed_at_any_system_call_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
+    """Steps 1 and 2 exist. The save of step 4, which would remove step 1, is killed."""
     ended = subprocess.run(
         [sys.executable, "-c", KILLER, str(tmp_path)],
         capture_output=True,
@@ -269,14 +268,16 @@ def test_killed_at_every_call_to_the_system_the_step_before_is_whole(tmp_path: P
         load_checkpoint(found.folder, model=model, optimizer=optimizer)
         chosen.append(found.manifest.step)
         start(tmp_path / str(point), model, optimizer, step=5).wait()
-        assert not list((tmp_path / str(point)).glob("*.tmp")), "the next save makes room"
+        assert not list((tmp_path / str(point)).glob("*.tmp")), (
+            "the next save removes unfinished ones"
+        )
     assert set(chosen) == {2, 4}
-    assert chosen == sorted(chosen), "the name decides, at one point"
+    assert chosen == sorted(chosen), "step 4 is chosen from one call on"
     print(f"{number - 1} points: step 2 chosen {chosen.count(2)} times, step 4 {chosen.count(4)}")
 
 
-def test_no_bit_can_flip_unseen(tmp_path: Path) -> None:
-    """200 flips over all files of the newest step: always the step before is chosen."""
+def test_every_flipped_bit_is_detected(tmp_path: Path) -> None:
+    """Flips 200 bits in the files of the newest step; the error suggests the step before."""
     model, optimizer = toy.make(None, updates=1)
     for step in (1, 2):
         start(tmp_path, model, optimizer, step=step).wait()
@@ -306,7 +307,7 @@ def is_whole(step: Path, broken: str) -> bool:
 
 
 def slow_disk(rank: int, world_size: int, folder: Path) -> list[str]:
-    """Rank 1's disk takes a second, then gives up: all learn it, none is stuck."""
+    """Rank 1's disk fails after a second; every rank raises the error and can save again."""
     model, optimizer = toy.make(Grid(cp=2), updates=1)
 
     def late(*args: Any) -> Any:
@@ -322,7 +323,7 @@ def slow_disk(rank: int, world_size: int, folder: Path) -> list[str]:
     return [str(at_once), caught.value.rule, again.name]
 
 
-def test_a_slow_disk_that_fails_is_told_to_all(tmp_path: Path) -> None:
+def test_a_slow_disk_that_fails_is_reported_on_all_ranks(tmp_path: Path) -> None:
     expected = ["True", "rank 1: Input/output error", "step-3"]
     assert run_ranks(slow_disk, 2, tmp_path) == [expected] * 2
 
@@ -334,7 +335,7 @@ def test_a_manifest_is_never_written_over(tmp_path: Path) -> None:
 
 
 def killed_peer(rank: int, world_size: int, folder: Path) -> None:
-    """Row 9: the same step again, and one rank dies: what is there stays as it is."""
+    """Saves the same step again, and one rank dies; the checkpoint is not changed."""
     model, optimizer = toy.make(Grid(cp=2), updates=1)
     with pytest.raises(ConfigError, match="step-3 exists already"):
         start(folder, model, optimizer, grid=Grid(cp=2)).wait()
@@ -361,7 +362,7 @@ MOVES: dict[str, Callable[[Path], object]] = {
 }
 
 
-# Where a manifest lies is the user's business; what it says is checked.
+# A manifest may be a link, because its contents are checked.
 @pytest.mark.parametrize(
     ("name", "move"),
     [("rank-00000.safetensors", move) for move in MOVES]

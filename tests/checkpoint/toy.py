@@ -1,4 +1,4 @@
-"""A model small enough to read, with every kind of tensor a checkpoint meets, on any grid."""
+"""A small model with every kind of tensor that a checkpoint stores, on any grid."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ PARAMETERS: dict[str, tuple[tuple[int, ...], Split]] = {
 
 
 class Toy(nn.Module):
-    """Parameters, a tied one, a persistent buffer and one that is not."""
+    """Has parameters, a tied one, a persistent buffer and one that is not persistent."""
 
     def __init__(self, groups: ParallelGroups | None, dtype: torch.dtype) -> None:
         super().__init__()
@@ -52,9 +52,12 @@ class Toy(nn.Module):
 def make(
     grid: Grid | None, *, dtype: torch.dtype = torch.float32, updates: int = 0
 ) -> tuple[Toy, torch.optim.AdamW]:
-    """The model and its optimizer after some updates that do not depend on the grid.
+    """Makes the model and its optimizer; the updates do not depend on the grid.
 
-    ``grid`` None: a plain module of this process.
+    Args:
+        grid: None makes a plain module of this process.
+        dtype: the dtype of the parameters.
+        updates: the number of updates.
     """
     groups = None if grid is None else ParallelGroups.create(grid, "cpu")
     model = Toy(groups, dtype)
@@ -66,7 +69,7 @@ def make(
 
 
 def update(model: Toy, optimizer: torch.optim.AdamW, updates: int) -> None:
-    """Elementwise gradients, so that every grid computes the same bits."""
+    """Updates with elementwise gradients, so that every grid computes the same bits."""
     for _ in range(updates):
         for parameter in model.parameters():
             parameter.grad = parameter.detach() * 0.5 + 1
@@ -74,7 +77,7 @@ def update(model: Toy, optimizer: torch.optim.AdamW, updates: int) -> None:
 
 
 def scramble(model: Toy, optimizer: torch.optim.AdamW) -> None:
-    """Makes sure that whatever is right after a load comes from the checkpoint."""
+    """Destroys all values, so that values that are right after a load are loaded ones."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(99)
@@ -83,7 +86,7 @@ def scramble(model: Toy, optimizer: torch.optim.AdamW) -> None:
 
 
 def snapshot(model: Toy, optimizer: torch.optim.AdamW) -> dict[str, Tensor]:
-    """Every number of both, whole, on every rank."""
+    """Returns the whole tensors of both, on every rank."""
     found: dict[str, Tensor] = {"count": model.count.clone()}
     for name, parameter in model.named_parameters():
         found[name] = whole(parameter)
@@ -93,7 +96,7 @@ def snapshot(model: Toy, optimizer: torch.optim.AdamW) -> dict[str, Tensor]:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The global tensor, memory of its own."""
+    """Returns a copy of the global tensor."""
     full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
     return full.detach().clone()
 
@@ -106,7 +109,7 @@ def save(
     grid: Grid | None = None,
     step: int = 3,
 ) -> Path:
-    """Saves with made-up facts."""
+    """Saves with arbitrary values for the manifest."""
     return save_checkpoint(
         folder,
         step=step,
@@ -121,7 +124,7 @@ def save(
 
 
 def save_on_ranks(rank: int, world_size: int, grid: Grid, folder: Path) -> dict[str, Tensor]:
-    """Three updates, saved; what was saved. For ``run_ranks``."""
+    """Saves after three updates; returns what was saved. For ``run_ranks``."""
     model, optimizer = make(grid, updates=3)
     save(folder, model, optimizer, grid=grid)
     return snapshot(model, optimizer)
@@ -130,7 +133,7 @@ def save_on_ranks(rank: int, world_size: int, grid: Grid, folder: Path) -> dict[
 def load_on_ranks(
     rank: int, world_size: int, grid: Grid | None, folder: Path
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], Manifest]:
-    """What was loaded, what it is after another update, the manifest. For ``run_ranks``."""
+    """Returns what was loaded, its values after another update, and the manifest."""
     model, optimizer = make(grid, updates=1)
     scramble(model, optimizer)
     manifest = load_checkpoint(folder, model=model, optimizer=optimizer)

@@ -7,23 +7,22 @@ import pytest
 import torch
 
 from cp_megatron.data.batch.batch import IGNORED, Batch, microbatches
-from cp_megatron.data.read.sources import EOD
-from cp_megatron.data.rows.sampler import Rows
+from cp_megatron.data.rows.sampler import ConcatenatedRows
 from cp_megatron.errors import ConfigError
 from cp_megatron.plan import Mask
-from tests.data.parts import part_of
+from tests.data.ranges import EOD, range_of
 
 S = 8
 
 
-def make_rows() -> Rows:
+def make_rows() -> ConcatenatedRows:
     tokens = np.random.default_rng(0).integers(0, 256, 1001).astype(np.uint16)
     tokens[::13] = EOD
-    return Rows(part_of(tokens), seq_length=S, seed=1)
+    return ConcatenatedRows(range_of(tokens), seq_length=S, seed=1)
 
 
 def read(
-    rows: Rows, *, step: int, micro: int, dp: int, document_mask: bool, total: int = 8
+    rows: ConcatenatedRows, *, step: int, micro: int, dp: int, document_mask: bool, total: int = 8
 ) -> list[Batch]:
     """The batches of all ranks, in rank order."""
     return [
@@ -102,7 +101,7 @@ def test_padding_is_a_document_of_its_own_without_a_label(document_mask: bool) -
 
 def test_the_end_of_a_document_is_predicted() -> None:
     tokens = np.array([1, 2, EOD, 3, 4], dtype=np.uint16)
-    rows = Rows(part_of(tokens), seq_length=4, seed=0)
+    rows = ConcatenatedRows(range_of(tokens), seq_length=4, seed=0)
     batch = read(rows, step=0, micro=1, dp=1, document_mask=True, total=1)[0]
     assert batch.labels.tolist() == [[2, EOD, IGNORED, 4]]
 

@@ -7,7 +7,7 @@ import numpy.typing as npt
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cp_megatron.data.read.part import Part
+from cp_megatron.data.read.corpus import CorpusRange
 from cp_megatron.data.rows.best_fit import PackedRows, pack
 from cp_megatron.data.rows.sampler import IGNORED
 
@@ -22,7 +22,7 @@ def starts_of(lengths: list[int] | npt.NDArray[np.int64]) -> npt.NDArray[np.int6
 
 def rows_of(lengths: list[int], seq_length: int, *, shuffle: bool = True) -> PackedRows:
     """Documents of tokens that count up from 0."""
-    part = Part(
+    part = CorpusRange(
         tokens=np.arange(sum(lengths), dtype=np.int32),
         document_starts=starts_of(lengths),
         eod=EOD,
@@ -31,13 +31,13 @@ def rows_of(lengths: list[int], seq_length: int, *, shuffle: bool = True) -> Pac
     return PackedRows(part, seq_length=seq_length, seed=3, shuffle=shuffle)
 
 
-def best_fit_by_hand(lengths: list[int], room: int) -> list[int]:
-    """How full the rows get when one piece after the other goes where it fits best."""
-    pieces = [room] * sum(length // room for length in lengths)
-    pieces += [length % room for length in lengths if length % room]
+def best_fit_by_hand(lengths: list[int], size: int) -> list[int]:
+    """The tokens in each row when one piece after the other goes where it fits best."""
+    pieces = [size] * sum(length // size for length in lengths)
+    pieces += [length % size for length in lengths if length % size]
     rows: list[int] = []
     for piece in sorted(pieces, reverse=True):
-        fitting = [row for row, used in enumerate(rows) if used + piece <= room]
+        fitting = [row for row, used in enumerate(rows) if used + piece <= size]
         if fitting:
             rows[max(fitting, key=lambda row: rows[row])] += piece
         else:
@@ -114,7 +114,7 @@ def test_rows_are_a_pure_function_of_their_number() -> None:
 
 
 def test_only_tokens_with_a_loss_are_labels() -> None:
-    part = Part(
+    part = CorpusRange(
         tokens=np.arange(8, dtype=np.int32),
         document_starts=np.array([0, 5]),
         eod=EOD,

@@ -10,13 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cp_megatron.data.rows.blend import PERIOD, BlendedRows, make_pattern
-from cp_megatron.data.rows.sampler import Row
+from cp_megatron.data.rows.sampler import TokenRow
 
 weights_of = st.lists(st.integers(1, 60), min_size=1, max_size=12)
 
 
 class Numbered:
-    """A dataset whose row k says its name and k."""
+    """A dataset whose row k holds the name of the dataset and k."""
 
     seq_length = 2
     eod = 0
@@ -24,10 +24,10 @@ class Numbered:
     def __init__(self, name: int, rows_per_epoch: int = 10) -> None:
         self.name, self.rows_per_epoch = name, rows_per_epoch
 
-    def __getitem__(self, number: int) -> Row:
+    def __getitem__(self, number: int) -> TokenRow:
         tokens = np.array([self.name, number], dtype=np.int64)
         none = np.empty(0, dtype=np.int64)
-        return Row(inputs=tokens, labels=tokens, document_lengths=(2,), crossing=none)
+        return TokenRow(inputs=tokens, labels=tokens, document_lengths=(2,), crossing=none)
 
 
 @given(whole=weights_of, scale=st.integers(1, 9))

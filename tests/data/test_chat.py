@@ -15,8 +15,10 @@ from cp_megatron.data.read.chat import load_chats
 from cp_megatron.data.rows.corpora import open_data
 from cp_megatron.data.rows.sampler import IGNORED
 from cp_megatron.data.tokenize.chat_template import CHATML
-from cp_megatron.data.tokenize.tokenizer import ByteTokenizer, Tokenizer, open_tokenizer
+from cp_megatron.data.tokenize.open_tokenizer import open_tokenizer
+from cp_megatron.data.tokenize.tokenizer import ByteTokenizer, Tokenizer
 from cp_megatron.errors import ConfigError
+from tests.data.tokenizer_files import train_byte_level
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 # The answer and its end are marked; the line's end behind it is not.
@@ -27,7 +29,7 @@ MARKED = (
     "{% else %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
-TALKS: list[list[dict[str, Any]]] = [
+CHATS: list[list[dict[str, Any]]] = [
     [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "How do the mice run?"},
@@ -44,19 +46,9 @@ TALKS: list[list[dict[str, Any]]] = [
 
 def folder_of(place: Path, template: str | None = None) -> Path:
     """A folder with a tiny byte-level BPE tokenizer."""
-    from tokenizers import Tokenizer as Library
-    from tokenizers import decoders, models, pre_tokenizers, trainers
-
-    library = Library(models.BPE())
-    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    library.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
-    )
-    library.train_from_iterator(["three blind mice\n\n see how they run\n"] * 9, trainer)
     place.mkdir()
-    library.save(str(place / "tokenizer.json"))
+    texts = ["three blind mice\n\n see how they run\n"] * 9
+    train_byte_level(texts, place / "tokenizer.json", vocab_size=400, special=SPECIAL)
     config: dict[str, Any] = {
         "eos_token": "<|endoftext|>",
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -69,13 +61,13 @@ def folder_of(place: Path, template: str | None = None) -> Path:
 
 
 def file_of(place: Path, *lines: object) -> str:
-    path = place / "talks.jsonl"
+    path = place / "chats.jsonl"
     path.write_text("\n".join(x if isinstance(x, str) else json.dumps(x) for x in lines))
     return str(path)
 
 
-def talks(place: Path) -> str:
-    return file_of(place, *({"messages": talk} for talk in TALKS))
+def chats_file(place: Path) -> str:
+    return file_of(place, *({"messages": chat} for chat in CHATS))
 
 
 def load(path: str, tokenizer: Tokenizer, seq_length: int = 4096) -> list[tuple[list[int], Any]]:
@@ -93,10 +85,10 @@ def test_tokens_and_answers_are_those_of_transformers(tmp_path: Path, in_file: b
     if in_file:
         (folder / "chat_template.jinja").write_text(MARKED)
     oracle = transformers.PreTrainedTokenizerFast.from_pretrained(str(folder))
-    found = load(talks(tmp_path), open_tokenizer("huggingface", str(folder)))
-    for (tokens, loss), talk in zip(found, TALKS, strict=True):
+    found = load(chats_file(tmp_path), open_tokenizer("huggingface", str(folder)))
+    for (tokens, loss), chat in zip(found, CHATS, strict=True):
         expected = oracle.apply_chat_template(
-            talk,
+            chat,
             chat_template=MARKED,
             tokenize=True,
             return_dict=True,
@@ -112,10 +104,10 @@ def test_chatml_where_the_tokenizer_has_its_tokens(tmp_path: Path) -> None:
     folder = folder_of(tmp_path / "model")
     oracle = transformers.PreTrainedTokenizerFast.from_pretrained(str(folder))
     tokenizer = open_tokenizer("huggingface", str(folder))
-    for (tokens, loss), talk in zip(load(talks(tmp_path), tokenizer), TALKS, strict=True):
-        rendered = oracle.apply_chat_template(talk, chat_template=CHATML, tokenize=True)
+    for (tokens, loss), chat in zip(load(chats_file(tmp_path), tokenizer), CHATS, strict=True):
+        rendered = oracle.apply_chat_template(chat, chat_template=CHATML, tokenize=True)
         assert tokens == rendered["input_ids"]
-        answers = [m["content"] + "<|im_end|>" for m in talk if m["role"] == "assistant"]
+        answers = [m["content"] + "<|im_end|>" for m in chat if m["role"] == "assistant"]
         kept = np.array(tokens)[np.array(loss, dtype=bool)].tolist()
         assert oracle.decode(kept) == "".join(answers)
 
@@ -130,19 +122,19 @@ def test_without_a_template_an_answer_ends_with_the_document(tmp_path: Path) -> 
 def test_a_template_that_rewrites_what_came_before_is_refused(tmp_path: Path) -> None:
     counting = "{{ messages | length }}" + CHATML
     tokenizer = open_tokenizer("huggingface", str(folder_of(tmp_path / "model", counting)))
-    with pytest.raises(ConfigError, match="where answers lie can not be told") as caught:
-        load(talks(tmp_path), tokenizer)
+    with pytest.raises(ConfigError, match="it is unknown where answers lie") as caught:
+        load(chats_file(tmp_path), tokenizer)
     assert caught.value.flag == "--tokenizer-model"
 
 
-def test_a_template_can_not_reach_python(tmp_path: Path) -> None:
+def test_a_template_cannot_reach_python(tmp_path: Path) -> None:
     template = "{{ messages.__class__.__mro__ }}" + CHATML
     tokenizer = open_tokenizer("huggingface", str(folder_of(tmp_path / "model", template)))
     with pytest.raises(ConfigError, match="line 1: the chat template refuses it"):
-        load(talks(tmp_path), tokenizer)
+        load(chats_file(tmp_path), tokenizer)
     broken = folder_of(tmp_path / "broken", "{% for %}")
     with pytest.raises(ConfigError, match="malformed"):
-        load(talks(tmp_path), open_tokenizer("huggingface", str(broken)))
+        load(chats_file(tmp_path), open_tokenizer("huggingface", str(broken)))
 
 
 @pytest.mark.parametrize(
@@ -158,7 +150,7 @@ def test_a_template_that_fails_is_refused(
 ) -> None:
     folder = folder_of(tmp_path / "model", template)
     with pytest.raises(ConfigError) as caught:
-        load(talks(tmp_path), open_tokenizer("huggingface", str(folder)))
+        load(chats_file(tmp_path), open_tokenizer("huggingface", str(folder)))
     assert caught.value.flag == flag
     assert caught.value.rule.startswith(reason)
 
@@ -166,7 +158,7 @@ def test_a_template_that_fails_is_refused(
 def test_a_template_that_can_do_without_a_date_is_given_none(tmp_path: Path) -> None:
     dated = "{% if strftime_now is defined %}{{ strftime_now('%Y') }}{% endif %}" + CHATML
     with_date, without = (
-        load(talks(tmp_path), open_tokenizer("huggingface", str(folder_of(place, template))))
+        load(chats_file(tmp_path), open_tokenizer("huggingface", str(folder_of(place, template))))
         for place, template in ((tmp_path / "a", dated), (tmp_path / "b", CHATML))
     )
     assert with_date == without
@@ -186,7 +178,7 @@ def test_a_template_that_can_do_without_a_date_is_given_none(tmp_path: Path) -> 
     ],
 )
 def test_a_malformed_line_is_named(tmp_path: Path, line: object, reason: str) -> None:
-    path = file_of(tmp_path, {"messages": TALKS[0]}, line)
+    path = file_of(tmp_path, {"messages": CHATS[0]}, line)
     with pytest.raises(ConfigError) as caught:
         load(path, ByteTokenizer())
     assert caught.value.value == path
@@ -202,12 +194,12 @@ def test_long_conversations_are_cut_or_dropped(tmp_path: Path) -> None:
         {"role": "assistant", "content": "too late"},
     ]
     short = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
-    lines = [{"messages": talk} for talk in (TALKS[0], long, short)]
+    lines = [{"messages": chat} for chat in (CHATS[0], long, short)]
     config = DataConfig(data_path=(file_of(tmp_path, *lines),), seq_length=64, split="1")
     data = open_data(replace(config, sft=True, packing="best-fit"), seed=0)
-    told = " ".join(data.notes)
-    assert "1 conversations without an answer in the first row left out" in told
-    assert "1 conversations are cut to 64 tokens" in told
+    notes = " ".join(data.notes)
+    assert "1 conversations without an answer in the first row left out" in notes
+    assert "1 conversations are cut to 64 tokens" in notes
     rows = [data.rows.train[number] for number in range(data.rows.train.rows_per_epoch)]
     labels = np.concatenate([row.labels for row in rows])
     answers = bytes(labels[(labels != IGNORED) & (labels != 256)].tolist())

@@ -11,7 +11,8 @@ import pytest
 
 from cp_megatron.config import DataConfig
 from cp_megatron.data.read.indexed import IndexedWriter
-from cp_megatron.data.rows.corpora import check_data, open_data, open_single, sources_of
+from cp_megatron.data.rows.corpora import check_data, open_data, open_single
+from cp_megatron.data.rows.dataset_paths import parse_datasets
 from cp_megatron.data.rows.sampler import RowSource
 from cp_megatron.errors import ConfigError
 
@@ -58,14 +59,14 @@ def tokens_of(rows: RowSource | None) -> list[list[int]]:
 def test_words_are_paths_or_weights_before_paths(tmp_path: Path) -> None:
     pair = indexed(tmp_path / "a", [5])
     for word in (pair, f"{pair}.bin", f"{pair}.idx"):
-        assert [source.kind for source in sources_of([word])] == ["indexed"]
-    assert [source.kind for source in sources_of(["x.txt", "folder"])] == ["text"]
-    assert [source.kind for source in sources_of(["x.txt", "y.jsonl"])] == ["text", "json"]
-    weights = [source.weight for source in sources_of(["0.7", "x", "3e-1", "y"])]
+        assert [spec.kind for spec in parse_datasets([word])] == ["indexed"]
+    assert [spec.kind for spec in parse_datasets(["x.txt", "folder"])] == ["text"]
+    assert [spec.kind for spec in parse_datasets(["x.txt", "y.jsonl"])] == ["text", "json"]
+    weights = [spec.weight for spec in parse_datasets(["0.7", "x", "3e-1", "y"])]
     assert weights == [Fraction(7, 10), Fraction(3, 10)]
     for words in (["0.7", "x", "y"], ["0.7", "x", "y", "z"], ["0", "x"], ["x", "1"], ["1", "2"]):
         with pytest.raises(ConfigError) as caught:
-            sources_of(words)
+            parse_datasets(words)
         assert caught.value.flag == "--data-path"
 
 

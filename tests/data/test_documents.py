@@ -1,4 +1,4 @@
-"""Documents from every kind of file: the same whatever the pieces, and what is refused."""
+"""Documents from every kind of file: the same for all sizes of spans, and what is refused."""
 
 from __future__ import annotations
 
@@ -13,11 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cp_megatron.data.read.documents import (
-    cut_pieces,
-    find_sources,
+    cut_spans,
+    find_inputs,
     lines_before,
-    parse_line,
-    read_piece,
+    read_span,
 )
 from cp_megatron.errors import ConfigError
 
@@ -25,22 +24,22 @@ DOCUMENTS = ["one", "zwei €", "", "drei\nlines\n", "four"]
 
 
 def read(
-    *inputs: object, keys: Sequence[str] = ("text",), piece_bytes: int = 10, skip: bool = False
+    *inputs: object, keys: Sequence[str] = ("text",), span_bytes: int = 10, skip: bool = False
 ) -> tuple[list[list[str]], list[str], int]:
-    """The documents of all pieces by key, what was skipped, how many pieces there were."""
-    pieces = list(cut_pieces(find_sources([str(each) for each in inputs]), piece_bytes=piece_bytes))
+    """The documents of all spans by key, what was skipped, and the number of spans."""
+    spans = list(cut_spans(find_inputs([str(each) for each in inputs]), span_bytes=span_bytes))
     columns: list[list[str]] = [[] for _ in keys]
     skipped = []
-    for piece in pieces:
+    for span in spans:
         weight = 0
-        for bundle in read_piece(piece, keys, skip_bad_lines=skip):
-            weight += bundle.weight
-            skipped += [reason for _, reason in bundle.skipped]
-            for column, texts in zip(columns, bundle.texts):
+        for batch in read_span(span, keys, skip_bad_lines=skip):
+            weight += batch.weight
+            skipped += [reason for _, reason in batch.skipped]
+            for column, texts in zip(columns, batch.texts):
                 column += texts
-        if piece.format in ("text", "parquet", "arrow") and not skipped:
-            assert weight == pytest.approx(piece.weight, abs=2)
-    return columns, skipped, len(pieces)
+        if span.format in ("text", "parquet", "arrow") and not skipped:
+            assert weight == pytest.approx(span.weight, abs=2)
+    return columns, skipped, len(spans)
 
 
 def full(documents: Sequence[str] = DOCUMENTS) -> list[str]:
@@ -58,10 +57,10 @@ def test_text_files_are_documents(tmp_path: Path) -> None:
     (tmp_path / "in" / "bad").write_bytes(b"\xff")
     (tmp_path / "in" / ".hidden").write_text("hidden")
     for size in (1, 12, 1000):
-        (texts,), skipped, pieces = read(tmp_path / "in", piece_bytes=size)
+        (texts,), skipped, num_spans = read(tmp_path / "in", span_bytes=size)
         assert texts == full()
         assert skipped == [f"{tmp_path / 'in' / 'bad'}: not UTF-8 text"]
-        assert pieces == {1: 5, 12: 2, 1000: 1}[size]
+        assert num_spans == {1: 5, 12: 2, 1000: 1}[size]
     (texts,), _, _ = read(tmp_path / "in" / "*.txt", tmp_path / "in" / "sub" / "4.txt")
     assert texts == ["one", "zwei €", "four"]
     with pytest.raises(ConfigError, match="is not UTF-8 text"):
@@ -71,13 +70,13 @@ def test_text_files_are_documents(tmp_path: Path) -> None:
 @given(
     documents=st.lists(st.text(max_size=5), max_size=8),
     blank=st.integers(0, 8),
-    piece_bytes=st.integers(1, 60),
+    span_bytes=st.integers(1, 60),
     last_newline=st.booleans(),
 )
-def test_every_line_is_in_one_piece(
+def test_every_line_is_in_one_span(
     documents: list[str],
     blank: int,
-    piece_bytes: int,
+    span_bytes: int,
     last_newline: bool,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
@@ -87,7 +86,7 @@ def test_every_line_is_in_one_piece(
     data = b"\n".join(lines) + b"\n" * last_newline
     path = tmp_path_factory.mktemp("lines") / "a.jsonl"
     path.write_bytes(data)
-    (texts,), _, _ = read(path, piece_bytes=piece_bytes)
+    (texts,), _, _ = read(path, span_bytes=span_bytes)
     assert texts == full(documents)
     for place in range(len(data) + 1):
         begun = 0 if place == 0 else data[: place - 1].count(b"\n") + 1
@@ -101,7 +100,7 @@ def test_zipped_lines_and_a_mark_of_byte_order(tmp_path: Path) -> None:
     assert texts == [*full(), "b"]
     whole = (tmp_path / "a.jsonl.gz").read_bytes()
     (tmp_path / "a.jsonl.gz").write_bytes(whole[:-9])
-    with pytest.raises(ConfigError, match="can not be read"):
+    with pytest.raises(ConfigError, match="cannot be read"):
         read(tmp_path / "a.jsonl.gz")
 
 
@@ -129,14 +128,14 @@ def test_several_keys(tmp_path: Path) -> None:
 def test_bad_lines(line: bytes, rule: str, tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(json_lines()[:-1] + b"\n\n" + line + b"\n" + json_lines(["last"]))
-    for piece_bytes in (7, 10**6):
+    for span_bytes in (7, 10**6):
         with pytest.raises(ConfigError) as caught:
-            read(path, piece_bytes=piece_bytes)
+            read(path, span_bytes=span_bytes)
         assert caught.value.value == str(path)
         assert caught.value.rule.startswith("line 7: ")
         assert rule in caught.value.rule
         assert "--skip-bad-lines" in caught.value.works
-        (texts,), skipped, _ = read(path, piece_bytes=piece_bytes, skip=True)
+        (texts,), skipped, _ = read(path, span_bytes=span_bytes, skip=True)
         assert texts == [*full(), "last"]
         assert len(skipped) == 1
         assert rule in skipped[0]
@@ -145,8 +144,8 @@ def test_bad_lines(line: bytes, rule: str, tmp_path: Path) -> None:
 def test_a_link_that_points_nowhere_matches_no_pattern(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(json_lines(["a"]))
     (tmp_path / "b.jsonl").symlink_to(tmp_path / "missing")
-    found = find_sources([str(tmp_path / "*.jsonl")])
-    assert [source.path for _, source, _ in found] == [str(tmp_path / "a.jsonl")]
+    files = find_inputs([str(tmp_path / "*.jsonl")])
+    assert [file.path for file in files] == [str(tmp_path / "a.jsonl")]
 
 
 def test_a_saved_selection_of_rows_is_refused(tmp_path: Path) -> None:
@@ -156,13 +155,14 @@ def test_a_saved_selection_of_rows_is_refused(tmp_path: Path) -> None:
         state["_indices_data_files"] = selected
         (tmp_path / "state.json").write_text(json.dumps(state))
         if not selected:
-            assert len(find_sources([str(tmp_path)])) == 1
+            assert len(find_inputs([str(tmp_path)])) == 1
     with pytest.raises(ConfigError, match="selects some of the rows"):
-        find_sources([str(tmp_path)])
+        find_inputs([str(tmp_path)])
 
 
-def test_a_pair_of_surrogates_is_a_letter() -> None:
-    assert parse_line(b'{"text": "\\ud83d\\ude00"}', ["text"]) == ("\U0001f600",)
+def test_a_pair_of_surrogates_is_a_letter(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "\\ud83d\\ude00"}')
+    assert read(tmp_path / "a.jsonl")[0] == [["\U0001f600"]]
 
 
 def test_parquet(tmp_path: Path) -> None:
@@ -175,8 +175,8 @@ def test_parquet(tmp_path: Path) -> None:
     pyarrow.parquet.write_table(table, path, row_group_size=2)
     (path.parent / "README.md").write_text("not a document where there is data")
     for given_path in (path, path.parent):
-        (texts,), _, pieces = read(given_path)
-        assert (texts, pieces) == (full(), 3)
+        (texts,), _, num_spans = read(given_path)
+        assert (texts, num_spans) == (full(), 3)
     with pytest.raises(ConfigError, match="no such column") as caught:
         read(path, keys=("words",))
     assert (caught.value.flag, caught.value.works) == ("--json-keys", "text, n")
@@ -184,7 +184,7 @@ def test_parquet(tmp_path: Path) -> None:
         read(path, keys=("n",))
     data = path.read_bytes()
     path.write_bytes(data[:-20])
-    with pytest.raises(ConfigError, match="can not be read as a table"):
+    with pytest.raises(ConfigError, match="cannot be read as a table"):
         read(path)
 
 
@@ -192,10 +192,10 @@ def test_a_saved_dataset(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
     rows = datasets.Dataset.from_dict({"text": [*DOCUMENTS, None, "last"]})
     rows.save_to_disk(str(tmp_path / "one"), num_shards=2)
-    for piece_bytes in (1, 10**6):
-        (texts,), _, pieces = read(tmp_path / "one", piece_bytes=piece_bytes)
+    for span_bytes in (1, 10**6):
+        (texts,), _, num_spans = read(tmp_path / "one", span_bytes=span_bytes)
         assert texts == [*full(), "last"]
-        assert pieces == 2
+        assert num_spans == 2
     splits = datasets.DatasetDict({"train": rows, "test": rows.select([0])})
     splits.save_to_disk(str(tmp_path / "two"))
     with pytest.raises(ConfigError, match="holds 2 splits") as caught:

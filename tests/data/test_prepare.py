@@ -1,4 +1,4 @@
-"""From documents to a pair: against documents put together one by one, killed and gone on with."""
+"""From documents to a pair: compared with documents tokenised one by one; runs that are killed."""
 
 from __future__ import annotations
 
@@ -13,19 +13,20 @@ import numpy as np
 import pytest
 
 from cp_megatron.data.prepare import prepare as module
-from cp_megatron.data.prepare.prepare import Request, Start, prepare
-from cp_megatron.data.prepare.prepare_worker import Step
+from cp_megatron.data.prepare.prepare import Request, WorkAhead, prepare
+from cp_megatron.data.prepare.prepare_worker import SpanProgress
 from cp_megatron.data.read.indexed import IndexedDataset
 from cp_megatron.errors import ConfigError
 from tests.data import tokenizer_files
+from tests.data.ranges import sequence_of
 
 LINES = 400
 TEXTS = [f"document {number} " + "naïve words € " * (number % 50) for number in range(LINES)]
 
 
 @pytest.fixture(autouse=True)
-def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "SMALLEST_PIECE", 20_000)
+def small_spans(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "SMALLEST_SPAN", 20_000)
 
 
 def corpus(folder: Path, bad: tuple[int, ...] = ()) -> Path:
@@ -57,7 +58,7 @@ def test_documents_become_sequences(tmp_path: Path) -> None:
     corpus(tmp_path)
     path = tokenizer_files.huggingface(tmp_path)
     made = {"tokenizer_type": "huggingface", "tokenizer_model": str(path)}
-    events: list[Start | Step] = []
+    events: list[WorkAhead | SpanProgress] = []
     result = prepare(request(tmp_path, "a", **made, keys=("text", "title")), events.append)
     assert result.documents == (LINES, LINES)
     assert sorted(files(tmp_path / "a")) == [
@@ -70,33 +71,33 @@ def test_documents_become_sequences(tmp_path: Path) -> None:
     oracle.no_truncation()
     oracle.no_padding()
     data = IndexedDataset.open(result.outputs[0])
-    assert data.dtype == np.uint16
+    assert data.tokens.dtype == np.uint16
     for number, text in enumerate(TEXTS):
-        assert data.sequence(number).tolist() == [*oracle.encode(text).ids, 0]
+        assert sequence_of(data, number).tolist() == [*oracle.encode(text).ids, 0]
     assert data.document_index.tolist() == list(range(LINES + 1))
-    steps = [event for event in events if isinstance(event, Step)]
+    parts = [event for event in events if isinstance(event, SpanProgress)]
     start = events[0]
-    assert isinstance(start, Start)
+    assert isinstance(start, WorkAhead)
     assert (
-        sum(step.weight for step in steps)
+        sum(part.weight for part in parts)
         == start.weight
         == os.path.getsize(tmp_path / "corpus.jsonl")
     )
-    assert sum(step.tokens for step in steps) == sum(result.tokens)
+    assert sum(part.tokens for part in parts) == sum(result.tokens)
     # One process, and without an end of document.
     prepare(request(tmp_path, "b", **made, keys=("text", "title"), workers=1))
     assert files(tmp_path / "a") == files(tmp_path / "b")
     prepare(request(tmp_path, "c", **made, append_eod=False))
     data = IndexedDataset.open(str(tmp_path / "c" / "out_text_document"))
-    assert data.sequence(7).tolist() == oracle.encode(TEXTS[7]).ids
+    assert sequence_of(data, 7).tolist() == oracle.encode(TEXTS[7]).ids
 
 
-def killed_after(request_: Request, number: int, pieces: int) -> None:
-    """Kills its own process when this many pieces are done."""
-    module.SMALLEST_PIECE = number  # type: ignore[misc]
+def killed_after(request_: Request, span_bytes: int, num_spans: int) -> None:
+    """Kills its own process when this many spans are done."""
+    module.SMALLEST_SPAN = span_bytes  # type: ignore[misc]
 
-    def watch(event: Start | Step) -> None:
-        if len(list(request_.partial.glob("[0-9]*.json"))) >= pieces:
+    def watch(event: WorkAhead | SpanProgress) -> None:
+        if len(list(request_.partial.glob("[0-9]*.json"))) >= num_spans:
             os.kill(os.getpid(), signal.SIGKILL)
 
     prepare(request_, watch)
@@ -107,7 +108,7 @@ def test_a_killed_run_goes_on(tmp_path: Path) -> None:
     undisturbed = request(tmp_path, "a")
     prepare(undisturbed)
     disturbed = request(tmp_path, "b")
-    # Not spawned as a daemon: it has processes of its own.
+    # Not a daemon, because it has processes of its own.
     process = multiprocessing.get_context("spawn").Process(
         target=killed_after, args=(disturbed, 20_000, 2)
     )
@@ -115,7 +116,7 @@ def test_a_killed_run_goes_on(tmp_path: Path) -> None:
     process.join(60)
     assert process.exitcode == -signal.SIGKILL
     assert [path.name for path in (tmp_path / "b").iterdir()] == ["out.partial"]
-    starts: list[Start | Step] = []
+    starts: list[WorkAhead | SpanProgress] = []
     for changes, rule in (
         ({"tokenizer_type": "tiktoken"}, "run with another tokenizer"),
         ({"append_eod": False}, "run with other flags"),
@@ -127,8 +128,8 @@ def test_a_killed_run_goes_on(tmp_path: Path) -> None:
             prepare(request(tmp_path, "b", **changes))
         assert f"rm -r {disturbed.partial}" in caught.value.works
     prepare(disturbed, starts.append)
-    assert isinstance(starts[0], Start)
-    assert 2 <= starts[0].kept_pieces < starts[0].pieces
+    assert isinstance(starts[0], WorkAhead)
+    assert 2 <= starts[0].kept_spans < starts[0].spans
     assert files(tmp_path / "a") == files(tmp_path / "b")
 
 
@@ -146,12 +147,12 @@ def test_what_an_error_tells_to_do_works(tmp_path: Path) -> None:
     corpus(tmp_path, bad=(390,))
     with pytest.raises(ConfigError, match="--skip-bad-lines"):
         prepare(request(tmp_path, "a", workers=1))
-    starts: list[Start | Step] = []
+    starts: list[WorkAhead | SpanProgress] = []
     result = prepare(request(tmp_path, "a", skip_bad_lines=True), starts.append)
-    assert isinstance(starts[0], Start)
-    assert starts[0].kept_pieces > 0
+    assert isinstance(starts[0], WorkAhead)
+    assert starts[0].kept_spans > 0
     assert len(result.skipped) == 1
-    # Nothing was finished before the bad line, so the mended file is read as if for the first time.
+    # No span was finished before the bad line, so the corrected file is read from the start.
     corpus(tmp_path, bad=(1,))
     with pytest.raises(ConfigError, match="line 1"):
         prepare(request(tmp_path, "b", workers=1))
@@ -171,15 +172,15 @@ def test_skipped_lines_are_not_kept_by_a_run_that_skips_none(tmp_path: Path) -> 
         prepare(request(tmp_path, "a"))
 
 
-def test_pieces_without_a_manifest_are_not_trusted(tmp_path: Path) -> None:
-    """As a run leaves them that is killed while it tidies up."""
+def test_spans_without_a_manifest_are_not_trusted(tmp_path: Path) -> None:
+    """A run that is killed while it deletes its folder leaves such spans."""
     corpus(tmp_path)
     wanted = request(tmp_path, "a")
     prepare(wanted)
     wanted.partial.mkdir()
     receipt = {"documents": [1], "tokens": [1], "crc32": [0], "lines": 1, "skipped": []}
     (wanted.partial / "000000.json").write_text(json.dumps(receipt))
-    with pytest.raises(ConfigError, match="is there already"):
+    with pytest.raises(ConfigError, match="exists already"):
         prepare(wanted)
     other = request(tmp_path, "b", append_eod=False)
     other.partial.mkdir(parents=True)
@@ -189,23 +190,23 @@ def test_pieces_without_a_manifest_are_not_trusted(tmp_path: Path) -> None:
     assert not other.partial.exists()
 
 
-def test_a_damaged_piece_is_made_again(tmp_path: Path) -> None:
+def test_a_damaged_span_is_made_again(tmp_path: Path) -> None:
     corpus(tmp_path, bad=(390,))
     wanted = request(tmp_path, "a", workers=1)
     with pytest.raises(ConfigError, match="line 390"):
         prepare(wanted)
-    # Mends the line without a change of size or time.
+    # Corrects the line without changing the size or the time of the file.
     path = Path(wanted.inputs[0])
     state = path.stat()
     path.write_text(path.read_text().replace("\n{\n", "\n \n"))
     os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
-    piece = wanted.partial / "000000-0.bin"
-    piece.write_bytes(bytes(piece.stat().st_size))
-    with pytest.raises(ConfigError, match="piece 0 in it is damaged"):
+    ids = wanted.partial / "000000-0.bin"
+    ids.write_bytes(bytes(ids.stat().st_size))
+    with pytest.raises(ConfigError, match="span 0 in it was damaged"):
         prepare(wanted)
     assert prepare(wanted).documents == (LINES,)
     data = IndexedDataset.open(wanted.outputs[0])
-    assert data.sequence(0).tolist() == [*TEXTS[0].encode(), 256]
+    assert sequence_of(data, 0).tolist() == [*TEXTS[0].encode(), 256]
 
 
 def test_skipped_lines_have_their_numbers(tmp_path: Path) -> None:
@@ -229,10 +230,10 @@ def test_refused_before_anything_is_made(tmp_path: Path) -> None:
         ("a", {"inputs": ()}, "needs the documents"),
         ("a", {"workers": 0}, "at least 1"),
         ("a", {"keys": ("a", "a")}, "twice"),
-        ("a", {"keys": ("a/b",)}, "no /"),
+        ("a", {"keys": ("a/b",)}, "must not hold a /"),
         ("a", {"inputs": (str(tmp_path / "text.txt"),), "keys": ("title",)}, "has no keys"),
-        ("there", {}, "is there already"),
-        ("text.txt", {}, "can not be written"),
+        ("there", {}, "exists already"),
+        ("text.txt", {}, "cannot be written"),
     ):
         with pytest.raises(ConfigError, match=rule):
             prepare(request(tmp_path, name, **changes))
@@ -246,9 +247,9 @@ def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
     wanted = request(tmp_path, "a")
     seen = []
 
-    def watch(event: Start | Step) -> None:
-        if isinstance(event, Start):
-            with pytest.raises(ConfigError, match="another run is at work"):
+    def watch(event: WorkAhead | SpanProgress) -> None:
+        if isinstance(event, WorkAhead):
+            with pytest.raises(ConfigError, match="another run works in this"):
                 prepare(wanted)
             seen.append(event)
 
@@ -260,12 +261,12 @@ def test_a_process_that_dies_is_told(tmp_path: Path) -> None:
     corpus(tmp_path)
     others = {child.pid for child in multiprocessing.active_children()}  # the pool of ranks
 
-    def watch(event: Start | Step) -> None:
+    def watch(event: WorkAhead | SpanProgress) -> None:
         for child in multiprocessing.active_children():
             if child.pid is not None and child.pid not in others:
                 os.kill(child.pid, signal.SIGKILL)
 
-    with pytest.raises(ConfigError, match="code -9, perhaps for want of memory") as caught:
+    with pytest.raises(ConfigError, match="code -9, perhaps because memory ran out") as caught:
         prepare(request(tmp_path, "a"), watch)
     assert caught.value.flag == "--workers"
     assert prepare(request(tmp_path, "a")).documents == (LINES,)

@@ -10,10 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cp_megatron.data.read.part import Part
-from cp_megatron.data.read.sources import EOD, Corpus, Tokens
+from cp_megatron.data.read.corpus import CorpusRange
 from cp_megatron.data.rows.sampler import (
-    Rows,
+    ConcatenatedRows,
     count_rows,
     parse_split,
     permutation,
@@ -21,27 +20,16 @@ from cp_megatron.data.rows.sampler import (
     split_sizes,
 )
 from cp_megatron.errors import ConfigError
-from tests.data.parts import part_of
+from tests.data.ranges import EOD, range_of
 
 
-def corpus_of(tokens: Tokens) -> Corpus:
-    return Corpus(
-        tokens=tokens,
-        document_starts=np.zeros(1, dtype=np.int64),
-        name="test",
-        names=("test",),
-        fingerprint="",
-        skipped=0,
-        vocab_size=1 << 16,
-    )
-
-
-def counting(size: int) -> Tokens:
-    return np.arange(size, dtype=np.uint16)
+def counting(size: int) -> CorpusRange:
+    """Tokens that count up from 0."""
+    return range_of(np.arange(size, dtype=np.uint16))
 
 
 def test_a_row_is_consecutive_and_its_labels_are_shifted() -> None:
-    rows = Rows(part_of(counting(1000)), seq_length=10, seed=3)
+    rows = ConcatenatedRows(counting(1000), seq_length=10, seed=3)
     for number in range(rows.rows_per_epoch):
         row = rows[number]
         assert (np.diff(row.inputs.astype(int)) == 1).all()
@@ -53,7 +41,7 @@ def test_a_row_is_consecutive_and_its_labels_are_shifted() -> None:
 def test_an_epoch_has_every_label_once(size: int, seq_length: int, seed: int) -> None:
     if size <= seq_length:
         return
-    rows = Rows(part_of(counting(size)), seq_length=seq_length, seed=seed)
+    rows = ConcatenatedRows(counting(size), seq_length=seq_length, seed=seed)
     for epoch in (0, 3):
         first = epoch * rows.rows_per_epoch
         labels = np.concatenate([rows[first + i].labels for i in range(rows.rows_per_epoch)])
@@ -62,8 +50,8 @@ def test_an_epoch_has_every_label_once(size: int, seq_length: int, seed: int) ->
 
 
 def test_rows_do_not_depend_on_what_was_read_before() -> None:
-    forward = Rows(part_of(counting(500)), seq_length=7, seed=11)
-    backward = Rows(part_of(counting(500)), seq_length=7, seed=11)
+    forward = ConcatenatedRows(counting(500), seq_length=7, seed=11)
+    backward = ConcatenatedRows(counting(500), seq_length=7, seed=11)
     numbers = list(range(3 * forward.rows_per_epoch))
     expected = [forward[i].inputs.tolist() for i in numbers]
     assert [backward[i].inputs.tolist() for i in reversed(numbers)] == expected[::-1]
@@ -85,14 +73,14 @@ def test_the_order_never_changes() -> None:
 
 
 def test_validation_is_read_in_order_every_epoch() -> None:
-    rows = Rows(part_of(counting(100)), seq_length=9, seed=0, shuffle=False)
+    rows = ConcatenatedRows(counting(100), seq_length=9, seed=0, shuffle=False)
     starts = [int(rows[i].inputs[0]) for i in range(2 * rows.rows_per_epoch)]
     assert starts == [9 * i for i in range(11)] * 2
 
 
 def test_negative_rows_are_refused() -> None:
     with pytest.raises(IndexError):
-        Rows(part_of(counting(100)), seq_length=9, seed=0)[-1]
+        ConcatenatedRows(counting(100), seq_length=9, seed=0)[-1]
 
 
 @pytest.mark.parametrize(
@@ -106,7 +94,7 @@ def test_negative_rows_are_refused() -> None:
 )
 def test_a_document_ends_after_its_eod(inputs: list[int], lengths: tuple[int, ...]) -> None:
     tokens = np.array([*inputs, 7], dtype=np.uint16)
-    assert Rows(part_of(tokens), seq_length=4, seed=0)[0].document_lengths == lengths
+    assert ConcatenatedRows(range_of(tokens), seq_length=4, seed=0)[0].document_lengths == lengths
 
 
 @pytest.mark.parametrize("split", ["", "a", "1,b", "0,1,1", "-1,1", "1,2,3,4", "nan", "inf,1,1"])
@@ -142,7 +130,7 @@ def test_parts_are_whole_and_not_empty(
 
 
 def test_no_token_is_in_two_parts() -> None:
-    parts = split_rows(corpus_of(counting(3000)), split="8,1,1", seq_length=16, seed=5)
+    parts = split_rows(counting(3000), split="8,1,1", seq_length=16, seed=5)
     assert parts.valid is not None
     assert parts.test is not None
     seen = [
@@ -153,21 +141,21 @@ def test_no_token_is_in_two_parts() -> None:
     assert len(seen[0] | seen[1] | seen[2]) > 2900
 
 
-def test_parts_without_weight_or_room_are_left_out() -> None:
-    parts = split_rows(corpus_of(counting(3000)), split="9,1", seq_length=16, seed=5)
+def test_parts_without_weight_or_tokens_are_left_out() -> None:
+    parts = split_rows(counting(3000), split="9,1", seq_length=16, seed=5)
     assert parts.valid is not None
     assert parts.test is None
-    tight = split_rows(corpus_of(counting(20)), split="8,1,1", seq_length=12, seed=5)
+    tight = split_rows(counting(20), split="8,1,1", seq_length=12, seed=5)
     assert tight.valid is None
     assert tight.test is None
 
 
 def test_training_shorter_than_a_row_is_refused_with_what_fits() -> None:
     with pytest.raises(ConfigError) as caught:
-        split_rows(corpus_of(counting(100)), split="1", seq_length=100, seed=5)
+        split_rows(counting(100), split="1", seq_length=100, seed=5)
     assert caught.value.flag == "--seq-length"
     assert caught.value.works.startswith("--seq-length up to 99")
-    assert split_rows(corpus_of(counting(100)), split="1", seq_length=99, seed=5).train[0]
+    assert split_rows(counting(100), split="1", seq_length=99, seed=5).train[0]
 
 
 @given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=40), seq_length=st.integers(1, 12))
@@ -175,13 +163,13 @@ def test_documents_need_no_token_that_ends_them(lengths: list[int], seq_length: 
     owner = np.repeat(np.arange(len(lengths)), lengths)
     if len(owner) <= seq_length:
         return
-    part = Part(
+    part = CorpusRange(
         tokens=np.arange(len(owner), dtype=np.int32),
         document_starts=(np.cumsum(lengths) - lengths).astype(np.int64),
         eod=0,
         vocab_size=len(owner),
     )
-    rows = Rows(part, seq_length=seq_length, seed=0)
+    rows = ConcatenatedRows(part, seq_length=seq_length, seed=0)
     for number in range(rows.rows_per_epoch):
         row = rows[number]
         owners = owner[row.inputs]
@@ -192,13 +180,13 @@ def test_documents_need_no_token_that_ends_them(lengths: list[int], seq_length: 
 
 def test_an_id_beyond_the_vocabulary_is_refused_with_its_place() -> None:
     tokens = np.arange(100, dtype=np.int32)
-    corpus = replace(corpus_of(counting(1)), tokens=tokens, vocab_size=77)
-    rows = Rows(corpus.part(20, 100), seq_length=10, seed=0, shuffle=False)
+    corpus = replace(range_of(tokens), document_starts=np.zeros(1, dtype=np.int64), vocab_size=77)
+    rows = ConcatenatedRows(corpus.range(20, 100), seq_length=10, seed=0, shuffle=False)
     assert rows[4].inputs[-1] == 69
     with pytest.raises(ConfigError, match=r"token 77 is id 77, .* vocabulary of 77") as caught:
         rows[5]
     assert (caught.value.flag, caught.value.value) == ("--data-path", "test")
     for vocab_size, works in ((80, False), (81, True)):
-        part = replace(corpus, vocab_size=vocab_size).part(0, 81)
+        tokens_81 = replace(corpus, vocab_size=vocab_size).range(0, 81)
         with nullcontext() if works else pytest.raises(ConfigError):
-            part.read(70, 81)
+            tokens_81.read(70, 81)

@@ -1,4 +1,4 @@
-"""Tokenizers of every kind: the library is the oracle; what is refused, and how."""
+"""Tokenizers of every kind, compared with their libraries, and what is refused."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cp_megatron.data.prepare.prepare_command import parse
-from cp_megatron.data.tokenize.tokenizer import KINDS, Tokenizer, open_tokenizer
+from cp_megatron.data.tokenize.open_tokenizer import open_tokenizer
+from cp_megatron.data.tokenize.tokenizer import FILES, ByteTokenizer, Tokenizer
 from cp_megatron.errors import ConfigError
 from tests.data import tokenizer_files
 
-MAKERS = {kind: getattr(tokenizer_files, kind) for kind in KINDS if kind != "byte"}
+MAKERS = {kind: getattr(tokenizer_files, kind) for kind in FILES}
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +26,7 @@ def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tokenizer]
     return {"byte": open_tokenizer("byte", None), **made}
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["byte", *FILES])
 class TestAll:
     @given(
         text=st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=40)
@@ -73,12 +74,12 @@ class TestRefused:
     @pytest.mark.parametrize("data", [b"", b"{}", b"\xff\x00 nothing", b"YQ== x\n", b"{" * 9])
     def test_malformed(self, kind: str, data: bytes, tmp_path: Path) -> None:
         (tmp_path / "file").write_bytes(data)
-        self.refuse(kind, str(tmp_path / "file"), f"is no {kind} tokenizer")
+        self.refuse(kind, str(tmp_path / "file"), f"is not a {kind} tokenizer")
 
     def test_another_kind(self, kind: str, tmp_path: Path) -> None:
         for other, make in MAKERS.items():
             if other != kind:
-                self.refuse(kind, str(make(tmp_path)), f"is no {kind} tokenizer")
+                self.refuse(kind, str(make(tmp_path)), f"is not a {kind} tokenizer")
 
     def test_a_missing_package(
         self, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -96,6 +97,13 @@ def test_unknown_kinds_and_a_file_for_bytes() -> None:
         open_tokenizer("words", None)
     with pytest.raises(ConfigError, match="has no file"):
         open_tokenizer("byte", "file")
+
+
+def test_bytes_are_tokens() -> None:
+    tokenizer = ByteTokenizer()
+    assert tokenizer.encode("naïve €").tolist() == list("naïve €".encode())
+    assert tokenizer.decode([0xE2, 0x82]) == "\N{REPLACEMENT CHARACTER}"
+    assert tokenizer.decode([]) == ""
 
 
 def test_where_huggingface_finds_the_end(tmp_path: Path) -> None:
@@ -116,7 +124,7 @@ def test_where_huggingface_finds_the_end(tmp_path: Path) -> None:
     tokenizer_files.write_json(tmp_path / "tokenizer_config.json", {"eos_token": name})
     assert eod() == 1
     (tmp_path / "tokenizer_config.json").write_bytes(b"{")
-    with pytest.raises(ConfigError, match=r"tokenizer_config.json: is no huggingface"):
+    with pytest.raises(ConfigError, match=r"tokenizer_config.json: is not a huggingface"):
         eod()
 
 

@@ -1,15 +1,43 @@
-"""Small tokenizers made on the spot, one of each kind."""
+"""Small tokenizers of each kind, made for a test."""
 
 from __future__ import annotations
 
 import base64
 import io
 import json
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-
-from cp_megatron.data.tokenize.tokenizer_huggingface import train_byte_level
+from typing import Any
 
 TEXTS = ("the cat sat on the mat", "naïve € text, a bit of it", "one two three four five") * 20
+
+
+def train_byte_level(
+    texts: Iterable[str],
+    path: Path,
+    *,
+    vocab_size: int,
+    special: Sequence[str] = ("<|endoftext|>",),
+) -> Any:
+    """Trains a byte-level BPE as GPT-2 has it, and writes it as ``tokenizer.json``.
+
+    Returns:
+        The tokenizer of the package ``tokenizers``. Its special tokens have the ids 0, 1, ...
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    library = Tokenizer(models.BPE())
+    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    library.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(special),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    library.train_from_iterator(texts, trainer)
+    library.save(str(path))
+    return library
 
 
 def huggingface(folder: Path, *, special: tuple[str, ...] = ("<|endoftext|>",)) -> Path:
@@ -17,7 +45,7 @@ def huggingface(folder: Path, *, special: tuple[str, ...] = ("<|endoftext|>",)) 
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "tokenizer.json"
     library = train_byte_level(TEXTS, path, vocab_size=300, special=special)
-    library.enable_truncation(2)  # what a training script may leave in the file
+    library.enable_truncation(2)  # a training script may leave both in the file
     library.enable_padding(length=4)
     library.save(str(path))
     return path

@@ -1,4 +1,4 @@
-"""Scores are those of one rank on any grid, and those of plain loops over whole logits."""
+"""Scores on any grid equal those of one rank and of plain loops over the logits."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from cp_megatron.comm.groups import ParallelGroups
 from cp_megatron.config import Config, DataConfig, ModelConfig, ParallelConfig, TrainConfig
 from cp_megatron.context_parallel import ContextParallel
 from cp_megatron.data.batch.batch import IGNORED
-from cp_megatron.data.read.sources import encode
 from cp_megatron.data.rows.packing import row_mask
+from cp_megatron.data.tokenize.tokenizer import ByteTokenizer
 from cp_megatron.evaluate import score as evaluation
 from cp_megatron.evaluate.needle import Haystack, make_task
 from cp_megatron.evaluate.results import Score
@@ -56,7 +56,7 @@ STYLES["window above"] = replace(STYLES["llama"], window_size=(4, 0), window_lay
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A grid and the padding that its layout needs."""
+    """A grid, and the padding that its layout needs."""
 
     tp: int = 1
     cp: int = 1
@@ -67,7 +67,7 @@ class Case:
 
 
 def rows_of(number: int) -> LabeledRow:
-    """Rows 0 and 2 are text; row 1 has labels in cell 3 only, and at its end."""
+    """Rows 0 and 2 are text; row 1 has three labels at its end, in cell 4."""
     tokens = np.random.default_rng(number).integers(0, VOCAB, LENGTH + 1)
     if number == 1:
         labels = np.full(LENGTH, IGNORED)
@@ -107,7 +107,7 @@ def scores(rank: int, world_size: int, style: str, case: Case, piece: int) -> li
 
 
 def by_loops(rank: int, world_size: int, style: str, rows: int) -> list[list[float]]:
-    """Whole logits of one rank, one token at a time."""
+    """Computes the table from whole logits on one rank, one token at a time."""
     model, groups = build(style, Case())
     model.eval()
     cp = ContextParallel(groups.cp, Mask.causal(LENGTH))
@@ -136,7 +136,7 @@ def oracle(style: str, rows: int) -> npt.NDArray[np.float64]:
 @pytest.mark.parametrize(
     ("style", "case"),
     [
-        # By the number of ranks: the pool keeps its group while that stays.
+        # Sorted by the number of ranks, so that the pool can keep its group.
         ("llama", Case()),
         ("gpt", Case(cp=2, padding=2)),
         ("llama", Case(dp=2)),
@@ -155,7 +155,7 @@ def test_any_grid_equals_plain_loops(style: str, case: Case, piece: int) -> None
         np.testing.assert_allclose(found, expected, rtol=1e-10, atol=0)
 
 
-def test_the_rows_put_something_into_the_table() -> None:
+def test_the_rows_have_tokens_in_the_cells() -> None:
     table = oracle("llama", 3)
     # Buckets 0 to 3, 4 to 7, 8 to 15 and 16 to 29 of two rows, three tokens of row 1, nothing.
     assert table[:, 2].tolist() == [8, 8, 16, 28, 3, 0]
@@ -173,7 +173,7 @@ def argmax(rank: int, world_size: int, logits: torch.Tensor) -> list[int]:
     return vocab_parallel_argmax(part, dist.group.WORLD).tolist()
 
 
-def test_the_lowest_of_equals_is_taken_and_nan_is_none() -> None:
+def test_the_lowest_of_equal_tokens_is_taken_and_none_for_nan() -> None:
     logits = torch.tensor(
         [
             [0.0, 1.0, 1.0, 0.0, 1.0, 0.0, 1.0, 0.0],
@@ -202,8 +202,8 @@ def test_buckets_are_shared_by_lengths() -> None:
 
 
 def test_only_the_answer_counts() -> None:
-    haystack = Haystack.of("One fish. Two fish.", encode)
-    task = make_task("needle", haystack, encode, seed=1, length=400, depth=50)
+    haystack = Haystack.of("One fish. Two fish.", ByteTokenizer().encode)
+    task = make_task("needle", haystack, ByteTokenizer().encode, seed=1, length=400, depth=50)
     row = task_row(task, 7)
     counted = np.flatnonzero(row.labels != IGNORED)
     assert row.labels[counted].tolist() == task.tokens[counted + 1].tolist()
@@ -213,7 +213,7 @@ def test_only_the_answer_counts() -> None:
 
 
 def follows_greedy(rank: int, world_size: int, style: str) -> list[tuple[float, bool]]:
-    """Right guesses of one pass, and whether greedy decoding finds the answer token by token."""
+    """Returns the right guesses of one pass, and whether greedy decoding gives the answer."""
     model, groups = build(style, Case())
     model.eval()
     found = []
@@ -250,13 +250,13 @@ def greedy(model: Any, groups: ParallelGroups, prompt: npt.NDArray[np.int64], co
     return tokens[len(prompt) :]
 
 
-def test_one_pass_tells_what_greedy_decoding_does() -> None:
+def test_one_pass_predicts_greedy_decoding() -> None:
     found = run_ranks(follows_greedy, 1, "llama")[0]
     assert [exact for _, exact in found] == [True, False] * 3
     assert all((right == 4) == exact for right, exact in found)
 
 
-def test_a_score_of_nothing_and_of_too_much() -> None:
+def test_scores_of_no_tokens_and_of_large_losses() -> None:
     assert Score.of([0, 0, 0]) == Score(tokens=0, loss=0.0, accuracy=0.0)
     assert Score.of([2e9, 1, 2]).perplexity == math.inf
     assert Score.of([6, 1, 2]) == Score(tokens=2, loss=3.0, accuracy=0.5)

@@ -1,4 +1,4 @@
-"""Needle tasks: a literal one, and what holds for every one of them."""
+"""Needle tasks: literal examples, and properties of every task."""
 
 from __future__ import annotations
 
@@ -10,25 +10,33 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cp_megatron.data.read.sources import decode, encode
+from cp_megatron.data.tokenize.tokenizer import ByteTokenizer
 from cp_megatron.errors import ConfigError
 from cp_megatron.evaluate.needle import (
     LONGEST_SENTENCE,
     Haystack,
     Kind,
-    Task,
     library_prose,
     make_task,
     sentences,
 )
 
 TEXT = "One fish. Two fish are here. Red fish! Blue fish swim far away, or do they? Yes."
+encode, decode = ByteTokenizer().encode, ByteTokenizer().decode
 HAYSTACK = Haystack.of(TEXT, encode)
 
 
+WORDS: dict[str, int] = {}
+
+
 def by_word(text: str) -> npt.NDArray[np.int64]:
-    """Another tokenizer: one token per word or other sign, from a hash that keeps it readable."""
-    return np.array([sum(map(ord, word)) + 1000 for word in re.findall(r" ?\w+|\W", text)])
+    """Another tokenizer: one token per word or other character."""
+    return np.array([WORDS.setdefault(x, len(WORDS)) for x in re.findall(r" ?\w+|\W", text)])
+
+
+def text_of_words(tokens: npt.NDArray[np.int64]) -> str:
+    words = list(WORDS)
+    return "".join(words[token] for token in tokens)
 
 
 def test_a_literal_needle() -> None:
@@ -62,12 +70,15 @@ def test_a_literal_chain() -> None:
     assert text.endswith(f"they are:{task.answer}")
 
 
-def without_inserted(task: Task) -> str:
-    text = decode(task.tokens)
-    for sentence in task.inserted:
-        assert text.count(sentence) == 1, sentence
-        text = text.replace(sentence, "")
-    return text
+INSERTED = re.compile(r" The special magic number for \w+ is \d{7}\.| VAR \w{5} = [\w ]+\.")
+"""The inserted sentences of both kinds."""
+
+
+def inserted(text: str, kind: Kind) -> list[re.Match[str]]:
+    """Returns the inserted sentences, and checks their number."""
+    matches = list(INSERTED.finditer(text))
+    assert len(matches) == (1 if kind == "needle" else 5)
+    return matches
 
 
 @given(
@@ -83,18 +94,18 @@ def test_every_task(kind: Kind, seed: int, length: int, depth: int, sample: int)
     task = make_task(kind, HAYSTACK, encode, **numbers)
     assert task.length == length
     assert decode(task.tokens[task.answer_start :]) == task.answer
-    for place, sentence in zip(task.places, task.inserted, strict=True):
-        assert decode(task.tokens[place:]).startswith(sentence)
-    whole = without_inserted(task)
+    text = decode(task.tokens)
+    hidden = inserted(text, kind)
+    whole = INSERTED.sub("", text)
     again = make_task(kind, HAYSTACK, encode, **numbers)
     assert np.array_equal(task.tokens, again.tokens)
     other = make_task(kind, HAYSTACK, encode, **{**numbers, "sample": sample + 1})
     assert not np.array_equal(task.tokens, other.tokens)
     if kind == "needle":
         head = whole.index("\n") + 1
-        room = whole.index("\nWhat") - head
+        size = whole.index("\nWhat") - head
         longest = int(np.diff(HAYSTACK.borders).max())
-        assert abs((task.places[0] - head) - depth * room / 100) <= longest / 2 + 1
+        assert abs((hidden[0].start() - head) - depth * size / 100) <= longest / 2 + 1
 
 
 @given(length=st.integers(120, 900), depth=st.integers(0, 100), sample=st.integers(0, 50))
@@ -105,9 +116,12 @@ def test_the_length_is_in_tokens_of_any_tokenizer(length: int, depth: int, sampl
         task = make_task(kind, haystack, by_word, seed=3, length=length, depth=depth, sample=sample)
         assert task.length == length
         assert np.array_equal(task.tokens[task.answer_start :], by_word(task.answer))
-        for place, sentence in zip(task.places, task.inserted, strict=True):
-            tokens = by_word(sentence)
-            assert np.array_equal(task.tokens[place : place + len(tokens)], tokens)
+        text = text_of_words(task.tokens)
+        hidden = inserted(text, kind)
+        assert all(text[match.start() - 1] in ".!?\n" for match in hidden)
+        assert text.endswith(task.answer)
+        if kind == "needle":
+            assert f"{task.answer}." in hidden[0][0]
 
 
 def test_both_ends_are_depths() -> None:
@@ -118,7 +132,7 @@ def test_both_ends_are_depths() -> None:
     assert re.search(r"for \w+ is \d{7}\.\nWhat is", decode(last.tokens))
 
 
-def test_a_window_goes_round_and_round() -> None:
+def test_a_window_repeats_the_text() -> None:
     haystack = Haystack(tokens=np.arange(5), borders=np.array([0, 2, 5]))
     tokens, places = haystack.window(9, 1)
     assert tokens.tolist() == [3, 4, 0, 1, 2, 3, 4, 0, 1]
@@ -132,7 +146,7 @@ def test_sentences_are_never_long() -> None:
     assert len(prose) > 1000
 
 
-def test_too_short_a_length_is_told() -> None:
+def test_a_length_that_is_too_short_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"--lengths 100: needle needs \d+ tokens") as caught:
         make_task("needle", HAYSTACK, encode, seed=1, length=100)
     make_task("needle", HAYSTACK, encode, seed=1, length=int(caught.value.works))

@@ -12,12 +12,11 @@ import torch
 from cp_megatron.faults.checks import Checks, ParameterSums
 from cp_megatron.plan import Grid
 from cp_megatron.train.loop import DivergedError
-from cp_megatron.train.signals import StopRequest
 from cp_megatron.train.step import Shard, StepResult, TrainStep, local_values
 from tests.context_parallel.test_link_sums import flipping
 from tests.ranks import run_ranks
 from tests.train.checkpoints import differing
-from tests.train.test_loop import GRIDS, STEPS, Place, StoppingView, assembled
+from tests.train.test_loop import GRIDS, STEPS, Place, assembled, finish
 from tests.train.test_loop import place as place  # the fixture
 from tests.train.test_skipping import faults_of
 
@@ -50,17 +49,14 @@ def train(
     """
     run = assembled(rank, world_size, argv)
     faults = faults_of(rank, *([("flip", *flip)] if flip else []))
-    run = replace(run, faults=faults, view=StoppingView(StopRequest(), None))
+    run = replace(run, faults=faults)
     if message is not None and message[0] == rank:
         step = CorruptingStep(**vars(run.train_step), corrupted_step=message[1])
         run = replace(run, train_step=step)
     try:
-        run.train(StopRequest())
+        finish(run)
     except DivergedError as error:
         return str(error)
-    finally:
-        if run.writer is not None:
-            run.writer.close()
     return ""
 
 
@@ -92,7 +88,7 @@ def test_checks_change_nothing(place: Place) -> None:
 
 
 def drift(rank: int, world_size: int, argv: list[str], odd: int) -> str | None:
-    """What the check says where an update itself went wrong on rank ``odd``."""
+    """The finding if an update went wrong on rank ``odd``."""
     run = assembled(rank, world_size, argv)
     assert run.checks is not None
     norms = [p for n, p in run.train_step.model.named_parameters() if "norm" in n]

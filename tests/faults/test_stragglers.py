@@ -1,4 +1,4 @@
-"""Ranks that the others wait for are named; on a run, within one log interval."""
+"""Ranks that the others wait for are reported, in a run within one log interval."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ from dataclasses import replace
 import torch
 
 from cp_megatron.faults.stragglers import Stragglers, judge, probe
-from cp_megatron.train.signals import StopRequest
 from tests.ranks import run_ranks
-from tests.train.test_loop import Place, StoppingView, assembled
+from tests.train.test_loop import Place, StoppingView, assembled, finish
 from tests.train.test_loop import place as place  # the fixture
 from tests.train.test_skipping import faults_of
 
@@ -17,8 +16,8 @@ ALIKE = [0.003] * 4
 
 
 def test_the_last_to_come_waits_least() -> None:
-    (told,) = judge([0.2, 0.21, 0.0, 0.2], ALIKE, 0.5)
-    assert told == "rank 2 comes 0.20 s late to a step of 0.50 s"
+    (finding,) = judge([0.2, 0.21, 0.0, 0.2], ALIKE, 0.5)
+    assert finding == "rank 2 comes 0.20 s late to a step of 0.50 s"
     assert judge([0.2, 0.21, 0.19, 0.2], ALIKE, 0.5) == []
     # A tenth of the step, and 10 ms at least.
     assert judge([0.04, 0.0], ALIKE[:2], 0.5) == []
@@ -28,8 +27,8 @@ def test_the_last_to_come_waits_least() -> None:
 
 def test_a_device_that_takes_more_than_twice_as_long() -> None:
     even = [0.1] * 4
-    (told,) = judge(even, [0.001, 0.0011, 0.001, 0.0025], 0.5)
-    assert told == "rank 3 computes 2.5 times as long as the others"
+    (finding,) = judge(even, [0.001, 0.0011, 0.001, 0.0025], 0.5)
+    assert finding == "rank 3 computes 2.5 times as long as the others"
     assert judge(even, [0.001, 0.0011, 0.001, 0.0019], 0.5) == []
 
 
@@ -37,36 +36,19 @@ def test_a_probe_takes_some_time() -> None:
     assert 0 < probe(torch.device("cpu")) < 10
 
 
-class Listening(StoppingView):
-    """Keeps what a person is told."""
-
-    def __init__(self) -> None:
-        super().__init__(StopRequest(), None)
-        self.told: list[str] = []
-
-    def say(self, text: str) -> None:
-        self.told.append(text)
-
-
 def train(rank: int, world_size: int, argv: list[str], slow: tuple[int, int] | None) -> list[str]:
-    """What is said of a run in which a rank is late from a step on."""
-    view = Listening()
-    run = assembled(rank, world_size, argv)
+    """The findings of a run in which a rank is late from a step on."""
+    view = StoppingView()
     faults = faults_of(rank, *([("slow", *slow)] if slow else []))
-    run = replace(run, faults=faults, view=view)
-    try:
-        run.train(StopRequest())
-    finally:
-        if run.writer is not None:
-            run.writer.close()
-    return [text for text in view.told if "late" in text]
+    finish(replace(assembled(rank, world_size, argv), faults=faults), view)
+    return [text for text in view.said if "late" in text]
 
 
 def test_a_slow_rank_is_named_within_one_interval(place: Place) -> None:
     flags = ["--context-parallel-size", "2"]
-    told = run_ranks(train, 2, place.argv("run", *flags), (1, 3))
-    assert told[0] == told[1]
-    assert [text.split(" comes")[0] for text in told[0]] == ["step 3: rank 1", "step 4: rank 1"]
+    findings = run_ranks(train, 2, place.argv("run", *flags), (1, 3))
+    assert findings[0] == findings[1]
+    assert [text.split(" comes")[0] for text in findings[0]] == ["step 3: rank 1", "step 4: rank 1"]
     assert run_ranks(train, 2, place.argv("off", *flags, "--no-log-straggler"), (1, 3)) == [[], []]
 
 
@@ -76,5 +58,5 @@ def alone(rank: int, world_size: int) -> list[str]:
     return Stragglers(control, torch.device("cpu")).find(1.0)
 
 
-def test_one_rank_waits_for_nobody() -> None:
+def test_one_rank_alone_has_no_findings() -> None:
     assert run_ranks(alone, 1) == [[]]

@@ -157,7 +157,7 @@ def train(rank: int, world: int, folder: Path, words: tuple[str, ...]) -> int | 
         plan = check(arguments.config, launch, given=arguments.given).on_device("cpu")
         group = dist.group.WORLD
         assert group is not None
-        assembled = assemble(plan, launch, "cpu", group)
+        assembled = assemble(plan, launch, group)
         stop, iters = StopRequest(), plan.config.train.train_iters
         view = ProgressView(Console(quiet=True), quiet=True, start_step=0, train_iters=iters)
         if iters > 2:

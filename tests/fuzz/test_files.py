@@ -23,9 +23,10 @@ from torch import Tensor
 
 from cp_megatron.checkpoint.load import load_checkpoint
 from cp_megatron.checkpoint.manifest import FileEntry, file_sha256, read_manifest
-from cp_megatron.cli.parse import CONFIG_FILE, parse_arguments
+from cp_megatron.cli.parse import parse_arguments
 from cp_megatron.config import Config
 from cp_megatron.config.files.presets import PRESETS
+from cp_megatron.config.files.run_folders import CONFIG_FILE
 from cp_megatron.config.files.yaml_io import to_yaml
 from cp_megatron.data.read.indexed import HEADER, IndexedDataset, IndexedWriter
 from cp_megatron.preflight.save_and_load import check_goes_on, data_changes, find_load

@@ -1,4 +1,4 @@
-"""Text that appears token by token is the text, however its letters are cut."""
+"""Text that is printed piece by piece is the whole text, wherever its characters are split."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cp_megatron.data.tokenize.tokenizer import ByteTokenizer, Ids, open_tokenizer
+from cp_megatron.data.tokenize.open_tokenizer import open_tokenizer
+from cp_megatron.data.tokenize.tokenizer import ByteTokenizer, Ids
 from cp_megatron.errors import ConfigError
 from cp_megatron.generate.dialogue import answer_lines, as_utf8, pieces
 
 
 class CutAnywhere(ByteTokenizer):
-    """Tokens are runs of one to three bytes, and a space at the beginning of a text is lost."""
+    """Tokens are one to three bytes; decoding drops a space at the beginning of a text."""
 
     vocab_size = 1 << 26
     eod = (1 << 26) - 1
@@ -45,12 +46,12 @@ def test_pieces_joined_are_the_text(text: str, widths: list[int]) -> None:
 
 
 @given(st.lists(st.integers(0, 255)))
-def test_bytes_that_are_no_text_are_shown_too(tokens: list[int]) -> None:
+def test_invalid_bytes_are_printed(tokens: list[int]) -> None:
     tokenizer = open_tokenizer("byte", None)
     assert "".join(pieces(tokens, tokenizer)) == tokenizer.decode(tokens)
 
 
-def test_a_letter_is_shown_as_soon_as_it_is_whole() -> None:
+def test_a_character_is_printed_as_soon_as_it_is_complete() -> None:
     tokens: Ids = ByteTokenizer().encode("aïb")
     shown: list[tuple[int, str]] = []
     read = 0
@@ -72,7 +73,7 @@ def test_every_line_is_answered_until_the_end() -> None:
     assert out.getvalue() == "one!\n two !\nlast!\n"
 
 
-def test_ctrl_c_ends_an_answer_and_not_the_talk() -> None:
+def test_ctrl_c_ends_an_answer_and_not_the_dialogue() -> None:
     def answer(line: str) -> Iterator[str]:
         yield line
         if line == "long":
@@ -85,7 +86,7 @@ def test_ctrl_c_ends_an_answer_and_not_the_talk() -> None:
 
 
 class Terminal(io.StringIO):
-    """A place where a person sits."""
+    """A stream that is a terminal."""
 
     def isatty(self) -> bool:
         return True
@@ -97,14 +98,14 @@ def picky(line: str) -> Iterator[str]:
     yield line
 
 
-def test_a_person_is_told_what_can_not_be_answered_and_goes_on() -> None:
+def test_in_a_terminal_an_error_is_printed_and_the_dialogue_continues() -> None:
     out = Terminal()
     answer_lines(picky, source=Terminal("one\nTWO\nthree\n"), out=out)
     refusal = "> generate.py: error: --chat: do not shout\n"
     assert out.getvalue().endswith(f"> one\n{refusal}> three\n> \n")
 
 
-def test_a_file_of_lines_ends_with_the_one_that_can_not_be_answered() -> None:
+def test_an_error_in_a_file_of_lines_ends_the_program() -> None:
     out = io.StringIO()
     with pytest.raises(ConfigError, match="do not shout"):
         answer_lines(picky, source=io.StringIO("one\nTWO\nthree\n"), out=out)
@@ -112,7 +113,7 @@ def test_a_file_of_lines_ends_with_the_one_that_can_not_be_answered() -> None:
 
 
 @pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
-def test_bytes_that_are_no_text_are_read_too(errors: str) -> None:
+def test_invalid_bytes_are_read(errors: str) -> None:
     source = io.TextIOWrapper(io.BytesIO(b"na\xc3\xafve \xff\n"), encoding="ascii", errors=errors)
     as_utf8(source)
     assert source.readline() == "na\u00efve \ufffd\n"

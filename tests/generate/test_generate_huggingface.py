@@ -1,4 +1,4 @@
-"""Greedy generation from Hugging Face folders says what transformers' ``generate`` says."""
+"""Greedy generation from Hugging Face folders equals ``generate`` of transformers."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from cp_megatron.checkpoint.huggingface import load_hf
-from cp_megatron.families.llama import read_hf_config
+from cp_megatron.checkpoint.hf_load import load_hf
+from cp_megatron.families.registry import read_hf_config
 from cp_megatron.generate import decode as generate_module
 from cp_megatron.generate.decode import Sampling, Session
 from cp_megatron.model import Transformer
@@ -63,7 +63,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def saved(folder: Path, family: str, options: dict[str, Any]) -> Any:
-    """A random model of transformers, float64, written to ``folder``."""
+    """Writes a random float64 model of transformers to ``folder``, and returns it."""
     options = dict(options)
     rope = {name: options.pop(name) for name in list(options) if name in ROPE_NAMES}
     torch.manual_seed(0)
@@ -80,7 +80,7 @@ def saved(folder: Path, family: str, options: dict[str, Any]) -> Any:
 
 
 def loaded(folder: Path) -> Session:
-    """The same model here."""
+    """Loads the model from the folder."""
     found = read_hf_config(folder)
     model = Transformer(
         found.model,
@@ -100,13 +100,13 @@ BY_DEFAULT = ("llama-yarn", "llama-longrope", "mistral", "qwen3", "qwen2-window-
     "name",
     [name if name in BY_DEFAULT else pytest.param(name, marks=pytest.mark.slow) for name in CASES],
 )
-def test_greedy_is_that_of_transformers(
+def test_greedy_generation_equals_transformers(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The 16 positions are passed, by the answer or by the prompt, which is read in parts."""
+    """The answer or the prompt is longer than the 16 positions; prompts are read in parts."""
     monkeypatch.setattr(generate_module, "PREFILL_TOKENS", 5)
     for prompt in PROMPTS:
-        # Anew each time: the rope of transformers remembers the longest text it has seen.
+        # A new model for each prompt, because its rope remembers the longest text.
         theirs = saved(tmp_path, *CASES[name])
         wanted = theirs.generate(
             torch.tensor([prompt]),
@@ -117,4 +117,4 @@ def test_greedy_is_that_of_transformers(
         session = loaded(tmp_path)
         found = session.generate(prompt, max_new_tokens=24, stop=(), sampling=Sampling(), seed=0)
         assert list(found) == wanted
-        assert len(set(wanted)) > 2, "a model that repeats one token shows nothing"
+        assert len(set(wanted)) > 2, "the model does not just repeat one token"

@@ -1,4 +1,4 @@
-"""A conversation keeps what was said, also what Ctrl-C cut off."""
+"""A conversation keeps its messages, including an answer that Ctrl-C interrupted."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MODEL = ModelConfig(num_layers=1, hidden_size=16, num_attention_heads=2, max_pos
 
 
 def parrot(messages: Sequence[Message], answer_follows: bool) -> str:
-    """A template that writes ``U:words|A:words|``, and refuses shouting."""
+    """A template that writes ``U:text|A:text|``, and refuses upper case."""
     if any(message["content"].isupper() for message in messages):
         raise TemplateRefusalError("do not shout")
     said = "".join(f"{m['role'][0].upper()}:{m['content']}|" for m in messages)
@@ -31,7 +31,7 @@ def parrot(messages: Sequence[Message], answer_follows: bool) -> str:
 
 
 def responder() -> Responder:
-    """A model without knowledge: it repeats the last letter."""
+    """Makes a model that repeats the last character."""
     model = Transformer(MODEL, seq_length=64, vocab_size=257, tp=None, sequence_parallel=False)
     torch.manual_seed(0)
     with torch.no_grad():
@@ -64,7 +64,7 @@ def test_the_model_reads_the_whole_conversation() -> None:
     assert [message["role"] for message in one.messages] == ["user", "assistant"] * 2
 
 
-def test_what_was_said_before_ctrl_c_was_said() -> None:
+def test_an_interrupted_answer_is_kept() -> None:
     one = responder()
     answer = one.answer("hi")
     next(answer)
@@ -81,7 +81,7 @@ def test_a_conversation_that_does_not_fit_is_refused() -> None:
 
 
 @pytest.mark.parametrize("words", ["HI", "long" * 20])
-def test_words_that_could_not_be_read_are_not_part_of_the_conversation(words: str) -> None:
+def test_a_refused_text_is_not_part_of_the_conversation(words: str) -> None:
     one = responder()
     "".join(one.answer("hi"))
     before = list(one.messages)
@@ -91,7 +91,7 @@ def test_words_that_could_not_be_read_are_not_part_of_the_conversation(words: st
     assert "".join(one.answer("so")) == "::::"
 
 
-def test_an_answer_ends_with_any_of_the_tokens_that_end_one() -> None:
+def test_an_answer_ends_at_any_end_token() -> None:
     one = responder()
     ends = end_tokens({"eos_token_id": [256, ord(":")]})
     assert end_tokens({"eos_token_id": 2}) == {2}

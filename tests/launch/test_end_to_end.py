@@ -243,7 +243,7 @@ def test_python_alone_trains_on_one_rank_and_refuses_late_in_one_line(folder: Pa
     )
     again = run(["python", SCRIPT, "--load", "alone"], folder)
     assert again.code == 2
-    assert f"--train-iters {STEPS}: the run is at step {STEPS} already" in again.err
+    assert f"--train-iters {STEPS}: the run is already at step {STEPS}" in again.err
     assert len(again.err.splitlines()) == 1
 
 

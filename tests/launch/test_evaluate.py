@@ -1,4 +1,4 @@
-"""launch/evaluate.py as a person runs it, on one rank and on two, and what it refuses."""
+"""launch/evaluate.py as a program, on one rank and on two, and what it refuses."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any, cast
 import pytest
 import torch.distributed as dist
 
-from cp_megatron.checkpoint.huggingface import export_hf
+from cp_megatron.checkpoint.hf_export import export_hf
 from cp_megatron.cli.evaluation_options import EVALUATE, EvaluationOptions
 from cp_megatron.cli.parse import parse_arguments
 from cp_megatron.comm.runtime import Launch
@@ -79,7 +79,7 @@ def near(one: Any, other: Any) -> bool:
     return one == (pytest.approx(other, rel=1e-4) if isinstance(other, float) else other)
 
 
-def test_two_ranks_find_the_same(folder: Path, alone: tuple[Ended, Any]) -> None:
+def test_two_ranks_have_the_same_results(folder: Path, alone: tuple[Ended, Any]) -> None:
     command = ["torchrun", "--nproc-per-node", "2", SCRIPT, "--load", "run", *FLAGS]
     command += ["--context-parallel-size", "2", "--output", "two", "--no-plot"]
     ended = run(command, folder)
@@ -91,15 +91,15 @@ def test_two_ranks_find_the_same(folder: Path, alone: tuple[Ended, Any]) -> None
     assert near(found, {key: value for key, value in alone[1].items() if key != "grid"})
 
 
-def planned(folder: Path, *words: str) -> EvaluationSetup:
-    argv = ["--load", str(folder / "run"), "--output", str(folder / "new"), *FLAGS, *words]
+def planned(folder: Path, *argv: str) -> EvaluationSetup:
+    argv = ["--load", str(folder / "run"), "--output", str(folder / "new"), *FLAGS, *argv]
     arguments = parse_arguments(argv, program=EVALUATE)
     options = cast(EvaluationOptions, arguments.options)
     return check_evaluation(arguments.config, options, Launch(), given=arguments.given)
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("argv", "message"),
     [
         (["--lr", "1"], "--lr: has no effect on an evaluation"),
         (["--seq-length", "64"], "--seq-length: has no effect .*works: --lengths"),
@@ -114,30 +114,30 @@ def planned(folder: Path, *words: str) -> EvaluationSetup:
         (["--tasks", "needle"], "--buckets: has no effect without the task perplexity"),
     ],
 )
-def test_refused(folder: Path, words: list[str], told: str) -> None:
-    with pytest.raises(ConfigError, match=told):
-        planned(folder, *words)
+def test_refused(folder: Path, argv: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        planned(folder, *argv)
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("argv", "message"),
     [
         (["--lengths", "60"], "--lengths 60: needle needs .*tokens for its question"),
-        (["--lengths", "1", "--tasks", "perplexity"], "--lengths 1: must lie in 2"),
-        (["--depths", "101"], "--depths 101: must lie in 0 to 100 .works: 100"),
+        (["--lengths", "1", "--tasks", "perplexity"], "--lengths 1: must be at least 2"),
+        (["--depths", "101"], "--depths 101: must be at least 0 and at most 100 .works: 100"),
         (["--output", "run"], "--output run: exists already"),
         (["--output", "run/config.yaml/x"], "config.yaml is not a writable folder"),
     ],
 )
-def test_refused_in_one_line(folder: Path, words: list[str], told: str) -> None:
-    ended = run([sys.executable, SCRIPT, "--load", "run", *words], folder)
+def test_refused_in_one_line(folder: Path, argv: list[str], message: str) -> None:
+    ended = run([sys.executable, SCRIPT, "--load", "run", *argv], folder)
     assert (ended.code, ended.out) == (2, "")
     (line,) = ended.err.splitlines()
     assert line.startswith("evaluate.py: error: ")
-    assert re.search(told, line), line
+    assert re.search(message, line), line
 
 
-def test_results_that_can_not_be_written_are_shown_and_end_with_2(
+def test_results_that_cannot_be_written_are_printed_and_the_exit_code_is_2(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     plan = planned(folder)
@@ -145,9 +145,9 @@ def test_results_that_can_not_be_written_are_shown_and_end_with_2(
     plan = replace(plan, options=replace(plan.options, output=str(folder / "taken" / "x")))
     results = EvaluationResults(about={"model": "m"}, perplexity=(), answers=())
     assert not evaluation_run._show(plan, results)
-    told = capsys.readouterr().err
-    assert told.startswith("evaluate.py: error: --output ")
-    assert "cannot be written" in told
+    message = capsys.readouterr().err
+    assert message.startswith("evaluate.py: error: --output ")
+    assert "cannot be written" in message
 
 
 def test_a_model_is_needed(tmp_path: Path) -> None:
@@ -164,7 +164,7 @@ def test_pictures_need_matplotlib_or_no_plot(folder: Path, monkeypatch: pytest.M
     assert not planned(folder, "--no-plot").plot
 
 
-def test_positions_may_be_tried_out(folder: Path) -> None:
+def test_rotary_settings_can_be_changed(folder: Path) -> None:
     plan = planned(folder, "--rotary-base", "50000", "--tasks", "needle,perplexity")
     assert plan.longest.config.model.rotary_base == 50000
     assert plan.options.tasks == ("perplexity", "needle")
@@ -187,7 +187,7 @@ sys.exit(code)
 """
 
 
-def test_a_dry_run_needs_no_torch_and_only_the_first_rank_speaks(folder: Path) -> None:
+def test_a_dry_run_needs_no_torch_and_only_the_first_rank_prints(folder: Path) -> None:
     argv = ["--load", str(folder / "run"), "--dry-run", "--tensor-parallel-size", "2"]
     ended = subprocess.run(
         [sys.executable, "-c", CHECK, *argv], cwd=ROOT, capture_output=True, text=True, check=False
@@ -200,7 +200,7 @@ def test_the_program_is_thin() -> None:
 
 
 def evaluated(rank: int, world_size: int, argv: list[str]) -> EvaluationResults:
-    """The program without its words, on the pool."""
+    """Runs the evaluation on the pool of ranks, without printing."""
     launch = Launch(rank=rank, world_size=world_size, local_world_size=world_size)
     arguments = parse_arguments(argv, program=EVALUATE)
     options = cast(EvaluationOptions, arguments.options)
@@ -211,17 +211,17 @@ def evaluated(rank: int, world_size: int, argv: list[str]) -> EvaluationResults:
     return evaluate(plan, launch, "cpu", world)
 
 
-def test_a_hugging_face_folder_is_evaluated_alike(folder: Path) -> None:
+def test_a_hugging_face_folder_has_the_same_results(folder: Path) -> None:
     export_hf(folder / "run" / "step-2", folder / "hf")
-    words = ["--lengths", "700", "--num-samples", "2", "--buckets", "3", "--no-plot", "--output"]
-    words += [str(folder / "none"), "--data-path", str(folder / "text.txt")]
-    (ours,) = run_ranks(evaluated, 1, ["--load", str(folder / "run"), *words])
-    (theirs,) = run_ranks(evaluated, 1, ["--load-hf", str(folder / "hf"), *words])
+    argv = ["--lengths", "700", "--num-samples", "2", "--buckets", "3", "--no-plot", "--output"]
+    argv += [str(folder / "none"), "--data-path", str(folder / "text.txt")]
+    (ours,) = run_ranks(evaluated, 1, ["--load", str(folder / "run"), *argv])
+    (theirs,) = run_ranks(evaluated, 1, ["--load-hf", str(folder / "hf"), *argv])
     assert theirs.about["step"] is None
     assert near([asdict(row) for row in theirs.perplexity], [asdict(r) for r in ours.perplexity])
     assert near([asdict(row) for row in theirs.answers], [asdict(row) for row in ours.answers])
     scaled = ["--rope-type", "linear", "--rope-scaling-factor", "4"]
-    (other,) = run_ranks(evaluated, 1, ["--load-hf", str(folder / "hf"), *words, *scaled])
+    (other,) = run_ranks(evaluated, 1, ["--load-hf", str(folder / "hf"), *argv, *scaled])
     assert other.perplexity[0].whole.loss != pytest.approx(ours.perplexity[0].whole.loss, rel=1e-6)
     with pytest.raises(ConfigError, match="does not say what it was trained on"):
-        evaluated(0, 1, ["--load-hf", str(folder / "hf"), *words, "--part", "valid"])
+        evaluated(0, 1, ["--load-hf", str(folder / "hf"), *argv, "--part", "valid"])

@@ -1,4 +1,4 @@
-"""``launch/generate.py`` and ``launch/convert.py`` as a person calls them."""
+"""``launch/generate.py`` and ``launch/convert.py`` as programs."""
 
 from __future__ import annotations
 
@@ -48,9 +48,9 @@ print(json.dumps([answers, "torch" in sys.modules]))
 
 
 def called(*calls: tuple[str, list[str], str]) -> tuple[list[tuple[int, str]], bool, list[str]]:
-    """(exit code, output) of each call, whether one imported torch, and the lines of stderr.
+    """Returns (exit code, output) of each call, whether torch was imported, and stderr's lines.
 
-    All in one process, as most of a call's time is the import of torch.
+    All calls run in one process, because importing torch takes most of the time of a call.
     """
     ended = subprocess.run(
         [sys.executable, "-c", CALLS],
@@ -68,7 +68,7 @@ def called(*calls: tuple[str, list[str], str]) -> tuple[list[tuple[int, str]], b
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run's folder with a model that has learned nothing, and writes a's after an a."""
+    """A run's folder with a model that repeats the last character."""
     folder = tmp_path_factory.mktemp("run")
     config = Config(model=MODEL, data=DataConfig(seq_length=32))
     model = Transformer(MODEL, seq_length=32, vocab_size=257, tp=None, sequence_parallel=False)
@@ -126,11 +126,11 @@ REFUSED = [
     ("generate", ["--load", "RUN", "--load-hf", "RUN"], "--load-hf "),
     ("generate", ["--load-hf", "no-such-folder"], "--load-hf no-such-folder: "),
     ("generate", ["--promt", "x"], "unknown flag (works: --prompt"),
-    ("convert", [], "--from-gguf: says what to convert"),
+    ("convert", [], "--from-gguf: names what to convert"),
     ("convert", ["--load", "RUN"], "--output: "),
     ("convert", ["--load", "RUN", "--from-gguf", "x"], "one of the two"),
     ("convert", ["--load", "RUN", "--output", "RUN"], "nothing is overwritten"),
-    ("convert", ["--from-gguf", "no-such-file", "--output", "new"], "can not be read"),
+    ("convert", ["--from-gguf", "no-such-file", "--output", "new"], "cannot be read"),
     ("convert", ["--from-gguf", "x", "--output", "new", "--dtype", "float64"], "--dtype float64"),
 ]
 

@@ -1,4 +1,4 @@
-"""``--memory-report`` as a person runs it: a table, a file, and the same losses as without it."""
+"""``--memory-report`` prints a table, writes a file and does not change the losses."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ WORDS += ["--log-interval", "1", "--no-plot"]
 
 
 def launched(folder: Path, *argv: str) -> str:
-    """What it wrote to standard output."""
+    """Runs the program and returns its standard output."""
     command = [sys.executable, SCRIPT, *WORDS, *argv]
     ended = subprocess.run(
         command, cwd=folder, capture_output=True, text=True, timeout=90, check=False
@@ -41,7 +41,7 @@ def losses(run: Path) -> list[float]:
 
 
 @pytest.mark.slow
-def test_a_run_tells_what_it_holds(tmp_path: Path) -> None:
+def test_a_run_reports_its_memory(tmp_path: Path) -> None:
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "mice.txt").write_text("three blind mice, see how they run, " * 100)
     launched(tmp_path, "--save", "plain")

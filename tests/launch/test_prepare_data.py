@@ -1,4 +1,4 @@
-"""The program: one line and code 2 for a mistake, without torch; Ctrl-C says how to go on."""
+"""The program: one line and code 2 for a mistake, without torch; how to continue after Ctrl-C."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import pytest
 from cp_megatron.data.prepare.prepare_command import parse, run
 from cp_megatron.data.read.indexed import IndexedDataset
 from cp_megatron.errors import ConfigError
+from tests.data.ranges import sequence_of
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "launch" / "prepare_data.py"
@@ -32,8 +33,8 @@ def test_it_prepares(tmp_path: Path) -> None:
     lines = [json.dumps({"text": f"text {number}"}) for number in range(20)]
     (tmp_path / "a.jsonl").write_text("\n".join([*lines, "{"]))
     argv = ["--input", "*.jsonl", "--output-prefix", "out", "--workers", "1", "--log-interval=5"]
-    told = launched(tmp_path, "--help")
-    assert (told.returncode, "--json-keys" in told.stdout) == (0, True)
+    page = launched(tmp_path, "--help")
+    assert (page.returncode, "--json-keys" in page.stdout) == (0, True)
     ended = launched(tmp_path, *argv, "--skip-bad-lines", "--append-eod")
     assert (ended.returncode, ended.stderr) == (0, "")
     assert "out_text_document.bin .idx: 20 documents, 150 tokens" in ended.stdout
@@ -41,7 +42,7 @@ def test_it_prepares(tmp_path: Path) -> None:
     assert "skipped a.jsonl:21: not JSON" in ended.stdout
     assert (tmp_path / "out_skipped.txt").read_text().startswith("a.jsonl:21: not JSON")
     data = IndexedDataset.open(str(tmp_path / "out_text_document"))
-    assert data.sequence(3).tolist() == [*b"text 3", 256]
+    assert sequence_of(data, 3).tolist() == [*b"text 3", 256]
 
 
 @pytest.mark.parametrize(
@@ -53,7 +54,7 @@ def test_it_prepares(tmp_path: Path) -> None:
         (["--input"], "needs one or more values"),
         (["--workers", "two"], "must be a whole number"),
         (["--append-eod", "yes"], "takes no value"),
-        (["--input", "a"], "--output-prefix: needs the path"),
+        (["--input", "a"], "--output-prefix: names the path"),
         (["--output-prefix", "o", "--log-interval", "0"], "must be at least 1"),
         (["--output-prefix", "o", "--input", "none"], "no such file or folder"),
         (["--output-prefix", "o", "--tokenizer-type", "words"], "byte, huggingface, sentencep"),
@@ -95,12 +96,12 @@ def test_a_mistake_ends_in_one_line_without_torch(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_stopped_run_says_how_to_go_on(tmp_path: Path) -> None:
+def test_a_stopped_run_says_how_to_continue(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     for number in range(40):
         (tmp_path / "in" / f"{number}.txt").write_text(f"{number} " * 400_000)
     argv = ["--input", "in", "--output-prefix", "out", "--workers", "1"]
-    # Ctrl-C when the first piece is finished and the second one is handed out.
+    # Ctrl-C when the first span is finished and the second one is handed out.
     code = f"""
 import os, signal, sys
 signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a script's & leaves it
@@ -127,7 +128,7 @@ sys.exit(prepare_data.main(sys.argv[1:]))
     assert stopped.returncode == 130, stopped.stderr
     assert len(list(tmp_path.glob("out.partial/0*.json"))) == 1
     (line,) = stopped.stderr.splitlines()
-    assert "finished pieces are in out.partial, the same command goes on" in line
+    assert "finished spans are in out.partial, the same command goes on" in line
     ended = launched(tmp_path, *argv)
     assert ended.returncode == 0, ended.stderr
     assert "going on: " in ended.stdout

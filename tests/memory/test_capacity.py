@@ -1,4 +1,4 @@
-"""Disk and memory are looked at before a run: in words, or as a refusal that names what works."""
+"""Disk and memory are checked before a run, which is described or refused."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def planned(*argv: str, launch: Launch = ONE, dry_run: bool = False) -> RunPlan:
 
 @pytest.fixture
 def free(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Bytes that every disk has left; the folders asked for are real."""
+    """The free bytes of every disk, as a list of one number."""
     left = [GIB]
 
     def usage(folder: Path) -> shutil._ntuple_diskusage:
@@ -42,7 +42,7 @@ def free(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return left
 
 
-def test_a_disk_without_room_for_one_checkpoint(free: list[int], tmp_path: Path) -> None:
+def test_a_disk_without_space_for_one_checkpoint(free: list[int], tmp_path: Path) -> None:
     plan = planned("--save", str(tmp_path / "a" / "b"))
     free[0] = capacity.checkpoint_bytes(plan)
     assert "are free" in capacity.check_disk(plan)
@@ -96,8 +96,8 @@ def test_ranks_that_share_a_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     _notes(two, TWO)
 
 
-def test_what_waits_on_the_host_is_not_the_device_s() -> None:
-    """By hand from the rows of the prediction, whose own test holds them against what is held."""
+def test_offloaded_memory_is_not_counted() -> None:
+    """Compares with a sum over the rows of the prediction, which another test checks."""
     cuda = ["--device", "cuda", "--recompute-granularity", "full", "--global-batch-size", "1"]
     cuda += ["--micro-batch-size", "1"]
     lean = [*cuda, "--cpu-offloading", "--optimizer-cpu-offload"]
@@ -113,7 +113,7 @@ def test_what_waits_on_the_host_is_not_the_device_s() -> None:
     assert found["lean"] < found["all"] / 2
 
 
-def test_accumulated_gradients_are_there_beside_the_activations() -> None:
+def test_accumulated_gradients_are_added_to_the_activations() -> None:
     one, two = (planned("--micro-batch-size", "1", "--global-batch-size", n) for n in "12")
     gradients = next(row.num_bytes for row in predict(one, 0) if row.kind == "gradients")
     forward = capacity._least_bytes(two) - gradients
@@ -123,7 +123,7 @@ def test_accumulated_gradients_are_there_beside_the_activations() -> None:
     )
 
 
-def test_a_plan_for_another_machine_is_not_measured_by_this_one(
+def test_a_plan_for_another_machine_is_not_refused_by_this_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(capacity, "machine_bytes", lambda: 1)

@@ -1,4 +1,4 @@
-"""Curves of a run: what is drawn is what was logged, and the picture is really one."""
+"""Plots of a run: they show what was logged, and are real PNG files."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def run_of(folder: Path, rows: Sequence[dict[str, Any]], torn: str = "") -> Path
 
 
 class Recorder:
-    """Stands for a figure: keeps it instead of writing it."""
+    """Keeps a figure instead of writing it."""
 
     def __init__(self) -> None:
         self.figures: list[Any] = []
@@ -140,7 +140,7 @@ def test_importing_it_loads_neither_matplotlib_nor_torch() -> None:
 
 
 def slow_mean(steps: Sequence[int], values: Sequence[float], half_life: float) -> list[float]:
-    """The definition, quadratic."""
+    """The running mean by its definition, in quadratic time."""
     means = []
     for here in steps:
         weights = [2.0 ** (-abs(step - here) / half_life) for step in steps]

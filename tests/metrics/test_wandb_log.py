@@ -1,4 +1,4 @@
-"""Weights & Biases: what really lands in its files offline, and that its failures end nothing."""
+"""Weights & Biases: its offline files contain the metrics, and its failures end nothing."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_offline_runs_are_on_the_disk_and_one_goes_on_in_the_other(tmp_path: Pat
 
 
 class Fake:
-    """The package, which fails where it is told to."""
+    """A package wandb that fails at a given place."""
 
     def __init__(self, fails: str = "") -> None:
         self.fails, self.given, self.rows = fails, {}, []

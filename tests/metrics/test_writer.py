@@ -1,4 +1,4 @@
-"""What a run leaves for people: the lines, what a resume does to them, the counts by hand."""
+"""The metrics of a run: lines, resumed runs, and FLOPs computed by hand."""
 
 from __future__ import annotations
 

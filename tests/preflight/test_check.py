@@ -1,4 +1,4 @@
-"""Every setting that can not be is refused before torch is imported, with what works instead."""
+"""Impossible settings are refused before torch is imported, with values that work instead."""
 
 from __future__ import annotations
 
@@ -242,7 +242,7 @@ def test_a_vocabulary_that_tensor_parallelism_can_not_split() -> None:
     assert plan(*argv, world=5).padded_vocab_size % 5 == 0
 
 
-def test_what_the_error_recommends_works() -> None:
+def test_what_an_error_recommends_works() -> None:
     sp = ["--tensor-parallel-size", "4", "--context-parallel-size", "2", "--sequence-parallel"]
     error = refused(*sp, "--seq-length", "1020", world=8)
     assert error.flag == "--seq-length"
@@ -257,7 +257,7 @@ def test_what_the_error_recommends_works() -> None:
 
 
 @pytest.mark.parametrize("torchrun", [False, True])
-def test_a_world_too_small_is_answered_with_the_whole_command(torchrun: bool) -> None:
+def test_the_error_for_a_small_world_has_the_whole_command(torchrun: bool) -> None:
     argv = ["--context-parallel-size", "2", "--tensor-parallel-size", "2", "--save", "my run"]
     error = refused(*argv, torchrun=torchrun)
     assert f"{error.flag} {error.value}" == "--context-parallel-size 2 x --tensor-parallel-size 2"
@@ -265,7 +265,7 @@ def test_a_world_too_small_is_answered_with_the_whole_command(torchrun: bool) ->
     assert shlex.split(error.works) == command
 
 
-def test_a_world_of_several_nodes_is_answered_with_the_sizes() -> None:
+def test_the_error_for_several_nodes_has_the_sizes() -> None:
     error = refused("--tensor-parallel-size", "4", world=6, local=3)
     assert error.works == "4, 8 ranks over all nodes"
 
@@ -308,13 +308,13 @@ def test_a_batch_of_one_micro_batch_per_rank_by_default() -> None:
     assert (run.config.data.global_batch_size, run.num_microbatches) == (6, 1)
 
 
-def test_sequence_parallel_without_tensor_parallel_is_off_and_said() -> None:
+def test_sequence_parallel_without_tensor_parallel_is_off_with_a_note() -> None:
     run = plan("--sequence-parallel")
     assert not run.config.parallel.sequence_parallel
     assert "--sequence-parallel is off" in run.notes[0]
 
 
-def test_no_validation_part_is_said() -> None:
+def test_a_missing_validation_part_is_noted() -> None:
     run = plan("--split", "1,0,0")
     assert run.config.train.eval_iters == 0
     assert "validation" in run.notes[0]
@@ -376,7 +376,7 @@ def test_a_plan_crosses_a_process_boundary() -> None:
     assert pickle.loads(pickle.dumps(run)) == run
 
 
-def test_nothing_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_check_creates_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     plan("--save", "deep/run")
     assert not os.listdir(tmp_path)

@@ -1,21 +1,21 @@
-"""Runs are fresh or go on in their own folder; nothing is mixed up or overwritten."""
+"""Runs start in a new folder or continue in their own; nothing is mixed up or overwritten."""
 
 from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from types import SimpleNamespace
-from typing import cast
 
 import pytest
+from torch import nn
 
 from cp_megatron.checkpoint.find_checkpoint import Newest
-from cp_megatron.checkpoint.manifest import Manifest
+from cp_megatron.checkpoint.manifest import read_manifest
+from cp_megatron.checkpoint.save import start_save
 from cp_megatron.cli.parse import parse_arguments
 from cp_megatron.config import Config
 from cp_megatron.config.files.yaml_io import overlay, to_yaml
 from cp_megatron.errors import ConfigError
-from cp_megatron.preflight import save_and_load as folders
+from cp_megatron.plan import Grid
 from cp_megatron.preflight.save_and_load import (
     check_goes_on,
     check_save,
@@ -28,30 +28,24 @@ VOCAB = 257
 
 
 @pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A run of the toy preset with checkpoints at steps 20 and 40, in place of real ones."""
+def run(tmp_path: Path) -> Path:
+    """The folder of a run of the preset toy-gpt with checkpoints at steps 20 and 40."""
     config = parse_arguments(["--preset", "toy-gpt"]).config
     folder = tmp_path / "run"
-    for step in (20, 40):
-        (folder / f"step-{step}").mkdir(parents=True)
+    folder.mkdir()
     (folder / "config.yaml").write_text(to_yaml(config))
-    plain = dataclasses.asdict(config)
-
-    def newest(place: Path) -> Path | None:
-        steps = sorted(place.glob("step-*"), key=lambda step: int(step.name[5:]))
-        return steps[-1] if steps else None
-
-    def whole(place: Path) -> Newest | None:
-        step = newest(place)
-        return None if step is None else Newest(folder=step, manifest=folders.read_manifest(step))
-
-    def manifest(step: Path) -> SimpleNamespace:
-        return SimpleNamespace(step=int(step.name[5:]), config=plain, vocab_size=VOCAB)
-
-    monkeypatch.setattr(folders, "newest_whole", whole)
-    monkeypatch.setattr(folders, "newest_step", newest)
-    monkeypatch.setattr("cp_megatron.checkpoint.find_checkpoint.newest_step", newest)
-    monkeypatch.setattr(folders, "read_manifest", manifest)
+    for step in (20, 40):
+        start_save(
+            folder,
+            step=step,
+            consumed=4 * step,
+            model=nn.Linear(2, 2),
+            optimizer=None,
+            config=config,
+            grid=Grid(),
+            data_fingerprint="",
+            vocab_size=VOCAB,
+        ).wait()
     return folder
 
 
@@ -60,11 +54,11 @@ def config_of(*argv: str) -> Config:
 
 
 def check_load(config: Config, vocab_size: int) -> Newest | None:
-    """As the checks before a run do it."""
-    found = find_load(config)
-    if found is not None:
-        check_goes_on(config, found.manifest, vocab_size)
-    return found
+    """Finds the checkpoint and checks it, as the checks before a run do."""
+    newest = find_load(config)
+    if newest is not None:
+        check_goes_on(config, newest.manifest, vocab_size)
+    return newest
 
 
 def checked(config: Config) -> None:
@@ -119,18 +113,17 @@ def test_the_same_model_said_otherwise(run: Path) -> None:
     assert check_load(config_of("--load", str(run), *same, *changed), VOCAB)
 
 
-def test_rows_cut_anew_are_said() -> None:
-    before = parse_arguments(["--preset", "toy-gpt"]).config
-    manifest = cast(Manifest, SimpleNamespace(config=dataclasses.asdict(before), consumed=80))
-    assert data_changes(before, manifest) == ()
+def test_a_note_about_rows_that_are_cut_anew(run: Path) -> None:
+    manifest = read_manifest(run / "step-20")
+    assert data_changes(config_of("--preset", "toy-gpt"), manifest) == ()
     now = config_of("--preset", "toy-gpt", "--seq-length", "512", "--seed", "7")
-    (told,) = data_changes(now, manifest)
-    assert told.startswith("--seed is 7, was 1234, --seq-length is 512, was 1024: ")
-    assert "row 80" in told
+    (note,) = data_changes(now, manifest)
+    assert note.startswith("--seed is 7, was 1234, --seq-length is 512, was 1024: ")
+    assert "row 80" in note
 
 
 def test_another_vocabulary(run: Path) -> None:
-    with pytest.raises(ConfigError, match="257 tokens, this run's 300"):
+    with pytest.raises(ConfigError, match="257 tokens, this run's has 300"):
         check_load(config_of("--load", str(run)), 300)
 
 
@@ -183,12 +176,11 @@ def test_a_name_that_is_too_long(tmp_path: Path, name: str) -> None:
         {"model": {"num_attention_heads": 0}, "data": {}},
     ],
 )
-def test_a_manifest_that_does_not_say_its_model(
-    run: Path, monkeypatch: pytest.MonkeyPatch, saved: dict[str, object]
-) -> None:
-    broken = SimpleNamespace(step=40, config=saved, vocab_size=VOCAB)
-    monkeypatch.setattr(folders, "read_manifest", lambda step: broken)
-    assert refused(config_of("--load", str(run))).flag == "--load"
+def test_a_manifest_without_a_usable_model(run: Path, saved: dict[str, object]) -> None:
+    manifest = dataclasses.replace(read_manifest(run / "step-40"), config=saved)
+    with pytest.raises(ConfigError, match="does not say its model") as caught:
+        check_goes_on(config_of("--load", str(run)), manifest, VOCAB)
+    assert caught.value.flag == "--load"
 
 
 def test_the_first_number_that_is_free(tmp_path: Path) -> None:

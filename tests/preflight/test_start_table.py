@@ -35,7 +35,7 @@ def shown(plan: RunPlan, width: int = 80, run: Path | None = None) -> str:
 GRID = ["--context-parallel-size", "2", "--tensor-parallel-size", "2"]
 
 
-def test_everything_a_person_asks_for() -> None:
+def test_the_table_of_an_ordinary_run() -> None:
     text = shown(planned(*GRID, "--world-size", "8"))
     for part in (
         "8 ranks = dp 2 x cp 2 x tp 2",
@@ -57,14 +57,14 @@ def test_everything_a_person_asks_for() -> None:
     assert text.isascii()
 
 
-def test_what_is_special_is_said() -> None:
+def test_the_table_of_special_runs() -> None:
     argv = [*GRID, "--document-mask", "--window-size", "100", "0", "--deterministic"]
     text = shown(planned(*argv, "--seq-length", "1021", "--micro-batch-size", "1", "--pad-rows"))
     for part in (
         "causal, inside each document, 100 tokens back",
         "1,022 per row (1 of padding), 511 of them on a rank",
-        "tp 0   positions of each batch's own",
-        "balanced - chosen: it deals each batch's documents",
+        "tp 0   positions differ from batch to batch",
+        "balanced - chosen: it distributes each batch's",
         "exchange            auto - each batch takes what moves the fewest bytes",
         "deterministic       on",
         "rows of 1,021 tokens are padded to 1,022, a",

@@ -1,4 +1,4 @@
-"""What a run left on the disk, read without the code that wrote it."""
+"""Reads the files of a run without the code that wrote them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def tensors_of(step: Path) -> dict[str, Tensor]:
-    """Every tensor of a ``step-N``, whole, put together from its shards."""
+    """All tensors of a ``step-N``, put together from its shards."""
     manifest = json.loads((step / "manifest.json").read_text())["manifest"]
     shards = {name: safe_open(step / name, framework="pt") for name in manifest["files"]}
     found = {}
@@ -26,7 +26,7 @@ def tensors_of(step: Path) -> dict[str, Tensor]:
 
 
 def differing(one: Path, other: Path) -> list[str]:
-    """Names of the tensors whose bits differ between two ``step-N``; all have to be there."""
+    """Names of the tensors whose bits differ between two ``step-N`` of the same tensors."""
     here, there = tensors_of(one), tensors_of(other)
     assert here.keys() == there.keys()
     assert not any(tensor.isnan().any() for tensor in here.values())
@@ -39,6 +39,6 @@ def metrics_of(run: Path) -> list[dict[str, Any]]:
 
 
 def numbers(row: dict[str, Any]) -> dict[str, Any]:
-    """What of a line is a function of the settings, not of the machine."""
+    """The metrics of a line that depend on the settings only, not on the machine."""
     kept = ("step", "loss", "grad_norm", "lr", "tokens", "valid_loss")
     return {key: row[key] for key in kept if key in row}

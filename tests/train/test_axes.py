@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 from rich.console import Console
 
 from cp_megatron.plan.grid import AXES
 from cp_megatron.preflight.start_table import print_start
-from cp_megatron.train.signals import StopRequest
 from tests.model.grids import no_warnings
 from tests.ranks import run_ranks
 from tests.train.checkpoints import differing, metrics_of, numbers
-from tests.train.test_loop import GRIDS, STEPS, Place, StoppingView, assembled
+from tests.train.test_loop import GRIDS, STEPS, Place, assembled, finish
 from tests.train.test_loop import place as place  # the fixture
 
 MORE = (*AXES, "pp")
@@ -25,12 +22,9 @@ def train(rank: int, world_size: int, argv: list[str], axes: tuple[str, ...]) ->
     console = Console(width=120)
     with console.capture() as table:
         print_start(run.plan, run.folder, console)
-    run = replace(run, view=StoppingView(StopRequest(), None))
     assert run.train_step.groups.meshes.keys() == {*axes, "dp_cp", "world"}
     with no_warnings():  # e.g. that DTensor finds no mesh to reduce the gradient's norm over
-        run.train(StopRequest())
-    if run.writer is not None:
-        run.writer.close()
+        finish(run)
     return table.get()
 
 

@@ -1,4 +1,4 @@
-"""Runs assembled as the program does it, on the pool: stop, save, load on any grid, go on."""
+"""Whole runs on the pool of ranks: stop, save, load on any grid, continue."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from cp_megatron.cli.parse import parse_arguments
 from cp_megatron.comm.runtime import Launch
-from cp_megatron.data.rows.sampler import Row, RowSource
+from cp_megatron.data.rows.sampler import RowSource, TokenRow
 from cp_megatron.errors import ConfigError
 from cp_megatron.plan import Grid, Mask
 from cp_megatron.plan.grid import AXES
@@ -45,16 +45,32 @@ BASE = [
 
 
 class StoppingView(ProgressView):
-    """A silent view; asks to stop when a step is done, as a signal between two steps does."""
+    """A view that prints nothing, keeps its lines, and can stop the run.
 
-    def __init__(self, stop: StopRequest, at: int | None) -> None:
+    Args:
+        last: the last step to train, after a signal in the step before; None trains all.
+    """
+
+    def __init__(self, last: int | None = None) -> None:
         super().__init__(Console(quiet=True), quiet=True, start_step=0, train_iters=STEPS)
-        self._stop, self._at = stop, at
+        self.stop, self.said, self._last = StopRequest(), list[str](), last
 
     def step_done(self, step: int) -> None:
-        """Asks when step ``at`` is over: the next one is still trained."""
-        if self._at is not None and step == self._at - 1:
-            self._stop(15, None)
+        if self._last is not None and step == self._last - 1:
+            self.stop(15, None)
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
+
+
+def finish(run: Trainer, view: StoppingView | None = None) -> int:
+    """Trains an assembled run and closes its metrics; returns the last step."""
+    view = view or StoppingView()
+    try:
+        return replace(run, view=view).train(view.stop)
+    finally:
+        if run.writer is not None:
+            run.writer.close()
 
 
 def assembled(
@@ -82,23 +98,16 @@ def assembled(
     plan = replace(plan, grid=Grid(axes=axes, **plan.grid.sizes))
     world = dist.group.WORLD
     assert world is not None
-    return assemble(plan, launch, "cpu", world)
+    return assemble(plan, launch, world)
 
 
 def train(rank: int, world_size: int, argv: list[str], stop_at: int | None = None) -> int:
-    """The program without its words; the last step."""
-    run = assembled(rank, world_size, argv)
-    stop = StopRequest()
-    run = replace(run, view=StoppingView(stop, stop_at))
-    try:
-        return run.train(stop)
-    finally:
-        if run.writer is not None:
-            run.writer.close()
+    """Trains as the program does, without its output; returns the last step."""
+    return finish(assembled(rank, world_size, argv), StoppingView(stop_at))
 
 
 class LostRows:
-    """Rows whose source is gone after the first step's."""
+    """Rows that cannot be read after the first step."""
 
     seq_length = 32
     eod = 256
@@ -106,7 +115,7 @@ class LostRows:
     def __init__(self, rows: RowSource) -> None:
         self._rows = rows
 
-    def __getitem__(self, number: int) -> Row:
+    def __getitem__(self, number: int) -> TokenRow:
         if number >= 4:
             raise OSError(f"row {number} is gone")
         return self._rows[number]
@@ -115,23 +124,20 @@ class LostRows:
 def lose_rows(rank: int, world_size: int, argv: list[str]) -> tuple[str, list[str]]:
     run = assembled(rank, world_size, argv)
     rows = replace(run.rows, train=cast(RowSource, LostRows(run.rows.train)))
-    run = replace(run, rows=rows, view=StoppingView(StopRequest(), None))
     with pytest.raises(OSError, match="gone") as caught:
-        run.train(StopRequest())
-    assert run.writer is not None
-    run.writer.close()
+        finish(replace(run, rows=rows))
     return str(caught.value), [thread.name for thread in threading.enumerate()]
 
 
-def test_what_fails_while_a_step_is_prepared_ends_the_training(place: Place) -> None:
-    ((told, threads),) = run_ranks(lose_rows, 1, place.argv("lost"))
-    assert told == "row 4 is gone"
+def test_an_error_while_a_step_is_prepared_ends_the_training(place: Place) -> None:
+    ((error, threads),) = run_ranks(lose_rows, 1, place.argv("lost"))
+    assert error == "row 4 is gone"
     assert not [name for name in threads if name.startswith("ahead")]
     assert [row["step"] for row in metrics_of(place.folder / "lost")] == [1]
 
 
 def masks_of(rank: int, world_size: int, argv: list[str]) -> list[Mask]:
-    """What the plan promises, and what the first batch and the training step have."""
+    """The masks of the plan, of the first batch and of the training step."""
     run = assembled(rank, world_size, argv)
     if run.writer is not None:
         run.writer.close()
@@ -147,14 +153,14 @@ def test_batches_have_the_mask_of_the_plan(place: Place) -> None:
 
 
 def save_again(rank: int, world_size: int, argv: list[str]) -> None:
-    """Loads and saves at once: what the checkpoint became in memory."""
+    """Loads a checkpoint and saves it again at once."""
     run = assembled(rank, world_size, argv)
     run._save(run.plan.load_step, last=True)
 
 
 @dataclass(frozen=True)
 class Place:
-    """A folder of the test, and the words that every run of it has."""
+    """The folder of a test, and the flags that its runs have in common."""
 
     folder: Path
 
@@ -178,7 +184,7 @@ def place(tmp_path: Path) -> Place:
     return Place(tmp_path)
 
 
-def test_the_same_grid_goes_on_bit_for_bit_with_dropout(place: Place) -> None:
+def test_the_same_grid_continues_bit_for_bit_with_dropout(place: Place) -> None:
     flags = [*GRIDS["tp2 cp2"], "--sequence-parallel", "--hidden-dropout", "0.2"]
     flags += ["--attention-dropout", "0.1"]
     assert run_ranks(train, 4, place.argv("whole", *flags)) == [STEPS] * 4
@@ -202,7 +208,7 @@ def test_the_same_grid_goes_on_bit_for_bit_with_dropout(place: Place) -> None:
         ),
     ],
 )
-def test_any_grid_goes_on(
+def test_any_grid_continues(
     place: Place, dtype: str, bound: float, grids: list[tuple[int, str]]
 ) -> None:
     flags = ["--dtype", dtype, *GRIDS["tp2 cp2"]]
@@ -229,7 +235,7 @@ def diverge(rank: int, world_size: int, argv: list[str]) -> str:
     return str(caught.value)
 
 
-def test_all_ranks_end_alike_where_the_numbers_end(place: Place) -> None:
+def test_all_ranks_end_alike_after_a_loss_that_is_not_finite(place: Place) -> None:
     flags = ["--context-parallel-size", "2", "--lr", "1e30", "--skip-budget", "1"]
     one, other = run_ranks(diverge, 2, place.argv("hot", *flags))
     assert one == other
@@ -255,8 +261,8 @@ def break_a_parameter(rank: int, world_size: int, argv: list[str]) -> str:
 
 def test_a_broken_model_is_never_saved(place: Place) -> None:
     argv = place.argv("broken", "--context-parallel-size", "2")
-    for told in run_ranks(break_a_parameter, 2, argv):
-        assert "a parameter is not finite" in told
+    for error in run_ranks(break_a_parameter, 2, argv):
+        assert "a parameter is not finite" in error
     assert not list((place.folder / "broken").glob("step-*"))
 
 
@@ -302,7 +308,7 @@ def load_both(rank: int, world_size: int, argv: list[str], paths: list[str]) -> 
     return refused(rank, world_size, [*argv, "--data-path", paths[rank]])
 
 
-def test_settings_that_change_are_kept_aside(place: Place) -> None:
+def test_old_settings_are_kept_beside_the_new_ones(place: Place) -> None:
     run_ranks(train, 1, place.argv("run"), STOP)
     folder = place.folder / "run"
     before = (folder / "config.yaml").read_text()
@@ -333,7 +339,7 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_of_run_learns_and_goes_on(place: Place, kind: str) -> None:
+def test_every_kind_of_run_learns_and_continues(place: Place, kind: str) -> None:
     grid = [] if kind == "gpt" else ["--context-parallel-size", "2"]
     run_ranks(train, 2, place.argv("run", *grid, *KINDS[kind]), STOP)
     assert run_ranks(train, 2, place.load("run")) == [STEPS] * 2

@@ -1,4 +1,4 @@
-"""The learning rate at the steps where its formula can be done by hand; who decays."""
+"""The learning rate at steps where it is easily computed by hand, and weight decay."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A trace of some steps: which steps, which ranks, which names, and nothing where none is asked."""
+"""Traces: which steps and ranks are recorded, under which names."""
 
 from __future__ import annotations
 
@@ -37,17 +37,17 @@ def names_in(file: Path) -> Counter[str]:
 def profiled(
     folder: Path, start: int, end: int, *, first: int = 0, steps: int = 6, rank: int = 0
 ) -> tuple[list[str], list[str]]:
-    """The traces of a run of small sums, and what was said."""
+    """The trace files of a run of small sums, and the printed lines."""
     log = LogConfig(profile=True, profile_step_start=start, profile_step_end=end)
-    told: list[str] = []
+    said: list[str] = []
     profiler = StepProfiler(
-        log, rank=rank, folder=folder, start_step=first, device=SILENT_CPU, say=told.append
+        log, rank=rank, folder=folder, start_step=first, device=SILENT_CPU, say=said.append
     )
     for step in range(first + 1, steps + 1):
         with profiler.step(step):
             torch.ones(2).sum()
     profiler.close()
-    return sorted(path.name for path in folder.glob("trace*")), told
+    return sorted(path.name for path in folder.glob("trace*")), said
 
 
 @pytest.mark.parametrize(
@@ -57,9 +57,9 @@ def profiled(
 def test_the_steps_asked_for_are_in_the_trace(
     tmp_path: Path, start: int, end: int, first: int, steps: set[int]
 ) -> None:
-    names, told = profiled(tmp_path, start, end, first=first)
+    names, said = profiled(tmp_path, start, end, first=first)
     assert names == ["trace-rank0.json.gz"]
-    assert told == [f"trace       {tmp_path / names[0]}: open it in https://ui.perfetto.dev"]
+    assert said == [f"trace       {tmp_path / names[0]}: open it in https://ui.perfetto.dev"]
     found = names_in(tmp_path / names[0])
     assert {name for name in found if name.startswith("step ")} == {f"step {n}" for n in steps}
     # The profiler's own count, from the step that it warmed up in, where there was one.

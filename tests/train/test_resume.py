@@ -1,8 +1,7 @@
-"""Going on: --load auto, the newest whole checkpoint, saves that fail while training goes on."""
+"""Resuming: --load auto, the newest whole checkpoint, and saves that fail during training."""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -14,10 +13,9 @@ from cp_megatron.comm.runtime import Launch
 from cp_megatron.errors import ConfigError
 from cp_megatron.preflight.check import check
 from cp_megatron.preflight.save_and_load import FinishedError
-from cp_megatron.train.signals import StopRequest
 from tests.ranks import run_ranks
 from tests.train.checkpoints import differing, metrics_of, numbers
-from tests.train.test_loop import STEPS, Place, StoppingView, assembled, place
+from tests.train.test_loop import STEPS, Place, StoppingView, assembled, finish, place
 
 __all__ = ["place"]  # the fixture
 EVERY = ["--save-interval", "1"]
@@ -28,13 +26,7 @@ def train(
 ) -> tuple[int, int, list[str]]:
     """First and last step, and the notes of the start table."""
     run = assembled(rank, world_size, argv, again)
-    stop = StopRequest()
-    run = replace(run, view=StoppingView(stop, stop_at))
-    try:
-        return run.plan.load_step, run.train(stop), list(run.plan.notes)
-    finally:
-        if run.writer is not None:
-            run.writer.close()
+    return run.plan.load_step, finish(run, StoppingView(stop_at)), list(run.plan.notes)
 
 
 def refused(rank: int, world_size: int, argv: list[str]) -> ConfigError:
@@ -68,7 +60,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_trained_again(place: Place) -> 
     assert list(map(numbers, metrics_of(whole))) == list(map(numbers, metrics_of(cut)))
 
 
-def test_who_names_a_damaged_step_is_told_of_another(place: Place) -> None:
+def test_a_named_step_that_is_damaged_is_refused(place: Place) -> None:
     run_ranks(train, 1, place.argv("run", *EVERY), 2)
     flip(place.folder / "run" / "step-2" / "rank-00000.safetensors")
     argv = ["--load", place.run("run/step-2"), "--save", place.run("other")]
@@ -83,7 +75,7 @@ def test_who_names_a_damaged_step_is_told_of_another(place: Place) -> None:
     assert (place.folder / "run" / "step-2").is_dir()
 
 
-def test_nothing_whole_is_refused_and_nothing_is_begun_over_it(place: Place) -> None:
+def test_a_run_without_a_whole_checkpoint_is_refused_and_not_overwritten(place: Place) -> None:
     run_ranks(train, 1, place.argv("run"), 2)
     flip(place.folder / "run" / "step-2" / "rank-00000.safetensors")
     for argv in (place.load("run"), place.argv("run", "--load", "auto")):
@@ -94,7 +86,7 @@ def test_nothing_whole_is_refused_and_nothing_is_begun_over_it(place: Place) -> 
         assembled(0, 1, place.argv("run", "--load", "auto"))
 
 
-def test_the_same_words_begin_a_run_and_go_on_with_it(place: Place) -> None:
+def test_the_same_command_starts_a_run_and_continues_it(place: Place) -> None:
     grid = ["--context-parallel-size", "2"]
     flags = ["--load", "auto", *grid]
     run_ranks(train, 2, place.argv("whole", *grid))
@@ -103,13 +95,13 @@ def test_the_same_words_begin_a_run_and_go_on_with_it(place: Place) -> None:
     one, other = place.folder / "whole", place.folder / "run"
     assert differing(one / f"step-{STEPS}", other / f"step-{STEPS}") == []
     run_again = parse_arguments(place.argv("run", *flags))
-    with pytest.raises(FinishedError, match=f"at step {STEPS} already"):
+    with pytest.raises(FinishedError, match=f"already at step {STEPS}"):
         check(run_again.config, Launch(world_size=2), given=run_again.given, auto=run_again.auto)
     with pytest.raises(ConfigError, match="--load auto --save RUN"):
         parse_arguments(["--load", "auto"])
 
 
-def test_a_run_that_ended_before_its_first_checkpoint_is_begun_again(place: Place) -> None:
+def test_a_run_that_ended_before_its_first_checkpoint_starts_again(place: Place) -> None:
     run_ranks(train, 1, place.argv("run"), 2)
     folder = place.folder / "run"
     (folder / "step-2").rename(folder / "step-2.tmp")
@@ -120,8 +112,8 @@ def test_a_run_that_ended_before_its_first_checkpoint_is_begun_again(place: Plac
     assert sorted(path.name for path in folder.glob("step-*")) == [f"step-{STEPS}"]
 
 
-def test_a_launcher_that_starts_the_ranks_again_goes_on(place: Place) -> None:
-    """Without a word of --load, and from the new folder where there is another to begin from."""
+def test_ranks_that_their_launcher_restarts_continue(place: Place) -> None:
+    """Without --load, and from the folder of --save even if --load names another one."""
     run_ranks(train, 1, place.argv("run"), 2)
     assert run_ranks(train, 1, place.argv("run"), None, True)[0][:2] == (2, STEPS)
     words = ["--load", place.run("run/step-2"), "--save", place.run("on"), "--train-iters", "6"]
@@ -130,7 +122,7 @@ def test_a_launcher_that_starts_the_ranks_again_goes_on(place: Place) -> None:
 
 
 def full_disk(rank: int, world_size: int, argv: list[str], good: int) -> tuple[list[str], str]:
-    """What is said, and the error at the end, where all saves but the first ``good`` fail."""
+    """The printed lines and the final error if all saves but the first ``good`` fail."""
     run = assembled(rank, world_size, argv)
     said: list[str] = []
     run.saver._say = said.append
@@ -144,20 +136,17 @@ def full_disk(rank: int, world_size: int, argv: list[str], good: int) -> tuple[l
             raise OSError(28, "No space left on device")
         return write(*args)  # type: ignore[arg-type]
 
-    run = replace(run, view=StoppingView(StopRequest(), None))
     error = ""
     with mock.patch.object(saving, "write_image", full):
         try:
-            run.train(StopRequest())
+            finish(run)
         except ConfigError as refused:
             error = refused.rule
-    if run.writer is not None:
-        run.writer.close()
     return said, error
 
 
 @pytest.mark.parametrize("flags", [[], ["--no-async-save"]])
-def test_a_full_disk_is_warned_of_and_the_last_save_has_to_succeed(
+def test_a_full_disk_is_a_warning_but_the_last_save_must_succeed(
     place: Place, flags: list[str]
 ) -> None:
     argv = place.argv("run", "--context-parallel-size", "2", *EVERY, *flags)

@@ -1,4 +1,4 @@
-"""What a signal does before the training and in it, and that the process leaves undisturbed."""
+"""Signals before, during and after training."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch.distributed as dist
 
-from cp_megatron.train.loop import any_rank_stops
-from cp_megatron.train.signals import CAUGHT, StopRequest, stop_on_signal
+from cp_megatron.train.signals import CAUGHT, stop_on_signal
 from tests.ranks import run_ranks
+from tests.train.test_loop import STEPS, Place, StoppingView, assembled, finish
+from tests.train.test_loop import place as place  # the fixture
 
 
 @pytest.fixture(autouse=True)
 def _handlers() -> Iterator[None]:
-    """The handlers of the test's process, back in place."""
+    """Restores the signal handlers of the test's process."""
     before = {number: signal.getsignal(number) for number in CAUGHT}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
 
 
-def test_leaving_loses_no_words_and_skips_the_interpreter_s_end() -> None:
+def test_leave_flushes_the_output_and_skips_the_interpreter_s_shutdown() -> None:
     code = """
 import atexit
 from cp_megatron.train.signals import leave
@@ -42,7 +42,9 @@ leave(3)
 
 
 @pytest.mark.parametrize("number", CAUGHT)
-def test_before_the_training_it_ends_the_process_without_a_trace(number: signal.Signals) -> None:
+def test_before_the_training_a_signal_ends_the_process_quietly(
+    number: signal.Signals,
+) -> None:
     code = f"""
 import os
 from cp_megatron.train.signals import stop_at_once
@@ -72,8 +74,7 @@ time.sleep(60)
 """
 
 
-def test_a_rank_ends_with_its_launcher_whatever_it_waits_for() -> None:
-    """Linux only, as the means are."""
+def test_a_rank_ends_with_its_launcher() -> None:
     ended = subprocess.run(
         [sys.executable, "-c", LAUNCHER, RANK], stdout=subprocess.PIPE, timeout=60, check=False
     )
@@ -84,7 +85,7 @@ def test_a_rank_ends_with_its_launcher_whatever_it_waits_for() -> None:
 
 
 @pytest.mark.parametrize("number", CAUGHT)
-def test_in_the_training_it_only_asks(
+def test_during_training_a_signal_only_requests_a_stop(
     number: signal.Signals, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with stop_on_signal(quiet=False) as stop:
@@ -95,14 +96,14 @@ def test_in_the_training_it_only_asks(
     assert capfd.readouterr().err.strip() == f"{number.name}: finishing the step, then saving"
 
 
-def test_on_the_way_out_nothing_disturbs() -> None:
+def test_after_the_training_signals_are_ignored() -> None:
     with stop_on_signal():
         pass
     os.kill(os.getpid(), signal.SIGINT)
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def test_the_other_ranks_say_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_other_ranks_print_nothing_about_a_signal(capfd: pytest.CaptureFixture[str]) -> None:
     with stop_on_signal(quiet=True):
         os.kill(os.getpid(), signal.SIGINT)
     assert capfd.readouterr() == ("", "")
@@ -120,15 +121,15 @@ os._exit(7)
     assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 7
 
 
-def agreed(rank: int, world_size: int, asked: int | None) -> bool:
-    stop = StopRequest()
-    if rank == asked:
-        stop(signal.SIGTERM, None)
-    world = dist.group.WORLD
-    assert world is not None
-    return any_rank_stops(stop, world)
+def train(rank: int, world_size: int, argv: list[str], stopped: int | None) -> int:
+    """The last step of a run in which one rank is asked to stop at the beginning."""
+    view = StoppingView()
+    if rank == stopped:
+        view.stop(signal.SIGTERM, None)
+    return finish(assembled(rank, world_size, argv), view)
 
 
-@pytest.mark.parametrize(("asked", "answer"), [(None, False), (0, True), (1, True)])
-def test_all_ranks_stop_when_one_is_asked(asked: int | None, answer: bool) -> None:
-    assert run_ranks(agreed, 2, asked) == [answer] * 2
+@pytest.mark.parametrize(("stopped", "last"), [(None, STEPS), (0, 1), (1, 1)])
+def test_all_ranks_stop_when_one_is_asked(place: Place, stopped: int | None, last: int) -> None:
+    argv = place.argv("run", "--context-parallel-size", "2")
+    assert run_ranks(train, 2, argv, stopped) == [last] * 2

@@ -1,4 +1,4 @@
-"""Numbers that go bad on one rank: all ranks skip the step, and go on as if it had not been."""
+"""Bad numbers on one rank: all ranks skip the step and continue as if it had not happened."""
 
 from __future__ import annotations
 
@@ -17,11 +17,10 @@ from cp_megatron.data.batch.batch import IGNORED
 from cp_megatron.faults.guard import LEAST_WINDOW
 from cp_megatron.faults.inject import Fault, Faults
 from cp_megatron.train.loop import DivergedError, Trainer
-from cp_megatron.train.signals import StopRequest
 from cp_megatron.train.step import StepResult, TrainStep, local_values
 from tests.ranks import run_ranks
 from tests.train.checkpoints import differing, metrics_of, numbers
-from tests.train.test_loop import GRIDS, STEPS, Place, StoppingView, assembled
+from tests.train.test_loop import GRIDS, STEPS, Place, StoppingView, assembled, finish
 from tests.train.test_loop import place as place  # the fixture
 from tests.train.test_step import Case, batches_of, shards_of, train_step_of
 
@@ -30,9 +29,9 @@ Held = list[Tensor]
 
 
 def faults_of(rank: int, *asked: tuple[str, int, int]) -> Faults:
-    """Each (kind, rank, step)."""
-    found = (Fault(kind=kind, rank=where, step=step) for kind, where, step in asked)
-    return Faults(mine=tuple(fault for fault in found if fault.rank == rank))
+    """The faults of ``rank`` among these, each (kind, rank, step)."""
+    faults = (Fault(kind=kind, rank=where, step=step) for kind, where, step in asked)
+    return Faults(mine=tuple(fault for fault in faults if fault.rank == rank))
 
 
 def held(train_step: TrainStep) -> Held:
@@ -64,7 +63,7 @@ def skip_one(
     return results, states
 
 
-def test_not_a_number_on_one_rank_changes_nothing_on_any() -> None:
+def test_nan_on_one_rank_changes_nothing_on_any_rank() -> None:
     bad = 3  # whose loss is not the one that is added up: its TP peer holds the same tokens
     without = run_ranks(skip_one, 4, None, [1, 3])
     for (results, states), (expected, there) in zip(
@@ -98,15 +97,6 @@ def test_a_rank_without_labels_is_finite_and_changes_no_number() -> None:
         assert expected.loss > 0
 
 
-class Listening(StoppingView):
-    """Keeps what is said."""
-
-    said: list[str]
-
-    def say(self, text: str) -> None:
-        self.said.append(text)
-
-
 def disturbed(
     rank: int,
     world_size: int,
@@ -114,22 +104,17 @@ def disturbed(
     faults: list[tuple[str, int, int]],
     stop_at: int | None = None,
 ) -> tuple[list[str], dict[str, Any], str]:
-    """The program under faults: what was said, the guard's state, how it ended."""
-    stop, run = StopRequest(), assembled(rank, world_size, argv)
-    view = Listening(stop, stop_at)
-    view.said = []
-    run = replace(run, view=view, faults=faults_of(rank, *faults))
+    """Trains with faults; returns the printed lines, the guard's state, and the error if any."""
+    run = replace(assembled(rank, world_size, argv), faults=faults_of(rank, *faults))
+    view, ended = StoppingView(stop_at), ""
     try:
-        run.train(stop)
-        ended = ""
+        finish(run, view)
     except DivergedError as error:
         ended = str(error)
-    if run.writer is not None:
-        run.writer.close()
     return view.said, run.guard.state(), ended
 
 
-def test_a_skipped_step_is_told_and_logs_no_line(place: Place) -> None:
+def test_a_skipped_step_is_reported_and_not_logged(place: Place) -> None:
     argv = place.argv("run", *GRIDS["tp2 cp2"])
     for said, state, ended in run_ranks(disturbed, 4, argv, [("nan", 3, 2)]):
         found = "step 2: loss nan, gradient norm nan: skipped (1 of at most 5 in 1,000 steps)"
@@ -142,7 +127,7 @@ def test_a_skipped_step_is_told_and_logs_no_line(place: Place) -> None:
     assert all(math.isfinite(row["loss"]) for row in rows)
 
 
-def test_one_too_many_ends_all_ranks_and_leaves_the_batch(place: Place) -> None:
+def test_one_skipped_step_too_many_ends_all_ranks_and_keeps_the_batch(place: Place) -> None:
     argv = place.argv("run", *GRIDS["tp2 cp2"], "--skip-budget", "1", "--save-interval", "1")
     answers = run_ranks(disturbed, 4, argv, [("nan", 0, 2), ("nan", 2, 3)])
     file = place.folder / "run" / "bad-step-3.safetensors"
@@ -183,9 +168,7 @@ def break_and_train(rank: int, world_size: int, argv: list[str]) -> str:
         with torch.no_grad():
             local_values(next(run.train_step.model.parameters())).fill_(math.nan)
     with pytest.raises(DivergedError) as caught:
-        run.train(StopRequest())
-    if run.writer is not None:
-        run.writer.close()
+        finish(run)
     return str(caught.value)
 
 
@@ -198,8 +181,8 @@ def longer(argv: list[str]) -> list[str]:
 
 
 @pytest.mark.slow
-def test_a_spike_is_skipped_and_a_run_that_goes_on_skips_the_same(place: Place) -> None:
-    """Stopped before the spike, which only the window that was kept can tell."""
+def test_a_resumed_run_skips_the_same_spike(place: Place) -> None:
+    """The run stops before the spike, so that only the kept window can detect it."""
     words = ["--spike-threshold", "6", "--lr", "1e-4", "--min-lr", "1e-5"]
     words += ["--context-parallel-size", "2"]
     spike, stop = SPIKE_STEPS - 1, SPIKE_STEPS - 4

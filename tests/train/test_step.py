@@ -1,4 +1,4 @@
-"""Training on any grid is training on one rank: loss and gradient norm over 20 steps, float64."""
+"""Training on any grid equals training on one rank: 20 steps in float64."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from cp_megatron.config import (
 from cp_megatron.context_parallel import ContextParallel
 from cp_megatron.data.batch.ahead import Ahead
 from cp_megatron.data.batch.batch import IGNORED, Batch, microbatches
-from cp_megatron.data.rows.sampler import Rows
+from cp_megatron.data.rows.sampler import ConcatenatedRows
 from cp_megatron.model.parallelize import build_model
 from cp_megatron.plan import Grid, Mask, Schedule
 from cp_megatron.train.optimizer import make_optimizer
 from cp_megatron.train.step import Shard, StepResult, TrainStep
-from tests.data.parts import part_of
+from tests.data.ranges import range_of
 from tests.ranks import run_ranks
 
 SEQ_LENGTH, BATCH, STEPS, VOCAB = 32, 4, 20, 257
@@ -50,7 +50,7 @@ STYLES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A grid and how the batch goes over it."""
+    """A grid, and how batches are computed on it."""
 
     tp: int = 1
     cp: int = 1
@@ -119,7 +119,7 @@ def batches_of(step: int, case: Case, groups: ParallelGroups) -> list[Batch]:
     """Rows with unevenly masked labels: row 1 has none in either half that a CP2 rank holds."""
     tokens = (np.arange(4096) * 7 % 61).astype(np.uint16)
     tokens[::13] = 256
-    rows = Rows(part_of(tokens), seq_length=SEQ_LENGTH, seed=3)
+    rows = ConcatenatedRows(range_of(tokens), seq_length=SEQ_LENGTH, seed=3)
     found = list(
         microbatches(
             rows,
@@ -244,7 +244,7 @@ def test_twenty_steps_equal_one_rank(style: str, case: Case) -> None:
 
 
 def train_ahead(rank: int, world_size: int, case: Case) -> tuple[list[StepResult], list[str]]:
-    """Trains on what a thread prepares; the names of the threads that planned."""
+    """Trains on shards that a thread prepares; also returns which threads planned."""
     train_step = train_step_of("llama", case)
     planners: list[str] = []
     steps = (shards_of(step, case, train_step) for step in range(case.steps))
@@ -261,7 +261,7 @@ def train_ahead(rank: int, world_size: int, case: Case) -> tuple[list[StepResult
 
 
 @pytest.mark.parametrize("window", [{}, MIXED])
-def test_planned_ahead_are_the_same_bits_and_nothing_is_left_to_plan(window: Any) -> None:
+def test_steps_planned_ahead_have_the_same_bits_and_need_no_more_planning(window: Any) -> None:
     case = Case(cp=2, document_mask=True, micro_batch_size=2, steps=4, **window)
     direct = run_ranks(train, 2, "llama", case)
     for (found, planners), expected in zip(run_ranks(train_ahead, 2, case), direct):
@@ -301,7 +301,7 @@ def masked_everywhere(rank: int, world_size: int) -> StepResult:
     return train_step.run([train_step.prepare(batch) for batch in batches], step=1, lr=1e-3)
 
 
-def test_no_label_at_all_is_zero_and_not_nan() -> None:
+def test_a_batch_without_labels_has_loss_zero() -> None:
     for result in run_ranks(masked_everywhere, 2):
         pairs = BATCH * SEQ_LENGTH * (SEQ_LENGTH + 1) / 2
         assert result == StepResult(loss=0.0, grad_norm=0.0, num_pairs=pairs)

@@ -1,1 +1,1 @@
-"""From rows to one data parallel rank's batches, as tensors."""
+"""Turns rows into the batches of one data parallel rank, as tensors."""

@@ -1,8 +1,8 @@
-"""One data parallel rank's part of a global batch, as tensors.
+"""Makes the part of a global batch that one data parallel rank computes, as tensors.
 
 Shapes: S = seq_length, m = micro_batch_size, p = padding. The global batch at ``consumed`` is the
 rows [consumed, consumed + global_batch_size) of the run; data parallel rank d takes its d-th slice.
-Context and tensor parallel peers derive the same rows and keep their shard.
+Context and tensor parallel peers make the same rows and keep their shard.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from cp_megatron.plan.mask import Mask, Window
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """What one forward pass reads; on the CPU.
+    """The input of one forward pass, on the CPU.
 
     Attributes:
-        tokens: int64 [m, S + p], or [1, m * S + p] where documents are masked.
-        labels: int64, like ``tokens``, already shifted; ``IGNORED`` where there is no loss.
-        mask: which token sees which, for every row of the batch.
-        first_row: number of the first row in the run.
-        row_length: S where documents are masked and rows laid end to end, else 0.
+        tokens: int64 [m, S + p], or [1, m * S + p] if documents are masked.
+        labels: int64, like ``tokens``, already shifted; ``IGNORED`` if a token has no loss.
+        mask: the attention mask of every row of the batch.
+        first_row: the number of the first row in the run.
+        row_length: S if documents are masked and the rows are laid end to end, else 0.
     """
 
     tokens: Tensor
@@ -42,7 +42,7 @@ class Batch:
 
     @property
     def valid_tokens(self) -> int:
-        """Tokens that have a loss."""
+        """The number of tokens that have a loss."""
         return int((self.labels != IGNORED).sum())
 
 
@@ -58,7 +58,7 @@ def microbatches(
     window: Window | None = None,
     padding: int = 0,
 ) -> Iterator[Batch]:
-    """The micro batches of one rank for the global batch that begins at row ``consumed``.
+    """Yields the micro batches of one rank for the global batch that begins at row ``consumed``.
 
     Args:
         rows: the rows of the run.
@@ -66,9 +66,9 @@ def microbatches(
         global_batch_size: rows of the batch over all ranks.
         micro_batch_size: rows that go through the model at once.
         dp_rank, dp_size: this rank's place on the dp axis.
-        document_mask: attention never crosses a document; the micro batch's rows are laid end to
+        document_mask: attention never crosses a document; the rows of a micro batch are laid end to
             end in one row, and the last token of a document predicts nothing.
-        window: of the model's attention, as in ``Mask``.
+        window: the window of the model's attention, as in ``Mask``.
         padding: tokens without a label that follow each row of a batch, a document of their own.
 
     Yields:
@@ -92,7 +92,7 @@ def microbatches(
         labels = np.stack([row.labels for row in chosen])
         lengths: Sequence[int] = [rows.seq_length]
         if document_mask:
-            # A mask holds for every row of a batch; rows with different documents become one row.
+            # A mask holds for every row of a batch, so rows with other documents become one row.
             for place, row in enumerate(chosen):
                 labels[place, row.crossing] = IGNORED
             tokens, labels = tokens.reshape(1, -1), labels.reshape(1, -1)

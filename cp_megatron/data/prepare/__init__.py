@@ -1,1 +1,1 @@
-"""Text to Megatron's .bin/.idx, ahead of a run. No torch."""
+"""Turns text into Megatron's .bin/.idx, ahead of a run. Does not import torch."""

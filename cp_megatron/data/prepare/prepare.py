@@ -1,10 +1,10 @@
-"""Text to Megatron's ``.bin/.idx``, by several processes, in a way that goes on after a kill.
+"""Turns text into Megatron's ``.bin/.idx`` with several processes; a stopped run can go on.
 
-    inputs -> pieces -> processes -> PREFIX.partial/000000-0.bin .. -> PREFIX_KEY_document.bin/.idx
+    inputs -> spans -> processes -> PREFIX.partial/000000-0.bin .. -> PREFIX_KEY_document.bin/.idx
 
-A finished piece is kept. The next run finds it, if the manifest in the folder says that inputs,
-tokenizer and options are the same. The result is the pieces in their order, so neither the number
-of processes nor a kill changes a bit of it. No torch.
+A finished span is kept. The next run uses it if the manifest in the folder says that inputs,
+tokenizer and options are the same. The result is the spans in their order, so neither the number of
+processes nor an interruption changes a bit of it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import shutil
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
@@ -29,36 +29,37 @@ from cp_megatron.data.prepare.prepare_worker import (
     Failed,
     Finished,
     Job,
-    Step,
+    SpanProgress,
     ids_path,
     lengths_path,
     receipt_path,
     serve,
     write_json,
 )
-from cp_megatron.data.read.documents import FLAG, Piece, cut_pieces, find_sources
+from cp_megatron.data.read.documents import InputFile, InputSpan, cut_spans, find_inputs
 from cp_megatron.data.read.indexed import IndexedWriter
-from cp_megatron.data.tokenize.tokenizer import open_tokenizer
+from cp_megatron.data.read.tables import FLAG
+from cp_megatron.data.tokenize.open_tokenizer import open_tokenizer
 from cp_megatron.errors import ConfigError
 
 OUTPUT = "--output-prefix"
 MANIFEST = "manifest.json"
-SMALLEST_PIECE, LARGEST_PIECE, PIECES = 1 << 20, 1 << 25, 256
+SMALLEST_SPAN, LARGEST_SPAN, SPANS = 1 << 20, 1 << 25, 256
 SECONDS_TO_END = 5.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What to prepare.
+    """The data to prepare.
 
     Attributes:
-        inputs: files, folders, patterns with * and ?.
-        output_prefix: a key's files are ``<output_prefix>_<key>_document.bin`` and ``.idx``.
+        inputs: files, folders, and patterns with * and ?.
+        output_prefix: the files of a key are ``<output_prefix>_<key>_document.bin`` and ``.idx``.
         tokenizer_type, tokenizer_model: as in ``open_tokenizer``.
-        keys: keys of JSON objects or columns of tables; ``text`` for files of text.
+        keys: keys of JSON objects or columns of tables; ``text`` for text files.
         append_eod: documents end with the tokenizer's ``eod``.
-        workers: processes; None is one for each core.
-        skip_bad_lines: malformed lines are skipped and told of.
+        workers: the number of processes; None is one for each core.
+        skip_bad_lines: malformed lines are skipped and reported.
     """
 
     inputs: tuple[str, ...]
@@ -77,28 +78,28 @@ class Request:
 
     @property
     def partial(self) -> Path:
-        """The folder of the finished pieces."""
+        """The folder of the finished spans."""
         return Path(f"{self.output_prefix}.partial")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Start:
-    """What lies ahead: bytes of all pieces and of those that an earlier run left, pieces."""
+class WorkAhead:
+    """Bytes and number of all spans, and of those that an earlier run finished."""
 
     weight: int
     kept_weight: int
-    pieces: int
-    kept_pieces: int
+    spans: int
+    kept_spans: int
 
 
 @dataclass(frozen=True, kw_only=True)
-class Result:
-    """What was made.
+class Prepared:
+    """The pairs of files that were made.
 
     Attributes:
-        outputs: prefixes of the pairs.
-        documents, tokens: of each.
-        skipped: ``file:line: reason`` of what could not be read.
+        outputs: the prefix of each pair.
+        documents, tokens: the number in each pair.
+        skipped: ``file:line: reason`` of each line, or file, that was skipped.
     """
 
     outputs: tuple[str, ...]
@@ -107,45 +108,42 @@ class Result:
     skipped: tuple[str, ...]
 
 
-Watcher = Callable[[Start | Step], None]
+Watcher = Callable[[WorkAhead | SpanProgress], None]
 
 
-def prepare(request: Request, watch: Watcher = lambda event: None) -> Result:
+def prepare(request: Request, watch: Watcher = lambda event: None) -> Prepared:
     """Makes the pairs.
 
     Args:
-        request: what to prepare.
-        watch: is told of the start and of every step.
+        request: the data to prepare.
+        watch: called at the start and for every bit of progress.
 
     Raises:
-        ConfigError: an input, the tokenizer, a line or the place of the output can not be used.
-        KeyboardInterrupt: passed on after the processes have ended; finished pieces remain.
+        ConfigError: an input, the tokenizer, a line or the place of the output cannot be used.
+        KeyboardInterrupt: passed on after the processes have ended; finished spans remain.
     """
     _check_request(request)
     tokenizer = open_tokenizer(request.tokenizer_type, request.tokenizer_model)
     if not _receipts(request.partial):
         _check_outputs(request)
-    found = find_sources(request.inputs)
-    if request.keys != ("text",) and any(kind == "text" for kind, _, _ in found):
-        path = next(source.path for kind, source, _ in found if kind == "text")
-        rule = f"{path} is a file of text and has no keys"
-        raise ConfigError("--json-keys", " ".join(request.keys), rule, "text")
-    total = sum(source.size for _, source, _ in found)
-    piece_bytes = min(LARGEST_PIECE, max(SMALLEST_PIECE, total // PIECES))
+    files = find_inputs(request.inputs)
+    _check_keys(request.keys, files)
+    total = sum(file.size for file in files)
+    span_bytes = min(LARGEST_SPAN, max(SMALLEST_SPAN, total // SPANS))
     with _folder(request.partial):
-        pieces = list(cut_pieces(found, piece_bytes=piece_bytes))
+        spans = list(cut_spans(files, span_bytes=span_bytes))
         manifest = {
-            "inputs": [asdict(source) for _, source, _ in found],
+            "inputs": [{"path": x.path, "size": x.size, "mtime": x.mtime} for x in files],
             "tokenizer": [tokenizer.kind, tokenizer.fingerprint],
             "options": [list(request.keys), request.append_eod],
-            "pieces": len(pieces),
+            "pieces": len(spans),
             "skip_bad_lines": request.skip_bad_lines,
         }
         _go_on_or_begin(request, manifest)
-        _run_pieces(request, pieces, watch)
-        result = _join(request, pieces, tokenizer.vocab_size)
+        _run_spans(request, spans, watch)
+        prepared = _join(request, spans, tokenizer.vocab_size)
     shutil.rmtree(request.partial)
-    return result
+    return prepared
 
 
 # ---- checks --------------------------------------------------------------------------------------
@@ -160,44 +158,52 @@ def _check_request(request: Request) -> None:
         raise ConfigError("--json-keys", " ".join(request.keys), "has a key twice", "each once")
     for key in request.keys:
         if "/" in key:
-            raise ConfigError("--json-keys", key, "is part of a file's name: no /", "another key")
+            rule = "is part of a file's name and must not hold a /"
+            raise ConfigError("--json-keys", key, rule, "another key")
+
+
+def _check_keys(keys: Sequence[str], files: Sequence[InputFile]) -> None:
+    for file in files:
+        if file.format == "text" and keys != ("text",):
+            rule = f"{file.path} is a text file and has no keys"
+            raise ConfigError("--json-keys", " ".join(keys), rule, "text")
 
 
 def _check_outputs(request: Request) -> None:
-    """Refuses to overwrite a pair. A run that goes on may have made the first of several."""
+    """Refuses to overwrite a pair. A run that goes on may have made some of its pairs before."""
     for prefix in request.outputs:
         for suffix in (".idx", ".bin"):
             if os.path.exists(prefix + suffix):
-                rule = f"{prefix + suffix} is there already"
+                rule = f"{prefix + suffix} exists already"
                 works = "another prefix, or delete the file"
                 raise ConfigError(OUTPUT, request.output_prefix, rule, works)
 
 
 @contextmanager
 def _folder(path: Path) -> Iterator[None]:
-    """The folder of the pieces, held by this run alone."""
+    """Makes the folder of the spans and locks it for this run."""
     try:
         path.mkdir(parents=True, exist_ok=True)
         stream = (path / "lock").open("wb")
     except OSError as error:
-        rule = f"can not be written: {error.strerror}"
-        raise ConfigError(OUTPUT, str(path), rule, "a folder that can be written") from None
+        rule = f"cannot be written: {error.strerror}"
+        raise ConfigError(OUTPUT, str(path), rule, "a writable folder") from None
     with stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            rule = "another run is at work in this folder"
+            rule = "another run works in this folder"
             raise ConfigError(OUTPUT, str(path), rule, "wait for it, or another prefix") from None
         yield
 
 
 def _receipts(folder: Path) -> list[Path]:
-    """Those of the pieces that an earlier run finished."""
+    """The receipts of the spans that an earlier run finished."""
     return list(folder.glob("[0-9]*.json"))
 
 
 def _go_on_or_begin(request: Request, manifest: Mapping[str, Any]) -> None:
-    """Keeps what an earlier run of the same task finished; without any, begins anew."""
+    """Keeps what an earlier run of the same task finished, or begins anew."""
     folder = request.partial
     path, kept = folder / MANIFEST, _receipts(folder)
     earlier: Any = None
@@ -210,24 +216,24 @@ def _go_on_or_begin(request: Request, manifest: Mapping[str, Any]) -> None:
     else:
         _check_outputs(request)
     try:
-        # Receipts without a manifest were left by a run that was killed while it tidied up.
+        # Receipts without a manifest come from a run that was killed while it deleted its folder.
         for useless in (*(kept if earlier is None else ()), *folder.glob("*.tmp")):
             useless.unlink()
         if earlier != manifest:
             write_json(path, manifest)
     except OSError as error:
-        rule = f"can not be written: {error.strerror}"
-        raise ConfigError(OUTPUT, str(folder), rule, "a disk with room") from None
+        rule = f"cannot be written: {error.strerror}"
+        raise ConfigError(OUTPUT, str(folder), rule, "a disk with more space") from None
 
 
 def _check_same_task(folder: Path, earlier: Any, manifest: Mapping[str, Any]) -> None:
-    """Whether an earlier run's pieces in the folder are of the same task.
+    """Refuses spans in the folder that are of another task.
 
-    Those finished without ``--skip-bad-lines`` have no bad line, so they are the same with it.
+    Spans finished without ``--skip-bad-lines`` have no bad line, so they are the same with it.
     """
-    told = {"inputs": "other inputs", "tokenizer": "another tokenizer"}
-    told |= {"options": "other flags", "pieces": "other pieces"}
-    differing = [what for name, what in told.items() if earlier.get(name) != manifest[name]]
+    names = {"inputs": "other inputs", "tokenizer": "another tokenizer"}
+    names |= {"options": "other flags", "pieces": "other spans"}
+    differing = [what for name, what in names.items() if earlier.get(name) != manifest[name]]
     if earlier.get("skip_bad_lines") and not manifest["skip_bad_lines"]:
         differing.append("--skip-bad-lines")
     if differing:
@@ -235,20 +241,20 @@ def _check_same_task(folder: Path, earlier: Any, manifest: Mapping[str, Any]) ->
         raise ConfigError(OUTPUT, str(folder), rule, f"rm -r {folder}, or another prefix")
 
 
-# ---- pieces --------------------------------------------------------------------------------------
+# ---- spans ---------------------------------------------------------------------------------------
 
 
-def _run_pieces(request: Request, pieces: Sequence[Piece], watch: Watcher) -> None:
-    """Has every piece done that is not."""
+def _run_spans(request: Request, spans: Sequence[InputSpan], watch: Watcher) -> None:
+    """Starts the processes and has them tokenise every span that is not finished."""
     folder = request.partial
     todo = [
-        (number, piece)
-        for number, piece in enumerate(pieces)
+        (number, span)
+        for number, span in enumerate(spans)
         if not receipt_path(folder, number).exists()
     ]
-    total, left = sum(p.weight for p in pieces), sum(p.weight for _, p in todo)
-    kept = len(pieces) - len(todo)
-    watch(Start(weight=total, kept_weight=total - left, pieces=len(pieces), kept_pieces=kept))
+    total, left = sum(span.weight for span in spans), sum(span.weight for _, span in todo)
+    kept = len(spans) - len(todo)
+    watch(WorkAhead(weight=total, kept_weight=total - left, spans=len(spans), kept_spans=kept))
     job = Job(
         folder=folder,
         tokenizer_type=request.tokenizer_type,
@@ -274,14 +280,14 @@ def _run_pieces(request: Request, pieces: Sequence[Piece], watch: Watcher) -> No
 
 
 def cores() -> int:
-    """Cores that this process may use."""
+    """The number of cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def _begin(job: Job) -> tuple[Connection, SpawnProcess]:
-    # Spawned: a process that is forked from one with threads may hang.
+    # Spawned, because a process that is forked from one with threads may hang.
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=serve, args=(theirs, job), daemon=True)
@@ -291,9 +297,9 @@ def _begin(job: Job) -> tuple[Connection, SpawnProcess]:
 
 
 def _deal(
-    team: Mapping[Connection, SpawnProcess], todo: list[tuple[int, Piece]], watch: Watcher
+    team: Mapping[Connection, SpawnProcess], todo: list[tuple[int, InputSpan]], watch: Watcher
 ) -> None:
-    """Gives each process a piece as soon as it has none; takes the pieces out of ``todo``."""
+    """Gives each process a span as soon as it has none; takes the spans out of ``todo``."""
     todo.reverse()
     busy: set[Connection] = set()
     for connection, process in team.items():
@@ -310,7 +316,7 @@ def _deal(
                 if answer.error is not None:
                     raise answer.error
                 raise RuntimeError(f"a process failed:\n{answer.trace}")
-            if isinstance(answer, Step):
+            if isinstance(answer, SpanProgress):
                 watch(answer)
                 continue
             assert isinstance(answer, Finished)
@@ -320,7 +326,7 @@ def _deal(
                 busy.remove(ready)
 
 
-def _give(connection: Connection, process: SpawnProcess, task: tuple[int, Piece]) -> None:
+def _give(connection: Connection, process: SpawnProcess, task: tuple[int, InputSpan]) -> None:
     try:
         connection.send(task)
     except (BrokenPipeError, ConnectionResetError):
@@ -329,18 +335,18 @@ def _give(connection: Connection, process: SpawnProcess, task: tuple[int, Piece]
 
 def _died(process: SpawnProcess) -> ConfigError:
     process.join(SECONDS_TO_END)
-    rule = f"a process ended with code {process.exitcode}, perhaps for want of memory"
-    works = "fewer --workers; what is finished is kept, the same command goes on"
+    rule = f"a process ended with code {process.exitcode}, perhaps because memory ran out"
+    works = "fewer --workers; finished work is kept, and the same command goes on"
     return ConfigError("--workers", "", rule, works)
 
 
 # ---- the result ----------------------------------------------------------------------------------
 
 
-def _join(request: Request, pieces: Sequence[Piece], vocab_size: int) -> Result:
-    """Lays the pieces one after the other."""
+def _join(request: Request, spans: Sequence[InputSpan], vocab_size: int) -> Prepared:
+    """Writes the spans one after the other."""
     folder = request.partial
-    receipts = [json.loads(receipt_path(folder, n).read_bytes()) for n in range(len(pieces))]
+    receipts = [json.loads(receipt_path(folder, n).read_bytes()) for n in range(len(spans))]
     tokens = [sum(each["tokens"][key] for each in receipts) for key in range(len(request.keys))]
     for name, count in zip(request.keys, tokens):
         if count == 0:
@@ -355,41 +361,43 @@ def _join(request: Request, pieces: Sequence[Piece], vocab_size: int) -> Result:
                     writer.add_file(path, lengths)
                 writer.finalize()
     except OSError as error:
-        rule = f"can not be written: {error.strerror}"
-        raise ConfigError(OUTPUT, request.output_prefix, rule, "a disk with room") from None
+        rule = f"cannot be written: {error.strerror}"
+        raise ConfigError(OUTPUT, request.output_prefix, rule, "a disk with more space") from None
     counts = [sum(each["documents"][key] for each in receipts) for key in range(len(request.keys))]
-    return Result(
+    return Prepared(
         outputs=request.outputs,
         documents=tuple(counts),
         tokens=tuple(tokens),
-        skipped=tuple(_skipped(pieces, receipts)),
+        skipped=tuple(_skipped(spans, receipts)),
     )
 
 
 def _checked_lengths(folder: Path, number: int, key: int, receipt: Mapping[str, Any]) -> Any:
-    """Lengths of a piece's documents, after a look whether its files are what they were.
+    """The lengths of the documents of a span, whose files are compared with the receipt.
 
-    A machine that lost power may have the names of files and not what was in them.
+    After a loss of power, files may have their names and not their contents.
     """
     lengths = np.fromfile(lengths_path(folder, number, key), dtype="<i4")
     check = 0
     with ids_path(folder, number, key).open("rb") as stream:
-        while data := stream.read(SMALLEST_PIECE):
+        while data := stream.read(SMALLEST_SPAN):
             check = zlib.crc32(data, check)
     good = (check, len(lengths), int(lengths.sum(dtype=np.int64)))
     if good != tuple(receipt[name][key] for name in ("crc32", "documents", "tokens")):
         receipt_path(folder, number).unlink()
-        rule = f"the finished piece {number} in it is damaged and was thrown away"
-        raise ConfigError(OUTPUT, str(folder), rule, "the same command, which makes it again")
+        rule = f"the finished span {number} in it was damaged and is now deleted"
+        raise ConfigError(
+            OUTPUT, str(folder), rule, "run the same command again, which makes it anew"
+        )
     return lengths
 
 
-def _skipped(pieces: Sequence[Piece], receipts: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """What was skipped, with line numbers of the whole file."""
+def _skipped(spans: Sequence[InputSpan], receipts: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """The skipped lines, numbered within the whole file."""
     path, before = "", 0
-    for piece, receipt in zip(pieces, receipts):
-        if piece.paths[0] != path or piece.start == 0:
-            path, before = piece.paths[0], 0
+    for span, receipt in zip(spans, receipts):
+        if span.paths[0] != path or span.start == 0:
+            path, before = span.paths[0], 0
         for line, reason in receipt["skipped"]:
             yield f"{path}:{before + line}: {reason}" if line else reason
         before += receipt["lines"]

@@ -1,4 +1,4 @@
-"""The command line of ``launch/prepare_data.py``: its flags, and what a person sees. No torch."""
+"""The command line of ``launch/prepare_data.py``: its flags and what it prints."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from cp_megatron.config.ranges import Size
 from cp_megatron.config.words import read_options
-from cp_megatron.data.prepare.prepare import Request, Result, Start, prepare
-from cp_megatron.data.prepare.prepare_worker import Step
+from cp_megatron.data.prepare.prepare import Prepared, Request, WorkAhead, prepare
+from cp_megatron.data.prepare.prepare_worker import SpanProgress
 from cp_megatron.errors import ConfigError
 
 PROGRAM = "prepare_data.py"
@@ -24,21 +24,21 @@ _DESCRIPTION = """Turn documents into Megatron's .bin/.idx, with all cores.
 python launch/prepare_data.py --input corpus/*.jsonl --output-prefix data/corpus
     --tokenizer-type huggingface --tokenizer-model models/llama
 
-makes data/corpus_text_document.bin and .idx. A run that was stopped goes on where it was when the
-same command is given again."""
+makes data/corpus_text_document.bin and .idx. To continue a run that was stopped, give the same
+command again."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
-    """A field is a flag, its docstring the flag's help."""
+class PreparationOptions:
+    """Each field is a flag, its docstring the help of the flag."""
 
     input: tuple[str, ...] = ()
-    """Text files, .jsonl, .json (both with .gz too), .parquet, folders of these, folders that
-    Dataset.save_to_disk wrote; * and ? work. A file of text is one document."""
+    """Text files, .jsonl, .json (both also with .gz), .parquet, folders of these, and folders that
+    Dataset.save_to_disk wrote; patterns with * and ? work. A text file is one document."""
     output_prefix: str | None = None
-    """Where to: PREFIX_KEY_document.bin and .idx, KEY being text for files of text."""
+    """Where to write PREFIX_KEY_document.bin and .idx; KEY is text for text files."""
     tokenizer_type: Literal["byte", "huggingface", "sentencepiece", "tiktoken"] = "byte"
-    """How text becomes ids; byte is one id per byte of UTF-8."""
+    """How text is turned into ids; byte is one id per byte of UTF-8."""
     tokenizer_model: str | None = None
     """The tokenizer's file, or the folder of a Hugging Face model."""
     json_keys: tuple[str, ...] = ("text",)
@@ -46,32 +46,32 @@ class Options:
     append_eod: bool = True
     """Every document ends with the tokenizer's end-of-document id."""
     workers: int | None = None
-    """Processes; by default one for each core."""
+    """The number of processes; by default one for each core."""
     skip_bad_lines: bool = False
-    """Skip malformed JSON lines and list them in PREFIX_skipped.txt, instead of refusing them."""
+    """Skip malformed JSON lines and list them in PREFIX_skipped.txt instead of refusing them."""
     log_interval: Size = 100_000
     """Documents between two lines of progress."""
 
 
-def parse(argv: Sequence[str]) -> Options:
+def parse(argv: Sequence[str]) -> PreparationOptions:
     """Reads a command line, without the program's name.
 
     Raises:
-        ConfigError: a flag or a value that can not be honoured.
+        ConfigError: a flag is unknown or its value cannot be used.
         SystemExit: with code 0, after ``--help`` is printed.
     """
-    options = read_options(argv, Options, program=PROGRAM, description=_DESCRIPTION)
+    options = read_options(argv, PreparationOptions, program=PROGRAM, description=_DESCRIPTION)
     if options.output_prefix is None:
-        rule = "needs the path that the new files begin with"
+        rule = "names the path that the new files begin with"
         raise ConfigError("--output-prefix", "", rule, "--output-prefix data/corpus")
     return options
 
 
-def run(options: Options, console: Console | None = None) -> Result:
-    """Prepares the data and shows how far it is.
+def run(options: PreparationOptions, console: Console | None = None) -> Prepared:
+    """Prepares the data and shows the progress.
 
     Raises:
-        ConfigError: the flags can not be honoured.
+        ConfigError: a flag, an input or the output cannot be used.
     """
     assert options.output_prefix is not None
     request = Request(
@@ -87,34 +87,36 @@ def run(options: Options, console: Console | None = None) -> Result:
     out = console or Console()
     view = _View(out, options.log_interval)
     with view.bar:
-        result = prepare(request, view)
-    for prefix, documents, tokens in zip(result.outputs, result.documents, result.tokens):
-        text = f"{prefix}.bin .idx: {documents:,} documents, {tokens:,} tokens"
-        out.print(text, highlight=False, markup=False, soft_wrap=True)
-    if result.skipped:
-        _tell_skipped(result.skipped, f"{options.output_prefix}_skipped.txt", out)
-    return result
+        prepared = prepare(request, view)
+    for prefix, documents, tokens in zip(prepared.outputs, prepared.documents, prepared.tokens):
+        _print(out, f"{prefix}.bin .idx: {documents:,} documents, {tokens:,} tokens")
+    if prepared.skipped:
+        _report_skipped(prepared.skipped, f"{options.output_prefix}_skipped.txt", out)
+    return prepared
 
 
 def interrupted(argv: Sequence[str]) -> str:
-    """The line for somebody who pressed Ctrl-C."""
+    """The line to print after Ctrl-C."""
     folder = Request(
         inputs=(), output_prefix=str(parse(argv).output_prefix), tokenizer_type="byte"
     ).partial
     done = len(list(folder.glob("[0-9]*.json")))
-    return f"{PROGRAM}: stopped; {done} finished pieces are in {folder}, the same command goes on"
+    return f"{PROGRAM}: stopped; {done} finished spans are in {folder}, the same command goes on"
 
 
-def _tell_skipped(skipped: Sequence[str], path: str, out: Console) -> None:
+def _report_skipped(skipped: Sequence[str], path: str, out: Console) -> None:
     Path(path).write_text("".join(f"{line}\n" for line in skipped), "utf-8", "backslashreplace")
     for line in skipped[:_SHOWN]:
-        out.print(f"skipped {line}", highlight=False, markup=False, soft_wrap=True)
-    text = f"skipped {len(skipped):,} in all, listed in {path}"
+        _print(out, f"skipped {line}")
+    _print(out, f"skipped {len(skipped):,} in all, listed in {path}")
+
+
+def _print(out: Console, text: str) -> None:
     out.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 class _View:
-    """A bar on a terminal, and a line every so many documents."""
+    """Shows a progress bar on a terminal, and prints a line every ``interval`` documents."""
 
     def __init__(self, console: Console, interval: int) -> None:
         self._interval = interval
@@ -133,14 +135,13 @@ class _View:
         )
         self._task = self.bar.add_task("", total=None)
 
-    def __call__(self, event: Start | Step) -> None:
-        """What ``prepare`` tells."""
-        if isinstance(event, Start):
+    def __call__(self, event: WorkAhead | SpanProgress) -> None:
+        if isinstance(event, WorkAhead):
             self._begin = time.monotonic()
             self.bar.update(self._task, total=event.weight, completed=event.kept_weight)
-            if event.kept_pieces:
-                text = f"going on: {event.kept_pieces} of {event.pieces} pieces were finished"
-                self.bar.console.print(text, highlight=False, markup=False, soft_wrap=True)
+            if event.kept_spans:
+                text = f"going on: {event.kept_spans} of {event.spans} spans were finished"
+                _print(self.bar.console, text)
             return
         self._weight += event.weight
         self._tokens += event.tokens
@@ -148,8 +149,7 @@ class _View:
         self.bar.update(self._task, advance=event.weight, description=self._rates())
         if self._documents // self._interval > self._reported:
             self._reported = self._documents // self._interval
-            text = f"{self._documents:,} documents  {self._rates()}"
-            self.bar.console.print(text, highlight=False, markup=False, soft_wrap=True)
+            _print(self.bar.console, f"{self._documents:,} documents  {self._rates()}")
 
     def _rates(self) -> str:
         seconds = max(1e-9, time.monotonic() - self._begin)

@@ -1,7 +1,8 @@
-"""One process of ``prepare_data``: takes pieces from a pipe, leaves their ids in files. No torch.
+"""A process of ``prepare_data``: takes spans from a pipe and leaves their ids in files.
 
-For piece 12 and the keys 0, 1, ..: ``000012-0.bin`` (the ids), ``000012-0.len`` (int32, ids of each
-document), and last ``000012.json``, the receipt. A piece without a receipt is not finished.
+For span 12 and the keys 0, 1, ..: ``000012-0.bin`` (the ids), ``000012-0.len`` (int32, the number
+of ids of each document), and last ``000012.json``, the receipt. A span without a receipt is not
+finished.
 """
 
 from __future__ import annotations
@@ -20,22 +21,23 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from cp_megatron.data.read.documents import Bundle, Piece, read_piece
+from cp_megatron.data.read.documents import DocumentBatch, InputSpan, read_span
 from cp_megatron.data.read.indexed import optimal_dtype
-from cp_megatron.data.tokenize.tokenizer import Tokenizer, open_tokenizer
+from cp_megatron.data.tokenize.open_tokenizer import open_tokenizer
+from cp_megatron.data.tokenize.tokenizer import Tokenizer
 from cp_megatron.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What is done with every piece.
+    """How every span is tokenised.
 
     Attributes:
-        folder: where the ids of pieces go.
+        folder: the folder of the results.
         tokenizer_type, tokenizer_model: as in ``open_tokenizer``.
         keys: keys of JSON objects, or columns of tables.
         append_eod: documents end with the tokenizer's ``eod``.
-        skip_bad_lines: malformed lines are skipped and told of.
+        skip_bad_lines: malformed lines are skipped and reported.
     """
 
     folder: Path
@@ -47,8 +49,8 @@ class Job:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Step:
-    """What became of some more of a piece, for the progress: bytes read, ids, documents."""
+class SpanProgress:
+    """A part of a span is tokenised: bytes read, ids, documents."""
 
     weight: int
     tokens: int
@@ -57,61 +59,61 @@ class Step:
 
 @dataclass(frozen=True, kw_only=True)
 class Finished:
-    """A piece is done."""
+    """A span is done."""
 
     number: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class Failed:
-    """The process can not go on: the user's mistake, or the trace of our own."""
+    """The process cannot go on: the user's mistake, or the trace of a bug."""
 
     error: ConfigError | None
     trace: str
 
 
 def receipt_path(folder: Path, number: int) -> Path:
-    """The file that says that a piece is done."""
+    """The file that says that a span is done."""
     return folder / f"{number:06d}.json"
 
 
 def ids_path(folder: Path, number: int, key: int) -> Path:
-    """The ids of a piece under a key."""
+    """The ids of a span under a key."""
     return folder / f"{number:06d}-{key}.bin"
 
 
 def lengths_path(folder: Path, number: int, key: int) -> Path:
-    """The ids of each document of a piece under a key."""
+    """The number of ids of each document of a span under a key."""
     return folder / f"{number:06d}-{key}.len"
 
 
 def serve(connection: Connection, job: Job) -> None:
-    """Answers (number, piece) with ``Step`` .. ``Finished`` until the pipe closes."""
-    # Ctrl-C reaches the whole terminal; the parent ends this process by closing the pipe.
+    """Answers (number, span) with ``SpanProgress`` .. ``Finished`` until the pipe closes."""
+    # Ctrl-C reaches all processes of the terminal; the parent ends this one by closing the pipe.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         tokenizer = open_tokenizer(job.tokenizer_type, job.tokenizer_model)
         while True:
-            number, piece = connection.recv()
-            tokenise_piece(number, piece, job, tokenizer, connection)
+            number, span = connection.recv()
+            tokenise_span(number, span, job, tokenizer, connection)
             connection.send(Finished(number=number))
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return
     except ConfigError as error:
         connection.send(Failed(error=error, trace=""))
     except OSError as error:
-        rule = f"can not be written: {error.strerror}"
-        told = ConfigError("--output-prefix", str(job.folder), rule, "a disk with room")
-        connection.send(Failed(error=told, trace=""))
+        rule = f"cannot be written: {error.strerror}"
+        wrong = ConfigError("--output-prefix", str(job.folder), rule, "a disk with more space")
+        connection.send(Failed(error=wrong, trace=""))
     except Exception:
         connection.send(Failed(error=None, trace=traceback.format_exc()))
 
 
-def tokenise_piece(
-    number: int, piece: Piece, job: Job, tokenizer: Tokenizer, connection: Connection
+def tokenise_span(
+    number: int, span: InputSpan, job: Job, tokenizer: Tokenizer, connection: Connection
 ) -> None:
-    """Writes the files of a piece, the receipt last."""
-    # With the process in their names, as one that lost its parent may still write.
+    """Writes the files of a span, the receipt last."""
+    # The names hold the process, because a process that lost its parent may still write.
     suffix = f".{os.getpid()}.tmp"
     outputs = [ids_path(job.folder, number, key) for key in range(len(job.keys))]
     streams = [open(f"{path}{suffix}", "wb") for path in outputs]  # noqa: SIM115
@@ -120,11 +122,10 @@ def tokenise_piece(
     skipped: list[tuple[int, str]] = []
     lines = 0
     try:
-        for bundle in read_piece(piece, job.keys, skip_bad_lines=job.skip_bad_lines):
-            step, checks = _write(bundle, tokenizer, job.append_eod, streams, lengths, checks)
-            connection.send(step)
-            skipped += bundle.skipped
-            lines += bundle.lines
+        for batch in read_span(span, job.keys, skip_bad_lines=job.skip_bad_lines):
+            connection.send(_write(batch, tokenizer, job.append_eod, streams, lengths, checks))
+            skipped += batch.skipped
+            lines += batch.lines
     finally:
         for stream in streams:
             stream.close()
@@ -144,33 +145,32 @@ def tokenise_piece(
 
 
 def write_json(path: Path, value: Mapping[str, Any], suffix: str = ".tmp") -> None:
-    """Writes a file that is whole as soon as it is there."""
+    """Writes a file that is complete as soon as it exists."""
     unfinished = Path(f"{path}{suffix}")
     unfinished.write_text(json.dumps(value), encoding="utf-8")
     unfinished.replace(path)
 
 
 def _write(
-    bundle: Bundle,
+    batch: DocumentBatch,
     tokenizer: Tokenizer,
     append_eod: bool,
     streams: Sequence[BinaryIO],
     lengths: Sequence[list[int]],
-    checks: Sequence[int],
-) -> tuple[Step, list[int]]:
-    """Appends the documents of a bundle; the CRC-32 of what was written so far, for each key."""
+    checks: list[int],
+) -> SpanProgress:
+    """Appends documents to the files of each key, and updates the lengths and the CRC-32."""
     dtype = optimal_dtype(tokenizer.vocab_size)
     end = np.full(int(append_eod), tokenizer.eod, dtype=np.int32)
     tokens = documents = 0
-    after = []
-    for texts, stream, sizes, check in zip(bundle.texts, streams, lengths, checks):
-        # One by one: the cores are shared out among processes, not among a library's threads.
-        found = [ids for text in texts if (ids := tokenizer.encode(text)).size]
-        parts: list[npt.NDArray[np.int32]] = [part for ids in found for part in (ids, end)]
+    for key, (texts, stream) in enumerate(zip(batch.texts, streams)):
+        # Not as a batch: the processes share the cores, so a library's threads would add nothing.
+        encoded = [ids for text in texts if (ids := tokenizer.encode(text)).size]
+        parts: list[npt.NDArray[np.int32]] = [part for ids in encoded for part in (ids, end)]
         joined = np.concatenate(parts).astype(dtype) if parts else np.zeros(0, dtype=dtype)
         data = joined.tobytes()
         stream.write(data)
-        sizes += [ids.size + end.size for ids in found]
-        after.append(zlib.crc32(data, check))
-        tokens, documents = tokens + joined.size, documents + len(found)
-    return Step(weight=bundle.weight, tokens=tokens, documents=documents), after
+        lengths[key].extend(ids.size + end.size for ids in encoded)
+        checks[key] = zlib.crc32(data, checks[key])
+        tokens, documents = tokens + joined.size, documents + len(encoded)
+    return SpanProgress(weight=batch.weight, tokens=tokens, documents=documents)

@@ -1,1 +1,1 @@
-"""From files to documents of tokens. No torch."""
+"""Turns files into documents of tokens. Does not import torch."""

@@ -1,17 +1,17 @@
-"""Where ``prepare_data`` finds documents: text, JSON lines, Parquet, folders of data. No torch.
+"""Finds and reads the documents of ``prepare_data``: text, JSON lines, Parquet, folders of data.
 
-The inputs become pieces, in order, that processes read on their own:
+The inputs are cut, in order, into spans that processes read independently:
 
-    a text file                  one document; small files share a piece
-    .jsonl .json (.gz)           one document per line and key; a piece is a range of bytes:
+    a text file                  one document; small files share a span
+    .jsonl .json (.gz)           one document per line and key; a span is a range of bytes:
 
         {"text": "a"}\\n{"text": "b"}\\n{"text": "c"}\\n
-        |------ piece 0 ------|------ piece 1 -----|     a line belongs to where it begins
+        |------ span 0 -------|------ span 1 ------|     a line belongs to the span it begins in
 
-    .parquet, a folder that      one document per row and column; a piece is a row group, or a run
+    .parquet, a folder that      one document per row and column; a span is a row group, or a run
     ``save_to_disk`` wrote       of record batches
-    any other folder             the .jsonl, .jsonl.gz, .json.gz and .parquet files in it; where
-                                 there are none, its text files
+    any other folder             the .jsonl, .jsonl.gz, .json.gz and .parquet files in it; if there
+                                 are none, its text files
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ from typing import BinaryIO, Literal, cast
 
 from cp_megatron.data.read.json_lines import BadLineError, parse_object, text_under
 from cp_megatron.data.read.tables import (
+    FLAG,
     SAVED_DATASET,
     SAVED_DATASETS,
-    Rows,
     arrow_runs,
     read_arrow,
     read_row_group,
     row_groups,
 )
+from cp_megatron.data.read.text_files import walk_files
 from cp_megatron.errors import ConfigError
 
-FLAG = "--input"
-WORKS = "text files, .jsonl, .json, .parquet (also .jsonl.gz), or folders that hold some"
-BUNDLE_BYTES = 1 << 20
+_WORKS = "text files, .jsonl, .json, .parquet (also .jsonl.gz), or folders that hold some"
+BATCH_BYTES = 1 << 20
 """Text that is tokenised in one call."""
 _LINES, _ZIPPED = (".jsonl", ".json"), (".jsonl.gz", ".json.gz")
 _DATA = (".jsonl", *_ZIPPED, ".parquet")
@@ -50,15 +50,33 @@ Format = Literal["text", "lines", "zipped", "parquet", "arrow"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Piece:
-    """What one process reads in one go.
+class InputFile:
+    """An input file.
 
     Attributes:
-        format: how.
-        paths: the file; several only for text.
-        start, stop: bytes, the row group, or record batches.
-        weight: bytes of input, for the progress.
+        format: how it is read.
+        size: bytes.
+        mtime: when it was changed, in nanoseconds.
         explicit: the user named the file itself, so it may not be skipped.
+    """
+
+    format: Format
+    path: str
+    size: int
+    mtime: int
+    explicit: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class InputSpan:
+    """The part of the inputs that one process reads at a time.
+
+    Attributes:
+        format: how it is read.
+        paths: the file; several only for text.
+        start, stop: a range of bytes, of row groups, or of record batches.
+        weight: bytes of input, for the progress.
+        explicit: see ``InputFile``.
     """
 
     format: Format
@@ -70,14 +88,14 @@ class Piece:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Bundle:
-    """Some documents of a piece, or what was skipped.
+class DocumentBatch:
+    """Some documents of a span.
 
     Attributes:
         texts: for each key, the documents.
         weight: bytes of input read for them.
         lines: lines that were read.
-        skipped: (line of the piece from 1, reason), or for a text file (0, path and reason).
+        skipped: (line of the span from 1, reason), or for a text file (0, path and reason).
     """
 
     texts: tuple[list[str], ...]
@@ -86,95 +104,95 @@ class Bundle:
     skipped: tuple[tuple[int, str], ...] = ()
 
 
-@dataclass(frozen=True, kw_only=True)
-class Source:
-    """One input file: what it is called, its size in bytes, when it was changed (ns)."""
-
-    path: str
-    size: int
-    mtime: int
-
-
 # ---- finding -------------------------------------------------------------------------------------
 
 
-def find_sources(inputs: Sequence[str]) -> list[tuple[Format, Source, bool]]:
-    """Every input file in order: its format, itself, whether the user named the file itself.
+def find_inputs(inputs: Sequence[str]) -> list[InputFile]:
+    """Returns every input file, in order.
+
+    Args:
+        inputs: files, folders, and patterns with * and ?.
 
     Raises:
         ConfigError: an input is missing or holds nothing to read.
     """
-    found: list[tuple[Format, Source, bool]] = []
-    for given in inputs:
-        for path in _expanded(given):
-            mode = os.stat(path).st_mode
-            if stat.S_ISDIR(mode):
-                inner = [(kind, _source(file), False) for kind, file in _in_folder(Path(path))]
-                if not inner:
-                    raise ConfigError(FLAG, path, "the folder holds nothing to read", WORKS)
-                found += inner
-            elif stat.S_ISREG(mode):
-                found.append((_format_of(path), _source(path), True))
-            else:
-                raise ConfigError(FLAG, path, "must be a regular file or a folder", WORKS)
-    return found
+    files: list[InputFile] = []
+    for path in (path for given in inputs for path in _expanded(given)):
+        mode = os.stat(path).st_mode
+        if stat.S_ISDIR(mode):
+            inner = _in_folder(Path(path))
+            if not inner:
+                raise ConfigError(FLAG, path, "the folder holds nothing to read", _WORKS)
+            files += [_input(kind, file, explicit=False) for kind, file in inner]
+        elif stat.S_ISREG(mode):
+            files.append(_input(_format_of(path), path, explicit=True))
+        else:
+            raise ConfigError(FLAG, path, "must be a regular file or a folder", _WORKS)
+    return files
 
 
-def cut_pieces(
-    sources: Sequence[tuple[Format, Source, bool]], *, piece_bytes: int
-) -> Iterator[Piece]:
-    """Cuts the inputs into pieces of about ``piece_bytes``; the documents and their order do not
-    depend on it.
+def cut_spans(files: Sequence[InputFile], *, span_bytes: int) -> Iterator[InputSpan]:
+    """Cuts the inputs into spans of about ``span_bytes``.
+
+    The documents and their order do not depend on ``span_bytes``.
 
     Raises:
-        ConfigError: a table can not be read.
+        ConfigError: a table cannot be read.
     """
-    small: list[Source] = []
-    for place, (kind, source, explicit) in enumerate(sources):
-        if kind == "text":
-            small.append(source)
-            following = sources[place + 1] if place + 1 < len(sources) else None
-            mixed = following is None or (following[0], following[2]) != (kind, explicit)
-            if mixed or sum(each.size for each in small) >= piece_bytes:
-                weight = sum(each.size for each in small)
-                paths = tuple(each.path for each in small)
-                yield Piece(format="text", paths=paths, weight=weight, explicit=explicit)
-                small = []
-        else:
-            yield from _cut(kind, source, explicit, piece_bytes)
+    small: list[InputFile] = []
+    for file, following in zip(files, [*files[1:], None]):
+        if file.format != "text":
+            yield from _cut(file, span_bytes)
+            continue
+        small.append(file)
+        weight = sum(each.size for each in small)
+        same = following is not None and (following.format, following.explicit) == (
+            "text",
+            file.explicit,
+        )
+        if not same or weight >= span_bytes:
+            paths = tuple(each.path for each in small)
+            yield InputSpan(format="text", paths=paths, weight=weight, explicit=file.explicit)
+            small = []
 
 
-def _cut(kind: Format, source: Source, explicit: bool, piece_bytes: int) -> Iterator[Piece]:
-    ranges: list[tuple[int, int, int]] = [(0, 0, source.size)]
-    if kind == "lines":
-        starts = range(0, source.size, piece_bytes)
-        ends = [min(start + piece_bytes, source.size) for start in starts]
+def _cut(file: InputFile, span_bytes: int) -> Iterator[InputSpan]:
+    ranges: list[tuple[int, int, int]] = [(0, 0, file.size)]
+    if file.format == "lines":
+        starts = range(0, file.size, span_bytes)
+        ends = [min(start + span_bytes, file.size) for start in starts]
         ranges = [(start, end, end - start) for start, end in zip(starts, ends)]
-    elif kind == "parquet":
-        ranges = [(number, number + 1, size) for number, size in row_groups(source.path)]
-    elif kind == "arrow":
-        ranges = arrow_runs(source.path, piece_bytes)
+    elif file.format == "parquet":
+        ranges = [(number, number + 1, size) for number, size in row_groups(file.path)]
+    elif file.format == "arrow":
+        ranges = arrow_runs(file.path, span_bytes)
     for start, stop, weight in ranges:
-        yield Piece(
-            format=kind,
-            paths=(source.path,),
+        yield InputSpan(
+            format=file.format,
+            paths=(file.path,),
             start=start,
             stop=stop,
             weight=weight,
-            explicit=explicit,
+            explicit=file.explicit,
         )
 
 
+def _input(kind: Format, path: str, *, explicit: bool) -> InputFile:
+    state = os.stat(path)
+    size, mtime = state.st_size, state.st_mtime_ns
+    return InputFile(format=kind, path=path, size=size, mtime=mtime, explicit=explicit)
+
+
 def _expanded(given: str) -> list[str]:
-    """The paths that an input stands for, which may have * and ? in it."""
+    """The paths that an input stands for."""
     if _exists(given):
         return [given]
-    # A link that points nowhere matches too.
-    found = sorted(filter(_exists, glob.glob(given, recursive=True)))
-    if not found:
+    # glob also returns links that point nowhere.
+    paths = sorted(filter(_exists, glob.glob(given, recursive=True)))
+    if not paths:
         rule = "matches no file" if glob.has_magic(given) else "there is no such file or folder"
-        raise ConfigError(FLAG, given, rule, WORKS)
-    return found
+        raise ConfigError(FLAG, given, rule, _WORKS)
+    return paths
 
 
 def _exists(path: str) -> bool:
@@ -195,172 +213,152 @@ def _format_of(path: str) -> Format:
 
 
 def _in_folder(folder: Path) -> list[tuple[Format, str]]:
-    """The files of a folder to read, by name, a folder's files before its folders."""
+    """The files to read in a folder."""
     if (folder / SAVED_DATASET).is_file():
         return [("arrow", path) for path in _saved_files(folder)]
     if (folder / SAVED_DATASETS).is_file():
         splits = sorted(path.parent for path in folder.glob(f"*/{SAVED_DATASET}"))
         if len(splits) != 1:
-            works = ", ".join(map(str, splits)) or WORKS
-            rule = f"holds {len(splits)} splits of a dataset, one can be read"
+            works = ", ".join(map(str, splits)) or _WORKS
+            rule = f"holds {len(splits)} splits of a dataset, and only one can be read"
             raise ConfigError(FLAG, str(folder), rule, works)
         return _in_folder(splits[0])
-    files = []
-    for place, folders, names in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        paths = [os.path.join(place, name) for name in sorted(names) if not name.startswith(".")]
-        files += [path for path in paths if os.path.isfile(path)]
+    files = list(walk_files(folder))
     data = [path for path in files if path.lower().endswith(_DATA)]
     return [(_format_of(path), path) for path in data] or [("text", path) for path in files]
 
 
 def _saved_files(folder: Path) -> list[str]:
-    """The files of a dataset in the order in which ``save_to_disk`` wrote it."""
+    """The files of a dataset in the order in which ``save_to_disk`` wrote them."""
     try:
         state = json.loads((folder / SAVED_DATASET).read_bytes())
         names = [str(entry["filename"]) for entry in state["_data_files"]]
         selected = state.get("_indices_data_files")
     except (OSError, ValueError, KeyError, TypeError):
         rule = f"its {SAVED_DATASET} does not name the files of a dataset"
-        raise ConfigError(FLAG, str(folder), rule, WORKS) from None
-    if selected:  # early versions of the library wrote all rows, and which of them count
+        raise ConfigError(FLAG, str(folder), rule, _WORKS) from None
+    if selected:  # early versions of the library wrote all rows and a selection of them
         rule = f"its {SAVED_DATASET} selects some of the rows that it holds"
         works = "the folder that dataset.flatten_indices().save_to_disk writes"
         raise ConfigError(FLAG, str(folder), rule, works)
     for name in names:
         if not (folder / name).is_file():
             rule = f"its {SAVED_DATASET} names {name}, which is missing"
-            raise ConfigError(FLAG, str(folder), rule, "the whole dataset")
+            raise ConfigError(FLAG, str(folder), rule, "the complete dataset")
     return [str(folder / name) for name in names]
-
-
-def _source(path: str) -> Source:
-    state = os.stat(path)
-    return Source(path=path, size=state.st_size, mtime=state.st_mtime_ns)
 
 
 # ---- reading -------------------------------------------------------------------------------------
 
 
-def read_piece(piece: Piece, keys: Sequence[str], *, skip_bad_lines: bool) -> Iterator[Bundle]:
-    """The documents of a piece, in order.
+def read_span(
+    span: InputSpan, keys: Sequence[str], *, skip_bad_lines: bool
+) -> Iterator[DocumentBatch]:
+    """Yields the documents of a span, in order.
 
     Args:
-        piece: what to read.
+        span: what to read.
         keys: keys of the JSON objects or columns of the tables; text has one only.
-        skip_bad_lines: a malformed line is skipped and told of, not refused.
+        skip_bad_lines: skip and report a malformed line instead of refusing it.
 
     Raises:
-        ConfigError: a file, or a line that may not be skipped, can not be read.
+        ConfigError: a file, or a line that may not be skipped, cannot be read.
     """
     try:
-        if piece.format == "text":
-            yield from _read_texts(piece, len(keys))
-        elif piece.format in ("lines", "zipped"):
-            yield from _read_lines(piece, keys, skip_bad_lines)
+        if span.format == "text":
+            yield from _read_texts(span, len(keys))
+        elif span.format in ("lines", "zipped"):
+            yield from _read_lines(span, keys, skip_bad_lines)
         else:
-            read = read_row_group if piece.format == "parquet" else read_arrow
-            for rows in read(piece.paths[0], piece.start, piece.stop, keys):
-                yield _bundle_of_rows(rows, piece.weight)
+            read = read_row_group if span.format == "parquet" else read_arrow
+            for rows in read(span.paths[0], span.start, span.stop, keys):
+                texts = tuple([text for text in column if text] for column in rows.columns)
+                yield DocumentBatch(texts=texts, weight=round(span.weight * rows.share))
     except (OSError, EOFError, zlib.error) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        rule = f"can not be read: {reason}"
-        raise ConfigError(FLAG, piece.paths[0], rule, "a file that can be read") from None
+        rule = f"cannot be read: {reason}"
+        raise ConfigError(FLAG, span.paths[0], rule, "a readable file") from None
 
 
-def _bundle_of_rows(rows: Rows, weight: int) -> Bundle:
-    texts = tuple([text for text in column if text] for column in rows.columns)
-    return Bundle(texts=texts, weight=round(weight * rows.share))
-
-
-def _read_texts(piece: Piece, num_keys: int) -> Iterator[Bundle]:
+def _read_texts(span: InputSpan, num_keys: int) -> Iterator[DocumentBatch]:
     texts: list[str] = []
     weight = 0
-    for path in piece.paths:
+    for path in span.paths:
         data = Path(path).read_bytes()
         try:
             text = data.decode("utf-8")
             good = "\0" not in text
         except UnicodeDecodeError:
             good = False
-        if not good and piece.explicit:
-            raise ConfigError(FLAG, path, "the file is not UTF-8 text", WORKS)
+        if not good and span.explicit:
+            raise ConfigError(FLAG, path, "the file is not UTF-8 text", _WORKS)
         if not good:
             reason = (0, f"{path}: not UTF-8 text")
-            yield Bundle(texts=([],) * num_keys, weight=len(data), skipped=(reason,))
+            yield DocumentBatch(texts=([],) * num_keys, weight=len(data), skipped=(reason,))
             continue
         weight += len(data)
         if text:
             texts.append(text)
-        if weight >= BUNDLE_BYTES:
-            yield Bundle(texts=(texts,), weight=weight)
+        if weight >= BATCH_BYTES:
+            yield DocumentBatch(texts=(texts,), weight=weight)
             texts, weight = [], 0
-    yield Bundle(texts=(texts,), weight=weight)
+    yield DocumentBatch(texts=(texts,), weight=weight)
 
 
-def _read_lines(piece: Piece, keys: Sequence[str], skip_bad_lines: bool) -> Iterator[Bundle]:
+def _read_lines(
+    span: InputSpan, keys: Sequence[str], skip_bad_lines: bool
+) -> Iterator[DocumentBatch]:
     columns: tuple[list[str], ...] = tuple([] for _ in keys)
     skipped: list[tuple[int, str]] = []
     weight = lines = 0
-    number = 0
-    for number, line in enumerate(_lines_of(piece), 1):
+    for number, line in enumerate(_lines_of(span), 1):
         weight, lines = weight + len(line), lines + 1
         try:
-            for column, text in zip(columns, parse_line(line, keys)):
+            value = parse_object(line)
+            texts = [] if value is None else [text_under(value, key) for key in keys]
+            for column, text in zip(columns, texts):
                 if text:
                     column.append(text)
         except BadLineError as error:
             if not skip_bad_lines:
-                raise _bad_line(piece, number, str(error)) from None
+                raise _bad_line(span, number, str(error)) from None
             skipped.append((number, str(error)))
-        if weight >= BUNDLE_BYTES:
-            yield Bundle(texts=columns, weight=weight, lines=lines, skipped=tuple(skipped))
+        if weight >= BATCH_BYTES:
+            yield DocumentBatch(texts=columns, weight=weight, lines=lines, skipped=tuple(skipped))
             columns, skipped, weight, lines = tuple([] for _ in keys), [], 0, 0
-    yield Bundle(texts=columns, weight=weight, lines=lines, skipped=tuple(skipped))
+    yield DocumentBatch(texts=columns, weight=weight, lines=lines, skipped=tuple(skipped))
 
 
-def _lines_of(piece: Piece) -> Iterator[bytes]:
-    """The lines that begin in the piece, as bytes."""
-    path = piece.paths[0]
-    if piece.format == "zipped":
+def _lines_of(span: InputSpan) -> Iterator[bytes]:
+    """The lines that begin in the span, as bytes."""
+    path = span.paths[0]
+    if span.format == "zipped":
         with gzip.open(path, "rb") as stream:
             yield from cast(BinaryIO, stream)
         return
     with open(path, "rb") as stream:
-        place = piece.start
+        place = span.start
         if place:
-            # From the byte before: where it ends a line, the piece begins with a whole one.
+            # Starts at the byte before: if that byte ends a line, a line begins with the span.
             stream.seek(place - 1)
             place += len(stream.readline()) - 1
-        while place < piece.stop and (line := stream.readline()):
+        while place < span.stop and (line := stream.readline()):
             place += len(line)
             yield line
 
 
-def parse_line(line: bytes, keys: Sequence[str]) -> tuple[str, ...]:
-    """The texts of a line under ``keys``; a blank line has empty texts.
-
-    Raises:
-        BadLineError: it has none.
-    """
-    found = parse_object(line)
-    return tuple("" if found is None else text_under(found, key) for key in keys)
-
-
-def _bad_line(piece: Piece, number: int, reason: str) -> ConfigError:
-    """The refusal of a line, with its number in the whole file."""
-    path = piece.paths[0]
-    if piece.start:
-        number += lines_before(path, piece.start)
-    rule = f"line {number}: {reason}"
+def _bad_line(span: InputSpan, number: int, reason: str) -> ConfigError:
+    """The error for a bad line, with its number in the whole file."""
+    path = span.paths[0]
+    rule = f"line {number + lines_before(path, span.start)}: {reason}"
     return ConfigError(FLAG, path, rule, "--skip-bad-lines, which lists what it skips")
 
 
 def lines_before(path: str, place: int) -> int:
-    """Lines of a file that begin before a byte."""
+    """Counts the lines of a file that begin before the byte ``place``."""
     newlines, last, left = 0, b"", place
     with open(path, "rb") as stream:
-        while left and (data := stream.read(min(left, BUNDLE_BYTES))):
+        while left and (data := stream.read(min(left, BATCH_BYTES))):
             newlines += data.count(b"\n")
             last, left = data[-1:], left - len(data)
     return newlines + (last not in (b"", b"\n"))

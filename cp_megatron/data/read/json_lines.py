@@ -1,6 +1,7 @@
-"""Files with a JSON object per line. No torch.
+"""Reads files with a JSON object per line.
 
-A line that is none is refused with the file and the line's number, or counted where asked for.
+A bad line is refused with the name of the file and the number of the line, or counted if the user
+asked for that.
 """
 
 from __future__ import annotations
@@ -11,27 +12,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from cp_megatron.data.read.sources import FLAG, MOST_TOKENISED, Corpus, check_size, corpus_of
+from cp_megatron.data.read.corpus import Corpus
+from cp_megatron.data.read.text_files import FLAG, MOST_TOKENISED, check_size, tokenised
 from cp_megatron.data.tokenize.tokenizer import Tokenizer
 from cp_megatron.errors import ConfigError
 
 SUFFIXES = (".jsonl", ".json")
-WORKS = "a line mended or removed, or --skip-bad-lines to leave such lines out"
+_WORKS = "correct or remove the line, or --skip-bad-lines to leave such lines out"
 
 Item = TypeVar("Item")
 
 
 class BadLineError(ValueError):
-    """A line that does not hold what it should; its text is the reason."""
+    """A line does not hold what it should; the text of the error is the reason."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Lines(Generic[Item]):
-    """What the lines of a file hold.
+class JsonLines(Generic[Item]):
+    """The contents of a file.
 
     Attributes:
-        items: in the order of the lines.
-        numbers: the line each comes from, counted from 1.
+        items: what was parsed, in the order of the lines.
+        numbers: the line that each item comes from, counted from 1.
         bad: lines that were left out.
     """
 
@@ -40,16 +42,16 @@ class Lines(Generic[Item]):
     bad: int
 
 
-def read_lines(path: str, parse: Callable[[Any], Item], *, skip_bad: bool) -> Lines[Item]:
-    """Reads a file line by line; blank lines hold nothing.
+def read_lines(path: str, parse: Callable[[Any], Item], *, skip_bad: bool) -> JsonLines[Item]:
+    """Reads a file line by line; blank lines are ignored.
 
     Args:
         path: the file.
-        parse: what is to be made of a line's object; raises ``BadLineError``.
+        parse: makes an item of the object of a line, or raises ``BadLineError``.
         skip_bad: leave bad lines out instead of refusing them.
 
     Raises:
-        ConfigError: the file can not be read, is larger than 128 MiB, or a line is bad.
+        ConfigError: the file cannot be read, is larger than 128 MiB, or a line is bad.
     """
     items: list[Item] = []
     numbers: list[int] = []
@@ -58,85 +60,81 @@ def read_lines(path: str, parse: Callable[[Any], Item], *, skip_bad: bool) -> Li
         check_size(path, Path(path).stat().st_size, MOST_TOKENISED)
         lines = Path(path).read_bytes().split(b"\n")
     except OSError as error:
-        raise ConfigError(FLAG, path, f"can not be read: {error.strerror}", WORKS) from None
+        raise ConfigError(FLAG, path, f"cannot be read: {error.strerror}", _WORKS) from None
     for number, line in enumerate(lines, start=1):
         try:
-            if (found := parse_object(line)) is not None:
-                items.append(parse(found))
+            if (value := parse_object(line)) is not None:
+                items.append(parse(value))
                 numbers.append(number)
         except BadLineError as error:
             bad += 1
             if not skip_bad:
-                raise ConfigError(FLAG, path, f"line {number}: {error}", WORKS) from None
-    return Lines(items=tuple(items), numbers=tuple(numbers), bad=bad)
+                raise ConfigError(FLAG, path, f"line {number}: {error}", _WORKS) from None
+    return JsonLines(items=tuple(items), numbers=tuple(numbers), bad=bad)
 
 
 def load_json_text(path: str, tokenizer: Tokenizer, *, skip_bad: bool) -> Corpus:
-    """The texts ``{"text": ...}`` of a file, a document each; empty ones are left out.
+    """Reads the texts ``{"text": ...}`` of a file, one document each; empty ones are left out.
 
     Raises:
         ConfigError: as ``read_lines``, or there is no text.
     """
-    lines = read_lines(path, _text, skip_bad=skip_bad)
-    documents = [item for item in lines.items if item]
-    if not documents:
+    lines = read_lines(path, lambda value: text_under(value, "text").encode(), skip_bad=skip_bad)
+    kept = [(number, item) for number, item in zip(lines.numbers, lines.items) if item]
+    if not kept:
         raise ConfigError(FLAG, path, "holds no text", '{"text": "..."} on each line')
     name = Path(path).name
-    return corpus_of(
-        documents,
-        names=[f"{name}:{n}" for n, item in zip(lines.numbers, lines.items) if item],
+    return tokenised(
+        [item for _, item in kept],
+        tokenizer,
+        names=[f"{name}:{number}" for number, _ in kept],
         name=path,
         skipped=lines.bad,
-        tokenizer=tokenizer,
     )
 
 
 def parse_object(line: bytes) -> dict[str, Any] | None:
-    """The object of a line in UTF-8; None where the line is blank.
+    """Parses the JSON object of a line in UTF-8; None if the line is blank.
 
     Raises:
         BadLineError: the line holds something else.
     """
     try:
         text = line.decode("utf-8").removeprefix("\ufeff").strip()
-        found: Any = json.loads(text) if text else {}
+        value: Any = json.loads(text) if text else {}
     except UnicodeDecodeError as error:
         raise BadLineError(f"not UTF-8 at byte {error.start + 1}") from None
     except json.JSONDecodeError as error:
         raise BadLineError(f"not JSON: {error.msg} at column {error.colno}") from None
     except (ValueError, RecursionError) as error:
         raise BadLineError(f"not JSON: {error}") from None
-    if not isinstance(found, dict):
+    if not isinstance(value, dict):
         raise BadLineError("not a JSON object")
-    return found if text else None
+    return value if text else None
 
 
-def text_under(found: Mapping[str, Any], key: str) -> str:
-    """The text that an object has under a key.
+def text_under(value: Mapping[str, Any], key: str) -> str:
+    """Returns the text that an object has under a key.
 
     Raises:
         BadLineError: there is none.
     """
-    if key not in found:
+    if key not in value:
         raise BadLineError(f"has no key {key!r}")
-    text = found[key]
+    text = value[key]
     if not isinstance(text, str):
         raise BadLineError(f"{key!r} is not a text")
-    check_letters(text, repr(key))
+    check_surrogates(text, repr(key))
     return text
 
 
-def check_letters(text: str, where: str) -> None:
-    """Refuses a text that is none: JSON can spell half of a surrogate pair, UTF-8 can not.
+def check_surrogates(text: str, where: str) -> None:
+    """Refuses half of a surrogate pair, which JSON can spell and UTF-8 cannot.
 
     Raises:
-        BadLineError: ``where`` has such a half.
+        BadLineError: the text has such a half; the message says ``where``.
     """
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
         raise BadLineError(f"{where} has half of a surrogate pair") from None
-
-
-def _text(found: Mapping[str, Any]) -> bytes:
-    return text_under(found, "text").encode("utf-8")

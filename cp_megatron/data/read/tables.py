@@ -1,4 +1,4 @@
-"""Tables of documents, Parquet files and saved Hugging Face datasets, read by ``pyarrow``."""
+"""Reads tables of documents with ``pyarrow``: Parquet files and saved Hugging Face datasets."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from cp_megatron.errors import ConfigError
 
 FLAG = "--input"
 SAVED_DATASET = "state.json"
-"""The file by which a folder is known that ``Dataset.save_to_disk`` wrote."""
+"""The file that ``Dataset.save_to_disk`` writes into a folder."""
 SAVED_DATASETS = "dataset_dict.json"
-"""The same of ``DatasetDict.save_to_disk``."""
+"""The file that ``DatasetDict.save_to_disk`` writes into a folder."""
 _BATCH = 512
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rows:
-    """Some rows.
+class TableRows:
+    """Some rows of a table.
 
     Attributes:
-        columns: for each key, its texts; None where the table has none.
-        share: how much of the piece they are, 0 to 1.
+        columns: for each key, its texts; None for a cell without a value.
+        share: the share of the rows that were asked for, 0 to 1.
     """
 
     columns: tuple[list[str | None], ...]
@@ -30,29 +30,29 @@ class Rows:
 
 
 def row_groups(path: str) -> list[tuple[int, int]]:
-    """(number, bytes) of a Parquet file's row groups.
+    """(number, bytes) of each row group of a Parquet file.
 
     Raises:
-        ConfigError: it is no Parquet file, or pyarrow is missing.
+        ConfigError: it is not a Parquet file, or pyarrow is missing.
     """
     arrow, parquet = _pyarrow(path)
     try:
         with parquet.ParquetFile(path) as table:
-            found = [table.metadata.row_group(n) for n in range(table.metadata.num_row_groups)]
+            groups = [table.metadata.row_group(n) for n in range(table.metadata.num_row_groups)]
             sizes = [
                 sum(group.column(n).total_compressed_size for n in range(group.num_columns))
-                for group in found
+                for group in groups
             ]
     except (arrow.ArrowException, OSError, ValueError) as error:
         raise _malformed(path, error) from None
     return list(enumerate(sizes))
 
 
-def read_row_group(path: str, start: int, stop: int, keys: Sequence[str]) -> Iterator[Rows]:
-    """The rows of the row groups [start, stop).
+def read_row_group(path: str, start: int, stop: int, keys: Sequence[str]) -> Iterator[TableRows]:
+    """Yields the rows of the row groups [start, stop).
 
     Raises:
-        ConfigError: a key is no column of texts, or the file is damaged.
+        ConfigError: a key is not a column of texts, or the file is damaged.
     """
     arrow, parquet = _pyarrow(path)
     try:
@@ -69,10 +69,10 @@ def read_row_group(path: str, start: int, stop: int, keys: Sequence[str]) -> Ite
 
 
 def arrow_runs(path: str, piece_bytes: int) -> list[tuple[int, int, int]]:
-    """(first record batch, the one after the last, bytes) of an Arrow stream's pieces.
+    """Cuts an Arrow stream into runs of record batches: (first, one after the last, bytes).
 
     Raises:
-        ConfigError: it is no Arrow stream, or pyarrow is missing.
+        ConfigError: it is not an Arrow stream, or pyarrow is missing.
     """
     runs: list[tuple[int, int, int]] = []
     start = size = number = 0
@@ -84,11 +84,11 @@ def arrow_runs(path: str, piece_bytes: int) -> list[tuple[int, int, int]]:
     return runs + ([(start, number, size)] if number > start else [])
 
 
-def read_arrow(path: str, start: int, stop: int, keys: Sequence[str]) -> Iterator[Rows]:
-    """The rows of the record batches [start, stop).
+def read_arrow(path: str, start: int, stop: int, keys: Sequence[str]) -> Iterator[TableRows]:
+    """Yields the rows of the record batches [start, stop).
 
     Raises:
-        ConfigError: a key is no column of texts, or the file is damaged.
+        ConfigError: a key is not a column of texts, or the file is damaged.
     """
     for number, batch in enumerate(_record_batches(path)):
         if number >= stop:
@@ -102,7 +102,7 @@ def read_arrow(path: str, start: int, stop: int, keys: Sequence[str]) -> Iterato
 
 
 def _record_batches(path: str) -> Iterator[Any]:
-    """An Arrow stream's batches; those that nobody looks into are not read from the disk."""
+    """The batches of an Arrow stream, mapped: only what is used is read from the disk."""
     arrow, _ = _pyarrow(path)
     try:
         with arrow.memory_map(path) as file, arrow.ipc.open_stream(file) as stream:
@@ -111,9 +111,9 @@ def _record_batches(path: str) -> Iterator[Any]:
         raise _malformed(path, error) from None
 
 
-def _rows(batch: Any, keys: Sequence[str], total: int) -> Rows:
+def _rows(batch: Any, keys: Sequence[str], total: int) -> TableRows:
     columns = tuple(batch.column(batch.schema.get_field_index(key)).to_pylist() for key in keys)
-    return Rows(columns=columns, share=batch.num_rows / max(1, total))
+    return TableRows(columns=columns, share=batch.num_rows / max(1, total))
 
 
 def _check_columns(path: str, schema: Any, keys: Sequence[str]) -> None:
@@ -140,5 +140,5 @@ def _pyarrow(path: str) -> tuple[Any, Any]:
 
 
 def _malformed(path: str, error: Exception) -> ConfigError:
-    told = " ".join(str(error).split())
-    return ConfigError(FLAG, path, f"can not be read as a table: {told}", "a whole file")
+    message = " ".join(str(error).split())
+    return ConfigError(FLAG, path, f"cannot be read as a table: {message}", "a complete file")

@@ -1,1 +1,1 @@
-"""From documents to the rows of a run. No torch."""
+"""Turns documents into the rows of a run. Does not import torch."""

@@ -1,7 +1,7 @@
-"""Whole documents packed into rows: best fit decreasing. No torch.
+"""Packs whole documents into rows by best fit decreasing.
 
-Documents longer than a row are cut into pieces of a row first. Then, the longest piece first, each
-goes into the fullest row that still has room for it, and into a new row where none has::
+Documents longer than a row are first cut into pieces of a row. Then each piece, the longest first,
+goes into the fullest row that still has space for it, or into a new row if none has::
 
     seq_length 10, documents of 23, 7, 4, 3, 2
     cut to pieces                   10 10 7 4 3 3 2
@@ -10,9 +10,9 @@ goes into the fullest row that still has room for it, and into a new row where n
     row 2  7, then the first 3      aaabbbbbbb      in the order of the data
     row 3  4, then 3 and 2          ccccdddee.      . has no label
 
-Best fit decreasing is Johnson's (Near-optimal bin packing algorithms, 1973). Rows with the same
-room are alike, and so are pieces of the same length, so one step deals with all such pairs: a
-million documents take a second or two.
+Best fit decreasing is due to Johnson (Near-optimal bin packing algorithms, 1973). Rows with the
+same space left are interchangeable, and so are pieces of the same length, so one iteration places
+many pieces of a length into many rows of a space: a million documents take a second or two.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
-from cp_megatron.data.read.part import Part
-from cp_megatron.data.rows.sampler import IGNORED, EpochOrder, Row, permutation
+from cp_megatron.data.read.corpus import CorpusRange
+from cp_megatron.data.rows.sampler import IGNORED, EpochOrder, TokenRow, permutation
 
 Ints = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Packing:
-    """Which pieces lie in which row.
+    """The pieces of each row.
 
     Attributes:
-        starts: int64 [p], where each piece begins in the part, grouped by row.
-        lengths: int64 [p], its tokens.
+        starts: int64 [p], where each piece begins in the data, grouped by row.
+        lengths: int64 [p], the tokens of each piece.
         bounds: int64 [rows + 1]; row r has the pieces bounds[r] to bounds[r + 1].
         seq_length: tokens per row.
     """
@@ -48,24 +48,23 @@ class Packing:
 
     @property
     def num_rows(self) -> int:
-        """Rows."""
         return len(self.bounds) - 1
 
     @property
     def waste(self) -> float:
         """The share of the rows' tokens that is padding."""
-        room = self.num_rows * self.seq_length
-        return 1.0 - float(self.lengths.sum()) / room if room else 0.0
+        size = self.num_rows * self.seq_length
+        return 1.0 - float(self.lengths.sum()) / size if size else 0.0
 
 
 def pack(document_starts: Ints, num_tokens: int, *, seq_length: int, seed: int) -> Packing:
     """Packs documents; a pure function of its arguments.
 
     Args:
-        document_starts: int64 [d], increasing, of which the first is 0.
-        num_tokens: where the last document ends.
+        document_starts: int64 [d], increasing; the first is 0.
+        num_tokens: the end of the last document.
         seq_length: tokens per row.
-        seed: which of several pieces of one length goes where.
+        seed: decides which of several pieces of the same length goes where.
     """
     starts, lengths = _pieces(document_starts, num_tokens, seq_length)
     shuffled = permutation(len(starts), seed=seed, epoch=0)
@@ -83,7 +82,7 @@ def pack(document_starts: Ints, num_tokens: int, *, seq_length: int, seed: int) 
 
 
 def _pieces(document_starts: Ints, num_tokens: int, seq_length: int) -> tuple[Ints, Ints]:
-    """Starts and lengths of the documents, those longer than a row cut."""
+    """Starts and lengths of the documents; those longer than a row are cut."""
     documents = np.diff(document_starts, append=num_tokens)
     kept = documents > 0
     begins, documents = document_starts[kept], documents[kept]
@@ -99,18 +98,18 @@ def _best_fit(lengths: Ints, seq_length: int) -> Ints:
     """The row of each piece; lengths int64 [p] never increase and are at most ``seq_length``."""
     rows = np.empty(len(lengths), dtype=np.int64)
     bounds = np.flatnonzero(np.diff(lengths, prepend=-1, append=-1)).tolist()
-    open_rows: dict[int, list[Ints]] = {}  # room -> rows that have it
-    rooms: list[int] = []  # the keys, sorted
+    open_rows: dict[int, list[Ints]] = {}  # space left -> the rows that have it
+    spaces: list[int] = []  # the keys, sorted
     num_rows = 0
     for begin, end in pairwise(bounds):
         length, place = int(lengths[begin]), begin
         while place < end:
-            at = bisect_left(rooms, length)
-            room = rooms.pop(at) if at < len(rooms) else seq_length
-            each = room // length
+            at = bisect_left(spaces, length)
+            space = spaces.pop(at) if at < len(spaces) else seq_length
+            each = space // length
             needed = -(-(end - place) // each)
-            if room in open_rows:
-                chosen = _joined(open_rows.pop(room))
+            if space in open_rows:
+                chosen = _joined(open_rows.pop(space))
             else:
                 chosen = np.arange(num_rows, num_rows + needed)
                 num_rows += needed
@@ -118,12 +117,12 @@ def _best_fit(lengths: Ints, seq_length: int) -> Ints:
             taken = min(end, place + each * len(chosen))
             rows[place:taken] = np.repeat(chosen, each)[: taken - place]
             last = taken - place - each * (len(chosen) - 1)
-            left = ((rest, room), (chosen[:-1], room - each * length))
-            for group, its_room in (*left, (chosen[-1:], room - last * length)):
-                if len(group) and its_room:
-                    if its_room not in open_rows:
-                        insort(rooms, its_room)
-                    open_rows.setdefault(its_room, []).append(group)
+            left = ((rest, space), (chosen[:-1], space - each * length))
+            for group, its_space in (*left, (chosen[-1:], space - last * length)):
+                if len(group) and its_space:
+                    if its_space not in open_rows:
+                        insort(spaces, its_space)
+                    open_rows.setdefault(its_space, []).append(group)
             place = taken
     return rows
 
@@ -133,36 +132,32 @@ def _joined(groups: list[Ints]) -> Ints:
 
 
 class PackedRows:
-    """The endless sequence of packed rows; every epoch is a permutation of them.
+    """The rows of packed documents; a ``RowSource``.
 
-    A row's documents have no label at their last token, unless the document was cut there; what the
-    documents leave is filled up by a document of ``eod`` without labels.
+    The last token of a document has no label, unless the document was cut there. A document of
+    ``eod`` without labels fills the space that is left in a row.
 
     Args:
-        part: the tokens; its first document begins with it.
+        tokens: the range; its first document begins with it.
         seq_length: tokens per row.
-        seed: of the packing and of the order.
-        shuffle: False walks the rows in order, every epoch alike (validation).
+        seed: the seed of the packing and of the order.
+        shuffle: False gives the rows in order in every epoch (validation).
     """
 
-    def __init__(self, part: Part, *, seq_length: int, seed: int, shuffle: bool = True) -> None:
+    def __init__(
+        self, tokens: CorpusRange, *, seq_length: int, seed: int, shuffle: bool = True
+    ) -> None:
         self.packing = pack(
-            part.document_starts, len(part.tokens), seq_length=seq_length, seed=seed
+            tokens.document_starts, len(tokens.tokens), seq_length=seq_length, seed=seed
         )
         self.seq_length = seq_length
         self.rows_per_epoch = self.packing.num_rows
-        self.eod = part.eod
-        self._part = part
+        self.eod = tokens.eod
+        self._range = tokens
         self._order = EpochOrder(self.rows_per_epoch, seed=seed, shuffle=shuffle)
 
-    def __getitem__(self, number: int) -> Row:
-        """Row ``number`` of the run.
-
-        Raises:
-            IndexError: the number is negative.
-            ConfigError: the row holds an id that is no token.
-        """
-        row, packing, part = self._order[number], self.packing, self._part
+    def __getitem__(self, number: int) -> TokenRow:
+        row, packing, data = self._order[number], self.packing, self._range
         inputs = np.full(self.seq_length, self.eod, dtype=np.int64)
         labels = np.full(self.seq_length, IGNORED, dtype=np.int64)
         pieces = slice(*packing.bounds[row : row + 2].tolist())
@@ -170,17 +165,17 @@ class PackedRows:
         place = 0
         for start, length in zip(packing.starts[pieces].tolist(), lengths):
             stop = start + length
-            cut = stop < len(part.tokens) and not len(part.starts_within(stop, stop + 1))
-            tokens = part.read(start, stop + cut)
+            cut = stop < len(data.tokens) and not len(data.starts_within(stop, stop + 1))
+            tokens = data.read(start, stop + cut)
             inputs[place : place + length] = tokens[:length]
-            found = tokens[1:]
-            if part.loss is not None:
-                found = np.where(part.loss[start + 1 : stop + cut], found, IGNORED)
-            labels[place : place + len(found)] = found
+            targets = tokens[1:]
+            if data.loss is not None:
+                targets = np.where(data.loss[start + 1 : stop + cut], targets, IGNORED)
+            labels[place : place + len(targets)] = targets
             place += length
         if place < self.seq_length:
             lengths.append(self.seq_length - place)
-        return Row(
+        return TokenRow(
             inputs=inputs,
             labels=labels,
             document_lengths=tuple(lengths),

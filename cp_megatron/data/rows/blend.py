@@ -1,14 +1,14 @@
-"""Several datasets as one: which of them row i comes from is a pure function of i. No torch.
+"""Mixes several datasets: the dataset that row i comes from is a pure function of i.
 
-Dataset d with share w is given its row k somewhere in the window of rows floor(k / w) to
-ceil((k + 1) / w) - 1, the one with the earliest end first::
+Row k of a dataset with the share w lies between the rows floor(k / w) and ceil((k + 1) / w) - 1 of
+the blend. Of the datasets that may come next, the one with the earliest end of this range does::
 
     shares 1/2 1/3 1/6       A B A B A C | A B A B A C | ...
 
-So among the first n rows, for any n, dataset d has n x w rows, rounded down or up. This is fair
-scheduling of unit jobs (Baruah et al., Proportionate progress, 1996), for which the earliest
-deadline first is enough on one processor. Shares are whole numbers of ``PERIOD`` or fewer rows,
-after which the pattern repeats: a table answers for every i.
+So the first n rows, for any n, hold n x w rows of each dataset, rounded down or up. This is fair
+scheduling of unit jobs (Baruah et al., Proportionate progress, 1996), for which taking the earliest
+deadline first suffices on one processor. Shares are whole numbers out of ``PERIOD`` or fewer rows,
+after which the pattern repeats, so a table gives the dataset of every row.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from fractions import Fraction
 import numpy as np
 import numpy.typing as npt
 
-from cp_megatron.data.rows.sampler import Row, RowSource
+from cp_megatron.data.rows.sampler import RowSource, TokenRow
 
 PERIOD = 1 << 16
-"""The most rows after which the pattern repeats; finer shares are rounded to 1 / PERIOD."""
+"""The longest pattern, in rows; finer shares are rounded to 1 / PERIOD."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pattern:
-    """One period of a blend.
+class BlendPattern:
+    """One period of a blend, P rows.
 
     Attributes:
-        dataset: int64 [P], which dataset a row comes from.
-        rank: int64 [P], how many rows of that dataset come before it.
-        counts: rows of each dataset in a period.
+        dataset: int64 [P], the dataset that each row comes from.
+        rank: int64 [P], the number of rows of that dataset that come before it in the period.
+        counts: the number of rows of each dataset in a period.
     """
 
     dataset: npt.NDArray[np.int64]
@@ -43,14 +43,14 @@ class Pattern:
     counts: tuple[int, ...]
 
     def find(self, number: int) -> tuple[int, int]:
-        """(dataset, its row) that row ``number`` of the blend is."""
+        """Returns (dataset, row of the dataset) of row ``number`` of the blend."""
         period, place = divmod(number, len(self.dataset))
         dataset = int(self.dataset[place])
         return dataset, period * self.counts[dataset] + int(self.rank[place])
 
 
-def make_pattern(weights: Sequence[Fraction]) -> Pattern:
-    """The pattern of datasets with these weights, all above zero."""
+def make_pattern(weights: Sequence[Fraction]) -> BlendPattern:
+    """Makes the pattern of datasets with these weights, all above zero."""
     counts = _whole(weights)
     period = sum(counts)
     released: list[tuple[int, int, int]] = [(0, d, 0) for d in range(len(counts))]
@@ -65,11 +65,11 @@ def make_pattern(weights: Sequence[Fraction]) -> Pattern:
         dataset[place], rank[place] = d, k
         if k + 1 < counts[d]:
             heapq.heappush(released, ((k + 1) * period // counts[d], d, k + 1))
-    return Pattern(dataset=dataset, rank=rank, counts=counts)
+    return BlendPattern(dataset=dataset, rank=rank, counts=counts)
 
 
 def _whole(weights: Sequence[Fraction]) -> tuple[int, ...]:
-    """Whole numbers in the proportion of the weights, their sum at most ``PERIOD`` or so."""
+    """Whole numbers in the proportion of the weights, with a sum of about ``PERIOD`` at most."""
     scale = math.lcm(*(weight.denominator for weight in weights))
     whole = [int(weight * scale) for weight in weights]
     common = math.gcd(*whole)
@@ -81,11 +81,11 @@ def _whole(weights: Sequence[Fraction]) -> tuple[int, ...]:
 
 
 class BlendedRows:
-    """The endless sequence of rows of several datasets, each with epochs of its own.
+    """The rows of several datasets, each with epochs of its own; a ``RowSource``.
 
     Args:
-        sources: the rows of each dataset, all of one length.
-        weights: of each, above zero; None gives every row of all the same chance.
+        sources: the rows of each dataset, all of the same length.
+        weights: the weight of each, above zero; None weighs each dataset by its rows per epoch.
     """
 
     def __init__(
@@ -99,13 +99,7 @@ class BlendedRows:
         self.eod = sources[0].eod
         self.rows_per_epoch = sum(source.rows_per_epoch for source in sources)
 
-    def __getitem__(self, number: int) -> Row:
-        """Row ``number`` of the run.
-
-        Raises:
-            IndexError: the number is negative.
-            ConfigError: the row holds an id that is no token.
-        """
+    def __getitem__(self, number: int) -> TokenRow:
         if number < 0:
             raise IndexError(f"row {number}: a run's rows are numbered from 0")
         dataset, row = self.pattern.find(number)

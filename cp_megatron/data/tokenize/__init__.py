@@ -1,1 +1,1 @@
-"""Text to token ids and back. No torch."""
+"""Turns text into token ids and back. Does not import torch."""

@@ -1,8 +1,8 @@
-"""A tokenizer's chat template: how a conversation is written as text. No torch.
+"""The chat template of a tokenizer, which writes a conversation as text.
 
-The template is that of the tokenizer's folder (chat_template.jinja, or ``chat_template`` in
-tokenizer_config.json), run by Jinja in its sandbox with the names that transformers gives it; else
-ChatML where the tokenizer has its two tokens::
+The template comes from the tokenizer's folder (chat_template.jinja, or ``chat_template`` in
+tokenizer_config.json). Jinja runs it in a sandbox, with the names that transformers gives it. A
+tokenizer without a template that has the two tokens of ChatML uses ChatML::
 
     <|im_start|>user
     Hello<|im_end|>
@@ -23,7 +23,7 @@ from cp_megatron.errors import ConfigError
 
 Message = Mapping[str, Any]
 Render = Callable[[Sequence[Message], bool], str]
-"""(messages, whether the beginning of an answer follows) -> text."""
+"""(messages, whether to add the beginning of an answer) -> text."""
 
 CHATML = (
     "{% for message in messages %}"
@@ -35,12 +35,12 @@ _SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cl
 
 
 def find_template(tokenizer: Tokenizer, *, today: datetime | None = None) -> Render | None:
-    """The tokenizer's template, or ChatML; None where the tokenizer has neither.
+    """Returns the tokenizer's template, or ChatML; None if the tokenizer has neither.
 
     Args:
-        tokenizer: with the folder it lies in.
-        today: what the template is told of the date; None leaves it to the template, so that data
-            to train on do not change from one day to the next.
+        tokenizer: its folder is searched.
+        today: the date that the template may write. None gives no date, so that training data
+            does not change from one day to the next.
 
     Raises:
         ConfigError: the template is malformed, or Jinja is not installed.
@@ -54,7 +54,7 @@ def find_template(tokenizer: Tokenizer, *, today: datetime | None = None) -> Ren
 
 
 def _in_folder(tokenizer: Tokenizer) -> tuple[str | None, dict[str, str]]:
-    """The template beside the tokenizer's file, and the special tokens that it may name."""
+    """The template in the tokenizer's folder, and the special tokens that it may name."""
     if tokenizer.path is None or tokenizer.kind != "huggingface":
         return None, {}
     folder = Path(tokenizer.path).parent
@@ -65,9 +65,9 @@ def _in_folder(tokenizer: Tokenizer) -> tuple[str | None, dict[str, str]]:
         own = folder / "chat_template.jinja"
         template = own.read_text(encoding="utf-8") if own.is_file() else config.get("chat_template")
     except (OSError, ValueError, AttributeError) as error:
-        rule = f"its chat template can not be read: {error}"
+        rule = f"its chat template cannot be read: {error}"
         raise ConfigError(MODEL_FLAG, str(folder), rule, "a valid tokenizer_config.json") from None
-    if isinstance(template, list):  # several, by name
+    if isinstance(template, list):  # several named templates
         named = {entry.get("name"): entry.get("template") for entry in template}
         template = named.get("default")
     names = {}
@@ -93,7 +93,7 @@ def _compiled(
         raise ConfigError(MODEL_FLAG, where, rule, "pip install 'cp_megatron[data]'") from None
 
     class Generation(Extension):
-        """``{% generation %}``, by which templates mark answers, changes no text."""
+        """Accepts ``{% generation %}``, which marks answers and changes no text."""
 
         tags = {"generation"}  # noqa: RUF012 - Jinja's own interface
 
@@ -119,7 +119,7 @@ def _compiled(
         values = {"messages": messages, "tools": None, "documents": None, **names}
         try:
             return compiled.render(**values, add_generation_prompt=answer_follows)
-        except Exception as error:  # a template is somebody's program: it may fail in any way
+        except Exception as error:  # a template is a program and may fail in any way
             if today is None and "strftime_now" in str(error):
                 raise _wants_date(where) from None
             raise TemplateRefusalError(str(error)) from None
@@ -128,17 +128,17 @@ def _compiled(
 
 
 def _wants_date(where: str) -> ConfigError:
-    rule = "its chat template writes today's date (strftime_now), so data would change by the day"
+    rule = "its chat template writes today's date (strftime_now), so the data would change daily"
     works = "a copy of the folder with a fixed date in its template"
     return ConfigError(MODEL_FLAG, where, rule, works)
 
 
 class TemplateRefusalError(ValueError):
-    """The template does not take this conversation."""
+    """The template refuses a conversation."""
 
 
-def _raise(told: str) -> NoReturn:
-    raise TemplateRefusalError(told)
+def _raise(message: str) -> NoReturn:
+    raise TemplateRefusalError(message)
 
 
 def _tojson(value: Any, indent: int | None = None) -> str:

@@ -1,23 +1,13 @@
-"""Text to token ids and back, whatever library the ids come from. No torch.
-
-    --tokenizer-type    reads                                            needs
-    byte                nothing: one id per byte of UTF-8, 256 ends      nothing
-    huggingface         tokenizer.json, or the folder it lies in         tokenizers
-    sentencepiece       a .model file                                    sentencepiece
-    tiktoken            lines "base64 rank"                              tiktoken
-
-Each library has one file beside this one, which is imported when it is asked for.
-"""
+"""What a tokenizer is, the tokenizer of bytes, and what the tokenizers of all libraries share."""
 
 from __future__ import annotations
 
 import hashlib
-import os
-import stat
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Protocol
+from typing import Any, ClassVar, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -26,28 +16,27 @@ from cp_megatron.errors import ConfigError
 
 TYPE_FLAG = "--tokenizer-type"
 MODEL_FLAG = "--tokenizer-model"
-KINDS = ("byte", "huggingface", "sentencepiece", "tiktoken")
-"""What ``--tokenizer-type`` takes."""
-_WANTED: Mapping[str, str] = MappingProxyType(
+FILES: Mapping[str, str] = MappingProxyType(
     {
         "huggingface": "a tokenizer.json, or the folder of a Hugging Face model",
         "sentencepiece": "the .model file of a SentencePiece tokenizer",
         "tiktoken": 'a tiktoken file, whose lines are "base64 rank"',
     }
 )
+"""Kind of tokenizer -> the file that it is read from."""
 
 Ids = npt.NDArray[np.int32]
 
 
 class Tokenizer(Protocol):
-    """Text to ids and back.
+    """Turns text into ids and back.
 
-    Special tokens that are spelled out in a text, such as ``<|im_start|>``, become their ids in
-    ``huggingface`` and ``tiktoken``, as in transformers; nothing is added to a text.
+    ``huggingface`` and ``tiktoken`` turn a special token that a text spells out, such as
+    ``<|im_start|>``, into its id, as transformers does. No tokenizer adds ids to a text.
 
     Attributes:
-        kind: one of ``KINDS``.
-        path: the file it was read from; None where there is none.
+        kind: ``byte``, or a key of ``FILES``.
+        path: the file that it was read from; None if there is none.
         vocab_size: ids lie in [0, vocab_size).
         eod: the id that ends every document.
         fingerprint: SHA-256 (hex) of what decides the ids.
@@ -66,16 +55,16 @@ class Tokenizer(Protocol):
 
     @property
     def opening(self) -> tuple[int, ...]:
-        """Ids that a text to be continued begins with (Llama's BOS); rows of data have none."""
+        """Ids that a prompt begins with (Llama's BOS). Rows of data do not have them."""
 
     def encode(self, text: str) -> Ids:
-        """Ids of a text, int32 [n], without an end of document."""
+        """Returns the ids of a text, int32 [n], without an end of document."""
 
     def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
-        """``encode`` of each text."""
+        """Calls ``encode`` for each text."""
 
     def decode(self, tokens: npt.ArrayLike) -> str:
-        """Text of ids; ends of documents are left out.
+        """Returns the text of ids, without the ends of documents.
 
         Raises:
             ValueError: an id lies outside [0, vocab_size).
@@ -93,57 +82,52 @@ class ByteTokenizer:
     opening: tuple[int, ...] = ()
 
     def encode(self, text: str) -> Ids:
-        """Ids of a text, int32 [bytes of its UTF-8]."""
         return np.frombuffer(text.encode("utf-8"), dtype=np.uint8).astype(np.int32)
 
     def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
-        """``encode`` of each text."""
         return [self.encode(text) for text in texts]
 
     def decode(self, tokens: npt.ArrayLike) -> str:
-        """Text of ids; bytes that are no UTF-8 become U+FFFD."""
-        data = bytes(ids_without_eod(tokens, self))
-        return data.decode("utf-8", errors="replace")
+        """Returns the text of ids; bytes that are not UTF-8 become U+FFFD."""
+        return bytes(ids_without_eod(tokens, self)).decode("utf-8", errors="replace")
 
 
-def open_tokenizer(kind: str, path: str | None) -> Tokenizer:
-    """Reads a tokenizer.
+@dataclass(frozen=True, kw_only=True)
+class LibraryTokenizer:
+    """The attributes of a tokenizer that a library reads from a file; see ``Tokenizer``."""
 
-    Args:
-        kind: one of ``KINDS``.
-        path: its file; for ``huggingface`` also the folder that holds tokenizer.json.
+    kind: ClassVar[str]
+    path: str
+    vocab_size: int
+    eod: int
+    fingerprint: str
+    opening: tuple[int, ...]
+    library: Any
 
-    Raises:
-        ConfigError: the file is missing, malformed or of another kind, it has no token that ends a
-            document, or its library is not installed.
-    """
-    if kind not in KINDS:
-        raise ConfigError(TYPE_FLAG, kind, "must be one of its choices", ", ".join(KINDS))
-    if kind == "byte":
-        if path is not None:
-            works = "leave it out, or name the file's --tokenizer-type"
-            raise ConfigError(MODEL_FLAG, path, "the byte tokenizer has no file", works)
-        return ByteTokenizer()
-    wanted = _WANTED[kind]
-    if path is None:
-        rule = f"needs the tokenizer's file in {MODEL_FLAG}"
-        raise ConfigError(TYPE_FLAG, kind, rule, f"{MODEL_FLAG} FILE, {wanted}")
-    file = _regular_file(path, kind, wanted)
-    if kind == "huggingface":
-        from cp_megatron.data.tokenize.tokenizer_huggingface import HuggingFaceTokenizer
-
-        return HuggingFaceTokenizer.read(file)
-    if kind == "sentencepiece":
-        from cp_megatron.data.tokenize.tokenizer_sentencepiece import SentencePieceTokenizer
-
-        return SentencePieceTokenizer.read(file)
-    from cp_megatron.data.tokenize.tokenizer_tiktoken import TiktokenTokenizer
-
-    return TiktokenTokenizer.read(file)
+    @classmethod
+    def make(
+        cls,
+        path: Path,
+        data: bytes,
+        library: Any,
+        *,
+        vocab_size: int,
+        eod: int,
+        opening: tuple[int, ...] = (),
+    ) -> Self:
+        """Makes the tokenizer that ``library`` read from ``data``, the contents of ``path``."""
+        return cls(
+            path=str(path),
+            vocab_size=vocab_size,
+            eod=eod,
+            fingerprint=hashlib.sha256(f"{cls.kind} {eod} ".encode() + data).hexdigest(),
+            opening=opening,
+            library=library,
+        )
 
 
 def ids_without_eod(tokens: npt.ArrayLike, tokenizer: Tokenizer) -> list[int]:
-    """The ids to decode, checked.
+    """Returns the ids to decode.
 
     Raises:
         ValueError: an id lies outside the vocabulary.
@@ -156,51 +140,31 @@ def ids_without_eod(tokens: npt.ArrayLike, tokenizer: Tokenizer) -> list[int]:
 
 
 def missing_package(kind: str, package: str) -> ConfigError:
-    """The refusal of a kind whose library is not installed."""
+    """The error for a kind of tokenizer whose library is not installed."""
     rule = f"needs the package {package}, which is not installed"
     return ConfigError(TYPE_FLAG, kind, rule, "pip install 'cp_megatron[data]'")
 
 
 def malformed(path: Path, kind: str, reason: object) -> ConfigError:
-    """The refusal of a file that its library does not read."""
-    told = " ".join(str(reason).split())
-    rule = f"is no {kind} tokenizer: {told}"
-    return ConfigError(MODEL_FLAG, str(path), rule, _WANTED[kind])
+    """The error for a file that the library cannot read."""
+    rule = f"is not a {kind} tokenizer: {' '.join(str(reason).split())}"
+    return ConfigError(MODEL_FLAG, str(path), rule, FILES[kind])
 
 
 def no_end(path: Path, tried: str) -> ConfigError:
-    """The refusal of a tokenizer without a token that ends documents."""
+    """The error for a tokenizer without a token that ends documents."""
     rule = f"has no token that ends a document: {tried}"
     return ConfigError(MODEL_FLAG, str(path), rule, "a tokenizer that has one")
 
 
-def fingerprint_of(kind: str, data: bytes, eod: int) -> str:
-    """SHA-256 (hex) of a tokenizer's file, its kind and its end of document."""
-    return hashlib.sha256(f"{kind} {eod} ".encode() + data).hexdigest()
-
-
 def read_bytes(path: Path) -> bytes:
-    """A tokenizer's whole file.
+    """Reads the whole file of a tokenizer.
 
     Raises:
-        ConfigError: it can not be read.
+        ConfigError: the file cannot be read.
     """
     try:
         return path.read_bytes()
     except OSError as error:
-        rule = f"can not be read: {error.strerror}"
-        raise ConfigError(MODEL_FLAG, str(path), rule, "a file that can be read") from None
-
-
-def _regular_file(path: str, kind: str, wanted: str) -> Path:
-    """The tokenizer's file; a folder stands for the tokenizer.json in it."""
-    file = Path(path)
-    try:
-        if kind == "huggingface" and file.is_dir():
-            file = file / "tokenizer.json"
-        mode = os.stat(file).st_mode
-    except (OSError, ValueError):
-        raise ConfigError(MODEL_FLAG, str(file), "there is no such file", wanted) from None
-    if not stat.S_ISREG(mode):
-        raise ConfigError(MODEL_FLAG, str(file), "must be a regular file", wanted)
-    return file
+        rule = f"cannot be read: {error.strerror}"
+        raise ConfigError(MODEL_FLAG, str(path), rule, "a readable file") from None

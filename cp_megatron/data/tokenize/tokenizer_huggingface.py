@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
 from cp_megatron.data.tokenize.tokenizer import (
     Ids,
-    fingerprint_of,
+    LibraryTokenizer,
     ids_without_eod,
     malformed,
     missing_package,
@@ -25,16 +25,10 @@ _ENDS = ("<|endoftext|>", "</s>", "<|end_of_text|>")
 
 
 @dataclass(frozen=True, kw_only=True)
-class HuggingFaceTokenizer:
-    """A ``tokenizer.json``; see ``Tokenizer``. ``read`` makes one."""
+class HuggingFaceTokenizer(LibraryTokenizer):
+    """The tokenizer of a ``tokenizer.json``."""
 
-    kind: str = field(default="huggingface", init=False)
-    path: str
-    vocab_size: int
-    eod: int
-    fingerprint: str
-    opening: tuple[int, ...]
-    _library: Any
+    kind: ClassVar[str] = "huggingface"
 
     @classmethod
     def read(cls, path: Path) -> HuggingFaceTokenizer:
@@ -55,7 +49,7 @@ class HuggingFaceTokenizer:
             library = Tokenizer.from_buffer(data)
         except Exception as error:  # the library raises plain Exception
             raise malformed(path, "huggingface", error) from None
-        # Left in the file by whoever trained it; a document must come out whole and unpadded.
+        # A file may set both from its training; a document must come out whole and unpadded.
         library.no_truncation()
         library.no_padding()
         largest = max(library.get_vocab(with_added_tokens=True).values(), default=-1)
@@ -65,72 +59,26 @@ class HuggingFaceTokenizer:
                 f"no eos_token in tokenizer_config.json, no eos_token_id in config.json, no {_ENDS}"
             )
             raise no_end(path, tried.replace("'", ""))
-        return cls(
-            path=str(path),
-            vocab_size=largest + 1,
-            eod=eod,
-            fingerprint=fingerprint_of("huggingface", data, eod),
-            opening=_opening(library),
-            _library=library,
+        return cls.make(
+            path, data, library, vocab_size=largest + 1, eod=eod, opening=_opening(library)
         )
 
     def encode(self, text: str) -> Ids:
-        """Ids of a text, int32 [n]."""
-        return self.encode_batch([text])[0]  # the library is faster so: no offsets are counted
+        return self.encode_batch([text])[0]  # faster than the library's encode: no offsets
 
     def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
-        """``encode`` of each text, by the library's own threads."""
-        found = self._library.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [np.array(encoding.ids, dtype=np.int32) for encoding in found]
+        """Calls ``encode`` for each text, in the library's own threads."""
+        batch = self.library.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.array(encoding.ids, dtype=np.int32) for encoding in batch]
 
     def decode(self, tokens: npt.ArrayLike) -> str:
-        """Text of ids; ends of documents are left out."""
         kept = ids_without_eod(tokens, self)
-        text: str = self._library.decode(kept, skip_special_tokens=False)
+        text: str = self.library.decode(kept, skip_special_tokens=False)
         return text
 
 
-def train_byte_level(
-    texts: Iterable[str],
-    path: Path,
-    *,
-    vocab_size: int,
-    special: Sequence[str] = ("<|endoftext|>",),
-) -> Any:
-    """Trains a byte-level BPE (GPT-2's kind, every text comes back) and writes ``tokenizer.json``.
-
-    Args:
-        texts: what to train on.
-        path: the file to write.
-        vocab_size: at least 256 and the special tokens.
-        special: special tokens, ids 0, 1, ..
-
-    Returns:
-        The library's own tokenizer.
-
-    Raises:
-        ConfigError: the package is missing.
-    """
-    try:
-        from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    except ImportError:
-        raise missing_package("huggingface", "tokenizers") from None
-    library = Tokenizer(models.BPE())
-    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    library.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=list(special),
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    library.train_from_iterator(texts, trainer)
-    library.save(str(path))
-    return library
-
-
 def _opening(library: Any) -> tuple[int, ...]:
-    """What its post-processor puts before a text."""
+    """The ids that the post-processor puts before a text."""
     bare = library.encode("a", add_special_tokens=False).ids
     whole = library.encode("a", add_special_tokens=True).ids
     for place in range(len(whole) - len(bare) + 1):
@@ -140,7 +88,7 @@ def _opening(library: Any) -> tuple[int, ...]:
 
 
 def _ends(path: Path, library: Any) -> Iterator[int | None]:
-    """The ids that may end a document, the best first."""
+    """The ids that may end a document, the most reliable source first."""
     token = _entry(path.parent / "tokenizer_config.json", "eos_token")
     token = token.get("content") if isinstance(token, dict) else token
     yield library.token_to_id(token) if isinstance(token, str) else None
@@ -152,7 +100,7 @@ def _ends(path: Path, library: Any) -> Iterator[int | None]:
 
 
 def _entry(path: Path, key: str) -> Any:
-    """An entry of a JSON file that may be missing."""
+    """An entry of a JSON file; None if the file or the entry is missing."""
     try:
         value = json.loads(path.read_bytes())
     except OSError:

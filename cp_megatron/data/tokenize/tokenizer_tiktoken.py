@@ -1,7 +1,7 @@
 """tiktoken files (lines of a token in base64 and its rank), read by the package ``tiktoken``.
 
-Such a file holds neither the pattern that cuts a text into words nor the special tokens. They are
-assumed from how many ranks there are, as the models that made these files define them:
+Such a file holds neither the pattern that cuts a text into words nor the special tokens. Both
+follow from the number of ranks, as the models that these files belong to define them:
 
     ranks      pattern           special tokens, from the id               end of document
     151,643    Qwen (1 digit)    <|endoftext|> <|im_start|> .., 151643     <|endoftext|>   151643
@@ -16,16 +16,16 @@ from __future__ import annotations
 import base64
 import binascii
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
 from cp_megatron.data.tokenize.tokenizer import (
     Ids,
-    fingerprint_of,
+    LibraryTokenizer,
     ids_without_eod,
     malformed,
     missing_package,
@@ -56,7 +56,7 @@ _LLAMA3_SPECIAL = (
 
 @dataclass(frozen=True, kw_only=True)
 class _Rules:
-    """What a file does not say: the pattern, the special tokens from an id on, the end."""
+    """The pattern, the special tokens from the id ``first`` on, and the end of a document."""
 
     pattern: str
     first: int
@@ -78,20 +78,14 @@ def _rules(ranks: int, largest: int) -> _Rules:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TiktokenTokenizer:
-    """A tiktoken file; see ``Tokenizer``. ``read`` makes one."""
+class TiktokenTokenizer(LibraryTokenizer):
+    """The tokenizer of a tiktoken file."""
 
-    kind: str = field(default="tiktoken", init=False)
-    path: str
-    vocab_size: int
-    eod: int
-    fingerprint: str
-    opening: tuple[int, ...] = field(default=(), init=False)
-    _library: Any
+    kind: ClassVar[str] = "tiktoken"
 
     @classmethod
     def read(cls, path: Path) -> TiktokenTokenizer:
-        """Reads a file; what it does not say is in the table above.
+        """Reads a file; the table above gives what the file does not say.
 
         Raises:
             ConfigError: the package is missing, or the file is malformed.
@@ -99,7 +93,7 @@ class TiktokenTokenizer:
         try:
             import tiktoken
         except ImportError:
-            raise missing_package("tiktoken", "tiktoken") from None
+            raise missing_package(cls.kind, "tiktoken") from None
         data = read_bytes(path)
         ranks = _read_ranks(path, data)
         rules = _rules(len(ranks), max(ranks.values()))
@@ -107,39 +101,33 @@ class TiktokenTokenizer:
         library = tiktoken.Encoding(
             path.name, pat_str=rules.pattern, mergeable_ranks=dict(ranks), special_tokens=special
         )
-        return cls(
-            path=str(path),
-            vocab_size=library.max_token_value + 1,
-            eod=special[rules.end],
-            fingerprint=fingerprint_of("tiktoken", data, special[rules.end]),
-            _library=library,
-        )
+        size = library.max_token_value + 1
+        return cls.make(path, data, library, vocab_size=size, eod=special[rules.end])
 
     def encode(self, text: str) -> Ids:
-        """Ids of a text, int32 [n]."""
-        return np.array(self._library.encode(text, allowed_special="all"), dtype=np.int32)
+        return np.array(self.library.encode(text, allowed_special="all"), dtype=np.int32)
 
     def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
-        """``encode`` of each text, by the library's own threads."""
-        found = self._library.encode_batch(list(texts), allowed_special="all")
-        return [np.array(ids, dtype=np.int32) for ids in found]
+        """Calls ``encode`` for each text, in the library's own threads."""
+        batch = self.library.encode_batch(list(texts), allowed_special="all")
+        return [np.array(ids, dtype=np.int32) for ids in batch]
 
     def decode(self, tokens: npt.ArrayLike) -> str:
-        """Text of ids; bytes that are no UTF-8 become U+FFFD, ends of documents are left out.
+        """Returns the text of ids; bytes that are not UTF-8 become U+FFFD.
 
         Raises:
-            ValueError: an id lies outside the vocabulary, or in a hole of it.
+            ValueError: an id lies outside the vocabulary, or has no token.
         """
         kept = ids_without_eod(tokens, self)
         try:
-            text: str = self._library.decode(kept, errors="replace")
+            text: str = self.library.decode(kept, errors="replace")
         except KeyError as error:
             raise ValueError(f"token {error} is in a hole of the vocabulary") from None
         return text
 
 
 def _read_ranks(path: Path, data: bytes) -> Mapping[bytes, int]:
-    """Token -> rank. Every byte must be a token, or some text could not be told."""
+    """Token -> rank. Every byte must be a token, so that every text can be encoded."""
     ranks: dict[bytes, int] = {}
     for number, line in enumerate(data.splitlines(), 1):
         if not line:

@@ -1,8 +1,9 @@
-"""Files to tokens: what is read, what is skipped, what is refused."""
+"""Text files as documents: what is read, what is skipped, what is refused."""
 
 from __future__ import annotations
 
 import os
+import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,16 +11,24 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from cp_megatron.data.read import sources
-from cp_megatron.data.read.sources import (
-    EOD,
-    VOCAB_SIZE,
-    check_sources,
-    decode,
-    encode,
-    load_corpus,
-)
+from cp_megatron.data.read import text_files
+from cp_megatron.data.read.corpus import Corpus
+from cp_megatron.data.read.text_files import check_text_files, load_text_files
+from cp_megatron.data.tokenize.tokenizer import ByteTokenizer
 from cp_megatron.errors import ConfigError
+
+BYTES = ByteTokenizer()
+EOD = BYTES.eod
+
+
+def load(paths: Sequence[str]) -> Corpus:
+    return load_text_files(paths, BYTES)
+
+
+def texts_of(corpus: Corpus) -> list[str]:
+    documents = np.split(corpus.tokens, corpus.document_starts[1:])
+    assert all(document[-1] == EOD for document in documents)
+    return [BYTES.decode(document) for document in documents]
 
 
 def write(path: Path, contents: bytes) -> str:
@@ -28,26 +37,15 @@ def write(path: Path, contents: bytes) -> str:
     return str(path)
 
 
-def test_bytes_are_tokens() -> None:
-    text = "naïve €"
-    assert encode(text).tolist() == list(text.encode())
-    assert decode([*encode(text), EOD]) == text
-    assert decode([0xE2, 0x82]) == "\N{REPLACEMENT CHARACTER}"
-    assert decode([]) == ""
-    with pytest.raises(ValueError, match="257"):
-        decode([VOCAB_SIZE])
-
-
 def test_documents_end_with_eod(tmp_path: Path) -> None:
     folder = tmp_path / "texts"
     write(folder / "b.txt", b"bb")
     write(folder / "sub" / "a.txt", b"a")
     one = write(tmp_path / "one.md", b"1")
-    corpus = load_corpus([str(folder), one])
+    corpus = load([str(folder), one])
     assert corpus.tokens.dtype == np.uint16
     assert corpus.tokens.tolist() == [98, 98, EOD, 97, EOD, 49, EOD]
     assert corpus.document_starts.tolist() == [0, 3, 5]
-    assert corpus.names == ("b.txt", "sub/a.txt", "one.md")
     assert corpus.skipped == 0
 
 
@@ -59,23 +57,23 @@ def test_a_folder_is_read_by_content(tmp_path: Path) -> None:
     write(tmp_path / "empty.txt", b"")
     write(tmp_path / ".hidden", b"hidden")
     write(tmp_path / ".git" / "config", b"hidden")
-    corpus = load_corpus([str(tmp_path)])
-    assert corpus.names == ("text.bin",)
+    corpus = load([str(tmp_path)])
+    assert texts_of(corpus) == ["é"]
     assert corpus.skipped == 3
 
 
-def test_a_character_may_lie_across_two_pieces(
+def test_a_character_may_lie_across_two_reads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write(tmp_path / "a.txt", "€€€".encode())
     for size in (1, 2, 4):
-        monkeypatch.setattr(sources, "PIECE_BYTES", size)
-        monkeypatch.setattr(sources, "PROBE_BYTES", size)
-        check_sources([path])
-        assert len(load_corpus([path]).tokens) == 10
+        monkeypatch.setattr(text_files, "DECODED_BYTES", size)
+        monkeypatch.setattr(text_files, "PROBE_BYTES", size)
+        check_text_files([path])
+        assert len(load([path]).tokens) == 10
 
 
-@pytest.mark.parametrize("reader", [check_sources, load_corpus])
+@pytest.mark.parametrize("reader", [check_text_files, load])
 class TestRefused:
     """Both readers refuse alike."""
 
@@ -108,7 +106,7 @@ class TestRefused:
         self.refuse(reader, str(tmp_path), "holds no text file")
 
     def test_not_a_regular_file(self, reader: object, tmp_path: Path) -> None:
-        # Opening a pipe that nobody writes to would hang.
+        # Opening a pipe without a writer would hang.
         os.mkfifo(tmp_path / "pipe")
         self.refuse(reader, str(tmp_path / "pipe"), "regular file")
 
@@ -120,10 +118,10 @@ class TestRefused:
 
 
 def test_the_whole_of_an_explicit_file_must_be_text(tmp_path: Path) -> None:
-    path = write(tmp_path / "late.txt", b"a" * sources.PROBE_BYTES + b"\xff")
-    check_sources([path])  # looks at the beginning only
+    path = write(tmp_path / "late.txt", b"a" * text_files.PROBE_BYTES + b"\xff")
+    check_text_files([path])  # reads the beginning only
     with pytest.raises(ConfigError, match="not UTF-8 text"):
-        load_corpus([path])
+        load([path])
 
 
 def test_the_fingerprint_is_of_names_and_contents_not_of_places(tmp_path: Path) -> None:
@@ -132,11 +130,11 @@ def test_the_fingerprint_is_of_names_and_contents_not_of_places(tmp_path: Path) 
         write(tmp_path / folder / "y.txt", b"two")
     (tmp_path / "renamed" / "y.txt").rename(tmp_path / "renamed" / "z.txt")
     (tmp_path / "changed" / "y.txt").write_bytes(b"twO")
-    # The same bytes in all, one moved from one document to the other.
+    # The same bytes in sum, one of them in the other document.
     write(tmp_path / "moved" / "x.txt", b"onet")
     write(tmp_path / "moved" / "y.txt", b"wo")
     prints = {
-        folder: load_corpus([str(tmp_path / folder)]).fingerprint
+        folder: load([str(tmp_path / folder)]).fingerprint
         for folder in ("a", "b", "renamed", "changed", "moved")
     }
     assert prints["a"] == prints["b"]
@@ -144,19 +142,16 @@ def test_the_fingerprint_is_of_names_and_contents_not_of_places(tmp_path: Path) 
 
 
 def test_the_default_is_the_standard_library() -> None:
-    check_sources([])
-    corpus = load_corpus([])
+    check_text_files([])
+    corpus = load([])
     assert len(corpus.tokens) > 4_000_000
-    assert {"ast.py", "json/decoder.py"} <= set(corpus.names)
-    assert not any(
-        name.split("/")[0] in {"test", "idlelib", "site-packages"} for name in corpus.names
-    )
-    assert corpus.tokens[-1] == EOD
-    assert (corpus.tokens == EOD).sum() == len(corpus.names) == len(corpus.document_starts)
-    assert (corpus.tokens[corpus.document_starts[1:] - 1] == EOD).all()
-    start = corpus.document_starts[corpus.names.index("ast.py")]
-    assert decode(corpus.tokens[start : start + 3]) == '"""'
-    assert corpus.fingerprint == load_corpus([]).fingerprint
+    documents = set(texts_of(corpus))
+    assert (corpus.tokens == EOD).sum() == len(corpus.document_starts)
+    library = Path(sysconfig.get_path("stdlib"))
+    assert {(library / name).read_text() for name in ("ast.py", "json/decoder.py")} <= documents
+    left_out = [path for path in (library / "idlelib").glob("*.py") if path.stat().st_size]
+    assert documents.isdisjoint(path.read_text("utf-8", "replace") for path in left_out)
+    assert corpus.fingerprint == load([]).fingerprint
 
 
 class Words:
@@ -165,6 +160,7 @@ class Words:
     kind = "huggingface"
     path = None
     vocab_size, eod, fingerprint = 30, 0, "words"
+    opening: tuple[int, ...] = ()
 
     def encode(self, text: str) -> npt.NDArray[np.int32]:
         return np.array([ord(letter) - 96 for letter in text], dtype=np.int32)
@@ -178,13 +174,13 @@ class Words:
 
 def test_a_tokenizer_gives_ids_and_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     one, two = write(tmp_path / "one", b"abc"), write(tmp_path / "two", b"z")
-    corpus = load_corpus([one, two], Words())
+    corpus = load_text_files([one, two], Words())
     assert corpus.tokens.tolist() == [1, 2, 3, 0, 26, 0]
     assert corpus.document_starts.tolist() == [0, 4]
     assert (corpus.eod, corpus.vocab_size) == (0, 30)
-    monkeypatch.setattr(sources, "MOST_TOKENISED", 3)
-    assert load_corpus([one], Words())
+    monkeypatch.setattr(text_files, "MOST_TOKENISED", 3)
+    assert load_text_files([one], Words())
     with pytest.raises(ConfigError, match=r"launch/prepare_data\.py") as caught:
-        load_corpus([one, two], Words())
+        load_text_files([one, two], Words())
     assert caught.value.value == two
-    assert load_corpus([one, two]), "bytes take no time"
+    assert load([one, two]), "bytes take no time"

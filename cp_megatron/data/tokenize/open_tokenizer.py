@@ -1,0 +1,73 @@
+"""Opens a tokenizer by its type.
+
+    --tokenizer-type    reads                                            needs
+    byte                nothing: one id per byte of UTF-8, 256 ends      nothing
+    huggingface         tokenizer.json, or the folder that holds it      tokenizers
+    sentencepiece       a .model file                                    sentencepiece
+    tiktoken            lines "base64 rank"                              tiktoken
+
+Each library is imported by one module beside this one, and only when its type is asked for.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+from cp_megatron.data.tokenize.tokenizer import (
+    FILES,
+    MODEL_FLAG,
+    TYPE_FLAG,
+    ByteTokenizer,
+    Tokenizer,
+)
+from cp_megatron.data.tokenize.tokenizer_huggingface import HuggingFaceTokenizer
+from cp_megatron.data.tokenize.tokenizer_sentencepiece import SentencePieceTokenizer
+from cp_megatron.data.tokenize.tokenizer_tiktoken import TiktokenTokenizer
+from cp_megatron.errors import ConfigError
+
+
+def open_tokenizer(kind: str, path: str | None) -> Tokenizer:
+    """Reads a tokenizer.
+
+    Args:
+        kind: ``byte``, ``huggingface``, ``sentencepiece`` or ``tiktoken``.
+        path: its file; for ``huggingface`` also the folder that holds tokenizer.json.
+
+    Raises:
+        ConfigError: the file is missing, malformed or of another kind, it has no token that ends a
+            document, or its library is not installed.
+    """
+    if kind == "byte":
+        if path is not None:
+            works = "leave it out, or name the file's --tokenizer-type"
+            raise ConfigError(MODEL_FLAG, path, "the byte tokenizer has no file", works)
+        return ByteTokenizer()
+    if kind not in FILES:
+        raise ConfigError(
+            TYPE_FLAG, kind, "must be one of its choices", f"byte, {', '.join(FILES)}"
+        )
+    if path is None:
+        rule = f"needs the tokenizer's file in {MODEL_FLAG}"
+        raise ConfigError(TYPE_FLAG, kind, rule, f"{MODEL_FLAG} FILE, {FILES[kind]}")
+    file = _regular_file(path, kind)
+    if kind == "huggingface":
+        return HuggingFaceTokenizer.read(file)
+    if kind == "sentencepiece":
+        return SentencePieceTokenizer.read(file)
+    return TiktokenTokenizer.read(file)
+
+
+def _regular_file(path: str, kind: str) -> Path:
+    """The tokenizer's file; a folder stands for the tokenizer.json in it."""
+    file = Path(path)
+    try:
+        if kind == "huggingface" and file.is_dir():
+            file = file / "tokenizer.json"
+        mode = os.stat(file).st_mode
+    except (OSError, ValueError):
+        raise ConfigError(MODEL_FLAG, str(file), "there is no such file", FILES[kind]) from None
+    if not stat.S_ISREG(mode):
+        raise ConfigError(MODEL_FLAG, str(file), "must be a regular file", FILES[kind])
+    return file
