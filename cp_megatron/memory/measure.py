@@ -31,16 +31,6 @@ from cp_megatron.memory.predict import Held
 from cp_megatron.model.layer import TransformerLayer
 from cp_megatron.model.transformer import Transformer
 
-# The kinds of the submodules of a layer, and of those of the model.
-_IN_LAYER: Mapping[str, str] = MappingProxyType(
-    {
-        "attention_norm": kinds.ATTENTION_NORM,
-        "attention": kinds.ATTENTION,
-        "mlp_norm": kinds.MLP_NORM,
-        "mlp": kinds.MLP,
-        "dropout": kinds.DROPOUT,
-    }
-)
 _AT_ENDS: Mapping[str, str] = MappingProxyType(
     {
         "embedding": kinds.EMBEDDING,
@@ -278,9 +268,8 @@ class _Place:
             return _AT_ENDS[name.split(".")[0]]
         if in_layer is None:
             return kinds.OTHER if self._before_loss else kinds.LOSS
-        if in_layer[1]:
-            return _IN_LAYER[in_layer[1].split(".")[0]]
-        return kinds.ATTENTION if self._before_mlp else kinds.MLP
+        block = kinds.ATTENTION if self._before_mlp else kinds.MLP
+        return kinds.IN_LAYER.get(in_layer[1].split(".")[0], block)
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ from cp_megatron.plan import Schedule
 from cp_megatron.plan.buffer_sizes import AttentionSizes, BufferSizes
 from cp_megatron.plan.tiling import own_tiles, pack
 from cp_megatron.preflight.run_plan import RunPlan
-from cp_megatron.spec import ActivationSizes, AttentionSpec, LayerSpec, ModelSpec, local_heads
+from cp_megatron.spec import ActivationSizes, AttentionSpec, ModelSpec, local_heads
 
 ELEMENT_BYTES: Mapping[str, int] = MappingProxyType({"float64": 8, "float32": 4, "bfloat16": 2})
 
@@ -45,6 +45,17 @@ MODULES = (
     *(EMBEDDING, DROPOUT, INPUTS, ATTENTION_NORM, ATTENTION),
     *(MLP_NORM, MLP, FINAL_NORM, LOSS, OTHER),
 )
+IN_LAYER: Mapping[str, str] = MappingProxyType(
+    {
+        "inputs": INPUTS,
+        "attention_norm": ATTENTION_NORM,
+        "attention": ATTENTION,
+        "mlp_norm": MLP_NORM,
+        "mlp": MLP,
+        "dropout": DROPOUT,
+    }
+)
+"""The kinds of what the modules of a layer keep, by their names."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,34 +224,14 @@ def _kept(spec: ModelSpec, memory: MemoryConfig, sizes: ActivationSizes) -> Coun
     number, level = memory.recompute_num_layers, memory.recompute_granularity
     levels = [level if number is None or i < number else "none" for i in range(len(spec.layers))]
     for layer, granularity in zip(spec.layers, levels, strict=True):
-        kept.update(_kept_of_layer(layer, granularity, memory.mlp_tile_size is not None, sizes))
+        tiled = memory.mlp_tile_size is not None
+        for name, num_bytes in layer.kept_bytes(sizes, granularity, tiled=tiled).items():
+            kept[IN_LAYER[name]] += num_bytes
     # All layers share a rotation. Attention keeps it; if all of it is recomputed, the caller does.
     rotation = max(layer.attention.rotation_bytes(sizes) for layer in spec.layers)
     kept[ATTENTION if "none" in levels else OTHER] += rotation
     kept[FINAL_NORM] = spec.norm.kept_bytes(sizes.stream_tokens, sizes)
     kept[LOSS] = spec.head.kept_bytes(sizes)
-    return kept
-
-
-def _kept_of_layer(
-    layer: LayerSpec, granularity: str, tiled: bool, sizes: ActivationSizes
-) -> Counter[str]:
-    hidden = layer.attention_norm.width
-    stream = sizes.stream_bytes(hidden)
-    if granularity == "full":
-        return Counter({INPUTS: stream})
-    kept = Counter({ATTENTION: layer.attention.kept_results(sizes)})
-    if layer.dropout:
-        kept[DROPOUT] = 2 * sizes.dropout_bytes(hidden)
-    if granularity == "selective":
-        kept[INPUTS] = 2 * stream
-        return kept
-    kept[ATTENTION_NORM] = layer.attention_norm.kept_bytes(sizes.stream_tokens, sizes)
-    kept[ATTENTION] += layer.attention.kept_operands(sizes)
-    kept[MLP_NORM] = layer.mlp_norm.kept_bytes(sizes.stream_tokens, sizes)
-    kept[MLP] = layer.mlp.kept_bytes(sizes)
-    if tiled and not layer.mlp_norm.keeps_input(sizes):
-        kept[MLP] += stream
     return kept
 
 
