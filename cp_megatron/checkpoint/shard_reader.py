@@ -56,7 +56,7 @@ def read_shards(state: dict[str, Tensor], reader: ShardReader, *, flag: str, gro
                 planner=DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
                 process_group=group,
             )
-    except CheckpointException as failed:  # this is not an ``Exception``
+    except CheckpointException as failed:  # which is not an ``Exception``
         rank, (error, _) = min(failed.failures.items(), key=lambda failure: failure[0])
         # A KeyboardInterrupt of a rank is passed on unchanged.
         if isinstance(error, ConfigError) or not isinstance(error, Exception):
