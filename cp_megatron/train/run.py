@@ -142,7 +142,7 @@ def assemble(plan: RunPlan, launch: Launch, control: dist.ProcessGroup) -> Train
         control: a group of all ranks for CPU tensors; the default group exists.
 
     Raises:
-        ConfigError: the data, the checkpoint or the folder cannot be used; on every rank alike.
+        ConfigError: the data, the checkpoint or the folder cannot be used; the same on every rank.
     """
     plan = settle_load(plan, control)
     data = read_alike(control, lambda: open_data(plan.config.data, seed=plan.config.train.seed))
