@@ -100,7 +100,7 @@ class ModelSpec(BlockSpec):
         shards, shard = grid.size("dp_cp"), grid.index("dp_cp", rank)
         total = 0
         for parameter, copies in self._distinct():
-            rows, *rest = parameter.local_shape({"tp": grid.tp})
+            rows, *rest = parameter.local_shape(grid.sizes)
             piece = -(-rows // shards)
             held = min(piece, max(0, rows - shard * piece))
             total += held * math.prod(rest) * copies
