@@ -51,7 +51,6 @@ NEEDS_TORCH = (f"{PACKAGE}.preflight.start",)
 # therefore what they import outside their functions.
 TORCH_FREE_MODULES = (
     PACKAGE,
-    f"{PACKAGE}.checkpoint.hf_export",
     f"{PACKAGE}.evaluate.results",
     f"{PACKAGE}.faults.guard",
     f"{PACKAGE}.generate.dialogue",

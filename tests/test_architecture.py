@@ -39,10 +39,8 @@ KNOWN: Mapping[Rule, tuple[str, ...]] = {
     files_are_short: ("cp_megatron/config/schema.py",),
     functions_are_short: (
         "cp_megatron/checkpoint/gguf_convert.py: _read_shape",
-        "cp_megatron/checkpoint/huggingface.py: export_hf",
         "cp_megatron/checkpoint/save.py: start_save",
         "cp_megatron/evaluate/check_evaluation.py: check_evaluation",
-        "cp_megatron/families/llama.py: read_hf_config",
         "cp_megatron/generate/check_generation.py: check_generation",
         "cp_megatron/kernels/merge_triton.py: _merge",
         "cp_megatron/model/huggingface.py: shard_batch",

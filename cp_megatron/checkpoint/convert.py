@@ -46,6 +46,6 @@ def convert(config: Config, options: ConversionOptions, *, given: Collection[str
     if source is not None:
         return convert_gguf(source, output, dtype=dtype)
     assert load is not None
-    from cp_megatron.checkpoint.huggingface import export_hf  # imports torch
+    from cp_megatron.checkpoint.hf_export import export_hf  # imports torch
 
     return export_hf(Path(load), output, dtype=dtype)

@@ -1,89 +1,253 @@
-"""Which tensors an exported Hugging Face folder holds, and which of ours each is made of. No torch.
+"""Writes a checkpoint as a folder that Hugging Face transformers loads.
 
-Llama and its kin have our tensors under other names. GPT-2 has one tensor for queries, keys and
-values, and its linear layers multiply from the right, so their weights lie the other way round::
-
-    attention.query.weight [h, h]
-    attention.key.weight   [h, h]    ->  [3h, h]  ->  h.0.attn.c_attn.weight [h, 3h]
-    attention.value.weight [h, h]
+The export runs in one process and needs the memory of one tensor of the folder and one chunk of the
+checkpoint: the header of a file follows from the shapes alone, so tensors are written one after
+another.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+import math
+import os
+import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, BinaryIO
 
-from cp_megatron.checkpoint.hf_files import hf_tensors
-from cp_megatron.config import ModelConfig
-from cp_megatron.families.gpt2 import has_gpt2_shape
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
-Shape = tuple[int, ...]
+from cp_megatron.checkpoint.find_checkpoint import named_step
+from cp_megatron.checkpoint.hf_folder import DTYPES, INDEX_FILE, SINGLE_FILE
+from cp_megatron.checkpoint.hf_tokenizer import byte_tokenizer_files
+from cp_megatron.checkpoint.manifest import (
+    ELEMENT_BYTES,
+    FLAG,
+    Manifest,
+    TensorEntry,
+    read_manifest,
+    verify_files,
+)
+from cp_megatron.checkpoint.saved_config import saved_config
+from cp_megatron.checkpoint.shard_writer import discard, sync
+from cp_megatron.config import Config
+from cp_megatron.data.tokenize.open_tokenizer import open_tokenizer
+from cp_megatron.errors import ConfigError
+from cp_megatron.families.family import HFTensor
+from cp_megatron.families.registry import to_hf_config
+
+_OUTPUT = "--output"
+_TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+_TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja"),
+)
+_CODES: Mapping[str, str] = MappingProxyType({name: code for code, name in DTYPES.items()})
+
+
+def export_hf(
+    checkpoint: Path,
+    output: Path,
+    *,
+    dtype: str = "float32",
+    max_shard_bytes: int = 5 * 2**30,
+) -> Path:
+    """Writes a checkpoint as a Hugging Face folder.
+
+    Args:
+        checkpoint: a ``step-N``, or the folder of a run, whose newest checkpoint is taken.
+        output: must not exist; the folder gets this name when it is complete and on the disk.
+        dtype: type of the weights: float64, float32, bfloat16 or float16.
+        max_shard_bytes: largest size of the tensors in a file, unless it holds only one.
+
+    Returns:
+        ``output``.
+
+    Raises:
+        ConfigError: the checkpoint is missing or damaged, ``output`` exists, or no Hugging Face
+            architecture has such a model.
+    """
+    if dtype not in _CODES:
+        raise ConfigError("--dtype", dtype, "is not a dtype of weights", ", ".join(_CODES))
+    if os.path.lexists(output):
+        raise ConfigError(_OUTPUT, output, "exists already, and nothing is overwritten")
+    files, weights = _prepare(named_step(Path(checkpoint)), dtype)
+    temporary = output.with_name(output.name + ".tmp")
+    try:
+        discard(temporary)
+        temporary.mkdir(parents=True)
+        for name, content in files.items():
+            if isinstance(content, Path):
+                shutil.copyfile(content, temporary / name)
+            else:
+                _write_json(temporary / name, content)
+        weights.write(temporary, max_shard_bytes)
+        sync(temporary)
+        temporary.rename(output)
+        sync(output.parent)
+    except BaseException as error:
+        discard(temporary)
+        if isinstance(error, OSError):
+            rule = f"cannot be written: {error.strerror or error}"
+            raise ConfigError(_OUTPUT, output, rule, "another folder") from None
+        raise
+    return output
+
+
+Files = Mapping[str, Path | Mapping[str, Any]]
+"""Files of a folder by name: JSON contents, or a file to copy."""
+
+
+def _prepare(step: Path, dtype: str) -> tuple[Files, _Weights]:
+    """Checks that a checkpoint can be exported; what its folder holds besides and as weights."""
+    manifest = read_manifest(step)
+    config = saved_config(manifest, step)
+    seq_length = config.data.seq_length
+    family, entries = to_hf_config(
+        config.model,
+        vocab_size=manifest.vocab_size,
+        seq_length=seq_length,
+        eod=open_tokenizer(config.data.tokenizer_type, config.data.tokenizer_model).eod,
+        dtype=dtype,
+    )
+    tensors = family.tensors(config.model, vocab_size=manifest.vocab_size, seq_length=seq_length)
+    sources = _sources(step, manifest, tensors)
+    verify_files(step, manifest, {chunk.file for x in sources.values() for chunk in x.chunks})
+    tokenizer = _tokenizer_files(config)
+    entries |= _token_ids(tokenizer)
+    generation = {name: entries[name] for name in _TOKEN_IDS} | {"_from_model_config": True}
+    files: dict[str, Path | Mapping[str, Any]] = {
+        "config.json": entries,
+        "generation_config.json": generation,
+        **{path.name: path for path in tokenizer},
+    }
+    if config.data.tokenizer_type == "byte":
+        files |= byte_tokenizer_files(max(config.model.max_position_embeddings or 0, seq_length))
+    return files, _Weights(step=step, tensors=tensors, sources=sources, dtype=dtype)
+
+
+def _tokenizer_files(config: Config) -> list[Path]:
+    if config.data.tokenizer_type != "huggingface" or config.data.tokenizer_model is None:
+        return []
+    path = Path(config.data.tokenizer_model)
+    folder = path if path.is_dir() else path.parent
+    return [folder / name for name in _TOKENIZER_FILES if (folder / name).is_file()]
+
+
+def _token_ids(tokenizer: Sequence[Path]) -> dict[str, Any]:
+    """The ids of special tokens that the config.json beside the tokenizer names."""
+    try:
+        entries = json.loads((tokenizer[0].parent / "config.json").read_bytes())
+    except (IndexError, OSError, ValueError, RecursionError):
+        return {}
+    named = entries if isinstance(entries, dict) else {}
+    return {key: named[key] for key in _TOKEN_IDS if named.get(key) is not None}
+
+
+def _sources(step: Path, manifest: Manifest, tensors: Sequence[HFTensor]) -> dict[str, TensorEntry]:
+    """The tensors of the checkpoint that are exported, by their names in the model."""
+    sources: dict[str, TensorEntry] = {}
+    for part in (part for tensor in tensors for part in tensor.parts):
+        entry = manifest.tensors.get(f"model.{part.name}")
+        fits = entry is not None and entry.shape[1:] == part.shape[1:]
+        if entry is None or not fits or entry.shape[0] < part.shape[0]:
+            rule = f"it has no model.{part.name} of shape {list(part.shape)}, as its config says"
+            raise ConfigError(FLAG, step, rule, "another step")
+        sources[part.name] = entry
+    return sources
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExportTensor:
-    """A tensor of the folder.
+class _Weights:
+    """The weights of a folder, and where they come from.
 
     Attributes:
-        key: its name there.
-        parts: names and shapes here, laid one after the other along their first dim.
-        transposed: what they make together is turned round then.
+        step: the checkpoint.
+        tensors: the tensors of the folder in order.
+        sources: for each name in the model, the checkpoint's tensor.
+        dtype: the type in which they are written.
     """
 
-    key: str
-    parts: tuple[tuple[str, Shape], ...]
-    transposed: bool = False
+    step: Path
+    tensors: Sequence[HFTensor]
+    sources: Mapping[str, TensorEntry]
+    dtype: str
 
-    @property
-    def shape(self) -> Shape:
-        """As it lies in the file."""
-        rows = sum(shape[0] for _, shape in self.parts)
-        shape = (rows, *self.parts[0][1][1:])
-        return shape[::-1] if self.transposed else shape
+    def write(self, folder: Path, max_shard_bytes: int) -> None:
+        """Writes one file, or several and their index."""
+        shards = self._shards(max_shard_bytes)
+        index: dict[str, str] = {}
+        for number, shard in enumerate(shards, 1):
+            name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            name = SINGLE_FILE if len(shards) == 1 else name
+            index |= {tensor.key: name for tensor in shard}
+            with (folder / name).open("wb") as stream:
+                self._write_header(stream, shard)
+                for tensor in shard:
+                    value = self._read(tensor)
+                    stream.write(value.view(-1).view(torch.uint8).numpy().data)
+            sync(folder / name)
+        if len(shards) > 1:
+            total = {"total_size": sum(map(self._size, self.tensors))}
+            _write_json(folder / INDEX_FILE, {"metadata": total, "weight_map": index})
+
+    def _size(self, tensor: HFTensor) -> int:
+        return math.prod(tensor.shape) * ELEMENT_BYTES[self.dtype]
+
+    def _shards(self, max_bytes: int) -> list[list[HFTensor]]:
+        """The tensors in order, in as few files as possible."""
+        shards: list[list[HFTensor]] = [[]]
+        for tensor in self.tensors:
+            if shards[-1] and sum(map(self._size, (*shards[-1], tensor))) > max_bytes:
+                shards.append([])
+            shards[-1].append(tensor)
+        return shards
+
+    def _write_header(self, stream: BinaryIO, tensors: Sequence[HFTensor]) -> None:
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        start = 0
+        for tensor in tensors:
+            stop = start + self._size(tensor)
+            header[tensor.key] = {
+                "dtype": _CODES[self.dtype],
+                "shape": list(tensor.shape),
+                "data_offsets": [start, stop],
+            }
+            start = stop
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)  # aligns the numbers
+        stream.write(len(text).to_bytes(8, "little") + text)
+
+    def _read(self, tensor: HFTensor) -> Tensor:
+        """A tensor of the folder, read from the checkpoint."""
+        whole = torch.empty(tensor.shape, dtype=getattr(torch, self.dtype))
+        rest = whole.T if tensor.transposed else whole
+        for part in tensor.parts:
+            self._fill(rest[: part.shape[0]], self.sources[part.name])
+            rest = rest[part.shape[0] :]
+        return whole
+
+    def _fill(self, target: Tensor, entry: TensorEntry) -> None:
+        """Copies the first rows of a tensor of the checkpoint."""
+        for chunk in entry.chunks:
+            try:
+                with safe_open(self.step / chunk.file, framework="pt", device="cpu") as shard:
+                    stored = shard.get_tensor(chunk.key)
+            except (SafetensorError, OSError) as error:
+                rule = f"{chunk.file} cannot be read ({error})"
+                raise ConfigError(FLAG, self.step, rule) from None
+            if tuple(stored.shape) != chunk.sizes or stored.dtype != getattr(torch, entry.dtype):
+                rule = f"{chunk.file} holds {chunk.key} in another shape or dtype"
+                raise ConfigError(FLAG, self.step, rule)
+            spans = zip(chunk.offsets, chunk.sizes)
+            box = target[tuple(slice(start, start + size) for start, size in spans)]
+            box.copy_(stored[: box.shape[0]])  # the box ends where the vocabulary's padding begins
 
 
-def export_tensors(model: ModelConfig, vocab_size: int, positions: int) -> list[ExportTensor]:
-    """Every tensor of a folder, in the order of its file.
-
-    Args:
-        model: has an architecture of Hugging Face.
-        vocab_size: rows of the embedding there, without padding.
-        positions: rows of the table of learned positions, where there is one.
-    """
-    if has_gpt2_shape(model):
-        return list(_gpt2(model, vocab_size, positions))
-    tensors = hf_tensors(model, vocab_size)
-    return [ExportTensor(key=x.key, parts=((ours, x.shape),)) for ours, x in tensors.items()]
-
-
-def _gpt2(model: ModelConfig, vocab_size: int, positions: int) -> Iterator[ExportTensor]:
-    hidden, ffn = model.hidden_size, model.ffn_size
-    table = vocab_size, hidden
-
-    def same(key: str, ours: str, shape: Shape) -> ExportTensor:
-        return ExportTensor(key=key, parts=((ours, shape),))
-
-    def norm(key: str, ours: str) -> Iterator[ExportTensor]:
-        yield same(f"{key}.weight", f"{ours}.weight", (hidden,))
-        yield same(f"{key}.bias", f"{ours}.bias", (hidden,))
-
-    def linear(key: str, ours: list[str], width: int, inputs: int) -> Iterator[ExportTensor]:
-        weights = tuple((f"{name}.weight", (width, inputs)) for name in ours)
-        yield ExportTensor(key=f"{key}.weight", parts=weights, transposed=True)
-        biases = tuple((f"{name}.bias", (width,)) for name in ours)
-        yield ExportTensor(key=f"{key}.bias", parts=biases)
-
-    yield same("transformer.wte.weight", "embedding.weight", table)
-    yield same("transformer.wpe.weight", "positions.weight", (positions, hidden))
-    for layer in range(model.num_layers):
-        theirs, ours = f"transformer.h.{layer}", f"layers.{layer}"
-        three = [f"{ours}.attention.{name}" for name in ("query", "key", "value")]
-        yield from norm(f"{theirs}.ln_1", f"{ours}.attention_norm")
-        yield from linear(f"{theirs}.attn.c_attn", three, hidden, hidden)
-        yield from linear(f"{theirs}.attn.c_proj", [f"{ours}.attention.out"], hidden, hidden)
-        yield from norm(f"{theirs}.ln_2", f"{ours}.mlp_norm")
-        yield from linear(f"{theirs}.mlp.c_fc", [f"{ours}.mlp.up"], ffn, hidden)
-        yield from linear(f"{theirs}.mlp.c_proj", [f"{ours}.mlp.down"], hidden, ffn)
-    yield from norm("transformer.ln_f", "norm")
-    if model.untie_embeddings_and_output_weights:
-        yield same("lm_head.weight", "head.weight", table)
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    sync(path)

@@ -1,13 +1,13 @@
-"""The byte tokenizer as files that Hugging Face reads. No torch.
+"""Writes the byte tokenizer as files that Hugging Face reads. This module does not import torch.
 
-tokenizer.json can not spell a byte that is no printable character, so GPT-2's alphabet stands for
-the 256 bytes (Radford et al. 2019): a printable byte is the character of that number, the others
-are the characters from 256 on, in their order::
+tokenizer.json cannot contain a byte that is not a printable character. So the 256 bytes are written
+in the alphabet of GPT-2 (Radford et al. 2019): a printable byte is the character of that number,
+and the other bytes are the characters from 256 on, in their order::
 
     byte    "A" 65    "\\n" 10    0xC3 195
     token   A         Ċ (266)     Ã
 
-A BPE over these without a single merge leaves every byte a token, and a token's id is its byte.
+A BPE over this alphabet without merges makes every byte a token, whose id is the byte.
 """
 
 from __future__ import annotations
@@ -17,25 +17,27 @@ from typing import Any
 
 from cp_megatron.data.tokenize.tokenizer import ByteTokenizer
 
-END = "<|endoftext|>"
+_END = "<|endoftext|>"
 
 
 def byte_tokenizer_files(seq_length: int) -> dict[str, dict[str, Any]]:
-    """The contents of tokenizer.json and tokenizer_config.json by name.
+    """Makes the contents of tokenizer.json and tokenizer_config.json.
 
     Args:
-        seq_length: tokens of the longest row the model is made for.
+        seq_length: length of the longest row that the model is made for, in tokens.
+
+    Returns:
+        the JSON object of each file, by name.
     """
-    level: dict[str, Any] = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
-    level |= {"use_regex": False}
-    end: dict[str, Any] = {
-        "id": ByteTokenizer.eod,
-        "content": END,
-        "special": True,
-        "normalized": False,
+    level = {
+        "type": "ByteLevel",
+        "add_prefix_space": False,
+        "trim_offsets": True,
+        "use_regex": False,
     }
+    end = {"id": ByteTokenizer.eod, "content": _END, "special": True, "normalized": False}
     end |= dict.fromkeys(("single_word", "lstrip", "rstrip"), False)
-    body: dict[str, Any] = {
+    body = {
         "version": "1.0",
         "truncation": None,
         "padding": None,
@@ -46,12 +48,12 @@ def byte_tokenizer_files(seq_length: int) -> dict[str, dict[str, Any]]:
         "decoder": level,
         "model": bpe_model(list(byte_alphabet()), merges=[]),
     }
-    config: dict[str, Any] = {
+    config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": seq_length,
-        "eos_token": END,
+        "eos_token": _END,
         "clean_up_tokenization_spaces": False,
-        # A text that spells the end is bytes like any other, as in the byte tokenizer.
+        # As in the byte tokenizer, a text that contains the name of the end token is only bytes.
         "split_special_tokens": True,
     }
     return {"tokenizer.json": body, "tokenizer_config.json": config}
@@ -60,12 +62,12 @@ def byte_tokenizer_files(seq_length: int) -> dict[str, dict[str, Any]]:
 def bpe_model(
     tokens: Sequence[str], *, merges: Sequence[Any], ignore_merges: bool = False
 ) -> dict[str, Any]:
-    """The model of a tokenizer.json: byte-level BPE, a token's id being its place.
+    """Makes the model of a tokenizer.json: a byte-level BPE.
 
     Args:
-        tokens: the vocabulary.
-        merges: pairs of tokens, the first to be merged first.
-        ignore_merges: a word that is a token stays whole.
+        tokens: the vocabulary in the order of the ids.
+        merges: pairs of tokens in the order in which they are merged.
+        ignore_merges: whether a word that is a token is not split.
     """
     return {
         "type": "BPE",
@@ -82,7 +84,7 @@ def bpe_model(
 
 
 def byte_alphabet() -> str:
-    """The character that stands for each byte, in the order of the bytes."""
+    """Returns the characters that stand for the bytes, in the order of the bytes."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = iter(range(256, 512))
     return "".join(chr(byte if byte in printable else next(others)) for byte in range(256))

@@ -18,7 +18,7 @@ from cp_megatron.checkpoint.manifest import (
     verify_files,
 )
 from cp_megatron.checkpoint.object_collectives import Group, on_all_ranks, rank_in, size_of
-from cp_megatron.checkpoint.shard_reader import read_shards
+from cp_megatron.checkpoint.shard_reader import ShardReader, read_shards
 from cp_megatron.checkpoint.shard_writer import DTYPE_NAMES, DTYPES
 from cp_megatron.checkpoint.state_dict import model_state, optimizer_state, split_optimizer_name
 from cp_megatron.errors import ConfigError
@@ -70,7 +70,7 @@ def load_checkpoint(
     if optimizer is not None:
         _create_optimizer_state(optimizer, parameters, manifest)
         state |= optimizer_state(parameters, optimizer)
-    read_shards(state, folder, manifest, flag=FLAG, group=process_group)
+    read_shards(state, ShardReader(folder, manifest.tensors), flag=FLAG, group=process_group)
     return manifest
 
 

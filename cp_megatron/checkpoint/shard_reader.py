@@ -8,7 +8,8 @@ from __future__ import annotations
 import os
 import warnings
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,21 +29,18 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPla
 from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
-from cp_megatron.checkpoint.manifest import ChunkEntry, Manifest, damaged
+from cp_megatron.checkpoint.manifest import ChunkEntry, TensorEntry, damaged
 from cp_megatron.checkpoint.object_collectives import Group
 from cp_megatron.checkpoint.shard_writer import DTYPES
 from cp_megatron.errors import ConfigError
 
 
-def read_shards(
-    state: dict[str, Tensor], folder: Path, manifest: Manifest, *, flag: str, group: Group
-) -> None:
+def read_shards(state: dict[str, Tensor], reader: ShardReader, *, flag: str, group: Group) -> None:
     """Reads a checkpoint's tensors into ``state`` in place. Every rank calls this.
 
     Args:
         state: tensors by their names in the manifest; DTensors are read in parts.
-        folder: the checkpoint.
-        manifest: the manifest of this folder; its files are verified.
+        reader: the reader of the checkpoint.
         flag: the flag that named the folder, for errors.
         group: the ranks that load.
 
@@ -50,16 +48,22 @@ def read_shards(
         ConfigError: a shard cannot be read or does not hold what the manifest says; on every rank.
         RuntimeError: a rank failed for another reason; on every rank, with its traceback.
     """
+    with _usual_errors(flag, reader.folder), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable")
+        state_dict_loader.load(
+            state,
+            storage_reader=reader,
+            planner=DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
+            process_group=group,
+        )
+
+
+@contextmanager
+def _usual_errors(flag: str, folder: Path) -> Iterator[None]:
+    """Converts torch's CheckpointException, which is not an ``Exception``, into a usual error."""
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable")
-            state_dict_loader.load(
-                state,
-                storage_reader=ShardReader(folder, manifest),
-                planner=DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
-                process_group=group,
-            )
-    except CheckpointException as failed:  # this is not an ``Exception``
+        yield
+    except CheckpointException as failed:
         rank, (error, _) = min(failed.failures.items(), key=lambda failure: failure[0])
         # A KeyboardInterrupt of a rank is passed on unchanged.
         if isinstance(error, ConfigError) or not isinstance(error, Exception):
@@ -77,15 +81,15 @@ class ShardReader(StorageReader):
 
     Args:
         folder: the checkpoint.
-        manifest: the manifest of this folder; its files are verified.
+        tensors: the tensors by name, in files that are verified.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest) -> None:
+    def __init__(self, folder: Path, tensors: Mapping[str, TensorEntry]) -> None:
         self.folder = folder
-        self._manifest = manifest
+        self._tensors = tensors
         self._chunks = {
             (name, chunk.offsets): chunk
-            for name, tensor in manifest.tensors.items()
+            for name, tensor in tensors.items()
             for chunk in tensor.chunks
         }
 
@@ -105,7 +109,7 @@ class ShardReader(StorageReader):
                         for chunk in tensor.chunks
                     ],
                 )
-                for name, tensor in self._manifest.tensors.items()
+                for name, tensor in self._tensors.items()
             }
         )
 
@@ -164,7 +168,7 @@ class ShardReader(StorageReader):
             spans = zip(item.storage_offsets, item.lengths)
             box = stored[tuple(slice(start, start + length) for start, length in spans)]
         # Without this check, copy_ would convert another dtype silently.
-        if box.dtype != DTYPES[self._manifest.tensors[name].dtype]:
+        if box.dtype != DTYPES[self._tensors[name].dtype]:
             raise damaged(self.folder, f"{chunk.file} holds {name} in another dtype")
         return box
 

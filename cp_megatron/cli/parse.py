@@ -24,7 +24,7 @@ from cp_megatron.config.help_page import HELP, help_page
 from cp_megatron.config.schema import Config
 from cp_megatron.config.words import read_words
 from cp_megatron.errors import ConfigError
-from cp_megatron.families.llama import has_tokenizer, read_hf_config
+from cp_megatron.families.registry import has_tokenizer, read_hf_config
 
 _ALIASES: Mapping[str, str] = MappingProxyType(
     {

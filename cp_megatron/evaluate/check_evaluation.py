@@ -25,15 +25,15 @@ from cp_megatron.config.schema.ranges import LARGEST_SIZE
 from cp_megatron.data.tokenize.open_tokenizer import open_tokenizer
 from cp_megatron.errors import ConfigError
 from cp_megatron.evaluate.needle import Encode, Haystack, Kind, Task, make_task
+from cp_megatron.families.rope_fields import ROPE_FIELDS
 from cp_megatron.metrics.plots import require_matplotlib
 from cp_megatron.preflight.check import check
-from cp_megatron.preflight.rope_rules import FIELDS
 from cp_megatron.preflight.run_plan import RunPlan
 from cp_megatron.preflight.save_and_load import check_goes_on
 
 _READ = frozenset({"seed", "dtype", "bf16", "device", "deterministic", "plot"})
 """Settings of the sections ``train``, ``optimizer`` and ``log`` that an evaluation reads."""
-_ROPE: frozenset[str] = FIELDS | {"rope_type", "rotary_base", "original_max_position_embeddings"}
+_ROPE: frozenset[str] = ROPE_FIELDS | {"rope_type", "rotary_base"}
 """Settings of rotary positions. They have no weights, so other values can be tried."""
 _UNREAD_ELSEWHERE = frozenset(
     {
@@ -170,16 +170,12 @@ def make_tasks(
 
 
 def _checked_options(options: EvaluationOptions, given: frozenset[str]) -> EvaluationOptions:
-    asked = [task for word in options.tasks for task in word.split(",") if task]
-    for task in asked or [""]:
-        if task not in TASKS:
-            raise ConfigError("--tasks", task, "is not a task", ", ".join(TASKS))
     for flag, task in (
         ("--buckets", "perplexity"),
         ("--part", "perplexity"),
         ("--depths", "needle"),
     ):
-        if flag in given and task not in asked:
+        if flag in given and task not in options.tasks:
             rule = f"has no effect without the task {task}"
             raise ConfigError(flag, "", rule, f"--tasks {task}")
     output = Path(options.output)
@@ -191,7 +187,7 @@ def _checked_options(options: EvaluationOptions, given: frozenset[str]) -> Evalu
         rule = f"cannot be written: {place} is not a writable folder"
         raise ConfigError("--output", options.output, rule, "another folder")
     lengths, depths = (tuple(sorted(set(values))) for values in (options.lengths, options.depths))
-    tasks = tuple(task for task in TASKS if task in asked)
+    tasks = tuple(task for task in TASKS if task in options.tasks)
     return replace(options, tasks=tasks, lengths=lengths, depths=depths)
 
 

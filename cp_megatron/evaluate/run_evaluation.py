@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 
-from cp_megatron.checkpoint.huggingface import load_hf
+from cp_megatron.checkpoint.hf_load import load_hf
 from cp_megatron.checkpoint.load import load_checkpoint
 from cp_megatron.cli.programs import EVALUATE, EvaluationOptions
 from cp_megatron.cli.refusal import error_line

@@ -1,154 +1,124 @@
-"""config.json as JSON whose types are not trusted, and what its keys are called here. No torch."""
+"""Typed access to config.json. Its keys and values are not trusted."""
 
 from __future__ import annotations
 
 import json
 import stat
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from cp_megatron.errors import ConfigError
 
-HF_CONFIG = "config.json"
-MAX_CONFIG_BYTES = 1 << 24
-LARGEST = 2**31 - 1
-
-ARCHITECTURES: Mapping[str, str] = MappingProxyType(
-    {
-        "LlamaForCausalLM": "llama",
-        "MistralForCausalLM": "mistral",
-        "Qwen2ForCausalLM": "qwen2",
-        "Qwen3ForCausalLM": "qwen3",
-    }
-)
-# rope type -> key of config.json -> field of ModelConfig
-ROPE_KEYS: Mapping[str, Mapping[str, str]] = MappingProxyType(
-    {
-        "default": {},
-        "linear": {"factor": "rope_scaling_factor"},
-        "dynamic": {"factor": "rope_scaling_factor"},
-        "yarn": {
-            "factor": "rope_scaling_factor",
-            "original_max_position_embeddings": "original_max_position_embeddings",
-            "beta_fast": "beta_fast",
-            "beta_slow": "beta_slow",
-            "attention_factor": "rope_attention_factor",
-            "mscale": "mscale",
-            "mscale_all_dim": "mscale_all_dim",
-            "truncate": "rope_truncate",
-        },
-        "llama3": {
-            "factor": "rope_scaling_factor",
-            "original_max_position_embeddings": "original_max_position_embeddings",
-            "low_freq_factor": "rope_low_freq_factor",
-            "high_freq_factor": "rope_high_freq_factor",
-        },
-        "longrope": {
-            "factor": "rope_scaling_factor",
-            "original_max_position_embeddings": "original_max_position_embeddings",
-            "attention_factor": "rope_attention_factor",
-            "short_factor": "rope_short_factor",
-            "long_factor": "rope_long_factor",
-        },
-    }
-)
+FLAG = "--load-hf"
+_CONFIG = "config.json"
+_LARGEST = 2**31 - 1
 
 
-def read_json(folder: Path, flag: str) -> dict[str, Any]:
-    """The object in a folder's config.json.
+def file_size(folder: Path, name: str) -> int:
+    """Returns the bytes of a regular file. A pipe or a device might never end.
 
     Raises:
-        ConfigError: it can not be read, or is no JSON object.
+        ConfigError: the file is missing or not a regular file.
     """
-    path = folder / HF_CONFIG
     try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_CONFIG_BYTES:
-            raise ConfigError(flag, folder, f"{HF_CONFIG} is not a regular file of a sane size")
-        document = json.loads(path.read_bytes())
-    except ConfigError:
-        raise
+        status = (folder / name).stat()
     except OSError as error:
-        rule = f"is no Hugging Face folder: {HF_CONFIG} can not be read ({error.strerror})"
-        raise ConfigError(flag, folder, rule, "a folder with config.json and safetensors") from None
-    except (ValueError, RecursionError):
-        raise ConfigError(flag, folder, f"{HF_CONFIG} is not JSON") from None
+        rule = f"{name} is missing or cannot be read ({error.strerror})"
+        raise ConfigError(FLAG, folder, rule, "a folder with config.json and safetensors") from None
+    if not stat.S_ISREG(status.st_mode):
+        raise ConfigError(FLAG, folder, f"{name} is not a regular file")
+    return status.st_size
+
+
+def read_json(folder: Path, name: str = _CONFIG, *, max_bytes: int = 1 << 24) -> dict[str, Any]:
+    """Reads the JSON object in a file of a folder.
+
+    Raises:
+        ConfigError: the file cannot be read, is too large or is not a JSON object.
+    """
+    if file_size(folder, name) > max_bytes:
+        raise ConfigError(FLAG, folder, f"{name} has more than {max_bytes} bytes")
+    try:
+        document = json.loads((folder / name).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        raise ConfigError(FLAG, folder, f"{name} cannot be read, or is not JSON") from None
     if not isinstance(document, dict):
-        raise ConfigError(flag, folder, f"{HF_CONFIG} must hold an object")
+        raise ConfigError(FLAG, folder, f"{name} is not a JSON object")
     return document
 
 
 @dataclass(frozen=True)
 class JsonFields:
-    """Typed access to a JSON object; null is the same as missing, as in transformers."""
+    """A JSON object of config.json. As in transformers, null means the same as a missing key.
+
+    Attributes:
+        folder: the folder of config.json, for error messages.
+        value: the object.
+        prefix: the path of the object inside config.json, for example ``rope_scaling.``.
+    """
 
     folder: Path
-    flag: str
-    where: str
     value: dict[str, Any]
+    prefix: str = ""
 
     def wrong(self, name: str, rule: str, works: str = "") -> ConfigError:
-        """The error that names the file, the key and what it holds."""
-        shown = " ".join(str(self.value.get(name)).split())[:60]
-        rule = f"{HF_CONFIG}: {self.where}{name} {shown} {rule}"
-        return ConfigError(self.flag, self.folder, rule, works)
+        """Makes the error that names the file, the key, its value and the rule."""
+        value = self.value.get(name)
+        shown = "is missing" if value is None else f"is {json.dumps(value)[:60]}"
+        rule = f"{_CONFIG}: {self.prefix}{name} {shown}, {rule}"
+        return ConfigError(FLAG, self.folder, rule, works)
+
+    def unsupported(self, name: str, works: str, why: str = "") -> ConfigError:
+        """Makes the error for a value that is valid, but that this program does not support."""
+        return self.wrong(name, f"which is not supported{f': {why}' if why else ''}", works)
+
+    def only(self, name: str, *supported: object, why: str = "", works: str = "") -> None:
+        """Refuses every value of a key other than ``supported``; the key may be missing."""
+        value = self.value.get(name)
+        if value is not None and not any(type(value) is type(x) and value == x for x in supported):
+            raise self.unsupported(name, works or json.dumps(supported[0]), why)
 
     def size(self, name: str, default: int | None = None) -> int:
-        """A whole number from 1."""
+        """A whole number of at least 1."""
         value = self.value.get(name)
         if value is None and default is not None:
             return default
-        if type(value) is not int or not 1 <= value <= LARGEST:
-            raise self.wrong(name, f"must be a whole number from 1 to {LARGEST}")
+        if type(value) is not int or not 1 <= value <= _LARGEST:
+            raise self.wrong(name, f"but must be a whole number from 1 to {_LARGEST}")
         return value
 
     def number(self, name: str, default: float) -> float:
-        """A number, 0 or more."""
+        """A number of at least 0."""
         value = self.value.get(name)
         if value is None:
             return default
         if type(value) not in (int, float) or not 0 <= value <= 1e30:  # NaN fails too
-            raise self.wrong(name, "must be a number, 0 or more")
+            raise self.wrong(name, "but must be a number of at least 0")
         return float(value)
 
     def switch(self, name: str, default: bool) -> bool:
-        """True or false."""
+        """A truth value."""
         value = self.value.get(name)
         if value is None:
             return default
         if not isinstance(value, bool):
-            raise self.wrong(name, "must be true or false")
+            raise self.wrong(name, "but must be true or false")
         return value
 
-    def numbers(self, name: str) -> tuple[float, ...] | None:
-        """A list of positive numbers, or None."""
+    def numbers(self, name: str) -> tuple[float, ...]:
+        """A list of positive numbers."""
         value = self.value.get(name)
-        if value is None:
-            return None
-        good = isinstance(value, list) and all(
+        valid = isinstance(value, list) and all(
             type(x) in (int, float) and 0 < x <= 1e30 for x in value
         )
-        if not good:
-            raise self.wrong(name, "must be a list of positive numbers")
+        if not isinstance(value, list) or not valid:
+            raise self.wrong(name, "but must be a list of positive numbers")
         return tuple(float(x) for x in value)
 
-    def mapping(self, name: str) -> dict[str, Any]:
-        """An object, by default an empty one."""
+    def inner(self, name: str) -> JsonFields:
+        """The object under a key, empty if the key is missing."""
         value = self.value.get(name)
         if value is not None and not isinstance(value, dict):
-            raise self.wrong(name, "must be an object")
-        return value or {}
-
-    def token(self, name: str) -> int | None:
-        """The id of a token, the first of several; None where there is none."""
-        value = self.value.get(name)
-        if isinstance(value, list) and value:
-            value = value[0]
-        if value is None or value == []:
-            return None
-        if type(value) is not int or not -1 <= value <= LARGEST:
-            raise self.wrong(name, "must be the id of a token")
-        return value if value >= 0 else None
+            raise self.wrong(name, "but must be an object")
+        return JsonFields(self.folder, value or {}, f"{self.prefix}{name}.")

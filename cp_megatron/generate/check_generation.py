@@ -23,7 +23,7 @@ from cp_megatron.data.tokenize.chat_template import Render, find_template
 from cp_megatron.data.tokenize.open_tokenizer import open_tokenizer
 from cp_megatron.data.tokenize.tokenizer import Tokenizer
 from cp_megatron.errors import ConfigError
-from cp_megatron.families.llama import read_hf_config
+from cp_megatron.families.registry import read_hf_config
 from cp_megatron.preflight.rope_rules import check_rope
 
 _READ = (

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from cp_megatron.checkpoint.huggingface import load_hf
+from cp_megatron.checkpoint.hf_load import load_hf
 from cp_megatron.checkpoint.load import load_checkpoint
 from cp_megatron.checkpoint.shard_writer import DTYPES
 from cp_megatron.data.tokenize.chat_template import TemplateRefusalError

@@ -1,32 +1,31 @@
-"""What a run that starts from a Hugging Face folder must satisfy; no torch."""
+"""Checks a run that starts from a Hugging Face folder. This module does not import torch."""
 
 from __future__ import annotations
 
-from cp_megatron.checkpoint.hf_files import FLAG, read_hf_weights
+import dataclasses
+
+from cp_megatron.checkpoint.hf_folder import find_weights
 from cp_megatron.config import Config, ModelConfig
-from cp_megatron.config.fields import settings
 from cp_megatron.data.tokenize.tokenizer import Tokenizer
 from cp_megatron.errors import ConfigError
-from cp_megatron.families.llama import has_tokenizer, read_hf_config
+from cp_megatron.families.json_fields import FLAG
+from cp_megatron.families.registry import TRAINING_ONLY, has_tokenizer, read_hf_config, spelled
+from cp_megatron.families.rope_fields import ROPE_FIELDS
 
-# What the weights were made for: their shapes, and what gives their numbers a meaning.
-_FIXED = (
-    *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups"),
-    *("kv_channels", "normalization", "norm_epsilon", "swiglu", "position_embedding_type"),
-    *("untie_embeddings_and_output_weights", "disable_bias_linear", "add_qkv_bias"),
-    *("qk_layernorm", "vocab_size"),
-)
+# A run may change these flags, some of them to extend the context.
+_CHANGEABLE = TRAINING_ONLY | ROPE_FIELDS
+_CHANGEABLE |= {"rope_type", "rotary_base", "window_size", "window_layers"}
 
 
 def vocab_size_of(model: ModelConfig, tokenizer: Tokenizer) -> int:
-    """Tokens that the model knows: its own number, else the tokenizer's.
+    """Returns the number of tokens that the model knows: its own, or else the tokenizer's.
 
     Raises:
         ConfigError: the tokenizer has more.
     """
     size = tokenizer.vocab_size if model.vocab_size is None else model.vocab_size
     if tokenizer.vocab_size > size:
-        rule = f"has {tokenizer.vocab_size} ids, the model knows {size}"
+        rule = f"has {tokenizer.vocab_size} ids, but the model knows only {size}"
         flag = "--tokenizer-model" if tokenizer.path else "--tokenizer-type"
         value = tokenizer.path or tokenizer.kind
         raise ConfigError(flag, value, rule, "the tokenizer of the model")
@@ -34,10 +33,10 @@ def vocab_size_of(model: ModelConfig, tokenizer: Tokenizer) -> int:
 
 
 def check_load_hf(config: Config) -> tuple[str, ...]:
-    """Compares the folder of ``--load-hf`` with the run, headers of all its files included.
+    """Compares the folder of ``--load-hf``, including the headers of all its files, with the run.
 
     Returns:
-        what a person should know, for the start table.
+        notes for the start table.
 
     Raises:
         ConfigError: the folder is damaged, or a flag contradicts it.
@@ -46,35 +45,28 @@ def check_load_hf(config: Config) -> tuple[str, ...]:
     if folder is None:
         return ()
     if config.checkpoint.load is not None:
-        rule = "starts a new run, --load goes on with one"
+        rule = f"starts a new run, but --load {config.checkpoint.load} continues one"
         raise ConfigError(FLAG, folder, rule, "one of the two")
     found, model = read_hf_config(folder), config.model
-    for name in _FIXED:
+    for name in (field.name for field in dataclasses.fields(model)):
         theirs, ours = getattr(found.model, name), getattr(model, name)
-        if theirs != ours:
-            flag = settings()[name].flag
-            spelled = f"--no-{flag[2:]}" if ours is False else flag
+        if theirs != ours and name not in _CHANGEABLE:
             rule = f"contradicts the weights of {FLAG} {folder}"
-            value = "" if isinstance(ours, bool) else ours
-            works = "leave it out" if isinstance(theirs, bool) else f"{flag} {theirs}"
-            raise ConfigError(spelled, value, rule, works)
-    read_hf_weights(
-        folder,
-        model,
-        vocab_size=found.vocab_size,
-        padded_vocab_size=model.padded_vocab_size(found.vocab_size),
-    )
-    return tuple(_notes(config, found.max_positions))
+            works = f"leave it out, or {spelled(name, theirs)}"
+            raise ConfigError(spelled(name, ours), "", rule, works)
+    padded = model.padded_vocab_size(found.vocab_size)
+    find_weights(found, model, padded_vocab_size=padded)
+    return tuple(_notes(config, folder, found.model.max_position_embeddings or 0))
 
 
-def _notes(config: Config, max_positions: int) -> list[str]:
-    folder, seq_length = config.checkpoint.load_hf, config.data.seq_length
-    notes = [f"the weights of {folder} are where it starts"]
+def _notes(config: Config, folder: str, max_positions: int) -> list[str]:
+    seq_length = config.data.seq_length
+    notes = [f"training starts from the weights of {folder}"]
     if seq_length > max_positions and config.model.rope_type == "default":
         notes.append(
-            f"the model was made for {max_positions:,} positions, rows have {seq_length:,}: "
-            "--rope-type yarn --rope-scaling-factor would slow its angles down"
+            f"the model was made for {max_positions:,} positions, but rows have {seq_length:,}: "
+            "--rope-type yarn --rope-scaling-factor would adapt its rotary embeddings"
         )
-    if config.data.tokenizer_type == "byte" and folder and not has_tokenizer(folder):
-        notes.append(f"{folder} has no tokenizer: bytes are its tokens")
+    if config.data.tokenizer_type == "byte" and not has_tokenizer(folder):
+        notes.append(f"{folder} has no tokenizer, so bytes are the tokens")
     return notes

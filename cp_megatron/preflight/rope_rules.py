@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from cp_megatron.config import ModelConfig
 from cp_megatron.errors import ConfigError
-from cp_megatron.families.json_fields import ROPE_KEYS
+from cp_megatron.families.rope_fields import ROPE_FIELDS, ROPE_KEYS, fields_of
 from cp_megatron.preflight.rules import refuse_idle
-
-FIELDS = frozenset(field for fields in ROPE_KEYS.values() for field in fields.values())
-"""The fields of ModelConfig that one of the ``--rope-type`` reads."""
 
 
 def check_rope(model: ModelConfig, seq_length: int, given: frozenset[str]) -> None:
@@ -29,8 +26,8 @@ def check_rope(model: ModelConfig, seq_length: int, given: frozenset[str]) -> No
         if rows is not None and rows < seq_length:
             rule = f"must be at least --seq-length {seq_length}"
             raise ConfigError("--max-position-embeddings", rows, rule, str(seq_length))
-    for name in sorted(FIELDS - _fields_of(kind)):
-        readers = ", ".join(other for other in ROPE_KEYS if name in _fields_of(other))
+    for name in sorted(ROPE_FIELDS - fields_of(kind)):
+        readers = ", ".join(other for other in ROPE_KEYS if name in fields_of(other))
         reason, works = f"with --rope-type {kind}", f"--rope-type {readers}"
         refuse_idle(model, [name], given, reason=reason, works=works)
     if kind in ("linear", "dynamic", "yarn", "llama3") and model.rope_scaling_factor is None:
@@ -48,12 +45,6 @@ def check_rope(model: ModelConfig, seq_length: int, given: frozenset[str]) -> No
     elif kind == "dynamic" and model.head_dim <= 2:
         rule = "raises the base to a power of d / (d - 2), so heads must be wider than 2"
         raise ConfigError("--rope-type", kind, rule, "--kv-channels 4")
-
-
-def _fields_of(rope_type: str) -> frozenset[str]:
-    """The fields that this type reads."""
-    more = {"original_max_position_embeddings"} if rope_type == "dynamic" else set()
-    return frozenset(ROPE_KEYS[rope_type].values()) | more
 
 
 def _check_original_length(model: ModelConfig, seq_length: int) -> None:

@@ -9,13 +9,13 @@ from typing import Any
 
 from cp_megatron.checkpoint.find_checkpoint import Newest, named_step, newest_whole
 from cp_megatron.checkpoint.manifest import Manifest, read_manifest
+from cp_megatron.checkpoint.saved_config import saved_config
 from cp_megatron.checkpoint.step_folders import TEMPORARY, newest_step
 from cp_megatron.config import Config
 from cp_megatron.config.fields import settings
 from cp_megatron.config.files.run_folders import CONFIG_FILE, run_folder
-from cp_megatron.config.files.yaml_io import overlay
 from cp_megatron.errors import ConfigError, FinishedError
-from cp_megatron.preflight.rope_rules import FIELDS
+from cp_megatron.families.rope_fields import ROPE_FIELDS
 
 _MAY_CHANGE = frozenset(
     {"hidden_dropout", "attention_dropout", "init_method_std", "window_size", "window_layers"}
@@ -166,7 +166,7 @@ def _check_same_model(config: Config, manifest: Manifest, vocab_size: int, load:
     if manifest.vocab_size != vocab_size:
         rule = f"its vocabulary has {manifest.vocab_size} tokens, this run's has {vocab_size}"
         raise ConfigError("--load", load, rule, "the tokenizer it was trained with")
-    now, then = _shape(config), _shape(_saved_config(manifest, load))
+    now, then = _shape(config), _shape(saved_config(manifest, load))
     for name, value in now.items():
         if then[name] != value:
             rule = f"the checkpoint {load} is of another model"
@@ -185,22 +185,6 @@ def _spelled(name: str, value: object, config: Config) -> str:
     return f"--{flag} {value}"
 
 
-def _saved_config(manifest: Manifest, load: str) -> Config:
-    """The model and data of the checkpoint; settings it does not have get their default."""
-    values: dict[str, Any] = {}
-    try:
-        for section in ("model", "data"):
-            entries = manifest.config[section]
-            rows = [row for row in settings().values() if row.section == section]
-            values |= {
-                row.name: row.from_yaml(entries[row.name]) for row in rows if row.name in entries
-            }
-        return overlay(Config(), values)
-    except (KeyError, TypeError, ValueError) as error:
-        rule = f"its manifest does not say its model: {error}"
-        raise ConfigError("--load", load, rule, "another step") from None
-
-
 def _shape(config: Config) -> dict[str, Any]:
     """The settings in which a run must agree with its checkpoint, with defaults filled in."""
     model, kind = config.model, config.model.position_embedding_type
@@ -208,7 +192,7 @@ def _shape(config: Config) -> dict[str, Any]:
     shape |= {"ffn_hidden_size": model.ffn_size, "num_query_groups": model.num_kv_heads}
     shape |= {"kv_channels": model.head_dim, "add_qkv_bias": model.has_qkv_bias}
     if kind != "rope":
-        shape |= dict.fromkeys(("rotary_base", "rope_type", *FIELDS))
+        shape |= dict.fromkeys(("rotary_base", "rope_type", *ROPE_FIELDS))
     positions = model.max_position_embeddings or config.data.seq_length
     return shape | {"max_position_embeddings": positions if kind == "learned_absolute" else None}
 

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 
-from cp_megatron.checkpoint.huggingface import load_hf
+from cp_megatron.checkpoint.hf_load import load_hf
 from cp_megatron.checkpoint.load import load_checkpoint
 from cp_megatron.checkpoint.manifest import read_manifest
 from cp_megatron.checkpoint.object_collectives import broadcast_object, on_all_ranks

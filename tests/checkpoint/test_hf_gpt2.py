@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cp_megatron.checkpoint import huggingface
-from cp_megatron.checkpoint.huggingface import export_hf
+from cp_megatron.checkpoint import hf_export
+from cp_megatron.checkpoint.hf_export import export_hf
+from cp_megatron.checkpoint.hf_load import read_into
 from cp_megatron.checkpoint.save import save_checkpoint
 from cp_megatron.comm.collectives import all_gather_dim
 from cp_megatron.comm.groups import ParallelGroups
@@ -23,8 +24,10 @@ from cp_megatron.context_parallel import ContextParallel
 from cp_megatron.data.tokenize.open_tokenizer import open_tokenizer
 from cp_megatron.data.tokenize.tokenizer import ByteTokenizer
 from cp_megatron.errors import ConfigError
-from cp_megatron.families.llama import to_hf_config
-from cp_megatron.model import build_model
+from cp_megatron.families import gpt2
+from cp_megatron.families.json_fields import JsonFields, read_json
+from cp_megatron.families.registry import HFModel, to_hf_config
+from cp_megatron.model import Transformer, build_model
 from cp_megatron.plan import Grid, Mask
 from tests.ranks import run_ranks
 
@@ -54,12 +57,33 @@ def tokens() -> Tensor:
     return torch.randint(0, VOCAB, (2, SEQ), generator=torch.Generator().manual_seed(7))
 
 
-def save(rank: int, world_size: int, folder: Path, name: str, grid: Grid) -> Tensor:
-    """Logits [2, SEQ, VOCAB] of random weights, which are saved."""
+def build(name: str, grid: Grid) -> tuple[Transformer, ParallelGroups]:
     config, dtype, _ = CASES[name]
     groups = ParallelGroups.create(grid, "cpu")
     options: dict[str, Any] = {"vocab_size": VOCAB, "dtype": dtype, "device": "cpu"}
-    model = build_model(run_of(config), groups, **options)
+    return build_model(run_of(config), groups, **options), groups
+
+
+def logits_of(model: Transformer, groups: ParallelGroups) -> Tensor:
+    cp = ContextParallel(groups.cp, Mask.causal(SEQ))
+    with torch.no_grad():
+        logits = model(cp.shard(tokens(), 1), cp=cp)
+    return cp.gather(all_gather_dim(logits, -1, groups.tp), 1)[..., :VOCAB]
+
+
+def read_back(rank: int, world_size: int, folder: Path, name: str, grid: Grid) -> Tensor:
+    """Logits of a model whose weights come from an exported folder."""
+    model, groups = build(name, grid)
+    raw, family = read_json(folder), gpt2.GPT2
+    read = family.read(JsonFields(folder, raw))
+    found = HFModel(folder=str(folder), family=family, model=read, vocab_size=VOCAB, raw=raw)
+    read_into(model, found)
+    return logits_of(model, groups)
+
+
+def save(rank: int, world_size: int, folder: Path, name: str, grid: Grid) -> Tensor:
+    """Logits [2, SEQ, VOCAB] of random weights, which are saved."""
+    model, groups = build(name, grid)
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for value in model.state_dict().values():
@@ -75,15 +99,12 @@ def save(rank: int, world_size: int, folder: Path, name: str, grid: Grid) -> Ten
         consumed=0,
         model=model,
         optimizer=None,
-        config=run_of(config),
+        config=run_of(CASES[name][0]),
         grid=grid,
         data_fingerprint="",
         vocab_size=VOCAB,
     )
-    cp = ContextParallel(groups.cp, Mask.causal(SEQ))
-    with torch.no_grad():
-        logits = model(cp.shard(tokens(), 1), cp=cp)
-    return cp.gather(all_gather_dim(logits, -1, groups.tp), 1)[..., :VOCAB]
+    return logits_of(model, groups)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -118,12 +139,21 @@ def test_no_more_than_a_tensor_of_the_folder_is_held(
         held.append(made.nbytes)
         return made
 
-    monkeypatch.setattr(huggingface.torch, "empty", counting)
+    monkeypatch.setattr(hf_export.torch, "empty", counting)
     export_hf(tmp_path / "run", tmp_path / "out")
     assert max(held) == VOCAB * 32 * 4  # the embedding; every tensor is made once, as it is written
     assert sum(held) == sum(p.stat().st_size for p in [tmp_path / "out/model.safetensors"]) - (
         8 + int.from_bytes((tmp_path / "out/model.safetensors").read_bytes()[:8], "little")
     )
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_fused_and_transposed_tensors_are_read_back(tmp_path: Path, name: str) -> None:
+    """Each rank reads its part of queries, keys and values out of one transposed tensor."""
+    grid = Grid(tp=2, cp=2)
+    saved = run_ranks(save, 4, tmp_path / "run", name, grid)[0]
+    out = export_hf(tmp_path / "run", tmp_path / "out", dtype=CASES[name][1])
+    assert torch.equal(run_ranks(read_back, 4, out, name, grid)[0], saved)
 
 
 @pytest.mark.parametrize(
@@ -137,7 +167,7 @@ def test_no_more_than_a_tensor_of_the_folder_is_held(
     ],
 )
 def test_what_gpt2_has_no_place_for(changes: dict[str, Any], flag: str) -> None:
-    with pytest.raises(ConfigError, match="no architecture of Hugging Face: in GPT-2") as caught:
+    with pytest.raises(ConfigError, match="the nearest one, GPT2LMHeadModel") as caught:
         to_hf_config(replace(GPT2, **changes), vocab_size=VOCAB, seq_length=8, eod=256)
     assert caught.value.flag == flag
 

@@ -16,15 +16,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from cp_megatron.checkpoint.huggingface import export_hf, load_hf
+from cp_megatron.checkpoint import hf_load
+from cp_megatron.checkpoint.hf_export import export_hf
+from cp_megatron.checkpoint.hf_load import load_hf
 from cp_megatron.checkpoint.save import save_checkpoint
-from cp_megatron.checkpoint.shard_reader import ShardReader
 from cp_megatron.comm.collectives import all_gather_dim
 from cp_megatron.comm.groups import ParallelGroups
 from cp_megatron.config import Config
 from cp_megatron.context_parallel import ContextParallel
 from cp_megatron.errors import ConfigError
-from cp_megatron.families.llama import read_hf_config
+from cp_megatron.families.registry import read_hf_config
 from cp_megatron.model import Transformer, build_model
 from cp_megatron.plan import Grid, Mask
 from tests.ranks import run_ranks
@@ -265,7 +266,8 @@ def test_an_export_in_half_precision(runs: dict[str, Path], tmp_path: Path) -> N
 
 def count_bytes(rank: int, world_size: int, folder: Path, grid: Grid) -> int:
     """Bytes that this rank takes out of the files."""
-    counted, read_box = 0, ShardReader._read_box
+    reader = hf_load._FolderReader
+    counted, read_box = 0, reader._read_box
 
     def counting(*args: Any) -> Tensor:
         nonlocal counted
@@ -273,11 +275,11 @@ def count_bytes(rank: int, world_size: int, folder: Path, grid: Grid) -> int:
         counted += part.nbytes
         return part
 
-    ShardReader._read_box = counting  # type: ignore[method-assign]
+    reader._read_box = counting  # type: ignore[method-assign]
     try:
         load_on(folder, grid)
     finally:
-        ShardReader._read_box = read_box  # type: ignore[method-assign]
+        reader._read_box = read_box  # type: ignore[method-assign]
     return counted
 
 
@@ -367,22 +369,22 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "gone": (lambda folder: (folder / "model.safetensors").unlink(), "missing"),
     "a tensor less": (_rewrite(lambda t: t.pop(NORM)), f"lack {NORM}"),
     "a tensor more": (_rewrite(lambda t: t.update(more=torch.ones(2))), "holds more"),
-    "a shape": (_rewrite(lambda t: t.update({NORM: torch.ones(31)})), r"is \[31\]"),
+    "a shape": (_rewrite(lambda t: t.update({NORM: torch.ones(31)})), r"has the shape \[31\]"),
     "a dtype": (
         _rewrite(lambda t: t.update({NORM: torch.ones(32, dtype=torch.int8)})),
         "dtype I8",
     ),
-    "a way out": (_index("../model.safetensors"), "no file beside it"),
+    "a way out": (_index("../model.safetensors"), "not the name of a file beside it"),
     "a shard missing": (_index("model-00009.safetensors"), "model-00009.safetensors is missing"),
     "no header": (
         lambda folder: (folder / "model.safetensors").write_bytes(b"\xff" * 64),
-        "truncated or no safetensors",
+        "truncated, damaged or not",
     ),
     "no index": (
         lambda folder: (folder / "model.safetensors.index.json").write_text("[" * 99999),
         "not JSON",
     ),
-    "tensors in one place": (_overlap, "overlap or leave a hole"),
+    "tensors in one place": (_overlap, "truncated, damaged or not"),
     "another size": (
         lambda folder: (folder / "config.json").write_text(
             (folder / "config.json").read_text().replace('"vocab_size": 300', '"vocab_size": 299')

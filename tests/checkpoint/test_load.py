@@ -226,7 +226,7 @@ def test_byte_items_are_refused_on_save() -> None:
 
 def test_byte_items_are_refused_on_load(tmp_path: Path) -> None:
     folder = toy.save(tmp_path, *toy.make(None, updates=1))
-    reader = ShardReader(folder, read_manifest(folder))
+    reader = ShardReader(folder, read_manifest(folder).tensors)
     index, none = MetadataIndex("epoch"), torch.Size([0])
     item = ReadItem(LoadItemType.BYTE_IO, index, none, index, none, none)
     with pytest.raises(TypeError, match="epoch is not a tensor"):
@@ -260,7 +260,7 @@ def test_a_shard_that_is_not_what_the_manifest_says(
     chunks = tuple(replace(chunk, key=values.get("key", chunk.key)) for chunk in entry.chunks)
     entry = replace(entry, dtype=values.get("dtype", entry.dtype), chunks=chunks)
     tensors = {**manifest.tensors, "model.row": entry}
-    reader = ShardReader(folder, replace(manifest, tensors=tensors))
+    reader = ShardReader(folder, tensors)
     model, _ = toy.make(None)
     planner = DefaultLoadPlanner(flatten_state_dict=False)
     planner.set_up_planner({"model.row": model.row.detach()}, reader.read_metadata())

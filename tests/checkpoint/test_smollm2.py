@@ -9,11 +9,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from cp_megatron.checkpoint.huggingface import load_hf
+from cp_megatron.checkpoint.hf_load import load_hf
 from cp_megatron.context_parallel import ContextParallel
 from cp_megatron.data.tokenize.open_tokenizer import open_tokenizer
 from cp_megatron.data.tokenize.tokenizer import Tokenizer
-from cp_megatron.families.llama import read_hf_config
+from cp_megatron.families.registry import read_hf_config
 from cp_megatron.generate.decode import Sampling, Session
 from cp_megatron.model import Transformer
 from cp_megatron.plan import Mask

@@ -1,4 +1,4 @@
-"""config.json as a model and back; whatever is malformed or not honoured is refused."""
+"""config.json as flags and back; whatever is malformed or not supported is refused."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from cp_megatron.config import ModelConfig
 from cp_megatron.config.files.presets import PRESETS
 from cp_megatron.errors import ConfigError
-from cp_megatron.families.llama import read_hf_config, to_hf_config
+from cp_megatron.families.registry import read_hf_config, to_hf_config
 
 LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -51,7 +51,8 @@ def test_a_llama(tmp_path: Path) -> None:
     assert not model.untie_embeddings_and_output_weights
     assert model.disable_bias_linear
     found = read_hf_config(tmp_path)
-    assert (found.eos, found.bos, found.vocab_size, found.max_positions) == (2, None, 300, 64)
+    assert (found.vocab_size, found.raw["eos_token_id"]) == (300, [2, 3])
+    assert (model.vocab_size, model.max_position_embeddings) == (300, 64)
 
 
 def test_both_generations_of_rope_say_the_same(tmp_path: Path) -> None:
@@ -81,19 +82,22 @@ def test_a_window_on_some_layers(tmp_path: Path) -> None:
     whole = read(tmp_path, **other("Qwen3", **window, layer_types=["sliding_attention"] * 4))
     assert (whole.window_size, whole.window_layers) == ((7, 0), None)
     # transformers' Mistral does not look at them.
-    with pytest.raises(ConfigError, match=r"layer_types .* is not honoured in Mistral"):
+    with pytest.raises(
+        ConfigError,
+        match=r"layer_types .* transformers does not read it in Mistral",
+    ):
         read(tmp_path, **other("Mistral", sliding_window=8, layer_types=kinds))
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
-    ({"architectures": ["GptOssForCausalLM"]}, "not known here"),
-    ({"architectures": None, "model_type": "mamba"}, "not known here"),
+    ({"architectures": ["GptOssForCausalLM"]}, "not supported .works: LlamaForCausalLM"),
+    ({"architectures": None, "model_type": "mamba"}, "not supported .works: llama, qwen2"),
     ({"architectures": [3]}, "architectures"),
-    ({"hidden_act": "gelu"}, "hidden_act gelu is not honoured"),
-    ({"attention_bias": True}, "attention_bias"),
-    ({"quantization_config": {"bits": 4}}, "quantization_config"),
-    ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
-    ({"vocab_size": None}, "vocab_size"),
+    ({"hidden_act": "gelu"}, 'hidden_act is "gelu", which is not supported .works: "silu"'),
+    ({"attention_bias": True}, "mlp_bias must be the same"),
+    ({"quantization_config": {"bits": 4}}, "works: weights that are not quantized"),
+    ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5, which is not supported"),
+    ({"vocab_size": None}, "vocab_size is missing, but must be a whole number from 1"),
     ({"vocab_size": 1e400}, "vocab_size"),
     ({"num_hidden_layers": 10**30}, "num_hidden_layers"),
     ({"num_hidden_layers": True}, "num_hidden_layers"),
@@ -103,15 +107,25 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"rms_norm_eps": float("nan")}, "rms_norm_eps"),
     ({"rope_theta": -1}, "rope_theta"),
     ({"rope_scaling": [1]}, "must be an object"),
-    ({"rope_scaling": {"rope_type": "mrope"}}, "rope_type mrope"),
+    ({"rope_scaling": {"rope_type": "mrope"}}, 'rope_type is "mrope"'),
     ({"rope_scaling": {"rope_type": ["yarn"]}}, "rope_type"),
-    ({"rope_scaling": {"rope_type": "linear"}}, "factor"),
-    ({"rope_scaling": {"rope_type": "linear", "factor": "2"}}, "factor 2"),
-    ({"rope_scaling": {"rope_type": "linear", "factor": 2, "more": 1}}, "more 1 is not honoured"),
-    ({"rope_scaling": {**YARN, "rope_type": "longrope", "short_factor": 1}}, "short_factor"),
+    ({"rope_scaling": {"rope_type": "linear"}}, "rope_scaling.factor is missing"),
+    ({"rope_scaling": {"rope_type": "linear", "factor": "2"}}, 'factor is "2"'),
+    (
+        {"rope_scaling": {"rope_type": "linear", "factor": 2, "more": 1}},
+        "more is 1, which is not",
+    ),
+    (
+        {"rope_scaling": {"rope_type": "longrope", "short_factor": 1, "long_factor": [1.0]}},
+        "short_factor is 1, but must be a list of positive numbers",
+    ),
+    ({"rope_scaling": {**YARN, "rope_type": "longrope"}}, "short_factor is missing"),
     ({"tie_word_embeddings": "yes"}, "must be true or false"),
-    (other("Qwen3", attention_bias=True), "attention_bias"),
-    (other("Mistral", layer_types=5), "layer_types 5 is not honoured"),
+    ({"sliding_window": 8}, "works: MistralForCausalLM"),
+    ({"architectures": ["GPT2LMHeadModel"]}, "not supported"),
+    ({"architectures": None, "model_type": "gpt2"}, "not supported"),
+    (other("Qwen3", attention_bias=True), "attention_bias is true"),
+    (other("Mistral", layer_types=5), "layer_types is 5, which is not supported"),
 ]
 
 
@@ -198,11 +212,12 @@ ROUND: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", ROUND)
 def test_what_is_written_is_read_back(tmp_path: Path, name: str) -> None:
     model = replace(BASE, **ROUND[name])
-    written = to_hf_config(model, vocab_size=300, seq_length=48, eod=5)
+    family, written = to_hf_config(model, vocab_size=300, seq_length=48, eod=5)
     (tmp_path / "config.json").write_text(json.dumps(written))
     found = read_hf_config(tmp_path)
-    assert found.eos == 5
-    assert found.architecture == name.partition(",")[0] or model.rope_type == name
+    assert found.raw["eos_token_id"] == 5
+    assert found.family is family
+    assert family.model_type == name.partition(",")[0] or model.rope_type == name
     filled = replace(
         model,
         ffn_hidden_size=model.ffn_size,
@@ -217,13 +232,13 @@ def test_what_is_written_is_read_back(tmp_path: Path, name: str) -> None:
     [
         ({"window_size": (3, 0), "window_layers": (0,)}, "--window-layers"),
         ({"normalization": "LayerNorm"}, "--normalization"),
-        ({"swiglu": False}, "--swiglu"),
+        ({"swiglu": False}, "--no-swiglu"),
         ({"position_embedding_type": "none"}, "--position-embedding-type"),
-        ({"disable_bias_linear": False, "qk_layernorm": True}, "--disable-bias-linear"),
+        ({"disable_bias_linear": False, "qk_layernorm": True}, "--no-disable-bias-linear"),
         ({"add_qkv_bias": True, "qk_layernorm": True}, "--add-qkv-bias"),
     ],
 )
 def test_what_no_architecture_has(changes: dict[str, Any], flag: str) -> None:
-    with pytest.raises(ConfigError, match="no architecture of Hugging Face") as caught:
+    with pytest.raises(ConfigError, match="no supported Hugging Face architecture") as caught:
         to_hf_config(replace(BASE, **changes), vocab_size=300, seq_length=8, eod=1)
     assert caught.value.flag == flag

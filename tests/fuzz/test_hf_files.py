@@ -16,9 +16,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from cp_megatron.checkpoint.hf_files import INDEX_FILE, hf_tensors
-from cp_megatron.checkpoint.huggingface import load_hf
-from cp_megatron.families.llama import read_hf_config
+from cp_megatron.checkpoint.hf_folder import INDEX_FILE
+from cp_megatron.checkpoint.hf_load import load_hf
+from cp_megatron.families.family import HFTensor
+from cp_megatron.families.registry import read_hf_config
 from tests.fuzz.mutations import forged_header, harm_bytes, harm_json, header_of, with_header
 from tests.fuzz.reading import REFUSED, Trap, outcome, same, spread
 
@@ -42,6 +43,11 @@ HF_CONFIG: dict[str, Any] = {
 }
 
 
+def tensors_of(folder: Path) -> list[HFTensor]:
+    found = read_hf_config(folder)
+    return found.family.tensors(found.model, vocab_size=300, seq_length=64)
+
+
 class Stub(nn.Module):
     """Tensors named as the model's, without the model."""
 
@@ -49,8 +55,9 @@ class Stub(nn.Module):
         super().__init__()
         self.config = read_hf_config(folder).model
         self.tensors = {
-            name: torch.full(tensor.shape, torch.nan)
-            for name, tensor in hf_tensors(self.config, 300).items()
+            part.name: torch.full(part.shape, torch.nan)
+            for tensor in tensors_of(folder)
+            for part in tensor.parts
         }
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
@@ -69,9 +76,8 @@ def folder(tmp_path: Path) -> Path:
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(HF_CONFIG))
     torch.manual_seed(5)
-    tensors = hf_tensors(read_hf_config(folder).model, 300).values()
     save_file(
-        {tensor.key: torch.randn(tensor.shape) for tensor in tensors},
+        {tensor.key: torch.randn(tensor.shape) for tensor in tensors_of(folder)},
         folder / "model.safetensors",
         metadata={"format": "pt"},
     )

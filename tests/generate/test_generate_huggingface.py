@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from cp_megatron.checkpoint.huggingface import load_hf
-from cp_megatron.families.llama import read_hf_config
+from cp_megatron.checkpoint.hf_load import load_hf
+from cp_megatron.families.registry import read_hf_config
 from cp_megatron.generate import decode as generate_module
 from cp_megatron.generate.decode import Sampling, Session
 from cp_megatron.model import Transformer

@@ -68,7 +68,7 @@ def test_a_context_is_extended_and_handed_back(
 ) -> None:
     from transformers import AutoModelForCausalLM
 
-    from cp_megatron.checkpoint.huggingface import export_hf
+    from cp_megatron.checkpoint.hf_export import export_hf
 
     make_folder(tmp_path / "base")
     (tmp_path / "text").mkdir()

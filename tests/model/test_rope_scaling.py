@@ -11,7 +11,7 @@ import torch
 
 from cp_megatron.config import ModelConfig
 from cp_megatron.context_parallel import ContextParallel
-from cp_megatron.families.json_fields import ROPE_KEYS
+from cp_megatron.families.rope_fields import ROPE_KEYS
 from cp_megatron.model import Transformer
 from cp_megatron.model.rope import Rotation
 from cp_megatron.model.rope_scaling import rope_frequencies

@@ -1,0 +1,162 @@
+"""Finds our parameters in the safetensors of a Hugging Face folder. This does not import torch.
+
+A folder holds one ``model.safetensors``, or several shards and an index that says which shard holds
+which tensor. Only headers are read here, but all of them, so that a missing shard, a truncated
+file, or a tensor that is superfluous or has a wrong shape or dtype is found before a rank waits for
+another one.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+
+from safetensors import SafetensorError, safe_open
+
+from cp_megatron.checkpoint.manifest import ChunkEntry, TensorEntry
+from cp_megatron.config import ModelConfig
+from cp_megatron.errors import ConfigError
+from cp_megatron.families.family import HFTensor
+from cp_megatron.families.json_fields import FLAG, file_size, read_json
+from cp_megatron.families.registry import HFModel
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+DTYPES: Mapping[str, str] = MappingProxyType(
+    {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+)
+"""The dtypes that weights may have, by their names in safetensors."""
+_SHARD = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*\.safetensors")
+# A buffer that old versions of transformers stored. It follows from the flags.
+_OLD_BUFFER = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Where a parameter of ours is stored.
+
+    Attributes:
+        entry: the parameter as a tensor of a checkpoint, in one chunk. Our embedding has more rows,
+            which pad the vocabulary; its chunk ends before them.
+        tensor: the tensor of the folder that holds the chunk.
+        start: the chunk's first row in the concatenation of the tensor's parts.
+    """
+
+    entry: TensorEntry
+    tensor: HFTensor
+    start: int
+
+
+def find_weights(
+    found: HFModel, model: ModelConfig, *, padded_vocab_size: int
+) -> dict[str, Source]:
+    """Checks the headers of all files of a folder against a model.
+
+    Args:
+        found: the folder and its config.json.
+        model: the model whose parameters are looked for; it may differ from ``found.model`` in
+            flags that change no tensor.
+        padded_vocab_size: rows of our embedding.
+
+    Returns:
+        the source of each parameter, by its name.
+
+    Raises:
+        ConfigError: names the file and what is wrong with it.
+    """
+    folder = Path(found.folder)
+    stored = _stored(folder)
+    if model.num_layers > len(stored):
+        rule = f"config.json says {model.num_layers} layers, but the folder has only {len(stored)} "
+        raise _wrong(folder, f"{rule}tensors")
+    positions = found.model.max_position_embeddings or 1
+    tensors = found.family.tensors(model, vocab_size=found.vocab_size, seq_length=positions)
+    sources: dict[str, Source] = {}
+    for tensor in tensors:
+        at = stored.pop(tensor.key, None)
+        if at is None:
+            raise _wrong(folder, f"its safetensors lack {tensor.key}")
+        if at.shape != tensor.shape:
+            rule = f"{at.file}: {tensor.key} has the shape {list(at.shape)}, but by config.json and"
+            raise _wrong(folder, f"{rule} the flags it is {list(tensor.shape)}")
+        start = 0
+        for part in tensor.parts:
+            shape = (padded_vocab_size, *part.shape[1:]) if part.padded else part.shape
+            corner = (0,) * len(shape)
+            chunk = ChunkEntry(offsets=corner, sizes=part.shape, file=at.file, key=tensor.key)
+            entry = TensorEntry(dtype=at.dtype, shape=shape, chunks=(chunk,))
+            sources[part.name] = Source(entry=entry, tensor=tensor, start=start)
+            start += part.shape[0]
+    if not model.untie_embeddings_and_output_weights:
+        stored.pop("lm_head.weight", None)  # transformers ignores it and uses the embedding
+    extra = [key for key in stored if not _OLD_BUFFER.fullmatch(key)]
+    if extra:
+        more = f" (and {len(extra) - 1} more)" if len(extra) > 1 else ""
+        rule = f"{stored[extra[0]].file} holds {extra[0]}{more}, which config.json has no place for"
+        raise _wrong(folder, rule)
+    return sources
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Stored:
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def _stored(folder: Path) -> dict[str, _Stored]:
+    """All tensors of the folder by key."""
+    index = _index(folder)
+    stored: dict[str, _Stored] = {}
+    for name in [SINGLE_FILE] if index is None else sorted(set(index.values())):
+        for key, tensor in _header(folder, name).items():
+            if index is not None and index.get(key) != name:
+                where = f"in {index[key]}" if key in index else "in no file"
+                raise _wrong(folder, f"{name} holds {key}, which by {INDEX_FILE} is {where}")
+            stored[key] = tensor
+    for key, name in (index or {}).items():
+        if key not in stored:
+            raise _wrong(folder, f"{name} lacks {key}, which by {INDEX_FILE} is there")
+    return stored
+
+
+def _index(folder: Path) -> dict[str, str] | None:
+    """The file of each key; None if the folder has a single file."""
+    if not (folder / INDEX_FILE).exists():
+        return None
+    index = read_json(folder, INDEX_FILE, max_bytes=1 << 27).get("weight_map")
+    if not isinstance(index, dict) or not index:
+        raise _wrong(folder, f"{INDEX_FILE} has no weight_map")
+    for key, name in index.items():
+        # A name without a separator cannot lead out of the folder.
+        if not isinstance(name, str) or not _SHARD.fullmatch(name):
+            rule = f"{INDEX_FILE}: {str(name)[:80]!r} of {key} is not the name of a file beside it"
+            raise _wrong(folder, rule)
+    return index
+
+
+def _header(folder: Path, name: str) -> dict[str, _Stored]:
+    """The tensors of a file by key. The library checks that they fill the file exactly."""
+    file_size(folder, name)
+    tensors: dict[str, _Stored] = {}
+    try:
+        with safe_open(folder / name, framework="np") as file:
+            for key in file.keys():  # noqa: SIM118 - a file is not a dict
+                tensor = file.get_slice(key)
+                dtype, shape = tensor.get_dtype(), tuple(tensor.get_shape())
+                if dtype not in DTYPES:
+                    rule, works = f"{name}: {key} has the dtype {dtype}", ", ".join(DTYPES.values())
+                    raise ConfigError(FLAG, folder, rule, f"weights in {works}")
+                tensors[key] = _Stored(file=name, dtype=DTYPES[dtype], shape=shape)
+    except (SafetensorError, OSError) as error:
+        reason = str(error).removeprefix("Error while deserializing header: ")[:160]
+        rule = f"{name} is truncated, damaged or not a safetensors file ({reason})"
+        raise _wrong(folder, rule) from None
+    return tensors
+
+
+def _wrong(folder: Path, rule: str) -> ConfigError:
+    return ConfigError(FLAG, folder, " ".join(rule.split()))

@@ -1,0 +1,80 @@
+"""Loads the weights of a Hugging Face folder into a model on any grid.
+
+The folder is described as a checkpoint of ours (``hf_folder``). torch.distributed.checkpoint then
+plans which box of which tensor each rank reads, as for a checkpoint of another grid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.planner import ReadItem
+
+from cp_megatron.checkpoint.hf_folder import Source, find_weights
+from cp_megatron.checkpoint.manifest import ChunkEntry
+from cp_megatron.checkpoint.object_collectives import Group, on_all_ranks
+from cp_megatron.checkpoint.shard_reader import ShardReader, read_shards
+from cp_megatron.errors import ConfigError
+from cp_megatron.families.json_fields import FLAG
+from cp_megatron.families.registry import HFModel, read_hf_config
+
+
+def load_hf(folder: str | Path, *, model: nn.Module, process_group: Group = None) -> None:
+    """Fills a model in place; each rank reads its part. All ranks call it.
+
+    Args:
+        folder: holds config.json and safetensors of any float dtype, in one file or in shards.
+        model: a ``Transformer`` of that config with storage. The rows that pad its vocabulary
+            become zero.
+        process_group: the ranks that load; by default all.
+
+    Raises:
+        ConfigError: the folder is damaged, or of another model; all ranks raise the same error.
+    """
+    found = on_all_ranks(lambda: read_hf_config(folder), process_group)
+    read_into(model, found, process_group)
+
+
+def read_into(model: nn.Module, found: HFModel, process_group: Group = None) -> None:
+    """Fills a model from a folder whose config.json is read; see ``load_hf``."""
+    state = {name: value.detach() for name, value in model.state_dict().items()}
+    config = getattr(model, "config")  # noqa: B009 - attributes of a module have no types
+    rows = state["embedding.weight"].shape[0]
+
+    def find() -> dict[str, Source]:
+        if found.vocab_size > rows:
+            rule = f"its vocabulary has {found.vocab_size} tokens, the model's has {rows}"
+            raise ConfigError(FLAG, found.folder, rule)
+        sources = find_weights(found, config, padded_vocab_size=rows)
+        assert sources.keys() == state.keys(), "the model is built from its description"
+        return sources
+
+    sources = on_all_ranks(find, process_group)
+    with torch.no_grad():
+        for name, source in sources.items():
+            if source.entry.shape != source.entry.chunks[0].sizes:
+                state[name].zero_()  # the chunk leaves rows that pad the vocabulary
+    read_shards(state, _FolderReader(found.folder, sources), flag=FLAG, group=process_group)
+
+
+class _FolderReader(ShardReader):
+    """Reads boxes of our parameters out of tensors that may be fused or transposed."""
+
+    def __init__(self, folder: str, sources: Mapping[str, Source]) -> None:
+        super().__init__(Path(folder), {name: source.entry for name, source in sources.items()})
+        self._sources = sources
+
+    def _read_box(self, shard: Any, item: ReadItem, chunk: ChunkEntry) -> Tensor:
+        source, stored = self._sources[item.storage_index.fqn], shard.get_slice(chunk.key)
+        if tuple(stored.get_shape()) != source.tensor.shape:
+            rule = f"{chunk.file} changed while it was read: {chunk.key} has another shape"
+            raise ConfigError(FLAG, self.folder, rule)
+        first, *others = item.storage_offsets
+        corner = (first + source.start, *others)
+        box = tuple(slice(x, x + length) for x, length in zip(corner, item.lengths))
+        part: Tensor = stored[box[::-1] if source.tensor.transposed else box]
+        return part.T if source.tensor.transposed else part

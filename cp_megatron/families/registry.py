@@ -1,0 +1,192 @@
+"""All families, and the choice between them: by config.json, or by the flags of a model.
+
+To export a model, each family writes its config.json and reads it back. The first family that
+returns the flags of the model can express it; so a flag that no family writes is never lost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from cp_megatron.config.fields import settings
+from cp_megatron.config.schema import ModelConfig
+from cp_megatron.errors import ConfigError
+from cp_megatron.families.family import Family
+from cp_megatron.families.gpt2 import GPT2
+from cp_megatron.families.json_fields import JsonFields, read_json
+from cp_megatron.families.llama import LLAMA
+from cp_megatron.families.llama_like import window_width
+from cp_megatron.families.mistral import MISTRAL
+from cp_megatron.families.qwen2 import QWEN2
+from cp_megatron.families.qwen3 import QWEN3
+from cp_megatron.families.rope_fields import ROPE_FIELDS, fields_of
+
+FAMILIES: tuple[Family, ...] = (LLAMA, QWEN2, QWEN3, MISTRAL, GPT2)
+"""A model that several families can express is exported as the first of them."""
+TRAINING_ONLY = frozenset(
+    {
+        *("hidden_dropout", "attention_dropout", "init_method_std"),
+        *("make_vocab_size_divisible_by", "max_position_embeddings"),
+    }
+)
+"""The flags that do not change what a trained model computes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HFModel:
+    """A model that config.json describes.
+
+    Attributes:
+        folder: the folder of config.json.
+        family: its family.
+        model: its flags.
+        vocab_size: rows of the embedding.
+        raw: all entries of config.json.
+    """
+
+    folder: str
+    family: Family
+    model: ModelConfig
+    vocab_size: int
+    raw: Mapping[str, Any]
+
+
+def read_hf_config(folder: str | Path) -> HFModel:
+    """Reads the model of a Hugging Face folder from its config.json.
+
+    Raises:
+        ConfigError: config.json is missing or malformed, or asks for something that is not
+            supported.
+    """
+    fields = JsonFields(Path(folder), read_json(Path(folder)))
+    family = _family_named(fields)
+    fields.only("quantization_config", works="weights that are not quantized")
+    return HFModel(
+        folder=str(folder),
+        family=family,
+        model=family.read(fields),
+        vocab_size=fields.size("vocab_size"),
+        raw=MappingProxyType(fields.value),
+    )
+
+
+def has_tokenizer(folder: str | Path) -> bool:
+    """Whether a folder holds a tokenizer that can be read."""
+    return any((Path(folder) / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
+
+
+def _family_named(fields: JsonFields) -> Family:
+    loaded = [family for family in FAMILIES if family.loads]
+    key, known = "architectures", {family.architecture: family for family in loaded}
+    names = fields.value.get(key)
+    if names is None:
+        key, known = "model_type", {family.model_type: family for family in loaded}
+        names = [fields.value.get(key)]
+    if not isinstance(names, list) or len(names) != 1 or not isinstance(names[0], str):
+        raise fields.wrong(key, "but must name one architecture", ", ".join(known))
+    if names[0] not in known:
+        raise fields.unsupported(key, ", ".join(known))
+    return known[names[0]]
+
+
+def to_hf_config(
+    model: ModelConfig,
+    *,
+    vocab_size: int,
+    seq_length: int,
+    eod: int | None,
+    dtype: str = "float32",
+) -> tuple[Family, dict[str, Any]]:
+    """Chooses the family of a model, and makes its config.json.
+
+    Args:
+        model: the flags of the model.
+        vocab_size: number of its tokens; the padding of the vocabulary is not exported.
+        seq_length: length of the rows it was trained on, in tokens.
+        eod: id of the token that ends a document.
+        dtype: type of the weights.
+
+    Returns:
+        the family, and the entries of config.json.
+
+    Raises:
+        ConfigError: no Hugging Face architecture has such a model.
+    """
+    longest = max(seq_length, model.max_position_embeddings or 0)
+    shared: dict[str, Any] = {
+        "vocab_size": vocab_size,
+        "initializer_range": model.init_method_std,
+        "tie_word_embeddings": not model.untie_embeddings_and_output_weights,
+        "bos_token_id": None,
+        "eos_token_id": eod,
+        "pad_token_id": None,
+        "use_cache": True,
+        "torch_dtype": dtype,
+    }
+    misfits: dict[str, list[_Misfit]] = {}
+    for family in FAMILIES:
+        named = {"architectures": [family.architecture], "model_type": family.model_type}
+        entries = named | family.write(model, longest) | shared
+        try:
+            misfits[family.architecture] = _misfits(model, family, entries)
+        except ConfigError:
+            continue  # the family cannot have such sizes
+        if not misfits[family.architecture]:
+            return family, entries
+    # Of families with as few misfits, the last one is the most specific.
+    nearest = min(reversed(misfits), key=lambda name: len(misfits[name]))
+    name, ours, theirs = misfits[nearest][0]
+    flag, _, value = spelled(name, ours).partition(" ")
+    rule = "no supported Hugging Face architecture has such a model; the nearest one, "
+    raise ConfigError(flag, value, f"{rule}{nearest}, differs in this flag", spelled(name, theirs))
+
+
+_Misfit = tuple[str, Any, Any]
+"""The name of a flag, its value, and the value that it has in a family."""
+
+
+def _misfits(model: ModelConfig, family: Family, entries: dict[str, Any]) -> list[_Misfit]:
+    read = _flags(family.read(JsonFields(Path(), entries)))
+    misfits = [
+        (name, value, read[name])
+        for name, value in _flags(model).items()
+        if value != read[name] and not (value is None and name in ROPE_FIELDS)  # it is derived
+    ]
+    hidden, heads = model.hidden_size, model.num_attention_heads
+    if family.heads_divide_hidden_size and hidden % heads:
+        misfits.append(("hidden_size", hidden, max(1, hidden // heads) * heads))
+    return misfits
+
+
+def _flags(model: ModelConfig) -> dict[str, Any]:
+    """The flags that decide what a model computes, by name, with defaults filled in."""
+    flags = {name: value for name, value in vars(model).items() if name not in TRAINING_ONLY}
+    flags["vocab_size"] = None  # the tokenizer may decide it
+    flags["ffn_hidden_size"] = model.ffn_size
+    flags["num_query_groups"] = model.num_kv_heads
+    flags["kv_channels"] = model.head_dim
+    flags["add_qkv_bias"] = model.add_qkv_bias and model.disable_bias_linear
+    flags["original_max_position_embeddings"] = model.original_length
+    unread = {*ROPE_FIELDS, "rope_type", "rotary_base"}
+    if model.position_embedding_type == "rope":
+        unread = {*ROPE_FIELDS - fields_of(model.rope_type)}
+    flags |= dict.fromkeys(unread)
+    width, layers = window_width(model), range(model.num_layers)
+    windows = [layer for layer in layers if width and model.layer_window(layer) is not None]
+    flags["window_size"] = (width - 1, 0) if width and windows else None
+    flags["window_layers"] = tuple(windows) if 0 < len(windows) < len(layers) else None
+    return flags
+
+
+def spelled(name: str, value: object) -> str:
+    """The words of the command line that give a setting this value."""
+    flag = settings()[name].flag
+    if value is None:
+        return f"no {flag}"
+    if isinstance(value, bool):
+        return flag if value else f"--no-{flag[2:]}"
+    return " ".join([flag, *map(str, value if isinstance(value, tuple) else (value,))])

@@ -1,0 +1,140 @@
+"""Rotary embeddings in config.json, in both generations of its keys.
+
+transformers 4 stores ``rope_theta`` beside ``rope_scaling``; transformers 5 stores both in
+``rope_parameters``. Both are read, and both are written, so that either generation loads the file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+from cp_megatron.config.schema import ModelConfig
+from cp_megatron.families.json_fields import JsonFields
+
+_FACTOR: Mapping[str, str] = {"factor": "rope_scaling_factor"}
+_ORIGINAL: Mapping[str, str] = {
+    "original_max_position_embeddings": "original_max_position_embeddings"
+}
+ROPE_KEYS: Mapping[str, Mapping[str, str]] = MappingProxyType(
+    {
+        "default": {},
+        "linear": _FACTOR,
+        "dynamic": _FACTOR,
+        "yarn": {
+            **_FACTOR,
+            **_ORIGINAL,
+            "beta_fast": "beta_fast",
+            "beta_slow": "beta_slow",
+            "attention_factor": "rope_attention_factor",
+            "mscale": "mscale",
+            "mscale_all_dim": "mscale_all_dim",
+            "truncate": "rope_truncate",
+        },
+        "llama3": {
+            **_FACTOR,
+            **_ORIGINAL,
+            "low_freq_factor": "rope_low_freq_factor",
+            "high_freq_factor": "rope_high_freq_factor",
+        },
+        "longrope": {
+            **_FACTOR,
+            **_ORIGINAL,
+            "attention_factor": "rope_attention_factor",
+            "short_factor": "rope_short_factor",
+            "long_factor": "rope_long_factor",
+        },
+    }
+)
+"""For each rope type, the keys of config.json and the fields of ``ModelConfig`` they set."""
+ROPE_FIELDS = frozenset(field for keys in ROPE_KEYS.values() for field in keys.values())
+"""The fields of ``ModelConfig`` that at least one rope type reads."""
+
+_REQUIRED: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "linear": ("factor",),
+        "dynamic": ("factor",),
+        "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+        "longrope": ("short_factor", "long_factor"),
+    }
+)
+
+
+def fields_of(rope_type: str) -> frozenset[str]:
+    """The fields of ``ModelConfig`` that a rope type reads."""
+    more = set(_ORIGINAL.values()) if rope_type == "dynamic" else set()
+    return frozenset(ROPE_KEYS[rope_type].values()) | more
+
+
+def read_rope(fields: JsonFields, positions: int) -> dict[str, Any]:
+    """Reads the fields of ``ModelConfig`` that describe rotary embeddings.
+
+    Args:
+        fields: the whole of config.json.
+        positions: the longest sequence, in tokens, that config.json names.
+    """
+    scaling = fields.inner("rope_scaling")
+    rope = scaling if scaling.value else fields.inner("rope_parameters")
+    base = rope.number("rope_theta", fields.number("rope_theta", 10000.0))
+    if not base > 1:
+        at = rope if rope.value.get("rope_theta") is not None else fields
+        raise at.wrong("rope_theta", "but must be greater than 1")
+    kind = _rope_type(rope)
+    values: dict[str, Any] = {"rotary_base": base, "rope_type": kind}
+    for key, field in ROPE_KEYS[kind].items():
+        if rope.value.get(key) is not None:
+            values[field] = _rope_value(rope, key)
+    if kind in ("yarn", "llama3", "longrope"):
+        inner = values.get("original_max_position_embeddings", positions)
+        values |= {name: fields.size(name, inner) for name in _ORIGINAL}
+    elif kind == "dynamic":
+        values["original_max_position_embeddings"] = positions
+    if kind in ("yarn", "longrope"):
+        ratio = positions / values["original_max_position_embeddings"]
+        values.setdefault("rope_scaling_factor", ratio)
+    return values
+
+
+def _rope_type(rope: JsonFields) -> str:
+    """The rope type; every key beside it is known, and every required one is there."""
+    name = "type" if rope.value.get("rope_type") is None else "rope_type"
+    kind = "default" if rope.value.get(name) is None else rope.value[name]
+    if not isinstance(kind, str) or kind not in ROPE_KEYS:
+        raise rope.unsupported(name, ", ".join(ROPE_KEYS))
+    rope.only("partial_rotary_factor", 1, 1.0)
+    known = {*ROPE_KEYS[kind], "rope_theta", "rope_type", "type", "partial_rotary_factor"}
+    for key, value in rope.value.items():
+        if key not in known and value is not None:
+            raise rope.unsupported(key, f"no {key}", f"rope type {kind} does not read it")
+    for key in _REQUIRED.get(kind, ()):
+        if rope.value.get(key) is None:
+            raise rope.wrong(key, f"but rope type {kind} requires it")
+    return kind
+
+
+def _rope_value(rope: JsonFields, key: str) -> Any:
+    if key == "truncate":
+        return rope.switch(key, True)
+    if key in ("short_factor", "long_factor"):
+        return rope.numbers(key)
+    if key in _ORIGINAL:
+        return rope.size(key)
+    return rope.number(key, 0.0)
+
+
+def write_rope(model: ModelConfig) -> dict[str, Any]:
+    """Writes the entries of config.json that describe rotary embeddings."""
+    scaling: dict[str, Any] = {"rope_type": model.rope_type}
+    for key, field in ROPE_KEYS[model.rope_type].items():
+        value = model.original_length if key in _ORIGINAL else getattr(model, field)
+        if value is not None:
+            scaling[key] = list(value) if isinstance(value, tuple) else value
+    if model.rope_type == "longrope" and "factor" not in scaling:
+        original = model.original_length or 1
+        scaling["factor"] = (model.max_position_embeddings or original) / original
+    return {
+        "rope_theta": model.rotary_base,
+        "rope_scaling": scaling if model.rope_type != "default" else None,
+        "rope_parameters": {**scaling, "rope_theta": model.rotary_base},
+    }
