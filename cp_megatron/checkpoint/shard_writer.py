@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from cp_megatron.checkpoint.manifest import ELEMENT_BYTES, FileEntry
-from cp_megatron.model.offload import PinnedPiece
+from cp_megatron.model.offload import PinnedBuffer
 
 DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
     {name: getattr(torch, name) for name in ELEMENT_BYTES}
@@ -73,7 +73,7 @@ class HostMemory:
 
     def __init__(self) -> None:
         self._held = torch.empty(0, dtype=torch.uint8)
-        self._pinned: PinnedPiece | None = None
+        self._pinned: PinnedBuffer | None = None
 
     def take(self, num_bytes: int, *, pinned: bool) -> Tensor:
         """Returns uint8 [num_bytes], aligned to a block. It overwrites what was taken before.
@@ -86,7 +86,7 @@ class HostMemory:
             self._held = torch.empty(0, dtype=torch.uint8)  # free the old memory first
             if pinned:
                 self._pinned = None
-                self._pinned = PinnedPiece(num_bytes)
+                self._pinned = PinnedBuffer(num_bytes)
                 self._held = self._pinned.memory
             else:
                 memory = torch.empty(num_bytes + _BLOCK, dtype=torch.uint8)

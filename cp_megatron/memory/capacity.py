@@ -18,7 +18,7 @@ from cp_megatron.config import Config
 from cp_megatron.config.files.run_folders import RUNS
 from cp_megatron.errors import ConfigError
 from cp_megatron.memory import predict as kinds
-from cp_megatron.memory.exchange_buffers import schedules
+from cp_megatron.memory.layer_schedules import schedules
 from cp_megatron.memory.predict import predict
 from cp_megatron.plan.rehearsal import rehearse
 from cp_megatron.preflight.run_plan import DeviceName, RunPlan

@@ -1,8 +1,8 @@
-"""Counting the bytes of tensors that are alive, on any device, and saying where they were made.
+"""Counts the bytes of live tensors, on any device, by the place that allocated them.
 
-Every operation of torch passes by here; what it returns in memory that was not there before counts
-until that memory is released, which a weak reference tells. So the count is exact for tensors and
-blind for what an operation allocates and releases inside.
+A dispatch mode sees every operation of torch. Memory that an operation returns and that was not
+there before counts until it is released, which a weak reference tells. The count is exact for
+tensors, but does not see what an operation allocates and releases inside.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper
 from torch.utils._pytree import tree_leaves
 
 Place = Callable[[Any, Tensor], str]
-"""The operation that was called and a tensor it returned -> what the tensor's memory counts as."""
+"""The operation that was called and a tensor that it returned -> the place of its memory."""
 
 
 @dataclass(frozen=True)
 class Allocation:
-    """Memory that was allocated: how much, what it counts as, and itself while it is there."""
+    """A piece of memory, its place, and the storage for as long as it is alive."""
 
     num_bytes: int
     place: str
@@ -33,14 +33,14 @@ class Allocation:
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts, while it is entered, what operations of this thread and its backward allocate.
+    """Counts what operations of this thread and of its backward allocate inside the context.
 
     Args:
-        place: says what each new piece of memory counts as.
+        place: returns the place of a new piece of memory.
 
     Attributes:
-        peak: the most bytes alive at one time.
-        peaks: the same of each place.
+        peak: the most bytes alive at any time.
+        peaks: the same for each place.
     """
 
     def __init__(self, place: Place) -> None:
@@ -55,14 +55,14 @@ class LiveBytes(TorchDispatchMode):
         self.peaks: Counter[str] = Counter()
 
     def __enter__(self) -> Self:
-        # Storages are emptied and filled by no operation; torch's own MemTracker looks so too.
+        # No operation empties or fills a storage, so this is patched, as torch's MemTracker does.
         resize = torch.UntypedStorage.resize_
 
         def resized(storage: torch.UntypedStorage, size: int) -> Any:
-            found = resize(storage, size)
+            result = resize(storage, size)
             if storage._cdata in self._mine:
                 self._add(storage, self._release(storage._cdata))
-            return found
+            return result
 
         torch.UntypedStorage.resize_ = resized  # type: ignore[assignment, method-assign]
         self._patches.callback(setattr, torch.UntypedStorage, "resize_", resize)
@@ -79,7 +79,6 @@ class LiveBytes(TorchDispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        """Runs the operation; what it returns and was not given is new."""
         kwargs = kwargs or {}
         for tensor in _tensors((args, kwargs)):
             self._meet(func, tensor)
@@ -91,28 +90,28 @@ class LiveBytes(TorchDispatchMode):
         return out
 
     def adopt(self, tensor: Tensor, place: str) -> None:
-        """Counts this memory, whoever allocated it and when, and as ``place`` from now on."""
+        """Counts existing memory, from now on, for ``place``."""
         storage = tensor.untyped_storage()
         self._release(storage._cdata)
         self._others.pop(storage._cdata, None)
         self._add(storage, place)
 
     def place_of(self, storage: torch.UntypedStorage) -> str | None:
-        """What memory counts as; None where it does not count."""
-        found = self._mine.get(storage._cdata)
-        return None if found is None else found.place
+        """The place of a piece of memory; None if it does not count."""
+        allocation = self._mine.get(storage._cdata)
+        return None if allocation is None else allocation.place
 
     def alive(self) -> dict[int, Allocation]:
-        """What counts and is still there, by the address of its storage."""
+        """The live memory that counts, by the address of its storage."""
         return dict(self._mine)
 
     def close(self) -> None:
-        """Forgets everything but the peaks."""
+        """Drops everything but the peaks."""
         self._mine.clear()
         self._others.clear()
 
     def _meet(self, func: Any, tensor: Tensor) -> None:
-        """Memory that an operation is given was not allocated by it."""
+        """Records that memory which an operation is given was not allocated by it."""
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key not in self._mine and key not in self._others:
@@ -131,29 +130,29 @@ class LiveBytes(TorchDispatchMode):
         self.peak = max(self.peak, self._total)
 
     def _release(self, key: int) -> str:
-        """The memory counts no more; as what it did."""
-        found = self._mine.pop(key, None)
-        if found is None:
+        """Stops counting a piece of memory; returns its place."""
+        allocation = self._mine.pop(key, None)
+        if allocation is None:
             return ""
-        self._now[found.place] -= found.num_bytes
-        self._total -= found.num_bytes
-        return found.place
+        self._now[allocation.place] -= allocation.num_bytes
+        self._total -= allocation.num_bytes
+        return allocation.place
 
 
 def _tensors(tree: object) -> Iterator[Tensor]:
-    """The plain tensors in what an operation takes or returns."""
+    """The plain tensors among the arguments or results of an operation."""
     for leaf in tree_leaves(tree):
         if isinstance(leaf, Tensor):
             yield from plain(leaf)
 
 
 def plain(tensor: Tensor) -> Iterator[Tensor]:
-    """The tensor, or those that it wraps (a DTensor its local part)."""
+    """The tensor itself, or the plain tensors that it wraps (the local part of a DTensor)."""
     if is_traceable_wrapper_subclass(tensor):
         names, _ = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
         inner = (getattr(tensor, name) for name in names)
         for part in inner:
-            if isinstance(part, Tensor):  # a DTensor names its mesh too
+            if isinstance(part, Tensor):  # a DTensor lists its mesh too
                 yield from plain(part)
     elif tensor.layout == torch.strided and not tensor.is_meta:
         yield tensor

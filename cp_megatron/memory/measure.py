@@ -1,10 +1,10 @@
-"""What a rank holds during its first step, kind by kind, as it is found.
+"""Measures what a rank holds during its first step, kind by kind.
 
-Two instruments look at the forward pass of the first micro batch. Hooks on what autograd saves say
-for which module each piece of memory is kept, weights excluded; ``LiveBytes`` knows what was
-allocated and is still there, so that what no hook sees (gradients that the loss computes in
-forward, results that a recomputed attention keeps) is found as well, at the module that made it.
-Neither changes a number. The rest is counted from the tensors themselves.
+Two instruments observe the forward pass of the first micro batch, without changing a number. Hooks
+on what autograd saves attribute each piece of memory, except weights, to the module that keeps it.
+``LiveBytes`` knows what was allocated and is still alive; it finds what no hook sees (gradients
+that the loss computes in forward, results that a recomputed attention keeps) at the module that
+allocated it. Permanent tensors are counted directly.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import re
 import time
 import weakref
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
-from types import TracebackType
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
@@ -31,27 +31,22 @@ from cp_megatron.memory.predict import Held
 from cp_megatron.model.layer import TransformerLayer
 from cp_megatron.model.transformer import Transformer
 
-_PARTS = (
-    ("attention_norm", kinds.ATTENTION_NORM),
-    ("attention", kinds.ATTENTION),
-    ("mlp_norm", kinds.MLP_NORM),
-    ("mlp", kinds.MLP),
-    ("dropout", kinds.DROPOUT),
-)
-_ENDS = (
-    ("embedding", kinds.EMBEDDING),
-    ("positions", kinds.EMBEDDING),
-    ("dropout", kinds.DROPOUT),
-    ("norm", kinds.FINAL_NORM),
+_AT_ENDS: Mapping[str, str] = MappingProxyType(
+    {
+        "embedding": kinds.EMBEDDING,
+        "positions": kinds.EMBEDDING,
+        "dropout": kinds.DROPOUT,
+        "norm": kinds.FINAL_NORM,
+    }
 )
 _OUTSIDE = ""
-"""Of the model: the step's own few numbers."""
+"""The place of tensors that are allocated outside of the model."""
 GRACE = 0.1
-"""Seconds: gloo's threads let go of a message's memory a moment after it was waited for."""
+"""Seconds to wait for gloo's threads, which release a message's memory shortly after its wait."""
 
 
 class Measured(Protocol):
-    """What makes a step: ``train.step.TrainStep``."""
+    """The members of ``train.step.TrainStep`` that are measured."""
 
     @property
     def model(self) -> Transformer: ...
@@ -64,12 +59,9 @@ class Measured(Protocol):
 
 
 class MemoryMeter:
-    """A context manager around one ``train_step.step``; ``held`` has the result afterwards.
+    """A context manager around one training step; ``held`` returns the result afterwards.
 
-    On CUDA the totals are the allocator's, which rounds sizes up and whose peak is the process's.
-
-    Args:
-        train_step: whose step it is.
+    On CUDA the totals are the allocator's, which rounds sizes up, and the peak is the process's.
     """
 
     def __init__(self, train_step: Measured) -> None:
@@ -80,69 +72,66 @@ class MemoryMeter:
         self._saved: dict[int, tuple[weakref.ref[torch.UntypedStorage], str]] = {}
         self._hooks, self._forward = ExitStack(), ExitStack()
         self._measured = False
-        self._at_start, self._rooms = 0, 0
-        self._rows: Counter[str] = Counter()
+        self._at_start, self._buffers_at_start = 0, 0
+        self._activations: Counter[str] = Counter()
         self._sizes: Counter[str] = Counter()
 
     def __enter__(self) -> MemoryMeter:
         model, hooks = self._train_step.model, self._hooks
         parameters, state = self._parameters(), self._state()
         self._sizes[kinds.PARAMETERS] = _num_bytes(parameters)
-        self._at_start = self._on_device([*parameters, *state])
-        self._rooms = self._train_step.cp.buffers.held_bytes
+        on_device = (x for x in (*parameters, *state) if x.device.type == self._device.type)
+        self._at_start = _num_bytes(on_device)
+        self._buffers_at_start = self._train_step.cp.buffers.held_bytes
         for name, module in model.named_modules():
-            _keep(hooks, module.register_forward_pre_hook(self._entering(name)))
-            _keep(hooks, module.register_forward_hook(self._leaving(name)))
-        _keep(hooks, self._train_step.optimizer.register_step_pre_hook(self._before_update))
+            entering, leaving = self._entering(name), self._leaving(name)
+            hooks.callback(module.register_forward_pre_hook(entering).remove)
+            hooks.callback(module.register_forward_hook(leaving).remove)
+        before_update = self._train_step.optimizer.register_step_pre_hook(self._before_update)
+        hooks.callback(before_update.remove)
         if not self._on_cuda:
             hooks.enter_context(self._live)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._forward.close()
         self._hooks.close()
         self._sizes[kinds.OPTIMIZER] = _num_bytes(self._state())
         self._sizes[kinds.EXCHANGE] = self._train_step.cp.buffers.peak_bytes
         if self._on_cuda:
-            self._sizes[kinds.PEAK] = torch.cuda.max_memory_allocated(self._train_step.device)
+            self._sizes[kinds.PEAK] = torch.cuda.max_memory_allocated(self._device)
         else:
             self._sizes[kinds.PEAK] = self._at_start + self._live.peak
         self._live.close()
         self._saved.clear()
 
     def held(self) -> tuple[Held, ...]:
-        """What was found, in the order of ``memory_plan.predict``, and the peak at the end."""
+        """The measured bytes, in the order of ``predict``, and the peak at the end."""
         assert self._measured, "a step was measured"
-        sizes = self._sizes
         moved = self._on_cuda and not all(x.is_cuda for x in self._parameters())
-        detail = kinds.HOST if moved else ""
+
+        def rows(*names: str, detail: str = "") -> list[Held]:
+            return [Held(kind=name, detail=detail, num_bytes=self._sizes[name]) for name in names]
+
         permanent = (kinds.PARAMETERS, kinds.GRADIENTS, kinds.OPTIMIZER)
         return (
-            *(Held(kind=kind, detail=detail, num_bytes=sizes[kind]) for kind in permanent),
-            Held(kind=kinds.GATHERED, num_bytes=sizes[kinds.GATHERED]),
+            *rows(*permanent, detail=kinds.HOST if moved else ""),
+            *rows(kinds.GATHERED),
             *(
-                Held(kind=kinds.ACTIVATIONS, detail=name, num_bytes=self._rows[name])
+                Held(kind=kinds.ACTIVATIONS, detail=name, num_bytes=self._activations[name])
                 for name in kinds.MODULES
             ),
-            Held(kind=kinds.HOST, detail=kinds.INPUTS, num_bytes=sizes[kinds.HOST]),
-            *(
-                Held(kind=kind, num_bytes=sizes[kind])
-                for kind in (kinds.LOGITS, kinds.EXCHANGE, kinds.AFTER_FORWARD, kinds.PEAK)
-            ),
+            *rows(kinds.HOST, detail=kinds.INPUTS),
+            *rows(kinds.LOGITS, kinds.EXCHANGE, kinds.AFTER_FORWARD, kinds.PEAK),
         )
 
-    def _entering(self, name: str) -> Any:
+    def _entering(self, name: str) -> Callable[[nn.Module, object], None]:
         def hook(module: nn.Module, args: object) -> None:
             if self._measured:
                 return
             if not name:
                 self._begin()
-            # After FSDP's own hook, which comes first: these are the whole weights.
+            # FSDP's own hook has run, so these are the whole weights.
             if isinstance(module, TransformerLayer):
                 self._watch(module.parameters())
             elif not name:
@@ -152,7 +141,7 @@ class MemoryMeter:
 
         return hook
 
-    def _leaving(self, name: str) -> Any:
+    def _leaving(self, name: str) -> Callable[[nn.Module, object, object], None]:
         def hook(module: nn.Module, args: object, out: object) -> None:
             if self._measured:
                 return
@@ -163,46 +152,46 @@ class MemoryMeter:
         return hook
 
     def _begin(self) -> None:
-        """The first forward begins."""
+        """Called when the first forward pass begins."""
         if self._on_cuda:
             self._forward.enter_context(self._live)
         self._forward.enter_context(saved_tensors_hooks(self._save, lambda x: x))
 
     def _end(self) -> None:
-        """The first forward is over, and all that backward reads is there."""
+        """Called at the end of the first forward pass, when all that backward reads exists."""
         self._measured = True
         self._forward.close()
         if not self._on_cuda:
             time.sleep(GRACE)
-        sizes, live = self._sizes, self._live
-        seen = set()
-        for key, (reference, module) in self._saved.items():
+        sizes, live, by_place = self._sizes, self._live, self._activations
+        saved = set()
+        for key, (reference, place) in self._saved.items():
             storage = reference()
             if storage is not None:
-                seen.add(key)
-                self._rows[module] += storage.nbytes()  # some are emptied until backward
+                saved.add(key)
+                by_place[place] += storage.nbytes()  # 0 for storages that backward fills again
         for key, allocation in live.alive().items():
-            if key not in seen and allocation.place != _OUTSIDE:
-                self._rows[allocation.place] += allocation.num_bytes
-        sizes[kinds.GATHERED] = self._rows.pop(kinds.GATHERED, 0)
-        # Messages' memory was allocated where attention runs.
-        rooms = self._train_step.cp.buffers.held_bytes - self._rooms
-        self._rows[kinds.ATTENTION] -= rooms
+            if key not in saved and allocation.place != _OUTSIDE:
+                by_place[allocation.place] += allocation.num_bytes
+        sizes[kinds.GATHERED] = by_place.pop(kinds.GATHERED, 0)
+        # The buffers of messages are allocated where attention runs.
+        buffers = self._train_step.cp.buffers.held_bytes - self._buffers_at_start
+        by_place[kinds.ATTENTION] -= buffers
         sizes[kinds.LOGITS] = live.peaks[kinds.LOGITS]
         offload = self._train_step.model.offload
         sizes[kinds.HOST] = 0 if offload is None else offload.held_bytes
         if self._on_cuda:
-            sizes[kinds.AFTER_FORWARD] = torch.cuda.memory_allocated(self._train_step.device)
+            sizes[kinds.AFTER_FORWARD] = torch.cuda.memory_allocated(self._device)
         else:
-            found = sum(self._rows.values()) + sizes[kinds.GATHERED] + rooms
-            sizes[kinds.AFTER_FORWARD] = self._at_start + found
+            new = by_place.total() + sizes[kinds.GATHERED] + buffers
+            sizes[kinds.AFTER_FORWARD] = self._at_start + new
 
     def _save(self, x: Tensor) -> Tensor:
         for part in plain(x):
             storage = part.untyped_storage()
             key = storage._cdata
-            found = self._saved.get(key)
-            is_new = found is None or found[0]() is None  # an address may be used again
+            known = self._saved.get(key)
+            is_new = known is None or known[0]() is None  # an address may be used again
             if is_new and self._live.place_of(storage) != kinds.GATHERED:
                 self._saved[key] = weakref.ref(storage), self._place.saved()
         return x
@@ -216,36 +205,36 @@ class MemoryMeter:
         grads = [p.grad for p in self._train_step.model.parameters() if p.grad is not None]
         self._sizes[kinds.GRADIENTS] = _num_bytes(_local(grad) for grad in grads)
 
+    @property
+    def _device(self) -> torch.device:
+        return self._train_step.device
+
     def _parameters(self) -> list[Tensor]:
         return [_local(parameter) for parameter in self._train_step.model.parameters()]
 
     def _state(self) -> list[Tensor]:
-        rows = self._train_step.optimizer.state.values()
-        return [_local(x) for row in rows for x in row.values() if isinstance(x, Tensor)]
-
-    def _on_device(self, tensors: Iterable[Tensor]) -> int:
-        return _num_bytes(x for x in tensors if x.device.type == self._train_step.device.type)
+        states = self._train_step.optimizer.state.values()
+        return [_local(x) for state in states for x in state.values() if isinstance(x, Tensor)]
 
 
 class _Place:
-    """Where in the model the computation is, in the words of the report."""
+    """Tracks where in the model the computation is, and names the kind of memory used there."""
 
     def __init__(self, model: Transformer) -> None:
         self._model = model
-        assert model.embedding is not None, "the whole model"
-        self._width = model.embedding.weight.shape[0] // model.tp.size
+        self._vocab_width = model.spec.head.padded_vocab // model.tp.size
         self._inside: list[str] = []
         self._before_mlp = True
         self._before_loss = True
 
     def enter(self, name: str) -> None:
-        """A module begins."""
+        """Called when a module begins."""
         if re.fullmatch(r"layers\.\d+", name):
             self._before_mlp = True
         self._inside.append(name)
 
     def leave(self, name: str) -> None:
-        """A module has ended."""
+        """Called when a module ends."""
         self._inside.pop()
         if name == "norm":
             self._before_loss = False
@@ -253,42 +242,34 @@ class _Place:
             self._before_mlp = False
 
     def saved(self) -> str:
-        """For what autograd saves here: of a layer itself these are attention's or the inputs."""
+        """The kind of what autograd saves here.
+
+        A layer itself saves the inputs of its recomputed blocks, or what attention keeps.
+        """
         name = self._inside[-1]
         layer = self._model.get_submodule(name)
         if isinstance(layer, TransformerLayer) and layer.memory.granularity != "none":
             return kinds.INPUTS
-        return self._named(name)
+        return self._kind_of(name)
 
     def allocated(self, func: Any, tensor: Tensor) -> str:
-        """For memory that is allocated here."""
+        """The kind of memory that ``func`` allocates here."""
         if func.namespace == "fsdp":
             return kinds.GATHERED
         if not self._inside:
             return _OUTSIDE
-        place = self._named(self._inside[-1])
-        if place == kinds.LOSS and self._is_logits(tensor):
-            return kinds.LOGITS
-        return place
+        kind = self._kind_of(self._inside[-1])
+        is_logits = tensor.ndim == 2 and tensor.shape[1] == self._vocab_width
+        return kinds.LOGITS if kind == kinds.LOSS and is_logits else kind
 
-    def _is_logits(self, tensor: Tensor) -> bool:
-        """Rows of this rank's part of the vocabulary."""
-        return tensor.ndim == 2 and tensor.shape[1] == self._width
-
-    def _named(self, name: str) -> str:
-        within = re.sub(r"^layers\.\d+\.?", "", name)
-        if within != name:
-            if not within:
-                return kinds.ATTENTION if self._before_mlp else kinds.MLP
-            return _first(_PARTS, within)
-        if name:
-            return _first(_ENDS, name)
-        return kinds.OTHER if self._before_loss else kinds.LOSS
-
-
-def _first(table: Iterable[tuple[str, str]], path: str) -> str:
-    """The row of the outermost module of a path."""
-    return dict(table)[path.split(".")[0]]
+    def _kind_of(self, name: str) -> str:
+        in_layer = re.fullmatch(r"layers\.\d+\.?(.*)", name)
+        if in_layer is None and name:
+            return _AT_ENDS[name.split(".")[0]]
+        if in_layer is None:
+            return kinds.OTHER if self._before_loss else kinds.LOSS
+        block = kinds.ATTENTION if self._before_mlp else kinds.MLP
+        return kinds.IN_LAYER.get(in_layer[1].split(".")[0], block)
 
 
 def _local(tensor: Tensor) -> Tensor:
@@ -297,7 +278,3 @@ def _local(tensor: Tensor) -> Tensor:
 
 def _num_bytes(tensors: Iterable[Tensor]) -> int:
     return sum(x.numel() * x.element_size() for x in tensors)
-
-
-def _keep(stack: ExitStack, handle: Any) -> None:
-    stack.callback(handle.remove)

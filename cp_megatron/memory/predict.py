@@ -22,17 +22,12 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from cp_megatron.config import MemoryConfig
-from cp_megatron.memory.exchange_buffers import (
-    Operands,
-    Rooms,
-    lay_backward,
-    lay_forward,
-    schedules,
-)
+from cp_megatron.memory.layer_schedules import schedules
 from cp_megatron.plan import Schedule
+from cp_megatron.plan.buffer_sizes import AttentionSizes, BufferSizes
 from cp_megatron.plan.tiling import own_tiles, pack
 from cp_megatron.preflight.run_plan import RunPlan
-from cp_megatron.spec import ActivationSizes, AttentionSpec, LayerSpec, ModelSpec, local_heads
+from cp_megatron.spec import ActivationSizes, AttentionSpec, ModelSpec, local_heads
 
 ELEMENT_BYTES: Mapping[str, int] = MappingProxyType({"float64": 8, "float32": 4, "bfloat16": 2})
 
@@ -50,6 +45,17 @@ MODULES = (
     *(EMBEDDING, DROPOUT, INPUTS, ATTENTION_NORM, ATTENTION),
     *(MLP_NORM, MLP, FINAL_NORM, LOSS, OTHER),
 )
+IN_LAYER: Mapping[str, str] = MappingProxyType(
+    {
+        "inputs": INPUTS,
+        "attention_norm": ATTENTION_NORM,
+        "attention": ATTENTION,
+        "mlp_norm": MLP_NORM,
+        "mlp": MLP,
+        "dropout": DROPOUT,
+    }
+)
+"""The kinds of what the modules of a layer keep, by their names."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,21 +143,23 @@ def _held(
     yield Held(kind=AFTER_FORWARD, num_bytes=total)
 
 
-def _buffer_bytes(planned: Iterable[Schedule], cp_rank: int, operands: Operands) -> tuple[int, int]:
+def _buffer_bytes(
+    planned: Iterable[Schedule], cp_rank: int, operands: AttentionSizes
+) -> tuple[int, int]:
     """Bytes of message buffers after the layers' forward, and after their backward."""
-    rooms = Rooms()
+    buffers = BufferSizes()
     for schedule in planned:
-        lay_forward(rooms, schedule, cp_rank, operands)
-    in_forward = rooms.num_bytes
+        buffers.add_forward(schedule, cp_rank, operands)
+    in_forward = buffers.num_bytes
     for schedule in planned:
-        lay_backward(rooms, schedule, cp_rank, operands)
-    return in_forward, rooms.num_bytes
+        buffers.add_backward(schedule, cp_rank, operands)
+    return in_forward, buffers.num_bytes
 
 
-def _operands(plan: RunPlan, sizes: ActivationSizes) -> Operands:
+def _operands(plan: RunPlan, sizes: ActivationSizes) -> AttentionSizes:
     model = plan.config.model
     heads, kv_heads = local_heads(model, sizes.tp)
-    return Operands(
+    return AttentionSizes(
         batch=sizes.batch,
         num_tokens=sizes.row_tokens,
         heads=heads,
@@ -180,7 +188,7 @@ def _gathered_bytes(plan: RunPlan, spec: ModelSpec) -> int:
     assert plan.dtype is not None
     ranks, total = plan.grid.size("dp_cp"), 0
     for parameter in spec.ends():
-        rows, *rest = parameter.local_shape({"tp": plan.grid.tp})
+        rows, *rest = parameter.local_shape(plan.grid.sizes)
         total += -(-rows // ranks) * ranks * math.prod(rest)
     return total * ELEMENT_BYTES[plan.dtype]
 
@@ -216,34 +224,14 @@ def _kept(spec: ModelSpec, memory: MemoryConfig, sizes: ActivationSizes) -> Coun
     number, level = memory.recompute_num_layers, memory.recompute_granularity
     levels = [level if number is None or i < number else "none" for i in range(len(spec.layers))]
     for layer, granularity in zip(spec.layers, levels, strict=True):
-        kept.update(_kept_of_layer(layer, granularity, memory.mlp_tile_size is not None, sizes))
+        tiled = memory.mlp_tile_size is not None
+        for name, num_bytes in layer.kept_bytes(sizes, granularity, tiled=tiled).items():
+            kept[IN_LAYER[name]] += num_bytes
     # All layers share a rotation. Attention keeps it; if all of it is recomputed, the caller does.
     rotation = max(layer.attention.rotation_bytes(sizes) for layer in spec.layers)
     kept[ATTENTION if "none" in levels else OTHER] += rotation
     kept[FINAL_NORM] = spec.norm.kept_bytes(sizes.stream_tokens, sizes)
     kept[LOSS] = spec.head.kept_bytes(sizes)
-    return kept
-
-
-def _kept_of_layer(
-    layer: LayerSpec, granularity: str, tiled: bool, sizes: ActivationSizes
-) -> Counter[str]:
-    hidden = layer.attention_norm.width
-    stream = sizes.stream_bytes(hidden)
-    if granularity == "full":
-        return Counter({INPUTS: stream})
-    kept = Counter({ATTENTION: layer.attention.kept_results(sizes)})
-    if layer.dropout:
-        kept[DROPOUT] = 2 * sizes.dropout_bytes(hidden)
-    if granularity == "selective":
-        kept[INPUTS] = 2 * stream
-        return kept
-    kept[ATTENTION_NORM] = layer.attention_norm.kept_bytes(sizes.stream_tokens, sizes)
-    kept[ATTENTION] += layer.attention.kept_operands(sizes)
-    kept[MLP_NORM] = layer.mlp_norm.kept_bytes(sizes.stream_tokens, sizes)
-    kept[MLP] = layer.mlp.kept_bytes(sizes)
-    if tiled and not layer.mlp_norm.keeps_input(sizes):
-        kept[MLP] += stream
     return kept
 
 

@@ -14,10 +14,9 @@ from torch import Tensor, nn
 
 from cp_megatron.context_parallel import ContextParallel, KeptAttention
 from cp_megatron.kernels.dropout import Dropout
-from cp_megatron.model.layer_memory import LayerMemory
+from cp_megatron.model.layer_memory import LayerMemory, Pass
 from cp_megatron.model.mlp import MLP
 from cp_megatron.model.norm import make_norm
-from cp_megatron.model.recompute import Pass
 from cp_megatron.model.rope import Rotation
 from cp_megatron.model.self_attention import SelfAttention
 from cp_megatron.spec import LayerSpec

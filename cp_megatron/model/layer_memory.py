@@ -6,34 +6,57 @@
                                                                    attention
     full          the input of the layer, possibly on the host     the layer
 
-With ``none``, rows that sequence parallelism gathers are freed and gathered again
-(``tensor_parallel/regather.py``); the other levels gather them once more anyway. The MLP can run in
-tiles (``sequence_tiles.py``) at every level.
+Recomputation is torch's own non-reentrant ``checkpoint`` (Chen et al. 2016, arXiv:1604.06174). With
+``none``, rows that sequence parallelism gathers are freed and gathered again
+(``tensor_parallel/regather.py``); the other levels gather them again anyway. At every level the MLP
+can run in tiles (``sequence_tiles.py``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from cp_megatron.config.schema import MemoryConfig, Recompute
 from cp_megatron.context_parallel import KeptAttention
 from cp_megatron.model.offload import LayerOffload
-from cp_megatron.model.recompute import Pass, recomputed
 from cp_megatron.model.sequence_tiles import in_tiles
 from cp_megatron.tensor_parallel import LocalWeights, TensorParallel, regathered
 
 Results = TypeVar("Results", Tensor, tuple[Tensor, ...])
 
 
+class Pass:
+    """Which run of a layer this is.
+
+    Attributes:
+        is_second: it is recomputed in backward: only what autograd saves is read, not its result.
+    """
+
+    is_second = False
+
+    @contextmanager
+    def second(self) -> Iterator[None]:
+        """A context in which ``is_second`` holds."""
+        self.is_second = True
+        try:
+            yield
+        finally:
+            self.is_second = False
+
+
 @dataclass(frozen=True, kw_only=True)
 class LayerMemory:
     """Runs the blocks of one layer so that backward keeps what it should.
 
+    Each method takes a function and its arguments. A recomputed function must get everything that
+    differs between calls as arguments: a captured name may refer to something else in backward.
     Nothing is recomputed when nothing is differentiated.
 
     Attributes:
@@ -68,13 +91,20 @@ class LayerMemory:
         # Called in the layer's forward, so that FSDP has gathered the weights when it runs again.
         if not self._recomputes("full"):
             return function(*args, which)
-        hooks = None if self.offload is None else self.offload.hooks()
-        return recomputed(function, *args, which, which=which, hooks=hooks)
+        with nullcontext() if self.offload is None else self.offload.hooks():
+            return checkpoint(  # type: ignore[return-value]
+                function,
+                *args,
+                which,
+                use_reentrant=False,
+                context_fn=lambda: (nullcontext(), which.second()),
+            )
 
     def mixer(self, function: Callable[..., Tensor], *args: object) -> Tensor:
         """``function(*args, kept)``, from the residual stream to the result of attention."""
         if self._recomputes("selective"):
-            return recomputed(function, *args, KeptAttention())
+            kept = KeptAttention()
+            return checkpoint(function, *args, kept, use_reentrant=False)  # type: ignore[return-value]
         return function(*args, None)
 
     def mlp(
@@ -90,8 +120,7 @@ class LayerMemory:
             function: computes every row by itself.
             x: residual stream.
             weights: those that the function reads.
-            which: the run of the layer. In the second its result, the end of the layer, is not
-                read.
+            which: the run of the layer, which this function ends.
         """
         if self.tile_size is not None:
             return in_tiles(
@@ -103,7 +132,7 @@ class LayerMemory:
                 gradient_only=which.is_second,
             )
         if self._recomputes("selective"):
-            return recomputed(function, x, False)
+            return checkpoint(function, x, False, use_reentrant=False)  # type: ignore[return-value]
         return function(x, False)
 
     def entered(

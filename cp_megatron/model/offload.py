@@ -1,15 +1,15 @@
-"""Layer checkpoints on the host: what full recomputation keeps waits where memory is cheap.
+"""Keeps the input of every recomputed layer in host memory until backward.
 
     forward   layer 0 | layer 1 | layer 2            backward   layer 2 | layer 1 | layer 0
     copies        x0 ->|   x1 ->|  x2 ->                    <- x1 |  <- x0 |
 
-On CUDA the copies run on a stream of their own into pinned memory: out while the next layer is
-computed, back one layer ahead of the backward pass that reads it. On the CPU the same tensors are
-copied to files that are mapped into memory and unlinked at once, so that they end with the process;
-their pages leave the process as soon as they are written, and the kernel may write them to disk.
-There a copy runs beside nothing, so each comes back when it is read and not before.
+On CUDA the copies run on their own stream, to and from pinned memory: out while the next layer is
+computed, and back one layer ahead of the backward pass that reads the tensor. On the CPU the
+tensors are copied to files that are mapped into memory and unlinked at once, so that they vanish
+with the process; their pages leave the process as soon as they are written, and the kernel may
+write them to disk. A copy on the CPU overlaps with nothing, so a tensor comes back when it is read.
 
-Pieces of host memory are used again by later steps: as many exist as are kept at once.
+Later steps reuse the host buffers; there are as many as are in use at the same time.
 """
 
 from __future__ import annotations
@@ -26,34 +26,34 @@ from torch.autograd.graph import saved_tensors_hooks
 
 
 class LayerOffload:
-    """Keeps the tensors of recomputed layers on the host.
+    """Keeps the inputs of recomputed layers on the host.
 
     Attributes:
-        held_bytes: on the host now, for backward.
-        host_bytes: all host memory that this object has, in use or free.
+        held_bytes: bytes that are kept for backward now.
+        host_bytes: bytes of all host buffers, in use or free.
     """
 
     def __init__(self) -> None:
-        self._free: dict[int, list[_Piece]] = {}
+        self._free: dict[int, list[_HostBuffer]] = {}
         self._stream: torch.cuda.Stream | None = None
-        self._latest: weakref.ref[_Kept] | None = None
+        self._latest: weakref.ref[_Offloaded] | None = None
         self.held_bytes = 0
         self.host_bytes = 0
 
     def hooks(self) -> saved_tensors_hooks:
-        """A context in which what autograd saves is kept on the host."""
+        """A context in which the tensors that autograd saves are kept on the host."""
         return saved_tensors_hooks(self._pack, _unpack)
 
-    def _pack(self, x: Tensor) -> _Kept | Tensor:
+    def _pack(self, x: Tensor) -> _Offloaded | Tensor:
         if not x.numel():
             return x
-        kept = _Kept(self, x, before=self._latest)
-        self._latest = weakref.ref(kept)
-        return kept
+        offloaded = _Offloaded(self, x, before=self._latest)
+        self._latest = weakref.ref(offloaded)
+        return offloaded
 
     @contextmanager
-    def side(self, device: torch.device) -> Iterator[torch.cuda.Stream | None]:
-        """Copies inside run beside the computation, after what it was asked so far."""
+    def copying(self, device: torch.device) -> Iterator[torch.cuda.Stream | None]:
+        """A context whose copies run beside the computation, after the work submitted so far."""
         if device.type != "cuda":
             yield None
             return
@@ -63,27 +63,25 @@ class LayerOffload:
         with torch.cuda.stream(self._stream):
             yield self._stream
 
-    def take(self, x: Tensor) -> _Piece:
-        """Host memory for ``x``."""
+    def take(self, x: Tensor) -> _HostBuffer:
+        """A host buffer for ``x``."""
         num_bytes = x.numel() * x.element_size()
         free = self._free.get(num_bytes)
         if free:
-            piece = free.pop()
+            buffer = free.pop()
         else:
-            piece = PinnedPiece(num_bytes) if x.is_cuda else _FilePiece(num_bytes)
+            buffer = PinnedBuffer(num_bytes) if x.is_cuda else _FileBuffer(num_bytes)
             self.host_bytes += num_bytes
         self.held_bytes += num_bytes
-        return piece
+        return buffer
 
-    def give_back(self, piece: _Piece) -> None:
-        """Nobody reads it any more."""
-        self.held_bytes -= piece.num_bytes
-        self._free.setdefault(piece.num_bytes, []).append(piece)
+    def give_back(self, buffer: _HostBuffer) -> None:
+        """Frees a buffer for the next tensor of its size."""
+        self.held_bytes -= buffer.num_bytes
+        self._free.setdefault(buffer.num_bytes, []).append(buffer)
 
 
-class _Piece:
-    """A piece of host memory."""
-
+class _HostBuffer:
     memory: Tensor
     """uint8 [num_bytes]"""
 
@@ -94,11 +92,11 @@ class _Piece:
         """Called after a tensor was copied here."""
 
 
-class PinnedPiece(_Piece):
-    """Page-locked, which copies need to run beside the computation.
+class PinnedBuffer(_HostBuffer):
+    """Page-locked host memory, which copies need to run beside the computation.
 
-    Not by torch's allocator: that rounds up to a power of two, and these are most of the host. In
-    pages of its own, for a page is locked once.
+    It does not come from torch's allocator, which rounds up to a power of two: these buffers are
+    most of the host's memory. It has pages of its own, because a page can be locked only once.
     """
 
     def __init__(self, num_bytes: int) -> None:
@@ -109,7 +107,7 @@ class PinnedPiece(_Piece):
         weakref.finalize(self, _unpin, self.memory).atexit = False
 
 
-class _FilePiece(_Piece):
+class _FileBuffer(_HostBuffer):
     """A mapped file without a name."""
 
     def __init__(self, num_bytes: int) -> None:
@@ -120,61 +118,62 @@ class _FilePiece(_Piece):
         self.memory = torch.frombuffer(self._map, dtype=torch.uint8)
 
     def written(self) -> None:
-        """Takes the pages out of this process; what is in them stays in the file."""
+        """Removes the pages from this process; their contents stay in the file."""
         if hasattr(mmap, "MADV_DONTNEED"):
             self._map.madvise(mmap.MADV_DONTNEED)
 
 
-class _Kept:
-    """One tensor on the host; autograd owns it, and its memory is free when autograd lets go."""
+class _Offloaded:
+    """One tensor on the host. Autograd owns it; its buffer is free when autograd drops it."""
 
-    def __init__(self, store: LayerOffload, x: Tensor, before: weakref.ref[_Kept] | None) -> None:
+    def __init__(
+        self, store: LayerOffload, x: Tensor, before: weakref.ref[_Offloaded] | None
+    ) -> None:
         self._store, self._before = store, before
         self._shape, self._dtype, self._device = x.shape, x.dtype, x.device
-        self._piece = store.take(x)
+        self._buffer = store.take(x)
         self._fetched: Tensor | None = None
         self._ready: torch.cuda.Event | None = None
-        with store.side(x.device) as stream:
-            self._host().copy_(x, non_blocking=True)
+        with store.copying(x.device) as stream:
+            self._on_host().copy_(x, non_blocking=True)
             if stream is not None:
                 x.record_stream(stream)  # its memory is not reused before it is copied
-        self._piece.written()
-        weakref.finalize(self, store.give_back, self._piece).atexit = False
+        self._buffer.written()
+        weakref.finalize(self, store.give_back, self._buffer).atexit = False
 
-    def _host(self) -> Tensor:
-        return self._piece.memory.view(self._dtype).view(self._shape)
+    def _on_host(self) -> Tensor:
+        return self._buffer.memory.view(self._dtype).view(self._shape)
 
     def fetch(self) -> None:
-        """Starts the copy back, unless it is under way."""
+        """Starts the copy back to the device, unless it has been started."""
         if self._fetched is not None:
             return
-        with self._store.side(self._device) as stream:
+        with self._store.copying(self._device) as stream:
             self._fetched = torch.empty(self._shape, dtype=self._dtype, device=self._device)
-            self._fetched.copy_(self._host(), non_blocking=True)
+            self._fetched.copy_(self._on_host(), non_blocking=True)
             if stream is not None:
                 self._ready = stream.record_event()
-        self._piece.written()
+        self._buffer.written()
 
     def take(self) -> Tensor:
-        """The tensor on its device; on CUDA the one kept before it, read next, is on its way."""
+        """The tensor on its device. On CUDA this also fetches the one kept before, read next."""
         self.fetch()
         assert self._fetched is not None
-        found, self._fetched = self._fetched, None
+        x, self._fetched = self._fetched, None
         if self._ready is not None:
             before = self._before() if self._before else None
             if before is not None:
                 before.fetch()
             stream = torch.cuda.current_stream(self._device)
             stream.wait_event(self._ready)
-            found.record_stream(stream)
-        return found
+            x.record_stream(stream)
+        return x
 
 
 def _unpin(memory: Tensor) -> None:
-    """Lets pages go; by then nobody copies them any more."""
-    torch.cuda.synchronize()
+    torch.cuda.synchronize()  # a copy may still be reading it
     torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())
 
 
-def _unpack(kept: _Kept | Tensor) -> Tensor:
-    return kept.take() if isinstance(kept, _Kept) else kept
+def _unpack(saved: _Offloaded | Tensor) -> Tensor:
+    return saved.take() if isinstance(saved, _Offloaded) else saved

@@ -1,8 +1,8 @@
 """Rotary position embedding (Su et al. 2021, arXiv:2104.09864), half-rotation as in Hugging Face.
 
 Channel i of a head is rotated with channel i + d/2 by the angle position * base^(-2i/d). Positions
-come from the caller: under context parallelism a rank's tokens are not a contiguous run, and in
-packed rows they restart at every document.
+come from the caller: under context parallelism the tokens of a rank are not a contiguous run, and
+in packed rows positions restart at every document.
 
 Shapes: b batch, s sequence of one context parallel rank, n heads, d head dim.
 """
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from cp_megatron.config.schema import ModelConfig
-from cp_megatron.model.rope_scaling import Frequencies, plain_frequencies, rope_frequencies
+from cp_megatron.model.rope_scaling import rope_frequencies
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,32 +26,19 @@ class Rotation:
     sin: Tensor
 
     @classmethod
-    def make(cls, positions: Tensor, *, head_dim: int, base: float, dtype: torch.dtype) -> Rotation:
+    def of(
+        cls, positions: Tensor, config: ModelConfig, *, longest: int, dtype: torch.dtype
+    ) -> Rotation:
         """The rotation of the tokens at ``positions`` (int64 [s]).
 
         Args:
-            dtype: of the activations. Angles are float64 whatever it is: in float32 an angle at
+            positions: index of every token in its document.
+            config: gives the frequencies.
+            longest: length of the longest document of the whole row, not of this rank's part.
+            dtype: type of the activations. Angles are always float64: in float32 an angle at
                 position 10^6 is off by 0.03.
         """
-        frequencies = Frequencies(inverse=plain_frequencies(head_dim, base))
-        return cls.turning(positions, frequencies, dtype=dtype)
-
-    @classmethod
-    def of_model(
-        cls, positions: Tensor, config: ModelConfig, *, longest: int, dtype: torch.dtype
-    ) -> Rotation:
-        """The same as the model's ``rope_type`` has it.
-
-        Args:
-            longest: tokens of the longest document of the whole row, not of this rank's part.
-        """
-        return cls.turning(positions, rope_frequencies(config, longest), dtype=dtype)
-
-    @classmethod
-    def turning(
-        cls, positions: Tensor, frequencies: Frequencies, *, dtype: torch.dtype
-    ) -> Rotation:
-        """The same for any frequencies."""
+        frequencies = rope_frequencies(config, longest)
         inverse = frequencies.inverse.to(positions.device)
         angles = positions.to(torch.float64).unsqueeze(-1) * inverse  # [s, d/2]
         table = torch.float64 if dtype == torch.float64 else torch.float32
@@ -61,7 +48,7 @@ class Rotation:
         return cls(cos=cos.to(table), sin=sin.to(table))
 
     def apply(self, x: Tensor) -> Tensor:
-        """Rotate queries or keys, [b, s, n, d] -> the same shape and dtype."""
+        """Rotates queries or keys, [b, s, n, d] -> the same shape and dtype."""
         cos, sin = self.cos.unsqueeze(-2), self.sin.unsqueeze(-2)  # [s, 1, d/2]
         first, second = x.chunk(2, dim=-1)
         rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)

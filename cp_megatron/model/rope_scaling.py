@@ -1,26 +1,25 @@
 """The frequencies of rotary positions, and how each ``--rope-type`` changes them.
 
-Pair i of a head's d/2 pairs turns by position * f_i, with f_i = base^(-2i/d). A model has only seen
-the angles of its original length L, so a longer text shows it angles it does not know. Every
-remedy slows some pairs down; s is the factor, T the longest document of the row:
+Pair i of the d/2 pairs of a head turns by position * f_i, with f_i = base^(-2i/d). A model has only
+seen the angles of its original length L, so a longer text has angles that it does not know. Every
+method slows some pairs down; s is the factor, T the longest document of the row:
 
-    linear     f_i / s                  all pairs alike; fine detail is lost (Chen et al. 2023,
-                                        arXiv:2306.15595)
-    dynamic    base * (s T / L - (s - 1))^(d / (d - 2)) as the base once T > L; short documents see
-                                        the original ("NTK-aware" by bloc97, its dynamic form by
-                                        emozilla; section 3.3 of arXiv:2309.00071)
-    yarn       by how often a pair turns in L: fast ones keep f_i, slow ones get f_i / s, a ramp
-                                        lies between, and q and k grow by 0.1 ln(s) + 1 (Peng et
-                                        al. 2023, arXiv:2309.00071)
-    llama3     the same idea with a ramp linear in the turns (Llama 3.1, arXiv:2407.21783)
-    longrope   f_i / a list found by search: the short list up to L, the long one beyond it (Ding
-                                        et al. 2024, arXiv:2402.13753)
+    linear     f_i / s for all pairs, which loses fine detail (Chen et al. 2023, arXiv:2306.15595)
+    dynamic    once T > L, base * (s T / L - (s - 1))^(d / (d - 2)) is the base; short documents see
+               the original ("NTK-aware" by bloc97, dynamic by emozilla; section 3.3 of
+               arXiv:2309.00071)
+    yarn       depends on how often a pair turns in L: fast pairs keep f_i, slow ones get f_i / s,
+               with a ramp in between, and q and k grow by 0.1 ln(s) + 1 (Peng et al. 2023,
+               arXiv:2309.00071)
+    llama3     the same idea with a ramp that is linear in the turns (arXiv:2407.21783)
+    longrope   divides f_i by a list found by search: one up to L, another beyond it (Ding et al.
+               2024, arXiv:2402.13753)
 
     turns in L   many ........ beta_fast ~~~~~~~~ beta_slow ........ few
     frequency         f_i               a ramp                f_i / s
 
-T must not be the largest position that one rank holds: ranks would rotate differently and their
-scores mean nothing. It comes from the mask, which every rank knows.
+T comes from the mask, which every rank knows. If it were the largest position that a rank holds,
+ranks would rotate differently, and queries would not match the keys of other ranks.
 """
 
 from __future__ import annotations
@@ -36,31 +35,31 @@ from cp_megatron.config.schema import ModelConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Frequencies:
-    """What positions are multiplied with.
+    """The factors of positions.
 
     Attributes:
         inverse: float64 [d/2] on the CPU, radians per position.
-        attention_factor: multiplies cosine and sine, so the scores by its square.
+        attention_factor: multiplies cosine and sine, and so the scores by its square.
     """
 
     inverse: Tensor
     attention_factor: float = 1.0
 
 
-def plain_frequencies(head_dim: int, base: float) -> Tensor:
+def _plain(head_dim: int, base: float) -> Tensor:
     """base^(-2i/d), float64 [d/2]."""
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float64, device="cpu")
     return base ** (-exponents / head_dim)
 
 
 def rope_frequencies(config: ModelConfig, longest: int) -> Frequencies:
-    """The frequencies of a model's heads, equal to those of Hugging Face transformers.
+    """The frequencies of a model's heads, which equal those of Hugging Face transformers.
 
     Args:
-        config: the model; what its ``rope_type`` needs is given (``rules.check_rope``).
-        longest: tokens of the longest document of the row, the same on every rank.
+        config: the model, with the settings that its ``rope_type`` needs.
+        longest: length of the longest document of the row, the same on every rank.
     """
-    plain = plain_frequencies(config.head_dim, config.rotary_base)
+    plain = _plain(config.head_dim, config.rotary_base)
     factor = config.rope_scaling_factor or 1.0
     match config.rope_type:
         case "linear":
@@ -88,7 +87,7 @@ def _original(config: ModelConfig) -> int:
 def _dynamic(config: ModelConfig, factor: float, longest: int) -> Tensor:
     original, d = _original(config), config.head_dim
     stretch = factor * max(longest, original) / original - (factor - 1)
-    return plain_frequencies(d, config.rotary_base * stretch ** (d / (d - 2)))
+    return _plain(d, config.rotary_base * stretch ** (d / (d - 2)))
 
 
 def _llama3(config: ModelConfig, plain: Tensor, factor: float) -> Tensor:
@@ -102,7 +101,7 @@ def _yarn(config: ModelConfig, plain: Tensor, factor: float) -> Tensor:
     d, base, original = config.head_dim, config.rotary_base, _original(config)
 
     def pair_that_turns(times: float) -> float:
-        """The pair, as a fraction, that turns so often in the original length."""
+        """The pair, as a fraction, that turns this often in the original length."""
         return d * math.log(original / (times * 2 * math.pi)) / (2 * math.log(base))
 
     first, last = pair_that_turns(config.beta_fast), pair_that_turns(config.beta_slow)
@@ -110,7 +109,7 @@ def _yarn(config: ModelConfig, plain: Tensor, factor: float) -> Tensor:
         first, last = math.floor(first), math.ceil(last)
     first, last = max(first, 0), min(last, d - 1)
     if first == last:
-        last += 0.001  # a step, not a division by zero
+        last += 0.001  # avoids a division by zero
     pairs = torch.arange(d // 2, dtype=torch.float64, device="cpu")
     slowed = ((pairs - first) / (last - first)).clamp(0, 1)
     return plain * (1 - slowed) + plain / factor * slowed

@@ -142,7 +142,7 @@ class Transformer(nn.Module):
         rotation = None
         if self.config.position_embedding_type == "rope":
             longest = max(cp.mask.lengths)
-            rotation = Rotation.of_model(positions, self.config, longest=longest, dtype=x.dtype)
+            rotation = Rotation.of(positions, self.config, longest=longest, dtype=x.dtype)
         contexts = self.layer_contexts(cp)
         for number, layer in self.layers.items():
             dropout = _dropout_of_layer(attention_dropout, int(number))

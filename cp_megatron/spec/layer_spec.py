@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 from cp_megatron.config import ModelConfig
@@ -64,3 +65,29 @@ class LayerSpec(BlockSpec):
             mlp=MLPSpec.of(model),
             dropout=model.hidden_dropout,
         )
+
+    def kept_bytes(self, sizes: ActivationSizes, granularity: str, *, tiled: bool) -> Counter[str]:
+        """Bytes that backward needs, by the name of the module that keeps them.
+
+        Args:
+            sizes: the sizes of activations.
+            granularity: what is recomputed, as in ``MemoryConfig``; it decides about the name
+                ``inputs``, the inputs of recomputed blocks.
+            tiled: the MLP runs in tiles, and keeps its input.
+        """
+        stream = sizes.stream_bytes(self.attention_norm.width)
+        if granularity == "full":
+            return Counter(inputs=stream)
+        kept = Counter(attention=self.attention.kept_results(sizes))
+        if self.dropout:
+            kept["dropout"] = 2 * sizes.dropout_bytes(self.attention_norm.width)
+        if granularity == "selective":
+            kept["inputs"] = 2 * stream
+            return kept
+        kept["attention_norm"] = self.attention_norm.kept_bytes(sizes.stream_tokens, sizes)
+        kept["attention"] += self.attention.kept_operands(sizes)
+        kept["mlp_norm"] = self.mlp_norm.kept_bytes(sizes.stream_tokens, sizes)
+        kept["mlp"] = self.mlp.kept_bytes(sizes)
+        if tiled and not self.mlp_norm.keeps_input(sizes):
+            kept["mlp"] += stream
+        return kept

@@ -97,11 +97,10 @@ class ModelSpec(BlockSpec):
 
         FSDP2 cuts dim 0 into pieces of equal, rounded-up size, so the last ranks may hold less.
         """
-        place = grid.coordinates(rank)
-        shards, shard = grid.dp * grid.cp, place.dp * grid.cp + place.cp
+        shards, shard = grid.size("dp_cp"), grid.index("dp_cp", rank)
         total = 0
         for parameter, copies in self._distinct():
-            rows, *rest = parameter.local_shape({"tp": grid.tp})
+            rows, *rest = parameter.local_shape(grid.sizes)
             piece = -(-rows // shards)
             held = min(piece, max(0, rows - shard * piece))
             total += held * math.prod(rest) * copies

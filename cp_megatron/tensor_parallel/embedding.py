@@ -8,9 +8,6 @@ Shapes: b batch, s sequence of one context parallel rank, h hidden, v padded voc
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -52,15 +49,13 @@ class VocabParallelHead(SpecifiedModule):
         self.vocab_size = spec.vocab_size
 
     def forward(self, x: Tensor, tied_weight: Tensor | None = None) -> Tensor:
-        """Residual stream -> logits [b, s, v/tp].
-
-        The gradient of a padding column must be zero, which every loss over a softmax gives.
-        """
+        """Residual stream -> logits [b, s, v/tp]."""
         weight = self._weight(tied_weight)
         logits = F.linear(self.tp.enter(x), weight)
         first_padding = self.vocab_size - self.tp.rank * weight.shape[0]
         if first_padding < weight.shape[0]:
-            logits = _HidePadding.apply(logits, max(first_padding, 0))
+            # In place, because logits are too large to be copied.
+            logits[..., max(first_padding, 0) :] = float("-inf")
         return logits
 
     def losses(
@@ -75,20 +70,3 @@ class VocabParallelHead(SpecifiedModule):
     def _weight(self, tied: Tensor | None) -> Tensor:
         """[v/tp, h]"""
         return self.local("weight") if tied is None else local_weight(tied)
-
-
-class _HidePadding(torch.autograd.Function):
-    """Sets the columns from ``first`` on to -inf in place: logits are too large to be copied.
-
-    Backward: identity, because the gradient there is zero already.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, first: int) -> Tensor:
-        ctx.mark_dirty(logits)
-        logits[..., first:] = float("-inf")
-        return logits
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return grads[0], None

@@ -36,7 +36,12 @@ from cp_megatron.comm.nonblocking import start_all_gather, start_reduce_scatter
 from cp_megatron.comm.trace import traced
 from cp_megatron.config import tokens_with_logits
 from cp_megatron.tensor_parallel.group import TensorParallel
-from cp_megatron.tensor_parallel.loss import IGNORED, accumulation_dtype
+from cp_megatron.tensor_parallel.loss import (
+    IGNORED,
+    accumulation_dtype,
+    combine,
+    target_logits,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,17 +170,13 @@ class _Chunk:
         logits = x @ weight.T  # [n, v/tp]
         exact = logits.to(accumulation_dtype(logits.dtype))
         del logits
-        width = exact.shape[1]
         exact[:, self.num_valid :] = float("-inf")
-        local = labels.flatten() - self.tp.rank * width
-        here = (local >= 0) & (local < width)  # never for IGNORED
-        local = local.clamp(0, width - 1).unsqueeze(1)  # valid even if the label is elsewhere
-        target = torch.where(here, exact.gather(1, local).squeeze(1), 0.0)
+        target, local, here = target_logits(exact, labels.flatten(), self.tp.group)
         # exact becomes exp(logit - maximum), of this rank's columns
         least = torch.finfo(exact.dtype).min  # a rank that holds only padding has no maximum
         maximum = exact.amax(1).clamp(min=least)
         exact.sub_(maximum.unsqueeze(1)).exp_()
-        lse, target = self._combine(maximum, exact.sum(1), target)
+        lse, target = combine(maximum, exact.sum(1), target, self.tp.group)
         counts = labels.flatten() != IGNORED
         losses = torch.where(counts, lse - target, 0.0)
         total = losses.sum()
@@ -218,13 +219,3 @@ class _Chunk:
         # [b, tp * c, h] -> [tp, b, c, h] -> [1, b, c, h]
         stacked = grad.unflatten(1, (self.tp.size, -1)).movedim(1, 0).contiguous()
         return start_reduce_scatter(stacked, self.tp.group).wait().squeeze(0)
-
-    def _combine(self, maximum: Tensor, total: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """Per rank (maximum, sum of exp, target logit or 0) [n] -> (lse, target) of all columns."""
-        if self.tp.size == 1:
-            return maximum + total.log(), target
-        highest = maximum.clone()
-        dist.all_reduce(highest, dist.ReduceOp.MAX, group=self.tp.group)
-        both = torch.stack((total * torch.exp(maximum - highest), target))  # [2, n]
-        dist.all_reduce(both, group=self.tp.group)
-        return highest + both[0].log(), both[1]

@@ -40,17 +40,10 @@ def vocab_parallel_cross_entropy(
 class _VocabParallelCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor, group: ProcessGroup | None) -> Tensor:
-        rank = 0 if group is None else group.rank()
-        width = logits.shape[-1]
-        local = labels - rank * width
-        here = (local >= 0) & (local < width)  # never for IGNORED, which is negative
-        local = local.clamp(0, width - 1)  # [..], a valid index even if the label is elsewhere
-
         exact = logits.to(accumulation_dtype(logits.dtype))
-        target = exact.gather(-1, local.unsqueeze(-1)).squeeze(-1)
-        target = torch.where(here, target, 0.0)
-        lse, target = _combine(exact.logsumexp(-1), target, group)
-
+        target, local, here = target_logits(exact, labels, group)
+        lse = exact.logsumexp(-1)
+        lse, target = combine(lse, torch.ones_like(lse), target, group)
         counts = labels != IGNORED
         ctx.save_for_backward(logits, lse, local, here, counts)
         return torch.where(counts, lse - target, 0.0)
@@ -60,7 +53,7 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         logits, lse, local, here, counts = ctx.saved_tensors
         # softmax - one_hot(label), times the token's gradient
         out = (logits.to(lse.dtype) - lse.unsqueeze(-1)).exp_()
-        out.scatter_add_(-1, local.unsqueeze(-1), -here.to(out.dtype).unsqueeze(-1))
+        out.scatter_add_(-1, local, -here.to(out.dtype).unsqueeze(-1))
         out.mul_(torch.where(counts, grads[0], 0.0).unsqueeze(-1))
         return out.to(logits.dtype), None, None
 
@@ -70,15 +63,41 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _combine(lse: Tensor, target: Tensor, group: ProcessGroup | None) -> tuple[Tensor, Tensor]:
-    """Per rank (log-sum-exp, target logit or 0) [..] -> those of the whole vocabulary.
+def target_logits(
+    logits: Tensor, labels: Tensor, group: ProcessGroup | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Finds the logits of labels [..] in this rank's part of the vocabulary.
 
-    A rank that holds only padding has lse -inf and adds exp(-inf) = 0.
+    Returns:
+        [..] the logits, 0 if the label is on another rank; [.., 1] its index on this rank, an
+        arbitrary valid one if it is on another; bool [..], whether it is on this rank.
+    """
+    rank, width = 0 if group is None else group.rank(), logits.shape[-1]
+    local = labels - rank * width
+    here = (local >= 0) & (local < width)  # never for IGNORED, which is negative
+    local = local.clamp(0, width - 1).unsqueeze(-1)
+    return torch.where(here, logits.gather(-1, local).squeeze(-1), 0.0), local, here
+
+
+def combine(
+    maximum: Tensor, total: Tensor, target: Tensor, group: ProcessGroup | None
+) -> tuple[Tensor, Tensor]:
+    """Reduces numbers of the ranks' parts [..] to those of the whole vocabulary.
+
+    Args:
+        maximum: any upper bound of the logits that is close to the largest.
+        total: the sum of exp(logit - maximum).
+        target: the logit of the label, or 0.
+        group: the tp group.
+
+    Returns:
+        The log-sum-exp and the logit of the label.
     """
     if group is None or group.size() == 1:
-        return lse, target
-    maximum = lse.clone()
-    dist.all_reduce(maximum, dist.ReduceOp.MAX, group=group)
-    both = torch.stack((torch.exp(lse - maximum), target))  # [2, ..]
+        return maximum + total.log(), target
+    highest = maximum.clone()
+    dist.all_reduce(highest, dist.ReduceOp.MAX, group=group)
+    # A rank that holds only padding adds exp(-inf) = 0.
+    both = torch.stack((total * torch.exp(maximum - highest), target))  # [2, ..]
     dist.all_reduce(both, group=group)
-    return maximum + both[0].log(), both[1]
+    return highest + both[0].log(), both[1]

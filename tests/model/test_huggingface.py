@@ -221,13 +221,13 @@ def answers_of_the_model(rank: int, world_size: int) -> dict[str, str]:
 
 
 @needs_transformers
-def test_a_model_is_refused_what_can_not_be_honoured() -> None:
+def test_a_model_is_refused_what_is_not_supported() -> None:
     (answers,) = run_ranks(answers_of_the_model, 1)
     starts = {
         "no plan": "context_parallel None",
         "a whole mask": "attention_mask (1, 1, 48, 48)",
         "padding": "attention_mask with zeros",
-        "cache": "past_key_values: 48 queries over 96 keys",
+        "cache": "past_key_values: gives 48 queries 96 keys",
         "dropout": "attention_dropout 0.1",
         "probabilities": "output_attentions True",
         "both ways": "attention LlamaAttention: must be causal",
@@ -261,7 +261,7 @@ class SomeCrossAttention(nn.Identity):
         ({"cu_seq_lens_q": torch.tensor([0, 6])}, "cu_seq_lens_q (2,)"),
         ({"output_router_logits": True}, "output_router_logits True"),
         ({"module": SomeCrossAttention()}, "attention SomeCrossAttention: must be causal"),
-        ({"sliding_window": 4}, "sliding_window 4: differs from the mask's None"),
+        ({"sliding_window": 4}, "sliding_window 4: differs from None"),
     ],
 )
 def test_attention_refuses(kwargs: dict[str, Any], start: str) -> None:
@@ -286,7 +286,7 @@ def test_attention_ignores_what_is_off() -> None:
 def test_frequencies_that_follow_the_length_are_refused(
     rope: dict[str, Any], longest: int, refused: bool
 ) -> None:
-    """One rank sees another largest position than the next, and would rotate differently."""
+    """Ranks see different largest positions, and would rotate differently."""
     config = SimpleNamespace(rope_parameters=rope, max_position_embeddings=8)
     plan, module = plan_of(longest), nn.Identity()
     module.config = config
@@ -301,7 +301,7 @@ def test_frequencies_that_follow_the_length_are_refused(
     [
         ({"attention_mask": torch.tensor([[True, False]])}, "attention_mask with zeros"),
         ({"use_vmap": True}, "attention_mask: the model adds conditions"),
-        ({"q_length": 1, "kv_length": 5}, "past_key_values: 1 queries over 5 keys"),
+        ({"q_length": 1, "kv_length": 5}, "past_key_values: gives 1 queries 5 keys"),
         ({"config": SimpleNamespace(layer_types=["full_attention", "conv"])}, "layer_types conv"),
         ({"config": SimpleNamespace(mamba_d_conv=4)}, "layer_types mamba"),
     ],
@@ -374,7 +374,7 @@ IDS = torch.zeros(2, 4, dtype=torch.int64)
 @pytest.mark.parametrize(
     ("kwargs", "start"),
     [
-        ({}, "shard_batch: needs input_ids or inputs_embeds"),
+        ({}, "shard_batch: needs either input_ids or inputs_embeds"),
         ({"input_ids": IDS, "labels": IDS[:, :3]}, "labels (2, 3)"),
         ({"input_ids": IDS, "position_ids": IDS[:, :3]}, "position_ids (2, 3)"),
         ({"input_ids": IDS, "position_ids": IDS[None]}, "position_ids (1, 2, 4)"),

@@ -7,11 +7,13 @@ import math
 import pytest
 import torch
 
+from cp_megatron.config import ModelConfig
 from cp_megatron.model.rope import Rotation
 
 
 def rotation(*positions: int, dtype: torch.dtype = torch.float64, head_dim: int = 4) -> Rotation:
-    return Rotation.make(torch.tensor(positions), head_dim=head_dim, base=100.0, dtype=dtype)
+    model = ModelConfig(kv_channels=head_dim, rotary_base=100.0)
+    return Rotation.of(torch.tensor(positions), model, longest=1, dtype=dtype)
 
 
 def test_a_literal_rotation() -> None:

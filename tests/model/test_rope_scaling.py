@@ -106,7 +106,7 @@ def test_short_documents_keep_the_original_frequencies() -> None:
 
 def test_the_attention_factor_scales_what_is_rotated() -> None:
     config = model_of(CASES["yarn, attention"])
-    rotation = Rotation.of_model(torch.tensor([5]), config, longest=9, dtype=torch.float64)
+    rotation = Rotation.of(torch.tensor([5]), config, longest=9, dtype=torch.float64)
     x = torch.randn(1, 1, 1, 32, dtype=torch.float64)
     assert (rotation.apply(x).norm() / x.norm()).item() == pytest.approx(1.3)
 

@@ -1,4 +1,4 @@
-"""What a run from a Hugging Face folder refuses, before torch is imported."""
+"""Runs that start from a Hugging Face folder: what is refused before torch is imported."""
 
 from __future__ import annotations
 

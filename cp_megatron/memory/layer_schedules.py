@@ -1,19 +1,10 @@
-"""The schedules of a run and the buffers that their messages occupy, without torch.
-
-``plan/buffer_sizes.py`` describes the buffers; the code that sends the messages asks it as well.
-"""
+"""The attention schedules of a run's layers, without torch."""
 
 from __future__ import annotations
 
 from cp_megatron.plan import Schedule
-from cp_megatron.plan.buffer_sizes import AttentionSizes as Operands
-from cp_megatron.plan.buffer_sizes import BufferSizes as Rooms
 from cp_megatron.preflight.run_plan import RunPlan
 from cp_megatron.spec import local_heads
-
-__all__ = ["Operands", "Rooms", "lay_backward", "lay_forward", "schedules"]
-
-lay_forward, lay_backward = Rooms.add_forward, Rooms.add_backward
 
 
 def schedules(plan: RunPlan) -> tuple[Schedule, ...]:
