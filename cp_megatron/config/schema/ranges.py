@@ -47,7 +47,6 @@ def _number(value: float) -> str:
 
 
 EVERY_NUMBER = Range()
-
 LARGEST_SIZE = 2**31 - 1
 Size = Annotated[int, Range(1, LARGEST_SIZE)]
 Count = Annotated[int, Range(0, LARGEST_SIZE)]
