@@ -102,9 +102,8 @@ def refuse_unread(given: Collection[str], read: Collection[str], program: Progra
     Raises:
         ConfigError: a flag is given that is not read.
     """
-    for flag in sorted(given):
-        if flag not in read:
-            raise ConfigError(flag, "", f"has no effect on {program.name}", "leave it out")
+    for flag in sorted(set(given) - set(read)):
+        raise ConfigError(flag, "", f"has no effect on {program.name}", "leave it out")
 
 
 def check_sampling(options: GenerationOptions) -> None:

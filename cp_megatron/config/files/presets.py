@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from types import MappingProxyType
 
 from cp_megatron.config.schema import (
     Config,
@@ -22,6 +21,9 @@ _llama = functools.partial(
     swiglu=True,
     position_embedding_type="rope",
     disable_bias_linear=True,
+)
+_llama3 = functools.partial(
+    _llama, num_attention_heads=32, num_query_groups=8, rotary_base=500_000.0
 )
 _toy = functools.partial(
     Config,
@@ -52,14 +54,7 @@ _GPT2_SMALL = Config(
 # The shape of Llama 3.2 1B.
 _LLAMA_1B = Config(
     preset="llama-1b",
-    model=_llama(
-        num_layers=16,
-        hidden_size=2048,
-        ffn_hidden_size=8192,
-        num_attention_heads=32,
-        num_query_groups=8,
-        rotary_base=500_000.0,
-    ),
+    model=_llama3(num_layers=16, hidden_size=2048, ffn_hidden_size=8192),
     data=_LONG_ROWS,
     optimizer=OptimizerConfig(lr=4e-4, min_lr=4e-5, lr_warmup_iters=2000),
     train=_LONG,
@@ -67,13 +62,10 @@ _LLAMA_1B = Config(
 # Llama 3 8B (Grattafiori et al. 2024, arXiv:2407.21783, table 3).
 _LLAMA3_8B = Config(
     preset="llama3-8b",
-    model=_llama(
+    model=_llama3(
         num_layers=32,
         hidden_size=4096,
         ffn_hidden_size=14336,
-        num_attention_heads=32,
-        num_query_groups=8,
-        rotary_base=500_000.0,
         untie_embeddings_and_output_weights=True,
     ),
     parallel=ParallelConfig(sequence_parallel=True),
@@ -83,9 +75,9 @@ _LLAMA3_8B = Config(
     memory=MemoryConfig(recompute_granularity="selective"),
 )
 
-PRESETS: Mapping[str, Config] = MappingProxyType(
-    {config.preset: config for config in (_TOY, _TOY_GPT, _GPT2_SMALL, _LLAMA_1B, _LLAMA3_8B)}
-)
+PRESETS: Mapping[str, Config] = {
+    config.preset: config for config in (_TOY, _TOY_GPT, _GPT2_SMALL, _LLAMA_1B, _LLAMA3_8B)
+}
 """The presets by name."""
 
 DEFAULT_PRESET = "toy"
