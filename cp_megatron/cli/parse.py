@@ -44,13 +44,7 @@ class LaunchOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class Program:
-    """A program that takes the flags of a run and some flags of its own.
-
-    Attributes:
-        name: the program's name, for ``--help``.
-        description: what it does, for ``--help``.
-        options: its own flags.
-    """
+    """A program that takes the flags of a run and, in ``options``, some flags of its own."""
 
     name: str
     description: str
@@ -71,11 +65,9 @@ class Arguments:
     """The content of a command line.
 
     Attributes:
-        config: the run.
         given: the flags that the user typed, as ``--help`` spells them.
         auto: whether ``--load auto`` is in force, which allows ``--save`` to name a folder of a
             run that has no checkpoint yet.
-        options: the program's own flags.
     """
 
     config: Config
@@ -90,8 +82,6 @@ def parse_arguments(
     """Reads a command line, without the program's name.
 
     Args:
-        argv: the command line.
-        program: the program.
         quiet: whether to print no help (on all ranks but the first).
         again: whether a launcher repeats the command line after a failure, which has the effect
             of ``--load auto``.
@@ -156,8 +146,7 @@ def _base(typed: Values) -> Config:
     base = PRESETS[preset or values.get("preset", DEFAULT_PRESET)]
     folder = typed.get("load_hf") or values.get("load_hf")
     if load is None and folder is not None:
-        said = typed.keys() | values.keys()
-        base = _started_from(base, folder, said)
+        base = _started_from(base, folder, typed.keys() | values.keys())
     base = overlay(base, values)
     if load is None:
         return base
@@ -184,10 +173,9 @@ def _started_from(base: Config, folder: str, said: Set[str]) -> Config:
 def _values_of_file(file: str) -> Values:
     """The settings of a ``--config`` file."""
     values = read_values(read_file(Path(file), "--config"), f"--config {file}")
-    if values.get("load") is not None:
+    if (load := values.get("load")) is not None:
         rule = "a file cannot choose the run to load"
-        key = f"--config {file}: {settings()['load'].key}"
-        raise ConfigError(key, values["load"], rule, f"--load {values['load']}")
+        raise ConfigError(f"--config {file}: checkpoint.load", load, rule, f"--load {load}")
     return values
 
 

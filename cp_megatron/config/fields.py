@@ -43,11 +43,8 @@ class Setting:
 
     Attributes:
         section: the field of ``Config`` that holds it; empty if the field is not in a section.
-        name: the field's name.
-        kind: the type of its values.
         optional: whether ``None`` is a value.
         choices: the only texts that it accepts; empty if it accepts any.
-        range: the numbers that it accepts.
         count: the number of values; 0 means one or more.
     """
 

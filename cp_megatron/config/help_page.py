@@ -19,8 +19,7 @@ def help_page(program: str, description: str | None, sections: Mapping[str, obje
     """Every flag with its help and its default, section by section.
 
     Args:
-        program: the program's name.
-        description: what the program does, and examples of its use.
+        description: what the program does, with examples of its use.
         sections: dataclass instances by title; a flag's default is the value of its field.
     """
     lines = [f"usage: {program} [-h] [flags]", "", description or ""]
@@ -47,8 +46,6 @@ def _field_docs(options: type) -> dict[str, str]:
         assert isinstance(tree, ast.ClassDef)
         for pair in itertools.pairwise(tree.body):
             match pair:
-                case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(
-                    value=ast.Constant(value=doc)
-                ):
+                case ast.AnnAssign(ast.Name(name)), ast.Expr(ast.Constant(doc)):
                     docs[name] = " ".join(str(doc).split())
     return docs

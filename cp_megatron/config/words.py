@@ -24,7 +24,6 @@ def read_options(
 
     Args:
         argv: the command line without the program's name.
-        options: the dataclass.
         program: the program's name, for ``--help``.
         description: what the program does, for ``--help``.
 

@@ -27,8 +27,6 @@ def find_run(load: str | None, save: str | None, *, again: bool) -> tuple[str | 
     """The run to load (None to begin one), and whether it was looked for in ``--save``.
 
     Args:
-        load: the value of ``--load``.
-        save: the value of ``--save``.
         again: whether a launcher repeats the command line after a failure. Then a checkpoint that
             was saved meanwhile replaces what the run began with.
 

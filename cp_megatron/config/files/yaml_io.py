@@ -77,7 +77,6 @@ def read_values(text: str, source: str) -> Values:
     """The settings that a YAML text holds, by name.
 
     Args:
-        text: the text.
         source: where the text comes from, for messages.
 
     Raises:
