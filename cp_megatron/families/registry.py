@@ -6,6 +6,7 @@ returns the flags of the model can express it; so a flag that no family writes i
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,12 +120,10 @@ def to_hf_config(
     for family in FAMILIES:
         named = {"architectures": [family.architecture], "model_type": family.model_type}
         entries = named | family.write(model, longest) | shared
-        try:
+        with contextlib.suppress(ConfigError):  # the family cannot have such sizes
             misfits[family.architecture] = _misfits(model, family, entries)
-        except ConfigError:
-            continue  # the family cannot have such sizes
-        if not misfits[family.architecture]:
-            return family, entries
+            if not misfits[family.architecture]:
+                return family, entries
     # Of families with as few misfits, the last one is the most specific.
     nearest = min(reversed(misfits), key=lambda name: len(misfits[name]))
     name, ours, theirs = misfits[nearest][0]

@@ -15,6 +15,7 @@ from cp_megatron.config import Config
 from cp_megatron.config.fields import settings
 from cp_megatron.config.files.run_folders import CONFIG_FILE, run_folder
 from cp_megatron.errors import ConfigError, FinishedError
+from cp_megatron.families.registry import spelled
 from cp_megatron.families.rope_fields import ROPE_FIELDS
 
 _MAY_CHANGE = frozenset(
@@ -169,20 +170,10 @@ def _check_same_model(config: Config, manifest: Manifest, vocab_size: int, load:
     now, then = _shape(config), _shape(saved_config(manifest, load))
     for name, value in now.items():
         if then[name] != value:
-            rule = f"the checkpoint {load} is of another model"
-            raise ConfigError(
-                _spelled(name, value, config), "", rule, _spelled(name, then[name], config)
-            )
-
-
-def _spelled(name: str, value: object, config: Config) -> str:
-    """The flag and value on the command line."""
-    if name == "max_position_embeddings" and config.model.max_position_embeddings is None:
-        name = "seq_length"
-    flag = name.replace("_", "-")
-    if isinstance(value, bool):
-        return f"--{flag}" if value else f"--no-{flag}"
-    return f"--{flag} {value}"
+            rule, works = f"the checkpoint {load} is of another model", then[name]
+            if name == "max_position_embeddings" and config.model.max_position_embeddings is None:
+                name = "seq_length"  # from which the number of positions is derived
+            raise ConfigError(spelled(name, value), "", rule, spelled(name, works))
 
 
 def _shape(config: Config) -> dict[str, Any]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
+from functools import partial
 from types import MappingProxyType
 
 from cp_megatron.config.schema import (
@@ -16,23 +16,21 @@ from cp_megatron.config.schema import (
     TrainConfig,
 )
 
-_llama = functools.partial(
+_llama = partial(
     ModelConfig,
     normalization="RMSNorm",
     swiglu=True,
     position_embedding_type="rope",
     disable_bias_linear=True,
 )
-_llama3 = functools.partial(
-    _llama, num_attention_heads=32, num_query_groups=8, rotary_base=500_000.0
-)
-_toy = functools.partial(
+_llama3 = partial(_llama, num_attention_heads=32, num_query_groups=8, rotary_base=500_000.0)
+_toy = partial(
     Config,
     data=DataConfig(seq_length=1024, global_batch_size=4),
     optimizer=OptimizerConfig(lr=3e-3, min_lr=3e-4, lr_warmup_iters=10),
     train=TrainConfig(train_iters=120),
 )
-_long = functools.partial(Config, train=TrainConfig(train_iters=100_000, eval_interval=1000))
+_long = partial(Config, train=TrainConfig(train_iters=100_000, eval_interval=1000))
 _LONG_ROWS = DataConfig(seq_length=8192, micro_batch_size=1, global_batch_size=128)
 
 # Llama style; four ranks on two CPU cores train it in about a minute.

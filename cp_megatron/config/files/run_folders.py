@@ -34,8 +34,7 @@ def find_run(load: str | None, save: str | None, *, again: bool) -> tuple[str | 
         ConfigError: ``--load auto`` without ``--save``.
     """
     if load == AUTO and save is None:
-        rule = "needs the folder to look into"
-        raise ConfigError("--load", load, rule, "--load auto --save RUN")
+        raise ConfigError("--load", load, "needs the folder to look into", "--load auto --save RUN")
     if save is None or not (load == AUTO or again):
         return load, False
     steps = [step for step in Path(save).glob("step-*") if STEP_FOLDER.fullmatch(step.name)]

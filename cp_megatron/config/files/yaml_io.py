@@ -60,17 +60,15 @@ def read_file(path: Path, flag: str) -> str:
     try:
         status = path.stat()
         # Reading a pipe or a device might never end.
-        if not path.is_dir() and (not path.is_file() or status.st_size > LARGEST):
-            rule = f"is not a regular file of at most {LARGEST} bytes"
-            raise ConfigError(flag, path, rule, "a YAML file")
-        return path.read_text(encoding="utf-8")
-    except ConfigError:
-        raise
+        if path.is_dir() or (path.is_file() and status.st_size <= LARGEST):
+            return path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
         raise ConfigError(flag, path, "is not UTF-8 text", "a YAML file") from None
     except (OSError, ValueError) as error:
         reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
         raise ConfigError(flag, path, f"cannot be read: {reason}") from None
+    rule = f"is not a regular file of at most {LARGEST} bytes"
+    raise ConfigError(flag, path, rule, "a YAML file")
 
 
 def read_values(text: str, source: str) -> Values:
