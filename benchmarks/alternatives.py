@@ -1,22 +1,22 @@
-"""Context parallelism against what people did before it: what does a long sequence cost?
+"""Compares context parallelism with its alternatives: what does a long sequence cost?
 
-Four ranks train the same model on the same two rows a step, float32 over gloo, sequence parallelism
-wherever weights are split. Each alternative shares the rows out in its own way:
+Four ranks train the same model on the same two rows per step, in float32 over gloo, with sequence
+parallelism wherever weights are split. Each alternative distributes the rows in its own way:
 
 - ``tp2 cp2``: context parallelism within tensor parallelism;
-- ``cp4``: context parallelism alone, weights sharded by FSDP over the same ranks;
+- ``cp4``: context parallelism alone, with weights sharded by FSDP over the same ranks;
 - ``tp4``: tensor and sequence parallelism alone;
-- ``tp2 full``: two data parallel pairs, every layer recomputed, which is how a row that does not
-  fit was made to fit;
-- ``tp2``: the same without recomputation, for scale.
+- ``tp2 full``: two data parallel pairs that recompute every layer, the usual way to make a long row
+  fit without context parallelism;
+- ``tp2``: the same without recomputation, for comparison.
 
-Prints one JSON line per alternative, each with the hardware: the median time of a step and its
-ratio to ``tp2 cp2``'s (paired rounds), bytes that the fullest rank keeps for backward of one row,
-its peak of a step, and the bytes that a rank sends in a step by kind (counted where they reach the
-process group; collectives as the ring algorithms send them).
+Prints one JSON line per alternative, with the hardware: the median time of a step and its ratio to
+that of ``tp2 cp2`` (paired rounds), the bytes that the fullest rank keeps for backward of one row,
+its peak in a step, and the bytes that a rank sends in a step by kind of message. Messages are
+counted where they reach the process group, collectives as the ring algorithms send them.
 
-    python benchmarks/alternatives.py            # some minutes on two cores
-    python benchmarks/alternatives.py --quick    # tiny, seconds; the numbers mean nothing
+    python benchmarks/alternatives.py            # several minutes on two cores
+    python benchmarks/alternatives.py --quick    # seconds; tiny sizes, no real times
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ import time
 from dataclasses import dataclass, replace
 
 import torch.distributed as dist
-from harness.steps import Job, OurStep, peak_of
+from harness.steps import Job, OurStep, llama_shape, peak_of
 from harness.teams import Place, Team, hardware, measure, paired
 
-from cp_megatron.config import MemoryConfig, ModelConfig
+from cp_megatron.config import MemoryConfig
 from cp_megatron.config.words import read_options
 from cp_megatron.plan import Grid
 
@@ -45,59 +45,49 @@ ALTERNATIVES = {
     "tp2 full": (Grid(dp=2, cp=1, tp=2), FULL),
     "tp2": (Grid(dp=2, cp=1, tp=2), MemoryConfig()),
 }
-MODEL = ModelConfig(
-    num_layers=4,
-    hidden_size=512,
-    ffn_hidden_size=1408,
-    num_attention_heads=8,
-    num_query_groups=4,
-    normalization="RMSNorm",
-    swiglu=True,
-    position_embedding_type="rope",
-    disable_bias_linear=True,
-)
+MODEL = llama_shape(num_layers=4, hidden=512, ffn=1408, heads=8, kv_heads=4)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """Ways to share a long row out over four ranks."""
+    """Ways to distribute a long row over four ranks."""
 
     tokens: int = 4096
-    """Of a row."""
+    """Tokens per row."""
     rounds: int = 7
     """Measured rounds."""
     quick: bool = False
-    """Tiny sizes: shows that the script runs, measures nothing."""
+    """Use tiny sizes, which show that the script runs but measure nothing."""
 
 
 class Bench:
-    """One process's side."""
+    """Answers the parent's questions in each process."""
 
     def __init__(self, place: Place) -> None:
         self.place = place
         self.steps: dict[str, OurStep] = {}
 
     def prepare(self, jobs: dict[str, Job]) -> None:
-        """Builds what is timed and counted."""
+        """Builds the models and their rows."""
         self.steps = {name: OurStep(job) for name, job in jobs.items()}
 
     def time(self, name: str) -> tuple[float, float]:
-        """When a step began and ended."""
+        """Times at which a step began and ended."""
         dist.barrier()
         begin = time.monotonic()
         self.steps[name].run()
         return begin, time.monotonic()
 
     def kept(self, name: str) -> int:
-        """Bytes kept for backward of a row."""
+        """Bytes kept for backward of one row."""
         return self.steps[name].kept()
 
     def traffic(self, name: str) -> dict[str, int]:
-        """Bytes sent in a step."""
+        """Bytes sent in a step, by kind of message."""
         return self.steps[name].traffic()
 
     def peak(self, job: Job) -> int:
-        """Most bytes held by a trainer of its own."""
+        """The most bytes that a separate trainer holds at once."""
         return peak_of(OurStep, job)
 
 

@@ -1,23 +1,25 @@
-"""Is context-parallel attention as fast, as small and as exact as it should be?
+"""Is context parallel attention as fast, as small and as exact as it should be?
 
-Forward and backward, 8 heads of 64, float32, on this machine's CPU. Three questions:
+Measures forward and backward with 8 heads of 64 in float32 on this machine's CPU, in three cases:
 
-- ``long``, two ranks of one thread, one causal sequence: against ``one``, PyTorch's CPU flash op in
-  one process of two threads, and against PyTorch's own (private) ring templates with load balance;
-- ``packed``, two ranks of one thread, 32 documents cut at random: against the same row as one
-  causal sequence, and against one process of two threads that runs each document by itself;
-- ``small``, four ranks of one thread with 256 tokens each: every exchange, against PyTorch's rings
-  and every installed peer that runs on CPU (``pip install axolotl-ringmaster para-attn``).
+- ``long``: two ranks with one thread each and one causal sequence, compared with ``one`` (PyTorch's
+  CPU flash op in one process with two threads) and PyTorch's private ring templates with load
+  balancing;
+- ``packed``: two ranks with one thread each and 32 documents of random lengths, compared with the
+  same row as one causal sequence and one process with two threads that runs document by document;
+- ``small``: four ranks with one thread and 256 tokens each, in every exchange, compared with
+  PyTorch's rings and every installed package that runs on the CPU (``pip install
+  axolotl-ringmaster para-attn``).
 
-Prints one JSON line per result, each with the hardware:
+Prints one JSON line per result, with the hardware:
 
-- ``time``: medians in milliseconds, and over rounds the median of time(other) / time(ours);
-- ``saved_bytes``: storage kept for backward by one rank of two against one (each storage once);
-- ``error``: relative L2 against float64, worst rank, for sequences where float64 is cheap.
+- ``time``: medians in milliseconds, and the median over rounds of time(other) / time(ours);
+- ``saved_bytes``: bytes kept for backward by one of two ranks and by one process;
+- ``error``: relative L2 error against float64 on the worst rank, for short sequences.
 
-    python benchmarks/attention.py                     # all three, minutes
+    python benchmarks/attention.py                     # all three cases, minutes
     python benchmarks/attention.py --only packed
-    python benchmarks/attention.py --quick             # tiny, seconds; the numbers mean nothing
+    python benchmarks/attention.py --quick             # seconds; tiny sizes, no real times
 """
 
 from __future__ import annotations
@@ -41,56 +43,56 @@ from cp_megatron.plan import Mask
 
 HEADS = 8
 HEAD_DIM = 64
-ERROR_LIMIT = 2048  # tokens up to which the float64 reference is computed
+ERROR_LIMIT = 2048  # the longest row whose float64 reference is computed
 CASES = ("long", "packed", "small")
 OURS: dict[str, dict[str, Any]] = {
     "p2p": {"exchange": "p2p"},
     "all_gather": {"exchange": "all_gather"},
     "a2a": {"exchange": "a2a"},
-    "unchecked": {"check_ranks": False},  # nobody else compares inputs between ranks either
+    "unchecked": {"check_ranks": False},  # other packages do not compare inputs between ranks
 }
 
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """Attention: one process, this project's engine, other projects' rings."""
+    """Attention: one process, this project's engine, and the rings of other projects."""
 
     only: Literal["all", "long", "packed", "small"] = "all"
-    """Which question."""
+    """Which case to measure."""
     tokens: tuple[int, ...] = (8192, 1024)
-    """Sequence lengths of ``long``."""
+    """Sequence lengths of the case long."""
     packed_tokens: int = 16384
-    """Row length of ``packed``."""
+    """Row length of the case packed."""
     rounds: int = 10
-    """Measured rounds; short sequences take up to 40."""
+    """Measured rounds; short sequences are measured in up to 40."""
     warmup: int = 2
     """Rounds before the first measured one."""
     quick: bool = False
-    """Tiny sizes: shows that the script runs, measures nothing."""
+    """Use tiny sizes, which show that the script runs but measure nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """What everybody computes: a causal row of documents, often a single one."""
+    """What every contestant computes: a causal row of one or more documents."""
 
     case: str
     lengths: tuple[int, ...]
 
     @property
     def tokens(self) -> int:
-        """Row length."""
+        """The row length."""
         return sum(self.lengths)
 
     @property
     def mask(self) -> Mask:
-        """As a mask."""
+        """The mask of the row."""
         if len(self.lengths) == 1:
             return Mask.causal(self.tokens)
         return Mask.documents(self.lengths)
 
 
 def random_cuts(tokens: int, documents: int, seed: int = 0) -> tuple[int, ...]:
-    """Lengths of ``documents`` cut at random in ``tokens``, each at least 1."""
+    """Cuts ``tokens`` at random into ``documents`` lengths of at least 1."""
     generator = np.random.default_rng(seed)
     cuts = np.sort(generator.choice(np.arange(1, tokens), documents - 1, replace=False))
     edges = np.concatenate([[0], cuts, [tokens]])
@@ -99,7 +101,7 @@ def random_cuts(tokens: int, documents: int, seed: int = 0) -> tuple[int, ...]:
 
 @dataclass(kw_only=True)
 class Bench:
-    """One process's side: prepares what a problem compares and answers the parent's questions."""
+    """Prepares a problem's contestants and answers the parent's questions, in each process."""
 
     place: Place
     passes: dict[str, Contestant] = field(default_factory=dict)
@@ -107,7 +109,7 @@ class Bench:
     lengths: tuple[int, ...] = ()
 
     def prepare(self, problem: Problem) -> list[str]:
-        """The names of what this process can run."""
+        """Prepares a problem; the names of the contestants that this process can run."""
         self.tensors = contestants.inputs(problem.tokens, HEADS, HEAD_DIM)
         self.lengths = problem.lengths
         if self.place.size == 1:
@@ -134,7 +136,7 @@ class Bench:
         return list(self.passes)
 
     def time(self, name: str) -> tuple[float, float]:
-        """When the pass began and ended, on the machine's one monotonic clock."""
+        """Times at which the pass began and ended, on the monotonic clock."""
         if self.place.size > 1:
             dist.barrier()
         begin = time.monotonic()
@@ -146,14 +148,14 @@ class Bench:
         return contestants.saved_bytes(self.passes[name].run)
 
     def error(self, name: str) -> dict[str, float]:
-        """Relative errors of this process's part."""
+        """The relative errors of this process's part."""
         run, positions = self.passes[name]
         exact = contestants.one_process([x.double() for x in self.tensors], self.lengths)
         return contestants.errors(run(), exact.run(), positions)
 
 
 def bench(place: Place) -> Bench:
-    """Made in each process."""
+    """Runs in each process."""
     return Bench(place=place)
 
 
@@ -179,7 +181,7 @@ def results(
 
 
 def problems(arguments: Arguments) -> Iterator[Problem]:
-    """What is asked for."""
+    """The problems that the arguments select."""
     cases = CASES if arguments.only == "all" else (arguments.only,)
     if "long" in cases:
         for tokens in (256,) if arguments.quick else arguments.tokens:

@@ -1,17 +1,17 @@
-"""How well are packed documents balanced, at how many keys, and how fast is that planned?
+"""How evenly are packed documents balanced, how many keys does that send, how fast is it planned?
 
-Rows of documents with log-normal lengths (median 3,000 tokens, sigma 1.5, the last one cut to fill
-the row), 16K tokens a rank. Everything is counted from the layouts, nothing is computed. Prints one
-JSON line per result, each with the hardware:
+Rows consist of documents with log-normal lengths (median 3,000 tokens, sigma 1.5, the last one cut
+to fill the row) and have 16K tokens per rank. Everything is counted from the layouts; no attention
+is computed. Prints one JSON line per result, with the hardware:
 
-- ``layout``: for zigzag, the balanced layout, and ``pairs_only`` (4 chunks a rank, dealt by pairs
-  alone, longest first): pairs of the busiest rank over the mean, summed over rows and on the worst
-  row; keys that all ranks together receive over those of needed-only zigzag, by route;
-- ``trade_off``: the same of the balanced layout for tolerances from 0.5 % to 30 %;
-- ``planning``: milliseconds for a row of 1M tokens with 1,000 documents on 64 ranks, layout and one
-  rank's schedule, as it happens every batch.
+- ``layout``: for zigzag, the balanced layout, and ``pairs_only`` (4 chunks per rank, dealt by pairs
+  alone, longest first): the pairs of the busiest rank over the mean, summed over rows and on the
+  worst row; the keys that all ranks together receive, over those that zigzag receives, by route;
+- ``trade_off``: the same figures of the balanced layout for tolerances from 0.5% to 30%;
+- ``planning``: milliseconds to make the layout and one rank's schedule, as for every batch, for a
+  row of 1M tokens with 1,000 documents on 64 ranks.
 
-    python benchmarks/balance.py                     # 20 rows for 8, 16, 32 and 64 ranks, a minute
+    python benchmarks/balance.py                     # 20 rows on 8, 16, 32 and 64 ranks, a minute
     python benchmarks/balance.py --quick             # seconds
 """
 
@@ -44,20 +44,20 @@ class Arguments:
     """Balance and keys of layouts for packed documents, and the time to plan them."""
 
     ranks: tuple[int, ...] = (8, 16, 32, 64)
-    """Sizes of the group."""
+    """Numbers of ranks."""
     rows: int = 20
-    """Rows per size, seeds 0, 1, .."""
+    """Rows per number of ranks, drawn with the seeds 0, 1, ..."""
     tolerances: tuple[float, ...] = (0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.3)
-    """Of the trade-off."""
+    """Tolerances of the trade-off."""
     repeats: int = 20
-    """Measured plannings."""
+    """How often the planning is measured."""
     quick: bool = False
-    """Two rows of one size: shows that the script runs."""
+    """Use two rows on eight ranks, which show that the script runs."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """A mask, the pairs of all rows before each, and the keys that zigzag receives."""
+    """A mask, the pairs of all positions before each one, and the keys that zigzag receives."""
 
     mask: Mask
     pairs_before: np.ndarray
@@ -84,13 +84,13 @@ def log_normal_row(cp_size: int, seed: int) -> Row:
 
 
 def keys(mask: Mask, layout: SequenceLayout) -> dict[str, int]:
-    """Key positions all ranks receive, by route."""
+    """Key positions that all ranks together receive, by route."""
     readers = Readers.of(mask, layout)
     return {route: readers.tokens_received(route) for route in ROUTES}
 
 
 def pairs_only(row: Row, cp_size: int) -> SequenceLayout:
-    """4 chunks a rank, the heaviest first to the lightest rank that has room."""
+    """Gives 4 chunks to each rank, the heaviest first, to the lightest rank that has fewer."""
     edges = np.arange(4 * cp_size + 1) * (row.mask.seq_len // (4 * cp_size))
     weight = np.diff(row.pairs_before[edges])
     ranks: list[list[int]] = [[] for _ in range(cp_size)]
@@ -113,7 +113,7 @@ def balanced(row: Row, cp_size: int, tolerance: float) -> SequenceLayout:
 
 
 def figures(rows: Sequence[Row], layouts: Sequence[SequenceLayout]) -> dict[str, object]:
-    """Balance and keys over all rows."""
+    """Balance and keys, summed over all rows."""
     busiest, mean = [], []
     for row, layout in zip(rows, layouts, strict=True):
         before = row.pairs_before
@@ -135,7 +135,7 @@ def figures(rows: Sequence[Row], layouts: Sequence[SequenceLayout]) -> dict[str,
 def layout_results(
     rows: Sequence[Row], cp_size: int, tolerances: Sequence[float]
 ) -> Iterator[dict[str, object]]:
-    """One size of the group."""
+    """The results for one number of ranks."""
     layouts: dict[str, Callable[[Row], SequenceLayout]] = {
         "zigzag": lambda row: SequenceLayout.make(row.mask, cp_size, "zigzag"),
         "balanced": lambda row: SequenceLayout.make(row.mask, cp_size, "balanced"),
@@ -149,7 +149,7 @@ def layout_results(
 
 
 def million_token_rows() -> dict[str, list[int]]:
-    """1,000 documents: cut at random, and log-normal."""
+    """Lengths of 1,000 documents: cut at random, and log-normal."""
     rng = np.random.default_rng(0)
     cuts = np.sort(rng.choice(np.arange(1, MILLION), 999, replace=False))
     drawn = rng.lognormal(0, SIGMA, 1000)
@@ -161,14 +161,14 @@ def million_token_rows() -> dict[str, list[int]]:
 
 
 def planning_result(lengths: list[int], repeats: int) -> dict[str, object]:
-    """Median wall time of the layout, of one rank's schedule, and of both."""
+    """Median wall times of the layout, of one rank's schedule, and of both."""
     layout_ms, schedule_ms = [], []
-    for turn in range(repeats):
+    for repeat in range(repeats):
         mask = Mask.documents(lengths)
         start = time.perf_counter()
         layout = SequenceLayout.make(mask, 64, "balanced")
         middle = time.perf_counter()
-        Schedule.build(mask, layout, route="direct").rounds(turn % 64)
+        Schedule.build(mask, layout, route="direct").rounds(repeat % 64)
         layout_ms.append((middle - start) * 1e3)
         schedule_ms.append((time.perf_counter() - middle) * 1e3)
     total = [a + b for a, b in zip(layout_ms, schedule_ms, strict=True)]

@@ -1,18 +1,18 @@
-"""What do checksums and asynchronous saves cost a step?
+"""What do checksums and asynchronous saves cost a training step?
 
-A model with SmolLM2's proportions, float32, on gloo ranks that share each row. Everything takes
-turns in a shuffled order in every round; medians of the rounds' ratios. One JSON line per result,
-each with the hardware:
+Trains a model with SmolLM2's proportions in float32, on gloo ranks that share each row. Every round
+measures everything once, in random order; results are medians of the ratios of the rounds. Prints
+one JSON line per result, with the hardware:
 
-- ``checks``: five steps, the parameters summed before and after each update, the links of the last
-  summed and checked (--check-interval 5), over five steps without;
-- ``save``: the steps that begin while a save is under way, its copy included, over as many without,
-  timed alike. ``save_seconds`` is how long these took, ``copy_seconds`` how long of it the training
-  stood still.
+- ``checks``: the time of five steps with ``--check-interval 5`` (parameters summed before and after
+  each update, messages of the last step summed and compared) over five steps without;
+- ``save``: the time of the steps that begin while a save is under way, its copy included, over as
+  many steps without a save. ``save_seconds`` is the time of these steps, and ``copy_seconds`` the
+  part of it in which training stands still.
 
     python benchmarks/faults.py                   # five minutes on two cores
     python benchmarks/faults.py --threads 1 --ranks 1
-    python benchmarks/faults.py --quick           # tiny, seconds; the numbers mean nothing
+    python benchmarks/faults.py --quick           # seconds; tiny sizes, no real times
 """
 
 from __future__ import annotations
@@ -44,21 +44,21 @@ INTERVAL = 5
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """The cost of finding faults, and of saves."""
+    """The cost of detecting faults and of saving."""
 
     ranks: int = 2
-    """That share each row."""
+    """Ranks that share each row."""
     threads: int = 1
-    """Of each rank."""
+    """Threads of each rank."""
     rounds: int = 15
-    """Measured ones."""
+    """Measured rounds."""
     quick: bool = False
-    """Tiny sizes: shows that the script runs, measures nothing."""
+    """Use tiny sizes, which show that the script runs but measure nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Block:
-    """Steps that were timed together."""
+    """Steps that are timed together."""
 
     begin: float
     end: float
@@ -68,18 +68,18 @@ class Block:
 
     @property
     def step_seconds(self) -> float:
-        """Of a step."""
+        """The time of one step."""
         return (self.end - self.begin) / self.num_steps
 
 
 class Bench:
-    """One rank's side."""
+    """Answers the parent's questions on each rank."""
 
     def __init__(self, place: Place) -> None:
         self.place = place
 
     def prepare(self, job: Job) -> None:
-        """Makes the model; everything that is compared trains it further."""
+        """Builds the model that every measurement trains further."""
         self.ours, self.save_cache = OurStep(job), SaveCache()
         train_step = self.ours.train_step
         world = dist.group.WORLD
@@ -94,12 +94,12 @@ class Bench:
         )
         self.plain = train_step
         gc.collect()
-        gc.freeze()  # as the program does
+        gc.freeze()  # as the trainer does
         atexit.register(gc.unfreeze)
         self.checked = replace(train_step, sums=self.checks.parameters)
 
     def block(self, asked: tuple[str, int, str]) -> Block:
-        """(what, steps, folder to save in) -> what it took."""
+        """Runs (what to measure, number of steps, folder to save in)."""
         what, num_steps, folder = asked
         dist.barrier()
         if what in ("save", "alone"):
@@ -116,7 +116,7 @@ class Bench:
         return Block(begin=begin, end=time.perf_counter(), num_steps=num_steps)
 
     def _save(self, folder: Path, alone: int | None) -> Block:
-        """Steps until a save has ended; without one, so many."""
+        """Makes steps until a save has ended; if ``alone`` is given, that many without a save."""
         self.ours.train_step = self.plain
         begin = time.perf_counter()
         save = None if alone else self._start_save(folder)
@@ -173,12 +173,12 @@ def job_of(arguments: Arguments) -> Job:
 
 
 def measured(team: Team, rounds: int) -> dict[str, list[Block]]:
-    """Blocks of everything, one of each per round; the slowest rank's."""
+    """The slowest rank's block of every measurement in every round."""
     names = ["plain", "checks", "save", "alone"]
     found: dict[str, list[Block]] = {name: [] for name in names}
     shuffle = random.Random(0).shuffle
     beside = 1
-    for turn in range(rounds + 1):
+    for round_ in range(rounds + 1):
         shuffle(names)
         for name in names:
             time.sleep(PAUSE)
@@ -186,7 +186,7 @@ def measured(team: Team, rounds: int) -> dict[str, list[Block]]:
             blocks = team.ask("block", (name, beside if name == "alone" else INTERVAL, folder))
             shutil.rmtree(folder)
             beside = blocks[0].num_steps if name == "save" else beside
-            if turn:  # the first warms up
+            if round_:  # the first one warms up
                 found[name].append(max(blocks, key=lambda block: block.end - block.begin))
     return found
 

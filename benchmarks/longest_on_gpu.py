@@ -1,16 +1,16 @@
-"""The longest row of a 1B Llama that trains on one card: ours against transformers.
+"""How long is the longest row of a 1B Llama that trains on one GPU, here and with transformers?
 
-The shape is Llama 3.2's with 1.24 billion parameters, weights, gradients and AdamW in float32,
-products in bfloat16. transformers has its own gradient checkpointing, autocast and fused attention;
-ours recomputes layers, keeps their inputs on the host and cuts MLP and loss into tiles. Each row
-length is a process of its own; bytes are the CUDA allocator's peak.
+The model has the shape of Llama 3.2 with 1.24 billion parameters; weights, gradients and AdamW are
+float32, products bfloat16. transformers uses its own gradient checkpointing, autocast and fused
+attention. Ours recomputes layers, keeps their inputs on the host, and cuts MLP and loss into tiles.
+Each row length is measured in a separate process; bytes are the peak of the CUDA allocator.
 
-Memory is a straight line in the length, so the longest row is worked out from two short ones and
-then trained, one step, where that takes at most ``--seconds``. Attention's time is quadratic, so
-ours is also trained on a row of that length packed with documents, which takes minutes.
+Memory grows linearly with the length, so the longest row is computed from two short ones, and then
+trained for one step if that takes at most ``--seconds``. The time of attention grows quadratically,
+so ours is also trained on a row of that length that is packed with documents, which takes minutes.
 
     python benchmarks/longest_on_gpu.py
-    python benchmarks/longest_on_gpu.py --device cpu --quick    # tiny: shows that it runs
+    python benchmarks/longest_on_gpu.py --device cpu --quick    # tiny sizes: shows that it runs
 """
 
 from __future__ import annotations
@@ -19,37 +19,29 @@ import json
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from harness.steps import Job, OurStep, TheirStep
+from harness.steps import Job, OurStep, TheirStep, llama_shape
 from harness.teams import hardware
 
-from cp_megatron.config import MemoryConfig, ModelConfig
+from cp_megatron.config import MemoryConfig
+from cp_megatron.config.files.presets import PRESETS
 from cp_megatron.config.words import read_options
 from tests.allocations import counting_memory
 
 Who = Literal["ours", "transformers"]
 GIB = 1 << 30
-MODEL = ModelConfig(
-    num_layers=16,
-    hidden_size=2048,
-    ffn_hidden_size=8192,
-    num_attention_heads=32,
-    num_query_groups=8,
-    normalization="RMSNorm",
-    swiglu=True,
-    position_embedding_type="rope",
-    disable_bias_linear=True,
-)
-TINY = replace(MODEL, num_layers=2, hidden_size=64, ffn_hidden_size=128, num_attention_heads=4)
+MODEL = PRESETS["llama-1b"].model
+TINY = llama_shape(num_layers=2, hidden=64, ffn=128, heads=4, kv_heads=2)
 LEAN = MemoryConfig(
     recompute_granularity="full", mlp_tile_size=8192, loss_chunk_size=2048, cpu_offloading=True
 )
 SPARE = 0.97
-"""Of the card: what it has not got for tensors is CUDA's own and the allocator's rounding."""
+"""The share of the GPU's memory that tensors can use; CUDA and the allocator's rounding need the
+rest."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,22 +49,22 @@ class Arguments:
     """Longest rows."""
 
     seconds: float = 120.0
-    """A step that would take longer is not made."""
+    """Steps that would take longer than this are not made."""
     document: int = 16384
-    """Tokens of a document in the packed row."""
+    """Tokens per document in the packed row."""
     budget: float | None = None
-    """GiB of the card that may be used; by default nearly all of it."""
+    """GiB of the GPU's memory to use; by default nearly all of it."""
     device: Literal["cpu", "cuda"] = "cuda"
     """cpu counts the same bytes with the CPU's kernels, in float32."""
     quick: bool = False
-    """Tiny sizes."""
+    """Use tiny sizes, which show that the script runs but measure nothing."""
     measure: str | None = None
-    """Internal: one length, as JSON."""
+    """Internal: one measurement, as JSON."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Length:
-    """One measurement: whose step, on which row."""
+    """One measurement: which implementation, on which row."""
 
     who: Who
     tokens: int
@@ -82,8 +74,8 @@ class Length:
     quick: bool = False
 
     def job(self) -> Job:
-        """What is trained."""
-        model, vocab = (replace(TINY, num_query_groups=2), 512) if self.quick else (MODEL, 128256)
+        """What to train."""
+        model, vocab = (TINY, 512) if self.quick else (MODEL, 128256)
         return Job(
             model=model,
             vocab_size=vocab,
@@ -95,7 +87,7 @@ class Length:
 
 
 def measured(length: Length) -> dict[str, Any]:
-    """Peak and seconds of a step, the second where there is time for two."""
+    """Peak and seconds of a step: of the second one if the first takes less than 15 s."""
     kind = OurStep if length.who == "ours" else TheirStep
     if length.device == "cpu":
         with counting_memory() as count:
@@ -107,7 +99,7 @@ def measured(length: Length) -> dict[str, Any]:
         torch.cuda.set_per_process_memory_fraction(length.budget / torch.cuda.mem_get_info()[1])
     step = kind(length.job())
     begin = time.monotonic()
-    loss = step.run()  # it makes the optimizer's state
+    loss = step.run()  # the first step also makes the optimizer's state
     seconds = time.monotonic() - begin
     found: dict[str, Any] = {"peak": torch.cuda.max_memory_allocated(), "loss": loss}
     if seconds < 15:
@@ -119,7 +111,7 @@ def measured(length: Length) -> dict[str, Any]:
 
 
 def ask(length: Length) -> dict[str, Any] | None:
-    """``measured`` in a process of its own; None where memory does not suffice."""
+    """Calls ``measured`` in a separate process; None if memory does not suffice."""
     command = [sys.executable, str(Path(__file__)), "--measure", json.dumps(asdict(length))]
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
     if ended.returncode:
@@ -131,17 +123,17 @@ def ask(length: Length) -> dict[str, Any] | None:
 
 
 def rows(arguments: Arguments) -> list[dict[str, Any]]:
-    """Every measurement, printed as it is made."""
+    """Makes every measurement and prints it at once."""
     machine = dict(hardware())
     budget = 64 << 20
     if arguments.device == "cuda":
-        machine["card"] = torch.cuda.get_device_name()
+        machine["gpu"] = torch.cuda.get_device_name()
         budget = int(SPARE * torch.cuda.mem_get_info()[1])
     if arguments.budget is not None:
         budget = int(arguments.budget * GIB)
     found: list[dict[str, Any]] = []
 
-    def told(length: Length, **more: object) -> dict[str, Any]:
+    def measure(length: Length, **more: object) -> dict[str, Any]:
         begin = time.monotonic()
         answer = ask(length)
         row = {"benchmark": "longest_on_gpu", "who": length.who, "tokens": length.tokens}
@@ -157,17 +149,17 @@ def rows(arguments: Arguments) -> list[dict[str, Any]]:
     sizes: dict[str, Any] = {"device": arguments.device, "quick": arguments.quick}
     sizes["budget"] = budget
     for who, (low, high) in short.items():
-        first, second = (told(Length(who=who, tokens=n, **sizes)) for n in (low, high))
+        first, second = (measure(Length(who=who, tokens=n, **sizes)) for n in (low, high))
         slope = (second["peak"] - first["peak"]) / (high - low)
         longest = int(high + (budget - second["peak"]) / slope) // 1024 * 1024
         line = {"budget": budget, "bytes_per_token": round(slope), "longest": longest}
-        # Time has a linear and a quadratic part; the quadratic one is an upper bound.
+        # Time grows linearly and quadratically; quadratic growth alone is an upper bound.
         if second["seconds"] * (longest / high) ** 2 <= arguments.seconds:
-            told(Length(who=who, tokens=longest, **sizes), **line)
+            measure(Length(who=who, tokens=longest, **sizes), **line)
             continue
-        told(Length(who=who, tokens=longest, document=arguments.document, **sizes), **line)
+        measure(Length(who=who, tokens=longest, document=arguments.document, **sizes), **line)
         trained = int(high * (arguments.seconds / second["seconds"]) ** 0.5) // 1024 * 1024
-        told(Length(who=who, tokens=min(trained, longest), **sizes), **line)
+        measure(Length(who=who, tokens=min(trained, longest), **sizes), **line)
     return found
 
 

@@ -1,25 +1,27 @@
 """What does a token cost in memory, and what do the savings cost in time?
 
 Bytes are counted, not sampled: every allocation of torch's CPU allocator, and every tensor that
-autograd keeps. Models have the proportions of SmolLM2-135M (vocabulary 85 x hidden, three query
-heads to a key/value head), float32. Prints one JSON line per result, each with the hardware:
+autograd keeps. Models have the proportions of SmolLM2-135M (a vocabulary of 85 x hidden, three
+query heads per key/value head) and compute in float32. Prints one JSON line per result, with the
+hardware:
 
-- ``kept``: bytes that a rank keeps for backward, per token of the row and layer, over hidden x 4,
-  for every --recompute-granularity on several grids (a layer is the difference of two models);
-- ``loss``: peak of head and loss, forward and backward, at 32K tokens and 128K ids over the size of
-  the whole logits;
-- ``longest``: the longest row that trains within ``--budget`` MiB a rank (weights, gradients, AdamW
-  and all else): transformers with its own gradient checkpointing in one process; ours with full
-  recomputation, tiles, offloading; on one, two and four context parallel ranks. Memory is a
-  straight line only where the row's own share is the most of it (below, the optimizer's step has
-  the peak), so the row that a line promises is trained, two steps, until one fits and leaves 2% or
-  less;
-- ``cost``: paired step times of each option over the same without it, where matrices dominate.
+- ``kept``: the bytes that a rank keeps for backward, per token of the row and layer, over 4 x
+  hidden, for every ``--recompute-granularity`` on several grids (a layer is the difference of two
+  models);
+- ``loss``: the peak of output layer and loss, forward and backward, for 32K tokens and a vocabulary
+  of 128K, over the size of all logits;
+- ``longest``: the longest row that trains within ``--budget`` MiB per rank (weights, gradients,
+  AdamW and everything else), for transformers with its own gradient checkpointing in one process,
+  and for ours with full recomputation, tiles and offloading on one, two and four context parallel
+  ranks. Memory grows linearly only for rows that are long enough (for shorter ones the peak is in
+  the optimizer's step), so the row that a line predicts is trained for two steps, until one fits
+  and leaves at most 2%;
+- ``cost``: paired step times with and without each option, for sizes where matrices dominate.
 
     python benchmarks/memory.py                  # an hour on two cores
     python benchmarks/memory.py --only cost
     python benchmarks/memory.py --only longest --plot longest.png
-    python benchmarks/memory.py --quick          # tiny, seconds; the numbers mean nothing
+    python benchmarks/memory.py --quick          # seconds; tiny sizes, no real times
 """
 
 from __future__ import annotations
@@ -42,7 +44,7 @@ from cp_megatron.plan import Grid
 
 MIB = 1 << 20
 CLOSE = 0.99
-"""Of the budget: what is aimed at. A message that gloo's threads let go of late is 0.6%."""
+"""The share of the budget to aim at: a message that gloo's threads release late takes 0.6%."""
 TRIES = 4
 FULL = MemoryConfig(recompute_granularity="full")
 LEAN = MemoryConfig(
@@ -52,48 +54,48 @@ LEAN = MemoryConfig(
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """Memory of a training step."""
+    """The memory of a training step."""
 
     only: Literal["all", "kept", "loss", "longest", "cost"] = "all"
-    """Which question."""
+    """Which question to answer."""
     budget: int = 256
-    """MiB of a rank in ``longest``."""
+    """MiB per rank for the longest row."""
     trained_ranks: int = 4
-    """Up to so many ranks the longest row is trained; on more it is worked out from two rows."""
+    """The longest row is trained on up to this many ranks; on more it is computed from two rows."""
     rounds: int = 9
-    """Measured rounds of ``cost``."""
+    """Measured rounds of the cost."""
     plot: str | None = None
-    """Draw ``longest`` here, as PNG or SVG."""
+    """Draw the longest rows into this file, as PNG or SVG."""
     quick: bool = False
-    """Tiny sizes: shows that the script runs, measures nothing."""
+    """Use tiny sizes, which show that the script runs but measure nothing."""
 
 
 class Bench:
-    """One process's side."""
+    """Answers the parent's questions in each process."""
 
     def __init__(self, place: Place) -> None:
         self.place = place
         self.steps: dict[str, OurStep] = {}
 
     def kept(self, job: Job) -> int:
-        """Bytes kept for backward by this rank."""
+        """Bytes that this rank keeps for backward."""
         return OurStep(job).kept()
 
     def peak(self, question: tuple[str, Job]) -> int:
-        """Peak of building a training step and two steps."""
+        """The peak while a trainer is built and makes two steps."""
         kind, job = question
         return peak_of(OurStep if kind == "ours" else TheirStep, job)
 
     def loss(self, sizes: tuple[int, int, int]) -> tuple[int, int]:
-        """Peak of head and loss, and the size of the whole logits."""
+        """The peak of output layer and loss, and the size of all logits."""
         return peak_of_loss(*sizes)
 
     def prepare(self, jobs: dict[str, Job]) -> None:
-        """Builds what is timed."""
+        """Builds the models and their rows."""
         self.steps = {name: OurStep(job) for name, job in jobs.items()}
 
     def time(self, name: str) -> tuple[float, float]:
-        """When a step began and ended."""
+        """Times at which a step began and ended."""
         if self.place.size > 1:
             dist.barrier()
         begin = time.monotonic()
@@ -102,7 +104,7 @@ class Bench:
 
 
 class Processes:
-    """Asks fresh processes, so that nobody's memory is another's; quick, the same ones again."""
+    """Teams of processes: if ``fresh``, new ones for each question, to share no memory."""
 
     def __init__(self, *, fresh: bool) -> None:
         self.fresh = fresh
@@ -118,7 +120,7 @@ class Processes:
         return answers
 
     def close(self) -> None:
-        """Ends them."""
+        """Ends the processes."""
         for team in self.teams.values():
             team.close()
         self.teams.clear()
@@ -128,7 +130,7 @@ class Processes:
 
 
 def kept(arguments: Arguments, processes: Processes) -> Iterator[dict[str, object]]:
-    """Bytes kept per token and layer."""
+    """The bytes kept per token and layer."""
     tokens, width, vocab = (64, 4, 512) if arguments.quick else (1024, 4, 4096)
     grids = [Grid(dp=1, cp=1, tp=1), Grid(dp=1, cp=2, tp=2)]
     grids += [Grid(dp=1, cp=2, tp=1), Grid(dp=1, cp=4, tp=1), Grid(dp=1, cp=1, tp=4)]
@@ -154,7 +156,7 @@ def kept(arguments: Arguments, processes: Processes) -> Iterator[dict[str, objec
 
 
 def loss(arguments: Arguments, processes: Processes) -> Iterator[dict[str, object]]:
-    """Peak of head and loss over the whole logits."""
+    """The peak of output layer and loss over the size of all logits."""
     sizes = (512, 64, 4096) if arguments.quick else (32768, 128, 131072)
     peak, logits = processes.ask(1, "loss", sizes)[0]
     names = dict(zip(("tokens", "hidden", "vocabulary"), sizes))
@@ -198,13 +200,13 @@ def longest(arguments: Arguments, processes: Processes) -> Iterator[dict[str, ob
 
 
 def slope(rows: list[tuple[int, int]]) -> float:
-    """Bytes of a token, by the two longest of (tokens, bytes)."""
+    """Bytes per token, from the two longest rows of (tokens, bytes)."""
     (low, less), (high, more) = sorted(rows)[-2:]
     return (more - less) / (high - low)
 
 
 def on_line(rows: list[tuple[int, int]], num_bytes: float, unit: int) -> int:
-    """Tokens that so many bytes are for, a multiple of ``unit``."""
+    """Tokens of the row that needs ``num_bytes``, a multiple of ``unit``."""
     tokens, held = max(rows)
     return int(tokens + (num_bytes - held) / slope(rows)) // unit * unit
 
@@ -229,7 +231,7 @@ def cost(arguments: Arguments, processes: Processes) -> Iterator[dict[str, objec
         name: Job(model=model, vocab_size=vocab, tokens=tokens, memory=memory)
         for name, memory in options.items()
     }
-    processes.fresh = False  # what takes turns is in one process
+    processes.fresh = False  # all options are measured in one process
     processes.ask(1, "prepare", jobs)
     rounds = 2 if arguments.quick else arguments.rounds
     seconds = measure(dict.fromkeys(jobs, processes.teams[1]), rounds, 1)
@@ -243,7 +245,7 @@ def cost(arguments: Arguments, processes: Processes) -> Iterator[dict[str, objec
 
 
 def draw(found: list[dict[str, Any]], path: Path) -> None:
-    """Longest rows as bars."""
+    """Draws the longest rows as bars."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 3), layout="constrained")

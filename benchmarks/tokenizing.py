@@ -1,16 +1,16 @@
-"""How fast is ``prepare_data`` next to the library it uses, on all cores?
+"""How fast is ``prepare_data`` on all cores, next to the library that it uses?
 
-Both read the same JSON lines, tokenise with the same byte-level BPE and write the ids:
+Both read the same JSON lines, tokenize them with the same byte-level BPE, and write the ids:
 
-- ``ours``: ``cp_megatron.data.prepare.prepare`` from the start of its processes to the final
+- ``ours``: ``cp_megatron.data.prepare.prepare``, from the start of its processes to the final
   .bin/.idx;
-- ``library``: ``tokenizers``' own ``encode_batch_fast`` with its own threads, on 16 MB of text at a
-  time, ids joined by numpy and written to one file.
+- ``library``: ``encode_batch_fast`` of ``tokenizers`` with its own threads, on 16 MB of text at a
+  time; numpy joins the ids and writes them to one file.
 
-They take turns in every round, in a new order each; the ratio is the median of the rounds' ratios.
-One JSON line, with its hardware. The text is Python's standard library, each file cut at random
-places and repeated until there is enough, or what --text names; the tokenizer is trained on it
-unless --tokenizer names one.
+Each round measures both, in alternating order; the ratio is the median of the ratios of the rounds.
+Prints one JSON line, with the hardware. The text is Python's standard library, each file cut at
+random places and repeated until there is enough, or what --text names; the tokenizer is trained on
+it unless --tokenizer names one.
 
     python benchmarks/tokenizing.py                     # 100 MB, minutes
     python benchmarks/tokenizing.py --quick             # seconds
@@ -32,7 +32,8 @@ from pathlib import Path
 import numpy as np
 
 from cp_megatron.config.words import read_options
-from cp_megatron.data.prepare.prepare import Request, cores, prepare
+from cp_megatron.data.prepare.prepare import cores, prepare
+from cp_megatron.data.prepare.request import Request
 from cp_megatron.data.read.indexed import IndexedDataset, optimal_dtype
 from cp_megatron.data.read.text_files import load_text_files
 from cp_megatron.data.tokenize.tokenizer import ByteTokenizer
@@ -45,24 +46,24 @@ TRAINED_ON = 4_000_000
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """prepare_data against tokenizers' own batches."""
+    """prepare_data against the batches of tokenizers."""
 
     text: str | None = None
-    """A text file or a folder of such; by default Python's standard library."""
+    """A text file or a folder of text files; by default Python's standard library."""
     tokenizer: str | None = None
     """A tokenizer.json; by default one is trained on the text."""
     megabytes: float = 100.0
-    """Text to tokenise."""
+    """Megabytes of text to tokenize."""
     vocab_size: int = 16_384
-    """Of the tokenizer that is trained."""
+    """The vocabulary of the tokenizer that is trained."""
     rounds: int = 5
-    """Rounds of both."""
+    """Measured rounds."""
     quick: bool = False
-    """A megabyte, one round: shows that the script runs."""
+    """Use one megabyte and one round, which show that the script runs."""
 
 
 def documents(text: str | None, size: int) -> Iterator[str]:
-    """Documents of ``size`` bytes in all, no two alike."""
+    """Documents of ``size`` bytes in total, cut at random."""
     tokenizer = ByteTokenizer()
     corpus = load_text_files([text] if text else [], tokenizer)
     ends = [*corpus.document_starts.tolist()[1:], len(corpus.tokens)]
@@ -81,7 +82,7 @@ def documents(text: str | None, size: int) -> Iterator[str]:
 
 
 def trained(texts: list[str], vocab_size: int, path: Path) -> str:
-    """A byte-level BPE as ``tokenizer.json``."""
+    """Trains a byte-level BPE and writes its ``tokenizer.json``."""
     sample, left = [], TRAINED_ON
     for text in texts:
         sample.append(text)
@@ -93,9 +94,9 @@ def trained(texts: list[str], vocab_size: int, path: Path) -> str:
 
 
 def run_library(source: Path, tokenizer: str, output: Path) -> float:
-    """Seconds of the library's own batches."""
+    """Seconds that the batches of the library take."""
     start = time.perf_counter()
-    library = HuggingFaceTokenizer.read(Path(tokenizer))  # adds nothing but the copy to numpy
+    library = HuggingFaceTokenizer.read(Path(tokenizer))  # adds only the copy to numpy
     dtype, end = optimal_dtype(library.vocab_size), np.array([library.eod])
     with source.open("rb") as lines, output.open("wb") as stream:
         while batch := lines.readlines(BATCH_BYTES):
@@ -106,11 +107,11 @@ def run_library(source: Path, tokenizer: str, output: Path) -> float:
 
 
 def run_ours(source: Path, tokenizer: str, prefix: Path) -> float:
-    """Seconds of ``prepare``; its old output is deleted before."""
+    """Seconds that ``prepare`` takes; its old output is deleted first."""
     for suffix in (".bin", ".idx"):
         Path(f"{prefix}_text_document{suffix}").unlink(missing_ok=True)
     request = Request(
-        inputs=(str(source),),
+        input=(str(source),),
         output_prefix=str(prefix),
         tokenizer_type="huggingface",
         tokenizer_model=tokenizer,
@@ -148,7 +149,9 @@ def measure(arguments: Arguments, folder: Path) -> dict[str, object]:
 
 
 def main() -> None:
-    from harness.teams import hardware  # here, or every process of ours would import torch
+    from harness.teams import (
+        hardware,
+    )  # imported here, because every process of ours would import torch otherwise
 
     arguments = read_options(sys.argv[1:], Arguments, program=sys.argv[0], description=__doc__)
     load = round(os.getloadavg()[0], 2)

@@ -1,4 +1,4 @@
-"""The one error a user sees when a flag or an argument can not be honoured."""
+"""The error that a user sees when a flag or an argument cannot be honoured."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class ConfigError(ValueError):
         flag: the flag or argument as the user spells it, e.g. ``--seq-length``.
         value: the value given.
         rule: what must hold, as a full clause, e.g. ``must be divisible by 2 x cp = 4``.
-        works: the nearest values that work, or what to do instead; empty when there is none.
+        works: the nearest values that work, or what to do instead; empty if there are none.
     """
 
     def __init__(self, flag: str, value: object, rule: str, works: str = "") -> None:
@@ -25,5 +25,9 @@ class ConfigError(ValueError):
         super().__init__(f"{f'{flag} {value}'.rstrip()}: {rule}{hint}")
 
     def __reduce__(self) -> tuple[type[ConfigError], tuple[str, object, str, str]]:
-        """Pickles by its four parts, so that it can cross a process boundary."""
+        """Pickles the four parts, so that the error can cross a process boundary."""
         return type(self), (self.flag, self.value, self.rule, self.works)
+
+
+class FinishedError(ConfigError):
+    """The run that ``--load auto`` continues has no steps left to train."""

@@ -12,8 +12,8 @@ from typing import cast
 from cp_megatron.checkpoint.convert import convert
 from cp_megatron.cli.parse import parse_arguments
 from cp_megatron.cli.programs import CONVERT, ConversionOptions
+from cp_megatron.cli.refusal import refuse
 from cp_megatron.errors import ConfigError
-from cp_megatron.preflight.start_table import error_line
 from cp_megatron.train.signals import leave, stop_at_once
 
 
@@ -26,8 +26,7 @@ def main(argv: Sequence[str]) -> int:
         print(f"written  {convert(arguments.config, options, given=arguments.given)}")
         return 0
     except ConfigError as error:
-        print(error_line(error, CONVERT.name), file=sys.stderr, flush=True)
-        return 2
+        return refuse(error, CONVERT.name)
 
 
 if __name__ == "__main__":

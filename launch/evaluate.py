@@ -1,6 +1,6 @@
 """Evaluates a model on long rows: ``torchrun --nproc-per-node 2 launch/evaluate.py --load RUN``.
 
-Flags are checked before torch is imported: a mistake costs a second, one line and code 2.
+Flags are checked before torch is imported, so that a mistake is reported within a second.
 """
 
 from __future__ import annotations
@@ -10,17 +10,17 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import cast
 
-from cp_megatron.cli.evaluation_options import EVALUATE, EvaluationOptions
 from cp_megatron.cli.parse import parse_arguments
+from cp_megatron.cli.programs import EVALUATE, EvaluationOptions
+from cp_megatron.cli.refusal import refuse
 from cp_megatron.comm.runtime import Launch
 from cp_megatron.errors import ConfigError
 from cp_megatron.evaluate.check_evaluation import check_evaluation, print_setup
-from cp_megatron.preflight.start_table import refuse
 from cp_megatron.train.signals import end_with_launcher, leave, stop_at_once
 
 
 def main(argv: Sequence[str], environ: Mapping[str, str], script: str = EVALUATE.name) -> int:
-    """Runs the program; the exit code: 0 done, 2 a flag can not be honoured."""
+    """Runs the program; returns 0, or 2 if a flag is wrong."""
     stop_at_once()
     launch = Launch()
     try:

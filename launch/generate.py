@@ -1,6 +1,6 @@
-"""Lets a trained model speak: ``python launch/generate.py --load RUN [--prompt TEXT]``.
+"""Generates text with a trained model: ``python launch/generate.py --load RUN [--prompt TEXT]``.
 
-Flags are checked before torch is imported: a mistake costs a second, one line and code 2.
+Flags are checked before torch is imported, so that a mistake is reported within a second.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from typing import cast
 
 from cp_megatron.cli.parse import parse_arguments
 from cp_megatron.cli.programs import GENERATE, GenerationOptions
+from cp_megatron.cli.refusal import refuse
 from cp_megatron.comm.runtime import Launch
 from cp_megatron.errors import ConfigError
 from cp_megatron.generate.check_generation import check_generation
-from cp_megatron.preflight.start_table import error_line
 from cp_megatron.train.signals import leave, stop_at_once
 
 
 def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
-    """Runs the program; the exit code: 0 done, 2 a flag can not be honoured."""
+    """Runs the program; returns 0, 2 if a flag is wrong, or 130 if it was interrupted."""
     stop_at_once()
     launch = Launch()
     try:
@@ -36,9 +36,7 @@ def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     except KeyboardInterrupt:
         return 130
     except ConfigError as error:
-        if launch.rank == 0:
-            print(error_line(error, GENERATE.name), file=sys.stderr, flush=True)
-        return 2
+        return refuse(error, GENERATE.name, rank=launch.rank)
 
 
 if __name__ == "__main__":

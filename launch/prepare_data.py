@@ -10,9 +10,9 @@ import sys
 from collections.abc import Sequence
 from types import FrameType
 
+from cp_megatron.cli.refusal import refuse
 from cp_megatron.data.prepare.prepare_command import PROGRAM, interrupted, parse, run
 from cp_megatron.errors import ConfigError
-from cp_megatron.preflight.start_table import error_line
 
 
 def main(argv: Sequence[str]) -> int:
@@ -24,8 +24,7 @@ def main(argv: Sequence[str]) -> int:
         run(parse(argv))
         return 0
     except ConfigError as error:
-        print(error_line(error, PROGRAM), file=sys.stderr, flush=True)
-        return 2
+        return refuse(error, PROGRAM)
     except KeyboardInterrupt:
         print(interrupted(argv), file=sys.stderr, flush=True)
         return 130

@@ -1,6 +1,6 @@
 """Trains a transformer: ``torchrun --nproc-per-node 4 launch/pretrain.py [FLAGS]``.
 
-Flags are checked before torch is imported: a mistake costs a second, one line and code 2.
+Flags are checked before torch is imported, so that a mistake is reported within a second.
 """
 
 from __future__ import annotations
@@ -9,40 +9,37 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 
-from cp_megatron.cli.parse import parse_arguments
+from cp_megatron.cli.parse import PRETRAIN, parse_arguments
+from cp_megatron.cli.refusal import already_done, refuse
 from cp_megatron.comm.runtime import Launch
-from cp_megatron.errors import ConfigError
+from cp_megatron.errors import ConfigError, FinishedError
 from cp_megatron.memory.capacity import check_capacity
 from cp_megatron.memory.memory_report import print_dry_run
 from cp_megatron.preflight.check import check
-from cp_megatron.preflight.save_and_load import FinishedError
-from cp_megatron.preflight.start_table import already_done, refuse
 from cp_megatron.train.signals import end_with_launcher, leave, stop_at_once
 
-PROGRAM = "pretrain.py"
 
-
-def main(argv: Sequence[str], environ: Mapping[str, str], script: str = PROGRAM) -> int:
-    """Runs the program; the exit code: 0 done, 1 diverged, 2 a flag can not be honoured."""
+def main(argv: Sequence[str], environ: Mapping[str, str], script: str = PRETRAIN.name) -> int:
+    """Runs the program; returns 0, 1 if the run diverged, or 2 if a flag is wrong."""
     stop_at_once()
     launch = Launch()
     try:
         launch = Launch.from_environment(environ)
         end_with_launcher(launch)
         quiet, again = launch.rank != 0, launch.restarts > 0
-        arguments = parse_arguments(argv, program=PROGRAM, quiet=quiet, again=again)
+        arguments = parse_arguments(argv, quiet=quiet, again=again)
         plan = check(
             arguments.config,
             launch,
-            dry_run=arguments.dry_run,
-            dry_run_world_size=arguments.world_size,
+            dry_run=arguments.options.dry_run,
+            dry_run_world_size=arguments.options.world_size,
             given=arguments.given,
             auto=arguments.auto,
             argv=argv,
             script=script,
         )
-        plan = check_capacity(plan, launch, dry_run=arguments.dry_run)
-        if arguments.dry_run:
+        plan = check_capacity(plan, launch, dry_run=arguments.options.dry_run)
+        if arguments.options.dry_run:
             return 0 if quiet else print_dry_run(plan)
         from cp_megatron.train.run import run
 
@@ -50,7 +47,7 @@ def main(argv: Sequence[str], environ: Mapping[str, str], script: str = PROGRAM)
     except FinishedError as error:
         return already_done(error, rank=launch.rank)
     except ConfigError as error:
-        return refuse(error, PROGRAM, rank=launch.rank)
+        return refuse(error, PRETRAIN.name, rank=launch.rank)
 
 
 if __name__ == "__main__":

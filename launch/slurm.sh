@@ -1,22 +1,23 @@
 #!/bin/bash
-# Trains over the nodes of a SLURM job, one torchrun per node. From the root of the repository, in
-# the environment that the program is installed in:
+# Trains on the nodes of a SLURM job, with one torchrun per node. Run it from the root of the
+# repository, in the environment that the program is installed in:
 #
 #     sbatch --nodes 4 --time 12:00:00 launch/slurm.sh --preset llama-1b --context-parallel-size 8
 #
-# Before its time is over the run is saved, and the job goes back into the queue and goes on:
+# Before the time limit, the run is saved and the job is requeued; the next start resumes:
 #
 #     SLURM --USR1--> this script --scancel TERM--> torchrun --TERM--> ranks: finish the step, save
 #     srun ends -> scontrol requeue -> this script again: --load auto finds what was saved
 #
-# USR1 goes to this script alone (B:). Should another sender's reach torchrun (scancel --signal=USR1
-# JOB, say), it is passed on, and the ranks save just so. The script does not pass a
-# signal to srun, which would answer TERM with SIGKILL to its tasks, but has SLURM send TERM to them.
+# SLURM sends USR1 to this script only (B:). If another USR1 reaches torchrun (from scancel
+# --signal=USR1 JOB, for example), torchrun forwards it and the ranks save too. The script does not
+# send a signal to srun, which would answer TERM by killing its tasks; SLURM signals the tasks.
 #
-# Read from the environment, all optional:
-#     RUN              the run's folder, seen by all nodes; by default runs/<job's name>-<job's id>.
-#                      A folder with checkpoints is gone on with, flags override its settings.
-#     RANKS_PER_NODE   by default the node's GPUs, 1 where it has none
+# Environment variables, all optional:
+#     RUN              the run's folder, visible to all nodes; by default
+#                      runs/<name of the job>-<id of the job>. If it has checkpoints, the run
+#                      resumes, and flags override its settings.
+#     RANKS_PER_NODE   by default the number of the node's GPUs, or 1 without GPUs
 #     SCRIPT           by default launch/pretrain.py
 
 #SBATCH --job-name=cp_megatron
@@ -37,15 +38,15 @@ run=${RUN:-runs/$SLURM_JOB_NAME-$SLURM_JOB_ID}
 mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 port=$((20000 + (SLURM_JOB_ID + restart) % 20000))
 
-# The ranks have this long to save, less than SLURM gives; torchrun's own default is 30 seconds.
+# The ranks have this long to save, less than SLURM allows. torchrun's default is 30 seconds.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=240
-# srun does not take it over by itself.
+# srun does not inherit this setting by itself.
 [ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
 
 warned= interrupted=
 warn() {
     warned=yes interrupted=yes
-    echo "slurm.sh: the time is nearly over: the run is saved and put back into the queue"
+    echo "slurm.sh: the time limit is near: saving the run and requeueing the job"
     scancel --signal=TERM "$SLURM_JOB_ID"
 }
 trap warn USR1
@@ -59,14 +60,14 @@ srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per
     "${SCRIPT:-launch/pretrain.py}" --save "$run" --load auto "$@" &
 step=$!
 
-# A trap ends the waiting, not the training.
+# A trap interrupts wait, but not the training.
 while :; do
     interrupted= code=0
     wait "$step" || code=$?
     [ -n "$interrupted" ] || break
 done
 
-# torchrun calls a stopped run failed (1), also when it was saved; 0 is a run that is complete.
+# torchrun exits with 0 if the run is complete, and with 1 if it was stopped, even if it was saved.
 if [ -n "$warned" ] && [ "$code" -ne 0 ]; then
     scontrol requeue "$SLURM_JOB_ID"
 fi

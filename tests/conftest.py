@@ -1,4 +1,4 @@
-"""What every test shares: examples have no deadline, the pool of ranks ends with the session."""
+"""Settings of all tests: examples have no deadline, and the pool of ranks ends with the session."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from hypothesis import settings
 
 from tests.ranks import stop_pool
 
-# How long an example takes says more about the machine's other work than about the code. The same
-# examples every time: what fails in CI fails here; --hypothesis-profile search draws new ones.
+# The time of an example depends more on the load of the machine than on the code. The examples are
+# the same every time, so that a failure in CI repeats; --hypothesis-profile search draws new ones.
 settings.register_profile("project", deadline=None, derandomize=True)
 settings.register_profile("search", deadline=None)
 settings.load_profile("project")
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """No process of the pool outlives the tests."""
+    """Ends the processes of the pool."""
     stop_pool()

@@ -1,4 +1,4 @@
-"""The slow, obviously right versions, sharing no code with the engine."""
+"""Slow and simple versions of the engine's results, which share no code with the engine."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def attention_inputs(
 
 
 def dense_gradients(inputs: list[Tensor], mask: Mask) -> dict[str, Tensor]:
-    """out, dq, dk, dv of the dense attention in float64."""
+    """out, dq, dk and dv of dense attention in float64."""
     *qkv, dout = inputs
     q, k, v = (x.clone().requires_grad_() for x in qkv)
     out = dense_attention(q, k, v, mask)
@@ -48,11 +48,11 @@ def dense_gradients(inputs: list[Tensor], mask: Mask) -> dict[str, Tensor]:
 
 
 def relative_error(x: Tensor, whole: Tensor, positions: Tensor, terms: int = 1) -> float:
-    """Of one rank's part: ||x - ref|| / max(||ref on this rank||, ||ref|| / sqrt(cp)).
+    """The error of one rank's part: ||x - ref|| / max(||ref on this rank||, ||ref|| / sqrt(cp)).
 
-    A reference that is zero but for rounding (dq and dk where every query has one key) is compared
-    with the size of the inputs, which are drawn from a normal distribution; ``terms`` of them, the
-    query heads of a key/value head, are summed in each element.
+    A reference that is zero except for rounding (dq and dk if every query has one key) is replaced
+    by the size of the inputs, which are drawn from a normal distribution. Each element sums
+    ``terms`` of them, one per query head of a key/value head.
     """
     part = whole.index_select(1, positions)
     share = float(np.sqrt(whole.shape[1] / positions.numel()))

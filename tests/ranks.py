@@ -1,12 +1,12 @@
-"""Run a function on several ranks inside one test: ``run_ranks(fn, world_size, *args)``.
+"""Runs a function on several ranks inside one test: ``run_ranks(fn, world_size, *args)``.
 
-One pool of spawned processes serves the whole test session, because starting ranks costs seconds
-and a job in a running pool costs milliseconds. The pool grows to the largest world asked for, keeps
-its process group from one job to the next while the world size stays the same, and is killed and
-started afresh after any failure, so that no test inherits a broken group.
+One pool of spawned processes serves the whole test session, because starting ranks takes seconds
+and a job in a running pool takes milliseconds. The pool grows to the largest world size requested,
+and keeps its process group from one job to the next while the world size stays the same. It is
+killed and restarted after any failure, so that no test inherits a broken group.
 
-The ranks meet through a file, never through a port, and write whatever they print to a log that is
-shown only when they fail.
+The ranks connect through a file, never through a port. What they print goes to a log that is shown
+only if they fail.
 """
 
 from __future__ import annotations
@@ -45,13 +45,13 @@ GROUP_TIMEOUT = timedelta(minutes=10)  # longer than any job's: the pool decides
 GRACE = 0.5  # seconds after the first failure in which the other ranks may report theirs
 LOG_TAIL = 4000  # characters of a failed rank's output that are shown
 
-# What a rank sees when another one is gone; such a rank is never the root cause.
+# Errors of a rank that has lost its peer; such a rank is never the root cause.
 LOST_PEER = re.compile(r"connection (closed|reset|refused)|broken pipe|pair is not connected", re.I)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Failure:
-    """What went wrong on one rank: a traceback, the stack of a hung rank, or an exit code."""
+    """The failure of one rank: a traceback, the stack of a hung rank, or an exit code."""
 
     rank: int
     kind: str  # "raised" | "hung" | "died"
@@ -60,7 +60,7 @@ class Failure:
 
     @property
     def secondary(self) -> bool:
-        """Whether the rank failed only because another one did."""
+        """Whether the rank failed only because another rank failed."""
         return self.kind == "raised" and LOST_PEER.search(self.detail.splitlines()[-1]) is not None
 
     def __str__(self) -> str:
@@ -69,7 +69,7 @@ class Failure:
 
 
 class RanksFailed(RuntimeError):  # noqa: N818 (reads as what happened)
-    """A job failed on some rank. ``failures`` holds every rank's, the root cause first."""
+    """A job failed on some rank. ``failures`` lists those of all ranks, the root cause first."""
 
     def __init__(self, world_size: int, failures: Iterable[Failure]) -> None:
         self.failures = sorted(failures, key=lambda failure: failure.secondary)
@@ -83,9 +83,12 @@ class RanksFailed(RuntimeError):  # noqa: N818 (reads as what happened)
 
 @dataclass(frozen=True, kw_only=True)
 class _Job:
-    """What is sent to a worker. ``store`` names a fresh rendezvous file, or None: keep the group.
+    """A message to a worker.
 
-    ``payload`` is the pickled (fn, args), opened only where a failure to import can be reported.
+    Attributes:
+        world_size: the number of ranks.
+        store: a new rendezvous file; None keeps the process group.
+        payload: the pickled (fn, args), unpickled only where a failed import can be reported.
     """
 
     world_size: int
@@ -100,12 +103,12 @@ def run_ranks(
 
     Args:
         fn: a function at the top of a module, so that another process can import it.
-        world_size: 1 to 8.
-        args: anything that pickles; every rank gets a copy of its own.
+        world_size: the number of ranks, 1 to 8.
+        args: arguments that can be pickled; every rank gets a copy.
         timeout: seconds until a job counts as hung; starting processes does not count.
 
     Returns:
-        what ``fn`` returned, one entry per rank in rank order.
+        The results of ``fn``, in rank order.
 
     Raises:
         RanksFailed: a rank raised, died or hung; the message starts with the root cause.
@@ -122,7 +125,7 @@ def run_ranks(
 
 
 def stop_pool() -> None:
-    """Ends every process of the pool; the next job starts new ones."""
+    """Ends every process of the pool. The next job starts new ones."""
     _session_pool().stop()
 
 
@@ -134,7 +137,7 @@ def _session_pool() -> _Pool:
 
 
 class _Worker:
-    """The parent's end of one rank's process."""
+    """The parent's handle on the process of one rank."""
 
     def __init__(self, rank: int, folder: Path) -> None:
         context = multiprocessing.get_context("spawn")
@@ -167,7 +170,7 @@ class _Worker:
         )
 
     def hung(self, seconds: float) -> Failure:
-        """Asks the process where it is (its fault handler answers into the log)."""
+        """Requests the stack of the process, which its fault handler writes to the log."""
         before = self.log_path.stat().st_size
         pid = self.process.pid
         assert pid is not None
@@ -179,7 +182,7 @@ class _Worker:
 
 
 class _Pool:
-    """All worker processes, the folder they share, and the world they are in."""
+    """All worker processes, the folder that they share, and the size of their world."""
 
     def __init__(self) -> None:
         self.workers: list[_Worker] = []
@@ -223,7 +226,7 @@ class _Pool:
 
 
 def _collect(workers: list[_Worker], timeout: float) -> list[bytes]:
-    """Waits for one answer of every worker, or raises with all failures seen by then."""
+    """Waits for an answer of every worker; raises with all failures that have occurred by then."""
     answers: dict[int, bytes] = {}
     failures: list[Failure] = []
     waiting = {worker.rank: worker for worker in workers}
@@ -263,7 +266,7 @@ def _ready(workers: Iterable[_Worker], seconds: float) -> list[_Worker]:
 
 
 def _receive(worker: _Worker) -> tuple[bool, bytes]:
-    """(True, pickled result), (False, traceback), or (False, b"") for a process that died."""
+    """(True, pickled result), (False, traceback), or (False, b"") if the process died."""
     try:
         if worker.connection.poll():
             message = worker.connection.recv_bytes()
@@ -273,16 +276,18 @@ def _receive(worker: _Worker) -> tuple[bool, bytes]:
     return False, b""
 
 
-# ---- below: what runs inside a rank's process ----------------------------------------------------
+# ---- the code below runs in the process of a rank ------------------------------------------------
 
 
 def _serve(rank: int, connection: Connection, log_path: str) -> None:
-    """A worker's life: jobs until the pipe closes."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends us
+    """Runs jobs until the pipe closes."""
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # Ctrl-C reaches the parent, which ends this process
     log = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     for stream in (1, 2):
         os.dup2(log, stream)
-    faulthandler.enable(log)  # where a crash in a kernel happened
+    faulthandler.enable(log)  # prints where a kernel crashed
     faulthandler.register(signal.SIGUSR1, log, all_threads=False)
     folder = Path(log_path).parent
     threading.Thread(target=_follow_parent, args=(folder,), daemon=True).start()
@@ -296,7 +301,7 @@ def _serve(rank: int, connection: Connection, log_path: str) -> None:
 
 
 def _follow_parent(folder: Path) -> None:
-    """Ends this process with its parent, also while a collective hangs, and leaves no file."""
+    """Ends this process with its parent, even while a collective hangs, and removes the folder."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
@@ -311,7 +316,7 @@ def _answer(job: _Job, rank: int) -> bytes:
             _enter_world(rank, job.world_size, job.store)
         fn, args = pickle.loads(job.payload)
         return b"+" + pickle.dumps(fn(rank, job.world_size, *args))
-    except BaseException:  # SystemExit of the code under test is a failure too
+    except BaseException:  # includes SystemExit of the tested code
         return b"-" + traceback.format_exc().encode()
     finally:
         sys.stdout.flush()
@@ -331,10 +336,10 @@ def _enter_world(rank: int, world_size: int, store_path: str) -> None:
 
 
 def _clean_state() -> None:
-    """Undoes what the job before left behind; by now every rank has finished it.
+    """Removes the state of the previous job, which every rank has finished by now.
 
-    DTensor caches output layouts together with their mesh, and an equal mesh of a later job would
-    be answered with the groups of the old one: the groups and that cache go together.
+    DTensor caches output layouts together with their mesh. An equal mesh of a later job would get
+    the groups of the old one from that cache, so it is cleared together with the groups.
     """
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float32)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,8 @@ def type_checking_only(node: ast.AST) -> bool:
     return isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
 
 
-def imports(file: File) -> Iterator[Import]:
+@cache
+def imports(file: File) -> tuple[Import, ...]:
     """Every import, wherever it stands, ``importlib.import_module("literal")`` included."""
 
     def visit(node: ast.AST, at_import_time: bool) -> Iterator[Import]:
@@ -77,7 +78,7 @@ def imports(file: File) -> Iterator[Import]:
         for child in ast.iter_child_nodes(node):
             yield from visit(child, at_import_time and not inside and not type_checking_only(node))
 
-    yield from visit(file.tree, True)
+    return tuple(visit(file.tree, True))
 
 
 def called(node: ast.Call) -> str:

@@ -1,4 +1,4 @@
-"""Every script of benchmarks/ runs as plain python, from any folder, and reports its hardware."""
+"""Every script of benchmarks/ runs from any folder and reports its hardware."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ def test_there_are_benchmarks() -> None:
     assert SCRIPTS
 
 
-# Half a dozen trainers each, or as many processes with other people's packages.
-SLOW = ("alternatives", "attention", "longest_on_gpu", "memory")
+# These build several trainers or start several processes.
+SLOW = ("alternatives", "attention", "faults", "longest_on_gpu", "memory")
 WORDS = {"longest_on_gpu": ["--device", "cpu"]}
 CASES = [
     pytest.param(

@@ -1,1 +1,1 @@
-"""What the benchmarks share: processes that take turns, and what they run."""
+"""What the benchmarks share: processes that are timed in turns, and what they run."""

@@ -1,7 +1,8 @@
-"""Whose attention is timed: the op by itself, this project's engine, other projects' rings.
+"""The attention implementations that are timed: PyTorch's op, this project's engine, other rings.
 
-Shapes: B batch (1), H heads, S sequence, D head_dim. Everybody gets q, k, v and the gradient of out
-as [B, S, H, D], float32, alike in every process, and takes its own part before the clock runs.
+Shapes: B = batch (1), H = heads, S = sequence length, D = head dim. Each implementation gets q, k,
+v and the gradient of out as float32 [B, S, H, D], the same in every process, and takes its part
+before the clock starts.
 """
 
 from __future__ import annotations
@@ -23,11 +24,11 @@ BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 NAMES = ("out", "dq", "dk", "dv")
 
 Pass = Callable[[], tuple[Tensor, ...]]
-"""One forward and backward: out, dq, dk, dv of this process, each [B, its tokens, H, D]."""
+"""One forward and backward pass: this process's out, dq, dk, dv, each [B, own tokens, H, D]."""
 
 
 class Contestant(NamedTuple):
-    """What runs, and which positions this process holds."""
+    """A pass to run, and the positions of the row that this process holds."""
 
     run: Pass
     positions: Tensor
@@ -40,7 +41,7 @@ def inputs(tokens: int, heads: int, head_dim: int) -> list[Tensor]:
 
 
 def heads_first(x: Tensor) -> Tensor:
-    """[B, S, H, D] -> [B, H, S, D], contiguous: the flash op's own layout."""
+    """[B, S, H, D] -> [B, H, S, D], contiguous, the layout of the flash op."""
     return rearrange(x, "b s h d -> b h s d").contiguous()
 
 
@@ -50,7 +51,7 @@ def heads_last(x: Tensor) -> Tensor:
 
 
 def one_process(tensors: Sequence[Tensor], lengths: Sequence[int]) -> Contestant:
-    """The flash op itself over each document by itself, without autograd around it."""
+    """The flash op on each document separately, without autograd around it."""
     parts = [x.split(list(lengths), dim=1) for x in tensors]
     documents = [[heads_first(x) for x in document] for document in zip(*parts, strict=True)]
 
@@ -69,7 +70,7 @@ def one_process(tensors: Sequence[Tensor], lengths: Sequence[int]) -> Contestant
 def engine(
     group: dist.ProcessGroup | None, tensors: Sequence[Tensor], mask: Mask, **options: Any
 ) -> Contestant:
-    """Ours, through autograd as a model calls it."""
+    """This project's engine, called through autograd as a model calls it."""
     cp = ContextParallel(group, mask, **options)
     q, k, v, dout = [cp.shard(x, 1).contiguous() for x in tensors]
     qkv = (q, k, v)
@@ -84,9 +85,9 @@ def engine(
 
 
 def torch_ring(rotate: str, tensors: Sequence[Tensor]) -> Contestant:
-    """PyTorch's own (private) ring templates around the same flash op, called without autograd.
+    """PyTorch's private ring templates around the same flash op, called without autograd.
 
-    Their load balance deals the same two chunks as zigzag.
+    With load balancing, they give each rank the same two chunks as zigzag.
     """
     from torch.distributed.tensor.experimental import _context_parallel
     from torch.distributed.tensor.experimental._attention import set_rotate_method
@@ -110,7 +111,7 @@ def torch_ring(rotate: str, tensors: Sequence[Tensor]) -> Contestant:
 
 
 def peers(tensors: Sequence[Tensor]) -> dict[str, Contestant]:
-    """Installed packages whose causal context parallelism runs on CPU, through autograd."""
+    """The installed packages whose causal context parallelism runs on the CPU, through autograd."""
     found = {}
     group = dist.group.WORLD
     if importlib.util.find_spec("ringmaster"):
@@ -150,7 +151,7 @@ def peers(tensors: Sequence[Tensor]) -> dict[str, Contestant]:
 def _peer(
     tensors: Sequence[Tensor], layout: str, attend: Callable[[Tensor, Tensor, Tensor], Tensor]
 ) -> Contestant:
-    """``attend`` takes [B, H, S / ranks, D] and gives [B, S / ranks, H, D]."""
+    """A contestant whose ``attend`` maps [B, H, S / ranks, D] to [B, S / ranks, H, D]."""
     positions = _positions(tensors, layout)
     q, k, v = qkv = tuple(heads_first(x[:, positions]) for x in tensors[:3])
     dout = tensors[3][:, positions].contiguous()
@@ -172,7 +173,7 @@ def _positions(tensors: Sequence[Tensor], layout: str) -> Tensor:
 
 
 def saved_bytes(run: Pass) -> int:
-    """Bytes of the storages that autograd keeps between forward and backward, each once."""
+    """Bytes of the storages that autograd keeps from forward to backward, each counted once."""
     storages: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:

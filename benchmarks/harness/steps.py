@@ -1,13 +1,13 @@
-"""A training step of this project, and of transformers, to be timed and counted.
+"""A training step of this project and one of transformers, to be timed and counted.
 
-Everybody trains the same model on random tokens, alike in every process, with AdamW: in float32 on
-the CPU, on CUDA with weights in float32 and products in bfloat16.
+Both train the same model with AdamW on random tokens, which are the same in every process. On the
+CPU they compute in float32; on CUDA weights are float32 and products bfloat16.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -24,6 +24,7 @@ from cp_megatron.config import (
     OptimizerConfig,
     ParallelConfig,
 )
+from cp_megatron.config.files.presets import PRESETS
 from cp_megatron.context_parallel import ContextParallel
 from cp_megatron.data.batch.batch import Batch
 from cp_megatron.model import ComputeDType, build_model
@@ -40,14 +41,14 @@ class Job:
     """What is trained, and on which grid.
 
     Attributes:
-        model: the model.
-        vocab_size: its vocabulary.
-        tokens: of a row.
-        rows: of a step over all ranks; each goes through the model by itself.
-        grid: of all ranks.
-        memory: what is kept.
-        device: cpu, in float32, or cuda: float32 weights, computed with in bfloat16.
-        document: tokens of a document, of which rows are packed; by default a row is one.
+        model: the shape of the model.
+        vocab_size: the size of its vocabulary.
+        tokens: tokens per row.
+        rows: rows per step over all ranks; each passes through the model separately.
+        grid: the grid of all ranks.
+        memory: what is kept for backward, and where.
+        device: cpu computes in float32, cuda in bfloat16 with float32 weights.
+        document: tokens per document in packed rows; by default a row is one document.
     """
 
     model: ModelConfig
@@ -61,30 +62,40 @@ class Job:
 
     @property
     def mask(self) -> Mask:
-        """Of a row."""
+        """The mask of a row."""
         if self.document is None:
             return Mask.causal(self.tokens)
         whole, rest = divmod(self.tokens, self.document)
         return Mask.documents([self.document] * whole + [rest] * (rest > 0))
 
 
-def model_of(num_layers: int, width: int) -> ModelConfig:
-    """SmolLM2's proportions with ``width`` x 64 channels."""
-    return ModelConfig(
+def llama_shape(
+    *, num_layers: int, hidden: int, ffn: int, heads: int, kv_heads: int
+) -> ModelConfig:
+    """A model in the style of Llama: the preset llama-1b with other sizes."""
+    return replace(
+        PRESETS["llama-1b"].model,
         num_layers=num_layers,
-        hidden_size=64 * width,
-        ffn_hidden_size=512 * width // 3,
-        num_attention_heads=width,
-        num_query_groups=max(1, width // 3),
-        normalization="RMSNorm",
-        swiglu=True,
-        position_embedding_type="rope",
-        disable_bias_linear=True,
+        hidden_size=hidden,
+        ffn_hidden_size=ffn,
+        num_attention_heads=heads,
+        num_query_groups=kv_heads,
+    )
+
+
+def model_of(num_layers: int, width: int) -> ModelConfig:
+    """A model with SmolLM2's proportions and ``width`` heads of 64 channels."""
+    return llama_shape(
+        num_layers=num_layers,
+        hidden=64 * width,
+        ffn=512 * width // 3,
+        heads=width,
+        kv_heads=max(1, width // 3),
     )
 
 
 class OurStep:
-    """A train_step of this project with its rows; the process group is made where there is none."""
+    """A training step of this project with its rows; makes a process group if there is none."""
 
     def __init__(self, job: Job) -> None:
         if not dist.is_initialized():
@@ -129,26 +140,26 @@ class OurStep:
         ]
 
     def run(self) -> float:
-        """One step; its loss."""
+        """Makes one step and returns its loss."""
         return self.train_step.run(self.shards, step=0, lr=1e-4).loss
 
     def traffic(self) -> dict[str, int]:
-        """Bytes this rank sends in a step, by kind."""
+        """Bytes that this rank sends in a step, by kind of message."""
         with Traffic() as traffic:
             self.run()
         return dict(traffic.sent)
 
     def kept(self) -> int:
-        """Bytes that autograd keeps for backward of one row, every storage once, no weights."""
+        """Bytes that autograd keeps for backward of one row: each storage once, no weights."""
         model, shard = self.train_step.model, self.shards[0]
         labels = {"labels": shard.labels, "rule": self.train_step.rule}
-        found = kept_bytes(model, lambda: model(shard.tokens, cp=shard.cp, **labels)[0])
+        num_bytes = kept_bytes(model, lambda: model(shard.tokens, cp=shard.cp, **labels)[0])
         model.zero_grad()
-        return found
+        return num_bytes
 
 
 class TheirStep:
-    """transformers' model of the same shape with its own gradient checkpointing."""
+    """A step of transformers' model of the same shape, with its own gradient checkpointing."""
 
     def __init__(self, job: Job) -> None:
         from transformers import LlamaConfig, LlamaForCausalLM
@@ -176,7 +187,7 @@ class TheirStep:
         self.rows = random_rows(job)[:, :-1].to(job.device)
 
     def run(self) -> float:
-        """One step; its loss."""
+        """Makes one step and returns its loss."""
         total = 0.0
         for row in self.rows:
             with torch.autocast("cuda", torch.bfloat16, enabled=self.on_cuda):
@@ -190,13 +201,13 @@ class TheirStep:
 
 
 def random_rows(job: Job) -> Tensor:
-    """int64 [rows, tokens + 1], alike in every process."""
+    """Tokens, int64 [rows, tokens + 1], the same in every process."""
     generator = torch.Generator().manual_seed(job.tokens)
     return torch.randint(0, job.vocab_size, (job.rows, job.tokens + 1), generator=generator)
 
 
 def peak_of(kind: Callable[[Job], Any], job: Job, steps: int = 2) -> int:
-    """The most bytes held at once by a training step that is built and makes some steps."""
+    """The most bytes held at once while a trainer is built and makes ``steps`` steps."""
     with counting_memory() as count:
         step = kind(job)
         for _ in range(steps):
@@ -206,7 +217,7 @@ def peak_of(kind: Callable[[Job], Any], job: Job, steps: int = 2) -> int:
 
 
 def peak_of_loss(tokens: int, hidden: int, vocab: int) -> tuple[int, int]:
-    """(peak of head and loss, forward and backward, bytes of the whole logits in float32)."""
+    """(peak bytes of output layer and loss, forward and backward; float32 bytes of all logits)."""
     from cp_megatron.tensor_parallel import TensorParallel, vocab_parallel_fused_loss
 
     generator = torch.Generator().manual_seed(0)

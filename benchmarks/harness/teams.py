@@ -1,7 +1,7 @@
-"""Processes that do the same thing at the same time, timed fairly against each other.
+"""Teams of processes that run the same work, timed fairly against each other.
 
-Everything that is compared takes turns inside every round, in a new order each round, so that
-whatever else the machine does hits all alike; what is reported is the median of the rounds' ratios.
+In every round each contestant runs once, in a new random order, so that other load on the machine
+affects all of them alike. The result is the median of the ratios of the rounds.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ ANSWER_TIMEOUT = 3600.0  # seconds: the longest rows take minutes
 
 
 def hardware() -> Mapping[str, object]:
-    """What the numbers depend on."""
+    """The machine and software that the numbers depend on."""
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
@@ -47,7 +47,7 @@ def hardware() -> Mapping[str, object]:
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """Where a process stands: ``rank`` of ``size``; one process has no group."""
+    """A process's place in its team: ``rank`` of ``size``. A team of one has no process group."""
 
     rank: int
     size: int
@@ -56,7 +56,7 @@ class Place:
 
 
 def serve(connection: Connection, place: Place, bench: Callable[[Place], Any]) -> None:
-    """Answers (method, argument) until the pipe closes. Runs in a process of its own."""
+    """Runs in a separate process and answers (method, argument) until the pipe closes."""
     torch.set_num_threads(place.threads)
     if place.size > 1:
         dist.init_process_group(
@@ -77,10 +77,10 @@ def serve(connection: Connection, place: Place, bench: Callable[[Place], Any]) -
 
 
 class Team:
-    """The parent's side of ``size`` processes with ``threads`` each.
+    """The parent's handle on ``size`` processes with ``threads`` threads each.
 
-    ``bench`` is made in each of them with its ``Place`` and answers ``ask``; its ``time`` returns
-    when it began and ended, on the machine's one monotonic clock.
+    Each process calls ``bench`` with its ``Place``; the methods of the result answer ``ask``. Its
+    ``time`` returns when it began and ended, on the monotonic clock that the processes share.
     """
 
     def __init__(self, size: int, threads: int, bench: Callable[[Place], Any]) -> None:
@@ -97,7 +97,7 @@ class Team:
             self._members.append((ours, process))
 
     def ask(self, method: str, argument: object) -> list[Any]:
-        """Every member's answer."""
+        """The answers of all members, in rank order."""
         for connection, _ in self._members:
             connection.send((method, argument))
         return [self._answer(connection) for connection, _ in self._members]
@@ -109,7 +109,7 @@ class Team:
         return connection.recv()
 
     def seconds(self, name: str) -> float:
-        """From the first member's begin to the last one's end."""
+        """Seconds from the first member's begin to the last one's end."""
         spans = self.ask("time", name)
         return float(max(end for _, end in spans) - min(begin for begin, _ in spans))
 
@@ -123,33 +123,33 @@ class Team:
 
 
 def measure(teams: Mapping[str, Team], rounds: int, warmup: int) -> dict[str, list[float]]:
-    """Seconds per contestant and round, in a new order every round.
+    """Seconds per contestant and round.
 
-    Nobody always follows the same one: the threads of a process that has just finished keep
-    spinning for a moment, which costs whoever comes next. The pause lets them go to sleep.
+    The order changes in every round, because the threads of a process that has just finished keep
+    spinning for a moment and slow down the next contestant. The pause lets them go to sleep.
     """
     names = list(teams)
     shuffle = random.Random(0).shuffle
     seconds: dict[str, list[float]] = {name: [] for name in names}
-    for turn in range(warmup + rounds):
+    for round_ in range(warmup + rounds):
         shuffle(names)
         for name in names:
             time.sleep(PAUSE)
             elapsed = teams[name].seconds(name)
-            if turn >= warmup:
+            if round_ >= warmup:
                 seconds[name].append(elapsed)
     return seconds
 
 
 def paired(over: Sequence[float], under: Sequence[float]) -> dict[str, object]:
-    """The median and quartiles of the rounds' ratios."""
+    """The median and the quartiles of the ratios of the rounds."""
     ratios = [first / second for first, second in zip(over, under, strict=True)]
     low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
     return {"median": round(middle, 4), "quartiles": [round(low, 4), round(high, 4)]}
 
 
 def compared(seconds: Mapping[str, list[float]], ours: str) -> dict[str, object]:
-    """Medians, and the time of everything else over ``ours`` (above 1: ours is faster)."""
+    """Medians, and the time of every other contestant over ``ours`` (above 1, ours is faster)."""
     medians = {name: round(statistics.median(values) * 1e3, 3) for name, values in seconds.items()}
     over = {name: paired(values, seconds[ours]) for name, values in seconds.items() if name != ours}
     return {"rounds": len(seconds[ours]), "median_ms": medians, f"over_{ours}": over}

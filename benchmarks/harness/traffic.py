@@ -1,7 +1,7 @@
-"""Counting what a rank sends: every collective and message, as it reaches the process group.
+"""Counts what a rank sends: every collective and message, as it reaches the process group.
 
-Bytes of collectives are those of the ring algorithms, n ranks: all-reduce 2 (n-1)/n of the tensor,
-all-gather n-1 times the own part, reduce-scatter (n-1)/n of the whole.
+Collectives count as the ring algorithms send them on n ranks: all-reduce 2 (n-1)/n of the tensor,
+all-gather n-1 times the rank's part, reduce-scatter (n-1)/n of the whole tensor.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class Traffic(TorchDispatchMode):
-    """Inside, ``sent`` counts bytes by kind of message."""
+    """A context in which ``sent`` counts bytes by kind of message."""
 
     def __init__(self) -> None:
         super().__init__()

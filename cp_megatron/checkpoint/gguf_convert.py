@@ -45,6 +45,14 @@ _TENSORS = re.compile(
     r"|blk\.\d+\.(attn_(norm|q|k|v|output|q_norm|k_norm)|ffn_(norm|gate|up|down))\.(weight|bias)"
 )
 
+# What transformers ignores, and what no model of these architectures has here.
+_UNSUPPORTED = ("expert_count", "attention.sliding_window", "rope.scaling.attn_factor")
+_TOKEN_IDS: Mapping[str, str] = {
+    "bos_token_id": "tokenizer.ggml.bos_token_id",
+    "eos_token_id": "tokenizer.ggml.eos_token_id",
+    "pad_token_id": "tokenizer.ggml.padding_token_id",
+}
+
 _QWEN2_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -92,19 +100,11 @@ def convert_gguf(source: Path | str, output: Path | str, *, dtype: WeightType = 
     output = Path(output)
     check_output(output)
     file = GGUFFile.open(source)
-    config = _config(file, dtype)
-    texts = {
-        **_tokenizer_files(file, config),
-        "config.json": config,
-        "generation_config.json": {"_from_model_config": True, **_token_ids(file)},
-    }
     temporary = output.with_name(f"{output.name}.tmp-{os.getpid()}")
     try:
         temporary.mkdir(parents=True)
-        for name, value in texts.items():
-            text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-            (temporary / name).write_text(text, encoding="utf-8")
-        _write_weights(temporary / "model.safetensors", file, config, dtype)
+        with _library_errors(file):
+            _write_folder(temporary, file, dtype)
         temporary.rename(output)
     except OSError as error:
         rule = f"cannot be written: {error.strerror}"
@@ -126,7 +126,7 @@ def check_output(output: Path) -> None:
 
 @contextmanager
 def _library_errors(file: GGUFFile) -> Iterator[None]:
-    """transformers does not check what it reads: a damaged file raises any error, anywhere."""
+    """transformers does not check what it reads, so a damaged file may raise any error."""
     try:
         yield
     except (ConfigError, OSError):
@@ -134,6 +134,22 @@ def _library_errors(file: GGUFFile) -> Iterator[None]:
     except Exception as error:
         rule = f"transformers cannot read it: {type(error).__name__}: {error}".splitlines()[0]
         raise ConfigError(FLAG, file.path, rule, "pip install --upgrade transformers") from error
+
+
+def _write_folder(folder: Path, file: GGUFFile, dtype: WeightType) -> None:
+    config = _config(file, dtype)
+    ids = {name: config[name] for name in _TOKEN_IDS if name in config}
+    texts = {
+        **_tokenizer_files(file, config),
+        "config.json": config,
+        "generation_config.json": {"_from_model_config": True, **ids},
+    }
+    for name, value in texts.items():
+        text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+        (folder / name).write_text(text, encoding="utf-8")
+    _write_weights(folder / "model.safetensors", file, config, dtype)
+    # safetensors lets only the owner read its file.
+    shutil.copymode(folder / "config.json", folder / "model.safetensors")
 
 
 def _write_weights(
@@ -148,8 +164,7 @@ def _write_weights(
         if not _TENSORS.fullmatch(name):
             rule = f"has the tensor {name}, which {config['model_type']} has no place for here"
             raise ConfigError(FLAG, file.path, rule)
-    with _library_errors(file):
-        tensors, shapes = gguf_tensors(file.path, config)
+    tensors, shapes = gguf_tensors(file.path, config)
     if config["tie_word_embeddings"]:
         del shapes["lm_head.weight"]
     for name, shape in shapes.items():
@@ -161,96 +176,39 @@ def _write_weights(
         if not tensors[name].isfinite().all():
             raise ConfigError(FLAG, file.path, f"is damaged: {name} is not finite")
         tensors[name] = tensors[name].to(getattr(torch, dtype))
-    if len(tensors) != len(shapes) or len(tensors) != len(file.shapes):
+    if not len(tensors) == len(shapes) == len(file.shapes):
         rule = f"has {len(file.shapes)} tensors, {config['model_type']} {len(shapes)}"
         raise ConfigError(FLAG, file.path, rule)
     save_file(tensors, path, metadata={"format": "pt"})
-    shutil.copymode(path.parent / "config.json", path)  # safetensors lets only the owner read
-
-
-class _Metadata:
-    """The metadata of the model, checked."""
-
-    def __init__(self, file: GGUFFile) -> None:
-        self.file = file
-        self.architecture = str(file.metadata.get("general.architecture"))
-        if self.architecture not in _ARCHITECTURES:
-            rule = f"is of the architecture {self.architecture}, which is not converted"
-            raise self.refused(rule, ", ".join(_ARCHITECTURES))
-        for key in ("expert_count", "attention.sliding_window", "rope.scaling.attn_factor"):
-            if self.get(key):
-                raise self.refused(f"has {key}, which is not converted")
-        if self.get("attention.causal") is False:
-            raise self.refused("attends in both directions, which is not converted")
-
-    def refused(self, rule: str, works: str = "") -> ConfigError:
-        return ConfigError(FLAG, self.file.path, rule, works)
-
-    def get(self, key: str, default: Any = None) -> Any:
-        return self.file.metadata.get(f"{self.architecture}.{key}", default)
-
-    def whole(self, key: str, default: int | None = None) -> int:
-        value = self.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 1 << 31:
-            raise self.refused(f"has {self.architecture}.{key} {value}, must be a number above 0")
-        return value
-
-    def real(self, key: str, default: float) -> float:
-        value = self.get(key, default)
-        if not isinstance(value, float) or not 0 < value < 1e30:
-            raise self.refused(f"has {self.architecture}.{key} {value}, must lie in 0 to 1e30")
-        # The shortest number of this float32: 1e-05, not 9.999999747378752e-06.
-        return float(str(np.float32(value)))
-
-    def head_dim(self) -> int:
-        usual = max(1, self.whole("embedding_length") // self.whole("attention.head_count"))
-        size = self.whole("attention.key_length", usual)
-        if size % 2 or self.whole("rope.dimension_count", size) != size:
-            raise self.refused(f"rotates a part of each head's {size} channels, not converted")
-        return size
-
-    def layers(self) -> int:
-        layers = self.whole("block_count")
-        if layers > len(self.file.shapes):
-            raise self.refused(f"has {len(self.file.shapes)} tensors for {layers} layers")
-        return layers
-
-    def rope_scaling(self) -> dict[str, Any] | None:
-        """Linear scaling as llama.cpp reads it: the type may be missing, the factor has 2 names."""
-        keys = ("rope.scaling.factor", "rope.scale_linear")
-        given = [key for key in keys if self.get(key) is not None]
-        kind = self.get("rope.scaling.type", "linear" if given else "none")
-        if kind not in ("none", "linear"):
-            raise self.refused(f"scales its positions by {kind}, not converted", "none, linear")
-        if kind == "none":
-            return None
-        return {"rope_type": "linear", "factor": self.real(given[0], 1.0) if given else 1.0}
 
 
 def _config(file: GGUFFile, dtype: WeightType) -> dict[str, Any]:
     """config.json, with the rotary settings in the words of both transformers 4 and 5."""
-    model = _Metadata(file)
-    embedding = file.shapes.get("token_embd.weight", ())
-    if len(embedding) != 2:
-        raise model.refused("has no token_embd.weight")
-    scaling, theta = model.rope_scaling(), model.real("rope.freq_base", 10000.0)
-    llama = model.architecture == "llama"
+    architecture = str(file.metadata.get("general.architecture"))
+    if architecture not in _ARCHITECTURES:
+        rule = f"is of the architecture {architecture}, which is not converted"
+        raise ConfigError(FLAG, file.path, rule, ", ".join(_ARCHITECTURES))
+    prefix = f"{architecture}."
+    model = {k.removeprefix(prefix): v for k, v in file.metadata.items() if k.startswith(prefix)}
+    hidden, heads = model["embedding_length"], model["attention.head_count"]
+    head_dim = model.get("attention.key_length", hidden // heads)
+    _refuse_unsupported(file, model, head_dim)
+    theta, scaling = _float(model.get("rope.freq_base", 10000.0)), _rope_scaling(model)
     return {
-        "architectures": [_ARCHITECTURES[model.architecture]],
-        "model_type": model.architecture,
-        "hidden_size": model.whole("embedding_length"),
-        "intermediate_size": model.whole("feed_forward_length"),
-        "num_hidden_layers": model.layers(),
-        "num_attention_heads": model.whole("attention.head_count"),
-        # transformers does not restore the order of q and k if the file omits this number.
-        "num_key_value_heads": model.whole("attention.head_count_kv"),
-        "head_dim": model.head_dim(),
-        "vocab_size": embedding[0],
-        "max_position_embeddings": model.whole("context_length"),
+        "architectures": [_ARCHITECTURES[architecture]],
+        "model_type": architecture,
+        "hidden_size": hidden,
+        "intermediate_size": model["feed_forward_length"],
+        "num_hidden_layers": model["block_count"],
+        "num_attention_heads": heads,
+        "num_key_value_heads": model["attention.head_count_kv"],
+        "head_dim": head_dim,
+        "vocab_size": file.shapes["token_embd.weight"][0],
+        "max_position_embeddings": model["context_length"],
         "rope_theta": theta,
         "rope_scaling": scaling,
         "rope_parameters": {**(scaling or {"rope_type": "default"}), "rope_theta": theta},
-        "rms_norm_eps": model.real("attention.layer_norm_rms_epsilon", 1e-5),
+        "rms_norm_eps": _float(model.get("attention.layer_norm_rms_epsilon", 1e-5)),
         "hidden_act": "silu",
         "attention_bias": False,
         "attention_dropout": 0.0,
@@ -258,18 +216,49 @@ def _config(file: GGUFFile, dtype: WeightType) -> dict[str, Any]:
         "initializer_range": 0.02,
         "torch_dtype": dtype,
         "use_cache": True,
-        **({"mlp_bias": False} if llama else {"use_sliding_window": False}),
+        **({"mlp_bias": False} if architecture == "llama" else {"use_sliding_window": False}),
         **_token_ids(file),
     }
 
 
+def _refuse_unsupported(file: GGUFFile, model: Mapping[str, Any], head_dim: int) -> None:
+    """Refuses what transformers would ignore, and what would keep it busy for ever."""
+    scaling = model.get("rope.scaling.type", "linear")
+    rules = {f"has {key}": model.get(key) for key in _UNSUPPORTED}
+    rules |= {
+        "attends in both directions": model.get("attention.causal") is False,
+        f"scales its positions by {scaling}": scaling not in ("none", "linear"),
+        f"rotates a part of each head's {head_dim} channels": head_dim % 2
+        or model.get("rope.dimension_count", head_dim) != head_dim,
+        # transformers would not restore the order of q and k.
+        "lacks attention.head_count_kv": "attention.head_count_kv" not in model,
+        f"has {len(file.shapes)} tensors for {model['block_count']} layers": model["block_count"]
+        > len(file.shapes),
+    }
+    for rule, broken in rules.items():
+        if broken:
+            raise ConfigError(FLAG, file.path, f"{rule}, which is not converted")
+
+
+def _float(value: float) -> float:
+    """The shortest number of a float32: 1e-05, not 9.999999747378752e-06."""
+    if not 0 < value < 1e30:
+        raise ValueError(f"{value} must lie in 0 to 1e30")
+    return float(str(np.float32(value)))
+
+
+def _rope_scaling(model: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Linear scaling as llama.cpp reads it: the type may be missing, the factor has two names."""
+    factor = model.get("rope.scaling.factor", model.get("rope.scale_linear"))
+    if model.get("rope.scaling.type", "linear" if factor else "none") == "none":
+        return None
+    return {"rope_type": "linear", "factor": _float(factor or 1.0)}
+
+
 def _token_ids(file: GGUFFile) -> dict[str, int]:
     """``bos_token_id`` and so on, those that the file names."""
-    names = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
-    ids = {
-        ours: file.metadata.get(f"tokenizer.ggml.{name}_token_id") for ours, name in names.items()
-    }
-    return {ours: number for ours, number in ids.items() if number is not None}
+    ids = {ours: file.metadata.get(theirs) for ours, theirs in _TOKEN_IDS.items()}
+    return {name: number for name, number in ids.items() if number is not None}
 
 
 def _tokenizer_files(file: GGUFFile, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -279,13 +268,19 @@ def _tokenizer_files(file: GGUFFile, config: Mapping[str, Any]) -> dict[str, Any
     """
     from cp_megatron.model.transformers_library import gguf_tokenizer
 
-    special = _special_tokens(file, config["vocab_size"])
+    kind = file.metadata.get("tokenizer.ggml.model", "none")
+    if kind != "gpt2":
+        rule = f"its tokenizer is of the kind {kind}, only byte-level BPE (gpt2) is converted"
+        raise ConfigError(FLAG, file.path, rule, "the model's own Hugging Face folder")
     pre = file.metadata.get("tokenizer.ggml.pre", "default")
     if pre not in _PRE_TOKENIZERS:
         rule = f"its tokenizer cuts text by the rule {pre}, which is not known here"
         raise ConfigError(FLAG, file.path, rule, ", ".join(_PRE_TOKENIZERS))
-    with _library_errors(file):
-        text, template = gguf_tokenizer(file.path)
+    tokens = file.metadata["tokenizer.ggml.tokens"]
+    if not 0 < len(tokens) == len({*tokens}) <= config["vocab_size"]:
+        rule = f"its tokens are not 1 to {config['vocab_size']} different ones"
+        raise ConfigError(FLAG, file.path, rule)
+    text, special, template = gguf_tokenizer(file.path)
     body = json.loads(text)
     body["normalizer"] = {"type": "NFC"} if pre == "qwen2" else None
     body["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": _PRE_TOKENIZERS[pre]}
@@ -302,22 +297,3 @@ def _tokenizer_files(file: GGUFFile, config: Mapping[str, Any]) -> dict[str, Any
         "tokenizer_config.json": settings,
         "special_tokens_map.json": special,
     }
-
-
-def _special_tokens(file: GGUFFile, vocab_size: int) -> dict[str, str]:
-    """``bos_token`` and so on, those that the file names; checks the vocabulary."""
-    data, path = file.metadata, file.path
-    kind, tokens = data.get("tokenizer.ggml.model", "none"), data.get("tokenizer.ggml.tokens")
-    if kind != "gpt2":
-        rule = f"its tokenizer is of the kind {kind}, only byte-level BPE (gpt2) is converted"
-        raise ConfigError(FLAG, path, rule, "the model's own Hugging Face folder")
-    if not isinstance(tokens, list) or not 0 < len(tokens) == len({*tokens}) <= vocab_size:
-        raise ConfigError(FLAG, path, f"its tokens are not 1 to {vocab_size} different ones")
-    special = {}
-    for name, ours in (("bos", "bos"), ("eos", "eos"), ("unknown", "unk"), ("padding", "pad")):
-        number = data.get(f"tokenizer.ggml.{name}_token_id")
-        if number is not None and not (isinstance(number, int) and 0 <= number < len(tokens)):
-            raise ConfigError(FLAG, path, f"is damaged: its {name} token is {number}")
-        if number is not None:
-            special[f"{ours}_token"] = tokens[number]
-    return special

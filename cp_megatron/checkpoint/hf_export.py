@@ -98,12 +98,12 @@ def export_hf(
     return output
 
 
-Files = Mapping[str, Path | Mapping[str, Any]]
-"""Files of a folder by name: JSON contents, or a file to copy."""
+_Files = Mapping[str, Path | Mapping[str, Any]]
+"""Files of a folder by name: a file to copy, or a JSON object."""
 
 
-def _prepare(step: Path, dtype: str) -> tuple[Files, _Weights]:
-    """Checks that a checkpoint can be exported; what its folder holds besides and as weights."""
+def _prepare(step: Path, dtype: str) -> tuple[_Files, _Weights]:
+    """Checks that a checkpoint can be exported, and returns the files and weights of its folder."""
     manifest = read_manifest(step)
     config = saved_config(manifest, step)
     seq_length = config.data.seq_length

@@ -8,8 +8,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,30 +47,24 @@ def read_shards(state: dict[str, Tensor], reader: ShardReader, *, flag: str, gro
         ConfigError: a shard cannot be read or does not hold what the manifest says; on every rank.
         RuntimeError: a rank failed for another reason; on every rank, with its traceback.
     """
-    with _usual_errors(flag, reader.folder), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable")
-        state_dict_loader.load(
-            state,
-            storage_reader=reader,
-            planner=DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
-            process_group=group,
-        )
-
-
-@contextmanager
-def _usual_errors(flag: str, folder: Path) -> Iterator[None]:
-    """Converts torch's CheckpointException, which is not an ``Exception``, into a usual error."""
     try:
-        yield
-    except CheckpointException as failed:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable")
+            state_dict_loader.load(
+                state,
+                storage_reader=reader,
+                planner=DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
+                process_group=group,
+            )
+    except CheckpointException as failed:  # which is not an ``Exception``
         rank, (error, _) = min(failed.failures.items(), key=lambda failure: failure[0])
         # A KeyboardInterrupt of a rank is passed on unchanged.
         if isinstance(error, ConfigError) or not isinstance(error, Exception):
             raise error from None
         if isinstance(error, OSError):
             rule = f"rank {rank}: {error.strerror or error}"
-            raise ConfigError(flag, folder, rule, "a folder that can be read") from None
-        raise RuntimeError(f"checkpoint {folder} failed\n{failed}") from None
+            raise ConfigError(flag, reader.folder, rule, "a folder that can be read") from None
+        raise RuntimeError(f"checkpoint {reader.folder} failed\n{failed}") from None
 
 
 class ShardReader(StorageReader):

@@ -1,4 +1,4 @@
-"""Flags of Megatron-LM that mean nothing here: each is refused with the reason, never swallowed."""
+"""Flags of Megatron-LM that have no meaning here: each is refused with the reason."""
 
 from __future__ import annotations
 
@@ -7,161 +7,131 @@ from types import MappingProxyType
 
 from cp_megatron.errors import ConfigError
 
-_ALWAYS_ON = "leave the flag out: it is always so here"
-_NOT_YET = "leave the flag out"
+Answer = tuple[str, str]
+"""Why a flag has no meaning here, and what to use instead."""
 
-MEANINGLESS: Mapping[str, tuple[str, str]] = MappingProxyType(
+_OUT = "leave the flag out"
+_ALWAYS = "leave the flag out: it is always so"
+_NO_PIPELINE = ("there is no pipeline parallelism yet", _OUT)
+_NO_EXPERTS = ("there are no mixture-of-experts models", _OUT)
+_FSDP = ("FSDP2 over dp x cp is always used", _ALWAYS)
+_IN_STEPS = (
+    "the learning rate's schedule is counted in steps",
+    "--lr-warmup-iters, --lr-decay-iters",
+)
+_ONE_CODE = ("there is one implementation", _ALWAYS)
+_TOKENIZER = ("a tokenizer is one file or folder", "--tokenizer-type and --tokenizer-model")
+_MASK = ("belongs to the mask of documents", "--document-mask")
+_TRACE = ("the trace can show memory", "--profile --profile-memory")
+_LLAMA3 = "--rope-type llama3 --rope-scaling-factor 8 --original-max-position-embeddings 8192"
+
+MEANINGLESS: Mapping[str, Answer] = MappingProxyType(
     {
         # parallelism
-        "--pipeline-model-parallel-size": (
-            "there is no pipeline parallelism yet",
-            "--tensor-parallel-size and --context-parallel-size",
-        ),
-        "--virtual-pipeline-model-parallel-size": ("there is no pipeline parallelism", _NOT_YET),
-        "--num-layers-per-virtual-pipeline-stage": ("there is no pipeline parallelism", _NOT_YET),
-        "--expert-model-parallel-size": ("there are no mixture-of-experts models", _NOT_YET),
-        "--expert-tensor-parallel-size": ("there are no mixture-of-experts models", _NOT_YET),
-        "--num-experts": ("there are no mixture-of-experts models", _NOT_YET),
-        "--hybrid-context-parallel": (
-            "the context parallel size is one for the whole run",
-            "--context-parallel-size",
-        ),
-        "--use-tp-pp-dp-mapping": ("ranks are always ordered tp, then cp, then dp", _NOT_YET),
-        "--distributed-backend": (
-            "the device decides: NCCL on cuda, gloo on cpu",
-            "--device cpu or --device cuda",
-        ),
-        "--tp-comm-overlap": ("needs TransformerEngine", _NOT_YET),
+        "--pipeline-model-parallel-size": _NO_PIPELINE,
+        "--virtual-pipeline-model-parallel-size": _NO_PIPELINE,
+        "--num-layers-per-virtual-pipeline-stage": _NO_PIPELINE,
+        "--expert-model-parallel-size": _NO_EXPERTS,
+        "--expert-tensor-parallel-size": _NO_EXPERTS,
+        "--num-experts": _NO_EXPERTS,
+        "--hybrid-context-parallel": ("all rows share one size", "--context-parallel-size"),
+        "--use-tp-pp-dp-mapping": ("ranks are always ordered tp, then cp, then dp", _OUT),
+        "--distributed-backend": ("the device decides: NCCL or gloo", "--device cuda or cpu"),
+        "--tp-comm-overlap": ("it needs TransformerEngine", _OUT),
         # optimizer and gradients
-        "--use-distributed-optimizer": (
-            "optimizer state is always sharded over dp x cp",
-            _ALWAYS_ON,
-        ),
-        "--overlap-grad-reduce": ("gradients are always reduced behind the backward", _ALWAYS_ON),
-        "--overlap-param-gather": ("weights are always gathered ahead of their use", _ALWAYS_ON),
-        "--use-torch-fsdp2": ("FSDP2 over dp x cp is always used", _ALWAYS_ON),
-        "--use-megatron-fsdp": ("FSDP2 over dp x cp is always used", _ALWAYS_ON),
-        "--calculate-per-token-loss": (
-            "the loss is always the sum over all valid tokens by their number",
-            _ALWAYS_ON,
-        ),
-        "--no-gradient-accumulation-fusion": ("there is no such fusion to switch off", _ALWAYS_ON),
-        "--accumulate-allreduce-grads-in-fp32": (
-            "gradients are always reduced in float32",
-            _ALWAYS_ON,
-        ),
-        "--optimizer": ("AdamW is the only optimizer", _ALWAYS_ON),
-        "--loss-scale": ("bfloat16 needs no loss scaling", _NOT_YET),
-        "--lr-warmup-fraction": ("the warm-up is counted in steps", "--lr-warmup-iters"),
-        "--lr-warmup-samples": ("the warm-up is counted in steps", "--lr-warmup-iters"),
-        "--lr-decay-samples": ("the decay is counted in steps", "--lr-decay-iters"),
+        "--use-distributed-optimizer": ("its state is always sharded over dp x cp", _ALWAYS),
+        "--overlap-grad-reduce": ("gradients are always reduced during backward", _ALWAYS),
+        "--overlap-param-gather": ("weights are always gathered ahead of their use", _ALWAYS),
+        "--use-torch-fsdp2": _FSDP,
+        "--use-megatron-fsdp": _FSDP,
+        "--calculate-per-token-loss": ("the loss is always the mean over valid tokens", _ALWAYS),
+        "--no-gradient-accumulation-fusion": ("there is no such fusion to turn off", _ALWAYS),
+        "--accumulate-allreduce-grads-in-fp32": ("gradients are reduced in float32", _ALWAYS),
+        "--optimizer": ("AdamW is the only optimizer", _ALWAYS),
+        "--loss-scale": ("bfloat16 needs no loss scaling", _OUT),
+        "--lr-warmup-fraction": _IN_STEPS,
+        "--lr-warmup-samples": _IN_STEPS,
+        "--lr-decay-samples": _IN_STEPS,
         "--train-samples": ("the training is counted in steps", "--train-iters"),
-        "--rampup-batch-size": ("the batch size is one for the whole run", "--global-batch-size"),
+        "--rampup-batch-size": ("the batch size never changes", "--global-batch-size"),
         "--check-weight-hash-across-dp-replicas-interval": (
             "weights are sharded over dp x cp; sums of their bits and of messages are compared",
             "--check-interval",
         ),
         # precision and kernels
-        "--fp16": ("float16 needs loss scaling, which is not there", "--bf16"),
+        "--fp16": ("float16 needs loss scaling, which does not exist here", "--bf16"),
         "--fp8-format": ("there is no FP8", "--bf16"),
-        "--params-dtype": ("weights are float32, the compute type is a flag", "--dtype"),
-        "--use-flash-attn": (
-            "the kernel is chosen by name",
-            "--kernel auto or --kernel flash_attn",
-        ),
+        "--params-dtype": ("weights are float32; the compute type is a flag", "--dtype"),
+        "--use-flash-attn": ("the kernel is chosen by name", "--kernel auto or flash_attn"),
         "--attention-backend": ("the kernel is chosen by name", "--kernel"),
         "--transformer-impl": ("there is one implementation", "--kernel chooses the attention"),
-        "--use-mcore-models": ("there is one implementation", _ALWAYS_ON),
-        "--attention-softmax-in-fp32": ("softmax is always in float32 or more", _ALWAYS_ON),
+        "--use-mcore-models": _ONE_CODE,
+        "--attention-softmax-in-fp32": ("softmax is always in float32 or more", _ALWAYS),
         # model
-        "--window-attn-skip-freq": ("the layers are named, from 0", "--window-layers 0 2 4"),
-        "--group-query-attention": ("the number of groups says it", "--num-query-groups"),
-        "--use-rotary-position-embeddings": (
-            "is said by the type",
-            "--position-embedding-type rope",
-        ),
-        "--rotary-percent": ("rope always rotates the whole head", _NOT_YET),
-        "--use-rope-scaling": (
-            "the kind of scaling is named",
-            "--rope-type llama3 --rope-scaling-factor 8 --original-max-position-embeddings 8192",
-        ),
+        "--window-attn-skip-freq": ("layers are listed, from 0", "--window-layers 0 2 4"),
+        "--group-query-attention": ("the number of groups implies it", "--num-query-groups"),
+        "--use-rotary-position-embeddings": ("a type implies it", "--position-embedding-type rope"),
+        "--rotary-percent": ("rope always rotates the whole head", _OUT),
+        "--use-rope-scaling": ("the kind of scaling is chosen by name", _LLAMA3),
+        "--rotary-scaling-factor": ("has another name here", "--rope-scaling-factor"),
         "--squared-relu": ("the MLP has GELU or SwiGLU", "--swiglu"),
         "--apply-layernorm-1p": ("the norms have a plain weight", "--normalization"),
         "--layernorm-epsilon": ("has another name here", "--norm-epsilon"),
         # recomputation
         "--recompute-activations": ("has another name", "--recompute-granularity selective"),
-        "--recompute-method": (
-            "the first layers are recomputed, each by itself: Megatron's block",
-            "--recompute-num-layers",
-        ),
-        "--recompute-modules": ("the parts are fixed", "--recompute-granularity selective"),
+        "--recompute-method": ("it is always Megatron's block", "--recompute-num-layers"),
+        "--recompute-modules": ("the modules are fixed", "--recompute-granularity selective"),
         "--cpu-offloading-num-layers": ("every recomputed layer is moved", "--cpu-offloading"),
-        "--use-cpu-initialization": ("weights are always drawn on the CPU", _ALWAYS_ON),
-        "--cross-entropy-loss-fusion": ("head and loss are always one", _ALWAYS_ON),
+        "--use-cpu-initialization": ("weights are always initialized on the CPU", _ALWAYS),
+        "--cross-entropy-loss-fusion": ("head and loss are always fused", _ALWAYS),
         # data
-        "--mock-data": (
-            "without --data-path the run reads the sources of Python's library",
-            "leave the flag out",
-        ),
-        "--vocab-file": (
-            "a tokenizer is one file or folder",
-            "--tokenizer-type and --tokenizer-model",
-        ),
-        "--merge-file": (
-            "a tokenizer is one file or folder",
-            "--tokenizer-type and --tokenizer-model",
-        ),
-        "--rotary-scaling-factor": ("has another name", "--rope-scaling-factor"),
-        "--data-cache-path": ("nothing is cached on disk", "leave the flag out"),
-        "--num-workers": ("rows are cut in the process itself", "leave the flag out"),
-        "--reset-position-ids": ("belongs to the mask of documents", "--document-mask"),
-        "--reset-attention-mask": ("belongs to the mask of documents", "--document-mask"),
-        "--eod-mask-loss": ("belongs to the mask of documents", "--document-mask"),
-        "--no-create-attention-mask-in-dataloader": ("no dense mask is ever made", _ALWAYS_ON),
+        "--mock-data": ("without --data-path, the run reads Python's own sources", _OUT),
+        "--vocab-file": _TOKENIZER,
+        "--merge-file": _TOKENIZER,
+        "--data-cache-path": ("nothing is cached on disk", _OUT),
+        "--num-workers": ("rows are cut in the process itself", _OUT),
+        "--reset-position-ids": _MASK,
+        "--reset-attention-mask": _MASK,
+        "--eod-mask-loss": _MASK,
+        "--no-create-attention-mask-in-dataloader": ("no dense mask is ever made", _ALWAYS),
         # checkpoints and logs
-        "--ckpt-format": ("there is one format: safetensors shards and a manifest", _ALWAYS_ON),
-        "--use-dist-ckpt": ("checkpoints are always distributed", _ALWAYS_ON),
-        "--use-checkpoint-args": ("--load always reads the run's config.yaml", _ALWAYS_ON),
-        "--no-load-optim": ("a run goes on with its optimizer", "leave the flag out"),
+        "--ckpt-format": ("the only format is safetensors with a manifest", _ALWAYS),
+        "--use-dist-ckpt": ("checkpoints are always distributed", _ALWAYS),
+        "--use-checkpoint-args": ("--load always reads the run's config.yaml", _ALWAYS),
+        "--no-load-optim": ("a run always continues with its optimizer", _OUT),
         "--no-load-rng": ("random numbers are a function of seed and step", "--seed"),
-        "--finetune": ("a run goes on from its step", "--load with a larger --train-iters"),
-        "--override-opt-param-scheduler": ("flags always override what --load brings", _ALWAYS_ON),
-        "--tensorboard-dir": ("events lie in the run's folder", "--save"),
+        "--finetune": ("a run continues from its step", "--load with a larger --train-iters"),
+        "--override-opt-param-scheduler": ("flags always override --load", _ALWAYS),
+        "--tensorboard-dir": ("events are written to the run's folder", "--save"),
         "--use-pytorch-profiler": ("the profiler is always PyTorch's", "--profile"),
-        "--pytorch-profiler-collect-callstack": (
-            "the parts of a step have names in the trace",
-            "--profile",
-        ),
-        "--record-memory-history": ("the trace can tell of memory", "--profile --profile-memory"),
-        "--memory-snapshot-path": ("the trace can tell of memory", "--profile --profile-memory"),
-        "--log-throughput": ("tokens per second are always logged", _ALWAYS_ON),
+        "--pytorch-profiler-collect-callstack": ("the trace names a step's parts", "--profile"),
+        "--record-memory-history": _TRACE,
+        "--memory-snapshot-path": _TRACE,
+        "--log-throughput": ("tokens per second are always logged", _ALWAYS),
         "--exit-interval": ("the run ends with its last step", "--train-iters"),
-        "--exit-duration-in-mins": (
-            "end it with Ctrl-C or SIGTERM: it saves first",
-            "--train-iters",
-        ),
-        "--local-rank": ("torchrun's variables say it", "torchrun"),
+        "--exit-duration-in-mins": ("Ctrl-C and SIGTERM save and end the run", "--train-iters"),
+        "--local-rank": ("torchrun sets it in the environment", "torchrun"),
     }
 )
-"""Flag -> (why it means nothing here, what to use instead)."""
+"""Flags, each with the answer to it."""
 
-FAMILIES: Mapping[str, tuple[str, str]] = MappingProxyType(
+FAMILIES: Mapping[str, Answer] = MappingProxyType(
     {
-        "--moe-": ("there are no mixture-of-experts models", _NOT_YET),
+        "--moe-": _NO_EXPERTS,
         "--fp8-": ("there is no FP8", "--bf16"),
         "--wandb-": (
-            "a run has a project, an entity, a name and a folder there",
+            "a run has a project, an entity, a name and a folder in Weights & Biases",
             "--wandb-project, --wandb-entity, --wandb-exp-name, --wandb-save-dir",
         ),
-        "--mtp-": ("there is no multi-token prediction", _NOT_YET),
-        "--inference-": ("this program trains", _NOT_YET),
+        "--mtp-": ("there is no multi-token prediction", _OUT),
+        "--inference-": ("this program trains", _OUT),
     }
 )
-"""The same for whole families, by how the flag begins."""
+"""Beginnings of flags, each with the answer to all of them."""
 
 
 def refuse_megatron_flag(flag: str, value: str) -> None:
-    """Raises the error for a flag of Megatron that this project does not have.
+    """Raises the error for a flag of Megatron that does not exist here.
 
     Raises:
         ConfigError: ``flag`` is one of these.
@@ -169,5 +139,5 @@ def refuse_megatron_flag(flag: str, value: str) -> None:
     families = (answer for prefix, answer in FAMILIES.items() if flag.startswith(prefix))
     answer = MEANINGLESS.get(flag) or next(families, None)
     if answer is not None:
-        rule = f"is a flag of Megatron without a meaning here: {answer[0]}"
+        rule = f"is a flag of Megatron that has no meaning here: {answer[0]}"
         raise ConfigError(flag, value, rule, answer[1])

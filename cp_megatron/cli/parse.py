@@ -17,9 +17,9 @@ from typing import Any
 
 from cp_megatron.cli.megatron_flags import refuse_megatron_flag
 from cp_megatron.config.fields import settings, settings_of
-from cp_megatron.config.files.presets import DEFAULT_PRESET, PRETRAINED_OPTIMIZER
+from cp_megatron.config.files.presets import DEFAULT_PRESET, PRESETS, PRETRAINED_OPTIMIZER
 from cp_megatron.config.files.run_folders import CONFIG_FILE, find_run, run_folder, runs_near
-from cp_megatron.config.files.yaml_io import Values, overlay, preset_named, read_file, read_values
+from cp_megatron.config.files.yaml_io import Values, overlay, read_file, read_values
 from cp_megatron.config.help_page import HELP, help_page
 from cp_megatron.config.schema import Config
 from cp_megatron.config.words import read_words
@@ -32,9 +32,6 @@ _ALIASES: Mapping[str, str] = MappingProxyType(
         "--deterministic-mode": "--deterministic",
     }
 )
-_DESCRIPTION = """Train a transformer over tensor, context and data parallel ranks.
-
-torchrun --nproc-per-node 4 launch/pretrain.py --context-parallel-size 2 --tensor-parallel-size 2"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,9 +56,18 @@ class Program:
         options: its own flags.
     """
 
-    name: str = "pretrain.py"
-    description: str = _DESCRIPTION
+    name: str
+    description: str
     options: type[LaunchOptions] = LaunchOptions
+
+
+PRETRAIN = Program(
+    name="pretrain.py",
+    description="""Train a transformer over tensor, context and data parallel ranks.
+
+torchrun --nproc-per-node 4 launch/pretrain.py
+    --context-parallel-size 2 --tensor-parallel-size 2""",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,8 +76,6 @@ class Arguments:
 
     Attributes:
         config: the run.
-        dry_run: whether only to show what would run.
-        world_size: the number of ranks to plan a dry run for; None if the launch gives it.
         given: the flags that the user typed, as ``--help`` spells them.
         auto: whether ``--load auto`` is in force, which allows ``--save`` to name a folder of a
             run that has no checkpoint yet.
@@ -79,8 +83,6 @@ class Arguments:
     """
 
     config: Config
-    dry_run: bool
-    world_size: int | None
     given: frozenset[str]
     auto: bool = False
     options: LaunchOptions = field(default_factory=LaunchOptions)
@@ -89,7 +91,7 @@ class Arguments:
 def parse_arguments(
     argv: Sequence[str],
     *,
-    program: str | Program = "pretrain.py",
+    program: Program = PRETRAIN,
     quiet: bool = False,
     again: bool = False,
 ) -> Arguments:
@@ -97,7 +99,7 @@ def parse_arguments(
 
     Args:
         argv: the command line.
-        program: the program, or the name of one that has no flags of its own.
+        program: the program.
         quiet: whether to print no help (on all ranks but the first).
         again: whether a launcher repeats the command line after a failure, which has the effect
             of ``--load auto``.
@@ -106,7 +108,6 @@ def parse_arguments(
         ConfigError: a flag or a value is not accepted.
         SystemExit: with code 0, after ``--help`` is printed.
     """
-    program = Program(name=program) if isinstance(program, str) else program
     if HELP & set(argv):
         if not quiet:
             _print_help([word for word in argv if word not in HELP], program)
@@ -121,8 +122,6 @@ def parse_arguments(
     config = overlay(_base(typed), {name: typed[name] for name in typed.keys() - own})
     return Arguments(
         config=_fold_bf16(_place_of_run(config, given), given),
-        dry_run=options.dry_run,
-        world_size=options.world_size,
         given=given,
         auto=auto,
         options=options,
@@ -131,12 +130,11 @@ def parse_arguments(
 
 def _print_help(argv: Sequence[str], program: Program) -> None:
     """Shows every flag with the default that the rest of the command line leads to."""
-    base = preset_named(DEFAULT_PRESET)
+    base = PRESETS[DEFAULT_PRESET]
     with contextlib.suppress(ConfigError):
         base = _base(_read(argv, program, False)[1])
-    names = [row.name for row in dataclasses.fields(Config) if row.name != "preset"]
-    sections = {"run": base, **{name: getattr(base, name) for name in names}}
-    sections["launch"] = program.options()
+    inner = {name: values for name, values in vars(base).items() if name != "preset"}
+    sections = {"run": base, **inner, "launch": program.options()}
     print(help_page(program.name, program.description, sections))
 
 
@@ -148,8 +146,7 @@ def _read(
     A run that ``--load auto`` finds takes the place of what the run began with.
     """
     rows = [*settings_of(program.options), *settings().values()]
-    words = read_words(argv, rows, aliases=_ALIASES, refuse=refuse_megatron_flag)
-    typed = {name: word.value for name, word in words.items()}
+    typed = read_words(argv, rows, aliases=_ALIASES, refuse=refuse_megatron_flag)
     load, auto = find_run(typed.get("load"), typed.get("save"), again=again)
     if auto:
         typed.pop("load", None)
@@ -171,7 +168,7 @@ def _base(typed: Values) -> Config:
     if file is not None:
         values = _values_of_file(file)
         _refuse_lost(values, earlier, f"--config {file}")
-    base = preset_named(preset or values.get("preset", DEFAULT_PRESET))
+    base = PRESETS[preset or values.get("preset", DEFAULT_PRESET)]
     folder = typed.get("load_hf") or values.get("load_hf")
     if load is None and folder is not None:
         said = typed.keys() | values.keys()

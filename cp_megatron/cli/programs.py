@@ -1,47 +1,62 @@
-"""The flags of ``launch/generate.py`` and ``launch/convert.py``, beside those of a run."""
+"""The flags of ``evaluate.py``, ``generate.py`` and ``convert.py``, beside those of a run."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 from cp_megatron.cli.parse import LaunchOptions, Program
-from cp_megatron.config.ranges import Count, Range, Size
+from cp_megatron.config.schema.ranges import LARGEST_SIZE, Count, Range, Size
 from cp_megatron.errors import ConfigError
+
+Part = Literal["train", "valid", "test", "all"]
+
+TASKS = ("perplexity", "needle", "variables")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationOptions(LaunchOptions):
+    """What is measured."""
+
+    tasks: tuple[str, ...] = TASKS
+    """perplexity (by position), needle (a number to find again), variables (a chain to follow)."""
+    lengths: tuple[Annotated[int, Range(2, LARGEST_SIZE)], ...] = (512, 2048, 8192)
+    """Tokens per row; each length is one column of the results."""
+    num_samples: Size = 8
+    """Rows per length, and for needle per length and depth."""
+    buckets: Annotated[int, Range(1, 32)] = 8
+    """Buckets of positions for the perplexity; each is twice as long as the one before."""
+    depths: tuple[Annotated[int, Range(0, 100)], ...] = (0, 25, 50, 75, 100)
+    """Places of the needle in the text, in percent."""
+    part: Part | None = None
+    """Part of the data, as --split cuts it; by default all of --data-path if it is given, otherwise
+    the data that the run validated on."""
+    output: str = "evaluation"
+    """A new folder for results.json and the pictures."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationOptions(LaunchOptions):
-    """What to say, and how the answer is chosen."""
+    """The text to continue, and how tokens are chosen."""
 
     prompt: str | None = None
-    """The text to go on from; by default lines are read until Ctrl-D."""
+    """The text to continue; by default lines are read until Ctrl-D."""
     max_new_tokens: Size = 256
-    """Tokens of an answer at most; it ends before at an end of document."""
+    """Largest number of tokens of an answer, which ends earlier at an end of document."""
     temperature: Annotated[float, Range(0, 1e6)] = 0.0
-    """0 takes the likeliest token each time; above it tokens are drawn, flatter when larger."""
+    """0 takes the likeliest token; above 0 tokens are drawn, more evenly at higher values."""
     top_k: Count = 0
-    """Draw among the so many likeliest tokens; 0 is all."""
+    """Draw among this many of the likeliest tokens; 0 means all."""
     top_p: Annotated[float, Range(0, 1, open_low=True)] = 1.0
     """Draw among the likeliest tokens whose probabilities reach this sum."""
     chat: bool = False
-    """Talk: the tokenizer's chat template keeps the conversation."""
-
-
-GENERATE = Program(
-    name="generate.py",
-    description="""Let a trained transformer go on from a text, on one rank.
-
-python launch/generate.py --load RUN --prompt "Once upon a time"
-python launch/generate.py --load-hf DIR --chat""",
-    options=GenerationOptions,
-)
+    """Hold a conversation, formatted by the tokenizer's chat template."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConversionOptions(LaunchOptions):
-    """From which file to which folder."""
+    """The file to read and the folder to write."""
 
     from_gguf: str | None = None
     """A GGUF file of the architecture llama, qwen2 or qwen3."""
@@ -49,6 +64,21 @@ class ConversionOptions(LaunchOptions):
     """The Hugging Face folder to write; it must not exist."""
 
 
+EVALUATE = Program(
+    name="evaluate.py",
+    description="""Evaluate a trained transformer on long rows over any grid of ranks.
+
+torchrun --nproc-per-node 2 launch/evaluate.py --load RUN --context-parallel-size 2""",
+    options=EvaluationOptions,
+)
+GENERATE = Program(
+    name="generate.py",
+    description="""Let a trained transformer continue a text, on one rank.
+
+python launch/generate.py --load RUN --prompt "Once upon a time"
+python launch/generate.py --load-hf DIR --chat""",
+    options=GenerationOptions,
+)
 CONVERT = Program(
     name="convert.py",
     description="""Turn a GGUF file or a checkpoint into a Hugging Face folder.
@@ -63,12 +93,12 @@ def refuse_unread(given: Collection[str], read: Collection[str], program: Progra
     """Refuses flags of a training run that a program does not read.
 
     Args:
-        given: what the user typed.
-        read: what the program reads.
-        program: for the message.
+        given: the flags that the user typed.
+        read: the flags that the program reads.
+        program: the program, for the message.
 
     Raises:
-        ConfigError: there is one.
+        ConfigError: a flag is given that is not read.
     """
     for flag in sorted(given):
         if flag not in read:
@@ -81,7 +111,7 @@ def check_sampling(options: GenerationOptions) -> None:
     Raises:
         ConfigError: the temperature is too small, or an option has no effect.
     """
-    if 0 < options.temperature < 1e-6:  # the scores would overflow
+    if 0 < options.temperature < 1e-6:  # Logits divided by less may overflow.
         rule = "must be 0 or at least 1e-6"
         raise ConfigError("--temperature", options.temperature, rule, "0")
     if options.temperature == 0 and (options.top_k, options.top_p) != (0, 1.0):

@@ -1,1 +1,1 @@
-"""Who talks to whom: the launch, process groups, collectives, random numbers."""
+"""Process groups, collectives, point-to-point messages, random numbers and the launch."""

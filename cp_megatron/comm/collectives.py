@@ -1,16 +1,17 @@
-"""Collectives with stated gradients, for activations.
+"""Collectives with defined gradients, for activations.
 
-Every function takes the group to talk to; ``None`` or a group of one rank is the identity and
-sends nothing. Inputs are never modified. The pairs are conjugate: the backward of one is the
+Every function takes a group; with ``None`` or a group of one rank it is the identity and sends
+nothing. Inputs are never modified. The functions form conjugate pairs: the backward of one is the
 forward of the other (Shoeybi et al. 2019, arXiv:1909.08053 section 3; Korthikanti et al. 2022,
 arXiv:2205.05198 section 4.2.2 for the gather and scatter along the sequence).
 
-Gradients follow one rule: the objective is the *sum* of what the ranks compute from their own
-values, except that a value held alike by all ranks of a tensor parallel group counts once.
+All gradients follow one rule: the objective is the *sum* of what the ranks compute from their own
+values, except that a value which all ranks of a tensor parallel group share counts once.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,40 +23,61 @@ from cp_megatron.comm.nonblocking import start_all_gather, start_reduce_scatter
 
 
 def copy_to_group(x: Tensor, group: ProcessGroup | None) -> Tensor:
-    """The same tensor, about to be used by every rank of the group with different weights.
+    """Returns the same tensor, which every rank of the group uses with different weights.
 
     Forward: identity. Backward: all-reduce (sum) of the gradients.
     """
-    return x if _alone(group) else _CopyToGroup.apply(x, group)
+    return _apply(x, group, lambda y, _: y.view_as(y), _sum)
 
 
 def reduce_from_group(x: Tensor, group: ProcessGroup | None) -> Tensor:
-    """The sum of the ranks' tensors, on every rank.
+    """Returns the sum of the ranks' tensors on every rank.
 
-    Forward: all-reduce (sum). Backward: identity (the ranks' gradients are alike).
+    Forward: all-reduce (sum). Backward: identity, because the ranks' gradients are equal.
     """
-    return x if _alone(group) else _ReduceFromGroup.apply(x, group)
+    return _apply(x, group, _sum, lambda grad, _: grad)
 
 
 def all_gather_dim(x: Tensor, dim: int, group: ProcessGroup | None) -> Tensor:
-    """The ranks' tensors one after the other along ``dim``: ``[.., n, ..] -> [.., ranks * n, ..]``.
+    """Concatenates the ranks' tensors along ``dim``: ``[.., n, ..] -> [.., ranks * n, ..]``.
 
     Forward: all-gather. Backward: reduce-scatter (sum) along ``dim``.
     """
-    return x if _alone(group) else _AllGatherDim.apply(x, dim, group)
+    return _apply(x, group, lambda y, g: _gather(y, dim, g), lambda y, g: _scatter_sum(y, dim, g))
 
 
 def reduce_scatter_dim(x: Tensor, dim: int, group: ProcessGroup | None) -> Tensor:
-    """This rank's slice of the ranks' sum: ``[.., ranks * n, ..] -> [.., n, ..]``.
+    """Returns this rank's slice of the ranks' sum: ``[.., ranks * n, ..] -> [.., n, ..]``.
 
     Forward: reduce-scatter (sum). Backward: all-gather along ``dim``. The size of ``dim`` must be
     divisible by the number of ranks.
     """
-    return x if _alone(group) else _ReduceScatterDim.apply(x, dim, group)
+    return _apply(x, group, lambda y, g: _scatter_sum(y, dim, g), lambda y, g: _gather(y, dim, g))
 
 
-def _alone(group: ProcessGroup | None) -> bool:
-    return group is None or group.size() == 1
+_Operation = Callable[[Tensor, ProcessGroup], Tensor]
+
+
+class _Collective(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, group: ProcessGroup, forward: _Operation, backward: _Operation
+    ) -> Tensor:
+        ctx.group, ctx.operation = group, backward
+        return forward(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        return ctx.operation(grads[0], ctx.group), None, None, None
+
+
+def _apply(
+    x: Tensor, group: ProcessGroup | None, forward: _Operation, backward: _Operation
+) -> Tensor:
+    if group is None or group.size() == 1:
+        return x
+    result: Tensor = _Collective.apply(x, group, forward, backward)
+    return result
 
 
 def _sum(x: Tensor, group: ProcessGroup) -> Tensor:
@@ -78,46 +100,3 @@ def _scatter_sum(x: Tensor, dim: int, group: ProcessGroup) -> Tensor:
     # [.., ranks * n, ..] -> [.., ranks, n, ..] -> [ranks, .., n, ..]
     stacked = x.unflatten(dim, (ranks, -1)).movedim(dim, 0).contiguous()
     return start_reduce_scatter(stacked, group).wait().squeeze(0)
-
-
-class _CopyToGroup(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
-        ctx.group = group
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return _sum(grads[0], ctx.group), None
-
-
-class _ReduceFromGroup(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
-        return _sum(x, group)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return grads[0], None
-
-
-class _AllGatherDim(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, dim: int, group: ProcessGroup) -> Tensor:
-        ctx.dim, ctx.group = dim, group
-        return _gather(x, dim, group)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return _scatter_sum(grads[0], ctx.dim, ctx.group), None, None
-
-
-class _ReduceScatterDim(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, dim: int, group: ProcessGroup) -> Tensor:
-        ctx.dim, ctx.group = dim, group
-        return _scatter_sum(x, dim, group)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return _gather(grads[0], ctx.dim, ctx.group), None, None

@@ -1,4 +1,4 @@
-"""torch's flight recorder: the last collectives of this process, for who asks why it hung."""
+"""torch's flight recorder: the last collectives of this process, to diagnose a hang."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torch._C import _distributed_c10d as c10d
 
 
 def last_collectives() -> list[dict[str, Any]]:
-    """The recorded collectives, oldest first; empty where none are kept.
+    """Returns the recorded collectives, oldest first; empty if none are recorded.
 
-    How many are kept is said by TORCH_FR_BUFFER_SIZE before the first process group.
+    TORCH_FR_BUFFER_SIZE, read at the first process group, limits their number.
     """
     try:
         dump = c10d._dump_fr_trace_json  # type: ignore[attr-defined]
@@ -23,7 +23,7 @@ def last_collectives() -> list[dict[str, Any]]:
 
 
 def last_collective() -> str:
-    """The newest of them in words: ``gloo:all_reduce of default_pg, its number 118``."""
+    """Formats the newest collective: ``gloo:all_reduce of default_pg, its number 118``."""
     entries = last_collectives()
     if not entries:
         return ""
@@ -34,9 +34,9 @@ def last_collective() -> str:
 
 
 def write_flight(path: Path) -> None:
-    """Writes them as JSON, one object per line.
+    """Writes the recorded collectives as JSON, one object per line.
 
     Raises:
-        OSError: as the file system does.
+        OSError: the file cannot be written.
     """
     path.write_text("".join(json.dumps(entry) + "\n" for entry in last_collectives()))

@@ -1,4 +1,4 @@
-"""Collectives under way: started now, awaited later, computed past in between. No gradients."""
+"""Nonblocking collectives without gradients: started now and awaited later."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-# torch 2.13 renamed both and deprecates the old names with a warning per call.
+# torch 2.13 renamed both, and warns about the old names at each call.
 _all_gather: Callable[..., dist.Work] = (
     getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 )
@@ -20,15 +20,17 @@ _reduce_scatter: Callable[..., dist.Work] = (
 
 @dataclass(frozen=True)
 class Started:
-    """A collective under way. The input must not be touched before ``wait`` returns."""
+    """A collective in flight. The input must not be modified before ``wait`` returns.
+
+    ``source`` keeps the memory of the input alive until then.
+    """
 
     work: dist.Work | None
     source: Tensor
-    """Keeps the memory alive until the collective is done."""
     result: Tensor
 
     def wait(self) -> Tensor:
-        """The result. On CUDA the current stream waits instead of the host."""
+        """Returns the result. On CUDA, the current stream waits instead of the host."""
         if self.work is not None:
             self.work.wait()
         return self.result
@@ -37,12 +39,12 @@ class Started:
 def start_all_gather(
     x: Tensor, group: ProcessGroup | None, result: Tensor | None = None
 ) -> Started:
-    """The ranks' tensors one after the other: ``[n, ..] -> [ranks * n, ..]``.
+    """Starts to concatenate the ranks' tensors: ``[n, ..] -> [ranks * n, ..]``.
 
     Args:
         x: contiguous, of the same shape on every rank.
-        group: None is one rank and sends nothing.
-        result: where to; by default memory of its own.
+        group: the ranks; None is one rank and sends nothing.
+        result: memory for the result; allocated by default.
     """
     if group is None or group.size() == 1:
         return Started(None, x, x)
@@ -54,12 +56,9 @@ def start_all_gather(
 def start_reduce_scatter(
     x: Tensor, group: ProcessGroup | None, result: Tensor | None = None
 ) -> Started:
-    """This rank's part of the ranks' sum: ``[ranks * n, ..] -> [n, ..]``.
+    """Starts to compute this rank's part of the ranks' sum: ``[ranks * n, ..] -> [n, ..]``.
 
-    Args:
-        x: contiguous, of the same shape on every rank.
-        group: None is one rank and sends nothing.
-        result: where to; by default memory of its own.
+    Arguments are those of ``start_all_gather``.
     """
     if group is None or group.size() == 1:
         return Started(None, x, x)

@@ -1,9 +1,9 @@
-"""Dropout's randomness: a pure function of where and when, so that a resume repeats it.
+"""The seeds of dropout: pure functions of step and place, so that a resumed run repeats them.
 
 Dropout is torch's own module and draws from torch's default generator. Seeding that generator
 before every micro batch by (seed, step, micro batch, dp, cp) makes masks differ across dp and cp
-and agree across tp, where activations are replicated; with sequence parallelism the residual
-stream is split over tp too, and tp joins the seed.
+and agree across tp, where activations are replicated. With sequence parallelism the residual stream
+is split over tp as well, and tp joins the seed.
 """
 
 from __future__ import annotations
@@ -16,28 +16,28 @@ import torch
 def dropout_seed(
     *, seed: int, step: int, microbatch: int, dp: int, cp: int, tp: int | None = None
 ) -> int:
-    """A seed in [0, 2**63), the same on every machine and Python.
+    """Returns a seed in [0, 2**63), the same on every machine and version of Python.
 
     Args:
         seed: the run's seed.
         step: the training step.
         microbatch: the micro batch within the step.
         dp, cp: this rank's coordinates.
-        tp: this rank's coordinate where the residual stream is split over tp (sequence
-            parallelism); None where it is replicated, so that all tp ranks draw the same masks.
+        tp: this rank's coordinate if the residual stream is split over tp (sequence parallelism);
+            None if it is replicated, so that all tp ranks draw the same masks.
     """
     return _seed(f"dropout {seed} {step} {microbatch} {dp} {cp} {'-' if tp is None else tp}")
 
 
 def attention_dropout_seed(*, seed: int, layer: int) -> int:
-    """The seed of a layer's attention dropout, in [0, 2**63), the same for ever and on every rank.
+    """Returns the seed of a layer's attention dropout, in [0, 2**63), the same on every rank.
 
-    All else that its mask depends on (row of the run, head, positions) is hashed pair by pair, so
-    it is the same on every grid: see ``kernels/dropout.py``.
+    The other inputs of its mask (row of the run, head, positions) are hashed for each pair, so the
+    mask is the same on every grid; see ``kernels/dropout.py``.
 
     Args:
         seed: the run's seed.
-        layer: the layer's number in the whole model.
+        layer: the number of the layer in the whole model.
     """
     return _seed(f"attention dropout {seed} {layer}")
 
@@ -48,7 +48,7 @@ def _seed(text: str) -> int:
 
 
 def seed_dropout(seed: int, device: torch.device) -> None:
-    """Seed the generator that dropout draws from on ``device`` (with CUDA, the current one)."""
+    """Seeds the generator that dropout uses on ``device`` (on CUDA, the current device)."""
     if device.type == "cuda":
         torch.cuda.manual_seed(seed)
     else:

@@ -1,4 +1,4 @@
-"""How this process was started. The one place that knows environment variables; no torch."""
+"""How this process was started. Only this module reads environment variables; it needs no torch."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ class Launch:
     """This process among its peers.
 
     Attributes:
-        rank: number of this process over all nodes.
-        local_rank: number of this process on its node.
-        world_size: processes over all nodes.
-        local_world_size: processes on this node.
-        under_torchrun: a launcher set the variables; else this is plain ``python``.
-        restarts: times the launcher has started the ranks again after a failure.
-        fault: what is to go wrong, for tests: see ``faults/inject.py``.
+        rank: the number of this process over all nodes.
+        local_rank: the number of this process on its node.
+        world_size: the number of processes over all nodes.
+        local_world_size: the number of processes on this node.
+        under_torchrun: whether a launcher set the variables; otherwise this is plain ``python``.
+        restarts: how many times the launcher has restarted the ranks after a failure.
+        fault: a fault to inject, for tests; see ``faults/inject.py``.
     """
 
     rank: int = 0
@@ -36,13 +36,12 @@ class Launch:
     def from_environment(cls, environ: Mapping[str, str]) -> Launch:
         """Reads RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE as torchrun sets them.
 
-        And TORCHELASTIC_RESTART_COUNT, and CPM_FAULT as a test does.
-
-        Without both RANK and WORLD_SIZE this is a plain ``python`` run of one rank. A launcher
-        that sets only these two is taken to run on one node.
+        Also reads TORCHELASTIC_RESTART_COUNT, and CPM_FAULT, which tests set. Without both RANK and
+        WORLD_SIZE this is a plain ``python`` run of one rank. If a launcher sets only these two,
+        all ranks are on one node.
 
         Raises:
-            ConfigError: a variable is no number, or the numbers can not be.
+            ConfigError: a variable is not a number, or the numbers contradict each other.
         """
         if "RANK" not in environ or "WORLD_SIZE" not in environ:
             return cls(fault=environ.get("CPM_FAULT", ""))
@@ -67,23 +66,23 @@ class Launch:
 
     @property
     def nodes(self) -> int:
-        """Number of nodes, where all have as many processes as this one."""
+        """The number of nodes, assuming that all have as many processes as this one."""
         return max(1, self.world_size // self.local_world_size)
 
 
 def set_cublas_workspace() -> None:
-    """Makes cuBLAS deterministic, unless the user has: torch refuses to multiply without it.
+    """Makes cuBLAS deterministic, unless the user configured it; torch requires the setting.
 
-    Before the first product on CUDA. 8 buffers of 4 MiB, the larger of the two choices in NVIDIA's
-    cuBLAS documentation ("Results reproducibility").
+    It must be called before the first product on CUDA. The value means 8 buffers of 4 MiB, the
+    larger one of the two in NVIDIA's cuBLAS documentation ("Results reproducibility").
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 def record_collectives() -> None:
-    """Has torch keep the last collectives for ``comm/flight.py``, unless the user says how many.
+    """Lets torch record the last collectives for ``comm/flight.py``, unless the user set a number.
 
-    Before the first process group: torch reads it then. An entry is some hundred bytes.
+    It must be called before the first process group. An entry takes some hundred bytes.
     """
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "256")
 

@@ -13,19 +13,20 @@ from cp_megatron.comm.checksums import LinkSums
 
 @dataclass(frozen=True)
 class Pending:
-    """Messages under way. The buffers must not be touched before ``wait`` returns."""
+    """Messages in flight. Their tensors must not be modified before ``wait`` returns.
+
+    ``buffers`` keeps their memory alive until then.
+    """
 
     works: Sequence[dist.Work]
     buffers: Sequence[Tensor]
-    """Keeps the memory alive until the messages have left."""
     receives: Sequence[tuple[Tensor, int]]
     sums: LinkSums
-    """Notes what was received."""
 
     def wait(self) -> None:
-        """Returns once everything posted has been sent and received.
+        """Returns once everything that was posted has been sent and received.
 
-        On CUDA it makes the current stream wait instead of the host.
+        On CUDA, the current stream waits instead of the host.
         """
         for work in self.works:
             work.wait()
@@ -40,17 +41,17 @@ def post(
     receives: Sequence[tuple[Tensor, int]] = (),
     sums: LinkSums,
 ) -> Pending:
-    """Starts sending and receiving; nothing is waited for.
+    """Starts sending and receiving without waiting.
 
-    Two messages of one call between the same two ranks are matched in the order given, so both
-    ends list them in the same order. With NCCL one call is one group operation: every call on one
-    end has its counterpart at the same place in the other end's sequence of calls.
+    Two messages of one call between the same two ranks are matched in order, so both ends list them
+    in the same order. With NCCL, one call is one group operation: every call on one end has its
+    counterpart at the same place in the other end's sequence of calls.
 
     Args:
-        group: the group; None only where there is nothing to send.
-        sends: contiguous tensors and the ranks in ``group`` that get them.
-        receives: contiguous buffers and the ranks in ``group`` they are filled from.
-        sums: notes what is sent and received.
+        group: the group; may be None if there are no messages.
+        sends: contiguous tensors and the ranks in ``group`` that receive them.
+        receives: contiguous buffers and the ranks in ``group`` that fill them.
+        sums: checksums of what is sent and received.
     """
     for tensor, peer in sends:
         sums.sent(tensor, peer)

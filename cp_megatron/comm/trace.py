@@ -1,4 +1,4 @@
-"""Names for the parts of a step in a profiler's trace; they cost nothing where none is recorded."""
+"""Names for the parts of a step in a profiler's trace."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ _OFF = nullcontext()
 
 
 def traced(name: str) -> AbstractContextManager[object]:
-    """A range in the trace, for a ``with`` statement.
+    """A named range in the trace, for a ``with`` statement.
 
-    Outside a profile it is a question to torch and an empty context, well under a microsecond;
-    ``record_function`` alone costs several, also where nobody records.
+    Without a profiler it costs well under a microsecond: one question to torch and an empty
+    context. ``record_function`` alone would cost several microseconds.
     """
     return record_function(name) if _profiler_enabled() else _OFF

@@ -1,27 +1,3 @@
-"""What a run is, and how people say it: dataclasses, presets, flags, YAML. No torch."""
+"""The configuration of a run: dataclasses, flags, presets and YAML. It does not import torch."""
 
-from cp_megatron.config.schema import (
-    CheckpointConfig,
-    Config,
-    DataConfig,
-    LogConfig,
-    MemoryConfig,
-    ModelConfig,
-    OptimizerConfig,
-    ParallelConfig,
-    TrainConfig,
-    tokens_with_logits,
-)
-
-__all__ = [
-    "CheckpointConfig",
-    "Config",
-    "DataConfig",
-    "LogConfig",
-    "MemoryConfig",
-    "ModelConfig",
-    "OptimizerConfig",
-    "ParallelConfig",
-    "TrainConfig",
-    "tokens_with_logits",
-]
+from cp_megatron.config.schema import *  # noqa: F403

@@ -13,25 +13,20 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from cp_megatron.config.ranges import EVERY_NUMBER, Range
 from cp_megatron.config.schema import Config
+from cp_megatron.config.schema.ranges import EVERY_NUMBER, Range
 from cp_megatron.errors import ConfigError
 
 Kind = Literal["bool", "int", "float", "str"]
 
-_TYPES: Mapping[Kind, type] = types.MappingProxyType(
-    {"bool": bool, "int": int, "float": float, "str": str}
-)
-_RULES: Mapping[Kind, str] = types.MappingProxyType(
+# The Python type, the rule in a message, and the name in --help.
+_KINDS: Mapping[Kind, tuple[type, str, str]] = types.MappingProxyType(
     {
-        "bool": "must be true or false",
-        "int": "must be a whole number",
-        "float": "must be a number",
-        "str": "must be text",
+        "bool": (bool, "must be true or false", ""),
+        "int": (int, "must be a whole number", "INT"),
+        "float": (float, "must be a number", "FLOAT"),
+        "str": (str, "must be text", "TEXT"),
     }
-)
-_METAVARS: Mapping[Kind, str] = types.MappingProxyType(
-    {"bool": "", "int": "INT", "float": "FLOAT", "str": "TEXT"}
 )
 # Megatron's names of choices, for --cp-comm-type and --tokenizer-type.
 _SPELLINGS: Mapping[str, str] = types.MappingProxyType(
@@ -88,7 +83,7 @@ class Setting:
     @property
     def metavar(self) -> str:
         """The values that follow the flag, for ``--help``."""
-        one = f"{{{','.join(self.choices)}}}" if self.choices else _METAVARS[self.kind]
+        one = f"{{{','.join(self.choices)}}}" if self.choices else _KINDS[self.kind][2]
         return f"{one} [{one} ...]" if self.count == 0 else " ".join([one] * self.count)
 
     def from_words(self, words: Sequence[str]) -> Any:
@@ -132,61 +127,54 @@ class Setting:
         """
         if value is not None:
             for item in [value] if self.count == 1 else value:
-                self._checked(item)
+                self._checked(item, shown(item))
 
     def _from_word(self, word: str) -> Any:
+        name = _SPELLINGS.get(word, word)
+        type_, rule, _ = _KINDS[self.kind]
         try:
-            value = _TYPES[self.kind](self._spelled(word))
+            value = type_(name if name in self.choices else word)
         except ValueError:
             works = _whole_number(word) if self.kind == "int" else ""
-            raise ConfigError(self.flag, word, _RULES[self.kind], works) from None
+            raise ConfigError(self.flag, word, rule, works) from None
         return self._checked(value, word)
 
     def _from_entry(self, entry: Any) -> Any:
-        if self.kind == "float" and isinstance(entry, str):
-            return self._from_word(entry)  # YAML 1.1 reads 3e-4 as a text, for want of a dot.
+        if isinstance(entry, str) and self.kind in ("float", "str"):
+            return self._from_word(entry)  # YAML 1.1 reads 3e-4 as text because it has no dot.
         if self.kind == "float" and type(entry) is int:
-            try:
-                entry = float(entry)
-            except OverflowError:
-                entry = math.inf
-        if type(entry) is not _TYPES[self.kind]:
-            works = ", ".join(self.choices)
-            raise ConfigError(self.flag, shown(entry), _RULES[self.kind], works)
-        return self._checked(self._spelled(entry))
+            entry = float(entry) if abs(entry) < 1e308 else math.inf
+        type_, rule, _ = _KINDS[self.kind]
+        if type(entry) is not type_:
+            raise ConfigError(self.flag, shown(entry), rule, ", ".join(self.choices))
+        return self._checked(entry, shown(entry))
 
-    def _spelled(self, value: Any) -> Any:
-        """A choice of Megatron's under the name that it has here; any other value as it is."""
-        name = _SPELLINGS.get(value) if isinstance(value, str) else None
-        return name if name in self.choices else value
-
-    def _checked(self, value: Any, typed: str = "") -> Any:
-        """The value, if the field accepts it; a message shows it as it was typed."""
-        subject = typed or shown(value)
-        if isinstance(value, str):
-            return self._checked_text(value)
-        if isinstance(value, int) and not -(2**63) <= value < 2**63:
-            raise ConfigError(self.flag, subject, "must be a number of 64 bits")
-        if not math.isfinite(value):
-            raise ConfigError(self.flag, subject, "must be finite")
-        if value not in self.range:
-            default = 1 if self.default is None else self.default
-            works = self.range.nearest(value) or f"{default:g}"
-            raise ConfigError(self.flag, subject, self.range.rule, works)
+    def _checked(self, value: Any, text: str) -> Any:
+        rule, works = self._broken_rule(value)
+        if rule:
+            raise ConfigError(self.flag, text, rule, works)
         return value
 
-    def _checked_text(self, text: str) -> str:
-        if self.choices and text not in self.choices:
-            works = ", ".join(self.choices)
-            raise ConfigError(self.flag, text, "must be one of its choices", works)
-        if not text:
-            raise ConfigError(self.flag, text, "must not be empty")
+    def _broken_rule(self, value: Any) -> tuple[str, str]:
+        """The rule that a value breaks and what works instead; empty if it breaks none."""
+        if not isinstance(value, str):
+            if isinstance(value, int) and not -(2**63) <= value < 2**63:
+                return "must be a number of 64 bits", ""
+            if not math.isfinite(value):
+                return "must be finite", ""
+            if value not in self.range:
+                default = 1 if self.default is None else self.default
+                return self.range.rule, self.range.nearest(value) or f"{default:g}"
+        elif self.choices and value not in self.choices:
+            return "must be one of its choices", ", ".join(self.choices)
+        elif not value:
+            return "must not be empty", ""
         # The bytes of a command line that are not UTF-8 arrive as lone surrogates.
-        if "\0" in text or any("\ud800" <= letter <= "\udfff" for letter in text):
-            raise ConfigError(self.flag, text, "must be UTF-8 text without NUL")
-        if text.startswith("-"):
-            raise ConfigError(self.flag, text, "must not begin with a dash", f"./{text}")
-        return text
+        elif "\0" in value or any("\ud800" <= letter <= "\udfff" for letter in value):
+            return "must be UTF-8 text without NUL", ""
+        elif value.startswith("-"):
+            return "must not begin with a dash", f"./{value}"
+        return "", ""
 
 
 def shown(value: Any) -> str:

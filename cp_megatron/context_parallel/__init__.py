@@ -1,4 +1,4 @@
-"""Context parallelism: every rank holds a part of the sequence, attention sees all of it."""
+"""Context parallelism: each rank holds a part of the sequence, and attention covers all of it."""
 
 from cp_megatron.context_parallel.api import ContextParallel
 from cp_megatron.context_parallel.attention_function import KeptAttention

@@ -129,7 +129,6 @@ class HeadAllToAll:
     def _shapes(
         self, parts: Sequence[PartitionedHeads], num_tokens: int, *, to_heads: bool
     ) -> tuple[list[Shape], list[Shape]]:
-        """The shapes of the messages to and from each peer."""
         tensors = [(part.heads, part.tensor.shape[-1]) for part in parts]
         batch = parts[0].tensor.shape[0]
         sent, received = message_widths(self.exchange, tensors, to_heads=to_heads)

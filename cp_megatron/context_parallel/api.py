@@ -1,7 +1,7 @@
-"""``ContextParallel``: the whole engine as one object, five lines in a model of one's own.
+"""``ContextParallel``: the whole engine as one object.
 
-Shapes: B batch, S tokens of the whole row, N ranks, H query heads, G key/value heads, D head dim,
-E value head dim.
+Shapes: B = batch, S = tokens of the whole row, N = ranks, H = query heads, G = key/value heads,
+D = head dim, E = value head dim.
 """
 
 from __future__ import annotations
@@ -31,42 +31,43 @@ from cp_megatron.plan.mask import Window
 
 
 class ContextParallel:
-    """A mask and a group of ranks, and what follows from them.
+    """Attention over sequences that a group of ranks shares, under one mask.
 
-    Making one sends no message and allocates nothing on the device, so a new mask for every batch
-    is cheap; ``prepare`` works out this rank's plan ahead of time, in another thread if need be.
-    The objective is the *sum* of the ranks' losses: gradients of parameters must be summed over
-    the group, and a loss computed alike on every rank from ``gather`` is divided by its size.
+    Construction sends no message and allocates nothing on the device, so a new mask for every batch
+    is cheap. ``prepare`` computes this rank's plan ahead of time and may run in another thread. The
+    objective is the *sum* of the ranks' losses: gradients of parameters must be summed over the
+    group, and a loss that every rank computes alike from ``gather`` must be divided by its size.
 
     Args:
         group: the ranks that share each sequence, in order; None is one rank without messages.
-        mask: what attends to what, for every row of the batch.
+        mask: the mask of every row of the batch.
         layout: ``contiguous``, ``zigzag``, ``balanced`` or ``auto`` (balanced for documents,
-            else zigzag where the mask is causal); or a layout made before, of the same length.
-        exchange: ``p2p``, ``all_gather``, ``a2a``, ``a2a+p2p`` or ``auto`` (what moves least).
+            otherwise zigzag if the mask is causal); or a layout of the same length.
+        exchange: ``p2p``, ``all_gather``, ``a2a``, ``a2a+p2p`` or ``auto`` (the one that moves the
+            fewest bytes).
         kernel: a kernel's name, or ``auto``.
-        route: of p2p: ``ring`` (from the neighbour), ``direct`` (from the owner) or ``auto`` (what
-            moves less).
-        hierarchical_sizes: (A, P) of a2a+p2p: A neighbours trade heads, P groups run a ring. With
-            ``auto`` it says how many ranks share a node, and how many nodes there are.
-        deterministic: the same inputs give the same bits; a kernel that can not is refused.
-        check_ranks: compare masks, layouts, shapes and types between the ranks before attending,
-            so that a mistake is an error on every rank instead of a hang or a wrong number; one
-            small message. ``always``: before each attention; ``once``: before the first of each
-            mask and shape, which can not see a rank that goes wrong later; ``never``; ``auto``:
-            always, but once over CUDA, where waiting for the answer would stall the device. True
-            and False are ``auto`` and ``never``.
+        route: for p2p, ``ring`` (from the neighbour), ``direct`` (from the owner) or ``auto`` (the
+            one that moves fewer keys).
+        hierarchical_sizes: (A, P) of a2a+p2p: A neighbours exchange heads, P groups run a ring.
+            With ``auto``, the number of ranks that share a node, and the number of nodes.
+        deterministic: the same inputs give the same bits; a kernel that cannot do this is refused.
+        check_ranks: compare masks, layouts, shapes and types between the ranks before attention,
+            so that a mistake is an error on every rank instead of a hang or a wrong number. Each
+            comparison costs one small message. ``always``: before each attention; ``once``: before
+            the first of each mask and shape, which misses a rank that goes wrong later; ``never``;
+            ``auto``: always, but once on CUDA, where waiting for the answer would stall the device.
+            True and False stand for ``auto`` and ``never``.
 
     Attributes:
         group, mask, layout: as given, or as chosen.
-        rank, cp_size: this rank's number in the group, and how many there are.
-        buffers: the memory that messages live in, shared with what ``with_mask`` and ``within``
-            make: ``buffers.held_bytes`` now, ``buffers.peak_bytes`` at most.
-        link_sums: what each link carried, summed on both ends while it is open; shared as well.
+        rank, cp_size: this rank's number in the group, and the size of the group.
+        buffers: the memory of messages, shared with the results of ``with_mask`` and ``within``:
+            ``buffers.held_bytes`` now, ``buffers.peak_bytes`` at most.
+        link_sums: checksums of each link while they are open; shared likewise.
 
     Raises:
-        ConfigError: the layout does not divide the sequence, a name is unknown, or the sizes do
-            not multiply to the number of ranks.
+        ConfigError: the layout does not divide the sequence, a name is unknown, or the product of
+            the sizes is not the number of ranks.
     """
 
     def __init__(
@@ -88,7 +89,7 @@ class ContextParallel:
         if self.rank < 0:
             raise ConfigError("group", "this process", "must be one of its ranks")
         self.cp_size = dist.get_world_size(group) if group is not None else 1
-        # A list is as good, and what is remembered by its value must not change.
+        # A list is accepted, but what is part of a cache key must not change.
         sizes = hierarchical_sizes and cast("tuple[int, int]", tuple(hierarchical_sizes))
         check_exchange(exchange, route, self.cp_size, sizes)
         self.layout = self._make_layout(layout)
@@ -112,13 +113,13 @@ class ContextParallel:
         return layout
 
     def with_mask(self, mask: Mask, layout: SequenceLayout | None = None) -> ContextParallel:
-        """The same ranks and options for another mask, and the same memory for messages.
+        """Returns an object for another mask, with the same ranks, options and buffers.
 
         Args:
-            mask: what attends to what.
+            mask: the mask.
             layout: keeps tokens where this layout has them, as layers with different masks of one
-                model need; by default it is made anew for the mask, unless this object was itself
-                given a layout that was made before.
+                model need. By default the layout is chosen for the mask, unless this object was
+                constructed with a layout.
         """
         other = ContextParallel(
             self.group,
@@ -135,13 +136,13 @@ class ContextParallel:
         return other
 
     def within(self, window: Window | None) -> ContextParallel:
-        """The same tokens, where they are, for layers whose queries see another window.
+        """Returns an object with another window and the same layout, for layers with that window.
 
-        Made once and kept. Its exchange and route are those that this object's own mask gets, so
+        It is made once and kept. It uses the exchange and the route of this object's own mask, so
         that a batch has one of each.
 
         Args:
-            window: (left, right) as in ``Mask``; this object itself where its mask has it.
+            window: (left, right) as in ``Mask``. If the mask has it already, returns this object.
         """
         mask = self.mask.within(window)
         if mask.window == self.mask.window:
@@ -159,10 +160,10 @@ class ContextParallel:
         head_dim: int = 1,
         v_head_dim: int | None = None,
     ) -> Schedule:
-        """What all ranks do for heads of this number and width.
+        """Plans all ranks for heads of this number and width.
 
         Raises:
-            ConfigError: the exchange can not share the heads.
+            ConfigError: the exchange cannot share the heads.
         """
         build = partial(Schedule.build, head_dim=head_dim, v_head_dim=v_head_dim)
         heads = num_heads, num_kv_heads
@@ -176,12 +177,12 @@ class ContextParallel:
     def prepare(
         self, num_heads: int, num_kv_heads: int, head_dim: int, v_head_dim: int | None = None
     ) -> None:
-        """Works out this rank's plan for such heads, so that ``attention`` finds it ready.
+        """Computes this rank's plan for such heads, so that ``attention`` finds it ready.
 
-        Sends no message and may run in another thread while another mask is in use.
+        It sends no message and may run in another thread while another mask is in use.
 
         Raises:
-            ConfigError: the exchange can not share the heads.
+            ConfigError: the exchange cannot share the heads.
         """
         self._plan(num_heads, num_kv_heads, head_dim, v_head_dim or head_dim)
 
@@ -197,12 +198,12 @@ class ContextParallel:
 
     @cached_property
     def _global_order(self) -> Tensor:
-        """int64 [S]: where each position lies among the ranks' shards, one after the other."""
+        """int64 [S]: the place of each position among the ranks' shards, one after the other."""
         held = [torch.from_numpy(self.layout.positions(rank)) for rank in range(self.cp_size)]
         return torch.cat(held).argsort()
 
     def shard(self, x: Tensor, dim: int) -> Tensor:
-        """This rank's part of a whole tensor; no message.
+        """Returns this rank's part of a whole tensor without a message.
 
         Args:
             x: dim ``dim`` has length S.
@@ -215,14 +216,14 @@ class ContextParallel:
         return x.index_select(dim, self.positions.to(x.device))
 
     def gather(self, x: Tensor, dim: int) -> Tensor:
-        """The whole tensor, in global order, on every rank.
+        """Returns the whole tensor, in global order, on every rank.
 
         Args:
             x: dim ``dim`` has length S / N.
             dim: the sequence dim.
 
         Returns:
-            Dim ``dim`` has length S. The gradient is the sum over ranks, each keeping its part.
+            Dim ``dim`` has length S. The gradient is summed over ranks; each keeps its part.
         """
         self._check_length(x, dim, self.layout.shard_len)
         gathered = all_gather_dim(x, dim, self.group)
@@ -238,18 +239,18 @@ class ContextParallel:
         dropout: Dropout | None = None,
         kept: KeptAttention | None = None,
     ) -> Tensor:
-        """Attention of this rank's queries over the keys of all ranks that the mask allows.
+        """Computes attention of this rank's queries over the keys of all ranks.
 
-        Opaque to torch.compile, which must not trace a plan that changes with every mask.
+        It is opaque to torch.compile, which must not trace a plan that changes with every mask.
 
         Args:
             q: [B, S / N, H, D].
             k: [B, S / N, G, D]; H is a multiple of G, query head h reads head h // (H / G).
             v: [B, S / N, G, E].
-            scale: multiplies the scores, above 0; by default D ** -0.5.
-            dropout: drops attention weights; its mask depends on the pair of positions alone, so
-                it is the same on any layout, exchange and number of ranks.
-            kept: given twice, for recomputation: the first call computes and leaves its results
+            scale: the positive factor of the scores; by default D ** -0.5.
+            dropout: drops attention weights. Its mask depends only on the pair of positions, so it
+                is the same under any layout, exchange and number of ranks.
+            kept: passed twice, for recomputation: the first call computes and stores its results
                 there, the second takes them and sends nothing.
 
         Returns:
@@ -266,7 +267,7 @@ class ContextParallel:
                 raise ConfigError("scale", used, "must be positive and finite")
             kernel = self._load_kernel(q, v, dropout)
             ready = self._plan(q.shape[2], k.shape[2], q.shape[3], v.shape[3]), kernel
-        except Exception as error:  # whatever it is, the other ranks must hear of it
+        except Exception as error:  # the other ranks must learn of any error
             problem = error
         if kept is None or not kept.filled:
             self._agree((q, k, v), used, dropout, problem)
@@ -278,7 +279,7 @@ class ContextParallel:
     def kernel_choice(
         self, device: torch.device, dtype: torch.dtype, head_dim: int, dropout: float = 0.0
     ) -> KernelChoice:
-        """The kernel that inputs of this kind get, and why."""
+        """Chooses the kernel for inputs of this kind, with a reason."""
         return select_kernel(
             self._kernel,
             device=device.type,
@@ -318,14 +319,14 @@ class ContextParallel:
         dropout: Dropout | None,
         problem: Exception | None,
     ) -> None:
-        """Compares with the other ranks as often as ``check_ranks`` says; raises ``problem``."""
+        """Compares with the other ranks if ``check_ranks`` requires it; raises ``problem``."""
         kind = (*(tuple(x.shape) for x in tensors), str(tensors[0].dtype), scale)
         on_cuda = tensors[0].device.type == "cuda"
         device = tensors[0].device if on_cuda else torch.device("cpu")
         mode = self._check_ranks
         if mode == "auto":
             mode = "once" if on_cuda else "always"
-        # Asked once, ranks without a problem would not come to hear of this one.
+        # In mode once, ranks without a problem may skip the comparison: do not wait for them.
         seen = self._agreed if mode == "once" and problem else kind in self._agreed
         group = None if mode == "never" or (mode == "once" and seen) else self.group
         options = (self.layout.kind, self._exchange, self._route, self._sizes)
@@ -335,7 +336,7 @@ class ContextParallel:
 
     @cached_property
     def _mask_digest(self) -> str:
-        """Stands for the mask between ranks, and names it in an error."""
+        """Represents the mask in the comparison, and names it in an error."""
         mask = self.mask
         name = f"{mask.kind} of {mask.seq_len} tokens, window {mask.window}"
         return f"{name}, #{digest(mask):x}"

@@ -1,8 +1,8 @@
-"""Do all ranks mean the same attention? One small message instead of a hang or a wrong number.
+"""Checks that all ranks compute the same attention: one small message instead of a hang.
 
-Ranks that disagree on the mask, a shape or a type would wait for messages that never come, or add
-up what does not belong together. Before attending, every rank sends a digest of what it is about to
-do and whether its inputs are sound; all of them see all digests, so all of them refuse together.
+Ranks that disagree on the mask, a shape or a type would wait for messages that never come, or sum
+unrelated numbers. So before attention every rank sends a digest of its call, and whether its inputs
+are valid. All ranks see all digests, so all of them raise together.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ MODES = ("auto", "always", "once", "never")
 
 
 def check_mode(mode: str | bool) -> str:
-    """One of ``MODES``.
+    """Returns one of ``MODES``; True stands for auto, False for never.
 
     Raises:
-        ConfigError: it is none of them, nor True (auto) or False (never).
+        ConfigError: the mode is unknown.
     """
     if isinstance(mode, bool):
         return "auto" if mode else "never"
     if mode not in MODES:
-        raise ConfigError("check_ranks", mode, "is no way to check ranks", ", ".join(MODES))
+        raise ConfigError("check_ranks", mode, "is not a mode of the check", ", ".join(MODES))
     return mode
 
 
@@ -44,14 +44,14 @@ def agree(
 
     Args:
         group: the ranks that must agree; None is one rank.
-        mask: what describes the mask; compared by its ``repr``.
-        call: what describes the rest: layout, exchange, shapes, types.
-        problem: what this rank refuses by itself.
-        device: where the group's messages live.
+        mask: describes the mask; compared by its ``repr``.
+        call: describes the rest of the call: layout, exchange, shapes, types.
+        problem: the error that this rank found in its own inputs.
+        device: the device of the group's messages.
 
     Raises:
         Exception: ``problem`` itself.
-        ConfigError: rank has a problem, or mask or call differ between ranks.
+        ConfigError: another rank has a problem, or mask or call differ between ranks.
     """
     if group is not None and dist.get_world_size(group) > 1:
         facts = [digest(mask), digest(call), int(problem is not None)]
@@ -76,7 +76,7 @@ def _compare(rows: Sequence[Sequence[int]], rank: int, mask: object, call: objec
 
 
 def digest(value: object) -> int:
-    """63 bits, the same on every machine and Python."""
+    """Returns 63 bits, the same on every machine and version of Python."""
     digest = hashlib.blake2b(repr(value).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 

@@ -17,12 +17,7 @@ from torch import Tensor
 from cp_megatron.comm.trace import traced
 from cp_megatron.context_parallel.keys import KeyValues
 from cp_megatron.kernels.dropout import Dropout, TileDropout
-from cp_megatron.kernels.interface import (
-    BackwardInputs,
-    DroppingKernel,
-    Kernel,
-    accumulation_dtype,
-)
+from cp_megatron.kernels.interface import BackwardInputs, DroppingKernel, Kernel, accumulation_dtype
 from cp_megatron.kernels.merge import merge_
 from cp_megatron.plan.heads import HeadGroup
 from cp_megatron.plan.rounds import Round

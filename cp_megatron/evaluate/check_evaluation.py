@@ -16,12 +16,12 @@ from rich.console import Console
 
 from cp_megatron.checkpoint.find_checkpoint import named_step
 from cp_megatron.checkpoint.manifest import Manifest, read_manifest
-from cp_megatron.cli.evaluation_options import TASKS, EvaluationOptions, Part
+from cp_megatron.cli.programs import TASKS, EvaluationOptions, Part
 from cp_megatron.comm.runtime import Launch
 from cp_megatron.config import Config, ModelConfig
 from cp_megatron.config.fields import Setting, check_values, settings
 from cp_megatron.config.files.yaml_io import overlay
-from cp_megatron.config.ranges import LARGEST_SIZE
+from cp_megatron.config.schema.ranges import LARGEST_SIZE
 from cp_megatron.data.tokenize.open_tokenizer import open_tokenizer
 from cp_megatron.errors import ConfigError
 from cp_megatron.evaluate.needle import Encode, Haystack, Kind, Task, make_task

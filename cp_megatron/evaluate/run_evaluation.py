@@ -16,7 +16,8 @@ from rich.console import Console
 
 from cp_megatron.checkpoint.hf_load import load_hf
 from cp_megatron.checkpoint.load import load_checkpoint
-from cp_megatron.cli.evaluation_options import EVALUATE, EvaluationOptions
+from cp_megatron.cli.programs import EVALUATE, EvaluationOptions
+from cp_megatron.cli.refusal import error_line
 from cp_megatron.comm.groups import ParallelGroups
 from cp_megatron.comm.runtime import Launch
 from cp_megatron.context_parallel import ContextParallel
@@ -40,7 +41,6 @@ from cp_megatron.evaluate.score import LabeledRow, bucket_ends, perplexity_row, 
 from cp_megatron.model.transformer import Transformer
 from cp_megatron.preflight.run_plan import DeviceName, RunPlan
 from cp_megatron.preflight.start import begin, make_context, make_model, read_alike
-from cp_megatron.preflight.start_table import error_line
 
 HAYSTACK_ROWS = 64
 """The user's text for the needle tasks is cut to this many of the longest rows."""

@@ -33,7 +33,7 @@ TRAINING_ONLY = frozenset(
         *("make_vocab_size_divisible_by", "max_position_embeddings"),
     }
 )
-"""The flags that do not change what a trained model computes."""
+"""Flags that do not change what a trained model computes for the sequences it is made for."""
 
 
 @dataclass(frozen=True, kw_only=True)

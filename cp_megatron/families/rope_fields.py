@@ -7,63 +7,54 @@ transformers 4 stores ``rope_theta`` beside ``rope_scaling``; transformers 5 sto
 from __future__ import annotations
 
 from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any
 
 from cp_megatron.config.schema import ModelConfig
 from cp_megatron.families.json_fields import JsonFields
 
-_FACTOR: Mapping[str, str] = {"factor": "rope_scaling_factor"}
-_ORIGINAL: Mapping[str, str] = {
-    "original_max_position_embeddings": "original_max_position_embeddings"
+_ORIGINAL = "original_max_position_embeddings"
+_FIELDS: Mapping[str, str] = {
+    "factor": "rope_scaling_factor",
+    _ORIGINAL: _ORIGINAL,
+    "beta_fast": "beta_fast",
+    "beta_slow": "beta_slow",
+    "attention_factor": "rope_attention_factor",
+    "mscale": "mscale",
+    "mscale_all_dim": "mscale_all_dim",
+    "truncate": "rope_truncate",
+    "low_freq_factor": "rope_low_freq_factor",
+    "high_freq_factor": "rope_high_freq_factor",
+    "short_factor": "rope_short_factor",
+    "long_factor": "rope_long_factor",
 }
-ROPE_KEYS: Mapping[str, Mapping[str, str]] = MappingProxyType(
-    {
-        "default": {},
-        "linear": _FACTOR,
-        "dynamic": _FACTOR,
-        "yarn": {
-            **_FACTOR,
-            **_ORIGINAL,
-            "beta_fast": "beta_fast",
-            "beta_slow": "beta_slow",
-            "attention_factor": "rope_attention_factor",
-            "mscale": "mscale",
-            "mscale_all_dim": "mscale_all_dim",
-            "truncate": "rope_truncate",
-        },
-        "llama3": {
-            **_FACTOR,
-            **_ORIGINAL,
-            "low_freq_factor": "rope_low_freq_factor",
-            "high_freq_factor": "rope_high_freq_factor",
-        },
-        "longrope": {
-            **_FACTOR,
-            **_ORIGINAL,
-            "attention_factor": "rope_attention_factor",
-            "short_factor": "rope_short_factor",
-            "long_factor": "rope_long_factor",
-        },
-    }
-)
+_REQUIRED: Mapping[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "yarn": (),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "longrope": ("short_factor", "long_factor"),
+}
+_OPTIONAL: Mapping[str, tuple[str, ...]] = {
+    "yarn": (
+        *("factor", _ORIGINAL, "beta_fast", "beta_slow", "attention_factor"),
+        *("mscale", "mscale_all_dim", "truncate"),
+    ),
+    "llama3": (_ORIGINAL,),
+    "longrope": ("factor", _ORIGINAL, "attention_factor"),
+}
+ROPE_KEYS: Mapping[str, Mapping[str, str]] = {
+    kind: {key: _FIELDS[key] for key in _FIELDS if key in (*required, *_OPTIONAL.get(kind, ()))}
+    for kind, required in _REQUIRED.items()
+}
 """For each rope type, the keys of config.json and the fields of ``ModelConfig`` they set."""
-ROPE_FIELDS = frozenset(field for keys in ROPE_KEYS.values() for field in keys.values())
+ROPE_FIELDS = frozenset(_FIELDS.values())
 """The fields of ``ModelConfig`` that at least one rope type reads."""
-
-_REQUIRED: Mapping[str, tuple[str, ...]] = MappingProxyType(
-    {
-        "linear": ("factor",),
-        "dynamic": ("factor",),
-        "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
-        "longrope": ("short_factor", "long_factor"),
-    }
-)
 
 
 def fields_of(rope_type: str) -> frozenset[str]:
     """The fields of ``ModelConfig`` that a rope type reads."""
-    more = set(_ORIGINAL.values()) if rope_type == "dynamic" else set()
+    more = {_ORIGINAL} if rope_type == "dynamic" else set()
     return frozenset(ROPE_KEYS[rope_type].values()) | more
 
 
@@ -86,13 +77,11 @@ def read_rope(fields: JsonFields, positions: int) -> dict[str, Any]:
         if rope.value.get(key) is not None:
             values[field] = _rope_value(rope, key)
     if kind in ("yarn", "llama3", "longrope"):
-        inner = values.get("original_max_position_embeddings", positions)
-        values |= {name: fields.size(name, inner) for name in _ORIGINAL}
+        values[_ORIGINAL] = fields.size(_ORIGINAL, values.get(_ORIGINAL, positions))
     elif kind == "dynamic":
-        values["original_max_position_embeddings"] = positions
+        values[_ORIGINAL] = positions
     if kind in ("yarn", "longrope"):
-        ratio = positions / values["original_max_position_embeddings"]
-        values.setdefault("rope_scaling_factor", ratio)
+        values.setdefault("rope_scaling_factor", positions / values[_ORIGINAL])
     return values
 
 
@@ -107,7 +96,7 @@ def _rope_type(rope: JsonFields) -> str:
     for key, value in rope.value.items():
         if key not in known and value is not None:
             raise rope.unsupported(key, f"no {key}", f"rope type {kind} does not read it")
-    for key in _REQUIRED.get(kind, ()):
+    for key in _REQUIRED[kind]:
         if rope.value.get(key) is None:
             raise rope.wrong(key, f"but rope type {kind} requires it")
     return kind
@@ -118,7 +107,7 @@ def _rope_value(rope: JsonFields, key: str) -> Any:
         return rope.switch(key, True)
     if key in ("short_factor", "long_factor"):
         return rope.numbers(key)
-    if key in _ORIGINAL:
+    if key == _ORIGINAL:
         return rope.size(key)
     return rope.number(key, 0.0)
 
@@ -127,7 +116,7 @@ def write_rope(model: ModelConfig) -> dict[str, Any]:
     """Writes the entries of config.json that describe rotary embeddings."""
     scaling: dict[str, Any] = {"rope_type": model.rope_type}
     for key, field in ROPE_KEYS[model.rope_type].items():
-        value = model.original_length if key in _ORIGINAL else getattr(model, field)
+        value = model.original_length if key == _ORIGINAL else getattr(model, field)
         if value is not None:
             scaling[key] = list(value) if isinstance(value, tuple) else value
     if model.rope_type == "longrope" and "factor" not in scaling:

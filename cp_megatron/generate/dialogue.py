@@ -8,9 +8,9 @@ from io import TextIOWrapper
 from typing import TextIO
 
 from cp_megatron.cli.programs import GENERATE
+from cp_megatron.cli.refusal import error_line
 from cp_megatron.data.tokenize.tokenizer import Tokenizer
 from cp_megatron.errors import ConfigError
-from cp_megatron.preflight.start_table import error_line
 
 Respond = Callable[[str], Iterator[str]]
 """Converts a line of input into pieces of the answer."""

@@ -1,1 +1,1 @@
-"""One device's attention tile: forward, backward and merge, one backend per file."""
+"""The work of one device: an attention tile forward and backward, and the merge of two results."""

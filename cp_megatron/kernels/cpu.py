@@ -1,6 +1,6 @@
 """PyTorch's fused CPU flash attention.
 
-Shapes as in ``interface.py``; the op itself wants [B, heads, length, dim] views.
+Shapes as in ``interface.py``; the op takes [B, heads, length, dim] views.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
-# Shorter causal tiles are left to the op.
+# Causal tiles up to this length are not split.
 CAUSAL_LEAF = 128
-# Rows of a strip of a window.
+# The number of rows of a strip.
 STRIP_ROWS = 128
 
 
 class Strip(NamedTuple):
-    """Rows ``q0:q1`` of a tile with the columns ``k0:k1`` they attend, and the band there."""
+    """Rows ``q0:q1`` of a tile, the columns ``k0:k1`` that they attend, and the band there."""
 
     q0: int
     q1: int
@@ -42,20 +42,21 @@ class Strip(NamedTuple):
 
 
 class CpuKernel:
-    """Tiles of bfloat16 are computed in float32.
+    """Computes tiles of bfloat16 in float32.
 
-    Partial results then stay float32 until the merge, which makes the sum over tiles more exact
-    than one bfloat16 kernel over the whole sequence, and the op's bfloat16 backward is several
-    times slower on processors without bfloat16 matrix units.
+    Partial results then stay float32 until the merge, so the sum over tiles is more exact than one
+    bfloat16 kernel over the whole sequence. Besides, the op's bfloat16 backward is several times
+    slower on processors without bfloat16 matrix units.
 
-    The op computes whole blocks of 512 keys and masks what is too late: half of the work of a
-    causal tile of 512 is thrown away. So a causal tile is halved until little is masked:
+    The op computes whole blocks of 512 keys and masks the later ones, so half of the work of a
+    causal tile of 512 is wasted. Therefore a causal tile is halved until little is masked:
 
         causal(n)  =  | causal(n/2)              |
                       | full(n/2)    causal(n/2) |
 
-    Other bands the op knows as a bias of rows x columns only. They are cut into strips of rows,
-    each with the columns it attends, for work of rows x (window + strip), not rows x columns:
+    The op accepts other bands only as a bias of rows x columns. They are cut into strips of rows,
+    each with the columns that it attends. The work is then rows x (window + strip), not rows x
+    columns:
 
         x x . . . . . .        x x
         x x x . . . . .        x x x
@@ -70,7 +71,6 @@ class CpuKernel:
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, band: Band, scale: float
     ) -> tuple[Tensor, Tensor]:
-        """See ``Kernel.forward``."""
         strips = list(_strips(band, q, k))
         if len(strips) == 1 and _middle(q, k, strips[0][0].band) is None:
             return _call_forward(q, k, v, strips[0][0].band, scale, strips[0][1])
@@ -87,7 +87,6 @@ class CpuKernel:
     def backward(
         self, x: BackwardInputs, band: Band, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """See ``Kernel.backward``."""
         strips = list(_strips(band, x.q, x.k))
         whole = len(strips) == 1 and strips[0][0].k1 - strips[0][0].k0 == x.k.shape[1]
         if whole and _middle(x.q, x.k, strips[0][0].band) is None:
@@ -102,43 +101,28 @@ class CpuKernel:
         return dq, dk, dv
 
 
-def cut_band(band: Band, num_queries: int, num_keys: int) -> list[Strip]:
-    """A tile as strips, in order of rows. Full and square causal parts stay whole.
+def cut_band(band: Band, num_keys: int, q0: int, q1: int) -> Iterator[Strip]:
+    """Cuts rows ``q0:q1`` of a tile into strips. Full and square causal parts stay whole.
 
-    Args:
-        band: leaves every row a key.
-        num_queries: the tile's rows.
-        num_keys: its columns.
+    The band must leave every row a key.
     """
-    return list(_cut(band, num_keys, 0, num_queries))
-
-
-def _cut(band: Band, num_keys: int, q0: int, q1: int) -> Iterator[Strip]:
     rows = q1 - q0
-    k0 = 0 if band.left is None else max(0, q0 - band.left)
-    k1 = num_keys if band.right is None else min(num_keys, q1 + band.right)
-    shift = q0 - k0  # the tile's row and column numbers, from here on counted from the strip's
-    left = None if band.left is None else band.left - shift
-    right = None if band.right is None else band.right + shift
-    # A bound that cuts nothing off the last row, or off the first, is none.
-    left = None if left is None or left >= rows - 1 else left
-    right = None if right is None or right >= k1 - k0 - 1 else right
-    part = Strip(q0, q1, k0, k1, Band(left, right))
+    k0, k1 = band.columns(q0, q1, num_keys)
+    part = Strip(q0, q1, k0, k1, band.within(q0, q1, k0, k1))
     causal = part.band.is_causal and rows == k1 - k0
     if part.band.is_full or causal or rows <= STRIP_ROWS:
         yield part
         return
-    # Whole strips above, so that all but the last are alike and share one bias.
+    # The upper part is a multiple of the strip, so that all strips but the last share one bias.
     middle = q0 + max(rows // 2 // STRIP_ROWS, 1) * STRIP_ROWS
-    yield from _cut(band, num_keys, q0, middle)
-    yield from _cut(band, num_keys, middle, q1)
+    yield from cut_band(band, num_keys, q0, middle)
+    yield from cut_band(band, num_keys, middle, q1)
 
 
 def _strips(band: Band, q: Tensor, k: Tensor) -> Iterator[tuple[Strip, Tensor | None]]:
-    """The strips and their biases; strips that are alike share one."""
     last: tuple[int, int, Band] | None = None
     bias: Tensor | None = None
-    for strip in cut_band(band, q.shape[1], k.shape[1]):
+    for strip in cut_band(band, k.shape[1], 0, q.shape[1]):
         alike = (strip.q1 - strip.q0, strip.k1 - strip.k0, strip.band)
         if alike != last:
             last, bias = alike, _bias(*alike, q)
@@ -146,7 +130,7 @@ def _strips(band: Band, q: Tensor, k: Tensor) -> Iterator[tuple[Strip, Tensor | 
 
 
 def _bias(num_queries: int, num_keys: int, band: Band, like: Tensor) -> Tensor | None:
-    """An additive mask for what the op's causal flag does not cover, in the op's own type."""
+    """An additive mask for bands that the op's causal flag does not cover, in the op's type."""
     if band.is_full or (band.is_causal and num_queries == num_keys):
         return None
     mask = allowed(band, num_queries, num_keys, like.device)
@@ -155,7 +139,7 @@ def _bias(num_queries: int, num_keys: int, band: Band, like: Tensor) -> Tensor |
 
 
 def _middle(q: Tensor, k: Tensor, band: Band) -> int | None:
-    """Where to cut a causal square; None where the op takes the tile as it is."""
+    """Where to halve a causal square; None if the op takes the tile as it is."""
     length = q.shape[1]
     return length // 2 if band.is_causal and length == k.shape[1] > CAUSAL_LEAF else None
 
@@ -169,7 +153,7 @@ def _forward_strip(
     bias: Tensor | None,
     results: tuple[Tensor, Tensor],
 ) -> None:
-    """Writes out and lse. Halves a causal square; anything else is one call of the op."""
+    """Writes out and lse. A causal square is halved; anything else is one call of the op."""
     middle = _middle(q, k, band)
     out, lse = results
     if middle is None:
@@ -194,7 +178,7 @@ def _backward_strip(
     *,
     add: bool,
 ) -> None:
-    """Writes dq; writes dk and dv, or adds to them. Cuts as ``_forward_strip`` does."""
+    """Writes dq; writes dk and dv, or adds to them. Halves tiles like ``_forward_strip``."""
     middle = _middle(x.q, x.k, band)
     dq, dk, dv = grads
     if middle is None:

@@ -1,7 +1,7 @@
-"""PyTorch's fused CUDA flash attention (FlashAttention 2; 3 or 4 where activated in PyTorch).
+"""PyTorch's fused CUDA flash attention: FlashAttention 2, or 3 or 4 if activated in PyTorch.
 
-``torch.nn.attention.activate_flash_attention_impl("FA3")`` (or "FA4") puts those kernels behind
-these same ops, and ``cuda`` then runs them.
+``torch.nn.attention.activate_flash_attention_impl("FA3")`` (or "FA4") puts those kernels behind the
+same ops, and ``cuda`` then runs them.
 
 Shapes as in ``interface.py``; the op takes them as they are, [B, length, heads, dim].
 """
@@ -14,89 +14,54 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from cp_megatron.kernels.interface import BackwardInputs, cut, same_width
-from cp_megatron.kernels.windows import bottom_right_window
-from cp_megatron.plan.tiling import Band
+from cp_megatron.kernels.interface import BackwardInputs
+from cp_megatron.kernels.windows import FlashKernel, FlashWindow
 
 _forward = torch.ops.aten._flash_attention_forward
 _backward = torch.ops.aten._flash_attention_backward
 
 
-class CudaKernel:
-    """The low-level op rather than ``_scaled_dot_product_flash_attention``: it has windows.
+class CudaKernel(FlashKernel):
+    """Calls the low-level op: ``_scaled_dot_product_flash_attention`` has no windows.
 
     Args:
         deterministic: sum dQ in a fixed order. The op has no argument for it and reads PyTorch's
-            global switch, which is therefore on during the call and put back after it.
+            global switch, so the switch is on during the call and is restored after it.
     """
 
     def __init__(self, *, deterministic: bool = False) -> None:
         self._deterministic = deterministic
 
-    def compute_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """The op computes in the inputs' type and accumulates in float32 inside."""
-        return dtype
-
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, band: Band, scale: float
+    def call_forward(
+        self, q: Tensor, k: Tensor, v: Tensor, window: FlashWindow, scale: float
     ) -> tuple[Tensor, Tensor]:
-        """See ``Kernel.forward``; out comes in the inputs' type."""
-        v_dim = v.shape[-1]
-        q, k, v = same_width(q, k, v, multiple=8)
-        num_queries, num_keys = q.shape[1], k.shape[1]
-        left, right = bottom_right_window(band, num_queries, num_keys)
         out, lse, *_ = _forward(
-            q,
-            k,
-            v,
-            None,
-            None,
-            num_queries,
-            num_keys,
-            0.0,
-            band.is_causal and num_queries == num_keys,
-            False,
+            *(q, k, v, None, None, q.shape[1], k.shape[1], 0.0, window.causal, False),
             scale=scale,
-            window_size_left=left,
-            window_size_right=right,
+            window_size_left=window.left,
+            window_size_right=window.right,
         )
-        return cut(out, v_dim), lse
+        return out, lse
 
-    def backward(
-        self, x: BackwardInputs, band: Band, scale: float
+    def call_backward(
+        self, x: BackwardInputs, window: FlashWindow, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """See ``Kernel.backward``."""
-        dout, q, k, v, out, lse = x.same_width(multiple=8)
-        num_queries, num_keys = q.shape[1], k.shape[1]
-        left, right = bottom_right_window(band, num_queries, num_keys)
-        # The random state is read for dropout only; without it any two integers do.
-        no_dropout = torch.zeros(2, dtype=torch.uint64, device=q.device)
+        # The op reads the random state for dropout only; without it any two integers do.
+        no_dropout = torch.zeros(2, dtype=torch.uint64, device=x.q.device)
         with deterministic_algorithms(self._deterministic):
             dq, dk, dv = _backward(
-                dout,
-                q,
-                k,
-                v,
-                out,
-                lse.contiguous(),
-                None,
-                None,
-                num_queries,
-                num_keys,
-                0.0,
-                band.is_causal and num_queries == num_keys,
-                no_dropout,
-                no_dropout,
+                *(*x, None, None, x.q.shape[1], x.k.shape[1]),
+                *(0.0, window.causal, no_dropout, no_dropout),
                 scale=scale,
-                window_size_left=left,
-                window_size_right=right,
+                window_size_left=window.left,
+                window_size_right=window.right,
             )
-        return x.cut(dq, dk, dv)
+        return dq, dk, dv
 
 
 @contextmanager
 def deterministic_algorithms(wanted: bool) -> Iterator[None]:
-    """PyTorch's global switch on inside, as it was outside; nothing where not ``wanted``."""
+    """Turns PyTorch's global switch on inside, if ``wanted``, and restores it afterwards."""
     before = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     if not wanted or (before and not warn_only):

@@ -1,6 +1,6 @@
-"""cuDNN's fused attention, through PyTorch's op. Whole and square causal tiles; it has no windows.
+"""cuDNN's fused attention, through PyTorch's op. It has no windows, only full and causal tiles.
 
-Shapes as in ``interface.py``; the op wants [B, heads, length, dim] views and keeps the lse as
+Shapes as in ``interface.py``; the op takes [B, heads, length, dim] views and keeps the lse as
 [B, H, Q, 1]. Key and value head dims may differ.
 """
 
@@ -19,26 +19,26 @@ _backward = torch.ops.aten._scaled_dot_product_cudnn_attention_backward
 
 
 class CudnnKernel:
-    """Best where tiles come in few shapes: the op builds and keeps a plan for each one it meets.
+    """Suits rows whose tiles have few shapes, because cuDNN builds and keeps a plan for each shape.
 
-    That cache knows the strides of q, k and v only. A plan met again with another layout of out,
-    dout or lse would read them wrongly, so those are always handed over in one layout.
+    The cache of plans knows the strides of q, k and v only. A cached plan would misread out, dout
+    or lse in another layout, so they are always passed in the same layout.
 
-    The op refuses a single key; such tiles (a document of one token, say) are a product of vectors
-    and are left to ``reference``, in float32.
+    The op refuses a single key. Such tiles (a document of one token, for example) are computed by
+    ``reference`` in float32; they are only a product of vectors.
     """
 
     def __init__(self) -> None:
         self._single_key = ReferenceKernel()
 
     def compute_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """The op computes in the inputs' type and accumulates in float32 inside."""
+        """The type of the inputs; the op accumulates in float32 inside."""
         return dtype
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, band: Band, scale: float
     ) -> tuple[Tensor, Tensor]:
-        """See ``Kernel.forward``; out comes in the inputs' type.
+        """See ``Kernel.forward``; out has the inputs' type.
 
         Raises:
             ConfigError: the tile has a window, or PyTorch's switch for shared plans is on.
@@ -56,7 +56,7 @@ class CudnnKernel:
             raise ConfigError(
                 "TORCH_CUDNN_SDPA_AVOID_RECOMPILE",
                 "1",
-                "makes cuDNN keep the lse in a layout that can not be merged",
+                "makes cuDNN keep the lse in a layout that cannot be merged",
                 "unset it, or --kernel cuda",
             )
         return cut(out.transpose(1, 2), v_dim), lse
@@ -78,32 +78,19 @@ class CudnnKernel:
         q, k, v = _operands(x.q, x.k, x.v)
         padded = same_width(x.dout, x.out, multiple=8)
         dout, out = (y.contiguous().transpose(1, 2) for y in padded)
-        # Read for dropout only; without it any integer does.
+        # The op reads the seed for dropout only; without it any integer does.
         no_dropout = torch.zeros((), dtype=torch.int64, device=q.device)
+        lse = x.lse.contiguous().unsqueeze(-1)  # [B, H, Q] -> [B, H, Q, 1]
         dq, dk, dv = _backward(
-            dout,
-            q,
-            k,
-            v,
-            out,
-            # [B, H, Q] -> [B, H, Q, 1]
-            x.lse.contiguous().unsqueeze(-1),
-            no_dropout,
-            no_dropout,
-            None,
-            None,
-            None,
-            num_queries,
-            num_keys,
-            0.0,
-            band.is_causal,
+            *(dout, q, k, v, out, lse, no_dropout, no_dropout, None, None, None),
+            *(num_queries, num_keys, 0.0, band.is_causal),
             scale=scale,
         )
         return x.cut(dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2))
 
 
 def _operands(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k, v as [B, heads, length, dim] views, their widths rounded up to multiples of 8."""
+    """q, k, v as [B, heads, length, dim] views, with widths rounded up to multiples of 8."""
     q, k = same_width(q, k, multiple=8)
     (v,) = same_width(v, multiple=8)
     return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)

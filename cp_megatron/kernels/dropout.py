@@ -1,21 +1,21 @@
-"""Attention dropout whose mask depends on *which pair* of tokens is meant, never on where it is.
+"""Attention dropout whose mask depends only on the *pair* of tokens, not on where it is computed.
 
-Shapes: B batch, H query heads, Q queries, K keys.
+Shapes: B = batch, H = query heads, Q = queries, K = keys.
 
-A fused kernel draws its mask from offsets inside the tile it is given. Cut the same attention into
-other tiles (another layout, exchange or number of ranks) and another mask comes out. Here the mask
-is a function of the pair alone,
+A fused kernel draws its mask from offsets inside the tile, so the same attention cut into other
+tiles (by another layout, exchange or number of ranks) has another mask. Here the mask is a function
+of the pair alone,
 
     keep = hash(seed, batch row, query head, query position, key position) >= p 2^53
 
-so every grid drops the same pairs, forward and backward, with nothing stored.
+so every grid drops the same pairs, in forward and in backward, and nothing is stored.
 
 The hash is splitmix64 (Steele, Lea and Flood 2014, "Fast splittable pseudorandom number
-generators"). Each row (seed, batch row, head, query) is mixed into the start of a stream of its
-own, and the key's position says which number of that stream is taken:
+generators"). Each row (seed, batch row, head, query) is mixed into the start of its own stream, and
+the position of the key selects a number of that stream:
 
     row = mix(mix(mix(mix(seed) + batch row) + head) + query)
-    u   = mix(row + (key + 1) GAMMA)         uniform in 0 .. 2^64 - 1, its upper 53 bits are used
+    u   = mix(row + (key + 1) GAMMA)         uniform in 0 .. 2^64 - 1; its upper 53 bits are used
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from torch import Tensor
 from cp_megatron.errors import ConfigError
 
 # int64 products and sums wrap modulo 2^64; constants above 2^63 are written as their two's
-# complement. GAMMA is 2^64 / golden ratio, the others splitmix64's multipliers.
+# complement. GAMMA is 2^64 / golden ratio, the others are splitmix64's multipliers.
 _GAMMA = 0x9E3779B97F4A7C15 - (1 << 64)
 _FIRST = 0xBF58476D1CE4E5B9 - (1 << 64)
 _SECOND = 0x94D049BB133111EB - (1 << 64)
@@ -37,15 +37,15 @@ _BITS = 53
 
 @dataclass(frozen=True)
 class Dropout:
-    """What is dropped in one attention of one step.
+    """The dropout of one attention in one step.
 
     Args:
-        probability: with which a weight is dropped, in [0, 1).
-        seed: any integer; another one for every layer and step, the same on all ranks.
-        batch0: the number, in the global batch, of this rank's first batch row.
-        head0: the number, among all query heads, of this rank's first one.
-        row_length: where several rows of the batch are laid end to end in one, their length, so
-            that the same pairs are dropped as if each were a batch row; 0 where none are.
+        probability: the probability with which a weight is dropped, in [0, 1).
+        seed: any integer; different for each layer and step, the same on all ranks.
+        batch0: the number of this rank's first batch row in the global batch.
+        head0: the number of this rank's first query head among all query heads.
+        row_length: the length of each row if several rows of the batch are laid end to end in one,
+            so that the same pairs are dropped as in separate rows; otherwise 0.
 
     Raises:
         ConfigError: the probability is outside [0, 1).
@@ -64,19 +64,19 @@ class Dropout:
 
     @property
     def scale(self) -> float:
-        """What kept weights are multiplied with, so that the expectation stays."""
+        """The factor of kept weights, which preserves the expectation."""
         return 1 / (1 - self.probability)
 
 
 @dataclass(frozen=True, eq=False)
 class TileDropout:
-    """Dropout of one tile.
+    """The dropout of one tile.
 
     Args:
-        dropout: of the whole attention.
-        q_positions: int64 [Q], the tile's rows as positions in the whole row of tokens, on the
+        dropout: the dropout of the whole attention.
+        q_positions: int64 [Q], positions of the tile's rows in the whole row of tokens, on the
             tensors' device.
-        k_positions: int64 [K], its columns.
+        k_positions: int64 [K], positions of its columns.
         head0: the tile's first query head, counted from ``dropout.head0``.
     """
 
@@ -86,7 +86,7 @@ class TileDropout:
     head0: int = 0
 
     def weights(self, num_batch: int, num_heads: int, dtype: torch.dtype) -> Tensor:
-        """[B, H, Q, K] in ``dtype``: 0 where dropped, 1 / (1 - p) where kept."""
+        """Returns [B, H, Q, K] in ``dtype``: 0 if dropped, 1 / (1 - p) if kept."""
         drop = self.dropout
         shifted = replace(drop, head0=drop.head0 + self.head0)
         keep = keep_mask(shifted, self.q_positions, self.k_positions, num_batch, num_heads)
@@ -96,10 +96,10 @@ class TileDropout:
 def keep_mask(
     dropout: Dropout, q_positions: Tensor, k_positions: Tensor, num_batch: int, num_heads: int
 ) -> Tensor:
-    """Which pairs are kept.
+    """Decides which pairs are kept.
 
     Args:
-        dropout: probability, seed, and where batch rows and heads start counting.
+        dropout: the probability, the seed, and the first batch row and head.
         q_positions: int64 [Q], positions in the whole row of tokens.
         k_positions: int64 [K].
         num_batch: B.
@@ -111,7 +111,7 @@ def keep_mask(
     device = q_positions.device
     batch = torch.arange(dropout.batch0, dropout.batch0 + num_batch, device=device)
     head = torch.arange(dropout.head0, dropout.head0 + num_heads, device=device)
-    # Seeds wrap to 64 bits, as everything here does.
+    # Seeds wrap to 64 bits, like all numbers here.
     seed = (dropout.seed + (1 << 63)) % (1 << 64) - (1 << 63)
     row = _mix(torch.full((1,), seed, dtype=torch.int64, device=device))
     number = batch[:, None, None]  # [B, 1, 1]
@@ -127,12 +127,12 @@ def keep_mask(
 
 
 def _mix(x: Tensor) -> Tensor:
-    """splitmix64's finalizer: every bit of the input moves about half of the output's."""
+    """The finalizer of splitmix64: each bit of the input changes about half of the output's."""
     x = (x ^ _shift(x, 30)) * _FIRST
     x = (x ^ _shift(x, 27)) * _SECOND
     return x ^ _shift(x, 31)
 
 
 def _shift(x: Tensor, bits: int) -> Tensor:
-    """Right shift that brings in zeros; torch's own brings in the sign."""
+    """A right shift that fills with zeros; torch's own fills with the sign."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)

@@ -1,21 +1,21 @@
-"""What a kernel is: one tile forward and one tile backward, nothing of ranks or schedules.
+"""What a kernel does: one tile forward and one tile backward, without ranks or schedules.
 
-Shapes: B batch, Q queries, K keys, H query heads, G key/value heads (H a multiple of G; query
-head h reads key/value head h // (H / G)), D head dim, E value head dim.
+Shapes: B = batch, Q = queries, K = keys, H = query heads, G = key/value heads (H is a multiple of
+G; query head h reads key/value head h // (H / G)), D = head dim, E = value head dim.
 
     q [B, Q, H, D]   k [B, K, G, D]   v [B, K, G, E]   out [B, Q, H, E]   lse [B, H, Q]
 
-``out`` is softmax(scale q k^T) v over this tile's keys alone and ``lse`` the log of that softmax's
-denominator, natural logarithm, so that results over different keys can be merged. Given the
-*merged* out and lse of a row instead, ``backward`` returns this tile's exact share of the
-gradients (Dao et al. 2022, FlashAttention, section 3.1): tiles need nothing else of each other.
+``out`` is softmax(scale q k^T) v over the keys of this tile, and ``lse`` is the natural logarithm
+of the softmax's denominator, so that results over different keys can be merged. Given the *merged*
+out and lse of a row, ``backward`` returns this tile's exact share of the gradients (Dao et al.
+2022, FlashAttention, section 3.1). Tiles need nothing else from each other.
 
-Last dims have stride 1, lengths are positive, and every row of a tile has a key: the plan makes it
-so, because kernels differ or fail elsewhere. What a backend can not do (windows, dropout, a
-deterministic backward, a head dim) is said in ``select.py`` and never asked of it.
+The plan guarantees that lengths are positive and that every row of a tile has a key, because
+kernels differ or fail otherwise. Last dims have stride 1. ``select.py`` states what a backend
+cannot do (windows, dropout, a deterministic backward, a head dim), and it is never asked to.
 
-No kernel is told of attention dropout. The one that can drop, ``reference``, gives another kernel
-for each tile that drops: see ``dropout.py``.
+Kernels have no argument for attention dropout. The only kernel that can drop, ``reference``,
+returns another kernel for each tile that drops; see ``dropout.py``.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from cp_megatron.plan.tiling import Band
 
 
 class BackwardInputs(NamedTuple):
-    """What backward needs: dout [B, Q, H, E] and forward's operands and merged results."""
+    """The inputs of backward: dout [B, Q, H, E], and forward's operands and merged results."""
 
     dout: Tensor
     q: Tensor
@@ -41,13 +41,9 @@ class BackwardInputs(NamedTuple):
     lse: Tensor
 
     def part(
-        self,
-        rows: slice,
-        columns: slice,
-        heads: slice = slice(None),
-        kv_heads: slice = slice(None),
+        self, rows: slice, columns: slice, heads: slice = slice(None), kv_heads: slice = slice(None)
     ) -> BackwardInputs:
-        """Some rows and columns, of some heads."""
+        """Selects rows, columns and heads."""
         return BackwardInputs(
             self.dout[:, rows, heads],
             self.q[:, rows, heads],
@@ -58,12 +54,12 @@ class BackwardInputs(NamedTuple):
         )
 
     def same_width(self, multiple: int = 1) -> BackwardInputs:
-        """``same_width`` of all but the lse."""
+        """Applies ``same_width`` to all tensors but the lse."""
         q, k, v, dout, out = same_width(*self[1:4], self.dout, self.out, multiple=multiple)
         return BackwardInputs(dout, q, k, v, out, self.lse)
 
     def cut(self, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients with what ``same_width`` added to these inputs taken away."""
+        """Removes from gradients what ``same_width`` added to these inputs."""
         dim, v_dim = self.q.shape[-1], self.v.shape[-1]
         return cut(dq, dim), cut(dk, dim), cut(dv, v_dim)
 
@@ -72,19 +68,19 @@ class Kernel(Protocol):
     """One backend."""
 
     def compute_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """The type operands must be given in when activations are ``dtype``."""
+        """The type that operands must have if activations are ``dtype``."""
         ...
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, band: Band, scale: float
     ) -> tuple[Tensor, Tensor]:
-        """out [B, Q, H, E] and lse [B, H, Q] (float32, float64 for float64) of one tile."""
+        """Returns out [B, Q, H, E] and lse [B, H, Q] (float32, float64 for float64) of a tile."""
         ...
 
     def backward(
         self, x: BackwardInputs, band: Band, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """dq, dk, dv of one tile from the rows' merged out and lse; shapes as q, k, v."""
+        """Returns dq, dk, dv of a tile, given the rows' merged out and lse; shapes as q, k, v."""
         ...
 
 
@@ -92,14 +88,14 @@ class DroppingKernel(Kernel, Protocol):
     """A backend with attention dropout."""
 
     def dropping(self, dropout: TileDropout) -> Kernel:
-        """The kernel of one tile. Its weights are dropped and rescaled in out, not in lse."""
+        """Returns the kernel of one tile. It drops and rescales weights in out, not in lse."""
         ...
 
 
 def same_width(*tensors: Tensor, multiple: int = 1) -> tuple[Tensor, ...]:
     """Pads the last dim with zeros to the widest, rounded up to a multiple of ``multiple``.
 
-    For ops that know one head dim only, or certain ones. Zeros after q and k change no score;
+    Some ops require equal head dims, or certain ones. Zeros after q and k change no score, and
     zeros after v, out and dout change no column that is used.
     """
     width = -(-max(x.shape[-1] for x in tensors) // multiple) * multiple
@@ -107,17 +103,17 @@ def same_width(*tensors: Tensor, multiple: int = 1) -> tuple[Tensor, ...]:
 
 
 def cut(x: Tensor, width: int) -> Tensor:
-    """The first ``width`` columns of the last dim: what ``same_width`` added is taken away."""
+    """Returns the first ``width`` columns of the last dim, without what ``same_width`` added."""
     return x if x.shape[-1] == width else x[..., :width]
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The type partial results are kept in: float64 for float64, else float32."""
+    """The type of partial results: float64 for float64, otherwise float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def allowed(band: Band, num_queries: int, num_keys: int, device: torch.device) -> Tensor:
-    """bool [Q, K]: the band spelt out."""
+    """bool [Q, K]: the band written out."""
     row = torch.arange(num_queries, device=device)[:, None]
     column = torch.arange(num_keys, device=device)[None, :]
     mask = torch.ones(num_queries, num_keys, dtype=torch.bool, device=device)

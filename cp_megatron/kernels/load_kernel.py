@@ -1,4 +1,4 @@
-"""A kernel's name to the kernel."""
+"""Loads a kernel by its name."""
 
 from __future__ import annotations
 
@@ -13,20 +13,19 @@ from cp_megatron.kernels.cudnn import CudnnKernel
 from cp_megatron.kernels.interface import Kernel
 from cp_megatron.kernels.reference import ReferenceKernel
 from cp_megatron.kernels.select import FLASH_ATTENTION, flash_attention_for
-from cp_megatron.kernels.windows import WindowedKernel
 
 
 @cache
 def load_kernel(name: str, *, deterministic: bool = False) -> Kernel:
-    """The backend ``select_kernel`` chose.
+    """Loads the backend that ``select_kernel`` chose.
 
     Args:
-        name: a kernel's name. ``flash_attn`` is the newest generation that is installed, runs on
-            this device and can do all that the name promises.
+        name: a kernel's name. ``flash_attn`` is the newest generation that is installed and runs on
+            this device, preferably one that supports every head dim up to 256.
         deterministic: the same inputs give the same bits.
 
     Raises:
-        ConfigError: the backend can not be deterministic.
+        ConfigError: the backend cannot be deterministic.
         ImportError: its package is not installed.
     """
     if name == "flash_attn":
@@ -34,15 +33,15 @@ def load_kernel(name: str, *, deterministic: bool = False) -> Kernel:
         capability = torch.cuda.get_device_capability() if available else None
         name = flash_attention_for(capability, deterministic=deterministic)
     if name in FLASH_ATTENTION:
-        # Imported here because the package is optional and this is the one place that needs it.
+        # The package is optional, and this is the only place that needs it.
         from cp_megatron.kernels.flash_attn import load_flash_attention
 
-        return WindowedKernel(load_flash_attention(name, deterministic=deterministic))
+        return load_flash_attention(name, deterministic=deterministic)
     if name == "cudnn" and deterministic:
         rule = "its backward is not deterministic"
         raise ConfigError("--kernel", name, rule, "--kernel cuda or --kernel flash_attn")
     if name == "cuda":
-        return WindowedKernel(CudaKernel(deterministic=deterministic))
+        return CudaKernel(deterministic=deterministic)
     kernels: dict[str, type[Kernel]] = {
         "reference": ReferenceKernel,
         "cpu": CpuKernel,

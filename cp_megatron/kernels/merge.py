@@ -1,12 +1,12 @@
 """Merging two partial attentions of the same queries over different keys.
 
-Shapes: B batch, Q queries, H heads, E value head dim.
+Shapes: B = batch, Q = queries, H = heads, E = value head dim.
 
-With weights w = exp(lse_b) / (exp(lse_a) + exp(lse_b)) = sigmoid(lse_b - lse_a) the merged result
-is out_a + w (out_b - out_a); no exponential of an lse itself is taken, so no size overflows.
+With the weight w = exp(lse_b) / (exp(lse_a) + exp(lse_b)) = sigmoid(lse_b - lse_a), the merged
+result is out_a + w (out_b - out_a). No lse is exponentiated, so no size overflows.
 
-Eager PyTorch needs six kernels and some temporaries. On a GPU with Triton it is one
-(``merge_triton.py``), each number read and written once.
+Eager PyTorch needs six kernels and temporaries. On a GPU with Triton one kernel
+(``merge_triton.py``) reads and writes each number once.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ def merge_(out: Tensor, lse: Tensor, new_out: Tensor, new_lse: Tensor) -> None:
 
     Args:
         out: [B, Q, H, E], float32 or float64.
-        lse: [B, H, Q], as ``out``; -inf where a row has seen no key yet.
+        lse: [B, H, Q], in the type of ``out``; -inf for a row without a key so far.
         new_out: [B, Q, H, E], any float type.
-        new_lse: [B, H, Q]; -inf where the tile has no key for a row.
+        new_lse: [B, H, Q]; -inf for a row without a key in the tile.
     """
     fused = _fused() if out.is_cuda else None
     (fused or merge_eager_)(out, lse, new_out, new_lse)
 
 
 def merge_eager_(out: Tensor, lse: Tensor, new_out: Tensor, new_lse: Tensor) -> None:
-    """``merge_`` in PyTorch's own operations."""
+    """``merge_`` in eager PyTorch."""
     new_lse = new_lse.to(lse.dtype)
-    # Both -inf: no keys on either side, the difference is NaN and the weight must be 0.
+    # If both are -inf, there are no keys on either side: the NaN must become a weight of 0.
     weight = torch.sigmoid(torch.nan_to_num(new_lse - lse, nan=-torch.inf))
     out.lerp_(new_out.to(out.dtype), weight.transpose(1, 2).unsqueeze(-1))
     torch.logaddexp(lse, new_lse, out=lse)
@@ -45,10 +45,9 @@ def merge_eager_(out: Tensor, lse: Tensor, new_out: Tensor, new_lse: Tensor) -> 
 
 @cache
 def _fused() -> Merge | None:
-    """The Triton kernel, where that optional package is installed (PyTorch's CUDA wheels do)."""
     if importlib.util.find_spec("triton") is None:
         return None
-    # Imported here because the package is optional and this is the one place that needs it.
+    # The package is optional, and this is the only place that needs it.
     from cp_megatron.kernels.merge_triton import merge_triton_
 
     return merge_triton_

@@ -1,6 +1,6 @@
-"""``merge_`` as one Triton kernel. The only file that imports triton.
+"""``merge_`` as one Triton kernel. Only this file imports triton.
 
-Shapes: B batch, Q queries, H heads, E value head dim; R = B Q H rows of E numbers.
+Shapes: B = batch, Q = queries, H = heads, E = value head dim; R = B Q H rows of E numbers.
 """
 
 from __future__ import annotations
@@ -10,20 +10,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Numbers of ``out`` that one program merges.
+# How many numbers of ``out`` one program merges.
 _BLOCK = 2048
 
 
 def merge_triton_(out: Tensor, lse: Tensor, new_out: Tensor, new_lse: Tensor) -> None:
-    """``merge_`` on a GPU; arguments as there, each of them any view whose last dim has stride 1.
+    """``merge_`` on a GPU. Each argument may be any view whose last dim has stride 1.
 
-    Shapes are the caller's promise; nothing is checked.
+    Shapes are not checked.
     """
     batch, num_queries, num_heads, width = out.shape
     num_rows = batch * num_queries * num_heads
     columns = triton.next_power_of_2(width)
     rows = max(_BLOCK // columns, 1)
-    # Triton launches on the current device, which need not be the tensors'.
+    # Triton launches on the current device, which may be another one than the tensors'.
     with torch.cuda.device_of(out):
         _merge[(triton.cdiv(num_rows, rows),)](
             out,
@@ -68,7 +68,7 @@ def _merge(
     block_rows: tl.constexpr,
     block_columns: tl.constexpr,
 ) -> None:
-    """block_rows rows of out a program; a row is its number in (batch, query, head) order."""
+    """Merges block_rows rows of out; rows are numbered in (batch, query, head) order."""
     row = tl.program_id(0).to(tl.int64) * block_rows + tl.arange(0, block_rows)
     live = row < num_rows
     head = row % num_heads
@@ -80,7 +80,7 @@ def _merge(
     old = tl.load(lse_at, mask=live, other=0.0)
     new = tl.load(new_lse_at, mask=live, other=0.0).to(old.dtype)
     gap = new - old
-    # gap is NaN where both are -inf (no key on either side) or both +inf, or where either is NaN.
+    # gap is NaN if both are -inf (no key on either side) or both +inf, or if either is NaN.
     known = gap == gap
     weight = tl.where(known, 1.0 / (1.0 + tl.exp(-gap)), 0.0)
     merged = tl.maximum(old, new) + tl.log(1.0 + tl.exp(-tl.abs(gap)))
@@ -93,7 +93,7 @@ def _merge(
     a = tl.load(out_at, mask=inside, other=0.0)
     b = tl.load(new_out_at + column, mask=inside, other=0.0).to(a.dtype)
     w = weight[:, None]
-    # As torch.lerp: from the nearer end, so that a weight of 0 or 1 returns that end exactly.
+    # Like torch.lerp, start from the nearer end, so that weights 0 and 1 return that end exactly.
     nearer_a = a + w * (b - a)
     nearer_b = b - (b - a) * (1.0 - w)
     tl.store(out_at, tl.where(w < 0.5, nearer_a, nearer_b), mask=inside)

@@ -1,4 +1,4 @@
-"""The oracle: attention as its formula, in eager PyTorch. Quadratic memory, any float type.
+"""The reference: attention as its formula, in eager PyTorch. Quadratic memory, any float type.
 
 Shapes as in ``interface.py``; g = query heads per key/value head.
 """
@@ -15,24 +15,23 @@ from cp_megatron.plan.tiling import Band
 
 
 class ReferenceKernel:
-    """Computes in float32 (float64 for float64) whatever the inputs' type. It can drop.
+    """Computes in float32 (float64 for float64 inputs), with or without dropout.
 
-    With P the softmax, M the mask of kept pairs over 1 - p and D = P M the dropped weights:
+    With the softmax P, the mask M of kept pairs divided by 1 - p, and dropped weights D = P M:
 
         out = D V            dV = D^T dO          dD = dO V^T
         dS = P (M dD - delta)                     delta = sum_k P M dD = sum(dO out)
 
-    so the softmax's backward needs nothing new: delta is still read off the merged out.
+    So dropout leaves the softmax's backward as it is: delta still follows from the merged out.
 
     Args:
-        dropout: of the one tile this kernel is for; None drops nothing, in any tile.
+        dropout: the dropout of the one tile that this kernel computes; None drops nothing.
     """
 
     def __init__(self, dropout: TileDropout | None = None) -> None:
         self._dropout = dropout
 
     def dropping(self, dropout: TileDropout) -> ReferenceKernel:
-        """See ``DroppingKernel.dropping``."""
         return ReferenceKernel(dropout)
 
     def compute_dtype(self, dtype: torch.dtype) -> torch.dtype:
@@ -42,22 +41,17 @@ class ReferenceKernel:
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, band: Band, scale: float
     ) -> tuple[Tensor, Tensor]:
-        """See ``Kernel.forward``."""
         scores = _scores(q, k, band, scale)
         lse = torch.logsumexp(scores, dim=-1)
         weights = torch.exp(scores - lse.unsqueeze(-1))
         if self._dropout is not None:
             weights = weights * _kept(self._dropout, weights)
         out = torch.einsum("bngqk,bkne->bqnge", weights, v)
-        return (
-            rearrange(out, "b q n g e -> b q (n g) e"),
-            rearrange(lse, "b n g q -> b (n g) q"),
-        )
+        return (rearrange(out, "b q n g e -> b q (n g) e"), rearrange(lse, "b n g q -> b (n g) q"))
 
     def backward(
         self, x: BackwardInputs, band: Band, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """See ``Kernel.backward``."""
         dout, q, k, v, out, lse = x
         scores = _scores(q, k, band, scale)
         num_groups = k.shape[2]
@@ -86,7 +80,7 @@ def _kept(dropout: TileDropout, weights: Tensor) -> Tensor:
 
 
 def _scores(q: Tensor, k: Tensor, band: Band, scale: float) -> Tensor:
-    """[B, G, g, Q, K] scaled scores, -inf outside the band."""
+    """[B, G, g, Q, K]: scaled scores, -inf outside the band."""
     grouped = rearrange(q, "b q (n g) d -> b q n g d", n=k.shape[2])
     scores = torch.einsum("bqngd,bknd->bngqk", grouped, k) * scale
     if band.is_full:

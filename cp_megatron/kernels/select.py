@@ -1,11 +1,11 @@
-"""Which attention kernel runs, and why. A table and one function; no torch.
+"""Choosing the attention kernel, with a reason. This module does not import torch.
 
-A kernel computes one tile (see ``plan/tiling.py``) and returns ``(out, lse)``; partial results of
-several tiles are merged by their lse. What each backend can do is stated here once, so that a
-flag can be refused before torch is loaded and the start table can say why a kernel was taken.
+A kernel computes one tile (see ``plan/tiling.py``) and returns ``(out, lse)``; the partial results
+of several tiles are merged by their lse. A table states what each backend supports, so that a flag
+can be refused before torch is loaded and the start table can give the reason for the choice.
 
-Head dims that are no multiple of 8 are padded by the kernels that need one; value heads may be
-wider or narrower than key heads everywhere.
+Kernels that need head dims to be multiples of 8 pad them. Value heads may be wider or narrower than
+key heads under every kernel.
 """
 
 from __future__ import annotations
@@ -15,46 +15,39 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.machinery import PathFinder
 from types import MappingProxyType
+from typing import NamedTuple
 
 from cp_megatron.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
 class KernelTraits:
-    """What one backend can do."""
+    """What one backend supports."""
 
     name: str
-    devices: tuple[str, ...]
-    dtypes: tuple[str, ...]
-    max_head_dim: int
-    """Of key and value heads."""
-    wider_on: tuple[tuple[int, int], ...] = ()
-    """(major compute capability, its larger ``max_head_dim``)."""
-    deterministic_head_dim: int = 1 << 16
-    """Above this its backward is not deterministic; 0: it never is."""
+    devices: tuple[str, ...] = ("cuda",)
+    dtypes: tuple[str, ...] = ("bfloat16",)
+    max_head_dim: int  # for key heads and value heads
+    wider_on: tuple[tuple[int, int], ...] = ()  # major compute capability, its larger max_head_dim
+    deterministic_head_dim: int = 1 << 16  # largest with a deterministic backward; 0 means none
     windows: bool = True
-    dropout: bool = False
-    """With a mask that does not depend on the layout."""
-    capabilities: tuple[int, ...] = ()
-    """Major compute capabilities it runs on; empty: any."""
-    package: str | None = None
-    """The optional module it needs."""
-    install: str = ""
-    """How to get the package."""
+    dropout: bool = False  # whether it has a dropout mask that does not depend on the layout
+    capabilities: tuple[int, ...] = ()  # major compute capabilities; empty means all
+    package: str | None = None  # the optional module that it needs
+    install: str = ""  # how to install the package
     summary: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
 class KernelChoice:
-    """The kernel taken and the reason a user reads."""
+    """The chosen kernel and the reason that is shown to the user."""
 
     name: str
     reason: str
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Wanted:
-    """What is asked of a kernel; the arguments of ``select_kernel``."""
+class _Wanted(NamedTuple):
+    """The requirements: the arguments of ``select_kernel``."""
 
     device: str
     dtype: str
@@ -83,15 +76,11 @@ _ALL = (
     ),
     KernelTraits(
         name="cuda",
-        devices=("cuda",),
-        dtypes=("bfloat16",),
         max_head_dim=256,
         summary="PyTorch's fused CUDA flash attention",
     ),
     KernelTraits(
         name="cudnn",
-        devices=("cuda",),
-        dtypes=("bfloat16",),
         max_head_dim=128,
         wider_on=((9, 256),),
         deterministic_head_dim=0,
@@ -100,8 +89,6 @@ _ALL = (
     ),
     KernelTraits(
         name="flash_attn_2",
-        devices=("cuda",),
-        dtypes=("bfloat16",),
         max_head_dim=256,
         package="flash_attn.flash_attn_interface",
         install="pip install -e '.[cuda]'",
@@ -109,8 +96,6 @@ _ALL = (
     ),
     KernelTraits(
         name="flash_attn_3",
-        devices=("cuda",),
-        dtypes=("bfloat16",),
         max_head_dim=256,
         deterministic_head_dim=192,
         capabilities=(9,),
@@ -120,8 +105,6 @@ _ALL = (
     ),
     KernelTraits(
         name="flash_attn_4",
-        devices=("cuda",),
-        dtypes=("bfloat16",),
         max_head_dim=128,
         wider_on=((9, 256),),
         capabilities=(9, 10, 11),
@@ -132,18 +115,18 @@ _ALL = (
 )
 
 TRAITS: Mapping[str, KernelTraits] = MappingProxyType({traits.name: traits for traits in _ALL})
-"""Every backend by name. ``flash_attn`` is none of its own: it stands for a generation."""
+"""All backends by name. ``flash_attn`` is not among them, because it stands for a generation."""
 
 FLASH_ATTENTION = ("flash_attn_4", "flash_attn_3", "flash_attn_2")
-"""What ``flash_attn`` stands for, newest first."""
+"""The generations that ``flash_attn`` stands for, newest first."""
 
-# 3 before 4 on Hopper: it was written for it and is the older code.
+# On Hopper, 3 comes before 4: it was written for that architecture and is more mature.
 _HOPPER = ("flash_attn_3", "flash_attn_4", "flash_attn_2")
 
 KERNEL_NAMES = ("reference", "cpu", "cuda", "cudnn", "flash_attn", *reversed(FLASH_ATTENTION))
-"""What ``--kernel`` takes besides ``auto``."""
+"""The values of ``--kernel`` besides ``auto``."""
 
-# What "auto" tries on a device, in order. Not cudnn: packed rows have too many shapes for it.
+# The kernels that "auto" tries on a device, in order. Packed rows have too many shapes for cudnn.
 _PREFERENCE: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {"cpu": ("cpu", "reference"), "cuda": ("flash_attn", "cuda", "reference")}
 )
@@ -163,35 +146,28 @@ def select_kernel(
     """Chooses the attention kernel.
 
     Args:
-        name: a kernel's name, or ``auto`` for the first that can do what is asked.
+        name: a kernel's name, or ``auto`` for the first one that supports the arguments.
         device: ``cpu`` or ``cuda``.
         dtype: the compute type, ``float64``, ``float32`` or ``bfloat16``.
-        head_dim: width of a head; of the wider of key and value heads.
-        attention_dropout: probability with which attention weights are dropped.
+        head_dim: the width of the wider one of key and value heads.
+        attention_dropout: the probability with which attention weights are dropped.
         window: the mask has a sliding window.
         deterministic: the same inputs must give the same bits.
-        capability: the CUDA device's compute capability (major, minor). None where it is not known
-            yet: nothing is refused for it, and ``flash_attn`` stays a name that ``load_kernel``
-            turns into a generation.
+        capability: the CUDA device's compute capability (major, minor). If it is None, it is not
+            known yet: no kernel is refused for it, and ``flash_attn`` stays a name that
+            ``load_kernel`` resolves to a generation.
 
     Returns:
-        The name and the reason; for ``flash_attn`` on a known device the generation's name.
+        The name and the reason; for ``flash_attn`` on a known device the name of the generation.
 
     Raises:
-        ConfigError: the named kernel can not do this, or none can.
+        ConfigError: the named kernel, or every kernel, lacks a feature.
     """
-    wanted = _Wanted(
-        device=device,
-        dtype=dtype,
-        head_dim=head_dim,
-        attention_dropout=attention_dropout,
-        window=window,
-        deterministic=deterministic,
-        capability=capability,
-    )
+    wanted = _Wanted(device, dtype, head_dim, attention_dropout, window, deterministic, capability)
     if name != "auto":
         if name not in KERNEL_NAMES:
-            raise ConfigError("--kernel", name, "is no kernel", ", ".join(["auto", *KERNEL_NAMES]))
+            works = ", ".join(["auto", *KERNEL_NAMES])
+            raise ConfigError("--kernel", name, "is not a kernel", works)
         taken, text = _try(name, wanted)
         if taken is None:
             raise _refusal(name, text, wanted)
@@ -208,16 +184,16 @@ def select_kernel(
 
 
 def flash_attention_for(capability: tuple[int, int] | None, *, deterministic: bool = False) -> str:
-    """The generation ``flash_attn`` stands for where head dim and mask are not known.
+    """Resolves ``flash_attn`` when head dim and mask are not known.
 
-    It can then do all that the name promises (head dims up to 256), if such a one is installed.
+    It prefers a generation that supports every head dim up to 256.
 
     Args:
-        capability: the device's compute capability; None: any.
-        deterministic: its backward must be.
+        capability: the device's compute capability; None stands for any device.
+        deterministic: whether the backward must be deterministic.
 
     Raises:
-        ConfigError: none is installed for this device.
+        ConfigError: no generation is installed for this device.
     """
     usable = [
         TRAITS[name]
@@ -234,7 +210,7 @@ _NO_PACKAGE = "needs the package flash_attn, which is not installed"
 
 
 def _try(name: str, wanted: _Wanted) -> tuple[str | None, str]:
-    """The kernel that ``name`` comes to and what it is, or None and why there is none."""
+    """The kernel that ``name`` resolves to and its summary, or None and the problem."""
     if name != "flash_attn":
         problem = _problem(TRAITS[name], wanted)
         return (None, problem) if problem else (name, TRAITS[name].summary)
@@ -252,7 +228,6 @@ def _try(name: str, wanted: _Wanted) -> tuple[str | None, str]:
 
 
 def _refusal(name: str, problem: str, wanted: _Wanted) -> ConfigError:
-    """The error naming what works instead."""
     others = [x for x in KERNEL_NAMES[:5] if x != name and _try(x, wanted)[0] is not None]
     works = [f"--kernel {other}" for other in ["auto", *others]] if others else []
     if wanted.attention_dropout and "dropout" in problem:
@@ -263,7 +238,7 @@ def _refusal(name: str, problem: str, wanted: _Wanted) -> ConfigError:
 
 
 def _problem(traits: KernelTraits, wanted: _Wanted) -> str:
-    """Why this backend can not do it; empty when it can."""
+    """The requirement that this backend does not meet; empty if it meets all."""
     if wanted.device not in traits.devices:
         return f"runs on {' or '.join(traits.devices)}, not on {wanted.device}"
     if not _installed(traits):
@@ -288,7 +263,6 @@ def _problem(traits: KernelTraits, wanted: _Wanted) -> str:
 
 
 def _generations(capability: tuple[int, int] | None) -> Sequence[str]:
-    """In the order they are tried."""
     return _HOPPER if capability and capability[0] == 9 else FLASH_ATTENTION
 
 
@@ -297,7 +271,6 @@ def _runs_on(traits: KernelTraits, capability: tuple[int, int] | None) -> bool:
 
 
 def _largest(traits: KernelTraits, capability: tuple[int, int] | None, deterministic: bool) -> int:
-    """The largest head dim, on this device."""
     major = capability[0] if capability else 0
     largest = dict(traits.wider_on).get(major, traits.max_head_dim)
     return min(largest, traits.deterministic_head_dim) if deterministic else largest
@@ -308,7 +281,7 @@ def _dotted(capability: tuple[int, int] | None) -> str:
 
 
 def _installed(traits: KernelTraits) -> bool:
-    """Whether its module can be found. Nothing is imported: these packages load torch and CUDA."""
+    """Whether its module can be found. It is not imported, which would load torch and CUDA."""
     if traits.package is None:
         return True
     first, *rest = traits.package.split(".")

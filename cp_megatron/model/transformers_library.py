@@ -63,9 +63,14 @@ def gguf_tensors(
     return read["tensors"], shapes
 
 
-def gguf_tokenizer(path: Path) -> tuple[str, str | None]:
-    """Builds the tokenizer of a GGUF file: its tokenizer.json, and its chat template if any."""
+def gguf_tokenizer(path: Path) -> tuple[str, dict[str, str], str | None]:
+    """Builds the tokenizer of a GGUF file: tokenizer.json, its special tokens, its chat template.
+
+    Raises:
+        ConfigError: transformers is not installed, or older than 5.0.
+    """
     library = import_transformers("--from-gguf", path)
     fast = library.PreTrainedTokenizerFast
     tokenizer = fast.from_pretrained(path.parent, gguf_file=path.name)
-    return tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template
+    text = tokenizer.backend_tokenizer.to_str()
+    return text, dict(tokenizer.special_tokens_map), tokenizer.chat_template

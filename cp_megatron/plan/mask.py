@@ -134,14 +134,10 @@ class Mask:
             end = np.minimum(end, q + right + 1)
         return first, end
 
-    def pairs_between(self, q0: int, q1: int, k0: int, k1: int) -> int:
-        """The number of attended pairs with ``q0 <= q < q1`` and ``k0 <= k < k1``."""
-        first, end = self.key_range(np.arange(q0, q1, dtype=np.int64))
-        return int(np.maximum(np.minimum(end, k1) - np.maximum(first, k0), 0).sum())
-
     def pairs(self) -> int:
         """The number of attended pairs."""
-        return self.pairs_between(0, self.seq_len, 0, self.seq_len)
+        first, end = self.key_range(np.arange(self.seq_len, dtype=np.int64))
+        return int((end - first).sum())
 
     def dense(self) -> npt.NDArray[np.bool_]:
         """bool [seq_len, seq_len], row = query: the mask written out from its definition.

@@ -130,7 +130,6 @@ class _RankPlanner:
         return self.arrivals[rank, hop]
 
     def _positions(self, rank: int, hop: int) -> list[Span]:
-        """The positions of ``arrival``."""
         arrives = self._arrives(rank, hop)
         owner = (rank + hop) % self.size
         return merge_spans([(run.start, run.stop) for run in self.of(owner) if arrives(run)])
@@ -189,7 +188,6 @@ class _RankPlanner:
 
 
 def _spans(runs: list[_Run]) -> list[Span]:
-    """Where runs lie in the owner's shard."""
     return merge_spans([(run.offset, run.offset + run.stop - run.start) for run in runs])
 
 

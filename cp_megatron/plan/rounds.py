@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
 
 from cp_megatron.plan.tiling import Span, Tile, num_positions
 
@@ -55,3 +57,12 @@ class Round:
     def num_keys(self) -> int:
         """The number of keys in the arrival."""
         return num_positions(self.keys)
+
+    def with_peers(self, renumber: Callable[[int], int]) -> Round:
+        """Returns the round with other numbers for the peers of its messages."""
+        messages: dict[str, Any] = {
+            name: replace(value, peer=renumber(value.peer))
+            for name, value in vars(self).items()
+            if isinstance(value, Message)
+        }
+        return replace(self, **messages)

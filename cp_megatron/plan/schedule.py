@@ -25,7 +25,7 @@ from cp_megatron.plan.layout import SequenceLayout
 from cp_megatron.plan.mask import Mask
 from cp_megatron.plan.readers import Readers
 from cp_megatron.plan.ring import plan_ring
-from cp_megatron.plan.rounds import Message, Round
+from cp_megatron.plan.rounds import Round
 from cp_megatron.plan.show.plot import write_svg
 
 
@@ -106,7 +106,6 @@ class Schedule:
     def _with_choice(
         self, head_dim: int, v_head_dim: int, hierarchical_sizes: tuple[int, int] | None
     ) -> Schedule:
-        """Resolves ``auto``."""
         assert self.num_heads is not None
         assert self.num_kv_heads is not None
         heads = Heads(
@@ -154,7 +153,9 @@ class Schedule:
         rounds = plan_ring(self.mask, self.rows, self.readers, rank // size, self.route)
         if size == 1:
             return rounds
-        return tuple(_with_peers(round_, size, rank % size) for round_ in rounds)
+        # A member of a group exchanges messages with the member in the same place of other groups.
+        index = rank % size
+        return tuple(r.with_peers(lambda group: group * size + index) for r in rounds)
 
     def gather(self, rank: int) -> Gather | None:
         """The part of ``rank`` in the collective of all_gather; None under other exchanges."""
@@ -218,22 +219,3 @@ class Schedule:
     def plot(self, path: str) -> None:
         """Draws an SVG file that shows which rank computes which tile in which round."""
         write_svg(self, path)
-
-
-def _with_peers(round_: Round, size: int, index: int) -> Round:
-    """Translates a round of groups to one member, whose peers have the same place in theirs."""
-
-    def moved(message: Message | None) -> Message | None:
-        if message is None:
-            return None
-        return replace(message, peer=message.peer * size + index)
-
-    return replace(
-        round_,
-        send_keys=moved(round_.send_keys),
-        receive_keys=moved(round_.receive_keys),
-        pass_grads=moved(round_.pass_grads),
-        return_grads=moved(round_.return_grads),
-        receive_passed=moved(round_.receive_passed),
-        receive_returned=moved(round_.receive_returned),
-    )

@@ -75,6 +75,21 @@ class Band:
         """Whether row i attends columns 0 .. i."""
         return self.left is None and self.right == 0
 
+    def columns(self, q0: int, q1: int, num_columns: int) -> Span:
+        """The columns that rows ``q0:q1`` of a tile attend."""
+        k0 = 0 if self.left is None else max(0, q0 - self.left)
+        return k0, num_columns if self.right is None else min(num_columns, q1 + self.right)
+
+    def within(self, q0: int, q1: int, k0: int, k1: int) -> Band:
+        """The band of a part of a tile, without the bounds that exclude nothing there."""
+        shift = q0 - k0
+        left = None if self.left is None else self.left - shift
+        right = None if self.right is None else self.right + shift
+        return Band(
+            None if left is None or left >= q1 - q0 - 1 else left,
+            None if right is None or right >= k1 - k0 - 1 else right,
+        )
+
 
 FULL = Band()
 CAUSAL = Band(right=0)

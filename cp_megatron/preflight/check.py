@@ -93,7 +93,6 @@ def _check_model(config: Config, given: frozenset[str]) -> int:
     vocab_size = vocab_size_of(model, tokenizer)
     padded = model.padded_vocab_size(vocab_size)
     rules.check_model(model, seq_length)
-    rules.check_positions(model, given)
     check_rope(model, seq_length, given)
     rules.check_window(model)
     rules.check_memory(config.memory, model.num_layers, given)

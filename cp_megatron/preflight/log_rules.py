@@ -1,13 +1,13 @@
-"""What --wandb-..., --plot and --profile need, asked before torch is imported."""
+"""The rules of --wandb-..., --plot and --profile, checked before torch is imported."""
 
 from __future__ import annotations
 
 from importlib.util import find_spec
 
 from cp_megatron.config import LogConfig
-from cp_megatron.config.fields import settings
 from cp_megatron.errors import ConfigError
 from cp_megatron.metrics.plots import require_matplotlib
+from cp_megatron.preflight.rules import refuse_idle
 
 _PROFILE = (
     *("profile_step_start", "profile_step_end", "profile_ranks", "profile_memory"),
@@ -24,44 +24,33 @@ def check_log(
     world_size: int,
     given: frozenset[str],
 ) -> None:
-    """The packages are there, the profiled steps lie in the run, no flag is without an effect.
+    """The packages are installed, the profiled steps are in the run, every flag has an effect.
 
     Args:
         log: the flags.
-        first_step: steps finished before this run.
-        last_step: steps finished after it.
-        world_size: ranks in all.
+        first_step: the number of steps finished before this run.
+        last_step: the number of steps finished after it.
+        world_size: the number of ranks.
         given: the flags that the user typed.
 
     Raises:
         ConfigError: one of these does not hold.
     """
-    _check_wandb(log, given)
-    # By default a run draws its curves where it can; who asks for them is told now that it can not.
+    project = log.wandb_project
+    if project is None:
+        reason, works = "without --wandb-project", "--wandb-project NAME"
+        refuse_idle(log, _WANDB, given, reason=reason, works=works)
+    elif find_spec("wandb") is None:
+        works = "pip install 'cp_megatron[log]', or --wandb-project None"
+        raise ConfigError("--wandb-project", project, "needs the package wandb", works)
+    # Curves are drawn by default if matplotlib is installed, so only --plot itself demands it.
     if log.plot and "--plot" in given:
         require_matplotlib("--plot")
-    _refuse_idle(log, _PROFILE, given, used=log.profile, needs="--profile")
     if log.profile:
         _check_steps(log, first_step, last_step)
         _check_ranks(log.profile_ranks, world_size)
-
-
-def _check_wandb(log: LogConfig, given: frozenset[str]) -> None:
-    project = log.wandb_project
-    _refuse_idle(log, _WANDB, given, used=project is not None, needs="--wandb-project NAME")
-    if project is not None and find_spec("wandb") is None:
-        works = "pip install 'cp_megatron[log]', or --wandb-project None"
-        raise ConfigError("--wandb-project", project, "needs the package wandb", works)
-
-
-def _refuse_idle(
-    log: LogConfig, names: tuple[str, ...], given: frozenset[str], *, used: bool, needs: str
-) -> None:
-    for name in () if used else names:
-        row = settings()[name]
-        if row.flag in given:
-            value = "" if row.kind == "bool" else getattr(log, name)
-            raise ConfigError(row.flag, value, "has no effect without another flag", needs)
+    else:
+        refuse_idle(log, _PROFILE, given, reason="without --profile", works="--profile")
 
 
 def _check_steps(log: LogConfig, first: int, last: int) -> None:
@@ -69,10 +58,10 @@ def _check_steps(log: LogConfig, first: int, last: int) -> None:
     begin = min(max(first + 1, start), last - 1)
     works = f"--profile-step-start {begin} --profile-step-end {min(begin + 2, last)}"
     if not first <= start < last:
-        rule = f"this run goes from step {first} to step {last}"
+        rule = f"must be in the run, which goes from step {first} to step {last}"
         raise ConfigError("--profile-step-start", start, rule, works)
     if not start < end <= last:
-        rule = f"must lie after --profile-step-start {start} and in the run, which ends at {last}"
+        rule = f"must be after --profile-step-start {start} and in the run, which ends at {last}"
         raise ConfigError("--profile-step-end", end, rule, works)
 
 

@@ -1,83 +1,80 @@
-"""What ``--rope-type`` needs, and what has no effect without it; no torch."""
+"""The rules of rotary positions: what each ``--rope-type`` needs, and what it does not read."""
 
 from __future__ import annotations
 
 from cp_megatron.config import ModelConfig
-from cp_megatron.config.fields import settings
 from cp_megatron.errors import ConfigError
 from cp_megatron.families.rope_fields import ROPE_FIELDS, ROPE_KEYS, fields_of
+from cp_megatron.preflight.rules import refuse_idle
 
 
 def check_rope(model: ModelConfig, seq_length: int, given: frozenset[str]) -> None:
-    """The settings of rope fit one another, and each one typed has an effect.
+    """The settings of rope fit one another, and each one that is typed has an effect.
 
     Raises:
         ConfigError: otherwise.
     """
     kind = model.rope_type
     if model.position_embedding_type != "rope":
+        reason = f"with --position-embedding-type {model.position_embedding_type}"
+        works = "--position-embedding-type rope"
+        refuse_idle(model, ["rotary_base"], given, reason=reason, works=works)
         if kind != "default":
-            rule = f"has no effect with --position-embedding-type {model.position_embedding_type}"
-            raise ConfigError("--rope-type", kind, rule, "--position-embedding-type rope")
+            raise ConfigError("--rope-type", kind, f"has no effect {reason}", works)
     elif "--max-position-embeddings" in given:
-        _check_typed_length(model, seq_length)
+        rows = model.max_position_embeddings
+        if rows is not None and rows < seq_length:
+            rule = f"must be at least --seq-length {seq_length}"
+            raise ConfigError("--max-position-embeddings", rows, rule, str(seq_length))
     for name in sorted(ROPE_FIELDS - fields_of(kind)):
-        flag = settings()[name].flag
-        off = f"--no-{flag[2:]}" if settings()[name].kind == "bool" else flag
-        if flag in given:
-            works = ", ".join(t for t in ROPE_KEYS if name in fields_of(t))
-            rule = f"has no effect with --rope-type {kind}"
-            raise ConfigError(off, "", rule, f"--rope-type {works}")
+        readers = ", ".join(other for other in ROPE_KEYS if name in fields_of(other))
+        reason, works = f"with --rope-type {kind}", f"--rope-type {readers}"
+        refuse_idle(model, [name], given, reason=reason, works=works)
     if kind in ("linear", "dynamic", "yarn", "llama3") and model.rope_scaling_factor is None:
-        raise ConfigError("--rope-type", kind, "needs --rope-scaling-factor", "4")
+        works = "--rope-scaling-factor 4 with it"
+        raise ConfigError("--rope-type", kind, "needs --rope-scaling-factor", works)
     if kind in ("dynamic", "yarn", "llama3", "longrope"):
-        _check_original(model, seq_length)
+        _check_original_length(model, seq_length)
     if kind == "yarn":
         _check_yarn(model)
     elif kind == "llama3" and model.rope_high_freq_factor <= model.rope_low_freq_factor:
         rule = f"must be above --rope-low-freq-factor {model.rope_low_freq_factor:g}"
         raise ConfigError("--rope-high-freq-factor", model.rope_high_freq_factor, rule, "4")
     elif kind == "longrope":
-        _check_lists(model)
+        _check_longrope(model)
     elif kind == "dynamic" and model.head_dim <= 2:
-        rule = "raises the base by a power of d / (d - 2), so heads must be wider than 2"
+        rule = "raises the base to a power of d / (d - 2), so heads must be wider than 2"
         raise ConfigError("--rope-type", kind, rule, "--kv-channels 4")
 
 
-def _check_typed_length(model: ModelConfig, seq_length: int) -> None:
-    rows = model.max_position_embeddings
-    if rows is not None and rows < seq_length:
-        rule = f"must be at least --seq-length {seq_length}"
-        raise ConfigError("--max-position-embeddings", rows, rule, str(seq_length))
-
-
-def _check_original(model: ModelConfig, seq_length: int) -> None:
+def _check_original_length(model: ModelConfig, seq_length: int) -> None:
     flag, value = "--original-max-position-embeddings", model.original_length
     if value is None:
-        rule = f"needs the length the model was trained on: {flag}"
-        raise ConfigError("--rope-type", model.rope_type, rule, str(seq_length))
+        rule = f"needs the length that the model was trained on: {flag}"
+        raise ConfigError("--rope-type", model.rope_type, rule, f"{flag} {seq_length}")
     if value < 2:
-        raise ConfigError(flag, value, "must be 2 or more", str(seq_length))
+        raise ConfigError(flag, value, "must be at least 2", str(seq_length))
 
 
 def _check_yarn(model: ModelConfig) -> None:
     if model.beta_fast < model.beta_slow:
         rule = f"must be at least --beta-slow {model.beta_slow:g}"
         raise ConfigError("--beta-fast", model.beta_fast, rule, "32")
-    if (model.mscale is None) != (model.mscale_all_dim is None):
-        flag = "--mscale" if model.mscale_all_dim is None else "--mscale-all-dim"
-        value = model.mscale if model.mscale_all_dim is None else model.mscale_all_dim
-        rule = "is read together with --mscale-all-dim only: give both or none"
+    scales = {"--mscale": model.mscale, "--mscale-all-dim": model.mscale_all_dim}
+    alone = {flag: value for flag, value in scales.items() if value is not None}
+    if len(alone) == 1:
+        ((flag, value),) = alone.items()
+        rule = "has an effect only with the other of --mscale and --mscale-all-dim"
         raise ConfigError(flag, value, rule, "--mscale 1 --mscale-all-dim 1")
 
 
-def _check_lists(model: ModelConfig) -> None:
+def _check_longrope(model: ModelConfig) -> None:
     pairs = model.head_dim // 2
     for flag, values in (
         ("--rope-short-factor", model.rope_short_factor),
         ("--rope-long-factor", model.rope_long_factor),
     ):
         if values is None or len(values) != pairs or not all(x > 0 for x in values):
-            shown = "" if values is None else " ".join(f"{x:g}" for x in values[:8])
+            shown = " ".join(f"{x:g}" for x in (values or ())[:8])
             rule = f"--rope-type longrope needs {pairs} positive numbers, one for each pair"
             raise ConfigError(flag, shown, rule, " ".join(["1"] * min(pairs, 8)))

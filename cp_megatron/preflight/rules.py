@@ -1,7 +1,7 @@
-"""What the settings of a run must satisfy, one function per question; no torch.
+"""The rules that the settings of a run must satisfy, one function per question.
 
 Every function raises ``ConfigError`` with the flag, its value, the rule and the nearest values
-that work, and returns nothing else than what it had to work out.
+that work.
 """
 
 from __future__ import annotations
@@ -18,45 +18,64 @@ from cp_megatron.config import (
     OptimizerConfig,
     TrainConfig,
 )
+from cp_megatron.config.fields import settings
 from cp_megatron.data.rows.sampler import parse_split
 from cp_megatron.errors import ConfigError
 
 
+def refuse_idle(
+    section: object, names: Iterable[str], given: frozenset[str], *, reason: str, works: str
+) -> None:
+    """Refuses flags that the user typed although they have no effect.
+
+    Args:
+        section: the section of the configuration that holds the values.
+        names: the settings without an effect.
+        given: the flags that the user typed.
+        reason: why they have none, e.g. ``with --eval-iters 0``.
+        works: what to type instead.
+    """
+    for name in names:
+        row, value = settings()[name], getattr(section, name)
+        if row.flag in given:
+            flag = row.off_flag if value is False else row.flag
+            shown = "" if row.kind == "bool" else _words(value)
+            raise ConfigError(flag, shown, f"has no effect {reason}", works)
+
+
 def check_model(model: ModelConfig, seq_length: int) -> None:
-    """The heads fit the width and one another, the positions fit the sequence."""
+    """The heads fit the width and one another, and the positions fit the sequence."""
     heads, groups = model.num_attention_heads, model.num_kv_heads
-    if model.kv_channels is None and model.hidden_size % heads:
-        rule = f"must be divisible by --num-attention-heads {heads}, or --kv-channels be given"
-        raise ConfigError(
-            "--hidden-size", model.hidden_size, rule, multiples(model.hidden_size, heads)
-        )
+    width, flag, unit = model.hidden_size, "--hidden-size", heads
+    if model.kv_channels is not None:
+        width, flag, unit = model.kv_channels, "--kv-channels", 1
+    if width % unit:
+        rule = f"must be divisible by --num-attention-heads {heads} unless --kv-channels is given"
+        raise ConfigError(flag, width, rule, multiples(width, unit))
     if heads % groups:
         rule = f"must divide --num-attention-heads {heads}"
-        raise ConfigError("--num-query-groups", groups, rule, divisors(heads, groups))
+        raise ConfigError("--num-query-groups", groups, rule, _nearest(_divisors(heads), groups))
     rows = model.max_position_embeddings
     learned = model.position_embedding_type == "learned_absolute"
     if learned and rows is not None and rows < seq_length:
         rule = f"must be at least --seq-length {seq_length}"
         raise ConfigError("--max-position-embeddings", rows, rule, str(seq_length))
     if model.position_embedding_type == "rope" and model.head_dim % 2:
-        flag = "--hidden-size" if model.kv_channels is None else "--kv-channels"
-        value = model.hidden_size if model.kv_channels is None else model.kv_channels
-        step = 2 * heads if model.kv_channels is None else 2
-        rule = f"rope turns pairs, so the head's width {model.head_dim} must be even"
-        raise ConfigError(flag, value, rule, multiples(value, step))
+        rule = f"rope rotates pairs of channels, so the head width {model.head_dim} must be even"
+        raise ConfigError(flag, width, rule, multiples(width, 2 * unit))
 
 
 def check_tensor_parallel(model: ModelConfig, tp: int, padded_vocab: int) -> None:
     """Every matrix that tensor parallelism splits can be split."""
     heads, groups = model.num_attention_heads, model.num_kv_heads
+    rule = ""
     if heads % tp:
         rule = f"must divide --num-attention-heads {heads}"
-        both = [size for size in _divisors(heads) if _splits(model, size, padded_vocab)]
-        raise ConfigError("--tensor-parallel-size", tp, rule, _nearest(both, tp))
-    if groups % tp and tp % groups:
+    elif groups % tp and tp % groups:
         rule = f"must divide --num-query-groups {groups}, or be a multiple of it"
-        both = [size for size in _divisors(heads) if _splits(model, size, padded_vocab)]
-        raise ConfigError("--tensor-parallel-size", tp, rule, _nearest(both, tp))
+    if rule:
+        sizes = [size for size in _divisors(heads) if _splits(model, size, padded_vocab)]
+        raise ConfigError("--tensor-parallel-size", tp, rule, _nearest(sizes, tp))
     if model.ffn_size % tp:
         rule = f"must be divisible by --tensor-parallel-size {tp}"
         raise ConfigError("--ffn-hidden-size", model.ffn_size, rule, multiples(model.ffn_size, tp))
@@ -77,35 +96,33 @@ def _splits(model: ModelConfig, tp: int, padded_vocab: int) -> bool:
 def check_batch(data: DataConfig, dp: int) -> tuple[int, int, int]:
     """Rows per step over all ranks, rows of a micro batch, micro batches per step on each rank."""
     micro, rows = data.micro_batch_size, data.global_batch_size
-    if rows is None:
-        return (micro or 1) * dp, micro or 1, 1
     once = (micro or 1) * dp
+    if rows is None:
+        return once, micro or 1, 1
     if rows % once:
-        factor = f"--micro-batch-size {micro} x " if micro else ""
-        rule = f"must be divisible by {factor}data parallel {dp}"
-        rule += f" = {once}" if micro else ""
+        size = f"--micro-batch-size {micro} x data parallel {dp} = {once}"
+        rule = f"must be divisible by {size if micro else f'data parallel {dp}'}"
         raise ConfigError("--global-batch-size", rows, rule, multiples(rows, once))
     micro = micro or rows // dp
     return rows, micro, rows // (micro * dp)
 
 
 def check_schedule(optimizer: OptimizerConfig, train: TrainConfig, given: frozenset[str]) -> None:
-    """The learning rate rises, then falls, within the run."""
+    """The learning rate rises and then falls within the run."""
     if optimizer.min_lr > optimizer.lr:
         rule = f"must be at most --lr {optimizer.lr:g}"
         raise ConfigError("--min-lr", optimizer.min_lr, rule, f"{optimizer.lr / 10:g}")
-    end = train.train_iters if optimizer.lr_decay_iters is None else optimizer.lr_decay_iters
-    end_flag = "--train-iters" if optimizer.lr_decay_iters is None else "--lr-decay-iters"
+    end_flag, end = "--lr-decay-iters", optimizer.lr_decay_iters
+    if end is None:
+        end_flag, end = "--train-iters", train.train_iters
     warmup = optimizer.lr_warmup_iters
-    # A short run of a preset with a longer warm-up ends while the rate still rises.
+    # A short run of a preset with a longer warm-up may end while the learning rate still rises.
     if warmup >= end and ("--lr-warmup-iters" in given or "--lr-decay-iters" in given):
         rule = f"must be below {end_flag} {end}"
         raise ConfigError("--lr-warmup-iters", warmup, rule, str(end // 10))
     if optimizer.lr_decay_style == "constant":
-        for flag in sorted(given & {"--min-lr", "--lr-decay-iters"}):
-            value = optimizer.min_lr if flag == "--min-lr" else optimizer.lr_decay_iters
-            rule = "has no meaning with --lr-decay-style constant"
-            raise ConfigError(flag, value, rule, "--lr-decay-style cosine or linear")
+        reason, works = "with --lr-decay-style constant", "--lr-decay-style cosine or linear"
+        refuse_idle(optimizer, ("lr_decay_iters", "min_lr"), given, reason=reason, works=works)
 
 
 def check_data(data: DataConfig, train: TrainConfig, given: frozenset[str]) -> bool:
@@ -114,82 +131,71 @@ def check_data(data: DataConfig, train: TrainConfig, given: frozenset[str]) -> b
     if own:
         _check_own_paths(data, given)
     valid = bool(data.valid_data_path) if own else parse_split(data.split)[1]
-    if own and train.eval_iters and not valid and given & {"--eval-iters", "--eval-interval"}:
-        rule = "reads the validation part, and there is none"
-        raise ConfigError("--eval-iters", train.eval_iters, rule, "--valid-data-path")
     if train.eval_iters and not valid and given & {"--eval-iters", "--eval-interval"}:
-        rule = "has no validation part, which --eval-iters and --eval-interval read"
+        if own:
+            rule = "needs validation data"
+            raise ConfigError("--eval-iters", train.eval_iters, rule, "--valid-data-path")
+        rule = "has no validation part, which --eval-iters and --eval-interval need"
         raise ConfigError("--split", data.split, rule, "969,30,1")
-    if not train.eval_iters and "--eval-interval" in given:
-        rule = "has no effect with --eval-iters 0"
-        raise ConfigError("--eval-interval", train.eval_interval, rule, "--eval-iters 4")
+    if not train.eval_iters:
+        reason, works = "with --eval-iters 0", "--eval-iters 4"
+        refuse_idle(train, ["eval_interval"], given, reason=reason, works=works)
     return bool(valid and train.eval_iters)
 
 
 def _check_own_paths(data: DataConfig, given: frozenset[str]) -> None:
     """Each part has its own paths: nothing is split, and training needs some."""
     if data.data_path:
-        rule = "is split into parts, but --train-data-path and its like name each part"
-        raise ConfigError("--data-path", " ".join(data.data_path), rule, "one of the two")
-    if "--split" in given:
-        rule = "has no effect where --train-data-path and its like name each part"
-        raise ConfigError("--split", data.split, rule, "leave it out")
+        rule = "contradicts --train-data-path and its like, which name the data of each part"
+        raise ConfigError("--data-path", _words(data.data_path), rule, "one of the two")
+    reason = "with --train-data-path and its like, which name the data of each part"
+    refuse_idle(data, ["split"], given, reason=reason, works="leave it out")
     if not data.train_data_path:
         flag = "--valid-data-path" if data.valid_data_path else "--test-data-path"
         paths = data.valid_data_path or data.test_data_path
-        rule = "needs data to train on beside it"
-        raise ConfigError(flag, " ".join(paths), rule, "--train-data-path")
+        raise ConfigError(flag, _words(paths), "needs training data too", "--train-data-path")
 
 
 def with_packing(data: DataConfig, given: frozenset[str]) -> DataConfig:
-    """What ``--sft`` and ``--packing`` bring with them: best fit, and documents masked."""
+    """The data with what ``--sft`` and ``--packing`` imply: best fit, and documents masked."""
     if data.sft and data.packing != "best-fit":
         if "--packing" in given:
-            rule = "cuts conversations anywhere, which --sft can not have"
+            rule = "cuts conversations anywhere, which --sft does not allow"
             raise ConfigError("--packing", data.packing, rule, "--packing best-fit")
         data = replace(data, packing="best-fit")
     if data.packing == "best-fit" and not data.document_mask:
         if "--document-mask" in given:
-            rule = "contradicts --packing best-fit, whose documents never see one another"
+            rule = "contradicts --packing best-fit, which always masks documents"
             raise ConfigError("--no-document-mask", "", rule, "--packing concatenate")
         data = replace(data, document_mask=True)
     return data
 
 
 def check_saving(checkpoint: CheckpointConfig) -> None:
-    """No flag about older checkpoints is without an effect."""
+    """Flags about older checkpoints have an effect."""
     every = checkpoint.save_retain_interval
     if every is not None and checkpoint.keep_latest_k is None:
-        rule = "has no effect where all checkpoints stay"
+        rule = "has no effect unless --keep-latest-k is set, because all checkpoints are kept"
         raise ConfigError("--save-retain-interval", every, rule, "--keep-latest-k 3 with it")
 
 
 def check_memory(memory: MemoryConfig, num_layers: int, given: frozenset[str]) -> None:
-    """What is recomputed and moved is there."""
+    """The layers to recompute exist, and so does the tensor to move."""
     number, level = memory.recompute_num_layers, memory.recompute_granularity
     if number is not None and number > num_layers:
         rule = f"must be at most --num-layers {num_layers}"
         raise ConfigError("--recompute-num-layers", number, rule, str(num_layers))
-    if number is not None and level == "none" and "--recompute-num-layers" in given:
-        rule = "has no effect with --recompute-granularity none"
+    if number is not None and level == "none":
+        reason = "with --recompute-granularity none"
         works = "--recompute-granularity selective or full"
-        raise ConfigError("--recompute-num-layers", number, rule, works)
+        refuse_idle(memory, ["recompute_num_layers"], given, reason=reason, works=works)
     if memory.cpu_offloading and level != "full":
-        rule = "moves the one tensor that full recomputation keeps of each layer"
+        rule = "needs full recomputation, because it moves the tensor that this keeps per layer"
         raise ConfigError("--cpu-offloading", "", rule, "--recompute-granularity full")
 
 
-def check_positions(model: ModelConfig, given: frozenset[str]) -> None:
-    """A base of rope where nothing is rotated."""
-    if "--rotary-base" in given and model.position_embedding_type != "rope":
-        rule = f"has no effect with --position-embedding-type {model.position_embedding_type}"
-        raise ConfigError(
-            "--rotary-base", model.rotary_base, rule, "--position-embedding-type rope"
-        )
-
-
 def check_window(model: ModelConfig) -> None:
-    """A window of a causal model, and the layers that have it."""
+    """The window is one of a causal model, and the layers that have it exist."""
     _check_window_layers(model)
     if model.window_size is None:
         return
@@ -197,39 +203,32 @@ def check_window(model: ModelConfig) -> None:
     if left < -1 or right not in (0, -1):
         rule = "needs LEFT >= 0, or -1 for unlimited, and RIGHT 0 or -1: the model is causal"
         works = f"{max(left, -1)} 0"
-        raise ConfigError("--window-size", f"{left} {right}", rule, works)
+        raise ConfigError("--window-size", _words(model.window_size), rule, works)
 
 
 def _check_window_layers(model: ModelConfig) -> None:
-    layers = model.window_layers
+    layers, last = model.window_layers, model.num_layers - 1
     if layers is None:
         return
-    shown = " ".join(map(str, layers))
+    rule = ""
     if model.window_size is None or model.window_size[0] < 0:
-        rule = "says which layers have the window, and there is none"
+        rule = "lists the layers with the window, but there is no window"
         works = "--window-size LEFT 0, or --window-layers None"
-        raise ConfigError("--window-layers", shown, rule, works)
-    if not layers:
-        rule = "names no layer"
-        raise ConfigError("--window-layers", shown, rule, "no --window-size and no --window-layers")
-    last = model.num_layers - 1
-    if not all(0 <= layer <= last for layer in layers):
-        rule = f"must be numbers from 0 to {last}, of --num-layers {model.num_layers}"
-        raise ConfigError("--window-layers", shown, rule, " ".join(map(str, range(0, last + 1, 2))))
-    if len(set(layers)) < len(layers):
-        once = " ".join(str(layer) for layer in sorted(set(layers)))
-        raise ConfigError("--window-layers", shown, "names a layer twice", once)
+    elif not layers:
+        rule, works = "names no layer", "no --window-size and no --window-layers"
+    elif not all(0 <= layer <= last for layer in layers):
+        rule = f"must be numbers from 0 to {last}, because there are {last + 1} layers"
+        works = _words(range(0, last + 1, 2))
+    elif len(set(layers)) < len(layers):
+        rule, works = "names a layer twice", _words(sorted(set(layers)))
+    if rule:
+        raise ConfigError("--window-layers", _words(layers), rule, works)
 
 
 def multiples(value: int, unit: int) -> str:
-    """The multiples of ``unit`` next to ``value``, for people."""
+    """The multiples of ``unit`` next to ``value``, for a message."""
     below = value // unit * unit
     return ", ".join(str(size) for size in (below, below + unit) if size)
-
-
-def divisors(value: int, near: int) -> str:
-    """The divisors of ``value`` nearest to ``near``, for people."""
-    return _nearest(_divisors(value), near)
 
 
 def _divisors(value: int) -> list[int]:
@@ -240,3 +239,10 @@ def _divisors(value: int) -> list[int]:
 def _nearest(sizes: Iterable[int], near: int, most: int = 6) -> str:
     nearest = sorted(sizes, key=lambda size: abs(size - near))[:most]
     return ", ".join(str(size) for size in sorted(nearest))
+
+
+def _words(value: object) -> str:
+    """A value as the command line spells it."""
+    if isinstance(value, tuple | list | range):
+        return " ".join(map(str, value))
+    return str(value)

@@ -14,7 +14,7 @@ from cp_megatron.checkpoint.step_folders import TEMPORARY, newest_step
 from cp_megatron.config import Config
 from cp_megatron.config.fields import settings
 from cp_megatron.config.files.run_folders import CONFIG_FILE, run_folder
-from cp_megatron.errors import ConfigError
+from cp_megatron.errors import ConfigError, FinishedError
 from cp_megatron.families.rope_fields import ROPE_FIELDS
 
 _MAY_CHANGE = frozenset(
@@ -39,10 +39,6 @@ def fresh_run_folder(root: Path, name: str) -> Path:
     while os.path.lexists(root / f"{name}-{number}"):
         number += 1
     return root / f"{name}-{number}"
-
-
-class FinishedError(ConfigError):
-    """The run that ``--load auto`` continues has nothing left to train."""
 
 
 def find_load(config: Config) -> Newest | None:

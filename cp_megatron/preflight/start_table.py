@@ -5,9 +5,6 @@
 
 from __future__ import annotations
 
-import signal
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,11 +13,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from cp_megatron.cli.refusal import printable
 from cp_megatron.config import DataConfig
 from cp_megatron.config.files.run_folders import RUNS
-from cp_megatron.errors import ConfigError
 from cp_megatron.preflight.run_plan import RunPlan, dtype_on
-from cp_megatron.preflight.save_and_load import FinishedError, model_name
+from cp_megatron.preflight.save_and_load import model_name
 from cp_megatron.preflight.sequence import SequencePlan
 from cp_megatron.spec import ModelSpec
 
@@ -28,48 +25,6 @@ Line = tuple[str, str]
 """A label and its value."""
 
 _RANKS_SHOWN = 8
-SECONDS_FOR_RANK_0 = 10.0
-_VALUE_SHOWN = 200
-
-
-def error_line(error: ConfigError, program: str) -> str:
-    """A user's mistake on one line, whatever characters the value has."""
-    value = str(error.value)
-    shown = value if len(value) <= _VALUE_SHOWN else f"{value[:_VALUE_SHOWN]}..."
-    subject = f"{error.flag} {shown}".rstrip()
-    works = f" (works: {error.works})" if error.works else ""
-    return _printable(f"{program}: error: {subject}: {error.rule}{works}")
-
-
-def refuse(error: ConfigError, program: str, *, rank: int) -> int:
-    """Says what is wrong, once whatever number of ranks found it; the exit code 2.
-
-    The first rank to leave has torchrun end the others, by SIGTERM: rank 0 must have spoken before.
-    A rank that is not ended so meanwhile has found a mistake that rank 0 has not, and speaks.
-    """
-    ended: list[int] = []
-    signal.signal(signal.SIGTERM, lambda number, frame: ended.append(number))
-    last = time.monotonic() + SECONDS_FOR_RANK_0
-    while rank and not ended and time.monotonic() < last:
-        time.sleep(0.02)
-    if not rank or not ended:
-        where = f" (rank {rank})" if rank else ""
-        print(error_line(error, f"{program}{where}"), file=sys.stderr, flush=True)
-    return 2
-
-
-def already_done(error: FinishedError, *, rank: int) -> int:
-    """Says that a run that is started again has nothing left to do; the exit code 0."""
-    if not rank:
-        print(f"nothing to do: {error}", flush=True)
-    return 0
-
-
-def _printable(text: str) -> str:
-    return "".join(
-        letter if letter.isprintable() else letter.encode("unicode_escape").decode()
-        for letter in text
-    )
 
 
 def start_table(plan: RunPlan, run: Path | None) -> Table:
@@ -88,7 +43,7 @@ def start_table(plan: RunPlan, run: Path | None) -> Table:
     for section in (_world(plan), _model(plan), _choices(plan), _training(plan, run), notes):
         for label, value in section:
             # As Text, because a path may look like rich markup.
-            table.add_row(label, Text(_printable(value)))
+            table.add_row(label, Text(printable(value)))
         table.add_section()
     return table
 

@@ -266,9 +266,9 @@ def test_qwen2_cuts_text_as_transformers_does(tmp_path: Path) -> None:
         ({"llama__attention__causal": False}, "attends in both directions"),
         ({"llama__rope__dimension_count": 8}, "rotates a part"),
         ({"llama__attention__key_length": 24}, "its metadata makes it"),
-        ({"tokenizer__ggml__bos_token_id": 999}, "bos token is 999"),
+        ({"tokenizer__ggml__bos_token_id": 999}, "transformers cannot read it"),
         ({"extra_tensor": "rope_freqs.weight"}, "has the tensor rope_freqs.weight"),
-        ({"num_kv_heads": None}, "head_count_kv None"),
+        ({"num_kv_heads": None}, "lacks attention.head_count_kv"),
     ],
 )
 def test_models_that_are_refused(changes: dict[str, Any], word: str, tmp_path: Path) -> None:

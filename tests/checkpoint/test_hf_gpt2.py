@@ -1,4 +1,4 @@
-"""A model of GPT-2's shape, saved on TP2 x CP2, as transformers loads it; the byte tokenizer."""
+"""Exports a model with the shape of GPT-2, saved on TP2 x CP2; transformers computes the same."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def logits_of(model: Transformer, groups: ParallelGroups) -> Tensor:
 
 
 def read_back(rank: int, world_size: int, folder: Path, name: str, grid: Grid) -> Tensor:
-    """Logits of a model whose weights come from an exported folder."""
+    """Reads an exported folder, and returns the logits [2, SEQ, VOCAB] of its weights."""
     model, groups = build(name, grid)
     raw, family = read_json(folder), gpt2.GPT2
     read = family.read(JsonFields(folder, raw))
@@ -82,7 +82,7 @@ def read_back(rank: int, world_size: int, folder: Path, name: str, grid: Grid) -
 
 
 def save(rank: int, world_size: int, folder: Path, name: str, grid: Grid) -> Tensor:
-    """Logits [2, SEQ, VOCAB] of random weights, which are saved."""
+    """Saves random weights, and returns their logits [2, SEQ, VOCAB]."""
     model, groups = build(name, grid)
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
@@ -174,7 +174,7 @@ def test_what_gpt2_has_no_place_for(changes: dict[str, Any], flag: str) -> None:
 
 @pytest.fixture(scope="module", params=["gpt2", "llama"])
 def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """The tokenizer and the folder of an export whose run read bytes."""
+    """The tokenizer and the folder of an exported run with the byte tokenizer."""
     from transformers import AutoTokenizer
 
     folder = tmp_path_factory.mktemp("bytes")
@@ -187,7 +187,7 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 
 
 def save_llama(rank: int, world_size: int, folder: Path) -> None:
-    """The README's toy run before its first step."""
+    """Saves the toy run of the README before its first step."""
     from cp_megatron.config.files.presets import PRESETS
 
     config, grid = PRESETS["toy"], Grid()

@@ -1,4 +1,4 @@
-"""Models that transformers makes, loaded on several grids: equal logits, and back bit for bit."""
+"""Models of transformers load on several grids with equal logits, and are exported bit for bit."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ GRIDS = {"one": Grid(), "tp2 cp2": Grid(tp=2, cp=2), "cp4": Grid(cp=4), "tp4": G
 
 
 def make_model(name: str) -> Any:
-    """The same weights every time; biases and norms are random too."""
+    """Makes a model with fixed random weights, including biases and norms."""
     import transformers
 
     family, options = CASES[name]
@@ -146,12 +146,12 @@ def tokens() -> Tensor:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Every case as transformers saves it, with its logits beside it."""
+    """Every case as transformers saves it; its logits are in a file beside the folder."""
     root = tmp_path_factory.mktemp("hf")
     for number, name in enumerate(CASES):
         model = make_model(name)
         folder = root / str(number)
-        # Every other one in shards.
+        # Every second model is saved in shards.
         model.save_pretrained(folder, max_shard_size="20KB" if number % 2 else "1GB")
         with torch.no_grad():
             logits = model(input_ids=tokens(), use_cache=False).logits
@@ -182,7 +182,7 @@ def load_on(folder: Path, grid: Grid, *, sp: bool = False) -> tuple[Transformer,
 
 
 def logit_gaps(rank: int, world_size: int, folders: dict[str, Path], grid: Grid) -> dict[str, Any]:
-    """The largest difference of logits by case, relative to the largest logit."""
+    """Returns the largest difference of logits by case, relative to the largest logit."""
     gaps = {}
     for number, (name, folder) in enumerate(folders.items()):
         model, groups = load_on(folder, grid, sp=grid.tp > 1 and number % 2 == 0)
@@ -210,7 +210,7 @@ def test_logits_are_those_of_transformers(folders: dict[str, Path], grid: str) -
 def save_steps(
     rank: int, world_size: int, folders: dict[str, Path], target: Path, grid: Grid
 ) -> None:
-    """Every case as a run's checkpoint."""
+    """Saves every case as the checkpoint of a run."""
     for folder in folders.values():
         model, _ = load_on(folder, grid)
         save_checkpoint(
@@ -265,7 +265,7 @@ def test_an_export_in_half_precision(runs: dict[str, Path], tmp_path: Path) -> N
 
 
 def count_bytes(rank: int, world_size: int, folder: Path, grid: Grid) -> int:
-    """Bytes that this rank takes out of the files."""
+    """Returns the bytes that this rank reads from the files."""
     reader = hf_load._FolderReader
     counted, read_box = 0, reader._read_box
 
@@ -313,7 +313,7 @@ def first_weight(rank: int, world_size: int, folder: Path) -> Tensor:
 
 
 def refusals(rank: int, world_size: int, source: Path, folders: list[Path]) -> list[str]:
-    """What every rank says when it loads the folders into the model of ``source``."""
+    """Loads each folder into the model of ``source``, and returns the error or ``loaded``."""
     groups = ParallelGroups.create(Grid(cp=world_size), "cpu")
     model = build_model(run_of(source), groups, vocab_size=VOCAB, dtype="float32", device="cpu")
     told = []
@@ -351,7 +351,7 @@ def _index(name: str) -> Callable[[Path], None]:
 
 
 def _overlap(folder: Path) -> None:
-    """Two tensors of one size share their bytes, and a third leaves theirs unnamed."""
+    """Two tensors of one size share their bytes, so the bytes of one belong to no tensor."""
     file = folder / "model.safetensors"
     data = file.read_bytes()
     size = int.from_bytes(data[:8], "little")
@@ -417,7 +417,7 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
 
 
 def norm_gradients(rank: int, world_size: int, folder: Path, grid: Grid, sp: bool) -> Any:
-    """Gradients of a loss, whole, in the names of transformers."""
+    """Returns the complete gradients of the norms of heads."""
     model, groups = load_on(folder, grid, sp=sp)
     cp = ContextParallel(groups.cp, Mask.causal(SEQ))
     logits = model(cp.shard(tokens(), 1), cp=cp)

@@ -1,4 +1,4 @@
-"""The real model: converted from GGUF it speaks and predicts as the one that was trained."""
+"""A real model, converted from GGUF, answers and predicts as it was trained to."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def perplexity(transformer: Transformer, tokens: torch.Tensor) -> float:
 
 
 def test_it_predicts_english(model: tuple[Transformer, Tokenizer]) -> None:
-    """Rows of q and k in the wrong order still say Paris; this is where they show."""
+    """With rows of q and k in the wrong order the model still says Paris, but predicts badly."""
     transformer, tokenizer = model
     text = pydoc_data.topics.topics["exceptions"] + pydoc_data.topics.topics["class"]
     tokens = torch.from_numpy(tokenizer.encode(text)[:TOKENS]).long()

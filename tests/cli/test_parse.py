@@ -1,4 +1,4 @@
-"""The command line: what it reads, what it refuses, and that it does nothing else."""
+"""The command line: the values that it reads and the mistakes that it refuses."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from cp_megatron.cli.parse import Arguments, LaunchOptions, parse_arguments
 from cp_megatron.config import Config
 from cp_megatron.config.fields import settings, settings_of
 from cp_megatron.config.files.presets import PRESETS
-from cp_megatron.config.files.yaml_io import from_yaml, to_yaml
+from cp_megatron.config.files.yaml_io import to_yaml
 from cp_megatron.config.help_page import HELP
 from cp_megatron.errors import ConfigError
+from tests.config.yaml_text import from_yaml
 
 
 def refused(*argv: str) -> ConfigError:
@@ -27,9 +28,7 @@ def refused(*argv: str) -> ConfigError:
 
 def test_nothing_given_is_the_toy_preset() -> None:
     arguments = parse_arguments([])
-    assert arguments == Arguments(
-        config=PRESETS["toy"], dry_run=False, world_size=None, given=frozenset()
-    )
+    assert arguments == Arguments(config=PRESETS["toy"], given=frozenset(), options=LaunchOptions())
 
 
 @pytest.mark.parametrize(

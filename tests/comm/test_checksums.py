@@ -1,4 +1,4 @@
-"""Any single flipped bit changes the sum of a tensor's bits; both ends of a link compare theirs."""
+"""Any flipped bit changes a tensor's checksum, and both ends of a link compare theirs."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def test_a_tensor_without_elements_and_one_that_is_not_contiguous() -> None:
     assert bit_sum(x.t()) == bit_sum(x.t().contiguous())
 
 
-def say(rank: int, world_size: int, heard: list[list[int]]) -> list[int]:
-    """Rank 0 sends 1, 2 to rank 1, which hears ``heard``; then the same without being open."""
+def exchange(rank: int, world_size: int, heard: list[list[int]]) -> list[int]:
+    """Rank 0 sends 1, 2; rank 1 receives ``heard``. Then the same with closed links."""
     world, sums = dist.group.WORLD, LinkSums()
     assert world is not None
     sums.sent(torch.tensor([7]), 1)
@@ -60,7 +60,7 @@ def say(rank: int, world_size: int, heard: list[list[int]]) -> list[int]:
 @pytest.mark.parametrize(
     ("heard", "blamed"), [([[1], [2]], []), ([[1], [3]], [0]), ([[2], [1]], [0])]
 )
-def test_the_receiver_knows_which_sender_it_misheard(
+def test_the_receiver_knows_the_sender_of_a_corrupted_message(
     heard: list[list[int]], blamed: list[int]
 ) -> None:
-    assert run_ranks(say, 2, heard) == [[], blamed]
+    assert run_ranks(exchange, 2, heard) == [[], blamed]

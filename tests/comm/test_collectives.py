@@ -86,7 +86,7 @@ def test_reduce_is_the_sum_and_its_gradient_the_identity() -> None:
     for rank, (out, grad, x) in enumerate(run_ranks(reduce, 2)):
         assert equal(out, [100, 102])
         assert equal(grad, [1, 10])
-        assert equal(x, [100 * rank, 100 * rank + 1])  # the input is left alone
+        assert equal(x, [100 * rank, 100 * rank + 1])  # the input is not modified
 
 
 def test_gather_concatenates_along_rows() -> None:

@@ -1,4 +1,4 @@
-"""Dropout's seeds: stable numbers, different where masks must differ."""
+"""The seeds of dropout: stable numbers, different wherever masks must differ."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from cp_megatron.comm.rng import attention_dropout_seed, dropout_seed, seed_dropout
 
 
-def test_the_seed_is_the_same_for_ever() -> None:
+def test_the_seed_never_changes() -> None:
     # A changed value would change the masks of a resumed run.
     assert dropout_seed(seed=1234, step=5, microbatch=0, dp=0, cp=1) == 4692870899489041887
     assert dropout_seed(seed=1234, step=5, microbatch=0, dp=0, cp=1, tp=None) == 4692870899489041887
@@ -25,7 +25,7 @@ def test_every_coordinate_changes_it() -> None:
     assert all(0 <= seed < 2**63 for seed in seeds)
 
 
-def test_attention_dropout_has_a_seed_for_each_layer_for_ever() -> None:
+def test_the_seed_of_a_layers_attention_dropout_never_changes() -> None:
     assert attention_dropout_seed(seed=1234, layer=0) == 5965371568734988384
     seeds = {attention_dropout_seed(seed=seed, layer=n) for seed in (1, 2) for n in range(9)}
     assert len(seeds) == 18

@@ -1,4 +1,4 @@
-"""How this process was started, read from the variables alone."""
+"""How this process was started, according to the variables."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_a_launcher_that_sets_two_variables_runs_on_one_node() -> None:
         ("LOCAL_WORLD_SIZE", "0"),
     ],
 )
-def test_numbers_that_can_not_be(name: str, value: str) -> None:
+def test_impossible_numbers_are_refused(name: str, value: str) -> None:
     with pytest.raises(ConfigError) as caught:
         Launch.from_environment({**TORCHRUN, name: value})
     assert caught.value.flag == name

@@ -1,4 +1,4 @@
-"""Names in a profile, forward and in autograd's own thread; nothing where none is recorded."""
+"""Names in a profile, in forward and in autograd's own thread, and no cost without a profile."""
 
 from __future__ import annotations
 

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from cp_megatron.config import Config
 from cp_megatron.config.fields import Setting, settings
 from cp_megatron.config.files.presets import PRESETS
-from cp_megatron.config.files.yaml_io import from_yaml, overlay, read_file, to_yaml
+from cp_megatron.config.files.yaml_io import overlay, read_file, to_yaml
 from cp_megatron.errors import ConfigError
+from tests.config.yaml_text import from_yaml
 
 TEXTS = st.text(
     st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=12
@@ -23,14 +24,11 @@ TEXTS = st.text(
 
 
 def values_of(row: Setting) -> st.SearchStrategy[Any]:
-    if row.name == "preset":
-        return st.sampled_from(list(PRESETS))
     low, high = (end if math.isfinite(end) else None for end in (row.range.low, row.range.high))
+    whole = (-(2**63) if low is None else low, 2**63 - 1 if high is None else high)
     kinds: dict[str, st.SearchStrategy[Any]] = {
         "bool": st.booleans(),
-        "int": st.integers(
-            -(2**63) if low is None else int(low), 2**63 - 1 if high is None else int(high)
-        ),
+        "int": st.integers(*(int(end) for end in whole)),
         "float": st.floats(low, high, allow_nan=False, allow_infinity=False).filter(
             lambda number: number in row.range
         ),
@@ -101,18 +99,18 @@ LAUGHS = "data:\n  data_path:\n  - &a0 [ha]\n" + "".join(
         ("data: {data_path: a}", "f: data.data_path", "list of values"),
         ("data: {data_path: [1]}", "f: data.data_path", "must be text"),
         ("checkpoint: {save: '-x'}", "f: checkpoint.save", "dash"),
-        ("preset: none-such", "f: preset", "no preset"),
-        ("model: {num_layers: 2, num_layers: 3}", "f", "stands twice"),
-        ("model: {}\nmodel: {}", "f", "stands twice"),
-        ("model: {", "f", "no YAML"),
-        ("a: 2020-99-99", "f", "no YAML"),
-        ("? [1]\n: 2", "f", "no YAML"),
+        ("preset: none-such", "f: preset", "choices"),
+        ("model: {num_layers: 2, num_layers: 3}", "f", "is given twice"),
+        ("model: {}\nmodel: {}", "f", "is given twice"),
+        ("model: {", "f", "not valid YAML"),
+        ("a: 2020-99-99", "f", "not valid YAML"),
+        ("? [1]\n: 2", "f", "not valid YAML"),
         ("1: 2", "f: 1", "unknown key"),
         ('"a\\nb": 2', "f: a b", "unknown key"),
-        ("!!python/object/apply:os.getcwd []", "f", "no YAML"),
-        ("[" * 5000, "f", "no YAML"),
-        ("\x00", "f", "no YAML"),
-        ("a: !!bool maybe", "f", "no YAML"),
+        ("!!python/object/apply:os.getcwd []", "f", "not valid YAML"),
+        ("[" * 5000, "f", "not valid YAML"),
+        ("\x00", "f", "not valid YAML"),
+        ("a: !!bool maybe", "f", "not valid YAML"),
         (f"model: {{num_layers: {HUGE}}}", "f: model.num_layers", "64 bits"),
         (f"model: {{window_size: [{HUGE}, 0]}}", "f: model.window_size", "64 bits"),
         (f"model: {{rope_long_factor: [{HUGE}]}}", "f: model.rope_long_factor", "finite"),

@@ -1,4 +1,4 @@
-"""Attention over sharded sequences against the dense oracle: out and gradients, per rank."""
+"""Attention over sharded sequences against the dense reference: out and gradients on each rank."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def errors(
     dtype: torch.dtype,
     options: dict[str, str],
 ) -> dict[str, float]:
-    """One rank's relative errors; run on every rank of the pool."""
+    """The relative errors of one rank."""
     inputs = attention_inputs(7, 2, mask.seq_len, *heads, *dims)
     inputs = [x.to(dtype).to(torch.float64) for x in inputs]
     reference = dense_gradients(inputs, mask)
@@ -83,7 +83,7 @@ def test_kernels_routes_and_widths(
 
 
 def traffic(rank: int, world_size: int, mask: Mask, route: str) -> tuple[list[Any], list[Any]]:
-    """What one rank really receives, forward and backward: (peer, tokens, elements per token)."""
+    """The messages that one rank receives in forward and backward: (peer, tokens, elements)."""
     seen: list[tuple[int, int]] = []
     original = dist.batch_isend_irecv
 
@@ -117,13 +117,13 @@ def test_messages_on_the_wire_equal_the_plan(mask: str, route: str) -> None:
     layout = SequenceLayout.make(MASKS[mask], 4, "auto")
     schedule = Schedule.build(MASKS[mask], layout, route=route)
     for rank, (forward, backward) in enumerate(results):
-        turns = schedule.rounds(rank)
-        keys = [(m.peer, m.num_tokens) for round_ in turns if (m := round_.receive_keys)]
+        rounds = schedule.rounds(rank)
+        keys = [(m.peer, m.num_tokens) for round_ in rounds if (m := round_.receive_keys)]
         assert forward == keys
         assert sum(tokens for _, tokens in forward) == schedule.kv_tokens_received(rank)
         grads = [
             (message.peer, message.num_tokens)
-            for round_ in turns
+            for round_ in rounds
             for message in (round_.receive_passed, round_.receive_returned)
             if message
         ]
@@ -150,7 +150,7 @@ def test_shard_and_gather_literally() -> None:
     assert one[0] == [2, 3, 4, 5]
     assert zero[1].tolist() == [1, 1, 0, 0, 0, 0, 1, 1]
     assert one[1].tolist() == [0, 0, 2, 2, 2, 2, 0, 0]
-    # Every rank used the whole: the gradient is the sum of both.
+    # Every rank used the whole tensor, so the gradient is the sum of both.
     assert zero[2].tolist() == [0, 2, 12, 14]
     assert one[2].tolist() == [4, 6, 8, 10]
 
@@ -182,7 +182,7 @@ def test_wrong_shapes_are_refused(shapes: list[tuple[int, ...]], message: str) -
 
 
 def rounds_as_gather(rank: int, world_size: int) -> list[Tensor]:
-    """Returns, for the card's test, this rank's part of positions as keys seen by the ring."""
+    """This rank's part of positions as keys that travelled around the ring."""
     mask = Mask.causal(16)
     cp = ContextParallel(dist.group.WORLD, mask)
     return [
@@ -191,20 +191,20 @@ def rounds_as_gather(rank: int, world_size: int) -> list[Tensor]:
     ]
 
 
-def test_the_ring_brings_the_all_gather_less_what_is_never_read() -> None:
+def test_the_ring_moves_an_all_gather_without_unread_keys() -> None:
     arrivals = run_ranks(rounds_as_gather, 4)
     dense = torch.from_numpy(Mask.causal(16).dense())
     for rank, arrived in enumerate(arrivals):
         seen = torch.cat(arrived)
         assert len(seen) == len(set(seen.tolist()))
         never = set(range(16)) - set(seen.tolist())
-        # What is missing here is read neither here nor further down the ring from its owner.
+        # A missing key is read neither here nor further down the ring from its owner.
         queries = arrived[0]
         assert not dense[queries][:, sorted(never)].any(), rank
 
 
 @pytest.mark.parametrize("scale", [0.0, -0.5, float("inf"), float("nan")])
-def test_a_scale_that_kernels_can_not_take_is_refused(scale: float) -> None:
+def test_a_scale_that_kernels_cannot_take_is_refused(scale: float) -> None:
     x = torch.zeros(1, 8, 2, 4)
     with pytest.raises(ConfigError, match="must be positive"):
         ContextParallel(None, Mask.causal(8)).attention(x, x, x, scale=scale)
@@ -216,7 +216,7 @@ def test_lists_are_sizes_too() -> None:
     assert cp.attention(x, x, x).shape == x.shape
 
 
-def test_autocast_does_not_round_what_the_engine_adds_up() -> None:
+def test_autocast_does_not_round_the_sums_of_the_engine() -> None:
     q, k, v, dout = (x.float() for x in attention_inputs(1, 1, 32, 2, 2, 8, 8))
     for kernel in ("cpu", "reference"):
         cp = ContextParallel(None, Mask.causal(32), kernel=kernel)
@@ -229,7 +229,7 @@ def test_autocast_does_not_round_what_the_engine_adds_up() -> None:
             assert relative_error(x, y, cp.positions) < 1e-6
 
 
-def test_torch_compile_does_not_look_inside() -> None:
+def test_torch_compile_does_not_trace_attention() -> None:
     """One graph break per attention, and no new compilation for a new mask."""
     q, k, v = (x.requires_grad_() for x in attention_inputs(1, 1, 16, 2, 2, 4, 4)[:3])
     frames = 0
@@ -257,10 +257,10 @@ def test_torch_compile_does_not_look_inside() -> None:
 
 
 def within(rank: int, world_size: int, mask: Mask) -> list[float]:
-    """Relative errors of outputs under the mask, a window, and none again, on one layout."""
+    """Relative errors of outputs under the mask, a window, and the mask again, on one layout."""
     cp = ContextParallel(dist.group.WORLD, mask)
     windowed = cp.within((3, 0))
-    assert windowed is cp.within((3, 7))  # nothing lies to the right
+    assert windowed is cp.within((3, 7))  # a causal mask has nothing to the right
     assert windowed is not cp
     assert cp.within(None) is cp
     inputs = attention_inputs(7, 1, mask.seq_len, 4, 4, 8, 8)

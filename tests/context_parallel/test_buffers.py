@@ -1,4 +1,4 @@
-"""The memory of messages: as much for many ranks as for few, reused, and never handed out."""
+"""The memory of messages: bounded on any number of ranks, reused, and never returned to callers."""
 
 from __future__ import annotations
 
@@ -48,11 +48,11 @@ def one_pass(cp: ContextParallel, x: list[Tensor]) -> tuple[Tensor, ...]:
     return out.detach(), *torch.autograd.grad(out, leaves, x[3])
 
 
-# ---- how much ------------------------------------------------------------------------------------
+# ---- size ----------------------------------------------------------------------------------------
 
 
 class Bytes(NamedTuple):
-    """Of one rank: transient peaks of the first pass and of the second, and what is kept."""
+    """Transient peaks of the first and the second pass of one rank, and the memory that is kept."""
 
     forward: int
     backward: int
@@ -63,7 +63,7 @@ class Bytes(NamedTuple):
 
 
 def transient(rank: int, world_size: int, mask: Mask, layout: str, route: str) -> Bytes:
-    """What a forward and a backward allocate over what they return."""
+    """The memory that forward and backward allocate in addition to their results."""
     options = {"kernel": "cpu", "exchange": "p2p", "route": route, "check_ranks": False}
     cp = ContextParallel(dist.group.WORLD, mask, layout, **options)
     *qkv, dout = inputs(rank, SHARD, torch.float32)
@@ -81,7 +81,7 @@ def transient(rank: int, world_size: int, mask: Mask, layout: str, route: str) -
 
 
 def worst(mask: str, route: str, size: int) -> Bytes:
-    """Of all ranks."""
+    """The maximum over all ranks."""
     return Bytes(*map(max, zip(*run_ranks(transient, size, *MASKS[mask](size), route))))
 
 
@@ -89,11 +89,11 @@ def worst(mask: str, route: str, size: int) -> Bytes:
 @pytest.mark.parametrize("mask", MASKS)
 def test_memory_of_a_pass_does_not_grow_with_the_ranks(mask: str, route: str) -> None:
     two, four, eight = (worst(mask, route, size) for size in (2, 4, 8))
-    # Messages lie in memory that is there already: nothing else may depend on the ranks.
+    # Messages lie in memory that exists already, and nothing else may depend on the ranks.
     for more in (four, eight):
         assert more.forward_again <= 1.05 * two.forward_again
         assert more.backward_again <= 1.05 * two.backward_again
-    # With that memory. Two ranks never pass anything on; from four on all buffers are in use.
+    # With that memory. Two ranks never forward keys; from four ranks on all buffers are in use.
     assert eight.forward <= 1.05 * four.forward
     assert eight.backward <= 1.05 * four.backward
     if mask == "full" and route == "ring":
@@ -107,7 +107,7 @@ def test_memory_of_a_pass_does_not_grow_with_the_ranks(mask: str, route: str) ->
 def kept(
     rank: int, world_size: int, masks: list[Mask], options: dict[str, Any], dim: int = DIM
 ) -> list[int]:
-    """Bytes kept for messages after each mask."""
+    """Bytes that are kept for messages after each mask."""
     cp = ContextParallel(dist.group.WORLD, masks[0], kernel="cpu", **options)
     found = []
     for mask in masks:
@@ -135,7 +135,7 @@ def predicted(schedules: list[Schedule], rank: int, dim: int) -> int:
 
 
 @pytest.mark.parametrize("exchange", EXCHANGES)
-def test_what_is_kept_is_what_the_plan_says(exchange: str) -> None:
+def test_the_memory_that_is_kept_is_what_the_plan_predicts(exchange: str) -> None:
     """The memory follows from the largest message of all masks, and is known before they run."""
     masks = [Mask.documents([3 * n, 96 - 3 * n]) for n in range(1, 16)] + [Mask.causal(96)]
     options = EXCHANGES[exchange]
@@ -160,12 +160,12 @@ def test_all_gather_holds_a_portion_of_the_heads_and_the_next() -> None:
         assert 3 * portion < held <= 5 * portion + 3 * portion // 4
 
 
-# ---- whose ---------------------------------------------------------------------------------------
+# ---- reuse ---------------------------------------------------------------------------------------
 
 
 @contextmanager
 def messages() -> Iterator[list[Tensor]]:
-    """Every tensor that is sent or received into; holding them keeps their memory from others."""
+    """All tensors that are sent or received into; keeping them keeps others off their memory."""
     original = dist.batch_isend_irecv
     seen: list[Tensor] = []
 
@@ -184,25 +184,25 @@ def places(tensors: list[Tensor]) -> set[int]:
     return {x.untyped_storage().data_ptr() for x in tensors}
 
 
-def rooms(cp: ContextParallel) -> list[Tensor]:
+def held_buffers(cp: ContextParallel) -> list[Tensor]:
     """All memory that is kept."""
     return [
-        room
+        buffer
         for group in cp.buffers._free.values()
         for workspace in group
-        for room in workspace._buffers.values()
+        for buffer in workspace._buffers.values()
     ]
 
 
 def reuse(rank: int, world_size: int, route: str) -> None:
-    """A second pass, and another layer's, send and receive where the first did."""
+    """A second pass, and another layer's, use the memory of the first pass."""
     mask = Mask.documents([100, 28])
     cp = ContextParallel(dist.group.WORLD, mask, "zigzag", exchange="p2p", route=route)
     x = inputs(rank, 128 // world_size, torch.float32)
     with messages() as first:
         one_pass(cp, x)
     held = cp.buffers.held_bytes
-    assert places(first) & places(rooms(cp))
+    assert places(first) & places(held_buffers(cp))
     for layer in (cp, cp.with_mask(mask), cp.within((9, 0))):
         assert layer.buffers is cp.buffers
         with messages() as again:
@@ -210,7 +210,7 @@ def reuse(rank: int, world_size: int, route: str) -> None:
         assert again
         assert places(again) <= places(first)
     assert cp.buffers.held_bytes == held
-    # Fresh memory would be elsewhere.
+    # New buffers would be elsewhere.
     with messages() as other:
         one_pass(ContextParallel(cp.group, mask, "zigzag", exchange="p2p", route=route), x)
     assert not places(other) & places(first)
@@ -218,12 +218,12 @@ def reuse(rank: int, world_size: int, route: str) -> None:
 
 @pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("world_size", [2, 4])
-def test_messages_lie_where_those_before_lay(world_size: int, route: str) -> None:
+def test_messages_use_the_memory_of_earlier_messages(world_size: int, route: str) -> None:
     run_ranks(reuse, world_size, route)
 
 
 def layers_of(cp: ContextParallel, fresh: bool) -> list[ContextParallel]:
-    """Layers and batches with other masks, sharing what ``cp`` has, or each with its own."""
+    """Layers and batches with other masks that share the buffers of ``cp``, or have their own."""
     other = Mask.documents([5, 50, 9])
     found = [cp, cp.within((7, 0)), cp.with_mask(other, cp.layout), cp.with_mask(Mask.full(32)), cp]
     if fresh:
@@ -235,13 +235,13 @@ def layers_of(cp: ContextParallel, fresh: bool) -> list[ContextParallel]:
 def shared(
     rank: int, world_size: int, options: dict[str, Any], dtype: torch.dtype
 ) -> list[list[Tensor]]:
-    """Results of layers that run one after the other, backward in reverse, and those alone."""
+    """Results of layers that run one after the other, backward in reverse, shared and alone."""
     results = []
     for fresh in (False, True):
         cp = ContextParallel(dist.group.WORLD, Mask.causal(64), "zigzag", kernel="cpu", **options)
         runs = []
         for number, layer in enumerate(layers_of(cp, fresh)):
-            if fresh and layer is cp:  # it is there twice
+            if fresh and layer is cp:  # it occurs twice
                 layer = cp.with_mask(cp.mask, cp.layout)
                 layer.buffers = Buffers()
             tokens = layer.mask.seq_len // world_size
@@ -266,7 +266,7 @@ def test_sharing_memory_changes_no_bit(exchange: str, dtype: torch.dtype) -> Non
 
 
 def results_apart(rank: int, world_size: int, options: dict[str, Any], dtype: torch.dtype) -> None:
-    """Neither results nor what autograd keeps lies in the memory of messages."""
+    """Neither results nor tensors that autograd keeps lie in the memory of messages."""
     cp = ContextParallel(dist.group.WORLD, Mask.causal(64), "zigzag", kernel="cpu", **options)
     *qkv, dout = inputs(rank, 16, dtype)
     leaves = [x.requires_grad_() for x in qkv]
@@ -275,10 +275,10 @@ def results_apart(rank: int, world_size: int, options: dict[str, Any], dtype: to
     grads = torch.autograd.grad(out, leaves, dout)
     kept = [out, *saved, *grads]
     before = [x.clone() for x in kept]
-    assert rooms(cp)
-    assert not places(kept) & places(rooms(cp))
-    for room in rooms(cp):
-        room.fill_(255)
+    assert held_buffers(cp)
+    assert not places(kept) & places(held_buffers(cp))
+    for buffer in held_buffers(cp):
+        buffer.fill_(255)
     one_pass(cp, inputs(rank + 50, 16, dtype))
     assert all(torch.equal(x, y) for x, y in zip(kept, before, strict=True))
 
@@ -289,20 +289,20 @@ def test_results_do_not_lie_in_the_memory_of_messages(exchange: str, dtype: torc
     run_ranks(results_apart, 4, EXCHANGES[exchange], dtype)
 
 
-# ---- the pool by itself --------------------------------------------------------------------------
+# ---- the pool ------------------------------------------------------------------------------------
 
 CPU = torch.device("cpu")
 
 
-def test_a_room_is_replaced_where_it_is_too_small_and_kept_where_it_is_not() -> None:
+def test_a_buffer_is_replaced_if_it_is_too_small_and_kept_otherwise() -> None:
     buffers = Buffers()
     with counting_memory() as count:
         for tokens in (10, 4, 20, 20, 7):
             with buffers.lend(CPU) as memory:
-                room = memory.take("keys", (tokens, 2, 3), torch.float32)
-                assert room.shape == (tokens, 2, 3)
-                assert room.is_contiguous()
-                del room
+                buffer = memory.take("keys", (tokens, 2, 3), torch.float32)
+                assert buffer.shape == (tokens, 2, 3)
+                assert buffer.is_contiguous()
+                del buffer
     assert count.allocations == (240, 480)
     assert count.peak == 480, "the smaller one was given back first"
     assert buffers.held_bytes == buffers.peak_bytes == 480
@@ -326,7 +326,7 @@ def test_passes_at_the_same_time_have_memory_of_their_own() -> None:
 
 
 def test_memory_is_not_lent_again_after_an_error() -> None:
-    """Messages may still be under way in it."""
+    """Messages may still be in flight in it."""
     buffers = Buffers()
 
     def fails() -> None:
@@ -341,7 +341,7 @@ def test_memory_is_not_lent_again_after_an_error() -> None:
 
 
 def test_memory_of_inference_mode_serves_training() -> None:
-    """Looked at from inside: whether a room as it is handed out may be written is torch's whim."""
+    """Checks the buffer itself, because torch may allow writes to a view of it anyway."""
     with torch.inference_mode(), Buffers().lend(CPU) as memory:
         memory.take("keys", (8,), torch.float32)
     (held,) = memory._buffers.values()

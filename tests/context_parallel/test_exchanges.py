@@ -1,6 +1,6 @@
-"""Every exchange gives the dense oracle's numbers: masks, layouts, heads, widths, group sizes.
+"""Every exchange equals the dense reference: masks, layouts, heads, widths and group sizes.
 
-The default run takes every mask on every layout, with kinds of heads and widths in turn; the slow
+The default run takes every mask on every layout, with kinds of heads and widths in turn. The slow
 one takes the whole product, with both kernels.
 """
 
@@ -46,7 +46,7 @@ def options_of(exchange: str, world_size: int) -> dict[str, Any]:
 
 
 def some_cases(exchange: str, world_size: int) -> list[Case]:
-    """Every mask on every layout; heads, widths and types in turn."""
+    """Every mask on every layout, with heads, widths and types in turn."""
     kinds = list(product(HEADS.values(), DIMS, BOUNDS))
     found = []
     for number, (mask, layout) in enumerate(product(MASKS.values(), LAYOUTS)):
@@ -67,7 +67,7 @@ def all_cases(exchange: str, world_size: int) -> list[Case]:
 
 
 def many_errors(rank: int, world_size: int, cases: list[Case]) -> list[dict[str, float]]:
-    """This rank's relative errors, case by case."""
+    """The relative errors of this rank, case by case."""
     return [errors(rank, world_size, *case) for case in cases]
 
 
@@ -117,8 +117,8 @@ def test_heads_that_do_not_meet_their_keys_evenly() -> None:
 def dropped(
     rank: int, world_size: int, options: dict[str, Any], tokens: int
 ) -> list[tuple[float, float]]:
-    """Per tensor: this rank's error against one rank with the same dropout; and the share of it
-    that dropout changed at all."""
+    """For each tensor: this rank's error against one rank with the same dropout, and the relative
+    change that dropout causes."""
     mask = Mask.documents([tokens // 3, tokens - tokens // 3])
     inputs = attention_inputs(3, 2, tokens, 8, 4, 8, 8)
     dropout = Dropout(probability=0.3, seed=11, batch0=5, head0=8)
@@ -151,10 +151,10 @@ def test_dropout_drops_the_same_pairs_on_any_number_of_ranks(exchange: str) -> N
 def bfloat16_errors(
     rank: int, world_size: int, exchanges: dict[str, dict[str, Any]], rounding: bool
 ) -> dict[str, dict[str, tuple[float, float]]]:
-    """Per exchange and tensor this rank's error, and one rank's on the same positions.
+    """For each exchange and tensor, this rank's error, and one rank's on the same positions.
 
-    ``rounding``: by a kernel that rounds as those of CUDA do, in place of the CPU kernel, whose
-    partial results are float32.
+    ``rounding``: use a kernel that rounds like those of CUDA. The partial results of the CPU kernel
+    are float32.
     """
     mask = Mask.causal(512)
     inputs = [x.to(torch.bfloat16) for x in attention_inputs(7, 2, mask.seq_len, 8, 2, 32, 32)]

@@ -1,4 +1,4 @@
-"""What ranks can not compute together is an error on every one of them."""
+"""Inputs that ranks cannot compute together are an error on every rank."""
 
 from __future__ import annotations
 
@@ -58,12 +58,12 @@ ONE_RANK: dict[str, tuple[Callable[[Inputs], Inputs], str]] = {
 }
 
 
-def refused(rank: int, world_size: int, spoil: Callable[[Inputs], Inputs], odd: int) -> str:
-    """The error of this rank when only rank ``odd`` gives spoilt inputs."""
+def refused(rank: int, world_size: int, change: Callable[[Inputs], Inputs], odd: int) -> str:
+    """The error of this rank if only rank ``odd`` changes its inputs."""
     cp = ContextParallel(dist.group.WORLD, Mask.causal(8 * world_size))
     x = inputs()
     try:
-        cp.attention(*(spoil(x) if rank == odd else x))
+        cp.attention(*(change(x) if rank == odd else x))
     except ConfigError as error:
         return str(error)
     return ""
@@ -72,8 +72,8 @@ def refused(rank: int, world_size: int, spoil: Callable[[Inputs], Inputs], odd: 
 @pytest.mark.parametrize("name", ONE_RANK)
 @pytest.mark.parametrize("odd", [0, 1])
 def test_one_rank_with_wrong_inputs_stops_all(name: str, odd: int) -> None:
-    spoil, message = ONE_RANK[name]
-    results = run_ranks(refused, 2, spoil, odd)
+    change, message = ONE_RANK[name]
+    results = run_ranks(refused, 2, change, odd)
     assert message in results[odd]
     both = "differs" in message
     assert (message if both else f"is refused by rank {odd} of the group") in results[1 - odd]
@@ -137,12 +137,12 @@ def test_one_message_per_call_or_per_mask_and_shape_or_none() -> None:
     assert run_ranks(messages, 2, True) == [[1, 1, 1, 1]] * 2
     assert run_ranks(messages, 2, "once") == [[1, 0, 1, 1]] * 2
     assert run_ranks(messages, 2, False) == [[0, 0, 0, 0]] * 2
-    with pytest.raises(ConfigError, match="is no way to check ranks"):
+    with pytest.raises(ConfigError, match="is not a mode of the check"):
         ContextParallel(None, Mask.causal(8), check_ranks="sometimes")
 
 
 def later(rank: int, world_size: int, name: str) -> str:
-    """A first attention that is right, then one that rank 1 gets wrong."""
+    """One correct attention, then one that is wrong on rank 1."""
     cp = ContextParallel(dist.group.WORLD, Mask.causal(16))
     cp.attention(*inputs())
     if rank == 1 and name == "another mask":
@@ -169,7 +169,7 @@ def no_width(x: Inputs) -> Inputs:
     return torch.zeros(1, 8, 4, 0), torch.zeros(1, 8, 4, 0), x[2]
 
 
-def test_what_is_no_refusal_on_one_rank_stops_the_others_too() -> None:
+def test_any_exception_on_one_rank_stops_the_others_too() -> None:
     zero, one = run_ranks(refused, 2, no_width, 1)
     assert "is refused by rank 1" in zero
     assert "must not be empty" in one

@@ -1,6 +1,6 @@
-"""What every exchange sends is summed on both ends: one flipped bit on the way is found out.
+"""Both ends of every exchange sum its messages, so that one flipped bit is found.
 
-The bit flips below everything of ours, in the buffer that torch has received into.
+The bit flips below the engine, in the buffer that torch has received into.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 
 
 class Work:
-    """A message under way whose last bit but four flips as it arrives."""
+    """A message in flight, one of whose bits flips as it arrives."""
 
     def __init__(self, work: dist.Work | None, arrival: Tensor) -> None:
         self._work, self._arrival = work, arrival
@@ -38,7 +38,7 @@ class Work:
 
 @contextmanager
 def flipping(number: int) -> Iterator[list[int]]:
-    """Flips a bit in message ``number`` of those that arrive; gives how many there were."""
+    """Flips a bit in message ``number`` of those that arrive; yields how many there were."""
     seen = [0]
     batch, gather, all_to_all = (
         dist.batch_isend_irecv,
@@ -59,15 +59,15 @@ def flipping(number: int) -> Iterator[list[int]]:
         work = gather(result, x, **options)
         group = options["group"]
         other = (group.rank() + 1) % group.size()
-        if x.dtype is torch.int64 or not arrives():  # ranks agree by numbers
+        if x.dtype is torch.int64 or not arrives():  # ranks compare inputs by integers
             return work
         return Work(work, result.chunk(group.size())[other])
 
     def corrupted(result: Tensor, x: Tensor, *args: Any, **options: Any) -> None:
         all_to_all(result, x, *args, **options)
-        if args and arrives():  # sums travel without sizes
+        if args and arrives():  # checksums are exchanged without sizes
             sizes: list[int] = args[0]
-            first = options["group"].rank() == 0  # whose own part comes first
+            first = options["group"].rank() == 0  # its own part comes first
             Work(None, result[sizes[0] :] if first else result).wait()
 
     with (
@@ -81,7 +81,7 @@ def flipping(number: int) -> Iterator[list[int]]:
 def attend(
     rank: int, world_size: int, kind: str, victim: int, number: int
 ) -> tuple[list[int], int]:
-    """The senders that this rank misheard, and how many messages came."""
+    """The senders of corrupted messages that this rank found, and how many messages came."""
     group = dist.group.WORLD
     assert group is not None
     cp = ContextParallel(group, Mask.causal(64), **EXCHANGES[kind])
@@ -95,7 +95,7 @@ def attend(
 
 
 @pytest.mark.parametrize("kind", EXCHANGES)
-def test_a_bit_that_flips_on_the_way_is_found_on_the_rank_it_reached(kind: str) -> None:
+def test_a_bit_that_flips_on_the_way_is_found_by_the_receiver(kind: str) -> None:
     unharmed = run_ranks(attend, 4, kind, 1, -1)
     assert [found for found, _ in unharmed] == [[]] * 4
     num_messages = unharmed[1][1]
@@ -107,7 +107,7 @@ def test_a_bit_that_flips_on_the_way_is_found_on_the_rank_it_reached(kind: str) 
 
 
 def silent(rank: int, world_size: int) -> tuple[bool, bool]:
-    """Whether summing changed a bit of the gradients, and whether closed links hold anything."""
+    """Whether checksums changed a bit of the gradients, and whether closed links keep anything."""
     group = dist.group.WORLD
     grads = []
     for opens in (False, True):
@@ -125,5 +125,5 @@ def silent(rank: int, world_size: int) -> tuple[bool, bool]:
     return torch.equal(grads[0], grads[1]), bool(cp.link_sums._sent)
 
 
-def test_links_are_noted_only_while_they_are_open() -> None:
+def test_links_are_recorded_only_while_they_are_open() -> None:
     assert run_ranks(silent, 4) == [(True, True)] * 4

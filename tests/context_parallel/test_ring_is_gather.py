@@ -1,7 +1,7 @@
-"""The promise on the card, on a real run: the ring is an all-gather of keys and values forward and
-a reduce-scatter of their gradients backward, less what nobody reads; and nothing else is told.
+"""The ring is an all-gather of keys and values forward and a reduce-scatter of gradients backward,
+without what no rank reads; and only attention knows of the group.
 
-Shapes: B batch, S tokens of the row, N ranks, G key/value heads, D = E head dim.
+Shapes: B = batch, S = tokens of the row, N = ranks, G = key/value heads, D = E = head dim.
 A message is [tokens, B, G * 2 * D].
 """
 
@@ -40,7 +40,7 @@ MASKS = {
 
 @contextmanager
 def recording() -> Iterator[list[Tensor]]:
-    """What is received, in the order of posting. The buffers are used again: these are copies."""
+    """Copies of all messages that are received, in the order of posting."""
     original = dist.batch_isend_irecv
     buffers: list[Tensor] = []
 
@@ -58,7 +58,7 @@ def recording() -> Iterator[list[Tensor]]:
 
 
 def packed(k: Tensor, v: Tensor) -> Tensor:
-    """[B, K, G, D] twice -> [K, B, G * 2 * D], spelt out again."""
+    """[B, K, G, D] twice -> [K, B, G * 2 * D], independently of the engine."""
     return torch.cat([x.transpose(0, 1).flatten(2) for x in (k, v)], dim=-1)
 
 
@@ -78,7 +78,7 @@ def run(mask: Mask, route: str, layout: str) -> tuple[ContextParallel, Any, Any,
 
 
 def all_gathered(cp: ContextParallel, k: Tensor, v: Tensor) -> Tensor:
-    """[S, B, ..]: what a real all-gather of every rank's keys and values brings, by position."""
+    """[S, B, ..]: the result of a real all-gather of all keys and values, by position."""
     shard = packed(cp.shard(k, 1), cp.shard(v, 1)).contiguous()
     parts = [torch.empty_like(shard) for _ in range(cp.cp_size)]
     dist.all_gather(parts, shard)
@@ -89,7 +89,7 @@ def all_gathered(cp: ContextParallel, k: Tensor, v: Tensor) -> Tensor:
 
 
 def gather_gap(rank: int, world_size: int, mask: Mask, route: str, layout: str) -> None:
-    """Arrivals and own keys are the all-gather, to the bit, less what nobody below reads."""
+    """Own keys and arrivals are the all-gather, to the bit, without keys no rank below reads."""
     cp, (_, k, v, _), (keys, _), _ = run(mask, route, layout)
     whole = all_gathered(cp, k, v)
     arrivals = iter(keys)
@@ -125,7 +125,7 @@ def contribution(cp: ContextParallel, inputs: list[Tensor]) -> Tensor:
 
 
 def scatter_gap(rank: int, world_size: int, mask: Mask, route: str, layout: str) -> list[float]:
-    """Errors of (own + what came home, k and v's gradients) against a real reduce-scatter."""
+    """Errors of (own + returned gradients, those of k and v) against a real reduce-scatter."""
     cp, inputs, (_, buffers), grads = run(mask, route, layout)
     mine = contribution(cp, inputs)
     order = [torch.from_numpy(cp.layout.positions(r)) for r in range(world_size)]
@@ -162,19 +162,19 @@ def test_the_ring_brings_the_all_gather(mask: str, route: str, layout: str) -> N
 
 
 @pytest.mark.parametrize(("mask", "route", "layout"), CASES)
-def test_what_comes_home_is_the_reduce_scatter(mask: str, route: str, layout: str) -> None:
+def test_returned_gradients_are_the_reduce_scatter(mask: str, route: str, layout: str) -> None:
     for errors in run_ranks(scatter_gap, 4, MASKS[mask], route, layout):
         assert max(errors) < 1e-12
 
 
-# ---- nothing but attention knows -----------------------------------------------------------------
+# ---- only attention knows the group --------------------------------------------------------------
 
 LOCAL = (LayerNorm, RMSNorm, MLP, nn.Dropout, ColumnParallelLinear)
 KNOWS = (dist.ProcessGroup, DeviceMesh, ParallelGroups, TensorParallel, ContextParallel)
 
 
-def told(module: nn.Module) -> list[str]:
-    """Names of a module's own attributes that are, or hold, a group; children are not its own."""
+def groups_of(module: nn.Module) -> list[str]:
+    """Names of a module's own attributes that are, or contain, a group."""
     found = []
     for name, value in vars(module).items():
         if name in ("_parameters", "_modules"):
@@ -185,8 +185,8 @@ def told(module: nn.Module) -> list[str]:
     return found
 
 
-def modules_told(rank: int, world_size: int, llama: bool) -> dict[str, int]:
-    """Counts the local modules by type and raises for one that holds or gets a group."""
+def modules_without_groups(rank: int, world_size: int, llama: bool) -> dict[str, int]:
+    """Counts the local modules by type; raises if one of them holds or receives a group."""
     groups = ParallelGroups.create(Grid(cp=2, tp=2), "cpu")
     config = run_config(LLAMA if llama else GPT, sequence_parallel=True)
     model = build_model(config, groups, vocab_size=VOCAB, dtype="float32", device="cpu")
@@ -199,19 +199,19 @@ def modules_told(rank: int, world_size: int, llama: bool) -> dict[str, int]:
 
     for name, module in model.named_modules():
         if isinstance(module, LOCAL):
-            assert not told(module), (name, told(module))
+            assert not groups_of(module), (name, groups_of(module))
             parameters = inspect.signature(module.forward).parameters.values()
             assert {p.annotation for p in parameters} <= {"Tensor", Tensor, "bool"}, name
             module.register_forward_pre_hook(before, with_kwargs=True)
     cp = ContextParallel(groups.cp, Mask.causal(SEQ))
     model(cp.shard(batch()[0], 1), cp=cp).sum()
-    assert told(model) == ["tp"], "the test sees a group where there is one"
+    assert groups_of(model) == ["tp"], "the test sees a group where there is one"
     return calls
 
 
 @pytest.mark.parametrize("llama", [False, True])
 def test_norms_mlp_and_dropout_never_hold_or_get_a_group(llama: bool) -> None:
-    for calls in run_ranks(modules_told, 4, llama):
+    for calls in run_ranks(modules_without_groups, 4, llama):
         norm, columns = ("RMSNorm", 3 + 2) if llama else ("LayerNorm", 3 + 1)
         assert calls[norm] == 2 * 2 + 1
         assert calls["MLP"] == 2

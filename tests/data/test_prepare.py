@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 
 from cp_megatron.data.prepare import prepare as module
-from cp_megatron.data.prepare.prepare import Request, WorkAhead, prepare
+from cp_megatron.data.prepare.prepare import WorkAhead, prepare
 from cp_megatron.data.prepare.prepare_worker import SpanProgress
+from cp_megatron.data.prepare.request import Request
 from cp_megatron.data.read.indexed import IndexedDataset
 from cp_megatron.errors import ConfigError
 from tests.data import tokenizer_files
@@ -40,7 +41,7 @@ def corpus(folder: Path, bad: tuple[int, ...] = ()) -> Path:
 
 def request(folder: Path, name: str, **changes: object) -> Request:
     values: dict[str, object] = {
-        "inputs": (str(folder / "corpus.jsonl"),),
+        "input": (str(folder / "corpus.jsonl"),),
         "output_prefix": str(folder / name / "out"),
         "tokenizer_type": "byte",
         "workers": 2,
@@ -59,7 +60,7 @@ def test_documents_become_sequences(tmp_path: Path) -> None:
     path = tokenizer_files.huggingface(tmp_path)
     made = {"tokenizer_type": "huggingface", "tokenizer_model": str(path)}
     events: list[WorkAhead | SpanProgress] = []
-    result = prepare(request(tmp_path, "a", **made, keys=("text", "title")), events.append)
+    result = prepare(request(tmp_path, "a", **made, json_keys=("text", "title")), events.append)
     assert result.documents == (LINES, LINES)
     assert sorted(files(tmp_path / "a")) == [
         "out_text_document.bin",
@@ -85,7 +86,7 @@ def test_documents_become_sequences(tmp_path: Path) -> None:
     )
     assert sum(part.tokens for part in parts) == sum(result.tokens)
     # One process, and without an end of document.
-    prepare(request(tmp_path, "b", **made, keys=("text", "title"), workers=1))
+    prepare(request(tmp_path, "b", **made, json_keys=("text", "title"), workers=1))
     assert files(tmp_path / "a") == files(tmp_path / "b")
     prepare(request(tmp_path, "c", **made, append_eod=False))
     data = IndexedDataset.open(str(tmp_path / "c" / "out_text_document"))
@@ -120,7 +121,7 @@ def test_a_killed_run_goes_on(tmp_path: Path) -> None:
     for changes, rule in (
         ({"tokenizer_type": "tiktoken"}, "run with another tokenizer"),
         ({"append_eod": False}, "run with other flags"),
-        ({"inputs": (str(tmp_path / "corpus.jsonl"),) * 2}, "run with other inputs"),
+        ({"input": (str(tmp_path / "corpus.jsonl"),) * 2}, "run with other inputs"),
     ):
         if "tokenizer_type" in changes:
             changes["tokenizer_model"] = str(tokenizer_files.tiktoken(tmp_path))
@@ -196,7 +197,7 @@ def test_a_damaged_span_is_made_again(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="line 390"):
         prepare(wanted)
     # Corrects the line without changing the size or the time of the file.
-    path = Path(wanted.inputs[0])
+    path = Path(wanted.input[0])
     state = path.stat()
     path.write_text(path.read_text().replace("\n{\n", "\n \n"))
     os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
@@ -227,11 +228,11 @@ def test_refused_before_anything_is_made(tmp_path: Path) -> None:
     (tmp_path / "there").mkdir()
     (tmp_path / "there" / "out_text_document.bin").write_bytes(b"1")
     for name, changes, rule in (
-        ("a", {"inputs": ()}, "needs the documents"),
+        ("a", {"input": ()}, "needs the documents"),
         ("a", {"workers": 0}, "at least 1"),
-        ("a", {"keys": ("a", "a")}, "twice"),
-        ("a", {"keys": ("a/b",)}, "must not hold a /"),
-        ("a", {"inputs": (str(tmp_path / "text.txt"),), "keys": ("title",)}, "has no keys"),
+        ("a", {"json_keys": ("a", "a")}, "twice"),
+        ("a", {"json_keys": ("a/b",)}, "must not hold a /"),
+        ("a", {"input": (str(tmp_path / "text.txt"),), "json_keys": ("title",)}, "has no keys"),
         ("there", {}, "exists already"),
         ("text.txt", {}, "cannot be written"),
     ):
@@ -239,7 +240,7 @@ def test_refused_before_anything_is_made(tmp_path: Path) -> None:
             prepare(request(tmp_path, name, **changes))
         assert not (tmp_path / "a").exists()
     with pytest.raises(ConfigError, match="no document has any text"):
-        prepare(request(tmp_path, "b", inputs=(str(tmp_path / "empty.txt"),)))
+        prepare(request(tmp_path, "b", input=(str(tmp_path / "empty.txt"),)))
 
 
 def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:

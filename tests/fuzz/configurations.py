@@ -1,9 +1,9 @@
-"""Command lines at random: every flag of the table of settings, values that work and that do not.
+"""Random command lines: every setting, with values that work and values that do not.
 
-A line is a base that is sound (a grid, a tiny model that it can split, rows, batches), some groups
-of flags that belong together, some flags on their own, and now and then a nasty value. So a third
-of the lines are accepted and each of the rest has one thing wrong. A flag that is new in the
-schema enters by itself.
+A line consists of a sound base (a grid, a tiny model that it can split, rows, batches), groups of
+flags that belong together, single flags, and sometimes a nasty value. A third of the lines are
+accepted, and most others have one mistake. A new field of the schema is covered without a change
+here.
 """
 
 from __future__ import annotations

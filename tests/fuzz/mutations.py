@@ -1,4 +1,4 @@
-"""Ways to harm a file: its bytes, the JSON in it, a header of safetensors."""
+"""Ways to damage a file: its bytes, the JSON in it, the header of a safetensors file."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from random import Random
 from typing import Any
 
 Place = tuple[str | int, ...]
-"""Where in a JSON document something lies: keys and numbers."""
+"""A path in a JSON document: keys and list indices."""
 
 _HUGE = (*(2**k + d for k in (31, 32, 40, 62, 63, 64) for d in (-1, 0)), 10**30, 10**4000)
 _VALUES: tuple[Any, ...] = (
@@ -22,15 +22,15 @@ _VALUES: tuple[Any, ...] = (
 
 
 def harm_bytes(rng: Random, data: bytes) -> bytes:
-    """Flipped, cut, longer, with a hole, with parts exchanged; never the same bytes."""
-    while (harmed := _harmed(rng, data)) == data:
+    """Flips bits, truncates, extends, overwrites, deletes or repeats; never the same bytes."""
+    while (damaged := _damaged(rng, data)) == data:
         pass
-    return harmed
+    return damaged
 
 
-def _harmed(rng: Random, data: bytes) -> bytes:
+def _damaged(rng: Random, data: bytes) -> bytes:
     start = rng.randrange(len(data))
-    # The beginning is where formats say what follows.
+    # Formats describe the rest of the file at its beginning.
     start = start % 64 if rng.random() < 0.4 else start
     stop = min(len(data), start + rng.choice([1, 2, 4, 8, 100]))
     match rng.randrange(8):
@@ -55,19 +55,19 @@ def _harmed(rng: Random, data: bytes) -> bytes:
 
 
 def harm_json(rng: Random, document: Any) -> tuple[Any, Place]:
-    """A changed copy and where it was changed; the same document where the change is none."""
-    harmed = copy.deepcopy(document)
-    places = list(_places(harmed))
+    """A changed copy and the path of the change. The copy can equal the document."""
+    damaged = copy.deepcopy(document)
+    places = list(_places(damaged))
     place = rng.choice(places)
-    if rng.random() < 0.5:  # most places are deep, and few of those differ
+    if rng.random() < 0.5:  # most paths are deep, and few of those differ
         depth = rng.randint(1, len(place))
         place = place[:depth]
-    parent, key = _at(harmed, place[:-1]), place[-1]
+    parent, key = _at(damaged, place[:-1]), place[-1]
     match rng.randrange(6):
         case 0:
             del parent[key]
         case 1:
-            parent[key] = copy.deepcopy(_at(harmed, rng.choice(places)))
+            parent[key] = copy.deepcopy(_at(damaged, rng.choice(places)))
         case 2 if isinstance(parent, dict):
             parent[rng.choice(["", "../x", "rank-00009.safetensors", "x"])] = parent.pop(key)
         case 3 if isinstance(parent[key], int | float):
@@ -77,7 +77,7 @@ def harm_json(rng: Random, document: Any) -> tuple[Any, Place]:
                 parent[key] = [parent[key]]
         case _:
             parent[key] = copy.deepcopy(rng.choice(_VALUES))
-    return harmed, place
+    return damaged, place
 
 
 def _places(value: Any, place: Place = ()) -> Iterator[Place]:
@@ -98,7 +98,7 @@ def _at(value: Any, place: Place) -> Any:
 
 
 def sealed(fields: Any) -> bytes:
-    """``manifest.json`` of these fields, with the SHA-256 that belongs to them."""
+    """A ``manifest.json`` of these fields, with the SHA-256 that matches them."""
     text = _dumped(fields, sort_keys=True)
     digest = hashlib.sha256(text).hexdigest()
     return _dumped({"manifest": fields, "sha256": digest})
@@ -112,13 +112,13 @@ def _dumped(value: Any, *, sort_keys: bool = False) -> bytes:
 
 
 def header_of(data: bytes) -> tuple[dict[str, Any], bytes]:
-    """The header of a safetensors file, and what follows it."""
+    """The header of a safetensors file, and the bytes after it."""
     (length,) = struct.unpack("<Q", data[:8])
     return json.loads(data[8 : 8 + length]), data[8 + length :]
 
 
 def forged_header(rng: Random, header: dict[str, Any]) -> dict[str, Any]:
-    """A header that fits the file and tells something else of its tensors."""
+    """A header that fits the file but describes its tensors differently."""
     forged = copy.deepcopy(header)
     keys = sorted(forged.keys() - {"__metadata__"})
     key = rng.choice(keys)
@@ -138,7 +138,7 @@ def forged_header(rng: Random, header: dict[str, Any]) -> dict[str, Any]:
 
 
 def with_header(header: Any, rest: bytes) -> bytes:
-    """A safetensors file."""
+    """A safetensors file with this header."""
     text = _dumped(header)
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text + rest

@@ -1,4 +1,4 @@
-"""Reading what somebody harmed: within little time and memory, numbers or one line."""
+"""Reads damaged files within little time and memory: the result is numbers or a one-line error."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cp_megatron.cli.refusal import error_line
 from cp_megatron.errors import ConfigError
-from cp_megatron.preflight.start_table import error_line
 
 SECONDS = 3.0
-"""Of this process's own time that reading one file may take."""
-ROOM = 512 << 20
-"""Bytes of address space that it may ask for."""
+"""CPU time that reading one file may take."""
+SPACE = 512 << 20
+"""Bytes of address space that reading one file may allocate."""
 REFUSED = "refused"
 
 
 @contextmanager
 def narrow() -> Iterator[None]:
-    """Little time and little memory: what a file says of its size is not believed."""
+    """Limits time and memory, so that a size that a file claims cannot be trusted unnoticed."""
     before = resource.getrlimit(resource.RLIMIT_AS)
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     began = time.process_time()
-    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + ROOM, before[1]))
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + SPACE, before[1]))
     try:
         yield
     finally:
@@ -39,7 +39,7 @@ def narrow() -> Iterator[None]:
 
 
 def outcome(read: Callable[[], Any]) -> Any:
-    """What was read, or ``REFUSED``; any other exception is a bug."""
+    """The result of ``read``, or ``REFUSED`` if it refuses. Any other exception is a bug."""
     with narrow():
         try:
             return read()
@@ -50,7 +50,7 @@ def outcome(read: Callable[[], Any]) -> Any:
 
 
 def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    """The same names and bits."""
+    """Whether names and bits are equal."""
     return one.keys() == other.keys() and all(
         torch.equal(one[name].view(-1).view(torch.uint8), other[name].view(-1).view(torch.uint8))
         for name in one
@@ -58,12 +58,12 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 
 
 def spread(found: Counter[str]) -> None:
-    """A test whose files are all refused, or none, tests little."""
+    """Checks that enough files were refused for the test to mean something."""
     assert found[REFUSED] > 0.3 * found.total()
 
 
 class Trap:
-    """Its pickle makes a folder when it is opened."""
+    """An object whose pickle makes a folder when it is loaded."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

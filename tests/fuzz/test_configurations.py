@@ -1,6 +1,6 @@
-"""Whatever the checks accept runs; whatever they refuse is one line. No hang, no trace.
+"""What the checks accept runs, and what they refuse is reported in one line: no hang, no traceback.
 
-A line is known by its seed. By default a short form; the whole of it, a thousand lines, is slow.
+A command line is determined by its seed. The test with a thousand of them is marked slow.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ import torch.distributed as dist
 from rich.console import Console
 
 from cp_megatron.cli.parse import parse_arguments
+from cp_megatron.cli.refusal import error_line
 from cp_megatron.comm.runtime import Launch
 from cp_megatron.config.fields import settings
 from cp_megatron.errors import ConfigError
 from cp_megatron.memory.memory_report import print_prediction
 from cp_megatron.preflight.check import check
 from cp_megatron.preflight.run_plan import RunPlan
-from cp_megatron.preflight.start_table import error_line, print_start
+from cp_megatron.preflight.start_table import print_start
 from cp_megatron.spec import ModelSpec
 from cp_megatron.train.loop import DivergedError
 from cp_megatron.train.progress import ProgressView
@@ -40,7 +41,8 @@ SECONDS = 5.0
 MEMORY = 512 << 20
 """Bytes that the checks of all lines may add to this process."""
 LATER = {"save", "split"}
-"""A folder that can not be made, a part too short for a row: only the attempt tells."""
+"""Settings whose mistakes only the run itself finds: a folder that cannot be made, a part of the
+data that is too short for a row."""
 
 
 @contextmanager

@@ -1,9 +1,8 @@
-"""Harmed files, a thousand with those of ``test_hf_files``: refused in one line, or the numbers
-are those that it had.
+"""Damaged files are refused in one line, or read with the numbers that they had.
 
-Whatever a file says, reading it takes no more time and memory than it is worth, opens no other
-file and runs nothing. Where a format has no checksum a changed number can not be told; what can
-be told of it then stands beside the test.
+Together with ``test_hf_files`` there are a thousand of them. Reading any of them takes little time
+and memory, opens no other file and runs no code. In a format without a checksum a changed number
+cannot be detected; the test then says what can.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ from tests.fuzz.reading import REFUSED, Trap, outcome, same, spread
 
 @pytest.mark.parametrize("vocab_size", [300, 70_000])
 def test_pairs(vocab_size: int, tmp_path: Path) -> None:
-    """Without a checksum a changed id can not be told, but the fingerprint is another one."""
+    """Without a checksum a changed id cannot be detected, but the fingerprint changes."""
     prefix, rng = str(tmp_path / "pair"), Random(vocab_size)
     with IndexedWriter(prefix, vocab_size=vocab_size) as writer:
         for length in (3, 0, 40, 1, 17):
@@ -58,8 +57,8 @@ def test_pairs(vocab_size: int, tmp_path: Path) -> None:
     found: Counter[str] = Counter()
     for number in range(150):
         place = 0 if number % 3 else 1
-        harmed = moved(rng, before[0]) if number % 3 == 2 else harm_bytes(rng, before[place])
-        files[place].write_bytes(harmed)
+        damaged = moved(rng, before[0]) if number % 3 == 2 else harm_bytes(rng, before[place])
+        files[place].write_bytes(damaged)
         data = outcome(lambda: opened(prefix, vocab_size))
         found[str(data)[:7]] += 1
         if data != REFUSED:
@@ -77,7 +76,7 @@ def test_pairs(vocab_size: int, tmp_path: Path) -> None:
 
 
 def moved(rng: Random, index: bytes) -> bytes:
-    """An .idx with one number of its tables a little larger or smaller."""
+    """An .idx in whose tables one number is slightly larger or smaller."""
     place = HEADER.size + 4 * rng.randrange((len(index) - HEADER.size) // 4)
     (value,) = struct.unpack_from("<i", index, place)
     value += rng.choice([-2, -1, 1, 2])
@@ -94,7 +93,7 @@ def opened(prefix: str, vocab_size: int) -> IndexedDataset:
 
 
 class Saved:
-    """A checkpoint of the toy, and what its files hold."""
+    """A checkpoint of the toy model, and the content of its files."""
 
     def __init__(self, folder: Path) -> None:
         made = toy.make(None, updates=2)
@@ -111,14 +110,14 @@ class Saved:
         self.shard_path.write_bytes(self.shard)
 
     def load(self) -> dict[str, Tensor]:
-        """The numbers, read as before a start and as at one."""
+        """The numbers that a run would load."""
         model, optimizer = toy.make(None)
         toy.scramble(model, optimizer)
         load_checkpoint(self.step, model=model, optimizer=optimizer)
         return toy.snapshot(model, optimizer)
 
     def seal(self) -> None:
-        """Writes a manifest that says of the shard what it now is, as a forger would."""
+        """Writes a manifest that matches the current shard, as a forger would."""
         entry = FileEntry(size=self.shard_path.stat().st_size, sha256=file_sha256(self.shard_path))
         files = {self.shard_path.name: vars(entry)}
         (self.step / "manifest.json").write_bytes(sealed({**self.fields, "files": files}))
@@ -133,7 +132,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Saved:
 
 @pytest.mark.parametrize("file", ["manifest.json", "rank-00000.safetensors"])
 def test_bytes_of_a_checkpoint(file: str, saved: Saved) -> None:
-    """The SHA-256 of the manifest and of the shards see every byte that has a meaning."""
+    """The SHA-256 of the manifest and of the shards cover every byte that has a meaning."""
     rng = Random(1)
     path, before = saved.step / file, (saved.step / file).read_bytes()
     for _ in range(75):
@@ -144,7 +143,7 @@ def test_bytes_of_a_checkpoint(file: str, saved: Saved) -> None:
 
 
 def test_manifests_with_a_right_sum(saved: Saved) -> None:
-    """Where a tensor lies is the manifest's to say; all else leaves the numbers as they are."""
+    """Only the manifest's entries of tensors can change the numbers; other changes cannot."""
     rng, found = Random(2), Counter[str]()
     config = parse_arguments(["--load", str(run_folder_of(saved))]).config
     for _ in range(250):
@@ -165,7 +164,7 @@ def run_folder_of(saved: Saved) -> Path:
 
 
 def looked_at(config: Config) -> None:
-    """What happens to a manifest before torch is imported."""
+    """Checks a manifest as it is checked before torch is imported."""
     found = find_load(config)
     assert found is not None
     check_goes_on(config, found.manifest, 257)
@@ -173,7 +172,7 @@ def looked_at(config: Config) -> None:
 
 
 def test_shards_with_a_right_sum(saved: Saved) -> None:
-    """A forged shard is refused or read as it says; it is never more than numbers."""
+    """A forged shard is refused, or read as it claims; it contains only numbers."""
     rng, found = Random(3), Counter[str]()
     header, rest = header_of(saved.shard)
     for number in range(150):
@@ -191,13 +190,13 @@ def test_shards_with_a_right_sum(saved: Saved) -> None:
         if numbers != REFUSED:
             assert numbers.keys() == saved.numbers.keys()
             stored = [numbers[name] for name in numbers if not name.endswith(".step")]
-            # As they lie there: nothing is converted on the way.
+            # Exactly as stored: nothing is converted.
             assert all(tensor.numpy().tobytes() in data for tensor in stored)
     spread(found)
 
 
 def test_what_is_no_shard(saved: Saved, tmp_path: Path) -> None:
-    """Pickles, links, pipes, devices, a header of a terabyte: all with the right sum."""
+    """Pickles, links, pipes, devices and a header of a terabyte, all with a matching checksum."""
     sprung = tmp_path / "sprung"
     outside = tmp_path / "outside"
     outside.write_bytes(saved.shard)
@@ -252,7 +251,7 @@ EVIL = (
 
 
 def test_configurations_as_yaml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is read is written back as it was read; nothing that a tag names is run."""
+    """A config that is read can be written and read again; a YAML tag never runs code."""
     monkeypatch.chdir(tmp_path)
     rng, found = Random(5), Counter[str]()
     texts = [to_yaml(config) for config in PRESETS.values()]

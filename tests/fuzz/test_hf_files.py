@@ -1,4 +1,4 @@
-"""Harmed folders of Hugging Face: refused in one line, or read as the file says, whole."""
+"""Damaged Hugging Face folders are refused in one line, or read completely as the files say."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def tensors_of(folder: Path) -> list[HFTensor]:
 
 
 class Stub(nn.Module):
-    """Tensors named as the model's, without the model."""
+    """Has the tensors of a model under their names, but computes nothing."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__()
@@ -86,7 +86,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("file", ["config.json", "model.safetensors", "header", "index"])
 def test_a_folder_of_hugging_face(file: str, folder: Path) -> None:
-    """There is no checksum: what is read is what the file says, whole, and never more than it."""
+    """Without a checksum, what is read is exactly what the files say, and never more."""
     rng, found = Random(4), Counter[str]()
     whole = hf_numbers(folder)
     path = folder / {"header": "model.safetensors", "index": INDEX_FILE}.get(file, file)
@@ -108,7 +108,7 @@ def test_a_folder_of_hugging_face(file: str, folder: Path) -> None:
 
 
 def split_in_two(folder: Path) -> None:
-    """The one file as two and an index."""
+    """Replaces the single file by two shards and an index."""
     header, rest = header_of((folder / "model.safetensors").read_bytes())
     keys = [key for key in header if key != "__metadata__"]
     place = {}
@@ -137,7 +137,7 @@ def harmed_hf(rng: Random, file: str, before: bytes) -> bytes:
 
 
 def test_what_are_no_weights(folder: Path, tmp_path: Path) -> None:
-    """Pickles, a header of a terabyte, pipes, devices, names that lead out of the folder."""
+    """Pickles, a header of a terabyte, pipes, devices, names outside the folder are refused."""
     path, sprung = folder / "model.safetensors", tmp_path / "sprung"
     before, terabyte = path.read_bytes(), struct.pack("<Q", 1 << 40)
     for data in (pickle.dumps(Trap(sprung)), terabyte, terabyte + before[8:], b"", b"\xff" * 8):

@@ -1,8 +1,8 @@
-"""Several ranks on one card: messages of CUDA tensors by way of the host, over gloo.
+"""A process group for several ranks on one GPU: sends CUDA tensors through the host, over gloo.
 
-NCCL refuses two ranks on one GPU and gloo can not send what lies on it. This group copies what is
-sent to the host, what is received to the card, and lets gloo do the rest, so that one card runs the
-whole program of several ranks: kernels, streams, FSDP. It says nothing about NCCL or about speed.
+NCCL refuses two ranks on one GPU, and gloo cannot send CUDA tensors. This group copies what is sent
+to the host and what is received to the GPU, and lets gloo do the rest, so that one GPU runs the
+whole program of several ranks: kernels, streams, FSDP. It tests neither NCCL nor speed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ NAME = "staged"
 
 
 class StagedGroup(dist.ProcessGroup):
-    """Every method: inputs to the host, gloo's method, results to where they belong."""
+    """Each method copies inputs to the host, calls gloo, and copies results to their tensors."""
 
     def __init__(self, gloo: Any, rank: int, size: int) -> None:
         super().__init__(rank, size)
@@ -30,7 +30,7 @@ class StagedGroup(dist.ProcessGroup):
 
     @property
     def group_name(self) -> str:
-        """Of torch's table: a group written in Python has no name of its own."""
+        """The name in torch's table, because a group written in Python has none itself."""
         return dist.distributed_c10d._world.pg_names[self]
 
     def send(self, tensors: list[Tensor], rank: int, tag: int = 0) -> dist.Work:
@@ -110,27 +110,27 @@ class StagedGroup(dist.ProcessGroup):
         results: Sequence[Tensor],
         take: Callable[[list[Tensor]], Sequence[Tensor]] = lambda host: host,
     ) -> dist.Work:
-        # Copying to the host waits for the card.
+        # Copying to the host waits for the GPU.
         host = [x.detach().to("cpu", copy=True).contiguous() for x in tensors]
         return _Staged(start(host), results, lambda: take(host))
 
 
 class _Staged(dist._Work):
-    """A message under way; once waited for, its result is on the card."""
+    """A message under way; ``wait`` copies its result to the GPU."""
 
     def __init__(
         self,
         work: dist.Work | None,
         results: Sequence[Tensor],
-        found: Callable[[], Sequence[Tensor]],
+        received: Callable[[], Sequence[Tensor]],
     ) -> None:
         super().__init__()
-        self._work, self._results, self._found = work, results, found
+        self._work, self._results, self._received = work, results, received
 
     def wait(self, timeout: timedelta | None = None) -> bool:
         if self._work is not None:
             self._work.wait()
-            for target, x in zip(self._results, self._found()):
+            for target, x in zip(self._results, self._received()):
                 target.detach().copy_(x.view(target.shape))
             self._work = None
         return True
@@ -146,7 +146,7 @@ class _Staged(dist._Work):
 
 
 def join(store_path: str, rank: int, world_size: int) -> None:
-    """Makes this the default process group, of CPU and CUDA tensors."""
+    """Makes this the default process group for CPU and CUDA tensors."""
     if not hasattr(dist.Backend, NAME.upper()):
         dist.Backend.register_backend(NAME, _create, devices=["cpu", "cuda"])
     dist.init_process_group(

@@ -1,4 +1,4 @@
-"""The kernels of a card on a card: every kind of tile against autograd in float64."""
+"""Compares the CUDA kernels on a GPU with autograd in float64, on every kind of tile."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ LARGE = {
     "sliding": (Band(left=130, right=0), 400, 400),
 }
 ROUNDING = 0.01
-"""bfloat16 keeps 8 bits; each of the few roundings on the way is at most 2^-9 of a number."""
+"""bfloat16 has 8 significant bits, so that each of the few roundings is at most 2^-9 relative."""
 
 
 def errors(kernel: Kernel, band: Band, a: Attention, dtype: torch.dtype) -> list[float]:
-    """Of out, lse, dq, dk, dv."""
+    """Errors of out, lse, dq, dk and dv."""
     q, k, v, dout = (x.to("cuda", dtype) for x in (a.q, a.k, a.v, a.dout))
     out, lse = kernel.forward(q, k, v, band, SCALE)
     grads = kernel.backward(BackwardInputs(dout, q, k, v, out, lse), band, SCALE)
@@ -43,13 +43,13 @@ def test_every_kind_of_tile(name: str, heads: tuple[int, int, int, int]) -> None
             continue  # refused, see tests/kernels/test_cudnn.py
         a = oracle(allowed(band, rows, columns), heads, dtype=torch.bfloat16)
         found = errors(load_kernel(name), band, a, torch.bfloat16)
-        # A gradient that is a difference of like numbers keeps few bits, whatever the kernel.
+        # A gradient that is a difference of similar numbers has few exact bits in any kernel.
         plain = errors(ReferenceKernel(), band, a, torch.bfloat16)
         for mine, its in zip(found, plain, strict=True):
             assert mine < max(ROUNDING, its), (tile, found, plain)
 
 
-def test_the_oracle_is_exact_on_a_card() -> None:
+def test_the_oracle_is_exact_on_a_gpu() -> None:
     for band, rows, columns in TILES.values():
         a = oracle(allowed(band, rows, columns), (4, 2, 16, 8))
         assert max(errors(ReferenceKernel(), band, a, torch.float64)) < 1e-13

@@ -1,4 +1,4 @@
-"""``launch/pretrain.py`` on one card over NCCL: what it holds, and its end by way of a stop."""
+"""``launch/pretrain.py`` on one GPU over NCCL: the memory that it holds, and how it resumes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ WORDS += ["--log-interval", "1", "--no-plot"]
 
 
 def launched(folder: Path, *argv: str, device: str = "cuda") -> str:
-    """What it wrote to standard output."""
+    """Runs the program; its standard output."""
     command = [sys.executable, SCRIPT, *WORDS, "--device", device, *argv]
     ended = subprocess.run(
         command, cwd=folder, capture_output=True, text=True, timeout=120, check=False
@@ -48,7 +48,7 @@ def test_what_is_predicted_is_held(options: list[str], tmp_path: Path) -> None:
     (rank,) = json.loads((tmp_path / "run" / "memory.json").read_text())["ranks"]
     for row in rank["held"][:-1]:  # the peak is not predicted
         predicted, measured = row["predicted"], row["measured"]
-        # cuBLAS and the allocator, which rounds up, take some megabytes of their own.
+        # cuBLAS, and the allocator by rounding up, take several megabytes more.
         assert abs(predicted - measured) <= 0.05 * predicted + (40 << 20), (row, out)
     found = losses(tmp_path / "run")
     assert found[-1] < found[0]
@@ -63,7 +63,7 @@ def test_a_deterministic_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
 
 
 def test_bfloat16_learns_as_float32_on_the_cpu(tmp_path: Path) -> None:
-    for device, name in (("cuda", "card"), ("cpu", "host")):
+    for device, name in (("cuda", "gpu"), ("cpu", "host")):
         launched(tmp_path, "--save", name, "--train-iters", "8", device=device)
-    card, host = (torch.tensor(losses(tmp_path / name)) for name in ("card", "host"))
-    assert ((card - host).abs() / host).max() < 0.01
+    gpu, host = (torch.tensor(losses(tmp_path / name)) for name in ("gpu", "host"))
+    assert ((gpu - host).abs() / host).max() < 0.01

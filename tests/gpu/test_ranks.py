@@ -1,4 +1,4 @@
-"""Several ranks on one card: the engine with its CUDA kernels, and whole training steps."""
+"""Several ranks on one GPU: the engine with its CUDA kernels, and whole training steps."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ MASKS = {
 }
 
 
-def on_card(rank: int, world_size: int, store: str, job: Callable[..., Any], *args: object) -> Any:
-    """``job`` with a default group that reaches over the card."""
+def on_gpu(rank: int, world_size: int, store: str, job: Callable[..., Any], *args: object) -> Any:
+    """Runs ``job`` with a default group that sends CUDA tensors."""
     if dist.is_initialized():
         dist.destroy_process_group()
     staged.join(store, rank, world_size)
@@ -51,7 +51,7 @@ def attend(
     q, k, v, dout = (cp.shard(x, 1).to(DEVICE, dtype) for x in inputs)
     for x in (q, k, v):
         x.requires_grad_()
-    for _ in range(2):  # the second pass finds the buffers of the first
+    for _ in range(2):  # the second pass reuses the buffers of the first
         q.grad = k.grad = v.grad = None
         out = cp.attention(q, k, v)
         out.backward(dout)
@@ -72,7 +72,7 @@ def test_attention_in_bfloat16(num_ranks: int, exchange: str, tmp_path: Path) ->
         if exchange == "a2a+p2p":
             options["hierarchical_sizes"] = (2, 2)
         args = (str(tmp_path / name), attend, mask, torch.bfloat16, options)
-        for found in run_ranks(on_card, num_ranks, *args, timeout=120):
+        for found in run_ranks(on_gpu, num_ranks, *args, timeout=120):
             assert max(found.values()) < 0.01, (name, found)
 
 
@@ -93,7 +93,7 @@ def test_float64_gradients_are_those_of_one_process_on_the_cpu(
     dp, cp, tp = grid
     config = run_config(STYLES["llama"], sequence_parallel=tp > 1, memory=OPTIONS[option])
     args = (str(tmp_path / "store"), loss_step, config, Grid(dp=dp, cp=cp, tp=tp), DEVICE)
-    step = run_ranks(on_card, dp * cp * tp, *args, timeout=120)[0]
+    step = run_ranks(on_gpu, dp * cp * tp, *args, timeout=120)[0]
     expected = plain_step(config)
     assert step.loss == pytest.approx(expected.loss, rel=1e-12)
     gradients = {name: x.cpu() for name, x in step.gradients.items()}

@@ -13,7 +13,7 @@ from torch import Tensor
 from cp_megatron.kernels.interface import BackwardInputs, Kernel
 from cp_megatron.plan.tiling import CAUSAL, FULL, Band
 
-# band, rows, columns; every row has a key and every column a query
+# band, rows, columns; every row has a key, and every column has a query
 TILES = {
     "full": (FULL, 6, 6),
     "full wide": (FULL, 3, 7),
@@ -37,7 +37,7 @@ SCALE = 0.37
 
 @dataclass(frozen=True, kw_only=True)
 class Attention:
-    """Everything of one attention; what is computed is float64."""
+    """Inputs, results and gradients of one attention; results are computed in float64."""
 
     q: Tensor
     k: Tensor
@@ -51,7 +51,7 @@ class Attention:
 
 
 def allowed(band: Band, rows: int, columns: int) -> Tensor:
-    """bool [rows, columns], one pair at a time."""
+    """bool [rows, columns], computed one pair at a time."""
     left = rows if band.left is None else band.left
     right = columns if band.right is None else band.right
     return torch.tensor([[i - left <= j <= i + right for j in range(columns)] for i in range(rows)])
@@ -64,7 +64,7 @@ def oracle(
     dtype: torch.dtype = torch.float64,
     scale: float = SCALE,
 ) -> Attention:
-    """Attention under ``mask`` (bool [Q, K]) of random inputs that ``dtype`` can hold."""
+    """Attention under ``mask`` (bool [Q, K]) of random inputs that ``dtype`` represents exactly."""
     num_heads, num_groups, dim, v_dim = heads
     rows, columns = mask.shape
     generator = torch.Generator().manual_seed(rows + 10 * columns)
@@ -98,7 +98,7 @@ def oracle(
 
 
 def error(x: Tensor, reference: Tensor) -> float:
-    """||x - ref|| / max(||ref||, 1), inputs being of size 1: some gradients are zero."""
+    """||x - ref|| / max(||ref||, 1) for inputs of size 1, because some gradients are zero."""
     assert x.shape == reference.shape
     assert x.isfinite().all()
     return float((x.double() - reference).norm() / reference.norm().clamp_min(1.0))
@@ -107,7 +107,7 @@ def error(x: Tensor, reference: Tensor) -> float:
 def worst_error(
     kernel: Kernel, band: Band, a: Attention, dtype: torch.dtype, *, scale: float = SCALE
 ) -> float:
-    """Of forward, lse and backward, with the operands in ``dtype``."""
+    """The largest error of out, lse and gradients, with operands in ``dtype``."""
     q, k, v, dout = (x.to(dtype) for x in (a.q, a.k, a.v, a.dout))
     out, lse = kernel.forward(q, k, v, band, scale)
     assert lse.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)

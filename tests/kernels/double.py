@@ -1,11 +1,12 @@
-"""Doubles of the flash-attn package, generation 2: its signatures, rules and results, on a CPU.
+"""Test doubles of the flash-attn package, generation 2: its signatures, rules and results on a CPU.
 
-This module stands for ``flash_attn.flash_attn_interface`` of 2.8; ``pair_window_interface`` makes
-the one of 2.6, where a window was a pair and forward returned eight values. From 2.7 on the
-functions are PyTorch operators, which hide their signature: here too. ``double_newer.py`` has the
-later generations.
+This module stands for ``flash_attn.flash_attn_interface`` of 2.8. ``pair_window_interface`` stands
+for that of 2.6, where a window was a pair and forward returned eight values. Since 2.7 the
+functions are PyTorch operators, which hide their signatures, as do these. ``double_newer.py`` has
+the later generations.
 
-All refuse what the CUDA code refuses or would read wrongly, and compute the definition in float64.
+All doubles refuse what the CUDA code refuses or would misread, and compute the definition in
+float64.
 
 Shapes: q, out [B, Q, H, D], k, v [B, K, G, D], lse [B, H, Q] float32.
 """
@@ -23,7 +24,7 @@ Eight = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Ten
 
 
 class RefusedByExtension(RuntimeError):  # noqa: N818 (reads as what happened)
-    """What the extension answers with."""
+    """The error of the extension."""
 
 
 @library.custom_op("double_flash_attn_2::forward", mutates_args=())
@@ -76,7 +77,7 @@ def _flash_attn_backward(
 
 
 def pair_window_interface() -> SimpleNamespace:
-    """2.6: ``window_size`` is a pair, and forward returns eight values with the lse sixth."""
+    """2.6: ``window_size`` is a pair, and forward returns eight values; the lse is the sixth."""
 
     def _forward(
         q: Tensor,
@@ -125,11 +126,11 @@ def pair_window_interface() -> SimpleNamespace:
 
 
 def flash_mask(rows: int, columns: int, causal: bool, left: int, right: int) -> Tensor:
-    """bool [rows, columns]: flash attention's meaning of its arguments, one pair at a time.
+    """bool [rows, columns]: how flash attention reads its arguments, one pair at a time.
 
-    Row i sees column j iff ``i + s - left <= j <= i + s + right`` with s = columns - rows, and
-    causal is right = 0. A negative bound is none, and so is one of ``columns`` or more; but beside
-    a bound that is one, none means ``columns``. Seen on a card, with PyTorch 2.11.
+    Row i attends column j iff ``i + s - left <= j <= i + s + right`` with s = columns - rows, and
+    causal means right = 0. A bound that is negative or at least ``columns`` is unlimited; but next
+    to a limited bound, unlimited means ``columns``. Observed on a GPU with PyTorch 2.11.
     """
     right = 0 if causal else right
     shift = columns - rows
@@ -150,10 +151,10 @@ def flash_mask(rows: int, columns: int, causal: bool, left: int, right: int) -> 
 def flash_forward(
     q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """out in q's type and lse float32, as the extensions return them."""
+    """out in q's type and lse in float32, as the extensions return them."""
     _check_operands(q, k, v)
     out, lse = attend(q.double(), k.double(), v.double(), scale, mask)
-    # A row without keys comes out as 0 with an lse of +inf.
+    # A row without keys has an out of 0 and an lse of +inf.
     out, lse = out.nan_to_num(0.0), lse.masked_fill(lse == -torch.inf, torch.inf)
     return out.to(q.dtype), lse.float()
 
@@ -206,7 +207,7 @@ def fill(
     scale: float,
     mask: Tensor,
 ) -> Tensor:
-    """Checks everything, writes dq, dk, dv and returns delta."""
+    """Checks the arguments, writes dq, dk, dv and returns delta."""
     _check_operands(q, k, v, dout, out, *grads)
     batch, rows, heads, _ = q.shape
     require(lse.dtype == torch.float32, "lse must be float32")
@@ -230,7 +231,7 @@ def _check_plain(dropout_p: float, softcap: float, alibi_slopes: Tensor | None) 
 
 
 def _check_operands(q: Tensor, k: Tensor, v: Tensor, *like_q_or_k: Tensor) -> None:
-    """Type, layout and strides of q, k, v, and of (dout, out, dq, dk, dv)."""
+    """Checks type, layout and strides of q, k, v, and of (dout, out, dq, dk, dv)."""
     batch, rows, heads, dim = q.shape
     columns, groups = k.shape[1:3]
     shapes = [(batch, rows, heads, dim)] + [(batch, columns, groups, dim)] * 2

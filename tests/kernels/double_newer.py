@@ -1,8 +1,8 @@
-"""Doubles of FlashAttention 3 and 4, as ``double.py`` has them of 2.
+"""Test doubles of FlashAttention 3 and 4, like those of 2 in ``double.py``.
 
 ``hopper_interface`` and ``beta_interface`` are FlashAttention 3, ``cute_interface`` is
-FlashAttention 4. Signatures are those of the packages' sources, without what only other callers
-use.
+FlashAttention 4. The signatures are those of the packages' sources, without parameters that only
+other callers use.
 
 Shapes: q, out [B, Q, H, D], k, v [B, K, G, D], lse [B, H, Q] float32.
 """
@@ -91,7 +91,7 @@ def hopper_interface() -> SimpleNamespace:
 
 
 def beta_interface() -> SimpleNamespace:
-    """``flash_attn_interface`` before: nothing has a default, and a window is a pair."""
+    """``flash_attn_interface`` before that: no defaults, and a window is a pair."""
 
     def _forward(
         q: Tensor,
@@ -193,7 +193,7 @@ def cute_interface() -> SimpleNamespace:
 
 
 def _none_mask(q: Tensor, k: Tensor, causal: bool, left: int | None, right: int | None) -> Tensor:
-    """There a missing bound is None, and a negative one is an offset like any other."""
+    """Here an unlimited bound is None, and a negative one is an offset like any other."""
     require(left is None or left >= 0, "None is no bound; -1 would hide the row's own key")
     require(right is None or right >= 0, "None is no bound")
     left, right = (-1 if bound is None else bound for bound in (left, right))

@@ -1,8 +1,8 @@
-"""A kernel that rounds where FlashAttention rounds, to see what its partial results cost.
+"""A kernel that rounds like FlashAttention, to measure the error of its partial results.
 
-Scores, softmax and sums are float32; operands of matrix products are bfloat16 (so the weights P and
-their gradient dS are rounded), and so is everything that is returned, as flash attention's CUDA
-kernels have it (Dao 2023, arXiv:2307.08691, algorithms 1 and 2).
+Scores, softmax and sums are float32. Operands of matrix products are bfloat16, so the weights P and
+their gradient dS are rounded, and so are all results, as in flash attention's CUDA kernels (Dao
+2023, arXiv:2307.08691, algorithms 1 and 2).
 
 Shapes as in the package's ``kernels/interface.py``; g = query heads per key/value head.
 """
@@ -29,7 +29,7 @@ class RoundingKernel:
         scores = _scores(q, k, band, scale)
         lse = scores.logsumexp(-1)
         top = scores.amax(-1, keepdim=True)
-        # The row is divided at the end: what is rounded is exp(score - max).
+        # The row is divided at the end, so exp(score - max) is what is rounded.
         weights = _rounded(torch.exp(scores - top))
         out = torch.einsum("bngqk,bkne->bngqe", weights, v.float())
         out = out / torch.exp(lse.unsqueeze(-1) - top)

@@ -1,4 +1,4 @@
-"""The CUDA kernel without a card: its arguments, by the ops' schemas and fake tensors."""
+"""The CUDA kernel without a GPU: its arguments, by the ops' schemas and fake tensors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cp_megatron.kernels import cuda
 from cp_megatron.kernels.cuda import CudaKernel
 from cp_megatron.kernels.interface import BackwardInputs
 from cp_megatron.kernels.load_kernel import load_kernel
-from cp_megatron.kernels.windows import WindowedKernel, bottom_right_window, sub_tiles
+from cp_megatron.kernels.windows import flash_window, sub_tiles
 from cp_megatron.plan import Schedule
 from cp_megatron.plan.tiling import Band
 from tests.kernels.cases import TILES, allowed
@@ -26,8 +26,8 @@ def is_trimmed(band: Band, rows: int, columns: int) -> bool:
     return bool(mask.any(0).all() and mask.any(1).all())
 
 
-def flash_sees(band: Band, rows: int, columns: int) -> torch.Tensor:
-    """bool [rows, columns]: the mask that flash attention makes of the parts' windows."""
+def flash_mask_of(band: Band, rows: int, columns: int) -> torch.Tensor:
+    """bool [rows, columns]: the mask that flash attention makes of the sub-tiles' windows."""
     found = torch.zeros(rows, columns, dtype=torch.bool)
     stop = 0
     for part in sub_tiles(band, rows, columns):
@@ -35,7 +35,7 @@ def flash_sees(band: Band, rows: int, columns: int) -> torch.Tensor:
         stop = part.rows.stop
         shape = stop - part.rows.start, part.columns.stop - part.columns.start
         assert is_trimmed(part.band, *shape)
-        window = bottom_right_window(part.band, *shape)
+        _, *window = flash_window(part.band, *shape)
         found[part.rows, part.columns] = flash_mask(*shape, False, *window)
     assert stop == rows
     return found
@@ -49,7 +49,7 @@ def test_windows_by_brute_force() -> None:
         for columns in range(1, 7):
             for band in (Band(left, right) for left in sides for right in sides):
                 if is_trimmed(band, rows, columns):
-                    found = flash_sees(band, rows, columns)
+                    found = flash_mask_of(band, rows, columns)
                     assert torch.equal(found, allowed(band, rows, columns)), (band, rows, columns)
                     seen += 1
                     cut += len(sub_tiles(band, rows, columns)) > 1
@@ -59,11 +59,11 @@ def test_windows_by_brute_force() -> None:
     assert cut > 100
 
 
-def test_a_tile_that_is_not_trimmed_is_our_own_bug() -> None:
+def test_a_tile_that_is_not_trimmed_is_a_bug() -> None:
     with pytest.raises(AssertionError, match="not trimmed"):
-        bottom_right_window(Band(left=0), 5, 1)
+        flash_window(Band(left=0), 5, 1)
     with pytest.raises(AssertionError, match="not trimmed"):
-        bottom_right_window(Band(right=0), 1, 5)
+        flash_window(Band(right=0), 1, 5)
 
 
 @given(schedules(max_cp=6))
@@ -74,7 +74,7 @@ def test_every_tile_of_a_plan_has_a_window(schedule: Schedule) -> None:
             for tile in turn.tiles:
                 rows, columns = tile.q1 - tile.q0, tile.k1 - tile.k0
                 assert torch.equal(
-                    flash_sees(tile.band, rows, columns), allowed(tile.band, rows, columns)
+                    flash_mask_of(tile.band, rows, columns), allowed(tile.band, rows, columns)
                 )
 
 
@@ -88,7 +88,7 @@ def arguments(
     deterministic: bool = False,
     device: str = "cuda",
 ) -> list[dict[str, Any]]:
-    """What forward and backward hand to their ops, by the names of the schemas."""
+    """The arguments that forward and backward pass to their ops, by the names of the schemas."""
     seen: list[dict[str, Any]] = []
 
     def spy(name: str) -> None:
@@ -108,13 +108,13 @@ def arguments(
     spy("_flash_attention_forward")
     spy("_flash_attention_backward")
     dim, v_dim = dims
-    # Fake tensors of a card can not be sliced by a build without CUDA; tensors of no device can.
+    # A build without CUDA cannot slice fake CUDA tensors, but it can slice meta tensors.
     device = device if dims == (16, 16) else "meta"
     with FakeTensorMode():
         q = torch.empty(2, rows, 6, dim, device=device, dtype=torch.bfloat16)
         k = torch.empty(2, columns, 2, dim, device=device, dtype=q.dtype)
         v = torch.empty(2, columns, 2, v_dim, device=device, dtype=q.dtype)
-        kernel = WindowedKernel(CudaKernel(deterministic=deterministic))
+        kernel = CudaKernel(deterministic=deterministic)
         out, lse = kernel.forward(q, k, v, band, 0.3)
         assert (out.shape, out.dtype) == ((2, rows, 6, v_dim), q.dtype)
         assert (lse.shape, lse.dtype) == ((2, 6, rows), torch.float32)
@@ -138,7 +138,7 @@ def test_heads_are_padded_to_one_width_that_the_op_takes(
 
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("before", [None, "warn", "on"])
-def test_backward_runs_under_the_switch_and_puts_it_back(
+def test_backward_runs_under_the_switch_and_restores_it(
     deterministic: bool, before: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.use_deterministic_algorithms(before is not None, warn_only=before == "warn")
@@ -156,7 +156,7 @@ def test_backward_runs_under_the_switch_and_puts_it_back(
 
 
 @pytest.mark.parametrize("tile", TILES)
-def test_the_ops_are_asked_for_the_tile(tile: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_ops_get_the_tile(tile: str, monkeypatch: pytest.MonkeyPatch) -> None:
     band, rows, columns = TILES[tile]
     cut = sub_tiles(band, rows, columns)
     assert len(cut) == (2 if tile == "left only" else 1)
@@ -177,12 +177,12 @@ def test_the_random_state_is_two_integers(monkeypatch: pytest.MonkeyPatch) -> No
     _, backward = arguments(monkeypatch, Band(), 4, 4)
     assert backward["rng_state"].numel() == backward["unused"].numel() == 2
     assert backward["rng_state"].dtype == torch.uint64
-    assert isinstance(load_kernel("cuda"), WindowedKernel)
+    assert isinstance(load_kernel("cuda"), CudaKernel)
     assert load_kernel("cuda").compute_dtype(torch.bfloat16) == torch.bfloat16
 
 
 def test_the_op_gets_a_contiguous_lse(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Inside the ring it is a view of the shard's, and the op reads it as contiguous."""
+    """In the ring, lse is a view of the shard's, and the op reads it as contiguous."""
     shard_lse = torch.randn(2, 9, 7)
     view = shard_lse[:, 1:7, 2:6]
     seen: list[torch.Tensor] = []

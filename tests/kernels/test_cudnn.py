@@ -1,4 +1,4 @@
-"""The cuDNN kernel without a card: its arguments by the ops' schemas, its results by a double."""
+"""The cuDNN kernel without a GPU: its arguments by the ops' schemas, its results by a double."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.kernels.cases import TILES, allowed, error, oracle, worst_error
 from tests.kernels.test_tiles import strided
 
 BF16 = torch.bfloat16
-# Those the op takes: whole, and causal where square.
+# The tiles that the op takes: full ones, and causal squares.
 TAKEN = [
     name
     for name, (band, rows, columns) in TILES.items()
@@ -78,7 +78,7 @@ def backward_double(
     check_operands(q, k, v)
     assert (max_q, max_k) == (q.shape[2], k.shape[2])
     assert scale is not None
-    # A plan is kept by the strides of q, k and v alone, so these must always have one layout.
+    # A plan is cached by the strides of q, k and v alone, so these must always have one layout.
     assert logsumexp.shape == (*q.shape[:3], 1)
     assert logsumexp.is_contiguous()
     assert grad_out.transpose(1, 2).is_contiguous()
@@ -91,7 +91,7 @@ def backward_double(
 
 
 def check_operands(q: Tensor, k: Tensor, v: Tensor) -> None:
-    """PyTorch's ``check_cudnn_tensor_shapes``, which the op itself leaves out."""
+    """PyTorch's ``check_cudnn_tensor_shapes``, which the op itself does not call."""
     for x in (q, k, v):
         assert x.dtype == BF16
         assert x.shape[3] % 8 == 0
@@ -134,7 +134,7 @@ def test_windows_are_refused(band: Band, rows: int, columns: int, kernel: CudnnK
 
 
 def test_shared_plans_are_refused(kernel: CudnnKernel, monkeypatch: pytest.MonkeyPatch) -> None:
-    """PyTorch's switch for them lays the lse out as [B, Q, H, 1]."""
+    """PyTorch's switch for shared plans lays the lse out as [B, Q, H, 1]."""
 
     def ragged(*args: Any, **kwargs: Any) -> Any:
         out, lse, *rest = forward_double(*args, **kwargs)
@@ -156,7 +156,7 @@ def test_it_is_not_deterministic() -> None:
     ("name", "of"), [("_forward", forward_double), ("_backward", backward_double)]
 )
 def test_the_doubles_take_what_the_ops_take(name: str, of: Any) -> None:
-    """Names aside (q for query), the doubles' parameters are those of the schemas."""
+    """Apart from names (q for query), the doubles' parameters are those of the schemas."""
     short = {"query": "q", "key": "k", "value": "v"}
     schema = getattr(cudnn, name).default._schema.arguments
     wanted = [short.get(a.name, a.name) for a in schema]
@@ -165,7 +165,7 @@ def test_the_doubles_take_what_the_ops_take(name: str, of: Any) -> None:
 
 @pytest.mark.parametrize(("device", "dims"), [("cuda", (16, 8)), ("meta", (5, 12))])
 def test_the_ops_accept_the_arguments(device: str, dims: tuple[int, int]) -> None:
-    """By the ops' own shape functions, on fake tensors of a card (sliced ones: of no device)."""
+    """By the ops' own shape functions on fake CUDA tensors, or meta tensors if they are sliced."""
     dim, v_dim = dims
     with FakeTensorMode():
         q = torch.empty(2, 6, 4, dim, device=device, dtype=BF16)

@@ -28,13 +28,13 @@ def masks(dropout: Dropout, length: int = 64, batch: int = 2, heads: int = 3) ->
 
 @pytest.mark.parametrize("probability", [0.0, 0.1, 0.5, 0.9])
 def test_the_rate(probability: float) -> None:
-    """Over all pairs, and over the rows, columns, heads and batch rows one by one."""
+    """Over all pairs, and over each row, column, head and batch row."""
     keep = masks(Dropout(probability, seed=7), length=192, batch=4, heads=4).double()
     kept = 1 - probability
     for dims in ((0, 1, 2, 3), (1, 2, 3), (0, 2, 3), (0, 1, 3), (0, 1, 2)):
         mean = keep.mean(dims)
         number = keep.numel() / mean.numel()
-        # Six standard deviations.
+        # The limit is six standard deviations.
         assert (mean - kept).abs().max() <= 6 * (probability * kept / number) ** 0.5
 
 
@@ -61,7 +61,7 @@ def test_pairs_are_independent() -> None:
 
 
 def test_the_hash_is_splitmix64() -> None:
-    """Against the definition in Python's own integers."""
+    """Compares with the definition in Python's integers."""
     word = (1 << 64) - 1
 
     def mix(x: int) -> int:
@@ -81,7 +81,7 @@ def test_the_hash_is_splitmix64() -> None:
 
 
 def test_any_part_of_the_mask_is_that_part() -> None:
-    """The same pairs wherever rows, columns, batch rows and heads are cut and shuffled."""
+    """The same pairs are kept wherever rows, columns, batch rows and heads are cut and shuffled."""
     whole = Dropout(0.3, seed=11)
     keep = masks(whole)
     rows, columns = torch.tensor([40, 3, 9]), torch.tensor([63, 0, 7, 8])
@@ -92,7 +92,7 @@ def test_any_part_of_the_mask_is_that_part() -> None:
 
 
 @pytest.mark.parametrize("probability", [-0.1, 1.0, float("nan")])
-def test_what_is_no_probability_is_refused(probability: float) -> None:
+def test_an_invalid_probability_is_refused(probability: float) -> None:
     with pytest.raises(ConfigError, match="at least 0 and below 1"):
         Dropout(probability, seed=0)
 
@@ -134,7 +134,7 @@ def test_attention_against_autograd(band: Band) -> None:
 
 
 def test_tiles_merged_are_one_whole() -> None:
-    """Rows 4 .. 9, causal with themselves and whole with keys 0 .. 3; heads one group at a time."""
+    """Rows 4 .. 9, causal with themselves and full with keys 0 .. 3, one head group at a time."""
     dropout = Dropout(0.35, seed=2)
     a = attention(allowed(CAUSAL, 10, 10), dropout)
     q, dout = a["q"][:, 4:], a["dout"][:, 4:]
@@ -159,15 +159,15 @@ def test_tiles_merged_are_one_whole() -> None:
     assert error(dq, a["dq"][:, 4:]) < 1e-13
 
 
-def test_only_what_the_table_says_can_drop() -> None:
-    """The engine asks the chosen kernel for a dropping one: it must have that."""
+def test_only_kernels_that_the_table_lists_can_drop() -> None:
+    """The engine asks the chosen kernel for a kernel that drops, so it must have that method."""
     for name, traits in TRAITS.items():
         if "cpu" in traits.devices:
             assert hasattr(load_kernel(name), "dropping") == traits.dropout
 
 
 def test_rows_laid_end_to_end_drop_what_rows_of_a_batch_drop() -> None:
-    """Two rows of 5 as one row of 10, and as a batch of two."""
+    """Two rows of 5 in one row of 10, and in a batch of two."""
     one, five, ten = torch.arange(5), torch.arange(5, 10), torch.arange(10)
     joined = keep_mask(Dropout(0.5, seed=3, batch0=7, row_length=5), ten, ten, 1, 2)
     apart = keep_mask(Dropout(0.5, seed=3, batch0=7), one, one, 2, 2)

@@ -1,4 +1,4 @@
-"""The flash-attn adapters against doubles of the packages, alone and inside the ring."""
+"""The flash-attn kernels against doubles of the packages, alone and in the ring."""
 
 from __future__ import annotations
 
@@ -13,10 +13,9 @@ import torch.distributed as dist
 
 from cp_megatron.context_parallel import ContextParallel, api
 from cp_megatron.errors import ConfigError
-from cp_megatron.kernels.flash_attn import FlashAttention2, FlashAttention3, FlashAttention4
+from cp_megatron.kernels.flash_attn import FlashAttention
 from cp_megatron.kernels.interface import BackwardInputs, Kernel
 from cp_megatron.kernels.load_kernel import load_kernel
-from cp_megatron.kernels.windows import WindowedKernel
 from cp_megatron.plan import Mask
 from cp_megatron.plan.tiling import CAUSAL, FULL, Band
 from tests.kernels import double, double_newer
@@ -29,15 +28,15 @@ NAMES = ["2", "2 old", "3", "3 beta", "4"]
 
 
 def kernel_of(name: str, *, deterministic: bool = False) -> Kernel:
-    makers: dict[str, tuple[type[Any], Any]] = {
-        "2": (FlashAttention2, double),
-        "2 old": (FlashAttention2, double.pair_window_interface()),
-        "3": (FlashAttention3, double_newer.hopper_interface()),
-        "3 beta": (FlashAttention3, double_newer.beta_interface()),
-        "4": (FlashAttention4, double_newer.cute_interface()),
+    interfaces: dict[str, Any] = {
+        "2": double,
+        "2 old": double.pair_window_interface(),
+        "3": double_newer.hopper_interface(),
+        "3 beta": double_newer.beta_interface(),
+        "4": double_newer.cute_interface(),
     }
-    adapter, interface = makers[name]
-    return WindowedKernel(adapter(interface, deterministic=deterministic))
+    generation = f"flash_attn_{name[0]}"
+    return FlashAttention(generation, interfaces[name], deterministic=deterministic)
 
 
 @cache
@@ -49,7 +48,7 @@ GENERATIONS = pytest.mark.parametrize("name", NAMES)
 
 
 def worst(kernel: Kernel, band: Band, a: Attention) -> float:
-    """Largest error over out, lse and gradients, operands in bfloat16."""
+    """The largest error over out, lse and gradients, with operands in bfloat16."""
     q, k, v, dout = (x.to(BF16) for x in (a.q, a.k, a.v, a.dout))
     assert kernel.compute_dtype(BF16) == BF16
     out, lse = kernel.forward(q, k, v, band, SCALE)
@@ -63,14 +62,14 @@ def worst(kernel: Kernel, band: Band, a: Attention) -> float:
 @GENERATIONS
 @pytest.mark.parametrize("tile", TILES)
 def test_every_kind_of_tile(name: str, tile: str) -> None:
-    """Heads of every grouping; widths that differ and that are no multiple of 8."""
+    """Heads of every grouping, and widths that differ or are no multiples of 8."""
     for heads in ((4, 2, 16, 8), (2, 2, 5, 12)):
         assert worst(kernel_of(name), TILES[tile][0], oracle_of(tile, heads)) < 1e-2
 
 
 @GENERATIONS
-def test_the_lse_backward_gets_may_be_a_view_and_merged(name: str) -> None:
-    """Inside the ring lse is cut from the shard's and says more than this tile's keys."""
+def test_the_lse_of_backward_may_be_a_view_and_merged(name: str) -> None:
+    """In the ring, lse is cut from the shard's and covers more than this tile's keys."""
     mask = torch.cat([torch.ones(5, 3, dtype=torch.bool), allowed(CAUSAL, 5, 5)], dim=1)
     a = oracle(mask, (4, 2, 8, 8), dtype=BF16)
     shard_lse = torch.full((2, 6, 9), torch.nan)
@@ -89,18 +88,18 @@ def test_the_lse_backward_gets_may_be_a_view_and_merged(name: str) -> None:
 
 @GENERATIONS
 @pytest.mark.parametrize("deterministic", [False, True])
-def test_backward_is_told_to_be_deterministic(
+def test_backward_gets_the_deterministic_argument(
     name: str, deterministic: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kernel: Any = kernel_of(name, deterministic=deterministic)
     seen: list[Any] = []
-    original = kernel.kernel._backward
+    original = kernel._backward_op
 
     def spy(*args: Any, **kwargs: Any) -> Any:
         seen.append(kwargs)
         return original(*args, **kwargs)
 
-    kernel.kernel._backward = spy
+    kernel._backward_op = spy
     worst(kernel, FULL, oracle(allowed(FULL, 4, 4), (2, 2, 8, 8), dtype=BF16))
     assert [kwargs["deterministic"] for kwargs in seen] == [deterministic]
 
@@ -109,7 +108,7 @@ def test_flash_attention_4_without_windows_is_refused() -> None:
     interface = double_newer.cute_interface()
     interface._flash_attn_bwd = lambda q, k, v, out, dout, lse, softmax_scale, causal: None
     with pytest.raises(ConfigError, match="too old: its backward has no windows"):
-        FlashAttention4(interface)
+        FlashAttention("flash_attn_4", interface)
 
 
 BAD: dict[str, tuple[Any, str]] = {
@@ -137,21 +136,21 @@ MODULES = [
 
 
 @pytest.mark.parametrize(("name", "module", "interface"), MODULES, ids=lambda x: str(x)[:12])
-def test_each_generation_is_found_where_it_lives(
+def test_each_generation_is_imported_from_its_module(
     name: str, module: str, interface: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     parts = module.split(".")
     for end in range(1, len(parts)):
         monkeypatch.setitem(sys.modules, ".".join(parts[:end]), ModuleType(parts[end - 1]))
     monkeypatch.setitem(sys.modules, module, interface)
-    # Uncached: the session must not keep a kernel made of the double.
-    loaded: Any = load_kernel.__wrapped__(name, deterministic=True).kernel
-    assert type(loaded).__name__ == "FlashAttention" + name[-1]
+    # Bypass the cache: the session must not keep a kernel made of the double.
+    loaded: Any = load_kernel.__wrapped__(name, deterministic=True)
+    assert loaded.name == name
     assert loaded._deterministic
 
 
 def ring_errors(rank: int, world_size: int, mask: Mask, name: str) -> dict[str, float]:
-    """One rank's errors in bfloat16 with the double as the kernel."""
+    """One rank's errors in bfloat16 with the double as its kernel."""
     inputs = [x.to(BF16).double() for x in attention_inputs(3, 2, mask.seq_len, 6, 2, 16, 16)]
     reference = dense_gradients(inputs, mask)
     original = vars(api)["load_kernel"]
@@ -184,7 +183,7 @@ def test_the_ring_runs_on_it(mask: Mask, name: str) -> None:
 
 
 def test_the_doubles_window_is_the_packages() -> None:
-    """Examples of the package's own documentation: causal aligns at the bottom right corner."""
+    """Examples of the package's documentation: causal aligns at the bottom right corner."""
     flash = double.flash_mask
     assert flash(2, 5, True, -1, -1).int().tolist() == [[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]
     tall = [[0, 0], [0, 0], [0, 0], [1, 0], [1, 1]]

@@ -51,14 +51,14 @@ def test_a_row_without_keys_has_no_weight() -> None:
     assert merged(-INF, -INF, out=0.0, new=7.0) == (0.0, -INF)
 
 
-def test_what_is_not_a_number_stays_visible() -> None:
+def test_nan_stays_visible() -> None:
     out, lse = merged(0.5, float("nan"), new=float("nan"))
     assert out != out
     assert lse != lse
 
 
 def parts(pieces: int) -> tuple[Tensor, Tensor, list[tuple[Tensor, Tensor]]]:
-    """Whole out [2, 5, 3, 4] and lse [2, 3, 5], and the same over disjoint pieces of the keys."""
+    """Whole out [2, 5, 3, 4] and lse [2, 3, 5], and the same over disjoint slices of the keys."""
     generator = torch.Generator().manual_seed(pieces)
     scores = 30 * torch.randn(2, 3, 5, 8 * pieces, generator=generator, dtype=torch.float64)
     v = torch.randn(2, 8 * pieces, 3, 4, generator=generator, dtype=torch.float64)
@@ -103,7 +103,7 @@ def test_half_precision_results_accumulate_in_float32() -> None:
 
 @pytest.fixture
 def fused(monkeypatch: pytest.MonkeyPatch) -> Merge:
-    """The Triton kernel; without a card run by Triton's interpreter, which is slow and exact."""
+    """The Triton kernel; without a GPU it runs in Triton's interpreter, which is slow and exact."""
     if importlib.util.find_spec("triton") is None:
         pytest.skip("Triton, which the extra [test] brings on x86-64 Linux, has no package here")
     if not torch.cuda.is_available():
@@ -114,7 +114,7 @@ def fused(monkeypatch: pytest.MonkeyPatch) -> Merge:
     return merge_triton_
 
 
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of infinities in the interpreter
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy warns of infinities
 @pytest.mark.parametrize(
     ("shape", "dtype", "new_dtype"),
     [
@@ -127,7 +127,7 @@ def fused(monkeypatch: pytest.MonkeyPatch) -> Merge:
 def test_the_fused_merge_is_the_eager_one(
     shape: tuple[int, int, int, int], dtype: torch.dtype, new_dtype: torch.dtype, fused: Merge
 ) -> None:
-    """On views with strides of their own, with rows that have seen no key on either side."""
+    """On views with strides of their own, including rows that have no key on either side."""
     batch, rows, heads, width = shape
     device = "cuda" if torch.cuda.is_available() else "cpu"
     generator = torch.Generator().manual_seed(rows)
@@ -150,7 +150,7 @@ def test_the_fused_merge_is_the_eager_one(
     torch.testing.assert_close(*(r[1] for r in results), rtol=2 * eps, atol=2 * eps)
 
 
-def test_the_fused_merge_keeps_what_is_not_a_number(fused: Merge) -> None:
+def test_the_fused_merge_keeps_nan(fused: Merge) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     out, lse = torch.ones(1, 2, 1, 8, device=device), torch.zeros(1, 1, 2, device=device)
     new_lse = torch.tensor([[[torch.nan, 0.0]]], device=device)
@@ -159,7 +159,7 @@ def test_the_fused_merge_keeps_what_is_not_a_number(fused: Merge) -> None:
     assert lse.isnan().flatten().tolist() == [True, False]
 
 
-def test_the_fused_merge_is_for_tensors_on_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_fused_merge_is_for_gpu_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
     called: list[str] = []
     monkeypatch.setattr(merge, "_fused", lambda: lambda *tensors: called.append("fused"))
     monkeypatch.setattr(merge, "merge_eager_", lambda *tensors: called.append("eager"))
@@ -170,6 +170,6 @@ def test_the_fused_merge_is_for_tensors_on_a_card(monkeypatch: pytest.MonkeyPatc
     assert called == ["eager", "fused"][: 1 + torch.cuda.is_available()]
 
 
-def test_without_triton_a_card_merges_eagerly(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_triton_a_gpu_merges_eagerly(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert merge._fused.__wrapped__() is None

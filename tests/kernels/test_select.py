@@ -1,4 +1,4 @@
-"""Which kernel is taken, every refusal, and what it says works instead."""
+"""The choice of a kernel, every refusal, and the alternatives that a refusal names."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ AMPERE, HOPPER, BLACKWELL = (8, 0), (9, 0), (10, 0)
 
 
 def install(monkeypatch: pytest.MonkeyPatch, *generations: int) -> None:
-    """As if these generations of FlashAttention were there, on any machine."""
+    """Pretends that exactly these generations of FlashAttention are installed."""
 
     def installed(traits: KernelTraits) -> bool:
         return traits.package is None or int(traits.name[-1]) in generations
@@ -50,7 +50,7 @@ def refusal(name: str, **wanted: Any) -> str:
     return str(caught.value)
 
 
-def test_auto_takes_the_first_that_can(installed: bool) -> None:
+def test_auto_takes_the_first_capable_kernel(installed: bool) -> None:
     assert select_kernel("auto", **CPU).name == "cpu"
     assert select_kernel("auto", **CPU | {"dtype": "float64"}).name == "cpu"
     assert select_kernel("auto", **CPU | {"head_dim": 1024}).name == "reference"
@@ -61,7 +61,7 @@ def test_auto_takes_the_first_that_can(installed: bool) -> None:
         assert select_kernel("auto", **GPU | wanted).name == "reference"
 
 
-def test_auto_says_what_it_passed_over(installed: bool) -> None:
+def test_auto_reports_what_it_passed_over(installed: bool) -> None:
     choice = select_kernel("auto", **GPU | {"attention_dropout": 0.1})
     assert "eager PyTorch, slow, quadratic memory" in choice.reason
     why = "has no attention dropout that is the same on every layout and number of ranks"
@@ -72,7 +72,7 @@ def test_auto_says_what_it_passed_over(installed: bool) -> None:
         assert "not flash_attn: needs the package flash_attn" in choice.reason
 
 
-def test_a_name_is_taken_and_said(installed: bool) -> None:
+def test_a_name_is_taken_and_reported(installed: bool) -> None:
     expected = "asked for: eager PyTorch, slow, quadratic memory, the oracle"
     assert select_kernel("reference", **CPU) == KernelChoice(name="reference", reason=expected)
     assert select_kernel("cuda", **GPU).name == "cuda"
@@ -85,7 +85,7 @@ REFUSED = [
     (
         "triton",
         CPU,
-        "is no kernel (works: auto, reference, cpu, cuda, cudnn, flash_attn, flash_attn_2, "
+        "is not a kernel (works: auto, reference, cpu, cuda, cudnn, flash_attn, flash_attn_2, "
         "flash_attn_3, flash_attn_4)",
     ),
     ("cuda", CPU, "runs on cuda, not on cpu (works: --kernel auto or --kernel reference or"),
@@ -109,7 +109,7 @@ def test_every_refusal(name: str, wanted: dict[str, Any], message: str, installe
     assert re.search(re.escape(message), refusal(name, **wanted))
 
 
-def test_what_is_offered_instead_works(installed: bool) -> None:
+def test_the_alternatives_work(installed: bool) -> None:
     for name, wanted, _ in REFUSED:
         for other in re.findall(r"--kernel (\w+)", refusal(name, **wanted)[len("--kernel ") :]):
             select_kernel(other, **wanted)
@@ -143,7 +143,7 @@ def test_the_package_must_be_installed(installed: bool) -> None:
         ((2, 3, 4), (12, 0), {}, 2),
     ],
 )
-def test_flash_attn_is_the_newest_generation_that_can(
+def test_flash_attn_is_the_newest_capable_generation(
     there: tuple[int, ...],
     capability: tuple[int, int],
     wanted: dict[str, Any],
@@ -170,7 +170,7 @@ def test_a_generation_on_the_wrong_device(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_a_generation_for_any_head(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What ``load_kernel`` makes of the bare name, head dim and mask not being known."""
+    """How ``load_kernel`` resolves the bare name when head dim and mask are unknown."""
     install(monkeypatch, 2, 3, 4)
     assert flash_attention_for(HOPPER) == "flash_attn_3"
     assert flash_attention_for(HOPPER, deterministic=True) == "flash_attn_4"
@@ -185,7 +185,7 @@ def test_a_generation_for_any_head(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_packages_are_found_without_importing_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Generation 4 lives inside generation 2's package, with or without that one."""
+    """Generation 4 is part of generation 2's package, with or without generation 2."""
     monkeypatch.syspath_prepend(str(tmp_path))
     bomb = "raise AssertionError('imported')"
     for file in ("flash_attn_interface.py", "flash_attn/cute/interface.py"):

@@ -47,14 +47,14 @@ def test_every_head_dim(kernel: Kernel, dim: int) -> None:
 )
 @property_settings(100)
 def test_strips_are_the_band(rows: int, columns: int, left: int | None, right: int | None) -> None:
-    """Every pair of the band in exactly one strip and no other pair; strips cover the rows."""
+    """Each pair of the band is in exactly one strip; strips have no other pairs and all rows."""
     band = Band(left, right)
     mask = allowed(band, rows, columns)
     if not (mask.any(1).all() and mask.any(0).all()):
         return
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cpu, "STRIP_ROWS", 4)
-        strips = cut_band(band, rows, columns)
+        strips = list(cut_band(band, columns, 0, rows))
     assert [strip.q0 for strip in strips[1:]] == [strip.q1 for strip in strips[:-1]]
     assert (strips[0].q0, strips[-1].q1) == (0, rows)
     found = torch.zeros(rows, columns, dtype=torch.bool)
@@ -68,11 +68,11 @@ def test_strips_are_the_band(rows: int, columns: int, left: int | None, right: i
 
 
 def test_a_window_costs_its_area() -> None:
-    """8,192 rows under a window of 512: a fifth more than the pairs, not sixteen times them."""
-    strips = cut_band(Band(left=511, right=0), 8192, 8192)
+    """8,192 rows under a window of 512 cost a fifth more than the pairs, not 16 times as much."""
+    strips = list(cut_band(Band(left=511, right=0), 8192, 0, 8192))
     cells = sum((q1 - q0) * (k1 - k0) for q0, q1, k0, k1, _ in strips)
     assert cells < 1.25 * 8192 * 512
-    # All but the first (causal) are alike, so that one bias serves them.
+    # All strips but the first (causal) are equal, so one bias serves them.
     assert len({(q1 - q0, k1 - k0, band) for q0, q1, k0, k1, band in strips}) <= 5
 
 
@@ -139,7 +139,7 @@ def test_operands_may_be_views(kernel: Kernel, band: Band) -> None:
 
 @KERNELS
 def test_tiles_of_a_merged_row_give_exact_gradients(kernel: Kernel) -> None:
-    """Rows 0 .. 5 with their own six keys, causal, and eight keys before those, in two tiles."""
+    """Rows 0 .. 5 with their own six keys, causal, and with eight earlier keys in two tiles."""
     mask = torch.cat([torch.ones(6, 8, dtype=torch.bool), allowed(CAUSAL, 6, 6)], dim=1)
     a = oracle(mask, (4, 2, 8, 8))
     tiles = [(CAUSAL, slice(8, 14)), (FULL, slice(0, 3)), (FULL, slice(3, 8))]

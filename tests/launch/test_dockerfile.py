@@ -1,4 +1,4 @@
-"""The Dockerfile can not be built in a test; that what it names is there can be read."""
+"""Reads the Dockerfile, which a test cannot build: what it names must exist."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
 def instructions(name: str) -> list[str]:
-    """The words after every ``name``, lines that go on joined."""
+    """The arguments of every instruction ``name``, with continued lines joined."""
     lines = "\n".join(line for line in TEXT.splitlines() if not line.startswith("#"))
     joined = re.sub(r"\\\n\s*", " ", lines)
     return re.findall(rf"^{name} (.*)$", joined, re.M)
@@ -33,7 +33,7 @@ def test_only_known_instructions_and_every_argument_is_declared_before_its_use()
         assert TEXT.index(f"ARG {name}=") < TEXT.index(f"${{{name}}}")
 
 
-def test_what_is_copied_is_there() -> None:
+def test_what_is_copied_exists() -> None:
     copied = [word for text in instructions("COPY") for word in shlex.split(text)[:-1]]
     assert copied
     assert [name for name in copied if not (ROOT / name).exists()] == []
@@ -45,10 +45,10 @@ def test_it_installs_the_project_with_its_extras_on_its_torch() -> None:
     assert PROJECT["requires-python"] == ">=3.11"
     needed = {PROJECT["readme"], "pyproject.toml", "cp_megatron"}
     copied = {word for text in instructions("COPY") for word in shlex.split(text)[:-1]}
-    assert needed <= copied, "pip can not build it without"
+    assert needed <= copied, "pip cannot build the package without them"
 
 
-def test_its_commands_name_scripts_that_are_there() -> None:
+def test_its_commands_name_scripts_that_exist() -> None:
     scripts = set(re.findall(r"launch/\w+\.py", TEXT))
     assert scripts
     assert all((ROOT / script).is_file() for script in scripts)

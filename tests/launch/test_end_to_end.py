@@ -1,7 +1,7 @@
-"""The program as a person runs it: started by torchrun and by python, stopped, and gone on with.
+"""The program as users run it: started by torchrun and by python, stopped, and resumed.
 
-Everything happens in a folder of its own, with a small model on a small text. What needs no
-process of its own is tested in tests/train/test_loop.py, on a pool of ranks that is there already.
+Everything happens in a separate folder, with a small model on a small text. Tests that need no
+separate process are in tests/train/test_loop.py, which uses the shared pool of ranks.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ METRICS = {
 
 @dataclass(frozen=True)
 class Ended:
-    """A program that ended: its code and what it wrote."""
+    """The exit code and the output of a program."""
 
     code: int
     out: str
@@ -47,7 +47,7 @@ class Ended:
 
     @property
     def noise(self) -> list[str]:
-        """Lines on standard error that are not torchrun's own."""
+        """The lines on standard error that are not torchrun's."""
         lines = [line for line in self.err.splitlines() if line.strip()]
         return [line for line in lines if not re.match(r"[WE]\d{4} .*torch/distributed/", line)]
 
@@ -60,13 +60,13 @@ class Ended:
 
 
 def environment() -> dict[str, str]:
-    """With the programs of this interpreter's environment first, as where it is activated."""
+    """The environment variables, with the programs of this interpreter's environment first."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     return {**os.environ, "PATH": path, "COLUMNS": "80"}
 
 
 class Program:
-    """A started program in a session of its own, as a terminal gives it to a command."""
+    """A running program in a separate session, like a command in a terminal."""
 
     def __init__(self, command: Sequence[str] | str, folder: Path) -> None:
         self.folder = folder
@@ -83,7 +83,7 @@ class Program:
             )
 
     def when(self, ready: Callable[[str], bool]) -> Program:
-        """Waits until what it wrote to standard output is ``ready``, or ends it."""
+        """Waits until the standard output is ``ready``; ends the program at the timeout."""
         end = time.monotonic() + SECONDS
         try:
             while not ready(self._out.read_text()):
@@ -96,7 +96,7 @@ class Program:
         return self
 
     def signalled(self, number: signal.Signals, *, to_group: bool = True) -> Program:
-        """Sends a signal, to the whole group as a terminal's Ctrl-C does."""
+        """Sends a signal, to the whole process group like Ctrl-C in a terminal."""
         send = os.killpg if to_group else os.kill
         send(self.process.pid, number)
         return self
@@ -107,7 +107,7 @@ class Program:
             self.process.wait()
 
     def ended(self) -> Ended:
-        """Waits for the end; nothing is left running when it does not come."""
+        """Waits for the end; kills the program at the timeout."""
         try:
             code = self.process.wait(SECONDS)
         finally:
@@ -120,7 +120,7 @@ def run(command: Sequence[str] | str, folder: Path) -> Ended:
 
 
 def ours_in_trace(ended: Ended) -> list[str]:
-    """Files of a stack trace that are the program's; torchrun prints one of its own."""
+    """The program's own files in a stack trace; torchrun prints a trace too."""
     files = re.findall(r'File "(.*?)"', ended.err)
     return [file for file in files if "cp_megatron" in file or file == SCRIPT]
 
@@ -131,7 +131,7 @@ def at_step(number: int) -> Callable[[str], bool]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the programs run: a folder with the user's own texts in it."""
+    """The folder that the programs run in, with a user's texts."""
     folder = tmp_path_factory.mktemp("user")
     texts = folder / "text"
     (texts / "deep").mkdir(parents=True)
@@ -150,7 +150,7 @@ def flags() -> list[str]:
 
 @pytest.fixture(scope="module")
 def whole(folder: Path, flags: list[str]) -> Ended:
-    """The undisturbed run, runs/toy-1, started by the command that a refusal printed."""
+    """The undisturbed run, runs/toy-1, started by the command that a refusal prints."""
     refused = run(["torchrun", SCRIPT, *flags, "--save-interval", "3"], folder)
     assert refused.code == 1, "torchrun's own code"
     (line,) = (line for line in refused.noise if line.startswith("pretrain.py: error: "))
@@ -163,7 +163,7 @@ def whole(folder: Path, flags: list[str]) -> Ended:
 
 def test_a_run_is_quiet_and_leaves_a_whole_folder(whole: Ended, folder: Path) -> None:
     assert (whole.code, whole.noise) == (0, [])
-    assert whole.out.count(f"step {STEPS}/{STEPS}  loss ") == 1, "only rank 0 speaks"
+    assert whole.out.count(f"step {STEPS}/{STEPS}  loss ") == 1, "only rank 0 prints"
     assert "4 ranks = dp 1 x cp 2 x tp 2" in whole.out
     assert max(len(line) for line in whole.out.splitlines() if line.startswith("step")) <= 96
     found = folder / "runs" / "toy-1"
@@ -215,7 +215,7 @@ def test_a_run_ended_by_ctrl_c_goes_on_bit_for_bit(
 
 
 @pytest.mark.slow
-def test_a_run_that_leaves_the_numbers_ends_in_one_line(folder: Path) -> None:
+def test_a_run_that_diverges_ends_in_one_line(folder: Path) -> None:
     two = ["torchrun", "--nproc-per-node", "2"]
     grid = ["--context-parallel-size", "2", "--lr", "1e30", "--save", "hot"]
     grid += ["--skip-budget", "0"]
@@ -297,7 +297,7 @@ def test_a_signal_to_python_alone_at_any_time_leaves_no_trace(folder: Path, seco
         (["--seq-length=65536"], "--seq-length 65536: a row needs 65537 tokens"),
     ],
 )
-def test_what_only_torch_or_the_data_can_tell_is_one_line_too(
+def test_what_is_detected_after_the_start_is_one_line_too(
     folder: Path, flags: list[str], expected: str
 ) -> None:
     shape = ["--num-layers", "1", "--hidden-size", "32", "--lr-warmup-iters", "0"]
@@ -307,7 +307,7 @@ def test_what_only_torch_or_the_data_can_tell_is_one_line_too(
     (line,) = (line for line in ended.noise if line.startswith("pretrain.py: "))
     assert line.startswith(f"pretrain.py: error: {expected}")
     assert not ours_in_trace(ended)
-    # torchrun ends those that are about to say the same when it sees the first of them.
+    # When the first rank exits, torchrun ends those that are about to exit in the same way.
     codes = re.findall(r"exitcode +: (-?\d+)", ended.err)
     assert len(codes) == 4
     assert {"2"} <= set(codes) <= {"2", str(-signal.SIGTERM)}

@@ -15,8 +15,8 @@ import pytest
 import torch.distributed as dist
 
 from cp_megatron.checkpoint.hf_export import export_hf
-from cp_megatron.cli.evaluation_options import EVALUATE, EvaluationOptions
 from cp_megatron.cli.parse import parse_arguments
+from cp_megatron.cli.programs import EVALUATE, EvaluationOptions
 from cp_megatron.comm.runtime import Launch
 from cp_megatron.errors import ConfigError
 from cp_megatron.evaluate import run_evaluation as evaluation_run

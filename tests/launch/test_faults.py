@@ -1,6 +1,6 @@
-"""Faults for real: processes that are killed, stopped or fail; who is named, what goes on.
+"""Real faults: processes are killed, stopped or fail. Which rank is named, and what remains?
 
-Every run is the program under torchrun on gloo ranks; two, where four would show no more.
+Every run is the program under torchrun on gloo ranks: two of them, unless four show more.
 """
 
 from __future__ import annotations
@@ -61,12 +61,12 @@ def start(
 
 
 def ours(ended: Ended) -> list[str]:
-    """What our program said, without torchrun's own report."""
+    """The program's own lines on standard error, without torchrun's report."""
     return [line for line in ended.err.splitlines() if line.startswith("pretrain.py: ")]
 
 
 def processes(save: str) -> list[str]:
-    """What runs with this folder's name among its words."""
+    """The running processes whose arguments contain ``--save`` with this folder."""
     found = subprocess.run(
         ["ps", "-ww", "-eo", "pid,stat,args"], capture_output=True, text=True, check=True
     ).stdout
@@ -110,8 +110,8 @@ def test_a_stopped_rank_is_named_at_the_timeout_and_nothing_stays(folder: Path) 
     assert flights == [f"flight-rank-{rank}.jsonl" for rank in (0,)]
 
 
-@pytest.mark.slow  # by default tests/train/test_culprit.py judges what ranks report
-def test_an_exception_is_told_once_by_the_rank_that_has_it(folder: Path) -> None:
+@pytest.mark.slow  # tests/faults/test_culprit.py judges, in the default run, what ranks report
+def test_an_exception_is_printed_once_by_the_rank_that_raises_it(folder: Path) -> None:
     ended = start(folder, "raised", fault="raise:1:1").ended()
     assert ended.code == 1
     assert ours(ended) == ["pretrain.py: rank 1 failed"]
@@ -119,9 +119,9 @@ def test_an_exception_is_told_once_by_the_rank_that_has_it(folder: Path) -> None
     assert ended.err.count("cp_megatron/train/step.py") == 1, "one trace of ours"
 
 
-@pytest.mark.slow  # by default tests/train/test_signals.py sends it to a process
+@pytest.mark.slow  # tests/train/test_signals.py sends it to a process in the default run
 def test_a_signal_of_slurm_saves(folder: Path, whole: Path) -> None:
-    """Passed on by torchrun, which has to be told to, as the launch files do."""
+    """torchrun forwards the signal if ``--signals-to-handle`` says so, as the launch files do."""
     handled = ["--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"]
     program = start(folder, "warned", torchrun=handled).when(at_step(3))
     stopped = program.signalled(signal.SIGUSR1, to_group=False).ended()
@@ -180,7 +180,7 @@ def test_a_rank_that_hangs_is_named_at_the_timeout(folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_rank_that_leaves_is_named(folder: Path) -> None:
+def test_a_rank_that_exits_is_named(folder: Path) -> None:
     flags = ["--tensor-parallel-size", "2"]
     ended = start(folder, "left", *flags, ranks=4, fault="exit:2:2").ended()
     assert ended.code == 1
@@ -188,7 +188,7 @@ def test_a_rank_that_leaves_is_named(folder: Path) -> None:
     assert line.startswith("pretrain.py: rank 2 (")
 
 
-# One rank sends nothing in one round of a step; all else is the program.
+# The program, except that one rank does not send in one round of a step.
 SKIPS = f"""
 import os, sys
 sys.path.insert(0, {str(Path(SCRIPT).parents[1])!r})
@@ -205,7 +205,7 @@ sys.exit(pretrain.main(sys.argv[1:], os.environ, sys.argv[0]))
 
 
 @pytest.mark.slow
-def test_a_rank_that_leaves_a_message_out_is_seen_in_what_each_waits_for(folder: Path) -> None:
+def test_a_missing_message_shows_in_what_each_rank_waits_for(folder: Path) -> None:
     (folder / "skips.py").write_text(SKIPS)
     flags = [*FLAGS, "--save", "skipped", "--train-iters", str(STEPS), "--cp-comm-type", "p2p"]
     flags += ["--distributed-timeout-minutes", "0.05"]
@@ -213,7 +213,7 @@ def test_a_rank_that_leaves_a_message_out_is_seen_in_what_each_waits_for(folder:
     assert ended.code == 1
     (line,) = [line for line in ended.err.splitlines() if line.startswith("skips.py: ")]
     assert "the ranks wait for different messages (rank 0 waited in step" in line
-    # The one whose time is over last may lose its peer first.
+    # The rank that times out last may lose its peer first.
     told = r"rank (\d) (?:waited|lost its peer) in (step \d+), gloo:(\S+) of \S+, its number (\d+)"
     waits = re.findall(told, line)
     assert [rank for rank, *_ in waits] == ["0", "1"]

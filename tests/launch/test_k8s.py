@@ -1,6 +1,6 @@
-"""The Kubernetes job: its parts name one another, its script starts the ranks.
+"""Tests the Kubernetes job: its parts refer to each other, and its script starts the ranks.
 
-torchrun is a program that writes its words down; bash, and the script in the file, are real.
+A double of torchrun prints its arguments; bash and the script in the file are real.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _, _, *FLAGS = CONTAINER["args"]
 
 
 def torchrun(folder: Path, index: int) -> list[str]:
-    """The words that the pod of that index starts torchrun with."""
+    """The arguments with which the pod of that index starts torchrun."""
     program = folder / "bin" / "torchrun"
     program.parent.mkdir(exist_ok=True)
     program.write_text("#!/bin/bash\nprintf '%s\\n' \"$@\"\n")
@@ -45,7 +45,7 @@ def torchrun(folder: Path, index: int) -> list[str]:
     return done.stdout.splitlines()
 
 
-def test_the_parts_name_one_another() -> None:
+def test_the_parts_refer_to_each_other() -> None:
     name = JOB["metadata"]["name"]
     assert SERVICE["spec"]["selector"] == {"job-name": name}
     assert SERVICE["metadata"]["name"] == POD["subdomain"] == name
@@ -68,7 +68,7 @@ def test_its_flags_make_a_run_on_its_ranks() -> None:
 
 
 @pytest.mark.parametrize(("index", "host"), [(0, "true"), (1, "false")])
-def test_the_first_pod_is_where_all_meet(tmp_path: Path, index: int, host: str) -> None:
+def test_the_pods_connect_at_the_first_one(tmp_path: Path, index: int, host: str) -> None:
     name = JOB["metadata"]["name"]
     assert torchrun(tmp_path, index) == [
         *("--nnodes", "2", "--nproc-per-node", "8"),

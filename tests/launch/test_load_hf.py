@@ -1,4 +1,4 @@
-"""From a Hugging Face folder to a longer context and back, as a person does it."""
+"""Extends the context of a Hugging Face folder and exports it, by the command line."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def run(folder: Path, *words: str, ranks: int = 1) -> subprocess.CompletedProces
 
 
 def make_folder(folder: Path) -> None:
-    """A tiny Qwen3 with a byte-level tokenizer of its own."""
+    """Writes a tiny Qwen3 with a byte-level tokenizer."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -95,7 +95,7 @@ def test_a_context_is_extended_and_handed_back(
     tokenizer = (tmp_path / "base" / "tokenizer.json").read_text()
     assert (out / "tokenizer.json").read_text() == tokenizer
 
-    # The run knows its model; the weights it began with are not needed again.
+    # The run stores its model, so the weights that it started from are not needed again.
     for file in (tmp_path / "base").glob("*.safetensors"):
         file.unlink()
     ended = run(tmp_path, "--load", "run", "--train-iters", "3", ranks=2)

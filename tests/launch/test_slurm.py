@@ -1,7 +1,7 @@
-"""The SLURM script under srun, scontrol and scancel that only look like SLURM's.
+"""Tests the SLURM script with doubles of srun, scontrol and scancel.
 
-srun here is a program that writes down its words and waits for what the test wants of it; in the
-slow test it starts the torchrun that it is given. bash, and the script, are real.
+The double of srun records its arguments and waits as the test requests; in the slow test it starts
+the torchrun that it is given. bash and the script are real.
 """
 
 from __future__ import annotations
@@ -25,31 +25,31 @@ SECONDS = 60.0
 
 SRUN = """
 echo $$ > srun.pid
-printf '%s\\n' "$@" > srun.words
+printf '%s\\n' "$@" > srun.arguments
 echo "$TORCH_ELASTIC_SHUTDOWN_TIMEOUT $SRUN_CPUS_PER_TASK" > srun.environment
 trap 'echo saved > saved; exit "${ON_TERM:-1}"' TERM
 [ -z "${WAITS:-}" ] || { touch waiting; while :; do sleep 0.02; done; }
 exit "${CODE:-0}"
 """
-# From the word torchrun on, as the one task of the one node.
+# Runs the command from the word torchrun on, as the only task of the only node.
 SRUN_STARTS = """
 while [ "$1" != torchrun ]; do shift; done
 echo $$ > srun.pid
 exec "$@"
 """
 SCONTROL = """
-echo "$@" >> scontrol.words
+echo "$@" >> scontrol.arguments
 [ "$1" != show ] || printf 'node-a\\nnode-b\\n'
 """
 SCONTROL_HERE = SCONTROL.replace("node-a", "localhost")
 SCANCEL = """
-echo "$@" >> scancel.words
+echo "$@" >> scancel.arguments
 kill -TERM "$(cat srun.pid)"
 """
 
 
 class Slurm:
-    """A folder to run in, with the three programs before all others."""
+    """A folder to run in, with the three doubles first in PATH."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -89,8 +89,8 @@ class Slurm:
     def run(self, *flags: str, **variables: str) -> int:
         return ended(self.start(*flags, **variables))
 
-    def told(self, program: str) -> list[str]:
-        file = self.folder / f"{program}.words"
+    def arguments(self, program: str) -> list[str]:
+        file = self.folder / f"{program}.arguments"
         return file.read_text().splitlines() if file.exists() else []
 
     def when(self, name: str) -> None:
@@ -101,7 +101,7 @@ class Slurm:
 
 
 def ended(process: subprocess.Popen[str]) -> int:
-    """Its code; nothing is left running when it does not end."""
+    """Waits for the exit code; ends the process at the timeout."""
     try:
         return process.wait(SECONDS)
     finally:
@@ -115,14 +115,14 @@ def slurm(tmp_path: Path) -> Slurm:
     return Slurm(tmp_path)
 
 
-def words_of_training(slurm: Slurm) -> Sequence[str]:
-    words = slurm.told("srun")
+def training_flags(slurm: Slurm) -> Sequence[str]:
+    words = slurm.arguments("srun")
     return words[words.index("launch/pretrain.py") + 1 :]
 
 
 def test_one_torchrun_per_node_meets_at_the_first(slurm: Slurm) -> None:
     assert slurm.run("--preset", "toy gpt", SLURM_GPUS_ON_NODE="8") == 0
-    assert slurm.told("srun") == [
+    assert slurm.arguments("srun") == [
         *("--nodes=2", "--ntasks=2", "--ntasks-per-node=1", "--kill-on-bad-exit=1"),
         *("torchrun", "--nnodes", "2", "--nproc-per-node", "8"),
         *("--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"),
@@ -131,15 +131,15 @@ def test_one_torchrun_per_node_meets_at_the_first(slurm: Slurm) -> None:
         *("launch/pretrain.py", "--save", "runs/long-77", "--load", "auto"),
         *("--preset", "toy gpt"),
     ]
-    assert slurm.told("scontrol") == ["show hostnames node-[a-b]"]
+    assert slurm.arguments("scontrol") == ["show hostnames node-[a-b]"]
     assert (slurm.folder / "srun.environment").read_text() == "240 3\n"
 
 
 @pytest.mark.parametrize("restart", ["0", "1"])
 def test_the_same_words_begin_a_run_and_go_on_with_it(slurm: Slurm, restart: str) -> None:
     assert slurm.run("--lr", "1", RUN="r", SLURM_RESTART_COUNT=restart, RANKS_PER_NODE="4") == 0
-    assert words_of_training(slurm) == ["--save", "r", "--load", "auto", "--lr", "1"]
-    found = slurm.told("srun")
+    assert training_flags(slurm) == ["--save", "r", "--load", "auto", "--lr", "1"]
+    found = slurm.arguments("srun")
     assert found[found.index("--nproc-per-node") + 1] == "4"
     assert found[found.index("--rdzv-id") + 1] == f"77-{restart}"
 
@@ -150,8 +150,8 @@ def test_its_time_nearly_over_the_run_is_saved_and_requeued(slurm: Slurm) -> Non
     script.send_signal(signal.SIGUSR1)
     assert ended(script) == 1
     assert (slurm.folder / "saved").exists()
-    assert slurm.told("scancel") == ["--signal=TERM 77"]
-    assert slurm.told("scontrol")[1:] == ["requeue 77"]
+    assert slurm.arguments("scancel") == ["--signal=TERM 77"]
+    assert slurm.arguments("scontrol")[1:] == ["requeue 77"]
 
 
 def test_a_run_that_was_complete_by_then_is_not_requeued(slurm: Slurm) -> None:
@@ -159,13 +159,13 @@ def test_a_run_that_was_complete_by_then_is_not_requeued(slurm: Slurm) -> None:
     slurm.when("waiting")
     script.send_signal(signal.SIGUSR1)
     assert ended(script) == 0
-    assert len(slurm.told("scontrol")) == 1
+    assert len(slurm.arguments("scontrol")) == 1
 
 
 def test_a_crash_is_passed_on_and_not_requeued(slurm: Slurm) -> None:
     assert slurm.run(CODE="3") == 3
-    assert len(slurm.told("scontrol")) == 1
-    assert slurm.told("scancel") == []
+    assert len(slurm.arguments("scontrol")) == 1
+    assert slurm.arguments("scancel") == []
 
 
 def test_the_ranks_get_less_time_than_slurm_gives() -> None:
@@ -198,7 +198,7 @@ def test_a_real_run_is_saved_requeued_and_finished(slurm: Slurm) -> None:
     (saved,) = (slurm.folder / "r").glob("step-*")
     last = int(saved.name.removeprefix("step-"))
     assert f"stopped after step {last}" in log.read_text()
-    assert slurm.told("scontrol")[1:] == ["requeue 77"]
+    assert slurm.arguments("scontrol")[1:] == ["requeue 77"]
     flags[flags.index("2000")] = str(last + 2)
     assert slurm.run(*flags, **variables, SLURM_RESTART_COUNT="1") == 0, log.read_text()
     assert f"finished {last + 2} steps" in log.read_text()

@@ -1,6 +1,7 @@
-"""A long run whose ranks are killed again and again ends as if nothing had happened, bit for bit.
+"""A long run whose ranks are killed thirty times ends, bit for bit, like an undisturbed run.
 
-A killed rank is any, at any time: while torch is imported, while ranks meet, in a step, in a save.
+A random rank is killed at a random time: while it imports torch, while ranks connect, in a step, in
+a save.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ from tests.train.checkpoints import differing, metrics_of, numbers
 
 KILLS = 30
 LONGEST_LIFE = 14.0
-"""Seconds; of these a start takes most on two cores."""
+"""Seconds, most of which a start takes on two cores."""
 STEPS, SAVED = 2000, 10
 MOST_STEPS = STEPS // (KILLS + 10)
-"""Of one life, so that the run outlives all its kills on a machine of any speed."""
+"""Steps between two kills, so that the run outlasts all kills on a machine of any speed."""
 MINUTES = 10
 
 
@@ -35,13 +36,13 @@ def folder(tmp_path: Path) -> Path:
 
 
 def ranks_of(save: str) -> list[int]:
-    """The processes of a run's ranks, without torchrun."""
+    """The process ids of a run's ranks, without torchrun."""
     lines = [line for line in processes(save) if "torchrun" not in line]
     return [int(line.split()[0]) for line in lines]
 
 
 def lives(program: Program, save: str) -> Iterator[list[int]]:
-    """The ranks of one life after the other, as soon as both are there."""
+    """The process ids of the ranks after each start, as soon as both run."""
     before: set[int] = set()
     while program.process.poll() is None:
         pids = ranks_of(save)
@@ -57,7 +58,7 @@ def last_step(run: Path) -> int:
 
 
 def kill_again_and_again(program: Program, run: Path) -> list[int]:
-    """The last step that was told before each kill."""
+    """The last step that was logged before each kill."""
     random, killed = Random(5), list[int]()
     for pids in lives(program, "run"):
         if len(killed) == KILLS:

@@ -72,18 +72,14 @@ def test_dense_is_the_definition(mask: Mask) -> None:
     assert mask.dense().tolist() == [[attends(mask, q, k) for k in size] for q in size]
 
 
-@given(st.integers(1, 40).flatmap(masks), st.data())
+@given(st.integers(1, 40).flatmap(masks))
 @property_settings(150)
-def test_counts_and_ranges_are_the_dense_mask(mask: Mask, data: st.DataObject) -> None:
+def test_counts_and_ranges_are_the_dense_mask(mask: Mask) -> None:
     dense = mask.dense()
     assert mask.pairs() == dense.sum()
     first, end = mask.key_range(np.arange(mask.seq_len))
     for q, row in enumerate(dense):
         assert np.flatnonzero(row).tolist() == list(range(first[q], end[q]))
-    edge = st.integers(0, mask.seq_len)
-    q0, q1 = sorted((data.draw(edge), data.draw(edge)))
-    k0, k1 = sorted((data.draw(edge), data.draw(edge)))
-    assert mask.pairs_between(q0, q1, k0, k1) == dense[q0:q1, k0:k1].sum()
     cut = not np.array_equal(dense, Mask.documents(mask.lengths, mask.is_causal).dense())
     assert mask.has_window or not cut
 

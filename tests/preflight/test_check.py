@@ -42,8 +42,8 @@ def plan(*argv: str, world: int = 1, local: int | None = None, torchrun: bool = 
     return check(
         arguments.config,
         launch,
-        dry_run=arguments.dry_run,
-        dry_run_world_size=arguments.world_size,
+        dry_run=arguments.options.dry_run,
+        dry_run_world_size=arguments.options.world_size,
         given=arguments.given,
         argv=argv,
     )
@@ -234,7 +234,7 @@ def test_key_value_heads_that_neither_divide_nor_are_divided() -> None:
     assert plan(*heads, "--tensor-parallel-size", "6", world=6).grid.tp == 6
 
 
-def test_a_vocabulary_that_tensor_parallelism_can_not_split() -> None:
+def test_a_vocabulary_that_tensor_parallelism_cannot_split() -> None:
     heads = ["--num-attention-heads", "5", "--hidden-size", "80", "--ffn-hidden-size", "320"]
     error = refused(*heads, "--tensor-parallel-size", "5", world=5)
     assert (error.flag, error.value) == ("--make-vocab-size-divisible-by", 128)

@@ -65,7 +65,7 @@ def test_ranks_that_are_not_there(ranks: tuple[int, ...]) -> None:
     ],
 )
 def test_flags_without_the_one_they_belong_to(flag: str, needs: str) -> None:
-    error = refusal(LogConfig(profile_memory=True), flag)
+    error = refusal(LogConfig(profile_memory=True, pytorch_profiler_collect_shapes=True), flag)
     assert (error.flag, error.works) == (flag, needs)
 
 

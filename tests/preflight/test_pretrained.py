@@ -1,4 +1,4 @@
-"""What a run from a Hugging Face folder refuses, before torch is imported."""
+"""Runs that start from a Hugging Face folder: what is refused before torch is imported."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from safetensors.numpy import save_file
 from cp_megatron.cli.parse import parse_arguments
 from cp_megatron.comm.runtime import Launch
 from cp_megatron.config.files.presets import PRESETS
-from cp_megatron.config.files.yaml_io import from_yaml, to_yaml
+from cp_megatron.config.files.yaml_io import to_yaml
 from cp_megatron.errors import ConfigError
 from cp_megatron.families.registry import to_hf_config
 from cp_megatron.preflight.check import check
 from cp_megatron.preflight.run_plan import RunPlan
+from tests.config.yaml_text import from_yaml
 
 VOCAB = 300
 LISTS = [*("--rope-short-factor", "1", "2", "3"), *("--rope-long-factor", "1", "2", "3")]
@@ -81,12 +82,15 @@ def test_a_file_may_name_the_folder(folder: Path) -> None:
         (["--no-qk-layernorm"], "--no-qk-layernorm: contradicts the weights"),
         (["--vocab-size", "301"], "--vocab-size 301: contradicts the weights"),
         (["--load", "run"], "starts a new run, but --load run continues one"),
-        (["--beta-fast", "16"], "--beta-fast: has no effect with --rope-type default"),
+        (["--beta-fast", "16"], "--beta-fast 16.0: has no effect with --rope-type default"),
         (["--no-rope-truncate"], "--no-rope-truncate: has no effect"),
         (["--rope-type", "linear"], "--rope-type linear: needs --rope-scaling-factor"),
         (["--rope-type", "linear", "--rope-scaling-factor", "0.5"], "must be at least 1"),
         (["--rope-type", "yarn", *SCALED, "--beta-slow", "64"], "at least --beta-slow 64"),
-        (["--rope-type", "yarn", *SCALED, "--mscale", "1"], "--mscale 1.0: is read together"),
+        (
+            ["--rope-type", "yarn", *SCALED, "--mscale", "1"],
+            "--mscale 1.0: has an effect only with",
+        ),
         (
             ["--rope-type", "llama3", *SCALED, "--rope-low-freq-factor", "5"],
             "must be above --rope-low-freq-factor 5",

@@ -178,7 +178,7 @@ def test_a_name_that_is_too_long(tmp_path: Path, name: str) -> None:
 )
 def test_a_manifest_without_a_usable_model(run: Path, saved: dict[str, object]) -> None:
     manifest = dataclasses.replace(read_manifest(run / "step-40"), config=saved)
-    with pytest.raises(ConfigError, match="does not say its model") as caught:
+    with pytest.raises(ConfigError, match="does not describe a model") as caught:
         check_goes_on(config_of("--load", str(run)), manifest, VOCAB)
     assert caught.value.flag == "--load"
 

@@ -3,26 +3,21 @@
 from __future__ import annotations
 
 import io
-import os
-import signal
 from pathlib import Path
 
-import pytest
 from rich.console import Console
 
 from cp_megatron.cli.parse import parse_arguments
 from cp_megatron.comm.runtime import Launch
-from cp_megatron.errors import ConfigError
-from cp_megatron.preflight import start_table as report
 from cp_megatron.preflight.check import check
 from cp_megatron.preflight.run_plan import RunPlan
-from cp_megatron.preflight.start_table import error_line, print_start, shown_ranks
+from cp_megatron.preflight.start_table import print_start, shown_ranks
 
 
 def planned(*argv: str) -> RunPlan:
     preset = [] if "--preset" in argv else ["--preset", "toy-gpt"]
     arguments = parse_arguments(["--dry-run", *preset, *argv])
-    size = arguments.world_size
+    size = arguments.options.world_size
     return check(arguments.config, Launch(), dry_run=True, dry_run_world_size=size)
 
 
@@ -97,46 +92,3 @@ def test_paths_are_shown_as_they_are() -> None:
     plan = planned()
     assert "[bold]x" in shown(plan, run=Path("[bold]x"))
     assert max(map(len, shown(plan, run=Path("x" * 300)).splitlines())) <= 80
-
-
-@pytest.mark.parametrize(
-    ("rank", "ended", "told"),
-    [
-        (0, False, "p: error: --lr 2: rule\n"),
-        (0, True, "p: error: --lr 2: rule\n"),
-        (1, True, ""),  # rank 0 has said it
-        (1, False, "p (rank 1): error: --lr 2: rule\n"),  # rank 0 knows nothing of it
-    ],
-)
-def test_a_mistake_is_said_once(
-    rank: int,
-    ended: bool,
-    told: str,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    def sleep(seconds: float) -> None:
-        if ended:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr(report, "SECONDS_FOR_RANK_0", 0.1)
-    monkeypatch.setattr(report.time, "sleep", sleep)
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        assert report.refuse(ConfigError("--lr", 2, "rule"), "p", rank=rank) == 2
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    assert capsys.readouterr().err == told
-
-
-@pytest.mark.parametrize(
-    ("error", "line"),
-    [
-        (ConfigError("--lr", 2, "rule", "1"), "p: error: --lr 2: rule (works: 1)"),
-        (ConfigError("--lr", "", "rule"), "p: error: --lr: rule"),
-        (ConfigError("--a", "x\ny\udcff", "rule"), "p: error: --a x\\ny\\udcff: rule"),
-        (ConfigError("--a", "9" * 999, "rule"), f"p: error: --a {'9' * 200}...: rule"),
-    ],
-)
-def test_a_mistake_is_one_line(error: ConfigError, line: str) -> None:
-    assert error_line(error, "p") == line

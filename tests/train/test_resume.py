@@ -10,9 +10,8 @@ import pytest
 from cp_megatron.checkpoint import save as saving
 from cp_megatron.cli.parse import parse_arguments
 from cp_megatron.comm.runtime import Launch
-from cp_megatron.errors import ConfigError
+from cp_megatron.errors import ConfigError, FinishedError
 from cp_megatron.preflight.check import check
-from cp_megatron.preflight.save_and_load import FinishedError
 from tests.ranks import run_ranks
 from tests.train.checkpoints import differing, metrics_of, numbers
 from tests.train.test_loop import STEPS, Place, StoppingView, assembled, finish, place
@@ -166,7 +165,7 @@ def test_only_the_newest_checkpoints_stay(place: Place) -> None:
     run_ranks(train, 2, place.argv("run", "--context-parallel-size", "2", *keep), 3)
     names = sorted(path.name for path in (place.folder / "run").glob("step-*"))
     assert names == ["step-2", "step-3"]
-    with pytest.raises(ConfigError, match="has no effect where all checkpoints stay"):
+    with pytest.raises(ConfigError, match="has no effect unless --keep-latest-k is set"):
         assembled(0, 1, place.argv("other", "--save-retain-interval", "2"))
 
 

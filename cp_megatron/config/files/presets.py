@@ -1,7 +1,8 @@
-"""Named configurations. A flag overrides any part of one; ``toy`` is where defaults come from."""
+"""Named configurations. A flag overrides any part of one."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from types import MappingProxyType
 
@@ -15,86 +16,70 @@ from cp_megatron.config.schema import (
     TrainConfig,
 )
 
-_TOY_DATA = DataConfig(seq_length=1024, global_batch_size=4)
-_TOY_OPTIMIZER = OptimizerConfig(lr=3e-3, min_lr=3e-4, lr_warmup_iters=10)
-_TOY_TRAIN = TrainConfig(train_iters=120)
-
-# Llama style in small: four ranks on two CPU cores train it in about a minute.
-_TOY = Config(
-    preset="toy",
-    model=ModelConfig(
-        num_layers=2,
-        hidden_size=192,
-        num_attention_heads=4,
-        num_query_groups=2,
-        normalization="RMSNorm",
-        swiglu=True,
-        position_embedding_type="rope",
-        disable_bias_linear=True,
-    ),
-    data=_TOY_DATA,
-    optimizer=_TOY_OPTIMIZER,
-    train=_TOY_TRAIN,
+_llama = functools.partial(
+    ModelConfig,
+    normalization="RMSNorm",
+    swiglu=True,
+    position_embedding_type="rope",
+    disable_bias_linear=True,
 )
+_toy = functools.partial(
+    Config,
+    data=DataConfig(seq_length=1024, global_batch_size=4),
+    optimizer=OptimizerConfig(lr=3e-3, min_lr=3e-4, lr_warmup_iters=10),
+    train=TrainConfig(train_iters=120),
+)
+_LONG = TrainConfig(train_iters=100_000, eval_interval=1000)
+_LONG_ROWS = DataConfig(seq_length=8192, micro_batch_size=1, global_batch_size=128)
 
-# The same size in GPT style.
-_TOY_GPT = Config(preset="toy-gpt", data=_TOY_DATA, optimizer=_TOY_OPTIMIZER, train=_TOY_TRAIN)
+# Llama style; four ranks on two CPU cores train it in about a minute.
+_TOY = _toy(
+    preset="toy",
+    model=_llama(num_layers=2, hidden_size=192, num_attention_heads=4, num_query_groups=2),
+)
+# GPT style, of about the same size.
+_TOY_GPT = _toy(preset="toy-gpt")
 
-# Radford et al. 2019, the smallest model: with its own vocabulary of 50,257 it has 124,439,808
-# parameters.
+# The smallest model of Radford et al. 2019; with its own vocabulary of 50,257 tokens it has
+# 124,439,808 parameters.
 _GPT2_SMALL = Config(
     preset="gpt2-small",
-    model=ModelConfig(
-        num_layers=12,
-        hidden_size=768,
-        num_attention_heads=12,
-        hidden_dropout=0.1,
-    ),
+    model=ModelConfig(num_layers=12, hidden_size=768, num_attention_heads=12, hidden_dropout=0.1),
     data=DataConfig(seq_length=1024, micro_batch_size=4, global_batch_size=128),
     optimizer=OptimizerConfig(lr=6e-4, min_lr=6e-5, lr_warmup_iters=2000, adam_beta2=0.95),
-    train=TrainConfig(train_iters=100_000, eval_interval=1000),
+    train=_LONG,
 )
-
 # The shape of Llama 3.2 1B.
 _LLAMA_1B = Config(
     preset="llama-1b",
-    model=ModelConfig(
+    model=_llama(
         num_layers=16,
         hidden_size=2048,
         ffn_hidden_size=8192,
         num_attention_heads=32,
         num_query_groups=8,
-        normalization="RMSNorm",
-        swiglu=True,
-        position_embedding_type="rope",
         rotary_base=500_000.0,
-        disable_bias_linear=True,
     ),
-    data=DataConfig(seq_length=8192, micro_batch_size=1, global_batch_size=128),
+    data=_LONG_ROWS,
     optimizer=OptimizerConfig(lr=4e-4, min_lr=4e-5, lr_warmup_iters=2000),
-    train=TrainConfig(train_iters=100_000, eval_interval=1000),
+    train=_LONG,
 )
-
 # Llama 3 8B (Grattafiori et al. 2024, arXiv:2407.21783, table 3).
 _LLAMA3_8B = Config(
     preset="llama3-8b",
-    model=ModelConfig(
+    model=_llama(
         num_layers=32,
         hidden_size=4096,
         ffn_hidden_size=14336,
         num_attention_heads=32,
         num_query_groups=8,
-        normalization="RMSNorm",
-        swiglu=True,
-        position_embedding_type="rope",
         rotary_base=500_000.0,
         untie_embeddings_and_output_weights=True,
-        disable_bias_linear=True,
     ),
     parallel=ParallelConfig(sequence_parallel=True),
-    data=DataConfig(seq_length=8192, micro_batch_size=1, global_batch_size=128),
+    data=_LONG_ROWS,
     optimizer=OptimizerConfig(lr=3e-4, min_lr=3e-5, lr_warmup_iters=2000),
-    train=TrainConfig(train_iters=100_000, eval_interval=1000),
+    train=_LONG,
     memory=MemoryConfig(recompute_granularity="selective"),
 )
 
@@ -107,5 +92,5 @@ DEFAULT_PRESET = "toy"
 """The preset of a command line that names none."""
 
 PRETRAINED_OPTIMIZER = OptimizerConfig(lr=2e-5)
-"""Of a run that starts from pretrained weights and names no preset: a new model's learning rate
-would throw them away."""
+"""The optimizer of a run that starts from pretrained weights and names no preset. The learning
+rate of a new model would destroy the weights."""

@@ -1,6 +1,6 @@
-"""The folders of runs: which one ``--load`` names, which checkpoint it goes on from.
+"""The folders of runs: which run ``--load`` names, and whether it has a checkpoint.
 
-With ``--load auto`` the same words begin a run and go on with it, however often they are said.
+With ``--load auto`` the same command line begins a run and continues it.
 """
 
 from __future__ import annotations
@@ -14,25 +14,26 @@ from cp_megatron.errors import ConfigError
 
 AUTO = "auto"
 RUNS = Path("runs")
-"""Where a run is kept that nobody named a folder for."""
+"""The folder for runs without ``--save``."""
 CONFIG_FILE = "config.yaml"
 """The file in a run's folder that holds its configuration."""
 METRICS_FILE = "metrics.jsonl"
-"""The file in a run's folder with a line per logged step."""
+"""The file in a run's folder with one line per logged step."""
 STEP_FOLDER = re.compile(r"step-(0|[1-9][0-9]*)")
 """The name of a finished checkpoint."""
 
 
 def find_run(load: str | None, save: str | None, *, again: bool) -> tuple[str | None, bool]:
-    """What to load, None to begin; and whether that was found out here.
+    """The run to load (None to begin one), and whether it was looked for in ``--save``.
 
     Args:
-        load, save: the flags.
-        again: a launcher starts the same words again after a failure; what was saved meanwhile goes
-            before what the run began with.
+        load: the value of ``--load``.
+        save: the value of ``--save``.
+        again: whether a launcher repeats the command line after a failure. Then a checkpoint that
+            was saved meanwhile replaces what the run began with.
 
     Raises:
-        ConfigError: ``auto`` without a folder to look into.
+        ConfigError: ``--load auto`` without ``--save``.
     """
     if load == AUTO and save is None:
         rule = "needs the folder to look into"
@@ -45,18 +46,18 @@ def find_run(load: str | None, save: str | None, *, again: bool) -> tuple[str | 
 
 
 def has_checkpoint(folder: Path) -> bool:
-    """Whether a run's folder has a checkpoint, whole or not."""
+    """Whether a run's folder has a checkpoint, intact or damaged."""
     steps = [step for step in folder.glob("step-*") if STEP_FOLDER.fullmatch(step.name)]
     return (folder / CONFIG_FILE).is_file() and bool(steps)
 
 
 def run_folder(path: Path) -> Path:
-    """The run's folder that ``--load`` names: ``path`` itself, or the parent of a ``step-N``."""
+    """The folder of the run that ``path`` names: ``path`` itself, or the parent of a ``step-N``."""
     return path.parent if STEP_FOLDER.fullmatch(path.name) else path
 
 
 def runs_near(path: Path) -> str:
-    """The runs that lie beside a folder that is none."""
+    """The runs beside ``path`` with a similar name, for a message."""
     with contextlib.suppress(OSError):
         runs = [file.parent for file in path.parent.glob(f"*/{CONFIG_FILE}")]
         names = difflib.get_close_matches(path.name, [run.name for run in runs], cutoff=0.3)

@@ -1,7 +1,7 @@
-"""A configuration as YAML, and back. Strict: an unknown, doubled or mistyped key is refused.
+"""Writes a configuration as YAML and reads settings back, refusing every key that is not valid.
 
-A run's ``config.yaml`` is written by ``to_yaml`` and spells every setting out, so that what a run
-was does not depend on the defaults of a later version. A file for ``--config`` may hold any part.
+``to_yaml`` writes a run's ``config.yaml`` with every setting, so that the run does not depend on
+the defaults of a later version. A file for ``--config`` may hold any of the settings.
 """
 
 from __future__ import annotations
@@ -16,60 +16,34 @@ from typing import Any
 import yaml
 
 from cp_megatron.config.fields import settings, shown
-from cp_megatron.config.files.presets import DEFAULT_PRESET, PRESETS
 from cp_megatron.config.schema import Config
 from cp_megatron.errors import ConfigError
 
-# PyYAML lets errors of the types it builds (dates, numbers) through as they are.
-_LET_THROUGH = (
+# PyYAML raises these for dates and numbers that it cannot build, and for deep nesting.
+_YAML_ERRORS = (
     *(yaml.YAMLError, ValueError, TypeError, LookupError, ArithmeticError),
     *(RecursionError, AttributeError),
 )
 
 Values = Mapping[str, Any]
-"""Settings by name, checked."""
+"""Checked values of settings by name."""
 LARGEST = 1 << 20
-"""Bytes of a file, and letters of its values where aliases stand for the same ones again."""
+"""Largest number of bytes of a file, and of letters of its values with aliases written out."""
 
 
 def to_yaml(config: Config) -> str:
-    """Every setting of ``config``, in the order of the dataclasses."""
+    """All settings of ``config`` as YAML, in the order of the dataclasses."""
     plain = dataclasses.asdict(config)
     plain["data"]["data_path"] = list(config.data.data_path)
     readable = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
-    # PyYAML writes the line breaks of Unicode as they are and reads them back as spaces.
+    # PyYAML writes Unicode line breaks unescaped and would read them back as spaces.
     if any(mark in readable for mark in "\x85\u2028\u2029"):
         return yaml.safe_dump(plain, sort_keys=False, allow_unicode=False)
     return readable
 
 
-def from_yaml(text: str, source: str) -> Config:
-    """The configuration that ``text`` spells out; what it leaves out comes from its preset.
-
-    Args:
-        text: the YAML text.
-        source: where the text comes from, for messages.
-
-    Raises:
-        ConfigError: the text is no YAML, or has an unknown key or a wrong value.
-    """
-    values = read_values(text, source)
-    return overlay(preset_named(values.get("preset", DEFAULT_PRESET), f"{source}: preset"), values)
-
-
-def preset_named(name: str, flag: str = "--preset") -> Config:
-    """The preset of that name.
-
-    Raises:
-        ConfigError: there is none.
-    """
-    if name not in PRESETS:
-        raise ConfigError(flag, name, "is no preset", ", ".join(PRESETS))
-    return PRESETS[name]
-
-
 def overlay(base: Config, values: Values) -> Config:
-    """``base`` with the settings of ``values`` put in."""
+    """``base`` with the values of some settings replaced."""
     sections: dict[str, dict[str, Any]] = {}
     for name, value in values.items():
         sections.setdefault(settings()[name].section, {})[name] = value
@@ -82,14 +56,14 @@ def overlay(base: Config, values: Values) -> Config:
 
 
 def read_file(path: Path, flag: str) -> str:
-    """The text of a configuration file.
+    """The text of a configuration file, which ``flag`` names.
 
     Raises:
-        ConfigError: it can not be read as text.
+        ConfigError: the file cannot be read as text.
     """
     try:
         status = path.stat()
-        # Reading a pipe would wait for ever, reading a device would not end.
+        # Reading a pipe or a device might never end.
         if not path.is_dir() and (not path.is_file() or status.st_size > LARGEST):
             rule = f"is not a regular file of at most {LARGEST} bytes"
             raise ConfigError(flag, path, rule, "a YAML file")
@@ -100,14 +74,18 @@ def read_file(path: Path, flag: str) -> str:
         raise ConfigError(flag, path, "is not UTF-8 text", "a YAML file") from None
     except (OSError, ValueError) as error:
         reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
-        raise ConfigError(flag, path, f"can not be read: {reason}") from None
+        raise ConfigError(flag, path, f"cannot be read: {reason}") from None
 
 
 def read_values(text: str, source: str) -> Values:
-    """The settings that ``text`` holds, by name, each checked against its type.
+    """The settings that a YAML text holds, by name.
+
+    Args:
+        text: the text.
+        source: where the text comes from, for messages.
 
     Raises:
-        ConfigError: as ``from_yaml``.
+        ConfigError: the text is not valid YAML, or it has an unknown key or a wrong value.
     """
     document = _parse(text, source)
     values: dict[str, Any] = {}
@@ -124,25 +102,25 @@ def _parse(text: str, source: str) -> Any:
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         if _size(node, {}) > LARGEST:
-            raise ConfigError(source, "", "is no YAML: its aliases repeat too much")
+            raise ConfigError(source, "", "is not valid YAML: its aliases repeat too much")
         _refuse_doubled_keys(node, source)
         return yaml.safe_load(text)
     except yaml.MarkedYAMLError as error:
         place = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise ConfigError(source, "", f"is no YAML: {error.problem}{place}") from None
+        raise ConfigError(source, "", f"is not valid YAML: {error.problem}{place}") from None
     except ConfigError:
         raise
-    except _LET_THROUGH as error:
+    except _YAML_ERRORS as error:
         reason = " ".join(str(error).split())
-        raise ConfigError(source, "", f"is no YAML: {reason}") from None
+        raise ConfigError(source, "", f"is not valid YAML: {reason}") from None
 
 
 def _size(node: yaml.Node | None, known: dict[int, float]) -> float:
-    """Letters and nodes of a value with aliases written out; infinite where one is in itself."""
+    """Letters and nodes of a value with aliases written out; infinite if it contains itself."""
     if node is None:
         return 0
     if id(node) not in known:
-        known[id(node)] = math.inf  # as long as it is not finished
+        known[id(node)] = math.inf  # until its own size is known
         if isinstance(node, yaml.ScalarNode):
             size: float = len(node.value)
         elif isinstance(node, yaml.MappingNode):
@@ -153,27 +131,21 @@ def _size(node: yaml.Node | None, known: dict[int, float]) -> float:
     return known[id(node)]
 
 
-def _refuse_doubled_keys(node: yaml.Node | None, source: str) -> None:
-    """PyYAML would silently keep the last of two equal keys. Two levels are all we read."""
-    levels = [node]
-    for _ in range(2):
-        inner: list[yaml.Node | None] = []
-        for mapping in levels:
-            if not isinstance(mapping, yaml.MappingNode):
-                continue
-            seen: set[str] = set()
-            for key, value in mapping.value:
-                if isinstance(key, yaml.ScalarNode):
-                    if key.value in seen:
-                        line = key.start_mark.line + 1
-                        raise ConfigError(source, key.value, f"stands twice, line {line}")
-                    seen.add(key.value)
-                inner.append(value)
-        levels = inner
+def _refuse_doubled_keys(node: yaml.Node | None, source: str, levels: int = 2) -> None:
+    """Refuses equal keys, of which PyYAML would silently keep the last."""
+    if not isinstance(node, yaml.MappingNode) or not levels:
+        return
+    seen: set[str] = set()
+    for key, value in node.value:
+        if isinstance(key, yaml.ScalarNode):
+            if key.value in seen:
+                rule = f"is given twice, again on line {key.start_mark.line + 1}"
+                raise ConfigError(source, key.value, rule)
+            seen.add(key.value)
+        _refuse_doubled_keys(value, source, levels - 1)
 
 
 def _mapping(entry: Any, source: str, key: str) -> dict[str, Any]:
-    """``entry`` as a mapping; an empty file or section holds nothing."""
     if entry is None:
         return {}
     if not isinstance(entry, dict):

@@ -26,60 +26,25 @@ from typing import Any
 import numpy as np
 
 from cp_megatron.data.prepare.prepare_worker import (
-    Failed,
-    Finished,
-    Job,
+    OUTPUT,
     SpanProgress,
+    cannot_write,
     ids_path,
     lengths_path,
     receipt_path,
     serve,
     write_json,
 )
+from cp_megatron.data.prepare.request import Request
 from cp_megatron.data.read.documents import InputFile, InputSpan, cut_spans, find_inputs
 from cp_megatron.data.read.indexed import IndexedWriter
 from cp_megatron.data.read.tables import FLAG
 from cp_megatron.data.tokenize.open_tokenizer import open_tokenizer
 from cp_megatron.errors import ConfigError
 
-OUTPUT = "--output-prefix"
 MANIFEST = "manifest.json"
 SMALLEST_SPAN, LARGEST_SPAN, SPANS = 1 << 20, 1 << 25, 256
 SECONDS_TO_END = 5.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Request:
-    """The data to prepare.
-
-    Attributes:
-        inputs: files, folders, and patterns with * and ?.
-        output_prefix: the files of a key are ``<output_prefix>_<key>_document.bin`` and ``.idx``.
-        tokenizer_type, tokenizer_model: as in ``open_tokenizer``.
-        keys: keys of JSON objects or columns of tables; ``text`` for text files.
-        append_eod: documents end with the tokenizer's ``eod``.
-        workers: the number of processes; None is one for each core.
-        skip_bad_lines: malformed lines are skipped and reported.
-    """
-
-    inputs: tuple[str, ...]
-    output_prefix: str
-    tokenizer_type: str
-    tokenizer_model: str | None = None
-    keys: tuple[str, ...] = ("text",)
-    append_eod: bool = True
-    workers: int | None = None
-    skip_bad_lines: bool = False
-
-    @property
-    def outputs(self) -> tuple[str, ...]:
-        """The prefix of each key's files."""
-        return tuple(f"{self.output_prefix}_{key}_document" for key in self.keys)
-
-    @property
-    def partial(self) -> Path:
-        """The folder of the finished spans."""
-        return Path(f"{self.output_prefix}.partial")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,8 +91,8 @@ def prepare(request: Request, watch: Watcher = lambda event: None) -> Prepared:
     tokenizer = open_tokenizer(request.tokenizer_type, request.tokenizer_model)
     if not _receipts(request.partial):
         _check_outputs(request)
-    files = find_inputs(request.inputs)
-    _check_keys(request.keys, files)
+    files = find_inputs(request.input)
+    _check_keys(request.json_keys, files)
     total = sum(file.size for file in files)
     span_bytes = min(LARGEST_SPAN, max(SMALLEST_SPAN, total // SPANS))
     with _folder(request.partial):
@@ -135,7 +100,7 @@ def prepare(request: Request, watch: Watcher = lambda event: None) -> Prepared:
         manifest = {
             "inputs": [{"path": x.path, "size": x.size, "mtime": x.mtime} for x in files],
             "tokenizer": [tokenizer.kind, tokenizer.fingerprint],
-            "options": [list(request.keys), request.append_eod],
+            "options": [list(request.json_keys), request.append_eod],
             "pieces": len(spans),
             "skip_bad_lines": request.skip_bad_lines,
         }
@@ -150,13 +115,15 @@ def prepare(request: Request, watch: Watcher = lambda event: None) -> Prepared:
 
 
 def _check_request(request: Request) -> None:
-    if not request.inputs:
+    if not request.input:
         raise ConfigError(FLAG, "", "needs the documents", f"{FLAG} FILE or FOLDER")
     if request.workers is not None and request.workers < 1:
         raise ConfigError("--workers", request.workers, "must be at least 1", "1 or more")
-    if len(set(request.keys)) != len(request.keys):
-        raise ConfigError("--json-keys", " ".join(request.keys), "has a key twice", "each once")
-    for key in request.keys:
+    if len(set(request.json_keys)) != len(request.json_keys):
+        raise ConfigError(
+            "--json-keys", " ".join(request.json_keys), "has a key twice", "each once"
+        )
+    for key in request.json_keys:
         if "/" in key:
             rule = "is part of a file's name and must not hold a /"
             raise ConfigError("--json-keys", key, rule, "another key")
@@ -186,8 +153,7 @@ def _folder(path: Path) -> Iterator[None]:
         path.mkdir(parents=True, exist_ok=True)
         stream = (path / "lock").open("wb")
     except OSError as error:
-        rule = f"cannot be written: {error.strerror}"
-        raise ConfigError(OUTPUT, str(path), rule, "a writable folder") from None
+        raise cannot_write(path, error) from None
     with stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -222,8 +188,7 @@ def _go_on_or_begin(request: Request, manifest: Mapping[str, Any]) -> None:
         if earlier != manifest:
             write_json(path, manifest)
     except OSError as error:
-        rule = f"cannot be written: {error.strerror}"
-        raise ConfigError(OUTPUT, str(folder), rule, "a disk with more space") from None
+        raise cannot_write(folder, error) from None
 
 
 def _check_same_task(folder: Path, earlier: Any, manifest: Mapping[str, Any]) -> None:
@@ -255,19 +220,11 @@ def _run_spans(request: Request, spans: Sequence[InputSpan], watch: Watcher) -> 
     total, left = sum(span.weight for span in spans), sum(span.weight for _, span in todo)
     kept = len(spans) - len(todo)
     watch(WorkAhead(weight=total, kept_weight=total - left, spans=len(spans), kept_spans=kept))
-    job = Job(
-        folder=folder,
-        tokenizer_type=request.tokenizer_type,
-        tokenizer_model=request.tokenizer_model,
-        keys=request.keys,
-        append_eod=request.append_eod,
-        skip_bad_lines=request.skip_bad_lines,
-    )
     workers = min(request.workers or cores(), len(todo))
     team: dict[Connection, SpawnProcess] = {}
     try:
         for _ in range(workers):
-            connection, process = _begin(job)
+            connection, process = _begin(request)
             team[connection] = process
         _deal(team, todo, watch)
     finally:
@@ -286,11 +243,11 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
-def _begin(job: Job) -> tuple[Connection, SpawnProcess]:
+def _begin(request: Request) -> tuple[Connection, SpawnProcess]:
     # Spawned, because a process that is forked from one with threads may hang.
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    process = context.Process(target=serve, args=(theirs, job), daemon=True)
+    process = context.Process(target=serve, args=(theirs, request), daemon=True)
     process.start()
     theirs.close()
     return ours, process
@@ -312,15 +269,11 @@ def _deal(
                 answer = ready.recv()
             except (EOFError, ConnectionResetError):
                 raise _died(team[ready]) from None
-            if isinstance(answer, Failed):
-                if answer.error is not None:
-                    raise answer.error
-                raise RuntimeError(f"a process failed:\n{answer.trace}")
+            if isinstance(answer, Exception):
+                raise answer
             if isinstance(answer, SpanProgress):
                 watch(answer)
-                continue
-            assert isinstance(answer, Finished)
-            if todo:
+            elif todo:
                 _give(ready, team[ready], todo.pop())
             else:
                 busy.remove(ready)
@@ -347,11 +300,13 @@ def _join(request: Request, spans: Sequence[InputSpan], vocab_size: int) -> Prep
     """Writes the spans one after the other."""
     folder = request.partial
     receipts = [json.loads(receipt_path(folder, n).read_bytes()) for n in range(len(spans))]
-    tokens = [sum(each["tokens"][key] for each in receipts) for key in range(len(request.keys))]
-    for name, count in zip(request.keys, tokens):
+    tokens = [
+        sum(each["tokens"][key] for each in receipts) for key in range(len(request.json_keys))
+    ]
+    for name, count in zip(request.json_keys, tokens):
         if count == 0:
             rule = f"no document has any text under the key {name!r}"
-            raise ConfigError(FLAG, " ".join(request.inputs), rule, "documents with text")
+            raise ConfigError(FLAG, " ".join(request.input), rule, "documents with text")
     try:
         for key, prefix in enumerate(request.outputs):
             with IndexedWriter(prefix, vocab_size=vocab_size) as writer:
@@ -361,9 +316,10 @@ def _join(request: Request, spans: Sequence[InputSpan], vocab_size: int) -> Prep
                     writer.add_file(path, lengths)
                 writer.finalize()
     except OSError as error:
-        rule = f"cannot be written: {error.strerror}"
-        raise ConfigError(OUTPUT, request.output_prefix, rule, "a disk with more space") from None
-    counts = [sum(each["documents"][key] for each in receipts) for key in range(len(request.keys))]
+        raise cannot_write(request.output_prefix, error) from None
+    counts = [
+        sum(each["documents"][key] for each in receipts) for key in range(len(request.json_keys))
+    ]
     return Prepared(
         outputs=request.outputs,
         documents=tuple(counts),

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from cp_megatron.config.ranges import Size
 from cp_megatron.config.words import read_options
-from cp_megatron.data.prepare.prepare import Prepared, Request, WorkAhead, prepare
+from cp_megatron.data.prepare.prepare import Prepared, WorkAhead, prepare
 from cp_megatron.data.prepare.prepare_worker import SpanProgress
+from cp_megatron.data.prepare.request import Request
 from cp_megatron.errors import ConfigError
 
 PROGRAM = "prepare_data.py"
@@ -28,78 +26,40 @@ makes data/corpus_text_document.bin and .idx. To continue a run that was stopped
 command again."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class PreparationOptions:
-    """Each field is a flag, its docstring the help of the flag."""
-
-    input: tuple[str, ...] = ()
-    """Text files, .jsonl, .json (both also with .gz), .parquet, folders of these, and folders that
-    Dataset.save_to_disk wrote; patterns with * and ? work. A text file is one document."""
-    output_prefix: str | None = None
-    """Where to write PREFIX_KEY_document.bin and .idx; KEY is text for text files."""
-    tokenizer_type: Literal["byte", "huggingface", "sentencepiece", "tiktoken"] = "byte"
-    """How text is turned into ids; byte is one id per byte of UTF-8."""
-    tokenizer_model: str | None = None
-    """The tokenizer's file, or the folder of a Hugging Face model."""
-    json_keys: tuple[str, ...] = ("text",)
-    """The keys of a JSON object, or the columns of a table, that hold text."""
-    append_eod: bool = True
-    """Every document ends with the tokenizer's end-of-document id."""
-    workers: int | None = None
-    """The number of processes; by default one for each core."""
-    skip_bad_lines: bool = False
-    """Skip malformed JSON lines and list them in PREFIX_skipped.txt instead of refusing them."""
-    log_interval: Size = 100_000
-    """Documents between two lines of progress."""
-
-
-def parse(argv: Sequence[str]) -> PreparationOptions:
+def parse(argv: Sequence[str]) -> Request:
     """Reads a command line, without the program's name.
 
     Raises:
         ConfigError: a flag is unknown or its value cannot be used.
         SystemExit: with code 0, after ``--help`` is printed.
     """
-    options = read_options(argv, PreparationOptions, program=PROGRAM, description=_DESCRIPTION)
-    if options.output_prefix is None:
+    request = read_options(argv, Request, program=PROGRAM, description=_DESCRIPTION)
+    if request.output_prefix is None:
         rule = "names the path that the new files begin with"
         raise ConfigError("--output-prefix", "", rule, "--output-prefix data/corpus")
-    return options
+    return request
 
 
-def run(options: PreparationOptions, console: Console | None = None) -> Prepared:
+def run(request: Request, console: Console | None = None) -> Prepared:
     """Prepares the data and shows the progress.
 
     Raises:
         ConfigError: a flag, an input or the output cannot be used.
     """
-    assert options.output_prefix is not None
-    request = Request(
-        inputs=options.input,
-        output_prefix=options.output_prefix,
-        tokenizer_type=options.tokenizer_type,
-        tokenizer_model=options.tokenizer_model,
-        keys=options.json_keys,
-        append_eod=options.append_eod,
-        workers=options.workers,
-        skip_bad_lines=options.skip_bad_lines,
-    )
     out = console or Console()
-    view = _View(out, options.log_interval)
+    view = _View(out, request.log_interval)
     with view.bar:
         prepared = prepare(request, view)
     for prefix, documents, tokens in zip(prepared.outputs, prepared.documents, prepared.tokens):
         _print(out, f"{prefix}.bin .idx: {documents:,} documents, {tokens:,} tokens")
     if prepared.skipped:
-        _report_skipped(prepared.skipped, f"{options.output_prefix}_skipped.txt", out)
+        _report_skipped(prepared.skipped, f"{request.output_prefix}_skipped.txt", out)
     return prepared
 
 
 def interrupted(argv: Sequence[str]) -> str:
     """The line to print after Ctrl-C."""
-    folder = Request(
-        inputs=(), output_prefix=str(parse(argv).output_prefix), tokenizer_type="byte"
-    ).partial
+    folder = parse(argv).partial
     done = len(list(folder.glob("[0-9]*.json")))
     return f"{PROGRAM}: stopped; {done} finished spans are in {folder}, the same command goes on"
 

@@ -21,31 +21,14 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
+from cp_megatron.data.prepare.request import Request
 from cp_megatron.data.read.documents import DocumentBatch, InputSpan, read_span
 from cp_megatron.data.read.indexed import optimal_dtype
 from cp_megatron.data.tokenize.open_tokenizer import open_tokenizer
 from cp_megatron.data.tokenize.tokenizer import Tokenizer
 from cp_megatron.errors import ConfigError
 
-
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """How every span is tokenised.
-
-    Attributes:
-        folder: the folder of the results.
-        tokenizer_type, tokenizer_model: as in ``open_tokenizer``.
-        keys: keys of JSON objects, or columns of tables.
-        append_eod: documents end with the tokenizer's ``eod``.
-        skip_bad_lines: malformed lines are skipped and reported.
-    """
-
-    folder: Path
-    tokenizer_type: str
-    tokenizer_model: str | None
-    keys: tuple[str, ...]
-    append_eod: bool
-    skip_bad_lines: bool
+OUTPUT = "--output-prefix"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,21 +38,6 @@ class SpanProgress:
     weight: int
     tokens: int
     documents: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Finished:
-    """A span is done."""
-
-    number: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Failed:
-    """The process cannot go on: the user's mistake, or the trace of a bug."""
-
-    error: ConfigError | None
-    trace: str
 
 
 def receipt_path(folder: Path, number: int) -> Path:
@@ -87,43 +55,51 @@ def lengths_path(folder: Path, number: int, key: int) -> Path:
     return folder / f"{number:06d}-{key}.len"
 
 
-def serve(connection: Connection, job: Job) -> None:
-    """Answers (number, span) with ``SpanProgress`` .. ``Finished`` until the pipe closes."""
+def cannot_write(path: object, error: OSError) -> ConfigError:
+    """The error for a folder or a disk that cannot be written."""
+    rule = f"cannot be written: {error.strerror}"
+    return ConfigError(OUTPUT, str(path), rule, "a writable folder on a disk with more space")
+
+
+def serve(connection: Connection, request: Request) -> None:
+    """Answers (number, span) with ``SpanProgress``, then None, until the pipe closes.
+
+    An error is sent as an exception, after which the process ends.
+    """
     # Ctrl-C reaches all processes of the terminal; the parent ends this one by closing the pipe.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        tokenizer = open_tokenizer(job.tokenizer_type, job.tokenizer_model)
+        tokenizer = open_tokenizer(request.tokenizer_type, request.tokenizer_model)
         while True:
             number, span = connection.recv()
-            tokenise_span(number, span, job, tokenizer, connection)
-            connection.send(Finished(number=number))
+            tokenise_span(number, span, request, tokenizer, connection)
+            connection.send(None)
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return
     except ConfigError as error:
-        connection.send(Failed(error=error, trace=""))
+        connection.send(error)
     except OSError as error:
-        rule = f"cannot be written: {error.strerror}"
-        wrong = ConfigError("--output-prefix", str(job.folder), rule, "a disk with more space")
-        connection.send(Failed(error=wrong, trace=""))
+        connection.send(cannot_write(request.partial, error))
     except Exception:
-        connection.send(Failed(error=None, trace=traceback.format_exc()))
+        connection.send(RuntimeError(f"a process failed:\n{traceback.format_exc()}"))
 
 
 def tokenise_span(
-    number: int, span: InputSpan, job: Job, tokenizer: Tokenizer, connection: Connection
+    number: int, span: InputSpan, request: Request, tokenizer: Tokenizer, connection: Connection
 ) -> None:
     """Writes the files of a span, the receipt last."""
+    folder, keys = request.partial, request.json_keys
     # The names hold the process, because a process that lost its parent may still write.
     suffix = f".{os.getpid()}.tmp"
-    outputs = [ids_path(job.folder, number, key) for key in range(len(job.keys))]
+    outputs = [ids_path(folder, number, key) for key in range(len(keys))]
     streams = [open(f"{path}{suffix}", "wb") for path in outputs]  # noqa: SIM115
-    lengths: list[list[int]] = [[] for _ in job.keys]
-    checks = [0 for _ in job.keys]
+    lengths: list[list[int]] = [[] for _ in keys]
+    checks = [0 for _ in keys]
     skipped: list[tuple[int, str]] = []
     lines = 0
     try:
-        for batch in read_span(span, job.keys, skip_bad_lines=job.skip_bad_lines):
-            connection.send(_write(batch, tokenizer, job.append_eod, streams, lengths, checks))
+        for batch in read_span(span, keys, skip_bad_lines=request.skip_bad_lines):
+            connection.send(_write(batch, tokenizer, request.append_eod, streams, lengths, checks))
             skipped += batch.skipped
             lines += batch.lines
     finally:
@@ -131,9 +107,7 @@ def tokenise_span(
             stream.close()
     for key, path in enumerate(outputs):
         Path(f"{path}{suffix}").replace(path)
-        lengths_path(job.folder, number, key).write_bytes(
-            np.array(lengths[key], dtype="<i4").tobytes()
-        )
+        lengths_path(folder, number, key).write_bytes(np.array(lengths[key], dtype="<i4").tobytes())
     receipt = {
         "documents": [len(each) for each in lengths],
         "tokens": [sum(each) for each in lengths],
@@ -141,7 +115,7 @@ def tokenise_span(
         "lines": lines,
         "skipped": skipped,
     }
-    write_json(receipt_path(job.folder, number), receipt, suffix)
+    write_json(receipt_path(folder, number), receipt, suffix)
 
 
 def write_json(path: Path, value: Mapping[str, Any], suffix: str = ".tmp") -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from cp_megatron.errors import ConfigError
@@ -35,17 +37,12 @@ def row_groups(path: str) -> list[tuple[int, int]]:
     Raises:
         ConfigError: it is not a Parquet file, or pyarrow is missing.
     """
-    arrow, parquet = _pyarrow(path)
-    try:
-        with parquet.ParquetFile(path) as table:
-            groups = [table.metadata.row_group(n) for n in range(table.metadata.num_row_groups)]
-            sizes = [
-                sum(group.column(n).total_compressed_size for n in range(group.num_columns))
-                for group in groups
-            ]
-    except (arrow.ArrowException, OSError, ValueError) as error:
-        raise _malformed(path, error) from None
-    return list(enumerate(sizes))
+    with _pyarrow(path) as (_, parquet), parquet.ParquetFile(path) as table:
+        groups = [table.metadata.row_group(n) for n in range(table.metadata.num_row_groups)]
+        return [
+            (number, sum(group.column(n).total_compressed_size for n in range(group.num_columns)))
+            for number, group in enumerate(groups)
+        ]
 
 
 def read_row_group(path: str, start: int, stop: int, keys: Sequence[str]) -> Iterator[TableRows]:
@@ -54,18 +51,12 @@ def read_row_group(path: str, start: int, stop: int, keys: Sequence[str]) -> Ite
     Raises:
         ConfigError: a key is not a column of texts, or the file is damaged.
     """
-    arrow, parquet = _pyarrow(path)
-    try:
-        with parquet.ParquetFile(path) as table:
-            _check_columns(path, table.schema_arrow, keys)
-            total = sum(table.metadata.row_group(n).num_rows for n in range(start, stop))
-            groups = list(range(start, stop))
-            for batch in table.iter_batches(_BATCH, row_groups=groups, columns=list(keys)):
-                yield _rows(batch, keys, total)
-    except (arrow.ArrowException, OSError, ValueError) as error:
-        if isinstance(error, ConfigError):
-            raise
-        raise _malformed(path, error) from None
+    with _pyarrow(path) as (arrow, parquet), parquet.ParquetFile(path) as table:
+        _check_columns(arrow, path, table.schema_arrow, keys)
+        groups = list(range(start, stop))
+        total = sum(table.metadata.row_group(number).num_rows for number in groups)
+        for batch in table.iter_batches(_BATCH, row_groups=groups, columns=list(keys)):
+            yield _rows(batch, keys, total)
 
 
 def arrow_runs(path: str, piece_bytes: int) -> list[tuple[int, int, int]]:
@@ -90,25 +81,21 @@ def read_arrow(path: str, start: int, stop: int, keys: Sequence[str]) -> Iterato
     Raises:
         ConfigError: a key is not a column of texts, or the file is damaged.
     """
-    for number, batch in enumerate(_record_batches(path)):
-        if number >= stop:
-            return
-        if number < start:
-            continue
-        _check_columns(path, batch.schema, keys)
-        for place in range(0, batch.num_rows, _BATCH):
-            rows = batch.slice(place, _BATCH)
-            yield _rows(rows, keys, batch.num_rows * (stop - start))
+    with _pyarrow(path) as (arrow, _):
+        for batch in islice(_record_batches(path), start, stop):
+            _check_columns(arrow, path, batch.schema, keys)
+            for place in range(0, batch.num_rows, _BATCH):
+                yield _rows(batch.slice(place, _BATCH), keys, batch.num_rows * (stop - start))
 
 
 def _record_batches(path: str) -> Iterator[Any]:
     """The batches of an Arrow stream, mapped: only what is used is read from the disk."""
-    arrow, _ = _pyarrow(path)
-    try:
-        with arrow.memory_map(path) as file, arrow.ipc.open_stream(file) as stream:
-            yield from stream
-    except (arrow.ArrowException, OSError) as error:
-        raise _malformed(path, error) from None
+    with (
+        _pyarrow(path) as (arrow, _),
+        arrow.memory_map(path) as file,
+        arrow.ipc.open_stream(file) as stream,
+    ):
+        yield from stream
 
 
 def _rows(batch: Any, keys: Sequence[str], total: int) -> TableRows:
@@ -116,8 +103,7 @@ def _rows(batch: Any, keys: Sequence[str], total: int) -> TableRows:
     return TableRows(columns=columns, share=batch.num_rows / max(1, total))
 
 
-def _check_columns(path: str, schema: Any, keys: Sequence[str]) -> None:
-    arrow, _ = _pyarrow(path)
+def _check_columns(arrow: Any, path: str, schema: Any, keys: Sequence[str]) -> None:
     for key in keys:
         if key not in schema.names:
             columns = ", ".join(schema.names)
@@ -128,7 +114,9 @@ def _check_columns(path: str, schema: Any, keys: Sequence[str]) -> None:
             raise ConfigError("--json-keys", key, rule, "a column of texts")
 
 
-def _pyarrow(path: str) -> tuple[Any, Any]:
+@contextmanager
+def _pyarrow(path: str) -> Iterator[tuple[Any, Any]]:
+    """pyarrow and its Parquet module; their errors become those of the file."""
     try:
         import pyarrow
         import pyarrow.ipc
@@ -136,9 +124,11 @@ def _pyarrow(path: str) -> tuple[Any, Any]:
     except ImportError:
         rule = "needs the package pyarrow, which is not installed"
         raise ConfigError(FLAG, path, rule, "pip install 'cp_megatron[data]'") from None
-    return pyarrow, pyarrow.parquet
-
-
-def _malformed(path: str, error: Exception) -> ConfigError:
-    message = " ".join(str(error).split())
-    return ConfigError(FLAG, path, f"cannot be read as a table: {message}", "a complete file")
+    try:
+        yield pyarrow, pyarrow.parquet
+    except ConfigError:
+        raise
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        message = " ".join(str(error).split())
+        rule = f"cannot be read as a table: {message}"
+        raise ConfigError(FLAG, path, rule, "a complete file") from None

@@ -55,7 +55,6 @@ def _ramp(n: int, limit: int) -> int:
 
 
 def _ramps(n: IntArray, limit: int) -> IntArray:
-    """``_ramp`` for an array of n."""
     grows = n if limit < 0 else np.minimum(n, limit + 1)
     return grows * (grows - 1) // 2 + (n - grows) * limit
 

@@ -139,7 +139,6 @@ def _best_trial(
 
 
 def _table(slices: list[DocumentSlice], order: IntArray) -> IntArray:
-    """int64 [slices, 4], with documents numbered as in the mask."""
     table = np.asarray(slices, dtype=np.int64)
     table[:, 1] = order[table[:, 1]]
     return table

@@ -106,7 +106,6 @@ class Dealer:
             self._cut(d)
 
     def _densest(self) -> int:
-        """The document whose tail has the most pairs per row."""
         return max(self.opened + self.fresh[-NUM_FRESH:], key=self.density.__getitem__)
 
     def _tail_density(self, d: int) -> float:
@@ -265,8 +264,7 @@ class _CutSearch:
         up_to, length, head = self.up_to, self.length, self.head
         pairs = self.pairs - up_to(length, head)
         return first_closed(
-            lambda n: self._excess(self.tokens + n, pairs + up_to(length, head + n), head + n),
-            most,
+            lambda n: self._excess(self.tokens + n, pairs + up_to(length, head + n), head + n), most
         )
 
     def _heads_of(self, e: int) -> int | None:

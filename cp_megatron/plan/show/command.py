@@ -12,8 +12,8 @@ from typing import Annotated, Literal
 import numpy as np
 from rich.console import Console
 
-from cp_megatron.config.ranges import Range
-from cp_megatron.config.schema import Exchange, LayoutKind, Route
+from cp_megatron.config.schema.parallel_config import Exchange, LayoutKind, Route
+from cp_megatron.config.schema.ranges import Range
 from cp_megatron.config.words import read_options
 from cp_megatron.errors import ConfigError
 from cp_megatron.plan.layout import SequenceLayout
@@ -36,7 +36,7 @@ _ELEMENT_SIZES: Mapping[str, int] = types.MappingProxyType(
 
 @dataclass(frozen=True, kw_only=True)
 class PlanOptions:
-    """Describe the schedule. A field is a flag, and its docstring is the help of the flag."""
+    """The schedule to show."""
 
     mask: Literal["causal", "full", "documents"] | None = None
     """The mask; documents if any are given, otherwise causal."""

@@ -116,7 +116,6 @@ def _text(x: float, y: float, text: str, attributes: str = "") -> str:
 
 
 def _number(value: float) -> str:
-    """Formats with at most two decimals."""
     return f"{value:.2f}".rstrip("0").rstrip(".")
 
 
@@ -169,7 +168,6 @@ def _gamma(linear: float) -> float:
 
 
 def _matrix(schedule: DrawableSchedule) -> tuple[list[str], list[str]]:
-    """The patches, group by group, and notes about those that are not drawn."""
     scale = SIDE / schedule.mask.seq_len
     placed = list(_placed(schedule))
     seen = [item for item in placed if max(_sides(item.patch)) * scale >= 1]
@@ -210,7 +208,6 @@ def _sides(patch: Patch) -> Span:
 
 
 def _group(mine: Sequence[_Placed], pixels: str, scale: float, colour: str) -> list[str]:
-    """The patches of one colour and the numbers of their rounds."""
     paths = {True: "", False: ""}
     numbers = []
     for patch, _, number in mine:
@@ -281,7 +278,6 @@ def _pixels(tiny: Sequence[_Placed], scale: float) -> dict[int, str]:
 
 
 def _edges(schedule: DrawableSchedule) -> Iterator[str]:
-    """The edges, which show the ranks that hold the rows and the columns."""
     scale = SIDE / schedule.mask.seq_len
     needed = max(10, SMALL_LETTER * len(str(schedule.layout.cp_size - 1)) + 2)
     for rank, chunks in enumerate(schedule.layout.chunks):
@@ -304,7 +300,6 @@ def _edges(schedule: DrawableSchedule) -> Iterator[str]:
 
 
 def _documents(schedule: DrawableSchedule) -> Iterator[str]:
-    """The outlines of packed documents, if they are large enough."""
     scale = SIDE / schedule.mask.seq_len
     edges = schedule.mask.starts().tolist()
     spans = [(a * scale, b * scale) for a, b in pairwise(edges) if (b - a) * scale >= 3]
@@ -319,7 +314,6 @@ def _documents(schedule: DrawableSchedule) -> Iterator[str]:
 
 
 def _legend(schedule: DrawableSchedule, summary: Summary) -> tuple[list[str], int]:
-    """The colour and the share of each rank, and the width of the legend."""
     shown = summary.ranks if len(summary.ranks) <= LEGEND_ROWS else summary.ranks[: LEGEND_ROWS - 1]
     table = [("rank", "pairs", "of mean", "keys received", "heads")]
     table += [

@@ -101,20 +101,14 @@ def runs_within(runs: Sequence[LocalRun], start: int, stop: int) -> Iterator[tup
 
 def _patch(rows: Span, keys: Span, band: Band, shift: int) -> Patch | None:
     """The patch of two runs; ``shift`` is the row minus the column of their first positions."""
-    left = None if band.left is None else band.left - shift
-    right = None if band.right is None else band.right + shift
-    (q0, q1), (k0, k1) = rows, keys
-    if right is not None and right < 0:  # the first rows have no column here
-        q0, left, right = q0 - right, None if left is None else left + right, 0
-    if left is not None:  # neither have the last rows
-        q1 = min(q1, q0 + k1 - k0 + left)
-    if q0 >= q1:
+    (q0, q1), width = rows, keys[1] - keys[0]
+    # The first and the last rows may have no column here.
+    first = 0 if band.right is None else max(0, -band.right - shift)
+    stop = q1 - q0 if band.left is None else min(q1 - q0, width + band.left - shift)
+    if first >= stop:
         return None
-    if left is not None and left >= q1 - q0 - 1:
-        left = None
-    if right is not None and right >= k1 - k0 - 1:
-        right = None
-    return Patch((q0, q1), keys, Band(left, right))
+    part = band.within(shift + first, shift + stop, 0, width)
+    return Patch((q0 + first, q0 + stop), keys, part)
 
 
 def _diagonal(shift: float, width: float, height: float) -> list[Point]:

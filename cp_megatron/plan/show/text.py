@@ -51,7 +51,6 @@ def print_schedule(
 
 
 def _fill(table: Table, schedule: Schedule, summary: Summary, moved: Sequence[int]) -> None:
-    """Adds a column for each number and a line for each rank."""
     has_heads = schedule.all_to_all_size > 1
     pairs = sum(row.pairs for row in summary.ranks) // schedule.all_to_all_size
     table.add_column("rank", "all", justify="right")
@@ -214,7 +213,6 @@ def _message(message: Message, source: Sequence[LocalRun]) -> str:
 
 
 def _positions(runs: Sequence[LocalRun], spans: Sequence[Span]) -> tuple[Span, ...]:
-    """The positions at ``spans`` of a buffer."""
     found = [run for start, stop in spans for _, run in runs_within(runs, start, stop)]
     return tuple(merge_spans(found))
 

@@ -31,19 +31,15 @@ class Range:
     @property
     def rule(self) -> str:
         """The range in words, e.g. ``must be at least 0 and below 1``."""
-        ends = []
-        if self.low > -math.inf:
-            ends.append(f"{'above' if self.open_low else 'at least'} {_number(self.low)}")
-        if self.high < math.inf:
-            ends.append(f"{'below' if self.open_high else 'at most'} {_number(self.high)}")
-        return f"must be {' and '.join(ends)}"
+        low = f"{'above' if self.open_low else 'at least'} {_number(self.low)}"
+        high = f"{'below' if self.open_high else 'at most'} {_number(self.high)}"
+        return f"must be {low}" if self.high == math.inf else f"must be {low} and {high}"
 
     def nearest(self, value: float) -> str:
         """The end next to a value outside the range; empty if that end is excluded."""
-        end, excluded = (self.high, self.open_high)
         if value <= self.low:
-            end, excluded = (self.low, self.open_low)
-        return "" if excluded else _number(end)
+            return "" if self.open_low else _number(self.low)
+        return "" if self.open_high else _number(self.high)
 
 
 def _number(value: float) -> str:

@@ -1,0 +1,53 @@
+"""Settings of the data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from cp_megatron.config.schema.ranges import Size
+
+TokenizerType = Literal["byte", "huggingface", "sentencepiece", "tiktoken"]
+PackingKind = Literal["concatenate", "best-fit"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where tokens come from, and how they are cut into rows."""
+
+    data_path: tuple[str, ...] = ()
+    """Text files or folders, .jsonl files, or prefixes of .bin/.idx pairs; to weight them, put a
+    number before each: 0.7 A 0.3 B. By default the sources of Python's standard library."""
+    train_data_path: tuple[str, ...] = ()
+    """Data for training only, written like --data-path; replaces --data-path and --split."""
+    valid_data_path: tuple[str, ...] = ()
+    """Data for validation only, written like --data-path."""
+    test_data_path: tuple[str, ...] = ()
+    """Data for the test part only, written like --data-path."""
+    split: str = "969,30,1"
+    """Weights of the training, validation and test parts, e.g. 969,30,1."""
+    tokenizer_type: TokenizerType = "byte"
+    """byte has one token per byte of UTF-8 and one for the end of a document; the others read
+    --tokenizer-model."""
+    tokenizer_model: str | None = None
+    """The tokenizer's file, or for huggingface also the folder of a model; byte has none."""
+    packing: PackingKind = "concatenate"
+    """concatenate cuts rows from the documents laid end to end; best-fit fills each row with whole
+    documents, pads the rest, and masks documents."""
+    sft: bool = False
+    """Read conversations, one JSON object per line; only the assistant's answers have a loss."""
+    skip_bad_lines: bool = False
+    """Skip and count malformed lines of .jsonl files instead of refusing them."""
+    seq_length: Size = 2048
+    """Tokens per row."""
+    micro_batch_size: Size | None = None
+    """Rows that go through the model at once; by default a rank's whole share of the batch."""
+    global_batch_size: Size | None = None
+    """Rows per training step over all ranks; by default one micro batch per data parallel rank."""
+    pad_rows: bool = False
+    """If the ranks cannot share rows evenly, pad rows with tokens without a loss instead of
+    refusing the sequence length."""
+    document_mask: bool = False
+    """Restrict attention to the document of a token, and restart positions at each document."""
+    allow_data_change: bool = False
+    """With --load, continue even if the data differs from the checkpoint's."""

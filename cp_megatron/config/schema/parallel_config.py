@@ -1,0 +1,55 @@
+"""Settings of the grid of ranks and of the attention that runs on it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from cp_megatron.config.schema.ranges import AxisSize, Range
+
+Exchange = Literal["auto", "p2p", "all_gather", "a2a", "a2a+p2p"]
+Route = Literal["auto", "ring", "direct"]
+LayoutKind = Literal["auto", "contiguous", "zigzag", "balanced"]
+KernelName = Literal[
+    "auto",
+    "reference",
+    "cpu",
+    "cuda",
+    "cudnn",
+    "flash_attn",
+    "flash_attn_2",
+    "flash_attn_3",
+    "flash_attn_4",
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """How the work is split over ranks; data parallelism uses the ranks that are left."""
+
+    tensor_parallel_size: AxisSize = 1
+    """Ranks that share every weight matrix."""
+    context_parallel_size: AxisSize = 1
+    """Ranks that share every sequence."""
+    sequence_parallel: bool = False
+    """Also split the residual stream along the sequence over the tensor parallel ranks."""
+    cp_comm_type: Exchange = "auto"
+    """How keys and values reach the queries: p2p sends each rank what it reads (the ring),
+    all_gather gathers it at once, a2a exchanges heads for tokens, and a2a+p2p does so among
+    neighbours and sends between groups of them; auto takes what moves least and says why."""
+    hierarchical_context_parallel_sizes: tuple[int, int] | None = None
+    """For a2a+p2p, A P: A neighbours exchange heads and P groups send keys; A x P must be the
+    context parallel size."""
+    cp_route: Route = "auto"
+    """For p2p and a2a+p2p: keys come from the neighbour (ring) or from their owner (direct); auto
+    takes what moves less."""
+    cp_layout: LayoutKind = "auto"
+    """Which rank holds which part of a row: zigzag balances causal attention, balanced balances
+    packed documents; auto chooses between the two."""
+    cp_check_ranks: bool = True
+    """Before the first attention with a new mask, compare mask and shapes between the ranks (one
+    small message), so that a mistake ends the run instead of hanging it."""
+    kernel: KernelName = "auto"
+    """The attention kernel of one device; auto chooses by device and dtype and says why."""
+    distributed_timeout_minutes: Annotated[float, Range(0.01, 525_600)] = 10.0
+    """Minutes after which a waiting collective ends the run."""

@@ -1,0 +1,47 @@
+"""Settings of the training loop."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from cp_megatron.config.schema.ranges import Count, NonNegative, Positive, Range, Size
+
+DType = Literal["auto", "float64", "float32", "bfloat16"]
+Device = Literal["auto", "cpu", "cuda"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How long, in which precision and on which device the run trains."""
+
+    train_iters: Size = 200
+    """Training steps in all, including those before a resume."""
+    seed: Annotated[int, Range(0, 2**63 - 1)] = 1234
+    """The seed that determines everything random: weights, order of the data, dropout."""
+    dtype: DType = "auto"
+    """Compute type; auto is bfloat16 on CUDA (with float32 master weights) and float32 on CPU."""
+    bf16: bool = False
+    """The same as --dtype bfloat16."""
+    deterministic: bool = False
+    """Make runs on the same grid repeat bit for bit on cuda too; on cpu they always do."""
+    device: Device = "auto"
+    """auto is cuda if every local rank has a GPU of its own, otherwise cpu."""
+    z_loss_coeff: NonNegative = 0.0
+    """Add this times the squared log-sum-exp of every token's logits to the training loss, which
+    keeps logits from drifting; the logged loss does not include it."""
+    skip_budget: Count = 5
+    """Skip a step whose loss or gradient is not finite, but end the run if more than this many of
+    any 1,000 consecutive steps are skipped."""
+    spike_threshold: Positive | None = None
+    """Also skip a step whose loss is more than this many standard deviations (estimated robustly)
+    above the median of the last 128; by default none is skipped for its loss."""
+    check_interval: Size | None = None
+    """Steps between two checks that parameters change by updates only and that messages of context
+    parallelism arrive as they were sent; each save is then checked too. By default no checks."""
+    log_interval: Size = 10
+    """Steps between two lines of metrics; the first and the last step have a line too."""
+    eval_interval: Size | None = None
+    """Steps between two validations; by default there is one, at the end."""
+    eval_iters: Count = 4
+    """Global batches per validation; 0 turns validation off."""
