@@ -1,4 +1,4 @@
-"""The model against the same mathematics written by hand; its parts; what it refuses."""
+"""Tests the model against the same mathematics written by hand, its parts, and its errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Parameter counts against counts by hand and published ones."""
+"""Tests the description of a model: counts by hand and published ones, FLOPs, refused splits."""
 
 from __future__ import annotations
 
