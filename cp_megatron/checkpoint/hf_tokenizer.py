@@ -12,7 +12,6 @@ A BPE over this alphabet without merges makes every byte a token, whose id is th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from cp_megatron.data.tokenize.tokenizer import ByteTokenizer
@@ -29,15 +28,11 @@ def byte_tokenizer_files(seq_length: int) -> dict[str, dict[str, Any]]:
     Returns:
         the JSON object of each file, by name.
     """
-    level = {
-        "type": "ByteLevel",
-        "add_prefix_space": False,
-        "trim_offsets": True,
-        "use_regex": False,
-    }
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    level |= {"use_regex": False}
     end = {"id": ByteTokenizer.eod, "content": _END, "special": True, "normalized": False}
     end |= dict.fromkeys(("single_word", "lstrip", "rstrip"), False)
-    body = {
+    body: dict[str, Any] = {
         "version": "1.0",
         "truncation": None,
         "padding": None,
@@ -46,7 +41,18 @@ def byte_tokenizer_files(seq_length: int) -> dict[str, dict[str, Any]]:
         "pre_tokenizer": level,
         "post_processor": None,
         "decoder": level,
-        "model": bpe_model(list(byte_alphabet()), merges=[]),
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": False,
+            "vocab": {token: byte for byte, token in enumerate(_byte_alphabet())},
+            "merges": [],
+        },
     }
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -59,31 +65,7 @@ def byte_tokenizer_files(seq_length: int) -> dict[str, dict[str, Any]]:
     return {"tokenizer.json": body, "tokenizer_config.json": config}
 
 
-def bpe_model(
-    tokens: Sequence[str], *, merges: Sequence[Any], ignore_merges: bool = False
-) -> dict[str, Any]:
-    """Makes the model of a tokenizer.json: a byte-level BPE.
-
-    Args:
-        tokens: the vocabulary in the order of the ids.
-        merges: pairs of tokens in the order in which they are merged.
-        ignore_merges: whether a word that is a token is not split.
-    """
-    return {
-        "type": "BPE",
-        "dropout": None,
-        "unk_token": None,
-        "continuing_subword_prefix": None,
-        "end_of_word_suffix": None,
-        "fuse_unk": False,
-        "byte_fallback": False,
-        "ignore_merges": ignore_merges,
-        "vocab": {token: number for number, token in enumerate(tokens)},
-        "merges": list(merges),
-    }
-
-
-def byte_alphabet() -> str:
+def _byte_alphabet() -> str:
     """Returns the characters that stand for the bytes, in the order of the bytes."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = iter(range(256, 512))

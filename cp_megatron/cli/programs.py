@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from cp_megatron.cli.parse import LaunchOptions, Program
 from cp_megatron.config.schema.ranges import LARGEST_SIZE, Count, Range, Size
@@ -12,14 +12,16 @@ from cp_megatron.errors import ConfigError
 
 Part = Literal["train", "valid", "test", "all"]
 
-TASKS = ("perplexity", "needle", "variables")
+TaskName = Literal["perplexity", "needle", "variables"]
+
+TASKS: tuple[TaskName, ...] = get_args(TaskName)
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationOptions(LaunchOptions):
     """What is measured."""
 
-    tasks: tuple[str, ...] = TASKS
+    tasks: tuple[TaskName, ...] = TASKS
     """perplexity (by position), needle (a number to find again), variables (a chain to follow)."""
     lengths: tuple[Annotated[int, Range(2, LARGEST_SIZE)], ...] = (512, 2048, 8192)
     """Tokens per row; each length is one column of the results."""

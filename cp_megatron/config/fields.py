@@ -94,8 +94,9 @@ class Setting:
         """
         if self.optional and list(words) == ["None"]:
             return None
-        if self.count != 1 and self.kind != "str" and len(words) == 1 and "," in words[0]:
-            words = words[0].strip("()").split(",")  # Megatron writes --window-size 128,0
+        if self.count != 1 and (self.kind != "str" or self.choices):
+            # Megatron writes --window-size 128,0.
+            words = [part for word in words for part in word.strip("()").split(",")]
         if not words or (self.count and len(words) != self.count):
             some = {0: "one or more values", 1: "one value"}.get(self.count)
             rule = f"needs {some or f'{self.count} values'}"

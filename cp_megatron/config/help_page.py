@@ -7,7 +7,7 @@ import inspect
 import itertools
 import shutil
 import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from cp_megatron.config.fields import Setting, settings_of
@@ -51,17 +51,15 @@ def _shown(value: Any) -> str:
 
 
 def _field_docs(options: type) -> dict[str, str]:
-    """The docstrings of a dataclass's fields, which exist in the source only."""
-    return dict(doc for base in reversed(options.__mro__[:-1]) for doc in _own_field_docs(base))
-
-
-def _own_field_docs(options: type) -> Iterator[tuple[str, str]]:
-    (tree,) = ast.parse(inspect.getsource(options)).body
-    assert isinstance(tree, ast.ClassDef)
-    for field, doc in itertools.pairwise(tree.body):
-        if (
-            isinstance(field, ast.AnnAssign)
-            and isinstance(doc, ast.Expr)
-            and isinstance(doc.value, ast.Constant)
-        ):
-            yield ast.unparse(field.target), " ".join(str(doc.value.value).split())
+    """The docstrings of a dataclass's fields, which only its source has."""
+    docs = {}
+    for base in reversed(options.__mro__[:-1]):
+        (tree,) = ast.parse(inspect.getsource(base)).body
+        assert isinstance(tree, ast.ClassDef)
+        for pair in itertools.pairwise(tree.body):
+            match pair:
+                case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(
+                    value=ast.Constant(value=doc)
+                ):
+                    docs[name] = " ".join(str(doc).split())
+    return docs

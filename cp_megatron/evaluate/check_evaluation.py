@@ -170,16 +170,12 @@ def make_tasks(
 
 
 def _checked_options(options: EvaluationOptions, given: frozenset[str]) -> EvaluationOptions:
-    asked = [task for word in options.tasks for task in word.split(",") if task]
-    for task in asked or [""]:
-        if task not in TASKS:
-            raise ConfigError("--tasks", task, "is not a task", ", ".join(TASKS))
     for flag, task in (
         ("--buckets", "perplexity"),
         ("--part", "perplexity"),
         ("--depths", "needle"),
     ):
-        if flag in given and task not in asked:
+        if flag in given and task not in options.tasks:
             rule = f"has no effect without the task {task}"
             raise ConfigError(flag, "", rule, f"--tasks {task}")
     output = Path(options.output)
@@ -191,7 +187,7 @@ def _checked_options(options: EvaluationOptions, given: frozenset[str]) -> Evalu
         rule = f"cannot be written: {place} is not a writable folder"
         raise ConfigError("--output", options.output, rule, "another folder")
     lengths, depths = (tuple(sorted(set(values))) for values in (options.lengths, options.depths))
-    tasks = tuple(task for task in TASKS if task in asked)
+    tasks = tuple(task for task in TASKS if task in options.tasks)
     return replace(options, tasks=tasks, lengths=lengths, depths=depths)
 
 

@@ -7,6 +7,7 @@ transformers 4 stores ``rope_theta`` beside ``rope_scaling``; transformers 5 sto
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from cp_megatron.config.schema import ModelConfig
@@ -43,10 +44,12 @@ _OPTIONAL: Mapping[str, tuple[str, ...]] = {
     "llama3": (_ORIGINAL,),
     "longrope": ("factor", _ORIGINAL, "attention_factor"),
 }
-ROPE_KEYS: Mapping[str, Mapping[str, str]] = {
-    kind: {key: _FIELDS[key] for key in _FIELDS if key in (*required, *_OPTIONAL.get(kind, ()))}
-    for kind, required in _REQUIRED.items()
-}
+ROPE_KEYS: Mapping[str, Mapping[str, str]] = MappingProxyType(
+    {
+        kind: {key: _FIELDS[key] for key in _FIELDS if key in (*required, *_OPTIONAL.get(kind, ()))}
+        for kind, required in _REQUIRED.items()
+    }
+)
 """For each rope type, the keys of config.json and the fields of ``ModelConfig`` they set."""
 ROPE_FIELDS = frozenset(_FIELDS.values())
 """The fields of ``ModelConfig`` that at least one rope type reads."""

@@ -161,8 +161,9 @@ class Watch:
     def _seen(self, rank: int) -> str:
         """A description of a rank's process, with its state if it runs on this node."""
         pid, host = self._who(rank)
-        state = self._state_of(rank)
-        return f"process {pid} on {host}{state and f', {state}'}"
+        return ", ".join(
+            part for part in (f"process {pid} on {host}", self._state_of(rank)) if part
+        )
 
     def _who(self, rank: int) -> tuple[int, str]:
         pid, host = json.loads(self._read(self._key("who", rank)) or '[0, "?"]')

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import deepcopy
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -56,8 +57,9 @@ def gguf_tensors(
     library = import_transformers("--from-gguf", path)
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
+    own_config = library.AutoConfig.for_model(**deepcopy(dict(config)))  # it changes its values
     with torch.device("meta"):
-        model = library.AutoModelForCausalLM.from_config(library.AutoConfig.for_model(**config))
+        model = library.AutoModelForCausalLM.from_config(own_config)
     read = load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=model)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     return read["tensors"], shapes

@@ -33,7 +33,7 @@ def settle_load(plan: RunPlan, control: dist.ProcessGroup) -> RunPlan:
         control: a group of all ranks for CPU tensors.
 
     Raises:
-        ConfigError: the ranks see different checkpoints, or none is whole; on every rank alike.
+        ConfigError: the ranks see different checkpoints, or none is whole; the same on every rank.
     """
     seen = all_gather_objects(plan.load, control)
     differing = [rank for rank, load in enumerate(seen) if load != seen[0]]

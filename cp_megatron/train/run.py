@@ -8,7 +8,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
-from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -47,9 +46,6 @@ from cp_megatron.train.resume import settle_load
 from cp_megatron.train.saving import Saver
 from cp_megatron.train.signals import StopRequest, stop_on_signal
 from cp_megatron.train.step import TrainStep
-
-SAVE_TIMEOUT = timedelta(hours=2)
-"""How much longer than the fastest rank the slowest one may take to write a checkpoint."""
 
 
 def run(plan: RunPlan, launch: Launch, script: str = "launch/pretrain.py") -> int:
@@ -146,7 +142,7 @@ def assemble(plan: RunPlan, launch: Launch, control: dist.ProcessGroup) -> Train
         control: a group of all ranks for CPU tensors; the default group exists.
 
     Raises:
-        ConfigError: the data, the checkpoint or the folder cannot be used; on every rank alike.
+        ConfigError: the data, the checkpoint or the folder cannot be used; the same on every rank.
     """
     plan = settle_load(plan, control)
     data = read_alike(control, lambda: open_data(plan.config.data, seed=plan.config.train.seed))
@@ -171,7 +167,7 @@ def assemble(plan: RunPlan, launch: Launch, control: dist.ProcessGroup) -> Train
         rows=data.rows,
         folder=folder,
         control=control,
-        saver=_make_saver(plan, folder, data, control, view),
+        saver=Saver(plan, folder, control, data_fingerprint=data.fingerprint, say=view.say),
         writer=_open_metrics(plan, folder) if launch.rank == 0 else None,
         view=view,
         profiler=_make_profiler(plan, folder, launch, train_step.device, view),
@@ -207,18 +203,6 @@ def _make_train_step(plan: RunPlan, launch: Launch, control: dist.ProcessGroup) 
             chunk_size=config.memory.loss_chunk_size, z_loss_coeff=config.train.z_loss_coeff
         ),
     )
-
-
-def _make_saver(
-    plan: RunPlan, folder: Path, data: Data, control: dist.ProcessGroup, view: ProgressView
-) -> Saver:
-    """The saver, with a group of its own if it sends messages while ``control`` is in use."""
-    group = control
-    if plan.config.checkpoint.async_save:
-        new_group = dist.new_group(backend="gloo", timeout=SAVE_TIMEOUT)
-        assert new_group is not None
-        group = new_group
-    return Saver(plan, folder=folder, data_fingerprint=data.fingerprint, group=group, say=view.say)
 
 
 def _make_profiler(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,9 @@ from cp_megatron.errors import ConfigError
 from cp_megatron.preflight.run_plan import RunPlan
 from cp_megatron.train.step import TrainStep
 
+TIMEOUT = timedelta(hours=2)
+"""How much longer than the fastest rank the slowest one may take to write a checkpoint."""
+
 
 class Saver:
     """Saves a run, one checkpoint at a time.
@@ -21,7 +25,7 @@ class Saver:
     a warning, and older checkpoints stay. Only the last checkpoint must succeed.
 
     Args:
-        group: a group of all ranks for CPU tensors; asynchronous saves need one of their own.
+        control: a group of all ranks for CPU tensors.
         say: prints a line; on the first rank only.
 
     Attributes:
@@ -31,13 +35,16 @@ class Saver:
     def __init__(
         self,
         plan: RunPlan,
-        *,
         folder: Path,
+        control: dist.ProcessGroup,
+        *,
         data_fingerprint: str,
-        group: dist.ProcessGroup,
         say: Callable[[str], None],
     ) -> None:
         self.saved = plan.load_step
+        group: dist.ProcessGroup | None = control
+        if plan.config.checkpoint.async_save:  # it sends messages while ``control`` is in use
+            group = dist.new_group(backend="gloo", timeout=TIMEOUT)
         self._plan, self._folder, self._group, self._say = plan, folder, group, say
         self._fingerprint = data_fingerprint
         self._cache = SaveCache()

@@ -68,7 +68,7 @@ def tiny_model(kind: str, **changes: Any) -> Any:
     torch.manual_seed(0)
     model = model_class(config_class(**{**SIZES, "initializer_range": 0.2, **changes}))
     with torch.no_grad():
-        for parameter in model.parameters():  # norms and biases too have values of their own
+        for parameter in model.parameters():  # gives norms and biases distinct values too
             parameter.add_(0.1 * torch.randn_like(parameter))
     return model.eval()
 
@@ -81,8 +81,8 @@ def gguf_name(name: str) -> str:
     return f"blk.{layer}.{PARTS[part]}.{kind}"
 
 
-def as_llama_cpp_has_it(weight: np.ndarray[Any, Any], heads: int) -> np.ndarray[Any, Any]:
-    """Rows of each head from halves to neighbouring pairs (llama.cpp, LlamaModel.permute)."""
+def in_the_order_of_llama_cpp(weight: np.ndarray[Any, Any], heads: int) -> np.ndarray[Any, Any]:
+    """Reorders the rows of each head from halves to pairs, as LlamaModel.permute of llama.cpp."""
     halves = weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:])
     return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(weight.shape)
 
@@ -110,7 +110,7 @@ def write_gguf(
     extra_tensor: str | None = None,
     **more: Any,
 ) -> Path:
-    """The model as llama.cpp's converter would write it."""
+    """Writes the model as the converter of llama.cpp does."""
     writer = gguf.GGUFWriter(path, kind)
     config = model.config
     writer.add_block_count(config.num_hidden_layers)
@@ -146,7 +146,7 @@ def write_gguf(
             ("k_proj", config.num_key_value_heads),
         ):
             if permute and kind == "llama" and part in name:
-                values = as_llama_cpp_has_it(values, heads)
+                values = in_the_order_of_llama_cpp(values, heads)
         stored = quantize(gguf_name(name)) if values.ndim == 2 else None
         if stored is not None:
             writer.add_tensor(gguf_name(name), gguf.quantize(values, stored), raw_dtype=stored)
@@ -188,7 +188,7 @@ def test_transformers_loads_the_same_model(kind: str, tied: bool, tmp_path: Path
 
 
 def test_q_and_k_in_the_wrong_order_are_another_model(tmp_path: Path) -> None:
-    """What the test above would see: it is no empty comparison."""
+    """Shows that the test above notices a wrong order."""
     model = tiny_model("llama")
     write_gguf(tmp_path / "m.gguf", model, kind="llama", permute=False)
     found = load(convert_gguf(tmp_path / "m.gguf", tmp_path / "hf"))
@@ -220,7 +220,7 @@ def test_quantised_and_bfloat16(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("digits", [True, False])
-def test_the_tokenizer_is_the_one_it_was(digits: bool, tmp_path: Path) -> None:
+def test_the_tokenizer_gives_the_same_ids(digits: bool, tmp_path: Path) -> None:
     tokenizer = trained_tokenizer(tmp_path, individual_digits=digits)
     write_gguf(
         tmp_path / "m.gguf",
@@ -317,7 +317,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bytes]:
 )
 @given(data=st.data())
 def test_a_damaged_file_is_refused_or_read(small: tuple[Path, bytes], data: st.DataObject) -> None:
-    """Any bytes: an error of ours or a folder, in little time, nothing left behind."""
+    """Any bytes give an error of ours or a folder, in little time, and no temporary folder."""
     folder, whole = small
     header = whole.index(b"token_embd.weight") + 4000
     damaged = bytearray(whole)

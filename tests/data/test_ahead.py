@@ -1,4 +1,4 @@
-"""One item ahead in one thread: the same items, the same errors, and nothing left behind."""
+"""One item ahead in one thread: the same items and errors, and no thread remains."""
 
 from __future__ import annotations
 

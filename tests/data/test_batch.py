@@ -1,4 +1,4 @@
-"""Batches: no grid changes the token stream, labels are shifted, documents are masked."""
+"""Batches: no grid changes the tokens, labels are shifted, documents are masked."""
 
 from __future__ import annotations
 

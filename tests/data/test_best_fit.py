@@ -1,4 +1,4 @@
-"""Packing: every token once, whole documents, no label across them, next to no waste."""
+"""Packing: every token once, whole documents, no label across documents, little padding."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def starts_of(lengths: list[int] | npt.NDArray[np.int64]) -> npt.NDArray[np.int6
 
 
 def rows_of(lengths: list[int], seq_length: int, *, shuffle: bool = True) -> PackedRows:
-    """Documents of tokens that count up from 0."""
+    """Packed documents whose tokens count up from 0."""
     part = CorpusRange(
         tokens=np.arange(sum(lengths), dtype=np.int32),
         document_starts=starts_of(lengths),

@@ -1,4 +1,4 @@
-"""Blends: any prefix holds each dataset within one row of its share."""
+"""Blends: every prefix holds the share of each dataset, to within one row."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_a_prefix_has_each_dataset_within_one_row_of_its_share(
     counts = [0] * len(whole)
     for number in range(2 * sum(whole) + 3):
         name, row = rows[number].inputs.tolist()
-        assert row == counts[name], "a dataset's rows come in their order, none twice"
+        assert row == counts[name], "the rows of a dataset come in order, each once"
         counts[name] += 1
         for one, weight in zip(counts, whole):
             assert abs(one - Fraction((number + 1) * weight, sum(whole))) < 1
@@ -64,7 +64,7 @@ def test_without_weights_an_epoch_has_every_row_once() -> None:
     assert found == [(d, k) for d, count in enumerate((7, 12, 1)) for k in range(count)]
 
 
-def test_fine_weights_are_rounded_and_none_is_lost() -> None:
+def test_fine_weights_are_rounded_and_no_dataset_is_lost() -> None:
     pattern = make_pattern([Fraction(10**9), Fraction(1), Fraction(333_333_333)])
     assert abs(len(pattern.dataset) - PERIOD) <= 3
     assert pattern.counts[1] == 1

@@ -1,4 +1,4 @@
-"""Conversations: the tokens and the answers that transformers finds with the same template."""
+"""Conversations: the same tokens and answers as transformers has with the same template."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from cp_megatron.errors import ConfigError
 from tests.data.tokenizer_files import train_byte_level
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-# The answer and its end are marked; the line's end behind it is not.
+# The answer and its end are marked, the newline after them is not.
 MARKED = (
     "{{ bos_token }}{% for m in messages %}"
     "{% if m['role'] == 'assistant' %}{{ '<|im_start|>assistant\\n' }}"

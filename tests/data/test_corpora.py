@@ -1,4 +1,4 @@
-"""From paths to rows: which dataset a path is, weights, parts, fingerprints, refusals."""
+"""From paths to rows: datasets, weights, parts, fingerprints, and what is refused."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ EOD = 256
 
 
 def indexed(prefix: Path, lengths: list[int], *, first: int = 0, eod: bool = True) -> str:
-    """A pair whose tokens count up modulo 200, each document with its end or without."""
+    """A pair whose tokens count up modulo 200, with or without the ends of documents."""
     writer = IndexedWriter(str(prefix), vocab_size=257)
     with writer:
         for length in lengths:
@@ -141,7 +141,7 @@ def test_a_blend_takes_its_shares(tmp_path: Path) -> None:
     assert rows.valid is not None
 
 
-def test_the_fingerprint_tells_what_decides_rows(tmp_path: Path) -> None:
+def test_the_fingerprint_depends_on_all_that_decides_rows(tmp_path: Path) -> None:
     a, b = indexed(tmp_path / "a", [200] * 4), indexed(tmp_path / "b", [150] * 4)
     plain = config("1", a, "1", b)
     others = [
@@ -182,7 +182,7 @@ def test_a_bad_line_is_refused_or_counted(tmp_path: Path) -> None:
     assert refused(config(other, sft=True)).works == "a .jsonl file"
 
 
-def test_packing_says_what_it_wastes(tmp_path: Path) -> None:
+def test_packing_reports_its_padding(tmp_path: Path) -> None:
     pair = indexed(tmp_path / "a", [15] * 10)
     data = open_data(config(pair, packing="best-fit", split="1"), seed=0)
     assert data.notes == ("10 packed rows of whole documents, 0.00% padding",)
@@ -205,26 +205,26 @@ def test_of_several_datasets_the_one_that_is_too_short_is_named(tmp_path: Path) 
         assert error.rule.startswith(f"{short}: a row needs 17 tokens")
 
 
-def test_a_split_that_leaves_nothing_is_refused_or_told(tmp_path: Path) -> None:
+def test_a_split_that_leaves_nothing_is_refused_or_reported(tmp_path: Path) -> None:
     one = indexed(tmp_path / "one", [99])
     error = refused(config(one, split="1e-20,1", packing="best-fit", document_mask=True))
     assert (error.flag, error.rule) == ("--split", "leaves nothing to train on")
-    # best-fit does not cut the one document in two.
-    for packing, told in (("concatenate", False), ("best-fit", True)):
+    # best-fit does not split the one document.
+    for packing, empty in (("concatenate", False), ("best-fit", True)):
         data = open_data(config(one, packing=packing, document_mask=True), seed=0)
-        assert (data.rows.valid is None) == told
-        assert any("nothing is validated" in note for note in data.notes) == told
+        assert (data.rows.valid is None) == empty
+        assert any("nothing is validated" in note for note in data.notes) == empty
     own = DataConfig(train_data_path=(one,), seq_length=16)
     assert not open_data(own, seed=0).notes
 
 
-def test_a_weight_too_small_for_a_float_is_none(tmp_path: Path) -> None:
+def test_a_weight_too_small_for_a_float_is_refused(tmp_path: Path) -> None:
     pair = indexed(tmp_path / "a", [99])
     error = refused(config("1e-99999999", pair, "1", pair))
     assert error.rule == "a weight must be above zero"
 
 
-def test_a_pair_without_its_index_is_told_so(tmp_path: Path) -> None:
+def test_a_pair_without_its_index_is_refused(tmp_path: Path) -> None:
     pair = indexed(tmp_path / "a", [99])
     (tmp_path / "a.idx").unlink()
     error = refused(config(pair))

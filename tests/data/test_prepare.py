@@ -258,7 +258,7 @@ def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
     assert seen
 
 
-def test_a_process_that_dies_is_told(tmp_path: Path) -> None:
+def test_a_process_that_dies_is_reported(tmp_path: Path) -> None:
     corpus(tmp_path)
     others = {child.pid for child in multiprocessing.active_children()}  # the pool of ranks
 

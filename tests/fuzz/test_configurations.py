@@ -207,4 +207,4 @@ def test_what_is_accepted_runs_as_a_program(tmp_path: Path) -> None:
         ended = run([*start, *line.words], folder)
         assert (ended.code, ended.noise) == (0, []), f"seed {seed}: {line}\n{ended.err}"
         assert not ours_in_trace(ended)
-        assert "train on with:" in ended.out
+        assert "train longer with:" in ended.out

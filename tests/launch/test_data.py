@@ -1,4 +1,4 @@
-"""The program itself on indexed data: a blend in packed rows, on one rank and on two."""
+"""Training on indexed data: a blend in packed rows, on one rank and on two."""
 
 from __future__ import annotations
 

@@ -53,8 +53,8 @@ class Ended:
 
     @property
     def resume(self) -> str:
-        """The command after the words "go on with"."""
-        found = re.search(r"(?:go on|train on) with:\n  (.+)", self.out)
+        """The command that continues the run."""
+        found = re.search(r"(?:continue|train longer) with:\n  (.+)", self.out)
         assert found, self.out + self.err
         return found[1]
 

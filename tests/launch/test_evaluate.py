@@ -110,7 +110,7 @@ def planned(folder: Path, *argv: str) -> EvaluationSetup:
         (["--hidden-size", "64"], "is of another model"),
         (["--dtype", "float64"], "--dtype float64: the checkpoint's weights are float32"),
         (["--context-parallel-size", "2"], "torchrun --nproc-per-node 2"),
-        (["--tasks", "perplexity,needles"], "--tasks needles: is not a task .*needle, variables"),
+        (["--tasks", "perplexity,needles"], "--tasks needles: must be one of .*needle, variables"),
         (["--tasks", "needle"], "--buckets: has no effect without the task perplexity"),
     ],
 )

@@ -1,7 +1,7 @@
-"""The job people come for, on a real model: evaluate it on any grid, extend its context, train it.
+"""A real model: evaluate it on any grid, extend its context, train it.
 
-SmolLM2-135M was trained on 8,192 tokens. The text is English prose that ships with Python. All of
-it is slow: a row of 16,384 tokens is a minute's work for two cores.
+SmolLM2-135M was trained on 8,192 tokens. The text is English prose that ships with Python. All
+tests are slow: a row of 16,384 tokens takes two cores a minute.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(6 * 600)]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the text."""
+    """A folder that holds the text."""
     folder = tmp_path_factory.mktemp("real")
     topics: dict[str, str] = pydoc_data.topics.topics
     (folder / "text.txt").write_text("\n\n".join(topics.values()), encoding="utf-8")
@@ -35,7 +35,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def launch(folder: Path, ranks: int, script: str, flags: str) -> str:
-    """Runs a program of ``launch/`` in ``folder``; what it printed."""
+    """Runs a program of ``launch/`` in ``folder`` and returns its output."""
     starter = ["python"] if ranks == 1 else ["torchrun", "--nproc-per-node", str(ranks)]
     command = [*starter, str(LAUNCH / script), *shlex.split(flags)]
     ended = subprocess.run(
@@ -52,7 +52,7 @@ def launch(folder: Path, ranks: int, script: str, flags: str) -> str:
 
 
 def evaluated(folder: Path, ranks: int, name: str, flags: str) -> dict[int, Any]:
-    """Length -> what ``evaluate.py`` found on one row, the ranks sharing it."""
+    """Length -> the result of ``evaluate.py`` for one row, shared by the ranks."""
     model = "" if "--load " in flags else f"--load-hf {smollm2_folder()}"
     launch(
         folder,
@@ -95,7 +95,7 @@ def test_yarn_keeps_the_perplexity_beyond_the_trained_length(folder: Path) -> No
 
 
 def test_a_few_steps_extend_the_context(folder: Path) -> None:
-    """The rotary base is cut to a tenth, as if the model had been made for shorter texts."""
+    """A tenth of the rotary base stands for a model that was made for shorter texts."""
     base = "--rotary-base 10000"
     before = perplexity(folder, 2, "before", f"{base} --lengths 4096")[4096]
     launch(
@@ -112,7 +112,7 @@ def test_a_few_steps_extend_the_context(folder: Path) -> None:
 
 
 def test_sixteen_thousand_tokens_train_on_two_ranks_in_sixteen_gib(folder: Path) -> None:
-    """Twice what it was trained on, with YaRN; both steps read the same row, so the loss falls."""
+    """Twice the trained length, with YaRN. Both steps read the same row, so the loss decreases."""
     text = (folder / "text.txt").read_text(encoding="utf-8")
     (folder / "row.txt").write_text(text[:90_000], encoding="utf-8")
     launch(

@@ -83,16 +83,16 @@ def python(code: str, *words: str) -> list[str]:
 
 
 def test_offline_runs_are_on_the_disk_and_one_goes_on_in_the_other(tmp_path: Path) -> None:
-    told = python(TWO_RUNS, str(tmp_path))
-    assert all(line.startswith(f"wandb sync {tmp_path}/wandb/offline-run-") for line in told)
-    places = [line.removeprefix("wandb sync ") for line in told]
+    lines = python(TWO_RUNS, str(tmp_path))
+    assert all(line.startswith(f"wandb sync {tmp_path}/wandb/offline-run-") for line in lines)
+    places = [line.removeprefix("wandb sync ") for line in lines]
     one, two = (json.loads(line) for line in python(READ, *places))
     kept = json.loads((tmp_path / ID_FILE).read_text())
     assert one["run"] == two["run"] == [kept["/test"], "test", "first"]
     assert one["config"]["train"] == {"seed": 7}
     rows = [{"step": step, "loss": 10.0 * step} for step in range(1, 5)]
     assert (one["history"], two["history"]) == (rows[:3], rows[1:])
-    # Its own counter can not go back to step 2; a step of ours can.
+    # The counter of wandb cannot go back to step 2, but the metric can.
     assert one["metrics"]["*"] == "step"
     assert (one["exit"], two["exit"]) == (0, 1)
 

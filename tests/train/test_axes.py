@@ -39,7 +39,7 @@ def test_a_run_on_a_grid_with_one_more_axis(place: Place, grid: str) -> None:
     one, other = place.folder / "three", place.folder / "four"
     assert differing(one / f"step-{STEPS}", other / f"step-{STEPS}") == []
     assert list(map(numbers, metrics_of(one))) == list(map(numbers, metrics_of(other)))
-    # The checkpoint loads on a grid without the axis, and training continues alike.
+    # The checkpoint loads on a grid without the axis, and training continues with the same bits.
     load = ["--load", str(other / "step-2"), "--save", place.run("on")]
     run_ranks(train, 4, load, tuple(AXES))
     assert differing(one / f"step-{STEPS}", place.folder / "on" / f"step-{STEPS}") == []

@@ -1,4 +1,4 @@
-"""Runs on blends, packed rows and conversations: resumed bit for bit, alike on every grid."""
+"""Runs on blends, packed rows and conversations: resumed bit for bit, the same on every grid."""
 
 from __future__ import annotations
 

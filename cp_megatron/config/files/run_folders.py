@@ -40,15 +40,10 @@ def find_run(load: str | None, save: str | None, *, again: bool) -> tuple[str | 
         raise ConfigError("--load", load, rule, "--load auto --save RUN")
     if save is None or not (load == AUTO or again):
         return load, False
-    if has_checkpoint(Path(save)):
+    steps = [step for step in Path(save).glob("step-*") if STEP_FOLDER.fullmatch(step.name)]
+    if steps and (Path(save) / CONFIG_FILE).is_file():
         return save, True
     return None if load == AUTO else load, True
-
-
-def has_checkpoint(folder: Path) -> bool:
-    """Whether a run's folder has a checkpoint, intact or damaged."""
-    steps = [step for step in folder.glob("step-*") if STEP_FOLDER.fullmatch(step.name)]
-    return (folder / CONFIG_FILE).is_file() and bool(steps)
 
 
 def run_folder(path: Path) -> Path:
