@@ -28,10 +28,7 @@ FLAG = "--from-gguf"
 _WORKS = "a complete GGUF file, version 2 or 3"
 _STRING, _ARRAY = 8, 9
 # uint8 int8 uint16 int16 uint32 int32 float32 bool, uint64 int64 float64; 8 and 9 are above.
-_SCALARS: Mapping[int, str] = {
-    **dict(enumerate("BbHhIif?")),
-    **dict(enumerate("Qqd", start=10)),
-}
+_SCALARS: Mapping[int, str] = {**dict(enumerate("BbHhIif?")), **dict(enumerate("Qqd", start=10))}
 
 
 @dataclass(frozen=True, kw_only=True)

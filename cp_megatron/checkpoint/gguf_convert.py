@@ -20,17 +20,17 @@ folder). transformers undoes it. Other architectures keep their order.
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from cp_megatron.checkpoint.gguf import FLAG, GGUFFile
+from cp_megatron.checkpoint.hf_folder import SINGLE_FILE, check_output, new_folder
 from cp_megatron.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -63,19 +63,19 @@ _QWEN2_PATTERN = (
 _LLAMA3_PATTERN = _QWEN2_PATTERN.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
 
 
-def _byte_level(*, use_regex: bool) -> dict[str, Any]:
-    options = {"add_prefix_space": False, "trim_offsets": True, "use_regex": use_regex}
-    return {"type": "ByteLevel", **options}
+_BYTE_LEVEL: Mapping[str, Any] = MappingProxyType(
+    {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+)
 
 
 def _split(pattern: str) -> tuple[dict[str, Any], ...]:
     split = {"pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
-    return {"type": "Split", **split}, _byte_level(use_regex=False)
+    return {"type": "Split", **split}, {**_BYTE_LEVEL, "use_regex": False}
 
 
 # How a text is cut before the merges: the rules of llama.cpp's source by the name that a file gives
 # (tokenizer.ggml.pre), in the words of tokenizer.json.
-_GPT2 = (_byte_level(use_regex=True),)
+_GPT2 = ({**_BYTE_LEVEL, "use_regex": True},)
 _PRE_TOKENIZERS: Mapping[str, tuple[dict[str, Any], ...]] = {
     "default": _GPT2,
     "gpt-2": _GPT2,
@@ -103,53 +103,27 @@ def convert_gguf(source: Path | str, output: Path | str, *, dtype: WeightType = 
     output = Path(output)
     check_output(output)
     file = GGUFFile.open(source)
-    from safetensors import SafetensorError
     from safetensors.torch import save_file  # imports torch
 
-    with _library_errors(file):
+    try:
         config = _config(file, dtype)
         texts = _tokenizer_files(file, config)
         tensors = _weights(file, config, dtype)
-    ids = {name: config[name] for name in _TOKEN_IDS if name in config}
-    texts |= {"config.json": config, "generation_config.json": {"_from_model_config": True, **ids}}
-    temporary = output.with_name(f"{output.name}.tmp-{os.getpid()}")
-    try:
-        temporary.mkdir(parents=True)
-        for name, value in texts.items():
-            text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-            (temporary / name).write_text(text, encoding="utf-8")
-        save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
-        # safetensors lets only the owner read its file.
-        shutil.copymode(temporary / "config.json", temporary / "model.safetensors")
-        temporary.rename(output)
-    except (OSError, SafetensorError) as error:
-        rule = f"cannot be written: {getattr(error, 'strerror', None) or error}"
-        raise ConfigError("--output", output, rule, "another folder") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return output
-
-
-def check_output(output: Path) -> None:
-    """Refuses a path that exists.
-
-    Raises:
-        ConfigError: it does.
-    """
-    if os.path.lexists(output):
-        raise ConfigError("--output", output, "exists, and nothing is overwritten", "a new folder")
-
-
-@contextmanager
-def _library_errors(file: GGUFFile) -> Iterator[None]:
-    """transformers does not check what it reads, so a damaged file may raise any error."""
-    try:
-        yield
     except ConfigError:
         raise
-    except Exception as error:
+    except Exception as error:  # transformers does not check what it reads
         rule = f"transformers cannot read it: {type(error).__name__}: {error}".splitlines()[0]
         raise ConfigError(FLAG, file.path, rule, "pip install --upgrade transformers") from error
+    ids = {name: config[name] for name in _TOKEN_IDS if name in config}
+    texts |= {"config.json": config, "generation_config.json": {"_from_model_config": True, **ids}}
+    with new_folder(output) as folder:
+        for name, value in texts.items():
+            text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+            (folder / name).write_text(text, encoding="utf-8")
+        save_file(tensors, folder / SINGLE_FILE, metadata={"format": "pt"})
+        # safetensors lets only the owner read its file.
+        shutil.copymode(folder / "config.json", folder / SINGLE_FILE)
+    return output
 
 
 def _weights(file: GGUFFile, config: Mapping[str, Any], dtype: WeightType) -> dict[str, Tensor]:
@@ -183,12 +157,13 @@ def _weights(file: GGUFFile, config: Mapping[str, Any], dtype: WeightType) -> di
 
 def _config(file: GGUFFile, dtype: WeightType) -> dict[str, Any]:
     """config.json, with the rotary settings in the words of both transformers 4 and 5."""
-    architecture = str(file.metadata.get("general.architecture"))
+    metadata = file.metadata
+    architecture = str(metadata.get("general.architecture"))
     if architecture not in _ARCHITECTURES:
         rule = f"is of the architecture {architecture}, which is not converted"
         raise ConfigError(FLAG, file.path, rule, ", ".join(_ARCHITECTURES))
     prefix = f"{architecture}."
-    model = {k.removeprefix(prefix): v for k, v in file.metadata.items() if k.startswith(prefix)}
+    model = {k.removeprefix(prefix): v for k, v in metadata.items() if k.startswith(prefix)}
     hidden, heads = model["embedding_length"], model["attention.head_count"]
     head_dim = model.get("attention.key_length", hidden // heads)
     _refuse_unsupported(file, model, head_dim)
@@ -216,7 +191,7 @@ def _config(file: GGUFFile, dtype: WeightType) -> dict[str, Any]:
         "torch_dtype": dtype,
         "use_cache": True,
         **({"mlp_bias": False} if architecture == "llama" else {"use_sliding_window": False}),
-        **_token_ids(file),
+        **{ours: metadata[theirs] for ours, theirs in _TOKEN_IDS.items() if theirs in metadata},
     }
 
 
@@ -252,12 +227,6 @@ def _rope_scaling(model: Mapping[str, Any]) -> dict[str, Any] | None:
     if model.get("rope.scaling.type", "linear" if factor else "none") == "none":
         return None
     return {"rope_type": "linear", "factor": _float(factor or 1.0)}
-
-
-def _token_ids(file: GGUFFile) -> dict[str, int]:
-    """``bos_token_id`` and so on, those that the file names."""
-    ids = {ours: file.metadata.get(theirs) for ours, theirs in _TOKEN_IDS.items()}
-    return {name: number for name, number in ids.items() if number is not None}
 
 
 def _tokenizer_files(file: GGUFFile, config: Mapping[str, Any]) -> dict[str, Any]:

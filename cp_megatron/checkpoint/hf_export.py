@@ -9,20 +9,18 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from cp_megatron.checkpoint.find_checkpoint import named_step
-from cp_megatron.checkpoint.hf_folder import DTYPES, INDEX_FILE, SINGLE_FILE
+from cp_megatron.checkpoint.find_checkpoint import named_step, saved_config
+from cp_megatron.checkpoint.hf_folder import INDEX_FILE, SINGLE_FILE, check_output, new_folder
 from cp_megatron.checkpoint.hf_tokenizer import byte_tokenizer_files
 from cp_megatron.checkpoint.manifest import (
     ELEMENT_BYTES,
@@ -32,29 +30,22 @@ from cp_megatron.checkpoint.manifest import (
     read_manifest,
     verify_files,
 )
-from cp_megatron.checkpoint.saved_config import saved_config
-from cp_megatron.checkpoint.shard_writer import discard, sync
+from cp_megatron.checkpoint.shard_writer import file_header, sync
 from cp_megatron.config import Config
 from cp_megatron.data.tokenize.open_tokenizer import open_tokenizer
 from cp_megatron.errors import ConfigError
 from cp_megatron.families.family import HFTensor
 from cp_megatron.families.registry import to_hf_config
 
-_OUTPUT = "--output"
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja"),
 )
-_CODES: Mapping[str, str] = MappingProxyType({name: code for code, name in DTYPES.items()})
 
 
 def export_hf(
-    checkpoint: Path,
-    output: Path,
-    *,
-    dtype: str = "float32",
-    max_shard_bytes: int = 5 * 2**30,
+    checkpoint: Path, output: Path, *, dtype: str = "float32", max_shard_bytes: int = 5 * 2**30
 ) -> Path:
     """Writes a checkpoint as a Hugging Face folder.
 
@@ -68,33 +59,20 @@ def export_hf(
         ``output``.
 
     Raises:
-        ConfigError: the checkpoint is missing or damaged, ``output`` exists, or no Hugging Face
-            architecture has such a model.
+        ConfigError: the checkpoint is missing or damaged, ``output`` exists or cannot be written,
+            or no Hugging Face architecture has such a model.
     """
-    if dtype not in _CODES:
-        raise ConfigError("--dtype", dtype, "is not a dtype of weights", ", ".join(_CODES))
-    if os.path.lexists(output):
-        raise ConfigError(_OUTPUT, output, "exists already, and nothing is overwritten")
+    check_output(output)
     files, weights = _prepare(named_step(Path(checkpoint)), dtype)
-    temporary = output.with_name(output.name + ".tmp")
-    try:
-        discard(temporary)
-        temporary.mkdir(parents=True)
+    with new_folder(output) as folder:
         for name, content in files.items():
             if isinstance(content, Path):
-                shutil.copyfile(content, temporary / name)
+                shutil.copyfile(content, folder / name)
             else:
-                _write_json(temporary / name, content)
-        weights.write(temporary, max_shard_bytes)
-        sync(temporary)
-        temporary.rename(output)
-        sync(output.parent)
-    except BaseException as error:
-        discard(temporary)
-        if isinstance(error, OSError):
-            rule = f"cannot be written: {error.strerror or error}"
-            raise ConfigError(_OUTPUT, output, rule, "another folder") from None
-        raise
+                _write_json(folder / name, content)
+        weights.write(folder, max_shard_bytes)
+        sync(folder)
+    sync(output.parent)
     return output
 
 
@@ -163,18 +141,11 @@ def _sources(step: Path, manifest: Manifest, tensors: Sequence[HFTensor]) -> dic
 
 @dataclass(frozen=True, kw_only=True)
 class _Weights:
-    """The weights of a folder, and where they come from.
-
-    Attributes:
-        step: the checkpoint.
-        tensors: the tensors of the folder in order.
-        sources: for each name in the model, the checkpoint's tensor.
-        dtype: the type in which they are written.
-    """
+    """The weights of a folder, and where they come from."""
 
     step: Path
-    tensors: Sequence[HFTensor]
-    sources: Mapping[str, TensorEntry]
+    tensors: Sequence[HFTensor]  # of the folder, in order
+    sources: Mapping[str, TensorEntry]  # of the checkpoint, by names in the model
     dtype: str
 
     def write(self, folder: Path, max_shard_bytes: int) -> None:
@@ -186,7 +157,8 @@ class _Weights:
             name = SINGLE_FILE if len(shards) == 1 else name
             index |= {tensor.key: name for tensor in shard}
             with (folder / name).open("wb") as stream:
-                self._write_header(stream, shard)
+                shapes = {tensor.key: (self.dtype, tensor.shape) for tensor in shard}
+                stream.write(file_header(shapes, alignment=8, __metadata__={"format": "pt"}))
                 for tensor in shard:
                     value = self._read(tensor)
                     stream.write(value.view(-1).view(torch.uint8).numpy().data)
@@ -206,21 +178,6 @@ class _Weights:
                 shards.append([])
             shards[-1].append(tensor)
         return shards
-
-    def _write_header(self, stream: BinaryIO, tensors: Sequence[HFTensor]) -> None:
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        start = 0
-        for tensor in tensors:
-            stop = start + self._size(tensor)
-            header[tensor.key] = {
-                "dtype": _CODES[self.dtype],
-                "shape": list(tensor.shape),
-                "data_offsets": [start, stop],
-            }
-            start = stop
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)  # aligns the numbers
-        stream.write(len(text).to_bytes(8, "little") + text)
 
     def _read(self, tensor: HFTensor) -> Tensor:
         """A tensor of the folder, read from the checkpoint."""

@@ -10,13 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from cp_megatron.checkpoint.manifest import (
-    FLAG,
-    Manifest,
-    TensorEntry,
-    read_manifest,
-    verify_files,
-)
+from cp_megatron.checkpoint.manifest import FLAG, Manifest, TensorEntry, read_manifest, verify_files
 from cp_megatron.checkpoint.object_collectives import Group, on_all_ranks, rank_in, size_of
 from cp_megatron.checkpoint.shard_reader import ShardReader, read_shards
 from cp_megatron.checkpoint.shard_writer import DTYPE_NAMES, DTYPES

@@ -26,21 +26,16 @@ FORMAT_VERSION = 1
 MAX_MANIFEST_BYTES = 1 << 30
 SHARD_FILE = re.compile(r"rank-[0-9]{5,}\.safetensors")
 _SURROGATE = re.compile("[\ud800-\udfff]")
-ELEMENT_BYTES: Mapping[str, int] = MappingProxyType(
-    {
-        "float64": 8,
-        "float32": 4,
-        "bfloat16": 2,
-        "float16": 2,
-        "int64": 8,
-        "int32": 4,
-        "int16": 2,
-        "int8": 1,
-        "uint8": 1,
-        "bool": 1,
-    }
+_field_types = cache(get_type_hints)
+_DTYPES = (
+    *(("float64", "F64", 8), ("float32", "F32", 4), ("bfloat16", "BF16", 2), ("float16", "F16", 2)),
+    *(("int64", "I64", 8), ("int32", "I32", 4), ("int16", "I16", 2), ("int8", "I8", 1)),
+    *(("uint8", "U8", 1), ("bool", "BOOL", 1)),
 )
+ELEMENT_BYTES: Mapping[str, int] = MappingProxyType({name: size for name, _, size in _DTYPES})
 """The dtypes that a checkpoint can hold, and the bytes of an element."""
+DTYPE_CODES: Mapping[str, str] = MappingProxyType({name: code for name, code, _ in _DTYPES})
+"""The names of these dtypes in the header of a safetensors file."""
 
 
 class DamagedError(ConfigError):
@@ -250,11 +245,6 @@ def _decode(kind: Any, value: Any, name: str) -> Any:
         fields = {x: _decode(kinds[x], value.get(x), f"{name}.{x}" if name else x) for x in kinds}
         return kind(**fields)
     raise _FieldError(name)
-
-
-@cache
-def _field_types(kind: Any) -> dict[str, Any]:
-    return get_type_hints(kind)
 
 
 def _check_consistent(folder: Path, manifest: Manifest) -> None:

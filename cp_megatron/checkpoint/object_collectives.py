@@ -5,7 +5,7 @@ from __future__ import annotations
 import pickle
 import traceback
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch.distributed as dist
 
@@ -28,16 +28,14 @@ def on_all_ranks(action: Callable[[], Result], group: Group) -> Result:
     """Runs an action on every rank. If it fails on any, every rank raises the first failure."""
     result, failure = attempt(action)
     raise_first(all_gather_objects(failure, group))
-    assert result is not None
-    return result
+    return cast(Result, result)
 
 
 def on_first_rank(action: Callable[[], Result], group: Group) -> Result:
     """Runs an action on the first rank. Every rank returns its result or raises its failure."""
     result, failure = broadcast_object(None if rank_in(group) else attempt(action), group)
     raise_first([failure])
-    first_result: Result = result
-    return first_result
+    return cast(Result, result)
 
 
 def attempt(action: Callable[[], Result]) -> tuple[Result | None, Exception | None]:
@@ -50,9 +48,8 @@ def attempt(action: Callable[[], Result]) -> tuple[Result | None, Exception | No
 
 def raise_first(failures: list[Exception | None]) -> None:
     """Raises the first exception of the list, if there is one."""
-    for failure in failures:
-        if failure is not None:
-            raise failure
+    for failure in filter(None, failures):
+        raise failure
 
 
 def all_gather_objects(value: Any, group: Group) -> list[Any]:

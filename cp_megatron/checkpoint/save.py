@@ -15,7 +15,8 @@ import os
 import shutil
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from threading import Thread, get_native_id
@@ -143,23 +144,14 @@ class Save:
 
 @dataclass(frozen=True, kw_only=True)
 class _Job:
-    """What a rank's thread needs; training changes nothing of it.
-
-    Attributes:
-        target: the checkpoint's final name.
-        manifest: without files, and on other ranks than the first without tensors.
-        image: the contents of this rank's shard; None if it writes nothing.
-        failure: why the image could not be made.
-        retention: which older checkpoints are kept.
-        group: the ranks that save.
-    """
+    """What a rank's thread needs; training changes nothing of it."""
 
     target: Path
-    manifest: Manifest
-    image: Tensor | None
-    failure: Exception | None
+    manifest: Manifest  # without files, and on other ranks than the first without tensors
+    image: Tensor | None  # the contents of this rank's shard; None if it writes nothing
+    failure: Exception | None  # why the image could not be made
     retention: Retention
-    group: Group = field(repr=False)
+    group: Group
 
 
 def save_checkpoint(folder: Path | str, **arguments: Any) -> Path:
@@ -263,12 +255,20 @@ def _make_folder(target: Path) -> None:
     if os.path.lexists(target):
         rule = f"{target.name} exists already, and nothing is overwritten"
         raise ConfigError(FLAG, target.parent, rule, "another folder")
-    try:
+    with _disk_errors(target, 0):
         for unfinished in unfinished_steps(target.parent):
             discard(unfinished)
         temporary_folder(target).mkdir(parents=True)
+
+
+@contextmanager
+def _disk_errors(target: Path, rank: int) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
-        raise _user_error(error, target, 0) from error
+        rule = f"rank {rank}: {error.strerror or error}"
+        works = "a disk with free space and write access"
+        raise ConfigError(FLAG, target, rule, works) from error
 
 
 def _finish(save: Save, job: _Job, began: float, background: bool) -> None:
@@ -286,16 +286,11 @@ def _write(job: _Job) -> Exception | None:
     """Writes the checkpoint; returns why it could not be written, the same on every rank."""
     entry, failure = attempt(lambda: _write_shard(job))
     answers = all_gather_objects((entry, failure), job.group)
-    failures = [
-        None if error is None else _user_error(error, job.target, rank)
-        for rank, (_, error) in enumerate(answers)
-    ]
-    failure = next((error for error in failures if error is not None), None)
+    failure = next((error for _, error in answers if error is not None), None)
     if rank_in(job.group) == 0:
         if failure is None:
             files = {shard_file(rank): entry for rank, (entry, _) in enumerate(answers) if entry}
             _, failure = attempt(lambda: _complete(job, files))
-            failure = None if failure is None else _user_error(failure, job.target, 0)
         if failure is not None:
             # On a full disk, half a checkpoint would leave no space for the next one.
             shutil.rmtree(temporary_folder(job.target), ignore_errors=True)
@@ -304,31 +299,25 @@ def _write(job: _Job) -> Exception | None:
 
 
 def _write_shard(job: _Job) -> FileEntry | None:
-    if job.failure is not None:
-        raise job.failure
-    if job.image is None:
-        return None
-    return write_image(temporary_folder(job.target) / shard_file(rank_in(job.group)), job.image)
+    rank = rank_in(job.group)
+    with _disk_errors(job.target, rank):
+        if job.failure is not None:
+            raise job.failure
+        path = temporary_folder(job.target) / shard_file(rank)
+        return None if job.image is None else write_image(path, job.image)
 
 
 def _complete(job: _Job, files: Mapping[str, FileEntry]) -> None:
     """Runs on the first rank: writes the manifest, renames the folder, removes older ones."""
     temporary = temporary_folder(job.target)
-    write_text(temporary / MANIFEST, replace(job.manifest, files=files).to_json())
-    sync(temporary)
-    temporary.rename(job.target)
-    sync(job.target.parent)
-    steps = finished_steps(job.target.parent)
-    for step in job.retention.superseded(list(steps)):
-        # It loses its name first, so that a step-N is never incomplete.
-        removed = temporary_folder(steps[step])
-        steps[step].rename(removed)
-        shutil.rmtree(removed, ignore_errors=True)
-
-
-def _user_error(error: Exception, target: Path, rank: int) -> Exception:
-    """Converts an OSError of a rank into a ConfigError; returns other errors unchanged."""
-    if isinstance(error, OSError):
-        rule = f"rank {rank}: {error.strerror or error}"
-        return ConfigError(FLAG, target, rule, "a disk with free space and write access")
-    return error
+    with _disk_errors(job.target, 0):
+        write_text(temporary / MANIFEST, replace(job.manifest, files=files).to_json())
+        sync(temporary)
+        temporary.rename(job.target)
+        sync(job.target.parent)
+        steps = finished_steps(job.target.parent)
+        for step in job.retention.superseded(list(steps)):
+            # It loses its name first, so that a step-N is never incomplete.
+            removed = temporary_folder(steps[step])
+            steps[step].rename(removed)
+            shutil.rmtree(removed, ignore_errors=True)

@@ -33,12 +33,9 @@ from cp_megatron.checkpoint.shard_writer import DTYPE_NAMES
 
 @dataclass(frozen=True, kw_only=True)
 class CachedPlan:
-    """What this rank writes, as long as the tensors keep their signature.
+    """The boxes that this rank writes, as long as the tensors keep their signature.
 
-    Attributes:
-        signature: what the plan depends on.
-        items: the boxes that this rank writes.
-        tensors: on the first rank, the description of every tensor; on other ranks empty.
+    ``tensors`` describes every tensor on the first rank, and is empty on the other ranks.
     """
 
     signature: tuple[object, ...]
@@ -75,13 +72,9 @@ def plan_save(
     Raises:
         Exception: the first exception of any rank, on every rank.
     """
-    signature, failure = attempt(lambda: _signature(state, group))
-    answers = all_gather_objects(
-        (cached is not None and cached.signature == signature, failure), group
-    )
-    raise_first([error for _, error in answers])
-    assert signature is not None
-    if cached is None or not all(valid for valid, _ in answers):
+    signature = _signature(state, group)
+    valid = cached is not None and cached.signature == signature
+    if not all(all_gather_objects(valid, group)) or cached is None:
         cached = _new_plan(state, signature, group)
     on_first_rank(begin, group)
     return cached
@@ -131,8 +124,8 @@ def storable(items: Sequence[WriteItem]) -> list[WriteItem]:
     for item in items:
         if item.type is WriteItemType.BYTE_IO or item.tensor_data is None:
             raise TypeError(f"{item.index.fqn} is not a tensor, and a checkpoint stores no pickles")
-        if item.tensor_data.properties.dtype not in DTYPE_NAMES:
-            dtype = item.tensor_data.properties.dtype
+        dtype = item.tensor_data.properties.dtype
+        if dtype not in DTYPE_NAMES:
             raise TypeError(f"{item.index.fqn}: a checkpoint cannot hold {dtype}")
     return [item for item in items if _sizes(item).numel() > 0]
 
@@ -151,8 +144,7 @@ def _tensor_entries(metadata: Metadata, plans: Sequence[SavePlan]) -> dict[str, 
             file, key = places[name, chunk.offsets]
             offsets, sizes = tuple(chunk.offsets), tuple(chunk.sizes)
             chunks.append(ChunkEntry(offsets=offsets, sizes=sizes, file=file, key=key))
-        dtype = DTYPE_NAMES[tensor.properties.dtype]
-        shape = tuple(tensor.size)
+        dtype, shape = DTYPE_NAMES[tensor.properties.dtype], tuple(tensor.size)
         entries[name] = TensorEntry(dtype=dtype, shape=shape, chunks=tuple(chunks))
     return entries
 
