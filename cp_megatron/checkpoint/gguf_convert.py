@@ -38,11 +38,7 @@ if TYPE_CHECKING:
 
 WeightType = Literal["float32", "bfloat16"]
 
-_ARCHITECTURES: Mapping[str, str] = {
-    "llama": "LlamaForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-}
+_ARCHITECTURES = ("llama", "qwen2", "qwen3")
 _TENSORS = re.compile(
     r"(token_embd|output_norm|output)\.weight"
     r"|blk\.\d+\.(attn_(norm|q|k|v|output|q_norm|k_norm)|ffn_(norm|gate|up|down))\.(weight|bias)"
@@ -50,11 +46,7 @@ _TENSORS = re.compile(
 
 # What transformers ignores, and what no model of these architectures has here.
 _UNSUPPORTED = ("expert_count", "attention.sliding_window", "rope.scaling.attn_factor")
-_TOKEN_IDS: Mapping[str, str] = {
-    "bos_token_id": "tokenizer.ggml.bos_token_id",
-    "eos_token_id": "tokenizer.ggml.eos_token_id",
-    "pad_token_id": "tokenizer.ggml.padding_token_id",
-}
+_SPECIAL_TOKENS: Mapping[str, str] = {"bos": "bos", "eos": "eos", "pad": "padding"}
 
 _QWEN2_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -114,8 +106,8 @@ def convert_gguf(source: Path | str, output: Path | str, *, dtype: WeightType = 
     except Exception as error:  # transformers does not check what it reads
         rule = f"transformers cannot read it: {type(error).__name__}: {error}".splitlines()[0]
         raise ConfigError(FLAG, file.path, rule, "pip install --upgrade transformers") from error
-    ids = {name: config[name] for name in _TOKEN_IDS if name in config}
-    texts |= {"config.json": config, "generation_config.json": {"_from_model_config": True, **ids}}
+    generation = {"_from_model_config": True, **_token_ids(file)}
+    texts |= {"config.json": config, "generation_config.json": generation}
     with new_folder(output) as folder:
         for name, value in texts.items():
             text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
@@ -157,19 +149,18 @@ def _weights(file: GGUFFile, config: Mapping[str, Any], dtype: WeightType) -> di
 
 def _config(file: GGUFFile, dtype: WeightType) -> dict[str, Any]:
     """config.json, with the rotary settings in the words of both transformers 4 and 5."""
-    metadata = file.metadata
-    architecture = str(metadata.get("general.architecture"))
+    architecture = str(file.metadata.get("general.architecture"))
     if architecture not in _ARCHITECTURES:
         rule = f"is of the architecture {architecture}, which is not converted"
         raise ConfigError(FLAG, file.path, rule, ", ".join(_ARCHITECTURES))
     prefix = f"{architecture}."
-    model = {k.removeprefix(prefix): v for k, v in metadata.items() if k.startswith(prefix)}
+    model = {k.removeprefix(prefix): v for k, v in file.metadata.items() if k.startswith(prefix)}
     hidden, heads = model["embedding_length"], model["attention.head_count"]
     head_dim = model.get("attention.key_length", hidden // heads)
     _refuse_unsupported(file, model, head_dim)
     theta, scaling = _float(model.get("rope.freq_base", 10000.0)), _rope_scaling(model)
     return {
-        "architectures": [_ARCHITECTURES[architecture]],
+        "architectures": [f"{architecture.capitalize()}ForCausalLM"],
         "model_type": architecture,
         "hidden_size": hidden,
         "intermediate_size": model["feed_forward_length"],
@@ -191,8 +182,13 @@ def _config(file: GGUFFile, dtype: WeightType) -> dict[str, Any]:
         "torch_dtype": dtype,
         "use_cache": True,
         **({"mlp_bias": False} if architecture == "llama" else {"use_sliding_window": False}),
-        **{ours: metadata[theirs] for ours, theirs in _TOKEN_IDS.items() if theirs in metadata},
+        **_token_ids(file),
     }
+
+
+def _token_ids(file: GGUFFile) -> dict[str, int]:
+    keys = {ours: f"tokenizer.ggml.{name}_token_id" for ours, name in _SPECIAL_TOKENS.items()}
+    return {f"{x}_token_id": file.metadata[key] for x, key in keys.items() if key in file.metadata}
 
 
 def _refuse_unsupported(file: GGUFFile, model: Mapping[str, Any], head_dim: int) -> None:

@@ -20,7 +20,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from cp_megatron.checkpoint.find_checkpoint import named_step, saved_config
-from cp_megatron.checkpoint.hf_folder import INDEX_FILE, SINGLE_FILE, check_output, new_folder
+from cp_megatron.checkpoint.hf_folder import (
+    DTYPES,
+    INDEX_FILE,
+    SINGLE_FILE,
+    check_output,
+    new_folder,
+)
 from cp_megatron.checkpoint.hf_tokenizer import byte_tokenizer_files
 from cp_megatron.checkpoint.manifest import (
     ELEMENT_BYTES,
@@ -62,6 +68,8 @@ def export_hf(
         ConfigError: the checkpoint is missing or damaged, ``output`` exists or cannot be written,
             or no Hugging Face architecture has such a model.
     """
+    if dtype not in DTYPES.values():
+        raise ConfigError("--dtype", dtype, "is not a dtype of weights", ", ".join(DTYPES.values()))
     check_output(output)
     files, weights = _prepare(named_step(Path(checkpoint)), dtype)
     with new_folder(output) as folder:

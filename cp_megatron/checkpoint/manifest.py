@@ -74,17 +74,13 @@ class Manifest:
     """Everything about a checkpoint except the values of its tensors.
 
     Attributes:
-        version: the version of this format.
+        version: of this format.
         step: the number of training steps done.
         consumed: the number of rows that the run has used so far.
-        config: the run's configuration as plain data.
-        data_fingerprint: identifies the corpus.
-        vocab_size: the size of the tokenizer's vocabulary.
-        torch_version, package_version: the versions that wrote the checkpoint.
+        vocab_size: of the tokenizer, without padding.
         grid: the sizes of the axes it was written on; it loads on any other grid.
         optimizer_steps: the number of updates of each parameter that has optimizer state.
         extra: other plain data that training needs to continue.
-        files: the shards by name.
         tensors: ``model.<name>`` and ``optimizer.<name>.<moment>``.
     """
 

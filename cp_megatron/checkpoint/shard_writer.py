@@ -63,9 +63,7 @@ class HostMemory:
     def take(self, num_bytes: int, *, pinned: bool) -> Tensor:
         """Returns uint8 [num_bytes], aligned to a block. It overwrites what was taken before.
 
-        Args:
-            num_bytes: the size.
-            pinned: whether the memory is page-locked; the same in every call.
+        ``pinned``, whether the memory is page-locked, must be the same in every call.
         """
         if self._held.numel() < num_bytes:
             self._held = torch.empty(0, dtype=torch.uint8)  # free the old memory first
@@ -89,15 +87,15 @@ def take_image(tensors: Mapping[str, Tensor], memory: HostMemory) -> Tensor:
     Returns:
         uint8, the contents of the file.
     """
-    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
-    shapes = {name: (DTYPE_NAMES[tensors[name].dtype], tensors[name].shape) for name in names}
+    tensors = dict(sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0])))
+    shapes = {name: (DTYPE_NAMES[tensor.dtype], tensor.shape) for name, tensor in tensors.items()}
     header = file_header(shapes, alignment=64)
     on_device = [tensor for tensor in tensors.values() if tensor.is_cuda]
     num_bytes = len(header) + sum(tensor.nbytes for tensor in tensors.values())
     image = memory.take(num_bytes, pinned=bool(on_device))
     image[: len(header)] = torch.frombuffer(bytearray(header), dtype=torch.uint8)
     begin = len(header)
-    for tensor in map(tensors.__getitem__, names):
+    for tensor in tensors.values():
         place = image[begin : begin + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
         place.copy_(tensor, non_blocking=True)
         begin += tensor.nbytes
