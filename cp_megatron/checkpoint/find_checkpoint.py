@@ -31,14 +31,8 @@ class Newest:
 def newest_whole(run_folder: Path, before: int | None = None) -> Newest | None:
     """Finds the newest checkpoint with a valid manifest and shards of the right sizes.
 
-    The contents of the shards are not read.
-
-    Args:
-        run_folder: the run's folder.
-        before: consider only checkpoints of fewer steps.
-
-    Returns:
-        None if the folder has no checkpoint at all.
+    The contents of the shards are not read. With ``before``, only checkpoints of fewer steps are
+    considered. If there is none at all, the result is None.
 
     Raises:
         DamagedError: all checkpoints are damaged; the error describes the newest.

@@ -78,15 +78,12 @@ _PRE_TOKENIZERS: Mapping[str, tuple[dict[str, Any], ...]] = {
 
 
 def convert_gguf(source: Path | str, output: Path | str, *, dtype: WeightType = "float32") -> Path:
-    """Writes the folder ``output``, which gets its name when it is complete.
+    """Writes the folder ``output``, which gets its name when it is complete, and returns it.
 
     Args:
         source: a GGUF file of the architecture llama, qwen2 or qwen3, any quantisation.
         output: a folder that does not exist.
         dtype: of the weights.
-
-    Returns:
-        ``output``.
 
     Raises:
         ConfigError: a package is missing, the file is damaged or holds a model that cannot be

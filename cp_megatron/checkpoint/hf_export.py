@@ -27,7 +27,6 @@ from cp_megatron.checkpoint.hf_folder import (
     check_output,
     new_folder,
 )
-from cp_megatron.checkpoint.hf_tokenizer import byte_tokenizer_files
 from cp_megatron.checkpoint.manifest import (
     ELEMENT_BYTES,
     FLAG,
@@ -39,10 +38,12 @@ from cp_megatron.checkpoint.manifest import (
 from cp_megatron.checkpoint.shard_writer import file_header, sync
 from cp_megatron.config import Config
 from cp_megatron.data.tokenize.open_tokenizer import open_tokenizer
+from cp_megatron.data.tokenize.tokenizer import ByteTokenizer
 from cp_megatron.errors import ConfigError
 from cp_megatron.families.family import HFTensor
 from cp_megatron.families.registry import to_hf_config
 
+_END_TOKEN = "<|endoftext|>"
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
@@ -53,16 +54,13 @@ _TOKENIZER_FILES = (
 def export_hf(
     checkpoint: Path, output: Path, *, dtype: str = "float32", max_shard_bytes: int = 5 * 2**30
 ) -> Path:
-    """Writes a checkpoint as a Hugging Face folder.
+    """Writes a checkpoint as a Hugging Face folder, and returns ``output``.
 
     Args:
         checkpoint: a ``step-N``, or the folder of a run, whose newest checkpoint is taken.
         output: must not exist; the folder gets this name when it is complete and on the disk.
         dtype: type of the weights: float64, float32, bfloat16 or float16.
         max_shard_bytes: largest size of the tensors in a file, unless it holds only one.
-
-    Returns:
-        ``output``.
 
     Raises:
         ConfigError: the checkpoint is missing or damaged, ``output`` exists or cannot be written,
@@ -84,12 +82,11 @@ def export_hf(
     return output
 
 
-_Files = Mapping[str, Path | Mapping[str, Any]]
-"""Files of a folder by name: a file to copy, or a JSON object."""
+def _prepare(step: Path, dtype: str) -> tuple[dict[str, Path | dict[str, Any]], _Weights]:
+    """Checks that a checkpoint can be exported, and returns the files and weights of its folder.
 
-
-def _prepare(step: Path, dtype: str) -> tuple[_Files, _Weights]:
-    """Checks that a checkpoint can be exported, and returns the files and weights of its folder."""
+    A file is a path to copy, or a JSON object.
+    """
     manifest = read_manifest(step)
     config = saved_config(manifest, step)
     seq_length = config.data.seq_length
@@ -106,14 +103,64 @@ def _prepare(step: Path, dtype: str) -> tuple[_Files, _Weights]:
     tokenizer = _tokenizer_files(config)
     entries |= _token_ids(tokenizer)
     generation = {name: entries[name] for name in _TOKEN_IDS} | {"_from_model_config": True}
-    files: dict[str, Path | Mapping[str, Any]] = {
+    files: dict[str, Path | dict[str, Any]] = {
         "config.json": entries,
         "generation_config.json": generation,
         **{path.name: path for path in tokenizer},
     }
     if config.data.tokenizer_type == "byte":
-        files |= byte_tokenizer_files(max(config.model.max_position_embeddings or 0, seq_length))
+        files |= _byte_tokenizer_files(max(config.model.max_position_embeddings or 0, seq_length))
     return files, _Weights(step=step, tensors=tensors, sources=sources, dtype=dtype)
+
+
+def _byte_tokenizer_files(seq_length: int) -> dict[str, dict[str, Any]]:
+    """Makes tokenizer.json and tokenizer_config.json of the byte tokenizer, as JSON objects.
+
+    tokenizer.json cannot contain a byte that is not a printable character. So the 256 bytes are
+    written in the alphabet of GPT-2 (Radford et al. 2019): a printable byte is the character of
+    that number, and the other bytes are the characters from 256 on, in their order. A BPE over this
+    alphabet without merges makes every byte a token, whose id is the byte::
+
+        byte    "A" 65    "\\n" 10    0xC3 195
+        token   A         Ċ (266)     Ã
+    """
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    level |= {"use_regex": False}
+    end = {"id": ByteTokenizer.eod, "content": _END_TOKEN, "special": True, "normalized": False}
+    end |= dict.fromkeys(("single_word", "lstrip", "rstrip"), False)
+    body: dict[str, Any] = {
+        "version": "1.0",
+        **dict.fromkeys(("truncation", "padding")),
+        "added_tokens": [end],
+        "normalizer": None,
+        "pre_tokenizer": level,
+        "post_processor": None,
+        "decoder": level,
+        "model": {
+            "type": "BPE",
+            **dict.fromkeys(("dropout", "unk_token", "continuing_subword_prefix")),
+            "end_of_word_suffix": None,
+            **dict.fromkeys(("fuse_unk", "byte_fallback", "ignore_merges"), False),
+            "vocab": {token: byte for byte, token in enumerate(_byte_alphabet())},
+            "merges": [],
+        },
+    }
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": seq_length,
+        "eos_token": _END_TOKEN,
+        "clean_up_tokenization_spaces": False,
+        # As in the byte tokenizer, a text that contains the name of the end token is only bytes.
+        "split_special_tokens": True,
+    }
+    return {"tokenizer.json": body, "tokenizer_config.json": config}
+
+
+def _byte_alphabet() -> str:
+    """Returns the characters that stand for the bytes, in the order of the bytes."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = iter(range(256, 512))
+    return "".join(chr(byte if byte in printable else next(others)) for byte in range(256))
 
 
 def _tokenizer_files(config: Config) -> list[Path]:

@@ -169,11 +169,7 @@ def _wrong(folder: Path, rule: str) -> ConfigError:
 
 
 def check_output(output: Path) -> None:
-    """Refuses a path that exists.
-
-    Raises:
-        ConfigError: it does.
-    """
+    """Raises ConfigError if the path exists."""
     if os.path.lexists(output):
         rule = "exists already, and nothing is overwritten"
         raise ConfigError(OUTPUT, output, rule, "a new folder")

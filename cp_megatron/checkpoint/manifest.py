@@ -105,10 +105,7 @@ class Manifest:
 
 
 def read_manifest(folder: Path | str) -> Manifest:
-    """Reads and checks a checkpoint's manifest. The shards are not read.
-
-    Args:
-        folder: a ``step-N``.
+    """Reads and checks the manifest of a ``step-N``. The shards are not read.
 
     Raises:
         DamagedError: the manifest is missing, malformed or inconsistent, or names a file that is
@@ -136,20 +133,14 @@ def read_manifest(folder: Path | str) -> Manifest:
     return manifest
 
 
-def verify_files(
-    folder: Path | str, manifest: Manifest, names: Collection[str] | None = None
-) -> None:
-    """Compares shards with the manifest by kind, size and SHA-256, at about 1.5 GB/s.
+def verify_files(folder: Path, manifest: Manifest, names: Collection[str] | None = None) -> None:
+    """Compares the shards ``names``, by default all, with the manifest of their folder.
 
-    Args:
-        folder: the checkpoint.
-        manifest: the manifest of this folder.
-        names: the shards to compare; by default all.
+    Kind, size and SHA-256 are compared, at about 1.5 GB/s.
 
     Raises:
         DamagedError: a shard is missing or a link, or its size or contents differ.
     """
-    folder = Path(folder)
     for name in sorted(manifest.files if names is None else names):
         entry = manifest.files[name]
         check_size(folder, name, entry)

@@ -18,6 +18,7 @@ import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from threading import Thread, get_native_id
 from typing import Any
@@ -32,7 +33,8 @@ from cp_megatron.checkpoint.object_collectives import (
     Group,
     all_gather_objects,
     attempt,
-    broadcast_object,
+    on_first_rank,
+    raise_first,
     rank_in,
 )
 from cp_megatron.checkpoint.save_planner import CachedPlan, plan_save, shard_file
@@ -83,12 +85,7 @@ class Retention:
 
 @dataclass(kw_only=True)
 class SaveCache:
-    """What one save leaves for the next save of the same ranks.
-
-    Attributes:
-        memory: host memory for the copy of the tensors.
-        plan: the plan of the last save, valid while the tensors keep their shapes and placements.
-    """
+    """The host memory and the plan that one save leaves for the next save of the same ranks."""
 
     memory: HostMemory = field(default_factory=HostMemory)
     plan: CachedPlan | None = None
@@ -125,10 +122,7 @@ class Save:
         return not alive and (self._failure is None or isinstance(self._failure, ConfigError))
 
     def wait(self) -> Path:
-        """Waits until the checkpoint is complete and on the disk. Every rank calls this.
-
-        Returns:
-            the checkpoint's folder.
+        """Waits until the checkpoint is on the disk, and returns its folder. Every rank calls this.
 
         Raises:
             ConfigError: the checkpoint exists already or cannot be written; on every rank.
@@ -186,25 +180,12 @@ class Save:
         try:
             if background and hasattr(os, "setpriority"):
                 os.setpriority(os.PRIO_PROCESS, get_native_id(), _NICENESS)
-            self._failure = self._write()
+            answers = all_gather_objects(attempt(self._write_shard), self._group)
+            end = partial(self._complete, answers)
+            _, self._failure = attempt(lambda: on_first_rank(end, self._group))
         except Exception:  # for example, another rank has ended; training will notice it too
             self._failure = RuntimeError(f"checkpoint {self.folder}\n{traceback.format_exc()}")
         self.seconds = time.perf_counter() - began
-
-    def _write(self) -> Exception | None:
-        """Writes the checkpoint; returns why it could not be written, the same on every rank."""
-        answers = all_gather_objects(attempt(self._write_shard), self._group)
-        failure = next((error for _, error in answers if error is not None), None)
-        if rank_in(self._group) == 0:
-            if failure is None:
-                entries = (entry for entry, _ in answers)
-                files = {shard_file(rank): entry for rank, entry in enumerate(entries) if entry}
-                _, failure = attempt(lambda: self._complete(files))
-            if failure is not None:
-                # On a full disk, half a checkpoint would leave no space for the next one.
-                shutil.rmtree(self._temporary, ignore_errors=True)
-        common_failure: Exception | None = broadcast_object(failure, self._group)
-        return common_failure
 
     def _write_shard(self) -> FileEntry | None:
         with self._disk_errors():
@@ -213,19 +194,27 @@ class Save:
             path = self._temporary / shard_file(rank_in(self._group))
             return None if self._image is None else write_image(path, self._image)
 
-    def _complete(self, files: Mapping[str, FileEntry]) -> None:
+    def _complete(self, shards: Sequence[tuple[FileEntry | None, Exception | None]]) -> None:
         """Runs on the first rank: writes the manifest, renames the folder, removes older ones."""
-        with self._disk_errors():
-            write_text(self._temporary / MANIFEST, replace(self._manifest, files=files).to_json())
-            sync(self._temporary)
-            self._temporary.rename(self.folder)
-            sync(self.folder.parent)
-            steps = finished_steps(self.folder.parent)
-            for step in self._retention.superseded(list(steps)):
-                # It loses its name first, so that a step-N is never incomplete.
-                removed = temporary_folder(steps[step])
-                steps[step].rename(removed)
-                shutil.rmtree(removed, ignore_errors=True)
+        try:
+            raise_first([failure for _, failure in shards])
+            files = {shard_file(rank): entry for rank, (entry, _) in enumerate(shards) if entry}
+            manifest = replace(self._manifest, files=files)
+            with self._disk_errors():
+                write_text(self._temporary / MANIFEST, manifest.to_json())
+                sync(self._temporary)
+                self._temporary.rename(self.folder)
+                sync(self.folder.parent)
+                steps = finished_steps(self.folder.parent)
+                for step in self._retention.superseded(list(steps)):
+                    # It loses its name first, so that a step-N is never incomplete.
+                    removed = temporary_folder(steps[step])
+                    steps[step].rename(removed)
+                    shutil.rmtree(removed, ignore_errors=True)
+        except Exception:
+            # On a full disk, half a checkpoint would leave no space for the next one.
+            shutil.rmtree(self._temporary, ignore_errors=True)
+            raise
 
 
 def save_checkpoint(folder: Path | str, **arguments: Any) -> Path:

@@ -78,14 +78,11 @@ class HostMemory:
 
 
 def take_image(tensors: Mapping[str, Tensor], memory: HostMemory) -> Tensor:
-    """Copies tensors into the contents of a shard file. They may change when this returns.
+    """Copies tensors into the contents of a shard file, uint8. They may change when this returns.
 
     Args:
         tensors: tensors by name, on one device, with dtypes of ``DTYPES``.
         memory: holds the copy.
-
-    Returns:
-        uint8, the contents of the file.
     """
     tensors = dict(sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0])))
     shapes = {name: (DTYPE_NAMES[tensor.dtype], tensor.shape) for name, tensor in tensors.items()}
@@ -125,11 +122,7 @@ def file_header(
 
 
 def write_image(path: Path, image: Tensor) -> FileEntry:
-    """Writes a new file, and returns its size and SHA-256 when it is on the disk.
-
-    Args:
-        path: the file, which must not exist.
-        image: the result of ``take_image``.
+    """Writes the result of ``take_image`` to a new file, and returns when it is on the disk.
 
     Raises:
         OSError: the file exists or cannot be written.
