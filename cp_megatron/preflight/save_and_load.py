@@ -7,9 +7,8 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from cp_megatron.checkpoint.find_checkpoint import Newest, named_step, newest_whole
+from cp_megatron.checkpoint.find_checkpoint import Newest, named_step, newest_whole, saved_config
 from cp_megatron.checkpoint.manifest import Manifest, read_manifest
-from cp_megatron.checkpoint.saved_config import saved_config
 from cp_megatron.checkpoint.step_folders import TEMPORARY, newest_step
 from cp_megatron.config import Config
 from cp_megatron.config.fields import settings

@@ -17,7 +17,7 @@ from rich.console import Console
 from cp_megatron.checkpoint.hf_load import load_hf
 from cp_megatron.checkpoint.load import load_checkpoint
 from cp_megatron.checkpoint.manifest import read_manifest
-from cp_megatron.checkpoint.object_collectives import broadcast_object, on_all_ranks
+from cp_megatron.checkpoint.object_collectives import on_first_rank
 from cp_megatron.comm.runtime import Launch, record_collectives
 from cp_megatron.config import Config
 from cp_megatron.config.files.run_folders import CONFIG_FILE, RUNS
@@ -274,8 +274,6 @@ def _make_folder(plan: RunPlan, control: dist.ProcessGroup) -> Path:
 
     def make() -> Path:
         save = plan.config.checkpoint.save
-        if control.rank():
-            return Path()
         try:
             folder = fresh_run_folder(RUNS, model_name(plan.config)) if save is None else Path(save)
             folder.mkdir(parents=True, exist_ok=save is not None)
@@ -285,8 +283,7 @@ def _make_folder(plan: RunPlan, control: dist.ProcessGroup) -> Path:
             raise ConfigError("--save", save or RUNS, rule, "another folder") from None
         return folder
 
-    folder: Path = broadcast_object(on_all_ranks(make, control), control)
-    return folder
+    return on_first_rank(make, control)
 
 
 def _write_config(plan: RunPlan, file: Path) -> None:
