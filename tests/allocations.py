@@ -1,4 +1,4 @@
-"""Counting bytes: what torch takes from the CPU's allocator, what autograd keeps; to the byte."""
+"""Counts the bytes that torch takes from the CPU's allocator, and those that autograd keeps."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from torch.profiler import ProfilerActivity, profile
 
 @dataclass(kw_only=True)
 class MemoryCount:
-    """What was counted; filled in when counting ends.
+    """The result, which is set when counting ends.
 
     Attributes:
-        peak: most bytes held at once, over the level at the start.
-        held: bytes over that level at the end.
-        allocations: sizes of what was allocated, in order.
+        peak: the most bytes held at once, above the level at the start.
+        held: bytes above that level at the end.
+        allocations: sizes of the allocations, in order.
     """
 
     peak: int = 0
@@ -32,9 +32,9 @@ class MemoryCount:
 def counting_memory() -> Iterator[MemoryCount]:
     """Counts what this thread allocates inside the ``with`` block.
 
-    Every allocation and release is an event of torch's profiler, so nothing is sampled and neither
-    the process's size nor what the C library keeps plays a part. Memory that was allocated before
-    and is released inside is not seen. Profiles can not be nested.
+    Every allocation and release is an event of torch's profiler, so the count is exact and does not
+    depend on the size of the process. Memory that was allocated before and is released inside is
+    not seen. Profiles cannot be nested.
     """
     count = MemoryCount()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
@@ -48,19 +48,19 @@ def counting_memory() -> Iterator[MemoryCount]:
 
 
 def kept_bytes(model: nn.Module, forward: Callable[[], Tensor]) -> int:
-    """Bytes that autograd keeps between ``forward`` and backward, weights left out.
+    """Bytes that autograd keeps between ``forward`` and backward, not counting weights.
 
-    Every storage counts once, as large as it is when forward has ended. Backward runs too, which
-    lets go of what was kept; gradients are left in the parameters.
+    Every storage counts once, with its size at the end of forward. Backward runs too, which frees
+    what was kept; gradients are left in the parameters.
 
     Args:
-        model: whose weights, also those that FSDP gathers, do not count.
-        forward: its result is differentiated.
+        model: its weights, also those that FSDP gathers, do not count.
+        forward: returns what is differentiated.
     """
     weights: set[int] = set()
-    found: dict[int, torch.UntypedStorage] = {}
+    kept: dict[int, torch.UntypedStorage] = {}
 
-    def meet(module: nn.Module, _: object) -> None:
+    def skip(module: nn.Module, _: object) -> None:
         for parameter in module.parameters(recurse=False):
             local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
             weights.add(local.untyped_storage()._cdata)
@@ -68,16 +68,16 @@ def kept_bytes(model: nn.Module, forward: Callable[[], Tensor]) -> int:
     def pack(x: Tensor) -> Tensor:
         storage = x.untyped_storage()
         if storage._cdata not in weights:
-            found[storage._cdata] = storage
+            kept[storage._cdata] = storage
         return x
 
-    handles = [module.register_forward_pre_hook(meet) for module in model.modules()]
+    handles = [module.register_forward_pre_hook(skip) for module in model.modules()]
     try:
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
             result = forward()
     finally:
         for handle in handles:
             handle.remove()
-    kept = sum(storage.nbytes() for storage in found.values())
+    num_bytes = sum(storage.nbytes() for storage in kept.values())
     result.backward()
-    return kept
+    return num_bytes

@@ -203,6 +203,8 @@ def is_mutable(value: ast.expr) -> bool:
 def is_empty(value: ast.expr) -> bool:
     if isinstance(value, ast.Call):
         return not value.args and not value.keywords
+    if isinstance(value, ast.ListComp | ast.DictComp | ast.SetComp):
+        return False
     return not getattr(value, "elts", None) and not getattr(value, "keys", [])
 
 

@@ -81,6 +81,7 @@ BROKEN: tuple[tuple[Rule, str, str], ...] = (
     (no_module_state, "cp_megatron/a.py", "CACHE = {}"),
     (no_module_state, "cp_megatron/a.py", "CACHE: Mapping[str, int] = {}"),
     (no_module_state, "cp_megatron/a.py", "SIZES = [1, 2]"),
+    (no_module_state, "cp_megatron/a.py", "SIZES = [size for size in (1, 2)]"),
     (no_module_state, "cp_megatron/a.py", "if True:\n    SEEN = set()"),
     (no_module_state, "cp_megatron/a.py", "GROUP: dist.ProcessGroup | None = None"),
     (no_module_state, "cp_megatron/a.py", "GROUP = dist.new_group([0])"),
@@ -170,7 +171,10 @@ ALLOWED: tuple[tuple[str, str], ...] = (
     ("cp_megatron/config/a.py", "from cp_megatron.errors import ConfigError"),
     ("cp_megatron/preflight/check.py", "from cp_megatron.plan import Grid"),
     ("cp_megatron/comm/runtime.py", "import os\nx = os.environ"),
-    ("cp_megatron/a.py", "__all__ = ['a']\nTABLE: Mapping[str, int] = {'a': 1}\nSIZES = (1, 2)"),
+    (
+        "cp_megatron/a.py",
+        "__all__ = ['a']\nTABLE: Mapping[str, int] = {a: 1 for a in 'ab'}\nSIZES = (1, 2)",
+    ),
     (
         "cp_megatron/a.py",
         '@cache\n@other\ndef f():\n    """One.\n\n    More.\n    """\n    # why\n\n'

@@ -89,10 +89,10 @@ class LinkSums:
         ranks = range(group.size())
         sent = torch.stack([self._sent.get(rank, nothing) for rank in ranks])
         received = torch.stack([self._received.get(rank, nothing) for rank in ranks])
-        said = torch.empty_like(sent)
-        dist.all_to_all_single(said, sent, group=group)
+        expected = torch.empty_like(sent)
+        dist.all_to_all_single(expected, sent, group=group)
         self._sent, self._received = {}, {}
-        return (said != received).nonzero().flatten().tolist()
+        return (expected != received).nonzero().flatten().tolist()
 
 
 def _with(before: Tensor | None, bits: Tensor) -> Tensor:

@@ -66,7 +66,7 @@ def agree(
 def _compare(rows: Sequence[Sequence[int]], rank: int, mask: object, call: object) -> None:
     refusing = [number for number, row in enumerate(rows) if row[2]]
     if refusing:
-        rule = f"is refused by rank {_list(refusing)} of the group, whose error says why"
+        rule = f"is refused by rank {_list(refusing)} of the group, whose error gives the reason"
         raise ConfigError("attention", f"on rank {rank}", rule)
     for column, name, value in ((0, "mask", mask), (1, "attention", call)):
         others = [number for number, row in enumerate(rows) if row[column] != rows[rank][column]]

@@ -77,14 +77,8 @@ def _merge(
 
     lse_at = lse + batch * lse_b + head * lse_h + query * lse_q
     new_lse_at = new_lse + batch * new_lse_b + head * new_lse_h + query * new_lse_q
-    old = tl.load(lse_at, mask=live, other=0.0)
-    new = tl.load(new_lse_at, mask=live, other=0.0).to(old.dtype)
-    gap = new - old
-    # gap is NaN if both are -inf (no key on either side) or both +inf, or if either is NaN.
-    known = gap == gap
-    weight = tl.where(known, 1.0 / (1.0 + tl.exp(-gap)), 0.0)
-    merged = tl.maximum(old, new) + tl.log(1.0 + tl.exp(-tl.abs(gap)))
-    tl.store(lse_at, tl.where(known, merged, old + new), mask=live)
+    weight, merged = _merged_lse(tl.load(lse_at, live, 0.0), tl.load(new_lse_at, live, 0.0))
+    tl.store(lse_at, merged, mask=live)
 
     column = tl.arange(0, block_columns)[None, :]
     inside = live[:, None] & (column < width)
@@ -92,8 +86,24 @@ def _merge(
     new_out_at = new_out + (batch * new_out_b + query * new_out_q + head * new_out_h)[:, None]
     a = tl.load(out_at, mask=inside, other=0.0)
     b = tl.load(new_out_at + column, mask=inside, other=0.0).to(a.dtype)
-    w = weight[:, None]
-    # Like torch.lerp, start from the nearer end, so that weights 0 and 1 return that end exactly.
-    nearer_a = a + w * (b - a)
-    nearer_b = b - (b - a) * (1.0 - w)
-    tl.store(out_at, tl.where(w < 0.5, nearer_a, nearer_b), mask=inside)
+    tl.store(out_at, _lerp(a, b, weight[:, None]), mask=inside)
+
+
+@triton.jit
+def _merged_lse(old: tl.tensor, new: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
+    """Returns the weight of the new result, and the lse of both."""
+    new = new.to(old.dtype)
+    gap = new - old
+    # gap is NaN if both are -inf (no key on either side) or both +inf, or if either is NaN.
+    known = gap == gap
+    weight = tl.where(known, 1.0 / (1.0 + tl.exp(-gap)), 0.0)
+    merged = tl.maximum(old, new) + tl.log(1.0 + tl.exp(-tl.abs(gap)))
+    return weight, tl.where(known, merged, old + new)
+
+
+@triton.jit
+def _lerp(a: tl.tensor, b: tl.tensor, weight: tl.tensor) -> tl.tensor:
+    """Like torch.lerp, starts from the nearer end: weights 0 and 1 return that end exactly."""
+    nearer_a = a + weight * (b - a)
+    nearer_b = b - (b - a) * (1.0 - weight)
+    return tl.where(weight < 0.5, nearer_a, nearer_b)

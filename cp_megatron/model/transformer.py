@@ -64,8 +64,8 @@ class Transformer(nn.Module):
         spec: the description of the whole model, from which its modules are built.
 
     Raises:
-        ConfigError: tp ranks cannot share a parameter, there are fewer learned positions than
-            tokens, rotary heads have an odd width, or tied weights would be on two pipeline stages.
+        ConfigError: tp ranks cannot share a parameter, or tied weights would be on two pipeline
+            stages.
     """
 
     def __init__(

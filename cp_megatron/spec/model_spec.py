@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from cp_megatron.config import ModelConfig
-from cp_megatron.errors import ConfigError
 from cp_megatron.plan import Grid
 from cp_megatron.spec.layer_spec import LayerSpec
 from cp_megatron.spec.parameter import BlockSpec, ParameterSpec
@@ -48,12 +47,7 @@ class ModelSpec(BlockSpec):
             model: the flags.
             vocab_size: number of ids, with or without padding.
             seq_length: number of learned positions, unless the flags give it.
-
-        Raises:
-            ConfigError: there are fewer learned positions than tokens, or rotary heads have an odd
-                width.
         """
-        _check(model, seq_length)
         rows = model.max_position_embeddings or seq_length
         hidden, padded_vocab = model.hidden_size, model.padded_vocab_size(vocab_size)
         learned = model.position_embedding_type == "learned_absolute"
@@ -127,14 +121,3 @@ class ModelSpec(BlockSpec):
         for layer, copies in Counter(self.layers).items():
             for parameter in layer.parameters():
                 yield parameter, copies
-
-
-def _check(model: ModelConfig, seq_length: int) -> None:
-    rows = model.max_position_embeddings
-    learned = model.position_embedding_type == "learned_absolute"
-    if learned and rows is not None and rows < seq_length:
-        rule = f"must be at least the sequence length {seq_length}"
-        raise ConfigError("--max-position-embeddings", rows, rule, str(seq_length))
-    if model.position_embedding_type == "rope" and model.head_dim % 2:
-        rule = "must be even for rotary positions"
-        raise ConfigError("--kv-channels", model.head_dim, rule, str(model.head_dim + 1))

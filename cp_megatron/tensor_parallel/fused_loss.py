@@ -29,10 +29,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from cp_megatron.comm.nonblocking import start_all_gather, start_reduce_scatter
 from cp_megatron.comm.trace import traced
 from cp_megatron.config import tokens_with_logits
 from cp_megatron.tensor_parallel.group import TensorParallel
@@ -166,7 +164,7 @@ class _Chunk:
     def forward(self, rows: Tensor, weight: Tensor, labels: Tensor, wanted: bool) -> _ChunkLoss:
         """Rows [b, c, h] and labels [b, tp, c] -> losses, and their gradient if it is wanted."""
         # [b, c, h] -> [b, tp * c, h] -> [n, h]
-        x = self._enter(rows).flatten(0, 1)
+        x = self.tp.enter(rows).flatten(0, 1)
         logits = x @ weight.T  # [n, v/tp]
         exact = logits.to(accumulation_dtype(logits.dtype))
         del logits
@@ -197,25 +195,4 @@ class _Chunk:
         else:
             dw += dlogits.T @ result.x
         batch = result.losses.shape[0]
-        return self._leave((dlogits @ weight).unflatten(0, (batch, -1)))
-
-    def _enter(self, rows: Tensor) -> Tensor:
-        """``TensorParallel.enter`` of these rows, without autograd."""
-        if not self.tp.splits_sequence:
-            return rows
-        assert self.tp.group is not None
-        # [1, b, c, h] -> [tp, b, c, h] -> [b, tp, c, h] -> [b, tp * c, h]
-        gathered = start_all_gather(rows.contiguous().unsqueeze(0), self.tp.group).wait()
-        return gathered.movedim(0, 1).flatten(1, 2)
-
-    def _leave(self, grad: Tensor) -> Tensor:
-        """The ranks' summands [b, tp * c, h] -> the gradient of this rank's rows."""
-        if self.tp.size == 1:
-            return grad
-        assert self.tp.group is not None
-        if not self.tp.splits_sequence:
-            dist.all_reduce(grad, group=self.tp.group)
-            return grad
-        # [b, tp * c, h] -> [tp, b, c, h] -> [1, b, c, h]
-        stacked = grad.unflatten(1, (self.tp.size, -1)).movedim(1, 0).contiguous()
-        return start_reduce_scatter(stacked, self.tp.group).wait().squeeze(0)
+        return self.tp.leave((dlogits @ weight).unflatten(0, (batch, -1)))

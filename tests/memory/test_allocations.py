@@ -1,4 +1,4 @@
-"""The counter of bytes counts to the byte."""
+"""Tests that the counter of bytes is exact."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a step holds is what was predicted, to the byte, on any grid; looking changes nothing."""
+"""Tests that measured equals predicted, to the byte, on any grid, and that measuring is neutral."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def words_of(value: object) -> str:
 
 @dataclass(frozen=True)
 class Place:
-    """A folder of the test with a text, and the words that every run of it has."""
+    """A folder with a text, and the arguments that every run in it has."""
 
     folder: Path
 
@@ -88,7 +88,7 @@ def prepared(rank: int, world_size: int, argv: list[str]) -> tuple[TrainStep, li
 def measured(
     rank: int, world_size: int, argv: list[str], forward_alone: bool = False
 ) -> tuple[tuple[Held, ...], tuple[Held, ...]]:
-    """Predicted and found on this rank."""
+    """The predicted and the measured bytes of this rank."""
     train_step, shards, plan = prepared(rank, world_size, argv)
     with pytest.MonkeyPatch.context() as patch:
         meter = MemoryMeter(train_step)
@@ -139,7 +139,7 @@ def test_the_forward_pass_alone_is_enough_as_on_cuda(place: Place) -> None:
 
 
 def peaks(rank: int, world_size: int, one: list[str], other: list[str]) -> tuple[int, int]:
-    """The peak of a step, as the meter and as torch's profiler has it."""
+    """The peak of a step by the meter and by torch's profiler."""
     train_step, shards, _ = prepared(rank, world_size, one)
     with counting_memory() as count:
         train_step.run(shards, step=0, lr=0.0)

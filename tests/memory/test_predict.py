@@ -1,4 +1,4 @@
-"""What a rank will hold, counted by hand; that it is what is found is in test_memory_meter.py."""
+"""Tests the prediction against counts by hand; test_measure.py compares it with measurements."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def planned(*argv: str, world_size: int = 1, device: str = "cpu") -> RunPlan:
 
 
 def bytes_of(plan: RunPlan, rank: int = 0) -> dict[str, int]:
-    """By kind, or module."""
+    """Predicted bytes by kind, or for activations by module."""
     return {
         row.detail if row.kind == kinds.ACTIVATIONS else row.kind: row.num_bytes
         for row in predict(plan, rank)

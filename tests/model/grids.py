@@ -1,4 +1,4 @@
-"""One training step of a tiny model on any grid, everything brought back as whole tensors."""
+"""One training step of a tiny model on any grid, whose results are returned as whole tensors."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ STYLES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """What one step computed, whole: logits [rows, S, padded vocabulary], gradients by name."""
+    """The results of one step: whole logits [rows, S, padded vocabulary], gradients by name."""
 
     logits: Tensor
     loss: float
@@ -108,7 +108,7 @@ def plain_step(config: Config) -> Step:
 
 
 def grid_step(rank: int, world_size: int, config: Config, grid: Grid) -> Step | None:
-    """The same step on a grid of ranks; warnings are errors. Whole tensors on rank 0."""
+    """The same step on a grid of ranks; warnings are errors. Rank 0 returns whole tensors."""
     with no_warnings():
         groups = ParallelGroups.create(grid, "cpu")
         model = build_model(config, groups, vocab_size=VOCAB, dtype="float64", device="cpu")
@@ -135,7 +135,7 @@ def grid_step(rank: int, world_size: int, config: Config, grid: Grid) -> Step | 
 def loss_step(
     rank: int, world_size: int, config: Config, grid: Grid, device: str = "cpu"
 ) -> Step | None:
-    """``grid_step`` as the training step does it: the loss in chunks, no logits."""
+    """``grid_step`` with the loss in chunks and without logits, as in training."""
     with no_warnings():
         groups = ParallelGroups.create(grid, device)
         model = build_model(config, groups, vocab_size=VOCAB, dtype="float64", device=device)
@@ -166,7 +166,7 @@ def full(x: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def no_warnings() -> Iterator[None]:
-    """Turn Python warnings and torch's logged ones into errors."""
+    """Turns Python warnings and torch's logged ones into errors."""
     logger = logging.getLogger("torch")
     handler = _Refuse(level=logging.WARNING)
     logger.addHandler(handler)
@@ -184,7 +184,7 @@ class _Refuse(logging.Handler):
 
 
 def worst(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> tuple[float, str]:
-    """The largest relative L2 error over all tensors, and whose it is.
+    """The largest relative L2 error over all tensors, and the name of that tensor.
 
     A tensor that is zero but for rounding (the key bias: softmax does not see it) is measured
     against all tensors together.
@@ -200,5 +200,5 @@ def worst(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> tuple[float
 
 
 def error(actual: Tensor, expected: Tensor) -> float:
-    """Relative L2."""
+    """The relative L2 error."""
     return ((actual - expected).norm() / expected.norm()).item()

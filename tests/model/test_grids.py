@@ -1,4 +1,4 @@
-"""The model on every grid is the model in one process: logits, loss and every gradient."""
+"""Tests that logits, loss and every gradient are the same on every grid and in one process."""
 
 from __future__ import annotations
 

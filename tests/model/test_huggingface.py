@@ -1,4 +1,4 @@
-"""An unmodified transformers model, sharded, against the same model whole; and what is refused.
+"""Tests an unmodified transformers model, sharded, against the same model on one rank; refusals.
 
 The whole model runs transformers' own ``sdpa`` attention with the mask it makes itself from
 ``position_ids``, so that nothing of the engine is in the reference.
@@ -189,7 +189,7 @@ def test_the_example_runs_and_is_exact() -> None:
 
 
 def answers_of_the_model(rank: int, world_size: int) -> dict[str, str]:
-    """What a real model answers to calls the engine can not honour."""
+    """The errors of a real model for calls that the engine does not support."""
     huggingface.register()
     rows = make_rows((ODD,))
     batch = huggingface.shard_batch(None, **rows)
@@ -249,7 +249,7 @@ def call_attention(module: Any = None, **kwargs: Any) -> Tensor:
 
 
 class SomeCrossAttention(nn.Identity):
-    """Named as in transformers, where not every one says ``is_causal = False``."""
+    """Named as in transformers, where some cross-attentions do not set ``is_causal = False``."""
 
 
 @pytest.mark.parametrize(
@@ -312,7 +312,7 @@ def test_masks_refused(kwargs: dict[str, Any], start: str) -> None:
 
 
 def overlaid_mask(rank: int, world_size: int) -> str:
-    """As models ask for it whose image tokens see each other both ways."""
+    """As in models whose image tokens see each other in both directions."""
     from transformers.masking_utils import causal_mask_function, or_masks
 
     overlaid = or_masks(causal_mask_function, causal_mask_function)
@@ -338,7 +338,7 @@ def test_without_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_batch_of_one_rank() -> None:
-    """Documents by their positions, labels shifted, rows that differ joined."""
+    """Positions separate documents, labels are shifted, and rows that differ are joined."""
     ids = torch.tensor([[10, 11, 12, 13], [20, 21, 22, 23]])
     positions = torch.tensor([[0, 1, 0, 1], [4, 5, 6, 8]])  # the second row goes on with a document
     batch = huggingface.shard_batch(None, input_ids=ids, position_ids=positions, labels=ids)
@@ -365,7 +365,7 @@ def test_rows_alike_stay_rows() -> None:
 def test_labels_that_all_do_not_count_cost_nothing() -> None:
     ids = torch.arange(4)[None]
     batch = huggingface.shard_batch(None, input_ids=ids, labels=torch.full_like(ids, -100))
-    assert batch["num_items_in_batch"] == 1  # a sum of nothing over one, not over zero
+    assert batch["num_items_in_batch"] == 1  # an empty sum is divided by 1, not by 0
 
 
 IDS = torch.zeros(2, 4, dtype=torch.int64)

@@ -1,4 +1,4 @@
-"""What saves memory changes no number: gradients on any grid, and nothing is done twice for it."""
+"""Tests that the memory options change no number on any grid, and compute nothing twice."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_without_sequence_parallelism(option: str) -> None:
 
 
 def own_tiles(rank: int, world_size: int) -> Step | None:
-    """Data parallel ranks of which each has tiles of its own size, rank 1 none at all."""
+    """A step in which every rank has another tile size, and rank 1 no tiles."""
     sizes = [2, None, 7, 100]
     memory = MemoryConfig(mlp_tile_size=sizes[rank], recompute_granularity="full")
     config = run_config(LLAMA, memory=memory)
@@ -124,7 +124,7 @@ def counted(rank: int, world_size: int, memory: MemoryConfig, exchange: str) -> 
 
 
 class _Work(TorchDispatchMode):
-    """Counts FLOPs of products, and the attention's messages: sends and trades of heads."""
+    """Counts FLOPs of products, and the attention's messages: sends and all-to-alls."""
 
     def __init__(self, found: Counter[str]) -> None:
         super().__init__()
@@ -190,7 +190,7 @@ def test_full_recomputation_keeps_one_tensor_of_a_layer() -> None:
 def kept_on_rank(rank: int, world_size: int, grid: Grid, memory: MemoryConfig) -> int:
     """Bytes that autograd keeps of two more layers, at the end of forward, on this rank."""
     groups = ParallelGroups.create(grid, "cpu")
-    # a2a keeps attention's result of its heads and, traded back, of its tokens.
+    # a2a keeps the result of attention twice: by heads and, after the exchange back, by tokens.
     cp = ContextParallel(groups.cp, Mask.causal(SEQ), exchange="p2p")
     found = []
     for num_layers in (1, 3):
@@ -244,7 +244,7 @@ def test_offloaded_memory_is_used_again_and_given_back() -> None:
 
 
 def test_without_a_stream_no_tensor_comes_back_before_it_is_read() -> None:
-    """A copy on the CPU runs beside nothing: a layer ahead it would only be held longer."""
+    """A copy on the CPU overlaps with nothing, so fetching ahead would only hold memory longer."""
     given = [torch.full((64, 64), float(number), requires_grad=True) for number in range(3)]
     offload = LayerOffload()
     with offload.hooks():

@@ -1,4 +1,4 @@
-"""How the model lies over a grid: placements, precision, accumulation, dropout."""
+"""Tests the model on a grid: placements, precision, accumulation, dropout."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Scaled frequencies against those of transformers, and what they depend on."""
+"""Tests scaled frequencies against those of transformers, and what they depend on."""
 
 from __future__ import annotations
 

@@ -1,15 +1,18 @@
-"""Parameter counts against counts by hand and published ones."""
+"""Tests the description of a model: counts by hand and published ones, FLOPs, refused splits."""
 
 from __future__ import annotations
 
+import re
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
 
 from cp_megatron.config import ModelConfig
 from cp_megatron.config.files.presets import PRESETS
+from cp_megatron.errors import ConfigError
 from cp_megatron.plan import Grid, Mask
-from cp_megatron.spec import ModelSpec
+from cp_megatron.spec import ModelSpec, ParameterSpec
 
 
 def spec_of(model: ModelConfig, *, vocab_size: int, seq_length: int) -> ModelSpec:
@@ -116,3 +119,35 @@ def test_flops_by_hand() -> None:
         num_tokens=4, num_pairs=mask.pairs()
     )
     assert flops == 6 * matrices * 4 + attention
+
+
+@pytest.mark.parametrize(
+    ("change", "tp", "refused"),
+    [
+        ({}, 2, ""),
+        ({"num_query_groups": 1}, 4, ""),
+        ({"num_attention_heads": 3, "kv_channels": 8}, 2, "layers.0.attention.query.weight"),
+        ({"num_attention_heads": 6, "num_query_groups": 3}, 2, "layers.0.attention.key.weight"),
+        ({"ffn_hidden_size": 13}, 2, "layers.0.mlp.up.weight"),
+        ({}, 3, "embedding.weight"),
+    ],
+)
+def test_ranks_that_cannot_share_a_parameter_are_refused(
+    change: dict[str, int], tp: int, refused: str
+) -> None:
+    model = replace(ModelConfig(num_layers=1, hidden_size=24, num_attention_heads=4), **change)
+    spec = spec_of(model, vocab_size=16, seq_length=8)
+    with pytest.raises(ConfigError, match=re.escape(refused)) if refused else nullcontext():
+        spec.check_split("tp", tp)
+
+
+def test_a_parameter_lies_over_any_named_axis() -> None:
+    expert = ParameterSpec(name="up", shape=(8, 6, 4), init="normal", split={"ep": 0, "tp": 1})
+    assert expert.local_shape({"tp": 2, "cp": 3, "ep": 4}) == (2, 3, 4)
+    assert not expert.is_partial("ep", 4, splits_sequence=True)
+    heads = replace(expert, split={"tp": 0}, units=2, shares_units=True)
+    assert heads.local_shape({"tp": 4}) == heads.shape
+    assert [heads.is_partial("tp", tp, splits_sequence=False) for tp in (1, 2, 4)] == [0, 0, 1]
+    norm = ParameterSpec(name="weight", shape=(4,), init="ones")
+    assert [norm.is_partial("tp", 2, splits_sequence=split) for split in (False, True)] == [0, 1]
+    assert replace(norm, used_on="heads").is_partial("tp", 2, splits_sequence=False)

@@ -1,4 +1,4 @@
-"""The vocabulary over tp ranks, as input and as output, against torch on the whole table."""
+"""Tests embedding and head over tp ranks against torch on the whole table."""
 
 from __future__ import annotations
 

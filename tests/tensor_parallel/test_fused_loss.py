@@ -1,4 +1,4 @@
-"""Head and loss in chunks against torch's own on whole logits: sums, token losses, gradients."""
+"""Tests head and loss in chunks against torch's own on whole logits."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def inputs(case: Case) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def split(rank: int, world_size: int, case: Case) -> tuple[Tensor, ...]:
-    """Sum, token losses, gradient of the whole x (alike on all ranks) and of the whole weight."""
+    """Sum, token losses, gradient of the whole x (equal on all ranks) and of the whole weight."""
     group = torch.distributed.group.WORLD
     tp = TensorParallel(group=group, sequence_parallel=case.sequence_parallel)
     x, weight, labels = inputs(case)
@@ -62,7 +62,7 @@ def split(rank: int, world_size: int, case: Case) -> tuple[Tensor, ...]:
 
 
 def plain(case: Case) -> tuple[Tensor, ...]:
-    """The same by torch alone, in float64."""
+    """The same, computed by torch alone in float64."""
     x, weight, labels = inputs(case)
     x, weight = (t.double().requires_grad_() for t in (x, weight))
     logits = (x @ weight.T)[..., :VOCAB].flatten(0, 1)
@@ -115,7 +115,7 @@ def test_lower_precision_sums_in_float32(dtype: torch.dtype, chunk_size: int | N
 
 
 def test_weights_gradient_of_many_chunks_is_as_exact_as_of_one() -> None:
-    """Added up in float32: in bfloat16 four hundred summands would cost two digits."""
+    """Sums are float32: in bfloat16 four hundred summands would cost two digits."""
     generator = torch.Generator().manual_seed(4)
     x = torch.randn(1, 400, HIDDEN, generator=generator).bfloat16() + 1
     weight = torch.randn(16, HIDDEN, generator=generator).bfloat16()

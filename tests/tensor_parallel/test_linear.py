@@ -1,4 +1,4 @@
-"""Column and row parallel linears against torch's own on the whole weight, float64."""
+"""Tests column and row parallel linears against torch's own on the whole weight, in float64."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def placed(module: SpecifiedModule, world_size: int, *seeds: int) -> SpecifiedMo
 
 
 def whole_gradients(module: torch.nn.Module) -> dict[str, Tensor]:
-    """Every gradient, summed where its ranks hold summands."""
+    """Every gradient as a whole tensor; summands are summed."""
     return {
         name: p.grad.redistribute(placements=p.placements).full_tensor()
         for name, p in module.named_parameters()

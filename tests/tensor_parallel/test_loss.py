@@ -1,4 +1,4 @@
-"""Vocabulary parallel cross-entropy against torch's own on the whole logits."""
+"""Tests vocabulary parallel cross-entropy against torch's own on the whole logits."""
 
 from __future__ import annotations
 
