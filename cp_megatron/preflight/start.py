@@ -45,10 +45,10 @@ def begin(
     Raises:
         ConfigError: the device does not exist, or the kernel does not run on it.
     """
-    device, note = _choose_device(plans[0], launch)
+    device, note = choose_device(plans[0].config.train.device, launch.local_world_size)
     capability = torch.cuda.get_device_capability(launch.local_rank) if device == "cuda" else None
     plans = tuple(plan.on_device(device, note, capability) for plan in plans)
-    _start_torch(launch, device, deterministic=plans[0].config.train.deterministic)
+    start_torch(launch, device, deterministic=plans[0].config.train.deterministic)
     return plans, device, _connect(plans[0], launch, device)
 
 
@@ -98,13 +98,12 @@ def make_context(plan: RunPlan, groups: ParallelGroups) -> ContextParallel:
     )
 
 
-def _choose_device(plan: RunPlan, launch: Launch) -> tuple[DeviceName, str]:
-    """cuda if every local rank has a GPU of its own, else cpu; and a note about the choice.
+def choose_device(asked: str, num_ranks: int) -> tuple[DeviceName, str]:
+    """cuda if each of a node's ranks has a GPU of its own, else cpu; and a note about the choice.
 
     Raises:
         ConfigError: ``--device cuda`` with fewer GPUs than local ranks.
     """
-    asked, num_ranks = plan.config.train.device, launch.local_world_size
     num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if asked == "cuda" and num_gpus < num_ranks:
         rule = f"{num_ranks} ranks on this node need a GPU each, and it has {num_gpus}"
@@ -117,7 +116,7 @@ def _choose_device(plan: RunPlan, launch: Launch) -> tuple[DeviceName, str]:
     return "cuda", ""
 
 
-def _start_torch(launch: Launch, device: DeviceName, *, deterministic: bool) -> None:
+def start_torch(launch: Launch, device: DeviceName, *, deterministic: bool) -> None:
     """Selects this process's GPU, or its share of the node's cores."""
     if device == "cuda":
         if deterministic:

@@ -89,12 +89,13 @@ class Trainer:
         """
         config, step = self.plan.config, self.plan.load_step
         first, num_steps = step + 1, config.train.train_iters
-        clock, shards = _Clock(), self._shards(step, num_steps)
+        clock, shards, trained = _Clock(), self._shards(step, num_steps), self.train_step
+        measured = trained.model, trained.optimizer, trained.cp, trained.device
         with closing(self.profiler), Ahead(shards) as ahead:
             for step in range(first, num_steps + 1):
                 lr = learning_rate(step, config.optimizer, num_steps)
                 measures = config.memory.memory_report and step == first
-                meter = MemoryMeter(self.train_step) if measures else None
+                meter = MemoryMeter(*measured) if measures else None
                 with self.profiler.step(step), clock, meter or nullcontext():
                     result, verdict = self._step(step, ahead, lr)
                 clock.num_pairs += result.num_pairs
