@@ -68,12 +68,12 @@ def judge(waits: Sequence[float], probes: Sequence[float], step_seconds: float) 
     """
     findings = []
     for rank, (wait, seconds) in enumerate(zip(waits, probes)):
-        late = _median_of_others(waits, rank) - wait
+        others = [*range(rank), *range(rank + 1, len(waits))]
+        late = median(waits[other] for other in others) - wait
         if late > max(LATE_SECONDS, LATE_SHARE * step_seconds):
-            findings.append(
-                f"rank {rank} comes {late:.2f} s late to a step of {step_seconds:.2f} s"
-            )
-        factor = seconds / _median_of_others(probes, rank)
+            step = f"a step of {step_seconds:.2f} s"
+            findings.append(f"rank {rank} comes {late:.2f} s late to {step}")
+        factor = seconds / median(probes[other] for other in others)
         if factor > SLOW_FACTOR:
             findings.append(f"rank {rank} computes {factor:.1f} times as long as the others")
     return findings
@@ -95,7 +95,3 @@ def probe(device: torch.device) -> float:
             torch.cuda.synchronize(device)
         best = min(best, time.perf_counter() - begin)
     return best
-
-
-def _median_of_others(values: Sequence[float], rank: int) -> float:
-    return median([*values[:rank], *values[rank + 1 :]])

@@ -9,6 +9,7 @@ import shutil
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from itertools import count
 from pathlib import Path
 from types import MappingProxyType
 
@@ -120,10 +121,9 @@ def keep_aside(file: Path, step: int) -> Path:
         file: the file, which is about to be replaced.
         step: N, the step from which the run continues with another file.
     """
-    aside, number = file.with_name(f"{file.stem}-step-{step}{file.suffix}"), 1
-    while os.path.lexists(aside):
-        number += 1
-        aside = file.with_name(f"{file.stem}-step-{step}.{number}{file.suffix}")
+    numbers = ("" if number == 1 else f".{number}" for number in count(1))
+    names = (file.with_name(f"{file.stem}-step-{step}{x}{file.suffix}") for x in numbers)
+    aside = next(name for name in names if not os.path.lexists(name))
     shutil.copyfile(file, aside)
     return aside
 

@@ -7,9 +7,9 @@ kilobytes of the data and of the checkpoint; it sends and writes nothing.
 
 from __future__ import annotations
 
-import dataclasses
 import shlex
 from collections.abc import Sequence
+from dataclasses import replace
 
 from cp_megatron.checkpoint.find_checkpoint import Newest
 from cp_megatron.comm.runtime import Launch
@@ -61,7 +61,7 @@ def check(
     if not dry_run:
         parse_faults(launch.fault, launch.world_size)
     check_values(config)
-    config = dataclasses.replace(config, data=rules.with_packing(config.data, given))
+    config = replace(config, data=rules.with_packing(config.data, given))
     vocab_size = _check_model(config, given)
     # After the model: a command with more ranks is no help if the heads forbid the grid.
     grid, notes = _grid(config, launch, dry_run, dry_run_world_size, [script, *argv])
@@ -69,21 +69,17 @@ def check(
     plan = _plan(config, launch, grid, vocab_size, given, one_node=one_node)
     rules.check_saving(config.checkpoint)
     loaded, load_notes = _check_load_and_save(config, vocab_size, auto=auto)
-    load_step = loaded.manifest.step if loaded else 0
+    if loaded is not None:
+        folder, step = loaded.folder, loaded.manifest.step
+        plan = replace(plan, load=folder, load_step=step, passed_over=loaded.passed_over)
     check_log(
         config.log,
-        first_step=load_step,
+        first_step=plan.load_step,
         last_step=config.train.train_iters,
         world_size=grid.world_size,
         given=given,
     )
-    return dataclasses.replace(
-        plan,
-        load=loaded.folder if loaded else None,
-        load_step=load_step,
-        passed_over=loaded.passed_over if loaded else {},
-        notes=(*notes, *load_notes, *plan.notes),
-    )
+    return replace(plan, notes=(*notes, *load_notes, *plan.notes))
 
 
 def _check_model(config: Config, given: frozenset[str]) -> int:
@@ -128,9 +124,6 @@ def _plan(
         padded_vocab_size=config.model.padded_vocab_size(vocab_size),
         micro_batch_size=micro_batch_size,
         num_microbatches=num_microbatches,
-        load=None,
-        load_step=0,
-        passed_over={},
         notes=(*sequence.notes, *notes),
     )
 
@@ -144,8 +137,7 @@ def _check_load_and_save(
         check_goes_on(config, loaded.manifest, vocab_size, auto=auto)
     changes = data_changes(config, loaded.manifest) if loaded else ()
     pretrained = check_load_hf(config)
-    passed_over = loaded.passed_over if loaded else {}
-    check_save(config, loaded.folder if loaded else None, passed_over=passed_over, auto=auto)
+    check_save(config, loaded, auto=auto)
     return loaded, (*pretrained, *changes)
 
 
@@ -195,10 +187,8 @@ def _grid(
 
 def _axis_flags(grid: Grid) -> str:
     """The flags that give the axes of this grid their sizes, the slowest first."""
-    flags = [
-        f"{settings()[AXES[axis]].flag} {size}" for axis, size in grid.sizes.items() if size > 1
-    ]
-    return " x ".join(flags)
+    sizes = {AXES[axis]: size for axis, size in grid.sizes.items() if size > 1}
+    return " x ".join(f"{settings()[name].flag} {size}" for name, size in sizes.items())
 
 
 def _wrong_world(launch: Launch, smallest: Grid, command: Sequence[str]) -> ConfigError:
@@ -207,13 +197,11 @@ def _wrong_world(launch: Launch, smallest: Grid, command: Sequence[str]) -> Conf
     started = "torchrun started" if launch.under_torchrun else "plain python starts"
     rule = f"needs a multiple of {inner} ranks, but {started} {world}"
     flag, _, value = _axis_flags(smallest).rpartition(" ")
+    ranks = max(inner, world // inner * inner)
+    works = shlex.join(["torchrun", "--nproc-per-node", str(ranks), *command])
     if launch.nodes > 1:
         works = f"{rules.multiples(world, inner)} ranks over all nodes"
-        return ConfigError(flag, value, rule, works)
-    ranks = max(inner, world // inner * inner)
-    return ConfigError(
-        flag, value, rule, shlex.join(["torchrun", "--nproc-per-node", str(ranks), *command])
-    )
+    return ConfigError(flag, value, rule, works)
 
 
 def _resolved(
@@ -223,13 +211,13 @@ def _resolved(
     notes: list[str] = []
     parallel, train = config.parallel, config.train
     if parallel.sequence_parallel and grid.tp == 1:
-        parallel = dataclasses.replace(parallel, sequence_parallel=False)
+        parallel = replace(parallel, sequence_parallel=False)
         notes.append("--sequence-parallel is off: there is one tensor parallel rank")
     if train.eval_iters and not validates:
-        train = dataclasses.replace(train, eval_iters=0)
+        train = replace(train, eval_iters=0)
         own = "" if config.data.train_data_path else f"--split {config.data.split} has "
         notes.append(f"{own or 'there is '}no validation part: nothing is validated")
     if train.bf16:
-        train = dataclasses.replace(train, bf16=False, dtype="bfloat16")
-    data = dataclasses.replace(config.data, global_batch_size=rows)
-    return dataclasses.replace(config, parallel=parallel, train=train, data=data), tuple(notes)
+        train = replace(train, bf16=False, dtype="bfloat16")
+    data = replace(config.data, global_batch_size=rows)
+    return replace(config, parallel=parallel, train=train, data=data), tuple(notes)

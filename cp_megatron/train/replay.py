@@ -12,32 +12,19 @@ from safetensors.torch import save_file
 from cp_megatron.data.rows.sampler import IGNORED, RowSource
 
 
-def batch_file(folder: Path, step: int) -> Path:
-    """The file for the batch of a step, in the run's folder."""
-    return folder / f"bad-step-{step}.safetensors"
-
-
 def save_batch(
-    file: Path,
-    rows: RowSource,
-    *,
-    first: int,
-    size: int,
-    document_mask: bool,
-    about: Mapping[str, object],
+    file: Path, rows: RowSource, numbers: range, *, document_mask: bool, about: Mapping[str, object]
 ) -> None:
-    """Writes a whole global batch: ``tokens`` and ``labels``, int64 [size, S], ``rows`` [size].
+    """Writes a whole global batch: ``tokens`` and ``labels``, int64 [rows, S], ``rows`` [rows].
 
     Args:
-        first: number of the batch's first row.
-        size: rows of the global batch.
+        numbers: the numbers of the batch's rows.
         document_mask: documents are masked, so the last token of each has no label.
         about: entries for the file's metadata.
 
     Raises:
         OSError: the file cannot be written.
     """
-    numbers = range(first, first + size)
     chosen = [rows[number] for number in numbers]
     labels = np.stack([row.labels for row in chosen])
     if document_mask:

@@ -58,10 +58,6 @@ class StepResult:
     waited: float = field(default=0.0, compare=False)
 
 
-Accept = Callable[[float, float], bool]
-"""Whether a step with this loss and this gradient norm may update the model."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class Shard:
     """This rank's part of a micro batch, on the CPU, with its attention planned.
@@ -138,7 +134,7 @@ class TrainStep:
         *,
         step: int,
         lr: float,
-        accept: Accept | None = None,
+        accept: Callable[[float, float], bool] | None = None,
         faults: Faults | None = None,
     ) -> StepResult:
         """Trains on this rank's micro batches of one global batch.
@@ -169,7 +165,8 @@ class TrainStep:
             self._update(lr, norm)
         self.optimizer.zero_grad()
         if faults.has("flip", step):
-            _flip_a_bit(self.model)
+            held = map(local_values, self.model.parameters())
+            next(x for x in held if x.numel()).view(-1)[:1].view(torch.uint8)[0] ^= 32
         return StepResult(
             loss=loss, grad_norm=grad_norm, num_pairs=num_pairs, accepted=accepted, waited=waited
         )
@@ -183,7 +180,11 @@ class TrainStep:
             self._seed_dropout(step, microbatch)
             objective, losses = self._losses(shard)
             if faults.mine:
-                objective, losses = _with_faults(faults, step, objective, losses)
+                faults.before_backward(step)
+                factor = faults.factor(step)
+                objective, losses = objective * factor, losses * factor
+                if faults.has("raise", step):
+                    objective.register_hook(faults.raises)
             with traced("backward"):
                 (objective / max(num_tokens, 1)).backward()
             total += losses.sum(dtype=torch.float64)
@@ -235,10 +236,8 @@ class TrainStep:
 
     def _loss(self, total: Tensor, num_tokens: float) -> float:
         """The mean loss of the tokens of all ranks; NaN if the loss of any rank is not finite."""
-        first = self.groups.coordinates.tp == 0
-        totals = torch.stack(
-            [total if first else total.new_zeros(()), (~total.isfinite()).double()]
-        )
+        share = total if self.groups.coordinates.tp == 0 else torch.zeros_like(total)
+        totals = torch.stack([share, (~total.isfinite()).double()])
         dist.all_reduce(totals, group=self.groups.world)
         loss, num_broken = totals.tolist()
         return math.nan if num_broken else loss / max(num_tokens, 1)
@@ -276,13 +275,9 @@ class TrainStep:
 
     def _seed_dropout(self, step: int, microbatch: int) -> None:
         place = self.groups.coordinates
+        tp, step = place.tp if self.sequence_parallel else None, step - 1  # counted from 0
         seed = dropout_seed(
-            seed=self.seed,
-            step=step - 1,  # counted from 0
-            microbatch=microbatch,
-            dp=place.dp,
-            cp=place.cp,
-            tp=place.tp if self.sequence_parallel else None,
+            seed=self.seed, step=step, microbatch=microbatch, dp=place.dp, cp=place.cp, tp=tp
         )
         seed_dropout(seed, self.device)
 
@@ -290,20 +285,3 @@ class TrainStep:
 def local_values(parameter: Tensor) -> Tensor:
     """The part of a parameter that this rank holds."""
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter
-
-
-def _flip_a_bit(model: Transformer) -> None:
-    held = (local_values(parameter) for parameter in model.parameters())
-    next(x for x in held if x.numel()).view(-1)[:1].view(torch.uint8)[0] ^= 32
-
-
-def _with_faults(
-    faults: Faults, step: int, objective: Tensor, losses: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The objective and the losses after the faults between forward and backward."""
-    faults.before_backward(step)
-    factor = faults.factor(step)
-    objective, losses = objective * factor, losses * factor
-    if faults.has("raise", step):
-        objective.register_hook(faults.raises)
-    return objective, losses
