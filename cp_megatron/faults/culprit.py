@@ -67,8 +67,8 @@ def judge(
     silent = [rank for rank in range(world_size) if rank not in reports]
     gone = [rank for rank in silent if rank not in alive]
     waited = any(report.kind == "waited" for report in reports.values())
-    verbs = {"waited": "waited", "lost": "lost its peer", "failed": "failed"}
     shown = [(rank, reports[rank]) for rank in sorted(reports)[:3] if reports[rank].where]
+    verbs = {"waited": "waited", "lost": "lost its peer"}
     parts = [f"rank {rank} {verbs[report.kind]} in {report.where}" for rank, report in shown]
     details = f" ({'; '.join(parts)})" if parts else ""
     blamed = tuple(gone or (silent if waited else ()))

@@ -104,9 +104,8 @@ class Guard:
 
 def _numbers(value: object, kind: type[int] | type[float]) -> Sequence[float]:
     """``value`` if it is a list of numbers of this kind (an int is also a float), else ()."""
-    if not isinstance(value, list | tuple):
-        return ()
     kinds = (int,) if kind is int else (int, float)
-    if any(isinstance(x, bool) or not isinstance(x, kinds) for x in value):
+    numbers = value if isinstance(value, list | tuple) else ()
+    if any(isinstance(x, bool) or not isinstance(x, kinds) for x in numbers):
         return ()
-    return [kind(x) for x in value]
+    return [kind(x) for x in numbers]

@@ -69,9 +69,8 @@ class Watch:
         self._orphaned = orphaned
         self._parent = os.getppid()
         self._ended = threading.Event()
-        self._store.set(
-            self._key("who", launch.rank), json.dumps([os.getpid(), socket.gethostname()])
-        )
+        who = [os.getpid(), socket.gethostname()]
+        self._store.set(self._key("who", launch.rank), json.dumps(who))
         self._thread = threading.Thread(target=self._watch, daemon=True, name="watch")
 
     def __enter__(self) -> Watch:
@@ -107,7 +106,7 @@ class Watch:
             return
         self._publish(report)
         reports, alive = self._collect()
-        if _has_failure(reports):
+        if any(other.kind == "failed" for other in reports.values()):
             return
         seen = {other: self._seen(other) for other in range(self._launch.world_size)}
         culprits, text = judge(reports, world_size=self._launch.world_size, alive=alive, seen=seen)
@@ -127,7 +126,8 @@ class Watch:
             reports = self._reports()
             silent = [rank for rank in others if rank not in reports]
             # There is no need to wait for the beats of processes that have visibly ended.
-            if all(map(self._has_ended, silent)) or _has_failure(reports):
+            kinds = {report.kind for report in reports.values()}
+            if "failed" in kinds or all(map(self._has_ended, silent)):
                 break
         alive = [rank for rank in others if self._lives(rank, before[rank])]
         return self._reports(), alive
@@ -218,7 +218,3 @@ def _stat(pid: int) -> list[str]:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return []
-
-
-def _has_failure(reports: Mapping[int, Report]) -> bool:
-    return any(report.kind == "failed" for report in reports.values())

@@ -7,11 +7,9 @@ import os
 import resource
 import shutil
 import sys
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from itertools import count
 from pathlib import Path
-from types import MappingProxyType
 
 import torch
 from torch.utils.tensorboard import SummaryWriter
@@ -20,9 +18,7 @@ from cp_megatron.config.files.run_folders import METRICS_FILE
 from cp_megatron.metrics.wandb_log import WandbRun
 
 # Dense bfloat16 FLOP/s from the data sheets.
-PEAK_FLOPS: Mapping[str, float] = MappingProxyType(
-    {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}
-)
+_PEAK_FLOPS = (("A100", 312e12), ("H100", 989e12), ("H200", 989e12), ("B200", 2250e12))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,12 +95,11 @@ def _forget_after(file: Path, step: int) -> None:
         return
     text = file.read_text(encoding="utf-8")
     kept = "".join(line for line in text.splitlines(keepends=True) if _is_of(line, step))
-    if kept == text:
-        return
-    new = file.with_suffix(".tmp")
-    new.write_text(kept, encoding="utf-8")
-    keep_aside(file, step)
-    new.replace(file)
+    if kept != text:
+        new = file.with_suffix(".tmp")
+        new.write_text(kept, encoding="utf-8")
+        keep_aside(file, step)
+        new.replace(file)
 
 
 def _is_of(line: str, step: int) -> bool:
@@ -133,7 +128,7 @@ def peak_flops(device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    return next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
+    return next((peak for key, peak in _PEAK_FLOPS if key in name), None)
 
 
 def peak_memory(device: torch.device) -> int:

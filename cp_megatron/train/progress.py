@@ -29,11 +29,9 @@ class ProgressView:
         self._bar.stop()
 
     def step_done(self, step: int) -> None:
-        """Moves the bar."""
         self._bar.update(self._task, completed=step)
 
     def log(self, metrics: Metrics) -> None:
-        """Prints the line of a logged step."""
         if self._quiet:
             return
         rate = f"{metrics.tokens_per_second:,.0f} tok/s"
@@ -49,6 +47,5 @@ class ProgressView:
         self._bar.update(self._task, description=f"loss {metrics.loss:.3f}  {rate}  {memory}")
 
     def say(self, text: str) -> None:
-        """Prints a sentence."""
         if not self._quiet:
             self.console.print(text, highlight=False, markup=False, soft_wrap=True)

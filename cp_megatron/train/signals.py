@@ -32,7 +32,6 @@ class StopRequest:
         self._quiet = quiet
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
-        """Handles a signal."""
         if self.signal is not None:
             return
         self.signal = signal.Signals(number)
