@@ -80,22 +80,14 @@ def _is_replicated(parameter: Tensor) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class Checks:
-    """The check of all ranks every ``interval`` steps.
-
-    Attributes:
-        interval: steps between two checks.
-        parameters: the sums that the training step takes and compares.
-        links: the sums of messages in the context parallel group.
-        control: a group of all ranks for CPU tensors.
-        device: the device of messages in the context parallel group.
-    """
+    """The check of all ranks every ``interval`` steps."""
 
     interval: int
-    parameters: ParameterSums
-    links: LinkSums
+    parameters: ParameterSums  # the sums that the training step takes and compares
+    links: LinkSums  # the sums of messages in the context parallel group
     groups: ParallelGroups
-    control: dist.ProcessGroup
-    device: torch.device
+    control: dist.ProcessGroup  # a group of all ranks for CPU tensors
+    device: torch.device  # the device of messages in the context parallel group
 
     def due(self, step: int) -> bool:
         """Whether this step is checked, which includes its messages."""

@@ -21,15 +21,10 @@ _WAITED = re.compile(r"timed out|timeout", re.I)
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What ended a rank.
+    """What ended a rank."""
 
-    Attributes:
-        kind: it ``failed`` by itself, ``lost`` a connection, or ``waited`` until a timeout.
-        where: the training step and the collective it was in.
-    """
-
-    kind: Kind
-    where: str = ""
+    kind: Kind  # it ``failed`` by itself, ``lost`` a connection, or ``waited`` until a timeout
+    where: str = ""  # the training step and the collective it was in
 
 
 def kind_of(error: BaseException) -> Kind:

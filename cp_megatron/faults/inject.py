@@ -46,17 +46,11 @@ class InjectedError(RuntimeError):
 
 @dataclass(frozen=True, kw_only=True)
 class Fault:
-    """One fault.
+    """One fault."""
 
-    Attributes:
-        kind: one of ``KINDS``.
-        rank: the rank it happens on, counted over all nodes.
-        step: the number of the step it happens in, from 1.
-    """
-
-    kind: str
-    rank: int
-    step: int
+    kind: str  # one of ``KINDS``
+    rank: int  # the rank it happens on, counted over all nodes
+    step: int  # the number of the step it happens in, from 1
 
 
 def parse_faults(text: str, world_size: int) -> tuple[Fault, ...]:

@@ -22,7 +22,6 @@ LATE_SHARE, LATE_SECONDS = 0.1, 0.01
 """A rank is reported if it is late by more than this share of a step and these seconds."""
 SLOW_FACTOR = 2.0
 """A rank is reported if its probe takes longer than the median of the others by this factor."""
-_PROBES = 5
 
 
 class Stragglers:
@@ -85,7 +84,7 @@ def probe(device: torch.device) -> float:
     size, products, dtype = (2048, 32, torch.bfloat16) if cuda else (256, 1, torch.float32)
     x = torch.ones(size, size, dtype=dtype, device=device)
     best = float("inf")
-    for _ in range(_PROBES):
+    for _ in range(5):
         if cuda:
             torch.cuda.synchronize(device)
         begin = time.perf_counter()

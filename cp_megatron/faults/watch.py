@@ -66,8 +66,7 @@ class Watch:
         self._launch, self._folder, self._program = launch, folder, program
         self._store: Store = store.clone() if hasattr(store, "clone") else store
         self._prefix = f"watch{launch.restarts}"
-        self._orphaned = orphaned
-        self._parent = os.getppid()
+        self._orphaned, self._parent = orphaned, os.getppid()
         self._ended = threading.Event()
         who = [os.getpid(), socket.gethostname()]
         self._store.set(self._key("who", launch.rank), json.dumps(who))
@@ -81,10 +80,9 @@ class Watch:
         self._ended.set()
 
     def explain(self, error: BaseException) -> None:
-        """Prints what broke the run, once over all ranks, and ends a rank that is stuck.
+        """Prints what broke the run, once over all ranks, after ``error`` ended this rank.
 
-        Args:
-            error: the exception that ended this rank.
+        A rank that is stuck on this node is killed.
         """
         notes = " ".join(getattr(error, "__notes__", ()))
         where = ", ".join(part for part in (notes, last_collective()) if part)

@@ -12,6 +12,7 @@ import logging
 import math
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -71,12 +72,10 @@ def read_metrics(run: Path) -> list[LoggedStep]:
     """The lines of a run's metrics.jsonl, without incomplete ones."""
     rows: list[LoggedStep] = []
     for line in (run / METRICS_FILE).read_text(encoding="utf-8").splitlines():
-        try:
+        with suppress(ValueError):
             row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict) and "step" in row:
-            rows.append(row)
+            if isinstance(row, dict) and "step" in row:
+                rows.append(row)
     return rows
 
 
@@ -135,8 +134,7 @@ def _draw_loss(axes: Any, rows: Sequence[LoggedStep]) -> None:
 def _draw_norm(axes: Any, rows: Sequence[LoggedStep]) -> None:
     _, norms = column(rows, "grad_norm")
     _draw_with_mean(axes, rows, "grad_norm", "before clipping")
-    positive = [norm for norm in norms if norm > 0]
-    if len(positive) == len(norms) and max(norms) > 20 * min(norms):
+    if max(norms) > 20 * min(norms) > 0:
         axes.set_yscale("log")
     axes.set_ylabel("gradient norm")
     axes.legend(frameon=False, loc="upper right")
@@ -268,11 +266,9 @@ def draw_heat_map(
     """Draws a table of shares in [0, 1] as coloured squares with percentages.
 
     Args:
-        path: the PNG file.
         shares: one list per row.
         rows, columns: the labels of the rows and the columns.
         row_name, column_name: the labels of the axes.
-        title: the title above the table.
 
     Raises:
         OSError: the plot cannot be written.

@@ -43,8 +43,8 @@ class WandbRun:
         self._run: Any = None
         try:
             self._run = _start(log, folder, settings)
-            offline = f"wandb sync {self._run.settings.sync_dir}"
-            self.place = offline if self._run.offline else self._run.url
+            where = self._run.settings.sync_dir
+            self.place = f"wandb sync {where}" if self._run.offline else self._run.url
         except Exception as error:  # any error: login, network, disk, or wandb itself
             self._give_up("did not start", error)
 

@@ -23,31 +23,18 @@ _PEAK_FLOPS = (("A100", 312e12), ("H100", 989e12), ("H200", 989e12), ("B200", 22
 
 @dataclass(frozen=True, kw_only=True)
 class Metrics:
-    """One logged step; times are means over the steps since the previous logged one.
-
-    Attributes:
-        step: the number of the step.
-        loss: nats per token of this step's global batch.
-        grad_norm: global gradient norm before clipping.
-        lr: learning rate of this step.
-        tokens: tokens trained on since the run began.
-        tokens_per_second: over all ranks.
-        step_seconds: time of a step.
-        mfu: model FLOP/s over the peak of the devices; None if the peak is not known (CPU).
-        memory_bytes: the largest peak of any rank: allocated on CUDA, resident on CPU.
-        valid_loss: nats per token of the validation part, if there was a validation.
-    """
+    """One logged step; times are means over the steps since the previous logged one."""
 
     step: int
-    loss: float
-    grad_norm: float
-    lr: float
-    tokens: int
-    tokens_per_second: float
+    loss: float  # nats per token of this step's global batch
+    grad_norm: float  # global gradient norm before clipping
+    lr: float  # learning rate of this step
+    tokens: int  # tokens trained on since the run began
+    tokens_per_second: float  # over all ranks
     step_seconds: float
-    mfu: float | None
-    memory_bytes: int
-    valid_loss: float | None = None
+    mfu: float | None  # model FLOP/s over the peak of the devices; None if that is not known (CPU)
+    memory_bytes: int  # the largest peak of any rank: allocated on CUDA, resident on CPU
+    valid_loss: float | None = None  # nats per token of the validation part, if it was read
 
 
 class MetricsWriter:

@@ -11,7 +11,6 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 
-from cp_megatron.checkpoint.find_checkpoint import Newest
 from cp_megatron.comm.runtime import Launch
 from cp_megatron.config import Config
 from cp_megatron.config.fields import check_values, settings
@@ -68,10 +67,7 @@ def check(
     one_node = dry_run and not launch.under_torchrun
     plan = _plan(config, launch, grid, vocab_size, given, one_node=one_node)
     rules.check_saving(config.checkpoint)
-    loaded, load_notes = _check_load_and_save(config, vocab_size, auto=auto)
-    if loaded is not None:
-        folder, step = loaded.folder, loaded.manifest.step
-        plan = replace(plan, load=folder, load_step=step, passed_over=loaded.passed_over)
+    plan = _with_checkpoint(plan, auto=auto)
     check_log(
         config.log,
         first_step=plan.load_step,
@@ -79,7 +75,7 @@ def check(
         world_size=grid.world_size,
         given=given,
     )
-    return replace(plan, notes=(*notes, *load_notes, *plan.notes))
+    return replace(plan, notes=(*notes, *plan.notes))
 
 
 def _check_model(config: Config, given: frozenset[str]) -> int:
@@ -128,17 +124,18 @@ def _plan(
     )
 
 
-def _check_load_and_save(
-    config: Config, vocab_size: int, *, auto: bool
-) -> tuple[Newest | None, tuple[str, ...]]:
-    """The checkpoint to continue from, if any, and notes about it."""
+def _with_checkpoint(plan: RunPlan, *, auto: bool) -> RunPlan:
+    """The plan with the checkpoint to continue from, if any, and notes about it."""
+    config, notes = plan.config, plan.notes
     loaded = find_load(config)
     if loaded is not None:
-        check_goes_on(config, loaded.manifest, vocab_size, auto=auto)
-    changes = data_changes(config, loaded.manifest) if loaded else ()
-    pretrained = check_load_hf(config)
+        check_goes_on(config, loaded.manifest, plan.vocab_size, auto=auto)
+        notes = (*data_changes(config, loaded.manifest), *notes)
+        folder, step = loaded.folder, loaded.manifest.step
+        plan = replace(plan, load=folder, load_step=step, passed_over=loaded.passed_over)
+    notes = (*check_load_hf(config), *notes)
     check_save(config, loaded, auto=auto)
-    return loaded, (*pretrained, *changes)
+    return replace(plan, notes=notes)
 
 
 def _kernels(config: Config) -> dict[DeviceName, KernelChoice]:
@@ -159,24 +156,19 @@ def _kernels(config: Config) -> dict[DeviceName, KernelChoice]:
 
 
 def _grid(
-    config: Config,
-    launch: Launch,
-    dry_run: bool,
-    dry_run_world_size: int | None,
-    command: Sequence[str],
+    config: Config, launch: Launch, dry_run: bool, world_size: int | None, command: Sequence[str]
 ) -> tuple[Grid, tuple[str, ...]]:
     """The grid over the ranks of this launch or of the dry run, and a note about its size."""
     sizes = {axis: getattr(config.parallel, name) for axis, name in AXES.items() if name}
     smallest = Grid(**sizes)
     inner = smallest.world_size
-    if dry_run_world_size is not None:
-        world = dry_run_world_size
-        if world < 1:
-            raise ConfigError("--world-size", world, "must be positive", str(inner))
-        if world % inner:
+    if world_size is not None:
+        if world_size < 1:
+            raise ConfigError("--world-size", world_size, "must be positive", str(inner))
+        if world_size % inner:
             rule = f"must be divisible by {_axis_flags(smallest)} = {inner}"
-            raise ConfigError("--world-size", world, rule, rules.multiples(world, inner))
-        return Grid(dp=world // inner, **sizes), ()
+            raise ConfigError("--world-size", world_size, rule, rules.multiples(world_size, inner))
+        return Grid(dp=world_size // inner, **sizes), ()
     if dry_run and not launch.under_torchrun:
         note = f"no --world-size given: planned for {inner}, the smallest world"
         return smallest, (note,)

@@ -71,7 +71,6 @@ class RunPlan:
         """The plan on the device that was chosen after torch was imported.
 
         Args:
-            device: the device.
             note: the reason for the choice, for the start table.
             capability: of a CUDA device, (major, minor).
 

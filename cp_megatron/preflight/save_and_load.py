@@ -86,9 +86,8 @@ def data_changes(config: Config, manifest: Manifest) -> tuple[str, ...]:
     for name in ("data", "train"):
         section = manifest.config.get(name)
         before |= section if isinstance(section, dict) else {}
-    data = config.data
-    now: dict[str, Any] = {"seed": config.train.seed, "seq_length": data.seq_length}
-    now |= {"split": data.split, "packing": data.packing}
+    now = {"seed": config.train.seed}
+    now |= {name: getattr(config.data, name) for name in ("seq_length", "split", "packing")}
     changed = [
         f"{settings()[name].flag} is {value}, was {before[name]}"
         for name, value in now.items()

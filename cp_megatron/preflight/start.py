@@ -95,11 +95,7 @@ def make_context(plan: RunPlan, groups: ParallelGroups) -> ContextParallel:
 
 
 def _choose_device(plan: RunPlan, launch: Launch) -> tuple[DeviceName, str]:
-    """cuda if every local rank has a GPU of its own, else cpu; and a note about the choice.
-
-    Raises:
-        ConfigError: ``--device cuda`` with fewer GPUs than local ranks.
-    """
+    """cuda if every local rank has a GPU of its own, else cpu; and a note about the choice."""
     asked, num_ranks = plan.config.train.device, launch.local_world_size
     num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if asked == "cuda" and num_gpus < num_ranks:

@@ -33,7 +33,6 @@ def print_start(plan: RunPlan, run: Path | None, console: Console | None = None)
     Args:
         plan: the run.
         run: the folder it is saved in; None if it is not known yet.
-        console: where to print.
     """
     table = Table(
         box=SIMPLE_HEAD, show_header=False, pad_edge=False, padding=(0, 1), title_justify="left"

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 from cp_megatron.checkpoint.object_collectives import all_gather_objects
 from cp_megatron.comm.trace import traced
 from cp_megatron.data.batch.ahead import Ahead
 from cp_megatron.data.batch.batch import Batch, microbatches
-from cp_megatron.data.rows.sampler import RowSource, RowSplits
+from cp_megatron.data.rows.sampler import IGNORED, RowSource, RowSplits
 from cp_megatron.faults.checks import Checks
 from cp_megatron.faults.guard import SPAN, Guard, Verdict
 from cp_megatron.faults.inject import Faults
@@ -31,7 +33,6 @@ from cp_megatron.preflight.run_plan import RunPlan
 from cp_megatron.train.optimizer import learning_rate
 from cp_megatron.train.profiler import StepProfiler
 from cp_megatron.train.progress import ProgressView
-from cp_megatron.train.replay import save_batch
 from cp_megatron.train.saving import Saver
 from cp_megatron.train.signals import StopRequest
 from cp_megatron.train.step import Shard, StepResult, TrainStep
@@ -46,30 +47,21 @@ class DivergedError(RuntimeError):
 
 @dataclass(frozen=True, kw_only=True)
 class Trainer:
-    """A run that is ready to train.
-
-    Attributes:
-        folder: the run's folder.
-        control: a group of all ranks for CPU tensors.
-        writer: writes the metrics; on rank 0 only.
-        faults: the faults injected on this rank.
-        checks: detect silent data corruption; None disables them.
-        stragglers: finds the ranks that the others wait for; None disables it.
-    """
+    """A run that is ready to train."""
 
     plan: RunPlan
     train_step: TrainStep
     rows: RowSplits
-    folder: Path
-    control: dist.ProcessGroup
+    folder: Path  # the run's folder
+    control: dist.ProcessGroup  # a group of all ranks for CPU tensors
     saver: Saver
-    writer: MetricsWriter | None
+    writer: MetricsWriter | None  # writes the metrics; on rank 0 only
     view: ProgressView
     profiler: StepProfiler
     guard: Guard = field(default_factory=Guard)
-    faults: Faults = field(default_factory=Faults)
-    checks: Checks | None = None
-    stragglers: Stragglers | None = None
+    faults: Faults = field(default_factory=Faults)  # the faults injected on this rank
+    checks: Checks | None = None  # detect silent data corruption; None disables them
+    stragglers: Stragglers | None = None  # finds ranks that the others wait for; None disables it
 
     def train(self, stop: StopRequest) -> int:
         """Trains to the end, or until a rank is asked to stop, and saves.
@@ -188,8 +180,7 @@ class Trainer:
     def _batches(self, rows: RowSource, number: int) -> Iterator[Batch]:
         """This rank's micro batches of global batch ``number``, counted from 0."""
         data, groups = self.plan.config.data, self.train_step.groups
-        size = data.global_batch_size
-        assert size is not None, "preflight fills it in"
+        size = data.global_batch_size or 0
         return microbatches(
             rows,
             consumed=number * size,
@@ -284,3 +275,33 @@ def largest(value: int, control: dist.ProcessGroup) -> int:
     values = torch.tensor(value, dtype=torch.int64)
     dist.all_reduce(values, op=dist.ReduceOp.MAX, group=control)
     return int(values.item())
+
+
+def save_batch(
+    file: Path, rows: RowSource, numbers: range, *, document_mask: bool, about: Mapping[str, object]
+) -> None:
+    """Writes a whole global batch, so that a step that ended a run can be examined and replayed.
+
+    The file contains ``tokens`` and ``labels``, int64 [rows, S], and ``rows``, int64 [rows].
+
+    Args:
+        numbers: the numbers of the batch's rows.
+        document_mask: documents are masked, so the last token of each has no label.
+        about: entries for the file's metadata.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    chosen = [rows[number] for number in numbers]
+    labels = np.stack([row.labels for row in chosen])
+    if document_mask:
+        for place, row in enumerate(chosen):
+            labels[place, row.crossing] = IGNORED
+    tensors = {
+        "tokens": torch.from_numpy(np.stack([row.inputs for row in chosen])),
+        "labels": torch.from_numpy(labels),
+        "rows": torch.tensor(numbers, dtype=torch.int64),
+    }
+    new = file.with_name(f"{file.name}.tmp")
+    save_file(tensors, new, metadata={name: str(value) for name, value in about.items()})
+    new.replace(file)

@@ -40,22 +40,13 @@ from cp_megatron.tensor_parallel import LossRule
 
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
-    """The result of a step.
+    """The result of a step."""
 
-    Attributes:
-        loss: mean loss per token over the whole global batch, in nats, before the update.
-        grad_norm: global norm of the gradient before clipping.
-        num_pairs: attended pairs of a query and a key over the whole global batch; the mean of the
-            layers if their windows differ.
-        accepted: the model was updated; otherwise the step was skipped.
-        waited: seconds this rank waited for the others at the step's first message.
-    """
-
-    loss: float
-    grad_norm: float
-    num_pairs: float
-    accepted: bool = True
-    waited: float = field(default=0.0, compare=False)
+    loss: float  # mean loss per token over the whole global batch, in nats, before the update
+    grad_norm: float  # global norm of the gradient before clipping
+    num_pairs: float  # as in ``Shard``, but over the whole global batch
+    accepted: bool = True  # the model was updated; otherwise the step was skipped
+    waited: float = field(default=0.0, compare=False)  # seconds of waiting at the first message
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,47 +54,33 @@ class Shard:
     """This rank's part of a micro batch, on the CPU, with its attention planned.
 
     Attributes:
-        cp: context parallelism under the micro batch's mask.
-        tokens, labels: int64 [b, S / N].
-        first_row: number of the first row in the run.
-        row_length: length of the rows that are concatenated into one; 0 if none are.
-        num_valid: tokens of this rank that have a label.
-        num_pairs: attended pairs of the whole rows, divided by the number of ranks that share them;
-            the mean of the layers.
+        num_pairs: attended pairs of a query and a key of the whole rows, divided by the number of
+            ranks that share them; the mean of the layers if their windows differ.
     """
 
-    cp: ContextParallel
-    tokens: Tensor
-    labels: Tensor
-    first_row: int
-    row_length: int
-    num_valid: int
+    cp: ContextParallel  # under the micro batch's mask
+    tokens: Tensor  # int64 [b, S / N]
+    labels: Tensor  # int64 [b, S / N]
+    first_row: int  # the number of the first row in the run
+    row_length: int  # the length of the rows that are concatenated into one; 0 if none are
+    num_valid: int  # tokens of this rank that have a label
     num_pairs: float
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainStep:
-    """A model and its optimizer.
-
-    Attributes:
-        cp: context parallelism for rows without document masks; that of other rows is derived from
-            it.
-        seed: the run's seed, for dropout. Attention dropout is the same on every grid.
-        clip_grad: largest global gradient norm; 0 disables clipping.
-        sequence_parallel: the residual stream is split over tp, and so dropout differs over tp.
-        sums: checksums of the parameters, which only an update may change; None disables them.
-    """
+    """A model and its optimizer."""
 
     model: Transformer
     optimizer: Optimizer
     groups: ParallelGroups
-    cp: ContextParallel
+    cp: ContextParallel  # for rows without document masks; that of other rows is derived from it
     device: torch.device
-    seed: int
-    clip_grad: float
-    sequence_parallel: bool
+    seed: int  # the run's seed, for dropout; attention dropout is the same on every grid
+    clip_grad: float  # the largest global gradient norm; 0 disables clipping
+    sequence_parallel: bool  # the residual stream is split over tp, and so dropout differs over tp
     rule: LossRule = field(default_factory=LossRule)
-    sums: ParameterSums | None = None
+    sums: ParameterSums | None = None  # of the parameters, which only an update may change
 
     def prepare(self, batch: Batch) -> Shard:
         """This rank's part of whole rows, [b, S] -> [b, S / N], with its attention planned.
@@ -194,8 +171,7 @@ class TrainStep:
     def evaluate(self, shards: Iterable[Shard]) -> float:
         """Mean loss per token, in nats, over the batches of all ranks, without training."""
         self.model.eval()
-        total = torch.zeros((), dtype=torch.float64, device=self.device)
-        count = 0
+        total, count = torch.zeros((), dtype=torch.float64, device=self.device), 0
         for shard in shards:
             total += self._losses(shard)[1].sum(dtype=torch.float64)
             count += shard.num_valid
