@@ -80,7 +80,7 @@ class TrainStep:
     clip_grad: float  # the largest global gradient norm; 0 disables clipping
     sequence_parallel: bool  # the residual stream is split over tp, and so dropout differs over tp
     rule: LossRule = field(default_factory=LossRule)
-    sums: ParameterSums | None = None  # of the parameters, which only an update may change
+    sums: ParameterSums | None = None  # only an update may change the sums; None disables them
 
     def prepare(self, batch: Batch) -> Shard:
         """This rank's part of whole rows, [b, S] -> [b, S / N], with its attention planned.
