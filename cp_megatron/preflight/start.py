@@ -9,11 +9,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
-from torch.distributed import (  # type: ignore[attr-defined]
-    HashStore,
-    PrefixStore,
-    Store,
-)
+from torch.distributed import HashStore, PrefixStore, Store  # type: ignore[attr-defined]
 from torch.distributed.rendezvous import rendezvous
 
 from cp_megatron.checkpoint.object_collectives import all_gather_objects, on_all_ranks
@@ -141,11 +137,8 @@ def _connect(plan: RunPlan, launch: Launch, device: DeviceName) -> dist.ProcessG
     if device == "cuda":
         options["device_id"] = torch.device("cuda", launch.local_rank)
     dist.init_process_group(backend, **options)
-    world = dist.group.WORLD
-    assert world is not None
-    if device == "cpu":
-        return world
-    control = dist.new_group(backend="gloo", timeout=timeout)
+    on_cpu = device == "cpu"
+    control = dist.group.WORLD if on_cpu else dist.new_group(backend="gloo", timeout=timeout)
     assert control is not None
     return control
 
