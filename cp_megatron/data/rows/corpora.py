@@ -122,11 +122,7 @@ def open_single(data: DataConfig) -> Corpus:
 
 
 def _parts(
-    flag: str,
-    corpora: Sequence[Corpus],
-    specs: Sequence[DatasetSpec],
-    data: DataConfig,
-    seed: int,
+    flag: str, corpora: Sequence[Corpus], specs: Sequence[DatasetSpec], data: DataConfig, seed: int
 ) -> dict[str, RowSource | None]:
     """The rows of each part that the datasets of one flag are for."""
     own = flag.removeprefix("--").partition("-")[0]
