@@ -12,7 +12,7 @@ import pytest
 from cp_megatron.config import DataConfig
 from cp_megatron.data.rows.corpora import check_data, open_data, open_single
 from cp_megatron.data.rows.dataset_paths import parse_datasets
-from cp_megatron.data.rows.sampler import RowSource
+from cp_megatron.data.rows.sampler import IGNORED, RowSource
 from cp_megatron.errors import ConfigError
 from tests.data.ranges import write_pair
 
@@ -98,16 +98,34 @@ def test_documents_follow_the_index_not_their_last_token(tmp_path: Path) -> None
 @pytest.mark.parametrize("packing", ["concatenate", "best-fit"])
 def test_no_token_is_in_two_parts(tmp_path: Path, packing: str) -> None:
     write_pair(tmp_path / "a", ([n * 3, n * 3 + 1, n * 3 + 2] for n in range(80)))
-    rows = open_data(
-        config(str(tmp_path / "a"), packing=packing, seq_length=9, split="1,1,1"), seed=0
-    ).rows
-    seen = [
-        {token for row in tokens_of(part) for token in row if token != EOD}
-        for part in (rows.train, rows.valid, rows.test)
-    ]
+    data = config(str(tmp_path / "a"), packing=packing, seq_length=9, split="1,1,1")
+    rows = open_data(data, seed=0).rows
+    seen: list[set[int]] = []
+    for part in (rows.train, rows.valid, rows.test):
+        assert part is not None
+        several = [part[number] for number in range(part.rows_per_epoch)]
+        tokens = {int(t) for row in several for t in (*row.inputs, *row.labels)}
+        seen.append(tokens - {EOD, IGNORED})
     assert sum(len(part) for part in seen) == len(set.union(*seen)) > 200
     if packing == "best-fit":
         assert all(len({token // 3 for token in part}) * 3 == len(part) for part in seen)
+
+
+def test_parts_without_weight_or_tokens_are_left_out(tmp_path: Path) -> None:
+    parts = open_data(config(indexed(tmp_path / "a", [2999]), split="9,1"), seed=5).rows
+    assert parts.valid is not None
+    assert parts.test is None
+    tight = open_data(config(indexed(tmp_path / "b", [19]), seq_length=12), seed=5).rows
+    assert tight.valid is None
+    assert tight.test is None
+
+
+def test_training_shorter_than_a_row_is_refused_with_what_fits(tmp_path: Path) -> None:
+    pair = indexed(tmp_path / "a", [99])
+    error = refused(config(pair, seq_length=100, split="1"))
+    assert error.flag == "--seq-length"
+    assert error.works.startswith("--seq-length up to 99")
+    assert open_data(config(pair, seq_length=99, split="1"), seed=5).rows.train[0]
 
 
 def test_parts_may_have_paths_of_their_own(tmp_path: Path) -> None:
