@@ -158,11 +158,10 @@ def _buffer_bytes(
 
 def _operands(plan: RunPlan, sizes: ActivationSizes) -> AttentionSizes:
     model = plan.config.model
-    heads, kv_heads = local_heads(model, sizes.tp)
+    _, kv_heads = local_heads(model, sizes.tp)
     return AttentionSizes(
         batch=sizes.batch,
         num_tokens=sizes.row_tokens,
-        heads=heads,
         kv_heads=kv_heads,
         head_dim=model.head_dim,
         element=sizes.element,

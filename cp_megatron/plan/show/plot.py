@@ -301,7 +301,7 @@ def _edges(schedule: DrawableSchedule) -> Iterator[str]:
 
 def _documents(schedule: DrawableSchedule) -> Iterator[str]:
     scale = SIDE / schedule.mask.seq_len
-    edges = schedule.mask.starts().tolist()
+    edges = schedule.mask.starts.tolist()
     spans = [(a * scale, b * scale) for a, b in pairwise(edges) if (b - a) * scale >= 3]
     if len(schedule.mask.lengths) > 1 and spans:
         path = "".join(
