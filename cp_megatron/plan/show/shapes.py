@@ -42,10 +42,7 @@ class Patch:
 
     def row_range(self, row: int) -> Span:
         """The columns that row number ``row`` attends, counted from ``keys[0]``."""
-        left, right = self.band.left, self.band.right
-        low = 0 if left is None else max(0, row - left)
-        width = self.keys[1] - self.keys[0]
-        return low, width if right is None else min(width, row + right + 1)
+        return self.band.columns(row, row + 1, self.keys[1] - self.keys[0])
 
     def outline(self, exact: bool) -> list[Point]:
         """Corners ``(key, row)`` in positions, where row r reaches from r to r + 1.

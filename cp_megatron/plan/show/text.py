@@ -20,27 +20,15 @@ from cp_megatron.plan.tiling import LocalRun, Span, Tile, merge_spans, num_posit
 MAX_RANKS, MAX_TILES = 128, 12
 
 
-def print_schedule(
-    schedule: Schedule,
-    console: Console,
-    *,
-    head_dim: int,
-    v_head_dim: int | None,
-    element_size: int,
-) -> None:
+def print_schedule(schedule: Schedule, console: Console, moved: Sequence[int]) -> None:
     """Prints what was chosen, and each rank's share.
 
     Args:
         schedule: a schedule that knows its numbers of heads.
         console: where to print.
-        head_dim, v_head_dim: widths of a key head and a value head.
-        element_size: bytes per element.
+        moved: the bytes that each rank receives.
     """
     summary = Summary.of(schedule)
-    moved = [
-        schedule.bytes_received(rank, head_dim, element_size, v_head_dim)
-        for rank in range(schedule.layout.cp_size)
-    ]
     for name, text in _choices(schedule, summary):
         console.print(f"{name:<10}{text}", highlight=False, markup=False)
     console.print()
@@ -80,12 +68,9 @@ def _fill(table: Table, schedule: Schedule, summary: Summary, moved: Sequence[in
 
 def in_bytes(count: int) -> str:
     """Formats ``1536`` as ``1.5 KiB``."""
-    size, unit = float(count), "B"
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if size < 1024 or unit == "TiB":
-            break
-        size /= 1024
-    return f"{size:,.0f} B" if unit == "B" else f"{size:,.1f} {unit}"
+    power = min((max(count, 1).bit_length() - 1) // 10, 4)
+    unit = ("B", "KiB", "MiB", "GiB", "TiB")[power]
+    return f"{count / 1024**power:,.{1 if power else 0}f} {unit}"
 
 
 def _choices(schedule: Schedule, summary: Summary) -> Iterator[tuple[str, str]]:
@@ -175,8 +160,7 @@ def _round_lines(
     keys = pack(list(round_.keys))
     for index, tile in enumerate(round_.tiles[:MAX_TILES]):
         yield f"  {'' if index else 'computes':<10}{_tile(tile, queries, keys)}"
-    rest = round_.tiles[MAX_TILES:]
-    if rest:
+    if rest := round_.tiles[MAX_TILES:]:
         pairs = sum(tile.pairs for tile in rest)
         yield f"  {'':<10}and {len(rest):,} more tiles of {pairs:,} pairs"
     if round_.send_keys:
@@ -187,15 +171,14 @@ def _round_lines(
         coming = pack(list(rounds[number + 1].keys))
         text = _message(round_.receive_keys, coming)
         yield f"  receives  {text} from rank {round_.receive_keys.peer}, for round {number + 1}"
-    backward = [
-        (round_.pass_grads, "passes the gradients of", "to"),
-        (round_.return_grads, "returns the gradients of", "to"),
-        (round_.receive_passed, "receives gradients of", "from"),
-        (round_.receive_returned, "gets back gradients of", "from"),
-    ]
     words = [
         f"{verb} {message.num_tokens:,} keys {side} rank {message.peer}"
-        for message, verb, side in backward
+        for message, verb, side in (
+            (round_.pass_grads, "passes the gradients of", "to"),
+            (round_.return_grads, "returns the gradients of", "to"),
+            (round_.receive_passed, "receives gradients of", "from"),
+            (round_.receive_returned, "gets back gradients of", "from"),
+        )
         if message
     ]
     if words:
