@@ -246,5 +246,5 @@ def _is_transposed(plan: RunPlan, cp_rank: int, attention: AttentionSpec) -> boo
         return False
     if plan.kernel is None or plan.kernel.name != "reference" or sequence.per_batch:
         return False
-    tiles = own_tiles(sequence.mask, pack(list(sequence.layout.chunks[cp_rank])))
+    tiles = own_tiles(sequence.mask, pack(sequence.layout.chunks[cp_rank]))
     return (tiles[0].q0, tiles[0].q1) == (0, sequence.layout.shard_len)

@@ -9,12 +9,12 @@ that never comes, and no two ranks wait for each other.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from cp_megatron.plan.rounds import Message, Round
 from cp_megatron.plan.schedule import Schedule
-from cp_megatron.plan.tiling import Span, merge_spans
+from cp_megatron.plan.tiling import Span, num_positions, positions_at
 
 ROUNDS = 4096
 """The number of rounds to rehearse at most, about a second's work. On more than 64 ranks it covers
@@ -75,21 +75,10 @@ def _wires(rounds: Sequence[Round], rank: int) -> Iterator[tuple[Wire, list[Span
         for kind, message, runs, sending in ends:
             if message is not None:
                 pair = (rank, message.peer) if sending else (message.peer, rank)
-                yield (slot, kind, *pair), _picked(runs, message.spans), sending
-
-
-def _picked(runs: Sequence[Span], spans: Iterable[Span]) -> list[Span]:
-    """The positions that lie at ``spans`` of a buffer that holds ``runs`` one after the other."""
-    found: list[Span] = []
-    for begin, end in spans:
-        offset = 0
-        for start, stop in runs:
-            a, b = max(begin - offset, 0), min(end - offset, stop - start)
-            if a < b:
-                found.append((start + a, start + b))
-            offset += stop - start
-        assert end <= offset, "a message reads behind the end of its buffer"
-    return merge_spans(found)
+                positions = positions_at(runs, message.spans)
+                whole = num_positions(positions) == message.num_tokens
+                assert whole, "a message reads behind the end of its buffer"
+                yield (slot, kind, *pair), positions, sending
 
 
 def _collectives(schedule: Schedule, ranks: range) -> int:

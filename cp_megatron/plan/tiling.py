@@ -29,7 +29,7 @@ rows of rank 0 as one tile, and rank 0's early keys (0 1) reach all rows of rank
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal, NamedTuple
@@ -189,7 +189,7 @@ def relative_spans(spans: Sequence[Span], held: Sequence[Span]) -> list[Span]:
     return merge_spans(placed)
 
 
-def pack(spans: list[Span]) -> list[LocalRun]:
+def pack(spans: Iterable[Span]) -> list[LocalRun]:
     """Places runs of positions one after the other in a buffer."""
     runs = []
     offset = 0
@@ -197,6 +197,22 @@ def pack(spans: list[Span]) -> list[LocalRun]:
         runs.append(LocalRun(start, stop, offset))
         offset += stop - start
     return runs
+
+
+def runs_within(runs: Iterable[LocalRun], start: int, stop: int) -> Iterator[tuple[int, Span]]:
+    """The runs in ``start:stop`` of a buffer: offset from ``start``, and positions."""
+    for run in runs:
+        low = max(start, run.offset)
+        high = min(stop, run.offset + run.stop - run.start)
+        if low < high:
+            first = run.start + low - run.offset
+            yield low - start, (first, first + high - low)
+
+
+def positions_at(runs: Iterable[Span], spans: Iterable[Span]) -> list[Span]:
+    """The positions that lie at ``spans`` of a buffer that holds ``runs`` one after the other."""
+    packed = pack(runs)
+    return merge_spans([run for a, b in spans for _, run in runs_within(packed, a, b)])
 
 
 def reading(mask: Mask, shard: list[LocalRun]) -> list[Reading]:

@@ -193,9 +193,9 @@ def _matrix(schedule: DrawableSchedule) -> tuple[list[str], list[str]]:
 def _placed(schedule: DrawableSchedule) -> Iterator[_Placed]:
     """All patches. Members of a group compute the same tiles, so the first stands for all."""
     for group, chunks in enumerate(schedule.rows.chunks):
-        queries = pack(list(chunks))
+        queries = pack(chunks)
         for number, round_ in enumerate(schedule.rounds(group * schedule.all_to_all_size)):
-            keys = pack(list(round_.keys))
+            keys = pack(round_.keys)
             for tile in round_.tiles:
                 for patch in patches(tile, queries, keys):
                     yield _Placed(patch, group, number)

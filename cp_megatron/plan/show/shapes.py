@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from cp_megatron.plan.tiling import Band, LocalRun, Span, Tile
+from cp_megatron.plan.tiling import Band, LocalRun, Span, Tile, runs_within
 
 Point = tuple[float, float]
 
@@ -84,16 +84,6 @@ def patches(tile: Tile, queries: Sequence[LocalRun], keys: Sequence[LocalRun]) -
             patch = _patch(rows, run, tile.band, row - column)
             if patch is not None:
                 yield patch
-
-
-def runs_within(runs: Sequence[LocalRun], start: int, stop: int) -> Iterator[tuple[int, Span]]:
-    """The runs in ``start:stop`` of a buffer: offset from ``start``, and positions."""
-    for run in runs:
-        low = max(start, run.offset)
-        high = min(stop, run.offset + run.stop - run.start)
-        if low < high:
-            first = run.start + low - run.offset
-            yield low - start, (first, first + high - low)
 
 
 def _patch(rows: Span, keys: Span, band: Band, shift: int) -> Patch | None:
