@@ -153,11 +153,10 @@ def _buffer_bytes(
     plan: RunPlan, planned: Iterable[Schedule], cp_rank: int, sizes: ActivationSizes
 ) -> tuple[int, int]:
     """Bytes of message buffers after the layers' forward, and after their backward."""
-    heads, kv_heads = local_heads(plan.config.model, sizes.tp)
+    _, kv_heads = local_heads(plan.config.model, sizes.tp)
     attention = AttentionSizes(
         batch=sizes.batch,
         num_tokens=sizes.row_tokens,
-        heads=heads,
         kv_heads=kv_heads,
         head_dim=plan.config.model.head_dim,
         element=sizes.element,
@@ -251,5 +250,5 @@ def _is_transposed(plan: RunPlan, cp_rank: int, attention: AttentionSpec) -> boo
         return False
     if plan.kernel is None or plan.kernel.name != "reference" or sequence.per_batch:
         return False
-    tiles = own_tiles(sequence.mask, pack(list(sequence.layout.chunks[cp_rank])))
+    tiles = own_tiles(sequence.mask, pack(sequence.layout.chunks[cp_rank]))
     return (tiles[0].q0, tiles[0].q1) == (0, sequence.layout.shard_len)
