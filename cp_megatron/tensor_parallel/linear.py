@@ -48,9 +48,6 @@ class RowParallelLinear(SpecifiedModule):
     The bias is not added here, or every rank would add it: ``TensorParallel.leave`` takes it.
     """
 
-    def __init__(self, spec: LinearSpec, *, tp: TensorParallel) -> None:
-        super().__init__(spec, tp)
-
     def forward(self, x: Tensor, gradient_only: bool = False) -> Tensor:
         """[b, s, i/tp] -> [b, s, o].
 
