@@ -117,8 +117,8 @@ class _InTiles(torch.autograd.Function):
         sums: list[Tensor | None] = [None] * len(weights)
         with call.weights.replaced(leaves):
             for number, span in enumerate(call.spans(x.shape[1])):
-                tile = tiles[number] if tiles else call.tile(x[:, span], leaves)
-                dx[:, span], *dweights = torch.autograd.grad(*tile, grads[0][:, span])
+                end, inputs = tiles[number] if tiles else call.tile(x[:, span], leaves)
+                dx[:, span], *dweights = torch.autograd.grad(end, inputs, grads[0][:, span])
                 gradients = iter(dweights)
                 for place, weight in enumerate(weights):
                     if weight.requires_grad:
@@ -126,10 +126,7 @@ class _InTiles(torch.autograd.Function):
                 if tiles:
                     tiles[number] = None  # frees what it kept
         ctx.tiles = []
-        rounded = (
-            None if total is None else total.to(weight.dtype)
-            for total, weight in zip(sums, weights)
-        )
+        rounded = (dw if dw is None else dw.to(w.dtype) for dw, w in zip(sums, weights))
         return None, None, dx, *rounded
 
 

@@ -51,10 +51,8 @@ class RowParallelLinear(SpecifiedModule):
     def forward(self, x: Tensor, gradient_only: bool = False) -> Tensor:
         """[b, s, i/tp] -> [b, s, o].
 
-        Args:
-            x: the input.
-            gradient_only: the values of the result are never read, only gradients pass through it.
-                Nothing is computed in forward, and the values are arbitrary.
+        With ``gradient_only`` the values of the result are never read, only gradients pass through
+        it. Nothing is computed in forward, and the values are arbitrary.
         """
         if gradient_only:
             result: Tensor = _ProductGradientOnly.apply(x, self.local("weight"))
