@@ -17,7 +17,7 @@ ALIKE = [0.003] * 4
 
 def test_the_last_to_come_waits_least() -> None:
     (finding,) = judge([0.2, 0.21, 0.0, 0.2], ALIKE, 0.5)
-    assert finding == "rank 2 comes 0.20 s late to a step of 0.50 s"
+    assert finding == "rank 2 is 0.20 s late in a step of 0.50 s"
     assert judge([0.2, 0.21, 0.19, 0.2], ALIKE, 0.5) == []
     # A tenth of the step, and 10 ms at least.
     assert judge([0.04, 0.0], ALIKE[:2], 0.5) == []
