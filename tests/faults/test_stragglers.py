@@ -48,7 +48,7 @@ def test_a_slow_rank_is_named_within_one_interval(place: Place) -> None:
     flags = ["--context-parallel-size", "2"]
     findings = run_ranks(train, 2, place.argv("run", *flags), (1, 3))
     assert findings[0] == findings[1]
-    assert [text.split(" comes")[0] for text in findings[0]] == ["step 3: rank 1", "step 4: rank 1"]
+    assert [text.split(" is ")[0] for text in findings[0]] == ["step 3: rank 1", "step 4: rank 1"]
     assert run_ranks(train, 2, place.argv("off", *flags, "--no-log-straggler"), (1, 3)) == [[], []]
 
 
