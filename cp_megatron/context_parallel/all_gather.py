@@ -49,7 +49,7 @@ def gather_forward(
         if keys is not None:
             results.add(plan.rounds[1], keys, groups)
         source.pending = following
-    return results.sums()
+    return results.result()
 
 
 def gather_backward(

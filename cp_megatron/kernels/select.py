@@ -22,7 +22,7 @@ from cp_megatron.errors import ConfigError
 
 @dataclass(frozen=True)
 class KernelTraits:
-    """What one backend supports."""
+    """The capabilities of one backend."""
 
     name: str
     max_head_dim: int  # for key heads and value heads

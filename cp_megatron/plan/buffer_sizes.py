@@ -51,7 +51,7 @@ class RoundBuffers:
     Attributes:
         sent_keys: keys to send. Keys that form one run of the arrival are sent in place.
         arrival: the keys of the next round.
-        gradients: sums of the gradients of this round's keys; None for the own keys, whose
+        gradients: sums of the gradients of this round's keys; None for this rank's keys, whose
             gradients are returned to the caller and need memory of their own.
         sent_passed, sent_returned: gradients to pass on or to return; one run is sent in place.
         passed, returned: gradients that arrive after this round.

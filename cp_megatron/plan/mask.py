@@ -2,7 +2,7 @@
 
 Every mask of this project gives query ``q`` one contiguous run of keys, ``first(q) .. last(q)``,
 and neither end decreases as ``q`` grows. This makes planning cheap: the pairs of any rectangle are
-a sum over rows, and the keys that a chunk of queries needs are one run per document.
+a sum over rows, and the keys that a chunk of queries needs are one run of positions.
 
     causal               full                 documents([3, 2])
     q\\k 0 1 2 3 4       q\\k 0 1 2 3 4       q\\k 0 1 2 3 4

@@ -26,7 +26,7 @@ Wire = tuple[int, str, int, int]
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """What was rehearsed.
+    """The extent of a rehearsal.
 
     Attributes:
         num_ranks: the number of ranks that were compared.

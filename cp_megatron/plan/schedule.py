@@ -8,8 +8,8 @@
 
 Under every exchange, a rank's work is a sequence of rounds, and a round is a list of tiles. If
 ranks first exchange heads for tokens by all-to-all, the rounds are those of a whole group of
-neighbours: rows count in the tokens that the group holds together (``schedule.rows``), and every
-member computes them for its own heads.
+neighbours: rows count in the tokens that the group holds together (``schedule.group_layout``), and
+every member computes them for its own heads.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ class Schedule:
         return self.hierarchical_sizes[0]
 
     @cached_property
-    def rows(self) -> SequenceLayout:
+    def group_layout(self) -> SequenceLayout:
         """The tokens that each group of ``all_to_all_size`` ranks holds together, as a layout."""
         size = self.all_to_all_size
         return merged_layout(self.layout, size) if size > 1 else self.layout
@@ -124,18 +124,18 @@ class Schedule:
     @cached_property
     def readers(self) -> Readers:
         """Which keys each group of ``all_to_all_size`` ranks reads."""
-        return Readers.of(self.mask, self.rows)
+        return Readers.of(self.mask, self.group_layout)
 
     def rounds(self, rank: int) -> tuple[Round, ...]:
         """The rounds of ``rank``, in order. The peers of messages are ranks.
 
-        Round 0 computes the own keys. Under p2p, round t computes the keys of the rank (or the
+        Round 0 computes this rank's keys. Under p2p, round t computes the keys of the rank (or the
         group) t places above; under all_gather, round 1 computes all other keys.
         """
         if self.exchange == "all_gather":
-            return plan_gather_rounds(self.mask, self.rows, self.readers, rank)
+            return plan_gather_rounds(self.mask, self.group_layout, self.readers, rank)
         size = self.all_to_all_size
-        rounds = plan_ring(self.mask, self.rows, self.readers, rank // size, self.route)
+        rounds = plan_ring(self.mask, self.group_layout, self.readers, rank // size, self.route)
         if size == 1:
             return rounds
         # A member of a group exchanges messages with the member in the same place of other groups.

@@ -251,8 +251,8 @@ def remote_tiles(mask: Mask, queries: list[Reading], keys: list[LocalRun]) -> li
 def key_intervals(mask: Mask, starts: IntArray, stops: IntArray) -> tuple[IntArray, IntArray]:
     """Returns, for each chunk of queries, the first key that it reads and the end of the run.
 
-    The keys are one run of positions, because each row attends itself and its range moves by at
-    most one position per row.
+    The keys are one run of positions, because each row attends itself and the rows of a chunk are
+    adjacent.
     """
     return mask.key_range(starts)[0], mask.key_range(stops - 1)[1]
 

@@ -1,1 +1,1 @@
-"""What is checked and decided before torch is loaded."""
+"""Checks and decisions that are made before torch is loaded."""

@@ -35,7 +35,7 @@ class PlanOptions:
     """The schedule to show."""
 
     mask: Literal["causal", "full", "documents"] | None = None
-    """The mask; documents if any are given, otherwise causal."""
+    """The mask; by default documents if --documents or --documents-random is given, else causal."""
     seq_length: AtLeastOne | None = None
     """Tokens of the row; by default the sum of --documents, or 8,192."""
     documents: tuple[AtLeastOne, ...] | None = None

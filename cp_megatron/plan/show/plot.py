@@ -192,7 +192,7 @@ def _matrix(schedule: DrawableSchedule) -> tuple[list[str], list[str]]:
 
 def _placed(schedule: DrawableSchedule) -> Iterator[_Placed]:
     """All patches. Members of a group compute the same tiles, so the first stands for all."""
-    for group, chunks in enumerate(schedule.rows.chunks):
+    for group, chunks in enumerate(schedule.group_layout.chunks):
         queries = pack(chunks)
         for number, round_ in enumerate(schedule.rounds(group * schedule.all_to_all_size)):
             keys = pack(round_.keys)

@@ -118,7 +118,7 @@ def _rank_lines(schedule: Schedule, rank: int) -> Iterator[str]:
         size = schedule.layout.cp_size
         picked = num_positions(gather.picked)
         yield f"            picks {picked:,} of the {size * gather.width:,} gathered"
-    queries = pack(schedule.rows.chunks[rank // schedule.all_to_all_size])
+    queries = pack(schedule.group_layout.chunks[rank // schedule.all_to_all_size])
     rounds = schedule.rounds(rank)
     idle: list[int] = []
     for number, round_ in enumerate(rounds):
@@ -143,7 +143,7 @@ def _all_to_all_lines(schedule: Schedule, rank: int) -> Iterator[str]:
     for peer in exchange.peers:
         if peer != rank:
             theirs = heads_of(schedule, peer)
-            yield f"            rank {peer} gets {theirs} of the own tokens, gives {mine}"
+            yield f"            rank {peer} gets {theirs} of this rank's tokens, gives {mine}"
     yield f"            results go back the same way; the lines below are for {mine}"
 
 
@@ -155,7 +155,7 @@ def _idle_line(idle: Sequence[int]) -> Iterator[str]:
 
 def _whose(round_: Round, number: int, schedule: Schedule) -> str:
     if number == 0:
-        return "own keys" if schedule.all_to_all_size == 1 else "keys of the own group"
+        return "own keys" if schedule.all_to_all_size == 1 else "keys of its group"
     if round_.owner < 0:
         return f"keys of all others: {many(round_.keys)}"
     owner = f"{'rank' if schedule.all_to_all_size == 1 else 'group'} {round_.owner}"
