@@ -137,11 +137,7 @@ def gather_portions(
 ) -> list[Span]:
     """Splits key/value heads into the nearly equal runs that are gathered one after the other.
 
-    Args:
-        gather: this rank's part of the collective.
-        num_ranks: the number of ranks that gather.
-        num_kv_heads: the number of key/value heads.
-        head_bytes: bytes of the keys and values of one head of one token, for the whole batch.
+    ``head_bytes`` counts the keys and values of one head of one token, for the whole batch.
     """
     num_bytes = num_ranks * gather.width * num_kv_heads * head_bytes
     count = min(num_kv_heads, MAX_PORTIONS, max(1, num_bytes // LEAST_PORTION))

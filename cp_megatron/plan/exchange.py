@@ -102,10 +102,7 @@ def choose_exchange(
     """Chooses the exchange whose ranks together receive the fewest elements; p2p wins a tie.
 
     Args:
-        mask: which keys each query attends.
-        layout: which rank holds which tokens.
-        readers: which rank reads which keys, for this mask and layout.
-        heads: number and widths of the heads.
+        mask, layout, readers, heads: of the attention.
         hierarchical_sizes: the number of ranks that share a node, and the number of nodes. It makes
             a2a+p2p a candidate instead of a2a over all ranks, which would cross nodes with
             everything.

@@ -46,12 +46,7 @@ class _Placed(NamedTuple):
 
 
 def write_svg(schedule: DrawableSchedule, path: str) -> None:
-    """Writes the picture. The same schedule always gives the same bytes.
-
-    Args:
-        schedule: the schedule to draw.
-        path: the file; it is overwritten.
-    """
+    """Writes the picture to the file ``path``. The same schedule always gives the same bytes."""
     summary = Summary.of(schedule)
     drawing, notes = _matrix(schedule)
     legend, width = _legend(schedule, summary)

@@ -29,13 +29,7 @@ MAX_RANKS, MAX_TILES = 128, 12
 
 
 def print_schedule(schedule: Schedule, console: Console, moved: Sequence[int]) -> None:
-    """Prints what was chosen, and each rank's share.
-
-    Args:
-        schedule: a schedule that knows its numbers of heads.
-        console: where to print.
-        moved: the bytes that each rank receives.
-    """
+    """Prints what was chosen, and each rank's share; ``moved`` is the bytes that it receives."""
     summary = Summary.of(schedule)
     for name, text in _choices(schedule, summary):
         console.print(f"{name:<10}{text}", highlight=False, markup=False)
