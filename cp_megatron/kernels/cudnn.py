@@ -41,9 +41,9 @@ class CudnnKernel:
         """See ``Kernel.forward``; out has the inputs' type.
 
         Raises:
-            ConfigError: the tile has a window, or PyTorch's switch for shared plans is on.
+            ConfigError: PyTorch's switch for shared plans is on.
         """
-        _refuse_window(band, q, k)
+        _check_band(band, q, k)
         if k.shape[1] == 1:
             out, lse = self._single_key.forward(q.float(), k.float(), v.float(), band, scale)
             return out.to(q.dtype), lse
@@ -61,7 +61,7 @@ class CudnnKernel:
     def backward(
         self, x: BackwardInputs, band: Band, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        _refuse_window(band, x.q, x.k)
+        _check_band(band, x.q, x.k)
         num_queries, num_keys = x.q.shape[1], x.k.shape[1]
         if num_keys == 1:
             wide = BackwardInputs(*(y.float() for y in x))
@@ -88,7 +88,6 @@ def _operands(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
 
-def _refuse_window(band: Band, q: Tensor, k: Tensor) -> None:
-    if not (band.is_full or (band.is_causal and q.shape[1] == k.shape[1])):
-        rule = "has no sliding windows"
-        raise ConfigError("--kernel", "cudnn", rule, "--kernel cuda or --kernel flash_attn")
+def _check_band(band: Band, q: Tensor, k: Tensor) -> None:
+    causal_square = band.is_causal and q.shape[1] == k.shape[1]
+    assert band.is_full or causal_square, "cuDNN has no sliding windows"

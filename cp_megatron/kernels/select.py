@@ -137,8 +137,7 @@ def select_kernel(
         window: the mask has a sliding window.
         deterministic: the same inputs must give the same bits.
         capability: the CUDA device's compute capability (major, minor). If it is None, it is not
-            known yet: no kernel is refused for it, and ``flash_attn`` stays a name that
-            ``load_kernel`` resolves to a generation.
+            known yet: no kernel is refused for it, and ``flash_attn`` is not resolved.
 
     Returns:
         The name and the reason; for ``flash_attn`` on a known device the name of the generation.
@@ -164,29 +163,6 @@ def select_kernel(
             return KernelChoice(name=taken, reason="; ".join([text, *passed_over]))
         passed_over.append(f"not {candidate}: {text}")
     raise _refusal(name, "; ".join(passed_over), wanted)
-
-
-def flash_attention_for(capability: tuple[int, int] | None, *, deterministic: bool = False) -> str:
-    """Resolves ``flash_attn`` when head dim and mask are not known.
-
-    It prefers a generation that supports every head dim up to 256.
-
-    Args:
-        capability: the device's compute capability; None stands for any device.
-        deterministic: whether the backward must be deterministic.
-
-    Raises:
-        ConfigError: no generation is installed for this device.
-    """
-    usable = [
-        TRAITS[name]
-        for name in _generations(capability)
-        if _installed(TRAITS[name]) and _runs_on(TRAITS[name], capability)
-    ]
-    whole = [traits for traits in usable if _largest(traits, capability, deterministic) >= 256]
-    if not usable:
-        raise ConfigError("--kernel", "flash_attn", _NO_PACKAGE, TRAITS["flash_attn_2"].install)
-    return (whole or usable)[0].name
 
 
 _NO_PACKAGE = "needs the package flash_attn, which is not installed"
@@ -228,11 +204,12 @@ def _problem(traits: KernelTraits, wanted: _Wanted) -> str:
         return f"needs the package {traits.package}, which is not installed"
     if wanted.dtype not in traits.dtypes:
         return f"computes in {', '.join(traits.dtypes)}, not in {wanted.dtype}"
-    if not _runs_on(traits, wanted.capability):
+    major = wanted.capability[0] if wanted.capability else 0
+    if major and traits.capabilities and major not in traits.capabilities:
         majors = " or ".join(map(str, traits.capabilities))
         dotted = ".".join(map(str, wanted.capability or ()))
         return f"needs compute capability {majors}, the device has {dotted}"
-    largest = _largest(traits, wanted.capability, False)
+    largest = dict(traits.wider_on).get(major, traits.max_head_dim)
     if wanted.head_dim > largest:
         return f"head dim {wanted.head_dim} is above its largest, {largest}"
     if wanted.window and not traits.windows:
@@ -248,16 +225,6 @@ def _problem(traits: KernelTraits, wanted: _Wanted) -> str:
 
 def _generations(capability: tuple[int, int] | None) -> Sequence[str]:
     return _HOPPER if capability and capability[0] == 9 else FLASH_ATTENTION
-
-
-def _runs_on(traits: KernelTraits, capability: tuple[int, int] | None) -> bool:
-    return not (capability and traits.capabilities) or capability[0] in traits.capabilities
-
-
-def _largest(traits: KernelTraits, capability: tuple[int, int] | None, deterministic: bool) -> int:
-    major = capability[0] if capability else 0
-    largest = dict(traits.wider_on).get(major, traits.max_head_dim)
-    return min(largest, traits.deterministic_head_dim) if deterministic else largest
 
 
 def _installed(traits: KernelTraits) -> bool:
