@@ -100,7 +100,6 @@ class _KeySource:
         self.pending: Started | None = self.start_next()
 
     def buffers(self, number: int) -> GatherBuffers:
-        """The buffers of portion ``number``."""
         return gather_buffers(self.gather, self._num_ranks, number)
 
     def start_next(self) -> Started | None:
@@ -153,7 +152,6 @@ class _GradientSink:
         self._pending = portion, start_reduce_scatter(spread, self._group, returned)
 
     def finish(self) -> None:
-        """Waits for the pending gradients and adds them."""
         if self._pending is None:
             return
         portion, started = self._pending

@@ -44,8 +44,7 @@ def agree(
 
     Args:
         group: the ranks that must agree; None is one rank.
-        mask: describes the mask; compared by its ``repr``.
-        call: describes the rest of the call: layout, exchange, shapes, types.
+        mask, call: describe the mask and the rest of the call; compared by their ``repr``.
         problem: the error that this rank found in its own inputs.
         device: the device of the group's messages.
 

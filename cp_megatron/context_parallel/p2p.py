@@ -120,7 +120,6 @@ class _Keys:
         return [(packed, message.peer)]
 
     def take(self, buffer: Buffer | None, dtype: torch.dtype | None = None) -> Tensor | None:
-        """Takes a buffer for a message."""
         return self.shard.take(self._memory, buffer, dtype) if buffer else None
 
     def arrived(self, packed: Tensor | None) -> None:

@@ -11,7 +11,7 @@ key heads under every kernel.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.machinery import PathFinder
 from types import MappingProxyType
@@ -47,8 +47,6 @@ class KernelChoice:
 
 
 class _Wanted(NamedTuple):
-    """The requirements: the arguments of ``select_kernel``."""
-
     device: str
     dtype: str
     head_dim: int
@@ -165,15 +163,13 @@ def select_kernel(
     raise _refusal(name, "; ".join(passed_over), wanted)
 
 
-_NO_PACKAGE = "needs the package flash_attn, which is not installed"
-
-
 def _try(name: str, wanted: _Wanted) -> tuple[str | None, str]:
     """The kernel that ``name`` resolves to and its summary, or None and the problem."""
     if name != "flash_attn":
         problem = _problem(TRAITS[name], wanted)
         return (None, problem) if problem else (name, TRAITS[name].summary)
-    generations = [TRAITS[other] for other in _generations(wanted.capability)]
+    on_hopper = wanted.capability and wanted.capability[0] == 9
+    generations = [TRAITS[other] for other in (_HOPPER if on_hopper else FLASH_ATTENTION)]
     problems = {traits.name: _problem(traits, wanted) for traits in generations}
     able = [traits for traits in generations if not problems[traits.name]]
     if able and wanted.capability is None:
@@ -183,7 +179,8 @@ def _try(name: str, wanted: _Wanted) -> tuple[str | None, str]:
     if wanted.device not in generations[0].devices:
         return None, problems[generations[0].name]
     present = [traits.name for traits in generations if _installed(traits)]
-    return None, "; ".join(f"{x} {problems[x]}" for x in present) or _NO_PACKAGE
+    missing = "needs the package flash_attn, which is not installed"
+    return None, "; ".join(f"{x} {problems[x]}" for x in present) or missing
 
 
 def _refusal(name: str, problem: str, wanted: _Wanted) -> ConfigError:
@@ -221,10 +218,6 @@ def _problem(traits: KernelTraits, wanted: _Wanted) -> str:
     if wanted.deterministic and wanted.head_dim > traits.deterministic_head_dim:
         return f"is deterministic up to head dim {traits.deterministic_head_dim} only"
     return ""
-
-
-def _generations(capability: tuple[int, int] | None) -> Sequence[str]:
-    return _HOPPER if capability and capability[0] == 9 else FLASH_ATTENTION
 
 
 def _installed(traits: KernelTraits) -> bool:

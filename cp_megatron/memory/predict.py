@@ -149,10 +149,10 @@ def _buffer_bytes(
     """Bytes of message buffers after the layers' forward, and after their backward."""
     buffers = BufferSizes()
     for schedule in planned:
-        buffers.add_forward(schedule, cp_rank, operands)
+        buffers.add(schedule, cp_rank, operands, backward=False)
     in_forward = buffers.num_bytes
     for schedule in planned:
-        buffers.add_backward(schedule, cp_rank, operands)
+        buffers.add(schedule, cp_rank, operands, backward=True)
     return in_forward, buffers.num_bytes
 
 

@@ -195,15 +195,8 @@ class BufferSizes:
         """The sum over all buffers."""
         return sum(self._sizes.values())
 
-    def add_forward(self, schedule: Schedule, rank: int, x: AttentionSizes) -> None:
-        """Grows the buffers to what the forward pass of one attention needs on ``rank``."""
-        self._add(schedule, rank, x, backward=False)
-
-    def add_backward(self, schedule: Schedule, rank: int, x: AttentionSizes) -> None:
-        """Grows the buffers to what the backward pass of one attention needs on ``rank``."""
-        self._add(schedule, rank, x, backward=True)
-
-    def _add(self, schedule: Schedule, rank: int, x: AttentionSizes, *, backward: bool) -> None:
+    def add(self, schedule: Schedule, rank: int, x: AttentionSizes, *, backward: bool) -> None:
+        """Grows the buffers to what one pass of an attention, forward or backward, needs."""
         head = x.batch * 2 * x.head_dim
         if gather := schedule.gather(rank):
             num_ranks = schedule.layout.cp_size

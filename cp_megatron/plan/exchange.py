@@ -81,14 +81,14 @@ def check_exchange(
         if exchange == "a2a+p2p":
             raise ConfigError(flag, None, "a2a+p2p needs two sizes", works)
         return
+    sizes, given = hierarchical_sizes, " ".join(map(str, hierarchical_sizes))
     if exchange not in ("auto", "a2a+p2p"):
         rule = f"belongs to a2a+p2p, not to {exchange}"
-        raise ConfigError(flag, _text(hierarchical_sizes), rule, "--cp-comm-type a2a+p2p")
-    sizes = hierarchical_sizes
+        raise ConfigError(flag, given, rule, "--cp-comm-type a2a+p2p")
     whole = all(isinstance(size, int) for size in sizes)
     if len(sizes) != 2 or not whole or min(sizes) < 1 or sizes[0] * sizes[1] != cp_size:
         rule = f"must be two sizes whose product is --context-parallel-size {cp_size}"
-        raise ConfigError(flag, _text(sizes), rule, works)
+        raise ConfigError(flag, given, rule, works)
 
 
 def choose_exchange(
@@ -164,7 +164,3 @@ def _computed_kv_heads(heads: Heads, size: int) -> int:
     """Key/value heads that the ranks of a group compute, counted once for each of them."""
     share, serves = heads.num_heads // size, heads.num_heads // heads.num_kv_heads
     return sum(-(-(i + 1) * share // serves) - i * share // serves for i in range(size))
-
-
-def _text(sizes: Sizes) -> str:
-    return " ".join(map(str, sizes))

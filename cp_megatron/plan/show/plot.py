@@ -38,11 +38,9 @@ NEUTRAL = "#c9d2dc"
 
 
 class _Placed(NamedTuple):
-    """A patch, the group that computes it, and its round."""
-
     patch: Patch
     group: int
-    number: int
+    number: int  # of the round
 
 
 def write_svg(schedule: DrawableSchedule, path: str) -> None:
