@@ -64,11 +64,8 @@ class HeadAllToAll:
     def to_heads(self, parts: Sequence[PartitionedHeads]) -> list[Tensor]:
         """Returns this rank's heads of every token that the peers hold, by position.
 
-        Args:
-            parts: tensors [B, S, h, d] of one type. They share one message per peer.
-
-        Returns:
-            For each part [B, M, m, d], views of one tensor.
+        The parts, [B, S, h, d], have one type and share one message per peer. The results,
+        [B, M, m, d] for each part, are views of one tensor.
         """
         first, exchange = parts[0].tensor, self.exchange
         num_tokens = first.shape[1]
@@ -88,11 +85,8 @@ class HeadAllToAll:
     def to_tokens(self, parts: Sequence[PartitionedHeads]) -> list[Tensor]:
         """Returns every head of this rank's tokens; heads that several peers computed are summed.
 
-        Args:
-            parts: tensors [B, M, m, d] of one type. They share one message per peer.
-
-        Returns:
-            For each part [B, S, h, d].
+        The parts, [B, M, m, d], have one type and share one message per peer. The results are
+        [B, S, h, d] for each part.
         """
         first, exchange = parts[0].tensor, self.exchange
         batch, num_tokens = first.shape[0], num_positions(exchange.rows[0])

@@ -323,19 +323,17 @@ class ContextParallel:
         seen = self._agreed if mode == "once" and problem else kind in self._agreed
         group = None if mode == "never" or (mode == "once" and seen) else self.group
         options = (self.layout.kind, self._exchange, self._route, self._sizes)
-        call = (kind, options, dropout, self._layout_digest)
-        agree(group, mask=self._mask_digest, call=call, problem=problem, device=device)
+        mask, layout = self._digests
+        call = (kind, options, dropout, layout)
+        agree(group, mask=mask, call=call, problem=problem, device=device)
         self._agreed.add(kind)
 
     @cached_property
-    def _mask_digest(self) -> str:
-        """Represents the mask in the comparison, and names it in an error."""
+    def _digests(self) -> tuple[str, int]:
+        """Represents mask and layout in the comparison; the first names the mask in an error."""
         mask = self.mask
-        return f"{mask.kind} of {mask.seq_len} tokens, window {mask.window}, #{digest(mask):x}"
-
-    @cached_property
-    def _layout_digest(self) -> int:
-        return digest(self.layout.chunks)
+        name = f"{mask.kind} of {mask.seq_len} tokens, window {mask.window}, #{digest(mask):x}"
+        return name, digest(self.layout.chunks)
 
     def _check_length(self, x: Tensor, dim: int, length: int) -> None:
         if x.shape[dim] != length:

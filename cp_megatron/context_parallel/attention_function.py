@@ -103,7 +103,6 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[None, None, None, Tensor, Tensor, Tensor]:
-        """dq, dk, dv in the inputs' type."""
         q, k, v, out, lse = ctx.saved_tensors
         plan: RankPlan = ctx.plan
         exchange = plan.head_exchange

@@ -20,11 +20,7 @@ MODES = ("auto", "always", "once", "never")
 
 
 def check_mode(mode: str | bool) -> str:
-    """Returns one of ``MODES``; True stands for auto, False for never.
-
-    Raises:
-        ConfigError: the mode is unknown.
-    """
+    """Returns one of ``MODES``, or refuses the mode. True stands for auto, False for never."""
     if isinstance(mode, bool):
         return "auto" if mode else "never"
     if mode not in MODES:

@@ -35,9 +35,7 @@ def ring_forward(
         plan: this rank's part of the schedule.
         call: the kernel and its options.
         memory: provides the buffers of messages. Results do not lie in it.
-        q: [B, S, H, D].
-        k: [B, S, G, D].
-        v: [B, S, G, E].
+        q, k, v: [B, S, H, D], [B, S, G, D] and [B, S, G, E].
 
     Returns:
         out [B, S, H, E] and lse [B, H, S], float32 (float64 for float64).

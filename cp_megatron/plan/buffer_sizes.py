@@ -162,9 +162,6 @@ def message_widths(
     return (all_heads, own_heads) if to_heads else (own_heads, all_heads)
 
 
-# ---- the sizes of a whole pass -------------------------------------------------------------------
-
-
 @dataclass(frozen=True, kw_only=True)
 class AttentionSizes:
     """Sizes of one rank's queries, keys and values.

@@ -85,9 +85,6 @@ def _choices(schedule: Schedule, pairs: int) -> Iterator[tuple[str, str]]:
     yield "heads", f"{schedule.num_heads} query, {schedule.num_kv_heads} key/value"
 
 
-# ---- one rank ------------------------------------------------------------------------------------
-
-
 def print_rank(schedule: Schedule, rank: int, console: Console) -> None:
     """Prints the part of ``rank``: its all-to-all or all-gather, then its rounds."""
     console.print()
