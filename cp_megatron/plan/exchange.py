@@ -28,7 +28,7 @@ ROUTES = ("ring", "direct")
 Sizes = tuple[int, int]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class ExchangeChoice:
     """An exchange and the reason that is shown to the user.
 
@@ -109,15 +109,10 @@ def choose_exchange(
         route: ``ring`` or ``direct``, or ``auto`` to choose it as well.
     """
     size = layout.cp_size
-    if size == 1:
-        return ExchangeChoice(
-            exchange="p2p",
-            route="ring" if route == "auto" else route,
-            hierarchical_sizes=(1, 1),
-            reason="one rank exchanges nothing",
-        )
-    p2p_route = choose_route(readers) if route == "auto" else route
     inner_route = "ring" if route == "auto" else route
+    if size == 1:
+        return ExchangeChoice("p2p", inner_route, (1, 1), "one rank exchanges nothing")
+    p2p_route = choose_route(readers) if route == "auto" else route
     costs = {"p2p": readers.tokens_received(p2p_route) * heads.num_kv_heads * heads.key_width}
     inner = hierarchical_sizes[0] if hierarchical_sizes else size
     name = "a2a+p2p" if hierarchical_sizes else "a2a"
@@ -140,12 +135,10 @@ def choose_exchange(
         if other != best
     ]
     verdict = "moves the fewest bytes" if least else "moves nothing"
-    return ExchangeChoice(
-        exchange=best,
-        route=p2p_route if best == "p2p" else inner_route,
-        hierarchical_sizes=(1, size) if best == "p2p" else (inner, size // inner),
-        reason=", ".join([verdict, *others, *notes]),
-    )
+    reason = ", ".join([verdict, *others, *notes])
+    if best == "p2p":
+        return ExchangeChoice(best, p2p_route, (1, size), reason)
+    return ExchangeChoice(best, inner_route, (inner, size // inner), reason)
 
 
 def choose_route(readers: Readers) -> str:

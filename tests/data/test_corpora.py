@@ -10,24 +10,22 @@ import numpy as np
 import pytest
 
 from cp_megatron.config import DataConfig
-from cp_megatron.data.read.indexed import IndexedWriter
 from cp_megatron.data.rows.corpora import check_data, open_data, open_single
 from cp_megatron.data.rows.dataset_paths import parse_datasets
-from cp_megatron.data.rows.sampler import RowSource
+from cp_megatron.data.rows.sampler import IGNORED, RowSource
 from cp_megatron.errors import ConfigError
+from tests.data.ranges import write_pair
 
 EOD = 256
 
 
 def indexed(prefix: Path, lengths: list[int], *, first: int = 0, eod: bool = True) -> str:
     """A pair whose tokens count up modulo 200, with or without the ends of documents."""
-    writer = IndexedWriter(str(prefix), vocab_size=257)
-    with writer:
-        for length in lengths:
-            tokens = (np.arange(first, first + length) % 200).tolist()
-            first += length
-            writer.add_document([*tokens, EOD] if eod else tokens)
-        writer.finalize()
+    documents = []
+    for length in lengths:
+        documents.append((np.arange(first, first + length) % 200).tolist() + [EOD] * eod)
+        first += length
+    write_pair(prefix, documents)
     return str(prefix)
 
 
@@ -72,14 +70,11 @@ def test_words_are_paths_or_weights_before_paths(tmp_path: Path) -> None:
 
 def test_indexed_data_gives_the_rows_of_the_same_text(tmp_path: Path) -> None:
     words = ["three blind mice", "see how they run", "they all ran after the farmer's wife"] * 4
-    writer = IndexedWriter(str(tmp_path / "pair"), vocab_size=257)
     folder = tmp_path / "text"
     folder.mkdir()
-    with writer:
-        for number, document in enumerate(words):
-            text(folder / f"{number:02}.txt", document)
-            writer.add_document([*document.encode(), EOD])
-        writer.finalize()
+    for number, document in enumerate(words):
+        text(folder / f"{number:02}.txt", document)
+    write_pair(tmp_path / "pair", ([*document.encode(), EOD] for document in words))
     lines = text(tmp_path / "t.jsonl", "\n".join(f'{{"text": "{line}"}}' for line in words))
     one, *others = [
         open_data(config(path), seed=3) for path in (str(folder), str(tmp_path / "pair"), lines)
@@ -102,21 +97,35 @@ def test_documents_follow_the_index_not_their_last_token(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("packing", ["concatenate", "best-fit"])
 def test_no_token_is_in_two_parts(tmp_path: Path, packing: str) -> None:
-    writer = IndexedWriter(str(tmp_path / "a"), vocab_size=257)
-    with writer:
-        for number in range(80):
-            writer.add_document([number * 3, number * 3 + 1, number * 3 + 2])
-        writer.finalize()
-    rows = open_data(
-        config(str(tmp_path / "a"), packing=packing, seq_length=9, split="1,1,1"), seed=0
-    ).rows
-    seen = [
-        {token for row in tokens_of(part) for token in row if token != EOD}
-        for part in (rows.train, rows.valid, rows.test)
-    ]
+    write_pair(tmp_path / "a", ([n * 3, n * 3 + 1, n * 3 + 2] for n in range(80)))
+    data = config(str(tmp_path / "a"), packing=packing, seq_length=9, split="1,1,1")
+    rows = open_data(data, seed=0).rows
+    seen: list[set[int]] = []
+    for part in (rows.train, rows.valid, rows.test):
+        assert part is not None
+        several = [part[number] for number in range(part.rows_per_epoch)]
+        tokens = {int(t) for row in several for t in (*row.inputs, *row.labels)}
+        seen.append(tokens - {EOD, IGNORED})
     assert sum(len(part) for part in seen) == len(set.union(*seen)) > 200
     if packing == "best-fit":
         assert all(len({token // 3 for token in part}) * 3 == len(part) for part in seen)
+
+
+def test_parts_without_weight_or_tokens_are_left_out(tmp_path: Path) -> None:
+    parts = open_data(config(indexed(tmp_path / "a", [2999]), split="9,1"), seed=5).rows
+    assert parts.valid is not None
+    assert parts.test is None
+    tight = open_data(config(indexed(tmp_path / "b", [19]), seq_length=12), seed=5).rows
+    assert tight.valid is None
+    assert tight.test is None
+
+
+def test_training_shorter_than_a_row_is_refused_with_what_fits(tmp_path: Path) -> None:
+    pair = indexed(tmp_path / "a", [99])
+    error = refused(config(pair, seq_length=100, split="1"))
+    assert error.flag == "--seq-length"
+    assert error.works.startswith("--seq-length up to 99")
+    assert open_data(config(pair, seq_length=99, split="1"), seed=5).rows.train[0]
 
 
 def test_parts_may_have_paths_of_their_own(tmp_path: Path) -> None:
@@ -158,10 +167,7 @@ def test_the_fingerprint_depends_on_all_that_decides_rows(tmp_path: Path) -> Non
 
 
 def test_ids_beyond_the_vocabulary_are_refused_at_open(tmp_path: Path) -> None:
-    writer = IndexedWriter(str(tmp_path / "a"), vocab_size=5000)
-    with writer:
-        writer.add_document([*range(100), 4321])
-        writer.finalize()
+    write_pair(tmp_path / "a", [[*range(100), 4321]], vocab_size=5000)
     error = refused(config(str(tmp_path / "a")))
     assert "4321" in error.rule
     assert "100" in error.rule

@@ -12,9 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cp_megatron.data.read import indexed
-from cp_megatron.data.read.indexed import CODES, IndexedDataset, IndexedWriter, optimal_dtype
+from cp_megatron.data.read.indexed import CODES, IndexedDataset, optimal_dtype, write_indexed
 from cp_megatron.errors import ConfigError
-from tests.data.ranges import sequence_of
+from tests.data.ranges import sequence_of, write_pair
 
 
 def index_bytes(
@@ -58,28 +58,26 @@ def test_a_pair_made_by_hand_is_read(tmp_path: Path) -> None:
 
 def test_a_pair_is_written_byte_for_byte(tmp_path: Path) -> None:
     prefix = str(tmp_path / "new" / "pair")
-    with IndexedWriter(prefix, vocab_size=65499) as writer:
-        for document in ([1, 2, 65535], [], [4, 5]):
-            writer.add_document(np.array(document, dtype=np.int64))
-        writer.finalize()
+    write_pair(prefix, [[1, 2, 65535], [], [4, 5]], vocab_size=65499)
     assert Path(prefix + ".idx").read_bytes() == index_bytes()
     assert Path(prefix + ".bin").read_bytes() == BINARY
     assert sorted(path.name for path in Path(prefix).parent.iterdir()) == ["pair.bin", "pair.idx"]
 
 
 def test_files_are_appended_whole(tmp_path: Path) -> None:
-    (tmp_path / "piece").write_bytes(BINARY)
-    with IndexedWriter(str(tmp_path / "pair"), vocab_size=300) as writer:
-        writer.add_file(tmp_path / "piece", np.array([3, 0, 2], dtype=np.int32))
-        writer.finalize()
+    pieces = [(tmp_path / "0", [3, 0]), (tmp_path / "1", []), (tmp_path / "2", [2])]
+    for (path, _), ids in zip(pieces, (BINARY[:6], b"", BINARY[6:])):
+        path.write_bytes(ids)
+    parts = [(path, np.array(lengths, dtype=np.int32)) for path, lengths in pieces]
+    write_indexed(str(tmp_path / "pair"), parts, vocab_size=300)
     assert (tmp_path / "pair.idx").read_bytes() == index_bytes()
     assert (tmp_path / "pair.bin").read_bytes() == BINARY
 
 
 def test_a_writer_that_fails_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="does not fit"):  # noqa: SIM117
-        with IndexedWriter(str(tmp_path / "pair"), vocab_size=300) as writer:
-            writer.add_document([1, 70000])
+    missing = [(tmp_path / "missing", np.array([3], dtype=np.int32))]
+    with pytest.raises(FileNotFoundError):
+        write_indexed(str(tmp_path / "pair"), missing, vocab_size=300)
     assert list(tmp_path.iterdir()) == []
 
 

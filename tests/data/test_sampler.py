@@ -16,7 +16,6 @@ from cp_megatron.data.rows.sampler import (
     count_rows,
     parse_split,
     permutation,
-    split_rows,
     split_sizes,
 )
 from cp_megatron.errors import ConfigError
@@ -127,35 +126,6 @@ def test_parts_are_whole_and_not_empty(
             assert part == 0
         elif size >= 6 * (seq_length + 1):
             assert count_rows(part, seq_length) >= 1
-
-
-def test_no_token_is_in_two_parts() -> None:
-    parts = split_rows(counting(3000), split="8,1,1", seq_length=16, seed=5)
-    assert parts.valid is not None
-    assert parts.test is not None
-    seen = [
-        {int(t) for i in range(rows.rows_per_epoch) for t in (*rows[i].inputs, *rows[i].labels)}
-        for rows in (parts.train, parts.valid, parts.test)
-    ]
-    assert len(seen[0] | seen[1] | seen[2]) == sum(len(part) for part in seen)
-    assert len(seen[0] | seen[1] | seen[2]) > 2900
-
-
-def test_parts_without_weight_or_tokens_are_left_out() -> None:
-    parts = split_rows(counting(3000), split="9,1", seq_length=16, seed=5)
-    assert parts.valid is not None
-    assert parts.test is None
-    tight = split_rows(counting(20), split="8,1,1", seq_length=12, seed=5)
-    assert tight.valid is None
-    assert tight.test is None
-
-
-def test_training_shorter_than_a_row_is_refused_with_what_fits() -> None:
-    with pytest.raises(ConfigError) as caught:
-        split_rows(counting(100), split="1", seq_length=100, seed=5)
-    assert caught.value.flag == "--seq-length"
-    assert caught.value.works.startswith("--seq-length up to 99")
-    assert split_rows(counting(100), split="1", seq_length=99, seed=5).train[0]
 
 
 @given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=40), seq_length=st.integers(1, 12))

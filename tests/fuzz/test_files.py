@@ -16,7 +16,6 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-import numpy as np
 import pytest
 from torch import Tensor
 
@@ -27,9 +26,10 @@ from cp_megatron.config import Config
 from cp_megatron.config.files.presets import PRESETS
 from cp_megatron.config.files.run_folders import CONFIG_FILE
 from cp_megatron.config.files.yaml_io import to_yaml
-from cp_megatron.data.read.indexed import HEADER, IndexedDataset, IndexedWriter
+from cp_megatron.data.read.indexed import HEADER, IndexedDataset
 from cp_megatron.preflight.save_and_load import check_goes_on, data_changes, find_load
 from tests.checkpoint import toy
+from tests.data.ranges import write_pair
 from tests.fuzz.mutations import (
     forged_header,
     harm_bytes,
@@ -47,10 +47,8 @@ from tests.fuzz.reading import REFUSED, Trap, outcome, same, spread
 def test_pairs(vocab_size: int, tmp_path: Path) -> None:
     """Without a checksum a changed id cannot be detected, but the fingerprint changes."""
     prefix, rng = str(tmp_path / "pair"), Random(vocab_size)
-    with IndexedWriter(prefix, vocab_size=vocab_size) as writer:
-        for length in (3, 0, 40, 1, 17):
-            writer.add_document(np.array([rng.randrange(300) for _ in range(length)]))
-        writer.finalize()
+    documents = ([rng.randrange(300) for _ in range(length)] for length in (3, 0, 40, 1, 17))
+    write_pair(prefix, documents, vocab_size)
     files = [Path(prefix + suffix) for suffix in (".idx", ".bin")]
     before = [file.read_bytes() for file in files]
     whole = IndexedDataset.open(prefix)

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cp_megatron.data.read.indexed import IndexedWriter
+from tests.data.ranges import write_pair
 from tests.launch.test_end_to_end import MODEL, SCRIPT, run
 from tests.train.checkpoints import metrics_of
 
@@ -16,10 +16,9 @@ from tests.train.checkpoints import metrics_of
 def test_a_packed_blend_is_the_same_on_one_rank_and_on_two(tmp_path: Path) -> None:
     for name in ("a", "b"):
         random = np.random.default_rng(ord(name))
-        with IndexedWriter(str(tmp_path / name), vocab_size=257) as writer:
-            for length in random.lognormal(3.2, 0.8, 60).astype(int) + 1:
-                writer.add_document([*random.integers(97, 123, length).tolist(), 256])
-            writer.finalize()
+        lengths = random.lognormal(3.2, 0.8, 60).astype(int) + 1
+        documents = ([*random.integers(97, 123, length).tolist(), 256] for length in lengths)
+        write_pair(tmp_path / name, documents)
     data = ["--data-path", "0.7", "a", "0.3", "b.idx", "--packing", "best-fit"]
     steps = ["--global-batch-size", "4", "--train-iters", "2", "--log-interval", "1"]
     flags = [*MODEL, *data, *steps, "--dtype", "float64", "--device", "cpu", "--no-plot", "--save"]

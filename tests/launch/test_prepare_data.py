@@ -107,14 +107,14 @@ import os, signal, sys
 signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a script's & leaves it
 sys.path.insert(0, {str(SCRIPT.parent)!r})
 import prepare_data
-from cp_megatron.data.prepare import prepare
-give, given = prepare._give, []
-def give_or_stop(*task):
+from multiprocessing.connection import Connection
+give, given = Connection.send, []
+def give_or_stop(connection, task):
     given.append(task)
     if len(given) == 2:
         os.kill(os.getpid(), signal.SIGINT)
-    give(*task)
-prepare._give = give_or_stop
+    give(connection, task)
+Connection.send = give_or_stop
 sys.exit(prepare_data.main(sys.argv[1:]))
 """
     stopped = subprocess.run(

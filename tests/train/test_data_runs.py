@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cp_megatron.data.read.indexed import IndexedWriter
 from cp_megatron.errors import ConfigError
+from tests.data.ranges import write_pair
 from tests.ranks import run_ranks
 from tests.train.checkpoints import differing, metrics_of, numbers
 from tests.train.test_loop import BASE, STEPS, STOP, train
@@ -22,11 +22,9 @@ def blend(tmp_path: Path) -> list[str]:
     """The flags of a packed blend of two datasets."""
     for name, seed in (("a", 0), ("b", 1)):
         random = np.random.default_rng(seed)
-        with IndexedWriter(str(tmp_path / name), vocab_size=257) as writer:
-            for length in random.lognormal(3.2, 0.8, 80).astype(int) + 1:
-                tokens = random.integers(97, 105 + 10 * seed, length).tolist()
-                writer.add_document([*tokens, 256])
-            writer.finalize()
+        lengths = random.lognormal(3.2, 0.8, 80).astype(int) + 1
+        documents = [random.integers(97, 105 + 10 * seed, length).tolist() for length in lengths]
+        write_pair(tmp_path / name, ([*tokens, 256] for tokens in documents))
     paths = ["--data-path", "0.7", str(tmp_path / "a"), "0.3", str(tmp_path / "b")]
     return [*BASE, "--seq-length", "64", "--dtype", "float64", *paths, "--packing", "best-fit"]
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
+from itertools import islice
 from typing import Generic, TypeVar
 
 Item = TypeVar("Item")
@@ -45,10 +46,5 @@ class Ahead(AbstractContextManager["Ahead[Item]"], Generic[Item]):
         return taken[0]
 
     def _begin(self) -> Future[tuple[Item, ...]]:
-        return self._thread.submit(self._take)
-
-    def _take(self) -> tuple[Item, ...]:
-        """The next item, or nothing at the end."""
-        for item in self._items:
-            return (item,)
-        return ()
+        """Takes the next item, or none at the end."""
+        return self._thread.submit(lambda: tuple(islice(self._items, 1)))

@@ -37,7 +37,7 @@ from cp_megatron.data.prepare.prepare_worker import (
 )
 from cp_megatron.data.prepare.request import Request
 from cp_megatron.data.read.documents import InputFile, InputSpan, cut_spans, find_inputs
-from cp_megatron.data.read.indexed import IndexedWriter
+from cp_megatron.data.read.indexed import write_indexed
 from cp_megatron.data.read.tables import FLAG
 from cp_megatron.data.tokenize.open_tokenizer import open_tokenizer
 from cp_megatron.errors import ConfigError
@@ -119,11 +119,10 @@ def _check_request(request: Request) -> None:
         raise ConfigError(FLAG, "", "needs the documents", f"{FLAG} FILE or FOLDER")
     if request.workers is not None and request.workers < 1:
         raise ConfigError("--workers", request.workers, "must be at least 1", "1 or more")
-    if len(set(request.json_keys)) != len(request.json_keys):
-        raise ConfigError(
-            "--json-keys", " ".join(request.json_keys), "has a key twice", "each once"
-        )
-    for key in request.json_keys:
+    keys = request.json_keys
+    if len(set(keys)) != len(keys):
+        raise ConfigError("--json-keys", " ".join(keys), "has a key twice", "each once")
+    for key in keys:
         if "/" in key:
             rule = "is part of a file's name and must not hold a /"
             raise ConfigError("--json-keys", key, rule, "another key")
@@ -212,20 +211,20 @@ def _check_same_task(folder: Path, earlier: Any, manifest: Mapping[str, Any]) ->
 def _run_spans(request: Request, spans: Sequence[InputSpan], watch: Watcher) -> None:
     """Starts the processes and has them tokenise every span that is not finished."""
     folder = request.partial
-    todo = [
-        (number, span)
-        for number, span in enumerate(spans)
-        if not receipt_path(folder, number).exists()
-    ]
+    todo = [task for task in enumerate(spans) if not receipt_path(folder, task[0]).exists()]
     total, left = sum(span.weight for span in spans), sum(span.weight for _, span in todo)
     kept = len(spans) - len(todo)
     watch(WorkAhead(weight=total, kept_weight=total - left, spans=len(spans), kept_spans=kept))
-    workers = min(request.workers or cores(), len(todo))
+    # Spawned, because a process that is forked from one with threads may hang.
+    context = multiprocessing.get_context("spawn")
     team: dict[Connection, SpawnProcess] = {}
     try:
-        for _ in range(workers):
-            connection, process = _begin(request)
-            team[connection] = process
+        for _ in range(min(request.workers or cores(), len(todo))):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=serve, args=(theirs, request), daemon=True)
+            process.start()
+            theirs.close()
+            team[ours] = process
         _deal(team, todo, watch)
     finally:
         for connection in team:
@@ -243,54 +242,31 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
-def _begin(request: Request) -> tuple[Connection, SpawnProcess]:
-    # Spawned, because a process that is forked from one with threads may hang.
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=serve, args=(theirs, request), daemon=True)
-    process.start()
-    theirs.close()
-    return ours, process
-
-
 def _deal(
     team: Mapping[Connection, SpawnProcess], todo: list[tuple[int, InputSpan]], watch: Watcher
 ) -> None:
-    """Gives each process a span as soon as it has none; takes the spans out of ``todo``."""
+    """Gives a span to each process that asks for one; takes the spans out of ``todo``."""
     todo.reverse()
-    busy: set[Connection] = set()
-    for connection, process in team.items():
-        _give(connection, process, todo.pop())
-        busy.add(connection)
+    busy = set(team)
     while busy:
         for ready in wait(list(busy)):
             assert isinstance(ready, Connection)
             try:
                 answer = ready.recv()
-            except (EOFError, ConnectionResetError):
-                raise _died(team[ready]) from None
+                if answer is None and todo:
+                    ready.send(todo.pop())
+                elif answer is None:
+                    busy.remove(ready)
+            except (EOFError, BrokenPipeError, ConnectionResetError):
+                team[ready].join(SECONDS_TO_END)
+                code = team[ready].exitcode
+                rule = f"a process ended with code {code}, perhaps because memory ran out"
+                works = "fewer --workers; finished work is kept, and the same command goes on"
+                raise ConfigError("--workers", "", rule, works) from None
             if isinstance(answer, Exception):
                 raise answer
-            if isinstance(answer, SpanProgress):
+            if answer is not None:
                 watch(answer)
-            elif todo:
-                _give(ready, team[ready], todo.pop())
-            else:
-                busy.remove(ready)
-
-
-def _give(connection: Connection, process: SpawnProcess, task: tuple[int, InputSpan]) -> None:
-    try:
-        connection.send(task)
-    except (BrokenPipeError, ConnectionResetError):
-        raise _died(process) from None
-
-
-def _died(process: SpawnProcess) -> ConfigError:
-    process.join(SECONDS_TO_END)
-    rule = f"a process ended with code {process.exitcode}, perhaps because memory ran out"
-    works = "fewer --workers; finished work is kept, and the same command goes on"
-    return ConfigError("--workers", "", rule, works)
 
 
 # ---- the result ----------------------------------------------------------------------------------
@@ -300,32 +276,24 @@ def _join(request: Request, spans: Sequence[InputSpan], vocab_size: int) -> Prep
     """Writes the spans one after the other."""
     folder = request.partial
     receipts = [json.loads(receipt_path(folder, n).read_bytes()) for n in range(len(spans))]
-    tokens = [
-        sum(each["tokens"][key] for each in receipts) for key in range(len(request.json_keys))
-    ]
-    for name, count in zip(request.json_keys, tokens):
-        if count == 0:
-            rule = f"no document has any text under the key {name!r}"
-            raise ConfigError(FLAG, " ".join(request.input), rule, "documents with text")
+    tokens, documents = (
+        tuple(sum(each[name][key] for each in receipts) for key in range(len(request.json_keys)))
+        for name in ("tokens", "documents")
+    )
+    if 0 in tokens:
+        rule = f"no document has any text under the key {request.json_keys[tokens.index(0)]!r}"
+        raise ConfigError(FLAG, " ".join(request.input), rule, "documents with text")
     try:
         for key, prefix in enumerate(request.outputs):
-            with IndexedWriter(prefix, vocab_size=vocab_size) as writer:
-                for number, receipt in enumerate(receipts):
-                    path = ids_path(folder, number, key)
-                    lengths = _checked_lengths(folder, number, key, receipt)
-                    writer.add_file(path, lengths)
-                writer.finalize()
+            parts = (
+                (ids_path(folder, number, key), _checked_lengths(folder, number, key, receipt))
+                for number, receipt in enumerate(receipts)
+            )
+            write_indexed(prefix, parts, vocab_size=vocab_size)
     except OSError as error:
         raise cannot_write(request.output_prefix, error) from None
-    counts = [
-        sum(each["documents"][key] for each in receipts) for key in range(len(request.json_keys))
-    ]
-    return Prepared(
-        outputs=request.outputs,
-        documents=tuple(counts),
-        tokens=tuple(tokens),
-        skipped=tuple(_skipped(spans, receipts)),
-    )
+    skipped = tuple(_skipped(spans, receipts))
+    return Prepared(outputs=request.outputs, documents=documents, tokens=tokens, skipped=skipped)
 
 
 def _checked_lengths(folder: Path, number: int, key: int, receipt: Mapping[str, Any]) -> Any:
@@ -342,9 +310,8 @@ def _checked_lengths(folder: Path, number: int, key: int, receipt: Mapping[str, 
     if good != tuple(receipt[name][key] for name in ("crc32", "documents", "tokens")):
         receipt_path(folder, number).unlink()
         rule = f"the finished span {number} in it was damaged and is now deleted"
-        raise ConfigError(
-            OUTPUT, str(folder), rule, "run the same command again, which makes it anew"
-        )
+        works = "run the same command again, which makes it anew"
+        raise ConfigError(OUTPUT, str(folder), rule, works)
     return lengths
 
 

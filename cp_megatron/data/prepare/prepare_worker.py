@@ -62,18 +62,19 @@ def cannot_write(path: object, error: OSError) -> ConfigError:
 
 
 def serve(connection: Connection, request: Request) -> None:
-    """Answers (number, span) with ``SpanProgress``, then None, until the pipe closes.
+    """Tokenises spans until the pipe closes.
 
-    An error is sent as an exception, after which the process ends.
+    None asks for the next (number, span); each part of it is reported by ``SpanProgress``. An error
+    is sent as an exception, after which the process ends.
     """
     # Ctrl-C reaches all processes of the terminal; the parent ends this one by closing the pipe.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         tokenizer = open_tokenizer(request.tokenizer_type, request.tokenizer_model)
         while True:
+            connection.send(None)
             number, span = connection.recv()
             tokenise_span(number, span, request, tokenizer, connection)
-            connection.send(None)
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return
     except ConfigError as error:

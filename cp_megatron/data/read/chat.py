@@ -75,8 +75,8 @@ def load_chats(
     """
     render = find_template(tokenizer)
     write = _plain(tokenizer) if render is None else _templated(tokenizer, render)
-    lines = read_lines(path, lambda value: write(_messages(value)), skip_bad=skip_bad)
-    kept = [item for item in lines.items if item[1][1:seq_length].any()]
+    lines, bad = read_lines(path, lambda value: write(_messages(value)), skip_bad=skip_bad)
+    kept = [item for _, item in lines if item[1][1:seq_length].any()]
     if not kept:
         rule = f"holds no conversation with an answer within {seq_length} tokens"
         raise ConfigError(FLAG, path, rule, "a longer --seq-length, or other data")
@@ -91,13 +91,13 @@ def load_chats(
         document_starts=np.cumsum(lengths) - lengths,
         name=path,
         fingerprint=digest.hexdigest(),
-        skipped=lines.bad,
+        skipped=bad,
         eod=tokenizer.eod,
         vocab_size=tokenizer.vocab_size,
         loss=loss,
     )
     num_cut = sum(len(tokens) > seq_length for tokens, _ in kept)
-    return Conversations(corpus=corpus, cut=num_cut, dropped=len(lines.items) - len(kept))
+    return Conversations(corpus=corpus, cut=num_cut, dropped=len(lines) - len(kept))
 
 
 def _messages(value: Any) -> list[dict[str, Any]]:
@@ -130,9 +130,8 @@ def _plain(tokenizer: Tokenizer) -> Callable[[Sequence[Message]], Conversation]:
     def write(messages: Sequence[Message]) -> Conversation:
         parts: list[tuple[Ids, bool]] = []
         for number, message in enumerate(messages):
-            heading = "\n\n" if number else ""
-            heading += f"{message['role'].capitalize()}: "
-            parts.append((tokenizer.encode(heading), False))
+            heading = f"{message['role'].capitalize()}: "
+            parts.append((tokenizer.encode("\n\n" * (number > 0) + heading), False))
             answer = message["role"] == "assistant"
             parts.append((tokenizer.encode(message["content"]), answer))
             if answer:

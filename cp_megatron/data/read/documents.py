@@ -20,10 +20,10 @@ import glob
 import gzip
 import json
 import os
-import stat
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import BinaryIO, Literal, cast
 
@@ -118,16 +118,14 @@ def find_inputs(inputs: Sequence[str]) -> list[InputFile]:
     """
     files: list[InputFile] = []
     for path in (path for given in inputs for path in _expanded(given)):
-        mode = os.stat(path).st_mode
-        if stat.S_ISDIR(mode):
-            inner = _in_folder(Path(path))
-            if not inner:
-                raise ConfigError(FLAG, path, "the folder holds nothing to read", _WORKS)
-            files += [_input(kind, file, explicit=False) for kind, file in inner]
-        elif stat.S_ISREG(mode):
+        if os.path.isfile(path):
             files.append(_input(_format_of(path), path, explicit=True))
-        else:
+        elif not os.path.isdir(path):
             raise ConfigError(FLAG, path, "must be a regular file or a folder", _WORKS)
+        elif inner := _in_folder(Path(path)):
+            files += [_input(kind, file, explicit=False) for kind, file in inner]
+        else:
+            raise ConfigError(FLAG, path, "the folder holds nothing to read", _WORKS)
     return files
 
 
@@ -146,10 +144,8 @@ def cut_spans(files: Sequence[InputFile], *, span_bytes: int) -> Iterator[InputS
             continue
         small.append(file)
         weight = sum(each.size for each in small)
-        same = following is not None and (following.format, following.explicit) == (
-            "text",
-            file.explicit,
-        )
+        shape = ("text", file.explicit)
+        same = following is not None and (following.format, following.explicit) == shape
         if not same or weight >= span_bytes:
             paths = tuple(each.path for each in small)
             yield InputSpan(format="text", paths=paths, weight=weight, explicit=file.explicit)
@@ -159,22 +155,15 @@ def cut_spans(files: Sequence[InputFile], *, span_bytes: int) -> Iterator[InputS
 def _cut(file: InputFile, span_bytes: int) -> Iterator[InputSpan]:
     ranges: list[tuple[int, int, int]] = [(0, 0, file.size)]
     if file.format == "lines":
-        starts = range(0, file.size, span_bytes)
-        ends = [min(start + span_bytes, file.size) for start in starts]
-        ranges = [(start, end, end - start) for start, end in zip(starts, ends)]
+        cuts = [*range(0, file.size, span_bytes), file.size]
+        ranges = [(start, end, end - start) for start, end in pairwise(cuts)]
     elif file.format == "parquet":
         ranges = [(number, number + 1, size) for number, size in row_groups(file.path)]
     elif file.format == "arrow":
         ranges = arrow_runs(file.path, span_bytes)
     for start, stop, weight in ranges:
-        yield InputSpan(
-            format=file.format,
-            paths=(file.path,),
-            start=start,
-            stop=stop,
-            weight=weight,
-            explicit=file.explicit,
-        )
+        paths = (file.path,)
+        yield InputSpan(format=file.format, paths=paths, start=start, stop=stop, weight=weight)
 
 
 def _input(kind: Format, path: str, *, explicit: bool) -> InputFile:
@@ -185,22 +174,14 @@ def _input(kind: Format, path: str, *, explicit: bool) -> InputFile:
 
 def _expanded(given: str) -> list[str]:
     """The paths that an input stands for."""
-    if _exists(given):
+    if os.path.exists(given):
         return [given]
     # glob also returns links that point nowhere.
-    paths = sorted(filter(_exists, glob.glob(given, recursive=True)))
+    paths = sorted(filter(os.path.exists, glob.glob(given, recursive=True)))
     if not paths:
         rule = "matches no file" if glob.has_magic(given) else "there is no such file or folder"
         raise ConfigError(FLAG, given, rule, _WORKS)
     return paths
-
-
-def _exists(path: str) -> bool:
-    try:
-        os.stat(path)
-    except (OSError, ValueError):
-        return False
-    return True
 
 
 def _format_of(path: str) -> Format:
@@ -321,7 +302,10 @@ def _read_lines(
                     column.append(text)
         except BadLineError as error:
             if not skip_bad_lines:
-                raise _bad_line(span, number, str(error)) from None
+                # The number in the whole file.
+                number += lines_before(span.paths[0], span.start)
+                works = "--skip-bad-lines, which lists what it skips"
+                raise ConfigError(FLAG, span.paths[0], f"line {number}: {error}", works) from None
             skipped.append((number, str(error)))
         if weight >= BATCH_BYTES:
             yield DocumentBatch(texts=columns, weight=weight, lines=lines, skipped=tuple(skipped))
@@ -345,13 +329,6 @@ def _lines_of(span: InputSpan) -> Iterator[bytes]:
         while place < span.stop and (line := stream.readline()):
             place += len(line)
             yield line
-
-
-def _bad_line(span: InputSpan, number: int, reason: str) -> ConfigError:
-    """The error for a bad line, with its number in the whole file."""
-    path = span.paths[0]
-    rule = f"line {number + lines_before(path, span.start)}: {reason}"
-    return ConfigError(FLAG, path, rule, "--skip-bad-lines, which lists what it skips")
 
 
 def lines_before(path: str, place: int) -> int:

@@ -22,10 +22,8 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-import stat
 import struct
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -43,8 +41,6 @@ CODES: Mapping[int, str] = MappingProxyType(
     {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 6: "<f8", 7: "<f4", 8: "<u2"}
 )
 """Code of a type in the header -> numpy's name of the type."""
-LARGEST_VOCAB_OF_UINT16 = 65500
-"""Megatron's writer uses int32 from this size on."""
 _WORKS = "a pair PREFIX.bin and PREFIX.idx, made by launch/prepare_data.py or by Megatron-LM"
 _CHUNK = 1 << 24
 _SAMPLES, _SAMPLE_BYTES = 64, 4096
@@ -82,11 +78,20 @@ class IndexedDataset:
         Raises:
             ConfigError: names the file and what is wrong with it.
         """
-        index, binary = (_regular_file(prefix, suffix, flag) for suffix in (".idx", ".bin"))
+        index, binary = prefix + ".idx", prefix + ".bin"
+        for path in (index, binary):
+            if not os.path.isfile(path):
+                rule = "must be a regular file" if os.path.exists(path) else "there is no such file"
+                raise ConfigError(flag, path, rule, _WORKS)
         try:
-            data, size = _mapped(index), os.path.getsize(binary)
+            size = os.path.getsize(binary)
+            mapped: Any = np.memmap(index, np.uint8, "r") if os.path.getsize(index) else b""
+            data = memoryview(mapped)
             dtype, lengths, document_index = _parse(data)
-            _check_size(lengths, dtype, size)
+            total = int(lengths.sum(dtype=np.int64))
+            if size != total * dtype.itemsize:
+                rule = f"has {size} bytes, but its .idx says {total} ids of {dtype.itemsize} bytes"
+                raise ConfigError(flag, binary, rule, _WORKS)
             return cls(
                 prefix=prefix,
                 lengths=lengths,
@@ -96,20 +101,15 @@ class IndexedDataset:
                 fingerprint=_fingerprint(data, binary, size),
             )
         except _MalformedError as error:
-            file = binary if error.of_binary else index
-            raise ConfigError(flag, file, str(error), _WORKS) from None
+            raise ConfigError(flag, index, str(error), _WORKS) from None
         except OSError as error:
             raise ConfigError(flag, prefix, f"cannot be read: {error.strerror}", _WORKS) from None
 
-    def check_vocabulary(self, vocab_size: int, *, flag: str = "--data-path") -> None:
+    def check_vocabulary(self, vocab_size: int) -> None:
         """Reads all ids, a chunk at a time.
 
-        Args:
-            vocab_size: ids must lie in [0, vocab_size).
-            flag: the flag that named the data.
-
         Raises:
-            ConfigError: names the first id that does not, and its place.
+            ConfigError: names the first id outside [0, vocab_size), and its place.
         """
         kind = np.iinfo(self.tokens.dtype)
         if kind.min >= 0 and kind.max < vocab_size:
@@ -121,30 +121,21 @@ class IndexedDataset:
             place = int(np.flatnonzero((chunk < 0) | (chunk >= vocab_size))[0])
             where = start + place
             sequence = int(np.searchsorted(self.starts, where, side="right")) - 1
-            rule = (
-                f"id {int(chunk[place])} at position {where} (sequence {sequence}) lies outside "
-                f"the vocabulary of {vocab_size}"
-            )
+            rule = f"id {chunk[place]} at position {where} (sequence {sequence}) lies outside "
+            rule += f"the vocabulary of {vocab_size}"
             works = "the tokenizer that the data was made with"
-            raise ConfigError(flag, f"{self.prefix}.bin", rule, works)
+            raise ConfigError("--data-path", f"{self.prefix}.bin", rule, works)
 
 
 class _MalformedError(Exception):
-    """Says what is wrong with a pair; ``of_binary``: with its .bin."""
-
-    def __init__(self, rule: str, *, of_binary: bool = False) -> None:
-        self.of_binary = of_binary
-        super().__init__(rule)
+    """Says what is wrong with an .idx."""
 
 
-def _parse(
-    data: memoryview,
-) -> tuple[np.dtype[Any], npt.NDArray[np.int32], npt.NDArray[np.int64]]:
+def _parse(data: memoryview) -> tuple[np.dtype[Any], npt.NDArray[np.int32], npt.NDArray[np.int64]]:
     """The type of the ids, the lengths and the document index of an .idx, checked."""
     if len(data) < HEADER.size:
-        raise _MalformedError(
-            f"is truncated: {len(data)} bytes, the header alone has {HEADER.size}"
-        )
+        rule = f"is truncated: {len(data)} bytes, the header alone has {HEADER.size}"
+        raise _MalformedError(rule)
     magic, version, code, sequences, entries = HEADER.unpack_from(data)
     if magic != MAGIC:
         raise _MalformedError("does not begin like an index of Megatron (MMIDIDX)")
@@ -157,21 +148,14 @@ def _parse(
         raise _MalformedError(f"says that its ids are {dtype.name}, but ids are integers")
     size = HEADER.size + 12 * sequences + 8 * entries
     if len(data) not in (size, size + sequences):
-        how = "truncated" if len(data) < size else "too long"
-        raise _MalformedError(
-            f"is {how}: {len(data)} bytes, but {sequences} sequences and {entries} entries of the "
-            f"document index need {size}"
-        )
+        rule = f"is {'truncated' if len(data) < size else 'too long'}: {len(data)} bytes, but "
+        rule += f"{sequences} sequences and {entries} entries of the document index need {size}"
+        raise _MalformedError(rule)
     # Copies, because the tables lie at odd addresses of the file.
-    after = HEADER.size
-    lengths = np.frombuffer(data, dtype="<i4", count=sequences, offset=after).copy()
-    after += 4 * sequences
-    pointers = np.frombuffer(data, dtype="<i8", count=sequences, offset=after).copy()
-    after += 8 * sequences
-    documents = np.frombuffer(data, dtype="<i8", count=entries, offset=after).copy()
+    lengths = np.frombuffer(data, "<i4", sequences, HEADER.size).copy()
+    pointers = np.frombuffer(data, "<i8", sequences, HEADER.size + 4 * sequences).copy()
+    documents = np.frombuffer(data, "<i8", entries, HEADER.size + 12 * sequences).copy()
     _check_tables(lengths, pointers, documents, dtype.itemsize)
-    for table in (lengths, documents):
-        table.setflags(write=False)
     return dtype, lengths, documents
 
 
@@ -181,57 +165,21 @@ def _check_tables(
     documents: npt.NDArray[np.int64],
     itemsize: int,
 ) -> None:
-    if lengths.size and int(lengths.min()) < 0:
-        place = int(np.flatnonzero(lengths < 0)[0])
-        raise _MalformedError(f"gives sequence {place} the length {int(lengths[place])}")
+    if (bad := np.flatnonzero(lengths < 0)).size:
+        raise _MalformedError(f"gives sequence {bad[0]} the length {lengths[bad[0]]}")
     expected = (np.cumsum(lengths, dtype=np.int64) - lengths) * itemsize
-    if not np.array_equal(expected, pointers):
-        place = int(np.flatnonzero(expected != pointers)[0])
-        raise _MalformedError(
-            f"says that sequence {place} begins at byte {int(pointers[place])}, but the lengths "
-            f"before it add up to {int(expected[place])}"
-        )
-    if documents.size == 0 or int(documents[0]) != 0:
+    if (bad := np.flatnonzero(expected != pointers)).size:
+        rule = f"says that sequence {bad[0]} begins at byte {pointers[bad[0]]}, but the lengths "
+        raise _MalformedError(f"{rule}before it add up to {expected[bad[0]]}")
+    if documents.size == 0 or documents[0] != 0:
         raise _MalformedError("has a document index that does not begin with 0")
-    if (documents[1:] < documents[:-1]).any():
-        place = int(np.flatnonzero(documents[1:] < documents[:-1])[0])
-        raise _MalformedError(f"has a document index that decreases at entry {place + 1}")
-    if int(documents[-1]) != len(lengths):
-        raise _MalformedError(
-            f"has a document index that ends with {int(documents[-1])}, but there are "
-            f"{len(lengths)} sequences"
-        )
-
-
-def _check_size(lengths: npt.NDArray[np.int32], dtype: np.dtype[Any], size: int) -> None:
-    """Compares the size of the .bin with the index."""
-    total = int(lengths.sum(dtype=np.int64))
-    if total == 0:
+    if (bad := np.flatnonzero(documents[1:] < documents[:-1])).size:
+        raise _MalformedError(f"has a document index that decreases at entry {bad[0] + 1}")
+    if documents[-1] != len(lengths):
+        rule = f"has a document index that ends with {documents[-1]}, but there are "
+        raise _MalformedError(f"{rule}{len(lengths)} sequences")
+    if not lengths.any():
         raise _MalformedError("holds no ids")
-    if size != total * dtype.itemsize:
-        raise _MalformedError(
-            f"has {size} bytes, but its .idx says {total} ids of {dtype.itemsize} bytes",
-            of_binary=True,
-        )
-
-
-def _mapped(path: str) -> memoryview:
-    """The bytes of a file, which may be empty."""
-    if os.path.getsize(path) == 0:
-        return memoryview(b"")
-    data: Any = np.memmap(path, dtype=np.uint8, mode="r")
-    return memoryview(data)
-
-
-def _regular_file(prefix: str, suffix: str, flag: str) -> str:
-    path = prefix + suffix
-    try:
-        mode = os.stat(path).st_mode
-    except (OSError, ValueError):
-        raise ConfigError(flag, path, "there is no such file", _WORKS) from None
-    if not stat.S_ISREG(mode):
-        raise ConfigError(flag, path, "must be a regular file", _WORKS)
-    return path
 
 
 def _fingerprint(index: memoryview, binary: str, size: int) -> str:
@@ -246,70 +194,50 @@ def _fingerprint(index: memoryview, binary: str, size: int) -> str:
 
 def optimal_dtype(vocab_size: int) -> np.dtype[Any]:
     """The type of Megatron's writer: uint16 for a vocabulary below 65,500, else int32."""
-    return np.dtype("<u2" if vocab_size < LARGEST_VOCAB_OF_UINT16 else "<i4")
+    return np.dtype("<u2" if vocab_size < 65_500 else "<i4")
 
 
-class IndexedWriter(AbstractContextManager["IndexedWriter"]):
+def write_indexed(
+    prefix: str, parts: Iterable[tuple[Path, npt.NDArray[np.int32]]], *, vocab_size: int
+) -> None:
     """Writes a pair, one sequence per document, as Megatron's ``IndexedDatasetBuilder`` does.
 
-    The names of the files end with ``.tmp`` until ``finalize``, which renames the .idx last: a pair
-    with an .idx is complete. A writer that is left without ``finalize`` removes its files.
+    The names of the files end with ``.tmp`` until both are complete. The .idx is renamed last: a
+    pair with an .idx is complete. After an error no file remains.
 
     Args:
         prefix: the path of the files without ``.bin`` and ``.idx``; its folder is made.
-        vocab_size: decides the type of the ids, see ``optimal_dtype``.
+        parts: (a file of ids in the type ``optimal_dtype(vocab_size)``, the number of ids of each
+            document in it).
+        vocab_size: decides the type of the ids.
     """
-
-    def __init__(self, prefix: str, *, vocab_size: int) -> None:
-        self.prefix = prefix
-        self.dtype = optimal_dtype(vocab_size)
-        self._lengths: list[npt.NDArray[np.int32]] = []
-        self._binary, self._index = Path(f"{prefix}.bin.tmp"), Path(f"{prefix}.idx.tmp")
-        self._binary.parent.mkdir(parents=True, exist_ok=True)
-        self._stream = self._binary.open("wb")
-
-    def __exit__(self, *raised: object) -> None:
-        self._stream.close()
-        self._binary.unlink(missing_ok=True)
-        self._index.unlink(missing_ok=True)
-
-    def add_document(self, tokens: npt.ArrayLike) -> None:
-        """Appends one document, integers [n].
-
-        Raises:
-            ValueError: an id does not fit into the type.
-        """
-        values = np.asarray(tokens)
-        kind = np.iinfo(self.dtype)
-        if values.size and not (kind.min <= int(values.min()) and int(values.max()) <= kind.max):
-            raise ValueError(f"an id does not fit into {self.dtype.name}")
-        self._stream.write(values.astype(self.dtype).tobytes())
-        self._lengths.append(np.array([values.size], dtype=np.int32))
-
-    def add_file(self, path: Path, lengths: npt.NDArray[np.int32]) -> None:
-        """Appends many documents: ``path`` holds their ids in this writer's type."""
-        with path.open("rb") as stream:
-            shutil.copyfileobj(stream, self._stream, _CHUNK)
-        self._lengths.append(lengths.astype(np.int32))
-
-    def finalize(self) -> None:
-        """Writes the index and gives both files their names."""
-        _sync(self._stream)
-        self._stream.close()
-        lengths = np.concatenate([np.zeros(0, dtype=np.int32), *self._lengths]).astype("<i4")
-        pointers = (np.cumsum(lengths, dtype="<i8") - lengths) * self.dtype.itemsize
-        code = next(code for code, name in CODES.items() if np.dtype(name) == self.dtype)
-        with self._index.open("wb") as stream:
+    dtype = optimal_dtype(vocab_size)
+    binary, index = Path(f"{prefix}.bin.tmp"), Path(f"{prefix}.idx.tmp")
+    binary.parent.mkdir(parents=True, exist_ok=True)
+    tables = [np.zeros(0, dtype=np.int32)]
+    try:
+        with binary.open("wb") as stream:
+            for path, part in parts:
+                tables.append(part)
+                with path.open("rb") as ids:
+                    shutil.copyfileobj(ids, stream, _CHUNK)
+            _sync(stream)
+        lengths = np.concatenate(tables).astype("<i4")
+        pointers = (np.cumsum(lengths, dtype="<i8") - lengths) * dtype.itemsize
+        code = next(code for code, name in CODES.items() if np.dtype(name) == dtype)
+        with index.open("wb") as stream:
             stream.write(HEADER.pack(MAGIC, VERSION, code, len(lengths), len(lengths) + 1))
             stream.write(lengths.tobytes())
             stream.write(pointers.astype("<i8").tobytes())
             stream.write(np.arange(len(lengths) + 1, dtype="<i8").tobytes())
             _sync(stream)
-        index = Path(f"{self.prefix}.idx")
         # Should the process end here, no older index lies beside the new ids.
+        Path(f"{prefix}.idx").unlink(missing_ok=True)
+        binary.replace(f"{prefix}.bin")
+        index.replace(f"{prefix}.idx")
+    finally:
+        binary.unlink(missing_ok=True)
         index.unlink(missing_ok=True)
-        self._binary.replace(f"{self.prefix}.bin")
-        self._index.replace(index)
 
 
 def _sync(stream: BinaryIO) -> None:

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 from cp_megatron.data.read.corpus import Corpus
 from cp_megatron.data.read.text_files import FLAG, MOST_TOKENISED, check_size, tokenised
@@ -27,22 +26,9 @@ class BadLineError(ValueError):
     """A line does not hold what it should; the text of the error is the reason."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class JsonLines(Generic[Item]):
-    """The contents of a file.
-
-    Attributes:
-        items: what was parsed, in the order of the lines.
-        numbers: the line that each item comes from, counted from 1.
-        bad: lines that were left out.
-    """
-
-    items: tuple[Item, ...]
-    numbers: tuple[int, ...]
-    bad: int
-
-
-def read_lines(path: str, parse: Callable[[Any], Item], *, skip_bad: bool) -> JsonLines[Item]:
+def read_lines(
+    path: str, parse: Callable[[Any], Item], *, skip_bad: bool
+) -> tuple[list[tuple[int, Item]], int]:
     """Reads a file line by line; blank lines are ignored.
 
     Args:
@@ -50,11 +36,14 @@ def read_lines(path: str, parse: Callable[[Any], Item], *, skip_bad: bool) -> Js
         parse: makes an item of the object of a line, or raises ``BadLineError``.
         skip_bad: leave bad lines out instead of refusing them.
 
+    Returns:
+        (the number of the line, counted from 1, and what was parsed) for each line, and the number
+        of bad lines that were left out.
+
     Raises:
         ConfigError: the file cannot be read, is larger than 128 MiB, or a line is bad.
     """
-    items: list[Item] = []
-    numbers: list[int] = []
+    items: list[tuple[int, Item]] = []
     bad = 0
     try:
         check_size(path, Path(path).stat().st_size, MOST_TOKENISED)
@@ -64,13 +53,12 @@ def read_lines(path: str, parse: Callable[[Any], Item], *, skip_bad: bool) -> Js
     for number, line in enumerate(lines, start=1):
         try:
             if (value := parse_object(line)) is not None:
-                items.append(parse(value))
-                numbers.append(number)
+                items.append((number, parse(value)))
         except BadLineError as error:
             bad += 1
             if not skip_bad:
                 raise ConfigError(FLAG, path, f"line {number}: {error}", _WORKS) from None
-    return JsonLines(items=tuple(items), numbers=tuple(numbers), bad=bad)
+    return items, bad
 
 
 def load_json_text(path: str, tokenizer: Tokenizer, *, skip_bad: bool) -> Corpus:
@@ -79,18 +67,14 @@ def load_json_text(path: str, tokenizer: Tokenizer, *, skip_bad: bool) -> Corpus
     Raises:
         ConfigError: as ``read_lines``, or there is no text.
     """
-    lines = read_lines(path, lambda value: text_under(value, "text").encode(), skip_bad=skip_bad)
-    kept = [(number, item) for number, item in zip(lines.numbers, lines.items) if item]
+    lines, bad = read_lines(
+        path, lambda value: text_under(value, "text").encode(), skip_bad=skip_bad
+    )
+    kept = [(f"{Path(path).name}:{number}", text) for number, text in lines if text]
     if not kept:
         raise ConfigError(FLAG, path, "holds no text", '{"text": "..."} on each line')
-    name = Path(path).name
-    return tokenised(
-        [item for _, item in kept],
-        tokenizer,
-        names=[f"{name}:{number}" for number, _ in kept],
-        name=path,
-        skipped=lines.bad,
-    )
+    names, texts = zip(*kept)
+    return tokenised(texts, tokenizer, names=names, name=path, skipped=bad)
 
 
 def parse_object(line: bytes) -> dict[str, Any] | None:

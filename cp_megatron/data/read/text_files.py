@@ -9,10 +9,8 @@ import codecs
 import difflib
 import hashlib
 import os
-import stat
 import sysconfig
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -31,21 +29,8 @@ MOST_BYTES = 4 << 30
 MOST_TOKENISED = 128 << 20
 """The most text that a run tokenises when it starts, which takes about half a minute."""
 # Installed packages, tests, and folders generated from tables.
-_STDLIB_SKIPPED = frozenset(
-    {
-        *("site-packages", "dist-packages", "__pycache__", "test", "tests"),
-        *("idlelib", "lib2to3", "encodings", "pydoc_data"),
-    }
-)
-
-
-@dataclass(frozen=True, kw_only=True)
-class _TextFile:
-    """A file to read. ``explicit``: the user named the file itself, so it may not be skipped."""
-
-    path: Path
-    name: str
-    explicit: bool
+_STDLIB_SKIPPED = frozenset(("site-packages", "dist-packages", "__pycache__", "test", "tests"))
+_STDLIB_SKIPPED |= {"idlelib", "lib2to3", "encodings", "pydoc_data"}
 
 
 def check_text_files(paths: Sequence[str], *, judged: bool = True) -> None:
@@ -58,9 +43,9 @@ def check_text_files(paths: Sequence[str], *, judged: bool = True) -> None:
     Raises:
         ConfigError: a path is missing, empty or not text, or a folder holds no text file.
     """
-    for path, files in _listing(paths):
-        if not any(_begins_as_text(file, judged) for file in files):
-            raise _no_text(path)
+    for given, explicit, files in _listing(paths):
+        if not any(_read(path, explicit, PROBE_BYTES, judged) for path, _ in files):
+            raise _no_text(given)
 
 
 def load_text_files(paths: Sequence[str], tokenizer: Tokenizer) -> Corpus:
@@ -80,19 +65,19 @@ def load_text_files(paths: Sequence[str], tokenizer: Tokenizer) -> Corpus:
     documents: list[bytes] = []
     names: list[str] = []
     skipped = size = 0
-    for path, files in _listing(paths):
+    for given, explicit, files in _listing(paths):
         before = len(documents)
-        for file in files:
-            data = _read_text(file)
+        for path, name in files:
+            data = _read(path, explicit)
             if data is None:
                 skipped += 1
             elif data:
                 documents.append(data)
-                names.append(file.name)
+                names.append(name)
                 size += len(data)
-                check_size(path, size, most)
+                check_size(given, size, most)
         if len(documents) == before:
-            raise _no_text(path)
+            raise _no_text(given)
     name = ", ".join(paths) if paths else "the sources of Python's standard library"
     return tokenised(documents, tokenizer, names=names, name=name, skipped=skipped)
 
@@ -176,72 +161,50 @@ def walk_files(root: str | Path, skipped_folders: frozenset[str] = frozenset()) 
                 yield path
 
 
-def _listing(paths: Sequence[str]) -> Iterator[tuple[str, Iterator[_TextFile]]]:
-    """The files of each path that the user gave; each path is walked when it is reached."""
+def _listing(paths: Sequence[str]) -> Iterator[tuple[str, bool, Iterator[tuple[Path, str]]]]:
+    """For each path that the user gave: (path, whether it is a file, (path, name) of its files).
+
+    Each path is walked when it is reached.
+    """
     if not paths:
-        root = Path(sysconfig.get_path("stdlib"))
-        sources = (path for path in walk_files(root, _STDLIB_SKIPPED) if _is_library_source(path))
-        yield "", _text_files(root, sources)
+        stdlib = sysconfig.get_path("stdlib")
+        sources = (path for path in walk_files(stdlib, _STDLIB_SKIPPED) if path.endswith(".py"))
+        # _sysconfigdata is generated and full of the paths of the machine that built Python.
+        kept = (path for path in sources if not Path(path).name.startswith("_sysconfigdata"))
+        yield "", False, _named(stdlib, kept)
     for given in paths:
         path = Path(given)
-        try:
-            mode = path.stat().st_mode
-        except (OSError, ValueError):
-            raise ConfigError(FLAG, given, "there is no such file or folder", _near(path)) from None
-        if stat.S_ISDIR(mode):
-            yield given, _text_files(path, walk_files(path))
-        elif stat.S_ISREG(mode):
-            yield given, iter([_TextFile(path=path, name=path.name, explicit=True)])
-        else:
+        if os.path.isdir(path):
+            yield given, False, _named(given, walk_files(path))
+        elif os.path.isfile(path):
+            yield given, True, iter([(path, path.name)])
+        elif os.path.exists(path):
             raise ConfigError(FLAG, given, "must be a regular file or a folder", WORKS)
+        else:
+            raise ConfigError(FLAG, given, "there is no such file or folder", _near(path))
 
 
-def _text_files(root: Path, paths: Iterable[str]) -> Iterator[_TextFile]:
-    for path in map(Path, paths):
-        yield _TextFile(path=path, name=path.relative_to(root).as_posix(), explicit=False)
+def _named(root: str, paths: Iterable[str]) -> Iterator[tuple[Path, str]]:
+    return ((path, path.relative_to(root).as_posix()) for path in map(Path, paths))
 
 
-def _is_library_source(path: str) -> bool:
-    # _sysconfigdata is generated and full of the paths of the machine that built Python.
-    return path.endswith(".py") and not os.path.basename(path).startswith("_sysconfigdata")
+def _read(path: Path, explicit: bool, limit: int = -1, judged: bool = True) -> bytes | None:
+    """The first ``limit`` bytes of a file, or None if it cannot be read or is not text.
 
-
-def _begins_as_text(file: _TextFile, judged: bool) -> bool:
-    """Whether the file has text at its beginning; refuses an explicit file that has not."""
+    An ``explicit`` file, one that the user named, is refused instead, even if it is only empty.
+    """
+    data: bytes | None = None
+    rule = "the file is not UTF-8 text"
     try:
-        with file.path.open("rb") as stream:
-            beginning = stream.read(PROBE_BYTES)
+        with path.open("rb") as stream:
+            data = stream.read(limit)
     except OSError as error:
-        return _refuse_explicit(file, _unreadable(error))
-    if not beginning:
-        return _refuse_explicit(file, "the file is empty")
-    good = not judged or _is_text(beginning, whole=len(beginning) < PROBE_BYTES)
-    return good or _refuse_explicit(file, "the file is not UTF-8 text")
-
-
-def _read_text(file: _TextFile) -> bytes | None:
-    """The bytes of the file, or None if it is not text."""
-    try:
-        data = file.path.read_bytes()
-    except OSError as error:
-        _refuse_explicit(file, _unreadable(error))
-        return None
-    if not data:
-        _refuse_explicit(file, "the file is empty")
-    elif not _is_text(data, whole=True):
-        _refuse_explicit(file, "the file is not UTF-8 text")
-        return None
+        rule = f"the file cannot be read: {error.strerror}"
+    if data and judged and not _is_text(data, whole=len(data) != limit):
+        data = None
+    if not data and explicit:
+        raise ConfigError(FLAG, str(path), "the file is empty" if data == b"" else rule, WORKS)
     return data
-
-
-def _refuse_explicit(file: _TextFile, rule: str) -> bool:
-    if file.explicit:
-        raise ConfigError(FLAG, str(file.path), rule, WORKS)
-    return False
-
-
-def _unreadable(error: OSError) -> str:
-    return f"the file cannot be read: {error.strerror}"
 
 
 def _is_text(data: bytes, whole: bool) -> bool:

@@ -72,13 +72,9 @@ def pack(document_starts: Ints, num_tokens: int, *, seq_length: int, seed: int) 
     rows = np.empty(len(order), dtype=np.int64)
     rows[order] = _best_fit(lengths[order], seq_length)
     grouped = np.argsort(rows, kind="stable")
-    counts = np.bincount(rows)
-    return Packing(
-        starts=starts[grouped],
-        lengths=lengths[grouped],
-        bounds=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
-        seq_length=seq_length,
-    )
+    starts, lengths = starts[grouped], lengths[grouped]
+    bounds = np.concatenate([[0], np.cumsum(np.bincount(rows))]).astype(np.int64)
+    return Packing(starts=starts, lengths=lengths, bounds=bounds, seq_length=seq_length)
 
 
 def _pieces(document_starts: Ints, num_tokens: int, seq_length: int) -> tuple[Ints, Ints]:
@@ -109,7 +105,8 @@ def _best_fit(lengths: Ints, seq_length: int) -> Ints:
             each = space // length
             needed = -(-(end - place) // each)
             if space in open_rows:
-                chosen = _joined(open_rows.pop(space))
+                groups = open_rows.pop(space)
+                chosen = groups[0] if len(groups) == 1 else np.concatenate(groups)
             else:
                 chosen = np.arange(num_rows, num_rows + needed)
                 num_rows += needed
@@ -125,10 +122,6 @@ def _best_fit(lengths: Ints, seq_length: int) -> Ints:
                     open_rows.setdefault(its_space, []).append(group)
             place = taken
     return rows
-
-
-def _joined(groups: list[Ints]) -> Ints:
-    return groups[0] if len(groups) == 1 else np.concatenate(groups)
 
 
 class PackedRows:
@@ -147,9 +140,8 @@ class PackedRows:
     def __init__(
         self, tokens: CorpusRange, *, seq_length: int, seed: int, shuffle: bool = True
     ) -> None:
-        self.packing = pack(
-            tokens.document_starts, len(tokens.tokens), seq_length=seq_length, seed=seed
-        )
+        starts, end = tokens.document_starts, len(tokens.tokens)
+        self.packing = pack(starts, end, seq_length=seq_length, seed=seed)
         self.seq_length = seq_length
         self.rows_per_epoch = self.packing.num_rows
         self.eod = tokens.eod
@@ -175,9 +167,7 @@ class PackedRows:
             place += length
         if place < self.seq_length:
             lengths.append(self.seq_length - place)
+        none = np.empty(0, dtype=np.int64)
         return TokenRow(
-            inputs=inputs,
-            labels=labels,
-            document_lengths=tuple(lengths),
-            crossing=np.empty(0, dtype=np.int64),
+            inputs=inputs, labels=labels, document_lengths=tuple(lengths), crossing=none
         )

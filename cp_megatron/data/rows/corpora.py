@@ -22,11 +22,10 @@ from cp_megatron.data.rows.blend import BlendedRows
 from cp_megatron.data.rows.dataset_paths import PARTS, DatasetSpec, parse_datasets, path_lists
 from cp_megatron.data.rows.sampler import (
     SPLIT_WORKS,
+    ConcatenatedRows,
     RowSource,
     RowSplits,
-    held_out,
     parse_split,
-    split_rows,
     split_sizes,
 )
 from cp_megatron.data.tokenize.open_tokenizer import open_tokenizer
@@ -99,13 +98,13 @@ def open_data(data: DataConfig, *, seed: int) -> Data:
             opened = [_open(spec, data, tokenizer, notes) for spec in specs]
             parts |= _parts(flag, opened, specs, data, seed)
         corpora += opened
-    train = parts["train"]
-    assert train is not None, "a training part without a row is refused"
+    assert parts["train"] is not None, "a training part without a row is refused"
+    rows = RowSplits(train=parts["train"], valid=parts["valid"], test=parts["test"])
     return Data(
-        rows=RowSplits(train=train, valid=parts["valid"], test=parts["test"]),
+        rows=rows,
         fingerprint=_fingerprint(data, lists, corpora, tokenizer),
         name=", ".join(corpus.name for corpus in corpora),
-        notes=(*notes, *_packing_notes(train), *_validation_notes(data, parts["valid"])),
+        notes=(*notes, *_row_notes(data, rows)),
     )
 
 
@@ -122,16 +121,12 @@ def open_single(data: DataConfig) -> Corpus:
 
 
 def _parts(
-    flag: str,
-    corpora: Sequence[Corpus],
-    specs: Sequence[DatasetSpec],
-    data: DataConfig,
-    seed: int,
+    flag: str, corpora: Sequence[Corpus], specs: Sequence[DatasetSpec], data: DataConfig, seed: int
 ) -> dict[str, RowSource | None]:
     """The rows of each part that the datasets of one flag are for."""
     own = flag.removeprefix("--").partition("-")[0]
     if own in PARTS[1:]:
-        rows = _blend([_in_order(corpus, data) for corpus in corpora], specs)
+        rows = _blend([_rows(corpus, data) for corpus in corpora], specs)
         if rows is None:
             names = ", ".join(corpus.name for corpus in corpora)
             rule = f"has not a single row of {data.seq_length} tokens"
@@ -188,30 +183,31 @@ def _indexed(spec: DatasetSpec, tokenizer: Tokenizer) -> Corpus:
 
 
 def _split(corpus: Corpus, data: DataConfig, *, seed: int, whole: bool) -> RowSplits:
-    """The rows of a dataset's parts. ``whole``: all of it is for training."""
-    split = "1" if whole else data.split
-    if data.packing == "concatenate":
-        return split_rows(corpus, split=split, seq_length=data.seq_length, seed=seed)
-    sizes = split_sizes(len(corpus.tokens), weights=parse_split(split), seq_length=data.seq_length)
-    starts = np.append(corpus.document_starts, len(corpus.tokens))
-    cuts = [0, *starts[np.searchsorted(starts, np.cumsum(sizes))].tolist()]
-    train, valid, test = (corpus.range(*cut) for cut in pairwise(cuts))
-    if not len(train.tokens):
+    """The rows of a dataset's parts; no token is in two. ``whole``: all of it is for training."""
+    size, weights = len(corpus.tokens), parse_split("1" if whole else data.split)
+    sizes = split_sizes(size, weights=weights, seq_length=data.seq_length)
+    cuts = np.cumsum([0, *sizes])
+    if data.packing == "best-fit":
+        starts = np.append(corpus.document_starts, size)
+        cuts = starts[np.searchsorted(starts, cuts)]
+    elif sizes[0] <= data.seq_length:
+        rule = f"a row needs {data.seq_length + 1} tokens, the training part of the data has "
+        works = f"--seq-length up to {sizes[0] - 1}, or more data" if sizes[0] > 1 else "more data"
+        raise ConfigError("--seq-length", data.seq_length, f"{rule}{sizes[0]}", works)
+    train, valid, test = (corpus.range(*cut) for cut in pairwise(cuts.tolist()))
+    rows = _rows(train, data, seed)
+    if rows is None:
         raise ConfigError("--split", data.split, "leaves nothing to train on", SPLIT_WORKS)
-    return RowSplits(
-        train=PackedRows(train, seq_length=data.seq_length, seed=seed),
-        valid=_in_order(valid, data),
-        test=_in_order(test, data),
-    )
+    return RowSplits(train=rows, valid=_rows(valid, data), test=_rows(test, data))
 
 
-def _in_order(tokens: CorpusRange, data: DataConfig) -> RowSource | None:
-    """All rows of data that is held out; None if there is not a single one."""
-    if data.packing == "concatenate":
-        return held_out(tokens, data.seq_length)
-    if not len(tokens.tokens):
+def _rows(tokens: CorpusRange, data: DataConfig, seed: int | None = None) -> RowSource | None:
+    """The rows of a range, in order if there is no seed; None if there is not a single row."""
+    concatenate = data.packing == "concatenate"
+    if len(tokens.tokens) <= (data.seq_length if concatenate else 0):
         return None
-    return PackedRows(tokens, seq_length=data.seq_length, seed=0, shuffle=False)
+    kind = ConcatenatedRows if concatenate else PackedRows
+    return kind(tokens, seq_length=data.seq_length, seed=seed or 0, shuffle=seed is not None)
 
 
 def _blend(rows: Sequence[RowSource | None], specs: Sequence[DatasetSpec]) -> RowSource | None:
@@ -223,24 +219,20 @@ def _blend(rows: Sequence[RowSource | None], specs: Sequence[DatasetSpec]) -> Ro
     return BlendedRows([source for source, _ in there], given or None)
 
 
-def _packing_notes(train: RowSource) -> tuple[str, ...]:
-    sources = train.sources if isinstance(train, BlendedRows) else (train,)
-    packings = [source.packing for source in sources if isinstance(source, PackedRows)]
-    if not packings:
-        return ()
-    num_rows = sum(packing.num_rows for packing in packings)
-    waste = sum(packing.num_rows * packing.waste for packing in packings) / num_rows
-    return (f"{num_rows:,} packed rows of whole documents, {waste:.2%} padding",)
+def _row_notes(data: DataConfig, rows: RowSplits) -> Iterator[str]:
+    """What the user should know about packing and validation.
 
-
-def _validation_notes(data: DataConfig, valid: RowSource | None) -> tuple[str, ...]:
-    """Says that validation is empty although ``--split`` asks for it.
-
-    The part is shorter than a row, or the data is one document, which ``best-fit`` does not split.
+    Validation may be empty although ``--split`` asks for it: the part is shorter than a row, or the
+    data is one document, which ``best-fit`` does not split.
     """
-    if data.train_data_path or valid is not None or not parse_split(data.split)[1]:
-        return ()
-    return (f"--split {data.split} leaves validation not a single row: nothing is validated",)
+    sources = rows.train.sources if isinstance(rows.train, BlendedRows) else (rows.train,)
+    packings = [source.packing for source in sources if isinstance(source, PackedRows)]
+    if packings:
+        num_rows = sum(packing.num_rows for packing in packings)
+        waste = sum(packing.num_rows * packing.waste for packing in packings) / num_rows
+        yield f"{num_rows:,} packed rows of whole documents, {waste:.2%} padding"
+    if not data.train_data_path and rows.valid is None and parse_split(data.split)[1]:
+        yield f"--split {data.split} leaves validation not a single row: nothing is validated"
 
 
 def _fingerprint(

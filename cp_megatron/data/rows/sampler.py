@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Protocol
 
 import numpy as np
@@ -20,8 +19,6 @@ from cp_megatron.errors import ConfigError
 
 IGNORED = -100
 """The label of a token that has no loss."""
-
-_SPLIT_RULE = "must be up to three weights, not negative, the first above zero"
 SPLIT_WORKS = "969,30,1"
 
 
@@ -53,14 +50,9 @@ class RowSource(Protocol):
         eod: the token that pads.
     """
 
-    @property
-    def seq_length(self) -> int: ...
-
-    @property
-    def rows_per_epoch(self) -> int: ...
-
-    @property
-    def eod(self) -> int: ...
+    seq_length: int
+    rows_per_epoch: int
+    eod: int
 
     def __getitem__(self, number: int) -> TokenRow:
         """Row ``number`` of the run.
@@ -165,12 +157,11 @@ def parse_split(split: str) -> tuple[float, float, float]:
     try:
         weights = [float(part) for part in split.split(",")]
     except ValueError:
-        raise ConfigError("--split", split, _SPLIT_RULE, SPLIT_WORKS) from None
-    if not 1 <= len(weights) <= 3 or not all(math.isfinite(w) and w >= 0 for w in weights):
-        raise ConfigError("--split", split, _SPLIT_RULE, SPLIT_WORKS)
+        weights = []
+    if not (1 <= len(weights) <= 3 and all(0 <= w < math.inf for w in weights) and weights[0]):
+        rule = "must be up to three weights, not negative, the first above zero"
+        raise ConfigError("--split", split, rule, SPLIT_WORKS)
     train, valid, test = weights + [0.0] * (3 - len(weights))
-    if train == 0:
-        raise ConfigError("--split", split, _SPLIT_RULE, SPLIT_WORKS)
     return train, valid, test
 
 
@@ -193,37 +184,3 @@ def split_sizes(
         left -= size
         sizes.append(size)
     return num_tokens - sum(sizes), sizes[0], sizes[1]
-
-
-def split_rows(corpus: CorpusRange, *, split: str, seq_length: int, seed: int) -> RowSplits:
-    """Cuts a corpus into rows to train, validate and test on; no token is in two parts.
-
-    Args:
-        corpus: the documents.
-        split: weights as in ``--split``.
-        seq_length: tokens per row.
-        seed: the seed of the order of the training rows; the other parts are read in order.
-
-    Raises:
-        ConfigError: the weights are malformed, or the training part is shorter than one row.
-    """
-    weights = parse_split(split)
-    sizes = split_sizes(len(corpus.tokens), weights=weights, seq_length=seq_length)
-    if sizes[0] <= seq_length:
-        rule = f"a row needs {seq_length + 1} tokens, the training part of the data has {sizes[0]}"
-        works = f"--seq-length up to {sizes[0] - 1}, or more data" if sizes[0] > 1 else "more data"
-        raise ConfigError("--seq-length", seq_length, rule, works)
-    cuts = [0, *np.cumsum(sizes).tolist()]
-    train, valid, test = (corpus.range(*cut) for cut in pairwise(cuts))
-    return RowSplits(
-        train=ConcatenatedRows(train, seq_length=seq_length, seed=seed),
-        valid=held_out(valid, seq_length),
-        test=held_out(test, seq_length),
-    )
-
-
-def held_out(tokens: CorpusRange, seq_length: int) -> ConcatenatedRows | None:
-    """The rows of a range in order; None if the range is shorter than a row."""
-    if count_rows(len(tokens.tokens), seq_length) == 0:
-        return None
-    return ConcatenatedRows(tokens, seq_length=seq_length, seed=0, shuffle=False)

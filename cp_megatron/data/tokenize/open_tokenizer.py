@@ -12,7 +12,6 @@ Each library is imported by one module beside this one, and only when its type i
 from __future__ import annotations
 
 import os
-import stat
 from pathlib import Path
 
 from cp_megatron.data.tokenize.tokenizer import (
@@ -45,29 +44,19 @@ def open_tokenizer(kind: str, path: str | None) -> Tokenizer:
             raise ConfigError(MODEL_FLAG, path, "the byte tokenizer has no file", works)
         return ByteTokenizer()
     if kind not in FILES:
-        raise ConfigError(
-            TYPE_FLAG, kind, "must be one of its choices", f"byte, {', '.join(FILES)}"
-        )
+        works = f"byte, {', '.join(FILES)}"
+        raise ConfigError(TYPE_FLAG, kind, "must be one of its choices", works)
     if path is None:
         rule = f"needs the tokenizer's file in {MODEL_FLAG}"
         raise ConfigError(TYPE_FLAG, kind, rule, f"{MODEL_FLAG} FILE, {FILES[kind]}")
-    file = _regular_file(path, kind)
+    file = Path(path)
+    if kind == "huggingface" and os.path.isdir(path):
+        file = file / "tokenizer.json"
+    if not os.path.isfile(file):
+        rule = "must be a regular file" if os.path.exists(file) else "there is no such file"
+        raise ConfigError(MODEL_FLAG, str(file), rule, FILES[kind])
     if kind == "huggingface":
         return HuggingFaceTokenizer.read(file)
     if kind == "sentencepiece":
         return SentencePieceTokenizer.read(file)
     return TiktokenTokenizer.read(file)
-
-
-def _regular_file(path: str, kind: str) -> Path:
-    """The tokenizer's file; a folder stands for the tokenizer.json in it."""
-    file = Path(path)
-    try:
-        if kind == "huggingface" and file.is_dir():
-            file = file / "tokenizer.json"
-        mode = os.stat(file).st_mode
-    except (OSError, ValueError):
-        raise ConfigError(MODEL_FLAG, str(file), "there is no such file", FILES[kind]) from None
-    if not stat.S_ISREG(mode):
-        raise ConfigError(MODEL_FLAG, str(file), "must be a regular file", FILES[kind])
-    return file
