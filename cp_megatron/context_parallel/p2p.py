@@ -35,9 +35,7 @@ def ring_forward(
         plan: this rank's part of the schedule.
         call: the kernel and its options.
         memory: provides the buffers of messages. Results do not lie in it.
-        q: [B, S, H, D].
-        k: [B, S, G, D].
-        v: [B, S, G, E].
+        q, k, v: [B, S, H, D], [B, S, G, D] and [B, S, G, E].
 
     Returns:
         out [B, S, H, E] and lse [B, H, S], float32 (float64 for float64).
@@ -120,7 +118,6 @@ class _Keys:
         return [(packed, message.peer)]
 
     def take(self, buffer: Buffer | None, dtype: torch.dtype | None = None) -> Tensor | None:
-        """Takes a buffer for a message."""
         return self.shard.take(self._memory, buffer, dtype) if buffer else None
 
     def arrived(self, packed: Tensor | None) -> None:

@@ -164,10 +164,10 @@ def _buffer_bytes(
     )
     buffers = BufferSizes()
     for schedule in planned:
-        buffers.add_forward(schedule, cp_rank, attention)
+        buffers.add(schedule, cp_rank, attention, backward=False)
     in_forward = buffers.num_bytes
     for schedule in planned:
-        buffers.add_backward(schedule, cp_rank, attention)
+        buffers.add(schedule, cp_rank, attention, backward=True)
     return in_forward, buffers.num_bytes
 
 

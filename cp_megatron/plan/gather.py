@@ -56,15 +56,14 @@ def plan_gather(readers: Readers, rank: int) -> Gather:
     # Offset of a run: its owner's block, plus the runs of that owner that precede it.
     place = packed[:-1] - packed[readers.first[readers.owner]] + readers.owner * width
     mine = _picked(readers, rank)
-    spans = zip(place[mine].tolist(), (place + given)[mine].tolist())
     first, last = int(readers.first[rank]), int(readers.first[rank + 1])
     mine_given = first + np.flatnonzero(wanted[first:last])
     begin = readers.offset[mine_given]
     end = begin + readers.length[mine_given]
     return Gather(
         width=width,
-        given=tuple(merge_spans(list(zip(begin.tolist(), end.tolist())))),
-        picked=tuple(merge_spans(list(spans))),
+        given=tuple(merge_spans(zip(begin.tolist(), end.tolist()))),
+        picked=tuple(merge_spans(zip(place[mine].tolist(), (place + given)[mine].tolist()))),
     )
 
 
@@ -77,7 +76,7 @@ def plan_gather_rounds(
     mine = _picked(readers, rank)
     if not mine.size:
         return (own,)
-    runs = merge_spans(list(zip(readers.start[mine].tolist(), readers.stop[mine].tolist())))
+    runs = merge_spans(zip(readers.start[mine].tolist(), readers.stop[mine].tolist()))
     tiles = remote_tiles(mask, reading(mask, shard), pack(runs))
     return own, Round(owner=-1, keys=tuple(runs), tiles=tuple(tiles))
 

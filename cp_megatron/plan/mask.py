@@ -81,7 +81,6 @@ class Mask:
 
     @staticmethod
     def _bounds(window: Window | None, causal: bool) -> Window:
-        """Both bounds as integers, -1 if unlimited."""
         try:
             left, right = (-1, -1) if window is None else map(operator.index, window)
         except (TypeError, ValueError):

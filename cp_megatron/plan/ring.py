@@ -152,7 +152,6 @@ class _RankPlanner:
         return _message(peer, owner, [(0, num_positions(arrival))] if arrival else [])
 
     def gradient_messages(self, t: int) -> dict[str, Message | None]:
-        """The messages that carry gradients of keys after round ``t``."""
         if t == 0:
             return {}
         me, size = self.rank, self.size

@@ -173,10 +173,7 @@ class Schedule:
         if self.exchange == "all_gather":
             return (size - 1) * gathered_width(self.readers)
         in_group = (self.all_to_all_size - 1) * self.layout.shard_len
-        return in_group + self._tokens_of_rounds(rank)
-
-    def _tokens_of_rounds(self, rank: int) -> int:
-        return int(self.readers.received[self.route][rank // self.all_to_all_size])
+        return in_group + int(self.readers.received[self.route][rank // self.all_to_all_size])
 
     def bytes_received(
         self, rank: int, head_dim: int, element_size: int, v_head_dim: int | None = None
@@ -196,8 +193,8 @@ class Schedule:
         k0, k1 = exchange.kv_heads[exchange.index]
         keys = (k1 - k0) * (head_dim + v_dim)
         in_group = (len(exchange.peers) - 1) * self.layout.shard_len
-        elements = in_group * ((q1 - q0) * (head_dim + v_dim) + keys)
-        return (elements + self._tokens_of_rounds(rank) * keys) * element_size
+        elements = in_group * (q1 - q0) * (head_dim + v_dim)
+        return (elements + self.kv_tokens_received(rank) * keys) * element_size
 
     def plot(self, path: str) -> None:
         """Draws an SVG file that shows which rank computes which tile in which round."""

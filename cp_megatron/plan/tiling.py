@@ -156,7 +156,7 @@ def own_tiles(mask: Mask, shard: list[LocalRun]) -> list[Tile]:
     return tiles
 
 
-def merge_spans(spans: list[Span]) -> list[Span]:
+def merge_spans(spans: Iterable[Span]) -> list[Span]:
     """Joins adjacent spans; ``spans`` ascend."""
     merged: list[Span] = []
     for start, stop in spans:
