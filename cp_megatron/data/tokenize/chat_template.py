@@ -68,14 +68,10 @@ def _in_folder(tokenizer: Tokenizer) -> tuple[str | None, dict[str, str]]:
         rule = f"its chat template cannot be read: {error}"
         raise ConfigError(MODEL_FLAG, str(folder), rule, "a valid tokenizer_config.json") from None
     if isinstance(template, list):  # several named templates
-        named = {entry.get("name"): entry.get("template") for entry in template}
-        template = named.get("default")
-    names = {}
-    for name in _SPECIAL:
-        token = config.get(name)
-        token = token.get("content") if isinstance(token, dict) else token
-        if isinstance(token, str):
-            names[name] = token
+        template = {entry.get("name"): entry.get("template") for entry in template}.get("default")
+    tokens = {name: config.get(name) for name in _SPECIAL}
+    texts = {n: t.get("content") if isinstance(t, dict) else t for n, t in tokens.items()}
+    names = {name: text for name, text in texts.items() if isinstance(text, str)}
     return template if isinstance(template, str) else None, names
 
 
@@ -105,7 +101,9 @@ def _compiled(
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
     )
-    environment.filters["tojson"] = _tojson
+    environment.filters["tojson"] = lambda value, indent=None: json.dumps(
+        value, ensure_ascii=False, indent=indent
+    )
     environment.globals["raise_exception"] = _raise
     if today is not None:
         environment.globals["strftime_now"] = today.strftime
@@ -121,16 +119,12 @@ def _compiled(
             return compiled.render(**values, add_generation_prompt=answer_follows)
         except Exception as error:  # a template is a program and may fail in any way
             if today is None and "strftime_now" in str(error):
-                raise _wants_date(where) from None
+                rule = "its chat template writes today's date (strftime_now), so the data would "
+                works = "a copy of the folder with a fixed date in its template"
+                raise ConfigError(MODEL_FLAG, where, f"{rule}change daily", works) from None
             raise TemplateRefusalError(str(error)) from None
 
     return render
-
-
-def _wants_date(where: str) -> ConfigError:
-    rule = "its chat template writes today's date (strftime_now), so the data would change daily"
-    works = "a copy of the folder with a fixed date in its template"
-    return ConfigError(MODEL_FLAG, where, rule, works)
 
 
 class TemplateRefusalError(ValueError):
@@ -139,7 +133,3 @@ class TemplateRefusalError(ValueError):
 
 def _raise(message: str) -> NoReturn:
     raise TemplateRefusalError(message)
-
-
-def _tojson(value: Any, indent: int | None = None) -> str:
-    return json.dumps(value, ensure_ascii=False, indent=indent)
