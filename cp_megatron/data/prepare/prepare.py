@@ -36,7 +36,7 @@ from cp_megatron.data.prepare.prepare_worker import (
     write_json,
 )
 from cp_megatron.data.prepare.request import Request
-from cp_megatron.data.read.documents import InputFile, InputSpan, cut_spans, find_inputs
+from cp_megatron.data.read.documents import InputSpan, cut_spans, find_inputs
 from cp_megatron.data.read.indexed import write_indexed
 from cp_megatron.data.read.tables import FLAG
 from cp_megatron.data.tokenize.open_tokenizer import open_tokenizer
@@ -92,7 +92,10 @@ def prepare(request: Request, watch: Watcher = lambda event: None) -> Prepared:
     if not _receipts(request.partial):
         _check_outputs(request)
     files = find_inputs(request.input)
-    _check_keys(request.json_keys, files)
+    for file in files:
+        if file.format == "text" and request.json_keys != ("text",):
+            rule = f"{file.path} is a text file and has no keys"
+            raise ConfigError("--json-keys", " ".join(request.json_keys), rule, "text")
     total = sum(file.size for file in files)
     span_bytes = min(LARGEST_SPAN, max(SMALLEST_SPAN, total // SPANS))
     with _folder(request.partial):
@@ -128,21 +131,12 @@ def _check_request(request: Request) -> None:
             raise ConfigError("--json-keys", key, rule, "another key")
 
 
-def _check_keys(keys: Sequence[str], files: Sequence[InputFile]) -> None:
-    for file in files:
-        if file.format == "text" and keys != ("text",):
-            rule = f"{file.path} is a text file and has no keys"
-            raise ConfigError("--json-keys", " ".join(keys), rule, "text")
-
-
 def _check_outputs(request: Request) -> None:
     """Refuses to overwrite a pair. A run that goes on may have made some of its pairs before."""
-    for prefix in request.outputs:
-        for suffix in (".idx", ".bin"):
-            if os.path.exists(prefix + suffix):
-                rule = f"{prefix + suffix} exists already"
-                works = "another prefix, or delete the file"
-                raise ConfigError(OUTPUT, request.output_prefix, rule, works)
+    for path in (prefix + suffix for prefix in request.outputs for suffix in (".idx", ".bin")):
+        if os.path.exists(path):
+            works = "another prefix, or delete the file"
+            raise ConfigError(OUTPUT, request.output_prefix, f"{path} exists already", works)
 
 
 @contextmanager

@@ -52,8 +52,12 @@ def run(request: Request, console: Console | None = None) -> Prepared:
         prepared = prepare(request, view)
     for prefix, documents, tokens in zip(prepared.outputs, prepared.documents, prepared.tokens):
         _print(out, f"{prefix}.bin .idx: {documents:,} documents, {tokens:,} tokens")
-    if prepared.skipped:
-        _report_skipped(prepared.skipped, f"{request.output_prefix}_skipped.txt", out)
+    if lines := prepared.skipped:
+        path = Path(f"{request.output_prefix}_skipped.txt")
+        path.write_text("".join(f"{line}\n" for line in lines), "utf-8", "backslashreplace")
+        for line in lines[:_SHOWN]:
+            _print(out, f"skipped {line}")
+        _print(out, f"skipped {len(lines):,} in all, listed in {path}")
     return prepared
 
 
@@ -62,13 +66,6 @@ def interrupted(argv: Sequence[str]) -> str:
     folder = parse(argv).partial
     done = len(list(folder.glob("[0-9]*.json")))
     return f"{PROGRAM}: stopped; {done} finished spans are in {folder}, the same command goes on"
-
-
-def _report_skipped(skipped: Sequence[str], path: str, out: Console) -> None:
-    Path(path).write_text("".join(f"{line}\n" for line in skipped), "utf-8", "backslashreplace")
-    for line in skipped[:_SHOWN]:
-        _print(out, f"skipped {line}")
-    _print(out, f"skipped {len(skipped):,} in all, listed in {path}")
 
 
 def _print(out: Console, text: str) -> None:

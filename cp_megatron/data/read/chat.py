@@ -149,13 +149,9 @@ def _templated(tokenizer: Tokenizer, render: Render) -> Callable[[Sequence[Messa
         try:
             whole = render(messages, False)
             check_surrogates(whole, "a message")
-            spans = _answers(messages, whole, render)
+            spans = _answers(messages, whole, tokenizer, render)
         except TemplateRefusalError as error:
             raise BadLineError(f"the chat template refuses it: {error}") from None
-        except _NotNestedError as error:
-            rule = f"its chat template writes {error}, so it is unknown where answers lie"
-            works = "a template that only appends"
-            raise ConfigError(MODEL_FLAG, tokenizer.path, rule, works) from None
         tokens = tokenizer.encode(whole)
         loss = np.zeros(len(tokens), dtype=bool)
         for start, end in spans:
@@ -166,22 +162,20 @@ def _templated(tokenizer: Tokenizer, render: Render) -> Callable[[Sequence[Messa
     return write
 
 
-class _NotNestedError(ValueError):
-    """The text of a conversation's beginning is not the beginning of the conversation's text."""
-
-
-def _answers(messages: Sequence[Message], whole: str, render: Render) -> list[tuple[int, int]]:
+def _answers(
+    messages: Sequence[Message], whole: str, tokenizer: Tokenizer, render: Render
+) -> list[tuple[int, int]]:
     """The ranges of characters in ``whole`` that are answers."""
     spans = []
-    for number, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
+    for number in (n for n, message in enumerate(messages) if message["role"] == "assistant"):
         before = render(messages[:number], True)
         after = render(messages[: number + 1], False)
-        if not after.startswith(before):
-            raise _NotNestedError("an answer otherwise than after its generation prompt")
-        if not whole.startswith(after):
-            raise _NotNestedError("a message differently once others follow it")
+        if not (after.startswith(before) and whole.startswith(after)):
+            how = "a message differently once others follow it"
+            if not after.startswith(before):
+                how = "an answer otherwise than after its generation prompt"
+            rule = f"its chat template writes {how}, so it is unknown where answers lie"
+            raise ConfigError(MODEL_FLAG, tokenizer.path, rule, "a template that only appends")
         spans.append((len(before), len(after.rstrip())))
     return spans
 

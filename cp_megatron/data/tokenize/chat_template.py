@@ -50,7 +50,8 @@ def find_template(tokenizer: Tokenizer, *, today: datetime | None = None) -> Ren
         if any(len(tokenizer.encode(token)) != 1 for token in ("<|im_start|>", "<|im_end|>")):
             return None
         template = CHATML
-    return _compiled(template, names, tokenizer, today)
+    where = tokenizer.path or f"{TYPE_FLAG} {tokenizer.kind}"
+    return _compiled(template, names, where, today)
 
 
 def _in_folder(tokenizer: Tokenizer) -> tuple[str | None, dict[str, str]]:
@@ -75,10 +76,7 @@ def _in_folder(tokenizer: Tokenizer) -> tuple[str | None, dict[str, str]]:
     return template if isinstance(template, str) else None, names
 
 
-def _compiled(
-    template: str, names: Mapping[str, str], tokenizer: Tokenizer, today: datetime | None
-) -> Render:
-    where = tokenizer.path or f"{TYPE_FLAG} {tokenizer.kind}"
+def _compiled(template: str, names: dict[str, str], where: str, today: datetime | None) -> Render:
     try:
         import jinja2
         from jinja2 import nodes
@@ -95,8 +93,7 @@ def _compiled(
 
         def parse(self, parser: Any) -> list[nodes.Node]:
             next(parser.stream)
-            body: list[nodes.Node] = parser.parse_statements(("name:endgeneration",), True)
-            return body
+            return list(parser.parse_statements(("name:endgeneration",), True))
 
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
