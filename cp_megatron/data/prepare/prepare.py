@@ -24,13 +24,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from cp_megatron.data.prepare.prepare_worker import (
     OUTPUT,
     SpanProgress,
     cannot_write,
     ids_path,
-    lengths_path,
     receipt_path,
     serve,
     write_json,
@@ -279,10 +279,7 @@ def _join(request: Request, spans: Sequence[InputSpan], vocab_size: int) -> Prep
         raise ConfigError(FLAG, " ".join(request.input), rule, "documents with text")
     try:
         for key, prefix in enumerate(request.outputs):
-            parts = (
-                (ids_path(folder, number, key), _checked_lengths(folder, number, key, receipt))
-                for number, receipt in enumerate(receipts)
-            )
+            parts = (_checked(folder, number, key, each) for number, each in enumerate(receipts))
             write_indexed(prefix, parts, vocab_size=vocab_size)
     except OSError as error:
         raise cannot_write(request.output_prefix, error) from None
@@ -290,14 +287,16 @@ def _join(request: Request, spans: Sequence[InputSpan], vocab_size: int) -> Prep
     return Prepared(outputs=request.outputs, documents=documents, tokens=tokens, skipped=skipped)
 
 
-def _checked_lengths(folder: Path, number: int, key: int, receipt: Mapping[str, Any]) -> Any:
-    """The lengths of the documents of a span, whose files are compared with the receipt.
+def _checked(
+    folder: Path, number: int, key: int, receipt: Mapping[str, Any]
+) -> tuple[Path, npt.NDArray[np.int32]]:
+    """The ids of a span and the lengths of its documents, compared with the receipt.
 
     After a loss of power, files may have their names and not their contents.
     """
-    lengths = np.fromfile(lengths_path(folder, number, key), dtype="<i4")
-    check = 0
-    with ids_path(folder, number, key).open("rb") as stream:
+    path, check = ids_path(folder, number, key), 0
+    lengths = np.fromfile(path.with_suffix(".len"), dtype="<i4")
+    with path.open("rb") as stream:
         while data := stream.read(SMALLEST_SPAN):
             check = zlib.crc32(data, check)
     good = (check, len(lengths), int(lengths.sum(dtype=np.int64)))
@@ -306,7 +305,7 @@ def _checked_lengths(folder: Path, number: int, key: int, receipt: Mapping[str, 
         rule = f"the finished span {number} in it was damaged and is now deleted"
         works = "run the same command again, which makes it anew"
         raise ConfigError(OUTPUT, str(folder), rule, works)
-    return lengths
+    return path, lengths
 
 
 def _skipped(spans: Sequence[InputSpan], receipts: Sequence[Mapping[str, Any]]) -> Iterator[str]:

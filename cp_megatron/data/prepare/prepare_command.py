@@ -79,16 +79,11 @@ class _View:
         self._interval = interval
         self._begin = time.monotonic()
         self._weight = self._tokens = self._documents = self._reported = 0
+        begin = (TextColumn("{task.percentage:>3.0f}%"), BarColumn(bar_width=None))
+        end = (TextColumn("{task.description}"), TextColumn("eta"), TimeRemainingColumn())
+        hidden = not console.is_terminal
         self.bar = Progress(
-            TextColumn("{task.percentage:>3.0f}%"),
-            BarColumn(bar_width=None),
-            TextColumn("{task.description}"),
-            TextColumn("eta"),
-            TimeRemainingColumn(),
-            console=console,
-            expand=True,
-            transient=True,
-            disable=not console.is_terminal,
+            *begin, *end, console=console, expand=True, transient=True, disable=hidden
         )
         self._task = self.bar.add_task("", total=None)
 

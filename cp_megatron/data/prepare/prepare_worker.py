@@ -49,11 +49,6 @@ def ids_path(folder: Path, number: int, key: int) -> Path:
     return folder / f"{number:06d}-{key}.bin"
 
 
-def lengths_path(folder: Path, number: int, key: int) -> Path:
-    """The number of ids of each document of a span under a key."""
-    return folder / f"{number:06d}-{key}.len"
-
-
 def cannot_write(path: object, error: OSError) -> ConfigError:
     """The error for a folder or a disk that cannot be written."""
     rule = f"cannot be written: {error.strerror}"
@@ -114,7 +109,7 @@ def tokenise_span(
             stream.close()
     for key, path in enumerate(outputs):
         Path(f"{path}{suffix}").replace(path)
-        lengths_path(folder, number, key).write_bytes(np.array(lengths[key], dtype="<i4").tobytes())
+        path.with_suffix(".len").write_bytes(np.array(lengths[key], dtype="<i4").tobytes())
     receipt = {
         "documents": [len(each) for each in lengths],
         "tokens": [sum(each) for each in lengths],

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
@@ -43,24 +42,9 @@ Conversation = tuple[Ids, npt.NDArray[np.bool_]]
 """The tokens, int32 [n], and whether each belongs to an answer, bool [n]."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Conversations:
-    """The conversations of a file.
-
-    Attributes:
-        corpus: one document for each.
-        cut: conversations that were longer than a row and lost their end.
-        dropped: conversations without an answer that begins within a row.
-    """
-
-    corpus: Corpus
-    cut: int
-    dropped: int
-
-
 def load_chats(
     path: str, tokenizer: Tokenizer, *, seq_length: int, skip_bad: bool
-) -> Conversations:
+) -> tuple[Corpus, int, int]:
     """Reads a file of conversations.
 
     Args:
@@ -69,6 +53,10 @@ def load_chats(
         seq_length: longer conversations are cut to this length, because the model would read the
             rest without its context.
         skip_bad: leave malformed lines out and count them.
+
+    Returns:
+        a document for each conversation, the number of conversations that were longer than a row
+        and lost their end, and of those left out without an answer that begins within a row.
 
     Raises:
         ConfigError: a line is malformed, no conversation is left, or the template cannot be used.
@@ -97,7 +85,7 @@ def load_chats(
         loss=loss,
     )
     num_cut = sum(len(tokens) > seq_length for tokens, _ in kept)
-    return Conversations(corpus=corpus, cut=num_cut, dropped=len(lines) - len(kept))
+    return corpus, num_cut, len(lines) - len(kept)
 
 
 def _messages(value: Any) -> list[dict[str, Any]]:
@@ -134,8 +122,7 @@ def _plain(tokenizer: Tokenizer) -> Callable[[Sequence[Message]], Conversation]:
             parts.append((tokenizer.encode("\n\n" * (number > 0) + heading), False))
             answer = message["role"] == "assistant"
             parts.append((tokenizer.encode(message["content"]), answer))
-            if answer:
-                parts.append((end, True))
+            parts += [(end, True)] * answer
         loss = [np.full(len(ids), answer) for ids, answer in parts]
         return np.concatenate([ids for ids, _ in parts]), np.concatenate(loss)
 

@@ -160,9 +160,8 @@ def _cut(file: InputFile, span_bytes: int) -> Iterator[InputSpan]:
         ranges = [(number, number + 1, size) for number, size in row_groups(file.path)]
     elif file.format == "arrow":
         ranges = arrow_runs(file.path, span_bytes)
-    for start, stop, weight in ranges:
-        paths = (file.path,)
-        yield InputSpan(format=file.format, paths=paths, start=start, stop=stop, weight=weight)
+    for start, stop, size in ranges:
+        yield InputSpan(format=file.format, paths=(file.path,), start=start, stop=stop, weight=size)
 
 
 def _input(kind: Format, path: str, *, explicit: bool) -> InputFile:

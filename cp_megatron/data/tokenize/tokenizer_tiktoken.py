@@ -1,14 +1,8 @@
 """tiktoken files (lines of a token in base64 and its rank), read by the package ``tiktoken``.
 
 Such a file holds neither the pattern that cuts a text into words nor the special tokens. Both
-follow from the number of ranks, as the models that these files belong to define them:
-
-    ranks      pattern           special tokens, from the id               end of document
-    151,643    Qwen (1 digit)    <|endoftext|> <|im_start|> .., 151643     <|endoftext|>   151643
-    128,000    cl100k            <|begin_of_text|> .., 128000              <|end_of_text|> 128001
-    199,998    o200k             <|endoftext|>, 199999                     <|endoftext|>   199999
-    100,256    cl100k            <|endoftext|>, 100257                     <|endoftext|>   100257
-    other      cl100k            <|endoftext|>, the largest rank + 1       <|endoftext|>
+follow from the number of ranks, as the models that these files belong to define them. Files with
+another number of ranks use cl100k and have <|endoftext|> after the largest rank.
 """
 
 from __future__ import annotations
@@ -54,17 +48,14 @@ _LLAMA3_SPECIAL = (
 )
 
 
-_Rules = tuple[str, int, tuple[str, ...], str]
-"""The pattern, the id of the first special token, the special tokens, the end of a document."""
-_KNOWN: Mapping[int, _Rules] = MappingProxyType(
-    {
+_KNOWN: Mapping[int, tuple[str, int, tuple[str, ...], str]] = MappingProxyType(
+    {  # ranks: pattern, special tokens from an id on, the one that ends a document
         151_643: (_QWEN, 151_643, _QWEN_SPECIAL, _END),
         128_000: (_CL100K, 128_000, _LLAMA3_SPECIAL, "<|end_of_text|>"),
         199_998: (_O200K, 199_999, (_END,), _END),
         100_256: (_CL100K, 100_257, (_END,), _END),
     }
 )
-"""Number of ranks -> rules."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +66,7 @@ class TiktokenTokenizer(LibraryTokenizer):
 
     @classmethod
     def read(cls, path: Path) -> TiktokenTokenizer:
-        """Reads a file; the table above gives what the file does not say.
+        """Reads a file; ``_KNOWN`` gives what the file does not say.
 
         Raises:
             ConfigError: the package is missing, or the file is malformed.
