@@ -11,7 +11,7 @@ A checkpoint that is saved on one grid loads on any other.
     manifest.py           describes a checkpoint and checks it; does not import torch
     step_folders.py       the folders step-N of a run; does not import torch
     find_checkpoint.py    chooses the checkpoint to load; does not import torch
-    huggingface.py, hf_*  Hugging Face folders
+    hf_*, gguf*, convert  Hugging Face folders and GGUF files
 
 Importing this package does not import torch.
 """

@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Collection
 from pathlib import Path
 
-from cp_megatron.checkpoint.gguf_convert import WeightType, check_output, convert_gguf
+from cp_megatron.checkpoint.gguf_convert import WeightType, convert_gguf
+from cp_megatron.checkpoint.hf_folder import check_output
 from cp_megatron.cli.programs import CONVERT, ConversionOptions, refuse_unread
 from cp_megatron.config import Config
 from cp_megatron.errors import ConfigError

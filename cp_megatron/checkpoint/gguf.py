@@ -28,19 +28,14 @@ FLAG = "--from-gguf"
 _WORKS = "a complete GGUF file, version 2 or 3"
 _STRING, _ARRAY = 8, 9
 # uint8 int8 uint16 int16 uint32 int32 float32 bool, uint64 int64 float64; 8 and 9 are above.
-_SCALARS: Mapping[int, str] = {
-    **dict(enumerate("BbHhIif?")),
-    **dict(enumerate("Qqd", start=10)),
-}
+_SCALARS: Mapping[int, str] = {**dict(enumerate("BbHhIif?")), **dict(enumerate("Qqd", start=10))}
 
 
 @dataclass(frozen=True, kw_only=True)
 class GGUFFile:
     """A file whose header is sound and whose tensors lie inside it.
 
-    Attributes:
-        metadata: the key-value pairs; arrays are lists.
-        shapes: name of a tensor -> its shape, outermost dim first; a matrix is [out, in].
+    Arrays in ``metadata`` are lists. Shapes have the outermost dim first; a matrix is [out, in].
     """
 
     path: Path
@@ -81,13 +76,11 @@ class _HeaderReader:
     """Reads from front to back, and refuses to read past the end."""
 
     def __init__(self, data: memoryview) -> None:
-        self.data = data
-        self.place = 0
+        self.data, self.place = data, 4
 
     def read(self, gguf: Any) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
         if bytes(self.data[:4]) != b"GGUF":
             raise _MalformedError("is not a GGUF file: it does not begin with GGUF")
-        self.place = 4
         version, num_tensors, num_pairs = self.take("IQQ")
         if version not in (2, 3):
             raise _MalformedError(f"is GGUF version {version} or big-endian")

@@ -20,17 +20,17 @@ folder). transformers undoes it. Other architectures keep their order.
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from cp_megatron.checkpoint.gguf import FLAG, GGUFFile
+from cp_megatron.checkpoint.hf_folder import SINGLE_FILE, check_output, new_folder
 from cp_megatron.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -38,11 +38,7 @@ if TYPE_CHECKING:
 
 WeightType = Literal["float32", "bfloat16"]
 
-_ARCHITECTURES: Mapping[str, str] = {
-    "llama": "LlamaForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-}
+_ARCHITECTURES = ("llama", "qwen2", "qwen3")
 _TENSORS = re.compile(
     r"(token_embd|output_norm|output)\.weight"
     r"|blk\.\d+\.(attn_(norm|q|k|v|output|q_norm|k_norm)|ffn_(norm|gate|up|down))\.(weight|bias)"
@@ -50,11 +46,7 @@ _TENSORS = re.compile(
 
 # What transformers ignores, and what no model of these architectures has here.
 _UNSUPPORTED = ("expert_count", "attention.sliding_window", "rope.scaling.attn_factor")
-_TOKEN_IDS: Mapping[str, str] = {
-    "bos_token_id": "tokenizer.ggml.bos_token_id",
-    "eos_token_id": "tokenizer.ggml.eos_token_id",
-    "pad_token_id": "tokenizer.ggml.padding_token_id",
-}
+_SPECIAL_TOKENS: Mapping[str, str] = {"bos": "bos", "eos": "eos", "pad": "padding"}
 
 _QWEN2_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -63,19 +55,19 @@ _QWEN2_PATTERN = (
 _LLAMA3_PATTERN = _QWEN2_PATTERN.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
 
 
-def _byte_level(*, use_regex: bool) -> dict[str, Any]:
-    options = {"add_prefix_space": False, "trim_offsets": True, "use_regex": use_regex}
-    return {"type": "ByteLevel", **options}
+_BYTE_LEVEL: Mapping[str, Any] = MappingProxyType(
+    {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+)
 
 
 def _split(pattern: str) -> tuple[dict[str, Any], ...]:
     split = {"pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
-    return {"type": "Split", **split}, _byte_level(use_regex=False)
+    return {"type": "Split", **split}, {**_BYTE_LEVEL, "use_regex": False}
 
 
 # How a text is cut before the merges: the rules of llama.cpp's source by the name that a file gives
 # (tokenizer.ggml.pre), in the words of tokenizer.json.
-_GPT2 = (_byte_level(use_regex=True),)
+_GPT2 = ({**_BYTE_LEVEL, "use_regex": True},)
 _PRE_TOKENIZERS: Mapping[str, tuple[dict[str, Any], ...]] = {
     "default": _GPT2,
     "gpt-2": _GPT2,
@@ -86,15 +78,12 @@ _PRE_TOKENIZERS: Mapping[str, tuple[dict[str, Any], ...]] = {
 
 
 def convert_gguf(source: Path | str, output: Path | str, *, dtype: WeightType = "float32") -> Path:
-    """Writes the folder ``output``, which gets its name when it is complete.
+    """Writes the folder ``output``, which gets its name when it is complete, and returns it.
 
     Args:
         source: a GGUF file of the architecture llama, qwen2 or qwen3, any quantisation.
         output: a folder that does not exist.
         dtype: of the weights.
-
-    Returns:
-        ``output``.
 
     Raises:
         ConfigError: a package is missing, the file is damaged or holds a model that cannot be
@@ -103,53 +92,27 @@ def convert_gguf(source: Path | str, output: Path | str, *, dtype: WeightType = 
     output = Path(output)
     check_output(output)
     file = GGUFFile.open(source)
-    from safetensors import SafetensorError
     from safetensors.torch import save_file  # imports torch
 
-    with _library_errors(file):
+    try:
         config = _config(file, dtype)
         texts = _tokenizer_files(file, config)
         tensors = _weights(file, config, dtype)
-    ids = {name: config[name] for name in _TOKEN_IDS if name in config}
-    texts |= {"config.json": config, "generation_config.json": {"_from_model_config": True, **ids}}
-    temporary = output.with_name(f"{output.name}.tmp-{os.getpid()}")
-    try:
-        temporary.mkdir(parents=True)
-        for name, value in texts.items():
-            text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-            (temporary / name).write_text(text, encoding="utf-8")
-        save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
-        # safetensors lets only the owner read its file.
-        shutil.copymode(temporary / "config.json", temporary / "model.safetensors")
-        temporary.rename(output)
-    except (OSError, SafetensorError) as error:
-        rule = f"cannot be written: {getattr(error, 'strerror', None) or error}"
-        raise ConfigError("--output", output, rule, "another folder") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return output
-
-
-def check_output(output: Path) -> None:
-    """Refuses a path that exists.
-
-    Raises:
-        ConfigError: it does.
-    """
-    if os.path.lexists(output):
-        raise ConfigError("--output", output, "exists, and nothing is overwritten", "a new folder")
-
-
-@contextmanager
-def _library_errors(file: GGUFFile) -> Iterator[None]:
-    """transformers does not check what it reads, so a damaged file may raise any error."""
-    try:
-        yield
     except ConfigError:
         raise
-    except Exception as error:
+    except Exception as error:  # transformers does not check what it reads
         rule = f"transformers cannot read it: {type(error).__name__}: {error}".splitlines()[0]
         raise ConfigError(FLAG, file.path, rule, "pip install --upgrade transformers") from error
+    generation = {"_from_model_config": True, **_token_ids(file)}
+    texts |= {"config.json": config, "generation_config.json": generation}
+    with new_folder(output) as folder:
+        for name, value in texts.items():
+            text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+            (folder / name).write_text(text, encoding="utf-8")
+        save_file(tensors, folder / SINGLE_FILE, metadata={"format": "pt"})
+        # safetensors lets only the owner read its file.
+        shutil.copymode(folder / "config.json", folder / SINGLE_FILE)
+    return output
 
 
 def _weights(file: GGUFFile, config: Mapping[str, Any], dtype: WeightType) -> dict[str, Tensor]:
@@ -194,7 +157,7 @@ def _config(file: GGUFFile, dtype: WeightType) -> dict[str, Any]:
     _refuse_unsupported(file, model, head_dim)
     theta, scaling = _float(model.get("rope.freq_base", 10000.0)), _rope_scaling(model)
     return {
-        "architectures": [_ARCHITECTURES[architecture]],
+        "architectures": [f"{architecture.capitalize()}ForCausalLM"],
         "model_type": architecture,
         "hidden_size": hidden,
         "intermediate_size": model["feed_forward_length"],
@@ -218,6 +181,11 @@ def _config(file: GGUFFile, dtype: WeightType) -> dict[str, Any]:
         **({"mlp_bias": False} if architecture == "llama" else {"use_sliding_window": False}),
         **_token_ids(file),
     }
+
+
+def _token_ids(file: GGUFFile) -> dict[str, int]:
+    keys = {ours: f"tokenizer.ggml.{name}_token_id" for ours, name in _SPECIAL_TOKENS.items()}
+    return {f"{x}_token_id": file.metadata[key] for x, key in keys.items() if key in file.metadata}
 
 
 def _refuse_unsupported(file: GGUFFile, model: Mapping[str, Any], head_dim: int) -> None:
@@ -252,12 +220,6 @@ def _rope_scaling(model: Mapping[str, Any]) -> dict[str, Any] | None:
     if model.get("rope.scaling.type", "linear" if factor else "none") == "none":
         return None
     return {"rope_type": "linear", "factor": _float(factor or 1.0)}
-
-
-def _token_ids(file: GGUFFile) -> dict[str, int]:
-    """``bos_token_id`` and so on, those that the file names."""
-    ids = {ours: file.metadata.get(theirs) for ours, theirs in _TOKEN_IDS.items()}
-    return {name: number for name, number in ids.items() if number is not None}
 
 
 def _tokenizer_files(file: GGUFFile, config: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,21 +9,24 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from cp_megatron.checkpoint.find_checkpoint import named_step
-from cp_megatron.checkpoint.hf_folder import DTYPES, INDEX_FILE, SINGLE_FILE
-from cp_megatron.checkpoint.hf_tokenizer import byte_tokenizer_files
+from cp_megatron.checkpoint.find_checkpoint import named_step, saved_config
+from cp_megatron.checkpoint.hf_folder import (
+    DTYPES,
+    INDEX_FILE,
+    SINGLE_FILE,
+    check_output,
+    new_folder,
+)
 from cp_megatron.checkpoint.manifest import (
     ELEMENT_BYTES,
     FLAG,
@@ -32,31 +35,26 @@ from cp_megatron.checkpoint.manifest import (
     read_manifest,
     verify_files,
 )
-from cp_megatron.checkpoint.saved_config import saved_config
-from cp_megatron.checkpoint.shard_writer import discard, sync
+from cp_megatron.checkpoint.shard_writer import file_header, sync
 from cp_megatron.config import Config
 from cp_megatron.data.tokenize.open_tokenizer import open_tokenizer
+from cp_megatron.data.tokenize.tokenizer import ByteTokenizer
 from cp_megatron.errors import ConfigError
 from cp_megatron.families.family import HFTensor
 from cp_megatron.families.registry import to_hf_config
 
-_OUTPUT = "--output"
+_END_TOKEN = "<|endoftext|>"
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja"),
 )
-_CODES: Mapping[str, str] = MappingProxyType({name: code for code, name in DTYPES.items()})
 
 
 def export_hf(
-    checkpoint: Path,
-    output: Path,
-    *,
-    dtype: str = "float32",
-    max_shard_bytes: int = 5 * 2**30,
+    checkpoint: Path, output: Path, *, dtype: str = "float32", max_shard_bytes: int = 5 * 2**30
 ) -> Path:
-    """Writes a checkpoint as a Hugging Face folder.
+    """Writes a checkpoint as a Hugging Face folder, and returns ``output``.
 
     Args:
         checkpoint: a ``step-N``, or the folder of a run, whose newest checkpoint is taken.
@@ -64,46 +62,31 @@ def export_hf(
         dtype: type of the weights: float64, float32, bfloat16 or float16.
         max_shard_bytes: largest size of the tensors in a file, unless it holds only one.
 
-    Returns:
-        ``output``.
-
     Raises:
-        ConfigError: the checkpoint is missing or damaged, ``output`` exists, or no Hugging Face
-            architecture has such a model.
+        ConfigError: the checkpoint is missing or damaged, ``output`` exists or cannot be written,
+            or no Hugging Face architecture has such a model.
     """
-    if dtype not in _CODES:
-        raise ConfigError("--dtype", dtype, "is not a dtype of weights", ", ".join(_CODES))
-    if os.path.lexists(output):
-        raise ConfigError(_OUTPUT, output, "exists already, and nothing is overwritten")
+    if dtype not in DTYPES.values():
+        raise ConfigError("--dtype", dtype, "is not a dtype of weights", ", ".join(DTYPES.values()))
+    check_output(output)
     files, weights = _prepare(named_step(Path(checkpoint)), dtype)
-    temporary = output.with_name(output.name + ".tmp")
-    try:
-        discard(temporary)
-        temporary.mkdir(parents=True)
+    with new_folder(output) as folder:
         for name, content in files.items():
             if isinstance(content, Path):
-                shutil.copyfile(content, temporary / name)
+                shutil.copyfile(content, folder / name)
             else:
-                _write_json(temporary / name, content)
-        weights.write(temporary, max_shard_bytes)
-        sync(temporary)
-        temporary.rename(output)
-        sync(output.parent)
-    except BaseException as error:
-        discard(temporary)
-        if isinstance(error, OSError):
-            rule = f"cannot be written: {error.strerror or error}"
-            raise ConfigError(_OUTPUT, output, rule, "another folder") from None
-        raise
+                _write_json(folder / name, content)
+        weights.write(folder, max_shard_bytes)
+        sync(folder)
+    sync(output.parent)
     return output
 
 
-_Files = Mapping[str, Path | Mapping[str, Any]]
-"""Files of a folder by name: a file to copy, or a JSON object."""
+def _prepare(step: Path, dtype: str) -> tuple[dict[str, Path | dict[str, Any]], _Weights]:
+    """Checks that a checkpoint can be exported, and returns the files and weights of its folder.
 
-
-def _prepare(step: Path, dtype: str) -> tuple[_Files, _Weights]:
-    """Checks that a checkpoint can be exported, and returns the files and weights of its folder."""
+    A file is a path to copy, or a JSON object.
+    """
     manifest = read_manifest(step)
     config = saved_config(manifest, step)
     seq_length = config.data.seq_length
@@ -120,14 +103,64 @@ def _prepare(step: Path, dtype: str) -> tuple[_Files, _Weights]:
     tokenizer = _tokenizer_files(config)
     entries |= _token_ids(tokenizer)
     generation = {name: entries[name] for name in _TOKEN_IDS} | {"_from_model_config": True}
-    files: dict[str, Path | Mapping[str, Any]] = {
+    files: dict[str, Path | dict[str, Any]] = {
         "config.json": entries,
         "generation_config.json": generation,
         **{path.name: path for path in tokenizer},
     }
     if config.data.tokenizer_type == "byte":
-        files |= byte_tokenizer_files(max(config.model.max_position_embeddings or 0, seq_length))
+        files |= _byte_tokenizer_files(max(config.model.max_position_embeddings or 0, seq_length))
     return files, _Weights(step=step, tensors=tensors, sources=sources, dtype=dtype)
+
+
+def _byte_tokenizer_files(seq_length: int) -> dict[str, dict[str, Any]]:
+    """Makes tokenizer.json and tokenizer_config.json of the byte tokenizer, as JSON objects.
+
+    tokenizer.json cannot contain a byte that is not a printable character. So the 256 bytes are
+    written in the alphabet of GPT-2 (Radford et al. 2019): a printable byte is the character of
+    that number, and the other bytes are the characters from 256 on, in their order. A BPE over this
+    alphabet without merges makes every byte a token, whose id is the byte::
+
+        byte    "A" 65    "\\n" 10    0xC3 195
+        token   A         Ċ (266)     Ã
+    """
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    level |= {"use_regex": False}
+    end = {"id": ByteTokenizer.eod, "content": _END_TOKEN, "special": True, "normalized": False}
+    end |= dict.fromkeys(("single_word", "lstrip", "rstrip"), False)
+    body: dict[str, Any] = {
+        "version": "1.0",
+        **dict.fromkeys(("truncation", "padding")),
+        "added_tokens": [end],
+        "normalizer": None,
+        "pre_tokenizer": level,
+        "post_processor": None,
+        "decoder": level,
+        "model": {
+            "type": "BPE",
+            **dict.fromkeys(("dropout", "unk_token", "continuing_subword_prefix")),
+            "end_of_word_suffix": None,
+            **dict.fromkeys(("fuse_unk", "byte_fallback", "ignore_merges"), False),
+            "vocab": {token: byte for byte, token in enumerate(_byte_alphabet())},
+            "merges": [],
+        },
+    }
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": seq_length,
+        "eos_token": _END_TOKEN,
+        "clean_up_tokenization_spaces": False,
+        # As in the byte tokenizer, a text that contains the name of the end token is only bytes.
+        "split_special_tokens": True,
+    }
+    return {"tokenizer.json": body, "tokenizer_config.json": config}
+
+
+def _byte_alphabet() -> str:
+    """Returns the characters that stand for the bytes, in the order of the bytes."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = iter(range(256, 512))
+    return "".join(chr(byte if byte in printable else next(others)) for byte in range(256))
 
 
 def _tokenizer_files(config: Config) -> list[Path]:
@@ -163,18 +196,11 @@ def _sources(step: Path, manifest: Manifest, tensors: Sequence[HFTensor]) -> dic
 
 @dataclass(frozen=True, kw_only=True)
 class _Weights:
-    """The weights of a folder, and where they come from.
-
-    Attributes:
-        step: the checkpoint.
-        tensors: the tensors of the folder in order.
-        sources: for each name in the model, the checkpoint's tensor.
-        dtype: the type in which they are written.
-    """
+    """The weights of a folder, and where they come from."""
 
     step: Path
-    tensors: Sequence[HFTensor]
-    sources: Mapping[str, TensorEntry]
+    tensors: Sequence[HFTensor]  # of the folder, in order
+    sources: Mapping[str, TensorEntry]  # of the checkpoint, by names in the model
     dtype: str
 
     def write(self, folder: Path, max_shard_bytes: int) -> None:
@@ -186,7 +212,8 @@ class _Weights:
             name = SINGLE_FILE if len(shards) == 1 else name
             index |= {tensor.key: name for tensor in shard}
             with (folder / name).open("wb") as stream:
-                self._write_header(stream, shard)
+                shapes = {tensor.key: (self.dtype, tensor.shape) for tensor in shard}
+                stream.write(file_header(shapes, alignment=8, __metadata__={"format": "pt"}))
                 for tensor in shard:
                     value = self._read(tensor)
                     stream.write(value.view(-1).view(torch.uint8).numpy().data)
@@ -206,21 +233,6 @@ class _Weights:
                 shards.append([])
             shards[-1].append(tensor)
         return shards
-
-    def _write_header(self, stream: BinaryIO, tensors: Sequence[HFTensor]) -> None:
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        start = 0
-        for tensor in tensors:
-            stop = start + self._size(tensor)
-            header[tensor.key] = {
-                "dtype": _CODES[self.dtype],
-                "shape": list(tensor.shape),
-                "data_offsets": [start, stop],
-            }
-            start = stop
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)  # aligns the numbers
-        stream.write(len(text).to_bytes(8, "little") + text)
 
     def _read(self, tensor: HFTensor) -> Tensor:
         """A tensor of the folder, read from the checkpoint."""

@@ -1,4 +1,6 @@
-"""Finds our parameters in the safetensors of a Hugging Face folder. This does not import torch.
+"""Finds our parameters in a Hugging Face folder, and names a new one when it is complete.
+
+This module does not import torch.
 
 A folder holds one ``model.safetensors``, or several shards and an index that says which shard holds
 which tensor. Only headers are read here, but all of them, so that a missing shard, a truncated
@@ -8,15 +10,18 @@ another one.
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
 from safetensors import SafetensorError, safe_open
 
-from cp_megatron.checkpoint.manifest import ChunkEntry, TensorEntry
+from cp_megatron.checkpoint.manifest import DTYPE_CODES, ChunkEntry, TensorEntry
 from cp_megatron.config import ModelConfig
 from cp_megatron.errors import ConfigError
 from cp_megatron.families.family import HFTensor
@@ -26,9 +31,10 @@ from cp_megatron.families.registry import HFModel
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 DTYPES: Mapping[str, str] = MappingProxyType(
-    {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+    {code: name for name, code in DTYPE_CODES.items() if "float" in name}
 )
 """The dtypes that weights may have, by their names in safetensors."""
+OUTPUT = "--output"
 _SHARD = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*\.safetensors")
 # A buffer that old versions of transformers stored. It follows from the flags.
 _OLD_BUFFER = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
@@ -160,3 +166,30 @@ def _header(folder: Path, name: str) -> dict[str, _Stored]:
 
 def _wrong(folder: Path, rule: str) -> ConfigError:
     return ConfigError(FLAG, folder, " ".join(rule.split()))
+
+
+def check_output(output: Path) -> None:
+    """Raises ConfigError if the path exists."""
+    if os.path.lexists(output):
+        rule = "exists already, and nothing is overwritten"
+        raise ConfigError(OUTPUT, output, rule, "a new folder")
+
+
+@contextmanager
+def new_folder(output: Path) -> Iterator[Path]:
+    """Yields a temporary folder, which gets the name ``output`` if the block does not fail.
+
+    Raises:
+        ConfigError: the folder cannot be written.
+    """
+    temporary = output.with_name(output.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        temporary.rename(output)
+    except (OSError, SafetensorError) as error:
+        rule = f"cannot be written: {getattr(error, 'strerror', None) or error}"
+        raise ConfigError(OUTPUT, output, rule, "another folder") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

@@ -10,21 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from cp_megatron.checkpoint.manifest import (
-    FLAG,
-    Manifest,
-    TensorEntry,
-    read_manifest,
-    verify_files,
-)
+from cp_megatron.checkpoint.manifest import FLAG, Manifest, TensorEntry, read_manifest, verify_files
 from cp_megatron.checkpoint.object_collectives import Group, on_all_ranks, rank_in, size_of
 from cp_megatron.checkpoint.shard_reader import ShardReader, read_shards
 from cp_megatron.checkpoint.shard_writer import DTYPE_NAMES, DTYPES
 from cp_megatron.checkpoint.state_dict import model_state, optimizer_state, split_optimizer_name
 from cp_megatron.errors import ConfigError
 
-SHOWN = 3
-"""The number of tensors that an error names."""
+_SHOWN = 3  # tensors that an error names
 
 
 def load_checkpoint(
@@ -35,21 +28,18 @@ def load_checkpoint(
     verified: bool = False,
     process_group: Group = None,
 ) -> Manifest:
-    """Fills a model and its optimizer in place from a ``step-N``. Every rank calls this.
+    """Fills a model and its optimizer in place, and returns the manifest. Every rank calls this.
 
     The ranks first share the work of comparing the SHA-256 of every shard. Then each rank reads
     only the parts that it holds.
 
     Args:
-        folder: the checkpoint; it may have been saved on another grid.
+        folder: a ``step-N``; it may have been saved on another grid.
         model: the model that was saved, with memory (not meta); its values are replaced.
         optimizer: AdamW over parameters of ``model``. Its state is replaced; its learning rates are
             not. None loads only the model.
         verified: whether the caller has just compared the hashes of the shards.
         process_group: the ranks that load, by default all.
-
-    Returns:
-        the checkpoint's manifest.
 
     Raises:
         ConfigError: the checkpoint is missing, damaged or of another model; on every rank.
@@ -91,9 +81,7 @@ def _create_optimizer_state(
     for entry_name, entry in manifest.tensors.items():
         if entry_name.startswith("optimizer."):
             name, moment = split_optimizer_name(entry_name)
-            value = torch.zeros_like(
-                parameters[name], dtype=DTYPES[entry.dtype], memory_format=torch.preserve_format
-            )
+            value = torch.zeros_like(parameters[name], dtype=DTYPES[entry.dtype])
             optimizer.state[parameters[name]][moment] = value.detach()
 
 
@@ -101,11 +89,8 @@ def _step_tensor(step: int, parameter: Tensor, group: Mapping[str, Any]) -> Tens
     """Returns the update count in AdamW's form (torch.optim.adamw, ``_init_group``)."""
     fused = bool(group.get("fused"))
     wide = torch.get_default_dtype() == torch.float64 and not fused
-    return torch.tensor(
-        float(step),
-        dtype=torch.float64 if wide else torch.float32,
-        device=parameter.device if fused or group.get("capturable") else "cpu",
-    )
+    device = parameter.device if fused or group.get("capturable") else "cpu"
+    return torch.tensor(float(step), dtype=torch.float64 if wide else torch.float32, device=device)
 
 
 def _check_same(
@@ -130,8 +115,8 @@ def _check_same(
         and (line := _difference(name, manifest.tensors.get(name), expected.get(name)))
     ]
     if differences:
-        more = f" and {len(differences) - SHOWN} more" if len(differences) > SHOWN else ""
-        rule = f"is of another model: {'; '.join(differences[:SHOWN])}{more}"
+        more = f" and {len(differences) - _SHOWN} more" if len(differences) > _SHOWN else ""
+        rule = f"is of another model: {'; '.join(differences[:_SHOWN])}{more}"
         raise ConfigError(FLAG, folder, rule, "the flags that it was saved with")
     if optimizer is not None and manifest.step > 0 and not manifest.optimizer_steps:
         raise ConfigError(FLAG, folder, "holds no optimizer state to continue from")

@@ -26,21 +26,16 @@ FORMAT_VERSION = 1
 MAX_MANIFEST_BYTES = 1 << 30
 SHARD_FILE = re.compile(r"rank-[0-9]{5,}\.safetensors")
 _SURROGATE = re.compile("[\ud800-\udfff]")
-ELEMENT_BYTES: Mapping[str, int] = MappingProxyType(
-    {
-        "float64": 8,
-        "float32": 4,
-        "bfloat16": 2,
-        "float16": 2,
-        "int64": 8,
-        "int32": 4,
-        "int16": 2,
-        "int8": 1,
-        "uint8": 1,
-        "bool": 1,
-    }
+_field_types = cache(get_type_hints)
+_DTYPES = (
+    *(("float64", "F64", 8), ("float32", "F32", 4), ("bfloat16", "BF16", 2), ("float16", "F16", 2)),
+    *(("int64", "I64", 8), ("int32", "I32", 4), ("int16", "I16", 2), ("int8", "I8", 1)),
+    *(("uint8", "U8", 1), ("bool", "BOOL", 1)),
 )
+ELEMENT_BYTES: Mapping[str, int] = MappingProxyType({name: size for name, _, size in _DTYPES})
 """The dtypes that a checkpoint can hold, and the bytes of an element."""
+DTYPE_CODES: Mapping[str, str] = MappingProxyType({name: code for name, code, _ in _DTYPES})
+"""The names of these dtypes in the header of a safetensors file."""
 
 
 class DamagedError(ConfigError):
@@ -79,17 +74,13 @@ class Manifest:
     """Everything about a checkpoint except the values of its tensors.
 
     Attributes:
-        version: the version of this format.
+        version: of this format.
         step: the number of training steps done.
         consumed: the number of rows that the run has used so far.
-        config: the run's configuration as plain data.
-        data_fingerprint: identifies the corpus.
-        vocab_size: the size of the tokenizer's vocabulary.
-        torch_version, package_version: the versions that wrote the checkpoint.
+        vocab_size: of the tokenizer, without padding.
         grid: the sizes of the axes it was written on; it loads on any other grid.
         optimizer_steps: the number of updates of each parameter that has optimizer state.
         extra: other plain data that training needs to continue.
-        files: the shards by name.
         tensors: ``model.<name>`` and ``optimizer.<name>.<moment>``.
     """
 
@@ -114,10 +105,7 @@ class Manifest:
 
 
 def read_manifest(folder: Path | str) -> Manifest:
-    """Reads and checks a checkpoint's manifest. The shards are not read.
-
-    Args:
-        folder: a ``step-N``.
+    """Reads and checks the manifest of a ``step-N``. The shards are not read.
 
     Raises:
         DamagedError: the manifest is missing, malformed or inconsistent, or names a file that is
@@ -145,20 +133,14 @@ def read_manifest(folder: Path | str) -> Manifest:
     return manifest
 
 
-def verify_files(
-    folder: Path | str, manifest: Manifest, names: Collection[str] | None = None
-) -> None:
-    """Compares shards with the manifest by kind, size and SHA-256, at about 1.5 GB/s.
+def verify_files(folder: Path, manifest: Manifest, names: Collection[str] | None = None) -> None:
+    """Compares the shards ``names``, by default all, with the manifest of their folder.
 
-    Args:
-        folder: the checkpoint.
-        manifest: the manifest of this folder.
-        names: the shards to compare; by default all.
+    Kind, size and SHA-256 are compared, at about 1.5 GB/s.
 
     Raises:
         DamagedError: a shard is missing or a link, or its size or contents differ.
     """
-    folder = Path(folder)
     for name in sorted(manifest.files if names is None else names):
         entry = manifest.files[name]
         check_size(folder, name, entry)
@@ -250,11 +232,6 @@ def _decode(kind: Any, value: Any, name: str) -> Any:
         fields = {x: _decode(kinds[x], value.get(x), f"{name}.{x}" if name else x) for x in kinds}
         return kind(**fields)
     raise _FieldError(name)
-
-
-@cache
-def _field_types(kind: Any) -> dict[str, Any]:
-    return get_type_hints(kind)
 
 
 def _check_consistent(folder: Path, manifest: Manifest) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pickle
 import traceback
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch.distributed as dist
 
@@ -28,31 +28,38 @@ def on_all_ranks(action: Callable[[], Result], group: Group) -> Result:
     """Runs an action on every rank. If it fails on any, every rank raises the first failure."""
     result, failure = attempt(action)
     raise_first(all_gather_objects(failure, group))
-    assert result is not None
-    return result
+    return cast(Result, result)
 
 
 def on_first_rank(action: Callable[[], Result], group: Group) -> Result:
     """Runs an action on the first rank. Every rank returns its result or raises its failure."""
-    result, failure = broadcast_object(None if rank_in(group) else attempt(action), group)
+    answers = [None if rank_in(group) else attempt(action)]
+    if dist.is_initialized():
+        dist.broadcast_object_list(answers, group=group, group_src=0)
+    result, failure = cast(tuple[Result, Exception | None], answers[0])
     raise_first([failure])
-    first_result: Result = result
-    return first_result
+    return result
 
 
 def attempt(action: Callable[[], Result]) -> tuple[Result | None, Exception | None]:
-    """Returns the action's result, or its exception in a form that can be sent to other ranks."""
+    """Returns the action's result, or its exception in a form that can be sent to other ranks.
+
+    An error that cannot be pickled becomes a RuntimeError with its traceback.
+    """
     try:
         return action(), None
     except Exception as error:
-        return None, _picklable(error)
+        try:
+            pickle.loads(pickle.dumps(error))
+            return None, error
+        except Exception:
+            return None, RuntimeError("".join(traceback.format_exception(error)))
 
 
 def raise_first(failures: list[Exception | None]) -> None:
     """Raises the first exception of the list, if there is one."""
-    for failure in failures:
-        if failure is not None:
-            raise failure
+    for failure in filter(None, failures):
+        raise failure
 
 
 def all_gather_objects(value: Any, group: Group) -> list[Any]:
@@ -62,21 +69,3 @@ def all_gather_objects(value: Any, group: Group) -> list[Any]:
     values: list[Any] = [None] * size_of(group)
     dist.all_gather_object(values, value, group=group)
     return values
-
-
-def broadcast_object(value: Any, group: Group) -> Any:
-    """Returns the first rank's value on every rank."""
-    if not dist.is_initialized():
-        return value
-    values = [value]
-    dist.broadcast_object_list(values, group=group, group_src=0)
-    return values[0]
-
-
-def _picklable(error: Exception) -> Exception:
-    """Returns the error, or a RuntimeError with its traceback if the error cannot be pickled."""
-    try:
-        pickle.loads(pickle.dumps(error))
-    except Exception:
-        return RuntimeError("".join(traceback.format_exception(error)))
-    return error

@@ -15,8 +15,10 @@ import os
 import shutil
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from threading import Thread, get_native_id
 from typing import Any
@@ -31,7 +33,8 @@ from cp_megatron.checkpoint.object_collectives import (
     Group,
     all_gather_objects,
     attempt,
-    broadcast_object,
+    on_first_rank,
+    raise_first,
     rank_in,
 )
 from cp_megatron.checkpoint.save_planner import CachedPlan, plan_save, shard_file
@@ -82,18 +85,12 @@ class Retention:
 
 @dataclass(kw_only=True)
 class SaveCache:
-    """What one save leaves for the next save of the same ranks.
-
-    Attributes:
-        memory: host memory for the copy of the tensors.
-        plan: the plan of the last save, valid while the tensors keep their shapes and placements.
-    """
+    """The host memory and the plan that one save leaves for the next save of the same ranks."""
 
     memory: HostMemory = field(default_factory=HostMemory)
     plan: CachedPlan | None = None
 
 
-@dataclass(kw_only=True)
 class Save:
     """A save in progress, on one rank.
 
@@ -103,11 +100,16 @@ class Save:
         seconds: how long the whole save took; 0 while it is in progress.
     """
 
-    folder: Path
-    stopped_seconds: float = 0.0
-    seconds: float = 0.0
-    _thread: Thread | None = None
-    _failure: Exception | None = None
+    def __init__(
+        self, folder: Path, manifest: Manifest, retention: Retention, group: Group
+    ) -> None:
+        self.folder = folder
+        self.stopped_seconds = self.seconds = 0.0
+        self._manifest, self._retention, self._group = manifest, retention, group
+        self._temporary = temporary_folder(folder)
+        self._image: Tensor | None = None  # the contents of this rank's shard, if it has one
+        self._failure: Exception | None = None
+        self._thread: Thread | None = None
 
     @property
     def ended(self) -> bool:
@@ -120,10 +122,7 @@ class Save:
         return not alive and (self._failure is None or isinstance(self._failure, ConfigError))
 
     def wait(self) -> Path:
-        """Waits until the checkpoint is complete and on the disk. Every rank calls this.
-
-        Returns:
-            the checkpoint's folder.
+        """Waits until the checkpoint is on the disk, and returns its folder. Every rank calls this.
 
         Raises:
             ConfigError: the checkpoint exists already or cannot be written; on every rank.
@@ -135,31 +134,87 @@ class Save:
             raise self._failure
         return self.folder
 
-    def _start(self, job: _Job, began: float, background: bool) -> None:
-        self._thread = Thread(target=_finish, args=(self, job, began, background), daemon=True)
+    def _start(
+        self, state: Mapping[str, Tensor], cache: SaveCache, began: float, background: bool
+    ) -> None:
+        """Plans the save, copies this rank's part of the tensors, and starts the thread."""
+        try:
+            plan = plan_save(state, group=self._group, cached=cache.plan, begin=self._make_folder)
+        except Exception as error:
+            self._failure = error
+            return
+        cache.plan = plan
+        self._manifest = replace(self._manifest, tensors=plan.tensors)
+
+        def copy() -> Tensor | None:
+            boxes = plan.boxes(state)
+            return take_image(boxes, cache.memory) if boxes else None
+
+        # A rank that cannot copy reports this after writing: the other ranks wait for it there.
+        self._image, self._failure = attempt(copy)
+        self._thread = Thread(target=self._finish, args=(began, background), daemon=True)
         self._thread.start()
         self.stopped_seconds = time.perf_counter() - began
 
+    def _make_folder(self) -> None:
+        """Creates an empty ``step-N.tmp``, and removes those of saves that did not finish."""
+        if os.path.lexists(self.folder):
+            rule = f"{self.folder.name} exists already, and nothing is overwritten"
+            raise ConfigError(FLAG, self.folder.parent, rule, "another folder")
+        with self._disk_errors():
+            for unfinished in unfinished_steps(self.folder.parent):
+                discard(unfinished)
+            self._temporary.mkdir(parents=True)
 
-@dataclass(frozen=True, kw_only=True)
-class _Job:
-    """What a rank's thread needs; training changes nothing of it.
+    @contextmanager
+    def _disk_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            rule = f"rank {rank_in(self._group)}: {error.strerror or error}"
+            works = "a disk with free space and write access"
+            raise ConfigError(FLAG, self.folder, rule, works) from error
 
-    Attributes:
-        target: the checkpoint's final name.
-        manifest: without files, and on other ranks than the first without tensors.
-        image: the contents of this rank's shard; None if it writes nothing.
-        failure: why the image could not be made.
-        retention: which older checkpoints are kept.
-        group: the ranks that save.
-    """
+    def _finish(self, began: float, background: bool) -> None:
+        """Runs in a thread of every rank."""
+        try:
+            if background and hasattr(os, "setpriority"):
+                os.setpriority(os.PRIO_PROCESS, get_native_id(), _NICENESS)
+            answers = all_gather_objects(attempt(self._write_shard), self._group)
+            end = partial(self._complete, answers)
+            _, self._failure = attempt(lambda: on_first_rank(end, self._group))
+        except Exception:  # for example, another rank has ended; training will notice it too
+            self._failure = RuntimeError(f"checkpoint {self.folder}\n{traceback.format_exc()}")
+        self.seconds = time.perf_counter() - began
 
-    target: Path
-    manifest: Manifest
-    image: Tensor | None
-    failure: Exception | None
-    retention: Retention
-    group: Group = field(repr=False)
+    def _write_shard(self) -> FileEntry | None:
+        with self._disk_errors():
+            if self._failure is not None:
+                raise self._failure
+            path = self._temporary / shard_file(rank_in(self._group))
+            return None if self._image is None else write_image(path, self._image)
+
+    def _complete(self, shards: Sequence[tuple[FileEntry | None, Exception | None]]) -> None:
+        """Runs on the first rank: writes the manifest, renames the folder, removes older ones."""
+        try:
+            raise_first([failure for _, failure in shards])
+            files = {shard_file(rank): entry for rank, (entry, _) in enumerate(shards) if entry}
+            manifest = replace(self._manifest, files=files)
+            with self._disk_errors():
+                write_text(self._temporary / MANIFEST, manifest.to_json())
+                sync(self._temporary)
+                self._temporary.rename(self.folder)
+                sync(self.folder.parent)
+                steps = finished_steps(self.folder.parent)
+                for step in self._retention.superseded(list(steps)):
+                    # It loses its name first, so that a step-N is never incomplete.
+                    removed = temporary_folder(steps[step])
+                    steps[step].rename(removed)
+                    shutil.rmtree(removed, ignore_errors=True)
+        except Exception:
+            # On a full disk, half a checkpoint would leave no space for the next one.
+            shutil.rmtree(self._temporary, ignore_errors=True)
+            raise
 
 
 def save_checkpoint(folder: Path | str, **arguments: Any) -> Path:
@@ -188,11 +243,9 @@ def start_save(
 
     Args:
         folder: the run's folder, which all ranks share; it is created if it is missing.
-        step: the number of training steps done.
-        consumed: the number of rows that the run has used so far.
+        step, consumed, config, grid, data_fingerprint, vocab_size: stored in the manifest.
         model: any module; DTensor parameters (FSDP2, tensor parallelism) are stored in parts.
         optimizer: AdamW over parameters of ``model``; None saves only the model.
-        config, grid, data_fingerprint, vocab_size: stored in the manifest.
         extra: other plain data for the manifest, from the first rank.
         retention: which older checkpoints are kept; by default all.
         cache: left by this rank's last save and used by one save at a time; it makes repeated
@@ -205,7 +258,6 @@ def start_save(
         the save in progress; its ``wait`` raises every failure.
     """
     began = time.perf_counter()
-    save = Save(folder=step_folder(Path(folder), step))
     parameters, state = model_state(model)
     state |= optimizer_state(parameters, optimizer)
     manifest = Manifest(
@@ -220,115 +272,7 @@ def start_save(
         optimizer_steps=optimizer_steps(parameters, optimizer),
         extra=extra or {},
     )
-    try:
-        job = _prepare(save.folder, state, manifest, retention, cache, process_group)
-    except Exception as error:
-        save._failure = error
-    else:
-        save._start(job, began, background)
+    target = step_folder(Path(folder), step)
+    save = Save(target, manifest, retention or Retention(), process_group)
+    save._start(state, cache or SaveCache(), began, background)
     return save
-
-
-def _prepare(
-    target: Path,
-    state: Mapping[str, Tensor],
-    manifest: Manifest,
-    retention: Retention | None,
-    cache: SaveCache | None,
-    group: Group,
-) -> _Job:
-    """Plans the save and copies this rank's part of the tensors."""
-    cache = cache or SaveCache()
-    plan = plan_save(state, group=group, cached=cache.plan, begin=lambda: _make_folder(target))
-    cache.plan, memory = plan, cache.memory
-
-    def copy() -> Tensor | None:
-        boxes = plan.boxes(state)
-        return take_image(boxes, memory) if boxes else None
-
-    # A rank that cannot copy reports this after writing, because the other ranks wait for it there.
-    image, failure = attempt(copy)
-    return _Job(
-        target=target,
-        manifest=replace(manifest, tensors=plan.tensors),
-        image=image,
-        failure=failure,
-        retention=retention or Retention(),
-        group=group,
-    )
-
-
-def _make_folder(target: Path) -> None:
-    """Creates an empty ``step-N.tmp``, and removes those of saves that did not finish."""
-    if os.path.lexists(target):
-        rule = f"{target.name} exists already, and nothing is overwritten"
-        raise ConfigError(FLAG, target.parent, rule, "another folder")
-    try:
-        for unfinished in unfinished_steps(target.parent):
-            discard(unfinished)
-        temporary_folder(target).mkdir(parents=True)
-    except OSError as error:
-        raise _user_error(error, target, 0) from error
-
-
-def _finish(save: Save, job: _Job, began: float, background: bool) -> None:
-    """Runs in a thread of every rank."""
-    try:
-        if background and hasattr(os, "setpriority"):
-            os.setpriority(os.PRIO_PROCESS, get_native_id(), _NICENESS)
-        save._failure = _write(job)
-    except Exception:  # for example, another rank has ended; training will notice it too
-        save._failure = RuntimeError(f"checkpoint {job.target}\n{traceback.format_exc()}")
-    save.seconds = time.perf_counter() - began
-
-
-def _write(job: _Job) -> Exception | None:
-    """Writes the checkpoint; returns why it could not be written, the same on every rank."""
-    entry, failure = attempt(lambda: _write_shard(job))
-    answers = all_gather_objects((entry, failure), job.group)
-    failures = [
-        None if error is None else _user_error(error, job.target, rank)
-        for rank, (_, error) in enumerate(answers)
-    ]
-    failure = next((error for error in failures if error is not None), None)
-    if rank_in(job.group) == 0:
-        if failure is None:
-            files = {shard_file(rank): entry for rank, (entry, _) in enumerate(answers) if entry}
-            _, failure = attempt(lambda: _complete(job, files))
-            failure = None if failure is None else _user_error(failure, job.target, 0)
-        if failure is not None:
-            # On a full disk, half a checkpoint would leave no space for the next one.
-            shutil.rmtree(temporary_folder(job.target), ignore_errors=True)
-    common_failure: Exception | None = broadcast_object(failure, job.group)
-    return common_failure
-
-
-def _write_shard(job: _Job) -> FileEntry | None:
-    if job.failure is not None:
-        raise job.failure
-    if job.image is None:
-        return None
-    return write_image(temporary_folder(job.target) / shard_file(rank_in(job.group)), job.image)
-
-
-def _complete(job: _Job, files: Mapping[str, FileEntry]) -> None:
-    """Runs on the first rank: writes the manifest, renames the folder, removes older ones."""
-    temporary = temporary_folder(job.target)
-    write_text(temporary / MANIFEST, replace(job.manifest, files=files).to_json())
-    sync(temporary)
-    temporary.rename(job.target)
-    sync(job.target.parent)
-    steps = finished_steps(job.target.parent)
-    for step in job.retention.superseded(list(steps)):
-        # It loses its name first, so that a step-N is never incomplete.
-        removed = temporary_folder(steps[step])
-        steps[step].rename(removed)
-        shutil.rmtree(removed, ignore_errors=True)
-
-
-def _user_error(error: Exception, target: Path, rank: int) -> Exception:
-    """Converts an OSError of a rank into a ConfigError; returns other errors unchanged."""
-    if isinstance(error, OSError):
-        rule = f"rank {rank}: {error.strerror or error}"
-        return ConfigError(FLAG, target, rule, "a disk with free space and write access")
-    return error

@@ -11,12 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
-import torch
 from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import SavePlan, WriteItem, WriteItemType
+from torch.distributed.checkpoint.planner import SavePlan, WriteItem
 from torch.distributed.tensor import DTensor
 
 from cp_megatron.checkpoint.manifest import ChunkEntry, TensorEntry
@@ -33,12 +33,9 @@ from cp_megatron.checkpoint.shard_writer import DTYPE_NAMES
 
 @dataclass(frozen=True, kw_only=True)
 class CachedPlan:
-    """What this rank writes, as long as the tensors keep their signature.
+    """The boxes that this rank writes, as long as the tensors keep their signature.
 
-    Attributes:
-        signature: what the plan depends on.
-        items: the boxes that this rank writes.
-        tensors: on the first rank, the description of every tensor; on other ranks empty.
+    ``tensors`` describes every tensor on the first rank, and is empty on the other ranks.
     """
 
     signature: tuple[object, ...]
@@ -49,12 +46,8 @@ class CachedPlan:
         """Returns the tensors to write by their keys; they share memory with the state's."""
         planner = _planner()
         planner.set_up_planner(dict(state))
-        boxes: dict[str, Tensor] = {}
-        for item in self.items:
-            data = planner.resolve_data(item)
-            assert isinstance(data, Tensor), item.index.fqn
-            boxes[_key(item)] = data.detach()
-        return boxes
+        data = {_key(item): cast(Tensor, planner.resolve_data(item)) for item in self.items}
+        return {key: tensor.detach() for key, tensor in data.items()}
 
 
 def plan_save(
@@ -75,13 +68,9 @@ def plan_save(
     Raises:
         Exception: the first exception of any rank, on every rank.
     """
-    signature, failure = attempt(lambda: _signature(state, group))
-    answers = all_gather_objects(
-        (cached is not None and cached.signature == signature, failure), group
-    )
-    raise_first([error for _, error in answers])
-    assert signature is not None
-    if cached is None or not all(valid for valid, _ in answers):
+    signature = _signature(state, group)
+    valid = cached is not None and cached.signature == signature
+    if not all(all_gather_objects(valid, group)) or cached is None:
         cached = _new_plan(state, signature, group)
     on_first_rank(begin, group)
     return cached
@@ -128,32 +117,33 @@ def storable(items: Sequence[WriteItem]) -> list[WriteItem]:
     Raises:
         TypeError: an item is not a tensor, or has a dtype that a checkpoint cannot hold.
     """
+    kept = []
     for item in items:
-        if item.type is WriteItemType.BYTE_IO or item.tensor_data is None:
-            raise TypeError(f"{item.index.fqn} is not a tensor, and a checkpoint stores no pickles")
-        if item.tensor_data.properties.dtype not in DTYPE_NAMES:
-            dtype = item.tensor_data.properties.dtype
-            raise TypeError(f"{item.index.fqn}: a checkpoint cannot hold {dtype}")
-    return [item for item in items if _sizes(item).numel() > 0]
+        name, data = item.index.fqn, item.tensor_data
+        if data is None:
+            raise TypeError(f"{name} is not a tensor, and a checkpoint stores no pickles")
+        if data.properties.dtype not in DTYPE_NAMES:
+            raise TypeError(f"{name}: a checkpoint cannot hold {data.properties.dtype}")
+        if data.chunk.sizes.numel():
+            kept.append(item)
+    return kept
 
 
 def _tensor_entries(metadata: Metadata, plans: Sequence[SavePlan]) -> dict[str, TensorEntry]:
     places = {
-        (item.index.fqn, item.index.offset): (shard_file(rank), _key(item))
+        (item.index.fqn, item.index.offset): {"file": shard_file(rank), "key": _key(item)}
         for rank, plan in enumerate(plans)
         for item in plan.items
     }
     entries = {}
     for name, tensor in metadata.state_dict_metadata.items():
         assert isinstance(tensor, TensorStorageMetadata)
-        chunks = []
-        for chunk in tensor.chunks:
-            file, key = places[name, chunk.offsets]
-            offsets, sizes = tuple(chunk.offsets), tuple(chunk.sizes)
-            chunks.append(ChunkEntry(offsets=offsets, sizes=sizes, file=file, key=key))
-        dtype = DTYPE_NAMES[tensor.properties.dtype]
-        shape = tuple(tensor.size)
-        entries[name] = TensorEntry(dtype=dtype, shape=shape, chunks=tuple(chunks))
+        chunks = tuple(
+            ChunkEntry(offsets=tuple(x.offsets), sizes=tuple(x.sizes), **places[name, x.offsets])
+            for x in tensor.chunks
+        )
+        dtype, shape = DTYPE_NAMES[tensor.properties.dtype], tuple(tensor.size)
+        entries[name] = TensorEntry(dtype=dtype, shape=shape, chunks=chunks)
     return entries
 
 
@@ -162,14 +152,9 @@ def shard_file(rank: int) -> str:
     return f"rank-{rank:05d}.safetensors"
 
 
-def _sizes(item: WriteItem) -> torch.Size:
-    assert item.tensor_data is not None
-    return item.tensor_data.chunk.sizes
-
-
 def _key(item: WriteItem) -> str:
     """Returns a box's key; a whole tensor keeps its name, so that other programs can read it."""
-    assert item.tensor_data is not None
-    if _sizes(item) == item.tensor_data.size:
-        return item.index.fqn
-    return f"{item.index.fqn}@{','.join(map(str, item.tensor_data.chunk.offsets))}"
+    name, data = item.index.fqn, item.tensor_data
+    assert data is not None
+    whole = data.chunk.sizes == data.size
+    return name if whole else f"{name}@{','.join(map(str, data.chunk.offsets))}"

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -70,11 +70,7 @@ def read_shards(state: dict[str, Tensor], reader: ShardReader, *, flag: str, gro
 class ShardReader(StorageReader):
     """Reads only the boxes that this rank needs, directly into the tensors to load.
 
-    Methods raise DamagedError when a shard does not hold what the manifest says.
-
-    Args:
-        folder: the checkpoint.
-        tensors: the tensors by name, in files that are verified.
+    Methods raise DamagedError when a shard does not hold what the manifest says of ``tensors``.
     """
 
     def __init__(self, folder: Path, tensors: Mapping[str, TensorEntry]) -> None:
@@ -106,18 +102,15 @@ class ShardReader(StorageReader):
             }
         )
 
-    def set_up_storage_reader(
-        self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any
-    ) -> None:
+    def set_up_storage_reader(self, *args: Any, **kwargs: Any) -> None:
         """Does nothing."""
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
         """Refuses byte items."""
         for item in plan.items:
             if item.type is LoadItemType.BYTE_IO:
-                raise TypeError(
-                    f"{item.dest_index.fqn} is not a tensor, and a checkpoint stores no pickles"
-                )
+                name = item.dest_index.fqn
+                raise TypeError(f"{name} is not a tensor, and a checkpoint stores no pickles")
         return plan
 
     def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
@@ -128,28 +121,21 @@ class ShardReader(StorageReader):
         """Reads the planned boxes, one shard after another."""
         by_file: dict[str, list[tuple[ReadItem, ChunkEntry]]] = defaultdict(list)
         for item in plan.items:
-            offset = item.storage_index.offset
-            assert offset is not None
-            chunk = self._chunks[item.storage_index.fqn, tuple(offset)]
+            chunk = self._chunks[item.storage_index.fqn, tuple(item.storage_index.offset or ())]
             by_file[chunk.file].append((item, chunk))
         for file, wanted in by_file.items():
-            self._read_file(file, wanted, planner)
+            try:
+                with safe_open(self.folder / file, framework="pt", device="cpu") as shard:
+                    for item, chunk in wanted:
+                        source = self._read_box(shard, item, chunk)
+                        target = planner.resolve_tensor(item).detach()
+                        target.copy_(source)
+                        planner.commit_tensor(item, target)
+            except (SafetensorError, OSError) as error:
+                raise damaged(self.folder, f"{file} cannot be read ({error})") from None
         future: Future[None] = Future()
         future.set_result(None)
         return future
-
-    def _read_file(
-        self, file: str, wanted: Sequence[tuple[ReadItem, ChunkEntry]], planner: LoadPlanner
-    ) -> None:
-        try:
-            with safe_open(self.folder / file, framework="pt", device="cpu") as shard:
-                for item, chunk in wanted:
-                    source = self._read_box(shard, item, chunk)
-                    target = planner.resolve_tensor(item).detach()
-                    target.copy_(source)
-                    planner.commit_tensor(item, target)
-        except (SafetensorError, OSError) as error:
-            raise damaged(self.folder, f"{file} cannot be read ({error})") from None
 
     def _read_box(self, shard: Any, item: ReadItem, chunk: ChunkEntry) -> Tensor:
         name, stored = item.storage_index.fqn, shard.get_slice(chunk.key)

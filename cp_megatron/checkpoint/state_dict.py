@@ -14,6 +14,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+Parameters = Mapping[str, nn.Parameter]
+
 
 def model_state(model: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, Tensor]]:
     """Returns the parameters by name, and the tensors to store of parameters and buffers.
@@ -37,9 +39,7 @@ def model_state(model: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, Te
     return parameters, state
 
 
-def optimizer_state(
-    parameters: Mapping[str, nn.Parameter], optimizer: Optimizer | None
-) -> dict[str, Tensor]:
+def optimizer_state(parameters: Parameters, optimizer: Optimizer | None) -> dict[str, Tensor]:
     """Returns the optimizer's tensors to store, except the update counts."""
     return {
         f"optimizer.{name}.{moment}": value
@@ -49,15 +49,10 @@ def optimizer_state(
     }
 
 
-def optimizer_steps(
-    parameters: Mapping[str, nn.Parameter], optimizer: Optimizer | None
-) -> dict[str, int]:
+def optimizer_steps(parameters: Parameters, optimizer: Optimizer | None) -> dict[str, int]:
     """Returns the number of updates of each parameter that has optimizer state."""
-    return {
-        name: int(values["step"])
-        for name, values in _states(parameters, optimizer)
-        if "step" in values
-    }
+    states = _states(parameters, optimizer)
+    return {name: int(values["step"]) for name, values in states if "step" in values}
 
 
 def split_optimizer_name(entry_name: str) -> tuple[str, str]:
@@ -66,9 +61,7 @@ def split_optimizer_name(entry_name: str) -> tuple[str, str]:
     return name, moment
 
 
-def _states(
-    parameters: Mapping[str, nn.Parameter], optimizer: Optimizer | None
-) -> Iterator[tuple[str, dict[str, Any]]]:
+def _states(parameters: Parameters, optimizer: Optimizer | None) -> Iterator[tuple[str, Any]]:
     for name, parameter in parameters.items():
         # ``state`` is a defaultdict: looking a missing parameter up would add it.
         if optimizer is not None and parameter in optimizer.state:

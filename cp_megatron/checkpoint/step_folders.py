@@ -13,7 +13,6 @@ from cp_megatron.config.files.run_folders import STEP_FOLDER
 
 MANIFEST = "manifest.json"
 TEMPORARY = ".tmp"
-DAMAGED = ".damaged"
 
 
 def step_folder(run_folder: Path, step: int) -> Path:
@@ -27,10 +26,7 @@ def temporary_folder(step_folder: Path) -> Path:
 
 
 def newest_step(run_folder: Path | str) -> Path | None:
-    """Returns the finished checkpoint with the most steps in a run's folder, or None.
-
-    The contents of the checkpoint are not read.
-    """
+    """Returns the finished checkpoint with the most steps in a run's folder, or None."""
     steps = finished_steps(Path(run_folder))
     return steps[max(steps)] if steps else None
 
@@ -65,10 +61,10 @@ def set_aside(folder: Path) -> Path:
     Raises:
         OSError: the folder cannot be renamed.
     """
-    aside, number = folder.with_name(folder.name + DAMAGED), 1
+    aside, number = folder.with_name(f"{folder.name}.damaged"), 1
     while os.path.lexists(aside):
         number += 1
-        aside = folder.with_name(f"{folder.name}{DAMAGED}.{number}")
+        aside = folder.with_name(f"{folder.name}.damaged.{number}")
     return folder.rename(aside)
 
 

@@ -7,12 +7,10 @@ A setting comes from the last of these that gives it: the preset, ``--config FIL
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from cp_megatron.cli.megatron_flags import refuse_megatron_flag
@@ -26,12 +24,10 @@ from cp_megatron.config.words import read_words
 from cp_megatron.errors import ConfigError
 from cp_megatron.families.registry import has_tokenizer, read_hf_config
 
-_ALIASES: Mapping[str, str] = MappingProxyType(
-    {
-        "--tensor-model-parallel-size": "--tensor-parallel-size",
-        "--deterministic-mode": "--deterministic",
-    }
-)
+_ALIASES: Mapping[str, str] = {
+    "--tensor-model-parallel-size": "--tensor-parallel-size",
+    "--deterministic-mode": "--deterministic",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,13 +44,7 @@ class LaunchOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class Program:
-    """A program that takes the flags of a run and some flags of its own.
-
-    Attributes:
-        name: the program's name, for ``--help``.
-        description: what it does, for ``--help``.
-        options: its own flags.
-    """
+    """A program that takes the flags of a run and, in ``options``, some flags of its own."""
 
     name: str
     description: str
@@ -75,11 +65,9 @@ class Arguments:
     """The content of a command line.
 
     Attributes:
-        config: the run.
         given: the flags that the user typed, as ``--help`` spells them.
         auto: whether ``--load auto`` is in force, which allows ``--save`` to name a folder of a
             run that has no checkpoint yet.
-        options: the program's own flags.
     """
 
     config: Config
@@ -89,17 +77,11 @@ class Arguments:
 
 
 def parse_arguments(
-    argv: Sequence[str],
-    *,
-    program: Program = PRETRAIN,
-    quiet: bool = False,
-    again: bool = False,
+    argv: Sequence[str], *, program: Program = PRETRAIN, quiet: bool = False, again: bool = False
 ) -> Arguments:
     """Reads a command line, without the program's name.
 
     Args:
-        argv: the command line.
-        program: the program.
         quiet: whether to print no help (on all ranks but the first).
         again: whether a launcher repeats the command line after a failure, which has the effect
             of ``--load auto``.
@@ -120,12 +102,8 @@ def parse_arguments(
         works = "--dry-run, or torchrun --nproc-per-node"
         raise ConfigError("--world-size", options.world_size, rule, works)
     config = overlay(_base(typed), {name: typed[name] for name in typed.keys() - own})
-    return Arguments(
-        config=_fold_bf16(_place_of_run(config, given), given),
-        given=given,
-        auto=auto,
-        options=options,
-    )
+    config = _fold_bf16(_place_of_run(config, given), given)
+    return Arguments(config=config, given=given, auto=auto, options=options)
 
 
 def _print_help(argv: Sequence[str], program: Program) -> None:
@@ -153,8 +131,7 @@ def _read(
         if load is not None:
             typed.pop("load_hf", None)
             typed["load"] = load
-    flags = {row.name: row.flag for row in rows}
-    return frozenset(flags[name] for name in typed), typed, auto
+    return frozenset(row.flag for row in rows if row.name in typed), typed, auto
 
 
 def _base(typed: Values) -> Config:
@@ -164,19 +141,12 @@ def _base(typed: Values) -> Config:
         rule = f"starts a new run, but --load {load} continues one"
         raise ConfigError("--load-hf", typed["load_hf"], rule, "one of the two")
     earlier: Values = {"preset": preset} if preset else {}
-    values: Values = {}
-    if file is not None:
-        values = _values_of_file(file)
-        _refuse_lost(values, earlier, f"--config {file}")
+    values = {} if file is None else _values_of_file(file)
+    _refuse_lost(values, earlier, f"--config {file}")
     base = PRESETS[preset or values.get("preset", DEFAULT_PRESET)]
     folder = typed.get("load_hf") or values.get("load_hf")
     if load is None and folder is not None:
-        said = typed.keys() | values.keys()
-        base = _started_from(
-            base, folder, tokenizer=not said & {"tokenizer_type", "tokenizer_model"}
-        )
-        if "preset" not in said:
-            base = dataclasses.replace(base, optimizer=PRETRAINED_OPTIMIZER)
+        base = _started_from(base, folder, typed.keys() | values.keys())
     base = overlay(base, values)
     if load is None:
         return base
@@ -187,29 +157,25 @@ def _base(typed: Values) -> Config:
     return overlay(base, saved)
 
 
-def _started_from(base: Config, folder: str, *, tokenizer: bool) -> Config:
-    """``base`` with the model of a Hugging Face folder and, if asked for, its tokenizer."""
-    model, data = read_hf_config(folder).model, base.data
-    if tokenizer and has_tokenizer(folder):
-        values = {"tokenizer_type": "huggingface", "tokenizer_model": folder}
-        data = overlay(base, values).data
+def _started_from(base: Config, folder: str, said: Set[str]) -> Config:
+    """``base`` with the model of a Hugging Face folder; ``said`` names the settings given."""
     # The dropout is the preset's: the folder tells how the model was trained, not how to go on.
-    model = dataclasses.replace(
-        model,
-        attention_dropout=base.model.attention_dropout,
-        hidden_dropout=base.model.hidden_dropout,
-        make_vocab_size_divisible_by=base.model.make_vocab_size_divisible_by,
-    )
-    return dataclasses.replace(base, model=model, data=data)
+    kept = ("attention_dropout", "hidden_dropout", "make_vocab_size_divisible_by")
+    values = {name: getattr(base.model, name) for name in kept}
+    base = replace(base, model=read_hf_config(folder).model)
+    if has_tokenizer(folder) and not said & {"tokenizer_type", "tokenizer_model"}:
+        values |= {"tokenizer_type": "huggingface", "tokenizer_model": folder}
+    if "preset" not in said:
+        base = replace(base, optimizer=PRETRAINED_OPTIMIZER)
+    return overlay(base, values)
 
 
 def _values_of_file(file: str) -> Values:
     """The settings of a ``--config`` file."""
     values = read_values(read_file(Path(file), "--config"), f"--config {file}")
-    if values.get("load") is not None:
+    if (load := values.get("load")) is not None:
         rule = "a file cannot choose the run to load"
-        key = f"--config {file}: {settings()['load'].key}"
-        raise ConfigError(key, values["load"], rule, f"--load {values['load']}")
+        raise ConfigError(f"--config {file}: checkpoint.load", load, rule, f"--load {load}")
     return values
 
 
@@ -234,13 +200,12 @@ def _refuse_lost(later: Values, earlier: Values, source: str) -> None:
 
 def _place_of_run(config: Config, given: frozenset[str]) -> Config:
     """A loaded run continues in its own folder, even if the folder was moved."""
-    checkpoint = config.checkpoint
+    load = config.checkpoint.load
     if "--load" not in given:
-        checkpoint = dataclasses.replace(checkpoint, load=None)
-    elif checkpoint.load is not None and "--save" not in given:
-        save = str(run_folder(Path(checkpoint.load)))
-        checkpoint = dataclasses.replace(checkpoint, save=save)
-    return dataclasses.replace(config, checkpoint=checkpoint)
+        return overlay(config, {"load": None})
+    if load is None or "--save" in given:
+        return config
+    return overlay(config, {"save": str(run_folder(Path(load)))})
 
 
 def _fold_bf16(config: Config, given: frozenset[str]) -> Config:
@@ -253,5 +218,4 @@ def _fold_bf16(config: Config, given: frozenset[str]) -> Config:
         if len(typed) != 1 and dtype not in ("auto", "bfloat16"):
             raise ConfigError("--bf16", "", f"contradicts --dtype {dtype}", "one of the two")
         dtype = "bfloat16"
-    folded = dataclasses.replace(train, dtype=dtype, bf16=False)
-    return dataclasses.replace(config, train=folded)
+    return overlay(config, {"dtype": dtype, "bf16": False})

@@ -11,9 +11,7 @@ from cp_megatron.config.schema.ranges import LARGEST_SIZE, Count, Range, Size
 from cp_megatron.errors import ConfigError
 
 Part = Literal["train", "valid", "test", "all"]
-
 TaskName = Literal["perplexity", "needle", "variables"]
-
 TASKS: tuple[TaskName, ...] = get_args(TaskName)
 
 
@@ -92,19 +90,13 @@ python launch/convert.py --load RUN --output model --dtype bfloat16""",
 
 
 def refuse_unread(given: Collection[str], read: Collection[str], program: Program) -> None:
-    """Refuses flags of a training run that a program does not read.
-
-    Args:
-        given: the flags that the user typed.
-        read: the flags that the program reads.
-        program: the program, for the message.
+    """Refuses flags of a training run that the user typed, but that a program does not read.
 
     Raises:
         ConfigError: a flag is given that is not read.
     """
-    for flag in sorted(given):
-        if flag not in read:
-            raise ConfigError(flag, "", f"has no effect on {program.name}", "leave it out")
+    for flag in sorted(set(given) - set(read)):
+        raise ConfigError(flag, "", f"has no effect on {program.name}", "leave it out")
 
 
 def check_sampling(options: GenerationOptions) -> None:

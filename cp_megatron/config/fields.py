@@ -20,25 +20,21 @@ from cp_megatron.errors import ConfigError
 Kind = Literal["bool", "int", "float", "str"]
 
 # The Python type, the rule in a message, and the name in --help.
-_KINDS: Mapping[Kind, tuple[type, str, str]] = types.MappingProxyType(
-    {
-        "bool": (bool, "must be true or false", ""),
-        "int": (int, "must be a whole number", "INT"),
-        "float": (float, "must be a number", "FLOAT"),
-        "str": (str, "must be text", "TEXT"),
-    }
-)
+_KINDS: Mapping[Kind, tuple[type, str, str]] = {
+    "bool": (bool, "must be true or false", ""),
+    "int": (int, "must be a whole number", "INT"),
+    "float": (float, "must be a number", "FLOAT"),
+    "str": (str, "must be text", "TEXT"),
+}
 # Megatron's names of choices, for --cp-comm-type and --tokenizer-type.
-_SPELLINGS: Mapping[str, str] = types.MappingProxyType(
-    {
-        "allgather": "all_gather",
-        "HuggingFaceTokenizer": "huggingface",
-        "SentencePieceTokenizer": "sentencepiece",
-        "GPTSentencePieceTokenizer": "sentencepiece",
-        "Llama2Tokenizer": "sentencepiece",
-        "TikTokenizer": "tiktoken",
-    }
-)
+_SPELLINGS: Mapping[str, str] = {
+    "allgather": "all_gather",
+    "HuggingFaceTokenizer": "huggingface",
+    "SentencePieceTokenizer": "sentencepiece",
+    "GPTSentencePieceTokenizer": "sentencepiece",
+    "Llama2Tokenizer": "sentencepiece",
+    "TikTokenizer": "tiktoken",
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,12 +43,8 @@ class Setting:
 
     Attributes:
         section: the field of ``Config`` that holds it; empty if the field is not in a section.
-        name: the field's name.
-        kind: the type of its values.
         optional: whether ``None`` is a value.
-        default: the field's default.
         choices: the only texts that it accepts; empty if it accepts any.
-        range: the numbers that it accepts.
         count: the number of values; 0 means one or more.
     """
 
@@ -98,10 +90,9 @@ class Setting:
             # Megatron writes --window-size 128,0.
             words = [part for word in words for part in word.strip("()").split(",")]
         if not words or (self.count and len(words) != self.count):
-            some = {0: "one or more values", 1: "one value"}.get(self.count)
-            rule = f"needs {some or f'{self.count} values'}"
+            some = {0: "one or more values", 1: "one value"}.get(self.count, f"{self.count} values")
             works = ", ".join(self.choices) or f"{self.flag} {self.metavar}"
-            raise ConfigError(self.flag, " ".join(words), rule, works)
+            raise ConfigError(self.flag, " ".join(words), f"needs {some}", works)
         values = tuple(self._from_word(word) for word in words)
         return values[0] if self.count == 1 else values
 
@@ -120,16 +111,6 @@ class Setting:
             raise ConfigError(self.flag, shown(entry), f"must be a list of {number}")
         return tuple(self._from_entry(item) for item in entry)
 
-    def check(self, value: Any) -> None:
-        """Checks a value of the field's type.
-
-        Raises:
-            ConfigError: the field does not accept it.
-        """
-        if value is not None:
-            for item in [value] if self.count == 1 else value:
-                self._checked(item, shown(item))
-
     def _from_word(self, word: str) -> Any:
         name = _SPELLINGS.get(word, word)
         type_, rule, _ = _KINDS[self.kind]
@@ -138,7 +119,7 @@ class Setting:
         except ValueError:
             works = _whole_number(word) if self.kind == "int" else ""
             raise ConfigError(self.flag, word, rule, works) from None
-        return self._checked(value, word)
+        return self.checked(value, word)
 
     def _from_entry(self, entry: Any) -> Any:
         if isinstance(entry, str) and self.kind in ("float", "str"):
@@ -148,34 +129,35 @@ class Setting:
         type_, rule, _ = _KINDS[self.kind]
         if type(entry) is not type_:
             raise ConfigError(self.flag, shown(entry), rule, ", ".join(self.choices))
-        return self._checked(entry, shown(entry))
+        return self.checked(entry, shown(entry))
 
-    def _checked(self, value: Any, text: str) -> Any:
-        rule, works = self._broken_rule(value)
+    def checked(self, value: Any, text: str) -> Any:
+        """A value of the field's type, or one of several, if the field accepts it.
+
+        Raises:
+            ConfigError: it does not; the message shows the value as ``text``.
+        """
+        rule = works = ""
+        if not isinstance(value, str):
+            if isinstance(value, int) and not -(2**63) <= value < 2**63:
+                rule = "must be a number of 64 bits"
+            elif not math.isfinite(value):
+                rule = "must be finite"
+            elif value not in self.range:
+                default = 1 if self.default is None else self.default
+                rule, works = self.range.rule, self.range.nearest(value) or f"{default:g}"
+        elif self.choices and value not in self.choices:
+            rule, works = "must be one of its choices", ", ".join(self.choices)
+        elif not value:
+            rule = "must not be empty"
+        # The bytes of a command line that are not UTF-8 arrive as lone surrogates.
+        elif "\0" in value or any("\ud800" <= letter <= "\udfff" for letter in value):
+            rule = "must be UTF-8 text without NUL"
+        elif value.startswith("-"):
+            rule, works = "must not begin with a dash", f"./{value}"
         if rule:
             raise ConfigError(self.flag, text, rule, works)
         return value
-
-    def _broken_rule(self, value: Any) -> tuple[str, str]:
-        """The rule that a value breaks and what works instead; empty if it breaks none."""
-        if not isinstance(value, str):
-            if isinstance(value, int) and not -(2**63) <= value < 2**63:
-                return "must be a number of 64 bits", ""
-            if not math.isfinite(value):
-                return "must be finite", ""
-            if value not in self.range:
-                default = 1 if self.default is None else self.default
-                return self.range.rule, self.range.nearest(value) or f"{default:g}"
-        elif self.choices and value not in self.choices:
-            return "must be one of its choices", ", ".join(self.choices)
-        elif not value:
-            return "must not be empty", ""
-        # The bytes of a command line that are not UTF-8 arrive as lone surrogates.
-        elif "\0" in value or any("\ud800" <= letter <= "\udfff" for letter in value):
-            return "must be UTF-8 text without NUL", ""
-        elif value.startswith("-"):
-            return "must not begin with a dash", f"./{value}"
-        return "", ""
 
 
 def shown(value: Any) -> str:
@@ -205,7 +187,7 @@ def settings() -> Mapping[str, Setting]:
             rows += settings_of(hint, name)
     by_name = {row.name: row for row in rows}
     assert len(by_name) == len(rows), "two settings have the same name"
-    return types.MappingProxyType(by_name)
+    return by_name
 
 
 def check_values(config: Config) -> None:
@@ -215,7 +197,9 @@ def check_values(config: Config) -> None:
         ConfigError: a field does not accept its value.
     """
     for row in settings().values():
-        row.check(getattr(getattr(config, row.section) if row.section else config, row.name))
+        value = getattr(getattr(config, row.section) if row.section else config, row.name)
+        for item in () if value is None else (value,) if row.count == 1 else value:
+            row.checked(item, shown(item))
 
 
 def settings_of(options: Any, section: str = "") -> list[Setting]:
@@ -229,7 +213,6 @@ def settings_of(options: Any, section: str = "") -> list[Setting]:
 
 
 def _setting(hint: Any, **row: Any) -> Setting:
-    """The setting of a field of the type ``hint``, which the parts of the type describe."""
     if get_origin(hint) in (Union, types.UnionType):
         (hint,) = [part for part in get_args(hint) if part is not type(None)]
         row["optional"] = True

@@ -8,9 +8,8 @@ import itertools
 import shutil
 import textwrap
 from collections.abc import Mapping
-from typing import Any
 
-from cp_megatron.config.fields import Setting, settings_of
+from cp_megatron.config.fields import settings_of
 
 HELP = frozenset({"-h", "--help", "-H", "--help-verbose"})
 """The flags that ask for this page."""
@@ -20,34 +19,23 @@ def help_page(program: str, description: str | None, sections: Mapping[str, obje
     """Every flag with its help and its default, section by section.
 
     Args:
-        program: the program's name.
-        description: what the program does, and examples of its use.
+        description: what the program does, with examples of its use.
         sections: dataclass instances by title; a flag's default is the value of its field.
     """
     lines = [f"usage: {program} [-h] [flags]", "", description or ""]
-    wrapper = textwrap.TextWrapper(
-        width=min(100, shutil.get_terminal_size().columns),
-        initial_indent=" " * 6,
-        subsequent_indent=" " * 6,
-        break_on_hyphens=False,
-    )
+    width, indent = min(100, shutil.get_terminal_size().columns), " " * 6
     for title, values in sections.items():
         helps = _field_docs(type(values))
         lines += ["", f"{title}: {' '.join((type(values).__doc__ or '').split())}"]
         for row in settings_of(type(values)):
-            lines.append(f"  {_usage(row)} (default: {_shown(getattr(values, row.name))})")
-            lines += wrapper.wrap(helps[row.name])
+            words = f"{row.metavar}{'|None' if row.optional else ''}"
+            usage = f"{row.flag}, {row.off_flag}" if row.kind == "bool" else f"{row.flag} {words}"
+            value = getattr(values, row.name)
+            default = " ".join(map(str, value)) if isinstance(value, tuple) else value
+            lines.append(f"  {usage} (default: {default})")
+            text = textwrap.fill(helps[row.name], width - len(indent), break_on_hyphens=False)
+            lines.append(textwrap.indent(text, indent))
     return "\n".join(lines)
-
-
-def _usage(row: Setting) -> str:
-    if row.kind == "bool":
-        return f"{row.flag}, {row.off_flag}"
-    return f"{row.flag} {row.metavar}{'|None' if row.optional else ''}"
-
-
-def _shown(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def _field_docs(options: type) -> dict[str, str]:
@@ -58,8 +46,6 @@ def _field_docs(options: type) -> dict[str, str]:
         assert isinstance(tree, ast.ClassDef)
         for pair in itertools.pairwise(tree.body):
             match pair:
-                case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(
-                    value=ast.Constant(value=doc)
-                ):
+                case ast.AnnAssign(ast.Name(name)), ast.Expr(ast.Constant(doc)):
                     docs[name] = " ".join(str(doc).split())
     return docs

@@ -24,7 +24,6 @@ def read_options(
 
     Args:
         argv: the command line without the program's name.
-        options: the dataclass.
         program: the program's name, for ``--help``.
         description: what the program does, for ``--help``.
 
@@ -69,8 +68,11 @@ def read_words(
             name = flag.replace("_", "-").lower()
             near = [name] if name in flags else difflib.get_close_matches(name, flags, n=3)
             raise ConfigError(flag, text, "unknown flag", ", ".join(near) or "see --help")
-        row = flags[flag]
-        value, whole = _value(row, flag, words), f"{flag} {text}".rstrip()
+        row, whole = flags[flag], f"{flag} {text}".rstrip()
+        if row.kind == "bool" and words:
+            rule = "is a switch and takes no value"
+            raise ConfigError(flag, text, rule, f"{row.flag} or {row.off_flag}")
+        value = flag != row.off_flag if row.kind == "bool" else row.from_words(words)
         if values.setdefault(row.name, value) != value:  # One of the two would be ignored.
             first = texts[row.name]
             raise ConfigError(flag, text, f"contradicts {first}", f"{first}, or {whole}")
@@ -90,12 +92,3 @@ def _split(argv: Sequence[str]) -> list[tuple[str, list[str]]]:
         else:
             raise ConfigError("argument", word, "belongs to no flag", "--flag value")
     return pieces
-
-
-def _value(row: Setting, flag: str, words: Sequence[str]) -> Any:
-    if row.kind != "bool":
-        return row.from_words(words)
-    if words:
-        rule = "is a switch and takes no value"
-        raise ConfigError(flag, " ".join(words), rule, f"{row.flag} or {row.off_flag}")
-    return flag != row.off_flag

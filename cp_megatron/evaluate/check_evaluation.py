@@ -18,8 +18,8 @@ from cp_megatron.checkpoint.find_checkpoint import named_step
 from cp_megatron.checkpoint.manifest import Manifest, read_manifest
 from cp_megatron.cli.programs import TASKS, EvaluationOptions, Part
 from cp_megatron.comm.runtime import Launch
-from cp_megatron.config import Config, ModelConfig
-from cp_megatron.config.fields import Setting, check_values, settings
+from cp_megatron.config import Config
+from cp_megatron.config.fields import Setting, settings
 from cp_megatron.config.files.yaml_io import overlay
 from cp_megatron.config.schema.ranges import LARGEST_SIZE
 from cp_megatron.data.tokenize.open_tokenizer import open_tokenizer
@@ -33,8 +33,6 @@ from cp_megatron.preflight.save_and_load import check_goes_on
 
 _READ = frozenset({"seed", "dtype", "bf16", "device", "deterministic", "plot"})
 """Settings of the sections ``train``, ``optimizer`` and ``log`` that an evaluation reads."""
-_ROPE: frozenset[str] = ROPE_FIELDS | {"rope_type", "rotary_base"}
-"""Settings of rotary positions. They have no weights, so other values can be tried."""
 _UNREAD_ELSEWHERE = frozenset(
     {
         *("save", "save_interval", "async_save", "keep_latest_k", "save_retain_interval"),
@@ -107,8 +105,7 @@ def check_evaluation(
     plot = _draws_pictures(config, options, given)
     _refuse_training_flags(given)
     _check_sources(config, options, given)
-    config = _without_training(config)
-    _check_positions(config.model, options.lengths)
+    config = _without_training(config, options.lengths[-1])
     check_run = partial(
         check,
         launch=launch,
@@ -146,9 +143,9 @@ def print_setup(setup: EvaluationSetup) -> None:
         f"lengths    {', '.join(f'{length:,}' for length in options.lengths)} tokens",
         f"into       {options.output}",
     ]
-    notes = dict.fromkeys(note for run in setup.runs for note in run.notes)
+    notes = dict.fromkeys(f"note       {note}" for run in setup.runs for note in run.notes)
     console = Console()
-    for line in [*lines, *(f"note       {note}" for note in notes)]:
+    for line in [*lines, *notes]:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
@@ -170,11 +167,8 @@ def make_tasks(
 
 
 def _checked_options(options: EvaluationOptions, given: frozenset[str]) -> EvaluationOptions:
-    for flag, task in (
-        ("--buckets", "perplexity"),
-        ("--part", "perplexity"),
-        ("--depths", "needle"),
-    ):
+    readers = {"--buckets": "perplexity", "--part": "perplexity", "--depths": "needle"}
+    for flag, task in readers.items():
         if flag in given and task not in options.tasks:
             rule = f"has no effect without the task {task}"
             raise ConfigError(flag, "", rule, f"--tasks {task}")
@@ -204,7 +198,6 @@ def _draws_pictures(config: Config, options: EvaluationOptions, given: frozenset
 
 
 def _is_unread(row: Setting) -> bool:
-    """Whether an evaluation does not read this setting."""
     if row.section in ("optimizer", "log", "train"):
         return row.name not in _READ
     return row.name in _UNREAD_ELSEWHERE
@@ -233,12 +226,19 @@ def _check_sources(config: Config, options: EvaluationOptions, given: frozenset[
         raise ConfigError("--data-path", "", rule, "--data-path with the text to read")
 
 
-def _without_training(config: Config) -> Config:
-    """Resets what only training reads, so that the checks of a run do not judge it."""
+def _without_training(config: Config, longest: int) -> Config:
+    """Resets what only training reads, so that the checks of a run do not judge it.
+
+    Raises:
+        ConfigError: the model has learned fewer positions than the longest row has.
+    """
     model, default = config.model, Config()
     rows = model.max_position_embeddings
     if model.position_embedding_type == "learned_absolute":
         rows = rows or config.data.seq_length
+        if longest > rows:
+            rule = f"the model has learned {rows} positions"
+            raise ConfigError("--lengths", longest, rule, f"up to {rows}")
     unread = [row for row in settings().values() if _is_unread(row)]
     values = {row.name: getattr(getattr(default, row.section), row.name) for row in unread}
     values |= {"micro_batch_size": 1, "pad_rows": True, "train_iters": LARGEST_SIZE}
@@ -246,20 +246,10 @@ def _without_training(config: Config) -> Config:
     return overlay(config, values)
 
 
-def _check_positions(model: ModelConfig, lengths: Sequence[int]) -> None:
-    rows = model.max_position_embeddings
-    if model.position_embedding_type == "learned_absolute" and rows and lengths[-1] > rows:
-        rule = f"the model has learned {rows} positions"
-        raise ConfigError("--lengths", lengths[-1], rule, f"up to {rows}")
-
-
 def _check_length(config: Config, length: int, check_run: Callable[[Config], RunPlan]) -> RunPlan:
     """Checks a run on rows of this length; the checkpoint is checked separately."""
-    row = replace(config.data, seq_length=length)
     try:
-        return check_run(
-            replace(config, data=row, checkpoint=replace(config.checkpoint, load=None))
-        )
+        return check_run(overlay(config, {"seq_length": length, "load": None}))
     except ConfigError as error:
         if error.flag != "--seq-length":
             raise
@@ -269,29 +259,25 @@ def _check_length(config: Config, length: int, check_run: Callable[[Config], Run
 def _find_model(config: Config, vocab_size: int) -> tuple[Path, Manifest | None]:
     """Finds the Hugging Face folder, or the checkpoint, which must be of this model.
 
-    Only settings of rotary positions may differ from the checkpoint's.
+    Only settings of rotary positions may differ from the checkpoint's, and weights are not
+    converted between float64 and other dtypes.
     """
     if config.checkpoint.load is None:
         return Path(str(config.checkpoint.load_hf)), None
-    check_values(config)
     step = named_step(Path(config.checkpoint.load))
     manifest = read_manifest(step)
     saved = manifest.config.get("model", {})
-    names = sorted(_ROPE & saved.keys())
-    config = overlay(config, {n: settings()[n].from_yaml(saved[n]) for n in names})
+    # Rotary positions have no weights, so other settings can be tried.
+    rotary = sorted(saved.keys() & {"rope_type", "rotary_base", *ROPE_FIELDS})
+    config = overlay(config, {name: settings()[name].from_yaml(saved[name]) for name in rotary})
     check_goes_on(config, manifest, vocab_size)
-    _check_dtype(config, manifest)
-    return step, manifest
-
-
-def _check_dtype(config: Config, manifest: Manifest) -> None:
-    """Refuses to convert between float64 and other dtypes."""
     kept = {row.dtype for name, row in manifest.tensors.items() if name.startswith("model.")}
     asked = config.train.dtype
     if (asked == "float64") != ("float64" in kept):
         works = "--dtype float64" if "float64" in kept else "--dtype float32 or bfloat16"
         rule = f"the checkpoint's weights are {', '.join(sorted(kept))}"
         raise ConfigError("--dtype", asked, rule, works)
+    return step, manifest
 
 
 def _check_questions_fit(setup: EvaluationSetup) -> None:

@@ -18,6 +18,7 @@ import hashlib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import chain
 from typing import Literal
 
 import numpy as np
@@ -29,6 +30,8 @@ Kind = Literal["needle", "variables"]
 Tokens = npt.NDArray[np.int64]
 Encode = Callable[[str], npt.ArrayLike]
 """Converts text to tokens, without special tokens."""
+Draw = Callable[[int], int]
+"""Draws one of 0 .. count - 1; the bias of the remainder is below count / 2**64."""
 
 NAMES_IN_CHAIN = 5
 LONGEST_SENTENCE = 400
@@ -93,11 +96,10 @@ class Haystack:
         Raises:
             ConfigError: the text has no sentence.
         """
-        pieces = [np.asarray(encode(sentence), dtype=np.int64) for sentence in sentences(text)]
-        pieces = [piece for piece in pieces if piece.size]
+        pieces = [piece for line in sentences(text) if (piece := _encoded(encode, line)).size]
         if not pieces:
             raise ConfigError("--data-path", "", "holds no sentence to hide a needle in", "prose")
-        borders = np.cumsum([0, *(piece.size for piece in pieces)]).astype(np.int64)
+        borders = np.cumsum([0, *map(len, pieces)]).astype(np.int64)
         return cls(tokens=np.concatenate(pieces), borders=borders)
 
     def window(self, size: int, end: int) -> tuple[Tokens, Tokens]:
@@ -108,12 +110,11 @@ class Haystack:
             inside, and ``size``, in increasing order.
         """
         total, last = len(self.tokens), int(self.borders[end])
-        wanted = np.arange(last - size, last)
         rounds = np.arange((last - size) // total, last // total + 1)
         borders = (self.borders[:-1] + rounds[:, None] * total).ravel() - (last - size)
         inside = borders[(borders > 0) & (borders < size)]
         places = np.concatenate([[0], inside, [size]]).astype(np.int64)
-        return self.tokens[wanted % total], places
+        return self.tokens[np.arange(last - size, last) % total], places
 
 
 def sentences(text: str) -> list[str]:
@@ -166,88 +167,65 @@ def make_task(
     Raises:
         ConfigError: the length leaves no token for the text.
     """
-    draws = _draws(seed, kind, length, depth, sample)
-    intro, inserted, question, answer = _words_of(kind, draws)
-    ends = [_encoded(encode, text) for text in (intro, question, answer)]
-    hidden = [_encoded(encode, text) for text in inserted]
-    needed = sum(len(piece) for piece in (*ends, *hidden))
+    draw = _draws(seed, kind, length, depth, sample)
+    words = _words_of(kind, draw)
+    intro, question, *hidden, answer = encoded = [_encoded(encode, part) for part in words]
+    needed = sum(map(len, encoded))
     size = length - needed
     if size < 1:
         rule = f"{kind} needs {needed + 1} tokens for its question alone"
         power_of_two = 1 << (2 * needed - 1).bit_length()
         raise ConfigError("--lengths", length, rule, str(power_of_two))
-    end = 1 + draws.below(len(haystack.borders) - 1)
-    text, borders = haystack.window(size, end)
-    cuts = _places(kind, borders, size, depth, len(hidden), draws)
-    pieces, written = [ends[0]], 0
-    for cut, piece in zip(cuts, hidden, strict=True):
-        pieces += [text[written:cut], piece]
-        written = cut
-    pieces += [text[written:], ends[1], ends[2]]
+    text, borders = haystack.window(size, 1 + draw(len(haystack.borders) - 1))
+    if kind == "variables":  # several can share a border
+        places = sorted(draw(len(borders)) for _ in hidden)
+    else:
+        places = [int(np.abs(borders * 100 - depth * size).argmin())]
+    first, *others = np.split(text, borders[places])
+    middle = chain.from_iterable(zip(hidden, others, strict=True))
     return Task(
         kind=kind,
-        tokens=np.concatenate(pieces),
-        answer_start=length - len(ends[2]),
-        answer=answer,
+        tokens=np.concatenate([intro, first, *middle, question, answer]),
+        answer_start=length - len(answer),
+        answer=words[-1],
         depth=depth,
         sample=sample,
     )
 
 
-def _places(
-    kind: Kind, borders: Tokens, size: int, depth: int, count: int, draws: _Draws
-) -> list[int]:
-    """Chooses where ``count`` sentences are inserted, in order; several can share a border."""
-    if kind == "variables":
-        return [
-            int(borders[place]) for place in sorted(draws.below(len(borders)) for _ in range(count))
-        ]
-    nearest = np.abs(borders * 100 - depth * size).argmin()
-    return [int(borders[nearest])] * count
-
-
-def _words_of(kind: Kind, draws: _Draws) -> tuple[str, tuple[str, ...], str, str]:
-    """Returns the intro, the sentences to insert, the question and the answer."""
+def _words_of(kind: Kind, draw: Draw) -> tuple[str, ...]:
+    """Returns the intro, the question, the sentences to insert and the answer."""
     if kind == "needle":
         words = _WORDS.split()
-        word, number = words[draws.below(len(words))], 1_000_000 + draws.below(9_000_000)
+        word, number = words[draw(len(words))], 1_000_000 + draw(9_000_000)
         needle = f" The special magic number for {word} is {number}."
         question = (
             f"\nWhat is the special magic number for {word} mentioned in the text above? "
             f"The special magic number for {word} is"
         )
-        return _NEEDLE_INTRO, (needle,), question, f" {number}"
+        return _NEEDLE_INTRO, question, needle, f" {number}"
     names: list[str] = []
     while len(names) < NAMES_IN_CHAIN:
-        name = "".join(chr(ord("A") + draws.below(26)) for _ in range(5))
+        name = "".join(chr(ord("A") + draw(26)) for _ in range(5))
         if name not in names:
             names.append(name)
-    value = 10_000 + draws.below(90_000)
+    value = 10_000 + draw(90_000)
     values = [str(value), *(f"VAR {name}" for name in names)]
-    chain = tuple(f" VAR {name} = {held}." for name, held in zip(names, values))
+    chained = [f" VAR {name} = {held}." for name, held in zip(names, values)]
     question = (
         f"\nQuestion: Find all variables that are assigned the value {value} in the text above.\n"
         f"Answer: {NAMES_IN_CHAIN} variables are assigned the value {value}, they are:"
     )
-    return _VARIABLES_INTRO, chain, question, "".join(f" {name}" for name in names)
+    return _VARIABLES_INTRO, question, *chained, "".join(f" {name}" for name in names)
 
 
 def _encoded(encode: Encode, text: str) -> Tokens:
     return np.asarray(encode(text), dtype=np.int64)
 
 
-class _Draws:
-    """Random numbers of one task: Philox's raw output, which is equal on every machine."""
-
-    def __init__(self, bits: np.random.Philox) -> None:
-        self._bits = bits
-
-    def below(self, count: int) -> int:
-        """Draws one of 0 .. count - 1; the bias of the remainder is below count / 2**64."""
-        return int(self._bits.random_raw()) % count
-
-
-def _draws(seed: int, *numbers: object) -> _Draws:
+def _draws(seed: int, *numbers: object) -> Draw:
+    """The random numbers of one task: Philox's raw output, which is equal on every machine."""
     digest = hashlib.sha256(repr(numbers).encode()).digest()
     key = np.array([seed % 2**64, int.from_bytes(digest[:8], "little")], dtype=np.uint64)
-    return _Draws(np.random.Philox(key=key))
+    bits = np.random.Philox(key=key)
+    return lambda count: int(bits.random_raw()) % count

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,6 @@ from rich.console import Console
 from rich.table import Table
 
 from cp_megatron.metrics.plots import Curve, draw_by_position, draw_heat_map
-
-RESULTS_FILE = "results.json"
-PERPLEXITY_FILE = "perplexity.png"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,9 +35,8 @@ class Score:
     def of(cls, sums: Iterable[float]) -> Score:
         """Makes a score from the sum of losses, the number of right guesses and of tokens."""
         loss, right, tokens = sums
-        return cls(
-            tokens=round(tokens), loss=loss / max(tokens, 1), accuracy=right / max(tokens, 1)
-        )
+        count = max(tokens, 1)
+        return cls(tokens=round(tokens), loss=loss / count, accuracy=right / count)
 
     @property
     def perplexity(self) -> float:
@@ -104,11 +101,9 @@ class EvaluationResults:
     answers: tuple[Answer, ...]
 
     def cells(self) -> dict[tuple[str, int, int], list[Answer]]:
-        """Returns the answers by (task, length, depth)."""
-        cells: dict[tuple[str, int, int], list[Answer]] = {}
-        for answer in self.answers:
-            cells.setdefault((answer.task, answer.length, answer.depth), []).append(answer)
-        return cells
+        """Returns the answers by (task, length, depth); those of a cell are neighbours."""
+        cells = groupby(self.answers, lambda answer: (answer.task, answer.length, answer.depth))
+        return {key: list(answers) for key, answers in cells}
 
     def cells_of(self, task: str) -> dict[tuple[int, int], list[Answer]]:
         """Returns the answers of one task by (length, depth)."""
@@ -130,7 +125,7 @@ def write_results(results: EvaluationResults, folder: Path, *, plot: bool) -> li
         OSError: a file cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    file = folder / RESULTS_FILE
+    file = folder / "results.json"
     new = file.with_suffix(".tmp")
     new.write_text(json.dumps(_plain(results), indent=1) + "\n", encoding="utf-8")
     new.replace(file)
@@ -232,10 +227,9 @@ def _pictures(results: EvaluationResults, folder: Path) -> list[Path]:
             )
             for row in results.perplexity
         ]
-        files.append(draw_by_position(folder / PERPLEXITY_FILE, curves, title=name))
-    for task in results.tasks:
-        files.append(_heat_map(results, task, folder / f"{task}.png", name))
-    return files
+        files.append(draw_by_position(folder / "perplexity.png", curves, title=name))
+    tasks = results.tasks
+    return files + [_heat_map(results, task, folder / f"{task}.png", name) for task in tasks]
 
 
 def _heat_map(results: EvaluationResults, task: str, path: Path, name: str) -> Path:

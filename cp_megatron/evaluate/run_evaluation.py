@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-import torch
 import torch.distributed as dist
 from rich.console import Console
 
@@ -18,9 +18,7 @@ from cp_megatron.checkpoint.hf_load import load_hf
 from cp_megatron.checkpoint.load import load_checkpoint
 from cp_megatron.cli.programs import EVALUATE, EvaluationOptions
 from cp_megatron.cli.refusal import error_line
-from cp_megatron.comm.groups import ParallelGroups
 from cp_megatron.comm.runtime import Launch
-from cp_megatron.context_parallel import ContextParallel
 from cp_megatron.data.read.corpus import Corpus, CorpusRange
 from cp_megatron.data.rows.corpora import open_single
 from cp_megatron.data.rows.sampler import count_rows, parse_split, split_sizes
@@ -38,12 +36,12 @@ from cp_megatron.evaluate.results import (
     write_results,
 )
 from cp_megatron.evaluate.score import LabeledRow, bucket_ends, perplexity_row, score, task_row
-from cp_megatron.model.transformer import Transformer
-from cp_megatron.preflight.run_plan import DeviceName, RunPlan
 from cp_megatron.preflight.start import begin, make_context, make_model, read_alike
 
 HAYSTACK_ROWS = 64
 """The user's text for the needle tasks is cut to this many of the longest rows."""
+ScoreRows = Callable[..., npt.NDArray[np.float64]]
+"""``score.score`` with the model and the context of one length bound to it."""
 
 
 def run_evaluation(setup: EvaluationSetup, launch: Launch) -> int:
@@ -55,10 +53,10 @@ def run_evaluation(setup: EvaluationSetup, launch: Launch) -> int:
     Raises:
         ConfigError: the device, the data or the weights cannot be used.
     """
-    runs, device, control = begin(setup.runs, launch)
+    runs, _, control = begin(setup.runs, launch)
     setup = replace(setup, runs=runs)
     try:
-        results = evaluate(setup, launch, device, control)
+        results = evaluate(setup, launch, control)
         written = launch.rank != 0 or _show(setup, results)
         dist.barrier(group=control)
         return 0 if written else 2
@@ -68,14 +66,13 @@ def run_evaluation(setup: EvaluationSetup, launch: Launch) -> int:
 
 
 def evaluate(
-    setup: EvaluationSetup, launch: Launch, device_name: DeviceName, control: dist.ProcessGroup
+    setup: EvaluationSetup, launch: Launch, control: dist.ProcessGroup
 ) -> EvaluationResults:
     """Loads the model and scores it. Every rank calls this and gets the same results.
 
     Args:
         setup: the evaluation; its plans name the device.
         launch: how this process was started.
-        device_name: the device of the plans.
         control: a group of all ranks for CPU tensors; the default group exists.
 
     Raises:
@@ -87,12 +84,19 @@ def evaluate(
     corpus = read_alike(control, lambda: open_single(data)) if reads else None
     text = _text(setup, corpus) if corpus is not None and "perplexity" in options.tasks else None
     tasks = _tasks(setup, corpus)
-    evaluator = _Evaluator.load(setup, launch, control)
+    model, groups, device = make_model(setup.longest, launch, initialize=False)
+    if setup.manifest is None:
+        load_hf(setup.load, model=model, process_group=control)
+    else:
+        load_checkpoint(setup.load, model=model, optimizer=None, process_group=control)
     perplexity, answers = [], []
-    for run in setup.runs:
+    for length, run in zip(options.lengths, setup.runs, strict=True):
+        cp, padding = make_context(run, groups), run.sequence.padding
+        score_rows = partial(score, model, groups, cp, device=device, padding=padding)
         if text is not None:
-            perplexity.append(evaluator.perplexity(run, text, options))
-        answers += evaluator.answers(run, tasks[run.config.data.seq_length])
+            perplexity.append(_perplexity(text, length, options, score_rows))
+        if tasks[length]:
+            answers += _answers(tasks[length], score_rows)
     about = {
         "model": str(setup.load),
         "step": None if setup.manifest is None else setup.manifest.step,
@@ -100,7 +104,7 @@ def evaluate(
         "part": setup.part if text is not None else None,
         "seed": setup.longest.config.train.seed,
         "dtype": setup.longest.dtype,
-        "device": device_name,
+        "device": setup.longest.device,
         "grid": setup.longest.grid.sizes,
         "settings": asdict(setup.longest.config.model),
     }
@@ -109,8 +113,7 @@ def evaluate(
 
 def _text(setup: EvaluationSetup, corpus: Corpus) -> CorpusRange:
     """Returns the part of the corpus whose perplexity is measured."""
-    data, total = setup.longest.config.data, len(corpus.tokens)
-    cuts = [0, total]
+    data, start, end = setup.longest.config.data, 0, len(corpus.tokens)
     if setup.part != "all":
         assert setup.manifest is not None, "only a run of ours has parts"
         plain = data.tokenizer_type == "byte"  # otherwise the fingerprint also covers the tokenizer
@@ -119,17 +122,13 @@ def _text(setup: EvaluationSetup, corpus: Corpus) -> CorpusRange:
             rule = f"is not the data that {setup.load} was trained on, so its parts are not known"
             raise ConfigError("--data-path", corpus.name, rule, "name the data by --data-path")
         trained = int(setup.manifest.config["data"]["seq_length"])
-        sizes = split_sizes(total, weights=parse_split(data.split), seq_length=trained)
-        ends = np.cumsum(sizes).tolist()
+        sizes = split_sizes(end, weights=parse_split(data.split), seq_length=trained)
         number = ("train", "valid", "test").index(setup.part)
-        cuts = [ends[number] - sizes[number], ends[number]]
-    part = corpus.range(*cuts)
-    size = len(part.tokens)
+        start, end = sum(sizes[:number]), sum(sizes[: number + 1])
+    part, size = corpus.range(start, end), end - start
     for length in setup.options.lengths:
         if count_rows(size, length) == 0:
-            rule = (
-                f"a row needs {length + 1} tokens, but the part {setup.part} of the data has {size}"
-            )
+            rule = f"a row needs {length + 1} tokens, but the part {setup.part} has {size}"
             works = f"up to {size - 1}" if size > 2 else "--part all"
             raise ConfigError("--lengths", length, rule, f"{works}, or --data-path with more data")
     return part
@@ -164,80 +163,42 @@ def _show(setup: EvaluationSetup, results: EvaluationResults) -> bool:
     return True
 
 
-@dataclass(frozen=True)
-class _Evaluator:
-    """The loaded model on one rank, with context parallelism for each length of rows."""
+def _perplexity(
+    text: CorpusRange, length: int, options: EvaluationOptions, score_rows: ScoreRows
+) -> Perplexity:
+    """Scores rows that are spread evenly over the text and share no label."""
+    available = count_rows(len(text.tokens), length)
+    num_rows = min(options.num_samples, available)
+    ends = bucket_ends(length, options.buckets, options.lengths[-1])
 
-    model: Transformer
-    groups: ParallelGroups
-    device: torch.device
-    cps: Mapping[int, ContextParallel]
+    def row_of(number: int) -> LabeledRow:
+        start = number * available // num_rows * length
+        loss = None if text.loss is None else text.loss[start + 1 : start + length + 1]
+        return perplexity_row(text.read(start, start + length + 1), ends, loss)
 
-    @classmethod
-    def load(
-        cls,
-        setup: EvaluationSetup,
-        launch: Launch,
-        control: dist.ProcessGroup,
-    ) -> _Evaluator:
-        """Builds the model for the longest rows and loads its weights."""
-        model, groups, device = make_model(setup.longest, launch, initialize=False)
-        if setup.manifest is None:
-            load_hf(setup.load, model=model, process_group=control)
-        else:
-            load_checkpoint(setup.load, model=model, optimizer=None, process_group=control)
-        cps = {each.config.data.seq_length: make_context(each, groups) for each in setup.runs}
-        return cls(model, groups, device, cps)
+    table = score_rows(row_of, num_rows=num_rows, num_cells=len(ends))
+    buckets = [
+        Bucket(first=first, end=end, score=Score.of(sums))
+        for first, end, sums in zip([0, *ends], ends, table.tolist())
+    ]
+    whole = Score.of(table.sum(0).tolist())
+    return Perplexity(length=length, rows=num_rows, whole=whole, buckets=tuple(buckets))
 
-    def perplexity(self, run: RunPlan, text: CorpusRange, options: EvaluationOptions) -> Perplexity:
-        """Scores rows that are spread evenly over the text and share no label."""
-        length = run.config.data.seq_length
-        available = count_rows(len(text.tokens), length)
-        num_rows = min(options.num_samples, available)
-        ends = bucket_ends(length, options.buckets, options.lengths[-1])
 
-        def row_of(number: int) -> LabeledRow:
-            start = number * available // num_rows * length
-            loss = None if text.loss is None else text.loss[start + 1 : start + length + 1]
-            return perplexity_row(text.read(start, start + length + 1), ends, loss)
-
-        table = self._score(run, row_of, num_rows, len(ends))
-        buckets = [
-            Bucket(first=first, end=end, score=Score.of(sums))
-            for first, end, sums in zip([0, *ends], ends, table.tolist())
-        ]
-        whole = Score.of(table.sum(0).tolist())
-        return Perplexity(length=length, rows=num_rows, whole=whole, buckets=tuple(buckets))
-
-    def answers(self, run: RunPlan, tasks: list[Task]) -> list[Answer]:
-        """Scores the answers to the questions of one length."""
-        if not tasks:
-            return []
-        table = self._score(run, lambda n: task_row(tasks[n], n), len(tasks), len(tasks))
-        return [
-            Answer(
-                task=task.kind,
-                length=task.length,
-                depth=task.depth,
-                sample=task.sample,
-                answer=task.answer.strip(),
-                exact=right == tokens,
-                token_accuracy=right / tokens,
-                log_probability=-loss,
-            )
-            for task, (loss, right, tokens) in zip(tasks, table.tolist(), strict=True)
-        ]
-
-    def _score(
-        self, run: RunPlan, row_of: Callable[[int], LabeledRow], num_rows: int, num_cells: int
-    ) -> npt.NDArray[np.float64]:
-        return score(
-            self.model,
-            self.groups,
-            self.cps[run.config.data.seq_length],
-            row_of,
-            num_rows=num_rows,
-            num_cells=num_cells,
-            device=self.device,
-            padding=run.sequence.padding,
+def _answers(tasks: list[Task], score_rows: ScoreRows) -> list[Answer]:
+    """Scores the answers to the questions of one length."""
+    num_rows = len(tasks)
+    table = score_rows(lambda n: task_row(tasks[n], n), num_rows=num_rows, num_cells=num_rows)
+    return [
+        Answer(
+            task=task.kind,
+            length=task.length,
+            depth=task.depth,
+            sample=task.sample,
+            answer=task.answer.strip(),
+            exact=right == tokens,
+            token_accuracy=right / tokens,
+            log_probability=-loss,
         )
+        for task, (loss, right, tokens) in zip(tasks, table.tolist(), strict=True)
+    ]

@@ -97,11 +97,8 @@ def perplexity_row(
 def task_row(task: Task, cell: int) -> LabeledRow:
     """Makes the row of a question, in which only the tokens of the answer count."""
     labels = np.full(task.length, IGNORED, dtype=np.int64)
-    answer = slice(task.answer_start, task.length)
-    labels[task.answer_start - 1 : task.length - 1] = task.tokens[answer]
-    return LabeledRow(
-        tokens=task.tokens, labels=labels, cells=np.full(task.length, cell, dtype=np.int64)
-    )
+    labels[task.answer_start - 1 : -1] = task.tokens[task.answer_start :]
+    return LabeledRow(tokens=task.tokens, labels=labels, cells=np.full_like(labels, cell))
 
 
 @torch.no_grad()

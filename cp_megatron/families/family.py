@@ -23,14 +23,12 @@ from cp_megatron.config import ModelConfig
 from cp_megatron.families.json_fields import JsonFields
 from cp_megatron.spec import ModelSpec
 
-Shape = tuple[int, ...]
-
 
 class Part(NamedTuple):
     """A parameter of ours as the folder has it: its name, its shape, whether we pad its rows."""
 
     name: str
-    shape: Shape
+    shape: tuple[int, ...]
     padded: bool
 
 
@@ -49,7 +47,7 @@ class HFTensor:
     transposed: bool = False
 
     @property
-    def shape(self) -> Shape:
+    def shape(self) -> tuple[int, ...]:
         """The shape in the folder."""
         rows = sum(part.shape[0] for part in self.parts)
         shape = (rows, *self.parts[0].shape[1:])
@@ -97,8 +95,7 @@ class Family:
         parts: dict[str, dict[str, Part]] = defaultdict(dict)
         for parameter in spec.parameters():
             module, _, leaf = parameter.name.rpartition(".")
-            rows = parameter.rows or parameter.shape[0]
-            shape = (rows, *parameter.shape[1:])
+            shape = (parameter.rows or parameter.shape[0], *parameter.shape[1:])
             parts[module][leaf] = Part(parameter.name, shape, padded=parameter.rows is not None)
         tensors: list[HFTensor] = []
         for per_layer, rows_of_table in groupby(self.modules.items(), lambda row: "{}" in row[0]):
@@ -114,8 +111,5 @@ class Family:
     def _module(self, theirs: str, ours: list[dict[str, Part]]) -> Iterator[HFTensor]:
         transposed = theirs.rpartition(".")[2] in self.transposed
         for leaf in ours[0]:
-            yield HFTensor(
-                key=f"{theirs}.{leaf}",
-                parts=tuple(module[leaf] for module in ours),
-                transposed=transposed and leaf == "weight",
-            )
+            parts, flips = tuple(module[leaf] for module in ours), transposed and leaf == "weight"
+            yield HFTensor(key=f"{theirs}.{leaf}", parts=parts, transposed=flips)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from cp_megatron.config.schema import ModelConfig
 from cp_megatron.families.family import Family
-from cp_megatron.families.json_fields import JsonFields
 
-
-def _read(fields: JsonFields) -> ModelConfig:
-    """Reads only what this file writes, because folders of GPT-2 are not loaded."""
-    return ModelConfig(
+GPT2 = Family(
+    model_type="gpt2",
+    architecture="GPT2LMHeadModel",
+    # Folders of GPT-2 are not loaded, so this reads only what ``write`` writes.
+    read=lambda fields: ModelConfig(
         num_layers=fields.size("n_layer"),
         hidden_size=fields.size("n_embd"),
         ffn_hidden_size=fields.size("n_inner"),
@@ -17,13 +17,7 @@ def _read(fields: JsonFields) -> ModelConfig:
         norm_epsilon=fields.number("layer_norm_epsilon", 1e-5),
         max_position_embeddings=fields.size("n_positions"),
         untie_embeddings_and_output_weights=not fields.switch("tie_word_embeddings", True),
-    )
-
-
-GPT2 = Family(
-    model_type="gpt2",
-    architecture="GPT2LMHeadModel",
-    read=_read,
+    ),
     write=lambda model, longest: {
         "n_positions": longest,
         "n_embd": model.hidden_size,

@@ -81,27 +81,21 @@ class JsonFields:
 
     def size(self, name: str, default: int | None = None) -> int:
         """A whole number of at least 1."""
-        value = self.value.get(name)
-        if value is None and default is not None:
-            return default
+        value = self._get(name, default)
         if type(value) is not int or not 1 <= value <= _LARGEST:
             raise self.wrong(name, f"but must be a whole number from 1 to {_LARGEST}")
         return value
 
-    def number(self, name: str, default: float) -> float:
+    def number(self, name: str, default: float = 0.0) -> float:
         """A number of at least 0."""
-        value = self.value.get(name)
-        if value is None:
-            return default
+        value = self._get(name, default)
         if type(value) not in (int, float) or not 0 <= value <= 1e30:  # NaN fails too
             raise self.wrong(name, "but must be a number of at least 0")
         return float(value)
 
-    def switch(self, name: str, default: bool) -> bool:
+    def switch(self, name: str, default: bool = False) -> bool:
         """A truth value."""
-        value = self.value.get(name)
-        if value is None:
-            return default
+        value = self._get(name, default)
         if not isinstance(value, bool):
             raise self.wrong(name, "but must be true or false")
         return value
@@ -109,16 +103,18 @@ class JsonFields:
     def numbers(self, name: str) -> tuple[float, ...]:
         """A list of positive numbers."""
         value = self.value.get(name)
-        valid = isinstance(value, list) and all(
-            type(x) in (int, float) and 0 < x <= 1e30 for x in value
-        )
-        if not isinstance(value, list) or not valid:
+        items: list[Any] = value if isinstance(value, list) else [None]
+        if not all(type(x) in (int, float) and 0 < x <= 1e30 for x in items):
             raise self.wrong(name, "but must be a list of positive numbers")
-        return tuple(float(x) for x in value)
+        return tuple(float(x) for x in items)
 
     def inner(self, name: str) -> JsonFields:
         """The object under a key, empty if the key is missing."""
-        value = self.value.get(name)
-        if value is not None and not isinstance(value, dict):
+        value = self._get(name, {})
+        if not isinstance(value, dict):
             raise self.wrong(name, "but must be an object")
-        return JsonFields(self.folder, value or {}, f"{self.prefix}{name}.")
+        return JsonFields(self.folder, value, f"{self.prefix}{name}.")
+
+    def _get(self, name: str, default: Any) -> Any:
+        value = self.value.get(name)
+        return default if value is None else value

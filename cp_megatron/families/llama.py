@@ -10,7 +10,7 @@ from cp_megatron.families.json_fields import JsonFields
 
 def _read(fields: JsonFields) -> ModelConfig:
     fields.only("sliding_window", works="MistralForCausalLM", why="Llama has no window")
-    attention, mlp = (fields.switch(name, False) for name in ("attention_bias", "mlp_bias"))
+    attention, mlp = (fields.switch(name) for name in ("attention_bias", "mlp_bias"))
     if attention != mlp:
         why = "mlp_bias must be the same, because all linear layers have biases or none has"
         raise fields.unsupported("attention_bias", str(mlp).lower(), why)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any
 
 from cp_megatron.config.schema import ModelConfig
@@ -12,24 +11,22 @@ from cp_megatron.families.rope_fields import read_rope, write_rope
 
 _KINDS = ("full_attention", "sliding_attention")
 
-MODULES: Mapping[str, str] = MappingProxyType(
-    {
-        "model.embed_tokens": "embedding",
-        "model.layers.{}.self_attn.q_proj": "layers.{}.attention.query",
-        "model.layers.{}.self_attn.k_proj": "layers.{}.attention.key",
-        "model.layers.{}.self_attn.v_proj": "layers.{}.attention.value",
-        "model.layers.{}.self_attn.o_proj": "layers.{}.attention.out",
-        "model.layers.{}.mlp.gate_proj": "layers.{}.mlp.gate",
-        "model.layers.{}.mlp.up_proj": "layers.{}.mlp.up",
-        "model.layers.{}.mlp.down_proj": "layers.{}.mlp.down",
-        "model.layers.{}.input_layernorm": "layers.{}.attention_norm",
-        "model.layers.{}.post_attention_layernorm": "layers.{}.mlp_norm",
-        "model.layers.{}.self_attn.q_norm": "layers.{}.attention.query_norm",
-        "model.layers.{}.self_attn.k_norm": "layers.{}.attention.key_norm",
-        "model.norm": "norm",
-        "lm_head": "head",
-    }
-)
+MODULES: Mapping[str, str] = {
+    "model.embed_tokens": "embedding",
+    "model.layers.{}.self_attn.q_proj": "layers.{}.attention.query",
+    "model.layers.{}.self_attn.k_proj": "layers.{}.attention.key",
+    "model.layers.{}.self_attn.v_proj": "layers.{}.attention.value",
+    "model.layers.{}.self_attn.o_proj": "layers.{}.attention.out",
+    "model.layers.{}.mlp.gate_proj": "layers.{}.mlp.gate",
+    "model.layers.{}.mlp.up_proj": "layers.{}.mlp.up",
+    "model.layers.{}.mlp.down_proj": "layers.{}.mlp.down",
+    "model.layers.{}.input_layernorm": "layers.{}.attention_norm",
+    "model.layers.{}.post_attention_layernorm": "layers.{}.mlp_norm",
+    "model.layers.{}.self_attn.q_norm": "layers.{}.attention.query_norm",
+    "model.layers.{}.self_attn.k_norm": "layers.{}.attention.key_norm",
+    "model.norm": "norm",
+    "lm_head": "head",
+}
 """The tensor names of Llama, with those of Qwen3's head norms."""
 
 
@@ -43,7 +40,6 @@ def read(
     """Reads the keys that these families share.
 
     Args:
-        fields: config.json.
         default_head_dim: width of a head if the file does not say it; None derives it.
         default_kv_heads: the same for the number of key/value heads.
         flags: fields of ``ModelConfig`` that the family itself decides.
@@ -71,8 +67,8 @@ def read(
         swiglu=True,
         position_embedding_type="rope",
         max_position_embeddings=positions,
-        attention_dropout=fields.number("attention_dropout", 0.0),
-        untie_embeddings_and_output_weights=not fields.switch("tie_word_embeddings", False),
+        attention_dropout=fields.number("attention_dropout"),
+        untie_embeddings_and_output_weights=not fields.switch("tie_word_embeddings"),
         init_method_std=fields.number("initializer_range", 0.02) or 0.02,
         vocab_size=fields.size("vocab_size"),
         **values,
@@ -103,7 +99,7 @@ def read_layer_windows(fields: JsonFields) -> dict[str, Any]:
 
     Hugging Face counts the token itself in the width of a window; ``window_size`` does not.
     """
-    if not fields.switch("use_sliding_window", False):
+    if not fields.switch("use_sliding_window"):
         return {}
     width, layers = fields.size("sliding_window", 4096), fields.size("num_hidden_layers")
     kinds = fields.value.get("layer_types")
@@ -116,17 +112,14 @@ def read_layer_windows(fields: JsonFields) -> dict[str, Any]:
     if any(kind not in _KINDS for kind in kinds):
         raise fields.unsupported("layer_types", ", ".join(_KINDS))
     sliding = tuple(n for n, kind in enumerate(kinds) if kind == "sliding_attention")
-    if not sliding:
-        return {}
     some = sliding if len(sliding) < layers else None
-    return {"window_size": (width - 1, 0), "window_layers": some}
+    return {"window_size": (width - 1, 0), "window_layers": some} if sliding else {}
 
 
 def write_layer_windows(model: ModelConfig) -> dict[str, Any]:
     """Writes a sliding window that some layers have."""
     width = window_width(model)
-    layers = range(model.num_layers)
-    sliding = [width is not None and model.layer_window(layer) is not None for layer in layers]
+    sliding = [bool(width and model.layer_window(n)) for n in range(model.num_layers)]
     return {
         "use_sliding_window": width is not None,
         "sliding_window": width,

@@ -14,9 +14,9 @@ def _read(fields: JsonFields) -> ModelConfig:
     if kinds is not None and not everywhere:
         why = "transformers does not read it in Mistral"
         raise fields.unsupported("layer_types", "no layer_types", why)
-    window = None
-    if fields.value.get("sliding_window", 4096) is not None:
-        window = (fields.size("sliding_window", 4096) - 1, 0)
+    width = fields.size("sliding_window", 4096)
+    # A missing key means this default, unlike null, which means no window.
+    window = None if fields.value.get("sliding_window", width) is None else (width - 1, 0)
     return llama_like.read(fields, default_kv_heads=8, window_size=window)
 
 

@@ -6,10 +6,10 @@ returns the flags of the model can express it; so a flag that no family writes i
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from cp_megatron.config.fields import settings
@@ -28,10 +28,8 @@ from cp_megatron.families.rope_fields import ROPE_FIELDS, fields_of
 FAMILIES: tuple[Family, ...] = (LLAMA, QWEN2, QWEN3, MISTRAL, GPT2)
 """A model that several families can express is exported as the first of them."""
 TRAINING_ONLY = frozenset(
-    {
-        *("hidden_dropout", "attention_dropout", "init_method_std"),
-        *("make_vocab_size_divisible_by", "max_position_embeddings"),
-    }
+    {"hidden_dropout", "attention_dropout", "init_method_std"}
+    | {"make_vocab_size_divisible_by", "max_position_embeddings"}
 )
 """Flags that do not change what a trained model computes for the sequences it is made for."""
 
@@ -42,7 +40,6 @@ class HFModel:
 
     Attributes:
         folder: the folder of config.json.
-        family: its family.
         model: its flags.
         vocab_size: rows of the embedding.
         raw: all entries of config.json.
@@ -70,7 +67,7 @@ def read_hf_config(folder: str | Path) -> HFModel:
         family=family,
         model=family.read(fields),
         vocab_size=fields.size("vocab_size"),
-        raw=MappingProxyType(fields.value),
+        raw=fields.value,
     )
 
 
@@ -94,24 +91,16 @@ def _family_named(fields: JsonFields) -> Family:
 
 
 def to_hf_config(
-    model: ModelConfig,
-    *,
-    vocab_size: int,
-    seq_length: int,
-    eod: int | None,
-    dtype: str = "float32",
+    model: ModelConfig, *, vocab_size: int, seq_length: int, eod: int | None, dtype: str = "float32"
 ) -> tuple[Family, dict[str, Any]]:
     """Chooses the family of a model, and makes its config.json.
 
     Args:
-        model: the flags of the model.
+        model: the model.
         vocab_size: number of its tokens; the padding of the vocabulary is not exported.
         seq_length: length of the rows it was trained on, in tokens.
         eod: id of the token that ends a document.
         dtype: type of the weights.
-
-    Returns:
-        the family, and the entries of config.json.
 
     Raises:
         ConfigError: no Hugging Face architecture has such a model.
@@ -127,16 +116,14 @@ def to_hf_config(
         "use_cache": True,
         "torch_dtype": dtype,
     }
-    misfits: dict[str, list[_Misfit]] = {}
+    misfits: dict[str, list[tuple[str, Any, Any]]] = {}
     for family in FAMILIES:
         named = {"architectures": [family.architecture], "model_type": family.model_type}
         entries = named | family.write(model, longest) | shared
-        try:
+        with contextlib.suppress(ConfigError):  # the family cannot have such sizes
             misfits[family.architecture] = _misfits(model, family, entries)
-        except ConfigError:
-            continue  # the family cannot have such sizes
-        if not misfits[family.architecture]:
-            return family, entries
+            if not misfits[family.architecture]:
+                return family, entries
     # Of families with as few misfits, the last one is the most specific.
     nearest = min(reversed(misfits), key=lambda name: len(misfits[name]))
     name, ours, theirs = misfits[nearest][0]
@@ -145,11 +132,10 @@ def to_hf_config(
     raise ConfigError(flag, value, f"{rule}{nearest}, differs in this flag", spelled(name, theirs))
 
 
-_Misfit = tuple[str, Any, Any]
-"""The name of a flag, its value, and the value that it has in a family."""
-
-
-def _misfits(model: ModelConfig, family: Family, entries: dict[str, Any]) -> list[_Misfit]:
+def _misfits(
+    model: ModelConfig, family: Family, entries: dict[str, Any]
+) -> list[tuple[str, Any, Any]]:
+    """Flags that the family does not express, each with its value and the family's."""
     read = _flags(family.read(JsonFields(Path(), entries)))
     misfits = [
         (name, value, read[name])
@@ -166,8 +152,7 @@ def _flags(model: ModelConfig) -> dict[str, Any]:
     """The flags that decide what a model computes, by name, with defaults filled in."""
     flags = {name: value for name, value in vars(model).items() if name not in TRAINING_ONLY}
     flags["vocab_size"] = None  # the tokenizer may decide it
-    flags["ffn_hidden_size"] = model.ffn_size
-    flags["num_query_groups"] = model.num_kv_heads
+    flags |= {"ffn_hidden_size": model.ffn_size, "num_query_groups": model.num_kv_heads}
     flags["kv_channels"] = model.head_dim
     flags["add_qkv_bias"] = model.add_qkv_bias and model.disable_bias_linear
     flags["original_max_position_embeddings"] = model.original_length
@@ -176,17 +161,17 @@ def _flags(model: ModelConfig) -> dict[str, Any]:
         unread = {*ROPE_FIELDS - fields_of(model.rope_type)}
     flags |= dict.fromkeys(unread)
     width, layers = window_width(model), range(model.num_layers)
-    windows = [layer for layer in layers if width and model.layer_window(layer) is not None]
+    windows = tuple(n for n in layers if width and model.layer_window(n))
     flags["window_size"] = (width - 1, 0) if width and windows else None
-    flags["window_layers"] = tuple(windows) if 0 < len(windows) < len(layers) else None
+    flags["window_layers"] = windows if 0 < len(windows) < len(layers) else None
     return flags
 
 
 def spelled(name: str, value: object) -> str:
     """The words of the command line that give a setting this value."""
-    flag = settings()[name].flag
+    row = settings()[name]
     if value is None:
-        return f"no {flag}"
+        return f"no {row.flag}"
     if isinstance(value, bool):
-        return flag if value else f"--no-{flag[2:]}"
-    return " ".join([flag, *map(str, value if isinstance(value, tuple) else (value,))])
+        return row.flag if value else row.off_flag
+    return " ".join([row.flag, *map(str, value if isinstance(value, tuple) else (value,))])

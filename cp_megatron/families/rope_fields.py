@@ -6,7 +6,7 @@ transformers 4 stores ``rope_theta`` beside ``rope_scaling``; transformers 5 sto
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -28,26 +28,21 @@ _FIELDS: Mapping[str, str] = {
     "short_factor": "rope_short_factor",
     "long_factor": "rope_long_factor",
 }
-_REQUIRED: Mapping[str, tuple[str, ...]] = {
-    "default": (),
-    "linear": ("factor",),
-    "dynamic": ("factor",),
-    "yarn": (),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
-    "longrope": ("short_factor", "long_factor"),
-}
-_OPTIONAL: Mapping[str, tuple[str, ...]] = {
-    "yarn": (
-        *("factor", _ORIGINAL, "beta_fast", "beta_slow", "attention_factor"),
-        *("mscale", "mscale_all_dim", "truncate"),
-    ),
-    "llama3": (_ORIGINAL,),
-    "longrope": ("factor", _ORIGINAL, "attention_factor"),
+_YARN = ("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate")
+_SHARED = ("factor", _ORIGINAL, "attention_factor")
+# For each rope type, the required and the optional keys.
+_KEYS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "default": ((), ()),
+    "linear": (("factor",), ()),
+    "dynamic": (("factor",), ()),
+    "yarn": ((), (*_SHARED, *_YARN)),
+    "llama3": (("factor", "low_freq_factor", "high_freq_factor"), (_ORIGINAL,)),
+    "longrope": (("short_factor", "long_factor"), _SHARED),
 }
 ROPE_KEYS: Mapping[str, Mapping[str, str]] = MappingProxyType(
     {
-        kind: {key: _FIELDS[key] for key in _FIELDS if key in (*required, *_OPTIONAL.get(kind, ()))}
-        for kind, required in _REQUIRED.items()
+        kind: {key: field for key, field in _FIELDS.items() if key in required + optional}
+        for kind, (required, optional) in _KEYS.items()
     }
 )
 """For each rope type, the keys of config.json and the fields of ``ModelConfig`` they set."""
@@ -64,9 +59,7 @@ def fields_of(rope_type: str) -> frozenset[str]:
 def read_rope(fields: JsonFields, positions: int) -> dict[str, Any]:
     """Reads the fields of ``ModelConfig`` that describe rotary embeddings.
 
-    Args:
-        fields: the whole of config.json.
-        positions: the longest sequence, in tokens, that config.json names.
+    ``positions`` is the longest sequence, in tokens, that config.json names.
     """
     scaling = fields.inner("rope_scaling")
     rope = scaling if scaling.value else fields.inner("rope_parameters")
@@ -76,9 +69,11 @@ def read_rope(fields: JsonFields, positions: int) -> dict[str, Any]:
         raise at.wrong("rope_theta", "but must be greater than 1")
     kind = _rope_type(rope)
     values: dict[str, Any] = {"rotary_base": base, "rope_type": kind}
+    readers: dict[str, Callable[[str], Any]] = {"truncate": rope.switch, _ORIGINAL: rope.size}
+    readers |= dict.fromkeys(("short_factor", "long_factor"), rope.numbers)
     for key, field in ROPE_KEYS[kind].items():
         if rope.value.get(key) is not None:
-            values[field] = _rope_value(rope, key)
+            values[field] = readers.get(key, rope.number)(key)
     if kind in ("yarn", "llama3", "longrope"):
         values[_ORIGINAL] = fields.size(_ORIGINAL, values.get(_ORIGINAL, positions))
     elif kind == "dynamic":
@@ -99,20 +94,10 @@ def _rope_type(rope: JsonFields) -> str:
     for key, value in rope.value.items():
         if key not in known and value is not None:
             raise rope.unsupported(key, f"no {key}", f"rope type {kind} does not read it")
-    for key in _REQUIRED[kind]:
+    for key in _KEYS[kind][0]:
         if rope.value.get(key) is None:
             raise rope.wrong(key, f"but rope type {kind} requires it")
     return kind
-
-
-def _rope_value(rope: JsonFields, key: str) -> Any:
-    if key == "truncate":
-        return rope.switch(key, True)
-    if key in ("short_factor", "long_factor"):
-        return rope.numbers(key)
-    if key == _ORIGINAL:
-        return rope.size(key)
-    return rope.number(key, 0.0)
 
 
 def write_rope(model: ModelConfig) -> dict[str, Any]:

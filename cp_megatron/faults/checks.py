@@ -19,13 +19,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from cp_megatron.checkpoint.object_collectives import all_gather_objects
 from cp_megatron.comm.checksums import LinkSums, bit_sum
 from cp_megatron.comm.groups import ParallelGroups
 
@@ -80,22 +80,14 @@ def _is_replicated(parameter: Tensor) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class Checks:
-    """The check of all ranks every ``interval`` steps.
-
-    Attributes:
-        interval: steps between two checks.
-        parameters: the sums that the training step takes and compares.
-        links: the sums of messages in the context parallel group.
-        control: a group of all ranks for CPU tensors.
-        device: the device of messages in the context parallel group.
-    """
+    """The check of all ranks every ``interval`` steps."""
 
     interval: int
-    parameters: ParameterSums
-    links: LinkSums
+    parameters: ParameterSums  # the sums that the training step takes and compares
+    links: LinkSums  # the sums of messages in the context parallel group
     groups: ParallelGroups
-    control: dist.ProcessGroup
-    device: torch.device
+    control: dist.ProcessGroup  # a group of all ranks for CPU tensors
+    device: torch.device  # the device of messages in the context parallel group
 
     def due(self, step: int) -> bool:
         """Whether this step is checked, which includes its messages."""
@@ -119,10 +111,8 @@ class Checks:
         rows = [torch.empty_like(mine) for _ in range(self.control.size())]
         dist.all_gather(rows, mine, group=self.control)
         broken = [bool(row[0]) for row in rows]
-        texts: list[Any] = [text] * len(rows)
-        if any(broken):
-            dist.all_gather_object(texts, text, group=self.control)
-        findings = [f"rank {rank}: {text}" for rank, text in enumerate(texts) if broken[rank]]
+        texts = all_gather_objects(text, self.control) if any(broken) else []
+        findings = [f"rank {rank}: {text}" for rank, text in enumerate(texts) if text]
         findings += self._compare_replicas([int(row[1]) for row in rows], broken)
         return "; ".join(findings) or None
 

@@ -21,28 +21,10 @@ _WAITED = re.compile(r"timed out|timeout", re.I)
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What ended a rank.
+    """What ended a rank."""
 
-    Attributes:
-        kind: it ``failed`` by itself, ``lost`` a connection, or ``waited`` until a timeout.
-        where: the training step and the collective it was in.
-    """
-
-    kind: Kind
-    where: str = ""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Culprits:
-    """The ranks that broke a run.
-
-    Attributes:
-        ranks: the ranks; empty if the reports do not identify any.
-        text: one line for the user.
-    """
-
-    ranks: tuple[int, ...]
-    text: str
+    kind: Kind  # it ``failed`` by itself, ``lost`` a connection, or ``waited`` until a timeout
+    where: str = ""  # the training step and the collective it was in
 
 
 def kind_of(error: BaseException) -> Kind:
@@ -61,7 +43,7 @@ def judge(
     world_size: int,
     alive: Collection[int],
     seen: Mapping[int, str],
-) -> Culprits:
+) -> tuple[tuple[int, ...], str]:
     """Which ranks broke the run, given the reports of all ranks that could make one.
 
     A rank without a report and without a sign of life is gone, or its process is stopped. If all
@@ -73,27 +55,24 @@ def judge(
         world_size: number of ranks.
         alive: ranks whose process has shown a sign of life since.
         seen: a description of each rank's process, such as ``process 12 on host``.
+
+    Returns:
+        The ranks, none if the reports do not identify any, and one line for the user.
     """
     silent = [rank for rank in range(world_size) if rank not in reports]
     gone = [rank for rank in silent if rank not in alive]
     waited = any(report.kind == "waited" for report in reports.values())
-    details = "; ".join(
-        f"rank {rank} {_verb(reports[rank])}" for rank in sorted(reports)[:3] if reports[rank].where
-    )
-    details = f" ({details})" if details else ""
-    if gone:
-        who = ", ".join(f"rank {rank} ({seen.get(rank, 'its process')})" for rank in gone)
-        what = "does not answer" if len(gone) == 1 else "do not answer"
-        return Culprits(ranks=tuple(gone), text=f"{who} {what}{details}")
-    if waited and silent:
-        who = ", ".join(f"rank {rank} ({seen.get(rank, 'its process')})" for rank in silent)
-        what = "lives and does" if len(silent) == 1 else "live and do"
-        return Culprits(ranks=tuple(silent), text=f"{who} {what} not join the others{details}")
-    if waited:
-        # All of them wait: a rank has left out a message or sent a different one.
-        return Culprits(ranks=(), text=f"the ranks wait for different messages{details}")
-    return Culprits(ranks=(), text=f"a connection between the ranks broke{details}")
-
-
-def _verb(report: Report) -> str:
-    return f"{'waited' if report.kind == 'waited' else 'lost its peer'} in {report.where}"
+    shown = [(rank, reports[rank]) for rank in sorted(reports)[:3] if reports[rank].where]
+    verbs = {"waited": "waited", "lost": "lost its peer"}
+    parts = [f"rank {rank} {verbs[report.kind]} in {report.where}" for rank, report in shown]
+    details = f" ({'; '.join(parts)})" if parts else ""
+    blamed = tuple(gone or (silent if waited else ()))
+    if not blamed:
+        # If all of them wait, a rank has left out a message or sent a different one.
+        broken = "the ranks wait for different messages"
+        broken = broken if waited else "a connection between the ranks broke"
+        return (), f"{broken}{details}"
+    who = ", ".join(f"rank {rank} ({seen.get(rank, 'its process')})" for rank in blamed)
+    does, lives = ("does", "lives") if len(blamed) == 1 else ("do", "live")
+    what = f"{does} not answer" if gone else f"{lives} and {does} not join the others"
+    return blamed, f"{who} {what}{details}"

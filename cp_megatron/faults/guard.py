@@ -26,21 +26,13 @@ _LEAST_SPREAD = 0.01  # of the median: nearly equal losses do not turn the next 
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """Whether a step is applied, and why.
+    """Whether a step is applied, and why."""
 
-    Attributes:
-        numbers: the loss and the gradient norm, for messages.
-        accepted: the step may update the model.
-        num_skipped: number of the last ``SPAN`` steps that were skipped, this one included.
-        finite: the loss and the gradient norm are finite; a finite step is skipped as a spike.
-        over: more steps were skipped than the budget allows, and the run must end.
-    """
-
-    numbers: str
-    accepted: bool
-    num_skipped: int
-    finite: bool
-    over: bool
+    numbers: str  # the loss and the gradient norm, for messages
+    accepted: bool  # the step may update the model
+    num_skipped: int  # how many of the last ``SPAN`` steps were skipped, this one included
+    finite: bool  # the loss and the gradient norm are finite; a finite step is skipped as a spike
+    over: bool  # more steps were skipped than the budget allows, and the run must end
 
 
 class Guard:
@@ -104,9 +96,8 @@ class Guard:
 
 def _numbers(value: object, kind: type[int] | type[float]) -> Sequence[float]:
     """``value`` if it is a list of numbers of this kind (an int is also a float), else ()."""
-    if not isinstance(value, list | tuple):
-        return ()
     kinds = (int,) if kind is int else (int, float)
-    if any(isinstance(x, bool) or not isinstance(x, kinds) for x in value):
+    numbers = value if isinstance(value, list | tuple) else ()
+    if any(isinstance(x, bool) or not isinstance(x, kinds) for x in numbers):
         return ()
-    return [kind(x) for x in value]
+    return [kind(x) for x in numbers]

@@ -39,8 +39,6 @@ KINDS: Mapping[str, str] = MappingProxyType(
 )
 """What happens, by kind."""
 
-_FAULT = re.compile(r"([a-z]+):([0-9]{1,9}):([0-9]{1,9})")
-
 
 class InjectedError(RuntimeError):
     """The exception of the fault ``raise``."""
@@ -48,44 +46,38 @@ class InjectedError(RuntimeError):
 
 @dataclass(frozen=True, kw_only=True)
 class Fault:
-    """One fault.
+    """One fault."""
 
-    Attributes:
-        kind: one of ``KINDS``.
-        rank: the rank it happens on, counted over all nodes.
-        step: the number of the step it happens in, from 1.
-    """
-
-    kind: str
-    rank: int
-    step: int
+    kind: str  # one of ``KINDS``
+    rank: int  # the rank it happens on, counted over all nodes
+    step: int  # the number of the step it happens in, from 1
 
 
-def parse_faults(text: str, world_size: int | None = None) -> tuple[Fault, ...]:
+def parse_faults(text: str, world_size: int) -> tuple[Fault, ...]:
     """The faults in the text of ``CPM_FAULT``; none if it is empty.
 
     Args:
         text: ``kind:rank:steps``, several separated by commas; the fault happens in the step after
             that many steps.
-        world_size: number of ranks; None if it is not known.
+        world_size: number of ranks.
 
     Raises:
         ConfigError: the text has another form, or there is no such kind or rank.
     """
-    return tuple(_parse(part.strip(), text, world_size) for part in text.split(",") if text)
-
-
-def _parse(part: str, text: str, world_size: int | None) -> Fault:
-    match = _FAULT.fullmatch(part)
-    if match is None:
-        raise ConfigError(VARIABLE, text, "must be kind:rank:step, or several of these", "kill:1:5")
-    kind, rank, steps = match[1], int(match[2]), int(match[3])
-    if kind not in KINDS:
-        raise ConfigError(VARIABLE, text, f"there is no fault {kind}", ", ".join(KINDS))
-    if world_size is not None and rank >= world_size:
-        works = "0" if world_size == 1 else f"0 to {world_size - 1}"
-        raise ConfigError(VARIABLE, text, f"there is no rank {rank}", works)
-    return Fault(kind=kind, rank=rank, step=steps + 1)
+    faults = []
+    for part in text.split(",") if text else ():
+        match = re.fullmatch(r"([a-z]+):([0-9]{1,9}):([0-9]{1,9})", part.strip())
+        if match is None:
+            rule = "must be kind:rank:step, or several of these"
+            raise ConfigError(VARIABLE, text, rule, "kill:1:5")
+        kind, rank, steps = match[1], int(match[2]), int(match[3])
+        if kind not in KINDS:
+            raise ConfigError(VARIABLE, text, f"there is no fault {kind}", ", ".join(KINDS))
+        if rank >= world_size:
+            works = "0" if world_size == 1 else f"0 to {world_size - 1}"
+            raise ConfigError(VARIABLE, text, f"there is no rank {rank}", works)
+        faults.append(Fault(kind=kind, rank=rank, step=steps + 1))
+    return tuple(faults)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,9 +94,8 @@ class Faults:
             ConfigError: ``CPM_FAULT`` is malformed.
         """
         faults = parse_faults(launch.fault, launch.world_size)
-        if launch.restarts:
-            return cls()
-        return cls(mine=tuple(fault for fault in faults if fault.rank == launch.rank))
+        mine = (fault for fault in faults if fault.rank == launch.rank and not launch.restarts)
+        return cls(mine=tuple(mine))
 
     def has(self, kind: str, step: int) -> bool:
         """Whether ``kind`` happens in this step."""
@@ -117,10 +108,9 @@ class Faults:
 
     def before_backward(self, step: int) -> None:
         """Applies the faults between forward and backward; may not return."""
-        if self.has("kill", step):
-            os.kill(os.getpid(), signal.SIGKILL)
-        if self.has("stop", step):
-            os.kill(os.getpid(), signal.SIGSTOP)
+        for kind, number in (("kill", signal.SIGKILL), ("stop", signal.SIGSTOP)):
+            if self.has(kind, step):
+                os.kill(os.getpid(), number)
         if self.has("exit", step):
             os._exit(EXIT_CODE)
         while self.has("hang", step):

@@ -22,7 +22,6 @@ LATE_SHARE, LATE_SECONDS = 0.1, 0.01
 """A rank is reported if it is late by more than this share of a step and these seconds."""
 SLOW_FACTOR = 2.0
 """A rank is reported if its probe takes longer than the median of the others by this factor."""
-_PROBES = 5
 
 
 class Stragglers:
@@ -68,12 +67,12 @@ def judge(waits: Sequence[float], probes: Sequence[float], step_seconds: float) 
     """
     findings = []
     for rank, (wait, seconds) in enumerate(zip(waits, probes)):
-        late = _median_of_others(waits, rank) - wait
+        others = [*range(rank), *range(rank + 1, len(waits))]
+        late = median(waits[other] for other in others) - wait
         if late > max(LATE_SECONDS, LATE_SHARE * step_seconds):
-            findings.append(
-                f"rank {rank} comes {late:.2f} s late to a step of {step_seconds:.2f} s"
-            )
-        factor = seconds / _median_of_others(probes, rank)
+            step = f"a step of {step_seconds:.2f} s"
+            findings.append(f"rank {rank} comes {late:.2f} s late to {step}")
+        factor = seconds / median(probes[other] for other in others)
         if factor > SLOW_FACTOR:
             findings.append(f"rank {rank} computes {factor:.1f} times as long as the others")
     return findings
@@ -85,7 +84,7 @@ def probe(device: torch.device) -> float:
     size, products, dtype = (2048, 32, torch.bfloat16) if cuda else (256, 1, torch.float32)
     x = torch.ones(size, size, dtype=dtype, device=device)
     best = float("inf")
-    for _ in range(_PROBES):
+    for _ in range(5):
         if cuda:
             torch.cuda.synchronize(device)
         begin = time.perf_counter()
@@ -95,7 +94,3 @@ def probe(device: torch.device) -> float:
             torch.cuda.synchronize(device)
         best = min(best, time.perf_counter() - begin)
     return best
-
-
-def _median_of_others(values: Sequence[float], rank: int) -> float:
-    return median([*values[:rank], *values[rank + 1 :]])

@@ -19,10 +19,11 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
+from types import MappingProxyType
 
 from torch.distributed import Store  # type: ignore[attr-defined]
 
@@ -37,7 +38,9 @@ REPORT_SECONDS = 1.5
 ORPHAN_SECONDS = 30.0
 """The time that a rank whose launcher died has to finish its step and save."""
 _OVER_SECONDS = 5.0
-_ENDED = ("gone", "dead", "stopped")
+_STATES: Mapping[str, str] = MappingProxyType(
+    {"T": "stopped", "t": "stopped", "Z": "dead", "X": "dead", "D": "waiting for a disk"}
+)
 
 
 class Watch:
@@ -61,13 +64,12 @@ class Watch:
         orphaned: Callable[[], None],
     ) -> None:
         self._launch, self._folder, self._program = launch, folder, program
-        clone = getattr(store, "clone", None)
-        self._store: Store = clone() if clone is not None else store
+        self._store: Store = store.clone() if hasattr(store, "clone") else store
         self._prefix = f"watch{launch.restarts}"
-        self._orphaned = orphaned
-        self._parent = os.getppid()
+        self._orphaned, self._parent = orphaned, os.getppid()
         self._ended = threading.Event()
-        self._store.set(self._key("who", launch.rank), json.dumps([os.getpid(), _host()]))
+        who = [os.getpid(), socket.gethostname()]
+        self._store.set(self._key("who", launch.rank), json.dumps(who))
         self._thread = threading.Thread(target=self._watch, daemon=True, name="watch")
 
     def __enter__(self) -> Watch:
@@ -78,10 +80,9 @@ class Watch:
         self._ended.set()
 
     def explain(self, error: BaseException) -> None:
-        """Prints what broke the run, once over all ranks, and ends a rank that is stuck.
+        """Prints what broke the run, once over all ranks, after ``error`` ended this rank.
 
-        Args:
-            error: the exception that ended this rank.
+        A rank that is stuck on this node is killed.
         """
         notes = " ".join(getattr(error, "__notes__", ()))
         where = ", ".join(part for part in (notes, last_collective()) if part)
@@ -106,10 +107,10 @@ class Watch:
         if any(other.kind == "failed" for other in reports.values()):
             return
         seen = {other: self._seen(other) for other in range(self._launch.world_size)}
-        culprits = judge(reports, world_size=self._launch.world_size, alive=alive, seen=seen)
+        culprits, text = judge(reports, world_size=self._launch.world_size, alive=alive, seen=seen)
         if self._is_first("verdict"):
-            self._say(culprits.text)
-        for other in culprits.ranks:
+            self._say(text)
+        for other in culprits:
             self._end(other)
         self._store.set(self._key("over"), "1")
 
@@ -123,9 +124,8 @@ class Watch:
             reports = self._reports()
             silent = [rank for rank in others if rank not in reports]
             # There is no need to wait for the beats of processes that have visibly ended.
-            if all(self._has_ended(rank) for rank in silent):
-                break
-            if any(report.kind == "failed" for report in reports.values()):
+            kinds = {report.kind for report in reports.values()}
+            if "failed" in kinds or all(map(self._has_ended, silent)):
                 break
         alive = [rank for rank in others if self._lives(rank, before[rank])]
         return self._reports(), alive
@@ -137,18 +137,20 @@ class Watch:
         return self._read(self._key("beat", rank)) != beat
 
     def _has_ended(self, rank: int) -> bool:
-        """Whether its process runs on this node and is gone or stopped."""
-        return self._state_of(rank) in _ENDED
+        """Whether its process ran on this node and is gone or stopped."""
+        return self._state_of(rank) in ("gone", "dead", "stopped")
 
     def _state_of(self, rank: int) -> str:
-        """The state of its process; empty on another node."""
+        """The state of its process, from /proc; empty on another node or without /proc."""
         pid, host = self._who(rank)
-        return _state(pid) if host == _host() else ""
+        if host != socket.gethostname() or not Path("/proc").is_dir():
+            return ""
+        stat = _stat(pid)
+        return _STATES.get(stat[0], "running") if stat else "gone"
 
     def _reports(self) -> dict[int, Report]:
-        texts = {
-            rank: self._read(self._key("report", rank)) for rank in range(self._launch.world_size)
-        }
+        ranks = range(self._launch.world_size)
+        texts = {rank: self._read(self._key("report", rank)) for rank in ranks}
         return {rank: Report(**json.loads(text)) for rank, text in texts.items() if text}
 
     def _publish(self, report: Report) -> None:
@@ -161,9 +163,8 @@ class Watch:
     def _seen(self, rank: int) -> str:
         """A description of a rank's process, with its state if it runs on this node."""
         pid, host = self._who(rank)
-        return ", ".join(
-            part for part in (f"process {pid} on {host}", self._state_of(rank)) if part
-        )
+        state = self._state_of(rank)
+        return f"process {pid} on {host}" + (f", {state}" if state else "")
 
     def _who(self, rank: int) -> tuple[int, str]:
         pid, host = json.loads(self._read(self._key("who", rank)) or '[0, "?"]')
@@ -175,7 +176,7 @@ class Watch:
         The process must have the same launcher, because its number may belong to another one now.
         """
         pid, host = self._who(rank)
-        if host == _host() and _parent_of(pid) == self._parent:
+        if host == socket.gethostname() and _stat(pid)[1:2] == [str(self._parent)]:
             with suppress(OSError):
                 os.kill(pid, signal.SIGKILL)
 
@@ -209,27 +210,9 @@ class Watch:
         print(f"{self._program}: {text}", file=sys.stderr, flush=True)
 
 
-def _host() -> str:
-    return socket.gethostname()
-
-
-def _state(pid: int) -> str:
-    """The state of a process on this node, from /proc; empty without /proc."""
+def _stat(pid: int) -> list[str]:
+    """The state of a process on this node, its parent and more, from /proc; empty if it is gone."""
     try:
-        letter = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except (OSError, IndexError):
-        return "gone" if Path("/proc").is_dir() else ""
-    return {
-        "T": "stopped",
-        "t": "stopped",
-        "Z": "dead",
-        "X": "dead",
-        "D": "waiting for a disk",
-    }.get(letter, "running")
-
-
-def _parent_of(pid: int) -> int:
-    try:
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-    except (OSError, IndexError, ValueError):
-        return -1
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return []

@@ -10,12 +10,7 @@ from typing import Any
 
 from cp_megatron.checkpoint.find_checkpoint import named_step
 from cp_megatron.checkpoint.manifest import Manifest, read_manifest
-from cp_megatron.cli.programs import (
-    GENERATE,
-    GenerationOptions,
-    check_sampling,
-    refuse_unread,
-)
+from cp_megatron.cli.programs import GENERATE, GenerationOptions, check_sampling, refuse_unread
 from cp_megatron.comm.runtime import Launch
 from cp_megatron.config import Config
 from cp_megatron.config.fields import check_values, settings

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from torch import Tensor
 from cp_megatron.errors import ConfigError
 from cp_megatron.generate.key_value_cache import CachedRow, KeyValueCache
 from cp_megatron.model.transformer import Transformer
+from cp_megatron.plan import Mask
 
 PREFILL_TOKENS = 512
 """The number of prompt tokens per forward pass, which limits the memory of the logits."""
@@ -93,11 +95,8 @@ class Session:
 
         At least one token is returned, because its logits are needed for the next token.
         """
-        same = 0
-        for ours, theirs in zip(self.tokens, tokens[:-1], strict=False):
-            if ours != theirs:
-                break
-            same += 1
+        pairs = zip(self.tokens, tokens[:-1], strict=False)
+        same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
         self._cache.cut(same)
         del self.tokens[same:]
         return list(tokens[same:])
@@ -115,12 +114,11 @@ class Session:
             rule = f"the text has {total} tokens, but the model has learned {learned} positions"
             raise ConfigError("--prompt", "", rule, "a shorter text")
         device = next(self.model.parameters()).device
-        row_len = self._cache.length + len(tokens)
+        mask = Mask.causal(self._cache.length + len(tokens), self.model.config.row_window)
         logits = torch.empty(0)
         for start in range(0, len(tokens), PREFILL_TOKENS):
             part = list(tokens[start : start + PREFILL_TOKENS])
-            window = self.model.config.row_window
-            row = CachedRow(self._cache, len(part), row_len=row_len, window=window)
+            row = CachedRow(self._cache, len(part), mask)
             logits = self.model(torch.tensor([part], device=device), cp=row)[0, -1]
             self._cache.length += len(part)
             self.tokens += part

@@ -59,10 +59,8 @@ def print_answer(answer: Iterator[str], out: TextIO) -> None:
     """Prints the pieces of an answer as they come; Ctrl-C ends the answer."""
     with suppress(KeyboardInterrupt):
         for piece in answer:
-            out.write(piece)
-            out.flush()
-    out.write("\n")
-    out.flush()
+            print(piece, end="", file=out, flush=True)
+    print(file=out, flush=True)
 
 
 def answer_lines(respond: Respond, *, source: TextIO, out: TextIO) -> None:
@@ -78,12 +76,10 @@ def answer_lines(respond: Respond, *, source: TextIO, out: TextIO) -> None:
         out.write("Type a line. Ctrl-C ends an answer, Ctrl-D ends the program.\n")
     while True:
         if interactive:
-            out.write("> ")
-            out.flush()
-        try:
+            print("> ", end="", file=out, flush=True)
+        line = ""
+        with suppress(KeyboardInterrupt):
             line = source.readline()
-        except KeyboardInterrupt:
-            break
         if not line:
             break
         if not line.strip():

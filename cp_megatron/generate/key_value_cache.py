@@ -28,7 +28,6 @@ from torch import Tensor
 
 from cp_megatron.context_parallel import ContextParallel
 from cp_megatron.plan import Mask, SequenceLayout
-from cp_megatron.plan.mask import Window
 
 FIRST_CAPACITY = 256
 """The number of tokens that a new cache can hold; the capacity doubles when it is full."""
@@ -88,23 +87,14 @@ class CachedRow(ContextParallel):
     Args:
         cache: the cache of the same model and rows.
         num_new: the number of tokens of this pass, S.
-        row_len: the length of the row for rope types that depend on it. A prompt that is computed
-            in parts passes the length of the whole prompt. By default, the tokens in the cache and
-            in this pass.
-        window: the window of the model's attention.
+        mask: the causal mask of the row, with the window of the model's attention. If a prompt is
+            computed in parts, the row is the whole prompt, for rope types that depend on its
+            length.
     """
 
-    def __init__(
-        self,
-        cache: KeyValueCache,
-        num_new: int,
-        *,
-        row_len: int | None = None,
-        window: Window | None = None,
-    ) -> None:
+    def __init__(self, cache: KeyValueCache, num_new: int, mask: Mask) -> None:
+        super().__init__(None, mask)
         self.cache, self.num_new = cache, num_new
-        total = cache.length + num_new
-        super().__init__(None, Mask.causal(row_len or total, window))
         self._layers = count()  # shared by layers with another window
 
     @property
@@ -114,7 +104,7 @@ class CachedRow(ContextParallel):
 
     def with_mask(self, mask: Mask, layout: SequenceLayout | None = None) -> CachedRow:
         """Returns the context of the same tokens for layers with another window."""
-        other = CachedRow(self.cache, self.num_new, row_len=self.mask.seq_len, window=mask.window)
+        other = CachedRow(self.cache, self.num_new, mask)
         other._layers = self._layers
         return other
 
@@ -133,11 +123,10 @@ class CachedRow(ContextParallel):
         """
         assert not any(training.values()), "generation has no dropout and no recomputation"
         keys, values = self.cache.append(next(self._layers), k, v)
-        first = 0
         left = self.mask.window[0]
-        if left >= 0:  # no query reads keys before the first query's window
-            first = max(0, self.cache.length - left)
-            keys, values = keys[:, :, first:], values[:, :, first:]
+        # No query reads keys before the first query's window.
+        first = max(0, self.cache.length - left) if left >= 0 else 0
+        keys, values = keys[:, :, first:], values[:, :, first:]
         if q.shape[1] == 1:
             # [B, 1, (G R), D] -> [B, G, R, D]: the query heads of one group become the rows
             rows = rearrange(q, "b 1 (g r) d -> b g r d", g=k.shape[2])

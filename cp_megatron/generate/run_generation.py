@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -12,12 +11,15 @@ import torch
 from cp_megatron.checkpoint.hf_load import load_hf
 from cp_megatron.checkpoint.load import load_checkpoint
 from cp_megatron.checkpoint.shard_writer import DTYPES
+from cp_megatron.comm.runtime import Launch
 from cp_megatron.data.tokenize.chat_template import TemplateRefusalError
 from cp_megatron.errors import ConfigError
 from cp_megatron.generate.check_generation import GenerationSetup
 from cp_megatron.generate.decode import Sampling, Session
 from cp_megatron.generate.dialogue import answer_lines, as_utf8, pieces, print_answer
 from cp_megatron.model.transformer import Transformer
+from cp_megatron.preflight.run_plan import DeviceName, dtype_on
+from cp_megatron.preflight.start import choose_device, start_torch
 
 
 def run_generation(setup: GenerationSetup) -> int:
@@ -26,10 +28,8 @@ def run_generation(setup: GenerationSetup) -> int:
     Raises:
         ConfigError: the device or the weights cannot be used, or a text cannot be continued.
     """
-    device = _device(setup.config.train.device)
-    if device.type == "cpu":
-        affinity = getattr(os, "sched_getaffinity", None)  # Linux only
-        torch.set_num_threads(len(affinity(0)) if affinity else os.cpu_count() or 1)
+    device, _ = choose_device(setup.config.train.device, num_ranks=1)
+    start_torch(Launch(), device, deterministic=False)
     responder = Responder(setup=setup, session=open_session(setup, device))
     prompt = setup.options.prompt
     if prompt is None:
@@ -66,34 +66,25 @@ class Responder:
         if self.setup.template is None:
             yield from self._continued(text)
             return
-        before = len(self.messages)
+        user, reply = {"role": "user", "content": text}, {"role": "assistant", "content": ""}
         try:
-            yield from self._answered(text)
-        except ConfigError:
-            del self.messages[before:]  # the conversation continues without the refused text
-            raise
-
-    def _answered(self, text: str) -> Iterator[str]:
-        """Yields the answer to ``text``, and appends both to the conversation."""
-        assert self.setup.template is not None
-        self.messages.append({"role": "user", "content": text})
-        try:
-            conversation = self.setup.template(self.messages, True)
+            conversation = self.setup.template([*self.messages, user], True)
         except TemplateRefusalError as error:
             raise ConfigError("--chat", "", f"the chat template refuses: {error}") from None
-        answer: list[str] = []
+        self.messages.extend((user, reply))
+        answer = ""
         try:
             for piece in self._continued(conversation):
-                answer.append(piece)
+                answer += piece
+                reply["content"] = answer.strip()  # after Ctrl-C, the printed part is kept
                 yield piece
-        finally:  # after Ctrl-C, the conversation keeps the part that was printed
-            self.messages.append({"role": "assistant", "content": "".join(answer).strip()})
+        except ConfigError:
+            del self.messages[-2:]  # the conversation continues without the refused text
+            raise
 
     def _continued(self, text: str) -> Iterator[str]:
         setup, tokenizer, options = self.setup, self.setup.tokenizer, self.setup.options
-        sampling = Sampling(
-            temperature=options.temperature, top_k=options.top_k, top_p=options.top_p
-        )
+        temperature, top_k, top_p = options.temperature, options.top_k, options.top_p
         # A chat template writes the opening tokens itself.
         opening = tokenizer.opening if setup.template is None else ()
         tokens = self.session.generate(
@@ -101,21 +92,19 @@ class Responder:
             max_new_tokens=options.max_new_tokens,
             # The embedding can have rows that no token uses.
             stop={tokenizer.eod, *setup.ends, *range(tokenizer.vocab_size, setup.vocab_size)},
-            sampling=sampling,
+            sampling=Sampling(temperature=temperature, top_k=top_k, top_p=top_p),
             seed=setup.config.train.seed,
         )
         return pieces(tokens, tokenizer)
 
 
-def open_session(setup: GenerationSetup, device: torch.device) -> Session:
+def open_session(setup: GenerationSetup, device: DeviceName) -> Session:
     """Loads the whole model on one device, in the dtype to compute in.
 
     Raises:
         ConfigError: the weights are damaged or of another model.
     """
-    asked = setup.config.train.dtype
-    if asked == "auto":
-        asked = "bfloat16" if device.type == "cuda" else "float32"
+    dtype = stored = dtype_on(setup.config, device)
     with torch.device("meta"):
         model = Transformer(
             setup.config.model,
@@ -124,29 +113,14 @@ def open_session(setup: GenerationSetup, device: torch.device) -> Session:
             tp=None,
             sequence_parallel=False,
         )
+    if setup.manifest is not None:
+        # Loading compares dtypes, so the model first gets the dtype of the checkpoint.
+        weights = (x for name, x in setup.manifest.tensors.items() if name.startswith("model."))
+        stored = next((entry.dtype for entry in weights), dtype)
+    model = model.to(DTYPES[stored]).to_empty(device=device)
     if setup.manifest is None:
-        model = model.to(DTYPES[asked]).to_empty(device=device)
         load_hf(setup.folder, model=model)
     else:
-        # Loading compares dtypes, so the model first gets the dtype of the checkpoint.
-        model = model.to(DTYPES[_stored_dtype(setup)]).to_empty(device=device)
         load_checkpoint(setup.folder, model=model, optimizer=None)
-    model = model.to(DTYPES[asked]).eval()
+    model = model.to(DTYPES[dtype]).eval()
     return Session(model=model, seq_length=setup.config.data.seq_length)
-
-
-def _stored_dtype(setup: GenerationSetup) -> str:
-    assert setup.manifest is not None
-    tensors = setup.manifest.tensors.items()
-    stored = sorted({entry.dtype for name, entry in tensors if name.startswith("model.")})
-    if len(stored) != 1:
-        rule = f"holds weights of the dtypes {', '.join(stored) or 'none'}"
-        raise ConfigError("--load", str(setup.folder), rule, "a checkpoint of one dtype")
-    return stored[0]
-
-
-def _device(asked: str) -> torch.device:
-    has_cuda = torch.cuda.is_available()
-    if asked == "cuda" and not has_cuda:
-        raise ConfigError("--device", asked, "this machine has no usable GPU", "--device cpu")
-    return torch.device("cuda" if has_cuda and asked != "cpu" else "cpu")

@@ -6,7 +6,6 @@ Shapes as in ``interface.py``; the op takes [B, heads, length, dim] views.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,26 +18,14 @@ from cp_megatron.kernels.interface import (
     same_width,
 )
 from cp_megatron.kernels.merge import merge_
+from cp_megatron.kernels.windows import SubTile
 from cp_megatron.plan.tiling import FULL, Band
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
-
-# Causal tiles up to this length are not split.
-CAUSAL_LEAF = 128
-# The number of rows of a strip.
+CAUSAL_LEAF = 128  # causal tiles up to this length are not split
 STRIP_ROWS = 128
-
-
-class Strip(NamedTuple):
-    """Rows ``q0:q1`` of a tile, the columns ``k0:k1`` that they attend, and the band there."""
-
-    q0: int
-    q1: int
-    k0: int
-    k1: int
-    band: Band
 
 
 class CpuKernel:
@@ -78,7 +65,7 @@ class CpuKernel:
         out = q.new_empty((batch, num_queries, num_heads, v.shape[-1]))
         lse = q.new_empty((batch, num_heads, num_queries))
         for strip, bias in strips:
-            rows, columns = slice(strip.q0, strip.q1), slice(strip.k0, strip.k1)
+            rows, columns = strip.rows, strip.columns
             results = out[:, rows], lse[:, :, rows]
             inputs = q[:, rows], k[:, columns], v[:, columns]
             _forward_strip(*inputs, strip.band, scale, bias, results)
@@ -95,20 +82,20 @@ class CpuKernel:
         dq = torch.empty(x.q.shape, dtype=x.q.dtype, device=x.q.device)
         dk, dv = (fill(y.shape, dtype=y.dtype, device=y.device) for y in (x.k, x.v))
         for strip, bias in strips:
-            rows, columns = slice(strip.q0, strip.q1), slice(strip.k0, strip.k1)
+            rows, columns = strip.rows, strip.columns
             grads = dq[:, rows], dk[:, columns], dv[:, columns]
             _backward_strip(x.part(rows, columns), strip.band, scale, bias, grads, add=not whole)
         return dq, dk, dv
 
 
-def cut_band(band: Band, num_keys: int, q0: int, q1: int) -> Iterator[Strip]:
+def cut_band(band: Band, num_keys: int, q0: int, q1: int) -> Iterator[SubTile]:
     """Cuts rows ``q0:q1`` of a tile into strips. Full and square causal parts stay whole.
 
     The band must leave every row a key.
     """
     rows = q1 - q0
     k0, k1 = band.columns(q0, q1, num_keys)
-    part = Strip(q0, q1, k0, k1, band.within(q0, q1, k0, k1))
+    part = SubTile(q0, q1, k0, k1, band.within(q0, q1, k0, k1))
     causal = part.band.is_causal and rows == k1 - k0
     if part.band.is_full or causal or rows <= STRIP_ROWS:
         yield part
@@ -119,7 +106,7 @@ def cut_band(band: Band, num_keys: int, q0: int, q1: int) -> Iterator[Strip]:
     yield from cut_band(band, num_keys, middle, q1)
 
 
-def _strips(band: Band, q: Tensor, k: Tensor) -> Iterator[tuple[Strip, Tensor | None]]:
+def _strips(band: Band, q: Tensor, k: Tensor) -> Iterator[tuple[SubTile, Tensor | None]]:
     last: tuple[int, int, Band] | None = None
     bias: Tensor | None = None
     for strip in cut_band(band, k.shape[1], 0, q.shape[1]):
@@ -161,10 +148,10 @@ def _forward_strip(
         out.copy_(new_out)
         lse.copy_(new_lse)
         return
-    for half in (slice(0, middle), slice(middle, None)):
+    early, late = slice(0, middle), slice(middle, None)
+    for half in (early, late):
         part = out[:, half], lse[:, :, half]
         _forward_strip(q[:, half], k[:, half], v[:, half], band, scale, None, part)
-    early, late = slice(0, middle), slice(middle, None)
     full = _call_forward(q[:, late], k[:, early], v[:, early], FULL, scale, None)
     merge_(out[:, late], lse[:, :, late], *full)
 
@@ -190,10 +177,10 @@ def _backward_strip(
             else:
                 total.copy_(part)
         return
-    for half in (slice(0, middle), slice(middle, None)):
+    early, late = slice(0, middle), slice(middle, None)
+    for half in (early, late):
         own = dq[:, half], dk[:, half], dv[:, half]
         _backward_strip(x.part(half, half), band, scale, None, own, add=add)
-    early, late = slice(0, middle), slice(middle, None)
     full = _call_backward(x.part(late, early), FULL, scale, None)
     for total, part in zip((dq[:, late], dk[:, early], dv[:, early]), full):
         total += part

@@ -53,22 +53,14 @@ class CudnnKernel:
         # [B, H, Q, 1] -> [B, H, Q]
         lse = lse.squeeze(-1)
         if lse.stride(1) == 1 and num_heads > 1 and lse.shape[2] > 1:
-            raise ConfigError(
-                "TORCH_CUDNN_SDPA_AVOID_RECOMPILE",
-                "1",
-                "makes cuDNN keep the lse in a layout that cannot be merged",
-                "unset it, or --kernel cuda",
-            )
+            rule = "makes cuDNN keep the lse in a layout that cannot be merged"
+            works = "unset it, or --kernel cuda"
+            raise ConfigError("TORCH_CUDNN_SDPA_AVOID_RECOMPILE", "1", rule, works)
         return cut(out.transpose(1, 2), v_dim), lse
 
     def backward(
         self, x: BackwardInputs, band: Band, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """See ``Kernel.backward``.
-
-        Raises:
-            ConfigError: the tile has a window.
-        """
         _refuse_window(band, x.q, x.k)
         num_queries, num_keys = x.q.shape[1], x.k.shape[1]
         if num_keys == 1:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from functools import partial
 from importlib import import_module
 from types import MappingProxyType, ModuleType
@@ -28,40 +27,14 @@ from cp_megatron.kernels.interface import BackwardInputs, Kernel
 from cp_megatron.kernels.select import TRAITS
 from cp_megatron.kernels.windows import FlashKernel, FlashWindow
 
-
-@dataclass(frozen=True, kw_only=True)
-class _Generation:
-    """What distinguishes one generation.
-
-    Attributes:
-        forward, backward: the names of its functions.
-        constants: arguments that always have the same value.
-        unlimited: the value of an unlimited bound.
-        fills: whether backward fills dq, dk and dv; otherwise it returns them.
-    """
-
-    forward: str = "_flash_attn_forward"
-    backward: str = "_flash_attn_backward"
-    constants: Mapping[str, Any] = field(default_factory=dict)
-    unlimited: int | None = -1
-    fills: bool = True
-
-
-_GENERATIONS: Mapping[str, _Generation] = MappingProxyType(
+_CONSTANTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
-        "flash_attn_2": _Generation(
-            constants={"dropout_p": 0.0, "softcap": 0.0, "return_softmax": False}
-        ),
-        "flash_attn_3": _Generation(),
-        "flash_attn_4": _Generation(
-            forward="_flash_attn_fwd",
-            backward="_flash_attn_bwd",
-            constants={"return_lse": True},
-            unlimited=None,
-            fills=False,
-        ),
+        "flash_attn_2": {"dropout_p": 0.0, "softcap": 0.0, "return_softmax": False},
+        "flash_attn_3": {},
+        "flash_attn_4": {"return_lse": True},
     }
 )
+"""For each generation, arguments that always have the same value."""
 
 
 def load_flash_attention(name: str, *, deterministic: bool) -> Kernel:
@@ -90,14 +63,16 @@ class FlashAttention(FlashKernel):
     def __init__(
         self, name: str, interface: ModuleType | Any, *, deterministic: bool = False
     ) -> None:
-        self.name, self._generation = name, _GENERATIONS[name]
-        self._forward_op = getattr(interface, self._generation.forward)
-        self._backward_op = getattr(interface, self._generation.backward)
+        self.name, self._constants = name, _CONSTANTS[name]
+        self._is_newest = name == "flash_attn_4"
+        forward, backward = ("fwd", "bwd") if self._is_newest else ("forward", "backward")
+        self._forward_op = getattr(interface, f"_flash_attn_{forward}")
+        self._backward_op = getattr(interface, f"_flash_attn_{backward}")
         self._forward_parameters = _parameters(self._forward_op)
         self._backward_parameters = _parameters(self._backward_op)
         self._deterministic = deterministic
         needed = {"window_size_left", "deterministic"}
-        if name == "flash_attn_4" and not needed <= set(self._backward_parameters):
+        if self._is_newest and not needed <= set(self._backward_parameters):
             rule = "the installed package is too old: its backward has no windows"
             raise ConfigError("--kernel", name, rule, "pip install -U flash-attn-4")
 
@@ -114,7 +89,7 @@ class FlashAttention(FlashKernel):
     ) -> tuple[Tensor, Tensor, Tensor]:
         tensors = {**x._asdict(), "softmax_lse": x.lse}
         call = partial(self._call, self._backward_op, self._backward_parameters)
-        if not self._generation.fills:
+        if self._is_newest:  # returns the gradients
             dq, dk, dv, *_ = call(tensors, window, scale)
             return dq, dk, dv
         contiguous = torch.contiguous_format
@@ -134,11 +109,11 @@ class FlashAttention(FlashKernel):
 
         The latter are caches, lengths, scales of fp8 and slopes.
         """
-        unlimited = self._generation.unlimited
+        unlimited = None if self._is_newest else -1
         left, right = (unlimited if bound < 0 else bound for bound in window[1:])
         known = {
             **tensors,
-            **self._generation.constants,
+            **self._constants,
             "softmax_scale": scale,
             "causal": window.causal,
             "is_causal": window.causal,

@@ -40,11 +40,9 @@ def load_kernel(name: str, *, deterministic: bool = False) -> Kernel:
     if name == "cudnn" and deterministic:
         rule = "its backward is not deterministic"
         raise ConfigError("--kernel", name, rule, "--kernel cuda or --kernel flash_attn")
+    if name == "cudnn":
+        return CudnnKernel()
     if name == "cuda":
         return CudaKernel(deterministic=deterministic)
-    kernels: dict[str, type[Kernel]] = {
-        "reference": ReferenceKernel,
-        "cpu": CpuKernel,
-        "cudnn": CudnnKernel,
-    }
+    kernels: dict[str, type[Kernel]] = {"reference": ReferenceKernel, "cpu": CpuKernel}
     return kernels[name]()

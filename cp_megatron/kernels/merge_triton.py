@@ -26,14 +26,8 @@ def merge_triton_(out: Tensor, lse: Tensor, new_out: Tensor, new_lse: Tensor) ->
     # Triton launches on the current device, which may be another one than the tensors'.
     with torch.cuda.device_of(out):
         _merge[(triton.cdiv(num_rows, rows),)](
-            out,
-            lse,
-            new_out,
-            new_lse,
-            num_rows,
-            num_queries,
-            num_heads,
-            width,
+            *(out, lse, new_out, new_lse),
+            *(num_rows, num_queries, num_heads, width),
             *out.stride()[:3],
             *lse.stride(),
             *new_out.stride()[:3],

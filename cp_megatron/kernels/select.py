@@ -20,14 +20,15 @@ from typing import NamedTuple
 from cp_megatron.errors import ConfigError
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class KernelTraits:
     """What one backend supports."""
 
     name: str
+    max_head_dim: int  # for key heads and value heads
+    summary: str
     devices: tuple[str, ...] = ("cuda",)
     dtypes: tuple[str, ...] = ("bfloat16",)
-    max_head_dim: int  # for key heads and value heads
     wider_on: tuple[tuple[int, int], ...] = ()  # major compute capability, its larger max_head_dim
     deterministic_head_dim: int = 1 << 16  # largest with a deterministic backward; 0 means none
     windows: bool = True
@@ -35,7 +36,6 @@ class KernelTraits:
     capabilities: tuple[int, ...] = ()  # major compute capabilities; empty means all
     package: str | None = None  # the optional module that it needs
     install: str = ""  # how to install the package
-    summary: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,59 +58,42 @@ class _Wanted(NamedTuple):
     capability: tuple[int, int] | None
 
 
+_ALL_TYPES = ("float64", "float32", "bfloat16")
 _ALL = (
     KernelTraits(
-        name="reference",
+        *("reference", 1 << 16, "eager PyTorch, slow, quadratic memory, the oracle"),
         devices=("cpu", "cuda"),
-        dtypes=("float64", "float32", "bfloat16"),
-        max_head_dim=1 << 16,
+        dtypes=_ALL_TYPES,
         dropout=True,
-        summary="eager PyTorch, slow, quadratic memory, the oracle",
     ),
     KernelTraits(
-        name="cpu",
-        devices=("cpu",),
-        dtypes=("float64", "float32", "bfloat16"),
-        max_head_dim=512,
-        summary="PyTorch's fused CPU flash attention",
+        *("cpu", 512, "PyTorch's fused CPU flash attention"), devices=("cpu",), dtypes=_ALL_TYPES
     ),
+    KernelTraits("cuda", 256, "PyTorch's fused CUDA flash attention"),
     KernelTraits(
-        name="cuda",
-        max_head_dim=256,
-        summary="PyTorch's fused CUDA flash attention",
-    ),
-    KernelTraits(
-        name="cudnn",
-        max_head_dim=128,
+        *("cudnn", 128, "cuDNN's fused attention; builds a plan for each shape of tile it meets"),
         wider_on=((9, 256),),
         deterministic_head_dim=0,
         windows=False,
-        summary="cuDNN's fused attention; builds a plan for each shape of tile it meets",
     ),
     KernelTraits(
-        name="flash_attn_2",
-        max_head_dim=256,
+        *("flash_attn_2", 256, "the flash-attn package, FlashAttention 2"),
         package="flash_attn.flash_attn_interface",
         install="pip install -e '.[cuda]'",
-        summary="the flash-attn package, FlashAttention 2",
     ),
     KernelTraits(
-        name="flash_attn_3",
-        max_head_dim=256,
+        *("flash_attn_3", 256, "the flash-attn package, FlashAttention 3"),
         deterministic_head_dim=192,
         capabilities=(9,),
         package="flash_attn_interface",
         install="pip install ./hopper in the flash-attention repository",
-        summary="the flash-attn package, FlashAttention 3",
     ),
     KernelTraits(
-        name="flash_attn_4",
-        max_head_dim=128,
+        *("flash_attn_4", 128, "the flash-attn package, FlashAttention 4"),
         wider_on=((9, 256),),
         capabilities=(9, 10, 11),
         package="flash_attn.cute.interface",
         install="pip install flash-attn-4",
-        summary="the flash-attn package, FlashAttention 4",
     ),
 )
 
@@ -246,8 +229,9 @@ def _problem(traits: KernelTraits, wanted: _Wanted) -> str:
     if wanted.dtype not in traits.dtypes:
         return f"computes in {', '.join(traits.dtypes)}, not in {wanted.dtype}"
     if not _runs_on(traits, wanted.capability):
-        majors = " or ".join(str(major) for major in traits.capabilities)
-        return f"needs compute capability {majors}, the device has {_dotted(wanted.capability)}"
+        majors = " or ".join(map(str, traits.capabilities))
+        dotted = ".".join(map(str, wanted.capability or ()))
+        return f"needs compute capability {majors}, the device has {dotted}"
     largest = _largest(traits, wanted.capability, False)
     if wanted.head_dim > largest:
         return f"head dim {wanted.head_dim} is above its largest, {largest}"
@@ -274,10 +258,6 @@ def _largest(traits: KernelTraits, capability: tuple[int, int] | None, determini
     major = capability[0] if capability else 0
     largest = dict(traits.wider_on).get(major, traits.max_head_dim)
     return min(largest, traits.deterministic_head_dim) if deterministic else largest
-
-
-def _dotted(capability: tuple[int, int] | None) -> str:
-    return ".".join(str(part) for part in capability or ())
 
 
 def _installed(traits: KernelTraits) -> bool:

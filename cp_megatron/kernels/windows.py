@@ -22,7 +22,6 @@ keys, that is a different mask:
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple
 
@@ -56,28 +55,37 @@ def flash_window(band: Band, num_queries: int, num_keys: int) -> FlashWindow:
     return FlashWindow(band.is_causal and num_queries == num_keys, left, right)
 
 
-@dataclass(frozen=True)
-class SubTile:
-    """Some rows of a tile, the columns that they attend, and the band there."""
+class SubTile(NamedTuple):
+    """Rows ``q0:q1`` of a tile, the columns ``k0:k1`` that they attend, and the band there."""
 
-    rows: slice
-    columns: slice
+    q0: int
+    q1: int
+    k0: int
+    k1: int
     band: Band
+
+    @property
+    def rows(self) -> slice:
+        """The rows, as an index."""
+        return slice(self.q0, self.q1)
+
+    @property
+    def columns(self) -> slice:
+        """The columns, as an index."""
+        return slice(self.k0, self.k1)
 
 
 @cache
 def sub_tiles(band: Band, num_queries: int, num_keys: int) -> tuple[SubTile, ...]:
     """Splits a tile by rows until windows describe it; no row or column of a part is empty."""
     if _has_window(band, num_queries, num_keys):
-        return (SubTile(slice(0, num_queries), slice(0, num_keys), band),)
-    found = []
+        return (SubTile(0, num_queries, 0, num_keys, band),)
+    found: list[SubTile] = []
     half = num_queries // 2
     for q0, q1 in ((0, half), (half, num_queries)):
         k0, k1 = band.columns(q0, q1, num_keys)
-        for part in sub_tiles(band.within(q0, q1, k0, k1), q1 - q0, k1 - k0):
-            rows = slice(q0 + part.rows.start, q0 + part.rows.stop)
-            columns = slice(k0 + part.columns.start, k0 + part.columns.stop)
-            found.append(SubTile(rows, columns, part.band))
+        for a, b, c, d, part in sub_tiles(band.within(q0, q1, k0, k1), q1 - q0, k1 - k0):
+            found.append(SubTile(q0 + a, q0 + b, k0 + c, k0 + d, part))
     return tuple(found)
 
 

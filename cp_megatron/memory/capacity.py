@@ -10,7 +10,7 @@ import dataclasses
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from cp_megatron.comm.runtime import Launch
@@ -18,18 +18,13 @@ from cp_megatron.config import Config
 from cp_megatron.config.files.run_folders import RUNS
 from cp_megatron.errors import ConfigError
 from cp_megatron.memory import predict as kinds
-from cp_megatron.memory.layer_schedules import schedules
-from cp_megatron.memory.predict import predict
+from cp_megatron.memory.predict import predict, schedules
 from cp_megatron.plan.rehearsal import rehearse
-from cp_megatron.preflight.run_plan import DeviceName, RunPlan
+from cp_megatron.preflight.run_plan import RunPlan
 from cp_megatron.spec import ModelSpec
 
-_MEMORY_FILES = (
-    Path("/sys/fs/cgroup/memory.max"),
-    Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
-)
+_CGROUP = Path("/sys/fs/cgroup")
 _NVIDIA = Path("/dev/nvidiactl")
-_MOMENTS = 2
 GIB = 2**30
 
 
@@ -38,7 +33,7 @@ def checkpoint_bytes(plan: RunPlan) -> int:
     sizes = {"vocab_size": plan.padded_vocab_size, "seq_length": plan.config.data.seq_length}
     element = 8 if plan.dtype == "float64" else 4
     spec = ModelSpec.of(plan.config.model, **sizes)
-    return spec.num_parameters() * element * (1 + _MOMENTS)
+    return 3 * element * spec.num_parameters()
 
 
 def check_disk(plan: RunPlan, *, other_machine: bool = False) -> str:
@@ -52,7 +47,8 @@ def check_disk(plan: RunPlan, *, other_machine: bool = False) -> str:
         ConfigError: not even one checkpoint fits on this machine.
     """
     folder = Path(plan.config.checkpoint.save or RUNS)
-    free, needed = _free_bytes(folder), checkpoint_bytes(plan)
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    free, needed = shutil.disk_usage(existing).free, checkpoint_bytes(plan)
     space = f"a checkpoint takes {_gib(needed)}, {_gib(free)} are free"
     if other_machine:
         return f"disk: {space} here"
@@ -75,12 +71,6 @@ def _kept_at_once(config: Config, first_step: int) -> int:
     retained = checkpoint.save_retain_interval
     more = 0 if retained is None else (train.train_iters - first_step) // retained
     return min(saves, checkpoint.keep_latest_k + 1 + more)
-
-
-def _free_bytes(folder: Path) -> int:
-    while not folder.exists() and folder != folder.parent:
-        folder = folder.parent
-    return shutil.disk_usage(folder).free
 
 
 def check_memory(plan: RunPlan, *, num_ranks: int, total_bytes: int | None) -> str:
@@ -120,7 +110,9 @@ def check_capacity(plan: RunPlan, launch: Launch, *, dry_run: bool) -> RunPlan:
     other_machine = dry_run and not launch.under_torchrun
     disk = check_disk(plan, other_machine=other_machine and plan.config.checkpoint.save is None)
     if other_machine:
-        notes = [disk, *(f"memory: {_one_rank(plan, device)}" for device in plan.kernels)]
+        plans = [plan] if plan.device else map(plan.on_device, plan.kernels)
+        needs = [check_memory(each, num_ranks=1, total_bytes=None) for each in plans]
+        notes = [disk, *(f"memory: {need}" for need in needs)]
     else:
         notes = [disk] if dry_run or "not fit" in disk else []
         # The memory of a GPU is checked later, when torch is imported.
@@ -143,11 +135,6 @@ def _rehearsed(plan: RunPlan) -> list[str]:
     return [f"exchange: rehearsed for {ranks}: {count:,} messages are what their receivers expect"]
 
 
-def _one_rank(plan: RunPlan, device: DeviceName) -> str:
-    on_device = plan if plan.device is not None else plan.on_device(device)
-    return check_memory(on_device, num_ranks=1, total_bytes=None)
-
-
 def _least_bytes(plan: RunPlan) -> int:
     """Returns a lower bound of the memory of rank 0, which has the largest share, in a step.
 
@@ -167,20 +154,13 @@ def _least_bytes(plan: RunPlan) -> int:
 
 def machine_bytes() -> int | None:
     """Returns the memory limit of this machine or container in bytes, or None if it is unknown."""
-    return min(_limits(), default=None)
-
-
-def _limits() -> Iterator[int]:
-    names = getattr(os, "sysconf_names", {})
-    if "SC_PHYS_PAGES" in names:
-        yield os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    for file in _MEMORY_FILES:
-        try:
-            text = file.read_text().strip()
-        except OSError:
-            continue
-        if text.isdigit():
-            yield int(text)
+    limits = []
+    if "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {}):
+        limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    for file in (_CGROUP / "memory.max", _CGROUP / "memory" / "memory.limit_in_bytes"):
+        with suppress(OSError, ValueError):  # the file can say "max"
+            limits.append(int(file.read_text()))
+    return min(limits, default=None)
 
 
 def _gib(num_bytes: int) -> str:

@@ -39,6 +39,7 @@ class LiveBytes(TorchDispatchMode):
         place: returns the place of a new piece of memory.
 
     Attributes:
+        alive: the live memory that counts, by the address of its storage.
         peak: the most bytes alive at any time.
         peaks: the same for each place.
     """
@@ -46,10 +47,9 @@ class LiveBytes(TorchDispatchMode):
     def __init__(self, place: Place) -> None:
         super().__init__()
         self._place = place
-        self._mine: dict[int, Allocation] = {}
+        self.alive: dict[int, Allocation] = {}
         self._others: dict[int, weakref.ref[torch.UntypedStorage]] = {}
         self._now: Counter[str] = Counter()
-        self._total = 0
         self._patches = ExitStack()
         self.peak = 0
         self.peaks: Counter[str] = Counter()
@@ -60,7 +60,7 @@ class LiveBytes(TorchDispatchMode):
 
         def resized(storage: torch.UntypedStorage, size: int) -> Any:
             result = resize(storage, size)
-            if storage._cdata in self._mine:
+            if storage._cdata in self.alive:
                 self._add(storage, self._release(storage._cdata))
             return result
 
@@ -73,11 +73,7 @@ class LiveBytes(TorchDispatchMode):
         self._patches.close()
 
     def __torch_dispatch__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
         for tensor in _tensors((args, kwargs)):
@@ -85,7 +81,7 @@ class LiveBytes(TorchDispatchMode):
         out = func(*args, **kwargs)
         for tensor in _tensors(out):
             storage = tensor.untyped_storage()
-            if storage._cdata not in self._mine and storage._cdata not in self._others:
+            if storage._cdata not in self.alive and storage._cdata not in self._others:
                 self._add(storage, self._place(func, tensor))
         return out
 
@@ -96,63 +92,47 @@ class LiveBytes(TorchDispatchMode):
         self._others.pop(storage._cdata, None)
         self._add(storage, place)
 
-    def place_of(self, storage: torch.UntypedStorage) -> str | None:
-        """The place of a piece of memory; None if it does not count."""
-        allocation = self._mine.get(storage._cdata)
-        return None if allocation is None else allocation.place
-
-    def alive(self) -> dict[int, Allocation]:
-        """The live memory that counts, by the address of its storage."""
-        return dict(self._mine)
-
     def close(self) -> None:
         """Drops everything but the peaks."""
-        self._mine.clear()
+        self.alive.clear()
         self._others.clear()
 
     def _meet(self, func: Any, tensor: Tensor) -> None:
         """Records that memory which an operation is given was not allocated by it."""
         storage = tensor.untyped_storage()
         key = storage._cdata
-        if key not in self._mine and key not in self._others:
+        if key not in self.alive and key not in self._others:
             self._others[key] = weakref.ref(storage, lambda _: self._others.pop(key, None))
-        elif func.namespace == "fsdp" and key in self._mine:
+        elif func.namespace == "fsdp" and key in self.alive:
             # FSDP allocates its messages by ordinary operations before it packs them.
             self.adopt(tensor, self._place(func, tensor))
 
     def _add(self, storage: torch.UntypedStorage, place: str) -> None:
         key, num_bytes = storage._cdata, storage.nbytes()
         reference = weakref.ref(storage, lambda _: self._release(key))
-        self._mine[key] = Allocation(num_bytes, place, reference)
+        self.alive[key] = Allocation(num_bytes, place, reference)
         self._now[place] += num_bytes
-        self._total += num_bytes
         self.peaks[place] = max(self.peaks[place], self._now[place])
-        self.peak = max(self.peak, self._total)
+        self.peak = max(self.peak, self._now.total())
 
     def _release(self, key: int) -> str:
         """Stops counting a piece of memory; returns its place."""
-        allocation = self._mine.pop(key, None)
+        allocation = self.alive.pop(key, None)
         if allocation is None:
             return ""
         self._now[allocation.place] -= allocation.num_bytes
-        self._total -= allocation.num_bytes
         return allocation.place
 
 
 def _tensors(tree: object) -> Iterator[Tensor]:
     """The plain tensors among the arguments or results of an operation."""
-    for leaf in tree_leaves(tree):
-        if isinstance(leaf, Tensor):
-            yield from plain(leaf)
+    return (x for leaf in tree_leaves(tree) if isinstance(leaf, Tensor) for x in plain(leaf))
 
 
 def plain(tensor: Tensor) -> Iterator[Tensor]:
     """The tensor itself, or the plain tensors that it wraps (the local part of a DTensor)."""
     if is_traceable_wrapper_subclass(tensor):
         names, _ = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
-        inner = (getattr(tensor, name) for name in names)
-        for part in inner:
-            if isinstance(part, Tensor):  # a DTensor lists its mesh too
-                yield from plain(part)
+        yield from _tensors([getattr(tensor, name) for name in names])
     elif tensor.layout == torch.strided and not tensor.is_meta:
         yield tensor

@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,30 +32,13 @@ from cp_megatron.model.layer import TransformerLayer
 from cp_megatron.model.transformer import Transformer
 
 _AT_ENDS: Mapping[str, str] = MappingProxyType(
-    {
-        "embedding": kinds.EMBEDDING,
-        "positions": kinds.EMBEDDING,
-        "dropout": kinds.DROPOUT,
-        "norm": kinds.FINAL_NORM,
-    }
+    {"embedding": kinds.EMBEDDING, "positions": kinds.EMBEDDING}
+    | {"dropout": kinds.DROPOUT, "norm": kinds.FINAL_NORM}
 )
 _OUTSIDE = ""
 """The place of tensors that are allocated outside of the model."""
 GRACE = 0.1
 """Seconds to wait for gloo's threads, which release a message's memory shortly after its wait."""
-
-
-class Measured(Protocol):
-    """The members of ``train.step.TrainStep`` that are measured."""
-
-    @property
-    def model(self) -> Transformer: ...
-    @property
-    def optimizer(self) -> Optimizer: ...
-    @property
-    def cp(self) -> ContextParallel: ...
-    @property
-    def device(self) -> torch.device: ...
 
 
 class MemoryMeter:
@@ -64,31 +47,30 @@ class MemoryMeter:
     On CUDA the totals are the allocator's, which rounds sizes up, and the peak is the process's.
     """
 
-    def __init__(self, train_step: Measured) -> None:
-        self._train_step = train_step
-        self._on_cuda = train_step.device.type == "cuda"
-        self._place = _Place(train_step.model)
+    def __init__(
+        self, model: Transformer, optimizer: Optimizer, cp: ContextParallel, device: torch.device
+    ) -> None:
+        self._model, self._optimizer, self._buffers = model, optimizer, cp.buffers
+        self._device, self._on_cuda = device, device.type == "cuda"
+        self._place = _Place(model)
         self._live = LiveBytes(self._place.allocated)
         self._saved: dict[int, tuple[weakref.ref[torch.UntypedStorage], str]] = {}
         self._hooks, self._forward = ExitStack(), ExitStack()
         self._measured = False
         self._at_start, self._buffers_at_start = 0, 0
-        self._activations: Counter[str] = Counter()
         self._sizes: Counter[str] = Counter()
 
     def __enter__(self) -> MemoryMeter:
-        model, hooks = self._train_step.model, self._hooks
+        hooks = self._hooks
         parameters, state = self._parameters(), self._state()
         self._sizes[kinds.PARAMETERS] = _num_bytes(parameters)
         on_device = (x for x in (*parameters, *state) if x.device.type == self._device.type)
         self._at_start = _num_bytes(on_device)
-        self._buffers_at_start = self._train_step.cp.buffers.held_bytes
-        for name, module in model.named_modules():
-            entering, leaving = self._entering(name), self._leaving(name)
-            hooks.callback(module.register_forward_pre_hook(entering).remove)
-            hooks.callback(module.register_forward_hook(leaving).remove)
-        before_update = self._train_step.optimizer.register_step_pre_hook(self._before_update)
-        hooks.callback(before_update.remove)
+        self._buffers_at_start = self._buffers.held_bytes
+        for name, module in self._model.named_modules():
+            hooks.callback(module.register_forward_pre_hook(self._entering(name)).remove)
+            hooks.callback(module.register_forward_hook(self._leaving(name)).remove)
+        hooks.callback(self._optimizer.register_step_pre_hook(self._before_update).remove)
         if not self._on_cuda:
             hooks.enter_context(self._live)
         return self
@@ -97,7 +79,7 @@ class MemoryMeter:
         self._forward.close()
         self._hooks.close()
         self._sizes[kinds.OPTIMIZER] = _num_bytes(self._state())
-        self._sizes[kinds.EXCHANGE] = self._train_step.cp.buffers.peak_bytes
+        self._sizes[kinds.EXCHANGE] = self._buffers.peak_bytes
         if self._on_cuda:
             self._sizes[kinds.PEAK] = torch.cuda.max_memory_allocated(self._device)
         else:
@@ -109,33 +91,27 @@ class MemoryMeter:
         """The measured bytes, in the order of ``predict``, and the peak at the end."""
         assert self._measured, "a step was measured"
         moved = self._on_cuda and not all(x.is_cuda for x in self._parameters())
-
-        def rows(*names: str, detail: str = "") -> list[Held]:
-            return [Held(kind=name, detail=detail, num_bytes=self._sizes[name]) for name in names]
-
         permanent = (kinds.PARAMETERS, kinds.GRADIENTS, kinds.OPTIMIZER)
-        return (
-            *rows(*permanent, detail=kinds.HOST if moved else ""),
-            *rows(kinds.GATHERED),
-            *(
-                Held(kind=kinds.ACTIVATIONS, detail=name, num_bytes=self._activations[name])
-                for name in kinds.MODULES
-            ),
-            *rows(kinds.HOST, detail=kinds.INPUTS),
-            *rows(kinds.LOGITS, kinds.EXCHANGE, kinds.AFTER_FORWARD, kinds.PEAK),
-        )
+        others = (kinds.LOGITS, kinds.EXCHANGE, kinds.AFTER_FORWARD, kinds.PEAK)
+        rows = [(kind, kinds.HOST if moved else "", kind) for kind in permanent]
+        rows += [(kinds.GATHERED, "", kinds.GATHERED)]
+        rows += [(kinds.ACTIVATIONS, name, name) for name in kinds.MODULES]
+        rows += [(kinds.HOST, kinds.INPUTS, kinds.HOST), *((kind, "", kind) for kind in others)]
+        return tuple(Held(kind=x, detail=y, num_bytes=self._sizes[name]) for x, y, name in rows)
 
     def _entering(self, name: str) -> Callable[[nn.Module, object], None]:
         def hook(module: nn.Module, args: object) -> None:
             if self._measured:
                 return
-            if not name:
-                self._begin()
+            if not name:  # the first forward pass begins
+                if self._on_cuda:
+                    self._forward.enter_context(self._live)
+                self._forward.enter_context(saved_tensors_hooks(self._save, lambda x: x))
             # FSDP's own hook has run, so these are the whole weights.
             if isinstance(module, TransformerLayer):
                 self._watch(module.parameters())
             elif not name:
-                layers = {id(parameter) for parameter in self._train_step.model.layers.parameters()}
+                layers = {id(parameter) for parameter in self._model.layers.parameters()}
                 self._watch(p for p in module.parameters() if id(p) not in layers)
             self._place.enter(name)
 
@@ -151,40 +127,35 @@ class MemoryMeter:
 
         return hook
 
-    def _begin(self) -> None:
-        """Called when the first forward pass begins."""
-        if self._on_cuda:
-            self._forward.enter_context(self._live)
-        self._forward.enter_context(saved_tensors_hooks(self._save, lambda x: x))
-
     def _end(self) -> None:
-        """Called at the end of the first forward pass, when all that backward reads exists."""
+        """Counts at the end of the first forward pass, when all that backward reads exists."""
         self._measured = True
         self._forward.close()
         if not self._on_cuda:
             time.sleep(GRACE)
-        sizes, live, by_place = self._sizes, self._live, self._activations
+        sizes, live, by_place = self._sizes, self._live, Counter[str]()
         saved = set()
         for key, (reference, place) in self._saved.items():
             storage = reference()
             if storage is not None:
                 saved.add(key)
                 by_place[place] += storage.nbytes()  # 0 for storages that backward fills again
-        for key, allocation in live.alive().items():
+        for key, allocation in list(live.alive.items()):
             if key not in saved and allocation.place != _OUTSIDE:
                 by_place[allocation.place] += allocation.num_bytes
         sizes[kinds.GATHERED] = by_place.pop(kinds.GATHERED, 0)
         # The buffers of messages are allocated where attention runs.
-        buffers = self._train_step.cp.buffers.held_bytes - self._buffers_at_start
+        buffers = self._buffers.held_bytes - self._buffers_at_start
         by_place[kinds.ATTENTION] -= buffers
         sizes[kinds.LOGITS] = live.peaks[kinds.LOGITS]
-        offload = self._train_step.model.offload
+        offload = self._model.offload
         sizes[kinds.HOST] = 0 if offload is None else offload.held_bytes
         if self._on_cuda:
             sizes[kinds.AFTER_FORWARD] = torch.cuda.memory_allocated(self._device)
         else:
             new = by_place.total() + sizes[kinds.GATHERED] + buffers
             sizes[kinds.AFTER_FORWARD] = self._at_start + new
+        sizes.update(by_place)
 
     def _save(self, x: Tensor) -> Tensor:
         for part in plain(x):
@@ -192,7 +163,8 @@ class MemoryMeter:
             key = storage._cdata
             known = self._saved.get(key)
             is_new = known is None or known[0]() is None  # an address may be used again
-            if is_new and self._live.place_of(storage) != kinds.GATHERED:
+            allocation = self._live.alive.get(key)
+            if is_new and (allocation is None or allocation.place != kinds.GATHERED):
                 self._saved[key] = weakref.ref(storage), self._place.saved()
         return x
 
@@ -202,18 +174,14 @@ class MemoryMeter:
                 self._live.adopt(part, kinds.GATHERED)
 
     def _before_update(self, *_: object) -> None:
-        grads = [p.grad for p in self._train_step.model.parameters() if p.grad is not None]
+        grads = [p.grad for p in self._model.parameters() if p.grad is not None]
         self._sizes[kinds.GRADIENTS] = _num_bytes(_local(grad) for grad in grads)
 
-    @property
-    def _device(self) -> torch.device:
-        return self._train_step.device
-
     def _parameters(self) -> list[Tensor]:
-        return [_local(parameter) for parameter in self._train_step.model.parameters()]
+        return [_local(parameter) for parameter in self._model.parameters()]
 
     def _state(self) -> list[Tensor]:
-        states = self._train_step.optimizer.state.values()
+        states = self._optimizer.state.values()
         return [_local(x) for state in states for x in state.values() if isinstance(x, Tensor)]
 
 
@@ -228,13 +196,11 @@ class _Place:
         self._before_loss = True
 
     def enter(self, name: str) -> None:
-        """Called when a module begins."""
         if re.fullmatch(r"layers\.\d+", name):
             self._before_mlp = True
         self._inside.append(name)
 
     def leave(self, name: str) -> None:
-        """Called when a module ends."""
         self._inside.pop()
         if name == "norm":
             self._before_loss = False

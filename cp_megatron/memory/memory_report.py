@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,8 +23,8 @@ _NAME_WIDTH, _NUMBER_WIDTH = 22, 13
 
 Key = tuple[str, str]
 """Kind and detail."""
-Column = tuple[str, dict[Key, int], dict[Key, int]]
-"""The head of a column, the predicted bytes and the measured bytes."""
+Parts = Sequence[Mapping[Key, int]]
+"""The predicted bytes and the measured bytes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,16 +43,14 @@ class MemoryReport:
 
     def write(self, folder: Path, *, step: int) -> None:
         """Writes the bytes of every rank in the training step ``step`` to ``memory.json``."""
-        ranks = [
-            {
-                "rank": rank,
-                "held": [
-                    {"kind": kind, "detail": detail, **_numbers((kind, detail), column)}
-                    for kind, detail in _keys([column])
-                ],
-            }
-            for rank, column in enumerate(self._ranks())
-        ]
+        ranks = []
+        for rank, (predicted, measured) in enumerate(self._ranks()):
+            held = [
+                {"kind": key[0], "detail": key[1]}
+                | {"predicted": predicted.get(key), "measured": measured.get(key)}
+                for key in _keys([predicted, measured])
+            ]
+            ranks.append({"rank": rank, "held": held})
         about = {"step": step, "device": self.plan.device, "dtype": self.plan.dtype}
         text = json.dumps({**about, "ranks": ranks}, indent=1)
         (folder / MEMORY_FILE).write_text(text + "\n", encoding="utf-8")
@@ -61,11 +59,8 @@ class MemoryReport:
         """Prints the table, in several parts on a narrow console."""
         columns = self._columns()
         # Rows of zeros are left out here; memory.json has them.
-        keys = [
-            key
-            for key in _keys(columns)
-            if any(column[1].get(key) or column[2].get(key) for column in columns)
-        ]
+        shown = [part for _, parts in columns for part in parts]
+        keys = [key for key in _keys(shown) if any(part.get(key) for part in shown)]
         per_column = _NUMBER_WIDTH * (2 if self.measured else 1)
         at_once = max(1, (console.width - _NAME_WIDTH) // per_column)
         for first in range(0, len(columns), at_once):
@@ -74,46 +69,37 @@ class MemoryReport:
             note = "exchange buffers are predicted for rows that are one document"
             console.print(note, highlight=False, markup=False)
 
-    def _ranks(self) -> list[Column]:
+    def _ranks(self) -> list[Parts]:
         measured = [*self.measured] or [()] * len(self.predicted)
         return [
-            (f"rank {rank}", _by_key(predicted), _by_key(measured_rows))
-            for rank, (predicted, measured_rows) in enumerate(
-                zip(self.predicted, measured, strict=True)
-            )
+            [{(row.kind, row.detail): row.num_bytes for row in held} for held in pair]
+            for pair in zip(self.predicted, measured, strict=True)
         ]
 
-    def _columns(self) -> list[Column]:
+    def _columns(self) -> list[tuple[str, Parts]]:
         """Merges the columns of equal ranks; for many ranks returns the least and the most."""
         ranks = self._ranks()
-        if len(ranks) > RANKS_SHOWN and any(rank[1:] != ranks[0][1:] for rank in ranks):
-            keys = _keys(ranks)
+        if len(ranks) > RANKS_SHOWN and any(rank != ranks[0] for rank in ranks):
+            keys = _keys([part for parts in ranks for part in parts])
+            sides = [*zip(*ranks)]
             return [
-                (
-                    head,
-                    {key: of(rank[1].get(key, 0) for rank in ranks) for key in keys},
-                    {key: of(rank[2].get(key, 0) for rank in ranks) for key in keys},
-                )
+                (head, [{key: of(x.get(key, 0) for x in side) for key in keys} for side in sides])
                 for head, of in (("least of all ranks", min), ("most of all ranks", max))
             ]
         equal: dict[tuple[object, ...], list[int]] = {}
-        for number, (_, *held) in enumerate(ranks):
-            equal.setdefault(tuple(frozenset(part.items()) for part in held), []).append(number)
-        return [(_head(group), *ranks[group[0]][1:]) for group in equal.values()]
+        for number, parts in enumerate(ranks):
+            equal.setdefault(tuple(frozenset(part.items()) for part in parts), []).append(number)
+        return [(_head(group), ranks[group[0]]) for group in equal.values()]
 
-    def _table(self, keys: Sequence[Key], columns: Sequence[Column]) -> Table:
+    def _table(self, keys: Sequence[Key], columns: Sequence[tuple[str, Parts]]) -> Table:
         table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1), title_justify="left")
         table.add_column("MiB", no_wrap=True)
-        for head, _, _ in columns:
-            table.add_column(f"{head}\npredicted", justify="right", no_wrap=True)
-            if self.measured:
-                table.add_column("\nmeasured", justify="right", no_wrap=True)
+        sides = 2 if self.measured else 1
+        for head, _ in columns:
+            for title in (f"{head}\npredicted", "\nmeasured")[:sides]:
+                table.add_column(title, justify="right", no_wrap=True)
         for name, group in _lines(keys):
-            cells = []
-            for _, predicted, measured in columns:
-                cells.append(_mib(group, predicted))
-                cells += [_mib(group, measured)] if self.measured else []
-            table.add_row(name, *cells)
+            table.add_row(name, *(_mib(group, x) for _, parts in columns for x in parts[:sides]))
         return table
 
 
@@ -142,17 +128,9 @@ def print_dry_run(plan: RunPlan) -> int:
     return 0
 
 
-def _by_key(held: Sequence[Held]) -> dict[Key, int]:
-    return {(row.kind, row.detail): row.num_bytes for row in held}
-
-
-def _numbers(key: Key, column: Column) -> dict[str, int | None]:
-    return {"predicted": column[1].get(key), "measured": column[2].get(key)}
-
-
-def _keys(columns: Sequence[Column]) -> list[Key]:
-    """Returns the kinds and details of all columns, in order."""
-    return list(dict.fromkeys(key for column in columns for part in column[1:] for key in part))
+def _keys(parts: Parts) -> list[Key]:
+    """Returns the kinds and details of all parts, in order."""
+    return list(dict.fromkeys(key for part in parts for key in part))
 
 
 def _lines(keys: Sequence[Key]) -> Iterator[tuple[str, list[Key]]]:
@@ -160,12 +138,10 @@ def _lines(keys: Sequence[Key]) -> Iterator[tuple[str, list[Key]]]:
     activations = [key for key in keys if key[0] == kinds.ACTIVATIONS]
     for key in keys:
         kind, detail = key
-        if activations and key == activations[0]:
+        if key in activations[:1]:
             yield kind, activations
-        if kind == kinds.ACTIVATIONS:
-            yield f"  {detail}", [key]
-        else:
-            yield ", ".join(word for word in key if word), [key]
+        is_part = kind == kinds.ACTIVATIONS
+        yield f"  {detail}" if is_part else ", ".join(filter(None, key)), [key]
 
 
 def _head(ranks: Sequence[int]) -> str:
@@ -177,7 +153,7 @@ def _head(ranks: Sequence[int]) -> str:
     return f"ranks {', '.join(map(str, ranks))}"
 
 
-def _mib(keys: Sequence[Key], held: dict[Key, int]) -> str:
+def _mib(keys: Sequence[Key], held: Mapping[Key, int]) -> str:
     known = [held[key] for key in keys if key in held]
     if not known:
         return "-"

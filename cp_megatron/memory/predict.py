@@ -17,12 +17,12 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache, partial
 from types import MappingProxyType
 
 from cp_megatron.config import MemoryConfig
-from cp_megatron.memory.layer_schedules import schedules
 from cp_megatron.plan import Schedule
 from cp_megatron.plan.buffer_sizes import AttentionSizes, BufferSizes
 from cp_megatron.plan.tiling import own_tiles, pack
@@ -46,14 +46,8 @@ MODULES = (
     *(MLP_NORM, MLP, FINAL_NORM, LOSS, OTHER),
 )
 IN_LAYER: Mapping[str, str] = MappingProxyType(
-    {
-        "inputs": INPUTS,
-        "attention_norm": ATTENTION_NORM,
-        "attention": ATTENTION,
-        "mlp_norm": MLP_NORM,
-        "mlp": MLP,
-        "dropout": DROPOUT,
-    }
+    {"inputs": INPUTS, "attention_norm": ATTENTION_NORM, "attention": ATTENTION}
+    | {"mlp_norm": MLP_NORM, "mlp": MLP, "dropout": DROPOUT}
 )
 """The kinds of what the modules of a layer keep, by their names."""
 
@@ -94,80 +88,87 @@ def predict(plan: RunPlan, rank: int) -> tuple[Held, ...]:
 
 def predict_ranks(plan: RunPlan, ranks: Iterable[int]) -> list[tuple[Held, ...]]:
     """The predictions of several ranks; what they share is computed once."""
-    spec = ModelSpec.of(
-        plan.config.model,
-        vocab_size=plan.padded_vocab_size,
-        seq_length=plan.config.data.seq_length,
-    )
-    planned = schedules(plan)
-    by_cp_rank: dict[int, tuple[Counter[str], int, int, int]] = {}
+    sizes = {"vocab_size": plan.padded_vocab_size, "seq_length": plan.config.data.seq_length}
+    spec, planned = ModelSpec.of(plan.config.model, **sizes), schedules(plan)
+    shared = cache(partial(_during_step, plan, spec, planned))
     predicted = []
     for rank in ranks:
-        cp_rank = plan.grid.coordinates(rank).cp
-        if cp_rank not in by_cp_rank:
-            sizes = _sizes(plan, rank, planned[0] if planned else None, spec)
-            by_cp_rank[cp_rank] = (
-                _kept(spec, plan.config.memory, sizes),
-                spec.head.logits_bytes(sizes, plan.config.memory.loss_chunk_size),
-                *_buffer_bytes(planned, cp_rank, _operands(plan, sizes)),
-            )
-        predicted.append(tuple(_held(plan, rank, spec, *by_cp_rank[cp_rank])))
+        stored, gradients, optimizer = _permanent(plan, rank, spec)
+        rows, total = shared(plan.grid.coordinates(rank).cp)
+        if stored.detail != HOST:
+            # The optimizer has no state before the first step, unless it was loaded.
+            total += stored.num_bytes + (optimizer.num_bytes if plan.load else 0)
+        last = Held(kind=AFTER_FORWARD, num_bytes=total)
+        predicted.append((stored, gradients, optimizer, *rows, last))
     return predicted
 
 
-def _held(
-    plan: RunPlan,
-    rank: int,
-    spec: ModelSpec,
-    kept: Counter[str],
-    logits: int,
-    buffers_in_forward: int,
-    buffers: int,
-) -> Iterator[Held]:
-    """Every entry, in order."""
+def schedules(plan: RunPlan) -> tuple[Schedule, ...]:
+    """Builds one schedule for each attention window of the model's layers.
+
+    If documents are masked, each batch has a schedule of its own; these are the schedules of a row
+    that is one document.
+
+    Returns:
+        The schedules; empty if one rank holds the whole row.
+    """
+    sequence, model = plan.sequence, plan.config.model
+    if plan.grid.cp == 1:
+        return ()
+    heads = local_heads(model, plan.grid.tp)
+    how = sequence.layout, sequence.exchange, sequence.route, *heads
+    row = Schedule.build(sequence.mask, *how, sequence.sizes, head_dim=model.head_dim)
+    sizes = row.hierarchical_sizes if row.exchange == "a2a+p2p" else None
+    windows = [model.layer_window(layer) for layer in range(model.num_layers)]
+    masks = {mask.window: mask for mask in map(sequence.mask.within, windows)}
+    return tuple(
+        row
+        if mask.window == sequence.mask.window
+        else Schedule.build(mask, row.layout, row.exchange, row.route, *heads, sizes)
+        for mask in masks.values()
+    )
+
+
+def _during_step(
+    plan: RunPlan, spec: ModelSpec, planned: tuple[Schedule, ...], cp_rank: int
+) -> tuple[list[Held], int]:
+    """What a rank holds beside the permanent tensors, and the bytes of it after forward."""
+    sizes = _sizes(plan, cp_rank, planned[0] if planned else None, spec)
+    kept, gathered = _kept(spec, plan.config.memory, sizes), _gathered_bytes(plan, spec)
     on_host = kept[INPUTS] if plan.config.memory.cpu_offloading else 0
-    on_device = kept - Counter({INPUTS: on_host})
-    stored, gradients, optimizer = _permanent(plan, rank, spec)
-    yield from (stored, gradients, optimizer)
-    gathered = _gathered_bytes(plan, spec)
-    yield Held(kind=GATHERED, num_bytes=gathered)
-    for name in MODULES:
-        yield Held(kind=ACTIVATIONS, detail=name, num_bytes=on_device[name])
-    yield Held(kind=HOST, detail=INPUTS, num_bytes=on_host)
-    yield Held(kind=LOGITS, num_bytes=logits)
-    yield Held(kind=EXCHANGE, num_bytes=buffers)
-    total = gathered + on_device.total() + buffers_in_forward
-    if stored.detail != HOST:
-        # The optimizer has no state before the first step, unless it was loaded.
-        total += stored.num_bytes + (optimizer.num_bytes if plan.load else 0)
-    yield Held(kind=AFTER_FORWARD, num_bytes=total)
+    kept[INPUTS] -= on_host
+    buffers_in_forward, buffers = _buffer_bytes(plan, planned, cp_rank, sizes)
+    logits = spec.head.logits_bytes(sizes, plan.config.memory.loss_chunk_size)
+    rows = [
+        Held(kind=GATHERED, num_bytes=gathered),
+        *(Held(kind=ACTIVATIONS, detail=name, num_bytes=kept[name]) for name in MODULES),
+        Held(kind=HOST, detail=INPUTS, num_bytes=on_host),
+        Held(kind=LOGITS, num_bytes=logits),
+        Held(kind=EXCHANGE, num_bytes=buffers),
+    ]
+    return rows, gathered + kept.total() + buffers_in_forward
 
 
 def _buffer_bytes(
-    planned: Iterable[Schedule], cp_rank: int, operands: AttentionSizes
+    plan: RunPlan, planned: Iterable[Schedule], cp_rank: int, sizes: ActivationSizes
 ) -> tuple[int, int]:
     """Bytes of message buffers after the layers' forward, and after their backward."""
-    buffers = BufferSizes()
-    for schedule in planned:
-        buffers.add_forward(schedule, cp_rank, operands)
-    in_forward = buffers.num_bytes
-    for schedule in planned:
-        buffers.add_backward(schedule, cp_rank, operands)
-    return in_forward, buffers.num_bytes
-
-
-def _operands(plan: RunPlan, sizes: ActivationSizes) -> AttentionSizes:
-    model = plan.config.model
-    heads, kv_heads = local_heads(model, sizes.tp)
-    return AttentionSizes(
+    _, kv_heads = local_heads(plan.config.model, sizes.tp)
+    attention = AttentionSizes(
         batch=sizes.batch,
         num_tokens=sizes.row_tokens,
-        heads=heads,
         kv_heads=kv_heads,
-        head_dim=model.head_dim,
+        head_dim=plan.config.model.head_dim,
         element=sizes.element,
         exact=sizes.exact,
     )
+    buffers = BufferSizes()
+    for schedule in planned:
+        buffers.add_forward(schedule, cp_rank, attention)
+    in_forward = buffers.num_bytes
+    for schedule in planned:
+        buffers.add_backward(schedule, cp_rank, attention)
+    return in_forward, buffers.num_bytes
 
 
 def _permanent(plan: RunPlan, rank: int, spec: ModelSpec) -> tuple[Held, Held, Held]:
@@ -193,10 +194,12 @@ def _gathered_bytes(plan: RunPlan, spec: ModelSpec) -> int:
     return total * ELEMENT_BYTES[plan.dtype]
 
 
-def _sizes(plan: RunPlan, rank: int, schedule: Schedule | None, spec: ModelSpec) -> ActivationSizes:
-    """The sizes of this rank's activations; ``schedule`` is that of any layer."""
+def _sizes(
+    plan: RunPlan, cp_rank: int, schedule: Schedule | None, spec: ModelSpec
+) -> ActivationSizes:
+    """The sizes of a rank's activations; ``schedule`` is that of any layer."""
     assert plan.dtype is not None
-    element, cp_rank = ELEMENT_BYTES[plan.dtype], plan.grid.coordinates(rank).cp
+    element = ELEMENT_BYTES[plan.dtype]
     exchange = schedule.heads(cp_rank) if schedule else None
     transposed = exchange is None and _is_transposed(plan, cp_rank, spec.layers[0].attention)
     return ActivationSizes(
@@ -247,5 +250,5 @@ def _is_transposed(plan: RunPlan, cp_rank: int, attention: AttentionSpec) -> boo
         return False
     if plan.kernel is None or plan.kernel.name != "reference" or sequence.per_batch:
         return False
-    tiles = own_tiles(sequence.mask, pack(list(sequence.layout.chunks[cp_rank])))
+    tiles = own_tiles(sequence.mask, pack(sequence.layout.chunks[cp_rank]))
     return (tiles[0].q0, tiles[0].q1) == (0, sequence.layout.shard_len)

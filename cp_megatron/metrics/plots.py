@@ -12,9 +12,11 @@ import logging
 import math
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from statistics import median_high
 from typing import Any
 
 from cp_megatron.config.files.run_folders import METRICS_FILE
@@ -22,7 +24,6 @@ from cp_megatron.errors import ConfigError
 
 CURVES_FILE = "curves.png"
 INSTALL = "pip install 'cp_megatron[plot]'"
-DOTS_PER_INCH = 120
 
 _FEW = 40
 """Up to this number of points, each is marked, and no running mean is drawn."""
@@ -38,11 +39,7 @@ def has_matplotlib() -> bool:
 
 
 def require_matplotlib(flag: str, value: object = "") -> None:
-    """Refuses a flag that requests a plot if matplotlib is not installed.
-
-    Raises:
-        ConfigError: matplotlib is not installed.
-    """
+    """Raises ``ConfigError`` for a flag that requests a plot if matplotlib is not installed."""
     if not has_matplotlib():
         raise ConfigError(flag, value, "needs the package matplotlib", INSTALL)
 
@@ -66,25 +63,19 @@ def save_figure(figure: Any, path: Path) -> Path:
         OSError: the file cannot be written.
     """
     new = path.with_name(f"{path.name}.tmp")
-    figure.savefig(new, format="png", dpi=DOTS_PER_INCH)
+    figure.savefig(new, format="png", dpi=120)
     new.replace(path)
     return path
 
 
 def read_metrics(run: Path) -> list[LoggedStep]:
-    """The lines of a run's metrics.jsonl, without incomplete ones.
-
-    Raises:
-        OSError: the file cannot be read.
-    """
+    """The lines of a run's metrics.jsonl, without incomplete ones."""
     rows: list[LoggedStep] = []
     for line in (run / METRICS_FILE).read_text(encoding="utf-8").splitlines():
-        try:
+        with suppress(ValueError):
             row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict) and "step" in row:
-            rows.append(row)
+            if isinstance(row, dict) and "step" in row:
+                rows.append(row)
     return rows
 
 
@@ -143,8 +134,7 @@ def _draw_loss(axes: Any, rows: Sequence[LoggedStep]) -> None:
 def _draw_norm(axes: Any, rows: Sequence[LoggedStep]) -> None:
     _, norms = column(rows, "grad_norm")
     _draw_with_mean(axes, rows, "grad_norm", "before clipping")
-    positive = [norm for norm in norms if norm > 0]
-    if len(positive) == len(norms) and max(norms) > 20 * min(norms):
+    if max(norms) > 20 * min(norms) > 0:
         axes.set_yscale("log")
     axes.set_ylabel("gradient norm")
     axes.legend(frameon=False, loc="upper right")
@@ -155,10 +145,9 @@ def _draw_speed(axes: Any, rows: Sequence[LoggedStep]) -> None:
     axes.plot(steps, speeds, color=_MEAN, marker=_marker(rows))
     axes.set(ylabel="tokens per second", ylim=(0, None))
     axes.yaxis.set_major_formatter(lambda value, _: _amount(value))
-    words = [f"median {_amount(sorted(speeds)[len(speeds) // 2])} tokens/s"]
     _, shares = column(rows, "mfu")
-    if shares:
-        words.append(f"MFU {sorted(shares)[len(shares) // 2]:.1%}")
+    words = [f"median {_amount(median_high(speeds))} tokens/s"]
+    words += [f"MFU {median_high(shares):.1%}"] if shares else []
     words.append(f"peak memory {max(row['memory_bytes'] for row in rows) / 2**30:.2f} GiB")
     axes.set_title(", ".join(words), fontsize="medium")
 
@@ -196,13 +185,11 @@ def running_mean(steps: Sequence[int], values: Sequence[float], half_life: float
     """
     forward = _discounted(steps, values, half_life)
     backward = _discounted(steps[::-1], values[::-1], half_life)[::-1]
-    means: list[float] = []
-    for value, (before, weight_before), (after, weight_after) in zip(
-        values, forward, backward, strict=True
-    ):
-        # Both passes contain the value itself.
-        means.append((before + after - value) / (weight_before + weight_after - 1))
-    return means
+    # Both passes contain the value itself.
+    return [
+        (before + after - value) / (weight_before + weight_after - 1)
+        for value, (before, weight_before), (after, weight_after) in zip(values, forward, backward)
+    ]
 
 
 def _discounted(
@@ -257,8 +244,8 @@ def draw_by_position(path: Path, curves: Sequence[Curve], *, title: str = "") ->
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-    for axis in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-        axis(lambda value, _: f"{value:g}")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g}")
     axes.set(xlabel="position in the row (tokens)", ylabel="perplexity", title=title)
     axes.grid(alpha=0.3, which="both")
     axes.spines[["top", "right"]].set_visible(False)
@@ -279,11 +266,9 @@ def draw_heat_map(
     """Draws a table of shares in [0, 1] as coloured squares with percentages.
 
     Args:
-        path: the PNG file.
         shares: one list per row.
         rows, columns: the labels of the rows and the columns.
         row_name, column_name: the labels of the axes.
-        title: the title above the table.
 
     Raises:
         OSError: the plot cannot be written.

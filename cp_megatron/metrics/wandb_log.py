@@ -18,7 +18,6 @@ from cp_megatron.config import LogConfig
 
 ID_FILE = "wandb.json"
 """The file in a run's folder that maps ``entity/project`` to the run's id there."""
-SECONDS_TO_START = 60
 SECONDS_TO_FINISH = 120
 
 
@@ -44,8 +43,8 @@ class WandbRun:
         self._run: Any = None
         try:
             self._run = _start(log, folder, settings)
-            offline = f"wandb sync {self._run.settings.sync_dir}"
-            self.place = offline if self._run.offline else self._run.url
+            where = self._run.settings.sync_dir
+            self.place = f"wandb sync {where}" if self._run.offline else self._run.url
         except Exception as error:  # any error: login, network, disk, or wandb itself
             self._give_up("did not start", error)
 
@@ -100,12 +99,8 @@ def _start(log: LogConfig, folder: Path, settings: Mapping[str, Any]) -> Any:
         id=_run_id(log, folder),
         resume="allow",
         config=dict(settings),
-        settings=wandb.Settings(
-            console="off",  # do not capture what this program prints
-            silent=True,
-            init_timeout=SECONDS_TO_START,
-            login_timeout=SECONDS_TO_START,
-        ),
+        # With console off, wandb does not capture what this program prints.
+        settings=wandb.Settings(console="off", silent=True, init_timeout=60, login_timeout=60),
     )
     run.define_metric("step", hidden=True)
     run.define_metric("*", step_metric="step")
@@ -115,9 +110,7 @@ def _start(log: LogConfig, folder: Path, settings: Mapping[str, Any]) -> Any:
 def _run_id(log: LogConfig, folder: Path) -> str:
     """The id that the folder keeps for this project; a new one is stored first."""
     file, place = folder / ID_FILE, f"{log.wandb_entity or ''}/{log.wandb_project}"
-    known: dict[str, str] = {}
-    if file.exists():
-        known = json.loads(file.read_text(encoding="utf-8"))
+    known: dict[str, str] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     if place not in known:
         known[place] = secrets.token_hex(4)
         new = file.with_suffix(".tmp")

@@ -7,10 +7,9 @@ import os
 import resource
 import shutil
 import sys
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from itertools import count
 from pathlib import Path
-from types import MappingProxyType
 
 import torch
 from torch.utils.tensorboard import SummaryWriter
@@ -19,38 +18,23 @@ from cp_megatron.config.files.run_folders import METRICS_FILE
 from cp_megatron.metrics.wandb_log import WandbRun
 
 # Dense bfloat16 FLOP/s from the data sheets.
-PEAK_FLOPS: Mapping[str, float] = MappingProxyType(
-    {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}
-)
+_PEAK_FLOPS = (("A100", 312e12), ("H100", 989e12), ("H200", 989e12), ("B200", 2250e12))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Metrics:
-    """One logged step; times are means over the steps since the previous logged one.
-
-    Attributes:
-        step: the number of the step.
-        loss: nats per token of this step's global batch.
-        grad_norm: global gradient norm before clipping.
-        lr: learning rate of this step.
-        tokens: tokens trained on since the run began.
-        tokens_per_second: over all ranks.
-        step_seconds: time of a step.
-        mfu: model FLOP/s over the peak of the devices; None if the peak is not known (CPU).
-        memory_bytes: the largest peak of any rank: allocated on CUDA, resident on CPU.
-        valid_loss: nats per token of the validation part, if there was a validation.
-    """
+    """One logged step; times are means over the steps since the previous logged one."""
 
     step: int
-    loss: float
-    grad_norm: float
-    lr: float
-    tokens: int
-    tokens_per_second: float
+    loss: float  # nats per token of this step's global batch
+    grad_norm: float  # global gradient norm before clipping
+    lr: float  # learning rate of this step
+    tokens: int  # tokens trained on since the run began
+    tokens_per_second: float  # over all ranks
     step_seconds: float
-    mfu: float | None
-    memory_bytes: int
-    valid_loss: float | None = None
+    mfu: float | None  # model FLOP/s over the peak of the devices; None if that is not known (CPU)
+    memory_bytes: int  # the largest peak of any rank: allocated on CUDA, resident on CPU
+    valid_loss: float | None = None  # nats per token of the validation part, if it was read
 
 
 class MetricsWriter:
@@ -98,12 +82,11 @@ def _forget_after(file: Path, step: int) -> None:
         return
     text = file.read_text(encoding="utf-8")
     kept = "".join(line for line in text.splitlines(keepends=True) if _is_of(line, step))
-    if kept == text:
-        return
-    new = file.with_suffix(".tmp")
-    new.write_text(kept, encoding="utf-8")
-    keep_aside(file, step)
-    new.replace(file)
+    if kept != text:
+        new = file.with_suffix(".tmp")
+        new.write_text(kept, encoding="utf-8")
+        keep_aside(file, step)
+        new.replace(file)
 
 
 def _is_of(line: str, step: int) -> bool:
@@ -120,10 +103,9 @@ def keep_aside(file: Path, step: int) -> Path:
         file: the file, which is about to be replaced.
         step: N, the step from which the run continues with another file.
     """
-    aside, number = file.with_name(f"{file.stem}-step-{step}{file.suffix}"), 1
-    while os.path.lexists(aside):
-        number += 1
-        aside = file.with_name(f"{file.stem}-step-{step}.{number}{file.suffix}")
+    numbers = ("" if number == 1 else f".{number}" for number in count(1))
+    names = (file.with_name(f"{file.stem}-step-{step}{x}{file.suffix}") for x in numbers)
+    aside = next(name for name in names if not os.path.lexists(name))
     shutil.copyfile(file, aside)
     return aside
 
@@ -133,7 +115,7 @@ def peak_flops(device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    return next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
+    return next((peak for key, peak in _PEAK_FLOPS if key in name), None)
 
 
 def peak_memory(device: torch.device) -> int:

@@ -156,14 +156,13 @@ def shard_batch(
         lengths = [[length for row in lengths for length in row]]
     cp_size = dist.get_world_size(group) if group is not None else 1
     padding = -sum(lengths[0]) % sequence_divisor("zigzag" if layout == "auto" else layout, cp_size)
-    mask = _mask([*lengths[0], padding] if padding else lengths[0])
+    documents = [*lengths[0], padding] if padding else lengths[0]
+    mask = Mask.documents(documents) if len(documents) > 1 else Mask.causal(documents[0])
     options = layout, exchange, kernel, route, hierarchical_sizes
     cp = ContextParallel(
         group, mask, *options, deterministic=deterministic, check_ranks=check_ranks
     )
-    batch: dict[str, Any] = {
-        name: cp.shard(_pad(name, x, padding), 1) for name, x in tokens.items()
-    }
+    batch: dict[str, Any] = {k: cp.shard(_pad(k, x, padding), 1) for k, x in tokens.items()}
     if labels is not None:
         counted = (tokens["labels"] != IGNORED_LABEL).sum().clamp(min=1)
         batch["shift_labels"] = batch["labels"]
@@ -208,10 +207,6 @@ def _documents(
         starts = np.flatnonzero(np.diff(row) != 1) + 1
         lengths.append(np.diff([0, *starts, seq_len]).tolist())
     return positions, lengths
-
-
-def _mask(lengths: list[int]) -> Mask:
-    return Mask.documents(lengths) if len(lengths) > 1 else Mask.causal(lengths[0])
 
 
 def _pad(name: str, x: Tensor, padding: int) -> Tensor:

@@ -31,14 +31,10 @@ def initial_value(spec: ParameterSpec, *, config: ModelConfig, seed: int) -> Ten
     std = config.init_method_std
     if spec.init == "scaled_normal":
         std /= math.sqrt(2 * config.num_layers)
-    generator = torch.Generator("cpu").manual_seed(_seed(seed, spec.name))
+    digest = hashlib.blake2b(f"weight {seed} {spec.name}".encode(), digest_size=8).digest()
+    generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest, "little") >> 1)
     value = torch.zeros(spec.shape, dtype=torch.float32, device="cpu")
     # The padding of the vocabulary stays 0, and its size does not change the other rows.
     drawn = value if spec.rows is None else value[: spec.rows]
     drawn.normal_(0.0, std, generator=generator)
     return value
-
-
-def _seed(seed: int, name: str) -> int:
-    digest = hashlib.blake2b(f"weight {seed} {name}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1

@@ -16,7 +16,7 @@ from cp_megatron.context_parallel import ContextParallel, KeptAttention
 from cp_megatron.kernels.dropout import Dropout
 from cp_megatron.model.layer_memory import LayerMemory, Pass
 from cp_megatron.model.mlp import MLP
-from cp_megatron.model.norm import make_norm
+from cp_megatron.model.norm import Norm
 from cp_megatron.model.rope import Rotation
 from cp_megatron.model.self_attention import SelfAttention
 from cp_megatron.spec import LayerSpec
@@ -29,9 +29,9 @@ class TransformerLayer(nn.Module):
     def __init__(self, spec: LayerSpec, *, memory: LayerMemory) -> None:
         super().__init__()
         self.memory, self.tp = memory, memory.tp
-        self.attention_norm = make_norm(spec.attention_norm, tp=self.tp)
+        self.attention_norm = Norm(spec.attention_norm, tp=self.tp)
         self.attention = SelfAttention(spec.attention, tp=self.tp)
-        self.mlp_norm = make_norm(spec.mlp_norm, tp=self.tp)
+        self.mlp_norm = Norm(spec.mlp_norm, tp=self.tp)
         self.mlp = MLP(spec.mlp, tp=self.tp)
         self.dropout = nn.Dropout(spec.dropout)
         self.mlp_weights = LocalWeights(self.mlp_norm, self.mlp)

@@ -26,24 +26,20 @@ from torch.utils.checkpoint import checkpoint
 from cp_megatron.config.schema import MemoryConfig, Recompute
 from cp_megatron.context_parallel import KeptAttention
 from cp_megatron.model.offload import LayerOffload
-from cp_megatron.model.sequence_tiles import in_tiles
+from cp_megatron.model.sequence_tiles import TileFunction, in_tiles
 from cp_megatron.tensor_parallel import LocalWeights, TensorParallel, regathered
 
 Results = TypeVar("Results", Tensor, tuple[Tensor, ...])
 
 
 class Pass:
-    """Which run of a layer this is.
-
-    Attributes:
-        is_second: it is recomputed in backward: only what autograd saves is read, not its result.
-    """
+    """Which run of a layer this is. In the second, a recomputation in backward, only what autograd
+    saves is read, not the result."""
 
     is_second = False
 
     @contextmanager
     def second(self) -> Iterator[None]:
-        """A context in which ``is_second`` holds."""
         self.is_second = True
         try:
             yield
@@ -107,13 +103,7 @@ class LayerMemory:
             return checkpoint(function, *args, kept, use_reentrant=False)  # type: ignore[return-value]
         return function(*args, None)
 
-    def mlp(
-        self,
-        function: Callable[[Tensor, bool], Tensor],
-        x: Tensor,
-        weights: LocalWeights,
-        which: Pass,
-    ) -> Tensor:
+    def mlp(self, function: TileFunction, x: Tensor, weights: LocalWeights, which: Pass) -> Tensor:
         """``function(x, gradient_only)``, from the residual stream to what is added to it.
 
         Args:
@@ -123,13 +113,10 @@ class LayerMemory:
             which: the run of the layer, which this function ends.
         """
         if self.tile_size is not None:
+            rows, again = self.tp.rows(self.tile_size, x.shape[0]), which.is_second
+            recompute = self._recomputes("selective", "full")
             return in_tiles(
-                function,
-                x,
-                weights,
-                rows=self.tp.rows(self.tile_size, x.shape[0]),
-                recompute=self._recomputes("selective", "full"),
-                gradient_only=which.is_second,
+                function, x, weights, rows=rows, recompute=recompute, gradient_only=again
             )
         if self._recomputes("selective"):
             return checkpoint(function, x, False, use_reentrant=False)  # type: ignore[return-value]

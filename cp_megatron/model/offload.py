@@ -64,7 +64,6 @@ class LayerOffload:
             yield self._stream
 
     def take(self, x: Tensor) -> _HostBuffer:
-        """A host buffer for ``x``."""
         num_bytes = x.numel() * x.element_size()
         free = self._free.get(num_bytes)
         if free:
@@ -82,11 +81,12 @@ class LayerOffload:
 
 
 class _HostBuffer:
-    memory: Tensor
-    """uint8 [num_bytes]"""
+    """``memory``, uint8 [num_bytes], has pages of its own, of a file or of none."""
 
-    def __init__(self, num_bytes: int) -> None:
+    def __init__(self, num_bytes: int, file: int = -1) -> None:
         self.num_bytes = num_bytes
+        self._map = mmap.mmap(file, num_bytes)
+        self.memory = torch.frombuffer(self._map, dtype=torch.uint8)
 
     def written(self) -> None:
         """Called after a tensor was copied here."""
@@ -101,7 +101,6 @@ class PinnedBuffer(_HostBuffer):
 
     def __init__(self, num_bytes: int) -> None:
         super().__init__(num_bytes)
-        self.memory = torch.frombuffer(mmap.mmap(-1, num_bytes), dtype=torch.uint8)
         runtime = torch.cuda.cudart()
         torch.cuda.check_error(runtime.cudaHostRegister(self.memory.data_ptr(), num_bytes, 0))
         weakref.finalize(self, _unpin, self.memory).atexit = False
@@ -111,11 +110,9 @@ class _FileBuffer(_HostBuffer):
     """A mapped file without a name."""
 
     def __init__(self, num_bytes: int) -> None:
-        super().__init__(num_bytes)
         with tempfile.TemporaryFile() as file:
             file.truncate(num_bytes)
-            self._map = mmap.mmap(file.fileno(), num_bytes)
-        self.memory = torch.frombuffer(self._map, dtype=torch.uint8)
+            super().__init__(num_bytes, file.fileno())
 
     def written(self) -> None:
         """Removes the pages from this process; their contents stay in the file."""

@@ -98,11 +98,9 @@ def _sharding(
     """``fully_shard`` over dp x cp with the precision and the place of the parameters."""
     policy = MixedPrecisionPolicy()
     if dtype == "bfloat16":
+        # Inputs have their types already; the angles' sines among them are float32.
         policy = MixedPrecisionPolicy(
-            param_dtype=torch.bfloat16,
-            reduce_dtype=torch.float32,
-            # Inputs have their types already; the angles' sines among them are float32.
-            cast_forward_inputs=False,
+            param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
         )
     offload = OffloadPolicy()
     if config.memory.optimizer_cpu_offload:

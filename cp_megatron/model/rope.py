@@ -38,13 +38,13 @@ class Rotation:
             dtype: type of the activations. Angles are always float64: in float32 an angle at
                 position 10^6 is off by 0.03.
         """
-        frequencies = rope_frequencies(config, longest)
-        inverse = frequencies.inverse.to(positions.device)
+        inverse, attention_factor = rope_frequencies(config, longest)
+        inverse = inverse.to(positions.device)
         angles = positions.to(torch.float64).unsqueeze(-1) * inverse  # [s, d/2]
         table = torch.float64 if dtype == torch.float64 else torch.float32
         cos, sin = angles.cos(), angles.sin()
-        if frequencies.attention_factor != 1.0:
-            cos, sin = cos * frequencies.attention_factor, sin * frequencies.attention_factor
+        if attention_factor != 1.0:
+            cos, sin = cos * attention_factor, sin * attention_factor
         return cls(cos=cos.to(table), sin=sin.to(table))
 
     def apply(self, x: Tensor) -> Tensor:

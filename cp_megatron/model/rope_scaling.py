@@ -25,25 +25,11 @@ ranks would rotate differently, and queries would not match the keys of other ra
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from cp_megatron.config.schema import ModelConfig
-
-
-@dataclass(frozen=True, kw_only=True)
-class Frequencies:
-    """The factors of positions.
-
-    Attributes:
-        inverse: float64 [d/2] on the CPU, radians per position.
-        attention_factor: multiplies cosine and sine, and so the scores by its square.
-    """
-
-    inverse: Tensor
-    attention_factor: float = 1.0
 
 
 def _plain(head_dim: int, base: float) -> Tensor:
@@ -52,31 +38,32 @@ def _plain(head_dim: int, base: float) -> Tensor:
     return base ** (-exponents / head_dim)
 
 
-def rope_frequencies(config: ModelConfig, longest: int) -> Frequencies:
+def rope_frequencies(config: ModelConfig, longest: int) -> tuple[Tensor, float]:
     """The frequencies of a model's heads, which equal those of Hugging Face transformers.
 
     Args:
         config: the model, with the settings that its ``rope_type`` needs.
         longest: length of the longest document of the row, the same on every rank.
+
+    Returns:
+        float64 [d/2] on the CPU, radians per position; and the attention factor, which multiplies
+        cosine and sine, and so the scores by its square.
     """
     plain = _plain(config.head_dim, config.rotary_base)
     factor = config.rope_scaling_factor or 1.0
     match config.rope_type:
         case "linear":
-            return Frequencies(inverse=plain / factor)
+            return plain / factor, 1.0
         case "dynamic":
-            return Frequencies(inverse=_dynamic(config, factor, longest))
+            return _dynamic(config, factor, longest), 1.0
         case "llama3":
-            return Frequencies(inverse=_llama3(config, plain, factor))
+            return _llama3(config, plain, factor), 1.0
         case "yarn":
-            return Frequencies(
-                inverse=_yarn(config, plain, factor),
-                attention_factor=_yarn_attention(config, factor),
-            )
+            return _yarn(config, plain, factor), _yarn_attention(config, factor)
         case "longrope":
             return _longrope(config, plain, longest)
         case _:
-            return Frequencies(inverse=plain)
+            return plain, 1.0
 
 
 def _original(config: ModelConfig) -> int:
@@ -127,7 +114,7 @@ def _yarn_attention(config: ModelConfig, factor: float) -> float:
     return scale(1.0)
 
 
-def _longrope(config: ModelConfig, plain: Tensor, longest: int) -> Frequencies:
+def _longrope(config: ModelConfig, plain: Tensor, longest: int) -> tuple[Tensor, float]:
     original = _original(config)
     factor = config.rope_scaling_factor or (config.max_position_embeddings or original) / original
     divisors = config.rope_long_factor if longest > original else config.rope_short_factor
@@ -135,5 +122,4 @@ def _longrope(config: ModelConfig, plain: Tensor, longest: int) -> Frequencies:
     attention = config.rope_attention_factor
     if attention is None:
         attention = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
-    inverse = plain / torch.tensor(divisors, dtype=torch.float64, device="cpu")
-    return Frequencies(inverse=inverse, attention_factor=attention)
+    return plain / torch.tensor(divisors, dtype=torch.float64, device="cpu"), attention

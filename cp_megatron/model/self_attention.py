@@ -12,7 +12,7 @@ from __future__ import annotations
 from einops import rearrange
 from torch import Tensor, nn
 
-from cp_megatron.model.norm import make_norm
+from cp_megatron.model.norm import Norm
 from cp_megatron.model.rope import Rotation
 from cp_megatron.spec import AttentionSpec
 from cp_megatron.tensor_parallel import ColumnParallelLinear, RowParallelLinear, TensorParallel
@@ -28,8 +28,8 @@ class SelfAttention(nn.Module):
         self.key = ColumnParallelLinear(spec.key, tp=tp)
         self.value = ColumnParallelLinear(spec.value, tp=tp)
         self.out = RowParallelLinear(spec.out, tp=tp)
-        self.query_norm = None if spec.query_norm is None else make_norm(spec.query_norm, tp=tp)
-        self.key_norm = None if spec.key_norm is None else make_norm(spec.key_norm, tp=tp)
+        self.query_norm = None if spec.query_norm is None else Norm(spec.query_norm, tp=tp)
+        self.key_norm = None if spec.key_norm is None else Norm(spec.key_norm, tp=tp)
 
     def project(self, x: Tensor, rotation: Rotation | None) -> tuple[Tensor, ...]:
         """[b, s, h] -> q [b, s, n/tp, d], k and v [b, s, k/tp, d].

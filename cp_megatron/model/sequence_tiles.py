@@ -27,11 +27,14 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from cp_megatron.tensor_parallel import LocalWeights, accumulation_dtype
+from cp_megatron.kernels.interface import accumulation_dtype
+from cp_megatron.tensor_parallel import LocalWeights
 
 TileFunction = Callable[[Tensor, bool], Tensor]
 """Rows [b, t, h], and whether only gradients pass through the result, whose values are never read
 -> what is added to those rows, [b, t, h]."""
+_Tile = tuple[GradientEdge, tuple[Tensor, ...]]
+"""A computed tile: the end of its graph, and the tensors that have gradients."""
 
 
 def in_tiles(
@@ -58,18 +61,12 @@ def in_tiles(
         [b, r, h]; with ``gradient_only`` its values are arbitrary.
     """
     assert recompute or not gradient_only
-    call = _Call(
-        function=function,
-        weights=weights,
-        rows=rows,
-        recompute=recompute,
-        gradient_only=gradient_only,
-    )
+    call = _Call(function, weights, rows, recompute, gradient_only)
     result: Tensor = _InTiles.apply(call, torch.is_grad_enabled(), x, *weights.tensors())
     return result
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class _Call:
     function: TileFunction
     weights: LocalWeights
@@ -80,6 +77,15 @@ class _Call:
     def spans(self, num_rows: int) -> list[slice]:
         starts = range(0, num_rows, self.rows)
         return [slice(start, min(start + self.rows, num_rows)) for start in starts]
+
+    def tile(self, x: Tensor, leaves: Sequence[Tensor], out: Tensor | None = None) -> _Tile:
+        """Runs the function under autograd; its result is copied to ``out``, or never read."""
+        x = x.detach().requires_grad_()
+        with torch.enable_grad():
+            result = self.function(x, out is None)
+        if out is not None:
+            out.copy_(result.detach())
+        return get_gradient_edge(result), (x, *(w for w in leaves if w.requires_grad))
 
 
 class _InTiles(torch.autograd.Function):
@@ -97,7 +103,7 @@ class _InTiles(torch.autograd.Function):
         with call.weights.replaced(leaves):
             for span in call.spans(x.shape[1]):
                 if keep:
-                    ctx.tiles.append(_Tile.compute(call, x[:, span], leaves, out[:, span]))
+                    ctx.tiles.append(call.tile(x[:, span], leaves, out[:, span]))
                 else:
                     out[:, span] = call.function(x[:, span], False)
         return out
@@ -111,8 +117,8 @@ class _InTiles(torch.autograd.Function):
         sums: list[Tensor | None] = [None] * len(weights)
         with call.weights.replaced(leaves):
             for number, span in enumerate(call.spans(x.shape[1])):
-                tile = tiles[number] if tiles else _Tile.compute(call, x[:, span], leaves)
-                dx[:, span], *dweights = tile.gradients(grads[0][:, span])
+                end, inputs = tiles[number] if tiles else call.tile(x[:, span], leaves)
+                dx[:, span], *dweights = torch.autograd.grad(end, inputs, grads[0][:, span])
                 gradients = iter(dweights)
                 for place, weight in enumerate(weights):
                     if weight.requires_grad:
@@ -120,35 +126,8 @@ class _InTiles(torch.autograd.Function):
                 if tiles:
                     tiles[number] = None  # frees what it kept
         ctx.tiles = []
-        rounded = (
-            None if total is None else total.to(weight.dtype)
-            for total, weight in zip(sums, weights)
-        )
+        rounded = (dw if dw is None else dw.to(w.dtype) for dw, w in zip(sums, weights))
         return None, None, dx, *rounded
-
-
-@dataclass(frozen=True)
-class _Tile:
-    """A computed tile: the end of its graph, and the tensors that have gradients."""
-
-    end: GradientEdge
-    inputs: tuple[Tensor, ...]
-
-    @classmethod
-    def compute(
-        cls, call: _Call, x: Tensor, leaves: Sequence[Tensor], out: Tensor | None = None
-    ) -> _Tile:
-        """Runs the function under autograd; its result is copied to ``out``, or never read."""
-        x = x.detach().requires_grad_()
-        with torch.enable_grad():
-            result = call.function(x, out is None)
-        if out is not None:
-            out.copy_(result.detach())
-        return cls(get_gradient_edge(result), (x, *(w for w in leaves if w.requires_grad)))
-
-    def gradients(self, grad: Tensor) -> tuple[Tensor, ...]:
-        """The gradients of x and of the weights that have one."""
-        return torch.autograd.grad(self.end, self.inputs, grad)
 
 
 def _leaves(weights: Sequence[Tensor]) -> list[Tensor]:

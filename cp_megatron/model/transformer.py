@@ -19,10 +19,10 @@ from cp_megatron.errors import ConfigError
 from cp_megatron.kernels.dropout import Dropout
 from cp_megatron.model.layer import TransformerLayer
 from cp_megatron.model.layer_memory import LayerMemory
-from cp_megatron.model.norm import make_norm
+from cp_megatron.model.norm import Norm
 from cp_megatron.model.offload import LayerOffload
 from cp_megatron.model.rope import Rotation
-from cp_megatron.spec import ModelSpec, PositionsSpec
+from cp_megatron.spec import ModelSpec
 from cp_megatron.tensor_parallel import (
     LossRule,
     SpecifiedModule,
@@ -34,9 +34,6 @@ from cp_megatron.tensor_parallel import (
 
 class LearnedPositions(SpecifiedModule):
     """A learned vector per position, added to the residual stream."""
-
-    def __init__(self, spec: PositionsSpec, *, tp: TensorParallel) -> None:
-        super().__init__(spec, tp)
 
     def forward(self, positions: Tensor) -> Tensor:
         """int64 [s] (or [s/tp]) -> [s, h]."""
@@ -103,7 +100,7 @@ class Transformer(nn.Module):
         for i in range(first_layer, last_layer):
             strategy = LayerMemory.of(memory, i, tp=self.tp, offload=self.offload)
             self.layers[str(i)] = TransformerLayer(spec.layers[i], memory=strategy)
-        self.norm = make_norm(spec.norm, tp=self.tp) if is_last else None
+        self.norm = Norm(spec.norm, tp=self.tp) if is_last else None
         self.head = VocabParallelHead(spec.head, tp=self.tp) if is_last else None
 
     def forward(
@@ -145,7 +142,10 @@ class Transformer(nn.Module):
             rotation = Rotation.of(positions, self.config, longest=longest, dtype=x.dtype)
         contexts = self.layer_contexts(cp)
         for number, layer in self.layers.items():
-            dropout = _dropout_of_layer(attention_dropout, int(number))
+            dropout = attention_dropout
+            if dropout is not None:
+                seed = attention_dropout_seed(seed=dropout.seed, layer=int(number))
+                dropout = replace(dropout, seed=seed)
             x = layer(x, rotation, contexts[int(number)], dropout)
         if self.head is None or self.norm is None:
             return x
@@ -177,9 +177,3 @@ class Transformer(nn.Module):
         if self.positions is not None:
             x = x + self.positions(self.tp.own_rows(positions))
         return self.dropout(x)
-
-
-def _dropout_of_layer(dropout: Dropout | None, layer: int) -> Dropout | None:
-    if dropout is None:
-        return None
-    return replace(dropout, seed=attention_dropout_seed(seed=dropout.seed, layer=layer))

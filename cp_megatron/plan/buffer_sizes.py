@@ -16,7 +16,6 @@ three rows occur in backward only and hold sums: float32, or float64 for float64
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -176,14 +175,13 @@ class AttentionSizes:
 
     Attributes:
         batch, num_tokens: rows, and tokens of each row on this rank.
-        heads, kv_heads, head_dim: as this rank holds them before any all-to-all.
+        kv_heads, head_dim: as this rank holds them before any all-to-all.
         element: bytes of one element of the activations.
         exact: bytes of one element of a sum.
     """
 
     batch: int
     num_tokens: int
-    heads: int
     kv_heads: int
     head_dim: int
     element: int
@@ -196,10 +194,6 @@ class BufferSizes:
     def __init__(self) -> None:
         self._sizes: dict[str, int] = {}
 
-    def grow(self, name: str, num_bytes: int) -> None:
-        """Makes a buffer large enough for a message."""
-        self._sizes[name] = max(num_bytes, self._sizes.get(name, 0))
-
     @property
     def num_bytes(self) -> int:
         """The sum over all buffers."""
@@ -207,64 +201,46 @@ class BufferSizes:
 
     def add_forward(self, schedule: Schedule, rank: int, x: AttentionSizes) -> None:
         """Grows the buffers to what the forward pass of one attention needs on ``rank``."""
-        exchange = schedule.heads(rank)
-        if exchange is None:
-            return self._move_keys(schedule, rank, x, backward=False)
-        q, kv = exchange.query_heads, exchange.kv_heads
-        self._exchange_heads(exchange, x, [q, kv, kv], x.element, to_heads=True)
-        self._move_keys(schedule, rank, x, backward=False)
-        self._exchange_heads(exchange, x, [q], x.element, to_heads=False)
+        self._add(schedule, rank, x, backward=False)
 
     def add_backward(self, schedule: Schedule, rank: int, x: AttentionSizes) -> None:
         """Grows the buffers to what the backward pass of one attention needs on ``rank``."""
-        exchange = schedule.heads(rank)
-        if exchange is None:
-            return self._move_keys(schedule, rank, x, backward=True)
-        q, kv = exchange.query_heads, exchange.kv_heads
-        self._exchange_heads(exchange, x, [q], x.element, to_heads=True)
-        self._move_keys(schedule, rank, x, backward=True)
-        element = x.exact if exchange.repeats_kv_heads else x.element
-        groups = [[q, kv, kv]] if element == x.element else [[q], [kv, kv]]
-        for tensors, size in zip(groups, (x.element, element)):
-            self._exchange_heads(exchange, x, tensors, size, to_heads=False)
+        self._add(schedule, rank, x, backward=True)
 
-    def _grow_all(self, buffers: Iterable[Buffer | None], token_bytes: int) -> None:
-        for buffer in buffers:
-            if buffer:
-                self.grow(buffer.name, buffer.num_tokens * token_bytes)
-
-    def _exchange_heads(
-        self,
-        exchange: HeadExchange,
-        x: AttentionSizes,
-        tensors: Iterable[Sequence[Span]],
-        element: int,
-        *,
-        to_heads: bool,
-    ) -> None:
-        widths = message_widths(exchange, [(t, x.head_dim) for t in tensors], to_heads=to_heads)
-        for name, per_peer in zip((SENT_HEADS, RECEIVED_HEADS), widths):
-            self.grow(name, math.prod((x.num_tokens, x.batch, sum(per_peer), element)))
-
-    def _move_keys(
-        self, schedule: Schedule, rank: int, x: AttentionSizes, *, backward: bool
-    ) -> None:
-        gather, exchange = schedule.gather(rank), schedule.heads(rank)
+    def _add(self, schedule: Schedule, rank: int, x: AttentionSizes, *, backward: bool) -> None:
         head = x.batch * 2 * x.head_dim
-        if gather:
+        if gather := schedule.gather(rank):
             num_ranks = schedule.layout.cp_size
             portions = gather_portions(gather, num_ranks, x.kv_heads, head * x.element)
             for number, (start, stop) in enumerate(portions if gather.width else []):
                 use, token = gather_buffers(gather, num_ranks, number), (stop - start) * head
-                self._grow_all((use.given, use.gathered, use.picked), token * x.element)
+                self._grow(token * x.element, use.given, use.gathered, use.picked)
                 if backward:
-                    self._grow_all((use.gradients, use.spread, use.returned), token * x.exact)
+                    self._grow(token * x.exact, use.gradients, use.spread, use.returned)
             return
-        kv_heads = num_positions([exchange.kv_heads[exchange.index]]) if exchange else x.kv_heads
+        token = x.kv_heads * head
+        if exchange := schedule.heads(rank):
+            self._exchange_heads(exchange, x, backward=backward)
+            token = num_positions([exchange.kv_heads[exchange.index]]) * head
         for buffers in ring_buffers(schedule.rounds(rank)):
-            keys = buffers.sent_keys, buffers.arrival
-            self._grow_all(keys, kv_heads * head * x.element)
+            self._grow(token * x.element, buffers.sent_keys, buffers.arrival)
             if backward:
                 sent = buffers.sent_passed, buffers.sent_returned
-                sums = buffers.gradients, *sent, buffers.passed, buffers.returned
-                self._grow_all(sums, kv_heads * head * x.exact)
+                sums = buffers.gradients, buffers.passed, buffers.returned
+                self._grow(token * x.exact, *sent, *sums)
+
+    def _exchange_heads(self, exchange: HeadExchange, x: AttentionSizes, *, backward: bool) -> None:
+        q, kv = [exchange.query_heads], [exchange.kv_heads] * 2
+        messages = [(q + kv, x.element, True), (q, x.element, False)]
+        if backward:
+            exact = x.exact if exchange.repeats_kv_heads else x.element
+            parts = [(q + kv, exact)] if exact == x.element else [(q, x.element), (kv, exact)]
+            messages = [(q, x.element, True), *((*part, False) for part in parts)]
+        for tensors, element, to_heads in messages:
+            widths = message_widths(exchange, [(t, x.head_dim) for t in tensors], to_heads=to_heads)
+            for name, per_peer in zip((SENT_HEADS, RECEIVED_HEADS), widths):
+                self._grow(x.batch * sum(per_peer) * element, Buffer(name, x.num_tokens))
+
+    def _grow(self, token_bytes: int, *buffers: Buffer | None) -> None:
+        for name, num_tokens in filter(None, buffers):
+            self._sizes[name] = max(num_tokens * token_bytes, self._sizes.get(name, 0))

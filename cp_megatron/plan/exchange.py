@@ -35,14 +35,14 @@ class ExchangeChoice:
     Attributes:
         exchange: one of ``EXCHANGES``.
         route: how the p2p part sends, ``ring`` or ``direct``.
-        sizes: the size of a group of ranks that exchange heads, and the number of groups:
-            ``(1, N)`` is p2p, ``(N, 1)`` is a2a.
+        hierarchical_sizes: the size of a group of ranks that exchange heads, and the number of
+            groups: ``(1, N)`` is p2p, ``(N, 1)`` is a2a.
         reason: why this exchange was chosen.
     """
 
     exchange: str
     route: str
-    sizes: Sizes
+    hierarchical_sizes: Sizes
     reason: str
 
 
@@ -112,12 +112,15 @@ def choose_exchange(
         route: ``ring`` or ``direct``, or ``auto`` to choose it as well.
     """
     size = layout.cp_size
-    inner_route = "ring" if route == "auto" else route
     if size == 1:
         return ExchangeChoice(
-            exchange="p2p", route=inner_route, sizes=(1, 1), reason="one rank exchanges nothing"
+            exchange="p2p",
+            route="ring" if route == "auto" else route,
+            hierarchical_sizes=(1, 1),
+            reason="one rank exchanges nothing",
         )
     p2p_route = choose_route(readers) if route == "auto" else route
+    inner_route = "ring" if route == "auto" else route
     costs = {"p2p": readers.tokens_received(p2p_route) * heads.num_kv_heads * heads.key_width}
     inner = hierarchical_sizes[0] if hierarchical_sizes else size
     name = "a2a+p2p" if hierarchical_sizes else "a2a"
@@ -133,13 +136,19 @@ def choose_exchange(
             moved = between.tokens_received(inner_route) * _computed_kv_heads(heads, inner)
             costs[name] += moved * heads.key_width
     best = min(costs, key=lambda exchange: (costs[exchange], exchange != "p2p"))
-    others = [f"{other} {_ratio(costs[other], costs[best])}" for other in costs if other != best]
-    verdict = "moves the fewest bytes" if costs[best] else "moves nothing"
-    reason = ", ".join([verdict, *others, *notes])
-    if best == "p2p":
-        return ExchangeChoice(exchange=best, route=p2p_route, sizes=(1, size), reason=reason)
-    sizes = (inner, size // inner)
-    return ExchangeChoice(exchange=best, route=inner_route, sizes=sizes, reason=reason)
+    least = costs[best]
+    others = [
+        f"{other} {f'{cost / least:.2g}x' if least else 'some'}"
+        for other, cost in costs.items()
+        if other != best
+    ]
+    verdict = "moves the fewest bytes" if least else "moves nothing"
+    return ExchangeChoice(
+        exchange=best,
+        route=p2p_route if best == "p2p" else inner_route,
+        hierarchical_sizes=(1, size) if best == "p2p" else (inner, size // inner),
+        reason=", ".join([verdict, *others, *notes]),
+    )
 
 
 def choose_route(readers: Readers) -> str:
@@ -158,10 +167,6 @@ def _computed_kv_heads(heads: Heads, size: int) -> int:
     """Key/value heads that the ranks of a group compute, counted once for each of them."""
     share, serves = heads.num_heads // size, heads.num_heads // heads.num_kv_heads
     return sum(-(-(i + 1) * share // serves) - i * share // serves for i in range(size))
-
-
-def _ratio(other: int, best: int) -> str:
-    return f"{other / best:.2g}x" if best else "some"
 
 
 def _text(sizes: Sizes) -> str:

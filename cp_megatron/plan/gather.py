@@ -73,7 +73,7 @@ def plan_gather_rounds(
     mask: Mask, layout: SequenceLayout, readers: Readers, rank: int
 ) -> tuple[Round, ...]:
     """Round 0 computes the own keys, round 1 all other keys that this rank reads."""
-    shard = pack(list(layout.chunks[rank]))
+    shard = pack(layout.chunks[rank])
     own = Round(owner=rank, keys=layout.chunks[rank], tiles=tuple(own_tiles(mask, shard)))
     mine = _picked(readers, rank)
     if not mine.size:

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from cp_megatron.errors import ConfigError
-from cp_megatron.plan.layout import Chunk, SequenceLayout
+from cp_megatron.plan.layout import SequenceLayout
 from cp_megatron.plan.tiling import Span, merge_spans, num_positions, relative_spans
 
 
@@ -142,6 +142,6 @@ def _groups(start: int, stop: int, serves: int) -> tuple[HeadGroup, ...]:
     return tuple(groups)
 
 
-def _together(layout: SequenceLayout, peers: Iterable[int]) -> tuple[Chunk, ...]:
+def _together(layout: SequenceLayout, peers: Iterable[int]) -> tuple[Span, ...]:
     """The chunks that ``peers`` hold together, by position."""
     return tuple(merge_spans(sorted(chunk for peer in peers for chunk in layout.chunks[peer])))

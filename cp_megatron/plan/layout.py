@@ -17,10 +17,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from cp_megatron.errors import ConfigError
+from cp_megatron.plan.balance.area import Chunks, contiguous_chunks, zigzag_chunks
 from cp_megatron.plan.balance.balanced import deal
 from cp_megatron.plan.mask import IntArray, Mask
 
-Chunk = tuple[int, int]
 KINDS = ("contiguous", "zigzag", "balanced")
 
 
@@ -49,7 +49,7 @@ class SequenceLayout:
         kind: ``contiguous``, ``zigzag`` or ``balanced``.
     """
 
-    chunks: tuple[tuple[Chunk, ...], ...]
+    chunks: Chunks
     kind: str
 
     @classmethod
@@ -71,9 +71,10 @@ class SequenceLayout:
             near = [str(length) for length in (below, below + divisor) if length]
             rule = f"the {kind} layout on {cp_size} context parallel ranks needs a multiple of"
             raise ConfigError("--seq-length", mask.seq_len, f"{rule} {divisor}", ", ".join(near))
-        if kind == "balanced" and cp_size > 1:
-            return cls(deal(mask, cp_size), kind)
-        return cls(_slice(mask.seq_len, cp_size, kind), kind)
+        if kind == "contiguous" or cp_size == 1:
+            return cls(contiguous_chunks(mask.seq_len, cp_size), kind)
+        is_zigzag = kind == "zigzag"
+        return cls(zigzag_chunks(mask.seq_len, cp_size) if is_zigzag else deal(mask, cp_size), kind)
 
     def check(self, seq_len: int) -> None:
         """Checks that the ranks hold each of ``seq_len`` positions once, ascending, equally many.
@@ -108,12 +109,3 @@ class SequenceLayout:
         return np.concatenate(
             [np.arange(start, stop, dtype=np.int64) for start, stop in self.chunks[rank]]
         )
-
-
-def _slice(seq_len: int, cp_size: int, kind: str) -> tuple[tuple[Chunk, ...], ...]:
-    if kind == "contiguous" or cp_size == 1:
-        width = seq_len // cp_size
-        return tuple(((rank * width, (rank + 1) * width),) for rank in range(cp_size))
-    width = seq_len // (2 * cp_size)
-    pairs = ((rank, 2 * cp_size - 1 - rank) for rank in range(cp_size))
-    return tuple(tuple((chunk * width, (chunk + 1) * width) for chunk in pair) for pair in pairs)

@@ -28,6 +28,7 @@ from cp_megatron.errors import ConfigError
 
 IntArray = npt.NDArray[np.int64]
 Window = tuple[int, int]
+MaskKind = Literal["causal", "full", "documents"]
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Mask:
     lengths: tuple[int, ...]
     is_causal: bool
     window: Window
-    kind: Literal["causal", "full", "documents"]
+    kind: MaskKind
 
     @classmethod
     def causal(cls, seq_len: int, window: Window | None = None) -> Mask:
@@ -66,17 +67,12 @@ class Mask:
 
     @classmethod
     def _make(
-        cls,
-        lengths: Sequence[int],
-        causal: bool,
-        window: Window | None,
-        kind: Literal["causal", "full", "documents"],
+        cls, lengths: Sequence[int], causal: bool, window: Window | None, kind: MaskKind
     ) -> Mask:
         array = np.asarray(lengths)
         if array.ndim != 1 or array.size == 0 or array.dtype.kind not in "iu" or array.min() < 1:
-            raise ConfigError(
-                "mask lengths", list(lengths), "must be positive integers, one or more"
-            )
+            rule = "must be positive integers, one or more"
+            raise ConfigError("mask lengths", list(lengths), rule)
         return cls(tuple(array.tolist()), causal, cls._bounds(window, causal), kind)
 
     def within(self, window: Window | None) -> Mask:
@@ -107,24 +103,21 @@ class Mask:
         left, right = self.window
         return left >= 0 or (right >= 0 and not self.is_causal)
 
+    @cached_property
     def starts(self) -> IntArray:
         """int64 [documents + 1]: the start of each document, and the end of the last one."""
-        return self._starts
-
-    @cached_property
-    def _starts(self) -> IntArray:
         starts = np.concatenate([[0], np.cumsum(self.lengths, dtype=np.int64)]).astype(np.int64)
         starts.setflags(write=False)
         return starts
 
     def document_positions(self) -> IntArray:
         """int64 [seq_len]: the distance of each position from the start of its document."""
-        starts, lengths = self.starts()[:-1], np.asarray(self.lengths)
+        starts, lengths = self.starts[:-1], np.asarray(self.lengths)
         return np.arange(self.seq_len, dtype=np.int64) - np.repeat(starts, lengths)
 
     def key_range(self, q: IntArray) -> tuple[IntArray, IntArray]:
         """Returns, for queries ``q``, the first attended key and the end of the run, both int64."""
-        starts = self.starts()
+        starts = self.starts
         document = np.searchsorted(starts, q, side="right") - 1
         first, end = starts[document], starts[document + 1]
         left, right = self.window

@@ -9,12 +9,12 @@ that never comes, and no two ranks wait for each other.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 from cp_megatron.plan.rounds import Message, Round
 from cp_megatron.plan.schedule import Schedule
-from cp_megatron.plan.tiling import Span, merge_spans
+from cp_megatron.plan.tiling import Span, num_positions, positions_at
 
 ROUNDS = 4096
 """The number of rounds to rehearse at most, about a second's work. On more than 64 ranks it covers
@@ -63,8 +63,9 @@ def _wires(rounds: Sequence[Round], rank: int) -> Iterator[tuple[Wire, list[Span
     for slot, round_ in enumerate(rounds):
         following = rounds[slot + 1].keys if slot + 1 < len(rounds) else ()
         # Keys to forward lie in this rank's arrival, its own keys in its shard.
+        sends_own = round_.send_keys is not None and round_.send_keys.owner == rounds[0].owner
         ends: tuple[tuple[str, Message | None, Sequence[Span], bool], ...] = (
-            ("keys", round_.send_keys, _source(round_, rounds[0]), True),
+            ("keys", round_.send_keys, shard if sends_own else round_.keys, True),
             ("keys", round_.receive_keys, following, False),
             ("passed", round_.pass_grads, round_.keys, True),
             ("passed", round_.receive_passed, following, False),
@@ -74,26 +75,10 @@ def _wires(rounds: Sequence[Round], rank: int) -> Iterator[tuple[Wire, list[Span
         for kind, message, runs, sending in ends:
             if message is not None:
                 pair = (rank, message.peer) if sending else (message.peer, rank)
-                yield (slot, kind, *pair), _picked(runs, message.spans), sending
-
-
-def _source(round_: Round, first: Round) -> Sequence[Span]:
-    own = round_.send_keys is not None and round_.send_keys.owner == first.owner
-    return first.keys if own else round_.keys
-
-
-def _picked(runs: Sequence[Span], spans: Iterable[Span]) -> list[Span]:
-    """The positions that lie at ``spans`` of a buffer that holds ``runs`` one after the other."""
-    found: list[Span] = []
-    for begin, end in spans:
-        offset = 0
-        for start, stop in runs:
-            a, b = max(begin - offset, 0), min(end - offset, stop - start)
-            if a < b:
-                found.append((start + a, start + b))
-            offset += stop - start
-        assert end <= offset, "a message reads behind the end of its buffer"
-    return merge_spans(found)
+                positions = positions_at(runs, message.spans)
+                whole = num_positions(positions) == message.num_tokens
+                assert whole, "a message reads behind the end of its buffer"
+                yield (slot, kind, *pair), positions, sending
 
 
 def _collectives(schedule: Schedule, ranks: range) -> int:
@@ -102,15 +87,10 @@ def _collectives(schedule: Schedule, ranks: range) -> int:
     head_exchanges = [schedule.heads(rank) for rank in ranks]
     widths = {gather.width if gather else 0 for gather in gathers}
     assert len(widths) == 1, "ranks give parts of different lengths to one gather"
-    for rank, head_exchange in zip(ranks, head_exchanges):
-        if head_exchange is None:
-            continue
-        assert head_exchange.peers[head_exchange.index] == rank
-        for other in (head_exchanges[peer] for peer in head_exchange.peers if peer in ranks):
-            assert other is not None
-            assert (other.peers, other.kv_heads) == (head_exchange.peers, head_exchange.kv_heads)
-            assert (other.query_heads, other.rows) == (
-                head_exchange.query_heads,
-                head_exchange.rows,
-            )
+    for rank, mine in zip(ranks, head_exchanges):
+        if mine is not None:
+            assert mine.peers[mine.index] == rank
+            for other in (head_exchanges[peer] for peer in mine.peers if peer in ranks):
+                assert other is not None
+                assert replace(other, index=mine.index, groups=mine.groups) == mine
     return sum(found is not None for found in (*gathers, *head_exchanges))

@@ -84,12 +84,12 @@ class _RankPlanner:
         self.arrivals: dict[tuple[int, int], list[Span]] = {}
 
     def rounds(self) -> tuple[Round, ...]:
-        shard = pack(list(self.layout.chunks[self.rank]))
+        shard = pack(self.layout.chunks[self.rank])
         queries = reading(self.mask, shard)
         rounds = []
         for t in range(self.size):
             owner = (self.rank + t) % self.size
-            keys = pack(self._positions(self.rank, t)) if t else shard
+            keys = pack(self._positions(owner, t)) if t else shard
             tiles = remote_tiles(self.mask, queries, keys) if t else own_tiles(self.mask, shard)
             rounds.append(
                 Round(
@@ -129,9 +129,8 @@ class _RankPlanner:
             self.arrivals[rank, hop] = _spans([run for run in self.of(owner) if arrives(run)])
         return self.arrivals[rank, hop]
 
-    def _positions(self, rank: int, hop: int) -> list[Span]:
-        arrives = self._arrives(rank, hop)
-        owner = (rank + hop) % self.size
+    def _positions(self, owner: int, hop: int) -> list[Span]:
+        arrives = self._arrives(self.rank, hop)
         return merge_spans([(run.start, run.stop) for run in self.of(owner) if arrives(run)])
 
     def send_keys(self, t: int) -> Message | None:
@@ -149,9 +148,8 @@ class _RankPlanner:
         if t + 1 >= self.size:
             return None
         peer = (self.rank + (1 if self.is_ring else t + 1)) % self.size
-        num_tokens = num_positions(self.arrival(self.rank, t + 1))
-        owner = (self.rank + t + 1) % self.size
-        return _message(peer, owner, [(0, num_tokens)] if num_tokens else [])
+        owner, arrival = (self.rank + t + 1) % self.size, self.arrival(self.rank, t + 1)
+        return _message(peer, owner, [(0, num_positions(arrival))] if arrival else [])
 
     def gradient_messages(self, t: int) -> dict[str, Message | None]:
         """The messages that carry gradients of keys after round ``t``."""
@@ -165,10 +163,9 @@ class _RankPlanner:
                 "return_grads": _message(owner, owner, relative_spans(held, held)),
                 "receive_returned": _message(reader, me, self.arrival(reader, t)),
             }
+        below = (me - 1) % size
         messages = {
-            "pass_grads": _message(
-                (me - 1) % size, owner, relative_spans(self.unfinished(owner, t), held)
-            ),
+            "pass_grads": _message(below, owner, relative_spans(self.unfinished(owner, t), held)),
             "return_grads": _message(owner, owner, relative_spans(self.finished(owner, t), held)),
             "receive_returned": _message(reader, me, self.finished(me, t)),
         }

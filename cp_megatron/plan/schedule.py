@@ -84,16 +84,23 @@ class Schedule:
         """
         size = layout.cp_size
         check_exchange(exchange, route, size, hierarchical_sizes)
-        held = layout.shard_len * size
-        if held != mask.seq_len:
+        if (held := layout.shard_len * size) != mask.seq_len:
             raise ConfigError("layout", held, f"must hold the mask's {mask.seq_len} positions")
         kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         if exchange == "auto" or exchange.startswith("a2a"):
             check_heads(1, num_heads, kv_heads, exchange)
         plan = cls(mask, layout, exchange, route, num_heads, kv_heads)
         if exchange == "auto":
-            width = head_dim if v_head_dim is None else v_head_dim
-            plan = plan._with_choice(head_dim, width, hierarchical_sizes)
+            assert num_heads is not None
+            assert kv_heads is not None
+            heads = Heads(
+                num_heads=num_heads,
+                num_kv_heads=kv_heads,
+                head_dim=head_dim,
+                v_head_dim=head_dim if v_head_dim is None else v_head_dim,
+            )
+            choice = choose_exchange(mask, layout, plan.readers, heads, hierarchical_sizes, route)
+            plan = replace(plan, **vars(choice))
         else:
             sizes = {"p2p": (1, size), "all_gather": (1, size), "a2a": (size, 1)}
             plan = replace(plan, hierarchical_sizes=hierarchical_sizes or sizes[exchange])
@@ -102,28 +109,6 @@ class Schedule:
         if plan.route == "auto":
             plan = replace(plan, route=choose_route(plan.readers))
         return plan
-
-    def _with_choice(
-        self, head_dim: int, v_head_dim: int, hierarchical_sizes: tuple[int, int] | None
-    ) -> Schedule:
-        assert self.num_heads is not None
-        assert self.num_kv_heads is not None
-        heads = Heads(
-            num_heads=self.num_heads,
-            num_kv_heads=self.num_kv_heads,
-            head_dim=head_dim,
-            v_head_dim=v_head_dim,
-        )
-        choice = choose_exchange(
-            self.mask, self.layout, self.readers, heads, hierarchical_sizes, self.route
-        )
-        return replace(
-            self,
-            exchange=choice.exchange,
-            route=choice.route,
-            hierarchical_sizes=choice.sizes,
-            reason=choice.reason,
-        )
 
     @property
     def all_to_all_size(self) -> int:
@@ -159,9 +144,7 @@ class Schedule:
 
     def gather(self, rank: int) -> Gather | None:
         """The part of ``rank`` in the collective of all_gather; None under other exchanges."""
-        if self.exchange != "all_gather":
-            return None
-        return plan_gather(self.readers, rank)
+        return plan_gather(self.readers, rank) if self.exchange == "all_gather" else None
 
     def heads(self, rank: int) -> HeadExchange | None:
         """The part of ``rank`` in the all-to-all of heads; None if heads stay."""

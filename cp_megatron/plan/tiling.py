@@ -29,7 +29,7 @@ rows of rank 0 as one tile, and rank 0's early keys (0 1) reach all rows of rank
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal, NamedTuple
@@ -189,7 +189,7 @@ def relative_spans(spans: Sequence[Span], held: Sequence[Span]) -> list[Span]:
     return merge_spans(placed)
 
 
-def pack(spans: list[Span]) -> list[LocalRun]:
+def pack(spans: Iterable[Span]) -> list[LocalRun]:
     """Places runs of positions one after the other in a buffer."""
     runs = []
     offset = 0
@@ -199,12 +199,28 @@ def pack(spans: list[Span]) -> list[LocalRun]:
     return runs
 
 
+def runs_within(runs: Iterable[LocalRun], start: int, stop: int) -> Iterator[tuple[int, Span]]:
+    """The runs in ``start:stop`` of a buffer: offset from ``start``, and positions."""
+    for run in runs:
+        low = max(start, run.offset)
+        high = min(stop, run.offset + run.stop - run.start)
+        if low < high:
+            first = run.start + low - run.offset
+            yield low - start, (first, first + high - low)
+
+
+def positions_at(runs: Iterable[Span], spans: Iterable[Span]) -> list[Span]:
+    """The positions that lie at ``spans`` of a buffer that holds ``runs`` one after the other."""
+    packed = pack(runs)
+    return merge_spans([run for a, b in spans for _, run in runs_within(packed, a, b)])
+
+
 def reading(mask: Mask, shard: list[LocalRun]) -> list[Reading]:
     """Returns what each run of a shard reads, for the runs that read beyond themselves."""
     starts = np.asarray([run.start for run in shard], dtype=np.int64)
     stops = np.asarray([run.stop for run in shard], dtype=np.int64)
     low, high = key_intervals(mask, starts, stops)
-    edges = mask.starts()
+    edges = mask.starts
     first = np.searchsorted(edges, starts, side="right") - 1
     last = np.searchsorted(edges, stops - 1, side="right") - 1
     columns = (low, high, edges[first], edges[first + 1], edges[last], edges[last + 1])
@@ -243,7 +259,7 @@ def key_intervals(mask: Mask, starts: IntArray, stops: IntArray) -> tuple[IntArr
 
 def _documents_in(mask: Mask, shard: list[LocalRun]) -> list[list[LocalRun]]:
     """The shard's runs, cut at document borders, one list per document."""
-    starts = mask.starts()
+    starts = mask.starts
     begin = np.searchsorted(starts, [run.start for run in shard], side="right") - 1
     end = np.searchsorted(starts, [run.stop - 1 for run in shard], side="right")
     documents: dict[int, list[LocalRun]] = {}
@@ -266,24 +282,15 @@ def _clip(run: LocalRun, span: Span) -> LocalRun | None:
 def _band_tile(q: LocalRun, k: LocalRun, mask: Mask) -> Tile | None:
     """The part of ``q`` x ``k`` (one document) under the window, trimmed; None if it is empty."""
     left, right = mask.window
-    q0, q1, k0, k1 = q.start, q.stop, k.start, k.stop
-    if right >= 0:
-        q0 = max(q0, k0 - right)
-    if left >= 0:
-        q1 = min(q1, k1 + left)
-    if q0 >= q1:
+    # An unlimited bound is further away than any key.
+    far = mask.seq_len
+    left, right = left if left >= 0 else far, right if right >= 0 else far
+    q0, q1 = max(q.start, k.start - right), min(q.stop, k.stop + left)
+    k0, k1 = max(k.start, q0 - left), min(k.stop, q1 + right)
+    if q0 >= q1 or k0 >= k1:
         return None
-    if left >= 0:
-        k0 = max(k0, q0 - left)
-    if right >= 0:
-        k1 = min(k1, q1 + right)
-    if k0 >= k1:
-        return None
-    shift = q0 - k0  # position of row 0 minus position of column 0
-    cuts_left = left >= 0 and k0 < q1 - 1 - left
-    cuts_right = right >= 0 and k1 - 1 > q0 + right
-    band = Band(left - shift if cuts_left else None, right + shift if cuts_right else None)
     row, column = q.offset + q0 - q.start, k.offset + k0 - k.start
+    band = Band(left, right).within(q0, q1, k0, k1)
     return Tile(row, row + q1 - q0, column, column + k1 - k0, band)
 
 

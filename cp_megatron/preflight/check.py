@@ -7,11 +7,10 @@ kilobytes of the data and of the checkpoint; it sends and writes nothing.
 
 from __future__ import annotations
 
-import dataclasses
 import shlex
 from collections.abc import Sequence
+from dataclasses import replace
 
-from cp_megatron.checkpoint.find_checkpoint import Newest
 from cp_megatron.comm.runtime import Launch
 from cp_megatron.config import Config
 from cp_megatron.config.fields import check_values, settings
@@ -61,29 +60,22 @@ def check(
     if not dry_run:
         parse_faults(launch.fault, launch.world_size)
     check_values(config)
-    config = dataclasses.replace(config, data=rules.with_packing(config.data, given))
+    config = replace(config, data=rules.with_packing(config.data, given))
     vocab_size = _check_model(config, given)
     # After the model: a command with more ranks is no help if the heads forbid the grid.
     grid, notes = _grid(config, launch, dry_run, dry_run_world_size, [script, *argv])
     one_node = dry_run and not launch.under_torchrun
     plan = _plan(config, launch, grid, vocab_size, given, one_node=one_node)
     rules.check_saving(config.checkpoint)
-    loaded, load_notes = _check_load_and_save(config, vocab_size, auto=auto)
-    load_step = loaded.manifest.step if loaded else 0
+    plan = _with_checkpoint(plan, auto=auto)
     check_log(
         config.log,
-        first_step=load_step,
+        first_step=plan.load_step,
         last_step=config.train.train_iters,
         world_size=grid.world_size,
         given=given,
     )
-    return dataclasses.replace(
-        plan,
-        load=loaded.folder if loaded else None,
-        load_step=load_step,
-        passed_over=loaded.passed_over if loaded else {},
-        notes=(*notes, *load_notes, *plan.notes),
-    )
+    return replace(plan, notes=(*notes, *plan.notes))
 
 
 def _check_model(config: Config, given: frozenset[str]) -> int:
@@ -128,25 +120,22 @@ def _plan(
         padded_vocab_size=config.model.padded_vocab_size(vocab_size),
         micro_batch_size=micro_batch_size,
         num_microbatches=num_microbatches,
-        load=None,
-        load_step=0,
-        passed_over={},
         notes=(*sequence.notes, *notes),
     )
 
 
-def _check_load_and_save(
-    config: Config, vocab_size: int, *, auto: bool
-) -> tuple[Newest | None, tuple[str, ...]]:
-    """The checkpoint to continue from, if any, and notes about it."""
+def _with_checkpoint(plan: RunPlan, *, auto: bool) -> RunPlan:
+    """The plan with the checkpoint to continue from, if any, and notes about it."""
+    config, notes = plan.config, plan.notes
     loaded = find_load(config)
     if loaded is not None:
-        check_goes_on(config, loaded.manifest, vocab_size, auto=auto)
-    changes = data_changes(config, loaded.manifest) if loaded else ()
-    pretrained = check_load_hf(config)
-    passed_over = loaded.passed_over if loaded else {}
-    check_save(config, loaded.folder if loaded else None, passed_over=passed_over, auto=auto)
-    return loaded, (*pretrained, *changes)
+        check_goes_on(config, loaded.manifest, plan.vocab_size, auto=auto)
+        notes = (*data_changes(config, loaded.manifest), *notes)
+        folder, step = loaded.folder, loaded.manifest.step
+        plan = replace(plan, load=folder, load_step=step, passed_over=loaded.passed_over)
+    notes = (*check_load_hf(config), *notes)
+    check_save(config, loaded, auto=auto)
+    return replace(plan, notes=notes)
 
 
 def _kernels(config: Config) -> dict[DeviceName, KernelChoice]:
@@ -167,24 +156,19 @@ def _kernels(config: Config) -> dict[DeviceName, KernelChoice]:
 
 
 def _grid(
-    config: Config,
-    launch: Launch,
-    dry_run: bool,
-    dry_run_world_size: int | None,
-    command: Sequence[str],
+    config: Config, launch: Launch, dry_run: bool, world_size: int | None, command: Sequence[str]
 ) -> tuple[Grid, tuple[str, ...]]:
     """The grid over the ranks of this launch or of the dry run, and a note about its size."""
     sizes = {axis: getattr(config.parallel, name) for axis, name in AXES.items() if name}
     smallest = Grid(**sizes)
     inner = smallest.world_size
-    if dry_run_world_size is not None:
-        world = dry_run_world_size
-        if world < 1:
-            raise ConfigError("--world-size", world, "must be positive", str(inner))
-        if world % inner:
+    if world_size is not None:
+        if world_size < 1:
+            raise ConfigError("--world-size", world_size, "must be positive", str(inner))
+        if world_size % inner:
             rule = f"must be divisible by {_axis_flags(smallest)} = {inner}"
-            raise ConfigError("--world-size", world, rule, rules.multiples(world, inner))
-        return Grid(dp=world // inner, **sizes), ()
+            raise ConfigError("--world-size", world_size, rule, rules.multiples(world_size, inner))
+        return Grid(dp=world_size // inner, **sizes), ()
     if dry_run and not launch.under_torchrun:
         note = f"no --world-size given: planned for {inner}, the smallest world"
         return smallest, (note,)
@@ -195,10 +179,8 @@ def _grid(
 
 def _axis_flags(grid: Grid) -> str:
     """The flags that give the axes of this grid their sizes, the slowest first."""
-    flags = [
-        f"{settings()[AXES[axis]].flag} {size}" for axis, size in grid.sizes.items() if size > 1
-    ]
-    return " x ".join(flags)
+    sizes = {AXES[axis]: size for axis, size in grid.sizes.items() if size > 1}
+    return " x ".join(f"{settings()[name].flag} {size}" for name, size in sizes.items())
 
 
 def _wrong_world(launch: Launch, smallest: Grid, command: Sequence[str]) -> ConfigError:
@@ -207,13 +189,11 @@ def _wrong_world(launch: Launch, smallest: Grid, command: Sequence[str]) -> Conf
     started = "torchrun started" if launch.under_torchrun else "plain python starts"
     rule = f"needs a multiple of {inner} ranks, but {started} {world}"
     flag, _, value = _axis_flags(smallest).rpartition(" ")
+    ranks = max(inner, world // inner * inner)
+    works = shlex.join(["torchrun", "--nproc-per-node", str(ranks), *command])
     if launch.nodes > 1:
         works = f"{rules.multiples(world, inner)} ranks over all nodes"
-        return ConfigError(flag, value, rule, works)
-    ranks = max(inner, world // inner * inner)
-    return ConfigError(
-        flag, value, rule, shlex.join(["torchrun", "--nproc-per-node", str(ranks), *command])
-    )
+    return ConfigError(flag, value, rule, works)
 
 
 def _resolved(
@@ -223,13 +203,13 @@ def _resolved(
     notes: list[str] = []
     parallel, train = config.parallel, config.train
     if parallel.sequence_parallel and grid.tp == 1:
-        parallel = dataclasses.replace(parallel, sequence_parallel=False)
+        parallel = replace(parallel, sequence_parallel=False)
         notes.append("--sequence-parallel is off: there is one tensor parallel rank")
     if train.eval_iters and not validates:
-        train = dataclasses.replace(train, eval_iters=0)
+        train = replace(train, eval_iters=0)
         own = "" if config.data.train_data_path else f"--split {config.data.split} has "
         notes.append(f"{own or 'there is '}no validation part: nothing is validated")
     if train.bf16:
-        train = dataclasses.replace(train, bf16=False, dtype="bfloat16")
-    data = dataclasses.replace(config.data, global_batch_size=rows)
-    return dataclasses.replace(config, parallel=parallel, train=train, data=data), tuple(notes)
+        train = replace(train, bf16=False, dtype="bfloat16")
+    data = replace(config.data, global_batch_size=rows)
+    return replace(config, parallel=parallel, train=train, data=data), tuple(notes)

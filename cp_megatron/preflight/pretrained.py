@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 from cp_megatron.checkpoint.hf_folder import find_weights
 from cp_megatron.config import Config, ModelConfig
 from cp_megatron.data.tokenize.tokenizer import Tokenizer
@@ -48,25 +46,21 @@ def check_load_hf(config: Config) -> tuple[str, ...]:
         rule = f"starts a new run, but --load {config.checkpoint.load} continues one"
         raise ConfigError(FLAG, folder, rule, "one of the two")
     found, model = read_hf_config(folder), config.model
-    for name in (field.name for field in dataclasses.fields(model)):
-        theirs, ours = getattr(found.model, name), getattr(model, name)
+    for name, ours in vars(model).items():
+        theirs = getattr(found.model, name)
         if theirs != ours and name not in _CHANGEABLE:
             rule = f"contradicts the weights of {FLAG} {folder}"
             works = f"leave it out, or {spelled(name, theirs)}"
             raise ConfigError(spelled(name, ours), "", rule, works)
     padded = model.padded_vocab_size(found.vocab_size)
     find_weights(found, model, padded_vocab_size=padded)
-    return tuple(_notes(config, folder, found.model.max_position_embeddings or 0))
-
-
-def _notes(config: Config, folder: str, max_positions: int) -> list[str]:
-    seq_length = config.data.seq_length
+    max_positions, seq_length = found.model.max_position_embeddings or 0, config.data.seq_length
     notes = [f"training starts from the weights of {folder}"]
-    if seq_length > max_positions and config.model.rope_type == "default":
+    if seq_length > max_positions and model.rope_type == "default":
         notes.append(
             f"the model was made for {max_positions:,} positions, but rows have {seq_length:,}: "
             "--rope-type yarn --rope-scaling-factor would adapt its rotary embeddings"
         )
     if config.data.tokenizer_type == "byte" and not has_tokenizer(folder):
         notes.append(f"{folder} has no tokenizer, so bytes are the tokens")
-    return notes
+    return tuple(notes)

@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Literal
 
 from cp_megatron.config import Config
@@ -16,8 +15,6 @@ from cp_megatron.plan import Grid, Mask
 from cp_megatron.preflight.sequence import SequencePlan
 
 DeviceName = Literal["cpu", "cuda"]
-
-_AUTO_DTYPE: Mapping[str, str] = MappingProxyType({"cpu": "float32", "cuda": "bfloat16"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,10 +48,10 @@ class RunPlan:
     padded_vocab_size: int
     micro_batch_size: int
     num_microbatches: int
-    load: Path | None
-    load_step: int
-    passed_over: Mapping[Path, str]
-    notes: tuple[str, ...]
+    load: Path | None = None
+    load_step: int = 0
+    passed_over: Mapping[Path, str] = dataclasses.field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     @property
     def dtype(self) -> str | None:
@@ -74,7 +71,6 @@ class RunPlan:
         """The plan on the device that was chosen after torch was imported.
 
         Args:
-            device: the device.
             note: the reason for the choice, for the start table.
             capability: of a CUDA device, (major, minor).
 
@@ -92,18 +88,15 @@ class RunPlan:
 def dtype_on(config: Config, device: DeviceName) -> str:
     """The compute type on ``device``."""
     dtype = "bfloat16" if config.train.bf16 else config.train.dtype
-    return _AUTO_DTYPE[device] if dtype == "auto" else dtype
+    if dtype != "auto":
+        return dtype
+    return "float32" if device == "cpu" else "bfloat16"
 
 
 def kernel_on(
     config: Config, device: DeviceName, capability: tuple[int, int] | None = None
 ) -> KernelChoice:
-    """The attention kernel on ``device``.
-
-    Args:
-        config: the run.
-        device: the device.
-        capability: of a CUDA device, (major, minor); None while it is not known.
+    """The attention kernel on ``device``, a CUDA device of the capability (major, minor) if known.
 
     Raises:
         ConfigError: no kernel can do what the configuration requests.

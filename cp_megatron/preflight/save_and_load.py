@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection
+from itertools import count
 from pathlib import Path
 from typing import Any
 
-from cp_megatron.checkpoint.find_checkpoint import Newest, named_step, newest_whole
+from cp_megatron.checkpoint.find_checkpoint import Newest, named_step, newest_whole, saved_config
 from cp_megatron.checkpoint.manifest import Manifest, read_manifest
-from cp_megatron.checkpoint.saved_config import saved_config
 from cp_megatron.checkpoint.step_folders import TEMPORARY, newest_step
 from cp_megatron.config import Config
 from cp_megatron.config.fields import settings
 from cp_megatron.config.files.run_folders import CONFIG_FILE, run_folder
 from cp_megatron.errors import ConfigError, FinishedError
+from cp_megatron.families.registry import spelled
 from cp_megatron.families.rope_fields import ROPE_FIELDS
 
 _MAY_CHANGE = frozenset(
@@ -35,10 +35,8 @@ def fresh_run_folder(root: Path, name: str) -> Path:
 
     Call it on one rank only: as soon as that rank creates the folder, the answer changes.
     """
-    number = 1
-    while os.path.lexists(root / f"{name}-{number}"):
-        number += 1
-    return root / f"{name}-{number}"
+    folders = (root / f"{name}-{number}" for number in count(1))
+    return next(folder for folder in folders if not os.path.lexists(folder))
 
 
 def find_load(config: Config) -> Newest | None:
@@ -52,11 +50,10 @@ def find_load(config: Config) -> Newest | None:
     if config.checkpoint.load is None:
         return None
     path = Path(config.checkpoint.load)
-    newest = newest_whole(path) if run_folder(path) == path else None
-    if newest is None:
-        step = named_step(path)
-        newest = Newest(folder=step, manifest=read_manifest(step))
-    return newest
+    if run_folder(path) == path and (newest := newest_whole(path)) is not None:
+        return newest
+    step = named_step(path)
+    return Newest(folder=step, manifest=read_manifest(step))
 
 
 def check_goes_on(
@@ -89,9 +86,8 @@ def data_changes(config: Config, manifest: Manifest) -> tuple[str, ...]:
     for name in ("data", "train"):
         section = manifest.config.get(name)
         before |= section if isinstance(section, dict) else {}
-    data = config.data
-    now: dict[str, Any] = {"seed": config.train.seed, "seq_length": data.seq_length}
-    now |= {"split": data.split, "packing": data.packing}
+    now = {"seed": config.train.seed}
+    now |= {name: getattr(config.data, name) for name in ("seq_length", "split", "packing")}
     changed = [
         f"{settings()[name].flag} is {value}, was {before[name]}"
         for name, value in now.items()
@@ -101,19 +97,12 @@ def data_changes(config: Config, manifest: Manifest) -> tuple[str, ...]:
     return (f"{', '.join(changed)}: {rule}",) if changed else ()
 
 
-def check_save(
-    config: Config,
-    loaded: Path | None,
-    *,
-    passed_over: Collection[Path] = (),
-    auto: bool = False,
-) -> None:
+def check_save(config: Config, loaded: Newest | None, *, auto: bool = False) -> None:
     """Checks that the folder to save in is new, empty, or the one of the run that continues.
 
     Args:
         config: the run.
         loaded: the checkpoint that it continues from.
-        passed_over: damaged newer checkpoints.
         auto: the folder may be that of a run that has no checkpoint yet.
 
     Raises:
@@ -126,13 +115,12 @@ def check_save(
     if os.path.lexists(folder) and not folder.is_dir():
         raise ConfigError("--save", save, "is a file, not a folder", "a new folder")
     _check_writable(folder)
-    if loaded is not None and folder.resolve() == loaded.parent.resolve():
+    if loaded is not None and folder.resolve() == loaded.folder.parent.resolve():
         newest = newest_step(folder)
-        known = {path.resolve() for path in (loaded, *passed_over)}
+        known = {path.resolve() for path in (loaded.folder, *loaded.passed_over)}
         if newest is not None and newest.resolve() not in known:
-            rule = (
-                f"its folder also has {newest.name}, with which a run from here would be mixed up"
-            )
+            step = newest.name
+            rule = f"its folder also has {step}, with which a run from here would be mixed up"
             works = f"--load {folder}, or --save with a new folder"
             raise ConfigError("--load", config.checkpoint.load, rule, works)
     elif folder.is_dir() and any(folder.iterdir()) and not (auto and _is_begun(folder)):
@@ -169,20 +157,10 @@ def _check_same_model(config: Config, manifest: Manifest, vocab_size: int, load:
     now, then = _shape(config), _shape(saved_config(manifest, load))
     for name, value in now.items():
         if then[name] != value:
-            rule = f"the checkpoint {load} is of another model"
-            raise ConfigError(
-                _spelled(name, value, config), "", rule, _spelled(name, then[name], config)
-            )
-
-
-def _spelled(name: str, value: object, config: Config) -> str:
-    """The flag and value on the command line."""
-    if name == "max_position_embeddings" and config.model.max_position_embeddings is None:
-        name = "seq_length"
-    flag = name.replace("_", "-")
-    if isinstance(value, bool):
-        return f"--{flag}" if value else f"--no-{flag}"
-    return f"--{flag} {value}"
+            rule, works = f"the checkpoint {load} is of another model", then[name]
+            if name == "max_position_embeddings" and config.model.max_position_embeddings is None:
+                name = "seq_length"  # from which the number of positions is derived
+            raise ConfigError(spelled(name, value), "", rule, spelled(name, works))
 
 
 def _shape(config: Config) -> dict[str, Any]:
@@ -199,6 +177,5 @@ def _shape(config: Config) -> dict[str, Any]:
 
 def _is_begun(folder: Path) -> bool:
     """Whether it is the folder of a run that ended before its first checkpoint."""
-    return (folder / CONFIG_FILE).is_file() and not any(
-        not step.name.endswith(TEMPORARY) for step in folder.glob("step-*")
-    )
+    is_temporary = (step.name.endswith(TEMPORARY) for step in folder.glob("step-*"))
+    return (folder / CONFIG_FILE).is_file() and all(is_temporary)

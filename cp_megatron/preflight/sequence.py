@@ -120,12 +120,6 @@ def ranks_together(grid: Grid, ranks_per_node: int) -> int:
     return math.gcd(grid.cp, ranks_per_node // grid.tp)
 
 
-def _nodes(grid: Grid, launch: Launch, one_node: bool) -> Sizes | None:
-    """(ranks of a context parallel group per node, nodes per group); None if one node has all."""
-    together = grid.cp if one_node else ranks_together(grid, launch.local_world_size)
-    return None if together == grid.cp else (together, grid.cp // together)
-
-
 def _layout_kind(config: Config, length: int) -> str:
     asked = config.parallel.cp_layout
     if asked != "auto":
@@ -173,10 +167,12 @@ def _with_exchange(
     reason = "" if exchange == "auto" else "asked for"
     is_free = exchange == "auto" and sizes is None
     if is_free:
-        sizes = _nodes(grid, launch, one_node)
-        if sizes is not None and sizes[0] == 1:
-            exchange, sizes = "p2p", None
+        together = grid.cp if one_node else ranks_together(grid, launch.local_world_size)
+        if together == 1:
+            exchange = "p2p"
             reason = "every rank of a context parallel group is on a node of its own"
+        elif together < grid.cp:
+            sizes = together, grid.cp // together
     if plan.per_batch:
         reason = reason or "each batch takes what moves the fewest bytes"
     else:
@@ -216,7 +212,7 @@ def _check_heads(config: Config, ranks: int) -> None:
     rule = f"{ranks} ranks cannot share {heads} query heads ({made})"
     cp = parallel.context_parallel_size
     fitting = [size for size in range(2, cp) if not cp % size and not heads % size]
-    pairs = [f"--hierarchical-context-parallel-sizes {size} {cp // size}" for size in fitting]
-    works = " or ".join([f"--cp-comm-type a2a+p2p {pair}" for pair in pairs[-1:]])
-    works = f"{works} or --cp-comm-type p2p" if works else "--cp-comm-type p2p"
+    flag = "--cp-comm-type a2a+p2p --hierarchical-context-parallel-sizes"
+    pairs = [f"{flag} {size} {cp // size}" for size in fitting[-1:]]
+    works = " or ".join([*pairs, "--cp-comm-type p2p"])
     raise ConfigError("--cp-comm-type", parallel.cp_comm_type, rule, works)

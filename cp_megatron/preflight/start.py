@@ -9,11 +9,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
-from torch.distributed import (  # type: ignore[attr-defined]
-    HashStore,
-    PrefixStore,
-    Store,
-)
+from torch.distributed import HashStore, PrefixStore, Store  # type: ignore[attr-defined]
 from torch.distributed.rendezvous import rendezvous
 
 from cp_megatron.checkpoint.object_collectives import all_gather_objects, on_all_ranks
@@ -45,10 +41,10 @@ def begin(
     Raises:
         ConfigError: the device does not exist, or the kernel does not run on it.
     """
-    device, note = _choose_device(plans[0], launch)
+    device, note = choose_device(plans[0].config.train.device, launch.local_world_size)
     capability = torch.cuda.get_device_capability(launch.local_rank) if device == "cuda" else None
     plans = tuple(plan.on_device(device, note, capability) for plan in plans)
-    _start_torch(launch, device, deterministic=plans[0].config.train.deterministic)
+    start_torch(launch, device, deterministic=plans[0].config.train.deterministic)
     return plans, device, _connect(plans[0], launch, device)
 
 
@@ -98,13 +94,12 @@ def make_context(plan: RunPlan, groups: ParallelGroups) -> ContextParallel:
     )
 
 
-def _choose_device(plan: RunPlan, launch: Launch) -> tuple[DeviceName, str]:
-    """cuda if every local rank has a GPU of its own, else cpu; and a note about the choice.
+def choose_device(asked: str, num_ranks: int) -> tuple[DeviceName, str]:
+    """cuda if each of a node's ranks has a GPU of its own, else cpu; and a note about the choice.
 
     Raises:
         ConfigError: ``--device cuda`` with fewer GPUs than local ranks.
     """
-    asked, num_ranks = plan.config.train.device, launch.local_world_size
     num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if asked == "cuda" and num_gpus < num_ranks:
         rule = f"{num_ranks} ranks on this node need a GPU each, and it has {num_gpus}"
@@ -117,7 +112,7 @@ def _choose_device(plan: RunPlan, launch: Launch) -> tuple[DeviceName, str]:
     return "cuda", ""
 
 
-def _start_torch(launch: Launch, device: DeviceName, *, deterministic: bool) -> None:
+def start_torch(launch: Launch, device: DeviceName, *, deterministic: bool) -> None:
     """Selects this process's GPU, or its share of the node's cores."""
     if device == "cuda":
         if deterministic:
@@ -142,11 +137,8 @@ def _connect(plan: RunPlan, launch: Launch, device: DeviceName) -> dist.ProcessG
     if device == "cuda":
         options["device_id"] = torch.device("cuda", launch.local_rank)
     dist.init_process_group(backend, **options)
-    world = dist.group.WORLD
-    assert world is not None
-    if device == "cpu":
-        return world
-    control = dist.new_group(backend="gloo", timeout=timeout)
+    on_cpu = device == "cpu"
+    control = dist.group.WORLD if on_cpu else dist.new_group(backend="gloo", timeout=timeout)
     assert control is not None
     return control
 

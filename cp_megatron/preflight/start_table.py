@@ -27,8 +27,8 @@ Line = tuple[str, str]
 _RANKS_SHOWN = 8
 
 
-def start_table(plan: RunPlan, run: Path | None) -> Table:
-    """The table of a run.
+def print_start(plan: RunPlan, run: Path | None, console: Console | None = None) -> None:
+    """Prints the table of a run, by default to standard output.
 
     Args:
         plan: the run.
@@ -45,12 +45,7 @@ def start_table(plan: RunPlan, run: Path | None) -> Table:
             # As Text, because a path may look like rich markup.
             table.add_row(label, Text(printable(value)))
         table.add_section()
-    return table
-
-
-def print_start(plan: RunPlan, run: Path | None, console: Console | None = None) -> None:
-    """Prints the table of a run, by default to standard output."""
-    (console or Console()).print(start_table(plan, run), highlight=False)
+    (console or Console()).print(table, highlight=False)
 
 
 def _world(plan: RunPlan) -> Iterator[Line]:

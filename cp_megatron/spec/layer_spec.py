@@ -40,14 +40,7 @@ class MLPSpec(BlockSpec):
 
 @dataclass(frozen=True, kw_only=True)
 class LayerSpec(BlockSpec):
-    """One layer: x + mixer(norm(x)), then x + mlp(norm(x)), with dropout on what is added.
-
-    Attributes:
-        attention_norm, mlp_norm: the norms before the mixer and before the MLP.
-        attention: the mixer.
-        mlp: the MLP.
-        dropout: the probability of the dropout.
-    """
+    """One layer: x + mixer(norm(x)), then x + mlp(norm(x)), with dropout on what is added."""
 
     attention_norm: NormSpec
     attention: AttentionSpec

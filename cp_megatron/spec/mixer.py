@@ -20,11 +20,7 @@ class AttentionSpec(BlockSpec):
     """Softmax attention with grouped heads.
 
     Attributes:
-        query, key, value: the projections to the heads.
         query_norm, key_norm: normalize every query and key head before they are rotated.
-        out: the projection of the result.
-        heads, kv_heads: number of query heads and of key/value heads.
-        head_dim: width of a head.
         window: (left, right) as in ``Mask``; None is unlimited.
         rope: queries and keys are rotated by the model's rotary embedding.
     """
@@ -101,10 +97,8 @@ class AttentionSpec(BlockSpec):
         exchange, width = sizes.head_exchange, self.head_dim * sizes.element
         if exchange is None:
             return sizes.tokens * heads * (sizes.result_copies * width + sizes.exact)
-        (q0, q1), (k0, k1) = (
-            exchange.query_heads[exchange.index],
-            exchange.kv_heads[exchange.index],
-        )
+        q0, q1 = exchange.query_heads[exchange.index]
+        k0, k1 = exchange.kv_heads[exchange.index]
         tensors = 2 * (q1 - q0) + 2 * (k1 - k0)  # q, k, v and out
         exchanged = tensors * width + (q1 - q0) * sizes.exact
         return sizes.tokens * (heads * width + len(exchange.peers) * exchanged)

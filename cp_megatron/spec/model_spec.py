@@ -24,11 +24,8 @@ class ModelSpec(BlockSpec):
     """A transformer.
 
     Attributes:
-        embedding: the table of token embeddings.
         positions: the table of learned positions, if there is one.
-        layers: the layers in order.
         norm: the norm after the last layer.
-        head: the output layer.
         dropout: the probability of the dropout after the embedding.
     """
 
@@ -96,8 +93,7 @@ class ModelSpec(BlockSpec):
         for parameter, copies in self._distinct():
             rows, *rest = parameter.local_shape(grid.sizes)
             piece = -(-rows // shards)
-            held = min(piece, max(0, rows - shard * piece))
-            total += held * math.prod(rest) * copies
+            total += min(piece, max(0, rows - shard * piece)) * math.prod(rest) * copies
         return total
 
     def training_flops(self, *, num_tokens: float, num_pairs: float) -> float:

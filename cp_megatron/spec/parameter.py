@@ -63,12 +63,7 @@ class ParameterSpec:
         """Whether the gradient that a rank of ``axis`` computes is only a summand of the true one.
 
         This is so if the parameter is replicated over the axis, but used on activations that
-        differ over it.
-
-        Args:
-            axis: a mesh axis.
-            size: its number of ranks.
-            splits_sequence: the ranks of the axis hold different parts of the residual stream.
+        differ over it. With ``splits_sequence``, the residual stream does.
         """
         if size == 1 or self.split_dim(axis, size) is not None:
             return False

@@ -51,7 +51,6 @@ class NormSpec(BlockSpec):
     Attributes:
         width: length of a vector.
         kind: ``LayerNorm`` or ``RMSNorm``.
-        epsilon: added to the variance.
         used_on: what is normalized, the residual stream or heads; see ``ParameterSpec``.
     """
 
@@ -108,13 +107,8 @@ class EmbeddingSpec(BlockSpec):
     width: int
 
     def own_parameters(self) -> Iterator[ParameterSpec]:
-        yield ParameterSpec(
-            name="weight",
-            shape=(self.padded_vocab, self.width),
-            init="normal",
-            split={"tp": 0},
-            rows=self.vocab_size,
-        )
+        shape, rows = (self.padded_vocab, self.width), self.vocab_size
+        yield ParameterSpec(name="weight", shape=shape, init="normal", split={"tp": 0}, rows=rows)
 
     def kept_bytes(self, sizes: ActivationSizes) -> int:
         """Bytes of the ids; with tensor parallelism also of a mask of those on other ranks."""

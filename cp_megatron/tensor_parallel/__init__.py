@@ -4,7 +4,7 @@ from cp_megatron.tensor_parallel.embedding import VocabParallelEmbedding, VocabP
 from cp_megatron.tensor_parallel.fused_loss import LossRule, vocab_parallel_fused_loss
 from cp_megatron.tensor_parallel.group import TensorParallel
 from cp_megatron.tensor_parallel.linear import ColumnParallelLinear, RowParallelLinear
-from cp_megatron.tensor_parallel.loss import accumulation_dtype, vocab_parallel_cross_entropy
+from cp_megatron.tensor_parallel.loss import vocab_parallel_cross_entropy
 from cp_megatron.tensor_parallel.placement import (
     LocalWeights,
     SpecifiedModule,
@@ -23,7 +23,6 @@ __all__ = [
     "TensorParallel",
     "VocabParallelEmbedding",
     "VocabParallelHead",
-    "accumulation_dtype",
     "local_weight",
     "named_specs",
     "place",

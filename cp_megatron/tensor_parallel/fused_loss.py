@@ -33,13 +33,9 @@ from torch import Tensor
 
 from cp_megatron.comm.trace import traced
 from cp_megatron.config import tokens_with_logits
+from cp_megatron.kernels.interface import accumulation_dtype
 from cp_megatron.tensor_parallel.group import TensorParallel
-from cp_megatron.tensor_parallel.loss import (
-    IGNORED,
-    accumulation_dtype,
-    combine,
-    target_logits,
-)
+from cp_megatron.tensor_parallel.loss import IGNORED, combine, target_logits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,8 +80,8 @@ def vocab_parallel_fused_loss(
     """
     wanted = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     first_padding = vocab_size - tp.rank * weight.shape[0]
-    chunk = _Chunk(tp=tp, num_valid=max(0, first_padding), z_loss_coeff=rule.z_loss_coeff)
-    return _FusedLoss.apply(x, weight, labels, chunk, rule, wanted)
+    chunk = _Chunk(tp=tp, num_valid=max(0, first_padding), rule=rule)
+    return _FusedLoss.apply(x, weight, labels, chunk, wanted)
 
 
 class _FusedLoss(torch.autograd.Function):
@@ -93,13 +89,7 @@ class _FusedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        labels: Tensor,
-        chunk: _Chunk,
-        rule: LossRule,
-        wanted: bool,
+        ctx: Any, x: Tensor, weight: Tensor, labels: Tensor, chunk: _Chunk, wanted: bool
     ) -> tuple[Tensor, Tensor]:
         batch, num_rows = x.shape[:2]
         gathered = chunk.tp.size if chunk.tp.splits_sequence else 1
@@ -111,17 +101,20 @@ class _FusedLoss(torch.autograd.Function):
         # [b, tp * r] -> [b, tp, r]: a chunk of rows holds tokens of every rank
         by_rank = labels.unflatten(1, (gathered, num_rows))
         losses_by_rank = losses.unflatten(1, (gathered, num_rows))
-        tokens = tokens_with_logits(rule.chunk_size, weight.shape[0])
+        tokens = tokens_with_logits(chunk.rule.chunk_size, weight.shape[0])
         at_once = chunk.tp.rows(tokens, batch)
         for start in range(0, num_rows, at_once):
             rows = slice(start, min(start + at_once, num_rows))
             with traced("head and loss"):
-                result = chunk.forward(x[:, rows], weight, by_rank[..., rows], wanted)
-                losses_by_rank[..., rows] = result.losses
-                total += result.total
+                own, summed, entered, dlogits = chunk.forward(
+                    x[:, rows], weight, by_rank[..., rows], wanted
+                )
+                losses_by_rank[..., rows] = own
+                total += summed
                 if dx is not None and dw is not None:
-                    dx[:, rows] = chunk.backward(result, weight, dw)
-                del result  # otherwise the logits of two chunks would exist at once
+                    dx[:, rows] = chunk.backward(entered, dlogits, weight, dw, batch)
+                # Otherwise the logits of two chunks would exist at once.
+                del own, summed, entered, dlogits
         ctx.grads = dx, dw
         ctx.dtypes = x.dtype, weight.dtype
         ctx.mark_non_differentiable(losses)
@@ -134,35 +127,27 @@ class _FusedLoss(torch.autograd.Function):
         x_dtype, weight_dtype = ctx.dtypes
         dx = dx.mul_(grads[0].to(dx.dtype)).to(x_dtype)
         dw = dw.mul_(grads[0].to(dw.dtype)).to(weight_dtype)
-        return dx, dw, None, None, None, None
-
-
-@dataclass(frozen=True, kw_only=True)
-class _ChunkLoss:
-    """What backward needs of a chunk, and its losses."""
-
-    x: Tensor  # [n, h]
-    dlogits: Tensor  # [n, v/tp]
-    losses: Tensor  # [b, tp, c]
-    total: Tensor
+        return dx, dw, None, None, None
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Chunk:
-    """Computes one chunk, from rows to losses and back.
-
-    Attributes:
-        tp: the group that shares the vocabulary.
-        num_valid: number of this rank's columns that are not padding.
-        z_loss_coeff: as in ``LossRule``.
-    """
+    """Computes one chunk, from rows to losses and back."""
 
     tp: TensorParallel
-    num_valid: int
-    z_loss_coeff: float
+    num_valid: int  # number of this rank's columns that are not padding
+    rule: LossRule
 
-    def forward(self, rows: Tensor, weight: Tensor, labels: Tensor, wanted: bool) -> _ChunkLoss:
-        """Rows [b, c, h] and labels [b, tp, c] -> losses, and their gradient if it is wanted."""
+    def forward(
+        self, rows: Tensor, weight: Tensor, labels: Tensor, wanted: bool
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Rows [b, c, h] and labels [b, tp, c] -> losses, and their gradient if it is wanted.
+
+        Returns:
+            The losses [b, tp, c]; the sum to train; and for ``backward`` the tokens [n, h] and the
+            gradient of the logits [n, v/tp].
+        """
+        z = self.rule.z_loss_coeff
         # [b, c, h] -> [b, tp * c, h] -> [n, h]
         x = self.tp.enter(rows).flatten(0, 1)
         logits = x @ weight.T  # [n, v/tp]
@@ -178,21 +163,22 @@ class _Chunk:
         counts = labels.flatten() != IGNORED
         losses = torch.where(counts, lse - target, 0.0)
         total = losses.sum()
-        if self.z_loss_coeff:
-            total = total + self.z_loss_coeff * torch.where(counts, lse, 0.0).square().sum()
+        if z:
+            total = total + z * torch.where(counts, lse, 0.0).square().sum()
         if wanted:
             # softmax * (1 + 2 z lse) - one_hot(label)
-            scale = torch.exp(maximum - lse) * (1 + 2 * self.z_loss_coeff * lse)
+            scale = torch.exp(maximum - lse) * (1 + 2 * z * lse)
             exact.mul_(torch.where(counts, scale, 0.0).unsqueeze(1))
             exact.scatter_add_(1, local, -here.to(exact.dtype).unsqueeze(1))
-        return _ChunkLoss(x=x, dlogits=exact, losses=losses.view(labels.shape), total=total)
+        return losses.view(labels.shape), total, x, exact
 
-    def backward(self, result: _ChunkLoss, weight: Tensor, dw: Tensor) -> Tensor:
+    def backward(
+        self, x: Tensor, dlogits: Tensor, weight: Tensor, dw: Tensor, batch: int
+    ) -> Tensor:
         """Adds to ``dw`` [v/tp, h] and returns the gradient of the rows [b, c, h]."""
-        dlogits = result.dlogits.to(result.x.dtype)
+        dlogits = dlogits.to(x.dtype)
         if dw.dtype == dlogits.dtype:
-            torch.addmm(dw, dlogits.T, result.x, out=dw)
+            torch.addmm(dw, dlogits.T, x, out=dw)
         else:
-            dw += dlogits.T @ result.x
-        batch = result.losses.shape[0]
+            dw += dlogits.T @ x
         return self.tp.leave((dlogits @ weight).unflatten(0, (batch, -1)))

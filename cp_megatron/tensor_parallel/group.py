@@ -18,7 +18,6 @@ from cp_megatron.comm.collectives import (
     reduce_from_group,
     reduce_scatter_dim,
 )
-from cp_megatron.spec import ParameterSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,10 +70,6 @@ class TensorParallel:
         else:
             total = reduce_from_group(x, self.group)
         return total if bias is None else total + bias
-
-    def is_partial(self, spec: ParameterSpec) -> bool:
-        """Whether each tp rank's gradient of the parameter is a summand of the true one."""
-        return spec.is_partial("tp", self.size, splits_sequence=self.splits_sequence)
 
     def rows(self, num_tokens: int, batch: int) -> int:
         """Rows of the residual stream that ``enter`` turns into about ``num_tokens`` tokens, in

@@ -48,16 +48,11 @@ class RowParallelLinear(SpecifiedModule):
     The bias is not added here, or every rank would add it: ``TensorParallel.leave`` takes it.
     """
 
-    def __init__(self, spec: LinearSpec, *, tp: TensorParallel) -> None:
-        super().__init__(spec, tp)
-
     def forward(self, x: Tensor, gradient_only: bool = False) -> Tensor:
         """[b, s, i/tp] -> [b, s, o].
 
-        Args:
-            x: the input.
-            gradient_only: the values of the result are never read, only gradients pass through it.
-                Nothing is computed in forward, and the values are arbitrary.
+        With ``gradient_only`` the values of the result are never read, only gradients pass through
+        it. Nothing is computed in forward, and the values are arbitrary.
         """
         if gradient_only:
             result: Tensor = _ProductGradientOnly.apply(x, self.local("weight"))

@@ -8,20 +8,23 @@ Shapes: .. tokens, v padded vocabulary.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from cp_megatron.kernels.interface import accumulation_dtype
+
 IGNORED = -100
 
 
+@torch.no_grad()
 def vocab_parallel_cross_entropy(
     logits: Tensor, labels: Tensor, group: ProcessGroup | None
 ) -> Tensor:
     """The loss of every token, -log softmax(logits)[label] in nats, not reduced.
+
+    It has no gradient; ``vocab_parallel_fused_loss`` is the loss that trains.
 
     Args:
         logits: [.., v/tp] of any floating dtype, this rank's part in rank order; -inf for padding.
@@ -31,36 +34,13 @@ def vocab_parallel_cross_entropy(
 
     Returns:
         [..] float32 (float64 for float64 logits), the same on all ranks; exactly 0 for tokens that
-        do not count. The gradient of ``logits`` has their dtype, is this rank's part of the true
-        one, exactly 0 for padding and for tokens that do not count, and needs no message.
+        do not count.
     """
-    return _VocabParallelCrossEntropy.apply(logits, labels, group)
-
-
-class _VocabParallelCrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, labels: Tensor, group: ProcessGroup | None) -> Tensor:
-        exact = logits.to(accumulation_dtype(logits.dtype))
-        target, local, here = target_logits(exact, labels, group)
-        lse = exact.logsumexp(-1)
-        lse, target = combine(lse, torch.ones_like(lse), target, group)
-        counts = labels != IGNORED
-        ctx.save_for_backward(logits, lse, local, here, counts)
-        return torch.where(counts, lse - target, 0.0)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        logits, lse, local, here, counts = ctx.saved_tensors
-        # softmax - one_hot(label), times the token's gradient
-        out = (logits.to(lse.dtype) - lse.unsqueeze(-1)).exp_()
-        out.scatter_add_(-1, local, -here.to(out.dtype).unsqueeze(-1))
-        out.mul_(torch.where(counts, grads[0], 0.0).unsqueeze(-1))
-        return out.to(logits.dtype), None, None
-
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The type in which sums of numbers of ``dtype`` (losses, gradients) are accumulated."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+    exact = logits.to(accumulation_dtype(logits.dtype))
+    target, _, _ = target_logits(exact, labels, group)
+    lse = exact.logsumexp(-1)
+    lse, target = combine(lse, torch.ones_like(lse), target, group)
+    return torch.where(labels != IGNORED, lse - target, 0.0)
 
 
 def target_logits(

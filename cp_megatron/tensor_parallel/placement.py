@@ -33,9 +33,11 @@ class SpecifiedModule(nn.Module):
     def __init__(self, block: BlockSpec, tp: TensorParallel) -> None:
         super().__init__()
         self.specs = {spec.name: spec for spec in block.own_parameters()}
-        self._partial = {name for name, spec in self.specs.items() if tp.is_partial(spec)}
+        self._partial = set[str]()
         for name, spec in self.specs.items():
             self.register_parameter(name, nn.Parameter(torch.empty(spec.shape)))
+            if spec.is_partial("tp", tp.size, splits_sequence=tp.splits_sequence):
+                self._partial.add(name)
 
     def local(self, name: str) -> Tensor:
         """The part of an own parameter that this tp rank computes with; see ``local_weight``."""
@@ -89,12 +91,6 @@ class LocalWeights:
             owner._parameters[name] = tensor  # type: ignore[assignment]
 
 
-def placement(spec: ParameterSpec, size: int) -> Shard | Replicate:
-    """How a parameter lies over a tp axis of ``size`` ranks."""
-    dim = spec.split_dim("tp", size)
-    return Replicate() if dim is None else Shard(dim)
-
-
 def place(
     value: Tensor, spec: ParameterSpec, tp_mesh: DeviceMesh, device: torch.device | str
 ) -> DTensor:
@@ -103,11 +99,12 @@ def place(
     This rank's part gets memory of its own on ``device``, so the global tensor can be freed.
     """
     local, size = value, tp_mesh.size()
-    over_tp = placement(spec, size)
-    if isinstance(over_tp, Shard):
-        assert value.shape[over_tp.dim] % size == 0, f"{tuple(value.shape)} over {size} ranks"
-        local = value.chunk(size, over_tp.dim)[tp_mesh.get_local_rank()]
+    dim = spec.split_dim("tp", size)
+    if dim is not None:
+        assert value.shape[dim] % size == 0, f"{tuple(value.shape)} over {size} ranks"
+        local = value.chunk(size, dim)[tp_mesh.get_local_rank()]
     local = local.to(device, copy=True).contiguous()
+    over_tp = Replicate() if dim is None else Shard(dim)
     return DTensor.from_local(local, tp_mesh, [over_tp], run_check=False)
 
 

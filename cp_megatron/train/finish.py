@@ -33,9 +33,9 @@ def print_end(trainer: Trainer, launch: Launch, script: str, last: int) -> None:
     words = [*launcher(launch), script, "--load", str(folder)]
     if last < steps:
         view.say(f"stopped after step {last}; continue with:\n  {shlex.join(words)}")
-        return
-    words += ["--train-iters", str(2 * steps)]
-    view.say(f"finished {last} steps; train longer with:\n  {shlex.join(words)}")
+    else:
+        words += ["--train-iters", str(2 * steps)]
+        view.say(f"finished {last} steps; train longer with:\n  {shlex.join(words)}")
 
 
 def show_curves(trainer: Trainer) -> None:

@@ -1,27 +1,26 @@
-"""The training loop: steps and, around them, validation, metrics, checkpoints and early stops.
-
-``step`` is the number of a training step, counted from 1: step N is being made until it is applied,
-and afterwards N steps are finished.
-"""
+"""The training loop: steps and, around them, validation, metrics, checkpoints and early stops."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from statistics import fmean
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 
+from cp_megatron.checkpoint.object_collectives import all_gather_objects
 from cp_megatron.comm.trace import traced
 from cp_megatron.data.batch.ahead import Ahead
 from cp_megatron.data.batch.batch import Batch, microbatches
-from cp_megatron.data.rows.sampler import RowSource, RowSplits
+from cp_megatron.data.rows.sampler import IGNORED, RowSource, RowSplits
 from cp_megatron.faults.checks import Checks
 from cp_megatron.faults.guard import SPAN, Guard, Verdict
 from cp_megatron.faults.inject import Faults
@@ -29,20 +28,17 @@ from cp_megatron.faults.stragglers import Stragglers
 from cp_megatron.memory.measure import MemoryMeter
 from cp_megatron.memory.memory_report import MemoryReport
 from cp_megatron.memory.predict import predict
-from cp_megatron.metrics.writer import (
-    Metrics,
-    MetricsWriter,
-    peak_flops,
-    peak_memory,
-)
+from cp_megatron.metrics.writer import Metrics, MetricsWriter, peak_flops, peak_memory
 from cp_megatron.preflight.run_plan import RunPlan
 from cp_megatron.train.optimizer import learning_rate
 from cp_megatron.train.profiler import StepProfiler
 from cp_megatron.train.progress import ProgressView
-from cp_megatron.train.replay import batch_file, save_batch
 from cp_megatron.train.saving import Saver
 from cp_megatron.train.signals import StopRequest
 from cp_megatron.train.step import Shard, StepResult, TrainStep
+
+_Times = list[tuple[float, float]]
+"""Seconds and attended pairs of the steps since the last logged one."""
 
 
 class DivergedError(RuntimeError):
@@ -51,30 +47,21 @@ class DivergedError(RuntimeError):
 
 @dataclass(frozen=True, kw_only=True)
 class Trainer:
-    """A run that is ready to train.
-
-    Attributes:
-        folder: the run's folder.
-        control: a group of all ranks for CPU tensors.
-        writer: writes the metrics; on rank 0 only.
-        faults: the faults injected on this rank.
-        checks: detect silent data corruption; None disables them.
-        stragglers: finds the ranks that the others wait for; None disables it.
-    """
+    """A run that is ready to train."""
 
     plan: RunPlan
     train_step: TrainStep
     rows: RowSplits
-    folder: Path
-    control: dist.ProcessGroup
+    folder: Path  # the run's folder
+    control: dist.ProcessGroup  # a group of all ranks for CPU tensors
     saver: Saver
-    writer: MetricsWriter | None
+    writer: MetricsWriter | None  # writes the metrics; on rank 0 only
     view: ProgressView
     profiler: StepProfiler
     guard: Guard = field(default_factory=Guard)
-    faults: Faults = field(default_factory=Faults)
-    checks: Checks | None = None
-    stragglers: Stragglers | None = None
+    faults: Faults = field(default_factory=Faults)  # the faults injected on this rank
+    checks: Checks | None = None  # detect silent data corruption; None disables them
+    stragglers: Stragglers | None = None  # finds ranks that the others wait for; None disables it
 
     def train(self, stop: StopRequest) -> int:
         """Trains to the end, or until a rank is asked to stop, and saves.
@@ -89,15 +76,18 @@ class Trainer:
         """
         config, step = self.plan.config, self.plan.load_step
         first, num_steps = step + 1, config.train.train_iters
-        clock, shards = _Clock(), self._shards(step, num_steps)
+        shards, times, trained = self._shards(step, num_steps), _Times(), self.train_step
+        measured = trained.model, trained.optimizer, trained.cp, trained.device
         with closing(self.profiler), Ahead(shards) as ahead:
             for step in range(first, num_steps + 1):
                 lr = learning_rate(step, config.optimizer, num_steps)
                 measures = config.memory.memory_report and step == first
-                meter = MemoryMeter(self.train_step) if measures else None
-                with self.profiler.step(step), clock, meter or nullcontext():
-                    result, verdict = self._step(step, ahead, lr)
-                clock.num_pairs += result.num_pairs
+                meter = MemoryMeter(*measured) if measures else None
+                with self.profiler.step(step):
+                    begin = time.perf_counter()
+                    with meter or nullcontext():
+                        result, verdict = self._step(step, ahead, lr)
+                    times.append((time.perf_counter() - begin, result.num_pairs))
                 if self.stragglers is not None and step > first:  # the first step warms up
                     self.stragglers.waited(result.waited)
                 if not verdict.accepted:
@@ -111,7 +101,7 @@ class Trainer:
                 # Step 1 is logged as well, because it shows where the loss started.
                 logs = stopping or step == 1 or self._is_due(step, config.train.log_interval)
                 if (logs or valid_loss is not None) and verdict.finite:
-                    self._log(step, result, lr, clock, valid_loss)
+                    self._log(step, result, lr, times, valid_loss)
                 self.view.step_done(step)
                 self.saver.poll()
                 if saves:
@@ -150,8 +140,7 @@ class Trainer:
         """Ends the run if data was corrupted; always checks before a save."""
         if self.checks is None or not (saves or self.checks.due(step)):
             return
-        finding = self.checks.find(step)
-        if finding is not None:
+        if finding := self.checks.find(step):
             works = "to continue from it; on other hardware if this happens again"
             raise self._diverged(step, finding, works)
 
@@ -171,20 +160,15 @@ class Trainer:
     def _keep_batch(self, step: int, result: StepResult) -> str:
         """Writes the batch of a step, on rank 0, so that it can be examined; says where it is."""
         self.saver.settle()
-        data, file = self.plan.config.data, batch_file(self.folder, step)
+        data, file = self.plan.config.data, self.folder / f"bad-step-{step}.safetensors"
         size = data.global_batch_size or 0
+        numbers = range((step - 1) * size, step * size)
         about: dict[str, object] = {"step": step, "loss": result.loss}
         about |= {"grad_norm": result.grad_norm, "checkpoint": self.saver.saved or "none"}
         try:
             if self.control.rank() == 0:
-                save_batch(
-                    file,
-                    self.rows.train,
-                    first=(step - 1) * size,
-                    size=size,
-                    document_mask=data.document_mask,
-                    about=about,
-                )
+                mask = data.document_mask
+                save_batch(file, self.rows.train, numbers, document_mask=mask, about=about)
         except (OSError, SafetensorError) as error:
             return f"its batch could not be written: {error}"
         return f"its batch is in {file}"
@@ -192,14 +176,12 @@ class Trainer:
     def _shards(self, first: int, end: int) -> Iterator[list[Shard]]:
         """This rank's shards of the training's global batches number ``first`` to ``end - 1``."""
         for number in range(first, end):
-            batches = self._batches(self.rows.train, number)
-            yield [self.train_step.prepare(batch) for batch in batches]
+            yield [*map(self.train_step.prepare, self._batches(self.rows.train, number))]
 
     def _batches(self, rows: RowSource, number: int) -> Iterator[Batch]:
         """This rank's micro batches of global batch ``number``, counted from 0."""
         data, groups = self.plan.config.data, self.train_step.groups
-        size = data.global_batch_size
-        assert size is not None, "preflight fills it in"
+        size = data.global_batch_size or 0
         return microbatches(
             rows,
             consumed=number * size,
@@ -229,10 +211,11 @@ class Trainer:
         return loss
 
     def _log(
-        self, step: int, result: StepResult, lr: float, clock: _Clock, valid_loss: float | None
+        self, step: int, result: StepResult, lr: float, times: _Times, valid_loss: float | None
     ) -> None:
         data = self.plan.config.data
-        seconds, num_pairs = clock.means()
+        seconds, num_pairs = map(fmean, zip(*times))
+        times.clear()
         num_tokens = (data.global_batch_size or 0) * data.seq_length
         metrics = Metrics(
             step=step,
@@ -255,10 +238,8 @@ class Trainer:
     def _report_memory(self, step: int, meter: MemoryMeter) -> None:
         """Prints what each rank holds in memory, and writes it into the run's folder; on rank 0."""
         mine = predict(self.plan, self.control.rank()), meter.held()
-        ranks: list[Any] = [None] * self.control.size()
-        dist.all_gather_object(ranks, mine, group=self.control)
+        predicted, measured = zip(*all_gather_objects(mine, self.control))
         if self.control.rank() == 0:
-            predicted, measured = zip(*ranks)
             report = MemoryReport(plan=self.plan, predicted=predicted, measured=measured)
             report.write(self.folder, step=step)
             report.print(self.view.console)
@@ -268,9 +249,8 @@ class Trainer:
         peak = peak_flops(self.train_step.device)
         if peak is None:
             return None
-        flops = self.train_step.model.spec.training_flops(
-            num_tokens=num_tokens, num_pairs=num_pairs
-        )
+        spec = self.train_step.model.spec
+        flops = spec.training_flops(num_tokens=num_tokens, num_pairs=num_pairs)
         return flops / seconds / (peak * self.train_step.groups.grid.world_size)
 
     def _is_broken(self) -> bool:
@@ -298,27 +278,31 @@ def largest(value: int, control: dist.ProcessGroup) -> int:
     return int(values.item())
 
 
-class _Clock:
-    """Times the steps, without what happens between them.
+def save_batch(
+    file: Path, rows: RowSource, numbers: range, *, document_mask: bool, about: Mapping[str, object]
+) -> None:
+    """Writes a whole global batch, so that a step that ended a run can be examined and replayed.
 
-    Attributes:
-        num_pairs: attended pairs of the steps since the last call of ``means``.
+    The file contains ``tokens`` and ``labels``, int64 [rows, S], and ``rows``, int64 [rows].
+
+    Args:
+        numbers: the numbers of the batch's rows.
+        document_mask: documents are masked, so the last token of each has no label.
+        about: entries for the file's metadata.
+
+    Raises:
+        OSError: the file cannot be written.
     """
-
-    def __init__(self) -> None:
-        self._seconds, self._steps, self._begin = 0.0, 0, 0.0
-        self.num_pairs = 0.0
-
-    def __enter__(self) -> None:
-        self._begin = time.perf_counter()
-
-    def __exit__(self, *error: object) -> None:
-        self._seconds += time.perf_counter() - self._begin
-        self._steps += 1
-
-    def means(self) -> tuple[float, float]:
-        """Seconds and attended pairs per step since the last call."""
-        steps = max(1, self._steps)
-        means = self._seconds / steps, self.num_pairs / steps
-        self._seconds, self._steps, self.num_pairs = 0.0, 0, 0.0
-        return means
+    chosen = [rows[number] for number in numbers]
+    labels = np.stack([row.labels for row in chosen])
+    if document_mask:
+        for place, row in enumerate(chosen):
+            labels[place, row.crossing] = IGNORED
+    tensors = {
+        "tokens": torch.from_numpy(np.stack([row.inputs for row in chosen])),
+        "labels": torch.from_numpy(labels),
+        "rows": torch.tensor(numbers, dtype=torch.int64),
+    }
+    new = file.with_name(f"{file.name}.tmp")
+    save_file(tensors, new, metadata={name: str(value) for name, value in about.items()})
+    new.replace(file)

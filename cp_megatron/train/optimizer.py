@@ -19,12 +19,9 @@ def make_optimizer(parameters: Iterable[nn.Parameter], config: OptimizerConfig) 
     parameters = list(parameters)
     decayed = [parameter for parameter in parameters if parameter.ndim > 1]
     kept = [parameter for parameter in parameters if parameter.ndim <= 1]
-    groups = [
-        {"params": decayed, "weight_decay": config.weight_decay},
-        {"params": kept, "weight_decay": 0.0},
-    ]
+    rates = (decayed, config.weight_decay), (kept, 0.0)
     return AdamW(
-        [group for group in groups if group["params"]],
+        [{"params": some, "weight_decay": rate} for some, rate in rates if some],
         lr=config.lr,
         betas=(config.adam_beta1, config.adam_beta2),
         eps=config.adam_eps,
@@ -46,8 +43,6 @@ def learning_rate(step: int, config: OptimizerConfig, train_iters: int) -> float
         return config.lr
     end = config.lr_decay_iters or train_iters
     progress = min(1.0, (step - warmup) / max(1, end - warmup))
-    if config.lr_decay_style == "linear":
-        share = 1.0 - progress
-    else:
-        share = 0.5 * (1.0 + math.cos(math.pi * progress))
+    is_linear = config.lr_decay_style == "linear"
+    share = 1.0 - progress if is_linear else 0.5 * (1.0 + math.cos(math.pi * progress))
     return config.min_lr + (config.lr - config.min_lr) * share

@@ -11,6 +11,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -38,7 +39,7 @@ class StepProfiler:
         folder: Path,
         start_step: int,
         device: torch.device,
-        say: Callable[[str], None] = lambda text: None,
+        say: Callable[[str], None],
     ) -> None:
         self.active = log.profile and rank in log.profile_ranks
         self._log, self._rank, self._folder = log, rank, folder
@@ -86,19 +87,12 @@ class StepProfiler:
         self._profile.start()
 
     def _write(self, finished: profile) -> None:
-        file = _free(self._folder, f"trace-rank{self._rank}")
+        suffixes = ("" if number == 1 else f".{number}" for number in count(1))
+        files = (self._folder / f"trace-rank{self._rank}{x}.json.gz" for x in suffixes)
+        file = next(file for file in files if not file.exists())
         try:
             finished.export_chrome_trace(str(file))
         except (OSError, RuntimeError) as error:  # a missing trace is no reason to end the run
             print(f"warning: {file}: the trace is not written: {error}", file=sys.stderr)
             return
         self._say(f"trace       {file}: open it in https://ui.perfetto.dev")
-
-
-def _free(folder: Path, stem: str) -> Path:
-    """``stem.json.gz``, or ``stem.N.json.gz`` with the first free number N."""
-    file, number = folder / f"{stem}.json.gz", 1
-    while file.exists():
-        number += 1
-        file = folder / f"{stem}.{number}.json.gz"
-    return file

@@ -3,14 +3,7 @@
 from __future__ import annotations
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from cp_megatron.metrics.writer import Metrics
 
@@ -19,23 +12,14 @@ class ProgressView:
     """Prints the progress unless ``quiet``; a context manager around the loop."""
 
     def __init__(self, console: Console, *, quiet: bool, start_step: int, train_iters: int) -> None:
-        self.console = console
-        self._quiet = quiet
-        self._width = len(str(train_iters))
-        self._total = train_iters
+        self.console, self._quiet, self._total = console, quiet, train_iters
+        columns = TextColumn("step"), MofNCompleteColumn(), BarColumn(bar_width=None)
+        more = TextColumn("{task.description}"), TextColumn("eta"), TimeRemainingColumn()
+        hidden = quiet or not console.is_terminal
         self._bar = Progress(
-            TextColumn("step"),
-            MofNCompleteColumn(),
-            BarColumn(bar_width=None),
-            TextColumn("{task.description}"),
-            TextColumn("eta"),
-            TimeRemainingColumn(),
-            console=console,
-            expand=True,
-            transient=True,
-            disable=quiet or not console.is_terminal,
+            *columns, *more, console=console, expand=True, transient=True, disable=hidden
         )
-        self._task: TaskID = self._bar.add_task("", total=train_iters, completed=start_step)
+        self._task = self._bar.add_task("", total=train_iters, completed=start_step)
 
     def __enter__(self) -> ProgressView:
         self._bar.start()
@@ -45,23 +29,16 @@ class ProgressView:
         self._bar.stop()
 
     def step_done(self, step: int) -> None:
-        """Moves the bar."""
         self._bar.update(self._task, completed=step)
 
     def log(self, metrics: Metrics) -> None:
-        """Prints the line of a logged step."""
         if self._quiet:
             return
         rate = f"{metrics.tokens_per_second:,.0f} tok/s"
         memory = f"{metrics.memory_bytes / 2**30:.2f} GiB"
-        parts = [
-            f"step {metrics.step:>{self._width}}/{self._total}",
-            f"loss {metrics.loss:.4f}",
-            f"grad {metrics.grad_norm:.3f}",
-            f"lr {metrics.lr:.2e}",
-            rate,
-            memory,
-        ]
+        step = f"step {metrics.step:>{len(str(self._total))}}/{self._total}"
+        parts = [step, f"loss {metrics.loss:.4f}", f"grad {metrics.grad_norm:.3f}"]
+        parts += [f"lr {metrics.lr:.2e}", rate, memory]
         if metrics.mfu is not None:
             parts.append(f"mfu {metrics.mfu:.1%}")
         if metrics.valid_loss is not None:
@@ -70,6 +47,5 @@ class ProgressView:
         self._bar.update(self._task, description=f"loss {metrics.loss:.3f}  {rate}  {memory}")
 
     def say(self, text: str) -> None:
-        """Prints a sentence."""
         if not self._quiet:
             self.console.print(text, highlight=False, markup=False, soft_wrap=True)

@@ -16,8 +16,8 @@ from cp_megatron.checkpoint.find_checkpoint import Newest, newest_whole
 from cp_megatron.checkpoint.manifest import DamagedError, read_manifest, verify_files
 from cp_megatron.checkpoint.object_collectives import (
     all_gather_objects,
-    broadcast_object,
     on_all_ranks,
+    on_first_rank,
 )
 from cp_megatron.checkpoint.step_folders import set_aside
 from cp_megatron.config.files.run_folders import run_folder
@@ -67,13 +67,8 @@ def settle_load(plan: RunPlan, control: dist.ProcessGroup) -> RunPlan:
 def _damage(checkpoint: Newest, control: dist.ProcessGroup) -> DamagedError | None:
     """What is wrong with the files of a checkpoint; each rank verifies its share of them."""
     names = sorted(checkpoint.manifest.files)[control.rank() :: control.size()]
-
-    def verify() -> bool:
-        verify_files(checkpoint.folder, checkpoint.manifest, names)
-        return True
-
     try:
-        on_all_ranks(verify, control)
+        on_all_ranks(lambda: verify_files(checkpoint.folder, checkpoint.manifest, names), control)
     except DamagedError as error:
         return error
     return None
@@ -93,12 +88,14 @@ def _older(damaged: Newest, error: DamagedError, control: dist.ProcessGroup) -> 
 
 def _set_aside(folder: Path, plan: RunPlan, control: dist.ProcessGroup) -> str:
     """Renames a damaged checkpoint in the folder of this run, on rank 0; returns a note."""
-    save, note = plan.config.checkpoint.save, ""
+    save = plan.config.checkpoint.save
     if save is None or folder.parent.resolve() != Path(save).resolve():
-        return note
-    if control.rank() == 0:
+        return ""
+
+    def rename() -> str:
         try:
-            note = f"; kept as {set_aside(folder).name}"
+            return f"; kept as {set_aside(folder).name}"
         except OSError as error:
-            note = f"; it cannot be renamed ({error.strerror})"
-    return str(broadcast_object(note, control))
+            return f"; it cannot be renamed ({error.strerror})"
+
+    return on_first_rank(rename, control)

@@ -17,7 +17,7 @@ from rich.console import Console
 from cp_megatron.checkpoint.hf_load import load_hf
 from cp_megatron.checkpoint.load import load_checkpoint
 from cp_megatron.checkpoint.manifest import read_manifest
-from cp_megatron.checkpoint.object_collectives import broadcast_object, on_all_ranks
+from cp_megatron.checkpoint.object_collectives import on_first_rank
 from cp_megatron.comm.runtime import Launch, record_collectives
 from cp_megatron.config import Config
 from cp_megatron.config.files.run_folders import CONFIG_FILE, RUNS
@@ -79,10 +79,9 @@ def run(plan: RunPlan, launch: Launch, script: str = "launch/pretrain.py") -> in
 
 @contextmanager
 def _frozen_garbage() -> Iterator[None]:
-    """Excludes the objects that exist already from Python's garbage collection.
+    """Excludes existing objects from Python's garbage collection.
 
-    Searching all objects of torch takes a seventh of a second, in a step of one rank that all other
-    ranks wait for.
+    Searching all of torch's takes a seventh of a second, in a step that all other ranks wait for.
     """
     gc.collect()
     gc.freeze()
@@ -94,14 +93,13 @@ def _frozen_garbage() -> Iterator[None]:
 
 def _watched(trainer: Trainer, launch: Launch, stop: StopRequest, script: str) -> int:
     """``_train`` among other ranks; a failure is explained once over all ranks."""
-    watch = Watch(
+    with Watch(
         launch,
         dist.distributed_c10d._get_default_store(),
         folder=trainer.folder,
         program=Path(script).name,
         orphaned=lambda: stop(signal.SIGHUP, None),
-    )
-    with watch:
+    ) as watch:
         try:
             return _train(trainer, launch, stop, script)
         except ConfigError:  # all ranks raise it
@@ -148,19 +146,11 @@ def assemble(plan: RunPlan, launch: Launch, control: dist.ProcessGroup) -> Train
     data = read_alike(control, lambda: open_data(plan.config.data, seed=plan.config.train.seed))
     _check_continues(plan, data)
     train_step = _make_train_step(plan, launch, control)
-    checks = _make_checks(train_step, plan.config, control)
-    if checks is not None:
-        train_step = replace(train_step, sums=checks.parameters)
     folder = _make_folder(plan, control)
-    checkpoint = replace(plan.config.checkpoint, save=str(folder))
-    config = replace(plan.config, checkpoint=checkpoint)
+    config = replace(plan.config, checkpoint=replace(plan.config.checkpoint, save=str(folder)))
     plan = replace(plan, config=config, notes=(*plan.notes, *data.notes))
-    view = ProgressView(
-        Console(),
-        quiet=launch.rank != 0,
-        start_step=plan.load_step,
-        train_iters=config.train.train_iters,
-    )
+    start, end, quiet = plan.load_step, config.train.train_iters, launch.rank != 0
+    view = ProgressView(Console(), quiet=quiet, start_step=start, train_iters=end)
     return Trainer(
         plan=plan,
         train_step=train_step,
@@ -170,10 +160,17 @@ def assemble(plan: RunPlan, launch: Launch, control: dist.ProcessGroup) -> Train
         saver=Saver(plan, folder, control, data_fingerprint=data.fingerprint, say=view.say),
         writer=_open_metrics(plan, folder) if launch.rank == 0 else None,
         view=view,
-        profiler=_make_profiler(plan, folder, launch, train_step.device, view),
+        profiler=StepProfiler(
+            config.log,
+            rank=launch.rank,
+            folder=folder,
+            start_step=start,
+            device=train_step.device,
+            say=view.say,
+        ),
         guard=_make_guard(plan),
         faults=Faults.of(launch),
-        checks=checks,
+        checks=_make_checks(train_step, config, control),
         stragglers=Stragglers(control, train_step.device) if config.log.log_straggler else None,
     )
 
@@ -182,6 +179,7 @@ def _make_train_step(plan: RunPlan, launch: Launch, control: dist.ProcessGroup) 
     """The model, initialised or loaded, and its optimizer."""
     config, load_hf_folder = plan.config, plan.config.checkpoint.load_hf
     is_new = plan.load is None and load_hf_folder is None
+    is_checked = config.train.check_interval is not None
     model, groups, device = make_model(plan, launch, initialize=is_new)
     optimizer = make_optimizer(model.parameters(), config.optimizer)
     if plan.load is not None:
@@ -202,31 +200,18 @@ def _make_train_step(plan: RunPlan, launch: Launch, control: dist.ProcessGroup) 
         rule=LossRule(
             chunk_size=config.memory.loss_chunk_size, z_loss_coeff=config.train.z_loss_coeff
         ),
-    )
-
-
-def _make_profiler(
-    plan: RunPlan, folder: Path, launch: Launch, device: torch.device, view: ProgressView
-) -> StepProfiler:
-    return StepProfiler(
-        plan.config.log,
-        rank=launch.rank,
-        folder=folder,
-        start_step=plan.load_step,
-        device=device,
-        say=view.say,
+        sums=ParameterSums(model.named_parameters()) if is_checked else None,
     )
 
 
 def _make_checks(
     train_step: TrainStep, config: Config, control: dist.ProcessGroup
 ) -> Checks | None:
-    """The checks, which start from the parameters as they are now."""
-    if config.train.check_interval is None:
+    if train_step.sums is None or config.train.check_interval is None:
         return None
     return Checks(
         interval=config.train.check_interval,
-        parameters=ParameterSums(train_step.model.named_parameters()),
+        parameters=train_step.sums,
         links=train_step.cp.link_sums,
         groups=train_step.groups,
         control=control,
@@ -274,8 +259,6 @@ def _make_folder(plan: RunPlan, control: dist.ProcessGroup) -> Path:
 
     def make() -> Path:
         save = plan.config.checkpoint.save
-        if control.rank():
-            return Path()
         try:
             folder = fresh_run_folder(RUNS, model_name(plan.config)) if save is None else Path(save)
             folder.mkdir(parents=True, exist_ok=save is not None)
@@ -285,8 +268,7 @@ def _make_folder(plan: RunPlan, control: dist.ProcessGroup) -> Path:
             raise ConfigError("--save", save or RUNS, rule, "another folder") from None
         return folder
 
-    folder: Path = broadcast_object(on_all_ranks(make, control), control)
-    return folder
+    return on_first_rank(make, control)
 
 
 def _write_config(plan: RunPlan, file: Path) -> None:
@@ -301,10 +283,7 @@ def _write_config(plan: RunPlan, file: Path) -> None:
 
 
 def _lasting(config: Config) -> Config:
-    """The configuration without what is valid only for this start.
-
-    That is: the folders, which may be moved, a permission, and what is profiled and measured.
-    """
+    """The configuration without what holds only for this start or, like folders, may be moved."""
     return replace(
         config,
         checkpoint=replace(config.checkpoint, save=None, load=None, load_hf=None),

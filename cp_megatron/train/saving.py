@@ -51,12 +51,7 @@ class Saver:
         self._under_way: tuple[int, Save] | None = None
 
     def save(
-        self,
-        step: int,
-        train_step: TrainStep,
-        *,
-        last: bool,
-        extra: Mapping[str, Any] | None = None,
+        self, step: int, train_step: TrainStep, *, last: bool, extra: Mapping[str, Any]
     ) -> None:
         """Saves after ``step``. Call it on every rank. When it returns, the model may change.
 
@@ -70,8 +65,8 @@ class Saver:
             RuntimeError: a rank failed for another reason.
         """
         self.settle()
-        config = self._plan.config
-        waits = last or not config.checkpoint.async_save
+        config, checkpoint = self._plan.config, self._plan.config.checkpoint
+        waits = last or not checkpoint.async_save
         under_way = start_save(
             self._folder,
             step=step,
@@ -84,7 +79,7 @@ class Saver:
             vocab_size=self._plan.vocab_size,
             extra=extra,
             retention=Retention(
-                latest=config.checkpoint.keep_latest_k, every=config.checkpoint.save_retain_interval
+                latest=checkpoint.keep_latest_k, every=checkpoint.save_retain_interval
             ),
             cache=self._cache,
             background=not waits,

@@ -16,9 +16,6 @@ from cp_megatron.comm.runtime import Launch
 CAUGHT = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 """SLURM sends one of the last two as a warning; torchrun forwards them with --signals-to-handle."""
 
-_STDERR = 2
-_PR_SET_PDEATHSIG = 1
-
 
 class StopRequest:
     """Whether this rank was asked to stop; a signal handler.
@@ -35,16 +32,14 @@ class StopRequest:
         self._quiet = quiet
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
-        """Handles a signal."""
         if self.signal is not None:
             return
         self.signal = signal.Signals(number)
         if not self._quiet:
             # Not through Python's streams: the handler may have interrupted a write to one of them.
+            text = f"\n{self.signal.name}: finishing the step, then saving\n"
             with suppress(OSError):
-                os.write(
-                    _STDERR, f"\n{self.signal.name}: finishing the step, then saving\n".encode()
-                )
+                os.write(2, text.encode())
 
 
 def stop_at_once() -> None:
@@ -64,7 +59,7 @@ def end_with_launcher(launch: Launch) -> None:
     if not launch.under_torchrun:  # started from a shell, which may be closed
         return
     with suppress(OSError, AttributeError):  # no C library, or one without prctl
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1 is PR_SET_PDEATHSIG
     if os.getppid() == 1:  # the launcher has died already
         os._exit(1)
 

@@ -40,26 +40,13 @@ from cp_megatron.tensor_parallel import LossRule
 
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
-    """The result of a step.
+    """The result of a step."""
 
-    Attributes:
-        loss: mean loss per token over the whole global batch, in nats, before the update.
-        grad_norm: global norm of the gradient before clipping.
-        num_pairs: attended pairs of a query and a key over the whole global batch; the mean of the
-            layers if their windows differ.
-        accepted: the model was updated; otherwise the step was skipped.
-        waited: seconds this rank waited for the others at the step's first message.
-    """
-
-    loss: float
-    grad_norm: float
-    num_pairs: float
-    accepted: bool = True
-    waited: float = field(default=0.0, compare=False)
-
-
-Accept = Callable[[float, float], bool]
-"""Whether a step with this loss and this gradient norm may update the model."""
+    loss: float  # mean loss per token over the whole global batch, in nats, before the update
+    grad_norm: float  # global norm of the gradient before clipping
+    num_pairs: float  # as in ``Shard``, but over the whole global batch
+    accepted: bool = True  # the model was updated; otherwise the step was skipped
+    waited: float = field(default=0.0, compare=False)  # seconds of waiting at the first message
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,47 +54,33 @@ class Shard:
     """This rank's part of a micro batch, on the CPU, with its attention planned.
 
     Attributes:
-        cp: context parallelism under the micro batch's mask.
-        tokens, labels: int64 [b, S / N].
-        first_row: number of the first row in the run.
-        row_length: length of the rows that are concatenated into one; 0 if none are.
-        num_valid: tokens of this rank that have a label.
-        num_pairs: attended pairs of the whole rows, divided by the number of ranks that share them;
-            the mean of the layers.
+        num_pairs: attended pairs of a query and a key of the whole rows, divided by the number of
+            ranks that share them; the mean of the layers if their windows differ.
     """
 
-    cp: ContextParallel
-    tokens: Tensor
-    labels: Tensor
-    first_row: int
-    row_length: int
-    num_valid: int
+    cp: ContextParallel  # under the micro batch's mask
+    tokens: Tensor  # int64 [b, S / N]
+    labels: Tensor  # int64 [b, S / N]
+    first_row: int  # the number of the first row in the run
+    row_length: int  # the length of the rows that are concatenated into one; 0 if none are
+    num_valid: int  # tokens of this rank that have a label
     num_pairs: float
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainStep:
-    """A model and its optimizer.
-
-    Attributes:
-        cp: context parallelism for rows without document masks; that of other rows is derived from
-            it.
-        seed: the run's seed, for dropout. Attention dropout is the same on every grid.
-        clip_grad: largest global gradient norm; 0 disables clipping.
-        sequence_parallel: the residual stream is split over tp, and so dropout differs over tp.
-        sums: checksums of the parameters, which only an update may change; None disables them.
-    """
+    """A model and its optimizer."""
 
     model: Transformer
     optimizer: Optimizer
     groups: ParallelGroups
-    cp: ContextParallel
+    cp: ContextParallel  # for rows without document masks; that of other rows is derived from it
     device: torch.device
-    seed: int
-    clip_grad: float
-    sequence_parallel: bool
+    seed: int  # the run's seed, for dropout; attention dropout is the same on every grid
+    clip_grad: float  # the largest global gradient norm; 0 disables clipping
+    sequence_parallel: bool  # the residual stream is split over tp, and so dropout differs over tp
     rule: LossRule = field(default_factory=LossRule)
-    sums: ParameterSums | None = None
+    sums: ParameterSums | None = None  # only an update may change the sums; None disables them
 
     def prepare(self, batch: Batch) -> Shard:
         """This rank's part of whole rows, [b, S] -> [b, S / N], with its attention planned.
@@ -138,7 +111,7 @@ class TrainStep:
         *,
         step: int,
         lr: float,
-        accept: Accept | None = None,
+        accept: Callable[[float, float], bool] | None = None,
         faults: Faults | None = None,
     ) -> StepResult:
         """Trains on this rank's micro batches of one global batch.
@@ -169,7 +142,8 @@ class TrainStep:
             self._update(lr, norm)
         self.optimizer.zero_grad()
         if faults.has("flip", step):
-            _flip_a_bit(self.model)
+            held = map(local_values, self.model.parameters())
+            next(x for x in held if x.numel()).view(-1)[:1].view(torch.uint8)[0] ^= 32
         return StepResult(
             loss=loss, grad_norm=grad_norm, num_pairs=num_pairs, accepted=accepted, waited=waited
         )
@@ -183,7 +157,11 @@ class TrainStep:
             self._seed_dropout(step, microbatch)
             objective, losses = self._losses(shard)
             if faults.mine:
-                objective, losses = _with_faults(faults, step, objective, losses)
+                faults.before_backward(step)
+                factor = faults.factor(step)
+                objective, losses = objective * factor, losses * factor
+                if faults.has("raise", step):
+                    objective.register_hook(faults.raises)
             with traced("backward"):
                 (objective / max(num_tokens, 1)).backward()
             total += losses.sum(dtype=torch.float64)
@@ -193,8 +171,7 @@ class TrainStep:
     def evaluate(self, shards: Iterable[Shard]) -> float:
         """Mean loss per token, in nats, over the batches of all ranks, without training."""
         self.model.eval()
-        total = torch.zeros((), dtype=torch.float64, device=self.device)
-        count = 0
+        total, count = torch.zeros((), dtype=torch.float64, device=self.device), 0
         for shard in shards:
             total += self._losses(shard)[1].sum(dtype=torch.float64)
             count += shard.num_valid
@@ -235,10 +212,8 @@ class TrainStep:
 
     def _loss(self, total: Tensor, num_tokens: float) -> float:
         """The mean loss of the tokens of all ranks; NaN if the loss of any rank is not finite."""
-        first = self.groups.coordinates.tp == 0
-        totals = torch.stack(
-            [total if first else total.new_zeros(()), (~total.isfinite()).double()]
-        )
+        share = total if self.groups.coordinates.tp == 0 else torch.zeros_like(total)
+        totals = torch.stack([share, (~total.isfinite()).double()])
         dist.all_reduce(totals, group=self.groups.world)
         loss, num_broken = totals.tolist()
         return math.nan if num_broken else loss / max(num_tokens, 1)
@@ -276,13 +251,9 @@ class TrainStep:
 
     def _seed_dropout(self, step: int, microbatch: int) -> None:
         place = self.groups.coordinates
+        tp, step = place.tp if self.sequence_parallel else None, step - 1  # counted from 0
         seed = dropout_seed(
-            seed=self.seed,
-            step=step - 1,  # counted from 0
-            microbatch=microbatch,
-            dp=place.dp,
-            cp=place.cp,
-            tp=place.tp if self.sequence_parallel else None,
+            seed=self.seed, step=step, microbatch=microbatch, dp=place.dp, cp=place.cp, tp=tp
         )
         seed_dropout(seed, self.device)
 
@@ -290,20 +261,3 @@ class TrainStep:
 def local_values(parameter: Tensor) -> Tensor:
     """The part of a parameter that this rank holds."""
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter
-
-
-def _flip_a_bit(model: Transformer) -> None:
-    held = (local_values(parameter) for parameter in model.parameters())
-    next(x for x in held if x.numel()).view(-1)[:1].view(torch.uint8)[0] ^= 32
-
-
-def _with_faults(
-    faults: Faults, step: int, objective: Tensor, losses: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The objective and the losses after the faults between forward and backward."""
-    faults.before_backward(step)
-    factor = faults.factor(step)
-    objective, losses = objective * factor, losses * factor
-    if faults.has("raise", step):
-        objective.register_hook(faults.raises)
-    return objective, losses

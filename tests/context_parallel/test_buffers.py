@@ -120,14 +120,9 @@ def predicted(schedules: list[Schedule], rank: int, dim: int) -> int:
     """Bytes of the buffers that the plan describes."""
     sizes = BufferSizes()
     for schedule in schedules:
+        tokens = schedule.layout.shard_len
         x = AttentionSizes(
-            batch=1,
-            num_tokens=schedule.layout.shard_len,
-            heads=HEADS,
-            kv_heads=HEADS,
-            head_dim=dim,
-            element=4,
-            exact=4,
+            batch=1, num_tokens=tokens, kv_heads=HEADS, head_dim=dim, element=4, exact=4
         )
         sizes.add_forward(schedule, rank, x)
         sizes.add_backward(schedule, rank, x)

@@ -12,7 +12,7 @@ SEEN = {rank: f"process {rank}" for rank in range(4)}
 
 
 def named(reports: dict[int, Report], alive: set[int]) -> tuple[int, ...]:
-    return judge(reports, world_size=4, alive=alive, seen=SEEN).ranks
+    return judge(reports, world_size=4, alive=alive, seen=SEEN)[0]
 
 
 @pytest.mark.parametrize(
@@ -33,8 +33,8 @@ def test_the_culprit(
 
 
 def test_the_text_names_what_the_others_met() -> None:
-    culprits = judge({0: LOST, 1: WAITED, 3: LOST}, world_size=4, alive={0, 1, 3}, seen=SEEN)
-    assert culprits.text == (
+    _, text = judge({0: LOST, 1: WAITED, 3: LOST}, world_size=4, alive={0, 1, 3}, seen=SEEN)
+    assert text == (
         "rank 2 (process 2) does not answer (rank 0 lost its peer in step 6; rank 1 waited in "
         "step 6; rank 3 lost its peer in step 6)"
     )

@@ -208,7 +208,7 @@ def evaluated(rank: int, world_size: int, argv: list[str]) -> EvaluationResults:
     plan = replace(plan, runs=tuple(run.on_device("cpu") for run in plan.runs))
     world = dist.group.WORLD
     assert world is not None
-    return evaluate(plan, launch, "cpu", world)
+    return evaluate(plan, launch, world)
 
 
 def test_a_hugging_face_folder_has_the_same_results(folder: Path) -> None:

@@ -85,13 +85,17 @@ def prepared(rank: int, world_size: int, argv: list[str]) -> tuple[TrainStep, li
     return run.train_step, [run.train_step.prepare(batch) for batch in batches], run.plan
 
 
+def meter_of(step: TrainStep) -> MemoryMeter:
+    return MemoryMeter(step.model, step.optimizer, step.cp, step.device)
+
+
 def measured(
     rank: int, world_size: int, argv: list[str], forward_alone: bool = False
 ) -> tuple[tuple[Held, ...], tuple[Held, ...]]:
     """The predicted and the measured bytes of this rank."""
     train_step, shards, plan = prepared(rank, world_size, argv)
     with pytest.MonkeyPatch.context() as patch:
-        meter = MemoryMeter(train_step)
+        meter = meter_of(train_step)
         if forward_alone:
             patch.setattr(meter, "_on_cuda", True)
             patch.setattr(torch.cuda, "memory_allocated", lambda _: 1)
@@ -144,7 +148,7 @@ def peaks(rank: int, world_size: int, one: list[str], other: list[str]) -> tuple
     with counting_memory() as count:
         train_step.run(shards, step=0, lr=0.0)
     train_step, shards, _ = prepared(rank, world_size, other)
-    with MemoryMeter(train_step) as meter:
+    with meter_of(train_step) as meter:
         train_step.run(shards, step=0, lr=0.0)
     found = by_name(meter.held())
     return found[kinds.PEAK, ""] - found[kinds.PARAMETERS, ""], count.peak
@@ -202,12 +206,12 @@ def test_memory_counts_until_it_is_released() -> None:
         del one
         where = "second"
         two = torch.ones(500)
-        assert sorted((x.place, x.num_bytes) for x in live.alive().values()) == [
+        assert sorted((x.place, x.num_bytes) for x in live.alive.values()) == [
             ("first", 4000),
             ("second", 2000),
         ]
         del same
-        assert [x.place for x in live.alive().values()] == ["second"]
+        assert [x.place for x in live.alive.values()] == ["second"]
         two += 1
     assert (live.peak, live.peaks["first"], live.peaks["second"]) == (6000, 4000, 2000)
     assert view.shape == (8, 100)
@@ -220,14 +224,14 @@ def test_memory_that_is_emptied_and_filled() -> None:
         weight = torch.zeros(100)
         live.adopt(weight, "weight")
         live.adopt(old, "old")
-        assert [x.num_bytes for x in live.alive().values()] == [400, 200]
-        assert live.place_of(weight.view(10, 10).untyped_storage()) == "weight"
+        assert [x.num_bytes for x in live.alive.values()] == [400, 200]
+        assert live.alive[weight.view(10, 10).untyped_storage()._cdata].place == "weight"
         weight.untyped_storage().resize_(0)
-        assert [x.num_bytes for x in live.alive().values()] == [200, 0]
+        assert [x.num_bytes for x in live.alive.values()] == [200, 0]
         other = torch.ones(100)
         assert live.peak == 600
         weight.untyped_storage().resize_(800)
     assert torch.UntypedStorage.resize_ is resize
     assert (live.peak, live.peaks["weight"], live.peaks["old"]) == (1400, 800, 200)
     del weight, other
-    assert [x.place for x in live.alive().values()] == ["old"]
+    assert [x.place for x in live.alive.values()] == ["old"]

@@ -19,7 +19,8 @@ from cp_megatron.context_parallel import ContextParallel
 from cp_megatron.model import Transformer, build_model
 from cp_megatron.model.initialize import initial_value
 from cp_megatron.plan import Grid, Mask
-from cp_megatron.tensor_parallel import LossRule, named_specs, vocab_parallel_cross_entropy
+from cp_megatron.tensor_parallel import LossRule, named_specs
+from tests.tensor_parallel.test_linear import gathered_cross_entropy
 
 VOCAB = 257
 SEQ = 32
@@ -117,7 +118,7 @@ def grid_step(rank: int, world_size: int, config: Config, grid: Grid) -> Step | 
         tokens, labels = (x.chunk(grid.dp)[groups.coordinates.dp] for x in batch())
         valid = int((batch()[1] >= 0).sum())
         logits = model(cp.shard(tokens, 1), cp=cp)
-        losses = vocab_parallel_cross_entropy(logits, cp.shard(labels, 1), groups.tp)
+        losses = gathered_cross_entropy(logits, cp.shard(labels, 1), groups.tp)
         loss = losses.sum() / valid
         loss.backward()
         total = loss.detach().clone()

@@ -18,7 +18,6 @@ from cp_megatron.model import Transformer, build_model
 from cp_megatron.model.parallelize import ComputeDType
 from cp_megatron.plan import Grid, Mask
 from cp_megatron.spec import ModelSpec
-from cp_megatron.tensor_parallel import vocab_parallel_cross_entropy
 from tests.model.grids import (
     GPT,
     LLAMA,
@@ -34,15 +33,15 @@ from tests.model.grids import (
     worst,
 )
 from tests.ranks import run_ranks
+from tests.tensor_parallel.test_linear import gathered_cross_entropy
 
 
 def losses_of(model: Transformer, groups: ParallelGroups, row: int | None = None) -> Tensor:
     """This rank's token losses of the batch, or of one row of it; no dp."""
     cp = ContextParallel(groups.cp, Mask.causal(SEQ))
     tokens, labels = (x if row is None else x[row : row + 1] for x in batch())
-    return vocab_parallel_cross_entropy(
-        model(cp.shard(tokens, 1), cp=cp), cp.shard(labels, 1), groups.tp
-    )
+    logits = model(cp.shard(tokens, 1), cp=cp)
+    return gathered_cross_entropy(logits, cp.shard(labels, 1), groups.tp)
 
 
 def local_shapes(rank: int, world_size: int, style: str) -> dict[str, list[int]]:
@@ -116,7 +115,7 @@ def precision(
         cp = ContextParallel(groups.cp, Mask.causal(SEQ), kernel="reference")
         tokens, labels = batch()
         logits = model(cp.shard(tokens, 1), cp=cp)
-        losses = vocab_parallel_cross_entropy(logits, cp.shard(labels, 1), groups.tp)
+        losses = gathered_cross_entropy(logits, cp.shard(labels, 1), groups.tp)
         loss = losses.sum() / int((labels >= 0).sum())
         loss.backward()
     total = loss.detach().clone()

@@ -88,18 +88,18 @@ def test_frequencies_are_those_of_transformers(name: str, longest: int) -> None:
         rope_parameters={"rope_theta": BASE, **rope},
     )
     inverse, attention = ROPE_INIT_FUNCTIONS[rope["rope_type"]](config, "cpu", seq_len=longest)
-    ours = rope_frequencies(model_of(rope), longest)
-    assert ((ours.inverse - inverse).abs() / inverse).max() < 1e-6
-    assert abs(ours.attention_factor - attention) < 1e-6
+    our_inverse, our_attention = rope_frequencies(model_of(rope), longest)
+    assert ((our_inverse - inverse).abs() / inverse).max() < 1e-6
+    assert abs(our_attention - attention) < 1e-6
 
 
 def test_short_documents_keep_the_original_frequencies() -> None:
     dynamic = model_of(CASES["dynamic"])
-    plain = rope_frequencies(replace(dynamic, rope_type="default"), 1).inverse
-    assert torch.equal(rope_frequencies(dynamic, LENGTH).inverse, plain)
-    assert not torch.equal(rope_frequencies(dynamic, LENGTH + 1).inverse, plain)
+    plain, _ = rope_frequencies(replace(dynamic, rope_type="default"), 1)
+    assert torch.equal(rope_frequencies(dynamic, LENGTH)[0], plain)
+    assert not torch.equal(rope_frequencies(dynamic, LENGTH + 1)[0], plain)
     # The first pair turns fastest and yarn leaves it alone; the last is slowed by the factor.
-    yarn = rope_frequencies(model_of(CASES["yarn"]), 1).inverse / plain
+    yarn = rope_frequencies(model_of(CASES["yarn"]), 1)[0] / plain
     assert yarn[0] == 1
     assert yarn[-1].item() == pytest.approx(1 / 4)
 

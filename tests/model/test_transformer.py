@@ -19,7 +19,7 @@ from cp_megatron.kernels.dropout import Dropout
 from cp_megatron.model import Transformer
 from cp_megatron.model.initialize import initial_value
 from cp_megatron.model.mlp import MLP
-from cp_megatron.model.norm import LayerNorm, RMSNorm
+from cp_megatron.model.norm import Norm
 from cp_megatron.plan import Mask
 from cp_megatron.spec import ModelSpec
 from cp_megatron.tensor_parallel import ColumnParallelLinear, TensorParallel, named_specs
@@ -235,7 +235,7 @@ def test_every_layer_drops_pairs_of_its_own_in_training(
 
 
 def test_norms_mlp_and_dropout_never_receive_a_group() -> None:
-    unchanged = (LayerNorm, RMSNorm, MLP, nn.Dropout, ColumnParallelLinear)
+    unchanged = (Norm, MLP, nn.Dropout, ColumnParallelLinear)
     for config in (GPT, LLAMA):
         model = transformer(config)
         found = [module for module in model.modules() if isinstance(module, unchanged)]

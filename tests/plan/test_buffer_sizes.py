@@ -79,7 +79,7 @@ def test_a_gather_holds_two_portions_of_all_keys() -> None:
 def test_a_buffer_grows_to_its_largest_message() -> None:
     mask = Mask.causal(8)
     schedule = Schedule.build(mask, SequenceLayout.make(mask, 2, "contiguous"))
-    x = AttentionSizes(batch=3, num_tokens=4, heads=2, kv_heads=1, head_dim=5, element=2, exact=4)
+    x = AttentionSizes(batch=3, num_tokens=4, kv_heads=1, head_dim=5, element=2, exact=4)
     sizes = BufferSizes()
     for _ in range(2):
         sizes.add_forward(schedule, 0, x)

@@ -87,7 +87,7 @@ def test_counts_and_ranges_are_the_dense_mask(mask: Mask) -> None:
 def test_positions_restart_at_every_document() -> None:
     assert Mask.documents([3, 1, 2]).document_positions().tolist() == [0, 1, 2, 0, 0, 1]
     assert Mask.causal(4).document_positions().tolist() == [0, 1, 2, 3]
-    assert Mask.documents([3, 1, 2]).starts().tolist() == [0, 3, 4, 6]
+    assert Mask.documents([3, 1, 2]).starts.tolist() == [0, 3, 4, 6]
     assert Mask.documents([3, 1]).document_positions().dtype == np.int64
 
 

@@ -63,7 +63,7 @@ def check_load(config: Config, vocab_size: int) -> Newest | None:
 
 def checked(config: Config) -> None:
     loaded = check_load(config, VOCAB)
-    check_save(config, loaded.folder if loaded else None)
+    check_save(config, loaded)
 
 
 def refused(config: Config) -> ConfigError:
@@ -77,7 +77,7 @@ def test_the_newest_checkpoint_of_a_run(run: Path) -> None:
     loaded = check_load(config, VOCAB)
     assert loaded is not None
     assert (loaded.folder, loaded.manifest.step) == (run / "step-40", 40)
-    check_save(config, loaded.folder)
+    check_save(config, loaded)
     assert check_load(config_of(), VOCAB) is None
 
 
@@ -88,7 +88,7 @@ def test_an_earlier_checkpoint_goes_on_elsewhere(run: Path, tmp_path: Path) -> N
     config = config_of("--load", f"{run}/step-20", "--save", str(tmp_path / "new"))
     loaded = check_load(config, VOCAB)
     assert loaded is not None
-    check_save(config, loaded.folder)
+    check_save(config, loaded)
 
 
 @pytest.mark.parametrize(

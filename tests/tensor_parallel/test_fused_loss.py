@@ -77,11 +77,13 @@ def plain(case: Case) -> tuple[Tensor, ...]:
 
 
 def check(world_size: int, case: Case) -> None:
-    expected = plain(case)
+    expected, ignored = plain(case), inputs(case)[2] == -100
     for found in run_ranks(split, world_size, case):
         for actual, wanted in zip(found, expected, strict=True):
             torch.testing.assert_close(actual, wanted, **TOLERANCE)
         assert not found[3][VOCAB:].any()
+        assert not found[1][ignored].any()
+        assert not found[2][ignored].any()
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])

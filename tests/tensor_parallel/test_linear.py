@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial
 
@@ -52,6 +53,15 @@ def whole_gradients(module: torch.nn.Module) -> dict[str, Tensor]:
 
 def tensor_parallel(sequence_parallel: bool) -> TensorParallel:
     return TensorParallel(group=torch.distributed.group.WORLD, sequence_parallel=sequence_parallel)
+
+
+def gathered_cross_entropy(logits: Tensor, labels: Tensor, group: ProcessGroup) -> Tensor:
+    """Torch's cross-entropy of whole logits; each rank differentiates its own part [.., v/tp]."""
+    parts = list(all_gather_dim(logits.detach(), -1, group).chunk(group.size(), -1))
+    parts[group.rank()] = logits
+    whole = torch.cat(parts, -1).flatten(0, -2)
+    exact = whole.to(torch.promote_types(whole.dtype, torch.float32))
+    return F.cross_entropy(exact, labels.flatten(), reduction="none").view(labels.shape)
 
 
 def two_layers(

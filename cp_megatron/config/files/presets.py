@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
+from functools import partial
 from types import MappingProxyType
 
 from cp_megatron.config.schema import (
@@ -16,20 +16,21 @@ from cp_megatron.config.schema import (
     TrainConfig,
 )
 
-_llama = functools.partial(
+_llama = partial(
     ModelConfig,
     normalization="RMSNorm",
     swiglu=True,
     position_embedding_type="rope",
     disable_bias_linear=True,
 )
-_toy = functools.partial(
+_llama3 = partial(_llama, num_attention_heads=32, num_query_groups=8, rotary_base=500_000.0)
+_toy = partial(
     Config,
     data=DataConfig(seq_length=1024, global_batch_size=4),
     optimizer=OptimizerConfig(lr=3e-3, min_lr=3e-4, lr_warmup_iters=10),
     train=TrainConfig(train_iters=120),
 )
-_LONG = TrainConfig(train_iters=100_000, eval_interval=1000)
+_long = partial(Config, train=TrainConfig(train_iters=100_000, eval_interval=1000))
 _LONG_ROWS = DataConfig(seq_length=8192, micro_batch_size=1, global_batch_size=128)
 
 # Llama style; four ranks on two CPU cores train it in about a minute.
@@ -42,44 +43,31 @@ _TOY_GPT = _toy(preset="toy-gpt")
 
 # The smallest model of Radford et al. 2019; with its own vocabulary of 50,257 tokens it has
 # 124,439,808 parameters.
-_GPT2_SMALL = Config(
+_GPT2_SMALL = _long(
     preset="gpt2-small",
     model=ModelConfig(num_layers=12, hidden_size=768, num_attention_heads=12, hidden_dropout=0.1),
     data=DataConfig(seq_length=1024, micro_batch_size=4, global_batch_size=128),
     optimizer=OptimizerConfig(lr=6e-4, min_lr=6e-5, lr_warmup_iters=2000, adam_beta2=0.95),
-    train=_LONG,
 )
 # The shape of Llama 3.2 1B.
-_LLAMA_1B = Config(
+_LLAMA_1B = _long(
     preset="llama-1b",
-    model=_llama(
-        num_layers=16,
-        hidden_size=2048,
-        ffn_hidden_size=8192,
-        num_attention_heads=32,
-        num_query_groups=8,
-        rotary_base=500_000.0,
-    ),
+    model=_llama3(num_layers=16, hidden_size=2048, ffn_hidden_size=8192),
     data=_LONG_ROWS,
     optimizer=OptimizerConfig(lr=4e-4, min_lr=4e-5, lr_warmup_iters=2000),
-    train=_LONG,
 )
 # Llama 3 8B (Grattafiori et al. 2024, arXiv:2407.21783, table 3).
-_LLAMA3_8B = Config(
+_LLAMA3_8B = _long(
     preset="llama3-8b",
-    model=_llama(
+    model=_llama3(
         num_layers=32,
         hidden_size=4096,
         ffn_hidden_size=14336,
-        num_attention_heads=32,
-        num_query_groups=8,
-        rotary_base=500_000.0,
         untie_embeddings_and_output_weights=True,
     ),
     parallel=ParallelConfig(sequence_parallel=True),
     data=_LONG_ROWS,
     optimizer=OptimizerConfig(lr=3e-4, min_lr=3e-5, lr_warmup_iters=2000),
-    train=_LONG,
     memory=MemoryConfig(recompute_granularity="selective"),
 )
 

@@ -27,8 +27,6 @@ def find_run(load: str | None, save: str | None, *, again: bool) -> tuple[str | 
     """The run to load (None to begin one), and whether it was looked for in ``--save``.
 
     Args:
-        load: the value of ``--load``.
-        save: the value of ``--save``.
         again: whether a launcher repeats the command line after a failure. Then a checkpoint that
             was saved meanwhile replaces what the run began with.
 
@@ -36,8 +34,7 @@ def find_run(load: str | None, save: str | None, *, again: bool) -> tuple[str | 
         ConfigError: ``--load auto`` without ``--save``.
     """
     if load == AUTO and save is None:
-        rule = "needs the folder to look into"
-        raise ConfigError("--load", load, rule, "--load auto --save RUN")
+        raise ConfigError("--load", load, "needs the folder to look into", "--load auto --save RUN")
     if save is None or not (load == AUTO or again):
         return load, False
     steps = [step for step in Path(save).glob("step-*") if STEP_FOLDER.fullmatch(step.name)]

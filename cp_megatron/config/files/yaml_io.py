@@ -34,7 +34,6 @@ LARGEST = 1 << 20
 def to_yaml(config: Config) -> str:
     """All settings of ``config`` as YAML, in the order of the dataclasses."""
     plain = dataclasses.asdict(config)
-    plain["data"]["data_path"] = list(config.data.data_path)
     readable = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
     # PyYAML writes Unicode line breaks unescaped and would read them back as spaces.
     if any(mark in readable for mark in "\x85\u2028\u2029"):
@@ -44,15 +43,12 @@ def to_yaml(config: Config) -> str:
 
 def overlay(base: Config, values: Values) -> Config:
     """``base`` with the values of some settings replaced."""
-    sections: dict[str, dict[str, Any]] = {}
     for name, value in values.items():
-        sections.setdefault(settings()[name].section, {})[name] = value
-    top = sections.pop("", {})
-    inner = {
-        section: dataclasses.replace(getattr(base, section), **changes)
-        for section, changes in sections.items()
-    }
-    return dataclasses.replace(base, **top, **inner)
+        section = settings()[name].section
+        if section:
+            value = dataclasses.replace(getattr(base, section), **{name: value})
+        base = dataclasses.replace(base, **{section or name: value})
+    return base
 
 
 def read_file(path: Path, flag: str) -> str:
@@ -64,37 +60,32 @@ def read_file(path: Path, flag: str) -> str:
     try:
         status = path.stat()
         # Reading a pipe or a device might never end.
-        if not path.is_dir() and (not path.is_file() or status.st_size > LARGEST):
-            rule = f"is not a regular file of at most {LARGEST} bytes"
-            raise ConfigError(flag, path, rule, "a YAML file")
-        return path.read_text(encoding="utf-8")
-    except ConfigError:
-        raise
+        if path.is_dir() or (path.is_file() and status.st_size <= LARGEST):
+            return path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
         raise ConfigError(flag, path, "is not UTF-8 text", "a YAML file") from None
     except (OSError, ValueError) as error:
         reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
         raise ConfigError(flag, path, f"cannot be read: {reason}") from None
+    rule = f"is not a regular file of at most {LARGEST} bytes"
+    raise ConfigError(flag, path, rule, "a YAML file")
 
 
 def read_values(text: str, source: str) -> Values:
     """The settings that a YAML text holds, by name.
 
     Args:
-        text: the text.
         source: where the text comes from, for messages.
 
     Raises:
         ConfigError: the text is not valid YAML, or it has an unknown key or a wrong value.
     """
-    document = _parse(text, source)
+    sections = {row.section for row in settings().values()} - {""}
     values: dict[str, Any] = {}
-    for key, entry in _mapping(document, source, "").items():
-        if key in _sections():
-            for name, value in _mapping(entry, source, key).items():
-                values[name] = _checked(key, name, value, source)
-        else:
-            values[key] = _checked("", key, entry, source)
+    for key, entry in _mapping(_parse(text, source), source, "").items():
+        section = key if key in sections else ""
+        for name, value in (_mapping(entry, source, key) if section else {key: entry}).items():
+            values[name] = _checked(section, name, value, source)
     return values
 
 
@@ -102,17 +93,16 @@ def _parse(text: str, source: str) -> Any:
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         if _size(node, {}) > LARGEST:
-            raise ConfigError(source, "", "is not valid YAML: its aliases repeat too much")
-        _refuse_doubled_keys(node, source)
-        return yaml.safe_load(text)
+            raise ValueError("its aliases repeat too much")
+        document = yaml.safe_load(text)
     except yaml.MarkedYAMLError as error:
         place = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise ConfigError(source, "", f"is not valid YAML: {error.problem}{place}") from None
-    except ConfigError:
-        raise
     except _YAML_ERRORS as error:
         reason = " ".join(str(error).split())
         raise ConfigError(source, "", f"is not valid YAML: {reason}") from None
+    _refuse_doubled_keys(node, source)
+    return document
 
 
 def _size(node: yaml.Node | None, known: dict[int, float]) -> float:
@@ -154,15 +144,11 @@ def _mapping(entry: Any, source: str, key: str) -> dict[str, Any]:
     return entry
 
 
-def _sections() -> list[str]:
-    return sorted({setting.section for setting in settings().values()} - {""})
-
-
 def _checked(section: str, name: Any, value: Any, source: str) -> Any:
     setting = settings().get(name) if isinstance(name, str) else None
     key = shown(f"{section}.{name}" if section else name)
     if setting is None or setting.section != section:
-        known = [*_sections(), *(row.key for row in settings().values())]
+        known = {name for row in settings().values() for name in (row.section, row.key)}
         near = [setting.key] if setting else difflib.get_close_matches(key, known)
         raise ConfigError(f"{source}: {key}", shown(value), "unknown key", ", ".join(near))
     try:

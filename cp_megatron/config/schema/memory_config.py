@@ -37,10 +37,5 @@ class MemoryConfig:
 
 
 def tokens_with_logits(chunk_size: int | None, width: int) -> int:
-    """The number of tokens whose logits exist at once.
-
-    Args:
-        chunk_size: ``--loss-chunk-size``.
-        width: the number of columns of the logits.
-    """
+    """The number of tokens whose logits, of ``width`` columns, exist at once."""
     return chunk_size or max(1, LOGITS_BYTES // (4 * width))

@@ -99,11 +99,8 @@ class ModelConfig:
     @property
     def ffn_size(self) -> int:
         """Width of the MLP, with the default filled in."""
-        if self.ffn_hidden_size is not None:
-            return self.ffn_hidden_size
-        if self.swiglu:
-            return max(64, 4 * self.hidden_size * 2 // 3 // 64 * 64)
-        return 4 * self.hidden_size
+        wide = 4 * self.hidden_size
+        return self.ffn_hidden_size or (max(64, wide * 2 // 3 // 64 * 64) if self.swiglu else wide)
 
     def padded_vocab_size(self, vocab_size: int) -> int:
         """Rows of the embedding for a vocabulary of this size; they do not depend on the grid."""
@@ -134,11 +131,9 @@ class ModelConfig:
     @property
     def num_kv_heads(self) -> int:
         """Number of key/value heads, with the default filled in."""
-        return self.num_attention_heads if self.num_query_groups is None else self.num_query_groups
+        return self.num_query_groups or self.num_attention_heads
 
     @property
     def head_dim(self) -> int:
         """Width of one head, with the default filled in."""
-        if self.kv_channels is not None:
-            return self.kv_channels
-        return self.hidden_size // self.num_attention_heads
+        return self.kv_channels or self.hidden_size // self.num_attention_heads

@@ -9,14 +9,7 @@ from typing import Annotated
 
 @dataclass(frozen=True)
 class Range:
-    """The numbers from ``low`` to ``high``.
-
-    Attributes:
-        low: the lower end.
-        high: the upper end.
-        open_low: whether the lower end is excluded.
-        open_high: whether the upper end is excluded.
-    """
+    """The numbers from ``low`` to ``high``; an open end is excluded."""
 
     low: float = -math.inf
     high: float = math.inf
@@ -47,7 +40,6 @@ def _number(value: float) -> str:
 
 
 EVERY_NUMBER = Range()
-
 LARGEST_SIZE = 2**31 - 1
 Size = Annotated[int, Range(1, LARGEST_SIZE)]
 Count = Annotated[int, Range(0, LARGEST_SIZE)]

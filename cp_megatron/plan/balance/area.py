@@ -22,6 +22,22 @@ Chunks = tuple[tuple[tuple[int, int], ...], ...]
 """For each rank its runs of positions, ascending."""
 
 
+def contiguous_chunks(seq_len: int, cp_size: int) -> Chunks:
+    """One chunk for each rank, in order."""
+    width = seq_len // cp_size
+    return tuple(((rank * width, (rank + 1) * width),) for rank in range(cp_size))
+
+
+def zigzag_chunks(seq_len: int, cp_size: int) -> Chunks:
+    """Two chunks for each rank: the r-th half of a shard from either end, the late one longer."""
+    late = -(-seq_len // cp_size // 2)
+    early = seq_len // cp_size - late
+    return tuple(
+        ((r * early, (r + 1) * early), (seq_len - (r + 1) * late, seq_len - r * late))
+        for r in range(cp_size)
+    )
+
+
 class DocumentSlice(NamedTuple):
     """Positions ``[low, high)`` of ``document``, held by ``rank``."""
 
@@ -88,7 +104,7 @@ def to_slices(mask: Mask, chunks: Sequence[Sequence[tuple[int, int]]]) -> IntArr
     """int64 [slices, 4]: the chunks of every rank, cut at document borders."""
     held = [(start, rank) for rank, mine in enumerate(chunks) for start, _ in mine]
     start, rank = np.asarray(sorted(held), dtype=np.int64).T
-    border = mask.starts()
+    border = mask.starts
     begin = np.sort(np.concatenate([start, border[:-1]]))
     begin = begin[np.append(True, begin[1:] > begin[:-1])]
     end = np.append(begin[1:], mask.seq_len)
@@ -101,7 +117,7 @@ def to_slices(mask: Mask, chunks: Sequence[Sequence[tuple[int, int]]]) -> IntArr
 def to_chunks(mask: Mask, cp_size: int, slices: IntArray) -> Chunks:
     """The runs of positions of every rank, with adjacent runs joined."""
     rank, document, low, high = slices.T
-    first = mask.starts()[document]
+    first = mask.starts[document]
     spans: list[list[Span]] = [[] for _ in range(cp_size)]
     for r, start, stop in zip(rank.tolist(), (first + low).tolist(), (first + high).tolist()):
         spans[r].append((start, stop))

@@ -71,13 +71,16 @@ from cp_megatron.errors import ConfigError
 from cp_megatron.plan.balance.area import (
     Chunks,
     DocumentSlice,
+    contiguous_chunks,
     measure,
     pairs_up_to,
     to_chunks,
     to_slices,
+    zigzag_chunks,
 )
 from cp_megatron.plan.balance.dealer import BalanceProblem, Bias, Dealer
 from cp_megatron.plan.mask import IntArray, Mask
+from cp_megatron.plan.tiling import merge_spans
 
 EFFORT = 3200  # trials x (documents + 8 ranks)
 MOST_TRIALS = 48
@@ -104,16 +107,16 @@ def deal(mask: Mask, cp_size: int, tolerance: float = 0.03) -> Chunks:
     if not tolerance >= 0:
         raise ConfigError("tolerance", tolerance, "must not be negative", "0.03")
     assert mask.seq_len % cp_size == 0
-    nested = _nested(mask.seq_len, cp_size)
+    halves = zigzag_chunks(mask.seq_len, cp_size)
+    nested = tuple(tuple(merge_spans([c for c in mine if c[0] < c[1]])) for mine in halves)
     if len(mask.lengths) == 1 and mask.is_causal and not mask.has_window:
         return nested
-    if _is_denser_early(mask):
-        left, right = mask.window
+    left, right = mask.window
+    if left >= 0 and not 0 <= right <= left:  # early rows attend more keys than late ones
         mirrored = Mask.documents(mask.lengths[::-1], causal=False, window=(right, left))
         return _mirror(deal(mirrored, cp_size, tolerance), mask.seq_len)
     problem, order = _problem(mask, cp_size, tolerance)
-    width = mask.seq_len // cp_size
-    contiguous = tuple(((rank * width, (rank + 1) * width),) for rank in range(cp_size))
+    contiguous = contiguous_chunks(mask.seq_len, cp_size)
     score = partial(_score, mask, problem)
     plain = min((contiguous, nested), key=lambda chunks: score(to_slices(mask, chunks)))
     dealt = _best_trial(mask, problem, order, score(to_slices(mask, plain)))
@@ -126,7 +129,8 @@ def _best_trial(
     """Runs trials, each a change of the best so far; None if none beats ``to_beat``."""
     num_trials = max(2, EFFORT // (len(problem.lengths) + 8 * problem.cp_size))
     best, dice = None, random.Random(0)
-    bias = trial = _neutral(problem)
+    ones = [1.0] * len(problem.lengths)
+    bias = trial = Bias(cut=ones, fill=ones)
     for _ in range(min(MOST_TRIALS, num_trials)):
         if to_beat == (0, 0):
             break
@@ -142,25 +146,6 @@ def _table(slices: list[DocumentSlice], order: IntArray) -> IntArray:
     table = np.asarray(slices, dtype=np.int64)
     table[:, 1] = order[table[:, 1]]
     return table
-
-
-def _nested(seq_len: int, cp_size: int) -> Chunks:
-    """Zigzag for shards of any length: rank r holds the r-th half of a shard from either end."""
-    late = -(-seq_len // cp_size // 2)
-    early = seq_len // cp_size - late
-    ranks = []
-    for rank in range(cp_size):
-        head = (rank * early, (rank + 1) * early)
-        tail = (seq_len - (rank + 1) * late, seq_len - rank * late)
-        meet = head[1] == tail[0]
-        ranks.append(((head[0], tail[1]),) if meet else (head, tail) if early else (tail,))
-    return tuple(ranks)
-
-
-def _is_denser_early(mask: Mask) -> bool:
-    """Whether windows let early rows attend more keys than late ones."""
-    left, right = (math.inf if side < 0 else side for side in mask.window)
-    return right > left
 
 
 def _mirror(chunks: Chunks, seq_len: int) -> Chunks:
@@ -191,11 +176,6 @@ def _score(mask: Mask, problem: BalanceProblem, slices: IntArray) -> tuple[int, 
     """Smaller is better: pairs of the busiest rank above the limit, then keys."""
     load = measure(mask, problem.cp_size, slices)
     return max(0, load.busiest - problem.limit), load.keys
-
-
-def _neutral(problem: BalanceProblem) -> Bias:
-    ones = [1.0] * len(problem.lengths)
-    return Bias(cut=ones, fill=ones)
 
 
 def _changed(bias: Bias, dice: random.Random) -> Bias:

@@ -98,10 +98,9 @@ class Dealer:
             self._take(d, low, high)
         elif size >= tokens and self.count(d, high - tokens, high) <= self.budget:
             whole = self._largest_whole(size - tokens)
-            if whole is None:
-                self._take(d, high - tokens, high)
-            else:
-                self._take(whole, 0, self.high[whole])
+            if whole is not None:
+                d, low, high = whole, 0, self.high[whole]
+            self._take(d, max(low, high - tokens), high)
         else:
             self._cut(d)
 
@@ -143,9 +142,8 @@ class Dealer:
         if not place:
             return None
         e = self.fresh[place - 1]
-        if self.tokens - lengths[e] >= rest or not self._completes(e, lengths[e], pairs[e]):
-            return None
-        return e
+        enough = self.tokens - lengths[e] < rest
+        return e if enough and self._completes(e, lengths[e], pairs[e]) else None
 
     def _cut(self, d: int) -> None:
         """Fills the rank with fillers, a head of ``d``, and the tail of ``d`` that then fits."""
@@ -153,8 +151,7 @@ class Dealer:
         if cut is None:
             # No filler fits whole, and no part of one closes the gap: take the cheapest tokens.
             e = next((e for _, e in self.queue if e != d), d)
-            low = self.low[e]
-            self._take(e, low, min(self.high[e], low + self.tokens))
+            self._take(e, self.low[e], min(self.high[e], self.low[e] + self.tokens))
             return
         self._take(d, self.low[d], cut.head)
         for e in cut.whole:
@@ -182,8 +179,7 @@ class Dealer:
             self.low[d] = high
         else:
             self.high[d] = low
-        low, high = self.low[d], self.high[d]
-        if low < high:
+        if (low := self.low[d]) < (high := self.high[d]):
             self.opened.append(d)
             self.order[d] = self.bias.fill[d] * self.count(d, low, high) / (high - low)
             insort(self.queue, (self.order[d], d))
@@ -244,10 +240,8 @@ class _CutSearch:
         return self.pairs_to_top - self.up_to(self.length, bottom) + pairs - dealer.budget
 
     def _fits(self, tokens: int, pairs: int) -> bool:
-        tokens += self.tokens
-        if tokens > self.dealer.tokens:
-            return False
-        return self._excess(tokens, self.pairs + pairs, self.head) > 0
+        tokens, pairs = self.tokens + tokens, self.pairs + pairs
+        return tokens <= self.dealer.tokens and self._excess(tokens, pairs, self.head) > 0
 
     def _add(self, e: int, sign: int) -> None:
         dealer = self.dealer
@@ -259,23 +253,17 @@ class _CutSearch:
         else:
             self.whole.remove(e)
 
-    def _own_heads(self, most: int) -> int | None:
-        """The fewest tokens of the head of ``d``, at most ``most``, that close the gap."""
-        up_to, length, head = self.up_to, self.length, self.head
-        pairs = self.pairs - up_to(length, head)
-        return first_closed(
-            lambda n: self._excess(self.tokens + n, pairs + up_to(length, head + n), head + n), most
-        )
-
     def _heads_of(self, e: int) -> int | None:
         """The fewest tokens of the head of ``e`` that close the gap."""
         dealer, up_to = self.dealer, self.up_to
         low, length = dealer.low[e], dealer.problem.lengths[e]
-        pairs = self.pairs - up_to(length, low)
-        return first_closed(
-            lambda n: self._excess(self.tokens + n, pairs + up_to(length, low + n), self.head),
-            min(dealer.tokens - self.tokens, dealer.high[e] - low),
-        )
+        pairs, raised = self.pairs - up_to(length, low), int(e == self.d)
+
+        def excess(n: int) -> int:
+            new_pairs = pairs + up_to(length, low + n)
+            return self._excess(self.tokens + n, new_pairs, self.head + n * raised)
+
+        return first_closed(excess, min(dealer.tokens - self.tokens, dealer.high[e] - low))
 
     def _exchange(self, old: int, new: int) -> None:
         self._add(old, -1)
@@ -313,7 +301,7 @@ class _CutSearch:
         num_ranks = 2 * dealer.count(self.d, dealer.low[self.d], self.top) / dealer.problem.limit
         bottom = self.top - dealer.tokens + self.tokens
         best, least = None, float("inf")
-        num = self._own_heads(min(dealer.tokens - self.tokens, self.top - self.head))
+        num = self._heads_of(self.d)
         if num is not None:
             best, least = Cut(self.head + num, self.whole, None), num_ranks * (bottom + num)
             if num == 0:

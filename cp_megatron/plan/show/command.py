@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -29,9 +28,6 @@ _DESCRIPTION = f"""Print and draw a schedule: which rank holds which tokens, com
 of the attention matrix in which round, and sends what to whom. It needs neither a GPU nor torch.
 
 {PROGRAM} --mask documents --documents 900 100 3000 96 --context-parallel-size 4 --svg plan.svg"""
-_ELEMENT_SIZES: Mapping[str, int] = types.MappingProxyType(
-    {"bfloat16": 2, "float32": 4, "float64": 8}
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,11 +72,6 @@ class PlanOptions:
     rank: int | None = None
     """Also print the rounds of this rank: what it computes, receives and sends."""
 
-    @property
-    def element_size(self) -> int:
-        """Bytes of one element."""
-        return _ELEMENT_SIZES[self.dtype]
-
 
 def parse(argv: Sequence[str]) -> PlanOptions:
     """Reads a command line, without the program's name.
@@ -102,20 +93,16 @@ def run(options: PlanOptions, console: Console | None = None) -> None:
     if not out.is_terminal:
         out = Console(width=240, file=out.file)  # lines are not folded in a file
     schedule = make_schedule(options)
-    rank = options.rank
-    if rank is not None and not 0 <= rank < schedule.layout.cp_size:
-        last = schedule.layout.cp_size - 1
+    rank, size = options.rank, schedule.layout.cp_size
+    if rank is not None and not 0 <= rank < size:
         rule = "is not a rank of --context-parallel-size"
-        raise ConfigError("--rank", rank, rule, f"0 to {last}")
+        raise ConfigError("--rank", rank, rule, f"0 to {size - 1}")
     if options.svg is not None:
         _draw(schedule, options.svg)
-    print_schedule(
-        schedule,
-        out,
-        head_dim=options.head_dim,
-        v_head_dim=options.v_head_dim,
-        element_size=options.element_size,
-    )
+    element_size = {"bfloat16": 2, "float32": 4, "float64": 8}[options.dtype]
+    widths = options.head_dim, element_size, options.v_head_dim
+    moved = [schedule.bytes_received(r, *widths) for r in range(size)]
+    print_schedule(schedule, out, moved)
     if rank is not None:
         print_rank(schedule, rank, out)
     if options.svg is not None:
@@ -131,13 +118,9 @@ def make_schedule(options: PlanOptions) -> Schedule:
     mask = make_mask(options)
     layout = SequenceLayout.make(mask, options.context_parallel_size, options.cp_layout)
     return Schedule.build(
-        mask,
-        layout,
-        exchange=options.cp_comm_type,
-        route=options.cp_route,
-        num_heads=options.num_attention_heads,
-        num_kv_heads=options.num_query_groups,
-        hierarchical_sizes=options.hierarchical_context_parallel_sizes,
+        *(mask, layout, options.cp_comm_type, options.cp_route),
+        *(options.num_attention_heads, options.num_query_groups),
+        options.hierarchical_context_parallel_sizes,
         head_dim=options.head_dim,
         v_head_dim=options.v_head_dim,
     )
@@ -167,11 +150,14 @@ def make_mask(options: PlanOptions) -> Mask:
         return Mask.causal(seq_len, window)
     if kind == "full":
         return Mask.full(seq_len, window)
-    if options.documents is not None:
-        lengths = _given_lengths(options.documents, options.seq_length)
-    else:
+    if options.documents is None:
         assert options.documents_random is not None
-        lengths = random_lengths(seq_len, options.documents_random)
+        lengths: Sequence[int] = random_lengths(seq_len, options.documents_random)
+    else:
+        lengths, total = options.documents, sum(options.documents)
+        if options.seq_length not in (None, total):
+            rule = f"the documents add up to {total}"
+            raise ConfigError("--seq-length", seq_len, rule, f"{total}, or leave it out")
     return Mask.documents(lengths, not options.bidirectional, window)
 
 
@@ -187,20 +173,11 @@ def random_lengths(seq_len: int, seed: int) -> list[int]:
     return lengths
 
 
-def _given_lengths(documents: tuple[int, ...], seq_length: int | None) -> list[int]:
-    total = sum(documents)
-    if seq_length not in (None, total):
-        rule = f"the documents add up to {total}"
-        raise ConfigError("--seq-length", seq_length, rule, f"{total}, or leave it out")
-    return list(documents)
-
-
 def _draw(schedule: Schedule, path: str) -> None:
     try:
         schedule.plot(path)
     except OSError as error:
-        near = (
-            "" if Path(path).parent.is_dir() else f"a folder that exists, not {Path(path).parent}"
-        )
-        reason = error.strerror or str(error)
-        raise ConfigError("--svg", path, f"cannot be written: {reason}", near) from None
+        folder = Path(path).parent
+        near = "" if folder.is_dir() else f"a folder that exists, not {folder}"
+        rule = f"cannot be written: {error.strerror or error}"
+        raise ConfigError("--svg", path, rule, near) from None

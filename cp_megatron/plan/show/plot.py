@@ -179,14 +179,12 @@ def _matrix(schedule: DrawableSchedule) -> tuple[list[str], list[str]]:
         seen.sort(key=lambda item: math.prod(_sides(item.patch)), reverse=True)
         left_out = sum(item.patch.pairs for item in seen[MAX_PATCHES:])
         share = left_out / sum(item.patch.pairs for item in placed)
-        notes.append(
-            f"Not drawn: the {len(seen) - MAX_PATCHES:,} smallest areas, {share:.2%} of the pairs."
-        )
+        areas = f"{len(seen) - MAX_PATCHES:,} smallest areas"
+        notes.append(f"Not drawn: the {areas}, {share:.2%} of the pairs.")
         seen = seen[:MAX_PATCHES]
     pixels = _pixels(tiny, scale)
-    groups = range(schedule.layout.cp_size // schedule.all_to_all_size)
     drawing: list[str] = []
-    for group in groups:
+    for group in range(schedule.layout.cp_size // schedule.all_to_all_size):
         mine = [item for item in seen if item.group == group]
         drawing += _group(mine, pixels.get(group, ""), scale, group_colour(schedule, group))
     return drawing, notes
@@ -195,9 +193,9 @@ def _matrix(schedule: DrawableSchedule) -> tuple[list[str], list[str]]:
 def _placed(schedule: DrawableSchedule) -> Iterator[_Placed]:
     """All patches. Members of a group compute the same tiles, so the first stands for all."""
     for group, chunks in enumerate(schedule.rows.chunks):
-        queries = pack(list(chunks))
+        queries = pack(chunks)
         for number, round_ in enumerate(schedule.rounds(group * schedule.all_to_all_size)):
-            keys = pack(list(round_.keys))
+            keys = pack(round_.keys)
             for tile in round_.tiles:
                 for patch in patches(tile, queries, keys):
                     yield _Placed(patch, group, number)
@@ -233,6 +231,10 @@ def _group(mine: Sequence[_Placed], pixels: str, scale: float, colour: str) -> l
 def _path(points: Sequence[Point]) -> str:
     corners = " ".join(f"{_number(x)} {_number(y)}" for x, y in points)
     return f"M{corners}z"
+
+
+def _rectangle(x0: float, x1: float, y0: float, y1: float) -> str:
+    return _path([(x0, y0), (x1, y0), (x1, y1), (x0, y1)])
 
 
 def _inside(points: Sequence[Point], letters: int) -> Point | None:
@@ -291,7 +293,7 @@ def _edges(schedule: DrawableSchedule) -> Iterator[str]:
                 (LEFT + a, LEFT + b, top, top + EDGE),
                 (left, left + EDGE, TOP + a, TOP + b),
             ):
-                path += _path([(x0, y0), (x1, y0), (x1, y1), (x0, y1)])
+                path += _rectangle(x0, x1, y0, y1)
                 if b - a >= needed:
                     numbers.append(_text((x0 + x1) / 2, (y0 + y1) / 2 + 3.5, str(rank)))
         yield f'<path class="edge" fill="{rank_colour(schedule, rank)}"{border} d="{path}"/>'
@@ -301,20 +303,16 @@ def _edges(schedule: DrawableSchedule) -> Iterator[str]:
 
 def _documents(schedule: DrawableSchedule) -> Iterator[str]:
     scale = SIDE / schedule.mask.seq_len
-    edges = schedule.mask.starts().tolist()
+    edges = schedule.mask.starts.tolist()
     spans = [(a * scale, b * scale) for a, b in pairwise(edges) if (b - a) * scale >= 3]
     if len(schedule.mask.lengths) > 1 and spans:
-        path = "".join(
-            _path(
-                [(LEFT + a, TOP + a), (LEFT + b, TOP + a), (LEFT + b, TOP + b), (LEFT + a, TOP + b)]
-            )
-            for a, b in spans
-        )
+        path = "".join(_rectangle(LEFT + a, LEFT + b, TOP + a, TOP + b) for a, b in spans)
         yield f'<path fill="none" stroke="#333" stroke-width="0.7" d="{path}"/>'
 
 
 def _legend(schedule: DrawableSchedule, summary: Summary) -> tuple[list[str], int]:
-    shown = summary.ranks if len(summary.ranks) <= LEGEND_ROWS else summary.ranks[: LEGEND_ROWS - 1]
+    count = len(summary.ranks)
+    shown = summary.ranks[: count if count <= LEGEND_ROWS else LEGEND_ROWS - 1]
     table = [("rank", "pairs", "of mean", "keys received", "heads")]
     table += [
         (str(row.rank), f"{row.pairs:,}", f"{row.pairs / summary.mean_pairs:.3f}",
@@ -337,8 +335,8 @@ def _legend(schedule: DrawableSchedule, summary: Summary) -> tuple[list[str], in
         if has_heads:
             lines.append(_text(rights[3] + 14, y, cells[4]))
     y = TOP + 10 + LINE * len(table)
-    if len(shown) < len(summary.ranks):
-        lines.append(_text(start, y, f"and {len(summary.ranks) - len(shown)} more ranks"))
+    if len(shown) < count:
+        lines.append(_text(start, y, f"and {count - len(shown)} more ranks"))
         y += LINE
     lines.append(_text(start, y, f"busiest over mean {summary.busiest:.3f}"))
     lines.append(_text(start, y + LINE, f"all receive {summary.keys_received:,} keys"))

@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from cp_megatron.plan.tiling import Band, LocalRun, Span, Tile
+from cp_megatron.plan.tiling import Band, LocalRun, Span, Tile, runs_within
 
 Point = tuple[float, float]
 
@@ -42,10 +42,7 @@ class Patch:
 
     def row_range(self, row: int) -> Span:
         """The columns that row number ``row`` attends, counted from ``keys[0]``."""
-        left, right = self.band.left, self.band.right
-        low = 0 if left is None else max(0, row - left)
-        width = self.keys[1] - self.keys[0]
-        return low, width if right is None else min(width, row + right + 1)
+        return self.band.columns(row, row + 1, self.keys[1] - self.keys[0])
 
     def outline(self, exact: bool) -> list[Point]:
         """Corners ``(key, row)`` in positions, where row r reaches from r to r + 1.
@@ -87,16 +84,6 @@ def patches(tile: Tile, queries: Sequence[LocalRun], keys: Sequence[LocalRun]) -
             patch = _patch(rows, run, tile.band, row - column)
             if patch is not None:
                 yield patch
-
-
-def runs_within(runs: Sequence[LocalRun], start: int, stop: int) -> Iterator[tuple[int, Span]]:
-    """The runs in ``start:stop`` of a buffer: offset from ``start``, and positions."""
-    for run in runs:
-        low = max(start, run.offset)
-        high = min(stop, run.offset + run.stop - run.start)
-        if low < high:
-            first = run.start + low - run.offset
-            yield low - start, (first, first + high - low)
 
 
 def _patch(rows: Span, keys: Span, band: Band, shift: int) -> Patch | None:

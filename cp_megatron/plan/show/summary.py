@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from cp_megatron.plan.heads import HeadExchange
 from cp_megatron.plan.layout import SequenceLayout
@@ -47,8 +47,7 @@ class DrawableSchedule(Protocol):
     def kv_tokens_received(self, rank: int) -> int: ...
 
 
-@dataclass(frozen=True, kw_only=True)
-class RankSummary:
+class RankSummary(NamedTuple):
     """One rank's share.
 
     Attributes:
@@ -64,7 +63,7 @@ class RankSummary:
     heads: str
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Summary:
     """The shares of all ranks."""
 
@@ -73,17 +72,9 @@ class Summary:
     @classmethod
     def of(cls, schedule: DrawableSchedule) -> Summary:
         """Counts over the rounds of a schedule."""
-        return cls(
-            ranks=tuple(
-                RankSummary(
-                    rank=rank,
-                    pairs=schedule.pairs(rank),
-                    keys_received=schedule.kv_tokens_received(rank),
-                    heads=heads_of(schedule, rank),
-                )
-                for rank in range(schedule.layout.cp_size)
-            )
-        )
+        pairs, keys = schedule.pairs, schedule.kv_tokens_received
+        ranks = range(schedule.layout.cp_size)
+        return cls(tuple(RankSummary(r, pairs(r), keys(r), heads_of(schedule, r)) for r in ranks))
 
     @cached_property
     def mean_pairs(self) -> float:
@@ -103,14 +94,8 @@ class Summary:
 
 def heads_of(schedule: DrawableSchedule, rank: int) -> str:
     """Formats the heads of ``rank``, e.g. ``q 4-7, kv 1``; empty if it computes all heads."""
-    head_exchange = schedule.heads(rank)
-    if head_exchange is None:
-        return ""
-    queries, keys = (
-        head_exchange.query_heads[head_exchange.index],
-        head_exchange.kv_heads[head_exchange.index],
-    )
-    return f"q {numbers(queries)}, kv {numbers(keys)}"
+    x = schedule.heads(rank)
+    return f"q {numbers(x.query_heads[x.index])}, kv {numbers(x.kv_heads[x.index])}" if x else ""
 
 
 def numbers(span: Span) -> str:
@@ -134,13 +119,10 @@ def mask_in_words(mask: Mask) -> str:
         short, long = min(mask.lengths), max(mask.lengths)
         count = f"{len(mask.lengths):,} of {short:,} to {long:,} tokens"
         words = f"documents: {count}{'' if mask.is_causal else ', both directions'}"
-    if not mask.has_window:
-        return words
     left, right = mask.window
     sides = [f"{left:,} left"] if left >= 0 else []
-    if right >= 0 and not mask.is_causal:
-        sides.append(f"{right:,} right")
-    return f"{words}, window {' '.join(sides)}"
+    sides += [f"{right:,} right"] if right >= 0 and not mask.is_causal else []
+    return f"{words}, window {' '.join(sides)}" if sides else words
 
 
 def exchange_in_words(schedule: DrawableSchedule) -> str:
@@ -151,6 +133,5 @@ def exchange_in_words(schedule: DrawableSchedule) -> str:
         return schedule.exchange
     if all_to_all_size == 1:
         return f"p2p {way}"
-    return f"a2a among {all_to_all_size}" + (
-        f", p2p {way} between {groups} groups" if groups > 1 else ""
-    )
+    between = f", p2p {way} between {groups} groups" if groups > 1 else ""
+    return f"a2a among {all_to_all_size}{between}"

@@ -13,34 +13,30 @@ from rich.table import Table
 
 from cp_megatron.plan.rounds import Message, Round
 from cp_megatron.plan.schedule import Schedule
-from cp_megatron.plan.show.shapes import runs_within
 from cp_megatron.plan.show.summary import Summary, exchange_in_words, heads_of, many, mask_in_words
-from cp_megatron.plan.tiling import LocalRun, Span, Tile, merge_spans, num_positions, pack
+from cp_megatron.plan.tiling import (
+    LocalRun,
+    Span,
+    Tile,
+    merge_spans,
+    num_positions,
+    pack,
+    positions_at,
+    runs_within,
+)
 
 MAX_RANKS, MAX_TILES = 128, 12
 
 
-def print_schedule(
-    schedule: Schedule,
-    console: Console,
-    *,
-    head_dim: int,
-    v_head_dim: int | None,
-    element_size: int,
-) -> None:
+def print_schedule(schedule: Schedule, console: Console, moved: Sequence[int]) -> None:
     """Prints what was chosen, and each rank's share.
 
     Args:
         schedule: a schedule that knows its numbers of heads.
         console: where to print.
-        head_dim, v_head_dim: widths of a key head and a value head.
-        element_size: bytes per element.
+        moved: the bytes that each rank receives.
     """
     summary = Summary.of(schedule)
-    moved = [
-        schedule.bytes_received(rank, head_dim, element_size, v_head_dim)
-        for rank in range(schedule.layout.cp_size)
-    ]
     for name, text in _choices(schedule, summary):
         console.print(f"{name:<10}{text}", highlight=False, markup=False)
     console.print()
@@ -80,12 +76,9 @@ def _fill(table: Table, schedule: Schedule, summary: Summary, moved: Sequence[in
 
 def in_bytes(count: int) -> str:
     """Formats ``1536`` as ``1.5 KiB``."""
-    size, unit = float(count), "B"
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if size < 1024 or unit == "TiB":
-            break
-        size /= 1024
-    return f"{size:,.0f} B" if unit == "B" else f"{size:,.1f} {unit}"
+    power = min((max(count, 1).bit_length() - 1) // 10, 4)
+    unit = ("B", "KiB", "MiB", "GiB", "TiB")[power]
+    return f"{count / 1024**power:,.{1 if power else 0}f} {unit}"
 
 
 def _choices(schedule: Schedule, summary: Summary) -> Iterator[tuple[str, str]]:
@@ -120,12 +113,12 @@ def _rank_lines(schedule: Schedule, rank: int) -> Iterator[str]:
     yield from _all_to_all_lines(schedule, rank)
     gather = schedule.gather(rank)
     if gather is not None:
-        given = _positions(pack(chunks), gather.given)
+        given = positions_at(chunks, gather.given)
         yield f"  gathers   gives {_tokens(given)}, padded to {gather.width:,} tokens"
         size = schedule.layout.cp_size
         picked = num_positions(gather.picked)
         yield f"            picks {picked:,} of the {size * gather.width:,} gathered"
-    queries = pack(list(schedule.rows.chunks[rank // schedule.all_to_all_size]))
+    queries = pack(schedule.rows.chunks[rank // schedule.all_to_all_size])
     rounds = schedule.rounds(rank)
     idle: list[int] = []
     for number, round_ in enumerate(rounds):
@@ -172,30 +165,26 @@ def _whose(round_: Round, number: int, schedule: Schedule) -> str:
 def _round_lines(
     round_: Round, number: int, queries: Sequence[LocalRun], rounds: Sequence[Round], route: str
 ) -> Iterator[str]:
-    keys = pack(list(round_.keys))
+    keys = pack(round_.keys)
     for index, tile in enumerate(round_.tiles[:MAX_TILES]):
         yield f"  {'' if index else 'computes':<10}{_tile(tile, queries, keys)}"
-    rest = round_.tiles[MAX_TILES:]
-    if rest:
+    if rest := round_.tiles[MAX_TILES:]:
         pairs = sum(tile.pairs for tile in rest)
         yield f"  {'':<10}and {len(rest):,} more tiles of {pairs:,} pairs"
     if round_.send_keys:
-        own = pack(list(rounds[0].keys))
-        source = own if number == 0 or route == "direct" else keys
+        source = rounds[0].keys if number == 0 or route == "direct" else round_.keys
         yield f"  sends     {_message(round_.send_keys, source)} to rank {round_.send_keys.peer}"
     if round_.receive_keys:
-        coming = pack(list(rounds[number + 1].keys))
-        text = _message(round_.receive_keys, coming)
+        text = _message(round_.receive_keys, rounds[number + 1].keys)
         yield f"  receives  {text} from rank {round_.receive_keys.peer}, for round {number + 1}"
-    backward = [
-        (round_.pass_grads, "passes the gradients of", "to"),
-        (round_.return_grads, "returns the gradients of", "to"),
-        (round_.receive_passed, "receives gradients of", "from"),
-        (round_.receive_returned, "gets back gradients of", "from"),
-    ]
     words = [
         f"{verb} {message.num_tokens:,} keys {side} rank {message.peer}"
-        for message, verb, side in backward
+        for message, verb, side in (
+            (round_.pass_grads, "passes the gradients of", "to"),
+            (round_.return_grads, "returns the gradients of", "to"),
+            (round_.receive_passed, "receives gradients of", "from"),
+            (round_.receive_returned, "gets back gradients of", "from"),
+        )
         if message
     ]
     if words:
@@ -208,14 +197,9 @@ def _tile(tile: Tile, queries: Sequence[LocalRun], keys: Sequence[LocalRun]) -> 
     return f"queries {rows} x keys {columns}, {tile.kind}, {tile.pairs:,} pairs"
 
 
-def _message(message: Message, source: Sequence[LocalRun]) -> str:
-    return f"keys {_tokens(_positions(source, message.spans))}"
+def _message(message: Message, source: Sequence[Span]) -> str:
+    return f"keys {_tokens(positions_at(source, message.spans))}"
 
 
-def _positions(runs: Sequence[LocalRun], spans: Sequence[Span]) -> tuple[Span, ...]:
-    found = [run for start, stop in spans for _, run in runs_within(runs, start, stop)]
-    return tuple(merge_spans(found))
-
-
-def _tokens(spans: tuple[Span, ...]) -> str:
+def _tokens(spans: Sequence[Span]) -> str:
     return f"{many(spans)} ({num_positions(spans):,})" if spans else "none"
