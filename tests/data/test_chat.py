@@ -71,7 +71,7 @@ def chats_file(place: Path) -> str:
 
 
 def load(path: str, tokenizer: Tokenizer, seq_length: int = 4096) -> list[tuple[list[int], Any]]:
-    corpus = load_chats(path, tokenizer, seq_length=seq_length, skip_bad=False).corpus
+    corpus = load_chats(path, tokenizer, seq_length=seq_length, skip_bad=False)[0]
     assert corpus.loss is not None
     cuts = corpus.document_starts[1:]
     parts = zip(np.split(corpus.tokens, cuts), np.split(corpus.loss, cuts))
@@ -183,9 +183,9 @@ def test_a_malformed_line_is_named(tmp_path: Path, line: object, reason: str) ->
         load(path, ByteTokenizer())
     assert caught.value.value == path
     assert caught.value.rule.startswith(f"line 2: {reason}")
-    chats = load_chats(path, ByteTokenizer(), seq_length=999, skip_bad=True)
-    assert chats.corpus.skipped == 1
-    assert len(chats.corpus.document_starts) == 1
+    corpus, _, _ = load_chats(path, ByteTokenizer(), seq_length=999, skip_bad=True)
+    assert corpus.skipped == 1
+    assert len(corpus.document_starts) == 1
 
 
 def test_long_conversations_are_cut_or_dropped(tmp_path: Path) -> None:

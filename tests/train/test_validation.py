@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from cp_megatron.data.batch.batch import IGNORED
 from tests.ranks import run_ranks
 from tests.train.test_step import Case, alone, batches_of, shards_of, train_step_of
 
@@ -24,7 +25,7 @@ def by_batches(rank: int, world_size: int, style: str, case: Case) -> tuple[floa
     for number in range(ROUNDS):
         for batch in batches_of(number, case, train_step.groups):
             mean = train_step.evaluate([train_step.prepare(batch)])
-            counts.append(batch.valid_tokens)
+            counts.append(int((batch.labels != IGNORED).sum()))
             total += mean * counts[-1]
     return total / sum(counts), counts
 

@@ -40,11 +40,6 @@ class Batch:
     first_row: int
     row_length: int
 
-    @property
-    def valid_tokens(self) -> int:
-        """The number of tokens that have a loss."""
-        return int((self.labels != IGNORED).sum())
-
 
 def microbatches(
     rows: RowSource,

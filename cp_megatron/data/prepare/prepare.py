@@ -24,19 +24,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from cp_megatron.data.prepare.prepare_worker import (
     OUTPUT,
     SpanProgress,
     cannot_write,
     ids_path,
-    lengths_path,
     receipt_path,
     serve,
     write_json,
 )
 from cp_megatron.data.prepare.request import Request
-from cp_megatron.data.read.documents import InputFile, InputSpan, cut_spans, find_inputs
+from cp_megatron.data.read.documents import InputSpan, cut_spans, find_inputs
 from cp_megatron.data.read.indexed import write_indexed
 from cp_megatron.data.read.tables import FLAG
 from cp_megatron.data.tokenize.open_tokenizer import open_tokenizer
@@ -92,7 +92,10 @@ def prepare(request: Request, watch: Watcher = lambda event: None) -> Prepared:
     if not _receipts(request.partial):
         _check_outputs(request)
     files = find_inputs(request.input)
-    _check_keys(request.json_keys, files)
+    for file in files:
+        if file.format == "text" and request.json_keys != ("text",):
+            rule = f"{file.path} is a text file and has no keys"
+            raise ConfigError("--json-keys", " ".join(request.json_keys), rule, "text")
     total = sum(file.size for file in files)
     span_bytes = min(LARGEST_SPAN, max(SMALLEST_SPAN, total // SPANS))
     with _folder(request.partial):
@@ -128,21 +131,12 @@ def _check_request(request: Request) -> None:
             raise ConfigError("--json-keys", key, rule, "another key")
 
 
-def _check_keys(keys: Sequence[str], files: Sequence[InputFile]) -> None:
-    for file in files:
-        if file.format == "text" and keys != ("text",):
-            rule = f"{file.path} is a text file and has no keys"
-            raise ConfigError("--json-keys", " ".join(keys), rule, "text")
-
-
 def _check_outputs(request: Request) -> None:
     """Refuses to overwrite a pair. A run that goes on may have made some of its pairs before."""
-    for prefix in request.outputs:
-        for suffix in (".idx", ".bin"):
-            if os.path.exists(prefix + suffix):
-                rule = f"{prefix + suffix} exists already"
-                works = "another prefix, or delete the file"
-                raise ConfigError(OUTPUT, request.output_prefix, rule, works)
+    for path in (prefix + suffix for prefix in request.outputs for suffix in (".idx", ".bin")):
+        if os.path.exists(path):
+            works = "another prefix, or delete the file"
+            raise ConfigError(OUTPUT, request.output_prefix, f"{path} exists already", works)
 
 
 @contextmanager
@@ -285,10 +279,7 @@ def _join(request: Request, spans: Sequence[InputSpan], vocab_size: int) -> Prep
         raise ConfigError(FLAG, " ".join(request.input), rule, "documents with text")
     try:
         for key, prefix in enumerate(request.outputs):
-            parts = (
-                (ids_path(folder, number, key), _checked_lengths(folder, number, key, receipt))
-                for number, receipt in enumerate(receipts)
-            )
+            parts = (_checked(folder, number, key, each) for number, each in enumerate(receipts))
             write_indexed(prefix, parts, vocab_size=vocab_size)
     except OSError as error:
         raise cannot_write(request.output_prefix, error) from None
@@ -296,14 +287,16 @@ def _join(request: Request, spans: Sequence[InputSpan], vocab_size: int) -> Prep
     return Prepared(outputs=request.outputs, documents=documents, tokens=tokens, skipped=skipped)
 
 
-def _checked_lengths(folder: Path, number: int, key: int, receipt: Mapping[str, Any]) -> Any:
-    """The lengths of the documents of a span, whose files are compared with the receipt.
+def _checked(
+    folder: Path, number: int, key: int, receipt: Mapping[str, Any]
+) -> tuple[Path, npt.NDArray[np.int32]]:
+    """The ids of a span and the lengths of its documents, compared with the receipt.
 
     After a loss of power, files may have their names and not their contents.
     """
-    lengths = np.fromfile(lengths_path(folder, number, key), dtype="<i4")
-    check = 0
-    with ids_path(folder, number, key).open("rb") as stream:
+    path, check = ids_path(folder, number, key), 0
+    lengths = np.fromfile(path.with_suffix(".len"), dtype="<i4")
+    with path.open("rb") as stream:
         while data := stream.read(SMALLEST_SPAN):
             check = zlib.crc32(data, check)
     good = (check, len(lengths), int(lengths.sum(dtype=np.int64)))
@@ -312,7 +305,7 @@ def _checked_lengths(folder: Path, number: int, key: int, receipt: Mapping[str, 
         rule = f"the finished span {number} in it was damaged and is now deleted"
         works = "run the same command again to rebuild it"
         raise ConfigError(OUTPUT, str(folder), rule, works)
-    return lengths
+    return path, lengths
 
 
 def _skipped(spans: Sequence[InputSpan], receipts: Sequence[Mapping[str, Any]]) -> Iterator[str]:

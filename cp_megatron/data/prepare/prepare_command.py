@@ -52,8 +52,12 @@ def run(request: Request, console: Console | None = None) -> Prepared:
         prepared = prepare(request, view)
     for prefix, documents, tokens in zip(prepared.outputs, prepared.documents, prepared.tokens):
         _print(out, f"{prefix}.bin .idx: {documents:,} documents, {tokens:,} tokens")
-    if prepared.skipped:
-        _report_skipped(prepared.skipped, f"{request.output_prefix}_skipped.txt", out)
+    if lines := prepared.skipped:
+        path = Path(f"{request.output_prefix}_skipped.txt")
+        path.write_text("".join(f"{line}\n" for line in lines), "utf-8", "backslashreplace")
+        for line in lines[:_SHOWN]:
+            _print(out, f"skipped {line}")
+        _print(out, f"skipped {len(lines):,} in all, listed in {path}")
     return prepared
 
 
@@ -63,13 +67,6 @@ def interrupted(argv: Sequence[str]) -> str:
     done = len(list(folder.glob("[0-9]*.json")))
     stopped = f"{PROGRAM}: stopped; {done} finished spans are in {folder}"
     return f"{stopped}; run the same command to continue"
-
-
-def _report_skipped(skipped: Sequence[str], path: str, out: Console) -> None:
-    Path(path).write_text("".join(f"{line}\n" for line in skipped), "utf-8", "backslashreplace")
-    for line in skipped[:_SHOWN]:
-        _print(out, f"skipped {line}")
-    _print(out, f"skipped {len(skipped):,} in all, listed in {path}")
 
 
 def _print(out: Console, text: str) -> None:
@@ -83,16 +80,11 @@ class _View:
         self._interval = interval
         self._begin = time.monotonic()
         self._weight = self._tokens = self._documents = self._reported = 0
+        begin = (TextColumn("{task.percentage:>3.0f}%"), BarColumn(bar_width=None))
+        end = (TextColumn("{task.description}"), TextColumn("eta"), TimeRemainingColumn())
+        hidden = not console.is_terminal
         self.bar = Progress(
-            TextColumn("{task.percentage:>3.0f}%"),
-            BarColumn(bar_width=None),
-            TextColumn("{task.description}"),
-            TextColumn("eta"),
-            TimeRemainingColumn(),
-            console=console,
-            expand=True,
-            transient=True,
-            disable=not console.is_terminal,
+            *begin, *end, console=console, expand=True, transient=True, disable=hidden
         )
         self._task = self.bar.add_task("", total=None)
 

@@ -16,13 +16,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from cp_megatron.data.prepare.request import Request
-from cp_megatron.data.read.documents import DocumentBatch, InputSpan, read_span
+from cp_megatron.data.read.documents import InputSpan, read_span
 from cp_megatron.data.read.indexed import optimal_dtype
 from cp_megatron.data.tokenize.open_tokenizer import open_tokenizer
 from cp_megatron.data.tokenize.tokenizer import Tokenizer
@@ -48,11 +47,6 @@ def receipt_path(folder: Path, number: int) -> Path:
 def ids_path(folder: Path, number: int, key: int) -> Path:
     """The ids of a span under a key."""
     return folder / f"{number:06d}-{key}.bin"
-
-
-def lengths_path(folder: Path, number: int, key: int) -> Path:
-    """The number of ids of each document of a span under a key."""
-    return folder / f"{number:06d}-{key}.len"
 
 
 def cannot_write(path: object, error: OSError) -> ConfigError:
@@ -100,7 +94,14 @@ def tokenise_span(
     lines = 0
     try:
         for batch in read_span(span, keys, skip_bad_lines=request.skip_bad_lines):
-            connection.send(_write(batch, tokenizer, request.append_eod, streams, lengths, checks))
+            tokens = documents = 0
+            for key, texts in enumerate(batch.texts):
+                data, sizes = _encoded(texts, tokenizer, request.append_eod)
+                streams[key].write(data)
+                checks[key] = zlib.crc32(data, checks[key])
+                lengths[key] += sizes
+                tokens, documents = tokens + sum(sizes), documents + len(sizes)
+            connection.send(SpanProgress(weight=batch.weight, tokens=tokens, documents=documents))
             skipped += batch.skipped
             lines += batch.lines
     finally:
@@ -108,7 +109,7 @@ def tokenise_span(
             stream.close()
     for key, path in enumerate(outputs):
         Path(f"{path}{suffix}").replace(path)
-        lengths_path(folder, number, key).write_bytes(np.array(lengths[key], dtype="<i4").tobytes())
+        path.with_suffix(".len").write_bytes(np.array(lengths[key], dtype="<i4").tobytes())
     receipt = {
         "documents": [len(each) for each in lengths],
         "tokens": [sum(each) for each in lengths],
@@ -126,26 +127,13 @@ def write_json(path: Path, value: Mapping[str, Any], suffix: str = ".tmp") -> No
     unfinished.replace(path)
 
 
-def _write(
-    batch: DocumentBatch,
-    tokenizer: Tokenizer,
-    append_eod: bool,
-    streams: Sequence[BinaryIO],
-    lengths: Sequence[list[int]],
-    checks: list[int],
-) -> SpanProgress:
-    """Appends documents to the files of each key, and updates the lengths and the CRC-32."""
-    dtype = optimal_dtype(tokenizer.vocab_size)
+def _encoded(
+    texts: Sequence[str], tokenizer: Tokenizer, append_eod: bool
+) -> tuple[bytes, list[int]]:
+    """The ids of the documents, and the number of ids of each; those without ids are left out."""
     end = np.full(int(append_eod), tokenizer.eod, dtype=np.int32)
-    tokens = documents = 0
-    for key, (texts, stream) in enumerate(zip(batch.texts, streams)):
-        # Not as a batch: the processes share the cores, so a library's threads would add nothing.
-        encoded = [ids for text in texts if (ids := tokenizer.encode(text)).size]
-        parts: list[npt.NDArray[np.int32]] = [part for ids in encoded for part in (ids, end)]
-        joined = np.concatenate(parts).astype(dtype) if parts else np.zeros(0, dtype=dtype)
-        data = joined.tobytes()
-        stream.write(data)
-        lengths[key].extend(ids.size + end.size for ids in encoded)
-        checks[key] = zlib.crc32(data, checks[key])
-        tokens, documents = tokens + joined.size, documents + len(encoded)
-    return SpanProgress(weight=batch.weight, tokens=tokens, documents=documents)
+    # Not as a batch: the processes share the cores, so a library's threads would add nothing.
+    encoded = [ids for text in texts if (ids := tokenizer.encode(text)).size]
+    joined = np.concatenate([end[:0], *(part for ids in encoded for part in (ids, end))])
+    data = joined.astype(optimal_dtype(tokenizer.vocab_size)).tobytes()
+    return data, [ids.size + end.size for ids in encoded]

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
@@ -43,24 +42,9 @@ Conversation = tuple[Ids, npt.NDArray[np.bool_]]
 """The tokens, int32 [n], and whether each belongs to an answer, bool [n]."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Conversations:
-    """The conversations of a file.
-
-    Attributes:
-        corpus: one document for each.
-        cut: conversations that were longer than a row and lost their end.
-        dropped: conversations without an answer that begins within a row.
-    """
-
-    corpus: Corpus
-    cut: int
-    dropped: int
-
-
 def load_chats(
     path: str, tokenizer: Tokenizer, *, seq_length: int, skip_bad: bool
-) -> Conversations:
+) -> tuple[Corpus, int, int]:
     """Reads a file of conversations.
 
     Args:
@@ -69,6 +53,10 @@ def load_chats(
         seq_length: longer conversations are cut to this length, because the model would read the
             rest without its context.
         skip_bad: leave malformed lines out and count them.
+
+    Returns:
+        a document for each conversation, the number of conversations that were longer than a row
+        and lost their end, and of those left out without an answer that begins within a row.
 
     Raises:
         ConfigError: a line is malformed, no conversation is left, or the template cannot be used.
@@ -97,7 +85,7 @@ def load_chats(
         loss=loss,
     )
     num_cut = sum(len(tokens) > seq_length for tokens, _ in kept)
-    return Conversations(corpus=corpus, cut=num_cut, dropped=len(lines) - len(kept))
+    return corpus, num_cut, len(lines) - len(kept)
 
 
 def _messages(value: Any) -> list[dict[str, Any]]:
@@ -134,8 +122,7 @@ def _plain(tokenizer: Tokenizer) -> Callable[[Sequence[Message]], Conversation]:
             parts.append((tokenizer.encode("\n\n" * (number > 0) + heading), False))
             answer = message["role"] == "assistant"
             parts.append((tokenizer.encode(message["content"]), answer))
-            if answer:
-                parts.append((end, True))
+            parts += [(end, True)] * answer
         loss = [np.full(len(ids), answer) for ids, answer in parts]
         return np.concatenate([ids for ids, _ in parts]), np.concatenate(loss)
 
@@ -149,13 +136,9 @@ def _templated(tokenizer: Tokenizer, render: Render) -> Callable[[Sequence[Messa
         try:
             whole = render(messages, False)
             check_surrogates(whole, "a message")
-            spans = _answers(messages, whole, render)
+            spans = _answers(messages, whole, tokenizer, render)
         except TemplateRefusalError as error:
             raise BadLineError(f"the chat template refuses it: {error}") from None
-        except _NotNestedError as error:
-            rule = f"its chat template writes {error}, so it is unknown where answers lie"
-            works = "a template that only appends"
-            raise ConfigError(MODEL_FLAG, tokenizer.path, rule, works) from None
         tokens = tokenizer.encode(whole)
         loss = np.zeros(len(tokens), dtype=bool)
         for start, end in spans:
@@ -166,22 +149,20 @@ def _templated(tokenizer: Tokenizer, render: Render) -> Callable[[Sequence[Messa
     return write
 
 
-class _NotNestedError(ValueError):
-    """The text of a conversation's beginning is not the beginning of the conversation's text."""
-
-
-def _answers(messages: Sequence[Message], whole: str, render: Render) -> list[tuple[int, int]]:
+def _answers(
+    messages: Sequence[Message], whole: str, tokenizer: Tokenizer, render: Render
+) -> list[tuple[int, int]]:
     """The ranges of characters in ``whole`` that are answers."""
     spans = []
-    for number, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
+    for number in (n for n, message in enumerate(messages) if message["role"] == "assistant"):
         before = render(messages[:number], True)
         after = render(messages[: number + 1], False)
-        if not after.startswith(before):
-            raise _NotNestedError("an answer otherwise than after its generation prompt")
-        if not whole.startswith(after):
-            raise _NotNestedError("a message differently once others follow it")
+        if not (after.startswith(before) and whole.startswith(after)):
+            how = "a message differently once others follow it"
+            if not after.startswith(before):
+                how = "an answer otherwise than after its generation prompt"
+            rule = f"its chat template writes {how}, so it is unknown where answers lie"
+            raise ConfigError(MODEL_FLAG, tokenizer.path, rule, "a template that only appends")
         spans.append((len(before), len(after.rstrip())))
     return spans
 

@@ -43,8 +43,7 @@ from cp_megatron.errors import ConfigError
 _WORKS = "text files, .jsonl, .json, .parquet (also .jsonl.gz), or folders that hold some"
 BATCH_BYTES = 1 << 20
 """Text that is tokenised in one call."""
-_LINES, _ZIPPED = (".jsonl", ".json"), (".jsonl.gz", ".json.gz")
-_DATA = (".jsonl", *_ZIPPED, ".parquet")
+_DATA = (".jsonl", ".jsonl.gz", ".json.gz", ".parquet")
 
 Format = Literal["text", "lines", "zipped", "parquet", "arrow"]
 
@@ -161,9 +160,8 @@ def _cut(file: InputFile, span_bytes: int) -> Iterator[InputSpan]:
         ranges = [(number, number + 1, size) for number, size in row_groups(file.path)]
     elif file.format == "arrow":
         ranges = arrow_runs(file.path, span_bytes)
-    for start, stop, weight in ranges:
-        paths = (file.path,)
-        yield InputSpan(format=file.format, paths=paths, start=start, stop=stop, weight=weight)
+    for start, stop, size in ranges:
+        yield InputSpan(format=file.format, paths=(file.path,), start=start, stop=stop, weight=size)
 
 
 def _input(kind: Format, path: str, *, explicit: bool) -> InputFile:
@@ -186,9 +184,9 @@ def _expanded(given: str) -> list[str]:
 
 def _format_of(path: str) -> Format:
     name = path.lower()
-    if name.endswith(_ZIPPED):
+    if name.endswith((".jsonl.gz", ".json.gz")):
         return "zipped"
-    if name.endswith(_LINES):
+    if name.endswith((".jsonl", ".json")):
         return "lines"
     return "parquet" if name.endswith(".parquet") else "text"
 
@@ -252,12 +250,11 @@ def read_span(
             yield from _read_lines(span, keys, skip_bad_lines)
         else:
             read = read_row_group if span.format == "parquet" else read_arrow
-            for rows in read(span.paths[0], span.start, span.stop, keys):
-                texts = tuple([text for text in column if text] for column in rows.columns)
-                yield DocumentBatch(texts=texts, weight=round(span.weight * rows.share))
+            for columns, share in read(span.paths[0], span.start, span.stop, keys):
+                texts = tuple([text for text in column if text] for column in columns)
+                yield DocumentBatch(texts=texts, weight=round(span.weight * share))
     except (OSError, EOFError, zlib.error) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        rule = f"cannot be read: {reason}"
+        rule = f"cannot be read: {getattr(error, 'strerror', None) or error}"
         raise ConfigError(FLAG, span.paths[0], rule, "a readable file") from None
 
 

@@ -27,7 +27,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -123,8 +123,9 @@ class IndexedDataset:
             sequence = int(np.searchsorted(self.starts, where, side="right")) - 1
             rule = f"id {chunk[place]} at position {where} (sequence {sequence}) lies outside "
             rule += f"the vocabulary of {vocab_size}"
-            works = "the tokenizer that the data was made with"
-            raise ConfigError("--data-path", f"{self.prefix}.bin", rule, works)
+            raise ConfigError(
+                "--data-path", f"{self.prefix}.bin", rule, "the tokenizer it was made with"
+            )
 
 
 class _MalformedError(Exception):
@@ -221,7 +222,8 @@ def write_indexed(
                 tables.append(part)
                 with path.open("rb") as ids:
                     shutil.copyfileobj(ids, stream, _CHUNK)
-            _sync(stream)
+            stream.flush()
+            os.fsync(stream.fileno())
         lengths = np.concatenate(tables).astype("<i4")
         pointers = (np.cumsum(lengths, dtype="<i8") - lengths) * dtype.itemsize
         code = next(code for code, name in CODES.items() if np.dtype(name) == dtype)
@@ -230,7 +232,8 @@ def write_indexed(
             stream.write(lengths.tobytes())
             stream.write(pointers.astype("<i8").tobytes())
             stream.write(np.arange(len(lengths) + 1, dtype="<i8").tobytes())
-            _sync(stream)
+            stream.flush()
+            os.fsync(stream.fileno())
         # If the process ends here, no stale index remains beside the new ids.
         Path(f"{prefix}.idx").unlink(missing_ok=True)
         binary.replace(f"{prefix}.bin")
@@ -238,8 +241,3 @@ def write_indexed(
     finally:
         binary.unlink(missing_ok=True)
         index.unlink(missing_ok=True)
-
-
-def _sync(stream: BinaryIO) -> None:
-    stream.flush()
-    os.fsync(stream.fileno())

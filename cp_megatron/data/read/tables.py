@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
@@ -17,18 +16,9 @@ SAVED_DATASETS = "dataset_dict.json"
 """The file that ``DatasetDict.save_to_disk`` writes into a folder."""
 _BATCH = 512
 
-
-@dataclass(frozen=True, kw_only=True)
-class TableRows:
-    """Some rows of a table.
-
-    Attributes:
-        columns: for each key, its texts; None for a cell without a value.
-        share: the share of the rows that were asked for, 0 to 1.
-    """
-
-    columns: tuple[list[str | None], ...]
-    share: float
+TableRows = tuple[tuple[list[str | None], ...], float]
+"""For each key its texts, None for a cell without a value; the share of the rows that were asked
+for, 0 to 1."""
 
 
 def row_groups(path: str) -> list[tuple[int, int]]:
@@ -100,7 +90,7 @@ def _record_batches(path: str) -> Iterator[Any]:
 
 def _rows(batch: Any, keys: Sequence[str], total: int) -> TableRows:
     columns = tuple(batch.column(batch.schema.get_field_index(key)).to_pylist() for key in keys)
-    return TableRows(columns=columns, share=batch.num_rows / max(1, total))
+    return columns, batch.num_rows / max(1, total)
 
 
 def _check_columns(arrow: Any, path: str, schema: Any, keys: Sequence[str]) -> None:
@@ -129,6 +119,5 @@ def _pyarrow(path: str) -> Iterator[tuple[Any, Any]]:
     except ConfigError:
         raise
     except (pyarrow.ArrowException, OSError, ValueError) as error:
-        message = " ".join(str(error).split())
-        rule = f"cannot be read as a table: {message}"
+        rule = f"cannot be read as a table: {' '.join(str(error).split())}"
         raise ConfigError(FLAG, path, rule, "a complete file") from None

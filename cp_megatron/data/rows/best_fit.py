@@ -132,9 +132,7 @@ class PackedRows:
 
     Args:
         tokens: the range; its first document begins with it.
-        seq_length: tokens per row.
-        seed: the seed of the packing and of the order.
-        shuffle: False gives the rows in order in every epoch (validation).
+        seq_length, seed, shuffle: as for ``ConcatenatedRows``; the seed decides the packing, too.
     """
 
     def __init__(
@@ -167,7 +165,5 @@ class PackedRows:
             place += length
         if place < self.seq_length:
             lengths.append(self.seq_length - place)
-        none = np.empty(0, dtype=np.int64)
-        return TokenRow(
-            inputs=inputs, labels=labels, document_lengths=tuple(lengths), crossing=none
-        )
+        none, whole = np.empty(0, dtype=np.int64), tuple(lengths)
+        return TokenRow(inputs=inputs, labels=labels, document_lengths=whole, crossing=none)

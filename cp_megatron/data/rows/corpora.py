@@ -142,26 +142,24 @@ def _parts(
 
 def _open(spec: DatasetSpec, data: DataConfig, tokenizer: Tokenizer, notes: list[str]) -> Corpus:
     """Reads or maps a dataset, and adds what the user should know about it to ``notes``."""
-    path = spec.given
+    path, length, skip_bad = spec.given, data.seq_length, data.skip_bad_lines
     if spec.kind == "indexed":
         return _indexed(spec, tokenizer)
     if spec.kind == "text":
         return load_text_files(spec.paths, tokenizer)
-    if not data.sft:
-        corpus = load_json_text(path, tokenizer, skip_bad=data.skip_bad_lines)
-        notes += _left_out(path, corpus.skipped, "malformed lines")
-        return corpus
-    length = data.seq_length
-    chats = load_chats(path, tokenizer, seq_length=length, skip_bad=data.skip_bad_lines)
-    notes += _left_out(path, chats.corpus.skipped, "malformed lines")
-    notes += _left_out(path, chats.dropped, "conversations without an answer in the first row")
-    if chats.cut:
-        notes.append(f"{path}: {chats.cut:,} conversations are cut to {length:,} tokens")
-    return chats.corpus
-
-
-def _left_out(path: str, count: int, what: str) -> list[str]:
-    return [f"{path}: {count:,} {what} left out"] if count else []
+    num_cut = dropped = 0
+    if data.sft:
+        chats = load_chats(path, tokenizer, seq_length=length, skip_bad=skip_bad)
+        corpus, num_cut, dropped = chats
+    else:
+        corpus = load_json_text(path, tokenizer, skip_bad=skip_bad)
+    counts = {
+        "malformed lines left out": corpus.skipped,
+        "conversations without an answer in the first row left out": dropped,
+        f"conversations are cut to {length:,} tokens": num_cut,
+    }
+    notes += [f"{path}: {count:,} {what}" for what, count in counts.items() if count]
+    return corpus
 
 
 def _indexed(spec: DatasetSpec, tokenizer: Tokenizer) -> Corpus:

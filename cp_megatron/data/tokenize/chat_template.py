@@ -50,7 +50,8 @@ def find_template(tokenizer: Tokenizer, *, today: datetime | None = None) -> Ren
         if any(len(tokenizer.encode(token)) != 1 for token in ("<|im_start|>", "<|im_end|>")):
             return None
         template = CHATML
-    return _compiled(template, names, tokenizer, today)
+    where = tokenizer.path or f"{TYPE_FLAG} {tokenizer.kind}"
+    return _compiled(template, names, where, today)
 
 
 def _in_folder(tokenizer: Tokenizer) -> tuple[str | None, dict[str, str]]:
@@ -68,21 +69,14 @@ def _in_folder(tokenizer: Tokenizer) -> tuple[str | None, dict[str, str]]:
         rule = f"its chat template cannot be read: {error}"
         raise ConfigError(MODEL_FLAG, str(folder), rule, "a valid tokenizer_config.json") from None
     if isinstance(template, list):  # several named templates
-        named = {entry.get("name"): entry.get("template") for entry in template}
-        template = named.get("default")
-    names = {}
-    for name in _SPECIAL:
-        token = config.get(name)
-        token = token.get("content") if isinstance(token, dict) else token
-        if isinstance(token, str):
-            names[name] = token
+        template = {entry.get("name"): entry.get("template") for entry in template}.get("default")
+    tokens = {name: config.get(name) for name in _SPECIAL}
+    texts = {n: t.get("content") if isinstance(t, dict) else t for n, t in tokens.items()}
+    names = {name: text for name, text in texts.items() if isinstance(text, str)}
     return template if isinstance(template, str) else None, names
 
 
-def _compiled(
-    template: str, names: Mapping[str, str], tokenizer: Tokenizer, today: datetime | None
-) -> Render:
-    where = tokenizer.path or f"{TYPE_FLAG} {tokenizer.kind}"
+def _compiled(template: str, names: dict[str, str], where: str, today: datetime | None) -> Render:
     try:
         import jinja2
         from jinja2 import nodes
@@ -99,13 +93,14 @@ def _compiled(
 
         def parse(self, parser: Any) -> list[nodes.Node]:
             next(parser.stream)
-            body: list[nodes.Node] = parser.parse_statements(("name:endgeneration",), True)
-            return body
+            return list(parser.parse_statements(("name:endgeneration",), True))
 
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
     )
-    environment.filters["tojson"] = _tojson
+    environment.filters["tojson"] = lambda value, indent=None: json.dumps(
+        value, ensure_ascii=False, indent=indent
+    )
     environment.globals["raise_exception"] = _raise
     if today is not None:
         environment.globals["strftime_now"] = today.strftime
@@ -121,16 +116,12 @@ def _compiled(
             return compiled.render(**values, add_generation_prompt=answer_follows)
         except Exception as error:  # a template is a program and may fail in any way
             if today is None and "strftime_now" in str(error):
-                raise _wants_date(where) from None
+                rule = "its chat template writes today's date (strftime_now), so the data would "
+                works = "a copy of the folder with a fixed date in its template"
+                raise ConfigError(MODEL_FLAG, where, f"{rule}change daily", works) from None
             raise TemplateRefusalError(str(error)) from None
 
     return render
-
-
-def _wants_date(where: str) -> ConfigError:
-    rule = "its chat template writes today's date (strftime_now), so the data would change daily"
-    works = "a copy of the folder with a fixed date in its template"
-    return ConfigError(MODEL_FLAG, where, rule, works)
 
 
 class TemplateRefusalError(ValueError):
@@ -139,7 +130,3 @@ class TemplateRefusalError(ValueError):
 
 def _raise(message: str) -> NoReturn:
     raise TemplateRefusalError(message)
-
-
-def _tojson(value: Any, indent: int | None = None) -> str:
-    return json.dumps(value, ensure_ascii=False, indent=indent)

@@ -40,6 +40,7 @@ class Tokenizer(Protocol):
         vocab_size: ids lie in [0, vocab_size).
         eod: the id that ends every document.
         fingerprint: SHA-256 (hex) of what decides the ids.
+        opening: ids that a prompt begins with (Llama's BOS). Rows of data do not have them.
     """
 
     @property
@@ -52,10 +53,8 @@ class Tokenizer(Protocol):
     def eod(self) -> int: ...
     @property
     def fingerprint(self) -> str: ...
-
     @property
-    def opening(self) -> tuple[int, ...]:
-        """Ids that a prompt begins with (Llama's BOS). Rows of data do not have them."""
+    def opening(self) -> tuple[int, ...]: ...
 
     def encode(self, text: str) -> Ids:
         """Returns the ids of a text, int32 [n], without an end of document."""

@@ -55,13 +55,10 @@ class HuggingFaceTokenizer(LibraryTokenizer):
         largest = max(library.get_vocab(with_added_tokens=True).values(), default=-1)
         eod = next((e for e in _ends(path, library) if e is not None and 0 <= e <= largest), None)
         if eod is None:
-            tried = (
-                f"no eos_token in tokenizer_config.json, no eos_token_id in config.json, no {_ENDS}"
-            )
-            raise no_end(path, tried.replace("'", ""))
-        return cls.make(
-            path, data, library, vocab_size=largest + 1, eod=eod, opening=_opening(library)
-        )
+            tried = "no eos_token in tokenizer_config.json, no eos_token_id in config.json, no "
+            raise no_end(path, f"{tried}({', '.join(_ENDS)})")
+        opening = _opening(library)
+        return cls.make(path, data, library, vocab_size=largest + 1, eod=eod, opening=opening)
 
     def encode(self, text: str) -> Ids:
         return self.encode_batch([text])[0]  # faster than the library's encode: no offsets
@@ -72,19 +69,16 @@ class HuggingFaceTokenizer(LibraryTokenizer):
         return [np.array(encoding.ids, dtype=np.int32) for encoding in batch]
 
     def decode(self, tokens: npt.ArrayLike) -> str:
-        kept = ids_without_eod(tokens, self)
-        text: str = self.library.decode(kept, skip_special_tokens=False)
-        return text
+        ids = ids_without_eod(tokens, self)
+        return str(self.library.decode(ids, skip_special_tokens=False))
 
 
 def _opening(library: Any) -> tuple[int, ...]:
     """The ids that the post-processor puts before a text."""
     bare = library.encode("a", add_special_tokens=False).ids
     whole = library.encode("a", add_special_tokens=True).ids
-    for place in range(len(whole) - len(bare) + 1):
-        if whole[place : place + len(bare)] == bare:
-            return tuple(whole[:place])
-    return ()
+    places = range(len(whole) - len(bare) + 1)
+    return tuple(next((whole[:n] for n in places if whole[n : n + len(bare)] == bare), ()))
 
 
 def _ends(path: Path, library: Any) -> Iterator[int | None]:

@@ -64,5 +64,4 @@ class SentencePieceTokenizer(LibraryTokenizer):
 
     def decode(self, tokens: npt.ArrayLike) -> str:
         kept = ids_without_eod(tokens, self)
-        text: str = self.library.decode(kept) if kept else ""
-        return text
+        return str(self.library.decode(kept)) if kept else ""

@@ -1,23 +1,17 @@
 """tiktoken files (lines of a token in base64 and its rank), read by the package ``tiktoken``.
 
 Such a file holds neither the pattern that cuts a text into words nor the special tokens. Both
-follow from the number of ranks, as the models that these files belong to define them:
-
-    ranks      pattern           special tokens, from the id               end of document
-    151,643    Qwen (1 digit)    <|endoftext|> <|im_start|> .., 151643     <|endoftext|>   151643
-    128,000    cl100k            <|begin_of_text|> .., 128000              <|end_of_text|> 128001
-    199,998    o200k             <|endoftext|>, 199999                     <|endoftext|>   199999
-    100,256    cl100k            <|endoftext|>, 100257                     <|endoftext|>   100257
-    other      cl100k            <|endoftext|>, the largest rank + 1       <|endoftext|>
+follow from the number of ranks, as the models that these files belong to define them. Files with
+another number of ranks use cl100k and have <|endoftext|> after the largest rank.
 """
 
 from __future__ import annotations
 
 import base64
-import binascii
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import ClassVar
 
 import numpy as np
@@ -54,27 +48,14 @@ _LLAMA3_SPECIAL = (
 )
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Rules:
-    """The pattern, the special tokens from the id ``first`` on, and the end of a document."""
-
-    pattern: str
-    first: int
-    special: tuple[str, ...]
-    end: str = _END
-
-
-def _rules(ranks: int, largest: int) -> _Rules:
-    if ranks == 151_643:
-        return _Rules(pattern=_QWEN, first=151_643, special=_QWEN_SPECIAL)
-    if ranks == 128_000:
-        end = "<|end_of_text|>"
-        return _Rules(pattern=_CL100K, first=128_000, special=_LLAMA3_SPECIAL, end=end)
-    if ranks == 199_998:
-        return _Rules(pattern=_O200K, first=199_999, special=(_END,))
-    if ranks == 100_256:
-        return _Rules(pattern=_CL100K, first=100_257, special=(_END,))
-    return _Rules(pattern=_CL100K, first=largest + 1, special=(_END,))
+_KNOWN: Mapping[int, tuple[str, int, tuple[str, ...], str]] = MappingProxyType(
+    {  # ranks: pattern, special tokens from an id on, the one that ends a document
+        151_643: (_QWEN, 151_643, _QWEN_SPECIAL, _END),
+        128_000: (_CL100K, 128_000, _LLAMA3_SPECIAL, "<|end_of_text|>"),
+        199_998: (_O200K, 199_999, (_END,), _END),
+        100_256: (_CL100K, 100_257, (_END,), _END),
+    }
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +66,7 @@ class TiktokenTokenizer(LibraryTokenizer):
 
     @classmethod
     def read(cls, path: Path) -> TiktokenTokenizer:
-        """Reads a file; the table above gives what the file does not say.
+        """Reads a file; ``_KNOWN`` gives what the file does not say.
 
         Raises:
             ConfigError: the package is missing, or the file is malformed.
@@ -96,13 +77,14 @@ class TiktokenTokenizer(LibraryTokenizer):
             raise missing_package(cls.kind, "tiktoken") from None
         data = read_bytes(path)
         ranks = _read_ranks(path, data)
-        rules = _rules(len(ranks), max(ranks.values()))
-        special = {text: rules.first + n for n, text in enumerate(rules.special)}
+        other = (_CL100K, max(ranks.values()) + 1, (_END,), _END)
+        pattern, first, texts, end = _KNOWN.get(len(ranks), other)
+        special = {text: first + n for n, text in enumerate(texts)}
         library = tiktoken.Encoding(
-            path.name, pat_str=rules.pattern, mergeable_ranks=dict(ranks), special_tokens=special
+            path.name, pat_str=pattern, mergeable_ranks=dict(ranks), special_tokens=special
         )
         size = library.max_token_value + 1
-        return cls.make(path, data, library, vocab_size=size, eod=special[rules.end])
+        return cls.make(path, data, library, vocab_size=size, eod=special[end])
 
     def encode(self, text: str) -> Ids:
         return np.array(self.library.encode(text, allowed_special="all"), dtype=np.int32)
@@ -120,24 +102,21 @@ class TiktokenTokenizer(LibraryTokenizer):
         """
         kept = ids_without_eod(tokens, self)
         try:
-            text: str = self.library.decode(kept, errors="replace")
+            return str(self.library.decode(kept, errors="replace"))
         except KeyError as error:
             raise ValueError(f"token {error} is in a hole of the vocabulary") from None
-        return text
 
 
 def _read_ranks(path: Path, data: bytes) -> Mapping[bytes, int]:
     """Token -> rank. Every byte must be a token, so that every text can be encoded."""
     ranks: dict[bytes, int] = {}
     for number, line in enumerate(data.splitlines(), 1):
-        if not line:
-            continue
         try:
-            token, rank = line.split()
-            ranks[base64.b64decode(token, validate=True)] = int(rank)
-        except (ValueError, binascii.Error):
-            rule = f'line {number} is not "base64 rank"'
-            raise malformed(path, "tiktoken", rule) from None
+            if line:
+                token, rank = line.split()
+                ranks[base64.b64decode(token, validate=True)] = int(rank)
+        except ValueError:  # binascii.Error, too
+            raise malformed(path, "tiktoken", f'line {number} is not "base64 rank"') from None
     if len(set(ranks.values())) != len(ranks) or any(rank < 0 for rank in ranks.values()):
         raise malformed(path, "tiktoken", "two tokens have one rank, or a rank is negative")
     if any(bytes([value]) not in ranks for value in range(256)):
