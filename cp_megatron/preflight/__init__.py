@@ -1,1 +1,5 @@
-"""What is checked and decided before torch is loaded."""
+"""What is checked and decided before torch is loaded.
+
+All of it runs before torch is loaded except ``start.py``, which starts the ranks once the plan is
+made.
+"""
