@@ -73,7 +73,7 @@ class Arguments:
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """What every contestant computes: a causal row of one or more documents."""
+    """The task of every contestant: a causal row of one or more documents."""
 
     case: str
     lengths: tuple[int, ...]

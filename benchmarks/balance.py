@@ -48,7 +48,7 @@ class Arguments:
     rows: int = 20
     """Rows per number of ranks, drawn with the seeds 0, 1, ..."""
     tolerances: tuple[float, ...] = (0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.3)
-    """Tolerances of the trade-off."""
+    """Balance tolerances to compare, as shares of the mean."""
     repeats: int = 20
     """How often the planning is measured."""
     quick: bool = False

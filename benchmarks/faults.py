@@ -1,4 +1,4 @@
-"""What do checksums and asynchronous saves cost a training step?
+"""Measures how much checksums and asynchronous saves slow down a training step.
 
 Trains a model with SmolLM2's proportions in float32, on gloo ranks that share each row. Every round
 measures everything once, in random order; results are medians of the ratios of the rounds. Prints

@@ -74,7 +74,7 @@ class Length:
     quick: bool = False
 
     def job(self) -> Job:
-        """What to train."""
+        """The training that the flags describe."""
         model, vocab = (TINY, 512) if self.quick else (MODEL, 128256)
         return Job(
             model=model,

@@ -1,4 +1,4 @@
-"""What does a token cost in memory, and what do the savings cost in time?
+"""Measures the memory of a token, and the time that saving memory costs.
 
 Bytes are counted, not sampled: every allocation of torch's CPU allocator, and every tensor that
 autograd keeps. Models have the proportions of SmolLM2-135M (a vocabulary of 85 x hidden, three

@@ -1,6 +1,6 @@
 """cp_megatron: tensor, context and data parallel training of transformers.
 
-Importing this package imports no torch: a wrong flag is answered before torch is loaded.
+Importing this package imports no torch, so a wrong flag is reported before torch is loaded.
 """
 
 __version__ = "0.1.0"

@@ -1,4 +1,4 @@
-"""The error that a user sees when a flag or an argument cannot be honoured."""
+"""Errors that are reported to the user in one line."""
 
 from __future__ import annotations
 

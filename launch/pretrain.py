@@ -20,7 +20,7 @@ from cp_megatron.train.signals import end_with_launcher, leave, stop_at_once
 
 
 def main(argv: Sequence[str], environ: Mapping[str, str], script: str = PRETRAIN.name) -> int:
-    """Runs the program; returns 0, 1 if the run diverged, or 2 if a flag is wrong."""
+    """Runs the program; returns 0, 1 if training failed, or 2 if a flag is wrong."""
     stop_at_once()
     launch = Launch()
     try:

@@ -1,1 +1,1 @@
-"""What the benchmarks share: processes that are timed in turns, and what they run."""
+"""Shared code of the benchmarks: processes that are timed in turns, and the work they run."""

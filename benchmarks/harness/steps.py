@@ -38,7 +38,7 @@ from tests.allocations import counting_memory, kept_bytes
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What is trained, and on which grid.
+    """The model to train, and the grid to train it on.
 
     Attributes:
         model: the shape of the model.

@@ -20,7 +20,7 @@ from cp_megatron.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
-class Newest:
+class CheckpointChoice:
     """The checkpoint ``step-N`` to continue from, and newer damaged ones with what is wrong."""
 
     folder: Path
@@ -28,7 +28,7 @@ class Newest:
     passed_over: Mapping[Path, str] = field(default_factory=dict)
 
 
-def newest_whole(run_folder: Path, before: int | None = None) -> Newest | None:
+def newest_intact(run_folder: Path, before: int | None = None) -> CheckpointChoice | None:
     """Finds the newest checkpoint with a valid manifest and shards of the right sizes.
 
     The contents of the shards are not read. With ``before``, only checkpoints of fewer steps are
@@ -46,7 +46,7 @@ def newest_whole(run_folder: Path, before: int | None = None) -> Newest | None:
             manifest = read_manifest(folder)
             for name, entry in manifest.files.items():
                 check_size(folder, name, entry)
-            return Newest(folder=folder, manifest=manifest, passed_over=passed_over)
+            return CheckpointChoice(folder=folder, manifest=manifest, passed_over=passed_over)
         except DamagedError as error:
             first = first or error
             passed_over[folder] = error.rule

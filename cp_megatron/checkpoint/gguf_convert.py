@@ -44,7 +44,7 @@ _TENSORS = re.compile(
     r"|blk\.\d+\.(attn_(norm|q|k|v|output|q_norm|k_norm)|ffn_(norm|gate|up|down))\.(weight|bias)"
 )
 
-# What transformers ignores, and what no model of these architectures has here.
+# Metadata that transformers ignores; files that contain it are refused.
 _UNSUPPORTED = ("expert_count", "attention.sliding_window", "rope.scaling.attn_factor")
 _SPECIAL_TOKENS: Mapping[str, str] = {"bos": "bos", "eos": "eos", "pad": "padding"}
 

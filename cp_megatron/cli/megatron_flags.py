@@ -1,4 +1,4 @@
-"""Flags of Megatron-LM that have no meaning here: each is refused with the reason."""
+"""Flags of Megatron-LM that are not supported: each is refused with the reason."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from cp_megatron.errors import ConfigError
 
 Answer = tuple[str, str]
-"""Why a flag has no meaning here, and what to use instead."""
+"""Why a flag is not supported, and what to use instead."""
 
 _OUT = "leave the flag out"
 _ALWAYS = "leave the flag out: it is always so"
@@ -16,7 +16,7 @@ _NO_EXPERTS = ("there are no mixture-of-experts models", _OUT)
 _FSDP = ("FSDP2 over dp x cp is always used", _ALWAYS)
 _STEPS = ("the learning rate is a function of steps", "--lr-warmup-iters, --lr-decay-iters")
 _TOKENIZER = ("a tokenizer is one file or folder", "--tokenizer-type and --tokenizer-model")
-_MASK = ("belongs to the mask of documents", "--document-mask")
+_MASK = ("it belongs to the mask of documents", "--document-mask")
 _TRACE = ("the trace can show memory", "--profile --profile-memory")
 _LLAMA3 = "--rope-type llama3 --rope-scaling-factor 8 --original-max-position-embeddings 8192"
 
@@ -61,12 +61,12 @@ MEANINGLESS: Mapping[str, Answer] = {
     "--use-rotary-position-embeddings": ("a type implies it", "--position-embedding-type rope"),
     "--rotary-percent": ("rope always rotates the whole head", _OUT),
     "--use-rope-scaling": ("the kind of scaling is chosen by name", _LLAMA3),
-    "--rotary-scaling-factor": ("has another name here", "--rope-scaling-factor"),
+    "--rotary-scaling-factor": ("it has another name", "--rope-scaling-factor"),
     "--squared-relu": ("the MLP has GELU or SwiGLU", "--swiglu"),
     "--apply-layernorm-1p": ("the norms have a plain weight", "--normalization"),
-    "--layernorm-epsilon": ("has another name here", "--norm-epsilon"),
+    "--layernorm-epsilon": ("it has another name", "--norm-epsilon"),
     # recomputation
-    "--recompute-activations": ("has another name", "--recompute-granularity selective"),
+    "--recompute-activations": ("it has another name", "--recompute-granularity selective"),
     "--recompute-method": ("it is always Megatron's block", "--recompute-num-layers"),
     "--recompute-modules": ("the modules are fixed", "--recompute-granularity selective"),
     "--cpu-offloading-num-layers": ("every recomputed layer is moved", "--cpu-offloading"),
@@ -120,5 +120,5 @@ def refuse_megatron_flag(flag: str, value: str) -> None:
     families = (answer for prefix, answer in FAMILIES.items() if flag.startswith(prefix))
     answer = MEANINGLESS.get(flag) or next(families, None)
     if answer is not None:
-        rule = f"is a flag of Megatron that has no meaning here: {answer[0]}"
+        rule = f"is a Megatron-LM flag that is not supported: {answer[0]}"
         raise ConfigError(flag, value, rule, answer[1])

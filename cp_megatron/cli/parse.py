@@ -135,7 +135,7 @@ def _read(
 
 
 def _base(typed: Values) -> Config:
-    """What the flags override: the preset, the ``--config`` file, the run that is loaded."""
+    """The settings that flags override: preset, ``--config`` file and loaded run."""
     preset, load, file = typed.get("preset"), typed.get("load"), typed.get("config")
     if load is not None and typed.get("load_hf") is not None:
         rule = f"starts a new run, but --load {load} continues one"
@@ -159,7 +159,7 @@ def _base(typed: Values) -> Config:
 
 def _started_from(base: Config, folder: str, said: Set[str]) -> Config:
     """``base`` with the model of a Hugging Face folder; ``said`` names the settings given."""
-    # The dropout is the preset's: the folder tells how the model was trained, not how to go on.
+    # The dropout is the preset's: the folder records the dropout of pretraining, not of this run.
     kept = ("attention_dropout", "hidden_dropout", "make_vocab_size_divisible_by")
     values = {name: getattr(base.model, name) for name in kept}
     base = replace(base, model=read_hf_config(folder).model)

@@ -17,7 +17,7 @@ TASKS: tuple[TaskName, ...] = get_args(TaskName)
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationOptions(LaunchOptions):
-    """What is measured."""
+    """The measurements."""
 
     tasks: tuple[TaskName, ...] = TASKS
     """perplexity (by position), needle (a number to find again), variables (a chain to follow)."""

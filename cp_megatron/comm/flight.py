@@ -23,14 +23,14 @@ def last_collectives() -> list[dict[str, Any]]:
 
 
 def last_collective() -> str:
-    """Formats the newest collective: ``gloo:all_reduce of default_pg, its number 118``."""
+    """Formats the newest collective: ``gloo:all_reduce #118 of default_pg``."""
     entries = last_collectives()
     if not entries:
         return ""
     newest = entries[-1]
     group = newest.get("process_group") or [""]
     number = newest.get("p2p_seq_id" if newest.get("is_p2p") else "collective_seq_id", "?")
-    return f"{newest.get('profiling_name', '?')} of {group[-1]}, its number {number}"
+    return f"{newest.get('profiling_name', '?')} #{number} of {group[-1]}"
 
 
 def write_flight(path: Path) -> None:

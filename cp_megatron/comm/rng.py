@@ -26,7 +26,7 @@ def dropout_seed(
         tp: this rank's coordinate if the residual stream is split over tp (sequence parallelism);
             None if it is replicated, so that all tp ranks draw the same masks.
     """
-    return _seed(f"dropout {seed} {step} {microbatch} {dp} {cp} {'-' if tp is None else tp}")
+    return hash_text(f"dropout {seed} {step} {microbatch} {dp} {cp} {'-' if tp is None else tp}")
 
 
 def attention_dropout_seed(*, seed: int, layer: int) -> int:
@@ -39,10 +39,11 @@ def attention_dropout_seed(*, seed: int, layer: int) -> int:
         seed: the run's seed.
         layer: the number of the layer in the whole model.
     """
-    return _seed(f"attention dropout {seed} {layer}")
+    return hash_text(f"attention dropout {seed} {layer}")
 
 
-def _seed(text: str) -> int:
+def hash_text(text: str) -> int:
+    """Returns 63 bits, the same on every machine and version of Python."""
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 

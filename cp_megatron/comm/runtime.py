@@ -1,4 +1,4 @@
-"""How this process was started. Only this module reads environment variables; it needs no torch."""
+"""Parses the launcher's environment variables, which no other module does; it needs no torch."""
 
 from __future__ import annotations
 

@@ -56,10 +56,9 @@ def post(
     for tensor, peer in sends:
         sums.sent(tensor, peer)
     operations = [
-        dist.P2POp(dist.irecv, tensor, group=group, group_peer=peer) for tensor, peer in receives
-    ]
-    operations += [
-        dist.P2POp(dist.isend, tensor, group=group, group_peer=peer) for tensor, peer in sends
+        dist.P2POp(operation, tensor, group=group, group_peer=peer)
+        for operation, messages in ((dist.irecv, receives), (dist.isend, sends))
+        for tensor, peer in messages
     ]
     if not operations:
         return Pending((), (), (), sums)

@@ -33,7 +33,7 @@ from cp_megatron.comm.trace import traced
 from cp_megatron.context_parallel.buffers import Workspace
 from cp_megatron.plan.buffer_sizes import RECEIVED_HEADS, SENT_HEADS, message_widths
 from cp_megatron.plan.heads import HeadExchange
-from cp_megatron.plan.tiling import Span, num_positions
+from cp_megatron.plan.tiling import Span, num_positions, pack
 
 Shape = tuple[int, int, int]
 """[tokens, B, heads * d] of a message."""
@@ -54,14 +54,7 @@ class PartitionedHeads:
 
 @dataclass(frozen=True)
 class HeadAllToAll:
-    """The all-to-all of one pass.
-
-    Attributes:
-        exchange: this rank's part of it.
-        group: the context parallel group.
-        memory: provides the buffers of messages. Results do not lie in it.
-        sums: checksums of what is sent and received.
-    """
+    """The all-to-all of one pass. ``memory`` provides buffers of messages, not of results."""
 
     exchange: HeadExchange
     group: dist.ProcessGroup | None
@@ -71,11 +64,8 @@ class HeadAllToAll:
     def to_heads(self, parts: Sequence[PartitionedHeads]) -> list[Tensor]:
         """Returns this rank's heads of every token that the peers hold, by position.
 
-        Args:
-            parts: tensors [B, S, h, d] of one type. They share one message per peer.
-
-        Returns:
-            For each part [B, M, m, d], views of one tensor.
+        The parts, [B, S, h, d], have one type and share one message per peer. The results,
+        [B, M, m, d] for each part, are views of one tensor.
         """
         first, exchange = parts[0].tensor, self.exchange
         num_tokens = first.shape[1]
@@ -88,20 +78,15 @@ class HeadAllToAll:
         # [S, B, w] of each peer -> [M, B, w] by position
         together = first.new_empty((num_tokens * len(received), *received[0][1:]))
         for rows, message in zip(exchange.rows, incoming):
-            offset = 0
-            for start, stop in rows:
+            for start, stop, offset in pack(rows):
                 together[start:stop] = message[offset : offset + stop - start]
-                offset += stop - start
         return _unpack(together, *_heads_of_peer(parts, exchange.index))
 
     def to_tokens(self, parts: Sequence[PartitionedHeads]) -> list[Tensor]:
         """Returns every head of this rank's tokens; heads that several peers computed are summed.
 
-        Args:
-            parts: tensors [B, M, m, d] of one type. They share one message per peer.
-
-        Returns:
-            For each part [B, S, h, d].
+        The parts, [B, M, m, d], have one type and share one message per peer. The results are
+        [B, S, h, d] for each part.
         """
         first, exchange = parts[0].tensor, self.exchange
         batch, num_tokens = first.shape[0], num_positions(exchange.rows[0])
@@ -147,8 +132,7 @@ class HeadAllToAll:
         others = [i for i in range(len(peers)) if i != index]
         with traced("all-to-all of heads"):
             if self.group is not None and self.group.size() == len(peers):
-                sizes = [message.numel() for message in incoming]
-                counts = [message.numel() for message in outgoing]
+                sizes, counts = ([x.numel() for x in messages] for messages in (incoming, outgoing))
                 sent = self.memory.take(SENT_HEADS, (sum(counts),), dtype)
                 received = self.memory.take(RECEIVED_HEADS, (sum(sizes),), dtype)
                 for i in others:
@@ -171,10 +155,8 @@ def _store(message: Tensor, tensors: Sequence[Tensor], spans: Sequence[Span]) ->
     """Tokens ``spans`` of [B, T, m, d] each -> [S, B, sum of m * d]."""
     counts, dims = [x.shape[2] for x in tensors], [x.shape[3] for x in tensors]
     for target, tensor in zip(_unpack(message, counts, dims), tensors):
-        offset = 0
-        for start, stop in spans:
+        for start, stop, offset in pack(spans):
             target[:, offset : offset + stop - start] = tensor[:, start:stop]
-            offset += stop - start
 
 
 def _unpack(packed: Tensor, counts: Sequence[int], dims: Sequence[int]) -> list[Tensor]:

@@ -28,7 +28,7 @@ from cp_megatron.kernels.interface import BackwardInputs
 from cp_megatron.plan.buffer_sizes import GatherBuffers, gather_buffers, gather_portions
 from cp_megatron.plan.gather import Gather
 from cp_megatron.plan.heads import HeadGroup, cut_heads
-from cp_megatron.plan.tiling import Span, num_positions
+from cp_megatron.plan.tiling import Span, num_positions, pack
 
 
 def gather_forward(
@@ -49,7 +49,7 @@ def gather_forward(
         if keys is not None:
             results.add(plan.rounds[1], keys, groups)
         source.pending = following
-    return results.sums()
+    return results.result()
 
 
 def gather_backward(
@@ -100,7 +100,6 @@ class _KeySource:
         self.pending: Started | None = self.start_next()
 
     def buffers(self, number: int) -> GatherBuffers:
-        """The buffers of portion ``number``."""
         return gather_buffers(self.gather, self._num_ranks, number)
 
     def start_next(self) -> Started | None:
@@ -147,15 +146,12 @@ class _GradientSink:
         spread = part.take(self._memory, use.spread)
         spread.zero_()
         if remote is not None:
-            offset = 0
-            for start, stop in self._gather.picked:
+            for start, stop, offset in pack(self._gather.picked):
                 spread[start:stop] = remote[offset : offset + stop - start]
-                offset += stop - start
         returned = part.take(self._memory, use.returned)  # [W, B, g * (D + E)]
         self._pending = portion, start_reduce_scatter(spread, self._group, returned)
 
     def finish(self) -> None:
-        """Waits for the pending gradients and adds them."""
         if self._pending is None:
             return
         portion, started = self._pending

@@ -121,14 +121,12 @@ class ContextParallel:
                 model need. By default the layout is chosen for the mask, unless this object was
                 constructed with a layout.
         """
+        options = self._exchange, self._kernel, self._route, self._sizes
         other = ContextParallel(
             self.group,
             mask,
             layout or self._layout_kind,
-            self._exchange,
-            self._kernel,
-            self._route,
-            self._sizes,
+            *options,
             deterministic=self._deterministic,
             check_ranks=self._check_ranks,
         )
@@ -294,13 +292,8 @@ class ContextParallel:
     def _plan(self, *heads: int) -> RankPlan:
         """This rank's plan for a number of query and key/value heads and their widths."""
         if heads not in self._plans:
-            self._plans[heads] = RankPlan.of(
-                self.schedule(*heads),
-                self.rank,
-                group=self.group,
-                buffers=self.buffers,
-                link_sums=self.link_sums,
-            )
+            shared = self.group, self.buffers, self.link_sums
+            self._plans[heads] = RankPlan(self.schedule(*heads), self.rank, *shared)
         return self._plans[heads]
 
     def _load_kernel(self, q: Tensor, v: Tensor, dropout: Dropout | None) -> Kernel:
@@ -321,29 +314,26 @@ class ContextParallel:
     ) -> None:
         """Compares with the other ranks if ``check_ranks`` requires it; raises ``problem``."""
         kind = (*(tuple(x.shape) for x in tensors), str(tensors[0].dtype), scale)
-        on_cuda = tensors[0].device.type == "cuda"
-        device = tensors[0].device if on_cuda else torch.device("cpu")
-        mode = self._check_ranks
+        device, mode = tensors[0].device, self._check_ranks
+        if device.type != "cuda":
+            device = torch.device("cpu")
         if mode == "auto":
-            mode = "once" if on_cuda else "always"
+            mode = "once" if device.type == "cuda" else "always"
         # In mode once, ranks without a problem may skip the comparison: do not wait for them.
         seen = self._agreed if mode == "once" and problem else kind in self._agreed
         group = None if mode == "never" or (mode == "once" and seen) else self.group
         options = (self.layout.kind, self._exchange, self._route, self._sizes)
-        call = (kind, options, dropout, self._layout_digest)
-        agree(group, mask=self._mask_digest, call=call, problem=problem, device=device)
+        mask, layout = self._digests
+        call = (kind, options, dropout, layout)
+        agree(group, mask=mask, call=call, problem=problem, device=device)
         self._agreed.add(kind)
 
     @cached_property
-    def _mask_digest(self) -> str:
-        """Represents the mask in the comparison, and names it in an error."""
+    def _digests(self) -> tuple[str, int]:
+        """Represents mask and layout in the comparison; the first names the mask in an error."""
         mask = self.mask
-        name = f"{mask.kind} of {mask.seq_len} tokens, window {mask.window}"
-        return f"{name}, #{digest(mask):x}"
-
-    @cached_property
-    def _layout_digest(self) -> int:
-        return digest(self.layout.chunks)
+        name = f"{mask.kind} of {mask.seq_len} tokens, window {mask.window}, #{digest(mask):x}"
+        return name, digest(self.layout.chunks)
 
     def _check_length(self, x: Tensor, dim: int, length: int) -> None:
         if x.shape[dim] != length:
@@ -366,8 +356,8 @@ class ContextParallel:
         if not q.dtype == k.dtype == v.dtype:
             raise ConfigError("attention", f"{q.dtype}, {k.dtype}, {v.dtype}", "must be one type")
         if not q.device == k.device == v.device:
-            devices = f"{q.device}, {k.device}, {v.device}"
-            raise ConfigError("attention", devices, "must be on one device")
+            value = f"{q.device}, {k.device}, {v.device}"
+            raise ConfigError("attention", value, "must be on one device")
         for name, x in (("q", q), ("k", k), ("v", v)):
             if not x.is_contiguous():
                 value = f"{name} with strides {x.stride()}"

@@ -40,13 +40,10 @@ class KeptAttention:
         return self._result is not None
 
     def keep(self, heads_exchanged: bool, saved: tuple[Tensor, ...], result: Tensor) -> None:
-        """Keeps the results of the first call.
+        """Keeps q, k, v, out and lse as backward reads them, and the result of the first call.
 
-        Args:
-            heads_exchanged: q, k and v came from other ranks, so the second call cannot provide
-                them.
-            saved: q, k, v, out, lse as backward reads them.
-            result: the return value.
+        If heads were exchanged, q, k and v came from other ranks, and the second call cannot
+        provide them.
         """
         # The history of the tensors refers to this object, which would then refer to itself.
         inputs = tuple(x.detach() for x in saved[:3]) if heads_exchanged else (None, None, None)
@@ -106,7 +103,6 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[None, None, None, Tensor, Tensor, Tensor]:
-        """dq, dk, dv in the inputs' type."""
         q, k, v, out, lse = ctx.saved_tensors
         plan: RankPlan = ctx.plan
         exchange = plan.head_exchange
@@ -152,19 +148,9 @@ def planned_attention(
     dropout: Dropout | None,
     kept: KeptAttention | None = None,
 ) -> Tensor:
-    """Applies the autograd function.
+    """Applies the autograd function; arguments and result are those of ``attention``.
 
-    Args:
-        plan: this rank's part of a schedule for these heads.
-        kernel: computes the tiles.
-        q, k, v: [B, S, H, D], [B, S, G, D] and [B, S, G, E], contiguous.
-        scale: the factor of the scores.
-        dropout: drops attention weights; its ``head0`` is this rank's first head before any
-            all-to-all.
-        kept: keeps the results for a second call.
-
-    Returns:
-        [B, S, H, E] in q's type.
+    The ``head0`` of ``dropout`` is this rank's first head before any all-to-all.
     """
     exchange = plan.head_exchange
     if dropout and exchange:

@@ -7,24 +7,20 @@ are valid. All ranks see all digests, so all of them raise together.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
 
 from cp_megatron.comm.nonblocking import start_all_gather
+from cp_megatron.comm.rng import hash_text
 from cp_megatron.errors import ConfigError
 
 MODES = ("auto", "always", "once", "never")
 
 
 def check_mode(mode: str | bool) -> str:
-    """Returns one of ``MODES``; True stands for auto, False for never.
-
-    Raises:
-        ConfigError: the mode is unknown.
-    """
+    """Returns one of ``MODES``, or refuses the mode. True stands for auto, False for never."""
     if isinstance(mode, bool):
         return "auto" if mode else "never"
     if mode not in MODES:
@@ -44,8 +40,7 @@ def agree(
 
     Args:
         group: the ranks that must agree; None is one rank.
-        mask: describes the mask; compared by its ``repr``.
-        call: describes the rest of the call: layout, exchange, shapes, types.
+        mask, call: describe the mask and the rest of the call; compared by their ``repr``.
         problem: the error that this rank found in its own inputs.
         device: the device of the group's messages.
 
@@ -72,19 +67,15 @@ def _compare(rows: Sequence[Sequence[int]], rank: int, mask: object, call: objec
         others = [number for number, row in enumerate(rows) if row[column] != rows[rank][column]]
         if others:
             rule = f"differs from what rank {_list(others)} of the group has"
-            raise ConfigError(name, _short(value), rule, "the same on every rank")
+            text = str(value)
+            shown = text if len(text) <= 120 else f"{text[:120]}..."
+            raise ConfigError(name, shown, rule, "the same on every rank")
 
 
 def digest(value: object) -> int:
     """Returns 63 bits, the same on every machine and version of Python."""
-    digest = hashlib.blake2b(repr(value).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
+    return hash_text(repr(value))
 
 
 def _list(numbers: Sequence[int]) -> str:
     return ", ".join(map(str, numbers[:8])) + (", ..." if len(numbers) > 8 else "")
-
-
-def _short(value: object, limit: int = 120) -> str:
-    text = str(value)
-    return text if len(text) <= limit else f"{text[:limit]}..."

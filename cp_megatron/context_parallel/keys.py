@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cp_megatron.context_parallel.buffers import Workspace
 from cp_megatron.plan.buffer_sizes import Buffer
-from cp_megatron.plan.tiling import Span
+from cp_megatron.plan.tiling import Span, pack
 
 
 @dataclass(frozen=True)
@@ -42,12 +42,10 @@ class KeyValues:
     def pack(self, spans: Sequence[Span], packed: Tensor) -> Tensor:
         """Writes the tokens at ``spans`` into the message ``packed`` and returns it."""
         target = KeyValues.unpack(packed, self)
-        offset = 0
-        for start, stop in spans:
+        for start, stop, offset in pack(spans):
             place = slice(offset, offset + stop - start)
             target.k[:, place] = self.k[:, start:stop]
             target.v[:, place] = self.v[:, start:stop]
-            offset += stop - start
         return packed
 
     def message_shape(self, num_tokens: int) -> tuple[int, int, int]:
@@ -73,12 +71,10 @@ class KeyValues:
 
     def add_(self, spans: Sequence[Span], packed: Tensor) -> None:
         """Adds a message to the tokens at ``spans``."""
-        offset = 0
-        for start, stop in spans:
+        for start, stop, offset in pack(spans):
             part = KeyValues.unpack(packed[offset : offset + stop - start], self)
             self.k[:, start:stop] += part.k
             self.v[:, start:stop] += part.v
-            offset += stop - start
 
 
 def contiguous_runs(

@@ -35,9 +35,7 @@ def ring_forward(
         plan: this rank's part of the schedule.
         call: the kernel and its options.
         memory: provides the buffers of messages. Results do not lie in it.
-        q: [B, S, H, D].
-        k: [B, S, G, D].
-        v: [B, S, G, E].
+        q, k, v: [B, S, H, D], [B, S, G, D] and [B, S, G, E].
 
     Returns:
         out [B, S, H, E] and lse [B, H, S], float32 (float64 for float64).
@@ -53,7 +51,7 @@ def ring_forward(
         with traced("wait for keys"):
             pending.wait()
         keys.arrived(incoming)
-    return results.sums()
+    return results.result()
 
 
 def ring_backward(
@@ -71,8 +69,8 @@ def ring_backward(
     queries = BackwardQueries.of(call.kernel, x)
     shard = KeyValues(x.k, x.v)
     keys = _Keys(plan, memory, shard)
-    # The tiles of the own keys need no message. The first half of their heads hides the arrival of
-    # the first keys; the other half is kept for the end and hides the last gradients.
+    # The tiles of this rank's keys need no message. The first half of their heads hides the arrival
+    # of the first keys; the other half is kept for the end and hides the last gradients.
     num_heads = x.k.shape[2]
     middle = num_heads // 2 if len(plan.rounds) > 1 else 0
     late, early = cut_heads(plan.groups, 0, middle), cut_heads(plan.groups, middle, num_heads)
@@ -120,7 +118,6 @@ class _Keys:
         return [(packed, message.peer)]
 
     def take(self, buffer: Buffer | None, dtype: torch.dtype | None = None) -> Tensor | None:
-        """Takes a buffer for a message."""
         return self.shard.take(self._memory, buffer, dtype) if buffer else None
 
     def arrived(self, packed: Tensor | None) -> None:
@@ -151,7 +148,7 @@ class _BackwardSlot:
         keys: _Keys,
         grads: KeyValues,
     ) -> _BackwardSlot:
-        """Both ends list keys first, then gradients passed on, then gradients returned."""
+        """Posts the messages of the slot: keys, then gradients passed on, then those returned."""
         sends = keys.sends(*current) if current else []
         incoming = keys.take(current[1].arrival) if current else None
         arriving = current[0].receive_keys if current else None, incoming

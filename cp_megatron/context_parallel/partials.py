@@ -26,7 +26,7 @@ from cp_megatron.plan.tiling import Span, Tile
 
 @dataclass(frozen=True, kw_only=True)
 class Call:
-    """What the tiles of one attention have in common.
+    """The parameters that all tiles of one attention share.
 
     Attributes:
         kernel: computes a tile.
@@ -108,7 +108,7 @@ class MergedResults:
         else:
             merge_(out, lse, new_out, new_lse)
 
-    def sums(self) -> tuple[Tensor, Tensor]:
+    def result(self) -> tuple[Tensor, Tensor]:
         """Returns out and lse; complete after the last round."""
         assert self._sums is not None
         return self._sums
@@ -159,7 +159,7 @@ class Gradients:
     def of_shard(
         cls, call: Call, queries: BackwardQueries, round_: Round, shard: KeyValues
     ) -> Gradients:
-        """The gradients of the own keys. They outlive the pass, so they get memory of their own."""
+        """Gradients of this rank's keys. They outlive the pass, so they get memory of their own."""
         shape = shard.message_shape(shard.k.shape[1])
         packed = torch.empty(shape, dtype=queries.dq.dtype, device=queries.dq.device)
         return cls(call, queries, round_, shard, packed)
@@ -173,12 +173,12 @@ class Gradients:
                 self._dq[:, :, q0:q1] = 0
 
     def store_own(self, groups: Sequence[HeadGroup]) -> None:
-        """Computes the own keys, whose ``first`` tiles cover each row and each column once."""
+        """Computes the gradients of this rank's keys; ``first`` tiles cover everything once."""
         for tile in self._round.tiles:
             self._accumulate(tile, groups, store_rows=tile.first, store_columns=tile.first)
 
     def store_remote(self, groups: Sequence[HeadGroup]) -> None:
-        """Computes another rank's keys: rows have gradients already, columns do not."""
+        """Computes the gradients of another rank's keys. Only the rows have gradients already."""
         tiles = self._round.tiles
         num_keys = self._inputs.k.shape[1]
         whole = len(tiles) == 1 and tiles[0].k1 - tiles[0].k0 == num_keys

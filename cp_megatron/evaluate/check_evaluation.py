@@ -29,7 +29,7 @@ from cp_megatron.families.rope_fields import ROPE_FIELDS
 from cp_megatron.metrics.plots import require_matplotlib
 from cp_megatron.preflight.check import check
 from cp_megatron.preflight.run_plan import RunPlan
-from cp_megatron.preflight.save_and_load import check_goes_on
+from cp_megatron.preflight.save_and_load import check_resume
 
 _READ = frozenset({"seed", "dtype", "bf16", "device", "deterministic", "plot"})
 """Settings of the sections ``train``, ``optimizer`` and ``log`` that an evaluation reads."""
@@ -270,7 +270,7 @@ def _find_model(config: Config, vocab_size: int) -> tuple[Path, Manifest | None]
     # Rotary positions have no weights, so other settings can be tried.
     rotary = sorted(saved.keys() & {"rope_type", "rotary_base", *ROPE_FIELDS})
     config = overlay(config, {name: settings()[name].from_yaml(saved[name]) for name in rotary})
-    check_goes_on(config, manifest, vocab_size)
+    check_resume(config, manifest, vocab_size)
     kept = {row.dtype for name, row in manifest.tensors.items() if name.startswith("model.")}
     asked = config.train.dtype
     if (asked == "float64") != ("float64" in kept):

@@ -36,7 +36,7 @@ from cp_megatron.evaluate.results import (
     write_results,
 )
 from cp_megatron.evaluate.score import LabeledRow, bucket_ends, perplexity_row, score, task_row
-from cp_megatron.preflight.start import begin, make_context, make_model, read_alike
+from cp_megatron.preflight.start import begin, make_context, make_model, read_and_compare
 
 HAYSTACK_ROWS = 64
 """The user's text for the needle tasks is cut to this many of the longest rows."""
@@ -81,7 +81,7 @@ def evaluate(
     options = setup.options
     reads = "perplexity" in options.tasks or (setup.kinds and setup.own_text)
     data = setup.longest.config.data
-    corpus = read_alike(control, lambda: open_single(data)) if reads else None
+    corpus = read_and_compare(control, lambda: open_single(data)) if reads else None
     text = _text(setup, corpus) if corpus is not None and "perplexity" in options.tasks else None
     tasks = _tasks(setup, corpus)
     model, groups, device = make_model(setup.longest, launch, initialize=False)

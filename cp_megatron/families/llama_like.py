@@ -1,4 +1,4 @@
-"""What Llama and the families that derive from it share."""
+"""Shared code of Llama and the families derived from it."""
 
 from __future__ import annotations
 

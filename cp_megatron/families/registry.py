@@ -1,7 +1,7 @@
 """All families, and the choice between them: by config.json, or by the flags of a model.
 
-To export a model, each family writes its config.json and reads it back. The first family that
-returns the flags of the model can express it; so a flag that no family writes is never lost.
+To export a model, each family writes its config.json and reads it back. The first one that
+reproduces every flag is used, so no flag is lost silently.
 """
 
 from __future__ import annotations

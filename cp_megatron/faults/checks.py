@@ -99,7 +99,7 @@ class Checks:
             self.links.open()
 
     def find(self, step: int) -> str | None:
-        """What is corrupted on which ranks, the same text on every rank; None if nothing is.
+        """Describes what is corrupted on which ranks, alike on every rank; None if nothing is.
 
         Call it on every rank after a step that is ``due``, and before a save.
 
@@ -126,7 +126,8 @@ class Checks:
             peers = self.links.close(self.groups.cp, self.device)
             senders = [dist.get_global_rank(self.groups.cp, peer) for peer in peers]
             if senders:
-                findings.append(f"what rank {', '.join(map(str, senders))} sent arrived changed")
+                ranks = ", ".join(map(str, senders))
+                findings.append(f"messages from rank {ranks} arrived corrupted")
         return ", ".join(findings)
 
     def _compare_replicas(self, sums: list[int], broken: list[bool]) -> list[str]:

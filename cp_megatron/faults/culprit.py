@@ -21,7 +21,7 @@ _WAITED = re.compile(r"timed out|timeout", re.I)
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What ended a rank."""
+    """The reason why a rank ended."""
 
     kind: Kind  # it ``failed`` by itself, ``lost`` a connection, or ``waited`` until a timeout
     where: str = ""  # the training step and the collective it was in
@@ -73,6 +73,6 @@ def judge(
         broken = broken if waited else "a connection between the ranks broke"
         return (), f"{broken}{details}"
     who = ", ".join(f"rank {rank} ({seen.get(rank, 'its process')})" for rank in blamed)
-    does, lives = ("does", "lives") if len(blamed) == 1 else ("do", "live")
-    what = f"{does} not answer" if gone else f"{lives} and {does} not join the others"
+    does, runs = ("does", "is") if len(blamed) == 1 else ("do", "are")
+    what = f"{does} not answer" if gone else f"{runs} running but did not join the collective"
     return blamed, f"{who} {what}{details}"

@@ -37,7 +37,7 @@ KINDS: Mapping[str, str] = MappingProxyType(
         "slow": f"the rank is {SLOW_SECONDS:g} s late to this step and to every later one",
     }
 )
-"""What happens, by kind."""
+"""The effect of each kind of fault."""
 
 
 class InjectedError(RuntimeError):
@@ -57,8 +57,8 @@ def parse_faults(text: str, world_size: int) -> tuple[Fault, ...]:
     """The faults in the text of ``CPM_FAULT``; none if it is empty.
 
     Args:
-        text: ``kind:rank:steps``, several separated by commas; the fault happens in the step after
-            that many steps.
+        text: ``kind:rank:finished_steps``, several separated by commas; the fault happens in the
+            step after that many steps.
         world_size: number of ranks.
 
     Raises:
@@ -68,7 +68,7 @@ def parse_faults(text: str, world_size: int) -> tuple[Fault, ...]:
     for part in text.split(",") if text else ():
         match = re.fullmatch(r"([a-z]+):([0-9]{1,9}):([0-9]{1,9})", part.strip())
         if match is None:
-            rule = "must be kind:rank:step, or several of these"
+            rule = "must be kind:rank:finished_steps, or several of these"
             raise ConfigError(VARIABLE, text, rule, "kill:1:5")
         kind, rank, steps = match[1], int(match[2]), int(match[3])
         if kind not in KINDS:

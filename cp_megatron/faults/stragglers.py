@@ -71,7 +71,7 @@ def judge(waits: Sequence[float], probes: Sequence[float], step_seconds: float) 
         late = median(waits[other] for other in others) - wait
         if late > max(LATE_SECONDS, LATE_SHARE * step_seconds):
             step = f"a step of {step_seconds:.2f} s"
-            findings.append(f"rank {rank} comes {late:.2f} s late to {step}")
+            findings.append(f"rank {rank} is {late:.2f} s late in {step}")
         factor = seconds / median(probes[other] for other in others)
         if factor > SLOW_FACTOR:
             findings.append(f"rank {rank} computes {factor:.1f} times as long as the others")

@@ -66,9 +66,8 @@ class CpuKernel:
         lse = q.new_empty((batch, num_heads, num_queries))
         for strip, bias in strips:
             rows, columns = strip.rows, strip.columns
-            results = out[:, rows], lse[:, :, rows]
             inputs = q[:, rows], k[:, columns], v[:, columns]
-            _forward_strip(*inputs, strip.band, scale, bias, results)
+            _forward_strip(*inputs, strip.band, scale, bias, (out[:, rows], lse[:, :, rows]))
         return out, lse
 
     def backward(

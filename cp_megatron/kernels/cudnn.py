@@ -28,9 +28,6 @@ class CudnnKernel:
     ``reference`` in float32; they are only a product of vectors.
     """
 
-    def __init__(self) -> None:
-        self._single_key = ReferenceKernel()
-
     def compute_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """The type of the inputs; the op accumulates in float32 inside."""
         return dtype
@@ -41,11 +38,11 @@ class CudnnKernel:
         """See ``Kernel.forward``; out has the inputs' type.
 
         Raises:
-            ConfigError: the tile has a window, or PyTorch's switch for shared plans is on.
+            ConfigError: PyTorch's switch for shared plans is on.
         """
-        _refuse_window(band, q, k)
+        _check_band(band, q, k)
         if k.shape[1] == 1:
-            out, lse = self._single_key.forward(q.float(), k.float(), v.float(), band, scale)
+            out, lse = ReferenceKernel().forward(q.float(), k.float(), v.float(), band, scale)
             return out.to(q.dtype), lse
         num_heads, v_dim = q.shape[2], v.shape[-1]
         q, k, v = _operands(q, k, v)
@@ -61,11 +58,11 @@ class CudnnKernel:
     def backward(
         self, x: BackwardInputs, band: Band, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        _refuse_window(band, x.q, x.k)
+        _check_band(band, x.q, x.k)
         num_queries, num_keys = x.q.shape[1], x.k.shape[1]
         if num_keys == 1:
             wide = BackwardInputs(*(y.float() for y in x))
-            dq, dk, dv = self._single_key.backward(wide, band, scale)
+            dq, dk, dv = ReferenceKernel().backward(wide, band, scale)
             return dq.to(x.q.dtype), dk.to(x.q.dtype), dv.to(x.q.dtype)
         q, k, v = _operands(x.q, x.k, x.v)
         padded = same_width(x.dout, x.out, multiple=8)
@@ -88,7 +85,6 @@ def _operands(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
 
-def _refuse_window(band: Band, q: Tensor, k: Tensor) -> None:
-    if not (band.is_full or (band.is_causal and q.shape[1] == k.shape[1])):
-        rule = "has no sliding windows"
-        raise ConfigError("--kernel", "cudnn", rule, "--kernel cuda or --kernel flash_attn")
+def _check_band(band: Band, q: Tensor, k: Tensor) -> None:
+    causal_square = band.is_causal and q.shape[1] == k.shape[1]
+    assert band.is_full or causal_square, "cuDNN has no sliding windows"

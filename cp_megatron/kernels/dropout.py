@@ -99,11 +99,9 @@ def keep_mask(
     """Decides which pairs are kept.
 
     Args:
-        dropout: the probability, the seed, and the first batch row and head.
-        q_positions: int64 [Q], positions in the whole row of tokens.
-        k_positions: int64 [K].
-        num_batch: B.
-        num_heads: H.
+        dropout: the probability p, the seed, and the first batch row and head.
+        q_positions, k_positions: int64 [Q] and [K], positions in the whole row of tokens.
+        num_batch, num_heads: B and H.
 
     Returns:
         bool [B, H, Q, K] on the positions' device, True with probability 1 - p.

@@ -13,8 +13,8 @@ Shapes as in ``interface.py``; the packages take them as they are. All three def
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Mapping
+from functools import cache, partial
 from importlib import import_module
 from types import MappingProxyType, ModuleType
 from typing import Any
@@ -68,11 +68,9 @@ class FlashAttention(FlashKernel):
         forward, backward = ("fwd", "bwd") if self._is_newest else ("forward", "backward")
         self._forward_op = getattr(interface, f"_flash_attn_{forward}")
         self._backward_op = getattr(interface, f"_flash_attn_{backward}")
-        self._forward_parameters = _parameters(self._forward_op)
-        self._backward_parameters = _parameters(self._backward_op)
         self._deterministic = deterministic
         needed = {"window_size_left", "deterministic"}
-        if self._is_newest and not needed <= set(self._backward_parameters):
+        if self._is_newest and not needed <= set(_parameters(self._backward_op)):
             rule = "the installed package is too old: its backward has no windows"
             raise ConfigError("--kernel", name, rule, "pip install -U flash-attn-4")
 
@@ -80,7 +78,7 @@ class FlashAttention(FlashKernel):
         self, q: Tensor, k: Tensor, v: Tensor, window: FlashWindow, scale: float
     ) -> tuple[Tensor, Tensor]:
         tensors = {"q": q, "k": k, "v": v}
-        results = self._call(self._forward_op, self._forward_parameters, tensors, window, scale)
+        results = self._call(self._forward_op, tensors, window, scale)
         # Generation 2 before 2.7 returns out, q, k, v, padded out, lse, debug mask, random state.
         return results[0], results[5 if len(results) == 8 else 1]
 
@@ -88,7 +86,7 @@ class FlashAttention(FlashKernel):
         self, x: BackwardInputs, window: FlashWindow, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         tensors = {**x._asdict(), "softmax_lse": x.lse}
-        call = partial(self._call, self._backward_op, self._backward_parameters)
+        call = partial(self._call, self._backward_op)
         if self._is_newest:  # returns the gradients
             dq, dk, dv, *_ = call(tensors, window, scale)
             return dq, dk, dv
@@ -98,12 +96,7 @@ class FlashAttention(FlashKernel):
         return dq, dk, dv
 
     def _call(
-        self,
-        function: Callable[..., Any],
-        parameters: Mapping[str, bool],
-        tensors: Mapping[str, Tensor],
-        window: FlashWindow,
-        scale: float,
+        self, function: Any, tensors: Mapping[str, Tensor], window: FlashWindow, scale: float
     ) -> Any:
         """Passes what this version has parameters for, and None for other required parameters.
 
@@ -122,10 +115,12 @@ class FlashAttention(FlashKernel):
             "window_size_right": right,
             "deterministic": self._deterministic,
         }
-        names = [name for name, required in parameters.items() if required or name in known]
+        parameters = _parameters(function).items()
+        names = [name for name, required in parameters if required or name in known]
         return function(**{name: known.get(name) for name in names})
 
 
+@cache
 def _parameters(function: Any) -> dict[str, bool]:
     """The function's parameters by name, and whether each is required.
 

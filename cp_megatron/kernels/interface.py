@@ -1,4 +1,4 @@
-"""What a kernel does: one tile forward and one tile backward, without ranks or schedules.
+"""The interface of kernels: one tile forward or backward, without ranks or schedules.
 
 Shapes: B = batch, Q = queries, K = keys, H = query heads, G = key/value heads (H is a multiple of
 G; query head h reads key/value head h // (H / G)), D = head dim, E = value head dim.
@@ -65,7 +65,7 @@ class BackwardInputs(NamedTuple):
 
 
 class Kernel(Protocol):
-    """One backend."""
+    """An attention backend that computes one tile."""
 
     def compute_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """The type that operands must have if activations are ``dtype``."""

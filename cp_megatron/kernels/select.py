@@ -11,7 +11,7 @@ key heads under every kernel.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.machinery import PathFinder
 from types import MappingProxyType
@@ -22,7 +22,7 @@ from cp_megatron.errors import ConfigError
 
 @dataclass(frozen=True)
 class KernelTraits:
-    """What one backend supports."""
+    """The capabilities of one backend."""
 
     name: str
     max_head_dim: int  # for key heads and value heads
@@ -47,8 +47,6 @@ class KernelChoice:
 
 
 class _Wanted(NamedTuple):
-    """The requirements: the arguments of ``select_kernel``."""
-
     device: str
     dtype: str
     head_dim: int
@@ -137,8 +135,7 @@ def select_kernel(
         window: the mask has a sliding window.
         deterministic: the same inputs must give the same bits.
         capability: the CUDA device's compute capability (major, minor). If it is None, it is not
-            known yet: no kernel is refused for it, and ``flash_attn`` stays a name that
-            ``load_kernel`` resolves to a generation.
+            known yet: no kernel is refused for it, and ``flash_attn`` is not resolved.
 
     Returns:
         The name and the reason; for ``flash_attn`` on a known device the name of the generation.
@@ -166,38 +163,13 @@ def select_kernel(
     raise _refusal(name, "; ".join(passed_over), wanted)
 
 
-def flash_attention_for(capability: tuple[int, int] | None, *, deterministic: bool = False) -> str:
-    """Resolves ``flash_attn`` when head dim and mask are not known.
-
-    It prefers a generation that supports every head dim up to 256.
-
-    Args:
-        capability: the device's compute capability; None stands for any device.
-        deterministic: whether the backward must be deterministic.
-
-    Raises:
-        ConfigError: no generation is installed for this device.
-    """
-    usable = [
-        TRAITS[name]
-        for name in _generations(capability)
-        if _installed(TRAITS[name]) and _runs_on(TRAITS[name], capability)
-    ]
-    whole = [traits for traits in usable if _largest(traits, capability, deterministic) >= 256]
-    if not usable:
-        raise ConfigError("--kernel", "flash_attn", _NO_PACKAGE, TRAITS["flash_attn_2"].install)
-    return (whole or usable)[0].name
-
-
-_NO_PACKAGE = "needs the package flash_attn, which is not installed"
-
-
 def _try(name: str, wanted: _Wanted) -> tuple[str | None, str]:
     """The kernel that ``name`` resolves to and its summary, or None and the problem."""
     if name != "flash_attn":
         problem = _problem(TRAITS[name], wanted)
         return (None, problem) if problem else (name, TRAITS[name].summary)
-    generations = [TRAITS[other] for other in _generations(wanted.capability)]
+    on_hopper = wanted.capability and wanted.capability[0] == 9
+    generations = [TRAITS[other] for other in (_HOPPER if on_hopper else FLASH_ATTENTION)]
     problems = {traits.name: _problem(traits, wanted) for traits in generations}
     able = [traits for traits in generations if not problems[traits.name]]
     if able and wanted.capability is None:
@@ -207,7 +179,8 @@ def _try(name: str, wanted: _Wanted) -> tuple[str | None, str]:
     if wanted.device not in generations[0].devices:
         return None, problems[generations[0].name]
     present = [traits.name for traits in generations if _installed(traits)]
-    return None, "; ".join(f"{x} {problems[x]}" for x in present) or _NO_PACKAGE
+    missing = "needs the package flash_attn, which is not installed"
+    return None, "; ".join(f"{x} {problems[x]}" for x in present) or missing
 
 
 def _refusal(name: str, problem: str, wanted: _Wanted) -> ConfigError:
@@ -228,11 +201,12 @@ def _problem(traits: KernelTraits, wanted: _Wanted) -> str:
         return f"needs the package {traits.package}, which is not installed"
     if wanted.dtype not in traits.dtypes:
         return f"computes in {', '.join(traits.dtypes)}, not in {wanted.dtype}"
-    if not _runs_on(traits, wanted.capability):
+    major = wanted.capability[0] if wanted.capability else 0
+    if major and traits.capabilities and major not in traits.capabilities:
         majors = " or ".join(map(str, traits.capabilities))
         dotted = ".".join(map(str, wanted.capability or ()))
         return f"needs compute capability {majors}, the device has {dotted}"
-    largest = _largest(traits, wanted.capability, False)
+    largest = dict(traits.wider_on).get(major, traits.max_head_dim)
     if wanted.head_dim > largest:
         return f"head dim {wanted.head_dim} is above its largest, {largest}"
     if wanted.window and not traits.windows:
@@ -244,20 +218,6 @@ def _problem(traits: KernelTraits, wanted: _Wanted) -> str:
     if wanted.deterministic and wanted.head_dim > traits.deterministic_head_dim:
         return f"is deterministic up to head dim {traits.deterministic_head_dim} only"
     return ""
-
-
-def _generations(capability: tuple[int, int] | None) -> Sequence[str]:
-    return _HOPPER if capability and capability[0] == 9 else FLASH_ATTENTION
-
-
-def _runs_on(traits: KernelTraits, capability: tuple[int, int] | None) -> bool:
-    return not (capability and traits.capabilities) or capability[0] in traits.capabilities
-
-
-def _largest(traits: KernelTraits, capability: tuple[int, int] | None, deterministic: bool) -> int:
-    major = capability[0] if capability else 0
-    largest = dict(traits.wider_on).get(major, traits.max_head_dim)
-    return min(largest, traits.deterministic_head_dim) if deterministic else largest
 
 
 def _installed(traits: KernelTraits) -> bool:

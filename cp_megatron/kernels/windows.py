@@ -99,7 +99,7 @@ def _has_window(band: Band, num_queries: int, num_keys: int) -> bool:
 
 
 class FlashKernel(ABC):
-    """What flash attention kernels have in common: types, widths, windows and sub-tiles."""
+    """Shared code of the flash attention kernels: types, widths, windows and sub-tiles."""
 
     def compute_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """The type of the inputs; the kernel accumulates in float32 inside."""

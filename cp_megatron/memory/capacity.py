@@ -132,7 +132,8 @@ def _rehearsed(plan: RunPlan) -> list[str]:
     size, seen = plan.grid.cp, rehearsals[0].num_ranks
     ranks = f"{size} ranks" if seen == size else f"{seen} of {size:,} ranks"
     count = sum(rehearsal.num_messages for rehearsal in rehearsals)
-    return [f"exchange: rehearsed for {ranks}: {count:,} messages are what their receivers expect"]
+    checked = f"exchange: checked {count:,} messages between {ranks}"
+    return [f"{checked}; each matches what its receiver expects"]
 
 
 def _least_bytes(plan: RunPlan) -> int:

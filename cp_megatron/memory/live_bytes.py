@@ -1,8 +1,8 @@
 """Counts the bytes of live tensors, on any device, by the place that allocated them.
 
-A dispatch mode sees every operation of torch. Memory that an operation returns and that was not
-there before counts until it is released, which a weak reference tells. The count is exact for
-tensors, but does not see what an operation allocates and releases inside.
+A dispatch mode sees every operation of torch. Newly allocated memory counts until it is released;
+a weak reference detects this. The count is exact for tensors, but does not see what an operation
+allocates and releases inside.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class LiveBytes(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         for tensor in _tensors((args, kwargs)):
-            self._meet(func, tensor)
+            self._record_existing(func, tensor)
         out = func(*args, **kwargs)
         for tensor in _tensors(out):
             storage = tensor.untyped_storage()
@@ -97,7 +97,7 @@ class LiveBytes(TorchDispatchMode):
         self.alive.clear()
         self._others.clear()
 
-    def _meet(self, func: Any, tensor: Tensor) -> None:
+    def _record_existing(self, func: Any, tensor: Tensor) -> None:
         """Records that memory which an operation is given was not allocated by it."""
         storage = tensor.untyped_storage()
         key = storage._cdata

@@ -132,7 +132,7 @@ def schedules(plan: RunPlan) -> tuple[Schedule, ...]:
 def _during_step(
     plan: RunPlan, spec: ModelSpec, planned: tuple[Schedule, ...], cp_rank: int
 ) -> tuple[list[Held], int]:
-    """What a rank holds beside the permanent tensors, and the bytes of it after forward."""
+    """The memory of a rank beside the permanent tensors, and the bytes of it after forward."""
     sizes = _sizes(plan, cp_rank, planned[0] if planned else None, spec)
     kept, gathered = _kept(spec, plan.config.memory, sizes), _gathered_bytes(plan, spec)
     on_host = kept[INPUTS] if plan.config.memory.cpu_offloading else 0
@@ -164,10 +164,10 @@ def _buffer_bytes(
     )
     buffers = BufferSizes()
     for schedule in planned:
-        buffers.add_forward(schedule, cp_rank, attention)
+        buffers.add(schedule, cp_rank, attention, backward=False)
     in_forward = buffers.num_bytes
     for schedule in planned:
-        buffers.add_backward(schedule, cp_rank, attention)
+        buffers.add(schedule, cp_rank, attention, backward=True)
     return in_forward, buffers.num_bytes
 
 
@@ -241,8 +241,7 @@ def _kept(spec: ModelSpec, memory: MemoryConfig, sizes: ActivationSizes) -> Coun
 def _is_transposed(plan: RunPlan, cp_rank: int, attention: AttentionSpec) -> bool:
     """Whether attention's result is laid out by heads, so that the projection keeps a copy.
 
-    The result of the reference kernel is, if every query head has keys of its own, and it stays so
-    if the first tile has all rows.
+    True for the reference kernel without grouped heads when the first tile covers all rows.
     """
     sequence = plan.sequence
     heads, kv_heads = attention.local_heads(plan.grid.tp)

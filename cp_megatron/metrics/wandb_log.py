@@ -34,17 +34,17 @@ class WandbRun:
         settings: the run's settings, which are shown beside its curves.
 
     Attributes:
-        place: its address, or the command that uploads it if there is no network; empty if it did
+        link: its address, or the command that uploads it if there is no network; empty if it did
             not start.
     """
 
     def __init__(self, log: LogConfig, *, folder: Path, settings: Mapping[str, Any]) -> None:
-        self.place = ""
+        self.link = ""
         self._run: Any = None
         try:
             self._run = _start(log, folder, settings)
             where = self._run.settings.sync_dir
-            self.place = f"wandb sync {where}" if self._run.offline else self._run.url
+            self.link = f"wandb sync {where}" if self._run.offline else self._run.url
         except Exception as error:  # any error: login, network, disk, or wandb itself
             self._give_up("did not start", error)
 

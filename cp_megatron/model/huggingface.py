@@ -80,7 +80,7 @@ def register(name: str = "cp_megatron") -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class BatchPlan:
-    """What attention needs to know about a batch; the same in every layer.
+    """The context of a batch that every attention layer needs; the same in every layer.
 
     Attributes:
         cp: the engine with the documents as its mask; ``cp.gather(logits, 1)`` returns whole rows.

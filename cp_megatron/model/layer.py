@@ -48,12 +48,12 @@ class TransformerLayer(nn.Module):
         rotation: Rotation | None,
         cp: ContextParallel,
         dropout: Dropout | None,
-        which: Pass,
+        layer_pass: Pass,
     ) -> Tensor:
         attended = self.memory.mixer(self._attend, x, rotation, cp, dropout)
         added = self.tp.leave(self.attention.output(attended), self.attention.out.local_bias())
         x = x + self.dropout(added)
-        added = self.memory.mlp(self._feed_forward, x, self.mlp_weights, which)
+        added = self.memory.mlp(self._feed_forward, x, self.mlp_weights, layer_pass)
         return x + self.dropout(added)
 
     def _attend(

@@ -1,4 +1,4 @@
-"""What a layer keeps for backward: strategies that wrap around its blocks from outside.
+"""Chooses what a layer keeps for backward, with strategies that wrap its blocks from outside.
 
     granularity   kept of a layer                                  computed again in backward
     none          all that autograd saves                          nothing
@@ -33,8 +33,8 @@ Results = TypeVar("Results", Tensor, tuple[Tensor, ...])
 
 
 class Pass:
-    """Which run of a layer this is. In the second, a recomputation in backward, only what autograd
-    saves is read, not the result."""
+    """Whether a layer runs for the first time or is being recomputed, in backward, for the tensors
+    that autograd saves; the result of a recomputation is not used."""
 
     is_second = False
 
@@ -82,18 +82,18 @@ class LayerMemory:
         )
 
     def layer(self, function: Callable[..., Tensor], *args: object) -> Tensor:
-        """``function(*args, which)``, the whole layer."""
-        which = Pass()
+        """``function(*args, layer_pass)``, the whole layer."""
+        layer_pass = Pass()
         # Called in the layer's forward, so that FSDP has gathered the weights when it runs again.
         if not self._recomputes("full"):
-            return function(*args, which)
+            return function(*args, layer_pass)
         with nullcontext() if self.offload is None else self.offload.hooks():
             return checkpoint(  # type: ignore[return-value]
                 function,
                 *args,
-                which,
+                layer_pass,
                 use_reentrant=False,
-                context_fn=lambda: (nullcontext(), which.second()),
+                context_fn=lambda: (nullcontext(), layer_pass.second()),
             )
 
     def mixer(self, function: Callable[..., Tensor], *args: object) -> Tensor:
@@ -103,17 +103,19 @@ class LayerMemory:
             return checkpoint(function, *args, kept, use_reentrant=False)  # type: ignore[return-value]
         return function(*args, None)
 
-    def mlp(self, function: TileFunction, x: Tensor, weights: LocalWeights, which: Pass) -> Tensor:
+    def mlp(
+        self, function: TileFunction, x: Tensor, weights: LocalWeights, layer_pass: Pass
+    ) -> Tensor:
         """``function(x, gradient_only)``, from the residual stream to what is added to it.
 
         Args:
             function: computes every row by itself.
             x: residual stream.
             weights: those that the function reads.
-            which: the run of the layer, which this function ends.
+            layer_pass: the run of the layer, which this function ends.
         """
         if self.tile_size is not None:
-            rows, again = self.tp.rows(self.tile_size, x.shape[0]), which.is_second
+            rows, again = self.tp.rows(self.tile_size, x.shape[0]), layer_pass.is_second
             recompute = self._recomputes("selective", "full")
             return in_tiles(
                 function, x, weights, rows=rows, recompute=recompute, gradient_only=again

@@ -1,4 +1,6 @@
-"""The feed-forward block: two or three linears around an activation. It receives no group.
+"""The feed-forward block: two or three linears around an activation.
+
+It sends no messages itself; the layer calls ``tp.enter`` and ``tp.leave``.
 
 Shapes: b batch, s sequence of one context parallel rank, h hidden, f ffn.
 """

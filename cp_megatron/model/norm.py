@@ -1,6 +1,6 @@
 """Normalization: torch's own functions on the tokens that a rank holds.
 
-Every token is normalized by itself, so the module knows nothing of ranks.
+Every token is normalized by itself, so forward needs no communication.
 
 Shapes: .. tokens, h hidden.
 """

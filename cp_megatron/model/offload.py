@@ -153,7 +153,7 @@ class _Offloaded:
         self._buffer.written()
 
     def take(self) -> Tensor:
-        """The tensor on its device. On CUDA this also fetches the one kept before, read next."""
+        """The tensor; on CUDA also starts fetching the tensor that backward reads next."""
         self.fetch()
         assert self._fetched is not None
         x, self._fetched = self._fetched, None

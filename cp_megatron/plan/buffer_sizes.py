@@ -51,7 +51,7 @@ class RoundBuffers:
     Attributes:
         sent_keys: keys to send. Keys that form one run of the arrival are sent in place.
         arrival: the keys of the next round.
-        gradients: sums of the gradients of this round's keys; None for the own keys, whose
+        gradients: sums of the gradients of this round's keys; None for this rank's keys, whose
             gradients are returned to the caller and need memory of their own.
         sent_passed, sent_returned: gradients to pass on or to return; one run is sent in place.
         passed, returned: gradients that arrive after this round.
@@ -137,11 +137,7 @@ def gather_portions(
 ) -> list[Span]:
     """Splits key/value heads into the nearly equal runs that are gathered one after the other.
 
-    Args:
-        gather: this rank's part of the collective.
-        num_ranks: the number of ranks that gather.
-        num_kv_heads: the number of key/value heads.
-        head_bytes: bytes of the keys and values of one head of one token, for the whole batch.
+    ``head_bytes`` counts the keys and values of one head of one token, for the whole batch.
     """
     num_bytes = num_ranks * gather.width * num_kv_heads * head_bytes
     count = min(num_kv_heads, MAX_PORTIONS, max(1, num_bytes // LEAST_PORTION))
@@ -164,9 +160,6 @@ def message_widths(
     all_heads = [sum(num_positions([heads[i]]) * dim for heads, dim in tensors) for i in peers]
     own_heads = [all_heads[exchange.index]] * len(all_heads)
     return (all_heads, own_heads) if to_heads else (own_heads, all_heads)
-
-
-# ---- the sizes of a whole pass -------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,15 +192,8 @@ class BufferSizes:
         """The sum over all buffers."""
         return sum(self._sizes.values())
 
-    def add_forward(self, schedule: Schedule, rank: int, x: AttentionSizes) -> None:
-        """Grows the buffers to what the forward pass of one attention needs on ``rank``."""
-        self._add(schedule, rank, x, backward=False)
-
-    def add_backward(self, schedule: Schedule, rank: int, x: AttentionSizes) -> None:
-        """Grows the buffers to what the backward pass of one attention needs on ``rank``."""
-        self._add(schedule, rank, x, backward=True)
-
-    def _add(self, schedule: Schedule, rank: int, x: AttentionSizes, *, backward: bool) -> None:
+    def add(self, schedule: Schedule, rank: int, x: AttentionSizes, *, backward: bool) -> None:
+        """Grows the buffers to what one pass of an attention, forward or backward, needs."""
         head = x.batch * 2 * x.head_dim
         if gather := schedule.gather(rank):
             num_ranks = schedule.layout.cp_size

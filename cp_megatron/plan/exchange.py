@@ -28,7 +28,7 @@ ROUTES = ("ring", "direct")
 Sizes = tuple[int, int]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class ExchangeChoice:
     """An exchange and the reason that is shown to the user.
 
@@ -81,14 +81,14 @@ def check_exchange(
         if exchange == "a2a+p2p":
             raise ConfigError(flag, None, "a2a+p2p needs two sizes", works)
         return
+    sizes, given = hierarchical_sizes, " ".join(map(str, hierarchical_sizes))
     if exchange not in ("auto", "a2a+p2p"):
         rule = f"belongs to a2a+p2p, not to {exchange}"
-        raise ConfigError(flag, _text(hierarchical_sizes), rule, "--cp-comm-type a2a+p2p")
-    sizes = hierarchical_sizes
+        raise ConfigError(flag, given, rule, "--cp-comm-type a2a+p2p")
     whole = all(isinstance(size, int) for size in sizes)
     if len(sizes) != 2 or not whole or min(sizes) < 1 or sizes[0] * sizes[1] != cp_size:
         rule = f"must be two sizes whose product is --context-parallel-size {cp_size}"
-        raise ConfigError(flag, _text(sizes), rule, works)
+        raise ConfigError(flag, given, rule, works)
 
 
 def choose_exchange(
@@ -102,25 +102,17 @@ def choose_exchange(
     """Chooses the exchange whose ranks together receive the fewest elements; p2p wins a tie.
 
     Args:
-        mask: which keys each query attends.
-        layout: which rank holds which tokens.
-        readers: which rank reads which keys, for this mask and layout.
-        heads: number and widths of the heads.
+        mask, layout, readers, heads: of the attention.
         hierarchical_sizes: the number of ranks that share a node, and the number of nodes. It makes
             a2a+p2p a candidate instead of a2a over all ranks, which would cross nodes with
             everything.
         route: ``ring`` or ``direct``, or ``auto`` to choose it as well.
     """
     size = layout.cp_size
-    if size == 1:
-        return ExchangeChoice(
-            exchange="p2p",
-            route="ring" if route == "auto" else route,
-            hierarchical_sizes=(1, 1),
-            reason="one rank exchanges nothing",
-        )
-    p2p_route = choose_route(readers) if route == "auto" else route
     inner_route = "ring" if route == "auto" else route
+    if size == 1:
+        return ExchangeChoice("p2p", inner_route, (1, 1), "one rank exchanges nothing")
+    p2p_route = choose_route(readers) if route == "auto" else route
     costs = {"p2p": readers.tokens_received(p2p_route) * heads.num_kv_heads * heads.key_width}
     inner = hierarchical_sizes[0] if hierarchical_sizes else size
     name = "a2a+p2p" if hierarchical_sizes else "a2a"
@@ -143,12 +135,10 @@ def choose_exchange(
         if other != best
     ]
     verdict = "moves the fewest bytes" if least else "moves nothing"
-    return ExchangeChoice(
-        exchange=best,
-        route=p2p_route if best == "p2p" else inner_route,
-        hierarchical_sizes=(1, size) if best == "p2p" else (inner, size // inner),
-        reason=", ".join([verdict, *others, *notes]),
-    )
+    reason = ", ".join([verdict, *others, *notes])
+    if best == "p2p":
+        return ExchangeChoice(best, p2p_route, (1, size), reason)
+    return ExchangeChoice(best, inner_route, (inner, size // inner), reason)
 
 
 def choose_route(readers: Readers) -> str:
@@ -167,7 +157,3 @@ def _computed_kv_heads(heads: Heads, size: int) -> int:
     """Key/value heads that the ranks of a group compute, counted once for each of them."""
     share, serves = heads.num_heads // size, heads.num_heads // heads.num_kv_heads
     return sum(-(-(i + 1) * share // serves) - i * share // serves for i in range(size))
-
-
-def _text(sizes: Sizes) -> str:
-    return " ".join(map(str, sizes))

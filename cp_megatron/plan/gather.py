@@ -53,32 +53,30 @@ def plan_gather(readers: Readers, rank: int) -> Gather:
     wanted = np.asarray(readers.read.any(axis=1))
     given = np.where(wanted, readers.length, 0)
     packed = np.concatenate([[0], np.cumsum(given)])
-    # A run lies behind the given runs before it of its owner, and the part of an owner behind the
-    # parts of the ranks before it.
+    # Offset of a run: its owner's block, plus the runs of that owner that precede it.
     place = packed[:-1] - packed[readers.first[readers.owner]] + readers.owner * width
     mine = _picked(readers, rank)
-    spans = zip(place[mine].tolist(), (place + given)[mine].tolist())
     first, last = int(readers.first[rank]), int(readers.first[rank + 1])
     mine_given = first + np.flatnonzero(wanted[first:last])
     begin = readers.offset[mine_given]
     end = begin + readers.length[mine_given]
     return Gather(
         width=width,
-        given=tuple(merge_spans(list(zip(begin.tolist(), end.tolist())))),
-        picked=tuple(merge_spans(list(spans))),
+        given=tuple(merge_spans(zip(begin.tolist(), end.tolist()))),
+        picked=tuple(merge_spans(zip(place[mine].tolist(), (place + given)[mine].tolist()))),
     )
 
 
 def plan_gather_rounds(
     mask: Mask, layout: SequenceLayout, readers: Readers, rank: int
 ) -> tuple[Round, ...]:
-    """Round 0 computes the own keys, round 1 all other keys that this rank reads."""
+    """Round 0 computes this rank's keys, round 1 all other keys that it reads."""
     shard = pack(layout.chunks[rank])
     own = Round(owner=rank, keys=layout.chunks[rank], tiles=tuple(own_tiles(mask, shard)))
     mine = _picked(readers, rank)
     if not mine.size:
         return (own,)
-    runs = merge_spans(list(zip(readers.start[mine].tolist(), readers.stop[mine].tolist())))
+    runs = merge_spans(zip(readers.start[mine].tolist(), readers.stop[mine].tolist()))
     tiles = remote_tiles(mask, reading(mask, shard), pack(runs))
     return own, Round(owner=-1, keys=tuple(runs), tiles=tuple(tiles))
 

@@ -2,7 +2,7 @@
 
 Every mask of this project gives query ``q`` one contiguous run of keys, ``first(q) .. last(q)``,
 and neither end decreases as ``q`` grows. This makes planning cheap: the pairs of any rectangle are
-a sum over rows, and the keys that a chunk of queries needs are one run per document.
+a sum over rows, and the keys that a chunk of queries needs are one run of positions.
 
     causal               full                 documents([3, 2])
     q\\k 0 1 2 3 4       q\\k 0 1 2 3 4       q\\k 0 1 2 3 4
@@ -81,7 +81,6 @@ class Mask:
 
     @staticmethod
     def _bounds(window: Window | None, causal: bool) -> Window:
-        """Both bounds as integers, -1 if unlimited."""
         try:
             left, right = (-1, -1) if window is None else map(operator.index, window)
         except (TypeError, ValueError):

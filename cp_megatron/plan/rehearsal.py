@@ -26,12 +26,9 @@ Wire = tuple[int, str, int, int]
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """What was rehearsed.
+    """The ranks that were compared, and the messages of keys or gradients between any two of them.
 
-    Attributes:
-        num_ranks: the number of ranks that were compared.
-        num_messages: messages of keys or gradients between two of them, and one for each rank in a
-            collective.
+    Each rank in a collective counts as one message.
     """
 
     num_ranks: int

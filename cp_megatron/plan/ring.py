@@ -103,7 +103,7 @@ class _RankPlanner:
             )
         return tuple(rounds)
 
-    def of(self, owner: int) -> list[_Run]:
+    def runs_of(self, owner: int) -> list[_Run]:
         """The runs of ``owner`` that other ranks read."""
         if owner not in self.runs:
             table, (near, far) = self.readers, self.readers.hops
@@ -126,12 +126,12 @@ class _RankPlanner:
         if (rank, hop) not in self.arrivals:
             arrives = self._arrives(rank, hop)
             owner = (rank + hop) % self.size
-            self.arrivals[rank, hop] = _spans([run for run in self.of(owner) if arrives(run)])
+            self.arrivals[rank, hop] = _spans([run for run in self.runs_of(owner) if arrives(run)])
         return self.arrivals[rank, hop]
 
     def _positions(self, owner: int, hop: int) -> list[Span]:
         arrives = self._arrives(self.rank, hop)
-        return merge_spans([(run.start, run.stop) for run in self.of(owner) if arrives(run)])
+        return merge_spans([(run.start, run.stop) for run in self.runs_of(owner) if arrives(run)])
 
     def send_keys(self, t: int) -> Message | None:
         if t + 1 >= self.size:
@@ -152,7 +152,6 @@ class _RankPlanner:
         return _message(peer, owner, [(0, num_positions(arrival))] if arrival else [])
 
     def gradient_messages(self, t: int) -> dict[str, Message | None]:
-        """The messages that carry gradients of keys after round ``t``."""
         if t == 0:
             return {}
         me, size = self.rank, self.size
@@ -177,11 +176,11 @@ class _RankPlanner:
 
     def unfinished(self, owner: int, hop: int) -> list[Span]:
         """Keys with a reader up to ``hop`` places below the owner, and another one further down."""
-        return _spans([run for run in self.of(owner) if run.near <= hop < run.far])
+        return _spans([run for run in self.runs_of(owner) if run.near <= hop < run.far])
 
     def finished(self, owner: int, hop: int) -> list[Span]:
         """Keys whose last reader is ``hop`` places below the owner."""
-        return _spans([run for run in self.of(owner) if run.far == hop])
+        return _spans([run for run in self.runs_of(owner) if run.far == hop])
 
 
 def _spans(runs: list[_Run]) -> list[Span]:

@@ -34,13 +34,13 @@ class Round:
         owner: the rank whose keys are computed; -1 if the keys come from all ranks together.
         keys: positions of the arrival, as runs, in local order.
         tiles: the tiles to compute; columns count in the arrival.
-        send_keys: keys for the receiver's next round; spans in the own shard (round 0 or
+        send_keys: keys for the receiver's next round; spans in this rank's shard (round 0 or
             ``direct``) or in this round's arrival.
         receive_keys: fills the next round's arrival.
         pass_grads: partial key gradients for rank - 1 after this round; spans in this arrival.
         return_grads: finished key gradients for the owner after this round; spans likewise.
         receive_passed: the gradients that rank + 1 passes; spans in the next round's arrival.
-        receive_returned: finished gradients of the own keys; spans in the own shard.
+        receive_returned: finished gradients of this rank's keys; spans in its shard.
     """
 
     owner: int

@@ -8,8 +8,8 @@
 
 Under every exchange, a rank's work is a sequence of rounds, and a round is a list of tiles. If
 ranks first exchange heads for tokens by all-to-all, the rounds are those of a whole group of
-neighbours: rows count in the tokens that the group holds together (``schedule.rows``), and every
-member computes them for its own heads.
+neighbours: rows count in the tokens that the group holds together (``schedule.group_layout``), and
+every member computes them for its own heads.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ class Schedule:
         return self.hierarchical_sizes[0]
 
     @cached_property
-    def rows(self) -> SequenceLayout:
+    def group_layout(self) -> SequenceLayout:
         """The tokens that each group of ``all_to_all_size`` ranks holds together, as a layout."""
         size = self.all_to_all_size
         return merged_layout(self.layout, size) if size > 1 else self.layout
@@ -124,18 +124,18 @@ class Schedule:
     @cached_property
     def readers(self) -> Readers:
         """Which keys each group of ``all_to_all_size`` ranks reads."""
-        return Readers.of(self.mask, self.rows)
+        return Readers.of(self.mask, self.group_layout)
 
     def rounds(self, rank: int) -> tuple[Round, ...]:
         """The rounds of ``rank``, in order. The peers of messages are ranks.
 
-        Round 0 computes the own keys. Under p2p, round t computes the keys of the rank (or the
+        Round 0 computes this rank's keys. Under p2p, round t computes the keys of the rank (or the
         group) t places above; under all_gather, round 1 computes all other keys.
         """
         if self.exchange == "all_gather":
-            return plan_gather_rounds(self.mask, self.rows, self.readers, rank)
+            return plan_gather_rounds(self.mask, self.group_layout, self.readers, rank)
         size = self.all_to_all_size
-        rounds = plan_ring(self.mask, self.rows, self.readers, rank // size, self.route)
+        rounds = plan_ring(self.mask, self.group_layout, self.readers, rank // size, self.route)
         if size == 1:
             return rounds
         # A member of a group exchanges messages with the member in the same place of other groups.
@@ -173,10 +173,7 @@ class Schedule:
         if self.exchange == "all_gather":
             return (size - 1) * gathered_width(self.readers)
         in_group = (self.all_to_all_size - 1) * self.layout.shard_len
-        return in_group + self._tokens_of_rounds(rank)
-
-    def _tokens_of_rounds(self, rank: int) -> int:
-        return int(self.readers.received[self.route][rank // self.all_to_all_size])
+        return in_group + int(self.readers.received[self.route][rank // self.all_to_all_size])
 
     def bytes_received(
         self, rank: int, head_dim: int, element_size: int, v_head_dim: int | None = None
@@ -196,8 +193,8 @@ class Schedule:
         k0, k1 = exchange.kv_heads[exchange.index]
         keys = (k1 - k0) * (head_dim + v_dim)
         in_group = (len(exchange.peers) - 1) * self.layout.shard_len
-        elements = in_group * ((q1 - q0) * (head_dim + v_dim) + keys)
-        return (elements + self._tokens_of_rounds(rank) * keys) * element_size
+        elements = in_group * (q1 - q0) * (head_dim + v_dim)
+        return (elements + self.kv_tokens_received(rank) * keys) * element_size
 
     def plot(self, path: str) -> None:
         """Draws an SVG file that shows which rank computes which tile in which round."""

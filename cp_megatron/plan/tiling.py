@@ -156,7 +156,7 @@ def own_tiles(mask: Mask, shard: list[LocalRun]) -> list[Tile]:
     return tiles
 
 
-def merge_spans(spans: list[Span]) -> list[Span]:
+def merge_spans(spans: Iterable[Span]) -> list[Span]:
     """Joins adjacent spans; ``spans`` ascend."""
     merged: list[Span] = []
     for start, stop in spans:
@@ -251,8 +251,8 @@ def remote_tiles(mask: Mask, queries: list[Reading], keys: list[LocalRun]) -> li
 def key_intervals(mask: Mask, starts: IntArray, stops: IntArray) -> tuple[IntArray, IntArray]:
     """Returns, for each chunk of queries, the first key that it reads and the end of the run.
 
-    The keys are one run of positions, because each row attends itself and its range moves by at
-    most one position per row.
+    The keys are one run of positions, because each row attends itself and the rows of a chunk are
+    adjacent.
     """
     return mask.key_range(starts)[0], mask.key_range(stops - 1)[1]
 

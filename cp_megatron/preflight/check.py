@@ -26,7 +26,7 @@ from cp_megatron.preflight.log_rules import check_log
 from cp_megatron.preflight.pretrained import check_load_hf, vocab_size_of
 from cp_megatron.preflight.rope_rules import check_rope
 from cp_megatron.preflight.run_plan import DeviceName, RunPlan, kernel_on
-from cp_megatron.preflight.save_and_load import check_goes_on, check_save, data_changes, find_load
+from cp_megatron.preflight.save_and_load import check_resume, check_save, data_changes, find_load
 from cp_megatron.preflight.sequence import plan_sequence
 
 
@@ -129,7 +129,7 @@ def _with_checkpoint(plan: RunPlan, *, auto: bool) -> RunPlan:
     config, notes = plan.config, plan.notes
     loaded = find_load(config)
     if loaded is not None:
-        check_goes_on(config, loaded.manifest, plan.vocab_size, auto=auto)
+        check_resume(config, loaded.manifest, plan.vocab_size, auto=auto)
         notes = (*data_changes(config, loaded.manifest), *notes)
         folder, step = loaded.folder, loaded.manifest.step
         plan = replace(plan, load=folder, load_step=step, passed_over=loaded.passed_over)

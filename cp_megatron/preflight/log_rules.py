@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from cp_megatron.config import LogConfig
 from cp_megatron.errors import ConfigError
 from cp_megatron.metrics.plots import require_matplotlib
-from cp_megatron.preflight.rules import refuse_idle
+from cp_megatron.preflight.rules import refuse_unused
 
 _PROFILE = (
     *("profile_step_start", "profile_step_end", "profile_ranks", "profile_memory"),
@@ -39,7 +39,7 @@ def check_log(
     project = log.wandb_project
     if project is None:
         reason, works = "without --wandb-project", "--wandb-project NAME"
-        refuse_idle(log, _WANDB, given, reason=reason, works=works)
+        refuse_unused(log, _WANDB, given, reason=reason, works=works)
     elif find_spec("wandb") is None:
         works = "pip install 'cp_megatron[log]', or --wandb-project None"
         raise ConfigError("--wandb-project", project, "needs the package wandb", works)
@@ -50,7 +50,7 @@ def check_log(
         _check_steps(log, first_step, last_step)
         _check_ranks(log.profile_ranks, world_size)
     else:
-        refuse_idle(log, _PROFILE, given, reason="without --profile", works="--profile")
+        refuse_unused(log, _PROFILE, given, reason="without --profile", works="--profile")
 
 
 def _check_steps(log: LogConfig, first: int, last: int) -> None:

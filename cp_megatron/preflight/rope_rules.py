@@ -5,7 +5,7 @@ from __future__ import annotations
 from cp_megatron.config import ModelConfig
 from cp_megatron.errors import ConfigError
 from cp_megatron.families.rope_fields import ROPE_FIELDS, ROPE_KEYS, fields_of
-from cp_megatron.preflight.rules import refuse_idle
+from cp_megatron.preflight.rules import refuse_unused
 
 
 def check_rope(model: ModelConfig, seq_length: int, given: frozenset[str]) -> None:
@@ -18,7 +18,7 @@ def check_rope(model: ModelConfig, seq_length: int, given: frozenset[str]) -> No
     if model.position_embedding_type != "rope":
         reason = f"with --position-embedding-type {model.position_embedding_type}"
         works = "--position-embedding-type rope"
-        refuse_idle(model, ["rotary_base"], given, reason=reason, works=works)
+        refuse_unused(model, ["rotary_base"], given, reason=reason, works=works)
         if kind != "default":
             raise ConfigError("--rope-type", kind, f"has no effect {reason}", works)
     elif "--max-position-embeddings" in given:
@@ -29,7 +29,7 @@ def check_rope(model: ModelConfig, seq_length: int, given: frozenset[str]) -> No
     for name in sorted(ROPE_FIELDS - fields_of(kind)):
         readers = ", ".join(other for other in ROPE_KEYS if name in fields_of(other))
         reason, works = f"with --rope-type {kind}", f"--rope-type {readers}"
-        refuse_idle(model, [name], given, reason=reason, works=works)
+        refuse_unused(model, [name], given, reason=reason, works=works)
     if kind in ("linear", "dynamic", "yarn", "llama3") and model.rope_scaling_factor is None:
         works = "--rope-scaling-factor 4 with it"
         raise ConfigError("--rope-type", kind, "needs --rope-scaling-factor", works)

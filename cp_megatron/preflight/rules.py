@@ -23,7 +23,7 @@ from cp_megatron.data.rows.sampler import parse_split
 from cp_megatron.errors import ConfigError
 
 
-def refuse_idle(
+def refuse_unused(
     section: object, names: Iterable[str], given: frozenset[str], *, reason: str, works: str
 ) -> None:
     """Refuses flags that the user typed although they have no effect.
@@ -122,7 +122,7 @@ def check_schedule(optimizer: OptimizerConfig, train: TrainConfig, given: frozen
         raise ConfigError("--lr-warmup-iters", warmup, rule, str(end // 10))
     if optimizer.lr_decay_style == "constant":
         reason, works = "with --lr-decay-style constant", "--lr-decay-style cosine or linear"
-        refuse_idle(optimizer, ("lr_decay_iters", "min_lr"), given, reason=reason, works=works)
+        refuse_unused(optimizer, ("lr_decay_iters", "min_lr"), given, reason=reason, works=works)
 
 
 def check_data(data: DataConfig, train: TrainConfig, given: frozenset[str]) -> bool:
@@ -139,7 +139,7 @@ def check_data(data: DataConfig, train: TrainConfig, given: frozenset[str]) -> b
         raise ConfigError("--split", data.split, rule, "969,30,1")
     if not train.eval_iters:
         reason, works = "with --eval-iters 0", "--eval-iters 4"
-        refuse_idle(train, ["eval_interval"], given, reason=reason, works=works)
+        refuse_unused(train, ["eval_interval"], given, reason=reason, works=works)
     return bool(valid and train.eval_iters)
 
 
@@ -149,7 +149,7 @@ def _check_own_paths(data: DataConfig, given: frozenset[str]) -> None:
         rule = "contradicts --train-data-path and its like, which name the data of each part"
         raise ConfigError("--data-path", _words(data.data_path), rule, "one of the two")
     reason = "with --train-data-path and its like, which name the data of each part"
-    refuse_idle(data, ["split"], given, reason=reason, works="leave it out")
+    refuse_unused(data, ["split"], given, reason=reason, works="leave it out")
     if not data.train_data_path:
         flag = "--valid-data-path" if data.valid_data_path else "--test-data-path"
         paths = data.valid_data_path or data.test_data_path
@@ -188,7 +188,7 @@ def check_memory(memory: MemoryConfig, num_layers: int, given: frozenset[str]) -
     if number is not None and level == "none":
         reason = "with --recompute-granularity none"
         works = "--recompute-granularity selective or full"
-        refuse_idle(memory, ["recompute_num_layers"], given, reason=reason, works=works)
+        refuse_unused(memory, ["recompute_num_layers"], given, reason=reason, works=works)
     if memory.cpu_offloading and level != "full":
         rule = "needs full recomputation, because it moves the tensor that this keeps per layer"
         raise ConfigError("--cpu-offloading", "", rule, "--recompute-granularity full")

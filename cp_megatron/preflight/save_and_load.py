@@ -7,7 +7,12 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from cp_megatron.checkpoint.find_checkpoint import Newest, named_step, newest_whole, saved_config
+from cp_megatron.checkpoint.find_checkpoint import (
+    CheckpointChoice,
+    named_step,
+    newest_intact,
+    saved_config,
+)
 from cp_megatron.checkpoint.manifest import Manifest, read_manifest
 from cp_megatron.checkpoint.step_folders import TEMPORARY, newest_step
 from cp_megatron.config import Config
@@ -39,10 +44,10 @@ def fresh_run_folder(root: Path, name: str) -> Path:
     return next(folder for folder in folders if not os.path.lexists(folder))
 
 
-def find_load(config: Config) -> Newest | None:
+def find_load(config: Config) -> CheckpointChoice | None:
     """The checkpoint to continue from, with its manifest; None for a new run.
 
-    In a run's folder, it is the newest whole checkpoint. A named ``step-N`` is taken as it is.
+    In a run's folder, it is the newest intact checkpoint. A named ``step-N`` is taken as it is.
 
     Raises:
         ConfigError: there is no checkpoint, or it is damaged.
@@ -50,13 +55,13 @@ def find_load(config: Config) -> Newest | None:
     if config.checkpoint.load is None:
         return None
     path = Path(config.checkpoint.load)
-    if run_folder(path) == path and (newest := newest_whole(path)) is not None:
+    if run_folder(path) == path and (newest := newest_intact(path)) is not None:
         return newest
     step = named_step(path)
-    return Newest(folder=step, manifest=read_manifest(step))
+    return CheckpointChoice(folder=step, manifest=read_manifest(step))
 
 
-def check_goes_on(
+def check_resume(
     config: Config, manifest: Manifest, vocab_size: int, *, auto: bool = False
 ) -> None:
     """Checks that the checkpoint is of this model and that something is left to train.
@@ -97,7 +102,7 @@ def data_changes(config: Config, manifest: Manifest) -> tuple[str, ...]:
     return (f"{', '.join(changed)}: {rule}",) if changed else ()
 
 
-def check_save(config: Config, loaded: Newest | None, *, auto: bool = False) -> None:
+def check_save(config: Config, loaded: CheckpointChoice | None, *, auto: bool = False) -> None:
     """Checks that the folder to save in is new, empty, or the one of the run that continues.
 
     Args:

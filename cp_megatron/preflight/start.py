@@ -156,7 +156,7 @@ def _rendezvous_store(launch: Launch, timeout: timedelta) -> Store:
     return PrefixStore(f"restart-{launch.restarts}", store)
 
 
-def read_alike(control: dist.ProcessGroup, read: Callable[[], Read]) -> Read:
+def read_and_compare(control: dist.ProcessGroup, read: Callable[[], Read]) -> Read:
     """Reads the data on every rank, and checks that all ranks read the same.
 
     Raises:
@@ -166,6 +166,6 @@ def read_alike(control: dist.ProcessGroup, read: Callable[[], Read]) -> Read:
     fingerprints = all_gather_objects(data.fingerprint, control)
     differing = [rank for rank, other in enumerate(fingerprints) if other != fingerprints[0]]
     if differing:
-        rule = f"ranks {differing[:8]} read other data than rank 0"
+        rule = f"ranks {differing[:8]} read different data from rank 0"
         raise ConfigError("--data-path", data.name, rule, "the same files on every node")
     return data

@@ -156,7 +156,7 @@ def _training(plan: RunPlan, run: Path | None) -> Iterator[Line]:
     yield "data", _data(config.data)
     yield "run", f"{run or config.checkpoint.save or RUNS / f'{model_name(config)}-<n>'}"
     if plan.load is not None:
-        yield "goes on from", f"{plan.load} (step {plan.load_step})"
+        yield "resumes from", f"{plan.load} (step {plan.load_step})"
 
 
 def _data(data: DataConfig) -> str:

@@ -1,4 +1,4 @@
-"""What a model is, as data: its parameters, how they are split, what they cost. No torch."""
+"""Describes a model as data, without torch: parameters, how they are split, and their costs."""
 
 from cp_megatron.spec.layer_spec import LayerSpec, MLPSpec
 from cp_megatron.spec.mixer import AttentionSpec, local_heads

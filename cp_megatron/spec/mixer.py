@@ -77,8 +77,8 @@ class AttentionSpec(BlockSpec):
         return self.heads * self.head_dim
 
     def kept_operands(self, sizes: ActivationSizes) -> int:
-        """Bytes kept on the way to attention, which recomputation does not keep: the normalized
-        stream, what the norms of heads keep, and q, k and v."""
+        """Bytes of attention's inputs that backward needs and that recomputation frees: the
+        normalized stream, what the norms of heads keep, and q, k and v."""
         heads, kv_heads = self.local_heads(sizes.tp)
         kept = sizes.stream_bytes(self.query.inputs)
         if self.query_norm is not None:

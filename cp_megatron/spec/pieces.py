@@ -19,8 +19,8 @@ class LinearSpec(BlockSpec):
     Attributes:
         inputs, outputs: number of features.
         bias: whether it has one.
-        split: ``column`` splits the outputs; ``row`` splits the inputs, so that the ranks' results
-            are summands, and adds to the residual stream.
+        split: ``column`` splits the outputs; ``row`` splits the inputs: each rank computes a
+            partial sum. Row layers write to the residual stream.
         units, shares_units: as in ``ParameterSpec``.
     """
 
@@ -88,7 +88,7 @@ class NormSpec(BlockSpec):
         return self._is_fused(sizes) or sizes.element == sizes.exact
 
     def _is_fused(self, sizes: ActivationSizes) -> bool:
-        """On the CPU torch composes RMSNorm from several operations."""
+        """Whether one fused operation computes the norm; RMSNorm on the CPU is several."""
         return sizes.on_cuda or self.kind == "LayerNorm"
 
 

@@ -9,7 +9,7 @@ from cp_megatron.plan.heads import HeadExchange
 
 @dataclass(frozen=True, kw_only=True)
 class ActivationSizes:
-    """What a block must know to say how many bytes it keeps for backward.
+    """The sizes from which a block computes how many bytes it keeps for backward.
 
     Attributes:
         batch: rows of the micro batch.

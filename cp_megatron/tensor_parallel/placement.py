@@ -45,7 +45,7 @@ class SpecifiedModule(nn.Module):
         return local_weight(getattr(self, name), partial=name in self._partial)
 
     def local_bias(self) -> Tensor | None:
-        """The same for the parameter ``bias``; None if there is none."""
+        """This rank's part of ``bias``; None if there is none."""
         return self.local("bias") if "bias" in self.specs else None
 
 

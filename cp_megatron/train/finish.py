@@ -27,8 +27,8 @@ def print_end(trainer: Trainer, launch: Launch, script: str, last: int) -> None:
     folder, view, steps = trainer.folder, trainer.view, trainer.plan.config.train.train_iters
     view.say(f"checkpoint  {step_folder(folder, last)}")
     view.say(f"metrics     {folder / METRICS_FILE}, or: tensorboard --logdir {folder}")
-    if trainer.writer.wandb is not None and trainer.writer.wandb.place:
-        view.say(f"wandb       {trainer.writer.wandb.place}")
+    if trainer.writer.wandb is not None and trainer.writer.wandb.link:
+        view.say(f"wandb       {trainer.writer.wandb.link}")
     show_curves(trainer)
     words = [*launcher(launch), script, "--load", str(folder)]
     if last < steps:

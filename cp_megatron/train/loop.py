@@ -42,7 +42,8 @@ _Times = list[tuple[float, float]]
 
 
 class DivergedError(RuntimeError):
-    """The run cannot continue with the numbers it has; every rank raises it at the same step."""
+    """Training cannot continue: too many skipped steps, a non-finite value, or corrupted data. All
+    ranks raise it together."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,7 +142,7 @@ class Trainer:
         if self.checks is None or not (saves or self.checks.due(step)):
             return
         if finding := self.checks.find(step):
-            works = "to continue from it; on other hardware if this happens again"
+            works = "resume from it; if it recurs, use other hardware"
             raise self._diverged(step, finding, works)
 
     def _skip(self, step: int, result: StepResult, verdict: Verdict) -> None:

@@ -1,6 +1,6 @@
 """Decides which checkpoint a run continues from: the same on all ranks, with all files verified.
 
-If a checkpoint is damaged, the newest whole one before it is used instead, and a note in the start
+If a checkpoint is damaged, the newest intact one before it is used instead, and a note in the start
 table says so. In the run's own folder, the damaged one is renamed to ``step-N.damaged``, because
 its step will be trained and saved again.
 """
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from cp_megatron.checkpoint.find_checkpoint import Newest, newest_whole
+from cp_megatron.checkpoint.find_checkpoint import CheckpointChoice, newest_intact
 from cp_megatron.checkpoint.manifest import DamagedError, read_manifest, verify_files
 from cp_megatron.checkpoint.object_collectives import (
     all_gather_objects,
@@ -25,7 +25,7 @@ from cp_megatron.errors import ConfigError
 from cp_megatron.preflight.run_plan import RunPlan
 
 
-def settle_load(plan: RunPlan, control: dist.ProcessGroup) -> RunPlan:
+def verify_load(plan: RunPlan, control: dist.ProcessGroup) -> RunPlan:
     """The plan with a verified checkpoint. Call it on every rank.
 
     Args:
@@ -33,7 +33,7 @@ def settle_load(plan: RunPlan, control: dist.ProcessGroup) -> RunPlan:
         control: a group of all ranks for CPU tensors.
 
     Raises:
-        ConfigError: the ranks see different checkpoints, or none is whole; the same on every rank.
+        ConfigError: the ranks see different checkpoints, or none is intact; the same on every rank.
     """
     seen = all_gather_objects(plan.load, control)
     differing = [rank for rank, load in enumerate(seen) if load != seen[0]]
@@ -44,7 +44,7 @@ def settle_load(plan: RunPlan, control: dist.ProcessGroup) -> RunPlan:
         return plan
     named = str(plan.config.checkpoint.load)
     passed_over = dict(plan.passed_over)
-    newest = Newest(folder=plan.load, manifest=read_manifest(plan.load))
+    newest = CheckpointChoice(folder=plan.load, manifest=read_manifest(plan.load))
     while (error := _damage(newest, control)) is not None:
         if run_folder(Path(named)) != Path(named):  # the user named this very step
             raise error
@@ -64,8 +64,8 @@ def settle_load(plan: RunPlan, control: dist.ProcessGroup) -> RunPlan:
     )
 
 
-def _damage(checkpoint: Newest, control: dist.ProcessGroup) -> DamagedError | None:
-    """What is wrong with the files of a checkpoint; each rank verifies its share of them."""
+def _damage(checkpoint: CheckpointChoice, control: dist.ProcessGroup) -> DamagedError | None:
+    """The damage of a checkpoint's files, if any; each rank verifies its share of them."""
     names = sorted(checkpoint.manifest.files)[control.rank() :: control.size()]
     try:
         on_all_ranks(lambda: verify_files(checkpoint.folder, checkpoint.manifest, names), control)
@@ -74,11 +74,13 @@ def _damage(checkpoint: Newest, control: dist.ProcessGroup) -> DamagedError | No
     return None
 
 
-def _older(damaged: Newest, error: DamagedError, control: dist.ProcessGroup) -> Newest:
-    """The newest whole checkpoint before a damaged one; raises ``error`` if there is none."""
+def _older(
+    damaged: CheckpointChoice, error: DamagedError, control: dist.ProcessGroup
+) -> CheckpointChoice:
+    """The newest intact checkpoint before a damaged one; raises ``error`` if there is none."""
 
-    def find() -> Newest:
-        older = newest_whole(damaged.folder.parent, before=damaged.manifest.step)
+    def find() -> CheckpointChoice:
+        older = newest_intact(damaged.folder.parent, before=damaged.manifest.step)
         if older is None:
             raise error
         return older

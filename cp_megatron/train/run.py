@@ -34,7 +34,7 @@ from cp_megatron.metrics.wandb_log import WandbRun
 from cp_megatron.metrics.writer import MetricsWriter, keep_aside
 from cp_megatron.preflight.run_plan import RunPlan
 from cp_megatron.preflight.save_and_load import fresh_run_folder, model_name
-from cp_megatron.preflight.start import begin, make_context, make_model, read_alike
+from cp_megatron.preflight.start import begin, make_context, make_model, read_and_compare
 from cp_megatron.preflight.start_table import print_start
 from cp_megatron.tensor_parallel import LossRule
 from cp_megatron.train.finish import print_end, show_curves
@@ -42,7 +42,7 @@ from cp_megatron.train.loop import DivergedError, Trainer
 from cp_megatron.train.optimizer import make_optimizer
 from cp_megatron.train.profiler import StepProfiler
 from cp_megatron.train.progress import ProgressView
-from cp_megatron.train.resume import settle_load
+from cp_megatron.train.resume import verify_load
 from cp_megatron.train.saving import Saver
 from cp_megatron.train.signals import StopRequest, stop_on_signal
 from cp_megatron.train.step import TrainStep
@@ -142,8 +142,10 @@ def assemble(plan: RunPlan, launch: Launch, control: dist.ProcessGroup) -> Train
     Raises:
         ConfigError: the data, the checkpoint or the folder cannot be used; the same on every rank.
     """
-    plan = settle_load(plan, control)
-    data = read_alike(control, lambda: open_data(plan.config.data, seed=plan.config.train.seed))
+    plan = verify_load(plan, control)
+    data = read_and_compare(
+        control, lambda: open_data(plan.config.data, seed=plan.config.train.seed)
+    )
     _check_continues(plan, data)
     train_step = _make_train_step(plan, launch, control)
     folder = _make_folder(plan, control)
@@ -272,7 +274,7 @@ def _make_folder(plan: RunPlan, control: dist.ProcessGroup) -> Path:
 
 
 def _write_config(plan: RunPlan, file: Path) -> None:
-    text = to_yaml(_lasting(plan.config))
+    text = to_yaml(_persistent(plan.config))
     if file.exists():
         if file.read_text(encoding="utf-8") == text:
             return
@@ -282,7 +284,7 @@ def _write_config(plan: RunPlan, file: Path) -> None:
     new.replace(file)  # so that the run always has a complete configuration
 
 
-def _lasting(config: Config) -> Config:
+def _persistent(config: Config) -> Config:
     """The configuration without what holds only for this start or, like folders, may be moved."""
     return replace(
         config,

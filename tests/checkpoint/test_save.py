@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from cp_megatron.checkpoint import save as saving
-from cp_megatron.checkpoint.find_checkpoint import newest_whole
+from cp_megatron.checkpoint.find_checkpoint import newest_intact
 from cp_megatron.checkpoint.load import load_checkpoint
 from cp_megatron.checkpoint.manifest import read_manifest, verify_files
 from cp_megatron.checkpoint.save import Retention, Save, start_save
@@ -260,7 +260,7 @@ def test_a_save_killed_at_any_system_call_leaves_a_whole_checkpoint(tmp_path: Pa
     assert number > 25
     chosen = []
     for point in range(1, number + 1):
-        found = newest_whole(tmp_path / str(point))
+        found = newest_intact(tmp_path / str(point))
         assert found is not None
         assert not found.passed_over, point
         verify_files(found.folder, found.manifest)
@@ -375,7 +375,7 @@ def test_a_checkpoint_without_one_of_its_files_is_passed_over(
     for step in (1, 2):
         start(tmp_path, model, optimizer, step=step).wait()
     MOVES[move](tmp_path / "step-2" / name)
-    found = newest_whole(tmp_path)
+    found = newest_intact(tmp_path)
     assert found is not None
     assert found.folder == tmp_path / "step-1"
     assert list(found.passed_over) == [tmp_path / "step-2"]

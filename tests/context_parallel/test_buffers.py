@@ -124,8 +124,8 @@ def predicted(schedules: list[Schedule], rank: int, dim: int) -> int:
         x = AttentionSizes(
             batch=1, num_tokens=tokens, kv_heads=HEADS, head_dim=dim, element=4, exact=4
         )
-        sizes.add_forward(schedule, rank, x)
-        sizes.add_backward(schedule, rank, x)
+        sizes.add(schedule, rank, x, backward=False)
+        sizes.add(schedule, rank, x, backward=True)
     return sizes.num_bytes
 
 

@@ -23,7 +23,7 @@ from cp_megatron.comm.groups import ParallelGroups
 from cp_megatron.context_parallel import ContextParallel
 from cp_megatron.model import build_model
 from cp_megatron.model.mlp import MLP
-from cp_megatron.model.norm import LayerNorm, RMSNorm
+from cp_megatron.model.norm import Norm
 from cp_megatron.plan import Grid, Mask
 from cp_megatron.tensor_parallel import ColumnParallelLinear, TensorParallel
 from tests.model.grids import GPT, LLAMA, SEQ, VOCAB, batch, run_config
@@ -169,7 +169,7 @@ def test_returned_gradients_are_the_reduce_scatter(mask: str, route: str, layout
 
 # ---- only attention knows the group --------------------------------------------------------------
 
-LOCAL = (LayerNorm, RMSNorm, MLP, nn.Dropout, ColumnParallelLinear)
+LOCAL = (Norm, MLP, nn.Dropout, ColumnParallelLinear)
 KNOWS = (dist.ProcessGroup, DeviceMesh, ParallelGroups, TensorParallel, ContextParallel)
 
 
@@ -212,8 +212,8 @@ def modules_without_groups(rank: int, world_size: int, llama: bool) -> dict[str,
 @pytest.mark.parametrize("llama", [False, True])
 def test_norms_mlp_and_dropout_never_hold_or_get_a_group(llama: bool) -> None:
     for calls in run_ranks(modules_without_groups, 4, llama):
-        norm, columns = ("RMSNorm", 3 + 2) if llama else ("LayerNorm", 3 + 1)
-        assert calls[norm] == 2 * 2 + 1
+        columns = 3 + 2 if llama else 3 + 1
+        assert calls["Norm"] == 2 * 2 + 1
         assert calls["MLP"] == 2
         assert calls["ColumnParallelLinear"] == 2 * columns
         assert calls["Dropout"] == 1 + 2 * 2

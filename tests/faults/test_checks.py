@@ -75,7 +75,7 @@ def test_a_corrupted_message_is_found_in_a_checked_step(place: Place) -> None:
     other = place.argv("other", *GRIDS["tp2 cp2"], *CHECKED)
     errors = run_ranks(train, 4, other, None, (3, 2))
     assert set(errors) == {errors[0]}
-    assert errors[0].startswith("step 2: rank 3: what rank 1 sent arrived changed"), errors[0]
+    assert errors[0].startswith("step 2: rank 3: messages from rank 1 arrived corrupted"), errors[0]
     assert not (place.folder / "other" / "step-2").exists()
 
 

@@ -49,9 +49,9 @@ def test_parse_faults_reads_what_it_documents(faults: list[Fault]) -> None:
 @pytest.mark.parametrize(
     ("text", "rule", "works"),
     [
-        ("kill", "must be kind:rank:step, or several of these", "kill:1:5"),
-        ("kill:1:5,", "must be kind:rank:step, or several of these", "kill:1:5"),
-        ("kill:-1:5", "must be kind:rank:step, or several of these", "kill:1:5"),
+        ("kill", "must be kind:rank:finished_steps, or several of these", "kill:1:5"),
+        ("kill:1:5,", "must be kind:rank:finished_steps, or several of these", "kill:1:5"),
+        ("kill:-1:5", "must be kind:rank:finished_steps, or several of these", "kill:1:5"),
         ("nan:4:0", "there is no rank 4", "0 to 3"),
         ("boom:1:5", "there is no fault boom", ", ".join(KINDS)),
     ],

@@ -17,7 +17,7 @@ ALIKE = [0.003] * 4
 
 def test_the_last_to_come_waits_least() -> None:
     (finding,) = judge([0.2, 0.21, 0.0, 0.2], ALIKE, 0.5)
-    assert finding == "rank 2 comes 0.20 s late to a step of 0.50 s"
+    assert finding == "rank 2 is 0.20 s late in a step of 0.50 s"
     assert judge([0.2, 0.21, 0.19, 0.2], ALIKE, 0.5) == []
     # A tenth of the step, and 10 ms at least.
     assert judge([0.04, 0.0], ALIKE[:2], 0.5) == []
@@ -48,7 +48,7 @@ def test_a_slow_rank_is_named_within_one_interval(place: Place) -> None:
     flags = ["--context-parallel-size", "2"]
     findings = run_ranks(train, 2, place.argv("run", *flags), (1, 3))
     assert findings[0] == findings[1]
-    assert [text.split(" comes")[0] for text in findings[0]] == ["step 3: rank 1", "step 4: rank 1"]
+    assert [text.split(" is ")[0] for text in findings[0]] == ["step 3: rank 1", "step 4: rank 1"]
     assert run_ranks(train, 2, place.argv("off", *flags, "--no-log-straggler"), (1, 3)) == [[], []]
 
 

@@ -37,7 +37,7 @@ from tests.launch.test_end_to_end import SCRIPT, ours_in_trace, run
 from tests.ranks import RanksFailed, run_ranks
 
 SECONDS = 5.0
-"""Of this process's own time that one line may take; most take a tenth."""
+"""CPU seconds that one command line may take; most take a tenth."""
 MEMORY = 512 << 20
 """Bytes that the checks of all lines may add to this process."""
 LATER = {"save", "split"}
@@ -63,11 +63,11 @@ def launch_of(rank: int, world: int) -> Launch:
 
 
 def judged(line: Line) -> RunPlan | ConfigError:
-    """What the program says before it imports torch; any other exception is a bug."""
+    """The result of the checks before torch is imported; any other exception is a bug."""
     began = time.process_time()
-    said, told = io.StringIO(), Console(file=io.StringIO(), width=80)
+    output, table = io.StringIO(), Console(file=io.StringIO(), width=80)
     try:
-        with redirect_stdout(said), redirect_stderr(said):
+        with redirect_stdout(output), redirect_stderr(output):
             arguments = parse_arguments(line.words)
             plan = check(
                 arguments.config,
@@ -75,14 +75,14 @@ def judged(line: Line) -> RunPlan | ConfigError:
                 given=arguments.given,
                 argv=line.words,
             )
-        print_start(plan, None, told)
+        print_start(plan, None, table)
         if plan.config.memory.memory_report:
-            print_prediction(plan, told)
+            print_prediction(plan, table)
         return plan
     except ConfigError as error:
         refused = error
     finally:
-        assert not said.getvalue(), said.getvalue()
+        assert not output.getvalue(), output.getvalue()
         assert time.process_time() - began < SECONDS, line
     text = error_line(refused, "pretrain.py")
     assert len(text.splitlines()) == 1, text

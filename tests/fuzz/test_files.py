@@ -27,7 +27,7 @@ from cp_megatron.config.files.presets import PRESETS
 from cp_megatron.config.files.run_folders import CONFIG_FILE
 from cp_megatron.config.files.yaml_io import to_yaml
 from cp_megatron.data.read.indexed import HEADER, IndexedDataset
-from cp_megatron.preflight.save_and_load import check_goes_on, data_changes, find_load
+from cp_megatron.preflight.save_and_load import check_resume, data_changes, find_load
 from tests.checkpoint import toy
 from tests.data.ranges import write_pair
 from tests.fuzz.mutations import (
@@ -165,7 +165,7 @@ def looked_at(config: Config) -> None:
     """Checks a manifest as it is checked before torch is imported."""
     found = find_load(config)
     assert found is not None
-    check_goes_on(config, found.manifest, 257)
+    check_resume(config, found.manifest, 257)
     data_changes(config, found.manifest)
 
 

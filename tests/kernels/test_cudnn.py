@@ -127,9 +127,9 @@ def test_operands_may_be_views(kernel: CudnnKernel) -> None:
 )
 def test_windows_are_refused(band: Band, rows: int, columns: int, kernel: CudnnKernel) -> None:
     q, k = torch.zeros(1, rows, 2, 8, dtype=BF16), torch.zeros(1, columns, 2, 8, dtype=BF16)
-    with pytest.raises(ConfigError, match="no sliding windows"):
+    with pytest.raises(AssertionError, match="no sliding windows"):
         kernel.forward(q, k, k, band, 1.0)
-    with pytest.raises(ConfigError, match="no sliding windows"):
+    with pytest.raises(AssertionError, match="no sliding windows"):
         kernel.backward(BackwardInputs(q, q, k, k, q, torch.zeros(1, 2, rows)), band, 1.0)
 
 
@@ -146,10 +146,8 @@ def test_shared_plans_are_refused(kernel: CudnnKernel, monkeypatch: pytest.Monke
         kernel.forward(q, q, q, FULL, 1.0)
 
 
-def test_it_is_not_deterministic() -> None:
+def test_it_is_loaded_by_its_name() -> None:
     assert isinstance(load_kernel("cudnn"), CudnnKernel)
-    with pytest.raises(ConfigError, match="not deterministic"):
-        load_kernel.__wrapped__("cudnn", deterministic=True)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from functools import cache
+from functools import cache, wraps
 from types import ModuleType
 from typing import Any
 
@@ -95,6 +95,7 @@ def test_backward_gets_the_deterministic_argument(
     seen: list[Any] = []
     original = kernel._backward_op
 
+    @wraps(original)
     def spy(*args: Any, **kwargs: Any) -> Any:
         seen.append(kwargs)
         return original(*args, **kwargs)

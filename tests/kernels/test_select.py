@@ -18,7 +18,6 @@ from cp_megatron.kernels.select import (
     TRAITS,
     KernelChoice,
     KernelTraits,
-    flash_attention_for,
     select_kernel,
 )
 
@@ -167,19 +166,6 @@ def test_a_generation_on_the_wrong_device(monkeypatch: pytest.MonkeyPatch) -> No
     wide = GPU | {"head_dim": 256, "deterministic": True}
     message = refusal("flash_attn_3", **wide, capability=HOPPER)
     assert "is deterministic up to head dim 192 only" in message
-
-
-def test_a_generation_for_any_head(monkeypatch: pytest.MonkeyPatch) -> None:
-    """How ``load_kernel`` resolves the bare name when head dim and mask are unknown."""
-    install(monkeypatch, 2, 3, 4)
-    assert flash_attention_for(HOPPER) == "flash_attn_3"
-    assert flash_attention_for(HOPPER, deterministic=True) == "flash_attn_4"
-    assert flash_attention_for(BLACKWELL) == "flash_attn_2"
-    assert flash_attention_for(AMPERE) == "flash_attn_2"
-    install(monkeypatch, 4)
-    assert flash_attention_for(BLACKWELL) == "flash_attn_4"
-    with pytest.raises(ConfigError, match="not installed"):
-        flash_attention_for(AMPERE)
 
 
 def test_packages_are_found_without_importing_them(

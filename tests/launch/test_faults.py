@@ -175,7 +175,7 @@ def test_a_rank_that_hangs_is_named_at_the_timeout(folder: Path) -> None:
     ended = start(folder, "hung", *timeout, ranks=4, fault="hang:3:2").ended()
     assert ended.code == 1
     (line,) = ours(ended)
-    assert re.match(r"pretrain\.py: rank 3 \(.*\) lives and does not join the others", line)
+    assert re.match(r"pretrain\.py: rank 3 \(.*\) is running but did not join the collective", line)
     assert all_gone("hung", 1)
 
 
@@ -214,7 +214,7 @@ def test_a_missing_message_shows_in_what_each_rank_waits_for(folder: Path) -> No
     (line,) = [line for line in ended.err.splitlines() if line.startswith("skips.py: ")]
     assert "the ranks wait for different messages (rank 0 waited in step" in line
     # The rank that times out last may lose its peer first.
-    told = r"rank (\d) (?:waited|lost its peer) in (step \d+), gloo:(\S+) of \S+, its number (\d+)"
+    told = r"rank (\d) (?:waited|lost its peer) in (step \d+), gloo:(\S+) #(\d+) of \S+"
     waits = re.findall(told, line)
     assert [rank for rank, *_ in waits] == ["0", "1"]
     assert waits[0][1] == waits[1][1], "in the same step"

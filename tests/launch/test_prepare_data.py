@@ -128,7 +128,7 @@ sys.exit(prepare_data.main(sys.argv[1:]))
     assert stopped.returncode == 130, stopped.stderr
     assert len(list(tmp_path.glob("out.partial/0*.json"))) == 1
     (line,) = stopped.stderr.splitlines()
-    assert "finished spans are in out.partial, the same command goes on" in line
+    assert "finished spans are in out.partial; run the same command to continue" in line
     ended = launched(tmp_path, *argv)
     assert ended.returncode == 0, ended.stderr
     assert "going on: " in ended.stdout

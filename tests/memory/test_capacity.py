@@ -130,7 +130,7 @@ def test_a_plan_for_another_machine_is_not_refused_by_this_one(
     plan = planned("--context-parallel-size", "4", launch=PLAIN, dry_run=True)
     *_, memory, exchange = _notes(plan, PLAIN, dry_run=True)
     assert re.fullmatch(r"memory: a rank holds \d+\.\d\d GiB at least on cpu in a step", memory)
-    assert exchange.startswith("exchange: rehearsed for 4 ranks: 4 messages"), exchange
+    assert exchange.startswith("exchange: checked 4 messages between 4 ranks;"), exchange
 
 
 def test_a_disk_of_another_machine_may_be_larger(free: list[int]) -> None:

@@ -33,7 +33,7 @@ for steps in ((1, 2, 3), (2, 3, 4)):
     for step in steps:
         run.write({"step": step, "loss": 10.0 * step, "mfu": None})
     run.close(failed=steps[0] == 2)
-    print(run.place)
+    print(run.link)
 """
 READ = """
 import glob, json, sys
@@ -150,7 +150,7 @@ def test_whatever_fails_is_one_warning(
     (warning,) = capsys.readouterr().err.splitlines()
     assert warning.startswith("warning: Weights & Biases ")
     assert len(fake.rows) == (3 if fails in ("finish", "hangs") else 0)
-    assert bool(run.place) == (fails not in ("init", "define_metric"))
+    assert bool(run.link) == (fails not in ("init", "define_metric"))
 
 
 def test_flags_reach_it_and_each_project_has_an_id(
@@ -161,7 +161,7 @@ def test_flags_reach_it_and_each_project_has_an_id(
     run = WandbRun(LOG, folder=tmp_path, settings={"a": 1})
     run.write(ROW)
     assert fake.rows == [{"step": 3, "loss": 2.5}]
-    assert run.place == fake.url
+    assert run.link == fake.url
     first = fake.given
     assert (first["project"], first["name"], first["entity"]) == ("test", "first", None)
     assert (first["dir"], first["resume"], first["config"]) == (str(tmp_path), "allow", {"a": 1})

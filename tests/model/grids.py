@@ -125,7 +125,7 @@ def grid_step(rank: int, world_size: int, config: Config, grid: Grid) -> Step | 
         torch.distributed.all_reduce(total, group=groups.dp_cp)
     whole = cp.gather(all_gather_dim(logits.detach(), -1, groups.tp), 1)
     step = Step(
-        logits=all_gather_dim(whole, 0, groups.dp),
+        logits=all_gather_dim(whole, 0, groups["dp"]),
         loss=total.item(),
         parameters={name: full(p) for name, p in parameters.items()},
         gradients={name: full(p.grad) for name, p in parameters.items() if p.grad is not None},

@@ -58,7 +58,7 @@ def all_head_exchanges(schedule: Schedule) -> list[HeadExchange]:
 
 def held(schedule: Schedule, rank: int) -> Ints:
     """The positions of the rows that ``rank`` computes, in the order in which its tiles count."""
-    return schedule.rows.positions(rank // schedule.all_to_all_size)
+    return schedule.group_layout.positions(rank // schedule.all_to_all_size)
 
 
 def expand(spans: Iterable[Span]) -> Ints:

@@ -82,7 +82,7 @@ def test_a_buffer_grows_to_its_largest_message() -> None:
     x = AttentionSizes(batch=3, num_tokens=4, kv_heads=1, head_dim=5, element=2, exact=4)
     sizes = BufferSizes()
     for _ in range(2):
-        sizes.add_forward(schedule, 0, x)
+        sizes.add(schedule, 0, x, backward=False)
         assert sizes.num_bytes == 4 * 3 * 2 * 5 * 2, "rank 0 sends its four tokens"
-    sizes.add_backward(schedule, 0, x)
+    sizes.add(schedule, 0, x, backward=True)
     assert sizes.num_bytes == 4 * 3 * 2 * 5 * (2 + 4), "and their gradients return"

@@ -64,7 +64,7 @@ def test_rows_give_the_place_of_the_peers_tokens() -> None:
     schedule = Schedule.build(
         mask, layout, "a2a+p2p", num_heads=2, num_kv_heads=1, hierarchical_sizes=(2, 2)
     )
-    assert schedule.rows.chunks == (((0, 2), (6, 8)), ((2, 6),))
+    assert schedule.group_layout.chunks == (((0, 2), (6, 8)), ((2, 6),))
     head_exchange = schedule.heads(1)
     assert head_exchange is not None
     assert (head_exchange.peers, head_exchange.index) == ((0, 1), 1)

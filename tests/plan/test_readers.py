@@ -49,7 +49,7 @@ def test_a_document_over_three_ranks_literally() -> None:
 @property_settings(100)
 def test_every_run_has_exactly_these_readers(schedule: Schedule) -> None:
     readers, dense = schedule.readers, schedule.mask.dense()
-    size = schedule.rows.cp_size
+    size = schedule.group_layout.cp_size
     held_by = [held(schedule, group * schedule.all_to_all_size) for group in range(size)]
     reads = np.stack([dense[rows].any(axis=0) for rows in held_by], axis=1)
     seen: list[int] = []

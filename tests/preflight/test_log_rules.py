@@ -37,7 +37,7 @@ def test_steps_outside_the_run(start: int, end: int, first: int, flag: str, work
     log = LogConfig(profile=True, profile_step_start=start, profile_step_end=end)
     error = refusal(log, first=first)
     assert (error.flag, error.works) == (f"--profile-step-{flag}", works)
-    # What works does.
+    # The suggested flags are accepted.
     words = works.split()
     better = dataclasses.replace(
         log, profile_step_start=int(words[1]), profile_step_end=int(words[3])

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from torch import nn
 
-from cp_megatron.checkpoint.find_checkpoint import Newest
+from cp_megatron.checkpoint.find_checkpoint import CheckpointChoice
 from cp_megatron.checkpoint.manifest import read_manifest
 from cp_megatron.checkpoint.save import start_save
 from cp_megatron.cli.parse import parse_arguments
@@ -17,7 +17,7 @@ from cp_megatron.config.files.yaml_io import overlay, to_yaml
 from cp_megatron.errors import ConfigError
 from cp_megatron.plan import Grid
 from cp_megatron.preflight.save_and_load import (
-    check_goes_on,
+    check_resume,
     check_save,
     data_changes,
     find_load,
@@ -53,11 +53,11 @@ def config_of(*argv: str) -> Config:
     return parse_arguments(argv).config
 
 
-def check_load(config: Config, vocab_size: int) -> Newest | None:
+def check_load(config: Config, vocab_size: int) -> CheckpointChoice | None:
     """Finds the checkpoint and checks it, as the checks before a run do."""
     newest = find_load(config)
     if newest is not None:
-        check_goes_on(config, newest.manifest, vocab_size)
+        check_resume(config, newest.manifest, vocab_size)
     return newest
 
 
@@ -179,7 +179,7 @@ def test_a_name_that_is_too_long(tmp_path: Path, name: str) -> None:
 def test_a_manifest_without_a_usable_model(run: Path, saved: dict[str, object]) -> None:
     manifest = dataclasses.replace(read_manifest(run / "step-40"), config=saved)
     with pytest.raises(ConfigError, match="does not describe a model") as caught:
-        check_goes_on(config_of("--load", str(run)), manifest, VOCAB)
+        check_resume(config_of("--load", str(run)), manifest, VOCAB)
     assert caught.value.flag == "--load"
 
 

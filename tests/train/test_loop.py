@@ -292,7 +292,8 @@ def test_another_batch_size_is_refused_on_resume(place: Place) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "rule"), [(b"other " * 400, "ranks [1] read other data"), (b"ok" * 40000 + b"\0", "")]
+    ("text", "rule"),
+    [(b"other " * 400, "ranks [1] read different data"), (b"ok" * 40000 + b"\0", "")],
 )
 def test_a_rank_that_reads_other_data_ends_all(place: Place, text: bytes, rule: str) -> None:
     (place.folder / "other.txt").write_bytes(text)

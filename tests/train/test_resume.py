@@ -1,4 +1,4 @@
-"""Resuming: --load auto, the newest whole checkpoint, and saves that fail during training."""
+"""Resuming: --load auto, the newest intact checkpoint, and saves that fail during training."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Files of a configuration: YAML text, the folders of runs, and the presets."""
+"""Reads and writes configuration files; presets and run folders."""

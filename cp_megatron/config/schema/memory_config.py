@@ -16,7 +16,7 @@ this holds, are as fast as larger ones."""
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryConfig:
-    """What is kept for backward, where it is kept, and how many tokens are computed at once."""
+    """Which tensors are kept for backward, where, and how many tokens are computed at once."""
 
     recompute_granularity: Recompute = "none"
     """full keeps one tensor per layer and computes the rest again in backward; selective also keeps

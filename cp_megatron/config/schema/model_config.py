@@ -42,15 +42,17 @@ class ModelConfig:
     rope_type: RopeType = "default"
     """How rotary frequencies change for sequences longer than the model was trained on."""
     rope_scaling_factor: Annotated[float, Range(1)] | None = None
-    """How many times longer sequences become; every --rope-type needs it but default, and longrope,
-    which derives it."""
+    """Factor by which the context grows. Required for linear, dynamic, yarn and llama3; longrope
+    derives it by default."""
     original_max_position_embeddings: Size | None = None
     """Length of the sequences that the model was trained on originally; by default
     --max-position-embeddings."""
     beta_fast: Annotated[float, Range(1e-30, 1e30)] = 32.0
-    """For yarn: pairs that turn at least this often in the original length keep their frequency."""
+    """For yarn: channel pairs with at least this many rotations over the original length keep their
+    frequency."""
     beta_slow: Annotated[float, Range(1e-30, 1e30)] = 1.0
-    """For yarn: pairs that turn at most this often are slowed by the whole factor."""
+    """For yarn: the frequencies of channel pairs with at most this many rotations over the original
+    length are divided by the full factor."""
     mscale: NonNegative | None = None
     """For yarn, with --mscale-all-dim: the attention factor is computed from the two."""
     mscale_all_dim: NonNegative | None = None
@@ -58,12 +60,12 @@ class ModelConfig:
     rope_attention_factor: Positive | None = None
     """For yarn and longrope: a factor on rotated queries and keys; by default derived."""
     rope_truncate: bool = True
-    """For yarn: round the ends of its ramp outwards to whole pairs."""
+    """For yarn: round the boundaries of the ramp outwards to whole channel pairs."""
     rope_low_freq_factor: Positive = 1.0
-    """For llama3: pairs that turn less often than this in the original length are slowed by the
-    whole factor."""
+    """For llama3: the frequencies of channel pairs with fewer rotations than this over the original
+    length are divided by the full factor."""
     rope_high_freq_factor: Positive = 4.0
-    """For llama3: pairs that turn more often than this in the original length keep their
+    """For llama3: channel pairs with more rotations than this over the original length keep their
     frequency."""
     rope_short_factor: tuple[float, ...] | None = None
     """For longrope: one divisor per pair of channels, for documents up to the original length."""
@@ -94,7 +96,7 @@ class ModelConfig:
     make_vocab_size_divisible_by: Size = 128
     """Pad the vocabulary to a multiple of this; padding is never predicted."""
     vocab_size: Size | None = None
-    """Number of tokens that the model knows; by default the tokenizer's, which is the minimum."""
+    """Vocabulary size of the model; at least, and by default, the tokenizer's."""
 
     @property
     def ffn_size(self) -> int:

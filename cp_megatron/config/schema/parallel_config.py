@@ -34,15 +34,16 @@ class ParallelConfig:
     sequence_parallel: bool = False
     """Also split the residual stream along the sequence over the tensor parallel ranks."""
     cp_comm_type: Exchange = "auto"
-    """How keys and values reach the queries: p2p sends each rank what it reads (the ring),
-    all_gather gathers it at once, a2a exchanges heads for tokens, and a2a+p2p does so among
-    neighbours and sends between groups of them; auto takes what moves least and says why."""
+    """How keys and values reach the queries: p2p sends each rank the keys it needs (see
+    --cp-route), all_gather gathers them at once, a2a exchanges heads for tokens, and a2a+p2p does
+    so among neighbours and sends between groups of them; auto chooses the exchange that moves the
+    fewest bytes and says why."""
     hierarchical_context_parallel_sizes: tuple[int, int] | None = None
-    """For a2a+p2p, A P: A neighbours exchange heads and P groups send keys; A x P must be the
-    context parallel size."""
+    """For a2a+p2p or auto, A P: A neighbours exchange heads and P groups send keys; A x P must be
+    the context parallel size."""
     cp_route: Route = "auto"
     """For p2p and a2a+p2p: keys come from the neighbour (ring) or from their owner (direct); auto
-    takes what moves less."""
+    chooses the route that moves the fewest keys."""
     cp_layout: LayoutKind = "auto"
     """Which rank holds which part of a row: zigzag balances causal attention, balanced balances
     packed documents; auto chooses between the two."""

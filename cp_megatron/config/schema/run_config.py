@@ -40,7 +40,7 @@ class CheckpointConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LogConfig:
-    """What the run reports, besides metrics.jsonl and TensorBoard events."""
+    """Reports of the run besides metrics.jsonl and TensorBoard events."""
 
     wandb_project: str | None = None
     """The Weights & Biases project to send metrics to as well; by default none."""

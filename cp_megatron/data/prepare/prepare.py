@@ -261,7 +261,7 @@ def _deal(
                 team[ready].join(SECONDS_TO_END)
                 code = team[ready].exitcode
                 rule = f"a process ended with code {code}, perhaps because memory ran out"
-                works = "fewer --workers; finished work is kept, and the same command goes on"
+                works = "the same command with fewer --workers; finished work is kept"
                 raise ConfigError("--workers", "", rule, works) from None
             if isinstance(answer, Exception):
                 raise answer
@@ -310,7 +310,7 @@ def _checked_lengths(folder: Path, number: int, key: int, receipt: Mapping[str, 
     if good != tuple(receipt[name][key] for name in ("crc32", "documents", "tokens")):
         receipt_path(folder, number).unlink()
         rule = f"the finished span {number} in it was damaged and is now deleted"
-        works = "run the same command again, which makes it anew"
+        works = "run the same command again to rebuild it"
         raise ConfigError(OUTPUT, str(folder), rule, works)
     return lengths
 

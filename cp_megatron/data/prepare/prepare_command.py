@@ -61,7 +61,8 @@ def interrupted(argv: Sequence[str]) -> str:
     """The line to print after Ctrl-C."""
     folder = parse(argv).partial
     done = len(list(folder.glob("[0-9]*.json")))
-    return f"{PROGRAM}: stopped; {done} finished spans are in {folder}, the same command goes on"
+    stopped = f"{PROGRAM}: stopped; {done} finished spans are in {folder}"
+    return f"{stopped}; run the same command to continue"
 
 
 def _report_skipped(skipped: Sequence[str], path: str, out: Console) -> None:

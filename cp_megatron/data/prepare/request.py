@@ -11,7 +11,7 @@ from cp_megatron.config.schema.ranges import Size
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """The data to prepare. Each field is a flag, its docstring the help of the flag."""
+    """The data to prepare."""
 
     input: tuple[str, ...] = ()
     """Text files, .jsonl, .json (both also with .gz), .parquet, folders of these, and folders that

@@ -231,7 +231,7 @@ def write_indexed(
             stream.write(pointers.astype("<i8").tobytes())
             stream.write(np.arange(len(lengths) + 1, dtype="<i8").tobytes())
             _sync(stream)
-        # Should the process end here, no older index lies beside the new ids.
+        # If the process ends here, no stale index remains beside the new ids.
         Path(f"{prefix}.idx").unlink(missing_ok=True)
         binary.replace(f"{prefix}.bin")
         index.replace(f"{prefix}.idx")

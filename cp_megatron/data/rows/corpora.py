@@ -33,8 +33,8 @@ from cp_megatron.data.tokenize.tokenizer import Tokenizer
 from cp_megatron.errors import ConfigError
 
 MOST_SCANNED = 1 << 28
-"""Indexed data of up to this many tokens is searched for ids outside the vocabulary at the start,
-which takes half a second. Of longer data, each row is checked when it is read, as all rows are."""
+"""At startup, indexed data of up to this many tokens is scanned for invalid ids, which takes half a
+second. For longer data, each row is checked only when it is read, as all rows are."""
 _SEED_STEP = 1_000_003
 
 
@@ -220,7 +220,7 @@ def _blend(rows: Sequence[RowSource | None], specs: Sequence[DatasetSpec]) -> Ro
 
 
 def _row_notes(data: DataConfig, rows: RowSplits) -> Iterator[str]:
-    """What the user should know about packing and validation.
+    """Notes for the user about packing and validation.
 
     Validation may be empty although ``--split`` asks for it: the part is shorter than a row, or the
     data is one document, which ``best-fit`` does not split.

@@ -1,8 +1,8 @@
 """The tokens of row number i of the run: a pure function of (seed, i, seq_length, corpus).
 
 Shapes: S = seq_length. A row is S + 1 consecutive tokens of a range of the corpus. Row r of a range
-starts at r * S, so every token except the first of the range is a label exactly once per epoch.
-``best_fit`` makes rows of whole documents, ``blend`` rows of several corpora.
+starts at r * S. Except for the first token and an incomplete row at the end, every token is a label
+once per epoch. ``best_fit`` makes rows of whole documents, ``blend`` rows of several corpora.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ class RowSource(Protocol):
 
     Attributes:
         seq_length: tokens per row.
-        rows_per_epoch: the number of rows after which every token was read once.
+        rows_per_epoch: rows in one pass over the data. Except for the first token and an incomplete
+            row at the end, every token is a label once per epoch.
         eod: the token that pads.
     """
 

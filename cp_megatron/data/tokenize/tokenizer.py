@@ -1,4 +1,4 @@
-"""What a tokenizer is, the tokenizer of bytes, and what the tokenizers of all libraries share."""
+"""The interface of tokenizers, the byte tokenizer, and the code that all tokenizers share."""
 
 from __future__ import annotations
 

@@ -114,8 +114,23 @@ def deal(mask: Mask, cp_size: int, tolerance: float = 0.03) -> Chunks:
     left, right = mask.window
     if left >= 0 and not 0 <= right <= left:  # early rows attend more keys than late ones
         mirrored = Mask.documents(mask.lengths[::-1], causal=False, window=(right, left))
-        return _mirror(deal(mirrored, cp_size, tolerance), mask.seq_len)
-    problem, order = _problem(mask, cp_size, tolerance)
+        return tuple(
+            tuple((mask.seq_len - stop, mask.seq_len - start) for start, stop in reversed(mine))
+            for mine in deal(mirrored, cp_size, tolerance)
+        )
+    # The dealer numbers documents by length; ``order`` has their numbers in the mask.
+    order = np.argsort(np.asarray(mask.lengths), kind="stable")
+    lengths = [mask.lengths[d] for d in order.tolist()]
+    up_to = pairs_up_to(mask)
+    pairs = [up_to(length, length) for length in lengths]
+    problem = BalanceProblem(
+        cp_size=cp_size,
+        shard_len=mask.seq_len // cp_size,
+        limit=math.floor(sum(pairs) / cp_size * (1 + tolerance)),
+        lengths=lengths,
+        pairs=pairs,
+        up_to=up_to,
+    )
     contiguous = contiguous_chunks(mask.seq_len, cp_size)
     score = partial(_score, mask, problem)
     plain = min((contiguous, nested), key=lambda chunks: score(to_slices(mask, chunks)))
@@ -146,30 +161,6 @@ def _table(slices: list[DocumentSlice], order: IntArray) -> IntArray:
     table = np.asarray(slices, dtype=np.int64)
     table[:, 1] = order[table[:, 1]]
     return table
-
-
-def _mirror(chunks: Chunks, seq_len: int) -> Chunks:
-    return tuple(
-        tuple((seq_len - stop, seq_len - start) for start, stop in reversed(mine))
-        for mine in chunks
-    )
-
-
-def _problem(mask: Mask, cp_size: int, tolerance: float) -> tuple[BalanceProblem, IntArray]:
-    """The problem, and for each of its documents the number of the document in the mask."""
-    order = np.argsort(np.asarray(mask.lengths), kind="stable")
-    lengths = [mask.lengths[d] for d in order.tolist()]
-    up_to = pairs_up_to(mask)
-    pairs = [up_to(length, length) for length in lengths]
-    problem = BalanceProblem(
-        cp_size=cp_size,
-        shard_len=mask.seq_len // cp_size,
-        limit=math.floor(sum(pairs) / cp_size * (1 + tolerance)),
-        lengths=lengths,
-        pairs=pairs,
-        up_to=up_to,
-    )
-    return problem, order
 
 
 def _score(mask: Mask, problem: BalanceProblem, slices: IntArray) -> tuple[int, int]:

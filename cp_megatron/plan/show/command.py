@@ -35,7 +35,7 @@ class PlanOptions:
     """The schedule to show."""
 
     mask: Literal["causal", "full", "documents"] | None = None
-    """The mask; documents if any are given, otherwise causal."""
+    """The mask; by default documents if --documents or --documents-random is given, else causal."""
     seq_length: AtLeastOne | None = None
     """Tokens of the row; by default the sum of --documents, or 8,192."""
     documents: tuple[AtLeastOne, ...] | None = None
@@ -87,7 +87,7 @@ def run(options: PlanOptions, console: Console | None = None) -> None:
     """Prints the schedule, and draws it if requested.
 
     Raises:
-        ConfigError: the flags contradict each other.
+        ConfigError: two flags contradict each other, or the lengths do not add up to the row.
     """
     out = console or Console()
     if not out.is_terminal:
@@ -110,11 +110,7 @@ def run(options: PlanOptions, console: Console | None = None) -> None:
 
 
 def make_schedule(options: PlanOptions) -> Schedule:
-    """Builds the schedule that the flags describe.
-
-    Raises:
-        ConfigError: the flags contradict each other.
-    """
+    """Builds the schedule that the flags describe; see ``run`` for the errors."""
     mask = make_mask(options)
     layout = SequenceLayout.make(mask, options.context_parallel_size, options.cp_layout)
     return Schedule.build(
@@ -127,11 +123,7 @@ def make_schedule(options: PlanOptions) -> Schedule:
 
 
 def make_mask(options: PlanOptions) -> Mask:
-    """Builds the mask that the flags describe.
-
-    Raises:
-        ConfigError: two flags contradict each other, or the lengths do not add up to the row.
-    """
+    """Builds the mask that the flags describe; see ``run`` for the errors."""
     has_documents = options.documents is not None or options.documents_random is not None
     kind = options.mask or ("documents" if has_documents else "causal")
     works = "--documents L1 L2 ... or --documents-random SEED"

@@ -38,20 +38,13 @@ NEUTRAL = "#c9d2dc"
 
 
 class _Placed(NamedTuple):
-    """A patch, the group that computes it, and its round."""
-
     patch: Patch
     group: int
-    number: int
+    number: int  # of the round
 
 
 def write_svg(schedule: DrawableSchedule, path: str) -> None:
-    """Writes the picture. The same schedule always gives the same bytes.
-
-    Args:
-        schedule: the schedule to draw.
-        path: the file; it is overwritten.
-    """
+    """Writes the picture to the file ``path``. The same schedule always gives the same bytes."""
     summary = Summary.of(schedule)
     drawing, notes = _matrix(schedule)
     legend, width = _legend(schedule, summary)
@@ -79,9 +72,6 @@ def write_svg(schedule: DrawableSchedule, path: str) -> None:
     Path(path).write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-# ---- words ---------------------------------------------------------------------------------------
-
-
 def _subtitles(schedule: DrawableSchedule) -> list[str]:
     layout, size = schedule.layout, schedule.layout.cp_size
     ranks = "1 rank" if size == 1 else f"{size} ranks"
@@ -100,13 +90,11 @@ def _explanations(schedule: DrawableSchedule) -> list[str]:
         colour = "Colour: the group of ranks that computes it, each member for its own heads"
         if schedule.hierarchical_sizes[1] == 1:
             colour = "Every rank computes all of it, for its own heads"
-    lines = [
+    return [
         f"{colour}. Number: the round. White: masked, never computed.",
         "Left edge: the rank that holds the queries. Upper edge: the rank that holds the keys.",
+        *(["Outlined squares: documents."] if len(schedule.mask.lengths) > 1 else []),
     ]
-    if len(schedule.mask.lengths) > 1:
-        lines.append("Outlined squares: documents.")
-    return lines
 
 
 def _text(x: float, y: float, text: str, attributes: str = "") -> str:
@@ -192,7 +180,7 @@ def _matrix(schedule: DrawableSchedule) -> tuple[list[str], list[str]]:
 
 def _placed(schedule: DrawableSchedule) -> Iterator[_Placed]:
     """All patches. Members of a group compute the same tiles, so the first stands for all."""
-    for group, chunks in enumerate(schedule.rows.chunks):
+    for group, chunks in enumerate(schedule.group_layout.chunks):
         queries = pack(chunks)
         for number, round_ in enumerate(schedule.rounds(group * schedule.all_to_all_size)):
             keys = pack(round_.keys)
@@ -274,9 +262,6 @@ def _pixels(tiny: Sequence[_Placed], scale: float) -> dict[int, str]:
         x, y = LEFT + key, TOP + row
         paths[winner] = paths.get(winner, "") + f"M{x} {y}h1v1h-1z"
     return paths
-
-
-# ---- around it -----------------------------------------------------------------------------------
 
 
 def _edges(schedule: DrawableSchedule) -> Iterator[str]:

@@ -74,9 +74,7 @@ class Patch:
 def patches(tile: Tile, queries: Sequence[LocalRun], keys: Sequence[LocalRun]) -> Iterator[Patch]:
     """Splits a tile into the parts that are rectangles on the matrix, cut by its band.
 
-    Args:
-        tile: rows count in the buffer of ``queries``, columns in that of ``keys``.
-        queries, keys: the runs in the two buffers.
+    Rows of the tile count in the buffer of ``queries``, columns in that of ``keys``.
     """
     columns = list(runs_within(keys, tile.k0, tile.k1))
     for row, rows in runs_within(queries, tile.q0, tile.q1):

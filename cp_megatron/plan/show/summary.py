@@ -25,7 +25,7 @@ class DrawableSchedule(Protocol):
     @property
     def layout(self) -> SequenceLayout: ...
     @property
-    def rows(self) -> SequenceLayout: ...
+    def group_layout(self) -> SequenceLayout: ...
     @property
     def exchange(self) -> str: ...
     @property
@@ -48,13 +48,9 @@ class DrawableSchedule(Protocol):
 
 
 class RankSummary(NamedTuple):
-    """One rank's share.
+    """One rank's share: pairs that it computes, keys that it receives in forward, its heads.
 
-    Attributes:
-        rank: the rank.
-        pairs: attended pairs that it computes, each for its heads.
-        keys_received: key positions that it receives in forward.
-        heads: the heads that it computes, formatted; empty if heads are not exchanged.
+    ``heads`` is formatted; it is empty if heads are not exchanged.
     """
 
     rank: int

@@ -29,26 +29,14 @@ MAX_RANKS, MAX_TILES = 128, 12
 
 
 def print_schedule(schedule: Schedule, console: Console, moved: Sequence[int]) -> None:
-    """Prints what was chosen, and each rank's share.
-
-    Args:
-        schedule: a schedule that knows its numbers of heads.
-        console: where to print.
-        moved: the bytes that each rank receives.
-    """
-    summary = Summary.of(schedule)
-    for name, text in _choices(schedule, summary):
+    """Prints what was chosen, and each rank's share; ``moved`` is the bytes that it receives."""
+    summary, has_heads = Summary.of(schedule), schedule.all_to_all_size > 1
+    pairs = sum(row.pairs for row in summary.ranks) // schedule.all_to_all_size
+    for name, text in _choices(schedule, pairs):
         console.print(f"{name:<10}{text}", highlight=False, markup=False)
     console.print()
     box = SIMPLE_HEAD if console.is_terminal else None
     table = Table(box=box, pad_edge=False, show_footer=True)
-    _fill(table, schedule, summary, moved)
-    console.print(table, highlight=False, markup=False)
-
-
-def _fill(table: Table, schedule: Schedule, summary: Summary, moved: Sequence[int]) -> None:
-    has_heads = schedule.all_to_all_size > 1
-    pairs = sum(row.pairs for row in summary.ranks) // schedule.all_to_all_size
     table.add_column("rank", "all", justify="right")
     table.add_column("holds", "")
     for name, footer in (
@@ -72,6 +60,7 @@ def _fill(table: Table, schedule: Schedule, summary: Summary, moved: Sequence[in
         table.add_row(*cells, *([row.heads] if has_heads else []))
     if len(moved) > MAX_RANKS:
         table.add_row("...", f"{len(moved) - MAX_RANKS} more ranks")
+    console.print(table, highlight=False, markup=False)
 
 
 def in_bytes(count: int) -> str:
@@ -81,9 +70,8 @@ def in_bytes(count: int) -> str:
     return f"{count / 1024**power:,.{1 if power else 0}f} {unit}"
 
 
-def _choices(schedule: Schedule, summary: Summary) -> Iterator[tuple[str, str]]:
+def _choices(schedule: Schedule, pairs: int) -> Iterator[tuple[str, str]]:
     mask, layout = schedule.mask, schedule.layout
-    pairs = sum(row.pairs for row in summary.ranks) // schedule.all_to_all_size
     share = pairs / mask.seq_len**2
     yield "mask", f"{mask_in_words(mask)}; {mask.seq_len:,} tokens, {pairs:,} pairs ({share:.2%})"
     ranks = "1 rank" if layout.cp_size == 1 else f"{layout.cp_size} ranks"
@@ -95,9 +83,6 @@ def _choices(schedule: Schedule, summary: Summary) -> Iterator[tuple[str, str]]:
         who = "ranks" if schedule.all_to_all_size == 1 else "groups"
         yield "route", f"{schedule.route}; all {who} together receive {words} keys"
     yield "heads", f"{schedule.num_heads} query, {schedule.num_kv_heads} key/value"
-
-
-# ---- one rank ------------------------------------------------------------------------------------
 
 
 def print_rank(schedule: Schedule, rank: int, console: Console) -> None:
@@ -118,7 +103,7 @@ def _rank_lines(schedule: Schedule, rank: int) -> Iterator[str]:
         size = schedule.layout.cp_size
         picked = num_positions(gather.picked)
         yield f"            picks {picked:,} of the {size * gather.width:,} gathered"
-    queries = pack(schedule.rows.chunks[rank // schedule.all_to_all_size])
+    queries = pack(schedule.group_layout.chunks[rank // schedule.all_to_all_size])
     rounds = schedule.rounds(rank)
     idle: list[int] = []
     for number, round_ in enumerate(rounds):
@@ -143,7 +128,7 @@ def _all_to_all_lines(schedule: Schedule, rank: int) -> Iterator[str]:
     for peer in exchange.peers:
         if peer != rank:
             theirs = heads_of(schedule, peer)
-            yield f"            rank {peer} gets {theirs} of the own tokens, gives {mine}"
+            yield f"            rank {peer} gets {theirs} of this rank's tokens, gives {mine}"
     yield f"            results go back the same way; the lines below are for {mine}"
 
 
@@ -155,7 +140,7 @@ def _idle_line(idle: Sequence[int]) -> Iterator[str]:
 
 def _whose(round_: Round, number: int, schedule: Schedule) -> str:
     if number == 0:
-        return "own keys" if schedule.all_to_all_size == 1 else "keys of the own group"
+        return "own keys" if schedule.all_to_all_size == 1 else "keys of its group"
     if round_.owner < 0:
         return f"keys of all others: {many(round_.keys)}"
     owner = f"{'rank' if schedule.all_to_all_size == 1 else 'group'} {round_.owner}"

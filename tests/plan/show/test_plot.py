@@ -78,7 +78,7 @@ EVERY = pytest.mark.parametrize("schedule", CASES.values(), ids=CASES.keys())
 def test_the_area_of_each_colour_is_its_share(schedule: Schedule, tmp_path: Path) -> None:
     found = shares(drawn(schedule, tmp_path))
     size = schedule.all_to_all_size
-    for group in range(schedule.rows.cp_size):
+    for group in range(schedule.group_layout.cp_size):
         share = schedule.pairs(group * size) / schedule.mask.seq_len**2
         assert found.pop(group_colour(schedule, group)) == pytest.approx(share, abs=1e-4, rel=1e-3)
     assert not found

@@ -23,7 +23,7 @@ def area(points: list[Point]) -> float:
 def patches_of(schedule: Schedule) -> list[Patch]:
     return [
         patch
-        for group, chunks in enumerate(schedule.rows.chunks)
+        for group, chunks in enumerate(schedule.group_layout.chunks)
         for round_ in schedule.rounds(group * schedule.all_to_all_size)
         for tile in round_.tiles
         for patch in patches(tile, pack(list(chunks)), pack(list(round_.keys)))
