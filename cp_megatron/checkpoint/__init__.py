@@ -11,7 +11,13 @@ A checkpoint that is saved on one grid loads on any other.
     manifest.py           describes a checkpoint and checks it; does not import torch
     step_folders.py       the folders step-N of a run; does not import torch
     find_checkpoint.py    chooses the checkpoint to load; does not import torch
-    hf_*, gguf*, convert  Hugging Face folders and GGUF files
+    object_collectives.py collectives of Python objects; actions that fail on all ranks together
+    hf_folder.py          finds the parameters in a Hugging Face folder; does not import torch
+    hf_load.py            loads the weights of a Hugging Face folder into a model
+    hf_export.py          writes a checkpoint as a Hugging Face folder
+    gguf.py               reads the header of a GGUF file; does not import torch
+    gguf_convert.py       converts a GGUF file to a Hugging Face folder
+    convert.py            does the work of launch/convert.py
 
 Importing this package does not import torch.
 """
