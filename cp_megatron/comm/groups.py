@@ -67,6 +67,11 @@ class ParallelGroups:
         return self["cp"]
 
     @property
+    def dp(self) -> dist.ProcessGroup:
+        """Ranks that share the batch."""
+        return self["dp"]
+
+    @property
     def dp_cp(self) -> dist.ProcessGroup:
         """Ranks that hold the same part of the weights and different tokens.
 
