@@ -29,6 +29,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import harness  # noqa: F401 - so that tests can be imported
 import numpy as np
 
 from cp_megatron.config.words import read_options
