@@ -217,11 +217,6 @@ class Save:
             raise
 
 
-def save_checkpoint(folder: Path | str, **arguments: Any) -> Path:
-    """Calls ``start_save`` and waits, as ``Save.wait`` does, until the checkpoint is complete."""
-    return start_save(folder, background=False, **arguments).wait()
-
-
 def start_save(
     folder: Path | str,
     *,

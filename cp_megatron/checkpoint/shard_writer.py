@@ -46,7 +46,7 @@ PIECE_BYTES = 1 << 20
 DIRECT_BYTES = 1 << 20
 """The size from which a file is written with O_DIRECT."""
 _BLOCK = 4096
-"""With O_DIRECT, memory and file offsets must be multiples of this."""
+"""O_DIRECT needs memory and file offsets that are multiples of this."""
 
 
 class HostMemory:

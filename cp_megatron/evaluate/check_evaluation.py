@@ -268,7 +268,10 @@ def _find_model(config: Config, vocab_size: int) -> tuple[Path, Manifest | None]
     manifest = read_manifest(step)
     saved = manifest.config.get("model", {})
     # Rotary positions have no weights, so other settings can be tried.
-    rotary = sorted(saved.keys() & {"rope_type", "rotary_base", *ROPE_FIELDS})
+    names = {"rope_type", "rotary_base", *ROPE_FIELDS}
+    if config.model.position_embedding_type == "rope":
+        names |= {"max_position_embeddings"}  # otherwise the rows of a table of weights
+    rotary = sorted(saved.keys() & names)
     config = overlay(config, {name: settings()[name].from_yaml(saved[name]) for name in rotary})
     check_resume(config, manifest, vocab_size)
     kept = {row.dtype for name, row in manifest.tensors.items() if name.startswith("model.")}

@@ -17,7 +17,7 @@ from typing import Any
 WINDOW = 128
 """Number of accepted losses that a spike is compared with."""
 LEAST_WINDOW = 32
-"""With fewer accepted losses than this, nothing counts as a spike."""
+"""Nothing counts as a spike until this many losses have been accepted."""
 SPAN = 1000
 """Length of the span of steps in which skipped steps are counted."""
 _NORMAL = 1.4826  # median absolute deviation of a normal distribution -> its standard deviation

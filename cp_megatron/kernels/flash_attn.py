@@ -34,7 +34,7 @@ _CONSTANTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "flash_attn_4": {"return_lse": True},
     }
 )
-"""For each generation, arguments that always have the same value."""
+"""The arguments of each generation that always have the same value."""
 
 
 def load_flash_attention(name: str, *, deterministic: bool) -> Kernel:

@@ -95,7 +95,7 @@ class Readers:
 
     @cached_property
     def received(self) -> Mapping[str, IntArray]:
-        """For each route int64 [ranks]: key positions that a rank receives, forwarded included."""
+        """The key positions that each rank receives by each route, forwarded included, [ranks]."""
         size = self.read.shape[1]
         hop = (self.owner[:, None] - np.arange(size)) % size
         passed = (hop > 0) & (hop <= self.hops[1][:, None])

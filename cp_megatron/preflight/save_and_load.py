@@ -20,7 +20,7 @@ from cp_megatron.config.fields import settings
 from cp_megatron.config.files.run_folders import CONFIG_FILE, run_folder
 from cp_megatron.errors import ConfigError, FinishedError
 from cp_megatron.families.registry import spelled
-from cp_megatron.families.rope_fields import ROPE_FIELDS
+from cp_megatron.families.rope_fields import ROPE_FIELDS, fields_of
 
 _MAY_CHANGE = frozenset(
     {"hidden_dropout", "attention_dropout", "init_method_std", "window_size", "window_layers"}
@@ -176,6 +176,8 @@ def _shape(config: Config) -> dict[str, Any]:
     shape |= {"kv_channels": model.head_dim, "add_qkv_bias": model.has_qkv_bias}
     if kind != "rope":
         shape |= dict.fromkeys(("rotary_base", "rope_type", *ROPE_FIELDS))
+    elif "original_max_position_embeddings" in fields_of(model.rope_type):
+        shape["original_max_position_embeddings"] = model.original_length
     positions = model.max_position_embeddings or config.data.seq_length
     return shape | {"max_position_embeddings": positions if kind == "learned_absolute" else None}
 

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from cp_megatron.checkpoint import hf_load
 from cp_megatron.checkpoint.hf_export import export_hf
 from cp_megatron.checkpoint.hf_load import load_hf
-from cp_megatron.checkpoint.save import save_checkpoint
 from cp_megatron.comm.collectives import all_gather_dim
 from cp_megatron.comm.groups import ParallelGroups
 from cp_megatron.config import Config
@@ -28,6 +27,7 @@ from cp_megatron.errors import ConfigError
 from cp_megatron.families.registry import read_hf_config
 from cp_megatron.model import Transformer, build_model
 from cp_megatron.plan import Grid, Mask
+from tests.checkpoint.toy import save_checkpoint
 from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.skipif(

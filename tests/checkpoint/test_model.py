@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 
 from cp_megatron.checkpoint.load import load_checkpoint
-from cp_megatron.checkpoint.save import save_checkpoint
 from cp_megatron.errors import ConfigError
 from cp_megatron.train.step import TrainStep
-from tests.checkpoint.toy import whole
+from tests.checkpoint.toy import save_checkpoint, whole
 from tests.ranks import run_ranks
 from tests.train.checkpoints import tensors_of
 from tests.train.test_step import STYLES, VOCAB, Case, config_of, shards_of, train_step_of

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from cp_megatron.checkpoint.load import load_checkpoint
 from cp_megatron.checkpoint.manifest import Manifest
-from cp_megatron.checkpoint.save import save_checkpoint
+from cp_megatron.checkpoint.save import start_save
 from cp_megatron.comm.groups import ParallelGroups
 from cp_megatron.config import Config
 from cp_megatron.plan import Grid
@@ -30,6 +31,11 @@ PARAMETERS: dict[str, tuple[tuple[int, ...], Split]] = {
     "one": ((1,), WHOLE),
     "kv": ((3, 2, 2), WHOLE),
 }
+
+
+def save_checkpoint(folder: Path | str, **arguments: Any) -> Path:
+    """Saves, and returns when the checkpoint is complete."""
+    return start_save(folder, background=False, **arguments).wait()
 
 
 class Toy(nn.Module):

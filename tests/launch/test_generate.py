@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from cp_megatron.checkpoint.save import save_checkpoint
 from cp_megatron.cli.programs import GenerationOptions
 from cp_megatron.comm.runtime import Launch
 from cp_megatron.config import CheckpointConfig, Config, DataConfig, ModelConfig
@@ -20,6 +19,7 @@ from cp_megatron.errors import ConfigError
 from cp_megatron.generate.check_generation import check_generation
 from cp_megatron.model import Transformer
 from cp_megatron.plan import Grid
+from tests.checkpoint.toy import save_checkpoint
 
 ROOT = Path(__file__).parents[2]
 MODEL = ModelConfig(

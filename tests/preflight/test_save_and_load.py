@@ -107,6 +107,26 @@ def test_another_model(run: Path, argv: list[str], spelled: str, works: str) -> 
     assert "another model" in error.rule
 
 
+@pytest.mark.parametrize("original", [None, 64])
+def test_the_original_length_of_a_scaled_rope(run: Path, original: int | None) -> None:
+    """It decides the frequencies, and without a flag of its own it is the number of positions."""
+    scaled = ["--preset", "toy", "--rope-type", "yarn", "--rope-scaling-factor", "2"]
+    if original is not None:
+        scaled += ["--original-max-position-embeddings", str(original)]
+    before, after = (
+        config_of(*scaled, "--max-position-embeddings", length) for length in ("1024", "2048")
+    )
+    manifest = read_manifest(run / "step-40")
+    manifest = dataclasses.replace(manifest, config=dataclasses.asdict(before))
+    check_resume(before, manifest, VOCAB)
+    if original is not None:
+        check_resume(after, manifest, VOCAB)
+        return
+    with pytest.raises(ConfigError, match="another model") as caught:
+        check_resume(after, manifest, VOCAB)
+    assert caught.value.works == "--original-max-position-embeddings 1024"
+
+
 def test_the_same_model_said_otherwise(run: Path) -> None:
     same = ["--ffn-hidden-size", "512", "--num-query-groups", "4", "--kv-channels", "32"]
     changed = ["--hidden-dropout", "0.1", "--max-position-embeddings", "1024"]

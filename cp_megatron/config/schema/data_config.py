@@ -50,4 +50,4 @@ class DataConfig:
     document_mask: bool = False
     """Restrict attention to the document of a token, and restart positions at each document."""
     allow_data_change: bool = False
-    """With --load, continue even if the data differs from the checkpoint's."""
+    """Continue a loaded run even if its data has changed."""

@@ -54,9 +54,9 @@ class ModelConfig:
     """For yarn: the frequencies of channel pairs with at most this many rotations over the original
     length are divided by the full factor."""
     mscale: NonNegative | None = None
-    """For yarn, with --mscale-all-dim: the attention factor is computed from the two."""
+    """For yarn: the attention factor is computed from this and --mscale-all-dim."""
     mscale_all_dim: NonNegative | None = None
-    """For yarn, with --mscale."""
+    """For yarn: the attention factor is computed from --mscale and this."""
     rope_attention_factor: Positive | None = None
     """For yarn and longrope: a factor on rotated queries and keys; by default derived."""
     rope_truncate: bool = True

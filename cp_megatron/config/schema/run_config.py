@@ -35,7 +35,7 @@ class CheckpointConfig:
     keep_latest_k: Size | None = None
     """Number of newest checkpoints to keep; older ones are removed. By default all are kept."""
     save_retain_interval: Size | None = None
-    """With --keep-latest-k: also keep checkpoints whose step is a multiple of this."""
+    """Also keep checkpoints whose step is a multiple of this; needs --keep-latest-k."""
 
 
 @dataclass(frozen=True, kw_only=True)

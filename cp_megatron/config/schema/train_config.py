@@ -22,7 +22,7 @@ class TrainConfig:
     dtype: DType = "auto"
     """Compute type; auto is bfloat16 on CUDA (with float32 master weights) and float32 on CPU."""
     bf16: bool = False
-    """The same as --dtype bfloat16."""
+    """Compute in bfloat16, as --dtype bfloat16 does."""
     deterministic: bool = False
     """Make runs on the same grid repeat bit for bit on cuda too; on cpu they always do."""
     device: Device = "auto"

@@ -17,8 +17,8 @@ SAVED_DATASETS = "dataset_dict.json"
 _BATCH = 512
 
 TableRows = tuple[tuple[list[str | None], ...], float]
-"""For each key its texts, None for a cell without a value; the share of the rows that were asked
-for, 0 to 1."""
+"""The texts of each key, None for a cell without a value, and the share of the requested rows that
+have been read, 0 to 1."""
 
 
 def row_groups(path: str) -> list[tuple[int, int]]:

@@ -162,9 +162,9 @@ def walk_files(root: str | Path, skipped_folders: frozenset[str] = frozenset()) 
 
 
 def _listing(paths: Sequence[str]) -> Iterator[tuple[str, bool, Iterator[tuple[Path, str]]]]:
-    """For each path that the user gave: (path, whether it is a file, (path, name) of its files).
+    """Yields (path, whether it is a file, (path, name) of its files) for each path of the user.
 
-    Each path is walked when it is reached.
+    A folder is walked only when it is reached.
     """
     if not paths:
         stdlib = sysconfig.get_path("stdlib")

@@ -19,7 +19,7 @@ from cp_megatron.plan.tiling import Span, merge_spans
 
 PairsUpTo = Callable[[int, int], int]
 Chunks = tuple[tuple[tuple[int, int], ...], ...]
-"""For each rank its runs of positions, ascending."""
+"""The runs of positions of each rank, ascending."""
 
 
 def contiguous_chunks(seq_len: int, cp_size: int) -> Chunks:
