@@ -76,7 +76,7 @@ def test_the_library_example_runs_and_is_exact() -> None:
 
 def test_the_transformers_example_is_the_one_that_is_tested() -> None:
     """README shows the calls of the module's own example, which tests/model runs."""
-    source = page("cp_megatron/model/huggingface.py")
+    source = page("cp_megatron/model/huggingface/__init__.py")
     docstring = " ".join((ast.get_docstring(ast.parse(source)) or "").split())
     for line in python_examples()[1].splitlines():
         statement = " ".join(line.partition("  #")[0].split())

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from cp_megatron.context_parallel import ContextParallel
 from cp_megatron.errors import ConfigError
 from cp_megatron.model import huggingface
+from cp_megatron.model.huggingface import attention_interface, batch_plan
 from cp_megatron.plan import Mask
 from tests.ranks import run_ranks
 
@@ -86,7 +87,7 @@ def make_rows(rows: tuple[tuple[int, ...], ...]) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(5)
     ids = torch.randint(0, VOCABULARY, (len(rows), sum(rows[0])), generator=generator)
     positions = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in rows])
-    labels = torch.where(positions == 0, huggingface.IGNORED_LABEL, ids)
+    labels = torch.where(positions == 0, batch_plan.IGNORED_LABEL, ids)
     return {"input_ids": ids, "position_ids": positions, "labels": labels}
 
 
@@ -121,7 +122,7 @@ def case_errors(case: Case, group: dist.ProcessGroup | None) -> dict[str, float]
     found = model(**batch)
     found.loss.backward()
 
-    shifted = F.pad(rows["labels"][:, 1:], (0, 1), value=huggingface.IGNORED_LABEL)
+    shifted = F.pad(rows["labels"][:, 1:], (0, 1), value=batch_plan.IGNORED_LABEL)
     losses = summed(token_losses(found.logits, batch["shift_labels"]), group)
     errors = {
         "loss": relative(losses, token_losses(expected.logits, shifted)),
@@ -244,7 +245,7 @@ def plan_of(longest: int) -> huggingface.BatchPlan:
 def call_attention(module: Any = None, **kwargs: Any) -> Tensor:
     query, key = torch.ones(1, 4, 6, 8), torch.ones(1, 2, 6, 8)
     given = {"context_parallel": plan_of(6), **kwargs}
-    mask, module = huggingface.WantedMask(None), module or nn.Identity()
+    mask, module = attention_interface.WantedMask(None), module or nn.Identity()
     return huggingface.attention(module, query, key, key, mask, **given)[0]
 
 
@@ -293,7 +294,7 @@ def test_frequencies_that_follow_the_length_are_refused(
     call_attention(module=module, context_parallel=plan)  # one rank sees them all
     plan.cp.cp_size = 2
     with pytest.raises(ConfigError, match="rope_type") if refused else nullcontext():
-        huggingface._refuse_changing_rope(config, plan)
+        attention_interface._refuse_changing_rope(config, plan)
 
 
 @pytest.mark.parametrize(
@@ -308,7 +309,7 @@ def test_frequencies_that_follow_the_length_are_refused(
 )
 def test_masks_refused(kwargs: dict[str, Any], start: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(start)):
-        huggingface.wanted_mask(**kwargs)
+        attention_interface.wanted_mask(**kwargs)
 
 
 def overlaid_mask(rank: int, world_size: int) -> str:
@@ -317,8 +318,8 @@ def overlaid_mask(rank: int, world_size: int) -> str:
 
     overlaid = or_masks(causal_mask_function, causal_mask_function)
     with pytest.raises(ConfigError) as refused:
-        huggingface.wanted_mask(mask_function=overlaid)
-    huggingface.wanted_mask(mask_function=causal_mask_function)
+        attention_interface.wanted_mask(mask_function=overlaid)
+    attention_interface.wanted_mask(mask_function=causal_mask_function)
     return str(refused.value)
 
 
