@@ -30,4 +30,4 @@ class ConfigError(ValueError):
 
 
 class FinishedError(ConfigError):
-    """The run that ``--load auto`` continues has no steps left to train."""
+    """The run that the same command line began has no steps left to train."""

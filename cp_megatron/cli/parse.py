@@ -66,8 +66,8 @@ class Arguments:
 
     Attributes:
         given: the flags that the user typed, as ``--help`` spells them.
-        auto: whether ``--load auto`` is in force, which allows ``--save`` to name a folder of a
-            run that has no checkpoint yet.
+        auto: whether the same command line begins a run and continues it, so that ``--save`` may
+            name the folder of a run that has no checkpoint yet.
     """
 
     config: Config
@@ -119,9 +119,9 @@ def _print_help(argv: Sequence[str], program: Program) -> None:
 def _read(
     argv: Sequence[str], program: Program, again: bool
 ) -> tuple[frozenset[str], dict[str, Any], bool]:
-    """The flags that are given, the values by name, and whether ``--load auto`` is in force.
+    """The flags that are given, the values by name, and whether ``--save`` is looked into for a run.
 
-    A run that ``--load auto`` finds takes the place of what the run began with.
+    A run that is found there takes the place of what the run began with.
     """
     rows = [*settings_of(program.options), *settings().values()]
     typed = read_words(argv, rows, aliases=_ALIASES, refuse=refuse_megatron_flag)

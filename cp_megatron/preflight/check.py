@@ -10,10 +10,12 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from cp_megatron.comm.runtime import Launch
 from cp_megatron.config import Config
 from cp_megatron.config.fields import check_values, settings
+from cp_megatron.config.files.folder_lock import refuse_held
 from cp_megatron.data.rows.corpora import check_data
 from cp_megatron.data.tokenize.open_tokenizer import open_tokenizer
 from cp_megatron.errors import ConfigError
@@ -67,6 +69,10 @@ def check(
     one_node = dry_run and not launch.under_torchrun
     plan = _plan(config, launch, grid, vocab_size, given, one_node=one_node)
     rules.check_saving(config.checkpoint)
+    save = config.checkpoint.save
+    # Whether ranks that are started again find their own lock is known when they have met.
+    if save is not None and not dry_run and not launch.restarts:
+        refuse_held("--save", Path(save))
     plan = _with_checkpoint(plan, auto=auto)
     check_log(
         config.log,
@@ -135,7 +141,9 @@ def _with_checkpoint(plan: RunPlan, *, auto: bool) -> RunPlan:
         plan = replace(plan, load=folder, load_step=step, passed_over=loaded.passed_over)
     notes = (*check_load_hf(config), *notes)
     check_save(config, loaded, auto=auto)
-    return replace(plan, notes=notes)
+    if auto and loaded is None:
+        notes = (f"{config.checkpoint.save} holds no checkpoint yet: a new run begins", *notes)
+    return replace(plan, auto=auto, notes=notes)
 
 
 def _kernels(config: Config) -> dict[DeviceName, KernelChoice]:

@@ -36,6 +36,7 @@ class RunPlan:
         load: the checkpoint folder (step-N) to continue from.
         load_step: its step; 0 for a new run.
         passed_over: newer checkpoints that are damaged, and what is wrong with them.
+        auto: the same command begins the run and continues it.
         notes: decisions that the flags do not show, for the start table.
     """
 
@@ -51,6 +52,7 @@ class RunPlan:
     load: Path | None = None
     load_step: int = 0
     passed_over: Mapping[Path, str] = dataclasses.field(default_factory=dict)
+    auto: bool = False
     notes: tuple[str, ...] = ()
 
     @property

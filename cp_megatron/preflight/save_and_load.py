@@ -17,7 +17,7 @@ from cp_megatron.checkpoint.manifest import Manifest, read_manifest
 from cp_megatron.checkpoint.step_folders import TEMPORARY, newest_step
 from cp_megatron.config import Config
 from cp_megatron.config.fields import settings
-from cp_megatron.config.files.run_folders import CONFIG_FILE, run_folder
+from cp_megatron.config.files.run_folders import CONFIG_FILE, is_vacant, run_folder
 from cp_megatron.errors import ConfigError, FinishedError
 from cp_megatron.families.registry import spelled
 from cp_megatron.families.rope_fields import ROPE_FIELDS, fields_of
@@ -128,7 +128,7 @@ def check_save(config: Config, loaded: CheckpointChoice | None, *, auto: bool = 
             rule = f"its folder also has {step}, with which a run from here would be mixed up"
             works = f"--load {folder}, or --save with a new folder"
             raise ConfigError("--load", config.checkpoint.load, rule, works)
-    elif folder.is_dir() and any(folder.iterdir()) and not (auto and _is_begun(folder)):
+    elif folder.is_dir() and not is_vacant(folder) and not (auto and _is_begun(folder)):
         rule = "is not empty, and nothing is ever overwritten"
         a_run = newest_step(folder) is not None
         works = f"--load {save} to continue it, or a new folder" if a_run else ""

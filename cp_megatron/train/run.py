@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 
+from cp_megatron.checkpoint.claim_folder import claimed_folder
+from cp_megatron.checkpoint.find_checkpoint import CheckpointChoice
 from cp_megatron.checkpoint.hf_load import load_hf
 from cp_megatron.checkpoint.load import load_checkpoint
 from cp_megatron.checkpoint.manifest import read_manifest
@@ -21,7 +23,7 @@ from cp_megatron.checkpoint.object_collectives import on_first_rank
 from cp_megatron.comm.runtime import Launch, record_collectives
 from cp_megatron.config import Config
 from cp_megatron.config.files.run_folders import CONFIG_FILE, RUNS
-from cp_megatron.config.files.yaml_io import to_yaml
+from cp_megatron.config.files.yaml_io import overlay, to_yaml
 from cp_megatron.data.rows.corpora import Data, open_data
 from cp_megatron.errors import ConfigError
 from cp_megatron.faults.checks import Checks, ParameterSums
@@ -33,7 +35,7 @@ from cp_megatron.memory.capacity import check_memory
 from cp_megatron.metrics.wandb_log import WandbRun
 from cp_megatron.metrics.writer import MetricsWriter, keep_aside
 from cp_megatron.preflight.run_plan import RunPlan
-from cp_megatron.preflight.save_and_load import fresh_run_folder, model_name
+from cp_megatron.preflight.save_and_load import check_save, fresh_run_folder, model_name
 from cp_megatron.preflight.start import begin, make_context, make_model, read_and_compare
 from cp_megatron.preflight.start_table import print_start
 from cp_megatron.tensor_parallel import LossRule
@@ -67,13 +69,23 @@ def run(plan: RunPlan, launch: Launch, script: str = "launch/pretrain.py") -> in
     if device == "cuda":
         total = torch.cuda.get_device_properties(launch.local_rank).total_memory
         check_memory(plan, num_ranks=1, total_bytes=total)
-    trainer = assemble(plan, launch, control)
-    dist.barrier(group=control)  # all ranks catch signals from here on
-    with stop_on_signal(quiet=launch.rank != 0) as stop, _frozen_garbage():
-        train = _train if launch.world_size == 1 else _watched
-        code = train(trainer, launch, stop, script)
-    if not code:  # after a failure, a rank may be gone and would be waited for
-        dist.destroy_process_group()
+    with claimed_folder(
+        lambda: _folder_of(plan.config),
+        lambda: _check_unchanged(plan),
+        flag="--save",
+        program=Path(script).name,
+        again=launch.restarts > 0,
+        group=control,
+    ) as (folder, note):
+        config = overlay(plan.config, {"save": str(folder)})
+        plan = replace(plan, config=config, notes=(*plan.notes, *filter(None, [note])))
+        trainer = assemble(plan, launch, control)
+        dist.barrier(group=control)  # all ranks catch signals from here on
+        with stop_on_signal(quiet=launch.rank != 0) as stop, _frozen_garbage():
+            train = _train if launch.world_size == 1 else _watched
+            code = train(trainer, launch, stop, script)
+        if not code:  # after a failure, a rank may be gone and would be waited for
+            dist.destroy_process_group()
     return code
 
 
@@ -253,6 +265,23 @@ def _check_continues(plan: RunPlan, read: Data) -> None:
         raise ConfigError("--global-batch-size", size, rule, str(before))
 
 
+def _folder_of(config: Config) -> tuple[Path, bool]:
+    """The run's folder, and whether it must be new."""
+    save = config.checkpoint.save
+    if save is not None:
+        return Path(save), False
+    return fresh_run_folder(RUNS, model_name(config)), True
+
+
+def _check_unchanged(plan: RunPlan) -> None:
+    """Checks the folder again: until it was locked, another run may have written into it."""
+    loaded = None
+    if plan.load is not None:
+        manifest, passed_over = read_manifest(plan.load), plan.passed_over
+        loaded = CheckpointChoice(folder=plan.load, manifest=manifest, passed_over=passed_over)
+    check_save(plan.config, loaded, auto=plan.auto)
+
+
 def _make_folder(plan: RunPlan, control: dist.ProcessGroup) -> Path:
     """Makes the run's folder with the configuration in it, on rank 0.
 
@@ -260,14 +289,13 @@ def _make_folder(plan: RunPlan, control: dist.ProcessGroup) -> Path:
     """
 
     def make() -> Path:
-        save = plan.config.checkpoint.save
+        folder, is_new = _folder_of(plan.config)
         try:
-            folder = fresh_run_folder(RUNS, model_name(plan.config)) if save is None else Path(save)
-            folder.mkdir(parents=True, exist_ok=save is not None)
+            folder.mkdir(parents=True, exist_ok=not is_new)
             _write_config(plan, folder / CONFIG_FILE)
         except OSError as error:
             rule = f"cannot be written: {error.strerror}"
-            raise ConfigError("--save", save or RUNS, rule, "another folder") from None
+            raise ConfigError("--save", folder, rule, "another folder") from None
         return folder
 
     return on_first_rank(make, control)

@@ -85,12 +85,16 @@ def test_a_run_without_a_whole_checkpoint_is_refused_and_not_overwritten(place: 
         assembled(0, 1, place.argv("run", "--load", "auto"))
 
 
-def test_the_same_command_starts_a_run_and_continues_it(place: Place) -> None:
+@pytest.mark.parametrize("load", ["auto", "run"])
+def test_the_same_command_starts_a_run_and_continues_it(place: Place, load: str) -> None:
+    """Also in Megatron's words, in which both flags name the folder."""
     grid = ["--context-parallel-size", "2"]
-    flags = ["--load", "auto", *grid]
+    flags = ["--load", load if load == "auto" else place.run(load), *grid]
     run_ranks(train, 2, place.argv("whole", *grid))
-    assert run_ranks(train, 2, place.argv("run", *flags), 2)[0][:2] == (0, 2)
-    assert run_ranks(train, 2, place.argv("run", *flags))[0][:2] == (2, STEPS)
+    first, last, notes = run_ranks(train, 2, place.argv("run", *flags), 2)[0]
+    assert (first, last) == (0, 2)
+    assert notes == [f"{place.run('run')} holds no checkpoint yet: a new run begins"]
+    assert run_ranks(train, 2, place.argv("run", *flags))[0] == (2, STEPS, [])
     one, other = place.folder / "whole", place.folder / "run"
     assert differing(one / f"step-{STEPS}", other / f"step-{STEPS}") == []
     run_again = parse_arguments(place.argv("run", *flags))

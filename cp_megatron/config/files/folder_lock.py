@@ -170,9 +170,9 @@ class FolderLock:
             self.folder.mkdir(parents=True, exist_ok=not new)
             self._made = missing
             self._take()
-        except FileExistsError:
-            raise
         except OSError as error:
+            if new and isinstance(error, FileExistsError):
+                raise
             self.release()
             rule = f"cannot be written: {error.strerror}"
             raise ConfigError(self._flag, self.folder, rule, "another folder") from None

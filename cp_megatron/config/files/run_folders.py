@@ -1,15 +1,18 @@
 """The folders of runs: which run ``--load`` names, and whether it has a checkpoint.
 
-With ``--load auto`` the same command line begins a run and continues it.
+With ``--load auto --save RUN``, and with ``--load RUN --save RUN`` as in Megatron-LM, the same
+command line begins a run and continues it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import difflib
+import os
 import re
 from pathlib import Path
 
+from cp_megatron.config.files.folder_lock import is_lock
 from cp_megatron.errors import ConfigError
 
 AUTO = "auto"
@@ -35,12 +38,31 @@ def find_run(load: str | None, save: str | None, *, again: bool) -> tuple[str | 
     """
     if load == AUTO and save is None:
         raise ConfigError("--load", load, "needs the folder to look into", "--load auto --save RUN")
-    if save is None or not (load == AUTO or again):
+    if save is None:
         return load, False
-    steps = [step for step in Path(save).glob("step-*") if STEP_FOLDER.fullmatch(step.name)]
-    if steps and (Path(save) / CONFIG_FILE).is_file():
+    folder, own = Path(save), load == AUTO or _same(load, save)
+    if not (own or again):
+        return load, False
+    steps = [step for step in folder.glob("step-*") if STEP_FOLDER.fullmatch(step.name)]
+    if steps and (folder / CONFIG_FILE).is_file():
         return save, True
-    return None if load == AUTO else load, True
+    # What else a folder may hold is told as for any other folder that is loaded.
+    if load != AUTO and own and not (is_vacant(folder) or (folder / CONFIG_FILE).is_file()):
+        return load, False
+    return None if own else load, True
+
+
+def _same(load: str | None, save: str) -> bool:
+    return load is not None and os.path.realpath(load) == os.path.realpath(save)
+
+
+def is_vacant(folder: Path) -> bool:
+    """Whether the folder does not exist, or is empty but for a lock."""
+    if not os.path.lexists(folder):
+        return True
+    with contextlib.suppress(OSError):
+        return all(map(is_lock, folder.iterdir()))
+    return False
 
 
 def run_folder(path: Path) -> Path:

@@ -24,7 +24,8 @@ class CheckpointConfig:
     """The run's folder; by default a new runs/<preset>-<n>, or runs/<folder>-<n> with --load-hf."""
     load: str | None = None
     """The folder of a run to continue, or one of its step-N; its config.yaml supplies all other
-    flags. auto: continue the run in --save if it has a checkpoint, otherwise begin it."""
+    flags. auto, or the folder of --save: continue the run in --save if it has a checkpoint,
+    otherwise begin it."""
     load_hf: str | None = None
     """A Hugging Face folder with the config.json and safetensors that the run starts from; without
     --preset the learning rate is then 2e-5."""
