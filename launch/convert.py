@@ -13,8 +13,8 @@ from cp_megatron.checkpoint.convert import convert
 from cp_megatron.cli.parse import parse_arguments
 from cp_megatron.cli.programs import CONVERT, ConversionOptions
 from cp_megatron.cli.refusal import refuse
+from cp_megatron.comm.signals import leave, stop_at_once
 from cp_megatron.errors import ConfigError
-from cp_megatron.train.signals import leave, stop_at_once
 
 
 def main(argv: Sequence[str]) -> int:

@@ -14,9 +14,9 @@ from cp_megatron.cli.parse import parse_arguments
 from cp_megatron.cli.programs import EVALUATE, EvaluationOptions
 from cp_megatron.cli.refusal import refuse
 from cp_megatron.comm.runtime import Launch
+from cp_megatron.comm.signals import end_with_launcher, leave, stop_at_once
 from cp_megatron.errors import ConfigError
 from cp_megatron.evaluate.check_evaluation import check_evaluation, print_setup
-from cp_megatron.train.signals import end_with_launcher, leave, stop_at_once
 
 
 def main(argv: Sequence[str], environ: Mapping[str, str], script: str = EVALUATE.name) -> int:

@@ -15,9 +15,9 @@ from cp_megatron.cli.parse import parse_arguments
 from cp_megatron.cli.programs import GENERATE, GenerationOptions
 from cp_megatron.cli.refusal import refuse
 from cp_megatron.comm.runtime import Launch
+from cp_megatron.comm.signals import leave, stop_at_once
 from cp_megatron.errors import ConfigError
 from cp_megatron.generate.check_generation import check_generation
-from cp_megatron.train.signals import leave, stop_at_once
 
 
 def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:

@@ -7,20 +7,22 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Mapping, Sequence
 
 from cp_megatron.cli.parse import PRETRAIN, parse_arguments
 from cp_megatron.cli.refusal import already_done, refuse
 from cp_megatron.comm.runtime import Launch
+from cp_megatron.comm.signals import end_with_launcher, leave, stop_at_once
 from cp_megatron.errors import ConfigError, FinishedError
 from cp_megatron.memory.capacity import check_capacity
 from cp_megatron.memory.memory_report import print_dry_run
 from cp_megatron.preflight.check import check
-from cp_megatron.train.signals import end_with_launcher, leave, stop_at_once
 
 
 def main(argv: Sequence[str], environ: Mapping[str, str], script: str = PRETRAIN.name) -> int:
     """Runs the program; returns 0, 1 if training failed, or 2 if a flag is wrong."""
+    began = time.monotonic()
     stop_at_once()
     launch = Launch()
     try:
@@ -43,7 +45,7 @@ def main(argv: Sequence[str], environ: Mapping[str, str], script: str = PRETRAIN
             return 0 if quiet else print_dry_run(plan)
         from cp_megatron.train.run import run
 
-        return run(plan, launch, script)
+        return run(plan, launch, script, began)
     except FinishedError as error:
         return already_done(error, rank=launch.rank)
     except ConfigError as error:

@@ -92,8 +92,6 @@ MEANINGLESS: Mapping[str, Answer] = {
     "--pytorch-profiler-collect-callstack": ("the trace names a step's parts", "--profile"),
     **dict.fromkeys(("--record-memory-history", "--memory-snapshot-path"), _TRACE),
     "--log-throughput": ("tokens per second are always logged", _ALWAYS),
-    "--exit-interval": ("the run ends with its last step", "--train-iters"),
-    "--exit-duration-in-mins": ("Ctrl-C and SIGTERM save and end the run", "--train-iters"),
     "--local-rank": ("torchrun sets it in the environment", "torchrun"),
 }
 """Flags, each with the answer to it."""

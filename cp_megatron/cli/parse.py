@@ -119,7 +119,7 @@ def _print_help(argv: Sequence[str], program: Program) -> None:
 def _read(
     argv: Sequence[str], program: Program, again: bool
 ) -> tuple[frozenset[str], dict[str, Any], bool]:
-    """The flags that are given, the values by name, and whether ``--save`` is looked into for a run.
+    """The flags that are given, the values by name, and whether ``--save`` is searched for a run.
 
     A run that is found there takes the place of what the run began with.
     """

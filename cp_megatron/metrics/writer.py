@@ -53,20 +53,31 @@ class MetricsWriter:
         self.wandb = wandb
         _forget_after(folder / METRICS_FILE, start_step)
         self._file = (folder / METRICS_FILE).open("a", encoding="utf-8")
+        self._last: dict[str, object] = {}  # the last line
+        self._begin = 0  # where it begins in the file
         self._board = SummaryWriter(str(folder), purge_step=start_step + 1)
 
     def write(self, metrics: Metrics) -> None:
-        """Writes one line; it is flushed to the operating system when this returns."""
+        """Writes one line; it is flushed to the operating system when this returns.
+
+        A second line of the same step replaces the first one, of which it repeats all numbers.
+        """
         row = asdict(metrics)
         if metrics.valid_loss is None:
             del row["valid_loss"]
-        self._file.write(json.dumps(row, allow_nan=False) + "\n")
+        line = json.dumps(row, allow_nan=False) + "\n"
+        before, self._last = self._last, row
+        if again := before.get("step") == metrics.step:
+            self._file.truncate(self._begin)
+        self._begin = os.fstat(self._file.fileno()).st_size
+        self._file.write(line)
         self._file.flush()
-        for name, value in row.items():
+        new = {name: value for name, value in row.items() if not again or name not in before}
+        for name, value in new.items():
             if name != "step" and value is not None:
                 self._board.add_scalar(name, value, metrics.step)
         if self.wandb is not None:
-            self.wandb.write(row)
+            self.wandb.write({"step": metrics.step, **new})
 
     def close(self, *, failed: bool = False) -> None:
         """Writes what is buffered and closes the files; ``failed``: the run ended with an error."""

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import closing, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
 
@@ -17,6 +17,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from cp_megatron.checkpoint.object_collectives import all_gather_objects
+from cp_megatron.comm.signals import StopRequest
+from cp_megatron.comm.stopping import Stopping, largest
 from cp_megatron.comm.trace import traced
 from cp_megatron.data.batch.ahead import Ahead
 from cp_megatron.data.batch.batch import Batch, microbatches
@@ -34,7 +36,6 @@ from cp_megatron.train.optimizer import learning_rate
 from cp_megatron.train.profiler import StepProfiler
 from cp_megatron.train.progress import ProgressView
 from cp_megatron.train.saving import Saver
-from cp_megatron.train.signals import StopRequest
 from cp_megatron.train.step import Shard, StepResult, TrainStep
 
 _Times = list[tuple[float, float]]
@@ -63,9 +64,10 @@ class Trainer:
     faults: Faults = field(default_factory=Faults)  # the faults injected on this rank
     checks: Checks | None = None  # detect silent data corruption; None disables them
     stragglers: Stragglers | None = None  # finds ranks that the others wait for; None disables it
+    began: float = field(default_factory=time.monotonic)  # when the program was started
 
     def train(self, stop: StopRequest) -> int:
-        """Trains to the end, or until a rank is asked to stop, and saves.
+        """Trains to the end, or until a rank is asked to stop or its time is over, and saves.
 
         Returns:
             The last finished step.
@@ -77,6 +79,7 @@ class Trainer:
         """
         config, step = self.plan.config, self.plan.load_step
         first, num_steps = step + 1, config.train.train_iters
+        stopping = self._stopping(stop)
         shards, times, trained = self._shards(step, num_steps), _Times(), self.train_step
         measured = trained.model, trained.optimizer, trained.cp, trained.device
         with closing(self.profiler), Ahead(shards) as ahead:
@@ -93,23 +96,51 @@ class Trainer:
                     self.stragglers.waited(result.waited)
                 if not verdict.accepted:
                     self._skip(step, result, verdict)
-                stopping = bool(largest(int(stop.signal is not None), self.control))
-                saves = stopping or self._is_due(step, config.checkpoint.save_interval)
+                ends = stopping.agreed() or self._exits(step)
+                saves = ends or self._is_due(step, config.checkpoint.save_interval)
                 self._check(step, saves=saves)
                 if meter is not None:
                     self._report_memory(step, meter)
-                valid_loss = None if stopping else self._validate(step)
+                validates = not stopping.reason and self._validates(step)
                 # Step 1 is logged as well, because it shows where the loss started.
-                logs = stopping or step == 1 or self._is_due(step, config.train.log_interval)
-                if (logs or valid_loss is not None) and verdict.finite:
-                    self._log(step, result, lr, times, valid_loss)
-                self.view.step_done(step)
+                logs = step == 1 or self._is_due(step, config.train.log_interval)
+                metrics = None
+                if (ends or logs or validates) and verdict.finite:
+                    metrics = self._measure(step, result, lr, times)
                 self.saver.poll()
+                # What a validation cannot lose is written before it.
+                self._write(metrics)
                 if saves:
-                    self._save(step, last=stopping or step == num_steps)
-                if stopping:
+                    self._save(step, last=ends or step == num_steps)
+                valid_loss = self._validate(step, stopping) if validates else None
+                self._log(metrics, valid_loss)
+                self.view.step_done(step)
+                if validates and stopping.reason:
+                    self._save_interrupted(step)
+                if (ends or stopping.reason) and step < num_steps:
+                    why = stopping.reason or f"--exit-interval {config.train.exit_interval}"
+                    self.view.say(f"step {step}: {why} ends the run")
                     break
         return step
+
+    def _stopping(self, stop: StopRequest) -> Stopping:
+        minutes = self.plan.config.train.exit_duration_in_mins
+        if minutes is None:
+            return Stopping(stop, self.control)
+        flag = f"--exit-duration-in-mins {minutes:g}"
+        return Stopping(stop, self.control, end=self.began + 60 * minutes, limit=flag)
+
+    def _exits(self, step: int) -> bool:
+        """Whether the run ends here as the user planned; the same command continues it."""
+        interval = self.plan.config.train.exit_interval
+        return bool(interval and step % interval == 0)
+
+    def _save_interrupted(self, step: int) -> None:
+        """Makes sure that ``step`` is saved, whose validation was interrupted."""
+        self.view.say(f"step {step}: its validation was interrupted and has no result")
+        self.saver.settle()
+        if self.saver.saved != step:
+            self._save(step, last=True)
 
     def _is_due(self, step: int, interval: int | None) -> bool:
         """Whether ``step`` is the last of the run or of an interval."""
@@ -195,30 +226,36 @@ class Trainer:
             padding=self.plan.sequence.padding,
         )
 
-    def _validate(self, step: int) -> float | None:
-        """The validation loss if one is due: every ``eval_interval`` steps and at the end."""
-        train, rows = self.plan.config.train, self.rows.valid
-        if not train.eval_iters or rows is None or not self._is_due(step, train.eval_interval):
-            return None
+    def _validates(self, step: int) -> bool:
+        """Whether a validation is due: every ``eval_interval`` steps and at the end."""
+        train = self.plan.config.train
+        has_rows = bool(train.eval_iters) and self.rows.valid is not None
+        return has_rows and self._is_due(step, train.eval_interval)
+
+    def _validate(self, step: int, stopping: Stopping) -> float | None:
+        """The validation loss; None if the ranks stop before it is complete."""
+        rows = self.rows.valid
+        assert rows is not None
         shards = (
             self.train_step.prepare(batch)
-            for number in range(train.eval_iters)
+            for number in range(self.plan.config.train.eval_iters)
             for batch in self._batches(rows, number)
         )
         with Ahead(shards) as ahead:
-            loss = self.train_step.evaluate(ahead)
+            loss = self.train_step.evaluate(stopping.limit(ahead))
+        if stopping.reason:
+            return None
         if not math.isfinite(loss):
             raise self._diverged(step, f"validation loss {loss}")
         return loss
 
-    def _log(
-        self, step: int, result: StepResult, lr: float, times: _Times, valid_loss: float | None
-    ) -> None:
+    def _measure(self, step: int, result: StepResult, lr: float, times: _Times) -> Metrics:
+        """The metrics of a step but for its validation, and of the times since the last ones."""
         data = self.plan.config.data
         seconds, num_pairs = map(fmean, zip(*times))
         times.clear()
         num_tokens = (data.global_batch_size or 0) * data.seq_length
-        metrics = Metrics(
+        return Metrics(
             step=step,
             loss=result.loss,
             grad_norm=result.grad_norm,
@@ -228,13 +265,24 @@ class Trainer:
             step_seconds=seconds,
             mfu=self._utilisation(num_tokens, num_pairs, seconds),
             memory_bytes=largest(peak_memory(self.train_step.device), self.control),
-            valid_loss=valid_loss,
         )
-        if self.writer is not None:
+
+    def _write(self, metrics: Metrics | None) -> None:
+        """Writes the metrics of a step, or replaces those that were written before."""
+        if self.writer is not None and metrics is not None:
             self.writer.write(metrics)
+
+    def _log(self, metrics: Metrics | None, valid_loss: float | None) -> None:
+        """Prints the metrics of a step, and adds the loss of its validation if there was one."""
+        if metrics is None:
+            return
+        if valid_loss is not None:
+            metrics = replace(metrics, valid_loss=valid_loss)
+            self._write(metrics)
         self.view.log(metrics)
+        seconds = metrics.step_seconds
         for finding in self.stragglers.find(seconds) if self.stragglers is not None else ():
-            self.view.say(f"step {step}: {finding}")
+            self.view.say(f"step {metrics.step}: {finding}")
 
     def _report_memory(self, step: int, meter: MemoryMeter) -> None:
         """Prints what each rank holds in memory, and writes it into the run's folder; on rank 0."""
@@ -270,13 +318,6 @@ class Trainer:
         saved = self.saver.saved
         last = f"the last checkpoint is of step {saved}" if saved else "there is no checkpoint"
         return DivergedError(f"step {step}: {reason}; {last} (works: {works})")
-
-
-def largest(value: int, control: dist.ProcessGroup) -> int:
-    """The largest value of all ranks; ``control`` is a group of them for CPU tensors."""
-    values = torch.tensor(value, dtype=torch.int64)
-    dist.all_reduce(values, op=dist.ReduceOp.MAX, group=control)
-    return int(values.item())
 
 
 def save_batch(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -21,6 +22,7 @@ from cp_megatron.checkpoint.load import load_checkpoint
 from cp_megatron.checkpoint.manifest import read_manifest
 from cp_megatron.checkpoint.object_collectives import on_first_rank
 from cp_megatron.comm.runtime import Launch, record_collectives
+from cp_megatron.comm.signals import StopRequest, stop_on_signal
 from cp_megatron.config import Config
 from cp_megatron.config.files.run_folders import CONFIG_FILE, RUNS
 from cp_megatron.config.files.yaml_io import overlay, to_yaml
@@ -46,17 +48,19 @@ from cp_megatron.train.profiler import StepProfiler
 from cp_megatron.train.progress import ProgressView
 from cp_megatron.train.resume import verify_load
 from cp_megatron.train.saving import Saver
-from cp_megatron.train.signals import StopRequest, stop_on_signal
 from cp_megatron.train.step import TrainStep
 
 
-def run(plan: RunPlan, launch: Launch, script: str = "launch/pretrain.py") -> int:
+def run(
+    plan: RunPlan, launch: Launch, script: str = "launch/pretrain.py", began: float | None = None
+) -> int:
     """Trains as planned.
 
     Args:
         plan: from ``preflight.check``.
         launch: how this process was started.
         script: the program as the user called it, for the command that continues the run.
+        began: when the program was started, on ``time.monotonic()``; by default now.
 
     Returns:
         The exit code: 0 if the run is finished or was stopped by a signal, 1 if it failed.
@@ -64,6 +68,7 @@ def run(plan: RunPlan, launch: Launch, script: str = "launch/pretrain.py") -> in
     Raises:
         ConfigError: a mistake that only torch or reading all of the data can show.
     """
+    began = time.monotonic() if began is None else began
     record_collectives()
     (plan,), device, control = begin([plan], launch)
     if device == "cuda":
@@ -79,7 +84,7 @@ def run(plan: RunPlan, launch: Launch, script: str = "launch/pretrain.py") -> in
     ) as (folder, note):
         config = overlay(plan.config, {"save": str(folder)})
         plan = replace(plan, config=config, notes=(*plan.notes, *filter(None, [note])))
-        trainer = assemble(plan, launch, control)
+        trainer = replace(assemble(plan, launch, control), began=began)
         dist.barrier(group=control)  # all ranks catch signals from here on
         with stop_on_signal(quiet=launch.rank != 0) as stop, _frozen_garbage():
             train = _train if launch.world_size == 1 else _watched

@@ -21,6 +21,7 @@ from rich.console import Console
 from cp_megatron.cli.parse import parse_arguments
 from cp_megatron.cli.refusal import error_line
 from cp_megatron.comm.runtime import Launch
+from cp_megatron.comm.signals import StopRequest
 from cp_megatron.config.fields import settings
 from cp_megatron.errors import ConfigError
 from cp_megatron.memory.memory_report import print_prediction
@@ -31,7 +32,6 @@ from cp_megatron.spec import ModelSpec
 from cp_megatron.train.loop import DivergedError
 from cp_megatron.train.progress import ProgressView
 from cp_megatron.train.run import assemble
-from cp_megatron.train.signals import StopRequest
 from tests.fuzz.configurations import OUTSIDE, Line, line_of, make_folder
 from tests.launch.test_end_to_end import SCRIPT, ours_in_trace, run
 from tests.ranks import RanksFailed, run_ranks

@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from cp_megatron.cli.parse import parse_arguments
 from cp_megatron.comm.runtime import Launch
+from cp_megatron.comm.signals import StopRequest
 from cp_megatron.data.rows.sampler import RowSource, TokenRow
 from cp_megatron.errors import ConfigError
 from cp_megatron.plan import Grid, Mask
@@ -25,7 +26,6 @@ from cp_megatron.preflight.check import check
 from cp_megatron.train.loop import DivergedError, Trainer
 from cp_megatron.train.progress import ProgressView
 from cp_megatron.train.run import assemble
-from cp_megatron.train.signals import StopRequest
 from tests.ranks import run_ranks
 from tests.train.checkpoints import differing, metrics_of, numbers
 

@@ -45,3 +45,9 @@ class TrainConfig:
     """Steps between two validations; by default there is one, at the end."""
     eval_iters: Count = 4
     """Global batches per validation; 0 turns validation off."""
+    exit_interval: Size | None = None
+    """Save and end the program after each step that is a multiple of this; the command that it
+    prints continues the run."""
+    exit_duration_in_mins: Positive | None = None
+    """Save and end the program after the first step that ends later than this many minutes after
+    its start; the command that it prints continues the run."""

@@ -1,4 +1,4 @@
-"""Signals before, during and after training."""
+"""Signals before, during and after the work of a program."""
 
 from __future__ import annotations
 
@@ -12,10 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from cp_megatron.train.signals import CAUGHT, stop_on_signal
-from tests.ranks import run_ranks
-from tests.train.test_loop import STEPS, Place, StoppingView, assembled, finish
-from tests.train.test_loop import place as place  # the fixture
+from cp_megatron.comm.signals import CAUGHT, stop_on_signal
 
 
 @pytest.fixture(autouse=True)
@@ -30,7 +27,7 @@ def _handlers() -> Iterator[None]:
 def test_leave_flushes_the_output_and_skips_the_interpreter_s_shutdown() -> None:
     code = """
 import atexit
-from cp_megatron.train.signals import leave
+from cp_megatron.comm.signals import leave
 atexit.register(print, "late")
 print("said")
 leave(3)
@@ -47,7 +44,7 @@ def test_before_the_training_a_signal_ends_the_process_quietly(
 ) -> None:
     code = f"""
 import os
-from cp_megatron.train.signals import stop_at_once
+from cp_megatron.comm.signals import stop_at_once
 stop_at_once()
 os.kill(os.getpid(), {int(number)})
 """
@@ -67,7 +64,7 @@ os.kill(os.getpid(), 9)
 RANK = """
 import time
 from cp_megatron.comm.runtime import Launch
-from cp_megatron.train.signals import end_with_launcher
+from cp_megatron.comm.signals import end_with_launcher
 end_with_launcher(Launch(under_torchrun=True))
 print(flush=True)
 time.sleep(60)
@@ -112,24 +109,10 @@ def test_the_other_ranks_print_nothing_about_a_signal(capfd: pytest.CaptureFixtu
 def test_a_closed_terminal_does_not_break_the_step() -> None:
     code = """
 import os, signal
-from cp_megatron.train.signals import stop_on_signal
+from cp_megatron.comm.signals import stop_on_signal
 with stop_on_signal(quiet=False) as stop:
     os.close(2)
     os.kill(os.getpid(), signal.SIGINT)
 os._exit(7)
 """
     assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 7
-
-
-def train(rank: int, world_size: int, argv: list[str], stopped: int | None) -> int:
-    """The last step of a run in which one rank is asked to stop at the beginning."""
-    view = StoppingView()
-    if rank == stopped:
-        view.stop(signal.SIGTERM, None)
-    return finish(assembled(rank, world_size, argv), view)
-
-
-@pytest.mark.parametrize(("stopped", "last"), [(None, STEPS), (0, 1), (1, 1)])
-def test_all_ranks_stop_when_one_is_asked(place: Place, stopped: int | None, last: int) -> None:
-    argv = place.argv("run", "--context-parallel-size", "2")
-    assert run_ranks(train, 2, argv, stopped) == [last] * 2

@@ -1,0 +1,72 @@
+"""Whether the ranks stop early, which they decide together."""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from cp_megatron.comm.signals import StopRequest
+
+Item = TypeVar("Item")
+
+_TIME_IS_OVER = int(signal.NSIG)
+"""A wish that is no number of a signal."""
+
+
+class Stopping:
+    """The wish of any rank to stop, because of a signal or because its time is over.
+
+    A signal reaches the ranks at different moments, and their clocks differ. So all of them ask
+    each other, by one message of eight bytes, at the same places of the program.
+
+    Args:
+        request: the signal that this rank has received, if any.
+        group: a group of all ranks for CPU tensors.
+        end: when the time of this rank is over, on ``time.monotonic()``.
+        limit: what sets this time.
+
+    Attributes:
+        reason: what they agreed to stop for; empty as long as they did not.
+    """
+
+    def __init__(
+        self,
+        request: StopRequest,
+        group: dist.ProcessGroup,
+        *,
+        end: float = math.inf,
+        limit: str = "the end of its time",
+    ) -> None:
+        self.reason = ""
+        self._request, self._group, self._end, self._limit = request, group, end, limit
+
+    def agreed(self) -> bool:
+        """Whether the ranks stop. Every rank calls this and gets the same answer."""
+        if not self.reason:
+            wish = 0 if time.monotonic() < self._end else _TIME_IS_OVER
+            if self._request.signal is not None:
+                wish = int(self._request.signal)
+            if agreed := largest(wish, self._group):
+                over = agreed == _TIME_IS_OVER
+                self.reason = self._limit if over else signal.Signals(agreed).name
+        return bool(self.reason)
+
+    def limit(self, items: Iterable[Item]) -> Iterator[Item]:
+        """Yields the items until the ranks stop. All ranks must have as many items."""
+        for item in items:
+            if self.agreed():
+                return
+            yield item
+
+
+def largest(value: int, group: dist.ProcessGroup) -> int:
+    """The largest value of all ranks; ``group`` is a group of them for CPU tensors."""
+    values = torch.tensor(value, dtype=torch.int64)
+    dist.all_reduce(values, op=dist.ReduceOp.MAX, group=group)
+    return int(values.item())
