@@ -32,8 +32,8 @@ class EvaluationOptions(LaunchOptions):
     part: Part | None = None
     """Part of the data, as --split cuts it; by default all of --data-path if it is given, otherwise
     the data that the run validated on."""
-    output: str = "evaluation"
-    """A new folder for results.json and the pictures."""
+    output: str | None = None
+    """A new folder for results.json and the pictures; by default a new evaluation-<n>."""
 
 
 @dataclass(frozen=True, kw_only=True)

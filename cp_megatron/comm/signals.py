@@ -1,4 +1,4 @@
-"""Signals: the first one makes the training finish its step, save and stop."""
+"""Signals: the first one makes a program finish its step or row, write its results and stop."""
 
 from __future__ import annotations
 
@@ -25,11 +25,14 @@ class StopRequest:
 
     Args:
         quiet: print nothing (on all ranks but the first).
+        then: what the program does now, for the user.
     """
 
-    def __init__(self, *, quiet: bool = True) -> None:
+    def __init__(
+        self, *, quiet: bool = True, then: str = "finishing the step, then saving"
+    ) -> None:
         self.signal: signal.Signals | None = None
-        self._quiet = quiet
+        self._quiet, self._then = quiet, then
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         if self.signal is not None:
@@ -37,7 +40,7 @@ class StopRequest:
         self.signal = signal.Signals(number)
         if not self._quiet:
             # Not through Python's streams: the handler may have interrupted a write to one of them.
-            text = f"\n{self.signal.name}: finishing the step, then saving\n"
+            text = f"\n{self.signal.name}: {self._then}\n"
             with suppress(OSError):
                 os.write(2, text.encode())
 
@@ -77,13 +80,17 @@ def leave(code: int) -> NoReturn:
 
 
 @contextmanager
-def stop_on_signal(*, quiet: bool = True) -> Iterator[StopRequest]:
+def stop_on_signal(
+    *, quiet: bool = True, then: str = "finishing the step, then saving"
+) -> Iterator[StopRequest]:
     """Catches the signals inside the block, and ignores them after it.
+
+    The arguments are those of ``StopRequest``.
 
     After the block the process only exits. Its launcher may still forward the signal that stopped
     it, or end it because another rank exited a moment earlier.
     """
-    request = StopRequest(quiet=quiet)
+    request = StopRequest(quiet=quiet, then=then)
     for number in CAUGHT:
         signal.signal(number, request)
     try:

@@ -20,6 +20,8 @@ from cp_megatron.cli.programs import TASKS, EvaluationOptions, Part
 from cp_megatron.comm.runtime import Launch
 from cp_megatron.config import Config
 from cp_megatron.config.fields import Setting, settings
+from cp_megatron.config.files.folder_lock import refuse_held
+from cp_megatron.config.files.run_folders import is_vacant
 from cp_megatron.config.files.yaml_io import overlay
 from cp_megatron.config.schema.ranges import LARGEST_SIZE
 from cp_megatron.data.tokenize.open_tokenizer import open_tokenizer
@@ -33,6 +35,8 @@ from cp_megatron.preflight.save_and_load import check_resume
 
 _READ = frozenset({"seed", "dtype", "bf16", "device", "deterministic", "plot"})
 """Settings of the sections ``train``, ``optimizer`` and ``log`` that an evaluation reads."""
+DEFAULT_OUTPUT = "evaluation"
+"""The beginning of the folder's name without ``--output``; a number follows."""
 _UNREAD_ELSEWHERE = frozenset(
     {
         *("save", "save_interval", "async_save", "keep_latest_k", "save_retain_interval"),
@@ -141,7 +145,7 @@ def print_setup(setup: EvaluationSetup) -> None:
         f"world      {grid.world_size:,} ranks = {grid}",
         f"tasks      {', '.join(options.tasks)}",
         f"lengths    {', '.join(f'{length:,}' for length in options.lengths)} tokens",
-        f"into       {options.output}",
+        f"into       {options.output or f'{DEFAULT_OUTPUT}-<n>'}",
     ]
     notes = dict.fromkeys(f"note       {note}" for run in setup.runs for note in run.notes)
     console = Console()
@@ -172,10 +176,11 @@ def _checked_options(options: EvaluationOptions, given: frozenset[str]) -> Evalu
         if flag in given and task not in options.tasks:
             rule = f"has no effect without the task {task}"
             raise ConfigError(flag, "", rule, f"--tasks {task}")
-    output = Path(options.output)
-    if os.path.lexists(output) and not (output.is_dir() and not any(output.iterdir())):
-        rule = "exists already, and nothing is overwritten"
-        raise ConfigError("--output", options.output, rule, "a new folder")
+    output = Path(options.output or f"{DEFAULT_OUTPUT}-1")
+    if options.output is not None:
+        if not options.dry_run:
+            refuse_held("--output", output)
+        check_vacant(output)
     place = next(x for x in (output, *output.absolute().parents) if x.exists())
     if not place.is_dir() or not os.access(place, os.W_OK):
         rule = f"cannot be written: {place} is not a writable folder"
@@ -183,6 +188,17 @@ def _checked_options(options: EvaluationOptions, given: frozenset[str]) -> Evalu
     lengths, depths = (tuple(sorted(set(values))) for values in (options.lengths, options.depths))
     tasks = tuple(task for task in TASKS if task in options.tasks)
     return replace(options, tasks=tasks, lengths=lengths, depths=depths)
+
+
+def check_vacant(output: Path) -> None:
+    """Refuses a folder that holds something already.
+
+    Raises:
+        ConfigError: it does.
+    """
+    if not is_vacant(output):
+        rule = "exists already, and nothing is overwritten"
+        raise ConfigError("--output", output, rule, "a new folder")
 
 
 def _draws_pictures(config: Config, options: EvaluationOptions, given: frozenset[str]) -> bool:

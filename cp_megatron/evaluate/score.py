@@ -112,7 +112,8 @@ def score(
     num_cells: int,
     device: torch.device,
     padding: int = 0,
-) -> npt.NDArray[np.float64]:
+    go_on: Callable[[int], bool] = lambda done: True,
+) -> npt.NDArray[np.float64] | None:
     """Scores rows of one length. Every rank calls this.
 
     Args:
@@ -124,15 +125,20 @@ def score(
         num_cells: the number of cells.
         device: the device of the model.
         padding: the number of tokens without a label to append to each row.
+        go_on: called before each row with the number of rows that are scored on all ranks; the
+            answer is the same on every rank.
 
     Returns:
         float64 [num_cells, 3], equal on every rank: the sum of losses in nats, the number of
-        tokens that are most likely (of equal ones, the lowest), the number of tokens.
+        tokens that are most likely (of equal ones, the lowest), the number of tokens. None if
+        ``go_on`` says no.
     """
     model.eval()
     table = torch.zeros(num_cells, 3, dtype=torch.float64, device=device)
     place, dp = groups.coordinates.dp, groups.grid.dp
     for number in range(place, -(-num_rows // dp) * dp, dp):
+        if not go_on(number - place):
+            return None
         # All ranks must take part in a forward pass; a rank without a row of its own repeats one.
         row = row_of(min(number, num_rows - 1))
         if number >= num_rows:

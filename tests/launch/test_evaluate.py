@@ -3,27 +3,34 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 import torch.distributed as dist
+from torch import nn
 
 from cp_megatron.checkpoint.hf_export import export_hf
 from cp_megatron.cli.parse import parse_arguments
 from cp_megatron.cli.programs import EVALUATE, EvaluationOptions
 from cp_megatron.comm.runtime import Launch
+from cp_megatron.comm.signals import StopRequest
+from cp_megatron.config.files.folder_lock import FolderLock
 from cp_megatron.errors import ConfigError
 from cp_megatron.evaluate import run_evaluation as evaluation_run
 from cp_megatron.evaluate.check_evaluation import EvaluationSetup, check_evaluation
 from cp_megatron.evaluate.results import EvaluationResults
 from cp_megatron.evaluate.run_evaluation import evaluate
 from cp_megatron.metrics import plots
+from cp_megatron.model.transformer import Transformer
 from tests.launch.test_end_to_end import Ended, ours_in_trace, run
 from tests.ranks import run_ranks
 from tests.train.test_loop import train
@@ -142,9 +149,9 @@ def test_results_that_cannot_be_written_are_printed_and_the_exit_code_is_2(
 ) -> None:
     plan = planned(folder)
     (folder / "taken").write_text("")
-    plan = replace(plan, options=replace(plan.options, output=str(folder / "taken" / "x")))
-    results = EvaluationResults(about={"model": "m"}, perplexity=(), answers=())
-    assert not evaluation_run._show(plan, results)
+    about = {"model": "m", "stopped_by": None}
+    results = EvaluationResults(about=about, perplexity=(), answers=())
+    assert not evaluation_run._show(plan, results, folder / "taken" / "x")
     message = capsys.readouterr().err
     assert message.startswith("evaluate.py: error: --output ")
     assert "cannot be written" in message
@@ -199,16 +206,20 @@ def test_the_program_is_thin() -> None:
     assert len(Path(SCRIPT).read_text().splitlines()) < 60
 
 
-def evaluated(rank: int, world_size: int, argv: list[str]) -> EvaluationResults:
-    """Runs the evaluation on the pool of ranks, without printing."""
+def setup_of(rank: int, world_size: int, argv: list[str]) -> EvaluationSetup:
     launch = Launch(rank=rank, world_size=world_size, local_world_size=world_size)
     arguments = parse_arguments(argv, program=EVALUATE)
     options = cast(EvaluationOptions, arguments.options)
     plan = check_evaluation(arguments.config, options, launch, given=arguments.given)
-    plan = replace(plan, runs=tuple(run.on_device("cpu") for run in plan.runs))
+    return replace(plan, runs=tuple(run.on_device("cpu") for run in plan.runs))
+
+
+def evaluated(rank: int, world_size: int, argv: list[str]) -> EvaluationResults:
+    """Runs the evaluation on the pool of ranks, without printing."""
+    launch = Launch(rank=rank, world_size=world_size, local_world_size=world_size)
     world = dist.group.WORLD
     assert world is not None
-    return evaluate(plan, launch, world)
+    return evaluate(setup_of(rank, world_size, argv), launch, world)
 
 
 def test_a_hugging_face_folder_has_the_same_results(folder: Path) -> None:
@@ -224,4 +235,70 @@ def test_a_hugging_face_folder_has_the_same_results(folder: Path) -> None:
     (other,) = run_ranks(evaluated, 1, ["--load-hf", str(folder / "hf"), *argv, *scaled])
     assert other.perplexity[0].whole.loss != pytest.approx(ours.perplexity[0].whole.loss, rel=1e-6)
     with pytest.raises(ConfigError, match="does not say what it was trained on"):
-        evaluated(0, 1, ["--load-hf", str(folder / "hf"), *argv, "--part", "valid"])
+        setup_of(0, 1, ["--load-hf", str(folder / "hf"), *argv, "--part", "valid"])
+
+
+def stopped(rank: int, world_size: int, argv: list[str], to: int, row: int) -> EvaluationResults:
+    """Evaluates until rank ``to`` gets a signal while row ``row`` of the run is scored."""
+    request, rows = StopRequest(), iter(range(1000))
+    setup = setup_of(rank, world_size, argv)
+
+    def scored(model: nn.Module, *_: object) -> None:
+        if next(rows) == row and rank == to:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    world = dist.group.WORLD
+    assert world is not None
+    before = signal.signal(signal.SIGTERM, request)
+    handle = nn.modules.module.register_module_forward_pre_hook(
+        lambda module, _: scored(module) if isinstance(module, Transformer) else None
+    )
+    try:
+        launch = Launch(rank=rank, world_size=world_size, local_world_size=world_size)
+        return evaluate(setup, launch, world, catch=lambda: nullcontext(request))
+    finally:
+        handle.remove()
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_a_signal_ends_all_ranks_and_what_is_complete_is_the_result(folder: Path) -> None:
+    argv = ["--load", str(folder / "run"), *FLAGS, "--output", str(folder / "cut"), "--no-plot"]
+    argv += ["--context-parallel-size", "2"]
+    whole = run_ranks(evaluated, 2, argv)[0]
+    assert whole.about["stopped_by"] is None
+    # 2 rows of 600 tokens and 6 questions, then the rows of 750 tokens.
+    for found in run_ranks(stopped, 2, argv, 1, 8):
+        assert found.about["stopped_by"] == "SIGTERM"
+        assert found.perplexity == whole.perplexity[:1]
+        assert found.answers == whole.answers[: len(found.answers)]
+        assert {answer.length for answer in found.answers} == {600}
+    for found in run_ranks(stopped, 2, argv, 0, 0):
+        assert (found.perplexity, found.answers) == ((), ())
+
+
+def test_without_output_every_evaluation_has_a_folder_of_its_own(folder: Path) -> None:
+    words = [sys.executable, SCRIPT, "--load", "run", "--lengths", "64", "--tasks", "perplexity"]
+    words += ["--num-samples", "1", "--no-plot"]
+    pipe = subprocess.PIPE
+    both = [
+        subprocess.Popen(words, cwd=folder, stdout=pipe, stderr=pipe, text=True) for _ in range(2)
+    ]
+    told = [program.communicate(timeout=60) for program in both]
+    assert [(program.returncode, err) for program, (_, err) in zip(both, told)] == [(0, "")] * 2
+    written = [re.findall(r"written  (\S+)", out) for out, _ in told]
+    names = ["evaluation-1/results.json", "evaluation-2/results.json"]
+    assert sorted(written) == [[name] for name in names]
+    for out, _ in told:
+        assert "scores     1 row; data and model are loaded" in out
+        assert re.search(r"\n64 tokens, perplexity: 1 row in \S+ s, all done\n", out)
+    assert [path.name for path in (folder / "evaluation-1").iterdir()] == ["results.json"]
+
+
+def test_a_folder_that_another_evaluation_fills_is_refused_at_once(folder: Path) -> None:
+    lock = FolderLock(folder / "busy", flag="--output", lost=print)
+    lock.acquire()
+    ended = run([sys.executable, SCRIPT, "--load", "run", "--output", "busy"], folder)
+    lock.release()
+    assert (ended.code, ended.out) == (2, "")
+    (line,) = ended.err.splitlines()
+    assert f"--output busy: process {os.getpid()} on " in line
