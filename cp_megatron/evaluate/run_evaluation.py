@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -144,7 +145,15 @@ def evaluate(
             return partial(score, model, groups, cp, device=device, padding=padding, go_on=go_on)
 
         perplexity, answers = _measure(setup, text, tasks, score_on, progress.section_done)
-    about = {
+    about = {**_about(setup, corpus, text), "stopped_by": stopping.reason or None}
+    return EvaluationResults(about=about, perplexity=tuple(perplexity), answers=tuple(answers))
+
+
+def _about(
+    setup: EvaluationSetup, corpus: Corpus | None, text: CorpusRange | None
+) -> dict[str, Any]:
+    """Returns what was evaluated, and how."""
+    return {
         "model": str(setup.load),
         "step": None if setup.manifest is None else setup.manifest.step,
         "data": None if corpus is None else corpus.name,
@@ -154,9 +163,7 @@ def evaluate(
         "device": setup.longest.device,
         "grid": setup.longest.grid.sizes,
         "settings": asdict(setup.longest.config.model),
-        "stopped_by": stopping.reason or None,
     }
-    return EvaluationResults(about=about, perplexity=tuple(perplexity), answers=tuple(answers))
 
 
 def _sections(

@@ -107,21 +107,36 @@ class Trainer:
                 metrics = None
                 if (ends or logs or validates) and verdict.finite:
                     metrics = self._measure(step, result, lr, times)
-                self.saver.poll()
-                # What a validation cannot lose is written before it.
-                self._write(metrics)
-                if saves:
-                    self._save(step, last=ends or step == num_steps)
+                self._write_and_save(step, metrics, saves=saves, last=ends or step == num_steps)
                 valid_loss = self._validate(step, stopping) if validates else None
                 self._log(metrics, valid_loss)
                 self.view.step_done(step)
-                if validates and stopping.reason:
-                    self._save_interrupted(step)
-                if (ends or stopping.reason) and step < num_steps:
-                    why = stopping.reason or f"--exit-interval {config.train.exit_interval}"
-                    self.view.say(f"step {step}: {why} ends the run")
+                if self._leaves(step, stopping, interrupted=validates and bool(stopping.reason)):
                     break
         return step
+
+    def _write_and_save(
+        self, step: int, metrics: Metrics | None, *, saves: bool, last: bool
+    ) -> None:
+        """Writes what is due after a step. A validation comes later, so that it loses nothing."""
+        self._write(metrics)
+        self.saver.poll()
+        if saves:
+            self._save(step, last=last)
+
+    def _leaves(self, step: int, stopping: Stopping, *, interrupted: bool) -> bool:
+        """Whether the run ends before its last step; then ``step`` is saved."""
+        if interrupted:
+            self.view.say(f"step {step}: its validation was interrupted and has no result")
+            self.saver.settle()
+            if self.saver.saved != step:
+                self._save(step, last=True)
+        train = self.plan.config.train
+        if step == train.train_iters or not (stopping.reason or self._exits(step)):
+            return False
+        why = stopping.reason or f"--exit-interval {train.exit_interval}"
+        self.view.say(f"step {step}: {why} ends the run")
+        return True
 
     def _stopping(self, stop: StopRequest) -> Stopping:
         minutes = self.plan.config.train.exit_duration_in_mins
@@ -134,13 +149,6 @@ class Trainer:
         """Whether the run ends here as the user planned; the same command continues it."""
         interval = self.plan.config.train.exit_interval
         return bool(interval and step % interval == 0)
-
-    def _save_interrupted(self, step: int) -> None:
-        """Makes sure that ``step`` is saved, whose validation was interrupted."""
-        self.view.say(f"step {step}: its validation was interrupted and has no result")
-        self.saver.settle()
-        if self.saver.saved != step:
-            self._save(step, last=True)
 
     def _is_due(self, step: int, interval: int | None) -> bool:
         """Whether ``step`` is the last of the run or of an interval."""
