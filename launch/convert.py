@@ -1,7 +1,8 @@
 """Converts a model: ``python launch/convert.py --from-gguf FILE.gguf --output DIR``.
 
 Instead of a GGUF file it takes a run (``--load RUN``) or what torch and torchtitan write
-(``--from-torch DIR --load-hf CONFIG``). The result is a folder that transformers reads: configuration, weights, tokenizer.
+(``--from-torch DIR --load-hf CONFIG``). The result is a folder that transformers reads:
+configuration, weights, tokenizer.
 """
 
 from __future__ import annotations

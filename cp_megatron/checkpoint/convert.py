@@ -47,8 +47,8 @@ class Conversion:
         lines = [
             f"written  {self.folder}",
             f"format   Hugging Face folder, {architecture}, safetensors in {dtypes}",
-            f"size     {numel:,} parameters, {size:,} bytes in {len(files)} files: "
-            + ", ".join(sorted(path.name for path in files)),
+            f"size     {numel:,} parameters, {size:,} bytes ({size / 1e6:,.1f} MB) in "
+            f"{len(files)} files",
         ]
         if self.left_out:
             lines.append(f"left out {', '.join(self.left_out)}: a folder holds weights only")

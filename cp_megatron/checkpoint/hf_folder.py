@@ -191,7 +191,8 @@ def safetensors_header(folder: Path, name: str) -> dict[str, tuple[str, tuple[in
 
 def _torch_header(folder: Path, name: str) -> dict[str, tuple[str, tuple[int, ...]]]:
     try:
-        tensors = read_torch_file(folder / name)
+        with (folder / name).open("rb") as stream:
+            tensors = read_torch_file(stream)
     except MalformedError as error:
         raise _wrong(folder, f"{name} {error}") from None
     except OSError as error:

@@ -72,7 +72,7 @@ class _FolderReader(ShardReader):
 
     def _open(self, file: str) -> AbstractContextManager[Any]:
         if Path(file).suffix == TORCH_SUFFIX:
-            return TorchFileReader(self.folder / file)
+            return TorchFileReader.open(self.folder / file)
         return super()._open(file)
 
     def _read_box(self, shard: Any, item: ReadItem, chunk: ChunkEntry) -> Tensor:

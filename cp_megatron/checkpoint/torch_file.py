@@ -14,7 +14,6 @@ import struct
 import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import IO, Any
 
 from cp_megatron.checkpoint.inert_pickle import MalformedError, Record, read_pickle
@@ -47,21 +46,24 @@ class _Storage:
     dtype: str
 
 
-def read_torch_file(path: Path) -> dict[str, TorchTensor]:
+def read_torch_file(stream: IO[bytes]) -> dict[str, TorchTensor]:
     """Returns the tensors by name; the names of nested dicts are joined by dots.
+
+    A tensor that was saved by itself has the name ``""``.
+
+    Args:
+        stream: the whole file, which can be rewound.
 
     Raises:
         MalformedError: the file is damaged, or holds anything but tensors and plain values.
         OSError: the file cannot be read.
     """
-    with path.open("rb") as stream:
-        if zipfile.is_zipfile(stream):
-            try:
-                content, places = _read_zip(stream)
-            except (zipfile.BadZipFile, NotImplementedError, KeyError, struct.error) as error:
-                raise MalformedError(f"is truncated or damaged ({error})") from None
-        else:
-            content, places = _read_old(stream)
+    try:
+        content, places = (_read_zip if zipfile.is_zipfile(stream) else _read_old)(stream)
+    except (MalformedError, OSError, MemoryError):
+        raise
+    except Exception as error:  # the bytes may be anything, and so may the errors
+        raise MalformedError(f"is truncated or damaged ({error})") from None
     tensors: dict[str, TorchTensor] = {}
     for name, record in _named(content, ""):
         if name in tensors:

@@ -1,11 +1,13 @@
 """Reads boxes of the tensors in a file of ``torch.save``, with the interface of ``safe_open``.
 
-The file is mapped, so that only the pages of a box are read. Nothing is unpickled here: where a
-tensor lies is known from ``torch_file``.
+A file is mapped, so that only the pages of a box are read. Where a tensor lies is known from
+``torch_file``, which executes nothing.
 """
 
 from __future__ import annotations
 
+import io
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -18,17 +20,33 @@ from cp_megatron.checkpoint.torch_file import TorchTensor, read_torch_file
 
 
 class TorchFileReader:
-    """The tensors of one file, by name.
+    """The tensors of what ``torch.save`` wrote, by name.
 
-    Raises:
-        MalformedError: the file is damaged, or holds anything but tensors and plain values.
-        OSError: the file cannot be read.
+    Args:
+        tensors: where they lie in ``data``.
+        data: uint8 [bytes], which stays as it is.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.tensors = read_torch_file(path)
+    def __init__(self, tensors: Mapping[str, TorchTensor], data: Any) -> None:
+        self.tensors, self._bytes = tensors, data
+
+    @classmethod
+    def open(cls, path: Path) -> Self:
+        """Reads where the tensors of a file lie, and maps it.
+
+        Raises:
+            MalformedError: the file is damaged, or holds anything but tensors and plain values.
+            OSError: the file cannot be read.
+        """
+        with path.open("rb") as stream:
+            tensors = read_torch_file(stream)
         # Private pages: torch warns about memory that it must not write to.
-        self._bytes: Any = np.memmap(path, dtype="u1", mode="c")
+        return cls(tensors, np.memmap(path, dtype="u1", mode="c"))
+
+    @classmethod
+    def of_bytes(cls, data: bytes) -> Self:
+        """The same of a file in memory."""
+        return cls(read_torch_file(io.BytesIO(data)), np.frombuffer(bytearray(data), dtype="u1"))
 
     def __enter__(self) -> Self:
         return self

@@ -6,7 +6,6 @@ tokenizer are copied from a folder that the user names. One tensor is in memory 
 
 from __future__ import annotations
 
-import io
 import shutil
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -16,7 +15,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from cp_megatron.checkpoint.dcp_metadata import DCPChunk, read_dcp_metadata
+from cp_megatron.checkpoint.dcp_metadata import DCPChunk, DCPTensor, read_dcp_metadata
 from cp_megatron.checkpoint.foreign_names import ForeignTensors, TensorType, find_tensors
 from cp_megatron.checkpoint.hf_folder import TOKENIZER_FILES, check_output, new_folder
 from cp_megatron.checkpoint.hf_write import write_json, write_weights
@@ -85,11 +84,9 @@ def _write(
             works = "tie_word_embeddings false in config.json"
             raise ConfigError("--load-hf", found.folder, rule, works)
     folder_from = Path(found.folder)
-    entries = {
-        **found.raw,
-        "torch_dtype": dtype,
-        **({"dtype": dtype} if "dtype" in found.raw else {}),
-    }
+    entries = {**found.raw, "architectures": [found.family.architecture], "torch_dtype": dtype}
+    if "dtype" in entries:  # the newer name
+        entries["dtype"] = dtype
     with new_folder(output) as folder:
         write_json(folder / HF_CONFIG, entries)
         for name in _COPIED:
@@ -113,10 +110,11 @@ class _Reader(Protocol):
 class _FileReader:
     def __init__(self, path: Path) -> None:
         try:
-            self._file = TorchFileReader(path)
+            self._file = TorchFileReader.open(path)
         except OSError as error:
             raise MalformedError(f"cannot be read ({error.strerror})") from None
-        self.types = {name: (x.dtype, x.shape) for name, x in self._file.tensors.items()}
+        tensors = self._file.tensors
+        self.types: Mapping[str, TensorType] = {n: (x.dtype, x.shape) for n, x in tensors.items()}
         self.others: Collection[str] = ()
 
     def read(self, name: str) -> Tensor:
@@ -130,8 +128,11 @@ class _DCPReader:
             content = read_dcp_metadata(folder)
         except OSError as error:
             raise MalformedError(f".metadata cannot be read ({error.strerror})") from None
-        self._tensors, self.others = content.tensors, content.others
-        self.types = {name: (x.dtype, x.shape) for name, x in content.tensors.items()}
+        self._tensors: Mapping[str, DCPTensor] = content.tensors
+        self.types: Mapping[str, TensorType] = {
+            name: (x.dtype, x.shape) for name, x in content.tensors.items()
+        }
+        self.others: Collection[str] = content.others
 
     def read(self, name: str) -> Tensor:
         tensor = self._tensors[name]
@@ -146,15 +147,15 @@ class _DCPReader:
         try:
             with (self._folder / chunk.file).open("rb") as stream:
                 stream.seek(chunk.start)
-                data = io.BytesIO(stream.read(chunk.length))
-            # torch's own reader of tensors, which admits no other object.
-            value = torch.load(data, map_location="cpu", weights_only=True)
+                saved = TorchFileReader.of_bytes(stream.read(chunk.length))
         except OSError as error:
             raise MalformedError(f"{chunk.file} cannot be read ({error.strerror})") from None
-        except Exception as error:  # the bytes may be anything, and so may the errors
-            rule = f"{chunk.file} does not hold {name} as torch.save writes a tensor"
-            raise MalformedError(f"{rule}: {str(error).splitlines()[0][:160]}") from None
-        if not isinstance(value, Tensor) or tuple(value.shape) != chunk.sizes:
+        except MalformedError as error:
+            raise MalformedError(f"{name} in {chunk.file} {error}") from None
+        if saved.tensors.keys() != {""}:
+            raise MalformedError(f"{chunk.file} holds something else than the tensor {name}")
+        value = saved.get_tensor("")
+        if tuple(value.shape) != chunk.sizes:
             raise MalformedError(f"{chunk.file} holds {name} in another shape")
         if value.dtype != dtype:
             raise MalformedError(f"{chunk.file} holds {name} in another dtype")
