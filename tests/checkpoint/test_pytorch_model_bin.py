@@ -25,7 +25,7 @@ pytestmark = pytest.mark.skipif(
 
 def write(folder: Path, state: dict[str, Tensor], *, shards: int, new: bool) -> Path:
     """Writes the weights as transformers did before safetensors."""
-    keys, index = list(state), {}
+    keys, index = list(state), dict[str, str]()
     for number in range(shards):
         name = f"pytorch_model-{number + 1:05d}-of-{shards:05d}.bin"
         name = "pytorch_model.bin" if shards == 1 else name
@@ -109,4 +109,25 @@ def test_damage_is_told(tmp_path: Path, change: dict[str, Tensor] | None, rule: 
         path.write_bytes(path.read_bytes()[:-100])
     found = read_hf_config(tmp_path)
     with pytest.raises(ConfigError, match=rule):
+        find_weights(found, found.model, padded_vocab_size=VOCAB)
+
+
+@pytest.mark.parametrize(
+    ("file", "rule"),
+    [
+        ("adapter_config.json", "is an adapter of PEFT"),
+        ("zero_to_fp32.py", "is a checkpoint of DeepSpeed"),
+        (
+            "pytorch_model_fsdp_0/.metadata",
+            r"holds folders of torch.distributed.checkpoint \(DCP\)",
+        ),
+        ("notes.txt", "model.safetensors is missing"),
+    ],
+)
+def test_a_configuration_beside_other_weights(tmp_path: Path, file: str, rule: str) -> None:
+    make_model("llama").config.save_pretrained(tmp_path)
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).touch()
+    found = read_hf_config(tmp_path)
+    with pytest.raises(ConfigError, match=f"^--load-hf {tmp_path}: {rule}"):
         find_weights(found, found.model, padded_vocab_size=VOCAB)

@@ -265,9 +265,9 @@ def _hub_name(path: Path, flag: str) -> Answer | None:
     name, is_local = str(path), len(path.parts) == 2 and path.parent.is_dir()
     if not _HUB_NAME.fullmatch(name) or is_local or path.parts[0] == RUNS.name:
         return None
-    # The hub has a few models without an owner, but --load with one word names a folder.
+    # The hub has a few models without an owner; for other flags one word is a mistyped path.
     is_file = path.suffix in (*_TORCH_SUFFIXES, ".gguf", ".safetensors")
-    if is_file or (flag == "--load" and len(path.parts) == 1):
+    if is_file or (flag != LOAD_HF and len(path.parts) == 1):
         return None
     rule = "is no folder here; models are not downloaded"
     works = f"for a model of the Hugging Face hub: hf download {name} --local-dir {path.name}, "
