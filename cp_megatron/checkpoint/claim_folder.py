@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 
 from cp_megatron.checkpoint.object_collectives import Group, all_gather_objects, on_first_rank
-from cp_megatron.cli.refusal import error_line
-from cp_megatron.config.files.folder_lock import FolderLock, parent_mark
-from cp_megatron.errors import ConfigError
+from cp_megatron.config.files.folder_lock import FolderLock
+from cp_megatron.config.files.lock_holder import parent_mark
 
 Choice = tuple[Path, bool]
 """A folder, and whether it must be new."""
@@ -24,23 +20,21 @@ def claimed_folder(
     check: Callable[[], None],
     *,
     flag: str,
-    program: str,
     again: bool,
+    waits: bool = False,
     group: Group,
 ) -> Iterator[tuple[Path, str]]:
     """Locks a folder while the block runs. Every rank calls this; the first one holds the lock.
 
-    A folder that is created for this and stays empty is removed after the block. If another run
-    takes the lock over, which happens only to a process that was stopped for minutes, this process
-    ends at once with exit code 2, so that two runs never write into one folder.
+    A folder that is created for this and stays empty is removed after the block.
 
     Args:
         choose: the folder; it is asked again if a folder that must be new has just been created.
         check: raises ConfigError if the content of the folder, which is locked now, is not as
             expected.
         flag: the flag that names the folder.
-        program: the name that messages to the user begin with.
         again: a launcher has started the ranks again, so that its earlier ranks are this run.
+        waits: wait for a holder elsewhere that may be gone, as in ``FolderLock``.
         group: the ranks; None means all of them.
 
     Yields:
@@ -55,9 +49,7 @@ def claimed_folder(
     def take() -> tuple[Path, str]:
         while True:
             folder, is_new = choose()
-            lock = FolderLock(
-                folder, flag=flag, launchers=launchers, again=again, lost=partial(_leave, program)
-            )
+            lock = FolderLock(folder, flag=flag, launchers=launchers, again=again, waits=waits)
             try:
                 lock.acquire(new=is_new)
             except FileExistsError:
@@ -71,8 +63,3 @@ def claimed_folder(
     finally:
         for lock in held:
             lock.release()
-
-
-def _leave(program: str, error: ConfigError) -> None:
-    print(error_line(error, program), file=sys.stderr, flush=True)
-    os._exit(2)

@@ -72,14 +72,12 @@ def run_evaluation(setup: EvaluationSetup, launch: Launch) -> int:
     runs, _, control = begin(setup.runs, launch)
     setup = replace(setup, runs=runs)
     quiet, output = launch.rank != 0, setup.options.output
-    name = EVALUATE.name
     caught = partial(stop_on_signal, quiet=quiet, then="finishing the row, then ending")
     try:
         with claimed_folder(
             lambda: (Path(output), False) if output else (_fresh_folder(), True),
             lambda: None if output is None else check_vacant(Path(output)),
             flag="--output",
-            program=name,
             again=launch.restarts > 0,
             group=control,
         ) as (folder, note):

@@ -72,7 +72,7 @@ def check(
     save = config.checkpoint.save
     # Whether ranks that are started again find their own lock is known when they have met.
     if save is not None and not dry_run and not launch.restarts:
-        refuse_held("--save", Path(save))
+        refuse_held("--save", Path(save), waits=auto)
     plan = _with_checkpoint(plan, auto=auto)
     check_log(
         config.log,
@@ -217,6 +217,9 @@ def _resolved(
         train = replace(train, eval_iters=0)
         own = "" if config.data.train_data_path else f"--split {config.data.split} has "
         notes.append(f"{own or 'there is '}no validation part: nothing is validated")
+    if not config.train.eval_iters and train.eval_interval is not None:
+        interval = train.eval_interval
+        notes.append(f"--eval-interval {interval} has no effect: --eval-iters 0 validates nothing")
     if train.bf16:
         train = replace(train, bf16=False, dtype="bfloat16")
     data = replace(config.data, global_batch_size=rows)

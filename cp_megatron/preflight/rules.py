@@ -137,9 +137,6 @@ def check_data(data: DataConfig, train: TrainConfig, given: frozenset[str]) -> b
             raise ConfigError("--eval-iters", train.eval_iters, rule, "--valid-data-path")
         rule = "has no validation part, which --eval-iters and --eval-interval need"
         raise ConfigError("--split", data.split, rule, "969,30,1")
-    if not train.eval_iters:
-        reason, works = "with --eval-iters 0", "--eval-iters 4"
-        refuse_unused(train, ["eval_interval"], given, reason=reason, works=works)
     return bool(valid and train.eval_iters)
 
 

@@ -78,8 +78,8 @@ def run(
         lambda: _folder_of(plan.config),
         lambda: _check_unchanged(plan),
         flag="--save",
-        program=Path(script).name,
         again=launch.restarts > 0,
+        waits=plan.auto,
         group=control,
     ) as (folder, note):
         config = overlay(plan.config, {"save": str(folder)})

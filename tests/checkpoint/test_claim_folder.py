@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 from cp_megatron.checkpoint.claim_folder import Choice, claimed_folder
 from cp_megatron.config.files.folder_lock import LOCK_FILE, FolderLock
@@ -18,9 +19,7 @@ from tests.ranks import run_ranks
 def claimed(
     choose: Callable[[], Choice], check: Callable[[], None] = lambda: None
 ) -> AbstractContextManager[tuple[Path, str]]:
-    return claimed_folder(
-        choose, check, flag="--save", program="pretrain.py", again=False, group=None
-    )
+    return claimed_folder(choose, check, flag="--save", again=False, group=None)
 
 
 def claim(rank: int, world_size: int, folder: Path) -> str:
@@ -28,7 +27,9 @@ def claim(rank: int, world_size: int, folder: Path) -> str:
     try:
         with claimed(lambda: (folder, False)) as (found, note):
             assert (found, note) == (folder, "")
-            return " ".join(path.name for path in folder.iterdir())
+            names = [path.name for path in folder.iterdir()]
+            dist.barrier()  # the first rank removes the lock
+            return " ".join(names)
     except ConfigError as error:
         return str(error)
 

@@ -10,13 +10,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from cp_megatron.config.files import folder_lock
-from cp_megatron.config.files.folder_lock import LOCK_FILE, FolderLock, parent_mark, refuse_held
+from cp_megatron.config.files.folder_lock import LOCK_FILE, FolderLock, refuse_held
+from cp_megatron.config.files.lock_holder import GONE_SECONDS, parent_mark
 from cp_megatron.errors import ConfigError
 
 RACERS, ROUNDS = 6, 12
@@ -114,13 +116,47 @@ def test_another_machine_is_judged_by_its_signs_of_life(
     error = refused(tmp_path / "run")
     assert "process 12 on node7 writes" in error
     assert "if that process is gone, wait 3 minutes" in error
-    old = time.time() - folder_lock.GONE_SECONDS - 1
+    old = time.time() - GONE_SECONDS - 1
     os.utime(path, (old, old))
     refuse_held("--save", tmp_path / "run")
     lock = lock_of(tmp_path / "run")
     lock.acquire()
     assert json.loads(path.read_text())["pid"] == os.getpid()
     lock.release()
+
+
+def test_a_scheduler_waits_for_a_holder_elsewhere_that_may_be_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(folder_lock, "_PAUSE", 0.02)
+    path = another(tmp_path / "run", host="node7", machine="another", pid=12)
+    old = time.time() - GONE_SECONDS + 0.3
+    os.utime(path, (old, old))
+    refuse_held("--save", tmp_path / "run", waits=True)
+    refused(tmp_path / "run")
+    lock = lock_of(tmp_path / "run", waits=True)
+    lock.acquire()
+    assert time.time() > old + GONE_SECONDS
+    assert "process 12 on node7 a moment ago; waiting up to 3" in capsys.readouterr().err
+    lock.release()
+
+
+def test_a_sign_of_life_ends_the_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = another(tmp_path / "run", host="node7", machine="another", pid=12)
+
+    def passes(_: float) -> None:
+        os.utime(path)
+
+    monkeypatch.setattr(time, "sleep", passes)
+    assert "process 12 on node7 writes" in refused(tmp_path / "run", waits=True)
+    assert path.exists()
+
+
+def test_a_lock_that_changed_its_holder_is_not_removed(held: FolderLock) -> None:
+    """Between the judgement of a process and its removal of the lock."""
+    judged = replace(held._me, machine="another", token="gone")
+    held._remove(judged)
+    assert held._is_ours()
 
 
 def test_ranks_that_their_launcher_starts_again_have_their_own_lock(tmp_path: Path) -> None:
@@ -220,7 +256,7 @@ def test_the_lock_of_a_killed_process_is_taken_over(tmp_path: Path) -> None:
         assert holder.stdout.readline() == b"held\n"
         assert f"process {holder.pid} on" in refused(tmp_path)
         holder.send_signal(signal.SIGKILL)
-        holder.stdout.read()  # it may be a zombie still
+        os.waitid(os.P_PID, holder.pid, os.WEXITED | os.WNOWAIT)  # now it is a zombie
         lock = lock_of(tmp_path)
         lock.acquire()
         lock.release()

@@ -193,7 +193,6 @@ def refused(
         (["--split", "-1,1,1"], 1, "--split", ""),
         (["--split", "a"], 1, "--split", ""),
         (["--split", "1,0,0", "--eval-iters", "2"], 1, "--split", "969,30,1"),
-        (["--eval-iters", "0", "--eval-interval", "5"], 1, "--eval-interval", "--eval-iters 4"),
         # kernels
         (["--attention-dropout", "0.1", "--kernel", "cpu"], 1, "--kernel", "--attention-dropout 0"),
         (["--attention-dropout", "0.1", "--dtype=float64", "--kernel=cpu"], 1, "--kernel", "auto"),
@@ -318,6 +317,11 @@ def test_a_missing_validation_part_is_noted() -> None:
     run = plan("--split", "1,0,0")
     assert run.config.train.eval_iters == 0
     assert "validation" in run.notes[0]
+
+
+def test_an_interval_without_a_validation_is_noted() -> None:
+    run = plan("--eval-iters", "0", "--eval-interval", "5")
+    assert run.notes == ("--eval-interval 5 has no effect: --eval-iters 0 validates nothing",)
 
 
 def test_the_device_waits_for_torch_where_it_must() -> None:

@@ -17,101 +17,57 @@ at once; the one that was first finds out within a second, or at its next refres
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import os
 import secrets
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 
+from cp_megatron.config.files.lock_holder import (
+    GONE_SECONDS,
+    UNKNOWN,
+    Holder,
+    holder_in,
+    start_of,
+    this_machine,
+)
 from cp_megatron.errors import ConfigError
 
 LOCK_FILE = "lock.json"
 """The lock's name; a lock that is being written has a longer name that begins in the same way."""
 BEAT_SECONDS = 20.0
-GONE_SECONDS = 180.0
-"""More than the minute for which a client of NFS may show an old time."""
 _PATIENCE = 5.0
 """How long a process tries while others take over the same lock, in seconds."""
 _PAUSE = 1.0
 """How long two machines need to see that they have taken over the same lock, in seconds."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Holder:
-    """The process that holds a lock.
-
-    Attributes:
-        host: the name of its machine, for people.
-        machine: its machine since the last start, and its space of process numbers.
-        pid: its process number.
-        started: when the process was started, in the units of ``/proc``.
-        since: when it took the lock, for people.
-        launchers: marks of the processes that started the ranks of its run.
-        token: a random word that no other holder has.
-    """
-
-    host: str
-    machine: str
-    pid: int
-    started: int
-    since: str
-    launchers: tuple[str, ...]
-    token: str
-
-    def is_gone(self, silent: float) -> bool:
-        """Whether it has ended, if its last sign of life is ``silent`` seconds old."""
-        if self.machine == _machine():
-            return _start_of(self.pid) != self.started
-        return silent > GONE_SECONDS
-
-    def refusal(self, flag: str, folder: Path) -> ConfigError:
-        """The error of another run that wants to write into the folder."""
-        rule = f"process {self.pid} on {self.host} writes into this folder since {self.since}"
-        works = "wait until it ends, or another folder"
-        if self.machine != _machine():
-            works += f"; if that process is gone, wait {GONE_SECONDS / 60:.0f} minutes"
-        return ConfigError(flag, folder, rule, works)
-
-
-def refuse_held(flag: str, folder: Path) -> None:
+def refuse_held(flag: str, folder: Path, *, waits: bool = False) -> None:
     """Refuses a folder that another process has locked; writes nothing.
+
+    Args:
+        waits: the lock will be waited for, as in ``FolderLock``.
 
     Raises:
         ConfigError: names the holder.
     """
     found = _read(folder / LOCK_FILE)
-    if found is not None and not found[0].is_gone(time.time() - found[1]):
+    if found is None or (waits and found[0].machine != this_machine()):
+        return
+    if not found[0].is_gone(time.time() - found[1]):
         raise found[0].refusal(flag, folder)
 
 
 def is_lock(file: Path) -> bool:
     """Whether the file is a lock, which does not count as a content of its folder."""
     return file.name.startswith(LOCK_FILE)
-
-
-def parent_mark() -> str:
-    """A word for the process that started this one; no other process has the same word."""
-    parent = os.getppid()
-    text = f"{_machine()} {parent} {_start_of(parent)}"
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-_UNKNOWN = Holder(
-    host="an unknown machine",
-    machine="",
-    pid=0,
-    started=0,
-    since="an unknown time",
-    launchers=(),
-    token="",
-)
 
 
 class FolderLock:
@@ -123,7 +79,11 @@ class FolderLock:
         launchers: ``parent_mark`` of the ranks of this run.
         again: a launcher has started the ranks again, so that a lock of ranks that it started
             before is this run's own.
-        lost: called in a thread if another run has taken over the lock, with the error to show.
+        waits: wait until a holder on another machine is gone, unless it shows a sign of life. So a
+            scheduler can start a run again elsewhere as soon as its machine has crashed.
+        lost: called in a thread, with the error to show, if another run has taken over the lock.
+            This happens only to a process that was stopped for minutes. By default, the process
+            ends at once with exit code 2, so that two runs never write into one folder.
 
     Attributes:
         note: what the lock does not achieve on this file system; empty on most.
@@ -136,16 +96,19 @@ class FolderLock:
         flag: str,
         launchers: Sequence[str] = (),
         again: bool = False,
-        lost: Callable[[ConfigError], None],
+        waits: bool = False,
+        lost: Callable[[ConfigError], None] | None = None,
     ) -> None:
         self.folder, self.note = folder, ""
-        self._flag, self._again, self._lost = flag, again, lost
+        self._flag, self._again, self._waits = flag, again, waits
+        self._lost = lost or _leave
+        self._silent: tuple[str, float] | None = None  # the lock that is waited for
         self._path = folder / LOCK_FILE
         self._me = Holder(
             host=socket.gethostname(),
-            machine=_machine(),
+            machine=this_machine(),
             pid=os.getpid(),
-            started=_start_of(os.getpid()),
+            started=start_of(os.getpid()),
             since=f"{datetime.now().astimezone():%Y-%m-%d %H:%M:%S %z}",
             launchers=tuple(sorted(set(launchers))),
             token=secrets.token_hex(8),
@@ -203,12 +166,17 @@ class FolderLock:
             end, pause = time.monotonic() + _PATIENCE, 0.0
             while not (self._link(draft) and self._stays_ours(pause)):
                 found = _read(self._path)
-                holder, refreshed = found or (_UNKNOWN, 0.0)
-                self._refresh()  # the age is measured by the clock that made both times
-                silent = os.fstat(self._fd).st_mtime - refreshed
-                if time.monotonic() > end or not self._may_take_over(holder, silent):
-                    raise holder.refusal(self._flag, self.folder)
-                pause = max(pause, self._remove(holder))
+                if found is None:  # it was released, or taken over, a moment ago
+                    time.sleep(0.01)
+                elif self._may_take_over(*found):
+                    pause = max(pause, self._remove(found[0]))
+                elif self._may_wait(*found):
+                    time.sleep(_PAUSE)
+                    end = time.monotonic() + _PATIENCE
+                else:
+                    raise found[0].refusal(self._flag, self.folder)
+                if time.monotonic() > end:
+                    raise (found or (UNKNOWN,))[0].refusal(self._flag, self.folder)
         finally:
             with suppress(OSError):
                 draft.unlink()
@@ -250,10 +218,24 @@ class FolderLock:
                 f"another machine takes it for abandoned after {GONE_SECONDS / 60:.0f} minutes"
             )
 
-    def _may_take_over(self, holder: Holder, silent: float) -> bool:
+    def _may_take_over(self, holder: Holder, refreshed: float) -> bool:
         """Whether the holder is gone, or is a rank that this run's launcher started before."""
+        self._refresh()  # the age is measured by the clock that made both times
+        silent = os.fstat(self._fd).st_mtime - refreshed
         earlier = self._again and bool(set(self._me.launchers) & set(holder.launchers))
         return earlier or holder.is_gone(silent)
+
+    def _may_wait(self, holder: Holder, refreshed: float) -> bool:
+        """Whether the holder may be gone: it is elsewhere, and silent since it was first seen."""
+        if not self._waits or holder.machine == self._me.machine:
+            return False
+        if self._silent is None:
+            self._silent = holder.token, refreshed
+            _say(
+                f"{self.folder} was held by process {holder.pid} on {holder.host} a moment ago; "
+                f"waiting up to {GONE_SECONDS / 60:.0f} minutes for a sign of life"
+            )
+        return self._silent == (holder.token, refreshed)
 
     def _remove(self, holder: Holder) -> float:
         """Removes the lock of a holder that is gone, unless another process was faster.
@@ -261,21 +243,22 @@ class FolderLock:
         Returns:
             How many seconds later a process that was faster is sure to be seen.
         """
-        here = holder.machine == self._me.machine
         try:
             fd = os.open(self._path, os.O_RDWR)
         except OSError:
             return 0.0
         try:
             # A machine that has crashed may keep its flock until it is started again.
-            if (_flock(fd) or not here) and _same_file(fd, self._path):
+            elsewhere = holder.machine not in ("", self._me.machine)
+            is_judged = (_flock(fd) or elsewhere) and holder_in(os.read(fd, 2**20)) == holder
+            if is_judged and _same_file(fd, self._path):
                 self._path.unlink()
         except FileNotFoundError:
             pass
         finally:
             os.close(fd)
         time.sleep(secrets.randbelow(20) / 1000)
-        return 0.0 if here else _PAUSE
+        return 0.0 if holder.machine == self._me.machine else _PAUSE
 
     def _is_ours(self) -> bool:
         try:
@@ -298,15 +281,11 @@ class FolderLock:
 def _read(path: Path) -> tuple[Holder, float] | None:
     """The holder of a lock and when it last refreshed it, or None if there is no lock."""
     try:
-        with path.open(encoding="utf-8") as file:
-            refreshed, text = os.fstat(file.fileno()).st_mtime, file.read()
+        with path.open("rb") as file:
+            refreshed, data = os.fstat(file.fileno()).st_mtime, file.read()
     except OSError:
-        return (_UNKNOWN, time.time()) if os.path.lexists(path) else None
-    try:
-        words = json.loads(text)
-        return Holder(**{**words, "launchers": tuple(words["launchers"])}), refreshed
-    except (ValueError, TypeError, KeyError):  # it is being written, or was damaged
-        return _UNKNOWN, refreshed
+        return (UNKNOWN, time.time()) if os.path.lexists(path) else None
+    return holder_in(data), refreshed
 
 
 def _flock(fd: int) -> bool:
@@ -324,30 +303,10 @@ def _same_file(fd: int, path: Path) -> bool:
     return os.path.samestat(os.fstat(fd), path.stat())
 
 
-def _machine() -> str:
-    """A word for this machine since its last start and for its space of process numbers."""
-    parts = [socket.gethostname()]
-    with suppress(OSError):
-        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
-        parts.append(str(Path("/proc/self/ns/pid").readlink()))
-    return " ".join(parts)
+def _leave(error: ConfigError) -> None:
+    _say(f"error: {error}")
+    os._exit(2)
 
 
-def _start_of(pid: int) -> int:
-    """When a process of this machine was started, in clock ticks; 0 if it is gone.
-
-    Without ``/proc`` it is 1 for every process that exists.
-    """
-    if not Path("/proc/self/stat").exists():
-        try:
-            os.kill(pid, 0)
-        except ProcessLookupError:
-            return 0
-        except OSError:
-            pass
-        return 1
-    try:
-        words = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return 0
-    return 0 if words[0] in "ZX" else int(words[19])
+def _say(text: str) -> None:
+    print(f"{Path(sys.argv[0]).name}: {text}", file=sys.stderr, flush=True)
