@@ -25,6 +25,7 @@ from cp_megatron.checkpoint.inert_pickle import MalformedError
 from cp_megatron.checkpoint.manifest import DTYPE_CODES, ChunkEntry, TensorEntry
 from cp_megatron.checkpoint.torch_file import read_torch_file
 from cp_megatron.config import ModelConfig
+from cp_megatron.config.files.folder_lock import FolderLock, is_lock
 from cp_megatron.config.files.foreign_folders import HF_WEIGHTS, HF_WEIGHTS_TORCH
 from cp_megatron.errors import ConfigError
 from cp_megatron.families.family import HFTensor
@@ -216,16 +217,21 @@ def new_folder(output: Path) -> Iterator[Path]:
     """Yields a temporary folder, which gets the name ``output`` if the block does not fail.
 
     Raises:
-        ConfigError: the folder cannot be written.
+        ConfigError: another process writes it, or the folder cannot be written.
     """
     temporary = output.with_name(output.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    lock = FolderLock(temporary, flag=OUTPUT)
+    lock.acquire()
     try:
-        temporary.mkdir(parents=True)
+        for left in temporary.iterdir():  # by a process that was killed
+            if not is_lock(left):
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
         yield temporary
+        lock.release()
         temporary.rename(output)
     except (OSError, SafetensorError) as error:
         rule = f"cannot be written: {getattr(error, 'strerror', None) or error}"
         raise ConfigError(OUTPUT, output, rule, "another folder") from None
     finally:
+        lock.release()
         shutil.rmtree(temporary, ignore_errors=True)

@@ -10,6 +10,7 @@ import pytest
 import torch.distributed as dist
 
 from cp_megatron.checkpoint.claim_folder import Choice, claimed_folder
+from cp_megatron.checkpoint.hf_folder import new_folder
 from cp_megatron.config.files.folder_lock import LOCK_FILE, FolderLock
 from cp_megatron.errors import ConfigError
 from cp_megatron.preflight.save_and_load import fresh_run_folder
@@ -72,3 +73,18 @@ def test_the_content_is_checked_when_nobody_else_can_change_it(tmp_path: Path) -
     ):
         pass
     assert not (tmp_path / "run").exists()
+
+
+def test_two_programs_do_not_write_one_folder(tmp_path: Path) -> None:
+    left = tmp_path / "out.tmp" / "deep" / "left-over"
+    left.mkdir(parents=True)
+    with new_folder(tmp_path / "out") as folder:
+        (folder / "mine").touch()
+        with (
+            pytest.raises(ConfigError, match="writes into this folder"),
+            new_folder(tmp_path / "out"),
+        ):
+            pass
+        assert (folder / "mine").exists()
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
