@@ -44,6 +44,8 @@ LARGEST_SIZE = 2**31 - 1
 Size = Annotated[int, Range(1, LARGEST_SIZE)]
 Count = Annotated[int, Range(0, LARGEST_SIZE)]
 AxisSize = Annotated[int, Range(1, 2**16)]
+Samples = Annotated[int, Range(1, 2**63 - 1)]
+SampleCount = Annotated[int, Range(0, 2**63 - 1)]
 Positive = Annotated[float, Range(0, open_low=True)]
 NonNegative = Annotated[float, Range(0)]
 BelowOne = Annotated[float, Range(0, 1, open_high=True)]
