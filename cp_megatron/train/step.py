@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
@@ -187,6 +188,9 @@ class TrainStep:
 
     def params_norm(self) -> float:
         """The L2 norm of all parameters of the model, the same on every rank."""
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # after an evaluation, the root still holds whole weights
         return global_norm(self.model.parameters(), self.groups.world, self.device)
 
     @torch.no_grad()

@@ -21,7 +21,7 @@ def global_norm(tensors: Iterable[Tensor], group: dist.ProcessGroup, device: tor
         device: where messages of the group are sent from.
     """
     total = torch.zeros((), dtype=torch.float64, device=device)
-    for values in _counted_here(tensors):
+    for values in _counted_here(tensors, group):
         norm = torch.linalg.vector_norm(values, dtype=torch.float64)
         total += norm.to(device).square()
     dist.all_reduce(total, group=group)
@@ -31,21 +31,22 @@ def global_norm(tensors: Iterable[Tensor], group: dist.ProcessGroup, device: tor
 def count_zeros(tensors: Iterable[Tensor], group: dist.ProcessGroup, device: torch.device) -> int:
     """How many numbers of sharded tensors are exactly 0; for the arguments see ``global_norm``."""
     total = torch.zeros((), dtype=torch.int64, device=device)
-    for values in _counted_here(tensors):
+    for values in _counted_here(tensors, group):
         total += values.numel() - values.count_nonzero().to(device)
     dist.all_reduce(total, group=group)
     return int(total.item())
 
 
 @torch.no_grad()
-def _counted_here(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
+def _counted_here(tensors: Iterable[Tensor], group: dist.ProcessGroup) -> Iterator[Tensor]:
     """The local parts of the tensors that no rank before this one holds as well."""
     for tensor in tensors:
-        if not isinstance(tensor, DTensor):
-            raise TypeError("a tensor that is not a DTensor does not say which ranks hold it")
+        # Weights that FSDP has gathered do not say which ranks hold them.
+        assert isinstance(tensor, DTensor), "sharded"
+        assert tensor.device_mesh.size() == group.size(), "sharded over all ranks"
+        assert not any(placement.is_partial() for placement in tensor.placements)
         place = tensor.device_mesh.get_coordinate()
         assert place is not None, "every rank is in the mesh"
-        assert not any(placement.is_partial() for placement in tensor.placements)
         copies = [axis for axis, p in enumerate(tensor.placements) if p.is_replicate()]
         if not any(place[axis] for axis in copies):
             yield tensor.to_local().detach()

@@ -70,3 +70,15 @@ def test_the_advice_about_a_batch_that_the_ranks_cannot_share_holds(place: Place
         words = place.load("run", error.flag, size, "--save", place.run(f"with {size}"))
         assert run_ranks(train, 3, words) == [STEPS] * 3
         assert tokens_of(place.folder / f"with {size}")[-1] == (8 + 2 * int(size)) * LENGTH
+
+
+def test_epochs_end_alike_on_every_rank_and_go_on(place: Place) -> None:
+    flags = ["--train-epochs", "0.25", "--context-parallel-size", "2"]
+    argv = place.argv("run", *flags)
+    at = argv.index("--train-iters")
+    argv[at : at + 2] = []
+    steps = run_ranks(train, 2, argv)
+    load = place.load("run", "--train-epochs", "1", "--save", place.run("on"))
+    rows = run_ranks(rows_of, 1, [*load, "--context-parallel-size", "1"])[0]
+    whole = 4 * len(rows) + 4 * steps[0]  # the rows of an epoch, rounded up to a batch
+    assert steps == [-(-whole // 16)] * 2
