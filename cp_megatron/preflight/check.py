@@ -2,8 +2,8 @@
 
 ``check`` takes a configuration and a launch. It returns the plan of the run, or raises a
 ``ConfigError`` that names the flag, its value, the rule and a value that works. It reads a few
-kilobytes of the data (all of it only for ``--train-epochs``) and of the checkpoint; it sends and
-writes nothing.
+kilobytes of the checkpoint and of the data (all of the data for ``--train-epochs``, and in a dry
+run if it is small); it sends and writes nothing.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from cp_megatron.preflight.run_length import (
     continued_from,
     repetition,
     with_last_step,
+    with_rows,
 )
 from cp_megatron.preflight.run_plan import DeviceName, RunPlan, kernel_on
 from cp_megatron.preflight.save_and_load import check_resume, check_save, data_changes, find_load
@@ -90,8 +91,9 @@ def check(
         given=given,
     )
     more = *schedule_notes(plan), *rope_notes(config, given)
-    # A run adds the note about data that repeats when it has read them.
-    more = *more, *(repetition(plan) if dry_run else ())
+    if dry_run:  # a run adds this when it has read its data
+        plan = with_rows(plan)
+        more = *more, *repetition(plan)
     return replace(plan, notes=(*notes, *plan.notes, *more))
 
 

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
 from cp_megatron.checkpoint.manifest import Manifest
 from cp_megatron.data.rows.corpora import open_data
+from cp_megatron.data.rows.small_data import is_small
 from cp_megatron.errors import ConfigError, FinishedError
 from cp_megatron.preflight.run_plan import RunPlan
 
@@ -56,6 +58,17 @@ def with_last_step(plan: RunPlan) -> RunPlan:
         rule = "says how long the run is, unless --train-samples or --train-epochs does"
         raise ConfigError("--train-iters", None, rule, "--train-iters 200")
     return replace(plan, last_step=plan.load_step + max(0, steps))
+
+
+def with_rows(plan: RunPlan) -> RunPlan:
+    """The plan of a dry run with the number of rows of its data, if it is quickly known."""
+    if plan.rows_per_epoch is not None or not is_small(plan.config.data):
+        return plan
+    # A run reads the data and reports its mistakes; a dry run may plan for data that is not here.
+    with suppress(ConfigError):
+        data = open_data(plan.config.data, seed=plan.config.train.seed)
+        plan = replace(plan, rows_per_epoch=data.rows.train.rows_per_epoch)
+    return plan
 
 
 def _rows_to_come(plan: RunPlan) -> Fraction:

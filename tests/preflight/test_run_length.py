@@ -10,8 +10,9 @@ import pytest
 from cp_megatron.checkpoint.manifest import read_manifest
 from cp_megatron.cli.parse import parse_arguments
 from cp_megatron.comm.runtime import Launch
-from cp_megatron.config import Config
+from cp_megatron.config import Config, DataConfig
 from cp_megatron.config.files.yaml_io import overlay, read_values, to_yaml
+from cp_megatron.data.rows.small_data import MOST_BYTES, is_small
 from cp_megatron.errors import ConfigError, FinishedError
 from cp_megatron.preflight.check import check
 from cp_megatron.preflight.run_length import continued_from, length_flag
@@ -61,6 +62,14 @@ def test_how_often_the_data_is_seen_is_told(nine: list[str]) -> None:
     text = shown(plan(*nine, "--train-epochs", "0.8", "--dry-run"), 160)
     assert "9 rows, 0.889 epochs in 2 steps" in text
     assert "repeats" not in text
+    # A dry run counts the rows of small data.
+    text = shown(plan(*nine, "--train-iters", "60", "--dry-run"), 160)
+    assert "9 rows, 26.7 epochs in 60 steps" in text
+    assert "26 or 27 times" in text
+    assert "epochs" not in shown(plan(*nine, "--train-iters", "60"), 160)
+    # Data that makes no row is reported by the run.
+    longer = [word if word != "8" else "800" for word in nine]
+    assert "epochs" not in shown(plan(*longer, "--dry-run"), 160)
 
 
 def test_nothing_says_how_long() -> None:
@@ -270,3 +279,16 @@ def test_a_rope_factor_that_rows_do_not_need_is_noted(run: Path) -> None:
     assert not notes(*scaled, "--seq-length", "2050")
     assert not notes("--position-embedding-type", "rope")
     assert not notes(*ROPE[:2], "--rope-type", "linear", "--rope-scaling-factor", "4")
+
+
+def test_only_small_data_is_read_by_a_dry_run(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    for name, size in (("a", 5), ("folder/b", MOST_BYTES // 2)):
+        with (tmp_path / name).open("wb") as file:
+            file.truncate(size)
+    paths = str(tmp_path / "a"), str(tmp_path / "folder")
+    assert is_small(DataConfig())
+    assert is_small(DataConfig(data_path=paths))
+    with (tmp_path / "folder" / "c").open("wb") as file:
+        file.truncate(MOST_BYTES // 2)
+    assert not is_small(DataConfig(data_path=paths))
