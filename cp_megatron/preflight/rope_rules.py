@@ -55,11 +55,12 @@ def check_rope(model: ModelConfig, seq_length: int, given: frozenset[str]) -> No
 def rope_notes(config: Config, given: frozenset[str]) -> Iterator[str]:
     """A note if rows fit the positions that the model had before its rope was scaled.
 
-    The rope of a model that is loaded is its own and must stay, so only flags for it are noted.
+    The rope of a model that is loaded is its own and must stay, so only what the command line or
+    its file asks for is noted.
     """
     model, length = config.model, config.data.seq_length
     loaded = config.checkpoint.load is not None or config.checkpoint.load_hf is not None
-    chosen = not loaded or given & {"--rope-type", "--rope-scaling-factor"}
+    chosen = given & {"--rope-type", "--rope-scaling-factor", *(() if loaded else ("--config",))}
     original = model.original_length if model.rope_type in _EXTENDING else None
     if not chosen or original is None or length > original:
         return

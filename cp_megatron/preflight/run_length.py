@@ -29,7 +29,8 @@ def continued_from(plan: RunPlan, folder: Path, manifest: Manifest) -> RunPlan:
     if not isinstance(tokens, int):  # written before tokens were counted
         data = manifest.config.get("data")
         length = data.get("seq_length") if isinstance(data, dict) else None
-        tokens = manifest.consumed * (length or plan.config.data.seq_length)
+        known = length if isinstance(length, int) else plan.config.data.seq_length
+        tokens = manifest.consumed * known
     rows, step = manifest.consumed, manifest.step
     return replace(plan, load=folder, load_step=step, load_rows=rows, load_tokens=tokens)
 

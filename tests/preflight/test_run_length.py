@@ -15,6 +15,7 @@ from cp_megatron.config.files.yaml_io import overlay, read_values, to_yaml
 from cp_megatron.data.rows.small_data import MOST_BYTES, is_small
 from cp_megatron.errors import ConfigError, FinishedError
 from cp_megatron.preflight.check import check
+from cp_megatron.preflight.rope_rules import rope_notes
 from cp_megatron.preflight.run_length import continued_from, length_flag
 from cp_megatron.preflight.run_plan import RunPlan
 from cp_megatron.train.run import _persistent
@@ -292,3 +293,18 @@ def test_only_small_data_is_read_by_a_dry_run(tmp_path: Path) -> None:
     with (tmp_path / "folder" / "c").open("wb") as file:
         file.truncate(MOST_BYTES // 2)
     assert not is_small(DataConfig(data_path=paths))
+
+
+def test_the_rope_of_a_file_is_noted_and_that_of_a_loaded_model_is_not(
+    run: Path, tmp_path: Path
+) -> None:
+    scaled = [*ROPE, "--rope-type", "yarn", "--rope-scaling-factor", "4"]
+    config = parse_arguments(["--preset", "toy", *scaled]).config
+    file, given = tmp_path / "file.yaml", frozenset({"--config"})
+    file.write_text(to_yaml(config))
+    assert notes("--preset", "toy", "--config", str(file))
+    loaded = overlay(config, {"load": str(run)})
+    assert list(rope_notes(config, given))
+    assert not list(rope_notes(loaded, given))
+    assert not list(rope_notes(config, frozenset()))
+    assert list(rope_notes(loaded, frozenset({"--rope-scaling-factor"})))

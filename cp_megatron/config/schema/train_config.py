@@ -5,7 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from cp_megatron.config.schema.ranges import Count, NonNegative, Positive, Range, Samples, Size
+from cp_megatron.config.schema.ranges import (
+    Count,
+    Epochs,
+    NonNegative,
+    Positive,
+    Range,
+    Samples,
+    Size,
+)
 
 DType = Literal["auto", "float64", "float32", "bfloat16"]
 Device = Literal["auto", "cpu", "cuda"]
@@ -20,7 +28,7 @@ class TrainConfig:
     train_samples: Samples | None = None
     """Rows to train on in all, in place of steps; an incomplete last batch is left out. The
     learning rate then is a function of rows."""
-    train_epochs: Positive | None = None
+    train_epochs: Epochs | None = None
     """Passes over the training data in all, in place of steps; the last batch is filled up with
     rows of the next pass."""
     seed: Annotated[int, Range(0, 2**63 - 1)] = 1234
