@@ -61,7 +61,7 @@ def check(
         parse_faults(launch.fault, launch.world_size)
     check_values(config)
     config = replace(config, data=rules.with_packing(config.data, given))
-    vocab_size = _check_model(config, given)
+    vocab_size, told = _check_model(config, given)
     # After the model: a command with more ranks is no help if the heads forbid the grid.
     grid, notes = _grid(config, launch, dry_run, dry_run_world_size, [script, *argv])
     one_node = dry_run and not launch.under_torchrun
@@ -75,11 +75,15 @@ def check(
         world_size=grid.world_size,
         given=given,
     )
-    return replace(plan, notes=(*notes, *plan.notes))
+    return replace(plan, notes=(*notes, *told, *plan.notes))
 
 
-def _check_model(config: Config, given: frozenset[str]) -> int:
-    """Checks the model and how it is split; returns the size of its vocabulary."""
+def _check_model(config: Config, given: frozenset[str]) -> tuple[int, tuple[str, ...]]:
+    """Checks the model and how it is split.
+
+    Returns:
+        the size of its vocabulary, and notes about its tokenizer.
+    """
     model, seq_length = config.model, config.data.seq_length
     tokenizer = open_tokenizer(config.data.tokenizer_type, config.data.tokenizer_model)
     vocab_size = vocab_size_of(model, tokenizer)
@@ -89,7 +93,7 @@ def _check_model(config: Config, given: frozenset[str]) -> int:
     rules.check_window(model)
     rules.check_memory(config.memory, model.num_layers, given)
     rules.check_tensor_parallel(model, config.parallel.tensor_parallel_size, padded)
-    return vocab_size
+    return vocab_size, tokenizer.notes
 
 
 def _plan(

@@ -26,6 +26,9 @@ from cp_megatron.data.tokenize.tokenizer_sentencepiece import SentencePieceToken
 from cp_megatron.data.tokenize.tokenizer_tiktoken import TiktokenTokenizer
 from cp_megatron.errors import ConfigError
 
+_OLDER = ("tokenizer.model", "vocab.json", "tekken.json", "tiktoken.model", "vocab.txt")
+"""Files of tokenizers from which transformers makes a tokenizer.json."""
+
 
 def open_tokenizer(kind: str, path: str | None) -> Tokenizer:
     """Reads a tokenizer.
@@ -52,6 +55,8 @@ def open_tokenizer(kind: str, path: str | None) -> Tokenizer:
     file = Path(path)
     if kind == "huggingface" and os.path.isdir(path):
         file = file / "tokenizer.json"
+        if not file.exists() and any((Path(path) / name).is_file() for name in _OLDER):
+            raise _older(path)
     if not os.path.isfile(file):
         rule = "must be a regular file" if os.path.exists(file) else "there is no such file"
         raise ConfigError(MODEL_FLAG, str(file), rule, FILES[kind])
@@ -60,3 +65,11 @@ def open_tokenizer(kind: str, path: str | None) -> Tokenizer:
     if kind == "sentencepiece":
         return SentencePieceTokenizer.read(file)
     return TiktokenTokenizer.read(file)
+
+
+def _older(folder: str) -> ConfigError:
+    """The error for a folder whose tokenizer is in files that only transformers puts together."""
+    rule = "has no tokenizer.json, but files from which transformers makes one"
+    load = f"from transformers import AutoTokenizer; t = AutoTokenizer.from_pretrained({folder!r})"
+    works = f'python -c "{load}; t.save_pretrained({folder!r})"'
+    return ConfigError(MODEL_FLAG, folder, rule, works)

@@ -41,6 +41,7 @@ class Tokenizer(Protocol):
         eod: the id that ends every document.
         fingerprint: SHA-256 (hex) of what decides the ids.
         opening: ids that a prompt begins with (Llama's BOS). Rows of data do not have them.
+        notes: what the user should know about it, for the start table.
     """
 
     @property
@@ -55,6 +56,8 @@ class Tokenizer(Protocol):
     def fingerprint(self) -> str: ...
     @property
     def opening(self) -> tuple[int, ...]: ...
+    @property
+    def notes(self) -> tuple[str, ...]: ...
 
     def encode(self, text: str) -> Ids:
         """Returns the ids of a text, int32 [n], without an end of document."""
@@ -79,6 +82,7 @@ class ByteTokenizer:
     eod = 256
     fingerprint = hashlib.sha256(b"byte 257 256").hexdigest()
     opening: tuple[int, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def encode(self, text: str) -> Ids:
         return np.frombuffer(text.encode("utf-8"), dtype=np.uint8).astype(np.int32)
@@ -101,6 +105,7 @@ class LibraryTokenizer:
     eod: int
     fingerprint: str
     opening: tuple[int, ...]
+    notes: tuple[str, ...] = ()
     library: Any
 
     @classmethod
@@ -113,6 +118,7 @@ class LibraryTokenizer:
         vocab_size: int,
         eod: int,
         opening: tuple[int, ...] = (),
+        notes: tuple[str, ...] = (),
     ) -> Self:
         """Makes the tokenizer that ``library`` read from ``data``, the contents of ``path``."""
         return cls(
@@ -121,6 +127,7 @@ class LibraryTokenizer:
             eod=eod,
             fingerprint=hashlib.sha256(f"{cls.kind} {eod} ".encode() + data).hexdigest(),
             opening=opening,
+            notes=notes,
             library=library,
         )
 
