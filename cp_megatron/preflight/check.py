@@ -15,7 +15,7 @@ from cp_megatron.comm.runtime import Launch
 from cp_megatron.config import Config
 from cp_megatron.config.fields import check_values, settings
 from cp_megatron.data.rows.corpora import check_data
-from cp_megatron.data.tokenize.open_tokenizer import open_tokenizer
+from cp_megatron.data.tokenize.open_tokenizer import tokenizer_of
 from cp_megatron.errors import ConfigError
 from cp_megatron.faults.inject import parse_faults
 from cp_megatron.kernels.select import KernelChoice
@@ -85,7 +85,7 @@ def _check_model(config: Config, given: frozenset[str]) -> tuple[int, tuple[str,
         the size of its vocabulary, and notes about its tokenizer.
     """
     model, seq_length = config.model, config.data.seq_length
-    tokenizer = open_tokenizer(config.data.tokenizer_type, config.data.tokenizer_model)
+    tokenizer = tokenizer_of(config.data)
     vocab_size = vocab_size_of(model, tokenizer)
     padded = model.padded_vocab_size(vocab_size)
     rules.check_model(model, seq_length)

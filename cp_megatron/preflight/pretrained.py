@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from cp_megatron.checkpoint.hf_folder import find_weights
 from cp_megatron.config import Config, ModelConfig
-from cp_megatron.data.tokenize.tokenizer import Tokenizer
+from cp_megatron.data.tokenize.tokenizer import Tokenizer, words_for
 from cp_megatron.errors import ConfigError
 from cp_megatron.families.json_fields import FLAG
 from cp_megatron.families.registry import TRAINING_ONLY, has_tokenizer, read_hf_config, spelled
@@ -24,9 +24,7 @@ def vocab_size_of(model: ModelConfig, tokenizer: Tokenizer) -> int:
     size = tokenizer.vocab_size if model.vocab_size is None else model.vocab_size
     if tokenizer.vocab_size > size:
         rule = f"has {tokenizer.vocab_size} ids, but the model knows only {size}"
-        flag = "--tokenizer-model" if tokenizer.path else "--tokenizer-type"
-        value = tokenizer.path or tokenizer.kind
-        raise ConfigError(flag, value, rule, "the tokenizer of the model")
+        raise ConfigError(*words_for(tokenizer), rule, "the tokenizer of the model")
     return size
 
 

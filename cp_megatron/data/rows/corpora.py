@@ -28,7 +28,7 @@ from cp_megatron.data.rows.sampler import (
     parse_split,
     split_sizes,
 )
-from cp_megatron.data.tokenize.open_tokenizer import open_tokenizer
+from cp_megatron.data.tokenize.open_tokenizer import tokenizer_of
 from cp_megatron.data.tokenize.tokenizer import Tokenizer
 from cp_megatron.errors import ConfigError
 
@@ -88,7 +88,7 @@ def open_data(data: DataConfig, *, seed: int) -> Data:
     Raises:
         ConfigError: a dataset cannot be used, or has not a single row.
     """
-    tokenizer = open_tokenizer(data.tokenizer_type, data.tokenizer_model)
+    tokenizer = tokenizer_of(data)
     lists = [(flag, parse_datasets(words, flag)) for flag, words in path_lists(data)]
     corpora: list[Corpus] = []
     notes: list[str] = []
@@ -117,7 +117,7 @@ def open_single(data: DataConfig) -> Corpus:
     specs = parse_datasets(data.data_path)
     if len(specs) > 1:
         raise ConfigError(FLAG, " ".join(data.data_path), "must be one dataset here", "one path")
-    return _open(specs[0], data, open_tokenizer(data.tokenizer_type, data.tokenizer_model), [])
+    return _open(specs[0], data, tokenizer_of(data), [])
 
 
 def _parts(

@@ -12,6 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from cp_megatron.data.tokenize.tokenizer import (
+    MERGE_FLAG,
+    VOCAB_FLAG,
     Ids,
     LibraryTokenizer,
     ids_without_eod,
@@ -45,7 +47,24 @@ _LARGE_VOCABULARY = 100_000
 
 
 @dataclass(frozen=True, kw_only=True)
-class HuggingFaceTokenizer(LibraryTokenizer):
+class _Encoding(LibraryTokenizer):
+    """Encodes and decodes by the package ``tokenizers``."""
+
+    def encode(self, text: str) -> Ids:
+        return self.encode_batch([text])[0]  # faster than the library's encode: no offsets
+
+    def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
+        """Calls ``encode`` for each text, in the library's own threads."""
+        batch = self.library.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.array(encoding.ids, dtype=np.int32) for encoding in batch]
+
+    def decode(self, tokens: npt.ArrayLike) -> str:
+        ids = ids_without_eod(tokens, self)
+        return str(self.library.decode(ids, skip_special_tokens=False))
+
+
+@dataclass(frozen=True, kw_only=True)
+class HuggingFaceTokenizer(_Encoding):
     """The tokenizer of a ``tokenizer.json``, completed by the files beside it."""
 
     kind: ClassVar[str] = "huggingface"
@@ -96,17 +115,41 @@ class HuggingFaceTokenizer(LibraryTokenizer):
         sizes: dict[str, Any] = {"vocab_size": largest + 1, "eod": eod}
         return cls.make(path, data, library, **sizes, opening=opening, notes=notes)
 
-    def encode(self, text: str) -> Ids:
-        return self.encode_batch([text])[0]  # faster than the library's encode: no offsets
 
-    def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
-        """Calls ``encode`` for each text, in the library's own threads."""
-        batch = self.library.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [np.array(encoding.ids, dtype=np.int32) for encoding in batch]
+@dataclass(frozen=True, kw_only=True)
+class GPT2Tokenizer(_Encoding):
+    """The tokenizer of GPT-2's ``vocab.json`` and ``merges.txt``: Megatron's GPT2BPETokenizer."""
 
-    def decode(self, tokens: npt.ArrayLike) -> str:
-        ids = ids_without_eod(tokens, self)
-        return str(self.library.decode(ids, skip_special_tokens=False))
+    kind: ClassVar[str] = "gpt2"
+    end: ClassVar[str] = _ENDS[0]
+
+    @classmethod
+    def read(cls, vocab: Path, merges: Path) -> GPT2Tokenizer:
+        """Reads the two files; <|endoftext|> ends a document.
+
+        Raises:
+            ConfigError: the package or <|endoftext|> is missing, or a file is malformed.
+        """
+        try:
+            from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+        except ImportError:
+            raise missing_package("gpt2", "tokenizers") from None
+        data = read_bytes(vocab, VOCAB_FLAG) + read_bytes(merges, MERGE_FLAG)
+        try:
+            pieces = models.BPE.from_file(
+                str(vocab), str(merges), continuing_subword_prefix="", end_of_word_suffix=""
+            )
+        except Exception as error:  # the library raises plain Exception
+            raise malformed(vocab, "gpt2", error) from None
+        library = Tokenizer(pieces)
+        library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        library.decoder = decoders.ByteLevel()
+        eod = library.token_to_id(cls.end)
+        if eod is None:
+            raise no_end(vocab, f"no {cls.end}", VOCAB_FLAG)
+        library.add_tokens([AddedToken(cls.end, special=True)])
+        largest = max(library.get_vocab().values())
+        return cls.make(vocab, data, library, vocab_size=largest + 1, eod=eod)
 
 
 @dataclass(frozen=True, kw_only=True)
