@@ -112,7 +112,7 @@ def _plan(
     rules.check_schedule(config.optimizer, config.train, given)
     validates = rules.check_data(config.data, config.train, given)
     kernels = _kernels(config)
-    check_data(config.data)
+    told = check_data(config.data)
     resolved, notes = _resolved(config, grid, rows, validates)
     return RunPlan(
         config=resolved,
@@ -124,7 +124,7 @@ def _plan(
         padded_vocab_size=config.model.padded_vocab_size(vocab_size),
         micro_batch_size=micro_batch_size,
         num_microbatches=num_microbatches,
-        notes=(*sequence.notes, *notes),
+        notes=(*told, *sequence.notes, *notes),
     )
 
 

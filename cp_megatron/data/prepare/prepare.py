@@ -36,7 +36,7 @@ from cp_megatron.data.prepare.prepare_worker import (
     write_json,
 )
 from cp_megatron.data.prepare.request import Request
-from cp_megatron.data.read.documents import InputSpan, cut_spans, find_inputs
+from cp_megatron.data.read.documents import InputSpan, cut_spans, find_inputs, left_out
 from cp_megatron.data.read.indexed import write_indexed
 from cp_megatron.data.read.tables import FLAG
 from cp_megatron.data.tokenize.open_tokenizer import tokenizer_of
@@ -65,7 +65,7 @@ class Prepared:
         outputs: the prefix of each pair.
         documents, tokens: the number in each pair.
         skipped: ``file:line: reason`` of each line, or file, that was skipped.
-        notes: what the user should know about the tokenizer.
+        notes: what the user should know about the tokenizer and the inputs.
     """
 
     outputs: tuple[str, ...]
@@ -95,7 +95,7 @@ def prepare(request: Request, watch: Watcher = lambda event: None) -> Prepared:
         _check_outputs(request)
     files = find_inputs(request.input)
     for file in files:
-        if file.format == "text" and request.json_keys != ("text",):
+        if file.kind.format == "text" and request.json_keys != ("text",):
             rule = f"{file.path} is a text file and has no keys"
             raise ConfigError("--json-keys", " ".join(request.json_keys), rule, "text")
     total = sum(file.size for file in files)
@@ -113,7 +113,8 @@ def prepare(request: Request, watch: Watcher = lambda event: None) -> Prepared:
         _run_spans(request, spans, watch)
         prepared = _join(request, spans, tokenizer.vocab_size)
     shutil.rmtree(request.partial)
-    return replace(prepared, notes=tokenizer.notes)
+    told = [file.kind.note for file in files if file.kind.note]
+    return replace(prepared, notes=(*tokenizer.notes, *left_out(request.input), *told))
 
 
 # ---- checks --------------------------------------------------------------------------------------

@@ -11,12 +11,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from cp_megatron.data.read.corpus import Corpus
-from cp_megatron.data.read.text_files import FLAG, MOST_TOKENISED, check_size, tokenised
-from cp_megatron.data.tokenize.tokenizer import Tokenizer
+from cp_megatron.data.read.text_files import FLAG, MOST_TOKENISED, check_size
 from cp_megatron.errors import ConfigError
 
-SUFFIXES = (".jsonl", ".json")
 _WORKS = "correct or remove the line, or --skip-bad-lines to leave such lines out"
 
 Item = TypeVar("Item")
@@ -24,6 +21,14 @@ Item = TypeVar("Item")
 
 class BadLineError(ValueError):
     """A line does not hold what it should; the text of the error is the reason."""
+
+
+class NoSuchKeyError(BadLineError):
+    """An object lacks a key; ``keys`` are those under which it has a text."""
+
+    def __init__(self, key: str, value: Mapping[str, Any]) -> None:
+        self.keys = tuple(name for name, item in value.items() if isinstance(item, str))
+        super().__init__(f"has no key {key!r}, but {', '.join(map(repr, value)) or 'none at all'}")
 
 
 def read_lines(
@@ -61,22 +66,6 @@ def read_lines(
     return items, bad
 
 
-def load_json_text(path: str, tokenizer: Tokenizer, *, skip_bad: bool) -> Corpus:
-    """Reads the texts ``{"text": ...}`` of a file, one document each; empty ones are left out.
-
-    Raises:
-        ConfigError: as ``read_lines``, or there is no text.
-    """
-    lines, bad = read_lines(
-        path, lambda value: text_under(value, "text").encode(), skip_bad=skip_bad
-    )
-    kept = [(f"{Path(path).name}:{number}", text) for number, text in lines if text]
-    if not kept:
-        raise ConfigError(FLAG, path, "holds no text", '{"text": "..."} on each line')
-    names, texts = zip(*kept)
-    return tokenised(texts, tokenizer, names=names, name=path, skipped=bad)
-
-
 def parse_object(line: bytes) -> dict[str, Any] | None:
     """Parses the JSON object of a line in UTF-8; None if the line is blank.
 
@@ -104,7 +93,7 @@ def text_under(value: Mapping[str, Any], key: str) -> str:
         BadLineError: there is none.
     """
     if key not in value:
-        raise BadLineError(f"has no key {key!r}")
+        raise NoSuchKeyError(key, value)
     text = value[key]
     if not isinstance(text, str):
         raise BadLineError(f"{key!r} is not a text")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,10 +14,13 @@ from itertools import pairwise
 import numpy as np
 
 from cp_megatron.config import DataConfig
+from cp_megatron.config.fields import settings
 from cp_megatron.data.read.chat import load_chats
+from cp_megatron.data.read.compression import name_unpacked
 from cp_megatron.data.read.corpus import Corpus, CorpusRange
+from cp_megatron.data.read.document_corpus import check_documents, load_documents
+from cp_megatron.data.read.documents import left_out
 from cp_megatron.data.read.indexed import IndexedDataset
-from cp_megatron.data.read.json_lines import load_json_text
 from cp_megatron.data.read.text_files import FLAG, check_text_files, load_text_files
 from cp_megatron.data.rows.best_fit import PackedRows
 from cp_megatron.data.rows.blend import BlendedRows
@@ -55,16 +60,20 @@ class Data:
     notes: tuple[str, ...]
 
 
-def check_data(data: DataConfig) -> None:
+def check_data(data: DataConfig) -> tuple[str, ...]:
     """Looks at the beginning of every dataset; ``open_data`` reads them.
+
+    Returns:
+        lines about the data for the user.
 
     Raises:
         ConfigError: a dataset cannot be used, or flags contradict one another.
     """
-    json_lines = False
+    lined, notes = False, []
     for flag, words in path_lists(data):
         for spec in parse_datasets(words, flag):
-            json_lines |= spec.kind == "json"
+            lined |= spec.lined
+            notes += [spec.note] * bool(spec.note)
             if data.sft and spec.kind != "json":
                 rule = "--sft reads conversations, a JSON object per line"
                 raise ConfigError(flag, spec.given, rule, "a .jsonl file")
@@ -73,9 +82,27 @@ def check_data(data: DataConfig) -> None:
                     IndexedDataset.open(spec.paths[0], flag=flag)
                 else:
                     check_text_files(spec.paths, judged=spec.kind == "text")
-    if data.skip_bad_lines and not json_lines:
-        rule = "has no effect, because no path is a .jsonl file"
+                    notes += left_out(spec.paths)
+                if spec.kind in ("json", "table") and not data.sft:
+                    skip, command = data.skip_bad_lines, prepare_command(data, spec.given)
+                    check_documents(spec.paths, skip_bad=skip, command=command)
+    if data.skip_bad_lines and not lined:
+        rule = "has no effect, because no path has lines or rows that can be malformed"
         raise ConfigError("--skip-bad-lines", "", rule, "leave it out")
+    return tuple(notes)
+
+
+def prepare_command(data: DataConfig, path: str) -> str:
+    """The command that prepares a path for a run, without its ``--json-keys``."""
+    prefix = path.rstrip("/")
+    if os.path.isfile(path):
+        prefix = os.path.splitext(path[: len(name_unpacked(path))])[0]
+    words = ["python", "launch/prepare_data.py", "--input", path, "--output-prefix", prefix]
+    names = ("tokenizer_type", "tokenizer_model", "vocab_file", "merge_file")
+    for name in names if data.tokenizer_type != "byte" else ():
+        if (value := getattr(data, name)) is not None:
+            words += [settings()[name].flag, value]
+    return shlex.join(words)
 
 
 def open_data(data: DataConfig, *, seed: int) -> Data:
@@ -146,13 +173,17 @@ def _open(spec: DatasetSpec, data: DataConfig, tokenizer: Tokenizer, notes: list
     if spec.kind == "indexed":
         return _indexed(spec, tokenizer)
     if spec.kind == "text":
-        return load_text_files(spec.paths, tokenizer)
+        texts = load_text_files(spec.paths, tokenizer)
+        if texts.skipped:
+            notes.append(f"{path}: {texts.skipped:,} files are not text and are left out")
+        return texts
     num_cut = dropped = 0
     if data.sft:
         chats = load_chats(path, tokenizer, seq_length=length, skip_bad=skip_bad)
         corpus, num_cut, dropped = chats
     else:
-        corpus = load_json_text(path, tokenizer, skip_bad=skip_bad)
+        command = prepare_command(data, path)
+        corpus = load_documents(spec.paths, tokenizer, skip_bad=skip_bad, command=command)
     counts = {
         "malformed lines left out": corpus.skipped,
         "conversations without an answer in the first row left out": dropped,
