@@ -54,6 +54,9 @@ def check_load_hf(config: Config) -> tuple[str, ...]:
     find_weights(found, model, padded_vocab_size=padded)
     max_positions, seq_length = found.model.max_position_embeddings or 0, config.data.seq_length
     notes = [f"training starts from the weights of {folder}"]
+    if found.unread:
+        reader = f"neither transformers' {found.family.architecture} nor this program reads"
+        notes.append(f"config.json has entries that {reader}: {', '.join(found.unread)}")
     if seq_length > max_positions and model.rope_type == "default":
         notes.append(
             f"the model was made for {max_positions:,} positions, but rows have {seq_length:,}: "
