@@ -19,7 +19,7 @@ import pytest
 from cp_megatron.config import DataConfig
 from cp_megatron.data.prepare.prepare import prepare
 from cp_megatron.data.prepare.request import Request
-from cp_megatron.data.read import records
+from cp_megatron.data.read import document_corpus, records
 from cp_megatron.data.read.indexed import IndexedDataset
 from cp_megatron.data.rows.corpora import check_data, open_data, open_single
 from cp_megatron.errors import ConfigError
@@ -311,3 +311,15 @@ def test_without_its_package_zstandard_is_named(
     with pytest.raises(ConfigError, match="packed by Zstandard") as caught:
         check_data(config(tmp_path / "a.jsonl.zst"))
     assert "pip install 'cp_megatron[data]'" in caught.value.works
+
+
+def test_too_much_for_the_start_of_a_run_is_answered_by_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(document_corpus, "MOST_TOKENISED", 50)
+    for name in ("a.jsonl", "a.jsonl.gz", "a.parquet"):
+        (tmp_path / name).write_bytes(READ[name]())
+        with pytest.raises(ConfigError, match="than the 0 MiB of text") as caught:
+            checked_and_read(config(tmp_path / name))
+        begin = f"python launch/prepare_data.py --input {tmp_path / name} --output-prefix"
+        assert caught.value.works == f"{begin} {tmp_path}/a"

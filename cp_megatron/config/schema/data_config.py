@@ -16,8 +16,9 @@ class DataConfig:
     """Where tokens come from, and how they are cut into rows."""
 
     data_path: tuple[str, ...] = ()
-    """Text files or folders, .jsonl files, or prefixes of .bin/.idx pairs; to weight them, put a
-    number before each: 0.7 A 0.3 B. By default the sources of Python's standard library."""
+    """Files of text, JSON (.jsonl, .ndjson, .json) or tables (.csv, .tsv, .parquet, .arrow), also
+    packed, folders of them, or prefixes of .bin/.idx pairs; to weight them, put a number before
+    each: 0.7 A 0.3 B. By default the sources of Python's standard library."""
     train_data_path: tuple[str, ...] = ()
     """Data for training only, written like --data-path; replaces --data-path and --split."""
     valid_data_path: tuple[str, ...] = ()
@@ -37,7 +38,7 @@ class DataConfig:
     sft: bool = False
     """Read conversations, one JSON object per line; only the assistant's answers have a loss."""
     skip_bad_lines: bool = False
-    """Skip and count malformed lines of .jsonl files instead of refusing them."""
+    """Skip and count malformed lines of JSON, and rows of .csv, instead of refusing them."""
     seq_length: Size = 2048
     """Tokens per row."""
     micro_batch_size: Size | None = None

@@ -14,8 +14,9 @@ class Request:
     """The data to prepare."""
 
     input: tuple[str, ...] = ()
-    """Text files, .jsonl, .json (both also with .gz), .parquet, folders of these, and folders that
-    Dataset.save_to_disk wrote; patterns with * and ? work. A text file is one document."""
+    """Files of text, JSON (.jsonl, .ndjson, .json) or tables (.csv, .tsv, .parquet, .arrow), also
+    packed (.gz, .bz2, .xz, .zst), folders of these, and folders that Dataset.save_to_disk wrote;
+    patterns with * and ? work. A text file is one document."""
     output_prefix: str | None = None
     """Where to write PREFIX_KEY_document.bin and .idx; KEY is text for text files."""
     tokenizer_type: TokenizerType = "byte"

@@ -8,8 +8,14 @@ from itertools import islice
 from pathlib import Path
 
 from cp_megatron.data.read.corpus import Corpus
-from cp_megatron.data.read.documents import DocumentBatch, cut_spans, find_inputs, read_span
-from cp_megatron.data.read.text_files import FLAG, MOST_TOKENISED, check_size, tokenised
+from cp_megatron.data.read.documents import (
+    DocumentBatch,
+    InputFile,
+    cut_spans,
+    find_inputs,
+    read_span,
+)
+from cp_megatron.data.read.text_files import FLAG, MOST_TOKENISED, PREPARED, check_size, tokenised
 from cp_megatron.data.tokenize.tokenizer import Tokenizer
 from cp_megatron.errors import ConfigError
 
@@ -29,7 +35,7 @@ def check_documents(paths: Sequence[str], *, skip_bad: bool, command: str) -> No
         ConfigError: a file cannot be read, or a document has no text under the key ``text``.
     """
     with _explained(command):
-        for file in find_inputs(paths):
+        for file in _files(paths):
             for span in islice(cut_spans([file], span_bytes=MOST_TOKENISED), 1):
                 next(read_span(span, (_KEY,), skip_bad_lines=skip_bad), None)
 
@@ -69,9 +75,7 @@ def load_documents(
 
 def _batches(paths: Sequence[str], skip_bad: bool) -> Iterator[tuple[str, int, DocumentBatch]]:
     """The batches of all files, each with its file and the documents of the file before it."""
-    for file in find_inputs(paths):
-        if file.kind.format == "lines" and file.kind.packed is None:
-            check_size(file.path, file.size, MOST_TOKENISED)
+    for file in _files(paths):
         count = 0
         for span in cut_spans([file], span_bytes=MOST_TOKENISED + 1):
             for batch in read_span(span, (_KEY,), skip_bad_lines=skip_bad):
@@ -79,9 +83,17 @@ def _batches(paths: Sequence[str], skip_bad: bool) -> Iterator[tuple[str, int, D
                 count += len(batch.texts[0])
 
 
+def _files(paths: Sequence[str]) -> Iterator[InputFile]:
+    """The files of the paths; JSON and tables of text may not be too large."""
+    for file in find_inputs(paths):
+        if file.kind.format not in ("parquet", "arrow"):
+            check_size(file.path, file.size, MOST_TOKENISED)
+        yield file
+
+
 @contextmanager
 def _explained(command: str) -> Iterator[None]:
-    """Answers a missing key by the command that reads another one."""
+    """Answers a missing key, and too much text, by the command that prepares the data."""
     try:
         yield
     except ConfigError as error:
@@ -89,6 +101,8 @@ def _explained(command: str) -> Iterator[None]:
         if error.flag == _KEYS_FLAG:
             rule = f"{error.rule}: {error.value}"
             works = f"{command} {_KEYS_FLAG} KEY, with one of {error.works}"
+        elif PREPARED in works:
+            works = command
         elif works.startswith(_KEYS_FLAG):
             works = f"{command} {works}"
         flag = FLAG if error.flag in ("--input", _KEYS_FLAG) else error.flag

@@ -21,6 +21,8 @@ Record = tuple[int, dict[str, Any] | BadLineError | None]
 _CHUNK = 1 << 20
 _BETWEEN = re.compile(r"[\s,]*")
 _LONGEST_CELL = (1 << 31) - 1
+_LONGEST_OBJECT = 1 << 28
+"""After this many letters that are no whole object, a file is taken to be damaged."""
 
 
 def lines_of(stream: BinaryIO, start: int = 0, stop: int | None = None) -> Iterator[Record]:
@@ -67,7 +69,8 @@ def objects_of(stream: BinaryIO, path: str, flag: str) -> Iterator[Record]:
             raise _not_json(flag, path, number + 1, error) from None
         if rule:
             # Read as much again as is left, so that a long object is not decoded too often.
-            more = _read(reader, max(_CHUNK, len(text) - place), path, flag)
+            left = len(text) - place
+            more = _read(reader, max(_CHUNK, left), path, flag) if left < _LONGEST_OBJECT else ""
             if not more:
                 break
             text, place = text[place:] + more, 0

@@ -24,6 +24,7 @@ from cp_megatron.data.tokenize.tokenizer import Tokenizer
 from cp_megatron.errors import ConfigError
 
 FLAG = "--data-path"
+PREPARED = "the .bin/.idx that launch/prepare_data.py makes of it"
 WORKS = "a text file in UTF-8, or a folder that holds some"
 PROBE_BYTES = 1 << 16
 DECODED_BYTES = 1 << 24
@@ -93,7 +94,7 @@ def check_size(path: str, size: int, most: int) -> None:
     """
     if size > most:
         rule = f"is more than the {most >> 20} MiB of text that a run tokenises when it starts"
-        raise ConfigError(FLAG, path, rule, "the .bin/.idx that launch/prepare_data.py makes of it")
+        raise ConfigError(FLAG, path, rule, PREPARED)
 
 
 def tokenised(
