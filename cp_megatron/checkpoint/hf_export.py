@@ -105,7 +105,7 @@ def _prepare(step: Path, dtype: str) -> tuple[dict[str, Path | dict[str, Any]], 
         **{path.name: path for path in tokenizer},
     }
     if config.data.tokenizer_type == "gpt2":
-        files |= _gpt2_tokenizer_files(chosen)
+        files |= gpt2_tokenizer_files(chosen)
     if config.data.tokenizer_type == "byte":
         files |= _byte_tokenizer_files(max(config.model.max_position_embeddings or 0, seq_length))
     return files, _Weights(step=step, tensors=tensors, sources=sources, dtype=dtype)
@@ -154,7 +154,7 @@ def _byte_tokenizer_files(seq_length: int) -> dict[str, dict[str, Any]]:
     return {"tokenizer.json": body, "tokenizer_config.json": config}
 
 
-def _gpt2_tokenizer_files(tokenizer: Tokenizer) -> dict[str, dict[str, Any]]:
+def gpt2_tokenizer_files(tokenizer: Tokenizer) -> dict[str, dict[str, Any]]:
     """Makes tokenizer.json and tokenizer_config.json of GPT-2's vocabulary and merges."""
     assert isinstance(tokenizer, GPT2Tokenizer)
     special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), tokenizer.end)

@@ -165,6 +165,19 @@ def test_an_id_that_the_file_gives_otherwise_is_told(tmp_path: Path) -> None:
     assert note.endswith("its id is 300")
 
 
+def test_a_role_that_the_model_has_no_row_for_is_told(tmp_path: Path) -> None:
+    """As in many folders whose padding token was named after the training."""
+    config = {**SAVED, "pad_token": "<|x|>", "added_tokens_decoder": {"300": token("<|tool|>")}}
+    folder = folder_of(tmp_path, {"tokenizer_config.json": config, "config.json": {}})
+    assert open_tokenizer("huggingface", str(folder)).vocab_size == 302
+    tokenizer_files.write_json(folder / "config.json", {"vocab_size": 301})
+    tokenizer = open_tokenizer("huggingface", str(folder))
+    (note,) = tokenizer.notes
+    assert "name <|x|>, but the model has no row for it" in note
+    assert tokenizer.vocab_size == 301
+    assert tokenizer.encode("<|tool|>").tolist() == [300]
+
+
 def test_what_tokenizer_json_contradicts_is_told(tmp_path: Path) -> None:
     config = {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": True}
     folder = folder_of(tmp_path / "a", {"tokenizer_config.json": config})

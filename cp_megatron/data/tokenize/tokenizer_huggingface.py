@@ -99,7 +99,8 @@ class HuggingFaceTokenizer(_Encoding):
         # A file may set both from its training; a document must come out whole and unpadded.
         library.no_truncation()
         library.no_padding()
-        added = said.add_to(library)
+        rows = _entries(path.parent / "config.json").get("vocab_size")
+        added, rowless = said.add_to(library, rows if type(rows) is int else None)
         library.encode_special_tokens = said.config.get("split_special_tokens") is True
         mended = _mend_mistral(path, library, said.config)
         changes = [added, library.encode_special_tokens, mended]
@@ -111,7 +112,7 @@ class HuggingFaceTokenizer(_Encoding):
             raise no_end(path, f"{tried}({', '.join(_ENDS)})")
         # A file that nothing is added to keeps the fingerprint of its own bytes.
         data += json.dumps(changes).encode() if any(changes) else b""
-        opening, notes = _opening(library), tuple(_notes(path, library, said))
+        opening, notes = _opening(library), tuple(_notes(path, library, said, rowless))
         sizes: dict[str, Any] = {"vocab_size": largest + 1, "eod": eod}
         return cls.make(path, data, library, **sizes, opening=opening, notes=notes)
 
@@ -196,21 +197,32 @@ class _Said:
         named = {name: by_text.get(token.content, token) for name, token in named.items()}
         return cls(config=config, listed=listed, named=named, extra=extra)
 
-    def add_to(self, library: Any) -> list[list[Any]]:
-        """Adds the tokens that the library lacks, or has with other flags; returns them."""
+    def add_to(self, library: Any, num_rows: int | None) -> tuple[list[list[Any]], list[str]]:
+        """Adds the tokens that the library lacks, or has with other flags.
+
+        Args:
+            library: the tokenizer of the package ``tokenizers``.
+            num_rows: rows of the embedding of the model beside it; None if there is no model.
+
+        Returns:
+            the tokens that were added, and the tokens with a role that the model has no row for.
+        """
         there = library.get_added_tokens_decoder().values()
         same = {repr(token) for token in there}
         added = [token for _, token in sorted(self.listed.items()) if repr(token) not in same]
         texts = {token.content for token in (*there, *added)}
-        for token in (*self.named.values(), *self.extra):
-            if token.content not in texts:
-                texts.add(token.content)
-                added.append(token)
-        roles = {token.content for token in self.named.values()}
+        roles = {token.content: token for token in self.named.values()}
+        others = {token.content: token for token in self.extra}
+        added += [token for text, token in (roles | others).items() if text not in texts]
+        kept, rowless = [], []
         for token in added:
             token.special = token.special or token.content in roles
-        library.add_tokens(added)
-        return [[token.content, *(getattr(token, flag) for flag in _FLAGS)] for token in added]
+            if _is_rowless(token, library, num_rows) and token.content not in texts:
+                rowless.append(token.content)
+                continue
+            library.add_tokens([token])
+            kept.append([token.content, *(getattr(token, flag) for flag in _FLAGS)])
+        return kept, rowless
 
 
 def _special_tokens(
@@ -261,8 +273,17 @@ def _mend_mistral(path: Path, library: Any, config: Mapping[str, Any]) -> bool:
     return True
 
 
-def _notes(path: Path, library: Any, said: _Said) -> Iterator[str]:
+def _is_rowless(token: Any, library: Any, num_rows: int | None) -> bool:
+    """Whether a new token would get an id that the model has no row for."""
+    if num_rows is None or library.token_to_id(token.content) is not None:
+        return False
+    return max(library.get_vocab(with_added_tokens=True).values(), default=-1) + 1 >= num_rows
+
+
+def _notes(path: Path, library: Any, said: _Said, rowless: Sequence[str]) -> Iterator[str]:
     """What the user should know: the files disagree, and one of them is followed."""
+    for text in rowless:
+        yield f"the files beside {path} name {text}, but the model has no row for it: it is text"
     for index, token in said.listed.items():
         found = library.token_to_id(token.content)
         if found != index:
