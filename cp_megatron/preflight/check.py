@@ -65,7 +65,7 @@ def check(
     # After the model: a command with more ranks is no help if the heads forbid the grid.
     grid, notes = _grid(config, launch, dry_run, dry_run_world_size, [script, *argv])
     one_node = dry_run and not launch.under_torchrun
-    plan = _plan(config, launch, grid, vocab_size, given, one_node=one_node)
+    plan = _plan(config, launch, grid, vocab_size, given, one_node=one_node, dry_run=dry_run)
     rules.check_saving(config.checkpoint)
     plan = _with_checkpoint(plan, auto=auto)
     check_log(
@@ -100,6 +100,7 @@ def _plan(
     given: frozenset[str],
     *,
     one_node: bool,
+    dry_run: bool,
 ) -> RunPlan:
     """The plan of a new run: its batch, its rows, its kernels and its data."""
     rows, micro_batch_size, num_microbatches = rules.check_batch(config.data, grid.dp)
@@ -108,7 +109,7 @@ def _plan(
     rules.check_schedule(config.optimizer, config.train, given)
     validates = rules.check_data(config.data, config.train, given)
     kernels = _kernels(config)
-    check_data(config.data)
+    told = check_data(config.data)
     resolved, notes = _resolved(config, grid, rows, validates)
     return RunPlan(
         config=resolved,
@@ -120,7 +121,8 @@ def _plan(
         padded_vocab_size=config.model.padded_vocab_size(vocab_size),
         micro_batch_size=micro_batch_size,
         num_microbatches=num_microbatches,
-        notes=(*sequence.notes, *notes),
+        # A run tells this of all its data when it has read them.
+        notes=(*sequence.notes, *notes, *(told if dry_run else ())),
     )
 
 

@@ -183,7 +183,7 @@ def test_a_malformed_line_is_named(tmp_path: Path, line: object, reason: str) ->
         load(path, ByteTokenizer())
     assert caught.value.value == path
     assert caught.value.rule.startswith(f"line 2: {reason}")
-    corpus, _, _ = load_chats(path, ByteTokenizer(), seq_length=999, skip_bad=True)
+    corpus, _ = load_chats(path, ByteTokenizer(), seq_length=999, skip_bad=True)
     assert corpus.skipped == 1
     assert len(corpus.document_starts) == 1
 

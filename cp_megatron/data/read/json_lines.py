@@ -17,6 +17,9 @@ from cp_megatron.data.tokenize.tokenizer import Tokenizer
 from cp_megatron.errors import ConfigError
 
 SUFFIXES = (".jsonl", ".json")
+PROBE_LINES, PROBE_BYTES = 8, 1 << 20
+"""How much of a file is read before torch is loaded."""
+_KEYS = "--json-keys with the key of the text"
 _WORKS = "correct or remove the line, or --skip-bad-lines to leave such lines out"
 
 Item = TypeVar("Item")
@@ -24,6 +27,10 @@ Item = TypeVar("Item")
 
 class BadLineError(ValueError):
     """A line does not hold what it should; the text of the error is the reason."""
+
+
+class NoKeyError(BadLineError):
+    """A line has other keys, as most likely all lines of the file have."""
 
 
 def read_lines(
@@ -57,24 +64,50 @@ def read_lines(
         except BadLineError as error:
             bad += 1
             if not skip_bad:
-                raise ConfigError(FLAG, path, f"line {number}: {error}", _WORKS) from None
+                raise ConfigError(FLAG, path, f"line {number}: {error}", works_for(error)) from None
     return items, bad
 
 
-def load_json_text(path: str, tokenizer: Tokenizer, *, skip_bad: bool) -> Corpus:
-    """Reads the texts ``{"text": ...}`` of a file, one document each; empty ones are left out.
+def load_json_text(path: str, tokenizer: Tokenizer, *, key: str, skip_bad: bool) -> Corpus:
+    """Reads the texts under a key of a file, one document each; empty ones are left out.
 
     Raises:
         ConfigError: as ``read_lines``, or there is no text.
     """
-    lines, bad = read_lines(
-        path, lambda value: text_under(value, "text").encode(), skip_bad=skip_bad
-    )
+    lines, bad = read_lines(path, lambda value: text_under(value, key).encode(), skip_bad=skip_bad)
     kept = [(f"{Path(path).name}:{number}", text) for number, text in lines if text]
     if not kept:
-        raise ConfigError(FLAG, path, "holds no text", '{"text": "..."} on each line')
+        works = f'{{"{key}": "..."}} on each line, or another --json-keys'
+        raise ConfigError(FLAG, path, f"holds no text under the key {key!r}", works)
     names, texts = zip(*kept)
     return tokenised(texts, tokenizer, names=names, name=path, skipped=bad)
+
+
+def check_json_text(path: str, *, key: str, skip_bad: bool) -> None:
+    """Reads the first lines of a file as ``load_json_text`` does.
+
+    Raises:
+        ConfigError: a line is bad and may not be left out, or no line has the key.
+    """
+    with Path(path).open("rb") as stream:
+        lines = stream.read(PROBE_BYTES).split(b"\n")
+        whole = not stream.read(1)
+    if not whole:
+        lines.pop()  # it is cut
+    missing = 0
+    for number, line in enumerate(lines[:PROBE_LINES], start=1):
+        try:
+            if (value := parse_object(line)) is not None:
+                text_under(value, key)
+        except BadLineError as error:
+            missing += isinstance(error, NoKeyError)
+            if not skip_bad or missing == PROBE_LINES:
+                raise ConfigError(FLAG, path, f"line {number}: {error}", works_for(error)) from None
+
+
+def works_for(error: BadLineError) -> str:
+    """What a user can do about a bad line."""
+    return _KEYS if isinstance(error, NoKeyError) else _WORKS
 
 
 def parse_object(line: bytes) -> dict[str, Any] | None:
@@ -104,7 +137,7 @@ def text_under(value: Mapping[str, Any], key: str) -> str:
         BadLineError: there is none.
     """
     if key not in value:
-        raise BadLineError(f"has no key {key!r}")
+        raise NoKeyError(f"has no key {key!r}, only {', '.join(value) or 'none'}")
     text = value[key]
     if not isinstance(text, str):
         raise BadLineError(f"{key!r} is not a text")

@@ -49,6 +49,17 @@ def read_row_group(path: str, start: int, stop: int, keys: Sequence[str]) -> Ite
             yield _rows(batch, keys, total)
 
 
+def read_rows(path: str, batch: int) -> Iterator[dict[str, Any]]:
+    """Yields the rows of a Parquet file with all their columns, ``batch`` read at a time.
+
+    Raises:
+        ConfigError: it is not a Parquet file, or pyarrow is missing.
+    """
+    with _pyarrow(path) as (_, parquet), parquet.ParquetFile(path) as table:
+        for rows in table.iter_batches(batch):
+            yield from rows.to_pylist()
+
+
 def arrow_runs(path: str, piece_bytes: int) -> list[tuple[int, int, int]]:
     """Cuts an Arrow stream into runs of record batches: (first, one after the last, bytes).
 

@@ -12,10 +12,11 @@ from itertools import pairwise
 import numpy as np
 
 from cp_megatron.config import DataConfig
-from cp_megatron.data.read.chat import load_chats
+from cp_megatron.data.read.chat import chat_writer, check_chats, load_chats
+from cp_megatron.data.read.chat_files import check_chat_path
 from cp_megatron.data.read.corpus import Corpus, CorpusRange
 from cp_megatron.data.read.indexed import IndexedDataset
-from cp_megatron.data.read.json_lines import load_json_text
+from cp_megatron.data.read.json_lines import check_json_text, load_json_text
 from cp_megatron.data.read.text_files import FLAG, check_text_files, load_text_files
 from cp_megatron.data.rows.best_fit import PackedRows
 from cp_megatron.data.rows.blend import BlendedRows
@@ -28,6 +29,7 @@ from cp_megatron.data.rows.sampler import (
     parse_split,
     split_sizes,
 )
+from cp_megatron.data.tokenize.chat_template import DATE_FLAG
 from cp_megatron.data.tokenize.open_tokenizer import open_tokenizer
 from cp_megatron.data.tokenize.tokenizer import Tokenizer
 from cp_megatron.errors import ConfigError
@@ -55,27 +57,45 @@ class Data:
     notes: tuple[str, ...]
 
 
-def check_data(data: DataConfig) -> None:
+def check_data(data: DataConfig) -> list[str]:
     """Looks at the beginning of every dataset; ``open_data`` reads them.
+
+    Returns:
+        notes about what was read.
 
     Raises:
         ConfigError: a dataset cannot be used, or flags contradict one another.
     """
-    json_lines = False
-    for flag, words in path_lists(data):
-        for spec in parse_datasets(words, flag):
-            json_lines |= spec.kind == "json"
-            if data.sft and spec.kind != "json":
-                rule = "--sft reads conversations, a JSON object per line"
-                raise ConfigError(flag, spec.given, rule, "a .jsonl file")
+    lists = [(flag, parse_datasets(words, flag, sft=data.sft)) for flag, words in path_lists(data)]
+    kinds = {spec.kind for _, specs in lists for spec in specs}
+    if data.skip_bad_lines and not kinds & {"json", "chats"}:
+        rule = "has no effect, because no path is a .jsonl file"
+        raise ConfigError("--skip-bad-lines", "", rule, "leave it out")
+    if data.chat_date is not None and not data.sft:
+        raise ConfigError(
+            DATE_FLAG, data.chat_date, "has an effect only with --sft", "leave it out"
+        )
+    if data.json_keys != "text" and "json" not in kinds:
+        rule = "has no effect, because no path is a .jsonl file of texts"
+        raise ConfigError("--json-keys", data.json_keys, rule, "leave it out")
+    write, notes = None, list[str]()
+    for flag, specs in lists:
+        for spec in specs:
             with _named(flag):
                 if spec.kind == "indexed":
                     IndexedDataset.open(spec.paths[0], flag=flag)
-                else:
-                    check_text_files(spec.paths, judged=spec.kind == "text")
-    if data.skip_bad_lines and not json_lines:
-        rule = "has no effect, because no path is a .jsonl file"
-        raise ConfigError("--skip-bad-lines", "", rule, "leave it out")
+                    continue
+                if data.sft:
+                    check_chat_path(spec.given, FLAG)
+                check_text_files(spec.paths, judged=spec.kind == "text")
+                if spec.kind == "json":
+                    check_json_text(spec.given, key=data.json_keys, skip_bad=data.skip_bad_lines)
+                elif spec.kind == "chats":
+                    if write is None:
+                        tokenizer = open_tokenizer(data.tokenizer_type, data.tokenizer_model)
+                        write = chat_writer(tokenizer, data.chat_date)
+                    notes += check_chats(spec.given, write, skip_bad=data.skip_bad_lines)
+    return notes
 
 
 def open_data(data: DataConfig, *, seed: int) -> Data:
@@ -89,7 +109,7 @@ def open_data(data: DataConfig, *, seed: int) -> Data:
         ConfigError: a dataset cannot be used, or has not a single row.
     """
     tokenizer = open_tokenizer(data.tokenizer_type, data.tokenizer_model)
-    lists = [(flag, parse_datasets(words, flag)) for flag, words in path_lists(data)]
+    lists = [(flag, parse_datasets(words, flag, sft=data.sft)) for flag, words in path_lists(data)]
     corpora: list[Corpus] = []
     notes: list[str] = []
     parts: dict[str, RowSource | None] = {}
@@ -114,7 +134,7 @@ def open_single(data: DataConfig) -> Corpus:
     Raises:
         ConfigError: it cannot be used, or there are several.
     """
-    specs = parse_datasets(data.data_path)
+    specs = parse_datasets(data.data_path, sft=data.sft)
     if len(specs) > 1:
         raise ConfigError(FLAG, " ".join(data.data_path), "must be one dataset here", "one path")
     return _open(specs[0], data, open_tokenizer(data.tokenizer_type, data.tokenizer_model), [])
@@ -147,18 +167,15 @@ def _open(spec: DatasetSpec, data: DataConfig, tokenizer: Tokenizer, notes: list
         return _indexed(spec, tokenizer)
     if spec.kind == "text":
         return load_text_files(spec.paths, tokenizer)
-    num_cut = dropped = 0
-    if data.sft:
-        chats = load_chats(path, tokenizer, seq_length=length, skip_bad=skip_bad)
-        corpus, num_cut, dropped = chats
-    else:
-        corpus = load_json_text(path, tokenizer, skip_bad=skip_bad)
-    counts = {
-        "malformed lines left out": corpus.skipped,
-        "conversations without an answer in the first row left out": dropped,
-        f"conversations are cut to {length:,} tokens": num_cut,
-    }
-    notes += [f"{path}: {count:,} {what}" for what, count in counts.items() if count]
+    if spec.kind == "chats":
+        corpus, told = load_chats(
+            path, tokenizer, seq_length=length, skip_bad=skip_bad, date=data.chat_date
+        )
+        notes += told
+        return corpus
+    corpus = load_json_text(path, tokenizer, key=data.json_keys, skip_bad=skip_bad)
+    if corpus.skipped:
+        notes.append(f"{path}: {corpus.skipped:,} malformed lines left out")
     return corpus
 
 

@@ -3,8 +3,9 @@
 A path is one dataset::
 
     P, P.bin or P.idx    if both files exist: indexed data, as Megatron writes it
-    P.jsonl, P.json      a text per line; with --sft a conversation per line
+    P.jsonl, P.json      a text per line
     any other            a text file, or a folder of them
+    any with --sft       a file of conversations
 
 ``W1 P1 W2 P2`` gives weights; ``P1 P2`` takes rows of each in proportion to its size. Paths of text
 without weights are one dataset together.
@@ -39,7 +40,7 @@ class DatasetSpec:
         weight: the weight in the blend; None if the user gave none.
     """
 
-    kind: Literal["text", "json", "indexed"]
+    kind: Literal["text", "json", "indexed", "chats"]
     paths: tuple[str, ...]
     given: str
     weight: Fraction | None = None
@@ -53,15 +54,17 @@ def path_lists(data: DataConfig) -> tuple[tuple[str, tuple[str, ...]], ...]:
     return tuple((f"--{part}-data-path", words) for part, words in zip(PARTS, own) if words)
 
 
-def parse_datasets(words: Sequence[str], flag: str = FLAG) -> tuple[DatasetSpec, ...]:
-    """Returns the datasets that the words of a flag name.
+def parse_datasets(
+    words: Sequence[str], flag: str = FLAG, *, sft: bool = False
+) -> tuple[DatasetSpec, ...]:
+    """Returns the datasets that the words of a flag name, with ``sft`` files of conversations.
 
     Raises:
         ConfigError: weights are mixed with paths without one, or a weight is not above zero.
     """
     numbers = [_weight(word) for word in words]
     if all(number is None for number in numbers):
-        specs = [_dataset(word) for word in words]
+        specs = [_dataset(word, sft=sft) for word in words]
         if all(spec.kind == "text" for spec in specs):
             given = ", ".join(words) or "(none)"
             return (DatasetSpec(kind="text", paths=tuple(words), given=given),)
@@ -74,7 +77,7 @@ def parse_datasets(words: Sequence[str], flag: str = FLAG) -> tuple[DatasetSpec,
     for weight, path in zip(numbers[::2], words[1::2]):
         if weight is None or weight <= 0:
             raise ConfigError(flag, " ".join(words), "a weight must be above zero", f"1 {path}")
-        specs.append(_dataset(path, weight))
+        specs.append(_dataset(path, weight, sft=sft))
     return tuple(specs)
 
 
@@ -94,7 +97,9 @@ def _weight(word: str) -> Fraction | None:
         return Fraction(number)
 
 
-def _dataset(path: str, weight: Fraction | None = None) -> DatasetSpec:
+def _dataset(path: str, weight: Fraction | None = None, *, sft: bool) -> DatasetSpec:
+    if sft:
+        return DatasetSpec(kind="chats", paths=(path,), given=path, weight=weight)
     prefix = path[:-4] if path.endswith((".bin", ".idx")) else path
     # A text file may have any name, even one with .bin. Half of a pair is indexed data: .idx alone,
     # or P.bin if the user named P.
