@@ -9,7 +9,7 @@ from datetime import datetime
 import numpy as np
 
 from cp_megatron.data.read.chat_examples import Conversation, Writer, Written, writer
-from cp_megatron.data.read.chat_files import read_records
+from cp_megatron.data.read.chat_files import WORKS, read_records
 from cp_megatron.data.read.chat_records import read_record
 from cp_megatron.data.read.chat_turns import RecordError
 from cp_megatron.data.read.corpus import Corpus
@@ -87,6 +87,8 @@ def check_chats(path: str, write: Writer, *, skip_bad: bool) -> list[str]:
     """
     told = _Told()
     num_records = sum(1 for _ in _written(path, write, told, skip_bad=skip_bad, probe=True))
+    if not num_records:
+        raise told.refusal(path, "holds no conversation", WORKS)
     return [f"{note} (of the first {num_records})" for note in told.notes(path, num_records)]
 
 
@@ -108,7 +110,7 @@ class _Told:
 
     def __init__(self) -> None:
         self.bad = 0
-        self.first_bad = ""
+        self.first_bad = self.first_works = ""
         self.remarks: dict[str, tuple[int, str, str]] = {}
 
     def add(self, where: str, written: Written) -> None:
@@ -129,6 +131,7 @@ class _Told:
         """The error for a file of which nothing is left."""
         if self.bad:
             rule = f"{rule}; {self.bad:,} records are left out, the first: {self.first_bad}"
+            works = self.first_works
         return ConfigError(FLAG, path, rule, works)
 
 
@@ -142,14 +145,15 @@ def _written(
                 raise value
             written = write(read_record(value))
         except BadLineError as error:
-            reason = f"{where}: {error}"
+            reason, works = f"{where}: {error}", "correct or remove it"
+            if isinstance(error, RecordError):
+                works = error.works
             if not skip_bad:
-                works = f"correct or remove it, or {_SKIP}"
-                if isinstance(error, RecordError):
-                    works = error.works
+                works += "" if isinstance(error, RecordError) else f", or {_SKIP}"
                 raise ConfigError(FLAG, path, reason, works) from None
+            if not told.bad:
+                told.first_bad, told.first_works = reason, works
             told.bad += 1
-            told.first_bad = told.first_bad or reason
             continue
         told.add(where, written)
         yield written

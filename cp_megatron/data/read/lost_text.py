@@ -92,7 +92,7 @@ def remarks_on(
         what = "have keys that the template could read if chat_template_kwargs held them"
         yield what, ", ".join(read)
     if not record.is_listed:
-        yield "are written as turns by the chat template", record.shape
+        yield "are written as a question and an answer", record.shape
 
 
 def shortened(text: str) -> str:

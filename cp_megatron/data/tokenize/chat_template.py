@@ -191,7 +191,7 @@ def _compiled(
                 rule = "its chat template writes the date, so the data would change daily"
                 works = f"the date that it is to write: {DATE_FLAG} {datetime.now():%Y-%m-%d}"
                 raise ConfigError(MODEL_FLAG, where, rule, works) from None
-            raise TemplateRefusalError(str(error)) from None
+            raise TemplateRefusalError(" ".join(str(error).split())) from None
 
     marked = _MARKS.search(template) is not None
     return ChatTemplate(run=run, marked=marked, variables=variables, with_tools=with_tools)
