@@ -222,6 +222,23 @@ def test_a_damaged_array_names_the_element(tmp_path: Path, text: str, reason: st
     assert caught.value.rule.startswith(reason)
 
 
+def test_bytes_that_are_not_utf8(tmp_path: Path) -> None:
+    path = tmp_path / "chats.json"
+    path.write_bytes(json.dumps([turns()]).encode().replace(b"Hi", b"\xff"))
+    with pytest.raises(ConfigError, match="not UTF-8"):
+        load_chats(str(path), ByteTokenizer(), seq_length=99, skip_bad=False)
+
+
+def test_an_object_over_many_lines_is_a_record(tmp_path: Path) -> None:
+    path = tmp_path / "chats.json"
+    for content in ("Hi", "Hi" * (1 << 20)):
+        record = {"messages": [USER | {"content": content}, SAID]}
+        path.write_text(json.dumps(record, indent=1))
+        assert check_data(DataConfig(data_path=(str(path),), sft=True)) == []
+        corpus, _ = load_chats(str(path), ByteTokenizer(), seq_length=1 << 22, skip_bad=False)
+        assert len(corpus.document_starts) == 1
+
+
 @pytest.mark.parametrize(
     ("record", "note"),
     [

@@ -87,7 +87,7 @@ def check_chats(path: str, write: Writer, *, skip_bad: bool) -> list[str]:
     """
     told = _Told()
     num_records = sum(1 for _ in _written(path, write, told, skip_bad=skip_bad, probe=True))
-    if not num_records:
+    if told.bad and not num_records:
         raise told.refusal(path, "holds no conversation", WORKS)
     return [f"{note} (of the first {num_records})" for note in told.notes(path, num_records)]
 

@@ -53,7 +53,7 @@ def read_records(path: str, *, probe: bool) -> Iterator[Found]:
         probe: only the first few.
 
     Raises:
-        ConfigError: the file cannot be read, or has more than 128 MiB.
+        ConfigError: the file cannot be read or is not UTF-8, or has more than 128 MiB.
     """
     try:
         table = path.lower().endswith(".parquet")
@@ -61,6 +61,8 @@ def read_records(path: str, *, probe: bool) -> Iterator[Found]:
         yield from islice(found, PROBE_RECORDS) if probe else found
     except OSError as error:
         raise ConfigError(FLAG, path, f"cannot be read: {error.strerror}", WORKS) from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(FLAG, path, f"is not UTF-8 at byte {error.start + 1}", WORKS) from None
 
 
 def _rows(path: str, probe: bool) -> Iterator[Found]:
@@ -99,6 +101,8 @@ def _objects(path: str, probe: bool) -> Iterator[Found]:
         except BadLineError as error:
             if number == 1 and whole and isinstance(single := _parsed(data), dict):
                 yield "its object", single
+                return
+            if not whole and line.strip() == b"{":  # the beginning of such an object
                 return
             if whole or number < len(lines):
                 yield f"line {number}", error
