@@ -61,7 +61,7 @@ OPTIONAL_PACKAGES = frozenset(
     {
         *("apex", "datasets", "deepspeed", "flash_attn", "flash_attn_interface", "gguf", "jinja2"),
         *("matplotlib", "pyarrow", "sentencepiece", "tiktoken", "tokenizers", "transformer_engine"),
-        *("transformers", "triton", "wandb", "xformers"),
+        *("transformers", "triton", "wandb", "xformers", "zstandard"),
     }
 )
 ENVIRONMENT_READERS = (f"{PACKAGE}.comm.runtime",)

@@ -15,7 +15,7 @@ from cp_megatron.comm.runtime import Launch
 from cp_megatron.config import Config
 from cp_megatron.config.fields import check_values, settings
 from cp_megatron.data.rows.corpora import check_data
-from cp_megatron.data.tokenize.open_tokenizer import open_tokenizer
+from cp_megatron.data.tokenize.open_tokenizer import tokenizer_of
 from cp_megatron.errors import ConfigError
 from cp_megatron.faults.inject import parse_faults
 from cp_megatron.kernels.select import KernelChoice
@@ -61,7 +61,7 @@ def check(
         parse_faults(launch.fault, launch.world_size)
     check_values(config)
     config = replace(config, data=rules.with_packing(config.data, given))
-    vocab_size = _check_model(config, given)
+    vocab_size, told = _check_model(config, given)
     # After the model: a command with more ranks is no help if the heads forbid the grid.
     grid, notes = _grid(config, launch, dry_run, dry_run_world_size, [script, *argv])
     one_node = dry_run and not launch.under_torchrun
@@ -75,13 +75,17 @@ def check(
         world_size=grid.world_size,
         given=given,
     )
-    return replace(plan, notes=(*notes, *plan.notes))
+    return replace(plan, notes=(*notes, *told, *plan.notes))
 
 
-def _check_model(config: Config, given: frozenset[str]) -> int:
-    """Checks the model and how it is split; returns the size of its vocabulary."""
+def _check_model(config: Config, given: frozenset[str]) -> tuple[int, tuple[str, ...]]:
+    """Checks the model and how it is split.
+
+    Returns:
+        the size of its vocabulary, and notes about its tokenizer.
+    """
     model, seq_length = config.model, config.data.seq_length
-    tokenizer = open_tokenizer(config.data.tokenizer_type, config.data.tokenizer_model)
+    tokenizer = tokenizer_of(config.data)
     vocab_size = vocab_size_of(model, tokenizer)
     padded = model.padded_vocab_size(vocab_size)
     rules.check_model(model, seq_length)
@@ -89,7 +93,7 @@ def _check_model(config: Config, given: frozenset[str]) -> int:
     rules.check_window(model)
     rules.check_memory(config.memory, model.num_layers, given)
     rules.check_tensor_parallel(model, config.parallel.tensor_parallel_size, padded)
-    return vocab_size
+    return vocab_size, tokenizer.notes
 
 
 def _plan(
@@ -109,7 +113,7 @@ def _plan(
     rules.check_schedule(config.optimizer, config.train, given)
     validates = rules.check_data(config.data, config.train, given)
     kernels = _kernels(config)
-    told = check_data(config.data)
+    told = check_data(config.data, dry_run=dry_run)
     resolved, notes = _resolved(config, grid, rows, validates)
     return RunPlan(
         config=resolved,
@@ -121,8 +125,7 @@ def _plan(
         padded_vocab_size=config.model.padded_vocab_size(vocab_size),
         micro_batch_size=micro_batch_size,
         num_microbatches=num_microbatches,
-        # A run tells this of all its data when it has read them.
-        notes=(*sequence.notes, *notes, *(told if dry_run else ())),
+        notes=(*told, *sequence.notes, *notes),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -188,16 +189,23 @@ def test_a_template_of_its_own_for_tools(tmp_path: Path) -> None:
         assert text.startswith(beginning)
 
 
-def test_a_parquet_file_and_a_json_array_are_the_same_as_lines(tmp_path: Path) -> None:
+def test_tables_arrays_and_packed_files_are_the_same_as_lines(tmp_path: Path) -> None:
     arrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
     records = [turns(), turns(content="Hello", reasoning_content=None)]
     array, table = tmp_path / "chats.json", tmp_path / "chats.parquet"
     array.write_text("\ufeff" + json.dumps(records, indent=1))
     parquet.write_table(arrow.Table.from_pylist(records), table)
-    paths = [chats(tmp_path, *records), str(array), str(table)]
+    with arrow.OSFile(str(tmp_path / "chats.arrow"), "wb") as stream:
+        rows = arrow.Table.from_pylist(records)
+        with arrow.ipc.new_stream(stream, rows.schema) as out:
+            out.write_table(rows)
+    lines = chats(tmp_path, *records)
+    packed = tmp_path / "chats.jsonl.gz"
+    packed.write_bytes(gzip.compress(Path(lines).read_bytes()))
+    paths = [lines, str(array), str(table), str(tmp_path / "chats.arrow"), str(packed)]
     for path in paths:
-        assert check_data(DataConfig(data_path=(path,), sft=True)) == []
+        assert check_data(DataConfig(data_path=(path,), sft=True)) == ()
     found = [load_chats(path, ByteTokenizer(), seq_length=99, skip_bad=False) for path in paths]
     assert len({corpus.fingerprint for corpus, _ in found}) == 1
     assert len(found[0][0].document_starts) == 2
@@ -206,12 +214,12 @@ def test_a_parquet_file_and_a_json_array_are_the_same_as_lines(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        (json.dumps([turns(), 3]), "element 2: not a JSON object"),
-        (json.dumps([turns(), {}]), "element 2: a record has no keys"),
-        (json.dumps([turns()])[:-1], "element 1: not JSON: the array has no end"),
-        (json.dumps([turns()]) + json.dumps([turns()]), "element 1: not JSON: the array has no en"),
-        (json.dumps([turns(), turns()])[:-9], "element 2: not JSON"),
-        (json.dumps({"data": [turns()]}, indent=1), "its object: a record has the keys data"),
+        (json.dumps([turns(), 3]), "object 2: not a JSON object"),
+        (json.dumps([turns(), {}]), "object 2: a record has no keys"),
+        (json.dumps([turns()])[:-1], "object 2: not JSON: the array has no end"),
+        (json.dumps([turns()]) + json.dumps(turns()), "object 2: not a JSON object"),
+        (json.dumps([turns(), turns()])[:-9], "object 2: not JSON"),
+        (json.dumps({"data": [turns()]}, indent=1), "object 1: a record has the keys data"),
     ],
 )
 def test_a_damaged_array_names_the_element(tmp_path: Path, text: str, reason: str) -> None:
@@ -234,7 +242,7 @@ def test_an_object_over_many_lines_is_a_record(tmp_path: Path) -> None:
     for content in ("Hi", "Hi" * (1 << 20)):
         record = {"messages": [USER | {"content": content}, SAID]}
         path.write_text(json.dumps(record, indent=1))
-        assert check_data(DataConfig(data_path=(str(path),), sft=True)) == []
+        assert check_data(DataConfig(data_path=(str(path),), sft=True)) == ()
         corpus, _ = load_chats(str(path), ByteTokenizer(), seq_length=1 << 22, skip_bad=False)
         assert len(corpus.document_starts) == 1
 
@@ -260,7 +268,9 @@ def test_what_is_not_written_is_told_with_the_line(
     assert notes[0].startswith(f"{path}: 2 of 3 conversations ")
     assert note in notes[0]
     assert "; the first in line 2: " in notes[0]
-    assert len(check_data(DataConfig(data_path=(path,), sft=True))) == 1
+    data = DataConfig(data_path=(path,), sft=True)
+    assert len(check_data(data, dry_run=True)) == 1
+    assert check_data(data) == ()
 
 
 def test_what_a_template_leaves_out_is_told_or_refused(tmp_path: Path) -> None:

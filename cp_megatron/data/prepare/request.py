@@ -22,6 +22,10 @@ class Request:
     """How text is turned into ids; byte gives one id per byte of UTF-8."""
     tokenizer_model: str | None = None
     """The tokenizer's file, or the folder of a Hugging Face model."""
+    vocab_file: str | None = None
+    """The vocabulary of the gpt2 tokenizer, a vocab.json: token to id."""
+    merge_file: str | None = None
+    """The merges of the gpt2 tokenizer, a merges.txt: a pair of tokens on each line."""
     json_keys: tuple[str, ...] = ("text",)
     """The keys of a JSON object, or the columns of a table, that hold text."""
     append_eod: bool = True

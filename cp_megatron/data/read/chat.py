@@ -9,10 +9,11 @@ from datetime import datetime
 import numpy as np
 
 from cp_megatron.data.read.chat_examples import Conversation, Writer, Written, writer
-from cp_megatron.data.read.chat_files import WORKS, read_records
+from cp_megatron.data.read.chat_files import WORKS, check_chat_file, read_records
 from cp_megatron.data.read.chat_records import read_record
 from cp_megatron.data.read.chat_turns import RecordError
 from cp_megatron.data.read.corpus import Corpus
+from cp_megatron.data.read.file_kinds import FileKind
 from cp_megatron.data.read.json_lines import BadLineError
 from cp_megatron.data.read.text_files import FLAG
 from cp_megatron.data.tokenize.chat_template import DATE_FLAG, find_template
@@ -44,7 +45,8 @@ def load_chats(
     told = _Told()
     kept: list[Conversation] = []
     num_records = dropped = 0
-    for written in _written(path, chat_writer(tokenizer, date), told, skip_bad=skip_bad):
+    kind, write = check_chat_file(path), chat_writer(tokenizer, date)
+    for written in _written(path, kind, write, told, skip_bad=skip_bad):
         examples = [each for each in written.examples if each[1][1:seq_length].any()]
         num_records += 1
         dropped += max(1, len(written.examples)) - len(examples)
@@ -79,15 +81,15 @@ def load_chats(
     return corpus, notes + told.notes(path, num_records)
 
 
-def check_chats(path: str, write: Writer, *, skip_bad: bool) -> list[str]:
+def check_chats(path: str, kind: FileKind, write: Writer, *, skip_bad: bool) -> list[str]:
     """Reads and writes the first records of a file, and returns notes about them.
 
     Raises:
         ConfigError: as ``load_chats``, for these records.
     """
     told = _Told()
-    num_records = sum(1 for _ in _written(path, write, told, skip_bad=skip_bad, probe=True))
-    if told.bad and not num_records:
+    num_records = sum(1 for _ in _written(path, kind, write, told, skip_bad=skip_bad, probe=True))
+    if not num_records:
         raise told.refusal(path, "holds no conversation", WORKS)
     return [f"{note} (of the first {num_records})" for note in told.notes(path, num_records)]
 
@@ -136,10 +138,10 @@ class _Told:
 
 
 def _written(
-    path: str, write: Writer, told: _Told, *, skip_bad: bool, probe: bool = False
+    path: str, kind: FileKind, write: Writer, told: _Told, *, skip_bad: bool, probe: bool = False
 ) -> Iterator[Written]:
     """Writes the records of a file that are not bad."""
-    for where, value in read_records(path, probe=probe):
+    for where, value in read_records(path, kind, probe=probe):
         try:
             if isinstance(value, BadLineError):
                 raise value
