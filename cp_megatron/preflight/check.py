@@ -79,7 +79,7 @@ def check(
     # After the model: a command with more ranks is no help if the heads forbid the grid.
     grid, notes = _grid(config, launch, dry_run, dry_run_world_size, [script, *argv])
     one_node = dry_run and not launch.under_torchrun
-    plan = _plan(config, launch, grid, vocab_size, given, one_node=one_node)
+    plan = _plan(config, launch, grid, vocab_size, given, one_node=one_node, dry_run=dry_run)
     rules.check_saving(config.checkpoint)
     plan = _with_checkpoint(plan, auto=auto)
     check_warmup(plan, given)
@@ -123,6 +123,7 @@ def _plan(
     given: frozenset[str],
     *,
     one_node: bool,
+    dry_run: bool,
 ) -> RunPlan:
     """The plan of a new run: its batch, its rows, its kernels and its data."""
     rows, micro_batch_size, num_microbatches = rules.check_batch(config.data, grid.dp)
@@ -132,7 +133,7 @@ def _plan(
     check_units(config.optimizer, given)
     validates = rules.check_data(config.data, config.train, given)
     kernels = _kernels(config)
-    told = check_data(config.data)
+    told = check_data(config.data, dry_run=dry_run)
     resolved, notes = _resolved(config, grid, rows, validates)
     return RunPlan(
         config=resolved,

@@ -189,7 +189,7 @@ def make_folder(folder: Path) -> None:
     (folder / "text" / "binary.bin").write_bytes(bytes(range(256)))
     turns = [("user", "three blind mice"), ("assistant", "see how they run")]
     chat = [{"role": role, "content": text} for role, text in turns]
-    # Both have both keys: missing keys are reported only when all data is read.
+    # Both have both keys, so that each flag can be combined with each file.
     lines = [{"text": " ".join(words[i % 7 :] * 9), "messages": chat} for i in range(60)]
     for name in ("lines.jsonl", "chats.jsonl"):
         (folder / name).write_text("".join(json.dumps(line) + "\n" for line in lines))

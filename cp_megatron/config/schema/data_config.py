@@ -36,9 +36,13 @@ class DataConfig:
     """concatenate cuts rows from the documents laid end to end; best-fit fills each row with whole
     documents, pads the rest, and masks documents."""
     sft: bool = False
-    """Read conversations, one JSON object per line; only the assistant's answers have a loss."""
+    """Read conversations from .jsonl, .json, .parquet or .arrow files; only the assistant's answers
+    have a loss."""
+    chat_date: str | None = None
+    """The day that a chat template may write, e.g. 2026-01-31; by default it is told none."""
     skip_bad_lines: bool = False
-    """Skip and count malformed lines of JSON, and rows of .csv, instead of refusing them."""
+    """Skip and count malformed lines of JSON, rows of .csv and conversations instead of refusing
+    them."""
     seq_length: Size = 2048
     """Tokens per row."""
     micro_batch_size: Size | None = None

@@ -32,12 +32,15 @@ def check_documents(paths: Sequence[str], *, skip_bad: bool, command: str) -> No
         command: prepares the same data, for messages.
 
     Raises:
-        ConfigError: a file cannot be read, or a document has no text under the key ``text``.
+        ConfigError: a file cannot be read, or a document has no text under the key ``text``; if
+            malformed lines are left out, all of the first ones are malformed.
     """
     with _explained(command):
         for file in _files(paths):
             for span in islice(cut_spans([file], span_bytes=MOST_TOKENISED), 1):
-                next(read_span(span, (_KEY,), skip_bad_lines=skip_bad), None)
+                first = next(read_span(span, (_KEY,), skip_bad_lines=skip_bad), None)
+                if first is not None and first.skipped and not first.texts[0]:
+                    next(read_span(span, (_KEY,), skip_bad_lines=False))  # all would be skipped
 
 
 def load_documents(

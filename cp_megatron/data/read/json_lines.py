@@ -1,22 +1,10 @@
-"""Reads files with a JSON object per line.
-
-A bad line is refused with the name of the file and the number of the line, or counted if the user
-asked for that.
-"""
+"""Reads the JSON object of a line, and the text in it."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import Any, TypeVar
-
-from cp_megatron.data.read.text_files import FLAG, MOST_TOKENISED, check_size
-from cp_megatron.errors import ConfigError
-
-_WORKS = "correct or remove the line, or --skip-bad-lines to leave such lines out"
-
-Item = TypeVar("Item")
+from collections.abc import Mapping
+from typing import Any
 
 
 class BadLineError(ValueError):
@@ -29,41 +17,6 @@ class NoSuchKeyError(BadLineError):
     def __init__(self, key: str, value: Mapping[str, Any]) -> None:
         self.keys = tuple(name for name, item in value.items() if isinstance(item, str))
         super().__init__(f"has no key {key!r}, but {', '.join(map(repr, value)) or 'none at all'}")
-
-
-def read_lines(
-    path: str, parse: Callable[[Any], Item], *, skip_bad: bool
-) -> tuple[list[tuple[int, Item]], int]:
-    """Reads a file line by line; blank lines are ignored.
-
-    Args:
-        path: the file.
-        parse: makes an item of the object of a line, or raises ``BadLineError``.
-        skip_bad: leave bad lines out instead of refusing them.
-
-    Returns:
-        (the number of the line, counted from 1, and what was parsed) for each line, and the number
-        of bad lines that were left out.
-
-    Raises:
-        ConfigError: the file cannot be read, is larger than 128 MiB, or a line is bad.
-    """
-    items: list[tuple[int, Item]] = []
-    bad = 0
-    try:
-        check_size(path, Path(path).stat().st_size, MOST_TOKENISED)
-        lines = Path(path).read_bytes().split(b"\n")
-    except OSError as error:
-        raise ConfigError(FLAG, path, f"cannot be read: {error.strerror}", _WORKS) from None
-    for number, line in enumerate(lines, start=1):
-        try:
-            if (value := parse_object(line)) is not None:
-                items.append((number, parse(value)))
-        except BadLineError as error:
-            bad += 1
-            if not skip_bad:
-                raise ConfigError(FLAG, path, f"line {number}: {error}", _WORKS) from None
-    return items, bad
 
 
 def parse_object(line: bytes) -> dict[str, Any] | None:

@@ -51,6 +51,26 @@ def read_row_group(path: str, start: int, stop: int, keys: Sequence[str]) -> Ite
             yield _rows(batch, keys, total)
 
 
+def read_rows(path: str, batch: int, *, arrow: bool) -> Iterator[dict[str, Any]]:
+    """Yields the rows of a Parquet or Arrow file with all their columns.
+
+    Args:
+        path: the file.
+        batch: rows of Parquet that are read at a time.
+        arrow: it is one of Arrow.
+
+    Raises:
+        ConfigError: it is not such a file, or pyarrow is missing.
+    """
+    if arrow:
+        for rows in _record_batches(path):
+            yield from rows.to_pylist()
+        return
+    with _pyarrow(path) as (_, parquet), parquet.ParquetFile(path) as table:
+        for rows in table.iter_batches(batch):
+            yield from rows.to_pylist()
+
+
 def arrow_runs(path: str, piece_bytes: int) -> list[tuple[int, int, int]]:
     """Cuts an Arrow stream or file into runs of record batches: (first, one after the last, bytes).
 

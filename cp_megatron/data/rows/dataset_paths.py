@@ -3,9 +3,10 @@
 A path is one dataset::
 
     P, P.bin or P.idx    if both files exist: indexed data, as Megatron writes it
-    JSON objects         a text in each; with --sft a conversation
+    JSON objects         a text in each
     a table              a text in each row: .csv, .tsv, Parquet, Arrow
     any other            a text file, or a folder of files of one of these kinds
+    any with --sft       a file of conversations
 
 ``W1 P1 W2 P2`` gives weights; ``P1 P2`` takes rows of each in proportion to its size. Paths of text
 without weights are one dataset together.
@@ -43,7 +44,7 @@ class DatasetSpec:
         note: why the user may not want it read so; empty if there is nothing to say.
     """
 
-    kind: Literal["text", "json", "table", "indexed"]
+    kind: Literal["text", "json", "table", "indexed", "chats"]
     paths: tuple[str, ...]
     given: str
     weight: Fraction | None = None
@@ -59,15 +60,17 @@ def path_lists(data: DataConfig) -> tuple[tuple[str, tuple[str, ...]], ...]:
     return tuple((f"--{part}-data-path", words) for part, words in zip(PARTS, own) if words)
 
 
-def parse_datasets(words: Sequence[str], flag: str = FLAG) -> tuple[DatasetSpec, ...]:
-    """Returns the datasets that the words of a flag name.
+def parse_datasets(
+    words: Sequence[str], flag: str = FLAG, *, sft: bool = False
+) -> tuple[DatasetSpec, ...]:
+    """Returns the datasets that the words of a flag name, with ``sft`` files of conversations.
 
     Raises:
         ConfigError: weights are mixed with paths without one, or a weight is not above zero.
     """
     numbers = [_weight(word) for word in words]
     if all(number is None for number in numbers):
-        specs = [_dataset(word, flag) for word in words]
+        specs = [_dataset(word, flag, sft=sft) for word in words]
         if all(spec.kind == "text" for spec in specs):
             given = ", ".join(words) or "(none)"
             note = "; ".join(spec.note for spec in specs if spec.note)
@@ -81,7 +84,7 @@ def parse_datasets(words: Sequence[str], flag: str = FLAG) -> tuple[DatasetSpec,
     for weight, path in zip(numbers[::2], words[1::2]):
         if weight is None or weight <= 0:
             raise ConfigError(flag, " ".join(words), "a weight must be above zero", f"1 {path}")
-        specs.append(_dataset(path, flag, weight))
+        specs.append(_dataset(path, flag, weight, sft=sft))
     return tuple(specs)
 
 
@@ -101,7 +104,9 @@ def _weight(word: str) -> Fraction | None:
         return Fraction(number)
 
 
-def _dataset(path: str, flag: str, weight: Fraction | None = None) -> DatasetSpec:
+def _dataset(path: str, flag: str, weight: Fraction | None = None, *, sft: bool) -> DatasetSpec:
+    if sft:
+        return DatasetSpec(kind="chats", paths=(path,), given=path, weight=weight, lined=True)
     prefix = path[:-4] if path.endswith((".bin", ".idx")) else path
     # A text file may have any name, even one with .bin. Half of a pair is indexed data: .idx alone,
     # or P.bin if the user named P.
