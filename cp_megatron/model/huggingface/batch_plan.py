@@ -35,12 +35,14 @@ class BatchPlan:
         longest: the largest position in the batch, plus one.
         num_rows: B, also where the rows are joined to one.
         padding: tokens that were appended so that the layout divides the row.
+        outputs_whole: the model returns what it would return for whole rows.
     """
 
     cp: ContextParallel
     longest: int
     num_rows: int = 1
     padding: int = 0
+    outputs_whole: bool = False
 
     def within(self, window: int | None) -> ContextParallel:
         """The engine for a layer whose queries see ``window`` keys, including their own."""
