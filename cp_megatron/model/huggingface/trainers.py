@@ -46,12 +46,12 @@ def prepare_trainer(trainer: Any, context_parallel_size: int, **options: Any) ->
         "compute_loss_func": (trainer.compute_loss_func, "needs the logits of whole rows"),
         "eval_use_gather_object": (args.eval_use_gather_object, "would count rows several times"),
         "include_num_input_tokens_seen": (
-            args.include_num_input_tokens_seen not in (False, "no"),
+            args.include_num_input_tokens_seen,
             "would count the tokens of a row once for each rank of its group",
         ),
     }
     for name, (value, rule) in refused.items():
-        if value and context_parallel_size > 1:
+        if value and value != "no" and context_parallel_size > 1:
             raise ConfigError(name, value, f"{rule} under context parallelism", f"no {name}")
     prepare_accelerator(
         trainer.accelerator,
