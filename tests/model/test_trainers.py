@@ -106,12 +106,9 @@ def padded(rows: list[dict[str, list[int]]]) -> dict[str, Tensor]:
 
 
 def recipe(start: str, *, plain: bool) -> str:
-    """README's example that begins so; ``plain`` leaves out the engine, for the reference."""
-    (found,) = (
-        block
-        for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-        if block.startswith(start)
-    )
+    """README's lines that begin so; ``plain`` leaves out the engine's, for the reference."""
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    (found,) = (x for block in blocks for x in block.split("\n\n") if x.startswith(start))
     lines = found.splitlines()
     assert sum("huggingface." in line for line in lines) == 1
     return "\n".join(line for line in lines if not (plain and "huggingface." in line))
@@ -156,6 +153,7 @@ def with_trainer(folder: str, kind: str, plain: bool, options: dict[str, Any]) -
     }
     exec(recipe("trainer =", plain=plain), names)
     trainer = names["trainer"]
+    trainer.train()
     evaluated = trainer.evaluate().items()
     figures = {name: x for name, x in evaluated if not re.search("_per_|time", name)}
     logged = [entry for entry in trainer.state.log_history if "loss" in entry]
@@ -188,24 +186,30 @@ def with_accelerate(folder: str, plain: bool, options: dict[str, Any]) -> Result
     from accelerate import Accelerator
     from torch.utils.data import DataLoader
 
-    accelerator = Accelerator(cpu=True, step_scheduler_with_optimizer=False)
-    order = torch.Generator().manual_seed(1)
-    model = new_model("sdpa" if plain else "cp_megatron")
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    losses, backward = [], accelerator.backward
-    accelerator.backward = lambda loss: (losses.append(loss.item()), backward(loss))
     names: dict[str, Any] = {
         "huggingface": huggingface,
-        "accelerator": accelerator,
-        "model": model,
-        "optimizer": optimizer,
-        "scheduler": torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, 4),
-        "loader": DataLoader(make_rows(11), 2, shuffle=True, generator=order, collate_fn=padded),
+        "Accelerator": partial(Accelerator, cpu=True),
+        "model": new_model("sdpa" if plain else "cp_megatron"),
     }
-    exec(recipe("accelerator =", plain=plain), {**names, "Accelerator": lambda **_: accelerator})
+    exec(recipe("accelerator =", plain=plain), names)
+    accelerator, model = names["accelerator"], names["model"]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, 4)
+    order = torch.Generator().manual_seed(1)
+    rows = DataLoader(make_rows(11), 2, shuffle=True, generator=order, collate_fn=padded)
+    wrapped, optimizer, loader, scheduler = accelerator.prepare(model, optimizer, rows, scheduler)
+    losses = []
+    for batch in loader:
+        loss = wrapped(**batch).loss
+        losses.append(loss.item())
+        accelerator.backward(loss)
+        accelerator.clip_grad_norm_(wrapped.parameters(), 0.5)
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
     seen = accelerator.prepare(DataLoader(make_rows(5), 2, collate_fn=padded))
-    gathered = [accelerator.gather_for_metrics(rows["attention_mask"].sum(1)) for rows in seen]
-    figures = {"lengths": float((torch.cat(gathered) * torch.arange(1, 6)).sum())}
+    lengths = [accelerator.gather_for_metrics(batch["attention_mask"].sum(1)) for batch in seen]
+    figures = {"lengths": float((torch.cat(lengths) * torch.arange(1, 6)).sum())}
     figures["rate"] = optimizer.param_groups[0]["lr"]
     mean = accelerator.reduce(torch.tensor(losses), "mean").tolist()
     return Result(losses=mean, weights=weights_of(model), figures=figures)
@@ -228,27 +232,39 @@ CASES: dict[str, tuple[Any, ...]] = {
 }
 
 
-def all_cases(rank: int, world_size: int, plain: bool) -> dict[str, Result]:
-    """Every case in one job: importing the packages costs seconds."""
+def all_cases(
+    rank: int, world_size: int, plain: bool, changed: dict[str, Any] | None = None
+) -> dict[str, Result]:
+    """Every case in one job, because importing the packages costs seconds."""
     huggingface.register()
     results = {}
     for name, (run, *how, options) in CASES.items():
         with launched(rank, world_size) as folder:
-            results[name] = run(folder, *how, plain, options)
+            results[name] = run(folder, *how, plain, {**options, **(changed or {})})
     return results
+
+
+def compare(name: str, result: Result, expected: Result) -> None:
+    # trl computes the losses of tokens in float32, and all figures are logged in float32.
+    exact = 1e-6 if "SFT" in name else 1e-12
+    assert len(result.losses) == len(expected.losses) >= STEPS, name
+    assert result.losses == pytest.approx(expected.losses, rel=1e-6), name
+    error = (result.weights - expected.weights).norm() / expected.weights.norm()
+    assert error < exact, name
 
 
 @pytest.mark.parametrize("groups", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_the_recipes_equal_the_plain_loops(groups: int) -> None:
     """``groups`` groups of two ranks against as many ranks without context parallelism."""
     plain = run_ranks(all_cases, groups, True, timeout=250)[0]
-    for results in run_ranks(all_cases, 2 * groups, False, timeout=250):
+    found = run_ranks(all_cases, 2 * groups, False, timeout=250)
+    for results in found:
         for name, result in results.items():
-            # trl computes token losses in float32, transformers logs in float32
-            exact = 1e-6 if "SFT" in name else 1e-12
-            expected = plain[name]
-            assert len(result.losses) == len(expected.losses) >= STEPS, name
-            assert result.losses == pytest.approx(expected.losses, rel=1e-6), name
-            error = (result.weights - expected.weights).norm() / expected.weights.norm()
-            assert error < exact, name
-            assert result.figures == pytest.approx(expected.figures, rel=max(exact, 1e-9)), name
+            compare(name, result, plain[name])
+            figures = pytest.approx(plain[name].figures, rel=1e-6 if "SFT" in name else 1e-9)
+            assert result.figures == figures, name
+    if groups == 2:  # and against one rank that has the rows of both groups
+        batch = {"per_device_train_batch_size": 4}
+        (alone,) = run_ranks(all_cases, 1, True, batch, timeout=250)
+        for name in ("Trainer", "SFTTrainer"):
+            compare(name, found[0][name], alone[name])

@@ -8,6 +8,7 @@ import pytest
 
 from cp_megatron.data.batch.batch import Batch
 from cp_megatron.errors import ConfigError
+from cp_megatron.plan import Coordinates
 from tests.ranks import run_ranks
 from tests.train.test_step import Case, batches_of, train_step_of
 
@@ -29,7 +30,7 @@ def answers(rank: int, world_size: int, case: Case, fault: str, odd: int) -> tup
     if fault == "the other group's":  # the first ranks of both groups exchange their rows
         place = train_step.groups.coordinates
         if place.cp == place.tp == 0:
-            swapped = place._replace(dp=1 - place.dp)
+            swapped = Coordinates(dp=1 - place.dp, cp=0, tp=0)
             batches = batches_of(1, case, replace(train_step.groups, coordinates=swapped))
     elif rank == odd:
         batches[-1] = other(batches[-1], fault)

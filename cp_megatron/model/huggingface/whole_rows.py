@@ -51,19 +51,7 @@ def take_whole_rows(
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         if "context_parallel" in kwargs:
             return None
-        if args:
-            rule = "must be given by name: model(input_ids=...)"
-            raise ConfigError("arguments of the model", "", rule)
-        if kwargs.get("use_cache") or kwargs.get("past_key_values") is not None:
-            rule = "needs the keys of whole rows, which no rank has"
-            raise ConfigError("use_cache", True, rule, "generation with a model of its own")
-        rows = {k: x for k, x in kwargs.items() if isinstance(x, Tensor) or k in LONGEST}
-        others = {k: x for k, x in kwargs.items() if k not in rows}
-        if "num_items_in_batch" in others:
-            rows["num_items_in_batch"] = others.pop("num_items_in_batch")
-        batch = shard_batch(group, **rows, **options)
-        batch["context_parallel"] = replace(batch["context_parallel"], outputs_whole=True)
-        return (), {**others, **batch}
+        return (), _sharded(args, kwargs, group, options)
 
     def after(
         module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any
@@ -71,15 +59,40 @@ def take_whole_rows(
         plan: BatchPlan = kwargs["context_parallel"]
         if not plan.outputs_whole:
             return outputs
-        if not isinstance(outputs, Mapping):
-            raise ConfigError("return_dict", False, "must be true: outputs are found by name")
-        whole, wide = {}, whole_logits and not module.training
-        for name, x in outputs.items():
-            if name == "loss":
-                whole[name] = all_gather_dim(x.reshape(1), 0, group).sum()
-            elif isinstance(x, Tensor) and (x.ndim == 2 or (name == "logits" and wide)):
-                whole[name] = plan.whole(x)
-        return type(outputs)(**whole)
+        return _gathered(outputs, plan, with_logits=whole_logits and not module.training)
 
     model.register_forward_pre_hook(before, with_kwargs=True)
     model.register_forward_hook(after, with_kwargs=True)
+
+
+def _sharded(
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    group: dist.ProcessGroup | None,
+    options: Mapping[str, Any],
+) -> dict[str, Any]:
+    """The arguments of the model for this rank's part; what is no tensor stays as it is."""
+    if args:
+        rule = "must be given by name: model(input_ids=...)"
+        raise ConfigError("arguments of the model", "", rule)
+    if kwargs.get("use_cache") or kwargs.get("past_key_values") is not None:
+        rule = "needs the keys of whole rows, which no rank has"
+        raise ConfigError("use_cache", True, rule, "generation with a model of its own")
+    read = (*LONGEST, "num_items_in_batch")
+    rows = {k: x for k, x in kwargs.items() if isinstance(x, Tensor) or k in read}
+    batch = shard_batch(group, **rows, **options)
+    batch["context_parallel"] = replace(batch["context_parallel"], outputs_whole=True)
+    return {**{k: x for k, x in kwargs.items() if k not in rows}, **batch}
+
+
+def _gathered(outputs: Any, plan: BatchPlan, *, with_logits: bool) -> Any:
+    """Outputs of the same type with what is known of whole rows."""
+    if not isinstance(outputs, Mapping):
+        raise ConfigError("return_dict", False, "must be true: outputs are found by name")
+    whole = {}
+    for name, x in outputs.items():
+        if name == "loss":
+            whole[name] = all_gather_dim(x.reshape(1), 0, plan.cp.group).sum()
+        elif isinstance(x, Tensor) and (x.ndim == 2 or (name == "logits" and with_logits)):
+            whole[name] = plan.whole(x)
+    return type(outputs)(**whole)
