@@ -26,8 +26,8 @@ class CheckpointConfig:
     """The folder of a run to continue, or one of its step-N; its config.yaml supplies all other
     flags. auto: continue the run in --save if it has a checkpoint, otherwise begin it."""
     load_hf: str | None = None
-    """A Hugging Face folder with the config.json and safetensors that the run starts from; without
-    --preset the learning rate is then 2e-5."""
+    """A Hugging Face folder, with config.json and safetensors or pytorch_model.bin, that the run
+    starts from; without --preset the learning rate is then 2e-5."""
     save_interval: Size | None = None
     """Steps between two checkpoints; by default there is one at the end or on interruption."""
     async_save: bool = True
