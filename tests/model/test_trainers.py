@@ -148,7 +148,9 @@ def with_trainer(folder: str, kind: str, plain: bool, options: dict[str, Any]) -
             use_cpu=True,
             report_to=[],
             save_strategy="no",
-            **{"disable_tqdm": True, "per_device_train_batch_size": 2, **options},
+            disable_tqdm=True,
+            per_device_train_batch_size=options.pop("batch"),
+            **options,
         ),
     }
     exec(recipe("trainer =", plain=plain), names)
@@ -217,30 +219,37 @@ def with_accelerate(folder: str, plain: bool, options: dict[str, Any]) -> Result
 
 LOGGED = ("grad_norm", "learning_rate", "entropy", "mean_token_accuracy", "num_tokens")
 CASES: dict[str, tuple[Any, ...]] = {
-    "Trainer": (with_trainer, "Trainer", {"metrics": True}),
-    "Trainer, accumulation, a last batch with fewer rows": (
+    "Trainer": (
         *(with_trainer, "Trainer"),
-        {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 1, "rows": 5},
-    ),
-    "Trainer, tokens averaged per rank": (
-        *(with_trainer, "Trainer"),
-        {"average_tokens_across_devices": False},
+        {"metrics": True, "gradient_accumulation_steps": 2, "batch": 1, "rows": 5},
     ),
     "SFTTrainer": (with_trainer, "SFTTrainer", {"rows": 5}),
     "SFTTrainer, packing": (with_trainer, "SFTTrainer", {"packing": True}),
     "accelerate": (with_accelerate, {}),
 }
+MORE: dict[str, tuple[Any, ...]] = {
+    "Trainer without accumulation": (with_trainer, "Trainer", {"metrics": True}),
+    "Trainer, tokens averaged per rank": (
+        *(with_trainer, "Trainer"),
+        {"average_tokens_across_devices": False},
+    ),
+}
 
 
 def all_cases(
-    rank: int, world_size: int, plain: bool, changed: dict[str, Any] | None = None
+    rank: int, world_size: int, plain: bool, cases: dict[str, tuple[Any, ...]], batch: int = 1
 ) -> dict[str, Result]:
-    """Every case in one job, because importing the packages costs seconds."""
+    """Every case in one job, because importing the packages costs seconds.
+
+    Args:
+        batch: multiplies the number of rows of a trainer's batch.
+    """
     huggingface.register()
     results = {}
-    for name, (run, *how, options) in CASES.items():
+    for name, (run, *how, options) in cases.items():
         with launched(rank, world_size) as folder:
-            results[name] = run(folder, *how, plain, {**options, **(changed or {})})
+            changed = {**options, "batch": batch * options.get("batch", 2)}
+            results[name] = run(folder, *how, plain, changed)
     return results
 
 
@@ -256,15 +265,16 @@ def compare(name: str, result: Result, expected: Result) -> None:
 @pytest.mark.parametrize("groups", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_the_recipes_equal_the_plain_loops(groups: int) -> None:
     """``groups`` groups of two ranks against as many ranks without context parallelism."""
-    plain = run_ranks(all_cases, groups, True, timeout=250)[0]
-    found = run_ranks(all_cases, 2 * groups, False, timeout=250)
+    cases = CASES if groups == 1 else CASES | MORE
+    plain = run_ranks(all_cases, groups, True, cases, timeout=250)[0]
+    found = run_ranks(all_cases, 2 * groups, False, cases, timeout=250)
     for results in found:
         for name, result in results.items():
             compare(name, result, plain[name])
             figures = pytest.approx(plain[name].figures, rel=1e-6 if "SFT" in name else 1e-9)
             assert result.figures == figures, name
     if groups == 2:  # and against one rank that has the rows of both groups
-        batch = {"per_device_train_batch_size": 4}
-        (alone,) = run_ranks(all_cases, 1, True, batch, timeout=250)
-        for name in ("Trainer", "SFTTrainer"):
-            compare(name, found[0][name], alone[name])
+        same = {name: CASES[name] for name in ("Trainer", "SFTTrainer")}
+        (alone,) = run_ranks(all_cases, 1, True, same, 2, timeout=250)
+        for name, expected in alone.items():
+            compare(name, found[0][name], expected)
