@@ -52,6 +52,10 @@ class LogConfig:
     """The folder for the files of Weights & Biases; by default the run's folder."""
     log_straggler: bool = True
     """Report ranks that arrive late at a step, or whose device is slow, with the metrics."""
+    log_params_norm: bool = False
+    """Log the L2 norm of all parameters after the step."""
+    log_num_zeros_in_grad: bool = False
+    """Log how many numbers of the gradient are exactly 0."""
     plot: bool = True
     """At the end draw curves.png in the run's folder, if matplotlib is installed."""
     profile: bool = False
