@@ -102,3 +102,22 @@ def test_ranks_that_torchrun_starts_again_have_their_own_lock(folder: Path) -> N
     ended = run(["env", "CPM_FAULT=kill:0:4", *words], place(folder, "restarted"))
     assert ended.code == 0, ended.err
     assert not list((folder / "restarted" / "killed").glob(f"{LOCK_FILE}*"))
+
+
+@pytest.mark.slow  # tests/train/test_stopping.py signals the ranks of the pool
+def test_ctrl_c_during_a_validation_of_hours_saves_and_prints_the_way_on(folder: Path) -> None:
+    words = ["torchrun", "--nproc-per-node", "2", SCRIPT, *FLAGS, "--save", "long"]
+    words[words.index("--eval-iters") + 1] = "1000000"
+    words += ["--train-iters", "4", "--eval-interval", "2", "--context-parallel-size", "2"]
+    here = place(folder, "validating")
+    program = Program(words, here).when(at_step(1))
+    time.sleep(2)  # the second step takes milliseconds
+    stopped = program.signalled(signal.SIGINT).ended()
+    assert "step 2: its validation was interrupted and has no result" in stopped.out
+    assert "step 2: SIGINT ends the run" in stopped.out
+    assert re.search(
+        r"stopped after step 2; continue with:\n  torchrun .* --load long", stopped.out
+    )
+    ended = run([*stopped.resume.split(), "--eval-iters", "1"], here)
+    assert ended.code == 0, ended.err
+    assert (here / "long" / "step-4").is_dir()
