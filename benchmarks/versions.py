@@ -31,7 +31,8 @@ from cp_megatron.config.words import read_options
 ROOT = Path(__file__).resolve().parent.parent
 WARM_UP = 5  # steps that are not counted: buffers are allocated and schedules are planned
 RUN = (
-    *("--num-layers", "4", "--hidden-size", "256", "--num-attention-heads", "8"),
+    *("--preset", "toy", "--num-layers", "4", "--hidden-size", "256"),
+    *("--num-attention-heads", "8"),
     *("--num-query-groups", "2", "--dtype", "float32", "--device", "cpu"),
     *("--global-batch-size", "2", "--micro-batch-size", "1", "--eval-iters", "0"),
     *("--log-interval", "1", "--no-plot"),

@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 
-from cp_megatron.cli.parse import PRETRAIN, parse_arguments
+from cp_megatron.cli.parse import PRETRAIN, read_arguments
 from cp_megatron.cli.refusal import already_done, refuse
 from cp_megatron.comm.runtime import Launch
 from cp_megatron.comm.signals import end_with_launcher, leave, stop_at_once
@@ -29,7 +29,7 @@ def main(argv: Sequence[str], environ: Mapping[str, str], script: str = PRETRAIN
         launch = Launch.from_environment(environ)
         end_with_launcher(launch)
         quiet, again = launch.rank != 0, launch.restarts > 0
-        arguments = parse_arguments(argv, quiet=quiet, again=again)
+        arguments = read_arguments(argv, quiet=quiet, again=again)
         plan = check(
             arguments.config,
             launch,
@@ -39,6 +39,8 @@ def main(argv: Sequence[str], environ: Mapping[str, str], script: str = PRETRAIN
             auto=arguments.auto,
             argv=argv,
             script=script,
+            notes=arguments.notes,
+            mistakes=arguments.mistakes,
         )
         plan = check_capacity(plan, launch, dry_run=arguments.options.dry_run)
         if arguments.options.dry_run:

@@ -1,117 +1,320 @@
-"""Flags of Megatron-LM that are not supported: each is refused with the reason."""
+"""Megatron-LM's flags that are not flags here: each is taken, translated or refused with a reason.
+
+A flag that only concerns speed, reports or the place of data is taken with a note. A flag that
+would change the result, and cannot be honoured, is refused.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
 
-from cp_megatron.errors import ConfigError
-
-Answer = tuple[str, str]
-"""Why a flag is not supported, and what to use instead."""
+from cp_megatron.cli.megatron_names import NOTED, WITHOUT_COUNTERPART
+from cp_megatron.config.words import Piece, split_words, truth
+from cp_megatron.errors import ConfigError, Mistakes
 
 _OUT = "leave the flag out"
-_ALWAYS = "leave the flag out: it is always so"
-_NO_PIPELINE = ("there is no pipeline parallelism yet", _OUT)
-_NO_EXPERTS = ("there are no mixture-of-experts models", _OUT)
-_FSDP = ("FSDP2 over dp x cp is always used", _ALWAYS)
-_MASK = ("it belongs to the mask of documents", "--document-mask")
-_TRACE = ("the trace can show memory", "--profile --profile-memory")
+
+
+@dataclass(frozen=True)
+class Noted:
+    """The flag has no effect here, for this reason.
+
+    Attributes:
+        has_values: whether values follow the flag.
+        unless: a flag beside which it would have an effect, so that it is refused.
+    """
+
+    reason: str
+    has_values: bool = False
+    unless: str = ""
+
+
+@dataclass(frozen=True)
+class Renamed:
+    """The flag has another name here, and the same values; ``beside`` are words that go with it."""
+
+    flag: str
+    beside: str = ""
+
+
+@dataclass(frozen=True)
+class Translated:
+    """The switch is read as these words, except for flags that the command line gives itself.
+
+    Attributes:
+        needs: a flag without which it means something that does not exist here.
+        unless: a flag beside which it has no effect.
+    """
+
+    words: str
+    needs: str = ""
+    unless: str = ""
+
+
+@dataclass(frozen=True)
+class OneOf:
+    """The values that are honoured, each with the words that it is read as; any other is refused.
+
+    Attributes:
+        values: no words stand for what is so already.
+        replaces: whether the words also replace what the command line says itself.
+    """
+
+    values: Mapping[str, str]
+    reason: str
+    works: str = _OUT
+    replaces: bool = False
+
+
+@dataclass(frozen=True)
+class Refused:
+    """The flag cannot be honoured, for this reason; ``works`` is what to use instead."""
+
+    reason: str
+    works: str = _OUT
+
+
+Answer = Noted | Renamed | Translated | OneOf | Refused
+
+_POSITIONS, _MASKS = "--reset-position-ids", "--reset-attention-mask"
 _LLAMA3 = "--rope-type llama3 --rope-scaling-factor 8 --original-max-position-embeddings 8192"
+_FLOAT32 = OneOf({"fp32": ""}, "the optimizer's state and the gradients are float32")
+_EVERY_LAYER = "--recompute-num-layers None"
+_TRACE = Noted("--profile --profile-memory records memory in the trace")
+_ONE_DECAY = "the weight decay is constant"
+_ROPE = "--position-embedding-type rope"
 
-MEANINGLESS: Mapping[str, Answer] = {
+SPECIAL: Mapping[str, Answer] = {
     # parallelism
-    "--pipeline-model-parallel-size": _NO_PIPELINE,
-    "--virtual-pipeline-model-parallel-size": _NO_PIPELINE,
-    "--num-layers-per-virtual-pipeline-stage": _NO_PIPELINE,
-    "--num-experts": _NO_EXPERTS,
-    "--hybrid-context-parallel": ("all rows share one size", "--context-parallel-size"),
-    "--use-tp-pp-dp-mapping": ("ranks are always ordered tp, then cp, then dp", _OUT),
-    "--distributed-backend": ("the device decides: NCCL or gloo", "--device cuda or cpu"),
-    "--tp-comm-overlap": ("it needs TransformerEngine", _OUT),
-    # optimizer and gradients
-    "--use-distributed-optimizer": ("its state is always sharded over dp x cp", _ALWAYS),
-    "--overlap-grad-reduce": ("gradients are always reduced during backward", _ALWAYS),
-    "--overlap-param-gather": ("weights are always gathered ahead of their use", _ALWAYS),
-    **dict.fromkeys(("--use-torch-fsdp2", "--use-megatron-fsdp"), _FSDP),
-    "--calculate-per-token-loss": ("the loss is always the mean over valid tokens", _ALWAYS),
-    "--no-gradient-accumulation-fusion": ("there is no such fusion to turn off", _ALWAYS),
-    "--accumulate-allreduce-grads-in-fp32": ("gradients are reduced in float32", _ALWAYS),
-    "--optimizer": ("AdamW is the only optimizer", _ALWAYS),
-    "--loss-scale": ("bfloat16 needs no loss scaling", _OUT),
-    "--rampup-batch-size": ("the batch size never changes", "--global-batch-size"),
-    "--check-weight-hash-across-dp-replicas-interval": (
-        "weights are sharded over dp x cp; sums of their bits and of messages are compared",
-        "--check-interval",
+    "--pipeline-model-parallel-size": OneOf(
+        {"1": ""},
+        "there is no pipeline parallelism; weights are sharded over dp x cp",
+        "--pipeline-model-parallel-size 1",
     ),
+    "--expert-model-parallel-size": Noted("it has an effect only with --num-experts", True),
+    "--num-experts": Refused("there are no mixture-of-experts models"),
+    "--hybrid-context-parallel": Refused("all rows share one size", "--context-parallel-size"),
+    "--context-parallel-algo": OneOf(
+        {
+            "megatron_cp_algo": "--cp-comm-type p2p",
+            "ulysses_cp_algo": "--cp-comm-type a2a",
+            "hybrid_cp_algo": "--cp-comm-type auto",
+        },
+        "the exchange has another name",
+        "--cp-comm-type",
+    ),
+    # optimizer
+    "--optimizer": OneOf({"adam": "", "adamw": ""}, "AdamW is the only optimizer"),
+    "--decoupled-lr": Refused("all parameters share one learning rate", "--lr"),
+    "--head-lr-mult": OneOf({"1": ""}, "all parameters share one learning rate", "--lr"),
+    "--weight-decay-incr-style": OneOf({"constant": ""}, _ONE_DECAY, "--weight-decay"),
+    "--start-weight-decay": Refused(_ONE_DECAY, "--weight-decay"),
+    "--end-weight-decay": Refused(_ONE_DECAY, "--weight-decay"),
+    "--rampup-batch-size": Refused("the batch size never changes", "--global-batch-size"),
+    "--use-checkpoint-opt-param-scheduler": Refused("flags override those of --load"),
+    "--use-checkpoint-opt_param-scheduler": Refused("flags override those of --load"),
+    **dict.fromkeys(("--main-params-dtype", "--main-grads-dtype"), _FLOAT32),
+    **dict.fromkeys(("--exp-avg-dtype", "--exp-avg-sq-dtype"), _FLOAT32),
     # precision and kernels
-    "--fp16": ("float16 needs loss scaling, which does not exist here", "--bf16"),
-    "--params-dtype": ("weights are float32; the compute type is a flag", "--dtype"),
-    "--use-flash-attn": ("the kernel is chosen by name", "--kernel auto or flash_attn"),
-    "--attention-backend": ("the kernel is chosen by name", "--kernel"),
-    "--transformer-impl": ("there is one implementation", "--kernel chooses the attention"),
-    "--use-mcore-models": ("there is one implementation", _ALWAYS),
-    "--attention-softmax-in-fp32": ("softmax is always in float32 or more", _ALWAYS),
-    # model
-    "--window-attn-skip-freq": ("layers are listed, from 0", "--window-layers 0 2 4"),
-    "--group-query-attention": ("the number of groups implies it", "--num-query-groups"),
-    "--use-rotary-position-embeddings": ("a type implies it", "--position-embedding-type rope"),
-    "--rotary-percent": ("rope always rotates the whole head", _OUT),
-    "--use-rope-scaling": ("the kind of scaling is chosen by name", _LLAMA3),
-    "--rotary-scaling-factor": ("it has another name", "--rope-scaling-factor"),
-    "--squared-relu": ("the MLP has GELU or SwiGLU", "--swiglu"),
-    "--apply-layernorm-1p": ("the norms have a plain weight", "--normalization"),
-    "--layernorm-epsilon": ("it has another name", "--norm-epsilon"),
-    # recomputation
-    "--recompute-activations": ("it has another name", "--recompute-granularity selective"),
-    "--recompute-method": ("it is always Megatron's block", "--recompute-num-layers"),
-    "--recompute-modules": ("the modules are fixed", "--recompute-granularity selective"),
-    "--cpu-offloading-num-layers": ("every recomputed layer is moved", "--cpu-offloading"),
-    "--use-cpu-initialization": ("weights are always initialized on the CPU", _ALWAYS),
-    "--cross-entropy-loss-fusion": ("head and loss are always fused", _ALWAYS),
-    # data
-    "--mock-data": ("without --data-path, the run reads Python's own sources", _OUT),
-    "--data-cache-path": ("nothing is cached on disk", _OUT),
-    "--num-workers": ("rows are cut in the process itself", _OUT),
-    **dict.fromkeys(("--reset-position-ids", "--reset-attention-mask", "--eod-mask-loss"), _MASK),
-    "--no-create-attention-mask-in-dataloader": ("no dense mask is ever made", _ALWAYS),
-    # checkpoints and logs
-    "--ckpt-format": ("the only format is safetensors with a manifest", _ALWAYS),
-    "--use-dist-ckpt": ("checkpoints are always distributed", _ALWAYS),
-    "--use-checkpoint-args": ("--load always reads the run's config.yaml", _ALWAYS),
-    "--no-load-optim": ("a run always continues with its optimizer", _OUT),
-    "--no-load-rng": ("random numbers are a function of seed and step", "--seed"),
-    "--finetune": ("a run continues from its step", "--load with a larger --train-iters"),
-    "--override-opt-param-scheduler": ("flags always override --load", _ALWAYS),
-    "--tensorboard-dir": ("events are written to the run's folder", "--save"),
-    "--use-pytorch-profiler": ("the profiler is always PyTorch's", "--profile"),
-    "--pytorch-profiler-collect-callstack": ("the trace names a step's parts", "--profile"),
-    **dict.fromkeys(("--record-memory-history", "--memory-snapshot-path"), _TRACE),
-    "--log-throughput": ("tokens per second are always logged", _ALWAYS),
-    "--local-rank": ("torchrun sets it in the environment", "torchrun"),
-}
-"""Flags, each with the answer to it."""
-
-FAMILIES: Mapping[str, Answer] = {
-    **dict.fromkeys(("--moe-", "--expert-"), _NO_EXPERTS),
-    "--fp8-": ("there is no FP8", "--bf16"),
-    "--wandb-": (
-        "a run has a project, an entity, a name and a folder in Weights & Biases",
-        "--wandb-project, --wandb-entity, --wandb-exp-name, --wandb-save-dir",
+    "--fp16": Refused("float16 needs loss scaling, which does not exist here", "--bf16"),
+    "--params-dtype": Refused("weights are float32; the compute type is a flag", "--dtype"),
+    "--fp8-format": Refused("there is no FP8", "--bf16"),
+    "--fp4-format": Refused("there is no FP4", "--bf16"),
+    "--fp32-residual-connection": Refused("it has the compute type", "--dtype float32"),
+    "--attention-backend": OneOf(
+        {
+            "auto": "",
+            "flash": "",
+            "fused": "",
+            "unfused": "--kernel reference",
+            "local": "--kernel reference",
+        },
+        "the kernel is chosen by name",
+        "--kernel",
     ),
-    "--mtp-": ("there is no multi-token prediction", _OUT),
-    "--inference-": ("this program trains", _OUT),
+    # model
+    "--window-attn-skip-freq": Refused("layers are listed, from 0", "--window-layers 0 2 4"),
+    "--group-query-attention": Translated("--num-query-groups 1"),
+    **dict.fromkeys(
+        ("--use-rotary-position-embeddings", "--use-rotary-pos-emb"), Translated(_ROPE)
+    ),
+    "--no-position-embedding": Translated(
+        "--position-embedding-type none", unless="--use-rotary-position-embeddings"
+    ),
+    "--rotary-percent": OneOf({"1": ""}, "rope always rotates the whole head"),
+    "--rotary-interleaved": Refused("rope rotates the halves of a head"),
+    "--rotary-scaling-factor": Renamed("--rope-scaling-factor"),
+    "--rotary-seq-len-interpolation-factor": Renamed(
+        "--rope-scaling-factor", beside="--rope-type linear"
+    ),
+    "--use-rope-scaling": Translated(_LLAMA3),
+    "--yarn-beta-fast": Renamed("--beta-fast"),
+    "--yarn-beta-slow": Renamed("--beta-slow"),
+    "--yarn-original-max-position-embeddings": Renamed("--original-max-position-embeddings"),
+    "--yarn-correction-range-round-to-int": Translated("--rope-truncate"),
+    "--no-yarn-correction-range-round-to-int": Translated("--no-rope-truncate"),
+    "--squared-relu": Refused("the MLP has GELU or SwiGLU", "--swiglu"),
+    "--quick-geglu": Refused("the MLP has GELU or SwiGLU", "--swiglu"),
+    "--openai-gelu": Noted("GELU is always computed by its approximation with tanh"),
+    "--softmax-type": OneOf({"vanilla": ""}, "the softmax is plain"),
+    "--attention-mask-type": OneOf({"causal": ""}, "the mask is causal", "--document-mask"),
+    "--apply-residual-connection-post-layernorm": Refused("the norm is inside the residual"),
+    "--multi-latent-attention": Refused("there is no latent attention"),
+    "--mtp-num-layers": Refused("there is no multi-token prediction"),
+    "--init-method-xavier-uniform": Refused("weights are normal", "--init-method-std"),
+    "--embedding-init-method-std": Refused("all weights share one", "--init-method-std"),
+    # recomputation
+    "--recompute-activations": Translated("--recompute-granularity selective"),
+    "--checkpoint-activations": Translated("--recompute-granularity full"),
+    "--recompute-method": OneOf(
+        {"block": "", "uniform": _EVERY_LAYER},
+        "layers are recomputed one by one",
+        "--recompute-num-layers",
+        replaces=True,
+    ),
+    "--record-memory-history": _TRACE,
+    "--memory-snapshot-path": Noted(_TRACE.reason, True),
+    # data
+    "--mock-data": Noted("--data-path is read, or else Python's own sources"),
+    "--vocab-extra-ids": OneOf({"0": ""}, "a tokenizer has the tokens of its file"),
+    "--tokenizer-name-or-path": Renamed("--tokenizer-model"),
+    "--dataloader-type": OneOf({"single": ""}, "a row is a function of the seed and its number"),
+    "--data-args-path": Refused("paths are given as words", "--data-path $(cat FILE)"),
+    "--per-split-data-args-path": Refused(
+        "paths are given as words", "--train-data-path, --valid-data-path, --test-data-path"
+    ),
+    "--decoder-seq-length": Refused("there is no encoder", "--seq-length"),
+    _POSITIONS: Translated("--document-mask", needs=_MASKS),
+    _MASKS: Translated("--document-mask", needs=_POSITIONS),
+    "--eod-mask-loss": Refused("it belongs to the mask of documents", "--document-mask"),
+    # checkpoints and logs
+    "--ckpt-step": Refused("a checkpoint is named by its folder", "--load RUN/step-N"),
+    "--persistent-save-interval": Renamed("--save-interval"),
+    "--no-load-optim": Noted("no run is loaded", unless="--load"),
+    "--finetune": Noted("no run is loaded", unless="--load"),
+    "--exit-on-missing-checkpoint": Noted("--load alone demands a checkpoint", unless="--save"),
+    "--skip-train": Refused("this program trains", "launch/evaluate.py"),
 }
-"""Beginnings of flags, each with the answer to all of them."""
+"""The flags with an answer of their own."""
 
 
-def refuse_megatron_flag(flag: str, value: str) -> None:
-    """Raises the error for a flag of Megatron that does not exist here.
+@cache
+def answers() -> Mapping[str, Answer]:
+    """The answer to each flag of Megatron-LM that is not a flag here."""
+    noted = {
+        f"--{name.rstrip('=')}": Noted(reason, name.endswith("="))
+        for reason, names in NOTED.items()
+        for name in names.split()
+    }
+    refused = {
+        f"--{name}": Refused(reason)
+        for reason, names in WITHOUT_COUNTERPART.items()
+        for name in names.split()
+    }
+    return {**noted, **refused, **SPECIAL}
+
+
+@dataclass
+class Translation:
+    """A command line in which Megatron-LM's flags are replaced by this program's.
+
+    Attributes:
+        pieces: the flags with their words, without those that are taken or refused.
+        noted: the flags that are taken without an effect.
+        read: what the others are read as, e.g. ``--recompute-activations as ...``.
+    """
+
+    pieces: list[Piece]
+    noted: list[str] = field(default_factory=list)
+    read: list[str] = field(default_factory=list)
+
+
+def translate(
+    pieces: Sequence[Piece], spellings: Mapping[str, str], mistakes: Mistakes
+) -> Translation:
+    """Replaces the flags of Megatron-LM that are not flags here.
+
+    Args:
+        pieces: the command line.
+        spellings: each spelling of a flag that exists here, with the flag.
+        mistakes: receives an error for each flag that is refused.
+    """
+    found, replacing = Translation([]), dict[str, list[str]]()
+    said = {spellings.get(flag, flag) for flag, _ in pieces}
+    for flag, words in pieces:
+        answer = None if flag in spellings else answers().get(flag)
+        if answer is None:
+            found.pieces.append((flag, words))
+            continue
+        with mistakes.collect():
+            meaning = _meaning(flag, words, answer, said)
+            if meaning is None:  # a switch that is off
+                continue
+            if isinstance(answer, OneOf) and answer.replaces:
+                replacing |= dict(meaning)
+            new = [piece for piece in meaning if piece[0] not in said]
+            if not new and not replacing.keys() & dict(meaning):
+                found.noted.append(flag)
+                continue
+            found.pieces += new
+            shown = " ".join(word for piece in meaning for word in (piece[0], *piece[1]))
+            found.read.append(f"{' '.join([flag, *words])} as {shown}")
+    left = [piece for piece in found.pieces if spellings.get(piece[0]) not in replacing]
+    found.pieces = [*left, *replacing.items()]
+    return found
+
+
+def _meaning(flag: str, words: Sequence[str], answer: Answer, said: set[str]) -> list[Piece] | None:
+    """The pieces that the flag stands for; none if it has no effect, None if it is switched off.
 
     Raises:
-        ConfigError: ``flag`` is one of these.
+        ConfigError: it is refused.
     """
-    families = (answer for prefix, answer in FAMILIES.items() if flag.startswith(prefix))
-    answer = MEANINGLESS.get(flag) or next(families, None)
-    if answer is not None:
-        rule = f"is a Megatron-LM flag that is not supported: {answer[0]}"
-        raise ConfigError(flag, value, rule, answer[1])
+    text = " ".join(words)
+    match answer:
+        case Renamed(new, beside):
+            return [(new, list(words)), *split_words(beside.split())]
+        case Translated(needs=other) if other and other not in said:
+            raise _refusal(flag, text, f"without {other} it has no counterpart", "--document-mask")
+        case Translated() | Noted(has_values=False):
+            if not truth(flag, words):
+                return None
+        case Noted() | OneOf() if not words:
+            raise ConfigError(flag, "", "needs a value", f"{flag} VALUE")
+    match answer:
+        case Translated(meant, unless=other):
+            return [] if other in said else split_words(meant.split())
+        case OneOf(values):
+            for value, meant in values.items():
+                if _same(text, value):
+                    return split_words(meant.split())
+            raise _refusal(flag, text, answer.reason, answer.works)
+        case Noted(unless=other) if other in said:
+            raise _refusal(flag, text, f"it contradicts {other}", _OUT)
+        case Refused(reason, works):
+            raise _refusal(flag, text, reason, works)
+    return []
+
+
+def _refusal(flag: str, value: str, reason: str, works: str) -> ConfigError:
+    rule = f"is a Megatron-LM flag that is not supported: {reason}"
+    return ConfigError(flag, value, rule, works)
+
+
+def _same(text: str, value: str) -> bool:
+    """Whether two texts are equal, also as numbers."""
+    try:
+        return float(text) == float(value)
+    except ValueError:
+        return text.lower() == value
+
+
+def notes(found: Translation) -> Iterator[str]:
+    """What happened to Megatron-LM's flags, for the start table."""
+    if found.noted:
+        flags = ", ".join(dict.fromkeys(found.noted))
+        yield f"Megatron-LM's flags without an effect here (launch/README.md): {flags}"
+    if found.read:
+        yield f"read from Megatron-LM's flags: {'; '.join(dict.fromkeys(found.read))}"

@@ -8,26 +8,35 @@ from __future__ import annotations
 
 import contextlib
 import os
+import tomllib
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from cp_megatron.cli.megatron_flags import refuse_megatron_flag
+from cp_megatron.cli.megatron_flags import Translation, notes, translate
+from cp_megatron.cli.synonyms import flags_of_tables, refuse_synonym
 from cp_megatron.config.fields import settings, settings_of
 from cp_megatron.config.files.foreign_folders import recognize
-from cp_megatron.config.files.presets import DEFAULT_PRESET, PRESETS, PRETRAINED_OPTIMIZER
+from cp_megatron.config.files.presets import (
+    DEFAULT_PRESET,
+    MEGATRON_PRESET,
+    PRESETS,
+    PRETRAINED_OPTIMIZER,
+    REQUIRED_SIZES,
+)
 from cp_megatron.config.files.run_folders import CONFIG_FILE, find_run, run_folder, runs_near
 from cp_megatron.config.files.yaml_io import Values, overlay, read_file, read_values
 from cp_megatron.config.help_page import HELP, help_page
 from cp_megatron.config.schema import Config
-from cp_megatron.config.words import read_words
-from cp_megatron.errors import ConfigError
+from cp_megatron.config.words import read_pieces, spellings, split_words
+from cp_megatron.errors import ConfigError, Mistakes
 from cp_megatron.families.registry import has_tokenizer, read_hf_config
 
 _ALIASES: Mapping[str, str] = {
     "--tensor-model-parallel-size": "--tensor-parallel-size",
     "--deterministic-mode": "--deterministic",
+    "--layernorm-epsilon": "--norm-epsilon",
 }
 
 
@@ -45,15 +54,22 @@ class LaunchOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class Program:
-    """A program that takes the flags of a run and, in ``options``, some flags of its own."""
+    """A program that takes the flags of a run and, in ``options``, some flags of its own.
+
+    Attributes:
+        trains: whether it takes flags of Megatron-LM that have no effect here; the others refuse
+            every flag that they do not read.
+    """
 
     name: str
     description: str
     options: type[LaunchOptions] = LaunchOptions
+    trains: bool = False
 
 
 PRETRAIN = Program(
     name="pretrain.py",
+    trains=True,
     description="""Train a transformer over tensor, context and data parallel ranks.
 
 torchrun --nproc-per-node 4 launch/pretrain.py
@@ -69,12 +85,26 @@ class Arguments:
         given: the flags that the user typed, as ``--help`` spells them.
         auto: whether the same command line begins a run and continues it, so that ``--save`` may
             name the folder of a run that has no checkpoint yet.
+        notes: what happened to flags that are not flags here, and which defaults hold.
+        mistakes: flags that are not accepted, if ``read_arguments`` has read the command line.
     """
 
     config: Config
     given: frozenset[str]
     auto: bool = False
     options: LaunchOptions = field(default_factory=LaunchOptions)
+    notes: tuple[str, ...] = ()
+    mistakes: tuple[ConfigError, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Words:
+    """The values that are typed, by name, and where they come from."""
+
+    typed: dict[str, Any]
+    given: frozenset[str]
+    auto: bool
+    notes: tuple[str, ...]
 
 
 def parse_arguments(
@@ -88,51 +118,114 @@ def parse_arguments(
             of ``--load auto``.
 
     Raises:
-        ConfigError: a flag or a value is not accepted.
+        ConfigError: flags or values are not accepted; all that are not, in one ``CombinedError``.
         SystemExit: with code 0, after ``--help`` is printed.
+    """
+    arguments = read_arguments(argv, program=program, quiet=quiet, again=again)
+    Mistakes(arguments.mistakes).raise_any()
+    return arguments
+
+
+def read_arguments(
+    argv: Sequence[str], *, program: Program = PRETRAIN, quiet: bool = False, again: bool = False
+) -> Arguments:
+    """Reads a command line like ``parse_arguments``, but returns its mistakes.
+
+    ``check`` then adds those that it finds in the rest, so that the user is told all of them.
     """
     if HELP & set(argv):
         if not quiet:
             _print_help([word for word in argv if word not in HELP], program)
         raise SystemExit(0)
-    given, typed, auto = _read(argv, program, again)
+    mistakes = Mistakes()
+    words = _read(argv, program, again, mistakes)
     own = {row.name for row in settings_of(program.options)}
+    typed, given = words.typed, words.given
     options = program.options(**{name: typed[name] for name in own & typed.keys()})
     if options.world_size is not None and not options.dry_run:
-        rule = "plans a --dry-run only; torchrun sets the number of ranks of a real run"
-        works = "--dry-run, or torchrun --nproc-per-node"
-        raise ConfigError("--world-size", options.world_size, rule, works)
-    config = overlay(_base(typed), {name: typed[name] for name in typed.keys() - own})
-    config = _fold_bf16(_place_of_run(config, given), given)
-    return Arguments(config=config, given=given, auto=auto, options=options)
+        with mistakes.collect():
+            rule = "plans a --dry-run only; torchrun sets the number of ranks of a real run"
+            works = "--dry-run, or torchrun --nproc-per-node"
+            raise ConfigError("--world-size", options.world_size, rule, works)
+    base = PRESETS[DEFAULT_PRESET]
+    with mistakes.collect():
+        try:
+            base = _base(typed)
+        except ConfigError:  # The other mistakes are looked for without the file or the run.
+            with contextlib.suppress(ConfigError):
+                base = _preset(typed)
+            raise
+    config = base
+    with mistakes.collect():
+        config = overlay(base, {name: typed[name] for name in typed.keys() - own})
+    with mistakes.collect():
+        config = _fold_bf16(_place_of_run(config, given), given)
+    return Arguments(
+        config=config,
+        given=given,
+        auto=words.auto,
+        options=options,
+        notes=(*words.notes, *_defaults(config, given)),
+        mistakes=tuple(sorted(mistakes.errors, key=lambda error: _place(error, argv))),
+    )
+
+
+def _place(error: ConfigError, argv: Sequence[str]) -> int:
+    """Where on the command line the flag of an error stands; the end if it does not."""
+    flags = [word.partition("=")[0] for word in argv]
+    return flags.index(error.flag) if error.flag in flags else len(flags)
+
+
+def _defaults(config: Config, given: frozenset[str]) -> tuple[str, ...]:
+    """A note if the defaults are Megatron-LM's and no run's."""
+    if config.preset != MEGATRON_PRESET or config.checkpoint.load is not None:
+        return ()
+    text = "defaults are Megatron-LM's (--preset megatron), such as linear decay without warm-up, "
+    text += "weight decay 0.01 and Adam's betas 0.9 and 0.999"
+    if not given >= {"--hidden-dropout", "--attention-dropout"}:
+        text += "; but dropout is 0 where Megatron-LM's is 0.1"
+    return (text,)
 
 
 def _print_help(argv: Sequence[str], program: Program) -> None:
     """Shows every flag with the default that the rest of the command line leads to."""
     base = PRESETS[DEFAULT_PRESET]
     with contextlib.suppress(ConfigError):
-        base = _base(_read(argv, program, False)[1])
+        base = _base(_read(argv, program, False, Mistakes()).typed)
     inner = {name: values for name, values in vars(base).items() if name != "preset"}
-    sections = {"run": base, **inner, "launch": program.options()}
+    own: dict[str, object] = {"launch": program.options()}
+    sections = {"run": base, **inner}
+    # A program's own flags come first, since it reads few of a run's.
+    sections = {**sections, **own} if program.trains else {**own, **sections}
     print(help_page(program.name, program.description, sections))
 
 
-def _read(
-    argv: Sequence[str], program: Program, again: bool
-) -> tuple[frozenset[str], dict[str, Any], bool]:
-    """The flags that are given, the values by name, and whether ``--save`` is searched for a run.
+def _read(argv: Sequence[str], program: Program, again: bool, mistakes: Mistakes) -> _Words:
+    """The words of the command line; ``auto`` says whether ``--save`` is searched for a run.
 
     A run that is found there takes the place of what the run began with.
     """
     rows = [*settings_of(program.options), *settings().values()]
-    typed = read_words(argv, rows, aliases=_ALIASES, refuse=refuse_megatron_flag)
-    load, auto = find_run(typed.get("load"), typed.get("save"), again=again)
+    flags = spellings(rows, _ALIASES)
+    found = Translation([])
+    with mistakes.collect():
+        pieces = split_words(argv)
+        found = translate(pieces, {name: row.flag for name, row in flags.items()}, mistakes)
+    typed = read_pieces(found.pieces, flags, mistakes, refuse_synonym)
+    if not program.trains:
+        for flag in found.noted:
+            with mistakes.collect():
+                raise ConfigError(flag, "", f"has no effect on {program.name}", "leave it out")
+    load, auto = None, False
+    with mistakes.collect():
+        load, auto = find_run(typed.get("load"), typed.get("save"), again=again)
     if auto:
         typed.pop("load", None)
         if load is not None:
             typed.pop("load_hf", None)
             typed["load"] = load
-    return frozenset(row.flag for row in rows if row.name in typed), typed, auto
+    given = frozenset(row.flag for row in rows if row.name in typed)
+    return _Words(typed=typed, given=given, auto=auto, notes=tuple(notes(found)))
 
 
 def _base(typed: Values) -> Config:
@@ -144,8 +237,11 @@ def _base(typed: Values) -> Config:
     earlier: Values = {"preset": preset} if preset else {}
     values = {} if file is None else _values_of_file(file)
     _refuse_lost(values, earlier, f"--config {file}")
-    base = PRESETS[preset or values.get("preset", DEFAULT_PRESET)]
     folder = typed.get("load_hf") or values.get("load_hf")
+    if load is not None or folder is not None:
+        base = PRESETS[preset or values.get("preset", DEFAULT_PRESET)]
+    else:
+        base = _preset({**values, **typed})
     if load is None and folder is not None:
         base = _started_from(base, folder, typed.keys() | values.keys())
     base = overlay(base, values)
@@ -156,6 +252,24 @@ def _base(typed: Values) -> Config:
     untyped = {name: value for name, value in values.items() if name not in typed}
     _refuse_lost(saved, {**untyped, **earlier}, f"--load {load}")
     return overlay(base, saved)
+
+
+def _preset(said: Values) -> Config:
+    """The preset of a new run: the one that is named, or Megatron-LM's defaults for a model of the
+    user's own, or else the default.
+
+    Raises:
+        ConfigError: a size that Megatron-LM requires is missing.
+    """
+    of_model = [name for name in said if name in settings() and settings()[name].section == "model"]
+    name = said.get("preset") or (MEGATRON_PRESET if of_model else DEFAULT_PRESET)
+    missing = [size for size in REQUIRED_SIZES if said.get(size) is None]
+    if name == MEGATRON_PRESET and missing:
+        given = ", ".join(settings()[name].flag for name in of_model) or f"--preset {name}"
+        rule = f"must be given too, as in Megatron-LM, beside {given}"
+        works = f"--preset {DEFAULT_PRESET} to change a model that has all sizes"
+        raise ConfigError(" ".join(settings()[size].flag for size in missing), "", rule, works)
+    return PRESETS[name]
 
 
 def _started_from(base: Config, folder: str, said: Set[str]) -> Config:
@@ -173,11 +287,24 @@ def _started_from(base: Config, folder: str, said: Set[str]) -> Config:
 
 def _values_of_file(file: str) -> Values:
     """The settings of a ``--config`` file."""
-    values = read_values(read_file(Path(file), "--config"), f"--config {file}")
+    text = read_file(Path(file), "--config")
+    _refuse_toml(file, text)
+    values = read_values(text, f"--config {file}")
     if (load := values.get("load")) is not None:
         rule = "a file cannot choose the run to load"
         raise ConfigError(f"--config {file}: checkpoint.load", load, rule, f"--load {load}")
     return values
+
+
+def _refuse_toml(file: str, text: str) -> None:
+    """Refuses a TOML file, such as torchtitan's, and names the flags for what it says."""
+    with contextlib.suppress(tomllib.TOMLDecodeError):
+        tables = tomllib.loads(text)
+        if any(isinstance(value, dict) for value in tables.values()):
+            rule = "is a TOML file, such as torchtitan's, and not YAML"
+            flags = " ".join(flags_of_tables(tables))
+            works = flags or "flags, or a YAML file such as the config.yaml of a run"
+            raise ConfigError("--config", file, rule, works)
 
 
 def _values_of_run(load: str) -> Values:

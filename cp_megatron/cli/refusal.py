@@ -1,12 +1,13 @@
-"""How a program ends on a ``ConfigError``: with one line on standard error and exit code 2."""
+"""How a program ends on a ``ConfigError``: with a line for each mistake, and exit code 2."""
 
 from __future__ import annotations
 
 import signal
 import sys
 import time
+from collections.abc import Iterator
 
-from cp_megatron.errors import ConfigError, FinishedError
+from cp_megatron.errors import CombinedError, ConfigError, FinishedError
 
 SECONDS_FOR_RANK_0 = 10.0
 _LONGEST_VALUE = 200
@@ -26,7 +27,7 @@ def refuse(error: ConfigError, program: str, *, rank: int = 0) -> int:
         time.sleep(0.02)
     if not rank or not ended:
         where = f" (rank {rank})" if rank else ""
-        print(error_line(error, f"{program}{where}"), file=sys.stderr, flush=True)
+        print("\n".join(_lines(error, f"{program}{where}")), file=sys.stderr, flush=True)
     return 2
 
 
@@ -35,6 +36,14 @@ def already_done(error: FinishedError, *, rank: int) -> int:
     if not rank:
         print(f"nothing to do: {error}", flush=True)
     return 0
+
+
+def _lines(error: ConfigError, program: str) -> Iterator[str]:
+    """One line for each mistake, and their number if there are several."""
+    errors = error.errors if isinstance(error, CombinedError) else (error,)
+    yield from (error_line(each, program) for each in errors)
+    if len(errors) > 1:
+        yield f"{program}: {len(errors)} mistakes on this command line, one on each line above"
 
 
 def error_line(error: ConfigError, program: str) -> str:

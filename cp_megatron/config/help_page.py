@@ -27,7 +27,9 @@ def help_page(program: str, description: str | None, sections: Mapping[str, obje
     for title, values in sections.items():
         helps = _field_docs(type(values))
         lines += ["", f"{title}: {' '.join((type(values).__doc__ or '').split())}"]
-        for row in settings_of(type(values)):
+        own = inspect.get_annotations(type(values))
+        # What a program adds comes before what it inherits.
+        for row in sorted(settings_of(type(values)), key=lambda row: row.name not in own):
             words = f"{row.metavar}{'|None' if row.optional else ''}"
             usage = f"{row.flag}, {row.off_flag}" if row.kind == "bool" else f"{row.flag} {words}"
             value = getattr(values, row.name)

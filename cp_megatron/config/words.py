@@ -12,9 +12,18 @@ from typing import Any, TypeVar
 
 from cp_megatron.config.fields import Setting, settings_of
 from cp_megatron.config.help_page import HELP, help_page
-from cp_megatron.errors import ConfigError
+from cp_megatron.errors import ConfigError, Mistakes
 
 Options = TypeVar("Options")
+
+
+Piece = tuple[str, list[str]]
+"""A flag with the words that follow it."""
+
+_TRUTHS: Mapping[str, bool] = {
+    **dict.fromkeys(("true", "yes", "1"), True),
+    **dict.fromkeys(("false", "no", "0"), False),
+}
 
 
 def read_options(
@@ -34,55 +43,80 @@ def read_options(
     if HELP & set(argv):
         print(help_page(program, description, {"flags": options()}))
         raise SystemExit(0)
-    return options(**read_words(argv, settings_of(options)))
+    mistakes = Mistakes()
+    values = read_pieces(split_words(argv), spellings(settings_of(options)), mistakes)
+    mistakes.raise_any()
+    return options(**values)
 
 
-def read_words(
-    argv: Sequence[str],
-    rows: Iterable[Setting],
-    *,
-    aliases: Mapping[str, str] | None = None,
-    refuse: Callable[[str, str], None] | None = None,
+def spellings(
+    rows: Iterable[Setting], aliases: Mapping[str, str] | None = None
+) -> dict[str, Setting]:
+    """The settings by every spelling of their flags: the flag, ``--no-...`` and other names."""
+    flags = {row.flag: row for row in rows}
+    flags |= {row.off_flag: row for row in flags.values() if row.kind == "bool"}
+    return flags | {alias: flags[flag] for alias, flag in (aliases or {}).items()}
+
+
+def read_pieces(
+    pieces: Iterable[Piece],
+    flags: Mapping[str, Setting],
+    mistakes: Mistakes,
+    synonym: Callable[[str, str], None] | None = None,
 ) -> dict[str, Any]:
     """The values that a command line gives, by the settings' names.
 
     Args:
-        argv: the command line without the program's name.
-        rows: the settings that the program knows.
-        aliases: other names of flags.
-        refuse: raises an error of its own for some of the unknown flags, given with their values.
-
-    Raises:
-        ConfigError: a flag is unknown or given with two values, or it does not accept its value.
+        pieces: the flags with their words.
+        flags: the settings that the program knows, by every spelling of their flags.
+        mistakes: receives an error for each flag that is unknown, is given with two values or does
+            not accept its value.
+        synonym: raises an error of its own for some of the unknown flags, given with their values.
     """
-    flags = {row.flag: row for row in rows}
-    flags |= {row.off_flag: row for row in flags.values() if row.kind == "bool"}
-    flags |= {alias: flags[flag] for alias, flag in (aliases or {}).items()}
     values: dict[str, Any] = {}
     texts: dict[str, str] = {}
-    for flag, words in _split(argv):
+    for flag, words in pieces:
         text = " ".join(words)
-        if flag not in flags:
-            if refuse is not None:
-                refuse(flag, text)
-            name = flag.replace("_", "-").lower()
-            near = [name] if name in flags else difflib.get_close_matches(name, flags, n=3)
-            raise ConfigError(flag, text, "unknown flag", ", ".join(near) or "see --help")
-        row, whole = flags[flag], f"{flag} {text}".rstrip()
-        if row.kind == "bool" and words:
-            rule = "is a switch and takes no value"
-            raise ConfigError(flag, text, rule, f"{row.flag} or {row.off_flag}")
-        value = flag != row.off_flag if row.kind == "bool" else row.from_words(words)
-        if values.setdefault(row.name, value) != value:  # One of the two would be ignored.
-            first = texts[row.name]
-            raise ConfigError(flag, text, f"contradicts {first}", f"{first}, or {whole}")
-        texts[row.name] = whole
+        with mistakes.collect():
+            if flag not in flags:
+                if synonym is not None:
+                    synonym(flag, text)
+                name = flag.replace("_", "-").lower()
+                near = [name] if name in flags else difflib.get_close_matches(name, flags, n=3)
+                raise ConfigError(flag, text, "unknown flag", ", ".join(near) or "see --help")
+            row, whole = flags[flag], f"{flag} {text}".rstrip()
+            if row.kind == "bool":
+                off = flag == row.off_flag
+                value = truth(flag, words, f"{row.flag} or {row.off_flag}") != off
+            else:
+                value = row.from_words(words)
+            if values.setdefault(row.name, value) != value:  # One of the two would be ignored.
+                first = texts[row.name]
+                raise ConfigError(flag, text, f"contradicts {first}", f"{first}, or {whole}")
+            texts[row.name] = whole
     return values
 
 
-def _split(argv: Sequence[str]) -> list[tuple[str, list[str]]]:
-    """Each flag with the words up to the next one. A dash and a digit begin a number."""
-    pieces: list[tuple[str, list[str]]] = []
+def truth(flag: str, words: Sequence[str], works: str = "") -> bool:
+    """Whether a switch is on: alone, or before a word such as true.
+
+    Raises:
+        ConfigError: other words follow it.
+    """
+    value = _TRUTHS.get(words[0].lower()) if len(words) == 1 else None
+    if words and value is None:
+        rule = "is a switch, which only true or false may follow"
+        raise ConfigError(flag, " ".join(words), rule, works or flag)
+    return True if value is None else value
+
+
+def split_words(argv: Sequence[str]) -> list[Piece]:
+    """Each flag with the words up to the next one. A dash and a digit begin a number.
+
+    Raises:
+        ConfigError: the first word is not a flag.
+    """
+    pieces: list[Piece] = []
     for word in argv:
         if word.startswith("-") and not re.match(r"-\.?\d", word):
             flag, equals, value = word.partition("=")

@@ -9,17 +9,18 @@ run if it is small); it sends and writes nothing.
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from cp_megatron.checkpoint.find_checkpoint import CheckpointChoice
 from cp_megatron.comm.runtime import Launch
 from cp_megatron.config import Config
 from cp_megatron.config.fields import check_values, settings
 from cp_megatron.config.files.folder_lock import refuse_held
 from cp_megatron.data.rows.corpora import check_data
 from cp_megatron.data.tokenize.open_tokenizer import tokenizer_of
-from cp_megatron.errors import ConfigError
+from cp_megatron.errors import ConfigError, Mistakes
 from cp_megatron.faults.inject import parse_faults
 from cp_megatron.kernels.select import KernelChoice
 from cp_megatron.plan import Grid
@@ -43,7 +44,12 @@ from cp_megatron.preflight.schedule_rules import (
     check_warmup,
     schedule_notes,
 )
-from cp_megatron.preflight.sequence import plan_sequence
+from cp_megatron.preflight.sequence import SequencePlan, plan_sequence
+
+Batch = tuple[int, int, int]
+"""Rows per step over all ranks, rows of a micro batch, micro batches per step on each rank."""
+Split = tuple[Grid, Batch, SequencePlan, Mapping[DeviceName, KernelChoice]]
+"""How the work is divided over ranks, steps and rows, and what computes attention."""
 
 
 def check(
@@ -56,6 +62,8 @@ def check(
     auto: bool = False,
     argv: Sequence[str] = (),
     script: str = "launch/pretrain.py",
+    notes: Sequence[str] = (),
+    mistakes: Sequence[ConfigError] = (),
 ) -> RunPlan:
     """Plans the run.
 
@@ -68,78 +76,146 @@ def check(
         auto: the same command is used to start the run and to continue it.
         argv: the user's arguments, for the corrected command.
         script: the program as the user called it, for the corrected command.
+        notes: what the command line decided, for the start table.
+        mistakes: what is wrong with the command line already.
 
     Raises:
         FinishedError: ``auto``, and the run is finished.
-        ConfigError: the run is not possible.
+        ConfigError: the run is not possible; several reasons are one ``CombinedError``.
     """
     if not dry_run:
         parse_faults(launch.fault, launch.world_size)
-    check_values(config)
-    config = replace(config, data=rules.with_packing(config.data, given))
-    vocab_size, told = _check_model(config, given)
-    # After the model: a command with more ranks is no help if the heads forbid the grid.
-    grid, notes = _grid(config, launch, dry_run, dry_run_world_size, [script, *argv])
+    found = Mistakes(mistakes)
+    with found.collect():
+        check_values(config)
+        config = replace(config, data=rules.with_packing(config.data, given))
+    vocab_size, of_tokenizer, sound = _check_model(config, given, found)
+    grid: Grid | None = None
+    with found.collect():
+        # After the model: a command with more ranks is no help if the heads forbid the grid.
+        grid, of_grid = _grid(config, launch, dry_run, dry_run_world_size, [script, *argv])
+        notes = (*notes, *of_grid, *of_tokenizer)
     one_node = dry_run and not launch.under_torchrun
-    plan = _plan(config, launch, grid, vocab_size, given, one_node=one_node, dry_run=dry_run)
-    rules.check_saving(config.checkpoint)
-    save = config.checkpoint.save
-    # Whether ranks that are started again find their own lock is known when they have met.
-    if save is not None and not dry_run and not launch.restarts:
-        refuse_held("--save", Path(save), waits=auto)
-    plan = _with_checkpoint(plan, auto=auto)
+    if not dry_run:
+        with found.collect():
+            _refuse_held(config, launch, auto=auto)
+    split = _split(config, grid, launch, given, found, sound=sound, one_node=one_node)
+    of_data = _check_rest(config, vocab_size, given, found, auto=auto, dry_run=dry_run)
+    assert split is not None, "otherwise there is a mistake"
+    plan = _with_checkpoint(_plan(config, split, vocab_size, given), auto=auto)
+    plan = _complete(plan, given, dry_run=dry_run)
+    return replace(plan, notes=(*notes, *of_data, *plan.notes))
+
+
+def _complete(plan: RunPlan, given: frozenset[str], *, dry_run: bool) -> RunPlan:
+    """Checks what depends on the first and the last step, and adds notes about them."""
     check_warmup(plan, given)
     check_log(
-        config.log,
+        plan.config.log,
         first_step=plan.load_step,
         last_step=plan.last_step,
-        world_size=grid.world_size,
+        world_size=plan.grid.world_size,
         given=given,
     )
-    more = *schedule_notes(plan), *rope_notes(config, given)
+    more = *schedule_notes(plan), *rope_notes(plan.config, given)
     if dry_run:  # a run adds this when it has read its data
         plan = with_rows(plan)
         more = *more, *repetition(plan)
-    return replace(plan, notes=(*notes, *told, *plan.notes, *more))
+    return replace(plan, notes=(*plan.notes, *more))
 
 
-def _check_model(config: Config, given: frozenset[str]) -> tuple[int, tuple[str, ...]]:
+def _check_model(
+    config: Config, given: frozenset[str], mistakes: Mistakes
+) -> tuple[int, tuple[str, ...], bool]:
     """Checks the model and how it is split.
 
     Returns:
-        the size of its vocabulary, and notes about its tokenizer.
+        The size of its vocabulary, notes about its tokenizer, and whether the model itself is
+        possible.
     """
     model, seq_length = config.model, config.data.seq_length
-    tokenizer = tokenizer_of(config.data)
-    vocab_size = vocab_size_of(model, tokenizer)
-    padded = model.padded_vocab_size(vocab_size)
-    rules.check_model(model, seq_length)
-    check_rope(model, seq_length, given)
-    rules.check_window(model)
-    rules.check_memory(config.memory, model.num_layers, given)
-    rules.check_tensor_parallel(model, config.parallel.tensor_parallel_size, padded)
-    return vocab_size, tokenizer.notes
+    vocab_size, notes = 0, tuple[str, ...]()
+    with mistakes.collect():
+        tokenizer = tokenizer_of(config.data)
+        vocab_size, notes = vocab_size_of(model, tokenizer), tokenizer.notes
+    padded, earlier = model.padded_vocab_size(vocab_size), len(mistakes.errors)
+    with mistakes.collect():
+        rules.check_model(model, seq_length)
+    with mistakes.collect():
+        check_rope(model, seq_length, given)
+    with mistakes.collect():
+        rules.check_window(model)
+    with mistakes.collect():
+        rules.check_memory(config.memory, model.num_layers, given)
+    with mistakes.collect():
+        rules.check_tensor_parallel(model, config.parallel.tensor_parallel_size, padded)
+    return vocab_size, notes, len(mistakes.errors) == earlier
 
 
-def _plan(
+def _check_rest(
     config: Config,
-    launch: Launch,
-    grid: Grid,
     vocab_size: int,
     given: frozenset[str],
+    mistakes: Mistakes,
     *,
-    one_node: bool,
+    auto: bool,
     dry_run: bool,
-) -> RunPlan:
-    """The plan of a new run: its batch, its rows, its kernels and its data."""
-    rows, micro_batch_size, num_microbatches = rules.check_batch(config.data, grid.dp)
-    packed = micro_batch_size if config.data.document_mask else 1
-    sequence = plan_sequence(config, grid, launch, rows=packed, given=given, one_node=one_node)
-    check_schedule(config.optimizer, given)
-    check_units(config.optimizer, given)
+) -> tuple[str, ...]:
+    """Checks what does not depend on the grid, and raises the mistakes that were found.
+
+    Returns:
+        Notes about the data.
+    """
+    notes: tuple[str, ...] = ()
+    with mistakes.collect():
+        check_schedule(config.optimizer, given)
+    with mistakes.collect():
+        check_units(config.optimizer, given)
+    with mistakes.collect():
+        rules.check_data(config.data, config.train, given)
+    with mistakes.collect():
+        notes = check_data(config.data, dry_run=dry_run)
+    with mistakes.collect():
+        rules.check_saving(config.checkpoint)
+    if mistakes.errors:
+        with mistakes.collect():
+            _check_checkpoint(config, vocab_size, auto=auto)
+    mistakes.raise_any()
+    return notes
+
+
+def _split(
+    config: Config,
+    grid: Grid | None,
+    launch: Launch,
+    given: frozenset[str],
+    mistakes: Mistakes,
+    *,
+    sound: bool,
+    one_node: bool,
+) -> Split | None:
+    """How the work is divided; None if it cannot be. Rows and kernels need a ``sound`` model."""
+    batch: Batch | None = None
+    kernels: dict[DeviceName, KernelChoice] = {}
+    if sound:
+        with mistakes.collect():
+            kernels = _kernels(config)
+    if grid is None:
+        return None
+    with mistakes.collect():
+        batch = rules.check_batch(config.data, grid.dp)
+    with mistakes.collect():
+        if sound:
+            rows = batch[1] if batch and config.data.document_mask else 1
+            row = plan_sequence(config, grid, launch, rows=rows, given=given, one_node=one_node)
+            return (grid, batch, row, kernels) if batch and kernels else None
+    return None
+
+
+def _plan(config: Config, split: Split, vocab_size: int, given: frozenset[str]) -> RunPlan:
+    """The plan of a new run."""
+    grid, (rows, micro_batch_size, num_microbatches), sequence, kernels = split
     validates = rules.check_data(config.data, config.train, given)
-    kernels = _kernels(config)
-    told = check_data(config.data, dry_run=dry_run)
     resolved, notes = _resolved(config, grid, rows, validates)
     return RunPlan(
         config=resolved,
@@ -151,23 +227,38 @@ def _plan(
         padded_vocab_size=config.model.padded_vocab_size(vocab_size),
         micro_batch_size=micro_batch_size,
         num_microbatches=num_microbatches,
-        notes=(*told, *sequence.notes, *notes),
+        notes=(*sequence.notes, *notes),
     )
+
+
+def _check_checkpoint(config: Config, vocab_size: int, *, auto: bool) -> CheckpointChoice | None:
+    """Checks what the run continues from, which is returned, and where it is saved."""
+    loaded = find_load(config)
+    if loaded is not None:
+        check_resume(config, loaded.manifest, vocab_size)
+    check_save(config, loaded, auto=auto)
+    return loaded
+
+
+def _refuse_held(config: Config, launch: Launch, *, auto: bool) -> None:
+    """Refuses a folder that another run holds."""
+    save = config.checkpoint.save
+    # Whether ranks that are started again find their own lock is known when they have met.
+    if save is not None and not launch.restarts:
+        refuse_held("--save", Path(save), waits=auto)
 
 
 def _with_checkpoint(plan: RunPlan, *, auto: bool) -> RunPlan:
     """The plan with the checkpoint to continue from, if any, and notes about it."""
     config, notes = plan.config, plan.notes
-    loaded = find_load(config)
+    loaded = _check_checkpoint(config, plan.vocab_size, auto=auto)
     if loaded is not None:
-        check_resume(config, loaded.manifest, plan.vocab_size)
         notes = (*data_changes(config, loaded.manifest), *notes)
         plan = continued_from(plan, loaded.folder, loaded.manifest)
         plan = replace(plan, passed_over=loaded.passed_over)
     plan = with_last_step(plan)
     check_unfinished(plan, auto=auto)
     notes = (*check_load_hf(config), *notes)
-    check_save(config, loaded, auto=auto)
     if auto and loaded is None:
         notes = (f"{config.checkpoint.save} holds no checkpoint yet: a new run begins", *notes)
     return replace(plan, auto=auto, notes=notes)

@@ -30,7 +30,7 @@ _MAY_CHANGE = frozenset(
 
 
 def model_name(config: Config) -> str:
-    """The name of the model: its preset, or the name of its Hugging Face folder."""
+    """The name for a run's folder: its preset, or the name of its Hugging Face folder."""
     folder = config.checkpoint.load_hf
     return config.preset if folder is None else Path(folder).resolve().name or config.preset
 

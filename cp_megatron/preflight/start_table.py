@@ -14,7 +14,8 @@ from rich.table import Table
 from rich.text import Text
 
 from cp_megatron.cli.refusal import printable
-from cp_megatron.config import DataConfig
+from cp_megatron.config import Config, DataConfig
+from cp_megatron.config.files.presets import MEGATRON_PRESET, PRESETS
 from cp_megatron.config.files.run_folders import RUNS
 from cp_megatron.preflight.run_length import epochs_line
 from cp_megatron.preflight.run_plan import RunPlan, dtype_on
@@ -81,7 +82,7 @@ def _model(plan: RunPlan) -> Iterator[Line]:
     heads = f"{model.num_attention_heads} heads of {model.head_dim}"
     if model.num_kv_heads != model.num_attention_heads:
         heads += f" in {model.num_kv_heads} groups"
-    yield "model", f"{model_name(config)}: {layers}, {heads}"
+    yield "model", f"{_label(config)}{layers}, {heads}"
     positions: str = model.position_embedding_type
     if positions == "rope" and model.rope_type != "default":
         factor = f" x {model.rope_scaling_factor:g}" if model.rope_scaling_factor else ""
@@ -98,6 +99,16 @@ def _model(plan: RunPlan) -> Iterator[Line]:
     on_rank = f"{sequence.layout.shard_len:,} of them on a rank"
     yield "tokens", f"{sequence.row_length:,} per row{padding}, {on_rank}"
     yield "attention", _attention(plan)
+
+
+def _label(config: Config) -> str:
+    """What the model is called: its folder or preset, and whether it differs from the preset."""
+    if config.checkpoint.load_hf is not None:
+        return f"{model_name(config)}: "
+    if config.preset == MEGATRON_PRESET:
+        return ""
+    changed = config.model != PRESETS[config.preset].model
+    return f"{config.preset}, changed: " if changed else f"{config.preset}: "
 
 
 def _choices(plan: RunPlan) -> Iterator[Line]:

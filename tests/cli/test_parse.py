@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cp_megatron.cli.megatron_flags import FAMILIES, MEANINGLESS
 from cp_megatron.cli.parse import Arguments, LaunchOptions, parse_arguments
+from cp_megatron.cli.programs import CONVERT, EVALUATE, GENERATE
 from cp_megatron.config import Config
 from cp_megatron.config.fields import settings, settings_of
 from cp_megatron.config.files.presets import PRESETS
@@ -18,6 +18,8 @@ from cp_megatron.config.files.yaml_io import to_yaml
 from cp_megatron.config.help_page import HELP
 from cp_megatron.errors import ConfigError
 from tests.config.yaml_text import from_yaml
+
+TOY = ["--preset", "toy"]
 
 
 def refused(*argv: str) -> ConfigError:
@@ -34,8 +36,8 @@ def test_nothing_given_is_the_toy_preset() -> None:
 @pytest.mark.parametrize(
     "argv",
     [
-        ["--num-layers", "7", "--lr", "1e-4", "--dtype", "float64", "--swiglu"],
-        ["--num-layers=7", "--lr=1e-4", "--dtype=float64", "--swiglu"],
+        ["--preset", "toy", "--num-layers", "7", "--lr", "1e-4", "--dtype", "float64", "--swiglu"],
+        ["--preset=toy", "--num-layers=7", "--lr=1e-4", "--dtype=float64", "--swiglu"],
     ],
 )
 def test_values_in_both_spellings(argv: list[str]) -> None:
@@ -43,7 +45,7 @@ def test_values_in_both_spellings(argv: list[str]) -> None:
     config = arguments.config
     assert (config.model.num_layers, config.optimizer.lr) == (7, 1e-4)
     assert (config.train.dtype, config.model.swiglu) == ("float64", True)
-    assert arguments.given == {"--num-layers", "--lr", "--dtype", "--swiglu"}
+    assert arguments.given == {"--preset", "--num-layers", "--lr", "--dtype", "--swiglu"}
 
 
 def test_a_switch_of_a_preset_is_switched_off() -> None:
@@ -64,7 +66,7 @@ def test_several_paths_end_at_the_next_flag() -> None:
 
 
 def test_negative_numbers_are_values() -> None:
-    argv = ["--window-size", "-1", "0", "--rope-short-factor=-.5", "-1"]
+    argv = [*TOY, "--window-size", "-1", "0", "--rope-short-factor=-.5", "-1"]
     model = parse_arguments(argv).config.model
     assert (model.window_size, model.rope_short_factor) == ((-1, 0), (-0.5, -1.0))
     assert refused("--lr", "-1").rule == "must be above 0"
@@ -82,16 +84,35 @@ def test_megatrons_spellings() -> None:
 
 @pytest.mark.parametrize("window", [["-1", "0"], ["-1,0"], ["(-1,0)"]])
 def test_a_window_is_two_numbers(window: list[str]) -> None:
-    argv = ["--window-size", *window, "--hierarchical-context-parallel-sizes", "2", "4"]
+    argv = [*TOY, "--window-size", *window, "--hierarchical-context-parallel-sizes", "2", "4"]
     config = parse_arguments([*argv, "--seed", "3"]).config
     assert (config.model.window_size, config.train.seed) == ((-1, 0), 3)
     assert config.parallel.hierarchical_context_parallel_sizes == (2, 4)
     assert from_yaml(to_yaml(config), "test") == config
-    assert parse_arguments(["--window-size", "None"]).config.model.window_size is None
+    assert parse_arguments([*TOY, "--window-size", "None"]).config.model.window_size is None
+
+
+@pytest.mark.parametrize(
+    ("words", "on"),
+    [
+        *((["--plot", word], True) for word in ("true", "True", "1", "yes")),
+        *((["--plot", word], False) for word in ("false", "FALSE", "0", "no")),
+        (["--plot=true"], True),
+        (["--no-plot", "true"], False),
+        (["--no-plot=false"], True),
+    ],
+)
+def test_a_switch_may_have_a_word(words: list[str], on: bool) -> None:
+    assert parse_arguments(words).config.log.plot is on
 
 
 def test_bf16_is_a_dtype() -> None:
-    for argv in (["--bf16"], ["--bf16", "--dtype", "bfloat16"], ["--dtype", "bfloat16"]):
+    for argv in (
+        ["--bf16"],
+        ["--bf16", "True"],
+        ["--bf16", "--dtype", "bfloat16"],
+        ["--dtype", "bfloat16"],
+    ):
         train = parse_arguments(argv).config.train
         assert (train.dtype, train.bf16) == ("bfloat16", False)
 
@@ -123,8 +144,8 @@ def test_bf16_is_a_dtype() -> None:
         (["--window-size", "1", "2", "3"], "--window-size", "1 2 3", "--window-size INT INT"),
         (["--window-size"], "--window-size", "", "--window-size INT INT"),
         (["--dtype"], "--dtype", "", "auto, float64, float32, bfloat16"),
-        (["--swiglu=true"], "--swiglu", "true", "--swiglu or --no-swiglu"),
-        (["--swiglu", "true"], "--swiglu", "true", "--swiglu or --no-swiglu"),
+        (["--swiglu=maybe"], "--swiglu", "maybe", "--swiglu or --no-swiglu"),
+        (["--swiglu", "true", "1"], "--swiglu", "true 1", "--swiglu or --no-swiglu"),
         (["train"], "argument", "train", "--flag value"),
         (["--lr", "1", "2"], "--lr", "1 2", "--lr FLOAT"),
         (["--lr", "1", "--lr", "2"], "--lr", "2", "--lr 1, or --lr 2"),
@@ -144,24 +165,6 @@ def test_refusals(argv: list[str], flag: str, value: str, works: str) -> None:
 
 def test_the_same_value_twice_is_no_contradiction() -> None:
     assert parse_arguments(["--lr", "1", "--lr", "1"]).config.optimizer.lr == 1.0
-
-
-@pytest.mark.parametrize("flag", [*MEANINGLESS, *(f"{prefix}x" for prefix in FAMILIES)])
-def test_flags_of_megatron_are_refused_with_the_reason(flag: str) -> None:
-    error = refused(flag, "1")
-    assert error.flag == flag
-    assert "Megatron" in error.rule
-    assert error.works
-
-
-def test_no_flag_is_both_refused_and_known() -> None:
-    assert not {row.flag for row in settings().values()} & MEANINGLESS.keys()
-
-
-def test_what_a_refusal_recommends_exists() -> None:
-    known = {row.flag for row in settings().values()}
-    words = [word.strip(",") for _, works in MEANINGLESS.values() for word in works.split()]
-    assert {word for word in words if word.startswith("--")} <= known
 
 
 @pytest.mark.parametrize("flag", sorted(HELP))
@@ -191,6 +194,19 @@ def test_help_shows_the_presets_values_and_survives_a_wrong_flag(
     first, second = capsys.readouterr().out.split("usage:")[1:]
     assert "--ffn-hidden-size INT|None (default: 14336)" in first
     assert "--ffn-hidden-size INT|None (default: None)" in second
+
+
+def test_the_flags_of_its_own_come_first_in_a_programs_help(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for program, first in ((EVALUATE, "--tasks"), (GENERATE, "--prompt"), (CONVERT, "--from-gguf")):
+        with pytest.raises(SystemExit):
+            parse_arguments(["--help"], program=program)
+        lines = capsys.readouterr().out.splitlines()
+        flags = [line.split()[0] for line in lines if line.startswith("  --")]
+        own = {row.flag for row in settings_of(program.options)}
+        assert flags[0] == first
+        assert {flag.rstrip(",") for flag in flags[: len(own)]} == own
 
 
 def test_a_quiet_rank_prints_no_help(capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from cp_megatron.cli import refusal
 from cp_megatron.cli.refusal import error_line
-from cp_megatron.errors import ConfigError
+from cp_megatron.errors import CombinedError, ConfigError
 
 
 @pytest.mark.parametrize(
@@ -53,3 +53,11 @@ def test_an_error_is_printed_once(
 )
 def test_an_error_is_one_line(error: ConfigError, line: str) -> None:
     assert error_line(error, "p") == line
+
+
+def test_several_errors_are_one_line_each(capsys: pytest.CaptureFixture[str]) -> None:
+    errors = [ConfigError("--lr", 2, "rule", "1"), ConfigError("--a", "x\ny", "rule")]
+    assert refusal.refuse(CombinedError(errors), "p") == 2
+    first, second, count = capsys.readouterr().err.splitlines()
+    assert (first, second) == (error_line(errors[0], "p"), error_line(errors[1], "p"))
+    assert count.startswith("p: 2 mistakes")

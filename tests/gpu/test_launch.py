@@ -15,7 +15,7 @@ from tests.train.checkpoints import differing, metrics_of
 pytestmark = pytest.mark.gpu
 
 SCRIPT = str(Path(__file__).parents[2] / "launch" / "pretrain.py")
-WORDS = ["--num-layers", "3", "--hidden-size", "256", "--seq-length", "512"]
+WORDS = ["--preset", "toy", "--num-layers", "3", "--hidden-size", "256", "--seq-length", "512"]
 WORDS += ["--micro-batch-size", "2", "--eval-iters", "0", "--lr-warmup-iters", "0"]
 WORDS += ["--log-interval", "1", "--no-plot"]
 

@@ -24,7 +24,8 @@ from tests.train.checkpoints import differing, metrics_of, numbers
 
 SCRIPT = str(Path(__file__).parents[2] / "launch" / "pretrain.py")
 TORCHRUN = ["torchrun", "--nproc-per-node", "4"]
-MODEL = ["--num-layers", "1", "--hidden-size", "32", "--seq-length", "64", "--lr-warmup-iters", "0"]
+SHAPE = ["--num-layers", "1", "--hidden-size", "32", "--lr-warmup-iters", "0"]
+MODEL = ["--preset", "toy", *SHAPE, "--seq-length", "64"]
 GRID = ["--context-parallel-size", "2", "--tensor-parallel-size", "2", "--sequence-parallel"]
 STEPS = 6
 BATCH = ["--micro-batch-size", "1", "--global-batch-size", "4"]
@@ -300,9 +301,8 @@ def test_a_signal_to_python_alone_at_any_time_leaves_no_trace(folder: Path, seco
 def test_what_is_detected_after_the_start_is_one_line_too(
     folder: Path, flags: list[str], expected: str
 ) -> None:
-    shape = ["--num-layers", "1", "--hidden-size", "32", "--lr-warmup-iters", "0"]
     begin = time.monotonic()
-    ended = run([*TORCHRUN, SCRIPT, *shape, *RUN, *flags], folder)
+    ended = run([*TORCHRUN, SCRIPT, "--preset", "toy", *SHAPE, *RUN, *flags], folder)
     assert time.monotonic() - begin < 30
     (line,) = (line for line in ended.noise if line.startswith("pretrain.py: "))
     assert line.startswith(f"pretrain.py: error: {expected}")
@@ -334,7 +334,8 @@ def test_what_is_detected_after_the_start_is_one_line_too(
     ids=" ".join,
 )
 def test_every_kind_of_run_is_quiet(folder: Path, flags: list[str]) -> None:
-    ended = run([*TORCHRUN, SCRIPT, *MODEL, *RUN, *flags], folder)
+    model = [*SHAPE, "--seq-length", "64"] if "--preset" in flags else MODEL
+    ended = run([*TORCHRUN, SCRIPT, *model, *RUN, *flags], folder)
     assert (ended.code, ended.noise) == (0, [])
     again = run(ended.resume, folder)
     assert (again.code, again.noise) == (0, [])

@@ -47,7 +47,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("evaluated")
     lines = (f"Number {i} is here. The {i % 7} mice run after line {i * i}!" for i in range(400))
     (folder / "text.txt").write_text("\n".join(lines))
-    argv = ["--num-layers", "1", "--hidden-size", "32", "--seq-length", "64", "--train-iters", "2"]
+    argv = ["--preset", "toy", "--num-layers", "1", "--hidden-size", "32"]
+    argv += ["--seq-length", "64", "--train-iters", "2"]
     argv += ["--data-path", str(folder / "text.txt"), "--save", str(folder / "run")]
     argv += ["--device", "cpu", "--no-plot", "--split", "80,20"]
     run_ranks(train, 1, argv)

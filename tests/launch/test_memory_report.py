@@ -12,7 +12,8 @@ import pytest
 from tests.train.checkpoints import metrics_of
 
 SCRIPT = str(Path(__file__).parents[2] / "launch" / "pretrain.py")
-WORDS = ["--num-layers", "1", "--hidden-size", "32", "--seq-length", "64", "--device", "cpu"]
+WORDS = ["--preset", "toy", "--num-layers", "1", "--hidden-size", "32"]
+WORDS += ["--seq-length", "64", "--device", "cpu"]
 WORDS += [
     "--train-iters",
     "2",

@@ -53,7 +53,7 @@ def test_it_prepares(tmp_path: Path) -> None:
         (["--input", "a", "--input", "b"], "--input b: contradicts --input a"),
         (["--input"], "needs one or more values"),
         (["--workers", "two"], "must be a whole number"),
-        (["--append-eod", "yes"], "takes no value"),
+        (["--append-eod", "maybe"], "only true or false may follow"),
         (["--input", "a"], "--output-prefix: names the path"),
         (["--output-prefix", "o", "--log-interval", "0"], "must be at least 1"),
         (["--output-prefix", "o", "--input", "none"], "no such file or folder"),

@@ -183,7 +183,8 @@ def test_a_real_run_is_saved_requeued_and_finished(slurm: Slurm) -> None:
     slurm.program("srun", SRUN_STARTS)
     slurm.program("scontrol", SCONTROL_HERE)
     (slurm.folder / "text.txt").write_text("three blind mice, see how they run. " * 200)
-    flags = ["--num-layers", "1", "--hidden-size", "32", "--seq-length", "64", "--data-path"]
+    flags = ["--preset", "toy", "--num-layers", "1", "--hidden-size", "32"]
+    flags += ["--seq-length", "64", "--data-path"]
     flags += ["text.txt", "--log-interval", "1", "--context-parallel-size", "2"]
     flags += ["--device", "cpu", "--lr-warmup-iters", "0", "--train-iters", "2000"]
     variables = {"SLURM_JOB_NUM_NODES": "1", "RANKS_PER_NODE": "2", "RUN": "r"}

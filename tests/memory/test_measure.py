@@ -68,6 +68,7 @@ class Place:
         words += ["--seq-length", "64", "--global-batch-size", "4", "--lr-warmup-iters", "0"]
         words += ["--train-iters", "2", "--eval-iters", "0", "--log-interval", "1"]
         words += ["--device", "cpu", "--data-path", str(self.folder / "text.txt")]
+        words += [] if "--preset" in flags else LLAMA
         return [*words, "--save", str(self.folder / save), *flags]
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from cp_megatron.cli.parse import parse_arguments
 from cp_megatron.comm.runtime import Launch
-from cp_megatron.errors import ConfigError
+from cp_megatron.errors import CombinedError, ConfigError
 from cp_megatron.plan import Grid
 from cp_megatron.preflight.check import check
 from cp_megatron.preflight.run_plan import RunPlan
@@ -55,8 +55,8 @@ def refused(
     with pytest.raises(ConfigError) as caught:
         plan(*argv, world=world, torchrun=torchrun, local=local)
     error = caught.value
-    assert error.rule
-    assert "\n" not in str(error)
+    errors = error.errors if isinstance(error, CombinedError) else (error,)
+    assert all(each.rule and "\n" not in str(each) for each in errors)
     return error
 
 
@@ -384,3 +384,29 @@ def test_check_creates_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.chdir(tmp_path)
     plan("--save", "deep/run")
     assert not os.listdir(tmp_path)
+
+
+def test_rules_that_are_broken_independently_are_told_together() -> None:
+    with pytest.raises(CombinedError) as caught:
+        plan(
+            *("--num-query-groups", "3", "--global-batch-size", "3", "--min-lr", "7"),
+            *("--data-path", "missing", "--recompute-num-layers", "2"),
+            world=2,
+        )
+    flags = [error.flag for error in caught.value.errors]
+    expected = ["--num-query-groups", "--recompute-num-layers", "--global-batch-size"]
+    assert flags == [*expected, "--min-lr", "--data-path"]
+    assert len(str(caught.value).splitlines()) == 5
+    again = pickle.loads(pickle.dumps(caught.value))
+    assert (str(again), again.flag) == (str(caught.value), "--num-query-groups")
+
+
+def test_a_mistake_that_may_follow_from_another_is_not_told() -> None:
+    # Two ranks cannot share the heads of a model whose number of heads is refused.
+    error = refused("--num-query-groups", "3", "--tensor-parallel-size", "2", world=2)
+    assert type(error) is ConfigError
+    earlier = ConfigError("--global-batch-size", "x", "must be a whole number")
+    config = parse_arguments(["--preset", "toy-gpt", "--global-batch-size", "3"]).config
+    with pytest.raises(ConfigError) as caught:
+        check(config, Launch(world_size=2), mistakes=(earlier,))
+    assert caught.value is earlier

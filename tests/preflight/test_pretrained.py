@@ -102,7 +102,7 @@ def test_a_file_may_name_the_folder(folder: Path) -> None:
         (["--rope-type", "longrope", *LISTS[:-1]], "needs 3 positive numbers"),
         (["--rope-type", "none"], "must be one of its choices"),
         (["--max-position-embeddings", "16"], "must be at least --seq-length"),
-        (["--use-rope-scaling"], "--rope-type llama3"),
+        (["--rotary-percent", "0.5"], "rope always rotates the whole head"),
     ],
 )
 def test_contradictions(folder: Path, words: list[str], told: str) -> None:
@@ -121,7 +121,7 @@ def test_rope_scaling_without_rope() -> None:
 
 
 def test_a_vocabulary_too_small_for_the_tokenizer() -> None:
-    arguments = parse_arguments(["--vocab-size", "100"])
+    arguments = parse_arguments(["--preset", "toy", "--vocab-size", "100"])
     launch = Launch(world_size=1, local_world_size=1, under_torchrun=False)
     with pytest.raises(ConfigError, match="has 257 ids, but the model knows only 100"):
         check(arguments.config, launch, given=arguments.given)

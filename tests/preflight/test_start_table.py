@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from pathlib import Path
 
 from rich.console import Console
@@ -92,3 +93,18 @@ def test_paths_are_shown_as_they_are() -> None:
     plan = planned()
     assert "[bold]x" in shown(plan, run=Path("[bold]x"))
     assert max(map(len, shown(plan, run=Path("x" * 300)).splitlines())) <= 80
+
+
+OWN = ["--num-layers", "4", "--hidden-size", "128", "--num-attention-heads", "4"]
+
+
+def test_what_is_not_the_toy_is_not_called_toy() -> None:
+    changed = shown(planned("--preset", "toy", "--num-layers", "40"))
+    assert "toy, changed: 40 layers of 192" in changed
+    assert "toy: 2 layers of 192" in shown(planned("--preset", "toy", "--lr", "1"))
+    arguments = parse_arguments([*OWN, "--dry-run"])
+    own = shown(check(arguments.config, Launch(), dry_run=True, notes=arguments.notes))
+    assert "toy" not in own
+    assert re.search("model +4 layers of 128, 4 heads of 32", own)
+    assert "runs/megatron-<n>" in own
+    assert "defaults are Megatron-LM's" in own

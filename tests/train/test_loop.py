@@ -38,6 +38,7 @@ GRIDS = {
     "dp4": ["--tensor-parallel-size", "1", "--context-parallel-size", "1"],
 }
 BASE = [
+    *("--preset", "toy"),
     *("--num-layers", "1", "--hidden-size", "32", "--lr-warmup-iters", "0"),
     *("--log-interval", "1", "--train-iters", str(STEPS), "--eval-iters", "1", "--device", "cpu"),
     *("--global-batch-size", "4"),
@@ -168,7 +169,8 @@ class Place:
         words = ["--data-path", str(self.folder / "text.txt"), "--save", self.run(save)]
         for flag, value in (("--micro-batch-size", "1"), ("--seq-length", "32")):
             words += [] if flag in flags else [flag, value]
-        return [*BASE, *words, *flags]
+        base = BASE[2:] if "--preset" in flags else BASE
+        return [*base, *words, *flags]
 
     def run(self, name: str) -> str:
         return str(self.folder / name)

@@ -71,13 +71,38 @@ _LLAMA3_8B = _long(
     memory=MemoryConfig(recompute_granularity="selective"),
 )
 
+# Megatron-LM's own defaults, but for dropout, which would be 0.1. It has no default for the sizes.
+_MEGATRON = Config(
+    preset="megatron",
+    model=ModelConfig(
+        normalization="LayerNorm",
+        norm_epsilon=1e-5,
+        position_embedding_type="learned_absolute",
+        rotary_base=10_000.0,
+        init_method_std=0.02,
+        make_vocab_size_divisible_by=128,
+    ),
+    optimizer=OptimizerConfig(
+        lr_decay_style="linear", weight_decay=0.01, adam_beta2=0.999, clip_grad=1.0
+    ),
+    train=TrainConfig(log_interval=100, eval_interval=1000, eval_iters=100),
+)
+
 PRESETS: Mapping[str, Config] = MappingProxyType(
-    {config.preset: config for config in (_TOY, _TOY_GPT, _GPT2_SMALL, _LLAMA_1B, _LLAMA3_8B)}
+    {
+        config.preset: config
+        for config in (_TOY, _TOY_GPT, _GPT2_SMALL, _LLAMA_1B, _LLAMA3_8B, _MEGATRON)
+    }
 )
 """The presets by name."""
 
 DEFAULT_PRESET = "toy"
-"""The preset of a command line that names none."""
+"""The preset of a command line that names none and says nothing about the model."""
+
+MEGATRON_PRESET = "megatron"
+"""The preset of a command line that names none and says something about the model."""
+REQUIRED_SIZES = ("num_layers", "hidden_size", "num_attention_heads")
+"""The settings of the model that have no default in Megatron-LM."""
 
 PRETRAINED_OPTIMIZER = OptimizerConfig(lr=2e-5)
 """The optimizer of a run that starts from pretrained weights and names no preset. The learning

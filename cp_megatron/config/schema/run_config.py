@@ -13,7 +13,7 @@ from cp_megatron.config.schema.parallel_config import ParallelConfig
 from cp_megatron.config.schema.ranges import Size
 from cp_megatron.config.schema.train_config import TrainConfig
 
-PresetName = Literal["toy", "toy-gpt", "gpt2-small", "llama-1b", "llama3-8b"]
+PresetName = Literal["toy", "toy-gpt", "gpt2-small", "llama-1b", "llama3-8b", "megatron"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +78,8 @@ class Config:
     """The whole run."""
 
     preset: PresetName = "toy"
-    """The preset that supplies the defaults of all other flags."""
+    """The preset that supplies the defaults of all other flags: by default the toy, or, beside any
+    flag of the model, megatron, which stands for Megatron-LM's own defaults."""
     model: ModelConfig = field(default_factory=ModelConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     data: DataConfig = field(default_factory=DataConfig)

@@ -127,7 +127,7 @@ def test_it_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
          "--documents-random 1: cannot be combined with --documents"),
         (["--documents-random", "-1"], "--documents-random -1: must be at least 0"),
         (["--bidirectional"], "--bidirectional: contradicts a causal mask (works: --mask full)"),
-        (["--bidirectional", "yes"], "--bidirectional yes: is a switch and takes no value"),
+        (["--bidirectional", "maybe"], "--bidirectional maybe: is a switch, which only true or"),
         (["--mask", "cubist"],
          "--mask cubist: must be one of its choices (works: causal, full, documents)"),
         (["--context-parallel-size", "0"], "--context-parallel-size 0: must be at least 1"),

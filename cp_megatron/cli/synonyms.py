@@ -1,0 +1,212 @@
+"""What flags of other trainers are called here: the answer to an unknown flag goes by its meaning.
+
+A flag of another trainer is not accepted, because its value may have another unit; the error names
+what to use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from cp_megatron.errors import ConfigError
+
+_BATCH = "--global-batch-size: micro batch x data parallel ranks x accumulated micro batches"
+_SHARDED = "nothing: weights, gradients and optimizer state are always sharded over dp x cp"
+_SELECTIVE = "--recompute-granularity selective or full"
+_TENSORBOARD = "nothing: TensorBoard events are written to the folder of --save"
+_WARMUP = "--lr-warmup-iters"
+_COMPILE = "nothing: the program is not compiled"
+
+SYNONYMS: Mapping[str, Mapping[str, str]] = {
+    "transformers or TRL": {
+        "learning_rate": "--lr",
+        "lr_scheduler_type": "--lr-decay-style",
+        "warmup_steps": _WARMUP,
+        "warmup_ratio": "--lr-warmup-fraction",
+        "adam_epsilon": "--adam-eps",
+        "max_grad_norm": "--clip-grad",
+        "per_device_train_batch_size": "--micro-batch-size",
+        "per_gpu_train_batch_size": "--micro-batch-size",
+        "train_batch_size": "--global-batch-size",
+        "per_device_eval_batch_size": "--micro-batch-size",
+        "gradient_accumulation_steps": _BATCH,
+        "num_train_epochs": "--train-epochs",
+        "max_steps": "--train-iters",
+        "max_seq_length": "--seq-length",
+        "max_seq_len": "--seq-length",
+        "max_length": "--seq-length",
+        "block_size": "--seq-length",
+        "model_max_length": "--seq-length",
+        "gradient_checkpointing": _SELECTIVE,
+        "output_dir": "--save",
+        "overwrite_output_dir": "--save with a new folder: nothing is ever overwritten",
+        "model_name_or_path": "--load-hf DIR, the folder of the model on this machine",
+        "config_name": "--load-hf DIR, the folder of the model on this machine",
+        "tokenizer_name": "--tokenizer-type huggingface --tokenizer-model DIR",
+        "resume_from_checkpoint": "--load RUN, or --load auto with --save RUN",
+        "save_steps": "--save-interval",
+        "save_total_limit": "--keep-latest-k",
+        "eval_steps": "--eval-interval",
+        "max_eval_samples": "--eval-iters",
+        "logging_steps": "--log-interval",
+        "logging_dir": _TENSORBOARD,
+        "report_to": "--wandb-project; TensorBoard events are always written",
+        "run_name": "--wandb-exp-name",
+        "data_seed": "--seed",
+        "tf32": "--dtype",
+        "torch_dtype": "--dtype",
+        "attn_implementation": "--kernel",
+        "use_flash_attention_2": "--kernel",
+        "torch_compile": _COMPILE,
+        "dataset_name": "--data-path FILE or FOLDER on this machine",
+        "dataset_path": "--data-path",
+        "train_file": "--train-data-path",
+        "validation_file": "--valid-data-path",
+        "dataset_text_field": "--json-keys of launch/prepare_data.py",
+        "assistant_only_loss": "--sft",
+        "completion_only_loss": "--sft",
+        "sliding_window": "--window-size LEFT 0, with LEFT one less",
+        "num_hidden_layers": "--num-layers",
+        "intermediate_size": "--ffn-hidden-size",
+        "num_key_value_heads": "--num-query-groups",
+        "rms_norm_eps": "--norm-epsilon",
+        "rope_theta": "--rotary-base",
+        "tie_word_embeddings": "--no-untie-embeddings-and-output-weights",
+        "ddp_timeout": "--distributed-timeout-minutes, in minutes",
+        "fsdp": _SHARDED,
+        "fsdp_config": _SHARDED,
+        "do_train": "nothing: this program trains",
+        "do_eval": "--eval-iters",
+        "push_to_hub": "launch/convert.py, which writes a folder that transformers reads",
+        "lora_r": "nothing: all weights are trained",
+        "use_peft": "nothing: all weights are trained",
+    },
+    "torchtitan": {
+        "job.config_file": "--config FILE.yaml",
+        "job.dump_folder": "--save",
+        "model.name": "--preset NAME or --load-hf DIR",
+        "model.flavor": "--preset NAME or --load-hf DIR",
+        "model.tokenizer_path": "--tokenizer-model",
+        "model.hf_assets_path": "--load-hf",
+        "training.seq_len": "--seq-length",
+        "training.steps": "--train-iters",
+        "training.local_batch_size": "--micro-batch-size",
+        "training.batch_size": "--micro-batch-size",
+        "training.global_batch_size": "--global-batch-size",
+        "training.max_norm": "--clip-grad",
+        "training.dataset": "--data-path FILE or FOLDER",
+        "training.dataset_path": "--data-path",
+        "training.seed": "--seed",
+        "training.deterministic": "--deterministic",
+        "training.mixed_precision_param": "--dtype",
+        "training.compile": _COMPILE,
+        "compile.enable": _COMPILE,
+        "training.data_parallel_shard_degree": _SHARDED,
+        "training.context_parallel_degree": "--context-parallel-size",
+        "training.tensor_parallel_degree": "--tensor-parallel-size",
+        "parallelism.data_parallel_shard_degree": _SHARDED,
+        "parallelism.data_parallel_replicate_degree": _SHARDED,
+        "parallelism.tensor_parallel_degree": "--tensor-parallel-size",
+        "parallelism.context_parallel_degree": "--context-parallel-size",
+        "parallelism.context_parallel_rotate_method": "--cp-comm-type",
+        "parallelism.pipeline_parallel_degree": "nothing: there is no pipeline parallelism",
+        "optimizer.name": "nothing: AdamW is the only optimizer",
+        "optimizer.lr": "--lr",
+        "optimizer.eps": "--adam-eps",
+        "optimizer.beta1": "--adam-beta1",
+        "optimizer.beta2": "--adam-beta2",
+        "optimizer.weight_decay": "--weight-decay",
+        "lr_scheduler.warmup_steps": _WARMUP,
+        "lr_scheduler.decay_type": "--lr-decay-style",
+        "lr_scheduler.min_lr_factor": "--min-lr: the factor times --lr",
+        "activation_checkpoint.mode": _SELECTIVE,
+        "checkpoint.enable": "--save-interval N; the end of a run is always saved",
+        "checkpoint.enable_checkpoint": "--save-interval N; the end of a run is always saved",
+        "checkpoint.folder": "--save",
+        "checkpoint.interval": "--save-interval",
+        "checkpoint.keep_latest_k": "--keep-latest-k",
+        "checkpoint.async_mode": "--async-save or --no-async-save",
+        "checkpoint.initial_load_path": "--load RUN or --load-hf DIR",
+        "metrics.log_freq": "--log-interval",
+        "metrics.enable_tensorboard": _TENSORBOARD,
+        "metrics.enable_wandb": "--wandb-project NAME",
+        "validation.freq": "--eval-interval",
+        "validation.steps": "--eval-iters",
+        "comm.train_timeout_seconds": "--distributed-timeout-minutes, in minutes",
+        "profiling.enable_profiling": "--profile",
+        "debug.deterministic": "--deterministic",
+        "debug.seed": "--seed",
+    },
+    "DeepSpeed": {
+        "deepspeed": _SHARDED,
+        "deepspeed_config": _SHARDED,
+        "zero_stage": _SHARDED,
+        "offload": "--optimizer-cpu-offload",
+        "offload_optimizer": "--optimizer-cpu-offload",
+        "sequence_parallel_size": "--context-parallel-size",
+        "ds_sequence_parallel_size": "--context-parallel-size",
+        "train_micro_batch_size_per_gpu": "--micro-batch-size",
+        "gradient_clipping": "--clip-grad",
+        "deepspeed_activation_checkpointing": _SELECTIVE,
+    },
+    "another trainer": {
+        "cp": "--context-parallel-size",
+        "cp_size": "--context-parallel-size",
+        "tp": "--tensor-parallel-size",
+        "tp_size": "--tensor-parallel-size",
+        "tensor_parallel": "--tensor-parallel-size",
+        "context_parallel": "--context-parallel-size",
+        "dp": "nothing: the ranks that tp and cp leave are data parallel",
+        "dp_size": "nothing: the ranks that tp and cp leave are data parallel",
+        "data_parallel_size": "nothing: the ranks that tp and cp leave are data parallel",
+        "pp": "nothing: there is no pipeline parallelism",
+        "sp": "--sequence-parallel, or --context-parallel-size",
+        "ulysses_degree": "--context-parallel-size with --cp-comm-type a2a",
+        "ring_degree": "--context-parallel-size with --cp-comm-type p2p",
+        "batch_size": "--global-batch-size or --micro-batch-size",
+        "epochs": "--train-epochs",
+        "steps": "--train-iters",
+        "context_length": "--seq-length",
+        "seq_len": "--seq-length",
+        "n_layers": "--num-layers",
+        "n_heads": "--num-attention-heads",
+        "vocab": "--vocab-size",
+        "precision": "--dtype",
+        "checkpoint": "--load",
+        "resume": "--load RUN, or --load auto with --save RUN",
+        "ckpt": "--load",
+        "output": "--save",
+        "data": "--data-path",
+        "dataset": "--data-path",
+        "model": "--preset, or --load-hf DIR",
+        "activation_checkpointing": _SELECTIVE,
+        "dropout": "--hidden-dropout and --attention-dropout",
+    },
+}
+"""By trainer: the name of a flag without dashes, and what to use here."""
+
+
+def refuse_synonym(flag: str, value: str) -> None:
+    """Raises the error for an unknown flag that other trainers have.
+
+    Raises:
+        ConfigError: it is one of these.
+    """
+    name = flag.lstrip("-").replace("-", "_").lower()
+    for trainer, answers in SYNONYMS.items():
+        if name in answers:
+            raise ConfigError(flag, value, f"unknown flag: it is one of {trainer}", answers[name])
+
+
+def flags_of_tables(tables: Mapping[str, Any]) -> Iterator[str]:
+    """The flags for what torchtitan's settings say, as far as they have a counterpart.
+
+    Args:
+        tables: the content of a TOML file.
+    """
+    for section, values in tables.items():
+        for name, value in values.items() if isinstance(values, dict) else ():
+            answer = SYNONYMS["torchtitan"].get(f"{section}.{name}", "")
+            if answer.startswith("--") and " " not in answer and not isinstance(value, dict):
+                yield answer if value is True else f"{answer} {value}"

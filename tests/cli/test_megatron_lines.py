@@ -1,0 +1,235 @@
+"""Whole command lines of Megatron-LM: they reach a plan, and they train."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cp_megatron.cli.parse import read_arguments
+from cp_megatron.comm.runtime import Launch
+from cp_megatron.config.words import split_words
+from cp_megatron.errors import CombinedError, ConfigError
+from cp_megatron.preflight.check import check
+from cp_megatron.preflight.run_plan import RunPlan
+from tests.cli.megatron_lines import LINES, TRAINED, MegatronLine
+from tests.data import tokenizer_files
+from tests.data.test_indexed import index_bytes
+from tests.ranks import run_ranks
+from tests.train.checkpoints import metrics_of
+from tests.train.test_loop import train
+
+# Flags by the number of public command lines, of 24, that have them.
+COUNTS: Mapping[str, int] = {
+    "pipeline-model-parallel-size": 21,
+    "use-distributed-optimizer": 20,
+    "transformer-impl": 19,
+    "use-mcore-models": 18,
+    "group-query-attention": 17,
+    "tensorboard-dir": 15,
+    "ckpt-format": 15,
+    "overlap-grad-reduce": 14,
+    "log-throughput": 13,
+    "attention-softmax-in-fp32": 13,
+    "data-cache-path": 12,
+    "attention-backend": 12,
+    "overlap-param-gather": 12,
+    "distributed-backend": 12,
+    "use-flash-attn": 10,
+    "no-gradient-accumulation-fusion": 10,
+    "no-load-optim": 10,
+    "lr-warmup-fraction": 10,
+    "no-masked-softmax-fusion": 10,
+    "num-workers": 9,
+    "no-load-rng": 9,
+    "use-rotary-position-embeddings": 8,
+    "log-validation-ppl-to-tensorboard": 8,
+    "log-timers-to-tensorboard": 8,
+    "rotary-percent": 6,
+    "optimizer": 5,
+    "vocab-file": 5,
+    "merge-file": 5,
+    "train-samples": 4,
+    "no-create-attention-mask-in-dataloader": 4,
+    "cross-entropy-loss-fusion": 4,
+    "calculate-per-token-loss": 4,
+    "fp8-format": 4,
+    "fp8-param-gather": 4,
+    "no-mmap-bin-files": 4,
+    "log-params-norm": 4,
+    "log-num-zeros-in-grad": 4,
+    "timing-log-level": 4,
+    "log-memory-to-tensorboard": 4,
+    "use-persistent-ckpt-worker": 4,
+    "initial-loss-scale": 4,
+    "padded-vocab-size": 4,
+    "tensorboard-queue-size": 4,
+    "no-save-optim": 4,
+    "context-parallel-algo": 4,
+    "tokenizer-name-or-path": 4,
+    "use-fused-rotary-pos-emb": 4,
+    "use-fused-swiglu": 4,
+    "use-fused-rmsnorm": 4,
+    "exit-duration-in-mins": 3,
+    "lr-warmup-samples": 3,
+    "lr-decay-samples": 3,
+    "recompute-activations": 3,
+    "fp8-amax-compute-algo": 3,
+    "fp8-amax-history-len": 3,
+    "dist-ckpt-strictness": 3,
+    "num-experts": 2,
+    "moe-router-topk": 2,
+    "moe-router-load-balancing-type": 2,
+    "moe-aux-loss-coeff": 2,
+    "moe-grouped-gemm": 2,
+    "moe-token-dispatcher-type": 2,
+    "expert-model-parallel-size": 2,
+    "apply-layernorm-1p": 2,
+    "tp-comm-overlap": 2,
+    "use-megatron-fsdp": 2,
+    "lr-wsd-decay-style": 2,
+    "lr-wsd-decay-iters": 2,
+    "decoupled-lr": 2,
+    "manual-gc": 2,
+    "attention-mask-type": 2,
+}
+
+# What a test may shrink.
+SMALL: Mapping[str, str] = {
+    "--num-layers": "2",
+    "--hidden-size": "64",
+    "--ffn-hidden-size": "96",
+    "--num-attention-heads": "4",
+    "--num-query-groups": "2",
+    "--kv-channels": "16",
+    "--seq-length": "64",
+    "--max-position-embeddings": "64",
+    "--window-size": "15,0",
+    "--vocab-size": "400",
+    "--recompute-num-layers": "1",
+    "--tensor-model-parallel-size": "1",
+    "--context-parallel-size": "2",
+    "--micro-batch-size": "1",
+    "--global-batch-size": "2",
+    "--train-iters": "2",
+    "--lr-warmup-iters": "1",
+    "--lr-decay-iters": "2",
+    "--save-interval": "2",
+    "--eval-iters": "1",
+    "--eval-interval": "2",
+    "--log-interval": "1",
+}
+
+
+def make_folder(folder: Path) -> None:
+    """The files that the lines name."""
+    (folder / "data").mkdir()
+    tokens = np.random.default_rng(1).integers(0, 250, 4000).astype("<u2")
+    for name in ("corpus", "other"):
+        # Two documents of 2,000 tokens each.
+        index = index_bytes(lengths=(2000, 2000), pointers=(0, 4000), documents=(0, 1, 2))
+        (folder / "data" / f"{name}_text_document.idx").write_bytes(index)
+        (folder / "data" / f"{name}_text_document.bin").write_bytes(tokens.tobytes())
+    path = tokenizer_files.huggingface(folder / "tokenizer")
+    tokenizer_files.sentencepiece(folder)
+    library = tokenizer_files.train_byte_level(tokenizer_files.TEXTS, path, vocab_size=300)
+    library.model.save(str(folder), "gpt2")  # gpt2-vocab.json and gpt2-merges.txt
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    make_folder(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def planned(words: list[str], world: int) -> RunPlan:
+    """What ``--dry-run --world-size`` plans."""
+    arguments = read_arguments([*words, "--dry-run", "--world-size", str(world)])
+    return check(
+        arguments.config,
+        Launch(),
+        dry_run=True,
+        dry_run_world_size=world,
+        given=arguments.given,
+        auto=arguments.auto,
+        argv=words,
+        notes=arguments.notes,
+        mistakes=arguments.mistakes,
+    )
+
+
+def refusals(line: MegatronLine) -> list[ConfigError]:
+    """What one run tells about the line."""
+    try:
+        planned(line.words, line.world)
+    except CombinedError as error:
+        return list(error.errors)
+    except ConfigError as error:
+        return [error]
+    return []
+
+
+def accepted(line: MegatronLine) -> list[str]:
+    """The line without the flags that are refused."""
+    refused = {error.flag for error in refusals(line)}
+    pieces = [piece for piece in split_words(line.words) if piece[0] not in refused]
+    return [word for flag, words in pieces for word in (flag, *words)]
+
+
+def test_the_lines_are_like_those_of_the_field() -> None:
+    flags = [{flag for flag, _ in split_words(line.words)} for line in LINES.values()]
+    assert len(LINES) >= 20
+    assert 55 <= statistics.median(map(len, flags)) <= 75
+    for name, count in COUNTS.items():
+        found = sum(f"--{name}" in line for line in flags)
+        assert found >= min(count, 2) - (count <= 4), name
+
+
+@pytest.mark.parametrize("name", LINES)
+def test_a_line_reaches_a_plan_after_at_most_three_refusals(name: str, folder: Path) -> None:
+    line = LINES[name]
+    found = refusals(line)
+    assert len(found) <= 3, "\n".join(map(str, found))
+    plan = planned(accepted(line), line.world)
+    assert plan.grid.world_size == line.world
+    assert plan.config.preset == "megatron"
+    model = plan.config.model
+    grouped = "--num-query-groups" in line.words
+    assert (model.num_kv_heads == model.num_attention_heads) == (not grouped)
+    assert (model.normalization == "RMSNorm") == ("RMSNorm" in line.words)
+
+
+def shrunk(line: MegatronLine, folder: Path) -> list[str]:
+    """The line with small sizes for two ranks, and with whole paths."""
+    words = ["--device", "cpu"]
+    for flag, values in split_words(accepted(line)):
+        values = [SMALL[flag]] if flag in SMALL else values
+        words += [flag, *(str(folder / v) if (folder / v).exists() else v for v in values)]
+    save = str(folder / "run")
+    return [save if word == "checkpoints" else word for word in words]
+
+
+def check_training(name: str, folder: Path) -> None:
+    words = shrunk(LINES[name], folder)
+    if "--save" not in words:
+        words += ["--save", str(folder / "run")]
+    assert run_ranks(train, 2, words) == [2, 2]
+    rows = metrics_of(folder / "run")
+    assert [row["step"] for row in rows] == [1, 2]
+    assert all(0 < row["loss"] < 10 for row in rows)
+    assert (folder / "run" / "step-2").is_dir()
+
+
+@pytest.mark.parametrize("name", TRAINED[:2])
+def test_a_small_line_trains(name: str, folder: Path) -> None:
+    check_training(name, folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TRAINED[2:])
+def test_every_small_line_trains(name: str, folder: Path) -> None:
+    check_training(name, folder)
