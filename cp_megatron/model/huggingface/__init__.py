@@ -25,6 +25,7 @@ rank with ``sdpa``; here documents are separate in every model.
 """
 
 from cp_megatron.model.huggingface.attention_interface import attention as attention
-from cp_megatron.model.huggingface.attention_interface import register as register
 from cp_megatron.model.huggingface.batch_plan import BatchPlan as BatchPlan
 from cp_megatron.model.huggingface.batch_plan import shard_batch as shard_batch
+from cp_megatron.model.huggingface.check_model import check as check
+from cp_megatron.model.huggingface.register import register as register
