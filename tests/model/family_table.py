@@ -40,19 +40,23 @@ FLOAT32_OPS = frozenset(
 TEXT_ALONE = ("dots3_note", "emu3", "llama4", "qwen3_5", "qwen3_5_moe", "qwen4_exp")
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 INDEXER = {
-    **{"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 256},
-    **{"indexer_budget": 16, "indexer_compress_ratio": 4},
+    "indexer_n_heads": 2,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 256,
+    "indexer_budget": 16,
+    "indexer_compress_ratio": 4,
 }
 # What a default config lacks.
 CHANGES: Mapping[str, Mapping[str, Any]] = {
-    "cohere_compass_text": {
-        "rope_parameters": {"full_attention": ROPE, "sliding_attention": ROPE}
-    },
+    "cohere_compass_text": {"rope_parameters": {"full_attention": ROPE, "sliding_attention": ROPE}},
     "dbrx": {"attn_config": {"rope_theta": 10000.0, "clip_qkv": 8.0}},
     "deepseek_v2": {"num_experts_per_tok": 2},
     "dots1": {
-        **{"n_routed_experts": 8, "num_experts_per_tok": 2, "n_shared_experts": 1},
-        **{"n_group": 1, "topk_group": 1},
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 2,
+        "n_shared_experts": 1,
+        "n_group": 1,
+        "topk_group": 1,
     },
     "dots3_note": {"text_config": {"num_hidden_layers": 2}},
     "dots3_note_text": {"num_hidden_layers": 2},
@@ -113,9 +117,7 @@ def outcome_of(rank: int, world_size: int, family: str, model: str) -> Outcome:
         return Outcome(family=family, model=model, result="lacks", reason=str(error).strip())
     tolerance = ROUNDED if "float32" in reference else EXACT
     result = "equal" if max(errors.values()) < tolerance else "wrong"
-    return Outcome(
-        family=family, model=model, result=result, errors=errors, reference=reference
-    )
+    return Outcome(family=family, model=model, result=result, errors=errors, reference=reference)
 
 
 def tiny_config(family: str) -> Any:
@@ -154,7 +156,7 @@ def compare(family: str, model: str) -> tuple[dict[str, float], str]:
     except ValueError:
         reference = "eager"
         whole = build(family, model, reference)
-    with Float32Ops() as rounding:
+    with Float32Ops(whole) as rounding:
         expected = {name: whole_row(whole, row) for name, row in ROWS.items()}
     if rounding.found:
         reference += f", float32 inside: {', '.join(sorted(rounding.found))}"
@@ -162,21 +164,16 @@ def compare(family: str, model: str) -> tuple[dict[str, float], str]:
 
 
 class Float32Ops(TorchDispatchMode):
-    """Collects operations that add up many numbers in float32, forward or backward.
+    """Collects operations that round to float32, forward or backward, what depends on all tokens.
 
-    A sum counts if it is over tokens: the gradient of a norm's weight that is cast to float32.
+    They are those of ``FLOAT32_OPS`` and the casts of parameters. Casts of what belongs to a token
+    round alike on any number of ranks.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, model: Any) -> None:
         super().__init__()
+        self.parameters = {parameter.data_ptr() for parameter in model.parameters()}
         self.found: set[str] = set()
-
-    @staticmethod
-    def _sums_tokens(name: str, args: Any, out: Tensor) -> bool:
-        """Whether a dim of as many numbers as a document has tokens is gone."""
-        lengths = {length for row in ROWS.values() for length in row if length > 1}
-        before = [size for size in args[0].shape if size in lengths] if name == "sum" else []
-        return len(before) > len([size for size in out.shape if size in lengths])
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
@@ -185,8 +182,11 @@ class Float32Ops(TorchDispatchMode):
         name = func.overloadpacket.__name__
         if not isinstance(out, Tensor):
             return out
-        if out.dtype == torch.float32 and (name in FLOAT32_OPS or self._sums_tokens(name, args, out)):
-            self.found.add(name)
+        first = next((x for x in args if isinstance(x, Tensor)), out)
+        of_parameter = first.data_ptr() in self.parameters or name == "sum"
+        cast = first.dtype == torch.float64 and out.ndim < 2 and of_parameter
+        if out.dtype == torch.float32 and (name in FLOAT32_OPS or cast):
+            self.found.add(name.strip("_"))
         return out
 
 
@@ -223,9 +223,7 @@ def gradients_of(model: Any, logits: Tensor, labels: Tensor) -> list[Tensor]:
     """The gradients of the sum of the tokens' losses; zeros where a parameter has none."""
     loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
     parameters = [p for p in model.parameters() if p.requires_grad]
-    return list(
-        torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
-    )
+    return list(torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True))
 
 
 def error_of(found: list[Tensor], expected: list[Tensor]) -> float:

@@ -61,6 +61,11 @@ class WantedMask:
             raise AttributeError(name)  # Python itself asks, to copy or to pickle
         self.refuse()
 
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, WantedMask):
+            self.refuse()
+        return (self.window, self.model) == (other.window, other.model)
+
     @classmethod
     def __torch_function__(
         cls, function: object, types: object, args: Any = (), kwargs: Any = None
@@ -68,7 +73,7 @@ class WantedMask:
         given = (*args, *(kwargs or {}).values())
         next((x for x in given if isinstance(x, cls)), cls(None)).refuse()
 
-    __getitem__ = __len__ = __iter__ = __invert__ = __neg__ = refuse
+    __getitem__ = __len__ = __iter__ = __bool__ = __invert__ = __neg__ = refuse
     __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = refuse
     __truediv__ = __rtruediv__ = __and__ = __rand__ = __or__ = __ror__ = refuse
     __lt__ = __le__ = __gt__ = __ge__ = refuse

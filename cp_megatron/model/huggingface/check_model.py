@@ -96,15 +96,15 @@ def check_call(model: Any, args: Any, kwargs: Mapping[str, Any]) -> None:
     plan = kwargs.get("context_parallel")
     if not isinstance(plan, BatchPlan) or isinstance(plan, ProbePlan):
         return
-    if not any(map(uses_engine, parts_of(model.config))):
+    check(model, loss=kwargs.get("labels") is not None)
+    if not any(map(_uses_engine, parts_of(model.config))):
         name = model.config._attn_implementation
         rule = f"of {_own_class(model).__name__} attends to the tokens of one rank only"
         works = "model.set_attn_implementation('cp_megatron')"
         raise ConfigError("attn_implementation", name, rule, works)
-    check(model, loss=kwargs.get("labels") is not None)
 
 
-def uses_engine(config: Any) -> bool:
+def _uses_engine(config: Any) -> bool:
     library = import_transformers("check", "")
     name = getattr(config, "_attn_implementation", None)
     return library.AttentionInterface().get(name) is attention

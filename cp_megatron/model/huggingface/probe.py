@@ -39,7 +39,9 @@ _TOLERANCE: Mapping[torch.dtype, float] = {torch.float64: 1e-5, torch.float32: 1
 _NOISE = 0.05
 
 # Clauses that complete "the model ...".
-_NEVER_ASKS = "never calls the registered attention: what else mixes its tokens sees one rank's only"
+_NEVER_ASKS = (
+    "never calls the registered attention: what else mixes its tokens sees one rank's only"
+)
 _POOLS = "returns no entry per token: it pools the tokens of one rank"
 _OTHER_SCORES = (
     "attends otherwise than the registered attention does: it adds to scores, masks or tokens "

@@ -29,14 +29,14 @@ _LAYERS = (
 _HEADS: Mapping[str, Sequence[str]] = {
     "num_attention_heads": ("num_key_value_heads", "num_kv_heads"),
     "swa_num_attention_heads": ("swa_num_key_value_heads",),
-    **{
-        name: ()
-        for name in (
+    **dict.fromkeys(
+        (
             *("n_head", "n_heads", "num_heads", "attention_heads", "decoder_attention_heads"),
             *("encoder_attention_heads", "num_decoder_attention_heads"),
             "num_encoder_attention_heads",
-        )
-    },
+        ),
+        (),
+    ),
 }
 _HEAD_WIDTHS = ("head_dim", "qk_nope_head_dim")
 _WIDTHS = ("hidden_size", "d_model", "n_embd", "emb_dim", "embedding_dim")
@@ -172,7 +172,5 @@ def _lower_special_tokens(config: Any) -> None:
     names = [name for name in vars(config) if re.search(r"_token_(id|index)$", name)]
     for place, name in enumerate(names):
         value = getattr(config, name)
-        if _is_count(value) and value >= VOCABULARY:
-            setattr(config, name, VOCABULARY - 1 - place)
-        elif isinstance(value, list):
+        if (_is_count(value) and value >= VOCABULARY) or isinstance(value, list):
             setattr(config, name, VOCABULARY - 1 - place)
