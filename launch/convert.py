@@ -1,6 +1,8 @@
-"""Converts a model: ``python launch/convert.py --from-gguf FILE.gguf | --load RUN --output DIR``.
+"""Converts a model: ``python launch/convert.py --from-gguf FILE.gguf --output DIR``.
 
-The result is a folder that transformers reads: configuration, weights, tokenizer.
+Instead of a GGUF file it takes a run (``--load RUN``) or what torch and torchtitan write
+(``--from-torch DIR --load-hf CONFIG``). The result is a folder that transformers reads:
+configuration, weights, tokenizer.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         arguments = parse_arguments(argv, program=CONVERT)
         options = cast(ConversionOptions, arguments.options)
-        print(f"written  {convert(arguments.config, options, given=arguments.given)}")
+        print(convert(arguments.config, options, given=arguments.given).report())
         return 0
     except ConfigError as error:
         return refuse(error, CONVERT.name)

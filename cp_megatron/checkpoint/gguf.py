@@ -22,9 +22,10 @@ from typing import Any, cast
 
 import numpy as np
 
+from cp_megatron.config.files.foreign_folders import FROM_GGUF, recognize
 from cp_megatron.errors import ConfigError
 
-FLAG = "--from-gguf"
+FLAG = FROM_GGUF
 _WORKS = "a complete GGUF file, version 2 or 3"
 _STRING, _ARRAY = 8, 9
 # uint8 int8 uint16 int16 uint32 int32 float32 bool, uint64 int64 float64; 8 and 9 are above.
@@ -50,6 +51,8 @@ class GGUFFile:
             ConfigError: the package gguf is missing, or the file is not a complete GGUF file.
         """
         path = Path(path)
+        if (foreign := recognize(FLAG, path)) is not None:
+            raise foreign
         try:
             import gguf
         except ImportError:

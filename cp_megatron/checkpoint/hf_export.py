@@ -1,14 +1,12 @@
 """Writes a checkpoint as a folder that Hugging Face transformers loads.
 
 The export runs in one process and needs the memory of one tensor of the folder and one chunk of the
-checkpoint: the header of a file follows from the shapes alone, so tensors are written one after
-another.
+checkpoint.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,22 +18,16 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from cp_megatron.checkpoint.find_checkpoint import named_step, saved_config
-from cp_megatron.checkpoint.hf_folder import (
-    DTYPES,
-    INDEX_FILE,
-    SINGLE_FILE,
-    check_output,
-    new_folder,
-)
+from cp_megatron.checkpoint.hf_folder import DTYPES, TOKENIZER_FILES, check_output, new_folder
+from cp_megatron.checkpoint.hf_write import MAX_SHARD_BYTES, write_json, write_weights
 from cp_megatron.checkpoint.manifest import (
-    ELEMENT_BYTES,
     FLAG,
     Manifest,
     TensorEntry,
     read_manifest,
     verify_files,
 )
-from cp_megatron.checkpoint.shard_writer import file_header, sync
+from cp_megatron.checkpoint.shard_writer import sync
 from cp_megatron.config import Config
 from cp_megatron.data.tokenize.open_tokenizer import open_tokenizer
 from cp_megatron.data.tokenize.tokenizer import ByteTokenizer
@@ -45,14 +37,14 @@ from cp_megatron.families.registry import to_hf_config
 
 _END_TOKEN = "<|endoftext|>"
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-_TOKENIZER_FILES = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja"),
-)
 
 
 def export_hf(
-    checkpoint: Path, output: Path, *, dtype: str = "float32", max_shard_bytes: int = 5 * 2**30
+    checkpoint: Path,
+    output: Path,
+    *,
+    dtype: str = "float32",
+    max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> Path:
     """Writes a checkpoint as a Hugging Face folder, and returns ``output``.
 
@@ -75,8 +67,10 @@ def export_hf(
             if isinstance(content, Path):
                 shutil.copyfile(content, folder / name)
             else:
-                _write_json(folder / name, content)
-        weights.write(folder, max_shard_bytes)
+                write_json(folder / name, content)
+        write_weights(
+            folder, weights.tensors, weights.read, dtype=dtype, max_shard_bytes=max_shard_bytes
+        )
         sync(folder)
     sync(output.parent)
     return output
@@ -168,7 +162,7 @@ def _tokenizer_files(config: Config) -> list[Path]:
         return []
     path = Path(config.data.tokenizer_model)
     folder = path if path.is_dir() else path.parent
-    return [folder / name for name in _TOKENIZER_FILES if (folder / name).is_file()]
+    return [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
 
 
 def _token_ids(tokenizer: Sequence[Path]) -> dict[str, Any]:
@@ -203,38 +197,7 @@ class _Weights:
     sources: Mapping[str, TensorEntry]  # of the checkpoint, by names in the model
     dtype: str
 
-    def write(self, folder: Path, max_shard_bytes: int) -> None:
-        """Writes one file, or several and their index."""
-        shards = self._shards(max_shard_bytes)
-        index: dict[str, str] = {}
-        for number, shard in enumerate(shards, 1):
-            name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-            name = SINGLE_FILE if len(shards) == 1 else name
-            index |= {tensor.key: name for tensor in shard}
-            with (folder / name).open("wb") as stream:
-                shapes = {tensor.key: (self.dtype, tensor.shape) for tensor in shard}
-                stream.write(file_header(shapes, alignment=8, __metadata__={"format": "pt"}))
-                for tensor in shard:
-                    value = self._read(tensor)
-                    stream.write(value.view(-1).view(torch.uint8).numpy().data)
-            sync(folder / name)
-        if len(shards) > 1:
-            total = {"total_size": sum(map(self._size, self.tensors))}
-            _write_json(folder / INDEX_FILE, {"metadata": total, "weight_map": index})
-
-    def _size(self, tensor: HFTensor) -> int:
-        return math.prod(tensor.shape) * ELEMENT_BYTES[self.dtype]
-
-    def _shards(self, max_bytes: int) -> list[list[HFTensor]]:
-        """The tensors in order, in as few files as possible."""
-        shards: list[list[HFTensor]] = [[]]
-        for tensor in self.tensors:
-            if shards[-1] and sum(map(self._size, (*shards[-1], tensor))) > max_bytes:
-                shards.append([])
-            shards[-1].append(tensor)
-        return shards
-
-    def _read(self, tensor: HFTensor) -> Tensor:
+    def read(self, tensor: HFTensor) -> Tensor:
         """A tensor of the folder, read from the checkpoint."""
         whole = torch.empty(tensor.shape, dtype=getattr(torch, self.dtype))
         rest = whole.T if tensor.transposed else whole
@@ -258,8 +221,3 @@ class _Weights:
             spans = zip(chunk.offsets, chunk.sizes)
             box = target[tuple(slice(start, start + size) for start, size in spans)]
             box.copy_(stored[: box.shape[0]])  # the box ends where the vocabulary's padding begins
-
-
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    sync(path)

@@ -3,9 +3,9 @@
 This module does not import torch.
 
 A folder holds one ``model.safetensors``, or several shards and an index that says which shard holds
-which tensor. Only headers are read here, but all of them, so that a missing shard, a truncated
-file, or a tensor that is superfluous or has a wrong shape or dtype is found before a rank waits for
-another one.
+which tensor; older ones hold ``pytorch_model.bin`` in the same way. Only headers are read here, but
+all of them, so that a missing shard, a truncated file, or a tensor that is superfluous or has a
+wrong shape or dtype is found before a rank waits for another one.
 """
 
 from __future__ import annotations
@@ -21,21 +21,30 @@ from types import MappingProxyType
 
 from safetensors import SafetensorError, safe_open
 
+from cp_megatron.checkpoint.inert_pickle import MalformedError
 from cp_megatron.checkpoint.manifest import DTYPE_CODES, ChunkEntry, TensorEntry
+from cp_megatron.checkpoint.torch_file import read_torch_file
 from cp_megatron.config import ModelConfig
+from cp_megatron.config.files.foreign_folders import HF_WEIGHTS, HF_WEIGHTS_TORCH
 from cp_megatron.errors import ConfigError
 from cp_megatron.families.family import HFTensor
 from cp_megatron.families.json_fields import FLAG, file_size, read_json
 from cp_megatron.families.registry import HFModel
 
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
+SINGLE_FILE, INDEX_FILE = HF_WEIGHTS
+TORCH_SUFFIX = ".bin"
+"""The suffix of weights that torch.save wrote; those without it are safetensors."""
 DTYPES: Mapping[str, str] = MappingProxyType(
     {code: name for name, code in DTYPE_CODES.items() if "float" in name}
 )
 """The dtypes that weights may have, by their names in safetensors."""
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja"),
+)
+"""The files of a tokenizer."""
 OUTPUT = "--output"
-_SHARD = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*\.safetensors")
+_SHARD = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*\.(safetensors|bin)")
 # A buffer that old versions of transformers stored. It follows from the flags.
 _OLD_BUFFER = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 
@@ -84,7 +93,7 @@ def find_weights(
     for tensor in tensors:
         at = stored.pop(tensor.key, None)
         if at is None:
-            raise _wrong(folder, f"its safetensors lack {tensor.key}")
+            raise _wrong(folder, f"its weights lack {tensor.key}")
         if at.shape != tensor.shape:
             rule = f"{at.file}: {tensor.key} has the shape {list(at.shape)}, but by config.json and"
             raise _wrong(folder, f"{rule} the flags it is {list(tensor.shape)}")
@@ -114,54 +123,81 @@ class _Stored:
 
 
 def _stored(folder: Path) -> dict[str, _Stored]:
-    """All tensors of the folder by key."""
-    index = _index(folder)
+    """All tensors of the folder by key. As in transformers, safetensors come before torch's."""
+    has_torch = any((folder / name).exists() for name in HF_WEIGHTS_TORCH)
+    has_safe = any((folder / name).exists() for name in HF_WEIGHTS)
+    single, index_file = HF_WEIGHTS_TORCH if has_torch and not has_safe else HF_WEIGHTS
+    index = _index(folder, index_file)
     stored: dict[str, _Stored] = {}
-    for name in [SINGLE_FILE] if index is None else sorted(set(index.values())):
+    for name in [single] if index is None else sorted(set(index.values())):
         for key, tensor in _header(folder, name).items():
             if index is not None and index.get(key) != name:
                 where = f"in {index[key]}" if key in index else "in no file"
-                raise _wrong(folder, f"{name} holds {key}, which by {INDEX_FILE} is {where}")
+                raise _wrong(folder, f"{name} holds {key}, which by {index_file} is {where}")
             stored[key] = tensor
     for key, name in (index or {}).items():
         if key not in stored:
-            raise _wrong(folder, f"{name} lacks {key}, which by {INDEX_FILE} is there")
+            raise _wrong(folder, f"{name} lacks {key}, which by {index_file} is there")
     return stored
 
 
-def _index(folder: Path) -> dict[str, str] | None:
+def _index(folder: Path, file: str) -> dict[str, str] | None:
     """The file of each key; None if the folder has a single file."""
-    if not (folder / INDEX_FILE).exists():
+    if not (folder / file).exists():
         return None
-    index = read_json(folder, INDEX_FILE, max_bytes=1 << 27).get("weight_map")
+    index = read_json(folder, file, max_bytes=1 << 27).get("weight_map")
     if not isinstance(index, dict) or not index:
-        raise _wrong(folder, f"{INDEX_FILE} has no weight_map")
+        raise _wrong(folder, f"{file} has no weight_map")
     for key, name in index.items():
         # A name without a separator cannot lead out of the folder.
         if not isinstance(name, str) or not _SHARD.fullmatch(name):
-            rule = f"{INDEX_FILE}: {str(name)[:80]!r} of {key} is not the name of a file beside it"
+            rule = f"{file}: {str(name)[:80]!r} of {key} is not the name of a file beside it"
             raise _wrong(folder, rule)
     return index
 
 
 def _header(folder: Path, name: str) -> dict[str, _Stored]:
-    """The tensors of a file by key. The library checks that they fill the file exactly."""
+    """The tensors of a file by key, which is checked to hold all of them."""
     file_size(folder, name)
-    tensors: dict[str, _Stored] = {}
+    is_torch, stored = Path(name).suffix == TORCH_SUFFIX, dict[str, _Stored]()
+    tensors = _torch_header(folder, name) if is_torch else safetensors_header(folder, name)
+    for key, (dtype, shape) in tensors.items():
+        if dtype not in DTYPES.values():
+            rule, works = f"{name}: {key} has the dtype {dtype}", ", ".join(DTYPES.values())
+            raise ConfigError(FLAG, folder, rule, f"weights in {works}")
+        stored[key] = _Stored(file=name, dtype=dtype, shape=shape)
+    return stored
+
+
+def safetensors_header(folder: Path, name: str) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Returns dtype and shape of each tensor. The library checks that they fill the file exactly.
+
+    Raises:
+        ConfigError: the file is damaged.
+    """
+    tensors = {}
     try:
         with safe_open(folder / name, framework="np") as file:
             for key in file.keys():  # noqa: SIM118 - a file is not a dict
                 tensor = file.get_slice(key)
-                dtype, shape = tensor.get_dtype(), tuple(tensor.get_shape())
-                if dtype not in DTYPES:
-                    rule, works = f"{name}: {key} has the dtype {dtype}", ", ".join(DTYPES.values())
-                    raise ConfigError(FLAG, folder, rule, f"weights in {works}")
-                tensors[key] = _Stored(file=name, dtype=DTYPES[dtype], shape=shape)
+                code = tensor.get_dtype()
+                tensors[key] = (DTYPES.get(code, code), tuple(tensor.get_shape()))
     except (SafetensorError, OSError) as error:
         reason = str(error).removeprefix("Error while deserializing header: ")[:160]
         rule = f"{name} is truncated, damaged or not a safetensors file ({reason})"
         raise _wrong(folder, rule) from None
     return tensors
+
+
+def _torch_header(folder: Path, name: str) -> dict[str, tuple[str, tuple[int, ...]]]:
+    try:
+        with (folder / name).open("rb") as stream:
+            tensors = read_torch_file(stream)
+    except MalformedError as error:
+        raise _wrong(folder, f"{name} {error}") from None
+    except OSError as error:
+        raise _wrong(folder, f"{name} cannot be read ({error.strerror})") from None
+    return {key: (tensor.dtype, tensor.shape) for key, tensor in tensors.items()}
 
 
 def _wrong(folder: Path, rule: str) -> ConfigError:

@@ -7,6 +7,7 @@ plans which box of which tensor each rank reads, as for a checkpoint of another 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.planner import ReadItem
 
-from cp_megatron.checkpoint.hf_folder import Source, find_weights
+from cp_megatron.checkpoint.hf_folder import TORCH_SUFFIX, Source, find_weights
 from cp_megatron.checkpoint.manifest import ChunkEntry
 from cp_megatron.checkpoint.object_collectives import Group, on_all_ranks
 from cp_megatron.checkpoint.shard_reader import ShardReader, read_shards
+from cp_megatron.checkpoint.torch_file_reader import TorchFileReader
 from cp_megatron.errors import ConfigError
 from cp_megatron.families.json_fields import FLAG
 from cp_megatron.families.registry import HFModel, read_hf_config
@@ -27,7 +29,7 @@ def load_hf(folder: str | Path, *, model: nn.Module, process_group: Group = None
     """Fills a model in place; each rank reads its part. All ranks call it.
 
     Args:
-        folder: holds config.json and safetensors of any float dtype, in one file or in shards.
+        folder: holds config.json and weights of any float dtype, in one file or in shards.
         model: a ``Transformer`` of that config with storage. The rows that pad its vocabulary
             become zero.
         process_group: the ranks that load; by default all.
@@ -67,6 +69,11 @@ class _FolderReader(ShardReader):
     def __init__(self, folder: str, sources: Mapping[str, Source]) -> None:
         super().__init__(Path(folder), {name: source.entry for name, source in sources.items()})
         self._sources = sources
+
+    def _open(self, file: str) -> AbstractContextManager[Any]:
+        if Path(file).suffix == TORCH_SUFFIX:
+            return TorchFileReader.open(self.folder / file)
+        return super()._open(file)
 
     def _read_box(self, shard: Any, item: ReadItem, chunk: ChunkEntry) -> Tensor:
         source, stored = self._sources[item.storage_index.fqn], shard.get_slice(chunk.key)

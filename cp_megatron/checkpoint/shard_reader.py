@@ -9,8 +9,9 @@ import os
 import warnings
 from collections import defaultdict
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -125,7 +126,7 @@ class ShardReader(StorageReader):
             by_file[chunk.file].append((item, chunk))
         for file, wanted in by_file.items():
             try:
-                with safe_open(self.folder / file, framework="pt", device="cpu") as shard:
+                with self._open(file) as shard:
                     for item, chunk in wanted:
                         source = self._read_box(shard, item, chunk)
                         target = planner.resolve_tensor(item).detach()
@@ -136,6 +137,9 @@ class ShardReader(StorageReader):
         future: Future[None] = Future()
         future.set_result(None)
         return future
+
+    def _open(self, file: str) -> AbstractContextManager[Any]:
+        return cast(Any, safe_open(self.folder / file, framework="pt", device="cpu"))
 
     def _read_box(self, shard: Any, item: ReadItem, chunk: ChunkEntry) -> Tensor:
         name, stored = item.storage_index.fqn, shard.get_slice(chunk.key)

@@ -14,7 +14,6 @@ _ALWAYS = "leave the flag out: it is always so"
 _NO_PIPELINE = ("there is no pipeline parallelism yet", _OUT)
 _NO_EXPERTS = ("there are no mixture-of-experts models", _OUT)
 _FSDP = ("FSDP2 over dp x cp is always used", _ALWAYS)
-_STEPS = ("the learning rate is a function of steps", "--lr-warmup-iters, --lr-decay-iters")
 _TOKENIZER = ("a tokenizer is one file or folder", "--tokenizer-type and --tokenizer-model")
 _MASK = ("it belongs to the mask of documents", "--document-mask")
 _TRACE = ("the trace can show memory", "--profile --profile-memory")
@@ -40,8 +39,6 @@ MEANINGLESS: Mapping[str, Answer] = {
     "--accumulate-allreduce-grads-in-fp32": ("gradients are reduced in float32", _ALWAYS),
     "--optimizer": ("AdamW is the only optimizer", _ALWAYS),
     "--loss-scale": ("bfloat16 needs no loss scaling", _OUT),
-    **dict.fromkeys(("--lr-warmup-fraction", "--lr-warmup-samples", "--lr-decay-samples"), _STEPS),
-    "--train-samples": ("the training is counted in steps", "--train-iters"),
     "--rampup-batch-size": ("the batch size never changes", "--global-batch-size"),
     "--check-weight-hash-across-dp-replicas-interval": (
         "weights are sharded over dp x cp; sums of their bits and of messages are compared",

@@ -15,6 +15,7 @@ from typing import Any
 
 from cp_megatron.cli.megatron_flags import refuse_megatron_flag
 from cp_megatron.config.fields import settings, settings_of
+from cp_megatron.config.files.foreign_folders import recognize
 from cp_megatron.config.files.presets import DEFAULT_PRESET, PRESETS, PRETRAINED_OPTIMIZER
 from cp_megatron.config.files.run_folders import CONFIG_FILE, find_run, run_folder, runs_near
 from cp_megatron.config.files.yaml_io import Values, overlay, read_file, read_values
@@ -184,7 +185,7 @@ def _values_of_run(load: str) -> Values:
     path = run_folder(Path(load)) / CONFIG_FILE
     if not os.path.isfile(path):  # Path.is_file raises for a name that is too long.
         rule = f"is not a run's folder: it has no {CONFIG_FILE}"
-        raise ConfigError("--load", load, rule, runs_near(path.parent))
+        raise recognize("--load", load) or ConfigError("--load", load, rule, runs_near(path.parent))
     return read_values(read_file(path, "--load"), str(path))
 
 

@@ -60,6 +60,9 @@ class ConversionOptions(LaunchOptions):
 
     from_gguf: str | None = None
     """A GGUF file of the architecture llama, qwen2 or qwen3."""
+    from_torch: str | None = None
+    """A folder of torch.distributed.checkpoint (torchtitan, FSDP, accelerate), or a file of
+    torch.save; --load-hf names a folder with the model's config.json, and its tokenizer if any."""
     output: str | None = None
     """The Hugging Face folder to write; it must not exist."""
 
@@ -81,9 +84,10 @@ python launch/generate.py --load-hf DIR --chat""",
 )
 CONVERT = Program(
     name="convert.py",
-    description="""Turn a GGUF file or a checkpoint into a Hugging Face folder.
+    description="""Turn a checkpoint of this or another program into a Hugging Face folder.
 
 python launch/convert.py --from-gguf model.gguf --output model
+python launch/convert.py --from-torch outputs/checkpoint/step-1000 --load-hf config --output model
 python launch/convert.py --load RUN --output model --dtype bfloat16""",
     options=ConversionOptions,
 )

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cp_megatron.config.files.foreign_folders import HF_CONFIG, LOAD_HF, recognize
 from cp_megatron.errors import ConfigError
 
-FLAG = "--load-hf"
-_CONFIG = "config.json"
+FLAG = LOAD_HF
 _LARGEST = 2**31 - 1
 
 
@@ -25,13 +25,14 @@ def file_size(folder: Path, name: str) -> int:
         status = (folder / name).stat()
     except OSError as error:
         rule = f"{name} is missing or cannot be read ({error.strerror})"
-        raise ConfigError(FLAG, folder, rule, "a folder with config.json and safetensors") from None
+        unknown = ConfigError(FLAG, folder, rule, "a folder with config.json and safetensors")
+        raise recognize(FLAG, folder) or unknown from None
     if not stat.S_ISREG(status.st_mode):
         raise ConfigError(FLAG, folder, f"{name} is not a regular file")
     return status.st_size
 
 
-def read_json(folder: Path, name: str = _CONFIG, *, max_bytes: int = 1 << 24) -> dict[str, Any]:
+def read_json(folder: Path, name: str = HF_CONFIG, *, max_bytes: int = 1 << 24) -> dict[str, Any]:
     """Reads the JSON object in a file of a folder.
 
     Raises:
@@ -66,7 +67,7 @@ class JsonFields:
         """Makes the error that names the file, the key, its value and the rule."""
         value = self.value.get(name)
         shown = "is missing" if value is None else f"is {json.dumps(value)[:60]}"
-        rule = f"{_CONFIG}: {self.prefix}{name} {shown}, {rule}"
+        rule = f"{HF_CONFIG}: {self.prefix}{name} {shown}, {rule}"
         return ConfigError(FLAG, self.folder, rule, works)
 
     def unsupported(self, name: str, works: str, why: str = "") -> ConfigError:

@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from cp_megatron.comm.runtime import Launch
-from cp_megatron.config import Config
+from cp_megatron.config import CheckpointConfig
 from cp_megatron.config.files.run_folders import RUNS
 from cp_megatron.errors import ConfigError
 from cp_megatron.memory import predict as kinds
@@ -54,22 +54,21 @@ def check_disk(plan: RunPlan, *, other_machine: bool = False) -> str:
         return f"disk: {space} here"
     if needed > free:
         raise ConfigError("--save", folder, space, "a folder on a larger disk, or a smaller model")
-    kept = _kept_at_once(plan.config, plan.load_step)
+    kept = _kept_at_once(plan.config.checkpoint, plan.last_step - plan.load_step)
     if needed * kept > free:
         works = f"--keep-latest-k {max(1, free // needed - 1)}"
         return f"disk: {space}: {kept} of them will not fit (works: {works})"
     return f"disk: {space}"
 
 
-def _kept_at_once(config: Config, first_step: int) -> int:
+def _kept_at_once(checkpoint: CheckpointConfig, num_steps: int) -> int:
     """Returns the largest number of checkpoints in the folder, including the one being written."""
-    train, checkpoint = config.train, config.checkpoint
     every = checkpoint.save_interval
-    saves = 1 if every is None else -(-(train.train_iters - first_step) // every)
+    saves = 1 if every is None else -(-num_steps // every)
     if checkpoint.keep_latest_k is None:
         return saves
     retained = checkpoint.save_retain_interval
-    more = 0 if retained is None else (train.train_iters - first_step) // retained
+    more = 0 if retained is None else num_steps // retained
     return min(saves, checkpoint.keep_latest_k + 1 + more)
 
 

@@ -35,6 +35,8 @@ class Metrics:
     mfu: float | None  # model FLOP/s over the peak of the devices; None if that is not known (CPU)
     memory_bytes: int  # the largest peak of any rank: allocated on CUDA, resident on CPU
     valid_loss: float | None = None  # nats per token of the validation part, if it was read
+    params_norm: float | None = None  # L2 norm of all parameters after the step, if asked for
+    num_zeros_in_grad: int | None = None  # numbers of the gradient that are 0, if asked for
 
 
 class MetricsWriter:
@@ -58,8 +60,9 @@ class MetricsWriter:
     def write(self, metrics: Metrics) -> None:
         """Writes one line; it is flushed to the operating system when this returns."""
         row = asdict(metrics)
-        if metrics.valid_loss is None:
-            del row["valid_loss"]
+        for name in ("valid_loss", "params_norm", "num_zeros_in_grad"):
+            if row[name] is None:
+                del row[name]
         self._file.write(json.dumps(row, allow_nan=False) + "\n")
         self._file.flush()
         for name, value in row.items():

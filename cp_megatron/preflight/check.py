@@ -2,7 +2,8 @@
 
 ``check`` takes a configuration and a launch. It returns the plan of the run, or raises a
 ``ConfigError`` that names the flag, its value, the rule and a value that works. It reads a few
-kilobytes of the data and of the checkpoint; it sends and writes nothing.
+kilobytes of the checkpoint and of the data (all of the data for ``--train-epochs``, and in a dry
+run if it is small); it sends and writes nothing.
 """
 
 from __future__ import annotations
@@ -24,9 +25,22 @@ from cp_megatron.plan.grid import AXES
 from cp_megatron.preflight import rules
 from cp_megatron.preflight.log_rules import check_log
 from cp_megatron.preflight.pretrained import check_load_hf, vocab_size_of
-from cp_megatron.preflight.rope_rules import check_rope
+from cp_megatron.preflight.rope_rules import check_rope, rope_notes
+from cp_megatron.preflight.run_length import (
+    check_unfinished,
+    continued_from,
+    repetition,
+    with_last_step,
+    with_rows,
+)
 from cp_megatron.preflight.run_plan import DeviceName, RunPlan, kernel_on
 from cp_megatron.preflight.save_and_load import check_resume, check_save, data_changes, find_load
+from cp_megatron.preflight.schedule_rules import (
+    check_schedule,
+    check_units,
+    check_warmup,
+    schedule_notes,
+)
 from cp_megatron.preflight.sequence import plan_sequence
 
 
@@ -68,14 +82,19 @@ def check(
     plan = _plan(config, launch, grid, vocab_size, given, one_node=one_node)
     rules.check_saving(config.checkpoint)
     plan = _with_checkpoint(plan, auto=auto)
+    check_warmup(plan, given)
     check_log(
         config.log,
         first_step=plan.load_step,
-        last_step=config.train.train_iters,
+        last_step=plan.last_step,
         world_size=grid.world_size,
         given=given,
     )
-    return replace(plan, notes=(*notes, *plan.notes))
+    more = *schedule_notes(plan), *rope_notes(config, given)
+    if dry_run:  # a run adds this when it has read its data
+        plan = with_rows(plan)
+        more = *more, *repetition(plan)
+    return replace(plan, notes=(*notes, *plan.notes, *more))
 
 
 def _check_model(config: Config, given: frozenset[str]) -> int:
@@ -105,7 +124,8 @@ def _plan(
     rows, micro_batch_size, num_microbatches = rules.check_batch(config.data, grid.dp)
     packed = micro_batch_size if config.data.document_mask else 1
     sequence = plan_sequence(config, grid, launch, rows=packed, given=given, one_node=one_node)
-    rules.check_schedule(config.optimizer, config.train, given)
+    check_schedule(config.optimizer, given)
+    check_units(config.optimizer, given)
     validates = rules.check_data(config.data, config.train, given)
     kernels = _kernels(config)
     check_data(config.data)
@@ -129,10 +149,12 @@ def _with_checkpoint(plan: RunPlan, *, auto: bool) -> RunPlan:
     config, notes = plan.config, plan.notes
     loaded = find_load(config)
     if loaded is not None:
-        check_resume(config, loaded.manifest, plan.vocab_size, auto=auto)
+        check_resume(config, loaded.manifest, plan.vocab_size)
         notes = (*data_changes(config, loaded.manifest), *notes)
-        folder, step = loaded.folder, loaded.manifest.step
-        plan = replace(plan, load=folder, load_step=step, passed_over=loaded.passed_over)
+        plan = continued_from(plan, loaded.folder, loaded.manifest)
+        plan = replace(plan, passed_over=loaded.passed_over)
+    plan = with_last_step(plan)
+    check_unfinished(plan, auto=auto)
     notes = (*check_load_hf(config), *notes)
     check_save(config, loaded, auto=auto)
     return replace(plan, notes=notes)

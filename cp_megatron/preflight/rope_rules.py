@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from cp_megatron.config import ModelConfig
+from collections.abc import Iterator
+
+from cp_megatron.config import Config, ModelConfig
 from cp_megatron.errors import ConfigError
 from cp_megatron.families.rope_fields import ROPE_FIELDS, ROPE_KEYS, fields_of
 from cp_megatron.preflight.rules import refuse_unused
+
+_EXTENDING = frozenset({"dynamic", "yarn", "llama3", "longrope"})
+"""The types that extend positions beyond a length that they are told."""
 
 
 def check_rope(model: ModelConfig, seq_length: int, given: frozenset[str]) -> None:
@@ -33,7 +38,7 @@ def check_rope(model: ModelConfig, seq_length: int, given: frozenset[str]) -> No
     if kind in ("linear", "dynamic", "yarn", "llama3") and model.rope_scaling_factor is None:
         works = "--rope-scaling-factor 4 with it"
         raise ConfigError("--rope-type", kind, "needs --rope-scaling-factor", works)
-    if kind in ("dynamic", "yarn", "llama3", "longrope"):
+    if kind in _EXTENDING:
         _check_original_length(model, seq_length)
     if kind == "yarn":
         _check_yarn(model)
@@ -45,6 +50,24 @@ def check_rope(model: ModelConfig, seq_length: int, given: frozenset[str]) -> No
     elif kind == "dynamic" and model.head_dim <= 2:
         rule = "raises the base to a power of d / (d - 2), so heads must be wider than 2"
         raise ConfigError("--rope-type", kind, rule, "--kv-channels 4")
+
+
+def rope_notes(config: Config, given: frozenset[str]) -> Iterator[str]:
+    """A note if rows fit the positions that the model had before its rope was scaled.
+
+    The rope of a model that is loaded is its own and must stay, so only what the command line or
+    its file asks for is noted.
+    """
+    model, length = config.model, config.data.seq_length
+    loaded = config.checkpoint.load is not None or config.checkpoint.load_hf is not None
+    chosen = given & {"--rope-type", "--rope-scaling-factor", *(() if loaded else ("--config",))}
+    original = model.original_length if model.rope_type in _EXTENDING else None
+    if not chosen or original is None or length > original:
+        return
+    yield (
+        f"--rope-type {model.rope_type} is not needed: rows of {length:,} tokens fit the "
+        f"{original:,} positions without it (works: --rope-type default)"
+    )
 
 
 def _check_original_length(model: ModelConfig, seq_length: int) -> None:

@@ -15,7 +15,6 @@ from cp_megatron.config import (
     DataConfig,
     MemoryConfig,
     ModelConfig,
-    OptimizerConfig,
     TrainConfig,
 )
 from cp_megatron.config.fields import settings
@@ -105,24 +104,6 @@ def check_batch(data: DataConfig, dp: int) -> tuple[int, int, int]:
         raise ConfigError("--global-batch-size", rows, rule, multiples(rows, once))
     micro = micro or rows // dp
     return rows, micro, rows // (micro * dp)
-
-
-def check_schedule(optimizer: OptimizerConfig, train: TrainConfig, given: frozenset[str]) -> None:
-    """The learning rate rises and then falls within the run."""
-    if optimizer.min_lr > optimizer.lr:
-        rule = f"must be at most --lr {optimizer.lr:g}"
-        raise ConfigError("--min-lr", optimizer.min_lr, rule, f"{optimizer.lr / 10:g}")
-    end_flag, end = "--lr-decay-iters", optimizer.lr_decay_iters
-    if end is None:
-        end_flag, end = "--train-iters", train.train_iters
-    warmup = optimizer.lr_warmup_iters
-    # A short run of a preset with a longer warm-up may end while the learning rate still rises.
-    if warmup >= end and ("--lr-warmup-iters" in given or "--lr-decay-iters" in given):
-        rule = f"must be below {end_flag} {end}"
-        raise ConfigError("--lr-warmup-iters", warmup, rule, str(end // 10))
-    if optimizer.lr_decay_style == "constant":
-        reason, works = "with --lr-decay-style constant", "--lr-decay-style cosine or linear"
-        refuse_unused(optimizer, ("lr_decay_iters", "min_lr"), given, reason=reason, works=works)
 
 
 def check_data(data: DataConfig, train: TrainConfig, given: frozenset[str]) -> bool:

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Literal
 
 from cp_megatron.config import Config
+from cp_megatron.data.rows.corpora import Data
 from cp_megatron.errors import ConfigError
 from cp_megatron.kernels.select import KernelChoice, select_kernel
 from cp_megatron.plan import Grid, Mask
+from cp_megatron.preflight.learning_rate import LearningRate
 from cp_megatron.preflight.sequence import SequencePlan
 
 DeviceName = Literal["cpu", "cuda"]
@@ -35,6 +37,11 @@ class RunPlan:
         num_microbatches: micro batches per step on each rank.
         load: the checkpoint folder (step-N) to continue from.
         load_step: its step; 0 for a new run.
+        load_rows: the rows that the run had used by then.
+        load_tokens: the tokens that it had trained on by then.
+        last_step: the step at which the run ends, whatever it is counted in.
+        data: the data, if it had to be read to know that.
+        rows_per_epoch: rows in one pass over the training data; None until the data is read.
         passed_over: newer checkpoints that are damaged, and what is wrong with them.
         notes: decisions that the flags do not show, for the start table.
     """
@@ -50,6 +57,11 @@ class RunPlan:
     num_microbatches: int
     load: Path | None = None
     load_step: int = 0
+    load_rows: int = 0
+    load_tokens: int = 0
+    last_step: int = 0
+    data: Data | None = dataclasses.field(default=None, compare=False, repr=False)
+    rows_per_epoch: int | None = None
     passed_over: Mapping[Path, str] = dataclasses.field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
@@ -64,6 +76,41 @@ class RunPlan:
     def kernel(self) -> KernelChoice | None:
         """The attention kernel; None while the device is not known."""
         return None if self.device is None else self.kernels[self.device]
+
+    @property
+    def rows_per_step(self) -> int:
+        """Rows of a global batch."""
+        assert self.config.data.global_batch_size is not None, "completed when the plan is made"
+        return self.config.data.global_batch_size
+
+    def rows_of(self, step: int) -> range:
+        """The numbers of the rows of a step that this run trains, from 1."""
+        end = self.load_rows + (step - self.load_step) * self.rows_per_step
+        return range(end - self.rows_per_step, end)
+
+    def tokens_after(self, step: int) -> int:
+        """The tokens that the run has trained on after a step."""
+        rows = self.rows_of(step).stop - self.load_rows
+        return self.load_tokens + rows * self.config.data.seq_length
+
+    @property
+    def learning_rate(self) -> LearningRate:
+        """The curve of the learning rate."""
+        samples = self.config.train.train_samples
+        return LearningRate.of(
+            self.config.optimizer,
+            length=self.last_step if samples is None else samples,
+            rows_per_step=self.rows_per_step,
+            in_rows=samples is not None,
+        )
+
+    def learning_rate_at(self, step: int) -> float:
+        """The learning rate of a step."""
+        return self.learning_rate.at(self.progress_after(step))
+
+    def progress_after(self, step: int) -> int:
+        """How much of the run is done after a step, in the unit of the learning rate's curve."""
+        return step if self.config.train.train_samples is None else self.rows_of(step).stop
 
     def on_device(
         self, device: DeviceName, note: str = "", capability: tuple[int, int] | None = None

@@ -18,7 +18,7 @@ from cp_megatron.checkpoint.step_folders import TEMPORARY, newest_step
 from cp_megatron.config import Config
 from cp_megatron.config.fields import settings
 from cp_megatron.config.files.run_folders import CONFIG_FILE, run_folder
-from cp_megatron.errors import ConfigError, FinishedError
+from cp_megatron.errors import ConfigError
 from cp_megatron.families.registry import spelled
 from cp_megatron.families.rope_fields import ROPE_FIELDS, fields_of
 
@@ -61,32 +61,32 @@ def find_load(config: Config) -> CheckpointChoice | None:
     return CheckpointChoice(folder=step, manifest=read_manifest(step))
 
 
-def check_resume(
-    config: Config, manifest: Manifest, vocab_size: int, *, auto: bool = False
-) -> None:
-    """Checks that the checkpoint is of this model and that something is left to train.
+def check_resume(config: Config, manifest: Manifest, vocab_size: int) -> None:
+    """Checks that the checkpoint is of this model.
 
     Args:
         config: the run, with ``--load``.
         manifest: the manifest of the checkpoint.
         vocab_size: the vocabulary size of the run.
-        auto: the same command starts the run and continues it.
 
     Raises:
-        FinishedError: ``auto``, and the run is finished.
-        ConfigError: the model differs, or the run is finished.
+        ConfigError: the model differs.
     """
     load = str(config.checkpoint.load)
-    _check_same_model(config, manifest, vocab_size, load)
-    if manifest.step >= config.train.train_iters:
-        kind = FinishedError if auto else ConfigError
-        rule = f"the run is already at step {manifest.step}; to continue, this must be larger"
-        works = str(manifest.step + config.train.train_iters)
-        raise kind("--train-iters", config.train.train_iters, rule, works)
+    if manifest.vocab_size != vocab_size:
+        rule = f"its vocabulary has {manifest.vocab_size} tokens, this run's has {vocab_size}"
+        raise ConfigError("--load", load, rule, "the tokenizer it was trained with")
+    now, then = _shape(config), _shape(saved_config(manifest, load))
+    for name, value in now.items():
+        if then[name] != value:
+            rule, works = f"the checkpoint {load} is of another model", then[name]
+            if name == "max_position_embeddings" and config.model.max_position_embeddings is None:
+                name = "seq_length"  # from which the number of positions is derived
+            raise ConfigError(spelled(name, value), "", rule, spelled(name, works))
 
 
 def data_changes(config: Config, manifest: Manifest) -> tuple[str, ...]:
-    """A note if the run continues with its data cut into rows or ordered in another way."""
+    """Notes if the run continues with its data cut, ordered or counted in another way."""
     before: dict[str, Any] = {}
     for name in ("data", "train"):
         section = manifest.config.get(name)
@@ -99,7 +99,12 @@ def data_changes(config: Config, manifest: Manifest) -> tuple[str, ...]:
         if before.get(name, value) != value
     ]
     rule = f"the run continues at row {manifest.consumed:,} of new rows"
-    return (f"{', '.join(changed)}: {rule}",) if changed else ()
+    notes = [f"{', '.join(changed)}: {rule}"] if changed else []
+    size, old = config.data.global_batch_size, before.get("global_batch_size")
+    if size is not None and old is not None and size != old:
+        rule = f"step {manifest.step + 1} begins at row {manifest.consumed:,} of the data"
+        notes.append(f"--global-batch-size is {size}, was {old}: {rule}")
+    return tuple(notes)
 
 
 def check_save(config: Config, loaded: CheckpointChoice | None, *, auto: bool = False) -> None:
@@ -153,19 +158,6 @@ def _check_writable(folder: Path) -> None:
         pass
     except OSError as error:
         raise ConfigError("--save", folder, f"cannot be used: {error.strerror}") from None
-
-
-def _check_same_model(config: Config, manifest: Manifest, vocab_size: int, load: str) -> None:
-    if manifest.vocab_size != vocab_size:
-        rule = f"its vocabulary has {manifest.vocab_size} tokens, this run's has {vocab_size}"
-        raise ConfigError("--load", load, rule, "the tokenizer it was trained with")
-    now, then = _shape(config), _shape(saved_config(manifest, load))
-    for name, value in now.items():
-        if then[name] != value:
-            rule, works = f"the checkpoint {load} is of another model", then[name]
-            if name == "max_position_embeddings" and config.model.max_position_embeddings is None:
-                name = "seq_length"  # from which the number of positions is derived
-            raise ConfigError(spelled(name, value), "", rule, spelled(name, works))
 
 
 def _shape(config: Config) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from rich.text import Text
 from cp_megatron.cli.refusal import printable
 from cp_megatron.config import DataConfig
 from cp_megatron.config.files.run_folders import RUNS
+from cp_megatron.preflight.run_length import epochs_line
 from cp_megatron.preflight.run_plan import RunPlan, dtype_on
 from cp_megatron.preflight.save_and_load import model_name
 from cp_megatron.preflight.sequence import SequencePlan
@@ -150,10 +151,13 @@ def _training(plan: RunPlan, run: Path | None) -> Iterator[Line]:
     per_step = rows * config.data.seq_length
     size = f"{plan.micro_batch_size} x dp {plan.grid.dp} x {plan.num_microbatches} accumulated"
     yield "batch", f"{rows} rows = micro batch {size}, {per_step:,} tokens per step"
-    warmup = f", warm-up {optimizer.lr_warmup_iters}" if optimizer.lr_warmup_iters else ""
+    curve, unit = plan.learning_rate, "" if train.train_samples is None else " rows"
+    warmup = f", warm-up {curve.warmup:,.10g}{unit}" if curve.warmup else ""
     rate = f"lr {optimizer.lr:g} {optimizer.lr_decay_style}{warmup}"
-    yield "steps", f"{train.train_iters:,}, {rate}, seed {train.seed}"
+    yield "steps", f"{plan.last_step:,}, {rate}, seed {train.seed}"
     yield "data", _data(config.data)
+    if plan.rows_per_epoch:
+        yield "", epochs_line(plan)
     yield "run", f"{run or config.checkpoint.save or RUNS / f'{model_name(config)}-<n>'}"
     if plan.load is not None:
         yield "resumes from", f"{plan.load} (step {plan.load_step})"

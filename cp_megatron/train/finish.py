@@ -10,6 +10,7 @@ from cp_megatron.checkpoint.step_folders import step_folder
 from cp_megatron.comm.runtime import Launch
 from cp_megatron.config.files.run_folders import METRICS_FILE
 from cp_megatron.metrics.plots import INSTALL, draw_curves, has_matplotlib
+from cp_megatron.preflight.run_length import length_flag
 from cp_megatron.train.loop import Trainer
 
 
@@ -24,7 +25,7 @@ def print_end(trainer: Trainer, launch: Launch, script: str, last: int) -> None:
     """
     if trainer.writer is None:
         return
-    folder, view, steps = trainer.folder, trainer.view, trainer.plan.config.train.train_iters
+    folder, view, steps = trainer.folder, trainer.view, trainer.plan.last_step
     view.say(f"checkpoint  {step_folder(folder, last)}")
     view.say(f"metrics     {folder / METRICS_FILE}, or: tensorboard --logdir {folder}")
     if trainer.writer.wandb is not None and trainer.writer.wandb.link:
@@ -34,7 +35,7 @@ def print_end(trainer: Trainer, launch: Launch, script: str, last: int) -> None:
     if last < steps:
         view.say(f"stopped after step {last}; continue with:\n  {shlex.join(words)}")
     else:
-        words += ["--train-iters", str(2 * steps)]
+        words += length_flag(trainer.plan, 2)
         view.say(f"finished {last} steps; train longer with:\n  {shlex.join(words)}")
 
 

@@ -30,7 +30,6 @@ from cp_megatron.memory.memory_report import MemoryReport
 from cp_megatron.memory.predict import predict
 from cp_megatron.metrics.writer import Metrics, MetricsWriter, peak_flops, peak_memory
 from cp_megatron.preflight.run_plan import RunPlan
-from cp_megatron.train.optimizer import learning_rate
 from cp_megatron.train.profiler import StepProfiler
 from cp_megatron.train.progress import ProgressView
 from cp_megatron.train.saving import Saver
@@ -76,12 +75,12 @@ class Trainer:
             ConfigError: the checkpoint cannot be written.
         """
         config, step = self.plan.config, self.plan.load_step
-        first, num_steps = step + 1, config.train.train_iters
-        shards, times, trained = self._shards(step, num_steps), _Times(), self.train_step
+        first, num_steps = step + 1, self.plan.last_step
+        shards, times, trained = self._shards(first, num_steps), _Times(), self.train_step
         measured = trained.model, trained.optimizer, trained.cp, trained.device
         with closing(self.profiler), Ahead(shards) as ahead:
             for step in range(first, num_steps + 1):
-                lr = learning_rate(step, config.optimizer, num_steps)
+                lr = self.plan.learning_rate_at(step)
                 measures = config.memory.memory_report and step == first
                 meter = MemoryMeter(*measured) if measures else None
                 with self.profiler.step(step):
@@ -113,8 +112,7 @@ class Trainer:
 
     def _is_due(self, step: int, interval: int | None) -> bool:
         """Whether ``step`` is the last of the run or of an interval."""
-        is_last = step == self.plan.config.train.train_iters
-        return is_last or bool(interval and step % interval == 0)
+        return step == self.plan.last_step or bool(interval and step % interval == 0)
 
     def _step(
         self, step: int, shards: Iterator[list[Shard]], lr: float
@@ -162,8 +160,7 @@ class Trainer:
         """Writes the batch of a step, on rank 0, so that it can be examined; says where it is."""
         self.saver.settle()
         data, file = self.plan.config.data, self.folder / f"bad-step-{step}.safetensors"
-        size = data.global_batch_size or 0
-        numbers = range((step - 1) * size, step * size)
+        numbers = self.plan.rows_of(step)
         about: dict[str, object] = {"step": step, "loss": result.loss}
         about |= {"grad_norm": result.grad_norm, "checkpoint": self.saver.saved or "none"}
         try:
@@ -174,19 +171,19 @@ class Trainer:
             return f"its batch could not be written: {error}"
         return f"its batch is in {file}"
 
-    def _shards(self, first: int, end: int) -> Iterator[list[Shard]]:
-        """This rank's shards of the training's global batches number ``first`` to ``end - 1``."""
-        for number in range(first, end):
-            yield [*map(self.train_step.prepare, self._batches(self.rows.train, number))]
+    def _shards(self, first: int, last: int) -> Iterator[list[Shard]]:
+        """This rank's shards of the global batches of steps ``first`` to ``last``."""
+        for step in range(first, last + 1):
+            batches = self._batches(self.rows.train, self.plan.rows_of(step).start)
+            yield [*map(self.train_step.prepare, batches)]
 
-    def _batches(self, rows: RowSource, number: int) -> Iterator[Batch]:
-        """This rank's micro batches of global batch ``number``, counted from 0."""
+    def _batches(self, rows: RowSource, consumed: int) -> Iterator[Batch]:
+        """This rank's micro batches of the global batch that begins at row ``consumed``."""
         data, groups = self.plan.config.data, self.train_step.groups
-        size = data.global_batch_size or 0
         return microbatches(
             rows,
-            consumed=number * size,
-            global_batch_size=size,
+            consumed=consumed,
+            global_batch_size=self.plan.rows_per_step,
             micro_batch_size=self.plan.micro_batch_size,
             dp_rank=groups.coordinates.dp,
             dp_size=groups.grid.dp,
@@ -203,7 +200,7 @@ class Trainer:
         shards = (
             self.train_step.prepare(batch)
             for number in range(train.eval_iters)
-            for batch in self._batches(rows, number)
+            for batch in self._batches(rows, number * self.plan.rows_per_step)
         )
         with Ahead(shards) as ahead:
             loss = self.train_step.evaluate(ahead)
@@ -214,21 +211,23 @@ class Trainer:
     def _log(
         self, step: int, result: StepResult, lr: float, times: _Times, valid_loss: float | None
     ) -> None:
-        data = self.plan.config.data
+        config = self.plan.config
         seconds, num_pairs = map(fmean, zip(*times))
         times.clear()
-        num_tokens = (data.global_batch_size or 0) * data.seq_length
+        num_tokens = self.plan.rows_per_step * config.data.seq_length
         metrics = Metrics(
             step=step,
             loss=result.loss,
             grad_norm=result.grad_norm,
             lr=lr,
-            tokens=step * num_tokens,
+            tokens=self.plan.tokens_after(step),
             tokens_per_second=num_tokens / seconds,
             step_seconds=seconds,
             mfu=self._utilisation(num_tokens, num_pairs, seconds),
             memory_bytes=largest(peak_memory(self.train_step.device), self.control),
             valid_loss=valid_loss,
+            params_norm=self.train_step.params_norm() if config.log.log_params_norm else None,
+            num_zeros_in_grad=result.num_zeros,
         )
         if self.writer is not None:
             self.writer.write(metrics)

@@ -1,8 +1,7 @@
-"""AdamW, and its learning rate as a pure function of the step."""
+"""AdamW over sharded parameters; the learning rate is set by every step."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 
 from torch import nn
@@ -27,22 +26,3 @@ def make_optimizer(parameters: Iterable[nn.Parameter], config: OptimizerConfig) 
         eps=config.adam_eps,
         fused=True,
     )
-
-
-def learning_rate(step: int, config: OptimizerConfig, train_iters: int) -> float:
-    """The learning rate of step number ``step``, from 1.
-
-    It rises linearly from 0 to ``lr`` over ``lr_warmup_iters`` steps, the last of which has the
-    peak rate. Then it decays to ``min_lr``, which it reaches at step ``lr_decay_iters`` (by default
-    the last) and keeps.
-    """
-    warmup = config.lr_warmup_iters
-    if step <= warmup:
-        return config.lr * step / warmup
-    if config.lr_decay_style == "constant":
-        return config.lr
-    end = config.lr_decay_iters or train_iters
-    progress = min(1.0, (step - warmup) / max(1, end - warmup))
-    is_linear = config.lr_decay_style == "linear"
-    share = 1.0 - progress if is_linear else 0.5 * (1.0 + math.cos(math.pi * progress))
-    return config.min_lr + (config.lr - config.min_lr) * share

@@ -39,6 +39,10 @@ class ProgressView:
         step = f"step {metrics.step:>{len(str(self._total))}}/{self._total}"
         parts = [step, f"loss {metrics.loss:.4f}", f"grad {metrics.grad_norm:.3f}"]
         parts += [f"lr {metrics.lr:.2e}", rate, memory]
+        if metrics.params_norm is not None:
+            parts.append(f"params {metrics.params_norm:.3f}")
+        if metrics.num_zeros_in_grad is not None:
+            parts.append(f"zeros {metrics.num_zeros_in_grad:,}")
         if metrics.mfu is not None:
             parts.append(f"mfu {metrics.mfu:.1%}")
         if metrics.valid_loss is not None:

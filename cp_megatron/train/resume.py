@@ -22,6 +22,7 @@ from cp_megatron.checkpoint.object_collectives import (
 from cp_megatron.checkpoint.step_folders import set_aside
 from cp_megatron.config.files.run_folders import run_folder
 from cp_megatron.errors import ConfigError
+from cp_megatron.preflight.run_length import continued_from, with_last_step
 from cp_megatron.preflight.run_plan import RunPlan
 
 
@@ -55,13 +56,8 @@ def verify_load(plan: RunPlan, control: dist.ProcessGroup) -> RunPlan:
         f"{folder.name} is passed over: it {rule}{_set_aside(folder, plan, control)}"
         for folder, rule in sorted(passed_over.items())
     ]
-    return replace(
-        plan,
-        load=newest.folder,
-        load_step=newest.manifest.step,
-        passed_over=passed_over,
-        notes=(*plan.notes, *notes),
-    )
+    plan = with_last_step(continued_from(plan, newest.folder, newest.manifest))
+    return replace(plan, passed_over=passed_over, notes=(*plan.notes, *notes))
 
 
 def _damage(checkpoint: CheckpointChoice, control: dist.ProcessGroup) -> DamagedError | None:

@@ -32,6 +32,7 @@ from cp_megatron.faults.watch import Watch
 from cp_megatron.memory.capacity import check_memory
 from cp_megatron.metrics.wandb_log import WandbRun
 from cp_megatron.metrics.writer import MetricsWriter, keep_aside
+from cp_megatron.preflight.run_length import repetition
 from cp_megatron.preflight.run_plan import RunPlan
 from cp_megatron.preflight.save_and_load import fresh_run_folder, model_name
 from cp_megatron.preflight.start import begin, make_context, make_model, read_and_compare
@@ -144,14 +145,15 @@ def assemble(plan: RunPlan, launch: Launch, control: dist.ProcessGroup) -> Train
     """
     plan = verify_load(plan, control)
     data = read_and_compare(
-        control, lambda: open_data(plan.config.data, seed=plan.config.train.seed)
+        control, lambda: plan.data or open_data(plan.config.data, seed=plan.config.train.seed)
     )
+    plan = replace(plan, rows_per_epoch=data.rows.train.rows_per_epoch)
     _check_continues(plan, data)
     train_step = _make_train_step(plan, launch, control)
     folder = _make_folder(plan, control)
     config = replace(plan.config, checkpoint=replace(plan.config.checkpoint, save=str(folder)))
-    plan = replace(plan, config=config, notes=(*plan.notes, *data.notes))
-    start, end, quiet = plan.load_step, config.train.train_iters, launch.rank != 0
+    plan = replace(plan, config=config, notes=(*plan.notes, *data.notes, *repetition(plan)))
+    start, end, quiet = plan.load_step, plan.last_step, launch.rank != 0
     view = ProgressView(Console(), quiet=quiet, start_step=start, train_iters=end)
     return Trainer(
         plan=plan,
@@ -203,6 +205,7 @@ def _make_train_step(plan: RunPlan, launch: Launch, control: dist.ProcessGroup) 
             chunk_size=config.memory.loss_chunk_size, z_loss_coeff=config.train.z_loss_coeff
         ),
         sums=ParameterSums(model.named_parameters()) if is_checked else None,
+        counts_zeros=config.log.log_num_zeros_in_grad,
     )
 
 
@@ -238,7 +241,7 @@ def _open_metrics(plan: RunPlan, folder: Path) -> MetricsWriter:
 
 
 def _check_continues(plan: RunPlan, read: Data) -> None:
-    """Refuses data or a batch size other than those of the checkpoint."""
+    """Refuses data other than those of the checkpoint."""
     if plan.load is None:
         return
     data, manifest = plan.config.data, read_manifest(plan.load)
@@ -246,11 +249,6 @@ def _check_continues(plan: RunPlan, read: Data) -> None:
         rule = f"is not the data that {plan.load} was trained on"
         works = "the same files, or --allow-data-change"
         raise ConfigError("--data-path", read.name, rule, works)
-    size = data.global_batch_size or 0
-    if manifest.consumed != manifest.step * size:
-        before = manifest.consumed // max(1, manifest.step)
-        rule = "a run that continues keeps its batch size, which determines its place in the data"
-        raise ConfigError("--global-batch-size", size, rule, str(before))
 
 
 def _make_folder(plan: RunPlan, control: dist.ProcessGroup) -> Path:

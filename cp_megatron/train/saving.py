@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from cp_megatron.checkpoint.save import Retention, Save, SaveCache, start_save
 from cp_megatron.errors import ConfigError
+from cp_megatron.preflight.run_length import TOKENS
 from cp_megatron.preflight.run_plan import RunPlan
 from cp_megatron.train.step import TrainStep
 
@@ -70,14 +71,14 @@ class Saver:
         under_way = start_save(
             self._folder,
             step=step,
-            consumed=step * (config.data.global_batch_size or 0),
+            consumed=self._plan.rows_of(step).stop,
             model=train_step.model,
             optimizer=train_step.optimizer,
             config=config,
             grid=self._plan.grid,
             data_fingerprint=self._fingerprint,
             vocab_size=self._plan.vocab_size,
-            extra=extra,
+            extra={TOKENS: self._plan.tokens_after(step), **extra},
             retention=Retention(
                 latest=checkpoint.keep_latest_k, every=checkpoint.save_retain_interval
             ),

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
@@ -36,6 +37,7 @@ from cp_megatron.kernels.dropout import Dropout
 from cp_megatron.model.transformer import Transformer
 from cp_megatron.spec import local_heads
 from cp_megatron.tensor_parallel import LossRule
+from cp_megatron.train.whole_model import count_zeros, global_norm
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +48,7 @@ class StepResult:
     grad_norm: float  # global norm of the gradient before clipping
     num_pairs: float  # as in ``Shard``, but over the whole global batch
     accepted: bool = True  # the model was updated; otherwise the step was skipped
+    num_zeros: int | None = None  # numbers of the clipped gradient that are 0, if they are counted
     waited: float = field(default=0.0, compare=False)  # seconds of waiting at the first message
 
 
@@ -81,6 +84,7 @@ class TrainStep:
     sequence_parallel: bool  # the residual stream is split over tp, and so dropout differs over tp
     rule: LossRule = field(default_factory=LossRule)
     sums: ParameterSums | None = None  # only an update may change the sums; None disables them
+    counts_zeros: bool = False  # count the numbers of the gradient that are 0
 
     def prepare(self, batch: Batch) -> Shard:
         """This rank's part of whole rows, [b, S] -> [b, S / N], with its attention planned.
@@ -138,14 +142,18 @@ class TrainStep:
             grad_norm = norm.item()
         loss = self._loss(total, num_tokens)
         accepted = accept is None or accept(loss, grad_norm)
-        if accepted:
-            self._update(lr, norm)
+        num_zeros = self._update(lr, norm) if accepted else None
         self.optimizer.zero_grad()
         if faults.has("flip", step):
             held = map(local_values, self.model.parameters())
             next(x for x in held if x.numel()).view(-1)[:1].view(torch.uint8)[0] ^= 32
         return StepResult(
-            loss=loss, grad_norm=grad_norm, num_pairs=num_pairs, accepted=accepted, waited=waited
+            loss=loss,
+            grad_norm=grad_norm,
+            num_pairs=num_pairs,
+            accepted=accepted,
+            num_zeros=num_zeros,
+            waited=waited,
         )
 
     def _backward(
@@ -177,6 +185,13 @@ class TrainStep:
             count += shard.num_valid
         loss, num_tokens = self._sum(total, count)
         return loss / max(num_tokens, 1)
+
+    def params_norm(self) -> float:
+        """The L2 norm of all parameters of the model, the same on every rank."""
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # after an evaluation, the root still holds whole weights
+        return global_norm(self.model.parameters(), self.groups.world, self.device)
 
     @torch.no_grad()
     def is_finite(self) -> bool:
@@ -223,11 +238,19 @@ class TrainStep:
         norm = get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
-    def _update(self, lr: float, norm: Tensor) -> None:
-        """Clips the gradients to ``clip_grad`` and updates the parameters."""
+    def _update(self, lr: float, norm: Tensor) -> int | None:
+        """Clips the gradients to ``clip_grad`` and updates the parameters.
+
+        Returns the number of zeros in the gradients, as Megatron-LM counts them: after the
+        clipping. None if they are not counted.
+        """
         if self.clip_grad > 0:
             parameters = [p for p in self.model.parameters() if p.grad is not None]
             clip_grads_with_norm_(parameters, self.clip_grad, norm)
+        num_zeros = None
+        if self.counts_zeros:
+            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+            num_zeros = count_zeros(gradients, self.groups.world, self.device)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         if self.sums is not None:
@@ -236,6 +259,7 @@ class TrainStep:
             self.optimizer.step()
         if self.sums is not None:
             self.sums.take()
+        return num_zeros
 
     def _attention_dropout(self, shard: Shard) -> Dropout | None:
         model, place, tp = self.model.config, self.groups.coordinates, self.groups.grid.tp

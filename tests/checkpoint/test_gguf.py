@@ -18,6 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from cp_megatron.checkpoint.convert import Conversion
 from cp_megatron.checkpoint.gguf import GGUFFile
 from cp_megatron.checkpoint.gguf_convert import convert_gguf
 from cp_megatron.errors import ConfigError
@@ -213,6 +214,9 @@ def test_quantised_and_bfloat16(tmp_path: Path) -> None:
             decoded = gguf.dequantize(tensor.data, tensor.tensor_type)
             assert np.array_equal(values.numpy(), decoded)
     convert_gguf(path, tmp_path / "half", dtype="bfloat16")
+    report = Conversion(folder=tmp_path / "half").report()
+    assert "LlamaForCausalLM, safetensors in bfloat16\n" in report
+    assert f" {sum(x.numel() for x in model.parameters()):,} parameters, " in report
     half = load(tmp_path / "half").state_dict()
     assert json.loads((tmp_path / "half" / "config.json").read_text())["torch_dtype"] == "bfloat16"
     for name, value in whole.items():

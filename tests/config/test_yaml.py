@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from cp_megatron.config import Config
 from cp_megatron.config.fields import Setting, settings
+from cp_megatron.config.files.alternatives import ALTERNATIVES
 from cp_megatron.config.files.presets import PRESETS
 from cp_megatron.config.files.yaml_io import overlay, read_file, to_yaml
 from cp_megatron.errors import ConfigError
@@ -40,9 +41,17 @@ def values_of(row: Setting) -> st.SearchStrategy[Any]:
     return st.none() | value if row.optional else value
 
 
+def without_contradictions(values: dict[str, Any]) -> dict[str, Any]:
+    """The values without all but one of the settings that exclude each other."""
+    for group in ALTERNATIVES:
+        active = [name for name in group if values.get(name)]
+        values = {name: value for name, value in values.items() if name not in active[1:]}
+    return values
+
+
 CONFIGS = st.fixed_dictionaries(
     {}, optional={name: values_of(row) for name, row in settings().items()}
-).map(lambda values: overlay(Config(), values))
+).map(lambda values: overlay(Config(), without_contradictions(values)))
 
 
 @example(overlay(Config(), {"data_path": ("a\x85b", "\u2028")}))

@@ -51,6 +51,11 @@ SENSIBLE: Mapping[str, Sequence[str]] = {
     "lr": ("1e-3", "3e-4", "0.01", "1e-12"),
     "min_lr": ("0", "1e-5", "1e-4"),
     "lr_warmup_iters": ("0", "1"),
+    "lr_warmup_samples": ("0", "1", "3"),
+    "lr_warmup_fraction": ("0", "0.1", "0.5"),
+    "lr_warmup_init": ("0", "1e-13"),
+    "train_samples": ("8", "9", "16"),
+    "train_epochs": ("0.01", "0.1"),
     "weight_decay": ("0", "0.1", "1"),
     "adam_beta1": ("0", "0.5", "0.9"),
     "adam_beta2": ("0", "0.95", "0.999"),
@@ -132,6 +137,10 @@ _GROUPS = (
     "--profile --profile-step-start 0 --profile-step-end 1",
     "--lr-decay-style constant",
     "--lr-decay-style linear --min-lr 1e-5 --lr-decay-iters 2",
+    "--lr-decay-style inverse-square-root --lr-warmup-fraction 0.5",
+    "--lr-decay-style WSD --lr-wsd-decay-iters 1 --lr-wsd-decay-style minus_sqrt",
+    "--lr-decay-style WSD --lr-wsd-decay-samples 3 --lr-decay-samples 7",
+    "--log-params-norm --log-num-zeros-in-grad",
     "--eval-iters 0",
     "--eval-iters 1 --eval-interval 1 --split 8,2",
     "--hidden-dropout 0.1 --attention-dropout 0.2",
@@ -201,6 +210,8 @@ def line_of(seed: int) -> Line:
         said[row.name] = _nasty(rng, row)
     if said.keys() & {"train_data_path", "valid_data_path"} and rng.random() < 0.9:
         said.pop("data_path", None)
+    if said.keys() & {"train_samples", "train_epochs"}:
+        del said["train_iters"]
     words = [word for flag in said.values() for word in flag]
     if rng.random() < 0.04:
         words += _strays(rng)

@@ -160,7 +160,7 @@ def train(rank: int, world: int, folder: Path, words: tuple[str, ...]) -> int | 
         group = dist.group.WORLD
         assert group is not None
         assembled = assemble(plan, launch, group)
-        stop, iters = StopRequest(), plan.config.train.train_iters
+        stop, iters = StopRequest(), plan.last_step
         view = ProgressView(Console(quiet=True), quiet=True, start_step=0, train_iters=iters)
         if iters > 2:
             stop(15, None)  # one step, and the end in good order

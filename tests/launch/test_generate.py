@@ -106,12 +106,16 @@ def test_texts_and_lines_are_continued_by_runs_and_exports(run: Path, tmp_path: 
         ("generate", [*exported, *prompt], ""),
     )
     assert complaints == []
-    assert answers == [
-        (0, "baaaaaa\n"),
-        (0, "xxx\nzzz\n"),
-        (0, f"written  {folder}\n"),
-        (0, "baaaaaa\n"),
-    ]
+    files = [path for path in Path(folder).iterdir() if path.is_file()]
+    size, numel = (
+        sum(path.stat().st_size for path in files),
+        (257 + 4 * 32 + 3 * MODEL.ffn_size + 3) * 32,
+    )
+    report = f"""written  {folder}
+format   Hugging Face folder, LlamaForCausalLM, safetensors in float32
+size     {numel:,} parameters, {size:,} bytes ({size / 1e6:,.1f} MB) in {len(files)} files
+"""
+    assert answers == [(0, "baaaaaa\n"), (0, "xxx\nzzz\n"), (0, report), (0, "baaaaaa\n")]
 
 
 REFUSED = [
@@ -128,7 +132,17 @@ REFUSED = [
     ("generate", ["--promt", "x"], "unknown flag (works: --prompt"),
     ("convert", [], "--from-gguf: names what to convert"),
     ("convert", ["--load", "RUN"], "--output: "),
-    ("convert", ["--load", "RUN", "--from-gguf", "x"], "one of the two"),
+    ("convert", ["--load", "RUN", "--from-gguf", "x"], "one of --from-gguf, --from-torch, --load"),
+    (
+        "convert",
+        ["--from-torch", "no-such-file.pt"],
+        "--from-torch no-such-file.pt: does not exist",
+    ),
+    ("convert", ["--from-torch", __file__], "(works: --load-hf with a folder that has its config"),
+    ("convert", ["--from-torch", "RUN"], "is a run of this program (works: --load "),
+    ("convert", ["--from-gguf", "RUN", "--output", "new"], "is a run of this program"),
+    ("convert", ["--from-torch", "meta-llama/Llama-3.1-8B"], "hf download meta-llama/Llama-3.1-8B"),
+    ("generate", ["--load", "meta-llama/Llama-3.1-8B"], "hf download meta-llama/Llama-3.1-8B"),
     ("convert", ["--load", "RUN", "--output", "RUN"], "nothing is overwritten"),
     ("convert", ["--from-gguf", "no-such-file", "--output", "new"], "cannot be read"),
     ("convert", ["--from-gguf", "x", "--output", "new", "--dtype", "float64"], "--dtype float64"),

@@ -140,16 +140,13 @@ def test_a_note_about_rows_that_are_cut_anew(run: Path) -> None:
     (note,) = data_changes(now, manifest)
     assert note.startswith("--seed is 7, was 1234, --seq-length is 512, was 1024: ")
     assert "row 80" in note
+    (note,) = data_changes(config_of("--preset", "toy-gpt", "--global-batch-size", "6"), manifest)
+    assert note == "--global-batch-size is 6, was 4: step 21 begins at row 80 of the data"
 
 
 def test_another_vocabulary(run: Path) -> None:
     with pytest.raises(ConfigError, match="257 tokens, this run's has 300"):
         check_load(config_of("--load", str(run)), 300)
-
-
-def test_a_run_that_is_over_says_how_it_goes_on(run: Path) -> None:
-    error = refused(config_of("--load", str(run), "--train-iters", "40"))
-    assert (error.flag, error.value, error.works) == ("--train-iters", 40, "80")
 
 
 def test_a_run_without_a_checkpoint_names_those_that_have_one(run: Path, tmp_path: Path) -> None:

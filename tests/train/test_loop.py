@@ -285,12 +285,6 @@ def test_other_data_is_refused_unless_a_flag_allows_it_once(place: Place) -> Non
     assert run_ranks(train, 1, place.load("run", "--train-iters", str(STEPS))) == [STEPS]
 
 
-def test_another_batch_size_is_refused_on_resume(place: Place) -> None:
-    run_ranks(train, 1, place.argv("run"), STOP)
-    (error,) = run_ranks(refused, 1, place.load("run", "--global-batch-size", "8"))
-    assert (error.flag, error.value, error.works) == ("--global-batch-size", 8, "4")
-
-
 @pytest.mark.parametrize(
     ("text", "rule"),
     [(b"other " * 400, "ranks [1] read different data"), (b"ok" * 40000 + b"\0", "")],

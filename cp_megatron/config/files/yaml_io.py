@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from cp_megatron.config.fields import settings, shown
+from cp_megatron.config.files.alternatives import with_alternatives_off
 from cp_megatron.config.schema import Config
 from cp_megatron.errors import ConfigError
 
@@ -42,8 +43,12 @@ def to_yaml(config: Config) -> str:
 
 
 def overlay(base: Config, values: Values) -> Config:
-    """``base`` with the values of some settings replaced."""
-    for name, value in values.items():
+    """``base`` with the values of some settings replaced.
+
+    Raises:
+        ConfigError: two of the values contradict each other.
+    """
+    for name, value in with_alternatives_off(values).items():
         section = settings()[name].section
         if section:
             value = dataclasses.replace(getattr(base, section), **{name: value})

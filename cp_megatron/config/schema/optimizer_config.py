@@ -5,9 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from cp_megatron.config.schema.ranges import BelowOne, Count, NonNegative, Positive, Size
+from cp_megatron.config.schema.ranges import (
+    BelowOne,
+    Count,
+    NonNegative,
+    Positive,
+    SampleCount,
+    Samples,
+    Size,
+)
 
-DecayStyle = Literal["constant", "linear", "cosine"]
+DecayStyle = Literal["constant", "linear", "cosine", "inverse-square-root", "WSD"]
+WsdDecayStyle = Literal["exponential", "linear", "cosine", "minus_sqrt"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,11 +28,25 @@ class OptimizerConfig:
     min_lr: NonNegative = 0.0
     """Learning rate at the end of the decay."""
     lr_decay_style: DecayStyle = "cosine"
-    """Shape of the decay after the warm-up."""
+    """Shape of the decay after the warm-up; WSD stays at the peak until a decay of its own."""
     lr_warmup_iters: Count = 0
-    """Steps over which the learning rate rises linearly from 0."""
+    """Steps over which the learning rate rises linearly to its peak."""
+    lr_warmup_samples: SampleCount | None = None
+    """Rows over which it rises, in place of steps."""
+    lr_warmup_fraction: BelowOne | None = None
+    """Share of the steps up to the end of the decay over which it rises, in place of steps."""
+    lr_warmup_init: NonNegative = 0.0
+    """Learning rate from which the warm-up rises."""
     lr_decay_iters: Size | None = None
     """Step at which the decay ends; by default the last training step."""
+    lr_decay_samples: Samples | None = None
+    """Number of rows at which the decay ends, in place of a step."""
+    lr_wsd_decay_style: WsdDecayStyle = "exponential"
+    """Shape of WSD's decay."""
+    lr_wsd_decay_iters: Size | None = None
+    """Steps of WSD's decay, which ends where --lr-decay-iters says."""
+    lr_wsd_decay_samples: Samples | None = None
+    """Rows of WSD's decay, in place of steps."""
     weight_decay: NonNegative = 0.1
     """Decoupled weight decay of matrices; vectors (norms, biases) are not decayed."""
     adam_beta1: BelowOne = 0.9

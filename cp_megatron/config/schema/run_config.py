@@ -26,8 +26,8 @@ class CheckpointConfig:
     """The folder of a run to continue, or one of its step-N; its config.yaml supplies all other
     flags. auto: continue the run in --save if it has a checkpoint, otherwise begin it."""
     load_hf: str | None = None
-    """A Hugging Face folder with the config.json and safetensors that the run starts from; without
-    --preset the learning rate is then 2e-5."""
+    """A Hugging Face folder, with config.json and safetensors or pytorch_model.bin, that the run
+    starts from; without --preset the learning rate is then 2e-5."""
     save_interval: Size | None = None
     """Steps between two checkpoints; by default there is one at the end or on interruption."""
     async_save: bool = True
@@ -52,6 +52,10 @@ class LogConfig:
     """The folder for the files of Weights & Biases; by default the run's folder."""
     log_straggler: bool = True
     """Report ranks that arrive late at a step, or whose device is slow, with the metrics."""
+    log_params_norm: bool = False
+    """Log the L2 norm of all parameters after the step."""
+    log_num_zeros_in_grad: bool = False
+    """Log how many numbers of the gradient are exactly 0."""
     plot: bool = True
     """At the end draw curves.png in the run's folder, if matplotlib is installed."""
     profile: bool = False

@@ -5,7 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from cp_megatron.config.schema.ranges import Count, NonNegative, Positive, Range, Size
+from cp_megatron.config.schema.ranges import (
+    Count,
+    Epochs,
+    NonNegative,
+    Positive,
+    Range,
+    Samples,
+    Size,
+)
 
 DType = Literal["auto", "float64", "float32", "bfloat16"]
 Device = Literal["auto", "cpu", "cuda"]
@@ -15,8 +23,14 @@ Device = Literal["auto", "cpu", "cuda"]
 class TrainConfig:
     """How long, in which precision and on which device the run trains."""
 
-    train_iters: Size = 200
+    train_iters: Size | None = 200
     """Training steps in all, including those before a resume."""
+    train_samples: Samples | None = None
+    """Rows to train on in all, in place of steps; an incomplete last batch is left out. The
+    learning rate then is a function of rows."""
+    train_epochs: Epochs | None = None
+    """Passes over the training data in all, in place of steps; the last batch is filled up with
+    rows of the next pass."""
     seed: Annotated[int, Range(0, 2**63 - 1)] = 1234
     """The seed that determines everything random: weights, order of the data, dropout."""
     dtype: DType = "auto"
