@@ -37,7 +37,12 @@ FLOAT32_OPS = frozenset(
 )
 
 # The class of these families takes the text's config, the family's mapping gives the whole one.
-TEXT_ALONE = ("dots3_note", "emu3", "llama4", "qwen3_5", "qwen3_5_moe", "qwen4_exp")
+PARTS: Mapping[str, str] = {
+    **dict.fromkeys(
+        ("dots3_note", "emu3", "llama4", "qwen3_5", "qwen3_5_moe", "qwen4_exp"), "text_config"
+    ),
+    **dict.fromkeys(("musicgen", "musicgen_melody"), "decoder"),
+}
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 INDEXER = {
     "indexer_n_heads": 2,
@@ -123,8 +128,8 @@ def outcome_of(rank: int, world_size: int, family: str, model: str) -> Outcome:
 def tiny_config(family: str) -> Any:
     library = importlib.import_module("transformers")
     config = library.CONFIG_MAPPING[family](**CHANGES.get(family, {}))
-    if "text_config" in config.sub_configs and family in TEXT_ALONE:
-        config = config.text_config
+    if family in PARTS:
+        config = getattr(config, PARTS[family])
     if hasattr(config, "is_decoder"):
         config.is_decoder = True
     return shrink(config)

@@ -10,9 +10,9 @@ of the parameters' gradients is its gradient.
 
 transformers passes unknown keyword arguments on to every layer's attention and to the loss, so the
 batch carries what the engine needs: the mask and layout, the shifted labels, and how many of them
-count. Every other part of a model must compute each token by itself. A model with attention whose
-config names other layers (recurrent ones) is refused. A model without any attention, like Mamba,
-never calls this module: do not give it a sharded batch.
+count. Every other part of a model must compute each token by itself. ``check`` refuses a model that
+does not: one with recurrent layers, for example, or whose tokens are numbered locally. It runs by
+itself once, when a model first gets a sharded batch.
 
 transformers reads the documents of a packed row from ``position_ids``: a document ends where the
 next position is not one more. RoPE reads the same positions, each rank its own:

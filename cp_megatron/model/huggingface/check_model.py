@@ -116,11 +116,12 @@ def refuse_own_table(model: Any, name: str) -> None:
     It would end in a KeyError while the model is built.
     """
     for table in vars(sys.modules[type(model).__module__]).values():
-        if isinstance(table, dict) and "eager" in table and name not in table:
-            if all(isinstance(entry, type) for entry in table.values()):
-                classes = ", ".join(dict.fromkeys(entry.__name__ for entry in table.values()))
-                rule = f"is unknown to {type(model).__name__}, which computes attention itself"
-                raise ConfigError("attn_implementation", name, f"{rule}, by {classes}", _ANOTHER)
+        if not isinstance(table, dict) or "eager" not in table or name in table:
+            continue
+        if all(isinstance(entry, type) for entry in table.values()):
+            classes = ", ".join(dict.fromkeys(entry.__name__ for entry in table.values()))
+            rule = f"is unknown to {type(model).__name__}, which computes attention itself"
+            raise ConfigError("attn_implementation", name, f"{rule}, by {classes}", _ANOTHER)
 
 
 def _outermost(model: nn.Module, kind: type) -> Iterator[Any]:
@@ -131,7 +132,7 @@ def _outermost(model: nn.Module, kind: type) -> Iterator[Any]:
         yield from _outermost(child, kind)
 
 
-def _own_class(model: nn.Module) -> type:
+def _own_class(model: nn.Module) -> Any:
     """The class of the model without what FSDP2 put before it."""
     return next(base for base in type(model).__mro__ if not issubclass(base, FSDPModule))
 
@@ -191,7 +192,7 @@ def _try_copies(model: Any, itself: bool) -> Finding:
     raise ConfigError("model", _own_class(model).__name__, rule, "check(model, itself=True)")
 
 
-def _build(model_class: type, config: Any, attention_name: str) -> Any:
+def _build(model_class: Any, config: Any, attention_name: str) -> Any:
     config = deepcopy(config)
     config._attn_implementation = attention_name
     config._experts_implementation = "eager"

@@ -178,7 +178,7 @@ def _own_attention(build: Build, dtype: torch.dtype) -> Any:
     return model.to(dtype).eval()
 
 
-def _row(lengths: tuple[int, ...]) -> dict[str, Tensor]:
+def _row(lengths: tuple[int, ...]) -> dict[str, Any]:
     """input_ids, position_ids and labels [1, S]; no document's first token is a target."""
     shape, generator = (1, sum(lengths)), torch.Generator().manual_seed(len(lengths))
     ids = torch.randint(_FIRST_TOKEN, NUM_ORDINARY_TOKENS, shape, generator=generator)
@@ -218,7 +218,7 @@ class _Probe:
                 return Finding(fault)
         return Finding(loss_fault=self._loss_fault(_row(_ONE_DOCUMENT)))
 
-    def _fault_of(self, row: dict[str, Tensor]) -> str:
+    def _fault_of(self, row: dict[str, Any]) -> str:
         batch = _without_labels(shard_batch(None, **row))
         plan = _recording(batch)
         try:
@@ -273,7 +273,7 @@ class _Probe:
         others = torch.cat([seen[:place], seen[end:]])
         return _LEAKS if others.any() or not seen[place : place + 2].all() else ""
 
-    def _loss_fault(self, row: dict[str, Tensor]) -> str:
+    def _loss_fault(self, row: dict[str, Any]) -> str:
         """Compares the ranks' losses with the loss of the whole row."""
         counted = (row["labels"][:, 1:] != IGNORED_LABEL).sum()
         batch = shard_batch(None, **row)

@@ -19,8 +19,7 @@ def register(name: str = "cp_megatron") -> None:
 
     From now on transformers models are checked: when they are built or set to this attention, and
     when they are first called with a sharded batch. For this, the method by which transformers
-    itself checks an implementation for a model, ``PreTrainedModel.get_correct_attn_implementation``,
-    is wrapped.
+    checks an implementation, ``PreTrainedModel.get_correct_attn_implementation``, is wrapped.
 
     Raises:
         ConfigError: transformers is not installed or too old.

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from functools import partial
-from typing import Any
+from typing import Any, TypeGuard
 
 VOCABULARY = 128
 # Special tokens that lie above the small vocabulary take its last ids, so the first are ordinary.
@@ -77,7 +77,7 @@ def parts_of(config: Any) -> Iterator[Any]:
             yield from parts_of(value)
 
 
-def _is_count(value: object) -> bool:
+def _is_count(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
@@ -134,14 +134,18 @@ def _narrower(widths: dict[int, int], sizes: Mapping[str, Any]) -> dict[str, Any
         if kv_name:
             changes[kv_name] = few
         shares.append(changes[name] / heads)
-    free = not changes or any(_is_count(sizes.get(name)) for name in _HEAD_WIDTHS)
+    head_dim = next((sizes[n] for n in _HEAD_WIDTHS if _is_count(sizes.get(n))), None)
     for name in _WIDTHS:
         width = sizes.get(name)
         if not _is_count(width) or width <= _WIDTH:
             continue
-        small = _WIDTH if free else width * min(shares)
+        small = width * min(shares)
         if not changes:
             small = widths.get(width, _WIDTH)
+        elif head_dim and width not in {
+            sizes[heads] * head_dim for heads in _HEADS.keys() & changes
+        }:
+            small = _WIDTH
         if small == int(small) and small % 2 == 0:
             widths.setdefault(width, int(small))
             names = [key for key, value in sizes.items() if _same(key, value, width)]
