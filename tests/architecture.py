@@ -59,9 +59,10 @@ TORCH_FREE_MODULES = (
 
 OPTIONAL_PACKAGES = frozenset(
     {
-        *("apex", "datasets", "deepspeed", "flash_attn", "flash_attn_interface", "gguf", "jinja2"),
-        *("matplotlib", "pyarrow", "sentencepiece", "tiktoken", "tokenizers", "transformer_engine"),
-        *("transformers", "triton", "wandb", "xformers"),
+        *("accelerate", "apex", "datasets", "deepspeed", "flash_attn", "flash_attn_interface"),
+        *("gguf", "jinja2", "matplotlib", "pyarrow", "sentencepiece", "tiktoken", "tokenizers"),
+        *("transformer_engine", "transformers", "triton", "trl", "wandb", "xformers"),
+        "zstandard",
     }
 )
 ENVIRONMENT_READERS = (f"{PACKAGE}.comm.runtime",)

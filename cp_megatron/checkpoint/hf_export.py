@@ -29,8 +29,9 @@ from cp_megatron.checkpoint.manifest import (
 )
 from cp_megatron.checkpoint.shard_writer import sync
 from cp_megatron.config import Config
-from cp_megatron.data.tokenize.open_tokenizer import open_tokenizer
-from cp_megatron.data.tokenize.tokenizer import ByteTokenizer
+from cp_megatron.data.tokenize.open_tokenizer import tokenizer_of
+from cp_megatron.data.tokenize.tokenizer import ByteTokenizer, Tokenizer
+from cp_megatron.data.tokenize.tokenizer_huggingface import GPT2Tokenizer
 from cp_megatron.errors import ConfigError
 from cp_megatron.families.family import HFTensor
 from cp_megatron.families.registry import to_hf_config
@@ -84,11 +85,12 @@ def _prepare(step: Path, dtype: str) -> tuple[dict[str, Path | dict[str, Any]], 
     manifest = read_manifest(step)
     config = saved_config(manifest, step)
     seq_length = config.data.seq_length
+    chosen = tokenizer_of(config.data)
     family, entries = to_hf_config(
         config.model,
         vocab_size=manifest.vocab_size,
         seq_length=seq_length,
-        eod=open_tokenizer(config.data.tokenizer_type, config.data.tokenizer_model).eod,
+        eod=chosen.eod,
         dtype=dtype,
     )
     tensors = family.tensors(config.model, vocab_size=manifest.vocab_size, seq_length=seq_length)
@@ -102,6 +104,8 @@ def _prepare(step: Path, dtype: str) -> tuple[dict[str, Path | dict[str, Any]], 
         "generation_config.json": generation,
         **{path.name: path for path in tokenizer},
     }
+    if config.data.tokenizer_type == "gpt2":
+        files |= gpt2_tokenizer_files(chosen)
     if config.data.tokenizer_type == "byte":
         files |= _byte_tokenizer_files(max(config.model.max_position_embeddings or 0, seq_length))
     return files, _Weights(step=step, tensors=tensors, sources=sources, dtype=dtype)
@@ -148,6 +152,17 @@ def _byte_tokenizer_files(seq_length: int) -> dict[str, dict[str, Any]]:
         "split_special_tokens": True,
     }
     return {"tokenizer.json": body, "tokenizer_config.json": config}
+
+
+def gpt2_tokenizer_files(tokenizer: Tokenizer) -> dict[str, dict[str, Any]]:
+    """Makes tokenizer.json and tokenizer_config.json of GPT-2's vocabulary and merges."""
+    assert isinstance(tokenizer, GPT2Tokenizer)
+    special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), tokenizer.end)
+    config = {"tokenizer_class": "GPT2Tokenizer", **special}
+    return {
+        "tokenizer.json": json.loads(tokenizer.library.to_str()),
+        "tokenizer_config.json": config,
+    }
 
 
 def _byte_alphabet() -> str:

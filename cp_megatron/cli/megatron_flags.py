@@ -14,7 +14,6 @@ _ALWAYS = "leave the flag out: it is always so"
 _NO_PIPELINE = ("there is no pipeline parallelism yet", _OUT)
 _NO_EXPERTS = ("there are no mixture-of-experts models", _OUT)
 _FSDP = ("FSDP2 over dp x cp is always used", _ALWAYS)
-_TOKENIZER = ("a tokenizer is one file or folder", "--tokenizer-type and --tokenizer-model")
 _MASK = ("it belongs to the mask of documents", "--document-mask")
 _TRACE = ("the trace can show memory", "--profile --profile-memory")
 _LLAMA3 = "--rope-type llama3 --rope-scaling-factor 8 --original-max-position-embeddings 8192"
@@ -71,7 +70,6 @@ MEANINGLESS: Mapping[str, Answer] = {
     "--cross-entropy-loss-fusion": ("head and loss are always fused", _ALWAYS),
     # data
     "--mock-data": ("without --data-path, the run reads Python's own sources", _OUT),
-    **dict.fromkeys(("--vocab-file", "--merge-file"), _TOKENIZER),
     "--data-cache-path": ("nothing is cached on disk", _OUT),
     "--num-workers": ("rows are cut in the process itself", _OUT),
     **dict.fromkeys(("--reset-position-ids", "--reset-attention-mask", "--eod-mask-loss"), _MASK),

@@ -34,6 +34,25 @@ _SPELLINGS: Mapping[str, str] = {
     "GPTSentencePieceTokenizer": "sentencepiece",
     "Llama2Tokenizer": "sentencepiece",
     "TikTokenizer": "tiktoken",
+    "GPT2BPETokenizer": "gpt2",
+    "HFTokenizer": "huggingface",
+    "PretrainedFromHF": "huggingface",
+}
+# Megatron's choices that have no counterpart, with what to use instead.
+_ABSENT: Mapping[str, tuple[str, str]] = {
+    "NullTokenizer": (
+        "makes no ids of a text, and a run has the vocabulary of its tokenizer",
+        "the tokenizer that the data was made with, or byte; --vocab-size N gives the model N rows",
+    ),
+    **dict.fromkeys(
+        ("BertWordPieceLowerCase", "BertWordPieceCase"),
+        ("is of BERT, which reads a text from both sides", "huggingface with its tokenizer.json"),
+    ),
+    **dict.fromkeys(
+        ("MultimodalTokenizer", "NullMultimodalTokenizer"),
+        ("is for images, and only text is trained", "huggingface with the model's folder"),
+    ),
+    "SFTTokenizer": ("is not needed to train on conversations", "huggingface, with --sft"),
 }
 
 
@@ -147,7 +166,8 @@ class Setting:
                 default = 1 if self.default is None else self.default
                 rule, works = self.range.rule, self.range.nearest(value) or f"{default:g}"
         elif self.choices and value not in self.choices:
-            rule, works = "must be one of its choices", ", ".join(self.choices)
+            several = ("must be one of its choices", ", ".join(self.choices))
+            rule, works = _ABSENT.get(value, several)
         elif not value:
             rule = "must not be empty"
         # The bytes of a command line that are not UTF-8 arrive as lone surrogates.

@@ -55,9 +55,11 @@ class ContextParallel:
         check_ranks: compare masks, layouts, shapes and types between the ranks before attention,
             so that a mistake is an error on every rank instead of a hang or a wrong number. Each
             comparison costs one small message. ``always``: before each attention; ``once``: before
-            the first of each mask and shape, which misses a rank that goes wrong later; ``never``;
-            ``auto``: always, but once on CUDA, where waiting for the answer would stall the device.
-            True and False stand for ``auto`` and ``never``.
+            the first of each object and shape, which misses a rank that goes wrong later;
+            ``never``; ``auto``: always, but once on CUDA, where waiting for the answer would stall
+            the device. True and False stand for ``auto`` and ``never``.
+        rows: int64 [], the digest of the batch's rows (``comm/row_digest.py``), which are then
+            compared as well. It belongs to this batch: ``within`` keeps it, ``with_mask`` does not.
 
     Attributes:
         group, mask, layout: as given, or as chosen.
@@ -83,6 +85,7 @@ class ContextParallel:
         *,
         deterministic: bool = False,
         check_ranks: str | bool = "auto",
+        rows: Tensor | None = None,
     ) -> None:
         self.group = group
         self.mask = mask
@@ -97,7 +100,7 @@ class ContextParallel:
         self._layout_kind, self._exchange, self._route = layout, exchange, route
         self._kernel, self._sizes = kernel, sizes
         self._deterministic, self._check_ranks = deterministic, check_mode(check_ranks)
-        self._chooser = mask
+        self._chooser, self._rows = mask, rows
         self.buffers, self.link_sums = Buffers(), LinkSums()
         self._by_window: dict[Window, ContextParallel] = {}
         self._plans: dict[tuple[int, ...], RankPlan] = {}
@@ -148,7 +151,7 @@ class ContextParallel:
             return self
         if mask.window not in self._by_window:
             other = self.with_mask(mask, self.layout)
-            other._chooser = self._chooser
+            other._chooser, other._rows = self._chooser, self._rows
             self._by_window[mask.window] = other
         return self._by_window[mask.window]
 
@@ -327,7 +330,7 @@ class ContextParallel:
         options = (self.layout.kind, self._exchange, self._route, self._sizes)
         mask, layout = self._digests
         call = (kind, options, dropout, layout)
-        agree(group, mask=mask, call=call, problem=problem, device=device)
+        agree(group, mask=mask, call=call, rows=self._rows, problem=problem, device=device)
         self._agreed.add(kind)
 
     @cached_property

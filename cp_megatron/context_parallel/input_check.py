@@ -1,8 +1,9 @@
 """Checks that all ranks compute the same attention: one small message instead of a hang.
 
 Ranks that disagree on the mask, a shape or a type would wait for messages that never come, or sum
-unrelated numbers. So before attention every rank sends a digest of its call, and whether its inputs
-are valid. All ranks see all digests, so all of them raise together.
+unrelated numbers. Ranks that brought different rows would compute rows that are half of each. So
+before attention every rank sends digests of its call and of the rows that its part was cut from,
+and whether its inputs are valid. All ranks see all digests, so all of them raise together.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from cp_megatron.comm.nonblocking import start_all_gather
 from cp_megatron.comm.rng import hash_text
@@ -33,6 +35,7 @@ def agree(
     *,
     mask: object,
     call: object,
+    rows: Tensor | None,
     problem: Exception | None,
     device: torch.device,
 ) -> None:
@@ -41,30 +44,40 @@ def agree(
     Args:
         group: the ranks that must agree; None is one rank.
         mask, call: describe the mask and the rest of the call; compared by their ``repr``.
+        rows: int64 [], a digest of the whole rows; None if the caller does not know them.
         problem: the error that this rank found in its own inputs.
         device: the device of the group's messages.
 
     Raises:
         Exception: ``problem`` itself.
-        ConfigError: another rank has a problem, or mask or call differ between ranks.
+        ConfigError: another rank has a problem, or rows, mask or call differ between ranks.
     """
     if group is not None and dist.get_world_size(group) > 1:
-        facts = [digest(mask), digest(call), int(problem is not None)]
+        facts = [digest(mask), digest(call), int(problem is not None), 0]
         mine = torch.tensor(facts, dtype=torch.int64, device=device)
-        rows = start_all_gather(mine.unsqueeze(0), group).wait().tolist()
+        if rows is not None:
+            mine[3].copy_(rows)  # on the device: the host has not waited for it
+        told = start_all_gather(mine.unsqueeze(0), group).wait().tolist()
         if problem is None:
-            _compare(rows, dist.get_rank(group), mask, call)
+            _compare(told, dist.get_rank(group), mask, call)
     if problem is not None:
         raise problem
 
 
-def _compare(rows: Sequence[Sequence[int]], rank: int, mask: object, call: object) -> None:
-    refusing = [number for number, row in enumerate(rows) if row[2]]
+def _compare(told: Sequence[Sequence[int]], rank: int, mask: object, call: object) -> None:
+    refusing = [number for number, facts in enumerate(told) if facts[2]]
     if refusing:
         rule = f"is refused by rank {_list(refusing)} of the group, whose error gives the reason"
         raise ConfigError("attention", f"on rank {rank}", rule)
-    for column, name, value in ((0, "mask", mask), (1, "attention", call)):
-        others = [number for number, row in enumerate(rows) if row[column] != rows[rank][column]]
+    # Other rows often have other documents and lengths, so they are reported first.
+    for column, name, value in ((3, "rows", None), (0, "mask", mask), (1, "attention", call)):
+        mine = told[rank][column]
+        others = [number for number, facts in enumerate(told) if facts[column] != mine]
+        if others and name == "rows":
+            rule = f"differ from what rank {_list(others)} of the group has: every rank of a "
+            rule += "context parallel group must get the same rows, labels and divisor of the loss"
+            works = "a dataloader that deals rows to groups, see README's examples for trainers"
+            raise ConfigError(name, "", rule, works)
         if others:
             rule = f"differs from what rank {_list(others)} of the group has"
             text = str(value)

@@ -22,7 +22,7 @@ from cp_megatron.config import Config
 from cp_megatron.config.fields import Setting, settings
 from cp_megatron.config.files.yaml_io import overlay
 from cp_megatron.config.schema.ranges import LARGEST_SIZE
-from cp_megatron.data.tokenize.open_tokenizer import open_tokenizer
+from cp_megatron.data.tokenize.open_tokenizer import tokenizer_of
 from cp_megatron.errors import ConfigError
 from cp_megatron.evaluate.needle import Encode, Haystack, Kind, Task, make_task
 from cp_megatron.families.rope_fields import ROPE_FIELDS
@@ -288,6 +288,6 @@ def _check_questions_fit(setup: EvaluationSetup) -> None:
     if not setup.kinds:
         return
     data = setup.longest.config.data
-    tokenizer = open_tokenizer(data.tokenizer_type, data.tokenizer_model)
+    tokenizer = tokenizer_of(data)
     text = Haystack.of("A text.", tokenizer.encode)
     make_tasks(setup, setup.options.lengths[0], text, tokenizer.encode)

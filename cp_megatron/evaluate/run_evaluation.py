@@ -22,7 +22,7 @@ from cp_megatron.comm.runtime import Launch
 from cp_megatron.data.read.corpus import Corpus, CorpusRange
 from cp_megatron.data.rows.corpora import open_single
 from cp_megatron.data.rows.sampler import count_rows, parse_split, split_sizes
-from cp_megatron.data.tokenize.open_tokenizer import open_tokenizer
+from cp_megatron.data.tokenize.open_tokenizer import tokenizer_of
 from cp_megatron.errors import ConfigError
 from cp_megatron.evaluate.check_evaluation import EvaluationSetup, make_tasks
 from cp_megatron.evaluate.needle import Haystack, Task, library_prose
@@ -140,7 +140,7 @@ def _tasks(setup: EvaluationSetup, corpus: Corpus | None) -> dict[int, list[Task
     if not setup.kinds:
         return {length: [] for length in lengths}
     data, text = setup.longest.config.data, library_prose()
-    tokenizer = open_tokenizer(data.tokenizer_type, data.tokenizer_model)
+    tokenizer = tokenizer_of(data)
     if setup.own_text:
         assert corpus is not None
         text = tokenizer.decode(corpus.tokens[: HAYSTACK_ROWS * lengths[-1]])

@@ -99,10 +99,12 @@ def read_layer_windows(fields: JsonFields) -> dict[str, Any]:
 
     Hugging Face counts the token itself in the width of a window; ``window_size`` does not.
     """
+    kinds = fields.value.get("layer_types")
     if not fields.switch("use_sliding_window"):
+        for name in ("sliding_window", "max_window_layers"):
+            fields.value.get(name)  # as in transformers, they are read and have no effect
         return {}
     width, layers = fields.size("sliding_window", 4096), fields.size("num_hidden_layers")
-    kinds = fields.value.get("layer_types")
     if kinds is None:
         first = int(fields.number("max_window_layers", 28.0))
         kinds = ["full_attention"] * min(first, layers)

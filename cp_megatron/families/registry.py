@@ -24,6 +24,7 @@ from cp_megatron.families.mistral import MISTRAL
 from cp_megatron.families.qwen2 import QWEN2
 from cp_megatron.families.qwen3 import QWEN3
 from cp_megatron.families.rope_fields import ROPE_FIELDS, fields_of
+from cp_megatron.families.unread_keys import RecordedKeys, unread_keys
 
 FAMILIES: tuple[Family, ...] = (LLAMA, QWEN2, QWEN3, MISTRAL, GPT2)
 """A model that several families can express is exported as the first of them."""
@@ -43,6 +44,7 @@ class HFModel:
         model: its flags.
         vocab_size: rows of the embedding.
         raw: all entries of config.json.
+        unread: ``key = value`` of entries that the model does without (``unread_keys.py``).
     """
 
     folder: str
@@ -50,6 +52,7 @@ class HFModel:
     model: ModelConfig
     vocab_size: int
     raw: Mapping[str, Any]
+    unread: tuple[str, ...] = ()
 
 
 def read_hf_config(folder: str | Path) -> HFModel:
@@ -59,15 +62,19 @@ def read_hf_config(folder: str | Path) -> HFModel:
         ConfigError: config.json is missing or malformed, or asks for something that is not
             supported.
     """
-    fields = JsonFields(Path(folder), read_json(Path(folder)))
+    entries = RecordedKeys(read_json(Path(folder)))
+    fields = JsonFields(Path(folder), entries)
     family = _family_named(fields)
     fields.only("quantization_config", works="weights that are not quantized")
+    fields.only("is_causal", True, why="a token then reads those that follow it")
+    model = family.read(fields)
     return HFModel(
         folder=str(folder),
         family=family,
-        model=family.read(fields),
+        model=model,
         vocab_size=fields.size("vocab_size"),
         raw=fields.value,
+        unread=unread_keys(entries),
     )
 
 

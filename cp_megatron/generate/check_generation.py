@@ -15,14 +15,15 @@ from cp_megatron.comm.runtime import Launch
 from cp_megatron.config import Config
 from cp_megatron.config.fields import check_values, settings
 from cp_megatron.data.tokenize.chat_template import Render, find_template
-from cp_megatron.data.tokenize.open_tokenizer import open_tokenizer
-from cp_megatron.data.tokenize.tokenizer import Tokenizer
+from cp_megatron.data.tokenize.open_tokenizer import tokenizer_of
+from cp_megatron.data.tokenize.tokenizer import Tokenizer, words_for
 from cp_megatron.errors import ConfigError
 from cp_megatron.families.registry import read_hf_config
 from cp_megatron.preflight.rope_rules import check_rope
 
 _READ = (
     *("--load", "--load-hf", "--tokenizer-type", "--tokenizer-model", "--chat"),
+    *("--vocab-file", "--merge-file"),
     *("--prompt", "--max-new-tokens", "--temperature", "--top-k", "--top-p", "--seed"),
     *("--dtype", "--bf16", "--device"),
 )
@@ -115,11 +116,11 @@ def end_tokens(raw: Mapping[str, Any]) -> frozenset[int]:
 
 
 def _tokenizer(config: Config, vocab_size: int) -> Tokenizer:
-    tokenizer = open_tokenizer(config.data.tokenizer_type, config.data.tokenizer_model)
+    tokenizer = tokenizer_of(config.data)
     if tokenizer.vocab_size > vocab_size:
         rule = f"has {tokenizer.vocab_size} tokens, but the model has {vocab_size}"
         works = "the tokenizer that the model was trained with"
-        raise ConfigError("--tokenizer-model", tokenizer.path or tokenizer.kind, rule, works)
+        raise ConfigError(*words_for(tokenizer), rule, works)
     return tokenizer
 
 

@@ -41,7 +41,8 @@ def check_disk(plan: RunPlan, *, other_machine: bool = False) -> str:
 
     Args:
         plan: the run.
-        other_machine: whether the run will be on another machine.
+        other_machine: whether the run will be on another machine, so that this one's disk counts
+            for nothing.
 
     Raises:
         ConfigError: not even one checkpoint fits on this machine.
@@ -51,7 +52,8 @@ def check_disk(plan: RunPlan, *, other_machine: bool = False) -> str:
     free, needed = shutil.disk_usage(existing).free, checkpoint_bytes(plan)
     space = f"a checkpoint takes {_gib(needed)}, {_gib(free)} are free"
     if other_machine:
-        return f"disk: {space} here"
+        few = ", which is too few if the run is on this machine" if needed > free else ""
+        return f"disk: {space} here{few}"
     if needed > free:
         raise ConfigError("--save", folder, space, "a folder on a larger disk, or a smaller model")
     kept = _kept_at_once(plan.config.checkpoint, plan.last_step - plan.load_step)
@@ -107,7 +109,9 @@ def check_capacity(plan: RunPlan, launch: Launch, *, dry_run: bool) -> RunPlan:
         ConfigError: the run does not fit on this machine.
     """
     other_machine = dry_run and not launch.under_torchrun
-    disk = check_disk(plan, other_machine=other_machine and plan.config.checkpoint.save is None)
+    # A run of one rank may well be on this machine, in the folder that the user names.
+    several = plan.grid.world_size != launch.world_size or plan.config.checkpoint.save is None
+    disk = check_disk(plan, other_machine=other_machine and several)
     if other_machine:
         plans = [plan] if plan.device else map(plan.on_device, plan.kernels)
         needs = [check_memory(each, num_ranks=1, total_bytes=None) for each in plans]

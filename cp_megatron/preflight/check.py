@@ -16,7 +16,7 @@ from cp_megatron.comm.runtime import Launch
 from cp_megatron.config import Config
 from cp_megatron.config.fields import check_values, settings
 from cp_megatron.data.rows.corpora import check_data
-from cp_megatron.data.tokenize.open_tokenizer import open_tokenizer
+from cp_megatron.data.tokenize.open_tokenizer import tokenizer_of
 from cp_megatron.errors import ConfigError
 from cp_megatron.faults.inject import parse_faults
 from cp_megatron.kernels.select import KernelChoice
@@ -75,11 +75,11 @@ def check(
         parse_faults(launch.fault, launch.world_size)
     check_values(config)
     config = replace(config, data=rules.with_packing(config.data, given))
-    vocab_size = _check_model(config, given)
+    vocab_size, told = _check_model(config, given)
     # After the model: a command with more ranks is no help if the heads forbid the grid.
     grid, notes = _grid(config, launch, dry_run, dry_run_world_size, [script, *argv])
     one_node = dry_run and not launch.under_torchrun
-    plan = _plan(config, launch, grid, vocab_size, given, one_node=one_node)
+    plan = _plan(config, launch, grid, vocab_size, given, one_node=one_node, dry_run=dry_run)
     rules.check_saving(config.checkpoint)
     plan = _with_checkpoint(plan, auto=auto)
     check_warmup(plan, given)
@@ -94,13 +94,17 @@ def check(
     if dry_run:  # a run adds this when it has read its data
         plan = with_rows(plan)
         more = *more, *repetition(plan)
-    return replace(plan, notes=(*notes, *plan.notes, *more))
+    return replace(plan, notes=(*notes, *told, *plan.notes, *more))
 
 
-def _check_model(config: Config, given: frozenset[str]) -> int:
-    """Checks the model and how it is split; returns the size of its vocabulary."""
+def _check_model(config: Config, given: frozenset[str]) -> tuple[int, tuple[str, ...]]:
+    """Checks the model and how it is split.
+
+    Returns:
+        the size of its vocabulary, and notes about its tokenizer.
+    """
     model, seq_length = config.model, config.data.seq_length
-    tokenizer = open_tokenizer(config.data.tokenizer_type, config.data.tokenizer_model)
+    tokenizer = tokenizer_of(config.data)
     vocab_size = vocab_size_of(model, tokenizer)
     padded = model.padded_vocab_size(vocab_size)
     rules.check_model(model, seq_length)
@@ -108,7 +112,7 @@ def _check_model(config: Config, given: frozenset[str]) -> int:
     rules.check_window(model)
     rules.check_memory(config.memory, model.num_layers, given)
     rules.check_tensor_parallel(model, config.parallel.tensor_parallel_size, padded)
-    return vocab_size
+    return vocab_size, tokenizer.notes
 
 
 def _plan(
@@ -119,6 +123,7 @@ def _plan(
     given: frozenset[str],
     *,
     one_node: bool,
+    dry_run: bool,
 ) -> RunPlan:
     """The plan of a new run: its batch, its rows, its kernels and its data."""
     rows, micro_batch_size, num_microbatches = rules.check_batch(config.data, grid.dp)
@@ -128,7 +133,7 @@ def _plan(
     check_units(config.optimizer, given)
     validates = rules.check_data(config.data, config.train, given)
     kernels = _kernels(config)
-    check_data(config.data)
+    told = check_data(config.data, dry_run=dry_run)
     resolved, notes = _resolved(config, grid, rows, validates)
     return RunPlan(
         config=resolved,
@@ -140,7 +145,7 @@ def _plan(
         padded_vocab_size=config.model.padded_vocab_size(vocab_size),
         micro_batch_size=micro_batch_size,
         num_microbatches=num_microbatches,
-        notes=(*sequence.notes, *notes),
+        notes=(*told, *sequence.notes, *notes),
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from cp_megatron.checkpoint.hf_folder import find_weights
 from cp_megatron.config import Config, ModelConfig
-from cp_megatron.data.tokenize.tokenizer import Tokenizer
+from cp_megatron.data.tokenize.tokenizer import Tokenizer, words_for
 from cp_megatron.errors import ConfigError
 from cp_megatron.families.json_fields import FLAG
 from cp_megatron.families.registry import TRAINING_ONLY, has_tokenizer, read_hf_config, spelled
@@ -24,9 +24,7 @@ def vocab_size_of(model: ModelConfig, tokenizer: Tokenizer) -> int:
     size = tokenizer.vocab_size if model.vocab_size is None else model.vocab_size
     if tokenizer.vocab_size > size:
         rule = f"has {tokenizer.vocab_size} ids, but the model knows only {size}"
-        flag = "--tokenizer-model" if tokenizer.path else "--tokenizer-type"
-        value = tokenizer.path or tokenizer.kind
-        raise ConfigError(flag, value, rule, "the tokenizer of the model")
+        raise ConfigError(*words_for(tokenizer), rule, "the tokenizer of the model")
     return size
 
 
@@ -56,6 +54,9 @@ def check_load_hf(config: Config) -> tuple[str, ...]:
     find_weights(found, model, padded_vocab_size=padded)
     max_positions, seq_length = found.model.max_position_embeddings or 0, config.data.seq_length
     notes = [f"training starts from the weights of {folder}"]
+    if found.unread:
+        reader = f"neither transformers' {found.family.architecture} nor this program reads"
+        notes.append(f"config.json has entries that {reader}: {', '.join(found.unread)}")
     if seq_length > max_positions and model.rope_type == "default":
         notes.append(
             f"the model was made for {max_positions:,} positions, but rows have {seq_length:,}: "

@@ -28,6 +28,7 @@ from torch.optim import Optimizer
 
 from cp_megatron.comm.groups import ParallelGroups
 from cp_megatron.comm.rng import dropout_seed, seed_dropout
+from cp_megatron.comm.row_digest import digest_rows
 from cp_megatron.comm.trace import traced
 from cp_megatron.context_parallel import ContextParallel
 from cp_megatron.data.batch.batch import IGNORED, Batch
@@ -37,6 +38,7 @@ from cp_megatron.kernels.dropout import Dropout
 from cp_megatron.model.transformer import Transformer
 from cp_megatron.spec import local_heads
 from cp_megatron.tensor_parallel import LossRule
+from cp_megatron.train import row_agreement
 from cp_megatron.train.whole_model import count_zeros, global_norm
 
 
@@ -68,6 +70,7 @@ class Shard:
     row_length: int  # the length of the rows that are concatenated into one; 0 if none are
     num_valid: int  # tokens of this rank that have a label
     num_pairs: float
+    digest: int  # of the whole rows, the same on all ranks that share them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +110,7 @@ class TrainStep:
             row_length=batch.row_length,
             num_valid=int((labels != IGNORED).sum()),
             num_pairs=pairs / model.num_layers * batch.tokens.shape[0] / cp.cp_size,
+            digest=int(digest_rows({"tokens": batch.tokens, "labels": batch.labels})),
         )
 
     def run(
@@ -133,7 +137,8 @@ class TrainStep:
         self.model.train()
         arrived = time.perf_counter()
         num_tokens, num_pairs = self._sum(
-            sum(shard.num_valid for shard in shards), sum(shard.num_pairs for shard in shards)
+            [shard.digest for shard in shards],
+            *(sum(shard.num_valid for shard in shards), sum(shard.num_pairs for shard in shards)),
         )
         waited = time.perf_counter() - arrived
         total = self._backward(shards, num_tokens, step, faults)
@@ -180,10 +185,12 @@ class TrainStep:
         """Mean loss per token, in nats, over the batches of all ranks, without training."""
         self.model.eval()
         total, count = torch.zeros((), dtype=torch.float64, device=self.device), 0
+        digests = []
         for shard in shards:
             total += self._losses(shard)[1].sum(dtype=torch.float64)
             count += shard.num_valid
-        loss, num_tokens = self._sum(total, count)
+            digests.append(shard.digest)
+        loss, num_tokens = self._sum(digests, total, count)
         return loss / max(num_tokens, 1)
 
     def params_norm(self) -> float:
@@ -211,19 +218,29 @@ class TrainStep:
             )
         return objective, losses
 
-    def _sum(self, *values: float | Tensor) -> list[float]:
+    def _sum(self, digests: Sequence[int], *values: float | Tensor) -> list[float]:
         """The sums over all ranks that hold different tokens, in one message.
 
         Tensor parallel ranks share their tokens and have the same values, so only the first of them
-        contributes.
+        contributes. The same message compares the digests of rows between ranks that share them.
+
+        Raises:
+            ConfigError: ranks that share rows have different ones.
         """
+        shared = row_agreement.share(digests, self.groups)
         totals = torch.stack(
-            [torch.as_tensor(value, dtype=torch.float64, device=self.device) for value in values]
+            [
+                torch.as_tensor(value, dtype=torch.float64, device=self.device)
+                for value in (shared, *values)
+            ]
         )
         if self.groups.coordinates.tp:
-            totals.zero_()
+            totals[1:].zero_()
         dist.all_reduce(totals, group=self.groups.world)
-        return totals.tolist()
+        difference, *sums = totals.tolist()
+        if difference:
+            row_agreement.refuse_other_rows(digests, self.groups, self.device)
+        return sums
 
     def _loss(self, total: Tensor, num_tokens: float) -> float:
         """The mean loss of the tokens of all ranks; NaN if the loss of any rank is not finite."""

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from cp_megatron.checkpoint import hf_export
-from cp_megatron.checkpoint.hf_export import export_hf
+from cp_megatron.checkpoint.hf_export import export_hf, gpt2_tokenizer_files
 from cp_megatron.checkpoint.hf_load import read_into
 from cp_megatron.comm.collectives import all_gather_dim
 from cp_megatron.comm.groups import ParallelGroups
@@ -29,6 +29,7 @@ from cp_megatron.families.registry import HFModel, to_hf_config
 from cp_megatron.model import Transformer, build_model
 from cp_megatron.plan import Grid, Mask
 from tests.checkpoint.toy import save_checkpoint
+from tests.data import tokenizer_files
 from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.skipif(
@@ -231,3 +232,19 @@ def test_the_end_of_a_document(exported: Any) -> None:
     assert tokenizer.bos_token_id is None
     again = open_tokenizer("huggingface", str(out))
     assert (again.vocab_size, again.eod) == (VOCAB, 256)
+
+
+def test_gpt2_files_become_a_tokenizer_of_transformers(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    vocab, merges = tokenizer_files.gpt2(tmp_path)
+    ours = open_tokenizer("gpt2", None, vocab_file=str(vocab), merge_file=str(merges))
+    for name, entries in gpt2_tokenizer_files(ours).items():
+        tokenizer_files.write_json(tmp_path / name, entries)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    for text in ("the cat's <|endoftext|> 12", "", "naïve  €\n"):
+        assert theirs(text)["input_ids"] == ours.encode(text).tolist()
+        assert open_tokenizer("huggingface", str(tmp_path)).encode(text).tolist() == (
+            ours.encode(text).tolist()
+        )
+    assert (theirs.eos_token_id, len(theirs)) == (ours.eod, ours.vocab_size)

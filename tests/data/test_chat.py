@@ -18,17 +18,8 @@ from cp_megatron.data.tokenize.chat_template import CHATML
 from cp_megatron.data.tokenize.open_tokenizer import open_tokenizer
 from cp_megatron.data.tokenize.tokenizer import ByteTokenizer, Tokenizer
 from cp_megatron.errors import ConfigError
-from tests.data.tokenizer_files import train_byte_level
+from tests.data.chats import MARKED, folder_of
 
-SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-# The answer and its end are marked, the newline after them is not.
-MARKED = (
-    "{{ bos_token }}{% for m in messages %}"
-    "{% if m['role'] == 'assistant' %}{{ '<|im_start|>assistant\\n' }}"
-    "{% generation %}{{ m['content'] + '<|im_end|>' }}{% endgeneration %}{{ '\\n' }}"
-    "{% else %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}{% endif %}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-)
 CHATS: list[list[dict[str, Any]]] = [
     [
         {"role": "system", "content": "Be brief."},
@@ -42,22 +33,6 @@ CHATS: list[list[dict[str, Any]]] = [
         {"role": "assistant", "content": " \nHello."},
     ],
 ]
-
-
-def folder_of(place: Path, template: str | None = None) -> Path:
-    """A folder with a tiny byte-level BPE tokenizer."""
-    place.mkdir()
-    texts = ["three blind mice\n\n see how they run\n"] * 9
-    train_byte_level(texts, place / "tokenizer.json", vocab_size=400, special=SPECIAL)
-    config: dict[str, Any] = {
-        "eos_token": "<|endoftext|>",
-        "tokenizer_class": "PreTrainedTokenizerFast",
-    }
-    config["bos_token"] = {"__type": "AddedToken", "content": "<|endoftext|>"}
-    if template is not None:
-        config["chat_template"] = template
-    (place / "tokenizer_config.json").write_text(json.dumps(config))
-    return place
 
 
 def file_of(place: Path, *lines: object) -> str:
@@ -122,9 +97,9 @@ def test_without_a_template_an_answer_ends_with_the_document(tmp_path: Path) -> 
 def test_a_template_that_rewrites_what_came_before_is_refused(tmp_path: Path) -> None:
     counting = "{{ messages | length }}" + CHATML
     tokenizer = open_tokenizer("huggingface", str(folder_of(tmp_path / "model", counting)))
-    with pytest.raises(ConfigError, match="it is unknown where answers lie") as caught:
+    with pytest.raises(ConfigError, match=r"line 1: .* what is before message 4") as caught:
         load(chats_file(tmp_path), tokenizer)
-    assert caught.value.flag == "--tokenizer-model"
+    assert "{% generation %}" in caught.value.works
 
 
 def test_a_template_cannot_reach_python(tmp_path: Path) -> None:
@@ -169,10 +144,10 @@ def test_a_template_that_can_do_without_a_date_is_given_none(tmp_path: Path) -> 
     [
         ("{", "not JSON"),
         ("[1]", "not a JSON object"),
-        ({"text": "x"}, 'has no "messages"'),
-        ({"messages": []}, 'has no "messages"'),
+        ({"text": "x"}, "a record has the keys text; it is a text"),
+        ({"messages": []}, "'messages' is no list of messages"),
         ({"messages": [{"content": "x"}]}, 'message 0 has no "role"'),
-        ({"messages": [{"role": "user", "content": 3}]}, 'message 0 has no "content"'),
+        ({"messages": [{"role": "user", "content": 3}]}, "message 0 has no 'content'"),
         ({"messages": [{"role": "user", "content": "x"}]}, "has no answer of the assistant"),
         ({"messages": [{"role": "assistant", "content": "\ud800"}]}, "message 0 has half of a"),
     ],
@@ -183,7 +158,7 @@ def test_a_malformed_line_is_named(tmp_path: Path, line: object, reason: str) ->
         load(path, ByteTokenizer())
     assert caught.value.value == path
     assert caught.value.rule.startswith(f"line 2: {reason}")
-    corpus, _, _ = load_chats(path, ByteTokenizer(), seq_length=999, skip_bad=True)
+    corpus, _ = load_chats(path, ByteTokenizer(), seq_length=999, skip_bad=True)
     assert corpus.skipped == 1
     assert len(corpus.document_starts) == 1
 

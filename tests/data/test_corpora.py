@@ -177,15 +177,17 @@ def test_a_bad_line_is_refused_or_counted(tmp_path: Path) -> None:
     good = '{"text": "three blind mice see how they run after the wife of the farmer"}'
     lines = [good, "", "{", '{"text": 3}', "[]", '{"text": "\\ud800"}', good]
     path = text(tmp_path / "t.jsonl", "\n".join(lines))
-    error = refused(config(path))
-    assert (error.flag, error.value) == ("--data-path", path)
-    assert error.rule.startswith("line 3: not JSON")
+    for read in (check_data, lambda data: open_data(data, seed=0)):
+        with pytest.raises(ConfigError) as caught:
+            read(config(path))
+        assert (caught.value.flag, caught.value.value) == ("--data-path", path)
+        assert caught.value.rule.startswith("line 3: not JSON")
     data = open_data(config(path, skip_bad_lines=True), seed=0)
     assert data.notes == (f"{path}: 4 malformed lines left out",)
     assert refused(config(str(tmp_path / "t.txt"))).flag == "--data-path"
     other = text(tmp_path / "t.txt", good)
     assert refused(config(other, skip_bad_lines=True)).flag == "--skip-bad-lines"
-    assert refused(config(other, sft=True)).works == "a .jsonl file"
+    assert refused(config(other, sft=True)).works.startswith("a .jsonl, .json, ")
 
 
 def test_packing_reports_its_padding(tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ def test_text_files_are_documents(tmp_path: Path) -> None:
     for size in (1, 12, 1000):
         (texts,), skipped, num_spans = read(tmp_path / "in", span_bytes=size)
         assert texts == full()
-        assert skipped == [f"{tmp_path / 'in' / 'bad'}: not UTF-8 text"]
+        assert skipped == [f"{tmp_path / 'in' / 'bad'}: is not UTF-8 text"]
         assert num_spans == {1: 5, 12: 2, 1000: 1}[size]
     (texts,), _, _ = read(tmp_path / "in" / "*.txt", tmp_path / "in" / "sub" / "4.txt")
     assert texts == ["one", "zwei €", "four"]

@@ -271,3 +271,15 @@ def test_a_process_that_dies_is_reported(tmp_path: Path) -> None:
         prepare(request(tmp_path, "a"), watch)
     assert caught.value.flag == "--workers"
     assert prepare(request(tmp_path, "a")).documents == (LINES,)
+
+
+def test_the_files_of_gpt2(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer
+
+    corpus(tmp_path)
+    vocab, merges = tokenizer_files.gpt2(tmp_path)
+    chosen = {"tokenizer_type": "gpt2", "vocab_file": str(vocab), "merge_file": str(merges)}
+    data = IndexedDataset.open(prepare(request(tmp_path, "a", **chosen)).outputs[0])
+    oracle = Tokenizer.from_file(str(tmp_path / "whole.json"))
+    for number in (0, 7, LINES - 1):
+        assert sequence_of(data, number).tolist() == [*oracle.encode(TEXTS[number]).ids, 0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,14 +17,21 @@ from cp_megatron.data.tokenize.tokenizer import FILES, ByteTokenizer, Tokenizer
 from cp_megatron.errors import ConfigError
 from tests.data import tokenizer_files
 
-MAKERS = {kind: getattr(tokenizer_files, kind) for kind in FILES}
+GPT2 = ("vocab.json", "merges.txt")
+MAKERS = {kind: getattr(tokenizer_files, kind) for kind in FILES if kind != "gpt2"}
 
 
 @pytest.fixture(scope="module")
 def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tokenizer]:
     folder = tmp_path_factory.mktemp("tokenizers")
     made = {kind: open_tokenizer(kind, str(make(folder))) for kind, make in MAKERS.items()}
-    return {"byte": open_tokenizer("byte", None), **made}
+    pair = tokenizer_files.gpt2(folder)
+    return {"byte": open_tokenizer("byte", None), "gpt2": open_gpt2(*pair), **made}
+
+
+def open_gpt2(vocab: Path | None, merges: Path | None, path: str | None = None) -> Tokenizer:
+    files = {"vocab_file": vocab and str(vocab), "merge_file": merges and str(merges)}
+    return open_tokenizer("gpt2", path, **files)
 
 
 @pytest.mark.parametrize("kind", ["byte", *FILES])
@@ -48,7 +56,10 @@ class TestAll:
         one = [tokenizer.encode(text).tolist() for text in texts]
         assert len(one[2]) > 4  # a truncation left in the file has no effect
         assert [ids.tolist() for ids in tokenizer.encode_batch(texts)] == one
-        again = open_tokenizer(kind, tokenizer.path)
+        if kind == "gpt2":
+            again = open_gpt2(*(Path(str(tokenizer.path)).parent / name for name in GPT2))
+        else:
+            again = open_tokenizer(kind, tokenizer.path)
         assert [ids.tolist() for ids in again.encode_batch(texts)] == one
         assert again.fingerprint == tokenizer.fingerprint
         assert tokenizer.encode_batch([]) == []
@@ -210,8 +221,73 @@ def test_a_tiktoken_file_has_every_byte_and_each_rank_once(tmp_path: Path) -> No
         ("GPTSentencePieceTokenizer", "sentencepiece"),
         ("Llama2Tokenizer", "sentencepiece"),
         ("TikTokenizer", "tiktoken"),
+        ("GPT2BPETokenizer", "gpt2"),
+        ("HFTokenizer", "huggingface"),
+        ("PretrainedFromHF", "huggingface"),
     ],
 )
 def test_the_spellings_of_megatron(megatron: str, ours: str) -> None:
     argv = ["--output-prefix", "p", "--tokenizer-type", megatron]
     assert parse(argv).tokenizer_type == ours
+
+
+@pytest.mark.parametrize(
+    ("megatron", "told"),
+    [
+        ("NullTokenizer", "makes no ids of a text"),
+        ("BertWordPieceCase", "is of BERT"),
+        ("MultimodalTokenizer", "is for images"),
+        ("SFTTokenizer", "not needed to train on conversations"),
+        ("MyTokenizer", "must be one of its choices"),
+    ],
+)
+def test_tokenizers_of_megatron_without_a_counterpart_are_refused_by_name(
+    megatron: str, told: str
+) -> None:
+    with pytest.raises(ConfigError, match=told) as caught:
+        parse(["--output-prefix", "p", "--tokenizer-type", megatron])
+    assert caught.value.works
+
+
+@given(
+    text=st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
+    | st.sampled_from(["a<|endoftext|> the cat's", "  the\n\ncat 123 it'll", "\u00a0 \u3000x"])
+)
+def test_gpt2_files_are_read_as_by_transformers(
+    text: str, tokenizers: dict[str, Tokenizer], oracle: Any
+) -> None:
+    tokenizer = tokenizers["gpt2"]
+    assert tokenizer.encode(text).tolist() == oracle(text)["input_ids"]
+    assert (tokenizer.eod, tokenizer.vocab_size) == (oracle.eos_token_id, len(oracle))
+
+
+@pytest.fixture(scope="module")
+def oracle(tokenizers: dict[str, Tokenizer]) -> Any:
+    transformers = pytest.importorskip("transformers")
+    folder = Path(str(tokenizers["gpt2"].path)).parent
+    vocab, merges = (str(folder / name) for name in GPT2)
+    return transformers.GPT2Tokenizer(vocab=vocab, merges=merges)
+
+
+def test_gpt2_needs_two_files_that_belong_together(tmp_path: Path) -> None:
+    vocab, merges = tokenizer_files.gpt2(tmp_path)
+    for given_files, flag, rule in (
+        ((None, merges), "--tokenizer-type", "in --vocab-file"),
+        ((vocab, None), "--tokenizer-type", "in --merge-file"),
+        ((vocab, tmp_path / "none"), "--merge-file", "no such file"),
+        ((merges, vocab), "--vocab-file", "not a gpt2 tokenizer"),
+    ):
+        with pytest.raises(ConfigError, match=rule) as caught:
+            open_gpt2(*given_files)
+        assert caught.value.flag == flag
+    with pytest.raises(ConfigError, match="no such file") as caught:
+        open_gpt2(vocab, merges, path=str(tmp_path))
+    assert caught.value.flag == "--tokenizer-model"
+    for kind in ("byte", "huggingface"):
+        with pytest.raises(ConfigError, match=f"the {kind} tokenizer has no") as caught:
+            open_tokenizer(kind, None, vocab_file=str(vocab))
+        assert "GPT2BPETokenizer" in caught.value.works
+    vocab.write_text('{"a": 0}')
+    merges.write_text("")
+    with pytest.raises(ConfigError, match="no token that ends a document"):
+        open_gpt2(vocab, merges)

@@ -85,3 +85,13 @@ def tiktoken(folder: Path, *, more: int = 2) -> Path:
 
 def write_json(path: Path, value: object) -> None:
     path.write_text(json.dumps(value))
+
+
+def gpt2(folder: Path) -> tuple[Path, Path]:
+    """``vocab.json`` and ``merges.txt`` of a byte-level BPE, as GPT-2's are published."""
+    train_byte_level(TEXTS, folder / "whole.json", vocab_size=300)
+    model = json.loads((folder / "whole.json").read_text())["model"]
+    write_json(folder / "vocab.json", model["vocab"])
+    lines = ["#version: 0.2", *(" ".join(pair) for pair in model["merges"])]
+    (folder / "merges.txt").write_text("\n".join(lines) + "\n")
+    return folder / "vocab.json", folder / "merges.txt"

@@ -126,6 +126,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"architectures": None, "model_type": "gpt2"}, "not supported"),
     (other("Qwen3", attention_bias=True), "attention_bias is true"),
     (other("Mistral", layer_types=5), "layer_types is 5, which is not supported"),
+    ({"is_causal": False}, "is_causal is false, which is not supported"),
 ]
 
 
@@ -134,6 +135,44 @@ def test_refused_with_file_and_reason(tmp_path: Path, changes: dict[str, Any], t
     with pytest.raises(ConfigError, match=told) as caught:
         read(tmp_path, **changes)
     assert str(caught.value).startswith(f"--load-hf {tmp_path}: config.json")
+
+
+DUAL = {"chunk_size": 262144, "local_size": 8192, "original_max_position_embeddings": 262144}
+UNREAD: list[tuple[dict[str, Any], tuple[str, ...]]] = [
+    ({}, ()),
+    (
+        other("Qwen2", dual_chunk_attention_config=DUAL, attn_logit_softcapping=50.0),
+        ("attn_logit_softcapping = 50.0", f"dual_chunk_attention_config = {json.dumps(DUAL)[:60]}"),
+    ),
+    ({"num_local_experts": 8, "clip_qkv": 6}, ("clip_qkv = 6", "num_local_experts = 8")),
+    ({"embedding_multiplier": 12.0}, ("embedding_multiplier = 12.0",)),
+    ({"embedding_multiplier": 1.0, "logit_scale": 1, "use_mrope": False, "clip_qkv": None}, ()),
+    (other("Qwen3", sliding_window=4096, max_window_layers=28, use_sliding_window=False), ()),
+    ({"layer_types": ["full_attention"] * 4, "attn_implementation": "sdpa"}, ()),
+    ({"bos_token_id": 1, "transformers_version": "4.57.0", "pretraining_tp": 4, "top_k": 50}, ()),
+]
+
+
+@pytest.mark.parametrize(("changes", "told"), UNREAD)
+def test_what_is_not_read_is_told(
+    tmp_path: Path, changes: dict[str, Any], told: tuple[str, ...]
+) -> None:
+    read(tmp_path, **changes)
+    assert read_hf_config(tmp_path).unread == told
+
+
+@pytest.mark.parametrize("family", ["Llama", "Mistral", "Qwen2", "Qwen3"])
+def test_what_transformers_writes_is_read_or_without_effect(family: str, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = getattr(transformers, f"{family}Config")(architectures=[f"{family}ForCausalLM"])
+    config.save_pretrained(tmp_path)
+    assert read_hf_config(tmp_path).unread == ()
+    old = json.loads((tmp_path / "config.json").read_text())
+    # As version 4 wrote every config, with the defaults of all models.
+    old |= {"chunk_size_feed_forward": 0, "output_attentions": False, "pruned_heads": {}}
+    old |= {"is_decoder": False, "add_cross_attention": False, "cross_attention_hidden_size": None}
+    (tmp_path / "config.json").write_text(json.dumps(old))
+    assert read_hf_config(tmp_path).unread == ()
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", "3", "[" * 100_000, "\xff"])

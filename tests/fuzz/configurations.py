@@ -69,7 +69,9 @@ SENSIBLE: Mapping[str, Sequence[str]] = {
     "loss_chunk_size": ("1", "7", "16", "100", "100000"),
     "data_path": ("text", "text/one.txt", "text/one.txt text/two.txt"),
     "tokenizer_model": ("text/one.txt", "missing"),
-    "tokenizer_type": ("byte", "byte", "byte", "huggingface", "sentencepiece", "tiktoken"),
+    "tokenizer_type": ("byte", "byte", "byte", "huggingface", "sentencepiece", "tiktoken", "gpt2"),
+    "vocab_file": ("text/one.txt", "missing"),
+    "merge_file": ("text/one.txt", "missing"),
     "window_size": ("0 0", "1 0", "16 0", "-1 0", "300 -1", "7,0"),
     "window_layers": ("0", "1", "0 1"),
     "hierarchical_context_parallel_sizes": ("2 2", "1 4", "4 1", "2 1", "1 1"),
@@ -187,7 +189,7 @@ def make_folder(folder: Path) -> None:
     (folder / "text" / "binary.bin").write_bytes(bytes(range(256)))
     turns = [("user", "three blind mice"), ("assistant", "see how they run")]
     chat = [{"role": role, "content": text} for role, text in turns]
-    # Both have both keys: missing keys are reported only when all data is read.
+    # Both have both keys, so that each flag can be combined with each file.
     lines = [{"text": " ".join(words[i % 7 :] * 9), "messages": chat} for i in range(60)]
     for name in ("lines.jsonl", "chats.jsonl"):
         (folder / name).write_text("".join(json.dumps(line) + "\n" for line in lines))

@@ -136,7 +136,11 @@ def test_a_plan_for_another_machine_is_not_refused_by_this_one(
 def test_a_disk_of_another_machine_may_be_larger(free: list[int]) -> None:
     free[0] = 1
     notes = _notes(planned(launch=PLAIN, dry_run=True), PLAIN, dry_run=True)
-    assert any(note.endswith("free here") for note in notes)
+    assert any("free here" in note for note in notes)
+    sixteen = [*FLAGS, "--save", "some-folder", "--global-batch-size", "16"]
+    plan = check(parse_arguments(sixteen).config, PLAIN, dry_run=True, dry_run_world_size=16)
+    (told,) = (note for note in _notes(plan, PLAIN, dry_run=True) if note.startswith("disk"))
+    assert told.endswith("free here, which is too few if the run is on this machine")
     here = planned("--save", "some-folder", launch=PLAIN, dry_run=True)
     with pytest.raises(ConfigError, match="a checkpoint takes"):
         _notes(here, PLAIN, dry_run=True)

@@ -186,6 +186,9 @@ def answers_at_first_use(rank: int, world_size: int) -> dict[str, Any]:
     gpt = library.OpenAIGPTLMHeadModel(library.OpenAIGPTConfig(**tiny))
     tokens = library.LlamaForTokenClassification(config)
     tokens.set_attn_implementation("cp_megatron")
+    pooling = library.LlamaForSequenceClassification(library.LlamaConfig(**SIZES, pad_token_id=0))
+    pooling.set_attn_implementation("cp_megatron")
+    huggingface.take_whole_rows(pooling, dist.group.WORLD)
     dropping = library.OPTForCausalLM(library.OPTConfig(layerdrop=0.5, num_hidden_layers=1))
 
     calls = 0
@@ -210,6 +213,7 @@ def answers_at_first_use(rank: int, world_size: int) -> dict[str, Any]:
         "gpt": refusal(lambda: gpt(**batch)),
         "own loss": refusal(lambda: tokens(**batch)),
         "no labels": refusal(lambda: tokens(**without_labels)),
+        "pooling": refusal(lambda: pooling(input_ids=rows["input_ids"])),
         "layerdrop": refusal(lambda: huggingface.check(dropping)),
         "probes": calls,
         "untouched": untouched,
@@ -223,6 +227,7 @@ def test_a_model_is_checked_once_when_it_is_first_used() -> None:
         assert "model OpenAIGPTLMHeadModel" in answers["gpt"]
         assert answers["own loss"].startswith("labels for LlamaForTokenClassification")
         assert answers["no labels"] == ""
+        assert answers["pooling"].startswith("model LlamaForSequenceClassification: reads the last")
         assert answers["layerdrop"].startswith("layerdrop 0.5: of OPTForCausalLM skips layers")
         assert (answers["probes"], answers["untouched"]) == (1, True)
 

@@ -301,6 +301,7 @@ def test_frequencies_that_follow_the_length_are_refused(
     ("kwargs", "start"),
     [
         ({"attention_mask": torch.tensor([[True, False]])}, "attention_mask with zeros"),
+        ({"attention_mask": torch.tensor([[1, 1, 2]])}, "attention_mask with numbers"),
         ({"use_vmap": True}, "attention_mask: the model adds conditions"),
         ({"q_length": 1, "kv_length": 5}, "past_key_values: gives 1 queries 5 keys"),
         ({"config": SimpleNamespace(layer_types=["full_attention", "conv"])}, "layer_types conv"),
@@ -379,7 +380,7 @@ IDS = torch.zeros(2, 4, dtype=torch.int64)
         ({"input_ids": IDS, "labels": IDS[:, :3]}, "labels (2, 3)"),
         ({"input_ids": IDS, "position_ids": IDS[:, :3]}, "position_ids (2, 3)"),
         ({"input_ids": IDS, "position_ids": IDS[None]}, "position_ids (1, 2, 4)"),
-        ({"input_ids": IDS, "attention_mask": IDS}, "attention_mask with zeros"),
+        ({"input_ids": IDS, "attention_mask": IDS - 1}, "attention_mask with -1"),
         ({"input_ids": IDS, "output_hidden_states": True}, "output_hidden_states True"),
         ({"input_ids": IDS, "layout": "diagonal"}, "--cp-layout diagonal"),
     ],

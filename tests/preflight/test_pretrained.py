@@ -52,6 +52,9 @@ def test_the_folder_says_the_model(folder: Path) -> None:
     assert (found.vocab_size, found.padded_vocab_size) == (VOCAB, 384)
     assert any("made for 64 positions" in note for note in found.notes)
     assert any("has no tokenizer" in note for note in found.notes)
+    config = json.loads((folder / "config.json").read_text()) | {"dual_chunk_attention_config": [1]}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert any("dual_chunk_attention_config = [1]" in note for note in plan(folder).notes)
     # What the run writes down is enough to go on without the folder.
     assert from_yaml(to_yaml(found.config), "test").model == model
 

@@ -7,7 +7,7 @@ from typing import Literal
 
 from cp_megatron.config.schema.ranges import Size
 
-TokenizerType = Literal["byte", "huggingface", "sentencepiece", "tiktoken"]
+TokenizerType = Literal["byte", "huggingface", "sentencepiece", "tiktoken", "gpt2"]
 PackingKind = Literal["concatenate", "best-fit"]
 
 
@@ -16,8 +16,9 @@ class DataConfig:
     """Where tokens come from, and how they are cut into rows."""
 
     data_path: tuple[str, ...] = ()
-    """Text files or folders, .jsonl files, or prefixes of .bin/.idx pairs; to weight them, put a
-    number before each: 0.7 A 0.3 B. By default the sources of Python's standard library."""
+    """Files of text, JSON (.jsonl, .ndjson, .json) or tables (.csv, .tsv, .parquet, .arrow), also
+    packed, folders of them, or prefixes of .bin/.idx pairs; to weight them, put a number before
+    each: 0.7 A 0.3 B. By default the sources of Python's standard library."""
     train_data_path: tuple[str, ...] = ()
     """Data for training only, written like --data-path; replaces --data-path and --split."""
     valid_data_path: tuple[str, ...] = ()
@@ -27,17 +28,21 @@ class DataConfig:
     split: str = "969,30,1"
     """Weights of the training, validation and test parts, e.g. 969,30,1."""
     tokenizer_type: TokenizerType = "byte"
-    """byte has one token per byte of UTF-8 and one for the end of a document; the others read
-    --tokenizer-model."""
+    """byte has one token per byte of UTF-8 and one for the end of a document; gpt2 reads
+    --vocab-file and --merge-file, the others --tokenizer-model."""
     tokenizer_model: str | None = None
-    """The tokenizer's file, or for huggingface also the folder of a model; byte has none."""
+    """The tokenizer's file, or for huggingface also the folder of a model."""
     packing: PackingKind = "concatenate"
     """concatenate cuts rows from the documents laid end to end; best-fit fills each row with whole
     documents, pads the rest, and masks documents."""
     sft: bool = False
-    """Read conversations, one JSON object per line; only the assistant's answers have a loss."""
+    """Read conversations from .jsonl, .json, .parquet or .arrow files; only the assistant's answers
+    have a loss."""
+    chat_date: str | None = None
+    """The day that a chat template may write, e.g. 2026-01-31; by default it is told none."""
     skip_bad_lines: bool = False
-    """Skip and count malformed lines of .jsonl files instead of refusing them."""
+    """Skip and count malformed lines of JSON, rows of .csv and conversations instead of refusing
+    them."""
     seq_length: Size = 2048
     """Tokens per row."""
     micro_batch_size: Size | None = None
@@ -51,3 +56,7 @@ class DataConfig:
     """Restrict attention to the document of a token, and restart positions at each document."""
     allow_data_change: bool = False
     """Continue a loaded run even if its data has changed."""
+    vocab_file: str | None = None
+    """The vocabulary of the gpt2 tokenizer, a vocab.json: token to id."""
+    merge_file: str | None = None
+    """The merges of the gpt2 tokenizer, a merges.txt: a pair of tokens on each line."""

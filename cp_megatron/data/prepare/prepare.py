@@ -17,7 +17,7 @@ import shutil
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
@@ -36,10 +36,10 @@ from cp_megatron.data.prepare.prepare_worker import (
     write_json,
 )
 from cp_megatron.data.prepare.request import Request
-from cp_megatron.data.read.documents import InputSpan, cut_spans, find_inputs
+from cp_megatron.data.read.documents import InputSpan, cut_spans, find_inputs, left_out
 from cp_megatron.data.read.indexed import write_indexed
 from cp_megatron.data.read.tables import FLAG
-from cp_megatron.data.tokenize.open_tokenizer import open_tokenizer
+from cp_megatron.data.tokenize.open_tokenizer import tokenizer_of
 from cp_megatron.errors import ConfigError
 
 MANIFEST = "manifest.json"
@@ -65,12 +65,14 @@ class Prepared:
         outputs: the prefix of each pair.
         documents, tokens: the number in each pair.
         skipped: ``file:line: reason`` of each line, or file, that was skipped.
+        notes: what the user should know about the tokenizer and the inputs.
     """
 
     outputs: tuple[str, ...]
     documents: tuple[int, ...]
     tokens: tuple[int, ...]
     skipped: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
 
 Watcher = Callable[[WorkAhead | SpanProgress], None]
@@ -88,12 +90,12 @@ def prepare(request: Request, watch: Watcher = lambda event: None) -> Prepared:
         KeyboardInterrupt: passed on after the processes have ended; finished spans remain.
     """
     _check_request(request)
-    tokenizer = open_tokenizer(request.tokenizer_type, request.tokenizer_model)
+    tokenizer = tokenizer_of(request)
     if not _receipts(request.partial):
         _check_outputs(request)
     files = find_inputs(request.input)
     for file in files:
-        if file.format == "text" and request.json_keys != ("text",):
+        if file.kind.format == "text" and request.json_keys != ("text",):
             rule = f"{file.path} is a text file and has no keys"
             raise ConfigError("--json-keys", " ".join(request.json_keys), rule, "text")
     total = sum(file.size for file in files)
@@ -111,7 +113,8 @@ def prepare(request: Request, watch: Watcher = lambda event: None) -> Prepared:
         _run_spans(request, spans, watch)
         prepared = _join(request, spans, tokenizer.vocab_size)
     shutil.rmtree(request.partial)
-    return prepared
+    told = [file.kind.note for file in files if file.kind.note]
+    return replace(prepared, notes=(*tokenizer.notes, *left_out(request.input), *told))
 
 
 # ---- checks --------------------------------------------------------------------------------------

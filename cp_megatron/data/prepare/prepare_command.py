@@ -50,6 +50,8 @@ def run(request: Request, console: Console | None = None) -> Prepared:
     view = _View(out, request.log_interval)
     with view.bar:
         prepared = prepare(request, view)
+    for note in prepared.notes:
+        _print(out, f"note: {note}")
     for prefix, documents, tokens in zip(prepared.outputs, prepared.documents, prepared.tokens):
         _print(out, f"{prefix}.bin .idx: {documents:,} documents, {tokens:,} tokens")
     if lines := prepared.skipped:

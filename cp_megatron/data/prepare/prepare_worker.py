@@ -23,7 +23,7 @@ import numpy as np
 from cp_megatron.data.prepare.request import Request
 from cp_megatron.data.read.documents import InputSpan, read_span
 from cp_megatron.data.read.indexed import optimal_dtype
-from cp_megatron.data.tokenize.open_tokenizer import open_tokenizer
+from cp_megatron.data.tokenize.open_tokenizer import tokenizer_of
 from cp_megatron.data.tokenize.tokenizer import Tokenizer
 from cp_megatron.errors import ConfigError
 
@@ -64,7 +64,7 @@ def serve(connection: Connection, request: Request) -> None:
     # Ctrl-C reaches all processes of the terminal; the parent ends this one by closing the pipe.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        tokenizer = open_tokenizer(request.tokenizer_type, request.tokenizer_model)
+        tokenizer = tokenizer_of(request)
         while True:
             connection.send(None)
             number, span = connection.recv()

@@ -14,14 +14,19 @@ class Request:
     """The data to prepare."""
 
     input: tuple[str, ...] = ()
-    """Text files, .jsonl, .json (both also with .gz), .parquet, folders of these, and folders that
-    Dataset.save_to_disk wrote; patterns with * and ? work. A text file is one document."""
+    """Files of text, JSON (.jsonl, .ndjson, .json) or tables (.csv, .tsv, .parquet, .arrow), also
+    packed (.gz, .bz2, .xz, .zst), folders of these, and folders that Dataset.save_to_disk wrote;
+    patterns with * and ? work. A text file is one document."""
     output_prefix: str | None = None
     """Where to write PREFIX_KEY_document.bin and .idx; KEY is text for text files."""
     tokenizer_type: TokenizerType = "byte"
     """How text is turned into ids; byte gives one id per byte of UTF-8."""
     tokenizer_model: str | None = None
     """The tokenizer's file, or the folder of a Hugging Face model."""
+    vocab_file: str | None = None
+    """The vocabulary of the gpt2 tokenizer, a vocab.json: token to id."""
+    merge_file: str | None = None
+    """The merges of the gpt2 tokenizer, a merges.txt: a pair of tokens on each line."""
     json_keys: tuple[str, ...] = ("text",)
     """The keys of a JSON object, or the columns of a table, that hold text."""
     append_eod: bool = True

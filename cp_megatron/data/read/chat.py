@@ -1,50 +1,31 @@
-"""Reads conversations as documents, with a loss on the assistant's answers only.
-
-A line of the file is ``{"messages": [{"role": ..., "content": ...}, ...]}``, or ShareGPT's
-``{"conversations": [{"from": ..., "value": ...}, ...]}``. The chat template alone decides where an
-answer lies: the program renders the beginnings of the conversation and compares them::
-
-    all messages          <user>Hello</s><assistant>Hi.</s><user>Bye</s>
-    before the answer     <user>Hello</s><assistant>
-    up to the answer      <user>Hello</s><assistant>Hi.</s>
-    loss                                            ^^^^^^^
-
-White space that the template adds after the end of an answer has no loss. For a tokenizer without
-a template (such as the byte tokenizer) a conversation is written as ``User: Hello``, an empty line,
-``Assistant: Hi.`` and the end of the document, which ends each answer.
-"""
+"""Reads files of conversations as documents, with a loss on the assistant's answers only."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
-from types import MappingProxyType
-from typing import Any
+from collections.abc import Iterator
+from datetime import datetime
 
 import numpy as np
-import numpy.typing as npt
 
+from cp_megatron.data.read.chat_examples import Conversation, Writer, Written, writer
+from cp_megatron.data.read.chat_files import WORKS, check_chat_file, read_records
+from cp_megatron.data.read.chat_records import read_record
+from cp_megatron.data.read.chat_turns import RecordError
 from cp_megatron.data.read.corpus import Corpus
-from cp_megatron.data.read.json_lines import BadLineError, check_surrogates, read_lines
+from cp_megatron.data.read.file_kinds import FileKind
+from cp_megatron.data.read.json_lines import BadLineError
 from cp_megatron.data.read.text_files import FLAG
-from cp_megatron.data.tokenize.chat_template import (
-    Message,
-    Render,
-    TemplateRefusalError,
-    find_template,
-)
-from cp_megatron.data.tokenize.tokenizer import MODEL_FLAG, Ids, Tokenizer
+from cp_megatron.data.tokenize.chat_template import DATE_FLAG, find_template
+from cp_megatron.data.tokenize.tokenizer import Tokenizer
 from cp_megatron.errors import ConfigError
 
-_ROLES: Mapping[str, str] = MappingProxyType({"human": "user", "gpt": "assistant"})
-
-Conversation = tuple[Ids, npt.NDArray[np.bool_]]
-"""The tokens, int32 [n], and whether each belongs to an answer, bool [n]."""
+_SKIP = "--skip-bad-lines to leave such records out"
 
 
 def load_chats(
-    path: str, tokenizer: Tokenizer, *, seq_length: int, skip_bad: bool
-) -> tuple[Corpus, int, int]:
+    path: str, tokenizer: Tokenizer, *, seq_length: int, skip_bad: bool, date: str | None = None
+) -> tuple[Corpus, list[str]]:
     """Reads a file of conversations.
 
     Args:
@@ -52,22 +33,27 @@ def load_chats(
         tokenizer: its chat template is used.
         seq_length: longer conversations are cut to this length, because the model would read the
             rest without its context.
-        skip_bad: leave malformed lines out and count them.
+        skip_bad: leave malformed records out and count them.
+        date: the day that the template may write, YYYY-MM-DD.
 
     Returns:
-        a document for each conversation, the number of conversations that were longer than a row
-        and lost their end, and of those left out without an answer that begins within a row.
+        a document for each example, and notes for the user.
 
     Raises:
-        ConfigError: a line is malformed, no conversation is left, or the template cannot be used.
+        ConfigError: a record is malformed, no conversation is left, or the template cannot be used.
     """
-    render = find_template(tokenizer)
-    write = _plain(tokenizer) if render is None else _templated(tokenizer, render)
-    lines, bad = read_lines(path, lambda value: write(_messages(value)), skip_bad=skip_bad)
-    kept = [item for _, item in lines if item[1][1:seq_length].any()]
+    told = _Told()
+    kept: list[Conversation] = []
+    num_records = dropped = 0
+    kind, write = check_chat_file(path), chat_writer(tokenizer, date)
+    for written in _written(path, kind, write, told, skip_bad=skip_bad):
+        examples = [each for each in written.examples if each[1][1:seq_length].any()]
+        num_records += 1
+        dropped += max(1, len(written.examples)) - len(examples)
+        kept += examples
     if not kept:
         rule = f"holds no conversation with an answer within {seq_length} tokens"
-        raise ConfigError(FLAG, path, rule, "a longer --seq-length, or other data")
+        raise told.refusal(path, rule, "a longer --seq-length, or other data")
     lengths = np.array([min(len(tokens), seq_length) for tokens, _ in kept], dtype=np.int64)
     tokens, loss = (np.concatenate([each[:seq_length] for each in part]) for part in zip(*kept))
     # The result is hashed, because the template decides it too, and no other fingerprint has it.
@@ -79,99 +65,97 @@ def load_chats(
         document_starts=np.cumsum(lengths) - lengths,
         name=path,
         fingerprint=digest.hexdigest(),
-        skipped=bad,
+        skipped=told.bad,
         eod=tokenizer.eod,
         vocab_size=tokenizer.vocab_size,
         loss=loss,
     )
-    num_cut = sum(len(tokens) > seq_length for tokens, _ in kept)
-    return corpus, num_cut, len(lines) - len(kept)
+    counts = {
+        "malformed lines left out": told.bad,
+        "conversations without an answer in the first row left out": dropped,
+        f"conversations are cut to {seq_length:,} tokens": sum(
+            len(tokens) > seq_length for tokens, _ in kept
+        ),
+    }
+    notes = [f"{path}: {count:,} {what}" for what, count in counts.items() if count]
+    return corpus, notes + told.notes(path, num_records)
 
 
-def _messages(value: Any) -> list[dict[str, Any]]:
-    """The messages of a line, those of ShareGPT in the other spelling."""
-    key, role, content = "messages", "role", "content"
-    if key not in value and "conversations" in value:
-        key, role, content = "conversations", "from", "value"
-    entries = value.get(key)
-    if not isinstance(entries, list) or not entries:
-        raise BadLineError('has no "messages" (or "conversations")')
-    messages = []
-    for number, entry in enumerate(entries):
-        if not isinstance(entry, dict) or not isinstance(entry.get(role), str):
-            raise BadLineError(f'message {number} has no "{role}"')
-        if not isinstance(entry.get(content), str):
-            raise BadLineError(f'message {number} has no "{content}" that is a string')
-        check_surrogates(entry[role] + entry[content], f"message {number}")
-        rest = {name: item for name, item in entry.items() if name not in (role, content)}
-        name = _ROLES.get(entry[role], entry[role])
-        messages.append({"role": name, "content": entry[content], **rest})
-    if not any(message["role"] == "assistant" for message in messages):
-        raise BadLineError("has no answer of the assistant")
-    return messages
+def check_chats(path: str, kind: FileKind, write: Writer, *, skip_bad: bool) -> list[str]:
+    """Reads and writes the first records of a file, and returns notes about them.
 
-
-def _plain(tokenizer: Tokenizer) -> Callable[[Sequence[Message]], Conversation]:
-    """Writes conversations for a tokenizer without a template."""
-    end = np.array([tokenizer.eod], dtype=np.int32)
-
-    def write(messages: Sequence[Message]) -> Conversation:
-        parts: list[tuple[Ids, bool]] = []
-        for number, message in enumerate(messages):
-            heading = f"{message['role'].capitalize()}: "
-            parts.append((tokenizer.encode("\n\n" * (number > 0) + heading), False))
-            answer = message["role"] == "assistant"
-            parts.append((tokenizer.encode(message["content"]), answer))
-            parts += [(end, True)] * answer
-        loss = [np.full(len(ids), answer) for ids, answer in parts]
-        return np.concatenate([ids for ids, _ in parts]), np.concatenate(loss)
-
-    return write
-
-
-def _templated(tokenizer: Tokenizer, render: Render) -> Callable[[Sequence[Message]], Conversation]:
-    """Writes conversations by the tokenizer's template."""
-
-    def write(messages: Sequence[Message]) -> Conversation:
-        try:
-            whole = render(messages, False)
-            check_surrogates(whole, "a message")
-            spans = _answers(messages, whole, tokenizer, render)
-        except TemplateRefusalError as error:
-            raise BadLineError(f"the chat template refuses it: {error}") from None
-        tokens = tokenizer.encode(whole)
-        loss = np.zeros(len(tokens), dtype=bool)
-        for start, end in spans:
-            first, last = (_common(tokens, tokenizer.encode(whole[:n])) for n in (start, end))
-            loss[first:last] = True
-        return tokens, loss
-
-    return write
-
-
-def _answers(
-    messages: Sequence[Message], whole: str, tokenizer: Tokenizer, render: Render
-) -> list[tuple[int, int]]:
-    """The ranges of characters in ``whole`` that are answers."""
-    spans = []
-    for number in (n for n, message in enumerate(messages) if message["role"] == "assistant"):
-        before = render(messages[:number], True)
-        after = render(messages[: number + 1], False)
-        if not (after.startswith(before) and whole.startswith(after)):
-            how = "a message differently once others follow it"
-            if not after.startswith(before):
-                how = "an answer otherwise than after its generation prompt"
-            rule = f"its chat template writes {how}, so it is unknown where answers lie"
-            raise ConfigError(MODEL_FLAG, tokenizer.path, rule, "a template that only appends")
-        spans.append((len(before), len(after.rstrip())))
-    return spans
-
-
-def _common(tokens: Ids, beginning: Ids) -> int:
-    """The number of tokens at the beginning that both have.
-
-    A text cut after a character may end in other tokens than the whole text has there.
+    Raises:
+        ConfigError: as ``load_chats``, for these records.
     """
-    shorter = min(len(tokens), len(beginning))
-    differing = np.flatnonzero(tokens[:shorter] != beginning[:shorter])
-    return int(differing[0]) if len(differing) else shorter
+    told = _Told()
+    num_records = sum(1 for _ in _written(path, kind, write, told, skip_bad=skip_bad, probe=True))
+    if not num_records:
+        raise told.refusal(path, "holds no conversation", WORKS)
+    return [f"{note} (of the first {num_records})" for note in told.notes(path, num_records)]
+
+
+def chat_writer(tokenizer: Tokenizer, date: str | None) -> Writer:
+    """Returns what writes conversations for a tokenizer.
+
+    Raises:
+        ConfigError: the date is none, or the chat template cannot be used.
+    """
+    try:
+        today = None if date is None else datetime.strptime(date, "%Y-%m-%d")
+    except ValueError:
+        raise ConfigError(DATE_FLAG, str(date), "must be a day, YYYY-MM-DD", "2026-01-31") from None
+    return writer(tokenizer, find_template(tokenizer, today=today))
+
+
+class _Told:
+    """Collects what the user is told about a file."""
+
+    def __init__(self) -> None:
+        self.bad = 0
+        self.first_bad = self.first_works = ""
+        self.remarks: dict[str, tuple[int, str, str]] = {}
+
+    def add(self, where: str, written: Written) -> None:
+        """Counts the remarks on a record, each kind once."""
+        for what, instance in reversed(written.remarks):
+            count, first, shown = self.remarks.get(what, (0, where, instance))
+            self.remarks[what] = (count + (what in dict(written.remarks)), first, shown)
+
+    def notes(self, path: str, num_records: int) -> list[str]:
+        """A line for each kind of remark."""
+        return [
+            f"{path}: {count:,} of {num_records:,} conversations {what}; the first in {where}: "
+            f"{shown}"
+            for what, (count, where, shown) in self.remarks.items()
+        ]
+
+    def refusal(self, path: str, rule: str, works: str) -> ConfigError:
+        """The error for a file of which nothing is left."""
+        if self.bad:
+            rule = f"{rule}; {self.bad:,} records are left out, the first: {self.first_bad}"
+            works = self.first_works
+        return ConfigError(FLAG, path, rule, works)
+
+
+def _written(
+    path: str, kind: FileKind, write: Writer, told: _Told, *, skip_bad: bool, probe: bool = False
+) -> Iterator[Written]:
+    """Writes the records of a file that are not bad."""
+    for where, value in read_records(path, kind, probe=probe):
+        try:
+            if isinstance(value, BadLineError):
+                raise value
+            written = write(read_record(value))
+        except BadLineError as error:
+            reason, works = f"{where}: {error}", "correct or remove it"
+            if isinstance(error, RecordError):
+                works = error.works
+            if not skip_bad:
+                works += "" if isinstance(error, RecordError) else f", or {_SKIP}"
+                raise ConfigError(FLAG, path, reason, works) from None
+            if not told.bad:
+                told.first_bad, told.first_works = reason, works
+            told.bad += 1
+            continue
+        told.add(where, written)
+        yield written

@@ -1,33 +1,41 @@
-"""Finds and reads the documents of ``prepare_data``: text, JSON lines, Parquet, folders of data.
+"""Finds and reads documents: text, JSON, tables, folders of data; also packed.
 
 The inputs are cut, in order, into spans that processes read independently:
 
     a text file                  one document; small files share a span
-    .jsonl .json (.gz)           one document per line and key; a span is a range of bytes:
+    a JSON object per line       one document per line and key; a span is a range of bytes:
 
         {"text": "a"}\\n{"text": "b"}\\n{"text": "c"}\\n
         |------ span 0 -------|------ span 1 ------|     a line belongs to the span it begins in
 
-    .parquet, a folder that      one document per row and column; a span is a row group, or a run
+    a table of text, a JSON      one document per row or object, and key; the file is one span, as
+    array, anything packed       is every packed file
+    Parquet, Arrow, a folder     one document per row and column; a span is a row group, or a run
     ``save_to_disk`` wrote       of record batches
-    any other folder             the .jsonl, .jsonl.gz, .json.gz and .parquet files in it; if there
-                                 are none, its text files
+    any other folder             the files of it that hold data; if there are none, its text files
 """
 
 from __future__ import annotations
 
 import glob
-import gzip
 import json
 import os
-import zlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import BinaryIO, Literal, cast
 
-from cp_megatron.data.read.json_lines import BadLineError, parse_object, text_under
+from cp_megatron.data.read.compression import open_unpacked
+from cp_megatron.data.read.file_kinds import (
+    HEAD_BYTES,
+    FileKind,
+    Format,
+    binary_kind,
+    in_folder,
+    kind_of,
+)
+from cp_megatron.data.read.json_lines import BadLineError, NoSuchKeyError, text_under
+from cp_megatron.data.read.records import Record, lines_before, lines_of, objects_of, rows_of
 from cp_megatron.data.read.tables import (
     FLAG,
     SAVED_DATASET,
@@ -40,12 +48,10 @@ from cp_megatron.data.read.tables import (
 from cp_megatron.data.read.text_files import walk_files
 from cp_megatron.errors import ConfigError
 
-_WORKS = "text files, .jsonl, .json, .parquet (also .jsonl.gz), or folders that hold some"
+_WORKS = "text files, .jsonl, .json, .csv, .tsv, .parquet, .arrow, or folders that hold some"
+_UNITS: Mapping[str, str] = {"lines": "line", "objects": "object"}
 BATCH_BYTES = 1 << 20
 """Text that is tokenised in one call."""
-_DATA = (".jsonl", ".jsonl.gz", ".json.gz", ".parquet")
-
-Format = Literal["text", "lines", "zipped", "parquet", "arrow"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,13 +59,13 @@ class InputFile:
     """An input file.
 
     Attributes:
-        format: how it is read.
+        kind: what it holds.
         size: bytes.
         mtime: when it was changed, in nanoseconds.
         explicit: the user named the file itself, so it may not be skipped.
     """
 
-    format: Format
+    kind: FileKind
     path: str
     size: int
     mtime: int
@@ -73,7 +79,8 @@ class InputSpan:
     Attributes:
         format: how it is read.
         paths: the file; several only for text.
-        start, stop: a range of bytes, of row groups, or of record batches.
+        start, stop: a range of bytes, of row groups, or of record batches. ``stop`` is None if all
+            of the file is read.
         weight: bytes of input, for the progress.
         explicit: see ``InputFile``.
     """
@@ -81,7 +88,7 @@ class InputSpan:
     format: Format
     paths: tuple[str, ...]
     start: int = 0
-    stop: int = 0
+    stop: int | None = None
     weight: int
     explicit: bool = True
 
@@ -93,12 +100,15 @@ class DocumentBatch:
     Attributes:
         texts: for each key, the documents.
         weight: bytes of input read for them.
-        lines: lines that were read.
+        places: of JSON and tables of text, the line, object or row of the span, from 1, of each
+            document of the first key.
+        lines: lines, objects or rows that were read.
         skipped: (line of the span from 1, reason), or for a text file (0, path and reason).
     """
 
     texts: tuple[list[str], ...]
     weight: int
+    places: tuple[int, ...] = ()
     lines: int = 0
     skipped: tuple[tuple[int, str], ...] = ()
 
@@ -118,7 +128,7 @@ def find_inputs(inputs: Sequence[str]) -> list[InputFile]:
     files: list[InputFile] = []
     for path in (path for given in inputs for path in _expanded(given)):
         if os.path.isfile(path):
-            files.append(_input(_format_of(path), path, explicit=True))
+            files.append(_input(kind_of(path, FLAG), path, explicit=True))
         elif not os.path.isdir(path):
             raise ConfigError(FLAG, path, "must be a regular file or a folder", _WORKS)
         elif inner := _in_folder(Path(path)):
@@ -138,13 +148,13 @@ def cut_spans(files: Sequence[InputFile], *, span_bytes: int) -> Iterator[InputS
     """
     small: list[InputFile] = []
     for file, following in zip(files, [*files[1:], None]):
-        if file.format != "text":
+        if file.kind.format != "text":
             yield from _cut(file, span_bytes)
             continue
         small.append(file)
         weight = sum(each.size for each in small)
         shape = ("text", file.explicit)
-        same = following is not None and (following.format, following.explicit) == shape
+        same = following is not None and (following.kind.format, following.explicit) == shape
         if not same or weight >= span_bytes:
             paths = tuple(each.path for each in small)
             yield InputSpan(format="text", paths=paths, weight=weight, explicit=file.explicit)
@@ -152,22 +162,25 @@ def cut_spans(files: Sequence[InputFile], *, span_bytes: int) -> Iterator[InputS
 
 
 def _cut(file: InputFile, span_bytes: int) -> Iterator[InputSpan]:
-    ranges: list[tuple[int, int, int]] = [(0, 0, file.size)]
-    if file.format == "lines":
+    span = InputSpan(format=file.kind.format, paths=(file.path,), weight=file.size)
+    ranges: list[tuple[int, int, int]] = []
+    if span.format == "parquet":
+        ranges = [(number, number + 1, size) for number, size in row_groups(file.path)]
+    elif span.format == "arrow":
+        ranges = arrow_runs(file.path, span_bytes)
+    elif span.format == "lines" and file.kind.packed is None:
         cuts = [*range(0, file.size, span_bytes), file.size]
         ranges = [(start, end, end - start) for start, end in pairwise(cuts)]
-    elif file.format == "parquet":
-        ranges = [(number, number + 1, size) for number, size in row_groups(file.path)]
-    elif file.format == "arrow":
-        ranges = arrow_runs(file.path, span_bytes)
+    else:
+        yield span
     for start, stop, size in ranges:
-        yield InputSpan(format=file.format, paths=(file.path,), start=start, stop=stop, weight=size)
+        yield replace(span, start=start, stop=stop, weight=size)
 
 
-def _input(kind: Format, path: str, *, explicit: bool) -> InputFile:
+def _input(kind: FileKind, path: str, *, explicit: bool) -> InputFile:
     state = os.stat(path)
     size, mtime = state.st_size, state.st_mtime_ns
-    return InputFile(format=kind, path=path, size=size, mtime=mtime, explicit=explicit)
+    return InputFile(kind=kind, path=path, size=size, mtime=mtime, explicit=explicit)
 
 
 def _expanded(given: str) -> list[str]:
@@ -182,19 +195,22 @@ def _expanded(given: str) -> list[str]:
     return paths
 
 
-def _format_of(path: str) -> Format:
-    name = path.lower()
-    if name.endswith((".jsonl.gz", ".json.gz")):
-        return "zipped"
-    if name.endswith((".jsonl", ".json")):
-        return "lines"
-    return "parquet" if name.endswith(".parquet") else "text"
+def left_out(inputs: Sequence[str]) -> list[str]:
+    """A note for each folder that holds files beside those that are read."""
+    notes = []
+    for folder in (path for given in inputs for path in _expanded(given) if os.path.isdir(path)):
+        if not any((Path(folder) / name).is_file() for name in (SAVED_DATASET, SAVED_DATASETS)):
+            others = in_folder(list(walk_files(folder))).left_out
+            shown = ", ".join(os.path.basename(path) for path in others[:3])
+            more = ", ..." if len(others) > 3 else ""
+            notes += [f"{folder}: {len(others):,} files are not read: {shown}{more}"] * bool(others)
+    return notes
 
 
-def _in_folder(folder: Path) -> list[tuple[Format, str]]:
+def _in_folder(folder: Path) -> list[tuple[FileKind, str]]:
     """The files to read in a folder."""
     if (folder / SAVED_DATASET).is_file():
-        return [("arrow", path) for path in _saved_files(folder)]
+        return [(FileKind(format="arrow"), path) for path in _saved_files(folder)]
     if (folder / SAVED_DATASETS).is_file():
         splits = sorted(path.parent for path in folder.glob(f"*/{SAVED_DATASET}"))
         if len(splits) != 1:
@@ -202,9 +218,10 @@ def _in_folder(folder: Path) -> list[tuple[Format, str]]:
             rule = f"holds {len(splits)} splits of a dataset, and only one can be read"
             raise ConfigError(FLAG, str(folder), rule, works)
         return _in_folder(splits[0])
-    files = list(walk_files(folder))
-    data = [path for path in files if path.lower().endswith(_DATA)]
-    return [(_format_of(path), path) for path in data] or [("text", path) for path in files]
+    listed = in_folder(list(walk_files(folder)))
+    if not listed.data:
+        return [(FileKind(format="text"), path) for path in listed.chosen]
+    return [(kind_of(path, FLAG), path) for path in listed.chosen]
 
 
 def _saved_files(folder: Path) -> list[str]:
@@ -243,36 +260,37 @@ def read_span(
     Raises:
         ConfigError: a file, or a line that may not be skipped, cannot be read.
     """
-    try:
-        if span.format == "text":
-            yield from _read_texts(span, len(keys))
-        elif span.format in ("lines", "zipped"):
-            yield from _read_lines(span, keys, skip_bad_lines)
-        else:
-            read = read_row_group if span.format == "parquet" else read_arrow
-            for columns, share in read(span.paths[0], span.start, span.stop, keys):
-                texts = tuple([text for text in column if text] for column in columns)
-                yield DocumentBatch(texts=texts, weight=round(span.weight * share))
-    except (OSError, EOFError, zlib.error) as error:
-        rule = f"cannot be read: {getattr(error, 'strerror', None) or error}"
-        raise ConfigError(FLAG, span.paths[0], rule, "a readable file") from None
+    if span.format == "text":
+        yield from _read_texts(span, len(keys))
+    elif span.format in ("parquet", "arrow"):
+        read = read_row_group if span.format == "parquet" else read_arrow
+        for columns, share in read(span.paths[0], span.start, span.stop or 0, keys):
+            texts = tuple([text for text in column if text] for column in columns)
+            yield DocumentBatch(texts=texts, weight=round(span.weight * share))
+    else:
+        with open_unpacked(span.paths[0], FLAG) as stream:
+            if span.format == "lines":
+                records = lines_of(stream, span.start, span.stop)
+            elif span.format == "objects":
+                records = objects_of(stream, span.paths[0], FLAG)
+            else:
+                mark = "," if span.format == "csv" else "\t"
+                records = rows_of(stream, keys, span.paths[0], FLAG, delimiter=mark)
+            yield from _read_records(span, records, keys, skip_bad_lines)
 
 
 def _read_texts(span: InputSpan, num_keys: int) -> Iterator[DocumentBatch]:
     texts: list[str] = []
     weight = 0
     for path in span.paths:
-        data = Path(path).read_bytes()
-        try:
-            text = data.decode("utf-8")
-            good = "\0" not in text
-        except UnicodeDecodeError:
-            good = False
-        if not good and span.explicit:
-            raise ConfigError(FLAG, path, "the file is not UTF-8 text", _WORKS)
-        if not good:
-            reason = (0, f"{path}: not UTF-8 text")
-            yield DocumentBatch(texts=([],) * num_keys, weight=len(data), skipped=(reason,))
+        with open_unpacked(path, FLAG) as stream:
+            data = stream.read()
+        text, reason = _decoded(path, data)
+        if reason and span.explicit:
+            raise ConfigError(FLAG, path, f"the file {reason}", _WORKS)
+        if reason:
+            skipped = (0, f"{path}: {reason}")
+            yield DocumentBatch(texts=([],) * num_keys, weight=len(data), skipped=(skipped,))
             continue
         weight += len(data)
         if text:
@@ -283,56 +301,63 @@ def _read_texts(span: InputSpan, num_keys: int) -> Iterator[DocumentBatch]:
     yield DocumentBatch(texts=(texts,), weight=weight)
 
 
-def _read_lines(
-    span: InputSpan, keys: Sequence[str], skip_bad_lines: bool
+def _decoded(path: str, data: bytes) -> tuple[str, str]:
+    """The text of a file, and why it has none."""
+    if (kind := binary_kind(path, data[:HEAD_BYTES])) is not None:
+        return "", f"is {kind[0]}"
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError:
+        text = "\0"
+    return text, "is not UTF-8 text" if "\0" in text else ""
+
+
+def _read_records(
+    span: InputSpan, records: Iterator[Record], keys: Sequence[str], skip_bad_lines: bool
 ) -> Iterator[DocumentBatch]:
     columns: tuple[list[str], ...] = tuple([] for _ in keys)
+    places: list[int] = []
     skipped: list[tuple[int, str]] = []
     weight = lines = 0
-    for number, line in enumerate(_lines_of(span), 1):
-        weight, lines = weight + len(line), lines + 1
+
+    def batch() -> DocumentBatch:
+        return DocumentBatch(
+            texts=columns,
+            weight=weight,
+            places=tuple(places),
+            lines=lines,
+            skipped=tuple(skipped),
+        )
+
+    for number, (size, value) in enumerate(records, 1):
+        weight, lines = weight + size, lines + 1
         try:
-            value = parse_object(line)
+            if isinstance(value, BadLineError):
+                raise value
             texts = [] if value is None else [text_under(value, key) for key in keys]
+            places += [number] * bool(texts and texts[0])
             for column, text in zip(columns, texts):
-                if text:
-                    column.append(text)
+                column += [text] * bool(text)
         except BadLineError as error:
             if not skip_bad_lines:
-                # The number in the whole file.
-                number += lines_before(span.paths[0], span.start)
-                works = "--skip-bad-lines, which lists what it skips"
-                raise ConfigError(FLAG, span.paths[0], f"line {number}: {error}", works) from None
+                raise _bad_line(span, number, error) from None
             skipped.append((number, str(error)))
         if weight >= BATCH_BYTES:
-            yield DocumentBatch(texts=columns, weight=weight, lines=lines, skipped=tuple(skipped))
-            columns, skipped, weight, lines = tuple([] for _ in keys), [], 0, 0
-    yield DocumentBatch(texts=columns, weight=weight, lines=lines, skipped=tuple(skipped))
+            yield batch()
+            columns, places, skipped, weight, lines = tuple([] for _ in keys), [], [], 0, 0
+    yield batch()
 
 
-def _lines_of(span: InputSpan) -> Iterator[bytes]:
-    """The lines that begin in the span, as bytes."""
-    path = span.paths[0]
-    if span.format == "zipped":
-        with gzip.open(path, "rb") as stream:
-            yield from cast(BinaryIO, stream)
-        return
-    with open(path, "rb") as stream:
-        place = span.start
-        if place:
-            # Starts at the byte before: if that byte ends a line, a line begins with the span.
-            stream.seek(place - 1)
-            place += len(stream.readline()) - 1
-        while place < span.stop and (line := stream.readline()):
-            place += len(line)
-            yield line
-
-
-def lines_before(path: str, place: int) -> int:
-    """Counts the lines of a file that begin before the byte ``place``."""
-    newlines, last, left = 0, b"", place
-    with open(path, "rb") as stream:
-        while left and (data := stream.read(min(left, BATCH_BYTES))):
-            newlines += data.count(b"\n")
-            last, left = data[-1:], left - len(data)
-    return newlines + (last not in (b"", b"\n"))
+def _bad_line(span: InputSpan, number: int, error: BadLineError) -> ConfigError:
+    """The error for a line, with its number in the whole file."""
+    path, what = span.paths[0], _UNITS.get(span.format, "row")
+    works = "--skip-bad-lines, which lists what it skips"
+    if isinstance(error, NoSuchKeyError) and number == 1 and not span.start:
+        # The whole file is of another shape, so to skip its lines would leave nothing.
+        works = "an object with a text under a key"
+        if error.keys:
+            works = f"--json-keys {error.keys[0]}"
+            works += f" (or {', '.join(error.keys[1:])})" if error.keys[1:] else ""
+    if span.start:
+        number += lines_before(path, span.start)
+    return ConfigError(FLAG, path, f"{what} {number}: {error}", works)

@@ -1,80 +1,22 @@
-"""Reads files with a JSON object per line.
-
-A bad line is refused with the name of the file and the number of the line, or counted if the user
-asked for that.
-"""
+"""Reads the JSON object of a line, and the text in it."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import Any, TypeVar
-
-from cp_megatron.data.read.corpus import Corpus
-from cp_megatron.data.read.text_files import FLAG, MOST_TOKENISED, check_size, tokenised
-from cp_megatron.data.tokenize.tokenizer import Tokenizer
-from cp_megatron.errors import ConfigError
-
-SUFFIXES = (".jsonl", ".json")
-_WORKS = "correct or remove the line, or --skip-bad-lines to leave such lines out"
-
-Item = TypeVar("Item")
+from collections.abc import Mapping
+from typing import Any
 
 
 class BadLineError(ValueError):
     """A line does not hold what it should; the text of the error is the reason."""
 
 
-def read_lines(
-    path: str, parse: Callable[[Any], Item], *, skip_bad: bool
-) -> tuple[list[tuple[int, Item]], int]:
-    """Reads a file line by line; blank lines are ignored.
+class NoSuchKeyError(BadLineError):
+    """An object lacks a key; ``keys`` are those under which it has a text."""
 
-    Args:
-        path: the file.
-        parse: makes an item of the object of a line, or raises ``BadLineError``.
-        skip_bad: leave bad lines out instead of refusing them.
-
-    Returns:
-        (the number of the line, counted from 1, and what was parsed) for each line, and the number
-        of bad lines that were left out.
-
-    Raises:
-        ConfigError: the file cannot be read, is larger than 128 MiB, or a line is bad.
-    """
-    items: list[tuple[int, Item]] = []
-    bad = 0
-    try:
-        check_size(path, Path(path).stat().st_size, MOST_TOKENISED)
-        lines = Path(path).read_bytes().split(b"\n")
-    except OSError as error:
-        raise ConfigError(FLAG, path, f"cannot be read: {error.strerror}", _WORKS) from None
-    for number, line in enumerate(lines, start=1):
-        try:
-            if (value := parse_object(line)) is not None:
-                items.append((number, parse(value)))
-        except BadLineError as error:
-            bad += 1
-            if not skip_bad:
-                raise ConfigError(FLAG, path, f"line {number}: {error}", _WORKS) from None
-    return items, bad
-
-
-def load_json_text(path: str, tokenizer: Tokenizer, *, skip_bad: bool) -> Corpus:
-    """Reads the texts ``{"text": ...}`` of a file, one document each; empty ones are left out.
-
-    Raises:
-        ConfigError: as ``read_lines``, or there is no text.
-    """
-    lines, bad = read_lines(
-        path, lambda value: text_under(value, "text").encode(), skip_bad=skip_bad
-    )
-    kept = [(f"{Path(path).name}:{number}", text) for number, text in lines if text]
-    if not kept:
-        raise ConfigError(FLAG, path, "holds no text", '{"text": "..."} on each line')
-    names, texts = zip(*kept)
-    return tokenised(texts, tokenizer, names=names, name=path, skipped=bad)
+    def __init__(self, key: str, value: Mapping[str, Any]) -> None:
+        self.keys = tuple(name for name, item in value.items() if isinstance(item, str))
+        super().__init__(f"has no key {key!r}, but {', '.join(map(repr, value)) or 'none at all'}")
 
 
 def parse_object(line: bytes) -> dict[str, Any] | None:
@@ -104,7 +46,7 @@ def text_under(value: Mapping[str, Any], key: str) -> str:
         BadLineError: there is none.
     """
     if key not in value:
-        raise BadLineError(f"has no key {key!r}")
+        raise NoSuchKeyError(key, value)
     text = value[key]
     if not isinstance(text, str):
         raise BadLineError(f"{key!r} is not a text")

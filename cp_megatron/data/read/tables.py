@@ -1,4 +1,4 @@
-"""Reads tables of documents with ``pyarrow``: Parquet files and saved Hugging Face datasets."""
+"""Reads tables of documents with ``pyarrow``: Parquet, Arrow, and saved Hugging Face datasets."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ SAVED_DATASET = "state.json"
 SAVED_DATASETS = "dataset_dict.json"
 """The file that ``DatasetDict.save_to_disk`` writes into a folder."""
 _BATCH = 512
+_ARROW_FILE = b"ARROW1"
+"""How Arrow's files begin, those of Feather included; its streams begin otherwise."""
 
 TableRows = tuple[tuple[list[str | None], ...], float]
 """The texts of each key, None for a cell without a value, and the share of the requested rows that
@@ -49,11 +51,31 @@ def read_row_group(path: str, start: int, stop: int, keys: Sequence[str]) -> Ite
             yield _rows(batch, keys, total)
 
 
-def arrow_runs(path: str, piece_bytes: int) -> list[tuple[int, int, int]]:
-    """Cuts an Arrow stream into runs of record batches: (first, one after the last, bytes).
+def read_rows(path: str, batch: int, *, arrow: bool) -> Iterator[dict[str, Any]]:
+    """Yields the rows of a Parquet or Arrow file with all their columns.
+
+    Args:
+        path: the file.
+        batch: rows of Parquet that are read at a time.
+        arrow: it is one of Arrow.
 
     Raises:
-        ConfigError: it is not an Arrow stream, or pyarrow is missing.
+        ConfigError: it is not such a file, or pyarrow is missing.
+    """
+    if arrow:
+        for rows in _record_batches(path):
+            yield from rows.to_pylist()
+        return
+    with _pyarrow(path) as (_, parquet), parquet.ParquetFile(path) as table:
+        for rows in table.iter_batches(batch):
+            yield from rows.to_pylist()
+
+
+def arrow_runs(path: str, piece_bytes: int) -> list[tuple[int, int, int]]:
+    """Cuts an Arrow stream or file into runs of record batches: (first, one after the last, bytes).
+
+    Raises:
+        ConfigError: it is not of Arrow, or pyarrow is missing.
     """
     runs: list[tuple[int, int, int]] = []
     start = size = number = 0
@@ -79,13 +101,15 @@ def read_arrow(path: str, start: int, stop: int, keys: Sequence[str]) -> Iterato
 
 
 def _record_batches(path: str) -> Iterator[Any]:
-    """The batches of an Arrow stream, mapped: only what is used is read from the disk."""
-    with (
-        _pyarrow(path) as (arrow, _),
-        arrow.memory_map(path) as file,
-        arrow.ipc.open_stream(file) as stream,
-    ):
-        yield from stream
+    """The batches of an Arrow stream or file, mapped: only what is used is read from the disk."""
+    with _pyarrow(path) as (arrow, _), arrow.memory_map(path) as file:
+        if file.read(len(_ARROW_FILE)) == _ARROW_FILE:
+            with arrow.ipc.open_file(file) as batches:
+                yield from map(batches.get_batch, range(batches.num_record_batches))
+            return
+        file.seek(0)
+        with arrow.ipc.open_stream(file) as stream:
+            yield from stream
 
 
 def _rows(batch: Any, keys: Sequence[str], total: int) -> TableRows:

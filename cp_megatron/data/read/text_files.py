@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import codecs
 import difflib
+import glob
 import hashlib
 import os
 import sysconfig
@@ -16,11 +17,14 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from cp_megatron.data.read.compression import open_unpacked
 from cp_megatron.data.read.corpus import Corpus
+from cp_megatron.data.read.file_kinds import HEAD_BYTES, binary_kind, in_folder
 from cp_megatron.data.tokenize.tokenizer import Tokenizer
 from cp_megatron.errors import ConfigError
 
 FLAG = "--data-path"
+PREPARED = "the .bin/.idx that launch/prepare_data.py makes of it"
 WORKS = "a text file in UTF-8, or a folder that holds some"
 PROBE_BYTES = 1 << 16
 DECODED_BYTES = 1 << 24
@@ -68,7 +72,7 @@ def load_text_files(paths: Sequence[str], tokenizer: Tokenizer) -> Corpus:
     for given, explicit, files in _listing(paths):
         before = len(documents)
         for path, name in files:
-            data = _read(path, explicit)
+            data = _read(path, explicit, most + 1)
             if data is None:
                 skipped += 1
             elif data:
@@ -90,7 +94,7 @@ def check_size(path: str, size: int, most: int) -> None:
     """
     if size > most:
         rule = f"is more than the {most >> 20} MiB of text that a run tokenises when it starts"
-        raise ConfigError(FLAG, path, rule, "the .bin/.idx that launch/prepare_data.py makes of it")
+        raise ConfigError(FLAG, path, rule, PREPARED)
 
 
 def tokenised(
@@ -175,7 +179,7 @@ def _listing(paths: Sequence[str]) -> Iterator[tuple[str, bool, Iterator[tuple[P
     for given in paths:
         path = Path(given)
         if os.path.isdir(path):
-            yield given, False, _named(given, walk_files(path))
+            yield given, False, _named(given, in_folder(list(walk_files(path))).chosen)
         elif os.path.isfile(path):
             yield given, True, iter([(path, path.name)])
         elif os.path.exists(path):
@@ -193,17 +197,20 @@ def _read(path: Path, explicit: bool, limit: int = -1, judged: bool = True) -> b
 
     An ``explicit`` file, one that the user named, is refused instead, even if it is only empty.
     """
-    data: bytes | None = None
-    rule = "the file is not UTF-8 text"
     try:
-        with path.open("rb") as stream:
+        with open_unpacked(str(path), FLAG) as stream:
             data = stream.read(limit)
-    except OSError as error:
-        rule = f"the file cannot be read: {error.strerror}"
-    if data and judged and not _is_text(data, whole=len(data) != limit):
-        data = None
-    if not data and explicit:
-        raise ConfigError(FLAG, str(path), "the file is empty" if data == b"" else rule, WORKS)
+        if not data:
+            raise ConfigError(FLAG, str(path), "the file is empty", WORKS)
+        kind = binary_kind(str(path), data[:HEAD_BYTES])
+        if judged and kind is not None:
+            raise ConfigError(FLAG, str(path), f"is {kind[0]}", kind[1])
+        if judged and not _is_text(data, whole=len(data) != limit):
+            raise ConfigError(FLAG, str(path), "the file is not UTF-8 text", WORKS)
+    except ConfigError as error:
+        if explicit:
+            raise
+        return b"" if "is empty" in error.rule else None
     return data
 
 
@@ -231,7 +238,9 @@ def _no_text(path: str) -> ConfigError:
 
 
 def _near(path: Path) -> str:
-    """The sibling with the most similar name, in case the path was mistyped."""
+    """Indexed data whose prefix the path begins, or the sibling with the most similar name."""
+    if indexed := sorted(path.parent.glob(f"{glob.escape(path.name)}_*_document.idx")):
+        return ", or ".join(str(each.with_suffix("")) for each in indexed)
     try:
         siblings = os.listdir(path.parent)
     except (OSError, ValueError):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,10 +14,15 @@ from itertools import pairwise
 import numpy as np
 
 from cp_megatron.config import DataConfig
-from cp_megatron.data.read.chat import load_chats
+from cp_megatron.config.fields import settings
+from cp_megatron.data.read.chat import chat_writer, check_chats, load_chats
+from cp_megatron.data.read.chat_examples import Writer
+from cp_megatron.data.read.chat_files import check_chat_file
+from cp_megatron.data.read.compression import name_unpacked
 from cp_megatron.data.read.corpus import Corpus, CorpusRange
+from cp_megatron.data.read.document_corpus import check_documents, load_documents
+from cp_megatron.data.read.documents import left_out
 from cp_megatron.data.read.indexed import IndexedDataset
-from cp_megatron.data.read.json_lines import load_json_text
 from cp_megatron.data.read.text_files import FLAG, check_text_files, load_text_files
 from cp_megatron.data.rows.best_fit import PackedRows
 from cp_megatron.data.rows.blend import BlendedRows
@@ -28,7 +35,8 @@ from cp_megatron.data.rows.sampler import (
     parse_split,
     split_sizes,
 )
-from cp_megatron.data.tokenize.open_tokenizer import open_tokenizer
+from cp_megatron.data.tokenize.chat_template import DATE_FLAG
+from cp_megatron.data.tokenize.open_tokenizer import tokenizer_of
 from cp_megatron.data.tokenize.tokenizer import Tokenizer
 from cp_megatron.errors import ConfigError
 
@@ -55,27 +63,58 @@ class Data:
     notes: tuple[str, ...]
 
 
-def check_data(data: DataConfig) -> None:
+def check_data(data: DataConfig, *, dry_run: bool = False) -> tuple[str, ...]:
     """Looks at the beginning of every dataset; ``open_data`` reads them.
+
+    Args:
+        data: where they are.
+        dry_run: tell what ``open_data`` tells of all conversations of the first ones.
+
+    Returns:
+        lines about the data for the user.
 
     Raises:
         ConfigError: a dataset cannot be used, or flags contradict one another.
     """
-    json_lines = False
+    lined, told = False, list[str]()
+    write: Writer | None = None
+    if data.chat_date is not None and not data.sft:
+        raise ConfigError(DATE_FLAG, data.chat_date, "has no effect without --sft", "leave it out")
     for flag, words in path_lists(data):
-        for spec in parse_datasets(words, flag):
-            json_lines |= spec.kind == "json"
-            if data.sft and spec.kind != "json":
-                rule = "--sft reads conversations, a JSON object per line"
-                raise ConfigError(flag, spec.given, rule, "a .jsonl file")
+        for spec in parse_datasets(words, flag, sft=data.sft):
+            lined |= spec.lined
+            told += [spec.note] * bool(spec.note)
             with _named(flag):
-                if spec.kind == "indexed":
+                if data.sft:
+                    kind = check_chat_file(spec.given)
+                    write = write or chat_writer(tokenizer_of(data), data.chat_date)
+                    notes = check_chats(spec.given, kind, write, skip_bad=data.skip_bad_lines)
+                    told += notes if dry_run else ()
+                elif spec.kind == "indexed":
                     IndexedDataset.open(spec.paths[0], flag=flag)
                 else:
                     check_text_files(spec.paths, judged=spec.kind == "text")
-    if data.skip_bad_lines and not json_lines:
-        rule = "has no effect, because no path is a .jsonl file"
+                    told += left_out(spec.paths)
+                if spec.kind in ("json", "table"):
+                    skip, command = data.skip_bad_lines, prepare_command(data, spec.given)
+                    check_documents(spec.paths, skip_bad=skip, command=command)
+    if data.skip_bad_lines and not lined:
+        rule = "has no effect, because no path has lines or rows that can be malformed"
         raise ConfigError("--skip-bad-lines", "", rule, "leave it out")
+    return tuple(told)
+
+
+def prepare_command(data: DataConfig, path: str) -> str:
+    """The command that prepares a path for a run, without its ``--json-keys``."""
+    prefix = path.rstrip("/")
+    if os.path.isfile(path):
+        prefix = os.path.splitext(path[: len(name_unpacked(path))])[0]
+    words = ["python", "launch/prepare_data.py", "--input", path, "--output-prefix", prefix]
+    names = ("tokenizer_type", "tokenizer_model", "vocab_file", "merge_file")
+    for name in names if data.tokenizer_type != "byte" else ():
+        if (value := getattr(data, name)) is not None:
+            words += [settings()[name].flag, value]
+    return shlex.join(words)
 
 
 def open_data(data: DataConfig, *, seed: int) -> Data:
@@ -88,8 +127,8 @@ def open_data(data: DataConfig, *, seed: int) -> Data:
     Raises:
         ConfigError: a dataset cannot be used, or has not a single row.
     """
-    tokenizer = open_tokenizer(data.tokenizer_type, data.tokenizer_model)
-    lists = [(flag, parse_datasets(words, flag)) for flag, words in path_lists(data)]
+    tokenizer = tokenizer_of(data)
+    lists = [(flag, parse_datasets(words, flag, sft=data.sft)) for flag, words in path_lists(data)]
     corpora: list[Corpus] = []
     notes: list[str] = []
     parts: dict[str, RowSource | None] = {}
@@ -114,10 +153,10 @@ def open_single(data: DataConfig) -> Corpus:
     Raises:
         ConfigError: it cannot be used, or there are several.
     """
-    specs = parse_datasets(data.data_path)
+    specs = parse_datasets(data.data_path, sft=data.sft)
     if len(specs) > 1:
         raise ConfigError(FLAG, " ".join(data.data_path), "must be one dataset here", "one path")
-    return _open(specs[0], data, open_tokenizer(data.tokenizer_type, data.tokenizer_model), [])
+    return _open(specs[0], data, tokenizer_of(data), [])
 
 
 def _parts(
@@ -146,19 +185,20 @@ def _open(spec: DatasetSpec, data: DataConfig, tokenizer: Tokenizer, notes: list
     if spec.kind == "indexed":
         return _indexed(spec, tokenizer)
     if spec.kind == "text":
-        return load_text_files(spec.paths, tokenizer)
-    num_cut = dropped = 0
-    if data.sft:
-        chats = load_chats(path, tokenizer, seq_length=length, skip_bad=skip_bad)
-        corpus, num_cut, dropped = chats
-    else:
-        corpus = load_json_text(path, tokenizer, skip_bad=skip_bad)
-    counts = {
-        "malformed lines left out": corpus.skipped,
-        "conversations without an answer in the first row left out": dropped,
-        f"conversations are cut to {length:,} tokens": num_cut,
-    }
-    notes += [f"{path}: {count:,} {what}" for what, count in counts.items() if count]
+        texts = load_text_files(spec.paths, tokenizer)
+        if texts.skipped:
+            notes.append(f"{path}: {texts.skipped:,} files are not text and are left out")
+        return texts
+    if spec.kind == "chats":
+        corpus, told = load_chats(
+            path, tokenizer, seq_length=length, skip_bad=skip_bad, date=data.chat_date
+        )
+        notes += told
+        return corpus
+    command = prepare_command(data, path)
+    corpus = load_documents(spec.paths, tokenizer, skip_bad=skip_bad, command=command)
+    if corpus.skipped:
+        notes.append(f"{path}: {corpus.skipped:,} malformed lines left out")
     return corpus
 
 

@@ -16,11 +16,14 @@ from cp_megatron.errors import ConfigError
 
 TYPE_FLAG = "--tokenizer-type"
 MODEL_FLAG = "--tokenizer-model"
+VOCAB_FLAG = "--vocab-file"
+MERGE_FLAG = "--merge-file"
 FILES: Mapping[str, str] = MappingProxyType(
     {
         "huggingface": "a tokenizer.json, or the folder of a Hugging Face model",
         "sentencepiece": "the .model file of a SentencePiece tokenizer",
         "tiktoken": 'a tiktoken file, whose lines are "base64 rank"',
+        "gpt2": "a vocab.json, and a merges.txt of the same tokenizer",
     }
 )
 """Kind of tokenizer -> the file that it is read from."""
@@ -31,16 +34,17 @@ Ids = npt.NDArray[np.int32]
 class Tokenizer(Protocol):
     """Turns text into ids and back.
 
-    ``huggingface`` and ``tiktoken`` turn a special token that a text spells out, such as
+    All but ``byte`` and ``sentencepiece`` turn a special token that a text spells out, such as
     ``<|im_start|>``, into its id, as transformers does. No tokenizer adds ids to a text.
 
     Attributes:
         kind: ``byte``, or a key of ``FILES``.
-        path: the file that it was read from; None if there is none.
+        path: the file that it was read from (of ``gpt2`` the vocabulary); None if there is none.
         vocab_size: ids lie in [0, vocab_size).
         eod: the id that ends every document.
         fingerprint: SHA-256 (hex) of what decides the ids.
         opening: ids that a prompt begins with (Llama's BOS). Rows of data do not have them.
+        notes: what the user should know about it, for the start table.
     """
 
     @property
@@ -55,6 +59,8 @@ class Tokenizer(Protocol):
     def fingerprint(self) -> str: ...
     @property
     def opening(self) -> tuple[int, ...]: ...
+    @property
+    def notes(self) -> tuple[str, ...]: ...
 
     def encode(self, text: str) -> Ids:
         """Returns the ids of a text, int32 [n], without an end of document."""
@@ -79,6 +85,7 @@ class ByteTokenizer:
     eod = 256
     fingerprint = hashlib.sha256(b"byte 257 256").hexdigest()
     opening: tuple[int, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def encode(self, text: str) -> Ids:
         return np.frombuffer(text.encode("utf-8"), dtype=np.uint8).astype(np.int32)
@@ -101,6 +108,7 @@ class LibraryTokenizer:
     eod: int
     fingerprint: str
     opening: tuple[int, ...]
+    notes: tuple[str, ...] = ()
     library: Any
 
     @classmethod
@@ -113,6 +121,7 @@ class LibraryTokenizer:
         vocab_size: int,
         eod: int,
         opening: tuple[int, ...] = (),
+        notes: tuple[str, ...] = (),
     ) -> Self:
         """Makes the tokenizer that ``library`` read from ``data``, the contents of ``path``."""
         return cls(
@@ -121,6 +130,7 @@ class LibraryTokenizer:
             eod=eod,
             fingerprint=hashlib.sha256(f"{cls.kind} {eod} ".encode() + data).hexdigest(),
             opening=opening,
+            notes=notes,
             library=library,
         )
 
@@ -138,6 +148,13 @@ def ids_without_eod(tokens: npt.ArrayLike, tokenizer: Tokenizer) -> list[int]:
     return kept
 
 
+def words_for(tokenizer: Tokenizer) -> tuple[str, str]:
+    """The flag that chose a tokenizer, and its value."""
+    if tokenizer.path is None:
+        return TYPE_FLAG, tokenizer.kind
+    return VOCAB_FLAG if tokenizer.kind == "gpt2" else MODEL_FLAG, tokenizer.path
+
+
 def missing_package(kind: str, package: str) -> ConfigError:
     """The error for a kind of tokenizer whose library is not installed."""
     rule = f"needs the package {package}, which is not installed"
@@ -147,16 +164,17 @@ def missing_package(kind: str, package: str) -> ConfigError:
 def malformed(path: Path, kind: str, reason: object) -> ConfigError:
     """The error for a file that the library cannot read."""
     rule = f"is not a {kind} tokenizer: {' '.join(str(reason).split())}"
-    return ConfigError(MODEL_FLAG, str(path), rule, FILES[kind])
+    flag = VOCAB_FLAG if kind == "gpt2" else MODEL_FLAG
+    return ConfigError(flag, str(path), rule, FILES[kind])
 
 
-def no_end(path: Path, tried: str) -> ConfigError:
+def no_end(path: Path, tried: str, flag: str = MODEL_FLAG) -> ConfigError:
     """The error for a tokenizer without a token that ends documents."""
     rule = f"has no token that ends a document: {tried}"
-    return ConfigError(MODEL_FLAG, str(path), rule, "a tokenizer that has one")
+    return ConfigError(flag, str(path), rule, "a tokenizer that has one")
 
 
-def read_bytes(path: Path) -> bytes:
+def read_bytes(path: Path, flag: str = MODEL_FLAG) -> bytes:
     """Reads the whole file of a tokenizer.
 
     Raises:
@@ -166,4 +184,4 @@ def read_bytes(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         rule = f"cannot be read: {error.strerror}"
-        raise ConfigError(MODEL_FLAG, str(path), rule, "a readable file") from None
+        raise ConfigError(flag, str(path), rule, "a readable file") from None
