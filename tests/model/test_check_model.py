@@ -130,6 +130,14 @@ def answers_on_custom_models(rank: int, world_size: int) -> dict[str, str]:
         name: refusal(lambda kind=kind: huggingface.check(kind(config)))  # type: ignore[misc]
         for name, kind in custom_models().items()
     }
+    stateful = custom_models()["state"](config)
+    answers["itself"] = refusal(lambda: huggingface.check(stateful, itself=True))
+    answers["itself, right"] = refusal(
+        lambda: huggingface.check(library.LlamaForCausalLM(config), itself=True)
+    )
+    with torch.device("meta"):
+        empty = library.LlamaForCausalLM(config)
+    answers["itself, empty"] = refusal(lambda: huggingface.check(empty, itself=True))
     with torch.device("meta"):  # before weights are loaded
         answers["large"] = refusal(
             lambda: huggingface.check(library.LlamaForCausalLM(library.LlamaConfig()))
@@ -157,6 +165,9 @@ def test_the_probe_sees_what_mixes_tokens() -> None:
         "future": mixes,
         "own attention": mixes,
         "pooling": "returns no entry per token",
+        "itself": mixes,
+        "itself, right": "",
+        "itself, empty": "itself True: needs whole parameters",
         "large": "",
         "wrapped": "",
         "no model": "contains no transformers model",

@@ -28,7 +28,7 @@ from cp_megatron.model.huggingface.attention_interface import attention as atten
 from cp_megatron.model.huggingface.batch_plan import BatchPlan as BatchPlan
 from cp_megatron.model.huggingface.batch_plan import shard_batch as shard_batch
 from cp_megatron.model.huggingface.check_model import check as check
-from cp_megatron.model.huggingface.register import register as register
+from cp_megatron.model.huggingface.registration import register as register
 from cp_megatron.model.huggingface.trainers import prepare_accelerator as prepare_accelerator
 from cp_megatron.model.huggingface.trainers import prepare_trainer as prepare_trainer
 from cp_megatron.model.huggingface.whole_rows import take_whole_rows as take_whole_rows

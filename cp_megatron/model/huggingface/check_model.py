@@ -179,6 +179,8 @@ def _try_copies(model: Any, itself: bool) -> Finding:
         partial(_build, _own_class(model), shrink(model.config, narrow=narrow))
         for narrow in (True, False)
     ]
+    if itself and sharded:
+        raise ConfigError("itself", True, "needs whole parameters", "a check before sharding")
     size = sum(p.numel() for p in model.parameters())
     if not sharded and (itself or size <= _MOST_PARAMETERS):
         builds.append(partial(_copy, model))

@@ -39,9 +39,8 @@ _TOLERANCE: Mapping[torch.dtype, float] = {torch.float64: 1e-5, torch.float32: 1
 _NOISE = 0.05
 
 # Clauses that complete "the model ...".
-_NEVER_ASKS = (
-    "never calls the registered attention: what else mixes its tokens sees one rank's only"
-)
+_ATTENDS_ITSELF = "never calls the registered attention: it computes its own, in {}"
+_HAS_STATES = "never calls the registered attention: it has none, and carries states between tokens"
 _POOLS = "returns no entry per token: it pools the tokens of one rank"
 _OTHER_SCORES = (
     "attends otherwise than the registered attention does: it adds to scores, masks or tokens "
@@ -129,6 +128,8 @@ def error_of(found: Tensor, expected: Tensor) -> float:
 def try_sharding(build: Build, attention: str) -> Finding:
     """Runs the model whole and in shards, on one document and on packed ones.
 
+    ``forward`` is called directly, so that hooks of the model (which may shard rows) stay out.
+
     Args:
         build: gives the model with an attention implementation.
         attention: the name under which the engine's attention is registered.
@@ -202,7 +203,7 @@ def _documents_alone(model: Any, row: Mapping[str, Tensor]) -> list[Tensor]:
     starts = torch.nonzero(row["position_ids"][0] == 0).flatten().tolist()
     ends = [*starts[1:], row["input_ids"].shape[1]]
     pieces = (row["input_ids"][:, a:b] for a, b in zip(starts, ends, strict=True))
-    return [_main_output(model(input_ids=piece)) for piece in pieces]
+    return [_main_output(model.forward(input_ids=piece)) for piece in pieces]
 
 
 @dataclass(frozen=True)
@@ -228,13 +229,13 @@ class _Probe:
                 raise
             return DROPS_KEYWORDS
         if not plan.keys:
-            return _NEVER_ASKS
+            return self._own_mixing()
         alone = _documents_alone(self.own, row)
         if whole.shape[:2] != row["input_ids"].shape or whole.ndim < 3:
             return _POOLS
         packed = len(alone) > 1
         if not self._equal(whole, torch.cat(alone, 1)):
-            given = self.own(input_ids=row["input_ids"], position_ids=row["position_ids"])
+            given = self.own.forward(input_ids=row["input_ids"], position_ids=row["position_ids"])
             if not packed and self._equal(whole, _main_output(given)):
                 return _BEGINS
             return self._numbering(batch) or (_DOCUMENTS if packed else _OTHER_SCORES)
@@ -247,8 +248,13 @@ class _Probe:
                 return self._numbering(batch) or _MIXES
         return self._leak(batch, whole)
 
+    def _own_mixing(self) -> str:
+        names = sorted({type(module).__name__ for module in self.model.modules()})
+        found = [name for name in names if "Attention" in name]
+        return _ATTENDS_ITSELF.format(", ".join(found)) if found else _HAS_STATES
+
     def _output(self, batch: Mapping[str, Any], plan: ProbePlan) -> Tensor:
-        return _main_output(self.model(**{**batch, "context_parallel": plan}))
+        return _main_output(self.model.forward(**{**batch, "context_parallel": plan}))
 
     def _equal(self, found: Tensor, expected: Tensor) -> bool:
         return error_of(found, expected) < self.tolerance
@@ -280,12 +286,12 @@ class _Probe:
         plan = _recording(batch)
         self._output(_without_labels(batch), plan)
         try:
-            expected = self.own(**row, num_items_in_batch=counted).get("loss")
+            expected = self.own.forward(**row, num_items_in_batch=counted).get("loss")
             if expected is None:
                 return ""
             shards = [_shard(batch, plan, rank) for rank in range(_NUM_RANKS)]
             losses = [
-                self.model(**{**shard, "context_parallel": own_plan}).loss
+                self.model.forward(**{**shard, "context_parallel": own_plan}).loss
                 for shard, own_plan in shards
             ]
         except Exception as error:  # whatever a model of any kind may raise
