@@ -115,6 +115,43 @@ def custom_models() -> dict[str, Any]:
     }
 
 
+class Previous(nn.Module):
+    """Adds the token before to what another module makes of each token."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.module(x) + F.pad(x, (0, 0, 1, 0))[:, :-1]
+
+
+class Adapter(nn.Module):
+    """A low-rank adapter, whose second factor begins as zeros."""
+
+    def __init__(self, module: nn.Linear) -> None:
+        super().__init__()
+        self.module = module
+        self.factors = nn.Sequential(
+            nn.Linear(module.in_features, 2), nn.Linear(2, module.out_features)
+        )
+        nn.init.zeros_(self.factors[1].weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.module(x) + self.factors(x)
+
+
+def changed_after_build(
+    config: Any, change: Callable[[Any], nn.Module], device: str = "cpu"
+) -> Any:
+    library = importlib.import_module("transformers")
+    with torch.device(device):
+        model = library.LlamaForCausalLM(config)
+        for layer in model.model.layers:
+            layer.mlp.up_proj = change(layer.mlp.up_proj)
+    return model
+
+
 def refusal(call: Callable[[], object]) -> str:
     try:
         call()
@@ -142,6 +179,15 @@ def answers_on_custom_models(rank: int, world_size: int) -> dict[str, str]:
         answers["large"] = refusal(
             lambda: huggingface.check(library.LlamaForCausalLM(library.LlamaConfig()))
         )
+    square = library.LlamaConfig(**{**SIZES, "intermediate_size": SIZES["hidden_size"]})
+    for name, change, device in (
+        ("previous token put in", Previous, "cpu"),
+        ("previous token put in, empty", Previous, "meta"),
+        ("adapter put in", Adapter, "cpu"),
+        ("linear put in, empty", lambda module: nn.Linear(32, 32), "meta"),
+    ):
+        put_in = changed_after_build(square, change, device)
+        answers[name] = refusal(lambda model=put_in: huggingface.check(model))  # type: ignore[misc]
     model = library.LlamaForCausalLM(config)
     wrapped = nn.Sequential(model)
     answers["wrapped"] = refusal(lambda: huggingface.check(wrapped))
@@ -169,6 +215,10 @@ def test_the_probe_sees_what_mixes_tokens() -> None:
         "itself, right": "",
         "itself, empty": "itself True: needs whole parameters",
         "large": "",
+        "previous token put in": mixes,
+        "previous token put in, empty": "contains Previous at model.layers.0.mlp.up_proj, which",
+        "adapter put in": "",
+        "linear put in, empty": "",
         "wrapped": "",
         "no model": "contains no transformers model",
         "logits alone": "",

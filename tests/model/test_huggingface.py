@@ -377,6 +377,7 @@ IDS = torch.zeros(2, 4, dtype=torch.int64)
     ("kwargs", "start"),
     [
         ({}, "shard_batch: needs either input_ids or inputs_embeds"),
+        ({"input_ids": torch.ones(0, 8).long()}, "tokens (0, 8): must be one at least"),
         ({"input_ids": IDS, "labels": IDS[:, :3]}, "labels (2, 3)"),
         ({"input_ids": IDS, "position_ids": IDS[:, :3]}, "position_ids (2, 3)"),
         ({"input_ids": IDS, "position_ids": IDS[None]}, "position_ids (1, 2, 4)"),

@@ -158,6 +158,8 @@ def _check_rows(tokens: Mapping[str, Any], labels: Tensor | None) -> Tensor:
     if ("input_ids" in tokens) == ("inputs_embeds" in tokens):
         raise ConfigError("shard_batch", "", "needs either input_ids or inputs_embeds")
     rows: Tensor = tokens["input_ids"] if "input_ids" in tokens else tokens["inputs_embeds"]
+    if rows.numel() == 0:
+        raise ConfigError("tokens", tuple(rows.shape), "must be one at least, of one row at least")
     for name, x in {**tokens, "labels": rows if labels is None else labels}.items():
         if not isinstance(x, Tensor):
             rule = "must be a tensor with an entry for each token"

@@ -6,8 +6,9 @@ Shapes: none; this file reads configs and classes.
 from __future__ import annotations
 
 import inspect
+import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
 from functools import partial
 from types import ModuleType
@@ -49,6 +50,13 @@ _HEADS: Mapping[str, str] = {
 _LAYER_DROPS = ("layerdrop", "decoder_layerdrop")
 # A model of its own is tried by itself where its small copy does not run, if it is no larger.
 _MOST_PARAMETERS = 50_000_000
+# Classes that may be put into a model after it was built: they wrap modules or treat each token
+# alone. Those of transformers itself are in the model's class, or in what the config selects.
+_PER_TOKEN = (
+    r"torch\.nn\.modules\.(container|linear|dropout|sparse)\.|torch\.nn\..*(LayerNorm|RMSNorm)$"
+    r"|torch\.(distributed|_dynamo|ao)\.|transformers\.|peft\.(utils|tuners\.(lora|tuners_utils))\."
+    r"|bitsandbytes\.|torchao\."
+)
 
 
 def check(model: nn.Module, *, loss: bool = True, itself: bool = False) -> None:
@@ -174,24 +182,42 @@ def _refuse_by_name(model: Any) -> None:
 
 def _try_copies(model: Any, itself: bool) -> Finding:
     """Tries a narrow copy, then one of full width, then the model itself if it is small."""
+    kind = _own_class(model)
     sharded = any(hasattr(p, "placements") or p.is_meta for p in model.parameters())
-    builds = [
-        partial(_build, _own_class(model), shrink(model.config, narrow=narrow))
-        for narrow in (True, False)
-    ]
     if itself and sharded:
         raise ConfigError("itself", True, "needs whole parameters", "a check before sharding")
-    size = sum(p.numel() for p in model.parameters())
-    if not sharded and (itself or size <= _MOST_PARAMETERS):
-        builds.append(partial(_copy, model))
-    problems = []
-    for build in builds[-1:] if itself else builds:
+    problem = ""
+    for narrow in () if itself else (True, False):
+        build = partial(_build, kind, shrink(model.config, narrow=narrow))
         try:
-            return try_sharding(build, _PROBE_NAME)
+            finding = try_sharding(build, _PROBE_NAME)
         except Untried as untried:
-            problems.append(str(untried))
-    rule = f"cannot be tried on a short row of tokens: {problems[-1]}"
-    raise ConfigError("model", _own_class(model).__name__, rule, "check(model, itself=True)")
+            problem = f"cannot be tried on a short row of tokens: {untried}"
+            continue
+        added = _added_module(model, build)
+        if finding.fault or not added:
+            return finding
+        problem = f"contains {added}, which was put into it after it was built"
+        break
+    size = sum(p.numel() for p in model.parameters())
+    if itself or (size <= _MOST_PARAMETERS and not sharded):
+        try:
+            return try_sharding(partial(_copy, model), _PROBE_NAME)
+        except Untried as untried:
+            problem = f"cannot be tried on a short row of tokens: {untried}"
+    works = "check(model, itself=True), before the model is sharded"
+    raise ConfigError("model", kind.__name__, problem, works)
+
+
+def _added_module(model: Any, build: Callable[[str], Any]) -> str:
+    """Names a module that a copy lacks and that may mix tokens; empty if there is none."""
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        known = {type(module) for module in build(_PROBE_NAME).modules()}
+    for place, module in model.named_modules():
+        kind = _own_class(module)
+        if kind not in known and not re.match(_PER_TOKEN, f"{kind.__module__}.{kind.__name__}"):
+            return f"{kind.__name__} at {place}"
+    return ""
 
 
 def _build(model_class: Any, config: Any, attention_name: str) -> Any:
