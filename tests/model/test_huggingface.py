@@ -377,6 +377,14 @@ IDS = torch.zeros(2, 4, dtype=torch.int64)
     ("kwargs", "start"),
     [
         ({}, "shard_batch: needs either input_ids or inputs_embeds"),
+        (
+            {
+                **dict.fromkeys(("input_ids", "labels"), torch.ones(2, 4).long()),
+                "attention_mask": torch.tensor([[0, 0, 1, 1], [1, 1, 1, 0]]),
+                "num_items_in_batch": 6,
+            },
+            "labels 3 of them: are of padding or of the token after it",
+        ),
         ({"input_ids": torch.ones(0, 8).long()}, "tokens (0, 8): must be one at least"),
         ({"input_ids": IDS, "labels": IDS[:, :3]}, "labels (2, 3)"),
         ({"input_ids": IDS, "position_ids": IDS[:, :3]}, "position_ids (2, 3)"),

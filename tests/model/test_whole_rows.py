@@ -40,7 +40,8 @@ def outputs(rank: int, world_size: int) -> dict[str, float]:
     plain, expected = whole_model()
     model = make_model("llama", "cp_megatron")
     model.loss_function = exact_loss
-    huggingface.take_whole_rows(model, dist.group.WORLD, whole_logits=True)
+    for whole_logits in (False, True):  # the second call replaces the first
+        huggingface.take_whole_rows(model, dist.group.WORLD, whole_logits=whole_logits)
     out = model(**make_rows(ROWS))
     assert out.logits is None  # while it trains, no rank has to hold them
     out.loss.backward()
@@ -98,7 +99,10 @@ def dealt_by_accelerate(rank: int, world_size: int, told: bool) -> str:
     with launched(rank, world_size):
         accelerator, model = Accelerator(cpu=True), make_model("llama", "cp_megatron")
         if told:
-            huggingface.prepare_accelerator(accelerator, model, context_parallel_size=2)
+            for _ in range(2):  # the second call repeats the first
+                huggingface.prepare_accelerator(accelerator, model, context_parallel_size=2)
+            with pytest.raises(ConfigError, match="differs from the size that this accelerator"):
+                huggingface.prepare_accelerator(accelerator, model, context_parallel_size=1)
         else:
             huggingface.take_whole_rows(model, dist.group.WORLD)
         rows = [{"input_ids": list(range(n, n + 8))} for n in range(4)]

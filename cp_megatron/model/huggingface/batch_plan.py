@@ -99,7 +99,8 @@ def shard_batch(
         labels: [B, S], not shifted; -100 marks a token that does not count. As in transformers, the
             first label of a document is the target of the token before, unless it is -100.
         attention_mask: [B, S]: ones, 0 for padding, or a number for each document. Padding becomes
-            documents of their own: their labels do not count, nor do they predict any.
+            documents of their own: their labels do not count, nor do they predict any. Such labels
+            must be -100 if ``num_items_in_batch`` is given.
         num_items_in_batch: the divisor of the sum of losses, by default the number of labels in
             this batch that count. With several batches per step or data parallelism it must be
             given: the number in all of them.
@@ -122,7 +123,9 @@ def shard_batch(
     rows = _check_rows(tokens, labels)
     found = read_documents(rows.shape[:2], position_ids, attention_mask, stated)
     if labels is not None:
-        tokens["labels"] = _shift(labels, found.padding)
+        shifted = tokens["labels"] = _shift(labels, found.padding)
+        if found.padding is not None and num_items_in_batch is not None:
+            _refuse_lost_labels(labels, shifted)
     tokens["position_ids"] = found.positions.to(rows.device)
     whole, lengths = _join(tokens, found.lengths)
     cp_size = dist.get_world_size(group) if group is not None else 1
@@ -178,6 +181,15 @@ def _shift(labels: Tensor, padding: Tensor | None) -> Tensor:
     if padding is not None:
         shifted = shifted.masked_fill(padding.to(labels.device), IGNORED_LABEL)
     return shifted
+
+
+def _refuse_lost_labels(labels: Tensor, shifted: Tensor) -> None:
+    """Refuses labels that padding takes away, since a given divisor of the loss counts them."""
+    lost = int((labels[:, 1:] != IGNORED_LABEL).sum() - (shifted != IGNORED_LABEL).sum())
+    if lost:
+        rule = "are of padding or of the token after it; num_items_in_batch would count them"
+        works = f"{IGNORED_LABEL} there; or padding on the right, labelled {IGNORED_LABEL}"
+        raise ConfigError("labels", f"{lost} of them", rule, works)
 
 
 def _digest(tokens: Mapping[str, Tensor], num_items_in_batch: int | Tensor | None) -> Tensor:

@@ -13,6 +13,7 @@ from all ranks counts each row once. None of the three packages is imported here
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch.distributed as dist
@@ -22,6 +23,8 @@ from torch.utils._pytree import tree_map_only
 
 from cp_megatron.errors import ConfigError
 from cp_megatron.model.huggingface.whole_rows import take_whole_rows
+
+_MESH = "_cp_megatron_mesh"  # an attribute of an accelerator that is prepared
 
 
 def prepare_trainer(trainer: Any, context_parallel_size: int, **options: Any) -> None:
@@ -61,7 +64,7 @@ def prepare_trainer(trainer: Any, context_parallel_size: int, **options: Any) ->
         **options,
     )
     trainer.gather_function = trainer.accelerator.gather_for_metrics
-    count_rows = trainer.get_total_train_batch_size
+    count_rows = partial(type(trainer).get_total_train_batch_size, trainer)
     trainer.get_total_train_batch_size = lambda args: count_rows(args) // context_parallel_size
 
 
@@ -76,7 +79,8 @@ def prepare_accelerator(
     """Makes a loop of accelerate train with context parallelism.
 
     Call it on every rank before ``accelerator.prepare``. Dataloaders prepared later deal rows to
-    groups, and ``gather_for_metrics`` returns each row once.
+    groups, and ``gather_for_metrics`` returns each row once. Call it again for a second model, with
+    the same size.
 
     Args:
         accelerator: of ranks with DDP or FSDP; ranks next to each other form a group.
@@ -92,17 +96,20 @@ def prepare_accelerator(
         works = ", ".join(str(n) for n in range(1, world + 1) if world % n == 0)
         rule = f"must divide the number of ranks, {world}"
         raise ConfigError("context_parallel_size", size, rule, works)
-    group: dist.ProcessGroup | None = None
-    if size > 1:
+    mesh: DeviceMesh | None = vars(accelerator).get(_MESH)
+    if mesh is not None and mesh["cp"].size() != size:
+        rule = "differs from the size that this accelerator was prepared with"
+        raise ConfigError("context_parallel_size", size, rule, str(mesh["cp"].size()))
+    if mesh is None and size > 1:
         _refuse_other_sharding(accelerator)
-        names = ("dp_replicate", "cp")
-        mesh = init_device_mesh(
-            accelerator.device.type, (world // size, size), mesh_dim_names=names
-        )
-        group = mesh["cp"].get_group()
+        axes = {"dp_replicate": world // size, "cp": size}
+        device, names = accelerator.device.type, tuple(axes)
+        mesh = init_device_mesh(device, tuple(axes.values()), mesh_dim_names=names)
+        setattr(accelerator, _MESH, mesh)
         accelerator.prepare_data_loader = _for_groups(accelerator, mesh)
         accelerator.prepare_scheduler = _once_a_step(accelerator)
         accelerator.gather_for_metrics = _each_row_once(accelerator, size)
+    group = None if mesh is None else mesh["cp"].get_group()
     take_whole_rows(model, group, whole_logits=whole_logits, **options)
 
 

@@ -25,6 +25,8 @@ from cp_megatron.errors import ConfigError
 from cp_megatron.model.huggingface.batch_plan import BatchPlan, shard_batch
 from cp_megatron.model.huggingface.row_documents import LONGEST
 
+_HANDLES = "_cp_megatron_whole_rows"  # the model's attribute with its two hooks
+
 
 def take_whole_rows(
     model: nn.Module,
@@ -37,7 +39,7 @@ def take_whole_rows(
 
     A call then passes through ``shard_batch``, and its outputs are those of whole rows: the loss
     and every [B, S] of values for tokens. All else is left out of the outputs. A call with a batch
-    from ``shard_batch`` works as before.
+    from ``shard_batch`` works as before. A second call for a model replaces the first.
 
     Args:
         model: registered as in ``huggingface.register``; the outermost module that loops call.
@@ -61,9 +63,12 @@ def take_whole_rows(
             return outputs
         return _gathered(outputs, plan, with_logits=whole_logits and not module.training)
 
+    for handle in vars(model).pop(_HANDLES, ()):
+        handle.remove()
     # Before the hook that checks a model whose batch is sharded.
-    model.register_forward_pre_hook(before, with_kwargs=True, prepend=True)
-    model.register_forward_hook(after, with_kwargs=True)
+    first = model.register_forward_pre_hook(before, with_kwargs=True, prepend=True)
+    second = model.register_forward_hook(after, with_kwargs=True)
+    setattr(model, _HANDLES, (first, second))
 
 
 def _sharded(
