@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -39,6 +40,10 @@ def held(tmp_path: Path) -> Iterator[FolderLock]:
     lock.acquire()
     yield lock
     lock.release()
+
+
+def refuse_call(*_: object) -> None:
+    raise OSError(95, "Operation not supported")
 
 
 def refused(folder: Path, **options: Any) -> str:
@@ -82,6 +87,17 @@ def test_a_new_folder_has_one_maker(tmp_path: Path) -> None:
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     assert "cannot be written: Not a directory" in refused(tmp_path / "file" / "run")
+
+
+def test_a_full_disk_leaves_no_half_written_lock(tmp_path: Path) -> None:
+    """A limit on the size of files stands for the disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (16, before[1]))
+    try:
+        assert "cannot be written: File too large" in refused(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert list(tmp_path.iterdir()) == []
 
 
 def written_by(lock: FolderLock, **changes: object) -> None:
@@ -209,10 +225,7 @@ def wait_until(condition: Callable[[], bool]) -> None:
 def test_a_file_system_without_locks_or_links(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: str
 ) -> None:
-    def refuse(*_: object) -> None:
-        raise OSError(95, "Operation not supported")
-
-    monkeypatch.setattr(fcntl if missing == "flock" else os, missing, refuse)
+    monkeypatch.setattr(fcntl if missing == "flock" else os, missing, refuse_call)
     lock = lock_of(tmp_path / "run")
     lock.acquire()
     refused(tmp_path / "run")
@@ -227,10 +240,7 @@ def test_a_file_system_without_locks_or_links(
 def test_a_lock_without_signs_of_life_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(*_: object) -> None:
-        raise OSError(1, "Operation not permitted")
-
-    monkeypatch.setattr(os, "utime", refuse)
+    monkeypatch.setattr(os, "utime", refuse_call)
     lock = lock_of(tmp_path / "run")
     lock.acquire()
     assert "takes it for abandoned after 3 minutes" in lock.note

@@ -184,7 +184,13 @@ class FolderLock:
     def _write(self, path: Path) -> int:
         """Makes a file with this process as the holder, locks it and returns it open."""
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
-        os.write(fd, json.dumps(asdict(self._me)).encode())
+        try:
+            with os.fdopen(fd, "wb", closefd=False) as file:
+                file.write(json.dumps(asdict(self._me)).encode())
+        except OSError:  # such as a full disk
+            os.close(fd)
+            path.unlink()
+            raise
         _flock(fd)
         return fd
 
