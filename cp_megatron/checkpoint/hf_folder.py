@@ -195,7 +195,7 @@ def _torch_header(folder: Path, name: str) -> dict[str, tuple[str, tuple[int, ..
         with (folder / name).open("rb") as stream:
             tensors = read_torch_file(stream)
     except MalformedError as error:
-        raise _wrong(folder, f"{name} {error}") from None
+        raise ConfigError(FLAG, folder, f"{name} {error}", error.works) from None
     except OSError as error:
         raise _wrong(folder, f"{name} cannot be read ({error.strerror})") from None
     return {key: (tensor.dtype, tensor.shape) for key, tensor in tensors.items()}

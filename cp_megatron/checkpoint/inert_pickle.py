@@ -14,6 +14,8 @@ from typing import IO, Any
 
 from cp_megatron.checkpoint.manifest import ELEMENT_BYTES
 
+TORCH_BYTES: Mapping[str, int] = {**ELEMENT_BYTES, "complex64": 8, "complex128": 16}
+"""The dtypes that are read, and the bytes of an element."""
 _METADATA = "torch.distributed.checkpoint.metadata"
 _RECORDS: Mapping[str, tuple[str, ...]] = {
     "torch": ("device",),
@@ -39,12 +41,18 @@ _STORAGES: Mapping[str, str] = {
     "CharStorage": "int8",
     "ByteStorage": "uint8",
     "BoolStorage": "bool",
+    "ComplexFloatStorage": "complex64",
+    "ComplexDoubleStorage": "complex128",
 }
-_TORCH: Mapping[str, Any] = {"Size": tuple, **{name: name for name in ELEMENT_BYTES}, **_STORAGES}
+_TORCH: Mapping[str, Any] = {"Size": tuple, **{name: name for name in TORCH_BYTES}, **_STORAGES}
 
 
 class MalformedError(Exception):
-    """Says what is wrong with a file of torch, as a clause."""
+    """Says what is wrong with a file of torch, as a clause, and what works instead."""
+
+    def __init__(self, rule: str, works: str = "an undamaged checkpoint") -> None:
+        super().__init__(rule)
+        self.works = works
 
 
 class Record:
@@ -101,7 +109,8 @@ class _InertUnpickler(pickle.Unpickler):
             return type("Record", (Record,), {"name": name})
         shown = f"{module}.{name}"[:80]
         rule = f"holds {shown!r}, which is no part of a tensor; nothing of it was executed"
-        raise MalformedError(rule)
+        works = "a file of the weights alone, as torch.save(model.state_dict(), FILE) writes them"
+        raise MalformedError(rule, works)
 
     def persistent_load(self, pid: Any) -> Any:
         """Returns what stands for a storage."""

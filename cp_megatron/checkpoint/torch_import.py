@@ -54,7 +54,7 @@ def import_torch(
         tensors = find_tensors(source, found, wanted, checkpoint.types, checkpoint.others)
         _write(checkpoint, tensors, found, wanted, output, dtype)
     except MalformedError as error:
-        raise ConfigError(FROM_TORCH, source, str(error), "an undamaged checkpoint") from None
+        raise ConfigError(FROM_TORCH, source, str(error), error.works) from None
     return tensors.left_out
 
 
