@@ -11,7 +11,8 @@ import torch.distributed as dist
 
 from cp_megatron.checkpoint.claim_folder import Choice, claimed_folder
 from cp_megatron.checkpoint.hf_folder import new_folder
-from cp_megatron.config.files.folder_lock import LOCK_FILE, FolderLock
+from cp_megatron.config.files.folder_lock import FolderLock
+from cp_megatron.config.files.lock_holder import LOCK_FILE
 from cp_megatron.errors import ConfigError
 from cp_megatron.preflight.save_and_load import fresh_run_folder
 from tests.ranks import run_ranks

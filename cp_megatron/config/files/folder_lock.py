@@ -32,6 +32,7 @@ from pathlib import Path
 
 from cp_megatron.config.files.lock_holder import (
     GONE_SECONDS,
+    LOCK_FILE,
     UNKNOWN,
     Holder,
     holder_in,
@@ -40,8 +41,6 @@ from cp_megatron.config.files.lock_holder import (
 )
 from cp_megatron.errors import ConfigError
 
-LOCK_FILE = "lock.json"
-"""The lock's name; a lock that is being written has a longer name that begins in the same way."""
 BEAT_SECONDS = 20.0
 _PATIENCE = 5.0
 """How long a process tries while others take over the same lock, in seconds."""
