@@ -1,8 +1,8 @@
 """Reads pickles of torch without executing anything in them. This module does not import torch.
 
 A pickle is a program: it names functions and calls them. Here a name is looked up in a list of what
-torch itself writes for tensors and their descriptions, and stands for an inert record. No module is
-imported and nothing of torch is called. A pickle with another name is refused.
+torch itself writes for tensors and their descriptions, and an inert record takes its place. No
+module is imported and no function of torch is called. A pickle with another name is refused.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def read_pickle(stream: IO[bytes], find_storage: Callable[[Any], Any] | None = N
 
     Args:
         stream: is left at the end of the pickle.
-        find_storage: what stands for a persistent id, with which torch refers to a storage.
+        find_storage: returns the object for a persistent id, by which torch refers to a storage.
 
     Raises:
         MalformedError: the pickle is damaged or names something that is not in the list.
@@ -99,7 +99,7 @@ class _InertUnpickler(pickle.Unpickler):
         self._find_storage = find_storage
 
     def find_class(self, module: str, name: str) -> Any:
-        """Returns what stands for a name, and imports nothing."""
+        """Returns the object that takes the place of a name; imports nothing."""
         if module == "torch" and name in _TORCH:
             return _TORCH[name]
         if (module, name) == ("collections", "OrderedDict"):
@@ -113,7 +113,7 @@ class _InertUnpickler(pickle.Unpickler):
         raise MalformedError(rule, works)
 
     def persistent_load(self, pid: Any) -> Any:
-        """Returns what stands for a storage."""
+        """Returns the object that takes the place of a storage."""
         if self._find_storage is None:
             raise MalformedError("refers to a storage that is not in it")
         return self._find_storage(pid)

@@ -172,13 +172,6 @@ KINDS: dict[str, tuple[str, str, str, str]] = {
         "is a GGUF file",
         "python launch/convert.py --from-gguf IN/m.gguf --output NEW, then --load-hf NEW",
     ),
-    "diffusers": (
-        "model_index.json unet/config.json",
-        "",
-        "is a pipeline of diffusers",
-        "--load-hf",
-    ),
-    "sentence-transformers": ("modules.json", "", "is an embedding model of", "--load-hf"),
 }
 
 

@@ -57,11 +57,11 @@ def refuse_held(flag: str, folder: Path, *, waits: bool = False) -> None:
     Raises:
         ConfigError: names the holder.
     """
-    found = _read(folder / LOCK_FILE)
-    if found is None or (waits and found[0].machine != this_machine()):
+    current = _read(folder / LOCK_FILE)
+    if current is None or (waits and current[0].machine != this_machine()):
         return
-    if not found[0].is_gone(time.time() - found[1]):
-        raise found[0].refusal(flag, folder)
+    if not current[0].is_gone(time.time() - current[1]):
+        raise current[0].refusal(flag, folder)
 
 
 def is_lock(file: Path) -> bool:
@@ -164,18 +164,18 @@ class FolderLock:
         try:
             end, pause = time.monotonic() + _PATIENCE, 0.0
             while not (self._link(draft) and self._stays_ours(pause)):
-                found = _read(self._path)
-                if found is None:  # it was released, or taken over, a moment ago
+                current = _read(self._path)
+                if current is None:  # it was released, or taken over, a moment ago
                     time.sleep(0.01)
-                elif self._may_take_over(*found):
-                    pause = max(pause, self._remove(found[0]))
-                elif self._may_wait(*found):
+                elif self._may_take_over(*current):
+                    pause = max(pause, self._remove(current[0]))
+                elif self._may_wait(*current):
                     time.sleep(_PAUSE)
                     end = time.monotonic() + _PATIENCE
                 else:
-                    raise found[0].refusal(self._flag, self.folder)
+                    raise current[0].refusal(self._flag, self.folder)
                 if time.monotonic() > end:
-                    raise (found or (UNKNOWN,))[0].refusal(self._flag, self.folder)
+                    raise (current or (UNKNOWN,))[0].refusal(self._flag, self.folder)
         finally:
             with suppress(OSError):
                 draft.unlink()
@@ -274,9 +274,9 @@ class FolderLock:
     def _beat(self) -> None:
         """Refreshes the lock's time, until the lock is released or another run has it."""
         while not self._released.wait(BEAT_SECONDS):
-            found = _read(self._path)
-            if found is not None and found[0].token != self._me.token:
-                self._lost(found[0].refusal(self._flag, self.folder))
+            current = _read(self._path)
+            if current is not None and current[0].token != self._me.token:
+                self._lost(current[0].refusal(self._flag, self.folder))
                 return
             # The server of the files may be away for a while, or the folder has been moved.
             with suppress(OSError):

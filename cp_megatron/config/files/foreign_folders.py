@@ -54,7 +54,7 @@ def recognize(flag: str, path: str | Path) -> ConfigError | None:
 
 def _answer(path: Path, flag: str) -> Answer | None:
     kinds = _FILES if path.is_file() else _FOLDERS if path.is_dir() else _NAMES
-    return next((found for kind in kinds if (found := kind(path, flag)) is not None), None)
+    return next((answer for kind in kinds if (answer := kind(path, flag)) is not None), None)
 
 
 def _conversion(source: Path) -> str:
@@ -189,12 +189,12 @@ def _hub_cache(path: Path, flag: str) -> Answer | None:
     snapshots = path if path.name == "snapshots" else path / "snapshots"
     if not snapshots.is_dir():
         return None
-    found = sorted(x for x in snapshots.iterdir() if _has(x, HF_CONFIG))
-    if not found:
+    versions = sorted(x for x in snapshots.iterdir() if _has(x, HF_CONFIG))
+    if not versions:
         return None
     main = snapshots.parent / "refs" / "main"
     current = main.read_text(encoding="utf-8").strip() if main.is_file() else ""
-    chosen = next((x for x in found if x.name == current), found[-1])
+    chosen = next((x for x in versions if x.name == current), versions[-1])
     return "is a model in the cache of the Hugging Face hub", f"{LOAD_HF} {_quoted(chosen)}"
 
 
@@ -206,15 +206,6 @@ def _hugging_face(path: Path, flag: str) -> Answer | None:
     if _has(path, *HF_WEIGHTS, *HF_WEIGHTS_TORCH):
         rule = f"holds the weights of a Hugging Face folder, but no {HF_CONFIG}"
         return rule, f"the model's {HF_CONFIG} copied to it, then {LOAD_HF} {_quoted(path)}"
-    return None
-
-
-def _other_kind(path: Path, flag: str) -> Answer | None:
-    works = f"{LOAD_HF} with the Hugging Face folder of a causal language model"
-    if _has(path, "model_index.json"):
-        return "is a pipeline of diffusers, not a language model", works
-    if _has(path, "modules.json", "config_sentence_transformers.json"):
-        return "is an embedding model of sentence-transformers, not a causal language model", works
     return None
 
 
@@ -293,7 +284,7 @@ def _head(path: Path, size: int) -> bytes:
 _Kinds = Sequence[Callable[[Path, str], Answer | None]]
 _FILES: _Kinds = (_gguf_file, _hugging_face_file, _dcp_file, _meta_shards, _torch_file)
 _FOLDERS: _Kinds = (
-    *(_own_run, _adapter, _megatron, _deepspeed, _dcp, _trainer, _hub_cache, _other_kind),
-    *(_hugging_face, _loose_files),
+    *(_own_run, _adapter, _megatron, _deepspeed, _dcp, _trainer, _hub_cache, _hugging_face),
+    _loose_files,
 )
 _NAMES: _Kinds = (_hub_name,)
