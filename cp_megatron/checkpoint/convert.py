@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,8 +112,9 @@ def _source(config: Config, options: ConversionOptions) -> Path:
     if flag == FROM_TORCH and (foreign := recognize(flag, source)) is not None:
         raise foreign
     path = Path(source)
-    if flag == FROM_TORCH and not (path.is_file() or (path / DCP_METADATA).is_file()):
-        rule = "holds no checkpoint of torch" if path.is_dir() else "does not exist"
+    # Unlike Path.is_file, os.path.isfile raises nothing for a name that is too long.
+    if flag == FROM_TORCH and not any(map(os.path.isfile, (path, path / DCP_METADATA))):
+        rule = "holds no checkpoint of torch" if os.path.isdir(path) else "does not exist"
         works = f"a folder with {DCP_METADATA}, or a file of torch.save"
         raise ConfigError(flag, source, rule, works)
     if flag == FROM_TORCH and load_hf is None:
