@@ -39,7 +39,7 @@ def claim(rank: int, world_size: int, folder: Path) -> str:
 def test_all_ranks_are_refused_or_none(tmp_path: Path) -> None:
     assert run_ranks(claim, 2, tmp_path / "run") == [LOCK_FILE] * 2
     assert not (tmp_path / "run").exists()
-    lock = FolderLock(tmp_path / "run", flag="--save", lost=print)
+    lock = FolderLock(tmp_path / "run", flag="--save")
     lock.acquire()
     one, other = run_ranks(claim, 2, tmp_path / "run")
     lock.release()

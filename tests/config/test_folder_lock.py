@@ -25,13 +25,8 @@ from cp_megatron.errors import ConfigError
 RACERS, ROUNDS = 6, 12
 
 
-class Lost(list[ConfigError]):
-    """The errors of locks that were taken over."""
-
-
-def lock_of(folder: Path, lost: Lost | None = None, **options: Any) -> FolderLock:
-    found = Lost() if lost is None else lost
-    return FolderLock(folder, flag="--save", lost=found.append, **options)
+def lock_of(folder: Path, **options: Any) -> FolderLock:
+    return FolderLock(folder, flag="--save", **options)
 
 
 @pytest.fixture
@@ -124,6 +119,25 @@ def test_a_recycled_process_number_is_not_its_holder(tmp_path: Path) -> None:
     lock.release()
 
 
+def test_the_lock_of_another_user_is_taken_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folder may be writable for a group, while the file of the lock is not."""
+    path = another(tmp_path / "run", started=-1)
+    opened = os.open
+
+    def refuse_writing(file: Path, flags: int, *mode: int) -> int:
+        if file == path and flags & os.O_RDWR:
+            raise PermissionError(13, "Permission denied")
+        return opened(file, flags, *mode)
+
+    monkeypatch.setattr(os, "open", refuse_writing)
+    monkeypatch.setattr(os, "access", lambda file, mode: False)
+    lock = lock_of(tmp_path / "run")
+    lock.acquire()
+    lock.release()
+
+
 def test_another_machine_is_judged_by_its_signs_of_life(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -199,8 +213,9 @@ def test_a_live_holder_refreshes_and_notices_that_it_lost_the_lock(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(folder_lock, "BEAT_SECONDS", 0.02)
-    lost = Lost()
-    lock = lock_of(tmp_path / "run", lost)
+    lost: list[ConfigError] = []
+    monkeypatch.setattr(folder_lock, "_leave", lost.append)
+    lock = lock_of(tmp_path / "run")
     lock.acquire()
     path = tmp_path / "run" / LOCK_FILE
     os.utime(path, (1, 1))
@@ -251,7 +266,7 @@ HOLDER = """
 import sys
 from pathlib import Path
 from cp_megatron.config.files.folder_lock import FolderLock
-FolderLock(Path(sys.argv[1]), flag="--save", lost=print).acquire()
+FolderLock(Path(sys.argv[1]), flag="--save").acquire()
 print("held", flush=True)
 sys.stdin.read()
 """
@@ -291,7 +306,7 @@ for number in range(rounds):
     while time.time() < start + 0.05 * number:
         pass
     try:
-        FolderLock(root / str(number), flag="--save", lost=print).acquire()
+        FolderLock(root / str(number), flag="--save").acquire()
         won.append(number)
     except ConfigError as error:
         assert "writes into this folder" in str(error), error

@@ -24,12 +24,6 @@ KINDS: dict[str, tuple[str, str, str, str]] = {
         "python launch/convert.py --from-torch IN --load-hf MODEL --output NEW, where MODEL is a "
         "folder with the model's config.json",
     ),
-    "torchtitan's step": (
-        "step-10/.metadata step-10/__0_0.distcp",
-        "step-10",
-        "(DCP)",
-        "IN/step-10",
-    ),
     "torchtitan": (
         "step-10/.metadata step-9/.metadata step-100/.metadata",
         "",

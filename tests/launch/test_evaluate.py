@@ -295,7 +295,7 @@ def test_without_output_every_evaluation_has_a_folder_of_its_own(folder: Path) -
 
 
 def test_a_folder_that_another_evaluation_fills_is_refused_at_once(folder: Path) -> None:
-    lock = FolderLock(folder / "busy", flag="--output", lost=print)
+    lock = FolderLock(folder / "busy", flag="--output")
     lock.acquire()
     ended = run([sys.executable, SCRIPT, "--load", "run", "--output", "busy"], folder)
     lock.release()

@@ -24,7 +24,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from datetime import datetime
@@ -80,9 +80,6 @@ class FolderLock:
             before is this run's own.
         waits: wait until a holder on another machine is gone, unless it shows a sign of life. So a
             scheduler can start a run again elsewhere as soon as its machine has crashed.
-        lost: called in a thread, with the error to show, if another run has taken over the lock.
-            This happens only to a process that was stopped for minutes. By default, the process
-            ends at once with exit code 2, so that two runs never write into one folder.
 
     Attributes:
         note: what the lock does not achieve on this file system; empty on most.
@@ -96,11 +93,9 @@ class FolderLock:
         launchers: Sequence[str] = (),
         again: bool = False,
         waits: bool = False,
-        lost: Callable[[ConfigError], None] | None = None,
     ) -> None:
         self.folder, self.note = folder, ""
         self._flag, self._again, self._waits = flag, again, waits
-        self._lost = lost or _leave
         self._silent: tuple[str, float] | None = None  # the lock that is waited for
         self._path = folder / LOCK_FILE
         self._me = Holder(
@@ -249,7 +244,9 @@ class FolderLock:
             How many seconds later a process that was faster is sure to be seen.
         """
         try:
-            fd = os.open(self._path, os.O_RDWR)
+            # Another user's lock may be read-only; flock on a network may need to write.
+            writes = os.access(self._path, os.W_OK)
+            fd = os.open(self._path, os.O_RDWR if writes else os.O_RDONLY)
         except OSError:
             return 0.0
         try:
@@ -272,11 +269,14 @@ class FolderLock:
             return False
 
     def _beat(self) -> None:
-        """Refreshes the lock's time, until the lock is released or another run has it."""
+        """Refreshes the lock's time, until the lock is released.
+
+        Another run may have taken it over from a process that was stopped for minutes.
+        """
         while not self._released.wait(BEAT_SECONDS):
             current = _read(self._path)
             if current is not None and current[0].token != self._me.token:
-                self._lost(current[0].refusal(self._flag, self.folder))
+                _leave(current[0].refusal(self._flag, self.folder))
                 return
             # The server of the files may be away for a while, or the folder has been moved.
             with suppress(OSError):
@@ -309,6 +309,7 @@ def _same_file(fd: int, path: Path) -> bool:
 
 
 def _leave(error: ConfigError) -> None:
+    """Ends this process, so that two runs never write into one folder."""
     _say(f"error: {error}")
     os._exit(2)
 
