@@ -221,7 +221,10 @@ def new_folder(output: Path) -> Iterator[Path]:
     """
     temporary = output.with_name(output.name + ".tmp")
     lock = FolderLock(temporary, flag=OUTPUT)
-    lock.acquire()
+    try:
+        lock.acquire()
+    except ConfigError as error:
+        raise ConfigError(OUTPUT, output, error.rule, error.works) from None
     try:
         for left in temporary.iterdir():  # by a process that was killed
             if not is_lock(left):

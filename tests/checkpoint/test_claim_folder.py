@@ -82,7 +82,7 @@ def test_two_programs_do_not_write_one_folder(tmp_path: Path) -> None:
     with new_folder(tmp_path / "out") as folder:
         (folder / "mine").touch()
         with (
-            pytest.raises(ConfigError, match="writes into this folder"),
+            pytest.raises(ConfigError, match=f"--output {tmp_path / 'out'}: process "),
             new_folder(tmp_path / "out"),
         ):
             pass
