@@ -161,6 +161,16 @@ def test_a_name_cannot_lead_out_of_the_folder(tmp_path: Path) -> None:
         import_torch(tmp_path / "dcp", config, tmp_path / "out")
 
 
+def test_a_dtype_that_torch_does_not_have(tmp_path: Path) -> None:
+    save_dcp(meta_llama.weights(), tmp_path / "dcp")
+    metadata = pickle.loads((tmp_path / "dcp" / ".metadata").read_bytes())
+    metadata.state_dict_metadata["norm.weight"].properties.dtype = "float99"
+    (tmp_path / "dcp" / ".metadata").write_bytes(pickle.dumps(metadata))
+    config = config_folder(tmp_path / "config")
+    with pytest.raises(ConfigError, match="does not describe a checkpoint"):
+        import_torch(tmp_path / "dcp", config, tmp_path / "out")
+
+
 def test_archives_that_torch_does_not_write(tmp_path: Path) -> None:
     config = config_folder(tmp_path / "config")
     with zipfile.ZipFile(tmp_path / "m.pt", "w", zipfile.ZIP_DEFLATED) as archive:
