@@ -233,7 +233,7 @@ def _special_tokens(
     config: Mapping[str, Any], library: Any, make_token: Callable[..., Any]
 ) -> tuple[dict[str, Any], list[Any]]:
     """The tokens with a role, in the order in which transformers adds them, and further ones."""
-    extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
+    extra, more = (config.get(f"{word}_special_tokens") or [] for word in ("extra", "additional"))
     others = {name: x for name, x in config.items() if name.endswith("_token")}
     padding = library.padding
     named = {name: others.pop(name, None) for name in _NAMED}
@@ -243,6 +243,7 @@ def _special_tokens(
     named |= {name: x for name, x in others.items() if isinstance(x, str | dict)}
     if isinstance(extra, dict):
         named, extra = named | extra, []
+    extra = extra or more
     tokens = {name: _token(x, make_token) for name, x in named.items() if x is not None}
     return tokens, [_token(entry, make_token) for entry in extra]
 
