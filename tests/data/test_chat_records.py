@@ -179,6 +179,29 @@ def test_tools_go_to_the_template(tmp_path: Path, key: str, spell: Any) -> None:
     assert tokens.tolist() == expected["input_ids"]
 
 
+@pytest.mark.parametrize("test", ["m.content is none", "not m.content.strip()"])
+@pytest.mark.parametrize("spell", ["a + '{}'", "a.who + '{}'"])
+def test_calls_are_written_as_the_template_expects_them(
+    tmp_path: Path, test: str, spell: str
+) -> None:
+    """R1's template asks for null and a string; transformers leaves null out, others differ."""
+    template = (
+        "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}"
+        f"{{% elif m.tool_calls and {test} %}}{{% for c in m.tool_calls %}}"
+        f"{{% set a = c.function.arguments %}}CALL {{{{ c.function.name + {spell} }}}}<|im_end|>"
+        "{% endfor %}{% else %}{{ m.content.strip() }}<|im_end|>{% endif %}{% endfor %}"
+    )
+    tokenizer = tokenizer_of(tmp_path / "model", template)
+    arguments = {"who": "mice"}
+    for given in (arguments, json.dumps(arguments)):
+        for content in ({}, {"content": None}, {"content": ""}):
+            call = {"function": {"name": "get", "arguments": given}}
+            called = {"role": "assistant", "tool_calls": [call], **content}
+            written = write({"messages": [USER, called, USER, SAID]}, tokenizer)
+            text = "mice" if "who" in spell else json.dumps(arguments)
+            assert shown(written, tokenizer)[0][1] == f"CALL get{text}{{}}<|im_end|>Yo<|im_end|>"
+
+
 def test_a_template_of_its_own_for_tools(tmp_path: Path) -> None:
     tokenizer = tokenizer_of(tmp_path / "model", "NONE" + FAMILIES["appends"])
     more = tmp_path / "model" / "additional_chat_templates"

@@ -50,7 +50,7 @@ def texts_of(message: Mapping[str, Any]) -> Iterator[str]:
 
 def content_of(message: Mapping[str, Any]) -> list[str]:
     """The texts of a message's content."""
-    content = message.get("content", "")
+    content = message.get("content") or ""
     return [content] if isinstance(content, str) else [part["text"] for part in content]
 
 
