@@ -17,9 +17,8 @@ from types import MappingProxyType
 from typing import Any
 
 from cp_megatron.data.read.chat_turns import RecordError, Turn, answer, other, parsed, read_turns
-from cp_megatron.data.read.json_lines import BadLineError, check_surrogates
+from cp_megatron.data.read.json_lines import CHAT_KEYS, BadLineError, check_surrogates
 
-LISTS = ("messages", "conversations", "conversation")
 SHAPES = (
     "a list of turns under messages or conversations; prompt and completion; or instruction "
     "(with input) and output"
@@ -75,7 +74,7 @@ class ChatRecord:
     @property
     def is_listed(self) -> bool:
         """Whether the record has its turns in a list, as a template reads them."""
-        return self.shape in LISTS
+        return self.shape in CHAT_KEYS
 
 
 def read_record(value: Mapping[str, Any]) -> ChatRecord:
@@ -144,7 +143,7 @@ Read = Callable[[Mapping[str, Any]], tuple[list[Turn], set[str]]]
 
 
 def _listed(given: Mapping[str, Any]) -> tuple[list[Turn], set[str]]:
-    key = next(key for key in LISTS if key in given)
+    key = next(key for key in CHAT_KEYS if key in given)
     return read_turns(given[key], key), {key}
 
 
@@ -177,7 +176,7 @@ def _instructed(given: Mapping[str, Any]) -> tuple[list[Turn], set[str]]:
 
 _SHAPES: Mapping[tuple[str, ...], Read] = MappingProxyType(
     {
-        ("messages|conversations|conversation",): _listed,
+        ("|".join(CHAT_KEYS),): _listed,
         ("prompt", "completion|response"): _completed,
         ("instruction", "output|response"): _instructed,
     }

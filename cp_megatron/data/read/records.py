@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any, BinaryIO
 
-from cp_megatron.data.read.json_lines import BadLineError, parse_object
+from cp_megatron.data.read.json_lines import KEYS_FLAG, BadLineError, instead_of_key, parse_object
 from cp_megatron.errors import ConfigError
 
 Record = tuple[int, dict[str, Any] | BadLineError | None]
@@ -125,8 +125,8 @@ def rows_of(
                 names = cells
                 for key in keys:
                     if key not in names:
-                        rule = f"{path} has no such column"
-                        raise ConfigError("--json-keys", key, rule, ", ".join(names))
+                        works = instead_of_key(names, names)
+                        raise ConfigError(KEYS_FLAG, key, f"is no column of {path}", works)
             elif len(cells) == len(names):
                 yield size, dict(zip(names, cells))
             elif cells:
