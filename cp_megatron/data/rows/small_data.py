@@ -16,7 +16,7 @@ _INDEXED_BYTES = 1 << 28
 def is_small(data: DataConfig) -> bool:
     """Whether all of the data is read within seconds; the paths have been checked."""
     for flag, words in path_lists(data):
-        for spec in parse_datasets(words, flag):
+        for spec in parse_datasets(words, flag, sft=data.sft):
             indexed = spec.kind == "indexed"
             paths = [f"{spec.paths[0]}.bin"] if indexed else spec.paths
             left = _INDEXED_BYTES if indexed else MOST_BYTES
