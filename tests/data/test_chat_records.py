@@ -298,7 +298,8 @@ def test_what_is_not_written_is_told_with_the_line(
 
 def test_what_a_template_leaves_out_is_told_or_refused(tmp_path: Path) -> None:
     template = "{% for m in messages if m.role in ('user', 'assistant') %}{{ m.role }}: "
-    template += "{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    template += "{{ m.content }}<|im_end|>\n{% endfor %}"
+    template += "{% if add_generation_prompt %}assistant: {% endif %}"
     tokenizer = tokenizer_of(tmp_path / "model", template)
     hidden = write(turns() | {"system": "Be brief."}, tokenizer)
     assert hidden.remarks == (("have text that is not written", '"Be brief." of message 0'),)
@@ -306,7 +307,7 @@ def test_what_a_template_leaves_out_is_told_or_refused(tmp_path: Path) -> None:
     with pytest.raises(BadLineError, match='leaves a part of message 1 out: "I greet'):
         write(thought, tokenizer)
     ((_, trained),) = shown(write(turns(thinking=""), tokenizer), tokenizer)
-    assert trained == "Yo"
+    assert trained == "Yo<|im_end|>"
 
 
 def test_keys_that_the_template_reads(tmp_path: Path) -> None:

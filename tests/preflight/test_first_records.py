@@ -89,5 +89,5 @@ def test_a_dry_run_tells_what_a_record_loses(
 def test_flags_without_an_effect(tmp_path: Path) -> None:
     text = lines(tmp_path / "a.txt", "three blind mice")
     assert refused("--data-path", text, "--chat-date", "2026-01-31").flag == "--chat-date"
-    with pytest.raises(ConfigError, match="--sft reads conversations"):
+    with pytest.raises(ConfigError, match="--sft reads files"):
         plan("--data-path", str(tmp_path), "--sft")

@@ -40,6 +40,7 @@ from cp_megatron.data.read.chat_turns import RecordError, in_parts, joined, spel
 from cp_megatron.data.read.json_lines import BadLineError
 from cp_megatron.data.read.lost_text import (
     Remark,
+    content_of,
     first_missing,
     remarks_on,
     shortened,
@@ -241,7 +242,12 @@ class _Templated:
         if start < len(before):
             what = "have an answer that does not begin as the generation prompt ends"
             self.remarks.append((what, repr(before[start:])))
-        return after, (start, len(after.rstrip()))
+        end = len(after.rstrip())
+        content = content_of(self.messages[number])[-1:]
+        if content and (last := content[0].rstrip()) and after.endswith(last, start, end):
+            what = "have an answer with no end, so that the model does not learn to stop"
+            self.remarks.append((what, repr(after[-30:])))
+        return after, (start, end)
 
     def _word_for_word(self, number: int, before: str, written: str, lost: str) -> tuple[str, Span]:
         """An answer after its generation prompt, as the record has it.

@@ -36,11 +36,13 @@ def check_chat_file(path: str) -> FileKind:
         ConfigError: there is no such file, or it is of another kind.
     """
     if not Path(path).is_file():
-        rule = "--sft reads conversations from files" if Path(path).exists() else "no such file"
-        raise ConfigError(FLAG, path, rule, WORKS)
+        if Path(path).is_dir():
+            rule, works = "is a folder, and --sft reads files", f"its files, for example {path}/*"
+            raise ConfigError(FLAG, path, rule, works)
+        raise ConfigError(FLAG, path, "there is no such file", WORKS)
     kind = kind_of(path, FLAG)
     if kind.format not in ("lines", "objects", "parquet", "arrow"):
-        raise ConfigError(FLAG, path, "--sft reads conversations, and not such files", WORKS)
+        raise ConfigError(FLAG, path, f"is read as {kind.format}, which --sft cannot read", WORKS)
     return kind
 
 
