@@ -183,7 +183,7 @@ REFUSED: dict[str, tuple[Callable[[], bytes], str, str]] = {
     "cut.json": (lambda: json.dumps(ROWS).encode()[:-1], "the array has no end", "one array"),
     "broken.json": (lambda: b'[{"text": "a"}, {"text" "b"}]', "object 2: not JSON", "one array"),
     "other.json": (lambda: b'[{"text": "a"}, 3]', "object 2: not a JSON object", "--skip-bad"),
-    "quote.csv": (lambda: b'text\n"a\nb\n', "is no table of text", "quote"),
+    "quote.csv": (lambda: b'text\n"a\nb\n', "is not a row of the table", "quote"),
     "cells.csv": (lambda: b"id,text\n1,a\n2\n", "row 2: a row of 1 cells", "--skip-bad-lines"),
     "latin.csv": (lambda: "text\né\n".encode("latin-1"), "not UTF-8", "iconv"),
 }

@@ -26,7 +26,7 @@ PROBE_RECORDS = 8
 _BATCH = 512
 
 Found = tuple[str, dict[str, Any] | BadLineError]
-"""Where a record is, for messages, and the record or why it is none."""
+"""The place of a record, for messages, and the record or the reason why it is malformed."""
 
 
 def check_chat_file(path: str) -> FileKind:

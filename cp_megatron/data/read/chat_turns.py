@@ -27,7 +27,7 @@ ROLES: Mapping[str, str] = MappingProxyType(
         **dict.fromkeys(("system", "developer"), ""),
     }
 )
-"""How a role is spelled, in small letters -> the name that templates know; "" is the same."""
+"""How a role is spelled, in lower case -> the name that templates know; "" keeps the name."""
 _CALLS = ("function_call", "tool_call")
 _TRAINED = ("weight", "train", "training", "loss")
 """Keys that say whether an answer has a loss."""
@@ -37,7 +37,7 @@ CONTENT = ("content", "value")
 
 
 class RecordError(BadLineError):
-    """A record cannot be trained on; ``works`` says what would help more than leaving it out."""
+    """A record cannot be trained on; ``works`` tells how to mend the data."""
 
     def __init__(self, reason: str, works: str) -> None:
         super().__init__(reason)

@@ -58,7 +58,7 @@ def read_rows(path: str, batch: int, *, arrow: bool) -> Iterator[dict[str, Any]]
     Args:
         path: the file.
         batch: rows of Parquet that are read at a time.
-        arrow: it is one of Arrow.
+        arrow: whether the file is an Arrow file.
 
     Raises:
         ConfigError: it is not such a file, or pyarrow is missing.
@@ -76,7 +76,7 @@ def arrow_runs(path: str, piece_bytes: int) -> list[tuple[int, int, int]]:
     """Cuts an Arrow stream or file into runs of record batches: (first, one after the last, bytes).
 
     Raises:
-        ConfigError: it is not of Arrow, or pyarrow is missing.
+        ConfigError: it is not an Arrow file, or pyarrow is missing.
     """
     runs: list[tuple[int, int, int]] = []
     start = size = number = 0
