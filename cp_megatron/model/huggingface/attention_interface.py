@@ -52,7 +52,7 @@ class WantedMask:
     model: str = "the model"
 
     def refuse(self, *args: object, **kwargs: object) -> NoReturn:
-        rule = f"is none that {self.model} can compute with: it uses masks outside of attention"
+        rule = f"does not exist as a tensor, but {self.model} computes with it"
         works = "a model that passes the mask on to transformers' AttentionInterface"
         raise ConfigError("attention_mask", "", rule, works)
 

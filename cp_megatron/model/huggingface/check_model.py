@@ -211,7 +211,7 @@ def _try_copies(model: Any, itself: bool) -> Finding:
 
 def _added_module(model: Any, build: Callable[[str], Any]) -> str:
     """Names a module that a copy lacks and that may mix tokens; empty if there is none."""
-    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         known = {type(module) for module in build(_PROBE_NAME).modules()}
     for place, module in model.named_modules():
         kind = _own_class(module)
