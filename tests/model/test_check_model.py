@@ -268,6 +268,7 @@ def answers_at_first_use(rank: int, world_size: int) -> dict[str, Any]:
     for model in (set_later, copy):
         model(**batch)
     check_model.try_sharding = try_sharding
+    copy.model.norm = Previous(copy.model.norm)
     without_labels = {name: batch[name] for name in batch if "labels" not in name}
     return {
         "forgotten": refusal(lambda: forgotten(**batch)),
@@ -275,6 +276,7 @@ def answers_at_first_use(rank: int, world_size: int) -> dict[str, Any]:
         "own loss": refusal(lambda: tokens(**batch)),
         "no labels": refusal(lambda: tokens(**without_labels)),
         "pooling": refusal(lambda: pooling(input_ids=rows["input_ids"])),
+        "put in later": refusal(lambda: copy(**batch)),
         "layerdrop": refusal(lambda: huggingface.check(dropping)),
         "probes": calls,
         "untouched": untouched,
@@ -289,6 +291,7 @@ def test_a_model_is_checked_once_when_it_is_first_used() -> None:
         assert answers["own loss"].startswith("labels for LlamaForTokenClassification")
         assert answers["no labels"] == ""
         assert answers["pooling"].startswith("model LlamaForSequenceClassification: reads the last")
+        assert "mixes the tokens of one rank outside of attention" in answers["put in later"]
         assert answers["layerdrop"].startswith("layerdrop 0.5: of OPTForCausalLM skips layers")
         assert (answers["probes"], answers["untouched"]) == (1, True)
 

@@ -66,7 +66,7 @@ def check(model: nn.Module, *, loss: bool = True, itself: bool = False) -> None:
     the CPU of this process: whole, and cut into the parts of two ranks. A model may thus be checked
     on the meta device, before its weights are loaded. The first call with a batch of
     ``shard_batch`` checks a model that is built, or set to the engine's attention, after
-    ``register``; every later call costs nothing.
+    ``register``. Later calls only look for modules that were put in since.
 
     Args:
         model: a transformers model, or a module that contains some.
@@ -83,7 +83,7 @@ def check(model: nn.Module, *, loss: bool = True, itself: bool = False) -> None:
         rule = "contains no transformers model"
         raise ConfigError("model", type(model).__name__, rule, "a PreTrainedModel")
     for root in roots:
-        if VOUCHED not in vars(root):
+        if VOUCHED not in vars(root) or any(map(_is_new, root.modules())):
             loss_fault = _check_root(root, library, itself)
             for module in root.modules():
                 setattr(module, VOUCHED, loss_fault)
@@ -215,9 +215,18 @@ def _added_module(model: Any, build: Callable[[str], Any]) -> str:
         known = {type(module) for module in build(_PROBE_NAME).modules()}
     for place, module in model.named_modules():
         kind = _own_class(module)
-        if kind not in known and not re.match(_PER_TOKEN, f"{kind.__module__}.{kind.__name__}"):
+        if kind not in known and not _is_per_token(kind):
             return f"{kind.__name__} at {place}"
     return ""
+
+
+def _is_new(module: nn.Module) -> bool:
+    """Whether a module was put into a model after a check, and may mix tokens."""
+    return VOUCHED not in vars(module) and not _is_per_token(_own_class(module))
+
+
+def _is_per_token(kind: type) -> bool:
+    return bool(re.match(_PER_TOKEN, f"{kind.__module__}.{kind.__name__}"))
 
 
 def _build(model_class: Any, config: Any, attention_name: str) -> Any:
