@@ -108,7 +108,7 @@ NOTED: Mapping[str, str] = {
     "a checkpoint is always whole: safetensors files and a manifest": """
         async-ckpt-cpu-priority= async-ckpt-io-priority= async-ckpt-use-cpu-shm
         async-strategy= auto-detect-ckpt-format ckpt-assume-constant-structure
-        ckpt-convert-format= ckpt-convert-save= ckpt-convert-update-legacy-dist-opt-format
+        ckpt-convert-update-legacy-dist-opt-format
         ckpt-drop-redundant-extra-state ckpt-format= ckpt-fully-parallel-load
         ckpt-fully-parallel-load-exchange-algo= ckpt-fully-parallel-load-per-rank-objects
         ckpt-fully-parallel-load-process-group= ckpt-fully-parallel-save
@@ -283,7 +283,7 @@ WITHOUT_COUNTERPART: Mapping[str, str] = {
         data-per-class-fraction decoder-num-layers dino-bottleneck-size
         dino-freeze-last-layer dino-head-hidden-size dino-local-crops-number
         dino-local-img-size dino-norm-last-layer dino-teacher-temp dino-warmup-teacher-temp
-        dino-warmup-teacher-temp-epochs embedding-path encoder-num-layers encoder-seq-length
+        dino-warmup-teacher-temp-epochs embedding-path
         evidence-data-path ict-head-size ict-load img-h img-w indexer-batch-size
         indexer-log-interval iter-per-epoch mask-factor mask-prob mask-type
         mid-level-dataset-surplus mrope-section num-channels num-classes patch-dim
@@ -315,7 +315,7 @@ WITHOUT_COUNTERPART: Mapping[str, str] = {
         no-rope-freq output-logit-dtype qk-clip qk-l2-norm spec use-mup""",
     "nothing here corresponds to it": """
         allow-ambiguous-pad-tokens apply-wd-to-qk-layernorm batch-invariant-backend
-        batch-invariant-mode batch-size chat-template data-parallel-random-init
+        batch-invariant-mode chat-template ckpt-convert-format ckpt-convert-save data-parallel-random-init
         dataloader-inter-document-masking decrease-batch-size-if-needed
         disable-bf16-reduced-precision-matmul
         disable-tokenizer-sentencepiece-ignore-extra-whitespaces error-injection-rate
@@ -330,7 +330,7 @@ WITHOUT_COUNTERPART: Mapping[str, str] = {
         logits-load-ignore-errors logits-load-kd-loss-alpha logits-load-msc-prefetch-depth
         logits-load-prefetch-factor logits-save-dir logits-save-dtype logits-save-top-k
         logits-save-top-p logits-save-top-p-min-k max-seqlen-per-dp-cp-rank
-        model-parallel-size multiple-validation-sets
+        multiple-validation-sets
         no-tokenizer-sentencepiece-ignore-extra-whitespaces no-weight-decay-cond-type
         non-persistent-save-interval null-tokenizer-eod-id null-tokenizer-pad-id
         override-ckpt-iteration per-dataset-sequences-path phase-transition-iterations
@@ -341,6 +341,6 @@ WITHOUT_COUNTERPART: Mapping[str, str] = {
         tiktoken-pattern tiktoken-special-tokens tokenizer-hf-include-special-tokens
         tokenizer-hf-no-include-special-tokens tokenizer-hf-no-use-fast tokenizer-metadata
         tokenizer-sentencepiece-legacy tokenizer-special-tokens
-        use-same-sampling-seed-across-dp-ranks validation-set-names warmup yaml-cfg""",
+        use-same-sampling-seed-across-dp-ranks validation-set-names yaml-cfg""",
 }
 """Flags that are refused, by the reason."""

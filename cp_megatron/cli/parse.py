@@ -302,8 +302,10 @@ def _refuse_toml(file: str, text: str) -> None:
         tables = tomllib.loads(text)
         if any(isinstance(value, dict) for value in tables.values()):
             rule = "is a TOML file, such as torchtitan's, and not YAML"
-            flags = " ".join(flags_of_tables(tables))
-            works = flags or "flags, or a YAML file such as the config.yaml of a run"
+            flags, others = flags_of_tables(tables)
+            if others:
+                rule += f"; no flag has the values of {', '.join(others)}"
+            works = " ".join(flags) or "flags, or a YAML file such as the config.yaml of a run"
             raise ConfigError("--config", file, rule, works)
 
 

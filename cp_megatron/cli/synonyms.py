@@ -6,7 +6,7 @@ what to use.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from cp_megatron.errors import ConfigError
@@ -165,7 +165,10 @@ SYNONYMS: Mapping[str, Mapping[str, str]] = {
         "ulysses_degree": "--context-parallel-size with --cp-comm-type a2a",
         "ring_degree": "--context-parallel-size with --cp-comm-type p2p",
         "batch_size": "--global-batch-size or --micro-batch-size",
+        "model_parallel_size": "--tensor-parallel-size",
+        "warmup": "--lr-warmup-fraction",
         "epochs": "--train-epochs",
+        "num_epochs": "--train-epochs",
         "steps": "--train-iters",
         "context_length": "--seq-length",
         "seq_len": "--seq-length",
@@ -199,14 +202,23 @@ def refuse_synonym(flag: str, value: str) -> None:
             raise ConfigError(flag, value, f"unknown flag: it is one of {trainer}", answers[name])
 
 
-def flags_of_tables(tables: Mapping[str, Any]) -> Iterator[str]:
-    """The flags for what torchtitan's settings say, as far as they have a counterpart.
+def flags_of_tables(tables: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """What torchtitan's settings are here.
 
     Args:
         tables: the content of a TOML file.
+
+    Returns:
+        The flags that have the same values, and the names of the other settings.
     """
+    flags: list[str] = []
+    others: list[str] = []
     for section, values in tables.items():
-        for name, value in values.items() if isinstance(values, dict) else ():
-            answer = SYNONYMS["torchtitan"].get(f"{section}.{name}", "")
+        for key, value in values.items() if isinstance(values, dict) else ():
+            name = f"{section}.{key}"
+            answer = SYNONYMS["torchtitan"].get(name, "")
             if answer.startswith("--") and " " not in answer and not isinstance(value, dict):
-                yield answer if value is True else f"{answer} {value}"
+                flags.append(answer if value is True else f"{answer} {value}")
+            else:
+                others.append(name)
+    return flags, others

@@ -26,9 +26,10 @@ _KINDS: Mapping[Kind, tuple[type, str, str]] = {
     "float": (float, "must be a number", "FLOAT"),
     "str": (str, "must be text", "TEXT"),
 }
-# Megatron's names of choices, for --cp-comm-type and --tokenizer-type.
+# Megatron's names of choices, for --cp-comm-type, --rope-type and --tokenizer-type.
 _SPELLINGS: Mapping[str, str] = {
     "allgather": "all_gather",
+    "rope": "default",
     "HuggingFaceTokenizer": "huggingface",
     "SentencePieceTokenizer": "sentencepiece",
     "GPTSentencePieceTokenizer": "sentencepiece",

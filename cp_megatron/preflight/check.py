@@ -117,7 +117,7 @@ def _complete(plan: RunPlan, given: frozenset[str], *, dry_run: bool) -> RunPlan
         world_size=plan.grid.world_size,
         given=given,
     )
-    more = *schedule_notes(plan), *rope_notes(plan.config, given)
+    more = *schedule_notes(plan, given), *rope_notes(plan.config, given)
     if dry_run:  # a run adds this when it has read its data
         plan = with_rows(plan)
         more = *more, *repetition(plan)
@@ -172,7 +172,7 @@ def _check_rest(
     with mistakes.collect():
         check_units(config.optimizer, given)
     with mistakes.collect():
-        rules.check_data(config.data, config.train, given)
+        rules.check_data(config.data, given)
     with mistakes.collect():
         notes = check_data(config.data, dry_run=dry_run)
     with mistakes.collect():
@@ -215,8 +215,7 @@ def _split(
 def _plan(config: Config, split: Split, vocab_size: int, given: frozenset[str]) -> RunPlan:
     """The plan of a new run."""
     grid, (rows, micro_batch_size, num_microbatches), sequence, kernels = split
-    validates = rules.check_data(config.data, config.train, given)
-    resolved, notes = _resolved(config, grid, rows, validates)
+    resolved, notes = _resolved(config, grid, rows, validates=rules.check_data(config.data, given))
     return RunPlan(
         config=resolved,
         grid=grid,
@@ -323,7 +322,7 @@ def _wrong_world(launch: Launch, smallest: Grid, command: Sequence[str]) -> Conf
 
 
 def _resolved(
-    config: Config, grid: Grid, rows: int, validates: bool
+    config: Config, grid: Grid, rows: int, *, validates: bool
 ) -> tuple[Config, tuple[str, ...]]:
     """The configuration completed with what follows from the grid, and notes about it."""
     notes: list[str] = []

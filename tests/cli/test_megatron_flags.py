@@ -179,6 +179,13 @@ FREQUENT: Mapping[str, str] = {
         "--rope-type llama3 --rope-scaling-factor 32 --original-max-position-embeddings 8192"
     ),
     "--reset-position-ids --reset-attention-mask": "--document-mask",
+    "--reset-position-ids --reset-attention-mask --eod-mask-loss": "--document-mask",
+    "--eod-mask-loss --document-mask": "--document-mask",
+    "--position-embedding-type learned_absolute --use-rotary-position-embeddings": (
+        "--position-embedding-type rope"
+    ),
+    "--encoder-seq-length 512 --encoder-num-layers 40": "--seq-length 512",
+    "--rope-type rope": "",
     "--use-mcore-models --use-mcore-models": "",
 }
 
@@ -192,6 +199,9 @@ def test_a_frequent_flag_means_what_it_says(line: str, meaning: str) -> None:
     assert (len(found.notes) > len(expected.notes)) == (not silent)
 
 
+_WEIGHTS_ONLY = "launch/convert.py --load RUN --output DIR, then --load-hf DIR"
+
+
 @pytest.mark.parametrize(
     ("line", "works"),
     [
@@ -202,8 +212,13 @@ def test_a_frequent_flag_means_what_it_says(line: str, meaning: str) -> None:
         ("--num-experts 8", "leave the flag out"),
         ("--decoupled-lr 1e-4", "--lr"),
         ("--fp16", "--bf16"),
-        ("--load x --no-load-optim", "leave the flag out"),
-        ("--load x --finetune", "leave the flag out"),
+        ("--load x --no-load-optim", _WEIGHTS_ONLY),
+        ("--load x --finetune", _WEIGHTS_ONLY),
+        ("--load x --save x --exit-on-missing-checkpoint", "--load without --save"),
+        ("--tokenizer-name-or-path x --tokenizer-model y", "--tokenizer-model"),
+        ("--eod-mask-loss", "--document-mask"),
+        ("--window-attn-skip-freq 4", "--window-layers"),
+        ("--ckpt-convert-format torch", "leave the flag out"),
         ("--reset-position-ids", "--document-mask"),
         ("--attention-mask-type general", "--document-mask"),
         ("--ckpt-step 100", "--load RUN/step-N"),
@@ -214,7 +229,7 @@ def test_a_frequent_flag_means_what_it_says(line: str, meaning: str) -> None:
 def test_what_would_change_the_result_is_refused(line: str, works: str) -> None:
     error = next(error for error in refusals(line) if error.flag != "--load")
     assert error.flag in line
-    assert error.works == works
+    assert error.works.startswith(works)
 
 
 def test_notes_are_two_lines() -> None:
