@@ -315,7 +315,8 @@ WITHOUT_COUNTERPART: Mapping[str, str] = {
         no-rope-freq output-logit-dtype qk-clip qk-l2-norm spec use-mup""",
     "nothing here corresponds to it": """
         allow-ambiguous-pad-tokens apply-wd-to-qk-layernorm batch-invariant-backend
-        batch-invariant-mode chat-template ckpt-convert-format ckpt-convert-save data-parallel-random-init
+        batch-invariant-mode chat-template ckpt-convert-format ckpt-convert-save
+        data-parallel-random-init
         dataloader-inter-document-masking decrease-batch-size-if-needed
         disable-bf16-reduced-precision-matmul
         disable-tokenizer-sentencepiece-ignore-extra-whitespaces error-injection-rate

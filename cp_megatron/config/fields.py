@@ -164,8 +164,8 @@ class Setting:
             elif not math.isfinite(value):
                 rule = "must be finite"
             elif value not in self.range:
-                default = 1 if self.default is None else self.default
-                rule, works = self.range.rule, self.range.nearest(value) or f"{default:g}"
+                valid = [x for x in (self.default, 1, 0) if x is not None and x in self.range]
+                rule, works = self.range.rule, self.range.nearest(value) or f"{valid[0]:g}"
         elif self.choices and value not in self.choices:
             several = ("must be one of its choices", ", ".join(self.choices))
             rule, works = _ABSENT.get(value, several)

@@ -27,6 +27,8 @@ from cp_megatron.errors import ConfigError
         ("--model_name_or_path", "--load-hf"),
         ("--resume_from_checkpoint", "--load"),
         ("--num_train_epochs", "--train-epochs"),
+        ("--eval_strategy", "--eval-interval"),
+        ("--optim", "nothing"),
         ("--max_steps", "--train-iters"),
         ("--max_seq_length", "--seq-length"),
         ("--training.seq_len", "--seq-length"),
