@@ -22,13 +22,13 @@ class Noted:
     """The flag has no effect here, for this reason.
 
     Attributes:
-        has_values: whether values follow the flag.
+        has_values: whether values follow the flag; None if it stands for several flags.
         unless: a flag beside which it would have an effect, so that it is refused.
         works: what to use instead then.
     """
 
     reason: str
-    has_values: bool = False
+    has_values: bool | None = False
     unless: str = ""
     works: str = _OUT
 
@@ -219,9 +219,12 @@ SPECIAL: Mapping[str, Answer] = {
 
 @cache
 def answers() -> Mapping[str, Answer]:
-    """The answer to each flag of Megatron-LM that is not a flag here."""
+    """The answer to each flag of Megatron-LM that is not a flag here.
+
+    A key such as ``--moe-*`` stands for all flags that begin so and have no answer of their own.
+    """
     noted = {
-        f"--{name.rstrip('=')}": Noted(reason, name.endswith("="))
+        f"--{name.rstrip('=')}": Noted(reason, None if name.endswith("*") else name.endswith("="))
         for reason, names in NOTED.items()
         for name in names.split()
     }
@@ -231,6 +234,12 @@ def answers() -> Mapping[str, Answer]:
         for name in names.split()
     }
     return {**noted, **refused, **SPECIAL}
+
+
+def answer_to(flag: str) -> Answer | None:
+    """The answer to a flag; None if Megatron-LM does not have it."""
+    family = f"{flag[: flag.find('-', 2) + 1]}*"
+    return answers().get(flag) or answers().get(family)
 
 
 @dataclass
@@ -261,7 +270,7 @@ def translate(
     found, replacing = Translation([]), dict[str, list[str]]()
     said = {spellings.get(flag, flag) for flag, _ in pieces}
     for flag, words in pieces:
-        answer = None if flag in spellings else answers().get(flag)
+        answer = None if flag in spellings else answer_to(flag)
         if answer is None:
             found.pieces.append((flag, words))
             continue
@@ -300,7 +309,7 @@ def _meaning(flag: str, words: Sequence[str], answer: Answer, said: set[str]) ->
         case Translated() | Noted(has_values=False):
             if not truth(flag, words):
                 return None
-        case Noted() | OneOf() if not words:
+        case Noted(has_values=True) | OneOf() if not words:
             raise ConfigError(flag, "", "needs a value", f"{flag} VALUE")
     match answer:
         case Translated(meant, unless=other):
