@@ -17,6 +17,7 @@ from torch import Tensor
 from cp_megatron.comm.checksums import LinkSums
 from cp_megatron.comm.collectives import all_gather_dim
 from cp_megatron.context_parallel.attention_function import KeptAttention, planned_attention
+from cp_megatron.context_parallel.autocast import cast_inputs
 from cp_megatron.context_parallel.buffers import Buffers
 from cp_megatron.context_parallel.input_check import agree, check_mode, digest
 from cp_megatron.context_parallel.rank_plan import RankPlan
@@ -255,12 +256,13 @@ class ContextParallel:
                 there, the second takes them and sends nothing.
 
         Returns:
-            [B, S / N, H, E] in q's type.
+            [B, S / N, H, E] in q's type, or autocast's under ``torch.autocast``.
 
         Raises:
             ConfigError: shapes or types do not fit each other, the layout or the kernel.
         """
         problem, ready, used = None, None, 0.0
+        q, k, v = cast_inputs(q, k, v)
         try:
             self._check_attention(q, k, v)
             used = q.shape[-1] ** -0.5 if scale is None else scale
@@ -357,7 +359,9 @@ class ContextParallel:
             rule = "query heads must be a multiple of kv heads, and q and k equally wide"
             raise ConfigError("attention", shapes, rule)
         if not q.dtype == k.dtype == v.dtype:
-            raise ConfigError("attention", f"{q.dtype}, {k.dtype}, {v.dtype}", "must be one type")
+            value = f"q {q.dtype}, k {k.dtype}, v {v.dtype}"
+            works = "torch.autocast, or q.to(v.dtype) and k.to(v.dtype)"
+            raise ConfigError("attention", value, "must be one type", works)
         if not q.device == k.device == v.device:
             value = f"{q.device}, {k.device}, {v.device}"
             raise ConfigError("attention", value, "must be on one device")

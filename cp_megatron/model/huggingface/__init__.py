@@ -10,9 +10,9 @@ of the parameters' gradients is its gradient.
 
 transformers passes unknown keyword arguments on to every layer's attention and to the loss, so the
 batch carries what the engine needs: the mask and layout, the shifted labels, and how many of them
-count. Every other part of a model must compute each token by itself. A model with attention whose
-config names other layers (recurrent ones) is refused. A model without any attention, like Mamba,
-never calls this module: do not give it a sharded batch.
+count. Every other part of a model must compute each token by itself. ``check`` refuses a model that
+does not: one with recurrent layers, for example, or whose tokens are numbered locally. It runs by
+itself once, when a model first gets a sharded batch.
 
 transformers reads the documents of a packed row from ``position_ids``: a document ends where the
 next position is not one more. RoPE reads the same positions, each rank its own:
@@ -25,9 +25,10 @@ rank with ``sdpa``; here documents are separate in every model.
 """
 
 from cp_megatron.model.huggingface.attention_interface import attention as attention
-from cp_megatron.model.huggingface.attention_interface import register as register
 from cp_megatron.model.huggingface.batch_plan import BatchPlan as BatchPlan
 from cp_megatron.model.huggingface.batch_plan import shard_batch as shard_batch
+from cp_megatron.model.huggingface.check_model import check as check
+from cp_megatron.model.huggingface.registration import register as register
 from cp_megatron.model.huggingface.trainers import prepare_accelerator as prepare_accelerator
 from cp_megatron.model.huggingface.trainers import prepare_trainer as prepare_trainer
 from cp_megatron.model.huggingface.whole_rows import take_whole_rows as take_whole_rows

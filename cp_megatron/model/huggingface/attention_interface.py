@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 from einops import rearrange
 from torch import Tensor, nn
 
 from cp_megatron.errors import ConfigError
 from cp_megatron.model.huggingface.batch_plan import BatchPlan, refuse_padding
-from cp_megatron.model.transformers_library import import_transformers
 
 # Arguments of attention that would change the result, and what to use instead.
 _UNSUPPORTED: Mapping[str, str] = {
@@ -32,26 +31,52 @@ _UNSUPPORTED: Mapping[str, str] = {
     "output_attentions": "attn_implementation='eager' on one rank",
     "output_router_logits": "the router's loss added by hand, because it is not a sum over tokens",
 }
+# Set on every module of a model that was checked: what is wrong with the model's own loss, or "".
+VOUCHED = "_cp_megatron_vouched"
 # Layers of other types mix tokens themselves and would see only those of one rank.
 _LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
-def register(name: str = "cp_megatron") -> None:
-    """Registers the engine in transformers, as ``attn_implementation=name``.
-
-    Raises:
-        ConfigError: transformers is not installed or too old.
-    """
-    library = import_transformers("attn_implementation", name)
-    library.AttentionInterface.register(name, attention)
-    library.AttentionMaskInterface.register(name, wanted_mask)
-
-
 @dataclass(frozen=True)
 class WantedMask:
-    """Takes the place of a mask in transformers, and carries the window that it would have."""
+    """Takes the place of a mask in transformers, and carries the window that it would have.
+
+    A model that computes with its mask is refused at the first operation.
+
+    Attributes:
+        window: the number of keys that a query sees, including its own; None is all.
+        model: the type of the model, for the error message.
+    """
 
     window: int | None
+    model: str = "the model"
+
+    def refuse(self, *args: object, **kwargs: object) -> NoReturn:
+        rule = f"is none that {self.model} can compute with: it uses masks outside of attention"
+        works = "a model that passes the mask on to transformers' AttentionInterface"
+        raise ConfigError("attention_mask", "", rule, works)
+
+    def __getattr__(self, name: str) -> NoReturn:
+        if name.startswith("__"):
+            raise AttributeError(name)  # Python itself asks, to copy or to pickle
+        self.refuse()
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, WantedMask):
+            self.refuse()
+        return (self.window, self.model) == (other.window, other.model)
+
+    @classmethod
+    def __torch_function__(
+        cls, function: object, types: object, args: Any = (), kwargs: Any = None
+    ) -> NoReturn:
+        given = (*args, *(kwargs or {}).values())
+        next((x for x in given if isinstance(x, cls)), cls(None)).refuse()
+
+    __getitem__ = __len__ = __iter__ = __bool__ = __invert__ = __neg__ = refuse
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = refuse
+    __truediv__ = __rtruediv__ = __and__ = __rand__ = __or__ = __ror__ = refuse
+    __lt__ = __le__ = __gt__ = __ge__ = refuse
 
 
 def wanted_mask(
@@ -80,8 +105,8 @@ def wanted_mask(
         raise ConfigError("attention_mask", "", rule, "a model with causal or sliding attention")
     if q_length is not None and kv_length is not None and q_length != kv_length:
         _refuse_cache(q_length, kv_length)
-    _refuse_other_mixers(config)
-    return WantedMask(local_size)
+    refuse_other_mixers(config)
+    return WantedMask(local_size, getattr(config, "model_type", WantedMask.model))
 
 
 def attention(
@@ -121,6 +146,7 @@ def attention(
     if context_parallel is None:
         works = "model(**shard_batch(group, ...)), with a model that passes keywords to attention"
         raise ConfigError("context_parallel", None, "is missing from the call", works)
+    _refuse_unchecked(module, context_parallel)
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if not causal or "CrossAttention" in type(module).__name__:
         rule = "must be causal self-attention"
@@ -140,6 +166,15 @@ def attention(
     return cp.attention(q, k, v, scaling), None
 
 
+def _refuse_unchecked(module: nn.Module, plan: BatchPlan) -> None:
+    """Refuses a model that was built before ``register``, and not set to this attention since."""
+    is_models = hasattr(getattr(module, "config", None), "_attn_implementation")
+    if is_models and type(plan) is BatchPlan and VOUCHED not in vars(module):
+        rule = "belongs to a model that was not checked"
+        works = "huggingface.check(model), or huggingface.register() before the model is built"
+        raise ConfigError("attention", type(module).__name__, rule, works)
+
+
 def _window(wanted: WantedMask | None, sliding_window: int | None) -> int | None:
     """The window. Some models give it to the mask alone, and not to attention."""
     if wanted is None or sliding_window == wanted.window:
@@ -155,7 +190,7 @@ def _refuse_cache(num_queries: int, num_keys: int) -> None:
     raise ConfigError("past_key_values", "", rule, "use_cache=False, one call per batch")
 
 
-def _refuse_other_mixers(config: Any) -> None:
+def refuse_other_mixers(config: Any) -> None:
     layers = set(getattr(config, "layer_types", None) or ())
     if not layers and any(name.startswith("mamba_") for name in vars(config or object)):
         layers = {"mamba"}  # transformers 5.0 names no layer types in its hybrid models

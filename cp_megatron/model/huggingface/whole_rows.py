@@ -61,7 +61,8 @@ def take_whole_rows(
             return outputs
         return _gathered(outputs, plan, with_logits=whole_logits and not module.training)
 
-    model.register_forward_pre_hook(before, with_kwargs=True)
+    # Before the hook that checks a model whose batch is sharded.
+    model.register_forward_pre_hook(before, with_kwargs=True, prepend=True)
     model.register_forward_hook(after, with_kwargs=True)
 
 

@@ -1,0 +1,69 @@
+"""Which causal families of the installed transformers run on two ranks as they run on one?
+
+Each family's model is tiny, made from the default config of the family, in float64. Two ranks run
+it with ``attn_implementation="cp_megatron"``, on one document and on seven packed ones; one rank
+runs it with transformers' own attention, document by document. Prints one JSON line per family,
+with the hardware:
+
+- ``equal``: logits and the gradients of all parameters agree to 1e-8, or to 1e-5 where the model
+  itself multiplies or sums in float32 (``reference`` says where); ``errors`` are the largest;
+- ``refused``: ``huggingface.check`` or the attention refused it, with the reason;
+- ``wrong`` or ``crashed``: a fault of ours, of which there must be none;
+- ``lacks``: the family needs a package that is not installed.
+
+The last line counts them.
+
+    python benchmarks/families.py                      # all of them, several minutes
+    python benchmarks/families.py --only llama bart
+    python benchmarks/families.py --quick              # three families
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from importlib.util import find_spec
+
+from harness.teams import hardware
+
+from cp_megatron.config.words import read_options
+from tests.model.family_table import causal_families, try_family
+
+QUICK = ("llama", "bart", "mamba")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """Causal families of transformers on two ranks."""
+
+    only: tuple[str, ...] = ()
+    """Model types to run; by default all."""
+    quick: bool = False
+    """Run three families, which show that the script runs."""
+
+
+def main() -> None:
+    arguments = read_options(sys.argv[1:], Arguments, program=sys.argv[0], description=__doc__)
+    machine = hardware()
+    if find_spec("transformers") is None:
+        print(json.dumps({"benchmark": "families", "result": "lacks", "hardware": machine}))
+        return
+    families = causal_families()
+    chosen = arguments.only or (QUICK if arguments.quick else tuple(families))
+    if unknown := set(chosen) - families.keys():
+        sys.exit(f"transformers has no causal family {', '.join(sorted(unknown))}")
+    counts: Counter[str] = Counter()
+    for family in chosen:
+        outcome = try_family(family, families[family])
+        counts[outcome.result] += 1
+        line = {"benchmark": "families", **asdict(outcome), "hardware": machine}
+        print(json.dumps(line), flush=True)
+    total = {"benchmark": "families", "transformers": version("transformers"), **counts}
+    print(json.dumps({**total, "hardware": machine}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
