@@ -171,7 +171,7 @@ SPECIAL: Mapping[str, Answer] = {
     "--no-yarn-correction-range-round-to-int": Translated("--no-rope-truncate"),
     "--squared-relu": Refused("the MLP has GELU or SwiGLU", "--swiglu"),
     "--quick-geglu": Refused("the MLP has GELU or SwiGLU", "--swiglu"),
-    "--openai-gelu": Noted("GELU is always computed by its approximation with tanh"),
+    "--openai-gelu": Noted("GELU is always approximated with tanh"),
     "--softmax-type": OneOf({"vanilla": ""}, "the softmax is plain"),
     "--attention-mask-type": OneOf({"causal": ""}, "the mask is causal", "--document-mask"),
     "--apply-residual-connection-post-layernorm": Refused("the norm is inside the residual"),
@@ -267,12 +267,12 @@ def translate(
         spellings: each spelling of a flag that exists here, with the flag.
         mistakes: receives an error for each flag that is refused.
     """
-    found, replacing = Translation([]), dict[str, list[str]]()
+    translation, replacing = Translation([]), dict[str, list[str]]()
     said = {spellings.get(flag, flag) for flag, _ in pieces}
     for flag, words in pieces:
         answer = None if flag in spellings else answer_to(flag)
         if answer is None:
-            found.pieces.append((flag, words))
+            translation.pieces.append((flag, words))
             continue
         with mistakes.collect():
             meaning = _meaning(flag, words, answer, said)
@@ -284,14 +284,14 @@ def translate(
                     replacing |= dict(meaning)
                 new = [piece for piece in meaning if piece[0] not in said]
             if not new and not replacing.keys() & dict(meaning):
-                found.noted.append(flag)
+                translation.noted.append(flag)
                 continue
-            found.pieces += new
+            translation.pieces += new
             shown = " ".join(word for piece in meaning for word in (piece[0], *piece[1]))
-            found.read.append(f"{' '.join([flag, *words])} as {shown}")
-    left = [piece for piece in found.pieces if spellings.get(piece[0]) not in replacing]
-    found.pieces = [*left, *replacing.items()]
-    return found
+            translation.read.append(f"{' '.join([flag, *words])} as {shown}")
+    left = [piece for piece in translation.pieces if spellings.get(piece[0]) not in replacing]
+    translation.pieces = [*left, *replacing.items()]
+    return translation
 
 
 def _meaning(flag: str, words: Sequence[str], answer: Answer, said: set[str]) -> list[Piece] | None:
@@ -339,10 +339,10 @@ def _same(text: str, value: str) -> bool:
         return text.lower() == value
 
 
-def notes(found: Translation) -> Iterator[str]:
+def notes(translation: Translation) -> Iterator[str]:
     """What happened to Megatron-LM's flags, for the start table."""
-    if found.noted:
-        flags = ", ".join(dict.fromkeys(found.noted))
+    if translation.noted:
+        flags = ", ".join(dict.fromkeys(translation.noted))
         yield f"Megatron-LM's flags without an effect here (launch/README.md): {flags}"
-    if found.read:
-        yield f"read from Megatron-LM's flags: {'; '.join(dict.fromkeys(found.read))}"
+    if translation.read:
+        yield f"read from Megatron-LM's flags: {'; '.join(dict.fromkeys(translation.read))}"

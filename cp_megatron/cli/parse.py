@@ -208,13 +208,13 @@ def _read(argv: Sequence[str], program: Program, again: bool, mistakes: Mistakes
     """
     rows = [*settings_of(program.options), *settings().values()]
     flags = spellings(rows, _ALIASES)
-    found = Translation([])
+    translation = Translation([])
     with mistakes.collect():
         pieces = split_words(argv)
-        found = translate(pieces, {name: row.flag for name, row in flags.items()}, mistakes)
-    typed = read_pieces(found.pieces, flags, mistakes, refuse_synonym)
+        translation = translate(pieces, {name: row.flag for name, row in flags.items()}, mistakes)
+    typed = read_pieces(translation.pieces, flags, mistakes, refuse_synonym)
     if not program.trains:
-        for flag in found.noted:
+        for flag in translation.noted:
             with mistakes.collect():
                 raise ConfigError(flag, "", f"has no effect on {program.name}", "leave it out")
     load, auto = None, False
@@ -226,7 +226,7 @@ def _read(argv: Sequence[str], program: Program, again: bool, mistakes: Mistakes
             typed.pop("load_hf", None)
             typed["load"] = load
     given = frozenset(row.flag for row in rows if row.name in typed)
-    return _Words(typed=typed, given=given, auto=auto, notes=tuple(notes(found)))
+    return _Words(typed=typed, given=given, auto=auto, notes=tuple(notes(translation)))
 
 
 def _base(typed: Values) -> Config:

@@ -85,22 +85,22 @@ def check(
     """
     if not dry_run:
         parse_faults(launch.fault, launch.world_size)
-    found = Mistakes(mistakes)
-    with found.collect():
+    collected = Mistakes(mistakes)
+    with collected.collect():
         check_values(config)
         config = replace(config, data=rules.with_packing(config.data, given))
-    vocab_size, of_tokenizer, sound = _check_model(config, given, found)
+    vocab_size, of_tokenizer, sound = _check_model(config, given, collected)
     grid: Grid | None = None
-    with found.collect():
+    with collected.collect():
         # After the model: a command with more ranks is no help if the heads forbid the grid.
         grid, of_grid = _grid(config, launch, dry_run, dry_run_world_size, [script, *argv])
         notes = (*notes, *of_grid, *of_tokenizer)
     one_node = dry_run and not launch.under_torchrun
     if not dry_run:
-        with found.collect():
+        with collected.collect():
             _refuse_held(config, launch, auto=auto)
-    split = _split(config, grid, launch, given, found, sound=sound, one_node=one_node)
-    of_data = _check_rest(config, vocab_size, given, found, auto=auto, dry_run=dry_run)
+    split = _split(config, grid, launch, given, collected, sound=sound, one_node=one_node)
+    of_data = _check_rest(config, vocab_size, given, collected, auto=auto, dry_run=dry_run)
     assert split is not None, "otherwise there is a mistake"
     plan = _with_checkpoint(_plan(config, split, vocab_size, given), auto=auto)
     plan = _complete(plan, given, dry_run=dry_run)
