@@ -19,6 +19,7 @@ from cp_megatron.config import Config
 from cp_megatron.config.fields import check_values, settings
 from cp_megatron.config.files.folder_lock import refuse_held
 from cp_megatron.data.rows.corpora import check_data
+from cp_megatron.data.rows.small_data import is_small
 from cp_megatron.data.tokenize.open_tokenizer import tokenizer_of
 from cp_megatron.errors import ConfigError, Mistakes
 from cp_megatron.faults.inject import parse_faults
@@ -174,7 +175,8 @@ def _check_rest(
     with mistakes.collect():
         rules.check_data(config.data, given)
     with mistakes.collect():
-        notes = check_data(config.data, dry_run=dry_run)
+        # All of small data is read by a dry run, with notes about all of it.
+        notes = check_data(config.data, dry_run=dry_run and not is_small(config.data))
     with mistakes.collect():
         rules.check_saving(config.checkpoint)
     if mistakes.errors:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -62,14 +61,24 @@ def with_last_step(plan: RunPlan) -> RunPlan:
 
 
 def with_rows(plan: RunPlan) -> RunPlan:
-    """The plan of a dry run with the number of rows of its data, if it is quickly known."""
+    """The plan of a dry run with what its data is known to be, if that is small.
+
+    Raises:
+        ConfigError: the data is malformed.
+    """
     if plan.rows_per_epoch is not None or not is_small(plan.config.data):
         return plan
-    # A run reads the data and reports its mistakes; a dry run may plan for data that is not here.
-    with suppress(ConfigError):
+    try:
         data = open_data(plan.config.data, seed=plan.config.train.seed)
-        plan = replace(plan, rows_per_epoch=data.rows.train.rows_per_epoch)
-    return plan
+    except ConfigError as error:
+        if error.flag not in ("--seq-length", "--split"):
+            raise
+        # A dry run may plan for more data than is here.
+        return replace(
+            plan, notes=(*plan.notes, f"with this data the run would be refused: {error}")
+        )
+    rows = data.rows.train.rows_per_epoch
+    return replace(plan, rows_per_epoch=rows, notes=(*plan.notes, *data.notes))
 
 
 def _rows_to_come(plan: RunPlan) -> Fraction:

@@ -76,6 +76,10 @@ CONFIGS: dict[str, Files] = {
         }
     },
     "additional": {"additional_special_tokens": ["<|tool|>", typed("<|x|>", lstrip=True)]},
+    "both": {
+        "extra_special_tokens": {"image_token": "<|tool|>"},
+        "additional_special_tokens": ["<|x|>"],
+    },
     "extra": {"extra_special_tokens": {"image_token": "<|tool|>"}, "boi_token": "<|x|>"},
     "named": {"pad_token": "<|x|>", "bos_token": typed("<|tool|>", lstrip=True)},
     "split": {"split_special_tokens": True},

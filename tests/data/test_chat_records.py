@@ -179,6 +179,29 @@ def test_tools_go_to_the_template(tmp_path: Path, key: str, spell: Any) -> None:
     assert tokens.tolist() == expected["input_ids"]
 
 
+@pytest.mark.parametrize("test", ["m.content is none", "not m.content.strip()"])
+@pytest.mark.parametrize("spell", ["a + '{}'", "a.who + '{}'"])
+def test_calls_are_written_as_the_template_expects_them(
+    tmp_path: Path, test: str, spell: str
+) -> None:
+    """R1's template asks for null and a string; transformers leaves null out, others differ."""
+    template = (
+        "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}"
+        f"{{% elif m.tool_calls and {test} %}}{{% for c in m.tool_calls %}}"
+        f"{{% set a = c.function.arguments %}}CALL {{{{ c.function.name + {spell} }}}}<|im_end|>"
+        "{% endfor %}{% else %}{{ m.content.strip() }}<|im_end|>{% endif %}{% endfor %}"
+    )
+    tokenizer = tokenizer_of(tmp_path / "model", template)
+    arguments = {"who": "mice"}
+    for given in (arguments, json.dumps(arguments)):
+        for content in ({}, {"content": None}, {"content": ""}):
+            call = {"function": {"name": "get", "arguments": given}}
+            called = {"role": "assistant", "tool_calls": [call], **content}
+            written = write({"messages": [USER, called, USER, SAID]}, tokenizer)
+            text = "mice" if "who" in spell else json.dumps(arguments)
+            assert shown(written, tokenizer)[0][1] == f"CALL get{text}{{}}<|im_end|>Yo<|im_end|>"
+
+
 def test_a_template_of_its_own_for_tools(tmp_path: Path) -> None:
     tokenizer = tokenizer_of(tmp_path / "model", "NONE" + FAMILIES["appends"])
     more = tmp_path / "model" / "additional_chat_templates"
@@ -275,7 +298,8 @@ def test_what_is_not_written_is_told_with_the_line(
 
 def test_what_a_template_leaves_out_is_told_or_refused(tmp_path: Path) -> None:
     template = "{% for m in messages if m.role in ('user', 'assistant') %}{{ m.role }}: "
-    template += "{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    template += "{{ m.content }}<|im_end|>\n{% endfor %}"
+    template += "{% if add_generation_prompt %}assistant: {% endif %}"
     tokenizer = tokenizer_of(tmp_path / "model", template)
     hidden = write(turns() | {"system": "Be brief."}, tokenizer)
     assert hidden.remarks == (("have text that is not written", '"Be brief." of message 0'),)
@@ -283,7 +307,7 @@ def test_what_a_template_leaves_out_is_told_or_refused(tmp_path: Path) -> None:
     with pytest.raises(BadLineError, match='leaves a part of message 1 out: "I greet'):
         write(thought, tokenizer)
     ((_, trained),) = shown(write(turns(thinking=""), tokenizer), tokenizer)
-    assert trained == "Yo"
+    assert trained == "Yo<|im_end|>"
 
 
 def test_keys_that_the_template_reads(tmp_path: Path) -> None:

@@ -112,6 +112,17 @@ def test_an_answer_that_does_not_begin_as_the_prompt_ends(tmp_path: Path) -> Non
     assert written.remarks[0][1] == repr("<think>\n")
 
 
+def test_an_answer_without_an_end_is_told(tmp_path: Path) -> None:
+    """As GLM's, whose answers end where the next turn begins: the model would not learn to stop."""
+    template = (
+        "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    tokenizer = tokenizer_of(tmp_path / "model", template)
+    written = write(conversation(1, thinks=False, system=False), tokenizer)
+    assert "no end" in written.remarks[0][0]
+
+
 def test_the_date_of_a_template_is_given(tmp_path: Path) -> None:
     tokenizer = tokenizer_of(tmp_path / "model", FAMILIES["last-ends-otherwise"])
     path = chats(tmp_path, conversation(1, thinks=False, system=False))

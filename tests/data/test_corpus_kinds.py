@@ -183,7 +183,7 @@ REFUSED: dict[str, tuple[Callable[[], bytes], str, str]] = {
     "cut.json": (lambda: json.dumps(ROWS).encode()[:-1], "the array has no end", "one array"),
     "broken.json": (lambda: b'[{"text": "a"}, {"text" "b"}]', "object 2: not JSON", "one array"),
     "other.json": (lambda: b'[{"text": "a"}, 3]', "object 2: not a JSON object", "--skip-bad"),
-    "quote.csv": (lambda: b'text\n"a\nb\n', "is no table of text", "quote"),
+    "quote.csv": (lambda: b'text\n"a\nb\n', "is not a row of the table", "quote"),
     "cells.csv": (lambda: b"id,text\n1,a\n2\n", "row 2: a row of 1 cells", "--skip-bad-lines"),
     "latin.csv": (lambda: "text\né\n".encode("latin-1"), "not UTF-8", "iconv"),
 }
@@ -226,13 +226,26 @@ def test_another_key_is_answered_by_a_whole_command(name: str, tmp_path: Path) -
     assert "--json-keys" in works
     assert "content" in works
     assert "--skip-bad-lines" not in works
-    assert caught.value.flag == "--data-path"
+    assert (caught.value.flag, caught.value.value) == ("--data-path", str(tmp_path / name))
     with pytest.raises(ConfigError) as caught:
         prepared(tmp_path, tmp_path / name)
     assert "content" in caught.value.works
     assert "--skip-bad-lines" not in caught.value.works
     ids = prepared(tmp_path, tmp_path / name, json_keys=("content",))
     assert len(ids) >= len(TOKENS)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
+def test_conversations_are_answered_by_sft(name: str, tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    path, row = tmp_path / name, {"messages": [{"role": "user", "content": "x"}], "id": 3}
+    path.write_text(json.dumps(row))
+    if name == "a.parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), path)
+    for read in (lambda: check_data(config(path)), lambda: prepared(tmp_path, path)):
+        with pytest.raises(ConfigError) as caught:
+            read()
+        assert caught.value.works == "pretrain.py --sft, which trains on conversations"
 
 
 def test_a_later_line_without_the_key_is_a_bad_line(tmp_path: Path) -> None:

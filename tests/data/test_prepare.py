@@ -7,15 +7,18 @@ import multiprocessing
 import os
 import signal
 import time
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
 
 from cp_megatron.data.prepare import prepare as module
 from cp_megatron.data.prepare.prepare import WorkAhead, prepare
-from cp_megatron.data.prepare.prepare_worker import SpanProgress
+from cp_megatron.data.prepare.prepare_worker import SpanProgress, serve
 from cp_megatron.data.prepare.request import Request
+from cp_megatron.data.read.documents import InputSpan, cut_spans, find_inputs
 from cp_megatron.data.read.indexed import IndexedDataset
 from cp_megatron.errors import ConfigError
 from tests.data import tokenizer_files
@@ -271,6 +274,27 @@ def test_a_process_that_dies_is_reported(tmp_path: Path) -> None:
         prepare(request(tmp_path, "a"), watch)
     assert caught.value.flag == "--workers"
     assert prepare(request(tmp_path, "a")).documents == (LINES,)
+
+
+def test_a_process_whose_parent_is_gone_ends_quietly(tmp_path: Path) -> None:
+    """Another process has failed, so nothing reads what this one has to say."""
+    (tmp_path / "bad.jsonl").write_text("{")
+    span = next(cut_spans(find_inputs([str(tmp_path / "bad.jsonl")]), span_bytes=99))
+    request(tmp_path, "a").partial.mkdir(parents=True)
+
+    class Gone:
+        def recv(self) -> tuple[int, InputSpan]:
+            return 0, span
+
+        def send(self, value: object) -> None:
+            if value is not None:
+                raise BrokenPipeError
+
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        serve(cast(Connection, Gone()), request(tmp_path, "a"))
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_the_files_of_gpt2(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from cp_megatron.data.rows import small_data
 from cp_megatron.errors import ConfigError
 from tests.preflight.test_check import plan, refused
 
@@ -74,7 +75,10 @@ def test_a_template_that_refuses_is_told_at_planning(tmp_path: Path) -> None:
         assert error.rule == "line 1: the chat template refuses it: no systems"
 
 
-def test_a_dry_run_tells_what_a_record_loses(tmp_path: Path) -> None:
+def test_a_dry_run_tells_what_a_record_loses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(small_data, "MOST_BYTES", 0)
     path = lines(tmp_path / "chats.jsonl", GOOD, GOOD | {"tools": [{"name": "get"}]})
     (note,) = (n for n in plan("--data-path", path, "--sft", "--dry-run").notes if path in n)
     assert "1 of 2 conversations have tools or documents that are not written" in note
@@ -85,5 +89,5 @@ def test_a_dry_run_tells_what_a_record_loses(tmp_path: Path) -> None:
 def test_flags_without_an_effect(tmp_path: Path) -> None:
     text = lines(tmp_path / "a.txt", "three blind mice")
     assert refused("--data-path", text, "--chat-date", "2026-01-31").flag == "--chat-date"
-    with pytest.raises(ConfigError, match="--sft reads conversations"):
+    with pytest.raises(ConfigError, match="--sft reads files"):
         plan("--data-path", str(tmp_path), "--sft")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
@@ -68,9 +69,11 @@ def test_how_often_the_data_is_seen_is_told(nine: list[str]) -> None:
     assert "9 rows, 26.7 epochs in 60 steps" in text
     assert "26 or 27 times" in text
     assert "epochs" not in shown(plan(*nine, "--train-iters", "60"), 160)
-    # Data that makes no row is reported by the run.
+    # A dry run may plan for more data than is here.
     longer = [word if word != "8" else "800" for word in nine]
-    assert "epochs" not in shown(plan(*longer, "--dry-run"), 160)
+    text = shown(plan(*longer, "--dry-run"), 160)
+    assert "epochs" not in text
+    assert "with this data the run would be refused: --seq-length 800: a row needs 801" in text
 
 
 def test_nothing_says_how_long() -> None:
@@ -303,6 +306,19 @@ def test_a_rope_factor_that_rows_do_not_need_is_noted(run: Path) -> None:
     assert not notes(*scaled, "--seq-length", "2050")
     assert not notes("--position-embedding-type", "rope")
     assert not notes(*ROPE[:2], "--rope-type", "linear", "--rope-scaling-factor", "4")
+
+
+def test_a_dry_run_tells_what_is_beyond_the_first_records(tmp_path: Path) -> None:
+    turns = [{"role": role, "content": "word " * 9} for role in ("user", "assistant")]
+    lines = [json.dumps({"messages": turns}) for _ in range(20)]
+    path = tmp_path / "chats.jsonl"
+    words = ["--data-path", str(path), "--sft", "--seq-length", "96", "--split", "1", "--dry-run"]
+    path.write_text("\n".join([*lines, json.dumps({"messages": turns, "id": 3})]))
+    found = [note for note in plan(*words).notes if str(path) in note]
+    assert ["are cut to 96" in found[0], "the first in line 21" in found[1]] == [True, True]
+    assert len(found) == 2
+    path.write_text("\n".join([*lines, "{"]))
+    assert refused(*words).rule.startswith("line 21: not JSON")
 
 
 def test_only_small_data_is_read_by_a_dry_run(tmp_path: Path) -> None:

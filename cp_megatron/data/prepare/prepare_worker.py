@@ -13,6 +13,7 @@ import signal
 import traceback
 import zlib
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -28,6 +29,8 @@ from cp_megatron.data.tokenize.tokenizer import Tokenizer
 from cp_megatron.errors import ConfigError
 
 OUTPUT = "--output-prefix"
+_GONE = (EOFError, BrokenPipeError, ConnectionResetError)
+"""What the pipe raises when the parent has ended or closed it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,20 +66,21 @@ def serve(connection: Connection, request: Request) -> None:
     """
     # Ctrl-C reaches all processes of the terminal; the parent ends this one by closing the pipe.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        tokenizer = tokenizer_of(request)
-        while True:
-            connection.send(None)
-            number, span = connection.recv()
-            tokenise_span(number, span, request, tokenizer, connection)
-    except (EOFError, BrokenPipeError, ConnectionResetError):
-        return
-    except ConfigError as error:
-        connection.send(error)
-    except OSError as error:
-        connection.send(cannot_write(request.partial, error))
-    except Exception:
-        connection.send(RuntimeError(f"a process failed:\n{traceback.format_exc()}"))
+    with suppress(*_GONE):
+        try:
+            tokenizer = tokenizer_of(request)
+            while True:
+                connection.send(None)
+                number, span = connection.recv()
+                tokenise_span(number, span, request, tokenizer, connection)
+        except _GONE:
+            raise
+        except ConfigError as error:
+            connection.send(error)
+        except OSError as error:
+            connection.send(cannot_write(request.partial, error))
+        except Exception:
+            connection.send(RuntimeError(f"a process failed:\n{traceback.format_exc()}"))
 
 
 def tokenise_span(

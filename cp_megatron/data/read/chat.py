@@ -98,12 +98,12 @@ def chat_writer(tokenizer: Tokenizer, date: str | None) -> Writer:
     """Returns what writes conversations for a tokenizer.
 
     Raises:
-        ConfigError: the date is none, or the chat template cannot be used.
+        ConfigError: the date is not YYYY-MM-DD, or the chat template cannot be used.
     """
     try:
         today = None if date is None else datetime.strptime(date, "%Y-%m-%d")
     except ValueError:
-        raise ConfigError(DATE_FLAG, str(date), "must be a day, YYYY-MM-DD", "2026-01-31") from None
+        raise ConfigError(DATE_FLAG, str(date), "must be YYYY-MM-DD", "2026-01-31") from None
     return writer(tokenizer, find_template(tokenizer, today=today))
 
 

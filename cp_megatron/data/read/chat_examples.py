@@ -30,12 +30,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 import numpy.typing as npt
 
 from cp_megatron.data.read.chat_records import ChatRecord
-from cp_megatron.data.read.chat_turns import RecordError, in_parts, joined
+from cp_megatron.data.read.chat_turns import RecordError, in_parts, joined, spell_calls
 from cp_megatron.data.read.json_lines import BadLineError
 from cp_megatron.data.read.lost_text import (
     Remark,
@@ -143,19 +144,28 @@ class _Templated:
         return self.template(messages, answer_follows, self.record.values)
 
     def _choose_contents(self) -> None:
-        """Chooses between texts and parts, whichever the template writes."""
+        """Chooses how contents are spelled, so that the template writes them."""
         own = self.messages
-        for spelled in (own, [joined(m) for m in own], [in_parts(m) for m in own]):
+        spellings = [own, [joined(m) for m in own], [in_parts(m) for m in own]]
+        # R1's template asks for null beside calls and for arguments as a string of JSON; others
+        # need a text or an object there.
+        others = product((False, True), (None, ""))
+        spellings += [[spell_calls(m, empty, swap) for m in own] for swap, empty in others]
+        possible: list[Sequence[Message]] = []
+        for spelled in spellings:
             try:
                 text = self._render(spelled, False)
             except TemplateRefusalError:
                 continue
+            possible.append(spelled)
             parts = [m["content"] for m in spelled if isinstance(m.get("content"), list)]
             # A template that does not know of parts writes the list as Python prints it.
-            asked = (x for m in spelled if m["role"] != "assistant" for x in content_of(m))
-            if not any(str(each) in text for each in parts) and first_missing(asked, text) is None:
+            read = [m for m in spelled if m["role"] != "assistant" or m.get("tool_calls")]
+            texts = (x for m in read for x in texts_of(m))
+            if not any(str(each) in text for each in parts) and first_missing(texts, text) is None:
                 self.messages = spelled
                 return
+        self.messages = (possible or spellings[-1:])[0]
 
     def _trained(self) -> Iterator[int]:
         """The numbers of the answers that have a loss, the last first."""
@@ -232,7 +242,12 @@ class _Templated:
         if start < len(before):
             what = "have an answer that does not begin as the generation prompt ends"
             self.remarks.append((what, repr(before[start:])))
-        return after, (start, len(after.rstrip()))
+        end = len(after.rstrip())
+        content = content_of(self.messages[number])[-1:]
+        if content and (last := content[0].rstrip()) and after.endswith(last, start, end):
+            what = "have an answer with no end, so that the model does not learn to stop"
+            self.remarks.append((what, repr(after[-30:])))
+        return after, (start, end)
 
     def _word_for_word(self, number: int, before: str, written: str, lost: str) -> tuple[str, Span]:
         """An answer after its generation prompt, as the record has it.

@@ -26,7 +26,7 @@ PROBE_RECORDS = 8
 _BATCH = 512
 
 Found = tuple[str, dict[str, Any] | BadLineError]
-"""Where a record is, for messages, and the record or why it is none."""
+"""The place of a record, for messages, and the record or the reason why it is malformed."""
 
 
 def check_chat_file(path: str) -> FileKind:
@@ -36,11 +36,13 @@ def check_chat_file(path: str) -> FileKind:
         ConfigError: there is no such file, or it is of another kind.
     """
     if not Path(path).is_file():
-        rule = "--sft reads conversations from files" if Path(path).exists() else "no such file"
-        raise ConfigError(FLAG, path, rule, WORKS)
+        if Path(path).is_dir():
+            rule, works = "is a folder, and --sft reads files", f"its files, for example {path}/*"
+            raise ConfigError(FLAG, path, rule, works)
+        raise ConfigError(FLAG, path, "there is no such file", WORKS)
     kind = kind_of(path, FLAG)
     if kind.format not in ("lines", "objects", "parquet", "arrow"):
-        raise ConfigError(FLAG, path, "--sft reads conversations, and not such files", WORKS)
+        raise ConfigError(FLAG, path, f"is read as {kind.format}, which --sft cannot read", WORKS)
     return kind
 
 

@@ -17,9 +17,8 @@ from types import MappingProxyType
 from typing import Any
 
 from cp_megatron.data.read.chat_turns import RecordError, Turn, answer, other, parsed, read_turns
-from cp_megatron.data.read.json_lines import BadLineError, check_surrogates
+from cp_megatron.data.read.json_lines import CHAT_KEYS, BadLineError, check_surrogates
 
-LISTS = ("messages", "conversations", "conversation")
 SHAPES = (
     "a list of turns under messages or conversations; prompt and completion; or instruction "
     "(with input) and output"
@@ -49,7 +48,7 @@ _OTHER_KINDS: tuple[tuple[frozenset[str], str, str], ...] = (
     ),
     (frozenset(("text",)), "is a text, not a conversation", _WITHOUT_SFT),
 )
-"""(keys that a record has, what it is, what to do) for data that --sft cannot train on."""
+"""Data that --sft cannot train on: (the keys of a record, what it is, what to do)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,8 +57,8 @@ class ChatRecord:
 
     Attributes:
         turns: the messages, at least one of them an answer.
-        values: what the template may read besides, such as ``tools``.
-        unread: keys of the record that are used for nothing.
+        values: what else the template may read, such as ``tools``.
+        unread: keys of the record that are not used.
         shape: the keys that the turns come from.
     """
 
@@ -72,17 +71,12 @@ class ChatRecord:
     def messages(self) -> list[Mapping[str, Any]]:
         return [turn.message for turn in self.turns]
 
-    @property
-    def is_listed(self) -> bool:
-        """Whether the record has its turns in a list, as a template reads them."""
-        return self.shape in LISTS
-
 
 def read_record(value: Mapping[str, Any]) -> ChatRecord:
     """Reads the object of a line, an element of a JSON array or a row of a table.
 
     Raises:
-        BadLineError: it is no conversation; a ``RecordError`` if it is data of another kind.
+        BadLineError: it is not a conversation; ``RecordError`` if it is data of another kind.
     """
     given = {key: item for key, item in value.items() if item is not None}
     read = next((read for keys, read in _SHAPES.items() if _fits(keys, given)), None)
@@ -144,7 +138,7 @@ Read = Callable[[Mapping[str, Any]], tuple[list[Turn], set[str]]]
 
 
 def _listed(given: Mapping[str, Any]) -> tuple[list[Turn], set[str]]:
-    key = next(key for key in LISTS if key in given)
+    key = next(key for key in CHAT_KEYS if key in given)
     return read_turns(given[key], key), {key}
 
 
@@ -177,7 +171,7 @@ def _instructed(given: Mapping[str, Any]) -> tuple[list[Turn], set[str]]:
 
 _SHAPES: Mapping[tuple[str, ...], Read] = MappingProxyType(
     {
-        ("messages|conversations|conversation",): _listed,
+        ("|".join(CHAT_KEYS),): _listed,
         ("prompt", "completion|response"): _completed,
         ("instruction", "output|response"): _instructed,
     }

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -26,7 +27,7 @@ ROLES: Mapping[str, str] = MappingProxyType(
         **dict.fromkeys(("system", "developer"), ""),
     }
 )
-"""How a role is spelled, in small letters -> the name that templates know; "" is the same."""
+"""How a role is spelled, in lower case -> the name that templates know; "" keeps the name."""
 _CALLS = ("function_call", "tool_call")
 _TRAINED = ("weight", "train", "training", "loss")
 """Keys that say whether an answer has a loss."""
@@ -36,7 +37,7 @@ CONTENT = ("content", "value")
 
 
 class RecordError(BadLineError):
-    """A record cannot be trained on; ``works`` says what would help more than leaving it out."""
+    """A record cannot be trained on; ``works`` tells how to mend the data."""
 
     def __init__(self, reason: str, works: str) -> None:
         super().__init__(reason)
@@ -121,6 +122,37 @@ def in_parts(message: Mapping[str, Any]) -> Mapping[str, Any]:
     if not isinstance(content, str):
         return message
     return {**message, "content": [{"type": "text", "text": content}]}
+
+
+def spell_calls(message: Mapping[str, Any], empty: str | None, swap: bool) -> Mapping[str, Any]:
+    """The message with its calls as another template expects them.
+
+    Args:
+        message: one without calls is returned as it is.
+        empty: the content, if the message has none.
+        swap: make a string of JSON of arguments that are an object, and the reverse.
+    """
+    calls = message.get("tool_calls")
+    if not calls or not all(isinstance(call, Mapping) for call in calls):
+        return message
+    return {
+        **message,
+        "content": message.get("content") or empty,
+        "tool_calls": [_swapped(call) if swap else call for call in calls],
+    }
+
+
+def _swapped(call: Mapping[str, Any]) -> Mapping[str, Any]:
+    inner = call.get("function")
+    if isinstance(inner, Mapping):
+        return {**call, "function": _swapped(inner)}
+    arguments = call.get("arguments")
+    if isinstance(arguments, Mapping):
+        return {**call, "arguments": json.dumps(arguments, ensure_ascii=False)}
+    with suppress(ValueError, RecursionError):
+        if isinstance(arguments, str) and isinstance(value := json.loads(arguments), dict):
+            return {**call, "arguments": value}
+    return call
 
 
 def _turn(entry: Any, number: int) -> Turn:

@@ -26,7 +26,7 @@ _CHUNK = 1 << 20
 
 
 def codec_of(path: str) -> Codec | None:
-    """How a file is packed; None if it is not.
+    """How a file is compressed; None if it is not.
 
     Raises:
         OSError: the file cannot be read.

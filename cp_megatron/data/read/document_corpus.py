@@ -15,12 +15,12 @@ from cp_megatron.data.read.documents import (
     find_inputs,
     read_span,
 )
+from cp_megatron.data.read.json_lines import KEYS_FLAG
 from cp_megatron.data.read.text_files import FLAG, MOST_TOKENISED, PREPARED, check_size, tokenised
 from cp_megatron.data.tokenize.tokenizer import Tokenizer
 from cp_megatron.errors import ConfigError
 
 _KEY = "text"
-_KEYS_FLAG = "--json-keys"
 
 
 def check_documents(paths: Sequence[str], *, skip_bad: bool, command: str) -> None:
@@ -35,7 +35,7 @@ def check_documents(paths: Sequence[str], *, skip_bad: bool, command: str) -> No
         ConfigError: a file cannot be read, or a document has no text under the key ``text``; if
             malformed lines are left out, all of the first ones are malformed.
     """
-    with _explained(command):
+    with _explained(paths, command):
         for file in _files(paths):
             for span in islice(cut_spans([file], span_bytes=MOST_TOKENISED), 1):
                 first = next(read_span(span, (_KEY,), skip_bad_lines=skip_bad), None)
@@ -61,7 +61,7 @@ def load_documents(
     documents: list[bytes] = []
     names: list[str] = []
     skipped = size = 0
-    with _explained(command):
+    with _explained(paths, command):
         for path, count, batch in _batches(paths, skip_bad):
             # Rows of Parquet are counted without those that are empty.
             places = batch.places or range(count + 1, count + 1 + len(batch.texts[0]))
@@ -95,18 +95,17 @@ def _files(paths: Sequence[str]) -> Iterator[InputFile]:
 
 
 @contextmanager
-def _explained(command: str) -> Iterator[None]:
+def _explained(paths: Sequence[str], command: str) -> Iterator[None]:
     """Answers a missing key, and too much text, by the command that prepares the data."""
     try:
         yield
     except ConfigError as error:
-        rule, works = error.rule, error.works
-        if error.flag == _KEYS_FLAG:
-            rule = f"{error.rule}: {error.value}"
-            works = f"{command} {_KEYS_FLAG} KEY, with one of {error.works}"
-        elif PREPARED in works:
+        flag, value, rule, works = error.flag, error.value, error.rule, error.works
+        if flag == KEYS_FLAG:
+            value, rule = ", ".join(paths), f"{value!r} {rule}"
+        if PREPARED in works:
             works = command
-        elif works.startswith(_KEYS_FLAG):
+        elif works.startswith(KEYS_FLAG):
             works = f"{command} {works}"
-        flag = FLAG if error.flag in ("--input", _KEYS_FLAG) else error.flag
-        raise ConfigError(flag, error.value, rule, works) from None
+        flag = FLAG if flag in ("--input", KEYS_FLAG) else flag
+        raise ConfigError(flag, value, rule, works) from None

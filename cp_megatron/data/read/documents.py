@@ -354,10 +354,7 @@ def _bad_line(span: InputSpan, number: int, error: BadLineError) -> ConfigError:
     works = "--skip-bad-lines, which lists what it skips"
     if isinstance(error, NoSuchKeyError) and number == 1 and not span.start:
         # The whole file is of another shape, so to skip its lines would leave nothing.
-        works = "an object with a text under a key"
-        if error.keys:
-            works = f"--json-keys {error.keys[0]}"
-            works += f" (or {', '.join(error.keys[1:])})" if error.keys[1:] else ""
+        works = error.works
     if span.start:
         number += lines_before(path, span.start)
     return ConfigError(FLAG, path, f"{what} {number}: {error}", works)

@@ -28,25 +28,21 @@ TABLES: frozenset[Format] = frozenset({"csv", "tsv", "parquet", "arrow"})
 _LINES = (".jsonl", ".ndjson", ".jsonlines", ".jl")
 _ARCHIVES = (".warc", ".wet", ".wat")
 _ARCHIVE = (
-    "a web archive (WARC), whose pages have headers and marks",
+    "a web archive (WARC), whose pages have headers and HTML tags",
     "the text that a tool such as trafilatura extracts from it, as .jsonl",
 )
-_BINARY: Sequence[tuple[int, bytes, str, str]] = (
+_PICKLES = tuple(bytes((0x80, protocol)) for protocol in range(2, 6))
+_UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+_BINARY: Sequence[tuple[int, bytes | tuple[bytes, ...], str, str]] = (
     (0, b"WARC/", *_ARCHIVE),
     (0, b"%PDF-", "a PDF", "its text: pdftotext FILE"),
     (0, b"{\\rtf", "a rich text document", "its text, exported as .txt"),
     (0, b"PK\x03\x04", "a ZIP archive (so are .docx, .xlsx, .epub)", "the text files in it"),
-    (257, b"ustar\0", "a tar archive", "the files in it: tar -xf FILE"),
-    (257, b"ustar  \0", "a tar archive", "the files in it: tar -xf FILE"),
+    (257, (b"ustar\0", b"ustar  \0"), "a tar archive", "the files in it: tar -xf FILE"),
     (0, b"7z\xbc\xaf\x27\x1c", "a 7z archive", "the files in it"),
     (0, b"Rar!\x1a", "a RAR archive", "the files in it"),
     (0, b"\xd0\xcf\x11\xe0", "a document of Microsoft Office", "its text, exported as .txt"),
-    (
-        0,
-        b"SQLite format 3\0",
-        "an SQLite database",
-        "a table of it: sqlite3 -header -csv",
-    ),
+    (0, b"SQLite format 3\0", "an SQLite database", "a table of it: sqlite3 -header -csv"),
     (0, b"\x89HDF\r\n", "an HDF5 file", "its text as .jsonl"),
     (0, b"\x93NUMPY", "a NumPy array", "text, or ids as .bin/.idx (prepare_data.py)"),
     (0, b"Obj\x01", "an Avro file", "its rows as Parquet or .jsonl"),
@@ -54,16 +50,11 @@ _BINARY: Sequence[tuple[int, bytes, str, str]] = (
     (0, b"FEA1", "a Feather file of version 1", "pyarrow.feather.write_feather, which writes 2"),
     (0, b"MMIDIDX\0\0", "the index of a .bin/.idx pair", "--data-path with the path without .idx"),
     (0, b"GGUF", "a GGUF model", "text"),
-    (0, b"\x80\x02", "a pickle", "text; a pickle is a program and is never run"),
-    (0, b"\x80\x03", "a pickle", "text; a pickle is a program and is never run"),
-    (0, b"\x80\x04", "a pickle", "text; a pickle is a program and is never run"),
-    (0, b"\x80\x05", "a pickle", "text; a pickle is a program and is never run"),
-    (0, b"\x89PNG", "an image", "text"),
-    (0, b"\xff\xd8\xff", "an image", "text"),
-    (0, b"\xff\xfe", "UTF-16, so it is not UTF-8 text", "iconv -f UTF-16 -t UTF-8 FILE"),
-    (0, b"\xfe\xff", "UTF-16, so it is not UTF-8 text", "iconv -f UTF-16 -t UTF-8 FILE"),
+    (0, _PICKLES, "a pickle", "text; a pickle is a program and is never run"),
+    (0, (b"\x89PNG", b"\xff\xd8\xff"), "an image", "text"),
+    (0, _UTF16, "UTF-16, so it is not UTF-8 text", "iconv -f UTF-16 -t UTF-8 FILE"),
 )
-"""Where the bytes are that tell a format, its name, and what works instead."""
+"""Where the bytes are that tell a format, the bytes, its name, and what works instead."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,14 +85,13 @@ def kind_of(path: str, flag: str) -> FileKind:
     with open_unpacked(path, flag) as stream:
         head = stream.read(HEAD_BYTES)
     packed = codec_of(path)
-    if (found := binary_kind(path, head)) is not None:
-        raise ConfigError(flag, path, f"is {found[0]}", found[1])
-    by_content: Format | None = None
+    if (other := binary_kind(path, head)) is not None:
+        raise ConfigError(flag, path, f"is {other[0]}", other[1])
+    format_ = format_of_name(path)
     if head.startswith(b"PAR1") and b"\0" in head:
-        by_content = "parquet"
+        format_ = "parquet"
     elif head.startswith((b"ARROW1\0", b"\xff\xff\xff\xff")):
-        by_content = "arrow"
-    format_ = by_content or format_of_name(path)
+        format_ = "arrow"
     if format_ in ("parquet", "arrow") and packed is not None:
         raise ConfigError(flag, path, f"is a table packed by {packed}", "the file unpacked")
     if format_ == "lines" and _spans_lines(path, head):
@@ -124,11 +114,11 @@ def binary_kind(path: str, head: bytes) -> tuple[str, str] | None:
     """(name, what works instead) of a file that no run trains on; None if it may be one."""
     if name_unpacked(path).endswith(_ARCHIVES):
         return _ARCHIVE
-    found = next((row for row in _BINARY if head[row[0] :].startswith(row[1])), None)
+    row = next((row for row in _BINARY if head[row[0] :].startswith(row[1])), None)
     # A text may begin with the letters ORC.
-    if found is None or (found[1] in (b"ORC", b"GGUF") and b"\0" not in head):
+    if row is None or (row[1] in (b"ORC", b"GGUF") and b"\0" not in head):
         return None
-    return found[2:]
+    return row[2:]
 
 
 class Listing(NamedTuple):
@@ -185,9 +175,8 @@ def _doubt(path: str, head: bytes) -> str:
     first = text.partition(b"\n")[0]
     if text[:1] == b"{" and _is_json(first):
         return f"{path} is read as text, but its lines are JSON; name it .jsonl to read their text"
-
     if text[:15].lower().startswith((b"<!doctype html", b"<html")):
-        return f"{path} is HTML, and its marks are trained on as the text is"
+        return f"{path} is HTML, and its tags are trained on like the text"
     return ""
 
 

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
+
+KEYS_FLAG = "--json-keys"
+CHAT_KEYS = ("messages", "conversations", "conversation")
+"""Keys of a record that has the turns of a conversation in a list."""
 
 
 class BadLineError(ValueError):
@@ -12,11 +16,27 @@ class BadLineError(ValueError):
 
 
 class NoSuchKeyError(BadLineError):
-    """An object lacks a key; ``keys`` are those under which it has a text."""
+    """An object lacks a key; ``works`` says what to do if all objects of the file do."""
 
     def __init__(self, key: str, value: Mapping[str, Any]) -> None:
-        self.keys = tuple(name for name, item in value.items() if isinstance(item, str))
+        texts = [name for name, item in value.items() if isinstance(item, str)]
+        self.works = instead_of_key(texts, value)
         super().__init__(f"has no key {key!r}, but {', '.join(map(repr, value)) or 'none at all'}")
+
+
+def instead_of_key(texts: Sequence[str], keys: Collection[str]) -> str:
+    """What works for a file that lacks the key of its texts.
+
+    Args:
+        texts: the keys that have a text.
+        keys: all keys.
+    """
+    if texts:
+        others = f" (or {', '.join(texts[1:])})" if texts[1:] else ""
+        return f"{KEYS_FLAG} {texts[0]}{others}"
+    if any(key in keys for key in CHAT_KEYS):
+        return "pretrain.py --sft, which trains on conversations"
+    return "a text under a key, or in a column"
 
 
 def parse_object(line: bytes) -> dict[str, Any] | None:

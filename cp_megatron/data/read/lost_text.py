@@ -8,10 +8,11 @@ from typing import Any
 
 from cp_megatron.data.read.chat_records import ChatRecord
 from cp_megatron.data.read.chat_turns import REASONING, ROLES, strings
+from cp_megatron.data.read.json_lines import CHAT_KEYS
 
 Remark = tuple[str, str]
-"""(what conversations have or are, an instance of it)."""
-# Keys of a message whose values are its texts, or that only say what it is.
+"""(what is true of some conversations, an example of it)."""
+# Keys of a message that hold its texts, or that only describe it.
 _KNOWN = frozenset(
     ("content", "tool_calls", *REASONING, "id", "type", "tool_call_id", "name", "role")
 )
@@ -50,7 +51,7 @@ def texts_of(message: Mapping[str, Any]) -> Iterator[str]:
 
 def content_of(message: Mapping[str, Any]) -> list[str]:
     """The texts of a message's content."""
-    content = message.get("content", "")
+    content = message.get("content") or ""
     return [content] if isinstance(content, str) else [part["text"] for part in content]
 
 
@@ -91,7 +92,7 @@ def remarks_on(
     if read:
         what = "have keys that the template could read if chat_template_kwargs held them"
         yield what, ", ".join(read)
-    if not record.is_listed:
+    if record.shape not in CHAT_KEYS:
         yield "are written as a question and an answer", record.shape
 
 

@@ -1,7 +1,7 @@
 """The records of a file: JSON objects, or rows of a table of text.
 
-Each comes with the bytes that were read for it, for the progress. A record that is none is an
-error, which the caller raises or skips.
+Each comes with the number of bytes that were read for it, for the progress. What is not a record
+gives an error in its place, which the caller raises or skips.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any, BinaryIO
 
-from cp_megatron.data.read.json_lines import BadLineError, parse_object
+from cp_megatron.data.read.json_lines import KEYS_FLAG, BadLineError, instead_of_key, parse_object
 from cp_megatron.errors import ConfigError
 
 Record = tuple[int, dict[str, Any] | BadLineError | None]
-"""Bytes, and the record; None for a blank line."""
+"""The bytes that were read, and the record; None for a blank line."""
 _CHUNK = 1 << 20
 _BETWEEN = re.compile(r"[\s,]*")
 _LONGEST_CELL = (1 << 31) - 1
 _LONGEST_OBJECT = 1 << 28
-"""After this many letters that are no whole object, a file is taken to be damaged."""
+"""A file is damaged if this many characters of it are not one whole object."""
 
 
 def lines_of(stream: BinaryIO, start: int = 0, stop: int | None = None) -> Iterator[Record]:
@@ -125,8 +125,8 @@ def rows_of(
                 names = cells
                 for key in keys:
                     if key not in names:
-                        rule = f"{path} has no such column"
-                        raise ConfigError("--json-keys", key, rule, ", ".join(names))
+                        works = instead_of_key(names, names)
+                        raise ConfigError(KEYS_FLAG, key, f"is no column of {path}", works)
             elif len(cells) == len(names):
                 yield size, dict(zip(names, cells))
             elif cells:
@@ -135,8 +135,10 @@ def rows_of(
     except UnicodeDecodeError as error:
         raise _not_utf8(path, flag, error) from None
     except csv.Error as error:
-        rule = f"line {reader.line_num}: is no table of text: {error}"
-        raise ConfigError(flag, path, rule, "cells with a quote at both ends or at none") from None
+        rule = f"line {reader.line_num}: is not a row of the table: {error}"
+        raise ConfigError(
+            flag, path, rule, "cells that are quoted at both ends or not at all"
+        ) from None
 
 
 def lines_before(path: str, place: int) -> int:

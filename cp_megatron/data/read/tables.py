@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
+from cp_megatron.data.read.json_lines import KEYS_FLAG, instead_of_key
 from cp_megatron.errors import ConfigError
 
 FLAG = "--input"
@@ -57,7 +58,7 @@ def read_rows(path: str, batch: int, *, arrow: bool) -> Iterator[dict[str, Any]]
     Args:
         path: the file.
         batch: rows of Parquet that are read at a time.
-        arrow: it is one of Arrow.
+        arrow: whether the file is an Arrow file.
 
     Raises:
         ConfigError: it is not such a file, or pyarrow is missing.
@@ -75,7 +76,7 @@ def arrow_runs(path: str, piece_bytes: int) -> list[tuple[int, int, int]]:
     """Cuts an Arrow stream or file into runs of record batches: (first, one after the last, bytes).
 
     Raises:
-        ConfigError: it is not of Arrow, or pyarrow is missing.
+        ConfigError: it is not an Arrow file, or pyarrow is missing.
     """
     runs: list[tuple[int, int, int]] = []
     start = size = number = 0
@@ -118,14 +119,14 @@ def _rows(batch: Any, keys: Sequence[str], total: int) -> TableRows:
 
 
 def _check_columns(arrow: Any, path: str, schema: Any, keys: Sequence[str]) -> None:
+    text = (arrow.string(), arrow.large_string(), arrow.string_view())
+    texts = [column.name for column in schema if column.type in text]
     for key in keys:
-        if key not in schema.names:
-            columns = ", ".join(schema.names)
-            raise ConfigError("--json-keys", key, f"{path} has no such column", columns)
-        kind = schema.field(key).type
-        if kind not in (arrow.string(), arrow.large_string(), arrow.string_view()):
-            rule = f"the column of {path} holds {kind}, not text"
-            raise ConfigError("--json-keys", key, rule, "a column of texts")
+        if key not in texts:
+            rule = f"is no column of {path}"
+            if key in schema.names:
+                rule = f"is a column of {path} that holds {schema.field(key).type}, not text"
+            raise ConfigError(KEYS_FLAG, key, rule, instead_of_key(texts, schema.names))
 
 
 @contextmanager

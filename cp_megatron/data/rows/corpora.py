@@ -68,7 +68,7 @@ def check_data(data: DataConfig, *, dry_run: bool = False) -> tuple[str, ...]:
 
     Args:
         data: where they are.
-        dry_run: tell what ``open_data`` tells of all conversations of the first ones.
+        dry_run: also return notes about the first conversations.
 
     Returns:
         lines about the data for the user.

@@ -99,24 +99,24 @@ class HuggingFaceTokenizer(_Encoding):
     def _completed(
         cls, path: Path, data: bytes, library: Any, make_token: Callable[..., Any]
     ) -> HuggingFaceTokenizer:
-        said = _Said.read(path, library, make_token)
+        beside = _TokenFiles.read(path, library, make_token)
         # A file may set both from its training; a document must come out whole and unpadded.
         library.no_truncation()
         library.no_padding()
         rows = _entries(path.parent / "config.json").get("vocab_size")
-        added, rowless = said.add_to(library, rows if type(rows) is int else None)
-        library.encode_special_tokens = said.config.get("split_special_tokens") is True
-        mended = _mend_mistral(path, library, said.config)
+        added, rowless = beside.add_to(library, rows if type(rows) is int else None)
+        library.encode_special_tokens = beside.config.get("split_special_tokens") is True
+        mended = _mend_mistral(path, library, beside.config)
         changes = [added, library.encode_special_tokens, mended]
         largest = max(library.get_vocab(with_added_tokens=True).values(), default=-1)
-        ends = _ends(path, library, said.named.get("eos_token"))
+        ends = _ends(path, library, beside.named.get("eos_token"))
         eod = next((end for end in ends if end is not None and 0 <= end <= largest), None)
         if eod is None:
             tried = f"no eos_token in {_CONFIG}, no eos_token_id in config.json, no "
             raise no_end(path, f"{tried}({', '.join(_ENDS)})")
         # A file that nothing is added to keeps the fingerprint of its own bytes.
         data += json.dumps(changes).encode() if any(changes) else b""
-        opening, notes = _opening(library), tuple(_notes(path, library, said, rowless))
+        opening, notes = _opening(library), tuple(_notes(path, library, beside, rowless))
         sizes: dict[str, Any] = {"vocab_size": largest + 1, "eod": eod}
         return cls.make(path, data, library, **sizes, opening=opening, notes=notes)
 
@@ -158,8 +158,8 @@ class GPT2Tokenizer(_Encoding):
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Said:
-    """What the files beside a tokenizer.json say about tokens.
+class _TokenFiles:
+    """The tokens that the files beside a tokenizer.json name.
 
     Attributes:
         config: the entries of tokenizer_config.json, over those of special_tokens_map.json.
@@ -174,7 +174,7 @@ class _Said:
     extra: Sequence[Any]
 
     @classmethod
-    def read(cls, path: Path, library: Any, make_token: Callable[..., Any]) -> _Said:
+    def read(cls, path: Path, library: Any, make_token: Callable[..., Any]) -> _TokenFiles:
         """Reads the files in the order and with the precedence that transformers has.
 
         Raises:
@@ -233,7 +233,7 @@ def _special_tokens(
     config: Mapping[str, Any], library: Any, make_token: Callable[..., Any]
 ) -> tuple[dict[str, Any], list[Any]]:
     """The tokens with a role, in the order in which transformers adds them, and further ones."""
-    extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
+    extra, more = (config.get(f"{word}_special_tokens") or [] for word in ("extra", "additional"))
     others = {name: x for name, x in config.items() if name.endswith("_token")}
     padding = library.padding
     named = {name: others.pop(name, None) for name in _NAMED}
@@ -243,6 +243,7 @@ def _special_tokens(
     named |= {name: x for name, x in others.items() if isinstance(x, str | dict)}
     if isinstance(extra, dict):
         named, extra = named | extra, []
+    extra = extra or more
     tokens = {name: _token(x, make_token) for name, x in named.items() if x is not None}
     return tokens, [_token(entry, make_token) for entry in extra]
 
@@ -284,20 +285,20 @@ def _is_rowless(token: Any, library: Any, num_rows: int | None) -> bool:
     return max(library.get_vocab(with_added_tokens=True).values(), default=-1) + 1 >= num_rows
 
 
-def _notes(path: Path, library: Any, said: _Said, rowless: Sequence[str]) -> Iterator[str]:
+def _notes(path: Path, library: Any, beside: _TokenFiles, rowless: Sequence[str]) -> Iterator[str]:
     """What the user should know: the files disagree, and one of them is followed."""
     for text in rowless:
         yield f"the files beside {path} name {text}, but the model has no row for it: it is text"
-    for index, token in said.listed.items():
+    for index, token in beside.listed.items():
         found = library.token_to_id(token.content)
         if found != index:
             at = f"the files beside {path} give {token.content} the id {index}"
             yield f"{at}, but as in transformers its id is {found}"
-    asked, has = said.config.get("add_prefix_space"), _adds_space(library)
+    asked, has = beside.config.get("add_prefix_space"), _adds_space(library)
     if isinstance(asked, bool) and asked != has:
         does = "puts a space before a text" if has else "puts no space before a text"
         yield f"{_CONFIG} has add_prefix_space {asked}, but {path} {does}: the latter is followed"
-    if said.config.get("auto_map"):
+    if beside.config.get("auto_map"):
         yield f"{_CONFIG} names Python code of its own, which is not run: {path} alone is followed"
 
 
