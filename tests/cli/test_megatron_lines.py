@@ -176,10 +176,15 @@ def test_a_line_reaches_a_plan_after_at_most_three_refusals(name: str, folder: P
 
 def shrunk(line: MegatronLine, folder: Path) -> list[str]:
     """The line with small sizes for two ranks, and with whole paths."""
+
+    def is_file(word: str) -> bool:
+        return (folder / word).exists() or (folder / f"{word}.idx").exists()
+
     words = ["--device", "cpu"]
     for flag, values in split_words(accepted(line)):
         values = [SMALL[flag]] if flag in SMALL else values
-        words += [flag, *(str(folder / v) if (folder / v).exists() else v for v in values)]
+        # The ranks may have been started in another folder. A .bin/.idx pair is named by its prefix.
+        words += [flag, *(str(folder / v) if is_file(v) else v for v in values)]
     save = str(folder / "run")
     return [save if word == "checkpoints" else word for word in words]
 
