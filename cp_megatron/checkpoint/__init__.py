@@ -18,9 +18,9 @@ A checkpoint that is saved on one grid loads on any other.
     hf_write.py           writes the weights of such a folder
     inert_pickle.py       reads pickles of torch without executing anything; does not import torch
     torch_file.py         finds the tensors in a file of torch.save; does not import torch
-    torch_file_reader.py  reads boxes of them
-    dcp_metadata.py       reads what a folder of torch.distributed.checkpoint holds; no torch either
-    foreign_names.py      finds a model in a checkpoint by the names of its tensors; nor here
+    torch_file_reader.py  reads boxes of the tensors in such a file
+    dcp_metadata.py       lists the tensors in a folder of DCP; does not import torch
+    foreign_names.py      finds a model by the names of its tensors; does not import torch
     torch_import.py       converts checkpoints of torch and torchtitan to a Hugging Face folder
     gguf.py               reads the header of a GGUF file; does not import torch
     gguf_convert.py       converts a GGUF file to a Hugging Face folder

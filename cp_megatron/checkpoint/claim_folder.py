@@ -29,7 +29,8 @@ def claimed_folder(
     A folder that is created for this and stays empty is removed after the block.
 
     Args:
-        choose: the folder; it is asked again if a folder that must be new has just been created.
+        choose: returns the folder. It is called again if a folder that must be new has just been
+            created by another program.
         check: raises ConfigError if the content of the folder, which is locked now, is not as
             expected.
         flag: the flag that names the folder.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,13 @@ from cp_megatron.checkpoint.gguf_convert import WeightType, convert_gguf
 from cp_megatron.checkpoint.hf_folder import check_output, safetensors_header
 from cp_megatron.cli.programs import CONVERT, ConversionOptions, refuse_unread
 from cp_megatron.config import Config
-from cp_megatron.config.files.foreign_folders import FROM_GGUF, FROM_TORCH, LOAD_HF, recognize
+from cp_megatron.config.files.foreign_folders import (
+    DCP_METADATA,
+    FROM_GGUF,
+    FROM_TORCH,
+    LOAD_HF,
+    recognize,
+)
 from cp_megatron.errors import ConfigError
 
 _READ = (FROM_GGUF, FROM_TORCH, "--load", LOAD_HF, "--output", "--dtype", "--bf16")
@@ -104,12 +111,16 @@ def _source(config: Config, options: ConversionOptions) -> Path:
     ((flag, source),) = named.items()
     if flag == FROM_TORCH and (foreign := recognize(flag, source)) is not None:
         raise foreign
-    if flag == FROM_TORCH and not Path(source).exists():
-        raise ConfigError(flag, source, "does not exist", "a folder of torch or a file")
+    path = Path(source)
+    # Unlike Path.is_file, os.path.isfile raises nothing for a name that is too long.
+    if flag == FROM_TORCH and not any(map(os.path.isfile, (path, path / DCP_METADATA))):
+        rule = "holds no checkpoint of torch" if os.path.isdir(path) else "does not exist"
+        works = f"a folder with {DCP_METADATA}, or a file of torch.save"
+        raise ConfigError(flag, source, rule, works)
     if flag == FROM_TORCH and load_hf is None:
         rule = "does not say what the model is: its number of heads, its rotary base"
         raise ConfigError(flag, source, rule, f"{LOAD_HF} with a folder that has its config.json")
     if flag != FROM_TORCH and load_hf is not None:
         rule = f"has no effect with {flag}, which has a configuration"
         raise ConfigError(LOAD_HF, load_hf, rule, "leave it out")
-    return Path(source)
+    return path

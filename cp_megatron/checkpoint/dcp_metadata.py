@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cp_megatron.checkpoint.inert_pickle import MalformedError, Record, read_pickle
+from cp_megatron.checkpoint.inert_pickle import TORCH_BYTES, MalformedError, Record, read_pickle
 from cp_megatron.config.files.foreign_folders import DCP_METADATA
 
 
@@ -100,7 +100,7 @@ def _tensor(name: str, record: Any, places: _Places) -> DCPTensor:
     # Present versions write a tuple, the first ones a dict.
     state = properties.state
     dtype = state["dtype"] if isinstance(state, dict) else state[0]
-    if not isinstance(dtype, str):
+    if dtype not in TORCH_BYTES:
         raise TypeError
     chunks = [_chunk(name, _fields(x, "ChunkStorageMetadata"), places) for x in fields["chunks"]]
     filled = [chunk for chunk in chunks if chunk is not None]

@@ -74,7 +74,7 @@ class ForeignTensors:
 
 def find_tensors(
     source: object,
-    found: HFModel,
+    target: HFModel,
     wanted: Collection[HFTensor],
     stored: Mapping[str, TensorType],
     others: Collection[str],
@@ -83,7 +83,7 @@ def find_tensors(
 
     Args:
         source: the checkpoint, for errors.
-        found: the model.
+        target: the model.
         wanted: the tensors of the folder.
         stored: the tensors of the checkpoint by name.
         others: the names of what else it holds.
@@ -94,13 +94,13 @@ def find_tensors(
     plain = {_WRAPPERS.sub("", name): name for name in (*stored, *others)}
     if len(plain) < len(stored) + len(others):
         raise ConfigError(FROM_TORCH, source, "two of its tensors have the same name")
-    prefix, is_meta = _prefix(source, found, plain)
+    prefix, is_meta = _prefix(source, target, plain)
     spelled = {
         x.key: prefix + (_meta_name(x.key, prefix, plain) if is_meta else x.key) for x in wanted
     }
     for tensor in wanted:
         name = spelled[tensor.key]
-        _check(source, found, tensor, name, stored.get(plain.get(name, "")))
+        _check(source, target, tensor, name, stored.get(plain.get(name, "")))
     head = prefix + (_meta_name(_HEAD, prefix, plain) if is_meta else _HEAD)
     if _HEAD in spelled or head not in plain:
         head = ""
@@ -109,9 +109,9 @@ def find_tensors(
     tops = {_group(name, prefix) for name in spelled.values()}
     for name in rest:
         if name.startswith(prefix) and _group(name, prefix) in tops:
-            rule = f"holds {name}, for which {found.family.architecture} has no place"
+            rule = f"holds {name}, for which {target.family.architecture} has no place"
             raise ConfigError(FROM_TORCH, source, rule, "the config.json of this very model")
-    interleaved = is_meta and _META_FAMILIES[found.family.model_type]
+    interleaved = is_meta and _META_FAMILIES[target.family.model_type]
     outer = prefix[: prefix.find(".") + 1]
     return ForeignTensors(
         names={key: plain[name] for key, name in spelled.items()},
@@ -127,7 +127,7 @@ def _group(name: str, prefix: str) -> str:
     return start + name[len(start) :].split(".")[0]
 
 
-def _prefix(source: object, found: HFModel, names: Collection[str]) -> tuple[str, bool]:
+def _prefix(source: object, target: HFModel, names: Collection[str]) -> tuple[str, bool]:
     """What stands before the names of the model, and whether they are Meta's."""
     places = []
     for is_meta, anchor in ((False, _EMBEDDING), (True, _meta(_EMBEDDING))):
@@ -142,8 +142,8 @@ def _prefix(source: object, found: HFModel, names: Collection[str]) -> tuple[str
             shown = ", ".join(f"{before}*" for before, _ in places[:4])
             rule = f"holds {len(places)} models ({shown})"
         raise ConfigError(FROM_TORCH, source, rule, "a checkpoint of one causal language model")
-    if places[0][1] and found.family.model_type not in _META_FAMILIES:
-        rule = f"has Meta's names, which no {found.family.architecture} has"
+    if places[0][1] and target.family.model_type not in _META_FAMILIES:
+        rule = f"has Meta's names, which no {target.family.architecture} has"
         works = f"--load-hf with a config.json of {', '.join(_META_FAMILIES)}"
         raise ConfigError(FROM_TORCH, source, rule, works)
     return places[0]
@@ -162,15 +162,17 @@ def _meta_name(key: str, prefix: str, names: Collection[str]) -> str:
 
 
 def _check(
-    source: object, found: HFModel, tensor: HFTensor, name: str, stored: TensorType | None
+    source: object, target: HFModel, tensor: HFTensor, name: str, stored: TensorType | None
 ) -> None:
     works = "the config.json of this very model"
     if stored is None:
-        rule = f"lacks {name}, which {found.family.architecture} has by {found.folder}/config.json"
+        rule = (
+            f"lacks {name}, which {target.family.architecture} has by {target.folder}/config.json"
+        )
         raise ConfigError(FROM_TORCH, source, rule, works)
     dtype, shape = stored
     if shape != tensor.shape:
-        rule = f"{name} has the shape {list(shape)}, but by {found.folder}/config.json it is "
+        rule = f"{name} has the shape {list(shape)}, but by {target.folder}/config.json it is "
         raise ConfigError(FROM_TORCH, source, f"{rule}{list(tensor.shape)}", works)
     if "float" not in dtype:
         raise ConfigError(FROM_TORCH, source, f"{name} has the dtype {dtype}", "float weights")

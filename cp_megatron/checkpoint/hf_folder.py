@@ -195,7 +195,7 @@ def _torch_header(folder: Path, name: str) -> dict[str, tuple[str, tuple[int, ..
         with (folder / name).open("rb") as stream:
             tensors = read_torch_file(stream)
     except MalformedError as error:
-        raise _wrong(folder, f"{name} {error}") from None
+        raise ConfigError(FLAG, folder, f"{name} {error}", error.works) from None
     except OSError as error:
         raise _wrong(folder, f"{name} cannot be read ({error.strerror})") from None
     return {key: (tensor.dtype, tensor.shape) for key, tensor in tensors.items()}
@@ -221,7 +221,10 @@ def new_folder(output: Path) -> Iterator[Path]:
     """
     temporary = output.with_name(output.name + ".tmp")
     lock = FolderLock(temporary, flag=OUTPUT)
-    lock.acquire()
+    try:
+        lock.acquire()
+    except ConfigError as error:
+        raise ConfigError(OUTPUT, output, error.rule, error.works) from None
     try:
         for left in temporary.iterdir():  # by a process that was killed
             if not is_lock(left):

@@ -1,8 +1,8 @@
 """Reads pickles of torch without executing anything in them. This module does not import torch.
 
 A pickle is a program: it names functions and calls them. Here a name is looked up in a list of what
-torch itself writes for tensors and their descriptions, and stands for an inert record. No module is
-imported and nothing of torch is called. A pickle with another name is refused.
+torch itself writes for tensors and their descriptions, and an inert record takes its place. No
+module is imported and no function of torch is called. A pickle with another name is refused.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from typing import IO, Any
 
 from cp_megatron.checkpoint.manifest import ELEMENT_BYTES
 
+TORCH_BYTES: Mapping[str, int] = {**ELEMENT_BYTES, "complex64": 8, "complex128": 16}
+"""The dtypes that are read, and the bytes of an element."""
 _METADATA = "torch.distributed.checkpoint.metadata"
 _RECORDS: Mapping[str, tuple[str, ...]] = {
     "torch": ("device",),
@@ -39,12 +41,18 @@ _STORAGES: Mapping[str, str] = {
     "CharStorage": "int8",
     "ByteStorage": "uint8",
     "BoolStorage": "bool",
+    "ComplexFloatStorage": "complex64",
+    "ComplexDoubleStorage": "complex128",
 }
-_TORCH: Mapping[str, Any] = {"Size": tuple, **{name: name for name in ELEMENT_BYTES}, **_STORAGES}
+_TORCH: Mapping[str, Any] = {"Size": tuple, **{name: name for name in TORCH_BYTES}, **_STORAGES}
 
 
 class MalformedError(Exception):
-    """Says what is wrong with a file of torch, as a clause."""
+    """Says what is wrong with a file of torch, as a clause, and what works instead."""
+
+    def __init__(self, rule: str, works: str = "an undamaged checkpoint") -> None:
+        super().__init__(rule)
+        self.works = works
 
 
 class Record:
@@ -72,7 +80,7 @@ def read_pickle(stream: IO[bytes], find_storage: Callable[[Any], Any] | None = N
 
     Args:
         stream: is left at the end of the pickle.
-        find_storage: what stands for a persistent id, with which torch refers to a storage.
+        find_storage: returns the object for a persistent id, by which torch refers to a storage.
 
     Raises:
         MalformedError: the pickle is damaged or names something that is not in the list.
@@ -91,7 +99,7 @@ class _InertUnpickler(pickle.Unpickler):
         self._find_storage = find_storage
 
     def find_class(self, module: str, name: str) -> Any:
-        """Returns what stands for a name, and imports nothing."""
+        """Returns the object that takes the place of a name; imports nothing."""
         if module == "torch" and name in _TORCH:
             return _TORCH[name]
         if (module, name) == ("collections", "OrderedDict"):
@@ -101,10 +109,11 @@ class _InertUnpickler(pickle.Unpickler):
             return type("Record", (Record,), {"name": name})
         shown = f"{module}.{name}"[:80]
         rule = f"holds {shown!r}, which is no part of a tensor; nothing of it was executed"
-        raise MalformedError(rule)
+        works = "a file of the weights alone, as torch.save(model.state_dict(), FILE) writes them"
+        raise MalformedError(rule, works)
 
     def persistent_load(self, pid: Any) -> Any:
-        """Returns what stands for a storage."""
+        """Returns the object that takes the place of a storage."""
         if self._find_storage is None:
             raise MalformedError("refers to a storage that is not in it")
         return self._find_storage(pid)

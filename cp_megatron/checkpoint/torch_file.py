@@ -12,15 +12,16 @@ from __future__ import annotations
 
 import struct
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import IO, Any
 
-from cp_megatron.checkpoint.inert_pickle import MalformedError, Record, read_pickle
-from cp_megatron.checkpoint.manifest import ELEMENT_BYTES
+from cp_megatron.checkpoint.inert_pickle import TORCH_BYTES, MalformedError, Record, read_pickle
 
 _MAGIC = 0x1950A86A20F9469CFC6C
 _MAX_DIMS = 16
+_MAX_DEPTH, _MAX_CONTAINERS = 100, 1_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,25 +66,37 @@ def read_torch_file(stream: IO[bytes]) -> dict[str, TorchTensor]:
     except Exception as error:  # the bytes may be anything, and so may the errors
         raise MalformedError(f"is truncated or damaged ({error})") from None
     tensors: dict[str, TorchTensor] = {}
-    for name, record in _named(content, ""):
+    for name, record in _named(content):
         if name in tensors:
             raise MalformedError(f"holds {name} twice")
         tensors[name] = _located(name, record, places)
     return tensors
 
 
-def _named(value: Any, name: str) -> Iterator[tuple[str, Record]]:
+def _named(content: Any) -> Iterator[tuple[str, Record]]:
     """The tensors in dicts and lists, and their names."""
-    if isinstance(value, Mapping):
-        for key, item in value.items():
-            yield from _named(item, f"{name}.{key}" if name else str(key))
-    elif isinstance(value, list | tuple):
-        for number, item in enumerate(value):
-            yield from _named(item, f"{name}.{number}")
-    elif isinstance(value, Record) and value.name == "_rebuild_parameter":
-        yield from _named(value.args[0] if value.args else None, name)
-    elif isinstance(value, Record) and value.name == "_rebuild_tensor_v2":
-        yield name, value
+    left = deque([("", content, 0)])
+    for _ in range(_MAX_CONTAINERS):
+        if not left:
+            return
+        name, value, depth = left.popleft()
+        if depth > _MAX_DEPTH:
+            break
+        if isinstance(value, Record) and value.name == "_rebuild_parameter" and value.args:
+            value = value.args[0]
+        if isinstance(value, Record) and value.name == "_rebuild_tensor_v2":
+            yield name, value
+        items: Iterable[tuple[object, Any]] = ()
+        if isinstance(value, Mapping):
+            items = value.items()
+        elif isinstance(value, list | tuple):
+            items = enumerate(value)
+        left += [
+            (f"{name}.{key}" if depth else str(key), item, depth + 1)
+            for key, item in items
+            if isinstance(item, Mapping | list | tuple | Record)
+        ]
+    raise MalformedError("holds lists in lists without an end")
 
 
 def _located(name: str, record: Record, places: Mapping[str, tuple[int, int]]) -> TorchTensor:
@@ -93,7 +106,7 @@ def _located(name: str, record: Record, places: Mapping[str, tuple[int, int]]) -
             numbers = (offset, *shape, *strides)
             sound = len(shape) == len(strides) <= _MAX_DIMS and storage.key in places
             if sound and all(type(x) is int and 0 <= x < 1 << 48 for x in numbers):
-                (begin, end), size = places[storage.key], ELEMENT_BYTES[storage.dtype]
+                (begin, end), size = places[storage.key], TORCH_BYTES[storage.dtype]
                 start = begin + offset * size
                 found = TorchTensor(dtype=storage.dtype, shape=shape, strides=strides, start=start)
                 if start + found.extent * size <= end:
@@ -103,7 +116,7 @@ def _located(name: str, record: Record, places: Mapping[str, tuple[int, int]]) -
 
 def _storage(pid: Any) -> _Storage:
     match pid:
-        case ("storage", str(dtype), str(key), *rest) if dtype in ELEMENT_BYTES:
+        case ("storage", str(dtype), str(key), *rest) if dtype in TORCH_BYTES:
             if len(rest) < 3 or rest[2] is None:
                 return _Storage(key, dtype)
     raise MalformedError("refers to a storage of another kind than torch writes for a tensor")
@@ -160,7 +173,7 @@ def _read_old(stream: IO[bytes]) -> tuple[Any, dict[str, tuple[int, int]]]:
         head = stream.read(8)
         if not isinstance(key, str) or key not in dtypes or len(head) < 8:
             raise MalformedError("is truncated or damaged: a storage is missing")
-        start, num_bytes = place + 8, struct.unpack("<Q", head)[0] * ELEMENT_BYTES[dtypes[key]]
+        start, num_bytes = place + 8, struct.unpack("<Q", head)[0] * TORCH_BYTES[dtypes[key]]
         place = start + num_bytes
         if place > size:
             raise MalformedError(f"is truncated: it needs {place} bytes and has {size}")

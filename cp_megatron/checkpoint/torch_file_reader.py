@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cp_megatron.checkpoint.manifest import ELEMENT_BYTES
+from cp_megatron.checkpoint.inert_pickle import TORCH_BYTES
 from cp_megatron.checkpoint.torch_file import TorchTensor, read_torch_file
 
 
@@ -77,7 +77,7 @@ class TorchSlice:
         tensor, dtype = self._tensor, getattr(torch, self._tensor.dtype)
         if not tensor.extent:
             return torch.empty(tensor.shape, dtype=dtype)[box]
-        size = ELEMENT_BYTES[tensor.dtype]
+        size = TORCH_BYTES[tensor.dtype]
         data = self._data[tensor.start : tensor.start + tensor.extent * size]
         if tensor.start % size:  # The format before torch 1.6 does not align storages.
             data = data.copy()

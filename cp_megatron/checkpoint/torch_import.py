@@ -46,27 +46,27 @@ def import_torch(
             be written.
     """
     check_output(output)
-    found = read_hf_config(model_folder)
-    positions = found.model.max_position_embeddings or 1
-    wanted = found.family.tensors(found.model, vocab_size=found.vocab_size, seq_length=positions)
+    target = read_hf_config(model_folder)
+    positions = target.model.max_position_embeddings or 1
+    wanted = target.family.tensors(target.model, vocab_size=target.vocab_size, seq_length=positions)
     try:
-        checkpoint: _Reader = _DCPReader(source) if source.is_dir() else _FileReader(source)
-        tensors = find_tensors(source, found, wanted, checkpoint.types, checkpoint.others)
-        _write(checkpoint, tensors, found, wanted, output, dtype)
+        checkpoint = _open(source)
+        tensors = find_tensors(source, target, wanted, checkpoint.types, checkpoint.others)
+        _write(checkpoint, tensors, target, wanted, output, dtype)
     except MalformedError as error:
-        raise ConfigError(FROM_TORCH, source, str(error), "an undamaged checkpoint") from None
+        raise ConfigError(FROM_TORCH, source, str(error), error.works) from None
     return tensors.left_out
 
 
 def _write(
     checkpoint: _Reader,
     tensors: ForeignTensors,
-    found: HFModel,
+    target: HFModel,
     wanted: Collection[HFTensor],
     output: Path,
     dtype: str,
 ) -> None:
-    heads = {"q_proj": found.model.num_attention_heads, "k_proj": found.model.num_kv_heads}
+    heads = {"q_proj": target.model.num_attention_heads, "k_proj": target.model.num_kv_heads}
     by_key = {tensor.key: tensor for tensor in wanted}
 
     def read(tensor: HFTensor) -> Tensor:
@@ -82,9 +82,9 @@ def _write(
         if not torch.equal(checkpoint.read(tensors.head), embedding):
             rule = f"{tensors.head} differs from the embedding, with which config.json ties it"
             works = "tie_word_embeddings false in config.json"
-            raise ConfigError("--load-hf", found.folder, rule, works)
-    folder_from = Path(found.folder)
-    entries = {**found.raw, "architectures": [found.family.architecture], "torch_dtype": dtype}
+            raise ConfigError("--load-hf", target.folder, rule, works)
+    folder_from = Path(target.folder)
+    entries = {**target.raw, "architectures": [target.family.architecture], "torch_dtype": dtype}
     if "dtype" in entries:  # the newer name
         entries["dtype"] = dtype
     with new_folder(output) as folder:
@@ -107,12 +107,16 @@ class _Reader(Protocol):
         """Reads a whole tensor."""
 
 
+def _open(source: Path) -> _Reader:
+    try:
+        return _DCPReader(source) if source.is_dir() else _FileReader(source)
+    except OSError as error:
+        raise MalformedError(f"cannot be read ({error.strerror})") from None
+
+
 class _FileReader:
     def __init__(self, path: Path) -> None:
-        try:
-            self._file = TorchFileReader.open(path)
-        except OSError as error:
-            raise MalformedError(f"cannot be read ({error.strerror})") from None
+        self._file = TorchFileReader.open(path)
         tensors = self._file.tensors
         self.types: Mapping[str, TensorType] = {n: (x.dtype, x.shape) for n, x in tensors.items()}
         self.others: Collection[str] = ()
@@ -123,11 +127,7 @@ class _FileReader:
 
 class _DCPReader:
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        try:
-            content = read_dcp_metadata(folder)
-        except OSError as error:
-            raise MalformedError(f".metadata cannot be read ({error.strerror})") from None
+        self._folder, content = folder, read_dcp_metadata(folder)
         self._tensors: Mapping[str, DCPTensor] = content.tensors
         self.types: Mapping[str, TensorType] = {
             name: (x.dtype, x.shape) for name, x in content.tensors.items()

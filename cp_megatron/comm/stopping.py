@@ -16,7 +16,7 @@ from cp_megatron.comm.signals import StopRequest
 Item = TypeVar("Item")
 
 _TIME_IS_OVER = int(signal.NSIG)
-"""A wish that is no number of a signal."""
+"""The wish to stop because the time is over; no signal has this number."""
 
 
 class Stopping:

@@ -6,7 +6,6 @@ is refused. An evaluation has no dropout and no document masks, and a rank score
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -31,7 +30,7 @@ from cp_megatron.families.rope_fields import ROPE_FIELDS
 from cp_megatron.metrics.plots import require_matplotlib
 from cp_megatron.preflight.check import check
 from cp_megatron.preflight.run_plan import RunPlan
-from cp_megatron.preflight.save_and_load import check_resume
+from cp_megatron.preflight.save_and_load import check_resume, check_writable
 
 _READ = frozenset({"seed", "dtype", "bf16", "device", "deterministic", "plot"})
 """Settings of the sections ``train``, ``optimizer`` and ``log`` that an evaluation reads."""
@@ -181,10 +180,7 @@ def _checked_options(options: EvaluationOptions, given: frozenset[str]) -> Evalu
         if not options.dry_run:
             refuse_held("--output", output)
         check_vacant(output)
-    place = next(x for x in (output, *output.absolute().parents) if x.exists())
-    if not place.is_dir() or not os.access(place, os.W_OK):
-        rule = f"cannot be written: {place} is not a writable folder"
-        raise ConfigError("--output", options.output, rule, "another folder")
+    check_writable("--output", output)
     lengths, depths = (tuple(sorted(set(values))) for values in (options.lengths, options.depths))
     tasks = tuple(task for task in TASKS if task in options.tasks)
     return replace(options, tasks=tasks, lengths=lengths, depths=depths)

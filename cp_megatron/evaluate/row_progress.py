@@ -31,6 +31,8 @@ class Section:
 class RowProgress:
     """Prints how far the rows are scored; a context manager around the scoring.
 
+    It is made when the scoring begins, from which it measures the time.
+
     Args:
         sections: all sections, in the order in which they are scored.
         console: where to print.
@@ -53,18 +55,13 @@ class RowProgress:
         self._began = self._last_line = self._section_began = clock()
         columns = TextColumn("{task.description}"), BarColumn(bar_width=None), TaskProgressColumn()
         hidden = quiet or not console.is_terminal
+        more = TimeElapsedColumn()
         self._bar = Progress(
-            *columns,
-            TimeElapsedColumn(),
-            console=console,
-            expand=True,
-            transient=True,
-            disable=hidden,
+            *columns, more, console=console, expand=True, transient=True, disable=hidden
         )
         self._task = self._bar.add_task("", total=self._total)
 
     def __enter__(self) -> RowProgress:
-        self._began = self._last_line = self._section_began = self._clock()
         rows = sum(section.rows for section in self._left)
         self._say(f"scores     {_rows(rows)}; data and model are loaded")
         self._bar.start()

@@ -129,9 +129,8 @@ def evaluate(
     else:
         load_checkpoint(setup.load, model=model, optimizer=None, process_group=control)
     sections = _sections(setup, model.spec, text, tasks)
-    progress = RowProgress(sections, Console(), quiet=quiet)
     dist.barrier(group=control)  # all ranks catch signals from here on
-    with catch() as stop, progress:
+    with catch() as stop, RowProgress(sections, Console(), quiet=quiet) as progress:
         stopping = Stopping(stop, control)
 
         def go_on(done: int) -> bool:

@@ -131,7 +131,7 @@ def score(
     Returns:
         float64 [num_cells, 3], equal on every rank: the sum of losses in nats, the number of
         tokens that are most likely (of equal ones, the lowest), the number of tokens. None if
-        ``go_on`` says no.
+        ``go_on`` returns False.
     """
     model.eval()
     table = torch.zeros(num_cells, 3, dtype=torch.float64, device=device)

@@ -124,7 +124,7 @@ def check_save(config: Config, loaded: CheckpointChoice | None, *, auto: bool = 
     folder = Path(save)
     if os.path.lexists(folder) and not folder.is_dir():
         raise ConfigError("--save", save, "is a file, not a folder", "a new folder")
-    _check_writable(folder)
+    check_writable("--save", folder)
     if loaded is not None and folder.resolve() == loaded.folder.parent.resolve():
         newest = newest_step(folder)
         known = {path.resolve() for path in (loaded.folder, *loaded.passed_over)}
@@ -140,24 +140,29 @@ def check_save(config: Config, loaded: CheckpointChoice | None, *, auto: bool = 
         raise ConfigError("--save", save, rule, works or "a new folder")
 
 
-def _check_writable(folder: Path) -> None:
+def check_writable(flag: str, folder: Path) -> None:
+    """Checks that a folder can be written, or can be made; creates nothing.
+
+    Raises:
+        ConfigError: it cannot.
+    """
     existing = folder
     while not os.path.lexists(existing) and existing != existing.parent:
         existing = existing.parent
     if not existing.is_dir():
-        raise ConfigError("--save", folder, f"{existing} is a file, not a folder", "a new folder")
+        raise ConfigError(flag, folder, f"{existing} is a file, not a folder", "a new folder")
     if not os.access(existing, os.W_OK | os.X_OK):
-        raise ConfigError("--save", folder, f"{existing} is not writable", "another folder")
+        raise ConfigError(flag, folder, f"{existing} is not writable", "another folder")
     longest = os.pathconf(existing, "PC_NAME_MAX")
     if any(len(os.fsencode(part)) > longest for part in folder.parts):
         rule = f"a name in it is longer than {longest} bytes"
-        raise ConfigError("--save", folder, rule, "a shorter name")
+        raise ConfigError(flag, folder, rule, "a shorter name")
     try:
         folder.lstat()
     except (FileNotFoundError, NotADirectoryError):
         pass
     except OSError as error:
-        raise ConfigError("--save", folder, f"cannot be used: {error.strerror}") from None
+        raise ConfigError(flag, folder, f"cannot be used: {error.strerror}") from None
 
 
 def _shape(config: Config) -> dict[str, Any]:

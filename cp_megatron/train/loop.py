@@ -117,7 +117,7 @@ class Trainer:
     def _write_and_save(
         self, step: int, metrics: Metrics | None, *, saves: bool, last: bool
     ) -> None:
-        """Writes what is due after a step. A validation comes later, so that it loses nothing."""
+        """Writes what is due after a step, so that a kill during its validation loses nothing."""
         self._write(metrics)
         self.saver.poll()
         if saves:

@@ -37,13 +37,13 @@ def refuse_other_rows(digests: Sequence[int], groups: ParallelGroups, device: to
         ConfigError: always.
     """
     mine = torch.tensor([hash_text(str(list(digests)))], device=device)
-    found = [torch.empty_like(mine) for _ in range(groups.grid.world_size)]
-    dist.all_gather(found, mine, group=groups.world)
+    all_digests = [torch.empty_like(mine) for _ in range(groups.grid.world_size)]
+    dist.all_gather(all_digests, mine, group=groups.world)
     firsts: dict[int, int] = {}  # the first rank of each group
     texts = []
-    for rank, digest in enumerate(found):
+    for rank, digest in enumerate(all_digests):
         first = firsts.setdefault(groups.grid.coordinates(rank).dp, rank)
-        if digest != found[first]:
+        if digest != all_digests[first]:
             texts.append(f"rank {rank} other rows than rank {first}")
     rule = f"gives the ranks that share rows different ones: {', '.join(texts[:8])}"
     raise ConfigError("--data-path", "", rule, "the same files on every node")

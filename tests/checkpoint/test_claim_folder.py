@@ -11,7 +11,8 @@ import torch.distributed as dist
 
 from cp_megatron.checkpoint.claim_folder import Choice, claimed_folder
 from cp_megatron.checkpoint.hf_folder import new_folder
-from cp_megatron.config.files.folder_lock import LOCK_FILE, FolderLock
+from cp_megatron.config.files.folder_lock import FolderLock
+from cp_megatron.config.files.lock_holder import LOCK_FILE
 from cp_megatron.errors import ConfigError
 from cp_megatron.preflight.save_and_load import fresh_run_folder
 from tests.ranks import run_ranks
@@ -38,7 +39,7 @@ def claim(rank: int, world_size: int, folder: Path) -> str:
 def test_all_ranks_are_refused_or_none(tmp_path: Path) -> None:
     assert run_ranks(claim, 2, tmp_path / "run") == [LOCK_FILE] * 2
     assert not (tmp_path / "run").exists()
-    lock = FolderLock(tmp_path / "run", flag="--save", lost=print)
+    lock = FolderLock(tmp_path / "run", flag="--save")
     lock.acquire()
     one, other = run_ranks(claim, 2, tmp_path / "run")
     lock.release()
@@ -81,7 +82,7 @@ def test_two_programs_do_not_write_one_folder(tmp_path: Path) -> None:
     with new_folder(tmp_path / "out") as folder:
         (folder / "mine").touch()
         with (
-            pytest.raises(ConfigError, match="writes into this folder"),
+            pytest.raises(ConfigError, match=f"--output {tmp_path / 'out'}: process "),
             new_folder(tmp_path / "out"),
         ):
             pass

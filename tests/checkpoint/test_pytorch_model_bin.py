@@ -119,7 +119,7 @@ def test_damage_is_told(tmp_path: Path, change: dict[str, Tensor] | None, rule: 
         ("zero_to_fp32.py", "is a checkpoint of DeepSpeed"),
         (
             "pytorch_model_fsdp_0/.metadata",
-            r"holds folders of torch.distributed.checkpoint \(DCP\)",
+            r"holds pytorch_model_fsdp_0, which is a folder of torch",
         ),
         ("notes.txt", "model.safetensors is missing"),
     ],

@@ -30,6 +30,8 @@ from tests.checkpoint import meta_llama
 from tests.ranks import run_ranks
 
 TOKENS = torch.randint(0, meta_llama.VOCAB, (24,), generator=torch.Generator().manual_seed(2))
+TABLE = torch.ones(4, 4, dtype=torch.complex64)
+"""Old versions of torchtitan and Meta's llama save the rotary table."""
 needs_transformers = pytest.mark.skipif(
     find_spec("transformers") is None, reason="transformers is not installed: pip install '.[hf]'"
 )
@@ -58,7 +60,7 @@ def training_state(model: dict[str, Any]) -> dict[str, Any]:
     """What torchtitan saves beside the model, whose tensors lie at the top."""
     moments = {f"optimizer.state.{name}.exp_avg": value * 2 for name, value in model.items()}
     others = {"lr_scheduler": {"last_epoch": 3}, "train_state": {"step": 3}}
-    return {**model, **moments, **others}
+    return {**model, **moments, **others, "freqs_cis": TABLE}
 
 
 def save_sharded(rank: int, world_size: int, folder: Path) -> None:
@@ -207,7 +209,7 @@ def test_qwen3_of_torchtitan_keeps_its_rows(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("new", [True, False])
 def test_files_of_torch_save(config: Path, tmp_path: Path, new: bool) -> None:
-    state = {**meta_llama.weights(), "rope.freqs": torch.ones(4)}
+    state = {**meta_llama.weights(), "rope.freqs": torch.ones(4), "freqs_cis": TABLE}
     # A transposed view, which shares its storage with another entry.
     state["output.weight"] = state["output.weight"].T.contiguous().T
     path = tmp_path / "consolidated.00.pth"

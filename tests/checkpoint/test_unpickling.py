@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
 import os
 import pickle
+import re
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +121,35 @@ def test_a_class_cannot_be_changed_by_a_pickle(tmp_path: Path) -> None:
     assert Record.name == ""
 
 
+def lists_that_hold_each_other() -> Iterator[object]:
+    """Walking through them would take forever, or more memory than there is."""
+    itself: list[object] = []
+    itself.append(itself)
+    yield itself
+    doubled: list[object] = []
+    for _ in range(40):
+        doubled = [doubled, doubled]
+    yield doubled
+
+
+@pytest.mark.parametrize("extra", [*lists_that_hold_each_other()], ids=["itself", "doubled"])
+def test_lists_without_an_end(tmp_path: Path, extra: object) -> None:
+    torch.save({**meta_llama.weights(), "extra": extra}, tmp_path / "model.pt")
+    config = config_folder(tmp_path / "config")
+    with pytest.raises(ConfigError, match="holds lists in lists without an end"):
+        import_torch(tmp_path / "model.pt", config, tmp_path / "out")
+
+
+def test_the_answer_to_an_object_of_another_program(tmp_path: Path) -> None:
+    torch.save({**meta_llama.weights(), "args": argparse.Namespace(lr=1.0)}, tmp_path / "model.pt")
+    config = config_folder(tmp_path / "config")
+    works = re.escape(
+        "a file of the weights alone, as torch.save(model.state_dict(), FILE) writes them"
+    )
+    with pytest.raises(ConfigError, match=f"holds 'argparse.Namespace', .*works: {works}"):
+        import_torch(tmp_path / "model.pt", config, tmp_path / "out")
+
+
 def test_a_name_cannot_lead_out_of_the_folder(tmp_path: Path) -> None:
     save_dcp(meta_llama.weights(), tmp_path / "dcp")
     metadata = pickle.loads((tmp_path / "dcp" / ".metadata").read_bytes())
@@ -127,6 +158,16 @@ def test_a_name_cannot_lead_out_of_the_folder(tmp_path: Path) -> None:
     (tmp_path / "dcp" / ".metadata").write_bytes(pickle.dumps(metadata))
     config = config_folder(tmp_path / "config")
     with pytest.raises(ConfigError, match=r"'../dcp/__0_0.distcp', which is no file beside it"):
+        import_torch(tmp_path / "dcp", config, tmp_path / "out")
+
+
+def test_a_dtype_that_torch_does_not_have(tmp_path: Path) -> None:
+    save_dcp(meta_llama.weights(), tmp_path / "dcp")
+    metadata = pickle.loads((tmp_path / "dcp" / ".metadata").read_bytes())
+    metadata.state_dict_metadata["norm.weight"].properties.dtype = "float99"
+    (tmp_path / "dcp" / ".metadata").write_bytes(pickle.dumps(metadata))
+    config = config_folder(tmp_path / "config")
+    with pytest.raises(ConfigError, match="does not describe a checkpoint"):
         import_torch(tmp_path / "dcp", config, tmp_path / "out")
 
 

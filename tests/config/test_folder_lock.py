@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -17,20 +18,15 @@ from typing import Any
 import pytest
 
 from cp_megatron.config.files import folder_lock
-from cp_megatron.config.files.folder_lock import LOCK_FILE, FolderLock, refuse_held
-from cp_megatron.config.files.lock_holder import GONE_SECONDS, parent_mark
+from cp_megatron.config.files.folder_lock import FolderLock, refuse_held
+from cp_megatron.config.files.lock_holder import GONE_SECONDS, LOCK_FILE, parent_mark
 from cp_megatron.errors import ConfigError
 
 RACERS, ROUNDS = 6, 12
 
 
-class Lost(list[ConfigError]):
-    """The errors of locks that were taken over."""
-
-
-def lock_of(folder: Path, lost: Lost | None = None, **options: Any) -> FolderLock:
-    found = Lost() if lost is None else lost
-    return FolderLock(folder, flag="--save", lost=found.append, **options)
+def lock_of(folder: Path, **options: Any) -> FolderLock:
+    return FolderLock(folder, flag="--save", **options)
 
 
 @pytest.fixture
@@ -39,6 +35,10 @@ def held(tmp_path: Path) -> Iterator[FolderLock]:
     lock.acquire()
     yield lock
     lock.release()
+
+
+def refuse_call(*_: object) -> None:
+    raise OSError(95, "Operation not supported")
 
 
 def refused(folder: Path, **options: Any) -> str:
@@ -84,6 +84,17 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     assert "cannot be written: Not a directory" in refused(tmp_path / "file" / "run")
 
 
+def test_a_full_disk_leaves_no_half_written_lock(tmp_path: Path) -> None:
+    """A limit on the size of files stands for the disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (16, before[1]))
+    try:
+        assert "cannot be written: File too large" in refused(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert list(tmp_path.iterdir()) == []
+
+
 def written_by(lock: FolderLock, **changes: object) -> None:
     """Replaces the words in a lock, as another holder would have written them."""
     path = lock.folder / LOCK_FILE
@@ -105,6 +116,25 @@ def test_a_recycled_process_number_is_not_its_holder(tmp_path: Path) -> None:
     lock = lock_of(tmp_path / "run")
     lock.acquire()
     assert json.loads((tmp_path / "run" / LOCK_FILE).read_text())["pid"] == os.getpid()
+    lock.release()
+
+
+def test_the_lock_of_another_user_is_taken_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folder may be writable for a group, while the file of the lock is not."""
+    path = another(tmp_path / "run", started=-1)
+    opened = os.open
+
+    def refuse_writing(file: Path, flags: int, *mode: int) -> int:
+        if file == path and flags & os.O_RDWR:
+            raise PermissionError(13, "Permission denied")
+        return opened(file, flags, *mode)
+
+    monkeypatch.setattr(os, "open", refuse_writing)
+    monkeypatch.setattr(os, "access", lambda file, mode: False)
+    lock = lock_of(tmp_path / "run")
+    lock.acquire()
     lock.release()
 
 
@@ -174,7 +204,7 @@ def test_ranks_that_their_launcher_starts_again_have_their_own_lock(tmp_path: Pa
 def test_an_unreadable_lock_is_respected_until_it_is_old(tmp_path: Path, words: str) -> None:
     path = tmp_path / LOCK_FILE
     path.write_text(words)
-    assert "an unknown machine" in refused(tmp_path)
+    assert refused(tmp_path).endswith(f"if no process does, remove {path})")
     os.utime(path, (1, 1))
     refuse_held("--save", tmp_path)
 
@@ -183,8 +213,9 @@ def test_a_live_holder_refreshes_and_notices_that_it_lost_the_lock(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(folder_lock, "BEAT_SECONDS", 0.02)
-    lost = Lost()
-    lock = lock_of(tmp_path / "run", lost)
+    lost: list[ConfigError] = []
+    monkeypatch.setattr(folder_lock, "_leave", lost.append)
+    lock = lock_of(tmp_path / "run")
     lock.acquire()
     path = tmp_path / "run" / LOCK_FILE
     os.utime(path, (1, 1))
@@ -209,10 +240,7 @@ def wait_until(condition: Callable[[], bool]) -> None:
 def test_a_file_system_without_locks_or_links(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: str
 ) -> None:
-    def refuse(*_: object) -> None:
-        raise OSError(95, "Operation not supported")
-
-    monkeypatch.setattr(fcntl if missing == "flock" else os, missing, refuse)
+    monkeypatch.setattr(fcntl if missing == "flock" else os, missing, refuse_call)
     lock = lock_of(tmp_path / "run")
     lock.acquire()
     refused(tmp_path / "run")
@@ -227,10 +255,7 @@ def test_a_file_system_without_locks_or_links(
 def test_a_lock_without_signs_of_life_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(*_: object) -> None:
-        raise OSError(1, "Operation not permitted")
-
-    monkeypatch.setattr(os, "utime", refuse)
+    monkeypatch.setattr(os, "utime", refuse_call)
     lock = lock_of(tmp_path / "run")
     lock.acquire()
     assert "takes it for abandoned after 3 minutes" in lock.note
@@ -241,7 +266,7 @@ HOLDER = """
 import sys
 from pathlib import Path
 from cp_megatron.config.files.folder_lock import FolderLock
-FolderLock(Path(sys.argv[1]), flag="--save", lost=print).acquire()
+FolderLock(Path(sys.argv[1]), flag="--save").acquire()
 print("held", flush=True)
 sys.stdin.read()
 """
@@ -281,7 +306,7 @@ for number in range(rounds):
     while time.time() < start + 0.05 * number:
         pass
     try:
-        FolderLock(root / str(number), flag="--save", lost=print).acquire()
+        FolderLock(root / str(number), flag="--save").acquire()
         won.append(number)
     except ConfigError as error:
         assert "writes into this folder" in str(error), error

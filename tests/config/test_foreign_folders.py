@@ -24,17 +24,17 @@ KINDS: dict[str, tuple[str, str, str, str]] = {
         "python launch/convert.py --from-torch IN --load-hf MODEL --output NEW, where MODEL is a "
         "folder with the model's config.json",
     ),
-    "torchtitan's step": (
-        "step-10/.metadata step-10/__0_0.distcp",
-        "step-10",
-        "(DCP)",
-        "IN/step-10",
-    ),
     "torchtitan": (
         "step-10/.metadata step-9/.metadata step-100/.metadata",
         "",
-        "holds folders of torch.distributed.checkpoint (DCP), such as step-100",
+        "holds step-100, which is a folder of torch.distributed.checkpoint (DCP)",
         "--from-torch IN/step-100 --load-hf",
+    ),
+    "torchtitan's dump folder": (
+        "checkpoint/step-10/.metadata checkpoint/step-9/.metadata profile_traces/a.json",
+        "",
+        "holds step-10, which is a folder of torch.distributed.checkpoint (DCP)",
+        "--from-torch IN/checkpoint/step-10 --load-hf",
     ),
     "dcp, not finished": ("__0_0.distcp", "", "without .metadata", "another of its steps"),
     "one file of dcp": (
@@ -46,7 +46,7 @@ KINDS: dict[str, tuple[str, str, str, str]] = {
     "accelerate's FSDP": (
         "trainer_state.json optimizer_0/.metadata pytorch_model_fsdp_0/.metadata rng_state_0.pth",
         "",
-        "(DCP), such as pytorch_model_fsdp_0",
+        "holds pytorch_model_fsdp_0, which is a folder of torch.distributed.checkpoint (DCP)",
         "--from-torch IN/pytorch_model_fsdp_0 --load-hf",
     ),
     "Megatron, torch_dist": (
@@ -61,6 +61,12 @@ KINDS: dict[str, tuple[str, str, str, str]] = {
         "iter_0000010",
         "is a checkpoint of Megatron-LM (torch_dist)",
         "AutoBridge.from_hf_pretrained('MODEL').export_ckpt('IN/iter_0000010', 'exported')\"",
+    ),
+    "NeMo": (
+        "context/model.yaml weights/.metadata weights/common.pt weights/__0_0.distcp",
+        "",
+        "holds weights, which is a checkpoint of Megatron-LM (torch_dist)",
+        "Megatron Bridge's guide",
     ),
     "Megatron, legacy": (
         "latest_checkpointed_iteration.txt iter_0000010/mp_rank_00/model_optim_rng.pt",
@@ -103,7 +109,8 @@ KINDS: dict[str, tuple[str, str, str, str]] = {
         "",
         "is an adapter of PEFT (such as LoRA)",
         "python -c \"from peft import AutoPeftModelForCausalLM as M; m = M.from_pretrained('IN'); "
-        "m.merge_and_unload().save_pretrained('merged')\", then --load-hf merged",
+        "m.merge_and_unload().save_pretrained('merged')\", then the tokenizer copied to merged, "
+        "--load-hf merged",
     ),
     "DeepSpeed": (
         "zero_to_fp32.py latest global_step10/bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt",
@@ -138,13 +145,19 @@ KINDS: dict[str, tuple[str, str, str, str]] = {
     "safetensors": (
         "config.json model.safetensors",
         "model.safetensors",
-        "is one file of weights",
+        "is one file of a Hugging Face folder",
+        "--load-hf IN, its folder",
+    ),
+    "config.json": (
+        "config.json model.safetensors",
+        "config.json",
+        "is one file of a Hugging Face folder",
         "--load-hf IN, its folder",
     ),
     "pytorch_model.bin": (
         "config.json pytorch_model.bin",
         "pytorch_model.bin",
-        "is one file of weights",
+        "is one file of a Hugging Face folder",
         "--load-hf IN, its folder",
     ),
     "GGUF": (
@@ -153,13 +166,6 @@ KINDS: dict[str, tuple[str, str, str, str]] = {
         "is a GGUF file",
         "python launch/convert.py --from-gguf IN/m.gguf --output NEW, then --load-hf NEW",
     ),
-    "diffusers": (
-        "model_index.json unet/config.json",
-        "",
-        "is a pipeline of diffusers",
-        "--load-hf",
-    ),
-    "sentence-transformers": ("modules.json", "", "is an embedding model of", "--load-hf"),
 }
 
 
@@ -241,6 +247,12 @@ def test_a_name_of_the_hub(
     command = f"hf download {name} --local-dir {short}, then --load-hf {short}"
     for flag in ("--load", "--load-hf"):
         assert (command in told(flag, name)) == is_hub
+
+
+@pytest.mark.parametrize("start", ["https://huggingface.co/", "https://hf.co/", "hf://"])
+def test_an_address_on_the_hub(start: str) -> None:
+    for flag in ("--load", "--load-hf"):
+        assert "hf download a/b --local-dir b, then --load-hf b" in told(flag, f"{start}a/b")
 
 
 def test_what_convert_takes_is_not_refused(tmp_path: Path) -> None:

@@ -134,7 +134,8 @@ def test_refused(folder: Path, argv: list[str], message: str) -> None:
         (["--lengths", "1", "--tasks", "perplexity"], "--lengths 1: must be at least 2"),
         (["--depths", "101"], "--depths 101: must be at least 0 and at most 100 .works: 100"),
         (["--output", "run"], "--output run: exists already"),
-        (["--output", "run/config.yaml/x"], "config.yaml is not a writable folder"),
+        (["--output", "run/config.yaml/x"], "run/config.yaml is a file, not a folder"),
+        (["--output", "x" * 300], "a name in it is longer than"),
     ],
 )
 def test_refused_in_one_line(folder: Path, argv: list[str], message: str) -> None:
@@ -294,7 +295,7 @@ def test_without_output_every_evaluation_has_a_folder_of_its_own(folder: Path) -
 
 
 def test_a_folder_that_another_evaluation_fills_is_refused_at_once(folder: Path) -> None:
-    lock = FolderLock(folder / "busy", flag="--output", lost=print)
+    lock = FolderLock(folder / "busy", flag="--output")
     lock.acquire()
     ended = run([sys.executable, SCRIPT, "--load", "run", "--output", "busy"], folder)
     lock.release()

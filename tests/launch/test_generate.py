@@ -138,6 +138,7 @@ REFUSED = [
         ["--from-torch", "no-such-file.pt"],
         "--from-torch no-such-file.pt: does not exist",
     ),
+    ("convert", ["--from-torch", "x" * 300], "does not exist"),
     ("convert", ["--from-torch", __file__], "(works: --load-hf with a folder that has its config"),
     ("convert", ["--from-torch", "RUN"], "is a run of this program (works: --load "),
     ("convert", ["--from-gguf", "RUN", "--output", "new"], "is a run of this program"),

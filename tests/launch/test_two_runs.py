@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from cp_megatron.config.files.folder_lock import LOCK_FILE
+from cp_megatron.config.files.lock_holder import LOCK_FILE
 from tests.launch.test_end_to_end import MODEL, SCRIPT, Program, at_step, environment, run
 from tests.train.checkpoints import metrics_of
 

@@ -24,7 +24,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from datetime import datetime
@@ -32,6 +32,7 @@ from pathlib import Path
 
 from cp_megatron.config.files.lock_holder import (
     GONE_SECONDS,
+    LOCK_FILE,
     UNKNOWN,
     Holder,
     holder_in,
@@ -40,8 +41,6 @@ from cp_megatron.config.files.lock_holder import (
 )
 from cp_megatron.errors import ConfigError
 
-LOCK_FILE = "lock.json"
-"""The lock's name; a lock that is being written has a longer name that begins in the same way."""
 BEAT_SECONDS = 20.0
 _PATIENCE = 5.0
 """How long a process tries while others take over the same lock, in seconds."""
@@ -58,11 +57,11 @@ def refuse_held(flag: str, folder: Path, *, waits: bool = False) -> None:
     Raises:
         ConfigError: names the holder.
     """
-    found = _read(folder / LOCK_FILE)
-    if found is None or (waits and found[0].machine != this_machine()):
+    current = _read(folder / LOCK_FILE)
+    if current is None or (waits and current[0].machine != this_machine()):
         return
-    if not found[0].is_gone(time.time() - found[1]):
-        raise found[0].refusal(flag, folder)
+    if not current[0].is_gone(time.time() - current[1]):
+        raise current[0].refusal(flag, folder)
 
 
 def is_lock(file: Path) -> bool:
@@ -81,9 +80,6 @@ class FolderLock:
             before is this run's own.
         waits: wait until a holder on another machine is gone, unless it shows a sign of life. So a
             scheduler can start a run again elsewhere as soon as its machine has crashed.
-        lost: called in a thread, with the error to show, if another run has taken over the lock.
-            This happens only to a process that was stopped for minutes. By default, the process
-            ends at once with exit code 2, so that two runs never write into one folder.
 
     Attributes:
         note: what the lock does not achieve on this file system; empty on most.
@@ -97,11 +93,9 @@ class FolderLock:
         launchers: Sequence[str] = (),
         again: bool = False,
         waits: bool = False,
-        lost: Callable[[ConfigError], None] | None = None,
     ) -> None:
         self.folder, self.note = folder, ""
         self._flag, self._again, self._waits = flag, again, waits
-        self._lost = lost or _leave
         self._silent: tuple[str, float] | None = None  # the lock that is waited for
         self._path = folder / LOCK_FILE
         self._me = Holder(
@@ -165,18 +159,18 @@ class FolderLock:
         try:
             end, pause = time.monotonic() + _PATIENCE, 0.0
             while not (self._link(draft) and self._stays_ours(pause)):
-                found = _read(self._path)
-                if found is None:  # it was released, or taken over, a moment ago
+                current = _read(self._path)
+                if current is None:  # it was released, or taken over, a moment ago
                     time.sleep(0.01)
-                elif self._may_take_over(*found):
-                    pause = max(pause, self._remove(found[0]))
-                elif self._may_wait(*found):
+                elif self._may_take_over(*current):
+                    pause = max(pause, self._remove(current[0]))
+                elif self._may_wait(*current):
                     time.sleep(_PAUSE)
                     end = time.monotonic() + _PATIENCE
                 else:
-                    raise found[0].refusal(self._flag, self.folder)
+                    raise current[0].refusal(self._flag, self.folder)
                 if time.monotonic() > end:
-                    raise (found or (UNKNOWN,))[0].refusal(self._flag, self.folder)
+                    raise (current or (UNKNOWN,))[0].refusal(self._flag, self.folder)
         finally:
             with suppress(OSError):
                 draft.unlink()
@@ -184,7 +178,13 @@ class FolderLock:
     def _write(self, path: Path) -> int:
         """Makes a file with this process as the holder, locks it and returns it open."""
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
-        os.write(fd, json.dumps(asdict(self._me)).encode())
+        try:
+            with os.fdopen(fd, "wb", closefd=False) as file:
+                file.write(json.dumps(asdict(self._me)).encode())
+        except OSError:  # such as a full disk
+            os.close(fd)
+            path.unlink()
+            raise
         _flock(fd)
         return fd
 
@@ -244,7 +244,9 @@ class FolderLock:
             How many seconds later a process that was faster is sure to be seen.
         """
         try:
-            fd = os.open(self._path, os.O_RDWR)
+            # Another user's lock may be read-only; flock on a network may need to write.
+            writes = os.access(self._path, os.W_OK)
+            fd = os.open(self._path, os.O_RDWR if writes else os.O_RDONLY)
         except OSError:
             return 0.0
         try:
@@ -267,11 +269,14 @@ class FolderLock:
             return False
 
     def _beat(self) -> None:
-        """Refreshes the lock's time, until the lock is released or another run has it."""
+        """Refreshes the lock's time, until the lock is released.
+
+        Another run may have taken it over from a process that was stopped for minutes.
+        """
         while not self._released.wait(BEAT_SECONDS):
-            found = _read(self._path)
-            if found is not None and found[0].token != self._me.token:
-                self._lost(found[0].refusal(self._flag, self.folder))
+            current = _read(self._path)
+            if current is not None and current[0].token != self._me.token:
+                _leave(current[0].refusal(self._flag, self.folder))
                 return
             # The server of the files may be away for a while, or the folder has been moved.
             with suppress(OSError):
@@ -304,6 +309,7 @@ def _same_file(fd: int, path: Path) -> bool:
 
 
 def _leave(error: ConfigError) -> None:
+    """Ends this process, so that two runs never write into one folder."""
     _say(f"error: {error}")
     os._exit(2)
 

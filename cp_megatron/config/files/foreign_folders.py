@@ -34,7 +34,8 @@ _META_FILE = re.compile(r"consolidated\.\d+\.pth")
 _HUB_NAME = re.compile(r"(?!\.)[\w.-]+(/(?!\.)[\w.-]+)?")
 _TRAINER_STEP = re.compile(r"checkpoint-(\d+)")
 _MEGATRON_STEP = re.compile(r"iter_(\d+)")
-_MODEL = "where MODEL is a folder with the model's config.json"
+_HUB_ADDRESS = re.compile(r"(https?:/+)?(www\.)?(huggingface\.co|hf\.co)/|hf:/+")
+_MODEL = "where MODEL is a folder with the model's config.json and tokenizer"
 
 
 def recognize(flag: str, path: str | Path) -> ConfigError | None:
@@ -53,7 +54,7 @@ def recognize(flag: str, path: str | Path) -> ConfigError | None:
 
 def _answer(path: Path, flag: str) -> Answer | None:
     kinds = _FILES if path.is_file() else _FOLDERS if path.is_dir() else _NAMES
-    return next((found for kind in kinds if (found := kind(path, flag)) is not None), None)
+    return next((answer for kind in kinds if (answer := kind(path, flag)) is not None), None)
 
 
 def _conversion(source: Path) -> str:
@@ -62,6 +63,14 @@ def _conversion(source: Path) -> str:
         f"python launch/convert.py {FROM_TORCH} {_quoted(source)} {LOAD_HF} MODEL --output NEW"
     )
     return f"{command}, {_MODEL}"
+
+
+def _inside(path: Path, flag: str) -> Answer | None:
+    """The answer for a file or folder inside the one that was named."""
+    answer = _answer(path, flag)
+    if answer == _ACCEPTED:
+        return f"holds {path.name}", f"{flag} {_quoted(path)}"
+    return None if answer is None else (f"holds {path.name}, which {answer[0]}", answer[1])
 
 
 def _quoted(path: Path) -> str:
@@ -103,7 +112,7 @@ def _adapter(path: Path, flag: str) -> Answer | None:
     code = f"from peft import AutoPeftModelForCausalLM as M; m = M.from_pretrained({str(path)!r})"
     works = _python(f"{code}; m.merge_and_unload().save_pretrained('merged')")
     rule = "is an adapter of PEFT (such as LoRA), which holds only changes to another model"
-    return rule, f"{works}, then {LOAD_HF} merged"
+    return rule, f"{works}, then the tokenizer copied to merged, {LOAD_HF} merged"
 
 
 def _megatron(path: Path, flag: str) -> Answer | None:
@@ -137,15 +146,18 @@ def _dcp(path: Path, flag: str) -> Answer | None:
     if next(path.glob("*.distcp"), None) is not None:
         rule = f"{what} without {DCP_METADATA}, so it was not written to its end"
         return rule, "another of its steps"
-    inside = sorted(x for x in path.iterdir() if x.is_dir() and _has(x, DCP_METADATA))
-    inside = [x for x in inside if not x.name.startswith("optimizer")]
-    if not inside:
-        return None
-    step = _newest(path, re.compile(r"\D*(\d+)"))
-    step = step if step in inside else inside[-1]
-    return f"holds folders of torch.distributed.checkpoint (DCP), such as {step.name}", (
-        f"{FROM_TORCH} {_quoted(step)}" if flag == FROM_TORCH else _conversion(step)
-    )
+    for steps in ("*", "*/*"):  # torchtitan's are in DUMP_FOLDER/checkpoint
+        inside = [x.parent for x in path.glob(f"{steps}/{DCP_METADATA}")]
+        inside = [x for x in inside if not x.name.startswith("optimizer")]
+        if inside:
+            return _inside(max(inside, key=_number), flag)
+    return None
+
+
+def _number(path: Path) -> tuple[int, str]:
+    """The number at the end of a name, by which the newest step is found."""
+    digits = re.search(r"\d+$", path.name)
+    return int(digits[0]) if digits else -1, path.name
 
 
 def _trainer(path: Path, flag: str) -> Answer | None:
@@ -177,12 +189,12 @@ def _hub_cache(path: Path, flag: str) -> Answer | None:
     snapshots = path if path.name == "snapshots" else path / "snapshots"
     if not snapshots.is_dir():
         return None
-    found = sorted(x for x in snapshots.iterdir() if _has(x, HF_CONFIG))
-    if not found:
+    versions = sorted(x for x in snapshots.iterdir() if _has(x, HF_CONFIG))
+    if not versions:
         return None
     main = snapshots.parent / "refs" / "main"
     current = main.read_text(encoding="utf-8").strip() if main.is_file() else ""
-    chosen = next((x for x in found if x.name == current), found[-1])
+    chosen = next((x for x in versions if x.name == current), versions[-1])
     return "is a model in the cache of the Hugging Face hub", f"{LOAD_HF} {_quoted(chosen)}"
 
 
@@ -197,25 +209,12 @@ def _hugging_face(path: Path, flag: str) -> Answer | None:
     return None
 
 
-def _other_kind(path: Path, flag: str) -> Answer | None:
-    works = f"{LOAD_HF} with the Hugging Face folder of a causal language model"
-    if _has(path, "model_index.json"):
-        return "is a pipeline of diffusers, not a language model", works
-    if _has(path, "modules.json", "config_sentence_transformers.json"):
-        return "is an embedding model of sentence-transformers, not a causal language model", works
-    return None
-
-
 def _loose_files(path: Path, flag: str) -> Answer | None:
     """One file of weights in a folder that is nothing else."""
-    for pattern in ("*.gguf", "consolidated.*.pth", "*.pth", "*.pt", "*.bin", "*.ckpt"):
-        for file in sorted(path.glob(pattern)):
-            answer = None if file.name.startswith(_NOT_WEIGHTS) else _answer(file, flag)
-            if answer == _ACCEPTED:
-                return f"holds {file.name}", f"{flag} {_quoted(file)}"
-            if answer is not None:
-                return f"holds {file.name}, which {answer[0]}", answer[1]
-    return None
+    patterns = ("*.gguf", "consolidated.*.pth", "*.pth", "*.pt", "*.bin", "*.ckpt")
+    files = (file for pattern in patterns for file in sorted(path.glob(pattern)))
+    answers = (_inside(file, flag) for file in files if not file.name.startswith(_NOT_WEIGHTS))
+    return next(filter(None, answers), None)
 
 
 def _gguf_file(path: Path, flag: str) -> Answer | None:
@@ -227,10 +226,14 @@ def _gguf_file(path: Path, flag: str) -> Answer | None:
     return "is a GGUF file", f"{command}, then {LOAD_HF} NEW"
 
 
-def _safetensors_file(path: Path, flag: str) -> Answer | None:
-    if path.suffix != ".safetensors":
+def _hugging_face_file(path: Path, flag: str) -> Answer | None:
+    is_torch = path.name.startswith("pytorch_model") and _has(path.parent, HF_CONFIG)
+    is_model = path.name == HF_CONFIG or path.name.endswith(
+        (".safetensors", ".safetensors.index.json")
+    )
+    if not is_model and (not is_torch or flag == FROM_TORCH):
         return None
-    return "is one file of weights", f"{LOAD_HF} {_quoted(path.parent)}, its folder"
+    return "is one file of a Hugging Face folder", f"{LOAD_HF} {_quoted(path.parent)}, its folder"
 
 
 def _dcp_file(path: Path, flag: str) -> Answer | None:
@@ -256,13 +259,12 @@ def _torch_file(path: Path, flag: str) -> Answer | None:
         return _megatron(path.parent, flag)
     if flag == FROM_TORCH:
         return _ACCEPTED
-    if path.name.startswith("pytorch_model") and _has(path.parent, HF_CONFIG):
-        return "is one file of weights", f"{LOAD_HF} {_quoted(path.parent)}, its folder"
     return "is a file of PyTorch (torch.save)", _conversion(path)
 
 
 def _hub_name(path: Path, flag: str) -> Answer | None:
-    name, is_local = str(path), len(path.parts) == 2 and path.parent.is_dir()
+    name = _HUB_ADDRESS.sub("", str(path), count=1)
+    is_local = len(path.parts) == 2 and path.parent.is_dir()
     if not _HUB_NAME.fullmatch(name) or is_local or path.parts[0] == RUNS.name:
         return None
     # The hub has a few models without an owner; for other flags one word is a mistyped path.
@@ -280,9 +282,9 @@ def _head(path: Path, size: int) -> bytes:
 
 
 _Kinds = Sequence[Callable[[Path, str], Answer | None]]
-_FILES: _Kinds = (_gguf_file, _safetensors_file, _dcp_file, _meta_shards, _torch_file)
+_FILES: _Kinds = (_gguf_file, _hugging_face_file, _dcp_file, _meta_shards, _torch_file)
 _FOLDERS: _Kinds = (
-    *(_own_run, _adapter, _megatron, _deepspeed, _dcp, _trainer, _hub_cache, _other_kind),
-    *(_hugging_face, _loose_files),
+    *(_own_run, _adapter, _megatron, _deepspeed, _dcp, _trainer, _hub_cache, _hugging_face),
+    _loose_files,
 )
 _NAMES: _Kinds = (_hub_name,)

@@ -12,6 +12,8 @@ from pathlib import Path
 
 from cp_megatron.errors import ConfigError
 
+LOCK_FILE = "lock.json"
+"""The lock's name; a lock that is being written has a longer name that begins in the same way."""
 GONE_SECONDS = 180.0
 """More than the minute for which a client of NFS may show an old time."""
 
@@ -22,7 +24,8 @@ class Holder:
 
     Attributes:
         host: the name of its machine, for people.
-        machine: its machine since the last start, and its space of process numbers.
+        machine: a word for its machine since the machine's last start, and for its space of
+            process numbers.
         pid: its process number.
         started: when the process was started, in the units of ``/proc``.
         since: when it took the lock, for people.
@@ -46,6 +49,10 @@ class Holder:
 
     def refusal(self, flag: str, folder: Path) -> ConfigError:
         """The error of another run that wants to write into the folder."""
+        if self == UNKNOWN:
+            rule = "its lock does not say which process writes into this folder"
+            works = f"another folder; if no process does, remove {folder / LOCK_FILE}"
+            return ConfigError(flag, folder, rule, works)
         rule = f"process {self.pid} on {self.host} writes into this folder since {self.since}"
         works = "wait until it ends, or another folder"
         if self.machine != this_machine():
@@ -53,15 +60,7 @@ class Holder:
         return ConfigError(flag, folder, rule, works)
 
 
-UNKNOWN = Holder(
-    host="an unknown machine",
-    machine="",
-    pid=0,
-    started=0,
-    since="an unknown time",
-    launchers=(),
-    token="",
-)
+UNKNOWN = Holder(host="", machine="", pid=0, started=0, since="", launchers=(), token="")
 
 
 def holder_in(data: bytes) -> Holder:
