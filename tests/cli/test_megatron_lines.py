@@ -183,7 +183,7 @@ def shrunk(line: MegatronLine, folder: Path) -> list[str]:
     words = ["--device", "cpu"]
     for flag, values in split_words(accepted(line)):
         values = [SMALL[flag]] if flag in SMALL else values
-        # The ranks may have been started in another folder. A .bin/.idx pair is named by its prefix.
+        # The ranks may have been started in another folder.
         words += [flag, *(str(folder / v) if is_file(v) else v for v in values)]
     save = str(folder / "run")
     return [save if word == "checkpoints" else word for word in words]
