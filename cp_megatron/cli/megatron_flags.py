@@ -22,13 +22,15 @@ class Noted:
     """The flag has no effect here, for this reason.
 
     Attributes:
-        has_values: whether values follow the flag.
+        has_values: whether values follow the flag; None if it stands for several flags.
         unless: a flag beside which it would have an effect, so that it is refused.
+        works: what to use instead then.
     """
 
     reason: str
-    has_values: bool = False
+    has_values: bool | None = False
     unless: str = ""
+    works: str = _OUT
 
 
 @dataclass(frozen=True)
@@ -44,13 +46,16 @@ class Translated:
     """The switch is read as these words, except for flags that the command line gives itself.
 
     Attributes:
-        needs: a flag without which it means something that does not exist here.
+        needs: a flag without which it means something that does not exist here, unless the
+            command line also gives the flag that it is read as.
         unless: a flag beside which it has no effect.
+        replaces: whether the words replace what the command line says itself.
     """
 
     words: str
     needs: str = ""
     unless: str = ""
+    replaces: bool = False
 
 
 @dataclass(frozen=True)
@@ -59,7 +64,7 @@ class OneOf:
 
     Attributes:
         values: no words stand for what is so already.
-        replaces: whether the words also replace what the command line says itself.
+        replaces: whether the words replace what the command line says itself.
     """
 
     values: Mapping[str, str]
@@ -83,6 +88,11 @@ _LLAMA3 = "--rope-type llama3 --rope-scaling-factor 8 --original-max-position-em
 _FLOAT32 = OneOf({"fp32": ""}, "the optimizer's state and the gradients are float32")
 _EVERY_LAYER = "--recompute-num-layers None"
 _TRACE = Noted("--profile --profile-memory records memory in the trace")
+_WEIGHTS = Noted(
+    "no run is loaded",
+    unless="--load",
+    works="launch/convert.py --load RUN --output DIR, then --load-hf DIR, to take only the weights",
+)
 _ONE_DECAY = "the weight decay is constant"
 _ROPE = "--position-embedding-type rope"
 
@@ -135,10 +145,14 @@ SPECIAL: Mapping[str, Answer] = {
         "--kernel",
     ),
     # model
-    "--window-attn-skip-freq": Refused("layers are listed, from 0", "--window-layers 0 2 4"),
+    "--window-attn-skip-freq": Refused(
+        "the layers that have the window are listed, from 0",
+        "--window-layers 0 1 2 4 5 6, which says 4 for 8 layers",
+    ),
     "--group-query-attention": Translated("--num-query-groups 1"),
     **dict.fromkeys(
-        ("--use-rotary-position-embeddings", "--use-rotary-pos-emb"), Translated(_ROPE)
+        ("--use-rotary-position-embeddings", "--use-rotary-pos-emb"),
+        Translated(_ROPE, replaces=True),
     ),
     "--no-position-embedding": Translated(
         "--position-embedding-type none", unless="--use-rotary-position-embeddings"
@@ -157,11 +171,12 @@ SPECIAL: Mapping[str, Answer] = {
     "--no-yarn-correction-range-round-to-int": Translated("--no-rope-truncate"),
     "--squared-relu": Refused("the MLP has GELU or SwiGLU", "--swiglu"),
     "--quick-geglu": Refused("the MLP has GELU or SwiGLU", "--swiglu"),
-    "--openai-gelu": Noted("GELU is always computed by its approximation with tanh"),
+    "--openai-gelu": Noted("GELU is always approximated with tanh"),
     "--softmax-type": OneOf({"vanilla": ""}, "the softmax is plain"),
     "--attention-mask-type": OneOf({"causal": ""}, "the mask is causal", "--document-mask"),
     "--apply-residual-connection-post-layernorm": Refused("the norm is inside the residual"),
     "--multi-latent-attention": Refused("there is no latent attention"),
+    "--encoder-num-layers": Renamed("--num-layers"),
     "--mtp-num-layers": Refused("there is no multi-token prediction"),
     "--init-method-xavier-uniform": Refused("weights are normal", "--init-method-std"),
     "--embedding-init-method-std": Refused("all weights share one", "--init-method-std"),
@@ -185,16 +200,18 @@ SPECIAL: Mapping[str, Answer] = {
     "--per-split-data-args-path": Refused(
         "paths are given as words", "--train-data-path, --valid-data-path, --test-data-path"
     ),
+    "--encoder-seq-length": Renamed("--seq-length"),
     "--decoder-seq-length": Refused("there is no encoder", "--seq-length"),
     _POSITIONS: Translated("--document-mask", needs=_MASKS),
     _MASKS: Translated("--document-mask", needs=_POSITIONS),
-    "--eod-mask-loss": Refused("it belongs to the mask of documents", "--document-mask"),
+    "--eod-mask-loss": Translated("--document-mask", needs=_MASKS),
     # checkpoints and logs
     "--ckpt-step": Refused("a checkpoint is named by its folder", "--load RUN/step-N"),
     "--persistent-save-interval": Renamed("--save-interval"),
-    "--no-load-optim": Noted("no run is loaded", unless="--load"),
-    "--finetune": Noted("no run is loaded", unless="--load"),
-    "--exit-on-missing-checkpoint": Noted("--load alone demands a checkpoint", unless="--save"),
+    **dict.fromkeys(("--no-load-optim", "--finetune"), _WEIGHTS),
+    "--exit-on-missing-checkpoint": Noted(
+        "--load alone demands a checkpoint", unless="--save", works="--load without --save"
+    ),
     "--skip-train": Refused("this program trains", "launch/evaluate.py"),
 }
 """The flags with an answer of their own."""
@@ -202,9 +219,12 @@ SPECIAL: Mapping[str, Answer] = {
 
 @cache
 def answers() -> Mapping[str, Answer]:
-    """The answer to each flag of Megatron-LM that is not a flag here."""
+    """The answer to each flag of Megatron-LM that is not a flag here.
+
+    A key such as ``--moe-*`` stands for all flags that begin so and have no answer of their own.
+    """
     noted = {
-        f"--{name.rstrip('=')}": Noted(reason, name.endswith("="))
+        f"--{name.rstrip('=')}": Noted(reason, None if name.endswith("*") else name.endswith("="))
         for reason, names in NOTED.items()
         for name in names.split()
     }
@@ -214,6 +234,12 @@ def answers() -> Mapping[str, Answer]:
         for name in names.split()
     }
     return {**noted, **refused, **SPECIAL}
+
+
+def answer_to(flag: str) -> Answer | None:
+    """The answer to a flag; None if Megatron-LM does not have it."""
+    family = f"{flag[: flag.find('-', 2) + 1]}*"
+    return answers().get(flag) or answers().get(family)
 
 
 @dataclass
@@ -241,29 +267,31 @@ def translate(
         spellings: each spelling of a flag that exists here, with the flag.
         mistakes: receives an error for each flag that is refused.
     """
-    found, replacing = Translation([]), dict[str, list[str]]()
+    translation, replacing = Translation([]), dict[str, list[str]]()
     said = {spellings.get(flag, flag) for flag, _ in pieces}
     for flag, words in pieces:
-        answer = None if flag in spellings else answers().get(flag)
+        answer = None if flag in spellings else answer_to(flag)
         if answer is None:
-            found.pieces.append((flag, words))
+            translation.pieces.append((flag, words))
             continue
         with mistakes.collect():
             meaning = _meaning(flag, words, answer, said)
             if meaning is None:  # a switch that is off
                 continue
-            if isinstance(answer, OneOf) and answer.replaces:
-                replacing |= dict(meaning)
-            new = [piece for piece in meaning if piece[0] not in said]
+            new = meaning
+            if isinstance(answer, OneOf | Translated):
+                if answer.replaces:
+                    replacing |= dict(meaning)
+                new = [piece for piece in meaning if piece[0] not in said]
             if not new and not replacing.keys() & dict(meaning):
-                found.noted.append(flag)
+                translation.noted.append(flag)
                 continue
-            found.pieces += new
+            translation.pieces += new
             shown = " ".join(word for piece in meaning for word in (piece[0], *piece[1]))
-            found.read.append(f"{' '.join([flag, *words])} as {shown}")
-    left = [piece for piece in found.pieces if spellings.get(piece[0]) not in replacing]
-    found.pieces = [*left, *replacing.items()]
-    return found
+            translation.read.append(f"{' '.join([flag, *words])} as {shown}")
+    left = [piece for piece in translation.pieces if spellings.get(piece[0]) not in replacing]
+    translation.pieces = [*left, *replacing.items()]
+    return translation
 
 
 def _meaning(flag: str, words: Sequence[str], answer: Answer, said: set[str]) -> list[Piece] | None:
@@ -276,12 +304,12 @@ def _meaning(flag: str, words: Sequence[str], answer: Answer, said: set[str]) ->
     match answer:
         case Renamed(new, beside):
             return [(new, list(words)), *split_words(beside.split())]
-        case Translated(needs=other) if other and other not in said:
+        case Translated(meant, needs=other) if other and not said & {meant, other}:
             raise _refusal(flag, text, f"without {other} it has no counterpart", "--document-mask")
         case Translated() | Noted(has_values=False):
             if not truth(flag, words):
                 return None
-        case Noted() | OneOf() if not words:
+        case Noted(has_values=True) | OneOf() if not words:
             raise ConfigError(flag, "", "needs a value", f"{flag} VALUE")
     match answer:
         case Translated(meant, unless=other):
@@ -292,7 +320,7 @@ def _meaning(flag: str, words: Sequence[str], answer: Answer, said: set[str]) ->
                     return split_words(meant.split())
             raise _refusal(flag, text, answer.reason, answer.works)
         case Noted(unless=other) if other in said:
-            raise _refusal(flag, text, f"it contradicts {other}", _OUT)
+            raise _refusal(flag, text, f"it contradicts {other}", answer.works)
         case Refused(reason, works):
             raise _refusal(flag, text, reason, works)
     return []
@@ -311,10 +339,10 @@ def _same(text: str, value: str) -> bool:
         return text.lower() == value
 
 
-def notes(found: Translation) -> Iterator[str]:
+def notes(translation: Translation) -> Iterator[str]:
     """What happened to Megatron-LM's flags, for the start table."""
-    if found.noted:
-        flags = ", ".join(dict.fromkeys(found.noted))
+    if translation.noted:
+        flags = ", ".join(dict.fromkeys(translation.noted))
         yield f"Megatron-LM's flags without an effect here (launch/README.md): {flags}"
-    if found.read:
-        yield f"read from Megatron-LM's flags: {'; '.join(dict.fromkeys(found.read))}"
+    if translation.read:
+        yield f"read from Megatron-LM's flags: {'; '.join(dict.fromkeys(translation.read))}"

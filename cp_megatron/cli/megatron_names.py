@@ -1,7 +1,8 @@
 """The names of Megatron-LM's flags, by what this program answers to them.
 
 They are those of Megatron-LM from 23.08 to August 2026, and of some of its forks. A name that ends
-with = is followed by one or more values; the others are switches.
+with = is followed by one or more values; the others are switches. ``moe-*`` stands for every other
+name that begins with ``moe-``, with or without values.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ NOTED: Mapping[str, str] = {
         cross-entropy-fusion-impl= cross-entropy-loss-fusion cuda-graph-impl=
         cuda-graph-modules= cuda-graph-scope= cuda-graph-warmup-steps= disable-jit-fuser
         enable-cuda-graph enable-experimental external-cuda-graph flash-attention-version=
-        flash-decode fused-residual-rmsnorm inference-rng-tracker kitchen-attention-backend=
+        flash-decode fused-residual-rmsnorm kitchen-attention-backend=
         mlp-chunks-for-prefill= mlp-chunks-for-training= no-bias-dropout-fusion
         no-bias-gelu-fusion no-bias-swiglu-fusion no-gradient-accumulation-fusion
         no-initialization no-masked-softmax-fusion no-persist-layer-norm no-rope-fusion
@@ -88,7 +89,7 @@ NOTED: Mapping[str, str] = {
         disable-flight-recorder-include-only-active disable-log-loss-scale-to-tensorboard
         disable-straggler-on-startup dump-param-to-param-group-map= enable-one-logger
         flight-recorder-dump-path= flight-recorder-include-stack-trace
-        flight-recorder-trace-buffer-size= inference-logging-step-interval=
+        flight-recorder-trace-buffer-size=
         log-batch-size-to-tensorboard log-device-memory-used log-energy log-grad-norm
         log-max-attention-logit log-memory-interval= log-memory-to-tensorboard
         log-progress log-throughput log-timers-to-tensorboard
@@ -108,7 +109,7 @@ NOTED: Mapping[str, str] = {
     "a checkpoint is always whole: safetensors files and a manifest": """
         async-ckpt-cpu-priority= async-ckpt-io-priority= async-ckpt-use-cpu-shm
         async-strategy= auto-detect-ckpt-format ckpt-assume-constant-structure
-        ckpt-convert-format= ckpt-convert-save= ckpt-convert-update-legacy-dist-opt-format
+        ckpt-convert-update-legacy-dist-opt-format
         ckpt-drop-redundant-extra-state ckpt-format= ckpt-fully-parallel-load
         ckpt-fully-parallel-load-exchange-algo= ckpt-fully-parallel-load-per-rank-objects
         ckpt-fully-parallel-load-process-group= ckpt-fully-parallel-save
@@ -134,85 +135,21 @@ NOTED: Mapping[str, str] = {
     "the run guards itself; tests/faults/README.md has the flags": """
         adlr-autoresume adlr-autoresume-interval= calc-ft-timeouts check-for-large-grads
         check-for-spiky-loss check-weight-hash-across-dp-replicas-interval=
-        disable-manual-gc-eval enable-ft-package exit-signal= exit-signal-handler
-        exit-signal-handler-for-dataloader exit-signal-handler-for-training
-        ft-num-warmup-iters= gpu-sniff-test-interval= inprocess-active-world-size=
-        inprocess-barrier-timeout= inprocess-completion-timeout= inprocess-empty-cuda-cache
-        inprocess-granularity= inprocess-hard-timeout= inprocess-heartbeat-interval=
-        inprocess-heartbeat-timeout= inprocess-last-call-wait= inprocess-max-iterations=
-        inprocess-monitor-process-interval= inprocess-monitor-thread-interval=
-        inprocess-progress-watchdog-interval= inprocess-restart inprocess-soft-timeout=
-        inprocess-termination-grace-time= manual-gc manual-gc-interval=
-        no-check-for-nan-in-loss-and-grad no-manual-gc-eval non-persistent-ckpt-type=
-        non-persistent-global-ckpt-dir= non-persistent-local-ckpt-algo=
-        non-persistent-local-ckpt-dir= replication replication-factor= replication-jump=
-        rerun-mode= result-rejected-tracker-filename= train-sync-interval=""",
+        disable-manual-gc-eval enable-ft-package exit-signal-handler
+        exit-signal-handler-for-dataloader exit-signal-handler-for-training exit-signal=
+        ft-num-warmup-iters= gpu-sniff-test-interval= inprocess-* manual-gc
+        manual-gc-interval= no-check-for-nan-in-loss-and-grad no-manual-gc-eval
+        non-persistent-ckpt-type= non-persistent-global-ckpt-dir=
+        non-persistent-local-ckpt-algo= non-persistent-local-ckpt-dir= replication
+        replication-factor= replication-jump= rerun-mode= result-rejected-tracker-filename=
+        train-sync-interval=""",
     "it concerns inference": """
         cache-mla-latents decode-only-cuda-graphs disable-chunked-prefill
-        enable-chunked-prefill inference-batch-times-seqlen-threshold=
-        inference-coordinator-port= inference-cuda-graph-all-prefills
-        inference-cuda-graph-max-tokens= inference-cuda-graph-scope=
-        inference-disable-ep-consensus= inference-disable-triton-nvls-kernels
-        inference-dynamic-batching inference-dynamic-batching-async-sched-mode=
-        inference-dynamic-batching-block-size=
-        inference-dynamic-batching-buffer-guaranteed-fraction=
-        inference-dynamic-batching-buffer-overflow-factor=
-        inference-dynamic-batching-buffer-size-gb= inference-dynamic-batching-chunk-size=
-        inference-dynamic-batching-cuda-graph-max-tokens=
-        inference-dynamic-batching-cuda-graph-mixed-prefill-count=
-        inference-dynamic-batching-cuda-graph-sizing-distribution=
-        inference-dynamic-batching-logprobs-mode=
-        inference-dynamic-batching-mamba-memory-ratio=
-        inference-dynamic-batching-max-requests=
-        inference-dynamic-batching-max-requests-override=
-        inference-dynamic-batching-max-tokens=
-        inference-dynamic-batching-max-tokens-override=
-        inference-dynamic-batching-num-cuda-graphs=
-        inference-dynamic-batching-paused-buffer-size-gb=
-        inference-dynamic-batching-prefix-caching=
-        inference-dynamic-batching-prefix-caching-coordinator-policy=
-        inference-dynamic-batching-prefix-caching-eviction-policy=
-        inference-dynamic-batching-prefix-caching-mamba-gb=
-        inference-dynamic-batching-prefix-caching-routing-alpha=
-        inference-dynamic-batching-sampling-backend=
-        inference-dynamic-batching-track-generated-token-events
-        inference-dynamic-batching-track-paused-request-events
-        inference-dynamic-batching-unified-memory-level= inference-fuse-tp-communication
-        inference-grouped-gemm-backend= inference-max-batch-size= inference-max-requests=
-        inference-max-seq-length= inference-moe-disable-fused-quant-kernels
-        inference-moe-token-dispatcher-type= inference-shards=
-        inference-text-gen-server-logging= inference-use-synchronous-zmq-collectives=
-        inference-wandb-logging= max-tokens-to-oom= num-speculative-tokens=
+        enable-chunked-prefill inference-* max-tokens-to-oom= num-speculative-tokens=
         output-bert-embeddings use-legacy-static-engine""",
     "it has an effect only with --num-experts": """
         ep-overlap-early-attn-memory-release expert-tensor-parallel-num-weight-shards=
-        expert-tensor-parallel-size= moe-apply-probs-on-input moe-aux-loss-coeff=
-        moe-combine-bwd-dtype= moe-deepep-num-sms= moe-dispatch-fwd-dtype= moe-enable-deepep
-        moe-enable-routing-replay moe-expert-capacity-factor=
-        moe-expert-rank-capacity-factor= moe-extended-tp moe-ffn-hidden-size=
-        moe-flex-dispatcher-backend= moe-flex-dispatcher-num-sms= moe-grouped-gemm
-        moe-hybridep-num-blocks-permute= moe-hybridep-num-blocks-unpermute=
-        moe-hybridep-num-sms= moe-hybridep-num-sms-preprocessing=
-        moe-hybridep-pad-uneven-dispatch-inputs moe-input-jitter-eps= moe-latent-size=
-        moe-layer-freq= moe-layer-recompute moe-mlp-glu-interleave-size=
-        moe-ncclep-static-shape moe-ncclep-zero-copy moe-pad-expert-input-to-capacity
-        moe-pad-experts-for-cuda-graph-inference moe-paged-stash
-        moe-paged-stash-buffer-size-factor-cpu= moe-paged-stash-buffer-size-factor-cuda=
-        moe-paged-stash-page-size= moe-per-layer-logging moe-permute-fusion
-        moe-permute-fusion-into-hybridep moe-router-bias-update-rate= moe-router-dtype=
-        moe-router-enable-expert-bias moe-router-force-biased=
-        moe-router-force-load-balancing moe-router-fusion moe-router-group-topk=
-        moe-router-load-balancing-type= moe-router-num-groups= moe-router-padding-for-fp8=
-        moe-router-padding-for-quantization= moe-router-pre-softmax
-        moe-router-quantile-balancing-ema= moe-router-score-function= moe-router-topk=
-        moe-router-topk-scaling-factor= moe-routing-trace-capture-hidden-states
-        moe-routing-trace-capture-logits moe-routing-trace-dump-weights
-        moe-routing-trace-max-training-iters= moe-routing-trace-path= moe-shared-expert-gate
-        moe-shared-expert-glu-interleave-size= moe-shared-expert-intermediate-size=
-        moe-shared-expert-overlap moe-single-grouped-bias moe-single-grouped-weight
-        moe-token-dispatcher-type= moe-token-drop-policy= moe-token-dropping
-        moe-upcycling-granularity= moe-use-grouped-tensor moe-use-legacy-grouped-gemm
-        moe-use-upcycling moe-z-loss-coeff= save-tokens-per-expert-interval=
+        expert-tensor-parallel-size= moe-* save-tokens-per-expert-interval=
         use-grouped-gemm-for-shared-expert""",
     "it has an effect only with --fp8-format or --fp4-format": """
         disable-fp8-wgrad first-last-layers-bf16 fp4-param-gather fp4-quantizer-factory=
@@ -222,8 +159,7 @@ NOTED: Mapping[str, str] = {
         num-layers-at-start-in-bf16= reuse-grad-buf-for-mxfp8-param-ag
         te-precision-config-file= use-kitchen-attention""",
     "it has an effect only with --mtp-num-layers": """
-        mtp-detach-heads mtp-hsm mtp-hybrid-override-pattern= mtp-loss-scaling-factor=
-        mtp-standalone mtp-use-repeated-layer""",
+        mtp-*""",
     "it has an effect only with --multi-latent-attention": """
         kv-lora-rank= mla-down-proj-fusion q-lora-rank= qk-head-dim= qk-pos-emb-head-dim=
         v-head-dim=""",
@@ -236,101 +172,54 @@ NOTED: Mapping[str, str] = {
         pipeline-model-parallel-comm-backend= pipeline-model-parallel-layout=
         pipeline-model-parallel-split-rank= standalone-embedding-stage""",
     "it has an effect only with another --optimizer": """
-        lion-beta1= lion-beta2= muon-coefficient-type= muon-extra-scale-factor=
-        muon-fp32-matmul-prec= muon-momentum= muon-nesterov muon-no-split-qkv
-        muon-num-ns-steps= muon-scalar-optimizer= muon-scale-mode= muon-tp-mode=
-        muon-use-nesterov muon-use-syrk sgd-momentum=""",
+        lion-beta1= lion-beta2= muon-* sgd-momentum=""",
     "it has an effect only with --qk-clip": """
         qk-clip-alpha= qk-clip-threshold=""",
     "it has an effect only with --decoupled-lr": """
         decoupled-min-lr=""",
     "it has an effect only with --use-mup": """
-        mup-attn-scale-power= mup-base-head-dim= mup-base-hidden-size= mup-embedding-mult=
-        mup-output-mult= mup-width-mult=""",
+        mup-*""",
     "it has an effect only with --fim-data": """
-        fim-eod-token= fim-fragment-rate= fim-middle-token= fim-no-prefix= fim-pad-token=
-        fim-prefix-token= fim-rate= fim-split-sample= fim-spm-rate= fim-suffix-token=""",
+        fim-*""",
 }
 """Flags that are taken without an effect, by the reason. None of them changes the result."""
 
 WITHOUT_COUNTERPART: Mapping[str, str] = {
     "this program does not train by reinforcement learning": """
-        grpo-clamp-eps-lower grpo-clamp-eps-upper grpo-default-temperature
-        grpo-default-top-p grpo-entropy-term-weight grpo-filter-groups-with-same-reward
-        grpo-group-size grpo-iterations grpo-kl-beta grpo-prompts-per-step langrl-env-config
-        langrl-external-server langrl-inference-server-conversation-template
-        langrl-inference-server-type perform-rl-step refit-method
-        rl-calculate-intra-group-similarity rl-consumption-granularity
-        rl-default-temperature rl-default-top-k rl-default-top-p rl-durable-rollout-bank
-        rl-generation-batch-size rl-generation-lag rl-importance-sampling-truncation-coef
-        rl-inference-expert-model-parallel-size
-        rl-inference-expert-tensor-model-parallel-size rl-inference-logprobs-is-correction
-        rl-inference-model-unified-memory-level rl-inference-parsers
-        rl-inference-pipeline-model-parallel-size rl-inference-tensor-model-parallel-size
-        rl-kv-cache-management-mode rl-max-inflight-requests
-        rl-num-parallel-generation-batches rl-num-parallel-generations
-        rl-offload-inference-model-weights-when-idle rl-offload-kv-cache-during-training
-        rl-offload-optimizer-during-inference rl-parallel-generation-tasks
-        rl-partial-rollouts rl-persist-cuda-graphs rl-profile rl-profile-dir
-        rl-prompts-per-eval rl-remove-kv-cache-during-training rl-reset-cuda-graphs
-        rl-rollout-bank-dir rl-rollout-bank-max-bytes rl-sequence-packing-algo
-        rl-sequence-packing-bin-size rl-sequence-packing-max-sequences-per-bin
-        rl-skip-bos-token rl-submission-granularity rl-training-cuda-graphs
-        rl-use-sequence-packing rl-verify-model-weights-swap""",
+        grpo-* langrl-* perform-rl-step refit-method rl-*""",
     "this program trains decoders of text": """
         bert-embedder-type bert-load bert-no-binary-head biencoder-projection-dim
         biencoder-shared-query-context-model block-data-path classes-fraction
-        data-per-class-fraction decoder-num-layers dino-bottleneck-size
-        dino-freeze-last-layer dino-head-hidden-size dino-local-crops-number
-        dino-local-img-size dino-norm-last-layer dino-teacher-temp dino-warmup-teacher-temp
-        dino-warmup-teacher-temp-epochs embedding-path encoder-num-layers encoder-seq-length
-        evidence-data-path ict-head-size ict-load img-h img-w indexer-batch-size
-        indexer-log-interval iter-per-epoch mask-factor mask-prob mask-type
-        mid-level-dataset-surplus mrope-section num-channels num-classes patch-dim
-        query-in-block-prob relative-attention-max-distance relative-attention-num-buckets
+        data-per-class-fraction decoder-num-layers dino-* embedding-path evidence-data-path
+        ict-head-size ict-load img-h img-w indexer-batch-size indexer-log-interval
+        iter-per-epoch mask-factor mask-prob mask-type mid-level-dataset-surplus
+        mrope-section num-channels num-classes patch-dim query-in-block-prob
+        relative-attention-max-distance relative-attention-num-buckets
         retriever-report-topk-accuracies retriever-score-scaling retriever-seq-length
-        retro-add-retriever retro-attention-gate retro-cyclic-train-iters
-        retro-encoder-attention-dropout retro-encoder-hidden-dropout retro-encoder-layers
-        retro-no-verify-neighbor-count retro-num-neighbors retro-num-retrieved-chunks
-        retro-project-dir retro-return-doc-ids retro-workdir sample-rate short-seq-prob
-        swin-backbone-type titles-data-path use-one-sent-docs vision-backbone-type
-        vision-pretraining vision-pretraining-type""",
+        retro-* sample-rate short-seq-prob swin-backbone-type titles-data-path
+        use-one-sent-docs vision-backbone-type vision-pretraining vision-pretraining-type""",
     "the layers are attention and a dense MLP": """
         activation-func-clamp-value attention-output-gate
         disable-dsa-indexer-rotate-activation disable-dsa-indexer-scoring-relu
-        disable-mamba-mem-eff-path dsa-indexer-head-dim dsa-indexer-k-norm-epsilon
-        dsa-indexer-k-norm-fp32 dsa-indexer-loss-coeff dsa-indexer-n-heads
-        dsa-indexer-rope-interleaved dsa-indexer-skip-topk-offset dsa-indexer-topk
-        dsa-indexer-topk-freq dsa-indexer-use-sparse-loss dsa-kernel-backend
-        enable-mhc-connections experimental-attention-variant gdp-cutedsl-kernel
-        gdp-num-chunk-states-to-recompute gdp-num-householder glu-linear-offset
+        disable-mamba-mem-eff-path dsa-* enable-mhc-connections
+        experimental-attention-variant gdp-* glu-linear-offset
         heterogeneous-layers-config-encoded-json heterogeneous-layers-config-path
         hybrid-attention-ratio hybrid-layer-pattern hybrid-mlp-ratio hybrid-override-pattern
         is-hybrid-model linear-attention-freq linear-conv-kernel-dim linear-key-head-dim
-        linear-num-key-heads linear-num-value-heads linear-value-head-dim mamba-head-dim
-        mamba-inference-conv-states-dtype mamba-inference-ssm-states-dtype mamba-num-groups
-        mamba-num-heads mamba-state-dim mamba-training-ssm-states-dtype
-        mhc-init-gating-factor mhc-num-residual-streams mhc-recompute-layer-num
-        mhc-sinkhorn-iterations no-dsa-indexer-rotate-activation no-dsa-indexer-scoring-relu
-        no-rope-freq output-logit-dtype qk-clip qk-l2-norm spec use-mup""",
+        linear-num-key-heads linear-num-value-heads linear-value-head-dim mamba-* mhc-*
+        no-dsa-indexer-rotate-activation no-dsa-indexer-scoring-relu no-rope-freq
+        output-logit-dtype qk-clip qk-l2-norm spec use-mup""",
     "nothing here corresponds to it": """
         allow-ambiguous-pad-tokens apply-wd-to-qk-layernorm batch-invariant-backend
-        batch-invariant-mode batch-size chat-template data-parallel-random-init
-        dataloader-inter-document-masking decrease-batch-size-if-needed
-        disable-bf16-reduced-precision-matmul
+        batch-invariant-mode chat-template ckpt-convert-format ckpt-convert-save
+        data-parallel-random-init dataloader-inter-document-masking
+        decrease-batch-size-if-needed disable-bf16-reduced-precision-matmul
         disable-tokenizer-sentencepiece-ignore-extra-whitespaces error-injection-rate
         error-injection-type eval-global-batch-size eval-micro-batch-size fake-process-group
-        fault-injector-delay-start-iteration fault-injector-fault-delay
-        fault-injector-fault-probabilities fault-injector-fault-types
-        fault-injector-mtti-seconds fault-injector-num-ranks fault-injector-offset-seconds
-        fault-injector-ranks fault-injector-seed fim-data freeze-all-layers full-validation
-        gtp-expert-remat-nccl-ub gtp-remat-nccl-ub gtp-remat-opt-in-modules
+        fault-* fim-data freeze-all-layers full-validation gtp-expert-remat-nccl-ub
+        gtp-remat-nccl-ub gtp-remat-opt-in-modules
         gtp-remat-reduce-scatter-with-fp32-accumulation iterations-to-skip
-        load-model-opt-format logits-load-decode-threads logits-load-dir
-        logits-load-ignore-errors logits-load-kd-loss-alpha logits-load-msc-prefetch-depth
-        logits-load-prefetch-factor logits-save-dir logits-save-dtype logits-save-top-k
-        logits-save-top-p logits-save-top-p-min-k max-seqlen-per-dp-cp-rank
-        model-parallel-size multiple-validation-sets
+        load-model-opt-format logits-* max-seqlen-per-dp-cp-rank multiple-validation-sets
         no-tokenizer-sentencepiece-ignore-extra-whitespaces no-weight-decay-cond-type
         non-persistent-save-interval null-tokenizer-eod-id null-tokenizer-pad-id
         override-ckpt-iteration per-dataset-sequences-path phase-transition-iterations
@@ -341,6 +230,6 @@ WITHOUT_COUNTERPART: Mapping[str, str] = {
         tiktoken-pattern tiktoken-special-tokens tokenizer-hf-include-special-tokens
         tokenizer-hf-no-include-special-tokens tokenizer-hf-no-use-fast tokenizer-metadata
         tokenizer-sentencepiece-legacy tokenizer-special-tokens
-        use-same-sampling-seed-across-dp-ranks validation-set-names warmup yaml-cfg""",
+        use-same-sampling-seed-across-dp-ranks validation-set-names yaml-cfg""",
 }
 """Flags that are refused, by the reason."""

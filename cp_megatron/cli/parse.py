@@ -132,6 +132,10 @@ def read_arguments(
     """Reads a command line like ``parse_arguments``, but returns its mistakes.
 
     ``check`` then adds those that it finds in the rest, so that the user is told all of them.
+
+    Raises:
+        ConfigError: what supplies the defaults (a preset, file, folder or run) cannot be read.
+        SystemExit: with code 0, after ``--help`` is printed.
     """
     if HELP & set(argv):
         if not quiet:
@@ -147,17 +151,14 @@ def read_arguments(
             rule = "plans a --dry-run only; torchrun sets the number of ranks of a real run"
             works = "--dry-run, or torchrun --nproc-per-node"
             raise ConfigError("--world-size", options.world_size, rule, works)
-    base = PRESETS[DEFAULT_PRESET]
+    config: Config | None = None
     with mistakes.collect():
-        try:
-            base = _base(typed)
-        except ConfigError:  # The other mistakes are looked for without the file or the run.
-            with contextlib.suppress(ConfigError):
-                base = _preset(typed)
-            raise
-    config = base
+        config = _base(typed)
+    if config is None:  # Other defaults in its place would lead to mistakes that are none.
+        _in_order(mistakes, argv).raise_any()
+    assert config is not None
     with mistakes.collect():
-        config = overlay(base, {name: typed[name] for name in typed.keys() - own})
+        config = overlay(config, {name: typed[name] for name in typed.keys() - own})
     with mistakes.collect():
         config = _fold_bf16(_place_of_run(config, given), given)
     return Arguments(
@@ -166,14 +167,14 @@ def read_arguments(
         auto=words.auto,
         options=options,
         notes=(*words.notes, *_defaults(config, given)),
-        mistakes=tuple(sorted(mistakes.errors, key=lambda error: _place(error, argv))),
+        mistakes=tuple(_in_order(mistakes, argv).errors),
     )
 
 
-def _place(error: ConfigError, argv: Sequence[str]) -> int:
-    """Where on the command line the flag of an error stands; the end if it does not."""
-    flags = [word.partition("=")[0] for word in argv]
-    return flags.index(error.flag) if error.flag in flags else len(flags)
+def _in_order(mistakes: Mistakes, argv: Sequence[str]) -> Mistakes:
+    """The mistakes in the order of their flags on the command line; those of other flags last."""
+    places = {word.partition("=")[0]: -place for place, word in enumerate(reversed(argv))}
+    return Mistakes(sorted(mistakes.errors, key=lambda error: places.get(error.flag, 1)))
 
 
 def _defaults(config: Config, given: frozenset[str]) -> tuple[str, ...]:
@@ -207,13 +208,13 @@ def _read(argv: Sequence[str], program: Program, again: bool, mistakes: Mistakes
     """
     rows = [*settings_of(program.options), *settings().values()]
     flags = spellings(rows, _ALIASES)
-    found = Translation([])
+    translation = Translation([])
     with mistakes.collect():
         pieces = split_words(argv)
-        found = translate(pieces, {name: row.flag for name, row in flags.items()}, mistakes)
-    typed = read_pieces(found.pieces, flags, mistakes, refuse_synonym)
+        translation = translate(pieces, {name: row.flag for name, row in flags.items()}, mistakes)
+    typed = read_pieces(translation.pieces, flags, mistakes, refuse_synonym)
     if not program.trains:
-        for flag in found.noted:
+        for flag in translation.noted:
             with mistakes.collect():
                 raise ConfigError(flag, "", f"has no effect on {program.name}", "leave it out")
     load, auto = None, False
@@ -225,7 +226,7 @@ def _read(argv: Sequence[str], program: Program, again: bool, mistakes: Mistakes
             typed.pop("load_hf", None)
             typed["load"] = load
     given = frozenset(row.flag for row in rows if row.name in typed)
-    return _Words(typed=typed, given=given, auto=auto, notes=tuple(notes(found)))
+    return _Words(typed=typed, given=given, auto=auto, notes=tuple(notes(translation)))
 
 
 def _base(typed: Values) -> Config:
@@ -302,8 +303,10 @@ def _refuse_toml(file: str, text: str) -> None:
         tables = tomllib.loads(text)
         if any(isinstance(value, dict) for value in tables.values()):
             rule = "is a TOML file, such as torchtitan's, and not YAML"
-            flags = " ".join(flags_of_tables(tables))
-            works = flags or "flags, or a YAML file such as the config.yaml of a run"
+            flags, others = flags_of_tables(tables)
+            if others:
+                rule += f"; no flag has the values of {', '.join(others)}"
+            works = " ".join(flags) or "flags, or a YAML file such as the config.yaml of a run"
             raise ConfigError("--config", file, rule, works)
 
 

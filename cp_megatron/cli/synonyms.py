@@ -6,7 +6,7 @@ what to use.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from cp_megatron.errors import ConfigError
@@ -16,6 +16,8 @@ _SHARDED = "nothing: weights, gradients and optimizer state are always sharded o
 _SELECTIVE = "--recompute-granularity selective or full"
 _TENSORBOARD = "nothing: TensorBoard events are written to the folder of --save"
 _WARMUP = "--lr-warmup-iters"
+_ADAMW = "nothing: AdamW is the only optimizer"
+_ROWS = "nothing: rows are cut in the process itself"
 _COMPILE = "nothing: the program is not compiled"
 
 SYNONYMS: Mapping[str, Mapping[str, str]] = {
@@ -47,7 +49,10 @@ SYNONYMS: Mapping[str, Mapping[str, str]] = {
         "resume_from_checkpoint": "--load RUN, or --load auto with --save RUN",
         "save_steps": "--save-interval",
         "save_total_limit": "--keep-latest-k",
+        "save_strategy": "--save-interval",
         "eval_steps": "--eval-interval",
+        "eval_strategy": "--eval-interval",
+        "evaluation_strategy": "--eval-interval",
         "max_eval_samples": "--eval-iters",
         "logging_steps": "--log-interval",
         "logging_dir": _TENSORBOARD,
@@ -59,6 +64,9 @@ SYNONYMS: Mapping[str, Mapping[str, str]] = {
         "attn_implementation": "--kernel",
         "use_flash_attention_2": "--kernel",
         "torch_compile": _COMPILE,
+        "optim": _ADAMW,
+        "dataloader_num_workers": _ROWS,
+        "remove_unused_columns": _ROWS,
         "dataset_name": "--data-path FILE or FOLDER on this machine",
         "dataset_path": "--data-path",
         "train_file": "--train-data-path",
@@ -111,7 +119,7 @@ SYNONYMS: Mapping[str, Mapping[str, str]] = {
         "parallelism.context_parallel_degree": "--context-parallel-size",
         "parallelism.context_parallel_rotate_method": "--cp-comm-type",
         "parallelism.pipeline_parallel_degree": "nothing: there is no pipeline parallelism",
-        "optimizer.name": "nothing: AdamW is the only optimizer",
+        "optimizer.name": _ADAMW,
         "optimizer.lr": "--lr",
         "optimizer.eps": "--adam-eps",
         "optimizer.beta1": "--adam-beta1",
@@ -165,7 +173,10 @@ SYNONYMS: Mapping[str, Mapping[str, str]] = {
         "ulysses_degree": "--context-parallel-size with --cp-comm-type a2a",
         "ring_degree": "--context-parallel-size with --cp-comm-type p2p",
         "batch_size": "--global-batch-size or --micro-batch-size",
+        "model_parallel_size": "--tensor-parallel-size",
+        "warmup": "--lr-warmup-fraction",
         "epochs": "--train-epochs",
+        "num_epochs": "--train-epochs",
         "steps": "--train-iters",
         "context_length": "--seq-length",
         "seq_len": "--seq-length",
@@ -196,17 +207,28 @@ def refuse_synonym(flag: str, value: str) -> None:
     name = flag.lstrip("-").replace("-", "_").lower()
     for trainer, answers in SYNONYMS.items():
         if name in answers:
-            raise ConfigError(flag, value, f"unknown flag: it is one of {trainer}", answers[name])
+            raise ConfigError(
+                flag, value, f"unknown flag: it is a flag of {trainer}", answers[name]
+            )
 
 
-def flags_of_tables(tables: Mapping[str, Any]) -> Iterator[str]:
-    """The flags for what torchtitan's settings say, as far as they have a counterpart.
+def flags_of_tables(tables: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """What torchtitan's settings are here.
 
     Args:
         tables: the content of a TOML file.
+
+    Returns:
+        The flags that have the same values, and the names of the other settings.
     """
+    flags: list[str] = []
+    others: list[str] = []
     for section, values in tables.items():
-        for name, value in values.items() if isinstance(values, dict) else ():
-            answer = SYNONYMS["torchtitan"].get(f"{section}.{name}", "")
+        for key, value in values.items() if isinstance(values, dict) else ():
+            name = f"{section}.{key}"
+            answer = SYNONYMS["torchtitan"].get(name, "")
             if answer.startswith("--") and " " not in answer and not isinstance(value, dict):
-                yield answer if value is True else f"{answer} {value}"
+                flags.append(answer if value is True else f"{answer} {value}")
+            else:
+                others.append(name)
+    return flags, others

@@ -26,9 +26,10 @@ _KINDS: Mapping[Kind, tuple[type, str, str]] = {
     "float": (float, "must be a number", "FLOAT"),
     "str": (str, "must be text", "TEXT"),
 }
-# Megatron's names of choices, for --cp-comm-type and --tokenizer-type.
+# Megatron's names of choices, for --cp-comm-type, --rope-type and --tokenizer-type.
 _SPELLINGS: Mapping[str, str] = {
     "allgather": "all_gather",
+    "rope": "default",
     "HuggingFaceTokenizer": "huggingface",
     "SentencePieceTokenizer": "sentencepiece",
     "GPTSentencePieceTokenizer": "sentencepiece",
@@ -163,8 +164,8 @@ class Setting:
             elif not math.isfinite(value):
                 rule = "must be finite"
             elif value not in self.range:
-                default = 1 if self.default is None else self.default
-                rule, works = self.range.rule, self.range.nearest(value) or f"{default:g}"
+                valid = [x for x in (self.default, 1, 0) if x is not None and x in self.range]
+                rule, works = self.range.rule, self.range.nearest(value) or f"{valid[0]:g}"
         elif self.choices and value not in self.choices:
             several = ("must be one of its choices", ", ".join(self.choices))
             rule, works = _ABSENT.get(value, several)

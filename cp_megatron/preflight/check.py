@@ -86,22 +86,22 @@ def check(
     """
     if not dry_run:
         parse_faults(launch.fault, launch.world_size)
-    found = Mistakes(mistakes)
-    with found.collect():
+    collected = Mistakes(mistakes)
+    with collected.collect():
         check_values(config)
         config = replace(config, data=rules.with_packing(config.data, given))
-    vocab_size, of_tokenizer, sound = _check_model(config, given, found)
+    vocab_size, of_tokenizer, sound = _check_model(config, given, collected)
     grid: Grid | None = None
-    with found.collect():
+    with collected.collect():
         # After the model: a command with more ranks is no help if the heads forbid the grid.
         grid, of_grid = _grid(config, launch, dry_run, dry_run_world_size, [script, *argv])
         notes = (*notes, *of_grid, *of_tokenizer)
     one_node = dry_run and not launch.under_torchrun
     if not dry_run:
-        with found.collect():
+        with collected.collect():
             _refuse_held(config, launch, auto=auto)
-    split = _split(config, grid, launch, given, found, sound=sound, one_node=one_node)
-    of_data = _check_rest(config, vocab_size, given, found, auto=auto, dry_run=dry_run)
+    split = _split(config, grid, launch, given, collected, sound=sound, one_node=one_node)
+    of_data = _check_rest(config, vocab_size, given, collected, auto=auto, dry_run=dry_run)
     assert split is not None, "otherwise there is a mistake"
     plan = _with_checkpoint(_plan(config, split, vocab_size, given), auto=auto)
     plan = _complete(plan, given, dry_run=dry_run)
@@ -118,7 +118,7 @@ def _complete(plan: RunPlan, given: frozenset[str], *, dry_run: bool) -> RunPlan
         world_size=plan.grid.world_size,
         given=given,
     )
-    more = *schedule_notes(plan), *rope_notes(plan.config, given)
+    more = *schedule_notes(plan, given), *rope_notes(plan.config, given)
     if dry_run:  # a run adds this when it has read its data
         plan = with_rows(plan)
         more = *more, *repetition(plan)
@@ -173,7 +173,7 @@ def _check_rest(
     with mistakes.collect():
         check_units(config.optimizer, given)
     with mistakes.collect():
-        rules.check_data(config.data, config.train, given)
+        rules.check_data(config.data, given)
     with mistakes.collect():
         # All of small data is read by a dry run, with notes about all of it.
         notes = check_data(config.data, dry_run=dry_run and not is_small(config.data))
@@ -217,8 +217,7 @@ def _split(
 def _plan(config: Config, split: Split, vocab_size: int, given: frozenset[str]) -> RunPlan:
     """The plan of a new run."""
     grid, (rows, micro_batch_size, num_microbatches), sequence, kernels = split
-    validates = rules.check_data(config.data, config.train, given)
-    resolved, notes = _resolved(config, grid, rows, validates)
+    resolved, notes = _resolved(config, grid, rows, validates=rules.check_data(config.data, given))
     return RunPlan(
         config=resolved,
         grid=grid,
@@ -325,7 +324,7 @@ def _wrong_world(launch: Launch, smallest: Grid, command: Sequence[str]) -> Conf
 
 
 def _resolved(
-    config: Config, grid: Grid, rows: int, validates: bool
+    config: Config, grid: Grid, rows: int, *, validates: bool
 ) -> tuple[Config, tuple[str, ...]]:
     """The configuration completed with what follows from the grid, and notes about it."""
     notes: list[str] = []

@@ -17,7 +17,7 @@ from cp_megatron.config import OptimizerConfig
 class LearningRate:
     """The curve of the learning rate.
 
-    All lengths have one unit: a step, or a row if ``--train-samples`` counts the run in rows.
+    All lengths have one unit: a step, or a row if the run is counted in rows.
 
     Attributes:
         config: the rates and the styles.

@@ -43,20 +43,23 @@ def check_load_hf(config: Config) -> tuple[str, ...]:
     if config.checkpoint.load is not None:
         rule = f"starts a new run, but --load {config.checkpoint.load} continues one"
         raise ConfigError(FLAG, folder, rule, "one of the two")
-    found, model = read_hf_config(folder), config.model
+    pretrained, model = read_hf_config(folder), config.model
     for name, ours in vars(model).items():
-        theirs = getattr(found.model, name)
+        theirs = getattr(pretrained.model, name)
         if theirs != ours and name not in _CHANGEABLE:
             rule = f"contradicts the weights of {FLAG} {folder}"
             works = f"leave it out, or {spelled(name, theirs)}"
             raise ConfigError(spelled(name, ours), "", rule, works)
-    padded = model.padded_vocab_size(found.vocab_size)
-    find_weights(found, model, padded_vocab_size=padded)
-    max_positions, seq_length = found.model.max_position_embeddings or 0, config.data.seq_length
+    padded = model.padded_vocab_size(pretrained.vocab_size)
+    find_weights(pretrained, model, padded_vocab_size=padded)
+    max_positions, seq_length = (
+        pretrained.model.max_position_embeddings or 0,
+        config.data.seq_length,
+    )
     notes = [f"training starts from the weights of {folder}"]
-    if found.unread:
-        reader = f"neither transformers' {found.family.architecture} nor this program reads"
-        notes.append(f"config.json has entries that {reader}: {', '.join(found.unread)}")
+    if pretrained.unread:
+        reader = f"neither transformers' {pretrained.family.architecture} nor this program reads"
+        notes.append(f"config.json has entries that {reader}: {', '.join(pretrained.unread)}")
     if seq_length > max_positions and model.rope_type == "default":
         notes.append(
             f"the model was made for {max_positions:,} positions, but rows have {seq_length:,}: "

@@ -15,7 +15,6 @@ from cp_megatron.config import (
     DataConfig,
     MemoryConfig,
     ModelConfig,
-    TrainConfig,
 )
 from cp_megatron.config.fields import settings
 from cp_megatron.data.rows.sampler import parse_split
@@ -106,19 +105,12 @@ def check_batch(data: DataConfig, dp: int) -> tuple[int, int, int]:
     return rows, micro, rows // (micro * dp)
 
 
-def check_data(data: DataConfig, train: TrainConfig, given: frozenset[str]) -> bool:
-    """Whether the run can validate; refuses flags about data that would have no effect."""
+def check_data(data: DataConfig, given: frozenset[str]) -> bool:
+    """Whether there is data for validation; refuses flags about data that have no effect."""
     own = any((data.train_data_path, data.valid_data_path, data.test_data_path))
     if own:
         _check_own_paths(data, given)
-    valid = bool(data.valid_data_path) if own else parse_split(data.split)[1]
-    if train.eval_iters and not valid and given & {"--eval-iters", "--eval-interval"}:
-        if own:
-            rule = "needs validation data"
-            raise ConfigError("--eval-iters", train.eval_iters, rule, "--valid-data-path")
-        rule = "has no validation part, which --eval-iters and --eval-interval need"
-        raise ConfigError("--split", data.split, rule, "969,30,1")
-    return bool(valid and train.eval_iters)
+    return bool(data.valid_data_path if own else parse_split(data.split)[1])
 
 
 def _check_own_paths(data: DataConfig, given: frozenset[str]) -> None:

@@ -139,4 +139,5 @@ def repetition(plan: RunPlan) -> Iterator[str]:
     rows, seen = plan.rows_per_epoch or 0, plan.rows_of(plan.last_step).stop
     if 0 < rows < seen:
         times = f"{seen // rows:,}" + (f" or {seen // rows + 1:,}" if seen % rows else "")
-        yield f"the data repeats: the run trains {times} times on each of its {rows:,} rows"
+        each = "its only row" if rows == 1 else f"each of its {rows:,} rows"
+        yield f"the data repeats: the run trains {times} times on {each}"

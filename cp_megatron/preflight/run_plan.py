@@ -96,14 +96,19 @@ class RunPlan:
         return self.load_tokens + rows * self.config.data.seq_length
 
     @property
+    def counts_rows(self) -> bool:
+        """Whether rows rather than steps say how long the run is, and how far it is."""
+        train = self.config.train
+        return not (train.train_samples is None and train.train_epochs is None)
+
+    @property
     def learning_rate(self) -> LearningRate:
         """The curve of the learning rate."""
-        samples = self.config.train.train_samples
         return LearningRate.of(
             self.config.optimizer,
-            length=self.last_step if samples is None else samples,
+            length=self.config.train.train_samples or self.progress_after(self.last_step),
             rows_per_step=self.rows_per_step,
-            in_rows=samples is not None,
+            in_rows=self.counts_rows,
         )
 
     def learning_rate_at(self, step: int) -> float:
@@ -112,7 +117,7 @@ class RunPlan:
 
     def progress_after(self, step: int) -> int:
         """How much of the run is done after a step, in the unit of the learning rate's curve."""
-        return step if self.config.train.train_samples is None else self.rows_of(step).stop
+        return self.rows_of(step).stop if self.counts_rows else step
 
     def on_device(
         self, device: DeviceName, note: str = "", capability: tuple[int, int] | None = None

@@ -11,6 +11,7 @@ from cp_megatron.preflight.rules import refuse_unused
 from cp_megatron.preflight.run_length import length_flag
 from cp_megatron.preflight.run_plan import RunPlan
 
+_DECAY = ("--lr-decay-iters", "--lr-decay-samples", "--min-lr")
 _WSD = ("lr_wsd_decay_style", "lr_wsd_decay_iters", "lr_wsd_decay_samples")
 
 
@@ -26,10 +27,6 @@ def check_schedule(optimizer: OptimizerConfig, given: frozenset[str]) -> None:
         if rate > optimizer.lr:
             rule = f"must be at most --lr {optimizer.lr:g}"
             raise ConfigError(flag, rate, rule, f"{optimizer.lr / 10:g}")
-    if style == "constant":
-        reason, works = "with --lr-decay-style constant", "--lr-decay-style cosine or linear"
-        unread = ("lr_decay_iters", "lr_decay_samples", "min_lr")
-        refuse_unused(optimizer, unread, given, reason=reason, works=works)
     if style != "WSD":
         reason, works = f"with --lr-decay-style {style}", "--lr-decay-style WSD"
         refuse_unused(optimizer, _WSD, given, reason=reason, works=works)
@@ -80,9 +77,13 @@ def check_warmup(plan: RunPlan, given: frozenset[str]) -> None:
     raise ConfigError(row.flag, warmup, f"must be below {flag} {value}", str(works))
 
 
-def schedule_notes(plan: RunPlan) -> Iterator[str]:
+def schedule_notes(plan: RunPlan, given: frozenset[str]) -> Iterator[str]:
     """Notes about a learning rate that is possible but hardly wanted."""
-    curve, in_rows = plan.learning_rate, plan.config.train.train_samples is not None
+    curve, in_rows = plan.learning_rate, plan.counts_rows
+    unread = [flag for flag in _DECAY if flag in given]
+    if unread and curve.config.lr_decay_style == "constant":
+        have = "has" if len(unread) == 1 else "have"
+        yield f"{' and '.join(unread)} {have} no effect with --lr-decay-style constant"
     first, last = (plan.progress_after(step) for step in (plan.load_step + 1, plan.last_step))
     unit = "rows" if in_rows else "steps"
     warmup, end, anneal = (f"{x:,.10g}" for x in (curve.warmup, curve.end, curve.anneal))

@@ -162,7 +162,7 @@ def _training(plan: RunPlan, run: Path | None) -> Iterator[Line]:
     per_step = rows * config.data.seq_length
     size = f"{plan.micro_batch_size} x dp {plan.grid.dp} x {plan.num_microbatches} accumulated"
     yield "batch", f"{rows} rows = micro batch {size}, {per_step:,} tokens per step"
-    curve, unit = plan.learning_rate, "" if train.train_samples is None else " rows"
+    curve, unit = plan.learning_rate, " rows" if plan.counts_rows else ""
     warmup = f", warm-up {curve.warmup:,.10g}{unit}" if curve.warmup else ""
     rate = f"lr {optimizer.lr:g} {optimizer.lr_decay_style}{warmup}"
     yield "steps", f"{plan.last_step:,}, {rate}, seed {train.seed}"

@@ -9,14 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cp_megatron.cli.parse import Arguments, LaunchOptions, parse_arguments
+from cp_megatron.cli.parse import Arguments, LaunchOptions, parse_arguments, read_arguments
 from cp_megatron.cli.programs import CONVERT, EVALUATE, GENERATE
 from cp_megatron.config import Config
 from cp_megatron.config.fields import settings, settings_of
 from cp_megatron.config.files.presets import PRESETS
 from cp_megatron.config.files.yaml_io import to_yaml
 from cp_megatron.config.help_page import HELP
-from cp_megatron.errors import ConfigError
+from cp_megatron.errors import CombinedError, ConfigError
 from tests.config.yaml_text import from_yaml
 
 TOY = ["--preset", "toy"]
@@ -132,6 +132,7 @@ def test_bf16_is_a_dtype() -> None:
         (["--num-layers", "four"], "--num-layers", "four", ""),
         (["--num-layers", "9" * 5000], "--num-layers", "9" * 5000, ""),
         (["--lr", "nan"], "--lr", "nan", ""),
+        (["--lr-warmup-fraction", "1.5"], "--lr-warmup-fraction", "1.5", "0"),
         (["--lr="], "--lr", "", ""),
         (["--save="], "--save", "", ""),
         (["--save=-x"], "--save", "-x", "./-x"),
@@ -161,6 +162,15 @@ def test_refusals(argv: list[str], flag: str, value: str, works: str) -> None:
     assert (error.flag, str(error.value)) == (flag, value)
     assert works in error.works
     assert error.rule
+
+
+@pytest.mark.parametrize("base", ["--load-hf", "--load", "--config"])
+def test_no_default_stands_for_a_file_that_cannot_be_read(base: str, tmp_path: Path) -> None:
+    """The toy's least learning rate would be above this rate."""
+    with pytest.raises(ConfigError) as caught:
+        read_arguments([base, str(tmp_path / "none"), "--lr", "1e-5", "--seed", "x"])
+    assert isinstance(caught.value, CombinedError)
+    assert [error.flag for error in caught.value.errors] == [base, "--seed"]
 
 
 def test_the_same_value_twice_is_no_contradiction() -> None:

@@ -27,12 +27,17 @@ from cp_megatron.errors import ConfigError
         ("--model_name_or_path", "--load-hf"),
         ("--resume_from_checkpoint", "--load"),
         ("--num_train_epochs", "--train-epochs"),
+        ("--eval_strategy", "--eval-interval"),
+        ("--optim", "nothing"),
         ("--max_steps", "--train-iters"),
         ("--max_seq_length", "--seq-length"),
         ("--training.seq_len", "--seq-length"),
         ("--parallelism.context_parallel_degree", "--context-parallel-size"),
         ("--deepspeed", "nothing"),
         ("--zero_stage", "nothing"),
+        ("--batch-size", "--global-batch-size or --micro-batch-size"),
+        ("--warmup", "--lr-warmup-fraction"),
+        ("--num_epochs", "--train-epochs"),
         ("--cp", "--context-parallel-size"),
         ("--tp", "--tensor-parallel-size"),
         ("--ckpt-step", "--load RUN/step-N"),
@@ -83,4 +88,5 @@ def test_a_toml_file_says_what_it_is(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         parse_arguments(["--config", str(file)])
     assert "TOML" in caught.value.rule
+    assert "model.flavor, training.compile, lr_scheduler.min_lr_factor, comm" in caught.value.rule
     assert caught.value.works == "--seq-length 8192 --train-iters 1000 --lr 0.0003"

@@ -120,7 +120,6 @@ def refused(
         (["--lr", "1e-4", "--min-lr", "2e-4"], 1, "--min-lr", "1e-05"),
         (["--lr-warmup-iters", "120"], 1, "--lr-warmup-iters", "12"),
         (["--lr-decay-iters", "5"], 1, "--lr-warmup-iters", "0"),
-        (["--lr-decay-style", "constant", "--min-lr", "1e-4"], 1, "--min-lr", "cosine"),
         # the world
         (["--tensor-parallel-size", "2"], 3, "--tensor-parallel-size", "--nproc-per-node 2 "),
         # the model
@@ -183,7 +182,6 @@ def refused(
         (["--train-data-path", "a", "--split", "1"], 1, "--split", "leave it out"),
         (["--train-data-path", "a", "--data-path", "b"], 1, "--data-path", "one of the two"),
         (["--valid-data-path", "a"], 1, "--valid-data-path", "--train-data-path"),
-        (["--train-data-path", "a", "--eval-iters", "2"], 1, "--eval-iters", "--valid-data-path"),
         (["--packing", "best-fit", "--no-document-mask"], 1, "--no-document-mask", "concatenate"),
         (["--sft", "--packing", "concatenate"], 1, "--packing", "best-fit"),
         (["--sft"], 1, "--data-path", ".jsonl"),
@@ -192,7 +190,6 @@ def refused(
         (["--split", "0,1,1"], 1, "--split", ""),
         (["--split", "-1,1,1"], 1, "--split", ""),
         (["--split", "a"], 1, "--split", ""),
-        (["--split", "1,0,0", "--eval-iters", "2"], 1, "--split", "969,30,1"),
         # kernels
         (["--attention-dropout", "0.1", "--kernel", "cpu"], 1, "--kernel", "--attention-dropout 0"),
         (["--attention-dropout", "0.1", "--dtype=float64", "--kernel=cpu"], 1, "--kernel", "auto"),
@@ -313,10 +310,13 @@ def test_sequence_parallel_without_tensor_parallel_is_off_with_a_note() -> None:
     assert "--sequence-parallel is off" in run.notes[0]
 
 
-def test_a_missing_validation_part_is_noted() -> None:
-    run = plan("--split", "1,0,0")
-    assert run.config.train.eval_iters == 0
-    assert "validation" in run.notes[0]
+@pytest.mark.parametrize("flags", [[], ["--eval-iters", "2", "--eval-interval", "5"]])
+def test_a_missing_validation_part_is_noted(flags: list[str], tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("three blind mice")
+    for data in (["--split", "100,0,0"], ["--train-data-path", str(tmp_path / "text.txt")]):
+        run = plan(*data, *flags)
+        assert run.config.train.eval_iters == 0
+        assert "no validation part: nothing is validated" in run.notes[0]
 
 
 def test_an_interval_without_a_validation_is_noted() -> None:

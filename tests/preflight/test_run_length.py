@@ -201,6 +201,19 @@ def test_rows_to_come_make_the_steps_of_another_batch_size(run: Path) -> None:
     assert found.learning_rate_at(50) == 0
 
 
+def test_the_rate_of_a_run_of_epochs_goes_on_with_another_batch_size(
+    run: Path, nine: list[str]
+) -> None:
+    """160 of 270 rows are over after 40 steps of 4: so is the same share of the decay."""
+    write_pair(Path(nine[1]), [[*range(97, 113)] * 600])  # nine rows of 1,024 tokens
+    flags = ["--load", str(run), *nine[:4], "--train-epochs", "30", "--lr-decay-style", "linear"]
+    flags += ["--lr", "1", "--min-lr", "0", "--lr-warmup-iters", "0"]
+    found = plan(*flags, "--global-batch-size", "10")
+    assert (found.last_step, found.rows_of(41)) == (51, range(160, 170))
+    assert found.learning_rate_at(41) == pytest.approx(1 - 170 / 270)
+    assert found.learning_rate_at(51) == 0
+
+
 def test_tokens_of_a_checkpoint_that_does_not_count_them(run: Path) -> None:
     found = plan("--load", str(run), "--seq-length", "512", "--max-position-embeddings", "1024")
     assert found.load_tokens == 160 * 1024
@@ -224,6 +237,16 @@ def test_the_command_that_trains_longer(nine: list[str]) -> None:
 def notes(*argv: str) -> list[str]:
     found: RunPlan = plan(*argv)
     return [note for note in found.notes if "learning rate" in note or "rope" in note]
+
+
+def test_settings_of_a_decay_that_a_constant_rate_does_not_read_are_noted() -> None:
+    """As in Megatron-LM's lines."""
+    argv = ["--lr-decay-style", "constant", "--lr-decay-iters", "100", "--min-lr", "1e-5"]
+    assert (
+        "--lr-decay-iters and --min-lr have no effect with --lr-decay-style constant"
+        in plan(*argv).notes
+    )
+    assert not any("constant" in note for note in plan(*argv[:2]).notes)
 
 
 def test_a_learning_rate_of_0_is_noted() -> None:

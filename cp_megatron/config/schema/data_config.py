@@ -39,7 +39,7 @@ class DataConfig:
     """Read conversations from .jsonl, .json, .parquet or .arrow files; only the assistant's answers
     have a loss."""
     chat_date: str | None = None
-    """The day that a chat template may write, e.g. 2026-01-31; by default it is told none."""
+    """The day that a chat template may write, e.g. 2026-01-31; by default it gets no date."""
     skip_bad_lines: bool = False
     """Skip and count malformed lines of JSON, rows of .csv and conversations instead of refusing
     them."""

@@ -28,13 +28,15 @@ class OptimizerConfig:
     min_lr: NonNegative = 0.0
     """Learning rate at the end of the decay."""
     lr_decay_style: DecayStyle = "cosine"
-    """Shape of the decay after the warm-up; WSD stays at the peak until a decay of its own."""
+    """Shape of the decay after the warm-up; WSD stays at the peak until its last
+    steps (--lr-wsd-decay-iters)."""
     lr_warmup_iters: Count = 0
     """Steps over which the learning rate rises linearly to its peak."""
     lr_warmup_samples: SampleCount | None = None
-    """Rows over which it rises, in place of steps."""
+    """Rows over which the learning rate rises to its peak, in place of steps."""
     lr_warmup_fraction: BelowOne | None = None
-    """Share of the steps up to the end of the decay over which it rises, in place of steps."""
+    """Share of the run, up to the end of the decay, over which the learning rate rises to its peak;
+    in place of steps."""
     lr_warmup_init: NonNegative = 0.0
     """Learning rate from which the warm-up rises."""
     lr_decay_iters: Size | None = None
@@ -42,11 +44,11 @@ class OptimizerConfig:
     lr_decay_samples: Samples | None = None
     """Number of rows at which the decay ends, in place of a step."""
     lr_wsd_decay_style: WsdDecayStyle = "exponential"
-    """Shape of WSD's decay."""
+    """Shape of the decay at the end of WSD."""
     lr_wsd_decay_iters: Size | None = None
-    """Steps of WSD's decay, which ends where --lr-decay-iters says."""
+    """Length of the decay at the end of WSD, in steps. It ends at --lr-decay-iters."""
     lr_wsd_decay_samples: Samples | None = None
-    """Rows of WSD's decay, in place of steps."""
+    """Length of the decay at the end of WSD, in rows."""
     weight_decay: NonNegative = 0.1
     """Decoupled weight decay of matrices; vectors (norms, biases) are not decayed."""
     adam_beta1: BelowOne = 0.9

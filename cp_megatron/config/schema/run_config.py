@@ -78,8 +78,8 @@ class Config:
     """The whole run."""
 
     preset: PresetName = "toy"
-    """The preset that supplies the defaults of all other flags: by default the toy, or, beside any
-    flag of the model, megatron, which stands for Megatron-LM's own defaults."""
+    """The preset that supplies the defaults of all other flags: by default toy, or, if any flag of
+    the model is given, megatron, which has Megatron-LM's own defaults."""
     model: ModelConfig = field(default_factory=ModelConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     data: DataConfig = field(default_factory=DataConfig)

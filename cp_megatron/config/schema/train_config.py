@@ -30,7 +30,7 @@ class TrainConfig:
     learning rate then is a function of rows."""
     train_epochs: Epochs | None = None
     """Passes over the training data in all, in place of steps; the last batch is filled up with
-    rows of the next pass."""
+    rows of the next pass. The learning rate then is a function of rows."""
     seed: Annotated[int, Range(0, 2**63 - 1)] = 1234
     """The seed that determines everything random: weights, order of the data, dropout."""
     dtype: DType = "auto"
