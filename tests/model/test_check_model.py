@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import pickle
-import re
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from importlib.util import find_spec

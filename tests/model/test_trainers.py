@@ -229,6 +229,10 @@ CASES: dict[str, tuple[Any, ...]] = {
 }
 MORE: dict[str, tuple[Any, ...]] = {
     "Trainer without accumulation": (with_trainer, "Trainer", {"metrics": True}),
+    "Trainer, compiled": (
+        *(with_trainer, "Trainer"),
+        {"torch_compile": True, "torch_compile_backend": "eager"},
+    ),
     "Trainer, tokens averaged per rank": (
         *(with_trainer, "Trainer"),
         {"average_tokens_across_devices": False},

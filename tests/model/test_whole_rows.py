@@ -73,6 +73,7 @@ def refusals(rank: int, world_size: int) -> dict[str, str]:
     calls: dict[str, Callable[[], Any]] = {
         "by place": lambda: model(rows["input_ids"]),
         "use_cache": lambda: model(**rows, use_cache=True),
+        "no labels": lambda: model(input_ids=rows["input_ids"]),
         "a tuple": lambda: model(**rows, return_dict=False),
     }
     answers = {}
@@ -87,6 +88,7 @@ def test_calls_without_whole_rows_are_refused() -> None:
     (answers,) = run_ranks(refusals, 1)
     assert answers["by place"].startswith("arguments of the model: must be given by")
     assert answers["use_cache"].startswith("use_cache True: needs the keys of whole")
+    assert answers["no labels"].startswith("outputs of the model logits: are too large for a rank")
     assert answers["a tuple"].startswith("return_dict False: must be true")
 
 
@@ -154,13 +156,15 @@ def test_accelerators_refused(changed: dict[str, Any], size: int, start: str) ->
     ("changed", "start"),
     [
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor 0.1: needs the logits"),
+        ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha 5.0: would scale its noise"),
         ({"eval_use_gather_object": True}, "eval_use_gather_object True: would count"),
         ({"include_num_input_tokens_seen": "all"}, "include_num_input_tokens_seen all: would"),
         ({"compute_loss_func": len}, "compute_loss_func <built-in function len>: needs the logits"),
     ],
 )
 def test_trainers_refused(changed: dict[str, Any], start: str) -> None:
-    made = {"label_smoothing_factor": 0.0, "eval_use_gather_object": False}
+    off = ("label_smoothing_factor", "eval_use_gather_object", "neftune_noise_alpha")
+    made = dict.fromkeys(off, 0.0)
     args = SimpleNamespace(**{**made, "include_num_input_tokens_seen": "no", **changed})
     loss = changed.get("compute_loss_func")
     with pytest.raises(ConfigError, match=re.escape(start)):

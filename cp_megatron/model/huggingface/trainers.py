@@ -46,6 +46,10 @@ def prepare_trainer(trainer: Any, context_parallel_size: int, **options: Any) ->
     refused = {
         "label_smoothing_factor": (args.label_smoothing_factor, "needs the logits of whole rows"),
         "compute_loss_func": (trainer.compute_loss_func, "needs the logits of whole rows"),
+        "neftune_noise_alpha": (
+            args.neftune_noise_alpha,
+            "would scale its noise by the number of tokens of one rank",
+        ),
         "eval_use_gather_object": (args.eval_use_gather_object, "would count rows several times"),
         "include_num_input_tokens_seen": (
             args.include_num_input_tokens_seen,

@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -48,6 +49,7 @@ def take_whole_rows(
         options: those of ``shard_batch``: ``layout``, ``exchange`` and so on.
     """
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def before(
         module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
@@ -55,6 +57,7 @@ def take_whole_rows(
             return None
         return (), _sharded(args, kwargs, group, options)
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def after(
         module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any
     ) -> Any:
@@ -101,4 +104,8 @@ def _gathered(outputs: Any, plan: BatchPlan, *, with_logits: bool) -> Any:
             whole[name] = all_gather_dim(x.reshape(1), 0, plan.cp.group).sum()
         elif isinstance(x, Tensor) and (x.ndim == 2 or (name == "logits" and with_logits)):
             whole[name] = plan.whole(x)
+    if not whole:
+        rule = "are too large for a rank to hold for whole rows, and there is no loss"
+        works = "labels in the call; or outside of training, take_whole_rows(whole_logits=True)"
+        raise ConfigError("outputs of the model", ", ".join(outputs), rule, works)
     return type(outputs)(**whole)
