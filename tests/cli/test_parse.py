@@ -9,7 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cp_megatron.cli.parse import Arguments, LaunchOptions, parse_arguments, read_arguments
+from cp_megatron.cli.parse import (
+    PRETRAIN,
+    Arguments,
+    LaunchOptions,
+    parse_arguments,
+    read_arguments,
+)
 from cp_megatron.cli.programs import CONVERT, EVALUATE, GENERATE
 from cp_megatron.config import Config
 from cp_megatron.config.fields import settings, settings_of
@@ -315,3 +321,17 @@ def test_any_words_give_arguments_or_one_error(argv: list[str]) -> None:
     except SystemExit:
         config = Config() if HELP & set(argv) else None
     assert type(config) is Config
+
+
+def test_a_number_outside_the_range_of_any_flag_is_refused_in_one_line() -> None:
+    """So is the advice inside it: it is a number that the flag takes."""
+    programs = (PRETRAIN, CONVERT, EVALUATE, GENERATE)
+    own = [row for program in programs for row in settings_of(program.options)]
+    for row in (*settings().values(), *own):
+        for word in ("-1e30", "-3", "0", "101", "1e30") if row.kind == "float" else ("-3", "101"):
+            words = [word] * max(1, row.count)
+            try:
+                if row.kind in ("int", "float"):
+                    row.from_words(words)
+            except ConfigError as error:
+                row.from_words([error.works] * max(1, row.count))
