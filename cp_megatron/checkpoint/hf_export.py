@@ -160,7 +160,7 @@ def gpt2_tokenizer_files(tokenizer: Tokenizer) -> dict[str, dict[str, Any]]:
     special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), tokenizer.end)
     config = {"tokenizer_class": "GPT2Tokenizer", **special}
     return {
-        "tokenizer.json": json.loads(tokenizer.library.to_str()),
+        "tokenizer.json": json.loads(tokenizer.backend.to_str()),
         "tokenizer_config.json": config,
     }
 

@@ -147,7 +147,7 @@ def _read_zip(stream: IO[bytes]) -> tuple[Any, dict[str, tuple[int, int]]]:
 
 
 def _read_old(stream: IO[bytes]) -> tuple[Any, dict[str, tuple[int, int]]]:
-    """The same of the format before torch 1.6."""
+    """Reads a file in the format that torch wrote before 1.6."""
     dtypes: dict[str, str] = {}
 
     def storage(pid: Any) -> _Storage:

@@ -45,7 +45,7 @@ class TorchFileReader:
 
     @classmethod
     def of_bytes(cls, data: bytes) -> Self:
-        """The same of a file in memory."""
+        """Reads where the tensors lie in the bytes of a file; raises as ``open`` does."""
         return cls(read_torch_file(io.BytesIO(data)), np.frombuffer(bytearray(data), dtype="u1"))
 
     def __enter__(self) -> Self:

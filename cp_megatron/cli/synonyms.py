@@ -1,4 +1,4 @@
-"""What flags of other trainers are called here: the answer to an unknown flag goes by its meaning.
+"""Answers flags of other trainers by their meaning, with the flag that is used here.
 
 A flag of another trainer is not accepted, because its value may have another unit; the error names
 what to use.
@@ -213,7 +213,7 @@ def refuse_synonym(flag: str, value: str) -> None:
 
 
 def flags_of_tables(tables: Mapping[str, Any]) -> tuple[list[str], list[str]]:
-    """What torchtitan's settings are here.
+    """Translates torchtitan's settings.
 
     Args:
         tables: the content of a TOML file.

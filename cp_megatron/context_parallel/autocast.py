@@ -1,4 +1,4 @@
-"""What ``torch.autocast`` does to the inputs of attention."""
+"""Casts the inputs of attention as ``torch.autocast`` does."""
 
 from __future__ import annotations
 

@@ -18,12 +18,12 @@ HF_CONFIG = "config.json"
 HF_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 """The weights of a Hugging Face folder: in one file, or the index of several."""
 HF_WEIGHTS_TORCH = ("pytorch_model.bin", "pytorch_model.bin.index.json")
-"""The same as files of torch.save."""
+"""The weights of a Hugging Face folder that were written by torch.save."""
 DCP_METADATA = ".metadata"
 """The file in a folder of torch.distributed.checkpoint that says what is stored where."""
 
 Answer = tuple[str, str]
-"""What it is, as a clause, and what works instead."""
+"""A clause that says what a path is, and what works instead."""
 _ACCEPTED: Answer = ("", "")
 """The flag takes such a path."""
 

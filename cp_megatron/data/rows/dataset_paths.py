@@ -122,7 +122,7 @@ def _dataset(path: str, flag: str, weight: Fraction | None = None, *, sft: bool)
 
 
 def _formats(path: str, flag: str) -> tuple[set[Format], str]:
-    """What the files of a path hold, and a note about them."""
+    """Returns what the files of a path hold, and a note about them."""
     if os.path.isfile(path):
         kind = kind_of(path, flag)
         return {kind.format}, kind.note

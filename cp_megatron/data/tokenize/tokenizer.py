@@ -109,7 +109,7 @@ class LibraryTokenizer:
     fingerprint: str
     opening: tuple[int, ...]
     notes: tuple[str, ...] = ()
-    library: Any
+    backend: Any
 
     @classmethod
     def make(
@@ -131,7 +131,7 @@ class LibraryTokenizer:
             fingerprint=hashlib.sha256(f"{cls.kind} {eod} ".encode() + data).hexdigest(),
             opening=opening,
             notes=notes,
-            library=library,
+            backend=library,
         )
 
 

@@ -55,16 +55,16 @@ class _Encoding(LibraryTokenizer):
 
     def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
         """Calls ``encode`` for each text, in the library's own threads."""
-        batch = self.library.encode_batch_fast(list(texts), add_special_tokens=False)
+        batch = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, dtype=np.int32) for encoding in batch]
 
     def offsets(self, text: str) -> list[tuple[int, int]]:
         """Returns the range of characters that each id of ``encode(text)`` stands for."""
-        return list(self.library.encode(text, add_special_tokens=False).offsets)
+        return list(self.backend.encode(text, add_special_tokens=False).offsets)
 
     def decode(self, tokens: npt.ArrayLike) -> str:
         ids = ids_without_eod(tokens, self)
-        return str(self.library.decode(ids, skip_special_tokens=False))
+        return str(self.backend.decode(ids, skip_special_tokens=False))
 
 
 @dataclass(frozen=True, kw_only=True)

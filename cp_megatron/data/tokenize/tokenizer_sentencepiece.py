@@ -55,13 +55,13 @@ class SentencePieceTokenizer(LibraryTokenizer):
         return cls.make(path, data, library, vocab_size=size, eod=eod)
 
     def encode(self, text: str) -> Ids:
-        return np.array(self.library.encode(text, out_type=int), dtype=np.int32)
+        return np.array(self.backend.encode(text, out_type=int), dtype=np.int32)
 
     def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
         """Calls ``encode`` for each text, in the library's own threads."""
-        batch = self.library.encode(list(texts), out_type=int, num_threads=-1)
+        batch = self.backend.encode(list(texts), out_type=int, num_threads=-1)
         return [np.array(ids, dtype=np.int32) for ids in batch]
 
     def decode(self, tokens: npt.ArrayLike) -> str:
         kept = ids_without_eod(tokens, self)
-        return str(self.library.decode(kept)) if kept else ""
+        return str(self.backend.decode(kept)) if kept else ""

@@ -87,11 +87,11 @@ class TiktokenTokenizer(LibraryTokenizer):
         return cls.make(path, data, library, vocab_size=size, eod=special[end])
 
     def encode(self, text: str) -> Ids:
-        return np.array(self.library.encode(text, allowed_special="all"), dtype=np.int32)
+        return np.array(self.backend.encode(text, allowed_special="all"), dtype=np.int32)
 
     def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
         """Calls ``encode`` for each text, in the library's own threads."""
-        batch = self.library.encode_batch(list(texts), allowed_special="all")
+        batch = self.backend.encode_batch(list(texts), allowed_special="all")
         return [np.array(ids, dtype=np.int32) for ids in batch]
 
     def decode(self, tokens: npt.ArrayLike) -> str:
@@ -102,7 +102,7 @@ class TiktokenTokenizer(LibraryTokenizer):
         """
         kept = ids_without_eod(tokens, self)
         try:
-            return str(self.library.decode(kept, errors="replace"))
+            return str(self.backend.decode(kept, errors="replace"))
         except KeyError as error:
             raise ValueError(f"token {error} is in a hole of the vocabulary") from None
 
