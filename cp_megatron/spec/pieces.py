@@ -100,11 +100,13 @@ class EmbeddingSpec(BlockSpec):
         vocab_size: number of ids.
         padded_vocab: number of rows, padding included.
         width: of the residual stream.
+        multiplier: the rows that are looked up are multiplied by it; in ``HeadSpec``, the logits.
     """
 
     vocab_size: int
     padded_vocab: int
     width: int
+    multiplier: float = 1.0
 
     def own_parameters(self) -> Iterator[ParameterSpec]:
         shape, rows = (self.padded_vocab, self.width), self.vocab_size
@@ -136,9 +138,11 @@ class HeadSpec(EmbeddingSpec):
 
     Attributes:
         tied: it has no weight of its own.
+        softcap: bounds the logits after they are multiplied: softcap * tanh(logit / softcap).
     """
 
     tied: bool
+    softcap: float | None = None
 
     def own_parameters(self) -> Iterator[ParameterSpec]:
         if not self.tied:
@@ -155,6 +159,8 @@ class HeadSpec(EmbeddingSpec):
     def logits_bytes(self, sizes: ActivationSizes, chunk_size: int | None) -> int:
         """Bytes of the logits of one chunk, in the compute type and in the type of the sums.
 
+        With a softcap they exist twice in the latter, when the former have been freed.
+
         Args:
             sizes: the sizes of activations.
             chunk_size: tokens of a chunk; None: see ``tokens_with_logits``.
@@ -164,4 +170,6 @@ class HeadSpec(EmbeddingSpec):
         asked = tokens_with_logits(chunk_size, columns) // (sizes.batch * shared)
         rows = min(sizes.row_tokens // shared, max(1, asked))
         copies = sizes.exact if sizes.exact == sizes.element else sizes.exact + sizes.element
+        if self.softcap is not None:
+            copies = 2 * sizes.exact
         return sizes.batch * rows * shared * columns * copies
