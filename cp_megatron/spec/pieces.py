@@ -58,6 +58,8 @@ class NormSpec(BlockSpec):
     kind: str
     epsilon: float
     used_on: Activations = "residual"
+    bias: bool = False
+    one_plus: bool = False
 
     @classmethod
     def of(cls, model: ModelConfig, *, head: bool = False) -> NormSpec:
