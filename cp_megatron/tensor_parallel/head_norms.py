@@ -1,11 +1,12 @@
-"""Norms of heads that are split over the tp ranks, where a norm of one shared weight does not do.
+"""Norms of heads that are split over the tp ranks, whose weight is not shared by the heads.
 
-OLMo 2 normalizes all heads of a token as one vector (2025, arXiv:2501.00656, section 3.2): its
+OLMo 2 normalizes all heads of a token as one vector (2025, arXiv:2501.00656), so its
 statistics are means over the channels of all ranks. Cohere and StableLM 2 normalize every head by
 itself, with a weight of its own.
 
-Ranks that share a head of keys add the same channels, each once, and all heads are shared by equally
-many ranks: the means do not change. The gradient of the head's projection is summed over its ranks.
+Where ranks share a head of keys, every head is shared by equally many ranks. The means over ranks
+are therefore those over heads, and the sum of what the copies of a head add to a gradient is the
+head's gradient.
 
 Shapes: b batch, s sequence of one context parallel rank, n heads of this tp rank, d head dim.
 """
@@ -27,7 +28,7 @@ from cp_megatron.tensor_parallel.placement import SpecifiedModule, shared_unit
 
 
 class _HeadsNorm(SpecifiedModule):
-    """The norm of ``Norm``, computed in the type of sums and rounded once."""
+    """LayerNorm or RMSNorm, computed in the type of sums and rounded once."""
 
     def __init__(self, spec: NormSpec, vector: _Vector, *, tp: TensorParallel) -> None:
         super().__init__(spec, tp)
@@ -50,7 +51,7 @@ class _HeadsNorm(SpecifiedModule):
 class AllHeadsNorm(_HeadsNorm):
     """All heads of a token are one vector; the weight is [heads * d].
 
-    Forward sends one or two numbers per token, and backward does.
+    Forward and backward send one message each: one number per token, two for a LayerNorm.
     """
 
     def __init__(self, spec: NormSpec, *, tp: TensorParallel) -> None:

@@ -83,9 +83,7 @@ def projected(
 ) -> tuple[Tensor, Tensor, dict[str, Tensor], dict[str, Tensor]]:
     """This rank's normalized heads, the gradient of the input, and those of the parameters."""
     tp, features = tensor_parallel(False), spec.heads * WIDTH
-    heads = LinearSpec(
-        inputs=IN, outputs=features, bias=False, units=spec.heads, shares_units=True
-    )
+    heads = LinearSpec(inputs=IN, outputs=features, bias=False, units=spec.heads, shares_units=True)
     linear = placed(ColumnParallelLinear(heads, tp=tp), world_size, 1)
     norm = placed(norm_of(spec, tp), world_size, *(2, 3)[: 1 + spec.bias])
     x = numbers(0, BATCH, SEQ, IN).requires_grad_()
@@ -97,9 +95,7 @@ def projected(
 
 @pytest.mark.parametrize("together", [True, False])
 @pytest.mark.parametrize("kind", ["RMSNorm", "LayerNorm"])
-@pytest.mark.parametrize(
-    ("world_size", "heads"), [(1, 4), (2, 4), (4, 4), (2, 1), (4, 2), (4, 1)]
-)
+@pytest.mark.parametrize(("world_size", "heads"), [(1, 4), (2, 4), (4, 4), (2, 1), (4, 2), (4, 1)])
 def test_equals_the_norm_of_all_heads(
     world_size: int, heads: int, kind: str, together: bool
 ) -> None:
