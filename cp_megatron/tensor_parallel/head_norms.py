@@ -22,7 +22,7 @@ from torch.distributed import ProcessGroup
 
 from cp_megatron.comm.collectives import all_gather_dim, reduce_from_group
 from cp_megatron.kernels.interface import accumulation_dtype
-from cp_megatron.spec import NormSpec
+from cp_megatron.spec import HeadNormSpec
 from cp_megatron.tensor_parallel.group import TensorParallel
 from cp_megatron.tensor_parallel.placement import SpecifiedModule, shared_unit
 
@@ -30,7 +30,7 @@ from cp_megatron.tensor_parallel.placement import SpecifiedModule, shared_unit
 class _HeadsNorm(SpecifiedModule):
     """LayerNorm or RMSNorm, computed in the type of sums and rounded once."""
 
-    def __init__(self, spec: NormSpec, vector: _Vector, *, tp: TensorParallel) -> None:
+    def __init__(self, spec: HeadNormSpec, vector: _Vector, *, tp: TensorParallel) -> None:
         super().__init__(spec, tp)
         self.centers, self.epsilon = spec.kind == "LayerNorm", spec.epsilon
         self.offset = 1.0 if spec.one_plus else 0.0
@@ -54,14 +54,14 @@ class AllHeadsNorm(_HeadsNorm):
     Forward and backward send one message each: one number per token, two for a LayerNorm.
     """
 
-    def __init__(self, spec: NormSpec, *, tp: TensorParallel) -> None:
+    def __init__(self, spec: HeadNormSpec, *, tp: TensorParallel) -> None:
         super().__init__(spec, _Vector(dims=(-2, -1), group=tp.group), tp=tp)
 
 
 class EachHeadNorm(_HeadsNorm):
     """Every head is a vector and has a weight of its own; the weight is [heads, d]."""
 
-    def __init__(self, spec: NormSpec, *, tp: TensorParallel) -> None:
+    def __init__(self, spec: HeadNormSpec, *, tp: TensorParallel) -> None:
         super().__init__(spec, _Vector(dims=(-1,), group=None), tp=tp)
 
 

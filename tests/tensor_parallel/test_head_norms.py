@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-
 import pytest
 import torch
 from torch import Tensor
 
-from cp_megatron.spec import LinearSpec, NormSpec, ParameterSpec
+from cp_megatron.spec import HeadNormSpec, LinearSpec
 from cp_megatron.tensor_parallel import (
     AllHeadsNorm,
     ColumnParallelLinear,
@@ -29,47 +26,28 @@ BATCH, SEQ, IN, WIDTH = 2, 5, 6, 3
 EPSILON = 0.1
 
 
-@dataclass(frozen=True, kw_only=True)
-class HeadsSpec(NormSpec):
-    heads: int
-    together: bool
-
-    def own_parameters(self) -> Iterator[ParameterSpec]:
-        shape = (self.heads * WIDTH,) if self.together else (self.heads, WIDTH)
-        for name in ("weight", "bias") if self.bias else ("weight",):
-            yield ParameterSpec(
-                name=name,
-                shape=shape,
-                init="ones",
-                split={"tp": 0},
-                units=self.heads,
-                shares_units=True,
-                used_on="heads",
-            )
-
-
-def spec_of(heads: int, kind: str, together: bool) -> HeadsSpec:
+def spec_of(heads: int, kind: str, together: bool) -> HeadNormSpec:
     """LayerNorms have a bias here, and factors of RMSNorms are stored minus 1."""
     layer_norm = kind == "LayerNorm"
-    return HeadsSpec(
+    return HeadNormSpec(
         width=WIDTH,
         kind=kind,
         epsilon=EPSILON,
         used_on="heads",
         heads=heads,
-        together=together,
+        scope="all_heads" if together else "each_head",
         bias=layer_norm,
         one_plus=not layer_norm,
     )
 
 
-def norm_of(spec: HeadsSpec, tp: TensorParallel) -> AllHeadsNorm | EachHeadNorm:
-    return (AllHeadsNorm if spec.together else EachHeadNorm)(spec, tp=tp)
+def norm_of(spec: HeadNormSpec, tp: TensorParallel) -> AllHeadsNorm | EachHeadNorm:
+    return (AllHeadsNorm if spec.scope == "all_heads" else EachHeadNorm)(spec, tp=tp)
 
 
-def plain(x: Tensor, spec: HeadsSpec, weight: Tensor, bias: Tensor | None) -> Tensor:
+def plain(x: Tensor, spec: HeadNormSpec, weight: Tensor, bias: Tensor | None) -> Tensor:
     """[b, s, n, d] -> [b, s, n, d], by the definition."""
-    vectors = x.flatten(2) if spec.together else x
+    vectors = x.flatten(2) if spec.scope == "all_heads" else x
     if spec.kind == "LayerNorm":
         vectors = vectors - vectors.mean(-1, keepdim=True)
     factor = 1 + weight if spec.one_plus else weight
@@ -79,7 +57,7 @@ def plain(x: Tensor, spec: HeadsSpec, weight: Tensor, bias: Tensor | None) -> Te
 
 
 def projected(
-    rank: int, world_size: int, spec: HeadsSpec
+    rank: int, world_size: int, spec: HeadNormSpec
 ) -> tuple[Tensor, Tensor, dict[str, Tensor], dict[str, Tensor]]:
     """This rank's normalized heads, the gradient of the input, and those of the parameters."""
     tp, features = tensor_parallel(False), spec.heads * WIDTH
