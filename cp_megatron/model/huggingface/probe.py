@@ -17,6 +17,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Any, cast
 
 import torch
@@ -36,6 +37,8 @@ _FIRST_TOKEN = 5  # lower ids are padding and other special tokens in many vocab
 # float32 even in a float64 model.
 _TOLERANCE: Mapping[torch.dtype, float] = {torch.float64: 1e-5, torch.float32: 1e-3}
 
+# Transformers' attentions: the first that runs. Models with sinks or a softcap have no sdpa.
+_OWN = ("sdpa", "eager")
 _NOISE = 0.05
 
 # Clauses that complete "the model ...".
@@ -100,21 +103,23 @@ class _Recorded:
     plan: ProbePlan
     cp: ContextParallel
 
-    def attention(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
+    def attention(
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, **options: Any
+    ) -> Any:
         """Arguments as of ``ContextParallel.attention``."""
         plan, call = self.plan, len(self.plan.errors)
         places = plan.places
         if places is None:
             plan.keys.append((k, v))
             plan.errors.append(0.0)
-            return self.cp.attention(q, k, v, scale)
+            return self.cp.attention(q, k, v, scale, **options)
         if call == len(plan.keys):
             plan.errors.append(float("inf"))  # more layers than the whole row had
             return q.new_zeros(*q.shape[:3], v.shape[3])
         keys, values = plan.keys[call]
         plan.errors.append(max(error_of(k, keys[:, places]), error_of(v, values[:, places])))
         row = q.new_zeros(q.shape[0], keys.shape[1], *q.shape[2:]).index_copy(1, places, q)
-        return self.cp.attention(row, keys, values, scale)[:, places]
+        return self.cp.attention(row, keys, values, scale, **options)[:, places]
 
 
 def error_of(found: Tensor, expected: Tensor) -> float:
@@ -139,10 +144,10 @@ def try_sharding(build: Build, attention: str) -> Finding:
         ConfigError: the model asks the engine for something that is not supported.
     """
     problem: Exception | None = None
-    for dtype in _TOLERANCE:
+    for dtype, name in product(_TOLERANCE, _OWN):
         with _quiet_cpu():
             try:
-                own = _own_attention(build, dtype)
+                own = _own_attention(build, name, dtype)
                 _documents_alone(own, _row(_ONE_DOCUMENT))
             except Exception as error:  # whatever a model of any kind may raise
                 problem = error
@@ -166,12 +171,9 @@ def _quiet_cpu() -> Iterator[None]:
         yield
 
 
-def _own_attention(build: Build, dtype: torch.dtype) -> Any:
+def _own_attention(build: Build, name: str, dtype: torch.dtype) -> Any:
     """The model with transformers' attention. Its weights get noise, since some begin as zeros."""
-    try:
-        model = build("sdpa")
-    except (ValueError, ImportError):  # transformers has no sdpa for this model
-        model = build("eager")
+    model = build(name)
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         noise = torch.randn(parameter.shape, generator=generator)
