@@ -39,7 +39,7 @@ class SelfAttention(SpecifiedModule):
 
     def __init__(self, spec: AttentionSpec, *, tp: TensorParallel) -> None:
         super().__init__(spec, tp)
-        self.spec, self.num_heads = spec, spec.heads // tp.size
+        self.spec = spec
         self.query = ColumnParallelLinear(spec.query, tp=tp)
         self.key = ColumnParallelLinear(spec.key, tp=tp)
         self.value = ColumnParallelLinear(spec.value, tp=tp)
@@ -86,9 +86,17 @@ class SelfAttention(SpecifiedModule):
             k,
             v,
             self.spec.scale,
+            sinks=self._sinks(q),
+            softcap=self.spec.softcap,
             dropout=dropout,
             kept=kept,
         )
+
+    def _sinks(self, q: Tensor) -> Tensor | None:
+        """[n/tp]; None without sinks."""
+        if self.spec.sinks == "learnable":
+            return self.local("sinks")
+        return None if self.spec.sinks == "vanilla" else q.new_zeros(q.shape[2])
 
     def output(self, attended: Tensor) -> Tensor:
         """[b, s, n/tp, e] -> this rank's summand of what is added to the residual stream."""

@@ -48,7 +48,6 @@ CASES = [
     (1, [*GPT, *DROPOUT, *EACH_HEAD]),
     (1, [*GPT, "--dtype", "float64", "--untie-embeddings-and-output-weights"]),
     (1, [*LLAMA, *BF16, *GEMMA, *COOLING, "--qk-layernorm"]),
-    (2, [*LLAMA, *TP2, *SP, *TILES, "--num-query-groups", "1"]),
     (2, [*LLAMA, *TP2, *SP, *TILES, *POST]),
     (2, [*LLAMA, *TP2, *SP, *PARALLEL]),
     (2, [*LLAMA, *TP2, *SP, *TILES, "--num-query-groups", "1", *ALL_HEADS, *CAPPED]),
