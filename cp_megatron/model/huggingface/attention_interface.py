@@ -43,10 +43,12 @@ class WantedMask:
     Attributes:
         window: the number of keys that a query sees, including its own; None is all.
         model: the type of the model, for the error message.
+        plan: of the batch, if a layer does not pass it to its attention (``hand_down``).
     """
 
     window: int | None
     model: str = "the model"
+    plan: BatchPlan | None = None
 
     def refuse(self, *args: object, **kwargs: object) -> NoReturn:
         rule = f"does not exist as a tensor, but {self.model} computes with it"
@@ -145,6 +147,8 @@ def attention(
     Raises:
         ConfigError: the call needs something that is not supported, or shapes do not fit.
     """
+    if context_parallel is None and isinstance(attention_mask, WantedMask):
+        context_parallel = attention_mask.plan
     if context_parallel is None:
         works = "model(**shard_batch(group, ...)), with a model that passes keywords to attention"
         raise ConfigError("context_parallel", None, "is missing from the call", works)

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any, cast
 
@@ -26,6 +26,7 @@ from torch import Tensor
 from cp_megatron.context_parallel import ContextParallel
 from cp_megatron.errors import ConfigError
 from cp_megatron.model.huggingface.batch_plan import IGNORED_LABEL, BatchPlan, shard_batch
+from cp_megatron.model.huggingface.keyword_hooks import hand_down
 from cp_megatron.model.huggingface.shrink_config import NUM_ORDINARY_TOKENS
 from cp_megatron.plan import SequenceLayout
 
@@ -74,10 +75,12 @@ class Finding:
     Attributes:
         fault: what the model does, as a clause, if its logits cannot be sharded; otherwise empty.
         loss_fault: the same for the loss that it computes from labels.
+        hands_down: the model needs the hooks of ``hand_down``.
     """
 
     fault: str = ""
     loss_fault: str = ""
+    hands_down: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,7 +157,12 @@ def try_sharding(build: Build, attention: str) -> Finding:
                 continue
             model = build(attention)
             model.load_state_dict(own.state_dict())
-            return _Probe(own, model.to(dtype).eval(), _TOLERANCE[dtype]).find()
+            probe = _Probe(own, model.to(dtype).eval(), _TOLERANCE[dtype])
+            finding = probe.find()
+            if finding.fault == DROPS_KEYWORDS:
+                hand_down(model)
+                finding = replace(probe.find(), hands_down=True)
+            return finding
     raise Untried(f"{type(problem).__name__}: {problem}") from problem
 
 
