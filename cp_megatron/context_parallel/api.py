@@ -19,7 +19,7 @@ from cp_megatron.comm.collectives import all_gather_dim
 from cp_megatron.context_parallel.attention_function import KeptAttention, planned_attention
 from cp_megatron.context_parallel.autocast import cast_inputs
 from cp_megatron.context_parallel.buffers import Buffers
-from cp_megatron.context_parallel.input_check import agree, check_mode, digest
+from cp_megatron.context_parallel.input_check import agree, check_mode, check_shapes, digest
 from cp_megatron.context_parallel.rank_plan import RankPlan
 from cp_megatron.errors import ConfigError
 from cp_megatron.kernels.dropout import Dropout
@@ -264,7 +264,7 @@ class ContextParallel:
         problem, ready, used = None, None, 0.0
         q, k, v = cast_inputs(q, k, v)
         try:
-            self._check_attention(q, k, v)
+            check_shapes(q, k, v, self.layout.shard_len, self.mask.seq_len)
             used = q.shape[-1] ** -0.5 if scale is None else scale
             if not 0 < used < math.inf:  # fused kernels mask before they scale
                 raise ConfigError("scale", used, "must be positive and finite")
@@ -343,29 +343,3 @@ class ContextParallel:
     def _check_length(self, x: Tensor, dim: int, length: int) -> None:
         if x.shape[dim] != length:
             raise ConfigError("dim", dim, f"has length {x.shape[dim]}, the layout has {length}")
-
-    def _check_attention(self, q: Tensor, k: Tensor, v: Tensor) -> None:
-        shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
-        if not q.ndim == k.ndim == v.ndim == 4:
-            raise ConfigError("attention", shapes, "must be [batch, tokens, heads, head_dim]")
-        if not q.shape[:2] == k.shape[:2] == v.shape[:2] or k.shape[2] != v.shape[2]:
-            raise ConfigError("attention", shapes, "must agree in batch, tokens and kv heads")
-        if q.shape[1] != self.layout.shard_len:
-            rule = f"tokens must be this rank's {self.layout.shard_len} of {self.mask.seq_len}"
-            raise ConfigError("attention", shapes, rule)
-        if 0 in (*q.shape, *v.shape):
-            raise ConfigError("attention", shapes, "must not be empty")
-        if q.shape[2] % k.shape[2] or q.shape[3] != k.shape[3]:
-            rule = "query heads must be a multiple of kv heads, and q and k equally wide"
-            raise ConfigError("attention", shapes, rule)
-        if not q.dtype == k.dtype == v.dtype:
-            value = f"q {q.dtype}, k {k.dtype}, v {v.dtype}"
-            works = "torch.autocast, or q.to(v.dtype) and k.to(v.dtype)"
-            raise ConfigError("attention", value, "must be one type", works)
-        if not q.device == k.device == v.device:
-            value = f"{q.device}, {k.device}, {v.device}"
-            raise ConfigError("attention", value, "must be on one device")
-        for name, x in (("q", q), ("k", k), ("v", v)):
-            if not x.is_contiguous():
-                value = f"{name} with strides {x.stride()}"
-                raise ConfigError("attention", value, "must be contiguous", f"{name}.contiguous()")

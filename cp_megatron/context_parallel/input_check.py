@@ -1,9 +1,10 @@
-"""Checks that all ranks compute the same attention: one small message instead of a hang.
+"""Checks that inputs fit the layout, and that all ranks compute the same attention.
 
 Ranks that disagree on the mask, a shape or a type would wait for messages that never come, or sum
 unrelated numbers. Ranks that brought different rows would compute rows that are half of each. So
-before attention every rank sends digests of its call and of the rows that its part was cut from,
-and whether its inputs are valid. All ranks see all digests, so all of them raise together.
+before attention every rank sends one small message: digests of its call and of the rows that its
+part was cut from, and whether its inputs are valid. All ranks see all digests, so all of them raise
+together.
 """
 
 from __future__ import annotations
@@ -28,6 +29,43 @@ def check_mode(mode: str | bool) -> str:
     if mode not in MODES:
         raise ConfigError("check_ranks", mode, "is not a mode of the check", ", ".join(MODES))
     return mode
+
+
+def check_shapes(q: Tensor, k: Tensor, v: Tensor, num_tokens: int, seq_len: int) -> None:
+    """Refuses q, k and v that do not fit each other or the layout.
+
+    Args:
+        q, k, v: the inputs of attention.
+        num_tokens: the tokens that this rank holds.
+        seq_len: the tokens of the whole row.
+
+    Raises:
+        ConfigError: a shape, type, device or stride that attention cannot take.
+    """
+    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+    if not q.ndim == k.ndim == v.ndim == 4:
+        raise ConfigError("attention", shapes, "must be [batch, tokens, heads, head_dim]")
+    if not q.shape[:2] == k.shape[:2] == v.shape[:2] or k.shape[2] != v.shape[2]:
+        raise ConfigError("attention", shapes, "must agree in batch, tokens and kv heads")
+    if q.shape[1] != num_tokens:
+        rule = f"tokens must be this rank's {num_tokens} of {seq_len}"
+        raise ConfigError("attention", shapes, rule)
+    if 0 in (*q.shape, *v.shape):
+        raise ConfigError("attention", shapes, "must not be empty")
+    if q.shape[2] % k.shape[2] or q.shape[3] != k.shape[3]:
+        rule = "query heads must be a multiple of kv heads, and q and k equally wide"
+        raise ConfigError("attention", shapes, rule)
+    if not q.dtype == k.dtype == v.dtype:
+        value = f"q {q.dtype}, k {k.dtype}, v {v.dtype}"
+        works = "torch.autocast, or q.to(v.dtype) and k.to(v.dtype)"
+        raise ConfigError("attention", value, "must be one type", works)
+    if not q.device == k.device == v.device:
+        value = f"{q.device}, {k.device}, {v.device}"
+        raise ConfigError("attention", value, "must be on one device")
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not x.is_contiguous():
+            value = f"{name} with strides {x.stride()}"
+            raise ConfigError("attention", value, "must be contiguous", f"{name}.contiguous()")
 
 
 def agree(
