@@ -91,9 +91,7 @@ class Case:
 def gemma(name: str, model_class: str, **options: Any) -> Case:
     shared = {"head_dim": 12, "query_pre_attn_scalar": 7, "attention_bias": True}
     shared |= {"final_logit_softcapping": 4.0, "sliding_window": 5, **RMS}
-    return Case(
-        name=name, model_class=model_class, options={**shared, **options}, one_plus=True
-    )
+    return Case(name=name, model_class=model_class, options={**shared, **options}, one_plus=True)
 
 
 def gpt2(**options: Any) -> Case:
@@ -102,7 +100,10 @@ def gpt2(**options: Any) -> Case:
         model_class="GPT2LMHeadModel",
         sizes={
             **{key: value for key, value in SIZES.items() if key.endswith(("vocab_size", "_id"))},
-            **{"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64},
+            "n_embd": 32,
+            "n_layer": 3,
+            "n_head": 4,
+            "n_positions": 64,
         },
         options={"n_inner": 48, "layer_norm_epsilon": 0.03, **options},
     )
@@ -272,9 +273,7 @@ CASES: Mapping[str, Case] = {
         options={**RMS, **yarn(), "attention_bias": True, "no_rope_layer_interval": 2},
         inert=("1.self_attn.k_proj.bias",),
     ),
-    "granite": Case(
-        name="Granite", options={**RMS, **TIED, **BOTH_BIASES, **LINEAR, **GRANITE}
-    ),
+    "granite": Case(name="Granite", options={**RMS, **TIED, **BOTH_BIASES, **LINEAR, **GRANITE}),
     "granite, attention biases": Case(
         name="Granite", options={**RMS, **GRANITE, **rope(), "attention_bias": True}
     ),
@@ -304,9 +303,7 @@ CASES: Mapping[str, Case] = {
             "attention_bias": False,
         },
     ),
-    "glm, biases": Case(
-        name="Glm", options={**RMS, "head_dim": 16, "num_key_value_heads": 4}
-    ),
+    "glm, biases": Case(name="Glm", options={**RMS, "head_dim": 16, "num_key_value_heads": 4}),
     "glm4": Case(
         name="Glm4",
         options={
@@ -317,9 +314,7 @@ CASES: Mapping[str, Case] = {
             "attention_bias": False,
         },
     ),
-    "glm4, biases": Case(
-        name="Glm4", options={**RMS, "head_dim": 16, "num_key_value_heads": 4}
-    ),
+    "glm4, biases": Case(name="Glm4", options={**RMS, "head_dim": 16, "num_key_value_heads": 4}),
     "cohere": Case(
         name="Cohere",
         options={

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import importlib
+import inspect
 import operator
 import re
 from collections.abc import Iterator
@@ -49,7 +50,7 @@ def test_every_optional_field_has_a_value_that_is_not_its_default(family: str) -
     assert all(config.model_type == family for config in configs)
     base = importlib.import_module("transformers").PreTrainedConfig
     kinds = [kind for kind in type(configs[0]).__mro__ if issubclass(kind, base) and kind != base]
-    names = {name for kind in kinds for name in kind.__dict__.get("__annotations__", {})}
+    names = {name for kind in kinds for name in inspect.get_annotations(kind)}
     default = type(configs[0])()
     unread = {"attn_logit_softcapping"} if family == "gemma3_text" else set()
     missed = {

@@ -1,7 +1,4 @@
-"""Every family computes, trains and exports what transformers does, on any grid.
-
-The trainer is assembled from a command line, as the program does it.
-"""
+"""Every family computes, trains and exports what transformers does, on any grid."""
 
 from __future__ import annotations
 
@@ -10,31 +7,27 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from _pytest.mark import ParameterSet
 from torch import Tensor
 
 from cp_megatron.checkpoint.hf_export import export_hf
-from cp_megatron.comm.collectives import all_gather_dim
 from cp_megatron.families.registry import read_hf_config
 from cp_megatron.plan import Grid
-from tests.checkpoint.toy import save_checkpoint, whole
-from tests.families.cases import CASES, VOCAB
-from tests.families.tiny_models import (
-    LENGTHS,
-    SEQ,
-    Reference,
-    batch,
-    logits_of,
-    make_model,
-    refer,
-    registered,
-    tensors_of,
+from tests.families.cases import CASES
+from tests.families.on_grids import (
+    STEPS,
+    argv,
+    compute_on,
+    exported_gradients,
+    gradient_gap,
+    logit_gap,
+    train,
 )
+from tests.families.tiny_models import Reference, logits_of, refer, registered, tensors_of
 from tests.ranks import run_ranks
-from tests.train.test_loop import assembled
 
 pytestmark = pytest.mark.skipif(
     find_spec("transformers") is None, reason="transformers is not installed: pip install '.[hf]'"
@@ -42,8 +35,7 @@ pytestmark = pytest.mark.skipif(
 Refer = Callable[[str], Reference]
 Alone = Callable[[str, int], dict[str, Tensor]]
 
-STEPS, FEW = 20, 4
-ROWS = 2  # of a global batch
+FEW = 4
 GRIDS = {
     "one": Grid(),
     "tp2 cp2": Grid(tp=2, cp=2),
@@ -55,7 +47,6 @@ GRIDS = {
 FOURS = ("tp2 cp2", "cp4", "tp4", "tp2 dp2", "cp2 dp2")
 # By default, a few steps of models that have little in common.
 DIVERSE = ("qwen3", "gemma2", "olmo2", "stablelm", "deepseek_v3")
-LONG_FIRST = (29, 2, 17)
 
 
 @pytest.fixture(scope="session")
@@ -63,79 +54,13 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Refer:
     return functools.cache(lambda name: refer(name, tmp_path_factory.mktemp("family")))
 
 
-def argv(folder: Path, target: Path, grid: Grid, dtype: str) -> list[str]:
-    """The command of a run in ``target`` that starts from the folder. Its data are not used."""
-    text = target / "text.txt"
-    text.write_text("three blind mice " * 100)
-    flags = {
-        "load-hf": folder,
-        "data-path": text,
-        "save": target / "run",
-        "seq-length": SEQ,
-        "micro-batch-size": 1,
-        "global-batch-size": ROWS,
-        "train-iters": STEPS,
-        "tensor-parallel-size": grid.tp,
-        "context-parallel-size": grid.cp,
-        "dtype": dtype,
-        "hidden-dropout": 0,
-        "attention-dropout": 0,
-        "eval-iters": 0,
-        "lr-warmup-iters": 0,
-        "device": "cpu",
-    }
-    words = [word for flag, value in flags.items() for word in (f"--{flag}", str(value))]
-    return [*words, "--document-mask", *(["--sequence-parallel"] if grid.tp > 1 else [])]
-
-
-def compute(rank: int, world_size: int, words: list[str], target: Path) -> Tensor:
-    """Logits [1, SEQ, VOCAB]; saves the model as step 1 and its gradients as step 2."""
-    run = assembled(rank, world_size, words)
-    step, model = run.train_step, run.train_step.model
-    shard = step.prepare(batch(model.config.row_window))
-    with torch.no_grad():
-        logits = model.eval()(shard.tokens, cp=shard.cp)
-    logits = shard.cp.gather(all_gather_dim(logits, -1, step.groups.tp), 1)
-    assert logits[..., VOCAB:].eq(float("-inf")).all()
-    gradients: dict[str, Tensor] = {}
-
-    def keep(loss: float, norm: float) -> bool:
-        for name, parameter in model.named_parameters():
-            assert parameter.grad is not None, name
-            gradients[name] = parameter.grad.clone()
-        return False
-
-    step.run([shard], step=1, lr=0.0, accept=keep)
-    for number in (1, 2):
-        save_checkpoint(
-            target / f"{number}",
-            step=number,
-            consumed=0,
-            model=model,
-            optimizer=None,
-            config=run.plan.config,
-            grid=run.plan.grid,
-            data_fingerprint="",
-            vocab_size=VOCAB,
-        )
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                parameter.copy_(gradients[name])
-    return logits[..., :VOCAB]
-
-
-def compare(name: str, reference: Reference, grid: Grid, target: Path) -> None:
+def compare(reference: Reference, grid: Grid, target: Path) -> None:
     """Logits to 1e-5 and gradients to 1e-4, by tensor of the folder."""
-    words = argv(reference.folder, target, grid, "float32")
-    for logits in run_ranks(compute, grid.world_size, words, target):
-        gap = (logits - reference.logits).abs().max() / reference.logits.abs().max()
+    for found in compute_on(grid, reference.folder, target, "float32"):
+        gap = logit_gap(found.logits, reference.logits)
         assert gap < 1e-5, f"logits differ by {gap}"
-    found = tensors_of(export_hf(target / "2", target / "gradients"))
-    assert found.keys() == reference.gradients.keys()
-    total = torch.stack([x.norm() for x in reference.gradients.values()]).norm()
-    for key, expected in reference.gradients.items():
-        error = (found[key] - expected).norm() / max(expected.norm(), 1e-3 * total)
-        assert error < 1e-4, f"the gradient of {key} differs by {error}"
+    gap, name = gradient_gap(exported_gradients(target), reference.gradients)
+    assert gap < 1e-4, f"the gradient of {name} differs by {gap}"
 
 
 @pytest.mark.parametrize("name", registered())
@@ -145,7 +70,7 @@ def test_an_export_is_the_folder(name: str, reference: Refer, tmp_path: Path) ->
 
     refers = reference(name)
     source = read_hf_config(refers.folder)
-    compare(name, refers, GRIDS["tp2 cp2"], tmp_path)
+    compare(refers, GRIDS["tp2 cp2"], tmp_path)
     out = export_hf(tmp_path / "1", tmp_path / "out", max_shard_bytes=30_000)
     expected, found = tensors_of(refers.folder), tensors_of(out)
     assert expected.keys() == found.keys()
@@ -161,9 +86,7 @@ def test_an_export_is_the_folder(name: str, reference: Refer, tmp_path: Path) ->
     )
     assert not any(told.values()), told
     with torch.no_grad():
-        torch.testing.assert_close(
-            logits_of(theirs.eval()), refers.logits, atol=1e-6, rtol=1e-5
-        )
+        torch.testing.assert_close(logits_of(theirs.eval()), refers.logits, atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.slow
@@ -172,21 +95,7 @@ def test_an_export_is_the_folder(name: str, reference: Refer, tmp_path: Path) ->
 def test_other_grids_compute_the_same(
     name: str, grid: str, reference: Refer, tmp_path: Path
 ) -> None:
-    compare(name, reference(name), GRIDS[grid], tmp_path)
-
-
-def train(rank: int, world_size: int, words: list[str], steps: int) -> dict[str, Tensor]:
-    """All parameters after the steps, on rank 0. Rows and their documents differ."""
-    run = assembled(rank, world_size, words)
-    step, dp = run.train_step, run.train_step.groups.coordinates.dp
-    window, own = step.model.config.row_window, ROWS // step.groups.grid.dp
-    for number in range(steps):
-        first = number * ROWS + dp * own
-        rows = [(row, LONG_FIRST if row % 2 else LENGTHS) for row in range(first, first + own)]
-        shards = [step.prepare(batch(window, *row)) for row in rows]
-        step.run(shards, step=number + 1, lr=3e-3)
-    found = {name: whole(p) for name, p in step.model.named_parameters()}
-    return found if rank == 0 else {}
+    compare(reference(name), GRIDS[grid], tmp_path)
 
 
 @pytest.fixture(scope="session")
@@ -202,7 +111,7 @@ def alone(reference: Refer, tmp_path_factory: pytest.TempPathFactory) -> Alone:
     return trained
 
 
-def few_and_all() -> Iterator[ParameterSet]:
+def few_and_all() -> Iterator[Any]:
     """Case, grid, steps. All grids for the first case of a family, one for its variants."""
     for name in registered():
         if name in DIVERSE:
@@ -211,7 +120,7 @@ def few_and_all() -> Iterator[ParameterSet]:
             yield pytest.param(name, grid, STEPS, marks=pytest.mark.slow)
 
 
-@pytest.mark.parametrize(("name", "grid", "steps"), few_and_all())
+@pytest.mark.parametrize(("name", "grid", "steps"), list(few_and_all()))
 def test_training_equals_one_rank(
     name: str, grid: str, steps: int, reference: Refer, alone: Alone, tmp_path: Path
 ) -> None:
