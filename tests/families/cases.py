@@ -49,7 +49,7 @@ def longrope(pairs: int, original: int, **more: Any) -> dict[str, Any]:
 
 def yarn(**more: Any) -> dict[str, Any]:
     """A third less of either beta moves a boundary of the ramp, which is a whole number."""
-    values = {"rope_theta": 20.0, "factor": 8.0, "original_max_position_embeddings": 16}
+    values = {"rope_theta": 20.0, "factor": 4.0, "original_max_position_embeddings": 16}
     values |= {"beta_fast": 1.6, "beta_slow": 0.08}
     return rope("yarn", **{**values, **more})
 
