@@ -1,4 +1,4 @@
-"""SmolLM3: Llama in which every fourth layer does not rotate queries and keys (arXiv:2501.18795)."""
+"""SmolLM3: Llama in which some layers, by default every fourth, do not rotate queries and keys."""
 
 from __future__ import annotations
 
