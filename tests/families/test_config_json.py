@@ -281,7 +281,10 @@ def test_what_is_written_is_read_back(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "flag"),
     [
-        ({"window_size": (3, 0), "window_layers": (0,)}, "--window-layers"),
+        ({"window_size": (3, 0), "window_rotary_base": 50.0}, "--window-rotary-base"),
+        ({"rotary_percent": 0.5}, "--rotary-percent"),
+        ({"softmax_type": "learnable"}, "--softmax-type"),
+        ({"v_head_dim": 16}, "--v-head-dim"),
         ({"normalization": "LayerNorm"}, "--normalization"),
         ({"swiglu": False}, "--no-swiglu"),
         ({"position_embedding_type": "none"}, "--position-embedding-type"),
