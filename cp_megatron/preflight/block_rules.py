@@ -101,13 +101,6 @@ def _blocks(model: ModelConfig) -> Iterator[_Rule]:
         *("--parallel-residual", "", "has one norm, before both blocks"),
         "--norm-placement pre",
     )
-    yield _Rule(
-        model.qk_norm_scope == "all_heads"
-        and model.normalization == "LayerNorm"
-        and model.norm_bias == "all",
-        *("--qk-norm-scope", "all_heads", "has no bias"),
-        "--norm-bias residual, or --normalization RMSNorm",
-    )
 
 
 def _latent(model: ModelConfig) -> Iterator[_Rule]:
