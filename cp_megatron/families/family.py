@@ -95,6 +95,7 @@ class Family:
             family has another default than ``read`` would take. A null is no missing key.
         transposed: last parts of the names of modules whose weight the folder stores transposed.
         heads_divide_hidden_size: transformers refuses a model of which this is not true.
+        classes: other classes of transformers that a config.json of this ``model_type`` may name.
         base_prefix: what the names of tensors begin with, but in some folders do not.
         buffers: matches the names of tensors that old folders hold and that follow from the flags.
     """
@@ -107,6 +108,7 @@ class Family:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     transposed: frozenset[str] = frozenset()
     heads_divide_hidden_size: bool = False
+    classes: tuple[str, ...] = ()
     base_prefix: str = ""
     buffers: str = r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
 

@@ -18,17 +18,31 @@ from cp_megatron.config.schema import ModelConfig
 from cp_megatron.errors import ConfigError
 from cp_megatron.families.family import Family
 from cp_megatron.families.gpt2 import GPT2
+from cp_megatron.families.internlm3 import INTERNLM3
 from cp_megatron.families.json_fields import JsonFields, read_json
 from cp_megatron.families.llama import LLAMA
 from cp_megatron.families.llama_like import window_width
+from cp_megatron.families.ministral import MINISTRAL
+from cp_megatron.families.ministral3 import MINISTRAL3
 from cp_megatron.families.mistral import MISTRAL
 from cp_megatron.families.qwen2 import QWEN2
 from cp_megatron.families.qwen3 import QWEN3
 from cp_megatron.families.refusals import alternative_of, unknown_architecture
 from cp_megatron.families.rope_fields import ROPE_FIELDS, fields_of
+from cp_megatron.families.smollm3 import SMOLLM3
 from cp_megatron.families.unread_keys import RecordedKeys, unread_keys
 
-FAMILIES: tuple[Family, ...] = (LLAMA, QWEN2, QWEN3, MISTRAL, GPT2)
+FAMILIES: tuple[Family, ...] = (
+    LLAMA,
+    QWEN2,
+    QWEN3,
+    MISTRAL,
+    MINISTRAL,
+    MINISTRAL3,
+    SMOLLM3,
+    INTERNLM3,
+    GPT2,
+)
 """A model that several families can express is exported as the first of them."""
 TRAINING_ONLY = frozenset(
     {"hidden_dropout", "attention_dropout", "init_method_std"}
@@ -107,7 +121,9 @@ def _family_named(fields: JsonFields) -> Family:
         raise fields.wrong(key, "but must name one architecture", ", ".join(known))
     if names[0] not in known:
         raise unknown_architecture(fields, key, names[0], ", ".join(known))
-    return known[names[0]]
+    kind = fields.value.get("model_type")
+    special = [x for x in FAMILIES if x.model_type == kind and names[0] in x.classes]
+    return special[0] if special else known[names[0]]
 
 
 def to_hf_config(
