@@ -226,7 +226,7 @@ class ModelConfig:
         """Width of the queries and keys of one head, with the default filled in."""
         if self.multi_latent_attention:
             return self.qk_head_dim + self.qk_pos_emb_head_dim
-        return self.kv_channels or self.hidden_size // self.num_attention_heads
+        return self.kv_channels or max(1, self.hidden_size // self.num_attention_heads)
 
     @property
     def value_dim(self) -> int:
