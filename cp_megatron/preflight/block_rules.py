@@ -70,6 +70,12 @@ def _unused(model: ModelConfig) -> Iterator[_Unused]:
         "--qk-layernorm with it",
     )
     yield _Unused(
+        not (model.qk_layernorm and model.multi_latent_attention),
+        ("latent_norm_epsilon",),
+        "without norms of latents",
+        "--multi-latent-attention --qk-layernorm with it",
+    )
+    yield _Unused(
         model.normalization != "LayerNorm",
         ("norm_bias",),
         "with --normalization RMSNorm, which has no bias",

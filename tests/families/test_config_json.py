@@ -282,7 +282,7 @@ def test_what_is_written_is_read_back(tmp_path: Path, name: str) -> None:
     ("changes", "flag"),
     [
         ({"window_size": (3, 0), "window_layers": (0,)}, "--window-layers"),
-        ({"normalization": "LayerNorm"}, "--normalization"),
+        ({"normalization": "LayerNorm", "window_size": (3, 0)}, "--window-size"),
         ({"swiglu": False}, "--no-swiglu"),
         ({"position_embedding_type": "none"}, "--position-embedding-type"),
         ({"disable_bias_linear": False, "qk_layernorm": True}, "--no-disable-bias-linear"),
