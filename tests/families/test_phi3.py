@@ -99,6 +99,10 @@ def test_partial_rotary_of_phi_4_mini(tmp_path: Path) -> None:
     assert read(tmp_path, rope_scaling=None, rope_parameters=within) == model
 
 
+def test_the_first_name_of_longrope(tmp_path: Path) -> None:
+    assert read(tmp_path, rope_scaling={**MINI_128K["rope_scaling"], "type": "su"}) == read(tmp_path)
+
+
 def test_dropout(tmp_path: Path) -> None:
     model = read(tmp_path, resid_pdrop=0.1, embd_pdrop=0.1)
     assert model.hidden_dropout == 0.1
