@@ -1,7 +1,8 @@
 """All families, and the choice between them: by config.json, or by the flags of a model.
 
 To export a model, each family writes its config.json and reads it back. The first one that
-reproduces every flag is used, so no flag is lost silently.
+reproduces every flag is used, so no flag is lost silently. A model that was loaded has the family
+of its folder tried before the others.
 """
 
 from __future__ import annotations
@@ -18,9 +19,11 @@ from cp_megatron.config.schema import ModelConfig
 from cp_megatron.errors import ConfigError
 from cp_megatron.families.cohere import COHERE, COHERE2
 from cp_megatron.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
+from cp_megatron.families.exaone4 import EXAONE4
 from cp_megatron.families.family import Family
 from cp_megatron.families.glm import GLM, GLM4
 from cp_megatron.families.gpt2 import GPT2
+from cp_megatron.families.granite import GRANITE, GRANITE_HYBRID
 from cp_megatron.families.internlm3 import INTERNLM3
 from cp_megatron.families.json_fields import JsonFields, read_json
 from cp_megatron.families.llama import LLAMA
@@ -28,6 +31,8 @@ from cp_megatron.families.llama_like import window_width
 from cp_megatron.families.ministral import MINISTRAL
 from cp_megatron.families.ministral3 import MINISTRAL3
 from cp_megatron.families.mistral import MISTRAL
+from cp_megatron.families.olmo2 import OLMO2, OLMO3
+from cp_megatron.families.phi3 import PHI3
 from cp_megatron.families.qwen2 import QWEN2
 from cp_megatron.families.qwen3 import QWEN3
 from cp_megatron.families.refusals import alternative_of, unknown_architecture
@@ -41,23 +46,30 @@ FAMILIES: tuple[Family, ...] = (
     QWEN2,
     QWEN3,
     MISTRAL,
+    GPT2,
     MINISTRAL,
     MINISTRAL3,
     SMOLLM3,
     INTERNLM3,
-    GPT2,
     GLM,
     GLM4,
     COHERE,
     COHERE2,
     STABLELM,
+    PHI3,
+    OLMO2,
+    OLMO3,
+    EXAONE4,
+    GRANITE,
+    GRANITE_HYBRID,
     DEEPSEEK_V3,
     DEEPSEEK_V2,
 )
-"""A model that several families can express is exported as the first of them."""
+"""A model that several families can express is exported as ``hf_model_type`` says, or else as the
+first of them."""
 TRAINING_ONLY = frozenset(
     {"hidden_dropout", "attention_dropout", "init_method_std"}
-    | {"make_vocab_size_divisible_by", "max_position_embeddings"}
+    | {"make_vocab_size_divisible_by", "max_position_embeddings", "hf_model_type"}
 )
 """Flags that do not change what a trained model computes for the sequences it is made for."""
 _BIASES: Mapping[str, str] = {
@@ -109,7 +121,7 @@ def read_hf_config(folder: str | Path) -> HFModel:
     fields.only("is_causal", True, why="a token then reads those that follow it")
     alternative = alternative_of(family.architecture)
     fields = replace(fields, defaults=family.defaults, alternative=alternative)
-    model = family.read(fields)
+    model = replace(family.read(fields), hf_model_type=family.model_type)
     return HFModel(
         folder=str(folder),
         family=family,
@@ -140,6 +152,17 @@ def _family_named(fields: JsonFields) -> Family:
     return special[0] if special else known[names[0]]
 
 
+def check_model_type(name: str | None) -> None:
+    """Checks a value of ``hf_model_type``.
+
+    Raises:
+        ConfigError: no family has this name.
+    """
+    known = [family.model_type for family in FAMILIES]
+    if name is not None and name not in known:
+        raise ConfigError("--hf-model-type", name, "is not supported", ", ".join(known))
+
+
 def to_hf_config(
     model: ModelConfig, *, vocab_size: int, seq_length: int, eod: int | None, dtype: str = "float32"
 ) -> tuple[Family, dict[str, Any]]:
@@ -167,7 +190,7 @@ def to_hf_config(
         "torch_dtype": dtype,
     }
     misfits: dict[str, list[tuple[str, Any, Any]]] = {}
-    for family in FAMILIES:
+    for family in sorted(FAMILIES, key=lambda x: x.model_type != model.hf_model_type):
         named = {"architectures": [family.architecture], "model_type": family.model_type}
         entries = named | family.write(model, longest) | shared
         with contextlib.suppress(ConfigError):  # the family cannot have such sizes

@@ -167,6 +167,9 @@ class ModelConfig:
     """Pad the vocabulary to a multiple of this; padding is never predicted."""
     vocab_size: Size | None = None
     """Vocabulary size of the model; at least, and by default, the tokenizer's."""
+    hf_model_type: str | None = None
+    """The Hugging Face family of an export, such as phi3, if it has such a model; by default that
+    of --load-hf, or else the first that has one."""
 
     @property
     def ffn_size(self) -> int:
