@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import cast
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from cp_megatron.comm.trace import traced
@@ -118,7 +119,8 @@ class MergedResults:
 class BackwardQueries:
     """The tensors of backward that belong to the queries, in the kernel's type.
 
-    q [B, S, H, D], dout and out [B, S, H, E], lse [B, H, S], and the sum dq [B, S, H, D].
+    q [B, S, H, D], dout and out [B, S, H, E], lse [B, H, S], and the sum dq [B, S, H, D]; dlse,
+    [B, H, S] or None, is the gradient of the lse itself.
     """
 
     q: Tensor
@@ -126,13 +128,15 @@ class BackwardQueries:
     out: Tensor
     lse: Tensor
     dq: Tensor
+    dlse: Tensor | None = None
 
     @classmethod
-    def of(cls, kernel: Kernel, x: BackwardInputs) -> BackwardQueries:
+    def of(cls, kernel: Kernel, x: BackwardInputs, dlse: Tensor | None = None) -> BackwardQueries:
         """Converts the operands and allocates dq, which is not cleared."""
         compute = kernel.compute_dtype(x.q.dtype)
         dq = torch.empty(x.q.shape, dtype=accumulation_dtype(x.q.dtype), device=x.q.device)
-        return cls(x.q.to(compute), x.dout.to(compute).contiguous(), x.out.to(compute), x.lse, dq)
+        dout, out = x.dout.to(compute).contiguous(), x.out.to(compute)
+        return cls(x.q.to(compute), dout, out, x.lse, dq, dlse)
 
     def inputs(self, keys: KeyValues) -> BackwardInputs:
         """Returns the inputs of the kernel for some keys and values."""
@@ -151,7 +155,7 @@ class Gradients:
     def __init__(
         self, call: Call, queries: BackwardQueries, round_: Round, keys: KeyValues, packed: Tensor
     ) -> None:
-        self._call, self._round, self._dq = call, round_, queries.dq
+        self._call, self._round, self._dq, self._dlse = call, round_, queries.dq, queries.dlse
         self._inputs = queries.inputs(keys.to(queries.q.dtype))
         self.grads = KeyValues.unpack(packed, keys)
 
@@ -206,6 +210,11 @@ class Gradients:
                 _write(self._dq[:, q, heads], dq, store=store_rows)
                 _write(self.grads.k[:, k, kv_heads], dk, store=store_columns)
                 _write(self.grads.v[:, k, kv_heads], dv, store=store_columns)
+                if self._dlse is not None:
+                    part = _of_lse(part, self._dlse[:, heads, q])
+                    dq, dk, _ = call.kernel.backward(part, tile.band, call.scale)
+                    self._dq[:, q, heads] += dq
+                    self.grads.k[:, k, kv_heads] += dk
 
 
 def _write(target: Tensor, value: Tensor, *, store: bool) -> None:
@@ -213,3 +222,16 @@ def _write(target: Tensor, value: Tensor, *, store: bool) -> None:
         target.copy_(value)
     else:
         target += value
+
+
+def _of_lse(x: BackwardInputs, dlse: Tensor) -> BackwardInputs:
+    """Inputs for which a kernel's dq and dk are those of the lse alone.
+
+    A kernel computes dS = P (dout v^T - sum(dout out)), and the lse adds P dlse to it. That is dS
+    for one value channel of ones, dout = dlse and out = 0. A second call is made, and no channel is
+    added to the first one, because a wider head may be more than the kernel takes, and because
+    dropout, which changes P in the first call, does not change the lse.
+    """
+    dout = rearrange(dlse, "b h q -> b q h 1").to(x.dout.dtype).contiguous()
+    ones = x.v.new_ones((*x.v.shape[:3], 1))
+    return x._replace(dout=dout, v=ones, out=torch.zeros_like(dout))

@@ -175,13 +175,18 @@ def _positions(model: ModelConfig) -> Iterator[_Rule]:
         *("--window-rotary-base", model.window_rotary_base, "has no effect without a window"),
         "--window-size LEFT 0 with it",
     )
+    yield from _temperature(model)
+
+
+def _temperature(model: ModelConfig) -> Iterator[_Rule]:
+    """The factor of late queries, which is part of the rotation."""
     yield _Rule(
         bool(model.query_temperature_beta) and model.original_length is None,
         *("--query-temperature-beta", model.query_temperature_beta),
         *("needs the length L of its formula", "--original-max-position-embeddings 8192 with it"),
     )
     yield _Rule(
-        bool(model.query_temperature_beta) and layers is not None,
+        bool(model.query_temperature_beta) and model.no_rope_layers is not None,
         *("--query-temperature-beta", model.query_temperature_beta),
         *(
             "belongs to the rotation, which --no-rope-layers removes from some layers",
