@@ -17,6 +17,9 @@ from cp_megatron.config.fields import settings
 from cp_megatron.config.schema import ModelConfig
 from cp_megatron.errors import ConfigError
 from cp_megatron.families.family import Family
+from cp_megatron.families.gemma import GEMMA
+from cp_megatron.families.gemma2 import GEMMA2
+from cp_megatron.families.gemma3 import GEMMA3
 from cp_megatron.families.gpt2 import GPT2
 from cp_megatron.families.json_fields import JsonFields, read_json
 from cp_megatron.families.llama import LLAMA
@@ -28,7 +31,7 @@ from cp_megatron.families.refusals import alternative_of, unknown_architecture
 from cp_megatron.families.rope_fields import ROPE_FIELDS, fields_of
 from cp_megatron.families.unread_keys import RecordedKeys, unread_keys
 
-FAMILIES: tuple[Family, ...] = (LLAMA, QWEN2, QWEN3, MISTRAL, GPT2)
+FAMILIES: tuple[Family, ...] = (LLAMA, QWEN2, QWEN3, MISTRAL, GEMMA, GEMMA2, GEMMA3, GPT2)
 """A model that several families can express is exported as the first of them."""
 TRAINING_ONLY = frozenset(
     {"hidden_dropout", "attention_dropout", "init_method_std"}
