@@ -74,7 +74,9 @@ def read_softcap(fields: JsonFields, key: str) -> float | None:
 
 
 def _read(fields: JsonFields) -> ModelConfig:
-    fields.only("sliding_window_pattern", 2, why="transformers does not read it in Gemma 2")
+    why = "transformers does not read it in Gemma 2"
+    fields.only("sliding_window_pattern", 2, why=why)
+    fields.only("sliding_window_size", fields.get("sliding_window"), why=why)
     return read(
         fields,
         kinds=llama_like.every_nth_full(fields, 2),

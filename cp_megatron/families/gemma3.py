@@ -23,7 +23,10 @@ GEMMA3 = Family(
     model_type="gemma3_text",
     architecture="Gemma3ForCausalLM",
     read=_read,
-    write=lambda model, longest: gemma2.write(model, longest, by_layer=True),
+    write=lambda model, longest: {
+        **gemma2.write(model, longest, by_layer=True),
+        "attn_logit_softcapping": None,
+    },
     modules=gemma2.MODULES,
     defaults={
         **gemma2.DEFAULTS,
