@@ -31,7 +31,16 @@ from cp_megatron.families.refusals import alternative_of, unknown_architecture
 from cp_megatron.families.rope_fields import ROPE_FIELDS, fields_of
 from cp_megatron.families.unread_keys import RecordedKeys, unread_keys
 
-FAMILIES: tuple[Family, ...] = (LLAMA, QWEN2, QWEN3, MISTRAL, GEMMA, GEMMA2, GEMMA3, GPT2)
+FAMILIES: tuple[Family, ...] = (
+    LLAMA,
+    QWEN2,
+    QWEN3,
+    MISTRAL,
+    GEMMA,
+    GEMMA2,
+    GEMMA3,
+    GPT2,
+)
 """A model that several families can express is exported as the first of them."""
 TRAINING_ONLY = frozenset(
     {"hidden_dropout", "attention_dropout", "init_method_std"}
