@@ -21,6 +21,9 @@ from cp_megatron.families.cohere import COHERE, COHERE2
 from cp_megatron.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
 from cp_megatron.families.exaone4 import EXAONE4
 from cp_megatron.families.family import Family
+from cp_megatron.families.gemma import GEMMA
+from cp_megatron.families.gemma2 import GEMMA2
+from cp_megatron.families.gemma3 import GEMMA3
 from cp_megatron.families.glm import GLM, GLM4
 from cp_megatron.families.gpt2 import GPT2
 from cp_megatron.families.granite import GRANITE, GRANITE_HYBRID
@@ -62,6 +65,9 @@ FAMILIES: tuple[Family, ...] = (
     EXAONE4,
     GRANITE,
     GRANITE_HYBRID,
+    GEMMA,
+    GEMMA2,
+    GEMMA3,
     DEEPSEEK_V3,
     DEEPSEEK_V2,
 )
