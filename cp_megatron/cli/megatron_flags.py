@@ -157,8 +157,6 @@ SPECIAL: Mapping[str, Answer] = {
     "--no-position-embedding": Translated(
         "--position-embedding-type none", unless="--use-rotary-position-embeddings"
     ),
-    "--rotary-percent": OneOf({"1": ""}, "rope always rotates the whole head"),
-    "--rotary-interleaved": Refused("rope rotates the halves of a head"),
     "--rotary-scaling-factor": Renamed("--rope-scaling-factor"),
     "--rotary-seq-len-interpolation-factor": Renamed(
         "--rope-scaling-factor", beside="--rope-type linear"
@@ -172,10 +170,8 @@ SPECIAL: Mapping[str, Answer] = {
     "--squared-relu": Refused("the MLP has GELU or SwiGLU", "--swiglu"),
     "--quick-geglu": Refused("the MLP has GELU or SwiGLU", "--swiglu"),
     "--openai-gelu": Noted("GELU is always approximated with tanh"),
-    "--softmax-type": OneOf({"vanilla": ""}, "the softmax is plain"),
     "--attention-mask-type": OneOf({"causal": ""}, "the mask is causal", "--document-mask"),
     "--apply-residual-connection-post-layernorm": Refused("the norm is inside the residual"),
-    "--multi-latent-attention": Refused("there is no latent attention"),
     "--encoder-num-layers": Renamed("--num-layers"),
     "--mtp-num-layers": Refused("there is no multi-token prediction"),
     "--init-method-xavier-uniform": Refused("weights are normal", "--init-method-std"),

@@ -52,8 +52,6 @@ NOTED: Mapping[str, str] = {
         tp-comm-bootstrap-backend= tp-comm-overlap tp-comm-overlap-cfg=
         tp-comm-overlap-rs-dgrad use-nccl-ub use-ring-exchange-p2p use-sharp
         use-tp-pp-dp-mapping""",
-    "the norms compute the same function, whatever is stored": """
-        apply-layernorm-1p""",
     "softmax is always computed in float32 or more": """
         apply-query-key-layer-scaling attention-softmax-in-fp32 no-query-key-layer-scaling""",
     "the loss is always the mean over all valid tokens": """
@@ -161,8 +159,7 @@ NOTED: Mapping[str, str] = {
     "it has an effect only with --mtp-num-layers": """
         mtp-*""",
     "it has an effect only with --multi-latent-attention": """
-        kv-lora-rank= mla-down-proj-fusion q-lora-rank= qk-head-dim= qk-pos-emb-head-dim=
-        v-head-dim=""",
+        mla-down-proj-fusion""",
     "it has an effect only with --pipeline-model-parallel-size above 1": """
         account-for-embedding-in-pipeline-split account-for-loss-in-pipeline-split
         decoder-first-pipeline-num-layers= decoder-last-pipeline-num-layers=

@@ -27,7 +27,7 @@ from cp_megatron.plan import Schedule
 from cp_megatron.plan.buffer_sizes import AttentionSizes, BufferSizes
 from cp_megatron.plan.tiling import own_tiles, pack
 from cp_megatron.preflight.run_plan import RunPlan
-from cp_megatron.spec import ActivationSizes, AttentionSpec, ModelSpec, local_heads
+from cp_megatron.spec import ActivationSizes, MixerSpec, ModelSpec, local_heads
 
 ELEMENT_BYTES: Mapping[str, int] = MappingProxyType({"float64": 8, "float32": 4, "bfloat16": 2})
 
@@ -47,6 +47,7 @@ MODULES = (
 )
 IN_LAYER: Mapping[str, str] = MappingProxyType(
     {"inputs": INPUTS, "attention_norm": ATTENTION_NORM, "attention": ATTENTION}
+    | {"attention_post_norm": ATTENTION_NORM, "mlp_post_norm": MLP_NORM}
     | {"mlp_norm": MLP_NORM, "mlp": MLP, "dropout": DROPOUT}
 )
 """The kinds of what the modules of a layer keep, by their names."""
@@ -115,16 +116,17 @@ def schedules(plan: RunPlan) -> tuple[Schedule, ...]:
     sequence, model = plan.sequence, plan.config.model
     if plan.grid.cp == 1:
         return ()
-    heads = local_heads(model, plan.grid.tp)
-    how = sequence.layout, sequence.exchange, sequence.route, *heads
-    row = Schedule.build(sequence.mask, *how, sequence.sizes, head_dim=model.head_dim)
+    heads, kv_heads, width, v_width = local_heads(model, plan.grid.tp)
+    build = partial(Schedule.build, head_dim=width, v_head_dim=v_width)
+    how = sequence.layout, sequence.exchange, sequence.route
+    row = build(sequence.mask, *how, heads, kv_heads, sequence.sizes)
     sizes = row.hierarchical_sizes if row.exchange == "a2a+p2p" else None
     windows = [model.layer_window(layer) for layer in range(model.num_layers)]
     masks = {mask.window: mask for mask in map(sequence.mask.within, windows)}
     return tuple(
         row
         if mask.window == sequence.mask.window
-        else Schedule.build(mask, row.layout, row.exchange, row.route, *heads, sizes)
+        else build(mask, row.layout, row.exchange, row.route, heads, kv_heads, sizes)
         for mask in masks.values()
     )
 
@@ -153,12 +155,12 @@ def _buffer_bytes(
     plan: RunPlan, planned: Iterable[Schedule], cp_rank: int, sizes: ActivationSizes
 ) -> tuple[int, int]:
     """Bytes of message buffers after the layers' forward, and after their backward."""
-    _, kv_heads = local_heads(plan.config.model, sizes.tp)
+    _, kv_heads, width, _ = local_heads(plan.config.model, sizes.tp)
     attention = AttentionSizes(
         batch=sizes.batch,
         num_tokens=sizes.row_tokens,
         kv_heads=kv_heads,
-        head_dim=plan.config.model.head_dim,
+        head_dim=width,
         element=sizes.element,
         exact=sizes.exact,
     )
@@ -230,21 +232,22 @@ def _kept(spec: ModelSpec, memory: MemoryConfig, sizes: ActivationSizes) -> Coun
         tiled = memory.mlp_tile_size is not None
         for name, num_bytes in layer.kept_bytes(sizes, granularity, tiled=tiled).items():
             kept[IN_LAYER[name]] += num_bytes
-    # All layers share a rotation. Attention keeps it; if all of it is recomputed, the caller does.
-    rotation = max(layer.attention.rotation_bytes(sizes) for layer in spec.layers)
+    # Layers share rotations. Attention keeps them; if all of it is recomputed, the caller does.
+    rotations = {x.attention.rotary: x.attention.rotation_bytes(sizes) for x in spec.layers}
+    rotation = sum(rotations.values())
     kept[ATTENTION if "none" in levels else OTHER] += rotation
     kept[FINAL_NORM] = spec.norm.kept_bytes(sizes.stream_tokens, sizes)
     kept[LOSS] = spec.head.kept_bytes(sizes)
     return kept
 
 
-def _is_transposed(plan: RunPlan, cp_rank: int, attention: AttentionSpec) -> bool:
+def _is_transposed(plan: RunPlan, cp_rank: int, attention: MixerSpec) -> bool:
     """Whether attention's result is laid out by heads, so that the projection keeps a copy.
 
     True for the reference kernel without grouped heads when the first tile covers all rows.
     """
     sequence = plan.sequence
-    heads, kv_heads = attention.local_heads(plan.grid.tp)
+    heads, kv_heads, *_ = attention.local_heads(plan.grid.tp)
     if heads != kv_heads or heads == 1:
         return False
     if plan.kernel is None or plan.kernel.name != "reference" or sequence.per_batch:

@@ -1,5 +1,12 @@
 """One layer of the transformer: norm, mixer, residual, norm, MLP, residual.
 
+A model may have norms after the blocks instead or as well, and both blocks may read the same norm::
+
+    pre        x = x + f(norm(x))        for f in mixer, MLP
+    post       x = x + norm(f(x))
+    both       x = x + norm(f(norm(x)))
+    parallel   x = x + mixer(n) + mlp(n)       with n = norm(x)
+
 Every line computes with the tokens that one rank holds. What crosses ranks is visible: ``tp.enter``
 and ``tp.leave`` around each block (tensor and sequence parallelism) and ``cp.attention`` (context
 parallelism). What is kept for backward is decided by ``LayerMemory``, around the same functions.
@@ -14,27 +21,39 @@ from torch import Tensor, nn
 
 from cp_megatron.context_parallel import ContextParallel, KeptAttention
 from cp_megatron.kernels.dropout import Dropout
+from cp_megatron.model.latent_attention import LatentAttention
 from cp_megatron.model.layer_memory import LayerMemory, Pass
 from cp_megatron.model.mlp import MLP
 from cp_megatron.model.norm import Norm
 from cp_megatron.model.rope import Rotation
 from cp_megatron.model.self_attention import SelfAttention
-from cp_megatron.spec import LayerSpec
+from cp_megatron.spec import LatentAttentionSpec, LayerSpec, NormSpec
 from cp_megatron.tensor_parallel import LocalWeights
 
 
 class TransformerLayer(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)), with dropout on what is added."""
+    """Adds attention and the MLP to the residual stream, with dropout on what is added."""
 
     def __init__(self, spec: LayerSpec, *, memory: LayerMemory) -> None:
         super().__init__()
         self.memory, self.tp = memory, memory.tp
-        self.attention_norm = Norm(spec.attention_norm, tp=self.tp)
-        self.attention = SelfAttention(spec.attention, tp=self.tp)
-        self.mlp_norm = Norm(spec.mlp_norm, tp=self.tp)
+        self.is_parallel, self.multiplier = spec.is_parallel, spec.multiplier
+        self.attention_norm = self._norm(spec.attention_norm)
+        self.attention: SelfAttention | LatentAttention
+        if isinstance(spec.attention, LatentAttentionSpec):
+            self.attention = LatentAttention(spec.attention, tp=self.tp)
+        else:
+            self.attention = SelfAttention(spec.attention, tp=self.tp)
+        self.attention_post_norm = self._norm(spec.attention_post_norm)
+        self.mlp_norm = self._norm(spec.mlp_norm)
         self.mlp = MLP(spec.mlp, tp=self.tp)
+        self.mlp_post_norm = self._norm(spec.mlp_post_norm)
         self.dropout = nn.Dropout(spec.dropout)
-        self.mlp_weights = LocalWeights(self.mlp_norm, self.mlp)
+        read = self.attention_norm if self.is_parallel else self.mlp_norm
+        self.mlp_weights = LocalWeights(*([] if read is None else [read]), self.mlp)
+
+    def _norm(self, spec: NormSpec | None) -> Norm | None:
+        return None if spec is None else Norm(spec, tp=self.tp)
 
     def forward(
         self, x: Tensor, rotation: Rotation | None, cp: ContextParallel, dropout: Dropout | None
@@ -52,8 +71,19 @@ class TransformerLayer(nn.Module):
     ) -> Tensor:
         attended = self.memory.mixer(self._attend, x, rotation, cp, dropout)
         added = self.tp.leave(self.attention.output(attended), self.attention.out.local_bias())
-        x = x + self.dropout(added)
-        added = self.memory.mlp(self._feed_forward, x, self.mlp_weights, layer_pass)
+        stream = self._add(x, added, self.attention_post_norm)
+        # The gradient of a norm needs the values that it normalized.
+        last = layer_pass if self.mlp_post_norm is None else Pass()
+        read = x if self.is_parallel else stream
+        added = self.memory.mlp(self._feed_forward, read, self.mlp_weights, last)
+        return self._add(stream, added, self.mlp_post_norm)
+
+    def _add(self, x: Tensor, added: Tensor, norm: Norm | None) -> Tensor:
+        """Adds what a block computed to the residual stream."""
+        if norm is not None:
+            added = norm(added)
+        if self.multiplier != 1.0:
+            added = added * self.multiplier
         return x + self.dropout(added)
 
     def _attend(
@@ -64,13 +94,14 @@ class TransformerLayer(nn.Module):
         dropout: Dropout | None,
         kept: KeptAttention | None,
     ) -> Tensor:
-        """Residual stream -> [b, s, heads/tp, head dim]."""
-        h = self.attention_norm(x)
-        q, k, v = self.memory.entered(self.attention.project, self.tp.enter(h), rotation, rows=h)
-        return cp.attention(q, k, v, dropout=dropout, kept=kept)
+        """Residual stream -> [b, s, heads/tp, value head dim]."""
+        h = x if self.attention_norm is None else self.attention_norm(x)
+        heads = self.memory.entered(self.attention.project, self.tp.enter(h), rotation, rows=h)
+        return self.attention.attend(*heads, cp=cp, dropout=dropout, kept=kept)
 
     def _feed_forward(self, x: Tensor, gradient_only: bool) -> Tensor:
         """Residual stream -> what the MLP adds to it."""
-        h = self.mlp_norm(x)
+        norm = self.attention_norm if self.is_parallel else self.mlp_norm
+        h = x if norm is None else norm(x)
         h = self.memory.entered(self.mlp, self.tp.enter(h), gradient_only, rows=h)
         return self.tp.leave(h, self.mlp.down.local_bias(), gradient_only=gradient_only)

@@ -7,6 +7,8 @@ Shapes: b batch, s sequence of one context parallel rank, h hidden, f ffn.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -15,7 +17,7 @@ from cp_megatron.tensor_parallel import ColumnParallelLinear, RowParallelLinear,
 
 
 class MLP(nn.Module):
-    """down(gelu(up(x))), or with a gate down(silu(gate(x)) * up(x)) (Shazeer 2020, 2002.05202).
+    """down(act(up(x))), or with a gate down(act(gate(x)) * up(x)) (Shazeer 2020, 2002.05202).
 
     GELU is the tanh form of Hendrycks and Gimpel (arXiv:1606.08415), as in GPT-2.
     """
@@ -25,6 +27,9 @@ class MLP(nn.Module):
         self.gate = None if spec.gate is None else ColumnParallelLinear(spec.gate, tp=tp)
         self.up = ColumnParallelLinear(spec.up, tp=tp)
         self.down = RowParallelLinear(spec.down, tp=tp)
+        self.activation = (
+            F.silu if spec.activation == "silu" else partial(F.gelu, approximate="tanh")
+        )
 
     def forward(self, x: Tensor, gradient_only: bool = False) -> Tensor:
         """[b, s, h] -> this rank's summand [b, s, h] of what is added to the residual stream.
@@ -32,8 +37,5 @@ class MLP(nn.Module):
         ``gradient_only`` is described in ``RowParallelLinear``.
         """
         wide = self.up(x)  # [b, s, f/tp]
-        if self.gate is None:
-            wide = F.gelu(wide, approximate="tanh")
-        else:
-            wide = F.silu(self.gate(x)) * wide
+        wide = self.activation(wide) if self.gate is None else self.activation(self.gate(x)) * wide
         return self.down(wide, gradient_only)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+from cp_megatron.kernels.interface import accumulation_dtype
 from cp_megatron.spec import NormSpec
 from cp_megatron.tensor_parallel import SpecifiedModule, TensorParallel
 
@@ -19,15 +20,20 @@ class Norm(SpecifiedModule):
 
     LayerNorm    (x - mean) / sqrt(variance + epsilon) * weight + bias
     RMSNorm      x / sqrt(mean(x^2) + epsilon) * weight
+
+    With ``one_plus`` the factor is 1 + weight, computed in float32 (float64 for float64): in
+    bfloat16 the sum would lose most of a small weight.
     """
 
     def __init__(self, spec: NormSpec, *, tp: TensorParallel) -> None:
         super().__init__(spec, tp)
-        self.kind, self.epsilon = spec.kind, spec.epsilon
+        self.kind, self.epsilon, self.one_plus = spec.kind, spec.epsilon, spec.one_plus
 
     def forward(self, x: Tensor) -> Tensor:
         """[.., h] -> [.., h]."""
         weight = self.local("weight")
+        if self.one_plus:
+            weight = 1 + weight.to(accumulation_dtype(weight.dtype))
         if self.kind == "RMSNorm":
             return F.rms_norm(x, weight.shape, weight, self.epsilon)
-        return F.layer_norm(x, weight.shape, weight, self.local("bias"), self.epsilon)
+        return F.layer_norm(x, weight.shape, weight, self.local_bias(), self.epsilon)

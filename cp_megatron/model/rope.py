@@ -1,10 +1,13 @@
-"""Rotary position embedding (Su et al. 2021, arXiv:2104.09864), half-rotation as in Hugging Face.
+"""Rotary position embedding (Su et al. 2021, arXiv:2104.09864).
 
-Channel i of a head is rotated with channel i + d/2 by the angle position * base^(-2i/d). Positions
-come from the caller: under context parallelism the tokens of a rank are not a contiguous run, and
-in packed rows positions restart at every document.
+Pair i of the channels of a head is rotated by the angle position * base^(-2i/d). A pair is
+channels i and i + d/2, as in Hugging Face, or channels 2i and 2i + 1. If a head has more than d
+channels, the others stay as they are. Positions come from the caller: under context parallelism
+the tokens of a rank are not a contiguous run, and in packed rows positions restart at every
+document.
 
-Shapes: b batch, s sequence of one context parallel rank, n heads, d head dim.
+Shapes: b batch, s sequence of one context parallel rank, n heads, d rotated channels of a head,
+D all channels of a head.
 """
 
 from __future__ import annotations
@@ -15,41 +18,80 @@ import torch
 from torch import Tensor
 
 from cp_megatron.config.schema import ModelConfig
+from cp_megatron.kernels.interface import accumulation_dtype
 from cp_megatron.model.rope_scaling import rope_frequencies
+from cp_megatron.spec import RotarySpec
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rotation:
-    """Cosine and sine of every token's angles, [s, d/2], float32 (float64 for a float64 model)."""
+    """The rotation of every token.
+
+    Attributes:
+        cos, sin: of the angles, [s, d/2], float32 (float64 for a float64 model).
+        interleaved: as in ``RotarySpec``.
+        query_factor: what queries are multiplied with, [s], in the type of the activations.
+    """
 
     cos: Tensor
     sin: Tensor
+    interleaved: bool
+    query_factor: Tensor | None
 
     @classmethod
     def of(
-        cls, positions: Tensor, config: ModelConfig, *, longest: int, dtype: torch.dtype
+        cls,
+        positions: Tensor,
+        config: ModelConfig,
+        rotary: RotarySpec,
+        *,
+        longest: int,
+        dtype: torch.dtype,
     ) -> Rotation:
         """The rotation of the tokens at ``positions`` (int64 [s]).
 
         Args:
             positions: index of every token in its document.
-            config: gives the frequencies.
+            config, rotary: give the frequencies.
             longest: length of the longest document of the whole row, not of this rank's part.
             dtype: type of the activations. Angles are always float64: in float32 an angle at
                 position 10^6 is off by 0.03.
         """
-        inverse, attention_factor = rope_frequencies(config, longest)
+        inverse, attention_factor = rope_frequencies(config, rotary, longest)
         inverse = inverse.to(positions.device)
         angles = positions.to(torch.float64).unsqueeze(-1) * inverse  # [s, d/2]
-        table = torch.float64 if dtype == torch.float64 else torch.float32
+        table = accumulation_dtype(dtype)
         cos, sin = angles.cos(), angles.sin()
         if attention_factor != 1.0:
             cos, sin = cos * attention_factor, sin * attention_factor
-        return cls(cos=cos.to(table), sin=sin.to(table))
+        factor = None
+        if rotary.temperature is not None:
+            beta, length = rotary.temperature
+            factor = (1 + beta * (1 + positions // length).to(torch.float64).log()).to(dtype)
+        return cls(
+            cos=cos.to(table),
+            sin=sin.to(table),
+            interleaved=rotary.interleaved,
+            query_factor=factor,
+        )
 
-    def apply(self, x: Tensor) -> Tensor:
-        """Rotates queries or keys, [b, s, n, d] -> the same shape and dtype."""
+    def queries(self, q: Tensor) -> Tensor:
+        """Rotates queries, [b, s, n, D] -> the same shape and dtype."""
+        q = self.keys(q)
+        return q if self.query_factor is None else q * self.query_factor[:, None, None]
+
+    def keys(self, k: Tensor) -> Tensor:
+        """Rotates keys, [b, s, n, D] -> the same shape and dtype."""
         cos, sin = self.cos.unsqueeze(-2), self.sin.unsqueeze(-2)  # [s, 1, d/2]
-        first, second = x.chunk(2, dim=-1)
-        rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-        return rotated.to(x.dtype)
+        width = 2 * self.cos.shape[-1]
+        x = k[..., :width]
+        if self.interleaved:
+            first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
+        else:
+            first, second = x.chunk(2, dim=-1)
+        turned = first * cos - second * sin, second * cos + first * sin
+        # two of [b, s, n, d/2] -> [b, s, n, d]
+        rotated = torch.stack(turned, -1).flatten(-2) if self.interleaved else torch.cat(turned, -1)
+        if width == k.shape[-1]:
+            return rotated.to(k.dtype)
+        return torch.cat((rotated.to(k.dtype), k[..., width:]), dim=-1)

@@ -30,36 +30,40 @@ import torch
 from torch import Tensor
 
 from cp_megatron.config.schema import ModelConfig
+from cp_megatron.spec import RotarySpec
 
 
-def _plain(head_dim: int, base: float) -> Tensor:
+def _plain(width: int, base: float) -> Tensor:
     """base^(-2i/d), float64 [d/2]."""
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.float64, device="cpu")
-    return base ** (-exponents / head_dim)
+    exponents = torch.arange(0, width, 2, dtype=torch.float64, device="cpu")
+    return base ** (-exponents / width)
 
 
-def rope_frequencies(config: ModelConfig, longest: int) -> tuple[Tensor, float]:
-    """The frequencies of a model's heads, which equal those of Hugging Face transformers.
+def rope_frequencies(config: ModelConfig, rotary: RotarySpec, longest: int) -> tuple[Tensor, float]:
+    """The frequencies of a layer's heads, which equal those of Hugging Face transformers.
 
     Args:
         config: the model, with the settings that its ``rope_type`` needs.
+        rotary: the rotation of the layer; d is its width.
         longest: length of the longest document of the row, the same on every rank.
 
     Returns:
         float64 [d/2] on the CPU, radians per position; and the attention factor, which multiplies
         cosine and sine, and so the scores by its square.
     """
-    plain = _plain(config.head_dim, config.rotary_base)
+    plain = _plain(rotary.width, rotary.base)
     factor = config.rope_scaling_factor or 1.0
+    if not rotary.is_scaled:
+        return plain, 1.0
     match config.rope_type:
         case "linear":
             return plain / factor, 1.0
         case "dynamic":
-            return _dynamic(config, factor, longest), 1.0
+            return _dynamic(config, rotary, factor, longest), 1.0
         case "llama3":
             return _llama3(config, plain, factor), 1.0
         case "yarn":
-            return _yarn(config, plain, factor), _yarn_attention(config, factor)
+            return _yarn(config, rotary, plain, factor), _yarn_attention(config, factor)
         case "longrope":
             return _longrope(config, plain, longest)
         case _:
@@ -71,10 +75,10 @@ def _original(config: ModelConfig) -> int:
     return config.original_length
 
 
-def _dynamic(config: ModelConfig, factor: float, longest: int) -> Tensor:
-    original, d = _original(config), config.head_dim
+def _dynamic(config: ModelConfig, rotary: RotarySpec, factor: float, longest: int) -> Tensor:
+    original, d = _original(config), rotary.width
     stretch = factor * max(longest, original) / original - (factor - 1)
-    return _plain(d, config.rotary_base * stretch ** (d / (d - 2)))
+    return _plain(d, rotary.base * stretch ** (d / (d - 2)))
 
 
 def _llama3(config: ModelConfig, plain: Tensor, factor: float) -> Tensor:
@@ -84,8 +88,8 @@ def _llama3(config: ModelConfig, plain: Tensor, factor: float) -> Tensor:
     return plain * (kept + (1 - kept) / factor)
 
 
-def _yarn(config: ModelConfig, plain: Tensor, factor: float) -> Tensor:
-    d, base, original = config.head_dim, config.rotary_base, _original(config)
+def _yarn(config: ModelConfig, rotary: RotarySpec, plain: Tensor, factor: float) -> Tensor:
+    d, base, original = rotary.width, rotary.base, _original(config)
 
     def pair_that_turns(times: float) -> float:
         """The pair, as a fraction, that turns this often in the original length."""

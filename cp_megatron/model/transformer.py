@@ -1,4 +1,4 @@
-"""The transformer: pre-norm layers, GPT style or Llama style by configuration alone.
+"""The transformer: the embedding, the layers that ``ModelSpec`` describes, and the head.
 
 Shapes: b batch, s sequence of one context parallel rank, h hidden, v padded vocabulary. The
 residual stream is [b, s, h]; with sequence parallelism [b, s/tp, h].
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
@@ -22,7 +23,7 @@ from cp_megatron.model.layer_memory import LayerMemory
 from cp_megatron.model.norm import Norm
 from cp_megatron.model.offload import LayerOffload
 from cp_megatron.model.rope import Rotation
-from cp_megatron.spec import ModelSpec
+from cp_megatron.spec import ModelSpec, RotarySpec
 from cp_megatron.tensor_parallel import (
     LossRule,
     SpecifiedModule,
@@ -136,17 +137,14 @@ class Transformer(nn.Module):
         positions = cp.document_positions.to(x.device)  # [s]
         if self.embedding is not None:
             x = self._embed(x, positions)
-        rotation = None
-        if self.config.position_embedding_type == "rope":
-            longest = max(cp.mask.lengths)
-            rotation = Rotation.of(positions, self.config, longest=longest, dtype=x.dtype)
+        rotations = self._rotations(positions, cp, x.dtype)
         contexts = self.layer_contexts(cp)
         for number, layer in self.layers.items():
             dropout = attention_dropout
             if dropout is not None:
                 seed = attention_dropout_seed(seed=dropout.seed, layer=int(number))
                 dropout = replace(dropout, seed=seed)
-            x = layer(x, rotation, contexts[int(number)], dropout)
+            x = layer(x, rotations[int(number)], contexts[int(number)], dropout)
         if self.head is None or self.norm is None:
             return x
         weight = None
@@ -167,6 +165,17 @@ class Transformer(nn.Module):
         if len(set(windows)) == 1:
             return [cp] * len(windows)
         return [cp.within(window) for window in windows]
+
+    def _rotations(
+        self, positions: Tensor, cp: ContextParallel, dtype: torch.dtype
+    ) -> list[Rotation | None]:
+        """The rotation of each layer of the whole model; layers that rotate alike share one."""
+        longest, made = max(cp.mask.lengths), dict[RotarySpec | None, Rotation]()
+        wanted = [layer.attention.rotary for layer in self.spec.layers]
+        for rotary in set(wanted) - {None}:
+            assert rotary is not None
+            made[rotary] = Rotation.of(positions, self.config, rotary, longest=longest, dtype=dtype)
+        return [made.get(rotary) for rotary in wanted]
 
     def _embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """[b, s] -> residual stream."""

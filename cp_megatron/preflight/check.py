@@ -27,6 +27,7 @@ from cp_megatron.kernels.select import KernelChoice
 from cp_megatron.plan import Grid
 from cp_megatron.plan.grid import AXES
 from cp_megatron.preflight import rules
+from cp_megatron.preflight.block_rules import check_blocks
 from cp_megatron.preflight.log_rules import check_log
 from cp_megatron.preflight.pretrained import check_load_hf, vocab_size_of
 from cp_megatron.preflight.rope_rules import check_rope, rope_notes
@@ -142,6 +143,8 @@ def _check_model(
     padded, earlier = model.padded_vocab_size(vocab_size), len(mistakes.errors)
     with mistakes.collect():
         rules.check_model(model, seq_length)
+    with mistakes.collect():
+        check_blocks(model, given)
     with mistakes.collect():
         check_rope(model, seq_length, given)
     with mistakes.collect():

@@ -31,7 +31,8 @@ def check_rope(model: ModelConfig, seq_length: int, given: frozenset[str]) -> No
         if rows is not None and rows < seq_length:
             rule = f"must be at least --seq-length {seq_length}"
             raise ConfigError("--max-position-embeddings", rows, rule, str(seq_length))
-    for name in sorted(ROPE_FIELDS - fields_of(kind)):
+    also = {"original_max_position_embeddings"} if model.query_temperature_beta else set()
+    for name in sorted(ROPE_FIELDS - fields_of(kind) - also):
         readers = ", ".join(other for other in ROPE_KEYS if name in fields_of(other))
         reason, works = f"with --rope-type {kind}", f"--rope-type {readers}"
         refuse_unused(model, [name], given, reason=reason, works=works)
@@ -47,8 +48,8 @@ def check_rope(model: ModelConfig, seq_length: int, given: frozenset[str]) -> No
         raise ConfigError("--rope-high-freq-factor", model.rope_high_freq_factor, rule, "4")
     elif kind == "longrope":
         _check_longrope(model)
-    elif kind == "dynamic" and model.head_dim <= 2:
-        rule = "raises the base to a power of d / (d - 2), so heads must be wider than 2"
+    elif kind == "dynamic" and model.rotary_dim <= 2:
+        rule = "raises the base to a power of d / (d - 2), so more than 2 channels must be rotated"
         raise ConfigError("--rope-type", kind, rule, "--kv-channels 4")
 
 
@@ -92,7 +93,7 @@ def _check_yarn(model: ModelConfig) -> None:
 
 
 def _check_longrope(model: ModelConfig) -> None:
-    pairs = model.head_dim // 2
+    pairs = model.rotary_dim // 2
     for flag, values in (
         ("--rope-short-factor", model.rope_short_factor),
         ("--rope-long-factor", model.rope_long_factor),

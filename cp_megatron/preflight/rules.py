@@ -47,7 +47,7 @@ def check_model(model: ModelConfig, seq_length: int) -> None:
     width, flag, unit = model.hidden_size, "--hidden-size", heads
     if model.kv_channels is not None:
         width, flag, unit = model.kv_channels, "--kv-channels", 1
-    if width % unit:
+    if width % unit and not model.multi_latent_attention:
         rule = f"must be divisible by --num-attention-heads {heads} unless --kv-channels is given"
         raise ConfigError(flag, width, rule, multiples(width, unit))
     if heads % groups:
@@ -58,7 +58,8 @@ def check_model(model: ModelConfig, seq_length: int) -> None:
     if learned and rows is not None and rows < seq_length:
         rule = f"must be at least --seq-length {seq_length}"
         raise ConfigError("--max-position-embeddings", rows, rule, str(seq_length))
-    if model.position_embedding_type == "rope" and model.head_dim % 2:
+    whole = model.position_embedding_type == "rope" and model.rotary_dim == model.head_dim
+    if whole and model.head_dim % 2:
         rule = f"rope rotates pairs of channels, so the head width {model.head_dim} must be even"
         raise ConfigError(flag, width, rule, multiples(width, 2 * unit))
 

@@ -159,7 +159,7 @@ def kernel_on(
         config.parallel.kernel,
         device=device,
         dtype=dtype_on(config, device),
-        head_dim=config.model.head_dim,
+        head_dim=max(config.model.head_dim, config.model.value_dim),
         attention_dropout=config.model.attention_dropout,
         window=Mask.causal(1, config.model.window_size).has_window,
         deterministic=config.train.deterministic,

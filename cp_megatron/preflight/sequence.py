@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 
 from cp_megatron.comm.runtime import Launch
 from cp_megatron.config import Config
@@ -176,10 +177,9 @@ def _with_exchange(
     if plan.per_batch:
         reason = reason or "each batch takes what moves the fewest bytes"
     else:
-        heads, width = local_heads(config.model, grid.tp), config.model.head_dim
-        schedule = Schedule.build(
-            plan.mask, plan.layout, exchange, route, *heads, sizes, head_dim=width
-        )
+        heads, kv_heads, width, v_width = local_heads(config.model, grid.tp)
+        build = partial(Schedule.build, head_dim=width, v_head_dim=v_width)
+        schedule = build(plan.mask, plan.layout, exchange, route, heads, kv_heads, sizes)
         exchange, route, reason = schedule.exchange, schedule.route, reason or schedule.reason
         sizes = schedule.hierarchical_sizes if exchange == "a2a+p2p" else None
     if one_node and is_free and exchange != "p2p":  # p2p moves the same bytes on any nodes
@@ -204,7 +204,7 @@ def _check_exchange(config: Config, grid: Grid, given: frozenset[str]) -> None:
 def _check_heads(config: Config, ranks: int) -> None:
     """Refuses query heads that ``ranks`` cannot share, and names the flags they come from."""
     parallel, tp = config.parallel, config.parallel.tensor_parallel_size
-    heads, _ = local_heads(config.model, tp)
+    heads = local_heads(config.model, tp).heads
     if not heads % ranks:
         return
     made = f"--num-attention-heads {config.model.num_attention_heads}"

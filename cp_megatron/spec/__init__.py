@@ -1,10 +1,18 @@
 """Describes a model as data, without torch: parameters, how they are split, and their costs."""
 
+from cp_megatron.spec.latent import LatentAttentionSpec
 from cp_megatron.spec.layer_spec import LayerSpec, MLPSpec
-from cp_megatron.spec.mixer import AttentionSpec, local_heads
-from cp_megatron.spec.model_spec import ModelSpec
+from cp_megatron.spec.mixer import AttentionSpec, LocalHeads, MixerSpec, RotarySpec
+from cp_megatron.spec.model_spec import ModelSpec, local_heads
 from cp_megatron.spec.parameter import BlockSpec, Init, ParameterSpec
-from cp_megatron.spec.pieces import EmbeddingSpec, HeadSpec, LinearSpec, NormSpec, PositionsSpec
+from cp_megatron.spec.pieces import (
+    EmbeddingSpec,
+    HeadNormSpec,
+    HeadSpec,
+    LinearSpec,
+    NormSpec,
+    PositionsSpec,
+)
 from cp_megatron.spec.sizes import ActivationSizes
 
 __all__ = [
@@ -12,14 +20,19 @@ __all__ = [
     "AttentionSpec",
     "BlockSpec",
     "EmbeddingSpec",
+    "HeadNormSpec",
     "HeadSpec",
     "Init",
+    "LatentAttentionSpec",
     "LayerSpec",
     "LinearSpec",
+    "LocalHeads",
     "MLPSpec",
+    "MixerSpec",
     "ModelSpec",
     "NormSpec",
     "ParameterSpec",
     "PositionsSpec",
+    "RotarySpec",
     "local_heads",
 ]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from typing import Literal
 
 from cp_megatron.config import ModelConfig
+from cp_megatron.spec.latent import LatentAttentionSpec
 from cp_megatron.spec.mixer import AttentionSpec
 from cp_megatron.spec.parameter import BlockSpec
 from cp_megatron.spec.pieces import LinearSpec, NormSpec
@@ -14,21 +16,23 @@ from cp_megatron.spec.sizes import ActivationSizes
 
 @dataclass(frozen=True, kw_only=True)
 class MLPSpec(BlockSpec):
-    """The feed-forward block: down(gelu(up(x))), or with a gate down(silu(gate(x)) * up(x))."""
+    """The feed-forward block: down(act(up(x))), or with a gate down(act(gate(x)) * up(x))."""
 
     gate: LinearSpec | None
     up: LinearSpec
     down: LinearSpec
+    activation: Literal["gelu", "silu"]
 
     @classmethod
     def of(cls, model: ModelConfig) -> MLPSpec:
         """The MLP of every layer."""
-        hidden, width, bias = model.hidden_size, model.ffn_size, not model.disable_bias_linear
+        hidden, width, bias = model.hidden_size, model.ffn_size, model.has_mlp_bias
         up = LinearSpec(inputs=hidden, outputs=width, bias=bias)
         return cls(
-            gate=up if model.swiglu else None,
+            gate=up if model.swiglu or model.geglu else None,
             up=up,
             down=LinearSpec(inputs=width, outputs=hidden, bias=bias, split="row"),
+            activation="silu" if model.swiglu else "gelu",
         )
 
     def kept_bytes(self, sizes: ActivationSizes) -> int:
@@ -40,22 +44,40 @@ class MLPSpec(BlockSpec):
 
 @dataclass(frozen=True, kw_only=True)
 class LayerSpec(BlockSpec):
-    """One layer: x + mixer(norm(x)), then x + mlp(norm(x)), with dropout on what is added."""
+    """One layer: x + mixer(norm(x)), then x + mlp(norm(x)), with dropout on what is added.
 
-    attention_norm: NormSpec
-    attention: AttentionSpec
-    mlp_norm: NormSpec
+    Attributes:
+        attention_norm, mlp_norm: normalize what a block reads; None: it reads the stream itself.
+        attention_post_norm, mlp_post_norm: normalize what a block adds; None: it is added as it is.
+        is_parallel: both blocks read ``attention_norm`` of the same x.
+        multiplier: the factor of what a block adds.
+    """
+
+    attention_norm: NormSpec | None
+    attention: AttentionSpec | LatentAttentionSpec
+    attention_post_norm: NormSpec | None
+    mlp_norm: NormSpec | None
     mlp: MLPSpec
+    mlp_post_norm: NormSpec | None
+    is_parallel: bool = False
+    multiplier: float = 1.0
     dropout: float = 0.0
 
     @classmethod
     def of(cls, model: ModelConfig, *, layer: int) -> LayerSpec:
         """A layer of the model, numbered from 0."""
+        norm, where = NormSpec.of(model), model.norm_placement
+        before, after = norm if where != "post" else None, norm if where != "pre" else None
+        mixer = LatentAttentionSpec if model.multi_latent_attention else AttentionSpec
         return cls(
-            attention_norm=NormSpec.of(model),
-            attention=AttentionSpec.of(model, layer=layer),
-            mlp_norm=NormSpec.of(model),
+            attention_norm=before,
+            attention=mixer.of(model, layer=layer),
+            attention_post_norm=after,
+            mlp_norm=None if model.parallel_residual else before,
             mlp=MLPSpec.of(model),
+            mlp_post_norm=after,
+            is_parallel=model.parallel_residual,
+            multiplier=model.residual_multiplier,
             dropout=model.hidden_dropout,
         )
 
@@ -68,19 +90,27 @@ class LayerSpec(BlockSpec):
                 ``inputs``, the inputs of recomputed blocks.
             tiled: the MLP runs in tiles, and keeps its input.
         """
-        stream = sizes.stream_bytes(self.attention_norm.width)
+        width = self.mlp.up.inputs
+        stream = sizes.stream_bytes(width)
         if granularity == "full":
             return Counter(inputs=stream)
         kept = Counter(attention=self.attention.kept_results(sizes))
+        for name in ("attention_post_norm", "mlp_post_norm"):
+            kept[name] = _norm_bytes(getattr(self, name), sizes)
         if self.dropout:
-            kept["dropout"] = 2 * sizes.dropout_bytes(self.attention_norm.width)
+            kept["dropout"] = 2 * sizes.dropout_bytes(width)
         if granularity == "selective":
-            kept["inputs"] = 2 * stream
+            kept["inputs"] = (1 if self.is_parallel else 2) * stream
             return kept
-        kept["attention_norm"] = self.attention_norm.kept_bytes(sizes.stream_tokens, sizes)
+        mlp_norm = self.attention_norm if self.is_parallel else self.mlp_norm
+        kept["attention_norm"] = _norm_bytes(self.attention_norm, sizes)
         kept["attention"] += self.attention.kept_operands(sizes)
-        kept["mlp_norm"] = self.mlp_norm.kept_bytes(sizes.stream_tokens, sizes)
+        kept["mlp_norm"] = _norm_bytes(mlp_norm, sizes)
         kept["mlp"] = self.mlp.kept_bytes(sizes)
-        if tiled and not self.mlp_norm.keeps_input(sizes):
+        if tiled and not (mlp_norm and mlp_norm.keeps_input(sizes)):
             kept["mlp"] += stream
         return kept
+
+
+def _norm_bytes(norm: NormSpec | None, sizes: ActivationSizes) -> int:
+    return 0 if norm is None else norm.kept_bytes(sizes.stream_tokens, sizes)

@@ -1,91 +1,121 @@
-"""The mixers: the block of a layer in which tokens see one another. Today there is attention.
+"""The mixers: the block of a layer in which tokens see one another.
 
 A mixer reads the normalized residual stream, and its output projection adds to the stream. A new
-kind is another class with the methods of ``AttentionSpec``.
+kind is another subclass of ``MixerSpec``. Latent attention is in ``latent.py``.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Any, NamedTuple
 
 from cp_megatron.config import ModelConfig
-from cp_megatron.spec.parameter import BlockSpec
-from cp_megatron.spec.pieces import LinearSpec, NormSpec
+from cp_megatron.spec.parameter import BlockSpec, ParameterSpec
+from cp_megatron.spec.pieces import HeadNormSpec, LinearSpec
 from cp_megatron.spec.sizes import ActivationSizes
 
 
-@dataclass(frozen=True, kw_only=True)
-class AttentionSpec(BlockSpec):
-    """Softmax attention with grouped heads.
+class LocalHeads(NamedTuple):
+    """The heads that one rank's attention computes, and the widths of their keys and values."""
 
-    Attributes:
-        query_norm, key_norm: normalize every query and key head before they are rotated.
-        window: (left, right) as in ``Mask``; None is unlimited.
-        rope: queries and keys are rotated by the model's rotary embedding.
-    """
-
-    query: LinearSpec
-    key: LinearSpec
-    value: LinearSpec
-    out: LinearSpec
-    query_norm: NormSpec | None
-    key_norm: NormSpec | None
     heads: int
     kv_heads: int
     head_dim: int
-    window: tuple[int, int] | None
-    rope: bool
+    v_head_dim: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class RotarySpec:
+    """How a layer rotates queries and keys by their positions.
+
+    Attributes:
+        width: number of channels that are rotated.
+        base: of the frequencies.
+        is_scaled: the frequencies change as ``rope_type`` says.
+        interleaved: channels 2i and 2i + 1 are a pair, instead of i and i + width / 2.
+        temperature: beta and L of the factor 1 + beta ln(1 + floor(p / L)) of the query at position
+            p; None is no factor.
+    """
+
+    width: int
+    base: float
+    is_scaled: bool
+    interleaved: bool
+    temperature: tuple[float, int] | None
 
     @classmethod
-    def of(cls, model: ModelConfig, *, layer: int = 0) -> AttentionSpec:
-        """The attention of a layer, numbered from 0."""
-        heads, kv_heads, width = model.num_attention_heads, model.num_kv_heads, model.head_dim
-        project = partial(LinearSpec, inputs=model.hidden_size, bias=model.has_qkv_bias)
-        keys = project(outputs=kv_heads * width, units=kv_heads, shares_units=True)
-        norm = NormSpec.of(model, head=True) if model.qk_layernorm else None
+    def of(cls, model: ModelConfig, *, layer: int) -> RotarySpec | None:
+        """The rotation of a layer, numbered from 0."""
+        if not model.layer_rotates(layer):
+            return None
+        local = model.window_rotary_base if model.layer_window(layer) else None
+        beta, length = model.query_temperature_beta, model.original_length
         return cls(
-            query=project(outputs=heads * width, units=heads),
-            key=keys,
-            value=keys,
-            out=LinearSpec(
-                inputs=heads * width,
-                outputs=model.hidden_size,
-                bias=not model.disable_bias_linear,
-                split="row",
-                units=heads,
-            ),
-            query_norm=norm,
-            key_norm=norm,
-            heads=heads,
-            kv_heads=kv_heads,
-            head_dim=width,
-            window=model.layer_window(layer),
-            rope=model.position_embedding_type == "rope",
+            width=model.rotary_dim,
+            base=local or model.rotary_base,
+            is_scaled=local is None,
+            interleaved=model.rotary_interleaved,
+            temperature=(beta, length) if beta and length else None,
         )
 
-    def local_heads(self, tp: int) -> tuple[int, int]:
-        """Query heads and key/value heads that one of ``tp`` tensor parallel ranks computes.
+
+@dataclass(frozen=True, kw_only=True)
+class MixerSpec(BlockSpec):
+    """What all kinds of attention have.
+
+    Attributes:
+        heads, kv_heads: number of query heads, and of key/value heads.
+        head_dim, v_head_dim: widths of a head's queries and keys, and of its values.
+        window: (left, right) as in ``Mask``; None is unlimited.
+        rotary: how queries and keys are rotated; None: they are not.
+        scale: the factor of the scores.
+        softcap: the bound c of the scores x, c tanh(x / c); None is unbounded.
+    """
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    v_head_dim: int
+    window: tuple[int, int] | None
+    rotary: RotarySpec | None
+    scale: float
+    softcap: float | None
+
+    @staticmethod
+    def shared_fields(model: ModelConfig, *, layer: int) -> dict[str, Any]:
+        """The fields above, for a layer numbered from 0."""
+        return {
+            "heads": model.num_attention_heads,
+            "kv_heads": model.num_kv_heads,
+            "head_dim": model.head_dim,
+            "v_head_dim": model.value_dim,
+            "window": model.layer_window(layer),
+            "rotary": RotarySpec.of(model, layer=layer),
+            "scale": model.score_scale,
+            "softcap": model.attn_logit_softcapping,
+        }
+
+    def local_heads(self, tp: int) -> LocalHeads:
+        """The heads that one of ``tp`` tensor parallel ranks computes.
 
         With fewer key/value heads than ranks each rank computes one, shared with its neighbours.
         """
-        return self.heads // tp, max(1, self.kv_heads // tp)
+        kv_heads = max(1, self.kv_heads // tp)
+        return LocalHeads(self.heads // tp, kv_heads, self.head_dim, self.v_head_dim)
 
     def pair_channels(self) -> int:
-        """Multiply-adds of one attended pair of a query and a key in one product; there are two,
-        each computed once in forward and twice in backward."""
-        return self.heads * self.head_dim
+        """Multiply-adds of one attended pair of a query and a key, in both products together; each
+        is computed once in forward and twice in backward."""
+        return self.heads * (self.head_dim + self.v_head_dim)
 
-    def kept_operands(self, sizes: ActivationSizes) -> int:
-        """Bytes of attention's inputs that backward needs and that recomputation frees: the
-        normalized stream, what the norms of heads keep, and q, k and v."""
-        heads, kv_heads = self.local_heads(sizes.tp)
-        kept = sizes.stream_bytes(self.query.inputs)
-        if self.query_norm is not None:
-            kept += self.query_norm.kept_bytes(sizes.tokens * (heads + kv_heads), sizes)
-        if sizes.head_exchange is None:  # otherwise those of other ranks' tokens are kept instead
-            kept += sizes.tokens * (heads + 2 * kv_heads) * self.head_dim * sizes.element
-        return kept
+    def operand_bytes(self, sizes: ActivationSizes) -> int:
+        """Bytes of q, k and v. If heads are exchanged for tokens, those of other ranks' tokens are
+        kept instead, as results."""
+        heads, kv_heads, width, v_width = self.local_heads(sizes.tp)
+        channels = (heads + kv_heads) * width + kv_heads * v_width
+        return sizes.tokens * channels * sizes.element if sizes.head_exchange is None else 0
 
     def kept_results(self, sizes: ActivationSizes) -> int:
         """Bytes of the result and its log-sum-exp, which selective recomputation keeps too.
@@ -93,21 +123,75 @@ class AttentionSpec(BlockSpec):
         If heads are exchanged for tokens, also the exchanged q, k, v and out, because they cannot
         be computed again without messages.
         """
-        heads, _ = self.local_heads(sizes.tp)
-        exchange, width = sizes.head_exchange, self.head_dim * sizes.element
+        heads, _, width, v_width = self.local_heads(sizes.tp)
+        exchange, result = sizes.head_exchange, v_width * sizes.element
         if exchange is None:
-            return sizes.tokens * heads * (sizes.result_copies * width + sizes.exact)
+            return sizes.tokens * heads * (sizes.result_copies * result + sizes.exact)
         q0, q1 = exchange.query_heads[exchange.index]
         k0, k1 = exchange.kv_heads[exchange.index]
-        tensors = 2 * (q1 - q0) + 2 * (k1 - k0)  # q, k, v and out
-        exchanged = tensors * width + (q1 - q0) * sizes.exact
-        return sizes.tokens * (heads * width + len(exchange.peers) * exchanged)
+        channels = ((q1 - q0) + (k1 - k0)) * (width + v_width)  # q and out, k and v
+        exchanged = channels * sizes.element + (q1 - q0) * sizes.exact
+        return sizes.tokens * (heads * result + len(exchange.peers) * exchanged)
 
     def rotation_bytes(self, sizes: ActivationSizes) -> int:
-        """Bytes of the cosines and sines, which all layers share."""
-        return sizes.row_tokens * self.head_dim * sizes.exact if self.rope else 0
+        """Bytes of the cosines and sines, which all layers with the same rotation share."""
+        return sizes.row_tokens * self.rotary.width * sizes.exact if self.rotary else 0
 
 
-def local_heads(model: ModelConfig, tp: int) -> tuple[int, int]:
-    """Query heads and key/value heads of one tensor parallel rank, from the configuration."""
-    return AttentionSpec.of(model).local_heads(tp)
+@dataclass(frozen=True, kw_only=True)
+class AttentionSpec(MixerSpec):
+    """Softmax attention with grouped heads.
+
+    Attributes:
+        query_norm, key_norm: normalize the query and key heads before they are rotated.
+        sinks: how the softmax is extended, as ``softmax_type`` of the configuration; ``learnable``
+            adds the parameter ``sinks``, a logit per query head.
+    """
+
+    query: LinearSpec
+    key: LinearSpec
+    value: LinearSpec
+    out: LinearSpec
+    query_norm: HeadNormSpec | None
+    key_norm: HeadNormSpec | None
+    sinks: str
+
+    @classmethod
+    def of(cls, model: ModelConfig, *, layer: int = 0) -> AttentionSpec:
+        """The attention of a layer, numbered from 0."""
+        shared = cls.shared_fields(model, layer=layer)
+        heads, kv_heads = model.num_attention_heads, model.num_kv_heads
+        project = partial(LinearSpec, inputs=model.hidden_size, bias=model.has_qkv_bias)
+        keys = partial(project, units=kv_heads, shares_units=True)
+        norm = partial(HeadNormSpec.of_heads, model) if model.qk_layernorm else None
+        return cls(
+            query=project(outputs=heads * model.head_dim, units=heads),
+            key=keys(outputs=kv_heads * model.head_dim),
+            value=keys(outputs=kv_heads * model.value_dim),
+            out=LinearSpec(
+                inputs=heads * model.value_dim,
+                outputs=model.hidden_size,
+                bias=model.has_attention_output_bias,
+                split="row",
+                units=heads,
+            ),
+            query_norm=norm(heads) if norm else None,
+            key_norm=norm(kv_heads) if norm else None,
+            sinks=model.softmax_type,
+            **shared,
+        )
+
+    def own_parameters(self) -> Iterator[ParameterSpec]:
+        if self.sinks == "learnable":
+            shape, split = (self.heads,), {"tp": 0}
+            yield ParameterSpec(name="sinks", shape=shape, init="normal", split=split)
+
+    def kept_operands(self, sizes: ActivationSizes) -> int:
+        """Bytes of attention's inputs that backward needs and that recomputation frees: the
+        normalized stream, what the norms of heads keep, and q, k and v."""
+        kept = sizes.stream_bytes(self.query.inputs) + self.operand_bytes(sizes)
+        heads, kv_heads, *_ = self.local_heads(sizes.tp)
+        for norm, count in ((self.query_norm, heads), (self.key_norm, kv_heads)):
+            if norm is not None:
+                kept += norm.kept_by_heads(count, sizes)
+        return kept

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from cp_megatron.config import ModelConfig
 from cp_megatron.plan import Grid
 from cp_megatron.spec.layer_spec import LayerSpec
+from cp_megatron.spec.mixer import LocalHeads
 from cp_megatron.spec.parameter import BlockSpec, ParameterSpec
 from cp_megatron.spec.pieces import EmbeddingSpec, HeadSpec, NormSpec, PositionsSpec
 
@@ -46,18 +47,19 @@ class ModelSpec(BlockSpec):
             seq_length: number of learned positions, unless the flags give it.
         """
         rows = model.max_position_embeddings or seq_length
-        hidden, padded_vocab = model.hidden_size, model.padded_vocab_size(vocab_size)
+        hidden, padded = model.hidden_size, model.padded_vocab_size(vocab_size)
+        table = {"vocab_size": vocab_size, "padded_vocab": padded, "width": hidden}
         learned = model.position_embedding_type == "learned_absolute"
         return cls(
-            embedding=EmbeddingSpec(vocab_size=vocab_size, padded_vocab=padded_vocab, width=hidden),
+            embedding=EmbeddingSpec(**table, multiplier=model.embedding_multiplier),
             positions=PositionsSpec(rows=rows, width=hidden) if learned else None,
             layers=tuple(LayerSpec.of(model, layer=i) for i in range(model.num_layers)),
             norm=NormSpec.of(model),
             head=HeadSpec(
-                vocab_size=vocab_size,
-                padded_vocab=padded_vocab,
-                width=hidden,
+                **table,
                 tied=not model.untie_embeddings_and_output_weights,
+                multiplier=model.logit_multiplier,
+                softcap=model.final_logit_softcapping,
             ),
             dropout=model.hidden_dropout,
         )
@@ -108,7 +110,7 @@ class ModelSpec(BlockSpec):
                 differ.
         """
         channels = sum(layer.attention.pair_channels() for layer in self.layers)
-        return 6.0 * self.matmul_parameters() * num_tokens + 12.0 * num_pairs * channels
+        return 6.0 * (self.matmul_parameters() * num_tokens + num_pairs * channels)
 
     def _distinct(self) -> Iterator[tuple[ParameterSpec, int]]:
         """Every parameter with the number of its copies; layers that are alike are listed once."""
@@ -117,3 +119,8 @@ class ModelSpec(BlockSpec):
         for layer, copies in Counter(self.layers).items():
             for parameter in layer.parameters():
                 yield parameter, copies
+
+
+def local_heads(model: ModelConfig, tp: int) -> LocalHeads:
+    """The heads of one tensor parallel rank, which are the same in all layers."""
+    return LayerSpec.of(model, layer=0).attention.local_heads(tp)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal
+from typing import Literal, Self
 
 from cp_megatron.config import ModelConfig, tokens_with_logits
 from cp_megatron.spec.parameter import Activations, BlockSpec, Init, ParameterSpec
@@ -51,29 +51,41 @@ class NormSpec(BlockSpec):
     Attributes:
         width: length of a vector.
         kind: ``LayerNorm`` or ``RMSNorm``.
+        bias: whether it adds one; only LayerNorm can.
+        one_plus: the factor is 1 + weight.
         used_on: what is normalized, the residual stream or heads; see ``ParameterSpec``.
     """
 
     width: int
     kind: str
     epsilon: float
+    bias: bool = False
+    one_plus: bool = False
     used_on: Activations = "residual"
 
     @classmethod
-    def of(cls, model: ModelConfig, *, head: bool = False) -> NormSpec:
-        """The norm of the residual stream, or of the channels of a head."""
+    def of(
+        cls, model: ModelConfig, *, width: int | None = None, used_on: Activations = "residual"
+    ) -> Self:
+        """The norm of the residual stream, or of vectors of another width."""
+        with_bias = ("all", "residual") if used_on == "residual" else ("all",)
         return cls(
-            width=model.head_dim if head else model.hidden_size,
+            width=width or model.hidden_size,
             kind=model.normalization,
             epsilon=model.norm_epsilon,
-            used_on="heads" if head else "residual",
+            bias=model.normalization == "LayerNorm" and model.norm_bias in with_bias,
+            one_plus=model.apply_layernorm_1p,
+            used_on=used_on,
         )
 
     def own_parameters(self) -> Iterator[ParameterSpec]:
-        shape, used_on = (self.width,), self.used_on
-        yield ParameterSpec(name="weight", shape=shape, init="ones", used_on=used_on)
-        if self.kind == "LayerNorm":
-            yield ParameterSpec(name="bias", shape=shape, init="zeros", used_on=used_on)
+        spec = self._parameter()
+        yield spec(name="weight", init="zeros" if self.one_plus else "ones")
+        if self.bias:
+            yield spec(name="bias", init="zeros")
+
+    def _parameter(self) -> partial[ParameterSpec]:
+        return partial(ParameterSpec, shape=(self.width,), used_on=self.used_on)
 
     def kept_bytes(self, vectors: int, sizes: ActivationSizes) -> int:
         """Bytes that backward needs of ``vectors`` normalized vectors."""
@@ -88,8 +100,45 @@ class NormSpec(BlockSpec):
         return self._is_fused(sizes) or sizes.element == sizes.exact
 
     def _is_fused(self, sizes: ActivationSizes) -> bool:
-        """Whether one fused operation computes the norm; RMSNorm on the CPU is several."""
-        return sizes.on_cuda or self.kind == "LayerNorm"
+        """Whether one fused operation computes the norm; RMSNorm on the CPU is several, and so is
+        one whose factor 1 + weight has the type of the sums."""
+        mixed = self.one_plus and sizes.element != sizes.exact
+        return self.kind == "LayerNorm" or (sizes.on_cuda and not mixed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadNormSpec(NormSpec):
+    """A normalization of the query or key heads of a token.
+
+    Attributes:
+        heads: number of heads of the model.
+        scope: ``head`` normalizes every head with one weight [d], ``each_head`` with a weight
+            [heads, d], and ``all_heads`` normalizes a token's heads as one vector, [heads * d].
+    """
+
+    heads: int
+    scope: str
+
+    @classmethod
+    def of_heads(cls, model: ModelConfig, heads: int) -> HeadNormSpec:
+        """The norm of ``heads`` heads."""
+        norm = vars(NormSpec.of(model, width=model.head_dim, used_on="heads"))
+        return cls(**norm, heads=heads, scope=model.qk_norm_scope)
+
+    def _parameter(self) -> partial[ParameterSpec]:
+        if self.scope == "head":
+            return super()._parameter()
+        whole = self.scope == "all_heads"
+        shape = (self.heads * self.width,) if whole else (self.heads, self.width)
+        split = {"tp": 0}
+        spec = partial(ParameterSpec, used_on=self.used_on, units=self.heads, shares_units=True)
+        return partial(spec, shape=shape, split=split)
+
+    def kept_by_heads(self, heads: int, sizes: ActivationSizes) -> int:
+        """Bytes that backward needs for ``heads`` heads of every token."""
+        if self.scope == "all_heads":
+            return replace(self, width=heads * self.width).kept_bytes(sizes.tokens, sizes)
+        return self.kept_bytes(sizes.tokens * heads, sizes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,11 +149,13 @@ class EmbeddingSpec(BlockSpec):
         vocab_size: number of ids.
         padded_vocab: number of rows, padding included.
         width: of the residual stream.
+        multiplier: the factor of the vectors, or of the logits.
     """
 
     vocab_size: int
     padded_vocab: int
     width: int
+    multiplier: float = 1.0
 
     def own_parameters(self) -> Iterator[ParameterSpec]:
         shape, rows = (self.padded_vocab, self.width), self.vocab_size
@@ -136,9 +187,11 @@ class HeadSpec(EmbeddingSpec):
 
     Attributes:
         tied: it has no weight of its own.
+        softcap: the bound c of the logits x, c tanh(x / c); None is unbounded.
     """
 
     tied: bool
+    softcap: float | None = None
 
     def own_parameters(self) -> Iterator[ParameterSpec]:
         if not self.tied:

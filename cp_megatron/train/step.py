@@ -98,7 +98,7 @@ class TrainStep:
         model, tp = self.model.config, self.groups.grid.tp
         contexts = Counter(self.model.layer_contexts(cp))
         for context in contexts:
-            context.prepare(*local_heads(model, tp), model.head_dim)
+            context.prepare(*local_heads(model, tp))
         pairs = sum(context.mask.pairs() * layers for context, layers in contexts.items())
         _ = cp.document_positions  # computed here once; ``cp`` keeps them
         labels = cp.shard(batch.labels, 1)
@@ -287,7 +287,7 @@ class TrainStep:
             seed=self.seed,
             batch0=shard.first_row,
             row_length=shard.row_length,
-            head0=place.tp * local_heads(model, tp)[0],
+            head0=place.tp * local_heads(model, tp).heads,
         )
 
     def _seed_dropout(self, step: int, microbatch: int) -> None:

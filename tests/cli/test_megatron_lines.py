@@ -63,7 +63,7 @@ COUNTS = {name: count for count, names in COUNTED.items() for name in names.spli
 # What these lines ask for and does not exist here.
 ABSENT = {
     *("--pipeline-model-parallel-size", "--num-experts", "--fp8-format", "--decoupled-lr"),
-    *("--rampup-batch-size", "--rotary-percent", "--squared-relu", "--dataloader-type"),
+    *("--rampup-batch-size", "--squared-relu", "--dataloader-type"),
     *("--eod-mask-loss", "--tokenizer-type"),
 }
 

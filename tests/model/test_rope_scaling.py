@@ -16,6 +16,7 @@ from cp_megatron.model import Transformer
 from cp_megatron.model.rope import Rotation
 from cp_megatron.model.rope_scaling import rope_frequencies
 from cp_megatron.plan import Mask
+from cp_megatron.spec import RotarySpec
 
 BASE = 50_000.0
 LENGTH = 512
@@ -74,6 +75,16 @@ def model_of(rope: dict[str, Any]) -> ModelConfig:
 
 
 @pytest.mark.skipif(find_spec("transformers") is None, reason="transformers is not installed")
+def rotary_of(model: ModelConfig) -> RotarySpec:
+    rotary = RotarySpec.of(model, layer=0)
+    assert rotary is not None
+    return rotary
+
+
+def frequencies(model: ModelConfig, longest: int) -> tuple[torch.Tensor, float]:
+    return rope_frequencies(model, rotary_of(model), longest)
+
+
 @pytest.mark.parametrize("longest", [64, LENGTH, 1000, 100_000])
 @pytest.mark.parametrize("name", CASES)
 def test_frequencies_are_those_of_transformers(name: str, longest: int) -> None:
@@ -88,27 +99,29 @@ def test_frequencies_are_those_of_transformers(name: str, longest: int) -> None:
         rope_parameters={"rope_theta": BASE, **rope},
     )
     inverse, attention = ROPE_INIT_FUNCTIONS[rope["rope_type"]](config, "cpu", seq_len=longest)
-    our_inverse, our_attention = rope_frequencies(model_of(rope), longest)
+    our_inverse, our_attention = frequencies(model_of(rope), longest)
     assert ((our_inverse - inverse).abs() / inverse).max() < 1e-6
     assert abs(our_attention - attention) < 1e-6
 
 
 def test_short_documents_keep_the_original_frequencies() -> None:
     dynamic = model_of(CASES["dynamic"])
-    plain, _ = rope_frequencies(replace(dynamic, rope_type="default"), 1)
-    assert torch.equal(rope_frequencies(dynamic, LENGTH)[0], plain)
-    assert not torch.equal(rope_frequencies(dynamic, LENGTH + 1)[0], plain)
+    plain, _ = frequencies(replace(dynamic, rope_type="default"), 1)
+    assert torch.equal(frequencies(dynamic, LENGTH)[0], plain)
+    assert not torch.equal(frequencies(dynamic, LENGTH + 1)[0], plain)
     # The first pair turns fastest and yarn leaves it alone; the last is slowed by the factor.
-    yarn = rope_frequencies(model_of(CASES["yarn"]), 1)[0] / plain
+    yarn = frequencies(model_of(CASES["yarn"]), 1)[0] / plain
     assert yarn[0] == 1
     assert yarn[-1].item() == pytest.approx(1 / 4)
 
 
 def test_the_attention_factor_scales_what_is_rotated() -> None:
     config = model_of(CASES["yarn, attention"])
-    rotation = Rotation.of(torch.tensor([5]), config, longest=9, dtype=torch.float64)
+    rotation = Rotation.of(
+        torch.tensor([5]), config, rotary_of(config), longest=9, dtype=torch.float64
+    )
     x = torch.randn(1, 1, 1, 32, dtype=torch.float64)
-    assert (rotation.apply(x).norm() / x.norm()).item() == pytest.approx(1.3)
+    assert (rotation.keys(x).norm() / x.norm()).item() == pytest.approx(1.3)
 
 
 def test_the_length_is_the_longest_documents_wherever_it_lies() -> None:

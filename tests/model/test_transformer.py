@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -217,10 +218,10 @@ def test_every_layer_drops_pairs_of_its_own_in_training(
     attend, given = cp.attention, []
 
     def attention(
-        q: Tensor, k: Tensor, v: Tensor, *, dropout: Dropout | None, kept: KeptAttention | None
+        *heads: Any, dropout: Dropout | None, kept: KeptAttention | None, **more: Any
     ) -> Tensor:
         given.append(dropout)
-        return attend(q, k, v, dropout=dropout, kept=kept)
+        return attend(*heads, dropout=dropout, kept=kept, **more)
 
     monkeypatch.setattr(cp, "attention", attention)
     dropout = Dropout(0.5, seed=3, batch0=7, head0=2)

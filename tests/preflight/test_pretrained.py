@@ -102,7 +102,7 @@ def test_a_file_may_name_the_folder(folder: Path) -> None:
         (["--rope-type", "longrope", *LISTS[:-1]], "needs 3 positive numbers"),
         (["--rope-type", "none"], "must be one of its choices"),
         (["--max-position-embeddings", "16"], "must be at least --seq-length"),
-        (["--rotary-percent", "0.5"], "rope always rotates the whole head"),
+        (["--rotary-percent", "0.5"], "rotates 3 of 6 channels of a head, which must be an even"),
     ],
 )
 def test_contradictions(folder: Path, words: list[str], told: str) -> None:

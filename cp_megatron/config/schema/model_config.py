@@ -9,6 +9,10 @@ from cp_megatron.config.schema.ranges import BelowOne, NonNegative, Positive, Ra
 
 Normalization = Literal["LayerNorm", "RMSNorm"]
 PositionEmbedding = Literal["learned_absolute", "rope", "none"]
+NormPlacement = Literal["pre", "post", "both"]
+NormBias = Literal["all", "residual", "none"]
+QKNormScope = Literal["head", "each_head", "all_heads"]
+SoftmaxType = Literal["vanilla", "off-by-one", "learnable"]
 RopeType = Literal["default", "linear", "dynamic", "yarn", "llama3", "longrope"]
 
 
@@ -21,24 +25,61 @@ class ModelConfig:
     hidden_size: Size = 128
     """Width of the residual stream."""
     ffn_hidden_size: Size | None = None
-    """Width of the MLP; by default 4 x hidden size, or with --swiglu 2/3 of that, rounded down to a
-    multiple of 64."""
+    """Width of the MLP; by default 4 x hidden size, or with --swiglu or --geglu 2/3 of that,
+    rounded down to a multiple of 64."""
     num_attention_heads: Size = 4
     """Number of query heads."""
     num_query_groups: Size | None = None
     """Number of key/value heads (grouped-query attention); by default one per query head."""
     kv_channels: Size | None = None
     """Width of one head; by default hidden size / number of heads."""
+    v_head_dim: Size | None = None
+    """Width of a head's values; by default that of its keys, or 128 with
+    --multi-latent-attention."""
+    multi_latent_attention: bool = False
+    """Compute keys and values from a latent vector per token (DeepSeek-V2, arXiv:2405.04434)."""
+    q_lora_rank: Size | None = None
+    """With --multi-latent-attention: width of the latent of the queries; by default queries are
+    computed from the residual stream."""
+    kv_lora_rank: Size = 512
+    """With --multi-latent-attention: width of the latent of keys and values."""
+    qk_head_dim: Size = 128
+    """With --multi-latent-attention: channels of a head that are not rotated."""
+    qk_pos_emb_head_dim: Size = 64
+    """With --multi-latent-attention: channels of a head that are rotated. All heads share those of
+    the keys."""
     normalization: Normalization = "LayerNorm"
-    """Normalization before attention, before the MLP and at the end."""
+    """Normalization before or after attention and the MLP, and at the end."""
+    norm_placement: NormPlacement = "pre"
+    """Normalize the input of attention and of the MLP (pre), their output (post), or both."""
     norm_epsilon: Annotated[float, Range(0, 1)] = 1e-5
     """Added to the variance in every normalization."""
+    norm_bias: NormBias = "all"
+    """The LayerNorms that have a bias: all of them, those of the residual stream, or none."""
+    apply_layernorm_1p: bool = False
+    """Store the weights of norms minus 1, so that weight decay pulls the factor towards 1."""
+    parallel_residual: bool = False
+    """Compute attention and the MLP from the same normalized input, and add both."""
     swiglu: bool = False
     """Use a gated SiLU in the MLP instead of GELU."""
+    geglu: bool = False
+    """Use a gated GELU in the MLP instead of GELU."""
     position_embedding_type: PositionEmbedding = "learned_absolute"
     """learned_absolute adds a learned vector per position; rope rotates queries and keys."""
     rotary_base: Annotated[float, Range(1, open_low=True)] = 10000.0
     """Base of the rotary frequencies."""
+    window_rotary_base: Annotated[float, Range(1, open_low=True)] | None = None
+    """Base of the rotary frequencies of layers with a window, which --rope-type then does not
+    change. By default all layers have the same frequencies."""
+    rotary_percent: Annotated[float, Range(0, 1, open_low=True)] = 1.0
+    """Share of the channels of a head that are rotated, the first ones."""
+    rotary_interleaved: bool = False
+    """Rotate channel 2i with channel 2i + 1 instead of channel i with the one half a head away."""
+    no_rope_layers: tuple[int, ...] | None = None
+    """The layers, numbered from 0, that do not rotate queries and keys; by default none."""
+    query_temperature_beta: NonNegative = 0.0
+    """Multiply the queries at position p by 1 + this x ln(1 + floor(p / L)), where L is
+    --original-max-position-embeddings."""
     rope_type: RopeType = "default"
     """How rotary frequencies change for sequences longer than the model was trained on."""
     rope_scaling_factor: Annotated[float, Range(1)] | None = None
@@ -89,8 +130,31 @@ class ModelConfig:
     """Use linear layers without bias."""
     add_qkv_bias: bool = False
     """Add biases to queries, keys and values even with --disable-bias-linear."""
+    add_attention_output_bias: bool = False
+    """Add a bias to the output of attention even with --disable-bias-linear."""
+    add_mlp_bias: bool = False
+    """Add biases to the MLP even with --disable-bias-linear."""
     qk_layernorm: bool = False
-    """Normalize the channels of every query and key head before the rotation."""
+    """Normalize queries and keys before the rotation; with --multi-latent-attention, the latents
+    instead."""
+    qk_norm_scope: QKNormScope = "head"
+    """With --qk-layernorm: normalize every head, with one weight for all heads (head) or one for
+    each (each_head), or all heads of a token as one vector (all_heads)."""
+    softmax_scale: Positive | None = None
+    """Factor of the attention scores; by default 1 / sqrt(width of a key)."""
+    softmax_type: SoftmaxType = "vanilla"
+    """off-by-one adds 1 to the denominator of the attention softmax; learnable adds the exponential
+    of a learned number per query head, an attention sink."""
+    attn_logit_softcapping: Positive | None = None
+    """Bound the attention scores x smoothly: c tanh(x / c) for this c."""
+    final_logit_softcapping: Positive | None = None
+    """Bound the logits x smoothly: c tanh(x / c) for this c."""
+    embedding_multiplier: Positive = 1.0
+    """Factor of the token embeddings."""
+    residual_multiplier: Positive = 1.0
+    """Factor of what attention and the MLP add to the residual stream."""
+    logit_multiplier: Positive = 1.0
+    """Factor of the logits."""
     init_method_std: Positive = 0.02
     """Standard deviation of the initial weights."""
     make_vocab_size_divisible_by: Size = 128
@@ -102,7 +166,8 @@ class ModelConfig:
     def ffn_size(self) -> int:
         """Width of the MLP, with the default filled in."""
         wide = 4 * self.hidden_size
-        return self.ffn_hidden_size or (max(64, wide * 2 // 3 // 64 * 64) if self.swiglu else wide)
+        gated = self.swiglu or self.geglu
+        return self.ffn_hidden_size or (max(64, wide * 2 // 3 // 64 * 64) if gated else wide)
 
     def padded_vocab_size(self, vocab_size: int) -> int:
         """Rows of the embedding for a vocabulary of this size; they do not depend on the grid."""
@@ -115,6 +180,16 @@ class ModelConfig:
         return self.add_qkv_bias or not self.disable_bias_linear
 
     @property
+    def has_attention_output_bias(self) -> bool:
+        """Whether the output projection of attention has a bias."""
+        return self.add_attention_output_bias or not self.disable_bias_linear
+
+    @property
+    def has_mlp_bias(self) -> bool:
+        """Whether the linear layers of the MLP have a bias."""
+        return self.add_mlp_bias or not self.disable_bias_linear
+
+    @property
     def row_window(self) -> tuple[int, int] | None:
         """The window of every layer; None if some layers have none."""
         every = self.window_layers is None or len(self.window_layers) == self.num_layers
@@ -125,6 +200,10 @@ class ModelConfig:
         has_it = self.window_layers is None or layer in self.window_layers
         return self.window_size if has_it else None
 
+    def layer_rotates(self, layer: int) -> bool:
+        """Whether a layer, numbered from 0, rotates queries and keys."""
+        return self.position_embedding_type == "rope" and layer not in (self.no_rope_layers or ())
+
     @property
     def original_length(self) -> int | None:
         """Length of the sequences before a context extension; None if it is not given."""
@@ -133,9 +212,29 @@ class ModelConfig:
     @property
     def num_kv_heads(self) -> int:
         """Number of key/value heads, with the default filled in."""
-        return self.num_query_groups or self.num_attention_heads
+        groups = None if self.multi_latent_attention else self.num_query_groups
+        return groups or self.num_attention_heads
 
     @property
     def head_dim(self) -> int:
-        """Width of one head, with the default filled in."""
+        """Width of the queries and keys of one head, with the default filled in."""
+        if self.multi_latent_attention:
+            return self.qk_head_dim + self.qk_pos_emb_head_dim
         return self.kv_channels or self.hidden_size // self.num_attention_heads
+
+    @property
+    def value_dim(self) -> int:
+        """Width of the values of one head, with the default filled in."""
+        return self.v_head_dim or (128 if self.multi_latent_attention else self.head_dim)
+
+    @property
+    def rotary_dim(self) -> int:
+        """Number of channels of a head that are rotated, an even number."""
+        if self.multi_latent_attention:
+            return self.qk_pos_emb_head_dim
+        return int(self.head_dim * self.rotary_percent)
+
+    @property
+    def score_scale(self) -> float:
+        """Factor of the attention scores, with the default filled in."""
+        return self.softmax_scale or self.head_dim**-0.5

@@ -1,0 +1,79 @@
+"""Multi-head latent attention; ``spec/latent.py`` draws it.
+
+Every tensor parallel rank computes all latents, and keys and values of its heads. The keys and
+values are computed by the attention itself, which may send latents to other ranks instead.
+
+Shapes: b batch, s sequence of one context parallel rank, h hidden, n heads, p channels of a head
+that are not rotated, r channels that are, e value head dim, l width of the latent.
+"""
+
+from __future__ import annotations
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from cp_megatron.context_parallel import ContextParallel, KeptAttention
+from cp_megatron.kernels.dropout import Dropout
+from cp_megatron.model.norm import Norm
+from cp_megatron.model.rope import Rotation
+from cp_megatron.spec import LatentAttentionSpec
+from cp_megatron.tensor_parallel import ColumnParallelLinear, RowParallelLinear, TensorParallel
+
+
+class LatentAttention(nn.Module):
+    """The projections of one layer."""
+
+    def __init__(self, spec: LatentAttentionSpec, *, tp: TensorParallel) -> None:
+        super().__init__()
+        self.spec = spec
+        down, norm = spec.query_down, spec.query_down_norm
+        self.query_down = None if down is None else ColumnParallelLinear(down, tp=tp)
+        self.query_down_norm = None if norm is None else Norm(norm, tp=tp)
+        self.query = ColumnParallelLinear(spec.query, tp=tp)
+        self.latent = ColumnParallelLinear(spec.latent, tp=tp)
+        self.rotary_key = ColumnParallelLinear(spec.rotary_key, tp=tp)
+        self.latent_norm = None if spec.latent_norm is None else Norm(spec.latent_norm, tp=tp)
+        self.key_value = ColumnParallelLinear(spec.key_value, tp=tp)
+        self.out = RowParallelLinear(spec.out, tp=tp)
+
+    def project(self, x: Tensor, rotation: Rotation | None) -> tuple[Tensor, ...]:
+        """[b, s, h] -> q [b, s, n/tp, p + r], latent [b, s, l], rotated keys [b, s, r]."""
+        queries = x if self.query_down is None else self.query_down(x)
+        if self.query_down_norm is not None:
+            queries = self.query_down_norm(queries)
+        # [b, s, n * (p + r)] -> [b, s, n, p + r]
+        q = rearrange(self.query(queries), "b s (n d) -> b s n d", d=self.spec.head_dim)
+        latent, rotary_key = self.latent(x), self.rotary_key(x)
+        if self.latent_norm is not None:
+            latent = self.latent_norm(latent)
+        if rotation is not None:
+            plain, turned = q.split((q.shape[-1] - rotary_key.shape[-1], rotary_key.shape[-1]), -1)
+            q = torch.cat((plain, rotation.queries(turned)), dim=-1)
+            rotary_key = rotation.keys(rotary_key.unsqueeze(-2)).squeeze(-2)
+        return q, latent, rotary_key
+
+    def attend(
+        self,
+        q: Tensor,
+        latent: Tensor,
+        rotary_key: Tensor,
+        *,
+        cp: ContextParallel,
+        dropout: Dropout | None,
+        kept: KeptAttention | None,
+    ) -> Tensor:
+        """What ``project`` returned -> [b, s, n/tp, e]."""
+        value_dim, heads = self.spec.v_head_dim, q.shape[2]
+        # [b, s, n * (p + e)] -> [b, s, n, p] and [b, s, n, e]
+        keys, v = rearrange(self.key_value(latent), "b s (n d) -> b s n d", n=heads).split(
+            (self.spec.head_dim - rotary_key.shape[-1], value_dim), dim=-1
+        )
+        shared = rotary_key.unsqueeze(2).expand(-1, -1, heads, -1)
+        k = torch.cat((keys, shared), dim=-1)
+        return cp.attention(q, k, v.contiguous(), self.spec.scale, dropout=dropout, kept=kept)
+
+    def output(self, attended: Tensor) -> Tensor:
+        """[b, s, n/tp, e] -> this rank's summand of what is added to the residual stream."""
+        # [b, s, n, e] -> [b, s, n * e]
+        return self.out(rearrange(attended, "b s n e -> b s (n e)"))
