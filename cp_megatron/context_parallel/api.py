@@ -29,7 +29,7 @@ from cp_megatron.kernels.interface import Kernel
 from cp_megatron.kernels.load_kernel import load_kernel
 from cp_megatron.kernels.select import KernelChoice, select_kernel
 from cp_megatron.plan import Mask, Schedule, SequenceLayout
-from cp_megatron.plan.exchange import check_exchange
+from cp_megatron.plan.exchange import check_exchange, check_latent_exchange
 from cp_megatron.plan.mask import Window
 
 
@@ -53,6 +53,7 @@ class ContextParallel(ShardedRows):
             one that moves fewer keys).
         hierarchical_sizes: (A, P) of a2a+p2p: A neighbours exchange heads, P groups run a ring.
             With ``auto``, the number of ranks that share a node, and the number of nodes.
+        exchange_latent: what ``latent_attention`` sends, unless its caller says so.
         deterministic: the same inputs give the same bits; a kernel that cannot do this is refused.
         check_ranks: compare masks, layouts, shapes and types between the ranks before attention,
             so that a mistake is an error on every rank instead of a hang or a wrong number. Each
@@ -85,6 +86,7 @@ class ContextParallel(ShardedRows):
         route: str = "auto",
         hierarchical_sizes: tuple[int, int] | None = None,
         *,
+        exchange_latent: str = "auto",
         deterministic: bool = False,
         check_ranks: str | bool = "auto",
         rows: Tensor | None = None,
@@ -98,9 +100,10 @@ class ContextParallel(ShardedRows):
         # A list is accepted, but what is part of a cache key must not change.
         sizes = hierarchical_sizes and cast("tuple[int, int]", tuple(hierarchical_sizes))
         check_exchange(exchange, route, self.cp_size, sizes)
+        check_latent_exchange(exchange, exchange_latent)
         self.layout = self._make_layout(layout)
         self._layout_kind, self._exchange, self._route = layout, exchange, route
-        self._kernel, self._sizes = kernel, sizes
+        self._kernel, self._sizes, self._exchange_latent = kernel, sizes, exchange_latent
         self._deterministic, self._check_ranks = deterministic, check_mode(check_ranks)
         self._chooser, self._rows = mask, rows
         self.buffers, self.link_sums = Buffers(), LinkSums()
@@ -133,6 +136,7 @@ class ContextParallel(ShardedRows):
             mask,
             layout or self._layout_kind,
             *options,
+            exchange_latent=self._exchange_latent,
             deterministic=self._deterministic,
             check_ranks=self._check_ranks,
         )
@@ -173,6 +177,8 @@ class ContextParallel(ShardedRows):
         Raises:
             ConfigError: the exchange cannot share the heads, or cannot send latents.
         """
+        if latent is not None and exchange_latent == "auto":
+            exchange_latent = self._exchange_latent
         build = partial(Schedule.build, head_dim=head_dim, v_head_dim=v_head_dim, latent=latent)
         heads = num_heads, num_kv_heads
         options = self._exchange, self._route, *heads, self._sizes
@@ -180,9 +186,10 @@ class ContextParallel(ShardedRows):
         if self._chooser is self.mask:
             return chosen
         sizes = chosen.hierarchical_sizes if chosen.exchange == "a2a+p2p" else None
-        form = "expanded" if chosen.latent is None else "latent"
+        if latent is not None:
+            exchange_latent = "expanded" if chosen.latent is None else "latent"
         how = chosen.exchange, chosen.route, *heads, sizes
-        return build(self.mask, self.layout, *how, exchange_latent=form)
+        return build(self.mask, self.layout, *how, exchange_latent=exchange_latent)
 
     def prepare(
         self,
@@ -278,7 +285,7 @@ class ContextParallel(ShardedRows):
             scale, dropout, kept: as in ``attention``; scale is (P + R) ** -0.5 by default.
             exchange_latent: ``latent`` sends latents and rotary keys and expands them where they
                 are read, again in backward, which keeps no expanded heads; ``expanded`` sends
-                keys and values; ``auto`` takes what moves fewer bytes.
+                keys and values; ``auto`` does what the object was made for, or moves fewer bytes.
 
         Returns:
             [B, S / N, H, E], as ``attention``. The gradient of ``weight`` is this rank's share,

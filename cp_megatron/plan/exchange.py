@@ -132,31 +132,40 @@ def check_exchange(
         raise ConfigError(flag, given, rule, works)
 
 
-def check_latent(exchange: str, heads: Heads) -> None:
-    """Checks how latents are exchanged.
+def check_latent_exchange(exchange: str, exchange_latent: str) -> None:
+    """Checks how latents are exchanged, without regard to the heads.
 
     Raises:
-        ConfigError: the name is unknown, or latents cannot travel by ``exchange``, or the heads are
-            not those of latent attention.
+        ConfigError: the name is unknown, or latents cannot travel by ``exchange``.
     """
-    flag, way = "--cp-latent-exchange", heads.exchange_latent
-    if way not in LATENT_EXCHANGES:
+    flag = "--cp-latent-exchange"
+    if exchange_latent not in LATENT_EXCHANGES:
         works = ", ".join(LATENT_EXCHANGES)
-        raise ConfigError(flag, way, "is not a way to exchange latents", works)
+        raise ConfigError(flag, exchange_latent, "is not a way to exchange latents", works)
+    if exchange_latent == "latent" and exchange.startswith("a2a"):
+        rule = f"contradicts --cp-comm-type {exchange}, which exchanges expanded heads"
+        raise ConfigError(flag, exchange_latent, rule, "--cp-comm-type p2p or all_gather")
+
+
+def check_latent(heads: Heads) -> None:
+    """Checks that heads can be expanded from their latent.
+
+    Raises:
+        ConfigError: there is no latent to send, or the numbers or widths of heads do not fit it.
+    """
+    way = heads.exchange_latent
     if heads.latent is None:
-        if way == "latent":
-            raise ConfigError(flag, way, "needs latent attention, which has latents to send")
+        if way != "auto":
+            rule = "has no effect without latent attention"
+            raise ConfigError("--cp-latent-exchange", way, rule, "auto")
         return
     widths = " ".join(map(str, heads.latent))
-    if min(heads.latent) < 1 or heads.latent[1] > heads.head_dim:
-        rule = f"must be positive, and the second at most the head width {heads.head_dim}"
+    if min(heads.latent) < 1 or heads.latent[1] >= heads.head_dim:
+        rule = f"must be positive, and the second less than the head width {heads.head_dim}"
         raise ConfigError("latent", widths, rule)
     if heads.num_kv_heads != heads.num_heads:
-        rule = f"are expanded to one key/value head for each of the {heads.num_heads} query heads"
+        rule = f"is expanded to a key/value head for each of {heads.num_heads} query heads"
         raise ConfigError("latent", widths, f"{rule}, not to {heads.num_kv_heads}")
-    if way == "latent" and exchange.startswith("a2a"):
-        rule = f"contradicts --cp-comm-type {exchange}, which exchanges expanded heads"
-        raise ConfigError(flag, way, rule, "--cp-comm-type p2p or all_gather")
 
 
 def choose_exchange(

@@ -22,6 +22,7 @@ from cp_megatron.plan.exchange import (
     Heads,
     check_exchange,
     check_latent,
+    check_latent_exchange,
     choose_exchange,
     choose_route,
 )
@@ -99,6 +100,7 @@ class Schedule:
         """
         size = layout.cp_size
         check_exchange(exchange, route, size, hierarchical_sizes)
+        check_latent_exchange(exchange, exchange_latent)
         if (held := layout.shard_len * size) != mask.seq_len:
             raise ConfigError("layout", held, f"must hold the mask's {mask.seq_len} positions")
         kv_heads = num_heads if num_kv_heads is None else num_kv_heads
@@ -113,7 +115,7 @@ class Schedule:
             latent=latent,
             exchange_latent=exchange_latent,
         )
-        check_latent(exchange, heads)
+        check_latent(heads)
         plan = plan._with_exchange(heads, hierarchical_sizes)
         if plan.all_to_all_size > 1:
             check_heads(plan.all_to_all_size, num_heads, kv_heads, plan.exchange)
