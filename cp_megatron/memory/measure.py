@@ -204,7 +204,7 @@ class _Place:
         self._inside.pop()
         if name == "norm":
             self._before_loss = False
-        if name.endswith(".mlp_norm"):
+        if name.endswith(".attention.out"):
             self._before_mlp = False
 
     def saved(self) -> str:

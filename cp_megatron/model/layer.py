@@ -102,6 +102,7 @@ class TransformerLayer(nn.Module):
     def _feed_forward(self, x: Tensor, gradient_only: bool) -> Tensor:
         """Residual stream -> what the MLP adds to it."""
         norm = self.attention_norm if self.is_parallel else self.mlp_norm
-        h = x if norm is None else norm(x)
+        # The rows of a tile are not contiguous, and every linear layer would copy them.
+        h = x.contiguous() if norm is None else norm(x)
         h = self.memory.entered(self.mlp, self.tp.enter(h), gradient_only, rows=h)
         return self.tp.leave(h, self.mlp.down.local_bias(), gradient_only=gradient_only)

@@ -102,12 +102,16 @@ class LayerSpec(BlockSpec):
         if granularity == "selective":
             kept["inputs"] = (1 if self.is_parallel else 2) * stream
             return kept
-        mlp_norm = self.attention_norm if self.is_parallel else self.mlp_norm
         kept["attention_norm"] = _norm_bytes(self.attention_norm, sizes)
         kept["attention"] += self.attention.kept_operands(sizes)
-        kept["mlp_norm"] = _norm_bytes(mlp_norm, sizes)
+        kept["mlp_norm"] = _norm_bytes(self.mlp_norm, sizes)
         kept["mlp"] = self.mlp.kept_bytes(sizes)
-        if tiled and not (mlp_norm and mlp_norm.keeps_input(sizes)):
+        read = self.mlp_norm
+        if self.is_parallel and (read := self.attention_norm):  # it runs twice on one input
+            again = _norm_bytes(read, sizes) - (stream if read.keeps_input(sizes) else 0)
+            kept["attention_norm"] += again
+        copies = not read.keeps_input(sizes) if read else sizes.batch > 1
+        if tiled and copies:
             kept["mlp"] += stream
         return kept
 

@@ -134,8 +134,12 @@ class MixerSpec(BlockSpec):
         return sizes.tokens * (heads * result + len(exchange.peers) * exchanged)
 
     def rotation_bytes(self, sizes: ActivationSizes) -> int:
-        """Bytes of the cosines and sines, which all layers with the same rotation share."""
-        return sizes.row_tokens * self.rotary.width * sizes.exact if self.rotary else 0
+        """Bytes of the cosines and sines, and of the factors of queries, which all layers with the
+        same rotation share."""
+        if self.rotary is None:
+            return 0
+        factor = 0 if self.rotary.temperature is None else sizes.element
+        return sizes.row_tokens * (self.rotary.width * sizes.exact + factor)
 
 
 @dataclass(frozen=True, kw_only=True)

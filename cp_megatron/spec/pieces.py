@@ -89,11 +89,12 @@ class NormSpec(BlockSpec):
 
     def kept_bytes(self, vectors: int, sizes: ActivationSizes) -> int:
         """Bytes that backward needs of ``vectors`` normalized vectors."""
+        factor = self.width * sizes.exact if self.one_plus else 0
         if not self._is_fused(sizes):  # input, 1 / rms, and their product
-            return vectors * (2 * self.width + 1) * sizes.exact
+            return vectors * (2 * self.width + 1) * sizes.exact + factor
         statistics = 2 if self.kind == "LayerNorm" else 1
         statistic = sizes.exact if sizes.on_cuda else sizes.element
-        return vectors * (self.width * sizes.element + statistics * statistic)
+        return vectors * (self.width * sizes.element + statistics * statistic) + factor
 
     def keeps_input(self, sizes: ActivationSizes) -> bool:
         """Whether it keeps its input itself, not a copy in the type of the sums."""
