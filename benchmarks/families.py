@@ -5,8 +5,8 @@ it with ``attn_implementation="cp_megatron"``, on one document and on seven pack
 runs it with transformers' own attention, document by document. Prints one JSON line per family,
 with the hardware:
 
-- ``equal``: logits and the gradients of all parameters agree to 1e-8, or to 1e-5 where the model
-  itself multiplies or sums in float32 (``reference`` says where); ``errors`` are the largest;
+- ``equal``: logits and the gradients of all parameters agree to 1e-8; ``errors`` are the largest.
+  What a model casts to float32 itself is computed in float64 here, on one rank and on two;
 - ``refused``: ``huggingface.check`` or the attention refused it, with the reason;
 - ``wrong`` or ``crashed``: a fault of ours, of which there must be none;
 - ``lacks``: the family needs a package that is not installed.

@@ -10,17 +10,47 @@ from cp_megatron.plan import Mask
 
 
 def dense_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Mask,
+    scale: float | None = None,
+    *,
+    sinks: Tensor | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     """softmax(scale q k^T + mask) v of q [B, S, H, D], k [B, S, G, D], v [B, S, G, E]."""
+    return dense_results(q, k, v, mask, scale, sinks=sinks, softcap=softcap)[0]
+
+
+def dense_results(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Mask,
+    scale: float | None = None,
+    *,
+    sinks: Tensor | None = None,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """out [B, S, H, E] and lse [B, H, S].
+
+    A sink, [H], is one more column of scores, without a value: its weight is dropped.
+    """
     repeat = q.shape[2] // k.shape[2]
     k, v = k.repeat_interleave(repeat, dim=2), v.repeat_interleave(repeat, dim=2)
     scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * (
         q.shape[-1] ** -0.5 if scale is None else scale
     )
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
     allowed = torch.from_numpy(mask.dense())
-    weights = torch.softmax(scores.masked_fill(~allowed, -torch.inf), dim=-1)
-    return torch.einsum("bhqk,bkhe->bqhe", weights, v)
+    scores = scores.masked_fill(~allowed, -torch.inf)
+    if sinks is not None:
+        column = sinks.to(scores.dtype)[None, :, None, None].expand(*scores.shape[:3], 1)
+        scores = torch.cat([scores, column], dim=-1)
+    weights = torch.softmax(scores, dim=-1)[..., : k.shape[1]]
+    return torch.einsum("bhqk,bkhe->bqhe", weights, v), torch.logsumexp(scores, dim=-1)
 
 
 def attention_inputs(

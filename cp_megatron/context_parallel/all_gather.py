@@ -53,13 +53,13 @@ def gather_forward(
 
 
 def gather_backward(
-    plan: RankPlan, call: Call, memory: Workspace, x: BackwardInputs
+    plan: RankPlan, call: Call, memory: Workspace, x: BackwardInputs, dlse: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Computes the gradients of the shard: of its queries, and of its keys from all queries.
 
     Arguments and results are those of ``p2p.ring_backward``.
     """
-    queries = BackwardQueries.of(call.kernel, x)
+    queries = BackwardQueries.of(call.kernel, x, dlse)
     shard = KeyValues(x.k, x.v)
     source = _KeySource(plan, memory, shard)
     own = Gradients.of_shard(call, queries, plan.rounds[0], shard)

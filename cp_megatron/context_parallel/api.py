@@ -6,7 +6,6 @@ D = head dim, E = value head dim.
 
 from __future__ import annotations
 
-import math
 from functools import cached_property, partial
 from typing import cast
 
@@ -18,22 +17,26 @@ from cp_megatron.comm.checksums import LinkSums
 from cp_megatron.context_parallel.attention_function import KeptAttention, planned_attention
 from cp_megatron.context_parallel.autocast import cast_inputs
 from cp_megatron.context_parallel.buffers import Buffers
-from cp_megatron.context_parallel.input_check import agree, check_mode, check_shapes, digest
+from cp_megatron.context_parallel.input_check import (
+    agree,
+    check_mode,
+    check_options,
+    check_shapes,
+    digest,
+)
+from cp_megatron.context_parallel.kernel_chooser import KernelChooser
 from cp_megatron.context_parallel.latent_expansion import check_latent_shapes, expand_heads
 from cp_megatron.context_parallel.latent_function import planned_latent_attention
 from cp_megatron.context_parallel.rank_plan import RankPlan
 from cp_megatron.context_parallel.sharded_rows import ShardedRows
 from cp_megatron.errors import ConfigError
 from cp_megatron.kernels.dropout import Dropout
-from cp_megatron.kernels.interface import Kernel
-from cp_megatron.kernels.load_kernel import load_kernel
-from cp_megatron.kernels.select import KernelChoice, select_kernel
 from cp_megatron.plan import Mask, Schedule, SequenceLayout
 from cp_megatron.plan.exchange import check_exchange, check_latent_exchange
 from cp_megatron.plan.mask import Window
 
 
-class ContextParallel(ShardedRows):
+class ContextParallel(ShardedRows, KernelChooser):
     """Attention over sequences that a group of ranks shares, under one mask.
 
     Construction sends no message and allocates nothing on the device, so a new mask for every batch
@@ -109,7 +112,7 @@ class ContextParallel(ShardedRows):
         self.buffers, self.link_sums = Buffers(), LinkSums()
         self._by_window: dict[Window, ContextParallel] = {}
         self._plans: dict[tuple[object, ...], RankPlan] = {}
-        self._kernels: dict[object, Kernel] = {}
+        self._kernels = {}
         self._agreed: set[object] = set()
 
     def _make_layout(self, layout: str | SequenceLayout) -> SequenceLayout:
@@ -218,25 +221,37 @@ class ContextParallel(ShardedRows):
         k: Tensor,
         v: Tensor,
         scale: float | None = None,
+        *,
+        sinks: Tensor | None = None,
+        softcap: float | None = None,
         dropout: Dropout | None = None,
         kept: KeptAttention | None = None,
-    ) -> Tensor:
+        return_lse: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Computes attention of this rank's queries over the keys of all ranks.
 
         It is opaque to torch.compile, which must not trace a plan that changes with every mask.
 
         Args:
             q: [B, S / N, H, D].
-            k: [B, S / N, G, D]; H is a multiple of G, query head h reads head h // (H / G).
+            k: [B, S / N, G, D]; H is a multiple of G, query head h reads key head h // (H / G).
             v: [B, S / N, G, E].
             scale: the positive factor of the scores; by default D ** -0.5.
+            sinks: float [H], one more score per head, in the softmax only: it takes a share of the
+                weights and has no value. -inf is no sink. The gradient is this rank's share of the
+                sum over the group.
+            softcap: the scores become softcap * tanh(score / softcap); by default they stay.
             dropout: drops attention weights. Its mask depends only on the pair of positions, so it
                 is the same under any layout, exchange and number of ranks.
             kept: passed twice, for recomputation: the first call computes and stores its results
                 there, the second takes them and sends nothing.
+            return_lse: return the logarithm of the softmax's denominator as well, which can be
+                differentiated. A gradient that arrives there makes backward twice as expensive.
 
         Returns:
-            [B, S / N, H, E] in q's type, or autocast's under ``torch.autocast``.
+            [B, S / N, H, E] in q's type, or autocast's under ``torch.autocast``. With
+            ``return_lse``, that and the lse, [B, H, S / N], float32 (float64 for float64), a
+            natural logarithm that includes the sink.
 
         Raises:
             ConfigError: shapes or types do not fit each other, the layout or the kernel.
@@ -246,18 +261,20 @@ class ContextParallel(ShardedRows):
         try:
             check_shapes(q, k, v, self.layout.shard_len, self.mask.seq_len)
             used = q.shape[-1] ** -0.5 if scale is None else scale
-            if not 0 < used < math.inf:  # fused kernels mask before they scale
-                raise ConfigError("scale", used, "must be positive and finite")
-            kernel = self._load_kernel(q, v.shape[3], dropout)
+            check_options(q, used, sinks, softcap)
+            kernel = self._load_kernel(q, v.shape[3], dropout, softcap)
             ready = self._plan((q.shape[2], k.shape[2], q.shape[3], v.shape[3])), kernel
         except Exception as error:  # the other ranks must learn of any error
             problem = error
         if kept is None or not kept.filled:
-            self._agree((q, k, v), used, dropout, problem)
+            options = used, softcap, sinks is not None and tuple(sinks.shape), return_lse
+            self._agree((q, k, v), options, dropout, problem)
         elif problem is not None:
             raise problem
         assert ready is not None
-        return planned_attention(*ready, q, k, v, used, dropout, kept)
+        return planned_attention(
+            *(*ready, q, k, v, used, dropout, kept), sinks=sinks, returns_lse=return_lse
+        )
 
     @torch.compiler.disable
     def latent_attention(
@@ -302,9 +319,8 @@ class ContextParallel(ShardedRows):
             rows = self.layout.shard_len, self.mask.seq_len
             heads, plain_dim, value_dim = check_latent_shapes(*inputs, *rows)
             used = q.shape[-1] ** -0.5 if scale is None else scale
-            if not 0 < used < math.inf:
-                raise ConfigError("scale", used, "must be positive and finite")
-            kernel = self._load_kernel(q, value_dim, dropout)
+            check_options(q, used, sinks=None, softcap=None)
+            kernel = self._load_kernel(q, value_dim, dropout, softcap=None)
             latents = (latent.shape[2], rotary_key.shape[2]), exchange_latent
             ready = self._plan((heads, heads, q.shape[3], value_dim), *latents), kernel
         except Exception as error:  # the other ranks must learn of any error
@@ -313,26 +329,11 @@ class ContextParallel(ShardedRows):
             k, v = expand_heads(latent, rotary_key, weight, heads, plain_dim)
             return self.attention(q, k, v, used, dropout=dropout, kept=kept)
         if kept is None or not kept.filled:
-            self._agree(inputs, used, dropout, problem)
+            self._agree(inputs, (used,), dropout, problem)
         elif problem is not None:
             raise problem
         assert ready is not None
         return planned_latent_attention(*ready, *inputs, used, dropout, kept)
-
-    def kernel_choice(
-        self, device: torch.device, dtype: torch.dtype, head_dim: int, dropout: float = 0.0
-    ) -> KernelChoice:
-        """Chooses the kernel for inputs of this kind, with a reason."""
-        return select_kernel(
-            self._kernel,
-            device=device.type,
-            dtype=str(dtype).removeprefix("torch."),
-            head_dim=head_dim,
-            attention_dropout=dropout,
-            window=self.mask.has_window,
-            deterministic=self._deterministic,
-            capability=torch.cuda.get_device_capability(device) if device.type == "cuda" else None,
-        )
 
     def _plan(
         self,
@@ -351,24 +352,15 @@ class ContextParallel(ShardedRows):
                 self._plans[key] = RankPlan(schedule, self.rank, *shared)
         return self._plans[key]
 
-    def _load_kernel(self, q: Tensor, v_head_dim: int, dropout: Dropout | None) -> Kernel:
-        probability = dropout.probability if dropout else 0.0
-        width = max(q.shape[3], v_head_dim)
-        key = (q.device, q.dtype, width, probability > 0)
-        if key not in self._kernels:
-            choice = self.kernel_choice(q.device, q.dtype, width, probability)
-            self._kernels[key] = load_kernel(choice.name, deterministic=self._deterministic)
-        return self._kernels[key]
-
     def _agree(
         self,
         tensors: tuple[Tensor, ...],
-        scale: float,
+        options: tuple[object, ...],
         dropout: Dropout | None,
         problem: Exception | None,
     ) -> None:
         """Compares with the other ranks if ``check_ranks`` requires it; raises ``problem``."""
-        kind = (*(tuple(x.shape) for x in tensors), str(tensors[0].dtype), scale)
+        kind = (*(tuple(x.shape) for x in tensors), str(tensors[0].dtype), *options)
         device, mode = tensors[0].device, self._check_ranks
         if device.type != "cuda":
             device = torch.device("cpu")
@@ -377,9 +369,9 @@ class ContextParallel(ShardedRows):
         # In mode once, ranks without a problem may skip the comparison: do not wait for them.
         seen = self._agreed if mode == "once" and problem else kind in self._agreed
         group = None if mode == "never" or (mode == "once" and seen) else self.group
-        options = (self.layout.kind, self._exchange, self._route, self._sizes)
+        plan = (self.layout.kind, self._exchange, self._route, self._sizes)
         mask, layout = self._digests
-        call = (kind, options, dropout, layout)
+        call = (kind, plan, dropout, layout)
         agree(group, mask=mask, call=call, rows=self._rows, problem=problem, device=device)
         self._agreed.add(kind)
 

@@ -7,10 +7,12 @@ the M tokens of all peers.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, cast
 
 import torch
+from einops import rearrange
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -19,6 +21,7 @@ from cp_megatron.context_parallel.all_gather import gather_backward, gather_forw
 from cp_megatron.context_parallel.p2p import ring_backward, ring_forward
 from cp_megatron.context_parallel.partials import Call
 from cp_megatron.context_parallel.rank_plan import RankPlan
+from cp_megatron.context_parallel.sinks import add_sinks_, sink_gradient
 from cp_megatron.kernels.dropout import Dropout
 from cp_megatron.kernels.interface import BackwardInputs, Kernel
 
@@ -32,15 +35,17 @@ class KeptAttention:
 
     def __init__(self) -> None:
         self._saved: tuple[Tensor | None, ...] | None = None
-        self._result: Tensor | None = None
+        self._results: tuple[Tensor, ...] | None = None
 
     @property
     def filled(self) -> bool:
         """Whether the first call was made."""
-        return self._result is not None
+        return self._results is not None
 
-    def keep(self, heads_exchanged: bool, saved: tuple[Tensor, ...], result: Tensor) -> None:
-        """Keeps q, k, v, out and lse as backward reads them, and the result of the first call.
+    def keep(
+        self, heads_exchanged: bool, saved: tuple[Tensor, ...], results: tuple[Tensor, ...]
+    ) -> None:
+        """Keeps q, k, v, out and lse as backward reads them, and the results of the first call.
 
         If heads were exchanged, q, k and v came from other ranks, and the second call cannot
         provide them.
@@ -48,22 +53,25 @@ class KeptAttention:
         # The history of the tensors refers to this object, which would then refer to itself.
         inputs = tuple(x.detach() for x in saved[:3]) if heads_exchanged else (None, None, None)
         self._saved = (*inputs, *(x.detach() for x in saved[3:]))
-        self._result = result.detach()
+        self._results = tuple(x.detach() for x in results)
 
-    def again(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
-        """Returns the tensors that backward reads and the return value of the second call."""
+    def again(
+        self, q: Tensor, k: Tensor, v: Tensor
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Returns the tensors that backward reads and the return values of the second call."""
         assert self._saved is not None
-        assert self._result is not None
+        assert self._results is not None
         saved = tuple(own if x is None else x for x, own in zip(self._saved, (q, k, v, None, None)))
-        return cast("tuple[Tensor, ...]", saved), self._result.detach()
+        return cast("tuple[Tensor, ...]", saved), tuple(x.detach() for x in self._results)
 
 
 class _Attention(torch.autograd.Function):
-    """Saves q, k, v, out and lse of the tokens and heads that this rank computes.
+    """Saves q, k, v, out and lse of the tokens and heads that this rank computes, and the sinks.
 
     Backward receives the keys of other ranks again. The gradient of q is complete on this rank. The
     gradients of k and v are summed over the queries of all ranks, in float32 (float64 for float64),
-    so the objective is the sum of the ranks' losses.
+    so the objective is the sum of the ranks' losses. The gradient of the sinks is this rank's share
+    of a sum over ranks, as that of a parameter.
     """
 
     @staticmethod
@@ -72,38 +80,30 @@ class _Attention(torch.autograd.Function):
         plan: RankPlan,
         call: Call,
         kept: KeptAttention | None,
+        returns_lse: bool,
         q: Tensor,
         k: Tensor,
         v: Tensor,
-    ) -> Tensor:
-        """[B, S, H, D], [B, S, G, D], [B, S, G, E] -> [B, S, H, E] in q's type."""
-        ctx.plan, ctx.call = plan, call
+        sinks: Tensor | None,
+    ) -> Tensor | tuple[Tensor, ...]:
+        """[B, S, H, D], [B, S, G, D], [B, S, G, E], [H] -> [B, S, H, E] in q's type, [B, H, S]."""
+        ctx.plan, ctx.call, ctx.returns_lse = plan, call, returns_lse
+        ctx.set_materialize_grads(False)
         if kept is not None and kept.filled:
-            saved, result = kept.again(q, k, v)
-            ctx.save_for_backward(*saved)
-            return result
-        exchange = plan.head_exchange
-        run = gather_forward if plan.gather else ring_forward
-        # The engine sums in float32 on its own, so autocast must not change types.
-        no_autocast = torch.autocast(q.device.type, enabled=False)
-        with plan.buffers.lend(q.device) as memory, no_autocast:
-            if exchange:
-                all_to_all = HeadAllToAll(exchange, plan.group, memory, plan.link_sums)
-                heads = exchange.query_heads, exchange.kv_heads, exchange.kv_heads
-                q, k, v = all_to_all.to_heads(list(map(PartitionedHeads, (q, k, v), heads)))
-            out, lse = run(plan, call, memory, q, k, v)
-            out = result = out.to(q.dtype)
-            if exchange:
-                (result,) = all_to_all.to_tokens([PartitionedHeads(out, exchange.query_heads)])
-        ctx.save_for_backward(q, k, v, out, lse)
-        if kept is not None:
-            kept.keep(exchange is not None, (q, k, v, out, lse), result)
-        return result
+            saved, results = kept.again(q, k, v)
+        else:
+            saved, results = _compute(plan, call, (q, k, v), sinks, returns_lse=returns_lse)
+            if kept is not None:
+                kept.keep(plan.head_exchange is not None, saved, results)
+        ctx.save_for_backward(*saved, sinks)
+        return results if returns_lse else results[0]
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dout: Tensor) -> tuple[None, None, None, Tensor, Tensor, Tensor]:
-        q, k, v, out, lse = ctx.saved_tensors
+    def backward(
+        ctx: Any, dout: Tensor | None, dlse: Tensor | None = None
+    ) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse, sinks = ctx.saved_tensors
         plan: RankPlan = ctx.plan
         exchange = plan.head_exchange
         run = gather_backward if plan.gather else ring_backward
@@ -111,12 +111,83 @@ class _Attention(torch.autograd.Function):
         with plan.buffers.lend(q.device) as memory, no_autocast:
             if exchange:
                 all_to_all = HeadAllToAll(exchange, plan.group, memory, plan.link_sums)
-                (dout,) = all_to_all.to_heads([PartitionedHeads(dout, exchange.query_heads)])
-            grads = run(plan, ctx.call, memory, BackwardInputs(dout, q, k, v, out, lse))
+                sent = (dout, dlse) if ctx.returns_lse else (dout,)
+                dout, dlse = _exchange_gradients(all_to_all, sent, out, lse)
+            if dout is None:
+                dout = torch.zeros_like(out)
+            x = BackwardInputs(dout, q, k, v, out, lse)
+            grads = run(plan, ctx.call, memory, x, dlse)
             if exchange:
                 grads = _return_gradients(all_to_all, grads, q.dtype)
         dq, dk, dv = (grad.to(q.dtype) for grad in grads)
-        return None, None, None, dq, dk, dv
+        dsinks = None
+        if sinks is not None and ctx.needs_input_grad[7]:
+            own = _own_heads(plan)
+            dsinks = torch.zeros_like(sinks)
+            dsinks[own] = sink_gradient(dout, dlse, out, lse, sinks[own]).to(sinks.dtype)
+        return None, None, None, None, dq, dk, dv, dsinks
+
+
+def _compute(
+    plan: RankPlan,
+    call: Call,
+    inputs: tuple[Tensor, Tensor, Tensor],
+    sinks: Tensor | None,
+    *,
+    returns_lse: bool,
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Returns what backward reads, and this rank's out with, if wanted, its lse."""
+    q, k, v = inputs
+    dtype, exchange = q.dtype, plan.head_exchange
+    run = gather_forward if plan.gather else ring_forward
+    # The engine sums in float32 on its own, so autocast must not change types.
+    no_autocast = torch.autocast(q.device.type, enabled=False)
+    with plan.buffers.lend(q.device) as memory, no_autocast:
+        if exchange:
+            all_to_all = HeadAllToAll(exchange, plan.group, memory, plan.link_sums)
+            heads = exchange.query_heads, exchange.kv_heads, exchange.kv_heads
+            q, k, v = all_to_all.to_heads(list(map(PartitionedHeads, inputs, heads)))
+        out, lse = run(plan, call, memory, q, k, v)
+        if sinks is not None:
+            add_sinks_(out, lse, sinks[_own_heads(plan)])
+        out = out.to(dtype)
+        results = [out, rearrange(lse, "b h s -> b s h 1")][: 1 + returns_lse]
+        if exchange:  # one message each, because out and lse may differ in type
+            parts = [PartitionedHeads(x, exchange.query_heads) for x in results]
+            results = [x for part in parts for x in all_to_all.to_tokens([part])]
+    lses = (rearrange(x, "b s h 1 -> b h s") for x in results[1:])
+    return (q, k, v, out, lse), (results[0], *lses)
+
+
+def _own_heads(plan: RankPlan) -> slice:
+    """The query heads, of those that attention was given, that this rank computes."""
+    exchange = plan.head_exchange
+    return slice(*exchange.query_heads[exchange.index]) if exchange else slice(None)
+
+
+def _exchange_gradients(
+    all_to_all: HeadAllToAll, grads: Sequence[Tensor | None], out: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """Returns dout and dlse of this rank's heads, given those of its tokens.
+
+    If attention returned the lse, every rank sends both, even if a gradient reached it for one of
+    them only, because it cannot know which of them reached the other ranks.
+    """
+    dout, *dlse = grads
+    heads = all_to_all.exchange.query_heads
+    if dout is None:
+        assert dlse[0] is not None
+        batch, num_heads, num_tokens = dlse[0].shape
+        dout = out.new_zeros((batch, num_tokens, num_heads, out.shape[-1]))
+    (own_dout,) = all_to_all.to_heads([PartitionedHeads(dout, heads)])
+    if not dlse:
+        return own_dout, None
+    column = lse.new_zeros((*dout.shape[:3], 1))
+    if dlse[0] is not None:
+        column = rearrange(dlse[0], "b h s -> b s h 1")
+    (column,) = all_to_all.to_heads([PartitionedHeads(column, heads)])
+    # A look at the values may save half of backward.
+    return own_dout, rearrange(column, "b s h 1 -> b h s") if column.any() else None
 
 
 def _return_gradients(
@@ -147,7 +218,10 @@ def planned_attention(
     scale: float,
     dropout: Dropout | None,
     kept: KeptAttention | None = None,
-) -> Tensor:
+    *,
+    sinks: Tensor | None = None,
+    returns_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Applies the autograd function; arguments and result are those of ``attention``.
 
     The ``head0`` of ``dropout`` is this rank's first head before any all-to-all.
@@ -158,5 +232,7 @@ def planned_attention(
         dropout = replace(dropout, head0=dropout.head0 + first)
     rows = plan.rounds[0].keys
     call = Call(kernel=kernel, scale=scale, dropout=dropout, rows=rows)
-    out: Tensor = _Attention.apply(plan, call, kept, q, k, v)
-    return out
+    results: Tensor | tuple[Tensor, Tensor] = _Attention.apply(
+        *(plan, call, kept, returns_lse), *(q, k, v, sinks)
+    )
+    return results

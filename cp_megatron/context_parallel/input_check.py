@@ -9,6 +9,7 @@ together.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -66,6 +67,27 @@ def check_shapes(q: Tensor, k: Tensor, v: Tensor, num_tokens: int, seq_len: int)
         if not x.is_contiguous():
             value = f"{name} with strides {x.stride()}"
             raise ConfigError("attention", value, "must be contiguous", f"{name}.contiguous()")
+
+
+def check_options(q: Tensor, scale: float, sinks: Tensor | None, softcap: float | None) -> None:
+    """Refuses options that do not fit the queries, or that no kernel can compute.
+
+    Raises:
+        ConfigError: a factor that is not positive and finite, or sinks that are not one for each
+            head, as real numbers on the device of q.
+    """
+    for name, value in (("scale", scale), ("softcap", softcap)):
+        # Fused kernels mask before they scale.
+        if value is not None and not 0 < value < math.inf:
+            raise ConfigError(name, value, "must be positive and finite")
+    if sinks is None:
+        return
+    heads = q.shape[2]
+    if sinks.shape != (heads,) or not sinks.is_floating_point():
+        given = f"{tuple(sinks.shape)}, {sinks.dtype}"
+        raise ConfigError("sinks", given, f"must be one real number for each of {heads} heads")
+    if sinks.device != q.device:
+        raise ConfigError("sinks", f"on {sinks.device}", f"must be on {q.device}, as q is")
 
 
 def agree(

@@ -55,18 +55,19 @@ def ring_forward(
 
 
 def ring_backward(
-    plan: RankPlan, call: Call, memory: Workspace, x: BackwardInputs
+    plan: RankPlan, call: Call, memory: Workspace, x: BackwardInputs, dlse: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Computes the gradients of the shard: of its queries, and of its keys from all queries.
 
     Args:
         plan, call, memory: as in forward.
         x: forward's inputs and results, and dout [B, S, H, E], the gradient of ``out``.
+        dlse: [B, H, S], the gradient of ``lse``; None is zero.
 
     Returns:
         dq [B, S, H, D], dk [B, S, G, D], dv [B, S, G, E], float32 (float64 for float64).
     """
-    queries = BackwardQueries.of(call.kernel, x)
+    queries = BackwardQueries.of(call.kernel, x, dlse)
     shard = KeyValues(x.k, x.v)
     keys = _Keys(plan, memory, shard)
     # The tiles of this rank's keys need no message. The first half of their heads hides the arrival

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Protocol, cast
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from cp_megatron.comm.trace import traced
@@ -109,7 +110,7 @@ class MergedResults:
     """out [B, S, H, E] and lse [B, H, S] of the shard's queries, merged tile by tile.
 
     The memory is not cleared first: the ``first`` tile of a row is stored and the others are
-    merged. A tile that covers everything is kept without a copy.
+    merged. A tile that covers everything is kept, without a copy unless a kernel padded its heads.
     """
 
     def __init__(self, call: Call, q: Tensor) -> None:
@@ -142,7 +143,10 @@ class MergedResults:
         batch, shard_len, num_heads, _ = self._q.shape
         if self._sums is None:
             if new_lse.shape == (batch, num_heads, shard_len):
-                self._sums = new_out.to(self._dtype), new_lse.to(self._dtype)
+                whole = new_out.to(self._dtype)
+                if whole.untyped_storage().nbytes() > whole.nbytes:
+                    whole = whole.clone()  # backward would keep the padding of a narrow head, too
+                self._sums = whole, new_lse.to(self._dtype)
                 return
             shape = (batch, shard_len, num_heads, new_out.shape[-1])
             self._sums = (
@@ -167,7 +171,8 @@ class MergedResults:
 class BackwardQueries:
     """The tensors of backward that belong to the queries, in the kernel's type.
 
-    q [B, S, H, D], dout and out [B, S, H, E], lse [B, H, S], and the sum dq [B, S, H, D].
+    q [B, S, H, D], dout and out [B, S, H, E], lse [B, H, S], and the sum dq [B, S, H, D]; dlse,
+    [B, H, S] or None, is the gradient of the lse itself.
     """
 
     q: Tensor
@@ -175,13 +180,15 @@ class BackwardQueries:
     out: Tensor
     lse: Tensor
     dq: Tensor
+    dlse: Tensor | None = None
 
     @classmethod
-    def of(cls, kernel: Kernel, x: BackwardInputs) -> BackwardQueries:
+    def of(cls, kernel: Kernel, x: BackwardInputs, dlse: Tensor | None = None) -> BackwardQueries:
         """Converts the operands and allocates dq, which is not cleared."""
         compute = kernel.compute_dtype(x.q.dtype)
         dq = torch.empty(x.q.shape, dtype=accumulation_dtype(x.q.dtype), device=x.q.device)
-        return cls(x.q.to(compute), x.dout.to(compute).contiguous(), x.out.to(compute), x.lse, dq)
+        dout, out = x.dout.to(compute).contiguous(), x.out.to(compute)
+        return cls(x.q.to(compute), dout, out, x.lse, dq, dlse)
 
     def inputs(self, keys: KeyValues) -> BackwardInputs:
         """Returns the inputs of the kernel for some keys and values."""
@@ -256,6 +263,11 @@ class Gradients:
                 _write(queries.dq[:, rows, part.heads], dq, store=first)
                 _write(part.grads.k[:, columns], dk, store=first or store_whole)
                 _write(part.grads.v[:, columns], dv, store=first or store_whole)
+                if queries.dlse is not None:
+                    tensors = _of_lse(tensors, queries.dlse[:, part.heads, rows])
+                    dq, dk, _ = call.kernel.backward(tensors, tile.band, call.scale)
+                    queries.dq[:, rows, part.heads] += dq
+                    part.grads.k[:, columns] += dk
 
 
 def _write(target: Tensor, value: Tensor, *, store: bool) -> None:
@@ -263,3 +275,16 @@ def _write(target: Tensor, value: Tensor, *, store: bool) -> None:
         target.copy_(value)
     else:
         target += value
+
+
+def _of_lse(x: BackwardInputs, dlse: Tensor) -> BackwardInputs:
+    """Inputs for which a kernel's dq and dk are those of the lse alone.
+
+    A kernel computes dS = P (dout v^T - sum(dout out)), and the lse adds P dlse to it. That is dS
+    for one value channel of ones, dout = dlse and out = 0. A second call is made, and no channel is
+    added to the first one, because a wider head may be more than the kernel takes, and because
+    dropout, which changes P in the first call, does not change the lse.
+    """
+    dout = rearrange(dlse, "b h q -> b q h 1").to(x.dout.dtype).contiguous()
+    ones = x.v.new_ones((*x.v.shape[:3], 1))
+    return x._replace(dout=dout, v=ones, out=torch.zeros_like(dout))

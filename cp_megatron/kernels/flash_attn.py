@@ -34,10 +34,10 @@ _CONSTANTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "flash_attn_4": {"return_lse": True},
     }
 )
-"""The arguments of each generation that always have the same value."""
+"""The arguments of each generation that have one value unless the kernel is made otherwise."""
 
 
-def load_flash_attention(name: str, *, deterministic: bool) -> Kernel:
+def load_flash_attention(name: str, *, deterministic: bool, softcap: float | None) -> Kernel:
     """Loads ``flash_attn_2``, ``flash_attn_3`` or ``flash_attn_4``.
 
     Raises:
@@ -45,7 +45,8 @@ def load_flash_attention(name: str, *, deterministic: bool) -> Kernel:
     """
     module = TRAITS[name].package
     assert module is not None
-    return FlashAttention(name, import_module(module), deterministic=deterministic)
+    interface = import_module(module)
+    return FlashAttention(name, interface, deterministic=deterministic, softcap=softcap)
 
 
 class FlashAttention(FlashKernel):
@@ -56,14 +57,24 @@ class FlashAttention(FlashKernel):
         interface: its module, or a test double of it.
         deterministic: sum dQ (and dK, dV of grouped heads) in a fixed order.
 
+        softcap: scores s become softcap * tanh(s / softcap); None leaves them as they are.
+
     Raises:
-        ConfigError: generation 4 is too old, because its backward has no windows.
+        ConfigError: the package is too old: the backward of generation 4 has no windows, or there
+            is no softcap.
     """
 
     def __init__(
-        self, name: str, interface: ModuleType | Any, *, deterministic: bool = False
+        self,
+        name: str,
+        interface: ModuleType | Any,
+        *,
+        deterministic: bool = False,
+        softcap: float | None = None,
     ) -> None:
-        self.name, self._constants = name, _CONSTANTS[name]
+        self.name = name
+        cap: Mapping[str, Any] = {} if softcap is None else {"softcap": softcap}
+        self._constants = {**_CONSTANTS[name], **cap}
         self._is_newest = name == "flash_attn_4"
         forward, backward = ("fwd", "bwd") if self._is_newest else ("forward", "backward")
         self._forward_op = getattr(interface, f"_flash_attn_{forward}")
@@ -73,6 +84,17 @@ class FlashAttention(FlashKernel):
         if self._is_newest and not needed <= set(_parameters(self._backward_op)):
             rule = "the installed package is too old: its backward has no windows"
             raise ConfigError("--kernel", name, rule, "pip install -U flash-attn-4")
+        if cap and not self._has_softcap(interface):
+            rule = "the installed package is too old: it has no exact softcap of the scores"
+            raise ConfigError("--kernel", name, rule, f"{TRAITS[name].install}, a newer version")
+
+    def _has_softcap(self, interface: ModuleType | Any) -> bool:
+        # Generation 4 before April 2026 took the argument, but its formula was wrong and its
+        # backward ignored it. The version that mended both brought this function.
+        mended = hasattr(getattr(interface, "utils", None), "create_softcap_scoremod_bwd")
+        functions = self._forward_op, self._backward_op
+        taken = all("softcap" in _parameters(function) for function in functions)
+        return taken and (mended or not self._is_newest)
 
     def call_forward(
         self, q: Tensor, k: Tensor, v: Tensor, window: FlashWindow, scale: float

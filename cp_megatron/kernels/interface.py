@@ -14,6 +14,7 @@ The plan guarantees that lengths are positive and that every row of a tile has a
 kernels differ or fail otherwise. Last dims have stride 1. ``select.py`` states what a backend
 cannot do (windows, dropout, a deterministic backward, a head dim), and it is never asked to.
 
+A kernel gets a softcap when it is made: the scores are then softcap * tanh(scale q k^T / softcap).
 Kernels have no argument for attention dropout. The only kernel that can drop, ``reference``,
 returns another kernel for each tile that drops; see ``dropout.py``.
 """

@@ -13,12 +13,13 @@ from cp_megatron.kernels.select import FLASH_ATTENTION
 
 
 @cache
-def load_kernel(name: str, *, deterministic: bool = False) -> Kernel:
+def load_kernel(name: str, *, deterministic: bool = False, softcap: float | None = None) -> Kernel:
     """Loads the backend that ``select_kernel`` chose.
 
     Args:
         name: its name; a generation of ``flash_attn``, not ``flash_attn`` itself.
         deterministic: the same inputs give the same bits.
+        softcap: the kernel replaces scores s by softcap * tanh(s / softcap).
 
     Raises:
         ImportError: its package is not installed.
@@ -27,10 +28,11 @@ def load_kernel(name: str, *, deterministic: bool = False) -> Kernel:
         # The package is optional, and this is the only place that needs it.
         from cp_megatron.kernels.flash_attn import load_flash_attention
 
-        return load_flash_attention(name, deterministic=deterministic)
+        return load_flash_attention(name, deterministic=deterministic, softcap=softcap)
+    if name == "reference":
+        return ReferenceKernel(softcap=softcap)
+    assert softcap is None, "select_kernel refuses softcaps for the other kernels"
     if name == "cuda":
         return CudaKernel(deterministic=deterministic)
-    if name == "cudnn":
-        return CudnnKernel()
-    kernels: dict[str, type[Kernel]] = {"reference": ReferenceKernel, "cpu": CpuKernel}
+    kernels: dict[str, type[Kernel]] = {"cpu": CpuKernel, "cudnn": CudnnKernel}
     return kernels[name]()

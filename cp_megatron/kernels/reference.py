@@ -22,17 +22,19 @@ class ReferenceKernel:
         out = D V            dV = D^T dO          dD = dO V^T
         dS = P (M dD - delta)                     delta = sum_k P M dD = sum(dO out)
 
-    So dropout leaves the softmax's backward as it is: delta still follows from the merged out.
+    So dropout leaves the softmax's backward as it is: delta still follows from the merged out. A
+    softcap c makes the scores c tanh(s / c), and multiplies dS by 1 - tanh(s / c)^2.
 
     Args:
         dropout: the dropout of the one tile that this kernel computes; None drops nothing.
+        softcap: the scores' bound c; None leaves the scores as they are.
     """
 
-    def __init__(self, dropout: TileDropout | None = None) -> None:
-        self._dropout = dropout
+    def __init__(self, dropout: TileDropout | None = None, *, softcap: float | None = None) -> None:
+        self._dropout, self._softcap = dropout, softcap
 
     def dropping(self, dropout: TileDropout) -> ReferenceKernel:
-        return ReferenceKernel(dropout)
+        return ReferenceKernel(dropout, softcap=self._softcap)
 
     def compute_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """float32, or float64 for float64."""
@@ -41,7 +43,7 @@ class ReferenceKernel:
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, band: Band, scale: float
     ) -> tuple[Tensor, Tensor]:
-        scores = _scores(q, k, band, scale)
+        scores, _ = self._scores(q, k, band, scale)
         lse = torch.logsumexp(scores, dim=-1)
         weights = torch.exp(scores - lse.unsqueeze(-1))
         if self._dropout is not None:
@@ -53,7 +55,7 @@ class ReferenceKernel:
         self, x: BackwardInputs, band: Band, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         dout, q, k, v, out, lse = x
-        scores = _scores(q, k, band, scale)
+        scores, slope = self._scores(q, k, band, scale)
         num_groups = k.shape[2]
         weights = torch.exp(scores - rearrange(lse, "b (n g) q -> b n g q 1", n=num_groups))
         dout, out, q = (
@@ -67,9 +69,26 @@ class ReferenceKernel:
         dv = torch.einsum("bngqk,bqnge->bkne", dropped, dout)
         delta = rearrange((dout * out).sum(-1), "b q n g -> b n g q 1")
         dscores = weights * (dweights - delta) * scale
+        if slope is not None:
+            dscores *= slope
         dq = torch.einsum("bngqk,bknd->bqngd", dscores, k)
         dk = torch.einsum("bngqk,bqngd->bknd", dscores, q)
         return rearrange(dq, "b q n g d -> b q (n g) d"), dk, dv
+
+    def _scores(
+        self, q: Tensor, k: Tensor, band: Band, scale: float
+    ) -> tuple[Tensor, Tensor | None]:
+        """[B, G, g, Q, K]: scores, -inf outside the band; and the softcap's derivative, if any."""
+        grouped = rearrange(q, "b q (n g) d -> b q n g d", n=k.shape[2])
+        scores = torch.einsum("bqngd,bknd->bngqk", grouped, k) * scale
+        slope = None
+        if self._softcap is not None:
+            bounded = torch.tanh(scores / self._softcap)
+            scores, slope = bounded * self._softcap, 1 - bounded.square()
+        if band.is_full:
+            return scores, slope
+        mask = allowed(band, q.shape[1], k.shape[1], q.device)
+        return scores.masked_fill(~mask, -torch.inf), slope
 
 
 def _kept(dropout: TileDropout, weights: Tensor) -> Tensor:
@@ -77,13 +96,3 @@ def _kept(dropout: TileDropout, weights: Tensor) -> Tensor:
     num_batch, num_groups, group_size = weights.shape[:3]
     kept = dropout.weights(num_batch, num_groups * group_size, weights.dtype)
     return rearrange(kept, "b (n g) q k -> b n g q k", n=num_groups)
-
-
-def _scores(q: Tensor, k: Tensor, band: Band, scale: float) -> Tensor:
-    """[B, G, g, Q, K]: scaled scores, -inf outside the band."""
-    grouped = rearrange(q, "b q (n g) d -> b q n g d", n=k.shape[2])
-    scores = torch.einsum("bqngd,bknd->bngqk", grouped, k) * scale
-    if band.is_full:
-        return scores
-    mask = allowed(band, q.shape[1], k.shape[1], q.device)
-    return scores.masked_fill(~mask, -torch.inf)

@@ -33,6 +33,7 @@ class KernelTraits:
     deterministic_head_dim: int = 1 << 16  # largest with a deterministic backward; 0 means none
     windows: bool = True
     dropout: bool = False  # whether it has a dropout mask that does not depend on the layout
+    softcap: bool = False  # whether it can bound the scores by softcap * tanh(score / softcap)
     capabilities: tuple[int, ...] = ()  # major compute capabilities; empty means all
     package: str | None = None  # the optional module that it needs
     install: str = ""  # how to install the package
@@ -51,6 +52,7 @@ class _Wanted(NamedTuple):
     dtype: str
     head_dim: int
     attention_dropout: float
+    softcap: float | None
     window: bool
     deterministic: bool
     capability: tuple[int, int] | None
@@ -63,6 +65,7 @@ _ALL = (
         devices=("cpu", "cuda"),
         dtypes=_ALL_TYPES,
         dropout=True,
+        softcap=True,
     ),
     KernelTraits(
         *("cpu", 512, "PyTorch's fused CPU flash attention"), devices=("cpu",), dtypes=_ALL_TYPES
@@ -76,6 +79,7 @@ _ALL = (
     ),
     KernelTraits(
         *("flash_attn_2", 256, "the flash-attn package, FlashAttention 2"),
+        softcap=True,
         package="flash_attn.flash_attn_interface",
         install="pip install -e '.[cuda]'",
     ),
@@ -83,6 +87,7 @@ _ALL = (
         *("flash_attn_3", 256, "the flash-attn package, FlashAttention 3"),
         deterministic_head_dim=192,
         capabilities=(9,),
+        softcap=True,
         package="flash_attn_interface",
         install="pip install ./hopper in the flash-attention repository",
     ),
@@ -90,6 +95,7 @@ _ALL = (
         *("flash_attn_4", 128, "the flash-attn package, FlashAttention 4"),
         wider_on=((9, 256),),
         capabilities=(9, 10, 11),
+        softcap=True,
         package="flash_attn.cute.interface",
         install="pip install flash-attn-4",
     ),
@@ -120,6 +126,7 @@ def select_kernel(
     dtype: str,
     head_dim: int,
     attention_dropout: float = 0.0,
+    softcap: float | None = None,
     window: bool = False,
     deterministic: bool = False,
     capability: tuple[int, int] | None = None,
@@ -132,6 +139,7 @@ def select_kernel(
         dtype: the compute type, ``float64``, ``float32`` or ``bfloat16``.
         head_dim: the width of the wider one of key and value heads.
         attention_dropout: the probability with which attention weights are dropped.
+        softcap: the scores s become softcap * tanh(s / softcap); None leaves them as they are.
         window: the mask has a sliding window.
         deterministic: the same inputs must give the same bits.
         capability: the CUDA device's compute capability (major, minor). If it is None, it is not
@@ -143,7 +151,9 @@ def select_kernel(
     Raises:
         ConfigError: the named kernel, or every kernel, lacks a feature.
     """
-    wanted = _Wanted(device, dtype, head_dim, attention_dropout, window, deterministic, capability)
+    wanted = _Wanted(
+        *(device, dtype, head_dim, attention_dropout, softcap, window, deterministic, capability)
+    )
     if name != "auto":
         if name not in KERNEL_NAMES:
             works = ", ".join(["auto", *KERNEL_NAMES])
@@ -213,6 +223,8 @@ def _problem(traits: KernelTraits, wanted: _Wanted) -> str:
         return "has no sliding windows"
     if wanted.attention_dropout and not traits.dropout:
         return "has no attention dropout that is the same on every layout and number of ranks"
+    if wanted.softcap is not None and not traits.softcap:
+        return "has no softcap of the scores"
     if wanted.deterministic and not traits.deterministic_head_dim:
         return "its backward is not deterministic"
     if wanted.deterministic and wanted.head_dim > traits.deterministic_head_dim:

@@ -63,6 +63,7 @@ def oracle(
     *,
     dtype: torch.dtype = torch.float64,
     scale: float = SCALE,
+    softcap: float | None = None,
 ) -> Attention:
     """Attention under ``mask`` (bool [Q, K]) of random inputs that ``dtype`` represents exactly."""
     num_heads, num_groups, dim, v_dim = heads
@@ -81,6 +82,8 @@ def oracle(
     q, k, v = (x.requires_grad_() for x in (q, k, v))
     kv_head = torch.arange(num_heads) // (num_heads // num_groups)
     scores = scale * torch.einsum("bqhd,bkhd->bhqk", q, k[:, :, kv_head])
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
     scores = scores.masked_fill(~mask, -torch.inf)
     out = torch.einsum("bhqk,bkhe->bqhe", scores.softmax(dim=-1), v[:, :, kv_head])
     dq, dk, dv = torch.autograd.grad(out, (q, k, v), dout)

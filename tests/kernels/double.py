@@ -42,10 +42,10 @@ def _flash_attn_forward(
     return_softmax: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """2.8: (out, softmax_lse, S_dmask, rng_state)."""
-    _check_plain(dropout_p, softcap, alibi_slopes)
+    _check_plain(dropout_p, alibi_slopes)
     require(not return_softmax, "the debug mask exists with dropout only")
     mask = flash_mask(q.shape[1], k.shape[1], causal, window_size_left, window_size_right)
-    out, lse = flash_forward(q, k, v, softmax_scale, mask)
+    out, lse = flash_forward(q, k, v, softmax_scale, mask, softcap)
     return out, lse, torch.empty(0), torch.zeros(2, dtype=torch.int64)
 
 
@@ -71,9 +71,9 @@ def _flash_attn_backward(
     rng_state: Tensor | None = None,
 ) -> Tensor:
     """2.8: fills dq, dk, dv and returns sum(dout * out) per row."""
-    _check_plain(dropout_p, softcap, alibi_slopes)
+    _check_plain(dropout_p, alibi_slopes)
     mask = flash_mask(q.shape[1], k.shape[1], causal, window_size_left, window_size_right)
-    return fill((dq, dk, dv), dout, q, k, v, out, softmax_lse, softmax_scale, mask)
+    return fill((dq, dk, dv), dout, q, k, v, out, softmax_lse, softmax_scale, mask, softcap)
 
 
 def pair_window_interface() -> SimpleNamespace:
@@ -149,21 +149,25 @@ def flash_mask(rows: int, columns: int, causal: bool, left: int, right: int) -> 
 
 
 def flash_forward(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor
+    q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor, softcap: float = 0.0
 ) -> tuple[Tensor, Tensor]:
     """out in q's type and lse in float32, as the extensions return them."""
     _check_operands(q, k, v)
-    out, lse = attend(q.double(), k.double(), v.double(), scale, mask)
+    out, lse = attend(q.double(), k.double(), v.double(), scale, mask, softcap)
     # A row without keys has an out of 0 and an lse of +inf.
     out, lse = out.nan_to_num(0.0), lse.masked_fill(lse == -torch.inf, torch.inf)
     return out.to(q.dtype), lse.float()
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """The definition: out [B, Q, H, E] and lse [B, H, Q]."""
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor, softcap: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """The definition: out [B, Q, H, E] and lse [B, H, Q]; a softcap of 0 is none."""
     group = q.shape[2] // k.shape[2]
     k, v = (x.repeat_interleave(group, dim=2) for x in (k, v))
     scores = scale * torch.einsum("bqhd,bkhd->bhqk", q, k)
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
     scores = scores.masked_fill(~mask, -torch.inf)
     return torch.einsum("bhqk,bkhe->bqhe", scores.softmax(-1), v), scores.logsumexp(-1)
 
@@ -177,6 +181,7 @@ def gradients(
     lse: Tensor,
     scale: float,
     mask: Tensor,
+    softcap: float = 0.0,
 ) -> Four:
     """dq, dk, dv and delta from the rows' out and lse, by the formula, in float64."""
     group = q.shape[2] // k.shape[2]
@@ -184,10 +189,14 @@ def gradients(
     # [B, K, G, D] -> [B, K, H, D]
     wide_k, wide_v = (x.double().repeat_interleave(group, dim=2) for x in (k, v))
     scores = scale * torch.einsum("bqhd,bkhd->bhqk", q, wide_k)
+    slope = torch.ones_like(scores)
+    if softcap:
+        slope = torch.cosh(scores / softcap) ** -2
+        scores = softcap * torch.tanh(scores / softcap)
     weights = torch.exp(scores - lse.unsqueeze(-1)).masked_fill(~mask, 0.0)
     delta = (dout * out).sum(-1).transpose(1, 2)  # [B, H, Q]
     dscores = torch.einsum("bqhe,bkhe->bhqk", dout, wide_v) - delta.unsqueeze(-1)
-    dscores = scale * weights * dscores
+    dscores = scale * weights * dscores * slope
     dq = torch.einsum("bhqk,bkhd->bqhd", dscores, wide_k)
     dk = torch.einsum("bhqk,bqhd->bkhd", dscores, q)
     dv = torch.einsum("bhqk,bqhe->bkhe", weights, dout)
@@ -206,6 +215,7 @@ def fill(
     lse: Tensor,
     scale: float,
     mask: Tensor,
+    softcap: float = 0.0,
 ) -> Tensor:
     """Checks the arguments, writes dq, dk, dv and returns delta."""
     _check_operands(q, k, v, dout, out, *grads)
@@ -214,7 +224,7 @@ def fill(
     require(lse.shape == (batch, heads, rows), "lse must be [B, H, Q]")
     require(lse.is_contiguous(), "lse is read as contiguous")
     require(not any(x.isnan().all() for x in (out, dout)), "out and dout are read")
-    *found, delta = gradients(dout, q, k, v, out, lse, scale, mask)
+    *found, delta = gradients(dout, q, k, v, out, lse, scale, mask, softcap)
     for grad, value in zip(grads, found, strict=True):
         grad.copy_(value)
     return delta.float()
@@ -225,9 +235,9 @@ def require(condition: Any, rule: str) -> None:
         raise RefusedByExtension(rule)
 
 
-def _check_plain(dropout_p: float, softcap: float, alibi_slopes: Tensor | None) -> None:
-    plain = dropout_p == 0.0 and softcap == 0.0 and alibi_slopes is None
-    require(plain, "these doubles know no dropout, cap or slopes")
+def _check_plain(dropout_p: float, alibi_slopes: Tensor | None) -> None:
+    plain = dropout_p == 0.0 and alibi_slopes is None
+    require(plain, "these doubles know no dropout or slopes")
 
 
 def _check_operands(q: Tensor, k: Tensor, v: Tensor, *like_q_or_k: Tensor) -> None:

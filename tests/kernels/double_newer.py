@@ -44,7 +44,7 @@ def _hopper_forward(
     require(num_splits == 1, "splits are for inference")
     assert softmax_scale is not None
     mask = flash_mask(q.shape[1], k.shape[1], causal, window_size_left, window_size_right)
-    out, lse = flash_forward(q, k, v, softmax_scale, mask)
+    out, lse = flash_forward(q, k, v, softmax_scale, mask, softcap)
     return out, lse, torch.empty(0), torch.empty(0)
 
 
@@ -80,7 +80,7 @@ def _hopper_backward(
     wide = max(q.shape[-1], v.shape[-1]) > 192
     require(not (deterministic and wide), "Deterministic backward not supported for hdim 256.")
     mask = flash_mask(q.shape[1], k.shape[1], is_causal, window_size_left, window_size_right)
-    return fill((dq, dk, dv), dout, q, k, v, out, softmax_lse, softmax_scale, mask)
+    return fill((dq, dk, dv), dout, q, k, v, out, softmax_lse, softmax_scale, mask, softcap)
 
 
 def hopper_interface() -> SimpleNamespace:
@@ -111,7 +111,7 @@ def beta_interface() -> SimpleNamespace:
         softcap: float = 0.0,
     ) -> tuple[Tensor, Tensor, None, None]:
         mask = flash_mask(q.shape[1], k.shape[1], causal, *window_size)
-        return *flash_forward(q, k, v, softmax_scale, mask), None, None
+        return *flash_forward(q, k, v, softmax_scale, mask, softcap), None, None
 
     def _backward(
         dout: Tensor,
@@ -137,7 +137,7 @@ def beta_interface() -> SimpleNamespace:
         sm_margin: int = 0,
     ) -> Four:
         mask = flash_mask(q.shape[1], k.shape[1], causal, *window_size)
-        delta = fill((dq, dk, dv), dout, q, k, v, out, softmax_lse, softmax_scale, mask)
+        delta = fill((dq, dk, dv), dout, q, k, v, out, softmax_lse, softmax_scale, mask, softcap)
         return dq, dk, dv, delta
 
     return SimpleNamespace(_flash_attn_forward=_forward, _flash_attn_backward=_backward)
@@ -164,7 +164,7 @@ def cute_interface() -> SimpleNamespace:
     ) -> tuple[Tensor, Tensor | None, None, None]:
         assert softmax_scale is not None
         mask = _none_mask(q, k, causal, window_size_left, window_size_right)
-        result, row_lse = flash_forward(q, k, v, softmax_scale, mask)
+        result, row_lse = flash_forward(q, k, v, softmax_scale, mask, softcap or 0.0)
         return result, row_lse if return_lse else None, None, None
 
     def _bwd(
@@ -186,10 +186,12 @@ def cute_interface() -> SimpleNamespace:
         assert softmax_scale is not None
         mask = _none_mask(q, k, causal, window_size_left, window_size_right)
         grads = (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v))
-        fill(grads, dout, q, k, v, out, lse, softmax_scale, mask)
+        fill(grads, dout, q, k, v, out, lse, softmax_scale, mask, softcap)
         return grads
 
-    return SimpleNamespace(_flash_attn_fwd=_fwd, _flash_attn_bwd=_bwd)
+    # The version in which the softcap became right brought this function.
+    utils = SimpleNamespace(create_softcap_scoremod_bwd=None)
+    return SimpleNamespace(_flash_attn_fwd=_fwd, _flash_attn_bwd=_bwd, utils=utils)
 
 
 def _none_mask(q: Tensor, k: Tensor, causal: bool, left: int | None, right: int | None) -> Tensor:

@@ -71,6 +71,14 @@ def test_auto_reports_what_it_passed_over(installed: bool) -> None:
         assert "not flash_attn: needs the package flash_attn" in choice.reason
 
 
+def test_a_softcap_takes_a_kernel_that_has_it(installed: bool) -> None:
+    choice = select_kernel("auto", **CPU | {"softcap": 50.0})
+    assert choice.name == "reference"
+    assert choice.reason.endswith("not cpu: has no softcap of the scores")
+    taken = select_kernel("auto", **GPU | {"softcap": 50.0}).name
+    assert taken == ("flash_attn" if installed else "reference")
+
+
 def test_a_name_is_taken_and_reported(installed: bool) -> None:
     expected = "asked for: eager PyTorch, slow, quadratic memory, the oracle"
     assert select_kernel("reference", **CPU) == KernelChoice(name="reference", reason=expected)
@@ -100,6 +108,9 @@ REFUSED = [
     ("cudnn", GPU | {"deterministic": True}, "its backward is not deterministic (works: --kernel"),
     ("cpu", CPU | {"attention_dropout": 0.1}, "has no attention dropout that is the same on"),
     ("cuda", GPU | {"attention_dropout": 0.1}, "--kernel reference or --attention-dropout 0)"),
+    ("cpu", CPU | {"softcap": 50.0}, "no softcap of the scores (works: --kernel auto or --kernel"),
+    ("cuda", GPU | {"softcap": 50.0}, "has no softcap of the scores (works: --kernel auto or"),
+    ("cudnn", GPU | {"softcap": 50.0}, "has no softcap of the scores (works: --kernel auto or"),
 ]
 
 

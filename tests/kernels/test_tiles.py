@@ -30,11 +30,20 @@ def test_every_kind_of_tile(kernel: Kernel, tile: str) -> None:
         assert worst_error(kernel, band, attention, torch.float64) < 1e-13, heads
 
 
+@pytest.mark.parametrize("tile", TILES)
+def test_softcap(tile: str) -> None:
+    band, rows, columns = TILES[tile]
+    for heads, softcap in ((HEADS[1], 0.5), (HEADS[3], 3.0)):
+        attention = oracle(allowed(band, rows, columns), heads, softcap=softcap)
+        kernel = load_kernel("reference", softcap=softcap)
+        assert worst_error(kernel, band, attention, torch.float64) < 1e-13
+
+
 @KERNELS
 @pytest.mark.parametrize("dim", [1, 40, 64, 128, 192, 256])
 def test_every_head_dim(kernel: Kernel, dim: int) -> None:
     """Value heads of the same width and of another one."""
-    for v_dim in (dim, 24):
+    for v_dim in (dim, 24, 128):
         a = oracle(allowed(CAUSAL, 5, 5), (2, 1, dim, v_dim))
         assert worst_error(kernel, CAUSAL, a, torch.float64) < 1e-13
 

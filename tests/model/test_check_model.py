@@ -44,7 +44,10 @@ FAMILIES: Mapping[str, tuple[str, str]] = {
     "openai-gpt": ("OpenAIGPTLMHeadModel", ITSELF),
     "qwen3": ("Qwen3ForSequenceClassification", "reads the last token of each rank's part"),
     "roberta": ("RobertaForCausalLM", "begins its positions at another number than 0"),
-    "stablelm": ("StableLmForCausalLM", "does not pass keyword arguments on to its attention"),
+    "stablelm": ("StableLmForCausalLM", ""),  # its layers drop keyword arguments
+    "gpt_oss": ("GptOssForCausalLM", ""),
+    "gemma2": ("Gemma2ForCausalLM", ""),
+    "deepseek_v3": ("DeepseekV3ForCausalLM", ""),
 }
 
 
@@ -109,6 +112,7 @@ def custom_models() -> dict[str, Any]:
         "short convolution": changed(lambda x: x + 0.1 * F.pad(x, (0, 0, 1, 0))[:, :-1]),
         "mean": changed(lambda x: x - x.mean(1, keepdim=True)),
         "future": changed(lambda x: x + 0.1 * x.roll(-1, 1)),
+        "keywords": changed(torch.tanh, drop="context_parallel"),
         "own attention": AttendsTwice,
         "pooling": Value,
     }
@@ -208,6 +212,7 @@ def test_the_probe_sees_what_mixes_tokens() -> None:
         "short convolution": mixes,
         "mean": mixes,
         "future": mixes,
+        "keywords": "does not pass keyword arguments on to its attention",
         "own attention": mixes,
         "pooling": "returns no entry per token",
         "itself": mixes,

@@ -67,14 +67,21 @@ CASES = {
     "checkpointing": Case(rows=(ODD,), checkpointing={"use_reentrant": False}),
     "checkpointing, reentrant": Case(rows=(ODD,), checkpointing={"use_reentrant": True}),
     "window in one layer": Case(rows=(ODD,), model="qwen2"),
+    "layers that drop keywords": Case(
+        rows=(ODD,), model="stablelm", checkpointing={"use_reentrant": False}
+    ),
 }
 
 
 def make_model(name: str, attention: str) -> Any:
     """The same weights every time, in float64."""
+    import transformers
     from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
     torch.manual_seed(3)
+    if name == "stablelm":
+        stable = transformers.StableLmConfig(**SIZES, attn_implementation=attention)
+        return transformers.StableLmForCausalLM(stable).double().train()
     if name == "qwen2":
         window = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}
         config = Qwen2Config(**SIZES, **window, attn_implementation=attention)
@@ -256,8 +263,9 @@ class SomeCrossAttention(nn.Identity):
 @pytest.mark.parametrize(
     ("kwargs", "start"),
     [
-        ({"softcap": 30.0}, "softcap 30.0"),
-        ({"s_aux": torch.ones(4)}, "s_aux (4,)"),
+        ({"softcap": 0.0}, "softcap 0.0: must be positive"),
+        ({"sinks": torch.ones(1, 4, 6, 1)}, "sinks (1, 4, 6, 1), torch.float32: must be one real"),
+        ({"sinks": torch.ones(4), "s_aux": torch.ones(4)}, "sinks (4,): are given a second time"),
         ({"position_bias": torch.ones(1, 4, 6, 6)}, "position_bias (1, 4, 6, 6)"),
         ({"cu_seq_lens_q": torch.tensor([0, 6])}, "cu_seq_lens_q (2,)"),
         ({"output_router_logits": True}, "output_router_logits True"),
@@ -273,6 +281,15 @@ def test_attention_refuses(kwargs: dict[str, Any], start: str) -> None:
 def test_attention_ignores_what_is_off() -> None:
     out = call_attention(softcap=None, output_attentions=False, position_ids=torch.arange(6))
     assert out.shape == (1, 6, 4, 8)
+
+
+def test_sinks_and_softcap_reach_the_engine() -> None:
+    sinks = torch.tensor([0.0, 1.0, -torch.inf, 2.0])
+    q, k = torch.ones(1, 6, 4, 8), torch.ones(1, 6, 2, 8)
+    expected = plan_of(6).cp.attention(q, k, k, sinks=sinks, softcap=2.0)
+    for name in ("s_aux", "sinks"):
+        assert torch.equal(call_attention(softcap=2.0, **{name: sinks}), expected)
+    assert not torch.equal(call_attention(), expected)
 
 
 @pytest.mark.parametrize(

@@ -18,9 +18,6 @@ from cp_megatron.model.huggingface.batch_plan import BatchPlan, refuse_padding
 
 # Arguments of attention that would change the result, and what to use instead.
 _UNSUPPORTED: Mapping[str, str] = {
-    "softcap": "a config without attn_logit_softcapping",
-    "s_aux": "a model without attention sinks",
-    "sinks": "a model without attention sinks",
     "head_mask": "no head_mask",
     "position_bias": "a model with rotary or absolute positions",
     "indices": "a model without sparse attention",
@@ -46,10 +43,12 @@ class WantedMask:
     Attributes:
         window: the number of keys that a query sees, including its own; None is all.
         model: the type of the model, for the error message.
+        plan: of the batch, if a layer does not pass it to its attention (``hand_down``).
     """
 
     window: int | None
     model: str = "the model"
+    plan: BatchPlan | None = None
 
     def refuse(self, *args: object, **kwargs: object) -> NoReturn:
         rule = f"does not exist as a tensor, but {self.model} computes with it"
@@ -119,6 +118,9 @@ def attention(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     is_causal: bool | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    sinks: Tensor | None = None,
     context_parallel: BatchPlan | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
@@ -134,6 +136,8 @@ def attention(
         dropout: must be 0.
         sliding_window: number of keys that a query sees, including its own.
         is_causal: overrides the attribute of the module; must be true.
+        softcap: the scores become softcap * tanh(score / softcap).
+        s_aux, sinks: [H], attention sinks, by either of two names.
         context_parallel: made by ``shard_batch``.
         kwargs: all other arguments of the model.
 
@@ -143,6 +147,8 @@ def attention(
     Raises:
         ConfigError: the call needs something that is not supported, or shapes do not fit.
     """
+    if context_parallel is None and isinstance(attention_mask, WantedMask):
+        context_parallel = attention_mask.plan
     if context_parallel is None:
         works = "model(**shard_batch(group, ...)), with a model that passes keywords to attention"
         raise ConfigError("context_parallel", None, "is missing from the call", works)
@@ -160,10 +166,14 @@ def attention(
         raise ConfigError("attention_dropout", dropout, "must be 0 in training", "0.0")
     _refuse_unsupported(getattr(module, "config", None), kwargs)
     _refuse_changing_rope(getattr(module, "config", None), context_parallel)
+    if s_aux is not None and sinks is not None:
+        raise ConfigError("sinks", tuple(sinks.shape), "are given a second time", "s_aux alone")
     cp = context_parallel.within(_window(attention_mask, sliding_window))
     # [B, H, S, D] -> [B, S, H, D]
     q, k, v = (rearrange(x, "b h s d -> b s h d").contiguous() for x in (query, key, value))
-    return cp.attention(q, k, v, scaling), None
+    return cp.attention(
+        q, k, v, scaling, sinks=sinks if s_aux is None else s_aux, softcap=softcap
+    ), None
 
 
 def _refuse_unchecked(module: nn.Module, plan: BatchPlan) -> None:

@@ -26,6 +26,7 @@ from cp_megatron.model.huggingface.attention_interface import (
     wanted_mask,
 )
 from cp_megatron.model.huggingface.batch_plan import BatchPlan
+from cp_megatron.model.huggingface.keyword_hooks import hand_down
 from cp_megatron.model.huggingface.probe import (
     DROPS_KEYWORDS,
     Finding,
@@ -157,6 +158,8 @@ def _check_root(model: Any, library: ModuleType, itself: bool) -> str:
     finding = _try_copies(model, itself)
     if finding.fault:
         raise ConfigError("model", _own_class(model).__name__, finding.fault, _ANOTHER)
+    if finding.hands_down:
+        hand_down(model)
     return finding.loss_fault
 
 

@@ -16,7 +16,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import product
 from typing import Any, cast
 
 import torch
@@ -25,6 +26,7 @@ from torch import Tensor
 from cp_megatron.context_parallel import ContextParallel
 from cp_megatron.errors import ConfigError
 from cp_megatron.model.huggingface.batch_plan import IGNORED_LABEL, BatchPlan, shard_batch
+from cp_megatron.model.huggingface.keyword_hooks import hand_down
 from cp_megatron.model.huggingface.shrink_config import NUM_ORDINARY_TOKENS
 from cp_megatron.plan import SequenceLayout
 
@@ -36,6 +38,8 @@ _FIRST_TOKEN = 5  # lower ids are padding and other special tokens in many vocab
 # float32 even in a float64 model.
 _TOLERANCE: Mapping[torch.dtype, float] = {torch.float64: 1e-5, torch.float32: 1e-3}
 
+# Transformers' attentions: the first that runs. Models with sinks or a softcap have no sdpa.
+_OWN = ("sdpa", "eager")
 _NOISE = 0.05
 
 # Clauses that complete "the model ...".
@@ -71,10 +75,12 @@ class Finding:
     Attributes:
         fault: what the model does, as a clause, if its logits cannot be sharded; otherwise empty.
         loss_fault: the same for the loss that it computes from labels.
+        hands_down: the model needs the hooks of ``hand_down``.
     """
 
     fault: str = ""
     loss_fault: str = ""
+    hands_down: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,21 +106,23 @@ class _Recorded:
     plan: ProbePlan
     cp: ContextParallel
 
-    def attention(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
+    def attention(
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, **options: Any
+    ) -> Any:
         """Arguments as of ``ContextParallel.attention``."""
         plan, call = self.plan, len(self.plan.errors)
         places = plan.places
         if places is None:
             plan.keys.append((k, v))
             plan.errors.append(0.0)
-            return self.cp.attention(q, k, v, scale)
+            return self.cp.attention(q, k, v, scale, **options)
         if call == len(plan.keys):
             plan.errors.append(float("inf"))  # more layers than the whole row had
             return q.new_zeros(*q.shape[:3], v.shape[3])
         keys, values = plan.keys[call]
         plan.errors.append(max(error_of(k, keys[:, places]), error_of(v, values[:, places])))
         row = q.new_zeros(q.shape[0], keys.shape[1], *q.shape[2:]).index_copy(1, places, q)
-        return self.cp.attention(row, keys, values, scale)[:, places]
+        return self.cp.attention(row, keys, values, scale, **options)[:, places]
 
 
 def error_of(found: Tensor, expected: Tensor) -> float:
@@ -139,17 +147,22 @@ def try_sharding(build: Build, attention: str) -> Finding:
         ConfigError: the model asks the engine for something that is not supported.
     """
     problem: Exception | None = None
-    for dtype in _TOLERANCE:
+    for dtype, name in product(_TOLERANCE, _OWN):
         with _quiet_cpu():
             try:
-                own = _own_attention(build, dtype)
+                own = _own_attention(build, name, dtype)
                 _documents_alone(own, _row(_ONE_DOCUMENT))
             except Exception as error:  # whatever a model of any kind may raise
                 problem = error
                 continue
             model = build(attention)
             model.load_state_dict(own.state_dict())
-            return _Probe(own, model.to(dtype).eval(), _TOLERANCE[dtype]).find()
+            probe = _Probe(own, model.to(dtype).eval(), _TOLERANCE[dtype])
+            finding = probe.find()
+            if finding.fault == DROPS_KEYWORDS:
+                hand_down(model)
+                finding = replace(probe.find(), hands_down=True)
+            return finding
     raise Untried(f"{type(problem).__name__}: {problem}") from problem
 
 
@@ -166,12 +179,9 @@ def _quiet_cpu() -> Iterator[None]:
         yield
 
 
-def _own_attention(build: Build, dtype: torch.dtype) -> Any:
+def _own_attention(build: Build, name: str, dtype: torch.dtype) -> Any:
     """The model with transformers' attention. Its weights get noise, since some begin as zeros."""
-    try:
-        model = build("sdpa")
-    except (ValueError, ImportError):  # transformers has no sdpa for this model
-        model = build("eager")
+    model = build(name)
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         noise = torch.randn(parameter.shape, generator=generator)
