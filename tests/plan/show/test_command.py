@@ -112,7 +112,7 @@ def test_it_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("argv", "line"),
     [
-        (["--seq-lenght", "4"], "--seq-lenght 4: unknown flag (works: --seq-length)"),
+        (["--seq-lenght", "4"], "--seq-lenght 4: unknown flag (works: --seq-length, --latent)"),
         (["--seq_length=4"], "--seq_length 4: unknown flag (works: --seq-length)"),
         (["4096"], "argument 4096: belongs to no flag (works: --flag value)"),
         (["--seq-length"], "--seq-length: needs one value (works: --seq-length INT)"),
