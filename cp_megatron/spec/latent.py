@@ -74,6 +74,13 @@ class LatentAttentionSpec(MixerSpec):
             **cls.shared_fields(model, layer=layer),
         )
 
+    def operand_bytes(self, sizes: ActivationSizes) -> int:
+        """As in ``MixerSpec``; of q and the rotary key if latents are sent."""
+        if not sizes.sends_latents:
+            return super().operand_bytes(sizes)
+        channels = self.local_heads(sizes.tp).heads * self.head_dim + self.rotary_key.outputs
+        return sizes.tokens * channels * sizes.element
+
     def kept_operands(self, sizes: ActivationSizes) -> int:
         """Bytes of attention's inputs that backward needs and that recomputation frees: the
         normalized stream, the latents and what their norms keep, and q, k and v."""

@@ -237,6 +237,12 @@ class ModelConfig:
         return self.v_head_dim or (128 if self.multi_latent_attention else self.head_dim)
 
     @property
+    def latent_widths(self) -> tuple[int, int] | None:
+        """Widths of the latent and of the rotary key that keys and values are expanded from."""
+        widths = self.kv_lora_rank, self.qk_pos_emb_head_dim
+        return widths if self.multi_latent_attention else None
+
+    @property
     def rotary_dim(self) -> int:
         """Number of channels of a head that are rotated, an even number."""
         if self.multi_latent_attention:
