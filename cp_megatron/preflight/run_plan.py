@@ -161,6 +161,7 @@ def kernel_on(
         dtype=dtype_on(config, device),
         head_dim=max(config.model.head_dim, config.model.value_dim),
         attention_dropout=config.model.attention_dropout,
+        softcap=config.model.attn_logit_softcapping,
         window=Mask.causal(1, config.model.window_size).has_window,
         deterministic=config.train.deterministic,
         capability=capability,
