@@ -8,6 +8,9 @@ d head dim, e value head dim.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
 from einops import rearrange
 from torch import Tensor
 
@@ -17,11 +20,18 @@ from cp_megatron.model.norm import Norm
 from cp_megatron.model.rope import Rotation
 from cp_megatron.spec import AttentionSpec
 from cp_megatron.tensor_parallel import (
+    AllHeadsNorm,
     ColumnParallelLinear,
+    EachHeadNorm,
     RowParallelLinear,
     SpecifiedModule,
     TensorParallel,
 )
+
+NORMS: Mapping[str, type[Norm | EachHeadNorm | AllHeadsNorm]] = MappingProxyType(
+    {"head": Norm, "each_head": EachHeadNorm, "all_heads": AllHeadsNorm}
+)
+"""The norms of heads by their scope."""
 
 
 class SelfAttention(SpecifiedModule):
@@ -29,13 +39,15 @@ class SelfAttention(SpecifiedModule):
 
     def __init__(self, spec: AttentionSpec, *, tp: TensorParallel) -> None:
         super().__init__(spec, tp)
-        self.spec, self.num_heads = spec, spec.heads // tp.size
+        self.spec = spec
         self.query = ColumnParallelLinear(spec.query, tp=tp)
         self.key = ColumnParallelLinear(spec.key, tp=tp)
         self.value = ColumnParallelLinear(spec.value, tp=tp)
         self.out = RowParallelLinear(spec.out, tp=tp)
-        self.query_norm = None if spec.query_norm is None else Norm(spec.query_norm, tp=tp)
-        self.key_norm = None if spec.key_norm is None else Norm(spec.key_norm, tp=tp)
+        self.query_norm, self.key_norm = (
+            None if norm is None else NORMS[norm.scope](norm, tp=tp)
+            for norm in (spec.query_norm, spec.key_norm)
+        )
 
     def project(self, x: Tensor, rotation: Rotation | None) -> tuple[Tensor, ...]:
         """[b, s, h] -> q [b, s, n/tp, d], k [b, s, k/tp, d] and v [b, s, k/tp, e].
@@ -74,9 +86,17 @@ class SelfAttention(SpecifiedModule):
             k,
             v,
             self.spec.scale,
+            sinks=self._sinks(q),
+            softcap=self.spec.softcap,
             dropout=dropout,
             kept=kept,
         )
+
+    def _sinks(self, q: Tensor) -> Tensor | None:
+        """[n/tp]; None without sinks."""
+        if self.spec.sinks == "learnable":
+            return self.local("sinks")
+        return None if self.spec.sinks == "vanilla" else q.new_zeros(q.shape[2])
 
     def output(self, attended: Tensor) -> Tensor:
         """[b, s, n/tp, e] -> this rank's summand of what is added to the residual stream."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Literal, Self
 
@@ -137,9 +137,12 @@ class HeadNormSpec(NormSpec):
 
     def kept_by_heads(self, heads: int, sizes: ActivationSizes) -> int:
         """Bytes that backward needs for ``heads`` heads of every token."""
-        if self.scope == "all_heads":
-            return replace(self, width=heads * self.width).kept_bytes(sizes.tokens, sizes)
-        return self.kept_bytes(sizes.tokens * heads, sizes)
+        if self.scope == "head":
+            return self.kept_bytes(sizes.tokens * heads, sizes)
+        # The heads themselves, and each vector's statistics in the type of the sums.
+        vectors = 1 if self.scope == "all_heads" else heads
+        statistics = vectors * (2 if self.kind == "LayerNorm" else 1) * sizes.exact
+        return sizes.tokens * (heads * self.width * sizes.element + statistics)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,6 +212,8 @@ class HeadSpec(EmbeddingSpec):
     def logits_bytes(self, sizes: ActivationSizes, chunk_size: int | None) -> int:
         """Bytes of the logits of one chunk, in the compute type and in the type of the sums.
 
+        With a softcap they exist twice in the latter, when the former have been freed.
+
         Args:
             sizes: the sizes of activations.
             chunk_size: tokens of a chunk; None: see ``tokens_with_logits``.
@@ -218,4 +223,6 @@ class HeadSpec(EmbeddingSpec):
         asked = tokens_with_logits(chunk_size, columns) // (sizes.batch * shared)
         rows = min(sizes.row_tokens // shared, max(1, asked))
         copies = sizes.exact if sizes.exact == sizes.element else sizes.exact + sizes.element
+        if self.softcap is not None:
+            copies = 2 * sizes.exact
         return sizes.batch * rows * shared * columns * copies

@@ -14,20 +14,32 @@ from torch import Tensor, nn
 from cp_megatron.spec import EmbeddingSpec, HeadSpec
 from cp_megatron.tensor_parallel.fused_loss import LossRule, vocab_parallel_fused_loss
 from cp_megatron.tensor_parallel.group import TensorParallel
+from cp_megatron.tensor_parallel.logit_transform import LogitTransform, rounded
 from cp_megatron.tensor_parallel.placement import SpecifiedModule, local_weight
 
 
 class VocabParallelEmbedding(SpecifiedModule):
-    """The rows of the table are split: each rank looks up the ids it has, and the sum is taken."""
+    """The rows of the table are split: each rank looks up the ids it has, and the sum is taken.
+
+    A multiplier is rounded to the type of the activations before the vectors are multiplied, as
+    Gemma is trained.
+    """
 
     weight: nn.Parameter
 
     def __init__(self, spec: EmbeddingSpec, *, tp: TensorParallel) -> None:
         super().__init__(spec, tp)
         self.tp = tp
+        self.multiplier = spec.multiplier
 
     def forward(self, tokens: Tensor) -> Tensor:
         """[b, s] int64 in [0, vocabulary) -> residual stream [b, s, h] (or [b, s/tp, h])."""
+        vectors = self._look_up(tokens)
+        if self.multiplier == 1.0:
+            return vectors
+        return vectors * rounded(self.multiplier, vectors.dtype)
+
+    def _look_up(self, tokens: Tensor) -> Tensor:
         weight = self.local("weight")  # [v/tp, h]
         if self.tp.size == 1:
             return F.embedding(tokens, weight)
@@ -47,11 +59,12 @@ class VocabParallelHead(SpecifiedModule):
         super().__init__(spec, tp)
         self.tp = tp
         self.vocab_size = spec.vocab_size
+        self.transform = LogitTransform(multiplier=spec.multiplier, softcap=spec.softcap)
 
     def forward(self, x: Tensor, tied_weight: Tensor | None = None) -> Tensor:
         """Residual stream -> logits [b, s, v/tp]."""
         weight = self._weight(tied_weight)
-        logits = F.linear(self.tp.enter(x), weight)
+        logits = self.transform.logits(F.linear(self.tp.enter(x), weight))
         first_padding = self.vocab_size - self.tp.rank * weight.shape[0]
         if first_padding < weight.shape[0]:
             # In place, because logits are too large to be copied.
@@ -64,7 +77,13 @@ class VocabParallelHead(SpecifiedModule):
         """Residual stream and labels [b, s] -> their loss; see ``vocab_parallel_fused_loss``."""
         weight = self._weight(tied_weight)
         return vocab_parallel_fused_loss(
-            x, weight, labels, vocab_size=self.vocab_size, tp=self.tp, rule=rule
+            x,
+            weight,
+            labels,
+            vocab_size=self.vocab_size,
+            tp=self.tp,
+            rule=rule,
+            transform=self.transform,
         )
 
     def _weight(self, tied: Tensor | None) -> Tensor:

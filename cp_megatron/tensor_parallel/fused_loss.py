@@ -35,6 +35,7 @@ from cp_megatron.comm.trace import traced
 from cp_megatron.config import tokens_with_logits
 from cp_megatron.kernels.interface import accumulation_dtype
 from cp_megatron.tensor_parallel.group import TensorParallel
+from cp_megatron.tensor_parallel.logit_transform import LogitTransform
 from cp_megatron.tensor_parallel.loss import IGNORED, combine, target_logits
 
 
@@ -61,6 +62,7 @@ def vocab_parallel_fused_loss(
     vocab_size: int,
     tp: TensorParallel,
     rule: LossRule,
+    transform: LogitTransform | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The sum of the losses, which is trained, and the cross-entropy of each token, for metrics.
 
@@ -71,6 +73,7 @@ def vocab_parallel_fused_loss(
         vocab_size: number of ids without padding.
         tp: the group that shares the vocabulary.
         rule: the z-loss and the size of chunks.
+        transform: what the products with ``weight`` become before the softmax; None: the logits.
 
     Returns:
         A scalar, the sum of cross-entropy and z-loss in nats over the tokens that count; and the
@@ -80,7 +83,8 @@ def vocab_parallel_fused_loss(
     """
     wanted = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     first_padding = vocab_size - tp.rank * weight.shape[0]
-    chunk = _Chunk(tp=tp, num_valid=max(0, first_padding), rule=rule)
+    transform = transform or LogitTransform()
+    chunk = _Chunk(tp=tp, num_valid=max(0, first_padding), rule=rule, transform=transform)
     return _FusedLoss.apply(x, weight, labels, chunk, wanted)
 
 
@@ -137,6 +141,7 @@ class _Chunk:
     tp: TensorParallel
     num_valid: int  # number of this rank's columns that are not padding
     rule: LossRule
+    transform: LogitTransform
 
     def forward(
         self, rows: Tensor, weight: Tensor, labels: Tensor, wanted: bool
@@ -145,14 +150,15 @@ class _Chunk:
 
         Returns:
             The losses [b, tp, c]; the sum to train; and for ``backward`` the tokens [n, h] and the
-            gradient of the logits [n, v/tp].
+            gradient of the products with the weight [n, v/tp].
         """
-        z = self.rule.z_loss_coeff
+        z, multiplier = self.rule.z_loss_coeff, self.transform.multiplier
         # [b, c, h] -> [b, tp * c, h] -> [n, h]
         x = self.tp.enter(rows).flatten(0, 1)
-        logits = x @ weight.T  # [n, v/tp]
-        exact = logits.to(accumulation_dtype(logits.dtype))
-        del logits
+        products = x @ weight.T  # [n, v/tp]
+        exact = products.to(accumulation_dtype(products.dtype))
+        del products
+        exact, bounded = self.transform.forward(exact)
         exact[:, self.num_valid :] = float("-inf")
         target, local, here = target_logits(exact, labels.flatten(), self.tp.group)
         # exact becomes exp(logit - maximum), of this rank's columns
@@ -166,10 +172,11 @@ class _Chunk:
         if z:
             total = total + z * torch.where(counts, lse, 0.0).square().sum()
         if wanted:
-            # softmax * (1 + 2 z lse) - one_hot(label)
-            scale = torch.exp(maximum - lse) * (1 + 2 * z * lse)
+            # (softmax * (1 + 2 z lse) - one_hot(label)) * multiplier
+            scale = torch.exp(maximum - lse) * (multiplier + 2 * z * multiplier * lse)
             exact.mul_(torch.where(counts, scale, 0.0).unsqueeze(1))
-            exact.scatter_add_(1, local, -here.to(exact.dtype).unsqueeze(1))
+            exact.scatter_add_(1, local, -multiplier * here.to(exact.dtype).unsqueeze(1))
+            self.transform.backward_(exact, bounded)
         return losses.view(labels.shape), total, x, exact
 
     def backward(

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cp_megatron.spec import LinearSpec
 from cp_megatron.tensor_parallel.group import TensorParallel
-from cp_megatron.tensor_parallel.placement import SpecifiedModule
+from cp_megatron.tensor_parallel.placement import SpecifiedModule, shared_unit
 
 
 class ColumnParallelLinear(SpecifiedModule):
@@ -28,11 +28,7 @@ class ColumnParallelLinear(SpecifiedModule):
 
     def __init__(self, spec: LinearSpec, *, tp: TensorParallel) -> None:
         super().__init__(spec, tp)
-        self.rows: slice | None = None
-        if spec.units is not None and self.specs["weight"].split_dim("tp", tp.size) is None:
-            # Query heads of one group are neighbours: rank r reads head r // (tp / units).
-            width, unit = spec.outputs // spec.units, tp.rank * spec.units // tp.size
-            self.rows = slice(unit * width, (unit + 1) * width)
+        self.rows = shared_unit(self.specs["weight"], tp)
 
     def forward(self, x: Tensor) -> Tensor:
         """[b, s, i] -> [b, s, o/tp], or the features of one unit."""

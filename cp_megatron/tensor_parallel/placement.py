@@ -49,6 +49,18 @@ class SpecifiedModule(nn.Module):
         return self.local("bias") if "bias" in self.specs else None
 
 
+def shared_unit(spec: ParameterSpec, tp: TensorParallel) -> slice | None:
+    """The slice of dim 0 of a parameter of which ranks share units: the unit of this rank.
+
+    None: the rank computes with all that it holds.
+    """
+    if spec.units is None or spec.split_dim("tp", tp.size) is not None:
+        return None
+    # Query heads of one group are neighbours: rank r reads head r // (tp / units).
+    width, unit = spec.shape[0] // spec.units, tp.rank * spec.units // tp.size
+    return slice(unit * width, (unit + 1) * width)
+
+
 def named_specs(
     module: nn.Module, prefix: str = ""
 ) -> Iterator[tuple[SpecifiedModule, str, ParameterSpec]]:

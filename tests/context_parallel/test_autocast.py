@@ -100,9 +100,11 @@ def llama(rank: int, world_size: int) -> dict[str, Any]:
     types = set()
     planned = engine.planned_attention
 
-    def watched(plan: Any, kernel: Any, q: Tensor, k: Tensor, v: Tensor, *others: Any) -> Tensor:
+    def watched(
+        plan: Any, kernel: Any, q: Tensor, k: Tensor, v: Tensor, *others: Any, **options: Any
+    ) -> Any:
         types.add((q.dtype, k.dtype, v.dtype))
-        return planned(plan, kernel, q, k, v, *others)
+        return planned(plan, kernel, q, k, v, *others, **options)
 
     engine.planned_attention = watched
     try:

@@ -266,7 +266,8 @@ def results_apart(rank: int, world_size: int, options: dict[str, Any], dtype: to
     *qkv, dout = inputs(rank, 16, dtype)
     leaves = [x.requires_grad_() for x in qkv]
     out = cp.attention(*leaves)
-    saved = list(out.grad_fn.saved_tensors)  # type: ignore[union-attr]
+    tensors = out.grad_fn.saved_tensors  # type: ignore[union-attr]
+    saved = [x for x in tensors if x is not None]
     grads = torch.autograd.grad(out, leaves, dout)
     kept = [out, *saved, *grads]
     before = [x.clone() for x in kept]

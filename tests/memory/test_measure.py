@@ -29,6 +29,11 @@ SELECTIVE, FULL = (["--recompute-granularity", name] for name in ("selective", "
 FIRST = ["--recompute-num-layers", "1"]
 TILES, CHUNKS = ["--mlp-tile-size", "24"], ["--loss-chunk-size", "24"]
 DROPOUT = ["--hidden-dropout", "0.1", "--attention-dropout", "0.1"]
+EACH_HEAD, ALL_HEADS = (
+    ["--qk-layernorm", "--qk-norm-scope", scope] for scope in ("each_head", "all_heads")
+)
+FACTORS = ["--logit-multiplier", "2", "--embedding-multiplier", "3"]
+CAPPED = ["--final-logit-softcapping", "5", *FACTORS]
 
 POST, PARALLEL = ["--norm-placement", "post"], ["--parallel-residual"]
 GEMMA = ["--norm-placement", "both", "--apply-layernorm-1p", "--geglu", "--no-swiglu"]
@@ -36,16 +41,16 @@ COOLING = ["--query-temperature-beta", "0.1", "--original-max-position-embedding
 
 CASES = [
     (1, GPT),
-    (1, [*LLAMA, *BF16, *TILES, *CHUNKS, "--qk-layernorm"]),
+    (1, [*LLAMA, *BF16, *TILES, *CHUNKS, "--qk-layernorm", *CAPPED]),
     (1, [*GPT, *BF16, *SELECTIVE, *ROWS]),
     (1, [*LLAMA, *BF16, *SELECTIVE, *FIRST, *TILES]),
     (1, [*LLAMA, *FULL, *FIRST, "--cpu-offloading", "--optimizer-cpu-offload"]),
-    (1, [*GPT, *DROPOUT]),
+    (1, [*GPT, *DROPOUT, *EACH_HEAD]),
     (1, [*GPT, "--dtype", "float64", "--untie-embeddings-and-output-weights"]),
     (1, [*LLAMA, *BF16, *GEMMA, *COOLING, "--qk-layernorm"]),
-    (2, [*LLAMA, *TP2, *SP, *TILES, "--num-query-groups", "1"]),
     (2, [*LLAMA, *TP2, *SP, *TILES, *POST]),
     (2, [*LLAMA, *TP2, *SP, *PARALLEL]),
+    (2, [*LLAMA, *TP2, *SP, *TILES, "--num-query-groups", "1", *ALL_HEADS, *CAPPED]),
     (2, [*LLAMA, *CP2, *A2A, *BF16, *SELECTIVE, "--num-query-groups", "1"]),
     (2, [*LLAMA, *CP2, *GATHER]),
     (4, [*GPT, *TP2, *CP2, *SP, *FULL, *TILES, *CHUNKS]),

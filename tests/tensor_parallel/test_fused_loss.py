@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -10,7 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cp_megatron.comm.collectives import all_gather_dim
-from cp_megatron.tensor_parallel import LossRule, TensorParallel, vocab_parallel_fused_loss
+from cp_megatron.tensor_parallel import (
+    LogitTransform,
+    LossRule,
+    TensorParallel,
+    vocab_parallel_fused_loss,
+)
 from tests.ranks import run_ranks
 from tests.tensor_parallel.test_linear import TOLERANCE, numbers
 
@@ -29,6 +34,8 @@ class Case:
     sequence_parallel: bool = False
     dtype: torch.dtype = torch.float64
     scale: float = 3.0
+    multiplier: float = 1.0
+    softcap: float | None = None
 
 
 def inputs(case: Case) -> tuple[Tensor, Tensor, Tensor]:
@@ -51,7 +58,10 @@ def split(rank: int, world_size: int, case: Case) -> tuple[Tensor, ...]:
     own = own.clone().requires_grad_()
     part = weight.chunk(world_size)[rank].clone().requires_grad_()
     rule = LossRule(chunk_size=case.chunk_size, z_loss_coeff=case.z_loss_coeff)
-    total, losses = vocab_parallel_fused_loss(own, part, labels, vocab_size=VOCAB, tp=tp, rule=rule)
+    transform = LogitTransform(multiplier=case.multiplier, softcap=case.softcap)
+    total, losses = vocab_parallel_fused_loss(
+        own, part, labels, vocab_size=VOCAB, tp=tp, rule=rule, transform=transform
+    )
     assert not losses.requires_grad
     (total * TIMES).backward()
     assert own.grad is not None
@@ -65,7 +75,9 @@ def plain(case: Case) -> tuple[Tensor, ...]:
     """The same, computed by torch alone in float64."""
     x, weight, labels = inputs(case)
     x, weight = (t.double().requires_grad_() for t in (x, weight))
-    logits = (x @ weight.T)[..., :VOCAB].flatten(0, 1)
+    logits = (x @ weight.T)[..., :VOCAB].flatten(0, 1) * case.multiplier
+    if case.softcap is not None:
+        logits = case.softcap * torch.tanh(logits / case.softcap)
     flat = labels.flatten()
     losses = F.cross_entropy(logits, flat, reduction="none")
     squares = logits.logsumexp(-1).square()[flat != -100].sum()
@@ -103,10 +115,27 @@ def test_z_loss(world_size: int, scale: float) -> None:
     check(world_size, Case(z_loss_coeff=1e-2, chunk_size=4, scale=scale, sequence_parallel=True))
 
 
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("chunk_size", [6, None])
+@pytest.mark.parametrize(
+    ("multiplier", "softcap"), [(0.3, None), (1.0, 5.0), (-1.7, 5.0), (0.5, 300.0)]
+)
+def test_multiplied_and_capped_logits(
+    world_size: int, chunk_size: int | None, multiplier: float, softcap: float | None
+) -> None:
+    """Products have a deviation of 7, so that a cap of 5 holds most of them and one of 300 none."""
+    case = Case(chunk_size=chunk_size, multiplier=multiplier, softcap=softcap)
+    check(world_size, replace(case, sequence_parallel=chunk_size is not None))
+    check(world_size, replace(case, z_loss_coeff=1e-2, masked="none"))
+
+
+@pytest.mark.parametrize("softcap", [None, 4.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("chunk_size", [1, None])
-def test_lower_precision_sums_in_float32(dtype: torch.dtype, chunk_size: int | None) -> None:
-    case = Case(dtype=dtype, chunk_size=chunk_size, z_loss_coeff=1e-3)
+def test_lower_precision_sums_in_float32(
+    dtype: torch.dtype, chunk_size: int | None, softcap: float | None
+) -> None:
+    case = Case(dtype=dtype, chunk_size=chunk_size, z_loss_coeff=1e-3, softcap=softcap)
     expected = plain(case)
     resolution = 1e-5 if dtype == torch.float32 else 2e-2
     for found in run_ranks(split, 2, case):
@@ -136,6 +165,19 @@ def test_weights_gradient_of_many_chunks_is_as_exact_as_of_one() -> None:
         assert leaf.grad is not None
         errors.append(((leaf.grad.double() - exact.grad).norm() / exact.grad.norm()).item())
     assert errors[0] < 1.5 * errors[1]
+
+
+def test_padding_of_a_capped_vocabulary_counts_for_nothing_whatever_its_weights() -> None:
+    x, weight, labels = inputs(Case())
+    weight[VOCAB:] = 1e30  # tanh is 1 there, and a cap would make it an ordinary logit
+    transform = LogitTransform(multiplier=0.5, softcap=5.0)
+    call = {"vocab_size": VOCAB, "tp": TensorParallel(), "rule": LossRule(chunk_size=3)}
+    weight.requires_grad_()
+    total, losses = vocab_parallel_fused_loss(x, weight, labels, transform=transform, **call)
+    total.backward()
+    torch.testing.assert_close(losses, plain(Case(multiplier=0.5, softcap=5.0))[1], **TOLERANCE)
+    assert weight.grad is not None
+    assert not weight.grad[VOCAB:].any()
 
 
 def test_nothing_is_differentiated_where_nobody_wants_it() -> None:
