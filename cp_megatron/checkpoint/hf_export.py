@@ -196,7 +196,7 @@ def _sources(step: Path, manifest: Manifest, tensors: Sequence[HFTensor]) -> dic
     for part in (part for tensor in tensors for part in tensor.parts):
         entry = manifest.tensors.get(f"model.{part.name}")
         fits = entry is not None and entry.shape[1:] == part.shape[1:]
-        if entry is None or not fits or entry.shape[0] < part.shape[0]:
+        if entry is None or not fits or entry.shape[0] < part.start + part.shape[0]:
             rule = f"it has no model.{part.name} of shape {list(part.shape)}, as its config says"
             raise ConfigError(FLAG, step, rule, "another step")
         sources[part.name] = entry
@@ -216,13 +216,14 @@ class _Weights:
         """A tensor of the folder, read from the checkpoint."""
         whole = torch.empty(tensor.shape, dtype=getattr(torch, self.dtype))
         rest = whole.T if tensor.transposed else whole
+        rest = rest.unsqueeze(0) if tensor.is_row else rest
         for part in tensor.parts:
-            self._fill(rest[: part.shape[0]], self.sources[part.name])
+            self._fill(rest[: part.shape[0]], self.sources[part.name], part.start)
             rest = rest[part.shape[0] :]
         return whole
 
-    def _fill(self, target: Tensor, entry: TensorEntry) -> None:
-        """Copies the first rows of a tensor of the checkpoint."""
+    def _fill(self, target: Tensor, entry: TensorEntry, first: int) -> None:
+        """Copies the rows of a tensor of the checkpoint from ``first`` on."""
         for chunk in entry.chunks:
             try:
                 with safe_open(self.step / chunk.file, framework="pt", device="cpu") as shard:
@@ -233,6 +234,9 @@ class _Weights:
             if tuple(stored.shape) != chunk.sizes or stored.dtype != getattr(torch, entry.dtype):
                 rule = f"{chunk.file} holds {chunk.key} in another shape or dtype"
                 raise ConfigError(FLAG, self.step, rule)
-            spans = zip(chunk.offsets, chunk.sizes)
-            box = target[tuple(slice(start, start + size) for start, size in spans)]
-            box.copy_(stored[: box.shape[0]])  # the box ends where the vocabulary's padding begins
+            row, *columns = chunk.offsets
+            start, stop = max(row, first), min(row + len(stored), first + len(target))
+            if start < stop:  # the padding of the vocabulary is not exported
+                spans = zip(columns, chunk.sizes[1:])
+                box = (slice(start - first, stop - first), *(slice(x, x + n) for x, n in spans))
+                target[box].copy_(stored[start - row : stop - row])

@@ -46,8 +46,6 @@ TOKENIZER_FILES = (
 """The files of a tokenizer."""
 OUTPUT = "--output"
 _SHARD = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*\.(safetensors|bin)")
-# A buffer that old versions of transformers stored. It follows from the flags.
-_OLD_BUFFER = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,15 +53,14 @@ class Source:
     """Where a parameter of ours is stored.
 
     Attributes:
-        entry: the parameter as a tensor of a checkpoint, in one chunk. Our embedding has more rows,
-            which pad the vocabulary; its chunk ends before them.
-        tensor: the tensor of the folder that holds the chunk.
-        start: the chunk's first row in the concatenation of the tensor's parts.
+        entry: the parameter as a tensor of a checkpoint, in one chunk, or in one for each row. Our
+            embedding has more rows, which pad the vocabulary; its chunk ends before them.
+        places: for each chunk, by its key, the tensor of the folder that holds it and the chunk's
+            first row in the concatenation of the tensor's parts.
     """
 
     entry: TensorEntry
-    tensor: HFTensor
-    start: int
+    places: Mapping[str, tuple[HFTensor, int]]
 
 
 def find_weights(
@@ -83,32 +80,28 @@ def find_weights(
     Raises:
         ConfigError: names the file and what is wrong with it.
     """
-    folder = Path(found.folder)
-    stored = _stored(folder)
+    folder, family = Path(found.folder), found.family
+    stored = _with_prefix(_stored(folder), family.base_prefix)
     if model.num_layers > len(stored):
         rule = f"config.json says {model.num_layers} layers, but the folder has only {len(stored)} "
         raise _wrong(folder, f"{rule}tensors")
     positions = found.model.max_position_embeddings or 1
-    tensors = found.family.tensors(model, vocab_size=found.vocab_size, seq_length=positions)
+    tensors = family.tensors(model, vocab_size=found.vocab_size, seq_length=positions)
     sources: dict[str, Source] = {}
     for tensor in tensors:
         at = stored.pop(tensor.key, None)
         if at is None:
             raise _wrong(folder, f"its weights lack {tensor.key}")
+        if at.dtype not in DTYPES.values():
+            rule, works = f"{at.file}: {tensor.key} has the dtype {at.dtype}", DTYPES.values()
+            raise ConfigError(FLAG, folder, rule, f"weights in {', '.join(works)}")
         if at.shape != tensor.shape:
             rule = f"{at.file}: {tensor.key} has the shape {list(at.shape)}, but by config.json and"
             raise _wrong(folder, f"{rule} the flags it is {list(tensor.shape)}")
-        start = 0
-        for part in tensor.parts:
-            shape = (padded_vocab_size, *part.shape[1:]) if part.padded else part.shape
-            corner = (0,) * len(shape)
-            chunk = ChunkEntry(offsets=corner, sizes=part.shape, file=at.file, key=tensor.key)
-            entry = TensorEntry(dtype=at.dtype, shape=shape, chunks=(chunk,))
-            sources[part.name] = Source(entry=entry, tensor=tensor, start=start)
-            start += part.shape[0]
+        _add_sources(sources, tensor, at, padded_vocab_size)
     if not model.untie_embeddings_and_output_weights:
         stored.pop("lm_head.weight", None)  # transformers ignores it and uses the embedding
-    extra = [key for key in stored if not _OLD_BUFFER.fullmatch(key)]
+    extra = [key for key in stored if not re.fullmatch(family.buffers, key)]
     if extra:
         more = f" (and {len(extra) - 1} more)" if len(extra) > 1 else ""
         rule = f"{stored[extra[0]].file} holds {extra[0]}{more}, which config.json has no place for"
@@ -119,8 +112,38 @@ def find_weights(
 @dataclass(frozen=True, kw_only=True)
 class _Stored:
     file: str
+    key: str
     dtype: str
     shape: tuple[int, ...]
+
+
+def _add_sources(
+    sources: dict[str, Source], tensor: HFTensor, at: _Stored, padded_vocab_size: int
+) -> None:
+    """Adds what a tensor of the folder holds of our parameters."""
+    first = 0
+    for part in tensor.parts:
+        chunk = ChunkEntry(
+            offsets=(part.start, *(0 for _ in part.shape[1:])),
+            sizes=part.shape,
+            file=at.file,
+            key=at.key,
+        )
+        earlier = sources.get(part.name)
+        chunks = (*(earlier.entry.chunks if earlier else ()), chunk)
+        rows = padded_vocab_size if part.padded else part.start + part.shape[0]
+        entry = TensorEntry(dtype=at.dtype, shape=(rows, *part.shape[1:]), chunks=chunks)
+        places = {**(earlier.places if earlier else {}), at.key: (tensor, first)}
+        sources[part.name] = Source(entry=entry, places=places)
+        first += part.shape[0]
+
+
+def _with_prefix(stored: dict[str, _Stored], prefix: str) -> dict[str, _Stored]:
+    """The tensors by the names that the family's class gives them; a folder of the class without
+    the output layer lacks a prefix."""
+    if any(key.startswith(prefix) for key in stored):
+        return stored
+    return {f"{prefix}{key}": tensor for key, tensor in stored.items()}
 
 
 def _stored(folder: Path) -> dict[str, _Stored]:
@@ -163,10 +186,7 @@ def _header(folder: Path, name: str) -> dict[str, _Stored]:
     is_torch, stored = Path(name).suffix == TORCH_SUFFIX, dict[str, _Stored]()
     tensors = _torch_header(folder, name) if is_torch else safetensors_header(folder, name)
     for key, (dtype, shape) in tensors.items():
-        if dtype not in DTYPES.values():
-            rule, works = f"{name}: {key} has the dtype {dtype}", ", ".join(DTYPES.values())
-            raise ConfigError(FLAG, folder, rule, f"weights in {works}")
-        stored[key] = _Stored(file=name, dtype=dtype, shape=shape)
+        stored[key] = _Stored(file=name, key=key, dtype=dtype, shape=shape)
     return stored
 
 

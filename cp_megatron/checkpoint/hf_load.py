@@ -58,13 +58,13 @@ def read_into(model: nn.Module, found: HFModel, process_group: Group = None) -> 
     sources = on_all_ranks(find, process_group)
     with torch.no_grad():
         for name, source in sources.items():
-            if source.entry.shape != source.entry.chunks[0].sizes:
+            if source.entry.shape[0] > sum(chunk.sizes[0] for chunk in source.entry.chunks):
                 state[name].zero_()  # the chunk leaves rows that pad the vocabulary
     read_shards(state, _FolderReader(found.folder, sources), flag=FLAG, group=process_group)
 
 
 class _FolderReader(ShardReader):
-    """Reads boxes of our parameters out of tensors that may be fused or transposed."""
+    """Reads boxes of our parameters out of tensors that may be fused, transposed or single rows."""
 
     def __init__(self, folder: str, sources: Mapping[str, Source]) -> None:
         super().__init__(Path(folder), {name: source.entry for name, source in sources.items()})
@@ -76,12 +76,16 @@ class _FolderReader(ShardReader):
         return super()._open(file)
 
     def _read_box(self, shard: Any, item: ReadItem, chunk: ChunkEntry) -> Tensor:
-        source, stored = self._sources[item.storage_index.fqn], shard.get_slice(chunk.key)
-        if tuple(stored.get_shape()) != source.tensor.shape:
+        tensor, start = self._sources[item.storage_index.fqn].places[chunk.key]
+        stored = shard.get_slice(chunk.key)
+        if tuple(stored.get_shape()) != tensor.shape:
             rule = f"{chunk.file} changed while it was read: {chunk.key} has another shape"
             raise ConfigError(FLAG, self.folder, rule)
         first, *others = item.storage_offsets
-        corner = (first + source.start, *others)
+        corner = (first + start, *others)
         box = tuple(slice(x, x + length) for x, length in zip(corner, item.lengths))
-        part: Tensor = stored[box[::-1] if source.tensor.transposed else box]
-        return part.T if source.tensor.transposed else part
+        if tensor.is_row:
+            row: Tensor = stored[box[1:]]
+            return row.unsqueeze(0)
+        part: Tensor = stored[box[::-1] if tensor.transposed else box]
+        return part.T if tensor.transposed else part

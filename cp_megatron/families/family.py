@@ -8,14 +8,22 @@ as GPT-2 does::
     layers.0.attention.key.weight   [h, h]  ->  [3h, h]  ->  h.0.attn.c_attn.weight [h, 3h]
     layers.0.attention.value.weight [h, h]
 
+Or the folder may store each row of a weight of ours as a tensor, as StableLM does with the norms
+of its heads (n heads, d channels)::
+
+                                              self_attn.q_layernorm.norms.0.weight [d]
+    layers.0.attention.query_norm.weight [n, d]  ->  ...
+                                              self_attn.q_layernorm.norms.{n - 1}.weight [d]
+
 Shapes are not part of the table: they follow from the description of the model (``ModelSpec``).
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
+import math
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -25,11 +33,19 @@ from cp_megatron.spec import ModelSpec
 
 
 class Part(NamedTuple):
-    """A parameter of ours as the folder has it: its name, its shape, whether we pad its rows."""
+    """A parameter of ours, or rows of one, as a tensor of the folder has it.
+
+    Attributes:
+        name: the parameter's name.
+        shape: the shape of the part.
+        padded: whether we pad the rows of the parameter.
+        start: the first row.
+    """
 
     name: str
     shape: tuple[int, ...]
     padded: bool
+    start: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,15 +56,19 @@ class HFTensor:
         key: its name in the folder.
         parts: our parameters, concatenated along their first dim.
         transposed: whether the folder stores the transpose of that concatenation.
+        is_row: the only part is one row, which the folder stores without its first dim.
     """
 
     key: str
     parts: tuple[Part, ...]
     transposed: bool = False
+    is_row: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape in the folder."""
+        if self.is_row:
+            return self.parts[0].shape[1:]
         rows = sum(part.shape[0] for part in self.parts)
         shape = (rows, *self.parts[0].shape[1:])
         return shape[::-1] if self.transposed else shape
@@ -67,11 +87,16 @@ class Family:
             and the longest sequence in tokens. It need not check the flags: the export is refused
             if ``read`` does not get a flag back from the entries.
         modules: for each module of the folder, in its order, our modules that it holds, separated
-            by spaces. ``{}`` stands for the number of the layer. Modules that a model does not have
-            are skipped.
+            by spaces. ``{}`` stands for the number of the layer, and a second ``{}`` in the name of
+            the folder's module for the row of our parameter that it holds. Modules that a model
+            does not have are skipped. A parameter of a module that has parts, such as
+            ``attention.sinks``, belongs to the row of that module.
+        defaults: what a key means that config.json leaves out, where transformers' class of the
+            family has another default than ``read`` would take. A null is no missing key.
         transposed: last parts of the names of modules whose weight the folder stores transposed.
         heads_divide_hidden_size: transformers refuses a model of which this is not true.
-        loads: a run can start from such a folder; otherwise the family is only exported.
+        base_prefix: what the names of tensors begin with, but in some folders do not.
+        buffers: matches the names of tensors that old folders hold and that follow from the flags.
     """
 
     model_type: str
@@ -79,9 +104,11 @@ class Family:
     read: Callable[[JsonFields], ModelConfig]
     write: Callable[[ModelConfig, int], dict[str, Any]]
     modules: Mapping[str, str]
+    defaults: Mapping[str, Any] = field(default_factory=dict)
     transposed: frozenset[str] = frozenset()
     heads_divide_hidden_size: bool = False
-    loads: bool = True
+    base_prefix: str = ""
+    buffers: str = r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
 
     def tensors(self, model: ModelConfig, *, vocab_size: int, seq_length: int) -> list[HFTensor]:
         """Lists the tensors of a folder in their order.
@@ -103,13 +130,23 @@ class Family:
             for layer in range(model.num_layers if per_layer else 1):
                 for theirs, ours in block:
                     names = ours.replace("{}", str(layer)).split()
-                    tensors += self._module(theirs.format(layer), [parts[name] for name in names])
-        named = sum(len(tensor.parts) for tensor in tensors)
-        assert named == sum(map(len, parts.values())), f"{self.model_type} names every parameter"
+                    key = theirs.replace("{}", str(layer), 1)
+                    tensors += self._module(key, [parts[name] for name in names])
+        named = Counter[str]()
+        for part in (part for tensor in tensors for part in tensor.parts):
+            named[part.name] += math.prod(part.shape)
+        expected = {x.name: math.prod(x.shape) for block in parts.values() for x in block.values()}
+        assert named == expected, f"{self.model_type} names every parameter once"
         return tensors
 
     def _module(self, theirs: str, ours: list[dict[str, Part]]) -> Iterator[HFTensor]:
         transposed = theirs.rpartition(".")[2] in self.transposed
         for leaf in ours[0]:
             parts, flips = tuple(module[leaf] for module in ours), transposed and leaf == "weight"
-            yield HFTensor(key=f"{theirs}.{leaf}", parts=parts, transposed=flips)
+            if "{}" not in theirs:
+                yield HFTensor(key=f"{theirs}.{leaf}", parts=parts, transposed=flips)
+                continue
+            (whole,) = parts
+            for row in range(whole.shape[0]):
+                part = whole._replace(shape=(1, *whole.shape[1:]), start=row)
+                yield HFTensor(key=f"{theirs.format(row)}.{leaf}", parts=(part,), is_row=True)

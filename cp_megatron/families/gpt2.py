@@ -4,20 +4,41 @@ from __future__ import annotations
 
 from cp_megatron.config.schema import ModelConfig
 from cp_megatron.families.family import Family
+from cp_megatron.families.json_fields import JsonFields
+from cp_megatron.families.llama_like import TANH_GELU
+
+
+def _read(fields: JsonFields) -> ModelConfig:
+    hidden = fields.size("n_embd")
+    fields.only("activation_function", *TANH_GELU)
+    fields.only("scale_attn_by_inverse_layer_idx", False)
+    fields.only("add_cross_attention", False)
+    fields.switch("reorder_and_upcast_attn")  # another order of the same computation
+    for name in fields.value:
+        if name.startswith("summary_"):
+            fields.get(name)  # of classes with another output layer
+    residual = fields.number("resid_pdrop")
+    fields.only("embd_pdrop", residual, why=f"resid_pdrop is {residual}, and both are one flag")
+    return ModelConfig(
+        num_layers=fields.size("n_layer"),
+        hidden_size=hidden,
+        ffn_hidden_size=fields.size("n_inner", 4 * hidden),
+        num_attention_heads=fields.size("n_head"),
+        norm_epsilon=fields.number("layer_norm_epsilon", 1e-5),
+        max_position_embeddings=fields.size("n_positions"),
+        softmax_scale=None if fields.switch("scale_attn_weights", True) else 1.0,
+        hidden_dropout=residual,
+        attention_dropout=fields.number("attn_pdrop"),
+        init_method_std=fields.number("initializer_range", 0.02) or 0.02,
+        untie_embeddings_and_output_weights=not fields.switch("tie_word_embeddings", True),
+        vocab_size=fields.size("vocab_size"),
+    )
+
 
 GPT2 = Family(
     model_type="gpt2",
     architecture="GPT2LMHeadModel",
-    # Folders of GPT-2 are not loaded, so this reads only what ``write`` writes.
-    read=lambda fields: ModelConfig(
-        num_layers=fields.size("n_layer"),
-        hidden_size=fields.size("n_embd"),
-        ffn_hidden_size=fields.size("n_inner"),
-        num_attention_heads=fields.size("n_head"),
-        norm_epsilon=fields.number("layer_norm_epsilon", 1e-5),
-        max_position_embeddings=fields.size("n_positions"),
-        untie_embeddings_and_output_weights=not fields.switch("tie_word_embeddings", True),
-    ),
+    read=_read,
     write=lambda model, longest: {
         "n_positions": longest,
         "n_embd": model.hidden_size,
@@ -29,7 +50,7 @@ GPT2 = Family(
         "embd_pdrop": model.hidden_dropout,
         "resid_pdrop": model.hidden_dropout,
         "attn_pdrop": model.attention_dropout,
-        "scale_attn_weights": True,
+        "scale_attn_weights": model.score_scale != 1.0,
         "scale_attn_by_inverse_layer_idx": False,
         "reorder_and_upcast_attn": False,
     },
@@ -47,6 +68,15 @@ GPT2 = Family(
         "lm_head": "head",
     },
     transposed=frozenset({"c_attn", "c_proj", "c_fc"}),
+    defaults={
+        "n_embd": 768,
+        "n_layer": 12,
+        "n_head": 12,
+        "n_positions": 1024,
+        "vocab_size": 50257,
+        **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.1),
+    },
     heads_divide_hidden_size=True,
-    loads=False,
+    base_prefix="transformer.",
+    buffers=r"transformer\.h\.\d+\.attn\.(bias|masked_bias)",  # the causal mask
 )

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import stat
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -51,32 +52,42 @@ def read_json(folder: Path, name: str = HF_CONFIG, *, max_bytes: int = 1 << 24) 
 
 @dataclass(frozen=True)
 class JsonFields:
-    """A JSON object of config.json. As in transformers, null means the same as a missing key.
+    """A JSON object of config.json.
 
     Attributes:
         folder: the folder of config.json, for error messages.
         value: the object.
         prefix: the path of the object inside config.json, for example ``rope_scaling.``.
+        defaults: the values of keys that are missing; a null is not, and leaves the value open.
+        alternative: what runs the models that ``unsupported`` refuses; empty if nothing does.
     """
 
     folder: Path
     value: dict[str, Any]
     prefix: str = ""
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    alternative: str = ""
+
+    def get(self, name: str) -> Any:
+        """The value of a key as it is, or its default; None if it is null or has no default."""
+        value = self.value.get(name)
+        return self.defaults.get(name) if value is None and name not in self.value else value
 
     def wrong(self, name: str, rule: str, works: str = "") -> ConfigError:
         """Makes the error that names the file, the key, its value and the rule."""
-        value = self.value.get(name)
+        value = self.get(name)
         shown = "is missing" if value is None else f"is {json.dumps(value)[:60]}"
         rule = f"{HF_CONFIG}: {self.prefix}{name} {shown}, {rule}"
         return ConfigError(FLAG, self.folder, rule, works)
 
     def unsupported(self, name: str, works: str, why: str = "") -> ConfigError:
         """Makes the error for a value that is valid, but that this program does not support."""
+        works = ", or ".join(filter(None, (works, self.alternative)))
         return self.wrong(name, f"which is not supported{f': {why}' if why else ''}", works)
 
     def only(self, name: str, *supported: object, why: str = "", works: str = "") -> None:
         """Refuses every value of a key other than ``supported``; the key may be missing."""
-        value = self.value.get(name)
+        value = self.get(name)
         if value is not None and not any(type(value) is type(x) and value == x for x in supported):
             raise self.unsupported(name, works or json.dumps(supported[0]), why)
 
@@ -103,7 +114,7 @@ class JsonFields:
 
     def numbers(self, name: str) -> tuple[float, ...]:
         """A list of positive numbers."""
-        value = self.value.get(name)
+        value = self.get(name)
         items: list[Any] = value if isinstance(value, list) else [None]
         if not all(type(x) in (int, float) and 0 < x <= 1e30 for x in items):
             raise self.wrong(name, "but must be a list of positive numbers")
@@ -114,8 +125,9 @@ class JsonFields:
         value = self._get(name, {})
         if not isinstance(value, dict):
             raise self.wrong(name, "but must be an object")
-        return JsonFields(self.folder, value, f"{self.prefix}{name}.")
+        path = f"{self.prefix}{name}."
+        return JsonFields(self.folder, value, path, alternative=self.alternative)
 
     def _get(self, name: str, default: Any) -> Any:
-        value = self.value.get(name)
+        value = self.get(name)
         return default if value is None else value

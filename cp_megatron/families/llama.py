@@ -1,4 +1,4 @@
-"""Llama: all linear layers have biases or none has; every layer attends to the whole past."""
+"""Llama: biases in attention, in the MLP, in both or in none; every layer reads the whole past."""
 
 from __future__ import annotations
 
@@ -10,11 +10,7 @@ from cp_megatron.families.json_fields import JsonFields
 
 def _read(fields: JsonFields) -> ModelConfig:
     fields.only("sliding_window", works="MistralForCausalLM", why="Llama has no window")
-    attention, mlp = (fields.switch(name) for name in ("attention_bias", "mlp_bias"))
-    if attention != mlp:
-        why = "mlp_bias must be the same, because all linear layers have biases or none has"
-        raise fields.unsupported("attention_bias", str(mlp).lower(), why)
-    return llama_like.read(fields, disable_bias_linear=not attention)
+    return llama_like.read(fields, **llama_like.read_biases(fields))
 
 
 LLAMA = Family(
@@ -23,8 +19,8 @@ LLAMA = Family(
     read=_read,
     write=lambda model, longest: {
         **llama_like.write(model, longest),
-        "attention_bias": not model.disable_bias_linear,
-        "mlp_bias": not model.disable_bias_linear,
+        "attention_bias": model.has_attention_output_bias,
+        "mlp_bias": model.has_mlp_bias,
     },
     modules=llama_like.MODULES,
     heads_divide_hidden_size=True,

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from cp_megatron.config.schema import ModelConfig
 from cp_megatron.families.json_fields import JsonFields
-from cp_megatron.families.rope_fields import read_rope, write_rope
-
-_KINDS = ("full_attention", "sliding_attention")
+from cp_megatron.families.rope_fields import LAYER_KINDS, read_rope, write_rope
 
 MODULES: Mapping[str, str] = {
     "model.embed_tokens": "embedding",
@@ -30,53 +29,76 @@ MODULES: Mapping[str, str] = {
 """The tensor names of Llama, with those of Qwen3's head norms."""
 
 
+TANH_GELU = ("gelu_pytorch_tanh", "gelu_new")
+"""The names of GELU with tanh, the only GELU of the trainer."""
+
+
 def read(
     fields: JsonFields,
     *,
-    default_head_dim: int | None = None,
-    default_kv_heads: int | None = None,
+    activations: Sequence[str] = ("silu", "swish"),
+    activation_key: str = "hidden_act",
+    rope: Mapping[str, Any] = MappingProxyType({}),
     **flags: Any,
 ) -> ModelConfig:
     """Reads the keys that these families share.
 
     Args:
-        default_head_dim: width of a head if the file does not say it; None derives it.
-        default_kv_heads: the same for the number of key/value heads.
-        flags: fields of ``ModelConfig`` that the family itself decides.
+        fields: config.json, with the family's defaults.
+        activations: the names of the activation that ``flags`` describe.
+        activation_key: the key that names it.
+        rope: options of ``read_rope``.
+        flags: fields of ``ModelConfig`` that the family itself decides, also those read here.
     """
-    fields.only("hidden_act", "silu", "swish")
-    fields.only("partial_rotary_factor", 1, 1.0, why="whole heads are rotated")
-    heads, hidden = fields.size("num_attention_heads"), fields.size("hidden_size")
+    fields.only(activation_key, *activations)
     positions = fields.size("max_position_embeddings")
-    kv_heads = fields.size("num_key_value_heads", default_kv_heads or heads)
-    head_dim = fields.size("head_dim", default_head_dim or max(1, hidden // heads))
+    values: dict[str, Any] = {
+        "num_layers": fields.size("num_hidden_layers"),
+        "ffn_hidden_size": fields.size("intermediate_size"),
+        **_read_heads(fields),
+        "normalization": "RMSNorm",
+        "norm_epsilon": fields.number("rms_norm_eps", 1e-6),
+        "swiglu": True,
+        "disable_bias_linear": True,
+        "position_embedding_type": "rope",
+        "max_position_embeddings": positions,
+        "attention_dropout": fields.number("attention_dropout"),
+        "untie_embeddings_and_output_weights": not fields.switch("tie_word_embeddings"),
+        "init_method_std": fields.number("initializer_range", 0.02) or 0.02,
+        "vocab_size": fields.size("vocab_size"),
+        **read_rope(fields, positions, **rope),
+        **flags,
+    }
+    if values.get("window_size") is None:
+        values.pop("window_rotary_base", None)
+    model = ModelConfig(**values)
+    if model.rotary_dim % 2:
+        rule = f"but rope rotates {model.rotary_dim} channels of a head, which must be even"
+        raise fields.wrong("head_dim", rule)
+    return model
+
+
+def _read_heads(fields: JsonFields) -> dict[str, Any]:
+    heads, hidden = fields.size("num_attention_heads"), fields.size("hidden_size")
+    kv_heads = fields.size("num_key_value_heads", heads)
     if heads % kv_heads:
         raise fields.wrong("num_key_value_heads", f"but must divide num_attention_heads {heads}")
-    if head_dim % 2:
-        raise fields.wrong("head_dim", "but must be even, because rope rotates pairs of channels")
-    values: dict[str, Any] = {"disable_bias_linear": True, **read_rope(fields, positions), **flags}
-    return ModelConfig(
-        num_layers=fields.size("num_hidden_layers"),
-        hidden_size=hidden,
-        ffn_hidden_size=fields.size("intermediate_size"),
-        num_attention_heads=heads,
-        num_query_groups=kv_heads,
-        kv_channels=head_dim,
-        normalization="RMSNorm",
-        norm_epsilon=fields.number("rms_norm_eps", 1e-6),
-        swiglu=True,
-        position_embedding_type="rope",
-        max_position_embeddings=positions,
-        attention_dropout=fields.number("attention_dropout"),
-        untie_embeddings_and_output_weights=not fields.switch("tie_word_embeddings"),
-        init_method_std=fields.number("initializer_range", 0.02) or 0.02,
-        vocab_size=fields.size("vocab_size"),
-        **values,
-    )
+    return {
+        "hidden_size": hidden,
+        "num_attention_heads": heads,
+        "num_query_groups": kv_heads,
+        "kv_channels": fields.size("head_dim", max(1, hidden // heads)),
+    }
 
 
-def write(model: ModelConfig, longest: int) -> dict[str, Any]:
-    """Writes the entries that these families share; see ``Family.write``."""
+def write(model: ModelConfig, longest: int, **rope: Any) -> dict[str, Any]:
+    """Writes the entries that these families share; see ``Family.write``.
+
+    Args:
+        model: the model.
+        longest: its longest sequence, in tokens.
+        rope: options of ``write_rope``.
+    """
     if model.rope_type == "dynamic":
         longest = model.original_length or longest  # the length from which this type stretches
     return {
@@ -90,32 +112,70 @@ def write(model: ModelConfig, longest: int) -> dict[str, Any]:
         "max_position_embeddings": longest,
         "rms_norm_eps": model.norm_epsilon,
         "attention_dropout": model.attention_dropout,
-        **write_rope(model),
+        **write_rope(model, **rope),
     }
 
 
-def read_layer_windows(fields: JsonFields) -> dict[str, Any]:
-    """Reads a sliding window that some layers have, from ``layer_types`` or the older keys.
+def read_biases(
+    fields: JsonFields, *, attention: str = "attention_bias", mlp: str | None = "mlp_bias"
+) -> dict[str, Any]:
+    """Reads which linear layers have biases.
+
+    Args:
+        fields: config.json.
+        attention: the key of queries, keys, values and the output of attention.
+        mlp: the key of the MLP; None: it has no biases.
+    """
+    has_attention, has_mlp = fields.switch(attention), mlp is not None and fields.switch(mlp)
+    some = has_attention != has_mlp
+    return {
+        "disable_bias_linear": some or not has_mlp,
+        "add_qkv_bias": some and has_attention,
+        "add_attention_output_bias": some and has_attention,
+        "add_mlp_bias": some and has_mlp,
+    }
+
+
+def every_nth_full(fields: JsonFields, n: int, key: str = "sliding_window_pattern") -> list[str]:
+    """The kinds of layers of which every n-th attends to the whole past.
+
+    Args:
+        fields: config.json.
+        n: the default.
+        key: the key that gives another n.
+    """
+    n, layers = fields.size(key, n), fields.size("num_hidden_layers")
+    return [LAYER_KINDS[(layer + 1) % n != 0] for layer in range(layers)]
+
+
+def all_or_none(fields: JsonFields) -> list[str]:
+    """The kinds of layers that all have a window, if config.json has its width."""
+    slides = fields.get("sliding_window") is not None
+    return [LAYER_KINDS[slides]] * fields.size("num_hidden_layers")
+
+
+def read_layer_windows(fields: JsonFields, kinds: list[str]) -> dict[str, Any]:
+    """Reads a sliding window that the layers of the kind ``sliding_attention`` have.
 
     Hugging Face counts the token itself in the width of a window; ``window_size`` does not.
+
+    Args:
+        fields: config.json.
+        kinds: the kinds of all layers if ``layer_types`` is missing.
     """
-    kinds = fields.value.get("layer_types")
-    if not fields.switch("use_sliding_window"):
-        for name in ("sliding_window", "max_window_layers"):
-            fields.value.get(name)  # as in transformers, they are read and have no effect
-        return {}
-    width, layers = fields.size("sliding_window", 4096), fields.size("num_hidden_layers")
-    if kinds is None:
-        first = int(fields.number("max_window_layers", 28.0))
-        kinds = ["full_attention"] * min(first, layers)
-        kinds += ["sliding_attention"] * (layers - len(kinds))
+    fields.get("sliding_window")  # without a layer that has a window, it has no effect
+    given, layers = fields.get("layer_types"), fields.size("num_hidden_layers")
+    kinds = kinds if given is None else given
     if not isinstance(kinds, list) or len(kinds) != layers:
         raise fields.wrong("layer_types", f"but must be a list of {layers} entries, one per layer")
-    if any(kind not in _KINDS for kind in kinds):
-        raise fields.unsupported("layer_types", ", ".join(_KINDS))
-    sliding = tuple(n for n, kind in enumerate(kinds) if kind == "sliding_attention")
+    if any(kind not in LAYER_KINDS for kind in kinds):
+        raise fields.unsupported("layer_types", ", ".join(LAYER_KINDS))
+    sliding = tuple(n for n, kind in enumerate(kinds) if kind == LAYER_KINDS[1])
+    if not sliding:
+        return {}
+    width = fields.size("sliding_window")
     some = sliding if len(sliding) < layers else None
-    return {"window_size": (width - 1, 0), "window_layers": some} if sliding else {}
+    return {"window_size": (width - 1, 0), "window_layers": some}
 
 
 def write_layer_windows(model: ModelConfig) -> dict[str, Any]:
@@ -123,11 +183,38 @@ def write_layer_windows(model: ModelConfig) -> dict[str, Any]:
     width = window_width(model)
     sliding = [bool(width and model.layer_window(n)) for n in range(model.num_layers)]
     return {
-        "use_sliding_window": width is not None,
-        "sliding_window": width,
+        # Some classes of transformers need a width even if no layer has a window.
+        "sliding_window": width or 4096,
+        "layer_types": [LAYER_KINDS[slides] for slides in sliding],
+    }
+
+
+def read_optional_windows(fields: JsonFields) -> dict[str, Any]:
+    """Reads windows that ``use_sliding_window`` turns on, by default from a layer on."""
+    first, layers = int(fields.number("max_window_layers", 28.0)), fields.size("num_hidden_layers")
+    if not fields.switch("use_sliding_window"):
+        fields.get("sliding_window")  # as in transformers, it is read and has no effect
+        refuse_unused_windows(fields)
+        return {}
+    return read_layer_windows(fields, [LAYER_KINDS[layer >= first] for layer in range(layers)])
+
+
+def refuse_unused_windows(fields: JsonFields) -> None:
+    """Refuses layers with a window if ``use_sliding_window`` is off: programs differ there."""
+    kinds = fields.get("layer_types")
+    if isinstance(kinds, list) and LAYER_KINDS[1] in kinds:
+        raise fields.wrong("layer_types", "but use_sliding_window is false", LAYER_KINDS[0])
+
+
+def write_optional_windows(model: ModelConfig) -> dict[str, Any]:
+    """Writes what ``read_optional_windows`` reads."""
+    written = write_layer_windows(model)
+    slides = [kind == LAYER_KINDS[1] for kind in written["layer_types"]]
+    return {
+        **written,
+        "use_sliding_window": any(slides),
         # Programs that do not know layer_types read this: the first layer with the window.
-        "max_window_layers": [*sliding, True].index(True),
-        "layer_types": [_KINDS[slides] for slides in sliding],
+        "max_window_layers": [*slides, True].index(True),
     }
 
 

@@ -1,4 +1,4 @@
-"""Mistral: Llama without biases, and with one sliding window on all layers."""
+"""Mistral: Llama without biases, and with a sliding window on all layers."""
 
 from __future__ import annotations
 
@@ -8,25 +8,20 @@ from cp_megatron.families.family import Family
 from cp_megatron.families.json_fields import JsonFields
 
 
-def _read(fields: JsonFields) -> ModelConfig:
-    kinds = fields.value.get("layer_types")
-    everywhere = isinstance(kinds, list) and all(kind == "sliding_attention" for kind in kinds)
-    if kinds is not None and not everywhere:
-        why = "transformers does not read it in Mistral"
-        raise fields.unsupported("layer_types", "no layer_types", why)
-    width = fields.size("sliding_window", 4096)
-    # A missing key means this default, unlike null, which means no window.
-    window = None if fields.value.get("sliding_window", width) is None else (width - 1, 0)
-    return llama_like.read(fields, default_kv_heads=8, window_size=window)
+def read(fields: JsonFields) -> ModelConfig:
+    """Reads Mistral or Ministral, which a Mistral with layer_types is for transformers."""
+    windows = llama_like.read_layer_windows(fields, llama_like.all_or_none(fields))
+    return llama_like.read(fields, **windows)
 
 
 MISTRAL = Family(
     model_type="mistral",
     architecture="MistralForCausalLM",
-    read=_read,
+    read=read,
     write=lambda model, longest: {
         **llama_like.write(model, longest),
         "sliding_window": llama_like.window_width(model),
     },
     modules=llama_like.MODULES,
+    defaults={"num_key_value_heads": 8, "sliding_window": 4096},
 )

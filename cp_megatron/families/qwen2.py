@@ -9,11 +9,12 @@ QWEN2 = Family(
     model_type="qwen2",
     architecture="Qwen2ForCausalLM",
     read=lambda fields: llama_like.read(
-        fields, add_qkv_bias=True, **llama_like.read_layer_windows(fields)
+        fields, add_qkv_bias=True, **llama_like.read_optional_windows(fields)
     ),
     write=lambda model, longest: {
         **llama_like.write(model, longest),
-        **llama_like.write_layer_windows(model),
+        **llama_like.write_optional_windows(model),
     },
     modules=llama_like.MODULES,
+    defaults={"sliding_window": 4096},
 )

@@ -7,8 +7,9 @@ reproduces every flag is used, so no flag is lost silently.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from cp_megatron.families.llama_like import window_width
 from cp_megatron.families.mistral import MISTRAL
 from cp_megatron.families.qwen2 import QWEN2
 from cp_megatron.families.qwen3 import QWEN3
+from cp_megatron.families.refusals import alternative_of, unknown_architecture
 from cp_megatron.families.rope_fields import ROPE_FIELDS, fields_of
 from cp_megatron.families.unread_keys import RecordedKeys, unread_keys
 
@@ -33,6 +35,16 @@ TRAINING_ONLY = frozenset(
     | {"make_vocab_size_divisible_by", "max_position_embeddings"}
 )
 """Flags that do not change what a trained model computes for the sequences it is made for."""
+_BIASES: Mapping[str, str] = {
+    "add_qkv_bias": "has_qkv_bias",
+    "add_attention_output_bias": "has_attention_output_bias",
+    "add_mlp_bias": "has_mlp_bias",
+}
+_LATENT = ("q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim")
+_ROTARY = (
+    *("rope_type", "rotary_base", "window_rotary_base", "rotary_percent", "rotary_interleaved"),
+    *("no_rope_layers", "query_temperature_beta"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +79,8 @@ def read_hf_config(folder: str | Path) -> HFModel:
     family = _family_named(fields)
     fields.only("quantization_config", works="weights that are not quantized")
     fields.only("is_causal", True, why="a token then reads those that follow it")
+    alternative = alternative_of(family.architecture)
+    fields = replace(fields, defaults=family.defaults, alternative=alternative)
     model = family.read(fields)
     return HFModel(
         folder=str(folder),
@@ -84,16 +98,15 @@ def has_tokenizer(folder: str | Path) -> bool:
 
 
 def _family_named(fields: JsonFields) -> Family:
-    loaded = [family for family in FAMILIES if family.loads]
-    key, known = "architectures", {family.architecture: family for family in loaded}
+    key, known = "architectures", {family.architecture: family for family in FAMILIES}
     names = fields.value.get(key)
     if names is None:
-        key, known = "model_type", {family.model_type: family for family in loaded}
+        key, known = "model_type", {family.model_type: family for family in FAMILIES}
         names = [fields.value.get(key)]
     if not isinstance(names, list) or len(names) != 1 or not isinstance(names[0], str):
         raise fields.wrong(key, "but must name one architecture", ", ".join(known))
     if names[0] not in known:
-        raise fields.unsupported(key, ", ".join(known))
+        raise unknown_architecture(fields, key, names[0], ", ".join(known))
     return known[names[0]]
 
 
@@ -143,35 +156,67 @@ def _misfits(
     model: ModelConfig, family: Family, entries: dict[str, Any]
 ) -> list[tuple[str, Any, Any]]:
     """Flags that the family does not express, each with its value and the family's."""
-    read = _flags(family.read(JsonFields(Path(), entries)))
+    read = family.read(JsonFields(Path(), entries, defaults=family.defaults))
+    theirs = _flags(read)
     misfits = [
-        (name, value, read[name])
+        (name, value, theirs[name])
         for name, value in _flags(model).items()
-        if value != read[name] and not (value is None and name in ROPE_FIELDS)  # it is derived
-    ]
+        if not _is_same(value, theirs[name]) and not (value is None and name in ROPE_FIELDS)
+    ]  # rope's fields that are None are derived
+    switches = (model.disable_bias_linear, read.disable_bias_linear)
+    if misfits and misfits[0][0] in _BIASES and switches[0] != switches[1]:
+        misfits[0] = ("disable_bias_linear", *switches)
     hidden, heads = model.hidden_size, model.num_attention_heads
     if family.heads_divide_hidden_size and hidden % heads:
         misfits.append(("hidden_size", hidden, max(1, hidden // heads) * heads))
     return misfits
 
 
+def _is_same(ours: Any, theirs: Any) -> bool:
+    """Whether two values are equal. Numbers may differ by the rounding of a reciprocal, because
+    some folders hold the reciprocal of a factor of ours."""
+    if isinstance(ours, float) and isinstance(theirs, float):
+        return math.isclose(ours, theirs, rel_tol=1e-12)
+    return bool(ours == theirs)
+
+
 def _flags(model: ModelConfig) -> dict[str, Any]:
-    """The flags that decide what a model computes, by name, with defaults filled in."""
+    """The flags that decide what a model computes, by name, with defaults filled in and those
+    without effect None."""
     flags = {name: value for name, value in vars(model).items() if name not in TRAINING_ONLY}
     flags["vocab_size"] = None  # the tokenizer may decide it
+    flags["disable_bias_linear"] = None  # the rows of ``_BIASES`` say more
+    flags |= {name: getattr(model, has) for name, has in _BIASES.items()}
     flags |= {"ffn_hidden_size": model.ffn_size, "num_query_groups": model.num_kv_heads}
-    flags["kv_channels"] = model.head_dim
-    flags["add_qkv_bias"] = model.add_qkv_bias and model.disable_bias_linear
+    flags |= {"kv_channels": model.head_dim, "v_head_dim": model.value_dim}
+    flags |= {"softmax_scale": model.score_scale}
     flags["original_max_position_embeddings"] = model.original_length
-    unread = {*ROPE_FIELDS, "rope_type", "rotary_base"}
-    if model.position_embedding_type == "rope":
-        unread = {*ROPE_FIELDS - fields_of(model.rope_type)}
-    flags |= dict.fromkeys(unread)
+    flags["rotary_percent"] = model.rotary_dim / model.head_dim
+    flags["no_rope_layers"] = tuple(sorted(model.no_rope_layers or ())) or None
     width, layers = window_width(model), range(model.num_layers)
     windows = tuple(n for n in layers if width and model.layer_window(n))
     flags["window_size"] = (width - 1, 0) if width and windows else None
     flags["window_layers"] = windows if 0 < len(windows) < len(layers) else None
-    return flags
+    is_scaled = model.rope_type != "default"
+    if not windows or (model.window_rotary_base == model.rotary_base and not is_scaled):
+        flags["window_rotary_base"] = None
+    return flags | dict.fromkeys(_unread(model))
+
+
+def _unread(model: ModelConfig) -> Iterator[str]:
+    """The flags that have no effect because of others."""
+    if model.position_embedding_type == "rope":
+        read = fields_of(model.rope_type)
+        length = {"original_max_position_embeddings"} if model.query_temperature_beta else set()
+        yield from ROPE_FIELDS - read - length
+    else:
+        yield from (*ROPE_FIELDS, *_ROTARY)
+    if not model.multi_latent_attention:
+        yield from _LATENT
+    if not model.qk_layernorm or model.multi_latent_attention:
+        yield "qk_norm_scope"
+    if model.normalization != "LayerNorm":
+        yield "norm_bias"
 
 
 def spelled(name: str, value: object) -> str:

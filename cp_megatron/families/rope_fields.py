@@ -7,13 +7,16 @@ transformers 4 stores ``rope_theta`` beside ``rope_scaling``; transformers 5 sto
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
 from cp_megatron.config.schema import ModelConfig
 from cp_megatron.families.json_fields import JsonFields
 
-_ORIGINAL = "original_max_position_embeddings"
+_ORIGINAL, _PARTIAL = "original_max_position_embeddings", "partial_rotary_factor"
+LAYER_KINDS = ("full_attention", "sliding_attention")
+"""The kinds of layers in ``layer_types`` and ``rope_parameters``: without and with a window."""
 _FIELDS: Mapping[str, str] = {
     "factor": "rope_scaling_factor",
     _ORIGINAL: _ORIGINAL,
@@ -56,23 +59,61 @@ def fields_of(rope_type: str) -> frozenset[str]:
     return frozenset(ROPE_KEYS[rope_type].values()) | more
 
 
-def read_rope(fields: JsonFields, positions: int) -> dict[str, Any]:
+def read_rope(
+    fields: JsonFields,
+    positions: int,
+    *,
+    window_base: float | None = None,
+    more: Mapping[str, str | None] = MappingProxyType({}),
+) -> dict[str, Any]:
     """Reads the fields of ``ModelConfig`` that describe rotary embeddings.
 
-    ``positions`` is the longest sequence, in tokens, that config.json names.
+    A family that rotates a share of a head's channels has a default of ``partial_rotary_factor``.
+
+    Args:
+        fields: config.json.
+        positions: the longest sequence, in tokens, that it names.
+        window_base: in families whose layers with a window rotate with another base, the default of
+            ``rope_local_base_freq``. transformers 5 has an object for each kind of layer inside
+            ``rope_parameters`` instead.
+        more: keys of the family beside those of the rope type, with the fields that they set, or
+            None for a key without effect.
     """
-    scaling = fields.inner("rope_scaling")
-    rope = scaling if scaling.value else fields.inner("rope_parameters")
+    scaling, parameters = fields.inner("rope_scaling"), fields.inner("rope_parameters")
+    if window_base is None:
+        return _read_one(fields, scaling if scaling.value else parameters, positions, more)
+    if parameters.value and not parameters.value.keys() <= {*LAYER_KINDS}:
+        raise fields.unsupported("rope_parameters", f"objects {' and '.join(LAYER_KINDS)} in it")
+    whole, local = (parameters.inner(kind) for kind in LAYER_KINDS)
+    whole = replace(whole, value={**whole.value, **scaling.value})
+    values = _read_one(fields, whole, positions, more)
+    window_base = fields.number("rope_local_base_freq", window_base)
+    outer = replace(fields, value={**fields.value, "rope_theta": window_base})
+    windowed = _read_one(outer, local, positions, more)
+    if windowed == values:
+        return values
+    if windowed["rope_type"] != "default":
+        raise local.unsupported("rope_type", "default", "the frequencies of windows are unscaled")
+    if windowed.get("rotary_percent") != values.get("rotary_percent"):
+        raise local.unsupported("partial_rotary_factor", "that of full_attention")
+    return {**values, "window_rotary_base": windowed["rotary_base"]}
+
+
+def _read_one(
+    fields: JsonFields, rope: JsonFields, positions: int, more: Mapping[str, str | None]
+) -> dict[str, Any]:
+    """Reads the object of one kind of layer; ``fields`` has what the object lacks."""
     base = rope.number("rope_theta", fields.number("rope_theta", 10000.0))
     if not base > 1:
         at = rope if rope.value.get("rope_theta") is not None else fields
         raise at.wrong("rope_theta", "but must be greater than 1")
-    kind = _rope_type(rope)
+    kind = _rope_type(rope, more)
     values: dict[str, Any] = {"rotary_base": base, "rope_type": kind}
+    values |= _read_partial(fields, rope)
     readers: dict[str, Callable[[str], Any]] = {"truncate": rope.switch, _ORIGINAL: rope.size}
     readers |= dict.fromkeys(("short_factor", "long_factor"), rope.numbers)
-    for key, field in ROPE_KEYS[kind].items():
-        if rope.value.get(key) is not None:
+    for key, field in {**more, **ROPE_KEYS[kind]}.items():
+        if rope.value.get(key) is not None and field is not None:
             values[field] = readers.get(key, rope.number)(key)
     if kind in ("yarn", "llama3", "longrope"):
         values[_ORIGINAL] = fields.size(_ORIGINAL, values.get(_ORIGINAL, positions))
@@ -83,14 +124,26 @@ def read_rope(fields: JsonFields, positions: int) -> dict[str, Any]:
     return values
 
 
-def _rope_type(rope: JsonFields) -> str:
+def _read_partial(fields: JsonFields, rope: JsonFields) -> dict[str, float]:
+    """The share of the channels that is rotated, from the object or from beside it."""
+    if _PARTIAL not in fields.defaults:
+        for place in (fields, rope):
+            place.only(_PARTIAL, 1, 1.0, why="whole heads are rotated")
+        return {}
+    place = fields if rope.value.get(_PARTIAL) is None else rope
+    share = place.number(_PARTIAL, 1.0)
+    if not 0 < share <= 1:
+        raise place.wrong(_PARTIAL, "but must be greater than 0 and at most 1")
+    return {"rotary_percent": share}
+
+
+def _rope_type(rope: JsonFields, more: Mapping[str, str | None]) -> str:
     """The rope type; every key beside it is known, and every required one is there."""
     name = "type" if rope.value.get("rope_type") is None else "rope_type"
     kind = "default" if rope.value.get(name) is None else rope.value[name]
     if not isinstance(kind, str) or kind not in ROPE_KEYS:
         raise rope.unsupported(name, ", ".join(ROPE_KEYS))
-    rope.only("partial_rotary_factor", 1, 1.0)
-    known = {*ROPE_KEYS[kind], "rope_theta", "rope_type", "type", "partial_rotary_factor"}
+    known = {*ROPE_KEYS[kind], *more, "rope_theta", "rope_type", "type", _PARTIAL}
     for key, value in rope.value.items():
         if key not in known and value is not None:
             raise rope.unsupported(key, f"no {key}", f"rope type {kind} does not read it")
@@ -100,18 +153,42 @@ def _rope_type(rope: JsonFields) -> str:
     return kind
 
 
-def write_rope(model: ModelConfig) -> dict[str, Any]:
-    """Writes the entries of config.json that describe rotary embeddings."""
+def write_rope(
+    model: ModelConfig,
+    *,
+    partial: bool = False,
+    by_layer: bool = False,
+    more: Mapping[str, str | None] = MappingProxyType({}),
+) -> dict[str, Any]:
+    """Writes the entries of config.json that describe rotary embeddings.
+
+    Args:
+        model: the model.
+        partial: the family can rotate a share of a head's channels.
+        by_layer: layers with a window have a base of their own.
+        more: as in ``read_rope``.
+    """
     scaling: dict[str, Any] = {"rope_type": model.rope_type}
-    for key, field in ROPE_KEYS[model.rope_type].items():
-        value = model.original_length if key == _ORIGINAL else getattr(model, field)
+    for key, field in {**more, **ROPE_KEYS[model.rope_type]}.items():
+        value = getattr(model, field) if field else None
+        value = model.original_length if key == _ORIGINAL else value
         if value is not None:
             scaling[key] = list(value) if isinstance(value, tuple) else value
     if model.rope_type == "longrope" and "factor" not in scaling:
         original = model.original_length or 1
         scaling["factor"] = (model.max_position_embeddings or original) / original
+    share = {_PARTIAL: model.rotary_percent} if partial else {}
+    parameters: dict[str, Any] = {**scaling, "rope_theta": model.rotary_base, **share}
+    local = {}
+    if by_layer:
+        base = model.window_rotary_base or model.rotary_base
+        window = {"rope_type": "default", "rope_theta": base, **share}
+        parameters = dict(zip(LAYER_KINDS, (parameters, window)))
+        local = {"rope_local_base_freq": base}
     return {
         "rope_theta": model.rotary_base,
+        **share,
+        **local,
         "rope_scaling": scaling if model.rope_type != "default" else None,
-        "rope_parameters": {**scaling, "rope_theta": model.rotary_base},
+        "rope_parameters": parameters,
     }

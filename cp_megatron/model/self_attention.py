@@ -80,7 +80,6 @@ class SelfAttention(SpecifiedModule):
         kept: KeptAttention | None,
     ) -> Tensor:
         """What ``project`` returned -> [b, s, n/tp, e]."""
-        assert (self.spec.softcap, self.spec.sinks) == (None, "vanilla")
         return cp.attention(
             q,
             k,

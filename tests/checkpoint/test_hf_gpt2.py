@@ -11,11 +11,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cp_megatron.checkpoint import hf_export
 from cp_megatron.checkpoint.hf_export import export_hf, gpt2_tokenizer_files
-from cp_megatron.checkpoint.hf_load import read_into
+from cp_megatron.checkpoint.hf_load import load_hf
 from cp_megatron.comm.collectives import all_gather_dim
 from cp_megatron.comm.groups import ParallelGroups
 from cp_megatron.config import Config, ModelConfig
@@ -23,9 +24,7 @@ from cp_megatron.context_parallel import ContextParallel
 from cp_megatron.data.tokenize.open_tokenizer import open_tokenizer
 from cp_megatron.data.tokenize.tokenizer import ByteTokenizer
 from cp_megatron.errors import ConfigError
-from cp_megatron.families import gpt2
-from cp_megatron.families.json_fields import JsonFields, read_json
-from cp_megatron.families.registry import HFModel, to_hf_config
+from cp_megatron.families.registry import read_hf_config, to_hf_config
 from cp_megatron.model import Transformer, build_model
 from cp_megatron.plan import Grid, Mask
 from tests.checkpoint.toy import save_checkpoint
@@ -72,13 +71,20 @@ def logits_of(model: Transformer, groups: ParallelGroups) -> Tensor:
     return cp.gather(all_gather_dim(logits, -1, groups.tp), 1)[..., :VOCAB]
 
 
+def loaded(rank: int, world_size: int, folder: Path, grid: Grid) -> Tensor:
+    """Reads the model of a folder, and returns its logits [2, SEQ, VOCAB]."""
+    groups = ParallelGroups.create(grid, "cpu")
+    config = replace(run_of(read_hf_config(folder).model))
+    options: dict[str, Any] = {"vocab_size": VOCAB, "dtype": "float64", "device": "cpu"}
+    model = build_model(config, groups, **options)
+    load_hf(folder, model=model)
+    return logits_of(model.eval(), groups)
+
+
 def read_back(rank: int, world_size: int, folder: Path, name: str, grid: Grid) -> Tensor:
     """Reads an exported folder, and returns the logits [2, SEQ, VOCAB] of its weights."""
     model, groups = build(name, grid)
-    raw, family = read_json(folder), gpt2.GPT2
-    read = family.read(JsonFields(folder, raw))
-    found = HFModel(folder=str(folder), family=family, model=read, vocab_size=VOCAB, raw=raw)
-    read_into(model, found)
+    load_hf(folder, model=model)
     return logits_of(model, groups)
 
 
@@ -157,6 +163,31 @@ def test_fused_and_transposed_tensors_are_read_back(tmp_path: Path, name: str) -
     assert torch.equal(run_ranks(read_back, 4, out, name, grid)[0], saved)
 
 
+@pytest.mark.parametrize("base", [False, True])
+def test_a_folder_of_transformers_loads(tmp_path: Path, base: bool) -> None:
+    """Also one without an output layer and with the masks of old folders, as OpenAI's."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    sizes: dict[str, Any] = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 40}
+    config = GPT2Config(vocab_size=VOCAB, **sizes, scale_attn_weights=base, n_inner=48)
+    model = GPT2LMHeadModel(config).double().eval()
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for weight in model.parameters():
+            drawn = torch.randn(weight.shape, generator=generator, dtype=torch.float64)
+            weight.copy_(drawn * 0.3 + (weight.ndim == 1))
+        expected = model(input_ids=tokens(), use_cache=False).logits
+    model.save_pretrained(tmp_path)
+    if base:
+        tensors = load_file(tmp_path / "model.safetensors")
+        tensors = {key.removeprefix("transformer."): value for key, value in tensors.items()}
+        tensors |= {"h.0.attn.bias": torch.ones(1, 1, 40, 40, dtype=torch.bool)}
+        tensors |= {"h.1.attn.masked_bias": torch.tensor(-1e4)}
+        save_file(tensors, tmp_path / "model.safetensors")
+    ours = run_ranks(loaded, 4, tmp_path, Grid(tp=2, cp=2))[0]
+    assert (ours - expected).abs().max() / expected.abs().max() < 1e-10
+
+
 @pytest.mark.parametrize(
     ("changes", "flag"),
     [
@@ -164,6 +195,8 @@ def test_fused_and_transposed_tensors_are_read_back(tmp_path: Path, name: str) -
         ({"kv_channels": 16}, "--kv-channels"),
         ({"disable_bias_linear": True}, "--disable-bias-linear"),
         ({"qk_layernorm": True}, "--qk-layernorm"),
+        ({"softmax_scale": 0.5}, "--softmax-scale"),
+        ({"norm_bias": "none"}, "--norm-bias"),
         ({"window_size": (3, 0)}, "--window-size"),
     ],
 )

@@ -81,20 +81,18 @@ def test_a_window_on_some_layers(tmp_path: Path) -> None:
     assert (model.window_size, model.window_layers) == ((7, 0), (0, 2))
     whole = read(tmp_path, **other("Qwen3", **window, layer_types=["sliding_attention"] * 4))
     assert (whole.window_size, whole.window_layers) == ((7, 0), None)
-    # transformers' Mistral does not look at them.
-    with pytest.raises(
-        ConfigError,
-        match=r"layer_types .* transformers does not read it in Mistral",
-    ):
-        read(tmp_path, **other("Mistral", sliding_window=8, layer_types=kinds))
+    # Of a Mistral with layer_types, transformers makes a Ministral.
+    model = read(tmp_path, **other("Mistral", sliding_window=8, layer_types=kinds))
+    assert (model.window_size, model.window_layers) == ((7, 0), (0, 2))
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
-    ({"architectures": ["GptOssForCausalLM"]}, "not supported .works: LlamaForCausalLM"),
-    ({"architectures": None, "model_type": "mamba"}, "not supported .works: llama, qwen2"),
+    ({"architectures": ["GptBigOssForCausalLM"]}, "not known to compute it .works: LlamaForCaus"),
+    ({"architectures": None, "model_type": "mamba"}, "not known to compute it .works: llama, qw"),
+    ({"architectures": ["XForCausalLM"], "num_experts": 8}, "supported: it is a mixture of 8 exp"),
+    ({"architectures": ["X"], "text_config": {"n_routed_experts": 4}}, "is a mixture of 4 experts"),
     ({"architectures": [3]}, "architectures"),
     ({"hidden_act": "gelu"}, 'hidden_act is "gelu", which is not supported .works: "silu"'),
-    ({"attention_bias": True}, "mlp_bias must be the same"),
     ({"quantization_config": {"bits": 4}}, "works: weights that are not quantized"),
     ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5, which is not supported"),
     ({"vocab_size": None}, "vocab_size is missing, but must be a whole number from 1"),
@@ -122,10 +120,16 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"rope_scaling": {**YARN, "rope_type": "longrope"}}, "short_factor is missing"),
     ({"tie_word_embeddings": "yes"}, "must be true or false"),
     ({"sliding_window": 8}, "works: MistralForCausalLM"),
-    ({"architectures": ["GPT2LMHeadModel"]}, "not supported"),
-    ({"architectures": None, "model_type": "gpt2"}, "not supported"),
-    (other("Qwen3", attention_bias=True), "attention_bias is true"),
-    (other("Mistral", layer_types=5), "layer_types is 5, which is not supported"),
+    (other("Mistral", layer_types=5), "layer_types is 5, but must be a list of 4 entries"),
+    (other("Mistral", layer_types=["chunked_attention"] * 4), "which is not supported"),
+    (
+        other("Qwen2", layer_types=["sliding_attention"] * 4),
+        "but use_sliding_window is false .works: full_attention",
+    ),
+    (
+        other("Mistral", sliding_window=None, layer_types=["sliding_attention"] * 4),
+        "sliding_window is missing, but must be a whole number",
+    ),
     ({"is_causal": False}, "is_causal is false, which is not supported"),
 ]
 
@@ -219,6 +223,14 @@ ROUND: dict[str, dict[str, Any]] = {
     "mistral": {"window_size": (7, 0)},
     "mistral, odd heads": {"hidden_size": 190, "kv_channels": 48},
     "qwen2": {"add_qkv_bias": True},
+    "llama, attention biases": {"add_qkv_bias": True, "add_attention_output_bias": True},
+    "llama, MLP biases": {"add_mlp_bias": True},
+    "qwen3, biases": {
+        "qk_layernorm": True,
+        "kv_channels": 20,
+        "add_qkv_bias": True,
+        "add_attention_output_bias": True,
+    },
     "qwen3": {"qk_layernorm": True, "kv_channels": 20, "window_size": (3, 0)},
     "qwen2, window on some": {
         "add_qkv_bias": True,

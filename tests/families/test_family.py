@@ -47,6 +47,33 @@ def test_a_family_may_fuse_and_transpose() -> None:
     assert [part.shape for part in qkv.parts] == [(40, 32), (20, 32), (20, 32)]
 
 
+def test_a_tensor_of_the_folder_may_be_a_row_of_ours() -> None:
+    norms = {
+        "model.layers.{}.self_attn.q_layernorm.norms.{}": "layers.{}.attention.query_norm",
+        "model.layers.{}.self_attn.k_layernorm.norms.{}": "layers.{}.attention.key_norm",
+    }
+    gone = ("q_norm", "k_norm")
+    modules = {key: ours for key, ours in MODULES.items() if not key.endswith(gone)} | norms
+    model = replace(MODEL, qk_layernorm=True, qk_norm_scope="each_head")
+    tensors = replace(LLAMA, modules=modules).tensors(model, vocab_size=300, seq_length=8)
+    rows = {tensor.key: tensor for tensor in tensors if tensor.is_row}
+    assert len(rows) == 2 * (4 + 2)
+    row = rows["model.layers.1.self_attn.q_layernorm.norms.3.weight"]
+    (part,) = row.parts
+    assert (row.shape, part.shape, part.start) == ((10,), (1, 10), 3)
+    assert part.name == "layers.1.attention.query_norm.weight"
+
+
+def test_a_parameter_beside_modules_belongs_to_the_module_around_them() -> None:
+    modules = {**MODULES, "model.layers.{}.self_attn": "layers.{}.attention"}
+    model = replace(MODEL, softmax_type="learnable")
+    tensors = replace(LLAMA, modules=modules).tensors(model, vocab_size=300, seq_length=8)
+    shapes = {tensor.key: tensor.shape for tensor in tensors}
+    assert shapes["model.layers.1.self_attn.sinks"] == (4,)
+    with pytest.raises(AssertionError, match="names every parameter once"):
+        LLAMA.tensors(model, vocab_size=300, seq_length=8)
+
+
 def test_tensors_follow_the_table_layer_by_layer() -> None:
     keys = [x.key for x in LLAMA.tensors(MODEL, vocab_size=300, seq_length=8)]
     layers = [key.split(".")[2] for key in keys if "layers" in key]

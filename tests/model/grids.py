@@ -42,6 +42,54 @@ LLAMA = ModelConfig(
 MIXED = replace(LLAMA, normalization="LayerNorm", disable_bias_linear=False, num_query_groups=1)
 # Biases and norms of heads that tp ranks share.
 HEADS = replace(LLAMA, add_qkv_bias=True, qk_layernorm=True, num_query_groups=1)
+# What no other style has, with weights that are large enough for every part to matter.
+LOUD = replace(LLAMA, init_method_std=0.3, embedding_multiplier=2.0, residual_multiplier=0.7)
+SINKS = replace(
+    LOUD,
+    softmax_type="learnable",
+    attn_logit_softcapping=3.0,
+    softmax_scale=0.4,
+    v_head_dim=6,
+    rotary_percent=0.5,
+    rotary_interleaved=True,
+    window_size=(9, 0),
+    window_layers=(1,),
+    window_rotary_base=100.0,
+    add_attention_output_bias=True,
+    norm_placement="both",
+)
+LATENT = replace(
+    LOUD,
+    multi_latent_attention=True,
+    num_query_groups=None,
+    q_lora_rank=10,
+    kv_lora_rank=12,
+    qk_head_dim=6,
+    qk_pos_emb_head_dim=4,
+    v_head_dim=5,
+    qk_layernorm=True,
+    add_qkv_bias=True,
+    apply_layernorm_1p=True,
+    swiglu=False,
+    geglu=True,
+    logit_multiplier=0.5,
+    final_logit_softcapping=2.0,
+)
+PARALLEL = replace(
+    LOUD,
+    softmax_type="off-by-one",
+    normalization="LayerNorm",
+    norm_bias="residual",
+    parallel_residual=True,
+    qk_layernorm=True,
+    qk_norm_scope="each_head",
+    num_query_groups=1,
+    query_temperature_beta=0.5,
+    original_max_position_embeddings=8,
+)
+POST = replace(
+    LOUD, norm_placement="post", qk_layernorm=True, qk_norm_scope="all_heads", no_rope_layers=(1,)
+)
 STYLES = {
     "gpt": GPT,
     "llama": LLAMA,
@@ -49,6 +97,10 @@ STYLES = {
     "llama-tied": replace(LLAMA, untie_embeddings_and_output_weights=False),
     "mixed": MIXED,
     "heads": HEADS,
+    "sinks": SINKS,
+    "latent": LATENT,
+    "parallel": PARALLEL,
+    "post": POST,
 }
 
 

@@ -49,6 +49,11 @@ def test_tp4(style: str, sequence_parallel: bool) -> None:
     check(style, Grid(dp=1, cp=1, tp=4), sequence_parallel=sequence_parallel)
 
 
+@pytest.mark.parametrize("style", ["sinks", "latent", "parallel", "post"])
+def test_tensor_and_context_parallel_blocks(style: str) -> None:
+    check(style, Grid(dp=1, cp=2, tp=2), sequence_parallel=True)
+
+
 @pytest.mark.parametrize("style", ["gpt", "llama"])
 @pytest.mark.parametrize(
     "grid",
