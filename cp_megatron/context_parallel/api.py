@@ -6,7 +6,7 @@ D = head dim, E = value head dim.
 
 from __future__ import annotations
 
-from functools import cached_property, partial
+from functools import partial
 from typing import cast
 
 import torch
@@ -18,11 +18,10 @@ from cp_megatron.context_parallel.attention_function import KeptAttention, plann
 from cp_megatron.context_parallel.autocast import cast_inputs
 from cp_megatron.context_parallel.buffers import Buffers
 from cp_megatron.context_parallel.input_check import (
-    agree,
+    RankAgreement,
     check_mode,
     check_options,
     check_shapes,
-    digest,
 )
 from cp_megatron.context_parallel.kernel_chooser import KernelChooser
 from cp_megatron.context_parallel.latent_expansion import check_latent_shapes, expand_heads
@@ -107,13 +106,14 @@ class ContextParallel(ShardedRows, KernelChooser):
         self.layout = self._make_layout(layout)
         self._layout_kind, self._exchange, self._route = layout, exchange, route
         self._kernel, self._sizes, self._exchange_latent = kernel, sizes, exchange_latent
-        self._deterministic, self._check_ranks = deterministic, check_mode(check_ranks)
+        self._deterministic = deterministic
+        options = exchange, route, sizes
+        self._agreement = RankAgreement(check_mode(check_ranks), group, mask, self.layout, options)
         self._chooser, self._rows = mask, rows
         self.buffers, self.link_sums = Buffers(), LinkSums()
         self._by_window: dict[Window, ContextParallel] = {}
         self._plans: dict[tuple[object, ...], RankPlan] = {}
         self._kernels = {}
-        self._agreed: set[object] = set()
 
     def _make_layout(self, layout: str | SequenceLayout) -> SequenceLayout:
         if isinstance(layout, str):
@@ -141,7 +141,7 @@ class ContextParallel(ShardedRows, KernelChooser):
             *options,
             exchange_latent=self._exchange_latent,
             deterministic=self._deterministic,
-            check_ranks=self._check_ranks,
+            check_ranks=self._agreement.mode,
         )
         other.buffers, other.link_sums = self.buffers, self.link_sums
         return other
@@ -268,7 +268,7 @@ class ContextParallel(ShardedRows, KernelChooser):
             problem = error
         if kept is None or not kept.filled:
             options = used, softcap, sinks is not None and tuple(sinks.shape), return_lse
-            self._agree((q, k, v), options, dropout, problem)
+            self._agreement.check((q, k, v), options, dropout, self._rows, problem)
         elif problem is not None:
             raise problem
         assert ready is not None
@@ -329,7 +329,7 @@ class ContextParallel(ShardedRows, KernelChooser):
             k, v = expand_heads(latent, rotary_key, weight, heads, plain_dim)
             return self.attention(q, k, v, used, dropout=dropout, kept=kept)
         if kept is None or not kept.filled:
-            self._agree(inputs, (used,), dropout, problem)
+            self._agreement.check(inputs, (used,), dropout, self._rows, problem)
         elif problem is not None:
             raise problem
         assert ready is not None
@@ -351,33 +351,3 @@ class ContextParallel(ShardedRows, KernelChooser):
                 shared = self.group, self.buffers, self.link_sums
                 self._plans[key] = RankPlan(schedule, self.rank, *shared)
         return self._plans[key]
-
-    def _agree(
-        self,
-        tensors: tuple[Tensor, ...],
-        options: tuple[object, ...],
-        dropout: Dropout | None,
-        problem: Exception | None,
-    ) -> None:
-        """Compares with the other ranks if ``check_ranks`` requires it; raises ``problem``."""
-        kind = (*(tuple(x.shape) for x in tensors), str(tensors[0].dtype), *options)
-        device, mode = tensors[0].device, self._check_ranks
-        if device.type != "cuda":
-            device = torch.device("cpu")
-        if mode == "auto":
-            mode = "once" if device.type == "cuda" else "always"
-        # In mode once, ranks without a problem may skip the comparison: do not wait for them.
-        seen = self._agreed if mode == "once" and problem else kind in self._agreed
-        group = None if mode == "never" or (mode == "once" and seen) else self.group
-        plan = (self.layout.kind, self._exchange, self._route, self._sizes)
-        mask, layout = self._digests
-        call = (kind, plan, dropout, layout)
-        agree(group, mask=mask, call=call, rows=self._rows, problem=problem, device=device)
-        self._agreed.add(kind)
-
-    @cached_property
-    def _digests(self) -> tuple[str, int]:
-        """Represents mask and layout in the comparison; the first names the mask in an error."""
-        mask = self.mask
-        name = f"{mask.kind} of {mask.seq_len} tokens, window {mask.window}, #{digest(mask):x}"
-        return name, digest(self.layout.chunks)

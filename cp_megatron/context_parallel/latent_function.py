@@ -44,7 +44,7 @@ class _LatentAttention(torch.autograd.Function):
         """q [B, S, H, D] -> [B, S, H, E] in q's type."""
         ctx.plan, ctx.call = plan, call
         if kept is not None and kept.filled:
-            saved, (result,) = kept.again(q, latent, rotary_key)
+            saved, result = kept.again(q, latent, rotary_key)
             ctx.save_for_backward(*saved, weight)
             return result
         run = gather_forward if plan.gather else ring_forward
@@ -55,7 +55,7 @@ class _LatentAttention(torch.autograd.Function):
         result = out.to(q.dtype)
         ctx.save_for_backward(q, latent, rotary_key, result, lse, weight)
         if kept is not None:
-            kept.keep(False, (q, latent, rotary_key, result, lse), (result,))
+            kept.keep(False, (q, latent, rotary_key, result, lse), result)
         return result
 
     @staticmethod
