@@ -19,10 +19,11 @@ from cp_megatron.context_parallel.attention_function import KeptAttention, plann
 from cp_megatron.context_parallel.autocast import cast_inputs
 from cp_megatron.context_parallel.buffers import Buffers
 from cp_megatron.context_parallel.input_check import (
-    RankAgreement,
+    agree,
     check_mode,
     check_options,
     check_shapes,
+    digest,
 )
 from cp_megatron.context_parallel.rank_plan import RankPlan
 from cp_megatron.errors import ConfigError
@@ -103,14 +104,13 @@ class ContextParallel:
         self.layout = self._make_layout(layout)
         self._layout_kind, self._exchange, self._route = layout, exchange, route
         self._kernel, self._sizes = kernel, sizes
-        self._deterministic = deterministic
-        options = (exchange, route, sizes)
-        self._agreement = RankAgreement(check_mode(check_ranks), group, mask, self.layout, options)
+        self._deterministic, self._check_ranks = deterministic, check_mode(check_ranks)
         self._chooser, self._rows = mask, rows
         self.buffers, self.link_sums = Buffers(), LinkSums()
         self._by_window: dict[Window, ContextParallel] = {}
         self._plans: dict[tuple[int, ...], RankPlan] = {}
         self._kernels: dict[object, Kernel] = {}
+        self._agreed: set[object] = set()
 
     def _make_layout(self, layout: str | SequenceLayout) -> SequenceLayout:
         if isinstance(layout, str):
@@ -137,7 +137,7 @@ class ContextParallel:
             layout or self._layout_kind,
             *options,
             deterministic=self._deterministic,
-            check_ranks=self._agreement.mode,
+            check_ranks=self._check_ranks,
         )
         other.buffers, other.link_sums = self.buffers, self.link_sums
         return other
@@ -290,7 +290,7 @@ class ContextParallel:
             problem = error
         if kept is None or not kept.filled:
             options = used, softcap, sinks is not None and tuple(sinks.shape), return_lse
-            self._agreement.check((q, k, v), options, dropout, self._rows, problem)
+            self._agree((q, k, v), options, dropout, problem)
         elif problem is not None:
             raise problem
         assert ready is not None
@@ -338,6 +338,36 @@ class ContextParallel:
                 choice.name, deterministic=self._deterministic, softcap=softcap
             )
         return self._kernels[key]
+
+    def _agree(
+        self,
+        tensors: tuple[Tensor, Tensor, Tensor],
+        options: tuple[object, ...],
+        dropout: Dropout | None,
+        problem: Exception | None,
+    ) -> None:
+        """Compares with the other ranks if ``check_ranks`` requires it; raises ``problem``."""
+        kind = (*(tuple(x.shape) for x in tensors), str(tensors[0].dtype), *options)
+        device, mode = tensors[0].device, self._check_ranks
+        if device.type != "cuda":
+            device = torch.device("cpu")
+        if mode == "auto":
+            mode = "once" if device.type == "cuda" else "always"
+        # In mode once, ranks without a problem may skip the comparison: do not wait for them.
+        seen = self._agreed if mode == "once" and problem else kind in self._agreed
+        group = None if mode == "never" or (mode == "once" and seen) else self.group
+        plan = (self.layout.kind, self._exchange, self._route, self._sizes)
+        mask, layout = self._digests
+        call = (kind, plan, dropout, layout)
+        agree(group, mask=mask, call=call, rows=self._rows, problem=problem, device=device)
+        self._agreed.add(kind)
+
+    @cached_property
+    def _digests(self) -> tuple[str, int]:
+        """Represents mask and layout in the comparison; the first names the mask in an error."""
+        mask = self.mask
+        name = f"{mask.kind} of {mask.seq_len} tokens, window {mask.window}, #{digest(mask):x}"
+        return name, digest(self.layout.chunks)
 
     def _check_length(self, x: Tensor, dim: int, length: int) -> None:
         if x.shape[dim] != length:
