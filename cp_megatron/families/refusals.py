@@ -6,18 +6,37 @@ import re
 from typing import Any
 
 from cp_megatron.errors import ConfigError
+from cp_megatron.families.family import Family
 from cp_megatron.families.json_fields import JsonFields
 
 _ADAPTER = 'attn_implementation="cp_megatron" in transformers'
 _EXPERTS = re.compile(r"(moe_)?(num|n)(_local|_routed)?_experts")
-ADAPTER_SERVES: frozenset[str] = frozenset(())
+_CAUSAL = """
+    AXK1 Afmoe Apertus Apertus1p5Text Arcee AriaText Beam BioGpt BitNet CodeGen Cohere Cohere2
+    Cohere2Moe CohereCompass Cwm Dbrx DeepseekV2 DeepseekV3 DiffLlama Dory Dots1 Electra Emu3
+    Ernie Ernie4_5 Ernie4_5_Moe Exaone4 ExaoneMoe FlexOlmo Flint Fuyu GPTBigCode GPTJ GPTNeoX
+    Gemma Gemma2 Gemma3 Gemma3n Gemma4 Gemma4Unified Glm Glm4 Glm4Moe Glm4MoeLite GptOss Granite
+    GraniteMoe GraniteMoeSWA GraniteMoeShared GraniteSWA HYV3 Helium HrmText HunYuanDenseV1
+    HunYuanMoEV1 HyperCLOVAX Jais2 JetMoe Kolibri1 Laguna Lfm2 Llama LongcatFlash Mellum
+    MiMoV2Flash MiniCPM3 MiniMaxM2 MiniMaxM3VL Ministral Ministral3 Mistral Mixtral Mllama
+    ModernBertDecoder NanoChat OPT Olmo Olmo2 Olmo3 Olmoe Persimmon Phi Phi3 Phi4Multimodal
+    Phimoe Qwen2 Qwen2Moe Qwen3 Qwen3Moe RoCBert SeedOss SmolLM3 SolarOpen Starcoder2 Whisper
+    Youtu
+"""
+_OTHERS = """
+    BertGenerationDecoder BertLMHeadModel CTRLLMHeadModel GPT2LMHeadModel
+    Gemma3ForConditionalGeneration Gemma4ForConditionalGeneration
+    GotOcr2ForConditionalGeneration MossTranscribeDiarizeForConditionalGeneration
+"""
+ADAPTER_SERVES = frozenset((*(f"{name}ForCausalLM" for name in _CAUSAL.split()), *_OTHERS.split()))
 """Architectures that the adapter computes on two ranks as transformers does on one, as
 benchmarks/families.py reports of transformers 5.24."""
 
 
-def alternative_of(architecture: str) -> str:
-    """What trains a model of this architecture that its family refuses; empty if nothing does."""
-    return _ADAPTER if architecture in ADAPTER_SERVES else ""
+def alternative_of(family: Family) -> str:
+    """What trains a model that its family refuses; empty if nothing does."""
+    served = ADAPTER_SERVES.intersection((family.architecture, *family.classes))
+    return _ADAPTER if served else ""
 
 
 def experts_key(entries: dict[str, Any]) -> str | None:

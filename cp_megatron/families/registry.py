@@ -125,7 +125,7 @@ def read_hf_config(folder: str | Path) -> HFModel:
     family = _family_named(fields)
     fields.only("quantization_config", works="weights that are not quantized")
     fields.only("is_causal", True, why="a token then reads those that follow it")
-    alternative = alternative_of(family.architecture)
+    alternative = alternative_of(family)
     fields = replace(fields, defaults=family.defaults, alternative=alternative)
     model = replace(family.read(fields), hf_model_type=family.model_type)
     return HFModel(

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from cp_megatron.config import ModelConfig
 from cp_megatron.config.files.presets import PRESETS
 from cp_megatron.errors import ConfigError
-from cp_megatron.families.registry import read_hf_config, to_hf_config
+from cp_megatron.families.registry import FAMILIES, read_hf_config, to_hf_config
 
 LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -33,6 +33,11 @@ LLAMA: dict[str, Any] = {
     "eos_token_id": [2, 3],
 }
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+
+
+BY_TYPE = {family.model_type: family for family in FAMILIES}
+MIXTURES = {"deepseek_v2", "deepseek_v3", "granitemoehybrid"}
+"""Families whose config class has experts by default."""
 
 
 def read(folder: Path, **changes: Any) -> ModelConfig:
@@ -165,10 +170,13 @@ def test_what_is_not_read_is_told(
     assert read_hf_config(tmp_path).unread == told
 
 
-@pytest.mark.parametrize("family", ["Llama", "Mistral", "Qwen2", "Qwen3"])
-def test_what_transformers_writes_is_read_or_without_effect(family: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("model_type", sorted(BY_TYPE.keys() - MIXTURES))
+def test_what_transformers_writes_is_read_or_without_effect(
+    model_type: str, tmp_path: Path
+) -> None:
     transformers = pytest.importorskip("transformers")
-    config = getattr(transformers, f"{family}Config")(architectures=[f"{family}ForCausalLM"])
+    architecture = BY_TYPE[model_type].architecture
+    config = transformers.CONFIG_MAPPING[model_type](architectures=[architecture])
     config.save_pretrained(tmp_path)
     assert read_hf_config(tmp_path).unread == ()
     old = json.loads((tmp_path / "config.json").read_text())
@@ -293,6 +301,11 @@ def test_an_export_has_the_family_of_the_folder_if_that_has_such_a_model(tmp_pat
     [
         ({"window_size": (3, 0), "window_layers": (0,)}, "--window-layers"),
         ({"normalization": "LayerNorm", "window_size": (3, 0)}, "--window-size"),
+        ({"window_size": (3, 0), "window_rotary_base": 50.0}, "--window-rotary-base"),
+        ({"rotary_percent": 0.5}, "--rotary-percent"),
+        ({"softmax_type": "learnable"}, "--softmax-type"),
+        ({"v_head_dim": 16}, "--v-head-dim"),
+        ({"normalization": "LayerNorm"}, "--normalization"),
         ({"swiglu": False}, "--no-swiglu"),
         ({"disable_bias_linear": False, "qk_layernorm": True}, "--no-disable-bias-linear"),
         ({"add_qkv_bias": True, "qk_layernorm": True}, "--add-qkv-bias"),
