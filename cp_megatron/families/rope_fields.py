@@ -141,6 +141,7 @@ def _rope_type(rope: JsonFields, more: Mapping[str, str | None]) -> str:
     """The rope type; every key beside it is known, and every required one is there."""
     name = "type" if rope.value.get("rope_type") is None else "rope_type"
     kind = "default" if rope.value.get(name) is None else rope.value[name]
+    kind = "longrope" if kind == "su" else kind  # its name in the first files of Phi-3
     if not isinstance(kind, str) or kind not in ROPE_KEYS:
         raise rope.unsupported(name, ", ".join(ROPE_KEYS))
     known = {*ROPE_KEYS[kind], *more, "rope_theta", "rope_type", "type", _PARTIAL}
@@ -182,7 +183,8 @@ def write_rope(
     local = {}
     if by_layer:
         base = model.window_rotary_base or model.rotary_base
-        window = {"rope_type": "default", "rope_theta": base, **share}
+        unscaled = {"rope_type": "default", "rope_theta": base, **share}
+        window = parameters if model.window_rotary_base is None else unscaled
         parameters = dict(zip(LAYER_KINDS, (parameters, window)))
         local = {"rope_local_base_freq": base}
     return {

@@ -7,7 +7,13 @@ from cp_megatron.config import Config, ModelConfig
 from cp_megatron.data.tokenize.tokenizer import Tokenizer, words_for
 from cp_megatron.errors import ConfigError
 from cp_megatron.families.json_fields import FLAG
-from cp_megatron.families.registry import TRAINING_ONLY, has_tokenizer, read_hf_config, spelled
+from cp_megatron.families.registry import (
+    TRAINING_ONLY,
+    check_model_type,
+    has_tokenizer,
+    read_hf_config,
+    spelled,
+)
 from cp_megatron.families.rope_fields import ROPE_FIELDS
 
 # A run may change these flags, some of them to extend the context.
@@ -37,6 +43,7 @@ def check_load_hf(config: Config) -> tuple[str, ...]:
     Raises:
         ConfigError: the folder is damaged, or a flag contradicts it.
     """
+    check_model_type(config.model.hf_model_type)
     folder = config.checkpoint.load_hf
     if folder is None:
         return ()

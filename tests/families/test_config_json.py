@@ -274,17 +274,26 @@ def test_what_is_written_is_read_back(tmp_path: Path, name: str) -> None:
         ffn_hidden_size=model.ffn_size,
         kv_channels=model.head_dim,
         make_vocab_size_divisible_by=found.model.make_vocab_size_divisible_by,
+        hf_model_type=family.model_type,
     )
     assert found.model == filled
+
+
+def test_an_export_has_the_family_of_the_folder_if_that_has_such_a_model(tmp_path: Path) -> None:
+    for family, chosen in (("Qwen2", "llama"), ("Mistral", "mistral"), ("Phi3", "phi3")):
+        model = read(tmp_path, **other(family, sliding_window=None))
+        unbiased = replace(model, add_qkv_bias=False)
+        assert to_hf_config(unbiased, vocab_size=300, seq_length=8, eod=1)[0].model_type == chosen
+        first = replace(unbiased, hf_model_type=None)
+        assert to_hf_config(first, vocab_size=300, seq_length=8, eod=1)[0].model_type == "llama"
 
 
 @pytest.mark.parametrize(
     ("changes", "flag"),
     [
         ({"window_size": (3, 0), "window_layers": (0,)}, "--window-layers"),
-        ({"normalization": "LayerNorm"}, "--normalization"),
+        ({"normalization": "LayerNorm", "window_size": (3, 0)}, "--window-size"),
         ({"swiglu": False}, "--no-swiglu"),
-        ({"position_embedding_type": "none"}, "--position-embedding-type"),
         ({"disable_bias_linear": False, "qk_layernorm": True}, "--no-disable-bias-linear"),
         ({"add_qkv_bias": True, "qk_layernorm": True}, "--add-qkv-bias"),
     ],

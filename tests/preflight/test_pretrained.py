@@ -55,8 +55,15 @@ def test_the_folder_says_the_model(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text()) | {"dual_chunk_attention_config": [1]}
     (folder / "config.json").write_text(json.dumps(config))
     assert any("dual_chunk_attention_config = [1]" in note for note in plan(folder).notes)
+    assert model.hf_model_type == "qwen3"
     # What the run writes down is enough to go on without the folder.
     assert from_yaml(to_yaml(found.config), "test").model == model
+
+
+def test_the_family_of_the_export(folder: Path) -> None:
+    assert plan(folder, "--hf-model-type", "phi3").config.model.hf_model_type == "phi3"
+    with pytest.raises(ConfigError, match="--hf-model-type phi: is not supported .works: llama"):
+        plan(folder, "--hf-model-type", "phi")
 
 
 def test_what_extends_a_context_may_be_changed(folder: Path) -> None:
