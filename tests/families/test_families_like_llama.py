@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,7 @@ READ: Mapping[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
         "MinistralForCausalLM",
         {"num_attention_heads": 8, "num_key_value_heads": 8, "sliding_window": 9},
         {"window_size": (8, 0), "window_layers": None},
-        "mistral",
+        "ministral",
     ),
     "ministral3": (
         "Ministral3ForCausalLM",
@@ -102,7 +103,7 @@ READ: Mapping[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
         "InternLM3ForCausalLM",
         {"qkv_bias": True, "bias": True, "rope_scaling": {"rope_type": "dynamic", "factor": 6.0}},
         {"disable_bias_linear": False, "rope_scaling_factor": 6.0, "kv_channels": 128},
-        "llama",
+        "internlm3",
     ),
     "qwen3, biases": (
         "Qwen3ForCausalLM",
@@ -127,7 +128,7 @@ def test_what_is_read_is_written_and_read_back(tmp_path: Path, name: str) -> Non
     family, written = to_hf_config(model, vocab_size=300, seq_length=64, eod=2)
     assert family.model_type == model_type
     (tmp_path / "config.json").write_text(json.dumps(written))
-    assert read_hf_config(tmp_path).model == model
+    assert read_hf_config(tmp_path).model == replace(model, hf_model_type=model_type)
 
 
 REFUSED: list[tuple[str, dict[str, Any], str]] = [

@@ -53,7 +53,8 @@ def refusal(folder: Path, entries: dict[str, Any]) -> str:
                 "architectures": ["Llama4ForConditionalGeneration"],
                 "text_config": {"num_local_experts": 16},
             },
-            f"it is a mixture of 16 experts; {UNKNOWN}",
+            "it is a mixture of 16 experts; it reads more than text; a folder of its language "
+            f"model alone may be supported; {UNKNOWN}",
         ),
         ({"architectures": ["GPTNeoXForCausalLM"], "num_experts": 1}, f"supported: {SERVES}"),
         ({"model_type": "gpt_neox"}, f"supported: {SERVES}"),
