@@ -11,7 +11,8 @@ transformers 5.24 gets wrong:
 
 llama.cpp rotates neighbouring channels, Hugging Face channel i with i + d/2, so the file of a llama
 has the rows of each head of q and k in another order than the folder (d = 8, row numbers of the
-folder). transformers undoes it. Other architectures keep their order.
+folder). transformers undoes it. Other architectures keep their order. The norms of Gemma hold their
+factors in the file, and the factors minus 1 in the folder; transformers subtracts it.
 
     in the file     0 4 1 5 2 6 3 7      [d/2 pairs, 2]
     in the folder   0 1 2 3 4 5 6 7      [2, d/2]
@@ -30,6 +31,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from cp_megatron.checkpoint.gguf import FLAG, GGUFFile
+from cp_megatron.checkpoint.gguf_gemma import GEMMAS, gemma_keys
 from cp_megatron.checkpoint.hf_folder import SINGLE_FILE, check_output, new_folder
 from cp_megatron.errors import ConfigError
 
@@ -38,14 +40,19 @@ if TYPE_CHECKING:
 
 WeightType = Literal["float32", "bfloat16"]
 
-_ARCHITECTURES = ("llama", "qwen2", "qwen3")
+# Architecture -> model type of config.json.
+_ARCHITECTURES: Mapping[str, str] = MappingProxyType(
+    {x: x for x in ("llama", "qwen2", "qwen3", "gemma2")} | {"gemma3": "gemma3_text"}
+)
 _TENSORS = re.compile(
     r"(token_embd|output_norm|output)\.weight"
     r"|blk\.\d+\.(attn_(norm|q|k|v|output|q_norm|k_norm)|ffn_(norm|gate|up|down))\.(weight|bias)"
+    r"|blk\.\d+\.post_(attention|ffw)_norm\.weight"
 )
 
 # Metadata that transformers ignores; files that contain it are refused.
-_UNSUPPORTED = ("expert_count", "attention.sliding_window", "rope.scaling.attn_factor")
+_WINDOW = "attention.sliding_window"
+_UNSUPPORTED = ("expert_count", "attention.sliding_window_pattern", "rope.scaling.attn_factor")
 _SPECIAL_TOKENS: Mapping[str, str] = {"bos": "bos", "eos": "eos", "pad": "padding"}
 
 _QWEN2_PATTERN = (
@@ -81,7 +88,8 @@ def convert_gguf(source: Path | str, output: Path | str, *, dtype: WeightType = 
     """Writes the folder ``output``, which gets its name when it is complete, and returns it.
 
     Args:
-        source: a GGUF file of the architecture llama, qwen2 or qwen3, any quantisation.
+        source: a GGUF file of the architecture llama, qwen2, qwen3, gemma2 or gemma3, any
+            quantisation.
         output: a folder that does not exist.
         dtype: of the weights.
 
@@ -156,9 +164,15 @@ def _config(file: GGUFFile, dtype: WeightType) -> dict[str, Any]:
     head_dim = model.get("attention.key_length", hidden // heads)
     _refuse_unsupported(file, model, head_dim)
     theta, scaling = _float(model.get("rope.freq_base", 10000.0)), _rope_scaling(model)
+    rope = {**(scaling or {"rope_type": "default"}), "rope_theta": theta}
+    if architecture in GEMMAS:
+        own = gemma_keys(architecture, model, head_dim=head_dim, rope=rope)
+    else:
+        own = {"hidden_act": "silu"}
+        own |= {"mlp_bias": False} if architecture == "llama" else {"use_sliding_window": False}
     return {
         "architectures": [f"{architecture.capitalize()}ForCausalLM"],
-        "model_type": architecture,
+        "model_type": _ARCHITECTURES[architecture],
         "hidden_size": hidden,
         "intermediate_size": model["feed_forward_length"],
         "num_hidden_layers": model["block_count"],
@@ -169,16 +183,15 @@ def _config(file: GGUFFile, dtype: WeightType) -> dict[str, Any]:
         "max_position_embeddings": model["context_length"],
         "rope_theta": theta,
         "rope_scaling": scaling,
-        "rope_parameters": {**(scaling or {"rope_type": "default"}), "rope_theta": theta},
+        "rope_parameters": rope,
         "rms_norm_eps": _float(model.get("attention.layer_norm_rms_epsilon", 1e-5)),
-        "hidden_act": "silu",
         "attention_bias": False,
         "attention_dropout": 0.0,
         "tie_word_embeddings": "output.weight" not in file.shapes,
         "initializer_range": 0.02,
         "torch_dtype": dtype,
         "use_cache": True,
-        **({"mlp_bias": False} if architecture == "llama" else {"use_sliding_window": False}),
+        **own,
         **_token_ids(file),
     }
 
@@ -192,7 +205,9 @@ def _refuse_unsupported(file: GGUFFile, model: Mapping[str, Any], head_dim: int)
     """Refuses what transformers would ignore, and what would keep it busy for ever."""
     scaling = model.get("rope.scaling.type", "linear")
     rules = {f"has {key}": model.get(key) for key in _UNSUPPORTED}
+    is_gemma = file.metadata["general.architecture"] in GEMMAS
     rules |= {
+        f"{'lacks' if is_gemma else 'has'} {_WINDOW}": bool(model.get(_WINDOW)) != is_gemma,
         "attends in both directions": model.get("attention.causal") is False,
         f"scales its positions by {scaling}": scaling not in ("none", "linear"),
         f"rotates a part of each head's {head_dim} channels": head_dim % 2
@@ -225,13 +240,17 @@ def _rope_scaling(model: Mapping[str, Any]) -> dict[str, Any] | None:
 def _tokenizer_files(file: GGUFFile, config: Mapping[str, Any]) -> dict[str, Any]:
     """The contents of tokenizer.json, tokenizer_config.json and special_tokens_map.json by name.
 
-    Only byte-level BPE is converted, which GPT-2, SmolLM, Qwen2 and Llama 3 use.
+    Byte-level BPE is converted, which GPT-2, SmolLM, Qwen2 and Llama 3 use, and Gemma's BPE, which
+    transformers builds as its own GemmaTokenizer.
     """
     from cp_megatron.model.transformers_library import gguf_tokenizer
 
     kind = file.metadata.get("tokenizer.ggml.model", "none")
-    if kind != "gpt2":
-        rule = f"its tokenizer is of the kind {kind}, only byte-level BPE (gpt2) is converted"
+    expected = "llama" if file.metadata["general.architecture"] in GEMMAS else "gpt2"
+    if kind != expected:
+        rule = f"its tokenizer is of the kind {kind}, but for its architecture only "
+        rule += "SentencePiece (llama)" if expected == "llama" else "byte-level BPE (gpt2)"
+        rule += " is converted"
         raise ConfigError(FLAG, file.path, rule, "the model's own Hugging Face folder")
     pre = file.metadata.get("tokenizer.ggml.pre", "default")
     if pre not in _PRE_TOKENIZERS:
@@ -243,9 +262,10 @@ def _tokenizer_files(file: GGUFFile, config: Mapping[str, Any]) -> dict[str, Any
         raise ConfigError(FLAG, file.path, rule)
     text, special, template = gguf_tokenizer(file.path)
     body = json.loads(text)
-    body["normalizer"] = {"type": "NFC"} if pre == "qwen2" else None
-    body["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": _PRE_TOKENIZERS[pre]}
-    body["model"]["ignore_merges"] = pre == "llama-bpe"
+    if kind == "gpt2":
+        body["normalizer"] = {"type": "NFC"} if pre == "qwen2" else None
+        body["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": _PRE_TOKENIZERS[pre]}
+        body["model"]["ignore_merges"] = pre == "llama-bpe"
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": config["max_position_embeddings"],

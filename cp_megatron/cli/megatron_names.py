@@ -204,8 +204,8 @@ WITHOUT_COUNTERPART: Mapping[str, str] = {
         hybrid-attention-ratio hybrid-layer-pattern hybrid-mlp-ratio hybrid-override-pattern
         is-hybrid-model linear-attention-freq linear-conv-kernel-dim linear-key-head-dim
         linear-num-key-heads linear-num-value-heads linear-value-head-dim mamba-* mhc-*
-        no-dsa-indexer-rotate-activation no-dsa-indexer-scoring-relu no-rope-freq
-        output-logit-dtype qk-clip qk-l2-norm spec use-mup""",
+        no-dsa-indexer-rotate-activation no-dsa-indexer-scoring-relu output-logit-dtype
+        qk-clip qk-l2-norm spec use-mup""",
     "nothing here corresponds to it": """
         allow-ambiguous-pad-tokens apply-wd-to-qk-layernorm batch-invariant-backend
         batch-invariant-mode chat-template ckpt-convert-format ckpt-convert-save

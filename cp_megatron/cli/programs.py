@@ -59,7 +59,7 @@ class ConversionOptions(LaunchOptions):
     """The file to read and the folder to write."""
 
     from_gguf: str | None = None
-    """A GGUF file of the architecture llama, qwen2 or qwen3."""
+    """A GGUF file of the architecture llama, qwen2, qwen3, gemma2 or gemma3."""
     from_torch: str | None = None
     """A folder of torch.distributed.checkpoint (torchtitan, FSDP, accelerate), or a file of
     torch.save; --load-hf names a folder with the model's config.json, and its tokenizer if any."""

@@ -6,7 +6,7 @@ D = head dim, E = value head dim.
 
 from __future__ import annotations
 
-from functools import cached_property, partial
+from functools import partial
 from typing import cast
 
 import torch
@@ -14,29 +14,28 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cp_megatron.comm.checksums import LinkSums
-from cp_megatron.comm.collectives import all_gather_dim
 from cp_megatron.context_parallel.attention_function import KeptAttention, planned_attention
 from cp_megatron.context_parallel.autocast import cast_inputs
 from cp_megatron.context_parallel.buffers import Buffers
 from cp_megatron.context_parallel.input_check import (
-    agree,
+    RankAgreement,
     check_mode,
     check_options,
     check_shapes,
-    digest,
 )
+from cp_megatron.context_parallel.kernel_chooser import KernelChooser
+from cp_megatron.context_parallel.latent_expansion import check_latent_shapes, expand_heads
+from cp_megatron.context_parallel.latent_function import planned_latent_attention
 from cp_megatron.context_parallel.rank_plan import RankPlan
+from cp_megatron.context_parallel.sharded_rows import ShardedRows
 from cp_megatron.errors import ConfigError
 from cp_megatron.kernels.dropout import Dropout
-from cp_megatron.kernels.interface import Kernel
-from cp_megatron.kernels.load_kernel import load_kernel
-from cp_megatron.kernels.select import KernelChoice, select_kernel
 from cp_megatron.plan import Mask, Schedule, SequenceLayout
-from cp_megatron.plan.exchange import check_exchange
+from cp_megatron.plan.exchange import check_exchange, check_latent_exchange
 from cp_megatron.plan.mask import Window
 
 
-class ContextParallel:
+class ContextParallel(ShardedRows, KernelChooser):
     """Attention over sequences that a group of ranks shares, under one mask.
 
     Construction sends no message and allocates nothing on the device, so a new mask for every batch
@@ -56,6 +55,7 @@ class ContextParallel:
             one that moves fewer keys).
         hierarchical_sizes: (A, P) of a2a+p2p: A neighbours exchange heads, P groups run a ring.
             With ``auto``, the number of ranks that share a node, and the number of nodes.
+        exchange_latent: what ``latent_attention`` sends, unless its caller says so.
         deterministic: the same inputs give the same bits; a kernel that cannot do this is refused.
         check_ranks: compare masks, layouts, shapes and types between the ranks before attention,
             so that a mistake is an error on every rank instead of a hang or a wrong number. Each
@@ -88,6 +88,7 @@ class ContextParallel:
         route: str = "auto",
         hierarchical_sizes: tuple[int, int] | None = None,
         *,
+        exchange_latent: str = "auto",
         deterministic: bool = False,
         check_ranks: str | bool = "auto",
         rows: Tensor | None = None,
@@ -101,16 +102,18 @@ class ContextParallel:
         # A list is accepted, but what is part of a cache key must not change.
         sizes = hierarchical_sizes and cast("tuple[int, int]", tuple(hierarchical_sizes))
         check_exchange(exchange, route, self.cp_size, sizes)
+        check_latent_exchange(exchange, exchange_latent)
         self.layout = self._make_layout(layout)
         self._layout_kind, self._exchange, self._route = layout, exchange, route
-        self._kernel, self._sizes = kernel, sizes
-        self._deterministic, self._check_ranks = deterministic, check_mode(check_ranks)
+        self._kernel, self._sizes, self._exchange_latent = kernel, sizes, exchange_latent
+        self._deterministic = deterministic
+        options = exchange, route, sizes
+        self._agreement = RankAgreement(check_mode(check_ranks), group, mask, self.layout, options)
         self._chooser, self._rows = mask, rows
         self.buffers, self.link_sums = Buffers(), LinkSums()
         self._by_window: dict[Window, ContextParallel] = {}
-        self._plans: dict[tuple[int, ...], RankPlan] = {}
-        self._kernels: dict[object, Kernel] = {}
-        self._agreed: set[object] = set()
+        self._plans: dict[tuple[object, ...], RankPlan] = {}
+        self._kernels = {}
 
     def _make_layout(self, layout: str | SequenceLayout) -> SequenceLayout:
         if isinstance(layout, str):
@@ -136,8 +139,9 @@ class ContextParallel:
             mask,
             layout or self._layout_kind,
             *options,
+            exchange_latent=self._exchange_latent,
             deterministic=self._deterministic,
-            check_ranks=self._check_ranks,
+            check_ranks=self._agreement.mode,
         )
         other.buffers, other.link_sums = self.buffers, self.link_sums
         return other
@@ -166,75 +170,49 @@ class ContextParallel:
         num_kv_heads: int | None = None,
         head_dim: int = 1,
         v_head_dim: int | None = None,
+        latent: tuple[int, int] | None = None,
+        exchange_latent: str = "auto",
     ) -> Schedule:
         """Plans all ranks for heads of this number and width.
 
+        ``latent`` and ``exchange_latent`` are those of ``Schedule.build``.
+
         Raises:
-            ConfigError: the exchange cannot share the heads.
+            ConfigError: the exchange cannot share the heads, or cannot send latents.
         """
-        build = partial(Schedule.build, head_dim=head_dim, v_head_dim=v_head_dim)
+        if latent is not None and exchange_latent == "auto":
+            exchange_latent = self._exchange_latent
+        build = partial(Schedule.build, head_dim=head_dim, v_head_dim=v_head_dim, latent=latent)
         heads = num_heads, num_kv_heads
         options = self._exchange, self._route, *heads, self._sizes
-        chosen = build(self._chooser, self.layout, *options)
+        chosen = build(self._chooser, self.layout, *options, exchange_latent=exchange_latent)
         if self._chooser is self.mask:
             return chosen
         sizes = chosen.hierarchical_sizes if chosen.exchange == "a2a+p2p" else None
-        return build(self.mask, self.layout, chosen.exchange, chosen.route, *heads, sizes)
+        if latent is not None:
+            exchange_latent = "expanded" if chosen.latent is None else "latent"
+        how = chosen.exchange, chosen.route, *heads, sizes
+        return build(self.mask, self.layout, *how, exchange_latent=exchange_latent)
 
     def prepare(
-        self, num_heads: int, num_kv_heads: int, head_dim: int, v_head_dim: int | None = None
+        self,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        v_head_dim: int | None = None,
+        latent: tuple[int, int] | None = None,
+        exchange_latent: str = "auto",
     ) -> None:
-        """Computes this rank's plan for such heads, so that ``attention`` finds it ready.
+        """Computes this rank's plan for such heads, so that attention finds it ready.
 
+        The arguments are those of ``schedule``; with ``latent``, it prepares ``latent_attention``.
         It sends no message and may run in another thread while another mask is in use.
 
         Raises:
-            ConfigError: the exchange cannot share the heads.
+            ConfigError: the exchange cannot share the heads, or cannot send latents.
         """
-        self._plan(num_heads, num_kv_heads, head_dim, v_head_dim or head_dim)
-
-    @cached_property
-    def positions(self) -> Tensor:
-        """int64 [S / N]: this rank's positions in the row, never restarting."""
-        return torch.from_numpy(self.layout.positions(self.rank))
-
-    @cached_property
-    def document_positions(self) -> Tensor:
-        """int64 [S / N]: positions counted from the start of each document, as RoPE reads them."""
-        return torch.from_numpy(self.mask.document_positions())[self.positions]
-
-    @cached_property
-    def _global_order(self) -> Tensor:
-        """int64 [S]: the place of each position among the ranks' shards, one after the other."""
-        held = [torch.from_numpy(self.layout.positions(rank)) for rank in range(self.cp_size)]
-        return torch.cat(held).argsort()
-
-    def shard(self, x: Tensor, dim: int) -> Tensor:
-        """Returns this rank's part of a whole tensor without a message.
-
-        Args:
-            x: dim ``dim`` has length S.
-            dim: the sequence dim.
-
-        Returns:
-            Dim ``dim`` has length S / N, in local order. The gradient is zero elsewhere.
-        """
-        self._check_length(x, dim, self.mask.seq_len)
-        return x.index_select(dim, self.positions.to(x.device))
-
-    def gather(self, x: Tensor, dim: int) -> Tensor:
-        """Returns the whole tensor, in global order, on every rank.
-
-        Args:
-            x: dim ``dim`` has length S / N.
-            dim: the sequence dim.
-
-        Returns:
-            Dim ``dim`` has length S. The gradient is summed over ranks; each keeps its part.
-        """
-        self._check_length(x, dim, self.layout.shard_len)
-        gathered = all_gather_dim(x, dim, self.group)
-        return gathered.index_select(dim, self._global_order.to(x.device))
+        heads = num_heads, num_kv_heads, head_dim, v_head_dim or head_dim
+        self._plan(heads, latent, exchange_latent)
 
     @torch.compiler.disable
     def attention(
@@ -284,13 +262,13 @@ class ContextParallel:
             check_shapes(q, k, v, self.layout.shard_len, self.mask.seq_len)
             used = q.shape[-1] ** -0.5 if scale is None else scale
             check_options(q, used, sinks, softcap)
-            kernel = self._load_kernel(q, v, dropout, softcap)
-            ready = self._plan(q.shape[2], k.shape[2], q.shape[3], v.shape[3]), kernel
+            kernel = self._load_kernel(q, v.shape[3], dropout, softcap)
+            ready = self._plan((q.shape[2], k.shape[2], q.shape[3], v.shape[3])), kernel
         except Exception as error:  # the other ranks must learn of any error
             problem = error
         if kept is None or not kept.filled:
             options = used, softcap, sinks is not None and tuple(sinks.shape), return_lse
-            self._agree((q, k, v), options, dropout, problem)
+            self._agreement.check((q, k, v), options, dropout, self._rows, problem)
         elif problem is not None:
             raise problem
         assert ready is not None
@@ -298,77 +276,78 @@ class ContextParallel:
             *(*ready, q, k, v, used, dropout, kept), sinks=sinks, returns_lse=return_lse
         )
 
-    def kernel_choice(
+    @torch.compiler.disable
+    def latent_attention(
         self,
-        device: torch.device,
-        dtype: torch.dtype,
-        head_dim: int,
-        dropout: float = 0.0,
-        softcap: float | None = None,
-    ) -> KernelChoice:
-        """Chooses the kernel for inputs of this kind, with a reason."""
-        return select_kernel(
-            self._kernel,
-            device=device.type,
-            dtype=str(dtype).removeprefix("torch."),
-            head_dim=head_dim,
-            attention_dropout=dropout,
-            softcap=softcap,
-            window=self.mask.has_window,
-            deterministic=self._deterministic,
-            capability=torch.cuda.get_device_capability(device) if device.type == "cuda" else None,
-        )
+        q: Tensor,
+        latent: Tensor,
+        rotary_key: Tensor,
+        weight: Tensor,
+        scale: float | None = None,
+        *,
+        dropout: Dropout | None = None,
+        kept: KeptAttention | None = None,
+        exchange_latent: str = "auto",
+    ) -> Tensor:
+        """Computes attention over keys and values that are expanded from a latent.
 
-    def _plan(self, *heads: int) -> RankPlan:
+        Key head h is (weight's first P rows of head h @ latent, rotary_key), and value head h is
+        weight's other E rows of head h @ latent, as in DeepSeek-V2 (arXiv:2405.04434).
+
+        Args:
+            q: [B, S / N, H, P + R].
+            latent: [B, S / N, L], normalized.
+            rotary_key: [B, S / N, R], rotated; shared by all heads.
+            weight: [H * (P + E), L], for the heads of ``q``.
+            scale, dropout, kept: as in ``attention``; scale is (P + R) ** -0.5 by default.
+            exchange_latent: ``latent`` sends latents and rotary keys and expands them where they
+                are read, again in backward, which keeps no expanded heads; ``expanded`` sends
+                keys and values; ``auto`` does what the object was made for, or moves fewer bytes.
+
+        Returns:
+            [B, S / N, H, E], as ``attention``. The gradient of ``weight`` is this rank's share,
+            to be summed over the group as that of any parameter.
+
+        Raises:
+            ConfigError: shapes or types do not fit each other, the layout or the kernel, or the
+                exchange cannot send latents.
+        """
+        problem, ready, used = None, None, 0.0
+        q, latent, rotary_key, weight = cast_inputs(q, latent, rotary_key, weight)
+        inputs = q, latent, rotary_key, weight
+        try:
+            rows = self.layout.shard_len, self.mask.seq_len
+            heads, plain_dim, value_dim = check_latent_shapes(*inputs, *rows)
+            used = q.shape[-1] ** -0.5 if scale is None else scale
+            check_options(q, used, sinks=None, softcap=None)
+            kernel = self._load_kernel(q, value_dim, dropout, softcap=None)
+            latents = (latent.shape[2], rotary_key.shape[2]), exchange_latent
+            ready = self._plan((heads, heads, q.shape[3], value_dim), *latents), kernel
+        except Exception as error:  # the other ranks must learn of any error
+            problem = error
+        if ready is not None and not ready[0].sends_latents:
+            k, v = expand_heads(latent, rotary_key, weight, heads, plain_dim)
+            return self.attention(q, k, v, used, dropout=dropout, kept=kept)
+        if kept is None or not kept.filled:
+            self._agreement.check(inputs, (used,), dropout, self._rows, problem)
+        elif problem is not None:
+            raise problem
+        assert ready is not None
+        return planned_latent_attention(*ready, *inputs, used, dropout, kept)
+
+    def _plan(
+        self,
+        heads: tuple[int, int, int, int],
+        latent: tuple[int, int] | None = None,
+        exchange_latent: str = "auto",
+    ) -> RankPlan:
         """This rank's plan for a number of query and key/value heads and their widths."""
-        if heads not in self._plans:
-            shared = self.group, self.buffers, self.link_sums
-            self._plans[heads] = RankPlan(self.schedule(*heads), self.rank, *shared)
-        return self._plans[heads]
-
-    def _load_kernel(
-        self, q: Tensor, v: Tensor, dropout: Dropout | None, softcap: float | None
-    ) -> Kernel:
-        probability = dropout.probability if dropout else 0.0
-        width = max(q.shape[3], v.shape[3])
-        key = (q.device, q.dtype, width, probability > 0, softcap)
-        if key not in self._kernels:
-            choice = self.kernel_choice(q.device, q.dtype, width, probability, softcap)
-            self._kernels[key] = load_kernel(
-                choice.name, deterministic=self._deterministic, softcap=softcap
-            )
-        return self._kernels[key]
-
-    def _agree(
-        self,
-        tensors: tuple[Tensor, Tensor, Tensor],
-        options: tuple[object, ...],
-        dropout: Dropout | None,
-        problem: Exception | None,
-    ) -> None:
-        """Compares with the other ranks if ``check_ranks`` requires it; raises ``problem``."""
-        kind = (*(tuple(x.shape) for x in tensors), str(tensors[0].dtype), *options)
-        device, mode = tensors[0].device, self._check_ranks
-        if device.type != "cuda":
-            device = torch.device("cpu")
-        if mode == "auto":
-            mode = "once" if device.type == "cuda" else "always"
-        # In mode once, ranks without a problem may skip the comparison: do not wait for them.
-        seen = self._agreed if mode == "once" and problem else kind in self._agreed
-        group = None if mode == "never" or (mode == "once" and seen) else self.group
-        plan = (self.layout.kind, self._exchange, self._route, self._sizes)
-        mask, layout = self._digests
-        call = (kind, plan, dropout, layout)
-        agree(group, mask=mask, call=call, rows=self._rows, problem=problem, device=device)
-        self._agreed.add(kind)
-
-    @cached_property
-    def _digests(self) -> tuple[str, int]:
-        """Represents mask and layout in the comparison; the first names the mask in an error."""
-        mask = self.mask
-        name = f"{mask.kind} of {mask.seq_len} tokens, window {mask.window}, #{digest(mask):x}"
-        return name, digest(self.layout.chunks)
-
-    def _check_length(self, x: Tensor, dim: int, length: int) -> None:
-        if x.shape[dim] != length:
-            raise ConfigError("dim", dim, f"has length {x.shape[dim]}, the layout has {length}")
+        key = heads, latent, exchange_latent
+        if key not in self._plans:
+            schedule = self.schedule(*heads, latent, exchange_latent)
+            if latent is not None and schedule.latent is None:
+                self._plans[key] = self._plan(heads)  # the one that ``attention`` runs
+            else:
+                shared = self.group, self.buffers, self.link_sums
+                self._plans[key] = RankPlan(schedule, self.rank, *shared)
+        return self._plans[key]

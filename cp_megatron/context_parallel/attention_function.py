@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -42,9 +42,7 @@ class KeptAttention:
         """Whether the first call was made."""
         return self._results is not None
 
-    def keep(
-        self, heads_exchanged: bool, saved: tuple[Tensor, ...], results: tuple[Tensor, ...]
-    ) -> None:
+    def keep(self, heads_exchanged: bool, saved: tuple[Tensor, ...], *results: Tensor) -> None:
         """Keeps q, k, v, out and lse as backward reads them, and the results of the first call.
 
         If heads were exchanged, q, k and v came from other ranks, and the second call cannot
@@ -55,14 +53,12 @@ class KeptAttention:
         self._saved = (*inputs, *(x.detach() for x in saved[3:]))
         self._results = tuple(x.detach() for x in results)
 
-    def again(
-        self, q: Tensor, k: Tensor, v: Tensor
-    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """Returns the tensors that backward reads and the return values of the second call."""
+    def again(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Any, ...]:
+        """Returns a tuple of what backward reads, and each return value of the second call."""
         assert self._saved is not None
         assert self._results is not None
         saved = tuple(own if x is None else x for x, own in zip(self._saved, (q, k, v, None, None)))
-        return cast("tuple[Tensor, ...]", saved), tuple(x.detach() for x in self._results)
+        return saved, *(x.detach() for x in self._results)
 
 
 class _Attention(torch.autograd.Function):
@@ -90,13 +86,13 @@ class _Attention(torch.autograd.Function):
         ctx.plan, ctx.call, ctx.returns_lse = plan, call, returns_lse
         ctx.set_materialize_grads(False)
         if kept is not None and kept.filled:
-            saved, results = kept.again(q, k, v)
+            saved, *results = kept.again(q, k, v)
         else:
             saved, results = _compute(plan, call, (q, k, v), sinks, returns_lse=returns_lse)
             if kept is not None:
-                kept.keep(plan.head_exchange is not None, saved, results)
+                kept.keep(plan.head_exchange is not None, saved, *results)
         ctx.save_for_backward(*saved, sinks)
-        return results if returns_lse else results[0]
+        return tuple(results) if returns_lse else results[0]
 
     @staticmethod
     @once_differentiable
@@ -135,7 +131,7 @@ def _compute(
     sinks: Tensor | None,
     *,
     returns_lse: bool,
-) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+) -> tuple[tuple[Tensor, ...], list[Tensor]]:
     """Returns what backward reads, and this rank's out with, if wanted, its lse."""
     q, k, v = inputs
     dtype, exchange = q.dtype, plan.head_exchange
@@ -156,7 +152,7 @@ def _compute(
             parts = [PartitionedHeads(x, exchange.query_heads) for x in results]
             results = [x for part in parts for x in all_to_all.to_tokens([part])]
     lses = (rearrange(x, "b s h 1 -> b h s") for x in results[1:])
-    return (q, k, v, out, lse), (results[0], *lses)
+    return (q, k, v, out, lse), [results[0], *lses]
 
 
 def _own_heads(plan: RankPlan) -> slice:

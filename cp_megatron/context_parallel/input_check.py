@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 import torch.distributed as dist
@@ -19,6 +20,7 @@ from torch import Tensor
 from cp_megatron.comm.nonblocking import start_all_gather
 from cp_megatron.comm.rng import hash_text
 from cp_megatron.errors import ConfigError
+from cp_megatron.plan import Mask, SequenceLayout
 
 MODES = ("auto", "always", "once", "never")
 
@@ -88,6 +90,70 @@ def check_options(q: Tensor, scale: float, sinks: Tensor | None, softcap: float 
         raise ConfigError("sinks", given, f"must be one real number for each of {heads} heads")
     if sinks.device != q.device:
         raise ConfigError("sinks", f"on {sinks.device}", f"must be on {q.device}, as q is")
+
+
+class RankAgreement:
+    """Compares the calls of one ``ContextParallel`` with those of the other ranks.
+
+    Args:
+        mode: one of ``MODES``.
+        group: the ranks that must agree; None is one rank.
+        mask, layout: compared; the mask is named in an error.
+        plan: what else must agree in every call.
+    """
+
+    def __init__(
+        self,
+        mode: str,
+        group: dist.ProcessGroup | None,
+        mask: Mask,
+        layout: SequenceLayout,
+        plan: tuple[object, ...],
+    ) -> None:
+        self.mode, self._group = mode, group
+        self._mask, self._layout, self._plan = mask, layout, (layout.kind, *plan)
+        self._seen: set[object] = set()
+
+    def check(
+        self,
+        tensors: Sequence[Tensor],
+        options: tuple[object, ...],
+        dropout: object,
+        rows: Tensor | None,
+        problem: Exception | None,
+    ) -> None:
+        """Compares with the other ranks if the mode requires it.
+
+        Args:
+            tensors: the inputs of attention.
+            options: what else the call is made of; in mode ``once`` another one is compared.
+            dropout: compared, but never a reason to compare.
+            rows: as in ``agree``.
+            problem: the error that this rank found in its own inputs.
+
+        Raises:
+            Exception: ``problem`` itself.
+            ConfigError: as ``agree``.
+        """
+        kind = (*(tuple(x.shape) for x in tensors), str(tensors[0].dtype), *options)
+        device, mode = tensors[0].device, self.mode
+        if device.type != "cuda":
+            device = torch.device("cpu")
+        if mode == "auto":
+            mode = "once" if device.type == "cuda" else "always"
+        # In mode once, ranks without a problem may skip the comparison: do not wait for them.
+        seen = self._seen if mode == "once" and problem else kind in self._seen
+        group = None if mode == "never" or (mode == "once" and seen) else self._group
+        mask, layout = self._digests
+        call = (kind, self._plan, dropout, layout)
+        agree(group, mask=mask, call=call, rows=rows, problem=problem, device=device)
+        self._seen.add(kind)
+
+    @cached_property
+    def _digests(self) -> tuple[str, int]:
+        mask = self._mask
+        name = f"{mask.kind} of {mask.seq_len} tokens, window {mask.window}, #{digest(mask):x}"
+        return name, digest(self._layout.chunks)
 
 
 def agree(

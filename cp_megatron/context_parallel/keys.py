@@ -33,7 +33,11 @@ class KeyValues:
     @classmethod
     def unpack(cls, packed: Tensor, like: KeyValues) -> KeyValues:
         """Views a message as keys and values with the heads and widths of ``like``."""
-        num_heads, dim = like.k.shape[2:]
+        return cls.view(packed, *like.k.shape[2:])
+
+    @classmethod
+    def view(cls, packed: Tensor, num_heads: int, dim: int) -> KeyValues:
+        """Views a message as the keys and values of ``num_heads`` heads, keys of width ``dim``."""
         # [K, B, G * D + G * E] -> [B, K, G, D] and [B, K, G, E]
         k = rearrange(packed[..., : num_heads * dim], "k b (n d) -> b k n d", n=num_heads)
         v = rearrange(packed[..., num_heads * dim :], "k b (n e) -> b k n e", n=num_heads)

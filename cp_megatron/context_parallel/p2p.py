@@ -22,7 +22,7 @@ from cp_megatron.context_parallel.partials import BackwardQueries, Call, Gradien
 from cp_megatron.context_parallel.rank_plan import RankPlan
 from cp_megatron.kernels.interface import BackwardInputs, accumulation_dtype
 from cp_megatron.plan.buffer_sizes import Buffer, RoundBuffers
-from cp_megatron.plan.heads import cut_heads
+from cp_megatron.plan.heads import halves
 from cp_megatron.plan.rounds import Message, Round
 
 
@@ -72,9 +72,7 @@ def ring_backward(
     keys = _Keys(plan, memory, shard)
     # The tiles of this rank's keys need no message. The first half of their heads hides the arrival
     # of the first keys; the other half is kept for the end and hides the last gradients.
-    num_heads = x.k.shape[2]
-    middle = num_heads // 2 if len(plan.rounds) > 1 else 0
-    late, early = cut_heads(plan.groups, 0, middle), cut_heads(plan.groups, middle, num_heads)
+    late, early = halves(plan.groups) if len(plan.rounds) > 1 else ((), plan.groups)
     own = latest = Gradients.of_shard(call, queries, plan.rounds[0], shard)
     own.zero(late, queries=True)
     before: tuple[Round, RoundBuffers] | None = None

@@ -7,9 +7,9 @@ kernels return.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Protocol, cast
 
 import torch
 from einops import rearrange
@@ -25,6 +25,39 @@ from cp_megatron.plan.rounds import Round
 from cp_megatron.plan.tiling import Span, Tile
 
 
+@dataclass(frozen=True)
+class Portion:
+    """Heads of one arrival that are computed together.
+
+    Attributes:
+        heads: the query heads.
+        keys: the keys and values that they read, [B, K, g, D] and [B, K, g, E].
+        grads: memory for the gradients of ``keys``; None in forward.
+    """
+
+    heads: slice
+    keys: KeyValues
+    grads: KeyValues | None = None
+
+
+class Expansion(Protocol):
+    """Makes what kernels read of messages that are not keys and values."""
+
+    def portions(
+        self,
+        tiles: Sequence[Tile],
+        keys: KeyValues,
+        groups: Sequence[HeadGroup],
+        grads: KeyValues | None,
+    ) -> Iterator[Portion]:
+        """Yields the heads in ``groups``, expanded where ``tiles`` read them.
+
+        The caller adds to each portion's gradients, which begin as zeros. When it asks for the next
+        portion, they are added to ``grads``, the gradients of the message.
+        """
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class Call:
     """The parameters that all tiles of one attention share.
@@ -35,12 +68,28 @@ class Call:
         dropout: which pairs are dropped, with heads counted from this rank's first; None drops
             nothing.
         rows: positions of the queries, as runs.
+        expansion: makes keys and values of messages; None if messages contain them.
     """
 
     kernel: Kernel
     scale: float
     dropout: Dropout | None
     rows: tuple[Span, ...]
+    expansion: Expansion | None = None
+
+    def portions(
+        self,
+        round_: Round,
+        keys: KeyValues,
+        groups: Sequence[HeadGroup],
+        grads: KeyValues | None = None,
+    ) -> Iterator[Portion]:
+        """Yields the heads in ``groups`` with what they read of an arrival."""
+        if self.expansion is not None:
+            yield from self.expansion.portions(round_.tiles, keys, groups, grads)
+            return
+        for queries, heads in groups:
+            yield Portion(slice(*queries), keys.heads(heads), grads and grads.heads(heads))
 
     def tile_kernel(self, round_: Round, tile: Tile, head: int, device: torch.device) -> Kernel:
         """Returns the kernel of a tile whose first query head is ``head``."""
@@ -61,7 +110,7 @@ class MergedResults:
     """out [B, S, H, E] and lse [B, H, S] of the shard's queries, merged tile by tile.
 
     The memory is not cleared first: the ``first`` tile of a row is stored and the others are
-    merged. A tile that covers everything is kept without a copy.
+    merged. A tile that covers everything is kept, without a copy unless a kernel padded its heads.
     """
 
     def __init__(self, call: Call, q: Tensor) -> None:
@@ -74,17 +123,17 @@ class MergedResults:
         """Computes the tiles of a round for the heads in ``groups``."""
         if not round_.tiles:
             return
-        call, keys = self._call, keys.to(self._q.dtype)
-        for (q0, q1), (k0, k1) in groups:
-            heads, kv_heads = slice(q0, q1), slice(k0, k1)
+        call = self._call
+        for part in call.portions(round_, keys, groups):
+            heads, read = part.heads, part.keys.to(self._q.dtype)
             for tile in round_.tiles:
                 rows, columns = slice(tile.q0, tile.q1), slice(tile.k0, tile.k1)
-                kernel = call.tile_kernel(round_, tile, q0, self._q.device)
+                kernel = call.tile_kernel(round_, tile, heads.start, self._q.device)
                 with traced("attention tile"):
                     out, lse = kernel.forward(
                         self._q[:, rows, heads],
-                        keys.k[:, columns, kv_heads],
-                        keys.v[:, columns, kv_heads],
+                        read.k[:, columns],
+                        read.v[:, columns],
                         tile.band,
                         call.scale,
                     )
@@ -94,7 +143,10 @@ class MergedResults:
         batch, shard_len, num_heads, _ = self._q.shape
         if self._sums is None:
             if new_lse.shape == (batch, num_heads, shard_len):
-                self._sums = new_out.to(self._dtype), new_lse.to(self._dtype)
+                whole = new_out.to(self._dtype)
+                if whole.untyped_storage().nbytes() > whole.nbytes:
+                    whole = whole.clone()  # backward would keep the padding of a narrow head, too
+                self._sums = whole, new_lse.to(self._dtype)
                 return
             shape = (batch, shard_len, num_heads, new_out.shape[-1])
             self._sums = (
@@ -155,9 +207,10 @@ class Gradients:
     def __init__(
         self, call: Call, queries: BackwardQueries, round_: Round, keys: KeyValues, packed: Tensor
     ) -> None:
-        self._call, self._round, self._dq, self._dlse = call, round_, queries.dq, queries.dlse
-        self._inputs = queries.inputs(keys.to(queries.q.dtype))
+        self._call, self._round, self._queries, self._keys = call, round_, queries, keys
         self.grads = KeyValues.unpack(packed, keys)
+        if call.expansion is not None:
+            packed.zero_()
 
     @classmethod
     def of_shard(
@@ -174,47 +227,47 @@ class Gradients:
             self.grads.k[:, :, k0:k1] = 0
             self.grads.v[:, :, k0:k1] = 0
             if queries:
-                self._dq[:, :, q0:q1] = 0
+                self._queries.dq[:, :, q0:q1] = 0
 
     def store_own(self, groups: Sequence[HeadGroup]) -> None:
         """Computes the gradients of this rank's keys; ``first`` tiles cover everything once."""
-        for tile in self._round.tiles:
-            self._accumulate(tile, groups, store_rows=tile.first, store_columns=tile.first)
+        self._accumulate(groups, store_own=True)
 
     def store_remote(self, groups: Sequence[HeadGroup]) -> None:
         """Computes the gradients of another rank's keys. Only the rows have gradients already."""
         tiles = self._round.tiles
-        num_keys = self._inputs.k.shape[1]
+        num_keys = self._keys.k.shape[1]
         whole = len(tiles) == 1 and tiles[0].k1 - tiles[0].k0 == num_keys
         if not whole:
             self.zero(groups, queries=False)
-        for tile in tiles:
-            self._accumulate(tile, groups, store_rows=False, store_columns=whole)
+        self._accumulate(groups, store_whole=whole)
 
     def add(self, groups: Sequence[HeadGroup]) -> None:
         """Computes the tiles and adds to gradients that exist."""
-        for tile in self._round.tiles:
-            self._accumulate(tile, groups, store_rows=False, store_columns=False)
+        self._accumulate(groups)
 
     def _accumulate(
-        self, tile: Tile, groups: Sequence[HeadGroup], *, store_rows: bool, store_columns: bool
+        self, groups: Sequence[HeadGroup], *, store_own: bool = False, store_whole: bool = False
     ) -> None:
-        call, inputs = self._call, self._inputs
-        q, k = slice(tile.q0, tile.q1), slice(tile.k0, tile.k1)
-        for (q0, q1), (k0, k1) in groups:
-            heads, kv_heads = slice(q0, q1), slice(k0, k1)
-            kernel = call.tile_kernel(self._round, tile, q0, inputs.q.device)
-            with traced("attention tile, backward"):
-                part = inputs.part(q, k, heads, kv_heads)
-                dq, dk, dv = kernel.backward(part, tile.band, call.scale)
-                _write(self._dq[:, q, heads], dq, store=store_rows)
-                _write(self.grads.k[:, k, kv_heads], dk, store=store_columns)
-                _write(self.grads.v[:, k, kv_heads], dv, store=store_columns)
-                if self._dlse is not None:
-                    part = _of_lse(part, self._dlse[:, heads, q])
-                    dq, dk, _ = call.kernel.backward(part, tile.band, call.scale)
-                    self._dq[:, q, heads] += dq
-                    self.grads.k[:, k, kv_heads] += dk
+        call, queries = self._call, self._queries
+        for part in call.portions(self._round, self._keys, groups, self.grads):
+            assert part.grads is not None
+            inputs = queries.inputs(part.keys.to(queries.q.dtype))
+            for tile in self._round.tiles:
+                rows, columns = slice(tile.q0, tile.q1), slice(tile.k0, tile.k1)
+                kernel = call.tile_kernel(self._round, tile, part.heads.start, inputs.q.device)
+                with traced("attention tile, backward"):
+                    tensors = inputs.part(rows, columns, part.heads)
+                    dq, dk, dv = kernel.backward(tensors, tile.band, call.scale)
+                first = store_own and tile.first
+                _write(queries.dq[:, rows, part.heads], dq, store=first)
+                _write(part.grads.k[:, columns], dk, store=first or store_whole)
+                _write(part.grads.v[:, columns], dv, store=first or store_whole)
+                if queries.dlse is not None:
+                    tensors = _of_lse(tensors, queries.dlse[:, part.heads, rows])
+                    dq, dk, _ = call.kernel.backward(tensors, tile.band, call.scale)
+                    queries.dq[:, rows, part.heads] += dq
+                    part.grads.k[:, columns] += dk
 
 
 def _write(target: Tensor, value: Tensor, *, store: bool) -> None:

@@ -19,6 +19,7 @@ class RankPlan:
         round_buffers: for each round, the buffers of its messages.
         gather: the collective that brings the keys of round 1; None if messages bring the keys.
         head_exchange: the all-to-all before and after the rounds; None if heads stay in place.
+        sends_latents: whether latents are sent instead of keys and values.
         groups: the heads that this rank computes, as its kernel takes them.
         group: the context parallel group; None is one rank.
         buffers: the memory of the messages, shared with the plans of other layers and masks.
@@ -37,7 +38,10 @@ class RankPlan:
         assert schedule.num_kv_heads is not None
         self.rounds, self.gather = schedule.rounds(rank), schedule.gather(rank)
         self.round_buffers = ring_buffers(self.rounds)
+        self.sends_latents = schedule.latent is not None
         self.head_exchange = exchange = schedule.heads(rank)
-        own_heads = all_heads(schedule.num_heads, schedule.num_kv_heads)
+        # A latent and a rotary key are sent as one head, which all query heads read.
+        kv_heads = schedule.num_kv_heads if schedule.latent is None else 1
+        own_heads = all_heads(schedule.num_heads, kv_heads)
         self.groups = exchange.groups if exchange else own_heads
         self.group, self.buffers, self.link_sums = group, buffers, link_sums

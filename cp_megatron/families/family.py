@@ -90,11 +90,13 @@ class Family:
             by spaces. ``{}`` stands for the number of the layer, and a second ``{}`` in the name of
             the folder's module for the row of our parameter that it holds. Modules that a model
             does not have are skipped. A parameter of a module that has parts, such as
-            ``attention.sinks``, belongs to the row of that module.
+            ``attention.sinks``, belongs to the row of that module. Where names depend on the model,
+            this is a function of it.
         defaults: what a key means that config.json leaves out, where transformers' class of the
             family has another default than ``read`` would take. A null is no missing key.
         transposed: last parts of the names of modules whose weight the folder stores transposed.
         heads_divide_hidden_size: transformers refuses a model of which this is not true.
+        classes: other classes of transformers that a config.json of this ``model_type`` may name.
         base_prefix: what the names of tensors begin with, but in some folders do not.
         buffers: matches the names of tensors that old folders hold and that follow from the flags.
     """
@@ -103,10 +105,11 @@ class Family:
     architecture: str
     read: Callable[[JsonFields], ModelConfig]
     write: Callable[[ModelConfig, int], dict[str, Any]]
-    modules: Mapping[str, str]
+    modules: Mapping[str, str] | Callable[[ModelConfig], Mapping[str, str]]
     defaults: Mapping[str, Any] = field(default_factory=dict)
     transposed: frozenset[str] = frozenset()
     heads_divide_hidden_size: bool = False
+    classes: tuple[str, ...] = ()
     base_prefix: str = ""
     buffers: str = r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
 
@@ -124,8 +127,9 @@ class Family:
             module, _, leaf = parameter.name.rpartition(".")
             shape = (parameter.rows or parameter.shape[0], *parameter.shape[1:])
             parts[module][leaf] = Part(parameter.name, shape, padded=parameter.rows is not None)
+        table = self.modules(model) if callable(self.modules) else self.modules
         tensors: list[HFTensor] = []
-        for per_layer, rows_of_table in groupby(self.modules.items(), lambda row: "{}" in row[0]):
+        for per_layer, rows_of_table in groupby(table.items(), lambda row: "{}" in row[0]):
             block = list(rows_of_table)
             for layer in range(model.num_layers if per_layer else 1):
                 for theirs, ours in block:

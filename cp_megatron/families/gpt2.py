@@ -17,8 +17,7 @@ def _read(fields: JsonFields) -> ModelConfig:
     for name in fields.value:
         if name.startswith("summary_"):
             fields.get(name)  # of classes with another output layer
-    residual = fields.number("resid_pdrop")
-    fields.only("embd_pdrop", residual, why=f"resid_pdrop is {residual}, and both are one flag")
+    fields.number("embd_pdrop")  # a run chooses its own dropout
     return ModelConfig(
         num_layers=fields.size("n_layer"),
         hidden_size=hidden,
@@ -27,7 +26,7 @@ def _read(fields: JsonFields) -> ModelConfig:
         norm_epsilon=fields.number("layer_norm_epsilon", 1e-5),
         max_position_embeddings=fields.size("n_positions"),
         softmax_scale=None if fields.switch("scale_attn_weights", True) else 1.0,
-        hidden_dropout=residual,
+        hidden_dropout=fields.number("resid_pdrop"),
         attention_dropout=fields.number("attn_pdrop"),
         init_method_std=fields.number("initializer_range", 0.02) or 0.02,
         untie_embeddings_and_output_weights=not fields.switch("tie_word_embeddings", True),

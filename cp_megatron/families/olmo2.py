@@ -5,6 +5,7 @@ OLMo 3 has a window on three of four layers, and a rope type that changes the ot
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from cp_megatron.config.schema import ModelConfig
@@ -15,7 +16,7 @@ from cp_megatron.families.json_fields import JsonFields
 _BASE = 500000.0
 _LOCAL_BASE = "rope_local_base_freq"  # of Gemma 3; OLMo 3 does not read it
 
-MODULES = {
+MODULES: Mapping[str, str] = {
     **llama_like.MODULES,
     "model.layers.{}.post_attention_layernorm": "layers.{}.attention_post_norm",
     "model.layers.{}.post_feedforward_layernorm": "layers.{}.mlp_post_norm",

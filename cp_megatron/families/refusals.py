@@ -39,6 +39,8 @@ def unknown_architecture(fields: JsonFields, key: str, name: str, known: str) ->
         for entries in parts
         if (experts := experts_key(entries))
     ][:1]
+    if isinstance(fields.value.get("text_config"), dict):
+        why.append("it reads more than text; a folder of its language model alone may be supported")
     wanted = f"{name}forcausallm" if key == "model_type" else name
     plain = {architecture.lower() for architecture in ADAPTER_SERVES}
     serves = wanted.replace("_", "").lower() in plain

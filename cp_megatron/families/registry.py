@@ -17,13 +17,22 @@ from typing import Any
 from cp_megatron.config.fields import settings
 from cp_megatron.config.schema import ModelConfig
 from cp_megatron.errors import ConfigError
+from cp_megatron.families.cohere import COHERE, COHERE2
+from cp_megatron.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
 from cp_megatron.families.exaone4 import EXAONE4
 from cp_megatron.families.family import Family
+from cp_megatron.families.gemma import GEMMA
+from cp_megatron.families.gemma2 import GEMMA2
+from cp_megatron.families.gemma3 import GEMMA3
+from cp_megatron.families.glm import GLM, GLM4
 from cp_megatron.families.gpt2 import GPT2
 from cp_megatron.families.granite import GRANITE, GRANITE_HYBRID
+from cp_megatron.families.internlm3 import INTERNLM3
 from cp_megatron.families.json_fields import JsonFields, read_json
 from cp_megatron.families.llama import LLAMA
 from cp_megatron.families.llama_like import window_width
+from cp_megatron.families.ministral import MINISTRAL
+from cp_megatron.families.ministral3 import MINISTRAL3
 from cp_megatron.families.mistral import MISTRAL
 from cp_megatron.families.olmo2 import OLMO2, OLMO3
 from cp_megatron.families.phi3 import PHI3
@@ -31,11 +40,36 @@ from cp_megatron.families.qwen2 import QWEN2
 from cp_megatron.families.qwen3 import QWEN3
 from cp_megatron.families.refusals import alternative_of, unknown_architecture
 from cp_megatron.families.rope_fields import ROPE_FIELDS, fields_of
+from cp_megatron.families.smollm3 import SMOLLM3
+from cp_megatron.families.stablelm import STABLELM
 from cp_megatron.families.unread_keys import RecordedKeys, unread_keys
 
 FAMILIES: tuple[Family, ...] = (
-    *(LLAMA, QWEN2, QWEN3, MISTRAL, GPT2),
-    *(PHI3, OLMO2, OLMO3, EXAONE4, GRANITE, GRANITE_HYBRID),
+    LLAMA,
+    QWEN2,
+    QWEN3,
+    MISTRAL,
+    GPT2,
+    MINISTRAL,
+    MINISTRAL3,
+    SMOLLM3,
+    INTERNLM3,
+    GLM,
+    GLM4,
+    COHERE,
+    COHERE2,
+    STABLELM,
+    PHI3,
+    OLMO2,
+    OLMO3,
+    EXAONE4,
+    GRANITE,
+    GRANITE_HYBRID,
+    GEMMA,
+    GEMMA2,
+    GEMMA3,
+    DEEPSEEK_V3,
+    DEEPSEEK_V2,
 )
 """A model that several families can express is exported as ``hf_model_type`` says, or else as the
 first of them."""
@@ -49,7 +83,10 @@ _BIASES: Mapping[str, str] = {
     "add_attention_output_bias": "has_attention_output_bias",
     "add_mlp_bias": "has_mlp_bias",
 }
-_LATENT = ("q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim")
+_LATENT = (
+    *("q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim"),
+    "latent_norm_epsilon",
+)
 _ROTARY = (
     *("rope_type", "rotary_base", "window_rotary_base", "rotary_percent", "rotary_interleaved"),
     *("no_rope_layers", "query_temperature_beta"),
@@ -116,7 +153,9 @@ def _family_named(fields: JsonFields) -> Family:
         raise fields.wrong(key, "but must name one architecture", ", ".join(known))
     if names[0] not in known:
         raise unknown_architecture(fields, key, names[0], ", ".join(known))
-    return known[names[0]]
+    kind = fields.value.get("model_type")
+    special = [x for x in FAMILIES if x.model_type == kind and names[0] in x.classes]
+    return special[0] if special else known[names[0]]
 
 
 def check_model_type(name: str | None) -> None:
@@ -209,7 +248,9 @@ def _flags(model: ModelConfig) -> dict[str, Any]:
     flags |= {name: getattr(model, has) for name, has in _BIASES.items()}
     flags |= {"ffn_hidden_size": model.ffn_size, "num_query_groups": model.num_kv_heads}
     flags |= {"kv_channels": model.head_dim, "v_head_dim": model.value_dim}
-    flags |= {"softmax_scale": model.score_scale}
+    flags |= {"softmax_scale": model.score_scale, "latent_norm_epsilon": model.latent_epsilon}
+    if not model.qk_layernorm and model.norm_bias == "residual":
+        flags["norm_bias"] = "all"  # there are no others
     flags["original_max_position_embeddings"] = model.original_length
     flags["rotary_percent"] = model.rotary_dim / model.head_dim
     flags["no_rope_layers"] = tuple(sorted(model.no_rope_layers or ())) or None

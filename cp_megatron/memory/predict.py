@@ -117,16 +117,25 @@ def schedules(plan: RunPlan) -> tuple[Schedule, ...]:
     if plan.grid.cp == 1:
         return ()
     heads, kv_heads, width, v_width = local_heads(model, plan.grid.tp)
-    build = partial(Schedule.build, head_dim=width, v_head_dim=v_width)
+    build = partial(
+        Schedule.build,
+        head_dim=width,
+        v_head_dim=v_width,
+        latent=model.latent_widths,
+    )
+    way: str = plan.config.parallel.cp_latent_exchange
     how = sequence.layout, sequence.exchange, sequence.route
-    row = build(sequence.mask, *how, heads, kv_heads, sequence.sizes)
+    row = build(sequence.mask, *how, heads, kv_heads, sequence.sizes, exchange_latent=way)
+    if model.latent_widths is not None:
+        way = "expanded" if row.latent is None else "latent"
     sizes = row.hierarchical_sizes if row.exchange == "a2a+p2p" else None
+    how = row.layout, row.exchange, row.route
     windows = [model.layer_window(layer) for layer in range(model.num_layers)]
     masks = {mask.window: mask for mask in map(sequence.mask.within, windows)}
     return tuple(
         row
         if mask.window == sequence.mask.window
-        else build(mask, row.layout, row.exchange, row.route, heads, kv_heads, sizes)
+        else build(mask, *how, heads, kv_heads, sizes, exchange_latent=way)
         for mask in masks.values()
     )
 
@@ -155,12 +164,13 @@ def _buffer_bytes(
     plan: RunPlan, planned: Iterable[Schedule], cp_rank: int, sizes: ActivationSizes
 ) -> tuple[int, int]:
     """Bytes of message buffers after the layers' forward, and after their backward."""
-    _, kv_heads, width, _ = local_heads(plan.config.model, sizes.tp)
+    _, kv_heads, width, v_width = local_heads(plan.config.model, sizes.tp)
     attention = AttentionSizes(
         batch=sizes.batch,
         num_tokens=sizes.row_tokens,
         kv_heads=kv_heads,
         head_dim=width,
+        v_head_dim=v_width,
         element=sizes.element,
         exact=sizes.exact,
     )
@@ -214,6 +224,7 @@ def _sizes(
         exact=max(4, element),
         on_cuda=plan.device == "cuda",
         head_exchange=exchange,
+        sends_latents=schedule is not None and schedule.latent is not None,
         result_copies=2 if transposed else 1,
     )
 

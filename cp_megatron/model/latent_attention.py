@@ -64,14 +64,10 @@ class LatentAttention(nn.Module):
         kept: KeptAttention | None,
     ) -> Tensor:
         """What ``project`` returned -> [b, s, n/tp, e]."""
-        value_dim, heads = self.spec.v_head_dim, q.shape[2]
-        # [b, s, n * (p + e)] -> [b, s, n, p] and [b, s, n, e]
-        keys, v = rearrange(self.key_value(latent), "b s (n d) -> b s n d", n=heads).split(
-            (self.spec.head_dim - rotary_key.shape[-1], value_dim), dim=-1
+        weight = self.key_value.local("weight")
+        return cp.latent_attention(
+            q, latent, rotary_key, weight, self.spec.scale, dropout=dropout, kept=kept
         )
-        shared = rotary_key.unsqueeze(2).expand(-1, -1, heads, -1)
-        k = torch.cat((keys, shared), dim=-1)
-        return cp.attention(q, k, v.contiguous(), self.spec.scale, dropout=dropout, kept=kept)
 
     def output(self, attended: Tensor) -> Tensor:
         """[b, s, n/tp, e] -> this rank's summand of what is added to the residual stream."""

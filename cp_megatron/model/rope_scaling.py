@@ -63,7 +63,7 @@ def rope_frequencies(config: ModelConfig, rotary: RotarySpec, longest: int) -> t
         case "llama3":
             return _llama3(config, plain, factor), 1.0
         case "yarn":
-            return _yarn(config, rotary, plain, factor), _yarn_attention(config, factor)
+            return _yarn(config, rotary, plain, factor), _yarn_attention(config)
         case "longrope":
             return _longrope(config, plain, longest)
         case _:
@@ -106,16 +106,12 @@ def _yarn(config: ModelConfig, rotary: RotarySpec, plain: Tensor, factor: float)
     return plain * (1 - slowed) + plain / factor * slowed
 
 
-def _yarn_attention(config: ModelConfig, factor: float) -> float:
+def _yarn_attention(config: ModelConfig) -> float:
     if config.rope_attention_factor is not None:
         return config.rope_attention_factor
-
-    def scale(mscale: float) -> float:
-        return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
-
     if config.mscale and config.mscale_all_dim:
-        return scale(config.mscale) / scale(config.mscale_all_dim)
-    return scale(1.0)
+        return config.yarn_growth(config.mscale) / config.yarn_growth(config.mscale_all_dim)
+    return config.yarn_growth(1.0)
 
 
 def _longrope(config: ModelConfig, plain: Tensor, longest: int) -> tuple[Tensor, float]:

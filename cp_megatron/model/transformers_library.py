@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from copy import deepcopy
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import ModuleType
 from typing import Any
 
@@ -73,6 +74,9 @@ def gguf_tokenizer(path: Path) -> tuple[str, dict[str, str], str | None]:
     """
     library = import_transformers("--from-gguf", path)
     fast = library.PreTrainedTokenizerFast
-    tokenizer = fast.from_pretrained(path.parent, gguf_file=path.name)
+    # In the file's own folder, transformers would prefer a tokenizer.json.
+    with TemporaryDirectory() as alone:
+        Path(alone, "model.gguf").symlink_to(path.resolve())
+        tokenizer = fast.from_pretrained(alone, gguf_file="model.gguf")
     text = tokenizer.backend_tokenizer.to_str()
     return text, dict(tokenizer.special_tokens_map), tokenizer.chat_template

@@ -12,17 +12,20 @@ message. Each buffer of p2p holds at most the tokens of a shard, whatever the nu
 
 Round 0 has no arrival yet, so its keys to send are packed into the second buffer for keys. The last
 three rows occur in backward only and hold sums: float32, or float64 for float64 inputs.
+
+If latents are sent, their messages occupy these buffers too. The keys and values of one arrival at
+a time are expanded, for a few heads, and in backward their gradients are summed in another buffer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import NamedTuple
 
 from cp_megatron.plan.gather import Gather
-from cp_megatron.plan.heads import HeadExchange
+from cp_megatron.plan.heads import HeadExchange, all_heads, halves
 from cp_megatron.plan.rounds import Message, Round
 from cp_megatron.plan.schedule import Schedule
 from cp_megatron.plan.tiling import Span, num_positions
@@ -33,8 +36,12 @@ of the communication."""
 LEAST_PORTION = 4 << 20
 """Bytes: below this size of a portion, starting another collective costs more than it hides."""
 
+MOST_EXPANDED = 128 << 20
+"""Bytes: the heads of an arrival that are expanded together take no more, unless one does."""
+
 SENT_HEADS, RECEIVED_HEADS = "keys 0", "keys 1"
 """An all-to-all uses the buffers for keys, because it never runs at the same time as the rounds."""
+EXPANDED, EXPANDED_GRADIENTS = "expanded", "expanded gradients"
 
 
 class Buffer(NamedTuple):
@@ -145,6 +152,16 @@ def gather_portions(
     return list(pairwise(edges))
 
 
+def expanded_portions(heads: Span, head_bytes: int) -> list[Span]:
+    """Splits query heads into the runs whose keys and values are expanded one after the other.
+
+    ``head_bytes`` counts the expanded keys and values of one head of an arrival.
+    """
+    at_once = max(1, MOST_EXPANDED // head_bytes)
+    start, stop = heads
+    return [(first, min(first + at_once, stop)) for first in range(start, stop, at_once)]
+
+
 def message_widths(
     exchange: HeadExchange, tensors: Iterable[tuple[Sequence[Span], int]], *, to_heads: bool
 ) -> tuple[list[int], list[int]]:
@@ -169,6 +186,7 @@ class AttentionSizes:
     Attributes:
         batch, num_tokens: rows, and tokens of each row on this rank.
         kv_heads, head_dim: as this rank holds them before any all-to-all.
+        v_head_dim: the width of a value head; that of a key head by default.
         element: bytes of one element of the activations.
         exact: bytes of one element of a sum.
     """
@@ -179,6 +197,17 @@ class AttentionSizes:
     head_dim: int
     element: int
     exact: int
+    v_head_dim: int | None = None
+
+    @property
+    def key_width(self) -> int:
+        """Elements of the key and the value of one token and head."""
+        return self.head_dim + self.value_dim
+
+    @property
+    def value_dim(self) -> int:
+        """The width of a value head."""
+        return self.head_dim if self.v_head_dim is None else self.v_head_dim
 
 
 class BufferSizes:
@@ -194,17 +223,20 @@ class BufferSizes:
 
     def add(self, schedule: Schedule, rank: int, x: AttentionSizes, *, backward: bool) -> None:
         """Grows the buffers to what one pass of an attention, forward or backward, needs."""
-        head = x.batch * 2 * x.head_dim
+        head, kv_heads = x.batch * x.key_width, x.kv_heads
+        if schedule.latent is not None:
+            self._expand(schedule, rank, x, backward=backward)
+            head, kv_heads = x.batch * sum(schedule.latent), 1
         if gather := schedule.gather(rank):
             num_ranks = schedule.layout.cp_size
-            portions = gather_portions(gather, num_ranks, x.kv_heads, head * x.element)
+            portions = gather_portions(gather, num_ranks, kv_heads, head * x.element)
             for number, (start, stop) in enumerate(portions if gather.width else []):
                 use, token = gather_buffers(gather, num_ranks, number), (stop - start) * head
                 self._grow(token * x.element, use.given, use.gathered, use.picked)
                 if backward:
                     self._grow(token * x.exact, use.gradients, use.spread, use.returned)
             return
-        token = x.kv_heads * head
+        token = kv_heads * head
         if exchange := schedule.heads(rank):
             self._exchange_heads(exchange, x, backward=backward)
             token = num_positions([exchange.kv_heads[exchange.index]]) * head
@@ -215,15 +247,32 @@ class BufferSizes:
                 sums = buffers.gradients, buffers.passed, buffers.returned
                 self._grow(token * x.exact, *sent, *sums)
 
+    def _expand(self, schedule: Schedule, rank: int, x: AttentionSizes, *, backward: bool) -> None:
+        """Adds the keys and values of the heads that are expanded together, and their gradients."""
+        assert schedule.num_heads is not None
+        groups, rounds = all_heads(schedule.num_heads, 1), schedule.rounds(rank)
+        in_halves = backward and schedule.exchange == "p2p" and len(rounds) > 1
+        for number, round_ in enumerate(rounds):
+            if not round_.tiles:
+                continue
+            token = x.batch * x.key_width
+            head_bytes = round_.num_keys * token * x.element
+            for group in chain(*halves(groups)) if in_halves and number == 0 else groups:
+                heads = num_positions(expanded_portions(group.queries, head_bytes)[:1])
+                self._grow(heads * token * x.element, Buffer(EXPANDED, round_.num_keys))
+                if backward:
+                    self._grow(heads * token * x.exact, Buffer(EXPANDED_GRADIENTS, round_.num_keys))
+
     def _exchange_heads(self, exchange: HeadExchange, x: AttentionSizes, *, backward: bool) -> None:
-        q, kv = [exchange.query_heads], [exchange.kv_heads] * 2
-        messages = [(q + kv, x.element, True), (q, x.element, False)]
+        kv = [(exchange.kv_heads, x.head_dim), (exchange.kv_heads, x.value_dim)]
+        q, out = [(exchange.query_heads, x.head_dim)], [(exchange.query_heads, x.value_dim)]
+        messages = [(q + kv, x.element, True), (out, x.element, False)]
         if backward:
             exact = x.exact if exchange.repeats_kv_heads else x.element
             parts = [(q + kv, exact)] if exact == x.element else [(q, x.element), (kv, exact)]
-            messages = [(q, x.element, True), *((*part, False) for part in parts)]
+            messages = [(out, x.element, True), *((*part, False) for part in parts)]
         for tensors, element, to_heads in messages:
-            widths = message_widths(exchange, [(t, x.head_dim) for t in tensors], to_heads=to_heads)
+            widths = message_widths(exchange, tensors, to_heads=to_heads)
             for name, per_peer in zip((SENT_HEADS, RECEIVED_HEADS), widths):
                 self._grow(x.batch * sum(per_peer) * element, Buffer(name, x.num_tokens))
 

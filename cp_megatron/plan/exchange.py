@@ -11,11 +11,18 @@ which is 7 ranks or more for 32 query and 8 key/value heads, provided that the r
 heads. Under short documents p2p moves almost nothing. ``all_gather`` never moves less than p2p. It
 suits networks that handle one large collective better than many messages, and ``auto`` never
 chooses it.
+
+Keys and values that are expanded from a latent (DeepSeek-V2, arXiv:2405.04434) need not travel:
+p2p and all_gather can send each token's latent and the rotary part of its key, as if they were the
+key and the value of one head, and the rank that reads them expands them. a2a sends heads, which
+exist only after the expansion.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from cp_megatron.errors import ConfigError
 from cp_megatron.plan.heads import merged_layout
@@ -25,6 +32,9 @@ from cp_megatron.plan.readers import Readers
 
 EXCHANGES = ("p2p", "all_gather", "a2a", "a2a+p2p")
 ROUTES = ("ring", "direct")
+LATENT_EXCHANGES = ("auto", "latent", "expanded")
+P2P_NAMES: Mapping[str, str] = MappingProxyType({"expanded": "p2p", "latent": "p2p of latents"})
+"""What ``auto`` calls p2p of keys and values, and of the latents that they are expanded from."""
 Sizes = tuple[int, int]
 
 
@@ -38,27 +48,58 @@ class ExchangeChoice:
         hierarchical_sizes: the size of a group of ranks that exchange heads, and the number of
             groups: ``(1, N)`` is p2p, ``(N, 1)`` is a2a.
         reason: why this exchange was chosen.
+        latent: the widths of a latent and a rotary key if they are sent; None if keys and values
+            are.
     """
 
     exchange: str
     route: str
     hierarchical_sizes: Sizes
     reason: str
+    latent: Sizes | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Heads:
-    """Number and width of the heads."""
+    """Number and width of the heads.
+
+    Attributes:
+        num_heads, num_kv_heads, head_dim, v_head_dim: of queries, keys and values.
+        latent: the widths of the latent and of the rotary key that keys and values are expanded
+            from; None if they are not.
+        exchange_latent: what may be sent of the two, one of ``LATENT_EXCHANGES``.
+    """
 
     num_heads: int
     num_kv_heads: int
     head_dim: int = 1
     v_head_dim: int = 1
+    latent: Sizes | None = None
+    exchange_latent: str = "auto"
 
     @property
     def key_width(self) -> int:
         """Elements of the keys and values of one token and head."""
         return self.head_dim + self.v_head_dim
+
+    @property
+    def sent_widths(self) -> dict[str, int]:
+        """Elements of one token under p2p and all_gather, for each form that may be sent."""
+        widths = {"expanded": self.num_kv_heads * self.key_width}
+        if self.latent is not None:
+            widths["latent"] = sum(self.latent)
+            if self.exchange_latent != "auto":
+                return {self.exchange_latent: widths[self.exchange_latent]}
+        return widths
+
+    def latent_if_sent(self, *, moves: bool) -> Sizes | None:
+        """The widths of latents if p2p and all_gather send them, None if they send heads.
+
+        If nothing ``moves``, heads that are expanded once cost the least.
+        """
+        widths = self.sent_widths
+        narrowest = min(widths, key=lambda form: (widths[form] if moves else 0, form))
+        return self.latent if narrowest == "latent" else None
 
 
 def check_exchange(
@@ -91,6 +132,42 @@ def check_exchange(
         raise ConfigError(flag, given, rule, works)
 
 
+def check_latent_exchange(exchange: str, exchange_latent: str) -> None:
+    """Checks how latents are exchanged, without regard to the heads.
+
+    Raises:
+        ConfigError: the name is unknown, or latents cannot travel by ``exchange``.
+    """
+    flag = "--cp-latent-exchange"
+    if exchange_latent not in LATENT_EXCHANGES:
+        works = ", ".join(LATENT_EXCHANGES)
+        raise ConfigError(flag, exchange_latent, "is not a way to exchange latents", works)
+    if exchange_latent == "latent" and exchange.startswith("a2a"):
+        rule = f"contradicts --cp-comm-type {exchange}, which exchanges expanded heads"
+        raise ConfigError(flag, exchange_latent, rule, "--cp-comm-type p2p or all_gather")
+
+
+def check_latent(heads: Heads) -> None:
+    """Checks that heads can be expanded from their latent.
+
+    Raises:
+        ConfigError: there is no latent to send, or the numbers or widths of heads do not fit it.
+    """
+    way = heads.exchange_latent
+    if heads.latent is None:
+        if way != "auto":
+            rule = "has no effect without latent attention"
+            raise ConfigError("--cp-latent-exchange", way, rule, "auto")
+        return
+    widths = " ".join(map(str, heads.latent))
+    if min(heads.latent) < 1 or heads.latent[1] >= heads.head_dim:
+        rule = f"must be positive, and the second less than the head width {heads.head_dim}"
+        raise ConfigError("latent", widths, rule)
+    if heads.num_kv_heads != heads.num_heads:
+        rule = f"is expanded to a key/value head for each of {heads.num_heads} query heads"
+        raise ConfigError("latent", widths, f"{rule}, not to {heads.num_kv_heads}")
+
+
 def choose_exchange(
     mask: Mask,
     layout: SequenceLayout,
@@ -111,13 +188,18 @@ def choose_exchange(
     size = layout.cp_size
     inner_route = "ring" if route == "auto" else route
     if size == 1:
-        return ExchangeChoice("p2p", inner_route, (1, 1), "one rank exchanges nothing")
+        reason, latent = "one rank exchanges nothing", heads.latent_if_sent(moves=False)
+        return ExchangeChoice("p2p", inner_route, (1, 1), reason, latent)
     p2p_route = choose_route(readers) if route == "auto" else route
-    costs = {"p2p": readers.tokens_received(p2p_route) * heads.num_kv_heads * heads.key_width}
+    tokens = readers.tokens_received(p2p_route)
+    forms = {P2P_NAMES[form]: width for form, width in heads.sent_widths.items()}
+    costs = {name: tokens * width for name, width in forms.items()}
     inner = hierarchical_sizes[0] if hierarchical_sizes else size
     name = "a2a+p2p" if hierarchical_sizes else "a2a"
     notes = []
-    if heads.num_heads % inner:
+    if "expanded" not in heads.sent_widths:
+        notes.append(f"{name} cannot send latents")
+    elif heads.num_heads % inner:
         notes.append(f"{name} cannot share {heads.num_heads} heads among {inner}")
     else:
         costs[name] = all_to_all_elements(layout, heads, inner)
@@ -127,18 +209,24 @@ def choose_exchange(
             inner_route = choose_route(between) if route == "auto" else route
             moved = between.tokens_received(inner_route) * _computed_kv_heads(heads, inner)
             costs[name] += moved * heads.key_width
-    best = min(costs, key=lambda exchange: (costs[exchange], exchange != "p2p"))
+    best = min(costs, key=lambda exchange: costs[exchange])  # the first of equals
+    reason = _reason(best, costs, notes)
+    if best == name:
+        return ExchangeChoice(best, inner_route, (inner, size // inner), reason)
+    latent = heads.latent if best == P2P_NAMES["latent"] else None
+    return ExchangeChoice("p2p", p2p_route, (1, size), reason, latent)
+
+
+def _reason(best: str, costs: Mapping[str, int], notes: Sequence[str]) -> str:
+    """Compares the elements that ``best`` moves with those of the others."""
     least = costs[best]
     others = [
         f"{other} {f'{cost / least:.2g}x' if least else 'some'}"
         for other, cost in costs.items()
-        if other != best
+        if other != best and cost
     ]
     verdict = "moves the fewest bytes" if least else "moves nothing"
-    reason = ", ".join([verdict, *others, *notes])
-    if best == "p2p":
-        return ExchangeChoice(best, p2p_route, (1, size), reason)
-    return ExchangeChoice(best, inner_route, (inner, size // inner), reason)
+    return ", ".join([verdict, *others, *notes])
 
 
 def choose_route(readers: Readers) -> str:

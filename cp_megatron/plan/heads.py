@@ -54,6 +54,18 @@ def cut_heads(groups: tuple[HeadGroup, ...], start: int, stop: int) -> tuple[Hea
     return tuple(found)
 
 
+def halves(groups: tuple[HeadGroup, ...]) -> tuple[tuple[HeadGroup, ...], tuple[HeadGroup, ...]]:
+    """Two parts of ``groups``; a single key/value head is in both, with half its query heads."""
+    num_heads = groups[-1].keys[1]
+    if num_heads > 1:
+        middle = num_heads // 2
+        return cut_heads(groups, 0, middle), cut_heads(groups, middle, num_heads)
+    ((q0, q1), keys) = groups[0]
+    middle = (q0 + q1) // 2
+    first, second = HeadGroup((q0, middle), keys), HeadGroup((middle, q1), keys)
+    return ((first,) if middle > q0 else ()), (second,)
+
+
 @dataclass(frozen=True, kw_only=True)
 class HeadExchange:
     """One rank's part of the all-to-all.

@@ -18,7 +18,14 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from cp_megatron.errors import ConfigError
-from cp_megatron.plan.exchange import Heads, check_exchange, choose_exchange, choose_route
+from cp_megatron.plan.exchange import (
+    Heads,
+    check_exchange,
+    check_latent,
+    check_latent_exchange,
+    choose_exchange,
+    choose_route,
+)
 from cp_megatron.plan.gather import Gather, gathered_width, plan_gather, plan_gather_rounds
 from cp_megatron.plan.heads import HeadExchange, check_heads, merged_layout, plan_heads
 from cp_megatron.plan.layout import SequenceLayout
@@ -41,6 +48,8 @@ class Schedule:
         hierarchical_sizes: the size of a group of ranks that exchange heads, and the number of such
             groups; their product is the number of ranks.
         reason: why this exchange was chosen.
+        latent: (L, R) if p2p or all_gather send latents of width L and rotary keys of width R, and
+            their readers expand them; None if keys and values are sent.
     """
 
     mask: Mask
@@ -51,6 +60,7 @@ class Schedule:
     num_kv_heads: int | None = None
     hierarchical_sizes: tuple[int, int] = (1, 1)
     reason: str = "asked for"
+    latent: tuple[int, int] | None = None
 
     @classmethod
     def build(
@@ -65,6 +75,8 @@ class Schedule:
         *,
         head_dim: int = 1,
         v_head_dim: int | None = None,
+        latent: tuple[int, int] | None = None,
+        exchange_latent: str = "auto",
     ) -> Schedule:
         """Plans the exchange.
 
@@ -77,6 +89,10 @@ class Schedule:
             num_kv_heads: key/value heads; as many as query heads by default.
             hierarchical_sizes: (A, P) of a2a+p2p.
             head_dim, v_head_dim: widths of heads; ``auto`` weighs queries and keys by them.
+            latent: (L, R), the widths of the latent and of the rotary key, shared by all heads,
+                that keys and values are expanded from. The last R of ``head_dim`` are rotary.
+            exchange_latent: ``latent`` sends those, ``expanded`` keys and values, ``auto`` what
+                moves fewer bytes.
 
         Raises:
             ConfigError: a name is unknown, layout and mask differ in length, the heads cannot be
@@ -84,31 +100,40 @@ class Schedule:
         """
         size = layout.cp_size
         check_exchange(exchange, route, size, hierarchical_sizes)
+        check_latent_exchange(exchange, exchange_latent)
         if (held := layout.shard_len * size) != mask.seq_len:
             raise ConfigError("layout", held, f"must hold the mask's {mask.seq_len} positions")
         kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        if exchange == "auto" or exchange.startswith("a2a"):
+        if exchange == "auto" or exchange.startswith("a2a") or latent is not None:
             check_heads(1, num_heads, kv_heads, exchange)
         plan = cls(mask, layout, exchange, route, num_heads, kv_heads)
-        if exchange == "auto":
-            assert num_heads is not None
-            assert kv_heads is not None
-            heads = Heads(
-                num_heads=num_heads,
-                num_kv_heads=kv_heads,
-                head_dim=head_dim,
-                v_head_dim=head_dim if v_head_dim is None else v_head_dim,
-            )
-            choice = choose_exchange(mask, layout, plan.readers, heads, hierarchical_sizes, route)
-            plan = replace(plan, **vars(choice))
-        else:
-            sizes = {"p2p": (1, size), "all_gather": (1, size), "a2a": (size, 1)}
-            plan = replace(plan, hierarchical_sizes=hierarchical_sizes or sizes[exchange])
+        heads = Heads(
+            num_heads=num_heads or 1,
+            num_kv_heads=kv_heads or 1,
+            head_dim=head_dim,
+            v_head_dim=head_dim if v_head_dim is None else v_head_dim,
+            latent=latent,
+            exchange_latent=exchange_latent,
+        )
+        check_latent(heads)
+        plan = plan._with_exchange(heads, hierarchical_sizes)
         if plan.all_to_all_size > 1:
             check_heads(plan.all_to_all_size, num_heads, kv_heads, plan.exchange)
         if plan.route == "auto":
             plan = replace(plan, route=choose_route(plan.readers))
         return plan
+
+    def _with_exchange(self, heads: Heads, sizes: tuple[int, int] | None) -> Schedule:
+        """Resolves ``auto``: which ranks exchange heads, what travels, and why."""
+        layout, size = self.layout, self.layout.cp_size
+        if self.exchange == "auto":
+            choice = choose_exchange(self.mask, layout, self.readers, heads, sizes, self.route)
+            return replace(self, **vars(choice))
+        if self.exchange in ("p2p", "all_gather"):
+            moves = heads.latent is not None and bool(self.readers.read.any())
+            latent = heads.latent_if_sent(moves=moves)
+            return replace(self, hierarchical_sizes=(1, size), latent=latent)
+        return replace(self, hierarchical_sizes=sizes or (size, 1))
 
     @property
     def all_to_all_size(self) -> int:
@@ -182,8 +207,10 @@ class Schedule:
 
         Keys and values of a position are sent together: ``head_dim + v_head_dim`` elements for each
         key/value head of the schedule, or for one head if their number is unknown. If heads are
-        exchanged, queries and results count too.
+        exchanged, queries and results count too. If latents are sent, their widths count instead.
         """
+        if self.latent is not None:
+            return self.kv_tokens_received(rank) * sum(self.latent) * element_size
         v_dim = head_dim if v_head_dim is None else v_head_dim
         exchange = self.heads(rank)
         if exchange is None:

@@ -70,6 +70,12 @@ def _unused(model: ModelConfig) -> Iterator[_Unused]:
         "--qk-layernorm with it",
     )
     yield _Unused(
+        not (model.qk_layernorm and model.multi_latent_attention),
+        ("latent_norm_epsilon",),
+        "without norms of latents",
+        "--multi-latent-attention --qk-layernorm with it",
+    )
+    yield _Unused(
         model.normalization != "LayerNorm",
         ("norm_bias",),
         "with --normalization RMSNorm, which has no bias",
@@ -100,13 +106,6 @@ def _blocks(model: ModelConfig) -> Iterator[_Rule]:
         model.parallel_residual and model.norm_placement != "pre",
         *("--parallel-residual", "", "has one norm, before both blocks"),
         "--norm-placement pre",
-    )
-    yield _Rule(
-        model.qk_norm_scope == "all_heads"
-        and model.normalization == "LayerNorm"
-        and model.norm_bias == "all",
-        *("--qk-norm-scope", "all_heads", "has no bias"),
-        "--norm-bias residual, or --normalization RMSNorm",
     )
 
 

@@ -16,9 +16,9 @@ from cp_megatron.config import Config
 from cp_megatron.data.rows.packing import row_mask
 from cp_megatron.errors import ConfigError
 from cp_megatron.plan import Grid, Mask, Schedule, SequenceLayout
-from cp_megatron.plan.exchange import Sizes, check_exchange
+from cp_megatron.plan.exchange import Sizes, check_exchange, check_latent_exchange
 from cp_megatron.plan.layout import auto_layout, sequence_divisor
-from cp_megatron.preflight.rules import multiples
+from cp_megatron.preflight.rules import multiples, refuse_unused
 from cp_megatron.spec import local_heads
 
 
@@ -179,7 +179,13 @@ def _with_exchange(
     else:
         heads, kv_heads, width, v_width = local_heads(config.model, grid.tp)
         build = partial(Schedule.build, head_dim=width, v_head_dim=v_width)
-        schedule = build(plan.mask, plan.layout, exchange, route, heads, kv_heads, sizes)
+        schedule = build(
+            *(plan.mask, plan.layout, exchange, route, heads, kv_heads, sizes),
+            latent=config.model.latent_widths,
+            exchange_latent=parallel.cp_latent_exchange,
+        )
+        if schedule.latent is not None:
+            notes = (*notes, "latents are sent, and the heads that they expand to are not")
         exchange, route, reason = schedule.exchange, schedule.route, reason or schedule.reason
         sizes = schedule.hierarchical_sizes if exchange == "a2a+p2p" else None
     if one_node and is_free and exchange != "p2p":  # p2p moves the same bytes on any nodes
@@ -194,6 +200,11 @@ def _check_exchange(config: Config, grid: Grid, given: frozenset[str]) -> None:
     exchange, route = parallel.cp_comm_type, parallel.cp_route
     sizes = parallel.hierarchical_context_parallel_sizes
     check_exchange(exchange, route, grid.cp, sizes)
+    check_latent_exchange(exchange, parallel.cp_latent_exchange)
+    if not config.model.multi_latent_attention:
+        reason = "without --multi-latent-attention"
+        works = "--multi-latent-attention with it"
+        refuse_unused(parallel, ["cp_latent_exchange"], given, reason=reason, works=works)
     if exchange in ("a2a", "all_gather") and "--cp-route" in given:
         rule = f"has no effect with --cp-comm-type {exchange}"
         raise ConfigError("--cp-route", route, rule, "--cp-comm-type p2p or a2a+p2p")

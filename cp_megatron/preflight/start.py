@@ -88,6 +88,7 @@ def make_context(plan: RunPlan, groups: ParallelGroups) -> ContextParallel:
         kernel=plan.kernel.name,
         route=sequence.route,
         hierarchical_sizes=sequence.sizes,
+        exchange_latent=parallel.cp_latent_exchange,
         deterministic=plan.config.train.deterministic,
         # Masks follow from the run's rows, which are the same on every rank that reads them.
         check_ranks="once" if parallel.cp_check_ranks else "never",

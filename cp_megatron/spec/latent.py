@@ -10,7 +10,7 @@ channels come from the latent; the others are rotated by position, and all heads
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from cp_megatron.config import ModelConfig
@@ -49,15 +49,18 @@ class LatentAttentionSpec(MixerSpec):
         down = partial(
             LinearSpec, inputs=hidden, bias=model.has_qkv_bias, units=1, shares_units=True
         )
-        norm = partial(NormSpec.of, model, used_on="heads") if model.qk_layernorm else None
+        norm = None
+        if model.qk_layernorm:
+            norm = NormSpec.of(model, width=model.kv_lora_rank, used_on="heads")
+            norm = replace(norm, epsilon=model.latent_epsilon)
         up = partial(LinearSpec, bias=False, units=heads)
         return cls(
             query_down=down(outputs=rank) if rank else None,
-            query_down_norm=norm(width=rank) if norm and rank else None,
+            query_down_norm=replace(norm, width=rank) if norm and rank else None,
             query=up(inputs=rank or hidden, outputs=heads * model.head_dim),
             latent=down(outputs=model.kv_lora_rank),
             rotary_key=down(outputs=model.qk_pos_emb_head_dim),
-            latent_norm=norm(width=model.kv_lora_rank) if norm else None,
+            latent_norm=norm,
             key_value=up(
                 inputs=model.kv_lora_rank, outputs=heads * (model.qk_head_dim + model.value_dim)
             ),
@@ -70,6 +73,13 @@ class LatentAttentionSpec(MixerSpec):
             ),
             **cls.shared_fields(model, layer=layer),
         )
+
+    def operand_bytes(self, sizes: ActivationSizes) -> int:
+        """As in ``MixerSpec``; of q and the rotary key if latents are sent."""
+        if not sizes.sends_latents:
+            return super().operand_bytes(sizes)
+        channels = self.local_heads(sizes.tp).heads * self.head_dim + self.rotary_key.outputs
+        return sizes.tokens * channels * sizes.element
 
     def kept_operands(self, sizes: ActivationSizes) -> int:
         """Bytes of attention's inputs that backward needs and that recomputation frees: the

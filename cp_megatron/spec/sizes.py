@@ -20,6 +20,7 @@ class ActivationSizes:
         exact: bytes of an element of the type that sums are computed in.
         on_cuda: the device is a GPU; its operations keep other tensors than the CPU's.
         head_exchange: the exchange of heads for tokens by all-to-all, if attention does one.
+        sends_latents: latent attention keeps latents instead of the heads that they expand to.
         result_copies: copies of attention's result that are kept; 2 if the output projection
             needs it in another memory layout.
     """
@@ -32,6 +33,7 @@ class ActivationSizes:
     exact: int
     on_cuda: bool
     head_exchange: HeadExchange | None = None
+    sends_latents: bool = False
     result_copies: int = 1
 
     @property

@@ -98,7 +98,7 @@ class TrainStep:
         model, tp = self.model.config, self.groups.grid.tp
         contexts = Counter(self.model.layer_contexts(cp))
         for context in contexts:
-            context.prepare(*local_heads(model, tp))
+            context.prepare(*local_heads(model, tp), model.latent_widths)
         pairs = sum(context.mask.pairs() * layers for context, layers in contexts.items())
         _ = cp.document_positions  # computed here once; ``cp`` keeps them
         labels = cp.shard(batch.labels, 1)

@@ -41,7 +41,7 @@ def write(folder: Path, state: dict[str, Tensor], *, shards: int, new: bool) -> 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """The same model four times: safetensors, one file, three shards, and torch's old format."""
-    root, model = tmp_path_factory.mktemp("bin"), make_model("llama, biases, linear")
+    root, model = tmp_path_factory.mktemp("bin"), make_model(attention_bias=True, mlp_bias=True)
     made = [root / str(number) for number in range(4)]
     for folder in made:
         model.config.save_pretrained(folder)
@@ -81,7 +81,7 @@ def test_views_are_read_by_their_strides(tmp_path: Path) -> None:
 
 
 def test_safetensors_come_first(folders: list[Path], tmp_path: Path) -> None:
-    model = make_model("llama, biases, linear")
+    model = make_model(attention_bias=True, mlp_bias=True)
     model.save_pretrained(tmp_path)
     (tmp_path / "pytorch_model.bin").write_bytes(b"not read")
     found = read_hf_config(tmp_path)
@@ -101,7 +101,7 @@ def test_safetensors_come_first(folders: list[Path], tmp_path: Path) -> None:
     ],
 )
 def test_damage_is_told(tmp_path: Path, change: dict[str, Tensor] | None, rule: str) -> None:
-    model = make_model("llama")
+    model = make_model()
     model.config.save_pretrained(tmp_path)
     write(tmp_path, {**model.state_dict(), **(change or {})}, shards=1, new=True)
     if change is None:
@@ -125,7 +125,7 @@ def test_damage_is_told(tmp_path: Path, change: dict[str, Tensor] | None, rule: 
     ],
 )
 def test_a_configuration_beside_other_weights(tmp_path: Path, file: str, rule: str) -> None:
-    make_model("llama").config.save_pretrained(tmp_path)
+    make_model().config.save_pretrained(tmp_path)
     (tmp_path / file).parent.mkdir(exist_ok=True)
     (tmp_path / file).touch()
     found = read_hf_config(tmp_path)

@@ -17,7 +17,7 @@ from cp_megatron.families.registry import read_hf_config
 from cp_megatron.generate.decode import Sampling, Session
 from cp_megatron.model import Transformer
 from cp_megatron.plan import Mask
-from tests.smollm2 import smollm2_folder
+from tests.real_models import smollm2_folder
 
 pytestmark = pytest.mark.slow
 TOKENS = 512

@@ -292,7 +292,7 @@ def test_an_export_has_the_family_of_the_folder_if_that_has_such_a_model(tmp_pat
     ("changes", "flag"),
     [
         ({"window_size": (3, 0), "window_layers": (0,)}, "--window-layers"),
-        ({"normalization": "LayerNorm"}, "--normalization"),
+        ({"normalization": "LayerNorm", "window_size": (3, 0)}, "--window-size"),
         ({"swiglu": False}, "--no-swiglu"),
         ({"disable_bias_linear": False, "qk_layernorm": True}, "--no-disable-bias-linear"),
         ({"add_qkv_bias": True, "qk_layernorm": True}, "--add-qkv-bias"),

@@ -18,9 +18,10 @@ from cp_megatron.kernels.interface import BackwardInputs, Kernel
 from cp_megatron.kernels.load_kernel import load_kernel
 from cp_megatron.plan import Mask
 from cp_megatron.plan.tiling import CAUSAL, FULL, Band
+from tests.context_parallel.test_sinks import Case, extra_inputs, results
 from tests.kernels import double, double_newer
 from tests.kernels.cases import SCALE, TILES, Attention, allowed, error, oracle
-from tests.oracles import attention_inputs, dense_gradients, relative_error
+from tests.oracles import attention_inputs, relative_error
 from tests.ranks import run_ranks
 
 BF16 = torch.bfloat16
@@ -174,36 +175,48 @@ def test_each_generation_is_imported_from_its_module(
     assert loaded._constants["softcap"] == 30.0
 
 
-def ring_errors(rank: int, world_size: int, mask: Mask, name: str) -> dict[str, float]:
-    """One rank's errors in bfloat16 with the double as its kernel."""
-    inputs = [x.to(BF16).double() for x in attention_inputs(3, 2, mask.seq_len, 6, 2, 16, 16)]
-    reference = dense_gradients(inputs, mask)
+def ring_errors(
+    rank: int, world_size: int, mask: Mask, name: str, softcap: float | None
+) -> dict[str, float]:
+    """One rank's errors in bfloat16 with the double as its kernel, with sinks and through the lse.
+
+    The sinks' gradient is summed over the ranks.
+    """
+    whole = attention_inputs(3, 2, mask.seq_len, 6, 2, 16, 16)
+    inputs = [x.to(BF16).double() for x in whole]
+    sinks, dlse = extra_inputs(4, 2, mask.seq_len, 6)
+    sinks, dlse = sinks.float().double(), dlse.float().double()
+    reference = results(Case(mask, {}, softcap=softcap), inputs, sinks, dlse)
     original = vars(api)["load_kernel"]
-    vars(api)["load_kernel"] = lambda *args, **kwargs: kernel_of(name)
+    vars(api)["load_kernel"] = lambda *args, **kwargs: kernel_of(name, softcap=softcap)
     try:
-        cp = ContextParallel(dist.group.WORLD, mask)
+        # The choice is replaced, so a kernel is named that supports everything.
+        cp = ContextParallel(dist.group.WORLD, mask, kernel="reference")
         q, k, v, dout = (cp.shard(x, 1).to(BF16) for x in inputs)
-        q, k, v = (x.requires_grad_() for x in (q, k, v))
-        out = cp.attention(q, k, v)
-        out.backward(dout)
+        leaves = [x.requires_grad_() for x in (q, k, v, sinks.float())]
+        attended = cp.attention(*leaves[:3], sinks=leaves[3], softcap=softcap, return_lse=True)
+        grads = torch.autograd.grad(attended, leaves, (dout, cp.shard(dlse, 2).float()))
     finally:
         vars(api)["load_kernel"] = original
-    found: dict[str, Any] = {"out": out.detach(), "dq": q.grad, "dk": k.grad, "dv": v.grad}
-    return {name: relative_error(x, reference[name], cp.positions) for name, x in found.items()}
+    dist.all_reduce(grads[3])
+    found = {"out": attended[0].detach(), **dict(zip(("dq", "dk", "dv"), grads))}
+    errors = {name: relative_error(x, reference[name], cp.positions) for name, x in found.items()}
+    gap = (grads[3] - reference["ds"]).norm() / reference["ds"].norm()
+    return {**errors, "ds": float(gap)}
 
 
 @pytest.mark.parametrize(
-    ("mask", "name"),
+    ("mask", "name", "softcap"),
     [
-        (Mask.causal(48), "2"),
-        (Mask.documents([1, 7, 21, 2, 5, 11, 1]), "2 old"),
-        (Mask.documents([1, 30, 17], window=(6, 0)), "3"),
-        (Mask.full(48, window=(9, 3)), "4"),
+        (Mask.causal(48), "2", 1.5),
+        (Mask.documents([1, 7, 21, 2, 5, 11, 1]), "2 old", None),
+        (Mask.documents([1, 30, 17], window=(6, 0)), "3", 1.5),
+        (Mask.full(48, window=(9, 3)), "4", 1.5),
     ],
     ids=["causal", "documents", "window", "both sides"],
 )
-def test_the_ring_runs_on_it(mask: Mask, name: str) -> None:
-    for result in run_ranks(ring_errors, 2, mask, name):
+def test_the_ring_runs_on_it(mask: Mask, name: str, softcap: float | None) -> None:
+    for result in run_ranks(ring_errors, 2, mask, name, softcap):
         assert max(result.values()) < 1e-2, result
 
 

@@ -1,7 +1,7 @@
 """A real model: evaluate it on any grid, extend its context, train it.
 
-SmolLM2-135M was trained on 8,192 tokens. The text is English prose that ships with Python. All
-tests are slow: a row of 16,384 tokens takes two cores a minute.
+SmolLM2-135M was trained on 8,192 tokens, Gemma 3 270M on 32,768. The text is English prose that
+ships with Python. All tests are slow: a row of 16,384 tokens takes two cores a minute.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from tests.launch.test_end_to_end import environment
-from tests.smollm2 import smollm2_folder
+from tests.real_models import gemma3_folder, smollm2_folder
 
 LAUNCH = Path(__file__).parents[2] / "launch"
 RECIPE = LAUNCH / "recipes" / "extend-context.yaml"
@@ -53,7 +53,7 @@ def launch(folder: Path, ranks: int, script: str, flags: str) -> str:
 
 def evaluated(folder: Path, ranks: int, name: str, flags: str) -> dict[int, Any]:
     """Length -> the result of ``evaluate.py`` for one row, shared by the ranks."""
-    model = "" if "--load " in flags else f"--load-hf {smollm2_folder()}"
+    model = "" if "--load" in flags else f"--load-hf {smollm2_folder()}"
     launch(
         folder,
         ranks,
@@ -130,3 +130,35 @@ def test_sixteen_thousand_tokens_train_on_two_ranks_in_sixteen_gib(folder: Path)
     print({key: (first[key], second[key]) for key in ("loss", "step_seconds", "memory_bytes")})
     assert second["loss"] < first["loss"]
     assert 2 * second["memory_bytes"] < 16 << 30
+
+
+def test_gemma_3_is_evaluated_extended_and_exported(folder: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = gemma3_folder()
+    rows = [
+        perplexity(folder, ranks, f"gemma{ranks}", f"--load-hf {model} --lengths 4096")[4096]
+        for ranks in (1, 2)
+    ]
+    assert rows[0] == pytest.approx(15.571, abs=0.001)
+    assert rows[1] == pytest.approx(rows[0], rel=1e-5)
+    launch(
+        folder,
+        2,
+        "pretrain.py",
+        f"--load-hf {model} --context-parallel-size 2 --seq-length 4096 --global-batch-size 1"
+        " --train-iters 4 --lr 1e-4 --split 90,10 --eval-iters 1 --log-interval 1"
+        " --data-path text.txt --save gemma --no-plot",
+    )
+    after = perplexity(folder, 2, "gemma-after", "--load gemma --part all --lengths 4096")[4096]
+    print(f"perplexity at 4K: {rows[0]:.2f} before, {after:.2f} after")
+    assert after < rows[0]
+    launch(folder, 1, "convert.py", "--load gemma --output gemma-out")
+    found, told = AutoModelForCausalLM.from_pretrained(
+        folder / "gemma-out", output_loading_info=True
+    )
+    assert not any(told.values()), told
+    tokenizer = AutoTokenizer.from_pretrained(folder / "gemma-out")
+    ids = tokenizer("The capital of France is", return_tensors="pt")
+    text = tokenizer.decode(found.generate(**ids, max_new_tokens=8, do_sample=False)[0])
+    assert text.startswith("<bos>The capital of France is")

@@ -39,6 +39,11 @@ POST, PARALLEL = ["--norm-placement", "post"], ["--parallel-residual"]
 GEMMA = ["--norm-placement", "both", "--apply-layernorm-1p", "--geglu", "--no-swiglu"]
 COOLING = ["--query-temperature-beta", "0.1", "--original-max-position-embeddings", "16"]
 
+MLA = ["--multi-latent-attention", "--q-lora-rank", "12", "--kv-lora-rank", "16"]
+MLA += ["--qk-head-dim", "8", "--qk-pos-emb-head-dim", "4", "--v-head-dim", "6"]
+MLA += ["--qk-layernorm", "--num-query-groups", "4"]
+EXPANDED, LATENT = (["--cp-latent-exchange", way] for way in ("expanded", "latent"))
+
 CASES = [
     (1, GPT),
     (1, [*LLAMA, *BF16, *TILES, *CHUNKS, "--qk-layernorm", *CAPPED]),
@@ -57,10 +62,16 @@ CASES = [
     (4, [*LLAMA, *TP2, *CP2, *BF16, *ROWS, *ROWS]),
     (4, [*LLAMA, *CP4, "--window-size", "9", "0", "--window-layers", "1"]),
     (4, [*LLAMA, *CP4, *LEVELS]),
+    (2, [*LLAMA, *CP2, *MLA, *SELECTIVE, *FIRST]),
 ]
 SLOW = [
     (2, [*LLAMA, *BF16, *ROWS]),
     (4, [*LLAMA, *CP4, *BF16, "--cp-comm-type", "p2p", "--cp-route", "direct"]),
+    (1, [*LLAMA, *MLA, *BF16]),
+    (2, [*LLAMA, *CP2, *MLA, *EXPANDED]),
+    (2, [*LLAMA, *CP2, *MLA, *GATHER, *BF16]),
+    (4, [*LLAMA, *CP2, *TP2, *SP, *MLA, *LATENT]),
+    (4, [*LLAMA, *CP4, *MLA, *A2A]),
 ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,15 +13,28 @@ from tests.model.grids import STYLES, VOCAB, Step, error, grid_step, plain_step,
 from tests.ranks import run_ranks
 
 TOLERANCE = 1e-12
+# Heads of 12 and 6 are expanded from latents of 8 and rotary keys of 4, which is fewer bytes.
+LATENT = replace(
+    STYLES["llama"],
+    num_query_groups=None,
+    multi_latent_attention=True,
+    q_lora_rank=12,
+    kv_lora_rank=8,
+    qk_head_dim=8,
+    qk_pos_emb_head_dim=4,
+    v_head_dim=6,
+    qk_layernorm=True,
+)
+MODELS = {**STYLES, "latent": LATENT}
 
 
 @functools.cache
 def oracle(style: str) -> Step:
-    return plain_step(run_config(STYLES[style]))
+    return plain_step(run_config(MODELS[style]))
 
 
 def check(style: str, grid: Grid, *, sequence_parallel: bool = False) -> None:
-    config = run_config(STYLES[style], sequence_parallel=sequence_parallel)
+    config = run_config(MODELS[style], sequence_parallel=sequence_parallel)
     step = run_ranks(grid_step, grid.world_size, config, grid)[0]
     expected = oracle(style)
     assert all(torch.equal(step.parameters[name], p) for name, p in expected.parameters.items())
@@ -65,3 +79,8 @@ def test_tensor_and_context_parallel_blocks(style: str) -> None:
 def test_fsdp(style: str, grid: tuple[int, int, int]) -> None:
     dp, cp, tp = grid
     check(style, Grid(dp=dp, cp=cp, tp=tp), sequence_parallel=tp > 1)
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_latents_that_travel(sequence_parallel: bool) -> None:
+    check("latent", Grid(dp=1, cp=2, tp=2), sequence_parallel=sequence_parallel)

@@ -201,6 +201,7 @@ def refused(
         ),
         (["--kernel", "cudnn", "--deterministic", "--bf16"], 1, "--kernel", "--kernel cuda"),
         (["--kernel", "cuda", "--device", "cpu"], 1, "--kernel", "--kernel cpu"),
+        (["--kernel=cpu", "--attn-logit-softcapping=50"], 1, "--kernel", "--kernel reference"),
         (["--kernel", "cuda", "--dtype", "float64"], 1, "--kernel", "--kernel reference"),
         # places
         (["--load", "no-such-run"], 1, "--load", ""),
@@ -220,6 +221,12 @@ def test_flash_attn_asked_for_and_not_installed() -> None:
     error = refused("--kernel", "flash_attn")
     assert (error.flag, error.value) == ("--kernel", "flash_attn")
     assert "not installed" in error.rule
+
+
+def test_a_softcap_chooses_a_kernel_that_has_it() -> None:
+    choice = plan("--device", "cpu", "--attn-logit-softcapping", "50").kernels["cpu"]
+    assert choice.name == "reference"
+    assert "not cpu: has no softcap of the scores" in choice.reason
 
 
 def test_key_value_heads_that_neither_divide_nor_are_divided() -> None:

@@ -118,3 +118,27 @@ def test_documents_leave_the_choice_to_each_batch() -> None:
     asked = plan(*documents, *words, world=8).sequence
     assert (asked.exchange, asked.route, asked.sizes) == ("p2p", "direct", None)
     assert asked.layout.kind == "zigzag"
+
+
+MLA = ["--multi-latent-attention", "--num-attention-heads", "16", "--num-query-groups", "16"]
+
+
+def test_latents_are_sent_where_that_is_fewer_bytes() -> None:
+    sequence = plan(*CP8, *MLA, world=8).sequence
+    assert (sequence.exchange, sequence.reason) == (
+        "p2p",
+        "moves the fewest bytes, p2p 8.9x, a2a 3x",
+    )
+    assert any("latents are sent" in note for note in sequence.notes)
+    expanded = plan(*CP8, *MLA, "--cp-latent-exchange", "expanded", world=8).sequence
+    assert (expanded.exchange, expanded.notes) == ("a2a", ())
+
+
+def test_an_exchange_of_latents_that_cannot_be_is_refused() -> None:
+    latent = ["--cp-latent-exchange", "latent"]
+    error = refused(*CP8, *latent, world=8)
+    assert str(error).startswith(
+        "--cp-latent-exchange latent: has no effect without --multi-latent"
+    )
+    error = refused(*CP8, *MLA, *latent, "--cp-comm-type", "a2a", world=8)
+    assert "contradicts --cp-comm-type a2a" in str(error)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -48,6 +49,9 @@ class ModelConfig:
     qk_pos_emb_head_dim: Size = 64
     """With --multi-latent-attention: channels of a head that are rotated. All heads share those of
     the keys."""
+    latent_norm_epsilon: Annotated[float, Range(0, 1)] | None = None
+    """With --multi-latent-attention and --qk-layernorm: added to the variance of the latents; by
+    default --norm-epsilon."""
     normalization: Normalization = "LayerNorm"
     """Normalization before or after attention and the MLP, and at the end."""
     norm_placement: NormPlacement = "pre"
@@ -97,7 +101,8 @@ class ModelConfig:
     mscale: NonNegative | None = None
     """For yarn: the attention factor is computed from this and --mscale-all-dim."""
     mscale_all_dim: NonNegative | None = None
-    """For yarn: the attention factor is computed from --mscale and this."""
+    """For yarn: the attention factor is computed from --mscale and this; so is, with
+    --multi-latent-attention, the factor of the scores."""
     rope_attention_factor: Positive | None = None
     """For yarn and longrope: a factor on rotated queries and keys; by default derived."""
     rope_truncate: bool = True
@@ -141,7 +146,8 @@ class ModelConfig:
     """With --qk-layernorm: normalize every head, with one weight for all heads (head) or one for
     each (each_head), or all heads of a token as one vector (all_heads)."""
     softmax_scale: Positive | None = None
-    """Factor of the attention scores; by default 1 / sqrt(width of a key)."""
+    """Factor of the attention scores; by default 1 / sqrt(width of a key), with
+    --multi-latent-attention and --mscale-all-dim times the square of yarn's factor."""
     softmax_type: SoftmaxType = "vanilla"
     """off-by-one adds 1 to the denominator of the attention softmax; learnable adds the exponential
     of a learned number per query head, an attention sink."""
@@ -223,12 +229,18 @@ class ModelConfig:
         """Width of the queries and keys of one head, with the default filled in."""
         if self.multi_latent_attention:
             return self.qk_head_dim + self.qk_pos_emb_head_dim
-        return self.kv_channels or self.hidden_size // self.num_attention_heads
+        return self.kv_channels or max(1, self.hidden_size // self.num_attention_heads)
 
     @property
     def value_dim(self) -> int:
         """Width of the values of one head, with the default filled in."""
         return self.v_head_dim or (128 if self.multi_latent_attention else self.head_dim)
+
+    @property
+    def latent_widths(self) -> tuple[int, int] | None:
+        """Widths of the latent and of the rotary key that keys and values are expanded from."""
+        widths = self.kv_lora_rank, self.qk_pos_emb_head_dim
+        return widths if self.multi_latent_attention else None
 
     @property
     def rotary_dim(self) -> int:
@@ -238,6 +250,22 @@ class ModelConfig:
         return int(self.head_dim * self.rotary_percent)
 
     @property
+    def latent_epsilon(self) -> float:
+        """What the norms of latents add to the variance, with the default filled in."""
+        own = self.latent_norm_epsilon
+        return self.norm_epsilon if own is None else own
+
+    @property
     def score_scale(self) -> float:
         """Factor of the attention scores, with the default filled in."""
-        return self.softmax_scale or self.head_dim**-0.5
+        if self.softmax_scale:
+            return self.softmax_scale
+        scaled = self.multi_latent_attention and self.rope_type == "yarn"
+        growth = self.yarn_growth(self.mscale_all_dim) if scaled and self.mscale_all_dim else 1.0
+        return growth**2 * self.head_dim**-0.5
+
+    def yarn_growth(self, mscale: float) -> float:
+        """The factor by which yarn lets queries and keys grow: 0.1 mscale ln(s) + 1, where s is the
+        factor of the context (arXiv:2309.00071, section 3.4; ``mscale`` is DeepSeek's)."""
+        factor = self.rope_scaling_factor or 1.0
+        return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0

@@ -9,6 +9,7 @@ from cp_megatron.config.schema.ranges import AxisSize, Range
 
 Exchange = Literal["auto", "p2p", "all_gather", "a2a", "a2a+p2p"]
 Route = Literal["auto", "ring", "direct"]
+LatentExchange = Literal["auto", "latent", "expanded"]
 LayoutKind = Literal["auto", "contiguous", "zigzag", "balanced"]
 KernelName = Literal[
     "auto",
@@ -44,6 +45,9 @@ class ParallelConfig:
     cp_route: Route = "auto"
     """For p2p and a2a+p2p: keys come from the neighbour (ring) or from their owner (direct); auto
     chooses the route that moves the fewest keys."""
+    cp_latent_exchange: LatentExchange = "auto"
+    """With --multi-latent-attention: send latents, which their readers expand (latent, by p2p or
+    all_gather), or keys and values (expanded); auto sends what is fewer bytes."""
     cp_layout: LayoutKind = "auto"
     """Which rank holds which part of a row: zigzag balances causal attention, balanced balances
     packed documents; auto chooses between the two."""

@@ -147,12 +147,7 @@ def attention(
     Raises:
         ConfigError: the call needs something that is not supported, or shapes do not fit.
     """
-    if context_parallel is None and isinstance(attention_mask, WantedMask):
-        context_parallel = attention_mask.plan
-    if context_parallel is None:
-        works = "model(**shard_batch(group, ...)), with a model that passes keywords to attention"
-        raise ConfigError("context_parallel", None, "is missing from the call", works)
-    _refuse_unchecked(module, context_parallel)
+    plan = _checked_plan(module, attention_mask, context_parallel)
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if not causal or "CrossAttention" in type(module).__name__:
         rule = "must be causal self-attention"
@@ -165,10 +160,10 @@ def attention(
     if dropout:
         raise ConfigError("attention_dropout", dropout, "must be 0 in training", "0.0")
     _refuse_unsupported(getattr(module, "config", None), kwargs)
-    _refuse_changing_rope(getattr(module, "config", None), context_parallel)
+    _refuse_changing_rope(getattr(module, "config", None), plan)
     if s_aux is not None and sinks is not None:
         raise ConfigError("sinks", tuple(sinks.shape), "are given a second time", "s_aux alone")
-    cp = context_parallel.within(_window(attention_mask, sliding_window))
+    cp = plan.within(_window(attention_mask, sliding_window))
     # [B, H, S, D] -> [B, S, H, D]
     q, k, v = (rearrange(x, "b h s d -> b s h d").contiguous() for x in (query, key, value))
     return cp.attention(
@@ -176,13 +171,24 @@ def attention(
     ), None
 
 
-def _refuse_unchecked(module: nn.Module, plan: BatchPlan) -> None:
-    """Refuses a model that was built before ``register``, and not set to this attention since."""
+def _checked_plan(
+    module: nn.Module, mask: WantedMask | Tensor | None, plan: BatchPlan | None
+) -> BatchPlan:
+    """The batch's plan, from the call or the mask.
+
+    Refuses a model that was built before ``register``, and not set to this attention since.
+    """
+    if plan is None and isinstance(mask, WantedMask):
+        plan = mask.plan
+    if plan is None:
+        works = "model(**shard_batch(group, ...)), with a model that passes keywords to attention"
+        raise ConfigError("context_parallel", None, "is missing from the call", works)
     is_models = hasattr(getattr(module, "config", None), "_attn_implementation")
     if is_models and type(plan) is BatchPlan and VOUCHED not in vars(module):
         rule = "belongs to a model that was not checked"
         works = "huggingface.check(model), or huggingface.register() before the model is built"
         raise ConfigError("attention", type(module).__name__, rule, works)
+    return plan
 
 
 def _window(wanted: WantedMask | None, sliding_window: int | None) -> int | None:

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 import numpy as np
 from rich.console import Console
 
-from cp_megatron.config.schema.parallel_config import Exchange, LayoutKind, Route
+from cp_megatron.config.schema.parallel_config import Exchange, LatentExchange, LayoutKind, Route
 from cp_megatron.config.schema.ranges import Range
 from cp_megatron.config.words import read_options
 from cp_megatron.errors import ConfigError
@@ -59,12 +59,18 @@ class PlanOptions:
     """For a2a+p2p: the size of a group of ranks that exchange heads, and the number of groups."""
     num_attention_heads: AtLeastOne = 32
     """Query heads."""
-    num_query_groups: AtLeastOne = 8
-    """Key/value heads."""
+    num_query_groups: AtLeastOne | None = None
+    """Key/value heads; by default 8, and with --latent as many as query heads."""
     head_dim: AtLeastOne = 128
     """Width of a query and key head."""
     v_head_dim: AtLeastOne | None = None
     """Width of a value head; by default that of a key head."""
+    latent: tuple[AtLeastOne, AtLeastOne] | None = None
+    """L R: all heads are expanded from a latent of width L and a rotary key of width R, which is a
+    part of --head-dim; for DeepSeek 512 64, with --head-dim 192 --v-head-dim 128."""
+    cp_latent_exchange: LatentExchange = "auto"
+    """With --latent: send latents (by p2p or all_gather) or expanded keys and values; auto sends
+    what is fewer bytes."""
     dtype: Literal["bfloat16", "float32", "float64"] = "bfloat16"
     """The type in which bytes are counted."""
     svg: str | None = None
@@ -115,11 +121,24 @@ def make_schedule(options: PlanOptions) -> Schedule:
     layout = SequenceLayout.make(mask, options.context_parallel_size, options.cp_layout)
     return Schedule.build(
         *(mask, layout, options.cp_comm_type, options.cp_route),
-        *(options.num_attention_heads, options.num_query_groups),
+        *_heads(options),
         options.hierarchical_context_parallel_sizes,
         head_dim=options.head_dim,
         v_head_dim=options.v_head_dim,
+        latent=options.latent,
+        exchange_latent=options.cp_latent_exchange,
     )
+
+
+def _heads(options: PlanOptions) -> tuple[int, int]:
+    """Query heads and key/value heads."""
+    heads, kv_heads = options.num_attention_heads, options.num_query_groups
+    if kv_heads is None:
+        return heads, 8 if options.latent is None else heads
+    if options.latent is not None and kv_heads != heads:
+        rule = f"must be --num-attention-heads {heads} with --latent, which has a key for each"
+        raise ConfigError("--num-query-groups", kv_heads, rule, str(heads))
+    return heads, kv_heads
 
 
 def make_mask(options: PlanOptions) -> Mask:

@@ -40,6 +40,8 @@ class DrawableSchedule(Protocol):
     def hierarchical_sizes(self) -> Span: ...
     @property
     def all_to_all_size(self) -> int: ...
+    @property
+    def latent(self) -> Span | None: ...
 
     def rounds(self, rank: int) -> tuple[Round, ...]: ...
     def heads(self, rank: int) -> HeadExchange | None: ...
@@ -123,11 +125,12 @@ def mask_in_words(mask: Mask) -> str:
 
 def exchange_in_words(schedule: DrawableSchedule) -> str:
     """E.g. ``p2p over the ring``, ``a2a among 4, p2p over the ring between 2 groups``."""
+    what = "" if schedule.latent is None else " of latents"
     all_to_all_size, groups = schedule.hierarchical_sizes
     way = "over the ring" if schedule.route == "ring" else "straight from the owner"
     if schedule.exchange not in ("p2p", "a2a+p2p"):
-        return schedule.exchange
+        return f"{schedule.exchange}{what}"
     if all_to_all_size == 1:
-        return f"p2p {way}"
+        return f"p2p{what} {way}"
     between = f", p2p {way} between {groups} groups" if groups > 1 else ""
     return f"a2a among {all_to_all_size}{between}"

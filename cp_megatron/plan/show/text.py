@@ -83,6 +83,9 @@ def _choices(schedule: Schedule, pairs: int) -> Iterator[tuple[str, str]]:
         who = "ranks" if schedule.all_to_all_size == 1 else "groups"
         yield "route", f"{schedule.route}; all {who} together receive {words} keys"
     yield "heads", f"{schedule.num_heads} query, {schedule.num_kv_heads} key/value"
+    if schedule.latent is not None:
+        latent, rotary = schedule.latent
+        yield "latent", f"{latent} + {rotary} elements a token travel; readers expand the heads"
 
 
 def print_rank(schedule: Schedule, rank: int, console: Console) -> None:

@@ -75,6 +75,12 @@ def test_two_ranks_literally(capsys: pytest.CaptureFixture[str]) -> None:
           "            rank 2 gets q 0-2, kv 0-1 of this rank's tokens, gives q 3-5, kv 1-2",
           "round 0   keys of its group",
           "round 1   keys of group 0: 0-1 (2)"]),
+        (["--latent", "512", "64", "--head-dim", "192", "--v-head-dim", "128", "--seq-length", "8",
+          "--context-parallel-size", "2", "--num-attention-heads", "16"],
+         ["exchange  p2p of latents over the ring; moves the fewest bytes, p2p 8.9x, a2a 12x",
+          "heads     16 query, 16 key/value",
+          "latent    512 + 64 elements a token travel; readers expand the heads",
+          "   0  0-1, 6-7     18          1.000              4         4.5 KiB"]),
         (["--documents", "1", "1", "1", "1", "--context-parallel-size", "4", "--rank", "1",
           "--cp-route", "ring", "--cp-layout", "contiguous"],
          ["mask      documents: 4 of 1 to 1 tokens; 4 tokens, 4 pairs (25.00%)",
@@ -106,7 +112,7 @@ def test_it_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("argv", "line"),
     [
-        (["--seq-lenght", "4"], "--seq-lenght 4: unknown flag (works: --seq-length)"),
+        (["--seq-lenght", "4"], "--seq-lenght 4: unknown flag (works: --seq-length, --latent)"),
         (["--seq_length=4"], "--seq_length 4: unknown flag (works: --seq-length)"),
         (["4096"], "argument 4096: belongs to no flag (works: --flag value)"),
         (["--seq-length"], "--seq-length: needs one value (works: --seq-length INT)"),

@@ -1,0 +1,54 @@
+"""A real Gemma 3, converted from GGUF, computes what transformers does."""
+
+from __future__ import annotations
+
+import pydoc_data.topics
+
+import pytest
+import torch
+
+from cp_megatron.checkpoint.hf_load import load_hf
+from cp_megatron.context_parallel import ContextParallel
+from cp_megatron.data.tokenize.open_tokenizer import open_tokenizer
+from cp_megatron.families.registry import read_hf_config
+from cp_megatron.generate.decode import Sampling, Session
+from cp_megatron.model import Transformer
+from cp_megatron.plan import Mask
+from tests.real_models import gemma3_folder
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+TOKENS = 640  # more than the window of 512
+
+
+def test_it_speaks_and_computes_what_transformers_does() -> None:
+    from transformers import AutoModelForCausalLM
+
+    folder = gemma3_folder()
+    found = read_hf_config(folder)
+    assert (found.unread, found.model.window_size) == ((), (511, 0))
+    with torch.device("meta"):
+        model = Transformer(
+            found.model,
+            seq_length=TOKENS,
+            vocab_size=found.vocab_size,
+            tp=None,
+            sequence_parallel=False,
+        )
+    model = model.to_empty(device="cpu").eval()
+    load_hf(folder, model=model)
+    tokenizer = open_tokenizer("huggingface", str(folder))
+    assert (tokenizer.opening, tokenizer.eod) == ((2,), 1)
+    prompt = [*tokenizer.opening, *tokenizer.encode("The capital of France is").tolist()]
+    said = Session(model=model, seq_length=TOKENS).generate(
+        prompt, max_new_tokens=12, stop=(tokenizer.eod,), sampling=Sampling(), seed=0
+    )
+    expected = " the capital of the country of France. It is the largest"
+    assert tokenizer.decode(list(said)) == expected
+    ids = tokenizer.encode(pydoc_data.topics.topics["class"])[: TOKENS - 1].tolist()
+    tokens = torch.tensor([[*tokenizer.opening, *ids]])
+    assert tokens.shape == (1, TOKENS)
+    theirs = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
+    with torch.no_grad():
+        logits = model(tokens, cp=ContextParallel(None, Mask.causal(TOKENS)))
+        reference = theirs(tokens).logits
+    assert (logits - reference).abs().max() / reference.abs().max() < 1e-5

@@ -1,0 +1,445 @@
+"""Tiny models of all Hugging Face families, with every optional field off its default.
+
+A family is one ``Case`` or more: all of its variants together give each field of its config class a
+value that is not the default (``test_cases.py`` says which fields are left out). The models run as
+soon as their family stands in ``FAMILIES``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+VOCAB = 300  # not a multiple of the padding; the byte tokenizer has 257
+FULL, SLIDING = "full_attention", "sliding_attention"
+SIZES: Mapping[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "bos_token_id": None,
+    "eos_token_id": 2,
+    "pad_token_id": None,
+}
+RMS = {"rms_norm_eps": 0.03}
+LAYER_NORM = {"layer_norm_eps": 0.03}
+BOTH_BIASES = {"attention_bias": True, "mlp_bias": True}
+TIED, UNTIED = {"tie_word_embeddings": True}, {"tie_word_embeddings": False}
+
+
+def rope(kind: str = "default", **more: Any) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_theta": 500.0, **more, "rope_type": kind}}
+
+
+def longrope(pairs: int, original: int, **more: Any) -> dict[str, Any]:
+    """The longest document has 26 tokens: it decides which of the factors are used."""
+    return rope(
+        "longrope",
+        factor=4.0,
+        original_max_position_embeddings=original,
+        short_factor=[1 + 0.5 * pair for pair in range(pairs)],
+        long_factor=[2.5 + 1.5 * pair for pair in range(pairs)],
+        **more,
+    )
+
+
+def yarn(**more: Any) -> dict[str, Any]:
+    """A third less of either beta moves a boundary of the ramp, which is a whole number."""
+    values = {"rope_theta": 20.0, "factor": 4.0, "original_max_position_embeddings": 16}
+    values |= {"beta_fast": 1.6, "beta_slow": 0.08}
+    return rope("yarn", **{**values, **more})
+
+
+LINEAR = rope("linear", factor=2.5)
+DYNAMIC = rope("dynamic", factor=3.0) | {"max_position_embeddings": 16}
+LLAMA3 = rope(
+    "llama3",
+    factor=4.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=16,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A tiny model of transformers.
+
+    Attributes:
+        name: the prefix of its classes in transformers, for example ``Llama``.
+        options: arguments of its config class, beside those of ``sizes``.
+        sizes: what the models of all cases have alike, in the words of the family.
+        model_class: the model's class if it is not ``<name>ForCausalLM``.
+        exported: the model type of an export, if an earlier family expresses the model, too.
+        one_plus: norms store their factor minus 1.
+        inert: ends of names of tensors and keys of config.json without effect, or that fix a size.
+    """
+
+    name: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    sizes: Mapping[str, Any] = field(default_factory=lambda: SIZES)
+    model_class: str = ""
+    exported: str = ""
+    one_plus: bool = False
+    inert: tuple[str, ...] = ()
+
+
+def gemma(name: str, model_class: str, **options: Any) -> Case:
+    shared = {"head_dim": 12, "query_pre_attn_scalar": 7, "attention_bias": True}
+    shared |= {"final_logit_softcapping": 4.0, "sliding_window": 5, **RMS}
+    return Case(name=name, model_class=model_class, options={**shared, **options}, one_plus=True)
+
+
+def gpt2(**options: Any) -> Case:
+    return Case(
+        name="GPT2",
+        model_class="GPT2LMHeadModel",
+        sizes={
+            **{key: value for key, value in SIZES.items() if key.endswith(("vocab_size", "_id"))},
+            "n_embd": 32,
+            "n_layer": 3,
+            "n_head": 4,
+            "n_positions": 64,
+        },
+        options={"n_inner": 48, "layer_norm_epsilon": 0.03, **options},
+    )
+
+
+TWO_BASES = {
+    "rope_parameters": {
+        FULL: {"rope_type": "linear", "rope_theta": 900.0, "factor": 2.5},
+        SLIDING: {"rope_type": "default", "rope_theta": 50.0},
+    }
+}
+YARN_ON_FULL = {
+    "rope_parameters": {
+        FULL: yarn(attention_factor=1.3)["rope_parameters"],
+        SLIDING: {"rope_type": "default", "rope_theta": 500.0},
+    }
+}
+MINISTRAL_YARN = yarn(
+    original_max_position_embeddings=12, mscale=0.9, mscale_all_dim=0.5, llama_4_scaling_beta=0.4
+)
+GRANITE = {
+    "embedding_multiplier": 3.0,
+    "logits_scaling": 2.0,
+    "residual_multiplier": 0.6,
+    "attention_multiplier": 0.45,
+}
+DENSE_HYBRID = {
+    "num_local_experts": 0,
+    "num_experts_per_tok": 0,
+    "shared_intermediate_size": 48,
+    "layer_types": [FULL] * 3,
+    "mamba_n_heads": 4,
+}
+LATENT = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 12,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 10,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 6,
+    "first_k_dense_replace": 4,
+    "attention_bias": True,
+}
+
+CASES: Mapping[str, Case] = {
+    "llama": Case(
+        name="Llama",
+        options={**RMS, **TIED, **BOTH_BIASES, **LLAMA3, "head_dim": 12},
+    ),
+    "llama, attention biases": Case(
+        name="Llama", options={**RMS, **LINEAR, "attention_bias": True, "num_key_value_heads": 1}
+    ),
+    "llama, mlp biases": Case(
+        name="Llama", options={**RMS, **DYNAMIC, "mlp_bias": True, "head_dim": 8}
+    ),
+    "llama, longrope": Case(
+        name="Llama", options={**RMS, **longrope(4, 32)}, inert=("long_factor",)
+    ),
+    "mistral": Case(
+        name="Mistral",
+        options={**RMS, **TIED, **yarn(truncate=False), "sliding_window": 7, "head_dim": 12},
+    ),
+    "mistral, no window": Case(
+        name="Mistral", options={**RMS, **rope(), "sliding_window": None}, exported="llama"
+    ),
+    "qwen2": Case(
+        name="Qwen2",
+        options={
+            **RMS,
+            **TIED,
+            **yarn(mscale=0.9, mscale_all_dim=0.5),
+            "use_sliding_window": True,
+            "sliding_window": 5,
+            "max_window_layers": 1,
+        },
+    ),
+    "qwen2, window everywhere": Case(
+        name="Qwen2",
+        options={"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 0},
+    ),
+    "qwen3": Case(
+        name="Qwen3",
+        options={
+            **RMS,
+            **TIED,
+            **LINEAR,
+            "head_dim": 12,
+            "attention_bias": True,
+            "max_window_layers": 5,
+            "use_sliding_window": True,
+            "sliding_window": 4,
+            "layer_types": [SLIDING, FULL, SLIDING],
+        },
+    ),
+    "qwen3, dynamic, one kv head": Case(
+        name="Qwen3", options={**DYNAMIC, "head_dim": 12, "num_key_value_heads": 1}
+    ),
+    "gpt2": gpt2(**UNTIED),
+    "gpt2, tied": gpt2(),
+    "gemma2": gemma(
+        "Gemma2",
+        "Gemma2ForCausalLM",
+        **UNTIED,
+        **rope(),
+        attn_logit_softcapping=3.0,
+        layer_types=[FULL, SLIDING, SLIDING],
+    ),
+    "gemma2, tied": gemma("Gemma2", "Gemma2ForCausalLM", attention_bias=False),
+    "gemma3_text": gemma(
+        "Gemma3Text",
+        "Gemma3ForCausalLM",
+        **UNTIED,
+        **TWO_BASES,
+        layer_types=[FULL, SLIDING, FULL],
+    ),
+    "gemma3_text, tied": gemma(
+        "Gemma3Text",
+        "Gemma3ForCausalLM",
+        attention_bias=False,
+        final_logit_softcapping=None,
+        layer_types=[SLIDING, FULL, SLIDING],
+    ),
+    "phi3": Case(
+        name="Phi3",
+        options={
+            **RMS,
+            **TIED,
+            **longrope(3, 16, partial_rotary_factor=0.75),
+            "original_max_position_embeddings": 16,
+            "sliding_window": 7,
+        },
+        inert=("short_factor", "partial_rotary_factor"),
+    ),
+    "phi3, no window": Case(name="Phi3", options=rope()),
+    "olmo2": Case(name="Olmo2", options={**RMS, **TIED, **yarn(), "attention_bias": True}),
+    "olmo2, no biases": Case(name="Olmo2", options={**RMS, "num_key_value_heads": 4}),
+    "olmo3": Case(
+        name="Olmo3",
+        options={
+            **RMS,
+            **TIED,
+            **YARN_ON_FULL,
+            "attention_bias": True,
+            "sliding_window": 5,
+            "layer_types": [FULL, SLIDING, SLIDING],
+        },
+    ),
+    "olmo3, no biases": Case(
+        name="Olmo3", options={"num_hidden_layers": 4, "sliding_window": 6, **RMS}
+    ),
+    "smollm3": Case(
+        name="SmolLM3",
+        options={
+            **RMS,
+            **UNTIED,
+            **BOTH_BIASES,
+            **LINEAR,
+            "use_sliding_window": True,
+            "sliding_window": 5,
+            "no_rope_layers": [1, 0, 1],
+            "layer_types": [SLIDING, FULL, FULL],
+        },
+        inert=("1.self_attn.k_proj.bias", "no_rope_layer_interval"),
+    ),
+    "smollm3, interval": Case(
+        name="SmolLM3",
+        options={**RMS, **yarn(), "attention_bias": True, "no_rope_layer_interval": 2},
+        inert=("1.self_attn.k_proj.bias",),
+    ),
+    "granite": Case(name="Granite", options={**RMS, **TIED, **BOTH_BIASES, **LINEAR, **GRANITE}),
+    "granite, attention biases": Case(
+        name="Granite", options={**RMS, **GRANITE, **rope(), "attention_bias": True}
+    ),
+    "granitemoehybrid": Case(
+        name="GraniteMoeHybrid",
+        options={
+            **RMS,
+            **TIED,
+            **GRANITE,
+            **DENSE_HYBRID,
+            **LINEAR,
+            "attention_bias": True,
+            "position_embedding_type": "rope",
+        },
+    ),
+    "granitemoehybrid, no positions": Case(
+        name="GraniteMoeHybrid",
+        options={**RMS, **GRANITE, **DENSE_HYBRID},
+    ),
+    "glm": Case(
+        name="Glm",
+        options={
+            **RMS,
+            **TIED,
+            **rope(partial_rotary_factor=0.75),
+            "head_dim": 16,
+            "attention_bias": False,
+        },
+    ),
+    "glm, biases": Case(name="Glm", options={**RMS, "head_dim": 16, "num_key_value_heads": 4}),
+    "glm4": Case(
+        name="Glm4",
+        options={
+            **RMS,
+            **TIED,
+            **rope(partial_rotary_factor=0.75),
+            "head_dim": 16,
+            "attention_bias": False,
+        },
+    ),
+    "glm4, biases": Case(name="Glm4", options={**RMS, "head_dim": 16, "num_key_value_heads": 4}),
+    "cohere": Case(
+        name="Cohere",
+        options={
+            **LAYER_NORM,
+            **UNTIED,
+            **LINEAR,
+            "logit_scale": 0.6,
+            "attention_bias": True,
+            "use_qk_norm": True,
+        },
+    ),
+    "cohere, tied": Case(name="Cohere", options={**LAYER_NORM, "logit_scale": 1.5}),
+    "cohere2": Case(
+        name="Cohere2",
+        options={
+            **LAYER_NORM,
+            **UNTIED,
+            **LINEAR,
+            "logit_scale": 0.6,
+            "attention_bias": True,
+            "sliding_window": 5,
+            "layer_types": [FULL, SLIDING, SLIDING],
+        },
+        inert=("0.self_attn.k_proj.bias",),
+    ),
+    "cohere2, tied": Case(
+        name="Cohere2",
+        options={**LAYER_NORM, "num_hidden_layers": 4, "sliding_window": 6},
+    ),
+    "stablelm": Case(
+        name="StableLm",
+        options={
+            **LAYER_NORM,
+            **TIED,
+            **rope("linear", factor=2.5, partial_rotary_factor=0.5),
+            "use_qkv_bias": True,
+            "qk_layernorm": True,
+            "use_parallel_residual": True,
+        },
+    ),
+    "stablelm, in order": Case(
+        name="StableLm",
+        options={**LAYER_NORM, **rope(partial_rotary_factor=0.75), "qk_layernorm": True},
+    ),
+    "internlm3": Case(
+        name="InternLM3",
+        model_class="LlamaForCausalLM",
+        options={
+            **RMS,
+            **TIED,
+            **DYNAMIC,
+            "qkv_bias": True,
+            "bias": True,
+            "head_dim": 12,
+            "num_key_value_heads": 1,
+        },
+        exported="llama",
+    ),
+    "ministral": Case(
+        name="Ministral",
+        options={
+            **RMS,
+            **TIED,
+            **LINEAR,
+            "head_dim": 12,
+            "sliding_window": 5,
+            "layer_types": [SLIDING, FULL, SLIDING],
+        },
+    ),
+    "ministral3": Case(
+        name="Ministral3",
+        options={
+            **RMS,
+            **TIED,
+            **MINISTRAL_YARN,
+            "head_dim": 12,
+            "sliding_window": 15,
+        },
+    ),
+    "exaone4": Case(
+        name="Exaone4",
+        options={
+            **RMS,
+            **TIED,
+            **LLAMA3,
+            "num_hidden_layers": 4,
+            "sliding_window": 5,
+            "sliding_window_pattern": 2,
+        },
+        inert=("sliding_window_pattern",),
+    ),
+    "exaone4, layer types": Case(
+        name="Exaone4",
+        options={**RMS, "sliding_window": 6, "layer_types": [FULL, SLIDING, SLIDING]},
+    ),
+    "exaone4, no window": Case(
+        name="Exaone4", options={**RMS, "sliding_window": None, "layer_types": [FULL] * 3}
+    ),
+    "deepseek_v2": Case(
+        name="DeepseekV2",
+        options={**RMS, **TIED, **LATENT, **yarn(mscale=0.9, mscale_all_dim=0.5), "mlp_bias": True},
+    ),
+    "deepseek_v2, whole queries": Case(
+        name="DeepseekV2",
+        options={**RMS, **LATENT, "q_lora_rank": None, "attention_bias": False},
+    ),
+    "deepseek_v3": Case(
+        name="DeepseekV3",
+        options={
+            **RMS,
+            **TIED,
+            **LATENT,
+            **yarn(mscale=0.9, mscale_all_dim=0.5),
+            "rope_interleave": False,
+            "num_nextn_predict_layers": 0,
+        },
+    ),
+    "deepseek_v3, whole queries": Case(
+        name="DeepseekV3",
+        options={
+            **RMS,
+            **LATENT,
+            "q_lora_rank": None,
+            "attention_bias": False,
+            "num_nextn_predict_layers": 0,
+        },
+    ),
+}
