@@ -72,7 +72,8 @@ def test_olmo2(tmp_path: Path) -> None:
         *("post", True),
         "all_heads",
     )
-    assert not (model.has_qkv_bias or model.has_attention_output_bias or model.has_mlp_bias)
+    biases = model.has_qkv_bias, model.has_attention_output_bias, model.has_mlp_bias
+    assert not any(biases)
     entries = write(model, "olmo2")
     assert {key: entries[key] for key in OLMO2} == OLMO2
     biased = read(tmp_path, OLMO2, attention_bias=True)
