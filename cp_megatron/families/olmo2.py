@@ -52,6 +52,11 @@ def _write(model: ModelConfig, longest: int, **rope: Any) -> dict[str, Any]:
 def _write_olmo3(model: ModelConfig, longest: int) -> dict[str, Any]:
     entries = _write(model, longest, by_layer=True) | llama_like.write_layer_windows(model)
     del entries[_LOCAL_BASE]
+    windows = entries["rope_parameters"]["sliding_attention"]
+    if windows != {"rope_type": "default", "rope_theta": model.rotary_base}:
+        # transformers 4 always rotates windows so. It refuses an object without a type, which adds
+        # nothing to rope_parameters in version 5.
+        entries["rope_scaling"] = {"rope_theta": model.rotary_base}
     return entries
 
 

@@ -74,7 +74,6 @@ class Case:
         options: arguments of its config class, beside those of ``sizes``.
         sizes: what the models of all cases have alike, in the words of the family.
         model_class: the model's class if it is not ``<name>ForCausalLM``.
-        exported: the model type of an export, if an earlier family expresses the model, too.
         one_plus: norms store their factor minus 1.
         inert: ends of names of tensors and keys of config.json without effect, or that fix a size.
     """
@@ -83,7 +82,6 @@ class Case:
     options: Mapping[str, Any] = field(default_factory=dict)
     sizes: Mapping[str, Any] = field(default_factory=lambda: SIZES)
     model_class: str = ""
-    exported: str = ""
     one_plus: bool = False
     inert: tuple[str, ...] = ()
 
@@ -166,9 +164,7 @@ CASES: Mapping[str, Case] = {
         name="Mistral",
         options={**RMS, **TIED, **yarn(truncate=False), "sliding_window": 7, "head_dim": 12},
     ),
-    "mistral, no window": Case(
-        name="Mistral", options={**RMS, **rope(), "sliding_window": None}, exported="llama"
-    ),
+    "mistral, no window": Case(name="Mistral", options={**RMS, **rope(), "sliding_window": None}),
     "qwen2": Case(
         name="Qwen2",
         options={
@@ -203,6 +199,12 @@ CASES: Mapping[str, Case] = {
     ),
     "gpt2": gpt2(**UNTIED),
     "gpt2, tied": gpt2(),
+    "gemma": Case(
+        name="Gemma",
+        options={**RMS, **UNTIED, **LINEAR, "head_dim": 12, "attention_bias": True},
+        one_plus=True,
+    ),
+    "gemma, tied": Case(name="Gemma", options={**RMS, "head_dim": 12}, one_plus=True),
     "gemma2": gemma(
         "Gemma2",
         "Gemma2ForCausalLM",
@@ -371,7 +373,6 @@ CASES: Mapping[str, Case] = {
             "head_dim": 12,
             "num_key_value_heads": 1,
         },
-        exported="llama",
     ),
     "ministral": Case(
         name="Ministral",

@@ -299,11 +299,10 @@ def test_an_export_has_the_family_of_the_folder_if_that_has_such_a_model(tmp_pat
 @pytest.mark.parametrize(
     ("changes", "flag"),
     [
+        ({"normalization": "LayerNorm", "window_size": (3, 0)}, "--window-size"),
         ({"window_size": (3, 0), "window_rotary_base": 50.0}, "--window-rotary-base"),
-        ({"rotary_percent": 0.5}, "--rotary-percent"),
         ({"softmax_type": "learnable"}, "--softmax-type"),
         ({"v_head_dim": 16}, "--v-head-dim"),
-        ({"normalization": "LayerNorm", "window_size": (3, 0)}, "--window-size"),
         ({"swiglu": False}, "--no-swiglu"),
         ({"disable_bias_linear": False, "qk_layernorm": True}, "--no-disable-bias-linear"),
         ({"add_qkv_bias": True, "qk_layernorm": True}, "--add-qkv-bias"),

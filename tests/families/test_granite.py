@@ -128,7 +128,7 @@ def test_a_hybrid_that_rotates(tmp_path: Path) -> None:
         ({"layer_types": 7}, "must be a list of 4 times"),
         ({"position_embedding_type": "alibi"}, 'position_embedding_type is "alibi", which is not'),
         ({"normalization_function": "layernorm"}, "normalization_function"),
-        ({"attention_multiplier": 0}, "attention_multiplier is 0, but must be a number of at least"),
+        ({"attention_multiplier": 0}, "attention_multiplier is 0, but must be a number of"),
         ({"logits_scaling": 0.0}, "logits_scaling is 0.0, but must be a number of at least"),
     ],
 )
@@ -139,5 +139,5 @@ def test_refused(tmp_path: Path, changes: dict[str, Any], told: str) -> None:
 
 def test_experts_are_the_default_of_transformers(tmp_path: Path) -> None:
     entries = {key: value for key, value in HYBRID.items() if key != "num_local_experts"}
-    with pytest.raises(ConfigError, match="num_local_experts is 8, .*a mixture of experts"):
+    with pytest.raises(ConfigError, match=r"num_local_experts is 8, .*a mixture of experts"):
         read(tmp_path, entries)

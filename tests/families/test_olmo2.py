@@ -72,7 +72,8 @@ def test_olmo2(tmp_path: Path) -> None:
         *("post", True),
         "all_heads",
     )
-    assert not (model.has_qkv_bias or model.has_attention_output_bias or model.has_mlp_bias)
+    biases = model.has_qkv_bias, model.has_attention_output_bias, model.has_mlp_bias
+    assert not any(biases)
     entries = write(model, "olmo2")
     assert {key: entries[key] for key in OLMO2} == OLMO2
     biased = read(tmp_path, OLMO2, attention_bias=True)
@@ -109,8 +110,13 @@ def test_olmo3_has_a_window_on_three_of_four_layers(tmp_path: Path) -> None:
 def test_olmo3_may_scale_all_layers(tmp_path: Path) -> None:
     """A run that extends the context of a model without scaling scales all layers."""
     scaled = replace(read(tmp_path, OLMO3), window_rotary_base=None)
-    parameters = write(scaled, "olmo3")["rope_parameters"]
-    assert parameters[SLIDING] == parameters[FULL]
+    entries = write(scaled, "olmo3")
+    assert entries["rope_parameters"][SLIDING] == entries["rope_parameters"][FULL]
+    # transformers 4 cannot, and refuses a scaling without a type.
+    assert entries["rope_scaling"] == {"rope_theta": 500000.0}
+    assert write(replace(scaled, window_rotary_base=9.0), "olmo3")["rope_scaling"].keys() == {
+        "rope_theta"
+    }
 
 
 @pytest.mark.parametrize(

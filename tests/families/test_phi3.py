@@ -100,7 +100,8 @@ def test_partial_rotary_of_phi_4_mini(tmp_path: Path) -> None:
 
 
 def test_the_first_name_of_longrope(tmp_path: Path) -> None:
-    assert read(tmp_path, rope_scaling={**MINI_128K["rope_scaling"], "type": "su"}) == read(tmp_path)
+    scaling = {**MINI_128K["rope_scaling"], "type": "su"}
+    assert read(tmp_path, rope_scaling=scaling) == read(tmp_path)
 
 
 def test_dropout(tmp_path: Path) -> None:

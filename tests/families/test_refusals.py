@@ -14,7 +14,6 @@ from cp_megatron.families.registry import FAMILIES, read_hf_config
 
 SERVES = 'attn_implementation="cp_megatron" in transformers computes it'
 UNKNOWN = 'attn_implementation="cp_megatron" in transformers is not known to compute it'
-MORE = "it reads more than text; a folder of its language model alone may be supported; "
 ALTERNATIVE = ', or attn_implementation="cp_megatron" in transformers)'
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
@@ -54,7 +53,8 @@ def refusal(folder: Path, entries: dict[str, Any]) -> str:
                 "architectures": ["Llama4ForConditionalGeneration"],
                 "text_config": {"num_local_experts": 16},
             },
-            f"it is a mixture of 16 experts; {MORE}{UNKNOWN}",
+            "it is a mixture of 16 experts; it reads more than text; a folder of its language "
+            f"model alone may be supported; {UNKNOWN}",
         ),
         ({"architectures": ["GPTNeoXForCausalLM"], "num_experts": 1}, f"supported: {SERVES}"),
         ({"model_type": "gpt_neox"}, f"supported: {SERVES}"),

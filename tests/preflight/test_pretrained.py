@@ -62,7 +62,7 @@ def test_the_folder_says_the_model(folder: Path) -> None:
 
 def test_the_family_of_the_export(folder: Path) -> None:
     assert plan(folder, "--hf-model-type", "phi3").config.model.hf_model_type == "phi3"
-    with pytest.raises(ConfigError, match="--hf-model-type phi: is not supported .works: llama"):
+    with pytest.raises(ConfigError, match=r"--hf-model-type phi: is not supported .works: llama"):
         plan(folder, "--hf-model-type", "phi")
 
 
