@@ -19,9 +19,9 @@ _CAUSAL = """
     GraniteMoe GraniteMoeSWA GraniteMoeShared GraniteSWA HYV3 Helium HrmText HunYuanDenseV1
     HunYuanMoEV1 HyperCLOVAX Jais2 JetMoe Kolibri1 Laguna Lfm2 Llama LongcatFlash Mellum
     MiMoV2Flash MiniCPM3 MiniMaxM2 MiniMaxM3VL Ministral Ministral3 Mistral Mixtral Mllama
-    ModernBertDecoder NanoChat OPT Olmo Olmo2 Olmo3 Olmoe Persimmon Phi Phi3 Phi4Multimodal
-    Phimoe Qwen2 Qwen2Moe Qwen3 Qwen3Moe RoCBert SeedOss SmolLM3 SolarOpen Starcoder2 Whisper
-    Youtu
+    ModernBertDecoder Moshi NanoChat OPT Olmo Olmo2 Olmo3 Olmoe Persimmon Phi Phi3
+    Phi4Multimodal Phimoe Qwen2 Qwen2Moe Qwen3 Qwen3Moe RoCBert SeedOss SmolLM3 SolarOpen
+    StableLm Starcoder2 Whisper Youtu
 """
 _OTHERS = """
     BertGenerationDecoder BertLMHeadModel CTRLLMHeadModel GPT2LMHeadModel
