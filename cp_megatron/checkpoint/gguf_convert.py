@@ -50,6 +50,11 @@ _TENSORS = re.compile(
     r"|blk\.\d+\.post_(attention|ffw)_norm\.weight"
 )
 
+# What the config.json of every architecture says.
+_SAID_BY_ALL: Mapping[str, Any] = MappingProxyType(
+    {"attention_bias": False, "attention_dropout": 0.0, "initializer_range": 0.02}
+    | {"use_cache": True}
+)
 # Metadata that transformers ignores; files that contain it are refused.
 _WINDOW = "attention.sliding_window"
 _UNSUPPORTED = ("expert_count", "attention.sliding_window_pattern", "rope.scaling.attn_factor")
@@ -165,11 +170,13 @@ def _config(file: GGUFFile, dtype: WeightType) -> dict[str, Any]:
     _refuse_unsupported(file, model, head_dim)
     theta, scaling = _float(model.get("rope.freq_base", 10000.0)), _rope_scaling(model)
     rope = {**(scaling or {"rope_type": "default"}), "rope_theta": theta}
+    own: dict[str, Any] = {"hidden_act": "silu"}
     if architecture in GEMMAS:
         own = gemma_keys(architecture, model, head_dim=head_dim, rope=rope)
+    elif architecture == "llama":
+        own["mlp_bias"] = False
     else:
-        own = {"hidden_act": "silu"}
-        own |= {"mlp_bias": False} if architecture == "llama" else {"use_sliding_window": False}
+        own["use_sliding_window"] = False
     return {
         "architectures": [f"{architecture.capitalize()}ForCausalLM"],
         "model_type": _ARCHITECTURES[architecture],
@@ -185,12 +192,9 @@ def _config(file: GGUFFile, dtype: WeightType) -> dict[str, Any]:
         "rope_scaling": scaling,
         "rope_parameters": rope,
         "rms_norm_eps": _float(model.get("attention.layer_norm_rms_epsilon", 1e-5)),
-        "attention_bias": False,
-        "attention_dropout": 0.0,
         "tie_word_embeddings": "output.weight" not in file.shapes,
-        "initializer_range": 0.02,
         "torch_dtype": dtype,
-        "use_cache": True,
+        **_SAID_BY_ALL,
         **own,
         **_token_ids(file),
     }
