@@ -147,7 +147,7 @@ def test_gemma_3_is_evaluated_extended_and_exported(folder: Path) -> None:
         2,
         "pretrain.py",
         f"--load-hf {model} --context-parallel-size 2 --seq-length 4096 --global-batch-size 1"
-        " --train-iters 4 --lr 1e-4 --split 90,10 --eval-iters 1 --log-interval 1"
+        " --train-iters 3 --lr 2e-5 --split 90,10 --eval-iters 1 --log-interval 1"
         " --data-path text.txt --save gemma --no-plot",
     )
     after = perplexity(folder, 2, "gemma-after", "--load gemma --part all --lengths 4096")[4096]
