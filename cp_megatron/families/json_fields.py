@@ -76,7 +76,8 @@ class JsonFields:
     def wrong(self, name: str, rule: str, works: str = "") -> ConfigError:
         """Makes the error that names the file, the key, its value and the rule."""
         value = self.get(name)
-        shown = "is missing" if value is None else f"is {json.dumps(value)[:60]}"
+        missing = value is None and name not in self.value
+        shown = "is missing" if missing else f"is {json.dumps(value)[:60]}"
         rule = f"{HF_CONFIG}: {self.prefix}{name} {shown}, {rule}"
         return ConfigError(FLAG, self.folder, rule, works)
 

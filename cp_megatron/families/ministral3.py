@@ -21,6 +21,10 @@ def _read(fields: JsonFields) -> ModelConfig:
     if fields.get("layer_types") is not None:
         why = "transformers does not read it in Ministral 3"
         raise fields.unsupported("layer_types", "no layer_types", why)
+    if not any(fields.inner(name).value for name in ("rope_parameters", "rope_scaling")):
+        raise fields.wrong(
+            "rope_parameters", "which transformers replaces by the rope of Ministral 3"
+        )
     windows = llama_like.read_layer_windows(fields, llama_like.all_or_none(fields))
     return llama_like.read(fields, rope={"more": _MORE}, **windows)
 

@@ -78,6 +78,8 @@ TRAINING_ONLY = frozenset(
     | {"make_vocab_size_divisible_by", "max_position_embeddings", "hf_model_type"}
 )
 """Flags that do not change what a trained model computes for the sequences it is made for."""
+_QUANTIZED = ("quantization_config", "compression_config", "quantization")
+"""What transformers, the files of compressed-tensors and those of MLX call it."""
 _BIASES: Mapping[str, str] = {
     "add_qkv_bias": "has_qkv_bias",
     "add_attention_output_bias": "has_attention_output_bias",
@@ -123,7 +125,8 @@ def read_hf_config(folder: str | Path) -> HFModel:
     entries = RecordedKeys(read_json(Path(folder)))
     fields = JsonFields(Path(folder), entries)
     family = _family_named(fields)
-    fields.only("quantization_config", works="weights that are not quantized")
+    for key in _QUANTIZED:
+        fields.only(key, works="weights that are not quantized")
     fields.only("is_causal", True, why="a token then reads those that follow it")
     alternative = alternative_of(family)
     fields = replace(fields, defaults=family.defaults, alternative=alternative)
@@ -155,7 +158,11 @@ def _family_named(fields: JsonFields) -> Family:
         raise unknown_architecture(fields, key, names[0], ", ".join(known))
     kind = fields.value.get("model_type")
     special = [x for x in FAMILIES if x.model_type == kind and names[0] in x.classes]
-    return special[0] if special else known[names[0]]
+    family = special[0] if special else known[names[0]]
+    if kind not in (None, family.model_type):
+        rule = f"but architectures names {names[0]}, and transformers builds what model_type says"
+        raise fields.wrong("model_type", rule, family.model_type)
+    return family
 
 
 def check_model_type(name: str | None) -> None:

@@ -2,39 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import NamedTuple
+import math
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 
 from cp_megatron.config import ModelConfig
 from cp_megatron.errors import ConfigError, Mistakes
 from cp_megatron.preflight.rules import refuse_unused
 
-_LATENT = ("q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim")
-
-
-_ROTARY = (
-    *("window_rotary_base", "rotary_percent", "rotary_interleaved", "no_rope_layers"),
-    "query_temperature_beta",
+_UNREAD: Sequence[tuple[Callable[[ModelConfig], bool], tuple[str, ...], str, str]] = (
+    (
+        lambda model: not model.multi_latent_attention,
+        ("q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim"),
+        "without --multi-latent-attention",
+        "--multi-latent-attention with it",
+    ),
+    (
+        lambda model: not model.qk_layernorm or model.multi_latent_attention,
+        ("qk_norm_scope",),
+        "without norms of heads",
+        "--qk-layernorm with it, and no --multi-latent-attention",
+    ),
+    (
+        lambda model: not (model.qk_layernorm and model.multi_latent_attention),
+        ("latent_norm_epsilon",),
+        "without norms of latents",
+        "--multi-latent-attention --qk-layernorm with it",
+    ),
+    (
+        lambda model: model.normalization != "LayerNorm",
+        ("norm_bias",),
+        "with --normalization RMSNorm, which has no bias",
+        "--normalization LayerNorm",
+    ),
+    (
+        lambda model: model.position_embedding_type != "rope",
+        (
+            *("window_rotary_base", "rotary_percent", "rotary_interleaved", "no_rope_layers"),
+            "query_temperature_beta",
+        ),
+        "without --position-embedding-type rope",
+        "--position-embedding-type rope",
+    ),
+    (
+        lambda model: not model.disable_bias_linear,
+        ("add_attention_output_bias", "add_mlp_bias"),
+        "without --disable-bias-linear, because all linear layers have biases",
+        "--disable-bias-linear with it",
+    ),
 )
-
-
-class _Unused(NamedTuple):
-    """Settings that have no effect if ``here``, the reason, and what works."""
-
-    here: bool
-    names: tuple[str, ...]
-    reason: str
-    works: str
-
-
-class _Rule(NamedTuple):
-    """A combination that is refused: flag, value, rule and what works."""
-
-    broken: bool
-    flag: str
-    value: object
-    rule: str
-    works: str
+"""Flags without an effect: in which models, which flags, the reason, and what works."""
 
 
 def check_blocks(model: ModelConfig, given: frozenset[str]) -> None:
@@ -44,151 +61,85 @@ def check_blocks(model: ModelConfig, given: frozenset[str]) -> None:
         ConfigError: otherwise; several mistakes are one ``CombinedError``.
     """
     mistakes = Mistakes()
-    for row in (*_blocks(model), *_latent(model), *_positions(model)):
+    for error in chain(_blocks(model), _latent(model), _positions(model)):
         with mistakes.collect():
-            if row.broken:
-                raise ConfigError(*row[1:])
-    for unused in _unused(model):
-        if unused.here:
+            raise error
+    for is_unread, names, reason, works in _UNREAD:
+        if is_unread(model):
             with mistakes.collect():
-                refuse_unused(model, unused.names, given, reason=unused.reason, works=unused.works)
+                refuse_unused(model, names, given, reason=reason, works=works)
     mistakes.raise_any()
 
 
-def _unused(model: ModelConfig) -> Iterator[_Unused]:
-    """The flags that this model may not read."""
-    yield _Unused(
-        not model.multi_latent_attention,
-        _LATENT,
-        "without --multi-latent-attention",
-        "--multi-latent-attention with it",
-    )
-    yield _Unused(
-        not model.qk_layernorm or model.multi_latent_attention,
-        ("qk_norm_scope",),
-        "without norms of heads",
-        "--qk-layernorm with it",
-    )
-    yield _Unused(
-        not (model.qk_layernorm and model.multi_latent_attention),
-        ("latent_norm_epsilon",),
-        "without norms of latents",
-        "--multi-latent-attention --qk-layernorm with it",
-    )
-    yield _Unused(
-        model.normalization != "LayerNorm",
-        ("norm_bias",),
-        "with --normalization RMSNorm, which has no bias",
-        "--normalization LayerNorm",
-    )
-    yield _Unused(
-        model.position_embedding_type != "rope",
-        _ROTARY,
-        f"with --position-embedding-type {model.position_embedding_type}",
-        "--position-embedding-type rope",
-    )
-    yield _Unused(
-        not model.disable_bias_linear,
-        ("add_attention_output_bias", "add_mlp_bias"),
-        "without --disable-bias-linear, because all linear layers have biases",
-        "--disable-bias-linear with it",
-    )
+def _blocks(model: ModelConfig) -> Iterator[ConfigError]:
+    """The MLP and the order of the blocks."""
+    if model.swiglu and model.geglu:
+        rule = "contradicts --swiglu: the gate of the MLP has one function"
+        yield ConfigError("--geglu", "", rule, "--geglu --no-swiglu, or --no-geglu --swiglu")
+    if model.parallel_residual and model.norm_placement != "pre":
+        rule = "has one norm, before both blocks"
+        yield ConfigError("--parallel-residual", "", rule, "--norm-placement pre")
 
 
-def _blocks(model: ModelConfig) -> Iterator[_Rule]:
-    """The norms, the MLP and the order of the blocks."""
-    yield _Rule(
-        model.swiglu and model.geglu,
-        *("--geglu", "", "contradicts --swiglu: the gate of the MLP has one function"),
-        "one of the two",
+def _latent(model: ModelConfig) -> Iterator[ConfigError]:
+    """What latent attention does not have."""
+    if not model.multi_latent_attention:
+        return
+    unread, unable = (
+        f"{verb} --multi-latent-attention" for verb in ("has no effect with", "is not supported by")
     )
-    yield _Rule(
-        model.parallel_residual and model.norm_placement != "pre",
-        *("--parallel-residual", "", "has one norm, before both blocks"),
-        "--norm-placement pre",
-    )
-
-
-def _latent(model: ModelConfig) -> Iterator[_Rule]:
-    """Latent attention and what it does not have."""
-    latent = model.multi_latent_attention
     groups, heads = model.num_query_groups, model.num_attention_heads
-    reason = "has no effect with --multi-latent-attention"
-    yield _Rule(
-        latent and groups is not None and groups != heads,
-        *("--num-query-groups", groups, f"{reason}: every query head has keys of its own"),
-        f"{heads}, or leave it out",
-    )
-    yield _Rule(
-        latent and model.kv_channels is not None,
-        *("--kv-channels", model.kv_channels, f"{reason}, which has the widths of its own flags"),
-        "--qk-head-dim, --qk-pos-emb-head-dim and --v-head-dim",
-    )
-    yield _Rule(
-        latent and model.rotary_percent != 1.0,
-        *("--rotary-percent", model.rotary_percent, f"{reason}, which rotates channels apart"),
-        "--qk-head-dim and --qk-pos-emb-head-dim",
-    )
-    yield _Rule(
-        latent and model.softmax_type != "vanilla",
-        *("--softmax-type", model.softmax_type, "is not supported by --multi-latent-attention"),
-        "--softmax-type vanilla",
-    )
-    yield _Rule(
-        latent and model.attn_logit_softcapping is not None,
-        *("--attn-logit-softcapping", model.attn_logit_softcapping),
-        *("is not supported by --multi-latent-attention", "no --attn-logit-softcapping"),
-    )
+    if groups not in (None, heads):
+        rule = f"{unread}: every query head has keys of its own"
+        yield ConfigError("--num-query-groups", groups, rule, f"--num-query-groups {heads}")
+    if model.kv_channels is not None:
+        works = "--kv-channels None with --qk-head-dim, --qk-pos-emb-head-dim and --v-head-dim"
+        rule = f"{unread}, which has the widths of its own flags"
+        yield ConfigError("--kv-channels", model.kv_channels, rule, works)
+    if model.rotary_percent != 1.0:
+        rule, works = f"{unread}, which rotates channels apart", "--qk-pos-emb-head-dim"
+        yield ConfigError("--rotary-percent", model.rotary_percent, rule, works)
+    if model.softmax_type != "vanilla":
+        yield ConfigError("--softmax-type", model.softmax_type, unable, "--softmax-type vanilla")
+    if (cap := model.attn_logit_softcapping) is not None:
+        yield ConfigError("--attn-logit-softcapping", cap, unable, "no --attn-logit-softcapping")
 
 
-def _positions(model: ModelConfig) -> Iterator[_Rule]:
+def _positions(model: ModelConfig) -> Iterator[ConfigError]:
     """Which layers rotate which channels."""
     if model.position_embedding_type != "rope":
         return
-    width, last = model.rotary_dim, model.num_layers - 1
-    rule = f"rotates {width} of {model.head_dim} channels of a head, which must be an even number"
-    yield _Rule(
-        model.rotary_percent != 1.0 and (width % 2 == 1 or width < 2),
-        *("--rotary-percent", model.rotary_percent, f"{rule} of at least 2"),
-        f"{max(2, width // 2 * 2) / model.head_dim:g}",
-    )
-    yield _Rule(
-        model.multi_latent_attention and width % 2 == 1,
-        *("--qk-pos-emb-head-dim", width, "must be even, because rope rotates pairs of channels"),
-        str(width + 1),
-    )
-    layers = model.no_rope_layers
-    shown = " ".join(map(str, layers or ()))
-    yield _Rule(
-        layers is not None and not (layers and all(0 <= layer <= last for layer in layers)),
-        *("--no-rope-layers", shown, f"must be numbers from 0 to {last}, at least one"),
-        f"0 to {last}",
-    )
-    yield _Rule(
-        layers is not None and len(set(layers)) < len(layers),
-        *("--no-rope-layers", shown, "names a layer twice"),
-        " ".join(map(str, sorted(set(layers or ())))),
-    )
-    yield _Rule(
-        model.window_rotary_base is not None and model.window_size is None,
-        *("--window-rotary-base", model.window_rotary_base, "has no effect without a window"),
-        "--window-size LEFT 0 with it",
-    )
+    width, layers, last = model.rotary_dim, model.no_rope_layers, model.num_layers - 1
+    if model.multi_latent_attention and width % 2:
+        rule = "must be even, because rope rotates pairs of channels"
+        yield ConfigError("--qk-pos-emb-head-dim", width, rule, str(width + 1))
+    elif model.rotary_percent != 1.0 and (width % 2 or width < 2):
+        rule = f"rotates {width} of {model.head_dim} channels of a head, which must be an even"
+        share = math.ceil(max(2, width // 2 * 2) / model.head_dim * 1e6) / 1e6
+        yield ConfigError(
+            "--rotary-percent", model.rotary_percent, f"{rule} number of at least 2", f"{share:g}"
+        )
+    if layers is not None:
+        shown, distinct = " ".join(map(str, layers)), sorted(set(layers))
+        if not layers or not all(0 <= layer <= last for layer in layers):
+            rule = f"must be numbers from 0 to {last}, at least one"
+            yield ConfigError("--no-rope-layers", shown, rule, f"0 to {last}")
+        elif len(distinct) < len(layers):
+            works = " ".join(map(str, distinct))
+            yield ConfigError("--no-rope-layers", shown, "names a layer twice", works)
+    base, has_window = model.window_rotary_base, (model.window_size or (-1, 0))[0] >= 0
+    if base is not None and not has_window:
+        works = "--window-size LEFT 0 with it"
+        yield ConfigError("--window-rotary-base", base, "has no effect without a window", works)
     yield from _temperature(model)
 
 
-def _temperature(model: ModelConfig) -> Iterator[_Rule]:
+def _temperature(model: ModelConfig) -> Iterator[ConfigError]:
     """The factor of late queries, which is part of the rotation."""
-    yield _Rule(
-        bool(model.query_temperature_beta) and model.original_length is None,
-        *("--query-temperature-beta", model.query_temperature_beta),
-        *("needs the length L of its formula", "--original-max-position-embeddings 8192 with it"),
-    )
-    yield _Rule(
-        bool(model.query_temperature_beta) and model.no_rope_layers is not None,
-        *("--query-temperature-beta", model.query_temperature_beta),
-        *(
-            "belongs to the rotation, which --no-rope-layers removes from some layers",
-            "one of the two",
-        ),
-    )
+    flag, beta = "--query-temperature-beta", model.query_temperature_beta
+    if beta and model.original_length is None:
+        works = "--original-max-position-embeddings 8192 with it"
+        yield ConfigError(flag, beta, "needs the length L of its formula", works)
+    if beta and model.no_rope_layers is not None:
+        rule = "belongs to the rotation, which --no-rope-layers removes from some layers"
+        yield ConfigError(flag, beta, rule, "one of the two")

@@ -86,7 +86,8 @@ def _check_yarn(model: ModelConfig) -> None:
         raise ConfigError("--beta-fast", model.beta_fast, rule, "32")
     scales = {"--mscale": model.mscale, "--mscale-all-dim": model.mscale_all_dim}
     alone = {flag: value for flag, value in scales.items() if value is not None}
-    if len(alone) == 1 and not (model.multi_latent_attention and model.mscale_all_dim):
+    scales_scores = model.multi_latent_attention and model.softmax_scale is None
+    if len(alone) == 1 and not (scales_scores and model.mscale_all_dim):
         ((flag, value),) = alone.items()
         rule = "has an effect only with the other of --mscale and --mscale-all-dim"
         raise ConfigError(flag, value, rule, "--mscale 1 --mscale-all-dim 1")

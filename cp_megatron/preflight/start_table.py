@@ -17,6 +17,14 @@ from cp_megatron.cli.refusal import printable
 from cp_megatron.config import Config, DataConfig
 from cp_megatron.config.files.presets import MEGATRON_PRESET, PRESETS
 from cp_megatron.config.files.run_folders import RUNS
+from cp_megatron.preflight.model_words import (
+    factors_of,
+    heads_of,
+    mlp_of,
+    norms_of,
+    positions_of,
+    scores_of,
+)
 from cp_megatron.preflight.run_length import epochs_line
 from cp_megatron.preflight.run_plan import RunPlan, dtype_on
 from cp_megatron.preflight.save_and_load import model_name
@@ -79,16 +87,10 @@ def _positions(plan: RunPlan, cp_rank: int) -> str:
 def _model(plan: RunPlan) -> Iterator[Line]:
     config, model, sequence = plan.config, plan.config.model, plan.sequence
     layers = f"{model.num_layers} layers of {model.hidden_size}"
-    heads = f"{model.num_attention_heads} heads of {model.head_dim}"
-    if model.num_kv_heads != model.num_attention_heads:
-        heads += f" in {model.num_kv_heads} groups"
-    yield "model", f"{_label(config)}{layers}, {heads}"
-    positions: str = model.position_embedding_type
-    if positions == "rope" and model.rope_type != "default":
-        factor = f" x {model.rope_scaling_factor:g}" if model.rope_scaling_factor else ""
-        positions = f"rope ({model.rope_type}{factor})"
-    mlp = "SwiGLU" if model.swiglu else "GELU"
-    yield "", f"{model.normalization}, {positions}, {mlp} {model.ffn_size}"
+    yield "model", f"{_label(config)}{layers}, {heads_of(model)}"
+    yield "", ", ".join((*norms_of(model), positions_of(model), mlp_of(model)))
+    if factors := ", ".join(factors_of(model)):
+        yield "", factors
     vocabulary = f"{plan.vocab_size} tokens padded to {plan.padded_vocab_size}"
     yield "vocabulary", f"{config.data.tokenizer_type}, {vocabulary}"
     sizes = {"vocab_size": plan.padded_vocab_size, "seq_length": config.data.seq_length}
@@ -135,7 +137,7 @@ def _attention(plan: RunPlan) -> str:
         text += f", {left:,} tokens back"
         if layers is not None:
             text += f" in layer{'s' if len(layers) > 1 else ''} {' '.join(map(str, layers))}"
-    return text
+    return ", ".join((text, *scores_of(model)))
 
 
 def _layout_reason(plan: RunPlan) -> str:

@@ -99,8 +99,15 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"architectures": [3]}, "architectures"),
     ({"hidden_act": "gelu"}, 'hidden_act is "gelu", which is not supported .works: "silu"'),
     ({"quantization_config": {"bits": 4}}, "works: weights that are not quantized"),
+    ({"compression_config": {"bits": 4}}, "works: weights that are not quantized"),
+    ({"quantization": {"bits": 4}}, "works: weights that are not quantized"),  # of MLX
+    ({"model_type": "granite"}, "transformers builds what model_type says .works: llama"),
+    (
+        {"architectures": ["Ministral3ForCausalLM"], "model_type": None, "rope_parameters": None},
+        "rope_parameters is null, which transformers replaces by the rope of Ministral 3",
+    ),
     ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5, which is not supported"),
-    ({"vocab_size": None}, "vocab_size is missing, but must be a whole number from 1"),
+    ({"vocab_size": None}, "vocab_size is null, but must be a whole number from 1"),
     ({"vocab_size": 1e400}, "vocab_size"),
     ({"num_hidden_layers": 10**30}, "num_hidden_layers"),
     ({"num_hidden_layers": True}, "num_hidden_layers"),
@@ -133,7 +140,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ),
     (
         other("Mistral", sliding_window=None, layer_types=["sliding_attention"] * 4),
-        "sliding_window is missing, but must be a whole number",
+        "sliding_window is null, but must be a whole number",
     ),
     ({"is_causal": False}, "is_causal is false, which is not supported"),
 ]

@@ -73,6 +73,24 @@ def test_the_table_of_special_runs() -> None:
     assert "a2a+p2p 2 x 2, direct - asked for" in text
 
 
+def test_the_model_is_told_where_it_differs_from_llama() -> None:
+    argv = "--norm-placement both --geglu --embedding-multiplier 11.5 --final-logit-softcapping 30"
+    argv += " --position-embedding-type rope --rotary-percent 0.5 --no-rope-layers 1 3"
+    argv += " --window-size 8 0 --window-rotary-base 100 --attn-logit-softcapping 50"
+    argv += " --qk-layernorm --qk-norm-scope all_heads --softmax-type learnable"
+    text = shown(planned(*argv.split()), width=200)
+    for part in (
+        "LayerNorm around blocks, norms of all heads together, rope (16 channels of a head, base "
+        "100 in windows, not in 2 of 4 layers), GEGLU 320",
+        "embeddings x 11.5, logits capped at 30",
+        "causal, 8 tokens back, scores capped at 50, learned sinks",
+    ):
+        assert part in text
+    text = shown(planned("--multi-latent-attention", "--parallel-residual"), width=200)
+    assert "4 heads of 192 (values 128) from latents of 512" in text
+    assert "GELU 512 beside attention" in text
+
+
 def test_a_known_device_has_one_kernel() -> None:
     text = shown(planned(*GRID).on_device("cpu", note="2 local ranks, no GPU"))
     assert "cpu, float32" in text

@@ -1,0 +1,84 @@
+"""The model in the words of the start table; what is as in Llama or GPT-2 is not mentioned."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from cp_megatron.config import ModelConfig
+
+_SIDES: Mapping[str, str] = {"pre": "", "post": " after blocks", "both": " around blocks"}
+_HEAD_NORMS: Mapping[str, str] = {
+    "head": "norms of heads",
+    "each_head": "a norm for each head",
+    "all_heads": "norms of all heads together",
+}
+
+
+def heads_of(model: ModelConfig) -> str:
+    """The number of heads, their widths, and what they share."""
+    heads = f"{model.num_attention_heads} heads of {model.head_dim}"
+    if model.value_dim != model.head_dim:
+        heads += f" (values {model.value_dim})"
+    if model.multi_latent_attention:
+        heads += f" from latents of {model.kv_lora_rank}"
+    elif model.num_kv_heads != model.num_attention_heads:
+        heads += f" in {model.num_kv_heads} groups"
+    return heads
+
+
+def norms_of(model: ModelConfig) -> Iterator[str]:
+    """The kind and the places of norms."""
+    yield f"{model.normalization}{_SIDES[model.norm_placement]}"
+    if model.qk_layernorm:
+        latent = model.multi_latent_attention
+        yield "norms of latents" if latent else _HEAD_NORMS[model.qk_norm_scope]
+
+
+def positions_of(model: ModelConfig) -> str:
+    """How positions enter the model."""
+    kind: str = model.position_embedding_type
+    if kind != "rope":
+        return kind
+    words = []
+    if model.rope_type != "default":
+        factor = f" x {model.rope_scaling_factor:g}" if model.rope_scaling_factor else ""
+        words.append(f"{model.rope_type}{factor}")
+    if model.rotary_dim != model.head_dim:
+        words.append(f"{model.rotary_dim} channels of a head")
+    if model.window_rotary_base is not None:
+        words.append(f"base {model.window_rotary_base:g} in windows")
+    if model.no_rope_layers:
+        words.append(f"not in {len(set(model.no_rope_layers))} of {model.num_layers} layers")
+    if model.query_temperature_beta:
+        words.append(f"temperature {model.query_temperature_beta:g}")
+    return f"rope ({', '.join(words)})" if words else "rope"
+
+
+def mlp_of(model: ModelConfig) -> str:
+    """The activation of the MLP, its width, and whether it runs beside attention."""
+    kind = "SwiGLU" if model.swiglu else "GEGLU" if model.geglu else "GELU"
+    beside = " beside attention" if model.parallel_residual else ""
+    return f"{kind} {model.ffn_size}{beside}"
+
+
+def factors_of(model: ModelConfig) -> Iterator[str]:
+    """The factors of embeddings, blocks and logits, and the bound of logits."""
+    factors = {
+        "embeddings": model.embedding_multiplier,
+        "blocks": model.residual_multiplier,
+        "logits": model.logit_multiplier,
+    }
+    yield from (f"{name} x {factor:g}" for name, factor in factors.items() if factor != 1)
+    if model.final_logit_softcapping is not None:
+        yield f"logits capped at {model.final_logit_softcapping:g}"
+
+
+def scores_of(model: ModelConfig) -> Iterator[str]:
+    """What attention does with its scores, besides the mask."""
+    if model.softmax_scale is not None:
+        yield f"scores x {model.softmax_scale:g}"
+    if model.attn_logit_softcapping is not None:
+        yield f"scores capped at {model.attn_logit_softcapping:g}"
+    if model.softmax_type != "vanilla":
+        learned = model.softmax_type == "learnable"
+        yield "learned sinks" if learned else "softmax off by one"
