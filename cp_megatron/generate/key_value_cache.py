@@ -27,6 +27,8 @@ from einops import rearrange
 from torch import Tensor
 
 from cp_megatron.context_parallel import ContextParallel
+from cp_megatron.context_parallel.latent_expansion import expand_heads
+from cp_megatron.kernels.interface import accumulation_dtype
 from cp_megatron.plan import Mask, SequenceLayout
 
 FIRST_CAPACITY = 256
@@ -109,25 +111,35 @@ class CachedRow(ContextParallel):
         return other
 
     def attention(  # type: ignore[override]
-        self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, **training: object
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float | None = None,
+        *,
+        sinks: Tensor | None = None,
+        softcap: float | None = None,
+        **training: object,
     ) -> Tensor:
         """Computes attention of the new queries over old and new keys, and keeps the new ones.
 
         Args:
             q, k, v: [B, S, H, D], [B, S, G, D] and [B, S, G, E] of the new tokens.
             scale: multiplies the scores; by default D ** -0.5.
+            sinks, softcap: as in ``ContextParallel.attention``.
             training: options of training; each must be None.
 
         Returns:
             [B, S, H, E].
         """
         assert not any(training.values()), "generation has no dropout and no recomputation"
+        is_plain = sinks is None and softcap is None
         keys, values = self.cache.append(next(self._layers), k, v)
         left = self.mask.window[0]
         # No query reads keys before the first query's window.
         first = max(0, self.cache.length - left) if left >= 0 else 0
         keys, values = keys[:, :, first:], values[:, :, first:]
-        if q.shape[1] == 1:
+        if q.shape[1] == 1 and is_plain:
             # [B, 1, (G R), D] -> [B, G, R, D]: the query heads of one group become the rows
             rows = rearrange(q, "b 1 (g r) d -> b g r d", g=k.shape[2])
             out = F.scaled_dot_product_attention(rows, keys, values, scale=scale)
@@ -136,8 +148,32 @@ class CachedRow(ContextParallel):
         rows = rearrange(q, "b s h d -> b h s d")
         keys, values = (x.repeat_interleave(groups, dim=1) for x in (keys, values))
         mask = self._dense_mask(first, keys.shape[2], q.device)
-        out = F.scaled_dot_product_attention(rows, keys, values, mask, scale=scale)
+        if is_plain:
+            out = F.scaled_dot_product_attention(rows, keys, values, mask, scale=scale)
+        else:
+            factor = q.shape[3] ** -0.5 if scale is None else scale
+            out = _dense_attention(rows * factor, keys, values, mask, sinks, softcap)
         return rearrange(out, "b h s d -> b s h d")
+
+    def latent_attention(  # type: ignore[override]
+        self,
+        q: Tensor,
+        latent: Tensor,
+        rotary_key: Tensor,
+        weight: Tensor,
+        scale: float | None = None,
+        **training: object,
+    ) -> Tensor:
+        """Expands the new keys and values and keeps them; see ``attention``.
+
+        Args:
+            q, latent, rotary_key, weight: as in ``ContextParallel.latent_attention``, of the new
+                tokens.
+            scale, training: as in ``attention``.
+        """
+        heads, plain_dim = q.shape[2], q.shape[3] - rotary_key.shape[2]
+        k, v = expand_heads(latent, rotary_key, weight, heads, plain_dim)
+        return self.attention(q, k, v, scale, **training)
 
     def _dense_mask(self, first: int, num_keys: int, device: torch.device) -> Tensor:
         """bool [S, keys]: which keys a new token attends; key 0 has the position ``first``."""
@@ -146,3 +182,35 @@ class CachedRow(ContextParallel):
         allowed = key <= query
         left = self.mask.window[0]
         return allowed & (key >= query - left) if left >= 0 else allowed
+
+
+def _dense_attention(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    sinks: Tensor | None,
+    softcap: float | None,
+) -> Tensor:
+    """Attention by its formula, in float32 (float64 for float64).
+
+    Args:
+        q: [B, H, S, D], scaled.
+        keys, values: [B, H, T, D] and [B, H, T, E].
+        mask: bool [S, T].
+        sinks: [H].
+        softcap: the bound of the scores.
+
+    Returns:
+        [B, H, S, E] in the type of the values.
+    """
+    exact = accumulation_dtype(q.dtype)
+    scores = q.to(exact) @ keys.to(exact).mT  # [B, H, S, T]
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~mask, -torch.inf)
+    if sinks is not None:
+        column = sinks.to(exact)[:, None, None].expand(*scores.shape[:3], 1)
+        scores = torch.cat((scores, column), dim=-1)
+    weights = scores.softmax(-1)[..., : keys.shape[2]]
+    return (weights @ values.to(exact)).to(values.dtype)
