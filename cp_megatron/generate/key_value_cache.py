@@ -20,6 +20,7 @@ G = key/value heads, D = head dim, E = value dim.
 from __future__ import annotations
 
 from itertools import count
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -162,7 +163,7 @@ class CachedRow(ContextParallel):
         rotary_key: Tensor,
         weight: Tensor,
         scale: float | None = None,
-        **training: object,
+        **training: Any,
     ) -> Tensor:
         """Expands the new keys and values and keeps them; see ``attention``.
 
