@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from cp_megatron.context_parallel import ContextParallel, api
+from cp_megatron.context_parallel import ContextParallel
 from cp_megatron.errors import ConfigError
 from cp_megatron.kernels.flash_attn import FlashAttention
 from cp_megatron.kernels.interface import BackwardInputs, Kernel
@@ -187,17 +187,12 @@ def ring_errors(
     sinks, dlse = extra_inputs(4, 2, mask.seq_len, 6)
     sinks, dlse = sinks.float().double(), dlse.float().double()
     reference = results(Case(mask, {}, softcap=softcap), inputs, sinks, dlse)
-    original = vars(api)["load_kernel"]
-    vars(api)["load_kernel"] = lambda *args, **kwargs: kernel_of(name, softcap=softcap)
-    try:
-        # The choice is replaced, so a kernel is named that supports everything.
-        cp = ContextParallel(dist.group.WORLD, mask, kernel="reference")
-        q, k, v, dout = (cp.shard(x, 1).to(BF16) for x in inputs)
-        leaves = [x.requires_grad_() for x in (q, k, v, sinks.float())]
-        attended = cp.attention(*leaves[:3], sinks=leaves[3], softcap=softcap, return_lse=True)
-        grads = torch.autograd.grad(attended, leaves, (dout, cp.shard(dlse, 2).float()))
-    finally:
-        vars(api)["load_kernel"] = original
+    cp = ContextParallel(dist.group.WORLD, mask)
+    cp.kernels.load = lambda *_, **__: kernel_of(name, softcap=softcap)  # type: ignore[method-assign]
+    q, k, v, dout = (cp.shard(x, 1).to(BF16) for x in inputs)
+    leaves = [x.requires_grad_() for x in (q, k, v, sinks.float())]
+    attended = cp.attention(*leaves[:3], sinks=leaves[3], softcap=softcap, return_lse=True)
+    grads = torch.autograd.grad(attended, leaves, (dout, cp.shard(dlse, 2).float()))
     dist.all_reduce(grads[3])
     found = {"out": attended[0].detach(), **dict(zip(("dq", "dk", "dv"), grads))}
     errors = {name: relative_error(x, reference[name], cp.positions) for name, x in found.items()}
