@@ -27,7 +27,7 @@ from harness.teams import hardware
 from cp_megatron.config.words import read_options
 from cp_megatron.plan import Mask, Schedule, SequenceLayout
 
-HEADS: Mapping[str, int] = {"V2-Lite": 16, "V2": 128, "V3": 128}
+HEADS: Mapping[str, int] = {"V2-Lite": 16, "V2 and V3": 128}
 LATENT, PLAIN, VALUE = (512, 64), 128, 128
 TOKENS_PER_RANK, BYTES = 1024, 2
 WINDOW, ROW, RANKS = 128, 128 << 10, 8

@@ -6,7 +6,7 @@ D = head dim, E = value head dim.
 
 from __future__ import annotations
 
-from functools import partial
+from functools import cached_property, partial
 from typing import cast
 
 import torch
@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cp_megatron.comm.checksums import LinkSums
+from cp_megatron.comm.collectives import all_gather_dim
 from cp_megatron.context_parallel.attention_function import KeptAttention, planned_attention
 from cp_megatron.context_parallel.autocast import cast_inputs
 from cp_megatron.context_parallel.buffers import Buffers
@@ -27,7 +28,6 @@ from cp_megatron.context_parallel.kernel_chooser import KernelChooser
 from cp_megatron.context_parallel.latent_expansion import check_latent_shapes, expand_heads
 from cp_megatron.context_parallel.latent_function import planned_latent_attention
 from cp_megatron.context_parallel.rank_plan import RankPlan
-from cp_megatron.context_parallel.sharded_rows import ShardedRows
 from cp_megatron.errors import ConfigError
 from cp_megatron.kernels.dropout import Dropout
 from cp_megatron.plan import Mask, Schedule, SequenceLayout
@@ -35,7 +35,7 @@ from cp_megatron.plan.exchange import check_exchange, check_latent_exchange
 from cp_megatron.plan.mask import Window
 
 
-class ContextParallel(ShardedRows, KernelChooser):
+class ContextParallel:
     """Attention over sequences that a group of ranks shares, under one mask.
 
     Construction sends no message and allocates nothing on the device, so a new mask for every batch
@@ -55,7 +55,7 @@ class ContextParallel(ShardedRows, KernelChooser):
             one that moves fewer keys).
         hierarchical_sizes: (A, P) of a2a+p2p: A neighbours exchange heads, P groups run a ring.
             With ``auto``, the number of ranks that share a node, and the number of nodes.
-        exchange_latent: what ``latent_attention`` sends, unless its caller says so.
+        exchange_latent: what ``latent_attention`` sends, unless its call says otherwise.
         deterministic: the same inputs give the same bits; a kernel that cannot do this is refused.
         check_ranks: compare masks, layouts, shapes and types between the ranks before attention,
             so that a mistake is an error on every rank instead of a hang or a wrong number. Each
@@ -72,6 +72,7 @@ class ContextParallel(ShardedRows, KernelChooser):
         buffers: the memory of messages, shared with the results of ``with_mask`` and ``within``:
             ``buffers.held_bytes`` now, ``buffers.peak_bytes`` at most.
         link_sums: checksums of each link while they are open; shared likewise.
+        kernels: chooses the kernel of each attention; shared likewise.
 
     Raises:
         ConfigError: the layout does not divide the sequence, a name is unknown, or the product of
@@ -105,15 +106,14 @@ class ContextParallel(ShardedRows, KernelChooser):
         check_latent_exchange(exchange, exchange_latent)
         self.layout = self._make_layout(layout)
         self._layout_kind, self._exchange, self._route = layout, exchange, route
-        self._kernel, self._sizes, self._exchange_latent = kernel, sizes, exchange_latent
-        self._deterministic = deterministic
-        options = exchange, route, sizes
+        self._sizes, self._exchange_latent = sizes, exchange_latent
+        options = exchange, route, sizes, exchange_latent
         self._agreement = RankAgreement(check_mode(check_ranks), group, mask, self.layout, options)
         self._chooser, self._rows = mask, rows
+        self.kernels = KernelChooser(kernel, deterministic=deterministic)
         self.buffers, self.link_sums = Buffers(), LinkSums()
         self._by_window: dict[Window, ContextParallel] = {}
         self._plans: dict[tuple[object, ...], RankPlan] = {}
-        self._kernels = {}
 
     def _make_layout(self, layout: str | SequenceLayout) -> SequenceLayout:
         if isinstance(layout, str):
@@ -133,17 +133,17 @@ class ContextParallel(ShardedRows, KernelChooser):
                 model need. By default the layout is chosen for the mask, unless this object was
                 constructed with a layout.
         """
-        options = self._exchange, self._kernel, self._route, self._sizes
         other = ContextParallel(
             self.group,
             mask,
             layout or self._layout_kind,
-            *options,
+            self._exchange,
+            route=self._route,
+            hierarchical_sizes=self._sizes,
             exchange_latent=self._exchange_latent,
-            deterministic=self._deterministic,
             check_ranks=self._agreement.mode,
         )
-        other.buffers, other.link_sums = self.buffers, self.link_sums
+        other.buffers, other.link_sums, other.kernels = self.buffers, self.link_sums, self.kernels
         return other
 
     def within(self, window: Window | None) -> ContextParallel:
@@ -214,6 +214,53 @@ class ContextParallel(ShardedRows, KernelChooser):
         heads = num_heads, num_kv_heads, head_dim, v_head_dim or head_dim
         self._plan(heads, latent, exchange_latent)
 
+    @cached_property
+    def positions(self) -> Tensor:
+        """int64 [S / N]: this rank's positions in the row, never restarting."""
+        return torch.from_numpy(self.layout.positions(self.rank))
+
+    @cached_property
+    def document_positions(self) -> Tensor:
+        """int64 [S / N]: positions counted from the start of each document, as RoPE reads them."""
+        return torch.from_numpy(self.mask.document_positions())[self.positions]
+
+    @cached_property
+    def _global_order(self) -> Tensor:
+        """int64 [S]: the place of each position among the ranks' shards, one after the other."""
+        held = [torch.from_numpy(self.layout.positions(rank)) for rank in range(self.cp_size)]
+        return torch.cat(held).argsort()
+
+    def shard(self, x: Tensor, dim: int) -> Tensor:
+        """Returns this rank's part of a whole tensor without a message.
+
+        Args:
+            x: dim ``dim`` has length S.
+            dim: the sequence dim.
+
+        Returns:
+            Dim ``dim`` has length S / N, in local order. The gradient is zero elsewhere.
+        """
+        self._check_length(x, dim, self.mask.seq_len)
+        return x.index_select(dim, self.positions.to(x.device))
+
+    def gather(self, x: Tensor, dim: int) -> Tensor:
+        """Returns the whole tensor, in global order, on every rank.
+
+        Args:
+            x: dim ``dim`` has length S / N.
+            dim: the sequence dim.
+
+        Returns:
+            Dim ``dim`` has length S. The gradient is summed over ranks; each keeps its part.
+        """
+        self._check_length(x, dim, self.layout.shard_len)
+        gathered = all_gather_dim(x, dim, self.group)
+        return gathered.index_select(dim, self._global_order.to(x.device))
+
+    def _check_length(self, x: Tensor, dim: int, length: int) -> None:
+        if x.shape[dim] != length:
+            raise ConfigError("dim", dim, f"has length {x.shape[dim]}, the layout has {length}")
+
     @torch.compiler.disable
     def attention(
         self,
@@ -256,24 +303,16 @@ class ContextParallel(ShardedRows, KernelChooser):
         Raises:
             ConfigError: shapes or types do not fit each other, the layout or the kernel.
         """
-        problem, ready, used = None, None, 0.0
         q, k, v = cast_inputs(q, k, v)
-        try:
+        options = scale, softcap, sinks is not None and tuple(sinks.shape), return_lse
+        with self._agreement.after_checks((q, k, v), options, dropout, self._rows, kept):
             check_shapes(q, k, v, self.layout.shard_len, self.mask.seq_len)
-            used = q.shape[-1] ** -0.5 if scale is None else scale
-            check_options(q, used, sinks, softcap)
-            kernel = self._load_kernel(q, v.shape[3], dropout, softcap)
-            ready = self._plan((q.shape[2], k.shape[2], q.shape[3], v.shape[3])), kernel
-        except Exception as error:  # the other ranks must learn of any error
-            problem = error
-        if kept is None or not kept.filled:
-            options = used, softcap, sinks is not None and tuple(sinks.shape), return_lse
-            self._agreement.check((q, k, v), options, dropout, self._rows, problem)
-        elif problem is not None:
-            raise problem
-        assert ready is not None
+            scale = check_options(q, scale, sinks, softcap)
+            window = self.mask.has_window
+            kernel = self.kernels.load(q, v.shape[3], dropout, softcap=softcap, window=window)
+            plan = self._plan((q.shape[2], k.shape[2], q.shape[3], v.shape[3]))
         return planned_attention(
-            *(*ready, q, k, v, used, dropout, kept), sinks=sinks, returns_lse=return_lse
+            *(plan, kernel, q, k, v, scale, dropout, kept), sinks=sinks, returns_lse=return_lse
         )
 
     @torch.compiler.disable
@@ -302,7 +341,8 @@ class ContextParallel(ShardedRows, KernelChooser):
             scale, dropout, kept: as in ``attention``; scale is (P + R) ** -0.5 by default.
             exchange_latent: ``latent`` sends latents and rotary keys and expands them where they
                 are read, again in backward, which keeps no expanded heads; ``expanded`` sends
-                keys and values; ``auto`` does what the object was made for, or moves fewer bytes.
+                keys and values; ``auto`` does what this object was made with, or, if that is
+                ``auto`` as well, what moves fewer bytes.
 
         Returns:
             [B, S / N, H, E], as ``attention``. The gradient of ``weight`` is this rank's share,
@@ -312,28 +352,20 @@ class ContextParallel(ShardedRows, KernelChooser):
             ConfigError: shapes or types do not fit each other, the layout or the kernel, or the
                 exchange cannot send latents.
         """
-        problem, ready, used = None, None, 0.0
         q, latent, rotary_key, weight = cast_inputs(q, latent, rotary_key, weight)
         inputs = q, latent, rotary_key, weight
-        try:
+        options = scale, exchange_latent
+        with self._agreement.after_checks(inputs, options, dropout, self._rows, kept):
             rows = self.layout.shard_len, self.mask.seq_len
             heads, plain_dim, value_dim = check_latent_shapes(*inputs, *rows)
-            used = q.shape[-1] ** -0.5 if scale is None else scale
-            check_options(q, used, sinks=None, softcap=None)
-            kernel = self._load_kernel(q, value_dim, dropout, softcap=None)
+            scale = check_options(q, scale)
+            kernel = self.kernels.load(q, value_dim, dropout, window=self.mask.has_window)
             latents = (latent.shape[2], rotary_key.shape[2]), exchange_latent
-            ready = self._plan((heads, heads, q.shape[3], value_dim), *latents), kernel
-        except Exception as error:  # the other ranks must learn of any error
-            problem = error
-        if ready is not None and not ready[0].sends_latents:
-            k, v = expand_heads(latent, rotary_key, weight, heads, plain_dim)
-            return self.attention(q, k, v, used, dropout=dropout, kept=kept)
-        if kept is None or not kept.filled:
-            self._agreement.check(inputs, (used,), dropout, self._rows, problem)
-        elif problem is not None:
-            raise problem
-        assert ready is not None
-        return planned_latent_attention(*ready, *inputs, used, dropout, kept)
+            plan = self._plan((heads, heads, q.shape[3], value_dim), *latents)
+        if plan.sends_latents:
+            return planned_latent_attention(plan, kernel, *inputs, scale, dropout, kept)
+        k, v = expand_heads(latent, rotary_key, weight, heads, plain_dim)
+        return cast(Tensor, planned_attention(plan, kernel, q, k, v, scale, dropout, kept))
 
     def _plan(
         self,

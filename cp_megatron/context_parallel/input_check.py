@@ -10,7 +10,8 @@ together.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from cp_megatron.comm.nonblocking import start_all_gather
 from cp_megatron.comm.rng import hash_text
+from cp_megatron.context_parallel.attention_function import KeptAttention
 from cp_megatron.errors import ConfigError
 from cp_megatron.plan import Mask, SequenceLayout
 
@@ -71,25 +73,29 @@ def check_shapes(q: Tensor, k: Tensor, v: Tensor, num_tokens: int, seq_len: int)
             raise ConfigError("attention", value, "must be contiguous", f"{name}.contiguous()")
 
 
-def check_options(q: Tensor, scale: float, sinks: Tensor | None, softcap: float | None) -> None:
-    """Refuses options that do not fit the queries, or that no kernel can compute.
+def check_options(
+    q: Tensor, scale: float | None, sinks: Tensor | None = None, softcap: float | None = None
+) -> float:
+    """Returns the factor of the scores, or refuses options that do not fit the queries.
 
     Raises:
         ConfigError: a factor that is not positive and finite, or sinks that are not one for each
             head, as real numbers on the device of q.
     """
+    scale = q.shape[3] ** -0.5 if scale is None else scale
     for name, value in (("scale", scale), ("softcap", softcap)):
         # Fused kernels mask before they scale.
         if value is not None and not 0 < value < math.inf:
             raise ConfigError(name, value, "must be positive and finite")
     if sinks is None:
-        return
+        return scale
     heads = q.shape[2]
     if sinks.shape != (heads,) or not sinks.is_floating_point():
         given = f"{tuple(sinks.shape)}, {sinks.dtype}"
         raise ConfigError("sinks", given, f"must be one real number for each of {heads} heads")
     if sinks.device != q.device:
         raise ConfigError("sinks", f"on {sinks.device}", f"must be on {q.device}, as q is")
+    return scale
 
 
 class RankAgreement:
@@ -114,27 +120,36 @@ class RankAgreement:
         self._mask, self._layout, self._plan = mask, layout, (layout.kind, *plan)
         self._seen: set[object] = set()
 
-    def check(
+    @contextmanager
+    def after_checks(
         self,
         tensors: Sequence[Tensor],
         options: tuple[object, ...],
         dropout: object,
         rows: Tensor | None,
-        problem: Exception | None,
-    ) -> None:
-        """Compares with the other ranks if the mode requires it.
+        kept: KeptAttention | None,
+    ) -> Iterator[None]:
+        """Compares with the other ranks, if the mode requires it, after this rank's own checks.
+
+        The checks are the body of the ``with`` statement. Whatever they raise, the other ranks
+        learn of it first.
 
         Args:
             tensors: the inputs of attention.
             options: what else the call is made of; in mode ``once`` another one is compared.
             dropout: compared, but never a reason to compare.
             rows: as in ``agree``.
-            problem: the error that this rank found in its own inputs.
+            kept: if it is filled, the call sends nothing and is not compared.
 
         Raises:
-            Exception: ``problem`` itself.
+            Exception: what the checks raise.
             ConfigError: as ``agree``.
         """
+        problem = None
+        try:
+            yield
+        except Exception as error:  # of any type
+            problem = error
         kind = (*(tuple(x.shape) for x in tensors), str(tensors[0].dtype), *options)
         device, mode = tensors[0].device, self.mode
         if device.type != "cuda":
@@ -143,9 +158,10 @@ class RankAgreement:
             mode = "once" if device.type == "cuda" else "always"
         # In mode once, ranks without a problem may skip the comparison: do not wait for them.
         seen = self._seen if mode == "once" and problem else kind in self._seen
-        group = None if mode == "never" or (mode == "once" and seen) else self._group
+        alone = mode == "never" or (mode == "once" and seen) or (kept is not None and kept.filled)
         mask, layout = self._digests
         call = (kind, self._plan, dropout, layout)
+        group = None if alone else self._group
         agree(group, mask=mask, call=call, rows=rows, problem=problem, device=device)
         self._seen.add(kind)
 

@@ -9,51 +9,60 @@ from cp_megatron.kernels.dropout import Dropout
 from cp_megatron.kernels.interface import Kernel
 from cp_megatron.kernels.load_kernel import load_kernel
 from cp_megatron.kernels.select import KernelChoice, select_kernel
-from cp_megatron.plan import Mask
 
 
 class KernelChooser:
-    """Chooses kernels under one mask, and keeps them.
+    """Chooses kernels and keeps them.
 
-    Attributes:
-        mask: which keys each query attends.
+    Args:
+        name, deterministic: as ``kernel`` and ``deterministic`` of ``ContextParallel``.
     """
 
-    mask: Mask
-    _kernel: str
-    _deterministic: bool
-    _kernels: dict[object, Kernel]
+    def __init__(self, name: str, *, deterministic: bool) -> None:
+        self._name, self._deterministic = name, deterministic
+        self._loaded: dict[object, Kernel] = {}
 
-    def kernel_choice(
+    def choice(
         self,
         device: torch.device,
         dtype: torch.dtype,
         head_dim: int,
+        *,
         dropout: float = 0.0,
         softcap: float | None = None,
+        window: bool = False,
     ) -> KernelChoice:
         """Chooses the kernel for inputs of this kind, with a reason."""
         return select_kernel(
-            self._kernel,
+            self._name,
             device=device.type,
             dtype=str(dtype).removeprefix("torch."),
             head_dim=head_dim,
             attention_dropout=dropout,
             softcap=softcap,
-            window=self.mask.has_window,
+            window=window,
             deterministic=self._deterministic,
             capability=torch.cuda.get_device_capability(device) if device.type == "cuda" else None,
         )
 
-    def _load_kernel(
-        self, q: Tensor, v_head_dim: int, dropout: Dropout | None, softcap: float | None
+    def load(
+        self,
+        q: Tensor,
+        v_head_dim: int,
+        dropout: Dropout | None = None,
+        *,
+        softcap: float | None = None,
+        window: bool,
     ) -> Kernel:
+        """Loads the kernel for queries like ``q``; the options are those of ``choice``."""
         probability = dropout.probability if dropout else 0.0
         width = max(q.shape[3], v_head_dim)
-        key = (q.device, q.dtype, width, probability > 0, softcap)
-        if key not in self._kernels:
-            choice = self.kernel_choice(q.device, q.dtype, width, probability, softcap)
-            self._kernels[key] = load_kernel(
-                choice.name, deterministic=self._deterministic, softcap=softcap
+        key = q.device, q.dtype, width, probability > 0, softcap, window
+        if key not in self._loaded:
+            chosen = self.choice(
+                q.device, q.dtype, width, dropout=probability, softcap=softcap, window=window
             )
-        return self._kernels[key]
+            self._loaded[key] = load_kernel(
+                chosen.name, deterministic=self._deterministic, softcap=softcap
+            )
+        return self._loaded[key]

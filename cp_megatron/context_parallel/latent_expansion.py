@@ -8,16 +8,16 @@ other channels of a key, D = P + R, E = of a value.
     k [B, K, H, D]: of head h, its first P rows of ``weight`` @ latent, then rotary_key
     v [B, K, H, E]: of head h, its other E rows of ``weight`` @ latent
 
-A message [K, B, L + R] is a latent and a rotary key as the key and the value of one head. A matrix
-makes the keys and values of a head of it::
+A message [K, B, L + R] holds a latent and a rotary key as if they were the key and the value of one
+head. For each head, a matrix [D + E, L + R] turns them into its key and value::
 
                  latent      rotary key
     P rows    weight's rows      0
     R rows         0          identity
     E rows    weight's rows      0
 
-Its transpose makes the gradients of a message of those of keys and values, summed over heads, and
-the gradient of the matrix contains that of the weight.
+The transposed matrices turn the gradients of keys and values into those of the message, summed over
+heads. The gradient of a matrix contains that of the weight's rows.
 
 Source: multi-head latent attention, DeepSeek-AI 2024, arXiv:2405.04434, section 2.1.
 """
@@ -107,7 +107,7 @@ class LatentExpansion:
         num_heads, plain_dim, rotary_dim: H, P and R.
         memory: provides the memory of expanded heads.
         dweight: as ``weight``, in float32 (float64 for float64): the sum of its gradients. None in
-            forward.
+            forward, and if the weight needs no gradient.
     """
 
     def __init__(
@@ -153,7 +153,9 @@ class LatentExpansion:
             for a, b in spans:
                 gradient = _rows(sums, a, b)
                 _rows(grads.packed, a, b).add_(_product(gradient, matrix))
-                self._add_to_weight(_product(gradient.T, _rows(message, a, b)), start, stop)
+                if self._dweight is not None:
+                    own = self._dweight[start:stop]
+                    self._add_to_weight(own, _product(gradient.T, _rows(message, a, b)))
 
     def _matrix(self, start: int, stop: int) -> Tensor:
         """[n * (D + E), L + R]: makes all keys, then all values, of heads ``start:stop``."""
@@ -172,12 +174,12 @@ class LatentExpansion:
         keys, values = matrix[:edge], matrix[edge:]
         return keys.unflatten(0, (num_heads, -1)), values.unflatten(0, (num_heads, -1))
 
-    def _add_to_weight(self, dmatrix: Tensor, start: int, stop: int) -> None:
-        assert self._dweight is not None
-        latent_dim = self._weight.shape[2]
-        keys, values = self._parts(dmatrix, stop - start)
-        self._dweight[start:stop, : self._plain] += keys[:, : self._plain, :latent_dim]
-        self._dweight[start:stop, self._plain :] += values[..., :latent_dim]
+    def _add_to_weight(self, dweight: Tensor, dmatrix: Tensor) -> None:
+        """Adds the gradient of a matrix to that of its heads' weight, [n, P + E, L]."""
+        num_heads, _, latent_dim = dweight.shape
+        keys, values = self._parts(dmatrix, num_heads)
+        dweight[:, : self._plain] += keys[:, : self._plain, :latent_dim]
+        dweight[:, self._plain :] += values[..., :latent_dim]
 
 
 def _message(keys: KeyValues) -> Tensor:

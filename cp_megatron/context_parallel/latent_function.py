@@ -65,13 +65,15 @@ class _LatentAttention(torch.autograd.Function):
         plan: RankPlan = ctx.plan
         run = gather_backward if plan.gather else ring_backward
         heads = latent[:, :, None], rotary_key[:, :, None]
-        dweight = torch.zeros_like(weight, dtype=accumulation_dtype(weight.dtype))
+        dweight = None
+        if ctx.needs_input_grad[6]:
+            dweight = torch.zeros_like(weight, dtype=accumulation_dtype(weight.dtype))
         with plan.buffers.lend(q.device) as memory, torch.autocast(q.device.type, enabled=False):
             call = _expanding(ctx.call, q, rotary_key, weight, memory, dweight)
             inputs = BackwardInputs(dout, q, *heads, out, lse)
             dq, dlatent, drotary = run(plan, call, memory, inputs)
         grads = dq, dlatent[:, :, 0], drotary[:, :, 0], dweight
-        return None, None, None, *(grad.to(q.dtype) for grad in grads)
+        return None, None, None, *(None if grad is None else grad.to(q.dtype) for grad in grads)
 
 
 def _expanding(

@@ -41,7 +41,7 @@ class Portion:
 
 
 class Expansion(Protocol):
-    """Makes what kernels read of messages that are not keys and values."""
+    """Turns messages that are not keys and values into what kernels read."""
 
     def portions(
         self,

@@ -1,7 +1,7 @@
 """Attention sinks: one more score per head that takes part in the softmax and has no value.
 
-Shapes: B = batch, S = tokens, H = query heads, E = value head dim. All have the type of the sums,
-float32 (float64 for float64).
+Shapes: B = batch, S = tokens, H = query heads, E = value head dim. Sums and the lse are float32
+(float64 for float64), whatever the type of the sinks.
 
 With lse and out of the keys alone, and the sink s of the row's head,
 

@@ -34,7 +34,7 @@ _CONSTANTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "flash_attn_4": {"return_lse": True},
     }
 )
-"""The arguments of each generation that have one value unless the kernel is made otherwise."""
+"""The arguments of each generation that are the same in every call; a softcap replaces one."""
 
 
 def load_flash_attention(name: str, *, deterministic: bool, softcap: float | None) -> Kernel:
@@ -56,7 +56,6 @@ class FlashAttention(FlashKernel):
         name: the name of the generation, e.g. ``flash_attn_2``.
         interface: its module, or a test double of it.
         deterministic: sum dQ (and dK, dV of grouped heads) in a fixed order.
-
         softcap: scores s become softcap * tanh(s / softcap); None leaves them as they are.
 
     Raises:

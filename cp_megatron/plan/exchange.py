@@ -67,7 +67,7 @@ class Heads:
         num_heads, num_kv_heads, head_dim, v_head_dim: of queries, keys and values.
         latent: the widths of the latent and of the rotary key that keys and values are expanded
             from; None if they are not.
-        exchange_latent: what may be sent of the two, one of ``LATENT_EXCHANGES``.
+        exchange_latent: which of the two forms may be sent, one of ``LATENT_EXCHANGES``.
     """
 
     num_heads: int

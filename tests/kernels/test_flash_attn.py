@@ -188,7 +188,7 @@ def ring_errors(
     sinks, dlse = sinks.float().double(), dlse.float().double()
     reference = results(Case(mask, {}, softcap=softcap), inputs, sinks, dlse)
     cp = ContextParallel(dist.group.WORLD, mask)
-    cp._load_kernel = lambda *_: kernel_of(name, softcap=softcap)  # type: ignore[method-assign]
+    cp.kernels.load = lambda *_, **__: kernel_of(name, softcap=softcap)  # type: ignore[method-assign]
     q, k, v, dout = (cp.shard(x, 1).to(BF16) for x in inputs)
     leaves = [x.requires_grad_() for x in (q, k, v, sinks.float())]
     attended = cp.attention(*leaves[:3], sinks=leaves[3], softcap=softcap, return_lse=True)
