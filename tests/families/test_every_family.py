@@ -62,7 +62,13 @@ def compare(reference: Reference, grid: Grid, target: Path) -> None:
     assert gap < 1e-4, f"the gradient of {name} differs by {gap}"
 
 
-@pytest.mark.parametrize("name", registered())
+def first_cases() -> Iterator[Any]:
+    """The first case of every family by default, its variants if slow tests run."""
+    for name in registered():
+        yield pytest.param(name, marks=[pytest.mark.slow] if "," in name else [])
+
+
+@pytest.mark.parametrize("name", list(first_cases()))
 def test_an_export_is_the_folder(name: str, reference: Refer, tmp_path: Path) -> None:
     """On TP2 x CP2; first, logits and gradients are those of transformers."""
     from transformers import AutoModelForCausalLM
