@@ -149,7 +149,7 @@ def test_layers_without_window_that_rotate_are_no_command_r7b(tmp_path: Path) ->
         ({**COMMAND_R_PLUS, "logit_scale": 0}, "logit_scale is 0, but must be greater than 0"),
         ({**COMMAND_R_PLUS, "hidden_act": "gelu"}, "hidden_act is"),
         ({**COMMAND_R_PLUS, "partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5, which"),
-        ({**COMMAND_R7B, "sliding_window": None}, "sliding_window is missing, but"),
+        ({**COMMAND_R7B, "sliding_window": None}, "sliding_window is null, but"),
         ({**COMMAND_R7B, "position_embedding_type": "alibi"}, "position_embedding_type is"),
         ({**COMMAND_R7B, "use_qk_norm": True}, "use_qk_norm is true, which is not supported"),
         ({**COMMAND_R7B, "layer_switch": 3}, "layer_switch is 3, which is not supported"),

@@ -151,7 +151,7 @@ def test_the_latent_and_the_rotated_channels_are_one_tensor(tmp_path: Path) -> N
     ("changes", "told"),
     [
         ({"num_hidden_layers": 61}, "first_k_dense_replace is 3, .* a mixture of experts"),
-        ({"first_k_dense_replace": None}, "first_k_dense_replace is missing, .* of experts"),
+        ({"first_k_dense_replace": None}, "first_k_dense_replace is null, .* of experts"),
         ({"num_key_value_heads": 8}, "num_key_value_heads is 8, .* has keys of its own"),
         ({"head_dim": 192}, "head_dim is 192, which is not supported"),
         ({"qk_head_dim": 64}, "qk_head_dim is 64, which is not supported"),

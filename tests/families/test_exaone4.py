@@ -105,7 +105,7 @@ def test_rotation_and_windows_that_the_family_does_not_combine(tmp_path: Path) -
     ("changes", "told"),
     [
         ({"layer_types": None}, 'sliding_window_pattern is "LLLG", but must be a whole number'),
-        ({"sliding_window": None}, "sliding_window is missing, but must be a whole number"),
+        ({"sliding_window": None}, "sliding_window is null, but must be a whole number"),
         ({"layer_types": [FULL]}, "layer_types is .*a list of 8 entries"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5, which is not supported"),
     ],

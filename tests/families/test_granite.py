@@ -123,7 +123,7 @@ def test_a_hybrid_that_rotates(tmp_path: Path) -> None:
         ({"num_local_experts": 62}, "num_local_experts is 62, .*a mixture of experts"),
         ({"layer_types": ["mamba", "attention"] * 2}, "layer_types is .*it has Mamba layers"),
         ({"layer_types": ["linear_attention"] * 4}, "it has Mamba layers"),
-        ({"layer_types": None}, "layer_types is missing, .*it has Mamba layers"),
+        ({"layer_types": None}, "layer_types is null, .*it has Mamba layers"),
         ({"layer_types": ["attention"] * 3}, "must be a list of 4 times"),
         ({"layer_types": 7}, "must be a list of 4 times"),
         ({"position_embedding_type": "alibi"}, 'position_embedding_type is "alibi", which is not'),

@@ -123,7 +123,7 @@ def test_olmo3_may_scale_all_layers(tmp_path: Path) -> None:
     ("changes", "told"),
     [
         ({"rope_theta": 10000.0}, "rope_theta is 10000.0, .*transformers 4 and 5 rotate"),
-        ({"sliding_window": None}, "sliding_window is missing, but must be a whole number"),
+        ({"sliding_window": None}, "sliding_window is null, but must be a whole number"),
         ({"layer_types": [FULL, "chunked_attention"] * 4}, "layer_types is .*not supported"),
         ({"rope_local_base_freq": 10000.0}, "rope_local_base_freq is 10000.0, which is not"),
         (
