@@ -114,6 +114,7 @@ def save(rank: int, world_size: int, folder: Path, name: str, grid: Grid) -> Ten
     return logits_of(model, groups)
 
 
+@pytest.mark.slow  # tests/families compares GPT-2's logits and gradients on a grid of ranks
 @pytest.mark.parametrize("name", CASES)
 def test_transformers_computes_the_same_logits(tmp_path: Path, name: str) -> None:
     from transformers import AutoModelForCausalLM

@@ -162,7 +162,7 @@ def cases_of(world_size: int, *, whole: bool) -> list[Case]:
     return found
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("world_size", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_equals_the_dense_formula(world_size: int) -> None:
     """Every third case, others for each number of ranks: each mask, exchange and way occurs."""
     check(cases_of(world_size, whole=False)[world_size % 3 :: 3], world_size)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,15 @@ from tests.model.grids import STYLES, VOCAB, Step, error, grid_step, plain_step,
 from tests.ranks import run_ranks
 
 TOLERANCE = 1e-12
+BLOCKS = ("sinks", "latent", "parallel", "post")
+
+
+def _slow_blocks() -> list[Any]:
+    """All styles; those of ``BLOCKS`` run by default on two axes at once."""
+    slow = pytest.mark.slow
+    return [pytest.param(x, marks=[slow] if x in BLOCKS else []) for x in STYLES]
+
+
 # Heads of 12 and 6 are expanded from latents of 8 and rotary keys of 4, which is fewer bytes.
 LATENT = replace(
     STYLES["llama"],
@@ -57,13 +67,13 @@ def test_tp2(style: str, sequence_parallel: bool) -> None:
     check(style, Grid(dp=1, cp=1, tp=2), sequence_parallel=sequence_parallel)
 
 
-@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("style", _slow_blocks())
 @pytest.mark.parametrize("sequence_parallel", [False, True])
 def test_tp4(style: str, sequence_parallel: bool) -> None:
     check(style, Grid(dp=1, cp=1, tp=4), sequence_parallel=sequence_parallel)
 
 
-@pytest.mark.parametrize("style", ["sinks", "latent", "parallel", "post"])
+@pytest.mark.parametrize("style", BLOCKS)
 def test_tensor_and_context_parallel_blocks(style: str) -> None:
     check(style, Grid(dp=1, cp=2, tp=2), sequence_parallel=True)
 
