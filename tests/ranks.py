@@ -15,6 +15,7 @@ import atexit
 import contextlib
 import faulthandler
 import functools
+import gc
 import multiprocessing
 import os
 import pickle
@@ -346,9 +347,13 @@ def _clean_state() -> None:
     torch.manual_seed(0)
     if dist.is_initialized():
         world = dist.group.WORLD
-        for group in list(dist.distributed_c10d._world.pg_map):
-            if group is not world:
-                dist.destroy_process_group(group)
+        groups = [x for x in dist.distributed_c10d._world.pg_map if x is not world]
+        for group in groups:
+            dist.destroy_process_group(group)
+        if groups:
+            # Models and their groups are in cycles. Each group that is left keeps three threads.
+            del group, groups
+            gc.collect()
     if "torch.distributed.tensor" in sys.modules:
         from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
