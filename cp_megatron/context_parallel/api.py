@@ -6,7 +6,7 @@ D = head dim, E = value head dim.
 
 from __future__ import annotations
 
-from functools import cached_property, partial
+from functools import cached_property
 from typing import cast
 
 import torch
@@ -182,17 +182,15 @@ class ContextParallel:
         """
         if latent is not None and exchange_latent == "auto":
             exchange_latent = self._exchange_latent
-        build = partial(Schedule.build, head_dim=head_dim, v_head_dim=v_head_dim, latent=latent)
-        heads = num_heads, num_kv_heads
-        options = self._exchange, self._route, *heads, self._sizes
-        chosen = build(self._chooser, self.layout, *options, exchange_latent=exchange_latent)
-        if self._chooser is self.mask:
-            return chosen
-        sizes = chosen.hierarchical_sizes if chosen.exchange == "a2a+p2p" else None
-        if latent is not None:
-            exchange_latent = "expanded" if chosen.latent is None else "latent"
-        how = chosen.exchange, chosen.route, *heads, sizes
-        return build(self.mask, self.layout, *how, exchange_latent=exchange_latent)
+        chosen = Schedule.build(
+            *(self._chooser, self.layout, self._exchange, self._route),
+            *(num_heads, num_kv_heads, self._sizes),
+            head_dim=head_dim,
+            v_head_dim=v_head_dim,
+            latent=latent,
+            exchange_latent=exchange_latent,
+        )
+        return chosen.within(self.mask)
 
     def prepare(
         self,

@@ -122,6 +122,7 @@ class LatentExpansion:
         self._weight = weight.unflatten(0, (num_heads, -1))  # [H, P + E, L]
         self._dweight = None if dweight is None else dweight.unflatten(0, (num_heads, -1))
         self._plain, self._rotary, self._memory = plain_dim, rotary_dim, memory
+        self._matrices: dict[Span, Tensor] = {}
 
     def portions(
         self,
@@ -136,7 +137,7 @@ class LatentExpansion:
         head_bytes = message.shape[0] * message.shape[1] * width * message.dtype.itemsize
         heads = [part for g in groups for part in expanded_portions(g.queries, head_bytes)]
         for start, stop in heads if spans else []:
-            matrix, num_heads = self._matrix(start, stop), stop - start
+            matrix, num_heads = self._matrix((start, stop)), stop - start
             shape = *message.shape[:2], num_heads * width
             expanded = self._memory.take(EXPANDED, shape, message.dtype)
             for a, b in spans:
@@ -157,16 +158,18 @@ class LatentExpansion:
                     own = self._dweight[start:stop]
                     self._add_to_weight(own, _product(gradient.T, _rows(message, a, b)))
 
-    def _matrix(self, start: int, stop: int) -> Tensor:
-        """[n * (D + E), L + R]: makes all keys, then all values, of heads ``start:stop``."""
-        latent_dim = self._weight.shape[2]
-        rows = (stop - start) * (self._weight.shape[1] + self._rotary)
-        matrix = self._weight.new_zeros((rows, latent_dim + self._rotary))
-        keys, values = self._parts(matrix, stop - start)
-        keys[:, : self._plain, :latent_dim] = self._weight[start:stop, : self._plain]
-        keys[:, self._plain :, latent_dim:] = torch.eye(self._rotary, device=matrix.device)
-        values[..., :latent_dim] = self._weight[start:stop, self._plain :]
-        return matrix
+    def _matrix(self, heads: Span) -> Tensor:
+        """[n * (D + E), L + R]: makes all keys, then all values, of some heads."""
+        if heads in self._matrices:
+            return self._matrices[heads]
+        weight, latent_dim = self._weight[slice(*heads)], self._weight.shape[2]
+        rows = weight.shape[0] * (weight.shape[1] + self._rotary)
+        matrix = weight.new_zeros((rows, latent_dim + self._rotary))
+        keys, values = self._parts(matrix, weight.shape[0])
+        keys[:, : self._plain, :latent_dim] = weight[:, : self._plain]
+        keys[:, self._plain :, latent_dim:].diagonal(dim1=1, dim2=2).fill_(1)
+        values[..., :latent_dim] = weight[:, self._plain :]
+        return self._matrices.setdefault(heads, matrix)
 
     def _parts(self, matrix: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
         """[n, D, L + R] and [n, E, L + R], the rows of keys and of values."""

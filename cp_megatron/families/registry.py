@@ -165,15 +165,31 @@ def _family_named(fields: JsonFields) -> Family:
     return family
 
 
-def check_model_type(name: str | None) -> None:
-    """Checks a value of ``hf_model_type``.
+def check_model_type(model: ModelConfig, *, seq_length: int, is_asked: bool) -> None:
+    """Checks ``hf_model_type``.
+
+    Args:
+        model: the model.
+        seq_length: length of the rows it is trained on, in tokens.
+        is_asked: the user typed the name. Otherwise it is that of the folder of ``--load-hf``, and
+            other flags may have made another family's model of it.
 
     Raises:
-        ConfigError: no family has this name.
+        ConfigError: no family has this name, or the family that was asked for has no such model.
     """
-    known = [family.model_type for family in FAMILIES]
+    flag, name = "--hf-model-type", model.hf_model_type
+    known = {family.model_type: family for family in FAMILIES}
     if name is not None and name not in known:
-        raise ConfigError("--hf-model-type", name, "is not supported", ", ".join(known))
+        raise ConfigError(flag, name, "is not supported", ", ".join(known))
+    if name is None or not is_asked:
+        return
+    misfits = []
+    with contextlib.suppress(ConfigError):  # the model is impossible, which other checks tell
+        misfits = _misfits(model, known[name], _entries(model, known[name], 1, seq_length, None))
+    if misfits:
+        differing, ours, theirs = misfits[0]
+        rule = f"has no model with {spelled(differing, ours)}"
+        raise ConfigError(flag, name, rule, f"{spelled(differing, theirs)}, or no {flag}")
 
 
 def to_hf_config(
@@ -191,21 +207,9 @@ def to_hf_config(
     Raises:
         ConfigError: no Hugging Face architecture has such a model.
     """
-    longest = max(seq_length, model.max_position_embeddings or 0)
-    shared: dict[str, Any] = {
-        "vocab_size": vocab_size,
-        "initializer_range": model.init_method_std,
-        "tie_word_embeddings": not model.untie_embeddings_and_output_weights,
-        "bos_token_id": None,
-        "eos_token_id": eod,
-        "pad_token_id": None,
-        "use_cache": True,
-        "torch_dtype": dtype,
-    }
     misfits: dict[str, list[tuple[str, Any, Any]]] = {}
     for family in sorted(FAMILIES, key=lambda x: x.model_type != model.hf_model_type):
-        named = {"architectures": [family.architecture], "model_type": family.model_type}
-        entries = named | family.write(model, longest) | shared
+        entries = _entries(model, family, vocab_size, seq_length, eod) | {"torch_dtype": dtype}
         with contextlib.suppress(ConfigError):  # the family cannot have such sizes
             misfits[family.architecture] = _misfits(model, family, entries)
             if not misfits[family.architecture]:
@@ -216,6 +220,24 @@ def to_hf_config(
     flag, _, value = spelled(name, ours).partition(" ")
     rule = "no supported Hugging Face architecture has such a model; the nearest one, "
     raise ConfigError(flag, value, f"{rule}{nearest}, differs in this flag", spelled(name, theirs))
+
+
+def _entries(
+    model: ModelConfig, family: Family, vocab_size: int, seq_length: int, eod: int | None
+) -> dict[str, Any]:
+    """config.json of the model in a family, without the type of the weights."""
+    return {
+        "architectures": [family.architecture],
+        "model_type": family.model_type,
+        **family.write(model, max(seq_length, model.max_position_embeddings or 0)),
+        "vocab_size": vocab_size,
+        "initializer_range": model.init_method_std,
+        "tie_word_embeddings": not model.untie_embeddings_and_output_weights,
+        "bos_token_id": None,
+        "eos_token_id": eod,
+        "pad_token_id": None,
+        "use_cache": True,
+    }
 
 
 def _misfits(

@@ -117,27 +117,17 @@ def schedules(plan: RunPlan) -> tuple[Schedule, ...]:
     if plan.grid.cp == 1:
         return ()
     heads, kv_heads, width, v_width = local_heads(model, plan.grid.tp)
-    build = partial(
-        Schedule.build,
+    row = Schedule.build(
+        *(sequence.mask, sequence.layout, sequence.exchange, sequence.route),
+        *(heads, kv_heads, sequence.sizes),
         head_dim=width,
         v_head_dim=v_width,
         latent=model.latent_widths,
+        exchange_latent=plan.config.parallel.cp_latent_exchange,
     )
-    way: str = plan.config.parallel.cp_latent_exchange
-    how = sequence.layout, sequence.exchange, sequence.route
-    row = build(sequence.mask, *how, heads, kv_heads, sequence.sizes, exchange_latent=way)
-    if model.latent_widths is not None:
-        way = "expanded" if row.latent is None else "latent"
-    sizes = row.hierarchical_sizes if row.exchange == "a2a+p2p" else None
-    how = row.layout, row.exchange, row.route
     windows = [model.layer_window(layer) for layer in range(model.num_layers)]
     masks = {mask.window: mask for mask in map(sequence.mask.within, windows)}
-    return tuple(
-        row
-        if mask.window == sequence.mask.window
-        else build(mask, *how, heads, kv_heads, sizes, exchange_latent=way)
-        for mask in masks.values()
-    )
+    return tuple(map(row.within, masks.values()))
 
 
 def _during_step(

@@ -135,6 +135,10 @@ class Schedule:
             return replace(self, hierarchical_sizes=(1, size), latent=latent)
         return replace(self, hierarchical_sizes=sizes or (size, 1))
 
+    def within(self, mask: Mask) -> Schedule:
+        """The same exchange under another mask, as layers with another window need it."""
+        return self if mask == self.mask else replace(self, mask=mask)
+
     @property
     def all_to_all_size(self) -> int:
         """The number of ranks that exchange heads with each other; 1 if heads stay."""

@@ -22,6 +22,7 @@ from cp_megatron.data.rows.corpora import check_data
 from cp_megatron.data.rows.small_data import is_small
 from cp_megatron.data.tokenize.open_tokenizer import tokenizer_of
 from cp_megatron.errors import ConfigError, Mistakes
+from cp_megatron.families.registry import check_model_type
 from cp_megatron.faults.inject import parse_faults
 from cp_megatron.kernels.select import KernelChoice
 from cp_megatron.plan import Grid
@@ -143,6 +144,9 @@ def _check_model(
     padded, earlier = model.padded_vocab_size(vocab_size), len(mistakes.errors)
     with mistakes.collect():
         rules.check_model(model, seq_length)
+    with mistakes.collect():
+        asked = "--hf-model-type" in given
+        check_model_type(model, seq_length=seq_length, is_asked=asked)
     with mistakes.collect():
         check_blocks(model, given)
     with mistakes.collect():

@@ -9,7 +9,6 @@ from cp_megatron.errors import ConfigError
 from cp_megatron.families.json_fields import FLAG
 from cp_megatron.families.registry import (
     TRAINING_ONLY,
-    check_model_type,
     has_tokenizer,
     read_hf_config,
     spelled,
@@ -43,7 +42,6 @@ def check_load_hf(config: Config) -> tuple[str, ...]:
     Raises:
         ConfigError: the folder is damaged, or a flag contradicts it.
     """
-    check_model_type(config.model.hf_model_type)
     folder = config.checkpoint.load_hf
     if folder is None:
         return ()

@@ -85,9 +85,10 @@ class LatentAttentionSpec(MixerSpec):
         """Bytes of attention's inputs that backward needs and that recomputation frees: the
         normalized stream, the latents and what their norms keep, and q, k and v."""
         kept = sizes.stream_bytes(self.latent.inputs) + self.operand_bytes(sizes)
-        for up, norm in ((self.query, self.query_down_norm), (self.key_value, self.latent_norm)):
-            if norm is not None:
-                kept += norm.kept_bytes(sizes.tokens, sizes)
-            if up is self.key_value or self.query_down is not None:
-                kept += sizes.tokens * up.inputs * sizes.element
+        latents = [(self.latent, self.latent_norm)]
+        if self.query_down is not None:
+            latents.append((self.query_down, self.query_down_norm))
+        for down, norm in latents:
+            kept += sizes.tokens * down.outputs * sizes.element
+            kept += 0 if norm is None else norm.kept_bytes(sizes.tokens, sizes)
         return kept

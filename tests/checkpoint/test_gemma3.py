@@ -7,14 +7,12 @@ import pydoc_data.topics
 import pytest
 import torch
 
-from cp_megatron.checkpoint.hf_load import load_hf
 from cp_megatron.context_parallel import ContextParallel
 from cp_megatron.data.tokenize.open_tokenizer import open_tokenizer
 from cp_megatron.families.registry import read_hf_config
 from cp_megatron.generate.decode import Sampling, Session
-from cp_megatron.model import Transformer
 from cp_megatron.plan import Mask
-from tests.real_models import gemma3_folder
+from tests.real_models import gemma3_folder, loaded
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 TOKENS = 640  # more than the window of 512
@@ -26,16 +24,7 @@ def test_it_speaks_and_computes_what_transformers_does() -> None:
     folder = gemma3_folder()
     found = read_hf_config(folder)
     assert (found.unread, found.model.window_size) == ((), (511, 0))
-    with torch.device("meta"):
-        model = Transformer(
-            found.model,
-            seq_length=TOKENS,
-            vocab_size=found.vocab_size,
-            tp=None,
-            sequence_parallel=False,
-        )
-    model = model.to_empty(device="cpu").eval()
-    load_hf(folder, model=model)
+    model = loaded(folder, TOKENS)
     tokenizer = open_tokenizer("huggingface", str(folder))
     assert (tokenizer.opening, tokenizer.eod) == ((2,), 1)
     prompt = [*tokenizer.opening, *tokenizer.encode("The capital of France is").tolist()]

@@ -9,15 +9,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from cp_megatron.checkpoint.hf_load import load_hf
 from cp_megatron.context_parallel import ContextParallel
 from cp_megatron.data.tokenize.open_tokenizer import open_tokenizer
 from cp_megatron.data.tokenize.tokenizer import Tokenizer
-from cp_megatron.families.registry import read_hf_config
 from cp_megatron.generate.decode import Sampling, Session
 from cp_megatron.model import Transformer
 from cp_megatron.plan import Mask
-from tests.real_models import smollm2_folder
+from tests.real_models import loaded, smollm2_folder
 
 pytestmark = pytest.mark.slow
 TOKENS = 512
@@ -26,18 +24,7 @@ TOKENS = 512
 @pytest.fixture(scope="module")
 def model() -> tuple[Transformer, Tokenizer]:
     folder = smollm2_folder()
-    found = read_hf_config(folder)
-    with torch.device("meta"):
-        model = Transformer(
-            found.model,
-            seq_length=TOKENS,
-            vocab_size=found.vocab_size,
-            tp=None,
-            sequence_parallel=False,
-        )
-    model = model.to_empty(device="cpu")
-    load_hf(folder, model=model)
-    return model.eval(), open_tokenizer("huggingface", str(folder))
+    return loaded(folder, TOKENS), open_tokenizer("huggingface", str(folder))
 
 
 def test_it_knows_paris(model: tuple[Transformer, Tokenizer]) -> None:

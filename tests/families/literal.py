@@ -52,3 +52,18 @@ def differs(model: ModelConfig, flag: str) -> None:
     with pytest.raises(ConfigError, match="no supported Hugging Face architecture") as caught:
         to_hf_config(model, vocab_size=300, seq_length=8, eod=1)
     assert caught.value.flag == flag
+
+
+def model_of(folder: Path, entries: Mapping[str, Any], **changes: Any) -> ModelConfig:
+    """The flags of exactly these entries, all of which are read."""
+    (folder / "config.json").write_text(json.dumps({**entries, **changes}))
+    found = read_hf_config(folder)
+    assert found.unread == ()
+    return found.model
+
+
+def written(model: ModelConfig, model_type: str) -> dict[str, Any]:
+    """What is written for a model that the family of this name has."""
+    family, entries = to_hf_config(model, vocab_size=model.vocab_size or 0, seq_length=8, eod=2)
+    assert family.model_type == model_type
+    return entries

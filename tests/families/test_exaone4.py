@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from cp_megatron.config import ModelConfig
 from cp_megatron.errors import ConfigError
-from cp_megatron.families.registry import read_hf_config, to_hf_config
+from cp_megatron.families.registry import to_hf_config
+from tests.families.literal import model_of, written
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 LLAMA3 = {
@@ -45,26 +44,13 @@ EXAONE4: dict[str, Any] = {
 }
 
 
-def read(folder: Path, **changes: Any) -> ModelConfig:
-    (folder / "config.json").write_text(json.dumps({**EXAONE4, **changes}))
-    found = read_hf_config(folder)
-    assert found.unread == ()
-    return found.model
-
-
-def write(model: ModelConfig) -> dict[str, Any]:
-    family, entries = to_hf_config(model, vocab_size=102400, seq_length=8, eod=2)
-    assert family.model_type == "exaone4"
-    return entries
-
-
 def test_layers_without_a_window_do_not_rotate(tmp_path: Path) -> None:
-    model = read(tmp_path)
+    model = model_of(tmp_path, EXAONE4)
     assert (model.window_size, model.window_layers) == ((4095, 0), (0, 1, 2, 4, 5, 6))
     assert model.no_rope_layers == (3, 7)
     assert (model.rope_type, model.window_rotary_base) == ("llama3", None)
     assert (model.norm_placement, model.qk_layernorm, model.qk_norm_scope) == ("post", True, "head")
-    entries = write(model)
+    entries = written(model, "exaone4")
     old = {key: value for key, value in EXAONE4.items() if key != "sliding_window_pattern"}
     assert {key: entries[key] for key in old} == old
     assert entries["rope_parameters"] == {**LLAMA3, "rope_theta": 1000000.0}
@@ -73,29 +59,31 @@ def test_layers_without_a_window_do_not_rotate(tmp_path: Path) -> None:
 def test_without_a_window_all_layers_rotate(tmp_path: Path) -> None:
     none = {"sliding_window": None, "sliding_window_pattern": None}
     for kinds in (None, [FULL] * 8):
-        model = read(tmp_path, **none, layer_types=kinds)
+        model = model_of(tmp_path, EXAONE4, **none, layer_types=kinds)
         assert (model.window_size, model.no_rope_layers) == (None, None)
-    entries = write(model)
+    entries = written(model, "exaone4")
     assert (entries["sliding_window"], entries["layer_types"]) == (None, [FULL] * 8)
 
 
 def test_a_pattern_in_place_of_layer_types(tmp_path: Path) -> None:
-    assert read(tmp_path, layer_types=None, sliding_window_pattern=4) == read(tmp_path)
-    model = read(tmp_path, layer_types=None, sliding_window_pattern=3)
+    assert model_of(tmp_path, EXAONE4, layer_types=None, sliding_window_pattern=4) == model_of(
+        tmp_path, EXAONE4
+    )
+    model = model_of(tmp_path, EXAONE4, layer_types=None, sliding_window_pattern=3)
     assert (model.window_layers, model.no_rope_layers) == ((0, 1, 3, 4, 6, 7), (2, 5))
 
 
 def test_all_layers_or_none_have_the_window(tmp_path: Path) -> None:
-    model = read(tmp_path, layer_types=[SLIDING] * 8)
+    model = model_of(tmp_path, EXAONE4, layer_types=[SLIDING] * 8)
     assert (model.window_size, model.window_layers, model.no_rope_layers) == ((4095, 0), None, None)
-    assert write(model)["layer_types"] == [SLIDING] * 8
-    model = read(tmp_path, layer_types=[FULL] * 8)
+    assert written(model, "exaone4")["layer_types"] == [SLIDING] * 8
+    model = model_of(tmp_path, EXAONE4, layer_types=[FULL] * 8)
     assert (model.window_size, model.no_rope_layers) == (None, tuple(range(8)))
-    assert write(model)["sliding_window"] is not None
+    assert written(model, "exaone4")["sliding_window"] is not None
 
 
 def test_rotation_and_windows_that_the_family_does_not_combine(tmp_path: Path) -> None:
-    model = replace(read(tmp_path), no_rope_layers=(0,))
+    model = replace(model_of(tmp_path, EXAONE4), no_rope_layers=(0,))
     with pytest.raises(ConfigError, match="Exaone4ForCausalLM, differs in this flag") as caught:
         to_hf_config(model, vocab_size=102400, seq_length=8, eod=2)
     assert caught.value.flag == "--no-rope-layers"
@@ -112,4 +100,4 @@ def test_rotation_and_windows_that_the_family_does_not_combine(tmp_path: Path) -
 )
 def test_refused(tmp_path: Path, changes: dict[str, Any], told: str) -> None:
     with pytest.raises(ConfigError, match=told):
-        read(tmp_path, **changes)
+        model_of(tmp_path, EXAONE4, **changes)

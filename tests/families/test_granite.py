@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from cp_megatron.config import ModelConfig
 from cp_megatron.errors import ConfigError
-from cp_megatron.families.registry import read_hf_config, to_hf_config
+from tests.families.literal import model_of, written
 
 GRANITE: dict[str, Any] = {
     "architectures": ["GraniteForCausalLM"],
@@ -54,66 +52,55 @@ HYBRID: dict[str, Any] = {
 }
 
 
-def read(folder: Path, entries: dict[str, Any], **changes: Any) -> ModelConfig:
-    (folder / "config.json").write_text(json.dumps({**entries, **changes}))
-    found = read_hf_config(folder)
-    assert found.unread == ()
-    return found.model
-
-
-def write(model: ModelConfig, family: str) -> dict[str, Any]:
-    chosen, entries = to_hf_config(model, vocab_size=49159, seq_length=8, eod=2)
-    assert chosen.model_type == family
-    return entries
-
-
 def test_the_factors_of_granite(tmp_path: Path) -> None:
-    model = read(tmp_path, GRANITE)
+    model = model_of(tmp_path, GRANITE)
     assert (model.embedding_multiplier, model.residual_multiplier) == (12.0, 0.22)
     assert (model.softmax_scale, model.logit_multiplier) == (0.0078125, 1 / 49)
-    entries = write(model, "granite")
+    entries = written(model, "granite")
     assert {key: entries[key] for key in GRANITE} == GRANITE
 
 
 def test_the_defaults_of_granite(tmp_path: Path) -> None:
     scaled = ("attention_multiplier", "logits_scaling", "embedding_multiplier")
     entries = {key: value for key, value in GRANITE.items() if key not in scaled}
-    model = read(tmp_path, entries)
+    model = model_of(tmp_path, entries)
     assert (model.softmax_scale, model.logit_multiplier, model.embedding_multiplier) == (1, 1, 1)
 
 
 @pytest.mark.parametrize("attention", [False, True])
 @pytest.mark.parametrize("mlp", [False, True])
 def test_biases_of_granite(tmp_path: Path, attention: bool, mlp: bool) -> None:
-    model = read(tmp_path, GRANITE, attention_bias=attention, mlp_bias=mlp)
+    model = model_of(tmp_path, GRANITE, attention_bias=attention, mlp_bias=mlp)
     assert (model.has_qkv_bias, model.has_attention_output_bias) == (attention, attention)
     assert model.has_mlp_bias == mlp
-    entries = write(model, "granite")
+    entries = written(model, "granite")
     assert (entries["attention_bias"], entries["mlp_bias"]) == (attention, mlp)
 
 
 def test_the_scale_of_scores_is_written_if_it_is_the_default(tmp_path: Path) -> None:
-    model = replace(read(tmp_path, GRANITE), softmax_scale=None)
-    assert write(model, "granite")["attention_multiplier"] == 128**-0.5
+    model = replace(model_of(tmp_path, GRANITE), softmax_scale=None)
+    assert written(model, "granite")["attention_multiplier"] == 128**-0.5
 
 
 def test_a_hybrid_of_attention_alone(tmp_path: Path) -> None:
-    model = read(tmp_path, HYBRID)
+    model = model_of(tmp_path, HYBRID)
     assert (model.position_embedding_type, model.ffn_size) == ("none", 8192)
     assert model.logit_multiplier == 1 / 49
-    entries = write(model, "granitemoehybrid")
+    entries = written(model, "granitemoehybrid")
     same = HYBRID.keys() & entries.keys() - {"mamba_n_heads", "intermediate_size"}
     assert {key: entries[key] for key in same} == {key: HYBRID[key] for key in same}
     assert entries["layer_types"] == ["attention"] * 4
-    new = read(tmp_path, HYBRID, layer_types=["full_attention"] * 4, position_embedding_type=None)
+    new = model_of(
+        tmp_path, HYBRID, layer_types=["full_attention"] * 4, position_embedding_type=None
+    )
     assert new == model
 
 
 def test_a_hybrid_that_rotates(tmp_path: Path) -> None:
     scaling = {"rope_type": "linear", "factor": 2.0}
-    model = read(tmp_path, HYBRID, position_embedding_type="rope", rope_scaling=scaling)
+    model = model_of(tmp_path, HYBRID, position_embedding_type="rope", rope_scaling=scaling)
     assert (model.position_embedding_type, model.rope_type) == ("rope", "linear")
-    unused = read(tmp_path, HYBRID, rope_scaling=scaling)
+    unused = model_of(tmp_path, HYBRID, rope_scaling=scaling)
     assert (unused.position_embedding_type, unused.rope_type) == ("none", "default")
 
 
@@ -134,10 +121,10 @@ def test_a_hybrid_that_rotates(tmp_path: Path) -> None:
 )
 def test_refused(tmp_path: Path, changes: dict[str, Any], told: str) -> None:
     with pytest.raises(ConfigError, match=told):
-        read(tmp_path, HYBRID, **changes)
+        model_of(tmp_path, HYBRID, **changes)
 
 
 def test_experts_are_the_default_of_transformers(tmp_path: Path) -> None:
     entries = {key: value for key, value in HYBRID.items() if key != "num_local_experts"}
     with pytest.raises(ConfigError, match=r"num_local_experts is 8, .*a mixture of experts"):
-        read(tmp_path, entries)
+        model_of(tmp_path, entries)

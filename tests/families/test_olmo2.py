@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from cp_megatron.config import ModelConfig
 from cp_megatron.errors import ConfigError
-from cp_megatron.families.registry import read_hf_config, to_hf_config
+from tests.families.literal import model_of, written
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 OLMO2: dict[str, Any] = {
@@ -53,43 +51,30 @@ OLMO3: dict[str, Any] = {
 }
 
 
-def read(folder: Path, entries: dict[str, Any], **changes: Any) -> ModelConfig:
-    (folder / "config.json").write_text(json.dumps({**entries, **changes}))
-    found = read_hf_config(folder)
-    assert found.unread == ()
-    return found.model
-
-
-def write(model: ModelConfig, family: str) -> dict[str, Any]:
-    chosen, entries = to_hf_config(model, vocab_size=100352, seq_length=8, eod=2)
-    assert chosen.model_type == family
-    return entries
-
-
 def test_olmo2(tmp_path: Path) -> None:
-    model = read(tmp_path, OLMO2)
+    model = model_of(tmp_path, OLMO2)
     assert (model.norm_placement, model.qk_layernorm, model.qk_norm_scope) == (
         *("post", True),
         "all_heads",
     )
     biases = model.has_qkv_bias, model.has_attention_output_bias, model.has_mlp_bias
     assert not any(biases)
-    entries = write(model, "olmo2")
+    entries = written(model, "olmo2")
     assert {key: entries[key] for key in OLMO2} == OLMO2
-    biased = read(tmp_path, OLMO2, attention_bias=True)
+    biased = model_of(tmp_path, OLMO2, attention_bias=True)
     assert biased.has_qkv_bias
     assert biased.has_attention_output_bias
     assert not biased.has_mlp_bias
-    assert write(biased, "olmo2")["attention_bias"]
+    assert written(biased, "olmo2")["attention_bias"]
 
 
 def test_olmo3_scales_the_layers_without_a_window(tmp_path: Path) -> None:
-    model = read(tmp_path, OLMO3)
+    model = model_of(tmp_path, OLMO3)
     assert (model.window_size, model.window_layers) == ((4095, 0), (0, 1, 2, 4, 5, 6))
     assert (model.rotary_base, model.rope_type) == (500000.0, "yarn")
     assert model.window_rotary_base == 500000.0
     assert model.rope_attention_factor == YARN["attention_factor"]
-    entries = write(model, "olmo3")
+    entries = written(model, "olmo3")
     expected = {**YARN, "truncate": True}
     assert {key: entries[key] for key in OLMO3} == {**OLMO3, "rope_scaling": expected}
     assert entries["rope_parameters"] == {
@@ -97,24 +82,24 @@ def test_olmo3_scales_the_layers_without_a_window(tmp_path: Path) -> None:
         SLIDING: {"rope_type": "default", "rope_theta": 500000.0},
     }
     new = {"rope_parameters": entries["rope_parameters"], "rope_scaling": None, "rope_theta": None}
-    assert read(tmp_path, OLMO3, **new) == model
+    assert model_of(tmp_path, OLMO3, **new) == model
 
 
 def test_olmo3_has_a_window_on_three_of_four_layers(tmp_path: Path) -> None:
     entries = {key: x for key, x in OLMO3.items() if key not in ("layer_types", "sliding_window")}
-    model = read(tmp_path, entries, rope_scaling=None)
+    model = model_of(tmp_path, entries, rope_scaling=None)
     assert (model.window_size, model.window_layers) == ((4095, 0), (0, 1, 2, 4, 5, 6))
     assert model.window_rotary_base is None
 
 
 def test_olmo3_may_scale_all_layers(tmp_path: Path) -> None:
     """A run that extends the context of a model without scaling scales all layers."""
-    scaled = replace(read(tmp_path, OLMO3), window_rotary_base=None)
-    entries = write(scaled, "olmo3")
+    scaled = replace(model_of(tmp_path, OLMO3), window_rotary_base=None)
+    entries = written(scaled, "olmo3")
     assert entries["rope_parameters"][SLIDING] == entries["rope_parameters"][FULL]
     # transformers 4 cannot, and refuses a scaling without a type.
     assert entries["rope_scaling"] == {"rope_theta": 500000.0}
-    assert write(replace(scaled, window_rotary_base=9.0), "olmo3")["rope_scaling"].keys() == {
+    assert written(replace(scaled, window_rotary_base=9.0), "olmo3")["rope_scaling"].keys() == {
         "rope_theta"
     }
 
@@ -135,4 +120,4 @@ def test_olmo3_may_scale_all_layers(tmp_path: Path) -> None:
 )
 def test_refused(tmp_path: Path, changes: dict[str, Any], told: str) -> None:
     with pytest.raises(ConfigError, match=told):
-        read(tmp_path, OLMO3, **changes)
+        model_of(tmp_path, OLMO3, **changes)

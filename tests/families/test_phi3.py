@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from cp_megatron.config import ModelConfig
 from cp_megatron.errors import ConfigError
-from cp_megatron.families.registry import read_hf_config, to_hf_config
+from cp_megatron.families.registry import read_hf_config
+from tests.families.literal import model_of, written
 
 SHORT, LONG = [1.0 + n / 100 for n in range(48)], [2.0 + n for n in range(48)]
 MINI_128K: dict[str, Any] = {
@@ -39,19 +39,8 @@ MINI_128K: dict[str, Any] = {
 }
 
 
-def read(folder: Path, **changes: Any) -> ModelConfig:
-    (folder / "config.json").write_text(json.dumps({**MINI_128K, **changes}))
-    return read_hf_config(folder).model
-
-
-def write(model: ModelConfig) -> dict[str, Any]:
-    family, entries = to_hf_config(model, vocab_size=32064, seq_length=8, eod=2)
-    assert family.model_type == "phi3"
-    return entries
-
-
 def test_the_long_model(tmp_path: Path) -> None:
-    model = read(tmp_path)
+    model = model_of(tmp_path, MINI_128K)
     assert read_hf_config(tmp_path).unread == ()
     assert (model.rope_type, model.rope_scaling_factor) == ("longrope", 32.0)
     assert model.original_max_position_embeddings == 4096
@@ -63,7 +52,7 @@ def test_the_long_model(tmp_path: Path) -> None:
 
 
 def test_both_generations_of_transformers_read_what_is_written(tmp_path: Path) -> None:
-    entries = write(read(tmp_path))
+    entries = written(model_of(tmp_path, MINI_128K), "phi3")
     assert {key: entries.get(key) for key in MINI_128K if key != "attention_bias"} == {
         key: value for key, value in MINI_128K.items() if key != "attention_bias"
     }
@@ -79,8 +68,10 @@ def test_both_generations_of_transformers_read_what_is_written(tmp_path: Path) -
 
 
 def test_what_the_lengths_do_not_say_is_written_where_version_5_looks_first(tmp_path: Path) -> None:
-    model = replace(read(tmp_path), rope_attention_factor=1.25, rope_scaling_factor=8.0)
-    scaling = write(model)["rope_scaling"]
+    model = replace(
+        model_of(tmp_path, MINI_128K), rope_attention_factor=1.25, rope_scaling_factor=8.0
+    )
+    scaling = written(model, "phi3")["rope_scaling"]
     assert (scaling["factor"], scaling["attention_factor"]) == (8.0, 1.25)
     assert scaling.keys() == {
         *("type", "short_factor", "long_factor"),
@@ -90,28 +81,31 @@ def test_what_the_lengths_do_not_say_is_written_where_version_5_looks_first(tmp_
 
 def test_partial_rotary_of_phi_4_mini(tmp_path: Path) -> None:
     factors = {"type": "longrope", "short_factor": [1.0] * 36, "long_factor": [2.0] * 36}
-    model = read(tmp_path, partial_rotary_factor=0.75, rope_scaling=factors)
+    model = model_of(tmp_path, MINI_128K, partial_rotary_factor=0.75, rope_scaling=factors)
     assert (model.rotary_percent, model.rotary_dim) == (0.75, 72)
-    entries = write(model)
+    entries = written(model, "phi3")
     assert entries["partial_rotary_factor"] == 0.75
     assert entries["rope_parameters"]["partial_rotary_factor"] == 0.75
     within = {**factors, "rope_theta": 10000.0, "partial_rotary_factor": 0.75}
-    assert read(tmp_path, rope_scaling=None, rope_parameters=within) == model
+    assert model_of(tmp_path, MINI_128K, rope_scaling=None, rope_parameters=within) == model
 
 
 def test_the_first_name_of_longrope(tmp_path: Path) -> None:
     scaling = {**MINI_128K["rope_scaling"], "type": "su"}
-    assert read(tmp_path, rope_scaling=scaling) == read(tmp_path)
+    assert model_of(tmp_path, MINI_128K, rope_scaling=scaling) == model_of(tmp_path, MINI_128K)
 
 
 def test_dropout(tmp_path: Path) -> None:
-    model = read(tmp_path, resid_pdrop=0.1, embd_pdrop=0.1)
+    model = model_of(tmp_path, MINI_128K, resid_pdrop=0.1, embd_pdrop=0.1)
     assert model.hidden_dropout == 0.1
-    assert (write(model)["resid_pdrop"], write(model)["embd_pdrop"]) == (0.1, 0.1)
+    assert (written(model, "phi3")["resid_pdrop"], written(model, "phi3")["embd_pdrop"]) == (
+        0.1,
+        0.1,
+    )
 
 
 def test_a_missing_original_length_is_the_default_of_transformers(tmp_path: Path) -> None:
-    model = read(tmp_path, original_max_position_embeddings=None)
+    model = model_of(tmp_path, MINI_128K, original_max_position_embeddings=None)
     assert model.original_max_position_embeddings == 131072  # a null is no default
     entries = {key: value for key, value in MINI_128K.items() if not key.startswith("original")}
     (tmp_path / "config.json").write_text(json.dumps(entries))
@@ -134,4 +128,4 @@ def test_a_missing_original_length_is_the_default_of_transformers(tmp_path: Path
 )
 def test_refused(tmp_path: Path, changes: dict[str, Any], told: str) -> None:
     with pytest.raises(ConfigError, match=told):
-        read(tmp_path, **changes)
+        model_of(tmp_path, MINI_128K, **changes)

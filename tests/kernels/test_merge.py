@@ -105,7 +105,10 @@ def test_half_precision_results_accumulate_in_float32() -> None:
 def fused(monkeypatch: pytest.MonkeyPatch) -> Merge:
     """The Triton kernel; without a GPU it runs in Triton's interpreter, which is slow and exact."""
     if importlib.util.find_spec("triton") is None:
-        pytest.skip("Triton, which the extra [test] brings on x86-64 Linux, has no package here")
+        pytest.skip(
+            "Triton is not installed; it has packages only for Linux on x86-64, where the extra "
+            "[test] installs it"
+        )
     if not torch.cuda.is_available():
         monkeypatch.setenv("TRITON_INTERPRET", "1")
         monkeypatch.delitem(sys.modules, "cp_megatron.kernels.merge_triton", raising=False)

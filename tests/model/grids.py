@@ -90,6 +90,7 @@ PARALLEL = replace(
 POST = replace(
     LOUD, norm_placement="post", qk_layernorm=True, qk_norm_scope="all_heads", no_rope_layers=(1,)
 )
+BLOCKS = {"sinks": SINKS, "latent": LATENT, "parallel": PARALLEL, "post": POST}
 STYLES = {
     "gpt": GPT,
     "llama": LLAMA,
@@ -97,10 +98,7 @@ STYLES = {
     "llama-tied": replace(LLAMA, untie_embeddings_and_output_weights=False),
     "mixed": MIXED,
     "heads": HEADS,
-    "sinks": SINKS,
-    "latent": LATENT,
-    "parallel": PARALLEL,
-    "post": POST,
+    **BLOCKS,
 }
 
 

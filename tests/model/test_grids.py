@@ -10,11 +10,20 @@ import pytest
 import torch
 
 from cp_megatron.plan import Grid
-from tests.model.grids import STYLES, VOCAB, Step, error, grid_step, plain_step, run_config, worst
+from tests.model.grids import (
+    BLOCKS,
+    STYLES,
+    VOCAB,
+    Step,
+    error,
+    grid_step,
+    plain_step,
+    run_config,
+    worst,
+)
 from tests.ranks import run_ranks
 
 TOLERANCE = 1e-12
-BLOCKS = ("sinks", "latent", "parallel", "post")
 
 
 def _slow_blocks() -> list[Any]:

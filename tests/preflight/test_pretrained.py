@@ -61,7 +61,9 @@ def test_the_folder_says_the_model(folder: Path) -> None:
 
 
 def test_the_family_of_the_export(folder: Path) -> None:
-    assert plan(folder, "--hf-model-type", "phi3").config.model.hf_model_type == "phi3"
+    assert plan(folder, "--hf-model-type", "qwen3").config.model.hf_model_type == "qwen3"
+    with pytest.raises(ConfigError, match="phi3: has no model with --qk-layernorm"):
+        plan(folder, "--hf-model-type", "phi3")
     with pytest.raises(ConfigError, match=r"--hf-model-type phi: is not supported .works: llama"):
         plan(folder, "--hf-model-type", "phi")
 

@@ -40,18 +40,18 @@ class ModelConfig:
     multi_latent_attention: bool = False
     """Compute keys and values from a latent vector per token (DeepSeek-V2, arXiv:2405.04434)."""
     q_lora_rank: Size | None = None
-    """With --multi-latent-attention: width of the latent of the queries; by default queries are
-    computed from the residual stream."""
+    """Width of the latent that queries are computed from under --multi-latent-attention. By default
+    they are computed from the residual stream."""
     kv_lora_rank: Size = 512
-    """With --multi-latent-attention: width of the latent of keys and values."""
+    """Width of the latent that keys and values are computed from under --multi-latent-attention."""
     qk_head_dim: Size = 128
-    """With --multi-latent-attention: channels of a head that are not rotated."""
+    """Number of channels of a head that are not rotated under --multi-latent-attention."""
     qk_pos_emb_head_dim: Size = 64
-    """With --multi-latent-attention: channels of a head that are rotated. All heads share those of
-    the keys."""
+    """Number of channels of a head that are rotated under --multi-latent-attention. All heads share
+    the rotated channels of their keys."""
     latent_norm_epsilon: Annotated[float, Range(0, 1)] | None = None
-    """With --multi-latent-attention and --qk-layernorm: added to the variance of the latents; by
-    default --norm-epsilon."""
+    """Added to the variance of latents, which --multi-latent-attention normalizes with
+    --qk-layernorm; by default --norm-epsilon."""
     normalization: Normalization = "LayerNorm"
     """Normalization before or after attention and the MLP, and at the end."""
     norm_placement: NormPlacement = "pre"
@@ -93,30 +93,33 @@ class ModelConfig:
     """Length of the sequences that the model was trained on originally; by default
     --max-position-embeddings."""
     beta_fast: Annotated[float, Range(1e-30, 1e30)] = 32.0
-    """For yarn: channel pairs with at least this many rotations over the original length keep their
-    frequency."""
+    """Yarn keeps the frequency of channel pairs that make at least this many rotations over the
+    original length."""
     beta_slow: Annotated[float, Range(1e-30, 1e30)] = 1.0
-    """For yarn: the frequencies of channel pairs with at most this many rotations over the original
-    length are divided by the full factor."""
+    """Yarn divides the frequency of channel pairs that make at most this many rotations over the
+    original length by the full factor."""
     mscale: NonNegative | None = None
-    """For yarn: the attention factor is computed from this and --mscale-all-dim."""
+    """Yarn computes the attention factor from this and --mscale-all-dim."""
     mscale_all_dim: NonNegative | None = None
-    """For yarn: the attention factor is computed from --mscale and this; so is, with
-    --multi-latent-attention, the factor of the scores."""
+    """Yarn computes the attention factor from --mscale and this. Under --multi-latent-attention it
+    also computes the factor of the scores from this."""
     rope_attention_factor: Positive | None = None
-    """For yarn and longrope: a factor on rotated queries and keys; by default derived."""
+    """Yarn and longrope multiply rotated queries and keys by this factor; by default they derive
+    it."""
     rope_truncate: bool = True
-    """For yarn: round the boundaries of the ramp outwards to whole channel pairs."""
+    """Yarn rounds the boundaries of its ramp outwards to whole channel pairs."""
     rope_low_freq_factor: Positive = 1.0
-    """For llama3: the frequencies of channel pairs with fewer rotations than this over the original
-    length are divided by the full factor."""
+    """Llama3 divides the frequency of channel pairs that make fewer rotations than this over the
+    original length by the full factor."""
     rope_high_freq_factor: Positive = 4.0
-    """For llama3: channel pairs with more rotations than this over the original length keep their
-    frequency."""
+    """Llama3 keeps the frequency of channel pairs that make more rotations than this over the
+    original length."""
     rope_short_factor: tuple[float, ...] | None = None
-    """For longrope: one divisor per pair of channels, for documents up to the original length."""
+    """Longrope divides the frequency of each channel pair by its number in this list, in documents
+    up to the original length."""
     rope_long_factor: tuple[float, ...] | None = None
-    """For longrope: one divisor per pair of channels, for longer documents."""
+    """Longrope divides the frequency of each channel pair by its number in this list, in longer
+    documents."""
     max_position_embeddings: Size | None = None
     """Rows of the learned position table, by default the sequence length; with rope, the longest
     sequence that the model is made for, which an export records."""
@@ -143,8 +146,8 @@ class ModelConfig:
     """Normalize queries and keys before the rotation; with --multi-latent-attention, the latents
     instead."""
     qk_norm_scope: QKNormScope = "head"
-    """With --qk-layernorm: normalize every head, with one weight for all heads (head) or one for
-    each (each_head), or all heads of a token as one vector (all_heads)."""
+    """--qk-layernorm normalizes every head with one weight that all heads share (head) or with its
+    own weight (each_head), or it normalizes all heads of a token as one vector (all_heads)."""
     softmax_scale: Positive | None = None
     """Factor of the attention scores; by default 1 / sqrt(width of a key), with
     --multi-latent-attention and --mscale-all-dim times the square of yarn's factor."""

@@ -40,14 +40,14 @@ class ParallelConfig:
     so among neighbours and sends between groups of them; auto chooses the exchange that moves the
     fewest bytes and says why."""
     hierarchical_context_parallel_sizes: tuple[int, int] | None = None
-    """For a2a+p2p or auto, A P: A neighbours exchange heads and P groups send keys; A x P must be
-    the context parallel size."""
+    """Two sizes A P for a2a+p2p or auto. A neighbours exchange heads, and P groups of neighbours
+    send keys to each other; A x P must be the context parallel size."""
     cp_route: Route = "auto"
-    """For p2p and a2a+p2p: keys come from the neighbour (ring) or from their owner (direct); auto
-    chooses the route that moves the fewest keys."""
+    """p2p and a2a+p2p get keys from the neighbour (ring) or from their owner (direct); auto chooses
+    the route that moves the fewest keys."""
     cp_latent_exchange: LatentExchange = "auto"
-    """With --multi-latent-attention: send latents, which their readers expand (latent, by p2p or
-    all_gather), or keys and values (expanded); auto sends what is fewer bytes."""
+    """Under --multi-latent-attention, p2p and all_gather send latents, which their readers expand
+    (latent), or keys and values (expanded); auto sends whichever takes fewer bytes."""
     cp_layout: LayoutKind = "auto"
     """Which rank holds which part of a row: zigzag balances causal attention, balanced balances
     packed documents; auto chooses between the two."""
