@@ -66,7 +66,7 @@ def write(model: ModelConfig, longest: int, **rope: Any) -> dict[str, Any]:
 
 
 def read_softcap(fields: JsonFields, key: str) -> float | None:
-    """A softcap; None if it is null."""
+    """Reads a softcap, which null turns off."""
     cap = None if fields.get(key) is None else fields.number(key)
     if cap == 0:
         raise fields.wrong(key, "but must be greater than 0")

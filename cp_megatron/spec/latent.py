@@ -75,7 +75,7 @@ class LatentAttentionSpec(MixerSpec):
         )
 
     def operand_bytes(self, sizes: ActivationSizes) -> int:
-        """As in ``MixerSpec``; of q and the rotary key if latents are sent."""
+        """Bytes of q, k and v, or of q and the rotary key if latents are sent."""
         if not sizes.sends_latents:
             return super().operand_bytes(sizes)
         channels = self.local_heads(sizes.tp).heads * self.head_dim + self.rotary_key.outputs

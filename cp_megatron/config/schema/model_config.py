@@ -171,8 +171,8 @@ class ModelConfig:
     vocab_size: Size | None = None
     """Vocabulary size of the model; at least, and by default, the tokenizer's."""
     hf_model_type: str | None = None
-    """The Hugging Face family of an export, such as phi3, if it has such a model; by default that
-    of --load-hf, or else the first that has one."""
+    """The Hugging Face family of an export, such as phi3. By default it is that of --load-hf, if it
+    still has such a model, and otherwise the first that has one."""
 
     @property
     def ffn_size(self) -> int:
