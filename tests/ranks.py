@@ -339,22 +339,33 @@ def _enter_world(rank: int, world_size: int, store_path: str) -> None:
 def _clean_state() -> None:
     """Removes the state of the previous job, which every rank has finished by now.
 
-    DTensor caches output layouts together with their mesh. An equal mesh of a later job would get
-    the groups of the old one from that cache, so it is cleared together with the groups.
+    DTensor caches layouts and their conversions together with their mesh. An equal mesh of a later
+    job would get the groups of the old one from these caches, and a group that a cache keeps alive
+    keeps three threads, so they are cleared together with the groups.
     """
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float32)
     torch.manual_seed(0)
+    if "torch.distributed.tensor" in sys.modules:
+        _clear_caches_of_dtensor()
     if dist.is_initialized():
         world = dist.group.WORLD
         groups = [x for x in dist.distributed_c10d._world.pg_map if x is not world]
         for group in groups:
             dist.destroy_process_group(group)
         if groups:
-            # Models and their groups are in cycles. Each group that is left keeps three threads.
-            del group, groups
-            gc.collect()
-    if "torch.distributed.tensor" in sys.modules:
-        from torch.distributed.tensor.debug import _clear_sharding_prop_cache
+            del group, groups  # models and their groups are in cycles
+            while gc.collect():  # torch's objects may take two rounds
+                pass
+            gc.freeze()  # the next collection looks at the next job's objects only
 
-        _clear_sharding_prop_cache()
+
+def _clear_caches_of_dtensor() -> None:
+    from torch.distributed.tensor import _redistribute
+    from torch.distributed.tensor._collective_utils import MeshTopoInfo
+    from torch.distributed.tensor.debug import _clear_sharding_prop_cache
+
+    _clear_sharding_prop_cache()
+    _redistribute.clear_redistribute_planner_cache()
+    _redistribute._gen_transform_infos.cache_clear()
+    MeshTopoInfo.build_from_mesh.cache_clear()
