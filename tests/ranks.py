@@ -1,9 +1,10 @@
 """Runs a function on several ranks inside one test: ``run_ranks(fn, world_size, *args)``.
 
-One pool of spawned processes serves the whole test session, because starting ranks takes seconds
-and a job in a running pool takes milliseconds. The pool grows to the largest world size requested,
-and keeps its process group from one job to the next while the world size stays the same. It is
-killed and restarted after any failure, so that no test inherits a broken group.
+One pool of processes serves the whole test session, because starting ranks takes time and a job in
+a running pool takes milliseconds. The pool grows to the largest world size requested, and keeps its
+process group from one job to the next while the world size stays the same. It is killed and
+restarted after any failure, so that no test inherits a broken group. Its processes are forks of a
+server that has imported torch once, so that a restart does not import it again.
 
 The ranks connect through a file, never through a port. What they print goes to a log that is shown
 only if they fail.
@@ -31,7 +32,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
-from multiprocessing.context import SpawnProcess
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import TypeVar
 
@@ -41,10 +42,19 @@ import torch.distributed as dist
 Result = TypeVar("Result")
 
 MAX_WORLD_SIZE = 8
-START_TIMEOUT = 120.0  # seconds until a spawned process has imported torch on a busy machine
+START_TIMEOUT = 120.0  # seconds until the server of forks has imported torch on a busy machine
 GROUP_TIMEOUT = timedelta(minutes=10)  # longer than any job's: the pool decides when a job hangs
 GRACE = 0.5  # seconds after the first failure in which the other ranks may report theirs
 LOG_TAIL = 4000  # characters of a failed rank's output that are shown
+
+# Modules that the server imports; one that is not installed is passed over.
+PRELOADED = (
+    "torch.distributed.tensor",
+    "torch.distributed.fsdp",
+    "torch.distributed.checkpoint",
+    "torch._dynamo",
+    "transformers.modeling_utils",
+)
 
 # Errors of a rank that has lost its peer; such a rank is never the root cause.
 LOST_PEER = re.compile(r"connection (closed|reset|refused)|broken pipe|pair is not connected", re.I)
@@ -141,11 +151,12 @@ class _Worker:
     """The parent's handle on the process of one rank."""
 
     def __init__(self, rank: int, folder: Path) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(list(PRELOADED))
         self.rank = rank
         self.log_path = folder / f"rank{rank}.log"
         self.connection, theirs = context.Pipe()
-        self.process: SpawnProcess = context.Process(
+        self.process: ForkServerProcess = context.Process(
             target=_serve, args=(rank, theirs, str(self.log_path)), daemon=True
         )
         self.process.start()

@@ -133,7 +133,10 @@ def lists_that_hold_each_other() -> Iterator[object]:
 
 
 @pytest.mark.parametrize("extra", [*lists_that_hold_each_other()], ids=["itself", "doubled"])
-def test_lists_without_an_end(tmp_path: Path, extra: object) -> None:
+def test_lists_without_an_end(
+    tmp_path: Path, extra: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cp_megatron.checkpoint.torch_file._MAX_CONTAINERS", 10_000)
     torch.save({**meta_llama.weights(), "extra": extra}, tmp_path / "model.pt")
     config = config_folder(tmp_path / "config")
     with pytest.raises(ConfigError, match="holds lists in lists without an end"):

@@ -129,7 +129,13 @@ def predicted(schedules: list[Schedule], rank: int, dim: int) -> int:
     return sizes.num_bytes
 
 
-@pytest.mark.parametrize("exchange", EXCHANGES)
+@pytest.mark.parametrize(
+    "exchange",
+    [
+        pytest.param(x, marks=pytest.mark.slow if x in ("direct", "a2a+p2p") else ())
+        for x in EXCHANGES
+    ],
+)
 def test_the_memory_that_is_kept_is_what_the_plan_predicts(exchange: str) -> None:
     """The memory follows from the largest message of all masks, and is known before they run."""
     masks = [Mask.documents([3 * n, 96 - 3 * n]) for n in range(1, 16)] + [Mask.causal(96)]

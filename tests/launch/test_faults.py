@@ -95,6 +95,7 @@ def test_a_killed_rank_is_named_and_a_restart_ends_bit_for_bit(folder: Path, who
     assert all_gone("killed", 1)
 
 
+@pytest.mark.slow  # tests/faults/test_culprit.py judges, in the default run, what ranks report
 def test_a_stopped_rank_is_named_at_the_timeout_and_nothing_stays(folder: Path) -> None:
     program = start(
         folder, "stopped", "--distributed-timeout-minutes", "0.05", fault="stop:1:2"

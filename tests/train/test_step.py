@@ -182,15 +182,11 @@ CASES += [
     for style, case in [
         ("gpt", Case(tp=2, cp=2, sequence_parallel=True, micro_batch_size=2)),
         ("llama", Case(tp=2, dp=2, sequence_parallel=True, micro_batch_size=2)),
-        ("llama", Case(tp=2, cp=2, sequence_parallel=True, micro_batch_size=4, recompute="full")),
         ("gpt", Case(tp=4, sequence_parallel=True, micro_batch_size=4, clip_grad=0.0)),
         ("llama", Case(tp=2, cp=2, micro_batch_size=2, attention_dropout=0.3, recompute="full")),
-        ("llama", Case(dp=2, cp=2, exchange="a2a", attention_dropout=0.3)),
-        ("llama", Case(cp=4, exchange="a2a")),
         ("llama", Case(cp=4, exchange="a2a+p2p", sizes=(2, 2), micro_batch_size=4, padding=8)),
         ("gpt", Case(cp=4, exchange="all_gather", document_mask=True, micro_batch_size=2)),
         ("gpt", Case(cp=4, layout="balanced", window=(9, 0), document_mask=True, padding=4)),
-        ("llama", Case(tp=2, cp=2, **MIXED, exchange="a2a", recompute="full")),
     ]
 ]
 # Each part of these is in one of those.
@@ -200,6 +196,10 @@ CASES += [
         ("gpt", Case(dp=4)),
         ("llama", Case(tp=4, micro_batch_size=2)),
         ("llama", Case(cp=4, micro_batch_size=4)),
+        ("llama", Case(cp=4, exchange="a2a")),
+        ("llama", Case(dp=2, cp=2, exchange="a2a", attention_dropout=0.3)),
+        ("llama", Case(tp=2, cp=2, sequence_parallel=True, micro_batch_size=4, recompute="full")),
+        ("llama", Case(tp=2, cp=2, **MIXED, exchange="a2a", recompute="full")),
         ("gpt", Case(tp=2, cp=2)),
         ("llama", Case(tp=2, cp=2, micro_batch_size=2)),
         ("llama", Case(tp=2, cp=2, micro_batch_size=4, recompute="selective")),
