@@ -24,7 +24,7 @@ A checkpoint that is saved on one grid loads on any other.
     torch_import.py       converts checkpoints of torch and torchtitan to a Hugging Face folder
     gguf.py               reads the header of a GGUF file; does not import torch
     gguf_convert.py       converts a GGUF file to a Hugging Face folder
-    gguf_gemma.py         what such a file of Gemma does not say; does not import torch
+    gguf_gemma.py         adds what a GGUF file of Gemma leaves out; does not import torch
     convert.py            does the work of launch/convert.py
 
 Importing this package does not import torch.

@@ -71,6 +71,17 @@ class GGUFFile:
             raise ConfigError(FLAG, path, str(error), _WORKS) from None
 
 
+def shortest_float(value: float) -> float:
+    """Returns the shortest decimal of a float32: 1e-05, not 9.999999747378752e-06.
+
+    Raises:
+        ValueError: it is not above 0 and below 1e30.
+    """
+    if not 0 < value < 1e30:
+        raise ValueError(f"{value} must lie in 0 to 1e30")
+    return float(str(np.float32(value)))
+
+
 class _MalformedError(Exception):
     """Says what is wrong with the file, as a clause."""
 

@@ -28,9 +28,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
-
-from cp_megatron.checkpoint.gguf import FLAG, GGUFFile
+from cp_megatron.checkpoint.gguf import FLAG, GGUFFile, shortest_float
 from cp_megatron.checkpoint.gguf_gemma import GEMMAS, gemma_keys
 from cp_megatron.checkpoint.hf_folder import SINGLE_FILE, check_output, new_folder
 from cp_megatron.errors import ConfigError
@@ -40,7 +38,7 @@ if TYPE_CHECKING:
 
 WeightType = Literal["float32", "bfloat16"]
 
-# Architecture -> model type of config.json.
+# The architectures of GGUF, with the model type of config.json.
 _ARCHITECTURES: Mapping[str, str] = MappingProxyType(
     {x: x for x in ("llama", "qwen2", "qwen3", "gemma2")} | {"gemma3": "gemma3_text"}
 )
@@ -50,13 +48,13 @@ _TENSORS = re.compile(
     r"|blk\.\d+\.post_(attention|ffw)_norm\.weight"
 )
 
-# What the config.json of every architecture says.
+# The same entries of every config.json.
 _SAID_BY_ALL: Mapping[str, Any] = MappingProxyType(
     {"attention_bias": False, "attention_dropout": 0.0, "initializer_range": 0.02}
     | {"use_cache": True}
 )
-# Metadata that transformers ignores; files that contain it are refused.
 _WINDOW = "attention.sliding_window"
+# Metadata that transformers ignores; files that contain it are refused.
 _UNSUPPORTED = ("expert_count", "attention.sliding_window_pattern", "rope.scaling.attn_factor")
 _SPECIAL_TOKENS: Mapping[str, str] = {"bos": "bos", "eos": "eos", "pad": "padding"}
 
@@ -168,7 +166,7 @@ def _config(file: GGUFFile, dtype: WeightType) -> dict[str, Any]:
     hidden, heads = model["embedding_length"], model["attention.head_count"]
     head_dim = model.get("attention.key_length", hidden // heads)
     _refuse_unsupported(file, model, head_dim)
-    theta, scaling = _float(model.get("rope.freq_base", 10000.0)), _rope_scaling(model)
+    theta, scaling = shortest_float(model.get("rope.freq_base", 10000.0)), _rope_scaling(model)
     rope = {**(scaling or {"rope_type": "default"}), "rope_theta": theta}
     own: dict[str, Any] = {"hidden_act": "silu"}
     if architecture in GEMMAS:
@@ -191,7 +189,7 @@ def _config(file: GGUFFile, dtype: WeightType) -> dict[str, Any]:
         "rope_theta": theta,
         "rope_scaling": scaling,
         "rope_parameters": rope,
-        "rms_norm_eps": _float(model.get("attention.layer_norm_rms_epsilon", 1e-5)),
+        "rms_norm_eps": shortest_float(model.get("attention.layer_norm_rms_epsilon", 1e-5)),
         "tie_word_embeddings": "output.weight" not in file.shapes,
         "torch_dtype": dtype,
         **_SAID_BY_ALL,
@@ -209,8 +207,10 @@ def _refuse_unsupported(file: GGUFFile, model: Mapping[str, Any], head_dim: int)
     """Refuses what transformers would ignore, and what would keep it busy for ever."""
     scaling = model.get("rope.scaling.type", "linear")
     rules = {f"has {key}": model.get(key) for key in _UNSUPPORTED}
-    is_gemma = file.metadata["general.architecture"] in GEMMAS
+    architecture, base = file.metadata["general.architecture"], model.get("rope.freq_base", 10000.0)
+    is_gemma, window_base = architecture in GEMMAS, model.get("rope.freq_base_swa", base)
     rules |= {
+        "rotates windows with another base": architecture != "gemma3" and window_base != base,
         f"{'lacks' if is_gemma else 'has'} {_WINDOW}": bool(model.get(_WINDOW)) != is_gemma,
         "attends in both directions": model.get("attention.causal") is False,
         f"scales its positions by {scaling}": scaling not in ("none", "linear"),
@@ -226,26 +226,19 @@ def _refuse_unsupported(file: GGUFFile, model: Mapping[str, Any], head_dim: int)
             raise ConfigError(FLAG, file.path, f"{rule}, which is not converted")
 
 
-def _float(value: float) -> float:
-    """The shortest number of a float32: 1e-05, not 9.999999747378752e-06."""
-    if not 0 < value < 1e30:
-        raise ValueError(f"{value} must lie in 0 to 1e30")
-    return float(str(np.float32(value)))
-
-
 def _rope_scaling(model: Mapping[str, Any]) -> dict[str, Any] | None:
     """Linear scaling as llama.cpp reads it: the type may be missing, the factor has two names."""
     factor = model.get("rope.scaling.factor", model.get("rope.scale_linear"))
     if model.get("rope.scaling.type", "linear" if factor else "none") == "none":
         return None
-    return {"rope_type": "linear", "factor": _float(factor or 1.0)}
+    return {"rope_type": "linear", "factor": shortest_float(factor or 1.0)}
 
 
 def _tokenizer_files(file: GGUFFile, config: Mapping[str, Any]) -> dict[str, Any]:
     """The contents of tokenizer.json, tokenizer_config.json and special_tokens_map.json by name.
 
-    Byte-level BPE is converted, which GPT-2, SmolLM, Qwen2 and Llama 3 use, and Gemma's BPE, which
-    transformers builds as its own GemmaTokenizer.
+    Byte-level BPE is converted, which GPT-2, SmolLM, Qwen2 and Llama 3 use, and Gemma's BPE of
+    SentencePiece, which transformers reads into its GemmaTokenizer.
     """
     from cp_megatron.model.transformers_library import gguf_tokenizer
 

@@ -1,7 +1,8 @@
-"""What a GGUF file of Gemma does not say, because llama.cpp derives it from the architecture.
+"""The settings that a GGUF file of Gemma leaves out and llama.cpp derives from the architecture.
 
-Which layers have the window, their rotary base, and the scale of the scores of the largest models
-are in llama.cpp's source (src/llama-model.cpp), not in the metadata.
+Which layers have the window, and how the scores of the largest models are scaled, is written only
+in llama.cpp's source (src/llama-model.cpp). The softcaps and the rotary base of layers with a
+window are metadata of some files; for others, the source has defaults.
 """
 
 from __future__ import annotations
@@ -10,16 +11,19 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+from cp_megatron.checkpoint.gguf import shortest_float
+
 
 class _Gemma(NamedTuple):
-    """What llama.cpp knows of an architecture.
+    """What llama.cpp's source says about an architecture.
 
     Attributes:
-        period: layers are counted from 1; those that this divides have no window.
-        largest: number of layers of the model whose scores are scaled by the hidden size per head
-            instead of the width of a head.
-        softcaps: of the scores and of the logits, if the file does not say them.
-        local_base: rotary base of layers with the window; None if it is that of the others.
+        period: the layers whose number, counted from 1, this divides have no window.
+        largest: the number of layers of the largest model, whose scores are divided by the root of
+            hidden size / number of heads instead of the root of the width of a head.
+        softcaps: the bounds of the scores and of the logits in files that do not contain them.
+        local_base: the rotary base of layers with the window in files that do not contain it; None
+            if it is that of the other layers.
     """
 
     period: int
@@ -41,13 +45,17 @@ GEMMAS = frozenset(_GEMMAS)
 def gemma_keys(
     architecture: str, model: Mapping[str, Any], *, head_dim: int, rope: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The entries of config.json that only Gemma has.
+    """Makes the entries of config.json that only Gemma has.
 
     Args:
         architecture: one of ``GEMMAS``.
         model: the metadata of the architecture, without its prefix.
         head_dim: width of a head.
         rope: the rotary settings of layers without a window, as ``rope_parameters`` has them.
+
+    Raises:
+        KeyError: the metadata lacks a size or the width of the window.
+        ValueError: a rotary base is not above 0 and below 1e30.
     """
     gemma, layers = _GEMMAS[architecture], model["block_count"]
     hidden, heads = model["embedding_length"], model["attention.head_count"]
@@ -64,7 +72,8 @@ def gemma_keys(
         ],
     }
     if gemma.local_base is not None:
-        local = {"rope_type": "default", "rope_theta": gemma.local_base}
+        base = shortest_float(model.get("rope.freq_base_swa", gemma.local_base))
+        local = {"rope_type": "default", "rope_theta": base}
         kinds = {"full_attention": dict(rope), "sliding_attention": local}
-        keys |= {"rope_local_base_freq": gemma.local_base, "rope_parameters": kinds}
+        keys |= {"rope_local_base_freq": base, "rope_parameters": kinds}
     return keys

@@ -102,6 +102,8 @@ def write_gemma(path: Path, model: Any, kind: str, **more: Any) -> Path:
     writer.add_value_length(config.head_dim)
     if more.pop("window", True):
         writer.add_sliding_window(config.sliding_window)
+    if "window_base" in more:
+        writer.add_float32(f"{kind}.rope.freq_base_swa", more.pop("window_base"))
     if kind == "gemma3":
         writer.add_rope_freq_base(1e6)
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
@@ -164,6 +166,14 @@ def test_the_largest_models_scale_their_scores_otherwise(
     model = {"block_count": layers, "embedding_length": 4608, "attention.head_count": 32}
     keys = gemma_keys(kind, {**model, "attention.sliding_window": 8}, head_dim=128, rope={})
     assert keys["query_pre_attn_scalar"] == scalar
+
+
+def test_the_rotary_base_of_windows_is_the_one_of_the_file(tmp_path: Path) -> None:
+    path = write_gemma(tmp_path / "m.gguf", gemma("gemma3", 6), "gemma3", window_base=2e4)
+    assert read_hf_config(convert_gguf(path, tmp_path / "hf")).model.window_rotary_base == 2e4
+    path = write_gemma(tmp_path / "2.gguf", gemma("gemma2", 1), "gemma2", window_base=2e4)
+    with pytest.raises(ConfigError, match="rotates windows with another base"):
+        convert_gguf(path, tmp_path / "hf2")
 
 
 def test_the_tokenizer_is_the_one_of_the_file(tmp_path: Path) -> None:
