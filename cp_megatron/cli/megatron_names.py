@@ -60,7 +60,7 @@ NOTED: Mapping[str, str] = {
         cross-entropy-fusion-impl= cross-entropy-loss-fusion cuda-graph-impl=
         cuda-graph-modules= cuda-graph-scope= cuda-graph-warmup-steps= disable-jit-fuser
         enable-cuda-graph enable-experimental external-cuda-graph flash-attention-version=
-        flash-decode fused-residual-rmsnorm kitchen-attention-backend=
+        flash-decode fused-residual-rmsnorm kitchen-attention-backend= mla-down-proj-fusion
         mlp-chunks-for-prefill= mlp-chunks-for-training= no-bias-dropout-fusion
         no-bias-gelu-fusion no-bias-swiglu-fusion no-gradient-accumulation-fusion
         no-initialization no-masked-softmax-fusion no-persist-layer-norm no-rope-fusion
@@ -158,8 +158,6 @@ NOTED: Mapping[str, str] = {
         te-precision-config-file= use-kitchen-attention""",
     "it has an effect only with --mtp-num-layers": """
         mtp-*""",
-    "it has an effect only with --multi-latent-attention": """
-        mla-down-proj-fusion""",
     "it has an effect only with --pipeline-model-parallel-size above 1": """
         account-for-embedding-in-pipeline-split account-for-loss-in-pipeline-split
         decoder-first-pipeline-num-layers= decoder-last-pipeline-num-layers=
