@@ -39,7 +39,7 @@ from cp_megatron.families.phi3 import PHI3
 from cp_megatron.families.qwen2 import QWEN2
 from cp_megatron.families.qwen3 import QWEN3
 from cp_megatron.families.refusals import alternative_of, unknown_architecture
-from cp_megatron.families.rope_fields import ROPE_FIELDS, fields_of
+from cp_megatron.families.rope_fields import ROPE_FIELDS, ROTARY_FIELDS, unread_fields
 from cp_megatron.families.smollm3 import SMOLLM3
 from cp_megatron.families.stablelm import STABLELM
 from cp_megatron.families.unread_keys import RecordedKeys, unread_keys
@@ -79,20 +79,15 @@ TRAINING_ONLY = frozenset(
 )
 """Flags that do not change what a trained model computes for the sequences it is made for."""
 _QUANTIZED = ("quantization_config", "compression_config", "quantization")
-"""What transformers, the files of compressed-tensors and those of MLX call it."""
+"""The keys of quantized weights: of transformers, compressed-tensors and MLX."""
 _BIASES: Mapping[str, str] = {
     "add_qkv_bias": "has_qkv_bias",
     "add_attention_output_bias": "has_attention_output_bias",
     "add_mlp_bias": "has_mlp_bias",
 }
-_LATENT = (
-    *("q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim"),
-    "latent_norm_epsilon",
-)
-_ROTARY = (
-    *("rope_type", "rotary_base", "window_rotary_base", "rotary_percent", "rotary_interleaved"),
-    *("no_rope_layers", "query_temperature_beta"),
-)
+LATENT_WIDTHS = ("q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim")
+"""The fields of ``ModelConfig`` that are read only with ``multi_latent_attention``, as are the
+norms of latents with their ``latent_norm_epsilon``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +96,7 @@ class HFModel:
 
     Attributes:
         folder: the folder of config.json.
+        family: the architecture that config.json names.
         model: its flags.
         vocab_size: rows of the embedding.
         raw: all entries of config.json.
@@ -184,7 +180,7 @@ def check_model_type(model: ModelConfig, *, seq_length: int, is_asked: bool) -> 
     if name is None or not is_asked:
         return
     misfits = []
-    with contextlib.suppress(ConfigError):  # the model is impossible, which other checks tell
+    with contextlib.suppress(ConfigError):  # the model is impossible, which other checks report
         misfits = _misfits(model, known[name], _entries(model, known[name], 1, seq_length, None))
     if misfits:
         differing, ours, theirs = misfits[0]
@@ -296,13 +292,11 @@ def _flags(model: ModelConfig) -> dict[str, Any]:
 def _unread(model: ModelConfig) -> Iterator[str]:
     """The flags that have no effect because of others."""
     if model.position_embedding_type == "rope":
-        read = fields_of(model.rope_type)
-        length = {"original_max_position_embeddings"} if model.query_temperature_beta else set()
-        yield from ROPE_FIELDS - read - length
+        yield from unread_fields(model)
     else:
-        yield from (*ROPE_FIELDS, *_ROTARY)
+        yield from (*ROPE_FIELDS, *ROTARY_FIELDS, "rope_type", "rotary_base")
     if not model.multi_latent_attention:
-        yield from _LATENT
+        yield from (*LATENT_WIDTHS, "latent_norm_epsilon")
     if not model.qk_layernorm or model.multi_latent_attention:
         yield "qk_norm_scope"
     if model.normalization != "LayerNorm":

@@ -51,12 +51,23 @@ ROPE_KEYS: Mapping[str, Mapping[str, str]] = MappingProxyType(
 """For each rope type, the keys of config.json and the fields of ``ModelConfig`` they set."""
 ROPE_FIELDS = frozenset(_FIELDS.values())
 """The fields of ``ModelConfig`` that at least one rope type reads."""
+ROTARY_FIELDS = (
+    *("window_rotary_base", "rotary_percent", "rotary_interleaved", "no_rope_layers"),
+    "query_temperature_beta",
+)
+"""The fields of ``ModelConfig``, beside the base and the type, that change every rotation."""
 
 
 def fields_of(rope_type: str) -> frozenset[str]:
     """The fields of ``ModelConfig`` that a rope type reads."""
     more = {_ORIGINAL} if rope_type == "dynamic" else set()
     return frozenset(ROPE_KEYS[rope_type].values()) | more
+
+
+def unread_fields(model: ModelConfig) -> frozenset[str]:
+    """The fields in ``ROPE_FIELDS`` that the rotation of a model with rope does not read."""
+    also = {_ORIGINAL} if model.query_temperature_beta else set()
+    return ROPE_FIELDS - fields_of(model.rope_type) - also
 
 
 def read_rope(
@@ -78,6 +89,9 @@ def read_rope(
             ``rope_parameters`` instead.
         more: keys of the family beside those of the rope type, with the fields that they set, or
             None for a key without effect.
+
+    Raises:
+        ConfigError: a value is malformed or not supported, or a key is missing.
     """
     scaling, parameters = fields.inner("rope_scaling"), fields.inner("rope_parameters")
     if window_base is None:
@@ -138,7 +152,7 @@ def _read_partial(fields: JsonFields, rope: JsonFields) -> dict[str, float]:
 
 
 def _rope_type(rope: JsonFields, more: Mapping[str, str | None]) -> str:
-    """The rope type; every key beside it is known, and every required one is there."""
+    """Returns the rope type; refuses keys that it does not read, and a lack of those it needs."""
     name = "type" if rope.value.get("rope_type") is None else "rope_type"
     kind = "default" if rope.value.get(name) is None else rope.value[name]
     kind = "longrope" if kind == "su" else kind  # its name in the first files of Phi-3
@@ -166,7 +180,8 @@ def write_rope(
     Args:
         model: the model.
         partial: the family can rotate a share of a head's channels.
-        by_layer: layers with a window have a base of their own.
+        by_layer: the family stores one object for each kind of layer, because layers with a window
+            have a base of their own.
         more: as in ``read_rope``.
     """
     scaling: dict[str, Any] = {"rope_type": model.rope_type}

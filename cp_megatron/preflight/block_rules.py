@@ -8,12 +8,14 @@ from itertools import chain
 
 from cp_megatron.config import ModelConfig
 from cp_megatron.errors import ConfigError, Mistakes
-from cp_megatron.preflight.rules import refuse_unused
+from cp_megatron.families.registry import LATENT_WIDTHS
+from cp_megatron.families.rope_fields import ROTARY_FIELDS
+from cp_megatron.preflight.rules import misnumbered, refuse_unused
 
 _UNREAD: Sequence[tuple[Callable[[ModelConfig], bool], tuple[str, ...], str, str]] = (
     (
         lambda model: not model.multi_latent_attention,
-        ("q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim"),
+        LATENT_WIDTHS,
         "without --multi-latent-attention",
         "--multi-latent-attention with it",
     ),
@@ -37,10 +39,7 @@ _UNREAD: Sequence[tuple[Callable[[ModelConfig], bool], tuple[str, ...], str, str
     ),
     (
         lambda model: model.position_embedding_type != "rope",
-        (
-            *("window_rotary_base", "rotary_percent", "rotary_interleaved", "no_rope_layers"),
-            "query_temperature_beta",
-        ),
+        ROTARY_FIELDS,
         "without --position-embedding-type rope",
         "--position-embedding-type rope",
     ),
@@ -55,10 +54,14 @@ _UNREAD: Sequence[tuple[Callable[[ModelConfig], bool], tuple[str, ...], str, str
 
 
 def check_blocks(model: ModelConfig, given: frozenset[str]) -> None:
-    """The variants of the blocks fit one another, and each flag that is typed has an effect.
+    """Checks that the variants of the blocks fit one another, and that typed flags have an effect.
+
+    Args:
+        model: the flags of the model.
+        given: the flags that the user typed, with their dashes.
 
     Raises:
-        ConfigError: otherwise; several mistakes are one ``CombinedError``.
+        ConfigError: they do not; several mistakes are one ``CombinedError``.
     """
     mistakes = Mistakes()
     for error in chain(_blocks(model), _latent(model), _positions(model)):
@@ -72,17 +75,17 @@ def check_blocks(model: ModelConfig, given: frozenset[str]) -> None:
 
 
 def _blocks(model: ModelConfig) -> Iterator[ConfigError]:
-    """The MLP and the order of the blocks."""
+    """The mistakes about the MLP and the order of the blocks."""
     if model.swiglu and model.geglu:
         rule = "contradicts --swiglu: the gate of the MLP has one function"
         yield ConfigError("--geglu", "", rule, "--geglu --no-swiglu, or --no-geglu --swiglu")
     if model.parallel_residual and model.norm_placement != "pre":
-        rule = "has one norm, before both blocks"
+        rule = "has one norm, before attention and the MLP, which both read it"
         yield ConfigError("--parallel-residual", "", rule, "--norm-placement pre")
 
 
 def _latent(model: ModelConfig) -> Iterator[ConfigError]:
-    """What latent attention does not have."""
+    """The flags that latent attention does not read or does not support."""
     if not model.multi_latent_attention:
         return
     unread, unable = (
@@ -94,10 +97,11 @@ def _latent(model: ModelConfig) -> Iterator[ConfigError]:
         yield ConfigError("--num-query-groups", groups, rule, f"--num-query-groups {heads}")
     if model.kv_channels is not None:
         works = "--kv-channels None with --qk-head-dim, --qk-pos-emb-head-dim and --v-head-dim"
-        rule = f"{unread}, which has the widths of its own flags"
+        rule = f"{unread}, whose own flags give the widths of heads"
         yield ConfigError("--kv-channels", model.kv_channels, rule, works)
     if model.rotary_percent != 1.0:
-        rule, works = f"{unread}, which rotates channels apart", "--qk-pos-emb-head-dim"
+        rule = f"{unread}, where a flag of its own gives the number of rotated channels"
+        works = "--qk-pos-emb-head-dim"
         yield ConfigError("--rotary-percent", model.rotary_percent, rule, works)
     if model.softmax_type != "vanilla":
         yield ConfigError("--softmax-type", model.softmax_type, unable, "--softmax-type vanilla")
@@ -106,10 +110,10 @@ def _latent(model: ModelConfig) -> Iterator[ConfigError]:
 
 
 def _positions(model: ModelConfig) -> Iterator[ConfigError]:
-    """Which layers rotate which channels."""
+    """The mistakes about which layers rotate which channels."""
     if model.position_embedding_type != "rope":
         return
-    width, layers, last = model.rotary_dim, model.no_rope_layers, model.num_layers - 1
+    width, layers = model.rotary_dim, model.no_rope_layers
     if model.multi_latent_attention and width % 2:
         rule = "must be even, because rope rotates pairs of channels"
         yield ConfigError("--qk-pos-emb-head-dim", width, rule, str(width + 1))
@@ -120,13 +124,12 @@ def _positions(model: ModelConfig) -> Iterator[ConfigError]:
             "--rotary-percent", model.rotary_percent, f"{rule} number of at least 2", f"{share:g}"
         )
     if layers is not None:
-        shown, distinct = " ".join(map(str, layers)), sorted(set(layers))
-        if not layers or not all(0 <= layer <= last for layer in layers):
-            rule = f"must be numbers from 0 to {last}, at least one"
-            yield ConfigError("--no-rope-layers", shown, rule, f"0 to {last}")
-        elif len(distinct) < len(layers):
-            works = " ".join(map(str, distinct))
-            yield ConfigError("--no-rope-layers", shown, "names a layer twice", works)
+        shown = " ".join(map(str, layers))
+        rule, works = misnumbered(layers, model.num_layers)
+        if not layers:
+            rule, works = "names no layer", "no --no-rope-layers"
+        if rule:
+            yield ConfigError("--no-rope-layers", shown, rule, works)
     base, has_window = model.window_rotary_base, (model.window_size or (-1, 0))[0] >= 0
     if base is not None and not has_window:
         works = "--window-size LEFT 0 with it"
@@ -135,7 +138,7 @@ def _positions(model: ModelConfig) -> Iterator[ConfigError]:
 
 
 def _temperature(model: ModelConfig) -> Iterator[ConfigError]:
-    """The factor of late queries, which is part of the rotation."""
+    """The mistakes about the factor of late queries, which is part of the rotation."""
     flag, beta = "--query-temperature-beta", model.query_temperature_beta
     if beta and model.original_length is None:
         works = "--original-max-position-embeddings 8192 with it"

@@ -7,12 +7,7 @@ from cp_megatron.config import Config, ModelConfig
 from cp_megatron.data.tokenize.tokenizer import Tokenizer, words_for
 from cp_megatron.errors import ConfigError
 from cp_megatron.families.json_fields import FLAG
-from cp_megatron.families.registry import (
-    TRAINING_ONLY,
-    has_tokenizer,
-    read_hf_config,
-    spelled,
-)
+from cp_megatron.families.registry import TRAINING_ONLY, has_tokenizer, read_hf_config, spelled
 from cp_megatron.families.rope_fields import ROPE_FIELDS
 
 # A run may change these flags, some of them to extend the context.

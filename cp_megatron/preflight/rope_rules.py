@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from cp_megatron.config import Config, ModelConfig
 from cp_megatron.errors import ConfigError
-from cp_megatron.families.rope_fields import ROPE_FIELDS, ROPE_KEYS, fields_of
+from cp_megatron.families.rope_fields import ROPE_KEYS, fields_of, unread_fields
 from cp_megatron.preflight.rules import refuse_unused
 
 _EXTENDING = frozenset({"dynamic", "yarn", "llama3", "longrope"})
@@ -31,8 +31,7 @@ def check_rope(model: ModelConfig, seq_length: int, given: frozenset[str]) -> No
         if rows is not None and rows < seq_length:
             rule = f"must be at least --seq-length {seq_length}"
             raise ConfigError("--max-position-embeddings", rows, rule, str(seq_length))
-    also = {"original_max_position_embeddings"} if model.query_temperature_beta else set()
-    for name in sorted(ROPE_FIELDS - fields_of(kind) - also):
+    for name in sorted(unread_fields(model)):
         readers = ", ".join(other for other in ROPE_KEYS if name in fields_of(other))
         reason, works = f"with --rope-type {kind}", f"--rope-type {readers}"
         refuse_unused(model, [name], given, reason=reason, works=works)
@@ -50,7 +49,8 @@ def check_rope(model: ModelConfig, seq_length: int, given: frozenset[str]) -> No
         _check_longrope(model)
     elif kind == "dynamic" and model.rotary_dim <= 2:
         rule = "raises the base to a power of d / (d - 2), so more than 2 channels must be rotated"
-        raise ConfigError("--rope-type", kind, rule, "--kv-channels 4")
+        flag = "--qk-pos-emb-head-dim" if model.multi_latent_attention else "--kv-channels"
+        raise ConfigError("--rope-type", kind, rule, f"{flag} 4")
 
 
 def rope_notes(config: Config, given: frozenset[str]) -> Iterator[str]:

@@ -7,7 +7,7 @@ that work.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from cp_megatron.config import (
@@ -178,22 +178,28 @@ def check_window(model: ModelConfig) -> None:
 
 
 def _check_window_layers(model: ModelConfig) -> None:
-    layers, last = model.window_layers, model.num_layers - 1
+    layers = model.window_layers
     if layers is None:
         return
-    rule = ""
+    rule, works = misnumbered(layers, model.num_layers)
     if model.window_size is None or model.window_size[0] < 0:
         rule = "lists the layers with the window, but there is no window"
         works = "--window-size LEFT 0, or --window-layers None"
     elif not layers:
         rule, works = "names no layer", "no --window-size and no --window-layers"
-    elif not all(0 <= layer <= last for layer in layers):
-        rule = f"must be numbers from 0 to {last}, because there are {last + 1} layers"
-        works = _words(range(0, last + 1, 2))
-    elif len(set(layers)) < len(layers):
-        rule, works = "names a layer twice", _words(sorted(set(layers)))
     if rule:
         raise ConfigError("--window-layers", _words(layers), rule, works)
+
+
+def misnumbered(layers: Sequence[int], num_layers: int) -> tuple[str, str]:
+    """What is wrong with a list of layers, and a list that works; both empty if nothing is."""
+    last = num_layers - 1
+    if not all(0 <= layer <= last for layer in layers):
+        rule = f"must be numbers from 0 to {last}, because there are {num_layers} layers"
+        return rule, _words(range(0, num_layers, 2))
+    if len(set(layers)) < len(layers):
+        return "names a layer twice", _words(sorted(set(layers)))
+    return "", ""
 
 
 def multiples(value: int, unit: int) -> str:

@@ -31,7 +31,7 @@ def checked(words: str) -> None:
         ),
         ("--multi-latent-attention", "works: --num-query-groups 4", LATENT),
         (f"{LATENT} --kv-channels 8", "works: --kv-channels None", f"{LATENT} --kv-channels None"),
-        (f"{LATENT} --rotary-percent 0.5", "which rotates channels apart", LATENT),
+        (f"{LATENT} --rotary-percent 0.5", "gives the number of rotated channels", LATENT),
         (f"{LATENT} --softmax-type learnable", "is not supported by", LATENT),
         (f"{LATENT} --attn-logit-softcapping 9", "is not supported by", LATENT),
         (f"{LATENT} --qk-pos-emb-head-dim 7", "works: 8", f"{LATENT} --qk-pos-emb-head-dim 8"),
