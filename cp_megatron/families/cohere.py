@@ -14,7 +14,7 @@ from cp_megatron.families import llama_like
 from cp_megatron.families.family import Family
 from cp_megatron.families.json_fields import JsonFields
 
-# Folders of Command-R7B say what transformers takes for granted.
+# Keys that folders of Command-R7B have, with the only values that transformers computes.
 _GRANTED: Mapping[str, Any] = {
     "position_embedding_type": "rope_gptj",
     "rotary_pct": 1.0,
@@ -66,8 +66,8 @@ def _read_windows(fields: JsonFields) -> ModelConfig:
     windows = llama_like.read_layer_windows(fields, llama_like.every_nth_full(fields, 4))
     layers = range(fields.size("num_hidden_layers"))
     sliding = (windows["window_layers"] or layers) if windows else ()
-    still = tuple(layer for layer in layers if layer not in sliding)
-    return _read(fields, no_rope_layers=still or None, **windows)
+    unrotated = tuple(layer for layer in layers if layer not in sliding)
+    return _read(fields, no_rope_layers=unrotated or None, **windows)
 
 
 COHERE = Family(

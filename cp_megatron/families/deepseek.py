@@ -1,6 +1,7 @@
 """DeepSeek V2 and V3 without experts: latent attention (``spec/latent.py``) and dense layers.
 
-``first_k_dense_replace`` says where the experts begin: here, behind the last layer.
+``first_k_dense_replace`` is the number of dense layers before those with experts. It must be the
+number of all layers or more.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ _DEFAULTS: Mapping[str, Any] = {
     "qk_rope_head_dim": 64,
     "v_head_dim": 128,
 }
-# Without effect in layers without experts.
+# Keys that have no effect in layers without experts.
 _EXPERTS = (
     *("moe_intermediate_size", "moe_layer_freq", "n_routed_experts", "n_shared_experts"),
     *("norm_topk_prob", "num_experts_per_tok", "output_router_logits", "routed_scaling_factor"),
@@ -37,19 +38,19 @@ def _read(fields: JsonFields, **flags: Any) -> ModelConfig:
         raise fields.unsupported(_DENSE, f"at least {layers}, the number of layers", why)
     for name in _EXPERTS:
         fields.get(name)
-    still, rotated = fields.size("qk_nope_head_dim"), fields.size("qk_rope_head_dim")
-    fields.only("head_dim", rotated, why="it is qk_rope_head_dim")
-    fields.only("qk_head_dim", still + rotated)
+    unrotated, rotated = fields.size("qk_nope_head_dim"), fields.size("qk_rope_head_dim")
+    fields.only("head_dim", rotated, why="transformers stores qk_rope_head_dim there")
+    fields.only("qk_head_dim", unrotated + rotated)
     fields.only("num_key_value_heads", heads, why="every query head has keys of its own")
     if rotated % 2:
         raise fields.wrong("qk_rope_head_dim", "but must be even, because rope rotates pairs")
-    whole = fields.get("q_lora_rank") is None
+    has_query_latent = fields.get("q_lora_rank") is not None
     return llama_like.read(
         fields,
         multi_latent_attention=True,
-        q_lora_rank=None if whole else fields.size("q_lora_rank"),
+        q_lora_rank=fields.size("q_lora_rank") if has_query_latent else None,
         kv_lora_rank=fields.size("kv_lora_rank"),
-        qk_head_dim=still,
+        qk_head_dim=unrotated,
         qk_pos_emb_head_dim=rotated,
         v_head_dim=fields.size("v_head_dim"),
         kv_channels=None,

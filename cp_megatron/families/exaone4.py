@@ -15,13 +15,14 @@ from cp_megatron.families.olmo2 import MODULES
 
 
 def _read(fields: JsonFields) -> ModelConfig:
-    layers, hybrid = range(fields.size("num_hidden_layers")), fields.get("sliding_window")
+    layers, width = range(fields.size("num_hidden_layers")), fields.get("sliding_window")
     kinds = ["full_attention"] * len(layers)
-    fields.get("sliding_window_pattern")  # layer_types come before it
-    if hybrid is not None and fields.get("layer_types") is None:
+    fields.get("sliding_window_pattern")  # it has no effect beside layer_types
+    if width is not None and fields.get("layer_types") is None:
         kinds = llama_like.every_nth_full(fields, 4)
     windows = llama_like.read_layer_windows(fields, kinds)
-    rotated = layers if hybrid is None or windows else ()
+    # All layers rotate if sliding_window is null; otherwise only those that have the window do.
+    rotated = layers if width is None or windows else ()
     rotated = windows.get("window_layers") or rotated
     unrotated = tuple(layer for layer in layers if layer not in rotated)
     return llama_like.read(

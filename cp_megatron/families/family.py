@@ -33,13 +33,13 @@ from cp_megatron.spec import ModelSpec
 
 
 class Part(NamedTuple):
-    """A parameter of ours, or rows of one, as a tensor of the folder has it.
+    """A parameter of ours, or some of its rows, inside a tensor of the folder.
 
     Attributes:
         name: the parameter's name.
-        shape: the shape of the part.
-        padded: whether we pad the rows of the parameter.
-        start: the first row.
+        shape: the shape of the part, without the rows that pad the vocabulary.
+        padded: whether our parameter has such rows.
+        start: the part's first row in the parameter.
     """
 
     name: str
@@ -92,13 +92,15 @@ class Family:
             does not have are skipped. A parameter of a module that has parts, such as
             ``attention.sinks``, belongs to the row of that module. Where names depend on the model,
             this is a function of it.
-        defaults: what a key means that config.json leaves out, where transformers' class of the
-            family has another default than ``read`` would take. A null is no missing key.
+        defaults: the values of keys that config.json leaves out, where transformers' class of the
+            family has another default than ``read`` would take. A key that is null is not left out.
         transposed: last parts of the names of modules whose weight the folder stores transposed.
-        heads_divide_hidden_size: transformers refuses a model of which this is not true.
+        heads_divide_hidden_size: whether transformers refuses a model whose number of heads does
+            not divide its hidden size.
         classes: other classes of transformers that a config.json of this ``model_type`` may name.
-        base_prefix: what the names of tensors begin with, but in some folders do not.
-        buffers: matches the names of tensors that old folders hold and that follow from the flags.
+        base_prefix: a prefix of names that folders of the class without the output layer leave out.
+        buffers: a regular expression for the names of the buffers that old folders hold. They are
+            ignored, because they follow from the flags.
     """
 
     model_type: str
@@ -120,6 +122,9 @@ class Family:
             model: a model of this family.
             vocab_size: rows of the embedding in the folder, which has no padding.
             seq_length: as in ``ModelSpec.of``.
+
+        Raises:
+            AssertionError: the table of modules does not name every parameter exactly once.
         """
         spec = ModelSpec.of(model, vocab_size=vocab_size, seq_length=seq_length)
         parts: dict[str, dict[str, Part]] = defaultdict(dict)

@@ -16,7 +16,7 @@ def _read(fields: JsonFields) -> ModelConfig:
     fields.switch("reorder_and_upcast_attn")  # another order of the same computation
     for name in fields.value:
         if name.startswith("summary_"):
-            fields.get(name)  # of classes with another output layer
+            fields.get(name)  # a setting of classes with another output layer
     fields.number("embd_pdrop")  # a run chooses its own dropout
     return ModelConfig(
         num_layers=fields.size("n_layer"),

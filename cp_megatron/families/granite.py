@@ -13,7 +13,7 @@ from cp_megatron.families.family import Family
 from cp_megatron.families.json_fields import JsonFields
 
 _ATTENTION, _MAMBA = ("attention", "full_attention"), ("mamba", "linear_attention")
-_SMALLEST = 1e-30
+_SMALLEST = 1e-30  # JsonFields.number accepts its reciprocal, and nothing larger
 _EXPERTS = ("num_experts_per_tok", "router_aux_loss_coef", "output_router_logits")
 
 

@@ -13,7 +13,7 @@ def _read(fields: JsonFields) -> ModelConfig:
     attention = fields.switch("qkv_bias", fields.switch("attention_bias"))
     mlp = fields.switch("bias", fields.switch("mlp_bias"))
     if attention != mlp:
-        why = "as in transformers, all linear layers have biases or none has"
+        why = "all linear layers have biases or none has, as in transformers"
         raise fields.unsupported("qkv_bias", str(mlp).lower(), why)
     return llama_like.read(fields, disable_bias_linear=not mlp)
 

@@ -17,7 +17,7 @@ _LARGEST = 2**31 - 1
 
 
 def file_size(folder: Path, name: str) -> int:
-    """Returns the bytes of a regular file. A pipe or a device might never end.
+    """Returns the size of a regular file in bytes. Reading a pipe or a device might never end.
 
     Raises:
         ConfigError: the file is missing or not a regular file.
@@ -58,8 +58,12 @@ class JsonFields:
         folder: the folder of config.json, for error messages.
         value: the object.
         prefix: the path of the object inside config.json, for example ``rope_scaling.``.
-        defaults: the values of keys that are missing; a null is not, and leaves the value open.
+        defaults: the values of keys that are missing. A key that is null is not missing: the
+            default that the caller of a method passes applies to it.
         alternative: what runs the models that ``unsupported`` refuses; empty if nothing does.
+
+    Methods that read a key raise a ``ConfigError`` if its value is not what they return. The error
+    names the file, the key and the value.
     """
 
     folder: Path
@@ -69,7 +73,7 @@ class JsonFields:
     alternative: str = ""
 
     def get(self, name: str) -> Any:
-        """The value of a key as it is, or its default; None if it is null or has no default."""
+        """Returns the value of a key unchecked, or its default; None if it has neither."""
         value = self.value.get(name)
         return self.defaults.get(name) if value is None and name not in self.value else value
 
@@ -87,34 +91,44 @@ class JsonFields:
         return self.wrong(name, f"which is not supported{f': {why}' if why else ''}", works)
 
     def only(self, name: str, *supported: object, why: str = "", works: str = "") -> None:
-        """Refuses every value of a key other than ``supported``; the key may be missing."""
+        """Refuses every value of a key other than ``supported``; the key may be missing or null.
+
+        Args:
+            name: the key.
+            supported: the values; types count, so that 1, 1.0 and true differ.
+            why: the reason, as a clause.
+            works: what works instead; by default the first supported value.
+
+        Raises:
+            ConfigError: the key has another value.
+        """
         value = self.get(name)
         if value is not None and not any(type(value) is type(x) and value == x for x in supported):
             raise self.unsupported(name, works or json.dumps(supported[0]), why)
 
     def size(self, name: str, default: int | None = None) -> int:
-        """A whole number of at least 1."""
+        """Returns a whole number of at least 1 and below 2^31."""
         value = self._get(name, default)
         if type(value) is not int or not 1 <= value <= _LARGEST:
             raise self.wrong(name, f"but must be a whole number from 1 to {_LARGEST}")
         return value
 
     def number(self, name: str, default: float = 0.0) -> float:
-        """A number of at least 0."""
+        """Returns a number from 0 to 1e30."""
         value = self._get(name, default)
         if type(value) not in (int, float) or not 0 <= value <= 1e30:  # NaN fails too
             raise self.wrong(name, "but must be a number of at least 0")
         return float(value)
 
     def switch(self, name: str, default: bool = False) -> bool:
-        """A truth value."""
+        """Returns true or false."""
         value = self._get(name, default)
         if not isinstance(value, bool):
             raise self.wrong(name, "but must be true or false")
         return value
 
     def numbers(self, name: str) -> tuple[float, ...]:
-        """A list of positive numbers."""
+        """Returns a list of positive numbers up to 1e30, which may be empty."""
         value = self.get(name)
         items: list[Any] = value if isinstance(value, list) else [None]
         if not all(type(x) in (int, float) and 0 < x <= 1e30 for x in items):
@@ -122,7 +136,7 @@ class JsonFields:
         return tuple(float(x) for x in items)
 
     def inner(self, name: str) -> JsonFields:
-        """The object under a key, empty if the key is missing."""
+        """Returns the object under a key, which is empty if the key is missing."""
         value = self._get(name, {})
         if not isinstance(value, dict):
             raise self.wrong(name, "but must be an object")

@@ -28,7 +28,6 @@ MODULES: Mapping[str, str] = {
 }
 """The tensor names of Llama, with those of Qwen3's head norms."""
 
-
 TANH_GELU = ("gelu_pytorch_tanh", "gelu_new")
 """The names of GELU with tanh, the only GELU of the trainer."""
 
@@ -48,7 +47,11 @@ def read(
         activations: the names of the activation that ``flags`` describe.
         activation_key: the key that names it.
         rope: options of ``read_rope``.
-        flags: fields of ``ModelConfig`` that the family itself decides, also those read here.
+        flags: fields of ``ModelConfig`` that the family decides itself; they replace what is read
+            here.
+
+    Raises:
+        ConfigError: a key is missing, malformed or not supported.
     """
     fields.only(activation_key, *activations)
     positions = fields.size("max_position_embeddings")
@@ -125,6 +128,9 @@ def read_biases(
         fields: config.json.
         attention: the key of queries, keys, values and the output of attention.
         mlp: the key of the MLP; None: it has no biases.
+
+    Returns:
+        The fields of ``ModelConfig`` about biases.
     """
     has_attention, has_mlp = fields.switch(attention), mlp is not None and fields.switch(mlp)
     some = has_attention != has_mlp
@@ -136,20 +142,19 @@ def read_biases(
     }
 
 
-def every_nth_full(fields: JsonFields, n: int, key: str = "sliding_window_pattern") -> list[str]:
-    """The kinds of layers of which every n-th attends to the whole past.
+def every_nth_full(fields: JsonFields, default: int) -> list[str]:
+    """Lists the kinds of layers of which every n-th attends to the whole past.
 
     Args:
-        fields: config.json.
-        n: the default.
-        key: the key that gives another n.
+        fields: config.json, which gives n under ``sliding_window_pattern``.
+        default: n if it does not.
     """
-    n, layers = fields.size(key, n), fields.size("num_hidden_layers")
+    n, layers = fields.size("sliding_window_pattern", default), fields.size("num_hidden_layers")
     return [LAYER_KINDS[(layer + 1) % n != 0] for layer in range(layers)]
 
 
 def all_or_none(fields: JsonFields) -> list[str]:
-    """The kinds of layers that all have a window, if config.json has its width."""
+    """Lists the kinds of layers that all have a window if config.json has its width, else none."""
     slides = fields.get("sliding_window") is not None
     return [LAYER_KINDS[slides]] * fields.size("num_hidden_layers")
 
@@ -162,6 +167,9 @@ def read_layer_windows(fields: JsonFields, kinds: list[str]) -> dict[str, Any]:
     Args:
         fields: config.json.
         kinds: the kinds of all layers if ``layer_types`` is missing.
+
+    Returns:
+        ``window_size`` and ``window_layers`` of ``ModelConfig``; nothing if no layer has a window.
     """
     fields.get("sliding_window")  # without a layer that has a window, it has no effect
     given, layers = fields.get("layer_types"), fields.size("num_hidden_layers")
@@ -190,7 +198,10 @@ def write_layer_windows(model: ModelConfig) -> dict[str, Any]:
 
 
 def read_optional_windows(fields: JsonFields) -> dict[str, Any]:
-    """Reads windows that ``use_sliding_window`` turns on, by default from a layer on."""
+    """Reads windows that ``use_sliding_window`` turns on.
+
+    Without ``layer_types``, the layers from ``max_window_layers`` on have them.
+    """
     first, layers = int(fields.number("max_window_layers", 28.0)), fields.size("num_hidden_layers")
     if not fields.switch("use_sliding_window"):
         fields.get("sliding_window")  # as in transformers, it is read and has no effect
@@ -200,7 +211,10 @@ def read_optional_windows(fields: JsonFields) -> dict[str, Any]:
 
 
 def refuse_unused_windows(fields: JsonFields) -> None:
-    """Refuses layers with a window if ``use_sliding_window`` is off: programs differ there."""
+    """Refuses ``layer_types`` with a window in a config.json whose ``use_sliding_window`` is off.
+
+    Programs disagree about whether such a layer has a window.
+    """
     kinds = fields.get("layer_types")
     if isinstance(kinds, list) and LAYER_KINDS[1] in kinds:
         raise fields.wrong("layer_types", "but use_sliding_window is false", LAYER_KINDS[0])

@@ -10,9 +10,10 @@ from cp_megatron.families.family import Family
 from cp_megatron.families.json_fields import JsonFields
 
 _LENGTH = "original_max_position_embeddings"
+# Keys beside those of the rope type, as ``more`` of ``read_rope``.
 _MORE: Mapping[str, str | None] = {
     "llama_4_scaling_beta": "query_temperature_beta",
-    _LENGTH: _LENGTH,  # the temperature reads it, whatever the rope type
+    _LENGTH: _LENGTH,  # the temperature reads it with every rope type
     "max_position_embeddings": None,
 }
 

@@ -54,8 +54,9 @@ def _write_olmo3(model: ModelConfig, longest: int) -> dict[str, Any]:
     del entries[_LOCAL_BASE]
     windows = entries["rope_parameters"]["sliding_attention"]
     if windows != {"rope_type": "default", "rope_theta": model.rotary_base}:
-        # transformers 4 always rotates windows so. It refuses an object without a type, which adds
-        # nothing to rope_parameters in version 5.
+        # transformers 4 would rotate windows with the default type, so it must refuse the file. It
+        # refuses an object without a type; version 5 adds the object to rope_parameters, where it
+        # changes nothing.
         entries["rope_scaling"] = {"rope_theta": model.rotary_base}
     return entries
 

@@ -37,9 +37,9 @@ def _write(model: ModelConfig, longest: int) -> dict[str, Any]:
     if model.rope_type == "longrope":
         scaling = entries["rope_scaling"]
         entries[_ORIGINAL] = scaling[_ORIGINAL]
-        # transformers 4 accepts three keys and derives the others from the two lengths. Version 5
-        # takes this object before rope_parameters, so what the lengths do not say is added; then
-        # version 4 refuses the file.
+        # transformers 4 accepts three keys and derives the factor from the two lengths. Version 5
+        # prefers this object to rope_parameters, so a factor that does not follow from the lengths
+        # is added to it, although version 4 then refuses the file.
         kept = {"short_factor", "long_factor", "attention_factor"}
         if scaling["factor"] != longest / scaling[_ORIGINAL]:
             kept.add("factor")

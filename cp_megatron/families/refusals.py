@@ -1,4 +1,4 @@
-"""What a user is told about a folder that no family reads."""
+"""Errors for folders that no family reads, and what runs such models instead."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ _OTHERS = """
     GotOcr2ForConditionalGeneration MossTranscribeDiarizeForConditionalGeneration
 """
 ADAPTER_SERVES = frozenset((*(f"{name}ForCausalLM" for name in _CAUSAL.split()), *_OTHERS.split()))
-"""Architectures that the adapter computes on two ranks as transformers does on one, as
-benchmarks/families.py reports of transformers 5.24."""
+"""Architectures for which the adapter computes on two ranks what transformers computes on one, as
+benchmarks/families.py has measured with transformers 5.24."""
 
 
 def alternative_of(family: Family) -> str:
-    """What trains a model that its family refuses; empty if nothing does."""
+    """Names what trains a model that its family refuses; empty if nothing does."""
     served = ADAPTER_SERVES.intersection((family.architecture, *family.classes))
     return _ADAPTER if served else ""
 
 
 def experts_key(entries: dict[str, Any]) -> str | None:
-    """The key of config.json that says that the model is a mixture of several experts."""
+    """Returns the key that says that a model is a mixture of several experts; None if none does."""
     for key, value in entries.items():
         if _EXPERTS.fullmatch(key) and type(value) is int and value > 1:
             return key

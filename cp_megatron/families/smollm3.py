@@ -27,7 +27,7 @@ def _read(fields: JsonFields) -> ModelConfig:
 
 
 def _read_rotated(fields: JsonFields) -> list[bool]:
-    """For each layer, whether it rotates: in spite of its name, that is a 1 in no_rope_layers."""
+    """Returns whether each layer rotates; in spite of the key's name, 1 means that it does."""
     layers, interval = fields.size("num_hidden_layers"), fields.size("no_rope_layer_interval", 4)
     given: Any = fields.get("no_rope_layers")
     if given is None:

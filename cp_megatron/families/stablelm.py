@@ -16,7 +16,7 @@ from cp_megatron.families.json_fields import JsonFields
 
 def _read(fields: JsonFields) -> ModelConfig:
     width = fields.size("hidden_size") // fields.size("num_attention_heads")
-    fields.only("head_dim", width, why="heads divide hidden_size")
+    fields.only("head_dim", width, why="it is hidden_size / num_attention_heads")
     fields.only("hidden_dropout", 0, 0.0, why="transformers applies it to the MLP alone")
     flags: dict[str, Any] = {}
     if fields.switch("qk_layernorm"):
