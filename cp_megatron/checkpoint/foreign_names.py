@@ -83,8 +83,8 @@ def find_tensors(
 
     Args:
         source: the checkpoint, for errors.
-        target: the model.
-        wanted: the tensors of the folder.
+        target: the model of the config.json, which the checkpoint must be.
+        wanted: the tensors of a Hugging Face folder of this model.
         stored: the tensors of the checkpoint by name.
         others: the names of what else it holds.
 

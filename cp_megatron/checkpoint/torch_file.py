@@ -22,6 +22,7 @@ from cp_megatron.checkpoint.inert_pickle import TORCH_BYTES, MalformedError, Rec
 _MAGIC = 0x1950A86A20F9469CFC6C
 _MAX_DIMS = 16
 _MAX_DEPTH, _MAX_CONTAINERS = 100, 1_000_000
+"""Lists may contain each other, so a walk through them might never end."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +75,7 @@ def read_torch_file(stream: IO[bytes]) -> dict[str, TorchTensor]:
 
 
 def _named(content: Any) -> Iterator[tuple[str, Record]]:
-    """The tensors in dicts and lists, and their names."""
+    """Yields the tensors in nested dicts and lists, with their names, level by level."""
     left = deque([("", content, 0)])
     for _ in range(_MAX_CONTAINERS):
         if not left:
@@ -96,7 +97,10 @@ def _named(content: Any) -> Iterator[tuple[str, Record]]:
             for key, item in items
             if isinstance(item, Mapping | list | tuple | Record)
         ]
-    raise MalformedError("holds lists in lists without an end")
+    raise MalformedError(
+        f"holds lists or dicts that are nested more than {_MAX_DEPTH} deep, or more than "
+        f"{_MAX_CONTAINERS:,} of them"
+    )
 
 
 def _located(name: str, record: Record, places: Mapping[str, tuple[int, int]]) -> TorchTensor:

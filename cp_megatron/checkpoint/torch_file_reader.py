@@ -45,7 +45,7 @@ class TorchFileReader:
 
     @classmethod
     def of_bytes(cls, data: bytes) -> Self:
-        """Reads where the tensors lie in the bytes of a file; raises as ``open`` does."""
+        """Finds the tensors in the bytes of a file; raises ``MalformedError`` as ``open`` does."""
         return cls(read_torch_file(io.BytesIO(data)), np.frombuffer(bytearray(data), dtype="u1"))
 
     def __enter__(self) -> Self:

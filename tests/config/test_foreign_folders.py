@@ -109,8 +109,8 @@ KINDS: dict[str, tuple[str, str, str, str]] = {
         "",
         "is an adapter of PEFT (such as LoRA)",
         "python -c \"from peft import AutoPeftModelForCausalLM as M; m = M.from_pretrained('IN'); "
-        "m.merge_and_unload().save_pretrained('merged')\", then the tokenizer copied to merged, "
-        "--load-hf merged",
+        "m.merge_and_unload().save_pretrained('merged')\", then copy the tokenizer to merged and "
+        "use --load-hf merged",
     ),
     "DeepSpeed": (
         "zero_to_fp32.py latest global_step10/bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt",

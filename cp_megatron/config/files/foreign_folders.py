@@ -112,7 +112,7 @@ def _adapter(path: Path, flag: str) -> Answer | None:
     code = f"from peft import AutoPeftModelForCausalLM as M; m = M.from_pretrained({str(path)!r})"
     works = _python(f"{code}; m.merge_and_unload().save_pretrained('merged')")
     rule = "is an adapter of PEFT (such as LoRA), which holds only changes to another model"
-    return rule, f"{works}, then the tokenizer copied to merged, {LOAD_HF} merged"
+    return rule, f"{works}, then copy the tokenizer to merged and use {LOAD_HF} merged"
 
 
 def _megatron(path: Path, flag: str) -> Answer | None:

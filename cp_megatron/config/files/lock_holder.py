@@ -24,8 +24,8 @@ class Holder:
 
     Attributes:
         host: the name of its machine, for people.
-        machine: a word for its machine since the machine's last start, and for its space of
-            process numbers.
+        machine: identifies its machine, the machine's last start, and the name space of its process
+            number.
         pid: its process number.
         started: when the process was started, in the units of ``/proc``.
         since: when it took the lock, for people.
