@@ -12,6 +12,7 @@ from cp_megatron.families.family import Family
 from cp_megatron.families.json_fields import JsonFields
 
 _LAYER = "model.layers.{}"
+_SMALLEST_SCALE = 1e-9  # query_pre_attn_scalar is then above the largest size
 MODULES: Mapping[str, str] = MappingProxyType(
     {
         **llama_like.MODULES,
@@ -56,10 +57,11 @@ def read(fields: JsonFields, *, kinds: list[str], **options: Any) -> ModelConfig
 
 def write(model: ModelConfig, longest: int, **rope: Any) -> dict[str, Any]:
     """Writes what Gemma 2 and 3 share; the arguments are ``llama_like.write``'s."""
+    scale = max(model.score_scale, _SMALLEST_SCALE)
     return {
         **gemma.write(model, longest, **rope),
         **llama_like.write_layer_windows(model),
-        "query_pre_attn_scalar": round(model.score_scale**-2),
+        "query_pre_attn_scalar": round(scale**-2),
         "attn_logit_softcapping": model.attn_logit_softcapping,
         "final_logit_softcapping": model.final_logit_softcapping,
     }

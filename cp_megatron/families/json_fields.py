@@ -117,7 +117,7 @@ class JsonFields:
         """Returns a number from 0 to 1e30."""
         value = self._get(name, default)
         if type(value) not in (int, float) or not 0 <= value <= 1e30:  # NaN fails too
-            raise self.wrong(name, "but must be a number of at least 0")
+            raise self.wrong(name, "but must be a number from 0 to 1e30")
         return float(value)
 
     def switch(self, name: str, default: bool = False) -> bool:

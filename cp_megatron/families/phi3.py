@@ -34,8 +34,8 @@ def _read(fields: JsonFields) -> ModelConfig:
 
 def _write(model: ModelConfig, longest: int) -> dict[str, Any]:
     entries = llama_like.write(model, longest, partial=True)
-    if model.rope_type == "longrope":
-        scaling = entries["rope_scaling"]
+    scaling = entries["rope_scaling"]
+    if model.rope_type == "longrope" and _ORIGINAL in scaling:
         entries[_ORIGINAL] = scaling[_ORIGINAL]
         # transformers 4 accepts three keys and derives the factor from the two lengths. Version 5
         # prefers this object to rope_parameters, so a factor that does not follow from the lengths

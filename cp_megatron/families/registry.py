@@ -204,12 +204,19 @@ def to_hf_config(
         ConfigError: no Hugging Face architecture has such a model.
     """
     misfits: dict[str, list[tuple[str, Any, Any]]] = {}
+    refusal = ""
     for family in sorted(FAMILIES, key=lambda x: x.model_type != model.hf_model_type):
         entries = _entries(model, family, vocab_size, seq_length, eod) | {"torch_dtype": dtype}
-        with contextlib.suppress(ConfigError):  # the family cannot have such sizes
+        try:
             misfits[family.architecture] = _misfits(model, family, entries)
-            if not misfits[family.architecture]:
-                return family, entries
+        except ConfigError as error:  # the family cannot have such sizes
+            refusal = refusal or error.rule
+            continue
+        if not misfits[family.architecture]:
+            return family, entries
+    if not misfits:
+        rule = f"no supported Hugging Face architecture can have it: {refusal}"
+        raise ConfigError("model", "", rule)
     # Of families with as few misfits, the last one is the most specific.
     nearest = min(reversed(misfits), key=lambda name: len(misfits[name]))
     name, ours, theirs = misfits[nearest][0]
