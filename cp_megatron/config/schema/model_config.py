@@ -50,20 +50,21 @@ class ModelConfig:
     """Number of channels of a head that are rotated under --multi-latent-attention. All heads share
     the rotated channels of their keys."""
     latent_norm_epsilon: Annotated[float, Range(0, 1)] | None = None
-    """Added to the variance of latents, which --multi-latent-attention normalizes with
-    --qk-layernorm; by default --norm-epsilon."""
+    """Number that the norms of latents add to the variance; by default --norm-epsilon. These norms
+    need --multi-latent-attention and --qk-layernorm."""
     normalization: Normalization = "LayerNorm"
-    """Normalization before or after attention and the MLP, and at the end."""
+    """Kind of the norms of attention, of the MLP and after the last layer."""
     norm_placement: NormPlacement = "pre"
     """Normalize the input of attention and of the MLP (pre), their output (post), or both."""
     norm_epsilon: Annotated[float, Range(0, 1)] = 1e-5
-    """Added to the variance in every normalization."""
+    """Number that every norm adds to the variance."""
     norm_bias: NormBias = "all"
     """The LayerNorms that have a bias: all of them, those of the residual stream, or none."""
     apply_layernorm_1p: bool = False
-    """Store the weights of norms minus 1, so that weight decay pulls the factor towards 1."""
+    """Store the weights of norms minus 1, so that weight decay pulls their factors towards 1."""
     parallel_residual: bool = False
-    """Compute attention and the MLP from the same normalized input, and add both."""
+    """Compute attention and the MLP from the same normalized input, and add both to the residual
+    stream."""
     swiglu: bool = False
     """Use a gated SiLU in the MLP instead of GELU."""
     geglu: bool = False
@@ -76,14 +77,15 @@ class ModelConfig:
     """Base of the rotary frequencies of layers with a window, which --rope-type then does not
     change. By default all layers have the same frequencies."""
     rotary_percent: Annotated[float, Range(0, 1, open_low=True)] = 1.0
-    """Share of the channels of a head that are rotated, the first ones."""
+    """Share of the channels of a head that are rotated; these are the first ones."""
     rotary_interleaved: bool = False
-    """Rotate channel 2i with channel 2i + 1 instead of channel i with the one half a head away."""
+    """Rotate channel 2i with channel 2i + 1 instead of channel i with channel i + n / 2, where n is
+    the number of rotated channels."""
     no_rope_layers: tuple[int, ...] | None = None
     """The layers, numbered from 0, that do not rotate queries and keys; by default none."""
     query_temperature_beta: NonNegative = 0.0
     """Multiply the queries at position p by 1 + this x ln(1 + floor(p / L)), where L is
-    --original-max-position-embeddings."""
+    --original-max-position-embeddings, as Llama 4 and Ministral 3 do."""
     rope_type: RopeType = "default"
     """How rotary frequencies change for sequences longer than the model was trained on."""
     rope_scaling_factor: Annotated[float, Range(1)] | None = None
@@ -149,21 +151,22 @@ class ModelConfig:
     """--qk-layernorm normalizes every head with one weight that all heads share (head) or with its
     own weight (each_head), or it normalizes all heads of a token as one vector (all_heads)."""
     softmax_scale: Positive | None = None
-    """Factor of the attention scores; by default 1 / sqrt(width of a key), with
-    --multi-latent-attention and --mscale-all-dim times the square of yarn's factor."""
+    """Multiply the attention scores by this; by default 1 / sqrt(width of a key). Under
+    --multi-latent-attention, yarn with --mscale-all-dim multiplies the default by the square of its
+    own factor."""
     softmax_type: SoftmaxType = "vanilla"
     """off-by-one adds 1 to the denominator of the attention softmax; learnable adds the exponential
     of a learned number per query head, an attention sink."""
     attn_logit_softcapping: Positive | None = None
-    """Bound the attention scores x smoothly: c tanh(x / c) for this c."""
+    """Replace every attention score x by c tanh(x / c), where c is this bound."""
     final_logit_softcapping: Positive | None = None
-    """Bound the logits x smoothly: c tanh(x / c) for this c."""
+    """Replace every logit x by c tanh(x / c), where c is this bound."""
     embedding_multiplier: Positive = 1.0
-    """Factor of the token embeddings."""
+    """Multiply the token embeddings by this."""
     residual_multiplier: Positive = 1.0
-    """Factor of what attention and the MLP add to the residual stream."""
+    """Multiply what attention and the MLP add to the residual stream by this."""
     logit_multiplier: Positive = 1.0
-    """Factor of the logits."""
+    """Multiply the logits by this, before the softcap."""
     init_method_std: Positive = 0.02
     """Standard deviation of the initial weights."""
     make_vocab_size_divisible_by: Size = 128
@@ -171,8 +174,8 @@ class ModelConfig:
     vocab_size: Size | None = None
     """Vocabulary size of the model; at least, and by default, the tokenizer's."""
     hf_model_type: str | None = None
-    """The Hugging Face family of an export, such as phi3. By default it is that of --load-hf, if it
-    still has such a model, and otherwise the first that has one."""
+    """The Hugging Face family of an export by its model_type, such as phi3. By default it is the
+    family of --load-hf, if that still has such a model, and otherwise the first that has one."""
 
     @property
     def ffn_size(self) -> int:
@@ -241,20 +244,21 @@ class ModelConfig:
 
     @property
     def latent_widths(self) -> tuple[int, int] | None:
-        """Widths of the latent and of the rotary key that keys and values are expanded from."""
+        """Widths of the latent and of the rotary key that keys and values are expanded from; None
+        without latent attention."""
         widths = self.kv_lora_rank, self.qk_pos_emb_head_dim
         return widths if self.multi_latent_attention else None
 
     @property
     def rotary_dim(self) -> int:
-        """Number of channels of a head that are rotated, an even number."""
+        """Number of channels of a head that are rotated; the checks of a run refuse odd numbers."""
         if self.multi_latent_attention:
             return self.qk_pos_emb_head_dim
         return int(self.head_dim * self.rotary_percent)
 
     @property
     def latent_epsilon(self) -> float:
-        """What the norms of latents add to the variance, with the default filled in."""
+        """The number that norms of latents add to the variance, with the default filled in."""
         own = self.latent_norm_epsilon
         return self.norm_epsilon if own is None else own
 
