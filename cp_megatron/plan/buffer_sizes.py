@@ -13,8 +13,9 @@ message. Each buffer of p2p holds at most the tokens of a shard, whatever the nu
 Round 0 has no arrival yet, so its keys to send are packed into the second buffer for keys. The last
 three rows occur in backward only and hold sums: float32, or float64 for float64 inputs.
 
-If latents are sent, their messages occupy these buffers too. The keys and values of one arrival at
-a time are expanded, for a few heads, and in backward their gradients are summed in another buffer.
+If latents are sent, their messages occupy these buffers too. The keys and values of one arrival are
+expanded for a few heads at a time into another buffer, and in backward a second one sums their
+gradients.
 """
 
 from __future__ import annotations
@@ -37,11 +38,12 @@ LEAST_PORTION = 4 << 20
 """Bytes: below this size of a portion, starting another collective costs more than it hides."""
 
 MOST_EXPANDED = 128 << 20
-"""Bytes: the heads of an arrival that are expanded together take no more, unless one does."""
+"""Bytes: as many heads of an arrival are expanded together as take no more, but at least one."""
 
 SENT_HEADS, RECEIVED_HEADS = "keys 0", "keys 1"
 """An all-to-all uses the buffers for keys, because it never runs at the same time as the rounds."""
 EXPANDED, EXPANDED_GRADIENTS = "expanded", "expanded gradients"
+"""Keys and values that are expanded from latents, and in backward the sums of their gradients."""
 
 
 class Buffer(NamedTuple):
@@ -186,7 +188,7 @@ class AttentionSizes:
     Attributes:
         batch, num_tokens: rows, and tokens of each row on this rank.
         kv_heads, head_dim: as this rank holds them before any all-to-all.
-        v_head_dim: the width of a value head; that of a key head by default.
+        v_head_dim: the width of a value head; None: that of a key head.
         element: bytes of one element of the activations.
         exact: bytes of one element of a sum.
     """
@@ -206,7 +208,7 @@ class AttentionSizes:
 
     @property
     def value_dim(self) -> int:
-        """The width of a value head."""
+        """The width of a value head, with the default filled in."""
         return self.head_dim if self.v_head_dim is None else self.v_head_dim
 
 

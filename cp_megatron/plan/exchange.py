@@ -33,7 +33,7 @@ from cp_megatron.plan.readers import Readers
 EXCHANGES = ("p2p", "all_gather", "a2a", "a2a+p2p")
 ROUTES = ("ring", "direct")
 LATENT_EXCHANGES = ("auto", "latent", "expanded")
-P2P_NAMES: Mapping[str, str] = MappingProxyType({"expanded": "p2p", "latent": "p2p of latents"})
+_P2P_NAMES: Mapping[str, str] = MappingProxyType({"expanded": "p2p", "latent": "p2p of latents"})
 """What ``auto`` calls p2p of keys and values, and of the latents that they are expanded from."""
 Sizes = tuple[int, int]
 
@@ -48,8 +48,8 @@ class ExchangeChoice:
         hierarchical_sizes: the size of a group of ranks that exchange heads, and the number of
             groups: ``(1, N)`` is p2p, ``(N, 1)`` is a2a.
         reason: why this exchange was chosen.
-        latent: the widths of a latent and a rotary key if they are sent; None if keys and values
-            are.
+        latent: the widths of a latent and a rotary key if these are sent; None if keys and values
+            are sent.
     """
 
     exchange: str
@@ -64,9 +64,10 @@ class Heads:
     """Number and width of the heads.
 
     Attributes:
-        num_heads, num_kv_heads, head_dim, v_head_dim: of queries, keys and values.
+        num_heads, num_kv_heads: the numbers of query heads and of key/value heads.
+        head_dim, v_head_dim: the widths of a query or key head and of a value head.
         latent: the widths of the latent and of the rotary key that keys and values are expanded
-            from; None if they are not.
+            from; None if there is no latent.
         exchange_latent: which of the two forms may be sent, one of ``LATENT_EXCHANGES``.
     """
 
@@ -93,9 +94,14 @@ class Heads:
         return widths
 
     def latent_if_sent(self, *, moves: bool) -> Sizes | None:
-        """The widths of latents if p2p and all_gather send them, None if they send heads.
+        """Chooses what p2p and all_gather send.
 
-        If nothing ``moves``, heads that are expanded once cost the least.
+        Args:
+            moves: whether any token moves. If none does, heads are better, which a rank expands
+                once, unless latents are asked for.
+
+        Returns:
+            The widths of the latent and the rotary key if these are sent, None if heads are.
         """
         widths = self.sent_widths
         narrowest = min(widths, key=lambda form: (widths[form] if moves else 0, form))
@@ -133,7 +139,7 @@ def check_exchange(
 
 
 def check_latent_exchange(exchange: str, exchange_latent: str) -> None:
-    """Checks how latents are exchanged, without regard to the heads.
+    """Checks whether an exchange can send what is asked for, without regard to the heads.
 
     Raises:
         ConfigError: the name is unknown, or latents cannot travel by ``exchange``.
@@ -192,7 +198,7 @@ def choose_exchange(
         return ExchangeChoice("p2p", inner_route, (1, 1), reason, latent)
     p2p_route = choose_route(readers) if route == "auto" else route
     tokens = readers.tokens_received(p2p_route)
-    forms = {P2P_NAMES[form]: width for form, width in heads.sent_widths.items()}
+    forms = {_P2P_NAMES[form]: width for form, width in heads.sent_widths.items()}
     costs = {name: tokens * width for name, width in forms.items()}
     inner = hierarchical_sizes[0] if hierarchical_sizes else size
     name = "a2a+p2p" if hierarchical_sizes else "a2a"
@@ -213,12 +219,12 @@ def choose_exchange(
     reason = _reason(best, costs, notes)
     if best == name:
         return ExchangeChoice(best, inner_route, (inner, size // inner), reason)
-    latent = heads.latent if best == P2P_NAMES["latent"] else None
+    latent = heads.latent if best == _P2P_NAMES["latent"] else None
     return ExchangeChoice("p2p", p2p_route, (1, size), reason, latent)
 
 
 def _reason(best: str, costs: Mapping[str, int], notes: Sequence[str]) -> str:
-    """Compares the elements that ``best`` moves with those of the others."""
+    """Says how many times the elements of ``best`` the other exchanges move, then ``notes``."""
     least = costs[best]
     others = [
         f"{other} {f'{cost / least:.2g}x' if least else 'some'}"

@@ -55,7 +55,10 @@ def cut_heads(groups: tuple[HeadGroup, ...], start: int, stop: int) -> tuple[Hea
 
 
 def halves(groups: tuple[HeadGroup, ...]) -> tuple[tuple[HeadGroup, ...], tuple[HeadGroup, ...]]:
-    """Two parts of ``groups``; a single key/value head is in both, with half its query heads."""
+    """Splits ``groups`` between key/value heads, or one such head between its query heads.
+
+    Of one key/value head with one query head, the first half is empty.
+    """
     num_heads = groups[-1].keys[1]
     if num_heads > 1:
         middle = num_heads // 2

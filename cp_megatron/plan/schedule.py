@@ -89,10 +89,10 @@ class Schedule:
             num_kv_heads: key/value heads; as many as query heads by default.
             hierarchical_sizes: (A, P) of a2a+p2p.
             head_dim, v_head_dim: widths of heads; ``auto`` weighs queries and keys by them.
-            latent: (L, R), the widths of the latent and of the rotary key, shared by all heads,
-                that keys and values are expanded from. The last R of ``head_dim`` are rotary.
-            exchange_latent: ``latent`` sends those, ``expanded`` keys and values, ``auto`` what
-                moves fewer bytes.
+            latent: (L, R), the widths of the latent and of the rotary key that the keys and values
+                of all heads are expanded from. The last R channels of a key are the rotary key.
+            exchange_latent: ``latent`` sends latents and rotary keys, ``expanded`` sends keys and
+                values, and ``auto`` sends whichever takes fewer bytes.
 
         Raises:
             ConfigError: a name is unknown, layout and mask differ in length, the heads cannot be
@@ -136,7 +136,7 @@ class Schedule:
         return replace(self, hierarchical_sizes=sizes or (size, 1))
 
     def within(self, mask: Mask) -> Schedule:
-        """The same exchange under another mask, as layers with another window need it."""
+        """Returns the same exchange under another mask, for layers with another window."""
         return self if mask == self.mask else replace(self, mask=mask)
 
     @property

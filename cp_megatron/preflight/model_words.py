@@ -1,4 +1,4 @@
-"""The model in the words of the start table; what is as in Llama or GPT-2 is not mentioned."""
+"""Describes the model for the start table, without what Llama or GPT-2 have too."""
 
 from __future__ import annotations
 

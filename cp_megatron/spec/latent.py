@@ -28,9 +28,13 @@ class LatentAttentionSpec(MixerSpec):
     Attributes:
         query_down, query_down_norm: compute the latent of the queries; None: ``query`` reads the
             residual stream.
+        query: computes the queries of all heads.
         latent, latent_norm: compute the latent of keys and values.
         rotary_key: computes the rotated channels of the keys.
         key_value: computes, per head, the other channels of the keys, then the values.
+        out: adds the values that the heads attended to the residual stream.
+
+    A norm is None in models without ``qk_layernorm``.
     """
 
     query_down: LinearSpec | None
@@ -82,8 +86,10 @@ class LatentAttentionSpec(MixerSpec):
         return sizes.tokens * channels * sizes.element
 
     def kept_operands(self, sizes: ActivationSizes) -> int:
-        """Bytes of attention's inputs that backward needs and that recomputation frees: the
-        normalized stream, the latents and what their norms keep, and q, k and v."""
+        """Bytes of attention's inputs that backward needs and that recomputation frees.
+
+        These are the normalized stream, the latents and what their norms keep, and q, k and v.
+        """
         kept = sizes.stream_bytes(self.latent.inputs) + self.operand_bytes(sizes)
         latents = [(self.latent, self.latent_norm)]
         if self.query_down is not None:

@@ -16,7 +16,13 @@ from cp_megatron.spec.sizes import ActivationSizes
 
 @dataclass(frozen=True, kw_only=True)
 class MLPSpec(BlockSpec):
-    """The feed-forward block: down(act(up(x))), or with a gate down(act(gate(x)) * up(x))."""
+    """The feed-forward block: down(act(up(x))), or with a gate down(act(gate(x)) * up(x)).
+
+    Attributes:
+        gate, up: [h] -> [width of the MLP]; ``gate`` is None in an MLP without one.
+        down: [width of the MLP] -> [h].
+        activation: the function act; ``gelu`` is the approximation with tanh.
+    """
 
     gate: LinearSpec | None
     up: LinearSpec
@@ -44,13 +50,17 @@ class MLPSpec(BlockSpec):
 
 @dataclass(frozen=True, kw_only=True)
 class LayerSpec(BlockSpec):
-    """One layer: x + mixer(norm(x)), then x + mlp(norm(x)), with dropout on what is added.
+    """One layer: attention, then an MLP, each of which adds to the residual stream x.
+
+    A block adds dropout(multiplier * post_norm(block(norm(x)))).
 
     Attributes:
         attention_norm, mlp_norm: normalize what a block reads; None: it reads the stream itself.
         attention_post_norm, mlp_post_norm: normalize what a block adds; None: it is added as it is.
-        is_parallel: both blocks read ``attention_norm`` of the same x.
+        is_parallel: the MLP reads ``attention_norm`` of the x that attention reads, and has no norm
+            of its own.
         multiplier: the factor of what a block adds.
+        dropout: the probability of the dropout of what a block adds.
     """
 
     attention_norm: NormSpec | None
@@ -107,9 +117,12 @@ class LayerSpec(BlockSpec):
         kept["mlp_norm"] = _norm_bytes(self.mlp_norm, sizes)
         kept["mlp"] = self.mlp.kept_bytes(sizes)
         read = self.mlp_norm
-        if self.is_parallel and (read := self.attention_norm):  # it runs twice on one input
+        if self.is_parallel and (read := self.attention_norm):
+            # Both blocks run it, and the input that both runs keep is one tensor.
             again = _norm_bytes(read, sizes) - (stream if read.keeps_input(sizes) else 0)
             kept["attention_norm"] += again
+        # A norm that keeps its input keeps the input of the tiles. Without a norm, the tiles of
+        # several rows are copied, because they are not contiguous.
         copies = not read.keeps_input(sizes) if read else sizes.batch > 1
         if tiled and copies:
             kept["mlp"] += stream

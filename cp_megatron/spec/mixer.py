@@ -32,11 +32,11 @@ class RotarySpec:
 
     Attributes:
         width: number of channels that are rotated.
-        base: of the frequencies.
-        is_scaled: the frequencies change as ``rope_type`` says.
-        interleaved: channels 2i and 2i + 1 are a pair, instead of i and i + width / 2.
-        temperature: beta and L of the factor 1 + beta ln(1 + floor(p / L)) of the query at position
-            p; None is no factor.
+        base: the base of the frequencies.
+        is_scaled: whether the frequencies change as ``rope_type`` says.
+        interleaved: whether channels 2i and 2i + 1 are a pair, instead of i and i + width / 2.
+        temperature: beta and L of the factor 1 + beta ln(1 + floor(p / L)), by which the query at
+            position p is multiplied (Llama 4); None: there is no factor.
     """
 
     width: int
@@ -63,15 +63,16 @@ class RotarySpec:
 
 @dataclass(frozen=True, kw_only=True)
 class MixerSpec(BlockSpec):
-    """What all kinds of attention have.
+    """The description that all kinds of attention share.
 
     Attributes:
-        heads, kv_heads: number of query heads, and of key/value heads.
+        heads, kv_heads: number of query heads, and of key/value heads, on all ranks together.
         head_dim, v_head_dim: widths of a head's queries and keys, and of its values.
         window: (left, right) as in ``Mask``; None is unlimited.
         rotary: how queries and keys are rotated; None: they are not.
         scale: the factor of the scores.
-        softcap: the bound c of the scores x, c tanh(x / c); None is unbounded.
+        softcap: the bound c of the scores, which makes c tanh(x / c) of the score x; None: the
+            scores are unbounded.
     """
 
     heads: int
@@ -106,13 +107,18 @@ class MixerSpec(BlockSpec):
         return LocalHeads(self.heads // tp, kv_heads, self.head_dim, self.v_head_dim)
 
     def pair_channels(self) -> int:
-        """Multiply-adds of one attended pair of a query and a key, in both products together; each
-        is computed once in forward and twice in backward."""
+        """Multiply-adds of one attended pair of a query and a key, in both products together.
+
+        Each product is computed once in forward and twice in backward.
+        """
         return self.heads * (self.head_dim + self.v_head_dim)
 
     def operand_bytes(self, sizes: ActivationSizes) -> int:
-        """Bytes of q, k and v. If heads are exchanged for tokens, those of other ranks' tokens are
-        kept instead, as results."""
+        """Bytes of q, k and v.
+
+        If heads are exchanged for tokens, these are 0: the exchanged q, k and v are kept instead,
+        which ``kept_results`` counts.
+        """
         heads, kv_heads, width, v_width = self.local_heads(sizes.tp)
         channels = (heads + kv_heads) * width + kv_heads * v_width
         return sizes.tokens * channels * sizes.element if sizes.head_exchange is None else 0
@@ -134,8 +140,10 @@ class MixerSpec(BlockSpec):
         return sizes.tokens * (heads * result + len(exchange.peers) * exchanged)
 
     def rotation_bytes(self, sizes: ActivationSizes) -> int:
-        """Bytes of the cosines and sines, and of the factors of queries, which all layers with the
-        same rotation share."""
+        """Bytes of the cosines and sines, and of the factors of queries.
+
+        All layers with the same rotation share them.
+        """
         if self.rotary is None:
             return 0
         factor = 0 if self.rotary.temperature is None else sizes.element
@@ -147,7 +155,9 @@ class AttentionSpec(MixerSpec):
     """Softmax attention with grouped heads.
 
     Attributes:
-        query_norm, key_norm: normalize the query and key heads before they are rotated.
+        query, key, value, out: the projections; ``out`` adds to the residual stream.
+        query_norm, key_norm: normalize the query and key heads before they are rotated; None: there
+            are no such norms.
         sinks: how the softmax is extended, as ``softmax_type`` of the configuration; ``learnable``
             adds the parameter ``sinks``, a logit per query head.
     """
@@ -191,8 +201,10 @@ class AttentionSpec(MixerSpec):
             yield ParameterSpec(name="sinks", shape=shape, init="normal", split=split)
 
     def kept_operands(self, sizes: ActivationSizes) -> int:
-        """Bytes of attention's inputs that backward needs and that recomputation frees: the
-        normalized stream, what the norms of heads keep, and q, k and v."""
+        """Bytes of attention's inputs that backward needs and that recomputation frees.
+
+        These are the normalized stream, what the norms of heads keep, and q, k and v.
+        """
         kept = sizes.stream_bytes(self.query.inputs) + self.operand_bytes(sizes)
         heads, kv_heads, *_ = self.local_heads(sizes.tp)
         for norm, count in ((self.query_norm, heads), (self.key_norm, kv_heads)):

@@ -122,5 +122,5 @@ class ModelSpec(BlockSpec):
 
 
 def local_heads(model: ModelConfig, tp: int) -> LocalHeads:
-    """The heads of one tensor parallel rank, which are the same in all layers."""
+    """The heads of one of ``tp`` tensor parallel ranks, which are the same in all layers."""
     return LayerSpec.of(model, layer=0).attention.local_heads(tp)

@@ -51,8 +51,9 @@ class NormSpec(BlockSpec):
     Attributes:
         width: length of a vector.
         kind: ``LayerNorm`` or ``RMSNorm``.
-        bias: whether it adds one; only LayerNorm can.
-        one_plus: the factor is 1 + weight.
+        epsilon: the number that is added to the variance.
+        bias: whether it adds a bias; only LayerNorm can.
+        one_plus: whether the factor is 1 + weight instead of the weight.
         used_on: what is normalized, the residual stream or heads; see ``ParameterSpec``.
     """
 
@@ -153,7 +154,7 @@ class EmbeddingSpec(BlockSpec):
         vocab_size: number of ids.
         padded_vocab: number of rows, padding included.
         width: of the residual stream.
-        multiplier: the factor of the vectors, or of the logits.
+        multiplier: the factor of the embedded vectors, or of the logits in ``HeadSpec``.
     """
 
     vocab_size: int
@@ -190,8 +191,9 @@ class HeadSpec(EmbeddingSpec):
     """The output layer, which multiplies with a table of its own or with the embedding's.
 
     Attributes:
-        tied: it has no weight of its own.
-        softcap: the bound c of the logits x, c tanh(x / c); None is unbounded.
+        tied: whether it uses the embedding's table instead of a weight of its own.
+        softcap: the bound c of the logits, which makes c tanh(x / c) of the logit x; None: the
+            logits are unbounded.
     """
 
     tied: bool

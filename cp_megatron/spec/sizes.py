@@ -20,7 +20,8 @@ class ActivationSizes:
         exact: bytes of an element of the type that sums are computed in.
         on_cuda: the device is a GPU; its operations keep other tensors than the CPU's.
         head_exchange: the exchange of heads for tokens by all-to-all, if attention does one.
-        sends_latents: latent attention keeps latents instead of the heads that they expand to.
+        sends_latents: latent attention sends latents, and so keeps them instead of the heads that
+            they expand to.
         result_copies: copies of attention's result that are kept; 2 if the output projection
             needs it in another memory layout.
     """

@@ -56,7 +56,8 @@ class PlanOptions:
     cp_route: Route = "auto"
     """Route of p2p: from neighbour to neighbour, or straight from the owner."""
     hierarchical_context_parallel_sizes: tuple[int, int] | None = None
-    """For a2a+p2p: the size of a group of ranks that exchange heads, and the number of groups."""
+    """Two sizes A P for a2a+p2p or auto. A neighbours exchange heads, and P groups of neighbours
+    send keys to each other; A x P must be the context parallel size."""
     num_attention_heads: AtLeastOne = 32
     """Query heads."""
     num_query_groups: AtLeastOne | None = None
@@ -66,11 +67,11 @@ class PlanOptions:
     v_head_dim: AtLeastOne | None = None
     """Width of a value head; by default that of a key head."""
     latent: tuple[AtLeastOne, AtLeastOne] | None = None
-    """L R: all heads are expanded from a latent of width L and a rotary key of width R, which is a
-    part of --head-dim; for DeepSeek 512 64, with --head-dim 192 --v-head-dim 128."""
+    """Two widths L R. All heads are expanded from a latent of width L and a rotary key of width R,
+    which is a part of --head-dim; DeepSeek has 512 64, with --head-dim 192 --v-head-dim 128."""
     cp_latent_exchange: LatentExchange = "auto"
-    """With --latent: send latents (by p2p or all_gather) or expanded keys and values; auto sends
-    what is fewer bytes."""
+    """With --latent, p2p and all_gather send latents (latent) or keys and values (expanded); auto
+    sends whichever takes fewer bytes."""
     dtype: Literal["bfloat16", "float32", "float64"] = "bfloat16"
     """The type in which bytes are counted."""
     svg: str | None = None
@@ -131,12 +132,12 @@ def make_schedule(options: PlanOptions) -> Schedule:
 
 
 def _heads(options: PlanOptions) -> tuple[int, int]:
-    """Query heads and key/value heads."""
+    """The numbers of query heads and of key/value heads, with the default filled in."""
     heads, kv_heads = options.num_attention_heads, options.num_query_groups
     if kv_heads is None:
         return heads, 8 if options.latent is None else heads
     if options.latent is not None and kv_heads != heads:
-        rule = f"must be --num-attention-heads {heads} with --latent, which has a key for each"
+        rule = f"must be --num-attention-heads {heads} with --latent: each query head has own keys"
         raise ConfigError("--num-query-groups", kv_heads, rule, str(heads))
     return heads, kv_heads
 

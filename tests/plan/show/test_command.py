@@ -10,7 +10,7 @@ from typing import get_args, get_type_hints
 import pytest
 
 from cp_megatron.plan.__main__ import main
-from cp_megatron.plan.exchange import EXCHANGES, ROUTES
+from cp_megatron.plan.exchange import EXCHANGES, LATENT_EXCHANGES, ROUTES
 from cp_megatron.plan.layout import KINDS
 from cp_megatron.plan.show.command import PlanOptions, make_schedule, parse, random_lengths
 from cp_megatron.plan.show.text import in_bytes
@@ -158,6 +158,7 @@ def test_the_choices_are_those_of_the_plan() -> None:
     hints = get_type_hints(PlanOptions)
     assert get_args(hints["cp_comm_type"]) == ("auto", *EXCHANGES)
     assert get_args(hints["cp_route"]) == ("auto", *ROUTES)
+    assert get_args(hints["cp_latent_exchange"]) == LATENT_EXCHANGES
     assert {"auto", *KINDS} <= set(get_args(hints["cp_layout"]))
 
 
