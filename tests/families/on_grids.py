@@ -106,14 +106,16 @@ def compute_on(grid: Grid, folder: Path, target: Path, dtype: str) -> list[Compu
 def gradient_gap(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> tuple[float, str]:
     """The largest relative L2 error of a tensor, and its name.
 
-    A gradient of rounding errors alone (softmax ignores a key bias without positions) is measured
-    against a part of all gradients.
+    A gradient that is zero but for rounding (softmax ignores a key bias without positions) is
+    measured against 1e-3 of the norm of all gradients. A NaN counts as infinite, because ``max``
+    may pass over it.
     """
     assert found.keys() == expected.keys()
     least = 1e-3 * torch.stack([x.norm() for x in expected.values()]).norm()
+    gaps = {key: (found[key] - x).norm() for key, x in expected.items()}
     return max(
-        (float((found[key] - x).norm() / torch.maximum(x.norm(), least)), key)
-        for key, x in expected.items()
+        (float(gap.nan_to_num(nan=torch.inf) / torch.maximum(expected[key].norm(), least)), key)
+        for key, gap in gaps.items()
     )
 
 
