@@ -215,8 +215,8 @@ def _product(x: Tensor, y: Tensor) -> Tensor:
     """x @ y in x's type, the type of sums; y has the type of activations.
 
     On CUDA, x is rounded to the type of y first: products of bfloat16 are many times faster there,
-    and their sums are float32 all the same. The gradients of expanded keys and values are rounded
-    like this, too, before a projection's backward reads them.
+    and their sums are float32 all the same. Without latents, the gradients of keys are rounded,
+    too, before the backward of their projection reads them.
     """
     if x.is_cuda and y.dtype != x.dtype:
         return torch.mm(x.to(y.dtype), y, out_dtype=x.dtype)
