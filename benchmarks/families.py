@@ -87,7 +87,7 @@ def main() -> None:
 
 
 def in_trainer(family: str) -> dict[str, Any]:
-    """Returns the fields of ``TrainerRow``, or ``failed`` with an error; that is a fault of ours."""
+    """Returns the fields of ``TrainerRow``, or ``failed`` with an error, a fault of ours."""
     with TemporaryDirectory() as folder:
         try:
             return asdict(measure_family(family, Path(folder)))

@@ -1,4 +1,4 @@
-"""A family's tiny model in the trainer, on a grid of ranks of the test pool.
+"""Runs a family's tiny model in the trainer, on a grid of ranks of the test pool.
 
 The trainer is assembled from a command line, as the program does it.
 """
@@ -23,7 +23,7 @@ from tests.train.test_loop import assembled
 
 STEPS = 20
 ROWS = 2  # of a global batch
-LONG_FIRST = (29, 2, 17)
+LONG_FIRST = (29, 2, 17)  # the documents of every second row
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +36,7 @@ class Computed:
 
 
 def argv(folder: Path, target: Path, grid: Grid, dtype: str) -> list[str]:
-    """The command of a run in ``target`` that starts from the folder. Its data are not used."""
+    """The command line of a run in ``target`` that starts from the folder. It uses no data."""
     text = target / "text.txt"
     text.write_text("three blind mice " * 100)
     flags = {
@@ -130,7 +130,7 @@ def exported_gradients(target: Path) -> dict[str, Tensor]:
 
 
 def train(rank: int, world_size: int, words: list[str], steps: int) -> dict[str, Tensor]:
-    """All parameters after the steps, on rank 0. Rows and their documents differ."""
+    """Returns all parameters after the steps, on rank 0. Rows and their documents differ."""
     run = assembled(rank, world_size, words)
     step, dp = run.train_step, run.train_step.groups.coordinates.dp
     window, own = step.model.config.row_window, ROWS // step.groups.grid.dp
