@@ -178,7 +178,7 @@ def test_each_generation_is_imported_from_its_module(
 def ring_errors(
     rank: int, world_size: int, mask: Mask, name: str, softcap: float | None
 ) -> dict[str, float]:
-    """One rank's errors in bfloat16 with the double as its kernel, with sinks and through the lse.
+    """One rank's errors in bfloat16 with the double as its kernel, sinks and a gradient of the lse.
 
     The sinks' gradient is summed over the ranks.
     """

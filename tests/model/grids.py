@@ -42,7 +42,7 @@ LLAMA = ModelConfig(
 MIXED = replace(LLAMA, normalization="LayerNorm", disable_bias_linear=False, num_query_groups=1)
 # Biases and norms of heads that tp ranks share.
 HEADS = replace(LLAMA, add_qkv_bias=True, qk_layernorm=True, num_query_groups=1)
-# What no other style has, with weights that are large enough for every part to matter.
+# The styles of BLOCKS have what no other style has, and weights so large that every part matters.
 LOUD = replace(LLAMA, init_method_std=0.3, embedding_multiplier=2.0, residual_multiplier=0.7)
 SINKS = replace(
     LOUD,
