@@ -36,7 +36,7 @@ class Computed:
 
 
 def argv(folder: Path, target: Path, grid: Grid, dtype: str) -> list[str]:
-    """The command line of a run in ``target`` from a folder; tests replace the data that it names."""
+    """The command line of a run in ``target`` from the folder; tests replace its data."""
     text = target / "text.txt"
     text.write_text("three blind mice " * 100)
     flags = {
