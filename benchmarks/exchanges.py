@@ -1,14 +1,16 @@
-"""How many bytes does an exchange move: latent heads expanded or as latents, and a short window?
+"""How many bytes does an exchange move if it sends latents or expanded heads, or under a window?
 
 Everything is counted from the schedules that would run; no attention is computed. Prints one JSON
 line per result, with the hardware:
 
-- ``latent``: for the attention of a DeepSeek model (L 512, R 64, P 128, E 128) under a causal mask,
-  zigzag, bfloat16: bytes that a rank receives in forward for each of its tokens and each layer, the
-  mean over ranks: p2p of expanded keys and values, p2p of latents, and a2a of heads where the ranks
-  can share them; and what ``auto`` chooses;
+- ``latent``: the bytes that a rank receives in forward for each of its tokens and each layer, as
+  the mean over ranks, and why ``auto`` chooses what it does. The attention is that of a DeepSeek
+  model (width of a latent 512, of a rotary key 64, of the other part of a key 128, of a value 128)
+  under a causal mask, zigzag, in bfloat16. The exchanges are p2p of expanded keys and values, p2p
+  of latents, and a2a of heads where the ranks can share them;
 - ``window``: for a causal window of 128 on 128K tokens and 8 ranks, the keys that a rank receives,
-  the ranks that they come from, and its tiles. Sinks change none of this: they are not sent.
+  the ranks that they come from, and the number of its tiles. Sinks change none of this, because
+  they are not sent.
 
     python benchmarks/exchanges.py                   # seconds
     python benchmarks/exchanges.py --quick
@@ -28,7 +30,7 @@ from cp_megatron.config.words import read_options
 from cp_megatron.plan import Mask, Schedule, SequenceLayout
 
 HEADS: Mapping[str, int] = {"V2-Lite": 16, "V2 and V3": 128}
-LATENT, PLAIN, VALUE = (512, 64), 128, 128
+LATENT, PLAIN, VALUE = (512, 64), 128, 128  # widths: latent and rotary key; rest of a key; value
 TOKENS_PER_RANK, BYTES = 1024, 2
 WINDOW, ROW, RANKS = 128, 128 << 10, 8
 
@@ -44,7 +46,7 @@ class Arguments:
 
 
 def per_token(cp_size: int, num_heads: int, **options: str) -> tuple[float, Schedule]:
-    """Bytes that a rank receives in forward for each of its tokens, and the schedule."""
+    """Returns the bytes that a rank receives in forward per token of its own, and the schedule."""
     mask = Mask.causal(TOKENS_PER_RANK * cp_size)
     layout = SequenceLayout.make(mask, cp_size, "zigzag")
     widths = {"head_dim": PLAIN + LATENT[1], "v_head_dim": VALUE}
@@ -56,7 +58,7 @@ def per_token(cp_size: int, num_heads: int, **options: str) -> tuple[float, Sche
 
 
 def latent_results(ranks: tuple[int, ...]) -> Iterator[dict[str, object]]:
-    """One row of the table for each model and number of ranks."""
+    """Yields a result for each model and number of ranks."""
     for model, num_heads in HEADS.items():
         for cp_size in ranks:
             shares = num_heads % cp_size == 0
@@ -71,7 +73,7 @@ def latent_results(ranks: tuple[int, ...]) -> Iterator[dict[str, object]]:
 
 
 def window_results(kind: str) -> Iterator[dict[str, object]]:
-    """The row of each rank: query q attends keys q - 127 to q."""
+    """Yields a result for each rank; query q attends keys q - 127 to q."""
     mask = Mask.causal(ROW, window=(WINDOW - 1, 0))
     layout = SequenceLayout.make(mask, RANKS, kind)
     schedule = Schedule.build(mask, layout, route="auto")

@@ -1,11 +1,11 @@
 """Which causal families of transformers compute on several ranks what they compute on one?
 
-One row per family, in the adapter and, if the trainer loads it (``--load-hf``), in the trainer.
+Prints one JSON line per family, with the hardware. Each family runs in the adapter and, if the
+trainer loads it (``--load-hf``), in the trainer.
 
 The adapter: the model is tiny, made from the default config of the family, in float64. Two ranks
 run it with ``attn_implementation="cp_megatron"``, on one document and on seven packed ones; one
-rank runs it with transformers' own attention, document by document. Prints one JSON line per
-family, with the hardware:
+rank runs it with transformers' own attention, document by document. The result is one of:
 
 - ``equal``: logits and the gradients of all parameters agree to 1e-8; ``errors`` are the largest.
   What a model casts to float32 itself is computed in float64 here, on one rank and on two;
@@ -13,12 +13,12 @@ family, with the hardware:
 - ``wrong`` or ``crashed``: a fault of ours, of which there must be none;
 - ``lacks``: the family needs a package that is not installed.
 
-The trainer (``trainer``): tiny models with every optional field off its default, from folders that
-transformers saved, on a row of packed documents. The loss, and the largest relative differences:
-of loss and gradients on CP2 and on TP2 x CP2 to one rank, in float64, and of logits and gradients
-on TP2 x CP2 to transformers' eager attention, in float32.
+The trainer (``trainer``): tiny models, in which every optional field differs from its default,
+start from folders that transformers saved and read a row of packed documents. The line has the loss
+and the largest relative differences: of loss and gradients on CP2 and on TP2 x CP2 to one rank, in
+float64, and of logits and gradients on TP2 x CP2 to transformers' eager attention, in float32.
 
-The last line counts them.
+The last line counts the results.
 
     python benchmarks/families.py                      # all of them, several minutes
     python benchmarks/families.py --only llama bart
@@ -56,7 +56,7 @@ class Arguments:
     only: tuple[str, ...] = ()
     """Model types to run; by default all."""
     accepted: bool = False
-    """Run the families that the trainer loads."""
+    """Run only the families that the trainer loads."""
     quick: bool = False
     """Run three families, which show that the script runs."""
 
@@ -69,10 +69,10 @@ def main() -> None:
         return
     families = causal_families()
     chosen = arguments.only or (QUICK if arguments.quick else tuple(families))
-    if arguments.accepted:
-        chosen = tuple(family for family in chosen if family in accepted())
     if unknown := set(chosen) - families.keys():
         sys.exit(f"transformers has no causal family {', '.join(sorted(unknown))}")
+    if arguments.accepted:
+        chosen = tuple(family for family in chosen if family in accepted())
     counts: Counter[str] = Counter()
     for family in chosen:
         outcome = try_family(family, families[family])
@@ -87,7 +87,7 @@ def main() -> None:
 
 
 def in_trainer(family: str) -> dict[str, Any]:
-    """The row of the trainer; an error is a fault of ours."""
+    """Returns the fields of ``TrainerRow``, or ``failed`` with an error, a fault of ours."""
     with TemporaryDirectory() as folder:
         try:
             return asdict(measure_family(family, Path(folder)))

@@ -82,7 +82,8 @@ def relative_error(x: Tensor, whole: Tensor, positions: Tensor, terms: int = 1) 
 
     A reference that is zero except for rounding (dq and dk if every query has one key) is replaced
     by the size of the inputs, which are drawn from a normal distribution. Each element sums
-    ``terms`` of them, one per query head of a key/value head.
+    ``terms`` of them, one per query head of a key/value head. A NaN counts as infinite, because
+    ``max`` of several errors may pass over it.
     """
     part = whole.index_select(1, positions)
     share = float(np.sqrt(whole.shape[1] / positions.numel()))
@@ -90,4 +91,13 @@ def relative_error(x: Tensor, whole: Tensor, positions: Tensor, terms: int = 1) 
     unit = float(np.sqrt(part.numel() * terms))
     if floor < 1e-9 * unit:
         floor = unit
-    return float((x.to(torch.float64) - part).norm()) / floor
+    return _distance(x, part) / floor
+
+
+def relative_gap(x: Tensor, expected: Tensor) -> float:
+    """||x - expected|| / ||expected|| of whole tensors; a NaN counts as infinite."""
+    return _distance(x, expected) / float(expected.norm())
+
+
+def _distance(x: Tensor, expected: Tensor) -> float:
+    return float((x.to(torch.float64) - expected).norm().nan_to_num(nan=torch.inf))

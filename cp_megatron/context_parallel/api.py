@@ -1,7 +1,8 @@
 """``ContextParallel``: the whole engine as one object.
 
 Shapes: B = batch, S = tokens of the whole row, N = ranks, H = query heads, G = key/value heads,
-D = head dim, E = value head dim.
+D = head dim, E = value head dim; for latent attention L = width of a latent, R = width of a rotary
+key, P = width of the other part of a key, D = P + R.
 """
 
 from __future__ import annotations
@@ -55,7 +56,8 @@ class ContextParallel:
             one that moves fewer keys).
         hierarchical_sizes: (A, P) of a2a+p2p: A neighbours exchange heads, P groups run a ring.
             With ``auto``, the number of ranks that share a node, and the number of nodes.
-        exchange_latent: what ``latent_attention`` sends, unless its call says otherwise.
+        exchange_latent: what ``latent_attention`` sends unless its call says otherwise:
+            ``latent``, ``expanded`` or ``auto``, as explained there.
         deterministic: the same inputs give the same bits; a kernel that cannot do this is refused.
         check_ranks: compare masks, layouts, shapes and types between the ranks before attention,
             so that a mistake is an error on every rank instead of a hang or a wrong number. Each
@@ -75,8 +77,8 @@ class ContextParallel:
         kernels: chooses the kernel of each attention; shared likewise.
 
     Raises:
-        ConfigError: the layout does not divide the sequence, a name is unknown, or the product of
-            the sizes is not the number of ranks.
+        ConfigError: the layout does not divide the sequence, a name is unknown, the product of the
+            sizes is not the number of ranks, or the exchange cannot send latents as asked.
     """
 
     def __init__(
@@ -282,16 +284,17 @@ class ContextParallel:
             k: [B, S / N, G, D]; H is a multiple of G, query head h reads key head h // (H / G).
             v: [B, S / N, G, E].
             scale: the positive factor of the scores; by default D ** -0.5.
-            sinks: float [H], one more score per head, in the softmax only: it takes a share of the
-                weights and has no value. -inf is no sink. The gradient is this rank's share of the
-                sum over the group.
-            softcap: the scores become softcap * tanh(score / softcap); by default they stay.
+            sinks: floating [H], one more score per head (``sinks.py``): it takes a share of the
+                softmax's weights and has no value; -inf stands for no sink. Its gradient is this
+                rank's share, to be summed over the group as that of any parameter.
+            softcap: the scores become softcap * tanh(score / softcap), as in Gemma 2
+                (arXiv:2408.00118); by default they stay as they are.
             dropout: drops attention weights. Its mask depends only on the pair of positions, so it
                 is the same under any layout, exchange and number of ranks.
             kept: passed twice, for recomputation: the first call computes and stores its results
                 there, the second takes them and sends nothing.
-            return_lse: return the logarithm of the softmax's denominator as well, which can be
-                differentiated. A gradient that arrives there makes backward twice as expensive.
+            return_lse: return the logarithm of the softmax's denominator as well. It can be
+                differentiated; a gradient of it makes backward about twice as expensive.
 
         Returns:
             [B, S / N, H, E] in q's type, or autocast's under ``torch.autocast``. With
@@ -336,15 +339,16 @@ class ContextParallel:
             latent: [B, S / N, L], normalized.
             rotary_key: [B, S / N, R], rotated; shared by all heads.
             weight: [H * (P + E), L], for the heads of ``q``.
-            scale, dropout, kept: as in ``attention``; scale is (P + R) ** -0.5 by default.
-            exchange_latent: ``latent`` sends latents and rotary keys and expands them where they
-                are read, again in backward, which keeps no expanded heads; ``expanded`` sends
-                keys and values; ``auto`` does what this object was made with, or, if that is
-                ``auto`` as well, what moves fewer bytes.
+            scale, dropout, kept: as in ``attention``; D is P + R.
+            exchange_latent: ``latent`` sends latents and rotary keys, and expands them where they
+                are read, a second time in backward, so that no expanded heads are kept;
+                ``expanded`` sends keys and values; ``auto`` does what this object was made with
+                or, if that is ``auto`` as well, sends what has fewer bytes.
 
         Returns:
-            [B, S / N, H, E], as ``attention``. The gradient of ``weight`` is this rank's share,
-            to be summed over the group as that of any parameter.
+            [B, S / N, H, E] in the type that ``attention`` returns. The gradients of q, latent and
+            rotary_key are complete on this rank; that of ``weight`` is this rank's share, to be
+            summed over the group as that of any parameter.
 
         Raises:
             ConfigError: shapes or types do not fit each other, the layout or the kernel, or the

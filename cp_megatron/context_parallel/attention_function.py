@@ -7,7 +7,6 @@ the M tokens of all peers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -54,7 +53,7 @@ class KeptAttention:
         self._results = tuple(x.detach() for x in results)
 
     def again(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Any, ...]:
-        """Returns a tuple of what backward reads, and each return value of the second call."""
+        """Returns the tuple of tensors that backward reads, then each result of the second call."""
         assert self._saved is not None
         assert self._results is not None
         saved = tuple(own if x is None else x for x, own in zip(self._saved, (q, k, v, None, None)))
@@ -67,7 +66,7 @@ class _Attention(torch.autograd.Function):
     Backward receives the keys of other ranks again. The gradient of q is complete on this rank. The
     gradients of k and v are summed over the queries of all ranks, in float32 (float64 for float64),
     so the objective is the sum of the ranks' losses. The gradient of the sinks is this rank's share
-    of a sum over ranks, as that of a parameter.
+    of a sum over ranks, as that of a parameter. The lse can be differentiated too.
     """
 
     @staticmethod
@@ -82,7 +81,10 @@ class _Attention(torch.autograd.Function):
         v: Tensor,
         sinks: Tensor | None,
     ) -> Tensor | tuple[Tensor, ...]:
-        """[B, S, H, D], [B, S, G, D], [B, S, G, E], [H] -> [B, S, H, E] in q's type, [B, H, S]."""
+        """q [B, S, H, D], k [B, S, G, D], v [B, S, G, E], sinks [H] -> out, or (out, lse).
+
+        out is [B, S, H, E] in q's type, lse [B, H, S] in float32 (float64 for float64).
+        """
         ctx.plan, ctx.call, ctx.returns_lse = plan, call, returns_lse
         ctx.set_materialize_grads(False)
         if kept is not None and kept.filled:
@@ -91,6 +93,7 @@ class _Attention(torch.autograd.Function):
             saved, results = _compute(plan, call, (q, k, v), sinks, returns_lse=returns_lse)
             if kept is not None:
                 kept.keep(plan.head_exchange is not None, saved, *results)
+        ctx.shape = results[0].shape
         ctx.save_for_backward(*saved, sinks)
         return tuple(results) if returns_lse else results[0]
 
@@ -107,8 +110,10 @@ class _Attention(torch.autograd.Function):
         with plan.buffers.lend(q.device) as memory, no_autocast:
             if exchange:
                 all_to_all = HeadAllToAll(exchange, plan.group, memory, plan.link_sums)
-                sent = (dout, dlse) if ctx.returns_lse else (dout,)
-                dout, dlse = _exchange_gradients(all_to_all, sent, out, lse)
+                whole = out.new_zeros(ctx.shape) if dout is None else dout
+                dout, dlse = _exchange_gradients(
+                    all_to_all, whole, dlse, lse, returned_lse=ctx.returns_lse
+                )
             if dout is None:
                 dout = torch.zeros_like(out)
             x = BackwardInputs(dout, q, k, v, out, lse)
@@ -132,7 +137,10 @@ def _compute(
     *,
     returns_lse: bool,
 ) -> tuple[tuple[Tensor, ...], list[Tensor]]:
-    """Returns what backward reads, and this rank's out with, if wanted, its lse."""
+    """Returns what backward reads, and ``[out]`` or ``[out, lse]`` of this rank's tokens.
+
+    Backward reads q, k, v, out and lse of the tokens and heads that this rank computes.
+    """
     q, k, v = inputs
     dtype, exchange = q.dtype, plan.head_exchange
     run = gather_forward if plan.gather else ring_forward
@@ -156,33 +164,44 @@ def _compute(
 
 
 def _own_heads(plan: RankPlan) -> slice:
-    """The query heads, of those that attention was given, that this rank computes."""
+    """Which of the query heads of the call this rank computes."""
     exchange = plan.head_exchange
     return slice(*exchange.query_heads[exchange.index]) if exchange else slice(None)
 
 
 def _exchange_gradients(
-    all_to_all: HeadAllToAll, grads: Sequence[Tensor | None], out: Tensor, lse: Tensor
+    all_to_all: HeadAllToAll,
+    dout: Tensor,
+    dlse: Tensor | None,
+    lse: Tensor,
+    *,
+    returned_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Returns dout and dlse of this rank's heads, given those of its tokens.
+    """Exchanges the gradients of this rank's tokens for those of the heads that it computes.
 
-    If attention returned the lse, every rank sends both, even if a gradient reached it for one of
-    them only, because it cannot know which of them reached the other ranks.
+    If attention returned the lse, every rank sends both, even if a gradient reached only one of
+    them here, because it cannot know which of them reached the other ranks.
+
+    Args:
+        all_to_all: sends the messages.
+        dout: [B, S, H, E], zeros if no gradient reached ``out`` here.
+        dlse: [B, H, S]; None if no gradient reached the lse here.
+        lse: of the heads that this rank computes.
+        returned_lse: whether attention returned the lse.
+
+    Returns:
+        dout [B, M, h, E] and dlse [B, h, M]; None if no gradient reached the lse on any rank.
     """
-    dout, *dlse = grads
     heads = all_to_all.exchange.query_heads
-    if dout is None:
-        assert dlse[0] is not None
-        batch, num_heads, num_tokens = dlse[0].shape
-        dout = out.new_zeros((batch, num_tokens, num_heads, out.shape[-1]))
     (own_dout,) = all_to_all.to_heads([PartitionedHeads(dout, heads)])
-    if not dlse:
+    if not returned_lse:
         return own_dout, None
-    column = lse.new_zeros((*dout.shape[:3], 1))
-    if dlse[0] is not None:
-        column = rearrange(dlse[0], "b h s -> b s h 1")
+    if dlse is None:
+        column = lse.new_zeros((*dout.shape[:3], 1))
+    else:
+        column = rearrange(dlse, "b h s -> b s h 1")
     (column,) = all_to_all.to_heads([PartitionedHeads(column, heads)])
-    # If no gradient reached any rank's lse, backward saves the second kernel call of each tile.
+    # Without a gradient of the lse, backward saves the second kernel call of each tile.
     return own_dout, rearrange(column, "b s h 1 -> b h s") if column.any() else None
 
 
@@ -220,7 +239,8 @@ def planned_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Applies the autograd function; arguments and result are those of ``attention``.
 
-    The ``head0`` of ``dropout`` is this rank's first head before any all-to-all.
+    ``returns_lse`` is its ``return_lse``. The ``head0`` of ``dropout`` is this rank's first head
+    before any all-to-all.
     """
     exchange = plan.head_exchange
     if dropout and exchange:

@@ -5,6 +5,9 @@ unrelated numbers. Ranks that brought different rows would compute rows that are
 before attention every rank sends one small message: digests of its call and of the rows that its
 part was cut from, and whether its inputs are valid. All ranks see all digests, so all of them raise
 together.
+
+Shapes: B = batch, S = tokens of this rank, H = query heads, G = key/value heads, D = head dim,
+E = value head dim.
 """
 
 from __future__ import annotations
@@ -40,7 +43,7 @@ def check_shapes(q: Tensor, k: Tensor, v: Tensor, num_tokens: int, seq_len: int)
     """Refuses q, k and v that do not fit each other or the layout.
 
     Args:
-        q, k, v: the inputs of attention.
+        q, k, v: the inputs of attention, [B, S, H, D], [B, S, G, D] and [B, S, G, E].
         num_tokens: the tokens that this rank holds.
         seq_len: the tokens of the whole row.
 
@@ -78,13 +81,19 @@ def check_options(
 ) -> float:
     """Returns the factor of the scores, or refuses options that do not fit the queries.
 
+    Args:
+        q: [B, S, H, D].
+        scale: the factor; None stands for D ** -0.5.
+        sinks: floating [H], on the device of q.
+        softcap: the bound of the scores.
+
     Raises:
-        ConfigError: a factor that is not positive and finite, or sinks that are not one for each
-            head, as real numbers on the device of q.
+        ConfigError: scale or softcap is not positive and finite, or the sinks have another shape,
+            type or device.
     """
     scale = q.shape[3] ** -0.5 if scale is None else scale
     for name, value in (("scale", scale), ("softcap", softcap)):
-        # Fused kernels mask before they scale.
+        # Fused kernels mask scores with -inf before they scale them.
         if value is not None and not 0 < value < math.inf:
             raise ConfigError(name, value, "must be positive and finite")
     if sinks is None:
@@ -102,10 +111,10 @@ class RankAgreement:
     """Compares the calls of one ``ContextParallel`` with those of the other ranks.
 
     Args:
-        mode: one of ``MODES``.
+        mode: one of ``MODES``; see ``check_ranks`` of ``ContextParallel``.
         group: the ranks that must agree; None is one rank.
-        mask, layout: compared; the mask is named in an error.
-        plan: what else must agree in every call.
+        mask, layout: must agree in every call; an error names the mask.
+        plan: the other options of the object, which must agree as well.
     """
 
     def __init__(
@@ -136,8 +145,9 @@ class RankAgreement:
 
         Args:
             tensors: the inputs of attention.
-            options: what else the call is made of; in mode ``once`` another one is compared.
-            dropout: compared, but never a reason to compare.
+            options: the other arguments of the call. In mode ``once``, a call with shapes, a type
+                or options that are new is compared.
+            dropout: compared with the rest, but mode ``once`` does not notice that it is new.
             rows: as in ``agree``.
             kept: if it is filled, the call sends nothing and is not compared.
 
@@ -148,7 +158,7 @@ class RankAgreement:
         problem = None
         try:
             yield
-        except Exception as error:  # of any type
+        except Exception as error:  # the other ranks must learn of any error
             problem = error
         kind = (*(tuple(x.shape) for x in tensors), str(tensors[0].dtype), *options)
         device, mode = tensors[0].device, self.mode
@@ -167,6 +177,7 @@ class RankAgreement:
 
     @cached_property
     def _digests(self) -> tuple[str, int]:
+        """Represents mask and layout in the comparison; the first names the mask in an error."""
         mask = self._mask
         name = f"{mask.kind} of {mask.seq_len} tokens, window {mask.window}, #{digest(mask):x}"
         return name, digest(self._layout.chunks)

@@ -12,7 +12,7 @@ from cp_megatron.kernels.select import KernelChoice, select_kernel
 
 
 class KernelChooser:
-    """Chooses kernels and keeps them.
+    """Chooses and loads kernels, each once.
 
     Args:
         name, deterministic: as ``kernel`` and ``deterministic`` of ``ContextParallel``.
@@ -32,7 +32,19 @@ class KernelChooser:
         softcap: float | None = None,
         window: bool = False,
     ) -> KernelChoice:
-        """Chooses the kernel for inputs of this kind, with a reason."""
+        """Chooses the kernel for inputs of this kind, with a reason.
+
+        Args:
+            device: where the inputs are.
+            dtype: their type.
+            head_dim: the width of the wider one of key and value heads.
+            dropout: the probability with which attention weights are dropped.
+            softcap: the bound of the scores; None is none.
+            window: whether the mask has a window.
+
+        Raises:
+            ConfigError: the kernel that was asked for, or every kernel, lacks a feature.
+        """
         return select_kernel(
             self._name,
             device=device.type,
@@ -54,7 +66,17 @@ class KernelChooser:
         softcap: float | None = None,
         window: bool,
     ) -> Kernel:
-        """Loads the kernel for queries like ``q``; the options are those of ``choice``."""
+        """Returns the kernel for attention of ``q``, [B, S, H, D]; it is loaded once.
+
+        Args:
+            q: gives the device, the type and D.
+            v_head_dim: the width of the value heads.
+            dropout, softcap, window: as in ``choice``; None drops nothing.
+
+        Raises:
+            ConfigError: as ``choice``.
+            ImportError: the kernel's package is not installed.
+        """
         probability = dropout.probability if dropout else 0.0
         width = max(q.shape[3], v_head_dim)
         key = q.device, q.dtype, width, probability > 0, softcap, window

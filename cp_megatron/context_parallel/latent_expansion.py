@@ -1,8 +1,8 @@
 """Keys and values of latent attention, expanded from latents before or after these travel.
 
 Shapes: B = batch, S = tokens of the shard, K = keys of a shard or an arrival, H = query heads,
-n = those of them that are expanded together, L = width of a latent, R = of a rotary key, P = of the
-other channels of a key, D = P + R, E = of a value.
+n = number of heads that are expanded together, L = width of a latent, R = width of a rotary key,
+P = width of the other part of a key, D = P + R, E = width of a value.
 
     latent [B, K, L]   rotary_key [B, K, R]   weight [H * (P + E), L]
     k [B, K, H, D]: of head h, its first P rows of ``weight`` @ latent, then rotary_key
@@ -46,7 +46,8 @@ def check_latent_shapes(
     """Refuses inputs of latent attention that do not fit each other or the layout.
 
     Args:
-        q, latent, rotary_key, weight: the inputs, [B, S, H, D] and as above.
+        q, latent, rotary_key, weight: the inputs; q is [B, S, H, D], and the others are as above
+            with K = S.
         num_tokens: the tokens that this rank holds.
         seq_len: the tokens of the whole row.
 
@@ -86,7 +87,7 @@ def check_latent_shapes(
 def expand_heads(
     latent: Tensor, rotary_key: Tensor, weight: Tensor, num_heads: int, plain_dim: int
 ) -> tuple[Tensor, Tensor]:
-    """Returns k [B, S, H, D] and v [B, S, H, E], contiguous and with their history.
+    """Expands k [B, S, H, D] and v [B, S, H, E], which are contiguous and can be differentiated.
 
     Args:
         latent, rotary_key, weight: [B, S, L], [B, S, R] and [H * (P + E), L].
@@ -100,7 +101,7 @@ def expand_heads(
 class LatentExpansion:
     """Expands the messages of one pass, and sums the gradients that reach the weight.
 
-    It is an ``Expansion`` of ``partials.py``.
+    It is an ``Expansion`` of ``partials.py``. Each matrix is made once and kept for the pass.
 
     Args:
         weight: [H * (P + E), L].
@@ -159,7 +160,7 @@ class LatentExpansion:
                     self._add_to_weight(own, _product(gradient.T, _rows(message, a, b)))
 
     def _matrix(self, heads: Span) -> Tensor:
-        """[n * (D + E), L + R]: makes all keys, then all values, of some heads."""
+        """[n * (D + E), L + R]: expands a message to all keys, then all values, of some heads."""
         if heads in self._matrices:
             return self._matrices[heads]
         weight, latent_dim = self._weight[slice(*heads)], self._weight.shape[2]
@@ -211,10 +212,11 @@ def _rows(x: Tensor, start: int, stop: int) -> Tensor:
 
 
 def _product(x: Tensor, y: Tensor) -> Tensor:
-    """x @ y in x's type, in which sums are kept; y has the type of activations.
+    """x @ y in x's type, the type of sums; y has the type of activations.
 
-    CUDA multiplies bfloat16 many times faster and sums in float32 all the same, so x is rounded
-    there, like the gradients of keys before any projection.
+    On CUDA, x is rounded to the type of y first: products of bfloat16 are many times faster there,
+    and their sums are float32 all the same. Without latents, the gradients of keys are rounded,
+    too, before the backward of their projection reads them.
     """
     if x.is_cuda and y.dtype != x.dtype:
         return torch.mm(x.to(y.dtype), y, out_dtype=x.dtype)

@@ -26,8 +26,10 @@ from cp_megatron.kernels.interface import BackwardInputs, Kernel, accumulation_d
 class _LatentAttention(torch.autograd.Function):
     """Saves q, latent, rotary_key, weight, out and lse; no expanded key or value is kept.
 
-    Each arrival of latents is expanded again in backward. The gradient of weight is this rank's
-    share, from all the keys that its queries read.
+    Backward receives the latents of other ranks again and expands each arrival again. The gradient
+    of q is complete on this rank. Those of latent and rotary_key are summed over the queries of all
+    ranks and over heads. The gradient of weight is this rank's share: what its own queries
+    contribute, through all the keys that they read.
     """
 
     @staticmethod
@@ -41,7 +43,7 @@ class _LatentAttention(torch.autograd.Function):
         rotary_key: Tensor,
         weight: Tensor,
     ) -> Tensor:
-        """q [B, S, H, D] -> [B, S, H, E] in q's type."""
+        """q [B, S, H, D], latent [B, S, L], rotary_key [B, S, R] -> [B, S, H, E] in q's type."""
         ctx.plan, ctx.call = plan, call
         if kept is not None and kept.filled:
             saved, result = kept.again(q, latent, rotary_key)
@@ -84,6 +86,7 @@ def _expanding(
     memory: Workspace,
     dweight: Tensor | None = None,
 ) -> Call:
+    """The call with the expansion of one pass; ``dweight`` as in ``LatentExpansion``."""
     rotary_dim = rotary_key.shape[-1]
     widths = q.shape[2], q.shape[3] - rotary_dim, rotary_dim
     return replace(call, expansion=LatentExpansion(weight, *widths, memory, dweight))

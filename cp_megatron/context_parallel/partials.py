@@ -27,12 +27,12 @@ from cp_megatron.plan.tiling import Span, Tile
 
 @dataclass(frozen=True)
 class Portion:
-    """Heads of one arrival that are computed together.
+    """Some heads of one arrival, which are computed together.
 
     Attributes:
-        heads: the query heads.
+        heads: the query heads, a part of all that this rank computes.
         keys: the keys and values that they read, [B, K, g, D] and [B, K, g, E].
-        grads: memory for the gradients of ``keys``; None in forward.
+        grads: memory for the gradients of ``keys``, of the same shapes; None in forward.
     """
 
     heads: slice
@@ -50,10 +50,16 @@ class Expansion(Protocol):
         groups: Sequence[HeadGroup],
         grads: KeyValues | None,
     ) -> Iterator[Portion]:
-        """Yields the heads in ``groups``, expanded where ``tiles`` read them.
+        """Yields the heads in ``groups``, with keys and values where ``tiles`` read them.
 
         The caller adds to each portion's gradients, which begin as zeros. When it asks for the next
-        portion, they are added to ``grads``, the gradients of the message.
+        portion, they are turned into gradients of the message, and these are added to ``grads``.
+
+        Args:
+            tiles: what will be computed.
+            keys: the arrival.
+            groups: the heads.
+            grads: memory for the gradients of ``keys``; None in forward.
         """
         ...
 
@@ -145,7 +151,7 @@ class MergedResults:
             if new_lse.shape == (batch, num_heads, shard_len):
                 whole = new_out.to(self._dtype)
                 if whole.untyped_storage().nbytes() > whole.nbytes:
-                    whole = whole.clone()  # backward would keep the padding of a narrow head, too
+                    whole = whole.clone()  # else the padding of a narrow head would be kept, too
                 self._sums = whole, new_lse.to(self._dtype)
                 return
             shape = (batch, shard_len, num_heads, new_out.shape[-1])
@@ -209,7 +215,7 @@ class Gradients:
     ) -> None:
         self._call, self._round, self._queries, self._keys = call, round_, queries, keys
         self.grads = KeyValues.unpack(packed, keys)
-        if call.expansion is not None:
+        if call.expansion is not None:  # it adds to the gradients of the message
             packed.zero_()
 
     @classmethod
@@ -249,6 +255,13 @@ class Gradients:
     def _accumulate(
         self, groups: Sequence[HeadGroup], *, store_own: bool = False, store_whole: bool = False
     ) -> None:
+        """Computes the tiles of the round and writes or adds their gradients.
+
+        Args:
+            groups: the heads.
+            store_own: ``first`` tiles overwrite the gradients of their rows and columns.
+            store_whole: the only tile overwrites the gradients of all columns.
+        """
         call, queries = self._call, self._queries
         for part in call.portions(self._round, self._keys, groups, self.grads):
             assert part.grads is not None
@@ -278,12 +291,16 @@ def _write(target: Tensor, value: Tensor, *, store: bool) -> None:
 
 
 def _of_lse(x: BackwardInputs, dlse: Tensor) -> BackwardInputs:
-    """Inputs for which a kernel's dq and dk are those of the lse alone.
+    """Returns inputs for which a kernel's dq and dk are those of the lse alone.
 
     A kernel computes dS = P (dout v^T - sum(dout out)), and the lse adds P dlse to it. That is dS
-    for one value channel of ones, dout = dlse and out = 0. A second call is made, and no channel is
-    added to the first one, because a wider head may be more than the kernel takes, and because
-    dropout, which changes P in the first call, does not change the lse.
+    for one value channel of ones, dout = dlse and out = 0. This needs a second call. One more
+    channel in the first call would not do: the kernel may not take a wider head, and dropout, which
+    changes P in the first call, does not change the lse.
+
+    Args:
+        x: the inputs of the first call.
+        dlse: [B, H, Q].
     """
     dout = rearrange(dlse, "b h q -> b q h 1").to(x.dout.dtype).contiguous()
     ones = x.v.new_ones((*x.v.shape[:3], 1))

@@ -13,7 +13,8 @@ p = exp(s - lse'), and
 
     ds = sum over rows and batch of p (dlse' - sum(dout out'))
 
-A sink of -inf is no sink. Source: Agarwal et al. 2025, "gpt-oss-120b & gpt-oss-20b model card".
+A sink of -inf is no sink. Source: OpenAI 2025, "gpt-oss-120b & gpt-oss-20b Model Card",
+arXiv:2508.10925.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def add_sinks_(out: Tensor, lse: Tensor, sinks: Tensor) -> None:
 def sink_gradient(
     dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, sinks: Tensor
 ) -> Tensor:
-    """The gradient [H] of the sinks, in the type of the lse.
+    """Returns the gradient [H] of the sinks, in the type of the lse.
 
     Args:
         dout: [B, S, H, E].

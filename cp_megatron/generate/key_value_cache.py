@@ -128,7 +128,7 @@ class CachedRow(ContextParallel):
             q, k, v: [B, S, H, D], [B, S, G, D] and [B, S, G, E] of the new tokens.
             scale: multiplies the scores; by default D ** -0.5.
             sinks, softcap: as in ``ContextParallel.attention``.
-            training: options of training; each must be None.
+            training: its other options, which belong to training; each must be None or False.
 
         Returns:
             [B, S, H, E].
@@ -165,12 +165,15 @@ class CachedRow(ContextParallel):
         scale: float | None = None,
         **training: Any,
     ) -> Tensor:
-        """Expands the new keys and values and keeps them; see ``attention``.
+        """Expands the new keys and values, and calls ``attention``, which keeps them expanded.
 
         Args:
             q, latent, rotary_key, weight: as in ``ContextParallel.latent_attention``, of the new
                 tokens.
             scale, training: as in ``attention``.
+
+        Returns:
+            [B, S, H, E].
         """
         heads, plain_dim = q.shape[2], q.shape[3] - rotary_key.shape[2]
         k, v = expand_heads(latent, rotary_key, weight, heads, plain_dim)
@@ -193,14 +196,14 @@ def _dense_attention(
     sinks: Tensor | None,
     softcap: float | None,
 ) -> Tensor:
-    """Attention by its formula, in float32 (float64 for float64).
+    """Computes attention by its formula, in float32 (float64 for float64).
 
     Args:
-        q: [B, H, S, D], scaled.
+        q: [B, H, S, D], multiplied by the factor of the scores.
         keys, values: [B, H, T, D] and [B, H, T, E].
-        mask: bool [S, T].
-        sinks: [H].
-        softcap: the bound of the scores.
+        mask: bool [S, T], True where a query attends a key.
+        sinks: [H], one more score per head, without a value; None: there are none.
+        softcap: the bound of the scores; None leaves them as they are.
 
     Returns:
         [B, H, S, E] in the type of the values.

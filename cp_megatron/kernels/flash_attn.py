@@ -34,11 +34,13 @@ _CONSTANTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "flash_attn_4": {"return_lse": True},
     }
 )
-"""The arguments of each generation that are the same in every call; a softcap replaces one."""
+"""The arguments of each generation that every call has; a softcap replaces or adds one."""
 
 
 def load_flash_attention(name: str, *, deterministic: bool, softcap: float | None) -> Kernel:
     """Loads ``flash_attn_2``, ``flash_attn_3`` or ``flash_attn_4``.
+
+    The arguments are those of ``FlashAttention``.
 
     Raises:
         ImportError: the package is not installed, or does not support this machine.
@@ -88,12 +90,12 @@ class FlashAttention(FlashKernel):
             raise ConfigError("--kernel", name, rule, f"{TRAITS[name].install}, a newer version")
 
     def _has_softcap(self, interface: ModuleType | Any) -> bool:
-        # Generation 4 before April 2026 took the argument, but its formula was wrong and its
-        # backward ignored it. The version that mended both brought this function.
-        mended = hasattr(getattr(interface, "utils", None), "create_softcap_scoremod_bwd")
+        # Before April 2026, generation 4 took the argument, but its formula was wrong and its
+        # backward ignored it. The version that corrected both added this function.
+        corrected = hasattr(getattr(interface, "utils", None), "create_softcap_scoremod_bwd")
         functions = self._forward_op, self._backward_op
         taken = all("softcap" in _parameters(function) for function in functions)
-        return taken and (mended or not self._is_newest)
+        return taken and (corrected or not self._is_newest)
 
     def call_forward(
         self, q: Tensor, k: Tensor, v: Tensor, window: FlashWindow, scale: float

@@ -12,7 +12,8 @@ out and lse of a row, ``backward`` returns this tile's exact share of the gradie
 
 The plan guarantees that lengths are positive and that every row of a tile has a key, because
 kernels differ or fail otherwise. Last dims have stride 1. ``select.py`` states what a backend
-cannot do (windows, dropout, a deterministic backward, a head dim), and it is never asked to.
+cannot do (windows, dropout, a softcap, a deterministic backward, a head dim), and it is never asked
+to.
 
 A kernel gets a softcap when it is made: the scores are then softcap * tanh(scale q k^T / softcap).
 Kernels have no argument for attention dropout. The only kernel that can drop, ``reference``,

@@ -27,7 +27,7 @@ class ReferenceKernel:
 
     Args:
         dropout: the dropout of the one tile that this kernel computes; None drops nothing.
-        softcap: the scores' bound c; None leaves the scores as they are.
+        softcap: the bound c of the scores; None leaves them as they are.
     """
 
     def __init__(self, dropout: TileDropout | None = None, *, softcap: float | None = None) -> None:
@@ -78,7 +78,8 @@ class ReferenceKernel:
     def _scores(
         self, q: Tensor, k: Tensor, band: Band, scale: float
     ) -> tuple[Tensor, Tensor | None]:
-        """[B, G, g, Q, K]: scores, -inf outside the band; and the softcap's derivative, if any."""
+        """Two tensors [B, G, g, Q, K]: the scores, -inf outside the band, and the derivative of
+        the softcap, None without one."""
         grouped = rearrange(q, "b q (n g) d -> b q n g d", n=k.shape[2])
         scores = torch.einsum("bqngd,bknd->bngqk", grouped, k) * scale
         slope = None

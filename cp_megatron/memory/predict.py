@@ -233,7 +233,8 @@ def _kept(spec: ModelSpec, memory: MemoryConfig, sizes: ActivationSizes) -> Coun
         tiled = memory.mlp_tile_size is not None
         for name, num_bytes in layer.kept_bytes(sizes, granularity, tiled=tiled).items():
             kept[IN_LAYER[name]] += num_bytes
-    # Layers share rotations. Attention keeps them; if all of it is recomputed, the caller does.
+    # Layers that rotate alike share a rotation. Attention keeps it; the caller does if all of
+    # attention is recomputed.
     rotations = {x.attention.rotary: x.attention.rotation_bytes(sizes) for x in spec.layers}
     rotation = sum(rotations.values())
     kept[ATTENTION if "none" in levels else OTHER] += rotation

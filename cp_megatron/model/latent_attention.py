@@ -1,7 +1,7 @@
 """Multi-head latent attention; ``spec/latent.py`` draws it.
 
-Every tensor parallel rank computes all latents, and keys and values of its heads. The keys and
-values are computed by the attention itself, which may send latents to other ranks instead.
+Every tensor parallel rank computes all latents, and the keys and values of its own heads. These
+are expanded by the attention over the cp axis, which may send latents to other ranks instead.
 
 Shapes: b batch, s sequence of one context parallel rank, h hidden, n heads, p channels of a head
 that are not rotated, r channels that are, e value head dim, l width of the latent.
@@ -22,7 +22,7 @@ from cp_megatron.tensor_parallel import ColumnParallelLinear, RowParallelLinear,
 
 
 class LatentAttention(nn.Module):
-    """The projections of one layer."""
+    """The projections of one layer, and the norms of its latents."""
 
     def __init__(self, spec: LatentAttentionSpec, *, tp: TensorParallel) -> None:
         super().__init__()
@@ -38,7 +38,10 @@ class LatentAttention(nn.Module):
         self.out = RowParallelLinear(spec.out, tp=tp)
 
     def project(self, x: Tensor, rotation: Rotation | None) -> tuple[Tensor, ...]:
-        """[b, s, h] -> q [b, s, n/tp, p + r], latent [b, s, l], rotated keys [b, s, r]."""
+        """[b, s, h] -> q [b, s, n/tp, p + r], latent [b, s, l], rotary key [b, s, r].
+
+        The last r channels of q and the rotary key are rotated; the latent is normalized.
+        """
         queries = x if self.query_down is None else self.query_down(x)
         if self.query_down_norm is not None:
             queries = self.query_down_norm(queries)
@@ -63,7 +66,10 @@ class LatentAttention(nn.Module):
         dropout: Dropout | None,
         kept: KeptAttention | None,
     ) -> Tensor:
-        """What ``project`` returned -> [b, s, n/tp, e]."""
+        """The results of ``project`` -> [b, s, n/tp, e].
+
+        ``dropout`` and ``kept`` are those of ``ContextParallel.latent_attention``.
+        """
         weight = self.key_value.local("weight")
         return cp.latent_attention(
             q, latent, rotary_key, weight, self.spec.scale, dropout=dropout, kept=kept

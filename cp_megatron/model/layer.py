@@ -72,7 +72,7 @@ class TransformerLayer(nn.Module):
         attended = self.memory.mixer(self._attend, x, rotation, cp, dropout)
         added = self.tp.leave(self.attention.output(attended), self.attention.out.local_bias())
         stream = self._add(x, added, self.attention_post_norm)
-        # The gradient of a norm needs the values that it normalized.
+        # A norm's gradient needs what it normalized, so a recomputation must run the MLP.
         last = layer_pass if self.mlp_post_norm is None else Pass()
         read = x if self.is_parallel else stream
         added = self.memory.mlp(self._feed_forward, read, self.mlp_weights, last)

@@ -31,9 +31,11 @@ class Norm(SpecifiedModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """[.., h] -> [.., h]."""
-        weight = self.local("weight")
+        weight, bias, dtype = self.local("weight"), self.local_bias(), x.dtype
         if self.one_plus:
             weight = 1 + weight.to(accumulation_dtype(weight.dtype))
+            if self.kind == "LayerNorm":  # layer_norm takes one type only
+                x, bias = x.to(weight.dtype), None if bias is None else bias.to(weight.dtype)
         if self.kind == "RMSNorm":
             return F.rms_norm(x, weight.shape, weight, self.epsilon)
-        return F.layer_norm(x, weight.shape, weight, self.local_bias(), self.epsilon)
+        return F.layer_norm(x, weight.shape, weight, bias, self.epsilon).to(dtype)

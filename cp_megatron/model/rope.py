@@ -28,9 +28,11 @@ class Rotation:
     """The rotation of every token.
 
     Attributes:
-        cos, sin: of the angles, [s, d/2], float32 (float64 for a float64 model).
-        interleaved: as in ``RotarySpec``.
-        query_factor: what queries are multiplied with, [s], in the type of the activations.
+        cos, sin: cosine and sine of the angles times the attention factor of ``rope_frequencies``,
+            [s, d/2], float32 (float64 for a float64 model).
+        interleaved: whether channels 2i and 2i + 1 are a pair, as in ``RotarySpec``.
+        query_factor: [s], the factor of each token's queries that follows from
+            ``RotarySpec.temperature``, in the type of the activations; None is no factor.
     """
 
     cos: Tensor
@@ -52,7 +54,7 @@ class Rotation:
 
         Args:
             positions: index of every token in its document.
-            config, rotary: give the frequencies.
+            config, rotary: the model and the rotation of the layer; they give the frequencies.
             longest: length of the longest document of the whole row, not of this rank's part.
             dtype: type of the activations. Angles are always float64: in float32 an angle at
                 position 10^6 is off by 0.03.
@@ -76,7 +78,7 @@ class Rotation:
         )
 
     def queries(self, q: Tensor) -> Tensor:
-        """Rotates queries, [b, s, n, D] -> the same shape and dtype."""
+        """Rotates queries and applies their factor, [b, s, n, D] -> the same shape and dtype."""
         q = self.keys(q)
         return q if self.query_factor is None else q * self.query_factor[:, None, None]
 

@@ -31,7 +31,7 @@ from cp_megatron.tensor_parallel import (
 NORMS: Mapping[str, type[Norm | EachHeadNorm | AllHeadsNorm]] = MappingProxyType(
     {"head": Norm, "each_head": EachHeadNorm, "all_heads": AllHeadsNorm}
 )
-"""The norms of heads by their scope."""
+"""The modules of the norms of heads, by their scope (``HeadNormSpec``)."""
 
 
 class SelfAttention(SpecifiedModule):
@@ -79,7 +79,10 @@ class SelfAttention(SpecifiedModule):
         dropout: Dropout | None,
         kept: KeptAttention | None,
     ) -> Tensor:
-        """What ``project`` returned -> [b, s, n/tp, e]."""
+        """The results of ``project`` -> [b, s, n/tp, e].
+
+        ``dropout`` and ``kept`` are those of ``ContextParallel.attention``.
+        """
         return cp.attention(
             q,
             k,
@@ -92,7 +95,10 @@ class SelfAttention(SpecifiedModule):
         )
 
     def _sinks(self, q: Tensor) -> Tensor | None:
-        """[n/tp]; None without sinks."""
+        """[n/tp], the sinks of this rank's heads; None without sinks.
+
+        A softmax of the type ``off-by-one`` has a sink of 0 for every head.
+        """
         if self.spec.sinks == "learnable":
             return self.local("sinks")
         return None if self.spec.sinks == "vanilla" else q.new_zeros(q.shape[2])

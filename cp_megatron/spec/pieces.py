@@ -90,22 +90,30 @@ class NormSpec(BlockSpec):
 
     def kept_bytes(self, vectors: int, sizes: ActivationSizes) -> int:
         """Bytes that backward needs of ``vectors`` normalized vectors."""
-        factor = self.width * sizes.exact if self.one_plus else 0
+        is_layer_norm, is_mixed = self.kind == "LayerNorm", self._is_mixed(sizes)
+        # The factor 1 + weight, and the bias in the type of the sums.
+        copies = self.one_plus + (is_layer_norm and is_mixed and self.bias)
+        shared = copies * self.width * sizes.exact
         if not self._is_fused(sizes):  # input, 1 / rms, and their product
-            return vectors * (2 * self.width + 1) * sizes.exact + factor
-        statistics = 2 if self.kind == "LayerNorm" else 1
-        statistic = sizes.exact if sizes.on_cuda else sizes.element
-        return vectors * (self.width * sizes.element + statistics * statistic) + factor
+            return vectors * (2 * self.width + 1) * sizes.exact + shared
+        statistics = 2 if is_layer_norm else 1
+        element = sizes.exact if is_mixed else sizes.element
+        statistic = sizes.exact if sizes.on_cuda else element
+        return vectors * (self.width * element + statistics * statistic) + shared
 
     def keeps_input(self, sizes: ActivationSizes) -> bool:
         """Whether it keeps its input itself, not a copy in the type of the sums."""
-        return self._is_fused(sizes) or sizes.element == sizes.exact
+        fused = self._is_fused(sizes) and not self._is_mixed(sizes)
+        return fused or sizes.element == sizes.exact
 
     def _is_fused(self, sizes: ActivationSizes) -> bool:
         """Whether one fused operation computes the norm; RMSNorm on the CPU is several, and so is
-        one whose factor 1 + weight has the type of the sums."""
-        mixed = self.one_plus and sizes.element != sizes.exact
-        return self.kind == "LayerNorm" or (sizes.on_cuda and not mixed)
+        one whose factor has another type than its input."""
+        return self.kind == "LayerNorm" or (sizes.on_cuda and not self._is_mixed(sizes))
+
+    def _is_mixed(self, sizes: ActivationSizes) -> bool:
+        """Whether its factor, 1 + weight, has the type of the sums and its input does not."""
+        return self.one_plus and sizes.element != sizes.exact
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,8 +21,8 @@ from cp_megatron.tensor_parallel.placement import SpecifiedModule, local_weight
 class VocabParallelEmbedding(SpecifiedModule):
     """The rows of the table are split: each rank looks up the ids it has, and the sum is taken.
 
-    A multiplier is rounded to the type of the activations before the vectors are multiplied, as
-    Gemma is trained.
+    The multiplier is rounded to the type of the activations before it multiplies the vectors, as in
+    Gemma.
     """
 
     weight: nn.Parameter
@@ -51,6 +51,8 @@ class VocabParallelEmbedding(SpecifiedModule):
 
 class VocabParallelHead(SpecifiedModule):
     """Logits of this rank's part of the vocabulary; those of padding are -inf.
+
+    ``LogitTransform`` describes the multiplier and the softcap.
 
     With tied weights it has no parameter, and its methods are given the embedding's.
     """

@@ -73,7 +73,7 @@ def vocab_parallel_fused_loss(
         vocab_size: number of ids without padding.
         tp: the group that shares the vocabulary.
         rule: the z-loss and the size of chunks.
-        transform: what the products with ``weight`` become before the softmax; None: the logits.
+        transform: how the products with ``weight`` become logits; None leaves them as they are.
 
     Returns:
         A scalar, the sum of cross-entropy and z-loss in nats over the tokens that count; and the
@@ -172,7 +172,7 @@ class _Chunk:
         if z:
             total = total + z * torch.where(counts, lse, 0.0).square().sum()
         if wanted:
-            # (softmax * (1 + 2 z lse) - one_hot(label)) * multiplier
+            # (softmax * (1 + 2 z lse) - one_hot(label)) * multiplier, and then the softcap's slope
             scale = torch.exp(maximum - lse) * (multiplier + 2 * z * multiplier * lse)
             exact.mul_(torch.where(counts, scale, 0.0).unsqueeze(1))
             exact.scatter_add_(1, local, -multiplier * here.to(exact.dtype).unsqueeze(1))

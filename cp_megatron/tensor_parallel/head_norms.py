@@ -1,8 +1,8 @@
 """Norms of heads that are split over the tp ranks, whose weight is not shared by the heads.
 
-OLMo 2 normalizes all heads of a token as one vector (2025, arXiv:2501.00656), so its
-statistics are means over the channels of all ranks. Cohere and StableLM 2 normalize every head by
-itself, with a weight of its own.
+OLMo 2 normalizes all heads of a token as one vector (Ai2 2025, arXiv:2501.00656), so the statistics
+are means over the channels of all ranks. Cohere and StableLM 2 normalize every head by itself, with
+a weight of its own.
 
 Where ranks share a head of keys, every head is shared by equally many ranks. The means over ranks
 are therefore those over heads, and the sum of what the copies of a head add to a gradient is the

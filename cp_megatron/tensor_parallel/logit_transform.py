@@ -1,4 +1,4 @@
-"""What lies between the products of the output layer and the logits: a multiplier and a softcap.
+"""Turns the products of the output layer into logits, by a multiplier and a softcap.
 
 Shapes: n tokens, v padded vocabulary; this rank has v/tp columns.
 """
@@ -21,20 +21,21 @@ class LogitTransform:
     vocabulary is set to -inf afterwards, because a softcap would turn -inf into -softcap.
 
     Attributes:
-        multiplier: of the products.
-        softcap: the bound of the logits; None: there is none.
+        multiplier: the factor of the products.
+        softcap: the bound of the logits; None: they have none.
     """
 
     multiplier: float = 1.0
     softcap: float | None = None
 
     def forward(self, products: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Products [.., v/tp] in the type of sums, whose memory is used again -> logits.
+        """Products [.., v/tp] in the type of sums -> logits [.., v/tp] in the same type.
 
-        Autograd may differentiate it.
+        The products are overwritten. Autograd can differentiate this method; a caller that does
+        without it calls ``backward_``.
 
         Returns:
-            The logits and, if there is a softcap, the tanh, for ``backward_``.
+            The logits, and the tanh that ``backward_`` needs; None without a softcap.
         """
         if self.softcap is None:
             return (products if self.multiplier == 1.0 else products.mul_(self.multiplier)), None
@@ -44,7 +45,7 @@ class LogitTransform:
     def backward_(self, grad: Tensor, bounded: Tensor | None) -> None:
         """Turns the gradient of the logits [n, v/tp] in place into that of multiplier * products.
 
-        The derivative is 1 - tanh^2. The memory of ``bounded`` is used again.
+        The factor is 1 - tanh^2. ``bounded`` is overwritten.
         """
         if bounded is not None:
             grad.addcmul_(grad, bounded.square_(), value=-1)

@@ -50,9 +50,15 @@ class SpecifiedModule(nn.Module):
 
 
 def shared_unit(spec: ParameterSpec, tp: TensorParallel) -> slice | None:
-    """The slice of dim 0 of a parameter of which ranks share units: the unit of this rank.
+    """Which rows of a parameter this rank computes with, if tp ranks share its units.
 
-    None: the rank computes with all that it holds.
+    Args:
+        spec: the parameter, whose dim 0 consists of units (heads).
+        tp: the ranks.
+
+    Returns:
+        The slice of dim 0 that is this rank's unit; None if the rank computes with all the rows
+        that it holds.
     """
     if spec.units is None or spec.split_dim("tp", tp.size) is not None:
         return None

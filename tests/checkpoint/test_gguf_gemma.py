@@ -1,7 +1,7 @@
 """GGUF files of Gemma 2 and 3 to Hugging Face folders, with tokenizers that SentencePiece trained.
 
-The files are as the converter of llama.cpp writes them: norms with 1 + w, and no word about what
-llama.cpp knows of the architecture.
+The files are like those of llama.cpp's converter: weights of norms have 1 added, and what llama.cpp
+knows from the architecture alone is left out.
 """
 
 from __future__ import annotations
@@ -63,12 +63,13 @@ def trained() -> Any:
 
 def kind_of(token: int) -> int:
     """The type of a token in GGUF."""
-    library = trained()
+    library, kinds = trained(), gguf.TokenType
     if library.is_byte(token):
-        return 6
+        return int(kinds.BYTE)
     if library.is_control(token) or library.is_unknown(token):
-        return 3
-    return 4 if set(library.id_to_piece(token)) <= {"\n", "\u2581"} and token < 8 else 1
+        return int(kinds.CONTROL)
+    of_user = set(library.id_to_piece(token)) <= {"\n", "\u2581"} and token < 8
+    return int(kinds.USER_DEFINED if of_user else kinds.NORMAL)
 
 
 def gemma(kind: str, layers: int) -> Any:
@@ -90,6 +91,10 @@ def gemma(kind: str, layers: int) -> Any:
 
 
 def write_gemma(path: Path, model: Any, kind: str, **more: Any) -> Path:
+    """Writes the model, without its window if ``more`` has ``window=False``.
+
+    ``tokenizer_model`` in ``more`` is the kind of the tokenizer.
+    """
     config, writer = model.config, gguf.GGUFWriter(path, kind)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
@@ -118,7 +123,10 @@ def write_gemma(path: Path, model: Any, kind: str, **more: Any) -> Path:
     writer.add_tokenizer_pre("default")
     # llama.cpp's converter writes symbols of the user with spaces.
     writer.add_token_list(
-        [piece.replace("\u2581", " ") if k == 4 else piece for piece, k in zip(pieces, kinds)]
+        [
+            piece.replace("\u2581", " ") if kind_ == gguf.TokenType.USER_DEFINED else piece
+            for piece, kind_ in zip(pieces, kinds)
+        ]
     )
     writer.add_token_scores([library.get_score(token) for token in tokens])
     writer.add_token_types(kinds)
@@ -177,7 +185,7 @@ def test_the_rotary_base_of_windows_is_the_one_of_the_file(tmp_path: Path) -> No
 
 
 def test_the_tokenizer_is_the_one_of_the_file(tmp_path: Path) -> None:
-    """Not one that lies beside it, which transformers would prefer."""
+    """A tokenizer.json beside the file, which transformers would prefer, is not read."""
     (tmp_path / "tokenizer.json").write_text('{"model": {"type": "WordLevel", "vocab": {"a": 0}}}')
     model = gemma("gemma3", 1)
     folder = convert_gguf(write_gemma(tmp_path / "m.gguf", model, "gemma3"), tmp_path / "hf")

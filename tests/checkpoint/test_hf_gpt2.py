@@ -74,7 +74,7 @@ def logits_of(model: Transformer, groups: ParallelGroups) -> Tensor:
 def loaded(rank: int, world_size: int, folder: Path, grid: Grid) -> Tensor:
     """Reads the model of a folder, and returns its logits [2, SEQ, VOCAB]."""
     groups = ParallelGroups.create(grid, "cpu")
-    config = replace(run_of(read_hf_config(folder).model))
+    config = run_of(read_hf_config(folder).model)
     options: dict[str, Any] = {"vocab_size": VOCAB, "dtype": "float64", "device": "cpu"}
     model = build_model(config, groups, **options)
     load_hf(folder, model=model)
@@ -114,7 +114,7 @@ def save(rank: int, world_size: int, folder: Path, name: str, grid: Grid) -> Ten
     return logits_of(model, groups)
 
 
-@pytest.mark.slow  # tests/families compares GPT-2's logits and gradients on a grid of ranks
+@pytest.mark.slow  # by default tests/families compares GPT-2 with transformers on a grid of ranks
 @pytest.mark.parametrize("name", CASES)
 def test_transformers_computes_the_same_logits(tmp_path: Path, name: str) -> None:
     from transformers import AutoModelForCausalLM
@@ -166,7 +166,7 @@ def test_fused_and_transposed_tensors_are_read_back(tmp_path: Path, name: str) -
 
 @pytest.mark.parametrize("base", [False, True])
 def test_a_folder_of_transformers_loads(tmp_path: Path, base: bool) -> None:
-    """Also one without an output layer and with the masks of old folders, as OpenAI's."""
+    """``base`` is like OpenAI's folder: it has no output layer, and masks among its tensors."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     sizes: dict[str, Any] = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 40}

@@ -31,7 +31,7 @@ from tests.ranks import run_ranks
 
 TOKENS = torch.randint(0, meta_llama.VOCAB, (24,), generator=torch.Generator().manual_seed(2))
 TABLE = torch.ones(4, 4, dtype=torch.complex64)
-"""Old versions of torchtitan and Meta's llama save the rotary table."""
+"""The rotary table, which old versions of torchtitan and of Meta's llama save."""
 needs_transformers = pytest.mark.skipif(
     find_spec("transformers") is None, reason="transformers is not installed: pip install '.[hf]'"
 )

@@ -1,8 +1,8 @@
 """Tiny models of all Hugging Face families, with every optional field off its default.
 
-A family is one ``Case`` or more: all of its variants together give each field of its config class a
-value that is not the default (``test_cases.py`` says which fields are left out). The models run as
-soon as their family stands in ``FAMILIES``.
+A family has one ``Case`` or more, which together give each field of its config class a value that
+is not the default (``test_cases.py`` says which fields are left out). The name of the first case is
+the family's model type; further names have a comma and a remark after it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-VOCAB = 300  # not a multiple of the padding; the byte tokenizer has 257
+VOCAB = 300  # is padded, and holds the 257 ids of the byte tokenizer
 FULL, SLIDING = "full_attention", "sliding_attention"
 SIZES: Mapping[str, Any] = {
     "vocab_size": VOCAB,
@@ -36,7 +36,7 @@ def rope(kind: str = "default", **more: Any) -> dict[str, Any]:
 
 
 def longrope(pairs: int, original: int, **more: Any) -> dict[str, Any]:
-    """The longest document has 26 tokens: it decides which of the factors are used."""
+    """Factors that differ by pair. The longest document, of 26 tokens, decides which are used."""
     return rope(
         "longrope",
         factor=4.0,
@@ -48,7 +48,7 @@ def longrope(pairs: int, original: int, **more: Any) -> dict[str, Any]:
 
 
 def yarn(**more: Any) -> dict[str, Any]:
-    """A third less of either beta moves a boundary of the ramp, which is a whole number."""
+    """A boundary of the ramp, a whole number, moves if either beta is a third less."""
     values = {"rope_theta": 20.0, "factor": 4.0, "original_max_position_embeddings": 16}
     values |= {"beta_fast": 1.6, "beta_slow": 0.08}
     return rope("yarn", **{**values, **more})
@@ -72,10 +72,11 @@ class Case:
     Attributes:
         name: the prefix of its classes in transformers, for example ``Llama``.
         options: arguments of its config class, beside those of ``sizes``.
-        sizes: what the models of all cases have alike, in the words of the family.
+        sizes: what the models of all cases have in common, by the keys of the family.
         model_class: the model's class if it is not ``<name>ForCausalLM``.
         one_plus: norms store their factor minus 1.
-        inert: ends of names of tensors and keys of config.json without effect, or that fix a size.
+        inert: keys of config.json, and ends of names of tensors, that change no logits or that
+            cannot change alone, because they fix a size.
     """
 
     name: str

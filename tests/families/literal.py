@@ -1,4 +1,4 @@
-"""config.json as a literal: what is read from it, and what is written for the model that it is."""
+"""Helpers of the tests of families whose config.json is a literal: what is read and written."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SHARED: Mapping[str, Any] = {
     "transformers_version": "4.56.0",
     "use_cache": True,
 }
-"""What real folders say alike."""
+"""Entries that real folders have in common."""
 
 
 def read(folder: Path, entries: Mapping[str, Any]) -> HFModel:
@@ -29,7 +29,7 @@ def read(folder: Path, entries: Mapping[str, Any]) -> HFModel:
 
 
 def check(folder: Path, entries: Mapping[str, Any], **flags: Any) -> dict[str, Any]:
-    """Reads the entries, which set these flags, and returns what is written for the model."""
+    """Reads the entries, expects the flags, and returns the entries that the model's export has."""
     found = read(folder, entries)
     assert found.unread == ()
     assert {name: getattr(found.model, name) for name in flags} == flags
@@ -48,14 +48,14 @@ def refused(folder: Path, entries: Mapping[str, Any], told: str) -> None:
 
 
 def differs(model: ModelConfig, flag: str) -> None:
-    """No architecture has the model; the flag is what the nearest one does not express."""
+    """Expects that no architecture has the model; the nearest one does not express this flag."""
     with pytest.raises(ConfigError, match="no supported Hugging Face architecture") as caught:
         to_hf_config(model, vocab_size=300, seq_length=8, eod=1)
     assert caught.value.flag == flag
 
 
 def model_of(folder: Path, entries: Mapping[str, Any], **changes: Any) -> ModelConfig:
-    """The flags of exactly these entries, all of which are read."""
+    """The flags of these entries without ``SHARED``. All of them must be read."""
     (folder / "config.json").write_text(json.dumps({**entries, **changes}))
     found = read_hf_config(folder)
     assert found.unread == ()
@@ -63,7 +63,7 @@ def model_of(folder: Path, entries: Mapping[str, Any], **changes: Any) -> ModelC
 
 
 def written(model: ModelConfig, model_type: str) -> dict[str, Any]:
-    """What is written for a model that the family of this name has."""
+    """The entries that the export of a model has; it must be of the family of this name."""
     family, entries = to_hf_config(model, vocab_size=model.vocab_size or 0, seq_length=8, eod=2)
     assert family.model_type == model_type
     return entries

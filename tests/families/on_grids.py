@@ -1,4 +1,4 @@
-"""A family's tiny model in the trainer, on a grid of ranks of the test pool.
+"""Runs a family's tiny model in the trainer, on a grid of ranks of the test pool.
 
 The trainer is assembled from a command line, as the program does it.
 """
@@ -23,7 +23,7 @@ from tests.train.test_loop import assembled
 
 STEPS = 20
 ROWS = 2  # of a global batch
-LONG_FIRST = (29, 2, 17)
+LONG_FIRST = (29, 2, 17)  # the documents of every second row
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +36,7 @@ class Computed:
 
 
 def argv(folder: Path, target: Path, grid: Grid, dtype: str) -> list[str]:
-    """The command of a run in ``target`` that starts from the folder. Its data are not used."""
+    """The command line of a run in ``target`` from the folder; tests replace its data."""
     text = target / "text.txt"
     text.write_text("three blind mice " * 100)
     flags = {
@@ -106,14 +106,16 @@ def compute_on(grid: Grid, folder: Path, target: Path, dtype: str) -> list[Compu
 def gradient_gap(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> tuple[float, str]:
     """The largest relative L2 error of a tensor, and its name.
 
-    A gradient of rounding errors alone (softmax ignores a key bias without positions) is measured
-    against a part of all gradients.
+    A gradient that is zero but for rounding (softmax ignores a key bias without positions) is
+    measured against 1e-3 of the norm of all gradients. A NaN counts as infinite, because ``max``
+    may pass over it.
     """
     assert found.keys() == expected.keys()
     least = 1e-3 * torch.stack([x.norm() for x in expected.values()]).norm()
+    gaps = {key: (found[key] - x).norm() for key, x in expected.items()}
     return max(
-        (float((found[key] - x).norm() / torch.maximum(x.norm(), least)), key)
-        for key, x in expected.items()
+        (float(gap.nan_to_num(nan=torch.inf) / torch.maximum(expected[key].norm(), least)), key)
+        for key, gap in gaps.items()
     )
 
 
@@ -128,7 +130,7 @@ def exported_gradients(target: Path) -> dict[str, Tensor]:
 
 
 def train(rank: int, world_size: int, words: list[str], steps: int) -> dict[str, Tensor]:
-    """All parameters after the steps, on rank 0. Rows and their documents differ."""
+    """Returns all parameters after the steps, on rank 0. Rows and their documents differ."""
     run = assembled(rank, world_size, words)
     step, dp = run.train_step, run.train_step.groups.coordinates.dp
     window, own = step.model.config.row_window, ROWS // step.groups.grid.dp

@@ -16,6 +16,7 @@ from torch import Tensor
 from cp_megatron.checkpoint.hf_export import export_hf
 from cp_megatron.families.registry import read_hf_config
 from cp_megatron.plan import Grid
+from tests.families.cases import CASES
 from tests.families.on_grids import (
     STEPS,
     argv,
@@ -25,7 +26,7 @@ from tests.families.on_grids import (
     logit_gap,
     train,
 )
-from tests.families.tiny_models import Reference, logits_of, refer, registered, tensors_of
+from tests.families.tiny_models import Reference, logits_of, refer, tensors_of
 from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.skipif(
@@ -44,7 +45,7 @@ GRIDS = {
     "cp2 dp2": Grid(cp=2, dp=2),
 }
 FOURS = ("tp2 cp2", "cp4", "tp4", "tp2 dp2", "cp2 dp2")
-# By default, a few steps of models that have little in common.
+# The cases that train by default, for a few steps; they have little in common.
 DIVERSE = ("gemma2", "deepseek_v3")
 
 
@@ -54,7 +55,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Refer:
 
 
 def compare(reference: Reference, grid: Grid, target: Path) -> None:
-    """Logits to 1e-5 and gradients to 1e-4, by tensor of the folder."""
+    """Compares logits to 1e-5, and the gradient of each tensor of the folder to 1e-4."""
     for found in compute_on(grid, reference.folder, target, "float32"):
         gap = logit_gap(found.logits, reference.logits)
         assert gap < 1e-5, f"logits differ by {gap}"
@@ -63,14 +64,14 @@ def compare(reference: Reference, grid: Grid, target: Path) -> None:
 
 
 def first_cases() -> Iterator[Any]:
-    """The first case of every family by default, its variants if slow tests run."""
-    for name in registered():
+    """Every case; by default only the first one of each family runs."""
+    for name in CASES:
         yield pytest.param(name, marks=[pytest.mark.slow] if "," in name else [])
 
 
 @pytest.mark.parametrize("name", list(first_cases()))
 def test_an_export_is_the_folder(name: str, reference: Refer, tmp_path: Path) -> None:
-    """On TP2 x CP2; first, logits and gradients are those of transformers."""
+    """The run is on TP2 x CP2; its logits and gradients are compared with transformers, too."""
     from transformers import AutoModelForCausalLM
 
     refers = reference(name)
@@ -96,7 +97,7 @@ def test_an_export_is_the_folder(name: str, reference: Refer, tmp_path: Path) ->
 
 @pytest.mark.slow
 @pytest.mark.parametrize("grid", ["one", "cp4", "tp4"])
-@pytest.mark.parametrize("name", registered())
+@pytest.mark.parametrize("name", CASES)
 def test_other_grids_compute_the_same(
     name: str, grid: str, reference: Refer, tmp_path: Path
 ) -> None:
@@ -105,7 +106,7 @@ def test_other_grids_compute_the_same(
 
 @pytest.fixture(scope="session")
 def alone(reference: Refer, tmp_path_factory: pytest.TempPathFactory) -> Alone:
-    """The training on one rank."""
+    """Trains a case on one rank, once for each number of steps."""
 
     @functools.cache
     def trained(name: str, steps: int) -> dict[str, Tensor]:
@@ -117,8 +118,8 @@ def alone(reference: Refer, tmp_path_factory: pytest.TempPathFactory) -> Alone:
 
 
 def few_and_all() -> Iterator[Any]:
-    """Case, grid, steps. All grids for the first case of a family, one for its variants."""
-    for name in registered():
+    """Case, grid and steps: all grids for the first case of a family, one grid for the others."""
+    for name in CASES:
         if name in DIVERSE:
             yield pytest.param(name, "tp2 cp2", FEW)
         for grid in FOURS[:1] if "," in name else FOURS:

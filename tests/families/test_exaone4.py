@@ -10,9 +10,9 @@ import pytest
 
 from cp_megatron.errors import ConfigError
 from cp_megatron.families.registry import to_hf_config
+from tests.families.cases import FULL, SLIDING
 from tests.families.literal import model_of, written
 
-FULL, SLIDING = "full_attention", "sliding_attention"
 LLAMA3 = {
     "rope_type": "llama3",
     "factor": 16.0,

@@ -13,8 +13,8 @@ import pytest
 from cp_megatron.config import ModelConfig
 from cp_megatron.errors import ConfigError
 from cp_megatron.families.registry import read_hf_config, to_hf_config
+from tests.families.cases import FULL, SLIDING
 
-FULL, SLIDING = "full_attention", "sliding_attention"
 SIZES: Mapping[str, Any] = {
     "vocab_size": 300,
     "hidden_size": 32,

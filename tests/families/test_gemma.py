@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
+from tests.families.cases import FULL, SLIDING
 from tests.families.literal import check, differs, read, refused
 
-FULL, SLIDING = "full_attention", "sliding_attention"
 GEMMA_2B: Mapping[str, Any] = {
     "architectures": ["GemmaForCausalLM"],
     "attention_bias": False,

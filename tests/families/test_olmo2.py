@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from cp_megatron.errors import ConfigError
+from tests.families.cases import FULL, SLIDING
 from tests.families.literal import model_of, written
 
-FULL, SLIDING = "full_attention", "sliding_attention"
 OLMO2: dict[str, Any] = {
     "architectures": ["Olmo2ForCausalLM"],
     "attention_bias": False,

@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from cp_megatron.data.batch.batch import IGNORED, Batch
-from cp_megatron.families.registry import FAMILIES
 from cp_megatron.plan.mask import Mask, Window
 from tests.families.cases import CASES, VOCAB
 
@@ -38,10 +37,9 @@ class Reference:
     gradients: Mapping[str, Tensor]
 
 
-def registered() -> list[str]:
-    """The cases whose family this program knows."""
-    known = {family.model_type for family in FAMILIES}
-    return [name for name in CASES if name.partition(",")[0] in known]
+def cases_of(model_type: str) -> list[str]:
+    """The names of a family's cases."""
+    return [name for name in CASES if name.partition(",")[0] == model_type]
 
 
 def make_config(name: str, **changes: Any) -> Any:
@@ -64,7 +62,7 @@ def make_model(name: str, config: Any = None) -> Any:
 
 
 def loud(key: str, weight: Tensor, *, one_plus: bool, generator: torch.Generator) -> Tensor:
-    """Values with which a bias, a norm or a factor that is missed changes the logits.
+    """Values so large that the logits differ if a bias, a norm or a factor is left out.
 
     The scores of attention have a standard deviation of 1 to 3.
     """
@@ -97,10 +95,10 @@ def batch(window: Window | None, number: int = 0, lengths: tuple[int, ...] = LEN
 
 
 def logits_of(model: Any) -> Tensor:
-    """Logits [1, SEQ, VOCAB] of the row: of each document alone.
+    """Logits [1, SEQ, VOCAB] of the row, from one call for each document.
 
-    Where the longest sequence of a call decides the frequencies, positions that restart say what
-    the documents are, and all of them are in one call. (Not all families read them so.)
+    If the longest sequence of a call decides the frequencies, all documents are in one call, and
+    positions that restart separate them. (Not all families read such positions.)
     """
     tokens = row()[0]
     rope = model.config.to_dict().get("rope_parameters") or {}
@@ -113,7 +111,7 @@ def logits_of(model: Any) -> Tensor:
 
 
 def refer(name: str, root: Path) -> Reference:
-    """Saves a case, runs it, and saves its gradients, too: so they get the folder's names."""
+    """Saves a case and runs it. Saving the gradients, too, gives them the names of the folder."""
     model = make_model(name)
     folder = root / "model"
     # Every second model is saved in shards.

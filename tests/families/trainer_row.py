@@ -1,4 +1,4 @@
-"""One family in the trainer, in numbers: against one rank and against transformers."""
+"""Measures how much one family in the trainer differs from one rank and from transformers."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from cp_megatron.families.registry import FAMILIES
 from cp_megatron.plan import Grid
-from tests.families.cases import CASES
 from tests.families.on_grids import (
     Computed,
     compute_on,
@@ -15,22 +15,24 @@ from tests.families.on_grids import (
     gradient_gap,
     logit_gap,
 )
-from tests.families.tiny_models import refer, registered
+from tests.families.tiny_models import cases_of, refer
 
 GRIDS: Mapping[str, Grid] = {"cp2": Grid(cp=2), "tp2 cp2": Grid(tp=2, cp=2)}
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainerRow:
-    """The largest of all cases of a family, on a row of packed documents.
+    """The largest differences of all cases of a family, on a row of packed documents.
 
     Attributes:
-        models: the tiny models, whose optional fields differ.
-        loss: of the first model on one rank, in nats.
-        loss_to_one_rank: in float64, the relative difference of the loss, by grid.
-        gradients_to_one_rank: the same of a tensor's gradient, in the relative L2 norm.
-        logits_to_transformers: in float32, on TP2 x CP2, relative to the largest logit.
-        gradients_to_transformers: the same of a tensor's gradient.
+        models: the number of tiny models, whose optional fields differ.
+        loss: the mean loss of the first model on one rank, in nats.
+        loss_to_one_rank: the relative difference of the loss in float64, by grid.
+        gradients_to_one_rank: the relative L2 difference of a tensor's gradient in float64, by
+            grid; see ``gradient_gap``.
+        logits_to_transformers: the difference of a logit in float32 on TP2 x CP2, relative to the
+            largest logit.
+        gradients_to_transformers: the relative L2 difference of a tensor's gradient there.
     """
 
     models: int
@@ -43,12 +45,12 @@ class TrainerRow:
 
 def accepted() -> set[str]:
     """The model types that the trainer loads."""
-    return {name.partition(",")[0] for name in registered()}
+    return {family.model_type for family in FAMILIES}
 
 
 def measure_family(family: str, root: Path) -> TrainerRow:
-    """Runs every case of the family."""
-    names = [name for name in CASES if name.partition(",")[0] == family]
+    """Runs every case of the family; ``root`` is an empty folder for what they write."""
+    names = cases_of(family)
     losses, gradients = dict.fromkeys(GRIDS, 0.0), dict.fromkeys(GRIDS, 0.0)
     of_logits, of_gradients, firsts = 0.0, 0.0, list[Computed]()
     for number, name in enumerate(names):

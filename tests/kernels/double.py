@@ -237,7 +237,7 @@ def require(condition: Any, rule: str) -> None:
 
 def _check_plain(dropout_p: float, alibi_slopes: Tensor | None) -> None:
     plain = dropout_p == 0.0 and alibi_slopes is None
-    require(plain, "these doubles know no dropout or slopes")
+    require(plain, "these doubles have no dropout and no slopes")
 
 
 def _check_operands(q: Tensor, k: Tensor, v: Tensor, *like_q_or_k: Tensor) -> None:

@@ -189,7 +189,7 @@ def cute_interface() -> SimpleNamespace:
         fill(grads, dout, q, k, v, out, lse, softmax_scale, mask, softcap)
         return grads
 
-    # The version in which the softcap became right brought this function.
+    # The version that corrected the softcap added this function.
     utils = SimpleNamespace(create_softcap_scoremod_bwd=None)
     return SimpleNamespace(_flash_attn_fwd=_fwd, _flash_attn_bwd=_bwd, utils=utils)
 

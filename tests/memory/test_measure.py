@@ -67,6 +67,7 @@ CASES = [
 SLOW = [
     (2, [*LLAMA, *BF16, *ROWS]),
     (4, [*LLAMA, *CP4, *BF16, "--cp-comm-type", "p2p", "--cp-route", "direct"]),
+    (1, [*GPT, *BF16, "--apply-layernorm-1p"]),
     (1, [*LLAMA, *MLA, *BF16]),
     (2, [*LLAMA, *CP2, *MLA, *EXPANDED]),
     (2, [*LLAMA, *CP2, *MLA, *GATHER, *BF16]),

@@ -163,7 +163,7 @@ def compare(family: str, model: str) -> tuple[dict[str, float], str]:
 class NoFloat32(TorchFunctionMode):
     """Computes in float64 what a model casts to float32, as routers and eager attention do.
 
-    Otherwise their rounding would be most of the difference.
+    Otherwise rounding would make up most of the difference.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -42,7 +42,7 @@ LLAMA = ModelConfig(
 MIXED = replace(LLAMA, normalization="LayerNorm", disable_bias_linear=False, num_query_groups=1)
 # Biases and norms of heads that tp ranks share.
 HEADS = replace(LLAMA, add_qkv_bias=True, qk_layernorm=True, num_query_groups=1)
-# What no other style has, with weights that are large enough for every part to matter.
+# The styles of BLOCKS have what no other style has, and weights so large that every part matters.
 LOUD = replace(LLAMA, init_method_std=0.3, embedding_multiplier=2.0, residual_multiplier=0.7)
 SINKS = replace(
     LOUD,
@@ -238,14 +238,14 @@ def worst(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> tuple[float
     """The largest relative L2 error over all tensors, and the name of that tensor.
 
     A tensor that is zero but for rounding (the key bias: softmax does not see it) is measured
-    against all tensors together.
+    against all tensors together. A NaN counts as infinite, because ``max`` may pass over it.
     """
     assert actual.keys() == expected.keys()
     total = sum(x.norm().item() ** 2 for x in expected.values()) ** 0.5
     gaps = []
     for name, x in expected.items():
         norm = x.norm().item()
-        gap = (actual[name] - x).norm().item()
+        gap = (actual[name] - x).norm().nan_to_num(nan=torch.inf).item()
         gaps.append((gap / (norm if norm > 1e-12 * total else total), name))
     return max(gaps)
 

@@ -73,7 +73,8 @@ def test_no_causal_family_is_wrong_or_crashes() -> None:
     assert faults == []
     equal = {found.model for found in results if found.result == "equal"}
     assert len(equal) > 90
-    # What a refused folder is told. Another version of transformers may lack a family.
+    # ``ADAPTER_SERVES`` decides what the owner of a refused folder is told. Another version of
+    # transformers may lack a family.
     known = {found.model for found in results if found.result != "lacks"}
     assert known & ADAPTER_SERVES == equal
 
@@ -124,7 +125,7 @@ def custom_models() -> dict[str, Any]:
 
 
 class Previous(nn.Module):
-    """Adds the token before to what another module makes of each token."""
+    """Adds the previous token to the result of another module."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
-from cp_megatron.plan import Grid
+from cp_megatron.plan import Grid, Mask, Schedule, SequenceLayout
+from cp_megatron.spec import local_heads
 from tests.model.grids import (
     BLOCKS,
+    SEQ,
     STYLES,
     VOCAB,
     Step,
@@ -27,33 +28,18 @@ TOLERANCE = 1e-12
 
 
 def _slow_blocks() -> list[Any]:
-    """All styles; those of ``BLOCKS`` run by default on two axes at once."""
+    """All styles. Those of ``BLOCKS`` are slow here: the default run has them on TP2 x CP2."""
     slow = pytest.mark.slow
     return [pytest.param(x, marks=[slow] if x in BLOCKS else []) for x in STYLES]
 
 
-# Heads of 12 and 6 are expanded from latents of 8 and rotary keys of 4, which is fewer bytes.
-LATENT = replace(
-    STYLES["llama"],
-    num_query_groups=None,
-    multi_latent_attention=True,
-    q_lora_rank=12,
-    kv_lora_rank=8,
-    qk_head_dim=8,
-    qk_pos_emb_head_dim=4,
-    v_head_dim=6,
-    qk_layernorm=True,
-)
-MODELS = {**STYLES, "latent": LATENT}
-
-
 @functools.cache
 def oracle(style: str) -> Step:
-    return plain_step(run_config(MODELS[style]))
+    return plain_step(run_config(STYLES[style]))
 
 
 def check(style: str, grid: Grid, *, sequence_parallel: bool = False) -> None:
-    config = run_config(MODELS[style], sequence_parallel=sequence_parallel)
+    config = run_config(STYLES[style], sequence_parallel=sequence_parallel)
     step = run_ranks(grid_step, grid.world_size, config, grid)[0]
     expected = oracle(style)
     assert all(torch.equal(step.parameters[name], p) for name, p in expected.parameters.items())
@@ -69,7 +55,7 @@ def test_one_rank(style: str) -> None:
     check(style, Grid(dp=1, cp=1, tp=1))
 
 
-@pytest.mark.slow  # all of it is in four ranks too
+@pytest.mark.slow  # the tests on four ranks cover all of it
 @pytest.mark.parametrize("style", STYLES)
 @pytest.mark.parametrize("sequence_parallel", [False, True])
 def test_tp2(style: str, sequence_parallel: bool) -> None:
@@ -100,6 +86,15 @@ def test_fsdp(style: str, grid: tuple[int, int, int]) -> None:
     check(style, Grid(dp=dp, cp=cp, tp=tp), sequence_parallel=tp > 1)
 
 
-@pytest.mark.parametrize("sequence_parallel", [False, True])
-def test_latents_that_travel(sequence_parallel: bool) -> None:
-    check("latent", Grid(dp=1, cp=2, tp=2), sequence_parallel=sequence_parallel)
+def test_latents_that_travel_without_sequence_parallelism() -> None:
+    """The ranks of this grid send latents; ``BLOCKS`` tests them with sequence parallelism."""
+    mask, model = Mask.causal(SEQ), STYLES["latent"]
+    heads, kv_heads, width, v_width = local_heads(model, 2)
+    schedule = Schedule.build(
+        *(mask, SequenceLayout.make(mask, 2), "auto", "auto", heads, kv_heads),
+        head_dim=width,
+        v_head_dim=v_width,
+        latent=model.latent_widths,
+    )
+    assert schedule.latent == (12, 4)
+    check("latent", Grid(dp=1, cp=2, tp=2))

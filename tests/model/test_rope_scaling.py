@@ -74,7 +74,6 @@ def model_of(rope: dict[str, Any]) -> ModelConfig:
     )
 
 
-@pytest.mark.skipif(find_spec("transformers") is None, reason="transformers is not installed")
 def rotary_of(model: ModelConfig) -> RotarySpec:
     rotary = RotarySpec.of(model, layer=0)
     assert rotary is not None
@@ -85,6 +84,7 @@ def frequencies(model: ModelConfig, longest: int) -> tuple[torch.Tensor, float]:
     return rope_frequencies(model, rotary_of(model), longest)
 
 
+@pytest.mark.skipif(find_spec("transformers") is None, reason="transformers is not installed")
 @pytest.mark.parametrize("longest", [64, LENGTH, 1000, 100_000])
 @pytest.mark.parametrize("name", CASES)
 def test_frequencies_are_those_of_transformers(name: str, longest: int) -> None:

@@ -1,4 +1,4 @@
-"""Latents are sent where that moves fewer bytes, and the schedule counts the bytes that move."""
+"""``auto`` sends latents where that moves fewer bytes, and the schedule counts the bytes."""
 
 from __future__ import annotations
 

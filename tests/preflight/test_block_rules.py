@@ -1,4 +1,4 @@
-"""Blocks that contradict one another are refused, and the advice works."""
+"""Flags of blocks that contradict one another are refused, and what the error advises works."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Latent attention: its default factor of the scores, and its norms' epsilon."""
+"""Latent attention has its own default factor of the scores, and its own epsilon of norms."""
 
 from __future__ import annotations
 

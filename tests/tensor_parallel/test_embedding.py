@@ -60,7 +60,7 @@ def test_embedding(world_size: int, sequence_parallel: bool, multiplier: float) 
         assert not grads["weight"][VOCAB:].any()
 
 
-def test_embedding_multiplies_with_the_multiplier_of_its_type() -> None:
+def test_the_multiplier_is_rounded_to_the_type_of_the_activations() -> None:
     """Gemma rounds sqrt(hidden) to the activations' type, and then multiplies."""
     spec = EmbeddingSpec(**SIZES, multiplier=3072**0.5)  # 55.4256; 55.5 in bfloat16
     embedding = VocabParallelEmbedding(spec, tp=TensorParallel()).bfloat16()
@@ -108,7 +108,7 @@ def test_head_and_loss(world_size: int, sequence_parallel: bool, softcap: float 
 
 
 def tied(rank: int, world_size: int) -> tuple[Tensor, dict[str, Tensor]]:
-    """Tokens -> embedding -> loss, with one weight; the embedding's rows are multiplied by 3."""
+    """Computes the loss with one weight for both ends; the embedding multiplies its rows by 3."""
     tp = tensor_parallel(False)
     embedding = VocabParallelEmbedding(EmbeddingSpec(**SIZES, multiplier=3.0), tp=tp)
     placed(embedding, world_size, 1)
@@ -121,7 +121,7 @@ def tied(rank: int, world_size: int) -> tuple[Tensor, dict[str, Tensor]]:
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_tied_weights_are_multiplied_where_they_are_looked_up_alone(world_size: int) -> None:
+def test_only_the_embedding_multiplies_a_tied_weight_by_its_multiplier(world_size: int) -> None:
     weight = numbers(1, PADDED, HIDDEN).requires_grad_()
     products = (3.0 * F.embedding(tokens(), weight)) @ weight[:VOCAB].T
     logits = (2.0 * torch.tanh(0.7 * products / 2.0)).squeeze(0)

@@ -128,7 +128,7 @@ def far_from_zero(rank: int, world_size: int) -> Tensor:
 
 
 def test_variance_of_numbers_far_from_zero_is_not_lost() -> None:
-    """Their mean square less the square of their mean would have no digit of the variance."""
+    """The difference of the mean square and the squared mean would have no correct digit."""
     spec = spec_of(2, "LayerNorm", True)
     x = (1000 + numbers(1, BATCH, SEQ, 2, WIDTH)).float().double()
     expected = plain(x, spec, numbers(2, 2 * WIDTH), numbers(3, 2 * WIDTH))

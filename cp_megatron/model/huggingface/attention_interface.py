@@ -43,7 +43,8 @@ class WantedMask:
     Attributes:
         window: the number of keys that a query sees, including its own; None is all.
         model: the type of the model, for the error message.
-        plan: of the batch, if a layer does not pass it to its attention (``hand_down``).
+        plan: the batch's plan, which a hook puts here if a layer does not pass it on to its
+            attention (``hand_down``); otherwise None.
     """
 
     window: int | None
@@ -137,7 +138,7 @@ def attention(
         sliding_window: number of keys that a query sees, including its own.
         is_causal: overrides the attribute of the module; must be true.
         softcap: the scores become softcap * tanh(score / softcap).
-        s_aux, sinks: [H], attention sinks, by either of two names.
+        s_aux, sinks: [H], attention sinks; models of transformers use either of the two names.
         context_parallel: made by ``shard_batch``.
         kwargs: all other arguments of the model.
 
@@ -174,9 +175,9 @@ def attention(
 def _checked_plan(
     module: nn.Module, mask: WantedMask | Tensor | None, plan: BatchPlan | None
 ) -> BatchPlan:
-    """The batch's plan, from the call or the mask.
+    """Returns the batch's plan, which comes with the call or with the mask.
 
-    Refuses a model that was built before ``register``, and not set to this attention since.
+    Refuses a model that was built before ``register`` and was not set to this attention since.
     """
     if plan is None and isinstance(mask, WantedMask):
         plan = mask.plan

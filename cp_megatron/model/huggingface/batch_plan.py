@@ -162,7 +162,7 @@ def _check_rows(tokens: Mapping[str, Any], labels: Tensor | None) -> Tensor:
         raise ConfigError("shard_batch", "", "needs either input_ids or inputs_embeds")
     rows: Tensor = tokens["input_ids"] if "input_ids" in tokens else tokens["inputs_embeds"]
     if rows.numel() == 0:
-        raise ConfigError("tokens", tuple(rows.shape), "must be one at least, of one row at least")
+        raise ConfigError("tokens", tuple(rows.shape), "must be at least one token of one row")
     for name, x in {**tokens, "labels": rows if labels is None else labels}.items():
         if not isinstance(x, Tensor):
             rule = "must be a tensor with an entry for each token"
@@ -187,7 +187,7 @@ def _refuse_lost_labels(labels: Tensor, shifted: Tensor) -> None:
     """Refuses labels that padding takes away, since a given divisor of the loss counts them."""
     lost = int((labels[:, 1:] != IGNORED_LABEL).sum() - (shifted != IGNORED_LABEL).sum())
     if lost:
-        rule = "are of padding or of the token after it; num_items_in_batch would count them"
+        rule = "belong to padding or to the token after it, but num_items_in_batch counts them"
         works = f"{IGNORED_LABEL} there; or padding on the right, labelled {IGNORED_LABEL}"
         raise ConfigError("labels", f"{lost} of them", rule, works)
 

@@ -51,8 +51,9 @@ _HEADS: Mapping[str, str] = {
 _LAYER_DROPS = ("layerdrop", "decoder_layerdrop")
 # A model of its own is tried by itself where its small copy does not run, if it is no larger.
 _MOST_PARAMETERS = 50_000_000
-# Classes that may be put into a model after it was built: they wrap modules or treat each token
-# alone. Those of transformers itself are in the model's class, or in what the config selects.
+# Classes that may be put into a model after it was built, because they wrap modules or treat each
+# token alone. Modules of transformers itself follow from the model's class and config, and the
+# tried copy has them, too.
 _PER_TOKEN = (
     r"torch\.nn\.modules\.(container|linear|dropout|sparse)\.|torch\.nn\..*(LayerNorm|RMSNorm)$"
     r"|torch\.(distributed|_dynamo|ao)\.|transformers\.|peft\.(utils|tuners\.(lora|tuners_utils))\."
@@ -184,7 +185,10 @@ def _refuse_by_name(model: Any) -> None:
 
 
 def _try_copies(model: Any, itself: bool) -> Finding:
-    """Tries a narrow copy, then one of full width, then the model itself if it is small."""
+    """Tries a narrow copy, then one of full width, then the model itself if it is small.
+
+    With ``itself``, and if modules were put into the model, only the model itself counts.
+    """
     kind = _own_class(model)
     sharded = any(hasattr(p, "placements") or p.is_meta for p in model.parameters())
     if itself and sharded:
@@ -229,6 +233,7 @@ def _is_new(module: nn.Module) -> bool:
 
 
 def _is_per_token(kind: type) -> bool:
+    """Whether a class is one of ``_PER_TOKEN``."""
     return bool(re.match(_PER_TOKEN, f"{kind.__module__}.{kind.__name__}"))
 
 

@@ -16,7 +16,7 @@ from torch import nn
 
 from cp_megatron.model.huggingface.attention_interface import WantedMask
 
-# Set on a module that has the hook.
+# The name of an attribute of the modules that have the hook.
 _HANDS_DOWN = "_cp_megatron_hands_down"
 
 
@@ -32,6 +32,7 @@ def hand_down(model: nn.Module) -> None:
 def _put_plan_into_mask(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A forward pre-hook: gives the masks among the arguments the plan of the same call."""
     plan = kwargs.get("context_parallel")
 
     def handed(value: Any) -> Any:

@@ -38,7 +38,8 @@ _FIRST_TOKEN = 5  # lower ids are padding and other special tokens in many vocab
 # float32 even in a float64 model.
 _TOLERANCE: Mapping[torch.dtype, float] = {torch.float64: 1e-5, torch.float32: 1e-3}
 
-# Transformers' attentions: the first that runs. Models with sinks or a softcap have no sdpa.
+# The attentions of transformers. The first one that runs is the reference; models with sinks or a
+# softcap have no sdpa.
 _OWN = ("sdpa", "eager")
 _NOISE = 0.05
 
@@ -75,7 +76,7 @@ class Finding:
     Attributes:
         fault: what the model does, as a clause, if its logits cannot be sharded; otherwise empty.
         loss_fault: the same for the loss that it computes from labels.
-        hands_down: the model needs the hooks of ``hand_down``.
+        hands_down: whether the model needs the hooks of ``hand_down``.
     """
 
     fault: str = ""
@@ -109,7 +110,7 @@ class _Recorded:
     def attention(
         self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, **options: Any
     ) -> Any:
-        """Arguments as of ``ContextParallel.attention``."""
+        """Takes the arguments of ``ContextParallel.attention``."""
         plan, call = self.plan, len(self.plan.errors)
         places = plan.places
         if places is None:

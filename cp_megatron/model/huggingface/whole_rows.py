@@ -26,7 +26,7 @@ from cp_megatron.errors import ConfigError
 from cp_megatron.model.huggingface.batch_plan import BatchPlan, shard_batch
 from cp_megatron.model.huggingface.row_documents import LONGEST
 
-_HANDLES = "_cp_megatron_whole_rows"  # the model's attribute with its two hooks
+_HANDLES = "_cp_megatron_whole_rows"  # the attribute of a model that holds its two hooks
 
 
 def take_whole_rows(
