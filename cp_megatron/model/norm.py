@@ -34,8 +34,8 @@ class Norm(SpecifiedModule):
         weight, bias, dtype = self.local("weight"), self.local_bias(), x.dtype
         if self.one_plus:
             weight = 1 + weight.to(accumulation_dtype(weight.dtype))
-            if self.kind == "LayerNorm":  # layer_norm takes one type only
-                x, bias = x.to(weight.dtype), None if bias is None else bias.to(weight.dtype)
+            # One type for all: layer_norm takes no other, and rms_norm fuses no other.
+            x, bias = x.to(weight.dtype), None if bias is None else bias.to(weight.dtype)
         if self.kind == "RMSNorm":
-            return F.rms_norm(x, weight.shape, weight, self.epsilon)
+            return F.rms_norm(x, weight.shape, weight, self.epsilon).to(dtype)
         return F.layer_norm(x, weight.shape, weight, bias, self.epsilon).to(dtype)

@@ -107,9 +107,8 @@ class NormSpec(BlockSpec):
         return fused or sizes.element == sizes.exact
 
     def _is_fused(self, sizes: ActivationSizes) -> bool:
-        """Whether one fused operation computes the norm; RMSNorm on the CPU is several, and so is
-        one whose factor has another type than its input."""
-        return self.kind == "LayerNorm" or (sizes.on_cuda and not self._is_mixed(sizes))
+        """Whether one fused operation computes the norm; RMSNorm on the CPU is several."""
+        return self.kind == "LayerNorm" or sizes.on_cuda
 
     def _is_mixed(self, sizes: ActivationSizes) -> bool:
         """Whether its factor, 1 + weight, has the type of the sums and its input does not."""
