@@ -7,7 +7,6 @@ key, P = width of the other part of a key, D = P + R.
 
 from __future__ import annotations
 
-from functools import cached_property
 from typing import cast
 
 import torch
@@ -15,7 +14,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cp_megatron.comm.checksums import LinkSums
-from cp_megatron.comm.collectives import all_gather_dim
 from cp_megatron.context_parallel.attention_function import KeptAttention, planned_attention
 from cp_megatron.context_parallel.autocast import cast_inputs
 from cp_megatron.context_parallel.buffers import Buffers
@@ -29,14 +27,14 @@ from cp_megatron.context_parallel.kernel_chooser import KernelChooser
 from cp_megatron.context_parallel.latent_expansion import check_latent_shapes, expand_heads
 from cp_megatron.context_parallel.latent_function import planned_latent_attention
 from cp_megatron.context_parallel.rank_plan import RankPlan
-from cp_megatron.errors import ConfigError
+from cp_megatron.context_parallel.sharded_sequence import ShardedSequence
 from cp_megatron.kernels.dropout import Dropout
 from cp_megatron.plan import Mask, Schedule, SequenceLayout
 from cp_megatron.plan.exchange import check_exchange, check_latent_exchange
 from cp_megatron.plan.mask import Window
 
 
-class ContextParallel:
+class ContextParallel(ShardedSequence):
     """Attention over sequences that a group of ranks shares, under one mask.
 
     Construction sends no message and allocates nothing on the device, so a new mask for every batch
@@ -96,17 +94,11 @@ class ContextParallel:
         check_ranks: str | bool = "auto",
         rows: Tensor | None = None,
     ) -> None:
-        self.group = group
-        self.mask = mask
-        self.rank = dist.get_rank(group) if group is not None else 0
-        if self.rank < 0:
-            raise ConfigError("group", "this process", "must be one of its ranks")
-        self.cp_size = dist.get_world_size(group) if group is not None else 1
+        super().__init__(group, mask, layout)
         # A list is accepted, but what is part of a cache key must not change.
         sizes = hierarchical_sizes and cast("tuple[int, int]", tuple(hierarchical_sizes))
         check_exchange(exchange, route, self.cp_size, sizes)
         check_latent_exchange(exchange, exchange_latent)
-        self.layout = self._make_layout(layout)
         self._layout_kind, self._exchange, self._route = layout, exchange, route
         self._sizes, self._exchange_latent = sizes, exchange_latent
         options = exchange, route, sizes, exchange_latent
@@ -116,15 +108,6 @@ class ContextParallel:
         self.buffers, self.link_sums = Buffers(), LinkSums()
         self._by_window: dict[Window, ContextParallel] = {}
         self._plans: dict[tuple[object, ...], RankPlan] = {}
-
-    def _make_layout(self, layout: str | SequenceLayout) -> SequenceLayout:
-        if isinstance(layout, str):
-            return SequenceLayout.make(self.mask, self.cp_size, layout)
-        if layout.cp_size != self.cp_size:
-            rule = f"must be for the group's {self.cp_size} ranks"
-            raise ConfigError("layout", f"for {layout.cp_size} ranks", rule)
-        layout.check(self.mask.seq_len)
-        return layout
 
     def with_mask(self, mask: Mask, layout: SequenceLayout | None = None) -> ContextParallel:
         """Returns an object for another mask, with the same ranks, options and buffers.
@@ -213,53 +196,6 @@ class ContextParallel:
         """
         heads = num_heads, num_kv_heads, head_dim, v_head_dim or head_dim
         self._plan(heads, latent, exchange_latent)
-
-    @cached_property
-    def positions(self) -> Tensor:
-        """int64 [S / N]: this rank's positions in the row, never restarting."""
-        return torch.from_numpy(self.layout.positions(self.rank))
-
-    @cached_property
-    def document_positions(self) -> Tensor:
-        """int64 [S / N]: positions counted from the start of each document, as RoPE reads them."""
-        return torch.from_numpy(self.mask.document_positions())[self.positions]
-
-    @cached_property
-    def _global_order(self) -> Tensor:
-        """int64 [S]: the place of each position among the ranks' shards, one after the other."""
-        held = [torch.from_numpy(self.layout.positions(rank)) for rank in range(self.cp_size)]
-        return torch.cat(held).argsort()
-
-    def shard(self, x: Tensor, dim: int) -> Tensor:
-        """Returns this rank's part of a whole tensor without a message.
-
-        Args:
-            x: dim ``dim`` has length S.
-            dim: the sequence dim.
-
-        Returns:
-            Dim ``dim`` has length S / N, in local order. The gradient is zero elsewhere.
-        """
-        self._check_length(x, dim, self.mask.seq_len)
-        return x.index_select(dim, self.positions.to(x.device))
-
-    def gather(self, x: Tensor, dim: int) -> Tensor:
-        """Returns the whole tensor, in global order, on every rank.
-
-        Args:
-            x: dim ``dim`` has length S / N.
-            dim: the sequence dim.
-
-        Returns:
-            Dim ``dim`` has length S. The gradient is summed over ranks; each keeps its part.
-        """
-        self._check_length(x, dim, self.layout.shard_len)
-        gathered = all_gather_dim(x, dim, self.group)
-        return gathered.index_select(dim, self._global_order.to(x.device))
-
-    def _check_length(self, x: Tensor, dim: int, length: int) -> None:
-        if x.shape[dim] != length:
-            raise ConfigError("dim", dim, f"has length {x.shape[dim]}, the layout has {length}")
 
     @torch.compiler.disable
     def attention(
