@@ -1,4 +1,4 @@
-"""Messages between two ranks of a group, posted together and awaited together."""
+"""Messages between ranks of a group, with checksums: point to point, or all to all."""
 
 from __future__ import annotations
 
@@ -64,3 +64,28 @@ def post(
         return Pending((), (), (), sums)
     works = dist.batch_isend_irecv(operations)
     return Pending(works, [operation.tensor for operation in operations], receives, sums)
+
+
+def all_to_all(
+    group: dist.ProcessGroup,
+    sent: Tensor,
+    received: Tensor,
+    sizes: tuple[Sequence[int], Sequence[int]],
+    sums: LinkSums,
+) -> None:
+    """Sends a part of one buffer to every rank of the group, and receives a part from each.
+
+    Args:
+        group: the ranks.
+        sent, received: contiguous, 1-D, the ranks' parts one after the other.
+        sizes: the elements of each part of ``sent``, and of each part of ``received``.
+        sums: checksums of what is sent and received; a rank's own part is not a message.
+    """
+    rank, (counts, expected) = group.rank(), sizes
+    for peer, part in enumerate(sent.split(list(counts))):
+        if peer != rank:
+            sums.sent(part, peer)
+    dist.all_to_all_single(received, sent, list(expected), list(counts), group=group)
+    for peer, part in enumerate(received.split(list(expected))):
+        if peer != rank:
+            sums.received(part, peer)

@@ -28,7 +28,7 @@ from einops import rearrange
 from torch import Tensor
 
 from cp_megatron.comm.checksums import LinkSums
-from cp_megatron.comm.send_receive import post
+from cp_megatron.comm.send_receive import all_to_all, post
 from cp_megatron.comm.trace import traced
 from cp_megatron.context_parallel.buffers import Workspace
 from cp_megatron.plan.buffer_sizes import RECEIVED_HEADS, SENT_HEADS, message_widths
@@ -129,18 +129,14 @@ class HeadAllToAll:
         """Sends ``outgoing`` to the peers; returns what they send, of the given shapes."""
         peers, index, dtype = self.exchange.peers, self.exchange.index, outgoing[0].dtype
         incoming = self._take(RECEIVED_HEADS, shapes, dtype)
-        others = [i for i in range(len(peers)) if i != index]
         with traced("all-to-all of heads"):
             if self.group is not None and self.group.size() == len(peers):
                 sizes, counts = ([x.numel() for x in messages] for messages in (incoming, outgoing))
                 sent = self.memory.take(SENT_HEADS, (sum(counts),), dtype)
                 received = self.memory.take(RECEIVED_HEADS, (sum(sizes),), dtype)
-                for i in others:
-                    self.sums.sent(outgoing[i], peers[i])
-                dist.all_to_all_single(received, sent, sizes, counts, group=self.group)
-                for i in others:
-                    self.sums.received(incoming[i], peers[i])
+                all_to_all(self.group, sent, received, (counts, sizes), self.sums)
                 return incoming
+            others = [i for i in range(len(peers)) if i != index]
             post(
                 self.group,
                 sends=[(outgoing[i], peers[i]) for i in others],
