@@ -7,6 +7,7 @@ the M tokens of all peers.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -29,34 +30,38 @@ class KeptAttention:
     """The results of one attention, kept for a second call that rebuilds what backward reads.
 
     A recomputed layer passes the same object to ``attention`` twice. The first call fills it. The
-    second call receives its own q, k and v, computes nothing and sends nothing.
+    second call receives its own inputs, computes nothing and sends nothing.
     """
 
     def __init__(self) -> None:
         self._saved: tuple[Tensor | None, ...] | None = None
         self._results: tuple[Tensor, ...] | None = None
+        self._num_given = 0
 
     @property
     def filled(self) -> bool:
         """Whether the first call was made."""
         return self._results is not None
 
-    def keep(self, heads_exchanged: bool, saved: tuple[Tensor, ...], *results: Tensor) -> None:
-        """Keeps q, k, v, out and lse as backward reads them, and the results of the first call.
+    def keep(self, num_given: int, saved: Sequence[Tensor | None], *results: Tensor) -> None:
+        """Keeps what backward reads, and the results of the first call.
 
-        If heads were exchanged, q, k and v came from other ranks, and the second call cannot
-        provide them.
+        Args:
+            num_given: how many of the saved tensors, the first ones, the second call will give.
+                0 if heads were exchanged: then they came from other ranks.
+            saved: what backward reads.
+            results: what the first call returned.
         """
         # The history of the tensors refers to this object, which would then refer to itself.
-        inputs = tuple(x.detach() for x in saved[:3]) if heads_exchanged else (None, None, None)
-        self._saved = (*inputs, *(x.detach() for x in saved[3:]))
+        self._saved = tuple(None if x is None else x.detach() for x in saved[num_given:])
         self._results = tuple(x.detach() for x in results)
+        self._num_given = num_given
 
-    def again(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Any, ...]:
+    def again(self, *given: Tensor | None) -> tuple[Any, ...]:
         """Returns the tuple of tensors that backward reads, then each result of the second call."""
         assert self._saved is not None
         assert self._results is not None
-        saved = tuple(own if x is None else x for x, own in zip(self._saved, (q, k, v, None, None)))
+        saved = (*given[: self._num_given], *self._saved)
         return saved, *(x.detach() for x in self._results)
 
 
@@ -92,7 +97,7 @@ class _Attention(torch.autograd.Function):
         else:
             saved, results = _compute(plan, call, (q, k, v), sinks, returns_lse=returns_lse)
             if kept is not None:
-                kept.keep(plan.head_exchange is not None, saved, *results)
+                kept.keep(0 if plan.head_exchange else 3, saved, *results)
         ctx.shape = results[0].shape
         ctx.save_for_backward(*saved, sinks)
         return tuple(results) if returns_lse else results[0]

@@ -57,7 +57,7 @@ class _LatentAttention(torch.autograd.Function):
         result = out.to(q.dtype)
         ctx.save_for_backward(q, latent, rotary_key, result, lse, weight)
         if kept is not None:
-            kept.keep(False, (q, latent, rotary_key, result, lse), result)
+            kept.keep(3, (q, latent, rotary_key, result, lse), result)
         return result
 
     @staticmethod
