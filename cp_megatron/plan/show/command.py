@@ -15,10 +15,13 @@ from cp_megatron.config.schema.parallel_config import Exchange, LatentExchange, 
 from cp_megatron.config.schema.ranges import Range
 from cp_megatron.config.words import read_options
 from cp_megatron.errors import ConfigError
+from cp_megatron.plan.halo import Halo, plan_halos
 from cp_megatron.plan.layout import SequenceLayout
 from cp_megatron.plan.mask import Mask
 from cp_megatron.plan.schedule import Schedule
+from cp_megatron.plan.show.states_text import print_states
 from cp_megatron.plan.show.text import print_rank, print_schedule
+from cp_megatron.plan.states import StatePlan, StateSize, Transition
 
 PROGRAM = "python -m cp_megatron.plan"
 MEDIAN_LENGTH, SIGMA = 3000, 1.5
@@ -72,6 +75,17 @@ class PlanOptions:
     cp_latent_exchange: LatentExchange = "auto"
     """With --latent, p2p and all_gather send latents (latent) or keys and values (expanded); auto
     sends whichever takes fewer bytes."""
+    linear_num_value_heads: AtLeastOne | None = None
+    """Value heads of a linear recurrence; with them, its states are planned as well."""
+    linear_key_head_dim: AtLeastOne = 128
+    """Width of its query and key heads."""
+    linear_value_head_dim: AtLeastOne = 128
+    """Width of its value heads."""
+    linear_transition: Transition = "matrix"
+    """How it changes a state: by a matrix (gated DeltaNet, KDA), by a vector of decays (GLA) or by
+    one decay (Mamba-2)."""
+    linear_conv_kernel_dim: AtLeastOne = 4
+    """Tokens that its convolution reads, the token itself included."""
     dtype: Literal["bfloat16", "float32", "float64"] = "bfloat16"
     """The type in which bytes are counted."""
     svg: str | None = None
@@ -100,6 +114,7 @@ def run(options: PlanOptions, console: Console | None = None) -> None:
     if not out.is_terminal:
         out = Console(width=240, file=out.file)  # lines are not folded in a file
     schedule = make_schedule(options)
+    states = make_states(options, schedule)
     rank, size = options.rank, schedule.layout.cp_size
     if rank is not None and not 0 <= rank < size:
         rule = "is not a rank of --context-parallel-size"
@@ -112,8 +127,29 @@ def run(options: PlanOptions, console: Console | None = None) -> None:
     print_schedule(schedule, out, moved)
     if rank is not None:
         print_rank(schedule, rank, out)
+    if states is not None:
+        print_states(*states, out)
     if options.svg is not None:
         out.print(f"\npicture   {options.svg}", highlight=False, markup=False)
+
+
+def make_states(
+    options: PlanOptions, schedule: Schedule
+) -> tuple[StatePlan, StateSize, tuple[Halo, ...]] | None:
+    """Plans the states of the recurrence that the flags describe; None if there is none.
+
+    The layout is that of the schedule. A window is one of attention.
+
+    Raises:
+        ConfigError: the mask is not causal.
+    """
+    if options.linear_num_value_heads is None:
+        return None
+    mask, layout = schedule.mask.within(None), schedule.layout
+    plan = StatePlan.of(mask, layout, options.linear_num_value_heads)
+    widths = options.linear_key_head_dim, options.linear_value_head_dim
+    halos = plan_halos(mask, layout, plan, options.linear_conv_kernel_dim)
+    return plan, StateSize.of(*widths, options.linear_transition), halos
 
 
 def make_schedule(options: PlanOptions) -> Schedule:

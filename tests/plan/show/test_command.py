@@ -41,6 +41,17 @@ round 1   keys of rank 1: 2-5 (4)
   backward  returns the gradients of 4 keys to rank 1, gets back gradients of 2 keys from rank 1
 """
 
+STATES = """
+states    4 heads; 3 pieces, 1 chains, 3 pieces in the longest
+messages  2 that wait for each other, forward and backward
+halo      4 tokens travel to convolutions
+
+rank  states in  states out  transitions  halo  chains of heads  bytes received  in backward
+   0          1           1            0     2              0-1           272 B        256 B
+   1          1           1            1     2              2-3           256 B        256 B
+ all          2           2            1     4                            528 B        512 B
+"""
+
 
 def printed(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
     assert main(argv) == 0
@@ -53,6 +64,13 @@ def test_two_ranks_literally(capsys: pytest.CaptureFixture[str]) -> None:
     argv = ["--seq-length", "8", "--context-parallel-size", "2"]
     assert printed(capsys, *argv) == SHARES
     assert printed(capsys, *argv, "--rank", "0") == SHARES + ROUNDS
+
+
+def test_states_literally(capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["--seq-length", "8", "--context-parallel-size", "2", "--linear-num-value-heads", "4"]
+    widths = ["--linear-key-head-dim", "2", "--linear-value-head-dim", "8"]
+    widths += ["--linear-conv-kernel-dim", "3", "--linear-transition", "vector"]
+    assert printed(capsys, *argv, *widths) == SHARES + STATES
 
 
 @pytest.mark.parametrize(
