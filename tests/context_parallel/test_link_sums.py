@@ -84,17 +84,21 @@ def attend(
     """The senders of corrupted messages that this rank found, and how many messages came."""
     group = dist.group.WORLD
     assert group is not None
-    cp = ContextParallel(group, Mask.causal(64), **EXCHANGES[kind])
+    cp = ContextParallel(group, Mask.causal(64), **EXCHANGES.get(kind, {}))
     generator = torch.Generator().manual_seed(rank)
     q, k, v = (torch.randn(1, 16, 4, 8, generator=generator).requires_grad_() for _ in range(3))
     cp.link_sums.open()
     with flipping(number if rank == victim else -1) as seen:
-        cp.attention(q, k, v).sum().backward()
+        if kind == "states":
+            convolved = cp.short_conv(v.flatten(2), torch.ones(32, 4)).view_as(v)
+            cp.linear_attention(q, k, convolved, -k[..., 0].square()).sum().backward()
+        else:
+            cp.attention(q, k, v).sum().backward()
         messages = seen[0]
     return cp.link_sums.close(group, CPU), messages
 
 
-@pytest.mark.parametrize("kind", EXCHANGES)
+@pytest.mark.parametrize("kind", [*EXCHANGES, "states"])
 def test_a_bit_that_flips_on_the_way_is_found_by_the_receiver(kind: str) -> None:
     unharmed = run_ranks(attend, 4, kind, 1, -1)
     assert [found for found, _ in unharmed] == [[]] * 4
