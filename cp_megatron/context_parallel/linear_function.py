@@ -29,7 +29,7 @@ from cp_megatron.kernels.interface import accumulation_dtype
 from cp_megatron.kernels.linear_reference import (
     BlockInputs,
     BlockMasks,
-    Summary,
+    BlockMaps,
     apply_transition,
     step,
     summarize,
@@ -101,7 +101,7 @@ class _Call:
         place = torch.from_numpy(self.plan.blocks.place).to(blocks.device)
         return blocks.transpose(2, 3).flatten(1, 2)[:, place]
 
-    def scan(self, x: Summary, entering: Tensor) -> Tensor:
+    def scan(self, x: BlockMaps, entering: Tensor) -> Tensor:
         """The state that enters every block, [B, n, H, D, E], given those of pieces [B, p, ..]."""
         plan = self.plan.blocks
         states = torch.zeros_like(x.increment)
@@ -195,7 +195,7 @@ class _LinearAttention(torch.autograd.Function):
         return None, None, *back, *[None] * (len(given) - len(back))
 
 
-def _enter(call: _Call, x: Summary) -> tuple[Tensor, Tensor]:
+def _enter(call: _Call, x: BlockMaps) -> tuple[Tensor, Tensor]:
     """The states that enter pieces, [B, p, H, D, E], and what the exchange keeps for backward."""
     plan = call.plan
     empty = torch.zeros_like(x.increment[:, plan.blocks.first])

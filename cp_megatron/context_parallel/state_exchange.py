@@ -40,7 +40,7 @@ class StateExchange:
 
         Args:
             increments: U of this rank's leaving pieces, [B, o, H, D, E].
-            transitions: M of its through pieces, [B, t, H, ..] as in ``Summary``.
+            transitions: M of its through pieces, [B, t, H, ..] as in ``BlockMaps``.
 
         Returns:
             S_in of its entering pieces, [B, i, H, D, E], and the transitions of all ranks for this

@@ -55,7 +55,7 @@ class BlockInputs(NamedTuple):
     beta: Tensor | None
 
 
-class Summary(NamedTuple):
+class BlockMaps(NamedTuple):
     """Blocks as affine maps of the state that enters.
 
     S_out = transition S + increment, out = reads S + local. transition is [B, n, H, D, D] with the
@@ -126,17 +126,17 @@ class _Decayed:
         return self.running[..., -1, :, None].exp() * carries[:, None, None, None]
 
 
-def summarize(x: BlockInputs, masks: BlockMasks, scale: float) -> Summary:
+def summarize(x: BlockInputs, masks: BlockMasks, scale: float) -> BlockMaps:
     """Computes the affine maps of all blocks."""
     d = _Decayed.of(x, masks, scale)
     reads, transition = d.entering.exp() * d.q, d.end(masks.carries)
     if x.beta is None:
-        return Summary(transition, d.kept.mT @ x.v, reads, d.products @ x.v)
+        return BlockMaps(transition, d.kept.mT @ x.v, reads, d.products @ x.v)
     beta = x.beta[..., None]
     right = torch.cat((beta * x.v, beta * (d.entering.exp() * d.k)), dim=-1)
     own, entered = d.solve(right).split((x.v.shape[-1], d.k.shape[-1]), dim=-1)
     identity = torch.eye(d.k.shape[-1], dtype=own.dtype, device=own.device)
-    return Summary(
+    return BlockMaps(
         transition * identity - d.kept.mT @ entered,
         d.kept.mT @ own,
         reads - d.products @ entered,

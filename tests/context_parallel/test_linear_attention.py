@@ -105,9 +105,14 @@ def cases_of(kind: str) -> list[Case]:
 
 
 @pytest.mark.parametrize(
-    "world_size", [1, 2, 3, 4, *(pytest.param(n, marks=pytest.mark.slow) for n in (6, 8))]
+    ("kind", "world_size"),
+    [
+        pytest.param(kind, size, marks=() if is_default else pytest.mark.slow)
+        for kind in KINDS
+        for size in (1, 2, 3, 4, 6, 8)
+        for is_default in [size == 3 or (kind == KINDS[0] and size <= 4)]
+    ],
 )
-@pytest.mark.parametrize("kind", KINDS)
 def test_equals_a_loop_over_tokens(kind: str, world_size: int) -> None:
     cases = [x for x in cases_of(kind) if x.layout != "zigzag" or TOKENS % (2 * world_size) == 0]
     for result in run_ranks(errors, world_size, cases, timeout=240):

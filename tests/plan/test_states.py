@@ -51,7 +51,7 @@ def factor(position: int) -> int:
 
 
 @given(rows())
-@property_settings(200)
+@property_settings(80)
 def test_chains_give_every_piece_its_state(row: tuple[Mask, SequenceLayout]) -> None:
     """Each piece is scanned by itself; states that enter follow from M and U along the chains."""
     mask, layout = row
@@ -91,7 +91,7 @@ def scan(mask: Mask, piece: Piece, state: int) -> list[int]:
 
 
 @given(rows(), st.integers(1, 5))
-@property_settings(200)
+@property_settings(80)
 def test_every_token_finds_the_tokens_of_its_convolution(
     row: tuple[Mask, SequenceLayout], width: int
 ) -> None:
