@@ -28,8 +28,8 @@ from cp_megatron.context_parallel.state_exchange import StateExchange
 from cp_megatron.kernels.interface import accumulation_dtype
 from cp_megatron.kernels.linear_reference import (
     BlockInputs,
-    BlockMasks,
     BlockMaps,
+    BlockMasks,
     apply_transition,
     step,
     summarize,
