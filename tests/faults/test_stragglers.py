@@ -41,7 +41,7 @@ def train(rank: int, world_size: int, argv: list[str], slow: tuple[int, int] | N
     view = StoppingView()
     faults = faults_of(rank, *([("slow", *slow)] if slow else []))
     finish(replace(assembled(rank, world_size, argv), faults=faults), view)
-    return [text for text in view.said if "late" in text]
+    return [text for text in view.stragglers if "late" in text]
 
 
 def test_a_slow_rank_is_named_within_one_interval(place: Place) -> None:

@@ -48,20 +48,24 @@ BASE = [
 class StoppingView(ProgressView):
     """A view that prints nothing, keeps its lines, and can stop the run.
 
+    Lines about slow ranks are kept apart, because any rank may be slow on a busy machine.
+
     Args:
         last: the last step to train, after a signal in the step before; None trains all.
     """
 
     def __init__(self, last: int | None = None) -> None:
         super().__init__(Console(quiet=True), quiet=True, start_step=0, train_iters=STEPS)
-        self.stop, self.said, self._last = StopRequest(), list[str](), last
+        self.stop, self._last = StopRequest(), last
+        self.said, self.stragglers = list[str](), list[str]()
 
     def step_done(self, step: int) -> None:
         if self._last is not None and step == self._last - 1:
             self.stop(15, None)
 
     def say(self, text: str) -> None:
-        self.said.append(text)
+        is_straggler = re.match(r"step \d+: rank \d+ (is .* late in|computes)", text)
+        (self.stragglers if is_straggler else self.said).append(text)
 
 
 def finish(run: Trainer, view: StoppingView | None = None) -> int:
