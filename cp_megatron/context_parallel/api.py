@@ -371,12 +371,13 @@ class ContextParallel(ShardedSequence):
             ConfigError: the mask is not causal or has a window, or shapes or types do not fit.
         """
         x, weight = cast_inputs(x, weight)
+        bias = None if bias is None else cast_inputs(bias)[0]
         with self._agreement.after_checks((x, weight), ("convolution",), None, self._rows, None):
             check_convolution(x, weight, bias, self.layout.shard_len)
             width = weight.shape[1]
             if width not in self._halos:
                 shared = self.rank, self.group, self.buffers, self.link_sums
-                self._halos[width] = HaloExchange.of(self.mask, self.layout, width, *shared)
+                self._halos[width] = HaloExchange(self.mask, self.layout, width, *shared)
         return short_convolution(self._halos[width], x, weight, bias)
 
     def _plan(

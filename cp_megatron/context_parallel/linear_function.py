@@ -16,6 +16,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import numpy.typing as npt
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -59,6 +60,7 @@ class LinearPlan:
         own = [(number, piece) for number, piece in enumerate(plan.pieces) if piece.rank == rank]
         self.plan, self.rank, self.group, self.buffers, self.sums = plan, rank, group, buffers, sums
         self.blocks = StateBlocks.of(mask, [piece for _, piece in own], BLOCK)
+        self._on: dict[torch.device, _Places] = {}
         place = {number: i for i, (number, _) in enumerate(own)}
         # Which of this rank's pieces, in the order in which its messages have them.
         self.entering, self.leaving, self.through = (
@@ -66,65 +68,103 @@ class LinearPlan:
             for numbers in (plan.entering, plan.leaving, plan.through)
         )
 
-    def masks(self, device: torch.device) -> BlockMasks:
-        """The masks of this rank's blocks."""
-        x = self.blocks
-        found = (x.reads, x.enters, x.leaves, x.carries)
-        return BlockMasks(*(torch.from_numpy(y).to(device) for y in found))
+    def on(self, device: torch.device) -> _Places:
+        """Returns the masks and indices of the blocks on a device, copied there once."""
+        if device not in self._on:
+            x = self.blocks
+
+            def moved(array: npt.NDArray[Any]) -> Tensor:
+                return torch.from_numpy(array).to(device)
+
+            self._on[device] = _Places(
+                place=moved(x.place),
+                masks=BlockMasks(*map(moved, (x.reads, x.enters, x.leaves, x.carries))),
+                first=moved(x.first),
+                last=moved(x.last),
+                forward=[(moved(level), moved(level - 1)) for level in x.forward],
+                backward=[(moved(level), moved(level + 1)) for level in x.backward],
+            )
+        return self._on[device]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Places:
+    """The arrays of ``StateBlocks`` on a device.
+
+    Attributes:
+        place, first, last: as there.
+        masks: the masks that the kernel takes.
+        forward, backward: the blocks of each level, and for each the block that its state or its
+            gradient comes from.
+    """
+
+    place: Tensor
+    masks: BlockMasks
+    first: Tensor
+    last: Tensor
+    forward: list[tuple[Tensor, Tensor]]
+    backward: list[tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
 class _Call:
+    """One pass over the blocks of a plan; ``at`` has its masks and indices on the device."""
+
     plan: LinearPlan
-    masks: BlockMasks
+    at: _Places
     scale: float
 
     def blocks(self, x: Tensor) -> Tensor:
-        """Tokens [B, S, heads, ..] -> blocks [B, n, heads, C, ..] in the type of sums."""
-        place = torch.from_numpy(self.plan.blocks.place)
+        """Cuts tokens [B, S, heads, ..] into blocks [B, n, heads, C, ..] in the type of sums."""
         sizes = self.plan.blocks.enters.shape
         exact = x.to(accumulation_dtype(x.dtype))
         blocks = exact.new_zeros((x.shape[0], math.prod(sizes), *x.shape[2:]))
-        blocks[:, place.to(x.device)] = exact
+        blocks[:, self.at.place] = exact
         # [B, n * C, heads, ..] -> [B, n, heads, C, ..]
         return blocks.unflatten(1, sizes).transpose(2, 3).contiguous()
 
     def inputs(
         self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor | None
     ) -> BlockInputs:
-        """The tokens of this rank as the kernel takes them."""
+        """Arranges the tokens of this rank as the kernel takes them."""
         rate = None if beta is None else self.blocks(beta)
         return BlockInputs(self.blocks(q), self.blocks(k), self.blocks(v), self.blocks(g), rate)
 
     def tokens(self, blocks: Tensor) -> Tensor:
-        """[B, n, heads, C, ..] -> [B, S, heads, ..]."""
-        place = torch.from_numpy(self.plan.blocks.place).to(blocks.device)
-        return blocks.transpose(2, 3).flatten(1, 2)[:, place]
+        """Puts blocks [B, n, heads, C, ..] back in the order of tokens, [B, S, heads, ..]."""
+        return blocks.transpose(2, 3).flatten(1, 2)[:, self.at.place]
 
     def scan(self, x: BlockMaps, entering: Tensor) -> Tensor:
-        """The state that enters every block, [B, n, H, D, E], given those of pieces [B, p, ..]."""
-        plan = self.plan.blocks
+        """Computes the state that enters every block, [B, n, H, D, E].
+
+        Args:
+            x: the affine maps of the blocks.
+            entering: the states that enter pieces, [B, p, H, D, E].
+        """
         states = torch.zeros_like(x.increment)
-        states[:, plan.first] = entering
-        for level in plan.forward:
-            before = torch.from_numpy(level - 1).to(states.device)
+        states[:, self.at.first] = entering
+        for level, before in self.at.forward:
             moved = apply_transition(x.transition[:, before], states[:, before])
-            states[:, torch.from_numpy(level).to(states.device)] = moved + x.increment[:, before]
+            states[:, level] = moved + x.increment[:, before]
         return states
 
     def scan_back(self, transition: Tensor, own: Tensor, leaving: Tensor) -> Tensor:
-        """dS_out of every block, given those of pieces and what each block adds to its dS_in."""
-        plan = self.plan.blocks
+        """Computes the gradient of the state that leaves every block, [B, n, H, D, E].
+
+        Args:
+            transition: of the blocks.
+            own: the gradients of the states that enter blocks, through the blocks' own outputs.
+            leaving: the gradients of the states that leave pieces, [B, p, H, D, E].
+        """
         grads = torch.zeros_like(own)
-        grads[:, plan.last] = leaving
-        for level in plan.backward:
-            after = torch.from_numpy(level + 1).to(own.device)
+        grads[:, self.at.last] = leaving
+        for level, after in self.at.backward:
             moved = apply_transition(transition[:, after], grads[:, after], transposed=True)
-            grads[:, torch.from_numpy(level).to(own.device)] = moved + own[:, after]
+            grads[:, level] = moved + own[:, after]
         return grads
 
     def piece_transitions(self, transition: Tensor) -> Tensor:
-        """Products over the blocks of through pieces: [B, n, H, ..] -> [B, t, H, ..]."""
+        """Multiplies the transitions of each through piece: [B, n, H, ..] -> [B, t, H, ..]."""
         plan, found = self.plan.blocks, []
         for piece in self.plan.through:
             product = transition[:, plan.first[piece]]
@@ -154,7 +194,7 @@ class _LinearAttention(torch.autograd.Function):
         g: Tensor,
         beta: Tensor | None,
     ) -> Tensor:
-        """-> [B, S, H, E] in v's type."""
+        """Returns [B, S, H, E] in v's type; the inputs are those of ``linear_attention``."""
         ctx.call = call
         given = (q, k, v, g, beta)
         if kept is not None and kept.filled:
@@ -163,7 +203,7 @@ class _LinearAttention(torch.autograd.Function):
             return result
         with torch.autocast(q.device.type, enabled=False):
             x = call.inputs(*given)
-            summary = summarize(x, call.masks, call.scale)
+            summary = summarize(x, call.at.masks, call.scale)
             entering, chained = _enter(call, summary)
             states = call.scan(summary, entering)
             result = call.tokens(summary.local + summary.reads @ states).to(v.dtype)
@@ -181,7 +221,7 @@ class _LinearAttention(torch.autograd.Function):
         with torch.autocast(dout.device.type, enabled=False):
             x = call.inputs(*given)
             dblocks = call.blocks(dout)
-            summary = summarize(x, call.masks, call.scale)
+            summary = summarize(x, call.at.masks, call.scale)
             states = call.scan(summary, entering)
             own = summary.reads.mT @ dblocks
             leaving = _leave(call, summary.transition, own, chained)
@@ -189,20 +229,20 @@ class _LinearAttention(torch.autograd.Function):
             del summary, own
             inputs = [y.requires_grad_() for y in x if y is not None]
             with torch.enable_grad():
-                results = step(x, call.masks, call.scale, states)
+                results = step(x, call.at.masks, call.scale, states)
             grads = torch.autograd.grad(results, inputs, (dblocks, dstates))
         back = [call.tokens(grad).to(y.dtype) for grad, y in zip(grads, given)]
         return None, None, *back, *[None] * (len(given) - len(back))
 
 
 def _enter(call: _Call, x: BlockMaps) -> tuple[Tensor, Tensor]:
-    """The states that enter pieces, [B, p, H, D, E], and what the exchange keeps for backward."""
-    plan = call.plan
-    empty = torch.zeros_like(x.increment[:, plan.blocks.first])
+    """Returns the states that enter pieces, [B, p, H, D, E], and the chained transitions."""
+    plan, at = call.plan, call.at
+    empty = torch.zeros_like(x.increment[:, at.first])
     if not plan.plan.chains:
         return empty, x.transition[:, :0]
     states = call.scan(x, empty)
-    last = plan.blocks.last[plan.leaving]
+    last = at.last[plan.leaving]
     increments = apply_transition(x.transition[:, last], states[:, last])
     transitions = call.piece_transitions(x.transition)
     with plan.buffers.lend(states.device) as memory:
@@ -213,13 +253,13 @@ def _enter(call: _Call, x: BlockMaps) -> tuple[Tensor, Tensor]:
 
 
 def _leave(call: _Call, transition: Tensor, own: Tensor, chained: Tensor) -> Tensor:
-    """The gradients of the states that leave pieces, [B, p, H, D, E]."""
-    plan = call.plan
-    empty = torch.zeros_like(own[:, plan.blocks.last])
+    """Returns the gradients of the states that leave pieces, [B, p, H, D, E]."""
+    plan, at = call.plan, call.at
+    empty = torch.zeros_like(own[:, at.last])
     if not plan.plan.chains:
         return empty
     grads = call.scan_back(transition, own, empty)
-    first = plan.blocks.first[plan.entering]
+    first = at.first[plan.entering]
     inward = apply_transition(transition[:, first], grads[:, first], transposed=True)
     with plan.buffers.lend(own.device) as memory:
         exchange = StateExchange(plan.plan, plan.rank, plan.group, memory, plan.sums)
@@ -239,6 +279,6 @@ def planned_linear_attention(
     kept: KeptAttention | None = None,
 ) -> Tensor:
     """Applies the autograd function; arguments and result are those of ``linear_attention``."""
-    call = _Call(plan, plan.masks(q.device), scale)
+    call = _Call(plan, plan.on(q.device), scale)
     out: Tensor = _LinearAttention.apply(call, kept, q, k, v, g, beta)
     return out

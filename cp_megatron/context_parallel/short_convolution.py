@@ -5,8 +5,7 @@ Shapes: B batch, S tokens of the shard, c channels, W width, n tokens that are r
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -19,33 +18,27 @@ from cp_megatron.comm.checksums import LinkSums
 from cp_megatron.comm.send_receive import post
 from cp_megatron.context_parallel.buffers import Buffers
 from cp_megatron.plan import Mask, SequenceLayout
-from cp_megatron.plan.halo import Halo, plan_halos
+from cp_megatron.plan.buffer_sizes import RECEIVED_HEADS, SENT_HEADS
+from cp_megatron.plan.halo import plan_halos
 from cp_megatron.plan.states import StatePlan
 
-SENT, RECEIVED = "keys 0", "keys 1"
 
-
-@dataclass(frozen=True)
 class HaloExchange:
-    """One rank's part of the convolution.
+    """One rank's part of a convolution, and the group that it exchanges messages with.
 
-    Attributes:
-        halo: what this rank sends and receives.
-        taps: int64 [W, S]: the place of the token j places before each token, among this rank's
-            tokens and then those it receives; -1 if it is not in the token's document.
+    Args:
+        mask, layout: the documents, and which rank holds which tokens.
+        width: tokens that the convolution reads, W.
+        rank: this rank.
         group: the context parallel group; None is one rank.
         buffers, sums: the memory of the messages, and their checksums.
+
+    Raises:
+        ConfigError: the mask is not causal or has a window.
     """
 
-    halo: Halo
-    taps: np.ndarray[Any, np.dtype[np.int64]]
-    group: dist.ProcessGroup | None
-    buffers: Buffers
-    sums: LinkSums
-
-    @classmethod
-    def of(
-        cls,
+    def __init__(
+        self,
         mask: Mask,
         layout: SequenceLayout,
         width: int,
@@ -53,32 +46,43 @@ class HaloExchange:
         group: dist.ProcessGroup | None,
         buffers: Buffers,
         sums: LinkSums,
-    ) -> HaloExchange:
-        """Plans the messages of a convolution over ``width`` tokens."""
+    ) -> None:
+        self.group, self.buffers, self.sums = group, buffers, sums
         plan = StatePlan.of(mask, layout, 1)
-        halo = plan_halos(mask, layout, plan, width)[rank]
+        self.halo = plan_halos(mask, layout, plan, width)[rank]
+        self.moves = bool(len(self.halo.received)) or any(map(len, self.halo.send))
         own = layout.positions(rank)
-        known = np.concatenate([own, halo.received])
+        known = np.concatenate([own, self.halo.received])
         order = np.argsort(known)
         starts = mask.starts[np.searchsorted(mask.starts, own, side="right") - 1]
         wanted = own[None, :] - np.arange(width)[:, None]
         found = order[np.minimum(np.searchsorted(known[order], wanted), len(known) - 1)]
-        return cls(halo, np.where(wanted < starts, -1, found), group, buffers, sums)
+        self._taps = np.where(wanted < starts, -1, found)
+        self._on: dict[torch.device, tuple[Tensor, list[Tensor]]] = {}
 
-    @cached_property
-    def moves(self) -> bool:
-        """Whether this rank sends or receives anything."""
-        return bool(len(self.halo.received)) or any(map(len, self.halo.send))
+    def on(self, device: torch.device) -> tuple[Tensor, list[Tensor]]:
+        """Returns two indices on a device, copied there once.
+
+        Returns:
+            int64 [W, S], the place of the token j places before each token, among this rank's
+            tokens and then those it receives, -1 if it is not in the token's document; and for
+            each rank, the places of the tokens that this one sends.
+        """
+        if device not in self._on:
+            sends = [torch.from_numpy(places).to(device) for places in self.halo.send]
+            self._on[device] = torch.from_numpy(self._taps).to(device), sends
+        return self._on[device]
 
     def fetch(self, x: Tensor) -> Tensor:
-        """[B, S, c] -> the tokens of other ranks that this one reads, [B, n, c]."""
+        """Returns the tokens of other ranks that this one reads: [B, S, c] -> [B, n, c]."""
         result = x.new_empty((x.shape[0], len(self.halo.received), x.shape[2]))
         if not self.moves:
             return result
-        sends = [torch.from_numpy(places).to(x.device) for places in self.halo.send]
+        _, sends = self.on(x.device)
+        shape = x.shape[0], x.shape[2]
         with self.buffers.lend(x.device) as memory:
-            sent = memory.take(SENT, (sum(map(len, sends)), x.shape[0], x.shape[2]), x.dtype)
-            received = memory.take(RECEIVED, (result.shape[1], *sent.shape[1:]), x.dtype)
+            sent = memory.take(SENT_HEADS, (sum(map(len, sends)), *shape), x.dtype)
+            received = memory.take(RECEIVED_HEADS, (result.shape[1], *shape), x.dtype)
             outgoing = sent.split([len(places) for places in sends])
             for message, places in zip(outgoing, sends):
                 message.copy_(x[:, places].transpose(0, 1))
@@ -90,23 +94,24 @@ class HaloExchange:
         """Adds to ``grad`` [B, S, c] what other ranks computed for the tokens they read.
 
         Args:
-            grad: of this rank's tokens.
-            received: of the tokens that it read, [B, n, c].
+            grad: the gradient of this rank's tokens.
+            received: the gradient of the tokens that it read, [B, n, c].
         """
         if not self.moves:
             return
-        sends = [torch.from_numpy(places).to(grad.device) for places in self.halo.send]
+        _, sends = self.on(grad.device)
         shape = grad.shape[0], grad.shape[2]
         with self.buffers.lend(grad.device) as memory:
-            sent = memory.take(SENT, (received.shape[1], *shape), grad.dtype)
+            sent = memory.take(SENT_HEADS, (received.shape[1], *shape), grad.dtype)
             sent.copy_(received.transpose(0, 1))
-            back = memory.take(RECEIVED, (sum(map(len, sends)), *shape), grad.dtype)
+            back = memory.take(RECEIVED_HEADS, (sum(map(len, sends)), *shape), grad.dtype)
             incoming = back.split([len(places) for places in sends])
             self._send(sent.split(self.halo.num_received), incoming)
             for message, places in zip(incoming, sends):
                 grad.index_add_(1, places, message.transpose(0, 1))
 
-    def _send(self, outgoing: Any, incoming: Any) -> None:
+    def _send(self, outgoing: Sequence[Tensor], incoming: Sequence[Tensor]) -> None:
+        """Sends a message to every rank and receives one from each; empty ones do not travel."""
         post(
             self.group,
             sends=[(x, peer) for peer, x in enumerate(outgoing) if len(x)],
@@ -129,7 +134,7 @@ class _ShortConvolution(torch.autograd.Function):
         ctx.exchange, ctx.has_bias = exchange, bias is not None
         received = exchange.fetch(x)
         ctx.save_for_backward(x, received, weight)
-        taps = torch.from_numpy(exchange.taps).to(x.device)
+        taps, _ = exchange.on(x.device)
         known = torch.cat((x, received), dim=1)
         out = torch.zeros_like(x)
         for j, places in enumerate(taps):
@@ -141,7 +146,7 @@ class _ShortConvolution(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         x, received, weight = ctx.saved_tensors
         exchange: HaloExchange = ctx.exchange
-        taps = torch.from_numpy(exchange.taps).to(x.device)
+        taps, _ = exchange.on(x.device)
         known, width = torch.cat((x, received), dim=1), weight.shape[1]
         dknown, dweight = torch.zeros_like(known), torch.empty_like(weight)
         for j, places in enumerate(taps):
@@ -156,7 +161,7 @@ class _ShortConvolution(torch.autograd.Function):
 
 
 def _read(known: Tensor, places: Tensor) -> Tensor:
-    """Tokens ``places`` of [B, S + n, c], zero where there is none: [B, S, c]."""
+    """Returns tokens ``places`` of [B, S + n, c], and zeros where there is none: [B, S, c]."""
     return known[:, places.clamp(min=0)] * (places >= 0)[:, None]
 
 

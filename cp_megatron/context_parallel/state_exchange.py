@@ -62,7 +62,7 @@ class StateExchange:
         return self._to_pieces(entering, plan.entering), given[1]
 
     def leaving_gradients(self, own: Tensor, transitions: Tensor) -> Tensor:
-        """The same chains in reverse.
+        """Follows the same chains from their last piece to their first.
 
         Args:
             own: dS_in of this rank's entering pieces without what leaves them, [B, i, H, D, E].
@@ -98,11 +98,11 @@ class StateExchange:
 
     @staticmethod
     def _row_of(numbers: Sequence[Sequence[int]]) -> dict[int, int]:
-        """Where a piece's tensor lies if those of rank 0 come first, then those of rank 1, .."""
+        """Maps a piece to the place of its tensor if those of rank 0 come first, then rank 1's."""
         return {number: row for row, number in enumerate(n for own in numbers for n in own)}
 
     def _to_heads(self, parts: Sequence[tuple[Tensor, Sequence[Sequence[int]]]]) -> list[Tensor]:
-        """[B, pieces of this rank, H, ..] each -> [B, pieces of all ranks, h, ..] each."""
+        """Exchanges [B, pieces of this rank, H, ..] for [B, pieces of all ranks, h, ..], each."""
         outgoing = [
             [tensor[:, :, start:stop] for tensor, _ in parts] for start, stop in self.plan.heads
         ]
@@ -114,7 +114,7 @@ class StateExchange:
         return [torch.cat([of_peer[i] for of_peer in incoming], 1) for i in range(len(parts))]
 
     def _to_pieces(self, whole: Tensor, numbers: Sequence[Sequence[int]]) -> Tensor:
-        """[B, pieces of all ranks, h, D, E] -> [B, pieces of this rank, H, D, E]."""
+        """Exchanges [B, pieces of all ranks, h, D, E] for [B, pieces of this rank, H, D, E]."""
         outgoing = [[part] for part in whole.split([len(own) for own in numbers], dim=1)]
         count = len(numbers[self.rank])
         shapes = [

@@ -33,7 +33,7 @@ SUB_BLOCK = 16
 
 
 class BlockMasks(NamedTuple):
-    """As in ``StateBlocks``: reads bool [n, C, C], enters and leaves bool [n, C], carries [n]."""
+    """The masks of ``StateBlocks``: reads bool [n, C, C], enters and leaves [n, C], carries [n]."""
 
     reads: Tensor
     enters: Tensor
@@ -70,7 +70,7 @@ class BlockMaps(NamedTuple):
 
 
 def apply_transition(transition: Tensor, state: Tensor, *, transposed: bool = False) -> Tensor:
-    """M or M^T, [.., D, D], [.., D, 1] or [.., 1, 1], times S [.., D, E] -> [.., D, E]."""
+    """Multiplies M, or M^T, [.., D, D], [.., D, 1] or [.., 1, 1] by S [.., D, E]."""
     if transition.shape[-1] == 1:  # a factor of each row, or a matrix with one element
         return transition * state
     return (transition.mT if transposed else transition) @ state
@@ -116,13 +116,13 @@ class _Decayed:
         return cls(q, k, running, entering, _products(q, k, running, reads), lower, left.exp() * k)
 
     def solve(self, right: Tensor) -> Tensor:
-        """(1 + A)^-1 of [B, n, H, C, any]."""
+        """Solves (1 + A) x = ``right`` for x, both [B, n, H, C, any]."""
         assert self.lower is not None
         # The diagonal is not read.
         return torch.linalg.solve_triangular(self.lower, right, upper=False, unitriangular=True)
 
     def end(self, carries: Tensor) -> Tensor:
-        """e^(G_end), 0 where the entering state does not leave: [B, n, H, 1 or D, 1]."""
+        """Returns e^(G_end), or 0 where no state passes the block: [B, n, H, 1 or D, 1]."""
         return self.running[..., -1, :, None].exp() * carries[:, None, None, None]
 
 
@@ -145,7 +145,7 @@ def summarize(x: BlockInputs, masks: BlockMasks, scale: float) -> BlockMaps:
 
 
 def step(x: BlockInputs, masks: BlockMasks, scale: float, state: Tensor) -> tuple[Tensor, Tensor]:
-    """What leaves every block, given the state that enters it; autograd differentiates it.
+    """Computes what leaves every block, given the state that enters it, for autograd.
 
     Args:
         x, masks, scale: the blocks.
@@ -164,7 +164,7 @@ def step(x: BlockInputs, masks: BlockMasks, scale: float, state: Tensor) -> tupl
 
 
 def _products(rows: Tensor, keys: Tensor, running: Tensor, mask: Tensor) -> Tensor:
-    """rows_i^T e^(G_i - G_j) keys_j where ``mask`` [n, 1, C, C] is True, otherwise 0."""
+    """Computes rows_i^T e^(G_i - G_j) keys_j where ``mask`` [n, 1, C, C] is True, else 0."""
     if running.shape[-1] == 1:
         decay = (running - running.mT).masked_fill(~mask, float("-inf")).exp()
         return (rows @ keys.mT) * decay
@@ -180,7 +180,7 @@ def _products(rows: Tensor, keys: Tensor, running: Tensor, mask: Tensor) -> Tens
 def _products_of_rows(
     rows: Tensor, keys: Tensor, running: Tensor, mask: Tensor, start: int
 ) -> Tensor:
-    """The rows of one sub-block, with a decay per channel.
+    """Computes the rows of one sub-block, with a decay per channel.
 
     With the keys before it, e^(G_i - G_j) is e^(G_i - G_start) times e^(G_start - G_j), and both
     are at most 1. With its own keys, it is computed for every pair.

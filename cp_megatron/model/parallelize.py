@@ -1,4 +1,4 @@
-"""From a model on the meta device to one spread over the grid: tp by DTensor, dp x cp by FSDP2.
+"""Spreads a model from the meta device over the grid: tp by DTensor, dp x cp by FSDP2.
 
 Memory, initial values and sharding are given to one unit (a layer) at a time, so no rank ever holds
 more than one unsharded layer, plus one global tensor on the CPU. A world of one rank takes the same

@@ -212,6 +212,15 @@ def test_a_convolution_reads_its_document_on_other_ranks(world_size: int) -> Non
             assert max(found.values()) < 1e-12, found
 
 
+def test_autocast_casts_all_inputs_alike() -> None:
+    cp = ContextParallel(None, Mask.causal(8))
+    shapes = (1, 8, 3), (3, WIDTH), (3,)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert cp.short_conv(*map(torch.randn, shapes)).dtype == torch.bfloat16
+        q, g = torch.randn(1, 8, 2, 4), -torch.rand(1, 8, 2)
+        assert cp.linear_attention(q, q, q, g, g.exp()).dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize(
     ("change", "start"),
     [

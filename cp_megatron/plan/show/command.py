@@ -73,19 +73,20 @@ class PlanOptions:
     """Two widths L R. All heads are expanded from a latent of width L and a rotary key of width R,
     which is a part of --head-dim; DeepSeek has 512 64, with --head-dim 192 --v-head-dim 128."""
     cp_latent_exchange: LatentExchange = "auto"
-    """With --latent, p2p and all_gather send latents (latent) or keys and values (expanded); auto
-    sends whichever takes fewer bytes."""
+    """What p2p and all_gather send with --latent: latents (latent), or keys and values (expanded).
+    The choice auto sends whichever takes fewer bytes."""
     linear_num_value_heads: AtLeastOne | None = None
-    """Value heads of a linear recurrence; with them, its states are planned as well."""
-    linear_key_head_dim: AtLeastOne = 128
-    """Width of its query and key heads."""
-    linear_value_head_dim: AtLeastOne = 128
-    """Width of its value heads."""
-    linear_transition: Transition = "matrix"
-    """How it changes a state: by a matrix (gated DeltaNet, KDA), by a vector of decays (GLA) or by
-    one decay (Mamba-2)."""
-    linear_conv_kernel_dim: AtLeastOne = 4
-    """Tokens that its convolution reads, the token itself included."""
+    """The number of value heads of a linear recurrence. If it is given, the plan of the states is
+    printed as well."""
+    linear_key_head_dim: AtLeastOne | None = None
+    """Width of the recurrence's query and key heads, by default 128."""
+    linear_value_head_dim: AtLeastOne | None = None
+    """Width of the recurrence's value heads, by default 128."""
+    linear_transition: Transition | None = None
+    """How the recurrence changes a state: by a matrix (gated DeltaNet, KDA; the default), by a
+    vector of decays (GLA) or by a single decay (Mamba-2, scalar)."""
+    linear_conv_kernel_dim: AtLeastOne | None = None
+    """Number of tokens that the recurrence's convolution reads, itself included, by default 4."""
     dtype: Literal["bfloat16", "float32", "float64"] = "bfloat16"
     """The type in which bytes are counted."""
     svg: str | None = None
@@ -141,15 +142,25 @@ def make_states(
     The layout is that of the schedule. A window is one of attention.
 
     Raises:
-        ConfigError: the mask is not causal.
+        ConfigError: the mask is not causal, or a recurrence is described that has no heads.
     """
+    key_dim, value_dim = options.linear_key_head_dim, options.linear_value_head_dim
+    transition, width = options.linear_transition, options.linear_conv_kernel_dim
     if options.linear_num_value_heads is None:
+        for flag, value in (
+            ("--linear-key-head-dim", key_dim),
+            ("--linear-value-head-dim", value_dim),
+            ("--linear-transition", transition),
+            ("--linear-conv-kernel-dim", width),
+        ):
+            if value is not None:
+                works = "--linear-num-value-heads 32 with it"
+                raise ConfigError(flag, value, "describes a recurrence without heads", works)
         return None
     mask, layout = schedule.mask.within(None), schedule.layout
     plan = StatePlan.of(mask, layout, options.linear_num_value_heads)
-    widths = options.linear_key_head_dim, options.linear_value_head_dim
-    halos = plan_halos(mask, layout, plan, options.linear_conv_kernel_dim)
-    return plan, StateSize.of(*widths, options.linear_transition), halos
+    size = StateSize.of(key_dim or 128, value_dim or 128, transition or "matrix")
+    return plan, size, plan_halos(mask, layout, plan, width or 4)
 
 
 def make_schedule(options: PlanOptions) -> Schedule:

@@ -66,6 +66,11 @@ def test_two_ranks_literally(capsys: pytest.CaptureFixture[str]) -> None:
     assert printed(capsys, *argv, "--rank", "0") == SHARES + ROUNDS
 
 
+def test_a_recurrence_needs_its_heads(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--linear-conv-kernel-dim", "4"]) == 2
+    assert "--linear-conv-kernel-dim 4: describes a recurrence" in capsys.readouterr().err
+
+
 def test_states_literally(capsys: pytest.CaptureFixture[str]) -> None:
     argv = ["--seq-length", "8", "--context-parallel-size", "2", "--linear-num-value-heads", "4"]
     widths = ["--linear-key-head-dim", "2", "--linear-value-head-dim", "8"]
