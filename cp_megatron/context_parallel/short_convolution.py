@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from cp_megatron.comm.checksums import LinkSums
 from cp_megatron.comm.send_receive import post
+from cp_megatron.context_parallel.attention_function import KeptAttention
 from cp_megatron.context_parallel.buffers import Buffers
 from cp_megatron.plan import Mask, SequenceLayout
 from cp_megatron.plan.buffer_sizes import RECEIVED_HEADS, SENT_HEADS
@@ -129,10 +130,20 @@ class _ShortConvolution(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, exchange: HaloExchange, x: Tensor, weight: Tensor, bias: Tensor | None
+        ctx: Any,
+        exchange: HaloExchange,
+        kept: KeptAttention | None,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
     ) -> Tensor:
         ctx.exchange, ctx.has_bias = exchange, bias is not None
-        received = exchange.fetch(x)
+        if kept is not None and kept.filled:
+            ((received,),) = kept.again()
+        else:
+            received = exchange.fetch(x)
+            if kept is not None:
+                kept.keep(0, (received,))
         ctx.save_for_backward(x, received, weight)
         taps, _ = exchange.on(x.device)
         known = torch.cat((x, received), dim=1)
@@ -157,7 +168,7 @@ class _ShortConvolution(torch.autograd.Function):
         dx, dreceived = dknown.split((x.shape[1], received.shape[1]), dim=1)
         dx = dx.contiguous()
         exchange.give_back_(dx, dreceived)
-        return None, dx, dweight, dout.sum((0, 1)) if ctx.has_bias else None
+        return None, None, dx, dweight, dout.sum((0, 1)) if ctx.has_bias else None
 
 
 def _read(known: Tensor, places: Tensor) -> Tensor:
@@ -166,7 +177,11 @@ def _read(known: Tensor, places: Tensor) -> Tensor:
 
 
 def short_convolution(
-    exchange: HaloExchange, x: Tensor, weight: Tensor, bias: Tensor | None
+    exchange: HaloExchange,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    kept: KeptAttention | None = None,
 ) -> Tensor:
     """y_t = sum over j < W of weight[:, W - 1 - j] x_(t-j), per channel and within documents.
 
@@ -175,6 +190,7 @@ def short_convolution(
         x: [B, S, c].
         weight: [c, W]; the last column multiplies the token itself, as in ``torch.nn.Conv1d``.
         bias: [c].
+        kept: as in ``RecurrentSequence.short_conv``.
     """
-    out: Tensor = _ShortConvolution.apply(exchange, x, weight, bias)
+    out: Tensor = _ShortConvolution.apply(exchange, kept, x, weight, bias)
     return out
