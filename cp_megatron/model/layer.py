@@ -8,8 +8,9 @@ A model may have norms after the blocks instead or as well, and both blocks may 
     parallel   x = x + mixer(n) + mlp(n)       with n = norm(x)
 
 Every line computes with the tokens that one rank holds. What crosses ranks is visible: ``tp.enter``
-and ``tp.leave`` around each block (tensor and sequence parallelism) and ``cp.attention`` (context
-parallelism). What is kept for backward is decided by ``LayerMemory``, around the same functions.
+and ``tp.leave`` around each block (tensor and sequence parallelism) and, in the mixer,
+``cp.attention`` or ``cp.linear_attention`` (context parallelism). What is kept for backward is
+decided by ``LayerMemory``, around the same functions.
 
 Shapes: b batch, s sequence of one context parallel rank, h hidden. The residual stream is
 [b, s, h]; with sequence parallelism [b, s/tp, h].
@@ -21,26 +22,34 @@ from torch import Tensor, nn
 
 from cp_megatron.context_parallel import ContextParallel, KeptAttention
 from cp_megatron.kernels.dropout import Dropout
+from cp_megatron.model.gated_delta_net import GatedDeltaNet
 from cp_megatron.model.latent_attention import LatentAttention
 from cp_megatron.model.layer_memory import LayerMemory, Pass
 from cp_megatron.model.mlp import MLP
 from cp_megatron.model.norm import Norm
 from cp_megatron.model.rope import Rotation
 from cp_megatron.model.self_attention import SelfAttention
-from cp_megatron.spec import LatentAttentionSpec, LayerSpec, NormSpec
+from cp_megatron.spec import LatentAttentionSpec, LayerSpec, LinearAttentionSpec, NormSpec
 from cp_megatron.tensor_parallel import LocalWeights
 
 
 class TransformerLayer(nn.Module):
-    """Adds attention and the MLP to the residual stream, with dropout on what is added."""
+    """Adds a mixer and the MLP to the residual stream, with dropout on what is added.
+
+    Attributes:
+        attends: whether the mixer is attention, not a recurrence.
+    """
 
     def __init__(self, spec: LayerSpec, *, memory: LayerMemory) -> None:
         super().__init__()
         self.memory, self.tp = memory, memory.tp
         self.is_parallel, self.multiplier = spec.is_parallel, spec.multiplier
         self.attention_norm = self._norm(spec.attention_norm)
-        self.attention: SelfAttention | LatentAttention
-        if isinstance(spec.attention, LatentAttentionSpec):
+        self.attends = not isinstance(spec.attention, LinearAttentionSpec)
+        self.attention: SelfAttention | LatentAttention | GatedDeltaNet
+        if isinstance(spec.attention, LinearAttentionSpec):
+            self.attention = GatedDeltaNet(spec.attention, tp=self.tp)
+        elif isinstance(spec.attention, LatentAttentionSpec):
             self.attention = LatentAttention(spec.attention, tp=self.tp)
         else:
             self.attention = SelfAttention(spec.attention, tp=self.tp)

@@ -22,6 +22,7 @@ from torch.distributed.fsdp import (
 
 from cp_megatron.comm.groups import ParallelGroups
 from cp_megatron.config.schema import Config
+from cp_megatron.model.gated_delta_net import Decay
 from cp_megatron.model.initialize import initial_value
 from cp_megatron.model.transformer import Transformer
 from cp_megatron.tensor_parallel import named_specs, place
@@ -78,8 +79,12 @@ def build_model(
             owner.register_parameter(attribute, nn.Parameter(placed))
 
     shard = _sharding(config, groups, dtype, device)
+    exact = _sharding(config, groups, "float32", device)
     for name, layer in model.layers.items():
         fill(layer, f"layers.{name}")
+        for module in layer.modules() if dtype == "bfloat16" else ():
+            if isinstance(module, Decay):
+                exact(module)
         shard(layer)
     fill(model)
     shard(model)

@@ -6,6 +6,7 @@ residual stream is [b, s, h]; with sequence parallelism [b, s/tp, h].
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 
 import torch
@@ -154,6 +155,21 @@ class Transformer(nn.Module):
         if labels is None:
             return self.head(self.norm(x), weight)
         return self.head.losses(self.norm(x), labels, rule or LossRule(), weight)
+
+    def prepare(self, cp: ContextParallel) -> float:
+        """Lets ``cp`` plan all layers ahead of time; another thread may do so.
+
+        Returns:
+            the attended pairs of a query and a key of the whole row; the mean of the layers that
+            attend.
+        """
+        contexts, pairs = self.layer_contexts(cp), Counter[ContextParallel]()
+        for number, layer in self.layers.items():
+            assert isinstance(layer, TransformerLayer)
+            layer.attention.prepare(contexts[int(number)])
+            pairs[contexts[int(number)]] += layer.attends
+        total = sum(context.mask.pairs() * layers for context, layers in pairs.items())
+        return total / max(1, pairs.total())
 
     def layer_contexts(self, cp: ContextParallel) -> list[ContextParallel]:
         """The context that each layer of the whole model attends with.

@@ -8,6 +8,7 @@ from typing import Literal
 
 from cp_megatron.config import ModelConfig
 from cp_megatron.spec.latent import LatentAttentionSpec
+from cp_megatron.spec.linear_attention import LinearAttentionSpec
 from cp_megatron.spec.mixer import AttentionSpec
 from cp_megatron.spec.parameter import BlockSpec
 from cp_megatron.spec.pieces import LinearSpec, NormSpec
@@ -50,11 +51,12 @@ class MLPSpec(BlockSpec):
 
 @dataclass(frozen=True, kw_only=True)
 class LayerSpec(BlockSpec):
-    """One layer: attention, then an MLP, each of which adds to the residual stream x.
+    """One layer: a mixer, then an MLP, each of which adds to the residual stream x.
 
     A block adds dropout(multiplier * post_norm(block(norm(x)))).
 
     Attributes:
+        attention: the mixer: attention, or a recurrence.
         attention_norm, mlp_norm: normalize what a block reads; None: it reads the stream itself.
         attention_post_norm, mlp_post_norm: normalize what a block adds; None: it is added as it is.
         is_parallel: the MLP reads ``attention_norm`` of the x that attention reads, and has no norm
@@ -64,7 +66,7 @@ class LayerSpec(BlockSpec):
     """
 
     attention_norm: NormSpec | None
-    attention: AttentionSpec | LatentAttentionSpec
+    attention: AttentionSpec | LatentAttentionSpec | LinearAttentionSpec
     attention_post_norm: NormSpec | None
     mlp_norm: NormSpec | None
     mlp: MLPSpec
@@ -78,10 +80,13 @@ class LayerSpec(BlockSpec):
         """A layer of the model, numbered from 0."""
         norm, where = NormSpec.of(model), model.norm_placement
         before, after = norm if where != "post" else None, norm if where != "pre" else None
-        mixer = LatentAttentionSpec if model.multi_latent_attention else AttentionSpec
         return cls(
             attention_norm=before,
-            attention=mixer.of(model, layer=layer),
+            attention=(
+                LinearAttentionSpec.of(model)
+                if model.is_linear(layer)
+                else attention_of(model, layer=layer)
+            ),
             attention_post_norm=after,
             mlp_norm=None if model.parallel_residual else before,
             mlp=MLPSpec.of(model),
@@ -127,6 +132,12 @@ class LayerSpec(BlockSpec):
         if tiled and copies:
             kept["mlp"] += stream
         return kept
+
+
+def attention_of(model: ModelConfig, *, layer: int) -> AttentionSpec | LatentAttentionSpec:
+    """The attention of a layer that attends, numbered from 0."""
+    kind = LatentAttentionSpec if model.multi_latent_attention else AttentionSpec
+    return kind.of(model, layer=layer)
 
 
 def _norm_bytes(norm: NormSpec | None, sizes: ActivationSizes) -> int:

@@ -156,6 +156,7 @@ class AttentionSpec(MixerSpec):
 
     Attributes:
         query, key, value, out: the projections; ``out`` adds to the residual stream.
+        gate: computes the gate of what ``out`` reads; None: there is none.
         query_norm, key_norm: normalize the query and key heads before they are rotated; None: there
             are no such norms.
         sinks: how the softmax is extended, as ``softmax_type`` of the configuration; ``learnable``
@@ -165,6 +166,7 @@ class AttentionSpec(MixerSpec):
     query: LinearSpec
     key: LinearSpec
     value: LinearSpec
+    gate: LinearSpec | None
     out: LinearSpec
     query_norm: HeadNormSpec | None
     key_norm: HeadNormSpec | None
@@ -177,11 +179,13 @@ class AttentionSpec(MixerSpec):
         heads, kv_heads = model.num_attention_heads, model.num_kv_heads
         project = partial(LinearSpec, inputs=model.hidden_size, bias=model.has_qkv_bias)
         keys = partial(project, units=kv_heads, shares_units=True)
+        gate = project(outputs=heads * model.value_dim, units=heads)
         norm = partial(HeadNormSpec.of_heads, model) if model.qk_layernorm else None
         return cls(
             query=project(outputs=heads * model.head_dim, units=heads),
             key=keys(outputs=kv_heads * model.head_dim),
             value=keys(outputs=kv_heads * model.value_dim),
+            gate=gate if model.attention_output_gate else None,
             out=LinearSpec(
                 inputs=heads * model.value_dim,
                 outputs=model.hidden_size,
