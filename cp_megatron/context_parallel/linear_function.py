@@ -240,7 +240,7 @@ def _enter(call: _Call, x: BlockMaps) -> tuple[Tensor, Tensor]:
     plan, at = call.plan, call.at
     empty = torch.zeros_like(x.increment[:, at.first])
     if not plan.plan.chains:
-        return empty, x.transition[:, :0]
+        return empty, torch.empty_like(x.transition[:, :0])  # a view would keep all of it
     states = call.scan(x, empty)
     last = at.last[plan.leaving]
     increments = apply_transition(x.transition[:, last], states[:, last])

@@ -90,8 +90,7 @@ class StateExchange:
 
     @cached_property
     def _share(self) -> int:
-        start, stop = self.plan.heads[self.rank]
-        return stop - start
+        return self.plan.num_heads_of(self.rank)
 
     def _all_shape(self, like: Tensor, numbers: Sequence[Sequence[int]]) -> tuple[int, ...]:
         return like.shape[0], sum(map(len, numbers)), self._share, *like.shape[3:]

@@ -38,6 +38,8 @@ from cp_megatron.families.olmo2 import OLMO2, OLMO3
 from cp_megatron.families.phi3 import PHI3
 from cp_megatron.families.qwen2 import QWEN2
 from cp_megatron.families.qwen3 import QWEN3
+from cp_megatron.families.qwen3_5 import QWEN3_5
+from cp_megatron.families.qwen3_next import LINEAR_SIZES, QWEN3_NEXT
 from cp_megatron.families.refusals import alternative_of, unknown_architecture
 from cp_megatron.families.rope_fields import ROPE_FIELDS, ROTARY_FIELDS, unread_fields
 from cp_megatron.families.smollm3 import SMOLLM3
@@ -70,6 +72,8 @@ FAMILIES: tuple[Family, ...] = (
     GEMMA3,
     DEEPSEEK_V3,
     DEEPSEEK_V2,
+    QWEN3_NEXT,
+    QWEN3_5,
 )
 """A model that several families can express is exported as ``hf_model_type`` says, or else as the
 first of them."""
@@ -287,6 +291,7 @@ def _flags(model: ModelConfig) -> dict[str, Any]:
     flags["rotary_percent"] = model.rotary_dim / model.head_dim
     flags["no_rope_layers"] = tuple(sorted(model.no_rope_layers or ())) or None
     width, layers = window_width(model), range(model.num_layers)
+    flags["linear_attention_layers"] = model.linear_layers or None
     windows = tuple(n for n in layers if width and model.layer_window(n))
     flags["window_size"] = (width - 1, 0) if width and windows else None
     flags["window_layers"] = windows if 0 < len(windows) < len(layers) else None
@@ -304,6 +309,9 @@ def _unread(model: ModelConfig) -> Iterator[str]:
         yield from (*ROPE_FIELDS, *ROTARY_FIELDS, "rope_type", "rotary_base")
     if not model.multi_latent_attention:
         yield from (*LATENT_WIDTHS, "latent_norm_epsilon")
+    yield "linear_attention_freq"  # ``linear_attention_layers`` says as much
+    if not model.linear_layers:
+        yield from LINEAR_SIZES
     if not model.qk_layernorm or model.multi_latent_attention:
         yield "qk_norm_scope"
     if model.normalization != "LayerNorm":

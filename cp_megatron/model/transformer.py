@@ -166,7 +166,7 @@ class Transformer(nn.Module):
         contexts, pairs = self.layer_contexts(cp), Counter[ContextParallel]()
         for number, layer in self.layers.items():
             assert isinstance(layer, TransformerLayer)
-            layer.attention.prepare(contexts[int(number)])
+            layer.mixer.prepare(contexts[int(number)])
             pairs[contexts[int(number)]] += layer.attends
         total = sum(context.mask.pairs() * layers for context, layers in pairs.items())
         return total / max(1, pairs.total())
@@ -177,7 +177,7 @@ class Transformer(nn.Module):
         If layers have different windows, these are contexts on the layout of ``cp`` with the
         layers' windows; otherwise ``cp`` itself, whose mask has the window.
         """
-        windows = [layer.attention.window for layer in self.spec.layers]
+        windows = [layer.mixer.window for layer in self.spec.layers]
         if len(set(windows)) == 1:
             return [cp] * len(windows)
         return [cp.within(window) for window in windows]
@@ -187,7 +187,7 @@ class Transformer(nn.Module):
     ) -> list[Rotation | None]:
         """The rotation of each layer of the whole model; layers that rotate alike share one."""
         longest, made = max(cp.mask.lengths), dict[RotarySpec | None, Rotation]()
-        wanted = [layer.attention.rotary for layer in self.spec.layers]
+        wanted = [layer.mixer.rotary for layer in self.spec.layers]
         for rotary in set(wanted) - {None}:
             assert rotary is not None
             made[rotary] = Rotation.of(positions, self.config, rotary, longest=longest, dtype=dtype)

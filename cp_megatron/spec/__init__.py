@@ -14,7 +14,7 @@ from cp_megatron.spec.pieces import (
     NormSpec,
     PositionsSpec,
 )
-from cp_megatron.spec.sizes import ActivationSizes
+from cp_megatron.spec.sizes import ActivationSizes, KeptStates
 
 __all__ = [
     "ActivationSizes",
@@ -26,6 +26,7 @@ __all__ = [
     "HeadNormSpec",
     "HeadSpec",
     "Init",
+    "KeptStates",
     "LatentAttentionSpec",
     "LayerSpec",
     "LinearAttentionSpec",

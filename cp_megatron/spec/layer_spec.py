@@ -56,7 +56,7 @@ class LayerSpec(BlockSpec):
     A block adds dropout(multiplier * post_norm(block(norm(x)))).
 
     Attributes:
-        attention: the mixer: attention, or a recurrence.
+        attention, recurrence: the mixer is one of them, and the other is None.
         attention_norm, mlp_norm: normalize what a block reads; None: it reads the stream itself.
         attention_post_norm, mlp_post_norm: normalize what a block adds; None: it is added as it is.
         is_parallel: the MLP reads ``attention_norm`` of the x that attention reads, and has no norm
@@ -66,7 +66,8 @@ class LayerSpec(BlockSpec):
     """
 
     attention_norm: NormSpec | None
-    attention: AttentionSpec | LatentAttentionSpec | LinearAttentionSpec
+    attention: AttentionSpec | LatentAttentionSpec | None
+    recurrence: LinearAttentionSpec | None
     attention_post_norm: NormSpec | None
     mlp_norm: NormSpec | None
     mlp: MLPSpec
@@ -80,13 +81,11 @@ class LayerSpec(BlockSpec):
         """A layer of the model, numbered from 0."""
         norm, where = NormSpec.of(model), model.norm_placement
         before, after = norm if where != "post" else None, norm if where != "pre" else None
+        attends = not model.is_linear(layer)
         return cls(
             attention_norm=before,
-            attention=(
-                LinearAttentionSpec.of(model)
-                if model.is_linear(layer)
-                else attention_of(model, layer=layer)
-            ),
+            attention=attention_of(model, layer=layer) if attends else None,
+            recurrence=None if attends else LinearAttentionSpec.of(model),
             attention_post_norm=after,
             mlp_norm=None if model.parallel_residual else before,
             mlp=MLPSpec.of(model),
@@ -95,6 +94,13 @@ class LayerSpec(BlockSpec):
             multiplier=model.residual_multiplier,
             dropout=model.hidden_dropout,
         )
+
+    @property
+    def mixer(self) -> AttentionSpec | LatentAttentionSpec | LinearAttentionSpec:
+        """The block in which tokens see one another."""
+        mixer = self.attention or self.recurrence
+        assert mixer is not None
+        return mixer
 
     def kept_bytes(self, sizes: ActivationSizes, granularity: str, *, tiled: bool) -> Counter[str]:
         """Bytes that backward needs, by the name of the module that keeps them.
@@ -109,7 +115,7 @@ class LayerSpec(BlockSpec):
         stream = sizes.stream_bytes(width)
         if granularity == "full":
             return Counter(inputs=stream)
-        kept = Counter(attention=self.attention.kept_results(sizes))
+        kept = Counter(attention=self.mixer.kept_results(sizes))
         for name in ("attention_post_norm", "mlp_post_norm"):
             kept[name] = _norm_bytes(getattr(self, name), sizes)
         if self.dropout:
@@ -118,7 +124,7 @@ class LayerSpec(BlockSpec):
             kept["inputs"] = (1 if self.is_parallel else 2) * stream
             return kept
         kept["attention_norm"] = _norm_bytes(self.attention_norm, sizes)
-        kept["attention"] += self.attention.kept_operands(sizes)
+        kept["attention"] += self.mixer.kept_operands(sizes)
         kept["mlp_norm"] = _norm_bytes(self.mlp_norm, sizes)
         kept["mlp"] = self.mlp.kept_bytes(sizes)
         read = self.mlp_norm

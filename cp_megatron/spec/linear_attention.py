@@ -21,6 +21,7 @@ from functools import partial
 from typing import ClassVar
 
 from cp_megatron.config import ModelConfig
+from cp_megatron.plan.states import StateSize
 from cp_megatron.spec.parameter import BlockSpec, ParameterSpec
 from cp_megatron.spec.pieces import LinearSpec, NormSpec
 from cp_megatron.spec.sizes import ActivationSizes
@@ -156,10 +157,46 @@ class LinearAttentionSpec(BlockSpec):
         """The value heads and key heads that one of ``tp`` tensor parallel ranks computes."""
         return self.heads // tp, max(1, self.key_heads // tp)
 
+    @property
+    def state(self) -> StateSize:
+        """Elements of a head's transition and of its state."""
+        return StateSize.of(self.head_dim, self.v_head_dim, "matrix")
+
+    def channels(self, tp: int) -> int:
+        """Channels that one of ``tp`` tensor parallel ranks convolves."""
+        heads, key_heads = self.local_heads(tp)
+        return 2 * key_heads * self.head_dim + heads * self.v_head_dim
+
     def kept_results(self, sizes: ActivationSizes) -> int:
-        """Bytes that selective recomputation keeps too."""
-        raise AssertionError
+        """Bytes that selective recomputation keeps too.
+
+        These are the result of the recurrence, what ``out`` reads, the states that enter pieces,
+        the transitions of the chains that this rank follows, and the halo of the convolution.
+        """
+        heads, states = self.local_heads(sizes.tp)[0], sizes.states
+        results = 2 * sizes.tokens * heads * self.v_head_dim * sizes.element
+        chained = states.pieces * heads * self.state.state
+        chained += states.transitions * states.heads * self.state.transition
+        halo = states.halo * self.channels(sizes.tp) * sizes.element
+        return results + sizes.batch * (chained * sizes.exact + halo)
 
     def kept_operands(self, sizes: ActivationSizes) -> int:
-        """Bytes of the inputs that backward needs and that recomputation frees."""
-        raise AssertionError
+        """Bytes that backward needs and that recomputation frees.
+
+        These are the normalized stream; what is convolved, its convolution and SiLU; what makes
+        queries and keys unit vectors, and these vectors; what makes the decay; the rate; the gate,
+        its SiLU, and what the norm keeps in place of the result.
+        """
+        (heads, key_heads), el, exact = self.local_heads(sizes.tp), sizes.element, sizes.exact
+        values, keys = heads * self.v_head_dim, 2 * key_heads * self.head_dim
+        mixed = 3 * self.channels(sizes.tp) * el
+        # A norm of the CPU copies its input to the type of the sums.
+        copied = 0 if sizes.on_cuda or el == exact else keys * exact
+        units = keys * el + 2 * key_heads * exact + copied
+        per_head = heads * (el + 3 * exact)
+        gate = 3 * values * el
+        # The joined weights of the convolutions, and the rates of the decay with both signs.
+        weights = self.channels(sizes.tp) * self.query_conv.width * el + 2 * heads * exact
+        norm = self.norm.kept_bytes(sizes.tokens * heads, sizes)
+        kept = sizes.stream_bytes(self.query.inputs) + weights + norm
+        return kept + sizes.tokens * (mixed + units + per_head + gate - values * el)

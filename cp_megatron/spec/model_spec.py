@@ -109,7 +109,7 @@ class ModelSpec(BlockSpec):
             num_pairs: attended pairs of a query and a key, over all rows; the mean of the layers
                 that attend.
         """
-        channels = sum(layer.attention.pair_channels() for layer in self.layers)
+        channels = sum(layer.mixer.pair_channels() for layer in self.layers)
         return 6.0 * (self.matmul_parameters() * num_tokens + num_pairs * channels)
 
     def _distinct(self) -> Iterator[tuple[ParameterSpec, int]]:
