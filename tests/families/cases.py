@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 VOCAB = 300  # is padded, and holds the 257 ids of the byte tokenizer
-FULL, SLIDING = "full_attention", "sliding_attention"
+FULL, SLIDING, LINEAR_ATTENTION = "full_attention", "sliding_attention", "linear_attention"
 SIZES: Mapping[str, Any] = {
     "vocab_size": VOCAB,
     "hidden_size": 32,
@@ -146,6 +146,34 @@ LATENT = {
     "first_k_dense_replace": 4,
     "attention_bias": True,
 }
+
+RECURRENT = {
+    "linear_num_key_heads": 4,
+    "linear_num_value_heads": 8,
+    "linear_key_head_dim": 6,
+    "linear_value_head_dim": 5,
+    "linear_conv_kernel_dim": 3,
+    "head_dim": 12,
+}
+
+
+def qwen3_next(**options: Any) -> Case:
+    return Case(
+        name="Qwen3Next",
+        options={**RMS, **RECURRENT, "num_experts": 0, **options},
+        one_plus=True,
+        inert=("mlp_only_layers",),
+    )
+
+
+def qwen3_5(**options: Any) -> Case:
+    return Case(
+        name="Qwen3_5Text",
+        model_class="Qwen3_5ForCausalLM",
+        options={**RMS, **RECURRENT, **options},
+        one_plus=True,
+    )
+
 
 CASES: Mapping[str, Case] = {
     "llama": Case(
@@ -443,5 +471,28 @@ CASES: Mapping[str, Case] = {
             "attention_bias": False,
             "num_nextn_predict_layers": 0,
         },
+    ),
+    "qwen3_next": qwen3_next(
+        **TIED,
+        **rope("linear", factor=2.5, partial_rotary_factor=0.5),
+        attention_bias=True,
+        layer_types=[LINEAR_ATTENTION, FULL, LINEAR_ATTENTION],
+        mlp_only_layers=[0, 2],
+        decoder_sparse_step=2,
+    ),
+    "qwen3_next, every second": qwen3_next(
+        **rope(partial_rotary_factor=0.5),
+        full_attention_interval=2,
+        linear_num_key_heads=1,
+        num_key_value_heads=1,
+    ),
+    "qwen3_5_text": qwen3_5(
+        **TIED,
+        **yarn(partial_rotary_factor=0.5),
+        attention_bias=True,
+        layer_types=[FULL, LINEAR_ATTENTION, LINEAR_ATTENTION],
+    ),
+    "qwen3_5_text, recurrences only": qwen3_5(
+        num_hidden_layers=2, layer_types=[LINEAR_ATTENTION] * 2, linear_num_key_heads=2
     ),
 }

@@ -67,6 +67,8 @@ def loud(key: str, weight: Tensor, *, one_plus: bool, generator: torch.Generator
     The scores of attention have a standard deviation of 1 to 3.
     """
     drawn = torch.randn(weight.shape, generator=generator)
+    if key.endswith("A_log"):  # memories of 10 to 1,000 tokens
+        return torch.empty(weight.shape).uniform_(0.001, 0.1, generator=generator).log()
     if key.endswith("bias"):
         return drawn * 0.5
     if "norm" in key or "ln_" in key:
