@@ -32,6 +32,7 @@ from cp_megatron.context_parallel.rank_plan import RankPlan
 from cp_megatron.context_parallel.sharded_sequence import ShardedSequence
 from cp_megatron.context_parallel.short_convolution import HaloExchange, short_convolution
 from cp_megatron.kernels.dropout import Dropout
+from cp_megatron.kernels.linear_interface import LinearInputs
 from cp_megatron.plan import Mask, Schedule, SequenceLayout
 from cp_megatron.plan.exchange import check_exchange, check_latent_exchange
 from cp_megatron.plan.mask import Window
@@ -351,8 +352,10 @@ class ContextParallel(ShardedSequence):
             if heads not in self._linear_plans:
                 shared = self.rank, self.group, self.buffers, self.link_sums
                 self._linear_plans[heads] = LinearPlan(self.mask, self.layout, heads, *shared)
+            plan = self._linear_plans[heads]
+            kernel = plan.kernel(self.kernels.linear_choice(q, v.shape[3]).name, q.device)
         scale = q.shape[3] ** -0.5 if scale is None else scale
-        return planned_linear_attention(self._linear_plans[heads], q, k, v, g, beta, scale, kept)
+        return planned_linear_attention(plan, kernel, LinearInputs(q, k, v, g, beta, scale), kept)
 
     @torch.compiler.disable
     def short_conv(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
