@@ -15,10 +15,12 @@ from cp_megatron.context_parallel.attention_function import KeptAttention
 from cp_megatron.context_parallel.autocast import cast_inputs
 from cp_megatron.context_parallel.buffers import Buffers
 from cp_megatron.context_parallel.input_check import RankAgreement
+from cp_megatron.context_parallel.kernel_chooser import KernelChooser
 from cp_megatron.context_parallel.linear_check import check_convolution, check_linear
 from cp_megatron.context_parallel.linear_function import LinearPlan, planned_linear_attention
 from cp_megatron.context_parallel.sharded_sequence import ShardedSequence
 from cp_megatron.context_parallel.short_convolution import HaloExchange, short_convolution
+from cp_megatron.kernels.linear_interface import LinearInputs
 from cp_megatron.plan import Mask, SequenceLayout
 
 
@@ -32,6 +34,7 @@ class RecurrentSequence(ShardedSequence):
 
     buffers: Buffers
     link_sums: LinkSums
+    kernels: KernelChooser
     _agreement: RankAgreement
 
     def __init__(
@@ -100,8 +103,9 @@ class RecurrentSequence(ShardedSequence):
         with self._agreement.after_checks(inputs, (scale, "linear"), None, self._rows, kept):
             check_linear(inputs, self.layout.shard_len)
             plan = self._linear_plan(v.shape[2])
+            kernel = plan.kernel(self.kernels.linear_choice(q, v.shape[3]).name, q.device)
         scale = q.shape[3] ** -0.5 if scale is None else scale
-        return planned_linear_attention(plan, q, k, v, g, beta, scale, kept)
+        return planned_linear_attention(plan, kernel, LinearInputs(q, k, v, g, beta, scale), kept)
 
     @torch.compiler.disable
     def short_conv(

@@ -5,12 +5,14 @@ The heads that predict further tokens (``mtp``) are not read, as in transformers
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from cp_megatron.families import qwen3_next
 from cp_megatron.families.family import Family
 
 _LAYER, _OURS = "model.layers.{}.linear_attn", "layers.{}.recurrence"
 # Positions of text are the same in all sections, so the sections change nothing.
-_ROPE = {"mrope_section": None, "mrope_interleaved": None}
+_ROPE: Mapping[str, None] = {"mrope_section": None, "mrope_interleaved": None}
 
 QWEN3_5 = Family(
     model_type="qwen3_5_text",

@@ -265,7 +265,7 @@ def _sizes(
     if recurrence is not None:
         _, chains, halos = recurrence
         states = KeptStates(
-            pieces=sum(piece.rank == cp_rank for piece in chains.pieces),
+            pieces=len(chains.entering[cp_rank]),
             transitions=sum(map(len, chains.through)),
             heads=chains.num_heads_of(cp_rank),
             halo=len(halos[cp_rank].received),

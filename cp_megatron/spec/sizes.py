@@ -12,13 +12,13 @@ class KeptStates(NamedTuple):
     """What a recurrence keeps on a rank besides its tokens.
 
     Attributes:
-        pieces: the rank's pieces, each with the state that enters it.
+        pieces: the rank's pieces that a state enters, each with this state.
         transitions: those of all ranks' pieces, for each head whose chains the rank follows.
         heads: number of these heads.
         halo: tokens of other ranks that its convolution reads.
     """
 
-    pieces: int = 1
+    pieces: int = 0
     transitions: int = 0
     heads: int = 0
     halo: int = 0

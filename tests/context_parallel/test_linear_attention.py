@@ -11,9 +11,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cp_megatron.context_parallel import ContextParallel, KeptAttention, linear_function
+from cp_megatron.context_parallel import ContextParallel, KeptAttention
 from cp_megatron.context_parallel.short_convolution import HaloExchange
 from cp_megatron.errors import ConfigError
+from cp_megatron.kernels import linear_blocks
 from cp_megatron.plan import Mask, SequenceLayout
 from cp_megatron.plan.states import StatePlan, StateSize, Transition
 from tests.context_parallel.recurrences import KINDS, convolved, inputs_of, token_by_token
@@ -74,7 +75,7 @@ def of_case(case: Case, group: dist.ProcessGroup | None) -> dict[str, float]:
     expected = token_by_token(*oracle, case.lengths)
     expected.backward(dout)
     own = [None if x is None else cp.shard(x, 1).to(case.dtype).requires_grad_() for x in whole]
-    with mock.patch.object(linear_function, "BLOCK", case.block):
+    with mock.patch.object(linear_blocks, "BLOCK", case.block):
         kept = KeptAttention() if case.recomputed else None
         out = cp.linear_attention(*own, kept=kept)
         if kept is not None:

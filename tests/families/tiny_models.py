@@ -15,7 +15,8 @@ from torch.nn.functional import cross_entropy
 
 from cp_megatron.data.batch.batch import IGNORED, Batch
 from cp_megatron.plan.mask import Mask, Window
-from tests.families.cases import CASES, VOCAB
+from tests.families.case import VOCAB
+from tests.families.cases import CASES
 
 LENGTHS = (5, 26, 17)
 """Documents of a row, in tokens: shorter and longer than every window and original length."""
