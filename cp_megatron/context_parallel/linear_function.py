@@ -127,7 +127,8 @@ class _LinearAttention(torch.autograd.Function):
         *given, entering, chained = ctx.saved_tensors
         call: _Call = ctx.call
         with torch.autocast(dout.device.type, enabled=False):
-            x, leaving = LinearInputs(*given, call.scale), None
+            q, k, v, g, beta = given
+            x, leaving = LinearInputs(q, k, v, g, beta, call.scale), None
             if chained is not None:
                 leaving = call.leave(call.kernel.adjoint(x, dout), chained)
             grads = call.kernel.backward(x, dout, entering, leaving)

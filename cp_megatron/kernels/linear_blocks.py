@@ -26,7 +26,6 @@ from cp_megatron.plan.linear_tiles import head_tiles
 from cp_megatron.plan.mask import IntArray, Mask
 from cp_megatron.plan.state_blocks import StateBlocks
 from cp_megatron.plan.states import Piece
-from cp_megatron.plan.tiling import Span
 
 BLOCK = 64
 """Tokens of a block. Work within a block grows with its length, work on states shrinks with it."""
@@ -205,7 +204,9 @@ class LinearBlocks:
         states = self._scan(transition, solved.increment(), entering)
         return states, self._scan_back(transition, solved.reads().mT @ dblocks, leaving)
 
-    def _scan(self, transition: Tensor, increment: Tensor, entering: Tensor | None = None) -> Tensor:
+    def _scan(
+        self, transition: Tensor, increment: Tensor, entering: Tensor | None = None
+    ) -> Tensor:
         """Computes the state that enters every block, [B, n, h, D, E].
 
         Args:

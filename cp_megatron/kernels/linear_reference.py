@@ -152,9 +152,7 @@ class SolvedBlocks:
         return out, self.end * state + self.kept.mT @ u
 
 
-def _products(
-    rows: Sequence[Tensor], keys: Tensor, running: Tensor, mask: Tensor
-) -> list[Tensor]:
+def _products(rows: Sequence[Tensor], keys: Tensor, running: Tensor, mask: Tensor) -> list[Tensor]:
     """Computes rows_i^T e^(G_i - G_j) keys_j where ``mask`` [n, 1, C, C] is True, else 0."""
     if running.shape[-1] == 1:
         decay = (running - running.mT).masked_fill(~mask, float("-inf")).exp()
