@@ -127,6 +127,10 @@ class _LinearAttention(torch.autograd.Function):
         q, k, v, g, beta, entering, chained = ctx.saved_tensors
         call: _Call = ctx.call
         with torch.autocast(dout.device.type, enabled=False):
+<<<<<<< HEAD
+=======
+            q, k, v, g, beta = given
+>>>>>>> kernels
             x, leaving = LinearInputs(q, k, v, g, beta, call.scale), None
             if chained is not None:
                 leaving = call.leave(call.kernel.adjoint(x, dout), chained)

@@ -81,14 +81,13 @@ class StateBlocks:
         # In reverse, the block after takes the part of the block before.
         mirrored = _levels(carries[::-1].tolist(), (len(carries) - 1 - last)[::-1].tolist())
         backward = tuple(len(carries) - 1 - blocks for blocks in mirrored)
-        owner = np.repeat(np.arange(len(pieces), dtype=np.int64), counts)
+        piece_of = np.repeat(np.arange(len(pieces), dtype=np.int64), counts)
         # The document that a piece begins with, if it began before.
         begun = np.where([piece.enters for piece in pieces], document[first, 0], -2)
-        entry = np.flatnonzero(document[:, 0] == begun[owner])
+        entry = np.flatnonzero(document[:, 0] == begun[piece_of])
         return cls(
             *(place, reads, enters, leaves, carries, first, last, levels, backward),
-            owner,
-            entry,
+            *(piece_of, entry),
         )
 
 
