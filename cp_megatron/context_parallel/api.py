@@ -53,7 +53,7 @@ class ContextParallel(ShardedSequence):
             otherwise zigzag if the mask is causal); or a layout of the same length.
         exchange: ``p2p``, ``all_gather``, ``a2a``, ``a2a+p2p`` or ``auto`` (the one that moves the
             fewest bytes).
-        kernel: a kernel's name, or ``auto``.
+        kernel: a kernel's name, or ``auto``; ``kernels/linear_select.py`` for ``linear_attention``.
         route: for p2p, ``ring`` (from the neighbour), ``direct`` (from the owner) or ``auto`` (the
             one that moves fewer keys).
         hierarchical_sizes: (A, P) of a2a+p2p: A neighbours exchange heads, P groups run a ring.
@@ -332,8 +332,7 @@ class ContextParallel(ShardedSequence):
         Args:
             q, k: [B, S / N, G, D], normalized or not, as the layer has them.
             v: [B, S / N, H, E]; H is a multiple of G, head h reads key head h // (H / G).
-            g: the logarithm of the decay, at most 0: floating [B, S / N, H], or
-                [B, S / N, H, D] for one per channel of the key.
+            g: the log of the decay, at most 0: floating [B, S / N, H], or [.., D] per key channel.
             beta: floating [B, S / N, H], the rate of the delta rule.
             scale: by default D ** -0.5.
             kept: as in ``attention``.
@@ -349,11 +348,11 @@ class ContextParallel(ShardedSequence):
         with self._agreement.after_checks(inputs, (scale, "linear"), None, self._rows, kept):
             check_linear(inputs, self.layout.shard_len)
             heads = v.shape[2]
-            if heads not in self._linear_plans:
+            if (plan := self._linear_plans.get(heads)) is None:
                 shared = self.rank, self.group, self.buffers, self.link_sums
-                self._linear_plans[heads] = LinearPlan(self.mask, self.layout, heads, *shared)
-            plan = self._linear_plans[heads]
-            kernel = plan.kernel(self.kernels.linear_choice(q, v.shape[3]).name, q.device)
+                plan = LinearPlan(self.mask, self.layout, heads, *shared)
+                self._linear_plans[heads] = plan
+            kernel = plan.kernel(self.kernels.linear_choice(q).name, q.device)
         scale = q.shape[3] ** -0.5 if scale is None else scale
         return planned_linear_attention(plan, kernel, LinearInputs(q, k, v, g, beta, scale), kept)
 

@@ -70,7 +70,7 @@ class _Call:
     def enter(self, summary: LinearSummary) -> tuple[Tensor, Tensor]:
         """Returns the states that enter pieces, [B, i, H, D, E], and the chained transitions."""
         plan = self.plan
-        with plan.buffers.lend(summary.out.device) as memory:
+        with plan.buffers.lend(summary.increments.device) as memory:
             exchange = StateExchange(plan.plan, plan.rank, plan.group, memory, plan.sums)
             return exchange.entering_states(summary.increments, summary.transitions)
 
@@ -110,11 +110,8 @@ class _LinearAttention(torch.autograd.Function):
         with torch.autocast(q.device.type, enabled=False):
             x = LinearInputs(*given, call.scale)
             summary = call.kernel.summarize(x)
-            result, entering, chained = summary.out, None, None
-            if call.plan.plan.chains:
-                entering, chained = call.enter(summary)
-                result = call.kernel.apply(x, summary, entering)
-            result = result.to(v.dtype)
+            entering, chained = call.enter(summary) if call.plan.plan.chains else (None, None)
+            result = call.kernel.apply(x, summary, entering)
         saved = (*given, entering, chained)
         ctx.save_for_backward(*saved)
         if kept is not None:
