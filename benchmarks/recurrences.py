@@ -70,9 +70,10 @@ class Arguments:
 def inputs(tokens: int, heads: int, dim: int) -> tuple[list[Tensor], Tensor]:
     """q, k, v, g and beta, and the gradient of out; float32, whole rows."""
     generator = torch.Generator().manual_seed(tokens)
-    q, k, v, dout = torch.randn(4, 1, tokens, heads, dim, generator=generator)
+    shape = 1, tokens, heads
+    q, k, v, dout = (torch.randn(*shape, dim, generator=generator) for _ in range(4))
     q, k = (torch.nn.functional.normalize(x, dim=-1) for x in (q, k))
-    g, beta = torch.rand(2, 1, tokens, heads, generator=generator)
+    g, beta = (torch.rand(shape, generator=generator) for _ in range(2))
     return [x.requires_grad_() for x in (q, k, v, -0.1 * g, beta)], dout
 
 

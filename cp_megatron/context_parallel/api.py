@@ -47,7 +47,7 @@ class ContextParallel(RecurrentSequence):
             otherwise zigzag if the mask is causal); or a layout of the same length.
         exchange: ``p2p``, ``all_gather``, ``a2a``, ``a2a+p2p`` or ``auto`` (the one that moves the
             fewest bytes).
-        kernel: a kernel's name, or ``auto``.
+        kernel: a kernel's name, or ``auto``; ``kernels/linear_select.py`` for ``linear_attention``.
         route: for p2p, ``ring`` (from the neighbour), ``direct`` (from the owner) or ``auto`` (the
             one that moves fewer keys).
         hierarchical_sizes: (A, P) of a2a+p2p: A neighbours exchange heads, P groups run a ring.

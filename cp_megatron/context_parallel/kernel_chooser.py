@@ -58,19 +58,13 @@ class KernelChooser:
             capability=torch.cuda.get_device_capability(device) if device.type == "cuda" else None,
         )
 
-    def linear_choice(self, q: Tensor, v_head_dim: int) -> KernelChoice:
-        """Chooses the kernel of a linear recurrence, with a reason.
-
-        Args:
-            q: [B, S, G, D], gives the device, the type and D.
-            v_head_dim: the width of the value heads.
-        """
+    def linear_choice(self, q: Tensor) -> KernelChoice:
+        """Chooses the kernel of a linear recurrence of ``q``, [B, S, G, D], with a reason."""
         return select_linear_kernel(
             self._name,
             device=q.device.type,
             dtype=str(q.dtype).removeprefix("torch."),
             head_dim=q.shape[3],
-            v_head_dim=v_head_dim,
             deterministic=self._deterministic,
         )
 

@@ -70,7 +70,7 @@ class _Call:
     def enter(self, summary: LinearSummary) -> tuple[Tensor, Tensor]:
         """Returns the states that enter pieces, [B, i, H, D, E], and the chained transitions."""
         plan = self.plan
-        with plan.buffers.lend(summary.out.device) as memory:
+        with plan.buffers.lend(summary.increments.device) as memory:
             exchange = StateExchange(plan.plan, plan.rank, plan.group, memory, plan.sums)
             return exchange.entering_states(summary.increments, summary.transitions)
 
@@ -102,19 +102,16 @@ class _LinearAttention(torch.autograd.Function):
     ) -> Tensor:
         """Returns [B, S, H, E] in v's type; the inputs are those of ``linear_attention``."""
         ctx.call = call
-        given = q, k, v, g, beta
+        given = (q, k, v, g, beta)
         if kept is not None and kept.filled:
             saved, result = kept.again(*given)
             ctx.save_for_backward(*saved)
             return result
         with torch.autocast(q.device.type, enabled=False):
-            x = LinearInputs(q, k, v, g, beta, call.scale)
+            x = LinearInputs(*given, call.scale)
             summary = call.kernel.summarize(x)
-            result, entering, chained = summary.out, None, None
-            if call.plan.plan.chains:
-                entering, chained = call.enter(summary)
-                result = call.kernel.apply(x, summary, entering)
-            result = result.to(v.dtype)
+            entering, chained = call.enter(summary) if call.plan.plan.chains else (None, None)
+            result = call.kernel.apply(x, summary, entering)
         saved = (*given, entering, chained)
         ctx.save_for_backward(*saved)
         if kept is not None:
@@ -124,18 +121,15 @@ class _LinearAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, g, beta, entering, chained = ctx.saved_tensors
+        *given, entering, chained = ctx.saved_tensors
         call: _Call = ctx.call
         with torch.autocast(dout.device.type, enabled=False):
-<<<<<<< HEAD
-=======
             q, k, v, g, beta = given
->>>>>>> kernels
             x, leaving = LinearInputs(q, k, v, g, beta, call.scale), None
             if chained is not None:
                 leaving = call.leave(call.kernel.adjoint(x, dout), chained)
             grads = call.kernel.backward(x, dout, entering, leaving)
-        return None, None, *grads, *[None] * (5 - len(grads))
+        return None, None, *grads, *[None] * (len(given) - len(grads))
 
 
 def planned_linear_attention(

@@ -103,7 +103,7 @@ class RecurrentSequence(ShardedSequence):
         with self._agreement.after_checks(inputs, (scale, "linear"), None, self._rows, kept):
             check_linear(inputs, self.layout.shard_len)
             plan = self._linear_plan(v.shape[2])
-            kernel = plan.kernel(self.kernels.linear_choice(q, v.shape[3]).name, q.device)
+            kernel = plan.kernel(self.kernels.linear_choice(q).name, q.device)
         scale = q.shape[3] ** -0.5 if scale is None else scale
         return planned_linear_attention(plan, kernel, LinearInputs(q, k, v, g, beta, scale), kept)
 

@@ -109,19 +109,21 @@ class LinearBlocks:
             reads.append(read * prefix.mT if factors else read @ prefix)
             ends = self._entry_last
             transitions.append(apply_transition(transition[:, ends], prefix[:, ends]))
-        return LinearSummary(torch.cat(increments, 2), torch.cat(transitions, 2), out, reads)
+        parts = out, *reads
+        return LinearSummary(torch.cat(increments, 2), torch.cat(transitions, 2), parts)
 
-    def apply(self, x: LinearInputs, summary: LinearSummary, entering: Tensor) -> Tensor:
-        """Adds to the output what is read of the states that enter."""
-        start = 0
-        for reads in summary.reads:
+    def apply(self, x: LinearInputs, summary: LinearSummary, entering: Tensor | None) -> Tensor:
+        """Adds to the output from empty states what is read of the states that enter."""
+        start, (out, *all_reads) = 0, summary.parts
+        for reads in all_reads if entering is not None else ():
+            assert entering is not None
             heads = slice(start, start + reads.shape[2])
             start = heads.stop
             read = reads @ entering[:, self._entry_piece, heads]
             # [B, m, h, C, E] -> [B, m * C, h, E]
             tokens = read.transpose(2, 3).flatten(1, 2)[:, self._entry_place]
-            summary.out[:, :, heads].index_add_(1, self._entry_tokens, tokens)
-        return summary.out
+            out[:, :, heads].index_add_(1, self._entry_tokens, tokens)
+        return out.to(x.v.dtype)
 
     def adjoint(self, x: LinearInputs, dout: Tensor) -> Tensor:
         """Follows the blocks that read an entering state from the last to the first."""

@@ -4,8 +4,8 @@
 rank's pieces, which it gets when it is made. Forward is two calls and backward two, with an
 exchange of states between them:
 
-    summarize   what the pieces compute from empty states, and their affine maps of states
-    apply       adds what the states that enter the pieces contribute
+    summarize   the affine maps that the pieces are of states
+    apply       the output, given the states that enter
     adjoint     the gradients of the states that enter, without what leaves
     backward    all gradients, given the states that enter and the gradients of those that leave
 
@@ -40,20 +40,18 @@ class LinearInputs(NamedTuple):
 
 
 class LinearSummary(NamedTuple):
-    """What the tokens of a rank do. All types are those of sums (float32, float64 for float64).
+    """What the pieces do to states, in the type of sums (float32, float64 for float64).
 
     Attributes:
         increments: U of leaving pieces, [B, o, H, D, E].
         transitions: M of through pieces: [B, t, H, D, D] with the delta rule, otherwise
             [B, t, H, D, 1] or [B, t, H, 1, 1], a factor of each row.
-        out: the output without entering states, [B, S, H, E].
-        reads: what ``apply`` multiplies by them, as the kernel has it.
+        parts: what else the kernel computed and ``apply`` needs.
     """
 
     increments: Tensor
     transitions: Tensor
-    out: Tensor
-    reads: Sequence[Tensor]
+    parts: Sequence[Tensor] = ()
 
 
 class LinearKernel(Protocol):
@@ -63,8 +61,14 @@ class LinearKernel(Protocol):
         """Computes everything that does not depend on other ranks."""
         ...
 
-    def apply(self, x: LinearInputs, summary: LinearSummary, entering: Tensor) -> Tensor:
-        """Adds what ``entering`` [B, i, H, D, E] contributes to ``summary.out``, and returns it."""
+    def apply(self, x: LinearInputs, summary: LinearSummary, entering: Tensor | None) -> Tensor:
+        """Returns the output in v's type.
+
+        Args:
+            x: as before.
+            summary: what ``summarize`` returned. Its tensors may be overwritten.
+            entering: the states that enter pieces, [B, i, H, D, E]; None if no rank has a chain.
+        """
         ...
 
     def adjoint(self, x: LinearInputs, dout: Tensor) -> Tensor:
@@ -82,7 +86,7 @@ class LinearKernel(Protocol):
         Args:
             x: as in forward.
             dout: the gradient of the output, [B, S, H, E].
-            entering: the states that enter pieces, [B, i, H, D, E]; None if the rank has no chain.
+            entering: the states that enter pieces, [B, i, H, D, E]; None if no rank has a chain.
             leaving: the gradients of those that leave, [B, o, H, D, E]; None likewise.
         """
         ...

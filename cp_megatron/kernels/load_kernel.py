@@ -59,4 +59,9 @@ def load_linear_kernel(
     Raises:
         ImportError: its package is not installed.
     """
+    if name == "fla":
+        from cp_megatron.kernels.linear_fla import LinearFla, load_fla
+
+        return LinearFla(load_fla(), mask, pieces, device)
+    assert name == "reference"
     return LinearBlocks(mask, pieces, device)
