@@ -45,6 +45,7 @@ TOKENIZER_FILES = (
 )
 """The files of a tokenizer."""
 OUTPUT = "--output"
+_PART_PREFIX = "model.language_model."
 _SHARD = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*\.(safetensors|bin)")
 
 
@@ -83,6 +84,8 @@ def find_weights(
     """
     folder, family = Path(found.folder), found.family
     stored = _with_prefix(_stored(folder), family.base_prefix)
+    if found.is_part:
+        stored = {key.replace(_PART_PREFIX, "model.", 1): at for key, at in stored.items()}
     if model.num_layers > len(stored):
         rule = f"config.json says {model.num_layers} layers, but the folder has only {len(stored)} "
         raise _wrong(folder, f"{rule}tensors")

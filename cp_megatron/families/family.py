@@ -111,6 +111,8 @@ class Family:
         heads_divide_hidden_size: whether transformers refuses a model whose number of heads does
             not divide its hidden size.
         classes: other classes of transformers that a config.json of this ``model_type`` may name.
+        container: a class of transformers that reads images too, and holds a model of the family:
+            its config.json has the model's entries in ``text_config``.
         base_prefix: a prefix of names that folders of the class without the output layer leave out.
         buffers: a regular expression for the names of the buffers that old folders hold. They are
             ignored, because they follow from the flags.
@@ -126,6 +128,7 @@ class Family:
     grouped: Mapping[str, Callable[[ModelConfig], int]] = field(default_factory=dict)
     heads_divide_hidden_size: bool = False
     classes: tuple[str, ...] = ()
+    container: str = ""
     base_prefix: str = ""
     buffers: str = r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
 

@@ -1,6 +1,7 @@
 """Qwen3.5 without images: Qwen3-Next with other names, whose projections are tensors of their own.
 
-The heads that predict further tokens (``mtp``) are not read, as in transformers.
+The published folders hold a model that also reads images. Of these, the language model is read. The
+heads that predict further tokens (``mtp``) are not read, as in transformers.
 """
 
 from __future__ import annotations
@@ -28,5 +29,6 @@ QWEN3_5 = Family(
     },
     grouped=qwen3_next.GROUPED,
     defaults=qwen3_next.DEFAULTS,
-    buffers=r"mtp\..*",
+    container="Qwen3_5ForConditionalGeneration",
+    buffers=r"mtp\..*|model\.visual\..*",
 )

@@ -72,8 +72,8 @@ FAMILIES: tuple[Family, ...] = (
     GEMMA3,
     DEEPSEEK_V3,
     DEEPSEEK_V2,
-    QWEN3_NEXT,
     QWEN3_5,
+    QWEN3_NEXT,
 )
 """A model that several families can express is exported as ``hf_model_type`` says, or else as the
 first of them."""
@@ -82,6 +82,7 @@ TRAINING_ONLY = frozenset(
     | {"make_vocab_size_divisible_by", "max_position_embeddings", "hf_model_type"}
 )
 """Flags that do not change what a trained model computes for the sequences it is made for."""
+_PART = "text_config"
 _QUANTIZED = ("quantization_config", "compression_config", "quantization")
 """The keys of quantized weights: of transformers, compressed-tensors and MLX."""
 _BIASES: Mapping[str, str] = {
@@ -104,6 +105,8 @@ class HFModel:
         model: its flags.
         vocab_size: rows of the embedding.
         raw: all entries of config.json.
+        is_part: the folder's class is the container of the family's, and only its language model
+            is read.
         unread: ``key = value`` of entries that the model does without (``unread_keys.py``).
     """
 
@@ -112,6 +115,7 @@ class HFModel:
     model: ModelConfig
     vocab_size: int
     raw: Mapping[str, Any]
+    is_part: bool = False
     unread: tuple[str, ...] = ()
 
 
@@ -124,6 +128,9 @@ def read_hf_config(folder: str | Path) -> HFModel:
     """
     entries = RecordedKeys(read_json(Path(folder)))
     fields = JsonFields(Path(folder), entries)
+    if part := _container(fields):
+        entries = RecordedKeys(part)
+        fields = JsonFields(Path(folder), entries, prefix=f"{_PART}.")
     family = _family_named(fields)
     for key in _QUANTIZED:
         fields.only(key, works="weights that are not quantized")
@@ -137,8 +144,24 @@ def read_hf_config(folder: str | Path) -> HFModel:
         model=model,
         vocab_size=fields.size("vocab_size"),
         raw=fields.value,
+        is_part=part is not None,
         unread=unread_keys(entries),
     )
+
+
+def _container(fields: JsonFields) -> dict[str, Any] | None:
+    """The entries of the language model in a config.json of a family's container; None in others.
+
+    The container decides whether the tables of the embedding and of the output layer are one.
+    """
+    for family in FAMILIES:
+        if family.container and fields.value.get("architectures") == [family.container]:
+            inner, tied = fields.inner(_PART), "tie_word_embeddings"
+            entries = {**inner.value, "architectures": [family.architecture]}
+            return entries | {
+                key: x for key, x in fields.value.items() if key in (tied, *_QUANTIZED)
+            }
+    return None
 
 
 def has_tokenizer(folder: str | Path) -> bool:
