@@ -164,14 +164,20 @@ class StatePlan:
         start, stop = self.heads[rank]
         return stop - start
 
+    def messages_received(
+        self, rank: int, size: StateSize, element_size: int = 4, *, backward: bool = False
+    ) -> tuple[int, int]:
+        """The bytes that ``rank`` receives for one batch row in each of the two all-to-alls."""
+        travels = self.elements(size, backward=backward)
+        mine, num_heads = self.num_heads_of(rank), self.heads[-1][1]
+        given = sum(given for given, _ in travels) - travels[rank][0]
+        return mine * given * element_size, (num_heads - mine) * travels[rank][1] * element_size
+
     def bytes_received(
         self, rank: int, size: StateSize, element_size: int = 4, *, backward: bool = False
     ) -> int:
         """The number of bytes ``rank`` receives for one batch row, in forward or in backward."""
-        travels = self.elements(size, backward=backward)
-        mine, num_heads = self.num_heads_of(rank), self.heads[-1][1]
-        given = sum(given for given, _ in travels) - travels[rank][0]
-        return (mine * given + (num_heads - mine) * travels[rank][1]) * element_size
+        return sum(self.messages_received(rank, size, element_size, backward=backward))
 
     @property
     def longest_chain(self) -> int:
