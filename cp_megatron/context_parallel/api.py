@@ -29,6 +29,7 @@ from cp_megatron.context_parallel.latent_function import planned_latent_attentio
 from cp_megatron.context_parallel.linear_check import check_convolution, check_linear
 from cp_megatron.context_parallel.linear_function import LinearPlan, planned_linear_attention
 from cp_megatron.context_parallel.rank_plan import RankPlan
+from cp_megatron.context_parallel.received import Received
 from cp_megatron.context_parallel.sharded_sequence import ShardedSequence
 from cp_megatron.context_parallel.short_convolution import HaloExchange, short_convolution
 from cp_megatron.kernels.dropout import Dropout
@@ -124,10 +125,7 @@ class ContextParallel(ShardedSequence):
                 constructed with a layout.
         """
         other = ContextParallel(
-            self.group,
-            mask,
-            layout or self._layout_kind,
-            self._exchange,
+            *(self.group, mask, layout or self._layout_kind, self._exchange),
             route=self._route,
             hierarchical_sizes=self._sizes,
             exchange_latent=self._exchange_latent,
@@ -320,7 +318,7 @@ class ContextParallel(ShardedSequence):
         beta: Tensor | None = None,
         *,
         scale: float | None = None,
-        kept: KeptAttention | None = None,
+        kept: KeptAttention | Received | None = None,
     ) -> Tensor:
         """Computes a recurrence whose state crosses ranks: gated DeltaNet, KDA, GLA, Mamba-2's SSD.
 
@@ -335,7 +333,7 @@ class ContextParallel(ShardedSequence):
                 [B, S / N, H, D] for one per channel of the key.
             beta: floating [B, S / N, H], the rate of the delta rule.
             scale: by default D ** -0.5.
-            kept: as in ``attention``.
+            kept: as in ``attention``; or Received, with which the second call computes again.
 
         Returns:
             [B, S / N, H, E] in v's type. All gradients are complete on this rank.
@@ -355,13 +353,16 @@ class ContextParallel(ShardedSequence):
         return planned_linear_attention(self._linear_plans[heads], q, k, v, g, beta, scale, kept)
 
     @torch.compiler.disable
-    def short_conv(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    def short_conv(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None = None, kept: Received | None = None
+    ) -> Tensor:
         """Computes a causal convolution over the last W tokens of the document, per channel.
 
         Args:
             x: [B, S / N, c].
             weight: [c, W]; the last column multiplies the token itself, as in ``nn.Conv1d``.
             bias: [c].
+            kept: passed twice, for recomputation: the second call sends nothing.
 
         Returns:
             [B, S / N, c] in x's type. The gradient of x is complete on this rank; those of weight
@@ -372,13 +373,13 @@ class ContextParallel(ShardedSequence):
         """
         x, weight = cast_inputs(x, weight)
         bias = None if bias is None else cast_inputs(bias)[0]
-        with self._agreement.after_checks((x, weight), ("convolution",), None, self._rows, None):
+        with self._agreement.after_checks((x, weight), ("convolution",), None, self._rows, kept):
             check_convolution(x, weight, bias, self.layout.shard_len)
             width = weight.shape[1]
             if width not in self._halos:
                 shared = self.rank, self.group, self.buffers, self.link_sums
                 self._halos[width] = HaloExchange(self.mask, self.layout, width, *shared)
-        return short_convolution(self._halos[width], x, weight, bias)
+        return short_convolution(self._halos[width], x, weight, bias, kept)
 
     def _plan(
         self,

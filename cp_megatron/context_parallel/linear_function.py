@@ -25,6 +25,7 @@ from torch.autograd.function import once_differentiable
 from cp_megatron.comm.checksums import LinkSums
 from cp_megatron.context_parallel.attention_function import KeptAttention
 from cp_megatron.context_parallel.buffers import Buffers
+from cp_megatron.context_parallel.received import Received
 from cp_megatron.context_parallel.state_exchange import StateExchange
 from cp_megatron.kernels.interface import accumulation_dtype
 from cp_megatron.kernels.linear_reference import (
@@ -187,7 +188,7 @@ class _LinearAttention(torch.autograd.Function):
     def forward(
         ctx: Any,
         call: _Call,
-        kept: KeptAttention | None,
+        kept: KeptAttention | Received | None,
         q: Tensor,
         k: Tensor,
         v: Tensor,
@@ -197,19 +198,20 @@ class _LinearAttention(torch.autograd.Function):
         """Returns [B, S, H, E] in v's type; the inputs are those of ``linear_attention``."""
         ctx.call = call
         given = (q, k, v, g, beta)
-        if kept is not None and kept.filled:
+        if isinstance(kept, KeptAttention) and kept.filled:
             saved, result = kept.again(*given)
             ctx.save_for_backward(*saved)
             return result
         with torch.autocast(q.device.type, enabled=False):
             x = call.inputs(*given)
             summary = summarize(x, call.at.masks, call.scale)
-            entering, chained = _enter(call, summary)
+            received = kept if isinstance(kept, Received) else Received()
+            entering, chained = received.once(lambda: _enter(call, summary))
             states = call.scan(summary, entering)
             result = call.tokens(summary.local + summary.reads @ states).to(v.dtype)
         saved = (*given, entering, chained)
         ctx.save_for_backward(*saved)
-        if kept is not None:
+        if isinstance(kept, KeptAttention):
             kept.keep(len(given), saved, result)
         return result
 
@@ -276,7 +278,7 @@ def planned_linear_attention(
     g: Tensor,
     beta: Tensor | None,
     scale: float,
-    kept: KeptAttention | None = None,
+    kept: KeptAttention | Received | None = None,
 ) -> Tensor:
     """Applies the autograd function; arguments and result are those of ``linear_attention``."""
     call = _Call(plan, plan.on(q.device), scale)

@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from cp_megatron.comm.checksums import LinkSums
 from cp_megatron.comm.send_receive import post
 from cp_megatron.context_parallel.buffers import Buffers
+from cp_megatron.context_parallel.received import Received
 from cp_megatron.plan import Mask, SequenceLayout
 from cp_megatron.plan.buffer_sizes import RECEIVED_HEADS, SENT_HEADS
 from cp_megatron.plan.halo import plan_halos
@@ -129,10 +130,15 @@ class _ShortConvolution(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, exchange: HaloExchange, x: Tensor, weight: Tensor, bias: Tensor | None
+        ctx: Any,
+        exchange: HaloExchange,
+        kept: Received,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
     ) -> Tensor:
         ctx.exchange, ctx.has_bias = exchange, bias is not None
-        received = exchange.fetch(x)
+        (received,) = kept.once(lambda: (exchange.fetch(x),))
         ctx.save_for_backward(x, received, weight)
         taps, _ = exchange.on(x.device)
         known = torch.cat((x, received), dim=1)
@@ -157,7 +163,7 @@ class _ShortConvolution(torch.autograd.Function):
         dx, dreceived = dknown.split((x.shape[1], received.shape[1]), dim=1)
         dx = dx.contiguous()
         exchange.give_back_(dx, dreceived)
-        return None, dx, dweight, dout.sum((0, 1)) if ctx.has_bias else None
+        return None, None, dx, dweight, dout.sum((0, 1)) if ctx.has_bias else None
 
 
 def _read(known: Tensor, places: Tensor) -> Tensor:
@@ -166,7 +172,11 @@ def _read(known: Tensor, places: Tensor) -> Tensor:
 
 
 def short_convolution(
-    exchange: HaloExchange, x: Tensor, weight: Tensor, bias: Tensor | None
+    exchange: HaloExchange,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    kept: Received | None = None,
 ) -> Tensor:
     """y_t = sum over j < W of weight[:, W - 1 - j] x_(t-j), per channel and within documents.
 
@@ -175,6 +185,7 @@ def short_convolution(
         x: [B, S, c].
         weight: [c, W]; the last column multiplies the token itself, as in ``torch.nn.Conv1d``.
         bias: [c].
+        kept: passed twice, for recomputation; the second call sends nothing.
     """
-    out: Tensor = _ShortConvolution.apply(exchange, x, weight, bias)
+    out: Tensor = _ShortConvolution.apply(exchange, kept or Received(), x, weight, bias)
     return out

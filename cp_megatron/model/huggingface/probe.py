@@ -1,11 +1,12 @@
 """Tries on one process whether a model, cut into the shards of two ranks, stays the same model.
 
-The model runs on a whole row first, and its attention layers write down their keys and values. Then
-it runs on each of two pretended ranks' tokens, where what was written down stands in for the keys
-that ranks would exchange. If every layer's own keys are those of the whole row, the whole exchange
-would have given the same, layer by layer; if they differ, something other than attention mixed
+The model runs on a whole row first, and every operation of the engine (attention, a recurrence, a
+short convolution) writes down its inputs and its output. Then the model runs on each of two
+pretended ranks' tokens, where the output that was written down stands in for what ranks would
+compute together. If every operation's own inputs are those of the whole row, the exchange would
+have given the same, layer by layer; if they differ, something outside of these operations mixed
 tokens, or numbered them. The whole row itself must equal its documents, each alone, computed by
-transformers' own attention; this sees scores that never reach the registered function.
+transformers' own code; this sees scores that never reach the registered functions.
 
 Shapes: B = 1 batch, S tokens of the whole row, N = 2 ranks, H query heads, G key/value heads, D
 head dim, E value head dim.
@@ -17,6 +18,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import product
 from typing import Any, cast
 
@@ -90,12 +92,12 @@ class ProbePlan(BatchPlan):
 
     Attributes:
         places: int64 [S / N], the positions of the tokens that the model is given; None is all.
-        keys: the keys and values of each call of the whole row.
-        errors: the relative error of the keys and values of each call so far.
+        calls: the inputs and the output of each operation on the whole row.
+        errors: the largest relative error of the inputs of each operation so far.
     """
 
     places: Tensor | None = None
-    keys: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    calls: list[tuple[tuple[Tensor, ...], Tensor]] = field(default_factory=list)
     errors: list[float] = field(default_factory=list)
 
     def within(self, window: int | None) -> Any:
@@ -111,19 +113,41 @@ class _Recorded:
         self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, **options: Any
     ) -> Any:
         """Takes the arguments of ``ContextParallel.attention``."""
+        attend = partial(self.cp.attention, scale=scale, **options)
+        return self._run(attend, (q, k, v), (*q.shape[:3], v.shape[3]))
+
+    def linear_attention(self, *given: Tensor, scale: float | None = None, kept: Any = None) -> Any:
+        """Takes the arguments of ``ContextParallel.linear_attention``; given are at most five."""
+        return self._run(partial(self.cp.linear_attention, scale=scale), given, given[2].shape)
+
+    def short_conv(self, x: Tensor, *weights: Any) -> Any:
+        """Takes the arguments of ``ContextParallel.short_conv``."""
+        return self._run(lambda x: self.cp.short_conv(x, *weights), (x,), x.shape)
+
+    def _run(
+        self, compute: Callable[..., Any], given: tuple[Tensor, ...], shape: tuple[int, ...]
+    ) -> Any:
+        """Computes the whole row; or for a shard, looks up what was computed.
+
+        Args:
+            compute: gives the output, of ``shape``.
+            given: its inputs; dim 1 of each and of the output are the tokens.
+        """
         plan, call = self.plan, len(self.plan.errors)
         places = plan.places
         if places is None:
-            plan.keys.append((k, v))
+            out = compute(*given)
+            plan.calls.append((given, out))
             plan.errors.append(0.0)
-            return self.cp.attention(q, k, v, scale, **options)
-        if call == len(plan.keys):
-            plan.errors.append(float("inf"))  # more layers than the whole row had
-            return q.new_zeros(*q.shape[:3], v.shape[3])
-        keys, values = plan.keys[call]
-        plan.errors.append(max(error_of(k, keys[:, places]), error_of(v, values[:, places])))
-        row = q.new_zeros(q.shape[0], keys.shape[1], *q.shape[2:]).index_copy(1, places, q)
-        return self.cp.attention(row, keys, values, scale, **options)[:, places]
+            return out
+        if call == len(plan.calls):
+            plan.errors.append(float("inf"))  # more operations than the whole row had
+            return given[0].new_zeros(shape)
+        known, out = plan.calls[call]
+        pairs = zip(given, known, strict=True) if len(given) == len(known) else ()
+        errors = [error_of(x, y[:, places]) for x, y in pairs]
+        plan.errors.append(max(errors, default=float("inf")))
+        return out[:, places]
 
 
 def error_of(found: Tensor, expected: Tensor) -> float:
@@ -239,7 +263,7 @@ class _Probe:
             if error.flag != "context_parallel":
                 raise
             return DROPS_KEYWORDS
-        if not plan.keys:
+        if not plan.calls:
             return self._own_mixing()
         alone = _documents_alone(self.own, row)
         if whole.shape[:2] != row["input_ids"].shape or whole.ndim < 3:
@@ -254,7 +278,7 @@ class _Probe:
             shard, own_plan = _shard(batch, plan, rank)
             out = self._output(shard, own_plan)
             places = own_plan.places
-            exact = len(own_plan.errors) == len(plan.keys) and max(own_plan.errors)
+            exact = len(own_plan.errors) == len(plan.calls) and max(own_plan.errors)
             if exact > self.tolerance or not self._equal(out, whole[:, places]):
                 return self._numbering(batch) or _MIXES
         return self._leak(batch, whole)
@@ -330,4 +354,4 @@ def _shard(
         name: value[:, places] if isinstance(value, Tensor) and value.ndim > 1 else value
         for name, value in batch.items()
     }
-    return shard, _recording(batch, places=places, keys=whole.keys)
+    return shard, _recording(batch, places=places, calls=whole.calls)
