@@ -25,7 +25,7 @@ from cp_megatron.model.huggingface.attention_interface import (
     wanted_mask,
 )
 from cp_megatron.model.huggingface.batch_plan import BatchPlan
-from cp_megatron.model.huggingface.keyword_hooks import hand_down
+from cp_megatron.model.huggingface.keyword_hooks import hand_down, tell_base
 from cp_megatron.model.huggingface.probe import (
     DROPS_KEYWORDS,
     Finding,
@@ -108,6 +108,7 @@ def check_call(model: Any, args: Any, kwargs: Mapping[str, Any]) -> None:
     if not isinstance(plan, BatchPlan) or isinstance(plan, ProbePlan):
         return
     check(model, loss=kwargs.get("labels") is not None)
+    tell_base(model, plan)
     if not any(map(_uses_engine, parts_of(model.config))):
         name = model.config._attn_implementation
         rule = f"of {_own_class(model).__name__} attends to the tokens of one rank only"

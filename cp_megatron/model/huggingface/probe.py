@@ -28,7 +28,7 @@ from torch import Tensor
 from cp_megatron.context_parallel import ContextParallel
 from cp_megatron.errors import ConfigError
 from cp_megatron.model.huggingface.batch_plan import IGNORED_LABEL, BatchPlan, shard_batch
-from cp_megatron.model.huggingface.keyword_hooks import hand_down
+from cp_megatron.model.huggingface.keyword_hooks import hand_down, tell_base
 from cp_megatron.model.huggingface.shrink_config import NUM_ORDINARY_TOKENS
 from cp_megatron.plan import SequenceLayout
 
@@ -184,7 +184,7 @@ def try_sharding(build: Build, attention: str) -> Finding:
             model.load_state_dict(own.state_dict())
             probe = _Probe(own, model.to(dtype).eval(), _TOLERANCE[dtype])
             finding = probe.find()
-            if finding.fault == DROPS_KEYWORDS:
+            if finding.fault in (DROPS_KEYWORDS, probe.own_mixing()):
                 hand_down(model)
                 finding = replace(probe.find(), hands_down=True)
             return finding
@@ -264,7 +264,7 @@ class _Probe:
                 raise
             return DROPS_KEYWORDS
         if not plan.calls:
-            return self._own_mixing()
+            return self.own_mixing()
         alone = _documents_alone(self.own, row)
         if whole.shape[:2] != row["input_ids"].shape or whole.ndim < 3:
             return _POOLS
@@ -283,12 +283,14 @@ class _Probe:
                 return self._numbering(batch) or _MIXES
         return self._leak(batch, whole)
 
-    def _own_mixing(self) -> str:
+    def own_mixing(self) -> str:
+        """What is wrong with a model that calls no operation of the engine."""
         names = sorted({type(module).__name__ for module in self.model.modules()})
         found = [name for name in names if "Attention" in name]
         return _ATTENDS_ITSELF.format(", ".join(found)) if found else _HAS_STATES
 
     def _output(self, batch: Mapping[str, Any], plan: ProbePlan) -> Tensor:
+        tell_base(self.model, plan)
         return _main_output(self.model.forward(**{**batch, "context_parallel": plan}))
 
     def _equal(self, found: Tensor, expected: Tensor) -> bool:
@@ -325,10 +327,10 @@ class _Probe:
             if expected is None:
                 return ""
             shards = [_shard(batch, plan, rank) for rank in range(_NUM_RANKS)]
-            losses = [
-                self.model.forward(**{**shard, "context_parallel": own_plan}).loss
-                for shard, own_plan in shards
-            ]
+            losses = []
+            for shard, own_plan in shards:
+                tell_base(self.model, own_plan)
+                losses.append(self.model.forward(**{**shard, "context_parallel": own_plan}).loss)
         except Exception as error:  # whatever a model of any kind may raise
             return f"{_LOSS}; it fails on labels per token ({type(error).__name__}: {error})"
         return "" if error_of(sum(losses), expected) < _TOLERANCE[torch.float32] else _LOSS
