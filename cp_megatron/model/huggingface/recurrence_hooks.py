@@ -49,6 +49,10 @@ _UNSUPPORTED: Mapping[str, str] = {
 # Types of layers that attend, or treat each token alone.
 _OTHER_TYPES: Sequence[str] = ("full_attention", "sliding_attention", "moe", "mlp")
 _CONVOLUTION_TYPES: Sequence[str] = ("conv", "hybrid", "hybrid_sliding")
+_WORKS = (
+    "full or sliding attention; in transformers 5.15 or newer, gated DeltaNet, KDA and Mamba-2, as "
+    "in Qwen3.5, Kimi Linear and Bamba"
+)
 _RECURRENT_TYPES: Sequence[str] = ("linear_attention", "mamba", "hybrid", "hybrid_sliding")
 
 
@@ -85,10 +89,7 @@ def refuse_other_mixers(config: Any, hooked: frozenset[str]) -> None:
     if not layers <= known:
         wrong = ", ".join(sorted(layers - known))
         rule = "layers of this type would see the tokens of one rank only"
-        works = ", ".join(sorted(known & {*_OTHER_TYPES[:2], *_RECURRENT_TYPES}))
-        if not hooked & _RECURRENCES.keys():
-            works += "; gated DeltaNet, KDA and Mamba-2 in transformers 5.15 or newer"
-        raise ConfigError("layer_types", wrong, rule, works)
+        raise ConfigError("layer_types", wrong, rule, _WORKS)
 
 
 def _hook(module: ModuleType | None, name: str) -> None:

@@ -39,8 +39,8 @@ _HEADS: Mapping[str, Sequence[str]] = {
         (),
     ),
 }
-# Heads of recurrent layers: the names of their number, of the number of their keys and, for Mamba-2,
-# of their width. A name is empty where there is no other number, or no width to change.
+# Heads of recurrent layers: the names of their number, of the number of their keys, and of their
+# width in Mamba-2. A name is empty where there is no other number, or no width to change.
 _RECURRENT_HEADS: Sequence[tuple[str, str, str]] = (
     ("linear_num_heads", "", ""),
     ("linear_num_value_heads", "linear_num_key_heads", ""),
