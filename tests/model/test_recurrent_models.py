@@ -1,17 +1,20 @@
 """Tests transformers' own recurrent models, sharded, against their own code document by document.
 
 Decays are 0.001 to 0.1 a token, so that a state that is not handed on is seen. transformers casts
-to float32 in gates, rules and norms; ``NoFloat32`` computes that in float64, in both models.
+to float32 in gates, rules and norms. For comparisons in float64, both models are made of a copy of
+its modeling file that casts to float64 there.
 """
 
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from importlib.util import find_spec
-from types import SimpleNamespace
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -25,7 +28,7 @@ from cp_megatron.context_parallel import linear_function, short_convolution
 from cp_megatron.errors import ConfigError
 from cp_megatron.model import huggingface
 from cp_megatron.model.huggingface import recurrence_hooks
-from tests.model.family_table import NoFloat32
+from tests.model.family_table import causal_families
 from tests.model.test_huggingface import make_rows, relative, summed, token_losses
 from tests.ranks import run_ranks
 
@@ -121,6 +124,25 @@ class Case:
     dtype: torch.dtype = torch.float64
 
 
+def modeling_file(kind: str, config: Any, dtype: torch.dtype) -> Any:
+    """The class of a model type, in float64 from a copy of its file that never casts to float32."""
+    package = type(config).__module__.rpartition(".")[0]
+    name = f"{package}.modeling_{package.rpartition('.')[2]}"
+    copy = f"{name}_in_float64"
+    if dtype != torch.float64:
+        copy = name
+    elif copy not in sys.modules:
+        spec = find_spec(name)
+        assert spec is not None
+        origin = str(spec.origin)
+        text = Path(origin).read_text()
+        wide = text.replace("float32", "float64").replace(".float()", ".double()")
+        sys.modules[copy] = module = ModuleType(copy)
+        module.__package__, module.__file__ = package, origin
+        exec(compile(wide, origin, "exec"), vars(module))
+    return getattr(importlib.import_module(copy), causal_families()[kind])
+
+
 def make_model(name: str, attention: str, dtype: torch.dtype) -> Any:
     """The same weights every time, with long memories."""
     library = importlib.import_module("transformers")
@@ -128,7 +150,8 @@ def make_model(name: str, attention: str, dtype: torch.dtype) -> Any:
     config = library.CONFIG_MAPPING[kind](**changes)
     config._experts_implementation = "eager"
     torch.manual_seed(3)
-    model = library.AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+    config._attn_implementation = attention
+    model = modeling_file(kind, config, dtype)(config)
     generator = torch.Generator().manual_seed(4)
     with torch.no_grad():
         for place, parameter in model.named_parameters():
@@ -186,8 +209,7 @@ def errors_of(
     for size in sizes:
         group = dist.new_group(range(size))
         for name, case in cases.items() if rank < size else ():
-            with NoFloat32() if case.dtype == torch.float64 else nullcontext():
-                found[f"{name}, {size} ranks"] = case_errors(case, group)
+            found[f"{name}, {size} ranks"] = case_errors(case, group)
     return found
 
 
@@ -225,8 +247,11 @@ def errors_without(rank: int, world_size: int, what: str) -> float:
     """The largest error if states, or the tokens before a convolution, are not handed on."""
     huggingface.register()
 
+    enter = linear_function._enter
+
     def no_state(call: Any, x: Any) -> tuple[Tensor, Tensor]:
-        return torch.zeros_like(x.increment[:, call.at.first]), x.transition[:, :0]
+        entering, chained = enter(call, x)
+        return torch.zeros_like(entering), chained
 
     def no_tokens(self: Any, x: Tensor) -> Tensor:
         return x.new_zeros((x.shape[0], len(self.halo.received), x.shape[2]))
@@ -236,7 +261,7 @@ def errors_without(rank: int, world_size: int, what: str) -> float:
         "state": mock.patch.object(linear_function, "_enter", no_state),
         "tokens": mock.patch.object(exchange, "fetch", no_tokens),
     }
-    with NoFloat32(), changed[what]:
+    with changed[what]:
         return case_errors(Case(model="linear layers only"), dist.group.WORLD)["logits"]
 
 
@@ -324,16 +349,15 @@ def test_without_a_plan_transformers_code_runs() -> None:
 def padded_error(rank: int, world_size: int) -> float:
     """Of two rows with padding on the left, which transformers masks by itself on one rank."""
     huggingface.register()
-    rows = make_rows(((60,), (60,)))
+    rows: dict[str, Any] = make_rows(((60,), (60,)))
     rows.pop("position_ids")
     mask = torch.ones_like(rows["input_ids"])
     mask[0, :23], mask[1, :5] = 0, 0
-    with NoFloat32():
-        whole = make_model("linear layers only", "eager", torch.float64)
-        expected = whole(input_ids=rows["input_ids"], attention_mask=mask, use_cache=False).logits
-        model = make_model("linear layers only", "cp_megatron", torch.float64)
-        batch = huggingface.shard_batch(dist.group.WORLD, **rows, attention_mask=mask)
-        found = batch["context_parallel"].whole(model(**batch).logits)
+    whole = make_model("linear layers only", "eager", torch.float64)
+    expected = whole(input_ids=rows["input_ids"], attention_mask=mask, use_cache=False).logits
+    model = make_model("linear layers only", "cp_megatron", torch.float64)
+    batch = huggingface.shard_batch(dist.group.WORLD, **rows, attention_mask=mask)
+    found = batch["context_parallel"].whole(model(**batch).logits)
     kept = mask.bool()
     return relative(found[kept].detach(), expected[kept].detach())
 
@@ -350,6 +374,7 @@ def refusals(rank: int, world_size: int) -> dict[str, str]:
     mamba = library.MambaForCausalLM(library.MambaConfig(**tiny, state_size=4))
     jamba = library.JambaConfig(**{**SIZES, "num_hidden_layers": 2, "use_mamba_kernels": False})
     model = make_model("linear layers only", "cp_megatron", torch.float32)
+    hybrid = make_model("Qwen3.5", "cp_megatron", torch.float32)
     unhooked = make_model("Qwen3.5", "cp_megatron", torch.float32)
     modeling = importlib.import_module(type(unhooked).__module__)
     own = modeling.causal_conv1d_fn
@@ -361,7 +386,7 @@ def refusals(rank: int, world_size: int) -> dict[str, str]:
     calls: dict[str, Callable[[], object]] = {
         "mamba": lambda: huggingface.check(mamba),
         "jamba": lambda: huggingface.check(library.JambaForCausalLM(jamba)),
-        "cache": lambda: model(**{**batch, "use_cache": True}),
+        "cache": lambda: hybrid(**{**batch, "use_cache": True}),
         "offsets": lambda: model(**batch, cu_seq_lens_q=torch.tensor([0, 120])),
         "index": lambda: model(**batch, seq_idx=torch.zeros(1, 120)),
     }
@@ -387,7 +412,7 @@ def test_what_is_not_covered_is_refused_by_name() -> None:
         "mamba": "layer_types linear_attention: layers of this type would see the tokens of one",
         "jamba": "gated DeltaNet, KDA and Mamba-2",
         "cache": "output_final_state True: is not supported under context parallelism",
-        "offsets": "cu_seqlens (2,): is not supported under context parallelism",
+        "offsets": "cu_seq_lens_q (2,): is not supported under context parallelism",
         "index": "seq_idx (1, 120): is not supported under context parallelism",
         "not reached": "mixes the tokens of one rank outside of attention",
     }
