@@ -140,7 +140,7 @@ def _delta_rule(
 ) -> tuple[Tensor, None]:
     """Gated DeltaNet, and KDA if g is [B, S, H, D]; q and k [B, S, G, D], v [B, S, H, E]."""
     exact = accumulation_dtype(query.dtype)
-    q, k, v = (x.to(exact) for x in (query, key, value))
+    q, k, v, g, beta = (x.to(exact) for x in (query, key, value, g, beta))
     if use_qk_l2norm_in_kernel:
         q, k = (x * torch.rsqrt((x * x).sum(-1, keepdim=True) + _EPSILON) for x in (q, k))
     out = plan.within(None).linear_attention(q, k, v, g, beta, kept=plan.received())
