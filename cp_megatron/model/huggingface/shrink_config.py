@@ -46,9 +46,11 @@ _RECURRENT_HEADS: Sequence[tuple[str, str, str]] = (
     ("linear_num_value_heads", "linear_num_key_heads", ""),
     ("mamba_n_heads", "mamba_n_groups", "mamba_d_head"),
     ("mamba_num_heads", "n_groups", "mamba_head_dim"),
+    ("n_mamba_heads", "mamba_ngroups", "mamba_headdim"),
     ("num_heads", "n_groups", "head_dim"),
 )
 _EXPANSIONS = ("expand", "mamba_expand")  # of the hidden size to the heads of Mamba-2
+_HYBRID_LAYERS = "hybrid_layer_ids"  # the numbers of some layers
 _HEAD_WIDTHS = ("head_dim", "qk_nope_head_dim")
 _WIDTHS = ("hidden_size", "d_model", "n_embd", "emb_dim", "embedding_dim")
 _AT_MOST: Mapping[str, int] = {
@@ -110,6 +112,9 @@ def _fewer_layers(sizes: Mapping[str, Any]) -> dict[str, Any]:
     chosen = _chosen_layers([[value[i] for value in lists.values()] for i in range(num_layers)])
     for key, value in lists.items():
         changes[key] = type(value)(value[layer] for layer in chosen)
+    if _HYBRID_LAYERS in sizes:
+        kept = enumerate(chosen)
+        changes[_HYBRID_LAYERS] = [i for i, layer in kept if layer in sizes[_HYBRID_LAYERS]]
     changes[name] = len(chosen)
     if shared:
         changes["num_kv_shared_layers"] = len(chosen) if shared == num_layers else 1
@@ -163,6 +168,8 @@ def _narrower(widths: dict[int, int], sizes: Mapping[str, Any]) -> dict[str, Any
             widths.setdefault(width, int(small))
             names = [key for key, value in sizes.items() if _same(key, value, width)]
             changes |= dict.fromkeys(names, int(small))
+            if sizes.get("attention_hidden_size") == 2 * width:  # of Zamba, with the embedding
+                changes["attention_hidden_size"] = 2 * int(small)
     return changes
 
 
