@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cp_megatron.comm.groups import ParallelGroups
-from cp_megatron.context_parallel import ContextParallel, KeptAttention, short_convolution
+from cp_megatron.context_parallel import ContextParallel, KeptAttention, Received, short_convolution
 from cp_megatron.context_parallel.short_convolution import HaloExchange
 from cp_megatron.errors import ConfigError
 from cp_megatron.kernels import linear_blocks
@@ -87,13 +87,13 @@ def of_case(
         for x in whole
     ]
     with mock.patch.object(linear_blocks, "BLOCK", case.block):
-        kept = KeptAttention() if case.recomputed else None
-        out = cp.linear_attention(*own, kept=kept)
-        if kept is not None:
-            with mock.patch.object(dist, "all_to_all_single", side_effect=AssertionError):
-                again = cp.linear_attention(*own, kept=kept)
-            assert torch.equal(out, again)
-            out = again
+        for kept in (KeptAttention(), Received()) if case.recomputed else (None,):
+            out = cp.linear_attention(*own, kept=kept)
+            if kept is not None:
+                with mock.patch.object(dist, "all_to_all_single", side_effect=AssertionError):
+                    again = cp.linear_attention(*own, kept=kept)
+                assert torch.equal(out, again)
+                out = again
         out.backward(of_heads(cp.shard(dout, 1)).to(case.dtype))
     found = {"out": relative_error(out.double(), of_heads(expected.detach()), cp.positions)}
     for name, x, y in zip(names, own, oracle):
@@ -262,7 +262,7 @@ def convolution_errors(rank: int, world_size: int, batch: int) -> list[dict[str,
             expected.backward(dout)
             own = [cp.shard(x, 1), weight.clone(), bias.clone()]
             own = [y.requires_grad_() for y in own]
-            kept = KeptAttention()
+            kept = Received()
             first = cp.short_conv(*own, kept=kept)
             with mock.patch.object(HaloExchange, "fetch", side_effect=AssertionError):
                 out = cp.short_conv(*own, kept=kept)
