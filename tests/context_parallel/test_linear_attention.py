@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cp_megatron.context_parallel import ContextParallel, KeptAttention, linear_function
+from cp_megatron.context_parallel import ContextParallel, KeptAttention, Received, linear_function
 from cp_megatron.errors import ConfigError
 from cp_megatron.plan import Mask, SequenceLayout
 from cp_megatron.plan.states import StatePlan, StateSize, Transition
@@ -210,6 +210,36 @@ def test_a_convolution_reads_its_document_on_other_ranks(world_size: int) -> Non
     for result in run_ranks(convolution_errors, world_size, 2):
         for found in result:
             assert max(found.values()) < 1e-12, found
+
+
+def again_without_messages(rank: int, world_size: int) -> bool:
+    """Whether second calls give the same outputs and gradients, and send nothing."""
+    case = Case("gated delta net", MASKS["long and short"], "zigzag")
+    cp = context(case, dist.group.WORLD)
+    whole = inputs_of(case.kind, case.batch, TOKENS, heads=case.heads, dims=case.dims)
+    own = [cp.shard(x, 1).requires_grad_() for x in whole if x is not None]
+    weight = torch.ones(case.dims[0], WIDTH, dtype=torch.float64, requires_grad=True)
+    kept = Received(), Received()
+
+    def outputs() -> list[Tensor]:
+        tokens = cp.short_conv(own[0][:, :, 0], weight, None, kept[0])
+        return [tokens, cp.linear_attention(*own, kept=kept[1])]
+
+    first, silent = outputs(), {"side_effect": AssertionError}
+    with (
+        mock.patch.object(dist, "all_to_all_single", **silent),
+        mock.patch.object(dist, "batch_isend_irecv", **silent),
+        mock.patch.object(dist, "all_reduce", **silent),
+    ):
+        second = outputs()
+    gradients = [torch.autograd.grad(x, [*own, weight], x, allow_unused=True) for x in first]
+    others = [torch.autograd.grad(x, [*own, weight], x, allow_unused=True) for x in second]
+    pairs = [*zip(first, second), *zip(sum(gradients, ()), sum(others, ()))]
+    return all(x is y or torch.equal(x, y) for x, y in pairs)
+
+
+def test_a_second_call_computes_again_and_sends_nothing() -> None:
+    assert run_ranks(again_without_messages, 3) == [True] * 3
 
 
 def test_autocast_casts_all_inputs_alike() -> None:
