@@ -33,6 +33,7 @@ from cp_megatron.model.huggingface.probe import (
     Untried,
     try_sharding,
 )
+from cp_megatron.model.huggingface.recomputed_layer import remember_messages
 from cp_megatron.model.huggingface.recurrence_hooks import hook_layers, refuse_other_mixers
 from cp_megatron.model.huggingface.shrink_config import parts_of, shrink
 from cp_megatron.model.transformers_library import import_transformers
@@ -163,6 +164,8 @@ def _check_root(model: Any, library: ModuleType, hooked: frozenset[str], itself:
         raise ConfigError("model", _own_class(model).__name__, finding.fault, _ANOTHER)
     if finding.hands_down:
         hand_down(model)
+    if hooked:
+        remember_messages(model)
     return finding.loss_fault
 
 

@@ -32,7 +32,6 @@ from cp_megatron.errors import ConfigError
 from cp_megatron.kernels.interface import accumulation_dtype
 from cp_megatron.model.huggingface.attention_interface import refuse_unsupported
 from cp_megatron.model.huggingface.batch_plan import BatchPlan
-from cp_megatron.model.huggingface.recomputed_layer import remember_messages
 from cp_megatron.model.transformers_library import import_transformers
 
 _HOOKED = "_cp_megatron_hooked"  # an attribute of functions that are hooked
@@ -59,9 +58,6 @@ _RECURRENT_TYPES: Sequence[str] = ("linear_attention", "mamba", "hybrid", "hybri
 def hook_layers(model: nn.Module) -> frozenset[str]:
     """Hooks the functions that the model's layers call, in this process, unless they are hooked.
 
-    Layers that transformers recomputes in backward get a hook of their own, with which they send
-    nothing a second time (``recomputed_layer.py``).
-
     Returns:
         The names of the functions that the model's layers may call.
     """
@@ -73,8 +69,6 @@ def hook_layers(model: nn.Module) -> frozenset[str]:
         for function in present:
             _hook(module, function)
         found |= present
-    if found:
-        remember_messages(model)
     return frozenset(found)
 
 
