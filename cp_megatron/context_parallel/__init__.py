@@ -2,5 +2,6 @@
 
 from cp_megatron.context_parallel.api import ContextParallel
 from cp_megatron.context_parallel.attention_function import KeptAttention
+from cp_megatron.context_parallel.received import Received
 
-__all__ = ["ContextParallel", "KeptAttention"]
+__all__ = ["ContextParallel", "KeptAttention", "Received"]

@@ -24,6 +24,7 @@ from torch import Tensor
 from cp_megatron.comm.nonblocking import start_all_gather
 from cp_megatron.comm.rng import hash_text
 from cp_megatron.context_parallel.attention_function import KeptAttention
+from cp_megatron.context_parallel.received import Received
 from cp_megatron.errors import ConfigError
 from cp_megatron.plan import Mask, SequenceLayout
 
@@ -136,7 +137,7 @@ class RankAgreement:
         options: tuple[object, ...],
         dropout: object,
         rows: Tensor | None,
-        kept: KeptAttention | None,
+        kept: KeptAttention | Received | None,
     ) -> Iterator[None]:
         """Compares with the other ranks, if the mode requires it, after this rank's own checks.
 

@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 from cp_megatron.comm.checksums import LinkSums
 from cp_megatron.context_parallel.attention_function import KeptAttention
 from cp_megatron.context_parallel.buffers import Buffers
+from cp_megatron.context_parallel.received import Received
 from cp_megatron.context_parallel.state_exchange import StateExchange
 from cp_megatron.kernels.linear_interface import LinearInputs, LinearKernel, LinearSummary
 from cp_megatron.kernels.load_kernel import load_linear_kernel
@@ -67,9 +68,12 @@ class _Call:
     kernel: LinearKernel
     scale: float
 
-    def enter(self, summary: LinearSummary) -> tuple[Tensor, Tensor]:
-        """Returns the states that enter pieces, [B, i, H, D, E], and the chained transitions."""
+    def enter(self, summary: LinearSummary) -> tuple[Tensor | None, Tensor | None]:
+        """Returns the states that enter pieces, [B, i, H, D, E], and the chained transitions; None
+        if no rank has a chain."""
         plan = self.plan
+        if not plan.plan.chains:
+            return None, None
         with plan.buffers.lend(summary.increments.device) as memory:
             exchange = StateExchange(plan.plan, plan.rank, plan.group, memory, plan.sums)
             return exchange.entering_states(summary.increments, summary.transitions)
@@ -93,7 +97,7 @@ class _LinearAttention(torch.autograd.Function):
     def forward(
         ctx: Any,
         call: _Call,
-        kept: KeptAttention | None,
+        kept: KeptAttention | Received | None,
         q: Tensor,
         k: Tensor,
         v: Tensor,
@@ -103,18 +107,19 @@ class _LinearAttention(torch.autograd.Function):
         """Returns [B, S, H, E] in v's type; the inputs are those of ``linear_attention``."""
         ctx.call = call
         given = (q, k, v, g, beta)
-        if kept is not None and kept.filled:
+        if isinstance(kept, KeptAttention) and kept.filled:
             saved, result = kept.again(*given)
             ctx.save_for_backward(*saved)
             return result
         with torch.autocast(q.device.type, enabled=False):
             x = LinearInputs(*given, call.scale)
             summary = call.kernel.summarize(x)
-            entering, chained = call.enter(summary) if call.plan.plan.chains else (None, None)
+            received = kept if isinstance(kept, Received) else Received()
+            entering, chained = received.once(lambda: call.enter(summary))
             result = call.kernel.apply(x, summary, entering)
         saved = (*given, entering, chained)
         ctx.save_for_backward(*saved)
-        if kept is not None:
+        if isinstance(kept, KeptAttention):
             kept.keep(len(given), saved, result)
         return result
 
@@ -136,7 +141,7 @@ def planned_linear_attention(
     plan: LinearPlan,
     kernel: LinearKernel,
     x: LinearInputs,
-    kept: KeptAttention | None = None,
+    kept: KeptAttention | Received | None = None,
 ) -> Tensor:
     """Applies the autograd function; arguments and result are those of ``linear_attention``."""
     call = _Call(plan, kernel, x.scale)

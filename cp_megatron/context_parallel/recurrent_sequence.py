@@ -18,6 +18,7 @@ from cp_megatron.context_parallel.input_check import RankAgreement
 from cp_megatron.context_parallel.kernel_chooser import KernelChooser
 from cp_megatron.context_parallel.linear_check import check_convolution, check_linear
 from cp_megatron.context_parallel.linear_function import LinearPlan, planned_linear_attention
+from cp_megatron.context_parallel.received import Received
 from cp_megatron.context_parallel.sharded_sequence import ShardedSequence
 from cp_megatron.context_parallel.short_convolution import HaloExchange, short_convolution
 from cp_megatron.kernels.linear_interface import LinearInputs
@@ -75,7 +76,7 @@ class RecurrentSequence(ShardedSequence):
         beta: Tensor | None = None,
         *,
         scale: float | None = None,
-        kept: KeptAttention | None = None,
+        kept: KeptAttention | Received | None = None,
     ) -> Tensor:
         """Computes a recurrence whose state crosses ranks: gated DeltaNet, KDA, GLA, Mamba-2's SSD.
 
@@ -90,7 +91,8 @@ class RecurrentSequence(ShardedSequence):
                 [B, S / N, H, D] for one per channel of the key.
             beta: floating [B, S / N, H], the rate of the delta rule.
             scale: by default D ** -0.5.
-            kept: as in ``ContextParallel.attention``.
+            kept: as in ``ContextParallel.attention``; with ``Received`` the second call computes
+                again what needs no message.
 
         Returns:
             [B, S / N, H, E] in v's type. All gradients are complete on this rank.
@@ -113,8 +115,7 @@ class RecurrentSequence(ShardedSequence):
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None = None,
-        *,
-        kept: KeptAttention | None = None,
+        kept: Received | None = None,
     ) -> Tensor:
         """Computes a causal convolution over the last W tokens of the document, per channel.
 
@@ -122,8 +123,7 @@ class RecurrentSequence(ShardedSequence):
             x: [B, S / N, c].
             weight: [c, W]; the last column multiplies the token itself, as in ``nn.Conv1d``.
             bias: [c].
-            kept: passed twice, for recomputation: the first call stores what it received there,
-                the second computes again and sends nothing.
+            kept: passed twice, for recomputation: the second call sends nothing.
 
         Returns:
             [B, S / N, c] in x's type. The gradient of x is complete on this rank; those of weight

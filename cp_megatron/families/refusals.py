@@ -12,16 +12,17 @@ from cp_megatron.families.json_fields import JsonFields
 _ADAPTER = 'attn_implementation="cp_megatron" in transformers'
 _EXPERTS = re.compile(r"(moe_)?(num|n)(_local|_routed)?_experts")
 _CAUSAL = """
-    AXK1 Afmoe Apertus Apertus1p5Text Arcee AriaText Beam BioGpt BitNet CodeGen Cohere Cohere2
-    Cohere2Moe CohereCompass Cwm Dbrx DeepseekV2 DeepseekV3 DiffLlama Dory Dots1 Electra Emu3
-    Ernie Ernie4_5 Ernie4_5_Moe Exaone4 ExaoneMoe FlexOlmo Flint Fuyu GPTBigCode GPTJ GPTNeoX
-    Gemma Gemma2 Gemma3 Gemma3n Gemma4 Gemma4Unified Glm Glm4 Glm4Moe Glm4MoeLite GptOss Granite
-    GraniteMoe GraniteMoeSWA GraniteMoeShared GraniteSWA HYV3 Helium HrmText HunYuanDenseV1
-    HunYuanMoEV1 HyperCLOVAX Jais2 JetMoe Kolibri1 Laguna Lfm2 Llama LongcatFlash Mellum
-    MiMoV2Flash MiniCPM3 MiniMaxM2 MiniMaxM3VL Ministral Ministral3 Mistral Mixtral Mllama
-    ModernBertDecoder Moshi NanoChat OPT Olmo Olmo2 Olmo3 Olmoe Persimmon Phi Phi3
-    Phi4Multimodal Phimoe Qwen2 Qwen2Moe Qwen3 Qwen3Moe RoCBert SeedOss SmolLM3 SolarOpen
-    StableLm Starcoder2 Whisper Youtu
+    AXK1 Afmoe Apertus Apertus1p5Text Arcee AriaText BailingHybrid Bamba Beam BioGpt BitNet
+    CodeGen Cohere Cohere2 Cohere2Moe CohereCompass Cwm Dbrx DeepseekV2 DeepseekV3 DiffLlama
+    Dory Dots1 Electra Emu3 Ernie Ernie4_5 Ernie4_5_Moe Exaone4 ExaoneMoe FalconH1 FlexOlmo
+    Flint Fuyu GPTBigCode GPTJ GPTNeoX Gemma Gemma2 Gemma3 Gemma3n Gemma4 Gemma4Unified Glm Glm4
+    Glm4Moe Glm4MoeLite GptOss Granite GraniteMoe GraniteMoeHybrid GraniteMoeSWA
+    GraniteMoeShared GraniteSWA HYV3 Helium HrmText HunYuanDenseV1 HunYuanMoEV1 HyperCLOVAX
+    Jais2 JetMoe KimiLinear Kolibri1 Laguna LaraMini Lfm2 Lfm2Moe Lfm3 Llama LongcatFlash Mamba2
+    Mellum MiMoV2Flash MiniCPM3 MiniMaxM2 MiniMaxM3VL Ministral Ministral3 Mistral Mixtral
+    Mllama ModernBertDecoder Moshi NanoChat NemotronH OPT Olmo Olmo2 Olmo3 OlmoHybrid Olmoe
+    Persimmon Phi Phi3 Phi4Multimodal Phimoe Qwen2 Qwen2Moe Qwen3 Qwen3Moe Qwen3Next Qwen3_5
+    Qwen3_5Moe RoCBert SeedOss SmolLM3 SolarOpen StableLm Starcoder2 Whisper Youtu Zamba2
 """
 _OTHERS = """
     BertGenerationDecoder BertLMHeadModel CTRLLMHeadModel GPT2LMHeadModel

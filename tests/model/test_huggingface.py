@@ -321,8 +321,6 @@ def test_frequencies_that_follow_the_length_are_refused(
         ({"attention_mask": torch.tensor([[1, 1, 2]])}, "attention_mask with numbers"),
         ({"use_vmap": True}, "attention_mask: the model adds conditions"),
         ({"q_length": 1, "kv_length": 5}, "past_key_values: gives 1 queries 5 keys"),
-        ({"config": SimpleNamespace(layer_types=["full_attention", "conv"])}, "layer_types conv"),
-        ({"config": SimpleNamespace(mamba_d_conv=4)}, "layer_types mamba"),
     ],
 )
 def test_masks_refused(kwargs: dict[str, Any], start: str) -> None:

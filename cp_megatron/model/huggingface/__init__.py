@@ -10,9 +10,10 @@ of the parameters' gradients is its gradient.
 
 transformers passes unknown keyword arguments on to every layer's attention and to the loss, so the
 batch carries what the engine needs: the mask and layout, the shifted labels, and how many of them
-count. Every other part of a model must compute each token by itself. ``check`` refuses a model that
-does not: one with recurrent layers, for example, or whose tokens are numbered locally. It runs by
-itself once, when a model first gets a sharded batch.
+count. Short convolutions and the recurrences of gated DeltaNet, KDA and Mamba-2 get the batch the
+same way (``recurrence_hooks.py``). Every other part of a model must compute each token by itself.
+``check`` refuses a model that does not: one with another recurrence, for example, or whose tokens
+are numbered locally. It runs by itself once, when a model first gets a sharded batch.
 
 transformers reads the documents of a packed row from ``position_ids``: a document ends where the
 next position is not one more. RoPE reads the same positions, each rank its own:
@@ -21,7 +22,8 @@ next position is not one more. RoPE reads the same positions, each rank its own:
     chunks          a   b     c     d         gets the position_ids 0 1 0 1, rank 1 2 3 0 1
 
 A few old models (OPT, Falcon, ...) do not mask documents by ``position_ids`` when they run on one
-rank with ``sdpa``; here documents are separate in every model.
+rank with ``sdpa``, and recurrent layers of transformers carry their state on into the next
+document; here documents are separate in every model.
 """
 
 from cp_megatron.model.huggingface.attention_interface import attention as attention

@@ -30,8 +30,6 @@ _UNSUPPORTED: Mapping[str, str] = {
 }
 # Set on every module of a model that was checked: what is wrong with the model's own loss, or "".
 VOUCHED = "_cp_megatron_vouched"
-# Layers of other types mix tokens themselves and would see only those of one rank.
-_LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
 @dataclass(frozen=True)
@@ -93,8 +91,7 @@ def wanted_mask(
     """The registered mask function. It builds no mask, and refuses masks that are not supported.
 
     Raises:
-        ConfigError: padding, a mask with further conditions, layers that mix tokens outside of
-            attention, or keys from a cache.
+        ConfigError: padding, a mask with further conditions, or keys from a cache.
     """
     if attention_mask is not None:
         refuse_padding(attention_mask)
@@ -105,7 +102,6 @@ def wanted_mask(
         raise ConfigError("attention_mask", "", rule, "a model with causal or sliding attention")
     if q_length is not None and kv_length is not None and q_length != kv_length:
         _refuse_cache(q_length, kv_length)
-    refuse_other_mixers(config)
     return WantedMask(local_size, getattr(config, "model_type", WantedMask.model))
 
 
@@ -160,7 +156,7 @@ def attention(
         _refuse_cache(query.shape[2], key.shape[2])
     if dropout:
         raise ConfigError("attention_dropout", dropout, "must be 0 in training", "0.0")
-    _refuse_unsupported(getattr(module, "config", None), kwargs)
+    refuse_unsupported(_UNSUPPORTED, kwargs, getattr(module, "config", None))
     _refuse_changing_rope(getattr(module, "config", None), plan)
     if s_aux is not None and sinks is not None:
         raise ConfigError("sinks", tuple(sinks.shape), "are given a second time", "s_aux alone")
@@ -207,18 +203,17 @@ def _refuse_cache(num_queries: int, num_keys: int) -> None:
     raise ConfigError("past_key_values", "", rule, "use_cache=False, one call per batch")
 
 
-def refuse_other_mixers(config: Any) -> None:
-    layers = set(getattr(config, "layer_types", None) or ())
-    if not layers and any(name.startswith("mamba_") for name in vars(config or object)):
-        layers = {"mamba"}  # transformers 5.0 names no layer types in its hybrid models
-    if not layers <= set(_LAYER_TYPES):
-        wrong = ", ".join(sorted(layers.difference(_LAYER_TYPES)))
-        rule = "layers of this type would see the tokens of one rank only"
-        raise ConfigError("layer_types", wrong, rule, ", ".join(_LAYER_TYPES))
+def refuse_unsupported(
+    table: Mapping[str, str], kwargs: Mapping[str, Any], config: Any = None
+) -> None:
+    """Refuses arguments that would change the result.
 
-
-def _refuse_unsupported(config: Any, kwargs: Mapping[str, Any]) -> None:
-    for name, works in _UNSUPPORTED.items():
+    Args:
+        table: their names, and what to use instead.
+        kwargs: the arguments of the call. None and False are off.
+        config: may turn on what begins with ``output_`` as well.
+    """
+    for name, works in table.items():
         value = kwargs.get(name)
         if name.startswith("output_"):
             value = value or getattr(config, name, None)

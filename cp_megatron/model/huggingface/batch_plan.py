@@ -16,8 +16,9 @@ from einops import rearrange
 from torch import Tensor
 
 from cp_megatron.comm.row_digest import digest_rows
-from cp_megatron.context_parallel import ContextParallel
+from cp_megatron.context_parallel import ContextParallel, Received
 from cp_megatron.errors import ConfigError
+from cp_megatron.model.huggingface.recomputed_layer import RecomputedLayer
 from cp_megatron.model.huggingface.row_documents import BOUNDARIES, LONGEST, read_documents
 from cp_megatron.plan import Mask
 from cp_megatron.plan.layout import sequence_divisor
@@ -36,6 +37,7 @@ class BatchPlan:
         num_rows: B, also where the rows are joined to one.
         padding: tokens that were appended so that the layout divides the row.
         outputs_whole: the model returns what it would return for whole rows.
+        recomputed: of the layer that is called, if it is recomputed in backward.
     """
 
     cp: ContextParallel
@@ -43,12 +45,17 @@ class BatchPlan:
     num_rows: int = 1
     padding: int = 0
     outputs_whole: bool = False
+    recomputed: RecomputedLayer | None = None
 
     def within(self, window: int | None) -> ContextParallel:
         """The engine for a layer whose queries see ``window`` keys, including their own."""
         if window is None or window >= max(self.cp.mask.lengths):
             return self.cp
         return self.cp.within((window - 1, 0))
+
+    def received(self) -> Received | None:
+        """What the next operation of this layer received or will receive, if it is recomputed."""
+        return None if self.recomputed is None else self.recomputed.next()
 
     def whole(self, x: Tensor) -> Tensor:
         """Returns the rows as they were given to ``shard_batch``, on every rank.

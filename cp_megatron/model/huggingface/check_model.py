@@ -22,11 +22,10 @@ from cp_megatron.errors import ConfigError
 from cp_megatron.model.huggingface.attention_interface import (
     VOUCHED,
     attention,
-    refuse_other_mixers,
     wanted_mask,
 )
 from cp_megatron.model.huggingface.batch_plan import BatchPlan
-from cp_megatron.model.huggingface.keyword_hooks import hand_down
+from cp_megatron.model.huggingface.keyword_hooks import hand_down, tell_base
 from cp_megatron.model.huggingface.probe import (
     DROPS_KEYWORDS,
     Finding,
@@ -34,6 +33,8 @@ from cp_megatron.model.huggingface.probe import (
     Untried,
     try_sharding,
 )
+from cp_megatron.model.huggingface.recomputed_layer import remember_messages
+from cp_megatron.model.huggingface.recurrence_hooks import hook_layers, refuse_other_mixers
 from cp_megatron.model.huggingface.shrink_config import parts_of, shrink
 from cp_megatron.model.transformers_library import import_transformers
 
@@ -85,8 +86,9 @@ def check(model: nn.Module, *, loss: bool = True, itself: bool = False) -> None:
         rule = "contains no transformers model"
         raise ConfigError("model", type(model).__name__, rule, "a PreTrainedModel")
     for root in roots:
+        hooked = hook_layers(root)
         if VOUCHED not in vars(root) or any(map(_is_new, root.modules())):
-            loss_fault = _check_root(root, library, itself)
+            loss_fault = _check_root(root, library, hooked, itself)
             for module in root.modules():
                 setattr(module, VOUCHED, loss_fault)
         if loss:
@@ -107,6 +109,7 @@ def check_call(model: Any, args: Any, kwargs: Mapping[str, Any]) -> None:
     if not isinstance(plan, BatchPlan) or isinstance(plan, ProbePlan):
         return
     check(model, loss=kwargs.get("labels") is not None)
+    tell_base(model, plan)
     if not any(map(_uses_engine, parts_of(model.config))):
         name = model.config._attn_implementation
         rule = f"of {_own_class(model).__name__} attends to the tokens of one rank only"
@@ -147,13 +150,13 @@ def _own_class(model: nn.Module) -> Any:
     return next(base for base in type(model).__mro__ if not issubclass(base, FSDPModule))
 
 
-def _check_root(model: Any, library: ModuleType, itself: bool) -> str:
+def _check_root(model: Any, library: ModuleType, hooked: frozenset[str], itself: bool) -> str:
     """Returns what is wrong with the model's own loss, if anything is.
 
     Raises:
         ConfigError: something is wrong with its logits.
     """
-    _refuse_by_name(model)
+    _refuse_by_name(model, hooked)
     library.AttentionInterface.register(_PROBE_NAME, attention)
     library.AttentionMaskInterface.register(_PROBE_NAME, wanted_mask)
     finding = _try_copies(model, itself)
@@ -161,10 +164,12 @@ def _check_root(model: Any, library: ModuleType, itself: bool) -> str:
         raise ConfigError("model", _own_class(model).__name__, finding.fault, _ANOTHER)
     if finding.hands_down:
         hand_down(model)
+    if hooked:
+        remember_messages(model)
     return finding.loss_fault
 
 
-def _refuse_by_name(model: Any) -> None:
+def _refuse_by_name(model: Any, hooked: frozenset[str]) -> None:
     config, name = model.config, _own_class(model).__name__
     if getattr(config, "is_encoder_decoder", False):
         rule = "has an encoder, and attention across to it, which is not causal self-attention"
@@ -177,7 +182,7 @@ def _refuse_by_name(model: Any) -> None:
         if getattr(config, field, 0):
             rule = f"of {name} skips layers by each rank's own random numbers"
             raise ConfigError(field, getattr(config, field), rule, "0.0")
-    refuse_other_mixers(config.get_text_config())
+    refuse_other_mixers(config.get_text_config(), hooked)
     parameters = inspect.signature(_own_class(model).forward).parameters
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     if not takes_any and "context_parallel" not in parameters:

@@ -1,11 +1,12 @@
 """Tries on one process whether a model, cut into the shards of two ranks, stays the same model.
 
-The model runs on a whole row first, and its attention layers write down their keys and values. Then
-it runs on each of two pretended ranks' tokens, where what was written down stands in for the keys
-that ranks would exchange. If every layer's own keys are those of the whole row, the whole exchange
-would have given the same, layer by layer; if they differ, something other than attention mixed
+The model runs on a whole row first, and every operation of the engine (attention, a recurrence, a
+short convolution) writes down its inputs and its output. Then the model runs on each of two
+pretended ranks' tokens, where the output that was written down stands in for what ranks would
+compute together. If every operation's own inputs are those of the whole row, the exchange would
+have given the same, layer by layer; if they differ, something outside of these operations mixed
 tokens, or numbered them. The whole row itself must equal its documents, each alone, computed by
-transformers' own attention; this sees scores that never reach the registered function.
+transformers' own code; this sees scores that never reach the registered functions.
 
 Shapes: B = 1 batch, S tokens of the whole row, N = 2 ranks, H query heads, G key/value heads, D
 head dim, E value head dim.
@@ -17,6 +18,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import product
 from typing import Any, cast
 
@@ -26,7 +28,7 @@ from torch import Tensor
 from cp_megatron.context_parallel import ContextParallel
 from cp_megatron.errors import ConfigError
 from cp_megatron.model.huggingface.batch_plan import IGNORED_LABEL, BatchPlan, shard_batch
-from cp_megatron.model.huggingface.keyword_hooks import hand_down
+from cp_megatron.model.huggingface.keyword_hooks import hand_down, tell_base
 from cp_megatron.model.huggingface.shrink_config import NUM_ORDINARY_TOKENS
 from cp_megatron.plan import SequenceLayout
 
@@ -90,12 +92,12 @@ class ProbePlan(BatchPlan):
 
     Attributes:
         places: int64 [S / N], the positions of the tokens that the model is given; None is all.
-        keys: the keys and values of each call of the whole row.
-        errors: the relative error of the keys and values of each call so far.
+        calls: the inputs and the output of each operation on the whole row.
+        errors: the largest relative error of the inputs of each operation so far.
     """
 
     places: Tensor | None = None
-    keys: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    calls: list[tuple[tuple[Tensor, ...], Tensor]] = field(default_factory=list)
     errors: list[float] = field(default_factory=list)
 
     def within(self, window: int | None) -> Any:
@@ -111,19 +113,41 @@ class _Recorded:
         self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, **options: Any
     ) -> Any:
         """Takes the arguments of ``ContextParallel.attention``."""
+        attend = partial(self.cp.attention, scale=scale, **options)
+        return self._run(attend, (q, k, v), (*q.shape[:3], v.shape[3]))
+
+    def linear_attention(self, *given: Tensor, scale: float | None = None, kept: Any = None) -> Any:
+        """Takes the arguments of ``ContextParallel.linear_attention``; given are at most five."""
+        return self._run(partial(self.cp.linear_attention, scale=scale), given, given[2].shape)
+
+    def short_conv(self, x: Tensor, *weights: Any) -> Any:
+        """Takes the arguments of ``ContextParallel.short_conv``."""
+        return self._run(lambda x: self.cp.short_conv(x, *weights), (x,), x.shape)
+
+    def _run(
+        self, compute: Callable[..., Any], given: tuple[Tensor, ...], shape: tuple[int, ...]
+    ) -> Any:
+        """Computes the whole row; or for a shard, looks up what was computed.
+
+        Args:
+            compute: gives the output, of ``shape``.
+            given: its inputs; dim 1 of each and of the output are the tokens.
+        """
         plan, call = self.plan, len(self.plan.errors)
         places = plan.places
         if places is None:
-            plan.keys.append((k, v))
+            out = compute(*given)
+            plan.calls.append((given, out))
             plan.errors.append(0.0)
-            return self.cp.attention(q, k, v, scale, **options)
-        if call == len(plan.keys):
-            plan.errors.append(float("inf"))  # more layers than the whole row had
-            return q.new_zeros(*q.shape[:3], v.shape[3])
-        keys, values = plan.keys[call]
-        plan.errors.append(max(error_of(k, keys[:, places]), error_of(v, values[:, places])))
-        row = q.new_zeros(q.shape[0], keys.shape[1], *q.shape[2:]).index_copy(1, places, q)
-        return self.cp.attention(row, keys, values, scale, **options)[:, places]
+            return out
+        if call == len(plan.calls):
+            plan.errors.append(float("inf"))  # more operations than the whole row had
+            return given[0].new_zeros(shape)
+        known, out = plan.calls[call]
+        pairs = zip(given, known, strict=True) if len(given) == len(known) else ()
+        errors = [error_of(x, y[:, places]) for x, y in pairs]
+        plan.errors.append(max(errors, default=float("inf")))
+        return out[:, places]
 
 
 def error_of(found: Tensor, expected: Tensor) -> float:
@@ -160,7 +184,7 @@ def try_sharding(build: Build, attention: str) -> Finding:
             model.load_state_dict(own.state_dict())
             probe = _Probe(own, model.to(dtype).eval(), _TOLERANCE[dtype])
             finding = probe.find()
-            if finding.fault == DROPS_KEYWORDS:
+            if finding.fault in (DROPS_KEYWORDS, probe.own_mixing()):
                 hand_down(model)
                 finding = replace(probe.find(), hands_down=True)
             return finding
@@ -239,8 +263,8 @@ class _Probe:
             if error.flag != "context_parallel":
                 raise
             return DROPS_KEYWORDS
-        if not plan.keys:
-            return self._own_mixing()
+        if not plan.calls:
+            return self.own_mixing()
         alone = _documents_alone(self.own, row)
         if whole.shape[:2] != row["input_ids"].shape or whole.ndim < 3:
             return _POOLS
@@ -254,17 +278,19 @@ class _Probe:
             shard, own_plan = _shard(batch, plan, rank)
             out = self._output(shard, own_plan)
             places = own_plan.places
-            exact = len(own_plan.errors) == len(plan.keys) and max(own_plan.errors)
+            exact = len(own_plan.errors) == len(plan.calls) and max(own_plan.errors)
             if exact > self.tolerance or not self._equal(out, whole[:, places]):
                 return self._numbering(batch) or _MIXES
         return self._leak(batch, whole)
 
-    def _own_mixing(self) -> str:
+    def own_mixing(self) -> str:
+        """What is wrong with a model that calls no operation of the engine."""
         names = sorted({type(module).__name__ for module in self.model.modules()})
         found = [name for name in names if "Attention" in name]
         return _ATTENDS_ITSELF.format(", ".join(found)) if found else _HAS_STATES
 
     def _output(self, batch: Mapping[str, Any], plan: ProbePlan) -> Tensor:
+        tell_base(self.model, plan)
         return _main_output(self.model.forward(**{**batch, "context_parallel": plan}))
 
     def _equal(self, found: Tensor, expected: Tensor) -> bool:
@@ -301,10 +327,10 @@ class _Probe:
             if expected is None:
                 return ""
             shards = [_shard(batch, plan, rank) for rank in range(_NUM_RANKS)]
-            losses = [
-                self.model.forward(**{**shard, "context_parallel": own_plan}).loss
-                for shard, own_plan in shards
-            ]
+            losses = []
+            for shard, own_plan in shards:
+                tell_base(self.model, own_plan)
+                losses.append(self.model.forward(**{**shard, "context_parallel": own_plan}).loss)
         except Exception as error:  # whatever a model of any kind may raise
             return f"{_LOSS}; it fails on labels per token ({type(error).__name__}: {error})"
         return "" if error_of(sum(losses), expected) < _TOLERANCE[torch.float32] else _LOSS
@@ -330,4 +356,4 @@ def _shard(
         name: value[:, places] if isinstance(value, Tensor) and value.ndim > 1 else value
         for name, value in batch.items()
     }
-    return shard, _recording(batch, places=places, keys=whole.keys)
+    return shard, _recording(batch, places=places, calls=whole.calls)

@@ -21,6 +21,7 @@ _MOST_LAYERS = 6
 _NUM_EXPERTS = 8
 _WIDTH = 64
 _INTERMEDIATE_SIZE = 64
+_STATE_SIZE = 16  # of Mamba-2; its chunks of tokens need not be longer either
 
 _LAYERS = (
     *("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_blocks"),
@@ -38,6 +39,18 @@ _HEADS: Mapping[str, Sequence[str]] = {
         (),
     ),
 }
+# Heads of recurrent layers: the names of their number, of the number of their keys, and of their
+# width in Mamba-2. A name is empty where there is no other number, or no width to change.
+_RECURRENT_HEADS: Sequence[tuple[str, str, str]] = (
+    ("linear_num_heads", "", ""),
+    ("linear_num_value_heads", "linear_num_key_heads", ""),
+    ("mamba_n_heads", "mamba_n_groups", "mamba_d_head"),
+    ("mamba_num_heads", "n_groups", "mamba_head_dim"),
+    ("n_mamba_heads", "mamba_ngroups", "mamba_headdim"),
+    ("num_heads", "n_groups", "head_dim"),
+)
+_EXPANSIONS = ("expand", "mamba_expand")  # of the hidden size to the heads of Mamba-2
+_HYBRID_LAYERS = "hybrid_layer_ids"  # the numbers of some layers
 _HEAD_WIDTHS = ("head_dim", "qk_nope_head_dim")
 _WIDTHS = ("hidden_size", "d_model", "n_embd", "emb_dim", "embedding_dim")
 _AT_MOST: Mapping[str, int] = {
@@ -48,6 +61,7 @@ _AT_MOST: Mapping[str, int] = {
     r".*intermediate_size.*|.*ffn_dim|d_ff|dim_ff|dff|n_inner|ffn_hidden_size|feed_forward_size"
     r"|expert_ffn_hidden_size": _INTERMEDIATE_SIZE,
     r"sliding_window(_size)?|attention_window_size|window_size|local_attention": WINDOW,
+    r"mamba_d_state|(ssm_)?state_size|(mamba_)?chunk_size": _STATE_SIZE,
     r"first_k_dense_replace|num_dense_layers|max_window_layers": 1,
 }
 
@@ -62,7 +76,8 @@ def shrink(config: Any, *, narrow: bool = True) -> Any:
     small = deepcopy(config)
     widths: dict[int, int] = {}
     for part in parts_of(small):
-        for fewer in (_fewer_layers, _at_most, *((partial(_narrower, widths),) if narrow else ())):
+        narrower = (partial(_narrower, widths), _few_recurrent_heads) if narrow else ()
+        for fewer in (_fewer_layers, _at_most, *narrower):
             for name, value in fewer(vars(part)).items():
                 setattr(part, name, value)
         _lower_special_tokens(part)
@@ -97,6 +112,9 @@ def _fewer_layers(sizes: Mapping[str, Any]) -> dict[str, Any]:
     chosen = _chosen_layers([[value[i] for value in lists.values()] for i in range(num_layers)])
     for key, value in lists.items():
         changes[key] = type(value)(value[layer] for layer in chosen)
+    if _HYBRID_LAYERS in sizes:
+        kept = enumerate(chosen)
+        changes[_HYBRID_LAYERS] = [i for i, layer in kept if layer in sizes[_HYBRID_LAYERS]]
     changes[name] = len(chosen)
     if shared:
         changes["num_kv_shared_layers"] = len(chosen) if shared == num_layers else 1
@@ -150,6 +168,27 @@ def _narrower(widths: dict[int, int], sizes: Mapping[str, Any]) -> dict[str, Any
             widths.setdefault(width, int(small))
             names = [key for key, value in sizes.items() if _same(key, value, width)]
             changes |= dict.fromkeys(names, int(small))
+            if sizes.get("attention_hidden_size") == 2 * width:  # of Zamba, with the embedding
+                changes["attention_hidden_size"] = 2 * int(small)
+    return changes
+
+
+def _few_recurrent_heads(sizes: Mapping[str, Any]) -> dict[str, Any]:
+    """At most two heads of keys and four of values; those of Mamba-2 fill the expanded width."""
+    changes: dict[str, Any] = {}
+    for name, key_name, width_name in _RECURRENT_HEADS:
+        heads, keys = sizes.get(name), sizes.get(key_name or name)
+        if not _is_count(heads) or not _is_count(keys):
+            continue
+        few = changes[key_name or name] = min(keys, 2)
+        if not width_name:
+            changes[name] = few * min(heads // keys, 2)
+            continue
+        hidden = next(sizes[x] for x in _WIDTHS if x in sizes)
+        width = int(hidden * next(sizes[x] for x in _EXPANSIONS if x in sizes))
+        changes |= {name: 2 * few, width_name: width // (2 * few)}
+        if _is_count(sizes.get("mamba_d_ssm")):
+            changes["mamba_d_ssm"] = width
     return changes
 
 
