@@ -59,7 +59,8 @@ TORCH_FREE_MODULES = (
 
 OPTIONAL_PACKAGES = frozenset(
     {
-        *("accelerate", "apex", "datasets", "deepspeed", "flash_attn", "flash_attn_interface"),
+        *("accelerate", "apex", "datasets", "deepspeed", "fla", "flash_attn"),
+        "flash_attn_interface",
         *("gguf", "jinja2", "matplotlib", "pyarrow", "sentencepiece", "tiktoken", "tokenizers"),
         *("transformer_engine", "transformers", "triton", "trl", "wandb", "xformers"),
         "zstandard",

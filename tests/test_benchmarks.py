@@ -17,7 +17,16 @@ def test_there_are_benchmarks() -> None:
 
 
 # These build several trainers or start several processes.
-SLOW = ("alternatives", "attention", "families", "versions", "faults", "longest_on_gpu", "memory")
+SLOW = (
+    "alternatives",
+    "attention",
+    "families",
+    "versions",
+    "faults",
+    "longest_on_gpu",
+    "memory",
+    "recurrences",
+)
 WORDS = {"longest_on_gpu": ["--device", "cpu"]}
 CASES = [
     pytest.param(

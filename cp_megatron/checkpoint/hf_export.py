@@ -225,18 +225,21 @@ class _Weights:
     def _fill(self, target: Tensor, entry: TensorEntry, first: int) -> None:
         """Copies the rows of a tensor of the checkpoint from ``first`` on."""
         for chunk in entry.chunks:
+            row, *columns = chunk.offsets
+            start, stop = max(row, first), min(row + chunk.sizes[0], first + len(target))
+            if start >= stop:  # another group, or the padding of the vocabulary
+                continue
             try:
                 with safe_open(self.step / chunk.file, framework="pt", device="cpu") as shard:
-                    stored = shard.get_tensor(chunk.key)
+                    stored = shard.get_slice(chunk.key)
+                    found = tuple(stored.get_shape()), DTYPES.get(stored.get_dtype())
+                    rows = stored[start - row : stop - row]
             except (SafetensorError, OSError) as error:
                 rule = f"{chunk.file} cannot be read ({error})"
                 raise ConfigError(FLAG, self.step, rule) from None
-            if tuple(stored.shape) != chunk.sizes or stored.dtype != getattr(torch, entry.dtype):
+            if found != (chunk.sizes, entry.dtype):
                 rule = f"{chunk.file} holds {chunk.key} in another shape or dtype"
                 raise ConfigError(FLAG, self.step, rule)
-            row, *columns = chunk.offsets
-            start, stop = max(row, first), min(row + len(stored), first + len(target))
-            if start < stop:  # the padding of the vocabulary is not exported
-                spans = zip(columns, chunk.sizes[1:])
-                box = (slice(start - first, stop - first), *(slice(x, x + n) for x, n in spans))
-                target[box].copy_(stored[start - row : stop - row])
+            spans = zip(columns, chunk.sizes[1:])
+            box = (slice(start - first, stop - first), *(slice(x, x + n) for x, n in spans))
+            target[box].copy_(rows)

@@ -45,6 +45,7 @@ TOKENIZER_FILES = (
 )
 """The files of a tokenizer."""
 OUTPUT = "--output"
+_PART_PREFIX = "model.language_model."
 _SHARD = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*\.(safetensors|bin)")
 
 
@@ -53,14 +54,15 @@ class Source:
     """Where a parameter of ours is stored.
 
     Attributes:
-        entry: the parameter as a tensor of a checkpoint, in one chunk, or in one for each row. Our
-            embedding has more rows, which pad the vocabulary; its chunk ends before them.
-        places: for each chunk, by its key, the tensor of the folder that holds it and the chunk's
-            first row in the concatenation of the tensor's parts.
+        entry: the parameter as a tensor of a checkpoint, in one chunk, or in one for each row or
+            group of rows. Our embedding has more rows, which pad the vocabulary; its chunk ends
+            before them.
+        places: for each chunk, by its key and its first row, the tensor of the folder that holds it
+            and the chunk's first row in the concatenation of the tensor's parts.
     """
 
     entry: TensorEntry
-    places: Mapping[str, tuple[HFTensor, int]]
+    places: Mapping[tuple[str, int], tuple[HFTensor, int]]
 
 
 def find_weights(
@@ -82,6 +84,8 @@ def find_weights(
     """
     folder, family = Path(found.folder), found.family
     stored = _with_prefix(_stored(folder), family.base_prefix)
+    if found.is_part:
+        stored = {key.replace(_PART_PREFIX, "model.", 1): at for key, at in stored.items()}
     if model.num_layers > len(stored):
         rule = f"config.json says {model.num_layers} layers, but the folder has only {len(stored)} "
         raise _wrong(folder, f"{rule}tensors")
@@ -133,7 +137,7 @@ def _add_sources(
         chunks = (*(earlier.entry.chunks if earlier else ()), chunk)
         rows = padded_vocab_size if part.padded else part.start + part.shape[0]
         entry = TensorEntry(dtype=at.dtype, shape=(rows, *part.shape[1:]), chunks=chunks)
-        places = {**(earlier.places if earlier else {}), at.key: (tensor, first)}
+        places = {**(earlier.places if earlier else {}), (at.key, part.start): (tensor, first)}
         sources[part.name] = Source(entry=entry, places=places)
         first += part.shape[0]
 

@@ -76,7 +76,8 @@ class _FolderReader(ShardReader):
         return super()._open(file)
 
     def _read_box(self, shard: Any, item: ReadItem, chunk: ChunkEntry) -> Tensor:
-        tensor, start = self._sources[item.storage_index.fqn].places[chunk.key]
+        places = self._sources[item.storage_index.fqn].places
+        tensor, start = places[chunk.key, chunk.offsets[0]]
         stored = shard.get_slice(chunk.key)
         if tuple(stored.get_shape()) != tensor.shape:
             rule = f"{chunk.file} changed while it was read: {chunk.key} has another shape"

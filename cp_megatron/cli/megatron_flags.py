@@ -116,6 +116,14 @@ SPECIAL: Mapping[str, Answer] = {
         "--cp-comm-type",
     ),
     # optimizer
+    **dict.fromkeys(
+        ("--experimental-attention-variant", "--linear-attention-type"),
+        OneOf(
+            {"gated_delta_net": ""},
+            "the only layers without attention are gated DeltaNets",
+            "gated_delta_net with --linear-attention-freq",
+        ),
+    ),
     "--optimizer": OneOf({"adam": "", "adamw": ""}, "AdamW is the only optimizer"),
     "--decoupled-lr": Refused("all parameters share one learning rate", "--lr"),
     "--head-lr-mult": OneOf({"1": ""}, "all parameters share one learning rate", "--lr"),

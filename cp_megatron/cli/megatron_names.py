@@ -193,15 +193,14 @@ WITHOUT_COUNTERPART: Mapping[str, str] = {
         retriever-report-topk-accuracies retriever-score-scaling retriever-seq-length
         retro-* sample-rate short-seq-prob swin-backbone-type titles-data-path
         use-one-sent-docs vision-backbone-type vision-pretraining vision-pretraining-type""",
-    "the layers are attention and a dense MLP": """
-        activation-func-clamp-value attention-output-gate
+    "the layers are attention or a gated DeltaNet, and a dense MLP": """
+        activation-func-clamp-value
         disable-dsa-indexer-rotate-activation disable-dsa-indexer-scoring-relu
         disable-mamba-mem-eff-path dsa-* enable-mhc-connections
-        experimental-attention-variant gdp-* glu-linear-offset
+        gdp-* glu-linear-offset
         heterogeneous-layers-config-encoded-json heterogeneous-layers-config-path
         hybrid-attention-ratio hybrid-layer-pattern hybrid-mlp-ratio hybrid-override-pattern
-        is-hybrid-model linear-attention-freq linear-conv-kernel-dim linear-key-head-dim
-        linear-num-key-heads linear-num-value-heads linear-value-head-dim mamba-* mhc-*
+        is-hybrid-model mamba-* mhc-*
         no-dsa-indexer-rotate-activation no-dsa-indexer-scoring-relu output-logit-dtype
         qk-clip qk-l2-norm spec use-mup""",
     "nothing here corresponds to it": """

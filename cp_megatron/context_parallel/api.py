@@ -13,10 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cp_megatron.comm.checksums import LinkSums
 from cp_megatron.context_parallel.attention_function import KeptAttention, planned_attention
 from cp_megatron.context_parallel.autocast import cast_inputs
-from cp_megatron.context_parallel.buffers import Buffers
 from cp_megatron.context_parallel.input_check import (
     RankAgreement,
     check_mode,
@@ -26,19 +24,15 @@ from cp_megatron.context_parallel.input_check import (
 from cp_megatron.context_parallel.kernel_chooser import KernelChooser
 from cp_megatron.context_parallel.latent_expansion import check_latent_shapes, expand_heads
 from cp_megatron.context_parallel.latent_function import planned_latent_attention
-from cp_megatron.context_parallel.linear_check import check_convolution, check_linear
-from cp_megatron.context_parallel.linear_function import LinearPlan, planned_linear_attention
 from cp_megatron.context_parallel.rank_plan import RankPlan
-from cp_megatron.context_parallel.received import Received
-from cp_megatron.context_parallel.sharded_sequence import ShardedSequence
-from cp_megatron.context_parallel.short_convolution import HaloExchange, short_convolution
+from cp_megatron.context_parallel.recurrent_sequence import RecurrentSequence
 from cp_megatron.kernels.dropout import Dropout
 from cp_megatron.plan import Mask, Schedule, SequenceLayout
 from cp_megatron.plan.exchange import check_exchange, check_latent_exchange
 from cp_megatron.plan.mask import Window
 
 
-class ContextParallel(ShardedSequence):
+class ContextParallel(RecurrentSequence):
     """Attention over sequences that a group of ranks shares, under one mask.
 
     Construction sends no message and allocates nothing on the device, so a new mask for every batch
@@ -53,7 +47,7 @@ class ContextParallel(ShardedSequence):
             otherwise zigzag if the mask is causal); or a layout of the same length.
         exchange: ``p2p``, ``all_gather``, ``a2a``, ``a2a+p2p`` or ``auto`` (the one that moves the
             fewest bytes).
-        kernel: a kernel's name, or ``auto``.
+        kernel: a kernel's name, or ``auto``; ``kernels/linear_select.py`` for ``linear_attention``.
         route: for p2p, ``ring`` (from the neighbour), ``direct`` (from the owner) or ``auto`` (the
             one that moves fewer keys).
         hierarchical_sizes: (A, P) of a2a+p2p: A neighbours exchange heads, P groups run a ring.
@@ -98,7 +92,7 @@ class ContextParallel(ShardedSequence):
         check_ranks: str | bool = "auto",
         rows: Tensor | None = None,
     ) -> None:
-        super().__init__(group, mask, layout)
+        super().__init__(group, mask, layout, rows)
         # A list is accepted, but what is part of a cache key must not change.
         sizes = hierarchical_sizes and cast("tuple[int, int]", tuple(hierarchical_sizes))
         check_exchange(exchange, route, self.cp_size, sizes)
@@ -107,13 +101,10 @@ class ContextParallel(ShardedSequence):
         self._sizes, self._exchange_latent = sizes, exchange_latent
         options = exchange, route, sizes, exchange_latent
         self._agreement = RankAgreement(check_mode(check_ranks), group, mask, self.layout, options)
-        self._chooser, self._rows = mask, rows
+        self._chooser = mask
         self.kernels = KernelChooser(kernel, deterministic=deterministic)
-        self.buffers, self.link_sums = Buffers(), LinkSums()
         self._by_window: dict[Window, ContextParallel] = {}
         self._plans: dict[tuple[object, ...], RankPlan] = {}
-        self._linear_plans: dict[int, LinearPlan] = {}
-        self._halos: dict[int, HaloExchange] = {}
 
     def with_mask(self, mask: Mask, layout: SequenceLayout | None = None) -> ContextParallel:
         """Returns an object for another mask, with the same ranks, options and buffers.
@@ -125,7 +116,10 @@ class ContextParallel(ShardedSequence):
                 constructed with a layout.
         """
         other = ContextParallel(
-            *(self.group, mask, layout or self._layout_kind, self._exchange),
+            self.group,
+            mask,
+            layout or self._layout_kind,
+            self._exchange,
             route=self._route,
             hierarchical_sizes=self._sizes,
             exchange_latent=self._exchange_latent,
@@ -307,79 +301,6 @@ class ContextParallel(ShardedSequence):
             return planned_latent_attention(plan, kernel, *inputs, scale, dropout, kept)
         k, v = expand_heads(latent, rotary_key, weight, heads, plain_dim)
         return cast(Tensor, planned_attention(plan, kernel, q, k, v, scale, dropout, kept))
-
-    @torch.compiler.disable
-    def linear_attention(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        g: Tensor,
-        beta: Tensor | None = None,
-        *,
-        scale: float | None = None,
-        kept: KeptAttention | Received | None = None,
-    ) -> Tensor:
-        """Computes a recurrence whose state crosses ranks: gated DeltaNet, KDA, GLA, Mamba-2's SSD.
-
-        Per head, S_t = e^(g_t) S_(t-1) + k_t u_t^T and out_t = scale S_t^T q_t, from S = 0 at the
-        start of every document, with u_t = beta_t (v_t - (e^(g_t) S_(t-1))^T k_t), or v_t without
-        ``beta`` (``kernels/linear_reference.py``). Only states travel (``plan/states.py``).
-
-        Args:
-            q, k: [B, S / N, G, D], normalized or not, as the layer has them.
-            v: [B, S / N, H, E]; H is a multiple of G, head h reads key head h // (H / G).
-            g: the logarithm of the decay, at most 0: floating [B, S / N, H], or
-                [B, S / N, H, D] for one per channel of the key.
-            beta: floating [B, S / N, H], the rate of the delta rule.
-            scale: by default D ** -0.5.
-            kept: as in ``attention``; or Received, with which the second call computes again.
-
-        Returns:
-            [B, S / N, H, E] in v's type. All gradients are complete on this rank.
-
-        Raises:
-            ConfigError: the mask is not causal or has a window, or shapes or types do not fit.
-        """
-        q, k, v = cast_inputs(q, k, v)
-        inputs = (q, k, v, g) if beta is None else (q, k, v, g, beta)
-        with self._agreement.after_checks(inputs, (scale, "linear"), None, self._rows, kept):
-            check_linear(inputs, self.layout.shard_len)
-            heads = v.shape[2]
-            if heads not in self._linear_plans:
-                shared = self.rank, self.group, self.buffers, self.link_sums
-                self._linear_plans[heads] = LinearPlan(self.mask, self.layout, heads, *shared)
-        scale = q.shape[3] ** -0.5 if scale is None else scale
-        return planned_linear_attention(self._linear_plans[heads], q, k, v, g, beta, scale, kept)
-
-    @torch.compiler.disable
-    def short_conv(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None = None, kept: Received | None = None
-    ) -> Tensor:
-        """Computes a causal convolution over the last W tokens of the document, per channel.
-
-        Args:
-            x: [B, S / N, c].
-            weight: [c, W]; the last column multiplies the token itself, as in ``nn.Conv1d``.
-            bias: [c].
-            kept: passed twice, for recomputation: the second call sends nothing.
-
-        Returns:
-            [B, S / N, c] in x's type. The gradient of x is complete on this rank; those of weight
-            and bias are this rank's shares of sums over the group.
-
-        Raises:
-            ConfigError: the mask is not causal or has a window, or shapes or types do not fit.
-        """
-        x, weight = cast_inputs(x, weight)
-        bias = None if bias is None else cast_inputs(bias)[0]
-        with self._agreement.after_checks((x, weight), ("convolution",), None, self._rows, kept):
-            check_convolution(x, weight, bias, self.layout.shard_len)
-            width = weight.shape[1]
-            if width not in self._halos:
-                shared = self.rank, self.group, self.buffers, self.link_sums
-                self._halos[width] = HaloExchange(self.mask, self.layout, width, *shared)
-        return short_convolution(self._halos[width], x, weight, bias, kept)
 
     def _plan(
         self,

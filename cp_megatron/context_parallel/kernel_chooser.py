@@ -7,6 +7,7 @@ from torch import Tensor
 
 from cp_megatron.kernels.dropout import Dropout
 from cp_megatron.kernels.interface import Kernel
+from cp_megatron.kernels.linear_select import select_linear_kernel
 from cp_megatron.kernels.load_kernel import load_kernel
 from cp_megatron.kernels.select import KernelChoice, select_kernel
 
@@ -55,6 +56,16 @@ class KernelChooser:
             window=window,
             deterministic=self._deterministic,
             capability=torch.cuda.get_device_capability(device) if device.type == "cuda" else None,
+        )
+
+    def linear_choice(self, q: Tensor) -> KernelChoice:
+        """Chooses the kernel of a linear recurrence of ``q``, [B, S, G, D], with a reason."""
+        return select_linear_kernel(
+            self._name,
+            device=q.device.type,
+            dtype=str(q.dtype).removeprefix("torch."),
+            head_dim=q.shape[3],
+            deterministic=self._deterministic,
         )
 
     def load(

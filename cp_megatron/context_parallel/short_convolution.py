@@ -16,8 +16,8 @@ from torch.autograd.function import once_differentiable
 
 from cp_megatron.comm.checksums import LinkSums
 from cp_megatron.comm.send_receive import post
+from cp_megatron.context_parallel.attention_function import KeptAttention
 from cp_megatron.context_parallel.buffers import Buffers
-from cp_megatron.context_parallel.received import Received
 from cp_megatron.plan import Mask, SequenceLayout
 from cp_megatron.plan.buffer_sizes import RECEIVED_HEADS, SENT_HEADS
 from cp_megatron.plan.halo import plan_halos
@@ -132,13 +132,18 @@ class _ShortConvolution(torch.autograd.Function):
     def forward(
         ctx: Any,
         exchange: HaloExchange,
-        kept: Received,
+        kept: KeptAttention | None,
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
     ) -> Tensor:
         ctx.exchange, ctx.has_bias = exchange, bias is not None
-        (received,) = kept.once(lambda: (exchange.fetch(x),))
+        if kept is not None and kept.filled:
+            ((received,),) = kept.again()
+        else:
+            received = exchange.fetch(x)
+            if kept is not None:
+                kept.keep(0, (received,))
         ctx.save_for_backward(x, received, weight)
         taps, _ = exchange.on(x.device)
         known = torch.cat((x, received), dim=1)
@@ -176,7 +181,7 @@ def short_convolution(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    kept: Received | None = None,
+    kept: KeptAttention | None = None,
 ) -> Tensor:
     """y_t = sum over j < W of weight[:, W - 1 - j] x_(t-j), per channel and within documents.
 
@@ -185,7 +190,7 @@ def short_convolution(
         x: [B, S, c].
         weight: [c, W]; the last column multiplies the token itself, as in ``torch.nn.Conv1d``.
         bias: [c].
-        kept: passed twice, for recomputation; the second call sends nothing.
+        kept: as in ``RecurrentSequence.short_conv``.
     """
-    out: Tensor = _ShortConvolution.apply(exchange, kept or Received(), x, weight, bias)
+    out: Tensor = _ShortConvolution.apply(exchange, kept, x, weight, bias)
     return out

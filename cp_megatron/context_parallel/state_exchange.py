@@ -20,7 +20,7 @@ from cp_megatron.comm.checksums import LinkSums
 from cp_megatron.comm.send_receive import all_to_all
 from cp_megatron.comm.trace import traced
 from cp_megatron.context_parallel.buffers import Workspace
-from cp_megatron.kernels.linear_reference import apply_transition
+from cp_megatron.kernels.linear_interface import apply_transition
 from cp_megatron.plan.buffer_sizes import RECEIVED_HEADS, SENT_HEADS
 from cp_megatron.plan.states import StatePlan
 
@@ -40,7 +40,7 @@ class StateExchange:
 
         Args:
             increments: U of this rank's leaving pieces, [B, o, H, D, E].
-            transitions: M of its through pieces, [B, t, H, ..] as in ``BlockMaps``.
+            transitions: M of its through pieces, [B, t, H, ..] as in ``LinearSummary``.
 
         Returns:
             S_in of its entering pieces, [B, i, H, D, E], and the transitions of all ranks for this
@@ -90,8 +90,7 @@ class StateExchange:
 
     @cached_property
     def _share(self) -> int:
-        start, stop = self.plan.heads[self.rank]
-        return stop - start
+        return self.plan.num_heads_of(self.rank)
 
     def _all_shape(self, like: Tensor, numbers: Sequence[Sequence[int]]) -> tuple[int, ...]:
         return like.shape[0], sum(map(len, numbers)), self._share, *like.shape[3:]

@@ -15,6 +15,12 @@ of its heads (n heads, d channels)::
     layers.0.attention.query_norm.weight [n, d]  ->  ...
                                               self_attn.q_layernorm.norms.{n - 1}.weight [d]
 
+Or it may join the rows of several modules head by head, as Qwen3-Next does with attention's queries
+and their gates (d channels)::
+
+    layers.3.attention.query.weight [n d, h]  ->  query of head 0 [d, h], gate of head 0 [d, h],
+    layers.3.attention.gate.weight  [n d, h]      query of head 1 [d, h], ... in q_proj.weight
+
 Shapes are not part of the table: they follow from the description of the model (``ModelSpec``).
 """
 
@@ -46,6 +52,11 @@ class Part(NamedTuple):
     shape: tuple[int, ...]
     padded: bool
     start: int = 0
+
+    def group(self, number: int, count: int) -> Part:
+        """One of ``count`` equal groups of the rows, numbered from 0."""
+        rows = self.shape[0] // count
+        return self._replace(shape=(rows, *self.shape[1:]), start=self.start + number * rows)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,9 +106,13 @@ class Family:
         defaults: the values of keys that config.json leaves out, where transformers' class of the
             family has another default than ``read`` would take. A key that is null is not left out.
         transposed: last parts of the names of modules whose weight the folder stores transposed.
+        grouped: last parts of the names of modules that join the rows of ours group by group, and
+            the number of groups in a model.
         heads_divide_hidden_size: whether transformers refuses a model whose number of heads does
             not divide its hidden size.
         classes: other classes of transformers that a config.json of this ``model_type`` may name.
+        container: a class of transformers that reads images too, and holds a model of the family:
+            its config.json has the model's entries in ``text_config``.
         base_prefix: a prefix of names that folders of the class without the output layer leave out.
         buffers: a regular expression for the names of the buffers that old folders hold. They are
             ignored, because they follow from the flags.
@@ -110,8 +125,10 @@ class Family:
     modules: Mapping[str, str] | Callable[[ModelConfig], Mapping[str, str]]
     defaults: Mapping[str, Any] = field(default_factory=dict)
     transposed: frozenset[str] = frozenset()
+    grouped: Mapping[str, Callable[[ModelConfig], int]] = field(default_factory=dict)
     heads_divide_hidden_size: bool = False
     classes: tuple[str, ...] = ()
+    container: str = ""
     base_prefix: str = ""
     buffers: str = r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
 
@@ -140,7 +157,8 @@ class Family:
                 for theirs, ours in block:
                     names = ours.replace("{}", str(layer)).split()
                     key = theirs.replace("{}", str(layer), 1)
-                    tensors += self._module(key, [parts[name] for name in names])
+                    count = self.grouped.get(theirs.rpartition(".")[2], lambda _: 1)(model)
+                    tensors += self._module(key, [parts[name] for name in names], count)
         named = Counter[str]()
         for part in (part for tensor in tensors for part in tensor.parts):
             named[part.name] += math.prod(part.shape)
@@ -148,10 +166,16 @@ class Family:
         assert named == expected, f"{self.model_type} names every parameter once"
         return tensors
 
-    def _module(self, theirs: str, ours: list[dict[str, Part]]) -> Iterator[HFTensor]:
+    def _module(
+        self, theirs: str, ours: list[dict[str, Part]], num_groups: int
+    ) -> Iterator[HFTensor]:
         transposed = theirs.rpartition(".")[2] in self.transposed
         for leaf in ours[0]:
             parts, flips = tuple(module[leaf] for module in ours), transposed and leaf == "weight"
+            if num_groups > 1:
+                parts = tuple(
+                    part.group(number, num_groups) for number in range(num_groups) for part in parts
+                )
             if "{}" not in theirs:
                 yield HFTensor(key=f"{theirs}.{leaf}", parts=parts, transposed=flips)
                 continue

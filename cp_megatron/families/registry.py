@@ -38,6 +38,8 @@ from cp_megatron.families.olmo2 import OLMO2, OLMO3
 from cp_megatron.families.phi3 import PHI3
 from cp_megatron.families.qwen2 import QWEN2
 from cp_megatron.families.qwen3 import QWEN3
+from cp_megatron.families.qwen3_5 import QWEN3_5
+from cp_megatron.families.qwen3_next import LINEAR_SIZES, QWEN3_NEXT
 from cp_megatron.families.refusals import alternative_of, unknown_architecture
 from cp_megatron.families.rope_fields import ROPE_FIELDS, ROTARY_FIELDS, unread_fields
 from cp_megatron.families.smollm3 import SMOLLM3
@@ -70,6 +72,8 @@ FAMILIES: tuple[Family, ...] = (
     GEMMA3,
     DEEPSEEK_V3,
     DEEPSEEK_V2,
+    QWEN3_5,
+    QWEN3_NEXT,
 )
 """A model that several families can express is exported as ``hf_model_type`` says, or else as the
 first of them."""
@@ -78,6 +82,7 @@ TRAINING_ONLY = frozenset(
     | {"make_vocab_size_divisible_by", "max_position_embeddings", "hf_model_type"}
 )
 """Flags that do not change what a trained model computes for the sequences it is made for."""
+_PART = "text_config"
 _QUANTIZED = ("quantization_config", "compression_config", "quantization")
 """The keys of quantized weights: of transformers, compressed-tensors and MLX."""
 _BIASES: Mapping[str, str] = {
@@ -100,6 +105,8 @@ class HFModel:
         model: its flags.
         vocab_size: rows of the embedding.
         raw: all entries of config.json.
+        is_part: the folder's class is the container of the family's, and only its language model
+            is read.
         unread: ``key = value`` of entries that the model does without (``unread_keys.py``).
     """
 
@@ -108,6 +115,7 @@ class HFModel:
     model: ModelConfig
     vocab_size: int
     raw: Mapping[str, Any]
+    is_part: bool = False
     unread: tuple[str, ...] = ()
 
 
@@ -120,6 +128,9 @@ def read_hf_config(folder: str | Path) -> HFModel:
     """
     entries = RecordedKeys(read_json(Path(folder)))
     fields = JsonFields(Path(folder), entries)
+    if part := _container(fields):
+        entries = RecordedKeys(part)
+        fields = JsonFields(Path(folder), entries, prefix=f"{_PART}.")
     family = _family_named(fields)
     for key in _QUANTIZED:
         fields.only(key, works="weights that are not quantized")
@@ -133,8 +144,24 @@ def read_hf_config(folder: str | Path) -> HFModel:
         model=model,
         vocab_size=fields.size("vocab_size"),
         raw=fields.value,
+        is_part=part is not None,
         unread=unread_keys(entries),
     )
+
+
+def _container(fields: JsonFields) -> dict[str, Any] | None:
+    """The entries of the language model in a config.json of a family's container; None in others.
+
+    The container decides whether the tables of the embedding and of the output layer are one.
+    """
+    for family in FAMILIES:
+        if family.container and fields.value.get("architectures") == [family.container]:
+            inner, tied = fields.inner(_PART), "tie_word_embeddings"
+            entries = {**inner.value, "architectures": [family.architecture]}
+            return entries | {
+                key: x for key, x in fields.value.items() if key in (tied, *_QUANTIZED)
+            }
+    return None
 
 
 def has_tokenizer(folder: str | Path) -> bool:
@@ -287,6 +314,7 @@ def _flags(model: ModelConfig) -> dict[str, Any]:
     flags["rotary_percent"] = model.rotary_dim / model.head_dim
     flags["no_rope_layers"] = tuple(sorted(model.no_rope_layers or ())) or None
     width, layers = window_width(model), range(model.num_layers)
+    flags["linear_attention_layers"] = model.linear_layers or None
     windows = tuple(n for n in layers if width and model.layer_window(n))
     flags["window_size"] = (width - 1, 0) if width and windows else None
     flags["window_layers"] = windows if 0 < len(windows) < len(layers) else None
@@ -304,6 +332,9 @@ def _unread(model: ModelConfig) -> Iterator[str]:
         yield from (*ROPE_FIELDS, *ROTARY_FIELDS, "rope_type", "rotary_base")
     if not model.multi_latent_attention:
         yield from (*LATENT_WIDTHS, "latent_norm_epsilon")
+    yield "linear_attention_freq"  # ``linear_attention_layers`` says as much
+    if not model.linear_layers:
+        yield from LINEAR_SIZES
     if not model.qk_layernorm or model.multi_latent_attention:
         yield "qk_norm_scope"
     if model.normalization != "LayerNorm":

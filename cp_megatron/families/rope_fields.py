@@ -144,6 +144,7 @@ def _read_partial(fields: JsonFields, rope: JsonFields) -> dict[str, float]:
         for place in (fields, rope):
             place.only(_PARTIAL, 1, 1.0, why="whole heads are rotated")
         return {}
+    fields.get(_PARTIAL)  # the object comes first, as in transformers
     place = fields if rope.value.get(_PARTIAL) is None else rope
     share = place.number(_PARTIAL, 1.0)
     if not 0 < share <= 1:

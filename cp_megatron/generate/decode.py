@@ -93,11 +93,12 @@ class Session:
     def keep(self, tokens: Sequence[int]) -> list[int]:
         """Keeps the longest common prefix with ``tokens``, and returns the rest of ``tokens``.
 
-        At least one token is returned, because its logits are needed for the next token.
+        A model with recurrences keeps all tokens or none. At least one token is returned, because
+        its logits are needed for the next token.
         """
         pairs = zip(self.tokens, tokens[:-1], strict=False)
         same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
-        self._cache.cut(same)
+        same = self._cache.cut(same)
         del self.tokens[same:]
         return list(tokens[same:])
 

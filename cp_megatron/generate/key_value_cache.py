@@ -1,4 +1,4 @@
-"""Keeps the keys and values of earlier tokens as the context of the next ones.
+"""Keeps what earlier tokens left as the context of the next ones: keys and values, and states.
 
 The model is called as in training, with a ``CachedRow`` in place of a ``ContextParallel``: it gives
 the positions of the new tokens, and its attention also reads the keys of earlier tokens.
@@ -12,6 +12,8 @@ Keys are stored after rotation. Rope types whose frequencies depend on the lengt
 (``dynamic``, ``longrope``) rotate a new token by the length so far and leave earlier keys as they
 are. The cache of transformers does the same. A forward pass over the whole row differs when the row
 is longer than the original positions.
+
+A recurrence leaves a state instead (``state_cache.py``), from which no token can be removed.
 
 Shapes: B = batch, S = new tokens, T = all tokens so far, C = capacity, H = query heads,
 G = key/value heads, D = head dim, E = value dim.
@@ -29,7 +31,9 @@ from torch import Tensor
 
 from cp_megatron.context_parallel import ContextParallel
 from cp_megatron.context_parallel.latent_expansion import expand_heads
+from cp_megatron.generate.state_cache import StateCache
 from cp_megatron.kernels.interface import accumulation_dtype
+from cp_megatron.kernels.linear_interface import LinearInputs
 from cp_megatron.plan import Mask, SequenceLayout
 
 FIRST_CAPACITY = 256
@@ -37,20 +41,29 @@ FIRST_CAPACITY = 256
 
 
 class KeyValueCache:
-    """The keys and values of every layer for one batch of rows.
+    """What every layer keeps for one batch of rows.
 
     Attributes:
         length: the number of tokens that every layer holds.
+        states: those of recurrences.
     """
 
     def __init__(self) -> None:
         self.length = 0
+        self.states = StateCache()
         self._layers: list[tuple[Tensor, Tensor]] = []
 
-    def cut(self, length: int) -> None:
-        """Removes all tokens except the first ``length``."""
+    def cut(self, length: int) -> int:
+        """Removes all tokens except the first ``length``, or all tokens if there are states.
+
+        Returns:
+            the number of tokens that are left.
+        """
         assert 0 <= length <= self.length
+        if self.states and length < self.length:
+            length, self.states = 0, StateCache()
         self.length = length
+        return length
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Adds a layer's new keys and values. The caller increases ``length`` after all layers.
@@ -98,7 +111,8 @@ class CachedRow(ContextParallel):
     def __init__(self, cache: KeyValueCache, num_new: int, mask: Mask) -> None:
         super().__init__(None, mask)
         self.cache, self.num_new = cache, num_new
-        self._layers = count()  # shared by layers with another window
+        # Shared by layers with another window: the attentions, convolutions and recurrences so far.
+        self._layers, self._convolutions, self._recurrences = count(), count(), count()
 
     @property
     def document_positions(self) -> Tensor:  # type: ignore[override]
@@ -108,7 +122,8 @@ class CachedRow(ContextParallel):
     def with_mask(self, mask: Mask, layout: SequenceLayout | None = None) -> CachedRow:
         """Returns the context of the same tokens for layers with another window."""
         other = CachedRow(self.cache, self.num_new, mask)
-        other._layers = self._layers
+        other._layers, other._convolutions = self._layers, self._convolutions
+        other._recurrences = self._recurrences
         return other
 
     def attention(  # type: ignore[override]
@@ -178,6 +193,30 @@ class CachedRow(ContextParallel):
         heads, plain_dim = q.shape[2], q.shape[3] - rotary_key.shape[2]
         k, v = expand_heads(latent, rotary_key, weight, heads, plain_dim)
         return self.attention(q, k, v, scale, **training)
+
+    def short_conv(  # type: ignore[override]
+        self, x: Tensor, weight: Tensor, bias: Tensor | None = None, **training: object
+    ) -> Tensor:
+        """Computes ``RecurrentSequence.short_conv`` of the new tokens."""
+        assert not any(training.values()), "generation has no recomputation"
+        return self.cache.states.convolve(next(self._convolutions), x, weight, bias)
+
+    def linear_attention(  # type: ignore[override]
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        g: Tensor,
+        beta: Tensor | None = None,
+        *,
+        scale: float | None = None,
+        **training: object,
+    ) -> Tensor:
+        """Computes ``RecurrentSequence.linear_attention`` of the new tokens."""
+        assert not any(training.values()), "generation has no recomputation"
+        scale = q.shape[3] ** -0.5 if scale is None else scale
+        x = LinearInputs(q, k, v, g, beta, scale)
+        return self.cache.states.recur(next(self._recurrences), x)
 
     def _dense_mask(self, first: int, num_keys: int, device: torch.device) -> Tensor:
         """bool [S, keys]: which keys a new token attends; key 0 has the position ``first``."""

@@ -22,14 +22,14 @@ D key dim, E value dim.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-SUB_BLOCK = 16
-"""Tokens whose products with a decay per channel are computed pair by pair."""
+from cp_megatron.plan.linear_tiles import SUB_BLOCK
 
 
 class BlockMasks(NamedTuple):
@@ -69,133 +69,120 @@ class BlockMaps(NamedTuple):
     local: Tensor
 
 
-def apply_transition(transition: Tensor, state: Tensor, *, transposed: bool = False) -> Tensor:
-    """Multiplies M, or M^T, [.., D, D], [.., D, 1] or [.., 1, 1] by S [.., D, E]."""
-    if transition.shape[-1] == 1:  # a factor of each row, or a matrix with one element
-        return transition * state
-    return (transition.mT if transposed else transition) @ state
-
-
 @dataclass(frozen=True)
-class _Decayed:
-    """What both functions below compute first.
+class SolvedBlocks:
+    """The terms of the equations that do not depend on a state. They can be differentiated.
 
     Attributes:
-        k: keys of every value head, [B, n, H, C, D].
-        q: the same of queries, with the scale.
-        running: running sum of g, [B, n, H, C, 1 or D].
-        entering: running, -inf where the entering state is not read.
+        queries: scale e^G q, 0 where the entering state is not read, [B, n, H, C, D].
         products: P of the equations, [B, n, H, C, C].
-        lower: A of the equations; None without the delta rule.
+        values: u without an entering state, [B, n, H, C, E].
+        entered: u = values - entered S, [B, n, H, C, D]; None without the delta rule.
         kept: K of the equations, [B, n, H, C, D].
+        end: e^(G_end), or 0 where no state passes the block, [B, n, H, 1 or D, 1].
     """
 
-    q: Tensor
-    k: Tensor
-    running: Tensor
-    entering: Tensor
+    queries: Tensor
     products: Tensor
-    lower: Tensor | None
+    values: Tensor
+    entered: Tensor | None
     kept: Tensor
+    end: Tensor
 
     @classmethod
-    def of(cls, x: BlockInputs, masks: BlockMasks, scale: float) -> _Decayed:
+    def of(cls, x: BlockInputs, masks: BlockMasks, scale: float) -> SolvedBlocks:
+        """Computes the terms of all blocks."""
         repeats = x.v.shape[2] // x.k.shape[2]
-        q, k = (y.repeat_interleave(repeats, dim=2) for y in (x.q * scale, x.k))
+        q, k = (y.repeat_interleave(repeats, dim=2) if repeats > 1 else y for y in x[:2])
+        q = q * scale
         running = x.g.cumsum(3)
         if running.ndim == 4:
             running = running[..., None]
         reads = masks.reads[:, None]  # [n, 1, C, C]
-        lower = None
-        if x.beta is not None:
-            lower = x.beta[..., None] * _products(k, k, running, reads.tril(-1))
-        entering = running.masked_fill(~masks.enters[:, None, :, None], float("-inf"))
-        left = (running[..., -1:, :] - running).masked_fill(
-            ~masks.leaves[:, None, :, None], float("-inf")
-        )
-        return cls(q, k, running, entering, _products(q, k, running, reads), lower, left.exp() * k)
+        entering = running.masked_fill(~masks.enters[:, None, :, None], float("-inf")).exp()
+        left = running[..., -1:, :] - running
+        kept = left.masked_fill(~masks.leaves[:, None, :, None], float("-inf")).exp() * k
+        end = running[..., -1, :, None].exp() * masks.carries[:, None, None, None]
+        queries, values, entered = entering * q, x.v, None
+        if x.beta is None:
+            products = _products([q], k, running, reads)[0]
+        else:
+            beta = x.beta[..., None]
+            products, lower = _products([q, beta * k], k, running, reads)
+            # The diagonal is not read: (1 + A)^-1.
+            identity = torch.eye(lower.shape[-1], dtype=lower.dtype, device=lower.device)
+            inverse = torch.linalg.solve_triangular(
+                lower, identity.expand_as(lower), upper=False, unitriangular=True
+            )
+            values = inverse @ (beta * x.v)
+            entered = inverse @ ((beta * entering) * k)
+        return cls(queries, products, values, entered, kept, end)
 
-    def solve(self, right: Tensor) -> Tensor:
-        """Solves (1 + A) x = ``right`` for x, both [B, n, H, C, any]."""
-        assert self.lower is not None
-        # The diagonal is not read.
-        return torch.linalg.solve_triangular(self.lower, right, upper=False, unitriangular=True)
+    def transition(self) -> Tensor:
+        """Returns what multiplies the entering state, as in ``BlockMaps``."""
+        if self.entered is None:
+            return self.end
+        moved = (self.kept.mT @ self.entered).neg_()
+        moved.diagonal(dim1=-2, dim2=-1).add_(self.end[..., 0])
+        return moved
 
-    def end(self, carries: Tensor) -> Tensor:
-        """Returns e^(G_end), or 0 where no state passes the block: [B, n, H, 1 or D, 1]."""
-        return self.running[..., -1, :, None].exp() * carries[:, None, None, None]
+    def increment(self) -> Tensor:
+        """Returns the state that leaves if none enters, [B, n, H, D, E]."""
+        return self.kept.mT @ self.values
 
+    def reads(self) -> Tensor:
+        """Returns what multiplies the entering state in the output, [B, n, H, C, D]."""
+        if self.entered is None:
+            return self.queries
+        return self.queries - self.products @ self.entered
 
-def summarize(x: BlockInputs, masks: BlockMasks, scale: float) -> BlockMaps:
-    """Computes the affine maps of all blocks."""
-    d = _Decayed.of(x, masks, scale)
-    reads, transition = d.entering.exp() * d.q, d.end(masks.carries)
-    if x.beta is None:
-        return BlockMaps(transition, d.kept.mT @ x.v, reads, d.products @ x.v)
-    beta = x.beta[..., None]
-    right = torch.cat((beta * x.v, beta * (d.entering.exp() * d.k)), dim=-1)
-    own, entered = d.solve(right).split((x.v.shape[-1], d.k.shape[-1]), dim=-1)
-    identity = torch.eye(d.k.shape[-1], dtype=own.dtype, device=own.device)
-    return BlockMaps(
-        transition * identity - d.kept.mT @ entered,
-        d.kept.mT @ own,
-        reads - d.products @ entered,
-        d.products @ own,
-    )
+    def maps(self) -> BlockMaps:
+        """Returns the blocks as affine maps."""
+        local = self.products @ self.values
+        return BlockMaps(self.transition(), self.increment(), self.reads(), local)
 
+    def step(self, state: Tensor) -> tuple[Tensor, Tensor]:
+        """Computes what leaves every block, given the state that enters it, [B, n, H, D, E].
 
-def step(x: BlockInputs, masks: BlockMasks, scale: float, state: Tensor) -> tuple[Tensor, Tensor]:
-    """Computes what leaves every block, given the state that enters it, for autograd.
-
-    Args:
-        x, masks, scale: the blocks.
-        state: [B, n, H, D, E].
-
-    Returns:
-        out [B, n, H, C, E] and the states that leave, [B, n, H, D, E].
-    """
-    d = _Decayed.of(x, masks, scale)
-    decay = d.entering.exp()
-    u = x.v
-    if x.beta is not None:
-        u = d.solve(x.beta[..., None] * (x.v - (decay * d.k) @ state))
-    out = (decay * d.q) @ state + d.products @ u
-    return out, d.end(masks.carries) * state + d.kept.mT @ u
+        Returns:
+            out [B, n, H, C, E] and the states that leave, [B, n, H, D, E].
+        """
+        u = self.values if self.entered is None else self.values - self.entered @ state
+        out = self.queries @ state + self.products @ u
+        return out, self.end * state + self.kept.mT @ u
 
 
-def _products(rows: Tensor, keys: Tensor, running: Tensor, mask: Tensor) -> Tensor:
+def _products(rows: Sequence[Tensor], keys: Tensor, running: Tensor, mask: Tensor) -> list[Tensor]:
     """Computes rows_i^T e^(G_i - G_j) keys_j where ``mask`` [n, 1, C, C] is True, else 0."""
     if running.shape[-1] == 1:
         decay = (running - running.mT).masked_fill(~mask, float("-inf")).exp()
-        return (rows @ keys.mT) * decay
-    return torch.cat(
-        [
-            _products_of_rows(rows, keys, running, mask, start)
-            for start in range(0, rows.shape[-2], SUB_BLOCK)
-        ],
-        dim=-2,
-    )
+        return [(x @ keys.mT) * decay for x in rows]
+    starts = range(0, keys.shape[-2], SUB_BLOCK)
+    parts = [_products_of_rows(rows, keys, running, mask, start) for start in starts]
+    return [torch.cat(of_rows, dim=-2) for of_rows in zip(*parts)]
 
 
 def _products_of_rows(
-    rows: Tensor, keys: Tensor, running: Tensor, mask: Tensor, start: int
-) -> Tensor:
+    rows: Sequence[Tensor], keys: Tensor, running: Tensor, mask: Tensor, start: int
+) -> list[Tensor]:
     """Computes the rows of one sub-block, with a decay per channel.
 
     With the keys before it, e^(G_i - G_j) is e^(G_i - G_start) times e^(G_start - G_j), and both
     are at most 1. With its own keys, it is computed for every pair.
     """
-    stop, length = min(start + SUB_BLOCK, rows.shape[-2]), rows.shape[-2]
+    stop, length = min(start + SUB_BLOCK, keys.shape[-2]), keys.shape[-2]
     here, own = slice(start, stop), running[..., start:stop, :]
     reference = running[..., start : start + 1, :]
-    before = (rows[..., here, :] * (own - reference).exp()) @ (
-        keys[..., :start, :] * (reference - running[..., :start, :]).exp()
-    ).mT
+    earlier = (keys[..., :start, :] * (reference - running[..., :start, :]).exp()).mT
+    decay = (own - reference).exp()
     pairs = own[..., :, None, :] - own[..., None, :, :]  # [.., i, j, D]
     pairs = pairs.masked_fill(~mask[..., here, here, None], float("-inf")).exp()
-    inside = torch.einsum(
-        "...id,...jd,...ijd->...ij", rows[..., here, :], keys[..., here, :], pairs
-    )
-    after = inside.new_zeros((*inside.shape[:-1], length - stop))
-    found = torch.cat((before, inside, after), dim=-1)
-    return found.masked_fill(~mask[..., here, :], 0.0)
+    pairs = pairs * keys[..., None, here, :]
+    found = []
+    for x in rows:
+        before = (x[..., here, :] * decay) @ earlier
+        inside = (pairs @ x[..., here, :, None]).squeeze(-1)
+        after = inside.new_zeros((*inside.shape[:-1], length - stop))
+        of_rows = torch.cat((before, inside, after), dim=-1)
+        found.append(of_rows.masked_fill(~mask[..., here, :], 0.0))
+    return found

@@ -188,7 +188,7 @@ def _try(name: str, wanted: _Wanted) -> tuple[str | None, str]:
         return able[0].name, able[0].summary
     if wanted.device not in generations[0].devices:
         return None, problems[generations[0].name]
-    present = [traits.name for traits in generations if _installed(traits)]
+    present = [traits.name for traits in generations if is_installed(traits)]
     missing = "needs the package flash_attn, which is not installed"
     return None, "; ".join(f"{x} {problems[x]}" for x in present) or missing
 
@@ -207,7 +207,7 @@ def _problem(traits: KernelTraits, wanted: _Wanted) -> str:
     """The requirement that this backend does not meet; empty if it meets all."""
     if wanted.device not in traits.devices:
         return f"runs on {' or '.join(traits.devices)}, not on {wanted.device}"
-    if not _installed(traits):
+    if not is_installed(traits):
         return f"needs the package {traits.package}, which is not installed"
     if wanted.dtype not in traits.dtypes:
         return f"computes in {', '.join(traits.dtypes)}, not in {wanted.dtype}"
@@ -232,7 +232,7 @@ def _problem(traits: KernelTraits, wanted: _Wanted) -> str:
     return ""
 
 
-def _installed(traits: KernelTraits) -> bool:
+def is_installed(traits: KernelTraits) -> bool:
     """Whether its module can be found. It is not imported, which would load torch and CUDA."""
     if traits.package is None:
         return True

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
@@ -108,11 +109,10 @@ class MemoryMeter:
                     self._forward.enter_context(self._live)
                 self._forward.enter_context(saved_tensors_hooks(self._save, lambda x: x))
             # FSDP's own hook has run, so these are the whole weights.
-            if isinstance(module, TransformerLayer):
-                self._watch(module.parameters())
-            elif not name:
-                layers = {id(parameter) for parameter in self._model.layers.parameters()}
-                self._watch(p for p in module.parameters() if id(p) not in layers)
+            if isinstance(module, FSDPModule):
+                inner = [x for x in module.modules() if isinstance(x, FSDPModule) and x != module]
+                others = {id(parameter) for unit in inner for parameter in unit.parameters()}
+                self._watch(p for p in module.parameters() if id(p) not in others)
             self._place.enter(name)
 
         return hook
@@ -204,7 +204,7 @@ class _Place:
         self._inside.pop()
         if name == "norm":
             self._before_loss = False
-        if name.endswith(".attention.out"):
+        if name.endswith((".attention.out", ".recurrence.out")):
             self._before_mlp = False
 
     def saved(self) -> str:

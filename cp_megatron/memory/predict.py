@@ -21,13 +21,23 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache, partial
 from types import MappingProxyType
+from typing import NamedTuple
 
 from cp_megatron.config import MemoryConfig
 from cp_megatron.plan import Schedule
-from cp_megatron.plan.buffer_sizes import AttentionSizes, BufferSizes
+from cp_megatron.plan.buffer_sizes import AttentionSizes, BufferSizes, RecurrenceSizes
+from cp_megatron.plan.halo import Halo, plan_halos
+from cp_megatron.plan.states import StatePlan
 from cp_megatron.plan.tiling import own_tiles, pack
 from cp_megatron.preflight.run_plan import RunPlan
-from cp_megatron.spec import ActivationSizes, MixerSpec, ModelSpec, local_heads
+from cp_megatron.spec import (
+    ActivationSizes,
+    KeptStates,
+    LinearAttentionSpec,
+    MixerSpec,
+    ModelSpec,
+    local_heads,
+)
 
 ELEMENT_BYTES: Mapping[str, int] = MappingProxyType({"float64": 8, "float32": 4, "bfloat16": 2})
 
@@ -46,7 +56,8 @@ MODULES = (
     *(MLP_NORM, MLP, FINAL_NORM, LOSS, OTHER),
 )
 IN_LAYER: Mapping[str, str] = MappingProxyType(
-    {"inputs": INPUTS, "attention_norm": ATTENTION_NORM, "attention": ATTENTION}
+    {"inputs": INPUTS, "attention_norm": ATTENTION_NORM}
+    | {"attention": ATTENTION, "recurrence": ATTENTION}
     | {"attention_post_norm": ATTENTION_NORM, "mlp_post_norm": MLP_NORM}
     | {"mlp_norm": MLP_NORM, "mlp": MLP, "dropout": DROPOUT}
 )
@@ -90,7 +101,8 @@ def predict(plan: RunPlan, rank: int) -> tuple[Held, ...]:
 def predict_ranks(plan: RunPlan, ranks: Iterable[int]) -> list[tuple[Held, ...]]:
     """The predictions of several ranks; what they share is computed once."""
     sizes = {"vocab_size": plan.padded_vocab_size, "seq_length": plan.config.data.seq_length}
-    spec, planned = ModelSpec.of(plan.config.model, **sizes), schedules(plan)
+    spec = ModelSpec.of(plan.config.model, **sizes)
+    planned = schedules(plan), _recurrence(plan, spec)
     shared = cache(partial(_during_step, plan, spec, planned))
     predicted = []
     for rank in ranks:
@@ -125,20 +137,43 @@ def schedules(plan: RunPlan) -> tuple[Schedule, ...]:
         latent=model.latent_widths,
         exchange_latent=plan.config.parallel.cp_latent_exchange,
     )
-    windows = [model.layer_window(layer) for layer in range(model.num_layers)]
+    attending = (layer for layer in range(model.num_layers) if not model.is_linear(layer))
+    windows = map(model.layer_window, attending)
     masks = {mask.window: mask for mask in map(sequence.mask.within, windows)}
     return tuple(map(row.within, masks.values()))
 
 
+class _Recurrence(NamedTuple):
+    """The layers with a state: their description, and what crosses ranks."""
+
+    spec: LinearAttentionSpec
+    states: StatePlan
+    halos: tuple[Halo, ...]
+
+
+def _recurrence(plan: RunPlan, spec: ModelSpec) -> _Recurrence | None:
+    """What layers with a state exchange, which is the same for all; None without such layers."""
+    for layer in spec.layers:
+        if (found := layer.recurrence) is not None:
+            mask, layout = plan.sequence.mask.within(None), plan.sequence.layout
+            states = StatePlan.of(mask, layout, found.local_heads(plan.grid.tp)[0])
+            halos = plan_halos(mask, layout, states, found.query_conv.width)
+            return _Recurrence(found, states, halos)
+    return None
+
+
 def _during_step(
-    plan: RunPlan, spec: ModelSpec, planned: tuple[Schedule, ...], cp_rank: int
+    plan: RunPlan,
+    spec: ModelSpec,
+    planned: tuple[tuple[Schedule, ...], _Recurrence | None],
+    cp_rank: int,
 ) -> tuple[list[Held], int]:
     """The memory of a rank beside the permanent tensors, and the bytes of it after forward."""
-    sizes = _sizes(plan, cp_rank, planned[0] if planned else None, spec)
+    sizes = _sizes(plan, cp_rank, spec, *planned)
     kept, gathered = _kept(spec, plan.config.memory, sizes), _gathered_bytes(plan, spec)
     on_host = kept[INPUTS] if plan.config.memory.cpu_offloading else 0
     kept[INPUTS] -= on_host
-    buffers_in_forward, buffers = _buffer_bytes(plan, planned, cp_rank, sizes)
+    buffers_in_forward, buffers = _buffer_bytes(plan, *planned, cp_rank, sizes)
     logits = spec.head.logits_bytes(sizes, plan.config.memory.loss_chunk_size)
     rows = [
         Held(kind=GATHERED, num_bytes=gathered),
@@ -151,7 +186,11 @@ def _during_step(
 
 
 def _buffer_bytes(
-    plan: RunPlan, planned: Iterable[Schedule], cp_rank: int, sizes: ActivationSizes
+    plan: RunPlan,
+    planned: Iterable[Schedule],
+    recurrence: _Recurrence | None,
+    cp_rank: int,
+    sizes: ActivationSizes,
 ) -> tuple[int, int]:
     """Bytes of message buffers after the layers' forward, and after their backward."""
     _, kv_heads, width, v_width = local_heads(plan.config.model, sizes.tp)
@@ -165,12 +204,24 @@ def _buffer_bytes(
         exact=sizes.exact,
     )
     buffers = BufferSizes()
-    for schedule in planned:
-        buffers.add(schedule, cp_rank, attention, backward=False)
-    in_forward = buffers.num_bytes
-    for schedule in planned:
-        buffers.add(schedule, cp_rank, attention, backward=True)
-    return in_forward, buffers.num_bytes
+    after = []
+    for backward in (False, True):
+        for schedule in planned:
+            buffers.add(schedule, cp_rank, attention, backward=backward)
+        if recurrence is not None:
+            spec, states, halos = recurrence
+            num_heads, _ = spec.local_heads(sizes.tp)
+            layer = RecurrenceSizes(
+                batch=sizes.batch,
+                num_heads=num_heads,
+                state=spec.state,
+                channels=spec.channels(sizes.tp),
+                element=sizes.element,
+                exact=sizes.exact,
+            )
+            buffers.add_recurrence(states, halos[cp_rank], cp_rank, layer, backward=backward)
+        after.append(buffers.num_bytes)
+    return after[0], after[1]
 
 
 def _permanent(plan: RunPlan, rank: int, spec: ModelSpec) -> tuple[Held, Held, Held]:
@@ -197,13 +248,28 @@ def _gathered_bytes(plan: RunPlan, spec: ModelSpec) -> int:
 
 
 def _sizes(
-    plan: RunPlan, cp_rank: int, schedule: Schedule | None, spec: ModelSpec
+    plan: RunPlan,
+    cp_rank: int,
+    spec: ModelSpec,
+    planned: tuple[Schedule, ...],
+    recurrence: _Recurrence | None,
 ) -> ActivationSizes:
-    """The sizes of a rank's activations; ``schedule`` is that of any layer."""
+    """The sizes of a rank's activations."""
     assert plan.dtype is not None
     element = ELEMENT_BYTES[plan.dtype]
+    schedule = planned[0] if planned else None  # that of any layer
     exchange = schedule.heads(cp_rank) if schedule else None
-    transposed = exchange is None and _is_transposed(plan, cp_rank, spec.layers[0].attention)
+    attention = next(filter(None, (layer.attention for layer in spec.layers)), None)
+    transposed = exchange is None and _is_transposed(plan, cp_rank, attention)
+    states = KeptStates()
+    if recurrence is not None:
+        _, chains, halos = recurrence
+        states = KeptStates(
+            pieces=len(chains.entering[cp_rank]),
+            transitions=sum(map(len, chains.through)),
+            heads=chains.num_heads_of(cp_rank),
+            halo=len(halos[cp_rank].received),
+        )
     return ActivationSizes(
         # Rows whose documents are masked are one row.
         batch=1 if plan.sequence.per_batch else plan.micro_batch_size,
@@ -216,6 +282,7 @@ def _sizes(
         head_exchange=exchange,
         sends_latents=schedule is not None and schedule.latent is not None,
         result_copies=2 if transposed else 1,
+        states=states,
     )
 
 
@@ -235,7 +302,8 @@ def _kept(spec: ModelSpec, memory: MemoryConfig, sizes: ActivationSizes) -> Coun
             kept[IN_LAYER[name]] += num_bytes
     # Layers that rotate alike share a rotation. Attention keeps it; the caller does if all of
     # attention is recomputed.
-    rotations = {x.attention.rotary: x.attention.rotation_bytes(sizes) for x in spec.layers}
+    attentions = filter(None, (layer.attention for layer in spec.layers))
+    rotations = {x.rotary: x.rotation_bytes(sizes) for x in attentions}
     rotation = sum(rotations.values())
     kept[ATTENTION if "none" in levels else OTHER] += rotation
     kept[FINAL_NORM] = spec.norm.kept_bytes(sizes.stream_tokens, sizes)
@@ -243,12 +311,14 @@ def _kept(spec: ModelSpec, memory: MemoryConfig, sizes: ActivationSizes) -> Coun
     return kept
 
 
-def _is_transposed(plan: RunPlan, cp_rank: int, attention: MixerSpec) -> bool:
+def _is_transposed(plan: RunPlan, cp_rank: int, attention: MixerSpec | None) -> bool:
     """Whether attention's result is laid out by heads, so that the projection keeps a copy.
 
     True for the reference kernel without grouped heads when the first tile covers all rows.
     """
     sequence = plan.sequence
+    if attention is None:
+        return False
     heads, kv_heads, *_ = attention.local_heads(plan.grid.tp)
     if heads != kv_heads or heads == 1:
         return False

@@ -34,6 +34,11 @@ def initial_value(spec: ParameterSpec, *, config: ModelConfig, seed: int) -> Ten
     digest = hashlib.blake2b(f"weight {seed} {spec.name}".encode(), digest_size=8).digest()
     generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest, "little") >> 1)
     value = torch.zeros(spec.shape, dtype=torch.float32, device="cpu")
+    if spec.init == "decay":
+        return value.uniform_(0.01, 16, generator=generator).log_()
+    if spec.init == "convolution":
+        bound = 1 / math.sqrt(spec.shape[-1])
+        return value.uniform_(-bound, bound, generator=generator)
     # The padding of the vocabulary stays 0, and its size does not change the other rows.
     drawn = value if spec.rows is None else value[: spec.rows]
     drawn.normal_(0.0, std, generator=generator)

@@ -26,7 +26,7 @@ class LatentAttention(nn.Module):
 
     def __init__(self, spec: LatentAttentionSpec, *, tp: TensorParallel) -> None:
         super().__init__()
-        self.spec = spec
+        self.spec, self.local_heads = spec, spec.local_heads(tp.size)
         down, norm = spec.query_down, spec.query_down_norm
         self.query_down = None if down is None else ColumnParallelLinear(down, tp=tp)
         self.query_down_norm = None if norm is None else Norm(norm, tp=tp)
@@ -36,6 +36,10 @@ class LatentAttention(nn.Module):
         self.latent_norm = None if spec.latent_norm is None else Norm(spec.latent_norm, tp=tp)
         self.key_value = ColumnParallelLinear(spec.key_value, tp=tp)
         self.out = RowParallelLinear(spec.out, tp=tp)
+
+    def prepare(self, cp: ContextParallel) -> None:
+        """Lets ``cp`` plan this layer ahead of time."""
+        cp.prepare(*self.local_heads, (self.spec.latent.outputs, self.spec.rotary_key.outputs))
 
     def project(self, x: Tensor, rotation: Rotation | None) -> tuple[Tensor, ...]:
         """[b, s, h] -> q [b, s, n/tp, p + r], latent [b, s, l], rotary key [b, s, r].

@@ -8,8 +8,9 @@ A model may have norms after the blocks instead or as well, and both blocks may 
     parallel   x = x + mixer(n) + mlp(n)       with n = norm(x)
 
 Every line computes with the tokens that one rank holds. What crosses ranks is visible: ``tp.enter``
-and ``tp.leave`` around each block (tensor and sequence parallelism) and ``cp.attention`` (context
-parallelism). What is kept for backward is decided by ``LayerMemory``, around the same functions.
+and ``tp.leave`` around each block (tensor and sequence parallelism) and, in the mixer,
+``cp.attention`` or ``cp.linear_attention`` (context parallelism). What is kept for backward is
+decided by ``LayerMemory``, around the same functions.
 
 Shapes: b batch, s sequence of one context parallel rank, h hidden. The residual stream is
 [b, s, h]; with sequence parallelism [b, s/tp, h].
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from cp_megatron.context_parallel import ContextParallel, KeptAttention
 from cp_megatron.kernels.dropout import Dropout
+from cp_megatron.model.gated_delta_net import GatedDeltaNet
 from cp_megatron.model.latent_attention import LatentAttention
 from cp_megatron.model.layer_memory import LayerMemory, Pass
 from cp_megatron.model.mlp import MLP
@@ -32,18 +34,25 @@ from cp_megatron.tensor_parallel import LocalWeights
 
 
 class TransformerLayer(nn.Module):
-    """Adds attention and the MLP to the residual stream, with dropout on what is added."""
+    """Adds a mixer and the MLP to the residual stream, with dropout on what is added.
+
+    Attributes:
+        attends: whether the mixer is attention, not a recurrence.
+    """
 
     def __init__(self, spec: LayerSpec, *, memory: LayerMemory) -> None:
         super().__init__()
         self.memory, self.tp = memory, memory.tp
         self.is_parallel, self.multiplier = spec.is_parallel, spec.multiplier
         self.attention_norm = self._norm(spec.attention_norm)
-        self.attention: SelfAttention | LatentAttention
+        self.attends = spec.attention is not None
+        self.attention: SelfAttention | LatentAttention | None = None
         if isinstance(spec.attention, LatentAttentionSpec):
             self.attention = LatentAttention(spec.attention, tp=self.tp)
-        else:
+        elif spec.attention is not None:
             self.attention = SelfAttention(spec.attention, tp=self.tp)
+        recurrence = spec.recurrence
+        self.recurrence = None if recurrence is None else GatedDeltaNet(recurrence, tp=self.tp)
         self.attention_post_norm = self._norm(spec.attention_post_norm)
         self.mlp_norm = self._norm(spec.mlp_norm)
         self.mlp = MLP(spec.mlp, tp=self.tp)
@@ -51,6 +60,13 @@ class TransformerLayer(nn.Module):
         self.dropout = nn.Dropout(spec.dropout)
         read = self.attention_norm if self.is_parallel else self.mlp_norm
         self.mlp_weights = LocalWeights(*([] if read is None else [read]), self.mlp)
+
+    @property
+    def mixer(self) -> SelfAttention | LatentAttention | GatedDeltaNet:
+        """The module in which tokens see one another."""
+        mixer = self.recurrence if self.attention is None else self.attention
+        assert mixer is not None
+        return mixer
 
     def _norm(self, spec: NormSpec | None) -> Norm | None:
         return None if spec is None else Norm(spec, tp=self.tp)
@@ -70,7 +86,8 @@ class TransformerLayer(nn.Module):
         layer_pass: Pass,
     ) -> Tensor:
         attended = self.memory.mixer(self._attend, x, rotation, cp, dropout)
-        added = self.tp.leave(self.attention.output(attended), self.attention.out.local_bias())
+        mixer = self.mixer
+        added = self.tp.leave(mixer.output(attended), mixer.out.local_bias())
         stream = self._add(x, added, self.attention_post_norm)
         # A norm's gradient needs what it normalized, so a recomputation must run the MLP.
         last = layer_pass if self.mlp_post_norm is None else Pass()
@@ -96,8 +113,8 @@ class TransformerLayer(nn.Module):
     ) -> Tensor:
         """Residual stream -> [b, s, heads/tp, value head dim]."""
         h = x if self.attention_norm is None else self.attention_norm(x)
-        heads = self.memory.entered(self.attention.project, self.tp.enter(h), rotation, rows=h)
-        return self.attention.attend(*heads, cp=cp, dropout=dropout, kept=kept)
+        heads = self.memory.entered(self.mixer.project, self.tp.enter(h), rotation, rows=h)
+        return self.mixer.attend(*heads, cp=cp, dropout=dropout, kept=kept)
 
     def _feed_forward(self, x: Tensor, gradient_only: bool) -> Tensor:
         """Residual stream -> what the MLP adds to it."""

@@ -22,6 +22,7 @@ from torch.distributed.fsdp import (
 
 from cp_megatron.comm.groups import ParallelGroups
 from cp_megatron.config.schema import Config
+from cp_megatron.model.gated_delta_net import Decay
 from cp_megatron.model.initialize import initial_value
 from cp_megatron.model.transformer import Transformer
 from cp_megatron.tensor_parallel import named_specs, place
@@ -80,16 +81,29 @@ def build_model(
     shard = _sharding(config, groups, dtype, device)
     for name, layer in model.layers.items():
         fill(layer, f"layers.{name}")
+        if dtype == "bfloat16":
+            _shard_apart(layer, _sharding(config, groups, "float32", device))
         shard(layer)
     fill(model)
     shard(model)
+    _sum_gradients(model)
+    return model
+
+
+def _sum_gradients(model: nn.Module) -> None:
+    """Lets FSDP sum gradients over the ranks; the default is the mean."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            # Sum gradients over the ranks; the default is the mean.
             module.set_gradient_divide_factor(1.0)
             # Otherwise the factor is passed to the backend as a scaled sum, which gloo lacks.
             module.set_force_sum_reduction_for_comms(True)
-    return model
+
+
+def _shard_apart(layer: nn.Module, shard: partial[FSDPModule]) -> None:
+    """Makes units of their own of the modules that compute with unrounded parameters."""
+    for module in layer.modules():
+        if isinstance(module, Decay):
+            shard(module)
 
 
 def _sharding(

@@ -35,22 +35,28 @@ NORMS: Mapping[str, type[Norm | EachHeadNorm | AllHeadsNorm]] = MappingProxyType
 
 
 class SelfAttention(SpecifiedModule):
-    """The four projections of one layer, the norms of its heads and its attention sinks."""
+    """The projections of one layer, the norms of its heads and its attention sinks."""
 
     def __init__(self, spec: AttentionSpec, *, tp: TensorParallel) -> None:
         super().__init__(spec, tp)
-        self.spec = spec
+        self.spec, self.local_heads = spec, spec.local_heads(tp.size)
         self.query = ColumnParallelLinear(spec.query, tp=tp)
         self.key = ColumnParallelLinear(spec.key, tp=tp)
         self.value = ColumnParallelLinear(spec.value, tp=tp)
+        self.gate = None if spec.gate is None else ColumnParallelLinear(spec.gate, tp=tp)
         self.out = RowParallelLinear(spec.out, tp=tp)
         self.query_norm, self.key_norm = (
             None if norm is None else NORMS[norm.scope](norm, tp=tp)
             for norm in (spec.query_norm, spec.key_norm)
         )
 
+    def prepare(self, cp: ContextParallel) -> None:
+        """Lets ``cp`` plan this layer ahead of time."""
+        cp.prepare(*self.local_heads)
+
     def project(self, x: Tensor, rotation: Rotation | None) -> tuple[Tensor, ...]:
-        """[b, s, h] -> q [b, s, n/tp, d], k [b, s, k/tp, d] and v [b, s, k/tp, e].
+        """[b, s, h] -> q [b, s, n/tp, d], k [b, s, k/tp, d], v [b, s, k/tp, e] and, if there is
+        one, the gate [b, s, n/tp, e].
 
         With fewer kv heads than tp ranks every rank has one, shared with its neighbours.
         """
@@ -67,13 +73,17 @@ class SelfAttention(SpecifiedModule):
             q, k = self.query_norm(q), self.key_norm(k)
         if rotation is not None:
             q, k = rotation.queries(q), rotation.keys(k)
-        return q, k, v
+        if self.gate is None:
+            return q, k, v
+        # [b, s, n * e] -> [b, s, n, e]
+        return q, k, v, rearrange(self.gate(x), "b s (n e) -> b s n e", e=self.spec.v_head_dim)
 
     def attend(
         self,
         q: Tensor,
         k: Tensor,
         v: Tensor,
+        gate: Tensor | None = None,
         *,
         cp: ContextParallel,
         dropout: Dropout | None,
@@ -83,7 +93,7 @@ class SelfAttention(SpecifiedModule):
 
         ``dropout`` and ``kept`` are those of ``ContextParallel.attention``.
         """
-        return cp.attention(
+        attended = cp.attention(
             q,
             k,
             v,
@@ -93,6 +103,7 @@ class SelfAttention(SpecifiedModule):
             dropout=dropout,
             kept=kept,
         )
+        return attended if gate is None else attended * gate.sigmoid()
 
     def _sinks(self, q: Tensor) -> Tensor | None:
         """[n/tp], the sinks of this rank's heads; None without sinks.

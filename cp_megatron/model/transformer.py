@@ -6,6 +6,7 @@ residual stream is [b, s, h]; with sequence parallelism [b, s/tp, h].
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 
 import torch
@@ -155,13 +156,28 @@ class Transformer(nn.Module):
             return self.head(self.norm(x), weight)
         return self.head.losses(self.norm(x), labels, rule or LossRule(), weight)
 
+    def prepare(self, cp: ContextParallel) -> float:
+        """Lets ``cp`` plan all layers ahead of time; another thread may do so.
+
+        Returns:
+            the attended pairs of a query and a key of the whole row; the mean of the layers that
+            attend.
+        """
+        contexts, pairs = self.layer_contexts(cp), Counter[ContextParallel]()
+        for number, layer in self.layers.items():
+            assert isinstance(layer, TransformerLayer)
+            layer.mixer.prepare(contexts[int(number)])
+            pairs[contexts[int(number)]] += layer.attends
+        total = sum(context.mask.pairs() * layers for context, layers in pairs.items())
+        return total / max(1, pairs.total())
+
     def layer_contexts(self, cp: ContextParallel) -> list[ContextParallel]:
         """The context that each layer of the whole model attends with.
 
         If layers have different windows, these are contexts on the layout of ``cp`` with the
         layers' windows; otherwise ``cp`` itself, whose mask has the window.
         """
-        windows = [layer.attention.window for layer in self.spec.layers]
+        windows = [layer.mixer.window for layer in self.spec.layers]
         if len(set(windows)) == 1:
             return [cp] * len(windows)
         return [cp.within(window) for window in windows]
@@ -171,7 +187,7 @@ class Transformer(nn.Module):
     ) -> list[Rotation | None]:
         """The rotation of each layer of the whole model; layers that rotate alike share one."""
         longest, made = max(cp.mask.lengths), dict[RotarySpec | None, Rotation]()
-        wanted = [layer.attention.rotary for layer in self.spec.layers]
+        wanted = [layer.mixer.rotary for layer in self.spec.layers]
         for rotary in set(wanted) - {None}:
             assert rotary is not None
             made[rotary] = Rotation.of(positions, self.config, rotary, longest=longest, dtype=dtype)

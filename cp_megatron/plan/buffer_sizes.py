@@ -26,9 +26,11 @@ from itertools import chain, pairwise
 from typing import NamedTuple
 
 from cp_megatron.plan.gather import Gather
+from cp_megatron.plan.halo import Halo
 from cp_megatron.plan.heads import HeadExchange, all_heads, halves
 from cp_megatron.plan.rounds import Message, Round
 from cp_megatron.plan.schedule import Schedule
+from cp_megatron.plan.states import StatePlan, StateSize
 from cp_megatron.plan.tiling import Span, num_positions
 
 MAX_PORTIONS = 4
@@ -212,6 +214,26 @@ class AttentionSizes:
         return self.head_dim if self.v_head_dim is None else self.v_head_dim
 
 
+@dataclass(frozen=True, kw_only=True)
+class RecurrenceSizes:
+    """Sizes of one rank's recurrence and of the convolution before it.
+
+    Attributes:
+        batch: number of rows.
+        num_heads: heads with a state, of one tensor parallel rank.
+        state: elements of a head's transition and state.
+        channels: channels that are convolved.
+        element, exact: as in ``AttentionSizes``.
+    """
+
+    batch: int
+    num_heads: int
+    state: StateSize
+    channels: int
+    element: int
+    exact: int
+
+
 class BufferSizes:
     """The size in bytes of each buffer, grown to the largest message so far."""
 
@@ -248,6 +270,25 @@ class BufferSizes:
                 sent = buffers.sent_passed, buffers.sent_returned
                 sums = buffers.gradients, buffers.passed, buffers.returned
                 self._grow(token * x.exact, *sent, *sums)
+
+    def add_recurrence(
+        self, plan: StatePlan, halo: Halo, rank: int, x: RecurrenceSizes, *, backward: bool
+    ) -> None:
+        """Grows the buffers to what one pass of a recurrence and its convolution needs."""
+        sent, received = sum(map(len, halo.send)), len(halo.received)
+        tokens = (received, sent) if backward else (sent, received)
+        names = SENT_HEADS, RECEIVED_HEADS
+        self._grow(x.batch * x.channels * x.element, *map(Buffer, names, tokens))
+        if not plan.chains:
+            return
+        given, returned = zip(*plan.elements(x.state, backward=backward))
+        share = plan.num_heads_of(rank)
+        messages = (
+            (given[rank] * x.num_heads, sum(given) * share),
+            (sum(returned) * share, returned[rank] * x.num_heads),
+        )
+        for elements in messages:
+            self._grow(x.batch * x.exact, *map(Buffer, names, elements))
 
     def _expand(self, schedule: Schedule, rank: int, x: AttentionSizes, *, backward: bool) -> None:
         """Adds the keys and values of the heads that are expanded together, and their gradients."""

@@ -39,6 +39,8 @@ class StateBlocks:
             which they can be computed; those of one array at once. The first blocks of pieces are
             not among them.
         backward: the same for the gradients of leaving states and the block after.
+        piece: int64 [n]: the piece of each block.
+        entry: the blocks that read the state that enters their piece, in order.
     """
 
     place: IntArray
@@ -50,6 +52,8 @@ class StateBlocks:
     last: IntArray
     forward: tuple[IntArray, ...]
     backward: tuple[IntArray, ...]
+    piece: IntArray
+    entry: IntArray
 
     @classmethod
     def of(cls, mask: Mask, pieces: Sequence[Piece], length: int) -> StateBlocks:
@@ -77,7 +81,14 @@ class StateBlocks:
         # In reverse, the block after takes the part of the block before.
         mirrored = _levels(carries[::-1].tolist(), (len(carries) - 1 - last)[::-1].tolist())
         backward = tuple(len(carries) - 1 - blocks for blocks in mirrored)
-        return cls(place, reads, enters, leaves, carries, first, last, levels, backward)
+        piece_of = np.repeat(np.arange(len(pieces), dtype=np.int64), counts)
+        # The document that a piece begins with, if it began before.
+        begun = np.where([piece.enters for piece in pieces], document[first, 0], -2)
+        entry = np.flatnonzero(document[:, 0] == begun[piece_of])
+        return cls(
+            *(place, reads, enters, leaves, carries, first, last, levels, backward),
+            *(piece_of, entry),
+        )
 
 
 def _levels(carries: list[bool], first: list[int]) -> tuple[IntArray, ...]:

@@ -159,14 +159,25 @@ class StatePlan:
             found.append((inward, outward) if backward else forward)
         return tuple(found)
 
+    def num_heads_of(self, rank: int) -> int:
+        """The number of heads whose chains ``rank`` follows."""
+        start, stop = self.heads[rank]
+        return stop - start
+
+    def messages_received(
+        self, rank: int, size: StateSize, element_size: int = 4, *, backward: bool = False
+    ) -> tuple[int, int]:
+        """The bytes that ``rank`` receives for one batch row in each of the two all-to-alls."""
+        travels = self.elements(size, backward=backward)
+        mine, num_heads = self.num_heads_of(rank), self.heads[-1][1]
+        given = sum(given for given, _ in travels) - travels[rank][0]
+        return mine * given * element_size, (num_heads - mine) * travels[rank][1] * element_size
+
     def bytes_received(
         self, rank: int, size: StateSize, element_size: int = 4, *, backward: bool = False
     ) -> int:
         """The number of bytes ``rank`` receives for one batch row, in forward or in backward."""
-        travels = self.elements(size, backward=backward)
-        mine, num_heads = _length(self.heads[rank]), self.heads[-1][1]
-        given = sum(given for given, _ in travels) - travels[rank][0]
-        return (mine * given + (num_heads - mine) * travels[rank][1]) * element_size
+        return sum(self.messages_received(rank, size, element_size, backward=backward))
 
     @property
     def longest_chain(self) -> int:
@@ -177,10 +188,6 @@ class StatePlan:
     def num_dependent_messages(self) -> int:
         """The number of messages of a pass that wait for each other: 2, or 0 without chains."""
         return 2 if self.chains else 0
-
-
-def _length(span: Span) -> int:
-    return span[1] - span[0]
 
 
 def _pieces(mask: Mask, layout: SequenceLayout) -> list[Piece]:

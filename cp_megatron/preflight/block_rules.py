@@ -8,9 +8,10 @@ from itertools import chain
 
 from cp_megatron.config import ModelConfig
 from cp_megatron.errors import ConfigError, Mistakes
+from cp_megatron.families.qwen3_next import LINEAR_SIZES
 from cp_megatron.families.registry import LATENT_WIDTHS
 from cp_megatron.families.rope_fields import ROTARY_FIELDS
-from cp_megatron.preflight.rules import misnumbered, refuse_unused
+from cp_megatron.preflight.rules import misnumbered, multiples, refuse_unused
 
 _UNREAD: Sequence[tuple[Callable[[ModelConfig], bool], tuple[str, ...], str, str]] = (
     (
@@ -30,6 +31,12 @@ _UNREAD: Sequence[tuple[Callable[[ModelConfig], bool], tuple[str, ...], str, str
         ("latent_norm_epsilon",),
         "without norms of latents",
         "--multi-latent-attention --qk-layernorm with it",
+    ),
+    (
+        lambda model: not model.linear_layers,
+        LINEAR_SIZES,
+        "without gated DeltaNets",
+        "--linear-attention-freq 4 with it",
     ),
     (
         lambda model: model.normalization != "LayerNorm",
@@ -64,7 +71,8 @@ def check_blocks(model: ModelConfig, given: frozenset[str]) -> None:
         ConfigError: they do not; several mistakes are one ``CombinedError``.
     """
     mistakes = Mistakes()
-    for error in chain(_blocks(model), _latent(model), _positions(model)):
+    mistakes_of = _blocks, _latent, _recurrences, _positions
+    for error in chain.from_iterable(found(model) for found in mistakes_of):
         with mistakes.collect():
             raise error
     for is_unread, names, reason, works in _UNREAD:
@@ -107,6 +115,34 @@ def _latent(model: ModelConfig) -> Iterator[ConfigError]:
         yield ConfigError("--softmax-type", model.softmax_type, unable, "--softmax-type vanilla")
     if (cap := model.attn_logit_softcapping) is not None:
         yield ConfigError("--attn-logit-softcapping", cap, unable, "no --attn-logit-softcapping")
+    if model.attention_output_gate:
+        yield ConfigError("--attention-output-gate", "", unable, "no --attention-output-gate")
+
+
+def _recurrences(model: ModelConfig) -> Iterator[ConfigError]:
+    """The mistakes about gated DeltaNets, and about lists of layers that attend."""
+    flag, layers = "--linear-attention-layers", model.linear_attention_layers
+    if layers is not None:
+        shown = " ".join(map(str, layers))
+        rule, works = misnumbered(layers, model.num_layers)
+        if not layers:
+            rule, works = "names no layer", f"no {flag}"
+        elif model.linear_attention_freq is not None:
+            rule, works = "contradicts --linear-attention-freq", "one of the two"
+        if rule:
+            yield ConfigError(flag, shown, rule, works)
+    key_heads, heads = model.linear_num_key_heads, model.linear_num_value_heads
+    if model.linear_layers and heads % key_heads:
+        rule = f"must be a multiple of --linear-num-key-heads {key_heads}"
+        yield ConfigError("--linear-num-value-heads", heads, rule, multiples(heads, key_heads))
+    for flag, named in (
+        ("--window-layers", model.window_layers),
+        ("--no-rope-layers", model.no_rope_layers),
+    ):
+        recurrent = [layer for layer in named or () if model.is_linear(layer)]
+        if recurrent:
+            rule = f"names layer {recurrent[0]}, which is a gated DeltaNet and does not attend"
+            yield ConfigError(flag, " ".join(map(str, named or ())), rule, "layers that attend")
 
 
 def _positions(model: ModelConfig) -> Iterator[ConfigError]:

@@ -26,6 +26,16 @@ def heads_of(model: ModelConfig) -> str:
     return heads
 
 
+def recurrences_of(model: ModelConfig) -> Iterator[str]:
+    """The layers that do not attend, and their heads."""
+    if layers := len(model.linear_layers):
+        dims = f"{model.linear_key_head_dim} x {model.linear_value_head_dim}"
+        heads = f"{model.linear_num_value_heads} heads of {dims}"
+        if model.linear_num_key_heads != model.linear_num_value_heads:
+            heads += f" in {model.linear_num_key_heads} groups"
+        yield f"{layers} of {model.num_layers} layers are gated DeltaNets ({heads})"
+
+
 def norms_of(model: ModelConfig) -> Iterator[str]:
     """The kind and the places of norms."""
     yield f"{model.normalization}{_SIDES[model.norm_placement]}"
@@ -82,3 +92,5 @@ def scores_of(model: ModelConfig) -> Iterator[str]:
     if model.softmax_type != "vanilla":
         learned = model.softmax_type == "learnable"
         yield "learned sinks" if learned else "softmax off by one"
+    if model.attention_output_gate:
+        yield "gated output"

@@ -57,6 +57,8 @@ def check_load_hf(config: Config) -> tuple[str, ...]:
         config.data.seq_length,
     )
     notes = [f"training starts from the weights of {folder}"]
+    if pretrained.is_part:
+        notes.append(f"only the language model of {pretrained.family.container} is read and saved")
     if pretrained.unread:
         reader = f"neither transformers' {pretrained.family.architecture} nor this program reads"
         notes.append(f"config.json has entries that {reader}: {', '.join(pretrained.unread)}")

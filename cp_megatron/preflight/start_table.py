@@ -23,6 +23,7 @@ from cp_megatron.preflight.model_words import (
     mlp_of,
     norms_of,
     positions_of,
+    recurrences_of,
     scores_of,
 )
 from cp_megatron.preflight.run_length import epochs_line
@@ -88,6 +89,7 @@ def _model(plan: RunPlan) -> Iterator[Line]:
     config, model, sequence = plan.config, plan.config.model, plan.sequence
     layers = f"{model.num_layers} layers of {model.hidden_size}"
     yield "model", f"{_label(config)}{layers}, {heads_of(model)}"
+    yield from (("", words) for words in recurrences_of(model))
     yield "", ", ".join((*norms_of(model), positions_of(model), mlp_of(model)))
     if factors := ", ".join(factors_of(model)):
         yield "", factors

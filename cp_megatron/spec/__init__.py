@@ -2,6 +2,7 @@
 
 from cp_megatron.spec.latent import LatentAttentionSpec
 from cp_megatron.spec.layer_spec import LayerSpec, MLPSpec
+from cp_megatron.spec.linear_attention import ConvolutionSpec, DecaySpec, LinearAttentionSpec
 from cp_megatron.spec.mixer import AttentionSpec, LocalHeads, MixerSpec, RotarySpec
 from cp_megatron.spec.model_spec import ModelSpec, local_heads
 from cp_megatron.spec.parameter import BlockSpec, Init, ParameterSpec
@@ -13,18 +14,22 @@ from cp_megatron.spec.pieces import (
     NormSpec,
     PositionsSpec,
 )
-from cp_megatron.spec.sizes import ActivationSizes
+from cp_megatron.spec.sizes import ActivationSizes, KeptStates
 
 __all__ = [
     "ActivationSizes",
     "AttentionSpec",
     "BlockSpec",
+    "ConvolutionSpec",
+    "DecaySpec",
     "EmbeddingSpec",
     "HeadNormSpec",
     "HeadSpec",
     "Init",
+    "KeptStates",
     "LatentAttentionSpec",
     "LayerSpec",
+    "LinearAttentionSpec",
     "LinearSpec",
     "LocalHeads",
     "MLPSpec",

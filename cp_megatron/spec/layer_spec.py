@@ -8,6 +8,7 @@ from typing import Literal
 
 from cp_megatron.config import ModelConfig
 from cp_megatron.spec.latent import LatentAttentionSpec
+from cp_megatron.spec.linear_attention import LinearAttentionSpec
 from cp_megatron.spec.mixer import AttentionSpec
 from cp_megatron.spec.parameter import BlockSpec
 from cp_megatron.spec.pieces import LinearSpec, NormSpec
@@ -50,11 +51,12 @@ class MLPSpec(BlockSpec):
 
 @dataclass(frozen=True, kw_only=True)
 class LayerSpec(BlockSpec):
-    """One layer: attention, then an MLP, each of which adds to the residual stream x.
+    """One layer: a mixer, then an MLP, each of which adds to the residual stream x.
 
     A block adds dropout(multiplier * post_norm(block(norm(x)))).
 
     Attributes:
+        attention, recurrence: the mixer is one of them, and the other is None.
         attention_norm, mlp_norm: normalize what a block reads; None: it reads the stream itself.
         attention_post_norm, mlp_post_norm: normalize what a block adds; None: it is added as it is.
         is_parallel: the MLP reads ``attention_norm`` of the x that attention reads, and has no norm
@@ -64,7 +66,8 @@ class LayerSpec(BlockSpec):
     """
 
     attention_norm: NormSpec | None
-    attention: AttentionSpec | LatentAttentionSpec
+    attention: AttentionSpec | LatentAttentionSpec | None
+    recurrence: LinearAttentionSpec | None
     attention_post_norm: NormSpec | None
     mlp_norm: NormSpec | None
     mlp: MLPSpec
@@ -78,10 +81,11 @@ class LayerSpec(BlockSpec):
         """A layer of the model, numbered from 0."""
         norm, where = NormSpec.of(model), model.norm_placement
         before, after = norm if where != "post" else None, norm if where != "pre" else None
-        mixer = LatentAttentionSpec if model.multi_latent_attention else AttentionSpec
+        attends = not model.is_linear(layer)
         return cls(
             attention_norm=before,
-            attention=mixer.of(model, layer=layer),
+            attention=attention_of(model, layer=layer) if attends else None,
+            recurrence=None if attends else LinearAttentionSpec.of(model),
             attention_post_norm=after,
             mlp_norm=None if model.parallel_residual else before,
             mlp=MLPSpec.of(model),
@@ -90,6 +94,13 @@ class LayerSpec(BlockSpec):
             multiplier=model.residual_multiplier,
             dropout=model.hidden_dropout,
         )
+
+    @property
+    def mixer(self) -> AttentionSpec | LatentAttentionSpec | LinearAttentionSpec:
+        """The block in which tokens see one another."""
+        mixer = self.attention or self.recurrence
+        assert mixer is not None
+        return mixer
 
     def kept_bytes(self, sizes: ActivationSizes, granularity: str, *, tiled: bool) -> Counter[str]:
         """Bytes that backward needs, by the name of the module that keeps them.
@@ -104,7 +115,7 @@ class LayerSpec(BlockSpec):
         stream = sizes.stream_bytes(width)
         if granularity == "full":
             return Counter(inputs=stream)
-        kept = Counter(attention=self.attention.kept_results(sizes))
+        kept = Counter(attention=self.mixer.kept_results(sizes))
         for name in ("attention_post_norm", "mlp_post_norm"):
             kept[name] = _norm_bytes(getattr(self, name), sizes)
         if self.dropout:
@@ -113,7 +124,7 @@ class LayerSpec(BlockSpec):
             kept["inputs"] = (1 if self.is_parallel else 2) * stream
             return kept
         kept["attention_norm"] = _norm_bytes(self.attention_norm, sizes)
-        kept["attention"] += self.attention.kept_operands(sizes)
+        kept["attention"] += self.mixer.kept_operands(sizes)
         kept["mlp_norm"] = _norm_bytes(self.mlp_norm, sizes)
         kept["mlp"] = self.mlp.kept_bytes(sizes)
         read = self.mlp_norm
@@ -127,6 +138,12 @@ class LayerSpec(BlockSpec):
         if tiled and copies:
             kept["mlp"] += stream
         return kept
+
+
+def attention_of(model: ModelConfig, *, layer: int) -> AttentionSpec | LatentAttentionSpec:
+    """The attention of a layer that attends, numbered from 0."""
+    kind = LatentAttentionSpec if model.multi_latent_attention else AttentionSpec
+    return kind.of(model, layer=layer)
 
 
 def _norm_bytes(norm: NormSpec | None, sizes: ActivationSizes) -> int:

@@ -7,7 +7,7 @@ kind is another subclass of ``MixerSpec``. Latent attention is in ``latent.py``.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -156,6 +156,7 @@ class AttentionSpec(MixerSpec):
 
     Attributes:
         query, key, value, out: the projections; ``out`` adds to the residual stream.
+        gate: computes the gate of what ``out`` reads; None: there is none.
         query_norm, key_norm: normalize the query and key heads before they are rotated; None: there
             are no such norms.
         sinks: how the softmax is extended, as ``softmax_type`` of the configuration; ``learnable``
@@ -165,6 +166,7 @@ class AttentionSpec(MixerSpec):
     query: LinearSpec
     key: LinearSpec
     value: LinearSpec
+    gate: LinearSpec | None
     out: LinearSpec
     query_norm: HeadNormSpec | None
     key_norm: HeadNormSpec | None
@@ -177,11 +179,13 @@ class AttentionSpec(MixerSpec):
         heads, kv_heads = model.num_attention_heads, model.num_kv_heads
         project = partial(LinearSpec, inputs=model.hidden_size, bias=model.has_qkv_bias)
         keys = partial(project, units=kv_heads, shares_units=True)
+        gate = project(outputs=heads * model.value_dim, units=heads)
         norm = partial(HeadNormSpec.of_heads, model) if model.qk_layernorm else None
         return cls(
             query=project(outputs=heads * model.head_dim, units=heads),
             key=keys(outputs=kv_heads * model.head_dim),
             value=keys(outputs=kv_heads * model.value_dim),
+            gate=gate if model.attention_output_gate else None,
             out=LinearSpec(
                 inputs=heads * model.value_dim,
                 outputs=model.hidden_size,
@@ -203,11 +207,24 @@ class AttentionSpec(MixerSpec):
     def kept_operands(self, sizes: ActivationSizes) -> int:
         """Bytes of attention's inputs that backward needs and that recomputation frees.
 
-        These are the normalized stream, what the norms of heads keep, and q, k and v.
+        These are the normalized stream, what the norms of heads keep, q, k and v, and the sigmoid
+        of the gate.
         """
         kept = sizes.stream_bytes(self.query.inputs) + self.operand_bytes(sizes)
+        kept += self._gate_bytes(sizes)
         heads, kv_heads, *_ = self.local_heads(sizes.tp)
         for norm, count in ((self.query_norm, heads), (self.key_norm, kv_heads)):
             if norm is not None:
                 kept += norm.kept_by_heads(count, sizes)
         return kept
+
+    def kept_results(self, sizes: ActivationSizes) -> int:
+        """Bytes of what attention keeps, and of its gated result, which ``out`` reads."""
+        if self.gate is None:
+            return super().kept_results(sizes)
+        return super().kept_results(replace(sizes, result_copies=1)) + self._gate_bytes(sizes)
+
+    def _gate_bytes(self, sizes: ActivationSizes) -> int:
+        """Bytes of a tensor of the gate's shape; 0 without a gate."""
+        width = 0 if self.gate is None else self.gate.outputs
+        return sizes.tokens * width // sizes.tp * sizes.element

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 from cp_megatron.config import ModelConfig
 from cp_megatron.plan import Grid
-from cp_megatron.spec.layer_spec import LayerSpec
+from cp_megatron.spec.layer_spec import LayerSpec, attention_of
 from cp_megatron.spec.mixer import LocalHeads
 from cp_megatron.spec.parameter import BlockSpec, ParameterSpec
 from cp_megatron.spec.pieces import EmbeddingSpec, HeadSpec, NormSpec, PositionsSpec
@@ -106,10 +106,10 @@ class ModelSpec(BlockSpec):
 
         Args:
             num_tokens: tokens trained on.
-            num_pairs: attended pairs of a query and a key, over all rows; the mean of layers that
-                differ.
+            num_pairs: attended pairs of a query and a key, over all rows; the mean of the layers
+                that attend.
         """
-        channels = sum(layer.attention.pair_channels() for layer in self.layers)
+        channels = sum(layer.mixer.pair_channels() for layer in self.layers)
         return 6.0 * (self.matmul_parameters() * num_tokens + num_pairs * channels)
 
     def _distinct(self) -> Iterator[tuple[ParameterSpec, int]]:
@@ -122,5 +122,5 @@ class ModelSpec(BlockSpec):
 
 
 def local_heads(model: ModelConfig, tp: int) -> LocalHeads:
-    """The heads of one of ``tp`` tensor parallel ranks, which are the same in all layers."""
-    return LayerSpec.of(model, layer=0).attention.local_heads(tp)
+    """The heads of one of ``tp`` tensor parallel ranks, the same in all layers that attend."""
+    return attention_of(model, layer=0).local_heads(tp)

@@ -13,9 +13,11 @@ from typing import Literal
 
 from cp_megatron.errors import ConfigError
 
-Init = Literal["normal", "scaled_normal", "ones", "zeros"]
+Init = Literal["normal", "scaled_normal", "ones", "zeros", "convolution", "decay"]
 """``scaled_normal`` divides the standard deviation by sqrt(2 x layers). It is meant for matrices
-whose output is added to the residual stream (Radford et al. 2019)."""
+whose output is added to the residual stream (Radford et al. 2019). ``convolution`` is uniform
+within 1 / sqrt(width), as in ``torch.nn.Conv1d``, and ``decay`` the logarithm of a number that is
+uniform in [0.01, 16), as in Qwen3-Next."""
 Activations = Literal["residual", "heads"]
 
 
@@ -122,5 +124,6 @@ class BlockSpec:
                 yield replace(parameter, name=f"{name}.{parameter.name}")
 
     def matmul_parameters(self) -> int:
-        """Number of elements of the matrices that every token is multiplied with."""
+        """Number of elements of the matrices that every token is multiplied with, which is the
+        number of its multiply-adds."""
         return sum(part.matmul_parameters() for _, part in self.parts())

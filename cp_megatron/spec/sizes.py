@@ -3,8 +3,28 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from cp_megatron.plan.heads import HeadExchange
+
+
+class KeptStates(NamedTuple):
+    """What a recurrence keeps on a rank besides its tokens.
+
+    Attributes:
+        pieces: the rank's pieces that a state enters, each with this state.
+        transitions: those of all ranks' pieces, for each head whose chains the rank follows.
+        heads: number of these heads.
+        halo: tokens of other ranks that its convolution reads.
+    """
+
+    pieces: int = 0
+    transitions: int = 0
+    heads: int = 0
+    halo: int = 0
+
+
+ON_ONE_RANK = KeptStates()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +44,7 @@ class ActivationSizes:
             they expand to.
         result_copies: copies of attention's result that are kept; 2 if the output projection
             needs it in another memory layout.
+        states: what recurrences keep; by default what they keep on one rank.
     """
 
     batch: int
@@ -36,6 +57,7 @@ class ActivationSizes:
     head_exchange: HeadExchange | None = None
     sends_latents: bool = False
     result_copies: int = 1
+    states: KeptStates = ON_ONE_RANK
 
     @property
     def tokens(self) -> int:

@@ -13,6 +13,7 @@ from cp_megatron.tensor_parallel.placement import (
     local_weight,
     named_specs,
     place,
+    shared_unit,
 )
 from cp_megatron.tensor_parallel.regather import regathered
 
@@ -32,6 +33,7 @@ __all__ = [
     "named_specs",
     "place",
     "regathered",
+    "shared_unit",
     "vocab_parallel_cross_entropy",
     "vocab_parallel_fused_loss",
 ]

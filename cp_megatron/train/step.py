@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -60,7 +59,7 @@ class Shard:
 
     Attributes:
         num_pairs: attended pairs of a query and a key of the whole rows, divided by the number of
-            ranks that share them; the mean of the layers if their windows differ.
+            ranks that share them; the mean of the layers that attend.
     """
 
     cp: ContextParallel  # under the micro batch's mask
@@ -95,11 +94,7 @@ class TrainStep:
         This sends no message and changes nothing, so another thread may call it during ``run``.
         """
         cp = self.cp if batch.mask == self.cp.mask else self.cp.with_mask(batch.mask)
-        model, tp = self.model.config, self.groups.grid.tp
-        contexts = Counter(self.model.layer_contexts(cp))
-        for context in contexts:
-            context.prepare(*local_heads(model, tp), model.latent_widths)
-        pairs = sum(context.mask.pairs() * layers for context, layers in contexts.items())
+        pairs = self.model.prepare(cp)
         _ = cp.document_positions  # computed here once; ``cp`` keeps them
         labels = cp.shard(batch.labels, 1)
         return Shard(
@@ -109,7 +104,7 @@ class TrainStep:
             first_row=batch.first_row,
             row_length=batch.row_length,
             num_valid=int((labels != IGNORED).sum()),
-            num_pairs=pairs / model.num_layers * batch.tokens.shape[0] / cp.cp_size,
+            num_pairs=pairs * batch.tokens.shape[0] / cp.cp_size,
             digest=int(digest_rows({"tokens": batch.tokens, "labels": batch.labels})),
         )
 

@@ -16,7 +16,7 @@ from cp_megatron.checkpoint.hf_export import export_hf
 from cp_megatron.comm.collectives import all_gather_dim
 from cp_megatron.plan import Grid
 from tests.checkpoint.toy import save_checkpoint, whole
-from tests.families.cases import VOCAB
+from tests.families.case import VOCAB
 from tests.families.tiny_models import LENGTHS, SEQ, batch, tensors_of
 from tests.ranks import run_ranks
 from tests.train.test_loop import assembled

@@ -10,7 +10,7 @@ import pytest
 
 from cp_megatron.errors import ConfigError
 from cp_megatron.families.registry import to_hf_config
-from tests.families.cases import FULL, SLIDING
+from tests.families.case import FULL, SLIDING
 from tests.families.literal import model_of, written
 
 LLAMA3 = {

@@ -13,7 +13,7 @@ import pytest
 from cp_megatron.config import ModelConfig
 from cp_megatron.errors import ConfigError
 from cp_megatron.families.registry import read_hf_config, to_hf_config
-from tests.families.cases import FULL, SLIDING
+from tests.families.case import FULL, SLIDING
 
 SIZES: Mapping[str, Any] = {
     "vocab_size": 300,

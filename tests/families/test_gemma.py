@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.families.cases import FULL, SLIDING
+from tests.families.case import FULL, SLIDING
 from tests.families.literal import check, differs, read, refused
 
 GEMMA_2B: Mapping[str, Any] = {

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from cp_megatron.errors import ConfigError
-from tests.families.cases import FULL, SLIDING
+from tests.families.case import FULL, SLIDING
 from tests.families.literal import model_of, written
 
 OLMO2: dict[str, Any] = {

@@ -15,7 +15,8 @@ from torch.nn.functional import cross_entropy
 
 from cp_megatron.data.batch.batch import IGNORED, Batch
 from cp_megatron.plan.mask import Mask, Window
-from tests.families.cases import CASES, VOCAB
+from tests.families.case import VOCAB
+from tests.families.cases import CASES
 
 LENGTHS = (5, 26, 17)
 """Documents of a row, in tokens: shorter and longer than every window and original length."""
@@ -67,6 +68,8 @@ def loud(key: str, weight: Tensor, *, one_plus: bool, generator: torch.Generator
     The scores of attention have a standard deviation of 1 to 3.
     """
     drawn = torch.randn(weight.shape, generator=generator)
+    if key.endswith("A_log"):  # memories of 10 to 1,000 tokens
+        return torch.empty(weight.shape).uniform_(0.001, 0.1, generator=generator).log()
     if key.endswith("bias"):
         return drawn * 0.5
     if "norm" in key or "ln_" in key:

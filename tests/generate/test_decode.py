@@ -79,7 +79,7 @@ def test_every_token_equals_the_whole_forward_pass(name: str) -> None:
         text += fresh
 
 
-@pytest.mark.parametrize("name", ["gpt", "llama", "window", "window-above"])
+@pytest.mark.parametrize("name", ["gpt", "llama", "window", "window-above", "recurrent"])
 def test_prompts_in_parts_and_a_cache_that_grows(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -92,11 +92,12 @@ def test_prompts_in_parts_and_a_cache_that_grows(
     assert error(session.feed([1, 2, 3]), whole_logits(model, [*text, 1, 2, 3])) < 1e-10
 
 
+@pytest.mark.parametrize("name", ["window", "recurrent"])
 @settings(max_examples=25)
 @given(data=st.data())
-def test_a_reused_session_equals_a_fresh_one(data: st.DataObject) -> None:
+def test_a_reused_session_equals_a_fresh_one(name: str, data: st.DataObject) -> None:
     """For prompts with any common prefix, the answer is that of a fresh session."""
-    model = tiny(MODELS["window"])
+    model = tiny(MODELS[name])
     session = Session(model=model, seq_length=SEQ)
     texts = st.lists(st.integers(0, 2), min_size=1, max_size=9)
     greedy = Sampling()

@@ -59,6 +59,17 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "Qwen2",
         {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1},
     ),
+    "qwen3.5": (
+        "Qwen3_5",
+        {
+            "head_dim": 16,
+            "layer_types": ["linear_attention", "full_attention"],
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8,
+        },
+    ),
 }
 
 
@@ -67,13 +78,17 @@ def saved(folder: Path, family: str, options: dict[str, Any]) -> Any:
     options = dict(options)
     rope = {name: options.pop(name) for name in list(options) if name in ROPE_NAMES}
     torch.manual_seed(0)
-    config = getattr(transformers, f"{family}Config")(**SIZES, **options)
+    maker = getattr(transformers, f"{family}TextConfig", None)
+    maker = maker or getattr(transformers, f"{family}Config")
+    config = maker(**SIZES, **options)
     if rope:
         config.rope_parameters = {"rope_theta": 10000.0, **rope}
     model = getattr(transformers, f"{family}ForCausalLM")(config).double()
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 1:  # biases start as zeros, norms as ones
+        for key, parameter in model.named_parameters():
+            if key.endswith("A_log"):  # memories of about 30 tokens
+                parameter.fill_(-3.0)
+            elif parameter.ndim == 1:  # biases start as zeros, norms as ones
                 parameter.add_(0.3 * torch.randn_like(parameter))
     model.save_pretrained(folder)
     return model.eval()
@@ -93,7 +108,7 @@ def loaded(folder: Path) -> Session:
     return Session(model=model.eval(), seq_length=16)
 
 
-BY_DEFAULT = ("llama-yarn", "llama-longrope", "mistral", "qwen3", "qwen2-window-above")
+BY_DEFAULT = ("llama-yarn", "llama-longrope", "mistral", "qwen3", "qwen2-window-above", "qwen3.5")
 
 
 @pytest.mark.parametrize(

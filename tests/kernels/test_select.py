@@ -32,7 +32,7 @@ def install(monkeypatch: pytest.MonkeyPatch, *generations: int) -> None:
     def installed(traits: KernelTraits) -> bool:
         return traits.package is None or int(traits.name[-1]) in generations
 
-    monkeypatch.setattr(select, "_installed", installed)
+    monkeypatch.setattr(select, "is_installed", installed)
 
 
 @pytest.fixture(params=[False, True], ids=["without flash_attn", "with flash_attn"])
@@ -191,12 +191,12 @@ def test_packages_are_found_without_importing_them(
         path.write_text(bomb)
         (path.parent / "__init__.py").write_text(bomb)
     (tmp_path / "flash_attn" / "__init__.py").unlink(missing_ok=True)
-    found = {name: select._installed(TRAITS[name]) for name in select.FLASH_ATTENTION}
+    found = {name: select.is_installed(TRAITS[name]) for name in select.FLASH_ATTENTION}
     assert found == {"flash_attn_4": True, "flash_attn_3": True, "flash_attn_2": False}
     (tmp_path / "flash_attn" / "__init__.py").write_text(bomb)
     (tmp_path / "flash_attn" / "flash_attn_interface.py").write_text(bomb)
     importlib.invalidate_caches()
-    assert select._installed(TRAITS["flash_attn_2"])
+    assert select.is_installed(TRAITS["flash_attn_2"])
 
 
 def test_every_name_has_a_row_and_a_kernel() -> None:

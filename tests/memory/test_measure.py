@@ -44,6 +44,11 @@ MLA += ["--qk-head-dim", "8", "--qk-pos-emb-head-dim", "4", "--v-head-dim", "6"]
 MLA += ["--qk-layernorm", "--num-query-groups", "4"]
 EXPANDED, LATENT = (["--cp-latent-exchange", way] for way in ("expanded", "latent"))
 
+LINEAR = ["--linear-attention-layers", "0", "--linear-num-key-heads", "2"]
+LINEAR += ["--linear-num-value-heads", "4", "--linear-key-head-dim", "6"]
+LINEAR += ["--linear-value-head-dim", "5"]
+GATED = ["--attention-output-gate"]
+
 CASES = [
     (1, GPT),
     (1, [*LLAMA, *BF16, *TILES, *CHUNKS, "--qk-layernorm", *CAPPED]),
@@ -63,8 +68,14 @@ CASES = [
     (4, [*LLAMA, *CP4, "--window-size", "9", "0", "--window-layers", "1"]),
     (4, [*LLAMA, *CP4, *LEVELS]),
     (2, [*LLAMA, *CP2, *MLA, *SELECTIVE, *FIRST]),
+    (4, [*LLAMA, *CP2, *TP2, *SP, *LINEAR, *GATED, *BF16, *SELECTIVE, *FIRST]),
+    (4, [*LLAMA, *CP4, *LINEAR, *GATED, *ROWS]),
 ]
 SLOW = [
+    (1, [*LLAMA, *LINEAR]),
+    (1, [*LLAMA, *GATED, "--kernel", "reference"]),
+    (2, [*LLAMA, *CP2, *LINEAR, *BF16]),
+    (2, [*LLAMA, *CP2, *LINEAR, *SELECTIVE, *GATED, "--dtype", "float64"]),
     (2, [*LLAMA, *BF16, *ROWS]),
     (4, [*LLAMA, *CP4, *BF16, "--cp-comm-type", "p2p", "--cp-route", "direct"]),
     (1, [*GPT, *BF16, "--apply-layernorm-1p"]),

@@ -90,7 +90,29 @@ PARALLEL = replace(
 POST = replace(
     LOUD, norm_placement="post", qk_layernorm=True, qk_norm_scope="all_heads", no_rope_layers=(1,)
 )
-BLOCKS = {"sinks": SINKS, "latent": LATENT, "parallel": PARALLEL, "post": POST}
+# Fewer key heads than some grids have tp ranks, a gate, and a window beside recurrences.
+RECURRENT = replace(
+    LOUD,
+    num_layers=3,
+    linear_attention_layers=(0, 2),
+    linear_num_key_heads=2,
+    linear_num_value_heads=4,
+    linear_key_head_dim=6,
+    linear_value_head_dim=5,
+    linear_conv_kernel_dim=3,
+    attention_output_gate=True,
+    qk_layernorm=True,
+    apply_layernorm_1p=True,
+    rotary_percent=0.25,
+    window_size=(11, 0),
+)
+BLOCKS = {
+    "sinks": SINKS,
+    "latent": LATENT,
+    "parallel": PARALLEL,
+    "post": POST,
+    "recurrent": RECURRENT,
+}
 STYLES = {
     "gpt": GPT,
     "llama": LLAMA,

@@ -128,7 +128,7 @@ def errors_without(rank: int, world_size: int, what: str) -> float:
     """The largest error if states, or the tokens before a convolution, are not handed on."""
     huggingface.register()
 
-    enter = linear_function._enter
+    enter = linear_function._Call.enter
 
     def no_state(call: Any, x: Any) -> tuple[Tensor, Tensor]:
         entering, chained = enter(call, x)
@@ -139,7 +139,7 @@ def errors_without(rank: int, world_size: int, what: str) -> float:
 
     exchange = short_convolution.HaloExchange
     changed = {
-        "state": mock.patch.object(linear_function, "_enter", no_state),
+        "state": mock.patch.object(linear_function._Call, "enter", no_state),
         "tokens": mock.patch.object(exchange, "fetch", no_tokens),
     }
     with changed[what]:

@@ -10,6 +10,7 @@ from cp_megatron.preflight.block_rules import check_blocks
 from cp_megatron.preflight.rope_rules import check_rope
 
 LATENT = "--multi-latent-attention --num-query-groups 4"
+RECURRENT = "--linear-attention-layers 0"
 YARN = "--rope-type yarn --rope-scaling-factor 4 --original-max-position-embeddings 64"
 WINDOW = "--window-rotary-base 100 --window-size"
 
@@ -49,6 +50,21 @@ def checked(words: str) -> None:
             "--no-rope-layers 1",
         ),
         ("--kv-lora-rank 8", "without --multi-latent-attention", f"{LATENT} --kv-lora-rank 8"),
+        (f"{LATENT} --attention-output-gate", "is not supported by", LATENT),
+        ("--linear-key-head-dim 8", "without gated", f"{RECURRENT} --linear-key-head-dim 8"),
+        ("--linear-attention-layers 2", "must be numbers from 0 to 1", RECURRENT),
+        (f"{RECURRENT} --linear-attention-freq 2", "works: one of the two", RECURRENT),
+        (
+            f"{RECURRENT} --linear-num-value-heads 24",
+            "a multiple of --linear-num-key-heads 16 (works: 16, 32)",
+            f"{RECURRENT} --linear-num-value-heads 16",
+        ),
+        (
+            f"{RECURRENT} --window-size 8 0 --window-layers 0 1",
+            "names layer 0, which is a gated DeltaNet",
+            f"{RECURRENT} --window-size 8 0 --window-layers 1",
+        ),
+        (f"{RECURRENT} --no-rope-layers 0", "does not attend", f"{RECURRENT} --no-rope-layers 1"),
         ("--qk-norm-scope head", "without norms of heads", "--qk-layernorm --qk-norm-scope head"),
         (
             f"{LATENT} --latent-norm-epsilon 1e-6",

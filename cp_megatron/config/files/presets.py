@@ -41,6 +41,48 @@ _TOY = _toy(
 # GPT style, of about the same size.
 _TOY_GPT = _toy(preset="toy-gpt")
 
+# Qwen3.5 style: three of four layers are gated DeltaNets.
+_qwen3_5 = partial(
+    _llama,
+    linear_attention_freq=4,
+    attention_output_gate=True,
+    qk_layernorm=True,
+    apply_layernorm_1p=True,
+    rotary_percent=0.25,
+    norm_epsilon=1e-6,
+)
+_TOY_QWEN3_5 = _toy(
+    preset="toy-qwen3.5",
+    model=_qwen3_5(
+        num_layers=4,
+        hidden_size=128,
+        num_attention_heads=4,
+        num_query_groups=2,
+        linear_num_key_heads=2,
+        linear_num_value_heads=4,
+        linear_key_head_dim=32,
+        linear_value_head_dim=32,
+    ),
+)
+# The shape that transformers gives Qwen3.5 by default, with 9 billion parameters.
+_QWEN3_5_9B = _long(
+    preset="qwen3.5-9b",
+    model=_qwen3_5(
+        num_layers=32,
+        hidden_size=4096,
+        ffn_hidden_size=12288,
+        num_attention_heads=16,
+        num_query_groups=4,
+        kv_channels=256,
+        rotary_base=10_000_000.0,
+        untie_embeddings_and_output_weights=True,
+    ),
+    parallel=ParallelConfig(sequence_parallel=True),
+    data=_LONG_ROWS,
+    optimizer=OptimizerConfig(lr=3e-4, min_lr=3e-5, lr_warmup_iters=2000),
+    memory=MemoryConfig(recompute_granularity="selective"),
+)
+
 # The smallest model of Radford et al. 2019; with its own vocabulary of 50,257 tokens it has
 # 124,439,808 parameters.
 _GPT2_SMALL = _long(
@@ -91,7 +133,10 @@ _MEGATRON = Config(
 PRESETS: Mapping[str, Config] = MappingProxyType(
     {
         config.preset: config
-        for config in (_TOY, _TOY_GPT, _GPT2_SMALL, _LLAMA_1B, _LLAMA3_8B, _MEGATRON)
+        for config in (
+            *(_TOY, _TOY_GPT, _TOY_QWEN3_5, _GPT2_SMALL, _LLAMA_1B, _LLAMA3_8B, _QWEN3_5_9B),
+            _MEGATRON,
+        )
     }
 )
 """The presets by name."""

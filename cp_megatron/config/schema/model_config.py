@@ -129,7 +129,22 @@ class ModelConfig:
     """Sliding window, LEFT RIGHT: a token attends to LEFT tokens before itself and to none after it
     (RIGHT is 0 or -1); -1 is unlimited. By default there is no window."""
     window_layers: tuple[int, ...] | None = None
-    """The layers with the window, numbered from 0; by default all."""
+    """The layers with the window, numbered from 0; by default all that attend."""
+    linear_attention_freq: Size | None = None
+    """Let every n-th layer attend, and make the others gated DeltaNets (arXiv:2412.06464), whose
+    work grows linearly with the sequence; 1 lets every layer attend, which is the default."""
+    linear_attention_layers: tuple[int, ...] | None = None
+    """The layers, numbered from 0, that are gated DeltaNets, instead of --linear-attention-freq."""
+    linear_num_key_heads: Size = 16
+    """Number of query heads, and of key heads, of a gated DeltaNet."""
+    linear_num_value_heads: Size = 32
+    """Number of value heads of a gated DeltaNet, a multiple of its key heads. Each has a state."""
+    linear_key_head_dim: Size = 128
+    """Width of the queries and keys of one head of a gated DeltaNet."""
+    linear_value_head_dim: Size = 128
+    """Width of the values of one head of a gated DeltaNet."""
+    linear_conv_kernel_dim: Size = 4
+    """Number of tokens that the convolution before a gated DeltaNet reads."""
     hidden_dropout: BelowOne = 0.0
     """Dropout on the residual stream: after the embedding, the attention and the MLP."""
     attention_dropout: BelowOne = 0.0
@@ -150,6 +165,8 @@ class ModelConfig:
     qk_norm_scope: QKNormScope = "head"
     """--qk-layernorm normalizes every head with one weight that all heads share (head) or with its
     own weight (each_head), or it normalizes all heads of a token as one vector (all_heads)."""
+    attention_output_gate: bool = False
+    """Multiply what attention returns by the sigmoid of a further projection of what it reads."""
     softmax_scale: Positive | None = None
     """Multiply the attention scores by this; by default 1 / sqrt(width of a key). Under
     --multi-latent-attention, yarn with --mscale-all-dim multiplies the default by the square of its
@@ -207,17 +224,29 @@ class ModelConfig:
     @property
     def row_window(self) -> tuple[int, int] | None:
         """The window of every layer; None if some layers have none."""
-        every = self.window_layers is None or len(self.window_layers) == self.num_layers
-        return self.window_size if every else None
+        windows = {self.layer_window(layer) for layer in range(self.num_layers)}
+        return windows.pop() if len(windows) == 1 else None
+
+    def is_linear(self, layer: int) -> bool:
+        """Whether a layer, numbered from 0, is a gated DeltaNet and does not attend."""
+        if self.linear_attention_layers is not None:
+            return layer in self.linear_attention_layers
+        return (layer + 1) % (self.linear_attention_freq or 1) != 0
+
+    @property
+    def linear_layers(self) -> tuple[int, ...]:
+        """The layers that are gated DeltaNets, numbered from 0."""
+        return tuple(filter(self.is_linear, range(self.num_layers)))
 
     def layer_window(self, layer: int) -> tuple[int, int] | None:
         """The window of a layer, numbered from 0."""
         has_it = self.window_layers is None or layer in self.window_layers
-        return self.window_size if has_it else None
+        return self.window_size if has_it and not self.is_linear(layer) else None
 
     def layer_rotates(self, layer: int) -> bool:
         """Whether a layer, numbered from 0, rotates queries and keys."""
-        return self.position_embedding_type == "rope" and layer not in (self.no_rope_layers or ())
+        rotates = layer not in (self.no_rope_layers or ()) and not self.is_linear(layer)
+        return self.position_embedding_type == "rope" and rotates
 
     @property
     def original_length(self) -> int | None:

@@ -13,7 +13,16 @@ from cp_megatron.config.schema.parallel_config import ParallelConfig
 from cp_megatron.config.schema.ranges import Size
 from cp_megatron.config.schema.train_config import TrainConfig
 
-PresetName = Literal["toy", "toy-gpt", "gpt2-small", "llama-1b", "llama3-8b", "megatron"]
+PresetName = Literal[
+    "toy",
+    "toy-gpt",
+    "toy-qwen3.5",
+    "gpt2-small",
+    "llama-1b",
+    "llama3-8b",
+    "qwen3.5-9b",
+    "megatron",
+]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,6 +19,7 @@ from cp_megatron.plan.halo import Halo, plan_halos
 from cp_megatron.plan.layout import SequenceLayout
 from cp_megatron.plan.mask import Mask
 from cp_megatron.plan.schedule import Schedule
+from cp_megatron.plan.show.states_plot import write_states_svg
 from cp_megatron.plan.show.states_text import print_states
 from cp_megatron.plan.show.text import print_rank, print_schedule
 from cp_megatron.plan.states import StatePlan, StateSize, Transition
@@ -90,7 +91,8 @@ class PlanOptions:
     dtype: Literal["bfloat16", "float32", "float64"] = "bfloat16"
     """The type in which bytes are counted."""
     svg: str | None = None
-    """Draw the schedule to this file."""
+    """Draw the schedule to this file, and the states of a recurrence to another one, whose name
+    ends in -states.svg."""
     rank: int | None = None
     """Also print the rounds of this rank: what it computes, receives and sends."""
 
@@ -120,8 +122,7 @@ def run(options: PlanOptions, console: Console | None = None) -> None:
     if rank is not None and not 0 <= rank < size:
         rule = "is not a rank of --context-parallel-size"
         raise ConfigError("--rank", rank, rule, f"0 to {size - 1}")
-    if options.svg is not None:
-        _draw(schedule, options.svg)
+    pictures = _draw(schedule, states, options.svg) if options.svg is not None else []
     element_size = {"bfloat16": 2, "float32": 4, "float64": 8}[options.dtype]
     widths = options.head_dim, element_size, options.v_head_dim
     moved = [schedule.bytes_received(r, *widths) for r in range(size)]
@@ -130,8 +131,10 @@ def run(options: PlanOptions, console: Console | None = None) -> None:
         print_rank(schedule, rank, out)
     if states is not None:
         print_states(*states, out)
-    if options.svg is not None:
-        out.print(f"\npicture   {options.svg}", highlight=False, markup=False)
+    if pictures:
+        out.print()
+    for path in pictures:
+        out.print(f"picture   {path}", highlight=False, markup=False)
 
 
 def make_states(
@@ -232,11 +235,20 @@ def random_lengths(seq_len: int, seed: int) -> list[int]:
     return lengths
 
 
-def _draw(schedule: Schedule, path: str) -> None:
+def _draw(
+    schedule: Schedule, states: tuple[StatePlan, StateSize, tuple[Halo, ...]] | None, path: str
+) -> list[str]:
+    """Writes the pictures and returns their paths."""
+    paths = [path]
     try:
         schedule.plot(path)
+        if states is not None:
+            paths.append(str(Path(path).with_suffix("")) + "-states.svg")
+            mask = schedule.mask.within(None)
+            write_states_svg(states[0], mask, schedule.layout, states[1], paths[1])
     except OSError as error:
         folder = Path(path).parent
         near = "" if folder.is_dir() else f"a folder that exists, not {folder}"
         rule = f"cannot be written: {error.strerror or error}"
         raise ConfigError("--svg", path, rule, near) from None
+    return paths

@@ -13,11 +13,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from html import escape
 from itertools import pairwise
-from pathlib import Path
 from typing import NamedTuple
 
+from cp_megatron.plan.show import svg
 from cp_megatron.plan.show.shapes import Patch, Point, patches
 from cp_megatron.plan.show.summary import (
     DrawableSchedule,
@@ -25,15 +24,14 @@ from cp_megatron.plan.show.summary import (
     exchange_in_words,
     mask_in_words,
 )
+from cp_megatron.plan.show.svg import LETTER, LINE, SMALL_LETTER
 from cp_megatron.plan.tiling import Span, pack
 
 SIDE, LEFT, TOP, EDGE = 640, 76, 128, 15  # pixels
-LINE, LETTER, SMALL_LETTER = 19, 6.7, 5.6  # pixels of a line and of letters
 EXACT = 4  # cells of at least this many pixels are drawn one by one, smaller ones as slanted lines
 BORDER = 6  # narrower patches have no white border, which would hide them
 LEGEND_ROWS = 30
 MAX_PATCHES = 40_000
-MANY_COLOURS = 8
 NEUTRAL = "#c9d2dc"
 
 
@@ -52,13 +50,10 @@ def write_svg(schedule: DrawableSchedule, path: str) -> None:
     total_width = LEFT + SIDE + 28 + max(width, 120)
     total_height = TOP + SIDE + 16 + LINE * len(notes)
     subtitles = _subtitles(schedule)
-    lines = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{total_width}" height="{total_height}" '
-        f'viewBox="0 0 {total_width} {total_height}" font-family="sans-serif" font-size="12">',
-        '<rect width="100%" height="100%" fill="white"/>',
-        _text(LEFT, 24, subtitles[0], 'font-size="16" font-weight="bold"'),
-        *(_text(LEFT, 25 + LINE * i, line) for i, line in enumerate(subtitles) if i),
-        _text(LEFT + SIDE / 2, TOP - 2 * EDGE - 8, "keys", 'text-anchor="middle"'),
+    elements = [
+        svg.text(LEFT, 24, subtitles[0], 'font-size="16" font-weight="bold"'),
+        *(svg.text(LEFT, 25 + LINE * i, line) for i, line in enumerate(subtitles) if i),
+        svg.text(LEFT + SIDE / 2, TOP - 2 * EDGE - 8, "keys", 'text-anchor="middle"'),
         f'<text transform="translate({LEFT - 2 * EDGE - 8} {TOP + SIDE // 2}) rotate(-90)" '
         'text-anchor="middle">queries</text>',
         *_edges(schedule),
@@ -66,10 +61,9 @@ def write_svg(schedule: DrawableSchedule, path: str) -> None:
         *_documents(schedule),
         f'<rect x="{LEFT}" y="{TOP}" width="{SIDE}" height="{SIDE}" fill="none" stroke="#333"/>',
         *legend,
-        *(_text(LEFT, TOP + SIDE + LINE * (i + 1), note) for i, note in enumerate(notes)),
-        "</svg>",
+        *(svg.text(LEFT, TOP + SIDE + LINE * (i + 1), note) for i, note in enumerate(notes)),
     ]
-    Path(path).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    svg.write_picture(path, total_width, total_height, elements)
 
 
 def _subtitles(schedule: DrawableSchedule) -> list[str]:
@@ -97,16 +91,6 @@ def _explanations(schedule: DrawableSchedule) -> list[str]:
     ]
 
 
-def _text(x: float, y: float, text: str, attributes: str = "") -> str:
-    space = " " if attributes else ""
-    words = escape(text, quote=False)
-    return f'<text x="{_number(x)}" y="{_number(y)}"{space}{attributes}>{words}</text>'
-
-
-def _number(value: float) -> str:
-    return f"{value:.2f}".rstrip("0").rstrip(".")
-
-
 # ---- colours -------------------------------------------------------------------------------------
 
 
@@ -114,42 +98,16 @@ def rank_colour(schedule: DrawableSchedule, rank: int) -> str:
     """The colour of a rank. Members of one of several groups have shades of the group's colour."""
     all_to_all_size, groups = schedule.hierarchical_sizes
     if all_to_all_size == 1 or groups == 1:
-        return _colour(rank, schedule.layout.cp_size)
+        return svg.colour(rank, schedule.layout.cp_size)
     member = rank % all_to_all_size / (all_to_all_size - 1) - 0.5
-    return _colour(rank // all_to_all_size, groups, shade=-0.16 * member)
+    return svg.colour(rank // all_to_all_size, groups, shade=-0.16 * member)
 
 
 def group_colour(schedule: DrawableSchedule, group: int) -> str:
     """The colour of a group. If heads are not exchanged, a group is one rank."""
     if schedule.all_to_all_size > 1 and schedule.hierarchical_sizes[1] == 1:
         return NEUTRAL
-    return _colour(group, schedule.layout.cp_size // schedule.all_to_all_size)
-
-
-def _colour(index: int, count: int, shade: float = 0.0) -> str:
-    """Evenly spaced hues; many ranks share a hue in pairs that differ in lightness.
-
-    The hues are those of OKLCH, which look equally distant (Ottosson 2020,
-    bottosson.github.io/posts/oklab).
-    """
-    lightness, hues, hue = 0.78, count, index
-    if count > MANY_COLOURS:
-        lightness, hues, hue = (0.86, 0.68)[index % 2], (count + 1) // 2, index // 2
-    lightness += shade
-    angle = 2 * math.pi * (hue / hues + 0.65)
-    a, b = 0.115 * math.cos(angle), 0.115 * math.sin(angle)
-    large = (lightness + 0.3963377774 * a + 0.2158037573 * b) ** 3
-    medium = (lightness - 0.1055613458 * a - 0.0638541728 * b) ** 3
-    short = (lightness - 0.0894841775 * a - 1.2914855480 * b) ** 3
-    red = 4.0767416621 * large - 3.3077115913 * medium + 0.2309699292 * short
-    green = -1.2684380046 * large + 2.6097574011 * medium - 0.3413193965 * short
-    blue = -0.0041960863 * large - 0.7034186147 * medium + 1.7076147010 * short
-    bright = (min(max(part, 0.0), 1.0) for part in (red, green, blue))
-    return "#" + "".join(f"{round(255 * _gamma(part)):02x}" for part in bright)
-
-
-def _gamma(linear: float) -> float:
-    return 12.92 * linear if linear <= 0.0031308 else 1.055 * linear ** (1 / 2.4) - 0.055
+    return svg.colour(group, schedule.layout.cp_size // schedule.all_to_all_size)
 
 
 # ---- the matrix ----------------------------------------------------------------------------------
@@ -200,10 +158,10 @@ def _group(mine: Sequence[_Placed], pixels: str, scale: float, colour: str) -> l
         corners = patch.outline(exact=scale >= EXACT)
         points = [(LEFT + x * scale, TOP + y * scale) for x, y in corners]
         pixels_across = min(_sides(patch)) * scale
-        paths[pixels_across >= BORDER] += _path(points)
+        paths[pixels_across >= BORDER] += svg.path_of(points)
         place = _inside(points, letters=len(str(number))) if pixels_across >= 10 else None
         if place:
-            numbers.append(_text(*place, str(number)))
+            numbers.append(svg.text(*place, str(number)))
     lines = [f'<g fill="{colour}">']
     if paths[True]:
         lines.append(f'<path stroke="#fff" stroke-width="0.8" d="{paths[True]}"/>')
@@ -214,15 +172,6 @@ def _group(mine: Sequence[_Placed], pixels: str, scale: float, colour: str) -> l
     if numbers:
         lines += ['<g fill="#222" text-anchor="middle" font-size="11">', *numbers, "</g>"]
     return [*lines, "</g>"] if len(lines) > 1 else []
-
-
-def _path(points: Sequence[Point]) -> str:
-    corners = " ".join(f"{_number(x)} {_number(y)}" for x, y in points)
-    return f"M{corners}z"
-
-
-def _rectangle(x0: float, x1: float, y0: float, y1: float) -> str:
-    return _path([(x0, y0), (x1, y0), (x1, y1), (x0, y1)])
 
 
 def _inside(points: Sequence[Point], letters: int) -> Point | None:
@@ -278,9 +227,9 @@ def _edges(schedule: DrawableSchedule) -> Iterator[str]:
                 (LEFT + a, LEFT + b, top, top + EDGE),
                 (left, left + EDGE, TOP + a, TOP + b),
             ):
-                path += _rectangle(x0, x1, y0, y1)
+                path += svg.rectangle(x0, x1, y0, y1)
                 if b - a >= needed:
-                    numbers.append(_text((x0 + x1) / 2, (y0 + y1) / 2 + 3.5, str(rank)))
+                    numbers.append(svg.text((x0 + x1) / 2, (y0 + y1) / 2 + 3.5, str(rank)))
         yield f'<path class="edge" fill="{rank_colour(schedule, rank)}"{border} d="{path}"/>'
         if numbers:
             yield f'<g text-anchor="middle" font-size="10">{"".join(numbers)}</g>'
@@ -291,7 +240,7 @@ def _documents(schedule: DrawableSchedule) -> Iterator[str]:
     edges = schedule.mask.starts.tolist()
     spans = [(a * scale, b * scale) for a, b in pairwise(edges) if (b - a) * scale >= 3]
     if len(schedule.mask.lengths) > 1 and spans:
-        path = "".join(_rectangle(LEFT + a, LEFT + b, TOP + a, TOP + b) for a, b in spans)
+        path = "".join(svg.rectangle(LEFT + a, LEFT + b, TOP + a, TOP + b) for a, b in spans)
         yield f'<path fill="none" stroke="#333" stroke-width="0.7" d="{path}"/>'
 
 
@@ -316,14 +265,14 @@ def _legend(schedule: DrawableSchedule, summary: Summary) -> tuple[list[str], in
         if index:
             colour = rank_colour(schedule, index - 1)
             lines.append(f'<rect x="{start}" y="{y - 10}" width="12" height="12" fill="{colour}"/>')
-        lines += [_text(rights[i], y, cells[i], 'text-anchor="end"') for i in range(4)]
+        lines += [svg.text(rights[i], y, cells[i], 'text-anchor="end"') for i in range(4)]
         if has_heads:
-            lines.append(_text(rights[3] + 14, y, cells[4]))
+            lines.append(svg.text(rights[3] + 14, y, cells[4]))
     y = TOP + 10 + LINE * len(table)
     if len(shown) < count:
-        lines.append(_text(start, y, f"and {count - len(shown)} more ranks"))
+        lines.append(svg.text(start, y, f"and {count - len(shown)} more ranks"))
         y += LINE
-    lines.append(_text(start, y, f"busiest over mean {summary.busiest:.3f}"))
-    lines.append(_text(start, y + LINE, f"all receive {summary.keys_received:,} keys"))
+    lines.append(svg.text(start, y, f"busiest over mean {summary.busiest:.3f}"))
+    lines.append(svg.text(start, y + LINE, f"all receive {summary.keys_received:,} keys"))
     width = (rights[4] if has_heads else rights[3]) - LEFT - SIDE - 28
     return lines, width + 12

@@ -71,6 +71,13 @@ def test_a_recurrence_needs_its_heads(capsys: pytest.CaptureFixture[str]) -> Non
     assert "--linear-conv-kernel-dim 4: describes a recurrence" in capsys.readouterr().err
 
 
+def test_both_pictures_are_drawn(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = tmp_path / "plan.svg"
+    assert main(["--linear-num-value-heads", "4", "--svg", str(path)]) == 0
+    assert {file.name for file in tmp_path.iterdir()} == {"plan.svg", "plan-states.svg"}
+    assert f"picture   {tmp_path / 'plan-states.svg'}" in capsys.readouterr().out
+
+
 def test_states_literally(capsys: pytest.CaptureFixture[str]) -> None:
     argv = ["--seq-length", "8", "--context-parallel-size", "2", "--linear-num-value-heads", "4"]
     widths = ["--linear-key-head-dim", "2", "--linear-value-head-dim", "8"]

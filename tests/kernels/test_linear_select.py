@@ -1,0 +1,46 @@
+"""Which kernel a recurrence takes, and the reason that is given."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from cp_megatron.kernels import linear_select
+from cp_megatron.kernels.linear_select import select_linear_kernel
+
+WANTED = {"device": "cuda", "dtype": "bfloat16", "head_dim": 128, "deterministic": False}
+
+
+def chosen(name: str = "auto", **changes: Any) -> tuple[str, str]:
+    choice = select_linear_kernel(name, **{**WANTED, **changes})  # type: ignore[arg-type]
+    return choice.name, choice.reason
+
+
+@pytest.fixture
+def installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear_select, "is_installed", lambda traits: traits.name == "fla")
+
+
+@pytest.mark.usefixtures("installed")
+def test_fla_is_taken_where_it_can() -> None:
+    for dtype in ("float32", "bfloat16", "float16"):
+        assert chosen(dtype=dtype)[0] == "fla"
+    assert chosen("flash_attn")[0] == "fla"
+    for change, reason in (
+        ({"name": "reference"}, "asked for"),
+        ({"dtype": "float64"}, "not in float64"),
+        ({"device": "cpu"}, "not on cpu"),
+        ({"head_dim": 257}, "above its largest, 256"),
+        ({"deterministic": True}, "deterministic"),
+    ):
+        name, text = chosen(**change)  # type: ignore[arg-type]
+        assert name == "reference"
+        assert reason in text
+
+
+def test_the_reason_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear_select, "is_installed", lambda traits: False)
+    name, text = chosen()
+    assert name == "reference"
+    assert "pip install -e '.[linear]'" in text
