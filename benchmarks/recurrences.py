@@ -6,6 +6,8 @@ JSON line per result, with the hardware:
 - ``speed``: forward and backward on one rank, 8 heads in float32, against the function of
   transformers, called document by document. Median milliseconds, the median over rounds of
   time(theirs) / time(ours), and for both the bytes kept for backward and the most temporary bytes;
+- ``overhead``: CPU seconds of all ranks, forward and backward of one document, zigzag, over those
+  of one rank, as the median of paired rounds;
 - ``exchange``: milliseconds of one forward exchange on four ranks with 16 key and 32 value heads
   and 2,048 tokens each: states by heads, with the products along their chains; tokens to heads and
   outputs back; and the halo of the convolution;
@@ -29,7 +31,7 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
-from harness.teams import Place, Team, compared, hardware, measure
+from harness.teams import Place, Team, compared, hardware, measure, paired
 from torch import Tensor
 
 from cp_megatron.comm.checksums import LinkSums
@@ -57,7 +59,7 @@ MIB = 1 << 20
 class Arguments:
     """Linear recurrences: computation, exchange and bytes."""
 
-    only: Literal["all", "speed", "exchange", "bytes"] = "all"
+    only: Literal["all", "speed", "overhead", "exchange", "bytes"] = "all"
     """Which part to measure."""
     threads: int = 1
     """Threads of the process in the part speed."""
@@ -107,6 +109,22 @@ class Bench:
             name: lambda run=run: torch.autograd.grad(run(), given, dout)  # type: ignore[misc]
             for name, run in self.forward.items()
         }
+
+    def prepare_overhead(self, problem: tuple[int, int, int]) -> None:
+        """Prepares a document that the team shares: its tokens, the heads and their width."""
+        tokens, heads, dim = problem
+        group = dist.group.WORLD if self.place.size > 1 else None
+        cp = ContextParallel(group, Mask.causal(tokens), "zigzag")
+        whole, dout = inputs(tokens, heads, dim)
+        given = [cp.shard(x.detach(), 1).requires_grad_() for x in whole]
+        dout = cp.shard(dout, 1)
+        self.runs = {"ours": lambda: torch.autograd.grad(cp.linear_attention(*given), given, dout)}
+
+    def cpu_seconds(self, name: str) -> float:
+        """CPU seconds that this process spends on a run."""
+        begin = time.process_time()
+        self.runs[name]()
+        return time.process_time() - begin
 
     def memory(self, name: str) -> tuple[int, int]:
         """Bytes kept for backward, inputs included, and the most held beyond the inputs."""
@@ -182,6 +200,25 @@ def speed_results(arguments: Arguments) -> Iterator[dict[str, object]]:
     team.close()
 
 
+def overhead_results(arguments: Arguments) -> Iterator[dict[str, object]]:
+    """Yields a result for each number of ranks."""
+    rounds, problem = arguments.rounds, (RANKS * TOKENS, SPEED_HEADS, DIM)
+    if arguments.quick:
+        rounds, problem = 2, (64, 2, 8)
+    teams = {size: Team(size, 1, bench) for size in (1, 2, RANKS)}
+    spent: dict[int, list[float]] = {size: [] for size in teams}
+    for team in teams.values():
+        team.ask("prepare_overhead", problem)
+        team.ask("cpu_seconds", "ours")
+    for _ in range(rounds):
+        for size, team in teams.items():
+            spent[size].append(sum(team.ask("cpu_seconds", "ours")))
+    for size, team in teams.items():
+        over = paired(spent[size], spent[1])
+        yield {"ranks": size, "tokens": problem[0], "cpu_over_one_rank": over}
+        team.close()
+
+
 def exchange_results(arguments: Arguments) -> Iterator[dict[str, object]]:
     """Yields the times of the three exchanges."""
     team = Team(RANKS, 1, bench)
@@ -221,7 +258,8 @@ def bytes_results(arguments: Arguments) -> Iterator[dict[str, object]]:
 def main() -> None:
     arguments = read_options(sys.argv[1:], Arguments, program=sys.argv[0], description=__doc__)
     machine = hardware()
-    parts = {"speed": speed_results, "exchange": exchange_results, "bytes": bytes_results}
+    parts = {"speed": speed_results, "overhead": overhead_results}
+    parts |= {"exchange": exchange_results, "bytes": bytes_results}
     for name, results in parts.items():
         if arguments.only not in ("all", name):
             continue

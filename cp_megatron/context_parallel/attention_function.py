@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -38,11 +37,6 @@ class KeptAttention:
         self._saved: tuple[Tensor | None, ...] | None = None
         self._results: tuple[Tensor, ...] | None = None
         self._num_given = 0
-
-    @cached_property
-    def convolution(self) -> KeptAttention:
-        """Another object, for the convolution that precedes a recurrence in its layer."""
-        return KeptAttention()
 
     @property
     def filled(self) -> bool:

@@ -68,9 +68,12 @@ class _Call:
     kernel: LinearKernel
     scale: float
 
-    def enter(self, summary: LinearSummary) -> tuple[Tensor, Tensor]:
-        """Returns the states that enter pieces, [B, i, H, D, E], and the chained transitions."""
+    def enter(self, summary: LinearSummary) -> tuple[Tensor | None, Tensor | None]:
+        """Returns the states that enter pieces, [B, i, H, D, E], and the chained transitions; None
+        if no rank has a chain."""
         plan = self.plan
+        if not plan.plan.chains:
+            return None, None
         with plan.buffers.lend(summary.increments.device) as memory:
             exchange = StateExchange(plan.plan, plan.rank, plan.group, memory, plan.sums)
             return exchange.entering_states(summary.increments, summary.transitions)
@@ -111,10 +114,8 @@ class _LinearAttention(torch.autograd.Function):
         with torch.autocast(q.device.type, enabled=False):
             x = LinearInputs(*given, call.scale)
             summary = call.kernel.summarize(x)
-            entering = chained = None
-            if call.plan.plan.chains:
-                received = kept if isinstance(kept, Received) else Received()
-                entering, chained = received.once(lambda: call.enter(summary))
+            received = kept if isinstance(kept, Received) else Received()
+            entering, chained = received.once(lambda: call.enter(summary))
             result = call.kernel.apply(x, summary, entering)
         saved = (*given, entering, chained)
         ctx.save_for_backward(*saved)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor
 
@@ -15,14 +16,14 @@ class Received:
     """
 
     def __init__(self) -> None:
-        self._tensors: tuple[Tensor, ...] | None = None
+        self._tensors: tuple[Tensor | None, ...] | None = None
 
     @property
     def filled(self) -> bool:
         """Whether the first call was made."""
         return self._tensors is not None
 
-    def once(self, receive: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    def once(self, receive: Callable[[], tuple[Any, ...]]) -> tuple[Any, ...]:
         """Returns what ``receive`` returned the first time; it is not called again."""
         if self._tensors is None:
             self._tensors = receive()

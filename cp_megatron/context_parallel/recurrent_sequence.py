@@ -91,8 +91,8 @@ class RecurrentSequence(ShardedSequence):
                 [B, S / N, H, D] for one per channel of the key.
             beta: floating [B, S / N, H], the rate of the delta rule.
             scale: by default D ** -0.5.
-            kept: as in ``ContextParallel.attention``; or ``Received``, with which the second call
-                computes again.
+            kept: as in ``ContextParallel.attention``; with ``Received`` the second call computes
+                again what needs no message.
 
         Returns:
             [B, S / N, H, E] in v's type. All gradients are complete on this rank.
@@ -115,8 +115,7 @@ class RecurrentSequence(ShardedSequence):
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None = None,
-        *,
-        kept: KeptAttention | None = None,
+        kept: Received | None = None,
     ) -> Tensor:
         """Computes a causal convolution over the last W tokens of the document, per channel.
 
@@ -124,8 +123,7 @@ class RecurrentSequence(ShardedSequence):
             x: [B, S / N, c].
             weight: [c, W]; the last column multiplies the token itself, as in ``nn.Conv1d``.
             bias: [c].
-            kept: passed twice, for recomputation: the first call stores what it received there,
-                the second computes again and sends nothing.
+            kept: passed twice, for recomputation: the second call sends nothing.
 
         Returns:
             [B, S / N, c] in x's type. The gradient of x is complete on this rank; those of weight

@@ -16,8 +16,8 @@ from torch.autograd.function import once_differentiable
 
 from cp_megatron.comm.checksums import LinkSums
 from cp_megatron.comm.send_receive import post
-from cp_megatron.context_parallel.attention_function import KeptAttention
 from cp_megatron.context_parallel.buffers import Buffers
+from cp_megatron.context_parallel.received import Received
 from cp_megatron.plan import Mask, SequenceLayout
 from cp_megatron.plan.buffer_sizes import RECEIVED_HEADS, SENT_HEADS
 from cp_megatron.plan.halo import plan_halos
@@ -132,18 +132,13 @@ class _ShortConvolution(torch.autograd.Function):
     def forward(
         ctx: Any,
         exchange: HaloExchange,
-        kept: KeptAttention | None,
+        kept: Received,
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
     ) -> Tensor:
         ctx.exchange, ctx.has_bias = exchange, bias is not None
-        if kept is not None and kept.filled:
-            ((received,),) = kept.again()
-        else:
-            received = exchange.fetch(x)
-            if kept is not None:
-                kept.keep(0, (received,))
+        (received,) = kept.once(lambda: (exchange.fetch(x),))
         ctx.save_for_backward(x, received, weight)
         taps, _ = exchange.on(x.device)
         known = torch.cat((x, received), dim=1)
@@ -181,7 +176,7 @@ def short_convolution(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    kept: KeptAttention | None = None,
+    kept: Received | None = None,
 ) -> Tensor:
     """y_t = sum over j < W of weight[:, W - 1 - j] x_(t-j), per channel and within documents.
 
@@ -190,7 +185,7 @@ def short_convolution(
         x: [B, S, c].
         weight: [c, W]; the last column multiplies the token itself, as in ``torch.nn.Conv1d``.
         bias: [c].
-        kept: as in ``RecurrentSequence.short_conv``.
+        kept: passed twice, for recomputation; the second call sends nothing.
     """
-    out: Tensor = _ShortConvolution.apply(exchange, kept, x, weight, bias)
+    out: Tensor = _ShortConvolution.apply(exchange, kept or Received(), x, weight, bias)
     return out

@@ -333,7 +333,7 @@ def _unread(model: ModelConfig) -> Iterator[str]:
     if not model.multi_latent_attention:
         yield from (*LATENT_WIDTHS, "latent_norm_epsilon")
     yield "linear_attention_freq"  # ``linear_attention_layers`` says as much
-    if not model.linear_layers:
+    if not model.has_linear_layers:
         yield from LINEAR_SIZES
     if not model.qk_layernorm or model.multi_latent_attention:
         yield "qk_norm_scope"

@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from cp_megatron.context_parallel import ContextParallel, KeptAttention
+from cp_megatron.context_parallel import ContextParallel
 from cp_megatron.kernels.dropout import Dropout
 from cp_megatron.kernels.interface import accumulation_dtype
+from cp_megatron.model.layer_memory import KeptMixer
 from cp_megatron.model.norm import Norm
 from cp_megatron.model.rope import Rotation
 from cp_megatron.spec import ConvolutionSpec, LinearAttentionSpec
@@ -102,15 +103,15 @@ class GatedDeltaNet(nn.Module):
         *,
         cp: ContextParallel,
         dropout: Dropout | None,
-        kept: KeptAttention | None,
+        kept: KeptMixer | None,
     ) -> Tensor:
         """The results of ``project`` -> [b, s, n/tp, e].
 
-        ``kept`` is that of ``ContextParallel.linear_attention``. ``dropout`` is that of attention
-        weights, which a recurrence does not have.
+        ``kept`` belongs to ``LayerMemory``. ``dropout`` is that of attention weights, which a
+        recurrence does not have.
         """
         weights = torch.cat((self.query_conv(), self.key_conv(), self.value_conv()))
-        halo = None if kept is None else kept.convolution
+        halo = None if kept is None else kept.halo
         mixed = F.silu(cp.short_conv(mixed, weights, kept=halo))
         keys = self.key_heads * self.head_dim
         q, k, v = mixed.split((keys, keys, mixed.shape[-1] - 2 * keys), dim=-1)
@@ -118,7 +119,8 @@ class GatedDeltaNet(nn.Module):
         q, k = (_normalized(rearrange(y, "b s (k d) -> b s k d", k=self.key_heads)) for y in (q, k))
         v, z = (rearrange(y, "b s (n e) -> b s n e", n=self.heads) for y in (v, gate))
         g = self.decay(decay_input)
-        out = cp.linear_attention(q, k, v, g, rate.sigmoid(), kept=kept)
+        states = None if kept is None else kept.results or kept.states
+        out = cp.linear_attention(q, k, v, g, rate.sigmoid(), kept=states)
         return self.norm(out) * F.silu(z)
 
     def output(self, attended: Tensor) -> Tensor:

@@ -13,8 +13,9 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from cp_megatron.context_parallel import ContextParallel, KeptAttention
+from cp_megatron.context_parallel import ContextParallel
 from cp_megatron.kernels.dropout import Dropout
+from cp_megatron.model.layer_memory import KeptMixer
 from cp_megatron.model.norm import Norm
 from cp_megatron.model.rope import Rotation
 from cp_megatron.spec import LatentAttentionSpec
@@ -68,15 +69,22 @@ class LatentAttention(nn.Module):
         *,
         cp: ContextParallel,
         dropout: Dropout | None,
-        kept: KeptAttention | None,
+        kept: KeptMixer | None,
     ) -> Tensor:
         """The results of ``project`` -> [b, s, n/tp, e].
 
-        ``dropout`` and ``kept`` are those of ``ContextParallel.latent_attention``.
+        ``dropout`` is that of ``ContextParallel.latent_attention``; ``kept`` belongs to
+        ``LayerMemory``.
         """
         weight = self.key_value.local("weight")
         return cp.latent_attention(
-            q, latent, rotary_key, weight, self.spec.scale, dropout=dropout, kept=kept
+            q,
+            latent,
+            rotary_key,
+            weight,
+            self.spec.scale,
+            dropout=dropout,
+            kept=None if kept is None else kept.results,
         )
 
     def output(self, attended: Tensor) -> Tensor:

@@ -20,11 +20,11 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from cp_megatron.context_parallel import ContextParallel, KeptAttention
+from cp_megatron.context_parallel import ContextParallel
 from cp_megatron.kernels.dropout import Dropout
 from cp_megatron.model.gated_delta_net import GatedDeltaNet
 from cp_megatron.model.latent_attention import LatentAttention
-from cp_megatron.model.layer_memory import LayerMemory, Pass
+from cp_megatron.model.layer_memory import KeptMixer, LayerMemory, Pass
 from cp_megatron.model.mlp import MLP
 from cp_megatron.model.norm import Norm
 from cp_megatron.model.rope import Rotation
@@ -85,7 +85,7 @@ class TransformerLayer(nn.Module):
         dropout: Dropout | None,
         layer_pass: Pass,
     ) -> Tensor:
-        attended = self.memory.mixer(self._attend, x, rotation, cp, dropout)
+        attended = self.memory.mixer(self._attend, layer_pass, x, rotation, cp, dropout)
         mixer = self.mixer
         added = self.tp.leave(mixer.output(attended), mixer.out.local_bias())
         stream = self._add(x, added, self.attention_post_norm)
@@ -109,7 +109,7 @@ class TransformerLayer(nn.Module):
         rotation: Rotation | None,
         cp: ContextParallel,
         dropout: Dropout | None,
-        kept: KeptAttention | None,
+        kept: KeptMixer | None,
     ) -> Tensor:
         """Residual stream -> [b, s, heads/tp, value head dim]."""
         h = x if self.attention_norm is None else self.attention_norm(x)

@@ -6,6 +6,8 @@
                                                                    attention
     full          the input of the layer, possibly on the host     the layer
 
+A recurrence sends nothing again with either: its states are few, and are kept too.
+
 Recomputation is torch's own non-reentrant ``checkpoint`` (Chen et al. 2016, arXiv:1604.06174). With
 ``none``, rows that sequence parallelism gathers are freed and gathered again
 (``tensor_parallel/regather.py``); the other levels gather them again anyway. At every level the MLP
@@ -24,7 +26,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from cp_megatron.config.schema import MemoryConfig, Recompute
-from cp_megatron.context_parallel import KeptAttention
+from cp_megatron.context_parallel import KeptAttention, Received
 from cp_megatron.model.offload import LayerOffload
 from cp_megatron.model.sequence_tiles import TileFunction, in_tiles
 from cp_megatron.tensor_parallel import LocalWeights, TensorParallel, regathered
@@ -32,11 +34,29 @@ from cp_megatron.tensor_parallel import LocalWeights, TensorParallel, regathered
 Results = TypeVar("Results", Tensor, tuple[Tensor, ...])
 
 
-class Pass:
-    """Whether a layer runs for the first time or is being recomputed, in backward, for the tensors
-    that autograd saves; the result of a recomputation is not used."""
+class KeptMixer:
+    """What the first run of a mixer keeps for a second one.
 
-    is_second = False
+    Attributes:
+        results: those of attention or of a recurrence; None if they are computed again.
+        states, halo: what a recurrence and its convolution received.
+    """
+
+    def __init__(self, results: KeptAttention | None) -> None:
+        self.results, self.states, self.halo = results, Received(), Received()
+
+
+class Pass:
+    """A run of a layer.
+
+    Attributes:
+        is_second: whether the layer is being recomputed, in backward, for the tensors that autograd
+            saves; the result of a recomputation is not used.
+        kept: what the first run keeps for the second one.
+    """
+
+    def __init__(self) -> None:
+        self.is_second, self.kept = False, KeptMixer(None)
 
     @contextmanager
     def second(self) -> Iterator[None]:
@@ -96,12 +116,13 @@ class LayerMemory:
                 context_fn=lambda: (nullcontext(), layer_pass.second()),
             )
 
-    def mixer(self, function: Callable[..., Tensor], *args: object) -> Tensor:
-        """``function(*args, kept)``, from the residual stream to the result of attention."""
+    def mixer(self, function: Callable[..., Tensor], layer_pass: Pass, *args: object) -> Tensor:
+        """``function(*args, kept)``, from the residual stream to the result of the mixer; ``kept``
+        is a ``KeptMixer``, or None if nothing is computed again."""
         if self._recomputes("selective"):
-            kept = KeptAttention()
+            kept = KeptMixer(KeptAttention())
             return checkpoint(function, *args, kept, use_reentrant=False)  # type: ignore[return-value]
-        return function(*args, None)
+        return function(*args, layer_pass.kept if self._recomputes("full") else None)
 
     def mlp(
         self, function: TileFunction, x: Tensor, weights: LocalWeights, layer_pass: Pass

@@ -14,8 +14,9 @@ from types import MappingProxyType
 from einops import rearrange
 from torch import Tensor
 
-from cp_megatron.context_parallel import ContextParallel, KeptAttention
+from cp_megatron.context_parallel import ContextParallel
 from cp_megatron.kernels.dropout import Dropout
+from cp_megatron.model.layer_memory import KeptMixer
 from cp_megatron.model.norm import Norm
 from cp_megatron.model.rope import Rotation
 from cp_megatron.spec import AttentionSpec
@@ -87,11 +88,11 @@ class SelfAttention(SpecifiedModule):
         *,
         cp: ContextParallel,
         dropout: Dropout | None,
-        kept: KeptAttention | None,
+        kept: KeptMixer | None,
     ) -> Tensor:
         """The results of ``project`` -> [b, s, n/tp, e].
 
-        ``dropout`` and ``kept`` are those of ``ContextParallel.attention``.
+        ``dropout`` is that of ``ContextParallel.attention``; ``kept`` belongs to ``LayerMemory``.
         """
         attended = cp.attention(
             q,
@@ -101,7 +102,7 @@ class SelfAttention(SpecifiedModule):
             sinks=self._sinks(q),
             softcap=self.spec.softcap,
             dropout=dropout,
-            kept=kept,
+            kept=None if kept is None else kept.results,
         )
         return attended if gate is None else attended * gate.sigmoid()
 

@@ -35,7 +35,7 @@ def temporary_bytes(
     """
     states = 5 * key_dim * (key_dim + value_dim) // block
     widths = 12 * key_dim + 8 * value_dim + 8 * block
-    pairs = 8 * SUB_BLOCK * key_dim if per_channel else 0
+    pairs = 4 * SUB_BLOCK * key_dim if per_channel else 0
     return tokens * element_size * (states + widths + pairs)
 
 

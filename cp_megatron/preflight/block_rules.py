@@ -33,7 +33,7 @@ _UNREAD: Sequence[tuple[Callable[[ModelConfig], bool], tuple[str, ...], str, str
         "--multi-latent-attention --qk-layernorm with it",
     ),
     (
-        lambda model: not model.linear_layers,
+        lambda model: not model.has_linear_layers,
         LINEAR_SIZES,
         "without gated DeltaNets",
         "--linear-attention-freq 4 with it",
@@ -132,7 +132,7 @@ def _recurrences(model: ModelConfig) -> Iterator[ConfigError]:
         if rule:
             yield ConfigError(flag, shown, rule, works)
     key_heads, heads = model.linear_num_key_heads, model.linear_num_value_heads
-    if model.linear_layers and heads % key_heads:
+    if model.has_linear_layers and heads % key_heads:
         rule = f"must be a multiple of --linear-num-key-heads {key_heads}"
         yield ConfigError("--linear-num-value-heads", heads, rule, multiples(heads, key_heads))
     for flag, named in (

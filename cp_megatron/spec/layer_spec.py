@@ -114,7 +114,8 @@ class LayerSpec(BlockSpec):
         width = self.mlp.up.inputs
         stream = sizes.stream_bytes(width)
         if granularity == "full":
-            return Counter(inputs=stream)
+            received = 0 if self.recurrence is None else self.recurrence.kept_messages(sizes)
+            return Counter(inputs=stream, attention=received)
         kept = Counter(attention=self.mixer.kept_results(sizes))
         for name in ("attention_post_norm", "mlp_post_norm"):
             kept[name] = _norm_bytes(getattr(self, name), sizes)

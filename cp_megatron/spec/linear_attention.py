@@ -167,18 +167,21 @@ class LinearAttentionSpec(BlockSpec):
         heads, key_heads = self.local_heads(tp)
         return 2 * key_heads * self.head_dim + heads * self.v_head_dim
 
-    def kept_results(self, sizes: ActivationSizes) -> int:
-        """Bytes that selective recomputation keeps too.
-
-        These are the result of the recurrence, what ``out`` reads, the states that enter pieces,
-        the transitions of the chains that this rank follows, and the halo of the convolution.
-        """
+    def kept_messages(self, sizes: ActivationSizes) -> int:
+        """Bytes that every recomputation keeps: the states that enter pieces, the transitions of
+        the chains that this rank follows, and the halo of the convolution."""
         heads, states = self.local_heads(sizes.tp)[0], sizes.states
-        results = 2 * sizes.tokens * heads * self.v_head_dim * sizes.element
         chained = states.pieces * heads * self.state.state
         chained += states.transitions * states.heads * self.state.transition
         halo = states.halo * self.channels(sizes.tp) * sizes.element
-        return results + sizes.batch * (chained * sizes.exact + halo)
+        return sizes.batch * (chained * sizes.exact + halo)
+
+    def kept_results(self, sizes: ActivationSizes) -> int:
+        """Bytes that selective recomputation keeps too: the result of the recurrence, what ``out``
+        reads, and what was received."""
+        heads = self.local_heads(sizes.tp)[0]
+        results = 2 * sizes.tokens * heads * self.v_head_dim * sizes.element
+        return results + self.kept_messages(sizes)
 
     def kept_operands(self, sizes: ActivationSizes) -> int:
         """Bytes that backward needs and that recomputation frees.

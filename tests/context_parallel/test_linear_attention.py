@@ -18,8 +18,10 @@ from cp_megatron.context_parallel import ContextParallel, KeptAttention, Receive
 from cp_megatron.context_parallel.short_convolution import HaloExchange
 from cp_megatron.errors import ConfigError
 from cp_megatron.kernels import linear_blocks
-from cp_megatron.plan import Grid, Mask, SequenceLayout
+from cp_megatron.plan import Grid, Mask, SequenceLayout, linear_tiles
+from cp_megatron.plan.linear_tiles import temporary_bytes
 from cp_megatron.plan.states import StatePlan, StateSize, Transition
+from tests.allocations import counting_memory
 from tests.context_parallel.recurrences import KINDS, convolved, inputs_of, token_by_token
 from tests.oracles import relative_error
 from tests.ranks import run_ranks
@@ -87,14 +89,13 @@ def of_case(
         for x in whole
     ]
     with mock.patch.object(linear_blocks, "BLOCK", case.block):
-        kind = Received if case.layout in ("balanced", "zigzag") else KeptAttention
-        kept = kind() if case.recomputed else None
-        out = cp.linear_attention(*own, kept=kept)
-        if kept is not None:
-            with mock.patch.object(dist, "all_to_all_single", side_effect=AssertionError):
-                again = cp.linear_attention(*own, kept=kept)
-            assert torch.equal(out, again)
-            out = again
+        for kept in (KeptAttention(), Received()) if case.recomputed else (None,):
+            out = cp.linear_attention(*own, kept=kept)
+            if kept is not None:
+                with mock.patch.object(dist, "all_to_all_single", side_effect=AssertionError):
+                    again = cp.linear_attention(*own, kept=kept)
+                assert torch.equal(out, again)
+                out = again
         out.backward(of_heads(cp.shard(dout, 1)).to(case.dtype))
     found = {"out": relative_error(out.double(), of_heads(expected.detach()), cp.positions)}
     for name, x, y in zip(names, own, oracle):
@@ -132,6 +133,52 @@ def test_equals_a_loop_over_tokens(kind: str, world_size: int) -> None:
     for result in run_ranks(errors, world_size, cases, timeout=240):
         for case, found in zip(cases, result, strict=True):
             assert max(found.values()) < 1e-12, (case, found)
+
+
+def tiled(rank: int, world_size: int, case: Case) -> list[dict[str, float]]:
+    """Heads one by one, and then as many as share a key head."""
+    group, found = dist.group.WORLD if world_size > 1 else None, []
+    for width in (1, case.heads[1] // case.heads[0]):
+        of_head = linear_tiles.temporary_bytes(
+            *case.dims, tokens_in_blocks(case, world_size), 8, case.block, per_channel=False
+        )
+        with mock.patch.object(linear_tiles, "TILE_BYTES", width * of_head):
+            found.append(of_case(case, group))
+    return found
+
+
+def tokens_in_blocks(case: Case, world_size: int) -> int:
+    held = TOKENS // (2 * world_size)
+    return case.batch * 2 * -(-held // case.block) * case.block
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_heads_may_be_computed_in_tiles(world_size: int) -> None:
+    case = Case(KINDS[0], MASKS["one"], "zigzag", heads=(2, 6), batch=2)
+    for result in run_ranks(tiled, world_size, case):
+        for found in result:
+            assert max(found.values()) < 1e-12, found
+
+
+def test_temporary_memory_is_bounded() -> None:
+    """The most that forward and backward hold, beside the output and the gradients."""
+    shape, dim = (1, 1024, 8), 64
+    q, k, v = (torch.randn(*shape, dim) for _ in range(3))
+    inputs = [x.requires_grad_() for x in (q, k, v, -torch.rand(shape), torch.rand(shape))]
+    cp = ContextParallel(None, Mask.causal(1024))
+    out = cp.linear_attention(*inputs)
+    dout, gradients = torch.ones_like(out), sum(x.nbytes for x in inputs)
+    for num_heads in (1, 4):
+        tokens, widths = shape[1], (dim, dim)
+        most = num_heads * temporary_bytes(
+            *widths, tokens, 4, linear_blocks.BLOCK, per_channel=False
+        )
+        with mock.patch.object(linear_tiles, "TILE_BYTES", most), counting_memory() as count:
+            out = cp.linear_attention(*inputs)
+        assert count.peak < out.nbytes + most
+        with mock.patch.object(linear_tiles, "TILE_BYTES", most), counting_memory() as count:
+            torch.autograd.grad(out, inputs, dout)
+        assert gradients + most / 2 < count.peak < gradients + most
 
 
 def received(rank: int, world_size: int, case: Case, tokens: int) -> list[int]:
@@ -263,7 +310,7 @@ def convolution_errors(rank: int, world_size: int, batch: int) -> list[dict[str,
             expected.backward(dout)
             own = [cp.shard(x, 1), weight.clone(), bias.clone()]
             own = [y.requires_grad_() for y in own]
-            kept = KeptAttention()
+            kept = Received()
             first = cp.short_conv(*own, kept=kept)
             with mock.patch.object(HaloExchange, "fetch", side_effect=AssertionError):
                 out = cp.short_conv(*own, kept=kept)

@@ -36,7 +36,7 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
 
 
 BY_TYPE = {family.model_type: family for family in FAMILIES}
-MIXTURES = {"deepseek_v2", "deepseek_v3", "granitemoehybrid"}
+MIXTURES = {"deepseek_v2", "deepseek_v3", "granitemoehybrid", "qwen3_next"}
 """Families whose config class has experts by default."""
 
 

@@ -114,6 +114,8 @@ _GROUPS = (
     "--position-embedding-type rope --kv-channels 8 --rope-type longrope"
     " --original-max-position-embeddings 16 --rope-short-factor 1 1 1 2"
     " --rope-long-factor 1 2 3 4",
+    "--linear-attention-layers 0 --linear-num-key-heads 2 --linear-num-value-heads 4"
+    " --linear-key-head-dim 4 --linear-value-head-dim 6 --attention-output-gate",
     "--position-embedding-type none",
     "--position-embedding-type learned_absolute",
     "--window-size 5 0",

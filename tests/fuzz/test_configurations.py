@@ -138,7 +138,7 @@ def is_small(plan: RunPlan, line: Line) -> bool:
 def test_the_checks_have_a_plan_or_one_line(verdicts: dict[int, RunPlan | ConfigError]) -> None:
     share = len(accepted(verdicts)) / len(verdicts)
     assert 0.2 < share < 0.6
-    said = frozenset[str]().union(*(line_of(seed).names for seed in range(1000)))
+    said = frozenset[str]().union(*(line_of(seed).names for seed in range(2000)))
     assert settings().keys() - said <= OUTSIDE.keys(), "a setting that no line says"
 
 

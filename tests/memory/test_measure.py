@@ -75,6 +75,7 @@ SLOW = [
     (1, [*LLAMA, *LINEAR]),
     (1, [*LLAMA, *GATED, "--kernel", "reference"]),
     (2, [*LLAMA, *CP2, *LINEAR, *BF16]),
+    (2, [*LLAMA, *CP2, *LINEAR, *FULL]),
     (2, [*LLAMA, *CP2, *LINEAR, *SELECTIVE, *GATED, "--dtype", "float64"]),
     (2, [*LLAMA, *BF16, *ROWS]),
     (4, [*LLAMA, *CP4, *BF16, "--cp-comm-type", "p2p", "--cp-route", "direct"]),

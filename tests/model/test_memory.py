@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from cp_megatron.comm.groups import ParallelGroups
-from cp_megatron.config import MemoryConfig
+from cp_megatron.config import MemoryConfig, ModelConfig
 from cp_megatron.config.schema import Recompute
 from cp_megatron.context_parallel import ContextParallel
 from cp_megatron.model import Transformer, build_model
@@ -24,6 +24,7 @@ from cp_megatron.tensor_parallel import LossRule
 from tests.allocations import counting_memory, kept_bytes
 from tests.model.grids import (
     LLAMA,
+    RECURRENT,
     SEQ,
     STYLES,
     VOCAB,
@@ -109,16 +110,18 @@ def test_ranks_may_have_different_numbers_of_tiles() -> None:
     assert gap < TOLERANCE, name
 
 
-def counted(rank: int, world_size: int, memory: MemoryConfig, exchange: str) -> Counter[str]:
+def counted(
+    rank: int, world_size: int, memory: MemoryConfig, exchange: str, model: ModelConfig = LLAMA
+) -> Counter[str]:
     """Messages of the cp group and FLOPs of a step on CP 2."""
     groups = ParallelGroups.create(Grid(dp=1, cp=2, tp=1), "cpu")
-    config = run_config(replace(LLAMA, num_query_groups=2), memory=memory)
-    model = build_model(config, groups, vocab_size=VOCAB, dtype="float64", device="cpu")
+    config = run_config(model, memory=memory)
+    built = build_model(config, groups, vocab_size=VOCAB, dtype="float64", device="cpu")
     cp = ContextParallel(groups.cp, Mask.causal(SEQ), exchange=exchange, check_ranks="never")
     tokens, labels = (cp.shard(x, 1) for x in batch())
     found: Counter[str] = Counter()
     with _Work(found):
-        trained, _ = model(tokens, cp=cp, labels=labels, rule=LossRule())
+        trained, _ = built(tokens, cp=cp, labels=labels, rule=LossRule())
         trained.backward()
     return found
 
@@ -139,6 +142,19 @@ class _Work(TorchDispatchMode):
             flops = flop_registry[func.overloadpacket]
             self.found["flops"] += flops(*args, **(kwargs or {}), out_val=out)
         return out
+
+
+def test_recurrences_send_nothing_twice() -> None:
+    """Neither their states nor the tokens that convolutions read."""
+    model = replace(RECURRENT, num_layers=2, linear_attention_layers=(0, 1))
+    plain, selective, full = (
+        run_ranks(counted, 2, MemoryConfig(recompute_granularity=level), "auto", model)
+        for level in ("none", "selective", "full")
+    )
+    for a, b, c in zip(plain, selective, full, strict=True):
+        assert a["messages"] == b["messages"] == c["messages"] > 0
+        assert a["flops"] < b["flops"]
+        assert a["flops"] < c["flops"]
 
 
 @pytest.mark.parametrize("exchange", ["p2p", "a2a"])

@@ -132,7 +132,7 @@ def errors_without(rank: int, world_size: int, what: str) -> float:
 
     def no_state(call: Any, x: Any) -> tuple[Tensor, Tensor]:
         entering, chained = enter(call, x)
-        return torch.zeros_like(entering), chained
+        return entering if entering is None else torch.zeros_like(entering), chained
 
     def no_tokens(self: Any, x: Tensor) -> Tensor:
         return x.new_zeros((x.shape[0], len(self.halo.received), x.shape[2]))

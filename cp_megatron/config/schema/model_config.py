@@ -224,8 +224,15 @@ class ModelConfig:
     @property
     def row_window(self) -> tuple[int, int] | None:
         """The window of every layer; None if some layers have none."""
-        windows = {self.layer_window(layer) for layer in range(self.num_layers)}
-        return windows.pop() if len(windows) == 1 else None
+        every = self.window_layers is None or len(self.window_layers) == self.num_layers
+        return self.window_size if every and not self.has_linear_layers else None
+
+    @property
+    def has_linear_layers(self) -> bool:
+        """Whether some layers are gated DeltaNets."""
+        if self.linear_attention_layers is not None:
+            return bool(self.linear_attention_layers)
+        return (self.linear_attention_freq or 1) > 1
 
     def is_linear(self, layer: int) -> bool:
         """Whether a layer, numbered from 0, is a gated DeltaNet and does not attend."""
@@ -236,7 +243,8 @@ class ModelConfig:
     @property
     def linear_layers(self) -> tuple[int, ...]:
         """The layers that are gated DeltaNets, numbered from 0."""
-        return tuple(filter(self.is_linear, range(self.num_layers)))
+        layers = range(self.num_layers) if self.has_linear_layers else ()
+        return tuple(filter(self.is_linear, layers))
 
     def layer_window(self, layer: int) -> tuple[int, int] | None:
         """The window of a layer, numbered from 0."""

@@ -16,9 +16,9 @@ from einops import rearrange
 from torch import Tensor
 
 from cp_megatron.comm.row_digest import digest_rows
-from cp_megatron.context_parallel import ContextParallel
+from cp_megatron.context_parallel import ContextParallel, Received
 from cp_megatron.errors import ConfigError
-from cp_megatron.model.huggingface.recomputed_layer import Kept, RecomputedLayer
+from cp_megatron.model.huggingface.recomputed_layer import RecomputedLayer
 from cp_megatron.model.huggingface.row_documents import BOUNDARIES, LONGEST, read_documents
 from cp_megatron.plan import Mask
 from cp_megatron.plan.layout import sequence_divisor
@@ -53,9 +53,9 @@ class BatchPlan:
             return self.cp
         return self.cp.within((window - 1, 0))
 
-    def kept(self, kind: type[Kept]) -> Kept | None:
+    def received(self) -> Received | None:
         """What the next operation of this layer received or will receive, if it is recomputed."""
-        return None if self.recomputed is None else self.recomputed.next(kind)
+        return None if self.recomputed is None else self.recomputed.next()
 
     def whole(self, x: Tensor) -> Tensor:
         """Returns the rows as they were given to ``shard_batch``, on every rank.

@@ -120,7 +120,7 @@ class _Recorded:
         """Takes the arguments of ``ContextParallel.linear_attention``; given are at most five."""
         return self._run(partial(self.cp.linear_attention, scale=scale), given, given[2].shape)
 
-    def short_conv(self, x: Tensor, *weights: Any, kept: Any = None) -> Any:
+    def short_conv(self, x: Tensor, *weights: Any) -> Any:
         """Takes the arguments of ``ContextParallel.short_conv``."""
         return self._run(lambda x: self.cp.short_conv(x, *weights), (x,), x.shape)
 

@@ -9,19 +9,16 @@ a new one, and receives everything again.)
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import nn
 
-from cp_megatron.context_parallel import KeptAttention, Received
+from cp_megatron.context_parallel import Received
 
 # An attribute of the modules that have the hook.
 _REMEMBERS = "_cp_megatron_remembers"
 _LAYER = "GradientCheckpointingLayer"  # of transformers
-
-
-Kept = TypeVar("Kept", KeptAttention, Received)
 
 
 @dataclass(eq=False)
@@ -34,21 +31,19 @@ class RecomputedLayer:
         task: the pass of backward in which the current run happens; -1 outside of one.
     """
 
-    messages: list[KeptAttention | Received] = field(default_factory=list)
+    messages: list[Received] = field(default_factory=list)
     place: int = 0
     task: int = -1
 
-    def next(self, kind: type[Kept]) -> Kept:
-        """Returns the messages of the next operation, in an object of this kind."""
+    def next(self) -> Received:
+        """Returns the messages of the next operation; a new run begins with each pass."""
         task = torch._C._current_graph_task_id()
         if task != self.task:
             self.task, self.place = task, 0
         if self.place == len(self.messages):
-            self.messages.append(kind())
+            self.messages.append(Received())
         self.place += 1
-        kept = self.messages[self.place - 1]
-        assert isinstance(kept, kind)
-        return kept
+        return self.messages[self.place - 1]
 
 
 def remember_messages(model: nn.Module) -> None:

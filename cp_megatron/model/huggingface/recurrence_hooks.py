@@ -28,7 +28,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cp_megatron.context_parallel import KeptAttention, Received
 from cp_megatron.errors import ConfigError
 from cp_megatron.kernels.interface import accumulation_dtype
 from cp_megatron.model.huggingface.attention_interface import refuse_unsupported
@@ -115,8 +114,7 @@ def _convolution(
     """Convolves [B, c, S] with [c, W], as ``causal_conv1d_fn`` does."""
     # [B, c, S] -> [B, S, c]
     x = hidden_states.transpose(1, 2).to(weight.dtype)
-    out = plan.within(None).short_conv(x, weight, bias, kept=plan.kept(KeptAttention))
-    out = out.transpose(1, 2)  # [B, S, c] -> [B, c, S]
+    out = plan.within(None).short_conv(x, weight, bias, plan.received()).transpose(1, 2)
     if activation is not None:
         out = import_transformers("model", "").activations.ACT2FN[activation](out)
     return out.to(hidden_states.dtype)
@@ -139,7 +137,7 @@ def _delta_rule(
     q, k, v, g, beta = (x.to(exact) for x in (query, key, value, g, beta))
     if use_qk_l2norm_in_kernel:
         q, k = (x * torch.rsqrt((x * x).sum(-1, keepdim=True) + _EPSILON) for x in (q, k))
-    out = plan.within(None).linear_attention(q, k, v, g, beta, kept=plan.kept(Received))
+    out = plan.within(None).linear_attention(q, k, v, g, beta, kept=plan.received())
     return out.to(query.dtype), None
 
 
@@ -170,7 +168,7 @@ def _mamba2_scan(
     dt = dt.clamp(*dt_limit).to(exact)
     q, k, x = (y.to(exact) for y in (C, B, hidden_states))
     cp, g = plan.within(None), A.to(exact) * dt
-    out = cp.linear_attention(q, k, x * dt[..., None], g, scale=1.0, kept=plan.kept(Received))
+    out = cp.linear_attention(q, k, x * dt[..., None], g, scale=1.0, kept=plan.received())
     return out if D is None else out + D[..., None] * x
 
 

@@ -58,10 +58,10 @@ def test_lines_follow_the_chains(kind: str, tmp_path: Path) -> None:
         x = [float(n) for n in re.findall(r"[MH]([\d.]+)", path.attrib["d"])]
         y = [float(n) for n in re.findall(r"(?:V|M[\d.]+ )([\d.]+)", path.attrib["d"])]
         begin, end = (round((place - LEFT) / scale) for place in (x[0], x[-1]))
-        assert (begin, end) in list(pairwise(edges))
-        found.append((x[1:-1], [int((place - TOP) // (LANE + GAP)) for place in y]))
+        found.append(((begin, end), x[1:-1], [int((place - TOP) // (LANE + GAP)) for place in y]))
     expected = [
         (
+            next(x for x in pairwise(edges) if x[0] < plan.pieces[chain[1]].start < x[1]),
             [pytest.approx(LEFT + plan.pieces[n].start * scale, abs=0.01) for n in chain[1:]],
             [plan.pieces[number].rank for number in chain],
         )
