@@ -20,9 +20,10 @@ _CAUSAL = """
     GraniteMoeShared GraniteSWA HYV3 Helium HrmText HunYuanDenseV1 HunYuanMoEV1 HyperCLOVAX
     Jais2 JetMoe KimiLinear Kolibri1 Laguna LaraMini Lfm2 Lfm2Moe Lfm3 Llama LongcatFlash Mamba2
     Mellum MiMoV2Flash MiniCPM3 MiniMaxM2 MiniMaxM3VL Ministral Ministral3 Mistral Mixtral
-    Mllama ModernBertDecoder Moshi NanoChat NemotronH OPT Olmo Olmo2 Olmo3 OlmoHybrid Olmoe
-    Persimmon Phi Phi3 Phi4Multimodal Phimoe Qwen2 Qwen2Moe Qwen3 Qwen3Moe Qwen3Next Qwen3_5
-    Qwen3_5Moe RoCBert SeedOss SmolLM3 SolarOpen StableLm Starcoder2 Whisper Youtu Zamba2
+    Mllama ModernBertDecoder Moshi NanoChat Nemotron NemotronH OPT Olmo Olmo2 Olmo3 OlmoHybrid
+    Olmoe Persimmon Phi Phi3 Phi4Multimodal Phimoe Qwen2 Qwen2Moe Qwen3 Qwen3Moe Qwen3Next
+    Qwen3_5 Qwen3_5Moe RoCBert SeedOss SmolLM3 SolarOpen StableLm Starcoder2 VaultGemma Whisper
+    Youtu Zamba2
 """
 _OTHERS = """
     BertGenerationDecoder BertLMHeadModel CTRLLMHeadModel GPT2LMHeadModel
