@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from cp_megatron.kernels.interface import accumulation_dtype
@@ -240,8 +241,12 @@ class LinearBlocks:
         return grads
 
     def _prefixes(self, transition: Tensor) -> Tensor:
-        """Multiplies the transitions of a piece before each of its blocks, [B, m, h, ..]."""
-        prefix = torch.empty_like(transition)
+        """Multiplies the transitions of a piece before each of its blocks, [B, m, h, ..].
+
+        The products decay towards 0. What is about to underflow becomes 0, because processors take
+        many times as long for denormal numbers.
+        """
+        prefix, smallest = torch.empty_like(transition), 1e8 * torch.finfo(transition.dtype).tiny
         first = self._entry_first
         if transition.shape[-1] == 1:
             prefix[:, first] = 1.0
@@ -250,5 +255,6 @@ class LinearBlocks:
                 transition.shape[-1], dtype=prefix.dtype, device=prefix.device
             )
         for level, before in self._depths:
-            prefix[:, level] = apply_transition(transition[:, before], prefix[:, before])
+            product = apply_transition(transition[:, before], prefix[:, before])
+            prefix[:, level] = F.hardshrink(product, smallest)
         return prefix
