@@ -257,6 +257,9 @@ def refusals(rank: int, world_size: int) -> dict[str, str]:
     model = make_model("linear layers only", "cp_megatron", torch.float32)
     hybrid = make_model("Qwen3.5", "cp_megatron", torch.float32)
     unhooked = make_model("Qwen3.5", "cp_megatron", torch.float32)
+    early = make_model("linear layers only", "eager", torch.float32)
+    early._forward_pre_hooks.clear()  # as if it had been built before ``register``
+    del early._cp_megatron_watches
     modeling = importlib.import_module(type(unhooked).__module__)
     own = modeling.causal_conv1d_fn
 
@@ -268,6 +271,7 @@ def refusals(rank: int, world_size: int) -> dict[str, str]:
         "mamba": lambda: huggingface.check(mamba),
         "jamba": lambda: huggingface.check(library.JambaForCausalLM(jamba)),
         "cache": lambda: hybrid(**{**batch, "use_cache": True}),
+        "built before": lambda: early(**batch),
         "offsets": lambda: model(**batch, cu_seq_lens_q=torch.tensor([0, 120])),
         "index": lambda: model(**batch, seq_idx=torch.zeros(1, 120)),
     }
@@ -293,6 +297,7 @@ def test_what_is_not_covered_is_refused_by_name() -> None:
         "mamba": "layer_types linear_attention: layers of this type would see the tokens of one",
         "jamba": "gated DeltaNet, KDA and Mamba-2",
         "cache": "output_final_state True: is not supported under context parallelism",
+        "built before": "was built before huggingface.register()",
         "offsets": "cu_seq_lens_q (2,): is not supported under context parallelism",
         "index": "seq_idx (1, 120): is not supported under context parallelism",
         "not reached": "mixes the tokens of one rank outside of attention",

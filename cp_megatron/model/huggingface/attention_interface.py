@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from cp_megatron.errors import ConfigError
 from cp_megatron.model.huggingface.batch_plan import BatchPlan, refuse_padding
+from cp_megatron.model.huggingface.unseen_models import VOUCHED
 
 # Arguments of attention that would change the result, and what to use instead.
 _UNSUPPORTED: Mapping[str, str] = {
@@ -28,8 +29,6 @@ _UNSUPPORTED: Mapping[str, str] = {
     "output_attentions": "attn_implementation='eager' on one rank",
     "output_router_logits": "the router's loss added by hand, because it is not a sum over tokens",
 }
-# Set on every module of a model that was checked: what is wrong with the model's own loss, or "".
-VOUCHED = "_cp_megatron_vouched"
 
 
 @dataclass(frozen=True)

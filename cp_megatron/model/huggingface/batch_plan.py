@@ -20,6 +20,7 @@ from cp_megatron.context_parallel import ContextParallel, Received
 from cp_megatron.errors import ConfigError
 from cp_megatron.model.huggingface.recomputed_layer import RecomputedLayer
 from cp_megatron.model.huggingface.row_documents import BOUNDARIES, LONGEST, read_documents
+from cp_megatron.model.huggingface.unseen_models import refuse_unseen_models
 from cp_megatron.plan import Mask
 from cp_megatron.plan.layout import sequence_divisor
 
@@ -126,6 +127,7 @@ def shard_batch(
         ConfigError: shapes do not fit, the arguments contradict each other about documents, or the
             engine raised it.
     """
+    refuse_unseen_models(BatchPlan)
     stated = {name: tokens.pop(name, None) for name in (*BOUNDARIES, *LONGEST)}
     rows = _check_rows(tokens, labels)
     found = read_documents(rows.shape[:2], position_ids, attention_mask, stated)

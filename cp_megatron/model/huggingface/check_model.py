@@ -19,11 +19,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from cp_megatron.errors import ConfigError
-from cp_megatron.model.huggingface.attention_interface import (
-    VOUCHED,
-    attention,
-    wanted_mask,
-)
+from cp_megatron.model.huggingface.attention_interface import attention, wanted_mask
 from cp_megatron.model.huggingface.batch_plan import BatchPlan
 from cp_megatron.model.huggingface.keyword_hooks import hand_down, tell_base
 from cp_megatron.model.huggingface.probe import (
@@ -36,6 +32,7 @@ from cp_megatron.model.huggingface.probe import (
 from cp_megatron.model.huggingface.recomputed_layer import remember_messages
 from cp_megatron.model.huggingface.recurrence_hooks import hook_layers, refuse_other_mixers
 from cp_megatron.model.huggingface.shrink_config import parts_of, shrink
+from cp_megatron.model.huggingface.unseen_models import VOUCHED
 from cp_megatron.model.transformers_library import import_transformers
 
 _PROBE_NAME = "cp_megatron_probe"  # the name of our attention in the small models

@@ -8,10 +8,8 @@ from typing import Any
 
 from cp_megatron.model.huggingface.attention_interface import attention, wanted_mask
 from cp_megatron.model.huggingface.check_model import check_call, refuse_own_table
+from cp_megatron.model.huggingface.unseen_models import WATCHED
 from cp_megatron.model.transformers_library import import_transformers
-
-# Marks the wrapped method, and each model that has the hook.
-_WATCHES = "_cp_megatron_watches"
 
 
 def register(name: str = "cp_megatron") -> None:
@@ -33,7 +31,7 @@ def register(name: str = "cp_megatron") -> None:
 def _watch_models(library: ModuleType) -> None:
     model_class = library.PreTrainedModel
     own = model_class.get_correct_attn_implementation
-    if hasattr(own, _WATCHES):
+    if hasattr(own, WATCHED):
         return
 
     @wraps(own)
@@ -41,10 +39,10 @@ def _watch_models(library: ModuleType) -> None:
         chosen = own(self, *args, **kwargs)
         if library.AttentionInterface().get(chosen) is attention:
             refuse_own_table(self, chosen)
-        if not hasattr(self, _WATCHES):
-            setattr(self, _WATCHES, True)
+        if not hasattr(self, WATCHED):
+            setattr(self, WATCHED, True)
             self.register_forward_pre_hook(check_call, with_kwargs=True)
         return chosen
 
-    setattr(checked, _WATCHES, True)
+    setattr(checked, WATCHED, True)
     model_class.get_correct_attn_implementation = checked
