@@ -205,7 +205,8 @@ def overhead_results(arguments: Arguments) -> Iterator[dict[str, object]]:
     rounds, problem = arguments.rounds, (RANKS * TOKENS, SPEED_HEADS, DIM)
     if arguments.quick:
         rounds, problem = 2, (64, 2, 8)
-    teams = {size: Team(size, 1, bench) for size in (1, 2, RANKS)}
+    sizes = (1, 2) if arguments.quick else (1, 2, RANKS)
+    teams = {size: Team(size, 1, bench) for size in sizes}
     spent: dict[int, list[float]] = {size: [] for size in teams}
     for team in teams.values():
         team.ask("prepare_overhead", problem)

@@ -109,7 +109,7 @@ class LinearBlocks:
             factors = transition.shape[-1] == 1
             reads.append(read * prefix.mT if factors else read @ prefix)
             ends = self._entry_last
-            transitions.append(apply_transition(transition[:, ends], prefix[:, ends]))
+            transitions.append(_product(transition[:, ends], prefix[:, ends]))
         parts = out, *reads
         return LinearSummary(torch.cat(increments, 2), torch.cat(transitions, 2), parts)
 
@@ -241,12 +241,8 @@ class LinearBlocks:
         return grads
 
     def _prefixes(self, transition: Tensor) -> Tensor:
-        """Multiplies the transitions of a piece before each of its blocks, [B, m, h, ..].
-
-        The products decay towards 0. What is about to underflow becomes 0, because processors take
-        many times as long for denormal numbers.
-        """
-        prefix, smallest = torch.empty_like(transition), 1e8 * torch.finfo(transition.dtype).tiny
+        """Multiplies the transitions of a piece before each of its blocks, [B, m, h, ..]."""
+        prefix = torch.empty_like(transition)
         first = self._entry_first
         if transition.shape[-1] == 1:
             prefix[:, first] = 1.0
@@ -255,6 +251,14 @@ class LinearBlocks:
                 transition.shape[-1], dtype=prefix.dtype, device=prefix.device
             )
         for level, before in self._depths:
-            product = apply_transition(transition[:, before], prefix[:, before])
-            prefix[:, level] = F.hardshrink(product, smallest)
+            prefix[:, level] = _product(transition[:, before], prefix[:, before])
         return prefix
+
+
+def _product(second: Tensor, first: Tensor) -> Tensor:
+    """Multiplies transitions. What is about to underflow becomes 0.
+
+    Products decay towards 0, and processors take many times as long for denormal numbers.
+    """
+    smallest = 1e8 * torch.finfo(first.dtype).tiny
+    return F.hardshrink(apply_transition(second, first), smallest)

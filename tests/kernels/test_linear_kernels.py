@@ -73,3 +73,14 @@ def test_fla_agrees_with_the_reference(kind: str, lengths: tuple[int, ...]) -> N
         x, given = problem(kind, pieces, (6, 5))
         found = results(LinearFla(FlaDouble().functions, mask, pieces, CPU), x, given)
         assert worst(found, results(LinearBlocks(mask, pieces, CPU), x, given)) < 1e-12
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_transitions_hold_no_denormal_numbers(kind: str) -> None:
+    """In a piece of 256 tokens, e^(-0.35 * 256) is 1e-39, which float32 holds as denormal."""
+    mask, pieces = pieces_of((64, 384, 64), 1)
+    x, _ = problem(kind, pieces, (6, 5), torch.float32)
+    x = x._replace(g=torch.full_like(x.g, -0.35), k=x.k * 0.01)
+    transitions = LinearBlocks(mask, pieces, CPU).summarize(x).transitions
+    assert transitions.shape[1] == 1
+    assert not ((transitions != 0) & (transitions.abs() < torch.finfo(torch.float32).tiny)).any()
