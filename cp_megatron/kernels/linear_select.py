@@ -3,8 +3,9 @@
 There are two: ``reference`` is PyTorch's own functions on any device, and ``fla`` the package
 flash-linear-attention on CUDA. The flag ``--kernel`` names kernels of attention. ``--kernel
 reference`` means that of recurrences as well; with every other value, a recurrence takes ``fla``
-where it can. float64 always takes ``reference``, because ``fla`` does not compute in it, and so
-does a run that must be deterministic, because ``fla`` does not promise it.
+where it can. float64 and float32 always take ``reference``: ``fla`` does not compute in the one,
+and may round products in the other to TF32, whose errors a chain of states multiplies. So does a
+run that must be deterministic, because ``fla`` does not promise it.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ from __future__ import annotations
 from cp_megatron.kernels.select import KernelChoice, KernelTraits, is_installed
 
 FLA = KernelTraits(
-    *("fla", 256, "the package flash-linear-attention; products of float32 may be TF32"),
-    dtypes=("float32", "bfloat16", "float16"),
+    *("fla", 256, "the package flash-linear-attention"),
+    dtypes=("bfloat16", "float16"),
     deterministic_head_dim=0,
     package="fla.ops.gated_delta_rule",
     install="pip install -e '.[linear]'",

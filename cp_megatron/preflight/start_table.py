@@ -17,6 +17,7 @@ from cp_megatron.cli.refusal import printable
 from cp_megatron.config import Config, DataConfig
 from cp_megatron.config.files.presets import MEGATRON_PRESET, PRESETS
 from cp_megatron.config.files.run_folders import RUNS
+from cp_megatron.kernels.linear_select import select_linear_kernel
 from cp_megatron.preflight.model_words import (
     factors_of,
     heads_of,
@@ -122,6 +123,8 @@ def _choices(plan: RunPlan) -> Iterator[Line]:
     for device, kernel in plan.kernels.items():
         label = "kernel" if len(plan.kernels) == 1 else f"kernel on {device}"
         yield label, f"{kernel.name} - {kernel.reason}"
+    if plan.config.model.has_linear_layers:
+        yield from _recurrences(plan)
     if plan.config.train.deterministic:
         yield "deterministic", "on: the same grid repeats bit for bit"
     if plan.grid.cp > 1:
@@ -129,6 +132,20 @@ def _choices(plan: RunPlan) -> Iterator[Line]:
     yield "exchange", _exchange(plan.sequence)
     if plan.grid.tp > 1:
         yield "sequence parallel", "on" if plan.config.parallel.sequence_parallel else "off"
+
+
+def _recurrences(plan: RunPlan) -> Iterator[Line]:
+    """The kernel of recurrences on each device that may be."""
+    for device in plan.kernels:
+        choice = select_linear_kernel(
+            plan.config.parallel.kernel,
+            device=device,
+            dtype=dtype_on(plan.config, device),
+            head_dim=plan.config.model.linear_key_head_dim,
+            deterministic=plan.config.train.deterministic,
+        )
+        label = "recurrences" if len(plan.kernels) == 1 else f"recurrences on {device}"
+        yield label, f"{choice.name} - {choice.reason}"
 
 
 def _attention(plan: RunPlan) -> str:

@@ -24,7 +24,7 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("installed")
 def test_fla_is_taken_where_it_can() -> None:
-    for dtype in ("float32", "bfloat16", "float16"):
+    for dtype in ("bfloat16", "float16"):
         assert chosen(dtype=dtype)[0] == "fla"
     assert chosen("flash_attn")[0] == "fla"
     for change, reason in (

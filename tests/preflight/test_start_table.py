@@ -86,6 +86,10 @@ def test_the_model_is_told_where_it_differs_from_llama() -> None:
         "causal, 8 tokens back, scores capped at 50, learned sinks",
     ):
         assert part in text
+    text = shown(planned("--preset", "toy-qwen3.5", "--device", "cpu"), width=200)
+    assert "3 of 4 layers are gated DeltaNets (4 heads of 32 x 32 in 2 groups)" in text
+    assert "gated output" in text
+    assert "reference - PyTorch's own functions, block by block; not fla: runs on cuda" in text
     text = shown(planned("--multi-latent-attention", "--parallel-residual"), width=200)
     assert "4 heads of 192 (values 128) from latents of 512" in text
     assert "GELU 512 beside attention" in text

@@ -48,6 +48,9 @@ class BatchPlan:
     outputs_whole: bool = False
     recomputed: RecomputedLayer | None = None
 
+    def __post_init__(self) -> None:
+        refuse_unseen_models(BatchPlan)
+
     def within(self, window: int | None) -> ContextParallel:
         """The engine for a layer whose queries see ``window`` keys, including their own."""
         if window is None or window >= max(self.cp.mask.lengths):
@@ -127,7 +130,6 @@ def shard_batch(
         ConfigError: shapes do not fit, the arguments contradict each other about documents, or the
             engine raised it.
     """
-    refuse_unseen_models(BatchPlan)
     stated = {name: tokens.pop(name, None) for name in (*BOUNDARIES, *LONGEST)}
     rows = _check_rows(tokens, labels)
     found = read_documents(rows.shape[:2], position_ids, attention_mask, stated)
