@@ -121,7 +121,8 @@ def place(
     if dim is not None:
         assert value.shape[dim] % size == 0, f"{tuple(value.shape)} over {size} ranks"
         local = value.chunk(size, dim)[tp_mesh.get_local_rank()]
-    local = local.to(device, copy=True).contiguous()
+    # Not ``to(copy=True)``, which keeps the stride 0 of an expanded tensor.
+    local = torch.empty(local.shape, dtype=local.dtype, device=device).copy_(local)
     over_tp = Replicate() if dim is None else Shard(dim)
     return DTensor.from_local(local, tp_mesh, [over_tp], run_check=False)
 

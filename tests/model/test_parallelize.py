@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
@@ -15,12 +16,15 @@ from cp_megatron.comm.groups import ParallelGroups
 from cp_megatron.comm.rng import dropout_seed, seed_dropout
 from cp_megatron.context_parallel import ContextParallel
 from cp_megatron.model import Transformer, build_model
+from cp_megatron.model.gated_delta_net import Decay, GatedDeltaNet
 from cp_megatron.model.parallelize import ComputeDType
 from cp_megatron.plan import Grid, Mask
 from cp_megatron.spec import ModelSpec
+from cp_megatron.tensor_parallel import SpecifiedModule
 from tests.model.grids import (
     GPT,
     LLAMA,
+    RECURRENT,
     SEQ,
     STYLES,
     VOCAB,
@@ -209,3 +213,52 @@ def rotation_types(rank: int, world_size: int) -> set[torch.dtype]:
 
 def test_angles_stay_float32_where_a_model_computes_in_bfloat16() -> None:
     assert run_ranks(rotation_types, 1) == [{torch.float32}]
+
+
+def empty(rank: int, world_size: int) -> list[str]:
+    """The names of parameters that wait for weights and are not zero, on TP 4."""
+    groups = ParallelGroups.create(Grid(tp=4), "cpu")
+    model = build_model(
+        run_config(RECURRENT),
+        groups,
+        vocab_size=VOCAB,
+        dtype="float32",
+        device="cpu",
+        initialize=False,
+    )
+    return [name for name, x in model.named_parameters() if full(x.detach()).any()]
+
+
+def test_parameters_of_one_number_on_a_rank_wait_for_their_weights() -> None:
+    assert run_ranks(empty, 4) == [[]] * 4
+
+
+def types_in_forward(rank: int, world_size: int) -> dict[str, set[torch.dtype]]:
+    """The types that a model in bfloat16 computes the decay of recurrences with, and its result."""
+    groups = ParallelGroups.create(Grid(cp=2), "cpu")
+    model = build_model(
+        run_config(RECURRENT), groups, vocab_size=VOCAB, dtype="bfloat16", device="cpu"
+    )
+    found: dict[str, set[torch.dtype]] = {"decay": set(), "query": set()}
+
+    def local(module: Decay, name: str) -> Tensor:
+        value = SpecifiedModule.local(module, name)
+        found["decay"].add(value.dtype)
+        return value
+
+    for module in model.modules():
+        if isinstance(module, GatedDeltaNet):
+            module.decay.register_forward_hook(lambda _, __, out: found["decay"].add(out.dtype))
+            module.query.register_forward_hook(lambda _, __, out: found["query"].add(out.dtype))
+    cp = ContextParallel(groups.cp, Mask.causal(SEQ))
+    tokens, labels = (cp.shard(x, 1) for x in batch())
+    with mock.patch.object(Decay, "local", local):
+        model(tokens, cp=cp, labels=labels)[0].backward()
+    grads = {x.grad.dtype for name, x in model.named_parameters() if "decay" in name}
+    return {**found, "gradients": grads}
+
+
+def test_the_decay_of_a_recurrence_is_not_rounded_to_bfloat16() -> None:
+    exact, rounded = {torch.float32}, {torch.bfloat16}
+    expected = {"decay": exact, "query": rounded, "gradients": exact}
+    assert run_ranks(types_in_forward, 2) == [expected] * 2
