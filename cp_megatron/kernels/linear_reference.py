@@ -6,8 +6,8 @@ One head, token t, all vectors columns, with decay a_t = exp(g_t) and learning r
     u_t = b_t (v_t - a_t S_{t-1}^T k_t)  the delta rule; without b, u_t = v_t
 
 a_t is a number (gated DeltaNet, Mamba-2) or one per channel of the key (KDA, GLA). In a block that
-the state S enters, with G the running sum of g, this is (Yang et al. 2024, arXiv:2406.06484 and
-2412.06464, in which T = (1 + A)^-1 is called the WY or UT transform)
+the state S enters, with G the running sum of g in each document, this is (Yang et al. 2024,
+arXiv:2406.06484 and 2412.06464, in which T = (1 + A)^-1 is called the WY or UT transform)
 
     A_ij = b_i k_i^T e^(G_i - G_j) k_j      for j < i         (1 + A) u = b (v - e^G k S)
     P_ij = scale q_i^T e^(G_i - G_j) k_j    for j <= i        o = scale e^G q S + P u
@@ -95,14 +95,16 @@ class SolvedBlocks:
         repeats = x.v.shape[2] // x.k.shape[2]
         q, k = (y.repeat_interleave(repeats, dim=2) if repeats > 1 else y for y in x[:2])
         q = q * scale
-        running = x.g.cumsum(3)
-        if running.ndim == 4:
-            running = running[..., None]
+        g = x.g[..., None] if x.g.ndim == 4 else x.g  # [B, n, H, C, 1 or D]
         reads = masks.reads[:, None]  # [n, 1, C, C]
+        # G begins anew in each document: a sum over all documents of the block would lose the
+        # digits of those with long memories to those with short ones.
+        running = reads.to(g.dtype) @ g
+        total = masks.leaves[:, None, None, :].to(g.dtype) @ g  # [B, n, H, 1, 1 or D]
         entering = running.masked_fill(~masks.enters[:, None, :, None], float("-inf")).exp()
-        left = running[..., -1:, :] - running
+        left = total - running
         kept = left.masked_fill(~masks.leaves[:, None, :, None], float("-inf")).exp() * k
-        end = running[..., -1, :, None].exp() * masks.carries[:, None, None, None]
+        end = total.mT.exp() * masks.carries[:, None, None, None]
         queries, values, entered = entering * q, x.v, None
         if x.beta is None:
             products = _products([q], k, running, reads)[0]
@@ -168,13 +170,15 @@ def _products_of_rows(
     """Computes the rows of one sub-block, with a decay per channel.
 
     With the keys before it, e^(G_i - G_j) is e^(G_i - G_start) times e^(G_start - G_j), and both
-    are at most 1. With its own keys, it is computed for every pair.
+    are at most 1; where G is that of different documents, they are bounded and not read. With its
+    own keys, it is computed for every pair.
     """
     stop, length = min(start + SUB_BLOCK, keys.shape[-2]), keys.shape[-2]
     here, own = slice(start, stop), running[..., start:stop, :]
     reference = running[..., start : start + 1, :]
-    earlier = (keys[..., :start, :] * (reference - running[..., :start, :]).exp()).mT
-    decay = (own - reference).exp()
+    before_start = (reference - running[..., :start, :]).clamp(max=0).exp()
+    earlier = (keys[..., :start, :] * before_start).mT
+    decay = (own - reference).clamp(max=0).exp()
     pairs = own[..., :, None, :] - own[..., None, :, :]  # [.., i, j, D]
     pairs = pairs.masked_fill(~mask[..., here, here, None], float("-inf")).exp()
     pairs = pairs * keys[..., None, here, :]

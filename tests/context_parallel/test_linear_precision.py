@@ -12,6 +12,7 @@ from torch.nn.functional import normalize
 
 from cp_megatron.context_parallel import ContextParallel, state_exchange
 from cp_megatron.plan import Mask, SequenceLayout
+from tests.context_parallel.recurrences import KINDS, inputs_of
 from tests.oracles import relative_error
 from tests.ranks import run_ranks
 
@@ -77,3 +78,25 @@ def test_a_bfloat16_wire_would_be_noticed() -> None:
     for one, ours in run_ranks(errors, 4, False, torch.bfloat16):
         for name in NAMES:
             assert ours[name] > 20 * one[name], (name, one, ours)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_short_memories_cost_their_neighbours_no_digits(kind: str) -> None:
+    """Documents share a block with others that decay by e^-80 a token."""
+    lengths = (40, 24) * 4
+    given = inputs_of(kind, 1, sum(lengths), heads=(2, 4), dims=(8, 8))
+    starts = [sum(lengths[:n]) for n in range(len(lengths))]
+    for start, length in list(zip(starts, lengths))[::2]:
+        given[3][:, start : start + length] = -80.0
+    whole = [None if x is None else x.float().requires_grad_() for x in given]
+    out = ContextParallel(None, Mask.documents(lengths)).linear_attention(*whole)
+    out.backward(torch.ones_like(out))
+    for start, length in list(zip(starts, lengths))[1::2]:
+        part = slice(start, start + length)
+        alone = [None if x is None else x.detach()[:, part].requires_grad_() for x in whole]
+        expected = ContextParallel(None, Mask.causal(length)).linear_attention(*alone)
+        expected.backward(torch.ones_like(expected))
+        assert (out[:, part] - expected).norm() < 1e-6 * expected.norm()
+        for x, y in zip(whole, alone):
+            if x is not None and y is not None:
+                assert (x.grad[:, part] - y.grad).norm() < 2e-6 * y.grad.norm()
