@@ -14,7 +14,7 @@ from cp_megatron.comm.checksums import LinkSums
 from cp_megatron.context_parallel.attention_function import KeptAttention
 from cp_megatron.context_parallel.autocast import cast_inputs
 from cp_megatron.context_parallel.buffers import Buffers
-from cp_megatron.context_parallel.input_check import RankAgreement
+from cp_megatron.context_parallel.input_check import RankAgreement, check_options
 from cp_megatron.context_parallel.kernel_chooser import KernelChooser
 from cp_megatron.context_parallel.linear_check import check_convolution, check_linear
 from cp_megatron.context_parallel.linear_function import LinearPlan, planned_linear_attention
@@ -87,10 +87,10 @@ class RecurrentSequence(ShardedSequence):
         Args:
             q, k: [B, S / N, G, D], normalized or not, as the layer has them.
             v: [B, S / N, H, E]; H is a multiple of G, head h reads key head h // (H / G).
-            g: the logarithm of the decay, at most 0: floating [B, S / N, H], or
+            g: the logarithm of the decay, finite and at most 0: floating [B, S / N, H], or
                 [B, S / N, H, D] for one per channel of the key.
             beta: floating [B, S / N, H], the rate of the delta rule.
-            scale: by default D ** -0.5.
+            scale: a positive factor; by default D ** -0.5.
             kept: as in ``ContextParallel.attention``; with ``Received`` the second call computes
                 again what needs no message.
 
@@ -104,9 +104,9 @@ class RecurrentSequence(ShardedSequence):
         inputs = (q, k, v, g) if beta is None else (q, k, v, g, beta)
         with self._agreement.after_checks(inputs, (scale, "linear"), None, self._rows, kept):
             check_linear(inputs, self.layout.shard_len)
+            scale = check_options(q, scale)
             plan = self._linear_plan(v.shape[2])
             kernel = plan.kernel(self.kernels.linear_choice(q).name, q.device)
-        scale = q.shape[3] ** -0.5 if scale is None else scale
         return planned_linear_attention(plan, kernel, LinearInputs(q, k, v, g, beta, scale), kept)
 
     @torch.compiler.disable
@@ -134,7 +134,8 @@ class RecurrentSequence(ShardedSequence):
         """
         x, weight = cast_inputs(x, weight)
         bias = None if bias is None else cast_inputs(bias)[0]
-        with self._agreement.after_checks((x, weight), ("convolution",), None, self._rows, kept):
+        options = "convolution", bias is not None and tuple(bias.shape)
+        with self._agreement.after_checks((x, weight), options, None, self._rows, kept):
             check_convolution(x, weight, bias, self.layout.shard_len)
             halo = self._halo(weight.shape[1])
         return short_convolution(halo, x, weight, bias, kept)

@@ -18,6 +18,7 @@ from cp_megatron.comm.checksums import LinkSums
 from cp_megatron.comm.send_receive import post
 from cp_megatron.context_parallel.buffers import Buffers
 from cp_megatron.context_parallel.received import Received
+from cp_megatron.kernels.interface import accumulation_dtype
 from cp_megatron.plan import Mask, SequenceLayout
 from cp_megatron.plan.buffer_sizes import RECEIVED_HEADS, SENT_HEADS
 from cp_megatron.plan.halo import plan_halos
@@ -122,7 +123,7 @@ class HaloExchange:
 
 
 class _ShortConvolution(torch.autograd.Function):
-    """Saves x, what was received, and the weight.
+    """Saves x, what was received, and the weight. Sums are float32 (float64 for float64).
 
     The gradient of x is complete on this rank; those of weight and bias are this rank's share of a
     sum over the group.
@@ -141,11 +142,11 @@ class _ShortConvolution(torch.autograd.Function):
         (received,) = kept.once(lambda: (exchange.fetch(x),))
         ctx.save_for_backward(x, received, weight)
         taps, _ = exchange.on(x.device)
-        known = torch.cat((x, received), dim=1)
-        out = torch.zeros_like(x)
+        known, exact = torch.cat((x, received), dim=1), accumulation_dtype(x.dtype)
+        out = torch.zeros_like(x, dtype=exact)
         for j, places in enumerate(taps):
             out.addcmul_(_read(known, places), weight[:, weight.shape[1] - 1 - j])
-        return out if bias is None else out.add_(bias)
+        return (out if bias is None else out.add_(bias)).to(x.dtype)
 
     @staticmethod
     @once_differentiable
@@ -154,16 +155,18 @@ class _ShortConvolution(torch.autograd.Function):
         exchange: HaloExchange = ctx.exchange
         taps, _ = exchange.on(x.device)
         known, width = torch.cat((x, received), dim=1), weight.shape[1]
-        dknown, dweight = torch.zeros_like(known), torch.empty_like(weight)
+        exact = accumulation_dtype(x.dtype)
+        dknown, dweight = torch.zeros_like(known, dtype=exact), torch.empty_like(weight)
         for j, places in enumerate(taps):
             column = width - 1 - j
-            dweight[:, column] = (dout * _read(known, places)).sum((0, 1))
-            inside = (places >= 0)[:, None]
-            dknown.index_add_(1, places.clamp(min=0), dout * weight[:, column] * inside)
-        dx, dreceived = dknown.split((x.shape[1], received.shape[1]), dim=1)
+            dweight[:, column] = (dout * _read(known, places)).sum((0, 1), dtype=exact)
+            inside, factor = (places >= 0)[:, None], weight[:, column].to(exact)
+            dknown.index_add_(1, places.clamp(min=0), dout * factor * inside)
+        dx, dreceived = dknown.to(x.dtype).split((x.shape[1], received.shape[1]), dim=1)
         dx = dx.contiguous()
         exchange.give_back_(dx, dreceived)
-        return None, None, dx, dweight, dout.sum((0, 1)) if ctx.has_bias else None
+        dbias = dout.sum((0, 1), dtype=exact).to(dout.dtype) if ctx.has_bias else None
+        return None, None, dx, dweight, dbias
 
 
 def _read(known: Tensor, places: Tensor) -> Tensor:

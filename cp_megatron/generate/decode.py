@@ -121,6 +121,7 @@ class Session:
             part = list(tokens[start : start + PREFILL_TOKENS])
             row = CachedRow(self._cache, len(part), mask)
             logits = self.model(torch.tensor([part], device=device), cp=row)[0, -1]
+            self._cache.states.commit()
             self._cache.length += len(part)
             self.tokens += part
         return logits

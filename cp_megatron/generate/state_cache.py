@@ -20,15 +20,21 @@ from cp_megatron.plan.states import Piece
 class StateCache:
     """The states of all layers for one batch of rows.
 
-    Layers are numbered in the order in which the model calls them.
+    Layers are numbered in the order in which the model calls them. What a pass computes is kept
+    when all layers have run, so that a pass that was interrupted can be repeated.
     """
 
     def __init__(self) -> None:
         self._states: dict[int, Tensor] = {}  # [B, H, D, E] in the type of sums
         self._inputs: dict[int, Tensor] = {}  # [B, W - 1, c]
+        self._next: tuple[dict[int, Tensor], dict[int, Tensor]] = {}, {}
 
     def __bool__(self) -> bool:
         return bool(self._states or self._inputs)
+
+    def commit(self) -> None:
+        """Keeps what the pass that has ended computed."""
+        self._states, self._inputs = map(dict, self._next)
 
     def convolve(self, layer: int, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Computes the convolution of the new tokens; the arguments are those of ``short_conv``.
@@ -39,7 +45,7 @@ class StateCache:
         before = weight.shape[1] - 1
         earlier = self._inputs.get(layer, x.new_zeros(x.shape[0], before, x.shape[2]))
         known = torch.cat((earlier, x), dim=1)
-        self._inputs[layer] = known[:, known.shape[1] - before :].clone()
+        self._next[1][layer] = known[:, known.shape[1] - before :].clone()
         # [B, W - 1 + S, c] -> [B, c, S] -> [B, S, c]
         return F.conv1d(known.mT, weight.unsqueeze(1), bias, groups=x.shape[2]).mT
 
@@ -54,7 +60,7 @@ class StateCache:
         empty = torch.zeros(batch, heads, dim, v_dim, dtype=exact, device=x.v.device)
         state = self._states.get(layer, empty)
         if tokens == 1:
-            self._states[layer], out = _step(x, state)
+            self._next[0][layer], out = _step(x, state)
             return out
         # The tokens are a piece that the state enters and leaves.
         piece = Piece(0, 1, tokens + 1, 0, enters=True, leaves=True, is_through=True)
@@ -62,7 +68,7 @@ class StateCache:
         kernel = load_linear_kernel("reference", mask, [piece], x.v.device)
         summary = kernel.summarize(x)
         moved = apply_transition(summary.transitions[:, 0], state)
-        self._states[layer] = moved + summary.increments[:, 0]
+        self._next[0][layer] = moved + summary.increments[:, 0]
         return kernel.apply(x, summary, state.unsqueeze(1))
 
 

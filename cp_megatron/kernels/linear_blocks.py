@@ -67,11 +67,8 @@ class LinearBlocks:
         self._entry = self._moved(x.entry)
         self._entry_piece = self._moved((np.cumsum(enters) - 1)[x.piece[x.entry]])
         depth = x.entry - x.first[x.piece[x.entry]]
-        self._depths = [
-            (self._blocks(b), self._blocks(b - 1))
-            for level in range(1, int(depth.max(initial=0)) + 1)
-            for b in [np.flatnonzero(depth == level)]
-        ]
+        by_depth = np.split(np.argsort(depth, kind="stable"), np.cumsum(np.bincount(depth))[:-1])
+        self._depths = [(self._blocks(b), self._blocks(b - 1)) for b in by_depth[1:]]
         self._entry_first = self._moved(np.flatnonzero(depth == 0))
         self._entry_last = self._moved(np.searchsorted(x.entry, x.last[through]))
         block = np.searchsorted(x.entry, x.place // BLOCK)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from typing import cast
+from unittest import mock
 
 import pytest
 import torch
@@ -109,6 +110,20 @@ def test_a_reused_session_equals_a_fresh_one(name: str, data: st.DataObject) -> 
         ]
         assert answers[0] == answers[1]
         assert session.tokens[: len(prompt)] == prompt
+
+
+@pytest.mark.parametrize("name", ["llama", "recurrent"])
+def test_an_interrupted_pass_leaves_nothing(name: str) -> None:
+    model = tiny(MODELS[name])
+    session = Session(model=model, seq_length=SEQ)
+    for text in (PROMPT, [*PROMPT, 1]):
+        last = list(model.layers.values())[-1]
+        handle = last.register_forward_pre_hook(mock.Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            session.feed(text[len(session.tokens) :])
+        handle.remove()
+        logits = session.feed(text[len(session.tokens) :])
+        assert error(logits, whole_logits(model, text)) < 1e-10
 
 
 def continuation(model: Transformer, **changes: object) -> list[int]:
