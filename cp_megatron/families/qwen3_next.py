@@ -24,6 +24,11 @@ LINEAR_SIZES = (
     *("linear_value_head_dim", "linear_conv_kernel_dim"),
 )
 """The sizes of recurrences, which have the same names in config.json and in ``ModelConfig``."""
+# Keys that a model without experts does not need.
+_EXPERTS = (
+    *("moe_intermediate_size", "shared_expert_intermediate_size", "num_experts_per_tok"),
+    *("norm_topk_prob", "router_aux_loss_coef"),
+)
 _LAYER = "model.layers.{}.linear_attn"
 _OURS = "layers.{}.recurrence"
 
@@ -51,6 +56,7 @@ DEFAULTS: Mapping[str, Any] = {
 def read(fields: JsonFields, **flags: Any) -> ModelConfig:
     """Reads what Qwen3-Next and Qwen3.5 share; ``flags`` are those of ``llama_like.read``."""
     fields.only("attn_output_gate", True)
+    fields.get("mamba_ssm_dtype")  # states are always float32 or float64
     sizes = {name: fields.size(name) for name in LINEAR_SIZES}
     key_heads, heads = sizes["linear_num_key_heads"], sizes["linear_num_value_heads"]
     if heads % key_heads:
@@ -102,6 +108,8 @@ def _read(fields: JsonFields) -> ModelConfig:
     if experts and sparse:
         why = f"layer {sparse[0]} is a mixture of experts"
         raise fields.unsupported("num_experts", "0", why)
+    for name in _EXPERTS:
+        fields.get(name)
     return read(fields)
 
 

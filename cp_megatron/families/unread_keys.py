@@ -13,10 +13,12 @@ from typing import Any
 _COMPUTES = re.compile(
     r"attention|attn|rope|rotary|norm|bias|scal|multiplier|window|softcap|logit|moe|expert|router"
     r"|chunk|clip|sink|qk_|alibi|activation|mlp|ffn|residual|gat(e|ing)|conv|ssm|mamba|lora|mtp"
-    r"|nextn|causal|position|layer|head|dropout|pdrop|compress|sparse|latent"
+    r"|nextn|causal|position|layer|head|dropout|pdrop|compress|sparse|latent|linear|eigval"
 )
 # What programs choose for themselves, and what transformers writes for every model.
-_CHOICES = re.compile(r"^_|attn_impl|flash|sdpa|^output_|cross_attention|^is_|normalize_invocation")
+_CHOICES = re.compile(
+    r"^_|attn_impl|flash|sdpa|^output_(att|hid|router)|cross_attention|^is_|normalize_invocation"
+)
 _FACTOR = re.compile(r"scal|multiplier|factor|alpha")
 _LONGEST = 60
 

@@ -1,9 +1,9 @@
 """The tokens of a rank in blocks, computed by ``linear_reference.py``: a kernel on any device.
 
 Heads are computed in tiles, so that temporary tensors stay small (``plan/linear_tiles.py``). Only
-the output and what reads entering states exist for all heads at once. Backward rebuilds the blocks,
-scans states forwards and gradients of states backwards without autograd, and then differentiates
-all blocks of a tile at once by autograd.
+the output and the matrices that multiply entering states exist for all heads at once. Backward
+rebuilds the blocks, scans states forwards and gradients of states backwards without autograd, and
+then differentiates all blocks of a tile at once by autograd.
 
 Shapes: as in ``linear_interface.py``; n blocks, C tokens of a block, p pieces, m blocks that read
 the state that enters their piece, h heads of a tile.

@@ -2,13 +2,15 @@
 
 There are two: ``reference`` is PyTorch's own functions on any device, and ``fla`` the package
 flash-linear-attention on CUDA. The flag ``--kernel`` names kernels of attention. ``--kernel
-reference`` means that of recurrences as well; with every other value, a recurrence takes ``fla``
-where it can. float64 and float32 always take ``reference``: ``fla`` does not compute in the one,
-and may round products in the other to TF32, whose errors a chain of states multiplies. So does a
-run that must be deterministic, because ``fla`` does not promise it.
+reference`` means that of recurrences as well; with every other value, a recurrence takes ``fla`` on
+the devices and types that it supports. float64 and float32 always take ``reference``: ``fla`` does
+not compute in the one, and may round products in the other to TF32, whose errors a chain of states
+multiplies. So does a run that must be deterministic, because ``fla`` does not promise it.
 """
 
 from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
 
 from cp_megatron.kernels.select import KernelChoice, KernelTraits, is_installed
 
@@ -21,6 +23,7 @@ FLA = KernelTraits(
 )
 """What ``fla`` can do. ``max_head_dim`` is that of keys; values may have any width."""
 
+_DISTRIBUTION, _OLDEST = "flash-linear-attention", (0, 6)
 _REFERENCE = "PyTorch's own functions, block by block"
 
 
@@ -48,7 +51,19 @@ def select_linear_kernel(
     elif deterministic:
         problem = "it does not promise to be deterministic"
     elif not is_installed(FLA):
-        problem = f"needs the package {FLA.package}, which is not installed ({FLA.install})"
+        problem = f"needs the package {_DISTRIBUTION}, which is not installed ({FLA.install})"
+    elif found := _older_version():
+        problem = f"needs {_DISTRIBUTION} {'.'.join(map(str, _OLDEST))} or newer, not {found}"
     if problem:
         return KernelChoice(name="reference", reason=f"{_REFERENCE}; not fla: {problem}")
     return KernelChoice(name=FLA.name, reason=FLA.summary)
+
+
+def _older_version() -> str:
+    """The installed version if it is too old; empty if it is not, or if nothing tells it."""
+    try:
+        found = version(_DISTRIBUTION)
+    except PackageNotFoundError:
+        return ""
+    numbers = tuple(int(part) for part in found.split(".")[:2] if part.isdigit())
+    return found if numbers < _OLDEST else ""

@@ -66,7 +66,10 @@ class MemoryReport:
         for first in range(0, len(columns), at_once):
             console.print(self._table(keys, columns[first : first + at_once]), highlight=False)
         if self.plan.grid.cp > 1 and self.plan.sequence.per_batch:
-            note = "exchange buffers are predicted for rows that are one document"
+            kept = ""
+            if self.plan.config.model.has_linear_layers:
+                kept = " and the states that recurrences keep"
+            note = f"exchange buffers{kept} are predicted for rows that are one document"
             console.print(note, highlight=False, markup=False)
 
     def _ranks(self) -> list[Parts]:

@@ -93,7 +93,8 @@ def predict(plan: RunPlan, rank: int) -> tuple[Held, ...]:
     Returns:
         One entry per kind and detail, zeros included, in the order of a report. The peak of a step
         is not predicted, because it depends on what operations allocate inside. If every batch has
-        documents of its own, exchange buffers are those of rows that are one document.
+        documents of its own, exchange buffers, and the states that recurrences keep, are those of
+        rows that are one document.
     """
     return predict_ranks(plan, [rank])[0]
 

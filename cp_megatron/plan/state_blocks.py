@@ -92,7 +92,8 @@ class StateBlocks:
 
 
 def _levels(carries: list[bool], first: list[int]) -> tuple[IntArray, ...]:
-    """Blocks by how many states in a row lead to theirs; ``first`` blocks start at 0."""
+    """Groups blocks by the number of blocks before them in their piece whose states theirs depends
+    on. The first blocks of pieces are in no group."""
     starts, found = set(first), list[list[int]]()
     level = 0
     for block in range(len(carries)):

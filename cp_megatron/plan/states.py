@@ -73,16 +73,20 @@ class StateSize(NamedTuple):
     Attributes:
         transition: of M.
         state: of S, U and G: key dim * value dim.
+        element: bytes of one of them: float32, or float64 for float64 activations.
     """
 
     transition: int
     state: int
+    element: int = 4
 
     @classmethod
-    def of(cls, key_dim: int, value_dim: int, transition: Transition) -> StateSize:
+    def of(
+        cls, key_dim: int, value_dim: int, transition: Transition, element: int = 4
+    ) -> StateSize:
         """The sizes for heads of these widths."""
         elements = {"matrix": key_dim * key_dim, "vector": key_dim, "scalar": 1}[transition]
-        return cls(elements, key_dim * value_dim)
+        return cls(elements, key_dim * value_dim, element)
 
 
 @dataclass(frozen=True)
@@ -165,19 +169,18 @@ class StatePlan:
         return stop - start
 
     def messages_received(
-        self, rank: int, size: StateSize, element_size: int = 4, *, backward: bool = False
+        self, rank: int, size: StateSize, *, backward: bool = False
     ) -> tuple[int, int]:
         """The bytes that ``rank`` receives for one batch row in each of the two all-to-alls."""
         travels = self.elements(size, backward=backward)
         mine, num_heads = self.num_heads_of(rank), self.heads[-1][1]
         given = sum(given for given, _ in travels) - travels[rank][0]
-        return mine * given * element_size, (num_heads - mine) * travels[rank][1] * element_size
+        returned = (num_heads - mine) * travels[rank][1]
+        return mine * given * size.element, returned * size.element
 
-    def bytes_received(
-        self, rank: int, size: StateSize, element_size: int = 4, *, backward: bool = False
-    ) -> int:
+    def bytes_received(self, rank: int, size: StateSize, *, backward: bool = False) -> int:
         """The number of bytes ``rank`` receives for one batch row, in forward or in backward."""
-        return sum(self.messages_received(rank, size, element_size, backward=backward))
+        return sum(self.messages_received(rank, size, backward=backward))
 
     @property
     def longest_chain(self) -> int:

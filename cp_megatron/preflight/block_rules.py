@@ -39,6 +39,18 @@ _UNREAD: Sequence[tuple[Callable[[ModelConfig], bool], tuple[str, ...], str, str
         "--linear-attention-freq 4 with it",
     ),
     (
+        lambda model: not model.has_attention_layers,
+        (
+            *("num_query_groups", "kv_channels", "v_head_dim", "multi_latent_attention"),
+            *("qk_layernorm", "softmax_scale", "softmax_type", "attn_logit_softcapping"),
+            *("attention_output_gate", "attention_dropout", "window_size", "window_layers"),
+            *("rotary_base", "rope_type", "rotary_percent", "no_rope_layers"),
+            *("add_qkv_bias", "add_attention_output_bias"),
+        ),
+        "without a layer that attends",
+        "fewer gated DeltaNets",
+    ),
+    (
         lambda model: model.normalization != "LayerNorm",
         ("norm_bias",),
         "with --normalization RMSNorm, which has no bias",

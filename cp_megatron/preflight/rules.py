@@ -66,14 +66,9 @@ def check_model(model: ModelConfig, seq_length: int) -> None:
 
 def check_tensor_parallel(model: ModelConfig, tp: int, padded_vocab: int) -> None:
     """Every matrix that tensor parallelism splits can be split."""
-    heads, groups = model.num_attention_heads, model.num_kv_heads
-    rule = ""
-    if heads % tp:
-        rule = f"must divide --num-attention-heads {heads}"
-    elif groups % tp and tp % groups:
-        rule = f"must divide --num-query-groups {groups}, or be a multiple of it"
-    if rule:
-        sizes = [size for size in _divisors(heads) if _splits(model, size, padded_vocab)]
+    if rule := _head_rule(model, tp):
+        most = max(model.num_attention_heads, model.linear_num_value_heads)
+        sizes = [size for size in range(1, most + 1) if _splits(model, size, padded_vocab)]
         raise ConfigError("--tensor-parallel-size", tp, rule, _nearest(sizes, tp))
     if model.ffn_size % tp:
         rule = f"must be divisible by --tensor-parallel-size {tp}"
@@ -86,10 +81,25 @@ def check_tensor_parallel(model: ModelConfig, tp: int, padded_vocab: int) -> Non
         raise ConfigError("--make-vocab-size-divisible-by", unit, rule, str(math.lcm(unit, tp)))
 
 
+def _head_rule(model: ModelConfig, tp: int) -> str:
+    """The rule of heads that ``tp`` ranks break; empty if they can share all heads."""
+    kinds = []
+    if model.has_attention_layers:
+        groups = "--num-query-groups", model.num_kv_heads
+        kinds.append((("--num-attention-heads", model.num_attention_heads), groups))
+    if model.has_linear_layers:
+        groups = "--linear-num-key-heads", model.linear_num_key_heads
+        kinds.append((("--linear-num-value-heads", model.linear_num_value_heads), groups))
+    for (of_heads, heads), (of_groups, shared) in kinds:
+        if heads % tp:
+            return f"must divide {of_heads} {heads}"
+        if shared % tp and tp % shared:
+            return f"must divide {of_groups} {shared}, or be a multiple of it"
+    return ""
+
+
 def _splits(model: ModelConfig, tp: int, padded_vocab: int) -> bool:
-    groups = model.num_kv_heads
-    fits = not groups % tp or not tp % groups
-    return fits and not model.ffn_size % tp and not padded_vocab % tp
+    return not (_head_rule(model, tp) or model.ffn_size % tp or padded_vocab % tp)
 
 
 def check_batch(data: DataConfig, dp: int) -> tuple[int, int, int]:

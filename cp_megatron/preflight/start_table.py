@@ -103,7 +103,8 @@ def _model(plan: RunPlan) -> Iterator[Line]:
     padding = f" ({sequence.padding:,} of padding)" if sequence.padding else ""
     on_rank = f"{sequence.layout.shard_len:,} of them on a rank"
     yield "tokens", f"{sequence.row_length:,} per row{padding}, {on_rank}"
-    yield "attention", _attention(plan)
+    if model.has_attention_layers:
+        yield "attention", _attention(plan)
 
 
 def _label(config: Config) -> str:

@@ -44,3 +44,12 @@ def test_the_reason_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> N
     name, text = chosen()
     assert name == "reference"
     assert "pip install -e '.[linear]'" in text
+
+
+@pytest.mark.usefixtures("installed")
+def test_an_old_version_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    for found, name in (("0.5.3", "reference"), ("0.6.0", "fla"), ("1.0", "fla")):
+        monkeypatch.setattr(linear_select, "version", lambda _, found=found: found)
+        assert chosen()[0] == name
+    monkeypatch.setattr(linear_select, "version", lambda _: "0.5.3")
+    assert "needs flash-linear-attention 0.6 or newer, not 0.5.3" in chosen()[1]

@@ -128,12 +128,12 @@ def test_a_literal_zigzag() -> None:
     assert plan.chains == ((0, 1, 2),)
     assert plan.heads == ((0, 1), (1, 3))
     size = StateSize.of(2, 5, "matrix")
-    assert size == (4, 10)
+    assert size == (4, 10, 4)
     assert plan.elements(size, backward=False) == ((10, 10), (14, 10))
     assert plan.elements(size, backward=True) == ((10, 10), (10, 10))
     # One head of rank 1's U and M, and S_in for the two heads that rank 1 follows.
-    assert plan.bytes_received(0, size, 4) == (14 + 2 * 10) * 4
-    assert plan.bytes_received(1, size, 4) == (2 * 10 + 10) * 4
+    assert plan.bytes_received(0, size) == (14 + 2 * 10) * 4
+    assert plan.bytes_received(1, size) == (2 * 10 + 10) * 4
 
 
 def test_a_piece_that_ends_one_document_and_begins_another() -> None:

@@ -64,6 +64,12 @@ def checked(words: str) -> None:
             "names layer 0, which is a gated DeltaNet",
             f"{RECURRENT} --window-size 8 0 --window-layers 1",
         ),
+        (
+            "--linear-attention-layers 0 1 --softmax-type learnable",
+            "without a layer that attends",
+            RECURRENT,
+        ),
+        ("--linear-attention-freq 3 --window-size 8 0", "a layer that attends", RECURRENT),
         (f"{RECURRENT} --no-rope-layers 0", "does not attend", f"{RECURRENT} --no-rope-layers 1"),
         ("--qk-norm-scope head", "without norms of heads", "--qk-layernorm --qk-norm-scope head"),
         (

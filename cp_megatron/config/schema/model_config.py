@@ -241,6 +241,13 @@ class ModelConfig:
         return (layer + 1) % (self.linear_attention_freq or 1) != 0
 
     @property
+    def has_attention_layers(self) -> bool:
+        """Whether some layers attend."""
+        if self.linear_attention_layers is not None:
+            return len(set(self.linear_attention_layers)) < self.num_layers
+        return (self.linear_attention_freq or 1) <= self.num_layers
+
+    @property
     def linear_layers(self) -> tuple[int, ...]:
         """The layers that are gated DeltaNets, numbered from 0."""
         layers = range(self.num_layers) if self.has_linear_layers else ()

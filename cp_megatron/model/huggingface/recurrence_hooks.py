@@ -173,7 +173,7 @@ def _mamba2_scan(
 
 
 def _not_fused(plan: BatchPlan, *args: Any, **kwargs: Any) -> None:
-    """None, upon which the layer calls its convolution and its scan one by one."""
+    """Returns None, and the layer then calls its convolution and its scan one after the other."""
 
 
 _RECURRENCES: Mapping[str, Callable[..., Any]] = {

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Literal
 
 import numpy as np
@@ -32,6 +33,9 @@ _DESCRIPTION = f"""Print and draw a schedule: which rank holds which tokens, com
 of the attention matrix in which round, and sends what to whom. It needs neither a GPU nor torch.
 
 {PROGRAM} --mask documents --documents 900 100 3000 96 --context-parallel-size 4 --svg plan.svg"""
+
+ELEMENT_BYTES: Mapping[str, int] = MappingProxyType({"bfloat16": 2, "float32": 4, "float64": 8})
+"""Bytes of a number of each type."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,8 +127,7 @@ def run(options: PlanOptions, console: Console | None = None) -> None:
         rule = "is not a rank of --context-parallel-size"
         raise ConfigError("--rank", rank, rule, f"0 to {size - 1}")
     pictures = _draw(schedule, states, options.svg) if options.svg is not None else []
-    element_size = {"bfloat16": 2, "float32": 4, "float64": 8}[options.dtype]
-    widths = options.head_dim, element_size, options.v_head_dim
+    widths = options.head_dim, ELEMENT_BYTES[options.dtype], options.v_head_dim
     moved = [schedule.bytes_received(r, *widths) for r in range(size)]
     print_schedule(schedule, out, moved)
     if rank is not None:
@@ -162,7 +165,8 @@ def make_states(
         return None
     mask, layout = schedule.mask.within(None), schedule.layout
     plan = StatePlan.of(mask, layout, options.linear_num_value_heads)
-    size = StateSize.of(key_dim or 128, value_dim or 128, transition or "matrix")
+    element = max(4, ELEMENT_BYTES[options.dtype])
+    size = StateSize.of(key_dim or 128, value_dim or 128, transition or "matrix", element)
     return plan, size, plan_halos(mask, layout, plan, width or 4)
 
 

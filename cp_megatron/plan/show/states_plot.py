@@ -41,7 +41,7 @@ def write_states_svg(
         plan: pieces and chains.
         mask: the documents.
         layout: which rank holds which tokens.
-        size: elements of a head's transition and state; they travel in float32.
+        size: elements of a head's transition and state, and their bytes.
         path: of the file.
     """
     lanes = min(layout.cp_size, MAX_LANES)

@@ -19,7 +19,7 @@ def print_states(plan: StatePlan, size: StateSize, halos: Sequence[Halo], consol
 
     Args:
         plan: pieces, chains and heads.
-        size: elements of a head's transition and state; they travel in float32.
+        size: elements of a head's transition and state, and their bytes.
         halos: what the layer's convolution sends.
         console: prints.
     """
