@@ -94,7 +94,7 @@ def test_prompts_in_parts_and_a_cache_that_grows(
 
 
 @pytest.mark.parametrize("name", ["window", "recurrent"])
-@settings(max_examples=8)
+@settings(max_examples=6)
 @given(data=st.data())
 def test_a_reused_session_equals_a_fresh_one(name: str, data: st.DataObject) -> None:
     """For prompts with any common prefix, the answer is that of a fresh session."""

@@ -63,7 +63,7 @@ def test_tp2(style: str, sequence_parallel: bool) -> None:
 
 
 @pytest.mark.parametrize("style", _slow_blocks())
-@pytest.mark.parametrize("sequence_parallel", [False, True])
+@pytest.mark.parametrize("sequence_parallel", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_tp4(style: str, sequence_parallel: bool) -> None:
     check(style, Grid(dp=1, cp=1, tp=4), sequence_parallel=sequence_parallel)
 

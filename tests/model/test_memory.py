@@ -60,18 +60,18 @@ def oracle(style: str) -> Step:
     return plain_step(run_config(STYLES[style]))
 
 
-@pytest.mark.parametrize("style", ["gpt", "llama-tied"])
 @pytest.mark.parametrize(
-    ("grid", "option"),
+    ("style", "grid", "option"),
     [
-        *(((1, 2, 2), option) for option in OPTIONS),
+        *(("llama-tied", (1, 2, 2), option) for option in OPTIONS),
+        ("gpt", (1, 2, 2), "everything"),
         *(
-            pytest.param(grid, option, marks=pytest.mark.slow)
-            for grid, option in [
-                ((1, 1, 1), "tiles"),
-                ((1, 1, 1), "everything"),
-                ((2, 2, 1), "everything"),
-                ((1, 1, 4), "everything"),
+            pytest.param(style, grid, option, marks=pytest.mark.slow)
+            for style, grid, option in [
+                *(("gpt", (1, 2, 2), option) for option in OPTIONS if option != "everything"),
+                *(("gpt", grid, "everything") for grid in ((1, 1, 1), (2, 2, 1), (1, 1, 4))),
+                *(("llama-tied", grid, "everything") for grid in ((1, 1, 1), (2, 2, 1), (1, 1, 4))),
+                *((style, (1, 1, 1), "tiles") for style in ("gpt", "llama-tied")),
             ]
         ),
     ],

@@ -257,7 +257,7 @@ def drawn(count: int) -> list[dict[str, Tensor]]:
 
 
 @needs_transformers
-@pytest.mark.parametrize("name", ["llama", "qwen2"])
+@pytest.mark.parametrize("name", [pytest.param("llama", marks=pytest.mark.slow), "qwen2"])
 def test_documents_and_padding_are_each_document_alone(name: str) -> None:
     for errors in run_ranks(padded_losses, 4, name, drawn(45), timeout=200):
         assert max(errors) < 1e-12
