@@ -43,7 +43,7 @@ _UNREAD: Sequence[tuple[Callable[[ModelConfig], bool], tuple[str, ...], str, str
         (
             *("num_query_groups", "kv_channels", "v_head_dim", "multi_latent_attention"),
             *("qk_layernorm", "softmax_scale", "softmax_type", "attn_logit_softcapping"),
-            *("attention_output_gate", "attention_dropout", "window_size", "window_layers"),
+            *("attention_output_gate", "window_size", "window_layers"),
             *("rotary_base", "rope_type", "rotary_percent", "no_rope_layers"),
             *("add_qkv_bias", "add_attention_output_bias"),
         ),
@@ -143,6 +143,9 @@ def _recurrences(model: ModelConfig) -> Iterator[ConfigError]:
             rule, works = "contradicts --linear-attention-freq", "one of the two"
         if rule:
             yield ConfigError(flag, shown, rule, works)
+    if (dropout := model.attention_dropout) and not model.has_attention_layers:
+        rule = "has no effect without a layer that attends"
+        yield ConfigError("--attention-dropout", dropout, rule, "--attention-dropout 0")
     key_heads, heads = model.linear_num_key_heads, model.linear_num_value_heads
     if model.has_linear_layers and heads % key_heads:
         rule = f"must be a multiple of --linear-num-key-heads {key_heads}"

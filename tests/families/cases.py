@@ -109,12 +109,13 @@ def qwen3_next(**options: Any) -> Case:
     )
 
 
-def qwen3_5(**options: Any) -> Case:
+def qwen3_5(inert: tuple[str, ...] = (), **options: Any) -> Case:
     return Case(
         name="Qwen3_5Text",
         model_class="Qwen3_5ForCausalLM",
         options={**RMS, **RECURRENT, **options},
         one_plus=True,
+        inert=inert,
     )
 
 
@@ -440,5 +441,6 @@ CASES: Mapping[str, Case] = {
         num_hidden_layers=2,
         layer_types=[LINEAR_ATTENTION] * 2,
         linear_num_key_heads=2,
+        inert=("rope_theta", "partial_rotary_factor"),
     ),
 }

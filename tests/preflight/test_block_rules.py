@@ -69,6 +69,11 @@ def checked(words: str) -> None:
             "without a layer that attends",
             RECURRENT,
         ),
+        (
+            "--linear-attention-layers 0 1 --attention-dropout 0.1",
+            "works: --attention-dropout 0",
+            "--linear-attention-layers 0 1 --attention-dropout 0",
+        ),
         ("--linear-attention-freq 3 --window-size 8 0", "a layer that attends", RECURRENT),
         (f"{RECURRENT} --no-rope-layers 0", "does not attend", f"{RECURRENT} --no-rope-layers 1"),
         ("--qk-norm-scope head", "without norms of heads", "--qk-layernorm --qk-norm-scope head"),
