@@ -22,6 +22,7 @@ class KernelChooser:
     def __init__(self, name: str, *, deterministic: bool) -> None:
         self._name, self._deterministic = name, deterministic
         self._loaded: dict[object, Kernel] = {}
+        self._linear: dict[object, KernelChoice] = {}
 
     def choice(
         self,
@@ -59,14 +60,18 @@ class KernelChooser:
         )
 
     def linear_choice(self, q: Tensor) -> KernelChoice:
-        """Chooses the kernel of a linear recurrence of ``q``, [B, S, G, D], with a reason."""
-        return select_linear_kernel(
-            self._name,
-            device=q.device.type,
-            dtype=str(q.dtype).removeprefix("torch."),
-            head_dim=q.shape[3],
-            deterministic=self._deterministic,
-        )
+        """Chooses the kernel of a linear recurrence of ``q``, [B, S, G, D], with a reason. It looks
+        for packages once."""
+        key = q.device.type, q.dtype, q.shape[3]
+        if key not in self._linear:
+            self._linear[key] = select_linear_kernel(
+                self._name,
+                device=q.device.type,
+                dtype=str(q.dtype).removeprefix("torch."),
+                head_dim=q.shape[3],
+                deterministic=self._deterministic,
+            )
+        return self._linear[key]
 
     def load(
         self,

@@ -59,7 +59,7 @@ class HaloExchange:
         starts = mask.starts[np.searchsorted(mask.starts, own, side="right") - 1]
         wanted = own[None, :] - np.arange(width)[:, None]
         found = order[np.minimum(np.searchsorted(known[order], wanted), len(known) - 1)]
-        self._taps = np.where(wanted < starts, -1, found)
+        self._taps = np.where(wanted < starts, len(known), found)
         self._on: dict[torch.device, tuple[Tensor, list[Tensor]]] = {}
 
     def on(self, device: torch.device) -> tuple[Tensor, list[Tensor]]:
@@ -67,8 +67,8 @@ class HaloExchange:
 
         Returns:
             int64 [W, S], the place of the token j places before each token, among this rank's
-            tokens and then those it receives, -1 if it is not in the token's document; and for
-            each rank, the places of the tokens that this one sends.
+            tokens and then those it receives, or after them if it is not in the token's document;
+            and for each rank, the places of the tokens that this one sends.
         """
         if device not in self._on:
             sends = [torch.from_numpy(places).to(device) for places in self.halo.send]
@@ -142,10 +142,10 @@ class _ShortConvolution(torch.autograd.Function):
         (received,) = kept.once(lambda: (exchange.fetch(x),))
         ctx.save_for_backward(x, received, weight)
         taps, _ = exchange.on(x.device)
-        known, exact = torch.cat((x, received), dim=1), accumulation_dtype(x.dtype)
+        known, exact = _known(x, received), accumulation_dtype(x.dtype)
         out = torch.zeros_like(x, dtype=exact)
         for j, places in enumerate(taps):
-            out.addcmul_(_read(known, places), weight[:, weight.shape[1] - 1 - j])
+            out.addcmul_(known[:, places], weight[:, weight.shape[1] - 1 - j])
         return (out if bias is None else out.add_(bias)).to(x.dtype)
 
     @staticmethod
@@ -154,24 +154,24 @@ class _ShortConvolution(torch.autograd.Function):
         x, received, weight = ctx.saved_tensors
         exchange: HaloExchange = ctx.exchange
         taps, _ = exchange.on(x.device)
-        known, width = torch.cat((x, received), dim=1), weight.shape[1]
+        known, width = _known(x, received), weight.shape[1]
         exact = accumulation_dtype(x.dtype)
         dknown, dweight = torch.zeros_like(known, dtype=exact), torch.empty_like(weight)
         for j, places in enumerate(taps):
             column = width - 1 - j
-            dweight[:, column] = (dout * _read(known, places)).sum((0, 1), dtype=exact)
-            inside, factor = (places >= 0)[:, None], weight[:, column].to(exact)
-            dknown.index_add_(1, places.clamp(min=0), dout * factor * inside)
-        dx, dreceived = dknown.to(x.dtype).split((x.shape[1], received.shape[1]), dim=1)
+            dweight[:, column] = (dout * known[:, places]).sum((0, 1), dtype=exact)
+            dknown.index_add_(1, places, dout * weight[:, column].to(exact))
+        dx, dreceived, _ = dknown.to(x.dtype).split((x.shape[1], received.shape[1], 1), dim=1)
         dx = dx.contiguous()
         exchange.give_back_(dx, dreceived)
         dbias = dout.sum((0, 1), dtype=exact).to(dout.dtype) if ctx.has_bias else None
         return None, None, dx, dweight, dbias
 
 
-def _read(known: Tensor, places: Tensor) -> Tensor:
-    """Returns tokens ``places`` of [B, S + n, c], and zeros where there is none: [B, S, c]."""
-    return known[:, places.clamp(min=0)] * (places >= 0)[:, None]
+def _known(x: Tensor, received: Tensor) -> Tensor:
+    """Joins this rank's tokens, those it received, and a 0 for what is in no document of the
+    reader: [B, S + n + 1, c]."""
+    return torch.cat((x, received, x.new_zeros((x.shape[0], 1, x.shape[2]))), dim=1)
 
 
 def short_convolution(

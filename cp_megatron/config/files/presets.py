@@ -32,6 +32,14 @@ _toy = partial(
 )
 _long = partial(Config, train=TrainConfig(train_iters=100_000, eval_interval=1000))
 _LONG_ROWS = DataConfig(seq_length=8192, micro_batch_size=1, global_batch_size=128)
+# Models of 8 billion parameters or so.
+_large = partial(
+    _long,
+    parallel=ParallelConfig(sequence_parallel=True),
+    data=_LONG_ROWS,
+    optimizer=OptimizerConfig(lr=3e-4, min_lr=3e-5, lr_warmup_iters=2000),
+    memory=MemoryConfig(recompute_granularity="selective"),
+)
 
 # Llama style; four ranks on two CPU cores train it in about a minute.
 _TOY = _toy(
@@ -65,7 +73,7 @@ _TOY_QWEN3_5 = _toy(
     ),
 )
 # The shape that transformers gives Qwen3.5 by default, with 9 billion parameters.
-_QWEN3_5_9B = _long(
+_QWEN3_5_9B = _large(
     preset="qwen3.5-9b",
     model=_qwen3_5(
         num_layers=32,
@@ -77,10 +85,6 @@ _QWEN3_5_9B = _long(
         rotary_base=10_000_000.0,
         untie_embeddings_and_output_weights=True,
     ),
-    parallel=ParallelConfig(sequence_parallel=True),
-    data=_LONG_ROWS,
-    optimizer=OptimizerConfig(lr=3e-4, min_lr=3e-5, lr_warmup_iters=2000),
-    memory=MemoryConfig(recompute_granularity="selective"),
 )
 
 # The smallest model of Radford et al. 2019; with its own vocabulary of 50,257 tokens it has
@@ -99,7 +103,7 @@ _LLAMA_1B = _long(
     optimizer=OptimizerConfig(lr=4e-4, min_lr=4e-5, lr_warmup_iters=2000),
 )
 # Llama 3 8B (Grattafiori et al. 2024, arXiv:2407.21783, table 3).
-_LLAMA3_8B = _long(
+_LLAMA3_8B = _large(
     preset="llama3-8b",
     model=_llama3(
         num_layers=32,
@@ -107,10 +111,6 @@ _LLAMA3_8B = _long(
         ffn_hidden_size=14336,
         untie_embeddings_and_output_weights=True,
     ),
-    parallel=ParallelConfig(sequence_parallel=True),
-    data=_LONG_ROWS,
-    optimizer=OptimizerConfig(lr=3e-4, min_lr=3e-5, lr_warmup_iters=2000),
-    memory=MemoryConfig(recompute_granularity="selective"),
 )
 
 # Megatron-LM's own defaults, but for dropout, which would be 0.1. It has no default for the sizes.

@@ -55,6 +55,7 @@ class ParallelConfig:
     """Before the first attention with a new mask, compare mask and shapes between the ranks (one
     small message), so that a mistake ends the run instead of hanging it."""
     kernel: KernelName = "auto"
-    """The attention kernel of one device; auto chooses by device and dtype and says why."""
+    """The attention kernel of one device; auto chooses by device and dtype and says why.
+    Recurrences choose a kernel of their own, unless this is reference."""
     distributed_timeout_minutes: Annotated[float, Range(0.01, 525_600)] = 10.0
     """Minutes after which a waiting collective ends the run."""

@@ -22,7 +22,7 @@ VOUCHED = "_cp_megatron_vouched"
 
 
 def refuse_unseen_models(plan_type: type) -> None:
-    """From now on, a model without either attribute refuses to be called with a sharded batch.
+    """Makes models without either attribute refuse to be called with a sharded batch.
 
     Args:
         plan_type: the class of ``context_parallel`` in such a call.
