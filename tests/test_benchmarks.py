@@ -23,6 +23,7 @@ SLOW = (
     "families",
     "versions",
     "faults",
+    "gpu",
     "longest_on_gpu",
     "memory",
     "recurrences",

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import HashStore
+from torch.distributed.tensor import DTensor
 
 from cp_megatron.comm.groups import ParallelGroups
 from cp_megatron.config import (
@@ -31,7 +32,7 @@ from cp_megatron.model import ComputeDType, build_model
 from cp_megatron.plan import Grid, Mask
 from cp_megatron.tensor_parallel import LossRule
 from cp_megatron.train.optimizer import make_optimizer
-from cp_megatron.train.step import TrainStep
+from cp_megatron.train.step import StepResult, TrainStep
 from harness.traffic import Traffic
 from tests.allocations import counting_memory, kept_bytes
 
@@ -49,6 +50,7 @@ class Job:
         memory: what is kept for backward, and where.
         device: cpu computes in float32, cuda in bfloat16 with float32 weights.
         document: tokens per document in packed rows; by default a row is one document.
+        kernel: the attention kernel of our step.
     """
 
     model: ModelConfig
@@ -59,6 +61,7 @@ class Job:
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     device: Literal["cpu", "cuda"] = "cpu"
     document: int | None = None
+    kernel: str = "auto"
 
     @property
     def mask(self) -> Mask:
@@ -110,14 +113,23 @@ class OurStep:
         )
         groups = ParallelGroups.create(job.grid, job.device)
         dtype: ComputeDType = "bfloat16" if job.device == "cuda" else "float32"
+        # On a GPU, drawing a billion numbers on the CPU, as a run does, would take a minute.
+        draws = job.device == "cuda"
         model = build_model(
-            config, groups, vocab_size=job.vocab_size, dtype=dtype, device=job.device
+            config,
+            groups,
+            vocab_size=job.vocab_size,
+            dtype=dtype,
+            device=job.device,
+            initialize=not draws,
         )
+        if draws:
+            draw(model)
         self.train_step = TrainStep(
             model=model,
             optimizer=make_optimizer(model.parameters(), OptimizerConfig()),
             groups=groups,
-            cp=ContextParallel(groups.cp, job.mask, exchange="p2p"),
+            cp=ContextParallel(groups.cp, job.mask, exchange="p2p", kernel=job.kernel),
             device=torch.device(job.device),
             seed=0,
             clip_grad=1.0,
@@ -141,7 +153,11 @@ class OurStep:
 
     def run(self) -> float:
         """Makes one step and returns its loss."""
-        return self.train_step.run(self.shards, step=0, lr=1e-4).loss
+        return self.launch().loss
+
+    def launch(self) -> StepResult:
+        """Makes one step without reading its results."""
+        return self.train_step.run(self.shards, step=0, lr=1e-4)
 
     def traffic(self) -> dict[str, int]:
         """Bytes that this rank sends in a step, by kind of message."""
@@ -159,28 +175,28 @@ class OurStep:
 
 
 class TheirStep:
-    """A step of transformers' model of the same shape, with its own gradient checkpointing."""
+    """A step of transformers' model of the same shape, by default with gradient checkpointing."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, *, checkpointing: bool = True) -> None:
         from transformers import LlamaConfig, LlamaForCausalLM
 
         model = job.model
-        self.model = LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=job.vocab_size,
-                hidden_size=model.hidden_size,
-                intermediate_size=model.ffn_size,
-                num_hidden_layers=model.num_layers,
-                num_attention_heads=model.num_attention_heads,
-                num_key_value_heads=model.num_kv_heads,
-                max_position_embeddings=1 << 20,
-                tie_word_embeddings=not model.untie_embeddings_and_output_weights,
-                attn_implementation="sdpa",
-                use_cache=False,
-            )
+        config = LlamaConfig(
+            vocab_size=job.vocab_size,
+            hidden_size=model.hidden_size,
+            intermediate_size=model.ffn_size,
+            num_hidden_layers=model.num_layers,
+            num_attention_heads=model.num_attention_heads,
+            num_key_value_heads=model.num_kv_heads,
+            max_position_embeddings=1 << 20,
+            tie_word_embeddings=not model.untie_embeddings_and_output_weights,
+            attn_implementation="sdpa",
+            use_cache=False,
         )
-        self.model.to(job.device)
-        self.model.gradient_checkpointing_enable()
+        with torch.device(job.device):
+            self.model = LlamaForCausalLM(config)
+        if checkpointing:
+            self.model.gradient_checkpointing_enable()
         self.model.train()
         self.on_cuda = job.device == "cuda"
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
@@ -198,6 +214,14 @@ class TheirStep:
         self.optimizer.step()
         self.optimizer.zero_grad()
         return total
+
+
+@torch.no_grad()
+def draw(model: nn.Module) -> None:
+    """Draws matrices at random and sets vectors, which are the weights of norms, to 1."""
+    for parameter in model.parameters():
+        held = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        held.normal_(std=0.02) if parameter.ndim > 1 else held.fill_(1.0)
 
 
 def random_rows(job: Job) -> Tensor:
