@@ -45,8 +45,8 @@ class ContextParallel(RecurrentSequence):
         mask: the mask of every row of the batch.
         layout: ``contiguous``, ``zigzag``, ``balanced`` or ``auto`` (balanced for documents,
             otherwise zigzag if the mask is causal); or a layout of the same length.
-        exchange: ``p2p``, ``all_gather``, ``a2a``, ``a2a+p2p`` or ``auto`` (the one that moves the
-            fewest bytes).
+        exchange: ``p2p``, ``all_gather``, ``a2a``, ``a2a+p2p`` or ``auto`` (the one that the
+            ranks wait for least, see ``plan/exchange.py``).
         kernel: a kernel's name, or ``auto``; ``kernels/linear_select.py`` for ``linear_attention``.
         route: for p2p, ``ring`` (from the neighbour), ``direct`` (from the owner) or ``auto`` (the
             one that moves fewer keys).
@@ -242,8 +242,7 @@ class ContextParallel(RecurrentSequence):
         with self._agreement.after_checks((q, k, v), options, dropout, self._rows, kept):
             check_shapes(q, k, v, self.layout.shard_len, self.mask.seq_len)
             scale = check_options(q, scale, sinks, softcap)
-            window = self.mask.has_window
-            kernel = self.kernels.load(q, v.shape[3], dropout, softcap=softcap, window=window)
+            kernel = self.kernels.load(q, v.shape[3], dropout, softcap=softcap, **self._tile_kinds)
             plan = self._plan((q.shape[2], k.shape[2], q.shape[3], v.shape[3]))
         return planned_attention(
             *(plan, kernel, q, k, v, scale, dropout, kept), sinks=sinks, returns_lse=return_lse
@@ -294,13 +293,18 @@ class ContextParallel(RecurrentSequence):
             rows = self.layout.shard_len, self.mask.seq_len
             heads, plain_dim, value_dim = check_latent_shapes(*inputs, *rows)
             scale = check_options(q, scale)
-            kernel = self.kernels.load(q, value_dim, dropout, window=self.mask.has_window)
+            kernel = self.kernels.load(q, value_dim, dropout, **self._tile_kinds)
             latents = (latent.shape[2], rotary_key.shape[2]), exchange_latent
             plan = self._plan((heads, heads, q.shape[3], value_dim), *latents)
         if plan.sends_latents:
             return planned_latent_attention(plan, kernel, *inputs, scale, dropout, kept)
         k, v = expand_heads(latent, rotary_key, weight, heads, plain_dim)
         return cast(Tensor, planned_attention(plan, kernel, q, k, v, scale, dropout, kept))
+
+    @property
+    def _tile_kinds(self) -> dict[str, bool]:
+        """What the choice of a kernel asks about the mask."""
+        return {"window": self.mask.has_window, "repeats": len(self.mask.lengths) == 1}
 
     def _plan(
         self,

@@ -33,6 +33,7 @@ class KernelChooser:
         dropout: float = 0.0,
         softcap: float | None = None,
         window: bool = False,
+        repeats: bool = False,
     ) -> KernelChoice:
         """Chooses the kernel for inputs of this kind, with a reason.
 
@@ -43,6 +44,7 @@ class KernelChooser:
             dropout: the probability with which attention weights are dropped.
             softcap: the bound of the scores; None is none.
             window: whether the mask has a window.
+            repeats: whether other batches will have the same tiles.
 
         Raises:
             ConfigError: the kernel that was asked for, or every kernel, lacks a feature.
@@ -56,6 +58,7 @@ class KernelChooser:
             softcap=softcap,
             window=window,
             deterministic=self._deterministic,
+            repeats=repeats,
             capability=torch.cuda.get_device_capability(device) if device.type == "cuda" else None,
         )
 
@@ -81,13 +84,14 @@ class KernelChooser:
         *,
         softcap: float | None = None,
         window: bool,
+        repeats: bool,
     ) -> Kernel:
         """Returns the kernel for attention of ``q``, [B, S, H, D]; it is loaded once.
 
         Args:
             q: gives the device, the type and D.
             v_head_dim: the width of the value heads.
-            dropout, softcap, window: as in ``choice``; None drops nothing.
+            dropout, softcap, window, repeats: as in ``choice``; None drops nothing.
 
         Raises:
             ConfigError: as ``choice``.
@@ -95,10 +99,14 @@ class KernelChooser:
         """
         probability = dropout.probability if dropout else 0.0
         width = max(q.shape[3], v_head_dim)
-        key = q.device, q.dtype, width, probability > 0, softcap, window
+        key = q.device, q.dtype, width, probability > 0, softcap, window, repeats
         if key not in self._loaded:
             chosen = self.choice(
-                q.device, q.dtype, width, dropout=probability, softcap=softcap, window=window
+                *(q.device, q.dtype, width),
+                dropout=probability,
+                softcap=softcap,
+                window=window,
+                repeats=repeats,
             )
             self._loaded[key] = load_kernel(
                 chosen.name, deterministic=self._deterministic, softcap=softcap

@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.machinery import PathFinder
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from cp_megatron.errors import ConfigError
 
@@ -56,6 +57,12 @@ class _Wanted(NamedTuple):
     window: bool
     deterministic: bool
     capability: tuple[int, int] | None
+
+    def order(self, *, repeats: bool) -> tuple[str, ...]:
+        """The kernels to try; none if the device is unknown."""
+        newer = self.capability is not None and self.capability[0] >= 9
+        place = "cuda, Hopper and later" if newer and repeats else self.device
+        return PREFERENCE.get(place, ())
 
 
 _ALL_TYPES = ("float64", "float32", "bfloat16")
@@ -113,10 +120,26 @@ _HOPPER = ("flash_attn_3", "flash_attn_4", "flash_attn_2")
 KERNEL_NAMES = ("reference", "cpu", "cuda", "cudnn", "flash_attn", *reversed(FLASH_ATTENTION))
 """The values of ``--kernel`` besides ``auto``."""
 
-# The kernels that "auto" tries on a device, in order. Packed rows have too many shapes for cudnn.
-_PREFERENCE: Mapping[str, tuple[str, ...]] = MappingProxyType(
-    {"cpu": ("cpu", "reference"), "cuda": ("flash_attn", "cuda", "reference")}
+PREFERENCE: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "cpu": ("cpu", "reference"),
+        "cuda": ("flash_attn", "cuda", "reference"),
+        "cuda, Hopper and later": (
+            *("flash_attn_3", "flash_attn_4", "cudnn", "flash_attn_2", "cuda", "reference"),
+        ),
+    }
 )
+"""The kernels that ``auto`` tries, the fastest first. TFLOP/s forward / backward on a GPU of the
+Hopper generation, one causal row of 32K tokens, 32 query and 8 key heads (``benchmarks/gpu.py``;
+FlashAttention 3 as published, Shah et al. 2024, arXiv:2407.08608):
+
+    head dim    flash_attn_3    cudnn         cuda and flash_attn_2
+    64          473 / 474       465 / 406     304 / 277
+    128         616 / 561       590 / 531     340 / 318
+
+cuDNN builds a plan for every shape of tile, so that rows of changing documents take the order of
+earlier GPUs.
+"""
 
 
 def select_kernel(
@@ -130,6 +153,7 @@ def select_kernel(
     window: bool = False,
     deterministic: bool = False,
     capability: tuple[int, int] | None = None,
+    repeats: bool = False,
 ) -> KernelChoice:
     """Chooses the attention kernel.
 
@@ -144,6 +168,7 @@ def select_kernel(
         deterministic: the same inputs must give the same bits.
         capability: the CUDA device's compute capability (major, minor). If it is None, it is not
             known yet: no kernel is refused for it, and ``flash_attn`` is not resolved.
+        repeats: all rows have the same tiles, because no documents are masked.
 
     Returns:
         The name and the reason; for ``flash_attn`` on a known device the name of the generation.
@@ -162,15 +187,29 @@ def select_kernel(
         if taken is None:
             raise _refusal(name, text, wanted)
         return KernelChoice(name=taken, reason=f"asked for: {text}")
-    if device not in _PREFERENCE:
-        raise ConfigError("device", device, "has no attention kernel", ", ".join(_PREFERENCE))
+    if not (order := wanted.order(repeats=repeats)):
+        raise ConfigError("device", device, "has no attention kernel", "cpu or cuda")
     passed_over: list[str] = []
-    for candidate in _PREFERENCE[device]:
+    for candidate in order:
         taken, text = _try(candidate, wanted)
         if taken is not None:
             return KernelChoice(name=taken, reason="; ".join([text, *passed_over]))
         passed_over.append(f"not {candidate}: {text}")
     raise _refusal(name, "; ".join(passed_over), wanted)
+
+
+def candidates(**wanted: Any) -> list[str]:
+    """The kernels that could be chosen, the one that ``auto`` takes first; without ``reference``
+    unless no other fits. The arguments are those of ``select_kernel`` without the name.
+
+    Raises:
+        ConfigError: no kernel fits.
+    """
+    first, found = select_kernel("auto", **wanted).name, list[str]()
+    for name in TRAITS:
+        with suppress(ConfigError):
+            found.append(select_kernel(name, **wanted).name)
+    return sorted({first, *found} - ({"reference"} - {first}), key=lambda name: name != first)
 
 
 def _try(name: str, wanted: _Wanted) -> tuple[str | None, str]:

@@ -8,7 +8,17 @@ groups. Under a causal mask with values as wide as keys, a2a moves less if
     ranks > (query_heads + kv_heads) / (0.75 * kv_heads)
 
 which is 7 ranks or more for 32 query and 8 key/value heads, provided that the ranks can share the
-heads. Under short documents p2p moves almost nothing. ``all_gather`` never moves less than p2p. It
+heads. But the ranks wait for all that a2a moves, while the keys of a ring arrive during the tiles
+of the round before:
+
+    p2p    keys     | k1 -> | k2 -> |                   a2a     q, k, v ->|                | out ->
+           compute  | tile 0| tile 1| tile 2                              | all tiles      |
+
+``auto`` therefore compares what the ranks wait for: the bytes of a2a, and those of p2p beyond what
+(N - 1) / N of the computing hides, at ``FLOPS_PER_ELEMENT``. It depends on the tokens of a rank: a
+causal shard of a few thousand tokens hides its ring, one of a few hundred does not. Backward has
+two to three times the bytes and 2.5 times the computing of forward, so forward alone is compared.
+Under short documents p2p moves almost nothing. ``all_gather`` never moves less than p2p. It
 suits networks that handle one large collective better than many messages, and ``auto`` never
 chooses it.
 
@@ -33,6 +43,10 @@ from cp_megatron.plan.readers import Readers
 EXCHANGES = ("p2p", "all_gather", "a2a", "a2a+p2p")
 ROUTES = ("ring", "direct")
 LATENT_EXCHANGES = ("auto", "latent", "expanded")
+FLOPS_PER_ELEMENT = 16_000
+"""FLOPs of attention that take as long as one bfloat16 element on the network: 400 TFLOP/s beside
+50 GB/s, which is a GPU of the Hopper generation and its share of a network between nodes. Links
+inside a node are faster and hide more."""
 _P2P_NAMES: Mapping[str, str] = MappingProxyType({"expanded": "p2p", "latent": "p2p of latents"})
 """What ``auto`` calls p2p of keys and values, and of the latents that they are expanded from."""
 Sizes = tuple[int, int]
@@ -182,7 +196,8 @@ def choose_exchange(
     hierarchical_sizes: Sizes | None = None,
     route: str = "auto",
 ) -> ExchangeChoice:
-    """Chooses the exchange whose ranks together receive the fewest elements; p2p wins a tie.
+    """Chooses the exchange whose ranks together wait for the fewest elements; among equals the one
+    that moves the fewest, and then p2p.
 
     Args:
         mask, layout, readers, heads: of the attention.
@@ -200,6 +215,7 @@ def choose_exchange(
     tokens = readers.tokens_received(p2p_route)
     forms = {_P2P_NAMES[form]: width for form, width in heads.sent_widths.items()}
     costs = {name: tokens * width for name, width in forms.items()}
+    waits = {name: max(0, cost - _hidden(mask, heads, size)) for name, cost in costs.items()}
     inner = hierarchical_sizes[0] if hierarchical_sizes else size
     name = "a2a+p2p" if hierarchical_sizes else "a2a"
     notes = []
@@ -208,22 +224,31 @@ def choose_exchange(
     elif heads.num_heads % inner:
         notes.append(f"{name} cannot share {heads.num_heads} heads among {inner}")
     else:
-        costs[name] = all_to_all_elements(layout, heads, inner)
+        costs[name] = waits[name] = all_to_all_elements(layout, heads, inner)
         if inner < size:
             merged = merged_layout(layout, inner)
             between = Readers.of(mask, merged)
             inner_route = choose_route(between) if route == "auto" else route
-            moved = between.tokens_received(inner_route) * _computed_kv_heads(heads, inner)
-            costs[name] += moved * heads.key_width
-    best = min(costs, key=lambda exchange: costs[exchange])  # the first of equals
-    reason = _reason(best, costs, notes)
+            tokens = between.tokens_received(inner_route)
+            moved = tokens * _computed_kv_heads(heads, inner) * heads.key_width
+            costs[name] += moved
+            waits[name] += max(0, moved - _hidden(mask, heads, size // inner))
+    # The first of equals.
+    best = min(costs, key=lambda exchange: (waits[exchange], costs[exchange]))
+    reason = _reason(best, costs, waits[best], notes)
     if best == name:
         return ExchangeChoice(best, inner_route, (inner, size // inner), reason)
     latent = heads.latent if best == _P2P_NAMES["latent"] else None
     return ExchangeChoice("p2p", p2p_route, (1, size), reason, latent)
 
 
-def _reason(best: str, costs: Mapping[str, int], notes: Sequence[str]) -> str:
+def _hidden(mask: Mask, heads: Heads, num_rounds: int) -> int:
+    """Elements that all ranks together can receive while they compute: in all rounds but one."""
+    flops = 2 * mask.pairs() * heads.num_heads * heads.key_width
+    return flops * (num_rounds - 1) // num_rounds // FLOPS_PER_ELEMENT
+
+
+def _reason(best: str, costs: Mapping[str, int], waits: int, notes: Sequence[str]) -> str:
     """Says how many times the elements of ``best`` the other exchanges move, then ``notes``."""
     least = costs[best]
     others = [
@@ -231,7 +256,11 @@ def _reason(best: str, costs: Mapping[str, int], notes: Sequence[str]) -> str:
         for other, cost in costs.items()
         if other != best and cost
     ]
-    verdict = "moves the fewest bytes" if least else "moves nothing"
+    verdict = "moves nothing"
+    if least > min(costs.values()):
+        verdict = "waits for the fewest bytes" if waits else "hides its messages behind computing"
+    elif least:
+        verdict = "moves the fewest bytes"
     return ", ".join([verdict, *others, *notes])
 
 

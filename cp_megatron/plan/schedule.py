@@ -83,7 +83,7 @@ class Schedule:
         Args:
             mask: which keys each query attends.
             layout: which rank holds which tokens, of the same length.
-            exchange: one of the four above, or ``auto`` for the one that moves the fewest bytes.
+            exchange: one of the four above, or ``auto``, see ``choose_exchange``.
             route: ``ring``, ``direct``, or ``auto`` for the one that moves fewer keys.
             num_heads: query heads; required for a2a, a2a+p2p and ``auto``.
             num_kv_heads: key/value heads; as many as query heads by default.

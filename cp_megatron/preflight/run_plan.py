@@ -165,4 +165,5 @@ def kernel_on(
         window=Mask.causal(1, config.model.window_size).has_window,
         deterministic=config.train.deterministic,
         capability=capability,
+        repeats=not config.data.document_mask,
     )

@@ -175,7 +175,7 @@ def _with_exchange(
         elif together < grid.cp:
             sizes = together, grid.cp // together
     if plan.per_batch:
-        reason = reason or "each batch takes what moves the fewest bytes"
+        reason = reason or "each batch takes what ranks wait for least"
     else:
         heads, kv_heads, width, v_width = local_heads(config.model, grid.tp)
         build = partial(Schedule.build, head_dim=width, v_head_dim=v_width)

@@ -18,6 +18,7 @@ from cp_megatron.kernels.select import (
     TRAITS,
     KernelChoice,
     KernelTraits,
+    candidates,
     select_kernel,
 )
 
@@ -58,6 +59,38 @@ def test_auto_takes_the_first_capable_kernel(installed: bool) -> None:
         assert select_kernel("auto", **GPU | wanted).name == first
     for wanted in ({"dtype": "float32"}, {"head_dim": 264}, {"attention_dropout": 0.1}):
         assert select_kernel("auto", **GPU | wanted).name == "reference"
+
+
+@pytest.mark.parametrize(
+    ("generations", "capability", "expected"),
+    [
+        ((), HOPPER, "cudnn"),
+        ((2,), HOPPER, "cudnn"),
+        ((2, 4), HOPPER, "flash_attn_4"),
+        ((3, 4), HOPPER, "flash_attn_3"),
+        ((3,), BLACKWELL, "cudnn"),
+        ((4,), BLACKWELL, "flash_attn_4"),
+        ((2,), AMPERE, "flash_attn_2"),
+        ((), AMPERE, "cuda"),
+    ],
+)
+def test_auto_takes_the_fastest_kernel_for_rows_that_look_alike(
+    generations: tuple[int, ...],
+    capability: tuple[int, int],
+    expected: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    install(monkeypatch, *generations)
+    wanted = {**GPU, "capability": capability, "repeats": True}
+    assert select_kernel("auto", **wanted).name == expected
+    first, *others = candidates(**wanted)
+    assert first == expected
+    assert {"cuda", "cudnn"} <= {first, *others}
+    packed = select_kernel("auto", **wanted | {"repeats": False}).name
+    assert packed != "cudnn"
+    for lacking in ({"window": True}, {"deterministic": True}):
+        assert select_kernel("auto", **wanted | lacking).name != "cudnn"
+    assert candidates(**wanted | {"attention_dropout": 0.1}) == ["reference"]
 
 
 def test_auto_reports_what_it_passed_over(installed: bool) -> None:

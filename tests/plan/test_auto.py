@@ -1,8 +1,9 @@
-"""``auto`` chooses the exchange that moves the fewest bytes, as the schedules count them."""
+"""``auto`` chooses the exchange that ranks wait for least, as the schedules count bytes."""
 
 from __future__ import annotations
 
 import re
+from unittest.mock import patch
 
 import pytest
 from hypothesis import given
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 
 from cp_megatron.errors import ConfigError
 from cp_megatron.plan import Mask, Schedule, SequenceLayout
+from cp_megatron.plan import exchange as exchange_module
 from cp_megatron.plan.exchange import ROUTES, Heads, all_to_all_elements
 from tests.plan.cases import any_schedules, heads, property_settings
 
@@ -22,9 +24,28 @@ def total(schedule: Schedule, head_dim: int, v_head_dim: int) -> int:
     return sum(schedule.bytes_received(rank, head_dim, 1, v_head_dim) for rank in ranks)
 
 
+def waits(schedule: Schedule, head_dim: int, v_head_dim: int, flops_per_element: int) -> int:
+    """Elements that all ranks receive and that computing does not hide: a ring's messages arrive
+    during all of its rounds but one, those of an all-to-all during none."""
+    moved = total(schedule, head_dim, v_head_dim)
+    inner, rounds = schedule.hierarchical_sizes or (1, schedule.layout.cp_size)
+    if inner == schedule.layout.cp_size or schedule.num_heads is None:
+        return moved
+    counted = Heads(
+        num_heads=schedule.num_heads,
+        num_kv_heads=schedule.num_kv_heads or schedule.num_heads,
+        head_dim=head_dim,
+        v_head_dim=v_head_dim,
+    )
+    first = all_to_all_elements(schedule.layout, counted, inner) if inner > 1 else 0
+    flops = 2 * schedule.mask.pairs() * schedule.num_heads * (head_dim + v_head_dim)
+    hidden = flops * (rounds - 1) // rounds // flops_per_element
+    return first + max(0, moved - first - hidden)
+
+
 @given(any_schedules(max_cp=8), st.data())
 @property_settings(200)
-def test_auto_moves_the_fewest_bytes(other: Schedule, data: st.DataObject) -> None:
+def test_auto_waits_for_the_fewest_bytes(other: Schedule, data: st.DataObject) -> None:
     mask, layout = other.mask, other.layout
     size = layout.cp_size
     divisors = [n for n in range(1, size + 1) if size % n == 0]
@@ -33,6 +54,7 @@ def test_auto_moves_the_fewest_bytes(other: Schedule, data: st.DataObject) -> No
     num_heads, num_kv = data.draw(heads(data.draw(st.sampled_from([1, all_to_all_size, size]))))
     widths = data.draw(st.tuples(st.integers(1, 9), st.integers(1, 9)))
     route = data.draw(st.sampled_from(["auto", *ROUTES]))
+    flops = data.draw(st.sampled_from([1, 30, exchange_module.FLOPS_PER_ELEMENT]))
 
     def build(exchange: str, way: str, sizes: Sizes | None = None) -> Schedule:
         return Schedule.build(
@@ -45,18 +67,36 @@ def test_auto_moves_the_fewest_bytes(other: Schedule, data: st.DataObject) -> No
     if num_heads % (sizes[0] if sizes else size) == 0:
         name = "a2a+p2p" if sizes else "a2a"
         candidates += [build(name, way, sizes) for way in ways]
-    best = min(total(candidate, *widths) for candidate in candidates)
-    chosen = build("auto", route, sizes)
+    costs = [(waits(c, *widths, flops), total(c, *widths)) for c in candidates]
+    with patch.object(exchange_module, "FLOPS_PER_ELEMENT", flops):
+        chosen = build("auto", route, sizes)
     assert chosen.exchange in ("p2p", "a2a", "a2a+p2p")
-    assert total(chosen, *widths) == best
-    if total(candidates[0], *widths) == best:
+    assert (waits(chosen, *widths, flops), total(chosen, *widths)) == min(costs)
+    if costs[0] == min(costs):
         assert chosen.exchange == "p2p", "p2p where equal"
     assert route in ("auto", chosen.route)
+    best = total(chosen, *widths)
     for candidate in candidates if best else ():
         if candidate.exchange != chosen.exchange and size > 1:
             least = min(total(c, *widths) for c in candidates if c.exchange == candidate.exchange)
-            assert f"{candidate.exchange} {least / best:.2g}x" in chosen.reason
+            assert not least or f"{candidate.exchange} {least / best:.2g}x" in chosen.reason
     assert total(build("all_gather", "ring"), *widths) >= total(build("p2p", "direct"), *widths)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "chosen", "reason"),
+    [
+        (512, "a2a", "moves the fewest bytes, p2p 1.2x"),
+        (4096, "p2p", "waits for the fewest bytes, a2a 0.83x"),
+        (32768, "p2p", "hides its messages behind computing, a2a 0.83x"),
+    ],
+)
+def test_long_shards_hide_their_messages(tokens: int, chosen: str, reason: str) -> None:
+    """8 ranks with 32 query and 8 key heads of 128: a2a moves less, and hides nothing."""
+    mask = Mask.causal(tokens)
+    layout = SequenceLayout.make(mask, 8, "zigzag")
+    schedule = Schedule.build(mask, layout, "auto", "auto", 32, 8, head_dim=128)
+    assert (schedule.exchange, schedule.reason) == (chosen, reason)
 
 
 @given(any_schedules(), st.data())

@@ -61,7 +61,7 @@ def test_the_table_of_special_runs() -> None:
         "1,022 per row (1 of padding), 511 of them on a rank",
         "tp 0   positions differ from batch to batch",
         "balanced - chosen: it distributes each batch's",
-        "exchange            auto - each batch takes what moves the fewest bytes",
+        "exchange            auto - each batch takes what ranks wait for least",
         "deterministic       on",
         "rows of 1,021 tokens are padded to 1,022, a",
     ):

@@ -37,8 +37,8 @@ class ParallelConfig:
     cp_comm_type: Exchange = "auto"
     """How keys and values reach the queries: p2p sends each rank the keys it needs (see
     --cp-route), all_gather gathers them at once, a2a exchanges heads for tokens, and a2a+p2p does
-    so among neighbours and sends between groups of them; auto chooses the exchange that moves the
-    fewest bytes and says why."""
+    so among neighbours and sends between groups of them; auto chooses the exchange that ranks
+    wait for least, given what computing hides, and says why."""
     hierarchical_context_parallel_sizes: tuple[int, int] | None = None
     """Two sizes A P for a2a+p2p or auto. A neighbours exchange heads, and P groups of neighbours
     send keys to each other; A x P must be the context parallel size."""

@@ -60,7 +60,7 @@ class PlanOptions:
     cp_layout: LayoutKind = "auto"
     """Which rank holds which part of the row."""
     cp_comm_type: Exchange = "auto"
-    """How keys and values reach the queries; auto chooses what moves the fewest bytes."""
+    """How keys and values reach the queries; auto chooses what ranks wait for least."""
     cp_route: Route = "auto"
     """Route of p2p: from neighbour to neighbour, or straight from the owner."""
     hierarchical_context_parallel_sizes: tuple[int, int] | None = None
