@@ -7,7 +7,7 @@ the M tokens of all peers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -31,11 +31,21 @@ class KeptAttention:
 
     A recomputed layer passes the same object to ``attention`` twice. The first call fills it. The
     second call receives its own inputs, computes nothing and sends nothing.
+
+    Args:
+        pack: turns each tensor into what is kept in its place; by default the tensor itself.
+        unpack: turns that back into the tensor.
     """
 
-    def __init__(self) -> None:
-        self._saved: tuple[Tensor | None, ...] | None = None
-        self._results: tuple[Tensor, ...] | None = None
+    def __init__(
+        self,
+        pack: Callable[[Tensor], object] | None = None,
+        unpack: Callable[[Any], Tensor] | None = None,
+    ) -> None:
+        self._pack, self._unpack = pack or _same, unpack or _same
+        self._kept: dict[int, Any] = {}
+        self._saved: tuple[int | None, ...] = ()
+        self._results: tuple[int, ...] | None = None
         self._num_given = 0
 
     @property
@@ -52,17 +62,24 @@ class KeptAttention:
             saved: what backward reads.
             results: what the first call returned.
         """
+        tensors = {id(x): x for x in (*saved[num_given:], *results) if x is not None}
         # The history of the tensors refers to this object, which would then refer to itself.
-        self._saved = tuple(None if x is None else x.detach() for x in saved[num_given:])
-        self._results = tuple(x.detach() for x in results)
+        self._kept = {key: self._pack(x.detach()) for key, x in tensors.items()}
+        self._saved = tuple(None if x is None else id(x) for x in saved[num_given:])
+        self._results = tuple(map(id, results))
         self._num_given = num_given
 
     def again(self, *given: Tensor | None) -> tuple[Any, ...]:
         """Returns the tuple of tensors that backward reads, then each result of the second call."""
-        assert self._saved is not None
         assert self._results is not None
-        saved = (*given[: self._num_given], *self._saved)
-        return saved, *(x.detach() for x in self._results)
+        kept = {key: self._unpack(x) for key, x in self._kept.items()}
+        saved = (None if key is None else kept[key] for key in self._saved)
+        results = (kept[key].detach() for key in self._results)
+        return (*given[: self._num_given], *saved), *results
+
+
+def _same(x: Tensor) -> Tensor:
+    return x
 
 
 class _Attention(torch.autograd.Function):

@@ -97,7 +97,7 @@ class MemoryMeter:
         rows = [(kind, kinds.HOST if moved else "", kind) for kind in permanent]
         rows += [(kinds.GATHERED, "", kinds.GATHERED)]
         rows += [(kinds.ACTIVATIONS, name, name) for name in kinds.MODULES]
-        rows += [(kinds.HOST, kinds.INPUTS, kinds.HOST), *((kind, "", kind) for kind in others)]
+        rows += [(kinds.HOST, kinds.RECOMPUTED, kinds.HOST), *((kind, "", kind) for kind in others)]
         return tuple(Held(kind=x, detail=y, num_bytes=self._sizes[name]) for x, y, name in rows)
 
     def _entering(self, name: str) -> Callable[[nn.Module, object], None]:

@@ -33,6 +33,7 @@ from cp_megatron.preflight.run_plan import RunPlan
 from cp_megatron.spec import (
     ActivationSizes,
     KeptStates,
+    LayerSpec,
     LinearAttentionSpec,
     MixerSpec,
     ModelSpec,
@@ -48,6 +49,7 @@ LOGITS, EXCHANGE = "logits", "exchange buffers"
 AFTER_FORWARD, PEAK = "held after forward", "peak of the step"
 
 EMBEDDING, DROPOUT, INPUTS = "embedding", "dropout masks", "layer inputs"
+RECOMPUTED = "for recomputation"
 ATTENTION_NORM, ATTENTION = "attention norm", "attention"
 MLP_NORM, MLP = "MLP norm", "MLP"
 FINAL_NORM, LOSS, OTHER = "final norm", "loss", "other"
@@ -172,14 +174,13 @@ def _during_step(
     """The memory of a rank beside the permanent tensors, and the bytes of it after forward."""
     sizes = _sizes(plan, cp_rank, spec, *planned)
     kept, gathered = _kept(spec, plan.config.memory, sizes), _gathered_bytes(plan, spec)
-    on_host = kept[INPUTS] if plan.config.memory.cpu_offloading else 0
-    kept[INPUTS] -= on_host
+    on_host = _move_to_host(kept, spec, plan.config.memory, sizes)
     buffers_in_forward, buffers = _buffer_bytes(plan, *planned, cp_rank, sizes)
     logits = spec.head.logits_bytes(sizes, plan.config.memory.loss_chunk_size)
     rows = [
         Held(kind=GATHERED, num_bytes=gathered),
         *(Held(kind=ACTIVATIONS, detail=name, num_bytes=kept[name]) for name in MODULES),
-        Held(kind=HOST, detail=INPUTS, num_bytes=on_host),
+        Held(kind=HOST, detail=RECOMPUTED, num_bytes=on_host),
         Held(kind=LOGITS, num_bytes=logits),
         Held(kind=EXCHANGE, num_bytes=buffers),
     ]
@@ -295,11 +296,9 @@ def _kept(spec: ModelSpec, memory: MemoryConfig, sizes: ActivationSizes) -> Coun
         kept[EMBEDDING] += spec.positions.kept_bytes(sizes)
     if spec.dropout:
         kept[DROPOUT] = sizes.dropout_bytes(spec.embedding.width)
-    number, level = memory.recompute_num_layers, memory.recompute_granularity
-    levels = [level if number is None or i < number else "none" for i in range(len(spec.layers))]
+    levels = _levels(spec, memory)
     for layer, granularity in zip(spec.layers, levels, strict=True):
-        tiled = memory.mlp_tile_size is not None
-        for name, num_bytes in layer.kept_bytes(sizes, granularity, tiled=tiled).items():
+        for name, num_bytes in _layer_bytes(layer, granularity, memory, sizes).items():
             kept[IN_LAYER[name]] += num_bytes
     # Layers that rotate alike share a rotation. Attention keeps it; the caller does if all of
     # attention is recomputed.
@@ -310,6 +309,34 @@ def _kept(spec: ModelSpec, memory: MemoryConfig, sizes: ActivationSizes) -> Coun
     kept[FINAL_NORM] = spec.norm.kept_bytes(sizes.stream_tokens, sizes)
     kept[LOSS] = spec.head.kept_bytes(sizes)
     return kept
+
+
+def _levels(spec: ModelSpec, memory: MemoryConfig) -> list[str]:
+    """What is recomputed of each layer."""
+    number, level = memory.recompute_num_layers, memory.recompute_granularity
+    return [level if number is None or i < number else "none" for i in range(len(spec.layers))]
+
+
+def _layer_bytes(
+    layer: LayerSpec, granularity: str, memory: MemoryConfig, sizes: ActivationSizes
+) -> Counter[str]:
+    keeps, tiled = memory.recompute_keeps_attention, memory.mlp_tile_size is not None
+    return layer.kept_bytes(sizes, granularity, tiled=tiled, keeps_attention=keeps)
+
+
+def _move_to_host(
+    kept: Counter[str], spec: ModelSpec, memory: MemoryConfig, sizes: ActivationSizes
+) -> int:
+    """Bytes that recomputed layers keep on the host, which are taken out of ``kept``."""
+    moved = Counter[str]()
+    for layer, granularity in zip(spec.layers, _levels(spec, memory), strict=True):
+        if memory.cpu_offloading and granularity == "full":
+            found = _layer_bytes(layer, granularity, memory, sizes)
+            moved[INPUTS] += found["inputs"]
+            if memory.recompute_keeps_attention and layer.attention is not None:
+                moved[ATTENTION] += found["attention"]
+    kept.subtract(moved)
+    return moved.total()
 
 
 def _is_transposed(plan: RunPlan, cp_rank: int, attention: MixerSpec | None) -> bool:

@@ -4,7 +4,8 @@
     none          all that autograd saves                          nothing
     selective     the inputs of both blocks, attention's results   the rest, without a message of
                                                                    attention
-    full          the input of the layer, possibly on the host     the layer
+    full          the input of the layer and, if asked, the        the rest, with the messages of
+                  results of attention; possibly on the host       attention unless it is kept
 
 A recurrence sends nothing again with either: its states are few, and are kept too.
 
@@ -78,25 +79,35 @@ class LayerMemory:
     Attributes:
         tp: the tensor parallel group.
         granularity: of this layer.
+        keeps_attention: full recomputation keeps the results of the layer's attention.
         tile_size: tokens that go through the MLP at once; None: all.
-        offload: where full recomputation keeps the layer's input; None: where it is.
+        offload: where full recomputation keeps what it keeps; None: where it is.
     """
 
     tp: TensorParallel
     granularity: Recompute
+    keeps_attention: bool
     tile_size: int | None
     offload: LayerOffload | None
 
     @classmethod
     def of(
-        cls, memory: MemoryConfig, layer: int, *, tp: TensorParallel, offload: LayerOffload | None
+        cls,
+        memory: MemoryConfig,
+        layer: int,
+        *,
+        attends: bool,
+        tp: TensorParallel,
+        offload: LayerOffload | None,
     ) -> LayerMemory:
-        """The strategy of a layer, numbered from 0; only the first layers may be recomputed."""
+        """The strategy of a layer, numbered from 0; only the first layers may be recomputed.
+        ``attends`` says that its mixer is attention."""
         number = memory.recompute_num_layers
         is_recomputed = number is None or layer < number
         return cls(
             tp=tp,
             granularity=memory.recompute_granularity if is_recomputed else "none",
+            keeps_attention=memory.recompute_keeps_attention and attends,
             tile_size=memory.mlp_tile_size,
             offload=offload,
         )
@@ -107,6 +118,11 @@ class LayerMemory:
         # Called in the layer's forward, so that FSDP has gathered the weights when it runs again.
         if not self._recomputes("full"):
             return function(*args, layer_pass)
+        if self.keeps_attention:
+            store = self.offload
+            layer_pass.kept = KeptMixer(
+                KeptAttention() if store is None else KeptAttention(store.pack, store.unpack)
+            )
         with nullcontext() if self.offload is None else self.offload.hooks():
             return checkpoint(  # type: ignore[return-value]
                 function,

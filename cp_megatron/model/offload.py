@@ -1,4 +1,4 @@
-"""Keeps the input of every recomputed layer in host memory until backward.
+"""Keeps in host memory what recomputed layers keep until backward: inputs, and results if asked.
 
     forward   layer 0 | layer 1 | layer 2            backward   layer 2 | layer 1 | layer 0
     copies        x0 ->|   x1 ->|  x2 ->                    <- x1 |  <- x0 |
@@ -26,7 +26,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 
 class LayerOffload:
-    """Keeps the inputs of recomputed layers on the host.
+    """Keeps tensors of recomputed layers on the host.
 
     Attributes:
         held_bytes: bytes that are kept for backward now.
@@ -42,14 +42,20 @@ class LayerOffload:
 
     def hooks(self) -> saved_tensors_hooks:
         """A context in which the tensors that autograd saves are kept on the host."""
-        return saved_tensors_hooks(self._pack, _unpack)
+        return saved_tensors_hooks(self.pack, self.unpack)
 
-    def _pack(self, x: Tensor) -> _Offloaded | Tensor:
+    def pack(self, x: Tensor) -> _Offloaded | Tensor:
+        """Starts the copy of a tensor to the host; returns what ``unpack`` takes."""
         if not x.numel():
             return x
         offloaded = _Offloaded(self, x, before=self._latest)
         self._latest = weakref.ref(offloaded)
         return offloaded
+
+    @staticmethod
+    def unpack(saved: _Offloaded | Tensor) -> Tensor:
+        """The tensor, on its device."""
+        return saved.take() if isinstance(saved, _Offloaded) else saved
 
     @contextmanager
     def copying(self, device: torch.device) -> Iterator[torch.cuda.Stream | None]:
@@ -130,6 +136,7 @@ class _Offloaded:
         self._shape, self._dtype, self._device = x.shape, x.dtype, x.device
         self._buffer = store.take(x)
         self._fetched: Tensor | None = None
+        self._was_taken = False
         self._ready: torch.cuda.Event | None = None
         with store.copying(x.device) as stream:
             self._on_host().copy_(x, non_blocking=True)
@@ -156,10 +163,10 @@ class _Offloaded:
         """The tensor; on CUDA also starts fetching the tensor that backward reads next."""
         self.fetch()
         assert self._fetched is not None
-        x, self._fetched = self._fetched, None
+        x, self._fetched, self._was_taken = self._fetched, None, True
         if self._ready is not None:
             before = self._before() if self._before else None
-            if before is not None:
+            if before is not None and not before._was_taken:
                 before.fetch()
             stream = torch.cuda.current_stream(self._device)
             stream.wait_event(self._ready)
@@ -170,7 +177,3 @@ class _Offloaded:
 def _unpin(memory: Tensor) -> None:
     torch.cuda.synchronize()  # a copy may still be reading it
     torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())
-
-
-def _unpack(saved: _Offloaded | Tensor) -> Tensor:
-    return saved.take() if isinstance(saved, _Offloaded) else saved

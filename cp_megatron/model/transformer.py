@@ -100,7 +100,8 @@ class Transformer(nn.Module):
         # Keyed by the number in the whole model, so that the names on a stage are the model's.
         self.layers = nn.ModuleDict()
         for i in range(first_layer, last_layer):
-            strategy = LayerMemory.of(memory, i, tp=self.tp, offload=self.offload)
+            attends = spec.layers[i].attention is not None
+            strategy = LayerMemory.of(memory, i, attends=attends, tp=self.tp, offload=self.offload)
             self.layers[str(i)] = TransformerLayer(spec.layers[i], memory=strategy)
         self.norm = Norm(spec.norm, tp=self.tp) if is_last else None
         self.head = VocabParallelHead(spec.head, tp=self.tp) if is_last else None

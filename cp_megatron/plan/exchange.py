@@ -213,8 +213,7 @@ def choose_exchange(
         return ExchangeChoice("p2p", inner_route, (1, 1), reason, latent)
     p2p_route = choose_route(readers) if route == "auto" else route
     tokens = readers.tokens_received(p2p_route)
-    forms = {_P2P_NAMES[form]: width for form, width in heads.sent_widths.items()}
-    costs = {name: tokens * width for name, width in forms.items()}
+    costs = {_P2P_NAMES[form]: tokens * width for form, width in heads.sent_widths.items()}
     waits = {name: max(0, cost - _hidden(mask, heads, size)) for name, cost in costs.items()}
     inner = hierarchical_sizes[0] if hierarchical_sizes else size
     name = "a2a+p2p" if hierarchical_sizes else "a2a"

@@ -171,8 +171,11 @@ def check_memory(memory: MemoryConfig, num_layers: int, given: frozenset[str]) -
         works = "--recompute-granularity selective or full"
         refuse_unused(memory, ["recompute_num_layers"], given, reason=reason, works=works)
     if memory.cpu_offloading and level != "full":
-        rule = "needs full recomputation, because it moves the tensor that this keeps per layer"
+        rule = "needs full recomputation, because it moves what this keeps per layer"
         raise ConfigError("--cpu-offloading", "", rule, "--recompute-granularity full")
+    if memory.recompute_keeps_attention and level != "full":
+        rule = "needs full recomputation; selective recomputation keeps these results as well"
+        raise ConfigError("--recompute-keeps-attention", "", rule, "--recompute-granularity full")
 
 
 def check_window(model: ModelConfig) -> None:

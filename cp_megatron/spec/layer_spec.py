@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from cp_megatron.config import ModelConfig
@@ -102,7 +102,9 @@ class LayerSpec(BlockSpec):
         assert mixer is not None
         return mixer
 
-    def kept_bytes(self, sizes: ActivationSizes, granularity: str, *, tiled: bool) -> Counter[str]:
+    def kept_bytes(
+        self, sizes: ActivationSizes, granularity: str, *, tiled: bool, keeps_attention: bool
+    ) -> Counter[str]:
         """Bytes that backward needs, by the name of the module that keeps them.
 
         Args:
@@ -110,12 +112,15 @@ class LayerSpec(BlockSpec):
             granularity: what is recomputed, as in ``MemoryConfig``; it decides about the name
                 ``inputs``, the inputs of recomputed blocks.
             tiled: the MLP runs in tiles, and keeps its input.
+            keeps_attention: full recomputation keeps the results of attention.
         """
         width = self.mlp.up.inputs
         stream = sizes.stream_bytes(width)
         if granularity == "full":
-            received = 0 if self.recurrence is None else self.recurrence.kept_messages(sizes)
-            return Counter(inputs=stream, attention=received)
+            mixed = 0 if self.recurrence is None else self.recurrence.kept_messages(sizes)
+            if keeps_attention and self.attention is not None:
+                mixed = self.attention.result_bytes(replace(sizes, result_copies=1))
+            return Counter(inputs=stream, attention=mixed)
         kept = Counter(attention=self.mixer.kept_results(sizes))
         for name in ("attention_post_norm", "mlp_post_norm"):
             kept[name] = _norm_bytes(getattr(self, name), sizes)

@@ -124,7 +124,11 @@ class MixerSpec(BlockSpec):
         return sizes.tokens * channels * sizes.element if sizes.head_exchange is None else 0
 
     def kept_results(self, sizes: ActivationSizes) -> int:
-        """Bytes of the result and its log-sum-exp, which selective recomputation keeps too.
+        """Bytes that selective recomputation keeps."""
+        return self.result_bytes(sizes)
+
+    def result_bytes(self, sizes: ActivationSizes) -> int:
+        """Bytes of the result and its log-sum-exp.
 
         If heads are exchanged for tokens, also the exchanged q, k, v and out, because they cannot
         be computed again without messages.
@@ -221,8 +225,8 @@ class AttentionSpec(MixerSpec):
     def kept_results(self, sizes: ActivationSizes) -> int:
         """Bytes of what attention keeps, and of its gated result, which ``out`` reads."""
         if self.gate is None:
-            return super().kept_results(sizes)
-        return super().kept_results(replace(sizes, result_copies=1)) + self._gate_bytes(sizes)
+            return self.result_bytes(sizes)
+        return self.result_bytes(replace(sizes, result_copies=1)) + self._gate_bytes(sizes)
 
     def _gate_bytes(self, sizes: ActivationSizes) -> int:
         """Bytes of a tensor of the gate's shape; 0 without a gate."""

@@ -25,6 +25,7 @@ CP2, CP4 = (["--context-parallel-size", size] for size in ("2", "4"))
 A2A, GATHER = (["--cp-comm-type", name] for name in ("a2a", "all_gather"))
 LEVELS = ["--cp-comm-type", "a2a+p2p", "--hierarchical-context-parallel-sizes", "2", "2"]
 SP, BF16, ROWS = ["--sequence-parallel"], ["--bf16"], ["--micro-batch-size", "2"]
+KEEPS = ["--recompute-keeps-attention"]
 SELECTIVE, FULL = (["--recompute-granularity", name] for name in ("selective", "full"))
 FIRST = ["--recompute-num-layers", "1"]
 TILES, CHUNKS = ["--mlp-tile-size", "24"], ["--loss-chunk-size", "24"]
@@ -55,6 +56,7 @@ CASES = [
     (1, [*GPT, *BF16, *SELECTIVE, *ROWS]),
     (1, [*LLAMA, *BF16, *SELECTIVE, *FIRST, *TILES]),
     (1, [*LLAMA, *FULL, *FIRST, "--cpu-offloading", "--optimizer-cpu-offload"]),
+    (1, [*LLAMA, *FULL, *FIRST, *KEEPS, "--cpu-offloading"]),
     (1, [*GPT, *DROPOUT, *EACH_HEAD]),
     (1, [*GPT, "--dtype", "float64", "--untie-embeddings-and-output-weights"]),
     (1, [*LLAMA, *BF16, *GEMMA, *COOLING, "--qk-layernorm"]),
@@ -63,6 +65,7 @@ CASES = [
     (2, [*LLAMA, *TP2, *SP, *TILES, "--num-query-groups", "1", *ALL_HEADS, *CAPPED]),
     (2, [*LLAMA, *CP2, *A2A, *BF16, *SELECTIVE, "--num-query-groups", "1"]),
     (2, [*LLAMA, *CP2, *GATHER]),
+    (2, [*LLAMA, *CP2, *A2A, *BF16, *FULL, *KEEPS, "--num-query-groups", "4"]),
     (4, [*GPT, *TP2, *CP2, *SP, *FULL, *TILES, *CHUNKS]),
     (4, [*LLAMA, *TP2, *CP2, *BF16, *ROWS, *ROWS]),
     (4, [*LLAMA, *CP4, "--window-size", "9", "0", "--window-layers", "1"]),
@@ -76,6 +79,8 @@ SLOW = [
     (1, [*LLAMA, *GATED, "--kernel", "reference"]),
     (2, [*LLAMA, *CP2, *LINEAR, *BF16]),
     (2, [*LLAMA, *CP2, *LINEAR, *FULL]),
+    (2, [*LLAMA, *CP2, *LINEAR, *GATED, *FULL, *KEEPS]),
+    (2, [*LLAMA, *CP2, *MLA, *FULL, *KEEPS, "--cpu-offloading"]),
     (2, [*LLAMA, *CP2, *LINEAR, *SELECTIVE, *GATED, "--dtype", "float64"]),
     (2, [*LLAMA, *BF16, *ROWS]),
     (4, [*LLAMA, *CP4, *BF16, "--cp-comm-type", "p2p", "--cp-route", "direct"]),

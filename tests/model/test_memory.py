@@ -42,6 +42,9 @@ OPTIONS = {
     "selective": MemoryConfig(recompute_granularity="selective"),
     "full": MemoryConfig(recompute_granularity="full"),
     "first layer": MemoryConfig(recompute_granularity="full", recompute_num_layers=1),
+    "full, attention kept": MemoryConfig(
+        recompute_granularity="full", recompute_keeps_attention=True, cpu_offloading=True
+    ),
     "tiles": MemoryConfig(mlp_tile_size=6),
     "tiles, selective": MemoryConfig(mlp_tile_size=6, recompute_granularity="selective"),
     "tiles, full": MemoryConfig(mlp_tile_size=6, recompute_granularity="full"),
@@ -127,7 +130,8 @@ def counted(
 
 
 class _Work(TorchDispatchMode):
-    """Counts FLOPs of products, and the attention's messages: sends and all-to-alls."""
+    """Counts FLOPs of products, tiles of attention in forward, and attention's messages: sends and
+    all-to-alls."""
 
     def __init__(self, found: Counter[str]) -> None:
         super().__init__()
@@ -137,6 +141,8 @@ class _Work(TorchDispatchMode):
         name = str(func)
         if name.startswith("c10d.") and any(part in name for part in ("send", "alltoall")):
             self.found["messages"] += 1
+        if "flash_attention" in name and "backward" not in name:
+            self.found["attention"] += 1
         out = func(*args, **(kwargs or {}))
         if func.overloadpacket in flop_registry:
             flops = flop_registry[func.overloadpacket]
@@ -158,14 +164,17 @@ def test_recurrences_send_nothing_twice() -> None:
 
 
 @pytest.mark.parametrize("exchange", ["p2p", "a2a"])
-def test_selective_recomputation_sends_nothing_twice(exchange: str) -> None:
-    plain, selective, full = (
-        run_ranks(counted, 2, MemoryConfig(recompute_granularity=level), exchange)
-        for level in ("none", "selective", "full")
-    )
-    for a, b, c in zip(plain, selective, full, strict=True):
-        assert 0 < a["messages"] == b["messages"] < c["messages"]
-        assert a["flops"] < b["flops"] < c["flops"]
+def test_kept_attention_is_neither_computed_nor_sent_twice(exchange: str) -> None:
+    selective, full = (MemoryConfig(recompute_granularity=x) for x in ("selective", "full"))
+    keeping = replace(full, recompute_keeps_attention=True)
+    found = [
+        run_ranks(counted, 2, memory, exchange)
+        for memory in (MemoryConfig(), selective, full, keeping)
+    ]
+    for a, b, c, d in zip(*found, strict=True):
+        assert 0 < a["messages"] == b["messages"] == d["messages"] < c["messages"]
+        assert a["flops"] < b["flops"] < d["flops"] == c["flops"]
+        assert 0 < a["attention"] == b["attention"] == d["attention"] < c["attention"]
 
 
 def test_tiles_compute_nothing_more_than_without() -> None:
@@ -275,5 +284,6 @@ def test_without_a_stream_no_tensor_comes_back_before_it_is_read() -> None:
 def test_every_option_is_one_of_the_configuration() -> None:
     assert set(asdict(MemoryConfig())) == {
         *("recompute_granularity", "recompute_num_layers", "mlp_tile_size", "loss_chunk_size"),
+        "recompute_keeps_attention",
         *("cpu_offloading", "optimizer_cpu_offload", "memory_report"),
     }

@@ -114,6 +114,12 @@ def refused(
         (["--recompute-num-layers", "2"], 1, "--recompute-num-layers", "selective or full"),
         ([*FULL, "--recompute-num-layers", "5"], 1, "--recompute-num-layers", "4"),
         (["--cpu-offloading"], 1, "--cpu-offloading", "--recompute-granularity full"),
+        (
+            ["--recompute-keeps-attention", *FULL[:1], "selective"],
+            1,
+            "--recompute-keeps-attention",
+            "full",
+        ),
         (["--cpu-offloading", *FULL[:1], "selective"], 1, "--cpu-offloading", "full"),
         (["--z-loss-coeff", "-1"], 1, "--z-loss-coeff", "0"),
         # the learning rate

@@ -21,6 +21,9 @@ class MemoryConfig:
     recompute_granularity: Recompute = "none"
     """full keeps one tensor per layer and computes the rest again in backward; selective also keeps
     the results of attention, which is then neither computed nor exchanged again."""
+    recompute_keeps_attention: bool = False
+    """Full recomputation also keeps each attention's result and log-sum-exp, which are then neither
+    computed nor exchanged again."""
     recompute_num_layers: Size | None = None
     """The number of layers to recompute, counted from the first; by default all."""
     mlp_tile_size: Size | None = None
@@ -28,8 +31,8 @@ class MemoryConfig:
     loss_chunk_size: Size | None = None
     """Tokens whose logits exist at once; by default the number whose logits fill 256 MiB."""
     cpu_offloading: bool = False
-    """Move the tensor that full recomputation keeps per layer to the host, and back for backward;
-    with --device cpu, to a temporary file."""
+    """Move what full recomputation keeps per layer to the host, and back for backward; with
+    --device cpu, to a temporary file."""
     optimizer_cpu_offload: bool = False
     """Keep parameters, gradients and optimizer state on the host, and update them there."""
     memory_report: bool = False
