@@ -26,12 +26,18 @@ class LocalAdamW(AdamW):
         """Updates all parameters that have a gradient; ``update`` says what it obeys."""
         assert closure is None, "the gradients exist"
         for group in self.param_groups:
-            # parameters, gradients, two moments, maxima (unused), update counts
             lists: list[list[Tensor]] = [[] for _ in range(6)]
             self._init_group(group, *lists)  # type: ignore[no-untyped-call]
+            local = ([local_values(x) for x in tensors] for tensors in lists)
+            parameters, gradients, means, squares, maxima, counts = local  # no maxima
             beta1, beta2 = group["betas"]
             adamw(
-                *([local_values(x) for x in tensors] for tensors in lists),
+                parameters,
+                gradients,
+                means,
+                squares,
+                maxima,
+                counts,
                 fused=True,
                 grad_scale=getattr(self, "grad_scale", None),
                 found_inf=getattr(self, "found_inf", None),
