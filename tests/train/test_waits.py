@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from cp_megatron.comm import nonblocking
 from cp_megatron.comm.host_copies import HostCopy
 from cp_megatron.train.loop import Trainer
 from cp_megatron.train.results import LAG, Results
@@ -90,3 +93,34 @@ def test_no_step_waits_between_log_lines(place: Place, mode: str) -> None:
 def test_a_wait_is_seen(place: Place) -> None:
     ((found),) = run_ranks(waits_of, 1, changed(place.argv("run"), *LONG), True)
     assert all(len(found[step]) == 1 for step in range(2, 8)), found
+
+
+def messages_of(rank: int, world_size: int, argv: list[str]) -> dict[int, list[str]]:
+    """The messages of each step but those of FSDP."""
+    view, sent = StoppingView(), list[str]()
+    by_step = dict[int, list[str]]()
+
+    def counting(name: str, send: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(*args: Any, **options: Any) -> Any:
+            sent.append(name)
+            return send(*args, **options)
+
+        return counted
+
+    def step_done(step: int) -> None:
+        by_step[step] = [*sent]
+        sent.clear()
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module, name in ((dist, "all_reduce"), (nonblocking, "_all_gather")):
+            patch.setattr(module, name, counting(name, getattr(module, name)))
+        patch.setattr(view, "step_done", step_done)
+        finish(assembled(rank, world_size, argv), view)
+    return by_step
+
+
+def test_a_step_takes_two_messages(place: Place) -> None:
+    argv = changed(place.argv("run"), *LONG)
+    for sent in run_ranks(messages_of, 2, argv):
+        expected = ["_all_gather", "all_reduce"]  # what is announced; the loss and the norm
+        assert {step: sent[step] for step in range(2, 8)} == dict.fromkeys(range(2, 8), expected)
