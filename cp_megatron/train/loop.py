@@ -32,9 +32,9 @@ from cp_megatron.memory.predict import predict
 from cp_megatron.metrics.writer import Metrics, MetricsWriter, peak_flops, peak_memory
 from cp_megatron.preflight.run_plan import RunPlan
 from cp_megatron.train.bad_batch import save_batch
+from cp_megatron.train.late_results import Judged, Results
 from cp_megatron.train.profiler import StepProfiler
 from cp_megatron.train.progress import ProgressView
-from cp_megatron.train.results import Judged, Results
 from cp_megatron.train.saving import Saver
 from cp_megatron.train.step import Accept, LaunchedStep, Shard, StepResult, TrainStep
 

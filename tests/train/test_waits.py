@@ -13,8 +13,8 @@ from torch import Tensor
 
 from cp_megatron.comm import nonblocking
 from cp_megatron.comm.host_copies import HostCopy
+from cp_megatron.train.late_results import LAG, Results
 from cp_megatron.train.loop import Trainer
-from cp_megatron.train.results import LAG, Results
 from cp_megatron.train.step import Shard, TrainStep
 from tests.ranks import run_ranks
 from tests.train.test_loop import GRIDS, Place, StoppingView, assembled, changed, finish

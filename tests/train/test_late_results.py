@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from cp_megatron.train.results import Results
+from cp_megatron.train.late_results import Results
 from tests.ranks import run_ranks
 from tests.train.checkpoints import differing, metrics_of, numbers
 from tests.train.test_loop import Place, changed
