@@ -43,8 +43,6 @@ class ParallelGroups:
         names, shape = tuple(grid.sizes), tuple(grid.sizes.values())
         mesh = init_device_mesh(device_type, shape, mesh_dim_names=names)
         meshes = {name: mesh[name] for name in names}
-        # With a mesh over all ranks, a reduction over both meshes of a parameter (the norm of the
-        # gradients) takes one message instead of two: DTensor looks for a mesh that covers both.
         meshes["world"] = mesh._flatten("world")
         meshes["dp_cp"] = mesh["dp", "cp"]._flatten("dp_cp")
         if timeout is not None:

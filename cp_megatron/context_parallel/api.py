@@ -106,7 +106,9 @@ class ContextParallel(RecurrentSequence):
         self._by_window: dict[Window, ContextParallel] = {}
         self._plans: dict[tuple[object, ...], RankPlan] = {}
 
-    def with_mask(self, mask: Mask, layout: SequenceLayout | None = None) -> ContextParallel:
+    def with_mask(
+        self, mask: Mask, layout: SequenceLayout | None = None, *, compared: bool = False
+    ) -> ContextParallel:
         """Returns an object for another mask, with the same ranks, options and buffers.
 
         Args:
@@ -114,6 +116,8 @@ class ContextParallel(RecurrentSequence):
             layout: keeps tokens where this layout has them, as layers with different masks of one
                 model need. By default the layout is chosen for the mask, unless this object was
                 constructed with a layout.
+            compared: the caller compares the masks between the ranks. With ``check_ranks`` once,
+                an attention that was compared for one such object is not for the next.
         """
         other = ContextParallel(
             self.group,
@@ -126,6 +130,8 @@ class ContextParallel(RecurrentSequence):
             check_ranks=self._agreement.mode,
         )
         other.buffers, other.link_sums, other.kernels = self.buffers, self.link_sums, self.kernels
+        if compared:
+            other._agreement.continue_from(self._agreement)
         return other
 
     def within(self, window: Window | None) -> ContextParallel:
@@ -141,7 +147,7 @@ class ContextParallel(RecurrentSequence):
         if mask.window == self.mask.window:
             return self
         if mask.window not in self._by_window:
-            other = self.with_mask(mask, self.layout)
+            other = self.with_mask(mask, self.layout, compared=self._agreement.continues)
             other._chooser, other._rows = self._chooser, self._rows
             self._by_window[mask.window] = other
         return self._by_window[mask.window]

@@ -129,6 +129,11 @@ class RankAgreement:
         self.mode, self._group = mode, group
         self._mask, self._layout, self._plan = mask, layout, (layout.kind, *plan)
         self._seen: set[object] = set()
+        self.continues = False  # the caller compares the masks
+
+    def continue_from(self, other: RankAgreement) -> None:
+        """Shares what mode ``once`` has seen with the agreement of another mask."""
+        self._seen, self.continues = other._seen, True
 
     @contextmanager
     def after_checks(

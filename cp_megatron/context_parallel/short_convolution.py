@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from cp_megatron.comm.checksums import LinkSums
+from cp_megatron.comm.host_copies import to_device
 from cp_megatron.comm.send_receive import post
 from cp_megatron.context_parallel.buffers import Buffers
 from cp_megatron.context_parallel.received import Received
@@ -71,8 +72,8 @@ class HaloExchange:
             and for each rank, the places of the tokens that this one sends.
         """
         if device not in self._on:
-            sends = [torch.from_numpy(places).to(device) for places in self.halo.send]
-            self._on[device] = torch.from_numpy(self._taps).to(device), sends
+            sends = [to_device(torch.from_numpy(x), device) for x in self.halo.send]
+            self._on[device] = to_device(torch.from_numpy(self._taps), device), sends
         return self._on[device]
 
     def fetch(self, x: Tensor) -> Tensor:

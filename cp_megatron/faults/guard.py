@@ -20,8 +20,10 @@ LEAST_WINDOW = 32
 """Nothing counts as a spike until this many losses have been accepted."""
 SPAN = 1000
 """Length of the span of steps in which skipped steps are counted."""
-_NORMAL = 1.4826  # median absolute deviation of a normal distribution -> its standard deviation
-_LEAST_SPREAD = 0.01  # of the median: nearly equal losses do not turn the next one into a spike
+NORMAL = 1.4826
+"""Median absolute deviation of a normal distribution -> its standard deviation."""
+LEAST_SPREAD = 0.01
+"""Of the median: nearly equal losses do not turn the next one into a spike."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +52,7 @@ class Guard:
     def __init__(
         self, *, budget: int = 5, spike_threshold: float | None = None, kept: object = None
     ) -> None:
-        self.budget, self._threshold = budget, spike_threshold
+        self.budget, self.spike_threshold = budget, spike_threshold
         state = kept if isinstance(kept, Mapping) else {}
         losses = _numbers(state.get("losses"), float)
         self._losses = deque([x for x in losses if math.isfinite(x)], maxlen=WINDOW)
@@ -81,17 +83,21 @@ class Guard:
             numbers=numbers, accepted=accepted, num_skipped=count, finite=finite, over=over
         )
 
+    def spare(self, step: int) -> int:
+        """How many of the steps up to ``step`` that were not judged yet may be bad in any case."""
+        return self.budget - sum(step - SPAN < other for other in self._skipped)
+
     def state(self) -> dict[str, Any]:
         """The value for ``kept``: plain data, whose floats survive JSON bit for bit."""
         return {"losses": list(self._losses), "skipped": list(self._skipped)}
 
     def _limit(self) -> float:
-        if self._threshold is None or len(self._losses) < LEAST_WINDOW:
+        if self.spike_threshold is None or len(self._losses) < LEAST_WINDOW:
             return math.inf
         middle = median(self._losses)
         deviation = median(abs(loss - middle) for loss in self._losses)
-        spread = max(_NORMAL * deviation, _LEAST_SPREAD * abs(middle))
-        return middle + self._threshold * spread
+        spread = max(NORMAL * deviation, LEAST_SPREAD * abs(middle))
+        return middle + self.spike_threshold * spread
 
 
 def _numbers(value: object, kind: type[int] | type[float]) -> Sequence[float]:

@@ -119,7 +119,9 @@ class CachedRow(ContextParallel):
         """int64 [S]: the positions of the new tokens."""
         return torch.arange(self.cache.length, self.cache.length + self.num_new)
 
-    def with_mask(self, mask: Mask, layout: SequenceLayout | None = None) -> CachedRow:
+    def with_mask(
+        self, mask: Mask, layout: SequenceLayout | None = None, *, compared: bool = False
+    ) -> CachedRow:
         """Returns the context of the same tokens for layers with another window."""
         other = CachedRow(self.cache, self.num_new, mask)
         other._layers, other._convolutions = self._layers, self._convolutions

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from cp_megatron.comm.host_copies import to_device
 from cp_megatron.config.schema import ModelConfig
 from cp_megatron.kernels.interface import accumulation_dtype
 from cp_megatron.model.rope_scaling import rope_frequencies
@@ -60,7 +61,7 @@ class Rotation:
                 position 10^6 is off by 0.03.
         """
         inverse, attention_factor = rope_frequencies(config, rotary, longest)
-        inverse = inverse.to(positions.device)
+        inverse = to_device(inverse, positions.device)
         angles = positions.to(torch.float64).unsqueeze(-1) * inverse  # [s, d/2]
         table = accumulation_dtype(dtype)
         cos, sin = angles.cos(), angles.sin()

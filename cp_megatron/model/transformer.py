@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from cp_megatron.comm.host_copies import to_device
 from cp_megatron.comm.rng import attention_dropout_seed
 from cp_megatron.config.schema import MemoryConfig, ModelConfig
 from cp_megatron.context_parallel import ContextParallel
@@ -32,6 +34,8 @@ from cp_megatron.tensor_parallel import (
     VocabParallelEmbedding,
     VocabParallelHead,
 )
+
+_Rotations = WeakKeyDictionary[ContextParallel, dict[tuple[object, ...], list[Rotation | None]]]
 
 
 class LearnedPositions(SpecifiedModule):
@@ -103,6 +107,7 @@ class Transformer(nn.Module):
             attends = spec.layers[i].attention is not None
             strategy = LayerMemory.of(memory, i, attends=attends, tp=self.tp, offload=self.offload)
             self.layers[str(i)] = TransformerLayer(spec.layers[i], memory=strategy)
+        self._kept_rotations: _Rotations = WeakKeyDictionary()
         self.norm = Norm(spec.norm, tp=self.tp) if is_last else None
         self.head = VocabParallelHead(spec.head, tp=self.tp) if is_last else None
 
@@ -136,10 +141,9 @@ class Transformer(nn.Module):
         """
         expected = self.config.attention_dropout if self.training else 0.0
         assert expected == (attention_dropout.probability if attention_dropout else 0.0)
-        positions = cp.document_positions.to(x.device)  # [s]
         if self.embedding is not None:
-            x = self._embed(x, positions)
-        rotations = self._rotations(positions, cp, x.dtype)
+            x = self._embed(x, cp)
+        rotations = self._rotations(cp, x)
         contexts = self.layer_contexts(cp)
         for number, layer in self.layers.items():
             dropout = attention_dropout
@@ -164,6 +168,7 @@ class Transformer(nn.Module):
             the attended pairs of a query and a key of the whole row; the mean of the layers that
             attend.
         """
+        _ = cp.document_positions  # computed here once; ``cp`` keeps them
         contexts, pairs = self.layer_contexts(cp), Counter[ContextParallel]()
         for number, layer in self.layers.items():
             assert isinstance(layer, TransformerLayer)
@@ -183,10 +188,26 @@ class Transformer(nn.Module):
             return [cp] * len(windows)
         return [cp.within(window) for window in windows]
 
-    def _rotations(
+    def _positions(self, cp: ContextParallel, device: torch.device) -> Tensor:
+        """The positions of this rank's tokens in their documents, int64 [s] on the device."""
+        return to_device(cp.document_positions, device)
+
+    def _rotations(self, cp: ContextParallel, x: Tensor) -> list[Rotation | None]:
+        """The rotation of each layer of the whole model; layers that rotate alike share one.
+
+        They depend on ``cp`` and on the type and device of the residual stream, and are kept for
+        the next pass under the same ``cp``.
+        """
+        kept = self._kept_rotations.setdefault(cp, {})
+        # What is made in inference mode cannot be used for training.
+        key = x.dtype, x.device, torch.is_inference_mode_enabled()
+        if key not in kept:
+            kept[key] = self._make_rotations(self._positions(cp, x.device), cp, x.dtype)
+        return kept[key]
+
+    def _make_rotations(
         self, positions: Tensor, cp: ContextParallel, dtype: torch.dtype
     ) -> list[Rotation | None]:
-        """The rotation of each layer of the whole model; layers that rotate alike share one."""
         longest, made = max(cp.mask.lengths), dict[RotarySpec | None, Rotation]()
         wanted = [layer.mixer.rotary for layer in self.spec.layers]
         for rotary in set(wanted) - {None}:
@@ -194,12 +215,13 @@ class Transformer(nn.Module):
             made[rotary] = Rotation.of(positions, self.config, rotary, longest=longest, dtype=dtype)
         return [made.get(rotary) for rotary in wanted]
 
-    def _embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
+    def _embed(self, tokens: Tensor, cp: ContextParallel) -> Tensor:
         """[b, s] -> residual stream."""
         assert self.embedding is not None
         if self.tp.splits_sequence:
             assert tokens.shape[1] % self.tp.size == 0, "sequence parallelism needs s % tp == 0"
         x = self.embedding(tokens)
         if self.positions is not None:
+            positions = self._positions(cp, tokens.device)
             x = x + self.positions(self.tp.own_rows(positions))
         return self.dropout(x)

@@ -4,26 +4,25 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
 
-import numpy as np
-import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 
 from cp_megatron.checkpoint.object_collectives import all_gather_objects
+from cp_megatron.comm.host_numbers import largest
 from cp_megatron.comm.signals import StopRequest
-from cp_megatron.comm.stopping import Stopping, largest
+from cp_megatron.comm.stopping import Stopping
 from cp_megatron.comm.trace import traced
 from cp_megatron.data.batch.ahead import Ahead
 from cp_megatron.data.batch.batch import Batch, microbatches
-from cp_megatron.data.rows.sampler import IGNORED, RowSource, RowSplits
+from cp_megatron.data.rows.sampler import RowSource, RowSplits
 from cp_megatron.faults.checks import Checks
+from cp_megatron.faults.device_guard import DeviceGuard
 from cp_megatron.faults.guard import SPAN, Guard, Verdict
 from cp_megatron.faults.inject import Faults
 from cp_megatron.faults.stragglers import Stragglers
@@ -32,18 +31,28 @@ from cp_megatron.memory.memory_report import MemoryReport
 from cp_megatron.memory.predict import predict
 from cp_megatron.metrics.writer import Metrics, MetricsWriter, peak_flops, peak_memory
 from cp_megatron.preflight.run_plan import RunPlan
+from cp_megatron.train.bad_batch import save_batch
+from cp_megatron.train.late_results import Judged, Results
 from cp_megatron.train.profiler import StepProfiler
 from cp_megatron.train.progress import ProgressView
 from cp_megatron.train.saving import Saver
-from cp_megatron.train.step import Shard, StepResult, TrainStep
-
-_Times = list[tuple[float, float]]
-"""Seconds and attended pairs of the steps since the last logged one."""
+from cp_megatron.train.step import Accept, LaunchedStep, Shard, StepResult, TrainStep
 
 
 class DivergedError(RuntimeError):
     """Training cannot continue: too many skipped steps, a non-finite value, or corrupted data. All
     ranks raise it together."""
+
+
+@dataclass(kw_only=True)
+class _Loop:
+    """What changes from step to step."""
+
+    stopping: Stopping
+    results: Results
+    latest: Judged | None = None  # the newest result that was read
+    times: list[tuple[float, float]] = field(default_factory=list)
+    """Seconds and attended pairs of the steps since the last logged one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,43 +85,90 @@ class Trainer:
                 finite, or data was corrupted.
             ConfigError: the checkpoint cannot be written.
         """
-        config, step = self.plan.config, self.plan.load_step
+        step = self.plan.load_step
         first, num_steps = step + 1, self.plan.last_step
-        stopping = self._stopping(stop)
-        shards, times, trained = self._shards(first, num_steps), _Times(), self.train_step
-        measured = trained.model, trained.optimizer, trained.cp, trained.device
-        with closing(self.profiler), Ahead(shards) as ahead:
+        lag = Results.lag_on(self.train_step.device)
+        now = _Loop(stopping=self._stopping(stop), results=Results(self.guard, lag=lag))
+        accept = DeviceGuard(self.guard, self.train_step.device).accept
+        with closing(self.profiler), Ahead(self._shards(first, num_steps)) as ahead:
             for step in range(first, num_steps + 1):
-                lr = self.plan.learning_rate_at(step)
-                measures = config.memory.memory_report and step == first
-                meter = MemoryMeter(*measured) if measures else None
-                with self.profiler.step(step):
-                    begin = time.perf_counter()
-                    with meter or nullcontext():
-                        result, verdict = self._step(step, ahead, lr)
-                    times.append((time.perf_counter() - begin, result.num_pairs))
-                if self.stragglers is not None and step > first:  # the first step warms up
-                    self.stragglers.waited(result.waited)
-                if not verdict.accepted:
-                    self._skip(step, result, verdict)
-                ends = stopping.agreed() or self._exits(step)
-                saves = ends or self._is_due(step, config.checkpoint.save_interval)
-                self._check(step, saves=saves)
-                if meter is not None:
-                    self._report_memory(step, meter)
-                validates = not stopping.reason and self._validates(step)
-                # Step 1 is logged as well, because it shows where the loss started.
-                logs = step == 1 or self._is_due(step, config.train.log_interval)
-                metrics = None
-                if (ends or logs or validates) and verdict.finite:
-                    metrics = self._measure(step, result, lr, times)
-                self._write_and_save(step, metrics, saves=saves, last=ends or step == num_steps)
-                valid_loss = self._validate(step, stopping) if validates else None
-                self._log(metrics, valid_loss)
-                self.view.step_done(step)
-                if self._leaves(step, stopping, interrupted=validates and bool(stopping.reason)):
+                if not self._advance(step, ahead, now, accept):
+                    self._end_after(step - 1, now)
+                    return step - 1
+                if self._finish(step, now):
                     break
         return step
+
+    def _advance(
+        self, step: int, shards: Iterator[list[Shard]], now: _Loop, accept: Accept
+    ) -> bool:
+        """Launches a step and reads what must be read now; False if the ranks stop before it."""
+        lr, is_first = self.plan.learning_rate_at(step), step == self.plan.load_step + 1
+        meter = None
+        if self.plan.config.memory.memory_report and is_first:
+            trained = self.train_step
+            meter = MemoryMeter(trained.model, trained.optimizer, trained.cp, trained.device)
+        with self.profiler.step(step):
+            begin = time.perf_counter()
+            with meter or nullcontext():
+                launched = self._step(step, shards, lr, now.stopping, accept)
+            if launched is None:
+                return False
+            now.results.add(step, launched)
+            self._read(now, everything=self._needs_results(step))
+            told = launched.announcement
+            now.times.append((time.perf_counter() - begin, told.num_pairs))
+        if self.stragglers is not None and not is_first:  # the first step warms up
+            self.stragglers.waited(told.waited)
+        if meter is not None:
+            self._report_memory(step, meter)
+        return True
+
+    def _finish(self, step: int, now: _Loop) -> bool:
+        """Does what is due after a step; returns whether the run ends with it."""
+        config, stopping = self.plan.config, now.stopping
+        # The next step's message tells the others, unless the answer is needed now.
+        stopping.note()
+        exits, validates = self._exits(step), self._validates(step)
+        ends = ((exits or validates) and stopping.agreed()) or exits
+        saves = ends or self._is_due(step, config.checkpoint.save_interval)
+        self._check(step, saves=saves)
+        validates = validates and not stopping.reason
+        metrics = None
+        if ends or validates or self._logs(step):
+            metrics = self._measure(step, now)
+        self._write_and_save(step, metrics, saves=saves, last=ends or step == self.plan.last_step)
+        valid_loss = self._validate(step, stopping) if validates else None
+        self._log(metrics, valid_loss)
+        self.view.step_done(step)
+        return self._leaves(step, stopping, interrupted=validates and bool(stopping.reason))
+
+    def _end_after(self, step: int, now: _Loop) -> None:
+        """Ends the run with a step that is finished, as the ranks agreed before the next one."""
+        begin = time.perf_counter()
+        self._read(now, everything=True)
+        seconds, num_pairs = now.times.pop() if now.times else (0.0, 0.0)
+        now.times.append((seconds + time.perf_counter() - begin, num_pairs))
+        self.saver.settle()
+        saves = self.saver.saved != step
+        self._check(step, saves=saves)
+        metrics = None if self._logs(step) else self._measure(step, now)
+        self._write_and_save(step, metrics, saves=saves, last=True)
+        self._log(metrics, None)
+        self._leaves(step, now.stopping, interrupted=False)
+
+    def _read(self, now: _Loop, *, everything: bool) -> None:
+        """Reads the results that are due; reports the steps that were skipped."""
+        for judged in now.results.read(everything=everything):
+            now.latest = judged
+            if not judged.verdict.accepted:
+                self._skip(judged.step, judged.result, judged.verdict)
+
+    def _needs_results(self, step: int) -> bool:
+        """Whether something is due after a step that needs its result and all before it."""
+        is_checked = self.checks is not None and self.checks.due(step)
+        saves = self._is_due(step, self.plan.config.checkpoint.save_interval)
+        return saves or is_checked or self._logs(step) or self._validates(step) or self._exits(step)
 
     def _write_and_save(
         self, step: int, metrics: Metrics | None, *, saves: bool, last: bool
@@ -152,26 +208,32 @@ class Trainer:
         """Whether ``step`` is the last of the run or of an interval."""
         return step == self.plan.last_step or bool(interval and step % interval == 0)
 
+    def _logs(self, step: int) -> bool:
+        """Whether a step is logged; step 1 is, because it shows where the loss started."""
+        return step == 1 or self._is_due(step, self.plan.config.train.log_interval)
+
     def _step(
-        self, step: int, shards: Iterator[list[Shard]], lr: float
-    ) -> tuple[StepResult, Verdict]:
-        """Trains on the next batch; the verdict says whether the step was applied."""
-        verdicts: list[Verdict] = []
-
-        def accept(loss: float, grad_norm: float) -> bool:
-            verdicts.append(self.guard.judge(step, loss, grad_norm))
-            return verdicts[0].accepted
-
+        self,
+        step: int,
+        shards: Iterator[list[Shard]],
+        lr: float,
+        stopping: Stopping,
+        accept: Accept,
+    ) -> LaunchedStep | None:
+        """Trains on the next batch; None if the ranks stop before it."""
+        trained, faults = self.train_step, self.faults
         with traced("wait for rows"):
             batch = next(shards)
-        if self.checks is not None:
-            self.checks.begin(step)
         try:
-            result = self.train_step.run(batch, step=step, lr=lr, accept=accept, faults=self.faults)
+            told = trained.announce(batch, step=step, wish=stopping.wish, faults=faults)
+            if stopping.heard(told.wish):
+                return None
+            if self.checks is not None:
+                self.checks.begin(step)
+            return trained.launch(batch, told, step=step, lr=lr, accept=accept, faults=faults)
         except Exception as error:
             error.add_note(f"step {step}")
             raise
-        return result, verdicts[0]
 
     def _check(self, step: int, *, saves: bool) -> None:
         """Ends the run if data was corrupted; always checks before a save."""
@@ -241,7 +303,7 @@ class Trainer:
         rows = self.rows.valid
         assert rows is not None
         shards = (
-            self.train_step.prepare(batch)
+            self.train_step.prepare(batch, announced=False)
             for number in range(self.plan.config.train.eval_iters)
             for batch in self._batches(rows, number * self.plan.rows_per_step)
         )
@@ -253,17 +315,25 @@ class Trainer:
             raise self._diverged(step, f"validation loss {loss}")
         return loss
 
-    def _measure(self, step: int, result: StepResult, lr: float, times: _Times) -> Metrics:
-        """The metrics of a step but for its validation, and of the times since the last ones."""
+    def _measure(self, step: int, now: _Loop) -> Metrics | None:
+        """The metrics of a step but for its validation, and of the times since the last ones.
+
+        None if they are not finite.
+        """
+        assert now.latest is not None
+        assert now.latest.step == step, "all results are read"
+        if not now.latest.verdict.finite:
+            return None
+        result = now.latest.result
         config = self.plan.config
-        seconds, num_pairs = map(fmean, zip(*times))
-        times.clear()
+        seconds, num_pairs = map(fmean, zip(*now.times))
+        now.times.clear()
         num_tokens = self.plan.rows_per_step * config.data.seq_length
         return Metrics(
             step=step,
             loss=result.loss,
             grad_norm=result.grad_norm,
-            lr=lr,
+            lr=self.plan.learning_rate_at(step),
             tokens=self.plan.tokens_after(step),
             tokens_per_second=num_tokens / seconds,
             step_seconds=seconds,
@@ -324,33 +394,3 @@ class Trainer:
         saved = self.saver.saved
         last = f"the last checkpoint is of step {saved}" if saved else "there is no checkpoint"
         return DivergedError(f"step {step}: {reason}; {last} (works: {works})")
-
-
-def save_batch(
-    file: Path, rows: RowSource, numbers: range, *, document_mask: bool, about: Mapping[str, object]
-) -> None:
-    """Writes a whole global batch, so that a step that ended a run can be examined and replayed.
-
-    The file contains ``tokens`` and ``labels``, int64 [rows, S], and ``rows``, int64 [rows].
-
-    Args:
-        numbers: the numbers of the batch's rows.
-        document_mask: documents are masked, so the last token of each has no label.
-        about: entries for the file's metadata.
-
-    Raises:
-        OSError: the file cannot be written.
-    """
-    chosen = [rows[number] for number in numbers]
-    labels = np.stack([row.labels for row in chosen])
-    if document_mask:
-        for place, row in enumerate(chosen):
-            labels[place, row.crossing] = IGNORED
-    tensors = {
-        "tokens": torch.from_numpy(np.stack([row.inputs for row in chosen])),
-        "labels": torch.from_numpy(labels),
-        "rows": torch.tensor(numbers, dtype=torch.int64),
-    }
-    new = file.with_name(f"{file.name}.tmp")
-    save_file(tensors, new, metadata={name: str(value) for name, value in about.items()})
-    new.replace(file)

@@ -1,17 +1,58 @@
-"""AdamW over sharded parameters; the learning rate is set by every step."""
+"""AdamW over sharded parameters, and how a step updates without asking the device first."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import AdamW
+from torch.optim.adamw import adamw
 
 from cp_megatron.config import OptimizerConfig
 
 
+class LocalAdamW(AdamW):
+    """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101), updating what this rank holds.
+
+    The state is sharded like the parameters, as checkpoints store it. The update itself runs on
+    the local tensors, so that a group of parameters takes one fused call.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Updates all parameters that have a gradient; ``update`` says what it obeys."""
+        assert closure is None, "the gradients exist"
+        for group in self.param_groups:
+            lists: list[list[Tensor]] = [[] for _ in range(6)]
+            self._init_group(group, *lists)  # type: ignore[no-untyped-call]
+            local = ([local_values(x) for x in tensors] for tensors in lists)
+            parameters, gradients, means, squares, maxima, counts = local  # no maxima
+            beta1, beta2 = group["betas"]
+            adamw(
+                parameters,
+                gradients,
+                means,
+                squares,
+                maxima,
+                counts,
+                fused=True,
+                grad_scale=getattr(self, "grad_scale", None),
+                found_inf=getattr(self, "found_inf", None),
+                amsgrad=False,
+                beta1=beta1,
+                beta2=beta2,
+                lr=group["lr"],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                maximize=False,
+            )
+
+
 def make_optimizer(parameters: Iterable[nn.Parameter], config: OptimizerConfig) -> AdamW:
-    """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) over sharded parameters.
+    """AdamW over sharded parameters; the learning rate is set by every step.
 
     Weight decay applies to matrices and embeddings, not to vectors (norms, biases).
     """
@@ -19,10 +60,48 @@ def make_optimizer(parameters: Iterable[nn.Parameter], config: OptimizerConfig) 
     decayed = [parameter for parameter in parameters if parameter.ndim > 1]
     kept = [parameter for parameter in parameters if parameter.ndim <= 1]
     rates = (decayed, config.weight_decay), (kept, 0.0)
-    return AdamW(
+    return LocalAdamW(
         [{"params": some, "weight_decay": rate} for some, rate in rates if some],
         lr=config.lr,
         betas=(config.adam_beta1, config.adam_beta2),
         eps=config.adam_eps,
         fused=True,
     )
+
+
+def update(optimizer: Any, *, skip: Tensor | None, divisor: Tensor | None) -> None:
+    """Lets an optimizer update, or not, as numbers on the device say; the host does not wait.
+
+    The optimizer obeys two attributes, as torch's fused optimizers do for its ``GradScaler``:
+    ``found_inf``, float32 [], which at 1 leaves parameters and state as they are and at 0 does
+    nothing; and ``grad_scale``, float32 [], by which it divides gradients in place.
+    If the parameters are on the CPU and the numbers are not, the host has to wait for them.
+
+    Args:
+        optimizer: one that obeys them.
+        skip: bool [], whether parameters and state stay as they are; None is no.
+        divisor: float64 [], the number to divide all gradients by; None is 1.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    parameters = [p for p in parameters if p.grad is not None]
+    if not parameters:
+        return
+    device = parameters[0].device
+    skip = None if skip is None else skip.to(device).float()
+    if divisor is not None:
+        divisor = divisor.to(device)
+        exact = [p for p in parameters if p.dtype == torch.float64]
+        if exact:  # a float32 divisor would cost them half of their digits
+            torch._foreach_div_([local_values(p.grad) for p in exact], divisor)
+        divisor = None if len(exact) == len(parameters) else divisor.float()
+        assert divisor is None or not exact, "parameters have one type"
+    optimizer.found_inf, optimizer.grad_scale = skip, divisor
+    try:
+        optimizer.step()
+    finally:
+        del optimizer.found_inf, optimizer.grad_scale
+
+
+def local_values(x: Tensor) -> Tensor:
+    """The part of a parameter, of its gradient or of its state that this rank holds."""
+    return x.to_local() if isinstance(x, DTensor) else x

@@ -223,6 +223,7 @@ def _make_train_step(plan: RunPlan, launch: Launch, control: dist.ProcessGroup) 
         ),
         sums=ParameterSums(model.named_parameters()) if is_checked else None,
         counts_zeros=config.log.log_num_zeros_in_grad,
+        control=control,
     )
 
 

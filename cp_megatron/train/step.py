@@ -13,7 +13,6 @@ and afterwards N steps are finished.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -21,12 +20,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 
 from cp_megatron.comm.groups import ParallelGroups
-from cp_megatron.comm.rng import dropout_seed, seed_dropout
+from cp_megatron.comm.host_copies import HostCopy, pinned, to_device
+from cp_megatron.comm.host_numbers import gather_numbers
+from cp_megatron.comm.rng import dropout_seed, hash_text, seed_dropout
 from cp_megatron.comm.row_digest import digest_rows
 from cp_megatron.comm.trace import traced
 from cp_megatron.context_parallel import ContextParallel
@@ -37,8 +36,13 @@ from cp_megatron.kernels.dropout import Dropout
 from cp_megatron.model.transformer import Transformer
 from cp_megatron.spec import local_heads
 from cp_megatron.tensor_parallel import LossRule
-from cp_megatron.train import row_agreement
-from cp_megatron.train.whole_model import count_zeros, global_norm
+from cp_megatron.train.announcement import Announcement, announce
+from cp_megatron.train.optimizer import local_values, update
+from cp_megatron.train.row_agreement import check_same_rows, fold
+from cp_megatron.train.whole_model import count_zeros, global_norm, sum_of_squares
+
+Accept = Callable[[Tensor, Tensor], Tensor]
+"""(loss, gradient norm) -> whether the model is updated; float64 [] and bool [], on the device."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,12 +54,30 @@ class StepResult:
     num_pairs: float  # as in ``Shard``, but over the whole global batch
     accepted: bool = True  # the model was updated; otherwise the step was skipped
     num_zeros: int | None = None  # numbers of the clipped gradient that are 0, if they are counted
-    waited: float = field(default=0.0, compare=False)  # seconds of waiting at the first message
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaunchedStep:
+    """A step whose numbers the device may still compute."""
+
+    announcement: Announcement
+    numbers: HostCopy  # loss, gradient norm, whether the model is updated, zeros (-1: not counted)
+
+    def result(self) -> StepResult:
+        """Waits for the numbers."""
+        loss, grad_norm, accepted, num_zeros = self.numbers.read()
+        return StepResult(
+            loss=loss,
+            grad_norm=grad_norm,
+            num_pairs=self.announcement.num_pairs,
+            accepted=bool(accepted),
+            num_zeros=int(num_zeros) if accepted and num_zeros >= 0 else None,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shard:
-    """This rank's part of a micro batch, on the CPU, with its attention planned.
+    """This rank's part of a micro batch, on the CPU (pinned for CUDA), with its attention planned.
 
     Attributes:
         num_pairs: attended pairs of a query and a key of the whole rows, divided by the number of
@@ -69,7 +91,7 @@ class Shard:
     row_length: int  # the length of the rows that are concatenated into one; 0 if none are
     num_valid: int  # tokens of this rank that have a label
     num_pairs: float
-    digest: int  # of the whole rows, the same on all ranks that share them
+    digest: int  # of the whole rows and their mask, the same on all ranks that share them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,40 +109,70 @@ class TrainStep:
     rule: LossRule = field(default_factory=LossRule)
     sums: ParameterSums | None = None  # only an update may change the sums; None disables them
     counts_zeros: bool = False  # count the numbers of the gradient that are 0
+    control: dist.ProcessGroup | None = None  # all ranks, for CPU tensors; None is groups.world
 
-    def prepare(self, batch: Batch) -> Shard:
+    def prepare(self, batch: Batch, *, announced: bool = True) -> Shard:
         """This rank's part of whole rows, [b, S] -> [b, S / N], with its attention planned.
 
         This sends no message and changes nothing, so another thread may call it during ``run``.
+
+        Args:
+            batch: the whole rows.
+            announced: ``announce`` compares the rows and their mask between the ranks before they
+                are used, so that attention need not compare the mask once more.
         """
-        cp = self.cp if batch.mask == self.cp.mask else self.cp.with_mask(batch.mask)
+        same = batch.mask == self.cp.mask
+        cp = self.cp if same else self.cp.with_mask(batch.mask, compared=announced)
         pairs = self.model.prepare(cp)
-        _ = cp.document_positions  # computed here once; ``cp`` keeps them
         labels = cp.shard(batch.labels, 1)
+        digest = int(digest_rows({"tokens": batch.tokens, "labels": batch.labels}))
         return Shard(
             cp=cp,
-            tokens=cp.shard(batch.tokens, 1),
-            labels=labels,
+            tokens=pinned(cp.shard(batch.tokens, 1), self.device),
+            labels=pinned(labels, self.device),
             first_row=batch.first_row,
             row_length=batch.row_length,
             num_valid=int((labels != IGNORED).sum()),
             num_pairs=pairs * batch.tokens.shape[0] / cp.cp_size,
-            digest=int(digest_rows({"tokens": batch.tokens, "labels": batch.labels})),
+            digest=hash_text(f"{digest} {batch.mask}"),
         )
 
-    def run(
-        self,
-        shards: Sequence[Shard],
-        *,
-        step: int,
-        lr: float,
-        accept: Callable[[float, float], bool] | None = None,
-        faults: Faults | None = None,
-    ) -> StepResult:
-        """Trains on this rank's micro batches of one global batch.
+    def announce(
+        self, shards: Sequence[Shard], *, step: int, wish: int = 0, faults: Faults | None = None
+    ) -> Announcement:
+        """The first message of a step; ``announce`` in ``announcement.py`` explains the rest.
 
         Args:
             shards: the micro batches, from ``prepare``.
+            step: the number of this step, from 1.
+            wish: this rank's wish to stop.
+            faults: the faults injected on this rank.
+        """
+        (faults or Faults()).before_step(step)
+        return announce(
+            [shard.digest for shard in shards],
+            sum(shard.num_valid for shard in shards),
+            sum(shard.num_pairs for shard in shards),
+            self.groups,
+            self._control,
+            wish=wish,
+        )
+
+    def launch(
+        self,
+        shards: Sequence[Shard],
+        announcement: Announcement,
+        *,
+        step: int,
+        lr: float,
+        accept: Accept | None = None,
+        faults: Faults | None = None,
+    ) -> LaunchedStep:
+        """Trains on this rank's micro batches of one global batch, without waiting for the device.
+
+        Args:
+            shards: the micro batches, from ``prepare``.
+            announcement: of this step.
             step: the number of this step, from 1.
             lr: the learning rate.
             accept: decides whether the model is updated. It is called once, with the loss and the
@@ -128,36 +180,38 @@ class TrainStep:
             faults: the faults injected on this rank.
         """
         faults = faults or Faults()
-        faults.before_step(step)
         self.model.train()
-        arrived = time.perf_counter()
-        num_tokens, num_pairs = self._sum(
-            [shard.digest for shard in shards],
-            *(sum(shard.num_valid for shard in shards), sum(shard.num_pairs for shard in shards)),
-        )
-        waited = time.perf_counter() - arrived
+        num_tokens = max(announcement.num_tokens, 1)
         total = self._backward(shards, num_tokens, step, faults)
         with traced("gradient norm"):
-            norm = self._norm()
-            grad_norm = norm.item()
-        loss = self._loss(total, num_tokens)
-        accepted = accept is None or accept(loss, grad_norm)
-        num_zeros = self._update(lr, norm) if accepted else None
+            loss, norm = self._loss_and_norm(total, num_tokens)
+        accepted = None if accept is None else accept(loss, norm)
+        num_zeros = self._update(lr, norm, accepted)
         self.optimizer.zero_grad()
         if faults.has("flip", step):
             held = map(local_values, self.model.parameters())
             next(x for x in held if x.numel()).view(-1)[:1].view(torch.uint8)[0] ^= 32
-        return StepResult(
-            loss=loss,
-            grad_norm=grad_norm,
-            num_pairs=num_pairs,
-            accepted=accepted,
-            num_zeros=num_zeros,
-            waited=waited,
-        )
+        updated = torch.ones_like(loss) if accepted is None else accepted.double()
+        zeros = -torch.ones_like(loss) if num_zeros is None else num_zeros.double()
+        numbers = HostCopy(torch.stack([loss, norm, updated, zeros]))
+        return LaunchedStep(announcement=announcement, numbers=numbers)
+
+    def run(
+        self,
+        shards: Sequence[Shard],
+        *,
+        step: int,
+        lr: float,
+        accept: Accept | None = None,
+        faults: Faults | None = None,
+    ) -> StepResult:
+        """Announces and launches a step, and waits for its result."""
+        announcement = self.announce(shards, step=step, faults=faults)
+        launched = self.launch(shards, announcement, step=step, lr=lr, accept=accept, faults=faults)
+        return launched.result()
 
     def _backward(
-        self, shards: Sequence[Shard], num_tokens: float, step: int, faults: Faults
+        self, shards: Sequence[Shard], num_tokens: int, step: int, faults: Faults
     ) -> Tensor:
         """Adds the gradients of the micro batches; returns the sum of this rank's losses, []."""
         total = torch.zeros((), dtype=torch.float64, device=self.device)
@@ -171,7 +225,7 @@ class TrainStep:
                 if faults.has("raise", step):
                     objective.register_hook(faults.raises)
             with traced("backward"):
-                (objective / max(num_tokens, 1)).backward()
+                (objective / num_tokens).backward()
             total += losses.sum(dtype=torch.float64)
         return total
 
@@ -185,8 +239,10 @@ class TrainStep:
             total += self._losses(shard)[1].sum(dtype=torch.float64)
             count += shard.num_valid
             digests.append(shard.digest)
-        loss, num_tokens = self._sum(digests, total, count)
-        return loss / max(num_tokens, 1)
+        counted = (total.item(), count) if self.groups.coordinates.tp == 0 else (0.0, 0)
+        folded, losses, counts = zip(*gather_numbers((fold(digests), *counted), self._control))
+        check_same_rows(folded, self.groups.grid)
+        return sum(losses) / max(sum(counts), 1)
 
     def params_norm(self) -> float:
         """The L2 norm of all parameters of the model, the same on every rank."""
@@ -205,7 +261,7 @@ class TrainStep:
 
     def _losses(self, shard: Shard) -> tuple[Tensor, Tensor]:
         """The objective, [], and the losses of this rank's tokens, [b, S / N]; 0 without label."""
-        tokens, labels = (x.to(self.device) for x in (shard.tokens, shard.labels))
+        tokens, labels = (to_device(x, self.device) for x in (shard.tokens, shard.labels))
         dropout = self._attention_dropout(shard) if self.model.training else None
         with traced("forward"):
             objective, losses = self.model(
@@ -213,65 +269,47 @@ class TrainStep:
             )
         return objective, losses
 
-    def _sum(self, digests: Sequence[int], *values: float | Tensor) -> list[float]:
-        """The sums over all ranks that hold different tokens, in one message.
+    def _loss_and_norm(self, total: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
+        """The mean loss of the tokens of all ranks, and the global norm of the gradients; [], [].
 
-        Tensor parallel ranks share their tokens and have the same values, so only the first of them
-        contributes. The same message compares the digests of rows between ranks that share them.
-
-        Raises:
-            ConfigError: ranks that share rows have different ones.
+        The loss is NaN if that of any rank is not finite. Both take one message.
         """
-        shared = row_agreement.share(digests, self.groups)
-        totals = torch.stack(
-            [
-                torch.as_tensor(value, dtype=torch.float64, device=self.device)
-                for value in (shared, *values)
-            ]
-        )
-        if self.groups.coordinates.tp:
-            totals[1:].zero_()
-        dist.all_reduce(totals, group=self.groups.world)
-        difference, *sums = totals.tolist()
-        if difference:
-            row_agreement.refuse_other_rows(digests, self.groups, self.device)
-        return sums
-
-    def _loss(self, total: Tensor, num_tokens: float) -> float:
-        """The mean loss of the tokens of all ranks; NaN if the loss of any rank is not finite."""
         share = total if self.groups.coordinates.tp == 0 else torch.zeros_like(total)
-        totals = torch.stack([share, (~total.isfinite()).double()])
-        dist.all_reduce(totals, group=self.groups.world)
-        loss, num_broken = totals.tolist()
-        return math.nan if num_broken else loss / max(num_tokens, 1)
+        squares = sum_of_squares(self._gradients(), self.groups.world, self.device)
+        totals = torch.stack([share, (~total.isfinite()).double(), squares])
+        if self.groups.grid.world_size > 1:
+            dist.all_reduce(totals, group=self.groups.world)
+        loss, num_broken, squares = totals.unbind()
+        return (loss / num_tokens).masked_fill(num_broken > 0, math.nan), squares.sqrt()
 
-    def _norm(self) -> Tensor:
-        """The global norm of the gradients, [], the same on every rank."""
-        norm = get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
-        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+    def _gradients(self) -> list[Tensor]:
+        return [p.grad for p in self.model.parameters() if p.grad is not None]
 
-    def _update(self, lr: float, norm: Tensor) -> int | None:
-        """Clips the gradients to ``clip_grad`` and updates the parameters.
+    def _update(self, lr: float, norm: Tensor, accepted: Tensor | None) -> Tensor | None:
+        """Clips the gradients to ``clip_grad`` and updates the parameters, if it is accepted.
 
-        Returns the number of zeros in the gradients, as Megatron-LM counts them: after the
-        clipping. None if they are not counted.
+        Returns the number of zeros in the gradients, int64 [], as Megatron-LM counts them: after
+        the clipping. None if they are not counted.
         """
-        if self.clip_grad > 0:
-            parameters = [p for p in self.model.parameters() if p.grad is not None]
-            clip_grads_with_norm_(parameters, self.clip_grad, norm)
-        num_zeros = None
-        if self.counts_zeros:
-            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-            num_zeros = count_zeros(gradients, self.groups.world, self.device)
+        divisor = None
+        if self.clip_grad > 0:  # as in torch.nn.utils.clip_grad_norm_
+            divisor = ((norm + 1e-6) / self.clip_grad).clamp(min=1)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         if self.sums is not None:
             self.sums.compare()
         with traced("optimizer"):
-            self.optimizer.step()
+            skip = None if accepted is None else ~accepted
+            update(self.optimizer, skip=skip, divisor=divisor)
         if self.sums is not None:
             self.sums.take()
-        return num_zeros
+        if not self.counts_zeros:
+            return None
+        return count_zeros(self._gradients(), self.groups.world, self.device)
+
+    @property
+    def _control(self) -> dist.ProcessGroup:
+        return self.groups.world if self.control is None else self.control
 
     def _attention_dropout(self, shard: Shard) -> Dropout | None:
         model, place, tp = self.model.config, self.groups.coordinates, self.groups.grid.tp
@@ -292,8 +330,3 @@ class TrainStep:
             seed=self.seed, step=step, microbatch=microbatch, dp=place.dp, cp=place.cp, tp=tp
         )
         seed_dropout(seed, self.device)
-
-
-def local_values(parameter: Tensor) -> Tensor:
-    """The part of a parameter that this rank holds."""
-    return parameter.to_local() if isinstance(parameter, DTensor) else parameter

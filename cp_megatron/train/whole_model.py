@@ -28,13 +28,34 @@ def global_norm(tensors: Iterable[Tensor], group: dist.ProcessGroup, device: tor
     return total.sqrt().item()
 
 
-def count_zeros(tensors: Iterable[Tensor], group: dist.ProcessGroup, device: torch.device) -> int:
-    """How many numbers of sharded tensors are exactly 0; for the arguments see ``global_norm``."""
+@torch.no_grad()
+def sum_of_squares(
+    tensors: Iterable[Tensor], group: dist.ProcessGroup, device: torch.device
+) -> Tensor:
+    """This rank's share of the squared L2 norm of sharded tensors taken together, float64 [].
+
+    The shares of all ranks add up to it. Each tensor's norm is computed in its own type. For the
+    arguments see ``global_norm``.
+    """
+    counted = [x for x in _counted_here(tensors, group) if x.numel()]
+    if not counted:
+        return torch.zeros((), dtype=torch.float64, device=device)
+    norms = torch.stack(torch._foreach_norm(counted)).double()
+    return norms.square().sum().to(device)
+
+
+def count_zeros(
+    tensors: Iterable[Tensor], group: dist.ProcessGroup, device: torch.device
+) -> Tensor:
+    """How many numbers of sharded tensors are exactly 0, int64 [], on the device.
+
+    For the arguments see ``global_norm``; the host does not wait for the answer.
+    """
     total = torch.zeros((), dtype=torch.int64, device=device)
     for values in _counted_here(tensors, group):
         total += values.numel() - values.count_nonzero().to(device)
     dist.all_reduce(total, group=group)
-    return int(total.item())
+    return total
 
 
 @torch.no_grad()

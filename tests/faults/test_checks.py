@@ -11,8 +11,10 @@ import torch
 
 from cp_megatron.faults.checks import Checks, ParameterSums
 from cp_megatron.plan import Grid
+from cp_megatron.train.announcement import Announcement
 from cp_megatron.train.loop import DivergedError
-from cp_megatron.train.step import Shard, StepResult, TrainStep, local_values
+from cp_megatron.train.optimizer import local_values
+from cp_megatron.train.step import LaunchedStep, Shard, TrainStep
 from tests.context_parallel.test_link_sums import flipping
 from tests.ranks import run_ranks
 from tests.train.checkpoints import differing
@@ -29,9 +31,11 @@ class CorruptingStep(TrainStep):
 
     corrupted_step: int
 
-    def run(self, shards: Sequence[Shard], *, step: int, **options: Any) -> StepResult:
+    def launch(
+        self, shards: Sequence[Shard], announcement: Announcement, *, step: int, **options: Any
+    ) -> LaunchedStep:
         with flipping(0 if step == self.corrupted_step else -1):
-            return super().run(shards, step=step, **options)
+            return super().launch(shards, announcement, step=step, **options)
 
 
 def train(

@@ -68,6 +68,14 @@ class StoppingView(ProgressView):
         (self.stragglers if is_straggler else self.said).append(text)
 
 
+def changed(argv: list[str], *flags: str) -> list[str]:
+    """Arguments with other values for flags that they contain: ``--flag value`` pairs."""
+    argv = [*argv]
+    for flag, value in zip(flags[::2], flags[1::2], strict=True):
+        argv[argv.index(flag) + 1] = value
+    return argv
+
+
 def finish(run: Trainer, view: StoppingView | None = None) -> int:
     """Trains an assembled run and closes its metrics; returns the last step."""
     view = view or StoppingView()

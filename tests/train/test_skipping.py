@@ -17,7 +17,8 @@ from cp_megatron.data.batch.batch import IGNORED
 from cp_megatron.faults.guard import LEAST_WINDOW
 from cp_megatron.faults.inject import Fault, Faults
 from cp_megatron.train.loop import DivergedError, Trainer
-from cp_megatron.train.step import StepResult, TrainStep, local_values
+from cp_megatron.train.optimizer import local_values
+from cp_megatron.train.step import StepResult, TrainStep
 from tests.ranks import run_ranks
 from tests.train.checkpoints import differing, metrics_of, numbers
 from tests.train.test_loop import GRIDS, STEPS, Place, StoppingView, assembled, finish
@@ -55,7 +56,7 @@ def skip_one(
                 shards_of(step - 1, GRID, train_step),
                 step=step,
                 lr=3e-3,
-                accept=lambda loss, norm: math.isfinite(loss) and math.isfinite(norm),
+                accept=lambda loss, norm: loss.isfinite() & norm.isfinite(),
                 faults=faults,
             )
         )

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from cp_megatron.train.step import TrainStep
@@ -64,12 +66,12 @@ def zeros(rank: int, world_size: int, argv: list[str]) -> tuple[int, int]:
     seen: list[int] = []
     update = TrainStep._update
 
-    def watched(step: TrainStep, lr: float, norm: torch.Tensor) -> int | None:
+    def watched(step: TrainStep, *args: Any) -> Tensor | None:
         for parameter in step.model.parameters():
             gradient = parameter.grad
             assert isinstance(gradient, DTensor)
             seen.append(int((gradient.full_tensor() == 0).sum()))
-        return update(step, lr, norm)
+        return update(step, *args)
 
     TrainStep._update = watched  # type: ignore[method-assign]
     try:
