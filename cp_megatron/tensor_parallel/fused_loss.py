@@ -196,7 +196,7 @@ def add_product_(total: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
     if total.dtype == a.dtype:
         torch.addmm(total, a, b, beta=0 if first else 1, out=total)
     elif total.is_cuda:
-        torch.addmm(total, a, b, total.dtype, beta=0 if first else 1, out=total)
+        torch.addmm(total, a, b, out_dtype=total.dtype, beta=0 if first else 1, out=total)
     elif first:
         total.copy_(a @ b)
     else:
