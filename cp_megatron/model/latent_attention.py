@@ -9,7 +9,6 @@ that are not rotated, r channels that are, e value head dim, l width of the late
 
 from __future__ import annotations
 
-import torch
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -56,8 +55,7 @@ class LatentAttention(nn.Module):
         if self.latent_norm is not None:
             latent = self.latent_norm(latent)
         if rotation is not None:
-            plain, turned = q.split((q.shape[-1] - rotary_key.shape[-1], rotary_key.shape[-1]), -1)
-            q = torch.cat((plain, rotation.queries(turned)), dim=-1)
+            q = rotation.queries(q, start=q.shape[-1] - rotary_key.shape[-1])
             rotary_key = rotation.keys(rotary_key.unsqueeze(-2)).squeeze(-2)
         return q, latent, rotary_key
 

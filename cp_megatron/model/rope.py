@@ -12,14 +12,18 @@ D all channels of a head.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from cp_megatron.comm.host_copies import to_device
 from cp_megatron.config.schema import ModelConfig
 from cp_megatron.kernels.interface import accumulation_dtype
+from cp_megatron.kernels.rotary import rotate
+from cp_megatron.kernels.rotated_channels import RotatedChannels
 from cp_megatron.model.rope_scaling import rope_frequencies
 from cp_megatron.spec import RotarySpec
 
@@ -78,23 +82,41 @@ class Rotation:
             query_factor=factor,
         )
 
-    def queries(self, q: Tensor) -> Tensor:
-        """Rotates queries and applies their factor, [b, s, n, D] -> the same shape and dtype."""
-        q = self.keys(q)
-        return q if self.query_factor is None else q * self.query_factor[:, None, None]
+    def queries(self, q: Tensor, start: int = 0) -> Tensor:
+        """Rotates d channels from ``start`` on, and applies the factor of queries to all.
+
+        [b, s, n, D] -> the same shape and dtype. The result can be differentiated once.
+        """
+        return self._rotate(q, self.query_factor, start)
 
     def keys(self, k: Tensor) -> Tensor:
         """Rotates keys, [b, s, n, D] -> the same shape and dtype."""
-        cos, sin = self.cos.unsqueeze(-2), self.sin.unsqueeze(-2)  # [s, 1, d/2]
-        width = 2 * self.cos.shape[-1]
-        x = k[..., :width]
-        if self.interleaved:
-            first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
-        else:
-            first, second = x.chunk(2, dim=-1)
-        turned = first * cos - second * sin, second * cos + first * sin
-        # two of [b, s, n, d/2] -> [b, s, n, d]
-        rotated = torch.stack(turned, -1).flatten(-2) if self.interleaved else torch.cat(turned, -1)
-        if width == k.shape[-1]:
-            return rotated.to(k.dtype)
-        return torch.cat((rotated.to(k.dtype), k[..., width:]), dim=-1)
+        return self._rotate(k, None, 0)
+
+    def _rotate(self, x: Tensor, factor: Tensor | None, start: int) -> Tensor:
+        channels = RotatedChannels(start=start, interleaved=self.interleaved)
+        rotated: Tensor = _Rotate.apply(x, self.cos, self.sin, factor, channels)
+        return rotated
+
+
+class _Rotate(torch.autograd.Function):
+    """Backward is the rotation by the negative angles, so no activation is kept."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        factor: Tensor | None,
+        channels: RotatedChannels,
+    ) -> Tensor:
+        ctx.save_for_backward(cos, sin, factor)
+        ctx.channels = channels
+        return rotate(x, cos, sin, factor, channels)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        inverse = replace(ctx.channels, inverse=True)
+        return rotate(grads[0], *ctx.saved_tensors, inverse), None, None, None, None

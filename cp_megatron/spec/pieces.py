@@ -219,9 +219,11 @@ class HeadSpec(EmbeddingSpec):
         return sizes.stream_bytes(self.width) + (weight + sizes.tokens + 1) * sizes.exact
 
     def logits_bytes(self, sizes: ActivationSizes, chunk_size: int | None) -> int:
-        """Bytes of the logits of one chunk, in the compute type and in the type of the sums.
+        """Bytes of the logits of one chunk.
 
-        With a softcap they exist twice in the latter, when the former have been freed.
+        The products with the weight exist in the compute type. On the CPU, where no kernel fuses
+        what is done with them, they also exist in the type of sums if that differs, and with a
+        softcap once more.
 
         Args:
             sizes: the sizes of activations.
@@ -229,9 +231,11 @@ class HeadSpec(EmbeddingSpec):
         """
         columns = self.padded_vocab // sizes.tp
         shared = sizes.tp if sizes.splits_sequence else 1
-        asked = tokens_with_logits(chunk_size, columns) // (sizes.batch * shared)
+        tokens = tokens_with_logits(chunk_size, columns, on_cuda=sizes.on_cuda)
+        asked = tokens // (sizes.batch * shared)
         rows = min(sizes.row_tokens // shared, max(1, asked))
-        copies = sizes.exact if sizes.exact == sizes.element else sizes.exact + sizes.element
-        if self.softcap is not None:
-            copies = 2 * sizes.exact
+        copies = sizes.element
+        if not sizes.on_cuda:
+            copies += sizes.exact * (sizes.exact != sizes.element)
+            copies += sizes.exact * (self.softcap is not None)
         return sizes.batch * rows * shared * columns * copies

@@ -11,10 +11,10 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cp_megatron.kernels.logit_transform import LogitTransform, rounded
 from cp_megatron.spec import EmbeddingSpec, HeadSpec
 from cp_megatron.tensor_parallel.fused_loss import LossRule, vocab_parallel_fused_loss
 from cp_megatron.tensor_parallel.group import TensorParallel
-from cp_megatron.tensor_parallel.logit_transform import LogitTransform, rounded
 from cp_megatron.tensor_parallel.placement import SpecifiedModule, local_weight
 
 

@@ -10,7 +10,7 @@ arXiv:2410.10989, here over a vocabulary split by tensor parallelism):
                                      |
               gather over tp         |  with sequence parallelism, rows of this chunk only
                                      v
-                     logits [b, c * tp, v/tp] -> losses, d logits   (in place)
+                     logits [b, c * tp, v/tp] -> losses, d logits   (in the memory of all chunks)
                                      |
                 +--------------------+------------------+
                 v                                       v
@@ -33,10 +33,11 @@ from torch import Tensor
 
 from cp_megatron.comm.trace import traced
 from cp_megatron.config import tokens_with_logits
+from cp_megatron.kernels.cross_entropy import cross_entropy_kernels
 from cp_megatron.kernels.interface import accumulation_dtype
+from cp_megatron.kernels.logit_transform import LogitTransform, VocabularyPart
 from cp_megatron.tensor_parallel.group import TensorParallel
-from cp_megatron.tensor_parallel.logit_transform import LogitTransform
-from cp_megatron.tensor_parallel.loss import IGNORED, combine, target_logits
+from cp_megatron.tensor_parallel.loss import IGNORED, combine
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,9 +83,13 @@ def vocab_parallel_fused_loss(
         ``x`` is the true one, summed over the vocabulary; that of ``weight`` is this rank's part.
     """
     wanted = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    first_padding = vocab_size - tp.rank * weight.shape[0]
-    transform = transform or LogitTransform()
-    chunk = _Chunk(tp=tp, num_valid=max(0, first_padding), rule=rule, transform=transform)
+    first = tp.rank * weight.shape[0]
+    part = VocabularyPart(
+        first=first,
+        num_valid=min(max(0, vocab_size - first), weight.shape[0]),
+        transform=transform or LogitTransform(),
+    )
+    chunk = _Chunk(tp=tp, part=part, rule=rule)
     return _FusedLoss.apply(x, weight, labels, chunk, wanted)
 
 
@@ -101,23 +106,26 @@ class _FusedLoss(torch.autograd.Function):
         losses = x.new_empty(labels.shape, dtype=exact)
         total = x.new_zeros((), dtype=exact)
         dx = torch.empty_like(x) if wanted else None
-        dw = torch.zeros_like(weight, dtype=exact) if wanted else None
+        dw = torch.empty_like(weight, dtype=exact) if wanted else None
         # [b, tp * r] -> [b, tp, r]: a chunk of rows holds tokens of every rank
         by_rank = labels.unflatten(1, (gathered, num_rows))
         losses_by_rank = losses.unflatten(1, (gathered, num_rows))
-        tokens = tokens_with_logits(chunk.rule.chunk_size, weight.shape[0])
-        at_once = chunk.tp.rows(tokens, batch)
+        tokens = tokens_with_logits(chunk.rule.chunk_size, weight.shape[0], on_cuda=x.is_cuda)
+        at_once = min(chunk.tp.rows(tokens, batch), num_rows)
+        # One memory for all chunks: the CPU's allocator would map new pages for each.
+        logits = x.new_empty(batch * gathered * at_once, weight.shape[0])
         for start in range(0, num_rows, at_once):
             rows = slice(start, min(start + at_once, num_rows))
             with traced("head and loss"):
                 own, summed, entered, dlogits = chunk.forward(
-                    x[:, rows], weight, by_rank[..., rows], wanted
+                    x[:, rows], weight, by_rank[..., rows], logits, wanted
                 )
                 losses_by_rank[..., rows] = own
                 total += summed
                 if dx is not None and dw is not None:
-                    dx[:, rows] = chunk.backward(entered, dlogits, weight, dw, batch)
-                # Otherwise the logits of two chunks would exist at once.
+                    add_product_(dw, dlogits.T, entered, first=start == 0)
+                    dx[:, rows] = chunk.backward(dlogits, weight, batch)
+                # Otherwise the logits of two chunks could exist at once.
                 del own, summed, entered, dlogits
         ctx.grads = dx, dw
         ctx.dtypes = x.dtype, weight.dtype
@@ -139,53 +147,57 @@ class _Chunk:
     """Computes one chunk, from rows to losses and back."""
 
     tp: TensorParallel
-    num_valid: int  # number of this rank's columns that are not padding
+    part: VocabularyPart
     rule: LossRule
-    transform: LogitTransform
 
     def forward(
-        self, rows: Tensor, weight: Tensor, labels: Tensor, wanted: bool
+        self, rows: Tensor, weight: Tensor, labels: Tensor, logits: Tensor, wanted: bool
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Rows [b, c, h] and labels [b, tp, c] -> losses, and their gradient if it is wanted.
 
+        ``logits`` [at least n, v/tp] is overwritten, and so is what was returned before.
+
         Returns:
-            The losses [b, tp, c]; the sum to train; and for ``backward`` the tokens [n, h] and the
-            gradient of the products with the weight [n, v/tp].
+            The losses [b, tp, c]; the sum to train; the tokens [n, h]; and the gradient of their
+            products with the weight [n, v/tp] in the type of ``logits``.
         """
-        z, multiplier = self.rule.z_loss_coeff, self.transform.multiplier
+        z, multiplier = self.rule.z_loss_coeff, self.part.transform.multiplier
         # [b, c, h] -> [b, tp * c, h] -> [n, h]
         x = self.tp.enter(rows).flatten(0, 1)
-        products = x @ weight.T  # [n, v/tp]
-        exact = products.to(accumulation_dtype(products.dtype))
-        del products
-        exact, bounded = self.transform.forward(exact)
-        exact[:, self.num_valid :] = float("-inf")
-        target, local, here = target_logits(exact, labels.flatten(), self.tp.group)
-        # exact becomes exp(logit - maximum), of this rank's columns
-        least = torch.finfo(exact.dtype).min  # a rank that holds only padding has no maximum
-        maximum = exact.amax(1).clamp(min=least)
-        exact.sub_(maximum.unsqueeze(1)).exp_()
-        lse, target = combine(maximum, exact.sum(1), target, self.tp.group)
-        counts = labels.flatten() != IGNORED
+        dlogits = products = torch.mm(x, weight.T, out=logits[: len(x)])
+        flat = labels.flatten()
+        kernels = cross_entropy_kernels(products.device.type)
+        own_lse, own_target, kept = kernels.statistics(products, flat, self.part)
+        lse, target = combine(own_lse, own_target, self.tp.group)
+        counts = flat != IGNORED
         losses = torch.where(counts, lse - target, 0.0)
         total = losses.sum()
         if z:
             total = total + z * torch.where(counts, lse, 0.0).square().sum()
         if wanted:
             # (softmax * (1 + 2 z lse) - one_hot(label)) * multiplier, and then the softcap's slope
-            scale = torch.exp(maximum - lse) * (multiplier + 2 * z * multiplier * lse)
-            exact.mul_(torch.where(counts, scale, 0.0).unsqueeze(1))
-            exact.scatter_add_(1, local, -multiplier * here.to(exact.dtype).unsqueeze(1))
-            self.transform.backward_(exact, bounded)
-        return losses.view(labels.shape), total, x, exact
+            scale = torch.where(counts, multiplier + 2 * z * multiplier * lse, 0.0)
+            gradient = kernels.gradient(kept, flat, self.part, lse, scale)
+            same_type = gradient.dtype == products.dtype
+            dlogits = gradient if same_type else products.copy_(gradient)
+        return losses.view(labels.shape), total, x, dlogits
 
-    def backward(
-        self, x: Tensor, dlogits: Tensor, weight: Tensor, dw: Tensor, batch: int
-    ) -> Tensor:
-        """Adds to ``dw`` [v/tp, h] and returns the gradient of the rows [b, c, h]."""
-        dlogits = dlogits.to(x.dtype)
-        if dw.dtype == dlogits.dtype:
-            torch.addmm(dw, dlogits.T, x, out=dw)
-        else:
-            dw += dlogits.T @ x
+    def backward(self, dlogits: Tensor, weight: Tensor, batch: int) -> Tensor:
+        """The gradient of the products [n, v/tp] -> that of the rows [b, c, h]."""
         return self.tp.leave((dlogits @ weight).unflatten(0, (batch, -1)))
+
+
+def add_product_(total: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
+    """total [m, h] += a [m, n] @ b [n, h]; if it is the first product, total = a @ b.
+
+    ``total`` has the type of sums. A product in bfloat16 is rounded only after it was added where
+    PyTorch can do so, which is on CUDA, and before elsewhere.
+    """
+    if total.dtype == a.dtype:
+        torch.addmm(total, a, b, beta=0 if first else 1, out=total)
+    elif total.is_cuda:
+        torch.addmm(total, a, b, out_dtype=total.dtype, beta=0 if first else 1, out=total)
+    elif first:
+        total.copy_(a @ b)
+    else:
+        total += a @ b

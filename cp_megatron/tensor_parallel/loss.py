@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from cp_megatron.kernels.cross_entropy import target_logits
 from cp_megatron.kernels.interface import accumulation_dtype
 
 IGNORED = -100
@@ -37,47 +38,27 @@ def vocab_parallel_cross_entropy(
         do not count.
     """
     exact = logits.to(accumulation_dtype(logits.dtype))
-    target, _, _ = target_logits(exact, labels, group)
-    lse = exact.logsumexp(-1)
-    lse, target = combine(lse, torch.ones_like(lse), target, group)
+    rank = 0 if group is None else group.rank()
+    target = target_logits(exact, labels, rank * logits.shape[-1])
+    lse, target = combine(exact.logsumexp(-1), target, group)
     return torch.where(labels != IGNORED, lse - target, 0.0)
 
 
-def target_logits(
-    logits: Tensor, labels: Tensor, group: ProcessGroup | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Finds the logits of labels [..] in this rank's part of the vocabulary.
-
-    Returns:
-        [..] the logits, 0 if the label is on another rank; [.., 1] its index on this rank, an
-        arbitrary valid one if it is on another; bool [..], whether it is on this rank.
-    """
-    rank, width = 0 if group is None else group.rank(), logits.shape[-1]
-    local = labels - rank * width
-    here = (local >= 0) & (local < width)  # never for IGNORED, which is negative
-    local = local.clamp(0, width - 1).unsqueeze(-1)
-    return torch.where(here, logits.gather(-1, local).squeeze(-1), 0.0), local, here
-
-
-def combine(
-    maximum: Tensor, total: Tensor, target: Tensor, group: ProcessGroup | None
-) -> tuple[Tensor, Tensor]:
+def combine(lse: Tensor, target: Tensor, group: ProcessGroup | None) -> tuple[Tensor, Tensor]:
     """Reduces numbers of the ranks' parts [..] to those of the whole vocabulary.
 
     Args:
-        maximum: any upper bound of the logits that is close to the largest.
-        total: the sum of exp(logit - maximum).
-        target: the logit of the label, or 0.
+        lse: the log-sum-exp of this rank's part; -inf, or the least finite number, if it is empty.
+        target: the logit of the label, or 0 where another rank has it.
         group: the tp group.
 
     Returns:
         The log-sum-exp and the logit of the label.
     """
     if group is None or group.size() == 1:
-        return maximum + total.log(), target
-    highest = maximum.clone()
+        return lse, target
+    highest = lse.clone()
     dist.all_reduce(highest, dist.ReduceOp.MAX, group=group)
-    # A rank that holds only padding adds exp(-inf) = 0.
-    both = torch.stack((total * torch.exp(maximum - highest), target))  # [2, ..]
+    both = torch.stack((torch.exp(lse - highest), target))  # [2, ..]
     dist.all_reduce(both, group=group)
     return highest + both[0].log(), both[1]

@@ -58,6 +58,22 @@ class LogitTransform:
         return exact.to(products.dtype)
 
 
+@dataclass(frozen=True, kw_only=True)
+class VocabularyPart:
+    """This rank's columns of the vocabulary.
+
+    Attributes:
+        first: the id of the first column.
+        num_valid: number of columns that are not padding. The others, whatever they hold, are
+            never predicted.
+        transform: how products become logits.
+    """
+
+    first: int
+    num_valid: int
+    transform: LogitTransform
+
+
 def rounded(multiplier: float, dtype: torch.dtype) -> float:
     """The nearest number to ``multiplier`` that ``dtype`` has."""
     return torch.tensor(multiplier, dtype=dtype, device="cpu").item()
