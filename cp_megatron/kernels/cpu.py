@@ -51,6 +51,8 @@ class CpuKernel:
         . . x x x . . .          . x x x
     """
 
+    joins = False
+
     def compute_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """float32, or float64 for float64."""
         return accumulation_dtype(dtype)
