@@ -9,14 +9,16 @@ the batch and tiles of 1 and 3 rows:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from cp_megatron.plan.joining import TileRun
+
+T = TypeVar("T")
 
 
 class Lengths(NamedTuple):
@@ -29,9 +31,9 @@ class Lengths(NamedTuple):
 
 
 class Segments:
-    """The tiles of a run.
+    """The tiles of a run, and what kernels make of them.
 
-    Each device gets the edges once, so that layers and passes that run the same plan share them.
+    Layers and passes that run the same plan share it, so it is made once for each plan.
 
     Attributes:
         run: the tiles.
@@ -43,17 +45,24 @@ class Segments:
         self._k_sizes = [tile.k1 - tile.k0 for tile in run.tiles]
         self.run = run
         self.longest = max(self._q_sizes), max(self._k_sizes)
-        self._lengths: dict[tuple[int, torch.device], Lengths] = {}
+        self._made: dict[object, Any] = {}
+
+    def once(self, key: object, make: Callable[[], T]) -> T:
+        """Returns what ``make`` returned when it was first called with this key."""
+        if key not in self._made:
+            self._made[key] = make()
+        return cast(T, self._made[key])
 
     def lengths(self, batch: int, device: torch.device) -> Lengths:
         """The edges on ``device`` for ``batch`` rows; copying them does not wait for the device."""
-        key = batch, device
-        if key not in self._lengths:
+
+        def make() -> Lengths:
             edges = [_edges(sizes * batch, device) for sizes in (self._q_sizes, self._k_sizes)]
             # If no tile had two rows, FlashAttention 2 would let query heads take the place of
             # rows, and the lse would have another layout.
-            self._lengths[key] = Lengths(*edges, max(self.longest[0], 2), self.longest[1])
-        return self._lengths[key]
+            return Lengths(*edges, max(self.longest[0], 2), self.longest[1])
+
+        return self.once((batch, device), make)
 
 
 def _edges(sizes: Sequence[int], device: torch.device) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from cp_megatron.kernels import cuda
+from cp_megatron.kernels.cpu import CpuKernel
 from cp_megatron.kernels.cuda import CudaKernel
 from cp_megatron.kernels.interface import BackwardInputs, JoiningKernel, Kernel
 from cp_megatron.kernels.reference import ReferenceKernel
@@ -143,3 +144,20 @@ def test_edges_are_made_once_for_each_batch() -> None:
     assert segments.lengths(1, torch.device("cpu")) is one
     # With one row in each tile, flash attention would keep the lse in another layout.
     assert Segments(RUNS["single tokens"]).lengths(1, torch.device("cpu")).max_q == 2
+
+
+@pytest.mark.parametrize("run", [*RUNS, "mixed"])
+def test_the_cpu_joins_short_squares(run: str) -> None:
+    """Tiles of every length: joined, alone, halved (causal) or cut into strips (windows)."""
+    mixed = squares(CAUSAL, 30, 3, 32, 1, 33, 5, 300, 31, 31, 2)
+    chosen = mixed if run == "mixed" else RUNS[run]
+    for heads in HEADS[:3]:
+        tensors = inputs(chosen, 2, heads)
+        found = together(CpuKernel(), chosen, *tensors)
+        assert max(gaps(found, tile_by_tile(chosen, *tensors))) < 1e-13
+
+
+def test_the_cpu_cuts_long_windows() -> None:
+    run = squares(Band(left=40, right=0), 9, 200, 20, 30, 150)
+    tensors = inputs(run, 1, (4, 2, 8, 8))
+    assert max(gaps(together(CpuKernel(), run, *tensors), tile_by_tile(run, *tensors))) < 1e-13
