@@ -22,9 +22,15 @@ from cp_megatron.comm.nonblocking import Started, start_all_gather, start_reduce
 from cp_megatron.comm.trace import traced
 from cp_megatron.context_parallel.buffers import Workspace
 from cp_megatron.context_parallel.keys import KeyValues, contiguous_runs
-from cp_megatron.context_parallel.partials import BackwardQueries, Call, Gradients, MergedResults
+from cp_megatron.context_parallel.partials import (
+    BackwardQueries,
+    Call,
+    Gradients,
+    MergedResults,
+    gradients_at_once,
+)
 from cp_megatron.context_parallel.rank_plan import RankPlan
-from cp_megatron.kernels.interface import BackwardInputs
+from cp_megatron.kernels.interface import BackwardInputs, accumulation_dtype
 from cp_megatron.plan.buffer_sizes import GatherBuffers, gather_buffers, gather_portions
 from cp_megatron.plan.gather import Gather
 from cp_megatron.plan.heads import HeadGroup, cut_heads
@@ -38,7 +44,7 @@ def gather_forward(
 
     Arguments and results are those of ``p2p.ring_forward``.
     """
-    results = MergedResults(call, q)
+    results = MergedResults(plan, call, q)
     own = KeyValues(k, v)
     source = _KeySource(plan, memory, own)
     for number, portion in enumerate(source.portions):
@@ -59,10 +65,12 @@ def gather_backward(
 
     Arguments and results are those of ``p2p.ring_backward``.
     """
-    queries = BackwardQueries.of(call.kernel, x, dlse)
+    if (complete := gradients_at_once(plan, call, x, dlse)) is not None:
+        return complete
+    queries = BackwardQueries.of(plan, call, x, dlse)
     shard = KeyValues(x.k, x.v)
     source = _KeySource(plan, memory, shard)
-    own = Gradients.of_shard(call, queries, plan.rounds[0], shard)
+    own = Gradients.of_shard(plan, call, queries, shard)
     sink = _GradientSink(plan, memory, own.grads)
     for number, portion in enumerate(source.portions):
         following = source.start_next()
@@ -73,7 +81,7 @@ def gather_backward(
             use, remote = source.buffers(number), None
             if keys is not None:
                 assert use.gradients is not None
-                sums = keys.take(memory, use.gradients, queries.dq.dtype)
+                sums = keys.take(memory, use.gradients, accumulation_dtype(x.k.dtype))
                 gradients = Gradients(call, queries, plan.rounds[1], keys, sums)
                 gradients.store_remote(_from_zero(groups))
                 remote = gradients.grads.packed

@@ -45,11 +45,10 @@ class KeyValues:
 
     def pack(self, spans: Sequence[Span], packed: Tensor) -> Tensor:
         """Writes the tokens at ``spans`` into the message ``packed`` and returns it."""
-        target = KeyValues.unpack(packed, self)
         for start, stop, offset in pack(spans):
-            place = slice(offset, offset + stop - start)
-            target.k[:, place] = self.k[:, start:stop]
-            target.v[:, place] = self.v[:, start:stop]
+            # [B, K, G, D] and [B, K, G, E] -> [K, B, G * D] and [K, B, G * E]
+            parts = (rearrange(x[:, start:stop], "b k n d -> k b (n d)") for x in (self.k, self.v))
+            torch.cat(list(parts), -1, out=packed[offset : offset + stop - start])
         return packed
 
     def message_shape(self, num_tokens: int) -> tuple[int, int, int]:
@@ -76,7 +75,11 @@ class KeyValues:
     def add_(self, spans: Sequence[Span], packed: Tensor) -> None:
         """Adds a message to the tokens at ``spans``."""
         for start, stop, offset in pack(spans):
-            part = KeyValues.unpack(packed[offset : offset + stop - start], self)
+            message = packed[offset : offset + stop - start]
+            if self.packed is not None:
+                self.packed[start:stop] += message
+                continue
+            part = KeyValues.unpack(message, self)
             self.k[:, start:stop] += part.k
             self.v[:, start:stop] += part.v
 

@@ -18,8 +18,14 @@ from cp_megatron.comm.send_receive import Pending, post
 from cp_megatron.comm.trace import traced
 from cp_megatron.context_parallel.buffers import Workspace
 from cp_megatron.context_parallel.keys import KeyValues, contiguous_runs
-from cp_megatron.context_parallel.partials import BackwardQueries, Call, Gradients, MergedResults
-from cp_megatron.context_parallel.rank_plan import RankPlan
+from cp_megatron.context_parallel.partials import (
+    BackwardQueries,
+    Call,
+    Gradients,
+    MergedResults,
+    gradients_at_once,
+)
+from cp_megatron.context_parallel.rank_plan import RankPlan, RankRound
 from cp_megatron.kernels.interface import BackwardInputs, accumulation_dtype
 from cp_megatron.plan.buffer_sizes import Buffer, RoundBuffers
 from cp_megatron.plan.heads import halves
@@ -38,9 +44,10 @@ def ring_forward(
         q, k, v: [B, S, H, D], [B, S, G, D] and [B, S, G, E].
 
     Returns:
-        out [B, S, H, E] and lse [B, H, S], float32 (float64 for float64).
+        out [B, S, H, E] and lse [B, H, S], float32 (float64 for float64); out of rows that see one
+        tile each has the type that the kernel returned.
     """
-    results = MergedResults(call, q)
+    results = MergedResults(plan, call, q)
     keys = _Keys(plan, memory, KeyValues(k, v))
     for round_, buffers in zip(plan.rounds, plan.round_buffers):
         sends = keys.sends(round_, buffers)
@@ -65,26 +72,29 @@ def ring_backward(
         dlse: [B, H, S], the gradient of ``lse``; None is zero.
 
     Returns:
-        dq [B, S, H, D], dk [B, S, G, D], dv [B, S, G, E], float32 (float64 for float64).
+        dq [B, S, H, D], dk [B, S, G, D], dv [B, S, G, E]. Sums are float32 (float64 for float64);
+        what one tile gave has the type that the kernel returned.
     """
-    queries = BackwardQueries.of(call.kernel, x, dlse)
+    if (complete := gradients_at_once(plan, call, x, dlse)) is not None:
+        return complete
+    queries = BackwardQueries.of(plan, call, x, dlse)
     shard = KeyValues(x.k, x.v)
     keys = _Keys(plan, memory, shard)
     # The tiles of this rank's keys need no message. The first half of their heads hides the arrival
     # of the first keys; the other half is kept for the end and hides the last gradients.
-    late, early = halves(plan.groups) if len(plan.rounds) > 1 else ((), plan.groups)
-    own = latest = Gradients.of_shard(call, queries, plan.rounds[0], shard)
-    own.zero(late, queries=True)
-    before: tuple[Round, RoundBuffers] | None = None
+    late, early = halves(plan.groups) if plan.receives else ((), plan.groups)
+    own = latest = Gradients.of_shard(plan, call, queries, shard)
+    own.zero(late, queries=plan.merges)
+    before: tuple[RankRound, RoundBuffers] | None = None
     for current in (*zip(plan.rounds, plan.round_buffers), None):
         slot = _BackwardSlot.post(plan, memory, before, current, keys, latest.grads)
         if current is None:
-            own.add(late)
+            own.add(late, queries=plan.merges)
         elif before is None:
             own.store_own(early)
         elif current[1].gradients:
             # The sums of the round before are being sent, so this round sums in another buffer.
-            sums = shard.take(memory, current[1].gradients, queries.dq.dtype)
+            sums = shard.take(memory, current[1].gradients, accumulation_dtype(x.k.dtype))
             latest = Gradients(call, queries, current[0], keys.arrival, sums)
             latest.store_remote(plan.groups)
         slot.wait_and_add(arrival=latest.grads, own=own.grads)
@@ -142,8 +152,8 @@ class _BackwardSlot:
         cls,
         plan: RankPlan,
         memory: Workspace,
-        before: tuple[Round, RoundBuffers] | None,
-        current: tuple[Round, RoundBuffers] | None,
+        before: tuple[RankRound, RoundBuffers] | None,
+        current: tuple[RankRound, RoundBuffers] | None,
         keys: _Keys,
         grads: KeyValues,
     ) -> _BackwardSlot:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from cp_megatron.kernels.interface import BackwardInputs
+from cp_megatron.kernels.segments import Lengths
 from cp_megatron.kernels.windows import FlashKernel, FlashWindow
 
 _forward = torch.ops.aten._flash_attention_forward
@@ -33,10 +34,16 @@ class CudaKernel(FlashKernel):
         self._deterministic = deterministic
 
     def call_forward(
-        self, q: Tensor, k: Tensor, v: Tensor, window: FlashWindow, scale: float
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        window: FlashWindow,
+        scale: float,
+        lengths: Lengths | None = None,
     ) -> tuple[Tensor, Tensor]:
         out, lse, *_ = _forward(
-            *(q, k, v, None, None, q.shape[1], k.shape[1], 0.0, window.causal, False),
+            *(q, k, v, *_sizes(q, k, lengths), 0.0, window.causal, False),
             scale=scale,
             window_size_left=window.left,
             window_size_right=window.right,
@@ -44,19 +51,27 @@ class CudaKernel(FlashKernel):
         return out, lse
 
     def call_backward(
-        self, x: BackwardInputs, window: FlashWindow, scale: float
+        self, x: BackwardInputs, window: FlashWindow, scale: float, lengths: Lengths | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         # The op reads the random state for dropout only; without it any two integers do.
-        no_dropout = torch.zeros(2, dtype=torch.uint64, device=x.q.device)
+        no_dropout = torch.empty(2, dtype=torch.uint64, device=x.q.device)
         with deterministic_algorithms(self._deterministic):
             dq, dk, dv = _backward(
-                *(*x, None, None, x.q.shape[1], x.k.shape[1]),
-                *(0.0, window.causal, no_dropout, no_dropout),
+                *(*x, *_sizes(x.q, x.k, lengths), 0.0, window.causal, no_dropout, no_dropout),
                 scale=scale,
                 window_size_left=window.left,
                 window_size_right=window.right,
             )
         return dq, dk, dv
+
+
+def _sizes(
+    q: Tensor, k: Tensor, lengths: Lengths | None
+) -> tuple[Tensor | None, Tensor | None, int, int]:
+    """The arguments cum_seq_q, cum_seq_k, max_q and max_k of the ops."""
+    if lengths is None:
+        return None, None, q.shape[1], k.shape[1]
+    return lengths
 
 
 @contextmanager

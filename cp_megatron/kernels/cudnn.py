@@ -28,6 +28,8 @@ class CudnnKernel:
     ``reference`` in float32; they are only a product of vectors.
     """
 
+    joins = False
+
     def compute_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """The type of the inputs; the op accumulates in float32 inside."""
         return dtype

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from functools import cache, partial
+from functools import cache
 from importlib import import_module
 from types import MappingProxyType, ModuleType
 from typing import Any
@@ -24,6 +24,7 @@ from torch import Tensor
 
 from cp_megatron.errors import ConfigError
 from cp_megatron.kernels.interface import BackwardInputs, Kernel
+from cp_megatron.kernels.segments import Lengths
 from cp_megatron.kernels.select import TRAITS
 from cp_megatron.kernels.windows import FlashKernel, FlashWindow
 
@@ -35,6 +36,9 @@ _CONSTANTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     }
 )
 """The arguments of each generation that every call has; a softcap replaces or adds one."""
+_JOINING = frozenset({"cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "window_size_left"})
+"""Parameters of functions that take several tiles. Those of generation 2 before 2.7, which have no
+``window_size_left``, keep the lse in another layout."""
 
 
 def load_flash_attention(name: str, *, deterministic: bool, softcap: float | None) -> Kernel:
@@ -80,6 +84,11 @@ class FlashAttention(FlashKernel):
         forward, backward = ("fwd", "bwd") if self._is_newest else ("forward", "backward")
         self._forward_op = getattr(interface, f"_flash_attn_{forward}")
         self._backward_op = getattr(interface, f"_flash_attn_{backward}")
+        self._many_ops = self._forward_op, self._backward_op
+        if name == "flash_attn_2":
+            names = "_flash_attn_varlen_forward", "_flash_attn_varlen_backward"
+            self._many_ops = tuple(getattr(interface, x, None) for x in names)
+        self.joins = all(op and set(_parameters(op)) >= _JOINING for op in self._many_ops)
         self._deterministic = deterministic
         needed = {"window_size_left", "deterministic"}
         if self._is_newest and not needed <= set(_parameters(self._backward_op)):
@@ -98,28 +107,40 @@ class FlashAttention(FlashKernel):
         return taken and (corrected or not self._is_newest)
 
     def call_forward(
-        self, q: Tensor, k: Tensor, v: Tensor, window: FlashWindow, scale: float
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        window: FlashWindow,
+        scale: float,
+        lengths: Lengths | None = None,
     ) -> tuple[Tensor, Tensor]:
+        function = self._many_ops[0] if lengths else self._forward_op
         tensors = {"q": q, "k": k, "v": v}
-        results = self._call(self._forward_op, tensors, window, scale)
+        results = self._call(function, tensors, window, scale, lengths)
         # Generation 2 before 2.7 returns out, q, k, v, padded out, lse, debug mask, random state.
         return results[0], results[5 if len(results) == 8 else 1]
 
     def call_backward(
-        self, x: BackwardInputs, window: FlashWindow, scale: float
+        self, x: BackwardInputs, window: FlashWindow, scale: float, lengths: Lengths | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
+        function = self._many_ops[1] if lengths else self._backward_op
         tensors = {**x._asdict(), "softmax_lse": x.lse}
-        call = partial(self._call, self._backward_op)
         if self._is_newest:  # returns the gradients
-            dq, dk, dv, *_ = call(tensors, window, scale)
+            dq, dk, dv, *_ = self._call(function, tensors, window, scale, lengths)
             return dq, dk, dv
         contiguous = torch.contiguous_format
         dq, dk, dv = (torch.empty_like(y, memory_format=contiguous) for y in (x.q, x.k, x.v))
-        call({**tensors, "dq": dq, "dk": dk, "dv": dv}, window, scale)
+        self._call(function, {**tensors, "dq": dq, "dk": dk, "dv": dv}, window, scale, lengths)
         return dq, dk, dv
 
     def _call(
-        self, function: Any, tensors: Mapping[str, Tensor], window: FlashWindow, scale: float
+        self,
+        function: Any,
+        tensors: Mapping[str, Tensor],
+        window: FlashWindow,
+        scale: float,
+        lengths: Lengths | None,
     ) -> Any:
         """Passes what this version has parameters for, and None for other required parameters.
 
@@ -137,10 +158,21 @@ class FlashAttention(FlashKernel):
             "window_size_left": left,
             "window_size_right": right,
             "deterministic": self._deterministic,
+            **(_named(lengths) if lengths else {}),
         }
         parameters = _parameters(function).items()
         names = [name for name, required in parameters if required or name in known]
         return function(**{name: known.get(name) for name in names})
+
+
+def _named(lengths: Lengths) -> dict[str, Any]:
+    """The lengths by the names of the packages."""
+    return {
+        "cu_seqlens_q": lengths.q_edges,
+        "cu_seqlens_k": lengths.k_edges,
+        "max_seqlen_q": lengths.max_q,
+        "max_seqlen_k": lengths.max_k,
+    }
 
 
 @cache

@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cp_megatron.kernels.dropout import TileDropout
+from cp_megatron.kernels.segments import Segments
 from cp_megatron.plan.tiling import Band
 
 
@@ -67,7 +68,15 @@ class BackwardInputs(NamedTuple):
 
 
 class Kernel(Protocol):
-    """An attention backend that computes one tile."""
+    """An attention backend that computes one tile.
+
+    Attributes:
+        joins: whether it is a ``JoiningKernel``, which gets several tiles in one call. Other
+            kernels get one tile after the other.
+    """
+
+    @property
+    def joins(self) -> bool: ...
 
     def compute_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """The type that operands must have if activations are ``dtype``."""
@@ -83,6 +92,26 @@ class Kernel(Protocol):
         self, x: BackwardInputs, band: Band, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Returns dq, dk, dv of a tile, given the rows' merged out and lse; shapes as q, k, v."""
+        ...
+
+
+class JoiningKernel(Kernel, Protocol):
+    """A backend that computes the tiles of a run in one call.
+
+    Rows and columns are those of the whole run, Q and K in number; each row attends the columns of
+    its own tile. Results and gradients are laid out as ``forward`` and ``backward`` return them.
+    """
+
+    def forward_many(
+        self, q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """Returns out [B, Q, H, E] and lse [B, H, Q] of all tiles."""
+        ...
+
+    def backward_many(
+        self, x: BackwardInputs, segments: Segments, scale: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns dq, dk, dv of all tiles, given the rows' merged out and lse."""
         ...
 
 

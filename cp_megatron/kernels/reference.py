@@ -30,6 +30,8 @@ class ReferenceKernel:
         softcap: the bound c of the scores; None leaves them as they are.
     """
 
+    joins = False
+
     def __init__(self, dropout: TileDropout | None = None, *, softcap: float | None = None) -> None:
         self._dropout, self._softcap = dropout, softcap
 

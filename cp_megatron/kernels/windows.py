@@ -26,9 +26,11 @@ from functools import cache
 from typing import NamedTuple
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from cp_megatron.kernels.interface import BackwardInputs, accumulation_dtype, cut, same_width
+from cp_megatron.kernels.segments import Lengths, Segments
 from cp_megatron.plan.tiling import Band
 
 
@@ -99,7 +101,14 @@ def _has_window(band: Band, num_queries: int, num_keys: int) -> bool:
 
 
 class FlashKernel(ABC):
-    """Shared code of the flash attention kernels: types, widths, windows and sub-tiles."""
+    """Shared code of the flash attention kernels: types, widths, windows and sub-tiles.
+
+    Attributes:
+        joins: whether its ops take tiles of several lengths in one call, in the layout of
+            ``forward_many``.
+    """
+
+    joins: bool = True
 
     def compute_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """The type of the inputs; the kernel accumulates in float32 inside."""
@@ -135,6 +144,37 @@ class FlashKernel(ABC):
             dv[:, t.columns] += part_dv
         return dq, dk.to(x.k.dtype), dv.to(x.v.dtype)
 
+    def forward_many(
+        self, q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """See ``JoiningKernel.forward_many``.
+
+        The ops take the rows of the batch one after the other, without a dim for it, and keep the
+        lse by head, as [H, B * Q].
+        """
+        batch, v_dim = q.shape[0], v.shape[-1]
+        q, k, v = same_width(*(y.flatten(0, 1) for y in (q, k, v)), multiple=8)
+        window = flash_window(segments.run.band, *segments.longest)
+        lengths = segments.lengths(batch, q.device)
+        out, lse = self.call_forward(q, k, v, window, scale, lengths)
+        # [B * Q, H, E] -> [B, Q, H, E] and [H, B * Q] -> [B, H, Q]
+        lse = rearrange(lse, "h (b q) -> b h q", b=batch)
+        return cut(out, v_dim).unflatten(0, (batch, -1)), lse
+
+    def backward_many(
+        self, x: BackwardInputs, segments: Segments, scale: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See ``JoiningKernel.backward_many``."""
+        batch = x.q.shape[0]
+        lse = rearrange(x.lse, "b h q -> h (b q)").contiguous()
+        flat = BackwardInputs(*(y.flatten(0, 1) for y in x[:5]), lse)
+        window = flash_window(segments.run.band, *segments.longest)
+        lengths = segments.lengths(batch, x.q.device)
+        grads = self.call_backward(flat.same_width(multiple=8), window, scale, lengths)
+        # [B * Q, H, D] -> [B, Q, H, D]
+        dq, dk, dv = (grad.unflatten(0, (batch, -1)) for grad in flat.cut(*grads))
+        return dq, dk, dv
+
     def _forward(
         self, q: Tensor, k: Tensor, v: Tensor, band: Band, scale: float
     ) -> tuple[Tensor, Tensor]:
@@ -153,12 +193,25 @@ class FlashKernel(ABC):
 
     @abstractmethod
     def call_forward(
-        self, q: Tensor, k: Tensor, v: Tensor, window: FlashWindow, scale: float
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        window: FlashWindow,
+        scale: float,
+        lengths: Lengths | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Returns out and lse; all widths are equal and multiples of 8."""
+        """Returns out and lse; all widths are equal and multiples of 8.
+
+        With ``lengths``, tensors have no batch dim: q, out [B * Q, H, D], k, v [B * K, G, D] and
+        lse [H, B * Q].
+        """
 
     @abstractmethod
     def call_backward(
-        self, x: BackwardInputs, window: FlashWindow, scale: float
+        self, x: BackwardInputs, window: FlashWindow, scale: float, lengths: Lengths | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns dq, dk, dv; all widths are equal and multiples of 8, and lse is contiguous."""
+        """Returns dq, dk, dv; all widths are equal and multiples of 8, and lse is contiguous.
+
+        ``lengths`` as in ``call_forward``.
+        """

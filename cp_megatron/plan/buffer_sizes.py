@@ -294,7 +294,7 @@ class BufferSizes:
         """Adds the keys and values of the heads that are expanded together, and their gradients."""
         assert schedule.num_heads is not None
         groups, rounds = all_heads(schedule.num_heads, 1), schedule.rounds(rank)
-        in_halves = backward and schedule.exchange == "p2p" and len(rounds) > 1
+        in_halves = backward and any(round_.receives for round_ in rounds)
         for number, round_ in enumerate(rounds):
             if not round_.tiles:
                 continue

@@ -58,11 +58,19 @@ class Round:
         """The number of keys in the arrival."""
         return num_positions(self.keys)
 
+    @property
+    def messages(self) -> dict[str, Message]:
+        """The messages by the names of their attributes."""
+        return {name: x for name, x in vars(self).items() if isinstance(x, Message)}
+
+    @property
+    def receives(self) -> bool:
+        """Whether anything arrives in or after this round."""
+        return any(name.startswith("receive_") for name in self.messages)
+
     def with_peers(self, renumber: Callable[[int], int]) -> Round:
         """Returns the round with other numbers for the peers of its messages."""
         messages: dict[str, Any] = {
-            name: replace(value, peer=renumber(value.peer))
-            for name, value in vars(self).items()
-            if isinstance(value, Message)
+            name: replace(value, peer=renumber(value.peer)) for name, value in self.messages.items()
         }
         return replace(self, **messages)

@@ -10,6 +10,7 @@ from cp_megatron.kernels.load_kernel import load_kernel
 from cp_megatron.kernels.reference import ReferenceKernel
 from cp_megatron.plan.tiling import CAUSAL, FULL, Band
 from tests.kernels.cases import SCALE, TILES, Attention, allowed, error, oracle
+from tests.kernels.test_many import RUNS, inputs, squares, tile_by_tile, together
 
 pytestmark = pytest.mark.gpu
 
@@ -47,6 +48,37 @@ def test_every_kind_of_tile(name: str, heads: tuple[int, int, int, int]) -> None
         plain = errors(ReferenceKernel(), band, a, torch.bfloat16)
         for mine, its in zip(found, plain, strict=True):
             assert mine < max(ROUNDING, its), (tile, found, plain)
+
+
+LONG_RUNS = {
+    "primes": squares(CAUSAL, 1, 127, 2, 509, 1, 331, 13),
+    "single tokens": squares(CAUSAL, *[1] * 300),
+    "one long": squares(CAUSAL, 3, 1021, 5),
+    "window": squares(Band(left=100, right=0), 211, 1, 503, 101),
+    "both sides": squares(Band(left=20, right=70), 307, 7, 64),
+}
+
+
+@pytest.mark.parametrize("heads", [*HEADS[:2], (4, 1, 128, 128), (4, 2, 64, 32)], ids=str)
+@pytest.mark.parametrize("batch", [1, 2])
+def test_several_tiles_in_one_call(batch: int, heads: tuple[int, int, int, int]) -> None:
+    """A gradient that is exactly 0, as those of single tokens are, is compared with 1."""
+    for name, run in {**RUNS, **{f"long {x}": LONG_RUNS[x] for x in LONG_RUNS}}.items():
+        tensors = inputs(run, batch, heads)
+        on_gpu = [x.to("cuda", torch.bfloat16) for x in tensors]
+        found = together(load_kernel("cuda"), run, *on_gpu)
+        for x, exact in zip(found, tile_by_tile(run, *tensors), strict=True):
+            assert error(x.cpu(), exact) < 2 * ROUNDING, name
+
+
+def test_several_tiles_in_one_deterministic_call() -> None:
+    run = LONG_RUNS["primes"]
+    kernel = load_kernel("cuda", deterministic=True)
+    q, k, v, dout = (x.to("cuda", torch.bfloat16) for x in inputs(run, 1, (6, 2, 128, 128)))
+    first = together(kernel, run, q, k, v, dout)
+    for _ in range(5):
+        again = together(kernel, run, q, k, v, dout)
+        assert all(torch.equal(x, y) for x, y in zip(first, again))
 
 
 def test_the_oracle_is_exact_on_a_gpu() -> None:

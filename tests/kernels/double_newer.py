@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, library
 
 from tests.kernels.double import Four, fill, flash_forward, flash_mask, require
+from tests.kernels.double_many import Sequences, fill_many, forward_many
 
 
 @library.custom_op("double_flash_attn_3::forward", mutates_args=())
@@ -43,8 +44,13 @@ def _hopper_forward(
     """Out, lse and two accumulators of split keys."""
     require(num_splits == 1, "splits are for inference")
     assert softmax_scale is not None
-    mask = flash_mask(q.shape[1], k.shape[1], causal, window_size_left, window_size_right)
-    out, lse = flash_forward(q, k, v, softmax_scale, mask, softcap)
+    window = causal, window_size_left, window_size_right
+    lengths = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
+    if cu_seqlens_q is None:
+        mask = flash_mask(q.shape[1], k.shape[1], *window)
+        out, lse = flash_forward(q, k, v, softmax_scale, mask, softcap)
+    else:
+        out, lse = forward_many(q, k, v, softmax_scale, Sequences(*lengths, *window), softcap)
     return out, lse, torch.empty(0), torch.empty(0)
 
 
@@ -79,8 +85,12 @@ def _hopper_backward(
     assert softmax_scale is not None
     wide = max(q.shape[-1], v.shape[-1]) > 192
     require(not (deterministic and wide), "Deterministic backward not supported for hdim 256.")
-    mask = flash_mask(q.shape[1], k.shape[1], is_causal, window_size_left, window_size_right)
-    return fill((dq, dk, dv), dout, q, k, v, out, softmax_lse, softmax_scale, mask, softcap)
+    window = is_causal, window_size_left, window_size_right
+    tensors = (dq, dk, dv), dout, q, k, v, out, softmax_lse, softmax_scale
+    if cu_seqlens_q is None:
+        return fill(*tensors, flash_mask(q.shape[1], k.shape[1], *window), softcap)
+    lengths = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
+    return fill_many(*tensors, Sequences(*lengths, *window), softcap)
 
 
 def hopper_interface() -> SimpleNamespace:
@@ -151,7 +161,10 @@ def cute_interface() -> SimpleNamespace:
         k: Tensor,
         v: Tensor,
         qv: None = None,
-        cu_seqlens_q: None = None,
+        cu_seqlens_q: Tensor | None = None,
+        cu_seqlens_k: Tensor | None = None,
+        max_seqlen_q: int | None = None,
+        max_seqlen_k: int | None = None,
         softmax_scale: float | None = None,
         causal: bool = False,
         softcap: float | None = None,
@@ -163,8 +176,14 @@ def cute_interface() -> SimpleNamespace:
         lse: None = None,
     ) -> tuple[Tensor, Tensor | None, None, None]:
         assert softmax_scale is not None
-        mask = _none_mask(q, k, causal, window_size_left, window_size_right)
-        result, row_lse = flash_forward(q, k, v, softmax_scale, mask, softcap or 0.0)
+        window = causal, *_none_window(window_size_left, window_size_right)
+        lengths = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
+        if cu_seqlens_q is None:
+            mask = flash_mask(q.shape[1], k.shape[1], *window)
+            result, row_lse = flash_forward(q, k, v, softmax_scale, mask, softcap or 0.0)
+        else:
+            sequences = Sequences(*lengths, *window)
+            result, row_lse = forward_many(q, k, v, softmax_scale, sequences, softcap or 0.0)
         return result, row_lse if return_lse else None, None, None
 
     def _bwd(
@@ -181,12 +200,21 @@ def cute_interface() -> SimpleNamespace:
         window_size_right: int | None = None,
         m_block_size: int = 64,
         deterministic: bool = False,
+        cu_seqlens_q: Tensor | None = None,
+        cu_seqlens_k: Tensor | None = None,
+        max_seqlen_q: int | None = None,
+        max_seqlen_k: int | None = None,
         dq: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
         assert softmax_scale is not None
-        mask = _none_mask(q, k, causal, window_size_left, window_size_right)
+        window = causal, *_none_window(window_size_left, window_size_right)
+        lengths = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
         grads = (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v))
-        fill(grads, dout, q, k, v, out, lse, softmax_scale, mask, softcap)
+        tensors = grads, dout, q, k, v, out, lse, softmax_scale
+        if cu_seqlens_q is None:
+            fill(*tensors, flash_mask(q.shape[1], k.shape[1], *window), softcap)
+        else:
+            fill_many(*tensors, Sequences(*lengths, *window), softcap)
         return grads
 
     # The version that corrected the softcap added this function.
@@ -194,9 +222,8 @@ def cute_interface() -> SimpleNamespace:
     return SimpleNamespace(_flash_attn_fwd=_fwd, _flash_attn_bwd=_bwd, utils=utils)
 
 
-def _none_mask(q: Tensor, k: Tensor, causal: bool, left: int | None, right: int | None) -> Tensor:
+def _none_window(left: int | None, right: int | None) -> tuple[int, int]:
     """Here an unlimited bound is None, and a negative one is an offset like any other."""
     require(left is None or left >= 0, "None is no bound; -1 would hide the row's own key")
     require(right is None or right >= 0, "None is no bound")
-    left, right = (-1 if bound is None else bound for bound in (left, right))
-    return flash_mask(q.shape[1], k.shape[1], causal, left, right)
+    return -1 if left is None else left, -1 if right is None else right

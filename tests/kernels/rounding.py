@@ -20,6 +20,8 @@ from cp_megatron.plan.tiling import Band
 class RoundingKernel:
     """bfloat16 in, bfloat16 out."""
 
+    joins = False
+
     def compute_dtype(self, dtype: torch.dtype) -> torch.dtype:
         return dtype
 

@@ -19,7 +19,7 @@ from cp_megatron.kernels.load_kernel import load_kernel
 from cp_megatron.plan import Mask
 from cp_megatron.plan.tiling import CAUSAL, FULL, Band
 from tests.context_parallel.test_sinks import Case, extra_inputs, results
-from tests.kernels import double, double_newer
+from tests.kernels import double, double_many, double_newer
 from tests.kernels.cases import SCALE, TILES, Attention, allowed, error, oracle
 from tests.oracles import attention_inputs, relative_error, relative_gap
 from tests.ranks import run_ranks
@@ -30,7 +30,7 @@ NAMES = ["2", "2 old", "3", "3 beta", "4"]
 
 def kernel_of(name: str, *, deterministic: bool = False, softcap: float | None = None) -> Kernel:
     interfaces: dict[str, Any] = {
-        "2": double,
+        "2": double_many.generation_two(),
         "2 old": double.pair_window_interface(),
         "3": double_newer.hopper_interface(),
         "3 beta": double_newer.beta_interface(),
