@@ -12,6 +12,7 @@ from dataclasses import replace
 
 from cp_megatron.config import (
     CheckpointConfig,
+    Config,
     DataConfig,
     MemoryConfig,
     ModelConfig,
@@ -176,6 +177,17 @@ def check_memory(memory: MemoryConfig, num_layers: int, given: frozenset[str]) -
     if memory.recompute_keeps_attention and level != "full":
         rule = "needs full recomputation; selective recomputation keeps these results as well"
         raise ConfigError("--recompute-keeps-attention", "", rule, "--recompute-granularity full")
+
+
+def check_kernel_benchmark(config: Config) -> None:
+    """The fastest kernel may be taken: none is asked for, and it may differ between runs."""
+    parallel, flag = config.parallel, "--kernel-benchmark"
+    if parallel.kernel_benchmark and parallel.kernel != "auto":
+        rule = f"contradicts --kernel {parallel.kernel}"
+        raise ConfigError(flag, True, rule, "--kernel auto, or without --kernel-benchmark")
+    if parallel.kernel_benchmark and config.train.deterministic:
+        rule = "contradicts --deterministic: another run may find another kernel fastest"
+        raise ConfigError(flag, True, rule, "--kernel NAME instead")
 
 
 def check_window(model: ModelConfig) -> None:

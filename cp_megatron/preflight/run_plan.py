@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from cp_megatron.config import Config
 from cp_megatron.data.rows.corpora import Data
@@ -155,15 +155,21 @@ def kernel_on(
     Raises:
         ConfigError: no kernel can do what the configuration requests.
     """
-    return select_kernel(
-        config.parallel.kernel,
-        device=device,
-        dtype=dtype_on(config, device),
-        head_dim=max(config.model.head_dim, config.model.value_dim),
-        attention_dropout=config.model.attention_dropout,
-        softcap=config.model.attn_logit_softcapping,
-        window=Mask.causal(1, config.model.window_size).has_window,
-        deterministic=config.train.deterministic,
-        capability=capability,
-        repeats=not config.data.document_mask,
-    )
+    return select_kernel(config.parallel.kernel, **kernel_needs(config, device, capability))
+
+
+def kernel_needs(
+    config: Config, device: DeviceName, capability: tuple[int, int] | None = None
+) -> dict[str, Any]:
+    """What the configuration requests of the attention kernel, as ``select_kernel`` takes it."""
+    return {
+        "device": device,
+        "dtype": dtype_on(config, device),
+        "head_dim": max(config.model.head_dim, config.model.value_dim),
+        "attention_dropout": config.model.attention_dropout,
+        "softcap": config.model.attn_logit_softcapping,
+        "window": Mask.causal(1, config.model.window_size).has_window,
+        "deterministic": config.train.deterministic,
+        "capability": capability,
+        "repeats": not config.data.document_mask,
+    }

@@ -274,10 +274,10 @@ class Trainer:
     def _shards(self, first: int, last: int) -> Iterator[list[Shard]]:
         """This rank's shards of the global batches of steps ``first`` to ``last``."""
         for step in range(first, last + 1):
-            batches = self._batches(self.rows.train, self.plan.rows_of(step).start)
+            batches = self.batches(self.rows.train, self.plan.rows_of(step).start)
             yield [*map(self.train_step.prepare, batches)]
 
-    def _batches(self, rows: RowSource, consumed: int) -> Iterator[Batch]:
+    def batches(self, rows: RowSource, consumed: int) -> Iterator[Batch]:
         """This rank's micro batches of the global batch that begins at row ``consumed``."""
         data, groups = self.plan.config.data, self.train_step.groups
         return microbatches(
@@ -305,7 +305,7 @@ class Trainer:
         shards = (
             self.train_step.prepare(batch, announced=False)
             for number in range(self.plan.config.train.eval_iters)
-            for batch in self._batches(rows, number * self.plan.rows_per_step)
+            for batch in self.batches(rows, number * self.plan.rows_per_step)
         )
         with Ahead(shards) as ahead:
             loss = self.train_step.evaluate(stopping.limit(ahead))

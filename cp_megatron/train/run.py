@@ -43,6 +43,7 @@ from cp_megatron.preflight.start import begin, make_context, make_model, read_an
 from cp_megatron.preflight.start_table import print_start
 from cp_megatron.tensor_parallel import LossRule
 from cp_megatron.train.finish import print_end, show_curves
+from cp_megatron.train.kernel_benchmark import with_fastest_kernel
 from cp_megatron.train.loop import DivergedError, Trainer
 from cp_megatron.train.optimizer import make_optimizer
 from cp_megatron.train.profiler import StepProfiler
@@ -128,6 +129,8 @@ def _watched(trainer: Trainer, launch: Launch, stop: StopRequest, script: str) -
 
 
 def _train(trainer: Trainer, launch: Launch, stop: StopRequest, script: str) -> int:
+    if trainer.plan.config.parallel.kernel_benchmark:
+        trainer = with_fastest_kernel(trainer)
     if launch.rank == 0:
         print_start(trainer.plan, trainer.folder, trainer.view.console)
     failed = True

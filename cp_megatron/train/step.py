@@ -217,7 +217,7 @@ class TrainStep:
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for microbatch, shard in enumerate(shards):
             self._seed_dropout(step, microbatch)
-            objective, losses = self._losses(shard)
+            objective, losses = self.losses(shard)
             if faults.mine:
                 faults.before_backward(step)
                 factor = faults.factor(step)
@@ -236,7 +236,7 @@ class TrainStep:
         total, count = torch.zeros((), dtype=torch.float64, device=self.device), 0
         digests = []
         for shard in shards:
-            total += self._losses(shard)[1].sum(dtype=torch.float64)
+            total += self.losses(shard)[1].sum(dtype=torch.float64)
             count += shard.num_valid
             digests.append(shard.digest)
         counted = (total.item(), count) if self.groups.coordinates.tp == 0 else (0.0, 0)
@@ -259,7 +259,7 @@ class TrainStep:
             finite &= local_values(parameter).isfinite().all()
         return bool(finite.item())
 
-    def _losses(self, shard: Shard) -> tuple[Tensor, Tensor]:
+    def losses(self, shard: Shard) -> tuple[Tensor, Tensor]:
         """The objective, [], and the losses of this rank's tokens, [b, S / N]; 0 without label."""
         tokens, labels = (to_device(x, self.device) for x in (shard.tokens, shard.labels))
         dropout = self._attention_dropout(shard) if self.model.training else None

@@ -128,6 +128,8 @@ def refused(
         (["--lr-decay-iters", "5"], 1, "--lr-warmup-iters", "0"),
         # the world
         (["--tensor-parallel-size", "2"], 3, "--tensor-parallel-size", "--nproc-per-node 2 "),
+        (["--kernel-benchmark", "--kernel", "cpu"], 1, "--kernel-benchmark", "--kernel auto"),
+        (["--kernel-benchmark", "--deterministic"], 1, "--kernel-benchmark", "--kernel NAME"),
         # the model
         (["--hidden-size", "130"], 1, "--hidden-size", "128, 132"),
         (["--num-query-groups", "3"], 1, "--num-query-groups", "1, 2, 4"),

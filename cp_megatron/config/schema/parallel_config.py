@@ -57,5 +57,8 @@ class ParallelConfig:
     kernel: KernelName = "auto"
     """The attention kernel of one device; auto chooses by device and dtype and says why.
     Recurrences choose a kernel of their own, unless this is reference."""
+    kernel_benchmark: bool = False
+    """Before the first step, time every attention kernel that fits on the run's first rows, and
+    take the fastest instead of what auto chooses by a table; the start table shows the times."""
     distributed_timeout_minutes: Annotated[float, Range(0.01, 525_600)] = 10.0
     """Minutes after which a waiting collective ends the run."""
