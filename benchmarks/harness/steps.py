@@ -159,9 +159,12 @@ class OurStep:
 
 
 class TheirStep:
-    """A step of transformers' model of the same shape, with its own gradient checkpointing."""
+    """A step of transformers' model of the same shape, with its own gradient checkpointing or none.
 
-    def __init__(self, job: Job) -> None:
+    Attention is PyTorch's scaled_dot_product_attention; AdamW is fused, and gradients are clipped.
+    """
+
+    def __init__(self, job: Job, *, checkpointing: bool = True) -> None:
         from transformers import LlamaConfig, LlamaForCausalLM
 
         model = job.model
@@ -180,7 +183,8 @@ class TheirStep:
             )
         )
         self.model.to(job.device)
-        self.model.gradient_checkpointing_enable()
+        if checkpointing:
+            self.model.gradient_checkpointing_enable()
         self.model.train()
         self.on_cuda = job.device == "cuda"
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
