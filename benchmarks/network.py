@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import json
 import random
+import signal
 import statistics
 import sys
 import time
@@ -65,7 +66,7 @@ class Arguments:
     """Numbers of ranks, half of them on each host."""
     tokens: int = 4096
     """Tokens of the row."""
-    rates: tuple[float, ...] = (4.0, 1.0, 0.25)
+    rates: tuple[float, ...] = (4.0, 1.0, 0.5)
     """Rates of the link, as multiples of the one described above."""
     rounds: int = 7
     """Measured rounds."""
@@ -178,6 +179,7 @@ def main() -> None:
         arguments, rounds = Arguments(ranks=(2,), tokens=256, rates=(1.0,)), 2
     machine = hardware()
     reason = why_not()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # the hosts are removed
     if reason is None:
         try:
             with TwoHosts() as hosts:
