@@ -59,7 +59,7 @@ def serve(
     connection: Connection,
     place: Place,
     bench: Callable[[Place], Any],
-    enter: Callable[[Place], None] | None,
+    enter: Callable[[Place], None] | None = None,
 ) -> None:
     """Runs in a separate process and answers (method, argument) until the pipe closes."""
     if enter is not None:
@@ -105,7 +105,8 @@ class Team:
         for rank in range(size):
             ours, theirs = context.Pipe()
             place = Place(rank=rank, size=size, threads=threads, store=store)
-            process = context.Process(target=serve, args=(theirs, place, bench, enter), daemon=True)
+            given = (theirs, place, bench, *([enter] if enter else []))
+            process = context.Process(target=serve, args=given, daemon=True)
             process.start()
             theirs.close()
             self._members.append((ours, process))
