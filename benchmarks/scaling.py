@@ -47,7 +47,7 @@ VOCAB = 8192
 class Arguments:
     """Training steps with a fixed number of tokens on each rank."""
 
-    tokens: int = 1024
+    tokens: int = 512
     """Tokens of a rank."""
     ranks: tuple[int, ...] = (1, 2, 4)
     """Numbers of ranks."""
