@@ -13,6 +13,7 @@ from typing import cast
 from cp_megatron.cli.parse import parse_arguments
 from cp_megatron.cli.programs import EVALUATE, EvaluationOptions
 from cp_megatron.cli.refusal import refuse
+from cp_megatron.comm.garbage import collection_paused
 from cp_megatron.comm.runtime import Launch
 from cp_megatron.comm.signals import end_with_launcher, leave, stop_at_once
 from cp_megatron.errors import ConfigError
@@ -35,7 +36,8 @@ def main(argv: Sequence[str], environ: Mapping[str, str], script: str = EVALUATE
             print_setup(setup)
         if options.dry_run:
             return 0
-        from cp_megatron.evaluate.run_evaluation import run_evaluation
+        with collection_paused():
+            from cp_megatron.evaluate.run_evaluation import run_evaluation
 
         return run_evaluation(setup, launch)
     except ConfigError as error:

@@ -14,6 +14,7 @@ from typing import cast
 from cp_megatron.cli.parse import parse_arguments
 from cp_megatron.cli.programs import GENERATE, GenerationOptions
 from cp_megatron.cli.refusal import refuse
+from cp_megatron.comm.garbage import collection_paused
 from cp_megatron.comm.runtime import Launch
 from cp_megatron.comm.signals import leave, stop_at_once
 from cp_megatron.errors import ConfigError
@@ -29,7 +30,8 @@ def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
         arguments = parse_arguments(argv, program=GENERATE, quiet=launch.rank != 0)
         options = cast(GenerationOptions, arguments.options)
         setup = check_generation(arguments.config, options, launch, given=arguments.given)
-        from cp_megatron.generate.run_generation import run_generation
+        with collection_paused():
+            from cp_megatron.generate.run_generation import run_generation
 
         signal.signal(signal.SIGINT, signal.default_int_handler)  # ends an answer
         return run_generation(setup)

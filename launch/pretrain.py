@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 
 from cp_megatron.cli.parse import PRETRAIN, read_arguments
 from cp_megatron.cli.refusal import already_done, refuse
+from cp_megatron.comm.garbage import collection_paused
 from cp_megatron.comm.runtime import Launch
 from cp_megatron.comm.signals import end_with_launcher, leave, stop_at_once
 from cp_megatron.errors import ConfigError, FinishedError
@@ -28,8 +29,7 @@ def main(argv: Sequence[str], environ: Mapping[str, str], script: str = PRETRAIN
     try:
         launch = Launch.from_environment(environ)
         end_with_launcher(launch)
-        quiet, again = launch.rank != 0, launch.restarts > 0
-        arguments = read_arguments(argv, quiet=quiet, again=again)
+        arguments = read_arguments(argv, quiet=launch.rank != 0, again=launch.restarts > 0)
         plan = check(
             arguments.config,
             launch,
@@ -44,8 +44,9 @@ def main(argv: Sequence[str], environ: Mapping[str, str], script: str = PRETRAIN
         )
         plan = check_capacity(plan, launch, dry_run=arguments.options.dry_run)
         if arguments.options.dry_run:
-            return 0 if quiet else print_dry_run(plan)
-        from cp_megatron.train.run import run
+            return 0 if launch.rank else print_dry_run(plan)
+        with collection_paused():
+            from cp_megatron.train.run import run
 
         return run(plan, launch, script, began)
     except FinishedError as error:

@@ -55,8 +55,15 @@ class Place:
     store: str
 
 
-def serve(connection: Connection, place: Place, bench: Callable[[Place], Any]) -> None:
+def serve(
+    connection: Connection,
+    place: Place,
+    bench: Callable[[Place], Any],
+    enter: Callable[[Place], None] | None = None,
+) -> None:
     """Runs in a separate process and answers (method, argument) until the pipe closes."""
+    if enter is not None:
+        enter(place)
     torch.set_num_threads(place.threads)
     if place.size > 1:
         dist.init_process_group(
@@ -81,9 +88,16 @@ class Team:
 
     Each process calls ``bench`` with its ``Place``; the methods of the result answer ``ask``. Its
     ``time`` returns when it began and ended, on the monotonic clock that the processes share.
+    ``enter`` is called first, before the process group is made.
     """
 
-    def __init__(self, size: int, threads: int, bench: Callable[[Place], Any]) -> None:
+    def __init__(
+        self,
+        size: int,
+        threads: int,
+        bench: Callable[[Place], Any],
+        enter: Callable[[Place], None] | None = None,
+    ) -> None:
         context = multiprocessing.get_context("spawn")
         self._folder = tempfile.TemporaryDirectory()
         store = str(Path(self._folder.name) / "rendezvous")
@@ -91,7 +105,8 @@ class Team:
         for rank in range(size):
             ours, theirs = context.Pipe()
             place = Place(rank=rank, size=size, threads=threads, store=store)
-            process = context.Process(target=serve, args=(theirs, place, bench), daemon=True)
+            given = (theirs, place, bench, *([enter] if enter else []))
+            process = context.Process(target=serve, args=given, daemon=True)
             process.start()
             theirs.close()
             self._members.append((ours, process))

@@ -12,7 +12,6 @@ from itertools import count
 from pathlib import Path
 
 import torch
-from torch.utils.tensorboard import SummaryWriter
 
 from cp_megatron.config.files.run_folders import METRICS_FILE
 from cp_megatron.metrics.wandb_log import WandbRun
@@ -52,6 +51,8 @@ class MetricsWriter:
     """
 
     def __init__(self, folder: Path, *, start_step: int, wandb: WandbRun | None = None) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # ranks that write nothing do without
+
         self.wandb = wandb
         _forget_after(folder / METRICS_FILE, start_step)
         self._file = (folder / METRICS_FILE).open("a", encoding="utf-8")

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import gc
 import signal
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -21,6 +18,7 @@ from cp_megatron.checkpoint.hf_load import load_hf
 from cp_megatron.checkpoint.load import load_checkpoint
 from cp_megatron.checkpoint.manifest import read_manifest
 from cp_megatron.checkpoint.object_collectives import on_first_rank
+from cp_megatron.comm.garbage import frozen_garbage
 from cp_megatron.comm.runtime import Launch, record_collectives
 from cp_megatron.comm.signals import StopRequest, stop_on_signal
 from cp_megatron.config import Config
@@ -88,26 +86,12 @@ def run(
         plan = replace(plan, config=config, notes=(*plan.notes, *filter(None, [note])))
         trainer = replace(assemble(plan, launch, control), began=began)
         dist.barrier(group=control)  # all ranks catch signals from here on
-        with stop_on_signal(quiet=launch.rank != 0) as stop, _frozen_garbage():
+        with stop_on_signal(quiet=launch.rank != 0) as stop, frozen_garbage():
             train = _train if launch.world_size == 1 else _watched
             code = train(trainer, launch, stop, script)
         if not code:  # after a failure, a rank may be gone and would be waited for
             dist.destroy_process_group()
     return code
-
-
-@contextmanager
-def _frozen_garbage() -> Iterator[None]:
-    """Excludes existing objects from Python's garbage collection.
-
-    Searching all of torch's takes a seventh of a second, in a step that all other ranks wait for.
-    """
-    gc.collect()
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
 
 
 def _watched(trainer: Trainer, launch: Launch, stop: StopRequest, script: str) -> int:
