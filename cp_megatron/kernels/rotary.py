@@ -18,7 +18,7 @@ Rotate = Callable[[Tensor, Tensor, Tensor, Tensor | None, RotatedChannels], Tens
 """Rotates x [b, s, n, D] of any floating type by cos and sin [s, d/2], which have the type of sums,
 and multiplies all channels by ``factor`` [s] or, if that is None, by 1.
 
-The result is contiguous, has the type of x and is rounded once.
+The result has the type of x and is rounded once.
 """
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 import time
+from functools import partial
 
 import pytest
 from rich.console import Console
 
 from cp_megatron.cli.parse import parse_arguments
 from cp_megatron.comm.runtime import Launch
+from cp_megatron.config import tokens_with_logits
 from cp_megatron.memory import predict as kinds
 from cp_megatron.memory.memory_report import MemoryReport, predict_report, print_prediction
 from cp_megatron.memory.predict import Held, predict, predict_ranks
@@ -59,6 +61,29 @@ def test_a_step_counted_by_hand() -> None:
     assert found[kinds.OPTIMIZER] == 8 * number + 4 * (1 + 1 + L * 9)
     assert found[kinds.GATHERED] == 2 * (V // 2 * H + H)
     assert found[kinds.DROPOUT] == found[kinds.INPUTS] == found[kinds.OTHER] == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "device", "per_logit"),
+    [
+        ([], "cpu", 4),
+        (["--bf16"], "cpu", 2 + 4),
+        (["--bf16", "--final-logit-softcapping", "30"], "cpu", 2 + 2 * 4),
+        (["--bf16", "--final-logit-softcapping", "30"], "cuda", 2),
+    ],
+)
+def test_logits_of_one_chunk(flags: list[str], device: str, per_logit: int) -> None:
+    found = bytes_of(planned("--loss-chunk-size", "64", *flags, device=device))
+    assert found[kinds.LOGITS] == per_logit * 64 * V
+
+
+def test_default_chunks_hold_so_many_logits() -> None:
+    default = partial(tokens_with_logits, None)
+    assert [default(width, on_cuda=False) for width in (384, 8192, 1 << 17, 1 << 18)] == [
+        *(10_922, 512, 512, 256),
+    ]
+    assert [default(width, on_cuda=True) for width in (1 << 16, 1 << 17)] == [8192, 4096]
+    assert tokens_with_logits(3, 8192, on_cuda=True) == 3
 
 
 def test_recomputation_keeps_what_it_says() -> None:
