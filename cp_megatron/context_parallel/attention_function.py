@@ -23,7 +23,7 @@ from cp_megatron.context_parallel.partials import Call
 from cp_megatron.context_parallel.rank_plan import RankPlan
 from cp_megatron.context_parallel.sinks import add_sinks_, sink_gradient
 from cp_megatron.kernels.dropout import Dropout
-from cp_megatron.kernels.interface import BackwardInputs, Kernel
+from cp_megatron.kernels.interface import BackwardInputs, Kernel, accumulation_dtype
 
 
 class KeptAttention:
@@ -237,8 +237,8 @@ def _return_gradients(
     """
     exchange = all_to_all.exchange
     dq, dk, dv = grads
-    if not exchange.repeats_kv_heads:
-        dk, dv = dk.to(dtype), dv.to(dtype)
+    keys_dtype = accumulation_dtype(dtype) if exchange.repeats_kv_heads else dtype
+    dk, dv = dk.to(keys_dtype), dv.to(keys_dtype)
     queries = [PartitionedHeads(dq.to(dtype), exchange.query_heads)]
     keys = [PartitionedHeads(grad, exchange.kv_heads) for grad in (dk, dv)]
     groups = [queries + keys] if dk.dtype == dtype else [queries, keys]

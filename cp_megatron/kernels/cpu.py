@@ -163,23 +163,24 @@ def _with_bias(strips: Iterable[SubTile], like: Tensor) -> Iterator[Strip]:
 
 def _strips_of_run(segments: Segments, like: Tensor) -> list[Strip]:
     """The strips of the tiles of a run; short squares are joined."""
+    (q_origin, _), (k_origin, _) = segments.run.rows, segments.run.columns
 
     def make() -> list[Strip]:
         found: list[Strip] = []
         for tiles in _packs(segments.run.tiles):
-            row, column = (a - b[0] for a, b in zip((tiles[0].q0, tiles[0].k0), origin))
+            first, last = tiles[0], tiles[-1]
+            row, column = first.q0 - q_origin, first.k0 - k_origin
+            num_rows, num_columns = last.q1 - first.q0, last.k1 - first.k0
             if len(tiles) > 1:
-                stop = tiles[-1].q1 - origin[0][0]
-                square = SubTile(row, stop, column, column + stop - row, FULL)
+                square = SubTile(row, row + num_rows, column, column + num_columns, FULL)
                 found.append((square, _separating_bias(tiles, like)))
                 continue
-            sizes = tiles[0].k1 - tiles[0].k0, 0, tiles[0].q1 - tiles[0].q0
-            for (a, b, c, d, band), bias in _with_bias(cut_band(tiles[0].band, *sizes), like):
+            strips = cut_band(first.band, num_columns, 0, num_rows)
+            for (a, b, c, d, band), bias in _with_bias(strips, like):
                 found.append((SubTile(row + a, row + b, column + c, column + d, band), bias))
         return found
 
-    origin = segments.run.rows, segments.run.columns
-    return segments.once(("strips", like.dtype, like.device), make)
+    return segments.once(("strips", like.dtype), make)
 
 
 def _packs(tiles: Iterable[Tile]) -> list[list[Tile]]:

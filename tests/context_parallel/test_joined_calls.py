@@ -178,6 +178,30 @@ def test_one_tile_keeps_its_type_and_its_bits(mask: Mask) -> None:
     assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
 
 
+def equal_after_exchange(rank: int, world_size: int, mask: Mask, heads: tuple[int, int]) -> bool:
+    """Whether an all-to-all returns the same bits with sums and without."""
+    found = []
+    for sums in (False, True):
+        cp = ContextParallel(dist.group.WORLD, mask, exchange="a2a")
+        cp.kernels.load = lambda *_, **__: RoundingKernel()  # type: ignore[method-assign]
+        if sums:
+            plan = cp._plan((*heads, 16, 16))
+            plan.merges, plan.sums_own_keys, plan.is_alone = True, True, False
+        inputs = attention_inputs(5, 2, mask.seq_len, *heads, 16, 16)
+        q, k, v, dout = (cp.shard(x, 1).to(torch.bfloat16) for x in inputs)
+        leaves = [x.requires_grad_() for x in (q, k, v)]
+        out = cp.attention(*leaves)
+        assert isinstance(out, Tensor)
+        found.append([out.detach(), *torch.autograd.grad(out, leaves, dout)])
+    return all(torch.equal(x, y) for x, y in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (4, 1)], ids=["own heads", "shared head"])
+def test_gradients_that_several_ranks_add_travel_unrounded(heads: tuple[int, int]) -> None:
+    """Four terms: a sum of two would be rounded once either way."""
+    assert all(run_ranks(equal_after_exchange, 4, Mask.causal(48), heads))
+
+
 def test_no_pass_over_a_single_tile(monkeypatch: pytest.MonkeyPatch) -> None:
     """From the second layer on: the first one copies the edges of the documents to the device."""
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
