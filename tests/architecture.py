@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
+from fnmatch import fnmatch
 
 from tests.sources import File, called, imports
 
@@ -66,6 +67,8 @@ OPTIONAL_PACKAGES = frozenset(
         "zstandard",
     }
 )
+TRITON_FILES = f"{PACKAGE}/kernels/*_triton.py"
+"""The files of Triton kernels, which count as one importer of the package."""
 ENVIRONMENT_READERS = (f"{PACKAGE}.comm.runtime",)
 # The first prefix that a path begins with counts.
 MAX_LINES: Mapping[str, int] = {"launch/": 60, f"{PACKAGE}/": 400, "": 450}
@@ -189,7 +192,8 @@ def optional_packages_have_one_importer(files: list[File]) -> Iterator[str]:
         for found in imports(file):
             package = found.name.split(".")[0]
             if package in OPTIONAL_PACKAGES:
-                importers[package].add(file.path)
+                is_kernel = package == "triton" and fnmatch(file.path, TRITON_FILES)
+                importers[package].add(TRITON_FILES if is_kernel else file.path)
     for package, paths in importers.items():
         if len(paths) > 1:
             yield f"{package} is imported by {', '.join(sorted(paths))}: one file may"

@@ -108,6 +108,14 @@ def test_a_second_importer_of_an_optional_package_is_detected() -> None:
     assert len(list(optional_packages_have_one_importer([one, two]))) == 1
 
 
+def test_files_of_triton_kernels_are_one_importer() -> None:
+    paths = ("cp_megatron/kernels/a_triton.py", "cp_megatron/kernels/b_triton.py")
+    kernels = [File(path, "import triton") for path in paths]
+    assert list(optional_packages_have_one_importer(kernels)) == []
+    other = File("cp_megatron/kernels/c.py", "import triton")
+    assert len(list(optional_packages_have_one_importer([*kernels, other]))) == 1
+
+
 @pytest.mark.parametrize(
     "statement",
     ["from cp_megatron.data.batch import batch", "from cp_megatron.data.batch.batch import x"],

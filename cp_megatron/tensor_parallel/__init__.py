@@ -4,7 +4,7 @@ from cp_megatron.tensor_parallel.embedding import VocabParallelEmbedding, VocabP
 from cp_megatron.tensor_parallel.fused_loss import LossRule, vocab_parallel_fused_loss
 from cp_megatron.tensor_parallel.group import TensorParallel
 from cp_megatron.tensor_parallel.head_norms import AllHeadsNorm, EachHeadNorm
-from cp_megatron.tensor_parallel.linear import ColumnParallelLinear, RowParallelLinear
+from cp_megatron.tensor_parallel.linear import ColumnParallelLinear, RowParallelLinear, products
 from cp_megatron.tensor_parallel.logit_transform import LogitTransform
 from cp_megatron.tensor_parallel.loss import vocab_parallel_cross_entropy
 from cp_megatron.tensor_parallel.placement import (
@@ -32,6 +32,7 @@ __all__ = [
     "local_weight",
     "named_specs",
     "place",
+    "products",
     "regathered",
     "shared_unit",
     "vocab_parallel_cross_entropy",
