@@ -50,18 +50,18 @@ class _Gated(torch.autograd.Function):
     def forward(ctx: Any, gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
         ctx.save_for_backward(gate, up)
         ctx.activation = activation
-        return kernels(gate.device.type).forward(gate, up, activation)
+        return gated_kernels(gate.device.type).forward(gate, up, activation)
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
         gate, up = ctx.saved_tensors
-        backward = kernels(gate.device.type).backward
+        backward = gated_kernels(gate.device.type).backward
         return *backward(grads[0], gate, up, ctx.activation), None
 
 
 @cache
-def kernels(device_type: str) -> GatedKernels:
+def gated_kernels(device_type: str) -> GatedKernels:
     """The fastest functions on a kind of device."""
     if device_type != "cuda" or importlib.util.find_spec("triton") is None:
         return GatedKernels(forward_eager, backward_eager)

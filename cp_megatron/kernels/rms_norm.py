@@ -64,7 +64,7 @@ class _RMSNorm(torch.autograd.Function):
         ctx: Any, x: Tensor, added: Tensor | None, weight: Tensor, epsilon: float
     ) -> Tensor | tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
-        forward = kernels(x.device.type, x.shape[-1]).forward
+        forward = rms_norm_kernels(x.device.type, x.shape[-1]).forward
         stream, out, scale = forward(x, added, weight, epsilon)
         ctx.save_for_backward(stream, weight, scale)
         return out if added is None else (stream, out)
@@ -76,13 +76,13 @@ class _RMSNorm(torch.autograd.Function):
         dstream, dout = grads if len(grads) == 2 else (None, *grads)
         if dout is None:
             return dstream, dstream, None, None
-        backward = kernels(stream.device.type, stream.shape[-1]).backward
+        backward = rms_norm_kernels(stream.device.type, stream.shape[-1]).backward
         dx, dweight = backward(dstream, dout, stream, weight, scale)
         return dx, None if len(grads) == 1 else dx, dweight, None
 
 
 @cache
-def kernels(device_type: str, width: int) -> NormKernels:
+def rms_norm_kernels(device_type: str, width: int) -> NormKernels:
     """The fastest functions for vectors of this width on a kind of device."""
     fuses = device_type == "cuda" and width <= _WIDEST_FUSED
     if not fuses or importlib.util.find_spec("triton") is None:

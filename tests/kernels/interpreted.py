@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import sys
 from types import ModuleType
 
 import pytest
@@ -17,15 +16,11 @@ ROUNDING = torch.finfo(LOW).eps / 2
 """The relative error of one rounding to ``LOW``."""
 
 
-def triton_file(name: str, patch: pytest.MonkeyPatch) -> ModuleType:
+def triton_file(name: str) -> ModuleType:
     """A file of ``kernels/``; without a GPU it runs in Triton's interpreter, slow and exact."""
     if importlib.util.find_spec("triton") is None:
         pytest.skip(
             "Triton is not installed; it has packages only for Linux on x86-64, where the extra "
             "[test] installs it"
         )
-    module = f"cp_megatron.kernels.{name}"
-    if DEVICE == "cpu":
-        patch.setenv("TRITON_INTERPRET", "1")
-        patch.delitem(sys.modules, module, raising=False)
-    return importlib.import_module(module)
+    return importlib.import_module(f"cp_megatron.kernels.{name}")

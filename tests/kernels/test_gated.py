@@ -18,8 +18,8 @@ ACTIVATIONS = get_args(Activation)
 
 
 @pytest.fixture
-def fused(monkeypatch: pytest.MonkeyPatch) -> GatedKernels:
-    file = triton_file("gated_triton", monkeypatch)
+def fused() -> GatedKernels:
+    file = triton_file("gated_triton")
     return GatedKernels(file.forward_triton, file.backward_triton)
 
 
@@ -82,7 +82,7 @@ def test_the_fused_kernels_round_once(fused: GatedKernels, activation: Activatio
 
 def test_the_fused_kernels_are_for_gpus_with_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     eager = GatedKernels(seam.forward_eager, seam.backward_eager)
-    chosen = seam.kernels.__wrapped__
+    chosen = seam.gated_kernels.__wrapped__
     assert chosen("cpu") == eager
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert chosen("cuda") == eager

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import math
-import sys
 
 import pytest
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from cp_megatron.kernels import merge
 from cp_megatron.kernels.merge import Merge, merge_, merge_eager_
+from tests.kernels.interpreted import DEVICE, triton_file
 
 INF = float("inf")
 
@@ -102,19 +102,9 @@ def test_half_precision_results_accumulate_in_float32() -> None:
 
 
 @pytest.fixture
-def fused(monkeypatch: pytest.MonkeyPatch) -> Merge:
-    """The Triton kernel; without a GPU it runs in Triton's interpreter, which is slow and exact."""
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip(
-            "Triton is not installed; it has packages only for Linux on x86-64, where the extra "
-            "[test] installs it"
-        )
-    if not torch.cuda.is_available():
-        monkeypatch.setenv("TRITON_INTERPRET", "1")
-        monkeypatch.delitem(sys.modules, "cp_megatron.kernels.merge_triton", raising=False)
-    from cp_megatron.kernels.merge_triton import merge_triton_
-
-    return merge_triton_
+def fused() -> Merge:
+    merge_triton: Merge = triton_file("merge_triton").merge_triton_
+    return merge_triton
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy warns of infinities
@@ -132,16 +122,15 @@ def test_the_fused_merge_is_the_eager_one(
 ) -> None:
     """On views with strides of their own, including rows that have no key on either side."""
     batch, rows, heads, width = shape
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     generator = torch.Generator().manual_seed(rows)
 
     def draw(*size: int) -> Tensor:
         return torch.randn(*size, generator=generator, dtype=torch.float64)
 
-    shard = draw(batch, rows + 4, heads + 2, width + 3).to(device, dtype)
-    shard_lse = (30 * draw(batch, heads + 2, rows + 4)).to(device, dtype)
-    new_out = draw(batch, rows, heads, width).to(device, new_dtype)
-    new_lse = (30 * draw(batch, heads, rows)).to(device, torch.float32)
+    shard = draw(batch, rows + 4, heads + 2, width + 3).to(DEVICE, dtype)
+    shard_lse = (30 * draw(batch, heads + 2, rows + 4)).to(DEVICE, dtype)
+    new_out = draw(batch, rows, heads, width).to(DEVICE, new_dtype)
+    new_lse = (30 * draw(batch, heads, rows)).to(DEVICE, torch.float32)
     shard_lse[:, :, 2:4], new_lse[:, :, 1:3] = -INF, -INF
     results = []
     for one in (fused, merge_eager_):
@@ -154,9 +143,8 @@ def test_the_fused_merge_is_the_eager_one(
 
 
 def test_the_fused_merge_keeps_nan(fused: Merge) -> None:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    out, lse = torch.ones(1, 2, 1, 8, device=device), torch.zeros(1, 1, 2, device=device)
-    new_lse = torch.tensor([[[torch.nan, 0.0]]], device=device)
+    out, lse = torch.ones(1, 2, 1, 8, device=DEVICE), torch.zeros(1, 1, 2, device=DEVICE)
+    new_lse = torch.tensor([[[torch.nan, 0.0]]], device=DEVICE)
     fused(out, lse, torch.full_like(out, torch.nan), new_lse)
     assert out.isnan().all()
     assert lse.isnan().flatten().tolist() == [True, False]

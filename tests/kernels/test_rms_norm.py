@@ -18,8 +18,8 @@ SHAPES = [(1, 1, 1), (2, 3, 5), (1, 45, 64), (1, 3, 1200)]
 
 
 @pytest.fixture
-def fused(monkeypatch: pytest.MonkeyPatch) -> NormKernels:
-    file = triton_file("rms_norm_triton", monkeypatch)
+def fused() -> NormKernels:
+    file = triton_file("rms_norm_triton")
     return NormKernels(file.forward_triton, file.backward_triton)
 
 
@@ -123,7 +123,7 @@ def test_the_fused_kernels_round_once(fused: NormKernels) -> None:
 
 def test_the_fused_kernels_are_for_gpus_with_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     eager = NormKernels(seam.forward_eager, seam.backward_eager)
-    chosen = seam.kernels.__wrapped__
+    chosen = seam.rms_norm_kernels.__wrapped__
     assert chosen("cpu", 64) == eager
     assert chosen("cuda", 1 << 20) == eager
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
