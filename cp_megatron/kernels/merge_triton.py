@@ -1,4 +1,4 @@
-"""``merge_`` as one Triton kernel. Only this file imports triton.
+"""``merge_`` as one Triton kernel.
 
 Shapes: B = batch, Q = queries, H = heads, E = value head dim; R = B Q H rows of E numbers.
 """

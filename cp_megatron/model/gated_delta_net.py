@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from cp_megatron.context_parallel import ContextParallel
 from cp_megatron.kernels.dropout import Dropout
+from cp_megatron.kernels.gated import gated
 from cp_megatron.kernels.interface import accumulation_dtype
 from cp_megatron.model.layer_memory import KeptMixer
 from cp_megatron.model.norm import Norm
@@ -27,6 +28,7 @@ from cp_megatron.tensor_parallel import (
     RowParallelLinear,
     SpecifiedModule,
     TensorParallel,
+    products,
     shared_unit,
 )
 
@@ -91,8 +93,9 @@ class GatedDeltaNet(nn.Module):
         """[b, s, h] -> what is convolved [b, s, c], gate [b, s, n/tp * e], and rate and input of
         the decay [b, s, n/tp]."""
         assert rotation is None, "a recurrence needs no positions"
-        mixed = torch.cat((self.query(x), self.key(x), self.value(x)), dim=-1)
-        return mixed, self.gate(x), self.rate(x), self.decay_input(x)
+        layers = (self.query, self.key, self.value, self.gate, self.rate, self.decay_input)
+        q, k, v, *others = products(x, *layers)
+        return torch.cat((q, k, v), dim=-1), *others
 
     def attend(
         self,
@@ -121,7 +124,7 @@ class GatedDeltaNet(nn.Module):
         g = self.decay(decay_input)
         states = None if kept is None else kept.results or kept.states
         out = cp.linear_attention(q, k, v, g, rate.sigmoid(), kept=states)
-        return self.norm(out) * F.silu(z)
+        return gated(z, self.norm(out), "silu")
 
     def output(self, attended: Tensor) -> Tensor:
         """[b, s, n/tp, e] -> this rank's summand of what is added to the residual stream."""

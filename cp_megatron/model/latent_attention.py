@@ -18,7 +18,12 @@ from cp_megatron.model.layer_memory import KeptMixer
 from cp_megatron.model.norm import Norm
 from cp_megatron.model.rope import Rotation
 from cp_megatron.spec import LatentAttentionSpec
-from cp_megatron.tensor_parallel import ColumnParallelLinear, RowParallelLinear, TensorParallel
+from cp_megatron.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    TensorParallel,
+    products,
+)
 
 
 class LatentAttention(nn.Module):
@@ -46,12 +51,15 @@ class LatentAttention(nn.Module):
 
         The last r channels of q and the rotary key are rotated; the latent is normalized.
         """
-        queries = x if self.query_down is None else self.query_down(x)
+        # Without latents of the queries their own projection reads x.
+        first = self.query if self.query_down is None else self.query_down
+        queries, latent, rotary_key = products(x, first, self.latent, self.rotary_key)
         if self.query_down_norm is not None:
             queries = self.query_down_norm(queries)
+        if self.query_down is not None:
+            queries = self.query(queries)
         # [b, s, n * (p + r)] -> [b, s, n, p + r]
-        q = rearrange(self.query(queries), "b s (n d) -> b s n d", d=self.spec.head_dim)
-        latent, rotary_key = self.latent(x), self.rotary_key(x)
+        q = rearrange(queries, "b s (n d) -> b s n d", d=self.spec.head_dim)
         if self.latent_norm is not None:
             latent = self.latent_norm(latent)
         if rotation is not None:

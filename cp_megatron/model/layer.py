@@ -88,6 +88,10 @@ class TransformerLayer(nn.Module):
         attended = self.memory.mixer(self._attend, layer_pass, x, rotation, cp, dropout)
         mixer = self.mixer
         added = self.tp.leave(mixer.output(attended), mixer.out.local_bias())
+        if self._adds_and_normalizes():
+            assert self.mlp_norm is not None
+            stream, h = self.mlp_norm(x, added)
+            return self._add(stream, self._feed_normalized(h, False), self.mlp_post_norm)
         stream = self._add(x, added, self.attention_post_norm)
         # A norm's gradient needs what it normalized, so a recomputation must run the MLP.
         last = layer_pass if self.mlp_post_norm is None else Pass()
@@ -102,6 +106,13 @@ class TransformerLayer(nn.Module):
         if self.multiplier != 1.0:
             added = added * self.multiplier
         return x + self.dropout(added)
+
+    def _adds_and_normalizes(self) -> bool:
+        """Whether the MLP's norm reads the bare sum of the stream and what the mixer adds, and is
+        not computed again without that sum."""
+        bare = self.attention_post_norm is None and self.multiplier == 1.0
+        drops = self.training and self.dropout.p > 0
+        return bare and not drops and self.mlp_norm is not None and self.memory.keeps_mlp
 
     def _attend(
         self,
@@ -120,6 +131,9 @@ class TransformerLayer(nn.Module):
         """Residual stream -> what the MLP adds to it."""
         norm = self.attention_norm if self.is_parallel else self.mlp_norm
         # The rows of a tile are not contiguous, and every linear layer would copy them.
-        h = x.contiguous() if norm is None else norm(x)
+        return self._feed_normalized(x.contiguous() if norm is None else norm(x), gradient_only)
+
+    def _feed_normalized(self, h: Tensor, gradient_only: bool) -> Tensor:
+        """What the MLP reads -> what it adds to the residual stream."""
         h = self.memory.entered(self.mlp, self.tp.enter(h), gradient_only, rows=h)
         return self.tp.leave(h, self.mlp.down.local_bias(), gradient_only=gradient_only)

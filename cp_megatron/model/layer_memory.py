@@ -112,6 +112,11 @@ class LayerMemory:
             offload=offload,
         )
 
+    @property
+    def keeps_mlp(self) -> bool:
+        """Whether ``mlp`` just calls its function."""
+        return self.tile_size is None and not self._recomputes("selective")
+
     def layer(self, function: Callable[..., Tensor], *args: object) -> Tensor:
         """``function(*args, layer_pass)``, the whole layer."""
         layer_pass = Pass()

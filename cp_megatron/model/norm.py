@@ -1,4 +1,4 @@
-"""Normalization: torch's own functions on the tokens that a rank holds.
+"""Normalization of the tokens that a rank holds.
 
 Every token is normalized by itself, so forward needs no communication.
 
@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cp_megatron.kernels.interface import accumulation_dtype
+from cp_megatron.kernels.rms_norm import add_rms_norm, rms_norm
 from cp_megatron.spec import NormSpec
 from cp_megatron.tensor_parallel import SpecifiedModule, TensorParallel
 
@@ -29,13 +30,25 @@ class Norm(SpecifiedModule):
         super().__init__(spec, tp)
         self.kind, self.epsilon, self.one_plus = spec.kind, spec.epsilon, spec.one_plus
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[.., h] -> [.., h]."""
-        weight, bias, dtype = self.local("weight"), self.local_bias(), x.dtype
+    def forward(self, x: Tensor, added: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """[.., h] -> [.., h].
+
+        If ``added`` [.., h] is given, returns x + added and the norm of this sum. An RMSNorm
+        computes both at once.
+        """
+        weight = self.local("weight")
         if self.one_plus:
             weight = 1 + weight.to(accumulation_dtype(weight.dtype))
-            # One type for all: layer_norm takes no other, and rms_norm fuses no other.
-            x, bias = x.to(weight.dtype), None if bias is None else bias.to(weight.dtype)
         if self.kind == "RMSNorm":
-            return F.rms_norm(x, weight.shape, weight, self.epsilon).to(dtype)
+            if added is None:
+                return rms_norm(x, weight, self.epsilon)
+            return add_rms_norm(x, added, weight, self.epsilon)
+        total = x if added is None else x + added
+        normalized = self._layer_norm(total, weight)
+        return normalized if added is None else (total, normalized)
+
+    def _layer_norm(self, x: Tensor, weight: Tensor) -> Tensor:
+        bias, dtype = self.local_bias(), x.dtype
+        if self.one_plus:  # layer_norm takes one type for all
+            x, bias = x.to(weight.dtype), None if bias is None else bias.to(weight.dtype)
         return F.layer_norm(x, weight.shape, weight, bias, self.epsilon).to(dtype)

@@ -27,6 +27,7 @@ from cp_megatron.tensor_parallel import (
     RowParallelLinear,
     SpecifiedModule,
     TensorParallel,
+    products,
 )
 
 NORMS: Mapping[str, type[Norm | EachHeadNorm | AllHeadsNorm]] = MappingProxyType(
@@ -61,23 +62,19 @@ class SelfAttention(SpecifiedModule):
 
         With fewer kv heads than tp ranks every rank has one, shared with its neighbours.
         """
+        layers = (self.query, self.key, self.value)
+        width, v_width = self.spec.head_dim, self.spec.v_head_dim
+        flat = products(x, *layers) if self.gate is None else products(x, *layers, self.gate)
         # [b, s, n * d] -> [b, s, n, d], n the heads of this tp rank
-        q, k, v = (
-            rearrange(linear(x), "b s (n d) -> b s n d", d=width)
-            for linear, width in (
-                (self.query, self.spec.head_dim),
-                (self.key, self.spec.head_dim),
-                (self.value, self.spec.v_head_dim),
-            )
+        q, k, v, *gate = (
+            rearrange(y, "b s (n d) -> b s n d", d=d)
+            for y, d in zip(flat, (width, width, v_width, v_width))
         )
         if self.query_norm is not None and self.key_norm is not None:
             q, k = self.query_norm(q), self.key_norm(k)
         if rotation is not None:
             q, k = rotation.queries(q), rotation.keys(k)
-        if self.gate is None:
-            return q, k, v
-        # [b, s, n * e] -> [b, s, n, e]
-        return q, k, v, rearrange(self.gate(x), "b s (n e) -> b s n e", e=self.spec.v_head_dim)
+        return q, k, v, *gate
 
     def attend(
         self,

@@ -44,7 +44,7 @@ class MLPSpec(BlockSpec):
 
     def kept_bytes(self, sizes: ActivationSizes) -> int:
         """Bytes of the normalized stream and of the wide tensors."""
-        wide = 2 if self.gate is None else 4  # up, activated, and with a gate also gate and product
+        wide = 2 if self.gate is None else 3  # up and what ``down`` reads, and the gate if any
         width = self.up.outputs // sizes.tp * sizes.element
         return sizes.stream_bytes(self.up.inputs) + sizes.tokens * wide * width
 

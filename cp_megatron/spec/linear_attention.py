@@ -188,7 +188,7 @@ class LinearAttentionSpec(BlockSpec):
 
         These are the normalized stream; what is convolved, its convolution and SiLU; what makes
         queries and keys unit vectors, and these vectors; what makes the decay; the rate; the gate,
-        its SiLU, and what the norm keeps in place of the result.
+        the normalized result, and what the norm keeps in place of the result.
         """
         (heads, key_heads), el, exact = self.local_heads(sizes.tp), sizes.element, sizes.exact
         values, keys = heads * self.v_head_dim, 2 * key_heads * self.head_dim
@@ -197,7 +197,7 @@ class LinearAttentionSpec(BlockSpec):
         copied = 0 if sizes.on_cuda or el == exact else keys * exact
         units = keys * el + 2 * key_heads * exact + copied
         per_head = heads * (el + 3 * exact)
-        gate = 3 * values * el
+        gate = 2 * values * el
         # The joined weights of the convolutions, and the rates of the decay with both signs.
         weights = self.channels(sizes.tp) * self.query_conv.width * el + 2 * heads * exact
         norm = self.norm.kept_bytes(sizes.tokens * heads, sizes)

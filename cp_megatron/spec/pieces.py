@@ -92,27 +92,21 @@ class NormSpec(BlockSpec):
         """Bytes that backward needs of ``vectors`` normalized vectors."""
         is_layer_norm, is_mixed = self.kind == "LayerNorm", self._is_mixed(sizes)
         # The factor 1 + weight, and the bias in the type of the sums.
-        copies = self.one_plus + (is_layer_norm and is_mixed and self.bias)
+        copies = self.one_plus + (is_mixed and self.bias)
         shared = copies * self.width * sizes.exact
-        if not self._is_fused(sizes):  # input, 1 / rms, and their product
-            return vectors * (2 * self.width + 1) * sizes.exact + shared
-        statistics = 2 if is_layer_norm else 1
         element = sizes.exact if is_mixed else sizes.element
+        if not is_layer_norm:
+            return vectors * (self.width * element + sizes.exact) + shared
         statistic = sizes.exact if sizes.on_cuda else element
-        return vectors * (self.width * element + statistics * statistic) + shared
+        return vectors * (self.width * element + 2 * statistic) + shared
 
     def keeps_input(self, sizes: ActivationSizes) -> bool:
         """Whether it keeps its input itself, not a copy in the type of the sums."""
-        fused = self._is_fused(sizes) and not self._is_mixed(sizes)
-        return fused or sizes.element == sizes.exact
-
-    def _is_fused(self, sizes: ActivationSizes) -> bool:
-        """Whether one fused operation computes the norm; RMSNorm on the CPU is several."""
-        return self.kind == "LayerNorm" or sizes.on_cuda
+        return not self._is_mixed(sizes)
 
     def _is_mixed(self, sizes: ActivationSizes) -> bool:
-        """Whether its factor, 1 + weight, has the type of the sums and its input does not."""
-        return self.one_plus and sizes.element != sizes.exact
+        """Whether a LayerNorm computes 1 + weight in another type than the activations have."""
+        return self.kind == "LayerNorm" and self.one_plus and sizes.element != sizes.exact
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,11 +1,10 @@
 """Tensor parallelism: weights split over ranks, activations moved by explicit collectives."""
 
-from cp_megatron.kernels.logit_transform import LogitTransform
 from cp_megatron.tensor_parallel.embedding import VocabParallelEmbedding, VocabParallelHead
 from cp_megatron.tensor_parallel.fused_loss import LossRule, vocab_parallel_fused_loss
 from cp_megatron.tensor_parallel.group import TensorParallel
 from cp_megatron.tensor_parallel.head_norms import AllHeadsNorm, EachHeadNorm
-from cp_megatron.tensor_parallel.linear import ColumnParallelLinear, RowParallelLinear
+from cp_megatron.tensor_parallel.linear import ColumnParallelLinear, RowParallelLinear, products
 from cp_megatron.tensor_parallel.loss import vocab_parallel_cross_entropy
 from cp_megatron.tensor_parallel.placement import (
     LocalWeights,
@@ -22,7 +21,6 @@ __all__ = [
     "ColumnParallelLinear",
     "EachHeadNorm",
     "LocalWeights",
-    "LogitTransform",
     "LossRule",
     "RowParallelLinear",
     "SpecifiedModule",
@@ -32,6 +30,7 @@ __all__ = [
     "local_weight",
     "named_specs",
     "place",
+    "products",
     "regathered",
     "shared_unit",
     "vocab_parallel_cross_entropy",

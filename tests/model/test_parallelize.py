@@ -249,7 +249,9 @@ def types_in_forward(rank: int, world_size: int) -> dict[str, set[torch.dtype]]:
     for module in model.modules():
         if isinstance(module, GatedDeltaNet):
             module.decay.register_forward_hook(lambda _, __, out: found["decay"].add(out.dtype))
-            module.query.register_forward_hook(lambda _, __, out: found["query"].add(out.dtype))
+            module.query_conv.register_forward_hook(
+                lambda _, __, out: found["query"].add(out.dtype)
+            )
     cp = ContextParallel(groups.cp, Mask.causal(SEQ))
     tokens, labels = (cp.shard(x, 1) for x in batch())
     with mock.patch.object(Decay, "local", local):

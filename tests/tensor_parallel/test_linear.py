@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,6 +12,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cp_megatron.comm.collectives import all_gather_dim
 from cp_megatron.spec import LinearSpec, ParameterSpec
@@ -20,6 +24,7 @@ from cp_megatron.tensor_parallel import (
     local_weight,
     named_specs,
     place,
+    products,
 )
 from tests.ranks import run_ranks
 
@@ -153,3 +158,64 @@ def test_plain_parameters_work_on_one_rank() -> None:
         column.bias.fill_(0.5)
     assert local_weight(column.bias, partial=True) is column.bias
     assert torch.equal(F.linear(x, column.weight, column.bias), column(x))
+
+
+def shared_input(
+    rank: int, world_size: int, together: bool, units: int
+) -> tuple[list[Tensor], Tensor, dict[str, Tensor]]:
+    """Three layers of one input: (results, gradient of x, gradients), x's summed over ranks.
+
+    The second layer has no bias, the third no gradients, and two ranks share its one unit.
+    """
+    tp = TensorParallel(group=torch.distributed.group.WORLD)
+    specs = [COLUMN, replace(COLUMN, bias=False), replace(COLUMN, units=units, shares_units=True)]
+    layers = [ColumnParallelLinear(spec, tp=tp) for spec in specs]
+    for number, layer in enumerate(layers):
+        placed(layer, world_size, *(number, number + 5)[: len(layer.specs)])
+    layers[2].weight.requires_grad_(False)
+    x = numbers(0, 2, SEQ, IN).requires_grad_()
+    shared = tp.enter(x)
+    results = list(products(shared, *layers)) if together else [f(shared) for f in layers]
+    sum((y * numbers(7, *y.shape)).sum() for y in results).backward()
+    assert x.grad is not None
+    assert layers[2].weight.grad is None
+    grads = whole_gradients(torch.nn.ModuleList(layers))
+    return [y.detach() for y in results], x.grad, grads
+
+
+@pytest.mark.parametrize("units", [1, 2])
+def test_products_of_one_input_are_those_of_each_layer(units: int) -> None:
+    together = run_ranks(shared_input, 2, True, units)
+    for found, alone in zip(together, run_ranks(shared_input, 2, False, units), strict=True):
+        torch.testing.assert_close(found, alone, **TOLERANCE)
+
+
+def test_products_add_up_gradients_in_one_tensor_and_skip_those_not_read() -> None:
+    layers = [ColumnParallelLinear(COLUMN, tp=TensorParallel()).double() for _ in range(3)]
+    for number, layer in enumerate(layers):
+        layer.requires_grad_(False)
+        for parameter in layer.parameters():
+            parameter.copy_(numbers(number, *parameter.shape))
+    x = numbers(0, 2, SEQ, IN).requires_grad_()
+    first, _, third = products(x, *layers)
+    grads = numbers(1, *first.shape), numbers(2, *third.shape)
+    with CountedOps() as ops:
+        (dx,) = torch.autograd.grad((first, third), x, grads)
+    torch.testing.assert_close(dx, grads[0] @ layers[0].weight + grads[1] @ layers[2].weight)
+    assert ops.names.count("addmm_") == ops.names.count("mm") == 1
+    assert "add" not in ops.names
+    assert "add_" not in ops.names
+
+
+class CountedOps(TorchDispatchMode):
+    """The names of the operations that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: object, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
