@@ -25,7 +25,7 @@ from cp_megatron.config.schema import Config
 from cp_megatron.model.gated_delta_net import Decay
 from cp_megatron.model.initialize import initial_value
 from cp_megatron.model.transformer import Transformer
-from cp_megatron.tensor_parallel import named_specs, place
+from cp_megatron.tensor_parallel import attach_units, named_specs, place
 
 ComputeDType = Literal["float64", "float32", "bfloat16"]
 
@@ -78,6 +78,10 @@ def build_model(
             placed = place(value.to(stored), spec, groups.meshes["tp"], device)
             owner.register_parameter(attribute, nn.Parameter(placed))
 
+    if groups.dp_cp.size() == 1 and not config.memory.optimizer_cpu_offload:
+        fill(model)
+        attach_units(model, model.layers.values(), getattr(torch, dtype), unrounded=(Decay,))
+        return model
     shard = _sharding(config, groups, dtype, device)
     for name, layer in model.layers.items():
         fill(layer, f"layers.{name}")

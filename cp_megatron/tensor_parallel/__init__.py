@@ -5,6 +5,7 @@ from cp_megatron.tensor_parallel.fused_loss import LossRule, vocab_parallel_fuse
 from cp_megatron.tensor_parallel.group import TensorParallel
 from cp_megatron.tensor_parallel.head_norms import AllHeadsNorm, EachHeadNorm
 from cp_megatron.tensor_parallel.linear import ColumnParallelLinear, RowParallelLinear
+from cp_megatron.tensor_parallel.local_unit import attach_units
 from cp_megatron.tensor_parallel.logit_transform import LogitTransform
 from cp_megatron.tensor_parallel.loss import vocab_parallel_cross_entropy
 from cp_megatron.tensor_parallel.placement import (
@@ -29,6 +30,7 @@ __all__ = [
     "TensorParallel",
     "VocabParallelEmbedding",
     "VocabParallelHead",
+    "attach_units",
     "local_weight",
     "named_specs",
     "place",
