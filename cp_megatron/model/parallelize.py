@@ -124,5 +124,5 @@ def _sharding(
     if config.memory.optimizer_cpu_offload:
         offload = CPUOffloadPolicy(pin_memory=torch.device(device).type == "cuda")
     return partial(
-        fully_shard, mesh=groups.meshes["dp_cp"], mp_policy=policy, offload_policy=offload
+        fully_shard, mesh=groups.sharding, mp_policy=policy, offload_policy=offload
     )

@@ -36,6 +36,8 @@ GRIDS = {
     "cp4": ["--tensor-parallel-size", "1", "--context-parallel-size", "4"],
     "tp4": ["--tensor-parallel-size", "4", "--context-parallel-size", "1"],
     "dp4": ["--tensor-parallel-size", "1", "--context-parallel-size", "1"],
+    "copies": "--tensor-parallel-size 1 --context-parallel-size 1".split()
+    + ["--data-parallel-replicate-size", "2"],
 }
 BASE = [
     *("--preset", "toy"),
@@ -100,7 +102,7 @@ def assembled(
     )
     found = parse_arguments(argv, again=again)
     plan = check(found.config, launch, given=found.given, auto=found.auto).on_device("cpu")
-    plan = replace(plan, grid=Grid(axes=axes, **plan.grid.sizes))
+    plan = replace(plan, grid=Grid(axes=axes, replicas=plan.grid.replicas, **plan.grid.sizes))
     world = dist.group.WORLD
     assert world is not None
     return assemble(plan, launch, world)
@@ -205,7 +207,7 @@ def test_the_same_grid_continues_bit_for_bit_with_dropout(place: Place) -> None:
 @pytest.mark.parametrize(
     ("dtype", "bound", "grids"),
     [
-        ("float64", 1e-10, [(4, "cp4"), (1, "dp4")]),
+        ("float64", 1e-10, [(4, "cp4"), (1, "dp4"), (4, "copies")]),
         pytest.param(
             "float32",
             1e-6,
