@@ -70,8 +70,8 @@ class Held:
 
     Attributes:
         kind: ``parameters``, ``gradients`` and ``optimizer`` are permanent; ``gathered weights``
-            are whole weights, or rounded ones, beside the parameters at the end of forward, when
-            those of the layers are freed; ``activations`` are kept for the backward of one micro batch;
+            are whole or rounded weights beside the parameters at the end of forward, when those of
+            the layers are freed; ``activations`` are kept for the backward of one micro batch;
             ``logits`` and ``exchange buffers`` are the most at any time.
         detail: for activations the module, over all layers; ``on the host`` if parameters and
             what belongs to them are kept there.
@@ -247,7 +247,9 @@ def _gathered_bytes(plan: RunPlan, spec: ModelSpec) -> int:
         read = sum(x.numel for x in spec.norm.parameters()) if is_read else 0
         return ELEMENT_BYTES[plan.dtype] * read
     ranks, total = plan.grid.shards, 0
-    for parameter in spec.ends():
+    last = (*spec.norm.parameters(), *spec.head.parameters())
+    # Untied, the embedding is a unit of its own and freed as layers are.
+    for parameter in spec.ends() if spec.head.tied else last:
         rows, *rest = parameter.local_shape(plan.grid.sizes)
         total += -(-rows // ranks) * ranks * math.prod(rest)
     return total * ELEMENT_BYTES[plan.dtype]

@@ -64,7 +64,8 @@ class LocalUnit:
 
     def locals(self) -> list[Tensor]:
         """This rank's parts of the parameters, in the stored type."""
-        return [master.detach().to_local() for master in self.masters]
+        with torch.no_grad():
+            return [master.to_local() for master in self.masters]
 
     def _before_forward(self, module: nn.Module, args: object) -> None:
         self._install(_Plain.apply(self, *self.masters))
@@ -73,7 +74,7 @@ class LocalUnit:
         self.restore()
 
     def _after_forward(self, module: nn.Module, args: object, out: Tensor | None) -> None:
-        weights = [owner._parameters[name] for owner, name in self._owned]
+        weights = [cast(Tensor, owner._parameters[name]) for owner, name in self._owned]
         self.restore()
         if out is None or not out.requires_grad:
             return

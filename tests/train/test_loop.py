@@ -36,8 +36,7 @@ GRIDS = {
     "cp4": ["--tensor-parallel-size", "1", "--context-parallel-size", "4"],
     "tp4": ["--tensor-parallel-size", "4", "--context-parallel-size", "1"],
     "dp4": ["--tensor-parallel-size", "1", "--context-parallel-size", "1"],
-    "copies": "--tensor-parallel-size 1 --context-parallel-size 1".split()
-    + ["--data-parallel-replicate-size", "2"],
+    "copies": ["--data-parallel-replicate-size", "2", "--context-parallel-size", "1"],
 }
 BASE = [
     *("--preset", "toy"),

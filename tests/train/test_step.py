@@ -93,7 +93,9 @@ def config_of(style: str, case: Case) -> Config:
 
 def train_step_of(style: str, case: Case) -> TrainStep:
     config = config_of(style, case)
-    groups = ParallelGroups.create(Grid(dp=case.dp, cp=case.cp, tp=case.tp, replicas=case.replicas), "cpu")
+    groups = ParallelGroups.create(
+        Grid(dp=case.dp, cp=case.cp, tp=case.tp, replicas=case.replicas), "cpu"
+    )
     model = build_model(config, groups, vocab_size=VOCAB, dtype="float64", device="cpu")
     optimizer = make_optimizer(model.parameters(), replace(config.optimizer, lr=1e-3))
     length = SEQ_LENGTH * (case.micro_batch_size if case.document_mask else 1)
