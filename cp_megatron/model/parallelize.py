@@ -25,6 +25,7 @@ from torch.distributed.fsdp import (
 )
 
 from cp_megatron.comm.groups import ParallelGroups
+from cp_megatron.comm.host_collectives import HostGather, HostReduceScatter
 from cp_megatron.config.schema import Config
 from cp_megatron.model.gated_delta_net import Decay
 from cp_megatron.model.initialize import initial_value
@@ -127,13 +128,17 @@ def _shard(model: Transformer, shard: _Sharding, fill: Callable[..., None]) -> N
     shard(model)
     for unit, following in pairwise(units):
         unit[0].set_modules_to_forward_prefetch(following)
-    _sum_gradients(model)
+    _set_reduction(model, shard.mesh)
 
 
-def _sum_gradients(model: nn.Module) -> None:
-    """Lets FSDP sum gradients over the ranks; the default is the mean."""
+def _set_reduction(model: nn.Module, mesh: DeviceMesh) -> None:
+    """Lets FSDP sum gradients over the ranks, where the default is the mean, and choose messages
+    that suit the device."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
+            if mesh.device_type == "cpu":
+                module.set_custom_all_gather(HostGather())  # type: ignore[arg-type]
+                module.set_custom_reduce_scatter(HostReduceScatter())  # type: ignore[arg-type]
             module.set_gradient_divide_factor(1.0)
             # Otherwise the factor is passed to the backend as a scaled sum, which gloo lacks.
             module.set_force_sum_reduction_for_comms(True)

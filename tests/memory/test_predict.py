@@ -98,9 +98,9 @@ def test_the_optimizer_on_the_host_is_said_apart() -> None:
     found = {row.kind: row.num_bytes for row in rows}
     plain = bytes_of(planned(device="cuda"))
     # FSDP, which moves the parameters, keeps what lies outside of the layers on the device.
-    total = found[kinds.AFTER_FORWARD] - found[kinds.GATHERED]
-    assert plain[kinds.GATHERED] == 0
-    assert total == plain[kinds.AFTER_FORWARD] - plain[kinds.PARAMETERS]
+    more = found[kinds.GATHERED] - plain[kinds.GATHERED]
+    assert more > 0
+    assert found[kinds.AFTER_FORWARD] - more == plain[kinds.AFTER_FORWARD] - plain[kinds.PARAMETERS]
 
 
 def test_many_ranks_are_quick() -> None:
