@@ -247,9 +247,7 @@ def _gathered_bytes(plan: RunPlan, spec: ModelSpec) -> int:
         read = sum(x.numel for x in spec.norm.parameters()) if is_read else 0
         return ELEMENT_BYTES[plan.dtype] * read
     ranks, total = plan.grid.shards, 0
-    last = (*spec.norm.parameters(), *spec.head.parameters())
-    # Untied, the embedding is a unit of its own and freed as layers are.
-    for parameter in spec.ends() if spec.head.tied else last:
+    for parameter in spec.ends():
         rows, *rest = parameter.local_shape(plan.grid.sizes)
         total += -(-rows // ranks) * ranks * math.prod(rest)
     return total * ELEMENT_BYTES[plan.dtype]

@@ -110,8 +110,8 @@ def _shard(model: Transformer, shard: _Sharding, fill: Callable[..., None]) -> N
     """Makes FSDP units of the layers and the ends, filling one at a time.
 
     A head that is not tied is a unit with the norm before it, whose gradients are reduced while
-    those of the layers are computed. The embedding's gradient comes last of all: if it is the
-    head's as well, one unit has both.
+    those of the layers are computed. The embedding belongs to the root unit, because its gradient
+    comes last of all; a tied head shares it.
     """
     units = list[list[FSDPModule]]()
     for name, layer in model.layers.items():
@@ -120,11 +120,8 @@ def _shard(model: Transformer, shard: _Sharding, fill: Callable[..., None]) -> N
         units.append([shard(layer), *inner])
     fill(model)
     if not model.spec.head.tied:
-        tables = shard(model.embedding, model.positions)
-        tables.set_unshard_in_backward(False)  # a table's gradient does not depend on it
         # Backward begins with the head.
-        head = shard(model.norm, model.head, reshard_after_forward=False)
-        units = [[tables], *units, [head]]
+        units.append([shard(model.norm, model.head, reshard_after_forward=False)])
     shard(model)
     for unit, following in pairwise(units):
         unit[0].set_modules_to_forward_prefetch(following)
