@@ -114,7 +114,7 @@ SYNONYMS: Mapping[str, Mapping[str, str]] = {
         "training.context_parallel_degree": "--context-parallel-size",
         "training.tensor_parallel_degree": "--tensor-parallel-size",
         "parallelism.data_parallel_shard_degree": _SHARDED,
-        "parallelism.data_parallel_replicate_degree": _SHARDED,
+        "parallelism.data_parallel_replicate_degree": "--data-parallel-replicate-size",
         "parallelism.tensor_parallel_degree": "--tensor-parallel-size",
         "parallelism.context_parallel_degree": "--context-parallel-size",
         "parallelism.context_parallel_rotate_method": "--cp-comm-type",

@@ -23,11 +23,15 @@ class ParallelGroups:
         grid: the sizes of the axes.
         coordinates: this rank's index on each of them.
         meshes: the 1-D mesh of each group, by the same names.
+        sharding: the mesh of ``dp_cp``; 2-D, with a replica's ranks as the last dim, if there are
+            several replicas. Parameters, gradients and optimizer state are sharded over its last
+            dim.
     """
 
     grid: Grid
     coordinates: Coordinates
     meshes: Mapping[str, DeviceMesh]
+    sharding: DeviceMesh
 
     @classmethod
     def create(
@@ -40,16 +44,24 @@ class ParallelGroups:
             device_type: ``cpu`` or ``cuda``.
             timeout: how long a rank waits for the others; by default that of the default group.
         """
-        names, shape = tuple(grid.sizes), tuple(grid.sizes.values())
-        mesh = init_device_mesh(device_type, shape, mesh_dim_names=names)
-        meshes = {name: mesh[name] for name in names}
+        mesh = _whole_mesh(grid, device_type)
+        meshes = {name: mesh[name] for name in grid.sizes if name != "dp"}
         meshes["world"] = mesh._flatten("world")
-        meshes["dp_cp"] = mesh["dp", "cp"]._flatten("dp_cp")
+        if grid.replicas == 1:
+            meshes["dp"] = mesh["dp"]
+            meshes["dp_cp"] = sharding = mesh["dp", "cp"]._flatten("dp_cp")
+        else:
+            meshes["dp"] = mesh["replicas", "in_replica"]._flatten("dp")
+            meshes["dp_cp"] = mesh["replicas", "in_replica", "cp"]._flatten("dp_cp")
+            mesh["in_replica", "cp"]._flatten("shards")
+            sharding = mesh["replicas", "shards"]
         if timeout is not None:
-            for one in meshes.values():
+            names = sharding.mesh_dim_names if sharding.ndim > 1 else ()
+            of_sharding = [sharding[name] for name in names or ()]
+            for one in (*meshes.values(), *of_sharding):
                 dist.distributed_c10d._set_pg_timeout(timeout, one.get_group())
         coordinates = grid.coordinates(dist.get_rank())
-        return cls(grid=grid, coordinates=coordinates, meshes=meshes)
+        return cls(grid=grid, coordinates=coordinates, meshes=meshes, sharding=sharding)
 
     def __getitem__(self, name: str) -> dist.ProcessGroup:
         return self.meshes[name].get_group()
@@ -71,13 +83,21 @@ class ParallelGroups:
 
     @property
     def dp_cp(self) -> dist.ProcessGroup:
-        """Ranks that hold the same part of the weights and different tokens.
-
-        Parameters, gradients and optimizer state are sharded over this group.
-        """
+        """Ranks that have different tokens, and the same part of the weights over tp."""
         return self["dp_cp"]
 
     @property
     def world(self) -> dist.ProcessGroup:
         """All ranks, by number."""
         return self["world"]
+
+
+def _whole_mesh(grid: Grid, device_type: str) -> DeviceMesh:
+    """The mesh of all ranks; with replicas, dp is two dims, replicas and in_replica."""
+    sizes: dict[str, int] = {}
+    for name, size in grid.sizes.items():
+        if name == "dp" and grid.replicas > 1:
+            sizes |= {"replicas": grid.replicas, "in_replica": size // grid.replicas}
+        else:
+            sizes[name] = size
+    return init_device_mesh(device_type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))

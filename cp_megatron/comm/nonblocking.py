@@ -9,6 +9,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from cp_megatron.comm.host_collectives import (
+    HostWork,
+    start_host_gather,
+    start_host_reduce_scatter,
+)
+
 # torch 2.13 renamed both, and warns about the old names at each call.
 _all_gather: Callable[..., dist.Work] = (
     getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -25,7 +31,7 @@ class Started:
     ``source`` keeps the memory of the input alive until then.
     """
 
-    work: dist.Work | None
+    work: dist.Work | HostWork | None
     source: Tensor
     result: Tensor
 
@@ -50,6 +56,8 @@ def start_all_gather(
         return Started(None, x, x)
     if result is None:
         result = x.new_empty((group.size() * x.shape[0], *x.shape[1:]))
+    if x.device.type == "cpu":
+        return Started(start_host_gather(result, x, group), x, result)
     return Started(_all_gather(result, x, group=group, async_op=True), x, result)
 
 
@@ -64,4 +72,6 @@ def start_reduce_scatter(
         return Started(None, x, x)
     if result is None:
         result = x.new_empty((x.shape[0] // group.size(), *x.shape[1:]))
+    if x.device.type == "cpu":
+        return Started(start_host_reduce_scatter(result, x, group), x, result)
     return Started(_reduce_scatter(result, x, group=group, async_op=True), x, result)

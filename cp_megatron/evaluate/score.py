@@ -183,7 +183,7 @@ def _scoring_head(
             scores.append(torch.stack([losses, right], dim=1))
         return torch.cat(scores)
 
-    head.forward = forward  # type: ignore[method-assign]
+    head.forward = forward  # type: ignore[assignment, method-assign]
     try:
         yield
     finally:

@@ -21,7 +21,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
@@ -34,7 +33,7 @@ from cp_megatron.model.transformer import Transformer
 
 _AT_ENDS: Mapping[str, str] = MappingProxyType(
     {"embedding": kinds.EMBEDDING, "positions": kinds.EMBEDDING}
-    | {"dropout": kinds.DROPOUT, "norm": kinds.FINAL_NORM}
+    | {"dropout": kinds.DROPOUT, "norm": kinds.FINAL_NORM, "head": kinds.LOSS}
 )
 _OUTSIDE = ""
 """The place of tensors that are allocated outside of the model."""
@@ -57,7 +56,7 @@ class MemoryMeter:
         self._live = LiveBytes(self._place.allocated)
         self._saved: dict[int, tuple[weakref.ref[torch.UntypedStorage], str]] = {}
         self._hooks, self._forward = ExitStack(), ExitStack()
-        self._measured = False
+        self._measured, self._stored = False, set[int]()
         self._at_start, self._buffers_at_start = 0, 0
         self._sizes: Counter[str] = Counter()
 
@@ -65,6 +64,8 @@ class MemoryMeter:
         hooks = self._hooks
         parameters, state = self._parameters(), self._state()
         self._sizes[kinds.PARAMETERS] = _num_bytes(parameters)
+        held = map(_local, self._model.parameters())
+        self._stored = {x.untyped_storage()._cdata for x in held}
         on_device = (x for x in (*parameters, *state) if x.device.type == self._device.type)
         self._at_start = _num_bytes(on_device)
         self._buffers_at_start = self._buffers.held_bytes
@@ -108,11 +109,7 @@ class MemoryMeter:
                 if self._on_cuda:
                     self._forward.enter_context(self._live)
                 self._forward.enter_context(saved_tensors_hooks(self._save, lambda x: x))
-            # FSDP's own hook has run, so these are the whole weights.
-            if isinstance(module, FSDPModule):
-                inner = [x for x in module.modules() if isinstance(x, FSDPModule) and x != module]
-                others = {id(parameter) for unit in inner for parameter in unit.parameters()}
-                self._watch(p for p in module.parameters() if id(p) not in others)
+            self._watch(module)
             self._place.enter(name)
 
         return hook
@@ -161,6 +158,8 @@ class MemoryMeter:
         for part in plain(x):
             storage = part.untyped_storage()
             key = storage._cdata
+            if key in self._stored:
+                continue
             known = self._saved.get(key)
             is_new = known is None or known[0]() is None  # an address may be used again
             allocation = self._live.alive.get(key)
@@ -168,10 +167,13 @@ class MemoryMeter:
                 self._saved[key] = weakref.ref(storage), self._place.saved()
         return x
 
-    def _watch(self, parameters: Iterable[nn.Parameter]) -> None:
-        for parameter in parameters:
-            for part in plain(parameter.detach()):
-                self._live.adopt(part, kinds.GATHERED)
+    def _watch(self, module: nn.Module) -> None:
+        """Finds the tensors that have taken the place of parameters before this hook ran."""
+        for owner in module.modules():
+            weights = [x.detach() for x in owner._parameters.values() if x is not None]
+            for part in (part for weight in weights for part in plain(weight)):
+                if part.untyped_storage()._cdata not in self._stored:
+                    self._live.adopt(part, kinds.GATHERED)
 
     def _before_update(self, *_: object) -> None:
         grads = [p.grad for p in self._model.parameters() if p.grad is not None]

@@ -72,8 +72,8 @@ class Held:
 
     Attributes:
         kind: ``parameters``, ``gradients`` and ``optimizer`` are permanent; ``gathered weights``
-            are whole weights at the end of forward, when FSDP2 has freed those of the layers and
-            keeps the others; ``activations`` are kept for the backward of one micro batch;
+            are whole or rounded weights beside the parameters at the end of forward, when those of
+            the layers are freed; ``activations`` are kept for the backward of one micro batch;
             ``logits`` and ``exchange buffers`` are the most at any time.
         detail: for activations the module, over all layers; ``on the host`` if parameters and
             what belongs to them are kept there.
@@ -242,7 +242,12 @@ def _permanent(plan: RunPlan, rank: int, spec: ModelSpec) -> tuple[Held, Held, H
 def _gathered_bytes(plan: RunPlan, spec: ModelSpec) -> int:
     """Whole weights at the end of forward, in the compute type, padded to equal shards."""
     assert plan.dtype is not None
-    ranks, total = plan.grid.size("dp_cp"), 0
+    if plan.grid.size("dp_cp") == 1 and not plan.config.memory.optimizer_cpu_offload:
+        # Parameters are the weights, or copies are rounded, of which backward reads the norm's.
+        is_read = plan.dtype == "bfloat16" and not spec.norm.one_plus
+        read = sum(x.numel for x in spec.norm.parameters()) if is_read else 0
+        return ELEMENT_BYTES[plan.dtype] * read
+    ranks, total = plan.grid.shards, 0
     for parameter in spec.ends():
         rows, *rest = parameter.local_shape(plan.grid.sizes)
         total += -(-rows // ranks) * ranks * math.prod(rest)

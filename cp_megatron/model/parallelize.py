@@ -1,17 +1,21 @@
 """Spreads a model from the meta device over the grid: tp by DTensor, dp x cp by FSDP2.
 
 Memory, initial values and sharding are given to one unit (a layer) at a time, so no rank ever holds
-more than one unsharded layer, plus one global tensor on the CPU. A world of one rank takes the same
-path.
+more than one unsharded layer, plus one global tensor on the CPU. Where dp x cp is one rank, there
+is no FSDP (``tensor_parallel/local_unit.py``), unless the parameters live on the host.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal
+from itertools import pairwise
+from typing import Literal, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
     FSDPModule,
@@ -21,11 +25,13 @@ from torch.distributed.fsdp import (
 )
 
 from cp_megatron.comm.groups import ParallelGroups
+from cp_megatron.comm.host_collectives import HostGather, HostReduceScatter
 from cp_megatron.config.schema import Config
 from cp_megatron.model.gated_delta_net import Decay
 from cp_megatron.model.initialize import initial_value
 from cp_megatron.model.transformer import Transformer
-from cp_megatron.tensor_parallel import named_specs, place
+from cp_megatron.spec import ParameterSpec
+from cp_megatron.tensor_parallel import attach_units, named_specs, place
 
 ComputeDType = Literal["float64", "float32", "bfloat16"]
 
@@ -41,9 +47,9 @@ def build_model(
 ) -> Transformer:
     """The initialised model, ready to train.
 
-    Parameters are DTensors, split over the tp axis as the spec says and over dp x cp by FSDP2.
-    Gradients are *summed* over dp x cp. With bfloat16 the parameters are float32, the computation
-    is in bfloat16, and gradients are reduced in float32.
+    Parameters are DTensors, split over the tp axis as the spec says and over the dp x cp ranks of a
+    replica by FSDP2. Gradients are *summed* over dp x cp. With bfloat16 the parameters are float32,
+    the computation is in bfloat16, and gradients are reduced in float32.
 
     Args:
         config: the run; ``model``, ``parallel``, ``train.seed`` and the sequence length are read.
@@ -65,60 +71,120 @@ def build_model(
             sequence_parallel=config.parallel.sequence_parallel,
             memory=config.memory,
         )
-    stored = torch.float64 if dtype == "float64" else torch.float32
-
-    def fill(unit: nn.Module, prefix: str = "") -> None:
-        for owner, attribute, spec in list(named_specs(unit, prefix)):
-            if not owner.get_parameter(attribute).is_meta:
-                continue  # a layer's parameter, reached again from the root
-            if initialize:
-                value = initial_value(spec, config=config.model, seed=config.train.seed)
-            else:
-                value = torch.zeros((), dtype=stored).expand(spec.shape)  # no memory
-            placed = place(value.to(stored), spec, groups.meshes["tp"], device)
-            owner.register_parameter(attribute, nn.Parameter(placed))
-
-    shard = _sharding(config, groups, dtype, device)
-    for name, layer in model.layers.items():
-        fill(layer, f"layers.{name}")
-        if dtype == "bfloat16":
-            _shard_apart(layer, _sharding(config, groups, "float32", device))
-        shard(layer)
-    fill(model)
-    shard(model)
-    _sum_gradients(model)
+    fill = partial(_fill, config=config, groups=groups, dtype=dtype, device=device)
+    if not initialize:
+        fill = partial(fill, value_of=_zeros)
+    if groups.dp_cp.size() > 1 or config.memory.optimizer_cpu_offload:
+        _shard(model, _Sharding.of(config, groups, dtype, device), fill)
+    else:
+        fill(model)
+        attach_units(model, model.layers.values(), getattr(torch, dtype), unrounded=(Decay,))
     return model
 
 
-def _sum_gradients(model: nn.Module) -> None:
-    """Lets FSDP sum gradients over the ranks; the default is the mean."""
+def _fill(
+    unit: nn.Module,
+    prefix: str = "",
+    *,
+    config: Config,
+    groups: ParallelGroups,
+    dtype: ComputeDType,
+    device: torch.device | str,
+    value_of: Callable[..., Tensor] = initial_value,
+) -> None:
+    """Gives memory and values to the parameters of a unit that are on the meta device."""
+    stored = torch.float64 if dtype == "float64" else torch.float32
+    for owner, attribute, spec in list(named_specs(unit, prefix)):
+        if not owner.get_parameter(attribute).is_meta:
+            continue  # a layer's parameter, reached again from the root
+        value = value_of(spec, config=config.model, seed=config.train.seed).to(stored)
+        placed = place(value, spec, groups.meshes["tp"], device)
+        owner.register_parameter(attribute, nn.Parameter(placed))
+
+
+def _zeros(spec: ParameterSpec, **_: object) -> Tensor:
+    return torch.zeros(()).expand(spec.shape)  # no memory
+
+
+def _shard(model: Transformer, shard: _Sharding, fill: Callable[..., None]) -> None:
+    """Makes FSDP units of the layers and the ends, filling one at a time.
+
+    A head that is not tied is a unit with the norm before it, whose gradients are reduced while
+    those of the layers are computed. The embedding belongs to the root unit, because its gradient
+    comes last of all; a tied head shares it.
+    """
+    units = list[list[FSDPModule]]()
+    for name, layer in model.layers.items():
+        fill(layer, f"layers.{name}")
+        inner = shard.unrounded(layer)
+        units.append([shard(layer), *inner])
+    fill(model)
+    if not model.spec.head.tied:
+        # Backward begins with the head.
+        units.append([shard(model.norm, model.head, reshard_after_forward=False)])
+    shard(model)
+    for unit, following in pairwise(units):
+        unit[0].set_modules_to_forward_prefetch(following)
+    _set_reduction(model, shard.mesh)
+
+
+def _set_reduction(model: nn.Module, mesh: DeviceMesh) -> None:
+    """Lets FSDP sum gradients over the ranks, where the default is the mean, and choose messages
+    that suit the device."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
+            if mesh.device_type == "cpu":
+                module.set_custom_all_gather(HostGather())  # type: ignore[arg-type]
+                module.set_custom_reduce_scatter(HostReduceScatter())  # type: ignore[arg-type]
             module.set_gradient_divide_factor(1.0)
             # Otherwise the factor is passed to the backend as a scaled sum, which gloo lacks.
             module.set_force_sum_reduction_for_comms(True)
 
 
-def _shard_apart(layer: nn.Module, shard: partial[FSDPModule]) -> None:
-    """Makes units of their own of the modules that compute with unrounded parameters."""
-    for module in layer.modules():
-        if isinstance(module, Decay):
-            shard(module)
+@dataclass(frozen=True, kw_only=True)
+class _Sharding:
+    """``fully_shard`` over a replica's ranks with the precision and the place of the parameters."""
 
+    mesh: DeviceMesh
+    dtype: ComputeDType
+    offload: OffloadPolicy
 
-def _sharding(
-    config: Config, groups: ParallelGroups, dtype: ComputeDType, device: torch.device | str
-) -> partial[FSDPModule]:
-    """``fully_shard`` over dp x cp with the precision and the place of the parameters."""
-    policy = MixedPrecisionPolicy()
-    if dtype == "bfloat16":
-        # Inputs have their types already; the angles' sines among them are float32.
-        policy = MixedPrecisionPolicy(
-            param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
+    @classmethod
+    def of(
+        cls,
+        config: Config,
+        groups: ParallelGroups,
+        dtype: ComputeDType,
+        device: torch.device | str,
+    ) -> _Sharding:
+        offload = OffloadPolicy()
+        if config.memory.optimizer_cpu_offload:
+            offload = CPUOffloadPolicy(pin_memory=torch.device(device).type == "cuda")
+        return cls(mesh=groups.sharding, dtype=dtype, offload=offload)
+
+    def __call__(
+        self, *modules: nn.Module | None, reshard_after_forward: bool | None = None
+    ) -> FSDPModule:
+        """Makes one unit of the modules that are not None; returns the first of them."""
+        unit = [module for module in modules if module is not None]
+        policy = MixedPrecisionPolicy()
+        if self.dtype == "bfloat16":
+            # Inputs have their types already; the angles' sines among them are float32.
+            policy = MixedPrecisionPolicy(
+                param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
+            )
+        fully_shard(
+            unit,
+            mesh=self.mesh,
+            mp_policy=policy,
+            offload_policy=self.offload,
+            reshard_after_forward=reshard_after_forward,
         )
-    offload = OffloadPolicy()
-    if config.memory.optimizer_cpu_offload:
-        offload = CPUOffloadPolicy(pin_memory=torch.device(device).type == "cuda")
-    return partial(
-        fully_shard, mesh=groups.meshes["dp_cp"], mp_policy=policy, offload_policy=offload
-    )
+        return cast(FSDPModule, unit[0])
+
+    def unrounded(self, layer: nn.Module) -> list[FSDPModule]:
+        """Makes units of their own of the modules that compute with unrounded parameters."""
+        if self.dtype != "bfloat16":
+            return []
+        found = [module for module in layer.modules() if isinstance(module, Decay)]
+        return [replace(self, dtype="float32")(module) for module in found]

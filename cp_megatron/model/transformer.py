@@ -157,9 +157,10 @@ class Transformer(nn.Module):
         if self.spec.head.tied:
             assert self.embedding is not None
             weight = self.embedding.weight
+        # Hooks of the modules gather their weights, so the loss is computed in the head's forward.
         if labels is None:
             return self.head(self.norm(x), weight)
-        return self.head.losses(self.norm(x), labels, rule or LossRule(), weight)
+        return self.head(self.norm(x), weight, labels, rule)
 
     def prepare(self, cp: ContextParallel) -> float:
         """Lets ``cp`` plan all layers ahead of time; another thread may do so.

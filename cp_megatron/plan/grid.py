@@ -10,6 +10,10 @@ World 8 as dp 2 x cp 2 x tp 2::
     dp 1 cp 0   4     5       dp groups  [0,4] [1,5] [2,6] [3,7]
          cp 1   6     7       dp_cp      [0,2,4,6] [1,3,5,7]
 
+Weights are sharded over dp_cp. With ``replicas`` the dp axis has two levels, and only the inner one
+is sharded: every replica is a run of dp x cp that holds the whole model. With 2 of them above,
+ranks 0-3 and 4-7 hold the same shards, those of [0,2] [1,3], and sum their gradients ([0,4] ..).
+
 Tensor parallel neighbours exchange the most data and therefore share a node. This is Megatron-LM's
 order ``tp-cp-dp``.
 """
@@ -68,17 +72,24 @@ class Grid(_PerAxis):
 
     Args:
         axes: the names of the axes, fastest first.
+        replicas: copies of the sharded model along dp, whose size they divide.
         sizes: by axis; an axis that is not named has size 1.
     """
 
-    def __init__(self, *, axes: Iterable[str] = AXES, **sizes: int) -> None:
+    def __init__(self, *, axes: Iterable[str] = AXES, replicas: int = 1, **sizes: int) -> None:
         ones = dict.fromkeys(reversed(tuple(axes)), 1)
         if unknown := sizes.keys() - ones.keys():
             raise TypeError(f"there is no axis {', '.join(unknown)}, only {', '.join(ones)}")
         super().__init__(ones | sizes)
+        assert self._numbers.get("dp", 1) % replicas == 0, f"{replicas} replicas on {self}"
+        self.replicas = replicas
 
     def __str__(self) -> str:
         return " x ".join(f"{axis} {size}" for axis, size in self._numbers.items())
+
+    def __repr__(self) -> str:
+        more = f" in {self.replicas} replicas" if self.replicas > 1 else ""
+        return super().__repr__() + more
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -89,6 +100,15 @@ class Grid(_PerAxis):
     def world_size(self) -> int:
         """Number of ranks."""
         return math.prod(self._numbers.values())
+
+    @property
+    def shards(self) -> int:
+        """Number of ranks over which the weights of a tensor parallel rank are sharded."""
+        return self.size("dp_cp") // self.replicas
+
+    def shard(self, rank: int) -> int:
+        """Which of these shards ``rank`` holds."""
+        return self.index("dp_cp", rank) % self.shards
 
     def size(self, name: str) -> int:
         """Number of ranks along an axis."""

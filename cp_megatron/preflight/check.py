@@ -296,26 +296,32 @@ def _grid(
 ) -> tuple[Grid, tuple[str, ...]]:
     """The grid over the ranks of this launch or of the dry run, and a note about its size."""
     sizes = {axis: getattr(config.parallel, name) for axis, name in AXES.items() if name}
-    smallest = Grid(**sizes)
+    replicas = config.parallel.data_parallel_replicate_size
+    smallest = Grid(dp=replicas, replicas=replicas, **sizes)
     inner = smallest.world_size
+
+    def grid(ranks: int) -> Grid:
+        return Grid(dp=ranks * replicas // inner, replicas=replicas, **sizes)
+
     if world_size is not None:
         if world_size < 1:
             raise ConfigError("--world-size", world_size, "must be positive", str(inner))
         if world_size % inner:
             rule = f"must be divisible by {_axis_flags(smallest)} = {inner}"
             raise ConfigError("--world-size", world_size, rule, rules.multiples(world_size, inner))
-        return Grid(dp=world_size // inner, **sizes), ()
+        return grid(world_size), ()
     if dry_run and not launch.under_torchrun:
         note = f"no --world-size given: planned for {inner}, the smallest world"
         return smallest, (note,)
     if launch.world_size % inner:
         raise _wrong_world(launch, smallest, command)
-    return Grid(dp=launch.world_size // inner, **sizes), ()
+    return grid(launch.world_size), ()
 
 
-def _axis_flags(grid: Grid) -> str:
-    """The flags that give the axes of this grid their sizes, the slowest first."""
-    sizes = {AXES[axis]: size for axis, size in grid.sizes.items() if size > 1}
+def _axis_flags(smallest: Grid) -> str:
+    """The flags that give the axes of the smallest grid their sizes, the slowest first."""
+    of_dp = "data_parallel_replicate_size"
+    sizes = {AXES[axis] or of_dp: size for axis, size in smallest.sizes.items() if size > 1}
     return " x ".join(f"{settings()[name].flag} {size}" for name, size in sizes.items())
 
 

@@ -99,7 +99,9 @@ def _model(plan: RunPlan) -> Iterator[Line]:
     sizes = {"vocab_size": plan.padded_vocab_size, "seq_length": config.data.seq_length}
     spec = ModelSpec.of(model, **sizes)
     total, most = spec.num_parameters(), spec.parameters_on_rank(plan.grid, 0)
-    yield "parameters", f"{total:,} in all, {most:,} on a rank (tp, then sharded over dp x cp)"
+    copies = plan.grid.replicas
+    over = "dp x cp" if copies == 1 else f"dp x cp / {copies}, in {copies} copies"
+    yield "parameters", f"{total:,} in all, {most:,} on a rank (tp, then sharded over {over})"
     padding = f" ({sequence.padding:,} of padding)" if sequence.padding else ""
     on_rank = f"{sequence.layout.shard_len:,} of them on a rank"
     yield "tokens", f"{sequence.row_length:,} per row{padding}, {on_rank}"

@@ -86,11 +86,11 @@ class ModelSpec(BlockSpec):
         return sum(copies for _, copies in self._distinct())
 
     def parameters_on_rank(self, grid: Grid, rank: int) -> int:
-        """Parameters that ``rank`` stores: its tensor parallel part, sharded over dp x cp.
+        """Parameters that ``rank`` stores: its tensor parallel part, sharded over its replica.
 
         FSDP2 cuts dim 0 into pieces of equal, rounded-up size, so the last ranks may hold less.
         """
-        shards, shard = grid.size("dp_cp"), grid.index("dp_cp", rank)
+        shards, shard = grid.shards, grid.shard(rank)
         total = 0
         for parameter, copies in self._distinct():
             rows, *rest = parameter.local_shape(grid.sizes)

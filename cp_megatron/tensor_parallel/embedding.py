@@ -63,8 +63,16 @@ class VocabParallelHead(SpecifiedModule):
         self.vocab_size = spec.vocab_size
         self.transform = LogitTransform(multiplier=spec.multiplier, softcap=spec.softcap)
 
-    def forward(self, x: Tensor, tied_weight: Tensor | None = None) -> Tensor:
-        """Residual stream -> logits [b, s, v/tp]."""
+    def forward(
+        self,
+        x: Tensor,
+        tied_weight: Tensor | None = None,
+        labels: Tensor | None = None,
+        rule: LossRule | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Residual stream -> logits [b, s, v/tp], or with labels their ``losses``."""
+        if labels is not None:
+            return self.losses(x, labels, rule or LossRule(), tied_weight)
         weight = self._weight(tied_weight)
         logits = self.transform.logits(F.linear(self.tp.enter(x), weight))
         first_padding = self.vocab_size - self.tp.rank * weight.shape[0]

@@ -42,7 +42,11 @@ class SpecifiedModule(nn.Module):
     def local(self, name: str) -> Tensor:
         """The part of an own parameter that this tp rank computes with; see ``local_weight``."""
         # Not get_parameter: LocalWeights.replaced puts plain tensors in the place of parameters.
-        return local_weight(getattr(self, name), partial=name in self._partial)
+        return local_weight(getattr(self, name), partial=self.is_partial(name))
+
+    def is_partial(self, name: str) -> bool:
+        """Whether each tp rank computes a summand of an own parameter's gradient."""
+        return name in self._partial
 
     def local_bias(self) -> Tensor | None:
         """This rank's part of ``bias``; None if there is none."""
@@ -132,7 +136,7 @@ def local_weight(parameter: Tensor, *, partial: bool = False) -> Tensor:
 
     Args:
         parameter: a DTensor over the tp axis alone (inside the forward of a sharded module), or a
-            plain tensor, which is returned as it is.
+            plain tensor, which is returned as it is (inside the forward of a ``LocalUnit``).
         partial: each rank's gradient is a summand of the true one, so DTensor all-reduces it.
             Otherwise the gradient is placed as the parameter is.
     """

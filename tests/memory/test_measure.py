@@ -66,6 +66,8 @@ CASES = [
     (2, [*LLAMA, *CP2, *A2A, *BF16, *SELECTIVE, "--num-query-groups", "1"]),
     (2, [*LLAMA, *CP2, *GATHER]),
     (2, [*LLAMA, *CP2, *A2A, *BF16, *FULL, *KEEPS, "--num-query-groups", "4"]),
+    (2, [*LLAMA, *BF16, "--data-parallel-replicate-size", "2"]),
+    (4, [*LLAMA, *CP2, "--data-parallel-replicate-size", "2"]),
     (4, [*GPT, *TP2, *CP2, *SP, *FULL, *TILES, *CHUNKS]),
     (4, [*LLAMA, *TP2, *CP2, *BF16, *ROWS, *ROWS]),
     (4, [*LLAMA, *CP4, "--window-size", "9", "0", "--window-layers", "1"]),

@@ -120,9 +120,12 @@ def test_the_optimizer_on_the_host_is_said_apart() -> None:
     words = ["--optimizer-cpu-offload"]
     rows = predict(planned(*words, device="cuda"), 0)
     assert [row.detail for row in rows[:3]] == [kinds.HOST] * 3
-    total = {row.kind: row.num_bytes for row in rows}[kinds.AFTER_FORWARD]
+    found = {row.kind: row.num_bytes for row in rows}
     plain = bytes_of(planned(device="cuda"))
-    assert total == plain[kinds.AFTER_FORWARD] - plain[kinds.PARAMETERS]
+    # FSDP, which moves the parameters, keeps what lies outside of the layers on the device.
+    more = found[kinds.GATHERED] - plain[kinds.GATHERED]
+    assert more > 0
+    assert found[kinds.AFTER_FORWARD] - more == plain[kinds.AFTER_FORWARD] - plain[kinds.PARAMETERS]
 
 
 def test_many_ranks_are_quick() -> None:

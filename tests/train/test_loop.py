@@ -36,6 +36,7 @@ GRIDS = {
     "cp4": ["--tensor-parallel-size", "1", "--context-parallel-size", "4"],
     "tp4": ["--tensor-parallel-size", "4", "--context-parallel-size", "1"],
     "dp4": ["--tensor-parallel-size", "1", "--context-parallel-size", "1"],
+    "copies": ["--data-parallel-replicate-size", "2", "--context-parallel-size", "1"],
 }
 BASE = [
     *("--preset", "toy"),
@@ -108,7 +109,7 @@ def assembled(
     )
     found = parse_arguments(argv, again=again)
     plan = check(found.config, launch, given=found.given, auto=found.auto).on_device("cpu")
-    plan = replace(plan, grid=Grid(axes=axes, **plan.grid.sizes))
+    plan = replace(plan, grid=Grid(axes=axes, replicas=plan.grid.replicas, **plan.grid.sizes))
     world = dist.group.WORLD
     assert world is not None
     return assemble(plan, launch, world)
@@ -213,7 +214,7 @@ def test_the_same_grid_continues_bit_for_bit_with_dropout(place: Place) -> None:
 @pytest.mark.parametrize(
     ("dtype", "bound", "grids"),
     [
-        ("float64", 1e-10, [(4, "cp4"), (1, "dp4")]),
+        ("float64", 1e-10, [(4, "cp4"), (1, "dp4"), (4, "copies")]),
         pytest.param(
             "float32",
             1e-6,

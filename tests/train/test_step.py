@@ -55,6 +55,7 @@ class Case:
     tp: int = 1
     cp: int = 1
     dp: int = 1
+    replicas: int = 1
     sequence_parallel: bool = False
     micro_batch_size: int = 1
     document_mask: bool = False
@@ -92,7 +93,9 @@ def config_of(style: str, case: Case) -> Config:
 
 def train_step_of(style: str, case: Case) -> TrainStep:
     config = config_of(style, case)
-    groups = ParallelGroups.create(Grid(dp=case.dp, cp=case.cp, tp=case.tp), "cpu")
+    groups = ParallelGroups.create(
+        Grid(dp=case.dp, cp=case.cp, tp=case.tp, replicas=case.replicas), "cpu"
+    )
     model = build_model(config, groups, vocab_size=VOCAB, dtype="float64", device="cpu")
     optimizer = make_optimizer(model.parameters(), replace(config.optimizer, lr=1e-3))
     length = SEQ_LENGTH * (case.micro_batch_size if case.document_mask else 1)
@@ -163,6 +166,7 @@ def train(rank: int, world_size: int, style: str, case: Case) -> list[StepResult
 # Every (tp, cp, dp) of 4 ranks.
 CASES = [
     ("llama", Case(cp=2, dp=2)),
+    ("llama", Case(cp=2, dp=2, replicas=2)),
     *(
         pytest.param(style, case, marks=pytest.mark.slow)
         for style, case in [
@@ -171,6 +175,9 @@ CASES = [
             ("gpt", Case(cp=4)),
             ("gpt", Case(tp=2, cp=2, sequence_parallel=True, micro_batch_size=2)),
             ("llama", Case(tp=4, micro_batch_size=2)),
+            ("llama", Case(dp=4, replicas=2)),
+            ("llama", Case(tp=2, dp=2, replicas=2)),
+            ("llama", Case(dp=4, replicas=4)),
         ]
     ),
 ]
@@ -183,6 +190,9 @@ CASES += [
         ("gpt", Case(tp=2, cp=2, sequence_parallel=True, micro_batch_size=2)),
         ("llama", Case(tp=2, dp=2, sequence_parallel=True, micro_batch_size=2)),
         ("gpt", Case(tp=4, sequence_parallel=True, micro_batch_size=4, clip_grad=0.0)),
+        ("gpt", Case(dp=4, replicas=2)),
+        ("llama", Case(dp=4, replicas=4)),
+        ("llama", Case(tp=2, dp=2, replicas=2, sequence_parallel=True)),
         ("llama", Case(tp=2, cp=2, micro_batch_size=2, attention_dropout=0.3, recompute="full")),
         ("llama", Case(cp=4, exchange="a2a+p2p", sizes=(2, 2), micro_batch_size=4, padding=8)),
         ("gpt", Case(cp=4, exchange="all_gather", document_mask=True, micro_batch_size=2)),

@@ -26,6 +26,7 @@ GRIDS: Mapping[str, tuple[int, list[str]]] = {
     "tp2": (2, ["--tensor-parallel-size", "2"]),
     "cp2": (2, ["--context-parallel-size", "2"]),
     "dp2 tp2": (4, ["--tensor-parallel-size", "2"]),
+    "two copies tp2": (4, ["--tensor-parallel-size", "2", "--data-parallel-replicate-size", "2"]),
 }
 
 

@@ -32,6 +32,11 @@ class ParallelConfig:
     """Ranks that share every weight matrix."""
     context_parallel_size: AxisSize = 1
     """Ranks that share every sequence."""
+    data_parallel_replicate_size: AxisSize = 1
+    """Copies of the model. Weights, gradients and optimizer state are sharded over the ranks of one
+    copy (data parallel x context parallel / copies), so that whole weights are gathered from fewer
+    and nearer ranks; gradients are then summed over the copies. It must divide the data parallel
+    size."""
     sequence_parallel: bool = False
     """Also split the residual stream along the sequence over the tensor parallel ranks."""
     cp_comm_type: Exchange = "auto"
