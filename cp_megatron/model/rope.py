@@ -118,5 +118,6 @@ class _Rotate(torch.autograd.Function):
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        inverse = replace(ctx.channels, inverse=True)
-        return rotate(grads[0], *ctx.saved_tensors, inverse), None, None, None, None
+        cos, sin, factor = ctx.saved_tensors
+        channels = replace(ctx.channels, inverse=True)
+        return rotate(grads[0], cos, sin, factor, channels), None, None, None, None
