@@ -283,15 +283,15 @@ def bytes_on_the_wire(
 ) -> tuple[int, int, int]:
     """Returns the bytes that this rank receives: in forward, by the schedule, and in backward."""
     received = [0]
-    send_receive, gather = dist.batch_isend_irecv, nonblocking._all_gather
+    send_receive, gather = dist.batch_isend_irecv, nonblocking.start_host_gather
 
     def counting(operations: list[dist.P2POp]) -> Any:
         received[0] += sum(op.tensor.nbytes for op in operations if op.op is dist.irecv)
         return send_receive(operations)
 
-    def gathering(result: Tensor, given: Tensor, **options: Any) -> Any:
+    def gathering(result: Tensor, given: Tensor, group: dist.ProcessGroup) -> Any:
         received[0] += result.nbytes - given.nbytes
-        return gather(result, given, **options)
+        return gather(result, given, group)
 
     cp = ContextParallel(dist.group.WORLD, mask, check_ranks=False, **options)
     inputs = latent_inputs(mask.seq_len, x)
@@ -301,7 +301,7 @@ def bytes_on_the_wire(
     ]
     with (
         mock.patch.object(dist, "batch_isend_irecv", counting),
-        mock.patch.object(nonblocking, "_all_gather", gathering),
+        mock.patch.object(nonblocking, "start_host_gather", gathering),
     ):
         out = cp.latent_attention(*leaves[:4], exchange_latent="latent")
         forward, received[0] = received[0], 0

@@ -27,7 +27,7 @@ CPU = torch.device("cpu")
 class Work:
     """A message in flight, one of whose bits flips as it arrives."""
 
-    def __init__(self, work: dist.Work | None, arrival: Tensor) -> None:
+    def __init__(self, work: Any, arrival: Tensor) -> None:
         self._work, self._arrival = work, arrival
 
     def wait(self) -> None:
@@ -42,7 +42,7 @@ def flipping(number: int) -> Iterator[list[int]]:
     seen = [0]
     batch, gather, all_to_all = (
         dist.batch_isend_irecv,
-        nonblocking._all_gather,
+        nonblocking.start_host_gather,
         dist.all_to_all_single,
     )
 
@@ -55,24 +55,24 @@ def flipping(number: int) -> Iterator[list[int]]:
         hit = [operation for operation in operations if operation.op is dist.irecv and arrives()]
         return [*works, *(Work(None, operation.tensor) for operation in hit)]
 
-    def gathered(result: Tensor, x: Tensor, **options: Any) -> Any:
-        work = gather(result, x, **options)
-        group = options["group"]
+    def gathered(result: Tensor, x: Tensor, group: dist.ProcessGroup) -> Any:
+        work = gather(result, x, group)
         other = (group.rank() + 1) % group.size()
         if x.dtype is torch.int64 or not arrives():  # ranks compare inputs by integers
             return work
         return Work(work, result.chunk(group.size())[other])
 
-    def corrupted(result: Tensor, x: Tensor, *args: Any, **options: Any) -> None:
-        all_to_all(result, x, *args, **options)
+    def corrupted(result: Tensor, x: Tensor, *args: Any, **options: Any) -> Any:
+        work = all_to_all(result, x, *args, **options)
         if args and arrives():  # checksums are exchanged without sizes
             sizes: list[int] = args[0]
             first = options["group"].rank() == 0  # its own part comes first
             Work(None, result[sizes[0] :] if first else result).wait()
+        return work
 
     with (
         mock.patch.object(dist, "batch_isend_irecv", batched),
-        mock.patch.object(nonblocking, "_all_gather", gathered),
+        mock.patch.object(nonblocking, "start_host_gather", gathered),
         mock.patch.object(dist, "all_to_all_single", corrupted),
     ):
         yield seen

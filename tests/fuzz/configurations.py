@@ -74,6 +74,7 @@ SENSIBLE: Mapping[str, Sequence[str]] = {
     "merge_file": ("text/one.txt", "missing"),
     "window_size": ("0 0", "1 0", "16 0", "-1 0", "300 -1", "7,0"),
     "window_layers": ("0", "1", "0 1"),
+    "data_parallel_replicate_size": ("1", "2"),
     "hierarchical_context_parallel_sizes": ("2 2", "1 4", "4 1", "2 1", "1 1"),
     "profile_ranks": ("0", "1", "0 1"),
     "profile_step_start": ("0", "1"),
