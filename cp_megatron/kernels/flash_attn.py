@@ -13,7 +13,7 @@ Shapes as in ``interface.py``; the packages take them as they are. All three def
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib import import_module
 from types import MappingProxyType, ModuleType
@@ -84,10 +84,10 @@ class FlashAttention(FlashKernel):
         forward, backward = ("fwd", "bwd") if self._is_newest else ("forward", "backward")
         self._forward_op = getattr(interface, f"_flash_attn_{forward}")
         self._backward_op = getattr(interface, f"_flash_attn_{backward}")
-        self._many_ops = self._forward_op, self._backward_op
+        self._many_ops: Sequence[Any] = (self._forward_op, self._backward_op)
         if name == "flash_attn_2":
             names = "_flash_attn_varlen_forward", "_flash_attn_varlen_backward"
-            self._many_ops = tuple(getattr(interface, x, None) for x in names)
+            self._many_ops = [getattr(interface, x, None) for x in names]
         self.joins = all(op and set(_parameters(op)) >= _JOINING for op in self._many_ops)
         self._deterministic = deterministic
         needed = {"window_size_left", "deterministic"}

@@ -57,10 +57,12 @@ class Segments:
         """The edges on ``device`` for ``batch`` rows; copying them does not wait for the device."""
 
         def make() -> Lengths:
-            edges = [_edges(sizes * batch, device) for sizes in (self._q_sizes, self._k_sizes)]
+            q_edges, k_edges = (
+                _edges(sizes * batch, device) for sizes in (self._q_sizes, self._k_sizes)
+            )
             # If no tile had two rows, FlashAttention 2 would let query heads take the place of
             # rows, and the lse would have another layout.
-            return Lengths(*edges, max(self.longest[0], 2), self.longest[1])
+            return Lengths(q_edges, k_edges, max(self.longest[0], 2), self.longest[1])
 
         return self.once((batch, device), make)
 

@@ -167,7 +167,8 @@ class FlashKernel(ABC):
         """See ``JoiningKernel.backward_many``."""
         batch = x.q.shape[0]
         lse = rearrange(x.lse, "b h q -> h (b q)").contiguous()
-        flat = BackwardInputs(*(y.flatten(0, 1) for y in x[:5]), lse)
+        dout, q, k, v, out = (y.flatten(0, 1) for y in x[:5])
+        flat = BackwardInputs(dout, q, k, v, out, lse)
         window = flash_window(segments.run.band, *segments.longest)
         lengths = segments.lengths(batch, x.q.device)
         grads = self.call_backward(flat.same_width(multiple=8), window, scale, lengths)
