@@ -29,6 +29,13 @@ def test_groups_of_eight_ranks() -> None:
     assert {axis: grid.groups(axis) for axis in ("tp", "cp", "dp", "dp_cp")} == EIGHT
 
 
+def test_copies_are_sharded_over_their_own_ranks() -> None:
+    grid = Grid(dp=4, cp=2, replicas=2)
+    assert grid.shards == 4
+    assert [grid.shard(rank) for rank in range(8)] == [0, 1, 2, 3, 0, 1, 2, 3]
+    assert [Grid(dp=2, tp=2).shard(rank) for rank in range(4)] == [0, 0, 1, 1]
+
+
 def test_groups_without_one_axis() -> None:
     assert Grid(dp=2, cp=1, tp=4).groups("tp") == [[0, 1, 2, 3], [4, 5, 6, 7]]
     assert Grid(dp=2, cp=1, tp=4).groups("dp_cp") == [[0, 4], [1, 5], [2, 6], [3, 7]]

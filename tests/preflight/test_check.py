@@ -281,6 +281,20 @@ def test_the_error_for_several_nodes_has_the_sizes() -> None:
     assert error.works == "4, 8 ranks over all nodes"
 
 
+def test_copies_of_the_model_divide_data_parallelism() -> None:
+    copies = ["--data-parallel-replicate-size", "2"]
+    grid = Grid(dp=4, cp=2, replicas=2)
+    assert plan(*copies, "--context-parallel-size", "2", world=8).grid == grid
+    assert grid != Grid(dp=4, cp=2)
+    assert plan(*copies, "--dry-run", torchrun=False).grid == Grid(dp=2, replicas=2)
+    error = refused(*copies, "--context-parallel-size", "2", world=6)
+    assert (error.flag, error.value) == (
+        "--data-parallel-replicate-size 2 x --context-parallel-size",
+        "2",
+    )
+    assert error.rule == "needs a multiple of 4 ranks, but torchrun started 6"
+
+
 def test_the_world_of_a_dry_run() -> None:
     tp = ["--dry-run", "--tensor-parallel-size", "4"]
     assert plan(*tp, "--world-size", "8").grid == Grid(dp=2, tp=4)
