@@ -217,7 +217,7 @@ _WEIGHTS_ONLY = "launch/convert.py --load RUN --output DIR, then --load-hf DIR"
     ("line", "works"),
     [
         ("--pipeline-model-parallel-size 4", "--pipeline-model-parallel-size 1"),
-        ("--optimizer sgd", "leave the flag out"),
+        ("--optimizer sgd", "adam, muon"),
         ("--squared-relu", "--swiglu"),
         ("--fp8-format hybrid", "--bf16"),
         ("--num-experts 8", "leave the flag out"),
@@ -233,7 +233,7 @@ _WEIGHTS_ONLY = "launch/convert.py --load RUN --output DIR, then --load-hf DIR"
         ("--reset-position-ids", "--document-mask"),
         ("--attention-mask-type general", "--document-mask"),
         ("--ckpt-step 100", "--load RUN/step-N"),
-        ("--optimizer", "--optimizer VALUE"),
+        ("--optimizer", "adam, muon"),
         ("--use-mcore-models 5", "--use-mcore-models"),
     ],
 )
