@@ -2,8 +2,9 @@
 
 ``model.<name>`` is a parameter or a persistent buffer; ``optimizer.<name>.<moment>`` (``exp_avg``
 and ``exp_avg_sq`` of AdamW, ``momentum_buffer`` of Muon) is what the optimizer keeps for a
-parameter. The number of AdamW's updates of a parameter is stored in the manifest. Tied tensors are stored once, under their first name. Learning rates are not
-stored, because the schedule is a function of the step.
+parameter. The number of AdamW's updates of a parameter is stored in the manifest. Tied tensors are
+stored once, under their first name. Learning rates are not stored, because the schedule is a
+function of the step.
 """
 
 from __future__ import annotations
