@@ -1,4 +1,4 @@
-"""Loads a checkpoint of any grid into a model and its AdamW state."""
+"""Loads a checkpoint of any grid into a model and its optimizer."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def load_checkpoint(
     Args:
         folder: a ``step-N``; it may have been saved on another grid.
         model: the model that was saved, with memory (not meta); its values are replaced.
-        optimizer: AdamW over parameters of ``model``. Its state is replaced; its learning rates are
-            not. None loads only the model.
+        optimizer: AdamW or Muon over parameters of ``model``. Its state is replaced; its learning
+            rates are not. None loads only the model.
         verified: whether the caller has just compared the hashes of the shards.
         process_group: the ranks that load, by default all.
 

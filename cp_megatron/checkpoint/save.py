@@ -1,4 +1,4 @@
-"""Saves a model and its AdamW state while training continues.
+"""Saves a model and its optimizer's state while training continues.
 
     training   | plan, copy |  step  |  step  |  step  |
     thread                  | write, hash, fsync | manifest, rename | remove older ones |
@@ -240,7 +240,7 @@ def start_save(
         folder: the run's folder, which all ranks share; it is created if it is missing.
         step, consumed, config, grid, data_fingerprint, vocab_size: stored in the manifest.
         model: any module; DTensor parameters (FSDP2, tensor parallelism) are stored in parts.
-        optimizer: AdamW over parameters of ``model``; None saves only the model.
+        optimizer: AdamW or Muon over parameters of ``model``; None saves only the model.
         extra: other plain data for the manifest, from the first rank.
         retention: which older checkpoints are kept; by default all.
         cache: left by this rank's last save and used by one save at a time; it makes repeated

@@ -1,9 +1,10 @@
-"""Names the tensors of a model and its AdamW state that a checkpoint stores.
+"""Names the tensors of a model and its optimizer's state that a checkpoint stores.
 
-``model.<name>`` is a parameter or a persistent buffer; ``optimizer.<name>.<moment>`` (``exp_avg``,
-``exp_avg_sq``) is what the optimizer keeps for a parameter. The number of a parameter's updates is
-stored in the manifest. Tied tensors are stored once, under their first name. Learning rates are not
-stored, because the schedule is a function of the step.
+``model.<name>`` is a parameter or a persistent buffer; ``optimizer.<name>.<moment>`` (``exp_avg``
+and ``exp_avg_sq`` of AdamW, ``momentum_buffer`` of Muon) is what the optimizer keeps for a
+parameter. The number of AdamW's updates of a parameter is stored in the manifest. Tied tensors are
+stored once, under their first name. Learning rates are not stored, because the schedule is a
+function of the step.
 """
 
 from __future__ import annotations

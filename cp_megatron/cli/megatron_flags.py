@@ -88,11 +88,10 @@ _LLAMA3 = "--rope-type llama3 --rope-scaling-factor 8 --original-max-position-em
 _FLOAT32 = OneOf({"fp32": ""}, "the optimizer's state and the gradients are float32")
 _EVERY_LAYER = "--recompute-num-layers None"
 _TRACE = Noted("--profile --profile-memory records memory in the trace")
-_WEIGHTS = Noted(
-    "no run is loaded",
-    unless="--load",
-    works="launch/convert.py --load RUN --output DIR, then --load-hf DIR, to take only the weights",
+WEIGHTS_ONLY = (
+    "launch/convert.py --load RUN --output DIR, then --load-hf DIR, to take only the weights"
 )
+_WEIGHTS = Noted("no run is loaded", unless="--load", works=WEIGHTS_ONLY)
 _ONE_DECAY = "the weight decay is constant"
 _ROPE = "--position-embedding-type rope"
 
@@ -124,7 +123,22 @@ SPECIAL: Mapping[str, Answer] = {
             "gated_delta_net with --linear-attention-freq",
         ),
     ),
-    "--optimizer": OneOf({"adam": "", "adamw": ""}, "AdamW is the only optimizer"),
+    "--muon-use-nesterov": Renamed("--muon-nesterov"),
+    "--muon-no-nesterov": Translated("--no-muon-nesterov"),
+    "--muon-no-split-qkv": Refused("the matrices of q, k and v are orthogonalized one by one"),
+    "--muon-tp-mode": OneOf(
+        dict.fromkeys(("duplicated", "distributed"), ""),
+        "whole matrices are orthogonalized, so that no grid changes the result",
+        "--muon-tp-mode duplicated",
+    ),
+    "--muon-fp32-matmul-prec": OneOf(
+        {"medium": ""},
+        "a GPU multiplies in bfloat16 to orthogonalize, which is medium",
+        "--muon-fp32-matmul-prec medium",
+    ),
+    "--muon-scalar-optimizer": OneOf(
+        {"adam": ""}, "AdamW updates what Muon does not", "--muon-scalar-optimizer adam"
+    ),
     "--decoupled-lr": Refused("all parameters share one learning rate", "--lr"),
     "--head-lr-mult": OneOf({"1": ""}, "all parameters share one learning rate", "--lr"),
     "--weight-decay-incr-style": OneOf({"constant": ""}, _ONE_DECAY, "--weight-decay"),

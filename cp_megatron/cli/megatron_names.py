@@ -64,7 +64,7 @@ NOTED: Mapping[str, str] = {
         mlp-chunks-for-prefill= mlp-chunks-for-training= no-bias-dropout-fusion
         no-bias-gelu-fusion no-bias-swiglu-fusion no-gradient-accumulation-fusion
         no-initialization no-masked-softmax-fusion no-persist-layer-norm no-rope-fusion
-        onnx-safe= optimizer-cuda-graph te-rng-tracker transformer-impl=
+        muon-use-syrk onnx-safe= optimizer-cuda-graph te-rng-tracker transformer-impl=
         use-cpu-initialization use-flash-attn use-fused-rmsnorm use-fused-rotary-pos-emb
         use-fused-swiglu use-fused-weighted-squared-relu use-grouped-gemm-for-dense-mlp
         use-legacy-models use-mcore-models use-te-activation-func
@@ -167,7 +167,7 @@ NOTED: Mapping[str, str] = {
         pipeline-model-parallel-comm-backend= pipeline-model-parallel-layout=
         pipeline-model-parallel-split-rank= standalone-embedding-stage""",
     "it has an effect only with another --optimizer": """
-        lion-beta1= lion-beta2= muon-* sgd-momentum=""",
+        lion-beta1= lion-beta2= sgd-momentum=""",
     "it has an effect only with --qk-clip": """
         qk-clip-alpha= qk-clip-threshold=""",
     "it has an effect only with --decoupled-lr": """

@@ -16,7 +16,6 @@ _SHARDED = "nothing: weights, gradients and optimizer state are always sharded o
 _SELECTIVE = "--recompute-granularity selective or full"
 _TENSORBOARD = "nothing: TensorBoard events are written to the folder of --save"
 _WARMUP = "--lr-warmup-iters"
-_ADAMW = "nothing: AdamW is the only optimizer"
 _ROWS = "nothing: rows are cut in the process itself"
 _COMPILE = "nothing: the program is not compiled"
 
@@ -64,7 +63,7 @@ SYNONYMS: Mapping[str, Mapping[str, str]] = {
         "attn_implementation": "--kernel",
         "use_flash_attention_2": "--kernel",
         "torch_compile": _COMPILE,
-        "optim": _ADAMW,
+        "optim": "--optimizer adam, or muon",
         "dataloader_num_workers": _ROWS,
         "remove_unused_columns": _ROWS,
         "dataset_name": "--data-path FILE or FOLDER on this machine",
@@ -119,7 +118,7 @@ SYNONYMS: Mapping[str, Mapping[str, str]] = {
         "parallelism.context_parallel_degree": "--context-parallel-size",
         "parallelism.context_parallel_rotate_method": "--cp-comm-type",
         "parallelism.pipeline_parallel_degree": "nothing: there is no pipeline parallelism",
-        "optimizer.name": _ADAMW,
+        "optimizer.name": "--optimizer",
         "optimizer.lr": "--lr",
         "optimizer.eps": "--adam-eps",
         "optimizer.beta1": "--adam-beta1",

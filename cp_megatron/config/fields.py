@@ -26,10 +26,13 @@ _KINDS: Mapping[Kind, tuple[type, str, str]] = {
     "float": (float, "must be a number", "FLOAT"),
     "str": (str, "must be text", "TEXT"),
 }
-# Megatron's names of choices, for --cp-comm-type, --rope-type and --tokenizer-type.
+# Megatron's names of choices, for --cp-comm-type, --rope-type, --tokenizer-type and --optimizer.
+# AdamW is torchtitan's.
 _SPELLINGS: Mapping[str, str] = {
     "allgather": "all_gather",
     "rope": "default",
+    **dict.fromkeys(("adamw", "AdamW"), "adam"),
+    "dist_muon": "muon",
     "HuggingFaceTokenizer": "huggingface",
     "SentencePieceTokenizer": "sentencepiece",
     "GPTSentencePieceTokenizer": "sentencepiece",

@@ -227,15 +227,23 @@ def _buffer_bytes(
 
 
 def _permanent(plan: RunPlan, rank: int, spec: ModelSpec) -> tuple[Held, Held, Held]:
-    """Parameters, gradients, and the state of AdamW: two moments and a step per parameter."""
+    """Parameters, gradients, and the optimizer's state.
+
+    AdamW has two moments and a step per parameter; Muon has one momentum.
+    """
     element = ELEMENT_BYTES["float64" if plan.dtype == "float64" else "float32"]
     num_bytes = spec.parameters_on_rank(plan.grid, rank) * element
+    state = 2 * num_bytes + 4 * spec.num_tensors()
+    if plan.config.optimizer.optimizer == "muon":
+        matrices = list(spec.hidden_matrices())
+        state -= spec.parameters_on_rank(plan.grid, rank, matrices) * element
+        state -= 4 * sum(copies for _, copies in matrices)
     moved = plan.config.memory.optimizer_cpu_offload and plan.device == "cuda"
     detail = HOST if moved else ""
     return (
         Held(kind=PARAMETERS, detail=detail, num_bytes=num_bytes),
         Held(kind=GRADIENTS, detail=detail, num_bytes=num_bytes),
-        Held(kind=OPTIMIZER, detail=detail, num_bytes=2 * num_bytes + 4 * spec.num_tensors()),
+        Held(kind=OPTIMIZER, detail=detail, num_bytes=state),
     )
 
 

@@ -40,7 +40,13 @@ from cp_megatron.preflight.run_length import (
     with_rows,
 )
 from cp_megatron.preflight.run_plan import DeviceName, RunPlan, kernel_on
-from cp_megatron.preflight.save_and_load import check_resume, check_save, data_changes, find_load
+from cp_megatron.preflight.save_and_load import (
+    check_optimizer,
+    check_resume,
+    check_save,
+    data_changes,
+    find_load,
+)
 from cp_megatron.preflight.schedule_rules import (
     check_schedule,
     check_units,
@@ -246,6 +252,7 @@ def _check_checkpoint(config: Config, vocab_size: int, *, auto: bool) -> Checkpo
     loaded = find_load(config)
     if loaded is not None:
         check_resume(config, loaded.manifest, vocab_size)
+        check_optimizer(config, loaded.manifest)
     check_save(config, loaded, auto=auto)
     return loaded
 

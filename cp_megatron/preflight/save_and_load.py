@@ -15,6 +15,7 @@ from cp_megatron.checkpoint.find_checkpoint import (
 )
 from cp_megatron.checkpoint.manifest import Manifest, read_manifest
 from cp_megatron.checkpoint.step_folders import TEMPORARY, newest_step
+from cp_megatron.cli.megatron_flags import WEIGHTS_ONLY
 from cp_megatron.config import Config
 from cp_megatron.config.fields import settings
 from cp_megatron.config.files.run_folders import CONFIG_FILE, is_vacant, run_folder
@@ -83,6 +84,21 @@ def check_resume(config: Config, manifest: Manifest, vocab_size: int) -> None:
             if name == "max_position_embeddings" and config.model.max_position_embeddings is None:
                 name = "seq_length"  # from which the number of positions is derived
             raise ConfigError(spelled(name, value), "", rule, spelled(name, works))
+
+
+def check_optimizer(config: Config, manifest: Manifest) -> None:
+    """Checks that the checkpoint holds the state of this run's optimizer.
+
+    Raises:
+        ConfigError: it holds that of another one.
+    """
+    section = manifest.config.get("optimizer")
+    saved = section.get("optimizer", "adam") if isinstance(section, dict) else "adam"
+    name, load = config.optimizer.optimizer, config.checkpoint.load
+    if saved != name:
+        rule = f"cannot continue from the state that {saved} has left in {load}"
+        works = f"--optimizer {saved}, or {WEIGHTS_ONLY}"
+        raise ConfigError("--optimizer", name, rule, works)
 
 
 def data_changes(config: Config, manifest: Manifest) -> tuple[str, ...]:

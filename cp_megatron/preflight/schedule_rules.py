@@ -1,4 +1,4 @@
-"""The rules of the learning rate's schedule, and notes about one that is hardly wanted."""
+"""The rules of the optimizer and of the learning rate's schedule, and notes about odd ones."""
 
 from __future__ import annotations
 
@@ -12,6 +12,10 @@ from cp_megatron.preflight.run_length import length_flag
 from cp_megatron.preflight.run_plan import RunPlan
 
 _DECAY = ("--lr-decay-iters", "--lr-decay-samples", "--min-lr")
+_MUON = (
+    *("muon_momentum", "muon_nesterov", "muon_scale_mode", "muon_extra_scale_factor"),
+    *("muon_coefficient_type", "muon_num_ns_steps"),
+)
 _WSD = ("lr_wsd_decay_style", "lr_wsd_decay_iters", "lr_wsd_decay_samples")
 
 
@@ -21,6 +25,9 @@ def check_schedule(optimizer: OptimizerConfig, given: frozenset[str]) -> None:
     Raises:
         ConfigError: otherwise.
     """
+    if optimizer.optimizer != "muon":
+        reason = f"with --optimizer {optimizer.optimizer}"
+        refuse_unused(optimizer, _MUON, given, reason=reason, works="--optimizer muon")
     style = optimizer.lr_decay_style
     ends = {"--min-lr": optimizer.min_lr, "--lr-warmup-init": optimizer.lr_warmup_init}
     for flag, rate in ends.items():

@@ -190,12 +190,21 @@ def _training(plan: RunPlan, run: Path | None) -> Iterator[Line]:
     warmup = f", warm-up {curve.warmup:,.10g}{unit}" if curve.warmup else ""
     rate = f"lr {optimizer.lr:g} {optimizer.lr_decay_style}{warmup}"
     yield "steps", f"{plan.last_step:,}, {rate}, seed {train.seed}"
+    yield "optimizer", _optimizer(plan)
     yield "data", _data(config.data)
     if plan.rows_per_epoch:
         yield "", epochs_line(plan)
     yield "run", f"{run or config.checkpoint.save or RUNS / f'{model_name(config)}-<n>'}"
     if plan.load is not None:
         yield "resumes from", f"{plan.load} (step {plan.load_step})"
+
+
+def _optimizer(plan: RunPlan) -> str:
+    settings = plan.config.optimizer
+    if settings.optimizer == "adam":
+        return "AdamW"
+    iterations = f"{settings.muon_num_ns_steps} {settings.muon_coefficient_type} iterations"
+    return f"Muon for the matrices of layers ({iterations}), AdamW for all else"
 
 
 def _data(data: DataConfig) -> str:

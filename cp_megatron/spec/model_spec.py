@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from cp_megatron.config import ModelConfig
@@ -18,6 +18,8 @@ from cp_megatron.spec.layer_spec import LayerSpec, attention_of
 from cp_megatron.spec.mixer import LocalHeads
 from cp_megatron.spec.parameter import BlockSpec, ParameterSpec
 from cp_megatron.spec.pieces import EmbeddingSpec, HeadSpec, NormSpec, PositionsSpec
+
+_LAYERS = "layers."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,14 +87,29 @@ class ModelSpec(BlockSpec):
         """Parameter tensors of the whole model."""
         return sum(copies for _, copies in self._distinct())
 
-    def parameters_on_rank(self, grid: Grid, rank: int) -> int:
+    def hidden_matrices(self) -> Iterator[tuple[ParameterSpec, int]]:
+        """The matrices inside layers, which Muon updates, with the numbers of their copies."""
+        for parameter, copies in self._distinct():
+            if is_hidden_matrix(parameter.name, parameter.shape):
+                yield parameter, copies
+
+    def parameters_on_rank(
+        self,
+        grid: Grid,
+        rank: int,
+        parameters: Iterable[tuple[ParameterSpec, int]] | None = None,
+    ) -> int:
         """Parameters that ``rank`` stores: its tensor parallel part, sharded over its replica.
 
         FSDP2 cuts dim 0 into pieces of equal, rounded-up size, so the last ranks may hold less.
+
+        Args:
+            grid, rank: the grid, and a rank of it.
+            parameters: those to count, with the numbers of their copies; None counts all.
         """
         shards, shard = grid.shards, grid.shard(rank)
         total = 0
-        for parameter, copies in self._distinct():
+        for parameter, copies in self._distinct() if parameters is None else parameters:
             rows, *rest = parameter.local_shape(grid.sizes)
             piece = -(-rows // shards)
             total += min(piece, max(0, rows - shard * piece)) * math.prod(rest) * copies
@@ -118,7 +135,19 @@ class ModelSpec(BlockSpec):
             yield parameter, 1
         for layer, copies in Counter(self.layers).items():
             for parameter in layer.parameters():
-                yield parameter, copies
+                yield replace(parameter, name=f"{_LAYERS}{parameter.name}"), copies
+
+
+def is_hidden_matrix(name: str, shape: Sequence[int]) -> bool:
+    """Whether a parameter is a matrix between two hidden layers.
+
+    So the embedding, the positions and the output layer are none, nor are vectors and convolutions.
+
+    Args:
+        name: its name in the whole model.
+        shape: its global shape.
+    """
+    return name.startswith(_LAYERS) and len(shape) == 2
 
 
 def local_heads(model: ModelConfig, tp: int) -> LocalHeads:

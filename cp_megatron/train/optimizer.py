@@ -26,47 +26,58 @@ class LocalAdamW(AdamW):
         """Updates all parameters that have a gradient; ``update`` says what it obeys."""
         assert closure is None, "the gradients exist"
         for group in self.param_groups:
-            lists: list[list[Tensor]] = [[] for _ in range(6)]
-            self._init_group(group, *lists)  # type: ignore[no-untyped-call]
-            local = ([local_values(x) for x in tensors] for tensors in lists)
-            parameters, gradients, means, squares, maxima, counts = local  # no maxima
-            beta1, beta2 = group["betas"]
-            adamw(
-                parameters,
-                gradients,
-                means,
-                squares,
-                maxima,
-                counts,
-                fused=True,
-                grad_scale=getattr(self, "grad_scale", None),
-                found_inf=getattr(self, "found_inf", None),
-                amsgrad=False,
-                beta1=beta1,
-                beta2=beta2,
-                lr=group["lr"],
-                weight_decay=group["weight_decay"],
-                eps=group["eps"],
-                maximize=False,
-            )
+            self._update_group(group)
+
+    def _update_group(self, group: dict[str, Any]) -> None:
+        lists: list[list[Tensor]] = [[] for _ in range(6)]
+        self._init_group(group, *lists)  # type: ignore[no-untyped-call]
+        local = ([local_values(x) for x in tensors] for tensors in lists)
+        parameters, gradients, means, squares, maxima, counts = local  # no maxima
+        beta1, beta2 = group["betas"]
+        adamw(
+            parameters,
+            gradients,
+            means,
+            squares,
+            maxima,
+            counts,
+            fused=True,
+            grad_scale=getattr(self, "grad_scale", None),
+            found_inf=getattr(self, "found_inf", None),
+            amsgrad=False,
+            beta1=beta1,
+            beta2=beta2,
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
 
 
 def make_optimizer(parameters: Iterable[nn.Parameter], config: OptimizerConfig) -> AdamW:
-    """AdamW over sharded parameters; the learning rate is set by every step.
+    """AdamW over sharded parameters; the learning rate is set by every step."""
+    return LocalAdamW(decay_groups(parameters, config), **adamw_settings(config))
 
-    Weight decay applies to matrices and embeddings, not to vectors (norms, biases).
-    """
+
+def decay_groups(
+    parameters: Iterable[nn.Parameter], config: OptimizerConfig
+) -> list[dict[str, Any]]:
+    """Groups of parameters: weight decay applies to matrices and embeddings, not to vectors."""
     parameters = list(parameters)
     decayed = [parameter for parameter in parameters if parameter.ndim > 1]
     kept = [parameter for parameter in parameters if parameter.ndim <= 1]
     rates = (decayed, config.weight_decay), (kept, 0.0)
-    return LocalAdamW(
-        [{"params": some, "weight_decay": rate} for some, rate in rates if some],
-        lr=config.lr,
-        betas=(config.adam_beta1, config.adam_beta2),
-        eps=config.adam_eps,
-        fused=True,
-    )
+    return [{"params": some, "weight_decay": rate} for some, rate in rates if some]
+
+
+def adamw_settings(config: OptimizerConfig) -> dict[str, Any]:
+    """AdamW's arguments besides the parameters."""
+    return {
+        "lr": config.lr,
+        "betas": (config.adam_beta1, config.adam_beta2),
+        "eps": config.adam_eps,
+        "fused": True,
+    }
 
 
 def update(optimizer: Any, *, skip: Tensor | None, divisor: Tensor | None) -> None:

@@ -43,7 +43,7 @@ from cp_megatron.tensor_parallel import LossRule
 from cp_megatron.train.finish import print_end, show_curves
 from cp_megatron.train.kernel_benchmark import with_fastest_kernel
 from cp_megatron.train.loop import DivergedError, Trainer
-from cp_megatron.train.optimizer import make_optimizer
+from cp_megatron.train.muon import choose_optimizer
 from cp_megatron.train.profiler import StepProfiler
 from cp_megatron.train.progress import ProgressView
 from cp_megatron.train.resume import verify_load
@@ -189,7 +189,7 @@ def _make_train_step(plan: RunPlan, launch: Launch, control: dist.ProcessGroup) 
     is_new = plan.load is None and load_hf_folder is None
     is_checked = config.train.check_interval is not None
     model, groups, device = make_model(plan, launch, initialize=is_new)
-    optimizer = make_optimizer(model.parameters(), config.optimizer)
+    optimizer = choose_optimizer(model, config.optimizer, group=groups.world, device=device)
     if plan.load is not None:
         load_checkpoint(
             plan.load, model=model, optimizer=optimizer, verified=True, process_group=control

@@ -28,7 +28,7 @@ from cp_megatron.errors import ConfigError
         ("--resume_from_checkpoint", "--load"),
         ("--num_train_epochs", "--train-epochs"),
         ("--eval_strategy", "--eval-interval"),
-        ("--optim", "nothing"),
+        ("--optim", "--optimizer adam, or muon"),
         ("--max_steps", "--train-iters"),
         ("--max_seq_length", "--seq-length"),
         ("--training.seq_len", "--seq-length"),

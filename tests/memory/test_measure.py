@@ -60,7 +60,7 @@ CASES = [
     (1, [*GPT, *DROPOUT, *EACH_HEAD]),
     (1, [*GPT, "--dtype", "float64", "--untie-embeddings-and-output-weights"]),
     (1, [*LLAMA, *BF16, *GEMMA, *COOLING, "--qk-layernorm"]),
-    (2, [*LLAMA, *TP2, *SP, *TILES, *POST]),
+    (2, [*LLAMA, *TP2, *SP, *TILES, *POST, "--optimizer", "muon"]),
     (2, [*LLAMA, *TP2, *SP, *PARALLEL]),
     (2, [*LLAMA, *TP2, *SP, *TILES, "--num-query-groups", "1", *ALL_HEADS, *CAPPED]),
     (2, [*LLAMA, *CP2, *A2A, *BF16, *SELECTIVE, "--num-query-groups", "1"]),
@@ -79,7 +79,7 @@ CASES = [
 SLOW = [
     (1, [*LLAMA, *LINEAR]),
     (1, [*LLAMA, *GATED, "--kernel", "reference"]),
-    (2, [*LLAMA, *CP2, *LINEAR, *BF16]),
+    (2, [*LLAMA, *CP2, *LINEAR, *BF16, "--optimizer", "muon"]),
     (2, [*LLAMA, *CP2, *LINEAR, *FULL]),
     (2, [*LLAMA, *CP2, *LINEAR, *GATED, *FULL, *KEEPS]),
     (2, [*LLAMA, *CP2, *MLA, *FULL, *KEEPS, "--cpu-offloading"]),

@@ -17,6 +17,7 @@ from cp_megatron.config.files.yaml_io import overlay, to_yaml
 from cp_megatron.errors import ConfigError
 from cp_megatron.plan import Grid
 from cp_megatron.preflight.save_and_load import (
+    check_optimizer,
     check_resume,
     check_save,
     data_changes,
@@ -105,6 +106,17 @@ def test_another_model(run: Path, argv: list[str], spelled: str, works: str) -> 
     error = refused(config_of("--load", str(run), *argv))
     assert (error.flag, error.works) == (spelled, works)
     assert "another model" in error.rule
+
+
+def test_another_optimizer(run: Path) -> None:
+    manifest = read_manifest(run / "step-40")
+    check_optimizer(config_of("--load", str(run)), manifest)
+    with pytest.raises(ConfigError) as caught:
+        check_optimizer(config_of("--load", str(run), "--optimizer", "muon"), manifest)
+    assert (caught.value.flag, caught.value.value) == ("--optimizer", "muon")
+    assert caught.value.works.startswith("--optimizer adam, or launch/convert.py")
+    older = dataclasses.replace(manifest, config={})  # of before there was a choice
+    check_optimizer(config_of("--load", str(run)), older)
 
 
 @pytest.mark.parametrize("original", [None, 64])

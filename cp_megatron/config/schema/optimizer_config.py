@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 from cp_megatron.config.schema.ranges import (
     BelowOne,
     Count,
     NonNegative,
     Positive,
+    Range,
     SampleCount,
     Samples,
     Size,
@@ -19,10 +20,18 @@ DecayStyle = Literal["constant", "linear", "cosine", "inverse-square-root", "WSD
 WsdDecayStyle = Literal["exponential", "linear", "cosine", "minus_sqrt"]
 
 
+OptimizerName = Literal["adam", "muon"]
+MuonScale = Literal["spectral", "unit_rms_norm", "shape_scaling"]
+MuonCoefficients = Literal["simple", "quintic", "polar_express"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW and its learning rate."""
+    """The optimizer and its learning rate."""
 
+    optimizer: OptimizerName = "adam"
+    """adam is AdamW for all parameters; muon is Muon for the matrices of layers, and AdamW for the
+    embedding, the output layer, vectors and convolutions."""
     lr: Positive = 3e-4
     """Peak learning rate."""
     min_lr: NonNegative = 0.0
@@ -57,5 +66,18 @@ class OptimizerConfig:
     """Decay of the running mean of the squared gradients."""
     adam_eps: Positive = 1e-8
     """Added to the square root of the second moment."""
+    muon_momentum: BelowOne = 0.9
+    """Decay of the running mean of a matrix's gradients."""
+    muon_nesterov: bool = False
+    """Add the newest gradient to the running mean once more (Nesterov's momentum)."""
+    muon_scale_mode: MuonScale = "spectral"
+    """Factor of an update of m rows and n columns: the root of max(m, n), of m / n, or of
+    max(1, m / n)."""
+    muon_extra_scale_factor: Positive = 1.0
+    """Another factor of Muon's updates; with spectral, 0.2 gives them the size of AdamW's."""
+    muon_coefficient_type: MuonCoefficients = "quintic"
+    """Coefficients of the Newton-Schulz iterations that orthogonalize an update."""
+    muon_num_ns_steps: Annotated[int, Range(1, 99)] = 5
+    """Number of these iterations."""
     clip_grad: NonNegative = 1.0
     """Largest global norm of the gradient; 0 turns clipping off."""
