@@ -42,7 +42,6 @@ class LocalAdamW(AdamW):
             maxima,
             counts,
             fused=True,
-            grad_scale=getattr(self, "grad_scale", None),
             found_inf=getattr(self, "found_inf", None),
             amsgrad=False,
             beta1=beta1,
@@ -80,37 +79,24 @@ def adamw_settings(config: OptimizerConfig) -> dict[str, Any]:
     }
 
 
-def update(optimizer: Any, *, skip: Tensor | None, divisor: Tensor | None) -> None:
-    """Lets an optimizer update, or not, as numbers on the device say; the host does not wait.
+def update(optimizer: Any, *, skip: Tensor | None) -> None:
+    """Lets an optimizer update, or not, as a number on the device says; the host does not wait.
 
-    The optimizer obeys two attributes, as torch's fused optimizers do for its ``GradScaler``:
-    ``found_inf``, float32 [], which at 1 leaves parameters and state as they are and at 0 does
-    nothing; and ``grad_scale``, float32 [], by which it divides gradients in place.
-    If the parameters are on the CPU and the numbers are not, the host has to wait for them.
+    The optimizer obeys its attribute ``found_inf``, float32 [], as torch's fused optimizers do for
+    ``torch.amp.GradScaler``: at 1 it leaves parameters, state and counts of updates as they are. If
+    the parameters are on the CPU and the number is not, the host has to wait for it.
 
     Args:
-        optimizer: one that obeys them.
-        skip: bool [], whether parameters and state stay as they are; None is no.
-        divisor: float64 [], the number to divide all gradients by; None is 1.
+        optimizer: one that obeys it.
+        skip: bool [], whether everything stays as it is; None always updates.
     """
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    parameters = [p for p in parameters if p.grad is not None]
-    if not parameters:
-        return
-    device = parameters[0].device
-    skip = None if skip is None else skip.to(device).float()
-    if divisor is not None:
-        divisor = divisor.to(device)
-        exact = [p for p in parameters if p.dtype == torch.float64]
-        if exact:  # a float32 divisor would cost them half of their digits
-            torch._foreach_div_([local_values(p.grad) for p in exact], divisor)
-        divisor = None if len(exact) == len(parameters) else divisor.float()
-        assert divisor is None or not exact, "parameters have one type"
-    optimizer.found_inf, optimizer.grad_scale = skip, divisor
+    if skip is not None:
+        parameters = (p for group in optimizer.param_groups for p in group["params"])
+        optimizer.found_inf = skip.to(next(parameters).device).float()
     try:
         optimizer.step()
     finally:
-        del optimizer.found_inf, optimizer.grad_scale
+        optimizer.found_inf = None
 
 
 def local_values(x: Tensor) -> Tensor:

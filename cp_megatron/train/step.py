@@ -39,10 +39,10 @@ from cp_megatron.tensor_parallel import LossRule
 from cp_megatron.train.announcement import Announcement, announce
 from cp_megatron.train.optimizer import local_values, update
 from cp_megatron.train.row_agreement import check_same_rows, fold
-from cp_megatron.train.whole_model import count_zeros, global_norm, sum_of_squares
+from cp_megatron.train.whole_model import count_zeros, global_norm, multiply, squared_norms
 
 Accept = Callable[[Tensor, Tensor], Tensor]
-"""(loss, gradient norm) -> whether the model is updated; float64 [] and bool [], on the device."""
+"""(loss, gradient norm) -> whether the model is updated; [] and bool [], on the device."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,7 +193,7 @@ class TrainStep:
             next(x for x in held if x.numel()).view(-1)[:1].view(torch.uint8)[0] ^= 32
         updated = torch.ones_like(loss) if accepted is None else accepted.double()
         zeros = -torch.ones_like(loss) if num_zeros is None else num_zeros.double()
-        numbers = HostCopy(torch.stack([loss, norm, updated, zeros]))
+        numbers = HostCopy(torch.stack([loss, norm.double(), updated, zeros]))
         return LaunchedStep(announcement=announcement, numbers=numbers)
 
     def run(
@@ -275,12 +275,14 @@ class TrainStep:
         The loss is NaN if that of any rank is not finite. Both take one message.
         """
         share = total if self.groups.coordinates.tp == 0 else torch.zeros_like(total)
-        squares = sum_of_squares(self._gradients(), self.groups.world, self.device)
-        totals = torch.stack([share, (~total.isfinite()).double(), squares])
+        squares = squared_norms(self._gradients(), self.groups.world, self.device)
+        numbers = torch.stack([share, (~total.isfinite()).double()])
+        totals = torch.cat([numbers, squares.double()])
         if self.groups.grid.world_size > 1:
             dist.all_reduce(totals, group=self.groups.world)
-        loss, num_broken, squares = totals.unbind()
-        return (loss / num_tokens).masked_fill(num_broken > 0, math.nan), squares.sqrt()
+        loss, num_broken = totals[:2].unbind()
+        norm = torch.linalg.vector_norm(totals[2:].to(squares.dtype).sqrt())
+        return (loss / num_tokens).masked_fill(num_broken > 0, math.nan), norm
 
     def _gradients(self) -> list[Tensor]:
         return [p.grad for p in self.model.parameters() if p.grad is not None]
@@ -291,21 +293,21 @@ class TrainStep:
         Returns the number of zeros in the gradients, int64 [], as Megatron-LM counts them: after
         the clipping. None if they are not counted.
         """
-        divisor = None
         if self.clip_grad > 0:  # as in torch.nn.utils.clip_grad_norm_
-            divisor = ((norm + 1e-6) / self.clip_grad).clamp(min=1)
+            factor = (self.clip_grad / (norm + 1e-6)).clamp(max=1)
+            multiply([local_values(x) for x in self._gradients()], factor)
+        num_zeros = None
+        if self.counts_zeros:
+            num_zeros = count_zeros(self._gradients(), self.groups.world, self.device)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         if self.sums is not None:
             self.sums.compare()
         with traced("optimizer"):
-            skip = None if accepted is None else ~accepted
-            update(self.optimizer, skip=skip, divisor=divisor)
+            update(self.optimizer, skip=None if accepted is None else ~accepted)
         if self.sums is not None:
             self.sums.take()
-        if not self.counts_zeros:
-            return None
-        return count_zeros(self._gradients(), self.groups.world, self.device)
+        return num_zeros
 
     @property
     def _control(self) -> dist.ProcessGroup:

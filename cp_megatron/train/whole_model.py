@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -29,19 +29,27 @@ def global_norm(tensors: Iterable[Tensor], group: dist.ProcessGroup, device: tor
 
 
 @torch.no_grad()
-def sum_of_squares(
-    tensors: Iterable[Tensor], group: dist.ProcessGroup, device: torch.device
+def squared_norms(
+    tensors: Sequence[Tensor], group: dist.ProcessGroup, device: torch.device
 ) -> Tensor:
-    """This rank's share of the squared L2 norm of sharded tensors taken together, float64 [].
+    """This rank's shares of the squared L2 norms of sharded tensors, [n] in their own type.
 
-    The shares of all ranks add up to it. Each tensor's norm is computed in its own type. For the
-    arguments see ``global_norm``.
+    Summed over all ranks, they are the squared norms. For the arguments see ``global_norm``.
     """
-    counted = [x for x in _counted_here(tensors, group) if x.numel()]
-    if not counted:
-        return torch.zeros((), dtype=torch.float64, device=device)
-    norms = torch.stack(torch._foreach_norm(counted)).double()
-    return norms.square().sum().to(device)
+    shares = [_counted(x, group) for x in tensors]
+    held = [share for share in shares if share is not None and share.numel()]
+    if not held:
+        return torch.zeros(len(tensors), device=device)
+    norms = iter(torch._foreach_norm(held))
+    nothing = torch.zeros_like(held[0][..., :0].sum())
+    found = [nothing if x is None or not x.numel() else next(norms) for x in shares]
+    return torch.stack(found).to(device).square()
+
+
+def multiply(tensors: Sequence[Tensor], factor: Tensor) -> None:
+    """Multiplies local tensors in place by a factor, [], in few launches."""
+    if tensors:  # on another device if the optimizer is on the CPU
+        torch._foreach_mul_(tensors, factor.to(tensors[0].device))
 
 
 def count_zeros(
@@ -58,16 +66,20 @@ def count_zeros(
     return total
 
 
-@torch.no_grad()
 def _counted_here(tensors: Iterable[Tensor], group: dist.ProcessGroup) -> Iterator[Tensor]:
     """The local parts of the tensors that no rank before this one holds as well."""
-    for tensor in tensors:
-        # Weights that FSDP has gathered do not say which ranks hold them.
-        assert isinstance(tensor, DTensor), "sharded"
-        assert tensor.device_mesh.size() == group.size(), "sharded over all ranks"
-        assert not any(placement.is_partial() for placement in tensor.placements)
-        place = tensor.device_mesh.get_coordinate()
-        assert place is not None, "every rank is in the mesh"
-        copies = [axis for axis, p in enumerate(tensor.placements) if p.is_replicate()]
-        if not any(place[axis] for axis in copies):
-            yield tensor.to_local().detach()
+    shares = (_counted(tensor, group) for tensor in tensors)
+    return (share for share in shares if share is not None)
+
+
+@torch.no_grad()
+def _counted(tensor: Tensor, group: dist.ProcessGroup) -> Tensor | None:
+    """The local part of a tensor; None if a rank before this one holds it as well."""
+    # Weights that FSDP has gathered do not say which ranks hold them.
+    assert isinstance(tensor, DTensor), "sharded"
+    assert tensor.device_mesh.size() == group.size(), "sharded over all ranks"
+    assert not any(placement.is_partial() for placement in tensor.placements)
+    place = tensor.device_mesh.get_coordinate()
+    assert place is not None, "every rank is in the mesh"
+    copies = [axis for axis, p in enumerate(tensor.placements) if p.is_replicate()]
+    return None if any(place[axis] for axis in copies) else tensor.to_local().detach()
