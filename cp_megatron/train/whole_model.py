@@ -41,12 +41,12 @@ def squared_norms(
     if not held:
         return torch.zeros(len(tensors), device=device)
     norms = iter(torch._foreach_norm(held))
-    nothing = torch.zeros_like(held[0][..., :0].sum())
+    nothing = held[0].new_zeros(())
     found = [nothing if x is None or not x.numel() else next(norms) for x in shares]
     return torch.stack(found).to(device).square()
 
 
-def multiply(tensors: Sequence[Tensor], factor: Tensor) -> None:
+def multiply(tensors: list[Tensor], factor: Tensor) -> None:
     """Multiplies local tensors in place by a factor, [], in few launches."""
     if tensors:  # on another device if the optimizer is on the CPU
         torch._foreach_mul_(tensors, factor.to(tensors[0].device))
