@@ -45,6 +45,7 @@ def test_the_table_of_an_ordinary_run() -> None:
         "causal",
         "p2p, ring - moves the fewest bytes, a2a 1.3x",
         "4 rows = micro batch 2 x dp 2 x 1 accumulated",
+        "optimizer           AdamW",
         "Python's standard library",
         "runs/toy-gpt-<n>",
     ):
@@ -71,6 +72,11 @@ def test_the_table_of_special_runs() -> None:
     argv = ["--context-parallel-size", "4", "--cp-comm-type", "a2a+p2p", "--cp-route", "direct"]
     text = shown(planned(*argv, "--hierarchical-context-parallel-sizes", "2", "2"))
     assert "a2a+p2p 2 x 2, direct - asked for" in text
+
+
+def test_the_table_names_muon() -> None:
+    text = shown(planned("--optimizer", "muon", "--muon-num-ns-steps", "3"), width=120)
+    assert "Muon for the matrices of layers (3 quintic iterations), AdamW for all else" in text
 
 
 def test_the_model_is_told_where_it_differs_from_llama() -> None:

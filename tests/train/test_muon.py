@@ -80,9 +80,10 @@ def oracle(config: OptimizerConfig, updates: int) -> dict[str, Tensor]:
     sets = {"simple": [(3.4445, -4.7750, 2.0315)] * 3}
     sets["quintic"] = [(4.0848, -6.8946, 2.9270), (3.9505, -6.3029, 2.6377)]
     sets["quintic"] += [(3.7418, -5.5913, 2.3037)]
-    found = {}
-    for name, x in Matrices(None, torch.float64).named_parameters():
-        x, mean = x.detach().clone(), torch.zeros_like(x)
+    found = dict[str, Tensor]()
+    for name, parameter in Matrices(None, torch.float64).named_parameters():
+        x = parameter.detach().clone()
+        mean = torch.zeros_like(x)
         if name == "vector":
             continue
         rows, columns = x.shape

@@ -78,6 +78,7 @@ MODES = {
     "spikes": (1, ["--spike-threshold", "6", "--log-num-zeros-in-grad"]),
     "documents": (2, ["--context-parallel-size", "2", "--document-mask", "--check-interval", "8"]),
     "learned positions": (1, ["--preset", "toy-gpt", "--hidden-dropout", "0.1"]),
+    "muon": (2, ["--context-parallel-size", "2", "--optimizer", "muon"]),
     "tp2 cp2": (4, [*GRIDS["tp2 cp2"], "--sequence-parallel"]),
 }
 
