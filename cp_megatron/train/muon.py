@@ -88,12 +88,10 @@ class Muon(LocalAdamW):
             self._update_matrices(matrices, lr=group["lr"], decay=group["weight_decay"])
 
     def _update_matrices(self, together: _Round, *, lr: float, decay: float) -> None:
-        found, scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
+        found = getattr(self, "found_inf", None)
         skip = None if found is None else found.bool()
         parameters = [local_values(matrix) for matrix in together.matrices]
         gradients = [self._gradient(matrix) for matrix in together.matrices]
-        if scale is not None:
-            torch._foreach_div_(gradients, scale)
         direction = self._advance(together.matrices, gradients, skip)
         result = self._orthogonalized(together.owners, direction).to(direction)
         kept = direction.new_full((), 1 - lr * decay)

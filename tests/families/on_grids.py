@@ -71,11 +71,11 @@ def compute(rank: int, world_size: int, words: list[str], target: Path) -> Compu
     assert logits[..., VOCAB:].eq(float("-inf")).all()
     gradients: dict[str, Tensor] = {}
 
-    def keep(loss: float, norm: float) -> bool:
+    def keep(loss: Tensor, norm: Tensor) -> Tensor:
         for name, parameter in model.named_parameters():
             assert parameter.grad is not None, name
             gradients[name] = parameter.grad.clone()
-        return False
+        return torch.zeros_like(loss, dtype=torch.bool)
 
     result = step.run([shard], step=1, lr=0.0, accept=keep)
     for number in (1, 2):
