@@ -25,7 +25,7 @@ from cp_megatron.model import build_model
 from cp_megatron.model.mlp import MLP
 from cp_megatron.model.norm import Norm
 from cp_megatron.plan import Grid, Mask
-from cp_megatron.tensor_parallel import ColumnParallelLinear, TensorParallel
+from cp_megatron.tensor_parallel import ColumnParallelLinear, RowParallelLinear, TensorParallel
 from tests.model.grids import GPT, LLAMA, SEQ, VOCAB, batch, run_config
 from tests.oracles import attention_inputs, dense_attention
 from tests.ranks import run_ranks
@@ -202,7 +202,12 @@ def modules_without_groups(rank: int, world_size: int, llama: bool) -> dict[str,
         if isinstance(module, LOCAL):
             assert not groups_of(module), (name, groups_of(module))
             parameters = inspect.signature(module.forward).parameters.values()
-            assert {p.annotation for p in parameters} <= {"Tensor", Tensor, "bool", "Tensor | None"}, name
+            assert {p.annotation for p in parameters} <= {
+                "Tensor",
+                Tensor,
+                "bool",
+                "Tensor | None",
+            }, name
             module.register_forward_pre_hook(before, with_kwargs=True)
     cp = ContextParallel(groups.cp, Mask.causal(SEQ))
     model(cp.shard(batch()[0], 1), cp=cp).sum()
