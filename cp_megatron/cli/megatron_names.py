@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 NOTED: Mapping[str, str] = {
-    "weights, gradients and optimizer state are always sharded over dp x cp": """
+    "weights, gradients and optimizer state are sharded over dp x cp": """
         create-all-gather-group data-parallel-sharding-strategy= DDP-impl=
         disable-strict-fsdp-dtensor-load enable-full-sharding-in-hsdp
         fsdp-db-use-persist-buf-on-alloc-fail fsdp-double-buffer fsdp-manual-registration
@@ -18,7 +18,7 @@ NOTED: Mapping[str, str] = {
         keep-fp8-transpose-cache-when-using-custom-fsdp
         megatron-fsdp-enable-fine-grained-param-gather megatron-fsdp-max-pool-double-buffer
         megatron-fsdp-version= no-strict-fsdp-dtensor-load no-use-layer-wise-param-layout
-        num-distributed-optimizer-instances= outer-dp-sharding-strategy=
+        outer-dp-sharding-strategy=
         suggested-communication-unit-size= torch-fsdp2-no-reshard-after-forward
         use-custom-fsdp use-distributed-optimizer use-megatron-fsdp
         use-precision-aware-optimizer use-torch-fsdp2""",
