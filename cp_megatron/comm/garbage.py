@@ -1,4 +1,4 @@
-"""When Python's garbage collector runs: neither while modules are loaded, nor over all of torch."""
+"""When Python's garbage collector runs: not while modules are loaded, and not over all of torch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def collection_paused() -> Iterator[None]:
-    """Pauses garbage collection, for the import of torch; what exists afterwards is never searched.
+    """Pauses garbage collection, for the import of torch.
 
     Imports create hundreds of thousands of objects, which stay. Searching them for garbage again
     and again takes a fifth of the import's time, on cores that the ranks of a node share.
@@ -19,7 +19,6 @@ def collection_paused() -> Iterator[None]:
     try:
         yield
     finally:
-        gc.freeze()
         if was_enabled:
             gc.enable()
 

@@ -1,4 +1,4 @@
-"""Garbage collection pauses for imports, and does not search what they leave."""
+"""Garbage collection pauses for imports."""
 
 from __future__ import annotations
 
@@ -9,16 +9,10 @@ import pytest
 from cp_megatron.comm.garbage import collection_paused
 
 
-def test_imports_are_not_collected_and_not_searched_afterwards() -> None:
-    before = gc.get_freeze_count()
+def test_imports_are_not_collected() -> None:
     with collection_paused():
         assert not gc.isenabled()
-        kept = [[number] for number in range(1000)]
-    try:
-        assert gc.isenabled()
-        assert gc.get_freeze_count() >= before + len(kept)
-    finally:
-        gc.unfreeze()
+    assert gc.isenabled()
 
 
 @pytest.mark.parametrize("enabled", [True, False])
@@ -30,4 +24,3 @@ def test_collection_is_as_before_when_an_import_fails(enabled: bool) -> None:
         assert gc.isenabled() is enabled
     finally:
         gc.enable()
-        gc.unfreeze()

@@ -125,7 +125,7 @@ def prepared(rank: int, world_size: int, argv: list[str]) -> tuple[TrainStep, li
     run = assembled(rank, world_size, argv)
     if run.writer is not None:
         run.writer.close()
-    batches = run._batches(run.rows.train, 0)
+    batches = run.batches(run.rows.train, 0)
     return run.train_step, [run.train_step.prepare(batch) for batch in batches], run.plan
 
 

@@ -155,7 +155,7 @@ def masks_of(rank: int, world_size: int, argv: list[str]) -> list[Mask]:
     run = assembled(rank, world_size, argv)
     if run.writer is not None:
         run.writer.close()
-    batch = next(run._batches(run.rows.train, 0))
+    batch = next(run.batches(run.rows.train, 0))
     return [run.plan.sequence.mask, run.train_step.prepare(batch).cp.mask, run.train_step.cp.mask]
 
 

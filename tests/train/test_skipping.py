@@ -150,7 +150,7 @@ def rows_of_batch(rank: int, world_size: int, argv: list[str], number: int) -> d
     run: Trainer = assembled(rank, world_size, argv)
     if run.writer is not None:
         run.writer.close()
-    batches = list(run._batches(run.rows.train, run.plan.rows_of(number + 1).start))
+    batches = list(run.batches(run.rows.train, run.plan.rows_of(number + 1).start))
     return {
         "tokens": torch.cat([batch.tokens for batch in batches]),
         "labels": torch.cat([batch.labels for batch in batches]),

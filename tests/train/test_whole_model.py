@@ -76,7 +76,7 @@ def zeros(rank: int, world_size: int, argv: list[str]) -> tuple[int, int]:
 
     TrainStep._update = watched  # type: ignore[method-assign]
     try:
-        batch = [*map(run.train_step.prepare, run._batches(run.rows.train, 0))]
+        batch = [*map(run.train_step.prepare, run.batches(run.rows.train, 0))]
         result = run.train_step.run(batch, step=1, lr=1e-3)
     finally:
         TrainStep._update = update  # type: ignore[method-assign]
