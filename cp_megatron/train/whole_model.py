@@ -39,7 +39,8 @@ def squared_norms(
     shares = [_counted(x, group) for x in tensors]
     held = [share for share in shares if share is not None and share.numel()]
     if not held:
-        return torch.zeros(len(tensors), device=device)
+        dtype = tensors[0].dtype if tensors else torch.float64  # that of ranks which count some
+        return torch.zeros(len(tensors), dtype=dtype, device=device)
     norms = iter(torch._foreach_norm(held))
     nothing = held[0].new_zeros(())
     found = [nothing if x is None or not x.numel() else next(norms) for x in shares]

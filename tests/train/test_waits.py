@@ -113,7 +113,7 @@ def messages_of(rank: int, world_size: int, argv: list[str]) -> dict[int, list[s
         sent.clear()
 
     with pytest.MonkeyPatch.context() as patch:
-        for module, name in ((dist, "all_reduce"), (nonblocking, "_all_gather")):
+        for module, name in ((dist, "all_reduce"), (nonblocking, "start_host_gather")):
             patch.setattr(module, name, counting(name, getattr(module, name)))
         patch.setattr(view, "step_done", step_done)
         finish(assembled(rank, world_size, argv), view)
@@ -123,5 +123,5 @@ def messages_of(rank: int, world_size: int, argv: list[str]) -> dict[int, list[s
 def test_a_step_takes_two_messages(place: Place) -> None:
     argv = changed(place.argv("run"), *LONG)
     for sent in run_ranks(messages_of, 2, argv):
-        expected = ["_all_gather", "all_reduce"]  # what is announced; the loss and the norm
+        expected = ["start_host_gather", "all_reduce"]  # what is announced; the loss and the norm
         assert {step: sent[step] for step in range(2, 8)} == dict.fromkeys(range(2, 8), expected)
