@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 NOTED: Mapping[str, str] = {
-    "weights, gradients and optimizer state are sharded over dp x cp": """
+    "weights, gradients and optimizer state are sharded over the ranks of a copy": """
         create-all-gather-group data-parallel-sharding-strategy= DDP-impl=
         disable-strict-fsdp-dtensor-load enable-full-sharding-in-hsdp
         fsdp-db-use-persist-buf-on-alloc-fail fsdp-double-buffer fsdp-manual-registration

@@ -12,7 +12,7 @@ from typing import Any
 from cp_megatron.errors import ConfigError
 
 _BATCH = "--global-batch-size: micro batch x data parallel ranks x accumulated micro batches"
-_SHARDED = "nothing: weights, gradients and optimizer state are sharded over dp x cp"
+_SHARDED = "nothing: weights, gradients and optimizer state are sharded over the ranks of a copy"
 _SELECTIVE = "--recompute-granularity selective or full"
 _TENSORBOARD = "nothing: TensorBoard events are written to the folder of --save"
 _WARMUP = "--lr-warmup-iters"

@@ -102,6 +102,7 @@ class ContextParallel(RecurrentSequence):
         options = exchange, route, sizes, exchange_latent
         self._agreement = RankAgreement(check_mode(check_ranks), group, mask, self.layout, options)
         self._chooser = mask
+        self._repeats = len(mask.lengths) == 1  # other batches will have the same tiles
         self.kernels = KernelChooser(kernel, deterministic=deterministic)
         self._by_window: dict[Window, ContextParallel] = {}
         self._plans: dict[tuple[object, ...], RankPlan] = {}
@@ -130,6 +131,7 @@ class ContextParallel(RecurrentSequence):
             check_ranks=self._agreement.mode,
         )
         other.buffers, other.link_sums, other.kernels = self.buffers, self.link_sums, self.kernels
+        other._repeats = self._repeats and mask.lengths == self.mask.lengths
         if compared:
             other._agreement.continue_from(self._agreement)
         return other
@@ -310,7 +312,7 @@ class ContextParallel(RecurrentSequence):
     @property
     def _tile_kinds(self) -> dict[str, bool]:
         """What the choice of a kernel asks about the mask."""
-        return {"window": self.mask.has_window, "repeats": len(self.mask.lengths) == 1}
+        return {"window": self.mask.has_window, "repeats": self._repeats}
 
     def _plan(
         self,

@@ -61,7 +61,8 @@ class _Wanted(NamedTuple):
     def order(self, *, repeats: bool) -> tuple[str, ...]:
         """The kernels to try; none if the device is unknown."""
         newer = self.capability is not None and self.capability[0] >= 9
-        place = "cuda, Hopper and later" if newer and repeats else self.device
+        measured = self.head_dim <= 128  # cuDNN's backward of wider heads was never timed here
+        place = "cuda, Hopper and later" if newer and repeats and measured else self.device
         return PREFERENCE.get(place, ())
 
 
@@ -200,16 +201,18 @@ def select_kernel(
 
 def candidates(**wanted: Any) -> list[str]:
     """The kernels that could be chosen, the one that ``auto`` takes first; without ``reference``
-    unless no other fits. The arguments are those of ``select_kernel`` without the name.
+    unless no other fits, and without cuDNN, which plans every shape, unless rows look alike. The
+    arguments are those of ``select_kernel`` without the name.
 
     Raises:
         ConfigError: no kernel fits.
     """
-    first, found = select_kernel("auto", **wanted).name, list[str]()
+    found = [select_kernel("auto", **wanted).name]
     for name in TRAITS:
-        with suppress(ConfigError):
-            found.append(select_kernel(name, **wanted).name)
-    return sorted({first, *found} - ({"reference"} - {first}), key=lambda name: name != first)
+        if name not in (*found, "reference") and (name != "cudnn" or wanted.get("repeats")):
+            with suppress(ConfigError):
+                found.append(select_kernel(name, **wanted).name)
+    return found  # in the same order on every rank
 
 
 def _try(name: str, wanted: _Wanted) -> tuple[str | None, str]:

@@ -28,15 +28,19 @@ from torch.autograd.graph import saved_tensors_hooks
 class LayerOffload:
     """Keeps tensors of recomputed layers on the host.
 
+    Args:
+        per_layer: tensors of a layer, which come back together.
+
     Attributes:
         held_bytes: bytes that are kept for backward now.
         host_bytes: bytes of all host buffers, in use or free.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, per_layer: int = 1) -> None:
         self._free: dict[int, list[_HostBuffer]] = {}
         self._stream: torch.cuda.Stream | None = None
         self._latest: weakref.ref[_Offloaded] | None = None
+        self.per_layer = per_layer
         self.held_bytes = 0
         self.host_bytes = 0
 
@@ -160,14 +164,16 @@ class _Offloaded:
         self._buffer.written()
 
     def take(self) -> Tensor:
-        """The tensor; on CUDA also starts fetching the tensor that backward reads next."""
+        """The tensor; on CUDA also starts fetching those that backward reads next."""
         self.fetch()
         assert self._fetched is not None
         x, self._fetched, self._was_taken = self._fetched, None, True
         if self._ready is not None:
-            before = self._before() if self._before else None
-            if before is not None and not before._was_taken:
-                before.fetch()
+            earlier: _Offloaded | None = self
+            for _ in range(self._store.per_layer):
+                earlier = earlier._before() if earlier and earlier._before else None
+                if earlier is not None and not earlier._was_taken:
+                    earlier.fetch()
             stream = torch.cuda.current_stream(self._device)
             stream.wait_event(self._ready)
             x.record_stream(stream)

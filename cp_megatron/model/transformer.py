@@ -100,7 +100,9 @@ class Transformer(nn.Module):
         table = spec.positions if is_first else None
         self.positions = None if table is None else LearnedPositions(table, tp=self.tp)
         self.dropout = nn.Dropout(spec.dropout)
-        self.offload = LayerOffload() if memory.cpu_offloading else None
+        self.offload: LayerOffload | None = None
+        if memory.cpu_offloading:  # a layer's input and, if they are kept, attention's out and lse
+            self.offload = LayerOffload(per_layer=3 if memory.recompute_keeps_attention else 1)
         # Keyed by the number in the whole model, so that the names on a stage are the model's.
         self.layers = nn.ModuleDict()
         for i in range(first_layer, last_layer):

@@ -15,6 +15,8 @@ import torch
 
 from cp_megatron.comm.host_numbers import gather_numbers
 from cp_megatron.data.batch.batch import Batch
+from cp_megatron.errors import ConfigError
+from cp_megatron.kernels.load_kernel import load_kernel
 from cp_megatron.kernels.select import KernelChoice, candidates
 from cp_megatron.preflight.run_plan import RunPlan, kernel_needs
 from cp_megatron.preflight.start import make_context
@@ -37,6 +39,10 @@ def with_fastest_kernel(trainer: Trainer) -> Trainer:
     assert device is not None, "known since the process group is"
     capability = torch.cuda.get_device_capability() if device == "cuda" else None
     names = candidates(**kernel_needs(plan.config, device, capability))
+    softcap = plan.config.model.attn_logit_softcapping
+    loaded = gather_numbers([_loads(name, softcap) for name in names], trainer.control)
+    able = [name for name, all_load in zip(names, map(all, zip(*loaded))) if all_load]
+    names = able or names[:1]  # whose error is then shown
     batch = next(trainer.batches(trainer.rows.train, plan.rows_of(plan.load_step + 1).start))
     steps = {name: _with_kernel(trainer, name, reason="timed") for name in names}
     own = [_seconds(step, batch) if len(names) > 1 else 0.0 for _, step in steps.values()]
@@ -44,6 +50,15 @@ def with_fastest_kernel(trainer: Trainer) -> Trainer:
     best = min(names, key=lambda name: seconds[name])
     new_plan, train_step = _with_kernel(trainer, best, reason=reason_of(seconds))
     return replace(trainer, plan=new_plan, train_step=train_step)
+
+
+def _loads(name: str, softcap: float | None) -> bool:
+    """Whether the kernel's package can be used; only its module was looked for so far."""
+    try:
+        load_kernel(name, softcap=softcap)
+    except (ImportError, ConfigError):
+        return False
+    return True
 
 
 def reason_of(seconds: Mapping[str, float]) -> str:

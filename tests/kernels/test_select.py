@@ -91,6 +91,8 @@ def test_auto_takes_the_fastest_kernel_for_rows_that_look_alike(
     for lacking in ({"window": True}, {"deterministic": True}):
         assert select_kernel("auto", **wanted | lacking).name != "cudnn"
     assert candidates(**wanted | {"attention_dropout": 0.1}) == ["reference"]
+    assert "cudnn" not in candidates(**wanted | {"repeats": False})
+    assert select_kernel("auto", **wanted | {"head_dim": 192}).name != "cudnn"
 
 
 def test_auto_reports_what_it_passed_over(installed: bool) -> None:
