@@ -21,9 +21,11 @@ LEAST_WINDOW = 32
 SPAN = 1000
 """Length of the span of steps in which skipped steps are counted."""
 NORMAL = 1.4826
-"""Median absolute deviation of a normal distribution -> its standard deviation."""
+"""The factor that turns the median absolute deviation of a normal distribution into its standard
+deviation."""
 LEAST_SPREAD = 0.01
-"""Of the median: nearly equal losses do not turn the next one into a spike."""
+"""The spread is at least this share of the median, so that after nearly equal losses the next one
+does not count as a spike."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -39,8 +39,6 @@ def activate(x: Tensor, activation: Activation) -> Tensor:
 
 def gated(gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
     """act(gate) * up; both are of one shape and type. The result can be differentiated once."""
-    if torch.compiler.is_compiling():  # the compiler fuses it by itself
-        return activate(gate, activation) * up
     result: Tensor = _Gated.apply(gate, up, activation)
     return result
 
@@ -65,7 +63,7 @@ def gated_kernels(device_type: str) -> GatedKernels:
     """The fastest functions on a kind of device."""
     if device_type != "cuda" or importlib.util.find_spec("triton") is None:
         return GatedKernels(forward_eager, backward_eager)
-    # The package is optional, and this is the only place that needs it.
+    # The package is optional.
     from cp_megatron.kernels.gated_triton import backward_triton, forward_triton
 
     return GatedKernels(forward_triton, backward_triton)

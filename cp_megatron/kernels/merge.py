@@ -47,7 +47,7 @@ def merge_eager_(out: Tensor, lse: Tensor, new_out: Tensor, new_lse: Tensor) -> 
 def _fused() -> Merge | None:
     if importlib.util.find_spec("triton") is None:
         return None
-    # The package is optional, and this is the only place that needs it.
+    # The package is optional.
     from cp_megatron.kernels.merge_triton import merge_triton_
 
     return merge_triton_

@@ -19,7 +19,6 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -45,9 +44,6 @@ class NormKernels(NamedTuple):
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """[.., h] and weight [h] -> [.., h], differentiable once."""
-    if torch.compiler.is_compiling():  # the compiler fuses it by itself
-        exact = torch.promote_types(x.dtype, weight.dtype)
-        return F.rms_norm(x.to(exact), weight.shape, weight.to(exact), epsilon).to(x.dtype)
     result: Tensor = _RMSNorm.apply(x, None, weight, epsilon)
     return result
 
@@ -87,7 +83,7 @@ def rms_norm_kernels(device_type: str, width: int) -> NormKernels:
     fuses = device_type == "cuda" and width <= _WIDEST_FUSED
     if not fuses or importlib.util.find_spec("triton") is None:
         return NormKernels(forward_eager, backward_eager)
-    # The package is optional, and this is the only place that needs it.
+    # The package is optional.
     from cp_megatron.kernels.rms_norm_triton import backward_triton, forward_triton
 
     return NormKernels(forward_triton, backward_triton)

@@ -90,7 +90,8 @@ def _rotate(
 def _partner(
     channel: tl.tensor, num_pairs: tl.tensor, interleaved: tl.constexpr, inverse: tl.constexpr
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """Of rotated channels: the pair, the other channel of the pair, and the sign of its sine."""
+    """Returns the pair of each rotated channel, the other channel of the pair, and the sign of the
+    sine that this one is multiplied by."""
     if interleaved:
         pair = channel // 2
         is_second = channel % 2 == 1
