@@ -41,6 +41,7 @@ _UNREAD_ELSEWHERE = frozenset(
         *("save", "save_interval", "async_save", "keep_latest_k", "save_retain_interval"),
         *("seq_length", "micro_batch_size", "global_batch_size"),
         *("pad_rows", "document_mask", "allow_data_change", "sequence_parallel"),
+        "kernel_benchmark",
         *("train_data_path", "valid_data_path", "test_data_path", "packing", "sft"),
         *("hidden_dropout", "attention_dropout"),
     }
