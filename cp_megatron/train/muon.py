@@ -107,6 +107,8 @@ class Muon(LocalAdamW):
         """Updates the momentum; returns what is to be orthogonalized, the parts of this rank."""
         buffers = [self._buffer(matrix) for matrix in matrices]
         gradient = torch.cat([x.flatten() for x in gradients])
+        if (scale := getattr(self, "grad_scale", None)) is not None:
+            gradient.div_(scale)
         before = torch.cat([x.flatten() for x in buffers])
         momentum = self._config.muon_momentum
         after = before.lerp(gradient, 1 - momentum)

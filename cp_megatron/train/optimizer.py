@@ -34,6 +34,10 @@ class LocalAdamW(AdamW):
         local = ([local_values(x) for x in tensors] for tensors in lists)
         parameters, gradients, means, squares, maxima, counts = local  # no maxima
         beta1, beta2 = group["betas"]
+        scale: Tensor | None = getattr(self, "grad_scale", None)
+        if scale is not None and gradients and gradients[0].dtype == torch.float64:
+            torch._foreach_div_(gradients, scale)  # the fused call takes a float32 scale
+            scale = None
         adamw(
             parameters,
             gradients,
@@ -42,6 +46,7 @@ class LocalAdamW(AdamW):
             maxima,
             counts,
             fused=True,
+            grad_scale=None if scale is None else scale.float(),
             found_inf=getattr(self, "found_inf", None),
             amsgrad=False,
             beta1=beta1,
@@ -79,24 +84,28 @@ def adamw_settings(config: OptimizerConfig) -> dict[str, Any]:
     }
 
 
-def update(optimizer: Any, *, skip: Tensor | None) -> None:
+def update(optimizer: Any, *, skip: Tensor | None, factor: Tensor | None = None) -> None:
     """Lets an optimizer update, or not, as a number on the device says; the host does not wait.
 
-    The optimizer obeys its attribute ``found_inf``, float32 [], as torch's fused optimizers do for
-    ``torch.amp.GradScaler``: at 1 it leaves parameters, state and counts of updates as they are. If
-    the parameters are on the CPU and the number is not, the host has to wait for it.
+    The optimizer obeys two attributes, as torch's fused optimizers do for ``torch.amp.GradScaler``.
+    With ``found_inf``, float32 [], at 1 it leaves parameters, state and counts of updates as they
+    are. It divides gradients by ``grad_scale``, [], while it reads them anyway. If the parameters
+    are on the CPU and the numbers are not, the host has to wait for them.
 
     Args:
-        optimizer: one that obeys it.
+        optimizer: one that obeys them.
         skip: bool [], whether everything stays as it is; None always updates.
+        factor: [], what gradients are multiplied by, which may change them in place; None is 1.
     """
+    device = next(p for group in optimizer.param_groups for p in group["params"]).device
     if skip is not None:
-        parameters = (p for group in optimizer.param_groups for p in group["params"])
-        optimizer.found_inf = skip.to(next(parameters).device).float()
+        optimizer.found_inf = skip.to(device).float()
+    if factor is not None:
+        optimizer.grad_scale = factor.to(device).reciprocal()
     try:
         optimizer.step()
     finally:
-        optimizer.found_inf = None
+        optimizer.found_inf = optimizer.grad_scale = None
 
 
 def local_values(x: Tensor) -> Tensor:

@@ -293,18 +293,21 @@ class TrainStep:
         Returns the number of zeros in the gradients, int64 [], as Megatron-LM counts them: after
         the clipping. None if they are not counted.
         """
+        factor = num_zeros = None
         if self.clip_grad > 0:  # as in torch.nn.utils.clip_grad_norm_
             factor = (self.clip_grad / (norm + 1e-6)).clamp(max=1)
-            multiply([local_values(x) for x in self._gradients()], factor)
-        num_zeros = None
         if self.counts_zeros:
+            if factor is not None:
+                multiply([local_values(x) for x in self._gradients()], factor)
+                factor = None
             num_zeros = count_zeros(self._gradients(), self.groups.world, self.device)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         if self.sums is not None:
             self.sums.compare()
         with traced("optimizer"):
-            update(self.optimizer, skip=None if accepted is None else ~accepted)
+            skip = None if accepted is None else ~accepted
+            update(self.optimizer, skip=skip, factor=factor)
         if self.sums is not None:
             self.sums.take()
         return num_zeros

@@ -181,14 +181,20 @@ def test_simple_is_torchs_muon() -> None:
         assert (change - (there[name] - before[name])).norm() < 0.02 * change.norm(), name
 
 
-def changed(dtype: torch.dtype, *, skip: bool | None) -> list[Tensor]:
+def changed(
+    dtype: torch.dtype, *, skip: bool | None, times: float = 1.0, factor: float | None = None
+) -> list[Tensor]:
     """Parameters and state after two updates, the second of which is asked for as given."""
     model, optimizer = made(MUON, dtype=dtype)
     for number in range(2):
         for parameter in model.parameters():
-            parameter.grad = gradient(parameter) * (math.nan if skip and number else 1)
+            parameter.grad = gradient(parameter) * ((math.nan if skip else times) if number else 1)
         second = number == 1
-        update(optimizer, skip=torch.tensor(skip) if second and skip is not None else None)
+        update(
+            optimizer,
+            skip=torch.tensor(skip) if second and skip is not None else None,
+            factor=torch.tensor(factor, dtype=dtype) if second and factor is not None else None,
+        )
     state = [x for held in optimizer.state.values() for x in held.values()]
     return [x.detach() for x in (*model.parameters(), *state)]
 
@@ -203,6 +209,13 @@ def test_a_skipped_update_changes_nothing_and_another_is_as_usual(dtype: torch.d
     update(optimizer, skip=None)
     once = [*model.parameters(), *(x for held in optimizer.state.values() for x in held.values())]
     assert all(map(torch.equal, changed(dtype, skip=True), once))
+
+
+def test_a_factor_multiplies_gradients() -> None:
+    ours = changed(torch.float64, skip=None, factor=0.3)
+    for actual, expected in zip(ours, changed(torch.float64, skip=None, times=0.3)):
+        torch.testing.assert_close(actual, expected)
+    assert not torch.equal(ours[0], changed(torch.float64, skip=None)[0])
 
 
 def muon_step_of(style: str, case: Case) -> TrainStep:

@@ -35,7 +35,9 @@ def test_a_model_of_matrices_alone_is_fine() -> None:
     assert len(optimizer.param_groups) == 1
 
 
-def trained(dtype: torch.dtype, skip: bool | None, gradient: float = 1.0) -> list[torch.Tensor]:
+def trained(
+    dtype: torch.dtype, skip: bool | None, gradient: float = 1.0, factor: float | None = None
+) -> list[torch.Tensor]:
     """Parameters and state after two updates, the second of which is asked for as given."""
     torch.manual_seed(0)
     model = nn.Linear(5, 3, dtype=dtype)
@@ -44,7 +46,8 @@ def trained(dtype: torch.dtype, skip: bool | None, gradient: float = 1.0) -> lis
         for parameter in model.parameters():
             parameter.grad = torch.randn_like(parameter) * (gradient if second else 1)
         asked = second and skip is not None
-        update(optimizer, skip=torch.tensor(skip) if asked else None)
+        multiplied = None if factor is None or not second else torch.tensor(factor, dtype=dtype)
+        update(optimizer, skip=torch.tensor(skip) if asked else None, factor=multiplied)
     state = [x for held in optimizer.state.values() for x in held.values()]
     return [*(x.detach() for x in (*model.parameters(), *state))]
 
@@ -56,3 +59,10 @@ def test_a_skipped_update_changes_nothing_and_another_is_as_usual(dtype: torch.d
     assert [float(x) for x in skipped if x.ndim == 0] == [1.0, 1.0], "the counts of updates"
     assert not any(map(torch.equal, skipped, plain))
     assert all(map(torch.equal, skipped, trained(dtype, True, float("nan"))))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_factor_multiplies_gradients(dtype: torch.dtype) -> None:
+    for ours, expected in zip(trained(dtype, None, factor=0.3), trained(dtype, None, 0.3)):
+        torch.testing.assert_close(ours, expected)
+    assert not torch.equal(trained(dtype, None, factor=0.3)[0], trained(dtype, None)[0])
