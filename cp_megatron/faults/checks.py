@@ -5,9 +5,10 @@ The checks compare sums of bits, which change whenever a bit flips (comm/checksu
     update    take sums                    of the parameters that this rank holds
     ...       forward, backward            nothing may write to the parameters
     update    compare sums, take sums      a difference: the memory of this rank
-    check     compare sums; compare the sums of parameters that tensor parallel ranks hold alike
-              (a difference: a wrong update); compare what both ends of every link sent and received
-              in the exchanges of the checked step (a difference: the link of the receiver)
+    check     compare sums; compare the sums of parameters that tensor parallel ranks or copies of
+              the model hold alike (a difference: a wrong update); compare what both ends of every
+              link sent and received in the exchanges of the checked step (a difference: the link of
+              the receiver)
 
 Every step compares sums on its own rank, without a message. All ranks share their findings every
 ``interval`` steps and before a save. The checks do not detect wrong arithmetic on a rank whose
@@ -17,7 +18,8 @@ FSDP and of ``all_gather``).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +30,7 @@ from torch.distributed.tensor import DTensor
 from cp_megatron.checkpoint.object_collectives import all_gather_objects
 from cp_megatron.comm.checksums import LinkSums, bit_sum
 from cp_megatron.comm.groups import ParallelGroups
+from cp_megatron.plan import Grid
 
 
 class ParameterSums:
@@ -62,7 +65,14 @@ class ParameterSums:
 
     def replicated(self) -> int:
         """One sum over the parameters that all tensor parallel ranks hold alike."""
-        sums = self._taken[self._alike].tolist()
+        return self._total(self._taken[self._alike])
+
+    def total(self) -> int:
+        """One sum over all parameters of this rank."""
+        return self._total(self._taken)
+
+    def _total(self, taken: Tensor) -> int:
+        sums = taken.tolist()
         # The sums are weighted by their place, so that two swapped parameters make a difference.
         total = sum((2 * place + 1) * bits for place, bits in enumerate(sums))
         return (total + 2**63) % 2**64 - 2**63
@@ -107,13 +117,19 @@ class Checks:
             step: the number of the last finished step.
         """
         text = self._check_this_rank(step)
-        mine = torch.tensor([bool(text), self.parameters.replicated()])
+        sums = self.parameters.replicated(), self.parameters.total()
+        mine = torch.tensor([bool(text), *sums])
         rows = [torch.empty_like(mine) for _ in range(self.control.size())]
         dist.all_gather(rows, mine, group=self.control)
         broken = [bool(row[0]) for row in rows]
         texts = all_gather_objects(text, self.control) if any(broken) else []
         findings = [f"rank {rank}: {text}" for rank, text in enumerate(texts) if text]
-        findings += self._compare_replicas([int(row[1]) for row in rows], broken)
+        over_tp, whole = ([int(row[place]) for row in rows] for place in (1, 2))
+        grid = self.groups.grid
+        findings += _deviating(
+            grid.groups("tp"), over_tp, broken, "parameters that tensor parallel ranks share differ"
+        )
+        findings += _deviating(_copies(grid), whole, broken, "copies of the model differ")
         return "; ".join(findings) or None
 
     def _check_this_rank(self, step: int) -> str:
@@ -130,17 +146,27 @@ class Checks:
                 findings.append(f"messages from rank {ranks} arrived corrupted")
         return ", ".join(findings)
 
-    def _compare_replicas(self, sums: list[int], broken: list[bool]) -> list[str]:
-        """Tensor parallel groups whose common parameters differ, and the ranks that deviate."""
-        findings = []
-        for group in self.groups.grid.groups("tp"):
-            held = [sums[rank] for rank in group]
-            most = max(held.count(value) for value in held)
-            if most == len(held) or any(broken[rank] for rank in group):
-                continue
-            odd = [rank for rank in group if held.count(sums[rank]) < most]
-            # Without a majority, any rank of the group may be the wrong one.
-            ranks = odd if 2 * most > len(held) else group
-            text = f"rank {', '.join(map(str, ranks))}"
-            findings.append(f"{text}: parameters that tensor parallel ranks share differ")
-        return findings
+
+def _copies(grid: Grid) -> list[list[int]]:
+    """The ranks that hold the same part of the model, one in each copy of it."""
+    groups = defaultdict[tuple[int, int], list[int]](list)
+    for rank in range(grid.world_size):
+        groups[grid.index("tp", rank), grid.shard(rank)].append(rank)
+    return list(groups.values())
+
+
+def _deviating(
+    groups: Iterable[Sequence[int]], sums: Sequence[int], broken: Sequence[bool], text: str
+) -> list[str]:
+    """Groups whose sums differ, and the ranks that deviate."""
+    findings = []
+    for group in groups:
+        held = [sums[rank] for rank in group]
+        most = max(held.count(value) for value in held)
+        if most == len(held) or any(broken[rank] for rank in group):
+            continue
+        odd = [rank for rank in group if held.count(sums[rank]) < most]
+        # Without a majority, any rank of the group may be the wrong one.
+        ranks = odd if 2 * most > len(held) else group
+        findings.append(f"rank {', '.join(map(str, ranks))}: {text}")
+    return findings

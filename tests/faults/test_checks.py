@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
-import torch
-
-from cp_megatron.faults.checks import Checks, ParameterSums
+from cp_megatron.faults.checks import _copies, _deviating
 from cp_megatron.plan import Grid
 from cp_megatron.train.announcement import Announcement
 from cp_megatron.train.loop import DivergedError
@@ -112,22 +109,26 @@ def test_tensor_parallel_ranks_that_drift_apart_are_named(place: Place) -> None:
     assert two == ["rank 2, 3: parameters that tensor parallel ranks share differ"] * 4
 
 
+def test_copies_of_the_model_that_drift_apart_are_named(place: Place) -> None:
+    flags = ["--data-parallel-replicate-size", "2", "--global-batch-size", "4"]
+    found = run_ranks(drift, 4, place.argv("a", *flags, *CHECKED), 2)
+    assert found == ["rank 0, 2: copies of the model differ"] * 4, "there is no majority"
+
+
 def test_which_rank_is_blamed() -> None:
-    checks = Checks(
-        interval=1,
-        parameters=ParameterSums([("w", torch.ones(2))]),
-        links=cast("Any", None),
-        groups=cast("Any", SimpleNamespace(grid=Grid(dp=2, cp=1, tp=3))),
-        control=cast("Any", None),
-        device=torch.device("cpu"),
-    )
+    groups = Grid(dp=2, cp=1, tp=3).groups("tp")
+
+    def blamed(sums: list[int], broken: list[bool]) -> list[str]:
+        return [found.split(":")[0] for found in _deviating(groups, sums, broken, "differ")]
+
     fine = [False] * 6
-    assert checks._compare_replicas([1, 1, 1, 2, 2, 2], fine) == []
-    assert [text.split(":")[0] for text in checks._compare_replicas([1, 5, 1, 2, 2, 3], fine)] == [
-        "rank 1",
-        "rank 5",
-    ]
-    (text,) = checks._compare_replicas([1, 2, 3, 4, 4, 4], fine)
-    assert text.startswith("rank 0, 1, 2:")
+    assert blamed([1, 1, 1, 2, 2, 2], fine) == []
+    assert blamed([1, 5, 1, 2, 2, 3], fine) == ["rank 1", "rank 5"]
+    assert blamed([1, 2, 3, 4, 4, 4], fine) == ["rank 0, 1, 2"]
     # A rank that found its own fault is blamed once.
-    assert checks._compare_replicas([1, 5, 1, 2, 2, 2], [False, True, *fine[:4]]) == []
+    assert blamed([1, 5, 1, 2, 2, 2], [False, True, *fine[:4]]) == []
+
+
+def test_the_ranks_that_hold_the_same_part_of_the_model() -> None:
+    assert _copies(Grid(dp=2, cp=2, tp=2, replicas=2)) == [[0, 4], [1, 5], [2, 6], [3, 7]]
+    assert _copies(Grid(dp=2, cp=2)) == [[0], [1], [2], [3]]
