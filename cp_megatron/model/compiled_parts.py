@@ -26,10 +26,10 @@ from cp_megatron.model.self_attention import SelfAttention
 from cp_megatron.model.transformer import Transformer
 from cp_megatron.tensor_parallel import LocalWeights
 
-WORKS = "a C++ compiler (g++ or clang++) for cpu, Triton for cuda, or without --compile"
+WORKS = "g++, or the compiler that CXX names, on cpu; Triton on cuda; or without --compile"
 
 
-def compile_parts(model: Transformer) -> None:
+def compile_parts(model: Transformer, backend: str = "inductor") -> None:
     """Compiles the parts of all layers at their first call, for each shape that they are given.
 
     Shapes are never symbolic: otherwise the code for one shape, and so the rounding of its results,
@@ -39,15 +39,15 @@ def compile_parts(model: Transformer) -> None:
         assert isinstance(layer, TransformerLayer)
         for norm in layer.children():
             if isinstance(norm, Norm):
-                _compile(norm, "forward")
+                _compile(norm, "forward", backend)
         if isinstance(layer.mixer, SelfAttention | LatentAttention):
-            _compile(layer.mixer, "project")
-        _compile(layer.mlp, "forward")
+            _compile(layer.mixer, "project", backend)
+        _compile(layer.mlp, "forward", backend)
 
 
-def _compile(owner: nn.Module, name: str) -> None:
+def _compile(owner: nn.Module, name: str, backend: str) -> None:
     """Puts a compiled form in the place of a method of the module."""
-    run = torch.compile(getattr(owner, name), dynamic=False)
+    run = torch.compile(getattr(owner, name), dynamic=False, backend=backend)
     weights = LocalWeights(owner)
 
     def compiled(*args: Any) -> Any:
