@@ -63,7 +63,7 @@ def check_compiler(device: torch.device) -> None:
     Raises:
         ConfigError: torch.compile does not work here.
     """
-    options = {"fx_graph_cache": False}
+    options: dict[str, Any] = {"fx_graph_cache": False}
     try:
         torch.compile(_trial, dynamic=False, options=options)(torch.ones(8, device=device))
     except Exception as error:
