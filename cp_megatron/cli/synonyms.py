@@ -228,7 +228,10 @@ def flags_of_tables(tables: Mapping[str, Any]) -> tuple[list[str], list[str]]:
             name = f"{section}.{key}"
             answer = SYNONYMS["torchtitan"].get(name, "")
             if answer.startswith("--") and " " not in answer and not isinstance(value, dict):
-                flags.append(answer if value is True else f"{answer} {value}")
+                text = f"{answer} {value}"
+                if isinstance(value, bool):
+                    text = answer if value else f"--no-{answer.removeprefix('--')}"
+                flags.append(text)
             else:
                 others.append(name)
     return flags, others

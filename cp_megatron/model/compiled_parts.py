@@ -67,7 +67,7 @@ def check_compiler(device: torch.device) -> None:
     try:
         torch.compile(_trial, dynamic=False, options=options)(torch.ones(8, device=device))
     except Exception as error:
-        reason = str(error).strip().splitlines()[0][:200]
+        reason = str(error).strip().partition("\n")[0][:200]
         rule = f"torch.compile fails on {device.type}: {reason}"
         raise ConfigError("--compile", True, rule, WORKS) from None
 

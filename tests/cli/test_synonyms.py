@@ -75,6 +75,7 @@ flavor = "8B"
 seq_len = 8192
 steps = 1000
 compile = true
+deterministic = false
 [optimizer]
 lr = 3e-4
 [lr_scheduler]
@@ -91,4 +92,7 @@ def test_a_toml_file_says_what_it_is(tmp_path: Path) -> None:
         parse_arguments(["--config", str(file)])
     assert "TOML" in caught.value.rule
     assert "model.flavor, lr_scheduler.min_lr_factor, comm" in caught.value.rule
-    assert caught.value.works == "--seq-length 8192 --train-iters 1000 --compile --lr 0.0003"
+    assert (
+        caught.value.works
+        == "--seq-length 8192 --train-iters 1000 --compile --no-deterministic --lr 0.0003"
+    )

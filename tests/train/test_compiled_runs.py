@@ -30,9 +30,10 @@ def train_traced(rank: int, world_size: int, argv: list[str], stop_at: int | Non
 def test_a_compiled_run_is_the_run_and_repeats_bit_for_bit(tmp_path: Path) -> None:
     eager, whole, halves = (tmp_path / name for name in ("eager", "whole", "halves"))
     run_ranks(train, 1, [*FLOAT64, "--save", str(eager)])
-    run_ranks(train_traced, 1, [*FLOAT64, "--save", str(whole), "--compile"])
-    run_ranks(train_traced, 1, [*FLOAT64, "--save", str(halves), "--compile"], STOP)
-    run_ranks(train_traced, 1, ["--load", str(halves)])  # the run's configuration has the flag
+    run_ranks(train_traced, 1, [*FLOAT64, "--save", str(whole), "--compile"], timeout=300)
+    run_ranks(train_traced, 1, [*FLOAT64, "--save", str(halves), "--compile"], STOP, timeout=300)
+    # The run's configuration has the flag.
+    run_ranks(train_traced, 1, ["--load", str(halves)], timeout=300)
     rows = [list(map(numbers, metrics_of(folder))) for folder in (eager, whole, halves)]
     assert rows[1] == rows[2]
     assert rows[1] != rows[0]
