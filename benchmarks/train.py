@@ -5,6 +5,7 @@ different ways, which run in turns, in a new random order in every round:
 
 - ``ours`` on one process with two threads, and ``ours lean`` with full recomputation, tiles, small
   chunks of the loss, and offloading;
+- ``ours compiled``, only if it is named by ``--only``: ``ours`` with ``--compile``;
 - ``ours cp2``, ``ours tp2`` and ``ours tp2 cp2`` on 2, 2 and 4 ranks with one thread each;
 - ``transformers``: its model with scaled_dot_product_attention and fused AdamW, no checkpointing;
 - ``plain``: the least that a loop over PyTorch's modules does (``harness/plain.py``);
@@ -26,6 +27,7 @@ Prints one JSON line per row length and way, with the hardware:
     python benchmarks/train.py --tokens 2048 --rounds 5 --only ours transformers --profile 20
     git worktree add ../before 7a4af13
     python benchmarks/train.py --before ../before
+    python benchmarks/train.py --tokens 2048 --only ours ours-compiled
     python benchmarks/train.py --quick                              # seconds
 """
 
@@ -170,6 +172,8 @@ def jobs_of(arguments: Arguments) -> dict[str, Job]:
     job = Job(model=model, vocab_size=arguments.vocab_size, tokens=0)
     chosen = [way.replace("-", " ") for way in arguments.only] or [*WAYS]
     jobs = {way: replace(job, grid=GRIDS.get(way, ALONE)) for way in chosen}
+    if "ours compiled" in jobs:
+        jobs["ours compiled"] = replace(jobs["ours compiled"], compiled=True)
     if "ours lean" in jobs:
         jobs["ours lean"] = replace(jobs["ours lean"], memory=LEAN)
     if arguments.before:

@@ -29,6 +29,7 @@ from cp_megatron.config.files.presets import PRESETS
 from cp_megatron.context_parallel import ContextParallel
 from cp_megatron.data.batch.batch import Batch
 from cp_megatron.model import ComputeDType, build_model
+from cp_megatron.model.compiled_parts import compile_parts
 from cp_megatron.plan import Grid, Mask
 from cp_megatron.tensor_parallel import LossRule
 from cp_megatron.train.optimizer import make_optimizer
@@ -51,6 +52,7 @@ class Job:
         device: cpu computes in float32, cuda in bfloat16 with float32 weights.
         document: tokens per document in packed rows; by default a row is one document.
         kernel: the attention kernel of our step.
+        compiled: compile the parts of our layers, as ``--compile`` does.
     """
 
     model: ModelConfig
@@ -62,6 +64,7 @@ class Job:
     device: Literal["cpu", "cuda"] = "cpu"
     document: int | None = None
     kernel: str = "auto"
+    compiled: bool = False
 
     @property
     def mask(self) -> Mask:
@@ -125,6 +128,8 @@ class OurStep:
         )
         if draws:
             draw(model)
+        if job.compiled:
+            compile_parts(model)
         self.train_step = TrainStep(
             model=model,
             optimizer=make_optimizer(model.parameters(), OptimizerConfig()),

@@ -17,7 +17,6 @@ _SELECTIVE = "--recompute-granularity selective or full"
 _TENSORBOARD = "nothing: TensorBoard events are written to the folder of --save"
 _WARMUP = "--lr-warmup-iters"
 _ROWS = "nothing: rows are cut in the process itself"
-_COMPILE = "nothing: the program is not compiled"
 
 SYNONYMS: Mapping[str, Mapping[str, str]] = {
     "transformers or TRL": {
@@ -62,7 +61,7 @@ SYNONYMS: Mapping[str, Mapping[str, str]] = {
         "torch_dtype": "--dtype",
         "attn_implementation": "--kernel",
         "use_flash_attention_2": "--kernel",
-        "torch_compile": _COMPILE,
+        "torch_compile": "--compile",
         "optim": "--optimizer adam, or muon",
         "dataloader_num_workers": _ROWS,
         "remove_unused_columns": _ROWS,
@@ -107,8 +106,10 @@ SYNONYMS: Mapping[str, Mapping[str, str]] = {
         "training.seed": "--seed",
         "training.deterministic": "--deterministic",
         "training.mixed_precision_param": "--dtype",
-        "training.compile": _COMPILE,
-        "compile.enable": _COMPILE,
+        "training.compile": "--compile",
+        "compile.enable": "--compile",
+        "compile.components": "nothing: --compile compiles parts of layers",
+        "compile.backend": "nothing: --compile uses Inductor",
         "training.data_parallel_shard_degree": _SHARDED,
         "training.context_parallel_degree": "--context-parallel-size",
         "training.tensor_parallel_degree": "--tensor-parallel-size",
@@ -227,7 +228,10 @@ def flags_of_tables(tables: Mapping[str, Any]) -> tuple[list[str], list[str]]:
             name = f"{section}.{key}"
             answer = SYNONYMS["torchtitan"].get(name, "")
             if answer.startswith("--") and " " not in answer and not isinstance(value, dict):
-                flags.append(answer if value is True else f"{answer} {value}")
+                text = f"{answer} {value}"
+                if isinstance(value, bool):
+                    text = answer if value else f"--no-{answer.removeprefix('--')}"
+                flags.append(text)
             else:
                 others.append(name)
     return flags, others

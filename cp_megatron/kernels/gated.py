@@ -39,6 +39,8 @@ def activate(x: Tensor, activation: Activation) -> Tensor:
 
 def gated(gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
     """act(gate) * up; both are of one shape and type. The result can be differentiated once."""
+    if torch.compiler.is_compiling():  # the compiler fuses and differentiates it
+        return activate(gate, activation) * up
     result: Tensor = _Gated.apply(gate, up, activation)
     return result
 

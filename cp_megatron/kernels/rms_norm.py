@@ -44,14 +44,26 @@ class NormKernels(NamedTuple):
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """[.., h] and weight [h] -> [.., h], differentiable once."""
+    if torch.compiler.is_compiling():
+        return _compilable(x, weight, epsilon)
     result: Tensor = _RMSNorm.apply(x, None, weight, epsilon)
     return result
 
 
 def add_rms_norm(x: Tensor, added: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
     """x + added and its ``rms_norm``, two tensors [.., h]."""
+    if torch.compiler.is_compiling():
+        total = x + added
+        return total, _compilable(total, weight, epsilon)
     results: tuple[Tensor, Tensor] = _RMSNorm.apply(x, added, weight, epsilon)
     return results
+
+
+def _compilable(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """The norm in operations that the compiler fuses and differentiates."""
+    exact = x.to(accumulation_dtype(x.dtype))
+    scale = torch.rsqrt(exact.square().mean(-1, keepdim=True) + epsilon)
+    return (exact * scale * weight).to(x.dtype)
 
 
 class _RMSNorm(torch.autograd.Function):

@@ -188,6 +188,8 @@ def _check_rest(
     with mistakes.collect():
         rules.check_kernel_benchmark(config)
     with mistakes.collect():
+        rules.check_compile(config)
+    with mistakes.collect():
         rules.check_data(config.data, given)
     with mistakes.collect():
         # All of small data is read by a dry run, with notes about all of it.

@@ -190,6 +190,14 @@ def check_kernel_benchmark(config: Config) -> None:
         raise ConfigError(flag, True, rule, "--kernel NAME instead")
 
 
+def check_compile(config: Config) -> None:
+    """The memory report sees the operations of a program that is not compiled."""
+    if config.train.compile and config.memory.memory_report:
+        rule = "observes single operations, which --compile merges"
+        works = "one run without --compile, which keeps about as much for backward"
+        raise ConfigError("--memory-report", True, rule, works)
+
+
 def check_window(model: ModelConfig) -> None:
     """The window is one of a causal model, and the layers that have it exist."""
     _check_window_layers(model)

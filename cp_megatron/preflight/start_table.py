@@ -128,6 +128,9 @@ def _choices(plan: RunPlan) -> Iterator[Line]:
         yield label, f"{kernel.name} - {kernel.reason}"
     if plan.config.model.has_linear_layers:
         yield from _recurrences(plan)
+    if plan.config.train.compile:
+        parts = "norms, projections of attention, MLPs"
+        yield "compiled", f"{parts}; memory is predicted for a run without --compile"
     if plan.config.train.deterministic:
         yield "deterministic", "on: the same grid repeats bit for bit"
     if plan.grid.cp > 1:

@@ -6,6 +6,7 @@ import signal
 import sys
 import time
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ from cp_megatron.checkpoint.find_checkpoint import CheckpointChoice
 from cp_megatron.checkpoint.hf_load import load_hf
 from cp_megatron.checkpoint.load import load_checkpoint
 from cp_megatron.checkpoint.manifest import read_manifest
-from cp_megatron.checkpoint.object_collectives import on_first_rank
+from cp_megatron.checkpoint.object_collectives import on_all_ranks, on_first_rank
 from cp_megatron.comm.garbage import frozen_garbage
 from cp_megatron.comm.runtime import Launch, record_collectives
 from cp_megatron.comm.signals import StopRequest, stop_on_signal
@@ -34,6 +35,7 @@ from cp_megatron.faults.watch import Watch
 from cp_megatron.memory.capacity import check_memory
 from cp_megatron.metrics.wandb_log import WandbRun
 from cp_megatron.metrics.writer import MetricsWriter, keep_aside
+from cp_megatron.model.compiled_parts import check_compiler, compile_parts
 from cp_megatron.preflight.run_length import repetition
 from cp_megatron.preflight.run_plan import RunPlan
 from cp_megatron.preflight.save_and_load import check_save, fresh_run_folder, model_name
@@ -189,6 +191,9 @@ def _make_train_step(plan: RunPlan, launch: Launch, control: dist.ProcessGroup) 
     is_new = plan.load is None and load_hf_folder is None
     is_checked = config.train.check_interval is not None
     model, groups, device = make_model(plan, launch, initialize=is_new)
+    if config.train.compile:
+        on_all_ranks(partial(check_compiler, device), control)
+        compile_parts(model)
     optimizer = choose_optimizer(model, config.optimizer, group=groups.world, device=device)
     if plan.load is not None:
         load_checkpoint(

@@ -33,6 +33,8 @@ from cp_megatron.errors import ConfigError
         ("--max_seq_length", "--seq-length"),
         ("--training.seq_len", "--seq-length"),
         ("--parallelism.context_parallel_degree", "--context-parallel-size"),
+        ("--compile.enable", "--compile"),
+        ("--torch_compile", "--compile"),
         ("--deepspeed", "nothing"),
         ("--zero_stage", "nothing"),
         ("--batch-size", "--global-batch-size or --micro-batch-size"),
@@ -73,6 +75,7 @@ flavor = "8B"
 seq_len = 8192
 steps = 1000
 compile = true
+deterministic = false
 [optimizer]
 lr = 3e-4
 [lr_scheduler]
@@ -88,5 +91,8 @@ def test_a_toml_file_says_what_it_is(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         parse_arguments(["--config", str(file)])
     assert "TOML" in caught.value.rule
-    assert "model.flavor, training.compile, lr_scheduler.min_lr_factor, comm" in caught.value.rule
-    assert caught.value.works == "--seq-length 8192 --train-iters 1000 --lr 0.0003"
+    assert "model.flavor, lr_scheduler.min_lr_factor, comm" in caught.value.rule
+    assert (
+        caught.value.works
+        == "--seq-length 8192 --train-iters 1000 --compile --no-deterministic --lr 0.0003"
+    )

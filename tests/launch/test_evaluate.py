@@ -115,6 +115,7 @@ def planned(folder: Path, *argv: str) -> EvaluationSetup:
         (["--train-iters", "7"], "--train-iters: has no effect"),
         (["--profile"], "--profile: has no effect"),
         (["--sequence-parallel"], "--sequence-parallel: has no effect"),
+        (["--compile"], "--compile: has no effect"),
         (["--kernel-benchmark"], "--kernel-benchmark: has no effect"),
         (["--hidden-size", "64"], "is of another model"),
         (["--dtype", "float64"], "--dtype float64: the checkpoint's weights are float32"),

@@ -130,6 +130,7 @@ def refused(
         (["--tensor-parallel-size", "2"], 3, "--tensor-parallel-size", "--nproc-per-node 2 "),
         (["--kernel-benchmark", "--kernel", "cpu"], 1, "--kernel-benchmark", "--kernel auto"),
         (["--kernel-benchmark", "--deterministic"], 1, "--kernel-benchmark", "--kernel NAME"),
+        (["--compile", "--memory-report"], 1, "--memory-report", "without --compile"),
         # the model
         (["--hidden-size", "130"], 1, "--hidden-size", "128, 132"),
         (["--num-query-groups", "3"], 1, "--num-query-groups", "1, 2, 4"),
