@@ -51,6 +51,8 @@ HEADS, KV_HEADS, HEAD_DIM, BYTES = 8, 4, 64, 4
 WAITING = ("wait for", "all-to-all of heads")  # names of traced ranges (comm/trace.py)
 EXCHANGES: Mapping[str, Mapping[str, Any]] = {
     "p2p ring": {"exchange": "p2p", "route": "ring"},
+    "p2p ring, 2 parts": {"exchange": "p2p", "route": "ring", "message_parts": 2},
+    "p2p ring, 4 parts": {"exchange": "p2p", "route": "ring", "message_parts": 4},
     "p2p direct": {"exchange": "p2p", "route": "direct"},
     "all_gather": {"exchange": "all_gather"},
     "a2a": {"exchange": "a2a"},
