@@ -125,7 +125,7 @@ class Schedule:
             check_heads(1, num_heads, kv_heads, exchange)
         plan = cls(mask, layout, exchange, route, num_heads, kv_heads)
         heads = Heads(
-            num_heads=num_heads or 1,
+            num_heads=num_heads or kv_heads or 1,
             num_kv_heads=kv_heads or 1,
             head_dim=head_dim,
             v_head_dim=head_dim if v_head_dim is None else v_head_dim,
@@ -137,9 +137,7 @@ class Schedule:
         plan = plan._with_exchange(heads, hierarchical_sizes)
         if plan.all_to_all_size > 1:
             check_heads(plan.all_to_all_size, num_heads, kv_heads, plan.exchange)
-        if plan.route == "auto":
-            plan = replace(plan, route=choose_route(plan.readers))
-        return plan._with_parts(heads, message_parts)
+        return plan._with_messages(heads, message_parts)
 
     def _with_exchange(self, heads: Heads, sizes: tuple[int, int] | None) -> Schedule:
         """Resolves ``auto``: which ranks exchange heads, what travels, and why."""
@@ -153,16 +151,17 @@ class Schedule:
             return replace(self, hierarchical_sizes=(1, size), latent=latent)
         return replace(self, hierarchical_sizes=sizes or (size, 1))
 
-    def _with_parts(self, heads: Heads, asked: int | None) -> Schedule:
-        """Resolves the number of parts of a message."""
+    def _with_messages(self, heads: Heads, parts: int | None) -> Schedule:
+        """Resolves the route and the number of parts of a message."""
+        route = choose_route(self.readers) if self.route == "auto" else self.route
         sizes = inner, groups = self.hierarchical_sizes
         if groups == 1 or self.exchange == "all_gather" or self.latent is not None:
-            return self
-        if asked is None:
-            parts = choose_parts(self.mask, self.group_layout, heads, self.route, sizes)
+            parts = 1
+        elif parts is None:
+            parts = choose_parts(self.mask, self.group_layout, heads, route, sizes)
         else:
-            parts = min(asked, *kv_heads_of_ranks(heads, inner))
-        return replace(self, message_parts=parts)
+            parts = min(parts, *kv_heads_of_ranks(heads, inner))
+        return replace(self, route=route, message_parts=parts)
 
     def within(self, mask: Mask) -> Schedule:
         """Returns the same exchange under another mask, for layers with another window."""
