@@ -7,7 +7,8 @@ it cannot run, it prints a line that says why.
 Measured is causal attention, forward and backward, with 8 heads of 64 and 4 key/value heads in
 float32. A rate is given as a multiple of the one at which a ring of whole shards takes as long as
 the computation itself, and so would double the time of attention if nothing were hidden: such a
-ring sends 3 (N - 1) shards of keys and values over the link, one forward and two backward.
+ring sends 3 (N - 1) shards of keys and values over the link, one forward and two backward. p2p runs
+with whole messages, and with messages in two and in four parts.
 
 Prints one JSON line per number of ranks, rate and exchange, with the hardware:
 
@@ -50,8 +51,10 @@ from cp_megatron.plan import Mask
 HEADS, KV_HEADS, HEAD_DIM, BYTES = 8, 4, 64, 4
 WAITING = ("wait for", "all-to-all of heads")  # names of traced ranges (comm/trace.py)
 EXCHANGES: Mapping[str, Mapping[str, Any]] = {
-    "p2p ring": {"exchange": "p2p", "route": "ring"},
-    "p2p direct": {"exchange": "p2p", "route": "direct"},
+    "p2p ring": {"exchange": "p2p", "route": "ring", "message_parts": 1},
+    "p2p ring, 2 parts": {"exchange": "p2p", "route": "ring", "message_parts": 2},
+    "p2p ring, 4 parts": {"exchange": "p2p", "route": "ring", "message_parts": 4},
+    "p2p direct": {"exchange": "p2p", "route": "direct", "message_parts": 1},
     "all_gather": {"exchange": "all_gather"},
     "a2a": {"exchange": "a2a"},
     "a2a+p2p": {"exchange": "a2a+p2p"},
@@ -93,7 +96,8 @@ class Bench:
         cp = ContextParallel(group, mask, exchange="auto", **(sizes if size > 2 else {}))  # type: ignore[arg-type]
         chosen = cp.schedule(HEADS, KV_HEADS, HEAD_DIM)
         route = f" {chosen.route}" if chosen.exchange == "p2p" else ""
-        return f"{chosen.exchange}{route}", chosen.reason
+        parts = f", {chosen.message_parts} parts" if chosen.message_parts > 1 else ""
+        return f"{chosen.exchange}{route}{parts}", chosen.reason
 
     def measure(self, name: str) -> tuple[float, float, float]:
         """Times at which a pass began and ended, and the seconds of waiting in it."""

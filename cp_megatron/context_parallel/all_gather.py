@@ -33,7 +33,7 @@ from cp_megatron.context_parallel.rank_plan import RankPlan
 from cp_megatron.kernels.interface import BackwardInputs, accumulation_dtype
 from cp_megatron.plan.buffer_sizes import GatherBuffers, gather_buffers, gather_portions
 from cp_megatron.plan.gather import Gather
-from cp_megatron.plan.heads import HeadGroup, cut_heads
+from cp_megatron.plan.heads import cut_heads, from_zero
 from cp_megatron.plan.tiling import Span, num_positions, pack
 
 
@@ -49,7 +49,7 @@ def gather_forward(
     source = _KeySource(plan, memory, own)
     for number, portion in enumerate(source.portions):
         following = source.start_next()
-        groups = _from_zero(cut_heads(plan.groups, *portion))
+        groups = from_zero(cut_heads(plan.groups, *portion))
         results.add(plan.rounds[0], own.heads(portion), groups)
         keys = source.wait(number)
         if keys is not None:
@@ -83,7 +83,7 @@ def gather_backward(
                 assert use.gradients is not None
                 sums = keys.take(memory, use.gradients, accumulation_dtype(x.k.dtype))
                 gradients = Gradients(call, queries, plan.rounds[1], keys, sums)
-                gradients.store_remote(_from_zero(groups))
+                gradients.store_remote(from_zero(groups))
                 remote = gradients.grads.packed
             sink.finish()
             sink.start(portion, use, remote)
@@ -167,9 +167,3 @@ class _GradientSink:
             returned = started.wait()
         self._grads.heads(portion).add_(self._gather.given, returned)
         self._pending = None
-
-
-def _from_zero(groups: tuple[HeadGroup, ...]) -> tuple[HeadGroup, ...]:
-    """Counts key/value heads from the first of ``groups``, as a portion holds them."""
-    first = groups[0].keys[0]
-    return tuple(HeadGroup(q, (k0 - first, k1 - first)) for q, (k0, k1) in groups)

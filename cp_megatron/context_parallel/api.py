@@ -54,6 +54,12 @@ class ContextParallel(RecurrentSequence):
             With ``auto``, the number of ranks that share a node, and the number of nodes.
         exchange_latent: what ``latent_attention`` sends unless its call says otherwise:
             ``latent``, ``expanded`` or ``auto``, as explained there.
+        message_parts: the number of parts, at most the key/value heads of a rank, in which p2p and
+            a2a+p2p send a message, so that the first ones are computed while others are under way.
+            None sends several if computing would not hide the messages on the network that
+            ``plan/exchange.py`` assumes. No rate is measured, so a slower network, such as one
+            between hosts of CPUs, needs a number: 2 or 4. Each part makes calls of the kernel
+            smaller.
         deterministic: the same inputs give the same bits; a kernel that cannot do this is refused.
         check_ranks: compare masks, layouts, shapes and types between the ranks before attention,
             so that a mistake is an error on every rank instead of a hang or a wrong number. Each
@@ -88,6 +94,7 @@ class ContextParallel(RecurrentSequence):
         hierarchical_sizes: tuple[int, int] | None = None,
         *,
         exchange_latent: str = "auto",
+        message_parts: int | None = None,
         deterministic: bool = False,
         check_ranks: str | bool = "auto",
         rows: Tensor | None = None,
@@ -98,8 +105,8 @@ class ContextParallel(RecurrentSequence):
         check_exchange(exchange, route, self.cp_size, sizes)
         check_latent_exchange(exchange, exchange_latent)
         self._layout_kind, self._exchange, self._route = layout, exchange, route
-        self._sizes, self._exchange_latent = sizes, exchange_latent
-        options = exchange, route, sizes, exchange_latent
+        self._sizes, self._exchange_latent, self._parts = sizes, exchange_latent, message_parts
+        options = exchange, route, sizes, exchange_latent, message_parts
         self._agreement = RankAgreement(check_mode(check_ranks), group, mask, self.layout, options)
         self._chooser = mask
         self._repeats = len(mask.lengths) == 1  # other batches will have the same tiles
@@ -128,6 +135,7 @@ class ContextParallel(RecurrentSequence):
             route=self._route,
             hierarchical_sizes=self._sizes,
             exchange_latent=self._exchange_latent,
+            message_parts=self._parts,
             check_ranks=self._agreement.mode,
         )
         other.buffers, other.link_sums, other.kernels = self.buffers, self.link_sums, self.kernels
@@ -179,6 +187,7 @@ class ContextParallel(RecurrentSequence):
             v_head_dim=v_head_dim,
             latent=latent,
             exchange_latent=exchange_latent,
+            message_parts=self._parts,
         )
         return chosen.within(self.mask)
 

@@ -3,15 +3,17 @@
 Shapes: B = batch, S = tokens of the shard, H = query heads, G = key/value heads, D = head dim,
 E = value head dim.
 
-Each round posts the messages of the next round, computes its own tiles, merges their results, and
-waits. plan/buffer_sizes.py describes the memory of the messages.
+A step is one round of one part of the heads; there is one part unless messages are split. Each step
+waits for what it reads, posts the messages of a later step, computes its own tiles, and merges
+their results. plan/buffer_sizes.py describes the memory of the messages.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Sequence
+from functools import partial
 
-import torch
 from torch import Tensor
 
 from cp_megatron.comm.send_receive import Pending, post
@@ -25,11 +27,12 @@ from cp_megatron.context_parallel.partials import (
     MergedResults,
     gradients_at_once,
 )
-from cp_megatron.context_parallel.rank_plan import RankPlan, RankRound
+from cp_megatron.context_parallel.rank_plan import RankPlan
 from cp_megatron.kernels.interface import BackwardInputs, accumulation_dtype
-from cp_megatron.plan.buffer_sizes import Buffer, RoundBuffers
-from cp_megatron.plan.heads import halves
-from cp_megatron.plan.rounds import Message, Round
+from cp_megatron.plan.buffer_sizes import Buffer
+from cp_megatron.plan.heads import cut_heads, from_zero, halves
+from cp_megatron.plan.rounds import Message
+from cp_megatron.plan.tiling import Span
 
 
 def ring_forward(
@@ -48,16 +51,13 @@ def ring_forward(
         tile each has the type that the kernel returned.
     """
     results = MergedResults(plan, call, q)
-    keys = _Keys(plan, memory, KeyValues(k, v))
-    for round_, buffers in zip(plan.rounds, plan.round_buffers):
-        sends = keys.sends(round_, buffers)
-        incoming = keys.take(buffers.arrival)
-        receives = _receives((round_.receive_keys, incoming))
-        pending = post(plan.group, sends=sends, receives=receives, sums=plan.link_sums)
-        results.add(round_, keys.arrival, plan.groups)
-        with traced("wait for keys"):
-            pending.wait()
-        keys.arrived(incoming)
+    parts = _parts(plan, memory, KeyValues(k, v))
+    messages = _Messages(plan)
+    for number, round_ in enumerate(plan.rounds):
+        for part in parts:
+            messages.exchange(part, number)
+            results.add(round_, part.arrival, part.groups)
+    messages.finish()
     return results.result()
 
 
@@ -79,117 +79,169 @@ def ring_backward(
         return complete
     queries = BackwardQueries.of(plan, call, x, dlse)
     shard = KeyValues(x.k, x.v)
-    keys = _Keys(plan, memory, shard)
     # The tiles of this rank's keys need no message. The first half of their heads hides the arrival
     # of the first keys; the other half is kept for the end and hides the last gradients.
     late, early = halves(plan.groups) if plan.receives else ((), plan.groups)
-    own = latest = Gradients.of_shard(plan, call, queries, shard)
+    own = Gradients.of_shard(plan, call, queries, shard)
     own.zero(late, queries=plan.merges)
-    before: tuple[RankRound, RoundBuffers] | None = None
-    for current in (*zip(plan.rounds, plan.round_buffers), None):
-        slot = _BackwardSlot.post(plan, memory, before, current, keys, latest.grads)
-        if current is None:
-            own.add(late, queries=plan.merges)
-        elif before is None:
-            own.store_own(early)
-        elif current[1].gradients:
-            # The sums of the round before are being sent, so this round sums in another buffer.
-            sums = shard.take(memory, current[1].gradients, accumulation_dtype(x.k.dtype))
-            latest = Gradients(call, queries, current[0], keys.arrival, sums)
-            latest.store_remote(plan.groups)
-        slot.wait_and_add(arrival=latest.grads, own=own.grads)
-        keys.arrived(slot.keys)
-        before = current
+    parts = _parts(plan, memory, shard)
+    messages = _Messages(plan, own.grads)
+    for number, round_ in enumerate((*plan.rounds, None)):
+        for part in parts:
+            messages.exchange(part, number)
+            if round_ is None:
+                own.add(cut_heads(late, *part.heads), queries=plan.merges)
+            elif number == 0:
+                own.store_own(cut_heads(early, *part.heads))
+            elif (sums := part.take(part.buffers[number].gradients, exact=True)) is not None:
+                # The sums of the round before are being sent, so these lie in another buffer.
+                gradients = Gradients(call, queries, round_, part.arrival, sums)
+                gradients.store_remote(part.groups)
+                part.grads = gradients.grads
+    messages.finish()
     return queries.dq, own.grads.k, own.grads.v
 
 
-class _Keys:
-    """The rank's own keys, and the keys that arrived last."""
+class _Part:
+    """The key/value heads of one part of each message.
 
-    def __init__(self, plan: RankPlan, memory: Workspace, shard: KeyValues) -> None:
-        self._owner, self._memory = plan.rounds[0].owner, memory
-        self.shard = self.arrival = shard
+    Attributes:
+        heads: which of this rank's heads they are.
+        groups: the heads as kernels take them; key/value heads count in the part.
+        buffers: for each round, the buffers of the messages.
+        own: the rank's own keys.
+        arrival: the keys of the current round.
+        grads: the sums of their gradients, in backward; None for the rank's own keys.
+    """
 
-    def sends(self, round_: Round, buffers: RoundBuffers) -> list[tuple[Tensor, int]]:
-        """The message of keys that ``round_`` sends and its receiver; empty if it sends none."""
-        message = round_.send_keys
-        if message is None:
-            return []
-        if message.owner == self._owner:
-            target = self.take(buffers.sent_keys)
+    def __init__(self, plan: RankPlan, memory: Workspace, shard: KeyValues, number: int) -> None:
+        self.heads = plan.parts[number]
+        self.groups = from_zero(cut_heads(plan.groups, *self.heads))
+        self.buffers = plan.part_buffers[number]
+        self.own = self.arrival = shard.heads(self.heads)
+        self.grads: KeyValues | None = None
+        self._memory = memory
+
+    def take(self, buffer: Buffer | None, *, exact: bool = False) -> Tensor | None:
+        """Memory for a message of keys or, with ``exact``, of sums of gradients."""
+        dtype = self.own.k.dtype
+        dtype = accumulation_dtype(dtype) if exact else dtype
+        return self.own.take(self._memory, buffer, dtype) if buffer else None
+
+    def keys(self, message: Message, buffer: Buffer | None, *, own: bool) -> Tensor:
+        """The message, with the rank's own keys or with keys of the arrival."""
+        if own:
+            target = self.take(buffer)
             assert target is not None
-            packed = self.shard.pack(message.spans, target)
-        else:
-            assert self.arrival.packed is not None
-            packed = contiguous_runs(
-                self.arrival.packed, message.spans, self._memory, buffers.sent_keys
-            )
-        return [(packed, message.peer)]
+            return self.own.pack(message.spans, target)
+        return self._runs(self.arrival, message, buffer)
 
-    def take(self, buffer: Buffer | None, dtype: torch.dtype | None = None) -> Tensor | None:
-        return self.shard.take(self._memory, buffer, dtype) if buffer else None
+    def gradients(self, message: Message, buffer: Buffer | None) -> Tensor:
+        """The message, with sums of gradients."""
+        assert self.grads is not None
+        return self._runs(self.grads, message, buffer)
 
-    def arrived(self, packed: Tensor | None) -> None:
+    def receive_keys(self, _: Sequence[Span], packed: Tensor) -> None:
         """Makes a message the keys of the next round."""
-        if packed is not None:
-            self.arrival = KeyValues.unpack(packed, self.shard)
+        self.arrival = KeyValues.unpack(packed, self.own)
+
+    def add_passed(self, spans: Sequence[Span], packed: Tensor) -> None:
+        """Adds the sums of the rank above to those of the current round."""
+        assert self.grads is not None
+        self.grads.add_(spans, packed)
+
+    def _runs(self, source: KeyValues, message: Message, buffer: Buffer | None) -> Tensor:
+        assert source.packed is not None
+        return contiguous_runs(source.packed, message.spans, self._memory, buffer)
 
 
-_Expected = tuple[Message | None, Tensor | None]
+def _parts(plan: RankPlan, memory: Workspace, shard: KeyValues) -> list[_Part]:
+    return [_Part(plan, memory, shard, number) for number in range(len(plan.parts))]
 
 
-@dataclass(frozen=True, kw_only=True)
-class _BackwardSlot:
-    """The messages of one slot: keys for the next round, gradients of the round before."""
+class _Slot:
+    """The messages that one step posts, and what is done with those that arrive."""
 
-    pending: Pending
-    keys: Tensor | None
-    passed: _Expected
-    returned: _Expected
+    def __init__(self) -> None:
+        self.sends: list[tuple[Tensor, int]] = []
+        self.receives: list[tuple[Tensor, int]] = []
+        self._then: list[Callable[[], None]] = []
+        self._pending: Pending | None = None
 
-    @classmethod
-    def post(
-        cls,
-        plan: RankPlan,
-        memory: Workspace,
-        before: tuple[RankRound, RoundBuffers] | None,
-        current: tuple[RankRound, RoundBuffers] | None,
-        keys: _Keys,
-        grads: KeyValues,
-    ) -> _BackwardSlot:
-        """Posts the messages of the slot: keys, then gradients passed on, then those returned."""
-        sends = keys.sends(*current) if current else []
-        incoming = keys.take(current[1].arrival) if current else None
-        arriving = current[0].receive_keys if current else None, incoming
-        passed: _Expected = None, None
-        returned: _Expected = None, None
-        if before:
-            round_, buffers = before
-            for message, buffer in (
-                (round_.pass_grads, buffers.sent_passed),
-                (round_.return_grads, buffers.sent_returned),
-            ):
-                if message:
-                    assert grads.packed is not None
-                    packed = contiguous_runs(grads.packed, message.spans, memory, buffer)
-                    sends.append((packed, message.peer))
-            dtype = accumulation_dtype(keys.shard.k.dtype)
-            passed = round_.receive_passed, keys.take(buffers.passed, dtype)
-            returned = round_.receive_returned, keys.take(buffers.returned, dtype)
-        receives = _receives(arriving, passed, returned)
-        pending = post(plan.group, sends=sends, receives=receives, sums=plan.link_sums)
-        return cls(pending=pending, keys=incoming, passed=passed, returned=returned)
+    def receive(
+        self,
+        message: Message | None,
+        buffer: Tensor | None,
+        then: Callable[[Sequence[Span], Tensor], None],
+    ) -> None:
+        """Expects a message in ``buffer``; ``then`` takes its place and the buffer."""
+        if message is not None and buffer is not None:
+            self.receives.append((buffer, message.peer))
+            self._then.append(partial(then, message.spans, buffer))
 
-    def wait_and_add(self, *, arrival: KeyValues, own: KeyValues) -> None:
-        """Adds passed gradients to those of the arrival, returned gradients to the shard's."""
+    def post(self, plan: RankPlan) -> None:
+        self._pending = post(
+            plan.group, sends=self.sends, receives=self.receives, sums=plan.link_sums
+        )
+
+    def finish(self) -> None:
+        """Waits until all has been sent and received, and uses what has arrived."""
+        assert self._pending is not None
         with traced("wait for keys and gradients"):
-            self.pending.wait()
-        for (message, buffer), target in ((self.passed, arrival), (self.returned, own)):
-            if message is not None and buffer is not None:
-                target.add_(message.spans, buffer)
+            self._pending.wait()
+        for then in self._then:
+            then()
 
 
-def _receives(*expected: _Expected) -> list[tuple[Tensor, int]]:
-    return [
-        (buffer, message.peer) for message, buffer in expected if message and buffer is not None
-    ]
+class _Messages:
+    """The slots of the last steps, as many as a message has parts.
+
+    Args:
+        own: the gradients of this rank's keys, to which those from other ranks are added; None in
+            forward, which sends no gradients.
+    """
+
+    def __init__(self, plan: RankPlan, own: KeyValues | None = None) -> None:
+        self._plan, self._own = plan, own
+        self._slots: deque[_Slot] = deque()
+        self._before: tuple[_Part, int] | None = None
+
+    def exchange(self, part: _Part, number: int) -> None:
+        """Waits for what round ``number`` of a part reads, and posts the messages of its slot."""
+        if len(self._slots) == len(self._plan.parts):
+            self._slots.popleft().finish()
+        slot = _Slot()
+        is_round = number < len(self._plan.rounds)
+        if is_round:
+            self._add_keys(slot, part, number)
+        if self._own is not None and self._before is not None:
+            self._add_gradients(slot, self._own, *self._before)
+        self._before = (part, number) if is_round else None
+        slot.post(self._plan)
+        self._slots.append(slot)
+
+    def finish(self) -> None:
+        """Waits for all messages."""
+        while self._slots:
+            self._slots.popleft().finish()
+
+    def _add_keys(self, slot: _Slot, part: _Part, number: int) -> None:
+        """Adds the keys for the next round of the part."""
+        round_, buffers = self._plan.rounds[number], part.buffers[number]
+        if (message := round_.send_keys) is not None:
+            own = message.owner == self._plan.rounds[0].owner
+            slot.sends.append((part.keys(message, buffers.sent_keys, own=own), message.peer))
+        slot.receive(round_.receive_keys, part.take(buffers.arrival), part.receive_keys)
+
+    def _add_gradients(self, slot: _Slot, own: KeyValues, part: _Part, number: int) -> None:
+        """Adds the gradients that the step before has summed: passed on, then returned."""
+        round_, buffers = self._plan.rounds[number], part.buffers[number]
+        for message, buffer in (
+            (round_.pass_grads, buffers.sent_passed),
+            (round_.return_grads, buffers.sent_returned),
+        ):
+            if message is not None:
+                slot.sends.append((part.gradients(message, buffer), message.peer))
+        passed, returned = (part.take(x, exact=True) for x in (buffers.passed, buffers.returned))
+        slot.receive(round_.receive_passed, passed, part.add_passed)
+        slot.receive(round_.receive_returned, returned, own.heads(part.heads).add_)

@@ -74,7 +74,8 @@ class RankPlan:
 
     Attributes:
         rounds: tiles and messages, in order.
-        round_buffers: for each round, the buffers of its messages.
+        parts: the key/value heads of each part in which a message is sent.
+        part_buffers: for each part and round, the buffers of its messages.
         gather: the collective that brings the keys of round 1; None if messages bring the keys.
         merges: whether several tiles have a row in common, so that results and the gradients of
             queries are sums.
@@ -101,7 +102,10 @@ class RankPlan:
         assert schedule.num_kv_heads is not None
         self.rounds = tuple(map(RankRound.of, schedule.rounds(rank)))
         self.gather = schedule.gather(rank)
-        self.round_buffers = ring_buffers(self.rounds)
+        self.parts = schedule.parts(rank)
+        self.part_buffers = tuple(
+            ring_buffers(self.rounds, part) for part in range(len(self.parts))
+        )
         self.receives = any(round_.receives for round_ in self.rounds)
         self.merges = any(not tile.first for round_ in self.rounds for tile in round_.tiles)
         width = self.gather.width if self.gather else 0

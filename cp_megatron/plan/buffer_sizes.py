@@ -11,7 +11,8 @@ message. Each buffer of p2p holds at most the tokens of a shard, whatever the nu
     passed, returned   2   gradients that arrive
 
 Round 0 has no arrival yet, so its keys to send are packed into the second buffer for keys. The last
-three rows occur in backward only and hold sums: float32, or float64 for float64 inputs.
+three rows occur in backward only and hold sums: float32, or float64 for float64 inputs. If messages
+are sent in parts (ring.py), each part of the heads has such buffers for its share of a message.
 
 If latents are sent, their messages occupy these buffers too. The keys and values of one arrival are
 expanded for a few heads at a time into another buffer, and in backward a second one sums their
@@ -22,12 +23,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import chain, pairwise
+from itertools import chain
 from typing import NamedTuple
 
 from cp_megatron.plan.gather import Gather
 from cp_megatron.plan.halo import Halo
-from cp_megatron.plan.heads import HeadExchange, all_heads, halves
+from cp_megatron.plan.heads import HeadExchange, all_heads, even_runs, halves
 from cp_megatron.plan.rounds import Message, Round
 from cp_megatron.plan.schedule import Schedule
 from cp_megatron.plan.states import StatePlan, StateSize
@@ -77,24 +78,27 @@ class RoundBuffers:
     returned: Buffer | None
 
 
-def ring_buffers(rounds: Sequence[Round]) -> tuple[RoundBuffers, ...]:
-    """Assigns the messages of each round to buffers."""
+def ring_buffers(rounds: Sequence[Round], part: int = 0) -> tuple[RoundBuffers, ...]:
+    """Assigns the messages of each round, or part number ``part`` of each, to buffers."""
     assigned = []
+    suffix = f", part {part}" if part else ""
     filled = 0  # which of the two buffers for keys the next arrival fills
     for number, round_ in enumerate(rounds):
         sent = round_.send_keys
         is_own = sent is not None and sent.owner == rounds[0].owner
-        name = "sent keys" if number else f"keys {1 - filled}"
-        sums = Buffer(f"gradients {number % 2}", round_.num_keys)
+        name = ("sent keys" if number else f"keys {1 - filled}") + suffix
+        sums = Buffer(f"gradients {number % 2}{suffix}", round_.num_keys)
         assigned.append(
             RoundBuffers(
                 sent_keys=_buffer(name, sent) if is_own else _unless_one_run(name, sent),
-                arrival=_buffer(f"keys {filled}", round_.receive_keys),
+                arrival=_buffer(f"keys {filled}{suffix}", round_.receive_keys),
                 gradients=sums if number and round_.num_keys else None,
-                sent_passed=_unless_one_run("sent gradients, pass", round_.pass_grads),
-                sent_returned=_unless_one_run("sent gradients, return", round_.return_grads),
-                passed=_buffer("passed", round_.receive_passed),
-                returned=_buffer("returned", round_.receive_returned),
+                sent_passed=_unless_one_run(f"sent gradients, pass{suffix}", round_.pass_grads),
+                sent_returned=_unless_one_run(
+                    f"sent gradients, return{suffix}", round_.return_grads
+                ),
+                passed=_buffer(f"passed{suffix}", round_.receive_passed),
+                returned=_buffer(f"returned{suffix}", round_.receive_returned),
             )
         )
         if round_.receive_keys:
@@ -152,8 +156,7 @@ def gather_portions(
     """
     num_bytes = num_ranks * gather.width * num_kv_heads * head_bytes
     count = min(num_kv_heads, MAX_PORTIONS, max(1, num_bytes // LEAST_PORTION))
-    edges = [number * num_kv_heads // count for number in range(count + 1)]
-    return list(pairwise(edges))
+    return list(even_runs(num_kv_heads, count))
 
 
 def expanded_portions(heads: Span, head_bytes: int) -> list[Span]:
@@ -260,16 +263,18 @@ class BufferSizes:
                 if backward:
                     self._grow(token * x.exact, use.gradients, use.spread, use.returned)
             return
-        token = kv_heads * head
         if exchange := schedule.heads(rank):
             self._exchange_heads(exchange, x, backward=backward)
-            token = num_positions([exchange.kv_heads[exchange.index]]) * head
-        for buffers in ring_buffers(schedule.rounds(rank)):
-            self._grow(token * x.element, buffers.sent_keys, buffers.arrival)
-            if backward:
-                sent = buffers.sent_passed, buffers.sent_returned
-                sums = buffers.gradients, buffers.passed, buffers.returned
-                self._grow(token * x.exact, *sent, *sums)
+            kv_heads = num_positions([exchange.kv_heads[exchange.index]])
+        rounds = schedule.rounds(rank)
+        for part, heads in enumerate(even_runs(kv_heads, schedule.message_parts)):
+            token = num_positions([heads]) * head
+            for buffers in ring_buffers(rounds, part):
+                self._grow(token * x.element, buffers.sent_keys, buffers.arrival)
+                if backward:
+                    sent = buffers.sent_passed, buffers.sent_returned
+                    sums = buffers.gradients, buffers.passed, buffers.returned
+                    self._grow(token * x.exact, *sent, *sums)
 
     def add_recurrence(
         self, plan: StatePlan, halo: Halo, rank: int, x: RecurrenceSizes, *, backward: bool

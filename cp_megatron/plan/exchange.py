@@ -22,6 +22,10 @@ Under short documents p2p moves almost nothing. ``all_gather`` never moves less 
 suits networks that handle one large collective better than many messages, and ``auto`` never
 chooses it.
 
+What computing does not hide, p2p sends in parts, each for some of the key/value heads (ring.py).
+``auto`` takes as many as are worth a message of their own on such a network. On a slower one, only
+the user knows that more parts pay, because nothing here measures it.
+
 Keys and values that are expanded from a latent (DeepSeek-V2, arXiv:2405.04434) need not travel:
 p2p and all_gather can send each token's latent and the rotary part of its key, as if they were the
 key and the value of one head, and the rank that reads them expands them. a2a sends heads, which
@@ -49,6 +53,12 @@ FLOPS_PER_ELEMENT = 16_000
 inside a node are faster and hide more."""
 _P2P_NAMES: Mapping[str, str] = MappingProxyType({"expanded": "p2p", "latent": "p2p of latents"})
 """What ``auto`` calls p2p of keys and values, and of the latents that they are expanded from."""
+MOST_PARTS = 4
+"""Parts of a message that are chosen at most: with four, all but a quarter of the tiles of a round
+can run while its keys arrive."""
+LEAST_PART = 2 << 20
+"""Elements: below this size of a part, 4 MiB in bfloat16, starting another message and smaller
+tiles cost more than they hide on a GPU."""
 Sizes = tuple[int, int]
 
 
@@ -167,6 +177,34 @@ def check_latent_exchange(exchange: str, exchange_latent: str) -> None:
         raise ConfigError(flag, exchange_latent, rule, "--cp-comm-type p2p or all_gather")
 
 
+def check_parts(parts: int | None, exchange: str, heads: Heads, sizes: Sizes | None) -> None:
+    """Checks whether messages can be sent in as many parts as asked for.
+
+    Args:
+        parts: the number; None leaves the choice to ``choose_parts``.
+        exchange: as asked for, or ``auto``.
+        heads: of the attention.
+        sizes: of a2a+p2p.
+
+    Raises:
+        ConfigError: the exchange has no messages to split, or a rank has fewer heads than parts.
+    """
+    flag = "--cp-message-parts"
+    if parts is None:
+        return
+    if exchange in ("all_gather", "a2a"):
+        rule = f"has no effect with --cp-comm-type {exchange}"
+        raise ConfigError(flag, parts, rule, "--cp-comm-type p2p or a2a+p2p")
+    inner = sizes[0] if sizes and exchange == "a2a+p2p" else 1
+    most = min(kv_heads_of_ranks(heads, inner))
+    if not 1 <= parts <= most:
+        rule = f"must be at least 1 and at most the key/value heads of a rank, {most}"
+        raise ConfigError(flag, parts, rule, str(min(max(parts, 1), most)))
+    if parts > 1 and heads.latent is not None and heads.exchange_latent != "expanded":
+        rule = "splits messages between heads, and a latent has none"
+        raise ConfigError(flag, parts, rule, "--cp-latent-exchange expanded")
+
+
 def check_latent(heads: Heads) -> None:
     """Checks that heads can be expanded from their latent.
 
@@ -229,7 +267,7 @@ def choose_exchange(
             between = Readers.of(mask, merged)
             inner_route = choose_route(between) if route == "auto" else route
             tokens = between.tokens_received(inner_route)
-            moved = tokens * _computed_kv_heads(heads, inner) * heads.key_width
+            moved = tokens * sum(kv_heads_of_ranks(heads, inner)) * heads.key_width
             costs[name] += moved
             waits[name] += max(0, moved - _hidden(mask, heads, size // inner))
     # The first of equals.
@@ -239,6 +277,29 @@ def choose_exchange(
         return ExchangeChoice(best, inner_route, (inner, size // inner), reason)
     latent = heads.latent if best == _P2P_NAMES["latent"] else None
     return ExchangeChoice("p2p", p2p_route, (1, size), reason, latent)
+
+
+def choose_parts(mask: Mask, layout: SequenceLayout, heads: Heads, route: str, sizes: Sizes) -> int:
+    """Chooses in how many parts p2p and a2a+p2p send a message, alike on all ranks.
+
+    It is one if the ranks together compute long enough to hide all messages.
+
+    Args:
+        mask, heads: of the attention.
+        layout: of the groups of ranks that send keys to each other.
+        route: ``ring`` or ``direct``.
+        sizes: the size of such a group, and the number of groups.
+    """
+    inner, groups = sizes
+    kv_heads = kv_heads_of_ranks(heads, inner)
+    longest = layout.shard_len * max(kv_heads) * heads.key_width
+    if groups == 1 or longest < 2 * LEAST_PART:
+        return 1
+    moved = Readers.of(mask, layout).tokens_received(route) * sum(kv_heads) * heads.key_width
+    if moved <= _hidden(mask, heads, groups):
+        return 1
+    message = moved // (inner * groups * (groups - 1))
+    return max(1, min(*kv_heads, MOST_PARTS, message // LEAST_PART))
 
 
 def _hidden(mask: Mask, heads: Heads, num_rounds: int) -> int:
@@ -271,11 +332,11 @@ def choose_route(readers: Readers) -> str:
 
 def all_to_all_elements(layout: SequenceLayout, heads: Heads, size: int) -> int:
     """Elements that all ranks receive if groups of ``size`` exchange q, k, v and results."""
-    width = (heads.num_heads + _computed_kv_heads(heads, size)) * heads.key_width
+    width = (heads.num_heads + sum(kv_heads_of_ranks(heads, size))) * heads.key_width
     return layout.cp_size // size * (size - 1) * layout.shard_len * width
 
 
-def _computed_kv_heads(heads: Heads, size: int) -> int:
-    """Key/value heads that the ranks of a group compute, counted once for each of them."""
+def kv_heads_of_ranks(heads: Heads, size: int) -> list[int]:
+    """The number of key/value heads that each rank of a group computes."""
     share, serves = heads.num_heads // size, heads.num_heads // heads.num_kv_heads
-    return sum(-(-(i + 1) * share // serves) - i * share // serves for i in range(size))
+    return [-(-(i + 1) * share // serves) - i * share // serves for i in range(size)]

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 from cp_megatron.errors import ConfigError
@@ -52,6 +53,17 @@ def cut_heads(groups: tuple[HeadGroup, ...], start: int, stop: int) -> tuple[Hea
             serves = (q1 - q0) // (k1 - k0)
             found.append(HeadGroup((q0 + (a - k0) * serves, q0 + (b - k0) * serves), (a, b)))
     return tuple(found)
+
+
+def from_zero(groups: tuple[HeadGroup, ...]) -> tuple[HeadGroup, ...]:
+    """Counts key/value heads from the first of ``groups``, as a message of these heads has them."""
+    first = groups[0].keys[0]
+    return tuple(HeadGroup(q, (k0 - first, k1 - first)) for q, (k0, k1) in groups)
+
+
+def even_runs(num_heads: int, count: int) -> tuple[Span, ...]:
+    """Splits heads into ``count`` nearly equal runs; ``count`` is at most their number."""
+    return tuple(pairwise(number * num_heads // count for number in range(count + 1)))
 
 
 def halves(groups: tuple[HeadGroup, ...]) -> tuple[tuple[HeadGroup, ...], tuple[HeadGroup, ...]]:

@@ -1,8 +1,8 @@
 """Rehearses a schedule's exchange on one process: does each rank expect what the others send?
 
 The rounds of all ranks are compared. What a rank sends in a slot must be what its receiver waits
-for in the same slot, position by position. Then no message is lost, no rank waits for a message
-that never comes, and no two ranks wait for each other.
+for in the same slot, position by position and in the same parts. Then no message is lost, no rank
+waits for a message that never comes, and no two ranks wait for each other.
 
     slot 0   rank 1 sends keys 8-15 to rank 0      rank 0 waits for keys 8-15 of rank 1
 """
@@ -22,6 +22,8 @@ only some neighbours and the messages between them."""
 
 Wire = tuple[int, str, int, int]
 """Slot, kind, sender, receiver."""
+Parts = tuple[Span, ...]
+"""The key/value heads of each part of a message."""
 
 
 @dataclass(frozen=True)
@@ -43,15 +45,17 @@ def rehearse(schedule: Schedule) -> Rehearsal:
     """
     size = schedule.layout.cp_size
     ranks = range(min(size, max(2, ROUNDS // size)))
-    sent: dict[Wire, list[Span]] = {}
-    expected: dict[Wire, list[Span]] = {}
+    sent: dict[Wire, tuple[list[Span], Parts]] = {}
+    expected: dict[Wire, tuple[list[Span], Parts]] = {}
     for rank in ranks:
+        parts = schedule.parts(rank)
         for wire, spans, sending in _wires(schedule.rounds(rank), rank):
             if wire[2] in ranks and wire[3] in ranks:
-                (sent if sending else expected)[wire] = spans
+                (sent if sending else expected)[wire] = spans, parts
     odd = [wire for wire in sent.keys() | expected.keys() if sent.get(wire) != expected.get(wire)]
     assert not odd, f"slot, kind, sender, receiver: {min(odd)} is not what the receiver expects"
-    return Rehearsal(len(ranks), len(sent) + _collectives(schedule, ranks))
+    num_messages = sum(len(parts) for _, parts in sent.values())
+    return Rehearsal(len(ranks), num_messages + _collectives(schedule, ranks))
 
 
 def _wires(rounds: Sequence[Round], rank: int) -> Iterator[tuple[Wire, list[Span], bool]]:

@@ -25,6 +25,19 @@ list:
 
     slot t   keys for round t + 1;   gradients finished or passed on by round t - 1
 
+**Parts.** A message may be sent in parts, each with some of the key/value heads. Heads do not
+depend on each other, so a part's tiles run as soon as it has arrived, and its gradients leave while
+the tiles of the next part run. A step is one part of a round, and a round's parts are computed one
+after the other:
+
+    keys     | part 0 ->| part 1 ->|             a message of keys in two parts
+    compute  |   own    |  own     |  round 1, part 0  |  round 1, part 1  |
+    gradients                                          | part 0 ->         | part 1 ->
+
+With P parts, the slot of a step holds the keys that this part needs P steps later, and the
+gradients that the step before has summed. It is waited for before the slot P steps later is
+posted. With one part, a step is a round, and its slot is the one above.
+
 The ``direct`` route differs only in the sender: keys come from their owner, and gradients are
 returned to the owner after each round.
 

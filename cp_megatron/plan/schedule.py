@@ -23,17 +23,27 @@ from cp_megatron.plan.exchange import (
     check_exchange,
     check_latent,
     check_latent_exchange,
+    check_parts,
     choose_exchange,
+    choose_parts,
     choose_route,
+    kv_heads_of_ranks,
 )
 from cp_megatron.plan.gather import Gather, gathered_width, plan_gather, plan_gather_rounds
-from cp_megatron.plan.heads import HeadExchange, check_heads, merged_layout, plan_heads
+from cp_megatron.plan.heads import (
+    HeadExchange,
+    check_heads,
+    even_runs,
+    merged_layout,
+    plan_heads,
+)
 from cp_megatron.plan.layout import SequenceLayout
 from cp_megatron.plan.mask import Mask
 from cp_megatron.plan.readers import Readers
 from cp_megatron.plan.ring import plan_ring
 from cp_megatron.plan.rounds import Round
 from cp_megatron.plan.show.plot import write_svg
+from cp_megatron.plan.tiling import Span, num_positions
 
 
 @dataclass(frozen=True)
@@ -50,6 +60,7 @@ class Schedule:
         reason: why this exchange was chosen.
         latent: (L, R) if p2p or all_gather send latents of width L and rotary keys of width R, and
             their readers expand them; None if keys and values are sent.
+        message_parts: the number of parts, by key/value heads, in which p2p sends each message.
     """
 
     mask: Mask
@@ -61,6 +72,7 @@ class Schedule:
     hierarchical_sizes: tuple[int, int] = (1, 1)
     reason: str = "asked for"
     latent: tuple[int, int] | None = None
+    message_parts: int = 1
 
     @classmethod
     def build(
@@ -77,6 +89,7 @@ class Schedule:
         v_head_dim: int | None = None,
         latent: tuple[int, int] | None = None,
         exchange_latent: str = "auto",
+        message_parts: int | None = None,
     ) -> Schedule:
         """Plans the exchange.
 
@@ -93,10 +106,14 @@ class Schedule:
                 of all heads are expanded from. The last R channels of a key are the rotary key.
             exchange_latent: ``latent`` sends latents and rotary keys, ``expanded`` sends keys and
                 values, and ``auto`` sends whichever takes fewer bytes.
+            message_parts: the number of parts, by key/value heads, in which p2p and a2a+p2p send a
+                message; None chooses it, see ``choose_parts``. If ``auto`` takes a2a+p2p, which
+                leaves a rank fewer heads, there are at most as many parts as these heads.
 
         Raises:
             ConfigError: a name is unknown, layout and mask differ in length, the heads cannot be
-                shared as requested, or the product of the sizes is not the number of ranks.
+                shared or split as requested, or the product of the sizes is not the number of
+                ranks.
         """
         size = layout.cp_size
         check_exchange(exchange, route, size, hierarchical_sizes)
@@ -108,7 +125,7 @@ class Schedule:
             check_heads(1, num_heads, kv_heads, exchange)
         plan = cls(mask, layout, exchange, route, num_heads, kv_heads)
         heads = Heads(
-            num_heads=num_heads or 1,
+            num_heads=num_heads or kv_heads or 1,
             num_kv_heads=kv_heads or 1,
             head_dim=head_dim,
             v_head_dim=head_dim if v_head_dim is None else v_head_dim,
@@ -116,12 +133,11 @@ class Schedule:
             exchange_latent=exchange_latent,
         )
         check_latent(heads)
+        check_parts(message_parts, exchange, heads, hierarchical_sizes)
         plan = plan._with_exchange(heads, hierarchical_sizes)
         if plan.all_to_all_size > 1:
             check_heads(plan.all_to_all_size, num_heads, kv_heads, plan.exchange)
-        if plan.route == "auto":
-            plan = replace(plan, route=choose_route(plan.readers))
-        return plan
+        return plan._with_messages(heads, message_parts)
 
     def _with_exchange(self, heads: Heads, sizes: tuple[int, int] | None) -> Schedule:
         """Resolves ``auto``: which ranks exchange heads, what travels, and why."""
@@ -134,6 +150,18 @@ class Schedule:
             latent = heads.latent_if_sent(moves=moves)
             return replace(self, hierarchical_sizes=(1, size), latent=latent)
         return replace(self, hierarchical_sizes=sizes or (size, 1))
+
+    def _with_messages(self, heads: Heads, parts: int | None) -> Schedule:
+        """Resolves the route and the number of parts of a message."""
+        route = choose_route(self.readers) if self.route == "auto" else self.route
+        sizes = inner, groups = self.hierarchical_sizes
+        if groups == 1 or self.exchange == "all_gather" or self.latent is not None:
+            parts = 1
+        elif parts is None:
+            parts = choose_parts(self.mask, self.group_layout, heads, route, sizes)
+        else:
+            parts = min(parts, *kv_heads_of_ranks(heads, inner))
+        return replace(self, route=route, message_parts=parts)
 
     def within(self, mask: Mask) -> Schedule:
         """Returns the same exchange under another mask, for layers with another window."""
@@ -183,6 +211,17 @@ class Schedule:
         assert self.num_kv_heads is not None
         size = self.all_to_all_size
         return plan_heads(self.layout, rank, size, self.num_heads, self.num_kv_heads)
+
+    def parts(self, rank: int) -> tuple[Span, ...]:
+        """The key/value heads of each part of a message, counted from the first that ``rank`` has.
+
+        A latent is one head, and so are heads whose number is unknown.
+        """
+        exchange = self.heads(rank)
+        num_heads = 1 if self.latent is not None else self.num_kv_heads or 1
+        if exchange is not None:
+            num_heads = num_positions([exchange.kv_heads[exchange.index]])
+        return even_runs(num_heads, self.message_parts)
 
     def pairs(self, rank: int) -> int:
         """The number of (query, key) pairs that ``rank`` computes, each for the heads it computes.

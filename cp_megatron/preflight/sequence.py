@@ -16,7 +16,13 @@ from cp_megatron.config import Config
 from cp_megatron.data.rows.packing import row_mask
 from cp_megatron.errors import ConfigError
 from cp_megatron.plan import Grid, Mask, Schedule, SequenceLayout
-from cp_megatron.plan.exchange import Sizes, check_exchange, check_latent_exchange
+from cp_megatron.plan.exchange import (
+    Heads,
+    Sizes,
+    check_exchange,
+    check_latent_exchange,
+    check_parts,
+)
 from cp_megatron.plan.layout import auto_layout, sequence_divisor
 from cp_megatron.preflight.rules import multiples, refuse_unused
 from cp_megatron.spec import local_heads
@@ -37,6 +43,7 @@ class SequencePlan:
             batch decides.
         route: the route of the exchange's messages; ``auto`` if each batch decides.
         sizes: ``hierarchical_sizes`` of ``ContextParallel``.
+        message_parts: the parts of each message; None if each batch decides, or without messages.
         reason: why this exchange was chosen.
         notes: consequences worth knowing, for the start table.
     """
@@ -48,6 +55,7 @@ class SequencePlan:
     exchange: str
     route: str
     sizes: Sizes | None
+    message_parts: int | None
     reason: str
     notes: tuple[str, ...] = ()
 
@@ -98,6 +106,7 @@ def plan_sequence(
         exchange="none",
         route="auto",
         sizes=None,
+        message_parts=None,
         reason="one rank holds the whole sequence",
         notes=notes,
     )
@@ -164,7 +173,7 @@ def _with_exchange(
     parallel, notes = config.parallel, plan.notes
     exchange: str = parallel.cp_comm_type
     route: str = parallel.cp_route
-    sizes = parallel.hierarchical_context_parallel_sizes
+    sizes, parts = parallel.hierarchical_context_parallel_sizes, parallel.cp_message_parts
     reason = "" if exchange == "auto" else "asked for"
     is_free = exchange == "auto" and sizes is None
     if is_free:
@@ -183,15 +192,18 @@ def _with_exchange(
             *(plan.mask, plan.layout, exchange, route, heads, kv_heads, sizes),
             latent=config.model.latent_widths,
             exchange_latent=parallel.cp_latent_exchange,
+            message_parts=parts,
         )
         if schedule.latent is not None:
             notes = (*notes, "latents are sent, and the heads that they expand to are not")
         exchange, route, reason = schedule.exchange, schedule.route, reason or schedule.reason
         sizes = schedule.hierarchical_sizes if exchange == "a2a+p2p" else None
+        parts = schedule.message_parts if exchange in ("p2p", "a2a+p2p") else None
     if one_node and is_free and exchange != "p2p":  # p2p moves the same bytes on any nodes
         note = "the nodes are not known: the exchange is chosen as if one node had all ranks"
         notes = (*notes, note)
-    return replace(plan, exchange=exchange, route=route, sizes=sizes, reason=reason, notes=notes)
+    plan = replace(plan, exchange=exchange, route=route, sizes=sizes, message_parts=parts)
+    return replace(plan, reason=reason, notes=notes)
 
 
 def _check_exchange(config: Config, grid: Grid, given: frozenset[str]) -> None:
@@ -210,6 +222,16 @@ def _check_exchange(config: Config, grid: Grid, given: frozenset[str]) -> None:
         raise ConfigError("--cp-route", route, rule, "--cp-comm-type p2p or a2a+p2p")
     if grid.cp > 1 and (exchange.startswith("a2a") or sizes):
         _check_heads(config, sizes[0] if sizes else grid.cp)
+    heads, kv_heads, width, v_width = local_heads(config.model, grid.tp)
+    asked = Heads(
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=width,
+        v_head_dim=v_width,
+        latent=config.model.latent_widths,
+        exchange_latent=parallel.cp_latent_exchange,
+    )
+    check_parts(parallel.cp_message_parts, exchange, asked, sizes)
 
 
 def _check_heads(config: Config, ranks: int) -> None:

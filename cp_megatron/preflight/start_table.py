@@ -180,7 +180,9 @@ def _exchange(sequence: SequencePlan) -> str:
     if sequence.sizes and name == "a2a+p2p":
         name += f" {sequence.sizes[0]} x {sequence.sizes[1]}"
     route = f", {sequence.route}" if sends else ""
-    return f"{name}{route} - {sequence.reason}"
+    count = sequence.message_parts or 1
+    parts = f", messages in {count} parts" if count > 1 else ""
+    return f"{name}{route}{parts} - {sequence.reason}"
 
 
 def _training(plan: RunPlan, run: Path | None) -> Iterator[Line]:

@@ -23,6 +23,7 @@ TOKEN = 2 * HEADS * DIM * 4  # bytes of a token's keys and values
 ROUTES = ("ring", "direct")
 EXCHANGES: dict[str, dict[str, Any]] = {
     "ring": {"exchange": "p2p", "route": "ring"},
+    "ring in parts": {"exchange": "p2p", "route": "ring", "message_parts": 2},
     "direct": {"exchange": "p2p", "route": "direct"},
     "all_gather": {"exchange": "all_gather"},
     "a2a": {"exchange": "a2a"},

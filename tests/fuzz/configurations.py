@@ -134,6 +134,7 @@ _GROUPS = (
     "--memory-report",
     "--cp-comm-type p2p --cp-route ring",
     "--cp-comm-type p2p --cp-route direct",
+    "--cp-comm-type p2p --cp-message-parts 2",
     "--cp-comm-type allgather",
     "--cp-comm-type a2a",
     "--cp-layout contiguous",

@@ -198,37 +198,68 @@ class Machine:
                 np.add.at(self.home[rank], expand(message.spans), payload)
 
 
-def runs_without_deadlock(rounds: Rounds, order: list[int]) -> bool:
-    """Whether ranks reach the end if each posts a slot at once and then waits for all of it.
+def step_messages(
+    rounds: tuple[Round, ...], step: int, parts: int
+) -> tuple[list[tuple[str, Message]], list[tuple[str, Message]]]:
+    """What a rank sends and receives in the slot of a step, one part of a round.
 
-    A message completes once both ends have posted it. The n-th send from one rank to another meets
-    the n-th receive there. ``order`` is the order in which ranks are checked.
+    These are the part's keys for the next round, and the gradients of the step before.
     """
-    posted: list[dict[tuple[str, int], int]] = [{} for _ in rounds]
-    waiting: list[list[tuple[str, int, int]]] = [[] for _ in rounds]
-    slots = [-1] * len(rounds)
-    last = max(map(len, rounds))
+    now, before = step // parts, (step - 1) // parts
+    sends, receives = (
+        [(k, m) for k, m in slot_messages(rounds, now)[end] if k == "keys"]
+        + [(k, m) for k, m in slot_messages(rounds, before + 1)[end] if k != "keys"]
+        if before < len(rounds)
+        else []
+        for end in (0, 1)
+    )
+    return sends, receives
+
+
+def runs_without_deadlock(rounds: Rounds, order: list[int], parts: int = 1) -> bool:
+    """Whether ranks reach the end, and no message meets another one.
+
+    Each rank posts the slot of a step at once, and before it the slot ``parts`` steps earlier must
+    have completed. A message completes once both ends have posted it. The n-th send from one rank
+    to another meets the n-th receive there. ``order`` is the order in which ranks are checked.
+    """
+    sent: dict[tuple[int, int], list[tuple[str, int, int]]] = {}
+    expected: dict[tuple[int, int], list[tuple[str, int, int]]] = {}
+    waiting: list[list[list[tuple[tuple[int, int], int]]]] = [[] for _ in rounds]
+    num_steps = (max(map(len, rounds)) + 1) * parts
+
+    def completed(rank: int, step: int) -> bool:
+        return step < 0 or all(
+            min(len(sent.get(pair, ())), len(expected.get(pair, ()))) >= n
+            for pair, n in waiting[rank][step]
+        )
+
     progress = True
     while progress:
         progress = False
         for rank in order:
-            arrived = all(
-                posted[peer].get((other, rank), 0) >= n for other, peer, n in waiting[rank]
-            )
-            if slots[rank] > last or not arrived:
+            step = len(waiting[rank])
+            if step == num_steps or not completed(rank, step - parts):
                 continue
-            slots[rank] += 1
             progress = True
-            waiting[rank] = []
-            if slots[rank] > last:
-                continue
-            sends, receives = slot_messages(rounds[rank], slots[rank])
-            for mine, other, messages in (("s", "r", sends), ("r", "s", receives)):
-                for _, message in messages:
-                    key = (mine, message.peer)
-                    posted[rank][key] = posted[rank].get(key, 0) + 1
-                    waiting[rank].append((other, message.peer, posted[rank][key]))
-    return all(slot > last for slot in slots)
+            posted = []
+            sends, receives = step_messages(rounds[rank], step, parts)
+            for kind, message in sends:
+                pair = rank, message.peer
+                sent.setdefault(pair, []).append((kind, step, message.num_tokens))
+                posted.append((pair, len(sent[pair])))
+            for kind, message in receives:
+                pair = message.peer, rank
+                expected.setdefault(pair, []).append((kind, step, message.num_tokens))
+                posted.append((pair, len(expected[pair])))
+            waiting[rank].append(posted)
+    ranks = range(len(rounds))
+    ended = all(len(steps) == num_steps for steps in waiting)
+    return (
+        ended
+        and sent == expected
+        and all(completed(rank, step) for rank in ranks for step in range(num_steps))
+    )
 
 
 def gathered(schedule: Schedule, gathers: list[Gather]) -> Ints:

@@ -99,6 +99,30 @@ def test_long_shards_hide_their_messages(tokens: int, chosen: str, reason: str) 
     assert (schedule.exchange, schedule.reason) == (chosen, reason)
 
 
+@pytest.mark.parametrize(
+    ("tokens", "kv_heads", "asked", "parts"),
+    [
+        (65536, 32, None, 4),  # messages take longer than computing
+        (65536, 3, None, 2),  # too little for three parts
+        (65536, 1, None, 1),
+        (262144, 32, None, 1),  # computing hides them
+        (4096, 32, None, 1),  # too little to split
+        (262144, 32, 8, 8),
+    ],
+)
+def test_messages_that_computing_does_not_hide_are_split(
+    tokens: int, kv_heads: int, asked: int | None, parts: int
+) -> None:
+    mask, num_heads = Mask.causal(tokens), 32 if kv_heads != 3 else 3
+    layout = SequenceLayout.make(mask, 8, "zigzag")
+    schedule = Schedule.build(
+        *(mask, layout, "p2p", "ring", num_heads, kv_heads), head_dim=128, message_parts=asked
+    )
+    assert schedule.message_parts == parts
+    assert schedule.within(Mask.causal(tokens, window=(9, 0))).message_parts == parts
+    assert schedule.parts(0)[-1][1] == kv_heads
+
+
 @given(any_schedules(), st.data())
 @property_settings(60)
 def test_an_all_to_all_costs_what_is_received(other: Schedule, data: st.DataObject) -> None:

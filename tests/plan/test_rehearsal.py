@@ -22,6 +22,8 @@ def ring(cp_size: int = 4, route: str = "ring") -> Schedule:
 def test_two_ranks_send_keys_and_get_gradients_back() -> None:
     assert rehearse(ring(2)).num_messages == 4
     assert rehearse(ring(1)).num_messages == 0
+    in_parts = replace(ring(2), num_heads=4, num_kv_heads=4, message_parts=4)
+    assert rehearse(in_parts).num_messages == 16
     mask = Mask.causal(32)
     layout = SequenceLayout.make(mask, 4, "zigzag")
     assert rehearse(Schedule.build(mask, layout, "all_gather")).num_messages == 4

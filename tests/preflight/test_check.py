@@ -27,6 +27,7 @@ CP2, CP8, TP4 = (
     ["--tensor-parallel-size", "4"],
 )
 PACKED = ["--document-mask", "--micro-batch-size", "2"]
+MLA, PARTS = ["--multi-latent-attention"], ["--cp-message-parts", "2"]
 HIERARCHY = "--hierarchical-context-parallel-sizes"
 FULL = ["--recompute-granularity", "full"]
 ROPE = ["--position-embedding-type", "rope"]
@@ -179,6 +180,9 @@ def refused(
             "--cp-route",
             "--cp-comm-type p2p",
         ),
+        ([*CP2, *TP4, "--cp-message-parts", "2"], 8, "--cp-message-parts", "1"),
+        ([*CP2, "--cp-comm-type", "allgather", *PARTS], 2, "--cp-message-parts", "p2p or a2a+p2p"),
+        ([*CP2, *MLA, *PARTS], 2, "--cp-message-parts", "--cp-latent-exchange expanded"),
         # the batch
         (["--global-batch-size", "6"], 4, "--global-batch-size", "4, 8"),
         (["--micro-batch-size", "3"], 1, "--global-batch-size", "3, 6"),

@@ -72,6 +72,8 @@ def test_the_table_of_special_runs() -> None:
     argv = ["--context-parallel-size", "4", "--cp-comm-type", "a2a+p2p", "--cp-route", "direct"]
     text = shown(planned(*argv, "--hierarchical-context-parallel-sizes", "2", "2"))
     assert "a2a+p2p 2 x 2, direct - asked for" in text
+    argv = ["--context-parallel-size", "4", "--cp-comm-type", "p2p", "--cp-message-parts", "2"]
+    assert "p2p, ring, messages in 2 parts - asked for" in shown(planned(*argv))
 
 
 def test_the_table_names_muon() -> None:

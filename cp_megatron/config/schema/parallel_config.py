@@ -50,6 +50,11 @@ class ParallelConfig:
     cp_route: Route = "auto"
     """p2p and a2a+p2p get keys from the neighbour (ring) or from their owner (direct); auto chooses
     the route that moves the fewest keys."""
+    cp_message_parts: Annotated[int, Range(1)] | None = None
+    """p2p and a2a+p2p send each message in so many parts, each with some of the key/value heads, so
+    that the first parts are computed while the others are under way. By default it is one part,
+    or up to four where computing would not hide messages at 50 GB/s beside 400 TFLOP/s. The rate of
+    the network is not measured: on a slower one, try 2 and 4."""
     cp_latent_exchange: LatentExchange = "auto"
     """Under --multi-latent-attention, p2p and all_gather send latents, which their readers expand
     (latent), or keys and values (expanded); auto sends whichever takes fewer bytes."""
