@@ -5,6 +5,9 @@ nothing. Inputs are never modified. The functions form conjugate pairs: the back
 forward of the other (Shoeybi et al. 2019, arXiv:1909.08053 section 3; Korthikanti et al. 2022,
 arXiv:2205.05198 section 4.2.2 for the gather and scatter along the sequence).
 
+``start_...`` are the same operations without gradients: they begin now, and the function that they
+return waits for the result, so that a product can be computed meanwhile.
+
 All gradients follow one rule: the objective is the *sum* of what the ranks compute from their own
 values, except that a value which all ranks of a tensor parallel group share counts once.
 """
@@ -19,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from cp_megatron.comm.nonblocking import start_all_gather, start_reduce_scatter
+from cp_megatron.comm.nonblocking import Started, start_all_gather, start_reduce_scatter
 
 
 def copy_to_group(x: Tensor, group: ProcessGroup | None) -> Tensor:
@@ -55,6 +58,42 @@ def reduce_scatter_dim(x: Tensor, dim: int, group: ProcessGroup | None) -> Tenso
     return _apply(x, group, lambda y, g: _scatter_sum(y, dim, g), lambda y, g: _gather(y, dim, g))
 
 
+Wait = Callable[[], Tensor]
+"""Waits for a result; on CUDA, the current stream waits instead of the host."""
+
+
+def start_sum(x: Tensor, group: ProcessGroup | None) -> Wait:
+    """Starts an all-reduce (sum)."""
+    if group is None or group.size() == 1:
+        return lambda: x
+    total = x.clone(memory_format=torch.contiguous_format)
+    work = dist.all_reduce(total, group=group, async_op=True)
+    return Started(work, x, total).wait
+
+
+def start_gather(x: Tensor, dim: int, group: ProcessGroup | None) -> Wait:
+    """Starts an all-gather, ``[.., n, ..] -> [.., ranks * n, ..]``."""
+    if group is None or group.size() == 1:
+        return lambda: x
+    dim %= x.ndim
+    started = start_all_gather(x.contiguous().unsqueeze(0), group)  # [ranks, .., n, ..]
+    # [ranks, .., n, ..] -> [.., ranks, n, ..] -> [.., ranks * n, ..]
+    return lambda: started.wait().movedim(0, dim).flatten(dim, dim + 1)
+
+
+def start_scatter_sum(x: Tensor, dim: int, group: ProcessGroup | None) -> Wait:
+    """Starts a reduce-scatter (sum), ``[.., ranks * n, ..] -> [.., n, ..]``."""
+    if group is None or group.size() == 1:
+        return lambda: x
+    dim %= x.ndim
+    ranks = group.size()
+    assert x.shape[dim] % ranks == 0, f"dim {dim} of {tuple(x.shape)} over {ranks} ranks"
+    # [.., ranks * n, ..] -> [.., ranks, n, ..] -> [ranks, .., n, ..]
+    stacked = x.unflatten(dim, (ranks, -1)).movedim(dim, 0).contiguous()
+    started = start_reduce_scatter(stacked, group)
+    return lambda: started.wait().squeeze(0)
+
+
 _Operation = Callable[[Tensor, ProcessGroup], Tensor]
 
 
@@ -81,22 +120,12 @@ def _apply(
 
 
 def _sum(x: Tensor, group: ProcessGroup) -> Tensor:
-    total = x.clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(total, group=group)
-    return total
+    return start_sum(x, group)()
 
 
 def _gather(x: Tensor, dim: int, group: ProcessGroup) -> Tensor:
-    dim %= x.ndim
-    stacked = start_all_gather(x.contiguous().unsqueeze(0), group).wait()  # [ranks, .., n, ..]
-    # [ranks, .., n, ..] -> [.., ranks, n, ..] -> [.., ranks * n, ..]
-    return stacked.movedim(0, dim).flatten(dim, dim + 1)
+    return start_gather(x, dim, group)()
 
 
 def _scatter_sum(x: Tensor, dim: int, group: ProcessGroup) -> Tensor:
-    dim %= x.ndim
-    ranks = group.size()
-    assert x.shape[dim] % ranks == 0, f"dim {dim} of {tuple(x.shape)} over {ranks} ranks"
-    # [.., ranks * n, ..] -> [.., ranks, n, ..] -> [ranks, .., n, ..]
-    stacked = x.unflatten(dim, (ranks, -1)).movedim(dim, 0).contiguous()
-    return start_reduce_scatter(stacked, group).wait().squeeze(0)
+    return start_scatter_sum(x, dim, group)()

@@ -25,6 +25,7 @@ from cp_megatron.model.rope import Rotation
 from cp_megatron.spec import ConvolutionSpec, LinearAttentionSpec
 from cp_megatron.tensor_parallel import (
     ColumnParallelLinear,
+    Entered,
     RowParallelLinear,
     SpecifiedModule,
     TensorParallel,
@@ -89,7 +90,7 @@ class GatedDeltaNet(nn.Module):
         """Lets ``cp`` plan this layer ahead of time."""
         cp.prepare_recurrence(self.heads, self.conv_width)
 
-    def project(self, x: Tensor, rotation: Rotation | None) -> tuple[Tensor, ...]:
+    def project(self, x: Entered, rotation: Rotation | None) -> tuple[Tensor, ...]:
         """[b, s, h] -> what is convolved [b, s, c], gate [b, s, n/tp * e], and rate and input of
         the decay [b, s, n/tp]."""
         assert rotation is None, "a recurrence needs no positions"

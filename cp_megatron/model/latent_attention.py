@@ -20,6 +20,7 @@ from cp_megatron.model.rope import Rotation
 from cp_megatron.spec import LatentAttentionSpec
 from cp_megatron.tensor_parallel import (
     ColumnParallelLinear,
+    Entered,
     RowParallelLinear,
     TensorParallel,
     products,
@@ -46,7 +47,7 @@ class LatentAttention(nn.Module):
         """Lets ``cp`` plan this layer ahead of time."""
         cp.prepare(*self.local_heads, (self.spec.latent.outputs, self.spec.rotary_key.outputs))
 
-    def project(self, x: Tensor, rotation: Rotation | None) -> tuple[Tensor, ...]:
+    def project(self, x: Entered, rotation: Rotation | None) -> tuple[Tensor, ...]:
         """[b, s, h] -> q [b, s, n/tp, p + r], latent [b, s, l], rotary key [b, s, r].
 
         The last r channels of q and the rotary key are rotated; the latent is normalized.

@@ -7,7 +7,7 @@ A model may have norms after the blocks instead or as well, and both blocks may 
     both       x = x + norm(f(norm(x)))
     parallel   x = x + mixer(n) + mlp(n)       with n = norm(x)
 
-Every line computes with the tokens that one rank holds. What crosses ranks is visible: ``tp.enter``
+Every line computes with the tokens that one rank holds. What crosses ranks is visible: ``entered``
 and ``tp.leave`` around each block (tensor and sequence parallelism) and, in the mixer,
 ``cp.attention`` or ``cp.linear_attention`` (context parallelism). What is kept for backward is
 decided by ``LayerMemory``, around the same functions.
@@ -124,7 +124,7 @@ class TransformerLayer(nn.Module):
     ) -> Tensor:
         """Residual stream -> [b, s, heads/tp, value head dim]."""
         h = x if self.attention_norm is None else self.attention_norm(x)
-        heads = self.memory.entered(self.mixer.project, self.tp.enter(h), rotation, rows=h)
+        heads = self.mixer.project(self.memory.entered(h), rotation)
         return self.mixer.attend(*heads, cp=cp, dropout=dropout, kept=kept)
 
     def _feed_forward(self, x: Tensor, gradient_only: bool) -> Tensor:
@@ -135,5 +135,5 @@ class TransformerLayer(nn.Module):
 
     def _feed_normalized(self, h: Tensor, gradient_only: bool) -> Tensor:
         """What the MLP reads -> what it adds to the residual stream."""
-        h = self.memory.entered(self.mlp, self.tp.enter(h), gradient_only, rows=h)
+        h = self.mlp(self.memory.entered(h), gradient_only)
         return self.tp.leave(h, self.mlp.down.local_bias(), gradient_only=gradient_only)

@@ -11,7 +11,7 @@ A recurrence sends nothing again with either: its states are few, and are kept t
 
 Recomputation is torch's own non-reentrant ``checkpoint`` (Chen et al. 2016, arXiv:1604.06174). With
 ``none``, rows that sequence parallelism gathers are freed and gathered again
-(``tensor_parallel/regather.py``); the other levels gather them again anyway. At every level the MLP
+(``tensor_parallel/linear.py``); the other levels gather them again anyway. At every level the MLP
 can run in tiles (``sequence_tiles.py``).
 """
 
@@ -20,7 +20,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -30,9 +29,7 @@ from cp_megatron.config.schema import MemoryConfig, Recompute
 from cp_megatron.context_parallel import KeptAttention, Received
 from cp_megatron.model.offload import LayerOffload
 from cp_megatron.model.sequence_tiles import TileFunction, in_tiles
-from cp_megatron.tensor_parallel import LocalWeights, TensorParallel, regathered
-
-Results = TypeVar("Results", Tensor, tuple[Tensor, ...])
+from cp_megatron.tensor_parallel import Entered, LocalWeights, TensorParallel
 
 
 class KeptMixer:
@@ -166,13 +163,9 @@ class LayerMemory:
             return checkpoint(function, x, False, use_reentrant=False)  # type: ignore[return-value]
         return function(x, False)
 
-    def entered(
-        self, function: Callable[..., Results], gathered: Tensor, *args: object, rows: Tensor
-    ) -> Results:
-        """``function(gathered, *args)``, where ``gathered`` is ``tp.enter(rows)``."""
-        if self._recomputes("selective", "full"):
-            return function(gathered, *args)
-        return regathered(function, gathered, *args, rows=rows, tp=self.tp)
+    def entered(self, rows: Tensor) -> Entered:
+        """Lets rows enter tensor parallelism. What is computed again gathers them again anyway."""
+        return Entered.of(rows, self.tp, keeps=self._recomputes("selective", "full"))
 
     def _recomputes(self, *levels: Recompute) -> bool:
         return self.granularity in levels and torch.is_grad_enabled()

@@ -1,6 +1,6 @@
 """The feed-forward block: two or three linears around an activation.
 
-It sends no messages itself; the layer calls ``tp.enter`` and ``tp.leave``.
+The layer lets its input enter tensor parallelism, and its output leave.
 
 Shapes: b batch, s sequence of one context parallel rank, h hidden, f ffn.
 """
@@ -13,6 +13,7 @@ from cp_megatron.kernels.gated import activate, gated
 from cp_megatron.spec import MLPSpec
 from cp_megatron.tensor_parallel import (
     ColumnParallelLinear,
+    Entered,
     RowParallelLinear,
     TensorParallel,
     products,
@@ -29,13 +30,14 @@ class MLP(nn.Module):
         self.down = RowParallelLinear(spec.down, tp=tp)
         self.activation = spec.activation
 
-    def forward(self, x: Tensor, gradient_only: bool = False) -> Tensor:
+    def forward(self, x: Entered, gradient_only: bool = False) -> Tensor:
         """[b, s, h] -> this rank's summand [b, s, h] of what is added to the residual stream.
 
         ``gradient_only`` is described in ``RowParallelLinear``.
         """
         if self.gate is None:
-            wide = activate(self.up(x), self.activation)  # [b, s, f/tp]
+            (up,) = products(x, self.up)
+            wide = activate(up, self.activation)  # [b, s, f/tp]
         else:
             gate, up = products(x, self.gate, self.up)
             wide = gated(gate, up, self.activation)

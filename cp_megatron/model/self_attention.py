@@ -24,6 +24,7 @@ from cp_megatron.tensor_parallel import (
     AllHeadsNorm,
     ColumnParallelLinear,
     EachHeadNorm,
+    Entered,
     RowParallelLinear,
     SpecifiedModule,
     TensorParallel,
@@ -56,7 +57,7 @@ class SelfAttention(SpecifiedModule):
         """Lets ``cp`` plan this layer ahead of time."""
         cp.prepare(*self.local_heads)
 
-    def project(self, x: Tensor, rotation: Rotation | None) -> tuple[Tensor, ...]:
+    def project(self, x: Entered, rotation: Rotation | None) -> tuple[Tensor, ...]:
         """[b, s, h] -> q [b, s, n/tp, d], k [b, s, k/tp, d], v [b, s, k/tp, e] and, if there is
         one, the gate [b, s, n/tp, e].
 

@@ -5,7 +5,12 @@ from cp_megatron.tensor_parallel.embedding import VocabParallelEmbedding, VocabP
 from cp_megatron.tensor_parallel.fused_loss import LossRule, vocab_parallel_fused_loss
 from cp_megatron.tensor_parallel.group import TensorParallel
 from cp_megatron.tensor_parallel.head_norms import AllHeadsNorm, EachHeadNorm
-from cp_megatron.tensor_parallel.linear import ColumnParallelLinear, RowParallelLinear, products
+from cp_megatron.tensor_parallel.linear import (
+    ColumnParallelLinear,
+    Entered,
+    RowParallelLinear,
+    products,
+)
 from cp_megatron.tensor_parallel.local_unit import attach_units
 from cp_megatron.tensor_parallel.loss import vocab_parallel_cross_entropy
 from cp_megatron.tensor_parallel.placement import (
@@ -16,12 +21,12 @@ from cp_megatron.tensor_parallel.placement import (
     place,
     shared_unit,
 )
-from cp_megatron.tensor_parallel.regather import regathered
 
 __all__ = [
     "AllHeadsNorm",
     "ColumnParallelLinear",
     "EachHeadNorm",
+    "Entered",
     "LocalWeights",
     "LogitTransform",
     "LossRule",
@@ -35,7 +40,6 @@ __all__ = [
     "named_specs",
     "place",
     "products",
-    "regathered",
     "shared_unit",
     "vocab_parallel_cross_entropy",
     "vocab_parallel_fused_loss",

@@ -13,10 +13,13 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from cp_megatron.comm.collectives import (
+    Wait,
     all_gather_dim,
     copy_to_group,
     reduce_from_group,
     reduce_scatter_dim,
+    start_scatter_sum,
+    start_sum,
 )
 
 
@@ -70,6 +73,12 @@ class TensorParallel:
         else:
             total = reduce_from_group(x, self.group)
         return total if bias is None else total + bias
+
+    def start_leaving(self, x: Tensor) -> Wait:
+        """Starts the backward of ``enter``: a summand [b, s, h] per rank -> residual stream."""
+        if self.sequence_parallel:
+            return start_scatter_sum(x, 1, self.group)
+        return start_sum(x, self.group)
 
     def rows(self, num_tokens: int, batch: int) -> int:
         """Rows of the residual stream that ``enter`` turns into about ``num_tokens`` tokens, in

@@ -1,20 +1,33 @@
 """Linear layers whose weight is split over the tp ranks (Shoeybi et al. 2019, arXiv:1909.08053).
 
-The input of a column parallel layer has passed ``TensorParallel.enter``, once for all layers that
-share it (q, k, v; gate, up). The output of a row parallel layer goes to ``TensorParallel.leave``.
+The input of column parallel layers has entered tensor parallelism once for all layers that share it
+(q, k, v; gate, up): ``Entered``. The output of a row parallel layer goes to
+``TensorParallel.leave``.
 
-Shapes: b batch, s sequence of one context parallel rank, i in features, o out features.
+With sequence parallelism, these layers need the tokens of all tp ranks: in forward for their
+results, and in backward for the gradients of their weights. If the gathered tokens were kept in
+between, they would be the only tensors of a layer that tensor parallelism does not divide, so they
+are gathered again (Korthikanti et al. 2022, arXiv:2205.05198, section 4.2.2). In backward, messages
+travel while products are computed, as in Megatron-LM::
+
+    messages    | gather the tokens of all ranks | sum the gradients of the tokens      |
+    products    | gradients of the tokens        | gradients of the weights             |
+
+Shapes: b batch, s sequence of one context parallel rank, i in features, o out features, r rows of
+the residual stream: s/tp with sequence parallelism, else s.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from cp_megatron.comm.collectives import start_gather
 from cp_megatron.spec import LinearSpec
 from cp_megatron.tensor_parallel.group import TensorParallel
 from cp_megatron.tensor_parallel.placement import SpecifiedModule, shared_unit
@@ -43,17 +56,39 @@ class ColumnParallelLinear(SpecifiedModule):
         return weight, bias
 
 
-def products(x: Tensor, *layers: ColumnParallelLinear) -> tuple[Tensor, ...]:
-    """What each layer computes of the input that they share, [b, s, i] -> several [b, s, o/tp].
+class Entered(NamedTuple):
+    """Rows of the residual stream, and what column parallel layers read of them.
 
-    Backward adds up their gradients of x in one tensor, in the products themselves. The results can
-    be differentiated once.
+    Attributes:
+        rows: [b, r, i].
+        gathered: [b, s, i], from ``TensorParallel.enter``.
+        tp: the group.
+        keeps: backward needs no message for the rows of other ranks, because ``gathered`` is kept.
+    """
+
+    rows: Tensor
+    gathered: Tensor
+    tp: TensorParallel
+    keeps: bool
+
+    @classmethod
+    def of(cls, rows: Tensor, tp: TensorParallel, *, keeps: bool) -> Entered:
+        """Lets rows enter tensor parallelism."""
+        return cls(rows, tp.enter(rows), tp, keeps)
+
+
+def products(x: Entered, *layers: ColumnParallelLinear) -> tuple[Tensor, ...]:
+    """What each layer computes of the input that they share, several [b, s, o/tp].
+
+    Backward adds up their gradients of the input in one tensor, in the products themselves. The
+    results can be differentiated once.
     """
     if torch.compiler.is_compiling():  # the compiler differentiates it
-        return tuple(layer(x) for layer in layers)
+        return tuple(layer(x.gathered) for layer in layers)
     operands = (layer.operands() for layer in layers)
     weights, biases = zip(*operands, strict=True)
-    results: tuple[Tensor, ...] = _SharedInput.apply(x, *weights, *biases)
+    entered = x._replace(gathered=x.gathered.detach())
+    results: tuple[Tensor, ...] = _SharedInput.apply(x.rows, entered, *weights, *biases)
     return results
 
 
@@ -91,32 +126,46 @@ class _ProductGradientOnly(torch.autograd.Function):
 
 
 class _SharedInput(torch.autograd.Function):
-    """Forward: ``F.linear(x, weight, bias)`` of k weights and k biases, some of which are None."""
+    """Forward: ``F.linear(gathered, weight, bias)`` of k weights and k biases, some of which are
+    None. Backward: the gradients of the rows, the weights and the biases."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, *operands: Tensor | None) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, rows: Tensor, x: Entered, *operands: Tensor | None) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         weights, biases = operands[: len(operands) // 2], operands[len(operands) // 2 :]
-        ctx.save_for_backward(x, *weights)
-        return tuple(F.linear(x, *pair) for pair in zip(weights, biases, strict=True))  # type: ignore[arg-type]
+        ctx.tp, ctx.gathers = x.tp, x.tp.splits_sequence and not x.keeps
+        ctx.save_for_backward(rows if ctx.gathers else x.gathered, *weights)
+        return tuple(F.linear(x.gathered, *pair) for pair in zip(weights, biases, strict=True))  # type: ignore[arg-type]
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, *weights = ctx.saved_tensors
-        needed, k = ctx.needs_input_grad, len(weights)
-        rows = x.reshape(-1, x.shape[-1])  # [b, s, i] -> [b * s, i]
-        dx: Tensor | None = None
+        kept, *weights = ctx.saved_tensors
+        needed, k, tp = ctx.needs_input_grad, len(weights), ctx.tp
+        gathered = start_gather(kept, 1, tp.group if ctx.gathers and any(needed[2:]) else None)
+        # [b, s, o] -> [b * s, o]
+        given = [None if grad is None else grad.flatten(0, 1) for grad in grads]
+        drows = None
+        if needed[0]:
+            dx = _input_gradient(given, weights)
+            drows = tp.start_leaving(dx.unflatten(0, (kept.shape[0], -1)))
+        x = gathered().flatten(0, 1)  # [b, s, i] -> [b * s, i]
         dweights: list[Tensor | None] = [None] * k
         dbiases: list[Tensor | None] = [None] * k
-        for place, (grad, weight) in enumerate(zip(grads, weights, strict=True)):
-            if grad is None:
-                continue
-            grad = grad.reshape(-1, grad.shape[-1])  # [b, s, o] -> [b * s, o]
-            if needed[0]:
-                dx = grad @ weight if dx is None else dx.addmm_(grad, weight)
-            if needed[1 + place]:
-                dweights[place] = grad.T @ rows
-            if needed[1 + k + place]:
+        for place, grad in enumerate(given):
+            if grad is not None and needed[2 + place]:
+                dweights[place] = grad.T @ x
+            if grad is not None and needed[2 + k + place]:
                 dbiases[place] = grad.sum(0)
-        return None if dx is None else dx.view(x.shape), *dweights, *dbiases
+        return None if drows is None else drows(), None, *dweights, *dbiases
+
+
+def _input_gradient(grads: Sequence[Tensor | None], weights: Sequence[Tensor]) -> Tensor:
+    """The sum over layers of the gradients [m, o] times the weights [o, i], [m, i]."""
+    (first, weight), *others = [
+        (grad, weight) for grad, weight in zip(grads, weights, strict=True) if grad is not None
+    ]
+    dx = first @ weight
+    for grad, weight in others:
+        dx.addmm_(grad, weight)
+    return dx

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +19,7 @@ from cp_megatron.comm.collectives import all_gather_dim
 from cp_megatron.spec import LinearSpec, ParameterSpec
 from cp_megatron.tensor_parallel import (
     ColumnParallelLinear,
+    Entered,
     RowParallelLinear,
     SpecifiedModule,
     TensorParallel,
@@ -161,21 +163,22 @@ def test_plain_parameters_work_on_one_rank() -> None:
 
 
 def shared_input(
-    rank: int, world_size: int, together: bool, units: int
+    rank: int, world_size: int, together: bool, units: int, splits: bool = False, keeps: bool = True
 ) -> tuple[list[Tensor], Tensor, dict[str, Tensor]]:
     """Three layers of one input: (results, gradient of x, gradients), x's summed over ranks.
 
     The second layer has no bias, the third no gradients, and two ranks share its one unit.
     """
-    tp = TensorParallel(group=torch.distributed.group.WORLD)
+    tp = tensor_parallel(splits)
     specs = [COLUMN, replace(COLUMN, bias=False), replace(COLUMN, units=units, shares_units=True)]
     layers = [ColumnParallelLinear(spec, tp=tp) for spec in specs]
     for number, layer in enumerate(layers):
         placed(layer, world_size, *(number, number + 5)[: len(layer.specs)])
     layers[2].weight.requires_grad_(False)
-    x = numbers(0, 2, SEQ, IN).requires_grad_()
-    shared = tp.enter(x)
-    results = list(products(shared, *layers)) if together else [f(shared) for f in layers]
+    x = numbers(0, 2, SEQ, IN)
+    x = (x.chunk(world_size, 1)[rank] if splits else x).clone().requires_grad_()
+    shared = Entered.of(x, tp, keeps=keeps)
+    results = list(products(shared, *layers)) if together else [f(shared.gathered) for f in layers]
     sum((y * numbers(7, *y.shape)).sum() for y in results).backward()
     assert x.grad is not None
     assert layers[2].weight.grad is None
@@ -183,11 +186,40 @@ def shared_input(
     return [y.detach() for y in results], x.grad, grads
 
 
-@pytest.mark.parametrize("units", [1, 2])
-def test_products_of_one_input_are_those_of_each_layer(units: int) -> None:
-    together = run_ranks(shared_input, 2, True, units)
-    for found, alone in zip(together, run_ranks(shared_input, 2, False, units), strict=True):
-        torch.testing.assert_close(found, alone, **TOLERANCE)
+@pytest.mark.parametrize(
+    ("units", "splits", "keeps"),
+    [(1, False, True), (2, False, True), (2, True, True), (1, True, False), (2, True, False)],
+)
+def test_products_of_one_input_are_those_of_each_layer(
+    units: int, splits: bool, keeps: bool
+) -> None:
+    alone = run_ranks(shared_input, 2, False, units, splits, keeps)
+    together = run_ranks(shared_input, 2, True, units, splits, keeps)
+    for found, expected in zip(together, alone, strict=True):
+        torch.testing.assert_close(found, expected, **TOLERANCE)
+
+
+def order_of_backward(rank: int, world_size: int) -> list[str]:
+    """What backward of two layers of one input does, in order."""
+    tp = tensor_parallel(True)
+    layers = [ColumnParallelLinear(COLUMN, tp=tp) for _ in range(2)]
+    for number, layer in enumerate(layers):
+        placed(layer, world_size, number, number + 5)
+    x = numbers(0, 1, SEQ, IN).chunk(world_size, 1)[rank].clone().requires_grad_()
+    results = products(Entered.of(x, tp, keeps=False), *layers)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+        torch.autograd.backward(results, [torch.ones_like(y) for y in results])
+    kinds = {"aten::mm": "product", "aten::addmm_": "product", "c10d::": "message"}
+    events = sorted(seen.events(), key=lambda event: event.time_range.start)
+    found = [kind for e in events for name, kind in kinds.items() if e.name.startswith(name)]
+    return found
+
+
+def test_products_are_computed_while_messages_travel() -> None:
+    for order in run_ranks(order_of_backward, 2):
+        text = "".join(kind[0] for kind in order)
+        # gather, products of the tokens' gradients, sum, products of the weights' gradients
+        assert re.fullmatch("m+ppm+pp", text), order
 
 
 def test_products_add_up_gradients_in_one_tensor_and_skip_those_not_read() -> None:
@@ -197,7 +229,7 @@ def test_products_add_up_gradients_in_one_tensor_and_skip_those_not_read() -> No
         for parameter in layer.parameters():
             parameter.copy_(numbers(number, *parameter.shape))
     x = numbers(0, 2, SEQ, IN).requires_grad_()
-    first, _, third = products(x, *layers)
+    first, _, third = products(Entered.of(x, TensorParallel(), keeps=False), *layers)
     grads = numbers(1, *first.shape), numbers(2, *third.shape)
     with CountedOps() as ops:
         (dx,) = torch.autograd.grad((first, third), x, grads)
