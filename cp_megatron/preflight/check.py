@@ -8,6 +8,7 @@ run if it is small); it sends and writes nothing.
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -29,6 +30,7 @@ from cp_megatron.plan import Grid
 from cp_megatron.plan.grid import AXES
 from cp_megatron.preflight import rules
 from cp_megatron.preflight.block_rules import check_blocks
+from cp_megatron.preflight.expert_rules import check_expert_ranks, check_experts
 from cp_megatron.preflight.log_rules import check_log
 from cp_megatron.preflight.pretrained import check_load_hf, vocab_size_of
 from cp_megatron.preflight.rope_rules import check_rope, rope_notes
@@ -103,6 +105,7 @@ def check(
     with collected.collect():
         # After the model: a command with more ranks is no help if the heads forbid the grid.
         grid, of_grid = _grid(config, launch, dry_run, dry_run_world_size, [script, *argv])
+        check_expert_ranks(config.parallel, grid)
         notes = (*notes, *of_grid, *of_tokenizer)
     one_node = dry_run and not launch.under_torchrun
     if not dry_run:
@@ -155,6 +158,8 @@ def _check_model(
         check_model_type(model, seq_length=seq_length, is_asked=asked)
     with mistakes.collect():
         check_blocks(model, given)
+    with mistakes.collect():
+        check_experts(config, given)
     with mistakes.collect():
         check_rope(model, seq_length, given)
     with mistakes.collect():
@@ -318,8 +323,10 @@ def _grid(
             raise ConfigError("--world-size", world_size, rule, rules.multiples(world_size, inner))
         return grid(world_size), ()
     if dry_run and not launch.under_torchrun:
-        note = f"no --world-size given: planned for {inner}, the smallest world"
-        return smallest, (note,)
+        ep = config.parallel.expert_model_parallel_size
+        ranks = inner * (ep // math.gcd(ep, inner // replicas))
+        note = f"no --world-size given: planned for {ranks}, the smallest world"
+        return grid(ranks), (note,)
     if launch.world_size % inner:
         raise _wrong_world(launch, smallest, command)
     return grid(launch.world_size), ()
