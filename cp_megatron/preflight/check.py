@@ -8,6 +8,7 @@ run if it is small); it sends and writes nothing.
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -304,11 +305,16 @@ def _grid(
     """The grid over the ranks of this launch or of the dry run, and a note about its size."""
     sizes = {axis: getattr(config.parallel, name) for axis, name in AXES.items() if name}
     replicas = config.parallel.data_parallel_replicate_size
+    ep = config.parallel.expert_model_parallel_size
     smallest = Grid(dp=replicas, replicas=replicas, **sizes)
     inner = smallest.world_size
 
     def grid(ranks: int) -> Grid:
-        return Grid(dp=ranks * replicas // inner, replicas=replicas, **sizes)
+        if (copy := ranks // replicas) % ep:
+            rule = f"must divide {copy}, the number of ranks of a copy of the model"
+            works = f"{math.gcd(copy, ep)}, or {math.lcm(inner // replicas, ep) * replicas} ranks"
+            raise ConfigError("--expert-model-parallel-size", ep, rule, works)
+        return Grid(dp=ranks * replicas // inner, replicas=replicas, ep=ep, **sizes)
 
     if world_size is not None:
         if world_size < 1:
@@ -318,8 +324,8 @@ def _grid(
             raise ConfigError("--world-size", world_size, rule, rules.multiples(world_size, inner))
         return grid(world_size), ()
     if dry_run and not launch.under_torchrun:
-        note = f"no --world-size given: planned for {inner}, the smallest world"
-        return smallest, (note,)
+        ranks = math.lcm(inner // replicas, ep) * replicas
+        return grid(ranks), (f"no --world-size given: planned for {ranks}, the smallest world",)
     if launch.world_size % inner:
         raise _wrong_world(launch, smallest, command)
     return grid(launch.world_size), ()
