@@ -30,7 +30,7 @@ from cp_megatron.plan import Grid
 from cp_megatron.plan.grid import AXES
 from cp_megatron.preflight import rules
 from cp_megatron.preflight.block_rules import check_blocks
-from cp_megatron.preflight.expert_rules import check_expert_ranks, check_experts
+from cp_megatron.preflight.expert_rules import check_experts
 from cp_megatron.preflight.log_rules import check_log
 from cp_megatron.preflight.pretrained import check_load_hf, vocab_size_of
 from cp_megatron.preflight.rope_rules import check_rope, rope_notes
@@ -105,7 +105,6 @@ def check(
     with collected.collect():
         # After the model: a command with more ranks is no help if the heads forbid the grid.
         grid, of_grid = _grid(config, launch, dry_run, dry_run_world_size, [script, *argv])
-        check_expert_ranks(config.parallel, grid)
         notes = (*notes, *of_grid, *of_tokenizer)
     one_node = dry_run and not launch.under_torchrun
     if not dry_run:
@@ -309,11 +308,16 @@ def _grid(
     """The grid over the ranks of this launch or of the dry run, and a note about its size."""
     sizes = {axis: getattr(config.parallel, name) for axis, name in AXES.items() if name}
     replicas = config.parallel.data_parallel_replicate_size
+    ep = config.parallel.expert_model_parallel_size
     smallest = Grid(dp=replicas, replicas=replicas, **sizes)
     inner = smallest.world_size
 
     def grid(ranks: int) -> Grid:
-        return Grid(dp=ranks * replicas // inner, replicas=replicas, **sizes)
+        if (copy := ranks // replicas) % ep:
+            rule = f"must divide {copy}, the number of ranks of a copy of the model"
+            works = f"{math.gcd(copy, ep)}, or {math.lcm(inner // replicas, ep) * replicas} ranks"
+            raise ConfigError("--expert-model-parallel-size", ep, rule, works)
+        return Grid(dp=ranks * replicas // inner, replicas=replicas, ep=ep, **sizes)
 
     if world_size is not None:
         if world_size < 1:
@@ -323,10 +327,8 @@ def _grid(
             raise ConfigError("--world-size", world_size, rule, rules.multiples(world_size, inner))
         return grid(world_size), ()
     if dry_run and not launch.under_torchrun:
-        ep = config.parallel.expert_model_parallel_size
-        ranks = inner * (ep // math.gcd(ep, inner // replicas))
-        note = f"no --world-size given: planned for {ranks}, the smallest world"
-        return grid(ranks), (note,)
+        ranks = math.lcm(inner // replicas, ep) * replicas
+        return grid(ranks), (f"no --world-size given: planned for {ranks}, the smallest world",)
     if launch.world_size % inner:
         raise _wrong_world(launch, smallest, command)
     return grid(launch.world_size), ()

@@ -8,7 +8,6 @@ from itertools import chain
 from cp_megatron.config import Config, ModelConfig, ParallelConfig
 from cp_megatron.errors import ConfigError, Mistakes
 from cp_megatron.families.mixture import EXPERT_FIELDS
-from cp_megatron.plan import Grid
 from cp_megatron.preflight.rules import divisors, misnumbered, multiples, nearest, refuse_unused
 
 _EP = "--expert-model-parallel-size"
@@ -154,16 +153,3 @@ def _unread(model: ModelConfig) -> Iterator[tuple[tuple[str, ...], str, str]]:
     if model.moe_shared_expert_intermediate_size is None:
         works = "--moe-shared-expert-intermediate-size with it"
         yield ("moe_shared_expert_gate",), "without a shared expert", works
-
-
-def check_expert_ranks(parallel: ParallelConfig, grid: Grid) -> None:
-    """The ranks that share the experts are a part of those that hold one copy of the model.
-
-    Raises:
-        ConfigError: they are not.
-    """
-    ep, ranks = parallel.expert_model_parallel_size, grid.world_size // grid.replicas
-    if ranks % ep:
-        copy = "ranks" if grid.replicas == 1 else "ranks of a copy of the model"
-        rule = f"must divide {ranks}, the number of {copy}"
-        raise ConfigError(_EP, ep, rule, nearest(divisors(ranks), ep))

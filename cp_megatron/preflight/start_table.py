@@ -62,8 +62,8 @@ def print_start(plan: RunPlan, run: Path | None, console: Console | None = None)
 
 
 def _world(plan: RunPlan) -> Iterator[Line]:
-    grid, ep = plan.grid, plan.config.parallel.expert_model_parallel_size
-    shared = f", experts over ep {ep}" if ep > 1 else ""
+    grid = plan.grid
+    shared = f", experts over ep {grid.ep}" if grid.ep > 1 else ""
     ranks = f"{grid.world_size:,} rank{'s' if grid.world_size > 1 else ''}"
     yield "world", f"{ranks} = {grid}{shared}"
     for rank in shown_ranks(grid.world_size):
@@ -72,8 +72,8 @@ def _world(plan: RunPlan) -> Iterator[Line]:
             continue
         place = grid.coordinates(rank)
         held = f"{place}   positions {_positions(plan, place.cp)}"
-        if ep > 1:
-            held += f"   experts {_experts(plan.config, rank)}"
+        if grid.ep > 1:
+            held += f"   experts {_experts(plan, rank)}"
         yield f"rank {rank}", held
 
 
@@ -92,11 +92,10 @@ def _positions(plan: RunPlan, cp_rank: int) -> str:
     return ", ".join(chunks if len(chunks) <= 2 else [*chunks[:2], "..."])
 
 
-def _experts(config: Config, rank: int) -> str:
-    """The experts that the rank computes; ranks that share all experts are neighbours."""
-    ep = config.parallel.expert_model_parallel_size
-    share = (config.model.num_experts or 0) // ep
-    first = rank % ep * share
+def _experts(plan: RunPlan, rank: int) -> str:
+    """The experts that the rank computes."""
+    share = (plan.config.model.num_experts or 0) // plan.grid.ep
+    first = plan.grid.index("ep", rank) * share
     return f"{first}-{first + share - 1}" if share > 1 else f"{first}"
 
 

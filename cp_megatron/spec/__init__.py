@@ -1,5 +1,6 @@
 """Describes a model as data, without torch: parameters, how they are split, and their costs."""
 
+from cp_megatron.spec.dense_mlp import MLPSpec
 from cp_megatron.spec.experts import (
     BalanceSpec,
     ExpertMixtureSpec,
@@ -11,7 +12,6 @@ from cp_megatron.spec.latent import LatentAttentionSpec
 from cp_megatron.spec.layer_spec import LayerSpec
 from cp_megatron.spec.linear_attention import ConvolutionSpec, DecaySpec, LinearAttentionSpec
 from cp_megatron.spec.mixer import AttentionSpec, LocalHeads, MixerSpec, RotarySpec
-from cp_megatron.spec.mlp import MLPSpec
 from cp_megatron.spec.model_spec import ModelSpec, is_hidden_matrix, local_heads
 from cp_megatron.spec.parameter import BlockSpec, Init, ParameterSpec
 from cp_megatron.spec.pieces import (

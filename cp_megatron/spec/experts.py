@@ -19,9 +19,10 @@ from functools import partial
 from typing import Literal
 
 from cp_megatron.config import ModelConfig
-from cp_megatron.spec.mlp import MLPSpec, activation_of
+from cp_megatron.spec.dense_mlp import MLPSpec, activation_of
 from cp_megatron.spec.parameter import BlockSpec, ParameterSpec
 from cp_megatron.spec.pieces import LinearSpec
+from cp_megatron.spec.sizes import ActivationSizes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,6 +189,51 @@ class ExpertMixtureSpec(BlockSpec):
     def hidden(self) -> int:
         """Width of the residual stream."""
         return self.experts.hidden
+
+    def kept_bytes(self, sizes: ActivationSizes) -> int:
+        """Bytes that backward needs if all experts get equally many tokens."""
+        tokens, stream = sizes.stream_tokens, sizes.stream_bytes(self.hidden)
+        order = 3 * 8 * self.routing.topk  # the choice, the order by expert and its inverse
+        kept = stream + tokens * (self._score_bytes(sizes) + order) + self.row_bytes(sizes)
+        if self.shared is not None:
+            kept += self.shared.kept_bytes(sizes) - stream  # it reads the same stream
+        if self.shared_gate is not None:
+            kept += stream + tokens * sizes.element
+        return kept
+
+    def row_bytes(self, sizes: ActivationSizes) -> int:
+        """Those of them that belong to the rows of this rank's experts.
+
+        At worst, all tokens of the ``sizes.ep`` ranks choose the experts of one of them, which then
+        keeps ``sizes.ep`` times as much.
+        """
+        wide = (3 if self.experts.gated else 2) * self.experts.width
+        row = (2 * self.hidden + wide) * sizes.element + self._exact(sizes)
+        row += 2 * 8 if sizes.ep > 1 else 0  # the order of what arrived and its inverse
+        return sizes.stream_tokens * self.routing.topk * row
+
+    def choice_bytes(self, sizes: ActivationSizes) -> int:
+        """Bytes of the choice that recomputation reuses."""
+        return 4 * sizes.stream_tokens * self.routing.topk
+
+    def _exact(self, sizes: ActivationSizes) -> int:
+        """Bytes of a score."""
+        return 8 if self.routing.dtype == "fp64" else sizes.exact
+
+    def _score_bytes(self, sizes: ActivationSizes) -> int:
+        """Bytes of a token's scores and weights, and of what the terms of the loss keep of them."""
+        experts, topk, balance = self.routing.num_experts, self.routing.topk, self.balance
+        exact, measured = self._exact(sizes), balance.kind != "none" and balance.coefficient > 0
+        numbers = 0
+        if self.routing.score_function == "sigmoid":
+            numbers += experts + (topk + 1 if self.routing.normalizes else 0) + measured
+        elif self.routing.pre_softmax:
+            numbers += experts
+        else:
+            numbers += topk + (experts if measured else 0)
+        numbers += experts if measured else 0
+        z = (experts + 1) * exact + 1 if balance.z_coefficient else 0
+        return numbers * exact + z
 
     @classmethod
     def of(cls, model: ModelConfig) -> ExpertMixtureSpec:

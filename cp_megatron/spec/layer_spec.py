@@ -6,11 +6,11 @@ from collections import Counter
 from dataclasses import dataclass, replace
 
 from cp_megatron.config import ModelConfig
+from cp_megatron.spec.dense_mlp import MLPSpec
 from cp_megatron.spec.experts import ExpertMixtureSpec
 from cp_megatron.spec.latent import LatentAttentionSpec
 from cp_megatron.spec.linear_attention import LinearAttentionSpec
 from cp_megatron.spec.mixer import AttentionSpec
-from cp_megatron.spec.mlp import MLPSpec
 from cp_megatron.spec.parameter import BlockSpec
 from cp_megatron.spec.pieces import NormSpec
 from cp_megatron.spec.sizes import ActivationSizes
@@ -88,7 +88,7 @@ class LayerSpec(BlockSpec):
             mixed = 0 if self.recurrence is None else self.recurrence.kept_messages(sizes)
             if keeps_attention and self.attention is not None:
                 mixed = self.attention.result_bytes(replace(sizes, result_copies=1))
-            return Counter(inputs=stream, attention=mixed)
+            return Counter(inputs=stream, attention=mixed, mlp=self._choice_bytes(sizes))
         kept = Counter(attention=self.mixer.kept_results(sizes))
         for name in ("attention_post_norm", "mlp_post_norm"):
             kept[name] = _norm_bytes(getattr(self, name), sizes)
@@ -96,6 +96,7 @@ class LayerSpec(BlockSpec):
             kept["dropout"] = 2 * sizes.dropout_bytes(width)
         if granularity == "selective":
             kept["inputs"] = (1 if self.is_parallel else 2) * stream
+            kept["mlp"] = self._choice_bytes(sizes)
             return kept
         kept["attention_norm"] = _norm_bytes(self.attention_norm, sizes)
         kept["attention"] += self.mixer.kept_operands(sizes)
@@ -112,6 +113,9 @@ class LayerSpec(BlockSpec):
         if tiled and copies:
             kept["mlp"] += stream
         return kept
+
+    def _choice_bytes(self, sizes: ActivationSizes) -> int:
+        return self.mlp.choice_bytes(sizes) if isinstance(self.mlp, ExpertMixtureSpec) else 0
 
 
 def attention_of(model: ModelConfig, *, layer: int) -> AttentionSpec | LatentAttentionSpec:

@@ -110,7 +110,7 @@ class ModelSpec(BlockSpec):
         rank: int,
         parameters: Iterable[tuple[ParameterSpec, int]] | None = None,
     ) -> int:
-        """Parameters that ``rank`` stores: its tensor parallel part, sharded over its replica.
+        """Parameters that ``rank`` stores: its part over tp or ep, sharded over its replica.
 
         FSDP2 cuts dim 0 into pieces of equal, rounded-up size, so the last ranks may hold less.
 
@@ -118,12 +118,15 @@ class ModelSpec(BlockSpec):
             grid, rank: the grid, and a rank of it.
             parameters: those to count, with the numbers of their copies; None counts all.
         """
-        shards, shard = grid.shards, grid.shard(rank)
-        total = 0
+        total, sizes = 0, grid.sizes | {"ep": grid.ep}
         for parameter, copies in self._distinct() if parameters is None else parameters:
-            rows, *rest = parameter.local_shape(grid.sizes)
+            shards, shard = grid.shards, grid.shard(rank)
+            if parameter.stacked:
+                shards, shard = grid.size("edp"), grid.index("edp", rank)
+            shape = list(parameter.local_shape(sizes))
+            rows = shape.pop(parameter.shard_dim(shards))
             piece = -(-rows // shards)
-            total += min(piece, max(0, rows - shard * piece)) * math.prod(rest) * copies
+            total += min(piece, max(0, rows - shard * piece)) * math.prod(shape) * copies
         return total
 
     def training_flops(self, *, num_tokens: float, num_pairs: float) -> float:
@@ -152,13 +155,14 @@ class ModelSpec(BlockSpec):
 def is_hidden_matrix(name: str, shape: Sequence[int]) -> bool:
     """Whether a parameter is a matrix between two hidden layers.
 
-    So the embedding, the positions and the output layer are none, nor are vectors and convolutions.
+    So the embedding, the positions and the output layer are none, nor are vectors, stacked ones
+    included, and convolutions.
 
     Args:
         name: its name in the whole model.
         shape: its global shape.
     """
-    return name.startswith(_LAYERS) and len(shape) == 2
+    return name.startswith(_LAYERS) and len(shape) == 2 and not name.endswith("_bias")
 
 
 def local_heads(model: ModelConfig, tp: int) -> LocalHeads:

@@ -89,6 +89,13 @@ class ParameterSpec:
                 shape[dim] //= size
         return tuple(shape)
 
+    def shard_dim(self, num_ranks: int) -> int:
+        """The dim that FSDP divides among ``num_ranks``.
+
+        Dim 0 may be divided unevenly, but the experts of a rank can be fewer than the ranks.
+        """
+        return 1 if self.stacked and self.shape[1] % num_ranks == 0 else 0
+
     def check_split(self, axis: str, size: int) -> None:
         """Checks that ``size`` ranks of ``axis`` can share the parameter.
 

@@ -14,6 +14,7 @@ from cp_megatron.tensor_parallel.placement import (
     local_weight,
     named_specs,
     place,
+    place_stacked,
     shared_unit,
 )
 from cp_megatron.tensor_parallel.regather import regathered
@@ -34,6 +35,7 @@ __all__ = [
     "local_weight",
     "named_specs",
     "place",
+    "place_stacked",
     "products",
     "regathered",
     "shared_unit",

@@ -144,11 +144,10 @@ def test_ranks_share_experts_inside_a_copy_of_the_model() -> None:
     assert planned(f"{EXPERTS} {EP} 4 {TP} --sequence-parallel").grid.world_size == 4
     two = f"{EXPERTS} {EP} 4 --data-parallel-replicate-size 2"
     assert planned(f"{two} --global-batch-size 8").grid.world_size == 8
-    told = refusal(f"{EXPERTS} {EP} 4", world_size=2)
-    assert told.rule == "must divide 2, the number of ranks"
-    told = refusal(two, world_size=4)
-    assert told.rule == "must divide 2, the number of ranks of a copy of the model"
-    assert told.works == "1, 2"
+    told = refusal(f"{EXPERTS} {EP} 4", world_size=6)
+    assert told.rule == "must divide 6, the number of ranks of a copy of the model"
+    assert told.works == "2, or 4 ranks"
+    assert refusal(two, world_size=4).works == "2, or 8 ranks"
 
 
 def test_a_dense_width_that_no_layer_has_need_not_be_divisible() -> None:
