@@ -26,6 +26,7 @@ LAYERS = {
     "cli": 5,
     "data": 6,
     "context_parallel": 7,
+    "expert_parallel": 7,
     "tensor_parallel": 7,
     "model": 8,
     "checkpoint": 9,

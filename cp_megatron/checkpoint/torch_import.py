@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Collection, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -18,7 +19,7 @@ from torch import Tensor
 from cp_megatron.checkpoint.dcp_metadata import DCPChunk, DCPTensor, read_dcp_metadata
 from cp_megatron.checkpoint.foreign_names import ForeignTensors, TensorType, find_tensors
 from cp_megatron.checkpoint.hf_folder import TOKENIZER_FILES, check_output, new_folder
-from cp_megatron.checkpoint.hf_write import write_json, write_weights
+from cp_megatron.checkpoint.hf_write import dtype_of, write_json, write_weights
 from cp_megatron.checkpoint.inert_pickle import MalformedError
 from cp_megatron.checkpoint.shard_writer import sync
 from cp_megatron.checkpoint.torch_file_reader import TorchFileReader
@@ -47,15 +48,30 @@ def import_torch(
     """
     check_output(output)
     target = read_hf_config(model_folder)
-    positions = target.model.max_position_embeddings or 1
-    wanted = target.family.tensors(target.model, vocab_size=target.vocab_size, seq_length=positions)
     try:
         checkpoint = _open(source)
+        wanted = _wanted(target, checkpoint.types)
         tensors = find_tensors(source, target, wanted, checkpoint.types, checkpoint.others)
         _write(checkpoint, tensors, target, wanted, output, dtype)
     except MalformedError as error:
         raise ConfigError(FROM_TORCH, source, str(error), error.works) from None
     return tensors.left_out
+
+
+def _wanted(target: HFModel, stored: Collection[str]) -> list[HFTensor]:
+    """The tensors of the folder: with its other names, if the checkpoint has one of these."""
+    positions = target.model.max_position_embeddings or 1
+    tensors_of = partial(
+        target.family.tensors, target.model, vocab_size=target.vocab_size, seq_length=positions
+    )
+    usual = tensors_of()
+    if target.family.other_names:
+        others = tensors_of(other=True)
+        known = {tensor.key for tensor in usual}
+        key = next((tensor.key for tensor in others if tensor.key not in known), None)
+        if key is not None and any(name.endswith(key) for name in stored):
+            return others
+    return usual
 
 
 def _write(
@@ -75,7 +91,7 @@ def _write(
             num_heads = heads[tensor.key.split(".")[-2]]
             pairs = "(head pair two) ... -> (head two pair) ..."
             value = rearrange(value, pairs, head=num_heads, two=2)
-        return value.to(getattr(torch, dtype)).contiguous()
+        return value.to(getattr(torch, dtype_of(tensor, dtype))).contiguous()
 
     if tensors.head is not None:
         embedding = checkpoint.read(tensors.names["model.embed_tokens.weight"])

@@ -14,7 +14,7 @@ values, except that a value which all ranks of a tensor parallel group share cou
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -56,6 +56,27 @@ def reduce_scatter_dim(x: Tensor, dim: int, group: ProcessGroup | None) -> Tenso
     divisible by the number of ranks.
     """
     return _apply(x, group, lambda y, g: _scatter_sum(y, dim, g), lambda y, g: _gather(y, dim, g))
+
+
+def exchange_rows(
+    x: Tensor, sent: Sequence[int], received: Sequence[int], group: ProcessGroup | None
+) -> Tensor:
+    """Sends some rows to every rank of the group: ``[sum(sent), ..] -> [sum(received), ..]``.
+
+    Forward: all-to-all. Backward: the reverse exchange, in which gradients return to their rows.
+
+    Args:
+        x: the rows, in the order of the ranks that they are for.
+        sent: rows for each rank.
+        received: rows from each rank, of which the result consists, in this order.
+        group: the ranks.
+    """
+    return _apply(
+        x,
+        group,
+        lambda y, g: _all_to_all(y, sent, received, g),
+        lambda y, g: _all_to_all(y, received, sent, g),
+    )
 
 
 Wait = Callable[[], Tensor]
@@ -116,6 +137,15 @@ def _apply(
     if group is None or group.size() == 1:
         return x
     result: Tensor = _Collective.apply(x, group, forward, backward)
+    return result
+
+
+def _all_to_all(
+    x: Tensor, sent: Sequence[int], received: Sequence[int], group: ProcessGroup
+) -> Tensor:
+    assert sum(sent) == x.shape[0], f"{sum(sent)} of {x.shape[0]} rows are sent"
+    result = x.new_empty((sum(received), *x.shape[1:]))
+    dist.all_to_all_single(result, x.contiguous(), list(received), list(sent), group=group)
     return result
 
 

@@ -26,16 +26,24 @@ class ParallelGroups:
         sharding: the mesh of ``dp_cp``; 2-D, with a replica's ranks as the last dim, if there are
             several replicas. Parameters, gradients and optimizer state are sharded over its last
             dim.
+        expert_sharding: the same for experts, over ``edp``; None if there are no experts. Then
+            there are also no groups ``ep``, ``edp`` and ``cp_tp``, the ranks that share rows.
     """
 
     grid: Grid
     coordinates: Coordinates
     meshes: Mapping[str, DeviceMesh]
     sharding: DeviceMesh
+    expert_sharding: DeviceMesh | None = None
 
     @classmethod
     def create(
-        cls, grid: Grid, device_type: str, timeout: timedelta | None = None
+        cls,
+        grid: Grid,
+        device_type: str,
+        timeout: timedelta | None = None,
+        *,
+        has_experts: bool = False,
     ) -> ParallelGroups:
         """Builds the groups; collective over the default process group, which must exist.
 
@@ -43,6 +51,7 @@ class ParallelGroups:
             grid: its world size is the default group's.
             device_type: ``cpu`` or ``cuda``.
             timeout: how long a rank waits for the others; by default that of the default group.
+            has_experts: build the groups of experts too.
         """
         mesh = _whole_mesh(grid, device_type)
         meshes = {name: mesh[name] for name in grid.sizes if name != "dp"}
@@ -55,13 +64,21 @@ class ParallelGroups:
             meshes["dp_cp"] = mesh["replicas", "in_replica", "cp"]._flatten("dp_cp")
             mesh["in_replica", "cp"]._flatten("shards")
             sharding = mesh["replicas", "shards"]
+        expert_sharding = None
+        if has_experts or grid.ep > 1:
+            expert_sharding = _add_experts(meshes, mesh, grid, device_type)
         if timeout is not None:
-            names = sharding.mesh_dim_names if sharding.ndim > 1 else ()
-            of_sharding = [sharding[name] for name in names or ()]
-            for one in (*meshes.values(), *of_sharding):
+            shardings = [x for x in (sharding, expert_sharding) if x is not None and x.ndim > 1]
+            of_shardings = [x[name] for x in shardings for name in x.mesh_dim_names or ()]
+            for one in (*meshes.values(), *of_shardings):
                 dist.distributed_c10d._set_pg_timeout(timeout, one.get_group())
-        coordinates = grid.coordinates(dist.get_rank())
-        return cls(grid=grid, coordinates=coordinates, meshes=meshes, sharding=sharding)
+        return cls(
+            grid=grid,
+            coordinates=grid.coordinates(dist.get_rank()),
+            meshes=meshes,
+            sharding=sharding,
+            expert_sharding=expert_sharding,
+        )
 
     def __getitem__(self, name: str) -> dist.ProcessGroup:
         return self.meshes[name].get_group()
@@ -101,3 +118,14 @@ def _whole_mesh(grid: Grid, device_type: str) -> DeviceMesh:
         else:
             sizes[name] = size
     return init_device_mesh(device_type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+
+
+def _add_experts(
+    meshes: dict[str, DeviceMesh], mesh: DeviceMesh, grid: Grid, device_type: str
+) -> DeviceMesh:
+    """Adds the groups of experts to ``meshes``; returns the mesh that experts are sharded over."""
+    sizes = grid.expert_sizes
+    own = init_device_mesh(device_type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+    meshes |= {"ep": own["ep"], "edp": own["edp"]}
+    meshes["cp_tp"] = mesh["cp", "tp"]._flatten("cp_tp")
+    return own["edp"] if grid.replicas == 1 else own["replicas", "edp"]

@@ -251,7 +251,9 @@ def _permanent(plan: RunPlan, rank: int, spec: ModelSpec) -> tuple[Held, Held, H
 def _gathered_bytes(plan: RunPlan, spec: ModelSpec) -> int:
     """Whole weights at the end of forward, in the compute type, padded to equal shards."""
     assert plan.dtype is not None
-    if plan.grid.size("dp_cp") == 1 and not plan.config.memory.optimizer_cpu_offload:
+    spreads_experts = bool(plan.config.model.expert_layers) and plan.grid.world_size > 1
+    is_whole = plan.grid.size("dp_cp") == 1 and not spreads_experts
+    if is_whole and not plan.config.memory.optimizer_cpu_offload:
         # Parameters are the weights, or copies are rounded, of which backward reads the norm's.
         is_read = plan.dtype == "bfloat16" and not spec.norm.one_plus
         read = sum(x.numel for x in spec.norm.parameters()) if is_read else 0
@@ -299,6 +301,7 @@ def _sizes(
         sends_latents=schedule is not None and schedule.latent is not None,
         result_copies=2 if transposed else 1,
         states=states,
+        ep=plan.grid.ep,
     )
 
 

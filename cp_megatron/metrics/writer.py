@@ -7,7 +7,7 @@ import os
 import resource
 import shutil
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from itertools import count
 from pathlib import Path
 
@@ -36,6 +36,10 @@ class Metrics:
     valid_loss: float | None = None  # nats per token of the validation part, if it was read
     params_norm: float | None = None  # L2 norm of all parameters after the step, if asked for
     num_zeros_in_grad: int | None = None  # numbers of the gradient that are 0, if asked for
+    moe_aux_loss: float | None = None  # what the imbalance of experts added to the trained loss
+    moe_z_loss: float | None = None  # what the z-loss of routers added to it
+    moe_expert_load: float | None = None  # tokens of the busiest expert over the mean of a layer
+    moe_rank_load: float | None = None  # the same for the ranks that share the experts
 
 
 class MetricsWriter:
@@ -66,7 +70,8 @@ class MetricsWriter:
         A second line of the same step replaces the first one, of which it repeats all numbers.
         """
         row = asdict(metrics)
-        for name in ("valid_loss", "params_norm", "num_zeros_in_grad"):
+        absent = (field.name for field in fields(metrics) if field.default is None)
+        for name in list(absent):
             if row[name] is None:
                 del row[name]
         line = json.dumps(row, allow_nan=False) + "\n"

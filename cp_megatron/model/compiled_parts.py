@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from cp_megatron.errors import ConfigError
 from cp_megatron.model.latent_attention import LatentAttention
 from cp_megatron.model.layer import TransformerLayer
+from cp_megatron.model.mlp import MLP
 from cp_megatron.model.norm import Norm
 from cp_megatron.model.self_attention import SelfAttention
 from cp_megatron.model.transformer import Transformer
@@ -42,7 +43,9 @@ def compile_parts(model: Transformer, backend: str = "inductor") -> None:
                 _compile(norm, "forward", backend)
         if isinstance(layer.mixer, SelfAttention | LatentAttention):
             _compile(layer.mixer, "project", backend)
-        _compile(layer.mlp, "forward", backend)
+        dense = layer.mlp if isinstance(layer.mlp, MLP) else layer.mlp.shared
+        if dense is not None:
+            _compile(dense, "forward", backend)
 
 
 def _compile(owner: nn.Module, name: str, backend: str) -> None:

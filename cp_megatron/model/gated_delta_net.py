@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from cp_megatron.context_parallel import ContextParallel
 from cp_megatron.kernels.dropout import Dropout
-from cp_megatron.kernels.gated import gated
+from cp_megatron.kernels.gated import GatedFunction, gated
 from cp_megatron.kernels.interface import accumulation_dtype
 from cp_megatron.model.layer_memory import KeptMixer
 from cp_megatron.model.norm import Norm
@@ -125,7 +125,7 @@ class GatedDeltaNet(nn.Module):
         g = self.decay(decay_input)
         states = None if kept is None else kept.results or kept.states
         out = cp.linear_attention(q, k, v, g, rate.sigmoid(), kept=states)
-        return gated(z, self.norm(out), "silu")
+        return gated(z, self.norm(out), GatedFunction("silu"))
 
     def output(self, attended: Tensor) -> Tensor:
         """[b, s, n/tp, e] -> this rank's summand of what is added to the residual stream."""

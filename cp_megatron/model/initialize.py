@@ -1,13 +1,16 @@
 """Initial weights: every global tensor is a pure function of the seed and its name.
 
 So a run starts from the same numbers on every grid, in every dtype, and with any range of layers
-on a rank: a rank draws the global tensor and keeps its part.
+on a rank: a rank draws the global tensor and keeps its part. Of stacked matrices it draws its own,
+each by its name and its number.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Iterable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -16,14 +19,22 @@ from cp_megatron.config.schema import ModelConfig
 from cp_megatron.spec import ParameterSpec
 
 
-def initial_value(spec: ParameterSpec, *, config: ModelConfig, seed: int) -> Tensor:
+def initial_value(
+    spec: ParameterSpec, *, config: ModelConfig, seed: int, part: Iterable[int] | None = None
+) -> Tensor:
     """The global initial value of one parameter, float32 on the CPU.
 
     Args:
         spec: the parameter; its name must be the fully qualified one in the whole model.
         config: gives the standard deviation and the number of layers.
         seed: the run's seed.
+        part: the numbers of those matrices of a stacked parameter that are drawn; None: all.
     """
+    if spec.stacked:
+        numbers = range(spec.shape[0]) if part is None else part
+        one = replace(spec, shape=spec.shape[1:], stacked=False)
+        names = (replace(one, name=f"{spec.name}.{number}") for number in numbers)
+        return torch.stack([initial_value(x, config=config, seed=seed) for x in names])
     if spec.init == "zeros":
         return torch.zeros(spec.shape, dtype=torch.float32)
     if spec.init == "ones":

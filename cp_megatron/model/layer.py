@@ -9,8 +9,9 @@ A model may have norms after the blocks instead or as well, and both blocks may 
 
 Every line computes with the tokens that one rank holds. What crosses ranks is visible: ``entered``
 and ``tp.leave`` around each block (tensor and sequence parallelism) and, in the mixer,
-``cp.attention`` or ``cp.linear_attention`` (context parallelism). What is kept for backward is
-decided by ``LayerMemory``, around the same functions.
+``cp.attention`` or ``cp.linear_attention`` (context parallelism). A mixture of experts in place of
+the MLP sends this rank's rows to their experts itself (``expert_mixture.py``). What is kept for
+backward is decided by ``LayerMemory``, around the same functions.
 
 Shapes: b batch, s sequence of one context parallel rank, h hidden. The residual stream is
 [b, s, h]; with sequence parallelism [b, s/tp, h].
@@ -21,26 +22,36 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from cp_megatron.context_parallel import ContextParallel
+from cp_megatron.expert_parallel import ExpertParallel
 from cp_megatron.kernels.dropout import Dropout
+from cp_megatron.model.expert_mixture import ExpertMixture, Mixed
 from cp_megatron.model.gated_delta_net import GatedDeltaNet
 from cp_megatron.model.latent_attention import LatentAttention
-from cp_megatron.model.layer_memory import KeptMixer, LayerMemory, Pass
+from cp_megatron.model.layer_memory import KeptMixer, KeptRouting, LayerMemory, Pass
 from cp_megatron.model.mlp import MLP
 from cp_megatron.model.norm import Norm
 from cp_megatron.model.rope import Rotation
+from cp_megatron.model.row_counts import TokenRows
 from cp_megatron.model.self_attention import SelfAttention
-from cp_megatron.spec import LatentAttentionSpec, LayerSpec, NormSpec
+from cp_megatron.spec import ExpertMixtureSpec, LatentAttentionSpec, LayerSpec, NormSpec
 from cp_megatron.tensor_parallel import LocalWeights
 
 
 class TransformerLayer(nn.Module):
     """Adds a mixer and the MLP to the residual stream, with dropout on what is added.
 
+    Args:
+        spec: the description.
+        memory: what is kept for backward.
+        experts: the groups of a mixture of experts.
+
     Attributes:
         attends: whether the mixer is attention, not a recurrence.
     """
 
-    def __init__(self, spec: LayerSpec, *, memory: LayerMemory) -> None:
+    def __init__(
+        self, spec: LayerSpec, *, memory: LayerMemory, experts: ExpertParallel | None = None
+    ) -> None:
         super().__init__()
         self.memory, self.tp = memory, memory.tp
         self.is_parallel, self.multiplier = spec.is_parallel, spec.multiplier
@@ -55,7 +66,12 @@ class TransformerLayer(nn.Module):
         self.recurrence = None if recurrence is None else GatedDeltaNet(recurrence, tp=self.tp)
         self.attention_post_norm = self._norm(spec.attention_post_norm)
         self.mlp_norm = self._norm(spec.mlp_norm)
-        self.mlp = MLP(spec.mlp, tp=self.tp)
+        self.mlp: MLP | ExpertMixture
+        if isinstance(spec.mlp, ExpertMixtureSpec):
+            experts = experts or ExpertParallel()
+            self.mlp = ExpertMixture(spec.mlp, memory=memory, parallel=experts)
+        else:
+            self.mlp = MLP(spec.mlp, tp=self.tp)
         self.mlp_post_norm = self._norm(spec.mlp_post_norm)
         self.dropout = nn.Dropout(spec.dropout)
         read = self.attention_norm if self.is_parallel else self.mlp_norm
@@ -72,10 +88,24 @@ class TransformerLayer(nn.Module):
         return None if spec is None else Norm(spec, tp=self.tp)
 
     def forward(
-        self, x: Tensor, rotation: Rotation | None, cp: ContextParallel, dropout: Dropout | None
-    ) -> Tensor:
-        """Residual stream -> residual stream; ``dropout`` is that of the attention weights."""
-        return self.memory.layer(self._layer, x, rotation, cp, dropout)
+        self,
+        x: Tensor,
+        rotation: Rotation | None,
+        cp: ContextParallel,
+        dropout: Dropout | None,
+        rows: TokenRows | None = None,
+    ) -> Tensor | Mixed:
+        """Residual stream -> residual stream.
+
+        Args:
+            x: residual stream.
+            rotation: of queries and keys.
+            cp: the context parallelism of this layer.
+            dropout: of the attention weights.
+            rows: those of the tokens of ``x``, [b * r]. With them, a layer that has experts also
+                returns what they add to the loss and how often each was chosen.
+        """
+        return self.memory.layer(self._layer, x, rotation, cp, dropout, rows)
 
     def _layer(
         self,
@@ -83,20 +113,29 @@ class TransformerLayer(nn.Module):
         rotation: Rotation | None,
         cp: ContextParallel,
         dropout: Dropout | None,
+        rows: TokenRows | None,
         layer_pass: Pass,
-    ) -> Tensor:
+    ) -> Tensor | Mixed:
         attended = self.memory.mixer(self._attend, layer_pass, x, rotation, cp, dropout)
         mixer = self.mixer
         added = self.tp.leave(mixer.output(attended), mixer.out.local_bias())
-        if self._adds_and_normalizes():
+        if normalized := self._adds_and_normalizes():
             assert self.mlp_norm is not None
-            stream, h = self.mlp_norm(x, added)
-            return self._add(stream, self._feed_normalized(h, False), self.mlp_post_norm)
-        stream = self._add(x, added, self.attention_post_norm)
-        # A norm's gradient needs what it normalized, so a recomputation must run the MLP.
-        last = layer_pass if self.mlp_post_norm is None else Pass()
-        read = x if self.is_parallel else stream
-        added = self.memory.mlp(self._feed_forward, read, self.mlp_weights, last)
+            stream, read = self.mlp_norm(x, added)
+        else:
+            stream = self._add(x, added, self.attention_post_norm)
+            read = x if self.is_parallel else stream
+        if isinstance(self.mlp, ExpertMixture):
+            mix = self.mlp if normalized else self._mix
+            added, *more = self.memory.mixture(mix, layer_pass, read, rows)
+            stream = self._add(stream, added, self.mlp_post_norm)
+            return stream if rows is None else Mixed(stream, *more)
+        if normalized:
+            added = self._feed_normalized(read, False)
+        else:
+            # A norm's gradient needs what it normalized, so a recomputation must run the MLP.
+            last = layer_pass if self.mlp_post_norm is None else Pass()
+            added = self.memory.mlp(self._feed_forward, read, self.mlp_weights, last)
         return self._add(stream, added, self.mlp_post_norm)
 
     def _add(self, x: Tensor, added: Tensor, norm: Norm | None) -> Tensor:
@@ -127,6 +166,12 @@ class TransformerLayer(nn.Module):
         heads = self.mixer.project(self.memory.entered(h), rotation)
         return self.mixer.attend(*heads, cp=cp, dropout=dropout, kept=kept)
 
+    def _mix(self, x: Tensor, rows: TokenRows | None, kept: KeptRouting | None) -> Mixed:
+        """Residual stream -> what the mixture of experts adds to it, and to the loss."""
+        norm = self.attention_norm if self.is_parallel else self.mlp_norm
+        mixed: Mixed = self.mlp(x if norm is None else norm(x), rows, kept)
+        return mixed
+
     def _feed_forward(self, x: Tensor, gradient_only: bool) -> Tensor:
         """Residual stream -> what the MLP adds to it."""
         norm = self.attention_norm if self.is_parallel else self.mlp_norm
@@ -135,5 +180,6 @@ class TransformerLayer(nn.Module):
 
     def _feed_normalized(self, h: Tensor, gradient_only: bool) -> Tensor:
         """What the MLP reads -> what it adds to the residual stream."""
+        assert isinstance(self.mlp, MLP)
         h = self.mlp(self.memory.entered(h), gradient_only)
         return self.tp.leave(h, self.mlp.down.local_bias(), gradient_only=gradient_only)

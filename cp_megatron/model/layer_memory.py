@@ -7,7 +7,8 @@
     full          the input of the layer and, if asked, the        the rest, with the messages of
                   results of attention; possibly on the host       attention unless it is kept
 
-A recurrence sends nothing again with either: its states are few, and are kept too.
+A recurrence sends nothing again with either: its states are few, and are kept too. Neither is a
+router's choice made again: another run could choose otherwise, and the ranks have told each other.
 
 Recomputation is torch's own non-reentrant ``checkpoint`` (Chen et al. 2016, arXiv:1604.06174). With
 ``none``, rows that sequence parallelism gathers are freed and gathered again
@@ -20,6 +21,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -27,9 +29,13 @@ from torch.utils.checkpoint import checkpoint
 
 from cp_megatron.config.schema import MemoryConfig, Recompute
 from cp_megatron.context_parallel import KeptAttention, Received
+from cp_megatron.expert_parallel import Splits
 from cp_megatron.model.offload import LayerOffload
+from cp_megatron.model.row_counts import RowCounts
 from cp_megatron.model.sequence_tiles import TileFunction, in_tiles
 from cp_megatron.tensor_parallel import Entered, LocalWeights, TensorParallel
+
+Whole = TypeVar("Whole")
 
 
 class KeptMixer:
@@ -44,17 +50,43 @@ class KeptMixer:
         self.results, self.states, self.halo = results, Received(), Received()
 
 
+@dataclass(frozen=True, kw_only=True)
+class Routing:
+    """What a mixture of experts decides once for a micro batch.
+
+    Attributes:
+        experts: int32 [n, K], the experts of this rank's tokens.
+        splits: how many rows the ranks exchange.
+        rows: how often experts were chosen in each row; None if nobody asks.
+    """
+
+    experts: Tensor
+    splits: Splits
+    rows: RowCounts | None
+
+
+class KeptRouting:
+    """What the first run of a mixture of experts decided, for a second one.
+
+    Attributes:
+        first: set by the first run.
+    """
+
+    def __init__(self) -> None:
+        self.first: Routing | None = None
+
+
 class Pass:
     """A run of a layer.
 
     Attributes:
         is_second: whether the layer is being recomputed, in backward, for the tensors that autograd
             saves; the result of a recomputation is not used.
-        kept: what the first run keeps for the second one.
+        kept, routing: what the first run keeps for the second one.
     """
 
     def __init__(self) -> None:
-        self.is_second, self.kept = False, KeptMixer(None)
+        self.is_second, self.kept, self.routing = False, KeptMixer(None), KeptRouting()
 
     @contextmanager
     def second(self) -> Iterator[None]:
@@ -114,7 +146,7 @@ class LayerMemory:
         """Whether ``mlp`` just calls its function."""
         return self.tile_size is None and not self._recomputes("selective")
 
-    def layer(self, function: Callable[..., Tensor], *args: object) -> Tensor:
+    def layer(self, function: Callable[..., Whole], *args: object) -> Whole:
         """``function(*args, layer_pass)``, the whole layer."""
         layer_pass = Pass()
         # Called in the layer's forward, so that FSDP has gathered the weights when it runs again.
@@ -141,6 +173,14 @@ class LayerMemory:
             kept = KeptMixer(KeptAttention())
             return checkpoint(function, *args, kept, use_reentrant=False)  # type: ignore[return-value]
         return function(*args, layer_pass.kept if self._recomputes("full") else None)
+
+    def mixture(self, function: Callable[..., Whole], layer_pass: Pass, *args: object) -> Whole:
+        """``function(*args, kept)``, a mixture of experts; ``kept`` is a ``KeptRouting``, or None
+        if nothing is computed again."""
+        assert self.tile_size is None, "tokens of a tile would be sent on their own"
+        if self._recomputes("selective"):
+            return checkpoint(function, *args, KeptRouting(), use_reentrant=False)  # type: ignore[return-value]
+        return function(*args, layer_pass.routing if self._recomputes("full") else None)
 
     def mlp(
         self, function: TileFunction, x: Tensor, weights: LocalWeights, layer_pass: Pass

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from cp_megatron.kernels.gated import activate, gated
+from cp_megatron.kernels.gated import GatedFunction, activate, gated
 from cp_megatron.spec import MLPSpec
 from cp_megatron.tensor_parallel import (
     ColumnParallelLinear,
@@ -28,7 +28,7 @@ class MLP(nn.Module):
         self.gate = None if spec.gate is None else ColumnParallelLinear(spec.gate, tp=tp)
         self.up = ColumnParallelLinear(spec.up, tp=tp)
         self.down = RowParallelLinear(spec.down, tp=tp)
-        self.activation = spec.activation
+        self.function = GatedFunction(spec.activation, spec.clamp, spec.offset)
 
     def forward(self, x: Entered, gradient_only: bool = False) -> Tensor:
         """[b, s, h] -> this rank's summand [b, s, h] of what is added to the residual stream.
@@ -37,8 +37,8 @@ class MLP(nn.Module):
         """
         if self.gate is None:
             (up,) = products(x, self.up)
-            wide = activate(up, self.activation)  # [b, s, f/tp]
+            wide = activate(up, self.function.activation)  # [b, s, f/tp]
         else:
             gate, up = products(x, self.gate, self.up)
-            wide = gated(gate, up, self.activation)
+            wide = gated(gate, up, self.function)
         return self.down(wide, gradient_only)

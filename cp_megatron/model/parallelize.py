@@ -1,13 +1,18 @@
 """Spreads a model from the meta device over the grid: tp by DTensor, dp x cp by FSDP2.
 
+The experts of a layer are spread over the same ranks in another way: ep by DTensor, and edp by
+FSDP2, as a unit inside the layer's. Their gradients arrive with the tokens of all ranks of ep, and
+are summed over edp.
+
 Memory, initial values and sharding are given to one unit (a layer) at a time, so no rank ever holds
 more than one unsharded layer, plus one global tensor on the CPU. Where dp x cp is one rank, there
-is no FSDP (``tensor_parallel/local_unit.py``), unless the parameters live on the host.
+is no FSDP (``tensor_parallel/local_unit.py``), unless the parameters live on the host, or several
+ranks share experts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
@@ -23,15 +28,24 @@ from torch.distributed.fsdp import (
     OffloadPolicy,
     fully_shard,
 )
+from torch.distributed.tensor import Shard
 
 from cp_megatron.comm.groups import ParallelGroups
 from cp_megatron.comm.host_collectives import HostGather, HostReduceScatter
 from cp_megatron.config.schema import Config
+from cp_megatron.expert_parallel import ExpertParallel
+from cp_megatron.model.expert_mixture import Experts
 from cp_megatron.model.gated_delta_net import Decay
 from cp_megatron.model.initialize import initial_value
 from cp_megatron.model.transformer import Transformer
 from cp_megatron.spec import ParameterSpec
-from cp_megatron.tensor_parallel import attach_units, named_specs, place
+from cp_megatron.tensor_parallel import (
+    SpecifiedModule,
+    attach_units,
+    named_specs,
+    place,
+    place_stacked,
+)
 
 ComputeDType = Literal["float64", "float32", "bfloat16"]
 
@@ -53,7 +67,8 @@ def build_model(
 
     Args:
         config: the run; ``model``, ``parallel``, ``train.seed`` and the sequence length are read.
-        groups: this rank's groups.
+        groups: this rank's groups, with those of experts if the model has some and there are
+            several ranks.
         vocab_size: number of ids in the data.
         dtype: the compute type.
         device: where the parameters live.
@@ -70,16 +85,24 @@ def build_model(
             tp=groups.tp,
             sequence_parallel=config.parallel.sequence_parallel,
             memory=config.memory,
+            experts=_expert_parallel(config, groups),
         )
     fill = partial(_fill, config=config, groups=groups, dtype=dtype, device=device)
     if not initialize:
         fill = partial(fill, value_of=_zeros)
-    if groups.dp_cp.size() > 1 or config.memory.optimizer_cpu_offload:
+    spreads_experts = bool(config.model.expert_layers) and groups.grid.world_size > 1
+    if groups.dp_cp.size() > 1 or spreads_experts or config.memory.optimizer_cpu_offload:
         _shard(model, _Sharding.of(config, groups, dtype, device), fill)
     else:
         fill(model)
         attach_units(model, model.layers.values(), getattr(torch, dtype), unrounded=(Decay,))
     return model
+
+
+def _expert_parallel(config: Config, groups: ParallelGroups) -> ExpertParallel | None:
+    if not config.model.expert_layers or groups.grid.world_size == 1:
+        return None
+    return ExpertParallel(group=groups["ep"], row_group=groups["cp_tp"])
 
 
 def _fill(
@@ -92,18 +115,29 @@ def _fill(
     device: torch.device | str,
     value_of: Callable[..., Tensor] = initial_value,
 ) -> None:
-    """Gives memory and values to the parameters of a unit that are on the meta device."""
+    """Gives memory and values to what a unit has on the meta device."""
     stored = torch.float64 if dtype == "float64" else torch.float32
+    for module in unit.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if isinstance(module, SpecifiedModule) and buffer.is_meta:
+                module.register_buffer(name, torch.zeros(buffer.shape, device=device))
     for owner, attribute, spec in list(named_specs(unit, prefix)):
         if not owner.get_parameter(attribute).is_meta:
             continue  # a layer's parameter, reached again from the root
-        value = value_of(spec, config=config.model, seed=config.train.seed).to(stored)
-        placed = place(value, spec, groups.meshes["tp"], device)
+        value = partial(value_of, spec, config=config.model, seed=config.train.seed)
+        if spec.stacked and groups.expert_sharding is not None:
+            ep, rank = groups.meshes["ep"], groups["ep"].rank()
+            number = spec.shape[0] // ep.size()
+            own = range(rank * number, (rank + 1) * number)
+            placed = place_stacked(value(part=own).to(stored), ep, device)
+        else:
+            placed = place(value().to(stored), spec, groups.meshes["tp"], device)
         owner.register_parameter(attribute, nn.Parameter(placed))
 
 
-def _zeros(spec: ParameterSpec, **_: object) -> Tensor:
-    return torch.zeros(()).expand(spec.shape)  # no memory
+def _zeros(spec: ParameterSpec, *, part: Sequence[int] | None = None, **_: object) -> Tensor:
+    shape = spec.shape if part is None else (len(part), *spec.shape[1:])
+    return torch.zeros(()).expand(shape)  # no memory
 
 
 def _shard(model: Transformer, shard: _Sharding, fill: Callable[..., None]) -> None:
@@ -116,7 +150,7 @@ def _shard(model: Transformer, shard: _Sharding, fill: Callable[..., None]) -> N
     units = list[list[FSDPModule]]()
     for name, layer in model.layers.items():
         fill(layer, f"layers.{name}")
-        inner = shard.unrounded(layer)
+        inner = [*shard.experts(layer), *shard.unrounded(layer)]
         units.append([shard(layer), *inner])
     fill(model)
     if not model.spec.head.tied:
@@ -148,6 +182,7 @@ class _Sharding:
     mesh: DeviceMesh
     dtype: ComputeDType
     offload: OffloadPolicy
+    expert_mesh: DeviceMesh | None
 
     @classmethod
     def of(
@@ -160,12 +195,22 @@ class _Sharding:
         offload = OffloadPolicy()
         if config.memory.optimizer_cpu_offload:
             offload = CPUOffloadPolicy(pin_memory=torch.device(device).type == "cuda")
-        return cls(mesh=groups.sharding, dtype=dtype, offload=offload)
+        expert_mesh = groups.expert_sharding
+        return cls(mesh=groups.sharding, dtype=dtype, offload=offload, expert_mesh=expert_mesh)
 
     def __call__(
-        self, *modules: nn.Module | None, reshard_after_forward: bool | None = None
+        self,
+        *modules: nn.Module | None,
+        reshard_after_forward: bool | None = None,
+        shard_dim: Callable[[nn.Parameter], Shard] | None = None,
     ) -> FSDPModule:
-        """Makes one unit of the modules that are not None; returns the first of them."""
+        """Makes one unit of the modules that are not None; returns the first of them.
+
+        Args:
+            modules: those of the unit.
+            reshard_after_forward: as in ``fully_shard``.
+            shard_dim: the dim of a parameter that is divided; None: dim 0.
+        """
         unit = [module for module in modules if module is not None]
         policy = MixedPrecisionPolicy()
         if self.dtype == "bfloat16":
@@ -179,8 +224,23 @@ class _Sharding:
             mp_policy=policy,
             offload_policy=self.offload,
             reshard_after_forward=reshard_after_forward,
+            shard_placement_fn=shard_dim,
         )
         return cast(FSDPModule, unit[0])
+
+    def experts(self, layer: nn.Module) -> list[FSDPModule]:
+        """Makes a unit of its own of the layer's experts, on their mesh."""
+        found = [module for module in layer.modules() if isinstance(module, Experts)]
+        if not found:
+            return []
+        assert self.expert_mesh is not None, "groups with experts"
+        ranks = self.expert_mesh.shape[-1]
+        dims = {
+            owner.get_parameter(name): spec.shard_dim(ranks)
+            for owner, name, spec in named_specs(found[0])
+        }
+        unit = replace(self, mesh=self.expert_mesh)
+        return [unit(found[0], shard_dim=lambda parameter: Shard(dims[parameter]))]
 
     def unrounded(self, layer: nn.Module) -> list[FSDPModule]:
         """Makes units of their own of the modules that compute with unrounded parameters."""

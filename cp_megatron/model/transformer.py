@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
+from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -20,13 +21,16 @@ from cp_megatron.comm.rng import attention_dropout_seed
 from cp_megatron.config.schema import MemoryConfig, ModelConfig
 from cp_megatron.context_parallel import ContextParallel
 from cp_megatron.errors import ConfigError
+from cp_megatron.expert_parallel import ExpertParallel
 from cp_megatron.kernels.dropout import Dropout
+from cp_megatron.model.expert_mixture import Mixed
 from cp_megatron.model.layer import TransformerLayer
 from cp_megatron.model.layer_memory import LayerMemory
 from cp_megatron.model.norm import Norm
 from cp_megatron.model.offload import LayerOffload
 from cp_megatron.model.rope import Rotation
-from cp_megatron.spec import ModelSpec, RotarySpec
+from cp_megatron.model.row_counts import TokenRows
+from cp_megatron.spec import ExpertMixtureSpec, ModelSpec, RotarySpec
 from cp_megatron.tensor_parallel import (
     LossRule,
     SpecifiedModule,
@@ -46,6 +50,19 @@ class LearnedPositions(SpecifiedModule):
         return F.embedding(positions, self.local("weight"))
 
 
+class ExpertReport(NamedTuple):
+    """What this rank's experts did in one pass.
+
+    Attributes:
+        terms: [2], without a gradient: what the imbalance and the z-loss added to the sum that is
+            trained, over all layers.
+        counts: int64 [layers with experts, E], how many tokens chose each expert.
+    """
+
+    terms: Tensor
+    counts: Tensor
+
+
 class Transformer(nn.Module):
     """Layers [first_layer, last_layer) of the model; the embedding and the head at its ends.
 
@@ -60,6 +77,7 @@ class Transformer(nn.Module):
         sequence_parallel: split the residual stream over the tp group as well.
         memory: what is kept for backward, where, and how much of a sequence is computed at once;
             by default everything is kept.
+        experts: the groups of mixtures of experts; by default one rank.
         first_layer, last_layer: the range. The embedding exists if it starts at 0, the head if it
             ends at ``config.num_layers`` (None).
 
@@ -67,8 +85,8 @@ class Transformer(nn.Module):
         spec: the description of the whole model, from which its modules are built.
 
     Raises:
-        ConfigError: tp ranks cannot share a parameter, or tied weights would be on two pipeline
-            stages.
+        ConfigError: tp ranks cannot share a parameter, tied weights would be on two pipeline
+            stages, or tokens of experts are not divided over tp.
     """
 
     def __init__(
@@ -80,6 +98,7 @@ class Transformer(nn.Module):
         tp: ProcessGroup | None,
         sequence_parallel: bool,
         memory: MemoryConfig | None = None,
+        experts: ExpertParallel | None = None,
         first_layer: int = 0,
         last_layer: int | None = None,
     ) -> None:
@@ -90,11 +109,8 @@ class Transformer(nn.Module):
         self.config = config
         self.tp = TensorParallel(group=tp, sequence_parallel=sequence_parallel)
         self.spec = spec = ModelSpec.of(config, vocab_size=vocab_size, seq_length=seq_length)
-        spec.check_split("tp", self.tp.size)
         is_first, is_last = first_layer == 0, last_layer == config.num_layers
-        if spec.head.tied and is_last and not is_first:
-            rule = "the embedding and the output layer are on different pipeline stages"
-            raise ConfigError("--untie-embeddings-and-output-weights", False, rule, "True")
+        _check(spec, self.tp, splits_ends=is_last and not is_first)
 
         self.embedding = VocabParallelEmbedding(spec.embedding, tp=self.tp) if is_first else None
         table = spec.positions if is_first else None
@@ -108,7 +124,8 @@ class Transformer(nn.Module):
         for i in range(first_layer, last_layer):
             attends = spec.layers[i].attention is not None
             strategy = LayerMemory.of(memory, i, attends=attends, tp=self.tp, offload=self.offload)
-            self.layers[str(i)] = TransformerLayer(spec.layers[i], memory=strategy)
+            layer = TransformerLayer(spec.layers[i], memory=strategy, experts=experts)
+            self.layers[str(i)] = layer
         self._kept_rotations: _Rotations = WeakKeyDictionary()
         self.norm = Norm(spec.norm, tp=self.tp) if is_last else None
         self.head = VocabParallelHead(spec.head, tp=self.tp) if is_last else None
@@ -121,7 +138,8 @@ class Transformer(nn.Module):
         attention_dropout: Dropout | None = None,
         labels: Tensor | None = None,
         rule: LossRule | None = None,
-    ) -> Tensor | tuple[Tensor, Tensor]:
+        rows: TokenRows | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor] | tuple[Tensor, Tensor, ExpertReport]:
         """Tokens -> logits or losses, or on a range of layers the residual stream.
 
         Args:
@@ -135,11 +153,14 @@ class Transformer(nn.Module):
             labels: int64 [b, s], -100 marks a token without a label. With labels the head returns
                 losses, and the logits of all tokens never exist.
             rule: how the losses are computed; None is the plain rule.
+            rows: the rows of ``x``, with labels in a model with experts. The sum to train then has
+                the terms that balance the experts.
 
         Returns:
             Without labels, logits [b, s, v/tp] in the compute dtype, -inf for the vocabulary's
             padding; with labels, the sum to train and the tokens' losses [b, s], as in
-            ``vocab_parallel_fused_loss``; without a head, the residual stream.
+            ``vocab_parallel_fused_loss``, and with ``rows`` what the experts did; without a head,
+            the residual stream.
         """
         expected = self.config.attention_dropout if self.training else 0.0
         assert expected == (attention_dropout.probability if attention_dropout else 0.0)
@@ -147,12 +168,16 @@ class Transformer(nn.Module):
             x = self._embed(x, cp)
         rotations = self._rotations(cp, x)
         contexts = self.layer_contexts(cp)
+        own = None if rows is None else self._own(rows)
+        mixed = list[Mixed]()
         for number, layer in self.layers.items():
             dropout = attention_dropout
             if dropout is not None:
                 seed = attention_dropout_seed(seed=dropout.seed, layer=int(number))
                 dropout = replace(dropout, seed=seed)
-            x = layer(x, rotations[int(number)], contexts[int(number)], dropout)
+            out = layer(x, rotations[int(number)], contexts[int(number)], dropout, own)
+            x = out.stream if isinstance(out, Mixed) else out
+            mixed += [out] if isinstance(out, Mixed) else []
         if self.head is None or self.norm is None:
             return x
         weight = None
@@ -162,7 +187,19 @@ class Transformer(nn.Module):
         # Hooks of the modules gather their weights, so the loss is computed in the head's forward.
         if labels is None:
             return self.head(self.norm(x), weight)
-        return self.head(self.norm(x), weight, labels, rule)
+        trained, losses = self.head(self.norm(x), weight, labels, rule)
+        if rows is None:
+            return trained, losses
+        terms = torch.stack([layer.terms for layer in mixed if layer.terms is not None]).sum(0)
+        counts = torch.stack([layer.counts for layer in mixed if layer.counts is not None])
+        return trained + terms.sum(), losses, ExpertReport(terms.detach(), counts)
+
+    def _own(self, rows: TokenRows) -> TokenRows:
+        """The rows of the tokens of this rank's residual stream, [b, s] -> [b * r]."""
+        numbers = rows.numbers
+        if self.tp.splits_sequence:
+            numbers = numbers.chunk(self.tp.size, 1)[self.tp.rank]
+        return replace(rows, numbers=numbers.flatten())
 
     def prepare(self, cp: ContextParallel) -> float:
         """Lets ``cp`` plan all layers ahead of time; another thread may do so.
@@ -228,3 +265,15 @@ class Transformer(nn.Module):
             positions = self._positions(cp, tokens.device)
             x = x + self.positions(self.tp.own_rows(positions))
         return self.dropout(x)
+
+
+def _check(spec: ModelSpec, tp: TensorParallel, *, splits_ends: bool) -> None:
+    """Refuses what the modules cannot compute; ``Transformer`` says what."""
+    spec.check_split("tp", tp.size)
+    has_experts = any(isinstance(layer.mlp, ExpertMixtureSpec) for layer in spec.layers)
+    if has_experts and tp.size > 1 and not tp.sequence_parallel:
+        rule = "experts with tensor parallelism need the sequence divided over its ranks"
+        raise ConfigError("--sequence-parallel", False, rule, "True")
+    if spec.head.tied and splits_ends:
+        rule = "the embedding and the output layer are on different pipeline stages"
+        raise ConfigError("--untie-embeddings-and-output-weights", False, rule, "True")

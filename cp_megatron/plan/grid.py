@@ -14,6 +14,11 @@ Weights are sharded over dp_cp. With ``replicas`` the dp axis has two levels, an
 is sharded: every replica is a run of dp x cp that holds the whole model. With 2 of them above,
 ranks 0-3 and 4-7 hold the same shards, those of [0,2] [1,3], and sum their gradients ([0,4] ..).
 
+Experts are shared by ranks of another grid over the same ranks. With ``ep``, runs of that many
+neighbours, in the order of ranks and within a replica, hold different experts; ``edp`` joins the
+ranks of a replica that hold the same experts, over which these are sharded. With ep 4 above, ep
+groups are [0,1,2,3] [4,5,6,7] and edp groups [0,4] [1,5] [2,6] [3,7].
+
 Tensor parallel neighbours exchange the most data and therefore share a node. This is Megatron-LM's
 order ``tp-cp-dp``.
 """
@@ -29,6 +34,7 @@ AXES: Mapping[str, str] = MappingProxyType(
 )
 """The axes, fastest first, each with the setting that gives its size. The one axis without a
 setting takes the ranks that the others leave."""
+_OF_EXPERTS = ("ep", "edp")
 
 
 class _PerAxis:
@@ -68,28 +74,32 @@ class Grid(_PerAxis):
     """The sizes of the axes, e.g. ``grid.cp``.
 
     Methods that take the name of an axis also take several, joined from the slowest on: ``dp_cp``
-    is dp x cp as one axis.
+    is dp x cp as one axis. ``ep`` and ``edp`` are names as well, but no axes.
 
     Args:
         axes: the names of the axes, fastest first.
         replicas: copies of the sharded model along dp, whose size they divide.
+        ep: ranks that share the experts; it divides the number of ranks of a replica.
         sizes: by axis; an axis that is not named has size 1.
     """
 
-    def __init__(self, *, axes: Iterable[str] = AXES, replicas: int = 1, **sizes: int) -> None:
+    def __init__(
+        self, *, axes: Iterable[str] = AXES, replicas: int = 1, ep: int = 1, **sizes: int
+    ) -> None:
         ones = dict.fromkeys(reversed(tuple(axes)), 1)
         if unknown := sizes.keys() - ones.keys():
             raise TypeError(f"there is no axis {', '.join(unknown)}, only {', '.join(ones)}")
         super().__init__(ones | sizes)
         assert self._numbers.get("dp", 1) % replicas == 0, f"{replicas} replicas on {self}"
-        self.replicas = replicas
+        self.replicas, self.ep = replicas, ep
+        assert self.world_size // replicas % ep == 0, f"ep {ep} on {self}"
 
     def __str__(self) -> str:
         return " x ".join(f"{axis} {size}" for axis, size in self._numbers.items())
 
     def __repr__(self) -> str:
         more = f" in {self.replicas} replicas" if self.replicas > 1 else ""
-        return super().__repr__() + more
+        return super().__repr__() + more + (f" with ep={self.ep}" if self.ep > 1 else "")
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -110,12 +120,23 @@ class Grid(_PerAxis):
         """Which of these shards ``rank`` holds."""
         return self.index("dp_cp", rank) % self.shards
 
+    @property
+    def expert_sizes(self) -> dict[str, int]:
+        """Sizes of the grid of experts, the slowest first: ``replicas``, ``edp`` and ``ep``."""
+        edp = self.world_size // self.replicas // self.ep
+        return {"replicas": self.replicas, "edp": edp, "ep": self.ep}
+
     def size(self, name: str) -> int:
         """Number of ranks along an axis."""
+        if name in _OF_EXPERTS:
+            return self.expert_sizes[name]
         return math.prod(self._numbers[axis] for axis in name.split("_"))
 
     def index(self, name: str, rank: int) -> int:
         """The index of ``rank`` along an axis."""
+        if name in _OF_EXPERTS:
+            edp, ep = divmod(rank % (self.world_size // self.replicas), self.ep)
+            return ep if name == "ep" else edp
         index, coordinates = 0, self.coordinates(rank)
         for axis in name.split("_"):
             index = index * self._numbers[axis] + getattr(coordinates, axis)
@@ -131,9 +152,13 @@ class Grid(_PerAxis):
     def groups(self, name: str) -> list[list[int]]:
         """The groups of ranks along an axis, each in the order of that axis."""
         along = name.split("_")
+        copy = self.world_size // self.replicas
         groups: dict[tuple[int, ...], list[int]] = {}
         for rank in range(self.world_size):
-            place = self.coordinates(rank)
-            key = tuple(getattr(place, axis) for axis in self._numbers if axis not in along)
+            if name in _OF_EXPERTS:
+                key = rank // copy, self.index("edp" if name == "ep" else "ep", rank)
+            else:
+                place = self.coordinates(rank)
+                key = tuple(getattr(place, axis) for axis in self._numbers if axis not in along)
             groups.setdefault(key, []).append(rank)
         return list(groups.values())

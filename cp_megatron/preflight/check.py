@@ -8,6 +8,7 @@ run if it is small); it sends and writes nothing.
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -29,6 +30,7 @@ from cp_megatron.plan import Grid
 from cp_megatron.plan.grid import AXES
 from cp_megatron.preflight import rules
 from cp_megatron.preflight.block_rules import check_blocks
+from cp_megatron.preflight.expert_rules import check_experts
 from cp_megatron.preflight.log_rules import check_log
 from cp_megatron.preflight.pretrained import check_load_hf, vocab_size_of
 from cp_megatron.preflight.rope_rules import check_rope, rope_notes
@@ -155,6 +157,8 @@ def _check_model(
         check_model_type(model, seq_length=seq_length, is_asked=asked)
     with mistakes.collect():
         check_blocks(model, given)
+    with mistakes.collect():
+        check_experts(config, given)
     with mistakes.collect():
         check_rope(model, seq_length, given)
     with mistakes.collect():
@@ -306,11 +310,16 @@ def _grid(
     """The grid over the ranks of this launch or of the dry run, and a note about its size."""
     sizes = {axis: getattr(config.parallel, name) for axis, name in AXES.items() if name}
     replicas = config.parallel.data_parallel_replicate_size
+    ep = config.parallel.expert_model_parallel_size
     smallest = Grid(dp=replicas, replicas=replicas, **sizes)
     inner = smallest.world_size
 
     def grid(ranks: int) -> Grid:
-        return Grid(dp=ranks * replicas // inner, replicas=replicas, **sizes)
+        if (copy := ranks // replicas) % ep:
+            rule = f"must divide {copy}, the number of ranks of a copy of the model"
+            works = f"{math.gcd(copy, ep)}, or {math.lcm(inner // replicas, ep) * replicas} ranks"
+            raise ConfigError("--expert-model-parallel-size", ep, rule, works)
+        return Grid(dp=ranks * replicas // inner, replicas=replicas, ep=ep, **sizes)
 
     if world_size is not None:
         if world_size < 1:
@@ -320,8 +329,8 @@ def _grid(
             raise ConfigError("--world-size", world_size, rule, rules.multiples(world_size, inner))
         return grid(world_size), ()
     if dry_run and not launch.under_torchrun:
-        note = f"no --world-size given: planned for {inner}, the smallest world"
-        return smallest, (note,)
+        ranks = math.lcm(inner // replicas, ep) * replicas
+        return grid(ranks), (f"no --world-size given: planned for {ranks}, the smallest world",)
     if launch.world_size % inner:
         raise _wrong_world(launch, smallest, command)
     return grid(launch.world_size), ()

@@ -64,7 +64,8 @@ def make_model(
     assert plan.dtype is not None, "known since the device is"
     device = torch.device(f"cuda:{launch.local_rank}" if plan.device == "cuda" else "cpu")
     timeout = timedelta(minutes=plan.config.parallel.distributed_timeout_minutes)
-    groups = ParallelGroups.create(plan.grid, device.type, timeout)
+    has_experts = bool(plan.config.model.expert_layers)
+    groups = ParallelGroups.create(plan.grid, device.type, timeout, has_experts=has_experts)
     model = build_model(
         plan.config,
         groups,

@@ -1,7 +1,15 @@
 """Describes a model as data, without torch: parameters, how they are split, and their costs."""
 
+from cp_megatron.spec.dense_mlp import MLPSpec
+from cp_megatron.spec.experts import (
+    BalanceSpec,
+    ExpertMixtureSpec,
+    ExpertsSpec,
+    RouterSpec,
+    RoutingSpec,
+)
 from cp_megatron.spec.latent import LatentAttentionSpec
-from cp_megatron.spec.layer_spec import LayerSpec, MLPSpec
+from cp_megatron.spec.layer_spec import LayerSpec
 from cp_megatron.spec.linear_attention import ConvolutionSpec, DecaySpec, LinearAttentionSpec
 from cp_megatron.spec.mixer import AttentionSpec, LocalHeads, MixerSpec, RotarySpec
 from cp_megatron.spec.model_spec import ModelSpec, is_hidden_matrix, local_heads
@@ -19,10 +27,13 @@ from cp_megatron.spec.sizes import ActivationSizes, KeptStates
 __all__ = [
     "ActivationSizes",
     "AttentionSpec",
+    "BalanceSpec",
     "BlockSpec",
     "ConvolutionSpec",
     "DecaySpec",
     "EmbeddingSpec",
+    "ExpertMixtureSpec",
+    "ExpertsSpec",
     "HeadNormSpec",
     "HeadSpec",
     "Init",
@@ -39,6 +50,8 @@ __all__ = [
     "ParameterSpec",
     "PositionsSpec",
     "RotarySpec",
+    "RouterSpec",
+    "RoutingSpec",
     "is_hidden_matrix",
     "local_heads",
 ]

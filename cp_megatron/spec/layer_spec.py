@@ -1,52 +1,19 @@
-"""The MLP and the layer: norm, mixer, norm, MLP."""
+"""The layer: norm, mixer, norm, MLP."""
 
 from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, replace
-from typing import Literal
 
 from cp_megatron.config import ModelConfig
+from cp_megatron.spec.dense_mlp import MLPSpec
+from cp_megatron.spec.experts import ExpertMixtureSpec
 from cp_megatron.spec.latent import LatentAttentionSpec
 from cp_megatron.spec.linear_attention import LinearAttentionSpec
 from cp_megatron.spec.mixer import AttentionSpec
 from cp_megatron.spec.parameter import BlockSpec
-from cp_megatron.spec.pieces import LinearSpec, NormSpec
+from cp_megatron.spec.pieces import NormSpec
 from cp_megatron.spec.sizes import ActivationSizes
-
-
-@dataclass(frozen=True, kw_only=True)
-class MLPSpec(BlockSpec):
-    """The feed-forward block: down(act(up(x))), or with a gate down(act(gate(x)) * up(x)).
-
-    Attributes:
-        gate, up: [h] -> [width of the MLP]; ``gate`` is None in an MLP without one.
-        down: [width of the MLP] -> [h].
-        activation: the function act; ``gelu`` is the approximation with tanh.
-    """
-
-    gate: LinearSpec | None
-    up: LinearSpec
-    down: LinearSpec
-    activation: Literal["gelu", "silu"]
-
-    @classmethod
-    def of(cls, model: ModelConfig) -> MLPSpec:
-        """The MLP of every layer."""
-        hidden, width, bias = model.hidden_size, model.ffn_size, model.has_mlp_bias
-        up = LinearSpec(inputs=hidden, outputs=width, bias=bias)
-        return cls(
-            gate=up if model.swiglu or model.geglu else None,
-            up=up,
-            down=LinearSpec(inputs=width, outputs=hidden, bias=bias, split="row"),
-            activation="silu" if model.swiglu else "gelu",
-        )
-
-    def kept_bytes(self, sizes: ActivationSizes) -> int:
-        """Bytes of the normalized stream and of the wide tensors."""
-        wide = 2 if self.gate is None else 3  # up and what ``down`` reads, and the gate if any
-        width = self.up.outputs // sizes.tp * sizes.element
-        return sizes.stream_bytes(self.up.inputs) + sizes.tokens * wide * width
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +24,7 @@ class LayerSpec(BlockSpec):
 
     Attributes:
         attention, recurrence: the mixer is one of them, and the other is None.
+        mlp: dense, or a mixture of experts.
         attention_norm, mlp_norm: normalize what a block reads; None: it reads the stream itself.
         attention_post_norm, mlp_post_norm: normalize what a block adds; None: it is added as it is.
         is_parallel: the MLP reads ``attention_norm`` of the x that attention reads, and has no norm
@@ -70,7 +38,7 @@ class LayerSpec(BlockSpec):
     recurrence: LinearAttentionSpec | None
     attention_post_norm: NormSpec | None
     mlp_norm: NormSpec | None
-    mlp: MLPSpec
+    mlp: MLPSpec | ExpertMixtureSpec
     mlp_post_norm: NormSpec | None
     is_parallel: bool = False
     multiplier: float = 1.0
@@ -88,7 +56,7 @@ class LayerSpec(BlockSpec):
             recurrence=None if attends else LinearAttentionSpec.of(model),
             attention_post_norm=after,
             mlp_norm=None if model.parallel_residual else before,
-            mlp=MLPSpec.of(model),
+            mlp=ExpertMixtureSpec.of(model) if model.has_experts(layer) else MLPSpec.of(model),
             mlp_post_norm=after,
             is_parallel=model.parallel_residual,
             multiplier=model.residual_multiplier,
@@ -114,13 +82,13 @@ class LayerSpec(BlockSpec):
             tiled: the MLP runs in tiles, and keeps its input.
             keeps_attention: full recomputation keeps the results of attention.
         """
-        width = self.mlp.up.inputs
+        width = self.mlp.hidden
         stream = sizes.stream_bytes(width)
         if granularity == "full":
             mixed = 0 if self.recurrence is None else self.recurrence.kept_messages(sizes)
             if keeps_attention and self.attention is not None:
                 mixed = self.attention.result_bytes(replace(sizes, result_copies=1))
-            return Counter(inputs=stream, attention=mixed)
+            return Counter(inputs=stream, attention=mixed, mlp=self._choice_bytes(sizes))
         kept = Counter(attention=self.mixer.kept_results(sizes))
         for name in ("attention_post_norm", "mlp_post_norm"):
             kept[name] = _norm_bytes(getattr(self, name), sizes)
@@ -128,6 +96,7 @@ class LayerSpec(BlockSpec):
             kept["dropout"] = 2 * sizes.dropout_bytes(width)
         if granularity == "selective":
             kept["inputs"] = (1 if self.is_parallel else 2) * stream
+            kept["mlp"] = self._choice_bytes(sizes)
             return kept
         kept["attention_norm"] = _norm_bytes(self.attention_norm, sizes)
         kept["attention"] += self.mixer.kept_operands(sizes)
@@ -144,6 +113,9 @@ class LayerSpec(BlockSpec):
         if tiled and copies:
             kept["mlp"] += stream
         return kept
+
+    def _choice_bytes(self, sizes: ActivationSizes) -> int:
+        return self.mlp.choice_bytes(sizes) if isinstance(self.mlp, ExpertMixtureSpec) else 0
 
 
 def attention_of(model: ModelConfig, *, layer: int) -> AttentionSpec | LatentAttentionSpec:

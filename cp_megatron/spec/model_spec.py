@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 
 from cp_megatron.config import ModelConfig
 from cp_megatron.plan import Grid
+from cp_megatron.spec.experts import ExpertMixtureSpec
 from cp_megatron.spec.layer_spec import LayerSpec, attention_of
 from cp_megatron.spec.mixer import LocalHeads
 from cp_megatron.spec.parameter import BlockSpec, ParameterSpec
@@ -83,6 +84,16 @@ class ModelSpec(BlockSpec):
         """Parameters of the whole model, each counted once."""
         return sum(parameter.numel * copies for parameter, copies in self._distinct())
 
+    def num_active_parameters(self) -> int:
+        """Those that compute a token: of experts, only as many as a token has."""
+        mixtures = [x.mlp for x in self.layers if isinstance(x.mlp, ExpertMixtureSpec)]
+        idle = 0
+        for mixture in mixtures:
+            count = mixture.experts.num_experts
+            stored = sum(parameter.numel for parameter in mixture.experts.parameters())
+            idle += stored // count * (count - mixture.experts.topk)
+        return self.num_parameters() - idle
+
     def num_tensors(self) -> int:
         """Parameter tensors of the whole model."""
         return sum(copies for _, copies in self._distinct())
@@ -99,7 +110,7 @@ class ModelSpec(BlockSpec):
         rank: int,
         parameters: Iterable[tuple[ParameterSpec, int]] | None = None,
     ) -> int:
-        """Parameters that ``rank`` stores: its tensor parallel part, sharded over its replica.
+        """Parameters that ``rank`` stores: its part over tp or ep, sharded over its replica.
 
         FSDP2 cuts dim 0 into pieces of equal, rounded-up size, so the last ranks may hold less.
 
@@ -107,12 +118,15 @@ class ModelSpec(BlockSpec):
             grid, rank: the grid, and a rank of it.
             parameters: those to count, with the numbers of their copies; None counts all.
         """
-        shards, shard = grid.shards, grid.shard(rank)
-        total = 0
+        total, sizes = 0, grid.sizes | {"ep": grid.ep}
         for parameter, copies in self._distinct() if parameters is None else parameters:
-            rows, *rest = parameter.local_shape(grid.sizes)
+            shards, shard = grid.shards, grid.shard(rank)
+            if parameter.stacked:
+                shards, shard = grid.size("edp"), grid.index("edp", rank)
+            shape = list(parameter.local_shape(sizes))
+            rows = shape.pop(parameter.shard_dim(shards))
             piece = -(-rows // shards)
-            total += min(piece, max(0, rows - shard * piece)) * math.prod(rest) * copies
+            total += min(piece, max(0, rows - shard * piece)) * math.prod(shape) * copies
         return total
 
     def training_flops(self, *, num_tokens: float, num_pairs: float) -> float:
@@ -141,13 +155,14 @@ class ModelSpec(BlockSpec):
 def is_hidden_matrix(name: str, shape: Sequence[int]) -> bool:
     """Whether a parameter is a matrix between two hidden layers.
 
-    So the embedding, the positions and the output layer are none, nor are vectors and convolutions.
+    So the embedding, the positions and the output layer are none, nor are vectors, stacked ones
+    included, and convolutions.
 
     Args:
         name: its name in the whole model.
         shape: its global shape.
     """
-    return name.startswith(_LAYERS) and len(shape) == 2
+    return name.startswith(_LAYERS) and len(shape) == 2 and not name.endswith("_bias")
 
 
 def local_heads(model: ModelConfig, tp: int) -> LocalHeads:

@@ -37,6 +37,9 @@ class ParameterSpec:
         used_on: what ranks that hold the parameter whole compute with it: the residual stream,
             which differs over the ranks of an axis only if that axis splits the sequence, or
             heads, which always differ.
+        stacked: dim 0 counts matrices (or vectors) of one kind, such as experts. Each is drawn by
+            its own number, and ``decays`` looks at one of them. Tokens of all ranks of ``tp`` meet
+            at its owner, so that no gradient is a summand over tp.
         rows: number of rows that are drawn at random; the rows after them (the padding of the
             vocabulary) are zero. None: all.
     """
@@ -48,7 +51,13 @@ class ParameterSpec:
     units: int | None = None
     shares_units: bool = False
     used_on: Activations = "residual"
+    stacked: bool = False
     rows: int | None = None
+
+    @property
+    def decays(self) -> bool:
+        """Whether weight decay applies: to matrices and embeddings, not to vectors."""
+        return len(self.shape) > (2 if self.stacked else 1)
 
     @property
     def numel(self) -> int:
@@ -67,7 +76,7 @@ class ParameterSpec:
         This is so if the parameter is replicated over the axis, but used on activations that
         differ over it. With ``splits_sequence``, the residual stream does.
         """
-        if size == 1 or self.split_dim(axis, size) is not None:
+        if size == 1 or self.stacked or self.split_dim(axis, size) is not None:
             return False
         return axis in self.split or self.used_on == "heads" or splits_sequence
 
@@ -79,6 +88,13 @@ class ParameterSpec:
             if dim is not None:
                 shape[dim] //= size
         return tuple(shape)
+
+    def shard_dim(self, num_ranks: int) -> int:
+        """The dim that FSDP divides among ``num_ranks``.
+
+        Dim 0 may be divided unevenly, but the experts of a rank can be fewer than the ranks.
+        """
+        return 1 if self.stacked and self.shape[1] % num_ranks == 0 else 0
 
     def check_split(self, axis: str, size: int) -> None:
         """Checks that ``size`` ranks of ``axis`` can share the parameter.
@@ -122,6 +138,17 @@ class BlockSpec:
         for name, part in self.parts():
             for parameter in part.parameters():
                 yield replace(parameter, name=f"{name}.{parameter.name}")
+
+    def own_buffers(self) -> Iterator[ParameterSpec]:
+        """Tensors of this block itself that are stored with the parameters but not trained."""
+        yield from ()
+
+    def buffers(self) -> Iterator[ParameterSpec]:
+        """All of them, with names relative to this block."""
+        yield from self.own_buffers()
+        for name, part in self.parts():
+            for buffer in part.buffers():
+                yield replace(buffer, name=f"{name}.{buffer.name}")
 
     def matmul_parameters(self) -> int:
         """Number of elements of the matrices that every token is multiplied with, which is the

@@ -20,24 +20,25 @@ class LinearSpec(BlockSpec):
         inputs, outputs: number of features.
         bias: whether it has one.
         split: ``column`` splits the outputs; ``row`` splits the inputs: each rank computes a
-            partial sum. Row layers write to the residual stream.
+            partial sum. Row layers write to the residual stream. ``none`` splits nothing.
         units, shares_units: as in ``ParameterSpec``.
     """
 
     inputs: int
     outputs: int
     bias: bool
-    split: Literal["column", "row"] = "column"
+    split: Literal["column", "row", "none"] = "column"
     units: int | None = None
     shares_units: bool = False
 
     def own_parameters(self) -> Iterator[ParameterSpec]:
-        shape, column = (self.outputs, self.inputs), self.split == "column"
+        shape, dims = (self.outputs, self.inputs), {"column": 0, "row": 1}
         spec = partial(ParameterSpec, units=self.units, shares_units=self.shares_units)
-        init: Init = "normal" if column else "scaled_normal"
-        yield spec(name="weight", shape=shape, init=init, split={"tp": 0 if column else 1})
+        init: Init = "scaled_normal" if self.split == "row" else "normal"
+        split = {"tp": dims[self.split]} if self.split in dims else {}
+        yield spec(name="weight", shape=shape, init=init, split=split)
         if self.bias:
-            split = {"tp": 0} if column else {}
+            split = {"tp": 0} if self.split == "column" else {}
             yield spec(name="bias", shape=shape[:1], init="zeros", split=split)
 
     def matmul_parameters(self) -> int:

@@ -45,6 +45,7 @@ class ActivationSizes:
         result_copies: copies of attention's result that are kept; 2 if the output projection
             needs it in another memory layout.
         states: what recurrences keep; by default what they keep on one rank.
+        ep: ranks that share experts.
     """
 
     batch: int
@@ -58,6 +59,7 @@ class ActivationSizes:
     sends_latents: bool = False
     result_copies: int = 1
     states: KeptStates = ON_ONE_RANK
+    ep: int = 1
 
     @property
     def tokens(self) -> int:

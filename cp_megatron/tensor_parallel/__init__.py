@@ -19,6 +19,7 @@ from cp_megatron.tensor_parallel.placement import (
     local_weight,
     named_specs,
     place,
+    place_stacked,
     shared_unit,
 )
 
@@ -39,6 +40,7 @@ __all__ = [
     "local_weight",
     "named_specs",
     "place",
+    "place_stacked",
     "products",
     "shared_unit",
     "vocab_parallel_cross_entropy",

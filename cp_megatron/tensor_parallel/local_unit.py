@@ -50,7 +50,8 @@ class LocalUnit:
         """Lets the forward pass of ``module`` compute with the unit's plain tensors.
 
         Args:
-            module: it returns one tensor, if ``frees``.
+            module: it returns a tensor, or several of which the first is computed last, if
+                ``frees``.
             frees: free rounded copies between forward and backward. Otherwise those live that
                 autograd keeps, and nothing in the module may run again in backward.
         """
@@ -73,9 +74,13 @@ class LocalUnit:
     def _restore_hook(self, module: nn.Module, args: object, out: object) -> None:
         self.restore()
 
-    def _after_forward(self, module: nn.Module, args: object, out: Tensor | None) -> None:
+    def _after_forward(
+        self, module: nn.Module, args: object, out: Tensor | tuple[Tensor, ...] | None
+    ) -> None:
         weights = [cast(Tensor, owner._parameters[name]) for owner, name in self._owned]
         self.restore()
+        if isinstance(out, tuple):
+            out = out[0]  # backward begins with what is computed last
         if out is None or not out.requires_grad:
             return
         copies = [(w, x) for w, x in zip(weights, self.locals()) if w.dtype != x.dtype]
@@ -169,7 +174,8 @@ def attach_units(
 
     Args:
         model: its parameters are DTensors over the tp axis alone.
-        layers: those of its modules that return one tensor, and may run again in backward.
+        layers: those of its modules that may run again in backward; see ``attach`` for what they
+            return.
         dtype, unrounded: see ``LocalUnit``.
     """
     inside = set[SpecifiedModule]()

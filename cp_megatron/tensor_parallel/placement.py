@@ -21,7 +21,7 @@ from cp_megatron.tensor_parallel.group import TensorParallel
 
 
 class SpecifiedModule(nn.Module):
-    """A module whose own parameters are those of a block of the spec.
+    """A module whose own parameters and buffers are those of a block of the spec.
 
     Args:
         block: describes the parameters; their global shapes are allocated.
@@ -32,6 +32,8 @@ class SpecifiedModule(nn.Module):
 
     def __init__(self, block: BlockSpec, tp: TensorParallel) -> None:
         super().__init__()
+        for buffer in block.own_buffers():
+            self.register_buffer(buffer.name, torch.zeros(buffer.shape))
         self.specs = {spec.name: spec for spec in block.own_parameters()}
         self._partial = set[str]()
         for name, spec in self.specs.items():
@@ -125,17 +127,25 @@ def place(
     if dim is not None:
         assert value.shape[dim] % size == 0, f"{tuple(value.shape)} over {size} ranks"
         local = value.chunk(size, dim)[tp_mesh.get_local_rank()]
-    # Not ``to(copy=True)``, which keeps the stride 0 of an expanded tensor.
-    local = torch.empty(local.shape, dtype=local.dtype, device=device).copy_(local)
     over_tp = Replicate() if dim is None else Shard(dim)
-    return DTensor.from_local(local, tp_mesh, [over_tp], run_check=False)
+    return DTensor.from_local(_copied(local, device), tp_mesh, [over_tp], run_check=False)
+
+
+def place_stacked(local: Tensor, ep_mesh: DeviceMesh, device: torch.device | str) -> DTensor:
+    """Turns this rank's matrices of a stacked parameter into a DTensor over ep, as ``place``."""
+    return DTensor.from_local(_copied(local, device), ep_mesh, [Shard(0)], run_check=False)
+
+
+def _copied(x: Tensor, device: torch.device | str) -> Tensor:
+    # Not ``to(copy=True)``, which keeps the stride 0 of an expanded tensor.
+    return torch.empty(x.shape, dtype=x.dtype, device=device).copy_(x)
 
 
 def local_weight(parameter: Tensor, *, partial: bool = False) -> Tensor:
     """The part of a parameter that this tp rank computes with, as a plain tensor.
 
     Args:
-        parameter: a DTensor over the tp axis alone (inside the forward of a sharded module), or a
+        parameter: a DTensor over tp or ep alone (inside the forward of a sharded module), or a
             plain tensor, which is returned as it is (inside the forward of a ``LocalUnit``).
         partial: each rank's gradient is a summand of the true one, so DTensor all-reduces it.
             Otherwise the gradient is placed as the parameter is.

@@ -341,6 +341,7 @@ class Trainer:
             memory_bytes=largest(peak_memory(self.train_step.device), self.control),
             params_norm=self.train_step.params_norm() if config.log.log_params_norm else None,
             num_zeros_in_grad=result.num_zeros,
+            **({} if result.experts is None else result.experts.metrics()),
         )
 
     def _write(self, metrics: Metrics | None) -> None:

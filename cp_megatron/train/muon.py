@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +35,7 @@ from cp_megatron.train.optimizer import (
     decay_groups,
     local_values,
     make_optimizer,
+    stacked_vectors,
 )
 
 _ROUND_ELEMENTS = 1 << 26
@@ -62,6 +63,7 @@ class Muon(LocalAdamW):
         config: the settings of both.
         group: the ranks that share the parameters; None is one rank.
         device: where whole matrices are computed with, and messages are sent from.
+        vectors: see ``decay_groups``.
     """
 
     def __init__(
@@ -72,8 +74,9 @@ class Muon(LocalAdamW):
         *,
         group: ProcessGroup | None,
         device: torch.device,
+        vectors: Collection[nn.Parameter] = (),
     ) -> None:
-        groups = decay_groups(others, config)
+        groups = decay_groups(others, config, vectors)
         groups += [{**group, "is_muon": True} for group in decay_groups(matrices, config)]
         super().__init__(groups, **adamw_settings(config))
         self._config, self._device = config, device
@@ -170,12 +173,13 @@ def choose_optimizer(
         group: all ranks.
         device: where the model computes.
     """
+    vectors = stacked_vectors(model)
     if config.optimizer == "adam":
-        return make_optimizer(model.parameters(), config)
+        return make_optimizer(model.parameters(), config, vectors=vectors)
     matrices, others = list[nn.Parameter](), list[nn.Parameter]()
     for name, parameter in model.named_parameters():
         (matrices if is_hidden_matrix(name, parameter.shape) else others).append(parameter)
-    return Muon(matrices, others, config, group=group, device=device)
+    return Muon(matrices, others, config, group=group, device=device, vectors=vectors)
 
 
 def _rounds(matrices: Sequence[nn.Parameter], group: ProcessGroup | None) -> Iterator[_Round]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch.optim import AdamW
 from torch.optim.adamw import adamw
 
 from cp_megatron.config import OptimizerConfig
+from cp_megatron.tensor_parallel import named_specs
 
 
 class LocalAdamW(AdamW):
@@ -58,20 +59,40 @@ class LocalAdamW(AdamW):
         )
 
 
-def make_optimizer(parameters: Iterable[nn.Parameter], config: OptimizerConfig) -> AdamW:
+def make_optimizer(
+    parameters: Iterable[nn.Parameter],
+    config: OptimizerConfig,
+    *,
+    vectors: Collection[nn.Parameter] = (),
+) -> AdamW:
     """AdamW over sharded parameters; the learning rate is set by every step."""
-    return LocalAdamW(decay_groups(parameters, config), **adamw_settings(config))
+    return LocalAdamW(decay_groups(parameters, config, vectors), **adamw_settings(config))
 
 
 def decay_groups(
-    parameters: Iterable[nn.Parameter], config: OptimizerConfig
+    parameters: Iterable[nn.Parameter],
+    config: OptimizerConfig,
+    vectors: Collection[nn.Parameter] = (),
 ) -> list[dict[str, Any]]:
-    """Groups of parameters: weight decay applies to matrices and embeddings, not to vectors."""
-    parameters = list(parameters)
-    decayed = [parameter for parameter in parameters if parameter.ndim > 1]
-    kept = [parameter for parameter in parameters if parameter.ndim <= 1]
+    """Groups of parameters: weight decay applies to matrices and embeddings, not to vectors.
+
+    Args:
+        parameters: those to update.
+        config: the settings.
+        vectors: those of several dims that are no matrices, such as the biases of experts.
+    """
+    parameters, stacked = list(parameters), set(map(id, vectors))
+    decays = [parameter.ndim > 1 and id(parameter) not in stacked for parameter in parameters]
+    decayed = [parameter for parameter, decay in zip(parameters, decays) if decay]
+    kept = [parameter for parameter, decay in zip(parameters, decays) if not decay]
     rates = (decayed, config.weight_decay), (kept, 0.0)
     return [{"params": some, "weight_decay": rate} for some, rate in rates if some]
+
+
+def stacked_vectors(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters of several dims that the model's description says do not decay."""
+    described = ((owner.get_parameter(name), spec) for owner, name, spec in named_specs(model))
+    return [parameter for parameter, spec in described if len(spec.shape) > 1 and not spec.decays]
 
 
 def adamw_settings(config: OptimizerConfig) -> dict[str, Any]:

@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -33,10 +34,12 @@ from cp_megatron.data.batch.batch import IGNORED, Batch
 from cp_megatron.faults.checks import ParameterSums
 from cp_megatron.faults.inject import Faults
 from cp_megatron.kernels.dropout import Dropout
-from cp_megatron.model.transformer import Transformer
+from cp_megatron.model.row_counts import TokenRows
+from cp_megatron.model.transformer import ExpertReport, Transformer
 from cp_megatron.spec import local_heads
 from cp_megatron.tensor_parallel import LossRule
 from cp_megatron.train.announcement import Announcement, announce
+from cp_megatron.train.expert_load import ExpertLoads, flat, move_biases, summed
 from cp_megatron.train.optimizer import local_values, update
 from cp_megatron.train.row_agreement import check_same_rows, fold
 from cp_megatron.train.whole_model import count_zeros, global_norm, multiply, squared_norms
@@ -54,6 +57,7 @@ class StepResult:
     num_pairs: float  # as in ``Shard``, but over the whole global batch
     accepted: bool = True  # the model was updated; otherwise the step was skipped
     num_zeros: int | None = None  # numbers of the clipped gradient that are 0, if they are counted
+    experts: ExpertLoads | None = None  # the work of experts, if the model has some
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,17 +65,25 @@ class LaunchedStep:
     """A step whose numbers the device may still compute."""
 
     announcement: Announcement
-    numbers: HostCopy  # loss, gradient norm, whether the model is updated, zeros (-1: not counted)
+    numbers: HostCopy
+    """Loss, gradient norm, whether the model is updated, zeros (-1: not counted); and, if there are
+    experts, the terms of the loss and how many tokens each expert computed."""
+    num_experts: int | None = None
+    expert_ranks: int = 1
 
     def result(self) -> StepResult:
         """Waits for the numbers."""
-        loss, grad_norm, accepted, num_zeros = self.numbers.read()
+        loss, grad_norm, accepted, num_zeros, *more = self.numbers.read()
+        experts = None
+        if self.num_experts is not None:
+            experts = ExpertLoads.of(more, self.num_experts, self.expert_ranks)
         return StepResult(
             loss=loss,
             grad_norm=grad_norm,
             num_pairs=self.announcement.num_pairs,
             accepted=bool(accepted),
             num_zeros=int(num_zeros) if accepted and num_zeros >= 0 else None,
+            experts=experts,
         )
 
 
@@ -92,6 +104,7 @@ class Shard:
     num_valid: int  # tokens of this rank that have a label
     num_pairs: float
     digest: int  # of the whole rows and their mask, the same on all ranks that share them
+    rows: TokenRows | None = None  # those of the tokens, [b, S / N], if the model has experts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,7 +148,17 @@ class TrainStep:
             num_valid=int((labels != IGNORED).sum()),
             num_pairs=pairs * batch.tokens.shape[0] / cp.cp_size,
             digest=hash_text(f"{digest} {batch.mask}"),
+            rows=self._rows(batch, cp),
         )
+
+    def _rows(self, batch: Batch, cp: ContextParallel) -> TokenRows | None:
+        """The rows that experts are balanced over."""
+        if not self._has_experts:
+            return None
+        lines, length = batch.tokens.shape
+        length -= batch.padding
+        rows = TokenRows.of(cp.positions, lines, length, row_length=batch.row_length)
+        return replace(rows, numbers=pinned(rows.numbers, self.device))
 
     def announce(
         self, shards: Sequence[Shard], *, step: int, wish: int = 0, faults: Faults | None = None
@@ -182,19 +205,24 @@ class TrainStep:
         faults = faults or Faults()
         self.model.train()
         num_tokens = max(announcement.num_tokens, 1)
-        total = self._backward(shards, num_tokens, step, faults)
+        total, report = self._backward(shards, num_tokens, step, faults)
         with traced("gradient norm"):
-            loss, norm = self._loss_and_norm(total, num_tokens)
+            loss, norm, report = self._loss_and_norm(total, report, num_tokens)
         accepted = None if accept is None else accept(loss, norm)
-        num_zeros = self._update(lr, norm, accepted)
+        num_zeros = self._update(lr, norm, accepted, report)
         self.optimizer.zero_grad()
         if faults.has("flip", step):
             held = map(local_values, self.model.parameters())
             next(x for x in held if x.numel()).view(-1)[:1].view(torch.uint8)[0] ^= 32
         updated = torch.ones_like(loss) if accepted is None else accepted.double()
         zeros = -torch.ones_like(loss) if num_zeros is None else num_zeros.double()
-        numbers = HostCopy(torch.stack([loss, norm.double(), updated, zeros]))
-        return LaunchedStep(announcement=announcement, numbers=numbers)
+        numbers = torch.stack([loss, norm.double(), updated, zeros])
+        return LaunchedStep(
+            announcement=announcement,
+            numbers=HostCopy(torch.cat([numbers, *flat(report)])),
+            num_experts=self.model.config.num_experts if self._has_experts else None,
+            expert_ranks=self.groups.grid.ep,
+        )
 
     def run(
         self,
@@ -212,12 +240,13 @@ class TrainStep:
 
     def _backward(
         self, shards: Sequence[Shard], num_tokens: int, step: int, faults: Faults
-    ) -> Tensor:
-        """Adds the gradients of the micro batches; returns the sum of this rank's losses, []."""
-        total = torch.zeros((), dtype=torch.float64, device=self.device)
+    ) -> tuple[Tensor, ExpertReport | None]:
+        """Adds the gradients of the micro batches; returns the sums of this rank's losses, [], and
+        of what its experts did, if there are some."""
+        total, reports = torch.zeros((), dtype=torch.float64, device=self.device), []
         for microbatch, shard in enumerate(shards):
             self._seed_dropout(step, microbatch)
-            objective, losses = self.losses(shard)
+            objective, losses, *report = self._forward(shard, shard.rows)
             if faults.mine:
                 faults.before_backward(step)
                 factor = faults.factor(step)
@@ -227,7 +256,8 @@ class TrainStep:
             with traced("backward"):
                 (objective / num_tokens).backward()
             total += losses.sum(dtype=torch.float64)
-        return total
+            reports += report
+        return total, summed(reports)
 
     @torch.no_grad()
     def evaluate(self, shards: Iterable[Shard]) -> float:
@@ -260,35 +290,61 @@ class TrainStep:
         return bool(finite.item())
 
     def losses(self, shard: Shard) -> tuple[Tensor, Tensor]:
-        """The objective, [], and the losses of this rank's tokens, [b, S / N]; 0 without label."""
-        tokens, labels = (to_device(x, self.device) for x in (shard.tokens, shard.labels))
-        dropout = self._attention_dropout(shard) if self.model.training else None
-        with traced("forward"):
-            objective, losses = self.model(
-                tokens, cp=shard.cp, attention_dropout=dropout, labels=labels, rule=self.rule
-            )
+        """The objective, [], and the losses of this rank's tokens, [b, S / N]; 0 without label.
+
+        The objective is without the terms that balance experts.
+        """
+        objective, losses = self._forward(shard, None)
         return objective, losses
 
-    def _loss_and_norm(self, total: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
+    def _forward(self, shard: Shard, rows: TokenRows | None) -> tuple[Any, ...]:
+        """``losses``; with the rows of the tokens, with those terms and an ``ExpertReport``."""
+        tokens, labels = (to_device(x, self.device) for x in (shard.tokens, shard.labels))
+        if rows is not None:
+            rows = replace(rows, numbers=to_device(rows.numbers, self.device))
+        dropout = self._attention_dropout(shard) if self.model.training else None
+        with traced("forward"):
+            found: tuple[Any, ...] = self.model(
+                tokens,
+                cp=shard.cp,
+                attention_dropout=dropout,
+                labels=labels,
+                rule=self.rule,
+                rows=rows,
+            )
+        return found
+
+    def _loss_and_norm(
+        self, total: Tensor, report: ExpertReport | None, num_tokens: int
+    ) -> tuple[Tensor, Tensor, ExpertReport | None]:
         """The mean loss of the tokens of all ranks, and the global norm of the gradients; [], [].
 
-        The loss is NaN if that of any rank is not finite. Both take one message.
+        The loss is NaN if that of any rank is not finite. What experts did is summed over ranks,
+        and its terms divided by the number of tokens. All of it takes one message: the counts are
+        exact in float64.
         """
         share = total if self.groups.coordinates.tp == 0 else torch.zeros_like(total)
         squares = squared_norms(self._gradients(), self.groups.world, self.device)
         numbers = torch.stack([share, (~total.isfinite()).double()])
-        totals = torch.cat([numbers, squares.double()])
+        parts = [numbers, *flat(report), squares.double()]
+        totals = torch.cat(parts)
         if self.groups.grid.world_size > 1:
             dist.all_reduce(totals, group=self.groups.world)
-        loss, num_broken = totals[:2].unbind()
-        norm = torch.linalg.vector_norm(totals[2:].to(squares.dtype).sqrt())
-        return (loss / num_tokens).masked_fill(num_broken > 0, math.nan), norm
+        (loss, num_broken), *found, squared = totals.split([len(part) for part in parts])
+        norm = torch.linalg.vector_norm(squared.to(squares.dtype).sqrt())
+        if report is not None:
+            terms, counts = found
+            report = ExpertReport(terms / num_tokens, counts.long().view_as(report.counts))
+        return (loss / num_tokens).masked_fill(num_broken > 0, math.nan), norm, report
 
     def _gradients(self) -> list[Tensor]:
         return [p.grad for p in self.model.parameters() if p.grad is not None]
 
-    def _update(self, lr: float, norm: Tensor, accepted: Tensor | None) -> Tensor | None:
-        """Clips the gradients to ``clip_grad`` and updates the parameters, if it is accepted.
+    def _update(
+        self, lr: float, norm: Tensor, accepted: Tensor | None, report: ExpertReport | None
+    ) -> Tensor | None:
+        """Clips the gradients to ``clip_grad`` and updates the parameters, if it is accepted, and
+        with them the biases of experts.
 
         Returns the number of zeros in the gradients, int64 [], as Megatron-LM counts them: after
         the clipping. None if they are not counted.
@@ -308,9 +364,15 @@ class TrainStep:
         with traced("optimizer"):
             skip = None if accepted is None else ~accepted
             update(self.optimizer, skip=skip, factor=factor)
+            if report is not None:
+                move_biases(self.model, report.counts, skip)
         if self.sums is not None:
             self.sums.take()
         return num_zeros
+
+    @property
+    def _has_experts(self) -> bool:
+        return bool(self.model.config.expert_layers)
 
     @property
     def _control(self) -> dist.ProcessGroup:

@@ -10,6 +10,7 @@ from torch import Tensor
 from cp_megatron.comm.collectives import (
     all_gather_dim,
     copy_to_group,
+    exchange_rows,
     reduce_from_group,
     reduce_scatter_dim,
 )
@@ -136,3 +137,26 @@ def test_no_group_is_the_identity() -> None:
     assert reduce_from_group(x, None) is x
     assert all_gather_dim(x, 0, None) is x
     assert reduce_scatter_dim(x, 0, None) is x
+
+
+SENT = ((1, 0, 2), (0, 0, 1), (2, 1, 0))
+"""Rows that each rank sends to each rank."""
+
+
+def exchange(rank: int, world_size: int) -> tuple[Tensor, Tensor]:
+    received = [row[rank] for row in SENT]
+    x = value(rank, sum(SENT[rank]), 2)
+    out = exchange_rows(x, SENT[rank], received, dist.group.WORLD)
+    return backward(out, x, torch.arange(2.0 * len(out)).view_as(out) + 1000 * rank)
+
+
+def test_rows_are_exchanged_and_their_gradients_return() -> None:
+    (first, dfirst), (second, dsecond), (third, dthird) = run_ranks(exchange, 3)
+    assert first.tolist() == [[0, 1], [200, 201], [202, 203]]
+    assert second.tolist() == [[204, 205]]
+    assert third.tolist() == [[2, 3], [4, 5], [100, 101]]
+    assert dfirst.tolist() == [[0, 1], [2000, 2001], [2002, 2003]]
+    assert dsecond.tolist() == [[2004, 2005]]
+    assert dthird.tolist() == [[2, 3], [4, 5], [1000, 1001]]
+    alone = value(0, 2)
+    assert exchange_rows(alone, [2], [2], None) is alone

@@ -66,3 +66,21 @@ def test_one_rank_has_groups_too() -> None:
     ((place, ranks, _),) = run_ranks(groups_of, 1, Grid())
     assert place == Coordinates(dp=0, cp=0, tp=0)
     assert ranks == {axis: [0] for axis in AXES}
+
+
+def groups_of_experts(rank: int, world_size: int, grid: Grid) -> tuple[list[list[int]], list[int]]:
+    """The ranks of this rank's groups of experts, and the shape of the mesh they are sharded on."""
+    groups = ParallelGroups.create(grid, "cpu", has_experts=True)
+    assert groups.expert_sharding is not None
+    names = ("ep", "edp", "cp_tp")
+    found = [dist.get_process_group_ranks(groups[name]) for name in names]
+    return found, list(groups.expert_sharding.shape)
+
+
+@pytest.mark.parametrize("grid", [Grid(tp=2, cp=2, ep=2), Grid(dp=4, ep=2, replicas=2)])
+def test_groups_of_experts_are_the_grids(grid: Grid) -> None:
+    for rank, (found, shape) in enumerate(run_ranks(groups_of_experts, 4, grid)):
+        for name, ranks in zip(("ep", "edp", "cp_tp"), found, strict=True):
+            assert ranks in grid.groups(name)
+            assert rank in ranks
+        assert shape == ([2, 1] if grid.replicas > 1 else [2])

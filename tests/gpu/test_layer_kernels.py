@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import get_args
-
 import pytest
 import torch
 from torch import Tensor
 
 from cp_megatron.kernels import gated as gated_seam
 from cp_megatron.kernels import rms_norm as norm_seam
-from cp_megatron.kernels.gated import Activation, gated
+from cp_megatron.kernels.gated import GatedFunction, gated
 from cp_megatron.kernels.rms_norm import add_rms_norm, rms_norm
 
 pytestmark = pytest.mark.gpu
@@ -40,15 +38,24 @@ def test_a_gpu_has_the_fused_kernels() -> None:
     assert norm_seam.rms_norm_kernels("cuda", 2048).forward is not norm_seam.forward_eager
 
 
-@pytest.mark.parametrize("activation", get_args(Activation))
+FUNCTIONS = [
+    GatedFunction("silu"),
+    GatedFunction("gelu"),
+    GatedFunction("quick_gelu", clamp=7.0, offset=1.0),
+]
+
+
+@pytest.mark.parametrize("function", FUNCTIONS, ids=str)
 @pytest.mark.parametrize("shape", [(1, 4096, 8192), (2, 33, 1001)], ids=str)
-def test_gated_units(shape: tuple[int, ...], activation: Activation) -> None:
+def test_gated_units(shape: tuple[int, ...], function: GatedFunction) -> None:
     gate, up, grad = (4 * drawn(*shape), drawn(*shape).flip(1), drawn(*shape).roll(1, 2))
     leaves = [gate.requires_grad_(), up.requires_grad_()]
-    out = gated(gate, up, activation)
+    out = gated(gate, up, function)
     found = [out, *torch.autograd.grad(out, leaves, grad)]
     exact = [x.detach().double().requires_grad_() for x in leaves]
-    plain = gated_seam.activate(exact[0], activation) * exact[1]
+    bound = torch.inf if function.clamp is None else function.clamp
+    x, factor = exact[0].clamp(max=bound), exact[1].clamp(-bound, bound) + function.offset
+    plain = gated_seam.activate(x, function.activation) * factor
     expected = [plain, *torch.autograd.grad(plain, exact, grad.double())]
     for mine, its in zip(found, expected, strict=True):
         assert_rounded(mine, its, atol=1e-5)

@@ -36,6 +36,22 @@ def test_copies_are_sharded_over_their_own_ranks() -> None:
     assert [Grid(dp=2, tp=2).shard(rank) for rank in range(4)] == [0, 0, 1, 1]
 
 
+def test_groups_of_experts_lie_across_the_axes() -> None:
+    grid = Grid(dp=2, cp=2, tp=2, ep=4)
+    assert grid.groups("ep") == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert grid.groups("edp") == [[0, 4], [1, 5], [2, 6], [3, 7]]
+    assert grid.expert_sizes == {"replicas": 1, "edp": 2, "ep": 4}
+    copies = Grid(dp=4, cp=2, replicas=2, ep=2)
+    assert copies.groups("edp") == [[0, 2], [1, 3], [4, 6], [5, 7]]
+    for name in ("ep", "edp"):
+        for group in copies.groups(name):
+            assert [copies.index(name, rank) for rank in group] == list(range(copies.size(name)))
+    assert Grid(tp=4, ep=4).groups("edp") == [[0], [1], [2], [3]]
+    assert Grid(dp=4, ep=2) != Grid(dp=4)
+    with pytest.raises(AssertionError, match="ep 4 on"):
+        Grid(dp=4, replicas=2, ep=4)
+
+
 def test_groups_without_one_axis() -> None:
     assert Grid(dp=2, cp=1, tp=4).groups("tp") == [[0, 1, 2, 3], [4, 5, 6, 7]]
     assert Grid(dp=2, cp=1, tp=4).groups("dp_cp") == [[0, 4], [1, 5], [2, 6], [3, 7]]

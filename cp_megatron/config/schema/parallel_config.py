@@ -37,6 +37,10 @@ class ParallelConfig:
     copy (data parallel x context parallel / copies), so that whole weights are gathered from fewer
     and nearer ranks; gradients are then summed over the copies. It must divide the data parallel
     size."""
+    expert_model_parallel_size: AxisSize = 1
+    """Ranks that share the experts of a layer, each of which holds whole ones; tokens are sent to
+    the ranks of their experts. These are neighbours among all ranks of a copy of the model, so the
+    size must divide their number, and --num-experts. Experts are sharded over the other ranks."""
     sequence_parallel: bool = False
     """Also split the residual stream along the sequence over the tensor parallel ranks."""
     cp_comm_type: Exchange = "auto"

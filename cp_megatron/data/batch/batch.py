@@ -32,6 +32,7 @@ class Batch:
         mask: the attention mask of every row of the batch.
         first_row: the number of the first row in the run.
         row_length: S if documents are masked and the rows are laid end to end, else 0.
+        padding: tokens at the end of each row of ``tokens`` that belong to no row of the run.
     """
 
     tokens: Tensor
@@ -39,6 +40,7 @@ class Batch:
     mask: Mask
     first_row: int
     row_length: int
+    padding: int = 0
 
 
 def microbatches(
@@ -98,6 +100,7 @@ def microbatches(
             mask=row_mask(lengths, document_mask=document_mask, window=window, padding=padding),
             first_row=start,
             row_length=rows.seq_length if document_mask else 0,
+            padding=padding,
         )
 
 

@@ -1,0 +1,170 @@
+"""Sends tokens to the ranks of their experts, and adds up what these return.
+
+Two ranks with two tokens each, four experts, of which rank 0 holds 0 and 1, and K = 2. Token a has
+chosen experts 2 and 0, and so on; a row is a token for one of its experts::
+
+    rank 0    tokens      a: 2 0     b: 3 1       rank 1    tokens      c: 0 1     d: 2 0
+              by expert   a0 b1 | a2 b3                     by expert   c0 d0 c1 | d2
+                             exchange rows: the part after the bar goes to rank 1
+              arrived     a0 b1 | c0 d0 c1                  arrived     a2 b3 | d2
+              by expert   a0 c0 d0   b1 c1                  by expert   a2 d2   b3
+                             the experts compute; every row is multiplied by its weight
+              returned    a0 b1 | a2 b3                     returned    c0 d0 c1 | d2
+              sums        a2 + a0    b3 + b1                sums        c0 + c1    d2 + d0
+
+A token's results are added in the order of its choice, so the sum depends on no grid. There is no
+capacity: all rows are sent, and no token is dropped. Every permutation is a gather in forward and
+in backward, so that all results are deterministic.
+
+Weights are multiplied where the experts are. Their gradients are computed there, from rows that
+this rank has anyway, and nothing that is returned has to be kept. So when a layer is recomputed,
+nobody reads what would be returned, and it is not sent (``Dispatch.back`` saves no tensor).
+
+Bytes that a rank sends with uniform routing, of n tokens with h channels of e bytes and weights of
+w bytes: n K (h e + w) (1 - 1/R) in ``send`` and n K h e (1 - 1/R) in ``back``; backward sends the
+same once more.
+
+Shapes: n tokens of this rank, K chosen experts of a token, m rows that this rank's experts compute,
+h channels, R ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.distributed import ProcessGroup
+
+from cp_megatron.comm.collectives import exchange_rows
+from cp_megatron.comm.host_copies import to_device
+from cp_megatron.expert_parallel.splits import Splits
+
+
+class Dispatch:
+    """The way of the tokens of one layer and one micro batch to their experts, and back.
+
+    Args:
+        experts: int64 [n, K], the chosen experts.
+        splits: what ``count_rows`` says of this choice.
+        group: the ranks that share the experts; None is one rank, which sends nothing.
+    """
+
+    def __init__(self, experts: Tensor, splits: Splits, group: ProcessGroup | None) -> None:
+        self.splits, self.group = splits, group
+        self._topk = experts.shape[1]
+        self._order = experts.flatten().argsort(stable=True)  # by expert, then by token
+        self._inverse = _inverse(self._order)
+        self._arrived: tuple[Tensor, Tensor] | None = None
+        if group is not None and group.size() > 1:
+            by_expert = _by_expert(splits, experts.device)
+            self._arrived = by_expert, _inverse(by_expert)
+
+    def send(self, x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens and their experts' weights -> the rows of this rank's experts, and their weights.
+
+        Args:
+            x: [n, h].
+            weights: [n, K], in the order of ``experts``.
+
+        Returns:
+            [m, h] and [m], sorted by expert; ``splits.counts`` says how many rows each has.
+        """
+        rows, factors = self._spread(x), _permuted(weights.flatten(), self._order, self._inverse)
+        sent, received = self.splits.sent, self.splits.from_ranks
+        rows = exchange_rows(rows, sent, received, self.group)
+        factors = exchange_rows(factors, sent, received, self.group)
+        if self._arrived is None:
+            return rows, factors
+        order, inverse = self._arrived
+        return _permuted(rows, order, inverse), _permuted(factors, order, inverse)
+
+    def back(self, rows: Tensor, factors: Tensor) -> Tensor:
+        """What the experts computed, and its weights -> the weighted sum of each token.
+
+        Args:
+            rows: [m, h], in the order of ``send``.
+            factors: [m], from ``send``.
+
+        Returns:
+            [n, h].
+        """
+        rows = _Weighted.apply(rows, factors)  # type: ignore[no-untyped-call]
+        if self._arrived is not None:
+            order, inverse = self._arrived
+            rows = _permuted(rows, inverse, order)
+        rows = exchange_rows(rows, self.splits.from_ranks, self.splits.sent, self.group)
+        return _linear(rows, self._summed, self._repeated)
+
+    def _spread(self, x: Tensor) -> Tensor:
+        """[n, h] -> a row per chosen expert, sorted by expert, [n * K, h]."""
+        return _linear(x, self._repeated, self._summed)
+
+    def _repeated(self, x: Tensor) -> Tensor:
+        return x.index_select(0, self._order // self._topk)
+
+    def _summed(self, rows: Tensor) -> Tensor:
+        # [n * K, h] by expert -> [n, K, h] by token
+        return rows.index_select(0, self._inverse).unflatten(0, (-1, self._topk)).sum(1)
+
+
+def _by_expert(splits: Splits, device: torch.device) -> Tensor:
+    """int64 [m]: by expert, then by rank, the rows that arrived by rank, then by expert."""
+    received = to_device(torch.tensor(splits.received).flatten(), device)
+    experts = torch.arange(len(splits.received[0]), device=device).repeat(len(splits.received))
+    found = experts.repeat_interleave(received, output_size=sum(splits.counts))
+    return found.argsort(stable=True)
+
+
+def _inverse(order: Tensor) -> Tensor:
+    return torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+
+
+def _permuted(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+    return _linear(x, lambda y: y.index_select(0, order), lambda y: y.index_select(0, inverse))
+
+
+def _linear(
+    x: Tensor, forward: Callable[[Tensor], Tensor], backward: Callable[[Tensor], Tensor]
+) -> Tensor:
+    result: Tensor = _LinearMap.apply(x, forward, backward)
+    return result
+
+
+class _LinearMap(torch.autograd.Function):
+    """A linear function and its transpose; saves no tensor."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        forward: Callable[[Tensor], Tensor],
+        backward: Callable[[Tensor], Tensor],
+    ) -> Tensor:
+        ctx.transpose = backward
+        return forward(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.transpose(grads[0]), None, None
+
+
+class _Weighted(torch.autograd.Function):
+    """rows [m, h] times factors [m], computed in the type of the factors, in the type of rows."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, factors: Tensor) -> Tensor:
+        ctx.save_for_backward(rows, factors)
+        return _product(rows, factors)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        rows, factors = ctx.saved_tensors
+        return _product(grads[0], factors), (grads[0].to(factors.dtype) * rows).sum(1)
+
+
+def _product(rows: Tensor, factors: Tensor) -> Tensor:
+    return torch.mul(rows, factors[:, None], out=torch.empty_like(rows))

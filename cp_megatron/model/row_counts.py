@@ -1,0 +1,78 @@
+"""Which row of a micro batch a token belongs to, and how many tokens of each row chose an expert.
+
+Shapes: b batch, s sequence of one context parallel rank, n tokens of this rank, R rows of the micro
+batch, E experts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from cp_megatron.model.balance import row_numbers
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenRows:
+    """The rows of tokens.
+
+    Attributes:
+        numbers: int64 [b, s], or [n] for the tokens of a residual stream: the row of each token,
+            from 0 to R - 1, or ``UNCOUNTED`` for padding.
+        num_rows: R.
+    """
+
+    numbers: Tensor
+    num_rows: int
+
+    @classmethod
+    def of(cls, positions: Tensor, lines: int, length: int, *, row_length: int = 0) -> TokenRows:
+        """The rows of the tokens at the same positions of every line of a batch.
+
+        Args:
+            positions: int64 [s].
+            lines: b.
+            length: tokens of a line without its padding, which follows them.
+            row_length: tokens of a row, if rows are laid end to end in a line; 0: a line is a row.
+        """
+        row_length = row_length or length
+        per_line = length // row_length
+        numbers = row_numbers(positions, row_length, per_line)
+        firsts = per_line * torch.arange(lines)[:, None]
+        numbers = torch.where(numbers < 0, numbers, numbers + firsts)  # [s] -> [b, s]
+        return cls(numbers=numbers, num_rows=lines * per_line)
+
+    def joined(self) -> TokenRows:
+        """All rows as one."""
+        return TokenRows(numbers=self.numbers.clamp(max=0), num_rows=1)
+
+
+class RowCounts:
+    """How many tokens of each row chose each expert.
+
+    Args:
+        numbers: int64 [n], the row of each of this rank's tokens.
+        counts: int64 [R, E], those of this rank.
+        group: the ranks that share the rows, whose counts are summed; None: nobody reads the sums,
+            or this rank has whole rows.
+
+    Attributes:
+        mine: int64 [E], those of this rank over all rows.
+    """
+
+    def __init__(self, numbers: Tensor, counts: Tensor, group: ProcessGroup | None) -> None:
+        self.numbers, self.mine = numbers, counts.sum(0)
+        self._counts, self._work = counts, None
+        if group is not None and group.size() > 1:
+            self._work = dist.all_reduce(counts, group=group, async_op=True)
+
+    def whole(self) -> Tensor:
+        """int64 [R, E], those of whole rows."""
+        if self._work is not None:
+            self._work.wait()
+            self._work = None
+        return self._counts

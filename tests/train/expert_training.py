@@ -1,0 +1,148 @@
+"""A tiny mixture of experts that is trained on any grid: the cases of several tests."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from cp_megatron.comm.groups import ParallelGroups
+from cp_megatron.config import (
+    Config,
+    DataConfig,
+    MemoryConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    TrainConfig,
+)
+from cp_megatron.context_parallel import ContextParallel
+from cp_megatron.data.batch.batch import IGNORED, Batch, microbatches
+from cp_megatron.data.rows.sampler import ConcatenatedRows
+from cp_megatron.model.parallelize import build_model
+from cp_megatron.plan import Grid, Mask
+from cp_megatron.train.muon import choose_optimizer
+from cp_megatron.train.step import Shard, TrainStep
+from tests.data.ranges import range_of
+
+SEQ, ROWS, VOCAB = 16, 4, 257
+MODEL = ModelConfig(
+    num_layers=2,
+    hidden_size=16,
+    num_attention_heads=4,
+    num_query_groups=4,
+    normalization="RMSNorm",
+    swiglu=True,
+    position_embedding_type="rope",
+    disable_bias_linear=True,
+    untie_embeddings_and_output_weights=True,
+    init_method_std=0.2,
+    num_experts=8,
+    moe_ffn_hidden_size=12,
+    moe_shared_expert_intermediate_size=8,
+    moe_shared_expert_gate=True,
+    moe_router_score_function="sigmoid",
+    moe_router_enable_expert_bias=True,
+    moe_router_bias_update_rate=0.05,
+    moe_aux_loss_coeff=0.5,
+    moe_z_loss_coeff=0.01,
+)
+SOFTMAX = replace(
+    MODEL,
+    moe_router_score_function="softmax",
+    moe_router_enable_expert_bias=False,
+    moe_router_pre_softmax=True,
+    moe_router_add_bias=True,
+    moe_router_topk=3,
+    moe_shared_expert_intermediate_size=None,
+    moe_shared_expert_gate=False,
+    add_mlp_bias=True,
+    moe_layers=(1,),
+)
+STYLES = {"sigmoid": MODEL, "softmax": SOFTMAX}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A grid, and how batches are computed on it."""
+
+    style: str = "sigmoid"
+    tp: int = 1
+    cp: int = 1
+    dp: int = 1
+    ep: int = 1
+    replicas: int = 1
+    micro_batch_size: int = 1
+    document_mask: bool = False
+    padding: int = 0
+    recompute: str = "none"
+    kind: str = "seq_aux_loss"
+    dtype: str = "float64"
+    memory: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def grid(self) -> Grid:
+        sizes = {"tp": self.tp, "cp": self.cp, "dp": self.dp}
+        return Grid(replicas=self.replicas, ep=self.ep, **sizes)
+
+
+def config_of(case: Case) -> Config:
+    model = replace(STYLES[case.style], moe_router_load_balancing_type=case.kind)
+    memory = MemoryConfig(recompute_granularity=case.recompute, **dict(case.memory))  # type: ignore[arg-type]
+    return Config(
+        model=model,
+        parallel=ParallelConfig(sequence_parallel=case.tp > 1),
+        data=DataConfig(seq_length=SEQ, micro_batch_size=case.micro_batch_size),
+        train=TrainConfig(seed=5),
+        optimizer=OptimizerConfig(lr=3e-3, weight_decay=0.1),
+        memory=memory,
+    )
+
+
+def train_step_of(case: Case) -> TrainStep:
+    config = config_of(case)
+    groups = ParallelGroups.create(case.grid, "cpu", has_experts=True)
+    model = build_model(config, groups, vocab_size=VOCAB, dtype=case.dtype, device="cpu")  # type: ignore[arg-type]
+    cpu = torch.device("cpu")
+    length = SEQ * (case.micro_batch_size if case.document_mask else 1)
+    return TrainStep(
+        model=model,
+        optimizer=choose_optimizer(model, config.optimizer, group=groups.world, device=cpu),
+        groups=groups,
+        cp=ContextParallel(groups.cp, Mask.causal(length + case.padding)),
+        device=cpu,
+        seed=5,
+        clip_grad=0.5,
+        sequence_parallel=case.tp > 1,
+    )
+
+
+def batches_of(step: int, case: Case, train_step: TrainStep) -> list[Batch]:
+    """Rows with unevenly masked labels."""
+    tokens = (np.arange(4096) * 7 % 61).astype(np.uint16)
+    tokens[::13] = 256
+    place = train_step.groups.coordinates
+    found = list(
+        microbatches(
+            ConcatenatedRows(range_of(tokens), seq_length=SEQ, seed=3),
+            consumed=step * ROWS,
+            global_batch_size=ROWS,
+            micro_batch_size=case.micro_batch_size,
+            dp_rank=place.dp,
+            dp_size=case.dp,
+            document_mask=case.document_mask,
+            padding=case.padding,
+        )
+    )
+    first = place.dp * (ROWS // case.dp)
+    for number, batch in enumerate(found):
+        labels = batch.labels[:, : batch.labels.shape[1] - case.padding].unflatten(1, (-1, SEQ))
+        for local, row in enumerate(labels.flatten(0, 1)):
+            row[: 2 * (first + number * case.micro_batch_size + local)] = IGNORED
+    return found
+
+
+def shards_of(step: int, case: Case, train_step: TrainStep) -> list[Shard]:
+    return [train_step.prepare(batch) for batch in batches_of(step, case, train_step)]
