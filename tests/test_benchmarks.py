@@ -22,6 +22,8 @@ def test_there_are_benchmarks() -> None:
 SLOW = (
     "alternatives",
     "attention",
+    "balance",
+    "exchanges",
     "families",
     "versions",
     "faults",

@@ -111,7 +111,10 @@ def all_cases(exchange: str, world_size: int) -> list[Case]:
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4, pytest.param(8, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "world_size",
+    [1, 2, pytest.param(3, marks=pytest.mark.slow), 4, pytest.param(8, marks=pytest.mark.slow)],
+)
 def test_equals_the_dense_formula(world_size: int) -> None:
     """Each exchange runs some of its cases, other ones on each number of ranks."""
     exchanges = [x for x in EXCHANGES if world_size > 1 or x != "a2a+p2p"]

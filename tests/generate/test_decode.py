@@ -93,7 +93,7 @@ def test_prompts_in_parts_and_a_cache_that_grows(
     assert error(session.feed([1, 2, 3]), whole_logits(model, [*text, 1, 2, 3])) < 1e-10
 
 
-@pytest.mark.parametrize("name", ["window", "recurrent"])
+@pytest.mark.parametrize("name", ["window", pytest.param("recurrent", marks=pytest.mark.slow)])
 @settings(max_examples=6)
 @given(data=st.data())
 def test_a_reused_session_equals_a_fresh_one(name: str, data: st.DataObject) -> None:

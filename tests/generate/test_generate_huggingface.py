@@ -108,7 +108,7 @@ def loaded(folder: Path) -> Session:
     return Session(model=model.eval(), seq_length=16)
 
 
-BY_DEFAULT = ("llama-yarn", "llama-longrope", "qwen3", "qwen2-window-above", "qwen3.5")
+BY_DEFAULT = ("llama-yarn", "qwen2-window-above", "qwen3.5")
 
 
 @pytest.mark.parametrize(

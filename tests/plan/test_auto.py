@@ -44,7 +44,7 @@ def waits(schedule: Schedule, head_dim: int, v_head_dim: int, flops_per_element:
 
 
 @given(any_schedules(max_cp=8), st.data())
-@property_settings(200)
+@property_settings(60)
 def test_auto_waits_for_the_fewest_bytes(other: Schedule, data: st.DataObject) -> None:
     mask, layout = other.mask, other.layout
     size = layout.cp_size

@@ -98,9 +98,9 @@ def check(world_size: int, case: Case) -> None:
         assert not found[2][ignored].any()
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("world_size", [1, pytest.param(2, marks=pytest.mark.slow), 4])
 @pytest.mark.parametrize("sequence_parallel", [False, True])
-@pytest.mark.parametrize("chunk_size", [1, 6, None])
+@pytest.mark.parametrize("chunk_size", [pytest.param(1, marks=pytest.mark.slow), 6, None])
 @pytest.mark.parametrize("masked", ["none", "some", "all"])
 def test_equals_torch(
     world_size: int, sequence_parallel: bool, chunk_size: int | None, masked: str
@@ -115,7 +115,10 @@ def test_z_loss(world_size: int, scale: float) -> None:
     check(world_size, Case(z_loss_coeff=1e-2, chunk_size=4, scale=scale, sequence_parallel=True))
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize(
+    "world_size",
+    [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(4, marks=pytest.mark.slow)],
+)
 @pytest.mark.parametrize("chunk_size", [6, None])
 @pytest.mark.parametrize(
     ("multiplier", "softcap"), [(0.3, None), (1.0, 5.0), (-1.7, 5.0), (0.5, 300.0)]

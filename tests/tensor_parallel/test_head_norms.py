@@ -73,7 +73,7 @@ def projected(
 
 @pytest.mark.parametrize("together", [True, False])
 @pytest.mark.parametrize("kind", ["RMSNorm", "LayerNorm"])
-@pytest.mark.parametrize(("world_size", "heads"), [(1, 4), (2, 4), (4, 4), (2, 1), (4, 2), (4, 1)])
+@pytest.mark.parametrize(("world_size", "heads"), [(1, 4), (2, 4), (2, 1), (4, 2)])
 def test_equals_the_norm_of_all_heads(
     world_size: int, heads: int, kind: str, together: bool
 ) -> None:

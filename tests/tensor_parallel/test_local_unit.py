@@ -48,7 +48,7 @@ def gradients(
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
 @pytest.mark.parametrize("memory", MEMORY)
-@pytest.mark.parametrize("model", ["llama", "recurrent"])
+@pytest.mark.parametrize("model", ["llama", pytest.param("recurrent", marks=pytest.mark.slow)])
 def test_fsdp_computes_the_same_bits(model: str, memory: str, dtype: ComputeDType) -> None:
     # FSDP is used on one rank where parameters lie on the host, which is the same place here.
     on_host = replace(MEMORY[memory], optimizer_cpu_offload=True)

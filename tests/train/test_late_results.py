@@ -42,9 +42,13 @@ CASES: dict[str, tuple[list[str], list[tuple[str, int, int]], int | None]] = {
     "stopped": ([], NAN[:1], 6),
     "stopped in a bad step": ([], NAN, 7),
 }
+BY_DEFAULT = ("exact budget", "ends at the third", "stopped in a bad step")
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case",
+    [name if name in BY_DEFAULT else pytest.param(name, marks=pytest.mark.slow) for name in CASES],
+)
 def test_a_lag_changes_nothing(place: Place, case: str) -> None:
     flags, faults, stop_at = CASES[case]
     argv = ["--context-parallel-size", "2", *flags]

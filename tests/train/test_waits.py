@@ -81,9 +81,13 @@ MODES = {
     "muon": (2, ["--context-parallel-size", "2", "--optimizer", "muon"]),
     "tp2 cp2": (4, [*GRIDS["tp2 cp2"], "--sequence-parallel"]),
 }
+BY_DEFAULT = ("spikes", "documents", "tp2 cp2")
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    "mode",
+    [name if name in BY_DEFAULT else pytest.param(name, marks=pytest.mark.slow) for name in MODES],
+)
 def test_no_step_waits_between_log_lines(place: Place, mode: str) -> None:
     world_size, flags = MODES[mode]
     for found in run_ranks(waits_of, world_size, changed(place.argv("run", *flags), *LONG), False):
