@@ -75,7 +75,7 @@ QUICK = [
 ]
 LONG = [
     *(Case(**sizes, document_mask=True, micro_batch_size=1) for sizes in grids(4)),
-    *(Case(**sizes, style="softmax", padding=4) for sizes in grids(4) if sizes["ep"] == 2),
+    *(Case(**sizes, style="softmax", padding=8) for sizes in grids(4) if sizes["ep"] == 2),
     Case(dp=4, ep=2, replicas=2),
     Case(tp=2, dp=2, ep=2, replicas=2),
     Case(dp=2, cp=2, ep=4, kind="aux_loss", micro_batch_size=2),
