@@ -24,6 +24,7 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from cp_megatron.config import MemoryConfig
+from cp_megatron.memory.expert_bytes import row_bytes, shared_bytes
 from cp_megatron.plan import Schedule
 from cp_megatron.plan.buffer_sizes import AttentionSizes, BufferSizes, RecurrenceSizes
 from cp_megatron.plan.halo import Halo, plan_halos
@@ -117,6 +118,13 @@ def predict_ranks(plan: RunPlan, ranks: Iterable[int]) -> list[tuple[Held, ...]]
         last = Held(kind=AFTER_FORWARD, num_bytes=total)
         predicted.append((stored, gradients, optimizer, *rows, last))
     return predicted
+
+
+def expert_rows(plan: RunPlan) -> tuple[int, int]:
+    """What a layer keeps of the rows of its experts on a rank: as predicted, and at worst."""
+    sizes = {"vocab_size": plan.padded_vocab_size, "seq_length": plan.config.data.seq_length}
+    spec = ModelSpec.of(plan.config.model, **sizes)
+    return row_bytes(spec, _sizes(plan, 0, spec, schedules(plan), None))
 
 
 def schedules(plan: RunPlan) -> tuple[Schedule, ...]:
@@ -302,6 +310,7 @@ def _sizes(
         result_copies=2 if transposed else 1,
         states=states,
         ep=plan.grid.ep,
+        rows=plan.micro_batch_size,
     )
 
 
@@ -325,6 +334,9 @@ def _kept(spec: ModelSpec, memory: MemoryConfig, sizes: ActivationSizes) -> Coun
     kept[ATTENTION if "none" in levels else OTHER] += rotation
     kept[FINAL_NORM] = spec.norm.kept_bytes(sizes.stream_tokens, sizes)
     kept[LOSS] = spec.head.kept_bytes(sizes)
+    report, rows = shared_bytes(spec, levels, sizes)
+    kept[LOSS] += report
+    kept[OTHER] += rows
     return kept
 
 

@@ -1,0 +1,104 @@
+"""A checkpoint of a mixture of experts continues exactly on other grids, bit for bit on its own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from cp_megatron.checkpoint.load import load_checkpoint
+from cp_megatron.checkpoint.save import start_save
+from cp_megatron.train.step import StepResult, TrainStep
+from tests.ranks import run_ranks
+from tests.train.expert_training import VOCAB, Case, config_of, shards_of, train_step_of
+
+SAVED, STEPS = 2, 4
+CASE = Case(dp=2, cp=2, ep=4)
+OTHERS = [
+    Case(),
+    Case(dp=2, cp=2, ep=2),
+    Case(tp=2, cp=2, ep=2),
+    Case(tp=4, ep=4),
+    Case(cp=2),
+]
+Trained = tuple[list[StepResult], dict[str, Tensor]]
+
+
+def steps_of(case: Case, step: TrainStep, first: int, last: int) -> list[StepResult]:
+    return [
+        step.run(shards_of(number, case, step), step=number + 1, lr=3e-3)
+        for number in range(first, last)
+    ]
+
+
+def whole(step: TrainStep) -> dict[str, Tensor]:
+    """All parameters, moments and biases of experts."""
+    found = {name: buffer.clone() for name, buffer in step.model.named_buffers()}
+    for name, parameter in step.model.named_parameters():
+        held = {name: parameter, **step.optimizer.state[parameter]}
+        for key, value in held.items():
+            found[f"{name} {key}"] = (
+                value.full_tensor().detach() if isinstance(value, DTensor) else value.clone()
+            )
+    return found
+
+
+def train_and_save(rank: int, world_size: int, case: Case, folder: str) -> Trained:
+    step = train_step_of(case)
+    steps_of(case, step, 0, SAVED)
+    start_save(
+        Path(folder),
+        step=SAVED,
+        consumed=4 * SAVED,
+        model=step.model,
+        optimizer=step.optimizer,
+        config=config_of(case),
+        grid=case.grid,
+        data_fingerprint="",
+        vocab_size=VOCAB,
+        background=False,
+    ).wait()
+    return steps_of(case, step, SAVED, STEPS), whole(step)
+
+
+def load_and_train(rank: int, world_size: int, case: Case, folder: str) -> Trained:
+    step = train_step_of(case)
+    load_checkpoint(Path(folder), model=step.model, optimizer=step.optimizer)
+    return steps_of(case, step, SAVED, STEPS), whole(step)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Trained]:
+    """A checkpoint, and how training went on after it."""
+    folder = tmp_path_factory.mktemp("experts")
+    (trained, *_) = run_ranks(train_and_save, 4, CASE, str(folder))
+    return str(folder / f"step-{SAVED}"), trained
+
+
+@pytest.mark.parametrize("case", OTHERS, ids=lambda case: repr(case.grid))
+def test_another_grid_continues_exactly(case: Case, saved: tuple[str, Trained]) -> None:
+    folder, (results, tensors) = saved
+    found, held = run_ranks(load_and_train, case.grid.world_size, case, folder)[0]
+    for here, there in zip(found, results, strict=True):
+        assert here.loss == pytest.approx(there.loss, rel=1e-10)
+        assert here.grad_norm == pytest.approx(there.grad_norm, rel=1e-10)
+        assert here.experts is not None
+        assert there.experts is not None
+        assert here.experts.counts == there.experts.counts
+    assert held.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        torch.testing.assert_close(held[name], tensor, rtol=1e-10, atol=1e-12)
+
+
+def test_the_same_grid_continues_bit_for_bit(saved: tuple[str, Trained]) -> None:
+    folder, (results, tensors) = saved
+    found, held = run_ranks(load_and_train, 4, CASE, folder)[0]
+    assert found == results
+    assert held.keys() == tensors.keys()
+    assert all(torch.equal(held[name], tensors[name]) for name in tensors)
+    biases = [tensor for name, tensor in tensors.items() if name.endswith("expert_bias")]
+    assert len(biases) == 2
+    assert all(bias.abs().max() > 0.09 for bias in biases)
