@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from cp_megatron.config.words import read_options
 from cp_megatron.kernels.gated import GatedFunction, gated
-from cp_megatron.kernels.grouped import grouped_linear
+from cp_megatron.kernels.grouped import grouped_linear, grouped_products
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,7 +133,7 @@ class Bench:
         """[n, h] -> [n, h]."""
         order = self.chosen.flatten().argsort(stable=True)
         rows = x.index_select(0, order // self.arguments.topk)
-        left, right = (grouped_linear(rows, weight, self.counts) for weight in (gate, up))
+        left, right = grouped_products(rows, [gate, up], self.counts)
         out = grouped_linear(gated(left, right, GatedFunction()), down, self.counts)
         back = out.index_select(0, order.argsort()).view(*self.chosen.shape, -1)
         return torch.einsum("nkh,nk->nh", back, self.weights)
