@@ -8,6 +8,8 @@ different ways, which run in turns, in a new random order in every round:
 - ``ours compiled``, only if it is named by ``--only``: ``ours`` with ``--compile``;
 - ``ours cp2``, ``ours tp2`` and ``ours tp2 cp2`` on 2, 2 and 4 ranks with one thread each;
 - ``transformers``: its model with scaled_dot_product_attention and fused AdamW, no checkpointing;
+  with ``--num-experts`` its Qwen3-MoE, once for each of its ways of computing experts, such as
+  ``transformers grouped_mm``;
 - ``plain``: the least that a loop over PyTorch's modules does (``harness/plain.py``);
 - ``before`` and ``before cp2``, ``before tp2``, ``before tp2 cp2`` with ``--before``: ours of
   another checkout of this project, whose own ``benchmarks/harness`` makes the step.
@@ -28,6 +30,8 @@ Prints one JSON line per row length and way, with the hardware:
     git worktree add ../before 7a4af13
     python benchmarks/train.py --before ../before
     python benchmarks/train.py --tokens 2048 --only ours ours-compiled
+    python benchmarks/train.py --num-experts 64 --moe-router-topk 8 --tokens 2048 --num-layers 4 \\
+        --hidden-size 256 --moe-ffn-hidden-size 128 --only ours transformers
     python benchmarks/train.py --quick                              # seconds
 """
 
@@ -67,6 +71,7 @@ GRIDS: Mapping[str, Grid] = {
 }
 ALONE = Grid(dp=1, cp=1, tp=1)
 WAYS = (*GRIDS, "ours lean", "transformers", "plain")
+THEIR_EXPERTS = ("eager", "batched_mm", "grouped_mm")
 QUICK = ("ours", "plain")
 
 
@@ -88,6 +93,12 @@ class Arguments:
     """Key and value heads."""
     vocab_size: int = 8192
     """Size of the vocabulary. Embedding and output layer share their weights."""
+    num_experts: int | None = None
+    """Train a Qwen3-MoE with this many experts per layer."""
+    moe_router_topk: int = 8
+    """Experts that compute a token."""
+    moe_ffn_hidden_size: int = 128
+    """Width of an expert."""
     only: tuple[str, ...] = ()
     """The ways to measure, with "-" for each space: ours, ours-cp2, plain. By default all."""
     before: str | None = None
@@ -116,8 +127,9 @@ class Bench:
     def make(self, question: tuple[str, Job]) -> Any:
         """A trainer, with ``run``."""
         way, job = question
-        if way == "transformers":
-            return TheirStep(job, checkpointing=False)
+        if way.startswith("transformers"):
+            experts = way.partition(" ")[2] or None
+            return TheirStep(job, checkpointing=False, experts=experts)
         if way == "plain":
             from harness.plain import PlainStep
 
@@ -169,8 +181,20 @@ def jobs_of(arguments: Arguments) -> dict[str, Job]:
         heads=arguments.num_attention_heads,
         kv_heads=arguments.num_query_groups,
     )
-    job = Job(model=model, vocab_size=arguments.vocab_size, tokens=0)
     chosen = [way.replace("-", " ") for way in arguments.only] or [*WAYS]
+    if arguments.num_experts is not None:
+        model = replace(
+            model,
+            qk_layernorm=True,
+            num_experts=arguments.num_experts,
+            moe_router_topk=arguments.moe_router_topk,
+            moe_ffn_hidden_size=arguments.moe_ffn_hidden_size,
+        )
+        chosen = [way for way in chosen if way != "plain"]
+        if "transformers" in chosen:
+            chosen.remove("transformers")
+            chosen += [f"transformers {way}" for way in THEIR_EXPERTS]
+    job = Job(model=model, vocab_size=arguments.vocab_size, tokens=0)
     jobs = {way: replace(job, grid=GRIDS.get(way, ALONE)) for way in chosen}
     if "ours compiled" in jobs:
         jobs["ours compiled"] = replace(jobs["ours compiled"], compiled=True)
@@ -207,10 +231,11 @@ def results(
         line: dict[str, object] = {"way": way, "ranks": job.grid.world_size}
         line |= {"milliseconds": round(median * 1e3, 2)}
         line |= {"tokens_per_second": round(job.tokens / median, 1)}
-        for other in ("ours", "transformers", way.replace("ours", "before")):
+        theirs = (name for name in jobs if name.startswith("transformers"))
+        for other in ("ours", *theirs, way.replace("ours", "before")):
             if other in seconds and other != way:
                 name = "before" if other.startswith("before") else other
-                line[f"speed_over_{name}"] = paired(seconds[other], seconds[way])
+                line[f"speed_over_{name.replace(' ', '_')}"] = paired(seconds[other], seconds[way])
         if arguments.shares:
             line |= shares(way, teams[way], arguments.profile)
         if arguments.peak:

@@ -24,6 +24,7 @@ SLOW = (
     "attention",
     "balance",
     "exchanges",
+    "experts",
     "families",
     "versions",
     "faults",

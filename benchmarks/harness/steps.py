@@ -179,30 +179,51 @@ class OurStep:
         return num_bytes
 
 
+def their_model(job: Job, experts: str | None) -> nn.Module:
+    """transformers' Llama, or its Qwen3-MoE if the model has experts, with random weights.
+
+    Args:
+        job: the shape.
+        experts: how a mixture of experts is computed, by transformers' name; None if there is none.
+    """
+    import transformers
+
+    model = job.model
+    shape: dict[str, Any] = {
+        "vocab_size": job.vocab_size,
+        "hidden_size": model.hidden_size,
+        "intermediate_size": model.ffn_size,
+        "num_hidden_layers": model.num_layers,
+        "num_attention_heads": model.num_attention_heads,
+        "num_key_value_heads": model.num_kv_heads,
+        "max_position_embeddings": 1 << 20,
+        "tie_word_embeddings": not model.untie_embeddings_and_output_weights,
+        "attn_implementation": "sdpa",
+        "use_cache": False,
+    }
+    if experts is None:
+        return transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape))
+    config = transformers.Qwen3MoeConfig(
+        **shape,
+        head_dim=model.head_dim,
+        num_experts=model.num_experts,
+        num_experts_per_tok=model.moe_router_topk,
+        moe_intermediate_size=model.expert_size,
+        norm_topk_prob=True,
+        experts_implementation=experts,
+    )
+    return transformers.Qwen3MoeForCausalLM(config)
+
+
 class TheirStep:
     """A step of transformers' model of the same shape, with its own gradient checkpointing or none.
 
     Attention is PyTorch's scaled_dot_product_attention; AdamW is fused, and gradients are clipped.
     """
 
-    def __init__(self, job: Job, *, checkpointing: bool = True) -> None:
-        from transformers import LlamaConfig, LlamaForCausalLM
-
-        model = job.model
-        config = LlamaConfig(
-            vocab_size=job.vocab_size,
-            hidden_size=model.hidden_size,
-            intermediate_size=model.ffn_size,
-            num_hidden_layers=model.num_layers,
-            num_attention_heads=model.num_attention_heads,
-            num_key_value_heads=model.num_kv_heads,
-            max_position_embeddings=1 << 20,
-            tie_word_embeddings=not model.untie_embeddings_and_output_weights,
-            attn_implementation="sdpa",
-            use_cache=False,
-        )
+    def __init__(self, job: Job, *, checkpointing: bool = True, experts: str | None = None) -> None:
         with torch.device(job.device):
-            self.model = LlamaForCausalLM(config)
+            self.model: Any = their_model(job, experts)
         if checkpointing:
             self.model.gradient_checkpointing_enable()
         self.model.train()

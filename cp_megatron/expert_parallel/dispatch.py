@@ -34,6 +34,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
@@ -119,8 +120,8 @@ class Dispatch:
         return x.index_select(0, self._made.order // self._topk)  # [n, h] -> [n * K, h]
 
     def _summed(self, rows: Tensor) -> Tensor:
-        # [n * K, h] by expert -> [n, K, h] by token -> [n, h]
-        return self._by_choice(rows).unflatten(0, (-1, self._topk)).sum(1)
+        # [n * K, h] by expert -> [n, h]. Rows are read where they are, and added up one by one.
+        return F.embedding_bag(self._made.inverse.view(-1, self._topk), rows, mode="sum")
 
     def _by_own_expert(self, rows: Tensor) -> Tensor:
         return rows.index_select(0, self._made.own_order)
@@ -202,7 +203,9 @@ class _Weighted(torch.autograd.Function):
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
         rows, factors = ctx.saved_tensors
-        return _product(grads[0], factors), (grads[0].to(factors.dtype) * rows).sum(1)
+        grad, dtype = grads[0], factors.dtype
+        dfactors = torch.einsum("mh,mh->m", grad.to(dtype), rows.to(dtype))
+        return _product(grad, factors), dfactors
 
 
 def _product(rows: Tensor, factors: Tensor) -> Tensor:

@@ -9,14 +9,15 @@ it copies the offsets to the host. Elsewhere one product per expert writes into 
 result. On a CPU both give the same bits.
 
 Autograd through ``weight[e]`` would add up E gradients of the size of ``weight``. Backward here
-allocates one, and every expert writes its slice.
+allocates one, and every expert writes its slice. Products that share ``x`` have one function, so
+that their gradients of ``x`` are added up in the products and not after them.
 
 Shapes: n rows, E experts, i inputs, o outputs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -43,70 +44,140 @@ def grouped_linear(
     Returns:
         [n, o].
     """
-    assert (len(counts), sum(counts)) == (len(weight), len(x)), (weight.shape, x.shape)
-    result: Tensor = _GroupedLinear.apply(x, weight, bias, tuple(counts))
-    return result
+    return grouped_products(x, [weight], counts, [bias])[0]
 
 
-class _GroupedLinear(torch.autograd.Function):
+def grouped_products(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    counts: Sequence[int],
+    biases: Sequence[Tensor | None] | None = None,
+) -> tuple[Tensor, ...]:
+    """``grouped_linear`` with several weights, whose gradients of ``x`` are added up in one tensor.
+
+    Args:
+        x: [n, i], sorted by expert.
+        weights: [E, o, i] each; o may differ.
+        counts: as in ``grouped_linear``.
+        biases: [E, o] or None for each weight; by default there are none.
+
+    Returns:
+        [n, o] for each weight.
+    """
+    for weight in weights:
+        assert (len(counts), sum(counts)) == (len(weight), len(x)), (weight.shape, x.shape)
+    biases = [None] * len(weights) if biases is None else biases
+    results: tuple[Tensor, ...] = _GroupedProducts.apply(x, _Groups(counts), *weights, *biases)
+    return results
+
+
+class _GroupedProducts(torch.autograd.Function):
+    """Forward: k products with k weights and k biases, some of which are None."""
+
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, counts: tuple[int, ...]
-    ) -> Tensor:
-        x = x.contiguous()
-        ctx.save_for_backward(x, weight)
-        ctx.counts = counts
-        y = _times_matrices(x, weight.transpose(1, 2), counts)
-        if bias is not None:
-            for rows, number in zip(y.split(counts), bias.unbind()):
-                rows.add_(number)
-        return y
+        ctx: Any, x: Tensor, groups: _Groups, *operands: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        x, k = x.contiguous(), len(operands) // 2
+        ctx.save_for_backward(x, *operands[:k])
+        ctx.groups = groups
+        results = []
+        for weight, bias in zip(operands[:k], operands[k:]):
+            assert weight is not None
+            y = groups.times(x, weight.transpose(1, 2))
+            if bias is not None:
+                for rows, number in zip(y.split(groups.counts), bias.unbind()):
+                    rows.add_(number)
+            results.append(y)
+        return tuple(results)
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        dy, counts = grads[0].contiguous(), ctx.counts
-        needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
-        dx = _times_matrices(dy, weight, counts) if needs_x else None
-        dweight = _outer_products(dy, x, counts) if needs_weight else None
-        dbias = _sums(dy, counts) if needs_bias else None
-        return dx, dweight, dbias, None
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, *weights = ctx.saved_tensors
+        groups, needed, k = ctx.groups, ctx.needs_input_grad, len(weights)
+        dx: Tensor | None = None
+        dweights: list[Tensor | None] = [None] * k
+        dbiases: list[Tensor | None] = [None] * k
+        for place, (grad, weight) in enumerate(zip(grads, weights)):
+            if grad is None:
+                continue
+            dy = grad.contiguous()
+            if needed[0]:
+                dx = groups.times(dy, weight) if dx is None else groups.add(dx, dy, weight)
+            if needed[2 + place]:
+                dweights[place] = groups.outer(dy, x)
+            if needed[2 + k + place]:
+                dbiases[place] = groups.sums(dy)
+        return dx, None, *dweights, *dbiases
 
 
-def _times_matrices(x: Tensor, matrices: Tensor, counts: tuple[int, ...]) -> Tensor:
-    """[n, i] and [E, i, o], of which one of the last two dims has stride 1 -> [n, o]."""
-    if _grouped_product_takes(x, matrices):
-        return F.grouped_mm(x, matrices, offs=_ends(counts, x.device))
-    y = x.new_empty(len(x), matrices.shape[2])
-    for rows, matrix, out in zip(x.split(counts), matrices.unbind(), y.split(counts)):
-        if len(rows):
+class _Groups:
+    """Rows that are sorted by expert, and the products with them.
+
+    Attributes:
+        counts: rows of each expert.
+    """
+
+    def __init__(self, counts: Sequence[int]) -> None:
+        self.counts = tuple(counts)
+        self._ends: Tensor | None = None
+
+    def times(self, x: Tensor, matrices: Tensor) -> Tensor:
+        """[n, i] and [E, i, o], of which one of the last two dims has stride 1 -> [n, o]."""
+        if _grouped_product_takes(x, matrices):
+            return F.grouped_mm(x, matrices, offs=self._ends_on(x.device))
+        y = x.new_empty(len(x), matrices.shape[2])
+        for rows, matrix, out in self._slices(x, matrices, y):
             torch.mm(rows, matrix, out=out)
-    return y
+        return y
 
+    def add(self, y: Tensor, x: Tensor, matrices: Tensor) -> Tensor:
+        """Adds ``times(x, matrices)`` to ``y``, and returns it."""
+        if x.is_cuda and _grouped_product_takes(x, matrices):
+            return y.add_(self.times(x, matrices))
+        for rows, matrix, out in self._slices(x, matrices, y):
+            out.addmm_(rows, matrix)
+        return y
 
-def _outer_products(dy: Tensor, x: Tensor, counts: tuple[int, ...]) -> Tensor:
-    """dy [n, o] and x [n, i] -> dy^T x of each expert, [E, o, i]; 0 for an expert without rows."""
-    if _grouped_product_takes(x, dy):
-        dweight = F.grouped_mm(dy.t(), x, offs=_ends(counts, x.device))
-    else:
-        dweight = x.new_empty(len(counts), dy.shape[1], x.shape[1])
-        for left, right, out in zip(dy.split(counts), x.split(counts), dweight.unbind()):
-            if len(left):
-                torch.mm(left.t(), right, out=out)
-    for count, out in zip(counts, dweight.unbind()):
-        if not count:
-            out.zero_()
-    return dweight
+    def outer(self, dy: Tensor, x: Tensor) -> Tensor:
+        """dy [n, o] and x [n, i] -> dy^T x of each expert, [E, o, i]; 0 if it has no rows."""
+        if _grouped_product_takes(x, dy):
+            dweight = F.grouped_mm(dy.t(), x, offs=self._ends_on(x.device))
+        else:
+            dweight = x.new_empty(len(self.counts), dy.shape[1], x.shape[1])
+            pairs = zip(dy.split(self.counts), x.split(self.counts), dweight.unbind())
+            for left, right, out in pairs:
+                if len(left):
+                    torch.mm(left.t(), right, out=out)
+        for expert, count in enumerate(self.counts):
+            if not count:
+                dweight[expert].zero_()
+        return dweight
 
+    def sums(self, dy: Tensor) -> Tensor:
+        """[n, o] -> the sum of each expert's rows, [E, o]."""
+        sums = dy.new_zeros(len(self.counts), dy.shape[1])
+        for rows, out in zip(dy.split(self.counts), sums.unbind()):
+            if len(rows):
+                torch.sum(rows, 0, out=out)
+        return sums
 
-def _sums(dy: Tensor, counts: tuple[int, ...]) -> Tensor:
-    """[n, o] -> the sum of each expert's rows, [E, o]."""
-    sums = dy.new_zeros(len(counts), dy.shape[1])
-    for rows, out in zip(dy.split(counts), sums.unbind()):
-        if len(rows):
-            torch.sum(rows, 0, out=out)
-    return sums
+    def _slices(
+        self, x: Tensor, matrices: Tensor, y: Tensor
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Rows, matrix and result of each expert that has rows."""
+        for parts in zip(x.split(self.counts), matrices.unbind(), y.split(self.counts)):
+            if len(parts[0]):
+                yield parts
+
+    def _ends_on(self, device: torch.device) -> Tensor:
+        """int32 [E]: where each expert's rows end. The host does not wait for the device."""
+        if self._ends is None:
+            ends = torch.tensor(list(accumulate(self.counts)), dtype=torch.int32)
+            self._ends = ends.to(device, non_blocking=True)
+        return self._ends
 
 
 def _grouped_product_takes(*tensors: Tensor) -> bool:
@@ -129,9 +200,3 @@ def _is_aligned(x: Tensor) -> bool:
     starts = [stride * x.element_size() for stride in (*outer, rows)]
     packed = columns == 1 and rows >= max(1, min(x.shape[-2:]))
     return packed and not any(start % _ALIGNMENT for start in (x.data_ptr(), *starts))
-
-
-def _ends(counts: tuple[int, ...], device: torch.device) -> Tensor:
-    """int32 [E]: where each expert's rows end. The host does not wait for the device."""
-    ends = torch.tensor(list(accumulate(counts)), dtype=torch.int32)
-    return ends.to(device, non_blocking=True)

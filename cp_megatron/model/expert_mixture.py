@@ -25,7 +25,7 @@ from torch.autograd.function import once_differentiable
 
 from cp_megatron.expert_parallel import Dispatch, ExpertParallel, count_rows
 from cp_megatron.kernels.gated import GatedFunction, activate, gated
-from cp_megatron.kernels.grouped import grouped_linear
+from cp_megatron.kernels.grouped import grouped_products
 from cp_megatron.kernels.interface import accumulation_dtype
 from cp_megatron.model.balance import expert_counts, imbalance, squared_logsumexp
 from cp_megatron.model.layer_memory import KeptRouting, LayerMemory, Routing
@@ -103,16 +103,17 @@ class Experts(SpecifiedModule):
 
     def forward(self, x: Tensor, counts: Sequence[int]) -> Tensor:
         """[m, h], sorted by expert, -> [m, h]; ``counts`` are the rows of each expert."""
-        up = self._linear(x, "up", counts)
         if self.gated:
-            wide = gated(self._linear(x, "gate", counts), up, self.function)
+            gate, up = self._products(x, counts, "gate", "up")
+            wide = gated(gate, up, self.function)
         else:
+            (up,) = self._products(x, counts, "up")
             wide = activate(up, self.function.activation)
-        return self._linear(wide, "down", counts)
+        return self._products(wide, counts, "down")[0]
 
-    def _linear(self, x: Tensor, name: str, counts: Sequence[int]) -> Tensor:
-        bias = self.local(f"{name}_bias") if self.bias else None
-        return grouped_linear(x, self.local(name), counts, bias)
+    def _products(self, x: Tensor, counts: Sequence[int], *names: str) -> tuple[Tensor, ...]:
+        biases = [self.local(f"{name}_bias") for name in names] if self.bias else None
+        return grouped_products(x, [self.local(name) for name in names], counts, biases)
 
 
 class SharedGate(SpecifiedModule):

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 import torch
 from torch import Tensor
 
 from cp_megatron.kernels import grouped as seam
-from cp_megatron.kernels.grouped import grouped_linear
+from cp_megatron.kernels.grouped import grouped_linear, grouped_products
 from tests.allocations import counting_memory
 
 COUNTS = {
@@ -118,6 +118,26 @@ def counted(patch: pytest.MonkeyPatch) -> list[object]:
     return calls
 
 
+@pytest.fixture
+def nan_in_new_memory() -> Iterator[None]:
+    """New tensors that nothing is written to hold NaN, not what was there before."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("nan_in_new_memory")
+@pytest.mark.parametrize("dtype", ROUNDING)
+@pytest.mark.parametrize("counts", [(0, 0, 0), (0, 5, 0, 0, 6, 0)], ids=str)
+def test_experts_without_rows_have_zero_gradients(
+    counts: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    _, _, dweight, dbias = by_function(drawn(counts, 16, 8, dtype), counts)
+    for gradient in (dweight, dbias):
+        assert gradient.flatten(1).any(1).tolist() == [count > 0 for count in counts]
+        assert gradient.isfinite().all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_backward_allocates_one_gradient_of_the_weight(dtype: torch.dtype) -> None:
     counts = (2, 0, 3, 1, 0, 2, 4, 1)
@@ -148,3 +168,39 @@ def test_a_linear_without_a_bias() -> None:
     y = grouped_linear(x, weight, counts)
     found = [y.detach(), *torch.autograd.grad(y, [x], dy)]
     assert_near(found, by_loop([x, weight, torch.zeros_like(bias), dy], counts)[:2], 1e-14)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS.keys())
+def test_products_that_share_their_input(counts: tuple[int, ...], dtype: torch.dtype) -> None:
+    first, second = drawn(counts, 16, 8, dtype), drawn(counts, 16, 24, dtype)
+    x, rounding = first[0], ROUNDING[dtype]
+    apart = [by_function([x, *given[1:]], counts) for given in (first, second)]
+    leaves = [t.requires_grad_() for t in (x, first[1], second[1], first[2], second[2])]
+    results = grouped_products(x, leaves[1:3], counts, leaves[3:])
+    dx, *others = torch.autograd.grad(results, leaves, (first[3], second[3]))
+    assert_near([dx], [(apart[0][1].double() + apart[1][1])], 2 * rounding)
+    expected = [apart[0][0], apart[1][0], apart[0][2], apart[1][2], apart[0][3], apart[1][3]]
+    assert all(map(torch.equal, [*results, *others], expected))
+
+
+@pytest.mark.parametrize("used", range(2))
+def test_products_of_which_one_is_used(used: int) -> None:
+    counts = (2, 0, 3)
+    x, weight, bias, dy = drawn(counts, 8, 8)
+    weights = [weight.clone().requires_grad_() for _ in range(2)]
+    y = grouped_products(x.requires_grad_(), weights, counts)[used]
+    leaves = (x, weights[used], weights[1 - used])
+    *found, unused = torch.autograd.grad(y, leaves, dy, allow_unused=True)
+    assert unused is None
+    assert_near(found, by_loop([x, weight, torch.zeros_like(bias), dy], counts)[1:3], 1e-14)
+
+
+def test_gradients_of_a_shared_input_are_added_up_in_one_tensor() -> None:
+    counts = (200, 0, 120)
+    x, weight, _, dy = drawn(counts, 64, 8)
+    given = [weight.clone() for _ in range(3)]
+    results = grouped_products(x.requires_grad_(), given, counts)
+    with counting_memory() as count:
+        torch.autograd.grad(results, x, [dy] * 3)
+    assert [size for size in count.allocations if size >= x.nbytes] == [x.nbytes]
