@@ -83,13 +83,11 @@ Wait = Callable[[], Tensor]
 """Waits for a result; on CUDA, the current stream waits instead of the host."""
 
 
-def start_sum(x: Tensor, group: ProcessGroup | None) -> Wait:
-    """Starts an all-reduce (sum)."""
+def start_sum_(x: Tensor, group: ProcessGroup | None) -> Wait:
+    """Starts an all-reduce (sum) in the memory of ``x``, which is contiguous."""
     if group is None or group.size() == 1:
         return lambda: x
-    total = x.clone(memory_format=torch.contiguous_format)
-    work = dist.all_reduce(total, group=group, async_op=True)
-    return Started(work, x, total).wait
+    return Started(dist.all_reduce(x, group=group, async_op=True), x, x).wait
 
 
 def start_gather(x: Tensor, dim: int, group: ProcessGroup | None) -> Wait:
@@ -150,7 +148,7 @@ def _all_to_all(
 
 
 def _sum(x: Tensor, group: ProcessGroup) -> Tensor:
-    return start_sum(x, group)()
+    return start_sum_(x.clone(memory_format=torch.contiguous_format), group)()
 
 
 def _gather(x: Tensor, dim: int, group: ProcessGroup) -> Tensor:

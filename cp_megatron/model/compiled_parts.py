@@ -1,12 +1,14 @@
-"""Compiles the parts of layers between attentions and messages, with torch.compile.
+"""Compiles what lies between attention, products and messages, with torch.compile.
 
-    residual stream --> [norm] --> enter --> [q, k, v, norms of heads, rotation] --> attention
-                    --> [output's product, outside] --> leave --> [+, norm] --> enter --> [MLP] -->
+    residual stream --> [norm] --> enter, products --> [norms of heads, rotation] --> attention
+                    --> product --> leave --> [+, norm] --> enter, products --> [activation]
+                    --> product --> leave --> +
 
-Each bracket is one graph. Attention, messages, FSDP's and ``LocalUnit``'s hooks, recomputation and
-tiles are outside of them and do not change, and neither do the names of parameters. Layers of one
-shape share their code. Inside a graph the forms of ``kernels/`` with a backward of their own give
-way to plain operations, which the compiler fuses and differentiates.
+Each bracket is one graph. Attention, the products that share a message with their input, FSDP's and
+``LocalUnit``'s hooks, recomputation and tiles are outside of them and do not change, and neither do
+the names of parameters. Layers of one shape share their code. Inside a graph the forms of
+``kernels/`` with a backward of their own give way to plain operations, which the compiler fuses and
+differentiates.
 
 The compiler sees plain tensors: where FSDP has gathered a weight as a DTensor, its local part.
 """
@@ -27,6 +29,7 @@ from cp_megatron.model.self_attention import SelfAttention
 from cp_megatron.model.transformer import Transformer
 from cp_megatron.tensor_parallel import LocalWeights
 
+_MOST_FORMS = 64
 WORKS = "g++, or the compiler that CXX names, on cpu; Triton on cuda; or without --compile"
 
 
@@ -36,16 +39,18 @@ def compile_parts(model: Transformer, backend: str = "inductor") -> None:
     Shapes are never symbolic: otherwise the code for one shape, and so the rounding of its results,
     would depend on the shapes that came before.
     """
+    # A layer has a form for each number of rows and for training or not; torch's limit is 8.
+    torch._dynamo.config.recompile_limit = _MOST_FORMS
     for layer in model.layers.values():
         assert isinstance(layer, TransformerLayer)
         for norm in layer.children():
             if isinstance(norm, Norm):
                 _compile(norm, "forward", backend)
         if isinstance(layer.mixer, SelfAttention | LatentAttention):
-            _compile(layer.mixer, "project", backend)
+            _compile(layer.mixer, "arrange", backend)
         dense = layer.mlp if isinstance(layer.mlp, MLP) else layer.mlp.shared
         if dense is not None:
-            _compile(dense, "forward", backend)
+            _compile(dense, "activated", backend)
 
 
 def _compile(owner: nn.Module, name: str, backend: str) -> None:

@@ -54,7 +54,12 @@ class LatentAttention(nn.Module):
         """
         # Without latents of the queries their own projection reads x.
         first = self.query if self.query_down is None else self.query_down
-        queries, latent, rotary_key = products(x, first, self.latent, self.rotary_key)
+        return self.arrange(rotation, *products(x, first, self.latent, self.rotary_key))
+
+    def arrange(
+        self, rotation: Rotation | None, queries: Tensor, latent: Tensor, rotary_key: Tensor
+    ) -> tuple[Tensor, ...]:
+        """The products of ``project`` -> its results."""
         if self.query_down_norm is not None:
             queries = self.query_down_norm(queries)
         if self.query_down is not None:

@@ -35,10 +35,12 @@ class MLP(nn.Module):
 
         ``gradient_only`` is described in ``RowParallelLinear``.
         """
-        if self.gate is None:
-            (up,) = products(x, self.up)
-            wide = activate(up, self.function.activation)  # [b, s, f/tp]
-        else:
-            gate, up = products(x, self.gate, self.up)
-            wide = gated(gate, up, self.function)
-        return self.down(wide, gradient_only)
+        layers = (self.up,) if self.gate is None else (self.gate, self.up)
+        return self.down(self.activated(*products(x, *layers)), gradient_only)
+
+    def activated(self, *factors: Tensor) -> Tensor:
+        """What ``up`` computes, or ``gate`` and ``up``, [b, s, f/tp] -> what ``down`` reads."""
+        if len(factors) == 1:
+            return activate(factors[0], self.function.activation)
+        gate, up = factors
+        return gated(gate, up, self.function)

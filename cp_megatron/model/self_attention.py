@@ -64,8 +64,12 @@ class SelfAttention(SpecifiedModule):
         With fewer kv heads than tp ranks every rank has one, shared with its neighbours.
         """
         layers = (self.query, self.key, self.value)
+        gates = () if self.gate is None else (self.gate,)
+        return self.arrange(rotation, *products(x, *layers, *gates))
+
+    def arrange(self, rotation: Rotation | None, *flat: Tensor) -> tuple[Tensor, ...]:
+        """The products of ``project`` -> its results."""
         width, v_width = self.spec.head_dim, self.spec.v_head_dim
-        flat = products(x, *layers) if self.gate is None else products(x, *layers, self.gate)
         # [b, s, n * d] -> [b, s, n, d], n the heads of this tp rank
         q, k, v, *gate = (
             rearrange(y, "b s (n d) -> b s n d", d=d)

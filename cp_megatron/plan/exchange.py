@@ -192,15 +192,16 @@ def check_parts(parts: int | None, exchange: str, heads: Heads, sizes: Sizes | N
     flag = "--cp-message-parts"
     if parts is None:
         return
-    if exchange in ("all_gather", "a2a"):
+    if exchange in ("all_gather", "a2a") and parts > 1:
         rule = f"has no effect with --cp-comm-type {exchange}"
-        raise ConfigError(flag, parts, rule, "--cp-comm-type p2p or a2a+p2p")
+        raise ConfigError(flag, parts, rule, "1, or --cp-comm-type p2p or a2a+p2p")
     inner = sizes[0] if sizes and exchange == "a2a+p2p" else 1
     most = min(kv_heads_of_ranks(heads, inner))
     if not 1 <= parts <= most:
         rule = f"must be at least 1 and at most the key/value heads of a rank, {most}"
         raise ConfigError(flag, parts, rule, str(min(max(parts, 1), most)))
-    if parts > 1 and heads.latent is not None and heads.exchange_latent != "expanded":
+    sends_heads = heads.exchange_latent == "expanded" or exchange == "a2a+p2p"
+    if parts > 1 and heads.latent is not None and not sends_heads:
         rule = "splits messages between heads, and a latent has none"
         raise ConfigError(flag, parts, rule, "--cp-latent-exchange expanded")
 

@@ -198,7 +198,10 @@ def _with_exchange(
             notes = (*notes, "latents are sent, and the heads that they expand to are not")
         exchange, route, reason = schedule.exchange, schedule.route, reason or schedule.reason
         sizes = schedule.hierarchical_sizes if exchange == "a2a+p2p" else None
-        parts = schedule.message_parts if exchange in ("p2p", "a2a+p2p") else None
+        wanted, parts = parts, schedule.message_parts
+        if wanted is not None and parts != wanted:
+            notes = (*notes, f"{exchange} sends messages in {parts} parts, not {wanted}")
+        parts = parts if exchange in ("p2p", "a2a+p2p") else None
     if one_node and is_free and exchange != "p2p":  # p2p moves the same bytes on any nodes
         note = "the nodes are not known: the exchange is chosen as if one node had all ranks"
         notes = (*notes, note)
@@ -231,7 +234,11 @@ def _check_exchange(config: Config, grid: Grid, given: frozenset[str]) -> None:
         latent=config.model.latent_widths,
         exchange_latent=parallel.cp_latent_exchange,
     )
-    check_parts(parallel.cp_message_parts, exchange, asked, sizes)
+    if grid.cp > 1:
+        check_parts(parallel.cp_message_parts, exchange, asked, sizes)
+    else:
+        reason, works = "on one context parallel rank", "--context-parallel-size 2 with it"
+        refuse_unused(parallel, ["cp_message_parts"], given, reason=reason, works=works)
 
 
 def _check_heads(config: Config, ranks: int) -> None:

@@ -144,7 +144,7 @@ def _choices(plan: RunPlan) -> Iterator[Line]:
     if plan.config.model.has_linear_layers:
         yield from _recurrences(plan)
     if plan.config.train.compile:
-        parts = "norms, projections of attention, MLPs"
+        parts = "norms, rotations, activations"
         yield "compiled", f"{parts}; memory is predicted for a run without --compile"
     if plan.config.train.deterministic:
         yield "deterministic", "on: the same grid repeats bit for bit"

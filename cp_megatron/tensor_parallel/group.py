@@ -19,7 +19,7 @@ from cp_megatron.comm.collectives import (
     reduce_from_group,
     reduce_scatter_dim,
     start_scatter_sum,
-    start_sum,
+    start_sum_,
 )
 
 
@@ -75,10 +75,13 @@ class TensorParallel:
         return total if bias is None else total + bias
 
     def start_leaving(self, x: Tensor) -> Wait:
-        """Starts the backward of ``enter``: a summand [b, s, h] per rank -> residual stream."""
+        """Starts the backward of ``enter``: a summand [b, s, h] per rank -> residual stream.
+
+        The memory of ``x``, which is contiguous, may become that of the result.
+        """
         if self.sequence_parallel:
             return start_scatter_sum(x, 1, self.group)
-        return start_sum(x, self.group)
+        return start_sum_(x, self.group)
 
     def rows(self, num_tokens: int, batch: int) -> int:
         """Rows of the residual stream that ``enter`` turns into about ``num_tokens`` tokens, in

@@ -63,7 +63,7 @@ class Entered(NamedTuple):
         rows: [b, r, i].
         gathered: [b, s, i], from ``TensorParallel.enter``.
         tp: the group.
-        keeps: backward needs no message for the rows of other ranks, because ``gathered`` is kept.
+        keeps: whether backward keeps ``gathered`` instead of gathering again.
     """
 
     rows: Tensor
@@ -83,8 +83,6 @@ def products(x: Entered, *layers: ColumnParallelLinear) -> tuple[Tensor, ...]:
     Backward adds up their gradients of the input in one tensor, in the products themselves. The
     results can be differentiated once.
     """
-    if torch.compiler.is_compiling():  # the compiler differentiates it
-        return tuple(layer(x.gathered) for layer in layers)
     operands = (layer.operands() for layer in layers)
     weights, biases = zip(*operands, strict=True)
     entered = x._replace(gathered=x.gathered.detach())
@@ -142,7 +140,10 @@ class _SharedInput(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         kept, *weights = ctx.saved_tensors
         needed, k, tp = ctx.needs_input_grad, len(weights), ctx.tp
-        gathered = start_gather(kept, 1, tp.group if ctx.gathers and any(needed[2:]) else None)
+        if all(grad is None for grad in grads):
+            return (None,) * (2 + 2 * k)
+        reads = any(grad is not None and need for grad, need in zip(grads, needed[2 : 2 + k]))
+        gathered = start_gather(kept, 1, tp.group if ctx.gathers and reads else None)
         # [b, s, o] -> [b * s, o]
         given = [None if grad is None else grad.flatten(0, 1) for grad in grads]
         drows = None

@@ -36,7 +36,7 @@ class LocalAdamW(AdamW):
         parameters, gradients, means, squares, maxima, counts = local  # no maxima
         beta1, beta2 = group["betas"]
         scale: Tensor | None = getattr(self, "grad_scale", None)
-        if scale is not None and gradients and gradients[0].dtype == torch.float64:
+        if scale is not None and any(x.dtype == torch.float64 for x in gradients):
             torch._foreach_div_(gradients, scale)  # the fused call takes a float32 scale
             scale = None
         adamw(

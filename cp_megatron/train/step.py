@@ -42,7 +42,7 @@ from cp_megatron.train.announcement import Announcement, announce
 from cp_megatron.train.expert_load import ExpertLoads, flat, move_biases, summed
 from cp_megatron.train.optimizer import local_values, update
 from cp_megatron.train.row_agreement import check_same_rows, fold
-from cp_megatron.train.whole_model import count_zeros, global_norm, multiply, squared_norms
+from cp_megatron.train.whole_model import count_zeros, global_norm, squared_norms
 
 Accept = Callable[[Tensor, Tensor], Tensor]
 """(loss, gradient norm) -> whether the model is updated; [] and bool [], on the device."""
@@ -346,16 +346,13 @@ class TrainStep:
         """Clips the gradients to ``clip_grad`` and updates the parameters, if it is accepted, and
         with them the biases of experts.
 
-        Returns the number of zeros in the gradients, int64 [], as Megatron-LM counts them: after
-        the clipping. None if they are not counted.
+        Returns the number of zeros in the gradients, int64 [], before the clipping, which
+        makes no others. None if they are not counted.
         """
         factor = num_zeros = None
         if self.clip_grad > 0:  # as in torch.nn.utils.clip_grad_norm_
             factor = (self.clip_grad / (norm + 1e-6)).clamp(max=1)
         if self.counts_zeros:
-            if factor is not None:
-                multiply([local_values(x) for x in self._gradients()], factor)
-                factor = None
             num_zeros = count_zeros(self._gradients(), self.groups.world, self.device)
         for group in self.optimizer.param_groups:
             group["lr"] = lr

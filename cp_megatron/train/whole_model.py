@@ -47,12 +47,6 @@ def squared_norms(
     return torch.stack(found).to(device).square()
 
 
-def multiply(tensors: list[Tensor], factor: Tensor) -> None:
-    """Multiplies local tensors in place by a factor, [], in few launches."""
-    if tensors:  # on another device if the optimizer is on the CPU
-        torch._foreach_mul_(tensors, factor.to(tensors[0].device))
-
-
 def count_zeros(
     tensors: Iterable[Tensor], group: dist.ProcessGroup, device: torch.device
 ) -> Tensor:

@@ -40,9 +40,9 @@ class TrainConfig:
     deterministic: bool = False
     """Make runs on the same grid repeat bit for bit on cuda too; on cpu they always do."""
     compile: bool = False
-    """Compile the norms, the projections of attention and the MLPs with torch.compile; attention
-    and messages stay as they are. The first step takes about a minute longer, and on a CPU later
-    steps are no faster."""
+    """Compile the norms, rotations and activations of the layers with torch.compile; attention,
+    products and messages stay as they are. The first step takes up to a minute longer, and on a CPU
+    later steps are no faster."""
     device: Device = "auto"
     """auto is cuda if every local rank has a GPU of its own, otherwise cpu."""
     z_loss_coeff: NonNegative = 0.0
