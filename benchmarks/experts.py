@@ -12,8 +12,8 @@ clock, and the ratios of paired rounds, time(theirs) / time(ours):
   against the modules of transformers' Qwen3-MoE with its ways of computing experts, and against a
   dense MLP on as many rows.
 
-    python benchmarks/experts.py                        # a minute
-    python benchmarks/experts.py --hidden 512 --width 256
+    python benchmarks/experts.py                        # two minutes
+    python benchmarks/experts.py --hidden 256 --width 128
     python benchmarks/experts.py --quick
 """
 
@@ -45,9 +45,9 @@ class Arguments:
     """Experts of a token."""
     tokens: int = 1024
     """Tokens."""
-    hidden: int = 256
+    hidden: int = 512
     """Width of the residual stream."""
-    width: int = 128
+    width: int = 256
     """Width of an expert."""
     rounds: int = 10
     """Measured rounds."""

@@ -8,8 +8,8 @@ different ways, which run in turns, in a new random order in every round:
 - ``ours compiled``, only if it is named by ``--only``: ``ours`` with ``--compile``;
 - ``ours cp2``, ``ours tp2`` and ``ours tp2 cp2`` on 2, 2 and 4 ranks with one thread each;
 - ``transformers``: its model with scaled_dot_product_attention and fused AdamW, no checkpointing;
-  with ``--num-experts`` its Qwen3-MoE, once for each of its ways of computing experts, such as
-  ``transformers grouped_mm``;
+  with ``--num-experts`` its Qwen3-MoE, once with its experts ``eager`` and once ``grouped_mm``, its
+  default (``batched_mm`` copies the weights of an expert for each of its rows, gigabytes a layer);
 - ``plain``: the least that a loop over PyTorch's modules does (``harness/plain.py``);
 - ``before`` and ``before cp2``, ``before tp2``, ``before tp2 cp2`` with ``--before``: ours of
   another checkout of this project, whose own ``benchmarks/harness`` makes the step.
@@ -71,7 +71,7 @@ GRIDS: Mapping[str, Grid] = {
 }
 ALONE = Grid(dp=1, cp=1, tp=1)
 WAYS = (*GRIDS, "ours lean", "transformers", "plain")
-THEIR_EXPERTS = ("eager", "batched_mm", "grouped_mm")
+THEIR_EXPERTS = ("eager", "grouped_mm")
 QUICK = ("ours", "plain")
 
 

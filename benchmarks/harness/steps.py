@@ -179,7 +179,7 @@ class OurStep:
         return num_bytes
 
 
-def their_model(job: Job, experts: str | None) -> nn.Module:
+def their_model(job: Job, experts: str | None) -> Any:
     """transformers' Llama, or its Qwen3-MoE if the model has experts, with random weights.
 
     Args:
@@ -223,7 +223,7 @@ class TheirStep:
 
     def __init__(self, job: Job, *, checkpointing: bool = True, experts: str | None = None) -> None:
         with torch.device(job.device):
-            self.model: Any = their_model(job, experts)
+            self.model = their_model(job, experts)
         if checkpointing:
             self.model.gradient_checkpointing_enable()
         self.model.train()
