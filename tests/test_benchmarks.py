@@ -22,6 +22,7 @@ def test_there_are_benchmarks() -> None:
 SLOW = (
     "alternatives",
     "attention",
+    "experts",
     "families",
     "versions",
     "faults",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 import torch
@@ -116,6 +116,26 @@ def counted(patch: pytest.MonkeyPatch) -> list[object]:
 
     patch.setattr(torch.nn.functional, "grouped_mm", call)
     return calls
+
+
+@pytest.fixture
+def nan_in_new_memory() -> Iterator[None]:
+    """New tensors that nothing is written to hold NaN, not what was there before."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("nan_in_new_memory")
+@pytest.mark.parametrize("dtype", ROUNDING)
+@pytest.mark.parametrize("counts", [(0, 0, 0), (0, 5, 0, 0, 6, 0)], ids=str)
+def test_experts_without_rows_have_zero_gradients(
+    counts: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    _, _, dweight, dbias = by_function(drawn(counts, 16, 8, dtype), counts)
+    for gradient in (dweight, dbias):
+        assert gradient.flatten(1).any(1).tolist() == [count > 0 for count in counts]
+        assert gradient.isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
