@@ -19,7 +19,12 @@ from torch import Tensor
 
 from cp_megatron.checkpoint.find_checkpoint import named_step, saved_config
 from cp_megatron.checkpoint.hf_folder import DTYPES, TOKENIZER_FILES, check_output, new_folder
-from cp_megatron.checkpoint.hf_write import MAX_SHARD_BYTES, write_json, write_weights
+from cp_megatron.checkpoint.hf_write import (
+    MAX_SHARD_BYTES,
+    dtype_of,
+    write_json,
+    write_weights,
+)
 from cp_megatron.checkpoint.manifest import (
     FLAG,
     Manifest,
@@ -214,12 +219,12 @@ class _Weights:
 
     def read(self, tensor: HFTensor) -> Tensor:
         """A tensor of the folder, read from the checkpoint."""
-        whole = torch.empty(tensor.shape, dtype=getattr(torch, self.dtype))
-        rest = whole.T if tensor.transposed else whole
-        rest = rest.unsqueeze(0) if tensor.is_row else rest
-        for part in tensor.parts:
-            self._fill(rest[: part.shape[0]], self.sources[part.name], part.start)
-            rest = rest[part.shape[0] :]
+        whole = torch.empty(tensor.shape, dtype=getattr(torch, dtype_of(tensor, self.dtype)))
+        joined = whole.transpose(-1, -2) if tensor.transposed else whole
+        joined = joined.unsqueeze(0) if tensor.is_row else joined
+        for number, part in enumerate(tensor.parts):
+            place = (slice(None),) * tensor.dim + (tensor.place(number),)
+            self._fill(joined[place], self.sources[part.name], part.start)
         return whole
 
     def _fill(self, target: Tensor, entry: TensorEntry, first: int) -> None:

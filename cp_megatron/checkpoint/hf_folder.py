@@ -16,6 +16,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 
@@ -58,7 +59,7 @@ class Source:
             group of rows. Our embedding has more rows, which pad the vocabulary; its chunk ends
             before them.
         places: for each chunk, by its key and its first row, the tensor of the folder that holds it
-            and the chunk's first row in the concatenation of the tensor's parts.
+            and the chunk's number among the tensor's parts.
     """
 
     entry: TensorEntry
@@ -90,7 +91,12 @@ def find_weights(
         rule = f"config.json says {model.num_layers} layers, but the folder has only {len(stored)} "
         raise _wrong(folder, f"{rule}tensors")
     positions = found.model.max_position_embeddings or 1
-    tensors = family.tensors(model, vocab_size=found.vocab_size, seq_length=positions)
+    tensors_of = partial(family.tensors, model, vocab_size=found.vocab_size, seq_length=positions)
+    tensors = tensors_of()
+    if family.other_names and not stored.keys() >= {tensor.key for tensor in tensors}:
+        others = tensors_of(other=True)
+        if stored.keys() >= {tensor.key for tensor in others}:
+            tensors = others
     sources: dict[str, Source] = {}
     for tensor in tensors:
         at = stored.pop(tensor.key, None)
@@ -125,8 +131,7 @@ def _add_sources(
     sources: dict[str, Source], tensor: HFTensor, at: _Stored, padded_vocab_size: int
 ) -> None:
     """Adds what a tensor of the folder holds of our parameters."""
-    first = 0
-    for part in tensor.parts:
+    for number, part in enumerate(tensor.parts):
         chunk = ChunkEntry(
             offsets=(part.start, *(0 for _ in part.shape[1:])),
             sizes=part.shape,
@@ -137,9 +142,8 @@ def _add_sources(
         chunks = (*(earlier.entry.chunks if earlier else ()), chunk)
         rows = padded_vocab_size if part.padded else part.start + part.shape[0]
         entry = TensorEntry(dtype=at.dtype, shape=(rows, *part.shape[1:]), chunks=chunks)
-        places = {**(earlier.places if earlier else {}), (at.key, part.start): (tensor, first)}
+        places = {**(earlier.places if earlier else {}), (at.key, part.start): (tensor, number)}
         sources[part.name] = Source(entry=entry, places=places)
-        first += part.shape[0]
 
 
 def _with_prefix(stored: dict[str, _Stored], prefix: str) -> dict[str, _Stored]:

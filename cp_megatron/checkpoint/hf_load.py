@@ -64,7 +64,11 @@ def read_into(model: nn.Module, found: HFModel, process_group: Group = None) -> 
 
 
 class _FolderReader(ShardReader):
-    """Reads boxes of our parameters out of tensors that may be fused, transposed or single rows."""
+    """Reads boxes of our parameters out of tensors that may be fused, transposed or single rows.
+
+    Only the bytes of a box are read, so that a rank reads its own experts; of parts that alternate
+    within a row, it reads all.
+    """
 
     def __init__(self, folder: str, sources: Mapping[str, Source]) -> None:
         super().__init__(Path(folder), {name: source.entry for name, source in sources.items()})
@@ -77,16 +81,21 @@ class _FolderReader(ShardReader):
 
     def _read_box(self, shard: Any, item: ReadItem, chunk: ChunkEntry) -> Tensor:
         places = self._sources[item.storage_index.fqn].places
-        tensor, start = places[chunk.key, chunk.offsets[0]]
+        tensor, number = places[chunk.key, chunk.offsets[0]]
         stored = shard.get_slice(chunk.key)
         if tuple(stored.get_shape()) != tensor.shape:
             rule = f"{chunk.file} changed while it was read: {chunk.key} has another shape"
             raise ConfigError(FLAG, self.folder, rule)
-        first, *others = item.storage_offsets
-        corner = (first + start, *others)
-        box = tuple(slice(x, x + length) for x, length in zip(corner, item.lengths))
+        spans = zip(item.storage_offsets, item.lengths)
+        box = [slice(start, start + length) for start, length in spans]
         if tensor.is_row:
-            row: Tensor = stored[box[1:]]
+            row: Tensor = stored[tuple(box[1:])]
             return row.unsqueeze(0)
-        part: Tensor = stored[box[::-1] if tensor.transposed else box]
-        return part.T if tensor.transposed else part
+        place, wanted = tensor.place(number), box[tensor.dim]
+        first, last = (place.start + place.step * x for x in (wanted.start, wanted.stop - 1))
+        box[tensor.dim] = slice(first, last + 1)
+        if tensor.transposed:
+            box[-2:] = box[:-3:-1]
+        part: Tensor = stored[tuple(box)]
+        part = part.transpose(-1, -2) if tensor.transposed else part
+        return part[(slice(None),) * tensor.dim + (slice(None, None, place.step),)]

@@ -35,7 +35,7 @@ def write_weights(
     Args:
         folder: exists and has no weights.
         tensors: of the folder, in order.
-        read: returns a tensor, contiguous and of ``dtype``.
+        read: returns a tensor, contiguous and of the type ``dtype_of``.
         dtype: of the weights.
         max_shard_bytes: largest size of the tensors in a file, unless it holds only one.
     """
@@ -46,7 +46,7 @@ def write_weights(
         name = SINGLE_FILE if len(shards) == 1 else name
         index |= {tensor.key: name for tensor in shard}
         with (folder / name).open("wb") as stream:
-            shapes = {tensor.key: (dtype, tensor.shape) for tensor in shard}
+            shapes = {tensor.key: (dtype_of(tensor, dtype), tensor.shape) for tensor in shard}
             stream.write(file_header(shapes, alignment=8, __metadata__={"format": "pt"}))
             for tensor in shard:
                 stream.write(read(tensor).view(-1).view(torch.uint8).numpy().data)
@@ -56,6 +56,11 @@ def write_weights(
         write_json(folder / INDEX_FILE, {"metadata": total, "weight_map": index})
 
 
+def dtype_of(tensor: HFTensor, dtype: str) -> str:
+    """The type of a tensor in a folder whose weights have the type ``dtype``."""
+    return "float32" if tensor.is_exact and ELEMENT_BYTES[dtype] < 4 else dtype
+
+
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Writes a JSON file, and waits until it is on the disk."""
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
@@ -63,7 +68,7 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def _size(tensor: HFTensor, dtype: str) -> int:
-    return math.prod(tensor.shape) * ELEMENT_BYTES[dtype]
+    return math.prod(tensor.shape) * ELEMENT_BYTES[dtype_of(tensor, dtype)]
 
 
 def _shards(tensors: Sequence[HFTensor], dtype: str, max_bytes: int) -> list[list[HFTensor]]:

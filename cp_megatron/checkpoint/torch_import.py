@@ -18,7 +18,7 @@ from torch import Tensor
 from cp_megatron.checkpoint.dcp_metadata import DCPChunk, DCPTensor, read_dcp_metadata
 from cp_megatron.checkpoint.foreign_names import ForeignTensors, TensorType, find_tensors
 from cp_megatron.checkpoint.hf_folder import TOKENIZER_FILES, check_output, new_folder
-from cp_megatron.checkpoint.hf_write import write_json, write_weights
+from cp_megatron.checkpoint.hf_write import dtype_of, write_json, write_weights
 from cp_megatron.checkpoint.inert_pickle import MalformedError
 from cp_megatron.checkpoint.shard_writer import sync
 from cp_megatron.checkpoint.torch_file_reader import TorchFileReader
@@ -75,7 +75,7 @@ def _write(
             num_heads = heads[tensor.key.split(".")[-2]]
             pairs = "(head pair two) ... -> (head two pair) ..."
             value = rearrange(value, pairs, head=num_heads, two=2)
-        return value.to(getattr(torch, dtype)).contiguous()
+        return value.to(getattr(torch, dtype_of(tensor, dtype))).contiguous()
 
     if tensors.head is not None:
         embedding = checkpoint.read(tensors.names["model.embed_tokens.weight"])

@@ -10,78 +10,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 
+from cp_megatron.cli.layer_patterns import LAYER_FLAGS, layers_of_pattern
+from cp_megatron.cli.megatron_answers import Answer, Noted, OneOf, Refused, Renamed, Translated
+from cp_megatron.cli.megatron_experts import EXPERTS
 from cp_megatron.cli.megatron_names import NOTED, WITHOUT_COUNTERPART
 from cp_megatron.config.words import Piece, split_words, truth
 from cp_megatron.errors import ConfigError, Mistakes
-
-_OUT = "leave the flag out"
-
-
-@dataclass(frozen=True)
-class Noted:
-    """The flag has no effect here, for this reason.
-
-    Attributes:
-        has_values: whether values follow the flag; None if it stands for several flags.
-        unless: a flag beside which it would have an effect, so that it is refused.
-        works: what to use instead then.
-    """
-
-    reason: str
-    has_values: bool | None = False
-    unless: str = ""
-    works: str = _OUT
-
-
-@dataclass(frozen=True)
-class Renamed:
-    """The flag has another name here, and the same values; ``beside`` are words that go with it."""
-
-    flag: str
-    beside: str = ""
-
-
-@dataclass(frozen=True)
-class Translated:
-    """The switch is read as these words, except for flags that the command line gives itself.
-
-    Attributes:
-        needs: a flag without which it means something that does not exist here, unless the
-            command line also gives the flag that it is read as.
-        unless: a flag beside which it has no effect.
-        replaces: whether the words replace what the command line says itself.
-    """
-
-    words: str
-    needs: str = ""
-    unless: str = ""
-    replaces: bool = False
-
-
-@dataclass(frozen=True)
-class OneOf:
-    """The values that are honoured, each with the words that it is read as; any other is refused.
-
-    Attributes:
-        values: no words stand for what is so already.
-        replaces: whether the words replace what the command line says itself.
-    """
-
-    values: Mapping[str, str]
-    reason: str
-    works: str = _OUT
-    replaces: bool = False
-
-
-@dataclass(frozen=True)
-class Refused:
-    """The flag cannot be honoured, for this reason; ``works`` is what to use instead."""
-
-    reason: str
-    works: str = _OUT
-
-
-Answer = Noted | Renamed | Translated | OneOf | Refused
 
 _POSITIONS, _MASKS = "--reset-position-ids", "--reset-attention-mask"
 _LLAMA3 = "--rope-type llama3 --rope-scaling-factor 8 --original-max-position-embeddings 8192"
@@ -102,8 +36,6 @@ SPECIAL: Mapping[str, Answer] = {
         "there is no pipeline parallelism; weights are sharded over dp x cp",
         "--pipeline-model-parallel-size 1",
     ),
-    "--expert-model-parallel-size": Noted("it has an effect only with --num-experts", True),
-    "--num-experts": Refused("there are no mixture-of-experts models"),
     "--hybrid-context-parallel": Refused("all rows share one size", "--context-parallel-size"),
     "--context-parallel-algo": OneOf(
         {
@@ -190,7 +122,6 @@ SPECIAL: Mapping[str, Answer] = {
     "--yarn-correction-range-round-to-int": Translated("--rope-truncate"),
     "--no-yarn-correction-range-round-to-int": Translated("--no-rope-truncate"),
     "--squared-relu": Refused("the MLP has GELU, GEGLU or SwiGLU", "--swiglu"),
-    "--quick-geglu": Refused("the gate is GELU's tanh form or SiLU", "--geglu"),
     "--no-rope-freq": Refused("the layers are listed, from 0", "--no-rope-layers 3 7"),
     "--openai-gelu": Noted("GELU is always approximated with tanh"),
     "--attention-mask-type": OneOf({"causal": ""}, "the mask is causal", "--document-mask"),
@@ -232,6 +163,7 @@ SPECIAL: Mapping[str, Answer] = {
         "--load alone demands a checkpoint", unless="--save", works="--load without --save"
     ),
     "--skip-train": Refused("this program trains", "launch/evaluate.py"),
+    **EXPERTS,
 }
 """The flags with an answer of their own."""
 
@@ -240,7 +172,7 @@ SPECIAL: Mapping[str, Answer] = {
 def answers() -> Mapping[str, Answer]:
     """The answer to each flag of Megatron-LM that is not a flag here.
 
-    A key such as ``--moe-*`` stands for all flags that begin so and have no answer of their own.
+    A key such as ``--rl-*`` stands for all flags that begin so and have no answer of their own.
     """
     noted = {
         f"--{name.rstrip('=')}": Noted(reason, None if name.endswith("*") else name.endswith("="))
@@ -289,6 +221,13 @@ def translate(
     translation, replacing = Translation([]), dict[str, list[str]]()
     said = {spellings.get(flag, flag) for flag, _ in pieces}
     for flag, words in pieces:
+        if flag in LAYER_FLAGS and any("[" in word for word in words):
+            with mistakes.collect():
+                layers = layers_of_pattern(flag, "".join(words), dict(pieces).get("--num-layers"))
+                translation.pieces.append((LAYER_FLAGS[flag], layers))
+                shown = f"{LAYER_FLAGS[flag]} for {len(layers)} layers"
+                translation.read.append(f"{flag} {' '.join(words)} as {shown}")
+            continue
         answer = None if flag in spellings else answer_to(flag)
         if answer is None:
             translation.pieces.append((flag, words))

@@ -1,8 +1,9 @@
 """The names of Megatron-LM's flags, by what this program answers to them.
 
 They are those of Megatron-LM from 23.08 to August 2026, and of some of its forks. A name that ends
-with = is followed by one or more values; the others are switches. ``moe-*`` stands for every other
-name that begins with ``moe-``, with or without values.
+with = is followed by one or more values; the others are switches. ``mtp-*`` stands for every other
+name that begins with ``mtp-``, with or without values. Those of experts are in
+``megatron_experts.py``.
 """
 
 from __future__ import annotations
@@ -145,10 +146,6 @@ NOTED: Mapping[str, str] = {
         cache-mla-latents decode-only-cuda-graphs disable-chunked-prefill
         enable-chunked-prefill inference-* max-tokens-to-oom= num-speculative-tokens=
         output-bert-embeddings use-legacy-static-engine""",
-    "it has an effect only with --num-experts": """
-        ep-overlap-early-attn-memory-release expert-tensor-parallel-num-weight-shards=
-        expert-tensor-parallel-size= moe-* save-tokens-per-expert-interval=
-        use-grouped-gemm-for-shared-expert""",
     "it has an effect only with --fp8-format or --fp4-format": """
         disable-fp8-wgrad first-last-layers-bf16 fp4-param-gather fp4-quantizer-factory=
         fp4-recipe= fp8-amax-compute-algo= fp8-amax-history-len= fp8-interval= fp8-margin=
@@ -193,11 +190,9 @@ WITHOUT_COUNTERPART: Mapping[str, str] = {
         retriever-report-topk-accuracies retriever-score-scaling retriever-seq-length
         retro-* sample-rate short-seq-prob swin-backbone-type titles-data-path
         use-one-sent-docs vision-backbone-type vision-pretraining vision-pretraining-type""",
-    "the layers are attention or a gated DeltaNet, and a dense MLP": """
-        activation-func-clamp-value
+    "the layers are attention or a gated DeltaNet, and an MLP or a mixture of experts": """
         disable-dsa-indexer-rotate-activation disable-dsa-indexer-scoring-relu
-        disable-mamba-mem-eff-path dsa-* enable-mhc-connections
-        gdp-* glu-linear-offset
+        disable-mamba-mem-eff-path dsa-* enable-mhc-connections gdp-*
         heterogeneous-layers-config-encoded-json heterogeneous-layers-config-path
         hybrid-attention-ratio hybrid-layer-pattern hybrid-mlp-ratio hybrid-override-pattern
         is-hybrid-model mamba-* mhc-*

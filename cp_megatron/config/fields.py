@@ -42,7 +42,7 @@ _SPELLINGS: Mapping[str, str] = {
     "HFTokenizer": "huggingface",
     "PretrainedFromHF": "huggingface",
 }
-# Megatron's choices that have no counterpart, with what to use instead.
+# Megatron's choices that have no counterpart: why, and what to use instead.
 _ABSENT: Mapping[str, tuple[str, str]] = {
     "NullTokenizer": (
         "makes no ids of a text, and a run has the vocabulary of its tokenizer",
@@ -55,6 +55,17 @@ _ABSENT: Mapping[str, tuple[str, str]] = {
     **dict.fromkeys(
         ("MultimodalTokenizer", "NullMultimodalTokenizer"),
         ("is for images, and only text is trained", "huggingface with the model's folder"),
+    ),
+    "global_aux_loss": (
+        "depends on how many micro batches a step is divided into",
+        "seq_aux_loss, or aux_loss",
+    ),
+    **dict.fromkeys(
+        ("sinkhorn", "quantile_balancing"),
+        (
+            "makes the choice of one token depend on all others of a micro batch",
+            "seq_aux_loss, or none with --moe-router-enable-expert-bias",
+        ),
     ),
     "SFTTokenizer": ("is not needed to train on conversations", "huggingface, with --sft"),
 }

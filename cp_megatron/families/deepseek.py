@@ -1,7 +1,7 @@
-"""DeepSeek V2 and V3 without experts: latent attention (``spec/latent.py``) and dense layers.
+"""DeepSeek V2 and V3: latent attention (``spec/latent.py``), dense layers, then experts.
 
-``first_k_dense_replace`` is the number of dense layers before those with experts. It must be the
-number of all layers or more.
+``first_k_dense_replace`` is the number of dense layers before those with experts. Moonlight is a
+DeepSeek V3 without groups of experts.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from cp_megatron.config.schema import ModelConfig
-from cp_megatron.families import llama_like
+from cp_megatron.families import llama_like, mixture
 from cp_megatron.families.family import Family
 from cp_megatron.families.json_fields import JsonFields
 
@@ -23,21 +23,93 @@ _DEFAULTS: Mapping[str, Any] = {
     "qk_rope_head_dim": 64,
     "v_head_dim": 128,
 }
+_COUNT = "n_routed_experts"
+_SHARED = "n_shared_experts"
 # Keys that have no effect in layers without experts.
 _EXPERTS = (
-    *("moe_intermediate_size", "moe_layer_freq", "n_routed_experts", "n_shared_experts"),
-    *("norm_topk_prob", "num_experts_per_tok", "output_router_logits", "routed_scaling_factor"),
+    *("moe_layer_freq", _SHARED, "norm_topk_prob", "routed_scaling_factor"),
+    *("n_group", "topk_group", "topk_method", "scoring_func"),
 )
 
 
-def _read(fields: JsonFields, **flags: Any) -> ModelConfig:
-    layers, heads = fields.size("num_hidden_layers"), fields.size("num_attention_heads")
-    dense = fields.get(_DENSE)
-    if type(dense) is not int or dense < layers:
-        why = "the layers from this one on are a mixture of experts"
-        raise fields.unsupported(_DENSE, f"at least {layers}, the number of layers", why)
+def read_experts(fields: JsonFields, *, num_scores: int | None) -> dict[str, Any]:
+    """Reads what DeepSeek V2, V3 and GLM-4.5 share about experts.
+
+    Args:
+        fields: config.json.
+        num_scores: how many of its best scores rank a group of experts; None: there are no groups.
+    """
+    layers, dense = fields.size("num_hidden_layers"), fields.get(_DENSE)
+    if type(dense) is not int or dense < 0:
+        raise fields.wrong(_DENSE, "but must be the number of dense layers before those of experts")
     for name in _EXPERTS:
         fields.get(name)
+    read = mixture.read_experts(fields, range(dense, layers), count=(_COUNT,))
+    if not read:
+        return {}
+    fields.only("moe_layer_freq", 1, why="every layer after the dense ones has experts")
+    if num_scores is not None:
+        read |= mixture.read_groups(
+            fields, read["num_experts"], read["moe_router_topk"], num_scores=num_scores
+        )
+    return {
+        **read,
+        "moe_router_topk_scaling_factor": fields.number("routed_scaling_factor", 1.0),
+        "moe_shared_expert_intermediate_size": read["moe_ffn_hidden_size"] * fields.size(_SHARED),
+    }
+
+
+def read_sigmoid_experts(fields: JsonFields) -> dict[str, Any]:
+    """Reads the experts of DeepSeek V3 and GLM-4.5, which have sigmoid scores and biases."""
+    read = read_experts(fields, num_scores=2)
+    fields.get("num_nextn_predict_layers")  # transformers does not read these layers, either
+    if not read:
+        return {}
+    fields.only("scoring_func", "sigmoid")
+    fields.only("topk_method", "noaux_tc")
+    return {
+        **read,
+        "moe_router_score_function": "sigmoid",
+        "moe_router_norm_topk_prob": fields.switch("norm_topk_prob"),
+        "moe_router_enable_expert_bias": True,
+    }
+
+
+def _read_softmax_experts(fields: JsonFields) -> dict[str, Any]:
+    """Reads the experts of DeepSeek V2, the best of all or of the best groups."""
+    is_limited = fields.get("topk_method") == "group_limited_greedy"
+    read = read_experts(fields, num_scores=1 if is_limited else None)
+    if not read:
+        return {}
+    fields.only("topk_method", "greedy", "group_limited_greedy")
+    fields.only("scoring_func", "softmax")
+    fields.only("norm_topk_prob", False, why="transformers does not read it in DeepSeek V2")
+    why = "it has none in experts, but in dense layers"
+    fields.only("mlp_bias", False, why=why)
+    return {**read, "moe_router_pre_softmax": True}
+
+
+def write_experts(model: ModelConfig) -> dict[str, Any]:
+    """Writes what ``read_experts`` reads."""
+    layers = model.expert_layers
+    dense = layers[0] if layers else model.num_layers
+    entries = {_DENSE: dense}
+    if not layers:
+        return entries
+    shared = (model.moe_shared_expert_intermediate_size or 0) // model.expert_size
+    return {
+        **entries,
+        **mixture.write_experts(model, count=_COUNT),
+        _SHARED: shared,
+        "routed_scaling_factor": model.moe_router_topk_scaling_factor or 1.0,
+        "n_group": model.moe_router_num_groups or 1,
+        "topk_group": model.moe_router_group_topk or 1,
+        "norm_topk_prob": model.moe_router_norm_topk_prob,
+    }
+
+
+def _read(fields: JsonFields, **flags: Any) -> ModelConfig:
+    heads = fields.size("num_attention_heads")
     unrotated, rotated = fields.size("qk_nope_head_dim"), fields.size("qk_rope_head_dim")
     fields.only("head_dim", rotated, why="transformers stores qk_rope_head_dim there")
     fields.only("qk_head_dim", unrotated + rotated)
@@ -70,7 +142,7 @@ def _write(model: ModelConfig, longest: int) -> dict[str, Any]:
         "v_head_dim": model.value_dim,
         "head_dim": model.qk_pos_emb_head_dim,
         "attention_bias": model.has_qkv_bias,
-        _DENSE: model.num_layers,
+        **write_experts(model),
     }
 
 
@@ -81,7 +153,9 @@ def _modules(model: ModelConfig) -> dict[str, str]:
         for theirs, name in llama_like.MODULES.items()
         if not theirs.startswith(attention)
     }
+    modules |= {**mixture.ROUTER, **mixture.EXPERT_BIAS, **mixture.EXPERTS}
     return modules | {
+        **mixture.shared_names("shared_experts"),
         f"{attention}.q_a_proj": f"{ours}.query_down",
         f"{attention}.q_a_layernorm": f"{ours}.query_down_norm",
         f"{attention}.{'q_b_proj' if model.q_lora_rank else 'q_proj'}": f"{ours}.query",
@@ -92,6 +166,10 @@ def _modules(model: ModelConfig) -> dict[str, str]:
     }
 
 
+def _method(model: ModelConfig) -> str:
+    return "group_limited_greedy" if model.moe_router_num_groups else "greedy"
+
+
 DEEPSEEK_V3 = Family(
     model_type="deepseek_v3",
     architecture="DeepseekV3ForCausalLM",
@@ -99,21 +177,54 @@ DEEPSEEK_V3 = Family(
         fields,
         rotary_interleaved=fields.switch("rope_interleave", True),
         **llama_like.read_biases(fields, mlp=None),
+        **read_sigmoid_experts(fields),
     ),
     write=lambda model, longest: {
         **_write(model, longest),
         "rope_interleave": model.rotary_interleaved,
         "num_nextn_predict_layers": 0,
+        **({"scoring_func": "sigmoid", "topk_method": "noaux_tc"} if model.num_experts else {}),
     },
     modules=_modules,
-    defaults={**_DEFAULTS, _DENSE: 3},
+    other_names=mixture.STACKED,
+    defaults={
+        **_DEFAULTS,
+        _DENSE: 3,
+        "n_shared_experts": 1,
+        _COUNT: 256,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": 2048,
+        "routed_scaling_factor": 2.5,
+        "n_group": 8,
+        "topk_group": 4,
+        "norm_topk_prob": True,
+    },
+    # transformers does not read the layer that predicts further tokens, either.
+    buffers=r"model\.layers\.(\d+\.self_attn\.rotary_emb\.inv_freq|61\..*)",
 )
 DEEPSEEK_V2 = Family(
     model_type="deepseek_v2",
     architecture="DeepseekV2ForCausalLM",
-    read=lambda fields: _read(fields, rotary_interleaved=True, **llama_like.read_biases(fields)),
-    write=lambda model, longest: {**_write(model, longest), "mlp_bias": model.has_mlp_bias},
+    read=lambda fields: _read(
+        fields,
+        rotary_interleaved=True,
+        **llama_like.read_biases(fields),
+        **_read_softmax_experts(fields),
+    ),
+    write=lambda model, longest: {
+        **_write(model, longest),
+        "mlp_bias": model.has_mlp_bias,
+        **({"norm_topk_prob": False, "topk_method": _method(model)} if model.num_experts else {}),
+    },
     modules=_modules,
-    defaults={**_DEFAULTS, _DENSE: 0},
+    other_names=mixture.STACKED,
+    defaults={
+        **_DEFAULTS,
+        _DENSE: 0,
+        "n_shared_experts": 2,
+        _COUNT: 64,
+        "moe_intermediate_size": 1407,
+        "topk_method": "greedy",
+    },
     heads_divide_hidden_size=True,
 )

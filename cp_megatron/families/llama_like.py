@@ -57,7 +57,7 @@ def read(
     positions = fields.size("max_position_embeddings")
     values: dict[str, Any] = {
         "num_layers": fields.size("num_hidden_layers"),
-        "ffn_hidden_size": fields.size("intermediate_size"),
+        "ffn_hidden_size": flags.get("ffn_hidden_size") or fields.size("intermediate_size"),
         **_read_heads(fields),
         "normalization": "RMSNorm",
         "norm_epsilon": fields.number("rms_norm_eps", 1e-6),

@@ -1,4 +1,6 @@
-"""Qwen3-Next without experts: gated DeltaNets, and gated attention in every n-th layer.
+"""Qwen3-Next: gated DeltaNets, gated attention in every n-th layer, and experts in some layers.
+
+A shared expert computes every token beside the chosen ones, times a gate.
 
 The folder stores the rows of several projections head by head, in groups of a key head:
 
@@ -9,11 +11,11 @@ The folder stores the rows of several projections head by head, in groups of a k
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from cp_megatron.config.schema import ModelConfig
-from cp_megatron.families import llama_like
+from cp_megatron.families import llama_like, mixture
 from cp_megatron.families.family import Family
 from cp_megatron.families.json_fields import JsonFields
 from cp_megatron.families.rope_fields import LAYER_KINDS
@@ -24,11 +26,7 @@ LINEAR_SIZES = (
     *("linear_value_head_dim", "linear_conv_kernel_dim"),
 )
 """The sizes of recurrences, which have the same names in config.json and in ``ModelConfig``."""
-# Keys that a model without experts does not need.
-_EXPERTS = (
-    *("moe_intermediate_size", "shared_expert_intermediate_size", "num_experts_per_tok"),
-    *("norm_topk_prob", "router_aux_loss_coef"),
-)
+_SHARED = "shared_expert_intermediate_size"
 _LAYER = "model.layers.{}.linear_attn"
 _OURS = "layers.{}.recurrence"
 
@@ -41,6 +39,13 @@ MODULES: Mapping[str, str] = {
     f"{_LAYER}.out_proj": f"{_OURS}.out",
 }
 """The tensor names that Qwen3-Next and Qwen3.5 share."""
+EXPERTS: Mapping[str, str] = {
+    **mixture.ROUTER,
+    **mixture.EXPERTS,
+    **mixture.shared_names("shared_expert"),
+    "model.layers.{}.mlp.shared_expert_gate": "layers.{}.mlp.shared_gate",
+}
+"""The tensor names of experts that Qwen3-Next and Qwen3.5-MoE share."""
 GROUPED: Mapping[str, Callable[[ModelConfig], int]] = {
     "q_proj": lambda model: model.num_attention_heads
 }
@@ -99,32 +104,44 @@ def write(model: ModelConfig, longest: int) -> dict[str, Any]:
     }
 
 
-def _read(fields: JsonFields) -> ModelConfig:
-    dense, layers = fields.get("mlp_only_layers") or [], fields.size("num_hidden_layers")
-    step, experts = fields.size("decoder_sparse_step", 1), fields.number("num_experts")
-    if not isinstance(dense, list):
-        raise fields.wrong("mlp_only_layers", "but must be a list of layers")
-    sparse = [n for n in range(layers) if n not in dense and (n + 1) % step == 0]
-    if experts and sparse:
-        why = f"layer {sparse[0]} is a mixture of experts"
-        raise fields.unsupported("num_experts", "0", why)
-    for name in _EXPERTS:
-        fields.get(name)
-    return read(fields)
+def read_experts(fields: JsonFields, layers: Sequence[int], **flags: Any) -> dict[str, Any]:
+    """Reads the experts of both, in these layers; ``flags`` are more fields of ``ModelConfig``."""
+    experts = mixture.read_experts(
+        fields, layers, count=("num_experts",), unread=(_SHARED, "norm_topk_prob"), **flags
+    )
+    if not experts:
+        return {}
+    shared = {"moe_shared_expert_intermediate_size": fields.size(_SHARED)}
+    return {**experts, **shared, "moe_shared_expert_gate": True}
+
+
+def write_experts(model: ModelConfig) -> dict[str, Any]:
+    """Writes what ``read_experts`` reads."""
+    written = mixture.write_experts(model, count="num_experts")
+    shared = model.moe_shared_expert_intermediate_size
+    return written if shared is None else {**written, _SHARED: shared}
 
 
 QWEN3_NEXT = Family(
     model_type="qwen3_next",
     architecture="Qwen3NextForCausalLM",
-    read=_read,
+    read=lambda fields: read(
+        fields,
+        **read_experts(
+            fields,
+            mixture.sparse_layers(fields),
+            moe_router_pre_softmax=not fields.switch("norm_topk_prob"),
+        ),
+    ),
     write=lambda model, longest: {
         **write(model, longest),
-        "num_experts": 0,
-        "decoder_sparse_step": 1,
-        "mlp_only_layers": list(range(model.num_layers)),
+        **write_experts(model),
+        **mixture.write_sparse_layers(model),
+        "norm_topk_prob": not model.moe_router_pre_softmax,
     },
     modules={
         **MODULES,
+        **EXPERTS,
         f"{_LAYER}.in_proj_qkvz": " ".join(
             f"{_OURS}.{name}" for name in ("query", "key", "value", "gate")
         ),
@@ -135,6 +152,14 @@ QWEN3_NEXT = Family(
         "in_proj_qkvz": lambda model: model.linear_num_key_heads,
         "in_proj_ba": lambda model: model.linear_num_key_heads,
     },
-    defaults={**DEFAULTS, "num_experts": 512},
+    other_names=mixture.STACKED,
+    defaults={
+        **DEFAULTS,
+        "num_experts": 512,
+        "num_experts_per_tok": 10,
+        "moe_intermediate_size": 512,
+        _SHARED: 512,
+        "norm_topk_prob": True,
+    },
     buffers=r"mtp\..*",
 )

@@ -25,8 +25,10 @@ from cp_megatron.families.gemma import GEMMA
 from cp_megatron.families.gemma2 import GEMMA2
 from cp_megatron.families.gemma3 import GEMMA3
 from cp_megatron.families.glm import GLM, GLM4
+from cp_megatron.families.glm4_moe import GLM4_MOE
 from cp_megatron.families.gpt2 import GPT2
-from cp_megatron.families.granite import GRANITE, GRANITE_HYBRID
+from cp_megatron.families.gpt_oss import GPT_OSS
+from cp_megatron.families.granite import GRANITE, GRANITE_HYBRID, GRANITE_MOE
 from cp_megatron.families.internlm3 import INTERNLM3
 from cp_megatron.families.json_fields import JsonFields, read_json
 from cp_megatron.families.llama import LLAMA
@@ -34,11 +36,15 @@ from cp_megatron.families.llama_like import window_width
 from cp_megatron.families.ministral import MINISTRAL
 from cp_megatron.families.ministral3 import MINISTRAL3
 from cp_megatron.families.mistral import MISTRAL
+from cp_megatron.families.mixtral import MIXTRAL
+from cp_megatron.families.mixture import BALANCE_FIELDS, flags_of
 from cp_megatron.families.olmo2 import OLMO2, OLMO3
+from cp_megatron.families.olmoe import OLMOE
 from cp_megatron.families.phi3 import PHI3
 from cp_megatron.families.qwen2 import QWEN2
 from cp_megatron.families.qwen3 import QWEN3
-from cp_megatron.families.qwen3_5 import QWEN3_5
+from cp_megatron.families.qwen3_5 import QWEN3_5, QWEN3_5_MOE
+from cp_megatron.families.qwen3_moe import QWEN3_MOE
 from cp_megatron.families.qwen3_next import LINEAR_SIZES, QWEN3_NEXT
 from cp_megatron.families.refusals import alternative_of, unknown_architecture
 from cp_megatron.families.rope_fields import ROPE_FIELDS, ROTARY_FIELDS, unread_fields
@@ -74,10 +80,17 @@ FAMILIES: tuple[Family, ...] = (
     DEEPSEEK_V2,
     QWEN3_5,
     QWEN3_NEXT,
+    QWEN3_5_MOE,
+    QWEN3_MOE,
+    MIXTRAL,
+    OLMOE,
+    GRANITE_MOE,
+    GLM4_MOE,
+    GPT_OSS,
 )
 """A model that several families can express is exported as ``hf_model_type`` says, or else as the
 first of them."""
-TRAINING_ONLY = frozenset(
+TRAINING_ONLY = BALANCE_FIELDS | frozenset(
     {"hidden_dropout", "attention_dropout", "init_method_std"}
     | {"make_vocab_size_divisible_by", "max_position_embeddings", "hf_model_type"}
 )
@@ -321,7 +334,7 @@ def _flags(model: ModelConfig) -> dict[str, Any]:
     is_scaled = model.rope_type != "default"
     if not windows or (model.window_rotary_base == model.rotary_base and not is_scaled):
         flags["window_rotary_base"] = None
-    return flags | dict.fromkeys(_unread(model))
+    return flags | dict(flags_of(model)) | dict.fromkeys(_unread(model))
 
 
 def _unread(model: ModelConfig) -> Iterator[str]:
@@ -339,6 +352,8 @@ def _unread(model: ModelConfig) -> Iterator[str]:
         yield "qk_norm_scope"
     if model.normalization != "LayerNorm":
         yield "norm_bias"
+    if not model.is_gated:
+        yield from ("activation_func_clamp_value", "glu_linear_offset")
 
 
 def spelled(name: str, value: object) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 
 from cp_megatron.config import ModelConfig
+from cp_megatron.config.fields import settings
 from cp_megatron.errors import ConfigError, Mistakes
 from cp_megatron.families.qwen3_next import LINEAR_SIZES
 from cp_megatron.families.registry import LATENT_WIDTHS
@@ -57,6 +58,12 @@ _UNREAD: Sequence[tuple[Callable[[ModelConfig], bool], tuple[str, ...], str, str
         "--normalization LayerNorm",
     ),
     (
+        lambda model: not model.is_gated,
+        ("activation_func_clamp_value", "glu_linear_offset"),
+        "without a gate in the MLP",
+        "--swiglu, --geglu or --quick-geglu with it",
+    ),
+    (
         lambda model: model.position_embedding_type != "rope",
         ROTARY_FIELDS,
         "without --position-embedding-type rope",
@@ -96,9 +103,12 @@ def check_blocks(model: ModelConfig, given: frozenset[str]) -> None:
 
 def _blocks(model: ModelConfig) -> Iterator[ConfigError]:
     """The mistakes about the MLP and the order of the blocks."""
-    if model.swiglu and model.geglu:
-        rule = "contradicts --swiglu: the gate of the MLP has one function"
-        yield ConfigError("--geglu", "", rule, "--geglu --no-swiglu, or --no-geglu --swiglu")
+    gates = [name for name in ("swiglu", "geglu", "quick_geglu") if getattr(model, name)]
+    for name in gates[1:]:
+        first, row = settings()[gates[0]], settings()[name]
+        rule = f"contradicts {first.flag}: the gate of the MLP has one function"
+        one, other = f"{row.flag} {first.off_flag}", f"{row.off_flag} {first.flag}"
+        yield ConfigError(row.flag, "", rule, f"{one}, or {other}")
     if model.parallel_residual and model.norm_placement != "pre":
         rule = "has one norm, before attention and the MLP, which both read it"
         yield ConfigError("--parallel-residual", "", rule, "--norm-placement pre")

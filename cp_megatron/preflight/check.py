@@ -30,6 +30,7 @@ from cp_megatron.plan import Grid
 from cp_megatron.plan.grid import AXES
 from cp_megatron.preflight import rules
 from cp_megatron.preflight.block_rules import check_blocks
+from cp_megatron.preflight.expert_rules import check_experts
 from cp_megatron.preflight.log_rules import check_log
 from cp_megatron.preflight.pretrained import check_load_hf, vocab_size_of
 from cp_megatron.preflight.rope_rules import check_rope, rope_notes
@@ -156,6 +157,8 @@ def _check_model(
         check_model_type(model, seq_length=seq_length, is_asked=asked)
     with mistakes.collect():
         check_blocks(model, given)
+    with mistakes.collect():
+        check_experts(config, given)
     with mistakes.collect():
         check_rope(model, seq_length, given)
     with mistakes.collect():

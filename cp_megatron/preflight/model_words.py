@@ -66,9 +66,47 @@ def positions_of(model: ModelConfig) -> str:
 
 def mlp_of(model: ModelConfig) -> str:
     """The activation of the MLP, its width, and whether it runs beside attention."""
-    kind = "SwiGLU" if model.swiglu else "GEGLU" if model.geglu else "GELU"
+    gates = {"SwiGLU": model.swiglu, "GEGLU": model.geglu, "quick GEGLU": model.quick_geglu}
+    kind = next((name for name, has in gates.items() if has), "GELU")
     beside = " beside attention" if model.parallel_residual else ""
-    return f"{kind} {model.ffn_size}{beside}"
+    width = f" {model.ffn_size}" if len(model.expert_layers) < model.num_layers else ""
+    if (bound := model.activation_func_clamp_value) is not None:
+        width += f" clamped at {bound:g}"
+    return f"{kind}{width}{beside}"
+
+
+def experts_of(model: ModelConfig) -> Iterator[str]:
+    """The number of experts and their widths, and how a token chooses from them."""
+    if model.num_experts is None:
+        return
+    words = [f"{model.num_experts} experts of {model.expert_size}, {model.moe_router_topk} a token"]
+    if (shared := model.moe_shared_expert_intermediate_size) is not None:
+        gated = "gated " if model.moe_shared_expert_gate else ""
+        words.append(f"a {gated}shared one of {shared}")
+    if (layers := len(model.expert_layers)) < model.num_layers:
+        words.append(f"in {layers} of {model.num_layers} layers")
+    yield ", ".join(words)
+    yield ", ".join(_routing_of(model))
+
+
+def _routing_of(model: ModelConfig) -> Iterator[str]:
+    """The scores of experts, the groups, and what keeps experts equally busy."""
+    scores: str = model.moe_router_score_function
+    if scores == "softmax":
+        scores += " over all experts" if model.moe_router_pre_softmax else " over the chosen ones"
+    elif model.moe_router_norm_topk_prob:
+        scores += " with sum 1"
+    if (factor := model.moe_router_topk_scaling_factor or 1.0) != 1.0:
+        scores += f" x {factor:g}"
+    yield f"routed by {scores}"
+    if model.moe_router_num_groups is not None:
+        yield f"the best {model.moe_router_group_topk} of {model.moe_router_num_groups} groups"
+    if model.moe_aux_loss_coeff:
+        yield f"{model.moe_router_load_balancing_type} x {model.moe_aux_loss_coeff:g}"
+    if model.moe_z_loss_coeff:
+        yield f"z-loss x {model.moe_z_loss_coeff:g}"
+    if model.moe_router_enable_expert_bias:
+        yield f"biases moved by {model.moe_router_bias_update_rate:g} a step"
 
 
 def factors_of(model: ModelConfig) -> Iterator[str]:

@@ -53,7 +53,7 @@ def check_model(model: ModelConfig, seq_length: int) -> None:
         raise ConfigError(flag, width, rule, multiples(width, unit))
     if heads % groups:
         rule = f"must divide --num-attention-heads {heads}"
-        raise ConfigError("--num-query-groups", groups, rule, _nearest(_divisors(heads), groups))
+        raise ConfigError("--num-query-groups", groups, rule, nearest(divisors(heads), groups))
     rows = model.max_position_embeddings
     learned = model.position_embedding_type == "learned_absolute"
     if learned and rows is not None and rows < seq_length:
@@ -70,10 +70,11 @@ def check_tensor_parallel(model: ModelConfig, tp: int, padded_vocab: int) -> Non
     if rule := _head_rule(model, tp):
         most = max(model.num_attention_heads, model.linear_num_value_heads)
         sizes = [size for size in range(1, most + 1) if _splits(model, size, padded_vocab)]
-        raise ConfigError("--tensor-parallel-size", tp, rule, _nearest(sizes, tp))
-    if model.ffn_size % tp:
-        rule = f"must be divisible by --tensor-parallel-size {tp}"
-        raise ConfigError("--ffn-hidden-size", model.ffn_size, rule, multiples(model.ffn_size, tp))
+        raise ConfigError("--tensor-parallel-size", tp, rule, nearest(sizes, tp))
+    for flag, width in _widths(model).items():
+        if width % tp:
+            rule = f"must be divisible by --tensor-parallel-size {tp}"
+            raise ConfigError(flag, width, rule, multiples(width, tp))
     if padded_vocab % tp:
         unit = model.make_vocab_size_divisible_by
         rule = (
@@ -100,7 +101,17 @@ def _head_rule(model: ModelConfig, tp: int) -> str:
 
 
 def _splits(model: ModelConfig, tp: int, padded_vocab: int) -> bool:
-    return not (_head_rule(model, tp) or model.ffn_size % tp or padded_vocab % tp)
+    uneven = any(width % tp for width in (*_widths(model).values(), padded_vocab))
+    return not (_head_rule(model, tp) or uneven)
+
+
+def _widths(model: ModelConfig) -> dict[str, int]:
+    """The widths of the MLPs that tensor parallel ranks share, by their flags."""
+    shared = model.moe_shared_expert_intermediate_size
+    widths = {} if shared is None else {"--moe-shared-expert-intermediate-size": shared}
+    if len(model.expert_layers) < model.num_layers:
+        widths["--ffn-hidden-size"] = model.ffn_size
+    return widths
 
 
 def check_batch(data: DataConfig, dp: int) -> tuple[int, int, int]:
@@ -233,12 +244,14 @@ def multiples(value: int, unit: int) -> str:
     return ", ".join(str(size) for size in (below, below + unit) if size)
 
 
-def _divisors(value: int) -> list[int]:
+def divisors(value: int) -> list[int]:
+    """The divisors of a positive number, in order."""
     small = [size for size in range(1, math.isqrt(value) + 1) if not value % size]
     return sorted({*small, *(value // size for size in small)})
 
 
-def _nearest(sizes: Iterable[int], near: int, most: int = 6) -> str:
+def nearest(sizes: Iterable[int], near: int, most: int = 6) -> str:
+    """The sizes next to ``near``, at most so many, for a message."""
     nearest = sorted(sizes, key=lambda size: abs(size - near))[:most]
     return ", ".join(str(size) for size in sorted(nearest))
 

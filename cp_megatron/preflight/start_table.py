@@ -19,6 +19,7 @@ from cp_megatron.config.files.presets import MEGATRON_PRESET, PRESETS
 from cp_megatron.config.files.run_folders import RUNS
 from cp_megatron.kernels.linear_select import select_linear_kernel
 from cp_megatron.preflight.model_words import (
+    experts_of,
     factors_of,
     heads_of,
     mlp_of,
@@ -62,13 +63,18 @@ def print_start(plan: RunPlan, run: Path | None, console: Console | None = None)
 
 def _world(plan: RunPlan) -> Iterator[Line]:
     grid = plan.grid
-    yield "world", f"{grid.world_size:,} rank{'s' if grid.world_size > 1 else ''} = {grid}"
+    shared = f", experts over ep {grid.ep}" if grid.ep > 1 else ""
+    ranks = f"{grid.world_size:,} rank{'s' if grid.world_size > 1 else ''}"
+    yield "world", f"{ranks} = {grid}{shared}"
     for rank in shown_ranks(grid.world_size):
         if rank is None:
             yield "...", "..."
             continue
         place = grid.coordinates(rank)
-        yield f"rank {rank}", f"{place}   positions {_positions(plan, place.cp)}"
+        held = f"{place}   positions {_positions(plan, place.cp)}"
+        if grid.ep > 1:
+            held += f"   experts {_experts(plan, rank)}"
+        yield f"rank {rank}", held
 
 
 def shown_ranks(world_size: int) -> list[int | None]:
@@ -86,11 +92,18 @@ def _positions(plan: RunPlan, cp_rank: int) -> str:
     return ", ".join(chunks if len(chunks) <= 2 else [*chunks[:2], "..."])
 
 
+def _experts(plan: RunPlan, rank: int) -> str:
+    """The experts that the rank computes."""
+    share = (plan.config.model.num_experts or 0) // plan.grid.ep
+    first = plan.grid.index("ep", rank) * share
+    return f"{first}-{first + share - 1}" if share > 1 else f"{first}"
+
+
 def _model(plan: RunPlan) -> Iterator[Line]:
     config, model, sequence = plan.config, plan.config.model, plan.sequence
     layers = f"{model.num_layers} layers of {model.hidden_size}"
     yield "model", f"{_label(config)}{layers}, {heads_of(model)}"
-    yield from (("", words) for words in recurrences_of(model))
+    yield from (("", words) for words in (*recurrences_of(model), *experts_of(model)))
     yield "", ", ".join((*norms_of(model), positions_of(model), mlp_of(model)))
     if factors := ", ".join(factors_of(model)):
         yield "", factors
@@ -101,7 +114,9 @@ def _model(plan: RunPlan) -> Iterator[Line]:
     total, most = spec.num_parameters(), spec.parameters_on_rank(plan.grid, 0)
     copies = plan.grid.replicas
     over = "dp x cp" if copies == 1 else f"dp x cp / {copies}, in {copies} copies"
-    yield "parameters", f"{total:,} in all, {most:,} on a rank (tp, then sharded over {over})"
+    active = f"{spec.num_active_parameters():,} for a token, " if model.num_experts else ""
+    share = f"{most:,} on a rank (tp, then sharded over {over})"
+    yield "parameters", f"{total:,} in all, {active}{share}"
     padding = f" ({sequence.padding:,} of padding)" if sequence.padding else ""
     on_rank = f"{sequence.layout.shard_len:,} of them on a rank"
     yield "tokens", f"{sequence.row_length:,} per row{padding}, {on_rank}"

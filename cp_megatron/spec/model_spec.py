@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 
 from cp_megatron.config import ModelConfig
 from cp_megatron.plan import Grid
+from cp_megatron.spec.experts import ExpertMixtureSpec
 from cp_megatron.spec.layer_spec import LayerSpec, attention_of
 from cp_megatron.spec.mixer import LocalHeads
 from cp_megatron.spec.parameter import BlockSpec, ParameterSpec
@@ -82,6 +83,16 @@ class ModelSpec(BlockSpec):
     def num_parameters(self) -> int:
         """Parameters of the whole model, each counted once."""
         return sum(parameter.numel * copies for parameter, copies in self._distinct())
+
+    def num_active_parameters(self) -> int:
+        """Those that compute a token: of experts, only as many as a token has."""
+        mixtures = [x.mlp for x in self.layers if isinstance(x.mlp, ExpertMixtureSpec)]
+        idle = 0
+        for mixture in mixtures:
+            count = mixture.experts.num_experts
+            stored = sum(parameter.numel for parameter in mixture.experts.parameters())
+            idle += stored // count * (count - mixture.experts.topk)
+        return self.num_parameters() - idle
 
     def num_tensors(self) -> int:
         """Parameter tensors of the whole model."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from cp_megatron.cli.megatron_flags import Answer, Noted, Refused, Renamed, Translated, answer_to
+from cp_megatron.cli.megatron_answers import Answer, Noted, Refused, Renamed, Translated
+from cp_megatron.cli.megatron_flags import answer_to
 from cp_megatron.cli.synonyms import SYNONYMS
 
 PAGE = (Path(__file__).parents[2] / "launch" / "README.md").read_text("utf-8")

@@ -7,15 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from cp_megatron.cli.megatron_flags import (
-    SPECIAL,
-    Noted,
-    OneOf,
-    Refused,
-    Renamed,
-    Translated,
-    answers,
-)
+from cp_megatron.cli.megatron_answers import Noted, OneOf, Refused, Renamed, Translated
+from cp_megatron.cli.megatron_flags import SPECIAL, answers
 from cp_megatron.cli.megatron_names import NOTED, WITHOUT_COUNTERPART
 from cp_megatron.cli.parse import Arguments, LaunchOptions, parse_arguments
 from cp_megatron.cli.programs import EVALUATE
@@ -93,8 +86,8 @@ def test_what_has_no_effect_is_taken_with_its_words(flag: str, answer: Noted) ->
 
 
 def test_a_family_of_flags_has_one_answer() -> None:
-    (note,) = read("--moe-grouped-gemm --moe-router-topk 2 --inference-max-requests 8").notes
-    assert note.endswith("--moe-grouped-gemm, --moe-router-topk, --inference-max-requests")
+    (note,) = read("--mtp-use-repeated-layer --mtp-x 2 --inference-max-requests 8").notes
+    assert note.endswith("--mtp-use-repeated-layer, --mtp-x, --inference-max-requests")
     assert [error.flag for error in refusals("--rl-x 3 --moex 3 --moe 3")] == [
         "--rl-x",
         "--moex",
@@ -158,10 +151,14 @@ FREQUENT: Mapping[str, str] = {
     "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1": (
         "--recompute-granularity full"
     ),
-    "--moe-router-topk 2": "",
-    "--moe-router-load-balancing-type aux_loss": "",
-    "--moe-aux-loss-coeff 1e-2": "",
-    "--moe-grouped-gemm": "",
+    "--moe-grouped-gemm --moe-permute-fusion --moe-router-fusion": "",
+    "--expert-tensor-parallel-size 1": "",
+    "--num-experts 8 --moe-layer-freq ([0]*3+[1]*37) --num-layers 40": (
+        f"--num-experts 8 --moe-layers {' '.join(map(str, range(3, 40)))}"
+    ),
+    "--linear-attention-freq ([1]*3+[0]*1)*10 --num-layers 40": (
+        f"--linear-attention-layers {' '.join(str(n) for n in range(40) if n % 4 < 3)}"
+    ),
     "--moe-token-dispatcher-type alltoall": "",
     "--expert-model-parallel-size 1": "",
     "--tp-comm-overlap": "",
@@ -213,7 +210,7 @@ def test_a_frequent_flag_means_what_it_says(line: str, meaning: str) -> None:
     found, expected = read(f"{SIZES} {line}"), read(f"{SIZES} {meaning}")
     assert found.config == expected.config
     foreign = {word for word in line.split() if word.startswith("--")} - KNOWN
-    silent = line.endswith("false") or foreign <= {"--layernorm-epsilon"}
+    silent = line.endswith("false") or (foreign <= {"--layernorm-epsilon"} and "[" not in line)
     assert (len(found.notes) > len(expected.notes)) == (not silent)
 
 
@@ -230,7 +227,16 @@ _WEIGHTS_ONLY = "launch/convert.py --load RUN --output DIR, then --load-hf DIR"
         ("--muon-no-split-qkv", "leave the flag out"),
         ("--muon-coefficient-type cans", "simple, quintic, polar_express"),
         ("--fp8-format hybrid", "--bf16"),
-        ("--num-experts 8", "leave the flag out"),
+        ("--moe-expert-capacity-factor 1.25", "leave the flag out"),
+        ("--moe-router-load-balancing-type sinkhorn", "seq_aux_loss, or none with"),
+        ("--moe-router-load-balancing-type global_aux_loss", "seq_aux_loss, or aux_loss"),
+        ("--expert-tensor-parallel-size 2", "--expert-tensor-parallel-size 1"),
+        ("--moe-layer-freq [1,0,1]", "--num-layers 3 with it"),
+        ("--moe-layer-freq [1,0,2] --num-layers 3", "([0]*3+[1]*58)"),
+        ("--moe-layer-freq [[1]] --num-layers 1", "([0]*3+[1]*58)"),
+        ("--moe-layer-freq [1]*9999*9999 --num-layers 1", "([0]*3+[1]*58)"),
+        ("--moe-layer-freq [1]*(1+1) --num-layers 3", "--num-layers 2"),
+        ("--moe-layer-freq [0]*3 --num-layers 3", "leave the flag out"),
         ("--decoupled-lr 1e-4", "--lr"),
         ("--fp16", "--bf16"),
         ("--load x --no-load-optim", _WEIGHTS_ONLY),
@@ -272,9 +278,9 @@ def test_another_program_refuses_what_it_does_not_read() -> None:
 
 
 def test_all_mistakes_are_told_in_their_order() -> None:
-    line = "--num-experts 8 --lr x --foo --seq-length 0 --bf16 maybe --lr 3 --use-mcore-models"
+    line = "--moe-latent-size 8 --lr x --foo --seq-length 0 --bf16 maybe --lr 3 --use-mcore-models"
     errors = refusals(f"{line} --optimizer sgd")
-    flags = ["--num-experts", "--lr", "--foo", "--seq-length", "--bf16", "--optimizer"]
+    flags = ["--moe-latent-size", "--lr", "--foo", "--seq-length", "--bf16", "--optimizer"]
     assert [error.flag for error in errors] == flags
 
 

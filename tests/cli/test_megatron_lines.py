@@ -62,7 +62,8 @@ COUNTS = {name: count for count, names in COUNTED.items() for name in names.spli
 
 # What these lines ask for and does not exist here.
 ABSENT = {
-    *("--pipeline-model-parallel-size", "--num-experts", "--fp8-format", "--decoupled-lr"),
+    *("--pipeline-model-parallel-size", "--fp8-format", "--decoupled-lr"),
+    "--moe-pad-expert-input-to-capacity",
     *("--rampup-batch-size", "--squared-relu", "--dataloader-type"),
     *("--eod-mask-loss", "--tokenizer-type"),
 }
@@ -75,6 +76,9 @@ SMALL: Mapping[str, str] = {
     "--num-attention-heads": "4",
     "--num-query-groups": "2",
     "--kv-channels": "16",
+    "--num-experts": "4",
+    "--moe-ffn-hidden-size": "32",
+    "--expert-model-parallel-size": "2",
     "--seq-length": "64",
     "--max-position-embeddings": "64",
     "--window-size": "15,0",

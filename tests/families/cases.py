@@ -28,6 +28,7 @@ from tests.families.case import (
     rope,
     yarn,
 )
+from tests.families.mixture_cases import MIXTURES
 
 
 def gemma(name: str, model_class: str, **options: Any) -> Case:
@@ -443,4 +444,5 @@ CASES: Mapping[str, Case] = {
         linear_num_key_heads=2,
         inert=("rope_theta", "partial_rotary_factor"),
     ),
+    **MIXTURES,
 }

@@ -49,6 +49,7 @@ def argv(folder: Path, target: Path, grid: Grid, dtype: str) -> list[str]:
         "train-iters": STEPS,
         "tensor-parallel-size": grid.tp,
         "context-parallel-size": grid.cp,
+        "expert-model-parallel-size": grid.ep,
         "dtype": dtype,
         "hidden-dropout": 0,
         "attention-dropout": 0,

@@ -17,6 +17,7 @@ from cp_megatron.checkpoint.hf_export import export_hf
 from cp_megatron.families.registry import read_hf_config
 from cp_megatron.plan import Grid
 from tests.families.cases import CASES
+from tests.families.mixture_cases import MIXTURES
 from tests.families.on_grids import (
     STEPS,
     argv,
@@ -43,10 +44,17 @@ GRIDS = {
     "tp4": Grid(tp=4),
     "tp2 dp2": Grid(tp=2, dp=2),
     "cp2 dp2": Grid(cp=2, dp=2),
+    "cp2 ep2": Grid(cp=2, ep=2),
+    "cp4 ep4": Grid(cp=4, ep=4),
+    "tp2 cp2 ep2": Grid(tp=2, cp=2, ep=2),
+    "cp2 dp2 ep4": Grid(cp=2, dp=2, ep=4),
 }
 FOURS = ("tp2 cp2", "cp4", "tp4", "tp2 dp2", "cp2 dp2")
+WITH_EXPERTS = ("tp2 cp2 ep2", "cp2 dp2 ep4")
 # The cases that train by default, for a few steps; they have little in common.
 DIVERSE = ("gemma2", "deepseek_v3")
+# The mixtures that run by default; the others share their code.
+MIXED = ("qwen3_moe", "gpt_oss", "deepseek_v3, groups of experts")
 
 
 @pytest.fixture(scope="session")
@@ -64,19 +72,21 @@ def compare(reference: Reference, grid: Grid, target: Path) -> None:
 
 
 def first_cases() -> Iterator[Any]:
-    """Every case; by default only the first one of each family runs."""
+    """Every case; by default only the first one of each family runs, and a few mixtures."""
     for name in CASES:
-        yield pytest.param(name, marks=[pytest.mark.slow] if "," in name else [])
+        later = name not in MIXED if name in MIXTURES else "," in name
+        yield pytest.param(name, marks=[pytest.mark.slow] if later else [])
 
 
 @pytest.mark.parametrize("name", list(first_cases()))
 def test_an_export_is_the_folder(name: str, reference: Refer, tmp_path: Path) -> None:
-    """The run is on TP2 x CP2; its logits and gradients are compared with transformers, too."""
+    """The run is on TP2 x CP2, of which EP2; its logits and gradients are compared with
+    transformers, too."""
     from transformers import AutoModelForCausalLM
 
     refers = reference(name)
     source = read_hf_config(refers.folder)
-    compare(refers, GRIDS["tp2 cp2"], tmp_path)
+    compare(refers, GRIDS["tp2 cp2 ep2" if name in MIXTURES else "tp2 cp2"], tmp_path)
     out = export_hf(tmp_path / "1", tmp_path / "out", max_shard_bytes=30_000)
     expected, found = tensors_of(refers.folder), tensors_of(out)
     assert expected.keys() == found.keys()
@@ -95,9 +105,16 @@ def test_an_export_is_the_folder(name: str, reference: Refer, tmp_path: Path) ->
         torch.testing.assert_close(logits_of(theirs.eval()), refers.logits, atol=1e-6, rtol=1e-5)
 
 
+def cases_and_grids() -> Iterator[Any]:
+    """Every case with other grids; experts are also shared."""
+    for name in CASES:
+        shared = ("cp2 ep2", "cp4 ep4") if name in MIXTURES else ()
+        for grid in ("one", "cp4", "tp4", *shared):
+            yield pytest.param(name, grid)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("grid", ["one", "cp4", "tp4"])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("name", "grid"), list(cases_and_grids()))
 def test_other_grids_compute_the_same(
     name: str, grid: str, reference: Refer, tmp_path: Path
 ) -> None:
@@ -122,7 +139,8 @@ def few_and_all() -> Iterator[Any]:
     for name in CASES:
         if name in DIVERSE:
             yield pytest.param(name, "tp2 cp2", FEW)
-        for grid in FOURS[:1] if "," in name else FOURS:
+        grids = WITH_EXPERTS if name in MIXTURES else FOURS
+        for grid in grids[:1] if "," in name else grids:
             yield pytest.param(name, grid, STEPS, marks=pytest.mark.slow)
 
 

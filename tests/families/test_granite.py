@@ -107,7 +107,6 @@ def test_a_hybrid_that_rotates(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"num_local_experts": 62}, "num_local_experts is 62, .*a mixture of experts"),
         ({"layer_types": ["mamba", "attention"] * 2}, "layer_types is .*it has Mamba layers"),
         ({"layer_types": ["linear_attention"] * 4}, "it has Mamba layers"),
         ({"layer_types": None}, "layer_types is null, .*it has Mamba layers"),
@@ -125,6 +124,6 @@ def test_refused(tmp_path: Path, changes: dict[str, Any], told: str) -> None:
 
 
 def test_experts_are_the_default_of_transformers(tmp_path: Path) -> None:
-    entries = {key: value for key, value in HYBRID.items() if key != "num_local_experts"}
-    with pytest.raises(ConfigError, match=r"num_local_experts is 8, .*a mixture of experts"):
-        model_of(tmp_path, entries)
+    less = {"num_local_experts", "num_experts_per_tok"}
+    model = model_of(tmp_path, {key: value for key, value in HYBRID.items() if key not in less})
+    assert (model.num_experts, model.moe_router_topk) == (8, 2)

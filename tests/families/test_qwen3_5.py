@@ -103,8 +103,6 @@ def test_layers_that_no_family_has(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"num_experts": 512}, "layer 0 is a mixture of experts"),
-        ({"num_experts": 4, "mlp_only_layers": [*range(7)]}, "layer 7 is a mixture of experts"),
         ({"linear_num_value_heads": 24}, "a multiple of linear_num_key_heads 16"),
         ({"layer_types": ["sliding_attention"] * 8}, "full_attention, linear_attention"),
         ({"layer_types": [FULL]}, "a list of 8 entries"),

@@ -37,15 +37,15 @@ def refusal(folder: Path, entries: dict[str, Any]) -> str:
     ("entries", "why"),
     [
         (
-            {"architectures": ["MixtralForCausalLM"], "num_local_experts": 8},
+            {"architectures": ["PhimoeForCausalLM"], "num_local_experts": 8},
             f"it is a mixture of 8 experts; {SERVES}",
         ),
         (
-            {"architectures": ["GptOssForCausalLM"], "num_local_experts": 32},
+            {"architectures": ["MiniMaxM2ForCausalLM"], "num_local_experts": 32},
             f"it is a mixture of 32 experts; {SERVES}",
         ),
         (
-            {"architectures": ["Qwen3MoeForCausalLM"], "num_experts": 128},
+            {"architectures": ["Qwen2MoeForCausalLM"], "num_experts": 128},
             f"it is a mixture of 128 experts; {SERVES}",
         ),
         (

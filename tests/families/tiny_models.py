@@ -59,6 +59,9 @@ def make_model(name: str, config: Any = None) -> Any:
     with torch.no_grad():
         for key, weight in model.named_parameters():
             weight.copy_(loud(key, weight, one_plus=case.one_plus, generator=generator))
+        for key, buffer in model.named_buffers():
+            if key.endswith("e_score_correction_bias"):
+                buffer.copy_(torch.randn(buffer.shape, generator=generator) * 0.3)
     return model.eval()
 
 
@@ -76,7 +79,10 @@ def loud(key: str, weight: Tensor, *, one_plus: bool, generator: torch.Generator
         return torch.rand(weight.shape, generator=generator) + (-0.5 if one_plus else 0.5)
     if any(part in key for part in ("embed", "wte", "wpe")):
         return drawn * 0.6
-    fan_in = weight.shape[0 if ".c_" in key else 1]  # GPT-2 multiplies from the right
+    if key.endswith("sinks"):
+        return drawn
+    # GPT-2 multiplies from the right, and experts are stacked.
+    fan_in = weight.shape[0 if ".c_" in key else -1 if ".experts." in key else 1]
     return drawn * 1.3 * fan_in**-0.5
 
 

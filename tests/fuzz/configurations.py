@@ -62,6 +62,13 @@ SENSIBLE: Mapping[str, Sequence[str]] = {
     "adam_eps": ("1e-8", "1e-3", "1"),
     "clip_grad": ("0", "0.1", "1", "1e9"),
     "z_loss_coeff": ("0", "1e-4", "0.1"),
+    "num_experts": ("2", "4", "8", "None"),
+    "moe_ffn_hidden_size": ("16", "32", "48"),
+    "moe_layers": ("0", "1", "0 1"),
+    "moe_router_topk": ("1", "2", "3"),
+    "moe_aux_loss_coeff": ("0", "1e-2"),
+    "moe_z_loss_coeff": ("0", "1e-3"),
+    "expert_model_parallel_size": ("1", "2", "4"),
     "log_interval": ("1", "2", "10"),
     "eval_iters": ("0", "1", "2"),
     "save_interval": ("1", "2", "100"),
@@ -117,6 +124,12 @@ _GROUPS = (
     " --rope-long-factor 1 2 3 4",
     "--linear-attention-layers 0 --linear-num-key-heads 2 --linear-num-value-heads 4"
     " --linear-key-head-dim 4 --linear-value-head-dim 6 --attention-output-gate",
+    "--num-experts 4 --moe-ffn-hidden-size 32 --moe-aux-loss-coeff 1e-2 --sequence-parallel",
+    "--num-experts 8 --moe-layers 1 --moe-router-topk 3 --moe-router-score-function sigmoid"
+    " --moe-router-enable-expert-bias --moe-router-num-groups 4 --moe-router-group-topk 2"
+    " --moe-shared-expert-intermediate-size 32 --sequence-parallel",
+    "--num-experts 4 --moe-router-topk 1 --moe-router-pre-softmax --expert-model-parallel-size 2"
+    " --sequence-parallel",
     "--position-embedding-type none",
     "--position-embedding-type learned_absolute",
     "--window-size 5 0",

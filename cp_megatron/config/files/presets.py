@@ -87,6 +87,41 @@ _QWEN3_5_9B = _large(
     ),
 )
 
+# As many active parameters as the toy: 2 of 8 experts of half its width.
+_TOY_MOE = _toy(
+    preset="toy-moe",
+    model=_llama(
+        num_layers=2,
+        hidden_size=192,
+        num_attention_heads=4,
+        num_query_groups=2,
+        num_experts=8,
+        moe_router_topk=2,
+        moe_ffn_hidden_size=256,
+        moe_aux_loss_coeff=1e-2,
+    ),
+)
+# Qwen3-30B-A3B (Yang et al. 2025, arXiv:2505.09388): 128 experts, of which a token has 8.
+_QWEN3_30B_A3B = _large(
+    preset="qwen3-30b-a3b",
+    model=_llama(
+        num_layers=48,
+        hidden_size=2048,
+        ffn_hidden_size=6144,
+        num_attention_heads=32,
+        num_query_groups=4,
+        kv_channels=128,
+        qk_layernorm=True,
+        norm_epsilon=1e-6,
+        rotary_base=1_000_000.0,
+        untie_embeddings_and_output_weights=True,
+        num_experts=128,
+        moe_router_topk=8,
+        moe_ffn_hidden_size=768,
+        moe_aux_loss_coeff=1e-3,
+    ),
+)
+
 # The smallest model of Radford et al. 2019; with its own vocabulary of 50,257 tokens it has
 # 124,439,808 parameters.
 _GPT2_SMALL = _long(
@@ -123,6 +158,7 @@ _MEGATRON = Config(
         rotary_base=10_000.0,
         init_method_std=0.02,
         make_vocab_size_divisible_by=128,
+        moe_router_load_balancing_type="aux_loss",
     ),
     optimizer=OptimizerConfig(
         lr_decay_style="linear", weight_decay=0.01, adam_beta2=0.999, clip_grad=1.0
@@ -134,8 +170,8 @@ PRESETS: Mapping[str, Config] = MappingProxyType(
     {
         config.preset: config
         for config in (
-            *(_TOY, _TOY_GPT, _TOY_QWEN3_5, _GPT2_SMALL, _LLAMA_1B, _LLAMA3_8B, _QWEN3_5_9B),
-            _MEGATRON,
+            *(_TOY, _TOY_GPT, _TOY_QWEN3_5, _TOY_MOE, _GPT2_SMALL, _LLAMA_1B, _LLAMA3_8B),
+            *(_QWEN3_5_9B, _QWEN3_30B_A3B, _MEGATRON),
         )
     }
 )

@@ -10,7 +10,7 @@ from cp_megatron.config.schema.ranges import NonNegative, Positive, Range, Size
 
 ScoreFunction = Literal["softmax", "sigmoid"]
 RouterType = Literal["fp32", "fp64", "model"]
-BalanceType = Literal["seq_aux_loss", "aux_loss", "none", "global_aux_loss", "sinkhorn"]
+BalanceType = Literal["seq_aux_loss", "aux_loss", "none"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +71,7 @@ class ModelConfig(DenseModelConfig):
     moe_shared_expert_gate: bool = False
     """Multiply what the shared expert computes of a token by the sigmoid of a projection of it."""
     quick_geglu: bool = False
-    """Use the gate x sigmoid(1.702 x) in the MLP instead of GELU."""
+    """Use a gated x sigmoid(1.702 x) in the MLP instead of GELU."""
     activation_func_clamp_value: Positive | None = None
     """Before the activation of a gated MLP, bound the gate from above and the other factor from
     both sides by this."""

@@ -17,10 +17,12 @@ PresetName = Literal[
     "toy",
     "toy-gpt",
     "toy-qwen3.5",
+    "toy-moe",
     "gpt2-small",
     "llama-1b",
     "llama3-8b",
     "qwen3.5-9b",
+    "qwen3-30b-a3b",
     "megatron",
 ]
 
