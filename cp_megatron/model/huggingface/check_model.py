@@ -123,7 +123,7 @@ def check_call(model: Any, args: Any, kwargs: Mapping[str, Any]) -> None:
 def _refuse_router_loss(model: Any, kwargs: Mapping[str, Any]) -> None:
     """Refuses the loss by which transformers balances experts: its mean is over a rank's tokens.
 
-    A config may request it at any time, and a model whose layers carry states never tells attention.
+    A config may request it at any time. Layers that carry states do not tell the attention.
     """
     for config in parts_of(model.config):
         refuse_unsupported(ROUTER_LOSS, kwargs, config)
