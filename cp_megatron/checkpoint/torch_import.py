@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Collection, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -47,15 +48,30 @@ def import_torch(
     """
     check_output(output)
     target = read_hf_config(model_folder)
-    positions = target.model.max_position_embeddings or 1
-    wanted = target.family.tensors(target.model, vocab_size=target.vocab_size, seq_length=positions)
     try:
         checkpoint = _open(source)
+        wanted = _wanted(target, checkpoint.types)
         tensors = find_tensors(source, target, wanted, checkpoint.types, checkpoint.others)
         _write(checkpoint, tensors, target, wanted, output, dtype)
     except MalformedError as error:
         raise ConfigError(FROM_TORCH, source, str(error), error.works) from None
     return tensors.left_out
+
+
+def _wanted(target: HFModel, stored: Collection[str]) -> list[HFTensor]:
+    """The tensors of the folder: with its other names, if the checkpoint has one of these."""
+    positions = target.model.max_position_embeddings or 1
+    tensors_of = partial(
+        target.family.tensors, target.model, vocab_size=target.vocab_size, seq_length=positions
+    )
+    usual = tensors_of()
+    if target.family.other_names:
+        others = tensors_of(other=True)
+        known = {tensor.key for tensor in usual}
+        key = next((tensor.key for tensor in others if tensor.key not in known), None)
+        if key is not None and any(name.endswith(key) for name in stored):
+            return others
+    return usual
 
 
 def _write(

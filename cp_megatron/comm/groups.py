@@ -124,7 +124,8 @@ def _add_experts(
     meshes: dict[str, DeviceMesh], mesh: DeviceMesh, grid: Grid, device_type: str
 ) -> DeviceMesh:
     """Adds the groups of experts to ``meshes``; returns the mesh that experts are sharded over."""
-    sizes = grid.expert_sizes
+    # FSDP may take a mesh of three dims for one with replicas.
+    sizes = {name: n for name, n in grid.expert_sizes.items() if name != "replicas" or n > 1}
     own = init_device_mesh(device_type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
     meshes |= {"ep": own["ep"], "edp": own["edp"]}
     meshes["cp_tp"] = mesh["cp", "tp"]._flatten("cp_tp")

@@ -31,7 +31,7 @@ h channels, R ranks.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -54,13 +54,20 @@ class Dispatch:
 
     def __init__(self, experts: Tensor, splits: Splits, group: ProcessGroup | None) -> None:
         self.splits, self.group = splits, group
-        self._topk = experts.shape[1]
-        self._order = experts.flatten().argsort(stable=True)  # by expert, then by token
-        self._inverse = _inverse(self._order)
-        self._arrived: tuple[Tensor, Tensor] | None = None
-        if group is not None and group.size() > 1:
-            by_expert = _by_expert(splits, experts.device)
-            self._arrived = by_expert, _inverse(by_expert)
+        self._experts, self._topk = experts, experts.shape[1]
+        self._orders: _Orders | None = None
+
+    @property
+    def experts(self) -> Tensor:
+        """int64 [n, K], the chosen experts."""
+        return self._experts.long()
+
+    def shrink(self) -> None:
+        """Keeps only the choice, from which the rest is computed again when it is needed.
+
+        Autograd's functions hold this object, also those of a run that is going to be repeated.
+        """
+        self._experts, self._orders = self._experts.int(), None
 
     def send(self, x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens and their experts' weights -> the rows of this rank's experts, and their weights.
@@ -72,14 +79,8 @@ class Dispatch:
         Returns:
             [m, h] and [m], sorted by expert; ``splits.counts`` says how many rows each has.
         """
-        rows, factors = self._spread(x), _permuted(weights.flatten(), self._order, self._inverse)
-        sent, received = self.splits.sent, self.splits.from_ranks
-        rows = exchange_rows(rows, sent, received, self.group)
-        factors = exchange_rows(factors, sent, received, self.group)
-        if self._arrived is None:
-            return rows, factors
-        order, inverse = self._arrived
-        return _permuted(rows, order, inverse), _permuted(factors, order, inverse)
+        factors = _linear(weights.flatten(), self._by_expert, self._by_choice)
+        return self._exchanged(_linear(x, self._repeated, self._summed)), self._exchanged(factors)
 
     def back(self, rows: Tensor, factors: Tensor) -> Tensor:
         """What the experts computed, and its weights -> the weighted sum of each token.
@@ -92,25 +93,67 @@ class Dispatch:
             [n, h].
         """
         rows = _Weighted.apply(rows, factors)  # type: ignore[no-untyped-call]
-        if self._arrived is not None:
-            order, inverse = self._arrived
-            rows = _permuted(rows, inverse, order)
+        if self._is_shared:
+            rows = _linear(rows, self._by_rank, self._by_own_expert)
         rows = exchange_rows(rows, self.splits.from_ranks, self.splits.sent, self.group)
         return _linear(rows, self._summed, self._repeated)
 
-    def _spread(self, x: Tensor) -> Tensor:
-        """[n, h] -> a row per chosen expert, sorted by expert, [n * K, h]."""
-        return _linear(x, self._repeated, self._summed)
+    def _exchanged(self, rows: Tensor) -> Tensor:
+        """Rows of this rank's tokens by expert -> rows of this rank's experts by expert."""
+        rows = exchange_rows(rows, self.splits.sent, self.splits.from_ranks, self.group)
+        return _linear(rows, self._by_own_expert, self._by_rank) if self._is_shared else rows
+
+    @property
+    def _is_shared(self) -> bool:
+        return self.group is not None and self.group.size() > 1
+
+    # The permutations, each beside its inverse. Autograd holds them as methods, not as tensors.
+
+    def _by_expert(self, rows: Tensor) -> Tensor:
+        return rows.index_select(0, self._made.order)
+
+    def _by_choice(self, rows: Tensor) -> Tensor:
+        return rows.index_select(0, self._made.inverse)
 
     def _repeated(self, x: Tensor) -> Tensor:
-        return x.index_select(0, self._order // self._topk)
+        return x.index_select(0, self._made.order // self._topk)  # [n, h] -> [n * K, h]
 
     def _summed(self, rows: Tensor) -> Tensor:
-        # [n * K, h] by expert -> [n, K, h] by token
-        return rows.index_select(0, self._inverse).unflatten(0, (-1, self._topk)).sum(1)
+        # [n * K, h] by expert -> [n, K, h] by token -> [n, h]
+        return self._by_choice(rows).unflatten(0, (-1, self._topk)).sum(1)
+
+    def _by_own_expert(self, rows: Tensor) -> Tensor:
+        return rows.index_select(0, self._made.own_order)
+
+    def _by_rank(self, rows: Tensor) -> Tensor:
+        return rows.index_select(0, self._made.own_inverse)
+
+    @property
+    def _made(self) -> _Orders:
+        if self._orders is None:
+            order = self._experts.flatten().argsort(stable=True)  # by expert, then by token
+            own = _order_of_arrived(self.splits, order.device) if self._is_shared else order[:0]
+            self._orders = _Orders(order, _inverse(order), own, _inverse(own))
+        return self._orders
 
 
-def _by_expert(splits: Splits, device: torch.device) -> Tensor:
+class _Orders(NamedTuple):
+    """Permutations, int64.
+
+    Attributes:
+        order: [n * K], the choices of this rank's tokens by expert.
+        inverse: the inverse of ``order``.
+        own_order: [m], the rows that arrived by expert; empty on one rank.
+        own_inverse: the inverse of ``own_order``.
+    """
+
+    order: Tensor
+    inverse: Tensor
+    own_order: Tensor
+    own_inverse: Tensor
+
+
+def _order_of_arrived(splits: Splits, device: torch.device) -> Tensor:
     """int64 [m]: by expert, then by rank, the rows that arrived by rank, then by expert."""
     received = to_device(torch.tensor(splits.received).flatten(), device)
     experts = torch.arange(len(splits.received[0]), device=device).repeat(len(splits.received))
@@ -120,10 +163,6 @@ def _by_expert(splits: Splits, device: torch.device) -> Tensor:
 
 def _inverse(order: Tensor) -> Tensor:
     return torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-
-
-def _permuted(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
-    return _linear(x, lambda y: y.index_select(0, order), lambda y: y.index_select(0, inverse))
 
 
 def _linear(

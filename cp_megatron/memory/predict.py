@@ -32,6 +32,7 @@ from cp_megatron.plan.tiling import own_tiles, pack
 from cp_megatron.preflight.run_plan import RunPlan
 from cp_megatron.spec import (
     ActivationSizes,
+    ExpertMixtureSpec,
     KeptStates,
     LayerSpec,
     LinearAttentionSpec,
@@ -301,6 +302,7 @@ def _sizes(
         result_copies=2 if transposed else 1,
         states=states,
         ep=plan.grid.ep,
+        rows=plan.micro_batch_size,
     )
 
 
@@ -324,7 +326,23 @@ def _kept(spec: ModelSpec, memory: MemoryConfig, sizes: ActivationSizes) -> Coun
     kept[ATTENTION if "none" in levels else OTHER] += rotation
     kept[FINAL_NORM] = spec.norm.kept_bytes(sizes.stream_tokens, sizes)
     kept[LOSS] = spec.head.kept_bytes(sizes)
+    _add_experts(kept, spec, levels, sizes)
     return kept
+
+
+def _add_experts(
+    kept: Counter[str], spec: ModelSpec, levels: Iterable[str], sizes: ActivationSizes
+) -> None:
+    """Adds what the layers that have experts share."""
+    mixtures = {i: x.mlp for i, x in enumerate(spec.layers) if isinstance(x.mlp, ExpertMixtureSpec)}
+    if not mixtures:
+        return
+    first = next(iter(mixtures.values()))
+    # How many tokens each expert got, and two terms of the loss.
+    kept[LOSS] += 8 * len(mixtures) * first.routing.num_experts + 2 * first.score_element(sizes)
+    again = any(level != "none" for i, level in enumerate(levels) if i in mixtures)
+    if again and sizes.splits_sequence and sizes.batch > 1:
+        kept[OTHER] += 8 * sizes.stream_tokens  # the rows of this rank's tokens, a copy
 
 
 def _levels(spec: ModelSpec, memory: MemoryConfig) -> list[str]:

@@ -149,45 +149,48 @@ class ExpertMixture(nn.Module):
         """
         tokens = x.flatten(0, 1)  # [b, r, h] -> [n, h]
         logits = self.router(tokens)
-        choice, routing = self._route(logits, rows, kept)
+        choice, routing, counts = self._route(logits, rows, kept)
+        way = routing.way
         shared = self._shared(x)  # all that keeps tensors comes before the results are returned
-        way = Dispatch(choice.experts, routing.splits, self.parallel.group)
         sent, factors = way.send(tokens, choice.weights)
-        computed = self.experts(sent, routing.splits.counts)
+        computed = self.experts(sent, way.splits.counts)
         terms = None if routing.rows is None else self._terms(logits, choice, routing.rows)
         mixed = way.back(computed, factors).view_as(x)
-        mixed = mixed if shared is None else mixed + shared
-        return Mixed(mixed, terms, None if routing.rows is None else routing.rows.mine)
+        if kept is not None:
+            way.shrink()
+        return Mixed(mixed if shared is None else mixed + shared, terms, counts)
 
     def _route(
         self, logits: Tensor, rows: TokenRows | None, kept: KeptRouting | None
-    ) -> tuple[RouterChoice, Routing]:
-        """The choice of the first run of the layer, which a second run repeats."""
+    ) -> tuple[RouterChoice, Routing, Tensor | None]:
+        """The choice, which a second run of the layer takes from the first one, and how often each
+        expert was chosen, which only the first run says."""
         spec, first = self.spec.routing, None if kept is None else kept.first
         if first is not None:
-            return route(logits, spec, experts=first.experts.long()), first
+            return route(logits, spec, experts=first.way.experts), first, None
         choice = route(logits, spec, self.router.correction)
-        counts = None
+        counts, measured = None, None
         if rows is not None:
-            counts = self._count(choice.experts, rows)
+            counts, measured = self._count(choice.experts, rows)
         splits = count_rows(choice.experts, spec.num_experts, self.parallel.group)
-        routing = Routing(experts=choice.experts.int(), splits=splits, rows=counts)
+        routing = Routing(Dispatch(choice.experts, splits, self.parallel.group), measured)
         if kept is not None:
             kept.first = routing
-        return choice, routing
+        return choice, routing, counts
 
-    def _count(self, experts: Tensor, rows: TokenRows) -> RowCounts:
+    def _count(self, experts: Tensor, rows: TokenRows) -> tuple[Tensor, RowCounts]:
+        """How often each expert was chosen by this rank's tokens, [E], and in whole rows."""
         balance = self.spec.balance
         if balance.kind == "aux_loss":
             rows = rows.joined()
         counts = expert_counts(experts, rows.numbers, rows.num_rows, self.spec.routing.num_experts)
-        measures = balance.kind != "none" and balance.coefficient > 0
-        return RowCounts(rows.numbers, counts, self.parallel.row_group if measures else None)
+        read = counts if balance.measures else None
+        return counts.sum(0), RowCounts(rows.numbers, read, self.parallel.row_group)
 
     def _terms(self, logits: Tensor, choice: RouterChoice, rows: RowCounts) -> Tensor:
         balance, aux = self.spec.balance, logits.new_zeros(())
         z = aux
-        if balance.kind != "none" and balance.coefficient:
+        if balance.measures:
             topk = self.spec.routing.topk
             unequal = imbalance(choice.probabilities, rows.numbers, rows.whole(), topk)
             aux = balance.coefficient * unequal

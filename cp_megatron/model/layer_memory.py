@@ -29,7 +29,7 @@ from torch.utils.checkpoint import checkpoint
 
 from cp_megatron.config.schema import MemoryConfig, Recompute
 from cp_megatron.context_parallel import KeptAttention, Received
-from cp_megatron.expert_parallel import Splits
+from cp_megatron.expert_parallel import Dispatch
 from cp_megatron.model.offload import LayerOffload
 from cp_megatron.model.row_counts import RowCounts
 from cp_megatron.model.sequence_tiles import TileFunction, in_tiles
@@ -51,18 +51,16 @@ class KeptMixer:
         self.results, self.states, self.halo = results, Received(), Received()
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Routing:
     """What a mixture of experts decides once for a micro batch.
 
     Attributes:
-        experts: int32 [n, K], the experts of this rank's tokens.
-        splits: how many rows the ranks exchange.
+        way: which experts the tokens of this rank go to, and how many rows the ranks exchange.
         rows: how often experts were chosen in each row; None if nobody asks.
     """
 
-    experts: Tensor
-    splits: Splits
+    way: Dispatch
     rows: RowCounts | None
 
 

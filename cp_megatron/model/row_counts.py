@@ -56,22 +56,19 @@ class RowCounts:
 
     Args:
         numbers: int64 [n], the row of each of this rank's tokens.
-        counts: int64 [R, E], those of this rank.
-        group: the ranks that share the rows, whose counts are summed; None: nobody reads the sums,
-            or this rank has whole rows.
-
-    Attributes:
-        mine: int64 [E], those of this rank over all rows.
+        counts: int64 [R, E], those of this rank, which are summed in place; None: nobody asks.
+        group: the ranks that share the rows; None is one rank.
     """
 
-    def __init__(self, numbers: Tensor, counts: Tensor, group: ProcessGroup | None) -> None:
-        self.numbers, self.mine = numbers, counts.sum(0)
+    def __init__(self, numbers: Tensor, counts: Tensor | None, group: ProcessGroup | None) -> None:
+        self.numbers = numbers
         self._counts, self._work = counts, None
-        if group is not None and group.size() > 1:
+        if counts is not None and group is not None and group.size() > 1:
             self._work = dist.all_reduce(counts, group=group, async_op=True)
 
     def whole(self) -> Tensor:
         """int64 [R, E], those of whole rows."""
+        assert self._counts is not None
         if self._work is not None:
             self._work.wait()
             self._work = None

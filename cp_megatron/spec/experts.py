@@ -87,6 +87,11 @@ class BalanceSpec:
     z_coefficient: float
     bias_rate: float | None
 
+    @property
+    def measures(self) -> bool:
+        """Whether the imbalance is a part of the loss."""
+        return self.kind != "none" and self.coefficient > 0
+
     @classmethod
     def of(cls, model: ModelConfig) -> BalanceSpec:
         """The balance of every layer that has experts."""
@@ -208,22 +213,24 @@ class ExpertMixtureSpec(BlockSpec):
         keeps ``sizes.ep`` times as much.
         """
         wide = (3 if self.experts.gated else 2) * self.experts.width
-        row = (2 * self.hidden + wide) * sizes.element + self._exact(sizes)
+        row = (2 * self.hidden + wide) * sizes.element + self.score_element(sizes)
         row += 2 * 8 if sizes.ep > 1 else 0  # the order of what arrived and its inverse
         return sizes.stream_tokens * self.routing.topk * row
 
     def choice_bytes(self, sizes: ActivationSizes) -> int:
-        """Bytes of the choice that recomputation reuses."""
-        return 4 * sizes.stream_tokens * self.routing.topk
+        """Bytes of the choice and of the counts that recomputation reuses."""
+        rows = 1 if self.balance.kind == "aux_loss" else sizes.rows
+        counts = 8 * (rows * self.routing.num_experts + 1) if self.balance.measures else 0
+        return 4 * sizes.stream_tokens * self.routing.topk + counts
 
-    def _exact(self, sizes: ActivationSizes) -> int:
+    def score_element(self, sizes: ActivationSizes) -> int:
         """Bytes of a score."""
         return 8 if self.routing.dtype == "fp64" else sizes.exact
 
     def _score_bytes(self, sizes: ActivationSizes) -> int:
         """Bytes of a token's scores and weights, and of what the terms of the loss keep of them."""
         experts, topk, balance = self.routing.num_experts, self.routing.topk, self.balance
-        exact, measured = self._exact(sizes), balance.kind != "none" and balance.coefficient > 0
+        exact, measured = self.score_element(sizes), balance.measures
         numbers = 0
         if self.routing.score_function == "sigmoid":
             numbers += experts + (topk + 1 if self.routing.normalizes else 0) + measured

@@ -46,6 +46,7 @@ class ActivationSizes:
             needs it in another memory layout.
         states: what recurrences keep; by default what they keep on one rank.
         ep: ranks that share experts.
+        rows: rows of the run in the micro batch, over which experts are balanced.
     """
 
     batch: int
@@ -60,6 +61,7 @@ class ActivationSizes:
     result_copies: int = 1
     states: KeptStates = ON_ONE_RANK
     ep: int = 1
+    rows: int = 1
 
     @property
     def tokens(self) -> int:

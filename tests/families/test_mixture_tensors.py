@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from cp_megatron.checkpoint.hf_export import export_hf
 from cp_megatron.checkpoint.hf_load import load_hf
 from cp_megatron.checkpoint.shard_reader import ShardReader
+from cp_megatron.checkpoint.torch_import import import_torch
 from cp_megatron.config import ModelConfig
 from cp_megatron.config.files.presets import PRESETS
 from cp_megatron.config.schema import CheckpointConfig, Config
@@ -150,6 +151,20 @@ def test_experts_may_be_stacked_in_a_folder(name: str, saved: Saved, tmp_path: P
     one, other = (Bare(read_hf_config(folder).model) for _ in range(2))
     load_hf(folder, model=one)
     load_hf(tmp_path, model=other)
+    for key, value in one.state_dict().items():
+        assert torch.equal(value, other.state_dict()[key]), key
+
+
+@pytest.mark.parametrize("name", ["mixtral", "deepseek_v3, groups of experts"])
+def test_a_file_of_torch_has_the_names_of_transformers(
+    name: str, saved: Saved, tmp_path: Path
+) -> None:
+    folder, tensors = saved(name)
+    torch.save({f"model.{key}": value for key, value in tensors.items()}, tmp_path / "model.pt")
+    import_torch(tmp_path / "model.pt", folder, tmp_path / "out")
+    one, other = (Bare(read_hf_config(folder).model) for _ in range(2))
+    load_hf(folder, model=one)
+    load_hf(tmp_path / "out", model=other)
     for key, value in one.state_dict().items():
         assert torch.equal(value, other.state_dict()[key]), key
 

@@ -50,7 +50,15 @@ LINEAR += ["--linear-num-value-heads", "4", "--linear-key-head-dim", "6"]
 LINEAR += ["--linear-value-head-dim", "5"]
 GATED = ["--attention-output-gate"]
 
+MOE = ["--num-experts", "4", "--moe-ffn-hidden-size", "24", "--moe-router-topk", "2"]
+AUX = ["--moe-aux-loss-coeff", "0.1", "--moe-z-loss-coeff", "0.01"]
+SHARED = ["--moe-shared-expert-intermediate-size", "20", "--moe-shared-expert-gate"]
+SIGMOID = ["--moe-router-score-function", "sigmoid", "--moe-router-enable-expert-bias"]
+
 CASES = [
+    (1, [*LLAMA, *MOE, *AUX, *SHARED, "--moe-layer-freq", "2"]),
+    (1, [*LLAMA, *MOE, *SIGMOID, *AUX, *BF16]),
+    (2, [*LLAMA, *MOE, *TP2, *SP, *SIGMOID, *SHARED, *BF16, *SELECTIVE, *FIRST]),
     (1, GPT),
     (1, [*LLAMA, *BF16, *TILES, *CHUNKS, "--qk-layernorm", *CAPPED]),
     (1, [*GPT, *BF16, *SELECTIVE, *ROWS]),
@@ -77,6 +85,9 @@ CASES = [
     (4, [*LLAMA, *CP4, *LINEAR, *GATED, *ROWS]),
 ]
 SLOW = [
+    (1, [*GPT, *MOE, "--moe-router-pre-softmax", "--moe-z-loss-coeff", "0.01"]),
+    (2, [*LLAMA, *MOE, *CP2, *SIGMOID, "--moe-aux-loss-coeff", "0.1", *FULL]),
+    (4, [*LLAMA, *MOE, *CP2, *TP2, *SP, *AUX, *SHARED]),
     (1, [*LLAMA, *LINEAR]),
     (1, [*LLAMA, *GATED, "--kernel", "reference"]),
     (2, [*LLAMA, *CP2, *LINEAR, *BF16, "--optimizer", "muon"]),

@@ -109,7 +109,8 @@ def assembled(
     )
     found = parse_arguments(argv, again=again)
     plan = check(found.config, launch, given=found.given, auto=found.auto).on_device("cpu")
-    plan = replace(plan, grid=Grid(axes=axes, replicas=plan.grid.replicas, **plan.grid.sizes))
+    kept = {"replicas": plan.grid.replicas, "ep": plan.grid.ep}
+    plan = replace(plan, grid=Grid(axes=axes, **kept, **plan.grid.sizes))
     world = dist.group.WORLD
     assert world is not None
     return assemble(plan, launch, world)
