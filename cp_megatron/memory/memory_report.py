@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cp_megatron.memory import predict as kinds
-from cp_megatron.memory.predict import Held, predict_ranks
+from cp_megatron.memory.predict import Held, expert_rows, predict_ranks
 from cp_megatron.preflight.run_plan import RunPlan
 from cp_megatron.preflight.start_table import print_start
 
@@ -70,6 +70,11 @@ class MemoryReport:
             if self.plan.config.model.has_linear_layers:
                 kept = " and the states that recurrences keep"
             note = f"exchange buffers{kept} are predicted for rows that are one document"
+            console.print(note, highlight=False, markup=False)
+        if self.plan.grid.ep > 1:
+            balanced, most = expert_rows(self.plan)
+            note = f"a layer's experts are predicted to keep {balanced / MIB:,.4f} MiB of tokens"
+            note += f", as many on every rank; at worst, one rank keeps {most / MIB:,.4f}"
             console.print(note, highlight=False, markup=False)
 
     def _ranks(self) -> list[Parts]:

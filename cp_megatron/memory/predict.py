@@ -24,6 +24,7 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from cp_megatron.config import MemoryConfig
+from cp_megatron.memory.expert_bytes import row_bytes, shared_bytes
 from cp_megatron.plan import Schedule
 from cp_megatron.plan.buffer_sizes import AttentionSizes, BufferSizes, RecurrenceSizes
 from cp_megatron.plan.halo import Halo, plan_halos
@@ -32,7 +33,6 @@ from cp_megatron.plan.tiling import own_tiles, pack
 from cp_megatron.preflight.run_plan import RunPlan
 from cp_megatron.spec import (
     ActivationSizes,
-    ExpertMixtureSpec,
     KeptStates,
     LayerSpec,
     LinearAttentionSpec,
@@ -118,6 +118,13 @@ def predict_ranks(plan: RunPlan, ranks: Iterable[int]) -> list[tuple[Held, ...]]
         last = Held(kind=AFTER_FORWARD, num_bytes=total)
         predicted.append((stored, gradients, optimizer, *rows, last))
     return predicted
+
+
+def expert_rows(plan: RunPlan) -> tuple[int, int]:
+    """What a layer keeps of the rows of its experts on a rank: as predicted, and at worst."""
+    sizes = {"vocab_size": plan.padded_vocab_size, "seq_length": plan.config.data.seq_length}
+    spec = ModelSpec.of(plan.config.model, **sizes)
+    return row_bytes(spec, _sizes(plan, 0, spec, schedules(plan), None))
 
 
 def schedules(plan: RunPlan) -> tuple[Schedule, ...]:
@@ -326,23 +333,10 @@ def _kept(spec: ModelSpec, memory: MemoryConfig, sizes: ActivationSizes) -> Coun
     kept[ATTENTION if "none" in levels else OTHER] += rotation
     kept[FINAL_NORM] = spec.norm.kept_bytes(sizes.stream_tokens, sizes)
     kept[LOSS] = spec.head.kept_bytes(sizes)
-    _add_experts(kept, spec, levels, sizes)
+    report, rows = shared_bytes(spec, levels, sizes)
+    kept[LOSS] += report
+    kept[OTHER] += rows
     return kept
-
-
-def _add_experts(
-    kept: Counter[str], spec: ModelSpec, levels: Iterable[str], sizes: ActivationSizes
-) -> None:
-    """Adds what the layers that have experts share."""
-    mixtures = {i: x.mlp for i, x in enumerate(spec.layers) if isinstance(x.mlp, ExpertMixtureSpec)}
-    if not mixtures:
-        return
-    first = next(iter(mixtures.values()))
-    # How many tokens each expert got, and two terms of the loss.
-    kept[LOSS] += 8 * len(mixtures) * first.routing.num_experts + 2 * first.score_element(sizes)
-    again = any(level != "none" for i, level in enumerate(levels) if i in mixtures)
-    if again and sizes.splits_sequence and sizes.batch > 1:
-        kept[OTHER] += 8 * sizes.stream_tokens  # the rows of this rank's tokens, a copy
 
 
 def _levels(spec: ModelSpec, memory: MemoryConfig) -> list[str]:

@@ -17,6 +17,7 @@ from cp_megatron.memory.memory_report import MemoryReport, predict_report, print
 from cp_megatron.memory.predict import Held, predict, predict_ranks
 from cp_megatron.preflight.check import check
 from cp_megatron.preflight.run_plan import RunPlan
+from cp_megatron.spec import ModelSpec
 
 MODEL = ["--num-layers", "3", "--hidden-size", "64", "--num-attention-heads", "4"]
 MODEL += ["--num-query-groups", "2", "--ffn-hidden-size", "96", "--seq-length", "128"]
@@ -181,3 +182,24 @@ def test_a_table_has_all_columns_on_any_console(width: int) -> None:
         assert f"{rank + 1}.0000" in text
     (report,) = predict_report(plan)
     assert report.predicted == predicted
+
+
+def test_the_worst_case_of_experts_is_named() -> None:
+    """All tokens of four ranks may choose one rank's experts, of which there are two."""
+    words = ["--num-experts", "8", "--moe-router-topk", "4", "--expert-model-parallel-size", "4"]
+    plan = planned(*words, "--moe-ffn-hidden-size", "40", world_size=4)
+    row = (2 * H + 3 * 40) * 4 + 4 + 2 * 8  # tokens, wide tensors, the weight, two permutations
+    balanced, most = kinds.expert_rows(plan)
+    assert (balanced, most) == (B * S * 4 * row, 4 * B * S * 2 * row)
+    said = " ".join(shown(plan).split())
+    assert f"predicted to keep {balanced / 2**20:,.4f} MiB of tokens, as many on every" in said
+    assert f"at worst, one rank keeps {most / 2**20:,.4f}" in said
+
+
+def test_only_the_chosen_experts_compute() -> None:
+    """Matrix parameters of a token: those of attention, the router, two experts and the head."""
+    plan = planned("--num-experts", "8", "--moe-ffn-hidden-size", "40", "--num-layers", "3")
+    spec = ModelSpec.of(plan.config.model, vocab_size=257, seq_length=S)
+    layer = H * (64 + 2 * 32 + 64) + 8 * H + 2 * 3 * 40 * H
+    assert spec.matmul_parameters() == L * layer + V * H
+    assert spec.training_flops(num_tokens=5, num_pairs=0) == 30 * (L * layer + V * H)
