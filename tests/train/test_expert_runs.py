@@ -17,11 +17,24 @@ FLAGS = [
 ]
 
 
-def test_a_stopped_run_continues_bit_for_bit_and_logs_its_experts(place: Place) -> None:
-    run_ranks(train, 4, place.argv("whole", *FLAGS))
-    assert run_ranks(train, 4, place.argv("parts", *FLAGS), STOP) == [STOP] * 4
+MORE = [
+    ["--optimizer-cpu-offload", "--check-interval", "1", "--log-params-norm"],
+    ["--optimizer", "muon"],
+    ["--bf16", "--recompute-granularity", "full", "--cpu-offloading"],
+]
+
+
+@pytest.mark.parametrize(
+    "more", [[], *(pytest.param(flags, marks=pytest.mark.slow) for flags in MORE)], ids=" ".join
+)
+def test_a_stopped_run_continues_bit_for_bit_and_logs_its_experts(
+    place: Place, more: list[str]
+) -> None:
+    flags = [*FLAGS, *more]
+    run_ranks(train, 4, place.argv("whole", *flags))
+    assert run_ranks(train, 4, place.argv("parts", *flags), STOP) == [STOP] * 4
     load = ["--load", place.run("parts")]
-    assert run_ranks(train, 4, place.argv("parts", *FLAGS, *load)) == [STEPS] * 4
+    assert run_ranks(train, 4, place.argv("parts", *flags, *load)) == [STEPS] * 4
     whole, parts = place.folder / "whole", place.folder / "parts"
     assert differing(whole / f"step-{STEPS}", parts / f"step-{STEPS}") == []
     for row, other in zip(metrics_of(whole), metrics_of(parts), strict=True):
