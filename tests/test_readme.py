@@ -38,7 +38,7 @@ PROGRAMS = (
     *(f"launch/{name}.py" for name in ("pretrain", "prepare_data", "evaluate", "generate")),
     *("launch/convert.py", "-m cp_megatron.plan"),
 )
-WRITTEN_BY_A_RUN = frozenset({"config.yaml", "curves.png", "FILE.yaml"})
+WRITTEN_BY_A_RUN = frozenset({"config.yaml", "curves.png", "experts.png", "FILE.yaml"})
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]+")
 
 

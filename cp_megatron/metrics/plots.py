@@ -1,6 +1,6 @@
 """Plots of a run as PNG files. This is the only file that imports matplotlib, which is optional.
 
-    python -m cp_megatron.metrics.plots RUN     draws RUN/curves.png again
+    python -m cp_megatron.metrics.plots RUN     draws RUN/curves.png (and RUN/experts.png) again
 
 Figures are drawn by the Agg backend without pyplot, so they need no display and no closing.
 """
@@ -19,10 +19,11 @@ from pathlib import Path
 from statistics import median_high
 from typing import Any
 
-from cp_megatron.config.files.run_folders import METRICS_FILE
+from cp_megatron.config.files.run_folders import EXPERTS_FILE, METRICS_FILE
 from cp_megatron.errors import ConfigError
 
 CURVES_FILE = "curves.png"
+EXPERTS_PICTURE = "experts.png"
 INSTALL = "pip install 'cp_megatron[plot]'"
 
 _FEW = 40
@@ -70,8 +71,12 @@ def save_figure(figure: Any, path: Path) -> Path:
 
 def read_metrics(run: Path) -> list[LoggedStep]:
     """The lines of a run's metrics.jsonl, without incomplete ones."""
+    return _read_lines(run / METRICS_FILE)
+
+
+def _read_lines(file: Path) -> list[LoggedStep]:
     rows: list[LoggedStep] = []
-    for line in (run / METRICS_FILE).read_text(encoding="utf-8").splitlines():
+    for line in file.read_text(encoding="utf-8").splitlines():
         with suppress(ValueError):
             row = json.loads(line)
             if isinstance(row, dict) and "step" in row:
@@ -81,6 +86,8 @@ def read_metrics(run: Path) -> list[LoggedStep]:
 
 def draw_curves(run: Path) -> Path:
     """Draws loss, gradient norm, throughput and learning rate over a whole run.
+
+    If the model has experts, their load and what it adds to the trained loss are drawn as well.
 
     Args:
         run: a run's folder, with a metrics.jsonl.
@@ -95,20 +102,29 @@ def draw_curves(run: Path) -> Path:
     rows = read_metrics(run)
     if not rows:
         raise ConfigError("RUN", run, f"its {METRICS_FILE} has no logged step", "a run's folder")
-    figure = new_figure(12, 7.5)
+    num_columns = 3 if column(rows, "moe_expert_load")[0] else 2
+    figure = new_figure(6 * num_columns, 7.5)
     steps, tokens = rows[-1]["step"], _amount(rows[-1]["tokens"])
     figure.suptitle(f"{run.resolve().name}: after step {steps:,}, {tokens} tokens")
-    (loss, norm), (speed, rate) = figure.subplots(2, 2, sharex=True)
+    (loss, norm, *load), (speed, rate, *terms) = figure.subplots(2, num_columns, sharex=True)
     _draw_loss(loss, rows)
     _draw_norm(norm, rows)
     _draw_speed(speed, rows)
     rate.plot(*column(rows, "lr"), color=_MEAN, marker=_marker(rows))
     rate.set(ylabel="learning rate", ylim=(0, None))
     rate.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
-    for axes in (loss, norm, speed, rate):
+    for axes in load:
+        _draw_each(
+            axes, rows, {"moe_expert_load": "busiest expert", "moe_rank_load": "busiest rank"}
+        )
+        axes.set(ylabel="tokens over the mean", ylim=(1, None))
+    for axes in terms:
+        _draw_each(axes, rows, {"moe_aux_loss": "balance of experts", "moe_z_loss": "z-loss"})
+        axes.set_ylabel("added to the loss (nats per token)")
+    for axes in (loss, norm, speed, rate, *load, *terms):
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-    for axes in (speed, rate):
+    for axes in (speed, rate, *terms):
         axes.set_xlabel("step")
         axes.locator_params(axis="x", integer=True)
     return save_figure(figure, run / CURVES_FILE)
@@ -150,6 +166,14 @@ def _draw_speed(axes: Any, rows: Sequence[LoggedStep]) -> None:
     words += [f"MFU {median_high(shares):.1%}"] if shares else []
     words.append(f"peak memory {max(row['memory_bytes'] for row in rows) / 2**30:.2f} GiB")
     axes.set_title(", ".join(words), fontsize="medium")
+
+
+def _draw_each(axes: Any, rows: Sequence[LoggedStep], labels: Mapping[str, str]) -> None:
+    for (name, label), color in zip(labels.items(), (_MEAN, _OTHER), strict=True):
+        steps, values = column(rows, name)
+        label += f", at the end {values[-1]:.4g}"
+        axes.plot(steps, values, color=color, marker=_marker(rows), label=label)
+    axes.legend(frameon=False, loc="upper right")
 
 
 def _draw_with_mean(axes: Any, rows: Sequence[LoggedStep], name: str, label: str) -> None:
@@ -289,14 +313,62 @@ def draw_heat_map(
     return save_figure(figure, path)
 
 
+def draw_experts(run: Path) -> Path | None:
+    """Draws how a run's tokens were spread over its experts.
+
+    Three pictures of layers x experts, at the beginning, in the middle and at the end, and one of
+    the busiest expert of each layer over time.
+
+    Returns:
+        The plot, ``experts.png`` in the run's folder; None if the run has no experts.
+
+    Raises:
+        OSError: the counts cannot be read, or the plot cannot be written.
+    """
+    file = run / EXPERTS_FILE
+    rows = _read_lines(file) if file.exists() else []
+    if not rows:
+        return None
+    ratios = [[_over_mean(layer) for layer in row["counts"]] for row in rows]
+    middle = min(range(len(rows)), key=lambda i: abs(2 * rows[i]["step"] - rows[-1]["step"]))
+    figure = new_figure(12, min(10, 5 + 0.2 * len(ratios[0])))
+    grid = figure.subplots(2, 2).flat
+    for axes, i in zip(grid, (0, middle, len(rows) - 1)):
+        image = _draw_ratios(axes, ratios[i])
+        axes.set(title=f"step {rows[i]['step']:,}", xlabel="expert", ylabel="layer with experts")
+    over_time = [[max(row[layer]) for row in ratios] for layer in range(len(ratios[0]))]
+    axes = grid[3]
+    _draw_ratios(axes, over_time)
+    some = sorted({round(i * (len(rows) - 1) / 4) for i in range(5)})
+    axes.set_xticks(some, [f"{rows[i]['step']:,}" for i in some])
+    axes.set(title="the busiest expert", xlabel="step", ylabel="layer with experts")
+    bar = figure.colorbar(image, ax=list(grid), label="tokens over the mean of the layer")
+    bar.ax.set_yticks(range(-2, 3), ["1/4", "1/2", "1", "2", "4"])
+    return save_figure(figure, run / EXPERTS_PICTURE)
+
+
+def _over_mean(counts: Sequence[int]) -> list[float]:
+    mean = sum(counts) / len(counts)
+    return [count / mean if mean else 1.0 for count in counts]
+
+
+def _draw_ratios(axes: Any, ratios: Sequence[Sequence[float]]) -> Any:
+    """Draws ratios as colours, from a quarter or less to four or more."""
+    levels = [[math.log2(max(ratio, 0.25)) for ratio in row] for row in ratios]
+    axes.locator_params(integer=True)
+    return axes.imshow(
+        levels, vmin=-2, vmax=2, cmap="RdBu_r", aspect="auto", interpolation="nearest"
+    )
+
+
 def main(argv: Sequence[str]) -> int:
     """Draws the curves of the named runs; returns exit code 2 if that fails, else 0."""
     try:
         require_matplotlib("plots")
         if not argv or argv[0].startswith("-"):
             raise ConfigError("RUN", " ".join(argv), "must be a run's folder", "runs/toy-1")
-        for run in argv:
-            print(draw_curves(Path(run)))
+        for run in map(Path, argv):
+            print(*filter(None, (draw_curves(run), draw_experts(run))), sep="\n")
     except (ConfigError, OSError) as error:
         print(f"plots: error: {error}", file=sys.stderr)
         return 2

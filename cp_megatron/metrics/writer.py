@@ -7,15 +7,17 @@ import os
 import resource
 import shutil
 import sys
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import count
 from pathlib import Path
 
 import torch
 
-from cp_megatron.config.files.run_folders import METRICS_FILE
+from cp_megatron.config.files.run_folders import EXPERTS_FILE, METRICS_FILE
 from cp_megatron.metrics.wandb_log import WandbRun
 
+_LATER = 1.05
+"""The tokens of experts are written at steps whose numbers grow by this factor at least."""
 # Dense bfloat16 FLOP/s from the data sheets.
 _PEAK_FLOPS = (("A100", 312e12), ("H100", 989e12), ("H200", 989e12), ("B200", 2250e12))
 
@@ -40,6 +42,7 @@ class Metrics:
     moe_z_loss: float | None = None  # what the z-loss of routers added to it
     moe_expert_load: float | None = None  # tokens of the busiest expert over the mean of a layer
     moe_rank_load: float | None = None  # the same for the ranks that share the experts
+    moe_counts: tuple[tuple[int, ...], ...] | None = None  # tokens of each expert, layer by layer
 
 
 class MetricsWriter:
@@ -58,10 +61,13 @@ class MetricsWriter:
         from torch.utils.tensorboard import SummaryWriter  # ranks that write nothing do without
 
         self.wandb = wandb
-        _forget_after(folder / METRICS_FILE, start_step)
+        for name in (METRICS_FILE, EXPERTS_FILE):
+            _forget_after(folder / name, start_step)
         self._file = (folder / METRICS_FILE).open("a", encoding="utf-8")
         self._last: dict[str, object] = {}  # the last line
         self._begin = 0  # where it begins in the file
+        self._experts = folder / EXPERTS_FILE
+        self._experts_step = _last_step(self._experts)
         self._board = SummaryWriter(str(folder), purge_step=start_step + 1)
 
     def write(self, metrics: Metrics) -> None:
@@ -69,7 +75,8 @@ class MetricsWriter:
 
         A second line of the same step replaces the first one, of which it repeats all numbers.
         """
-        row = asdict(metrics)
+        self._write_counts(metrics)
+        row = asdict(replace(metrics, moe_counts=None))
         absent = (field.name for field in fields(metrics) if field.default is None)
         for name in list(absent):
             if row[name] is None:
@@ -87,6 +94,19 @@ class MetricsWriter:
                 self._board.add_scalar(name, value, metrics.step)
         if self.wandb is not None:
             self.wandb.write({"step": metrics.step, **new})
+
+    def _write_counts(self, metrics: Metrics) -> None:
+        """Writes the tokens of every expert, unless a step shortly before was written.
+
+        48 layers of 128 experts are a line of about 40 KB. 100,000 steps, of which every tenth is
+        logged, have some 150 lines.
+        """
+        if metrics.moe_counts is None or metrics.step < _LATER * self._experts_step:
+            return
+        self._experts_step = metrics.step
+        line = json.dumps({"step": metrics.step, "counts": metrics.moe_counts}) + "\n"
+        with self._experts.open("a", encoding="utf-8") as file:
+            file.write(line)
 
     def close(self, *, failed: bool = False) -> None:
         """Writes what is buffered and closes the files; ``failed``: the run ended with an error."""
@@ -107,6 +127,12 @@ def _forget_after(file: Path, step: int) -> None:
         new.write_text(kept, encoding="utf-8")
         keep_aside(file, step)
         new.replace(file)
+
+
+def _last_step(file: Path) -> int:
+    """The step of the last line; 0 if there is none."""
+    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+    return int(json.loads(lines[-1])["step"]) if lines else 0
 
 
 def _is_of(line: str, step: int) -> bool:

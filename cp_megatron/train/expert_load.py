@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from statistics import fmean
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -52,13 +53,14 @@ class ExpertLoads:
         ranks = ([sum(layer[s : s + per_rank]) for s in starts] for layer in self.counts)
         return fmean(map(_busiest, ranks))
 
-    def metrics(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, Any]:
         """The numbers of a logged step, by name."""
         return {
             "moe_aux_loss": self.aux_loss,
             "moe_z_loss": self.z_loss,
             "moe_expert_load": self.expert_load,
             "moe_rank_load": self.rank_load,
+            "moe_counts": self.counts,
         }
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from cp_megatron.checkpoint.step_folders import step_folder
 from cp_megatron.comm.runtime import Launch
 from cp_megatron.config.files.run_folders import METRICS_FILE
-from cp_megatron.metrics.plots import INSTALL, draw_curves, has_matplotlib
+from cp_megatron.metrics.plots import INSTALL, draw_curves, draw_experts, has_matplotlib
 from cp_megatron.preflight.run_length import length_flag
 from cp_megatron.train.loop import Trainer
 
@@ -40,16 +40,21 @@ def print_end(trainer: Trainer, launch: Launch, script: str, last: int) -> None:
 
 
 def show_curves(trainer: Trainer) -> None:
-    """Draws the run's curves unless ``--no-plot`` is set, on rank 0."""
+    """Draws the run's curves and the work of its experts unless ``--no-plot`` is set, on rank 0."""
     if trainer.writer is None or not trainer.plan.config.log.plot:
         return
     if not has_matplotlib():
         trainer.view.say(f"curves      not drawn, that needs: {INSTALL}")
         return
-    try:
-        trainer.view.say(f"curves      {draw_curves(trainer.folder)}")
-    except Exception as error:  # a missing picture must not turn a finished run into a failed one
-        trainer.view.say(f"curves      not drawn: {error}")
+    for name, draw in (("curves", draw_curves), ("experts", draw_experts)):
+        try:
+            picture: object = draw(trainer.folder)
+        except (
+            Exception
+        ) as error:  # a missing picture must not turn a finished run into a failed one
+            picture = f"not drawn: {error}"
+        if picture is not None:
+            trainer.view.say(f"{name:<12}{picture}")
 
 
 def launcher(launch: Launch) -> list[str]:

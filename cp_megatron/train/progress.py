@@ -43,6 +43,8 @@ class ProgressView:
             parts.append(f"params {metrics.params_norm:.3f}")
         if metrics.num_zeros_in_grad is not None:
             parts.append(f"zeros {metrics.num_zeros_in_grad:,}")
+        if metrics.moe_expert_load is not None:
+            parts.append(f"busiest expert {metrics.moe_expert_load:.2f}")
         if metrics.mfu is not None:
             parts.append(f"mfu {metrics.mfu:.1%}")
         if metrics.valid_loss is not None:

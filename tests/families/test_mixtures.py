@@ -66,7 +66,7 @@ def test_the_toy_has_as_many_active_parameters_as_the_dense_one() -> None:
         ModelSpec.of(PRESETS[name].model, vocab_size=384, seq_length=1024)
         for name in ("toy", "toy-moe")
     )
-    assert 0 < mixture.num_active_parameters() / dense.num_active_parameters() - 1 < 0.005
+    assert 0 < mixture.num_active_parameters() / dense.num_active_parameters() - 1 < 0.01
     assert dense.num_active_parameters() == dense.num_parameters()
 
 

@@ -20,6 +20,7 @@ from cp_megatron.metrics.plots import (
     CURVES_FILE,
     column,
     draw_curves,
+    draw_experts,
     main,
     read_metrics,
     require_matplotlib,
@@ -168,3 +169,60 @@ def test_a_mean_over_nothing_around_is_the_value() -> None:
 def test_lines_without_the_number_are_left_out() -> None:
     rows = [row(1), row(2, valid_loss=4.0), row(3, valid_loss=None)]
     assert column(rows, "valid_loss") == ([2], [4.0])
+
+
+# ---- experts -------------------------------------------------------------------------------------
+
+
+def expert_row(step: int) -> dict[str, Any]:
+    load = {"moe_expert_load": 3 - step, "moe_rank_load": 1.5, "moe_aux_loss": 0.1, "moe_z_loss": 0}
+    return row(step, **load)
+
+
+def test_the_load_of_experts_has_curves_of_its_own(tmp_path: Path, drawn: Recorder) -> None:
+    draw_curves(run_of(tmp_path, [expert_row(1), expert_row(2)]))
+    _, _, load, _, _, terms = drawn.figures[0].axes[:6]
+    assert lines_of(load) == [([1, 2], [2, 1]), ([1, 2], [1.5, 1.5])]
+    assert lines_of(terms) == [([1, 2], [0.1, 0.1]), ([1, 2], [0, 0])]
+    words = [text.get_text() for text in load.get_legend().get_texts()]
+    assert words == ["busiest expert, at the end 1", "busiest rank, at the end 1.5"]
+
+
+def test_the_tokens_of_experts_are_drawn_at_three_moments_and_over_time(
+    tmp_path: Path, drawn: Recorder
+) -> None:
+    assert draw_experts(tmp_path) is None  # no experts
+    counts = {
+        1: [[0, 0, 0, 8], [2, 2, 2, 2]],
+        2: [[1, 1, 2, 4], [4, 2, 1, 1]],
+        5: [[2, 2, 2, 2], [1, 3, 2, 2]],
+        9: [[2, 2, 2, 2], [2, 2, 2, 2]],
+    }
+    lines = (json.dumps({"step": step, "counts": counts[step]}) + "\n" for step in counts)
+    (tmp_path / "experts.jsonl").write_text("".join(lines) + '{"step": 10, "cou')
+    draw_experts(tmp_path)
+    first, middle, last, over_time = drawn.figures[0].axes[:4]
+    titles = [axes.get_title() for axes in (first, middle, last, over_time)]
+    assert titles == ["step 1", "step 5", "step 9", "the busiest expert"]
+    levels = [axes.get_images()[0].get_array().tolist() for axes in (first, last, over_time)]
+    assert levels[0] == [[-2, -2, -2, 2], [0, 0, 0, 0]]
+    assert levels[1] == [[0, 0, 0, 0], [0, 0, 0, 0]]
+    assert levels[2] == [[2, 1, 0, 0], [0, 1, math.log2(1.5), 0]]
+    labels = [text.get_text() for text in over_time.get_xticklabels()]
+    assert labels == ["1", "2", "5", "9"]
+
+
+@pytest.mark.parametrize("size", [(1, 1, 8), (60, 48, 128)])
+def test_the_picture_of_experts_is_a_png(
+    tmp_path: Path, size: tuple[int, int, int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    num_steps, layers, experts = size
+    run = run_of(tmp_path, [expert_row(step) for step in range(1, num_steps + 1)])
+    lines = (
+        json.dumps({"step": step, "counts": [list(range(experts))] * layers}) + "\n"
+        for step in range(1, num_steps + 1)
+    )
+    (run / "experts.jsonl").write_text("".join(lines))
+    assert main([str(run)]) == 0
+    assert capsys.readouterr().out.split() == [str(run / CURVES_FILE), str(run / "experts.png")]
+    assert (run / "experts.png").read_bytes().startswith(PNG)

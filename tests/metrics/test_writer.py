@@ -135,3 +135,42 @@ def test_the_other_ranks_print_nothing(capsys: pytest.CaptureFixture[str]) -> No
         view.step_done(1)
         view.say("hello")
     assert capsys.readouterr().out == ""
+
+
+def counts_in(folder: Path) -> list[tuple[int, list[list[int]]]]:
+    lines = map(json.loads, (folder / "experts.jsonl").read_text().splitlines())
+    return [(line["step"], line["counts"]) for line in lines]
+
+
+def test_the_tokens_of_experts_are_written_ever_more_rarely(tmp_path: Path) -> None:
+    writer = MetricsWriter(tmp_path, start_step=0)
+    for step in range(10, 10_001, 10):
+        metrics = replace(ROW, step=step, moe_expert_load=1.5, moe_counts=((step, 1), (2, 3)))
+        writer.write(metrics)
+        writer.write(replace(metrics, valid_loss=2.0))  # the same step again
+    writer.close()
+    steps = [step for step, _ in counts_in(tmp_path)]
+    assert steps[:20] == [*range(10, 201, 10)]
+    assert len(steps) < 110
+    assert steps[-1] > 9500
+    assert counts_in(tmp_path)[0] == (10, [[10, 1], [2, 3]])
+    line = json.loads((tmp_path / METRICS_FILE).read_text().splitlines()[0])
+    assert line["moe_expert_load"] == 1.5
+    assert "moe_counts" not in line
+    dense = tmp_path / "dense"
+    dense.mkdir()
+    written(dense, [1, 2])
+    assert not (dense / "experts.jsonl").exists()
+
+
+def test_a_resumed_run_writes_the_tokens_of_experts_again(tmp_path: Path) -> None:
+    for start, last in ((0, 300), (200, 400)):
+        writer = MetricsWriter(tmp_path, start_step=start)
+        for step in range(start + 10, last + 1, 10):
+            writer.write(replace(ROW, step=step, moe_counts=((start, 1),)))
+        writer.close()
+    found = counts_in(tmp_path)
+    assert [counts[0][0] for step, counts in found if step <= 200] == [0] * 20
+    later = [step for step, counts in found if counts[0][0] == 200]
+    assert later == [210, 230, 250, 270, 290, 310, 330, 350, 370, 390]
+    assert (tmp_path / "experts-step-200.jsonl").exists()

@@ -20,7 +20,7 @@ from cp_megatron.families.refusals import ADAPTER_SERVES
 from cp_megatron.model import huggingface
 from cp_megatron.model.huggingface import attention_interface, check_model
 from tests.model import family_table
-from tests.model.family_table import causal_families, outcome_of, try_family
+from tests.model.family_table import causal_families, outcome_of, sharded_row, try_family, whole_row
 from tests.model.test_huggingface import SIZES, make_rows
 from tests.ranks import run_ranks
 
@@ -49,6 +49,9 @@ FAMILIES: Mapping[str, tuple[str, str]] = {
     "gpt_oss": ("GptOssForCausalLM", ""),
     "gemma2": ("Gemma2ForCausalLM", ""),
     "deepseek_v3": ("DeepseekV3ForCausalLM", ""),
+    "qwen3_moe": ("Qwen3MoeForCausalLM", ""),
+    "mixtral": ("MixtralForCausalLM", ""),
+    "olmoe": ("OlmoeForCausalLM", ""),
 }
 
 
@@ -367,3 +370,63 @@ def test_a_mask_can_be_copied_and_compared() -> None:
     assert deepcopy(mask) == pickle.loads(pickle.dumps(mask)) == mask
     assert not isinstance(mask, Tensor)
     assert mask is not None
+
+
+# ---- mixtures of experts -------------------------------------------------------------------------
+
+
+ROUTED = {"qwen3_moe": "Qwen3MoeForCausalLM", "granitemoehybrid": "GraniteMoeHybridForCausalLM"}
+
+
+def answers_on_router_losses(rank: int, world_size: int) -> dict[str, str]:
+    """A router's loss that the config or the call requests, before the check and after it.
+
+    Granite's hybrid has layers with states alone, so that no attention hears of the request.
+    """
+    huggingface.register()
+    batch = huggingface.shard_batch(dist.group.WORLD, **make_rows(((24,),)))
+    answers = {}
+    for family, name in ROUTED.items():
+        model = family_table.build(family, name, "cp_megatron")
+        answers[f"{family}, off"] = refusal(lambda model=model: model(**batch))  # type: ignore[misc]
+        answers[f"{family}, call"] = refusal(
+            lambda model=model: model(**batch, output_router_logits=True)  # type: ignore[misc]
+        )
+        model.config.output_router_logits = True
+        answers[f"{family}, config"] = refusal(lambda model=model: model(**batch))  # type: ignore[misc]
+        asked = family_table.build(family, name, "cp_megatron")
+        asked.config.output_router_logits = True
+        answers[f"{family}, check"] = refusal(lambda asked=asked: huggingface.check(asked))  # type: ignore[misc]
+    return answers
+
+
+@needs_transformers
+def test_the_loss_of_routers_is_refused_wherever_it_is_requested() -> None:
+    for answers in run_ranks(answers_on_router_losses, 2, timeout=200):
+        assert len(answers) == 8
+        for name, answer in answers.items():
+            start = "" if name.endswith("off") else "output_router_logits True: is not supported"
+            assert answer.startswith(start), (name, answer)
+            assert bool(answer) == bool(start), (name, answer)
+
+
+def errors_of_experts(rank: int, world_size: int) -> dict[str, float]:
+    """The largest of logits and gradients in float32, by how transformers computes the experts."""
+    huggingface.register()
+    errors = {}
+    for way in ("eager", "batched_mm", "grouped_mm"):
+        sharded, whole = (
+            family_table.build("qwen3_moe", ROUTED["qwen3_moe"], attention).float()
+            for attention in ("cp_megatron", "eager")
+        )
+        sharded.set_experts_implementation(way)
+        row = family_table.ROWS["seven packed"]
+        found, expected = sharded_row(sharded, row), whole_row(whole, row)
+        errors[way] = family_table.error_of(found, expected)
+    return errors
+
+
+@needs_transformers
+def test_experts_are_exact_in_every_way_that_transformers_has() -> None:
+    for errors in run_ranks(errors_of_experts, 2, timeout=200):
+        assert max(errors.values()) < 1e-5, errors

@@ -87,7 +87,10 @@ _QWEN3_5_9B = _large(
     ),
 )
 
-# As many active parameters as the toy: 2 of 8 experts of half its width.
+# As many active parameters as the toy: a shared expert of half its width, and 2 of 16 experts that
+# have a quarter each. The shared expert computes what tokens have in common while the router still
+# sends almost all of them to the same experts. The factor makes the sum of two experts, whose
+# weights sum to 1, as large as that of a dense MLP.
 _TOY_MOE = _toy(
     preset="toy-moe",
     model=_llama(
@@ -95,10 +98,12 @@ _TOY_MOE = _toy(
         hidden_size=192,
         num_attention_heads=4,
         num_query_groups=2,
-        num_experts=8,
+        num_experts=16,
         moe_router_topk=2,
-        moe_ffn_hidden_size=256,
-        moe_aux_loss_coeff=1e-2,
+        moe_ffn_hidden_size=128,
+        moe_shared_expert_intermediate_size=256,
+        moe_router_topk_scaling_factor=2.0,
+        moe_aux_loss_coeff=2e-2,
     ),
 )
 # Qwen3-30B-A3B (Yang et al. 2025, arXiv:2505.09388): 128 experts, of which a token has 8.

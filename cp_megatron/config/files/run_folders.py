@@ -22,6 +22,8 @@ CONFIG_FILE = "config.yaml"
 """The file in a run's folder that holds its configuration."""
 METRICS_FILE = "metrics.jsonl"
 """The file in a run's folder with one line per logged step."""
+EXPERTS_FILE = "experts.jsonl"
+"""The file in a run's folder with the tokens of every expert, for some of the logged steps."""
 STEP_FOLDER = re.compile(r"step-(0|[1-9][0-9]*)")
 """The name of a finished checkpoint."""
 

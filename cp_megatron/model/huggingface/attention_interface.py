@@ -17,6 +17,11 @@ from cp_megatron.errors import ConfigError
 from cp_megatron.model.huggingface.batch_plan import BatchPlan, refuse_padding
 from cp_megatron.model.huggingface.unseen_models import VOUCHED
 
+ROUTER_LOSS: Mapping[str, str] = {
+    "output_router_logits": "False; transformers would balance the experts over the tokens of each "
+    "rank alone, but launch/pretrain.py balances whole rows"
+}
+"""What adds the router's loss to a model's own, and what works instead."""
 # Arguments of attention that would change the result, and what to use instead.
 _UNSUPPORTED: Mapping[str, str] = {
     "head_mask": "no head_mask",
@@ -27,7 +32,7 @@ _UNSUPPORTED: Mapping[str, str] = {
     "cu_seq_lens_k": "documents given by position_ids",
     "cache": "training, without a cache",
     "output_attentions": "attn_implementation='eager' on one rank",
-    "output_router_logits": "the router's loss added by hand, because it is not a sum over tokens",
+    **ROUTER_LOSS,
 }
 
 

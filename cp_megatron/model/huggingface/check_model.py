@@ -19,7 +19,12 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from cp_megatron.errors import ConfigError
-from cp_megatron.model.huggingface.attention_interface import attention, wanted_mask
+from cp_megatron.model.huggingface.attention_interface import (
+    ROUTER_LOSS,
+    attention,
+    refuse_unsupported,
+    wanted_mask,
+)
 from cp_megatron.model.huggingface.batch_plan import BatchPlan
 from cp_megatron.model.huggingface.keyword_hooks import hand_down, tell_base
 from cp_megatron.model.huggingface.probe import (
@@ -105,6 +110,7 @@ def check_call(model: Any, args: Any, kwargs: Mapping[str, Any]) -> None:
     plan = kwargs.get("context_parallel")
     if not isinstance(plan, BatchPlan) or isinstance(plan, ProbePlan):
         return
+    _refuse_router_loss(model, kwargs)
     check(model, loss=kwargs.get("labels") is not None)
     tell_base(model, plan)
     if not any(map(_uses_engine, parts_of(model.config))):
@@ -112,6 +118,15 @@ def check_call(model: Any, args: Any, kwargs: Mapping[str, Any]) -> None:
         rule = f"of {_own_class(model).__name__} attends to the tokens of one rank only"
         works = "model.set_attn_implementation('cp_megatron')"
         raise ConfigError("attn_implementation", name, rule, works)
+
+
+def _refuse_router_loss(model: Any, kwargs: Mapping[str, Any]) -> None:
+    """Refuses the loss by which transformers balances experts: its mean is over a rank's tokens.
+
+    A config may request it at any time. Layers that carry states do not tell the attention.
+    """
+    for config in parts_of(model.config):
+        refuse_unsupported(ROUTER_LOSS, kwargs, config)
 
 
 def _uses_engine(config: Any) -> bool:
@@ -179,6 +194,7 @@ def _refuse_by_name(model: Any, hooked: frozenset[str]) -> None:
         if getattr(config, field, 0):
             rule = f"of {name} skips layers by each rank's own random numbers"
             raise ConfigError(field, getattr(config, field), rule, "0.0")
+    _refuse_router_loss(model, {})
     refuse_other_mixers(config.get_text_config(), hooked)
     parameters = inspect.signature(_own_class(model).forward).parameters
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
