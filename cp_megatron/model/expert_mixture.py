@@ -33,7 +33,7 @@ from cp_megatron.model.mlp import MLP
 from cp_megatron.model.routing import RouterChoice, route
 from cp_megatron.model.row_counts import RowCounts, TokenRows
 from cp_megatron.spec import ExpertMixtureSpec, RouterSpec, RoutingSpec
-from cp_megatron.tensor_parallel import SpecifiedModule, TensorParallel
+from cp_megatron.tensor_parallel import SpecifiedModule, TensorParallel, products
 
 
 class Mixed(NamedTuple):
@@ -203,5 +203,6 @@ class ExpertMixture(nn.Module):
         if self.shared is None:
             return None
         tp = self.memory.tp
-        added = tp.leave(self.shared(self.memory.entered(x)), self.shared.down.local_bias())
+        added = self.shared(*products(self.memory.entered(x), *self.shared.inputs))
+        added = tp.leave(added, self.shared.down.local_bias())
         return added if self.shared_gate is None else added * self.shared_gate(x)

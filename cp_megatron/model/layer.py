@@ -34,7 +34,7 @@ from cp_megatron.model.rope import Rotation
 from cp_megatron.model.row_counts import TokenRows
 from cp_megatron.model.self_attention import SelfAttention
 from cp_megatron.spec import ExpertMixtureSpec, LatentAttentionSpec, LayerSpec, NormSpec
-from cp_megatron.tensor_parallel import LocalWeights
+from cp_megatron.tensor_parallel import LocalWeights, products
 
 
 class TransformerLayer(nn.Module):
@@ -181,5 +181,6 @@ class TransformerLayer(nn.Module):
     def _feed_normalized(self, h: Tensor, gradient_only: bool) -> Tensor:
         """What the MLP reads -> what it adds to the residual stream."""
         assert isinstance(self.mlp, MLP)
-        h = self.mlp(self.memory.entered(h), gradient_only)
+        factors = products(self.memory.entered(h), *self.mlp.inputs)
+        h = self.mlp(*factors, gradient_only=gradient_only)
         return self.tp.leave(h, self.mlp.down.local_bias(), gradient_only=gradient_only)

@@ -1,6 +1,7 @@
 """The feed-forward block: two or three linears around an activation.
 
-The layer lets its input enter tensor parallelism, and its output leave.
+It sends no messages and knows no group: the layer lets its input enter tensor parallelism, and its
+output leave.
 
 Shapes: b batch, s sequence of one context parallel rank, h hidden, f ffn.
 """
@@ -13,10 +14,8 @@ from cp_megatron.kernels.gated import GatedFunction, activate, gated
 from cp_megatron.spec import MLPSpec
 from cp_megatron.tensor_parallel import (
     ColumnParallelLinear,
-    Entered,
     RowParallelLinear,
     TensorParallel,
-    products,
 )
 
 
@@ -30,16 +29,21 @@ class MLP(nn.Module):
         self.down = RowParallelLinear(spec.down, tp=tp)
         self.function = GatedFunction(spec.activation, spec.clamp, spec.offset)
 
-    def forward(self, x: Entered, gradient_only: bool = False) -> Tensor:
-        """[b, s, h] -> this rank's summand [b, s, h] of what is added to the residual stream.
+    @property
+    def inputs(self) -> tuple[ColumnParallelLinear, ...]:
+        """The layers that read the residual stream; ``products`` gives what they compute."""
+        return (self.up,) if self.gate is None else (self.gate, self.up)
+
+    def forward(self, *factors: Tensor, gradient_only: bool = False) -> Tensor:
+        """The products of ``inputs``, [b, s, f/tp] each -> this rank's summand [b, s, h] of what is
+        added to the residual stream.
 
         ``gradient_only`` is described in ``RowParallelLinear``.
         """
-        layers = (self.up,) if self.gate is None else (self.gate, self.up)
-        return self.down(self.activated(*products(x, *layers)), gradient_only)
+        return self.down(self.activated(*factors), gradient_only)
 
     def activated(self, *factors: Tensor) -> Tensor:
-        """What ``up`` computes, or ``gate`` and ``up``, [b, s, f/tp] -> what ``down`` reads."""
+        """The same -> what ``down`` reads, [b, s, f/tp]."""
         if len(factors) == 1:
             return activate(factors[0], self.function.activation)
         gate, up = factors
