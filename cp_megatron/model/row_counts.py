@@ -46,6 +46,11 @@ class TokenRows:
         numbers = torch.where(numbers < 0, numbers, numbers + firsts)  # [s] -> [b, s]
         return cls(numbers=numbers, num_rows=lines * per_line)
 
+    @property
+    def num_counted(self) -> int:
+        """The tokens that are not padding."""
+        return int((self.numbers >= 0).sum())
+
     def joined(self) -> TokenRows:
         """All rows as one."""
         return TokenRows(numbers=self.numbers.clamp(max=0), num_rows=1)

@@ -208,8 +208,8 @@ def rounded(rank: int, world_size: int, case: Case) -> tuple[float, float, dict[
     tokens = torch.arange(16).repeat(4, 1)
     rows = TokenRows.of(cp.positions, 4, 16)
     shard = cp.shard(tokens, 1)
-    trained, losses, _ = model(shard, cp=cp, labels=shard, rows=rows)
-    trained.backward()
+    trained, losses, report = model(shard, cp=cp, labels=shard, rows=rows)
+    (trained + report.terms.sum()).backward()
     total = losses.sum(dtype=torch.float64)
     if groups.grid.world_size > 1:
         torch.distributed.all_reduce(total, group=groups.dp_cp)
