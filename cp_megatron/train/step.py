@@ -157,8 +157,8 @@ class TrainStep:
         if not self._has_experts:
             return None
         lines, length = batch.tokens.shape
-        length -= batch.padding
-        rows = TokenRows.of(cp.positions, lines, length, row_length=batch.row_length)
+        shape = lines, length - batch.padding
+        rows = TokenRows.of(cp.positions, *shape, row_length=batch.row_length, tails=batch.tails)
         return replace(rows, numbers=pinned(rows.numbers, self.device))
 
     def announce(
