@@ -6,8 +6,8 @@ in DeepSeek-V3, arXiv:2412.19437, equations 17 to 20)::
     E / K  sum_e f_e P_e,    f_e = (tokens that chose e) / T,    P_e = (sum_t p_te) / T
 
 which is 1 if all experts are equally used. A row counts T times, so that the sum over rows, divided
-by the number of all tokens, is their mean. Tokens are told apart by a number per token, that of
-their row; a token that does not count, padding for example, has ``UNCOUNTED``.
+by the number of counted tokens, is their mean. A token counts whether it has a label or not; its
+number is that of its row. Padding does not count, and has ``UNCOUNTED``.
 
 Every rank holds some tokens of a row. The counts f must be those of the whole row, so they are
 summed over ranks, as integers, before they are used here. The result is the summand of the tokens

@@ -42,7 +42,7 @@ class Mixed(NamedTuple):
     Attributes:
         stream: [b, r, h].
         terms: [2], this rank's summands of what the imbalance and the z-loss add to the loss that
-            is trained; None if the tokens' rows are not given.
+            is trained, at least in the type of sums; None if the tokens' rows are not given.
         counts: int64 [E], how many of this rank's tokens chose each expert; None likewise.
     """
 
@@ -189,15 +189,15 @@ class ExpertMixture(nn.Module):
         return counts.sum(0), RowCounts(rows.numbers, read, self.parallel.row_group)
 
     def _terms(self, logits: Tensor, choice: RouterChoice, rows: RowCounts) -> Tensor:
-        balance, aux = self.spec.balance, logits.new_zeros(())
-        z = aux
+        balance, dtype = self.spec.balance, accumulation_dtype(logits.dtype)
+        aux = z = logits.new_zeros((), dtype=dtype)
         if balance.measures:
             topk = self.spec.routing.topk
             unequal = imbalance(choice.probabilities, rows.numbers, rows.whole(), topk)
             aux = balance.coefficient * unequal
         if balance.z_coefficient:
-            z = balance.z_coefficient * squared_logsumexp(logits, rows.numbers)
-        return torch.stack([aux.to(logits.dtype), z])
+            z = balance.z_coefficient * squared_logsumexp(logits.to(dtype), rows.numbers)
+        return torch.stack([aux, z])
 
     def _shared(self, x: Tensor) -> Tensor | None:
         if self.shared is None:

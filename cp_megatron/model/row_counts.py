@@ -6,6 +6,7 @@ batch, E experts.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from cp_megatron.model.balance import row_numbers
+from cp_megatron.model.balance import UNCOUNTED, row_numbers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +31,15 @@ class TokenRows:
     num_rows: int
 
     @classmethod
-    def of(cls, positions: Tensor, lines: int, length: int, *, row_length: int = 0) -> TokenRows:
+    def of(
+        cls,
+        positions: Tensor,
+        lines: int,
+        length: int,
+        *,
+        row_length: int = 0,
+        tails: Sequence[int] = (),
+    ) -> TokenRows:
         """The rows of the tokens at the same positions of every line of a batch.
 
         Args:
@@ -38,13 +47,23 @@ class TokenRows:
             lines: b.
             length: tokens of a line without its padding, which follows them.
             row_length: tokens of a row, if rows are laid end to end in a line; 0: a line is a row.
+            tails: the tokens at the end of each of the R rows that do not count; empty: none.
         """
         row_length = row_length or length
         per_line = length // row_length
         numbers = row_numbers(positions, row_length, per_line)
         firsts = per_line * torch.arange(lines)[:, None]
         numbers = torch.where(numbers < 0, numbers, numbers + firsts)  # [s] -> [b, s]
+        if any(tails):
+            ends = row_length - torch.tensor(tails)  # [R]
+            past = positions % row_length >= ends[numbers.clamp(min=0)]  # [b, s]
+            numbers = numbers.masked_fill(past, UNCOUNTED)
         return cls(numbers=numbers, num_rows=lines * per_line)
+
+    @property
+    def num_counted(self) -> int:
+        """The tokens that are not padding."""
+        return int((self.numbers >= 0).sum())
 
     def joined(self) -> TokenRows:
         """All rows as one."""

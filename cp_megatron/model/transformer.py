@@ -54,8 +54,8 @@ class ExpertReport(NamedTuple):
     """What this rank's experts did in one pass.
 
     Attributes:
-        terms: [2], without a gradient: what the imbalance and the z-loss added to the sum that is
-            trained, over all layers.
+        terms: [2], what the imbalance and the z-loss add to the loss, summed over all layers and
+            this rank's counted tokens; with a gradient.
         counts: int64 [layers with experts, E], how many tokens chose each expert.
     """
 
@@ -153,14 +153,14 @@ class Transformer(nn.Module):
             labels: int64 [b, s], -100 marks a token without a label. With labels the head returns
                 losses, and the logits of all tokens never exist.
             rule: how the losses are computed; None is the plain rule.
-            rows: the rows of ``x``, with labels in a model with experts. The sum to train then has
-                the terms that balance the experts.
+            rows: the rows of ``x``, with labels in a model with experts.
 
         Returns:
             Without labels, logits [b, s, v/tp] in the compute dtype, -inf for the vocabulary's
             padding; with labels, the sum to train and the tokens' losses [b, s], as in
-            ``vocab_parallel_fused_loss``, and with ``rows`` what the experts did; without a head,
-            the residual stream.
+            ``vocab_parallel_fused_loss``, and with ``rows`` what the experts did, whose terms are
+            not in that sum: it is divided by the number of labels, they by that of the counted
+            tokens. Without a head, the residual stream.
         """
         expected = self.config.attention_dropout if self.training else 0.0
         assert expected == (attention_dropout.probability if attention_dropout else 0.0)
@@ -192,7 +192,7 @@ class Transformer(nn.Module):
             return trained, losses
         terms = torch.stack([layer.terms for layer in mixed if layer.terms is not None]).sum(0)
         counts = torch.stack([layer.counts for layer in mixed if layer.counts is not None])
-        return trained + terms.sum(), losses, ExpertReport(terms.detach(), counts)
+        return trained, losses, ExpertReport(terms, counts)
 
     def _own(self, rows: TokenRows) -> TokenRows:
         """The rows of the tokens of this rank's residual stream, [b, s] -> [b * r]."""

@@ -22,6 +22,7 @@ class Announcement:
     """What is known about a global batch before it is trained on; the same on every rank."""
 
     num_tokens: int  # tokens that have a label
+    num_counted: int  # tokens that balance experts, with a label or without; 0 without experts
     num_pairs: float  # as in ``Shard``, but over the whole global batch
     wish: int  # the largest wish to stop, as in ``Stopping``
     waited: float  # seconds that this rank waited for the others
@@ -30,6 +31,7 @@ class Announcement:
 def announce(
     digests: Sequence[int],
     num_tokens: int,
+    num_counted: int,
     num_pairs: float,
     groups: ParallelGroups,
     control: dist.ProcessGroup,
@@ -40,7 +42,7 @@ def announce(
 
     Args:
         digests: of the rows of each micro batch, as in ``Shard``.
-        num_tokens, num_pairs: of this rank's part of them.
+        num_tokens, num_counted, num_pairs: of this rank's part of them.
         groups: this rank's groups.
         control: a group of all ranks for CPU tensors.
         wish: this rank's wish to stop.
@@ -50,11 +52,17 @@ def announce(
     """
     arrived = time.perf_counter()
     # Tensor parallel ranks share their tokens and have the same counts: the first one's are added.
-    counts = (num_tokens, num_pairs) if groups.coordinates.tp == 0 else (0, 0)
+    counts = (num_tokens, num_counted, num_pairs)
+    if groups.coordinates.tp > 0:
+        counts = (0, 0, 0.0)
     told = gather_numbers((fold(digests), *counts, wish), control)
-    folded, tokens, pairs, wishes = zip(*told)
+    folded, tokens, counted, pairs, wishes = zip(*told)
     waited = time.perf_counter() - arrived
     check_same_rows(folded, groups.grid)
     return Announcement(
-        num_tokens=int(sum(tokens)), num_pairs=sum(pairs), wish=int(max(wishes)), waited=waited
+        num_tokens=int(sum(tokens)),
+        num_counted=int(sum(counted)),
+        num_pairs=sum(pairs),
+        wish=int(max(wishes)),
+        waited=waited,
     )

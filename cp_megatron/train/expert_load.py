@@ -21,7 +21,7 @@ class ExpertLoads:
 
     Attributes:
         aux_loss, z_loss: what the imbalance and the squared log-sum-exp of the router's logits
-            added to the loss that was trained, per token.
+            added to the loss that was trained: sums divided by the number of counted tokens.
         counts: how many tokens each expert computed, by layer that has experts.
         num_ranks: ranks that share the experts.
     """

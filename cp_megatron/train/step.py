@@ -4,7 +4,8 @@ Shapes: b = rows of a micro batch, S = tokens of a row, N = context parallel ran
 
 On every grid, the loss is the sum of the token losses of the whole global batch, divided by the
 number of its tokens that have a label. Both are summed over dp x cp, and so are the gradients,
-which are never averaged. A rank whose tokens are all masked adds 0.
+which are never averaged. A rank whose tokens are all masked adds 0. The terms that balance experts
+depend on no label: their sum is divided by the number of all tokens that are not padding.
 
 ``step`` is the number of a training step, counted from 1: step N is being made until it is applied,
 and afterwards N steps are finished.
@@ -156,8 +157,8 @@ class TrainStep:
         if not self._has_experts:
             return None
         lines, length = batch.tokens.shape
-        length -= batch.padding
-        rows = TokenRows.of(cp.positions, lines, length, row_length=batch.row_length)
+        shape = lines, length - batch.padding
+        rows = TokenRows.of(cp.positions, *shape, row_length=batch.row_length, tails=batch.tails)
         return replace(rows, numbers=pinned(rows.numbers, self.device))
 
     def announce(
@@ -175,6 +176,7 @@ class TrainStep:
         return announce(
             [shard.digest for shard in shards],
             sum(shard.num_valid for shard in shards),
+            sum(shard.rows.num_counted for shard in shards if shard.rows),
             sum(shard.num_pairs for shard in shards),
             self.groups,
             self._control,
@@ -204,10 +206,9 @@ class TrainStep:
         """
         faults = faults or Faults()
         self.model.train()
-        num_tokens = max(announcement.num_tokens, 1)
-        total, report = self._backward(shards, num_tokens, step, faults)
+        total, report = self._backward(shards, announcement, step, faults)
         with traced("gradient norm"):
-            loss, norm, report = self._loss_and_norm(total, report, num_tokens)
+            loss, norm, report = self._loss_and_norm(total, report, announcement)
         accepted = None if accept is None else accept(loss, norm)
         num_zeros = self._update(lr, norm, accepted, report)
         self.optimizer.zero_grad()
@@ -239,7 +240,7 @@ class TrainStep:
         return launched.result()
 
     def _backward(
-        self, shards: Sequence[Shard], num_tokens: int, step: int, faults: Faults
+        self, shards: Sequence[Shard], announcement: Announcement, step: int, faults: Faults
     ) -> tuple[Tensor, ExpertReport | None]:
         """Adds the gradients of the micro batches; returns the sums of this rank's losses, [], and
         of what its experts did, if there are some."""
@@ -247,6 +248,10 @@ class TrainStep:
         for microbatch, shard in enumerate(shards):
             self._seed_dropout(step, microbatch)
             objective, losses, *report = self._forward(shard, shard.rows)
+            objective = objective / max(announcement.num_tokens, 1)
+            for terms, counts in report:
+                objective = objective + terms.sum() / max(announcement.num_counted, 1)
+                reports.append(ExpertReport(terms.detach(), counts))
             if faults.mine:
                 faults.before_backward(step)
                 factor = faults.factor(step)
@@ -254,9 +259,8 @@ class TrainStep:
                 if faults.has("raise", step):
                     objective.register_hook(faults.raises)
             with traced("backward"):
-                (objective / num_tokens).backward()
+                objective.backward()
             total += losses.sum(dtype=torch.float64)
-            reports += report
         return total, summed(reports)
 
     @torch.no_grad()
@@ -290,15 +294,12 @@ class TrainStep:
         return bool(finite.item())
 
     def losses(self, shard: Shard) -> tuple[Tensor, Tensor]:
-        """The objective, [], and the losses of this rank's tokens, [b, S / N]; 0 without label.
-
-        The objective is without the terms that balance experts.
-        """
+        """The objective, [], and the losses of this rank's tokens, [b, S / N]; 0 without label."""
         objective, losses = self._forward(shard, None)
         return objective, losses
 
     def _forward(self, shard: Shard, rows: TokenRows | None) -> tuple[Any, ...]:
-        """``losses``; with the rows of the tokens, with those terms and an ``ExpertReport``."""
+        """``losses``; with the rows of the tokens, an ``ExpertReport`` as well."""
         tokens, labels = (to_device(x, self.device) for x in (shard.tokens, shard.labels))
         if rows is not None:
             rows = replace(rows, numbers=to_device(rows.numbers, self.device))
@@ -315,13 +316,13 @@ class TrainStep:
         return found
 
     def _loss_and_norm(
-        self, total: Tensor, report: ExpertReport | None, num_tokens: int
+        self, total: Tensor, report: ExpertReport | None, announcement: Announcement
     ) -> tuple[Tensor, Tensor, ExpertReport | None]:
         """The mean loss of the tokens of all ranks, and the global norm of the gradients; [], [].
 
         The loss is NaN if that of any rank is not finite. What experts did is summed over ranks,
-        and its terms divided by the number of tokens. All of it takes one message: the counts are
-        exact in float64.
+        and its terms divided by the number of counted tokens. All of it takes one message: the
+        counts are exact in float64.
         """
         share = total if self.groups.coordinates.tp == 0 else torch.zeros_like(total)
         squares = squared_norms(self._gradients(), self.groups.world, self.device)
@@ -334,8 +335,10 @@ class TrainStep:
         norm = torch.linalg.vector_norm(squared.to(squares.dtype).sqrt())
         if report is not None:
             terms, counts = found
-            report = ExpertReport(terms / num_tokens, counts.long().view_as(report.counts))
-        return (loss / num_tokens).masked_fill(num_broken > 0, math.nan), norm, report
+            terms = terms / max(announcement.num_counted, 1)
+            report = ExpertReport(terms, counts.long().view_as(report.counts))
+        loss = loss / max(announcement.num_tokens, 1)
+        return loss.masked_fill(num_broken > 0, math.nan), norm, report
 
     def _gradients(self) -> list[Tensor]:
         return [p.grad for p in self.model.parameters() if p.grad is not None]

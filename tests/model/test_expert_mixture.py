@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -208,8 +208,8 @@ def rounded(rank: int, world_size: int, case: Case) -> tuple[float, float, dict[
     tokens = torch.arange(16).repeat(4, 1)
     rows = TokenRows.of(cp.positions, 4, 16)
     shard = cp.shard(tokens, 1)
-    trained, losses, _ = model(shard, cp=cp, labels=shard, rows=rows)
-    trained.backward()
+    trained, losses, report = model(shard, cp=cp, labels=shard, rows=rows)
+    (trained + report.terms.sum()).backward()
     total = losses.sum(dtype=torch.float64)
     if groups.grid.world_size > 1:
         torch.distributed.all_reduce(total, group=groups.dp_cp)
@@ -231,3 +231,18 @@ def test_bfloat16_routes_in_float32(style: str) -> None:
         assert seen == {"input": torch.bfloat16, "logits": torch.float32}
         assert loss == pytest.approx(exact[0], rel=0.02)
         assert norm == pytest.approx(exact[1], rel=0.1)
+
+
+def test_terms_are_summed_in_the_type_of_sums() -> None:
+    def terms(dtype: torch.dtype, router: Literal["fp32", "model"]) -> Tensor:
+        mixture = mixture_of(replace(MODEL, moe_router_dtype=router)).to(dtype)
+        tokens = torch.randn(1, 512, 16, generator=torch.Generator()) / 2
+        rows = TokenRows(numbers=torch.zeros(512, dtype=torch.int64), num_rows=1)
+        found = mixture(tokens.to(dtype), rows, None).terms
+        assert found is not None
+        return found.detach()
+
+    exact, found = terms(torch.float32, "fp32"), terms(torch.bfloat16, "model")
+    assert found.dtype == torch.float32
+    assert torch.allclose(found, exact, rtol=2e-3)
+    assert not torch.equal(found, found.bfloat16())

@@ -33,6 +33,8 @@ class Batch:
         first_row: the number of the first row in the run.
         row_length: S if documents are masked and the rows are laid end to end, else 0.
         padding: tokens at the end of each row of ``tokens`` that belong to no row of the run.
+        tails: for each of the m rows of the run, the tokens at its end that are no data; empty if
+            there are none.
     """
 
     tokens: Tensor
@@ -41,6 +43,7 @@ class Batch:
     first_row: int
     row_length: int
     padding: int = 0
+    tails: tuple[int, ...] = ()
 
 
 def microbatches(
@@ -101,6 +104,7 @@ def microbatches(
             first_row=start,
             row_length=rows.seq_length if document_mask else 0,
             padding=padding,
+            tails=tuple(row.tail for row in chosen),
         )
 
 

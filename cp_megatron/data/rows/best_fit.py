@@ -163,7 +163,10 @@ class PackedRows:
                 targets = np.where(data.loss[start + 1 : stop + cut], targets, IGNORED)
             labels[place : place + len(targets)] = targets
             place += length
-        if place < self.seq_length:
-            lengths.append(self.seq_length - place)
+        tail = self.seq_length - place
+        if tail:
+            lengths.append(tail)
         none, whole = np.empty(0, dtype=np.int64), tuple(lengths)
-        return TokenRow(inputs=inputs, labels=labels, document_lengths=whole, crossing=none)
+        return TokenRow(
+            inputs=inputs, labels=labels, document_lengths=whole, crossing=none, tail=tail
+        )

@@ -33,12 +33,14 @@ class TokenRow:
             cut the first and the last document.
         crossing: int64 [k], the places in ``inputs`` whose label belongs to the next document. They
             have no label if documents are masked.
+        tail: the tokens at the end of ``inputs`` that are no data; its last document.
     """
 
     inputs: npt.NDArray[np.int64]
     labels: npt.NDArray[np.int64]
     document_lengths: tuple[int, ...]
     crossing: npt.NDArray[np.int64]
+    tail: int = 0
 
 
 class RowSource(Protocol):
