@@ -26,6 +26,7 @@ from cp_megatron.config.schema.ranges import LARGEST_SIZE
 from cp_megatron.data.tokenize.open_tokenizer import tokenizer_of
 from cp_megatron.errors import ConfigError
 from cp_megatron.evaluate.needle import Encode, Haystack, Kind, Task, make_task
+from cp_megatron.families.mixture import BALANCE_FIELDS
 from cp_megatron.families.rope_fields import ROPE_FIELDS
 from cp_megatron.metrics.plots import require_matplotlib
 from cp_megatron.preflight.check import check
@@ -44,6 +45,7 @@ _UNREAD_ELSEWHERE = frozenset(
         "kernel_benchmark",
         *("train_data_path", "valid_data_path", "test_data_path", "packing", "sft"),
         *("hidden_dropout", "attention_dropout"),
+        *(BALANCE_FIELDS - {"moe_router_dtype"}),
     }
 )
 """Settings of other sections that an evaluation does not read."""

@@ -117,6 +117,7 @@ def planned(folder: Path, *argv: str) -> EvaluationSetup:
         (["--sequence-parallel"], "--sequence-parallel: has no effect"),
         (["--compile"], "--compile: has no effect"),
         (["--kernel-benchmark"], "--kernel-benchmark: has no effect"),
+        (["--moe-aux-loss-coeff", "1"], "--moe-aux-loss-coeff: has no effect on an evaluation"),
         (["--hidden-size", "64"], "is of another model"),
         (["--dtype", "float64"], "--dtype float64: the checkpoint's weights are float32"),
         (["--context-parallel-size", "2"], "torchrun --nproc-per-node 2"),
