@@ -49,6 +49,19 @@ def check_experts(config: Config, given: frozenset[str]) -> None:
     mistakes.raise_any()
 
 
+def expert_notes(model: ModelConfig, given: frozenset[str]) -> tuple[str, ...]:
+    """Notes for the start table.
+
+    Args:
+        model: the model, which passed ``check_experts``.
+        given: the flags that the user typed, with their dashes.
+    """
+    dense = len(model.expert_layers) < model.num_layers
+    if dense or model.moe_ffn_hidden_size is None or "--ffn-hidden-size" not in given:
+        return ()
+    return ("--ffn-hidden-size has no effect: every layer has experts instead of a dense MLP",)
+
+
 def _layers(model: ModelConfig) -> Iterator[ConfigError]:
     """The mistakes about which layers have experts."""
     flag, layers = "--moe-layers", model.moe_layers

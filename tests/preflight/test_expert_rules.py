@@ -178,6 +178,24 @@ def test_a_dense_width_that_no_layer_has_need_not_be_divisible() -> None:
     assert refusal(words).flag == "--ffn-hidden-size"
 
 
+def test_a_dense_width_without_effect_is_noted() -> None:
+    words, told = f"{EXPERTS} --ffn-hidden-size 64", "--ffn-hidden-size has no effect"
+    assert any(told in note for note in planned(f"{words} --moe-ffn-hidden-size 32").notes)
+    for other in (words, f"{words} --moe-ffn-hidden-size 32 --moe-layers 1", EXPERTS):
+        assert not any(told in note for note in planned(other).notes)
+
+
+@pytest.mark.parametrize(
+    ("flag", "most"),
+    [("moe-aux-loss-coeff", 1000), ("moe-z-loss-coeff", 1000), ("moe-router-bias-update-rate", 1)],
+)
+def test_factors_are_bounded(flag: str, most: int) -> None:
+    words = f"{SIGMOID} --moe-router-enable-expert-bias --{flag}"
+    planned(f"{words} {most}")
+    with pytest.raises(ConfigError, match=f"at most {most}"):
+        planned(f"{words} {most + 1}")
+
+
 def test_one_gate_has_one_function() -> None:
     gates = ("--swiglu", "--geglu", "--quick-geglu")
     for first, second in pairwise(gates):

@@ -148,6 +148,7 @@ def test_the_table_of_a_mixture_of_experts() -> None:
     for part in (
         "4 ranks = dp 4 x cp 1 x tp 1, experts over ep 4",
         "positions 0-1023   experts 4-5",
+        "sharded over dp x cp; experts over ep, then over all other ranks)",
         "8 experts of 256, 2 a token, a shared one of 64, in 1 of 2 layers",
         "routed by sigmoid with sum 1, seq_aux_loss x 0.01, biases moved by 0.001 a step",
         "SwiGLU 512",
