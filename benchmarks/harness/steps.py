@@ -114,7 +114,8 @@ class OurStep:
             data=DataConfig(seq_length=job.tokens),
             memory=job.memory,
         )
-        groups = ParallelGroups.create(job.grid, job.device)
+        has_experts = bool(job.model.expert_layers)
+        groups = ParallelGroups.create(job.grid, job.device, has_experts=has_experts)
         dtype: ComputeDType = "bfloat16" if job.device == "cuda" else "float32"
         # On a GPU, drawing a billion numbers on the CPU, as a run does, would take a minute.
         draws = job.device == "cuda"

@@ -26,6 +26,7 @@ from cp_megatron.config.schema.ranges import LARGEST_SIZE
 from cp_megatron.data.tokenize.open_tokenizer import tokenizer_of
 from cp_megatron.errors import ConfigError
 from cp_megatron.evaluate.needle import Encode, Haystack, Kind, Task, make_task
+from cp_megatron.families.mixture import BALANCE_FIELDS
 from cp_megatron.families.rope_fields import ROPE_FIELDS
 from cp_megatron.metrics.plots import require_matplotlib
 from cp_megatron.preflight.check import check
@@ -44,6 +45,7 @@ _UNREAD_ELSEWHERE = frozenset(
         "kernel_benchmark",
         *("train_data_path", "valid_data_path", "test_data_path", "packing", "sft"),
         *("hidden_dropout", "attention_dropout"),
+        *(BALANCE_FIELDS - {"moe_router_dtype"}),
     }
 )
 """Settings of other sections that an evaluation does not read."""
@@ -107,9 +109,9 @@ def check_evaluation(
     """
     options = _checked_options(options, given)
     plot = _draws_pictures(config, options, given)
-    _refuse_training_flags(given)
+    _refuse_training_flags(config, given)
     _check_sources(config, options, given)
-    config = _without_training(config, options.lengths[-1])
+    config = _without_training(config, options.lengths[-1], given)
     check_run = partial(
         check,
         launch=launch,
@@ -216,8 +218,10 @@ def _is_unread(row: Setting) -> bool:
     return row.name in _UNREAD_ELSEWHERE
 
 
-def _refuse_training_flags(given: frozenset[str]) -> None:
+def _refuse_training_flags(config: Config, given: frozenset[str]) -> None:
     for row in settings().values():
+        if row.name == "sequence_parallel" and config.model.num_experts:
+            continue
         if row.flag in given and (_is_unread(row) or row.name == "init_method_std"):
             works = "--lengths" if row.name == "seq_length" else "leave it out"
             raise ConfigError(row.flag, "", "has no effect on an evaluation", works)
@@ -239,8 +243,10 @@ def _check_sources(config: Config, options: EvaluationOptions, given: frozenset[
         raise ConfigError("--data-path", "", rule, "--data-path with the text to read")
 
 
-def _without_training(config: Config, longest: int) -> Config:
+def _without_training(config: Config, longest: int, given: frozenset[str]) -> Config:
     """Resets what only training reads, so that the checks of a run do not judge it.
+
+    Experts need sequence parallelism, which is turned on for them unless the user chose.
 
     Raises:
         ConfigError: the model has learned fewer positions than the longest row has.
@@ -256,6 +262,11 @@ def _without_training(config: Config, longest: int) -> Config:
     values = {row.name: getattr(getattr(default, row.section), row.name) for row in unread}
     values |= {"micro_batch_size": 1, "pad_rows": True, "train_iters": LARGEST_SIZE}
     values |= {"eval_iters": 0, "plot": False, "max_position_embeddings": rows}
+    if model.num_experts:
+        parallel = config.parallel
+        chosen = parallel.sequence_parallel and "--sequence-parallel" in given
+        by_default = parallel.tensor_parallel_size > 1 and "--sequence-parallel" not in given
+        values["sequence_parallel"] = chosen or by_default
     return overlay(config, values)
 
 

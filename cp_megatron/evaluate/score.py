@@ -168,12 +168,15 @@ def _scoring_head(
     """Makes the model return [n, 2], loss and right guess of the tokens ``counted``.
 
     The scores are computed inside the model's forward pass, where FSDP has gathered the head.
+    ``counted`` are numbers of whole rows, so with sequence parallelism the rows are gathered here
+    and not by the head.
     """
     head = model.head
     assert head is not None
-    logits_of = head.forward
+    logits_of, split = head.forward, head.tp
 
     def forward(x: Tensor, tied_weight: Tensor | None = None) -> Tensor:
+        x = split.enter(x)  # [1, s/tp, h] -> [1, s, h]
         scores = [torch.zeros(0, 2, dtype=torch.float64, device=x.device)]
         for start in range(0, len(counted), PIECE):
             rows = slice(start, start + PIECE)
@@ -184,10 +187,12 @@ def _scoring_head(
         return torch.cat(scores)
 
     head.forward = forward  # type: ignore[assignment, method-assign]
+    head.tp = replace(split, sequence_parallel=False)
     try:
         yield
     finally:
         del head.forward
+        head.tp = split
 
 
 def vocab_parallel_argmax(logits: Tensor, group: ProcessGroup | None) -> Tensor:

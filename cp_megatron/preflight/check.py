@@ -30,7 +30,7 @@ from cp_megatron.plan import Grid
 from cp_megatron.plan.grid import AXES
 from cp_megatron.preflight import rules
 from cp_megatron.preflight.block_rules import check_blocks
-from cp_megatron.preflight.expert_rules import check_experts
+from cp_megatron.preflight.expert_rules import check_experts, expert_notes
 from cp_megatron.preflight.log_rules import check_log
 from cp_megatron.preflight.pretrained import check_load_hf, vocab_size_of
 from cp_megatron.preflight.rope_rules import check_rope, rope_notes
@@ -129,6 +129,7 @@ def _complete(plan: RunPlan, given: frozenset[str], *, dry_run: bool) -> RunPlan
         given=given,
     )
     more = *schedule_notes(plan, given), *rope_notes(plan.config, given)
+    more = *more, *expert_notes(plan.config.model, given)
     if dry_run:  # a run adds this when it has read its data
         plan = with_rows(plan)
         more = *more, *repetition(plan)

@@ -12,6 +12,8 @@ from cp_megatron.preflight.rules import divisors, misnumbered, multiples, neares
 
 _EP = "--expert-model-parallel-size"
 _TOPK = "--moe-router-topk"
+_SIGMOID = "--moe-router-score-function sigmoid"
+_NORM = "--no-moe-router-norm-topk-prob"
 
 
 def check_experts(config: Config, given: frozenset[str]) -> None:
@@ -37,7 +39,7 @@ def check_experts(config: Config, given: frozenset[str]) -> None:
                 raise ConfigError(_EP, ep, rule, works)
         mistakes.raise_any()
         return
-    found = _layers(model), _choice(model), _groups(model), _beside(config)
+    found = _layers(model), _choice(model), _balance(model), _groups(model), _beside(config)
     for error in chain(*found, _shared(config.parallel, model.num_experts)):
         with mistakes.collect():
             raise error
@@ -45,6 +47,19 @@ def check_experts(config: Config, given: frozenset[str]) -> None:
         with mistakes.collect():
             refuse_unused(model, names, given, reason=reason, works=works)
     mistakes.raise_any()
+
+
+def expert_notes(model: ModelConfig, given: frozenset[str]) -> tuple[str, ...]:
+    """Notes for the start table.
+
+    Args:
+        model: the model, which passed ``check_experts``.
+        given: the flags that the user typed, with their dashes.
+    """
+    dense = len(model.expert_layers) < model.num_layers
+    if dense or model.moe_ffn_hidden_size is None or "--ffn-hidden-size" not in given:
+        return ()
+    return ("--ffn-hidden-size has no effect: every layer has experts instead of a dense MLP",)
 
 
 def _layers(model: ModelConfig) -> Iterator[ConfigError]:
@@ -65,20 +80,40 @@ def _choice(model: ModelConfig) -> Iterator[ConfigError]:
     """The mistakes about the scores and the number of chosen experts."""
     experts, topk = model.num_experts or 1, model.moe_router_topk
     softmax = model.moe_router_score_function == "softmax"
+    if experts == 1 and (softmax or model.moe_router_norm_topk_prob):
+        rule = "would always weight its expert by 1, so that the router would not be trained"
+        more = max(2, topk)
+        works = f"--num-experts {more} {_TOPK} {more}, or no --num-experts for a dense model"
+        yield ConfigError("--num-experts", experts, rule, works)
+        return
     if topk > experts:
         yield ConfigError(_TOPK, topk, f"must be at most --num-experts {experts}", str(experts))
     constant = "would weight every chosen expert by 1, so that the router would not be trained"
+    or_two = f", or {_TOPK} 2" if _most(model) > 1 else ""
     if topk == 1 and softmax and not model.moe_router_pre_softmax:
-        works = "--moe-router-pre-softmax, or --moe-router-topk 2"
+        works = f"--moe-router-pre-softmax{or_two}"
         yield ConfigError(_TOPK, topk, f"{constant}: the softmax is over one expert", works)
     if topk == 1 and not softmax and model.moe_router_norm_topk_prob:
-        works = "--no-moe-router-norm-topk-prob, or --moe-router-topk 2"
+        works = f"{_NORM}{or_two}"
         yield ConfigError(_TOPK, topk, f"{constant}: a score is divided by itself", works)
+
+
+def _most(model: ModelConfig) -> int:
+    """The number of experts that a token may choose from."""
+    experts, groups = model.num_experts or 1, model.moe_router_num_groups
+    return experts if groups is None else (model.moe_router_group_topk or 1) * (experts // groups)
+
+
+def _balance(model: ModelConfig) -> Iterator[ConfigError]:
+    """The mistakes about what keeps experts equally busy."""
     kind, coefficient = model.moe_router_load_balancing_type, model.moe_aux_loss_coeff
     if coefficient and kind == "none":
         rule = "has no effect with --moe-router-load-balancing-type none"
-        works = "--moe-router-load-balancing-type seq_aux_loss"
+        works = "--moe-router-load-balancing-type seq_aux_loss, or --moe-aux-loss-coeff 0"
         yield ConfigError("--moe-aux-loss-coeff", coefficient, rule, works)
+    if model.moe_router_enable_expert_bias and model.moe_router_score_function == "softmax":
+        rule = "needs sigmoid scores: those of softmax change with the number of experts"
+        yield ConfigError("--moe-router-enable-expert-bias", "", rule, f"{_SIGMOID} with it")
 
 
 def _groups(model: ModelConfig) -> Iterator[ConfigError]:
@@ -139,13 +174,13 @@ def _unread(model: ModelConfig) -> Iterator[tuple[tuple[str, ...], str, str]]:
         works = "--moe-router-score-function softmax"
         yield ("moe_router_pre_softmax",), "with --moe-router-score-function sigmoid", works
     else:
-        reason, works = "without sigmoid scores", "--moe-router-score-function sigmoid"
+        reason, works = "without sigmoid scores", _SIGMOID
         yield ("moe_router_norm_topk_prob",), reason, works
     if model.moe_router_num_groups is None:
         works = "--moe-router-num-groups 8 --moe-router-group-topk 4 with it"
         yield ("moe_router_group_num_scores",), "without groups of experts", works
     if not model.moe_router_enable_expert_bias:
-        works = "--moe-router-enable-expert-bias with it"
+        works = f"--moe-router-enable-expert-bias and {_SIGMOID} with it"
         yield ("moe_router_bias_update_rate",), "without biases of experts", works
     if not model.moe_aux_loss_coeff and model.moe_router_load_balancing_type != "none":
         works = "--moe-aux-loss-coeff 1e-3 with it"

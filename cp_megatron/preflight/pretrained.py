@@ -62,6 +62,10 @@ def check_load_hf(config: Config) -> tuple[str, ...]:
     if pretrained.unread:
         reader = f"neither transformers' {pretrained.family.architecture} nor this program reads"
         notes.append(f"config.json has entries that {reader}: {', '.join(pretrained.unread)}")
+    for key in ("router_aux_loss_coef", "aux_loss_alpha"):
+        if model.num_experts and pretrained.raw.get(key) and not model.moe_aux_loss_coeff:
+            rule = "none is used without --moe-aux-loss-coeff"
+            notes.append(f"config.json names {key} {pretrained.raw[key]}; {rule}")
     if seq_length > max_positions and model.rope_type == "default":
         notes.append(
             f"the model was made for {max_positions:,} positions, but rows have {seq_length:,}: "

@@ -20,10 +20,11 @@ from cp_megatron.config import Config
 from cp_megatron.config.fields import settings
 from cp_megatron.config.files.run_folders import CONFIG_FILE, is_vacant, run_folder
 from cp_megatron.errors import ConfigError
+from cp_megatron.families.mixture import BALANCE_FIELDS
 from cp_megatron.families.registry import spelled
 from cp_megatron.families.rope_fields import ROPE_FIELDS, fields_of
 
-_MAY_CHANGE = frozenset(
+_MAY_CHANGE = BALANCE_FIELDS | frozenset(
     {"hidden_dropout", "attention_dropout", "init_method_std", "window_size", "window_layers"}
     | {"vocab_size"}  # the number of tokens is compared instead
 )

@@ -115,7 +115,12 @@ def _model(plan: RunPlan) -> Iterator[Line]:
     copies = plan.grid.replicas
     over = "dp x cp" if copies == 1 else f"dp x cp / {copies}, in {copies} copies"
     active = f"{spec.num_active_parameters():,} for a token, " if model.num_experts else ""
-    share = f"{most:,} on a rank (tp, then sharded over {over})"
+    placed = f"tp, then sharded over {over}"
+    if model.num_experts and plan.grid.world_size > 1:
+        within = "" if copies == 1 else " of a copy"
+        apart = f"over ep, then over all other ranks{within}"
+        placed += f"; experts {apart if plan.grid.ep > 1 else f'over all ranks{within}'}"
+    share = f"{most:,} on a rank ({placed})"
     yield "parameters", f"{total:,} in all, {active}{share}"
     padding = f" ({sequence.padding:,} of padding)" if sequence.padding else ""
     on_rank = f"{sequence.layout.shard_len:,} of them on a rank"

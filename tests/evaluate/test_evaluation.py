@@ -51,6 +51,7 @@ STYLES = {
         untie_embeddings_and_output_weights=True,
     ),
 }
+STYLES["experts"] = replace(STYLES["llama"], num_experts=4, moe_ffn_hidden_size=24)
 STYLES["window above"] = replace(STYLES["llama"], window_size=(4, 0), window_layers=(1,))
 
 
@@ -61,6 +62,7 @@ class Case:
     tp: int = 1
     cp: int = 1
     dp: int = 1
+    ep: int = 1
     padding: int = 0
     rows: int = 3
     dtype: Any = "float64"
@@ -79,11 +81,16 @@ def rows_of(number: int) -> LabeledRow:
 def build(style: str, case: Case) -> tuple[Any, ParallelGroups]:
     config = Config(
         model=STYLES[style],
-        parallel=ParallelConfig(tensor_parallel_size=case.tp, context_parallel_size=case.cp),
+        parallel=ParallelConfig(
+            tensor_parallel_size=case.tp,
+            context_parallel_size=case.cp,
+            sequence_parallel=style == "experts" and case.tp > 1,
+        ),
         data=DataConfig(seq_length=LENGTH + case.padding),
         train=TrainConfig(seed=5),
     )
-    groups = ParallelGroups.create(Grid(dp=case.dp, cp=case.cp, tp=case.tp), "cpu")
+    grid = Grid(dp=case.dp, cp=case.cp, tp=case.tp, ep=case.ep)
+    groups = ParallelGroups.create(grid, "cpu", has_experts=style == "experts")
     return build_model(config, groups, vocab_size=VOCAB, dtype=case.dtype, device="cpu"), groups
 
 
@@ -140,10 +147,13 @@ def oracle(style: str, rows: int) -> npt.NDArray[np.float64]:
         ("llama", Case()),
         ("gpt", Case(cp=2, padding=2)),
         ("llama", Case(dp=2)),
+        ("experts", Case(tp=2)),
+        ("experts", Case(dp=2, ep=2)),
         ("llama", Case(cp=4, padding=2)),
         ("gpt", Case(tp=2, cp=2, padding=2)),
         ("window above", Case(tp=2, cp=2, padding=2)),
         ("gpt", Case(dp=2, cp=2, padding=2)),
+        ("experts", Case(tp=2, cp=2, ep=2, padding=2)),
         pytest.param("llama", Case(tp=2, cp=2, padding=2, rows=1), marks=pytest.mark.slow),
         pytest.param("llama", Case(tp=4, rows=2), marks=pytest.mark.slow),
     ],

@@ -82,7 +82,7 @@ def test_results_and_pictures_are_written(folder: Path, alone: tuple[Ended, Any]
 def near(one: Any, other: Any) -> bool:
     if isinstance(one, Mapping):
         return one.keys() == other.keys() and all(near(one[key], other[key]) for key in one)
-    if isinstance(one, list):
+    if isinstance(one, list | tuple):
         return len(one) == len(other) and all(map(near, one, other))
     return one == (pytest.approx(other, rel=1e-4) if isinstance(other, float) else other)
 
@@ -117,6 +117,7 @@ def planned(folder: Path, *argv: str) -> EvaluationSetup:
         (["--sequence-parallel"], "--sequence-parallel: has no effect"),
         (["--compile"], "--compile: has no effect"),
         (["--kernel-benchmark"], "--kernel-benchmark: has no effect"),
+        (["--moe-aux-loss-coeff", "1"], "--moe-aux-loss-coeff: has no effect on an evaluation"),
         (["--hidden-size", "64"], "is of another model"),
         (["--dtype", "float64"], "--dtype float64: the checkpoint's weights are float32"),
         (["--context-parallel-size", "2"], "torchrun --nproc-per-node 2"),
@@ -186,6 +187,25 @@ def test_other_data_has_no_parts(folder: Path) -> None:
     (folder / "other.txt").write_text("Some other text. " * 200)
     plan = planned(folder, "--data-path", str(folder / "other.txt"))
     assert (plan.part, plan.own_text) == ("all", True)
+
+
+@pytest.mark.slow
+def test_a_mixture_has_the_same_results_on_a_tensor_parallel_grid(folder: Path) -> None:
+    argv = ["--preset", "toy-moe", "--num-layers", "1", "--hidden-size", "32"]
+    argv += ["--num-experts", "4", "--moe-ffn-hidden-size", "16", "--seq-length", "64"]
+    argv += ["--data-path", str(folder / "text.txt"), "--save", str(folder / "mixture")]
+    argv += ["--device", "cpu", "--no-plot", "--split", "80,20", "--train-iters", "2"]
+    run_ranks(train, 1, argv)
+    words = ["--load", str(folder / "mixture"), "--lengths", "95", "--tasks", "perplexity"]
+    words += ["--num-samples", "2", "--no-plot", "--output", str(folder / "none")]
+    (alone,) = run_ranks(evaluated, 1, words)
+    words += ["--tensor-parallel-size", "2"]
+    assert setup_of(0, 2, words).longest.config.parallel.sequence_parallel
+    assert setup_of(0, 2, [*words, "--sequence-parallel"]).longest.sequence.padding == 1
+    for found in run_ranks(evaluated, 2, words):
+        assert near([asdict(x) for x in found.perplexity], [asdict(x) for x in alone.perplexity])
+    with pytest.raises(ConfigError, match="needs sequence parallelism beside experts"):
+        setup_of(0, 2, [*words, "--no-sequence-parallel"])
 
 
 CHECK = """

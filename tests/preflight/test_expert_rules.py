@@ -18,6 +18,7 @@ EXPERTS = "--num-experts 8"
 EP = "--expert-model-parallel-size"
 TP = "--tensor-parallel-size 2"
 SIGMOID = f"{EXPERTS} --moe-router-score-function sigmoid"
+EIGHT = f"{EXPERTS} --moe-router-num-groups 8 --moe-router-group-topk 1"
 GROUPS = f"{EXPERTS} --moe-router-num-groups 4 --moe-router-group-topk"
 
 
@@ -71,6 +72,22 @@ def refusal(words: str, *, world_size: int | None = None) -> ConfigError:
             "works: --no-moe-router-norm-topk-prob",
             f"{SIGMOID} --moe-router-topk 1 --no-moe-router-norm-topk-prob",
         ),
+        (
+            "--num-experts 1 --moe-router-topk 1 --moe-router-pre-softmax",
+            "works: --num-experts 2 --moe-router-topk 2",
+            "--num-experts 2 --moe-router-topk 2 --moe-router-pre-softmax",
+        ),
+        (
+            "--num-experts 1 --moe-router-score-function sigmoid",
+            "would always weight its expert by 1",
+            "--num-experts 1 --moe-router-topk 1 --moe-router-score-function sigmoid"
+            " --no-moe-router-norm-topk-prob",
+        ),
+        (
+            f"{EIGHT} --moe-router-topk 1",
+            "works: --moe-router-pre-softmax.$",
+            f"{EIGHT} --moe-router-topk 1 --moe-router-pre-softmax",
+        ),
         (f"{SIGMOID} --moe-router-pre-softmax", "has no effect with .* sigmoid", SIGMOID),
         (f"{EXPERTS} --no-moe-router-norm-topk-prob", "without sigmoid scores", SIGMOID),
         # groups
@@ -101,13 +118,18 @@ def refusal(words: str, *, world_size: int | None = None) -> ConfigError:
         ),
         (
             f"{EXPERTS} --moe-router-load-balancing-type none --moe-aux-loss-coeff 1e-3",
-            "works: --moe-router-load-balancing-type seq_aux_loss",
-            f"{EXPERTS} --moe-router-load-balancing-type none",
+            "works: --moe-router-load-balancing-type seq_aux_loss, or --moe-aux-loss-coeff 0",
+            f"{EXPERTS} --moe-router-load-balancing-type none --moe-aux-loss-coeff 0",
         ),
         (
             f"{EXPERTS} --moe-router-bias-update-rate 0.1",
             "without biases of experts",
-            f"{EXPERTS} --moe-router-bias-update-rate 0.1 --moe-router-enable-expert-bias",
+            f"{SIGMOID} --moe-router-bias-update-rate 0.1 --moe-router-enable-expert-bias",
+        ),
+        (
+            f"{EXPERTS} --moe-router-enable-expert-bias",
+            "needs sigmoid scores.*works: --moe-router-score-function sigmoid with it",
+            f"{SIGMOID} --moe-router-enable-expert-bias",
         ),
         # what stands beside experts
         (f"{EXPERTS} {TP}", "needs sequence parallelism", f"{EXPERTS} {TP} --sequence-parallel"),
@@ -154,6 +176,24 @@ def test_a_dense_width_that_no_layer_has_need_not_be_divisible() -> None:
     planned(f"{EXPERTS} {TP} --sequence-parallel --ffn-hidden-size 63 --moe-ffn-hidden-size 63")
     words = f"{EXPERTS} {TP} --sequence-parallel --ffn-hidden-size 63 --moe-layers 1"
     assert refusal(words).flag == "--ffn-hidden-size"
+
+
+def test_a_dense_width_without_effect_is_noted() -> None:
+    words, told = f"{EXPERTS} --ffn-hidden-size 64", "--ffn-hidden-size has no effect"
+    assert any(told in note for note in planned(f"{words} --moe-ffn-hidden-size 32").notes)
+    for other in (words, f"{words} --moe-ffn-hidden-size 32 --moe-layers 1", EXPERTS):
+        assert not any(told in note for note in planned(other).notes)
+
+
+@pytest.mark.parametrize(
+    ("flag", "most"),
+    [("moe-aux-loss-coeff", 1000), ("moe-z-loss-coeff", 1000), ("moe-router-bias-update-rate", 1)],
+)
+def test_factors_are_bounded(flag: str, most: int) -> None:
+    words = f"{SIGMOID} --moe-router-enable-expert-bias --{flag}"
+    planned(f"{words} {most}")
+    with pytest.raises(ConfigError, match=f"at most {most}"):
+        planned(f"{words} {most + 1}")
 
 
 def test_one_gate_has_one_function() -> None:

@@ -45,6 +45,21 @@ def plan(folder: Path, *words: str) -> RunPlan:
     return check(arguments.config, launch, given=arguments.given, argv=words)
 
 
+def test_a_balance_that_is_not_used_is_noted(folder: Path) -> None:
+    mixture = dataclasses.replace(
+        PRESETS["toy-moe"].model, hidden_size=32, kv_channels=6, qk_layernorm=True, num_layers=1
+    )
+    family, config = to_hf_config(mixture, vocab_size=VOCAB, seq_length=64, eod=0)
+    config["router_aux_loss_coef"] = 0.001
+    (folder / "config.json").write_text(json.dumps(config))
+    tensors = family.tensors(mixture, vocab_size=VOCAB, seq_length=64)
+    weights = {tensor.key: np.zeros(tensor.shape, np.float32) for tensor in tensors}
+    save_file(weights, folder / "model.safetensors")
+    told = "config.json names router_aux_loss_coef 0.001; none is used without --moe-aux-loss-coeff"
+    assert told in plan(folder).notes
+    assert told not in plan(folder, "--moe-aux-loss-coeff", "1e-3").notes
+
+
 def test_the_folder_says_the_model(folder: Path) -> None:
     found = plan(folder, "--seq-length", "128")
     model = found.config.model

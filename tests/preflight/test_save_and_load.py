@@ -108,6 +108,15 @@ def test_another_model(run: Path, argv: list[str], spelled: str, works: str) -> 
     assert "another model" in error.rule
 
 
+def test_the_balance_of_experts_may_change(run: Path) -> None:
+    changed = ["--moe-aux-loss-coeff", "0.1", "--moe-z-loss-coeff", "0.1"]
+    changed += ["--moe-router-load-balancing-type", "aux_loss", "--moe-router-dtype", "fp64"]
+    changed += ["--moe-router-bias-update-rate", "0.1"]
+    checked(config_of("--load", str(run), *changed))
+    error = refused(config_of("--load", str(run), "--moe-router-topk", "3"))
+    assert error.works == "--moe-router-topk 2"
+
+
 def test_another_optimizer(run: Path) -> None:
     manifest = read_manifest(run / "step-40")
     check_optimizer(config_of("--load", str(run)), manifest)

@@ -143,12 +143,14 @@ def test_what_is_not_the_toy_is_not_called_toy() -> None:
 def test_the_table_of_a_mixture_of_experts() -> None:
     argv = ["--preset", "toy-moe", "--expert-model-parallel-size", "4"]
     more = ["--moe-layers", "1", "--moe-shared-expert-intermediate-size", "64"]
-    text = shown(planned(*argv, *more, "--moe-router-enable-expert-bias"), width=200)
+    more += ["--moe-router-score-function", "sigmoid", "--moe-router-enable-expert-bias"]
+    text = shown(planned(*argv, *more), width=200)
     for part in (
         "4 ranks = dp 4 x cp 1 x tp 1, experts over ep 4",
         "positions 0-1023   experts 4-5",
+        "sharded over dp x cp; experts over ep, then over all other ranks)",
         "8 experts of 256, 2 a token, a shared one of 64, in 1 of 2 layers",
-        "routed by softmax over the chosen ones, seq_aux_loss x 0.01, biases moved by 0.001 a step",
+        "routed by sigmoid with sum 1, seq_aux_loss x 0.01, biases moved by 0.001 a step",
         "SwiGLU 512",
     ):
         assert part in text

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from cp_megatron.config.schema.dense_config import DenseModelConfig
-from cp_megatron.config.schema.ranges import NonNegative, Positive, Range, Size
+from cp_megatron.config.schema.ranges import LossFactor, Positive, Range, Size
 
 ScoreFunction = Literal["softmax", "sigmoid"]
 RouterType = Literal["fp32", "fp64", "model"]
@@ -53,16 +53,16 @@ class ModelConfig(DenseModelConfig):
     """Choose experts by their scores plus a bias per expert, which every step moves by
     --moe-router-bias-update-rate towards experts that got fewer tokens than the mean
     (arXiv:2408.15664). It needs no loss."""
-    moe_router_bias_update_rate: NonNegative = 1e-3
+    moe_router_bias_update_rate: Annotated[float, Range(0, 1)] = 1e-3
     """How much a step changes the biases of --moe-router-enable-expert-bias."""
     moe_router_dtype: RouterType = "fp32"
     """The type of the router's products and scores; model is that of the activations."""
     moe_router_load_balancing_type: BalanceType = "seq_aux_loss"
     """What --moe-aux-loss-coeff multiplies: the imbalance of each row (seq_aux_loss), which no grid
     and no micro batch size changes, or of each micro batch (aux_loss)."""
-    moe_aux_loss_coeff: NonNegative = 0.0
+    moe_aux_loss_coeff: LossFactor = 0.0
     """Add this times the imbalance of the experts to the loss that is trained."""
-    moe_z_loss_coeff: NonNegative = 0.0
+    moe_z_loss_coeff: LossFactor = 0.0
     """Add this times the squared log-sum-exp of the router's logits to the loss that is trained
     (arXiv:2202.08906)."""
     moe_shared_expert_intermediate_size: Size | None = None
