@@ -184,10 +184,10 @@ class _Slot:
             plan.group, sends=self.sends, receives=self.receives, sums=plan.link_sums
         )
 
-    def finish(self) -> None:
-        """Waits until all has been sent and received, and uses what has arrived."""
+    def finish(self, name: str) -> None:
+        """Waits, under this name, until all has been sent and received; uses what has arrived."""
         assert self._pending is not None
-        with traced("wait for keys and gradients"):
+        with traced(name):
             self._pending.wait()
         for then in self._then:
             then()
@@ -203,13 +203,14 @@ class _Messages:
 
     def __init__(self, plan: RankPlan, own: KeyValues | None = None) -> None:
         self._plan, self._own = plan, own
+        self._name = "wait for keys" if own is None else "wait for keys and gradients"
         self._slots: deque[_Slot] = deque()
         self._before: tuple[_Part, int] | None = None
 
     def exchange(self, part: _Part, number: int) -> None:
         """Waits for what round ``number`` of a part reads, and posts the messages of its slot."""
         if len(self._slots) == len(self._plan.parts):
-            self._slots.popleft().finish()
+            self._slots.popleft().finish(self._name)
         slot = _Slot()
         is_round = number < len(self._plan.rounds)
         if is_round:
@@ -223,7 +224,7 @@ class _Messages:
     def finish(self) -> None:
         """Waits for all messages."""
         while self._slots:
-            self._slots.popleft().finish()
+            self._slots.popleft().finish(self._name)
 
     def _add_keys(self, slot: _Slot, part: _Part, number: int) -> None:
         """Adds the keys for the next round of the part."""

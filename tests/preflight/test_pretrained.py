@@ -47,7 +47,13 @@ def plan(folder: Path, *words: str) -> RunPlan:
 
 def test_a_balance_that_is_not_used_is_noted(folder: Path) -> None:
     mixture = dataclasses.replace(
-        PRESETS["toy-moe"].model, hidden_size=32, kv_channels=6, qk_layernorm=True, num_layers=1
+        PRESETS["toy-moe"].model,
+        hidden_size=32,
+        kv_channels=6,
+        qk_layernorm=True,
+        num_layers=1,
+        moe_router_topk_scaling_factor=None,
+        moe_shared_expert_intermediate_size=None,
     )
     family, config = to_hf_config(mixture, vocab_size=VOCAB, seq_length=64, eod=0)
     config["router_aux_loss_coef"] = 0.001

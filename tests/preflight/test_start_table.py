@@ -147,10 +147,10 @@ def test_the_table_of_a_mixture_of_experts() -> None:
     text = shown(planned(*argv, *more), width=200)
     for part in (
         "4 ranks = dp 4 x cp 1 x tp 1, experts over ep 4",
-        "positions 0-1023   experts 4-5",
+        "positions 0-1023   experts 4-7",
         "sharded over dp x cp; experts over ep, then over all other ranks)",
-        "8 experts of 256, 2 a token, a shared one of 64, in 1 of 2 layers",
-        "routed by sigmoid with sum 1, seq_aux_loss x 0.01, biases moved by 0.001 a step",
+        "16 experts of 128, 2 a token, a shared one of 64, in 1 of 2 layers",
+        "routed by sigmoid with sum 1 x 2, seq_aux_loss x 0.02, biases moved by 0.001 a step",
         "SwiGLU 512",
     ):
         assert part in text

@@ -63,9 +63,9 @@ def waits_of(rank: int, world_size: int, argv: list[str], broken: bool) -> dict[
         if broken:
             losses = TrainStep._loss_and_norm
 
-            def reading(*args: object) -> tuple[Tensor, Tensor]:
-                loss, norm = losses(*args)  # type: ignore[arg-type]
-                return loss, torch.full_like(norm, norm.item())
+            def reading(*args: object) -> tuple[Tensor, Tensor, object]:
+                loss, norm, report = losses(*args)  # type: ignore[arg-type]
+                return loss, torch.full_like(norm, norm.item()), report
 
             patch.setattr(TrainStep, "_loss_and_norm", reading)
         view = CountingView(found)

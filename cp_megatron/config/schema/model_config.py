@@ -99,7 +99,8 @@ class ModelConfig(DenseModelConfig):
     @property
     def expert_layers(self) -> tuple[int, ...]:
         """The layers that have experts, numbered from 0."""
-        return tuple(filter(self.has_experts, range(self.num_layers)))
+        layers = range(0 if self.num_experts is None else self.num_layers)
+        return tuple(filter(self.has_experts, layers))
 
     @property
     def group_num_scores(self) -> int:
