@@ -45,7 +45,7 @@ from cp_megatron.expert_parallel.splits import Splits
 
 
 class Dispatch:
-    """The way of the tokens of one layer and one micro batch to their experts, and back.
+    """Sends the tokens of one layer and one micro batch to their experts, and sums what returns.
 
     Args:
         experts: int64 [n, K], the chosen experts.
@@ -111,26 +111,26 @@ class Dispatch:
     # The permutations, each beside its inverse. Autograd holds them as methods, not as tensors.
 
     def _by_expert(self, rows: Tensor) -> Tensor:
-        return rows.index_select(0, self._made.order)
+        return rows.index_select(0, self._permutations.order)
 
     def _by_choice(self, rows: Tensor) -> Tensor:
-        return rows.index_select(0, self._made.inverse)
+        return rows.index_select(0, self._permutations.inverse)
 
     def _repeated(self, x: Tensor) -> Tensor:
-        return x.index_select(0, self._made.order // self._topk)  # [n, h] -> [n * K, h]
+        return x.index_select(0, self._permutations.order // self._topk)  # [n, h] -> [n * K, h]
 
     def _summed(self, rows: Tensor) -> Tensor:
         # [n * K, h] by expert -> [n, h]. Rows are read where they are, and added up one by one.
-        return F.embedding_bag(self._made.inverse.view(-1, self._topk), rows, mode="sum")
+        return F.embedding_bag(self._permutations.inverse.view(-1, self._topk), rows, mode="sum")
 
     def _by_own_expert(self, rows: Tensor) -> Tensor:
-        return rows.index_select(0, self._made.own_order)
+        return rows.index_select(0, self._permutations.own_order)
 
     def _by_rank(self, rows: Tensor) -> Tensor:
-        return rows.index_select(0, self._made.own_inverse)
+        return rows.index_select(0, self._permutations.own_inverse)
 
     @property
-    def _made(self) -> _Orders:
+    def _permutations(self) -> _Orders:
         if self._orders is None:
             order = self._experts.flatten().argsort(stable=True)  # by expert, then by token
             own = _order_of_arrived(self.splits, order.device) if self._is_shared else order[:0]

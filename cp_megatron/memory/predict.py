@@ -38,6 +38,7 @@ from cp_megatron.spec import (
     LinearAttentionSpec,
     MixerSpec,
     ModelSpec,
+    is_sharded,
     local_heads,
 )
 
@@ -259,9 +260,8 @@ def _permanent(plan: RunPlan, rank: int, spec: ModelSpec) -> tuple[Held, Held, H
 def _gathered_bytes(plan: RunPlan, spec: ModelSpec) -> int:
     """Whole weights at the end of forward, in the compute type, padded to equal shards."""
     assert plan.dtype is not None
-    spreads_experts = bool(plan.config.model.expert_layers) and plan.grid.world_size > 1
-    is_whole = plan.grid.size("dp_cp") == 1 and not spreads_experts
-    if is_whole and not plan.config.memory.optimizer_cpu_offload:
+    offloads = plan.config.memory.optimizer_cpu_offload
+    if not is_sharded(plan.config.model, plan.grid, offloads=offloads):
         # Parameters are the weights, or copies are rounded, of which backward reads the norm's.
         is_read = plan.dtype == "bfloat16" and not spec.norm.one_plus
         read = sum(x.numel for x in spec.norm.parameters()) if is_read else 0

@@ -41,7 +41,7 @@ class Metrics:
     moe_aux_loss: float | None = None  # what the imbalance of experts added to the trained loss
     moe_z_loss: float | None = None  # what the z-loss of routers added to it
     moe_expert_load: float | None = None  # tokens of the busiest expert over the mean of a layer
-    moe_rank_load: float | None = None  # the same for the ranks that share the experts
+    moe_rank_load: float | None = None  # the same for ranks that share experts
     moe_counts: tuple[tuple[int, ...], ...] | None = None  # tokens of each expert, layer by layer
 
 

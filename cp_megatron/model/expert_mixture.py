@@ -151,14 +151,14 @@ class ExpertMixture(nn.Module):
         tokens = x.flatten(0, 1)  # [b, r, h] -> [n, h]
         logits = self.router(tokens)
         choice, routing, counts = self._route(logits, rows, kept)
-        way = routing.way
+        dispatch = routing.dispatch
         shared = self._shared(x)  # all that keeps tensors comes before the results are returned
-        sent, factors = way.send(tokens, choice.weights)
-        computed = self.experts(sent, way.splits.counts)
+        sent, factors = dispatch.send(tokens, choice.weights)
+        computed = self.experts(sent, dispatch.splits.counts)
         terms = None if routing.rows is None else self._terms(logits, choice, routing.rows)
-        mixed = way.back(computed, factors).view_as(x)
+        mixed = dispatch.back(computed, factors).view_as(x)
         if kept is not None:
-            way.shrink()
+            dispatch.shrink()
         return Mixed(mixed if shared is None else mixed + shared, terms, counts)
 
     def _route(
@@ -168,7 +168,7 @@ class ExpertMixture(nn.Module):
         expert was chosen, which only the first run says."""
         spec, first = self.spec.routing, None if kept is None else kept.first
         if first is not None:
-            return route(logits, spec, experts=first.way.experts), first, None
+            return route(logits, spec, experts=first.dispatch.experts), first, None
         choice = route(logits, spec, self.router.correction)
         counts, measured = None, None
         if rows is not None:

@@ -55,11 +55,11 @@ class Routing:
     """What a mixture of experts decides once for a micro batch.
 
     Attributes:
-        way: which experts the tokens of this rank go to, and how many rows the ranks exchange.
+        dispatch: which experts the tokens of this rank go to, and how many rows the ranks exchange.
         rows: how often experts were chosen in each row; None if nobody asks.
     """
 
-    way: Dispatch
+    dispatch: Dispatch
     rows: RowCounts | None
 
 

@@ -43,7 +43,7 @@ class MLP(nn.Module):
         return self.down(self.activated(*factors), gradient_only)
 
     def activated(self, *factors: Tensor) -> Tensor:
-        """The same -> what ``down`` reads, [b, s, f/tp]."""
+        """Applies the activation to the products of ``inputs`` -> what ``down`` reads."""
         if len(factors) == 1:
             return activate(factors[0], self.function.activation)
         gate, up = factors

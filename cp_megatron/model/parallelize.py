@@ -38,7 +38,7 @@ from cp_megatron.model.expert_mixture import Experts
 from cp_megatron.model.gated_delta_net import Decay
 from cp_megatron.model.initialize import initial_value
 from cp_megatron.model.transformer import Transformer
-from cp_megatron.spec import ParameterSpec
+from cp_megatron.spec import ParameterSpec, is_sharded
 from cp_megatron.tensor_parallel import (
     SpecifiedModule,
     attach_units,
@@ -90,8 +90,7 @@ def build_model(
     fill = partial(_fill, config=config, groups=groups, dtype=dtype, device=device)
     if not initialize:
         fill = partial(fill, value_of=_zeros)
-    spreads_experts = bool(config.model.expert_layers) and groups.grid.world_size > 1
-    if groups.dp_cp.size() > 1 or spreads_experts or config.memory.optimizer_cpu_offload:
+    if is_sharded(config.model, groups.grid, offloads=config.memory.optimizer_cpu_offload):
         _shard(model, _Sharding.of(config, groups, dtype, device), fill)
     else:
         fill(model)

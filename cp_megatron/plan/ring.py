@@ -36,7 +36,9 @@ after the other:
 
 With P parts, the slot of a step holds the keys that this part needs P steps later, and the
 gradients that the step before has summed. It is waited for before the slot P steps later is
-posted. With one part, a step is a round, and its slot is the one above.
+posted. With one part, a step is a round, and its slot is the one above. In backward, a rank's own
+keys are computed with half of the heads first and with the others last, so that with two parts each
+of these rounds has one step without tiles.
 
 The ``direct`` route differs only in the sender: keys come from their owner, and gradients are
 returned to the owner after each round.

@@ -165,6 +165,13 @@ def is_hidden_matrix(name: str, shape: Sequence[int]) -> bool:
     return name.startswith(_LAYERS) and len(shape) == 2 and not name.endswith("_bias")
 
 
+def is_sharded(model: ModelConfig, grid: Grid, *, offloads: bool) -> bool:
+    """Whether FSDP holds the parameters: they are divided otherwise than over tp, or ``offloads``
+    to the host. Experts are divided over all ranks."""
+    shares_experts = bool(model.expert_layers) and grid.world_size > 1
+    return grid.size("dp_cp") > 1 or shares_experts or offloads
+
+
 def local_heads(model: ModelConfig, tp: int) -> LocalHeads:
     """The heads of one of ``tp`` tensor parallel ranks, the same in all layers that attend."""
     return attention_of(model, layer=0).local_heads(tp)

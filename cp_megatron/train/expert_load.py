@@ -33,7 +33,7 @@ class ExpertLoads:
 
     @classmethod
     def of(cls, numbers: Sequence[float], num_experts: int, num_ranks: int) -> ExpertLoads:
-        """From the two terms and the counts of all layers, one after the other."""
+        """Takes the numbers of a step apart: the two terms, then the counts of each layer."""
         aux, z, *counts = numbers
         starts = range(0, len(counts), num_experts)
         layers = (counts[start : start + num_experts] for start in starts)
@@ -47,7 +47,10 @@ class ExpertLoads:
 
     @property
     def rank_load(self) -> float:
-        """The same for ranks that share the experts; those with the same experts are one."""
+        """Tokens of the busiest rank over the mean of ranks, as the mean of the layers.
+
+        Ranks that hold the same experts are taken as one.
+        """
         per_rank = len(self.counts[0]) // self.num_ranks
         starts = range(0, len(self.counts[0]), per_rank)
         ranks = ([sum(layer[s : s + per_rank]) for s in starts] for layer in self.counts)
@@ -59,7 +62,7 @@ class ExpertLoads:
             "moe_aux_loss": self.aux_loss,
             "moe_z_loss": self.z_loss,
             "moe_expert_load": self.expert_load,
-            "moe_rank_load": self.rank_load,
+            "moe_rank_load": self.rank_load if self.num_ranks > 1 else None,
             "moe_counts": self.counts,
         }
 

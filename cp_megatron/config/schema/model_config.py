@@ -35,8 +35,8 @@ class ModelConfig(DenseModelConfig):
     """Take the softmax over all experts, and leave the weights of the chosen ones as they are. By
     default the softmax is taken over the chosen ones, so that their weights sum to 1."""
     moe_router_norm_topk_prob: bool = True
-    """With --moe-router-score-function sigmoid, divide the scores of the chosen experts by their
-    sum."""
+    """Divide the sigmoid scores of the chosen experts by their sum. This has no effect on softmax
+    scores."""
     moe_router_topk_scaling_factor: Positive | None = None
     """Multiply the weights of the chosen experts by this; by default by 1."""
     moe_router_num_groups: Size | None = None
