@@ -150,7 +150,8 @@ def test_several_examples_of_a_conversation_are_told(tmp_path: Path) -> None:
     assert notes[0].startswith(f"{path}: 1 of 1 conversations are cut into an example per answer")
 
 
-@pytest.mark.parametrize("tools", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("tools", [False, True])
 def test_the_templates_that_trl_ships(tmp_path: Path, tools: bool) -> None:
     """Those with marks have the masks of transformers; those without lose nothing."""
     trl = pytest.importorskip("trl")

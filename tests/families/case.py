@@ -20,6 +20,21 @@ SIZES: Mapping[str, Any] = {
     "eos_token_id": 2,
     "pad_token_id": None,
 }
+LATENT_WIDTHS = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 12,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 10,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 6,
+}
+RECURRENCE = {
+    "linear_num_key_heads": 4,
+    "linear_num_value_heads": 8,
+    "linear_key_head_dim": 6,
+    "linear_value_head_dim": 5,
+    "linear_conv_kernel_dim": 3,
+}
 RMS = {"rms_norm_eps": 0.03}
 LAYER_NORM = {"layer_norm_eps": 0.03}
 BOTH_BIASES = {"attention_bias": True, "mlp_bias": True}

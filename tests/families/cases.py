@@ -14,10 +14,12 @@ from tests.families.case import (
     BOTH_BIASES,
     DYNAMIC,
     FULL,
+    LATENT_WIDTHS,
     LAYER_NORM,
     LINEAR,
     LINEAR_ATTENTION,
     LLAMA3,
+    RECURRENCE,
     RMS,
     SIZES,
     SLIDING,
@@ -81,22 +83,13 @@ DENSE_HYBRID = {
     "mamba_n_heads": 4,
 }
 LATENT = {
-    "num_key_value_heads": 4,
-    "q_lora_rank": 12,
-    "kv_lora_rank": 16,
-    "qk_nope_head_dim": 10,
-    "qk_rope_head_dim": 8,
-    "v_head_dim": 6,
+    **LATENT_WIDTHS,
     "first_k_dense_replace": 4,
     "attention_bias": True,
 }
 
 RECURRENT = {
-    "linear_num_key_heads": 4,
-    "linear_num_value_heads": 8,
-    "linear_key_head_dim": 6,
-    "linear_value_head_dim": 5,
-    "linear_conv_kernel_dim": 3,
+    **RECURRENCE,
     "head_dim": 12,
 }
 

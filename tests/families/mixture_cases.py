@@ -5,29 +5,31 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from tests.families.case import FULL, LINEAR_ATTENTION, RMS, SLIDING, TIED, Case, rope, yarn
+from tests.families.case import (
+    FULL,
+    LATENT_WIDTHS,
+    LINEAR_ATTENTION,
+    RECURRENCE,
+    RMS,
+    SLIDING,
+    TIED,
+    Case,
+    rope,
+    yarn,
+)
 
 CHOICE = {"num_experts_per_tok": 3, "moe_intermediate_size": 20}
 LOCAL = {"num_local_experts": 8, "num_experts_per_tok": 3}
 LATENT = {
     **CHOICE,
-    "num_key_value_heads": 4,
-    "q_lora_rank": 12,
-    "kv_lora_rank": 16,
-    "qk_nope_head_dim": 10,
-    "qk_rope_head_dim": 8,
-    "v_head_dim": 6,
+    **LATENT_WIDTHS,
     "n_routed_experts": 8,
     "n_shared_experts": 2,
     "first_k_dense_replace": 1,
     "routed_scaling_factor": 1.7,
 }
 RECURRENT = {
-    "linear_num_key_heads": 4,
-    "linear_num_value_heads": 8,
-    "linear_key_head_dim": 6,
-    "linear_value_head_dim": 5,
-    "linear_conv_kernel_dim": 3,
+    **RECURRENCE,
     "head_dim": 12,
     "num_experts": 8,
     "shared_expert_intermediate_size": 28,

@@ -13,7 +13,6 @@ from cp_megatron.config import (
     Config,
     DataConfig,
     MemoryConfig,
-    ModelConfig,
     OptimizerConfig,
     ParallelConfig,
     TrainConfig,
@@ -26,18 +25,13 @@ from cp_megatron.plan import Grid, Mask
 from cp_megatron.train.muon import choose_optimizer
 from cp_megatron.train.step import Shard, TrainStep
 from tests.data.ranges import range_of
+from tests.model.grids import LLAMA
 
 SEQ, ROWS, VOCAB = 16, 4, 257
-MODEL = ModelConfig(
-    num_layers=2,
+MODEL = replace(
+    LLAMA,
     hidden_size=16,
-    num_attention_heads=4,
     num_query_groups=4,
-    normalization="RMSNorm",
-    swiglu=True,
-    position_embedding_type="rope",
-    disable_bias_linear=True,
-    untie_embeddings_and_output_weights=True,
     init_method_std=0.2,
     num_experts=8,
     moe_ffn_hidden_size=12,

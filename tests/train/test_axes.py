@@ -28,7 +28,8 @@ def train(rank: int, world_size: int, argv: list[str], axes: tuple[str, ...]) ->
     return table.get()
 
 
-@pytest.mark.parametrize("grid", ["tp2 cp2", pytest.param("dp4", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("grid", ["tp2 cp2", "dp4"])
 def test_a_run_on_a_grid_with_one_more_axis(place: Place, grid: str) -> None:
     flags = [*GRIDS[grid], "--hidden-dropout", "0.1", "--memory-report", "--check-interval", "2"]
     flags += ["--sequence-parallel"] if grid == "tp2 cp2" else []

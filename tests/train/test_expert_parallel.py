@@ -71,9 +71,9 @@ QUICK = [
     Case(tp=2, cp=2, ep=4, padding=4),
     Case(dp=2, cp=2, ep=2, replicas=2, style="softmax"),
     Case(tp=2, dp=2, ep=2, document_mask=True, micro_batch_size=2, padding=2),
-    Case(cp=4, ep=2, style="softmax", document_mask=True, micro_batch_size=2, kind="aux_loss"),
 ]
 LONG = [
+    Case(cp=4, ep=2, style="softmax", document_mask=True, micro_batch_size=2, kind="aux_loss"),
     *(Case(**sizes, document_mask=True, micro_batch_size=1) for sizes in grids(4)),
     *(Case(**sizes, style="softmax", padding=8) for sizes in grids(4) if sizes["ep"] == 2),
     Case(dp=4, ep=2, replicas=2),
@@ -161,6 +161,7 @@ LEVELS = {
     "kept attention": {"recompute": "full", "memory": (("recompute_keeps_attention", True),)},
     "offloaded": {"recompute": "full", "memory": (("cpu_offloading", True),)},
 }
+BY_DEFAULT = ("full", "kept attention")
 
 
 def trained(rank: int, world_size: int, case: Case) -> tuple[list[StepResult], list[Tensor], int]:
@@ -187,7 +188,10 @@ def trained(rank: int, world_size: int, case: Case) -> tuple[list[StepResult], l
     return found, held, sent
 
 
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize(
+    "level",
+    [x if x in BY_DEFAULT else pytest.param(x, marks=pytest.mark.slow) for x in LEVELS],
+)
 @pytest.mark.parametrize("style", ["sigmoid", pytest.param("softmax", marks=pytest.mark.slow)])
 def test_recomputation_changes_no_bit(level: str, style: str) -> None:
     case = Case(tp=2, cp=2, ep=4, style=style, document_mask=True)

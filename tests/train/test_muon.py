@@ -244,10 +244,10 @@ def on_one_rank(style: str) -> list[StepResult]:
     ("style", "case"),
     [
         ("llama", Case(dp=2, cp=2)),
-        ("llama", Case(tp=4, micro_batch_size=2)),  # two key/value heads on four ranks
         *(
             pytest.param(style, case, marks=pytest.mark.slow)
             for style, case in [
+                ("llama", Case(tp=4, micro_batch_size=2)),  # two key/value heads on four ranks
                 ("gpt", Case(tp=2, cp=2, sequence_parallel=True)),
                 ("llama", Case(tp=2, dp=2)),
                 ("gpt", Case(cp=4)),
@@ -281,6 +281,7 @@ def test_only_matrices_inside_layers_have_momentum() -> None:
     assert "embedding.weight" in kinds.keys() - by_muon
 
 
+@pytest.mark.slow
 def test_a_run_continues_on_its_grid_bit_for_bit_and_on_another(place: Place) -> None:
     flags = ["--dtype", "float64", "--optimizer", "muon", "--muon-nesterov", *GRIDS["tp2 cp2"]]
     run_ranks(train, 4, place.argv("whole", *flags))

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from cp_megatron.config import OptimizerConfig
-from cp_megatron.train.optimizer import make_optimizer, update
+from cp_megatron.config import ModelConfig, OptimizerConfig
+from cp_megatron.model import Transformer
+from cp_megatron.train.optimizer import decay_groups, make_optimizer, stacked_vectors, update
 
 
 def test_matrices_decay_and_vectors_do_not() -> None:
@@ -66,3 +67,17 @@ def test_a_factor_multiplies_gradients(dtype: torch.dtype) -> None:
     for ours, expected in zip(trained(dtype, None, factor=0.3), trained(dtype, None, 0.3)):
         torch.testing.assert_close(ours, expected)
     assert not torch.equal(trained(dtype, None, factor=0.3)[0], trained(dtype, None)[0])
+
+
+def test_biases_of_experts_are_vectors_that_do_not_decay() -> None:
+    model = ModelConfig(num_layers=1, hidden_size=8, num_attention_heads=2, num_experts=2)
+    with torch.device("meta"):
+        module = Transformer(model, seq_length=8, vocab_size=8, tp=None, sequence_parallel=False)
+    vectors = stacked_vectors(module)
+    group, kept = decay_groups(module.parameters(), OptimizerConfig(weight_decay=0.1), vectors)
+    assert (group["weight_decay"], kept["weight_decay"]) == (0.1, 0.0)
+    experts = module.get_submodule("layers.0.mlp.experts")
+    for name, parameter in experts.named_parameters():
+        holder = kept if name.endswith("_bias") else group
+        assert any(parameter is x for x in holder["params"]), name
+    assert len(vectors) == 2

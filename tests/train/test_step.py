@@ -166,12 +166,12 @@ def train(rank: int, world_size: int, style: str, case: Case) -> list[StepResult
 # Every (tp, cp, dp) of 4 ranks.
 CASES = [
     ("llama", Case(cp=2, dp=2)),
-    ("llama", Case(cp=2, dp=2, replicas=2)),
     *(
         pytest.param(style, case, marks=pytest.mark.slow)
         for style, case in [
             ("gpt", Case(tp=2, dp=2)),
             ("gpt", Case(dp=4)),
+            ("llama", Case(cp=2, dp=2, replicas=2)),
             ("gpt", Case(cp=4)),
             ("gpt", Case(tp=2, cp=2, sequence_parallel=True, micro_batch_size=2)),
             ("llama", Case(tp=4, micro_batch_size=2)),
