@@ -17,8 +17,9 @@ Prints one JSON line per number of ranks, rate and exchange, with the hardware:
   without a limit;
 - ``over_fastest``: paired with the fastest exchange at this rate;
 
-and one line per number of ranks and rate for ``auto``, with what it picks and how much longer that
-takes than the fastest.
+and one line per number of ranks and rate for ``auto``, with what it picks if it is told the rates
+of the link and of the computation, and how much longer that takes than the fastest. A link without
+a limit is taken for one of 10 Gbit/s.
 
     python benchmarks/network.py                            # minutes
     python benchmarks/network.py --ranks 2 --rates 1 --rounds 5
@@ -45,10 +46,10 @@ from harness.teams import PAUSE, Place, Team, hardware, paired
 from torch.profiler import ProfilerActivity, profile
 
 from cp_megatron.config.words import read_options
-from cp_megatron.context_parallel import ContextParallel
-from cp_megatron.plan import Mask
+from cp_megatron.plan import Mask, Rates, Schedule, SequenceLayout
 
 HEADS, KV_HEADS, HEAD_DIM, BYTES = 8, 4, 64, 4
+LOOPBACK_MBIT = 10_000
 WAITING = ("wait for", "all-to-all of heads")  # names of traced ranges (comm/trace.py)
 EXCHANGES: Mapping[str, Mapping[str, Any]] = {
     "p2p ring": {"exchange": "p2p", "route": "ring", "message_parts": 1},
@@ -84,8 +85,8 @@ class Bench:
         self.place = place
         self.passes: dict[str, Contestant] = {}
 
-    def prepare(self, tokens: int) -> tuple[str, str]:
-        """Prepares every exchange; returns the name of what ``auto`` picks, and why."""
+    def prepare(self, tokens: int) -> None:
+        """Prepares every exchange."""
         group, mask, size = dist.group.WORLD, Mask.causal(tokens), self.place.size
         q, k, v, dout = contestants.inputs(tokens, HEADS, HEAD_DIM)
         tensors = [q, k[:, :, :KV_HEADS], v[:, :, :KV_HEADS], dout]
@@ -93,11 +94,6 @@ class Bench:
         for name in names_of(size):
             options = dict(EXCHANGES[name], **(sizes if name == "a2a+p2p" else {}))
             self.passes[name] = contestants.engine(group, tensors, mask, **options)
-        cp = ContextParallel(group, mask, exchange="auto", **(sizes if size > 2 else {}))  # type: ignore[arg-type]
-        chosen = cp.schedule(HEADS, KV_HEADS, HEAD_DIM)
-        route = f" {chosen.route}" if chosen.exchange == "p2p" else ""
-        parts = f", {chosen.message_parts} parts" if chosen.message_parts > 1 else ""
-        return f"{chosen.exchange}{route}{parts}", chosen.reason
 
     def measure(self, name: str) -> tuple[float, float, float]:
         """Times at which a pass began and ended, and the seconds of waiting in it."""
@@ -125,6 +121,25 @@ def run(team: Team, name: str) -> tuple[float, float]:
     return seconds, statistics.fmean(waiting for *_, waiting in spans)
 
 
+def pick(tokens: int, size: int, rates: Rates) -> tuple[str, str]:
+    """The name of what ``auto`` picks, and why."""
+    mask = Mask.causal(tokens)
+    layout = SequenceLayout.make(mask, size, "zigzag")
+    sizes = (size // 2, 2) if size > 2 else None
+    heads = HEADS, KV_HEADS, sizes
+    chosen = Schedule.build(mask, layout, "auto", "auto", *heads, head_dim=HEAD_DIM, rates=rates)
+    route = f" {chosen.route}" if chosen.exchange == "p2p" else ""
+    parts = f", {chosen.message_parts} parts" if chosen.message_parts > 1 else ""
+    return f"{chosen.exchange}{route}{parts}", chosen.reason
+
+
+def rates_of(tokens: int, size: int, seconds: float, mbit: float) -> Rates:
+    """What a user would state of this link and of ranks that compute for ``seconds``."""
+    flops = 3.5 * 2 * Mask.causal(tokens).pairs() * HEADS * 2 * HEAD_DIM  # 2.5 of them backward
+    network = mbit * MBIT / 8 / (size // 2)  # a host's ranks share the link
+    return Rates(network / 1e9 * 2 / BYTES, flops / size / seconds / 1e12)
+
+
 def doubling_rate(tokens: int, size: int, seconds: float) -> float:
     """The rate, in Mbit/s, at which a ring of whole shards takes ``seconds``."""
     shard = tokens // size * KV_HEADS * 2 * HEAD_DIM * BYTES
@@ -136,7 +151,7 @@ def results(
 ) -> Iterator[dict[str, object]]:
     """All results of one number of ranks."""
     team = Team(size, 1, Bench, hosts.host_of(size))
-    picked, reason = team.ask("prepare", arguments.tokens)[0]
+    team.ask("prepare", arguments.tokens)
     for name in names_of(size) * 2:
         run(team, name)
     free = [run(team, "p2p ring") for _ in range(rounds)]
@@ -158,6 +173,9 @@ def results(
         fastest = min(seconds, key=lambda name: statistics.median(seconds[name]))
         head: dict[str, object] = {"ranks": size, "rate": rate, "compute_ms": round(compute * 1e3)}
         head["mbit"] = None if rate is None else round(rate * unit)
+        mbit = LOOPBACK_MBIT if rate is None else rate * unit
+        stated = rates_of(arguments.tokens, size, compute, mbit)
+        picked, reason = pick(arguments.tokens, size, stated)
         over = {name: paired(seconds[name], seconds[fastest]) for name in seconds}
         for name in seconds:
             waiting = statistics.median(each for _, each in found[rate, name])
@@ -172,6 +190,7 @@ def results(
             "exchange": "auto",
             "picks": picked,
             "reason": reason,
+            "stated": {"network_gb": stated.network, "attention_tflops": stated.attention},
             "over_fastest": over.get(picked),
         }
 

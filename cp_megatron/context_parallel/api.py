@@ -27,9 +27,10 @@ from cp_megatron.context_parallel.latent_function import planned_latent_attentio
 from cp_megatron.context_parallel.rank_plan import RankPlan
 from cp_megatron.context_parallel.recurrent_sequence import RecurrentSequence
 from cp_megatron.kernels.dropout import Dropout
-from cp_megatron.plan import Mask, Schedule, SequenceLayout
+from cp_megatron.plan import Mask, Rates, Schedule, SequenceLayout
 from cp_megatron.plan.exchange import check_exchange, check_latent_exchange
 from cp_megatron.plan.mask import Window
+from cp_megatron.plan.rates import USUAL_RATES
 
 
 class ContextParallel(RecurrentSequence):
@@ -56,10 +57,10 @@ class ContextParallel(RecurrentSequence):
             ``latent``, ``expanded`` or ``auto``, as explained there.
         message_parts: the number of parts, at most the key/value heads of a rank, in which p2p and
             a2a+p2p send a message, so that the first ones are computed while others are under way.
-            None sends several if computing would not hide the messages on the network that
-            ``plan/exchange.py`` assumes. No rate is measured, so a slower network, such as one
-            between hosts of CPUs, needs a number: 2 or 4. Each part makes calls of the kernel
-            smaller.
+            None sends several if computing would not hide the messages. Each part makes calls of
+            the kernel smaller.
+        rates: how fast network and computing are, for what ``auto`` and None choose. They are not
+            measured: state those of a network that is slower, such as one between hosts of CPUs.
         deterministic: the same inputs give the same bits; a kernel that cannot do this is refused.
         check_ranks: compare masks, layouts, shapes and types between the ranks before attention,
             so that a mistake is an error on every rank instead of a hang or a wrong number. Each
@@ -95,6 +96,7 @@ class ContextParallel(RecurrentSequence):
         *,
         exchange_latent: str = "auto",
         message_parts: int | None = None,
+        rates: Rates = USUAL_RATES,
         deterministic: bool = False,
         check_ranks: str | bool = "auto",
         rows: Tensor | None = None,
@@ -106,7 +108,8 @@ class ContextParallel(RecurrentSequence):
         check_latent_exchange(exchange, exchange_latent)
         self._layout_kind, self._exchange, self._route = layout, exchange, route
         self._sizes, self._exchange_latent, self._parts = sizes, exchange_latent, message_parts
-        options = exchange, route, sizes, exchange_latent, message_parts
+        self._rates = rates
+        options = exchange, route, sizes, exchange_latent, message_parts, rates
         self._agreement = RankAgreement(check_mode(check_ranks), group, mask, self.layout, options)
         self._chooser = mask
         self._repeats = len(mask.lengths) == 1  # other batches will have the same tiles
@@ -136,6 +139,7 @@ class ContextParallel(RecurrentSequence):
             hierarchical_sizes=self._sizes,
             exchange_latent=self._exchange_latent,
             message_parts=self._parts,
+            rates=self._rates,
             check_ranks=self._agreement.mode,
         )
         other.buffers, other.link_sums, other.kernels = self.buffers, self.link_sums, self.kernels
@@ -188,6 +192,7 @@ class ContextParallel(RecurrentSequence):
             latent=latent,
             exchange_latent=exchange_latent,
             message_parts=self._parts,
+            rates=self._rates,
         )
         return chosen.within(self.mask)
 

@@ -149,6 +149,7 @@ def schedules(plan: RunPlan) -> tuple[Schedule, ...]:
         latent=model.latent_widths,
         exchange_latent=plan.config.parallel.cp_latent_exchange,
         message_parts=sequence.message_parts,
+        rates=sequence.rates,
     )
     attending = (layer for layer in range(model.num_layers) if not model.is_linear(layer))
     windows = map(model.layer_window, attending)

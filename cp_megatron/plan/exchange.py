@@ -15,7 +15,7 @@ of the round before:
            compute  | tile 0| tile 1| tile 2                              | all tiles      |
 
 ``auto`` therefore compares what the ranks wait for: the bytes of a2a, and those of p2p beyond what
-(N - 1) / N of the computing hides, at ``FLOPS_PER_ELEMENT``. It depends on the tokens of a rank: a
+(N - 1) / N of the computing hides, at the run's ``Rates``. It depends on the tokens of a rank: a
 causal shard of a few thousand tokens hides its ring, one of a few hundred does not. Backward has
 two to three times the bytes and 2.5 times the computing of forward, so forward alone is compared.
 Under short documents p2p moves almost nothing. ``all_gather`` never moves less than p2p. It
@@ -23,8 +23,9 @@ suits networks that handle one large collective better than many messages, and `
 chooses it.
 
 What computing does not hide, p2p sends in parts, each for some of the key/value heads (ring.py).
-``auto`` takes as many as are worth a message of their own on such a network. On a slower one, only
-the user knows that more parts pay, because nothing here measures it.
+``auto`` takes as many as are worth a message of their own. Nothing measures the rates: a choice
+that depended on a measurement could differ when a run is resumed, and with it the order of sums.
+The user states those of a network that is far slower than the default.
 
 Keys and values that are expanded from a latent (DeepSeek-V2, arXiv:2405.04434) need not travel:
 p2p and all_gather can send each token's latent and the rotary part of its key, as if they were the
@@ -42,23 +43,17 @@ from cp_megatron.errors import ConfigError
 from cp_megatron.plan.heads import merged_layout
 from cp_megatron.plan.layout import SequenceLayout
 from cp_megatron.plan.mask import Mask
+from cp_megatron.plan.rates import USUAL_RATES, Rates
 from cp_megatron.plan.readers import Readers
 
 EXCHANGES = ("p2p", "all_gather", "a2a", "a2a+p2p")
 ROUTES = ("ring", "direct")
 LATENT_EXCHANGES = ("auto", "latent", "expanded")
-FLOPS_PER_ELEMENT = 16_000
-"""FLOPs of attention that take as long as one bfloat16 element on the network: 400 TFLOP/s beside
-50 GB/s, which is a GPU of the Hopper generation and its share of a network between nodes. Links
-inside a node are faster and hide more."""
 _P2P_NAMES: Mapping[str, str] = MappingProxyType({"expanded": "p2p", "latent": "p2p of latents"})
 """What ``auto`` calls p2p of keys and values, and of the latents that they are expanded from."""
 MOST_PARTS = 4
 """Parts of a message that are chosen at most: with four, all but a quarter of the tiles of a round
 can run while its keys arrive."""
-LEAST_PART = 2 << 20
-"""Elements: below this size of a part, 4 MiB in bfloat16, starting another message and smaller
-tiles cost more than they hide on a GPU."""
 Sizes = tuple[int, int]
 
 
@@ -234,6 +229,7 @@ def choose_exchange(
     heads: Heads,
     hierarchical_sizes: Sizes | None = None,
     route: str = "auto",
+    rates: Rates = USUAL_RATES,
 ) -> ExchangeChoice:
     """Chooses the exchange whose ranks together wait for the fewest elements; among equals the one
     that moves the fewest, and then p2p.
@@ -244,6 +240,7 @@ def choose_exchange(
             a2a+p2p a candidate instead of a2a over all ranks, which would cross nodes with
             everything.
         route: ``ring`` or ``direct``, or ``auto`` to choose it as well.
+        rates: of network and computing.
     """
     size = layout.cp_size
     inner_route = "ring" if route == "auto" else route
@@ -253,9 +250,9 @@ def choose_exchange(
     p2p_route = choose_route(readers) if route == "auto" else route
     tokens = readers.tokens_received(p2p_route)
     costs = {_P2P_NAMES[form]: tokens * width for form, width in heads.sent_widths.items()}
-    waits = {name: max(0, cost - _hidden(mask, heads, size)) for name, cost in costs.items()}
-    inner = hierarchical_sizes[0] if hierarchical_sizes else size
-    name = "a2a+p2p" if hierarchical_sizes else "a2a"
+    hidden = _hidden(mask, heads, size, rates)
+    waits = {form: max(0, cost - hidden) for form, cost in costs.items()}
+    inner, name = (hierarchical_sizes[0], "a2a+p2p") if hierarchical_sizes else (size, "a2a")
     notes = []
     if "expanded" not in heads.sent_widths:
         notes.append(f"{name} cannot send latents")
@@ -264,23 +261,24 @@ def choose_exchange(
     else:
         costs[name] = waits[name] = all_to_all_elements(layout, heads, inner)
         if inner < size:
-            merged = merged_layout(layout, inner)
-            between = Readers.of(mask, merged)
+            between = Readers.of(mask, merged_layout(layout, inner))
             inner_route = choose_route(between) if route == "auto" else route
             tokens = between.tokens_received(inner_route)
             moved = tokens * sum(kv_heads_of_ranks(heads, inner)) * heads.key_width
             costs[name] += moved
-            waits[name] += max(0, moved - _hidden(mask, heads, size // inner))
+            waits[name] += max(0, moved - _hidden(mask, heads, size // inner, rates))
     # The first of equals.
     best = min(costs, key=lambda exchange: (waits[exchange], costs[exchange]))
     reason = _reason(best, costs, waits[best], notes)
-    if best == name:
-        return ExchangeChoice(best, inner_route, (inner, size // inner), reason)
     latent = heads.latent if best == _P2P_NAMES["latent"] else None
-    return ExchangeChoice("p2p", p2p_route, (1, size), reason, latent)
+    if best != name:
+        return ExchangeChoice("p2p", p2p_route, (1, size), reason, latent)
+    return ExchangeChoice(best, inner_route, (inner, size // inner), reason)
 
 
-def choose_parts(mask: Mask, layout: SequenceLayout, heads: Heads, route: str, sizes: Sizes) -> int:
+def choose_parts(
+    mask: Mask, layout: SequenceLayout, heads: Heads, route: str, sizes: Sizes, rates: Rates
+) -> int:
     """Chooses in how many parts p2p and a2a+p2p send a message, alike on all ranks.
 
     It is one if the ranks together compute long enough to hide all messages.
@@ -290,23 +288,24 @@ def choose_parts(mask: Mask, layout: SequenceLayout, heads: Heads, route: str, s
         layout: of the groups of ranks that send keys to each other.
         route: ``ring`` or ``direct``.
         sizes: the size of such a group, and the number of groups.
+        rates: of network and computing.
     """
     inner, groups = sizes
     kv_heads = kv_heads_of_ranks(heads, inner)
     longest = layout.shard_len * max(kv_heads) * heads.key_width
-    if groups == 1 or longest < 2 * LEAST_PART:
+    if groups == 1 or longest < 2 * rates.least_part:
         return 1
     moved = Readers.of(mask, layout).tokens_received(route) * sum(kv_heads) * heads.key_width
-    if moved <= _hidden(mask, heads, groups):
+    if moved <= _hidden(mask, heads, groups, rates):
         return 1
     message = moved // (inner * groups * (groups - 1))
-    return max(1, min(*kv_heads, MOST_PARTS, message // LEAST_PART))
+    return max(1, min(*kv_heads, MOST_PARTS, message // rates.least_part))
 
 
-def _hidden(mask: Mask, heads: Heads, num_rounds: int) -> int:
+def _hidden(mask: Mask, heads: Heads, num_rounds: int, rates: Rates) -> int:
     """Elements that all ranks together can receive while they compute: in all rounds but one."""
     flops = 2 * mask.pairs() * heads.num_heads * heads.key_width
-    return flops * (num_rounds - 1) // num_rounds // FLOPS_PER_ELEMENT
+    return int(flops * (num_rounds - 1) // num_rounds / rates.flops_per_element)
 
 
 def _reason(best: str, costs: Mapping[str, int], waits: int, notes: Sequence[str]) -> str:

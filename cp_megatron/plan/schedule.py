@@ -39,6 +39,7 @@ from cp_megatron.plan.heads import (
 )
 from cp_megatron.plan.layout import SequenceLayout
 from cp_megatron.plan.mask import Mask
+from cp_megatron.plan.rates import USUAL_RATES, Rates
 from cp_megatron.plan.readers import Readers
 from cp_megatron.plan.ring import plan_ring
 from cp_megatron.plan.rounds import Round
@@ -90,6 +91,7 @@ class Schedule:
         latent: tuple[int, int] | None = None,
         exchange_latent: str = "auto",
         message_parts: int | None = None,
+        rates: Rates = USUAL_RATES,
     ) -> Schedule:
         """Plans the exchange.
 
@@ -109,6 +111,7 @@ class Schedule:
             message_parts: the number of parts, by key/value heads, in which p2p and a2a+p2p send a
                 message; None chooses it, see ``choose_parts``. If ``auto`` takes a2a+p2p, which
                 leaves a rank fewer heads, there are at most as many parts as these heads.
+            rates: of network and computing, by which ``auto`` and the parts are chosen.
 
         Raises:
             ConfigError: a name is unknown, layout and mask differ in length, the heads cannot be
@@ -134,16 +137,18 @@ class Schedule:
         )
         check_latent(heads)
         check_parts(message_parts, exchange, heads, hierarchical_sizes)
-        plan = plan._with_exchange(heads, hierarchical_sizes)
+        plan = plan._with_exchange(heads, hierarchical_sizes, rates)
         if plan.all_to_all_size > 1:
             check_heads(plan.all_to_all_size, num_heads, kv_heads, plan.exchange)
-        return plan._with_messages(heads, message_parts)
+        return plan._with_messages(heads, message_parts, rates)
 
-    def _with_exchange(self, heads: Heads, sizes: tuple[int, int] | None) -> Schedule:
+    def _with_exchange(self, heads: Heads, sizes: tuple[int, int] | None, rates: Rates) -> Schedule:
         """Resolves ``auto``: which ranks exchange heads, what travels, and why."""
         layout, size = self.layout, self.layout.cp_size
         if self.exchange == "auto":
-            choice = choose_exchange(self.mask, layout, self.readers, heads, sizes, self.route)
+            choice = choose_exchange(
+                self.mask, layout, self.readers, heads, sizes, self.route, rates
+            )
             return replace(self, **vars(choice))
         if self.exchange in ("p2p", "all_gather"):
             moves = heads.latent is not None and bool(self.readers.read.any())
@@ -151,14 +156,14 @@ class Schedule:
             return replace(self, hierarchical_sizes=(1, size), latent=latent)
         return replace(self, hierarchical_sizes=sizes or (size, 1))
 
-    def _with_messages(self, heads: Heads, parts: int | None) -> Schedule:
+    def _with_messages(self, heads: Heads, parts: int | None, rates: Rates) -> Schedule:
         """Resolves the route and the number of parts of a message."""
         route = choose_route(self.readers) if self.route == "auto" else self.route
         sizes = inner, groups = self.hierarchical_sizes
         if groups == 1 or self.exchange == "all_gather" or self.latent is not None:
             parts = 1
         elif parts is None:
-            parts = choose_parts(self.mask, self.group_layout, heads, route, sizes)
+            parts = choose_parts(self.mask, self.group_layout, heads, route, sizes, rates)
         else:
             parts = min(parts, *kv_heads_of_ranks(heads, inner))
         return replace(self, route=route, message_parts=parts)

@@ -15,7 +15,7 @@ from cp_megatron.comm.runtime import Launch
 from cp_megatron.config import Config
 from cp_megatron.data.rows.packing import row_mask
 from cp_megatron.errors import ConfigError
-from cp_megatron.plan import Grid, Mask, Schedule, SequenceLayout
+from cp_megatron.plan import Grid, Mask, Rates, Schedule, SequenceLayout
 from cp_megatron.plan.exchange import (
     Heads,
     Sizes,
@@ -26,6 +26,8 @@ from cp_megatron.plan.exchange import (
 from cp_megatron.plan.layout import auto_layout, sequence_divisor
 from cp_megatron.preflight.rules import multiples, refuse_unused
 from cp_megatron.spec import local_heads
+
+_RATES = "cp_network_rate", "cp_attention_rate"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +46,7 @@ class SequencePlan:
         route: the route of the exchange's messages; ``auto`` if each batch decides.
         sizes: ``hierarchical_sizes`` of ``ContextParallel``.
         message_parts: the parts of each message; None if each batch decides, or without messages.
+        rates: by which each batch decides.
         reason: why this exchange was chosen.
         notes: consequences worth knowing, for the start table.
     """
@@ -56,6 +59,7 @@ class SequencePlan:
     route: str
     sizes: Sizes | None
     message_parts: int | None
+    rates: Rates
     reason: str
     notes: tuple[str, ...] = ()
 
@@ -107,6 +111,7 @@ def plan_sequence(
         route="auto",
         sizes=None,
         message_parts=None,
+        rates=Rates(config.parallel.cp_network_rate, config.parallel.cp_attention_rate),
         reason="one rank holds the whole sequence",
         notes=notes,
     )
@@ -187,7 +192,7 @@ def _with_exchange(
         reason = reason or "each batch takes what ranks wait for least"
     else:
         heads, kv_heads, width, v_width = local_heads(config.model, grid.tp)
-        build = partial(Schedule.build, head_dim=width, v_head_dim=v_width)
+        build = partial(Schedule.build, head_dim=width, v_head_dim=v_width, rates=plan.rates)
         schedule = build(
             *(plan.mask, plan.layout, exchange, route, heads, kv_heads, sizes),
             latent=config.model.latent_widths,
@@ -238,7 +243,12 @@ def _check_exchange(config: Config, grid: Grid, given: frozenset[str]) -> None:
         check_parts(parallel.cp_message_parts, exchange, asked, sizes)
     else:
         reason, works = "on one context parallel rank", "--context-parallel-size 2 with it"
-        refuse_unused(parallel, ["cp_message_parts"], given, reason=reason, works=works)
+        unused = ["cp_message_parts", *_RATES]
+        refuse_unused(parallel, unused, given, reason=reason, works=works)
+    decided = exchange in ("all_gather", "a2a") or parallel.cp_message_parts is not None
+    if exchange != "auto" and decided:
+        reason, works = "if exchange and parts are asked for", "--cp-comm-type auto with it"
+        refuse_unused(parallel, _RATES, given, reason=reason, works=works)
 
 
 def _check_heads(config: Config, ranks: int) -> None:

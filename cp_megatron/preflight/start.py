@@ -91,6 +91,7 @@ def make_context(plan: RunPlan, groups: ParallelGroups) -> ContextParallel:
         hierarchical_sizes=sequence.sizes,
         exchange_latent=parallel.cp_latent_exchange,
         message_parts=sequence.message_parts,
+        rates=sequence.rates,
         deterministic=plan.config.train.deterministic,
         # Masks follow from the run's rows, which are the same on every rank that reads them.
         check_ranks="once" if parallel.cp_check_ranks else "never",

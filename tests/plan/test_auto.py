@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import re
-from unittest.mock import patch
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from cp_megatron.errors import ConfigError
-from cp_megatron.plan import Mask, Schedule, SequenceLayout
-from cp_megatron.plan import exchange as exchange_module
+from cp_megatron.plan import Mask, Rates, Schedule, SequenceLayout
 from cp_megatron.plan.exchange import ROUTES, Heads, all_to_all_elements
 from tests.plan.cases import any_schedules, heads, property_settings
 
@@ -54,12 +52,12 @@ def test_auto_waits_for_the_fewest_bytes(other: Schedule, data: st.DataObject) -
     num_heads, num_kv = data.draw(heads(data.draw(st.sampled_from([1, all_to_all_size, size]))))
     widths = data.draw(st.tuples(st.integers(1, 9), st.integers(1, 9)))
     route = data.draw(st.sampled_from(["auto", *ROUTES]))
-    flops = data.draw(st.sampled_from([1, 30, exchange_module.FLOPS_PER_ELEMENT]))
+    flops = data.draw(st.sampled_from([1, 30, 16_000]))
 
     def build(exchange: str, way: str, sizes: Sizes | None = None) -> Schedule:
         return Schedule.build(
             mask, layout, exchange, way, num_heads, num_kv, sizes,
-            head_dim=widths[0], v_head_dim=widths[1],
+            head_dim=widths[0], v_head_dim=widths[1], rates=Rates(2, flops / 1000),
         )  # fmt: skip
 
     ways = ROUTES if route == "auto" else (route,)
@@ -68,8 +66,7 @@ def test_auto_waits_for_the_fewest_bytes(other: Schedule, data: st.DataObject) -
         name = "a2a+p2p" if sizes else "a2a"
         candidates += [build(name, way, sizes) for way in ways]
     costs = [(waits(c, *widths, flops), total(c, *widths)) for c in candidates]
-    with patch.object(exchange_module, "FLOPS_PER_ELEMENT", flops):
-        chosen = build("auto", route, sizes)
+    chosen = build("auto", route, sizes)
     assert chosen.exchange in ("p2p", "a2a", "a2a+p2p")
     assert (waits(chosen, *widths, flops), total(chosen, *widths)) == min(costs)
     if costs[0] == min(costs):
@@ -121,6 +118,22 @@ def test_messages_that_computing_does_not_hide_are_split(
     assert schedule.message_parts == parts
     assert schedule.within(Mask.causal(tokens, window=(9, 0))).message_parts == parts
     assert schedule.parts(0)[-1][1] == kv_heads
+
+
+@pytest.mark.parametrize(
+    ("gigabytes", "exchange", "parts"), [(0.02, "p2p", 4), (0.1, "p2p", 1), (5.0, "p2p", 1)]
+)
+def test_a_slow_link_that_is_stated_splits_messages(
+    gigabytes: float, exchange: str, parts: int
+) -> None:
+    """Two hosts of CPUs: 0.17 TFLOP/s each, 4 key/value heads of 64, 4,096 tokens."""
+    mask = Mask.causal(4096)
+    layout = SequenceLayout.make(mask, 2, "zigzag")
+    rates = Rates(gigabytes, 0.17)
+    schedule = Schedule.build(*(mask, layout, "auto", "auto", 8, 4), head_dim=64, rates=rates)
+    assert (schedule.exchange, schedule.message_parts) == (exchange, parts)
+    usual = Schedule.build(mask, layout, "auto", "auto", 8, 4, head_dim=64)
+    assert usual.message_parts == 1
 
 
 @given(any_schedules(), st.data())

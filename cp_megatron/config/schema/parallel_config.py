@@ -57,8 +57,12 @@ class ParallelConfig:
     cp_message_parts: Annotated[int, Range(1)] | None = None
     """p2p and a2a+p2p send each message in so many parts, each with some of the key/value heads, so
     that the first parts are computed while the others are under way. By default it is one part,
-    or up to four where computing would not hide messages at 50 GB/s beside 400 TFLOP/s. The rate of
-    the network is not measured: on a slower one, try 2 and 4."""
+    or up to four where computing would not hide messages (see --cp-network-rate)."""
+    cp_network_rate: Annotated[float, Range(0, open_low=True)] = 50.0
+    """GB/s that a rank receives from other ranks, for the choice of --cp-comm-type auto and of
+    --cp-message-parts. It is not measured. For float32 give half of it."""
+    cp_attention_rate: Annotated[float, Range(0, open_low=True)] = 400.0
+    """TFLOP/s at which a rank computes attention, for the same choices."""
     cp_latent_exchange: LatentExchange = "auto"
     """Under --multi-latent-attention, p2p and all_gather send latents, which their readers expand
     (latent), or keys and values (expanded); auto sends whichever takes fewer bytes."""
