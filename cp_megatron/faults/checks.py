@@ -149,9 +149,9 @@ class Checks:
 
 def _copies(grid: Grid) -> list[list[int]]:
     """The ranks that hold the same part of the model, one in each copy of it."""
-    groups = defaultdict[tuple[int, int], list[int]](list)
+    groups = defaultdict[tuple[int, ...], list[int]](list)
     for rank in range(grid.world_size):
-        groups[grid.index("tp", rank), grid.shard(rank)].append(rank)
+        groups[grid.index("pp", rank), grid.index("tp", rank), grid.shard(rank)].append(rank)
     return list(groups.values())
 
 

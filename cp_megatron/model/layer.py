@@ -44,9 +44,6 @@ class TransformerLayer(nn.Module):
         spec: the description.
         memory: what is kept for backward.
         experts: the groups of a mixture of experts.
-
-    Attributes:
-        attends: whether the mixer is attention, not a recurrence.
     """
 
     def __init__(
@@ -56,7 +53,6 @@ class TransformerLayer(nn.Module):
         self.memory, self.tp = memory, memory.tp
         self.is_parallel, self.multiplier = spec.is_parallel, spec.multiplier
         self.attention_norm = self._norm(spec.attention_norm)
-        self.attends = spec.attention is not None
         self.attention: SelfAttention | LatentAttention | None = None
         if isinstance(spec.attention, LatentAttentionSpec):
             self.attention = LatentAttention(spec.attention, tp=self.tp)

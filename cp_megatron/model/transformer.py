@@ -7,7 +7,9 @@ residual stream is [b, s, h]; with sequence parallelism [b, s/tp, h].
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -30,6 +32,7 @@ from cp_megatron.model.norm import Norm
 from cp_megatron.model.offload import LayerOffload
 from cp_megatron.model.rope import Rotation
 from cp_megatron.model.row_counts import TokenRows
+from cp_megatron.plan.pipeline import Chunk
 from cp_megatron.spec import ExpertMixtureSpec, ModelSpec, RotarySpec
 from cp_megatron.tensor_parallel import (
     LossRule,
@@ -54,9 +57,10 @@ class ExpertReport(NamedTuple):
     """What this rank's experts did in one pass.
 
     Attributes:
-        terms: [2], what the imbalance and the z-loss add to the loss, summed over all layers and
-            this rank's counted tokens; with a gradient.
-        counts: int64 [layers with experts, E], how many tokens chose each expert.
+        terms: [2], what the imbalance and the z-loss add to the loss, summed over the layers of the
+            pass and this rank's counted tokens; with a gradient.
+        counts: int64 [layers with experts, E], how many tokens chose each expert; 0 in layers of
+            the model that do not belong to the pass.
     """
 
     terms: Tensor
@@ -64,10 +68,11 @@ class ExpertReport(NamedTuple):
 
 
 class Transformer(nn.Module):
-    """Layers [first_layer, last_layer) of the model; the embedding and the head at its ends.
+    """The layers of a model, or the chunks of them that one pipeline stage has.
 
     It is built with global shapes (usually under ``torch.device("meta")``); parameter names depend
-    neither on the grid nor on the range of layers.
+    neither on the grid nor on the chunks. If embedding and head share their weight and are on
+    different stages, both hold it, and the sum of their gradients is left to the caller.
 
     Args:
         config: the model.
@@ -78,15 +83,15 @@ class Transformer(nn.Module):
         memory: what is kept for backward, where, and how much of a sequence is computed at once;
             by default everything is kept.
         experts: the groups of mixtures of experts; by default one rank.
-        first_layer, last_layer: the range. The embedding exists if it starts at 0, the head if it
-            ends at ``config.num_layers`` (None).
+        chunks: those of this rank's stage, in order; by default one with the whole model.
 
     Attributes:
         spec: the description of the whole model, from which its modules are built.
+        copies_embedding: an earlier stage has the embedding's weight as well.
 
     Raises:
-        ConfigError: tp ranks cannot share a parameter, tied weights would be on two pipeline
-            stages, or tokens of experts are not divided over tp.
+        ConfigError: tp ranks cannot share a parameter, or tokens of experts are not divided over
+            tp.
     """
 
     def __init__(
@@ -99,20 +104,22 @@ class Transformer(nn.Module):
         sequence_parallel: bool,
         memory: MemoryConfig | None = None,
         experts: ExpertParallel | None = None,
-        first_layer: int = 0,
-        last_layer: int | None = None,
+        chunks: Sequence[Chunk] | None = None,
     ) -> None:
         super().__init__()
-        last_layer = config.num_layers if last_layer is None else last_layer
+        self.chunks = tuple(chunks or [Chunk(range(config.num_layers), True, True)])
         memory = memory or MemoryConfig()
-        assert 0 <= first_layer < last_layer <= config.num_layers
         self.config = config
         self.tp = TensorParallel(group=tp, sequence_parallel=sequence_parallel)
         self.spec = spec = ModelSpec.of(config, vocab_size=vocab_size, seq_length=seq_length)
-        is_first, is_last = first_layer == 0, last_layer == config.num_layers
-        _check(spec, self.tp, splits_ends=is_last and not is_first)
+        _check(spec, self.tp)
+        is_first = any(chunk.has_embedding for chunk in self.chunks)
+        is_last = any(chunk.has_head for chunk in self.chunks)
+        self.copies_embedding = is_last and spec.head.tied and not is_first
 
-        self.embedding = VocabParallelEmbedding(spec.embedding, tp=self.tp) if is_first else None
+        self.embedding: VocabParallelEmbedding | None = None
+        if is_first or self.copies_embedding:
+            self.embedding = VocabParallelEmbedding(spec.embedding, tp=self.tp)
         table = spec.positions if is_first else None
         self.positions = None if table is None else LearnedPositions(table, tp=self.tp)
         self.dropout = nn.Dropout(spec.dropout)
@@ -121,7 +128,7 @@ class Transformer(nn.Module):
             self.offload = LayerOffload(per_layer=3 if memory.recompute_keeps_attention else 1)
         # Keyed by the number in the whole model, so that the names on a stage are the model's.
         self.layers = nn.ModuleDict()
-        for i in range(first_layer, last_layer):
+        for i in chain.from_iterable(chunk.layers for chunk in self.chunks):
             attends = spec.layers[i].attention is not None
             strategy = LayerMemory.of(memory, i, attends=attends, tp=self.tp, offload=self.offload)
             layer = TransformerLayer(spec.layers[i], memory=strategy, experts=experts)
@@ -139,12 +146,13 @@ class Transformer(nn.Module):
         labels: Tensor | None = None,
         rule: LossRule | None = None,
         rows: TokenRows | None = None,
-    ) -> Tensor | tuple[Tensor, Tensor] | tuple[Tensor, Tensor, ExpertReport]:
-        """Tokens -> logits or losses, or on a range of layers the residual stream.
+        chunk: int = 0,
+    ) -> Tensor | tuple[Tensor | ExpertReport, ...]:
+        """Tokens -> logits or losses, or from a chunk without the head the residual stream.
 
         Args:
-            x: int64 tokens [b, s] of this rank's shard; without an embedding, the residual stream
-                that the layer before returned.
+            x: int64 tokens [b, s] of this rank's shard; for a chunk without the embedding, the
+                residual stream that the chunk before returned.
             cp: the context parallelism of this batch: which positions the tokens have, and the
                 attention across ranks. If only some layers have a window, its mask has none.
             attention_dropout: with the run's seed and the number of this rank's first query head;
@@ -154,32 +162,38 @@ class Transformer(nn.Module):
                 losses, and the logits of all tokens never exist.
             rule: how the losses are computed; None is the plain rule.
             rows: the rows of ``x``, with labels in a model with experts.
+            chunk: the number of the chunk.
 
         Returns:
             Without labels, logits [b, s, v/tp] in the compute dtype, -inf for the vocabulary's
             padding; with labels, the sum to train and the tokens' losses [b, s], as in
             ``vocab_parallel_fused_loss``, and with ``rows`` what the experts did, whose terms are
             not in that sum: it is divided by the number of labels, they by that of the counted
-            tokens. Without a head, the residual stream.
+            tokens. From a chunk without the head, the residual stream, and with ``rows`` what the
+            experts did.
         """
+        part = self.chunks[chunk]
         expected = self.config.attention_dropout if self.training else 0.0
         assert expected == (attention_dropout.probability if attention_dropout else 0.0)
-        if self.embedding is not None:
+        if part.has_embedding:
             x = self._embed(x, cp)
         rotations = self._rotations(cp, x)
         contexts = self.layer_contexts(cp)
         own = None if rows is None else self._own(rows)
         mixed = list[Mixed]()
-        for number, layer in self.layers.items():
+        for number in part.layers:
             dropout = attention_dropout
             if dropout is not None:
-                seed = attention_dropout_seed(seed=dropout.seed, layer=int(number))
+                seed = attention_dropout_seed(seed=dropout.seed, layer=number)
                 dropout = replace(dropout, seed=seed)
-            out = layer(x, rotations[int(number)], contexts[int(number)], dropout, own)
+            out = self.layers[str(number)](x, rotations[number], contexts[number], dropout, own)
             x = out.stream if isinstance(out, Mixed) else out
             mixed += [out] if isinstance(out, Mixed) else []
-        if self.head is None or self.norm is None:
-            return x
+        report = () if rows is None else (self._report(mixed, part, x.device),)
+        if not part.has_head:
+            return (x, *report) if report else x
+        assert self.head is not None
+        assert self.norm is not None
         weight = None
         if self.spec.head.tied:
             assert self.embedding is not None
@@ -187,12 +201,22 @@ class Transformer(nn.Module):
         # Hooks of the modules gather their weights, so the loss is computed in the head's forward.
         if labels is None:
             return self.head(self.norm(x), weight)
-        trained, losses = self.head(self.norm(x), weight, labels, rule)
-        if rows is None:
-            return trained, losses
-        terms = torch.stack([layer.terms for layer in mixed if layer.terms is not None]).sum(0)
-        counts = torch.stack([layer.counts for layer in mixed if layer.counts is not None])
-        return trained, losses, ExpertReport(terms, counts)
+        return (*self.head(self.norm(x), weight, labels, rule), *report)
+
+    def _report(self, mixed: Sequence[Mixed], part: Chunk, device: torch.device) -> ExpertReport:
+        """Adds up what the experts of a chunk did."""
+        terms = torch.zeros(2, device=device)
+        found = [layer.terms for layer in mixed if layer.terms is not None]
+        if found:
+            terms = torch.stack(found).sum(0)
+        layers = self.config.expert_layers
+        shape = len(layers), self.config.num_experts or 0
+        counts = torch.zeros(shape, dtype=torch.int64, device=device)
+        own = [number for number, layer in enumerate(layers) if layer in part.layers]
+        if own:  # they are neighbours
+            chosen = [layer.counts for layer in mixed if layer.counts is not None]
+            counts[own[0] : own[-1] + 1] = torch.stack(chosen)
+        return ExpertReport(terms, counts)
 
     def _own(self, rows: TokenRows) -> TokenRows:
         """The rows of the tokens of this rank's residual stream, [b, s] -> [b * r]."""
@@ -213,7 +237,8 @@ class Transformer(nn.Module):
         for number, layer in self.layers.items():
             assert isinstance(layer, TransformerLayer)
             layer.mixer.prepare(contexts[int(number)])
-            pairs[contexts[int(number)]] += layer.attends
+        for context, spec in zip(contexts, self.spec.layers, strict=True):
+            pairs[context] += spec.attention is not None
         total = sum(context.mask.pairs() * layers for context, layers in pairs.items())
         return total / max(1, pairs.total())
 
@@ -267,13 +292,10 @@ class Transformer(nn.Module):
         return self.dropout(x)
 
 
-def _check(spec: ModelSpec, tp: TensorParallel, *, splits_ends: bool) -> None:
+def _check(spec: ModelSpec, tp: TensorParallel) -> None:
     """Refuses what the modules cannot compute; ``Transformer`` says what."""
     spec.check_split("tp", tp.size)
     has_experts = any(isinstance(layer.mlp, ExpertMixtureSpec) for layer in spec.layers)
     if has_experts and tp.size > 1 and not tp.sequence_parallel:
         rule = "experts with tensor parallelism need the sequence divided over its ranks"
         raise ConfigError("--sequence-parallel", False, rule, "True")
-    if spec.head.tied and splits_ends:
-        rule = "the embedding and the output layer are on different pipeline stages"
-        raise ConfigError("--untie-embeddings-and-output-weights", False, rule, "True")

@@ -13,7 +13,7 @@ twice as long::
     stage 1      F0 B0 B0  F1 B1 B1  F2 B2 B2  F3 B3 B3
 
 **Interleaved 1F1B** (Narayanan et al. 2021, arXiv:2104.04473). With C chunks, a stage makes the
-passes of its first chunk for a group of P micro batches, then those of its second chunk for the same
+passes of its first chunk for a group of P micro batches, those of its second chunk for the same
 group, and so on. Chunks are C times as short, and so are the gaps at both ends.
 
 The share of the time in which a stage waits is (P - 1) / (M C + P - 1) with M micro batches, if all
@@ -35,6 +35,18 @@ from itertools import chain, zip_longest
 from typing import Literal, NamedTuple
 
 Kind = Literal["forward", "backward"]
+KINDS: tuple[Kind, ...] = ("forward", "backward")
+
+
+class Chunk(NamedTuple):
+    """A run of layers that one stage computes, and whether the ends of the model belong to it.
+
+    Only a chunk with an end may have no layer.
+    """
+
+    layers: range
+    has_embedding: bool
+    has_head: bool
 
 
 class Action(NamedTuple):

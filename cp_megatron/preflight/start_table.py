@@ -71,7 +71,8 @@ def _world(plan: RunPlan) -> Iterator[Line]:
             yield "...", "..."
             continue
         place = grid.coordinates(rank)
-        held = f"{place}   positions {_positions(plan, place.cp)}"
+        shown = place if grid.pp > 1 else place.without("pp")
+        held = f"{shown}   positions {_positions(plan, place.cp)}"
         if grid.ep > 1:
             held += f"   experts {_experts(plan, rank)}"
         yield f"rank {rank}", held

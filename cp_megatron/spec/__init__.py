@@ -12,7 +12,13 @@ from cp_megatron.spec.latent import LatentAttentionSpec
 from cp_megatron.spec.layer_spec import LayerSpec
 from cp_megatron.spec.linear_attention import ConvolutionSpec, DecaySpec, LinearAttentionSpec
 from cp_megatron.spec.mixer import AttentionSpec, LocalHeads, MixerSpec, RotarySpec
-from cp_megatron.spec.model_spec import ModelSpec, is_hidden_matrix, is_sharded, local_heads
+from cp_megatron.spec.model_spec import (
+    ModelSpec,
+    is_hidden_matrix,
+    is_sharded,
+    keeps_whole_weights,
+    local_heads,
+)
 from cp_megatron.spec.parameter import BlockSpec, Init, ParameterSpec
 from cp_megatron.spec.pieces import (
     EmbeddingSpec,
@@ -54,5 +60,6 @@ __all__ = [
     "RoutingSpec",
     "is_hidden_matrix",
     "is_sharded",
+    "keeps_whole_weights",
     "local_heads",
 ]

@@ -12,8 +12,9 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from cp_megatron.config import ModelConfig
+from cp_megatron.config import ModelConfig, ParallelConfig
 from cp_megatron.plan import Grid
+from cp_megatron.plan.grid import STAGE
 from cp_megatron.spec.experts import ExpertMixtureSpec
 from cp_megatron.spec.layer_spec import LayerSpec, attention_of
 from cp_megatron.spec.mixer import LocalHeads
@@ -167,9 +168,17 @@ def is_hidden_matrix(name: str, shape: Sequence[int]) -> bool:
 
 def is_sharded(model: ModelConfig, grid: Grid, *, offloads: bool) -> bool:
     """Whether FSDP holds the parameters: they are divided otherwise than over tp, or ``offloads``
-    to the host. Experts are divided over all ranks."""
-    shares_experts = bool(model.expert_layers) and grid.world_size > 1
+    to the host. Experts are divided over all ranks of a stage."""
+    shares_experts = bool(model.expert_layers) and grid.size(STAGE) > 1
     return grid.size("dp_cp") > 1 or shares_experts or offloads
+
+
+def keeps_whole_weights(parallel: ParallelConfig, grid: Grid) -> bool:
+    """Whether FSDP gathers weights and reduces gradients once in a step, and keeps both whole in
+    between; otherwise it does so for each micro batch."""
+    if parallel.fsdp_reshard == "auto":
+        return grid.pp > 1  # several micro batches are in flight
+    return parallel.fsdp_reshard == "never"
 
 
 def local_heads(model: ModelConfig, tp: int) -> LocalHeads:

@@ -36,7 +36,8 @@ from cp_megatron.train.late_results import Judged, Results
 from cp_megatron.train.profiler import StepProfiler
 from cp_megatron.train.progress import ProgressView
 from cp_megatron.train.saving import Saver
-from cp_megatron.train.step import Accept, LaunchedStep, Shard, StepResult, TrainStep
+from cp_megatron.train.shard import Shard
+from cp_megatron.train.step import Accept, LaunchedStep, StepResult, TrainStep
 
 
 class DivergedError(RuntimeError):

@@ -13,7 +13,8 @@ from cp_megatron.memory import predict as kinds
 from cp_megatron.memory.live_bytes import LiveBytes
 from cp_megatron.memory.measure import MemoryMeter
 from cp_megatron.memory.predict import Held, predict
-from cp_megatron.train.step import Shard, TrainStep
+from cp_megatron.train.shard import Shard
+from cp_megatron.train.step import TrainStep
 from tests.allocations import counting_memory
 from tests.ranks import run_ranks
 from tests.train.checkpoints import differing, metrics_of, numbers

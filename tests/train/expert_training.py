@@ -23,7 +23,8 @@ from cp_megatron.data.rows.sampler import ConcatenatedRows
 from cp_megatron.model.parallelize import build_model
 from cp_megatron.plan import Grid, Mask
 from cp_megatron.train.muon import choose_optimizer
-from cp_megatron.train.step import Shard, TrainStep
+from cp_megatron.train.shard import Shard
+from cp_megatron.train.step import TrainStep
 from tests.data.ranges import range_of
 from tests.model.grids import LLAMA
 

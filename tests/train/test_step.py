@@ -28,7 +28,8 @@ from cp_megatron.data.rows.sampler import ConcatenatedRows
 from cp_megatron.model.parallelize import build_model
 from cp_megatron.plan import Grid, Mask, Schedule
 from cp_megatron.train.optimizer import make_optimizer
-from cp_megatron.train.step import Shard, StepResult, TrainStep
+from cp_megatron.train.shard import Shard
+from cp_megatron.train.step import StepResult, TrainStep
 from tests.data.ranges import range_of
 from tests.ranks import run_ranks
 

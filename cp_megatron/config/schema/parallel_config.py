@@ -10,6 +10,7 @@ from cp_megatron.config.schema.ranges import AxisSize, Range
 Exchange = Literal["auto", "p2p", "all_gather", "a2a", "a2a+p2p"]
 Route = Literal["auto", "ring", "direct"]
 LatentExchange = Literal["auto", "latent", "expanded"]
+FsdpReshard = Literal["auto", "always", "never"]
 LayoutKind = Literal["auto", "contiguous", "zigzag", "balanced"]
 KernelName = Literal[
     "auto",
@@ -32,6 +33,20 @@ class ParallelConfig:
     """Ranks that share every weight matrix."""
     context_parallel_size: AxisSize = 1
     """Ranks that share every sequence."""
+    pipeline_parallel_size: AxisSize = 1
+    """Stages of a pipeline, each of which has a part of the layers and of the ranks. Micro batches
+    pass through the stages one behind the other (1F1B)."""
+    num_virtual_stages_per_pipeline_rank: Annotated[int, Range(1)] | None = None
+    """Parts of the layers that each stage has, dealt in turn (interleaved 1F1B): stages wait less,
+    send more messages, and keep more activations. By default 1."""
+    pipeline_model_parallel_layout: str | None = None
+    """Which layers each stage has, in Megatron-LM's spelling: E is the embedding, t a layer, L the
+    loss, | ends a part, and x*3 or (xy)*3 repeats, as in E(t|)*3tL. By default layers are shared so
+    that stages compute equally long."""
+    fsdp_reshard: FsdpReshard = "auto"
+    """When whole weights are dropped and gradients are reduced: after each micro batch (always) or
+    at the end of a step (never), which takes fewer messages and more memory; auto is never with
+    pipeline stages, otherwise always."""
     data_parallel_replicate_size: AxisSize = 1
     """Copies of the model. Weights, gradients and optimizer state are sharded over the ranks of one
     copy (data parallel x context parallel / copies), so that whole weights are gathered from fewer

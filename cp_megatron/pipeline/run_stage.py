@@ -1,0 +1,91 @@
+"""Makes the passes of one stage in the order of its plan.
+
+While a pass is computed, the message for the next one is on its way::
+
+    receive for pass 1 |  receive for pass 2 |
+                       |  compute pass 1     |  compute pass 2
+                       |                     |  send the result of pass 1
+
+With one stage, the same loop makes a forward and a backward pass of each micro batch in turn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from cp_megatron.comm.send_receive import Pending
+from cp_megatron.comm.trace import traced
+from cp_megatron.pipeline.stage_links import Arriving, StageLinks
+from cp_megatron.plan.pipeline import Action, PipelinePlan
+
+
+class Outputs(NamedTuple):
+    """Results of a forward pass.
+
+    Attributes:
+        stream: what the next chunk reads; None from the last chunk.
+        objective: [], this chunk's summand of what is trained; None if it has none.
+    """
+
+    stream: Tensor | None
+    objective: Tensor | None
+
+
+class Passes(Protocol):
+    """What a stage computes."""
+
+    def forward(self, action: Action, x: Tensor | None) -> Outputs:
+        """A forward pass; ``x`` is what the chunk before returned, None in the first chunk."""
+
+    def backward(self, action: Action, outputs: Outputs, gradient: Tensor | None) -> None:
+        """The backward pass; ``gradient`` is that of ``outputs.stream``."""
+
+    def stream_like(self, microbatch: int) -> tuple[Sequence[int], torch.dtype, torch.device]:
+        """Shape, type and device of a micro batch between two chunks."""
+
+
+def run_stage(plan: PipelinePlan, stage: int, links: StageLinks, passes: Passes) -> None:
+    """Makes all passes of a stage, and returns when everything it sends is sent.
+
+    Shapes may differ between micro batches: each stage knows them without a message.
+    """
+
+    def start(action: Action | None) -> Arriving | None:
+        message = None if action is None else plan.received(stage, action)
+        if action is None or message is None:
+            return None
+        return links.receive(message, *passes.stream_like(action.microbatch))
+
+    actions = plan.actions(stage)
+    kept: dict[tuple[int, int], tuple[Tensor | None, Outputs]] = {}
+    forwarded: dict[tuple[int, int], Pending] = {}
+    arriving = start(actions[0] if actions else None)
+    for action, following in pairwise((*actions, None)):
+        assert action is not None
+        current, place = arriving, (action.microbatch, action.chunk)
+        arriving = start(following)
+        with traced("wait for stage"):
+            x = None if current is None else current.wait()
+        if action.kind == "forward":
+            if x is not None and plan.has_backward:
+                x.requires_grad_()
+            outputs = passes.forward(action, x)
+            result = outputs.stream
+            if plan.has_backward:
+                kept[place] = x, outputs
+        else:
+            entered, outputs = kept.pop(place)
+            links.sent(forwarded.pop(place, None))  # its gradient is here
+            passes.backward(action, outputs, x)
+            result = None if entered is None else entered.grad
+        if (message := plan.sent(stage, action)) is not None:
+            assert result is not None
+            sent = links.send(message, result.detach())
+            if action.kind == "forward":
+                forwarded[place] = sent
+    links.settle()

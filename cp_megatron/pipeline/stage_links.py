@@ -1,0 +1,71 @@
+"""Messages between the stages of a pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from cp_megatron.comm.checksums import LinkSums
+from cp_megatron.comm.send_receive import Pending, post
+from cp_megatron.plan.pipeline import Channel, Message
+
+
+class StageLinks:
+    """The channels of this rank's stage.
+
+    Args:
+        channels: the group of each channel, whose ranks are the stages in order; none by default,
+            for a pipeline of one stage.
+
+    Attributes:
+        sums: checksums of each channel's messages, while they are open.
+    """
+
+    def __init__(self, channels: Mapping[Channel, dist.ProcessGroup] | None = None) -> None:
+        self._channels = channels or {}
+        self._open: list[Pending] = []
+        self.sums = {channel: LinkSums() for channel in self._channels}
+
+    def receive(
+        self, message: Message, shape: Sequence[int], dtype: torch.dtype, device: torch.device
+    ) -> Arriving:
+        """Starts to receive a tensor."""
+        x = torch.empty(tuple(shape), dtype=dtype, device=device)
+        group, sums = self._channels[message.channel], self.sums[message.channel]
+        return Arriving(x, post(group, receives=[(x, message.peer)], sums=sums))
+
+    def send(self, message: Message, x: Tensor) -> Pending:
+        """Starts to send a tensor, which must not be modified before it is sent."""
+        group, sums = self._channels[message.channel], self.sums[message.channel]
+        # Frees what is sent. Gloo only says so if it is waited for.
+        self._open = [sent for sent in self._open if not sent.is_completed]
+        sent = post(group, sends=[(x.contiguous(), message.peer)], sums=sums)
+        self._open.append(sent)
+        return sent
+
+    def sent(self, pending: Pending | None) -> None:
+        """Frees a message that the other stage is known to have."""
+        if pending is not None:
+            pending.wait()
+            self._open = [other for other in self._open if other is not pending]
+
+    def settle(self) -> None:
+        """Returns once everything is sent. On CUDA, the current stream waits instead."""
+        for pending in self._open:
+            pending.wait()
+        self._open = []
+
+
+class Arriving:
+    """A tensor that is being received."""
+
+    def __init__(self, x: Tensor, pending: Pending) -> None:
+        self._x, self._pending = x, pending
+
+    def wait(self) -> Tensor:
+        """The tensor. On CUDA, the current stream waits instead of the host."""
+        self._pending.wait()
+        return self._x
