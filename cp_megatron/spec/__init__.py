@@ -23,6 +23,7 @@ from cp_megatron.spec.pieces import (
     PositionsSpec,
 )
 from cp_megatron.spec.sizes import ActivationSizes, KeptStates
+from cp_megatron.spec.stage_weights import StageWeights, stage_weights
 
 __all__ = [
     "ActivationSizes",
@@ -52,7 +53,9 @@ __all__ = [
     "RotarySpec",
     "RouterSpec",
     "RoutingSpec",
+    "StageWeights",
     "is_hidden_matrix",
     "is_sharded",
     "local_heads",
+    "stage_weights",
 ]
