@@ -13,8 +13,8 @@ twice as long::
     stage 1      F0 B0 B0  F1 B1 B1  F2 B2 B2  F3 B3 B3
 
 **Interleaved 1F1B** (Narayanan et al. 2021, arXiv:2104.04473). With C chunks, a stage makes the
-passes of its first chunk for a group of P micro batches, then those of its second chunk for the same
-group, and so on. Chunks are C times as short, and so are the gaps at both ends.
+passes of its first chunk for a group of P micro batches, then those of its second chunk for the
+same group, and so on. Chunks are C times as short, and so are the gaps at both ends.
 
 The share of the time in which a stage waits is (P - 1) / (M C + P - 1) with M micro batches, if all
 passes take equally long and P divides M or C is 1.
