@@ -63,7 +63,7 @@ class Channel(NamedTuple):
     wraps: bool
 
 
-class Message(NamedTuple):
+class PipelineMessage(NamedTuple):
     """What one stage sends to another after a pass, for a pass.
 
     Attributes:
@@ -143,7 +143,7 @@ class PipelinePlan:
         """The number of a stage's chunk among all chunks of the model."""
         return chunk * self.num_stages + stage
 
-    def received(self, stage: int, action: Action) -> Message | None:
+    def received(self, stage: int, action: Action) -> PipelineMessage | None:
         """The message that a pass needs; None if it begins with tokens, or with the loss."""
         number = self.chunk_of_model(stage, action.chunk)
         if action.kind == "forward":
@@ -151,7 +151,7 @@ class PipelinePlan:
         is_last = number == self.num_stages * self.num_chunks - 1
         return None if is_last else self._message(stage, action.kind, 1)
 
-    def sent(self, stage: int, action: Action) -> Message | None:
+    def sent(self, stage: int, action: Action) -> PipelineMessage | None:
         """The message that follows a pass."""
         number = self.chunk_of_model(stage, action.chunk)
         if action.kind == "backward":
@@ -159,12 +159,12 @@ class PipelinePlan:
         is_last = number == self.num_stages * self.num_chunks - 1
         return None if is_last else self._message(stage, action.kind, 1)
 
-    def _message(self, stage: int, kind: Kind, step: int) -> Message | None:
+    def _message(self, stage: int, kind: Kind, step: int) -> PipelineMessage | None:
         """To or from the stage before (-1) or behind (1)."""
         if self.num_stages == 1:
             return None  # a stage hands its own results on
         peer = (stage + step) % self.num_stages
-        return Message(Channel(kind, wraps=peer != stage + step), peer)
+        return PipelineMessage(Channel(kind, wraps=peer != stage + step), peer)
 
     def in_flight(self, stage: int) -> int:
         """The most passes through a chunk whose backward pass is still to come: what a stage keeps

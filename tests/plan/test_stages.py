@@ -52,8 +52,8 @@ def test_one_chunk_a_stage_is_the_best_of_all_cuts(
 
     assert rank(found.ranges) == min(map(rank, cuts_of(len(weights), num_stages)))
     # The unit of the weights does not matter, even one in which they are no integers.
-    tenths = [weight / 10 for weight in weights]
-    again = Stages.split(tenths, first=first / 10, last=last / 10, num_stages=num_stages)
+    eighths = [weight / 8 for weight in weights]
+    again = Stages.split(eighths, first=first / 8, last=last / 8, num_stages=num_stages)
     assert rank(again.ranges) == rank(found.ranges)
 
 
