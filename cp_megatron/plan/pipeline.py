@@ -13,8 +13,8 @@ twice as long::
     stage 1      F0 B0 B0  F1 B1 B1  F2 B2 B2  F3 B3 B3
 
 **Interleaved 1F1B** (Narayanan et al. 2021, arXiv:2104.04473). With C chunks, a stage makes the
-passes of its first chunk for a group of P micro batches, those of its second chunk for the same
-group, and so on. Chunks are C times as short, and so are the gaps at both ends.
+passes of its first chunk for a group of P micro batches, then those of its second chunk for the
+same group, and so on. Chunks are C times as short, and so are the gaps at both ends.
 
 The share of the time in which a stage waits is (P - 1) / (M C + P - 1) with M micro batches, if all
 passes take equally long and P divides M or C is 1.
@@ -35,18 +35,6 @@ from itertools import chain, zip_longest
 from typing import Literal, NamedTuple
 
 Kind = Literal["forward", "backward"]
-KINDS: tuple[Kind, ...] = ("forward", "backward")
-
-
-class Chunk(NamedTuple):
-    """A run of layers that one stage computes, and whether the ends of the model belong to it.
-
-    Only a chunk with an end may have no layer.
-    """
-
-    layers: range
-    has_embedding: bool
-    has_head: bool
 
 
 class Action(NamedTuple):
@@ -75,7 +63,7 @@ class Channel(NamedTuple):
     wraps: bool
 
 
-class Message(NamedTuple):
+class PipelineMessage(NamedTuple):
     """What one stage sends to another after a pass, for a pass.
 
     Attributes:
@@ -155,7 +143,7 @@ class PipelinePlan:
         """The number of a stage's chunk among all chunks of the model."""
         return chunk * self.num_stages + stage
 
-    def received(self, stage: int, action: Action) -> Message | None:
+    def received(self, stage: int, action: Action) -> PipelineMessage | None:
         """The message that a pass needs; None if it begins with tokens, or with the loss."""
         number = self.chunk_of_model(stage, action.chunk)
         if action.kind == "forward":
@@ -163,7 +151,7 @@ class PipelinePlan:
         is_last = number == self.num_stages * self.num_chunks - 1
         return None if is_last else self._message(stage, action.kind, 1)
 
-    def sent(self, stage: int, action: Action) -> Message | None:
+    def sent(self, stage: int, action: Action) -> PipelineMessage | None:
         """The message that follows a pass."""
         number = self.chunk_of_model(stage, action.chunk)
         if action.kind == "backward":
@@ -171,12 +159,12 @@ class PipelinePlan:
         is_last = number == self.num_stages * self.num_chunks - 1
         return None if is_last else self._message(stage, action.kind, 1)
 
-    def _message(self, stage: int, kind: Kind, step: int) -> Message | None:
+    def _message(self, stage: int, kind: Kind, step: int) -> PipelineMessage | None:
         """To or from the stage before (-1) or behind (1)."""
         if self.num_stages == 1:
             return None  # a stage hands its own results on
         peer = (stage + step) % self.num_stages
-        return Message(Channel(kind, wraps=peer != stage + step), peer)
+        return PipelineMessage(Channel(kind, wraps=peer != stage + step), peer)
 
     def in_flight(self, stage: int) -> int:
         """The most passes through a chunk whose backward pass is still to come: what a stage keeps

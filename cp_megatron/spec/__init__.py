@@ -29,6 +29,7 @@ from cp_megatron.spec.pieces import (
     PositionsSpec,
 )
 from cp_megatron.spec.sizes import ActivationSizes, KeptStates
+from cp_megatron.spec.stage_weights import StageWeights, stage_weights
 
 __all__ = [
     "ActivationSizes",
@@ -58,8 +59,10 @@ __all__ = [
     "RotarySpec",
     "RouterSpec",
     "RoutingSpec",
+    "StageWeights",
     "is_hidden_matrix",
     "is_sharded",
     "keeps_whole_weights",
     "local_heads",
+    "stage_weights",
 ]

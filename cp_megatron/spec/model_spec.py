@@ -130,20 +130,6 @@ class ModelSpec(BlockSpec):
             total += min(piece, max(0, rows - shard * piece)) * math.prod(shape) * copies
         return total
 
-    def training_flops(self, *, num_tokens: float, num_pairs: float) -> float:
-        """Forward and backward FLOPs; recomputation is not counted.
-
-        These are 6 per matrix parameter and token (Kaplan et al. 2020, arXiv:2001.08361, table 1)
-        and those of the attended pairs.
-
-        Args:
-            num_tokens: tokens trained on.
-            num_pairs: attended pairs of a query and a key, over all rows; the mean of the layers
-                that attend.
-        """
-        channels = sum(layer.mixer.pair_channels() for layer in self.layers)
-        return 6.0 * (self.matmul_parameters() * num_tokens + num_pairs * channels)
-
     def _distinct(self) -> Iterator[tuple[ParameterSpec, int]]:
         """Every parameter with the number of its copies; layers that are alike are listed once."""
         for parameter in self.ends():
