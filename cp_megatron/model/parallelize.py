@@ -38,7 +38,7 @@ from cp_megatron.model.expert_mixture import Experts
 from cp_megatron.model.gated_delta_net import Decay
 from cp_megatron.model.initialize import initial_value
 from cp_megatron.model.transformer import Transformer
-from cp_megatron.plan.pipeline import Chunk
+from cp_megatron.plan.stages import Chunk
 from cp_megatron.spec import ParameterSpec, is_sharded, keeps_whole_weights
 from cp_megatron.tensor_parallel import (
     SpecifiedModule,

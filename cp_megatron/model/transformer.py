@@ -32,7 +32,7 @@ from cp_megatron.model.norm import Norm
 from cp_megatron.model.offload import LayerOffload
 from cp_megatron.model.rope import Rotation
 from cp_megatron.model.row_counts import TokenRows
-from cp_megatron.plan.pipeline import Chunk
+from cp_megatron.plan.stages import Chunk
 from cp_megatron.spec import ExpertMixtureSpec, ModelSpec, RotarySpec
 from cp_megatron.tensor_parallel import (
     LossRule,

@@ -11,11 +11,9 @@ With one stage, the same loop makes a forward and a backward pass of each micro 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple, Protocol
 
-import torch
 from torch import Tensor
 
 from cp_megatron.comm.send_receive import Pending
@@ -45,8 +43,8 @@ class Passes(Protocol):
     def backward(self, action: Action, outputs: Outputs, gradient: Tensor | None) -> None:
         """The backward pass; ``gradient`` is that of ``outputs.stream``."""
 
-    def stream_like(self, microbatch: int) -> tuple[Sequence[int], torch.dtype, torch.device]:
-        """Shape, type and device of a micro batch between two chunks."""
+    def empty_stream(self, microbatch: int) -> Tensor:
+        """Memory for a micro batch between two chunks."""
 
 
 def run_stage(plan: PipelinePlan, stage: int, links: StageLinks, passes: Passes) -> None:
@@ -59,7 +57,7 @@ def run_stage(plan: PipelinePlan, stage: int, links: StageLinks, passes: Passes)
         message = None if action is None else plan.received(stage, action)
         if action is None or message is None:
             return None
-        return links.receive(message, *passes.stream_like(action.microbatch))
+        return links.receive(message, passes.empty_stream(action.microbatch))
 
     actions = plan.actions(stage)
     kept: dict[tuple[int, int], tuple[Tensor | None, Outputs]] = {}

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from cp_megatron.comm.checksums import LinkSums
 from cp_megatron.comm.send_receive import Pending, post
-from cp_megatron.plan.pipeline import Channel, Message
+from cp_megatron.plan.pipeline import Channel, PipelineMessage
 
 
 class StageLinks:
@@ -29,15 +28,12 @@ class StageLinks:
         self._open: list[Pending] = []
         self.sums = {channel: LinkSums() for channel in self._channels}
 
-    def receive(
-        self, message: Message, shape: Sequence[int], dtype: torch.dtype, device: torch.device
-    ) -> Arriving:
-        """Starts to receive a tensor."""
-        x = torch.empty(tuple(shape), dtype=dtype, device=device)
+    def receive(self, message: PipelineMessage, x: Tensor) -> Arriving:
+        """Starts to receive a tensor into the memory of ``x``."""
         group, sums = self._channels[message.channel], self.sums[message.channel]
         return Arriving(x, post(group, receives=[(x, message.peer)], sums=sums))
 
-    def send(self, message: Message, x: Tensor) -> Pending:
+    def send(self, message: PipelineMessage, x: Tensor) -> Pending:
         """Starts to send a tensor, which must not be modified before it is sent."""
         group, sums = self._channels[message.channel], self.sums[message.channel]
         # Frees what is sent. Gloo only says so if it is waited for.

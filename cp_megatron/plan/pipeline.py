@@ -35,6 +35,7 @@ from itertools import chain, zip_longest
 from typing import Literal, NamedTuple
 
 Kind = Literal["forward", "backward"]
+KINDS: tuple[Kind, ...] = ("forward", "backward")
 
 
 class Action(NamedTuple):

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import accumulate, pairwise
+from typing import NamedTuple
 
 from cp_megatron.errors import ConfigError
 
@@ -19,6 +20,14 @@ LAYOUT, SIZE = "--pipeline-model-parallel-layout", "--pipeline-model-parallel-si
 CHUNKS = "--num-virtual-stages-per-pipeline-rank"
 _LETTERS = "E, t and L, | between chunks, (...)*n and t*n to repeat, and commas"
 _MOST_LETTERS = 100_000
+
+
+class Chunk(NamedTuple):
+    """A run of layers that one stage computes, and whether the ends of the model belong to it."""
+
+    layers: range
+    has_embedding: bool
+    has_head: bool
 
 
 @dataclass(frozen=True)
@@ -46,9 +55,11 @@ class Stages:
         """Chunks of each stage."""
         return len(self.ranges) // self.num_stages
 
-    def of(self, stage: int) -> tuple[range, ...]:
-        """The layers of a stage's chunks."""
-        return self.ranges[stage :: self.num_stages]
+    def of(self, stage: int) -> tuple[Chunk, ...]:
+        """The chunks of a stage."""
+        last = len(self.ranges) - 1
+        numbers = range(stage, len(self.ranges), self.num_stages)
+        return tuple(Chunk(self.ranges[n], n == 0, n == last) for n in numbers)
 
     def stage_of_layer(self, layer: int) -> int:
         """The stage that has a layer, numbered from 0.

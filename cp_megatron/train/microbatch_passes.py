@@ -110,12 +110,13 @@ class MicrobatchPasses:
             )
         return found if isinstance(found, tuple) else (found,)
 
-    def stream_like(self, shard: Shard) -> tuple[Sequence[int], torch.dtype, torch.device]:
-        """Shape, type and device of the residual stream."""
+    def empty_stream(self, shard: Shard) -> Tensor:
+        """Memory for the residual stream of a micro batch."""
         lines, length = shard.tokens.shape
         if self.sequence_parallel:
             length //= self.groups.grid.tp
-        return (lines, length, self.model.config.hidden_size), self.stream_dtype, self.device
+        shape = lines, length, self.model.config.hidden_size
+        return torch.empty(shape, dtype=self.stream_dtype, device=self.device)
 
     def _attention_dropout(self, shard: Shard) -> Dropout | None:
         model, place, tp = self.model.config, self.groups.coordinates, self.groups.grid.tp
@@ -145,8 +146,8 @@ class _Microbatches:
     def __init__(self, common: MicrobatchPasses, shards: Sequence[Shard]) -> None:
         self.common, self.shards = common, shards
 
-    def stream_like(self, microbatch: int) -> tuple[Sequence[int], torch.dtype, torch.device]:
-        return self.common.stream_like(self.shards[microbatch])
+    def empty_stream(self, microbatch: int) -> Tensor:
+        return self.common.empty_stream(self.shards[microbatch])
 
 
 class _LossPasses(_Microbatches):

@@ -245,10 +245,10 @@ class TrainStep:
         """Mean loss per token, in nats, over the batches of all ranks, without training."""
         self.model.eval()
         total, count = torch.zeros((), dtype=torch.float64, device=self.device), 0
-        digests, shards = list[int](), iter(shards)
-        while some := list(islice(shards, self.groups.grid.pp)):  # a pipeline's full
-            for losses in self.passes.losses(some):
-                total += losses.sum(dtype=torch.float64)
+        digests, rest = list[int](), iter(shards)
+        while some := list(islice(rest, self.groups.grid.pp)):  # they fill the pipeline
+            for found in self.passes.losses(some):
+                total += found.sum(dtype=torch.float64)
             count += sum(shard.num_valid for shard in some) if self._counts_tokens else 0
             digests += [shard.digest for shard in some]
         self._reshard()  # the root, and what lasts for a step, is still whole

@@ -15,13 +15,13 @@ from cp_megatron.config import MemoryConfig, ModelConfig
 from cp_megatron.config.files.presets import PRESETS
 from cp_megatron.config.schema import Recompute
 from cp_megatron.context_parallel import ContextParallel, KeptAttention
-from cp_megatron.errors import ConfigError
 from cp_megatron.kernels.dropout import Dropout
 from cp_megatron.model import Transformer
 from cp_megatron.model.initialize import initial_value
 from cp_megatron.model.mlp import MLP
 from cp_megatron.model.norm import Norm
 from cp_megatron.plan import Mask
+from cp_megatron.plan.stages import Stages
 from cp_megatron.spec import ModelSpec
 from cp_megatron.tensor_parallel import ColumnParallelLinear, TensorParallel, named_specs
 from tests.model.grids import BLOCKS, GPT, LLAMA, SEQ, STYLES, VOCAB, batch
@@ -123,19 +123,21 @@ def test_positions_are_those_of_the_documents(config: ModelConfig) -> None:
 
 
 @pytest.mark.parametrize("config", [GPT, LLAMA])
-def test_ranges_of_layers_chain_to_the_model(config: ModelConfig) -> None:
-    config = replace(config, num_layers=3, untie_embeddings_and_output_weights=True)
+@pytest.mark.parametrize("untied", [False, True])
+def test_chunks_of_layers_chain_to_the_model(config: ModelConfig, untied: bool) -> None:
+    config = replace(config, num_layers=3, untie_embeddings_and_output_weights=untied)
     model, tokens, cp = transformer(config), batch()[0], one_rank()
-    stages = [
-        transformer(config, first_layer=first, last_layer=last)
-        for first, last in ((0, 1), (1, 2), (2, 3))
-    ]
+    cut = Stages((range(0), range(1), range(1, 2), range(2, 3)), num_stages=2)
+    stages = [transformer(config, chunks=cut.of(stage)) for stage in range(2)]
     x = tokens
-    for stage in stages:
-        x = stage(x, cp=cp)
+    for chunk in range(2):
+        for stage in stages:
+            x = stage(x, cp=cp, chunk=chunk)
     assert torch.equal(x, model(tokens, cp=cp))
     names = [name for stage in stages for name, _ in stage.named_parameters()]
-    assert sorted(names) == sorted(name for name, _ in model.named_parameters())
+    copies = [] if untied else ["embedding.weight"]
+    assert sorted(names) == sorted([*copies, *(name for name, _ in model.named_parameters())])
+    assert [stage.copies_embedding for stage in stages] == [False, not untied]
 
 
 def test_tied_weights_exist_once() -> None:
@@ -259,8 +261,3 @@ def test_norms_mlp_and_dropout_never_receive_a_group() -> None:
 def test_a_model_that_cannot_work_raises(change: dict[str, object]) -> None:
     with pytest.raises((IndexError, RuntimeError)):
         transformer(replace(GPT, **change))(batch()[0], cp=one_rank())  # type: ignore[arg-type]
-
-
-def test_a_last_stage_can_not_share_the_first_ones_weight() -> None:
-    with pytest.raises(ConfigError, match="different pipeline stages"):
-        transformer(GPT, first_layer=1, last_layer=2)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cp_megatron.errors import ConfigError
-from cp_megatron.plan.stages import Stages
+from cp_megatron.plan.stages import Chunk, Stages
 from tests.plan.cases import property_settings
 
 
@@ -83,10 +83,11 @@ def test_several_chunks_a_stage(
     assert layers == list(range(len(weights)))
     assert all(found.ranges)
     for stage in range(num_stages):
-        assert found.of(stage) == tuple(
+        chunks_here = found.of(stage)
+        assert [chunk.layers for chunk in chunks_here] == [
             found.ranges[chunk * num_stages + stage] for chunk in range(num_chunks)
-        )
-        assert all(found.stage_of_layer(n) == stage for chunk in found.of(stage) for n in chunk)
+        ]
+        assert all(found.stage_of_layer(n) == stage for chunk in chunks_here for n in chunk.layers)
 
 
 @pytest.mark.parametrize("shape", [(2, 2), (3, 2), (2, 3), (4, 2)])
@@ -120,8 +121,8 @@ def test_splits_literally() -> None:
     assert lengths(*[1, 1, 1, 5] * 2, last=5, stages=2) == [6, 2]
     assert lengths(*[1] * 12, stages=4, chunks=2) == [1, 1, 1, 1, 2, 2, 2, 2]
     found = Stages.split([1] * 6, first=0, last=0, num_stages=2, num_chunks=2)
-    assert found.of(0) == (range(1), range(2, 4))
-    assert found.of(1) == (range(1, 2), range(4, 6))
+    assert found.of(0) == (Chunk(range(1), True, False), Chunk(range(2, 4), False, False))
+    assert found.of(1) == (Chunk(range(1, 2), False, False), Chunk(range(4, 6), False, True))
     assert [found.stage_of_layer(layer) for layer in range(6)] == [0, 1, 0, 0, 1, 1]
     with pytest.raises(IndexError, match="there is no layer 6, only 6"):
         found.stage_of_layer(6)

@@ -1,0 +1,85 @@
+"""Training on pipeline stages equals training on one rank: 20 steps in float64."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from functools import cache
+
+import pytest
+
+from cp_megatron.train.step import StepResult
+from tests.ranks import run_ranks
+from tests.train.expert_training import Case, shards_of, train_step_of
+
+STEPS = 20
+
+
+def train(rank: int, world_size: int, case: Case, steps: int = STEPS) -> list[StepResult]:
+    step = train_step_of(case)
+    return [
+        step.run(shards_of(number, case, step), step=number + 1, lr=3e-3) for number in range(steps)
+    ]
+
+
+@cache
+def on_one_rank(case: Case) -> list[StepResult]:
+    return run_ranks(train, 1, case)[0]
+
+
+def alone(case: Case) -> Case:
+    kept = {"style": case.style, "document_mask": case.document_mask, "kind": case.kind}
+    return Case(**kept, num_layers=case.num_layers, micro_batch_size=case.micro_batch_size)
+
+
+def grids(world_size: int) -> list[dict[str, int]]:
+    """Every (pp, tp, cp, dp) of so many ranks with several stages."""
+    sizes = [size for size in (1, 2, 4, 8) if size <= world_size]
+    return [
+        {"pp": pp, "tp": tp, "cp": cp, "dp": world_size // pp // tp // cp}
+        for pp in sizes[1:]
+        for tp in sizes
+        for cp in sizes
+        if world_size % (pp * tp * cp) == 0
+    ]
+
+
+FOUR = {"num_layers": 4, "document_mask": True}
+QUICK = [
+    Case(pp=2, cp=2, style="tied", **FOUR),
+    Case(pp=2, tp=2, ep=2, num_chunks=2, **FOUR),
+]
+LONG = [
+    *(Case(**sizes, style=style, **FOUR) for sizes in grids(4) for style in ("tied", "softmax")),
+    *(Case(**sizes, num_chunks=2, num_layers=8, style="tied") for sizes in grids(4)),
+    *(Case(**sizes, ep=2, **FOUR) for sizes in grids(4) if sizes["pp"] == 2),
+    Case(pp=2, dp=2, replicas=2, style="dense", **FOUR),
+    Case(pp=2, dp=2, fsdp_reshard="always", **FOUR),
+    Case(pp=2, cp=2, recompute="full", num_chunks=2, **FOUR),
+    Case(pp=2, tp=2, recompute="selective", **FOUR),
+    Case(pp=2, tp=2, cp=2, ep=2, num_chunks=2, **FOUR),
+    Case(pp=4, dp=2, style="tied", num_chunks=2, num_layers=8),
+]
+
+
+def described(case: Case) -> str:
+    changed = {row.name: getattr(case, row.name) for row in fields(Case)}
+    return ",".join(f"{k}={v}" for k, v in changed.items() if v != getattr(Case(), k))
+
+
+@pytest.mark.parametrize(
+    "case",
+    [*QUICK, *(pytest.param(case, marks=pytest.mark.slow) for case in LONG)],
+    ids=described,
+)
+def test_twenty_steps_equal_one_rank(case: Case) -> None:
+    reference = on_one_rank(alone(case))
+    assert reference[0].loss - reference[-1].loss > 0.1
+    for found in run_ranks(train, case.grid.world_size, case, timeout=300):
+        for here, there in zip(found, reference, strict=True):
+            assert abs(here.loss - there.loss) < 1e-10 * there.loss
+            assert abs(here.grad_norm - there.grad_norm) < 1e-10 * there.grad_norm
+            assert here.num_pairs == pytest.approx(there.num_pairs)
+            if there.experts is not None:
+                assert here.experts is not None
+                assert here.experts.counts == there.experts.counts
+                assert here.experts.aux_loss == pytest.approx(there.experts.aux_loss, rel=1e-10)
