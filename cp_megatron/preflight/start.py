@@ -73,6 +73,7 @@ def make_model(
         dtype=cast(ComputeDType, plan.dtype),
         device=device,
         initialize=initialize,
+        chunks=plan.stages.of(groups.coordinates.pp),
     )
     return model, groups, device
 
