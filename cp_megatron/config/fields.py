@@ -187,7 +187,8 @@ class Setting:
                 rule = "must be finite"
             elif value not in self.range:
                 defaults = self.default if isinstance(self.default, tuple) else (self.default,)
-                valid = [x for x in (*defaults, 1, 0, 2) if x is not None and x in self.range]
+                numbers = [x for x in (*defaults, 1, 0, 2) if x not in (None, *self.words)]
+                valid = [x for x in numbers if x in self.range]
                 rule, works = self.range.rule, self.range.nearest(value) or f"{valid[0]:g}"
         elif self.choices and value not in self.choices:
             several = ("must be one of its choices", ", ".join(self.choices))

@@ -104,9 +104,9 @@ FREQUENT: Mapping[str, str] = {
     "--num-layers 40 --pipeline-parallel-size 4 --num-layers-per-virtual-pipeline-stage 5": (
         "--num-layers 40 --pipeline-parallel-size 4 --num-virtual-stages-per-pipeline-rank 2"
     ),
-    "--num-layers 79 --pipeline-model-parallel-size 4 --num-layers-per-virtual-pipeline-stage 5"
+    "--pipeline-model-parallel-size 41 --num-layers-per-virtual-pipeline-stage 1"
     " --account-for-embedding-in-pipeline-split": (
-        "--num-layers 79 --pipeline-parallel-size 4 --num-virtual-stages-per-pipeline-rank 4"
+        "--pipeline-parallel-size 41 --num-virtual-stages-per-pipeline-rank 1"
     ),
     "--num-layers 40 --pipeline-model-parallel-size 4 --decoder-first-pipeline-num-layers 11"
     " --decoder-last-pipeline-num-layers 9": (
