@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from itertools import combinations, pairwise
 
@@ -119,6 +120,9 @@ def test_splits_literally() -> None:
     # Three light layers, then one that attends.
     assert lengths(*[1, 1, 1, 5] * 2, stages=2) == [4, 4]
     assert lengths(*[1, 1, 1, 5] * 2, last=5, stages=2) == [6, 2]
+    # The least squares would have a chunk of 31, where 30 suffices.
+    uneven = [2, 1, 10, 0, 3, 0, 10, 2, 30, 1, 30, 20, 0]
+    assert lengths(*uneven, last=5, stages=6) == [3, 5, 1, 1, 1, 2]
     assert lengths(*[1] * 12, stages=4, chunks=2) == [1, 1, 1, 1, 2, 2, 2, 2]
     found = Stages.split([1] * 6, first=0, last=0, num_stages=2, num_chunks=2)
     assert found.of(0) == (Chunk(range(1), True, False), Chunk(range(2, 4), False, False))
@@ -126,6 +130,13 @@ def test_splits_literally() -> None:
     assert [found.stage_of_layer(layer) for layer in range(6)] == [0, 1, 0, 0, 1, 1]
     with pytest.raises(IndexError, match="there is no layer 6, only 6"):
         found.stage_of_layer(6)
+
+
+def test_many_layers_are_split_in_an_instant() -> None:
+    began = time.process_time()
+    Stages.split([1.0] * 3000, first=0, last=2.5, num_stages=16)
+    Stages.split([1.0] * 500, first=0, last=2.5, num_stages=8, num_chunks=4)
+    assert time.process_time() - began < 2
 
 
 @pytest.mark.parametrize(

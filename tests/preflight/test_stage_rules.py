@@ -169,6 +169,8 @@ def test_a_copy_of_the_model_lies_on_one_node(
     if found > 1 and "replicate" not in words:
         told = f"{number} copies of the model, one on the {local} ranks of each node"
         assert note.startswith(told)
+    if f"{PP} " in words and found == 1:
+        assert note == "", "nothing was to decide"
 
 
 def test_why_there_is_no_copy_on_a_node() -> None:
