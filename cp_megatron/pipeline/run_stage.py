@@ -1,10 +1,14 @@
 """Makes the passes of one stage in the order of its plan.
 
-While a pass is computed, the message for the next one is on its way::
+While a pass is computed, the message for the next one is on its way if it has another kind::
 
-    receive for pass 1 |  receive for pass 2 |
-                       |  compute pass 1     |  compute pass 2
-                       |                     |  send the result of pass 1
+    receive gradient of B0  |  receive input of F2  |
+    compute F1              |  compute B0           |  compute F2
+                            |  send result of F1    |  send result of B0
+
+Among passes of one kind, a message is received after the result before it was sent. So each stage
+sends and receives on a channel in the order of its passes, which is the same on all stages: a
+backend may work through the messages of a channel one by one, and none waits for ever.
 
 With one stage, the same loop makes a forward and a backward pass of each micro batch in turn.
 """
@@ -66,7 +70,8 @@ def run_stage(plan: PipelinePlan, stage: int, links: StageLinks, passes: Passes)
     for action, following in pairwise((*actions, None)):
         assert action is not None
         current, place = arriving, (action.microbatch, action.chunk)
-        arriving = start(following)
+        is_early = following is not None and following.kind != action.kind
+        arriving = start(following) if is_early else None
         with traced("wait for stage"):
             x = None if current is None else current.wait()
         if action.kind == "forward":
@@ -86,4 +91,6 @@ def run_stage(plan: PipelinePlan, stage: int, links: StageLinks, passes: Passes)
             sent = links.send(message, result.detach())
             if action.kind == "forward":
                 forwarded[place] = sent
+        if not is_early:
+            arriving = start(following)
     links.settle()
