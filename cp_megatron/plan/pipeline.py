@@ -168,7 +168,9 @@ class PipelinePlan:
 
     def in_flight(self, stage: int) -> int:
         """The most passes through a chunk whose backward pass is still to come: what a stage keeps
-        activations of."""
+        activations of. Without backward passes, it keeps none."""
+        if not self.has_backward:
+            return 0
         held = most = 0
         for action in self.actions(stage):
             held += 1 if action.kind == "forward" else -1
