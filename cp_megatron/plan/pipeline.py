@@ -23,7 +23,8 @@ Messages never overtake one another: both ends of a channel list them in the sam
 carries activations or gradients, one way between two stages. NCCL works through what is posted on
 two ranks of a group in order, sends and receives alike, so each channel is a group of its own: with
 two stages, what stage P - 1 sends to stage 0 has other groups than what it gets from there. No pass
-waits for a send.
+waits for a send. A loop that waited for one before it posted the next of its channel could wait for
+ever, if C > 1 and P does not divide M.
 """
 
 from __future__ import annotations
