@@ -23,7 +23,8 @@ Messages never overtake one another: both ends of a channel list them in the sam
 carries activations or gradients, one way between two stages. NCCL works through what is posted on
 two ranks of a group in order, sends and receives alike, so each channel is a group of its own: with
 two stages, what stage P - 1 sends to stage 0 has other groups than what it gets from there. No pass
-waits for a send.
+waits for a send. A loop that waited for one before it posted the next of its channel could wait for
+ever, if C > 1 and P does not divide M.
 """
 
 from __future__ import annotations
@@ -169,7 +170,9 @@ class PipelinePlan:
 
     def in_flight(self, stage: int) -> int:
         """The most passes through a chunk whose backward pass is still to come: what a stage keeps
-        activations of."""
+        activations of. Without backward passes, it keeps none."""
+        if not self.has_backward:
+            return 0
         held = most = 0
         for action in self.actions(stage):
             held += 1 if action.kind == "forward" else -1
