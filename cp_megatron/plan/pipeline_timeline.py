@@ -1,12 +1,13 @@
 """Simulates a pipeline plan: when each pass runs, and whether the messages let it.
 
-Every stage runs its passes in order. Its host posts the receive for a pass before the pass before
-that one runs, and the send once the pass has run. A pass waits for its receive.
+Every stage runs its passes in order, as ``pipeline/run_stage.py`` does. Its host posts the send of
+a pass once it has run. It posts the receive for the next pass before that pass runs if the two have
+different kinds, otherwise behind the send. A pass waits for its receive.
 
-The messages between two stages in one group are one stream at each end, in which sends and receives
-lie in the order in which they were posted, as in NCCL. A message passes when its send is first in
-one stream and its receive first in the other. So two stages that share a group for both directions
-may each have a send in front and wait for ever::
+The messages of a stage in one group are one stream, in which sends and receives lie in the order in
+which they were posted, as in NCCL. A message passes when its send is first in one stage's stream
+and its receive first in the other's. So two stages that share a group for both directions may each
+have a send in front and wait for ever::
 
     stage 0   receive B0, send F1        stage 1   receive F1, send B0
 """
@@ -17,6 +18,7 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import NamedTuple
 
 from cp_megatron.plan.pipeline import Action, Channel, PipelinePlan
@@ -115,7 +117,7 @@ class _Operation:
 
 
 class _Simulation:
-    """The hosts of all stages, and the streams of every group and pair of stages."""
+    """The hosts of all stages, and their streams in every group."""
 
     def __init__(
         self,
@@ -128,7 +130,7 @@ class _Simulation:
         self.group_of = group_of
         self.durations = {"forward": forward, "backward": backward}
         self.passes: list[list[TimedPass]] = [[] for _ in range(plan.num_stages)]
-        self.streams: defaultdict[tuple[Hashable, int, int], deque[_Operation]] = defaultdict(deque)
+        self.streams: defaultdict[tuple[Hashable, int], deque[_Operation]] = defaultdict(deque)
         self.awaited: dict[int, _Operation] = {}
         self.ready = deque(range(plan.num_stages))
 
@@ -148,31 +150,36 @@ class _Simulation:
     def _host(self, stage: int, open_sends: int | None) -> Iterator[_Operation]:
         """Makes the passes of a stage; yields each operation before what waits for it."""
         plan, now, actions = self.plan, 0.0, self.plan.actions(stage)
-        posted = [self._receive(stage, action, now) for action in actions[:1]]
+        following = self._receive(stage, actions[0], now) if actions else None
         sends: defaultdict[Channel, deque[_Operation]] = defaultdict(deque)
-        for number, action in enumerate(actions):
-            posted += [self._receive(stage, x, now) for x in actions[number + 1 : number + 2]]
-            if (receive := posted[number]) is not None:
+        for action, after in pairwise((*actions, None)):
+            assert action is not None
+            receive, following = following, None
+            is_early = after is not None and after.kind != action.kind
+            if is_early:
+                following = self._receive(stage, after, now)
+            if receive is not None:
                 yield receive
                 now = max(now, _time(receive))
             chunk, start = plan.chunk_of_model(stage, action.chunk), now
             given = self.durations[action.kind]
             now += given if isinstance(given, int | float) else given[chunk]
             self.passes[stage].append(TimedPass(action, start, now))
-            if (message := plan.sent(stage, action)) is None:
-                continue
-            opened = sends[message.channel]
-            if open_sends is not None and len(opened) == open_sends:
-                yield opened[0]
-                now = max(now, _time(opened.popleft()))
-            reader = chunk + (1 if action.kind == "forward" else -1)
-            content = action.kind, action.microbatch, reader
-            opened.append(_Operation(stage, message.peer, True, content, now))
-            self._post(opened[-1], message.channel)
+            if (message := plan.sent(stage, action)) is not None:
+                opened = sends[message.channel]
+                if open_sends is not None and len(opened) == open_sends:
+                    yield opened[0]
+                    now = max(now, _time(opened.popleft()))
+                reader = chunk + (1 if action.kind == "forward" else -1)
+                content = action.kind, action.microbatch, reader
+                opened.append(_Operation(stage, message.peer, True, content, now))
+                self._post(opened[-1], message.channel)
+            if not is_early:
+                following = self._receive(stage, after, now)
 
-    def _receive(self, stage: int, action: Action, now: float) -> _Operation | None:
-        message = self.plan.received(stage, action)
-        if message is None:
+    def _receive(self, stage: int, action: Action | None, now: float) -> _Operation | None:
+        message = None if action is None else self.plan.received(stage, action)
+        if action is None or message is None:
             return None
         content = (
             *(action.kind, action.microbatch),
@@ -184,10 +191,18 @@ class _Simulation:
 
     def _post(self, operation: _Operation, channel: Channel) -> None:
         """Adds an operation to its stream, and lets messages pass that can."""
-        group, stage, peer = self.group_of(channel), operation.stage, operation.peer
-        mine, other = self.streams[group, stage, peer], self.streams[group, peer, stage]
-        mine.append(operation)
-        while mine and other and mine[0].sends != other[0].sends:
+        group = self.group_of(channel)
+        self.streams[group, operation.stage].append(operation)
+        self._advance(group, operation.stage)
+
+    def _advance(self, group: Hashable, stage: int) -> None:
+        """Lets messages pass whose ends are both first, from a stage's stream on."""
+        mine = self.streams[group, stage]
+        while mine:
+            peer = mine[0].peer
+            other = self.streams[group, peer]
+            if not other or other[0].peer != stage or mine[0].sends == other[0].sends:
+                return
             one, two = mine.popleft(), other.popleft()
             assert one.content == two.content, (
                 f"both ends have messages in another order: {one}, at stage {stage}, "
@@ -197,6 +212,7 @@ class _Simulation:
                 end.done = max(one.posted, two.posted)
                 if self.awaited.get(end.stage) is end:
                     self.ready.append(end.stage)
+            self._advance(group, peer)
 
     def _report(self) -> str:
         """Which stages wait for what, or which messages nobody waits for."""

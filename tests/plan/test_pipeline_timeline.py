@@ -113,7 +113,7 @@ def test_messages_pass_with_few_open_sends(has_backward: bool) -> None:
 
 
 def test_one_open_send_is_not_enough_if_a_group_is_larger() -> None:
-    with pytest.raises(AssertionError, match="stage 0 waits for the send to stage 3 for"):
+    with pytest.raises(AssertionError, match="stage 0 waits for the send to stage"):
         simulate(PipelinePlan(4, 15, 2), open_sends=1)
 
 
@@ -124,20 +124,17 @@ def test_one_group_for_both_directions_is_found(num_stages: int, number: int) ->
         simulate(PipelinePlan(num_stages, number), group_of=lambda channel: 0)
 
 
-@pytest.mark.parametrize("number", [1, 2, 4, 8, 9])
-def test_the_wrap_in_the_neighbours_group_is_found_on_two_stages(number: int) -> None:
-    plan = PipelinePlan(2, number, 2)
-    with pytest.raises(AssertionError, match="stage 0 waits for the receive from stage 1"):
+@pytest.mark.parametrize("num_stages", [2, 3, 4, 7])
+def test_the_wrap_in_the_neighbours_group_is_found(num_stages: int) -> None:
+    plan = PipelinePlan(num_stages, 2 * num_stages, 2)
+    with pytest.raises(AssertionError, match="stage 0 waits for the receive from stage"):
         simulate(plan, group_of=lambda channel: channel.kind)
 
 
-@pytest.mark.parametrize("num_chunks", [1, 2, 4])
-@pytest.mark.parametrize("num_stages", [3, 4, 7])
-def test_a_group_for_each_direction_suffices_on_more_stages(
-    num_stages: int, num_chunks: int
-) -> None:
+@pytest.mark.parametrize("num_stages", [2, 3, 4, 7])
+def test_a_group_for_each_direction_suffices_without_a_wrap(num_stages: int) -> None:
     for number in range(1, 18):
-        plan = PipelinePlan(num_stages, number, num_chunks)
+        plan = PipelinePlan(num_stages, number)
         shared = simulate(plan, group_of=lambda channel: channel.kind)
         assert shared.passes == simulate(plan).passes
 
@@ -151,7 +148,7 @@ def test_the_wait_says_what_is_in_front() -> None:
     with pytest.raises(AssertionError) as caught:
         simulate(PipelinePlan(2, 1), group_of=lambda channel: 0)
     assert str(caught.value) == text
-    with pytest.raises(AssertionError, match=r"in chunk 4, which is behind the send to stage 3"):
+    with pytest.raises(AssertionError, match=r"in chunk 4, which is behind the send to stage 1"):
         simulate(PipelinePlan(4, 15, 2), group_of=lambda channel: 0)
 
 
