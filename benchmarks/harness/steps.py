@@ -139,7 +139,6 @@ class OurStep:
             device=torch.device(job.device),
             seed=0,
             clip_grad=1.0,
-            sequence_parallel=parallel.sequence_parallel,
             rule=LossRule(chunk_size=job.memory.loss_chunk_size),
         )
         own = job.rows // job.grid.dp

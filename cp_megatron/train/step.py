@@ -27,7 +27,7 @@ from torch.optim import Optimizer
 from cp_megatron.comm.groups import ParallelGroups
 from cp_megatron.comm.host_copies import HostCopy, pinned, to_device
 from cp_megatron.comm.host_numbers import gather_numbers
-from cp_megatron.comm.rng import dropout_seed, hash_text, seed_dropout
+from cp_megatron.comm.rng import hash_text
 from cp_megatron.comm.row_digest import digest_rows
 from cp_megatron.comm.trace import traced
 from cp_megatron.context_parallel import ContextParallel
@@ -117,9 +117,8 @@ class TrainStep:
     groups: ParallelGroups
     cp: ContextParallel  # for rows without document masks; that of other rows is derived from it
     device: torch.device
-    seed: int  # the run's seed, for dropout; attention dropout is the same on every grid
+    seed: int  # the run's seed, for dropout
     clip_grad: float  # the largest global gradient norm; 0 disables clipping
-    sequence_parallel: bool  # the residual stream is split over tp, and so dropout differs over tp
     rule: LossRule = field(default_factory=LossRule)
     sums: ParameterSums | None = None  # only an update may change the sums; None disables them
     counts_zeros: bool = False  # count the numbers of the gradient that are 0
@@ -245,8 +244,7 @@ class TrainStep:
         """Adds the gradients of the micro batches; returns the sums of this rank's losses, [], and
         of what its experts did, if there are some."""
         total, reports = torch.zeros((), dtype=torch.float64, device=self.device), []
-        for microbatch, shard in enumerate(shards):
-            self._seed_dropout(step, microbatch)
+        for shard in shards:
             objective, losses, *report = self._forward(shard, shard.rows)
             objective = objective / max(announcement.num_tokens, 1)
             for terms, counts in report:
@@ -303,12 +301,13 @@ class TrainStep:
         tokens, labels = (to_device(x, self.device) for x in (shard.tokens, shard.labels))
         if rows is not None:
             rows = replace(rows, numbers=to_device(rows.numbers, self.device))
-        dropout = self._attention_dropout(shard) if self.model.training else None
+        attention, hidden = self._dropouts(shard) if self.model.training else (None, None)
         with traced("forward"):
             found: tuple[Any, ...] = self.model(
                 tokens,
                 cp=shard.cp,
-                attention_dropout=dropout,
+                attention_dropout=attention,
+                hidden_dropout=hidden,
                 labels=labels,
                 rule=self.rule,
                 rows=rows,
@@ -378,22 +377,13 @@ class TrainStep:
     def _control(self) -> dist.ProcessGroup:
         return self.groups.world if self.control is None else self.control
 
-    def _attention_dropout(self, shard: Shard) -> Dropout | None:
+    def _dropouts(self, shard: Shard) -> tuple[Dropout | None, Dropout | None]:
+        """The dropout of attention weights and that of the residual stream."""
         model, place, tp = self.model.config, self.groups.coordinates, self.groups.grid.tp
-        if not model.attention_dropout:
-            return None
-        return Dropout(
-            model.attention_dropout,
-            seed=self.seed,
-            batch0=shard.first_row,
-            row_length=shard.row_length,
-            head0=place.tp * local_heads(model, tp).heads,
+        head0 = place.tp * local_heads(model, tp).heads
+        rows = {"batch0": shard.first_row, "row_length": shard.row_length}
+        attention, hidden = (
+            Dropout(probability, seed=self.seed, head0=head0, **rows) if probability else None
+            for probability in (model.attention_dropout, model.hidden_dropout)
         )
-
-    def _seed_dropout(self, step: int, microbatch: int) -> None:
-        place = self.groups.coordinates
-        tp, step = place.tp if self.sequence_parallel else None, step - 1  # counted from 0
-        seed = dropout_seed(
-            seed=self.seed, step=step, microbatch=microbatch, dp=place.dp, cp=place.cp, tp=tp
-        )
-        seed_dropout(seed, self.device)
+        return attention, hidden

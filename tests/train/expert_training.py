@@ -74,6 +74,7 @@ class Case:
     recompute: str = "none"
     kind: str = "seq_aux_loss"
     dtype: str = "float64"
+    hidden_dropout: float = 0.0
     memory: tuple[tuple[str, Any], ...] = ()
 
     @property
@@ -83,7 +84,11 @@ class Case:
 
 
 def config_of(case: Case) -> Config:
-    model = replace(STYLES[case.style], moe_router_load_balancing_type=case.kind)
+    model = replace(
+        STYLES[case.style],
+        moe_router_load_balancing_type=case.kind,
+        hidden_dropout=case.hidden_dropout,
+    )
     memory = MemoryConfig(recompute_granularity=case.recompute, **dict(case.memory))  # type: ignore[arg-type]
     return Config(
         model=model,
@@ -109,7 +114,6 @@ def train_step_of(case: Case) -> TrainStep:
         device=cpu,
         seed=5,
         clip_grad=0.5,
-        sequence_parallel=case.tp > 1,
     )
 
 
