@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,12 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from cp_megatron.comm.rng import hidden_dropout_seed
 from cp_megatron.config import MemoryConfig, ModelConfig
 from cp_megatron.config.files.presets import PRESETS
 from cp_megatron.config.schema import Recompute
 from cp_megatron.context_parallel import ContextParallel, KeptAttention
 from cp_megatron.errors import ConfigError
 from cp_megatron.kernels.dropout import Dropout
+from cp_megatron.kernels.stream_dropout import StreamDropout
 from cp_megatron.model import Transformer
 from cp_megatron.model.initialize import initial_value
 from cp_megatron.model.mlp import MLP
@@ -46,15 +49,24 @@ def one_rank(mask: Mask | None = None) -> ContextParallel:
     return ContextParallel(None, mask or Mask.causal(SEQ), kernel="reference")
 
 
-def by_hand(config: ModelConfig, w: Weights, tokens: Tensor, positions: Tensor) -> Tensor:
-    """Logits [b, s, VOCAB] of one causal sequence, in torch's plain functions."""
+def by_hand(
+    config: ModelConfig,
+    w: Weights,
+    tokens: Tensor,
+    positions: Tensor,
+    factors: Sequence[Tensor | float] | None = None,
+) -> Tensor:
+    """Logits [b, s, VOCAB] of one causal sequence, in torch's plain functions; ``factors`` are
+    those of what the embedding, the first layer's attention, its MLP and so on add."""
+    factor = iter(factors or [1.0] * (2 * config.num_layers + 1))
     x = w["embedding.weight"][tokens]
     if config.position_embedding_type == "learned_absolute":
         x = x + w["positions.weight"][positions]
+    x = x * next(factor)
     for i in range(config.num_layers):
         layer = {k.removeprefix(f"layers.{i}."): v for k, v in w.items() if f"layers.{i}." in k}
         h = norm_by_hand(config, layer, "attention_norm", x)
-        x = x + attention_by_hand(config, layer, h, positions)
+        x = x + attention_by_hand(config, layer, h, positions) * next(factor)
         h = norm_by_hand(config, layer, "mlp_norm", x)
         up = linear_by_hand(layer, "mlp.up", h)
         if config.swiglu:
@@ -62,7 +74,7 @@ def by_hand(config: ModelConfig, w: Weights, tokens: Tensor, positions: Tensor) 
             up = gate * torch.sigmoid(gate) * up
         else:
             up = 0.5 * up * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (up + 0.044715 * up**3)))
-        x = x + linear_by_hand(layer, "mlp.down", up)
+        x = x + linear_by_hand(layer, "mlp.down", up) * next(factor)
     x = norm_by_hand(config, w, "norm", x)
     return x @ w.get("head.weight", w["embedding.weight"])[:VOCAB].T
 
@@ -111,6 +123,42 @@ def test_logits_are_those_of_the_mathematics(style: str) -> None:
 
 
 @pytest.mark.parametrize("config", [GPT, LLAMA])
+def test_hidden_dropout_is_that_of_the_mathematics(config: ModelConfig) -> None:
+    config, dropout = replace(config, hidden_dropout=0.2), Dropout(0.2, seed=3, batch0=5)
+    model, tokens = transformer(config), batch()[0]
+    hashed = replace(dropout, seed=hidden_dropout_seed(seed=3))
+    first = StreamDropout.of(hashed, torch.arange(SEQ), len(tokens))
+    drops = [first, *(one for i in range(config.num_layers) for one in first.in_layer(i))]
+    ones = torch.ones(*tokens.shape, config.hidden_size, dtype=torch.float64)
+    factors = [one.drop(ones) for one in drops]
+    expected = by_hand(config, dict(model.state_dict()), tokens, torch.arange(SEQ), factors)
+    actual = model(tokens, cp=one_rank(), hidden_dropout=dropout)[..., :VOCAB]
+    torch.testing.assert_close(actual, expected, atol=1e-11, rtol=1e-11)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [*BLOCKS.values(), replace(LLAMA, num_experts=4, moe_layers=(1,), moe_ffn_hidden_size=8)],
+)
+def test_every_block_drops_at_its_own_place(
+    config: ModelConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drop, places = StreamDropout.drop, list[int]()
+
+    def dropped(self: StreamDropout, x: Tensor) -> Tensor:
+        places.append(self.place)
+        return drop(self, x)
+
+    monkeypatch.setattr(StreamDropout, "drop", dropped)
+    model, dropout = transformer(replace(config, hidden_dropout=0.2)), Dropout(0.2, seed=3)
+    model(batch()[0], cp=one_rank(), hidden_dropout=dropout)
+    assert places == list(range(2 * config.num_layers + 1))
+    places.clear()
+    model.eval()(batch()[0], cp=one_rank())
+    assert not places
+
+
+@pytest.mark.parametrize("config", [GPT, LLAMA])
 def test_positions_are_those_of_the_documents(config: ModelConfig) -> None:
     """Two packed documents are two sequences."""
     model, tokens = transformer(config), batch()[0][:1]
@@ -125,6 +173,7 @@ def test_positions_are_those_of_the_documents(config: ModelConfig) -> None:
 @pytest.mark.parametrize("config", [GPT, LLAMA])
 def test_ranges_of_layers_chain_to_the_model(config: ModelConfig) -> None:
     config = replace(config, num_layers=3, untie_embeddings_and_output_weights=True)
+    config, dropout = replace(config, hidden_dropout=0.2), Dropout(0.2, seed=3)
     model, tokens, cp = transformer(config), batch()[0], one_rank()
     stages = [
         transformer(config, first_layer=first, last_layer=last)
@@ -132,8 +181,8 @@ def test_ranges_of_layers_chain_to_the_model(config: ModelConfig) -> None:
     ]
     x = tokens
     for stage in stages:
-        x = stage(x, cp=cp)
-    assert torch.equal(x, model(tokens, cp=cp))
+        x = stage(x, cp=cp, hidden_dropout=dropout)
+    assert torch.equal(x, model(tokens, cp=cp, hidden_dropout=dropout))
     names = [name for stage in stages for name, _ in stage.named_parameters()]
     assert sorted(names) == sorted(name for name, _ in model.named_parameters())
 
