@@ -17,7 +17,10 @@ and a recomputation needs no state of a generator. What is kept is the hash of t
 
 from __future__ import annotations
 
+import importlib.util
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -26,9 +29,12 @@ from torch import Tensor
 from cp_megatron.kernels.dropout import GAMMA, Dropout, RowHashes, mix_, scramble_
 
 _BITS = 31
-# Random numbers that are drawn at once: on a CPU they should stay in its cache, and a GPU needs
-# enough work for each kernel.
-_ON_CPU, _ON_GPU = 1 << 16, 1 << 22
+_AT_ONCE = 1 << 16
+"""Random numbers that are drawn at once, so that they stay in a CPU's cache."""
+
+Drop = Callable[[Tensor, Tensor, int, float], Tensor]
+"""x [n, h], contiguous, of any floating type; the start of each row's stream, int64 [n]; the hash
+below which a number becomes 0; and the factor of the others -> the same shape and type."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,19 +74,11 @@ class StreamDropout:
 
     def drop(self, x: Tensor) -> Tensor:
         """``__call__`` without a gradient."""
-        width = x.shape[-1]
-        out = (x * self.dropout.scale).contiguous()
-        rows = out.view(-1, width)
-        starts = mix_(self.tokens.flatten() + self.place)[:, None]
-        channels = torch.arange(1, width + 1, device=x.device) * GAMMA
-        at_once = max(1, (_ON_GPU if x.is_cuda else _ON_CPU) // width)
-        drawn, spare = starts.new_empty(2, min(at_once, len(rows)), width)
-        below = int(self.dropout.probability * (1 << _BITS)) * (1 << 64 - _BITS) - (1 << 63)
-        for some, start in zip(rows.split(at_once), starts.split(at_once), strict=True):
-            n = len(some)
-            torch.add(start, channels, out=drawn[:n])
-            some.masked_fill_(scramble_(drawn[:n], spare[:n]) < below, 0)
-        return out
+        starts = mix_(self.tokens.flatten() + self.place)
+        threshold = int(self.dropout.probability * (1 << _BITS)) * (1 << 64 - _BITS) - (1 << 63)
+        run = _kernel(x.device.type, x.dtype)
+        # [b, r, h] -> [b * r, h]
+        return run(x.contiguous().flatten(0, 1), starts, threshold, self.dropout.scale).view_as(x)
 
 
 class _Drop(torch.autograd.Function):
@@ -94,3 +92,27 @@ class _Drop(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         return ctx.dropout.drop(grads[0]), None
+
+
+@cache
+def _kernel(device_type: str, dtype: torch.dtype) -> Drop:
+    has_triton = device_type == "cuda" and importlib.util.find_spec("triton") is not None
+    if not has_triton or dtype == torch.float64:  # Triton rounds the factor to float32
+        return drop_eager
+    # The package is optional.
+    from cp_megatron.kernels.stream_dropout_triton import drop_triton
+
+    return drop_triton
+
+
+def drop_eager(x: Tensor, starts: Tensor, threshold: int, scale: float) -> Tensor:
+    """``Drop`` in eager PyTorch."""
+    out, width = x * scale, x.shape[1]
+    channels = torch.arange(1, width + 1, device=x.device) * GAMMA
+    at_once = max(1, _AT_ONCE // width)
+    drawn, spare = starts.new_empty(2, min(at_once, len(x)), width)
+    for some, start in zip(out.split(at_once), starts.split(at_once), strict=True):
+        n = len(some)
+        torch.add(start[:, None], channels, out=drawn[:n])
+        some.masked_fill_(scramble_(drawn[:n], spare[:n]) < threshold, 0)
+    return out

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from cp_megatron.kernels import stream_dropout
 from cp_megatron.kernels.dropout import Dropout
-from cp_megatron.kernels.stream_dropout import StreamDropout
+from cp_megatron.kernels.stream_dropout import StreamDropout, drop_eager
+from tests.kernels.interpreted import DEVICE, LOW, triton_file
 
 ALL = 1 << 64
 
@@ -90,7 +91,7 @@ def test_a_token_drops_the_same_wherever_it_is() -> None:
 @pytest.mark.parametrize("at_once", [1, 100, 1 << 20])
 def test_pieces_change_nothing(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = kept(Dropout(0.4, seed=5))
-    monkeypatch.setattr(stream_dropout, "_ON_CPU", at_once)
+    monkeypatch.setattr(stream_dropout, "_AT_ONCE", at_once)
     assert torch.equal(kept(Dropout(0.4, seed=5)), whole)
 
 
@@ -106,3 +107,14 @@ def test_what_is_kept_and_its_gradient_are_scaled(dtype: torch.dtype) -> None:
     assert out.dtype == x.grad.dtype == dtype
     assert torch.equal(out, torch.where(mask, x * 1.25, 0))
     assert torch.equal(x.grad, torch.where(mask, grad * 1.25, 0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, LOW])
+@pytest.mark.parametrize("width", [7, 64, 2500])
+def test_triton_computes_the_same_bits(width: int, dtype: torch.dtype) -> None:
+    drop = triton_file("stream_dropout_triton").drop_triton
+    made = StreamDropout.of(Dropout(0.3, seed=5), torch.arange(9), 2)
+    x = torch.randn(18, width).to(DEVICE, dtype)
+    for share in (0.0, 0.3, 0.99):
+        arguments = x, made.tokens.flatten().to(DEVICE), round((share - 0.5) * 2**31) << 33, 1 / 0.7
+        assert torch.equal(drop(*arguments), drop_eager(*arguments)), share
