@@ -72,10 +72,13 @@ GRIDS: list[dict[str, Any]] = [
     *({"tp": 2, "cp": 2}, {"tp": 2, "cp": 2, **SP}, {"dp": 2, "cp": 2}, {"dp": 2, "tp": 2, **SP}),
 ]
 LONG = [
-    ("llama", Case(**grid, recompute=level, **batch))
+    ("llama", Case(**grid, **more))
     for grid in GRIDS
-    for level in ("none", "selective", "full")
-    for batch in ({}, {"micro_batch_size": 2}, PACKED, {"padding": 4, **PACKED})
+    for more in (
+        {"mlp_tile_size": 7},
+        {"micro_batch_size": 2, "recompute": "selective"},
+        {"padding": 4, "recompute": "full", **PACKED},
+    )
 ]
 
 
