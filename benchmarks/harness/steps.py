@@ -152,7 +152,6 @@ class OurStep:
             device=torch.device(job.device),
             seed=0,
             clip_grad=1.0,
-            sequence_parallel=parallel.sequence_parallel,
             rule=LossRule(chunk_size=job.memory.loss_chunk_size),
             reduces_once=keeps_whole_weights(parallel, job.grid),
             stream_dtype=getattr(torch, dtype),

@@ -33,7 +33,7 @@ from cp_megatron.model.transformer import Transformer
 
 _AT_ENDS: Mapping[str, str] = MappingProxyType(
     {"embedding": kinds.EMBEDDING, "positions": kinds.EMBEDDING}
-    | {"dropout": kinds.DROPOUT, "norm": kinds.FINAL_NORM, "head": kinds.LOSS}
+    | {"norm": kinds.FINAL_NORM, "head": kinds.LOSS}
 )
 _OUTSIDE = ""
 """The place of tensors that are allocated outside of the model."""

@@ -10,7 +10,7 @@ with what ``measure.py`` measures.
                           statistics  result      out, lse                    above    tensors
 
 Each tensor is counted once, for the first module that keeps it. Sizes on the CPU are measured;
-where CUDA keeps something else (norms, dropout), they follow torch's sources.
+where CUDA keeps something else (norms), they follow torch's sources.
 """
 
 from __future__ import annotations
@@ -50,20 +50,20 @@ ACTIVATIONS, HOST = "activations", "on the host"
 LOGITS, EXCHANGE = "logits", "exchange buffers"
 AFTER_FORWARD, PEAK = "held after forward", "peak of the step"
 
-EMBEDDING, DROPOUT, INPUTS = "embedding", "dropout masks", "layer inputs"
+EMBEDDING, INPUTS = "embedding", "layer inputs"
 RECOMPUTED = "for recomputation"
 ATTENTION_NORM, ATTENTION = "attention norm", "attention"
 MLP_NORM, MLP = "MLP norm", "MLP"
 FINAL_NORM, LOSS, OTHER = "final norm", "loss", "other"
 MODULES = (
-    *(EMBEDDING, DROPOUT, INPUTS, ATTENTION_NORM, ATTENTION),
+    *(EMBEDDING, INPUTS, ATTENTION_NORM, ATTENTION),
     *(MLP_NORM, MLP, FINAL_NORM, LOSS, OTHER),
 )
 IN_LAYER: Mapping[str, str] = MappingProxyType(
     {"inputs": INPUTS, "attention_norm": ATTENTION_NORM}
     | {"attention": ATTENTION, "recurrence": ATTENTION}
     | {"attention_post_norm": ATTENTION_NORM, "mlp_post_norm": MLP_NORM}
-    | {"mlp_norm": MLP_NORM, "mlp": MLP, "dropout": DROPOUT}
+    | {"mlp_norm": MLP_NORM, "mlp": MLP}
 )
 """The kinds of what the modules of a layer keep, by their names."""
 
@@ -322,7 +322,7 @@ def _kept(spec: ModelSpec, memory: MemoryConfig, sizes: ActivationSizes) -> Coun
     if spec.positions is not None:
         kept[EMBEDDING] += spec.positions.kept_bytes(sizes)
     if spec.dropout:
-        kept[DROPOUT] = sizes.dropout_bytes(spec.embedding.width)
+        kept[OTHER] = 8 * sizes.stream_tokens  # where the random stream of each token starts
     levels = _levels(spec, memory)
     for layer, granularity in zip(spec.layers, levels, strict=True):
         for name, num_bytes in _layer_bytes(layer, granularity, memory, sizes).items():

@@ -31,7 +31,7 @@ class ModelSpec(BlockSpec):
     Attributes:
         positions: the table of learned positions, if there is one.
         norm: the norm after the last layer.
-        dropout: the probability of the dropout after the embedding.
+        dropout: the probability of the dropout after the embedding, and of what blocks add.
     """
 
     embedding: EmbeddingSpec

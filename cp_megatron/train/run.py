@@ -211,7 +211,6 @@ def _make_train_step(plan: RunPlan, launch: Launch, control: dist.ProcessGroup) 
         device=device,
         seed=config.train.seed,
         clip_grad=config.optimizer.clip_grad,
-        sequence_parallel=config.parallel.sequence_parallel,
         rule=LossRule(
             chunk_size=config.memory.loss_chunk_size, z_loss_coeff=config.train.z_loss_coeff
         ),

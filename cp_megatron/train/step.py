@@ -99,9 +99,8 @@ class TrainStep:
     groups: ParallelGroups
     cp: ContextParallel  # for rows without document masks; that of other rows is derived from it
     device: torch.device
-    seed: int  # the run's seed, for dropout; attention dropout is the same on every grid
+    seed: int  # the run's seed, for dropout
     clip_grad: float  # the largest global gradient norm; 0 disables clipping
-    sequence_parallel: bool  # the residual stream is split over tp, and so dropout differs over tp
     rule: LossRule = field(default_factory=LossRule)
     reduces_once: bool = False  # gradients, over ranks: at the end of a step, not per micro batch
     stream_dtype: torch.dtype | None = None  # of the residual stream; None: that of the parameters
@@ -119,7 +118,6 @@ class TrainStep:
             links=self.links,
             device=self.device,
             seed=self.seed,
-            sequence_parallel=self.sequence_parallel,
             rule=self.rule,
             reduces_once=self.reduces_once,
             stream_dtype=self.stream_dtype or next(self.model.parameters()).dtype,

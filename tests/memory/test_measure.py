@@ -30,7 +30,8 @@ KEEPS = ["--recompute-keeps-attention"]
 SELECTIVE, FULL = (["--recompute-granularity", name] for name in ("selective", "full"))
 FIRST = ["--recompute-num-layers", "1"]
 TILES, CHUNKS = ["--mlp-tile-size", "24"], ["--loss-chunk-size", "24"]
-DROPOUT = ["--hidden-dropout", "0.1", "--attention-dropout", "0.1"]
+HIDDEN = ["--hidden-dropout", "0.1"]
+DROPOUT = [*HIDDEN, "--attention-dropout", "0.1"]
 EACH_HEAD, ALL_HEADS = (
     ["--qk-layernorm", "--qk-norm-scope", scope] for scope in ("each_head", "all_heads")
 )
@@ -62,7 +63,7 @@ CASES = [
     (2, [*LLAMA, *MOE, *TP2, *SP, *SIGMOID, *SHARED, *BF16, *SELECTIVE, *FIRST]),
     (1, GPT),
     (1, [*LLAMA, *BF16, *TILES, *CHUNKS, "--qk-layernorm", *CAPPED]),
-    (1, [*GPT, *BF16, *SELECTIVE, *ROWS]),
+    (1, [*GPT, *BF16, *SELECTIVE, *ROWS, *HIDDEN]),
     (1, [*LLAMA, *BF16, *SELECTIVE, *FIRST, *TILES]),
     (1, [*LLAMA, *FULL, *FIRST, "--cpu-offloading", "--optimizer-cpu-offload"]),
     (1, [*LLAMA, *FULL, *FIRST, *KEEPS, "--cpu-offloading"]),
@@ -77,7 +78,7 @@ CASES = [
     (2, [*LLAMA, *CP2, *A2A, *BF16, *FULL, *KEEPS, "--num-query-groups", "4"]),
     (2, [*LLAMA, *BF16, "--data-parallel-replicate-size", "2"]),
     (4, [*LLAMA, *CP2, "--data-parallel-replicate-size", "2"]),
-    (4, [*GPT, *TP2, *CP2, *SP, *FULL, *TILES, *CHUNKS]),
+    (4, [*GPT, *TP2, *CP2, *SP, *FULL, *TILES, *CHUNKS, *HIDDEN]),
     (4, [*LLAMA, *TP2, *CP2, *BF16, *ROWS, *ROWS]),
     (4, [*LLAMA, *CP4, "--window-size", "9", "0", "--window-layers", "1"]),
     (4, [*LLAMA, *CP4, *LEVELS]),

@@ -90,6 +90,7 @@ class Case:
     recompute: str = "none"
     kind: str = "seq_aux_loss"
     dtype: str = "float64"
+    hidden_dropout: float = 0.0
     memory: tuple[tuple[str, Any], ...] = ()
 
     @property
@@ -99,7 +100,9 @@ class Case:
 
 
 def config_of(case: Case) -> Config:
-    model = replace(STYLES[case.style], num_layers=case.num_layers)
+    model = replace(
+        STYLES[case.style], num_layers=case.num_layers, hidden_dropout=case.hidden_dropout
+    )
     if model.num_experts:
         model = replace(model, moe_router_load_balancing_type=case.kind)
     memory = MemoryConfig(recompute_granularity=case.recompute, **dict(case.memory))  # type: ignore[arg-type]
@@ -138,7 +141,6 @@ def train_step_of(case: Case) -> TrainStep:
         device=cpu,
         seed=5,
         clip_grad=0.5,
-        sequence_parallel=case.tp > 1,
         reduces_once=keeps_whole_weights(config.parallel, case.grid),
         stream_dtype=getattr(torch, case.dtype),
         links=StageLinks(groups.channels),
