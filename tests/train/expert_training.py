@@ -91,6 +91,7 @@ class Case:
     kind: str = "seq_aux_loss"
     dtype: str = "float64"
     hidden_dropout: float = 0.0
+    attention_dropout: float = 0.0
     memory: tuple[tuple[str, Any], ...] = ()
 
     @property
@@ -101,7 +102,10 @@ class Case:
 
 def config_of(case: Case) -> Config:
     model = replace(
-        STYLES[case.style], num_layers=case.num_layers, hidden_dropout=case.hidden_dropout
+        STYLES[case.style],
+        num_layers=case.num_layers,
+        hidden_dropout=case.hidden_dropout,
+        attention_dropout=case.attention_dropout,
     )
     if model.num_experts:
         model = replace(model, moe_router_load_balancing_type=case.kind)
@@ -137,7 +141,11 @@ def train_step_of(case: Case) -> TrainStep:
         model=model,
         optimizer=choose_optimizer(model, config.optimizer, group=groups.stage, device=cpu),
         groups=groups,
-        cp=ContextParallel(groups.cp, Mask.causal(length + case.padding)),
+        cp=ContextParallel(
+            groups.cp,
+            Mask.causal(length + case.padding),
+            kernel="reference" if case.attention_dropout else "auto",
+        ),
         device=cpu,
         seed=5,
         clip_grad=0.5,

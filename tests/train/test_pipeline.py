@@ -27,7 +27,8 @@ def on_one_rank(case: Case) -> list[StepResult]:
 
 
 def alone(case: Case) -> Case:
-    kept = {"style": case.style, "document_mask": case.document_mask, "kind": case.kind}
+    names = ("style", "document_mask", "kind", "hidden_dropout", "attention_dropout")
+    kept = {name: getattr(case, name) for name in names}
     return Case(**kept, num_layers=case.num_layers, micro_batch_size=case.micro_batch_size)
 
 
@@ -45,7 +46,7 @@ def grids(world_size: int) -> list[dict[str, int]]:
 
 FOUR = {"num_layers": 4, "document_mask": True}
 QUICK = [
-    Case(pp=2, cp=2, style="tied", **FOUR),
+    Case(pp=2, cp=2, style="tied", hidden_dropout=0.1, attention_dropout=0.1, **FOUR),
     Case(pp=2, tp=2, ep=2, num_chunks=2, **FOUR),
 ]
 LONG = [
@@ -56,6 +57,7 @@ LONG = [
     Case(pp=2, dp=2, fsdp_reshard="always", **FOUR),
     Case(pp=2, cp=2, recompute="full", num_chunks=2, **FOUR),
     Case(pp=2, tp=2, recompute="selective", **FOUR),
+    Case(pp=2, tp=2, num_chunks=2, style="tied", hidden_dropout=0.1, attention_dropout=0.1, **FOUR),
     Case(pp=2, tp=2, cp=2, ep=2, num_chunks=2, **FOUR),
     Case(pp=4, dp=2, style="tied", num_chunks=2, num_layers=8),
 ]
