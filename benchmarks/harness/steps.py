@@ -33,8 +33,7 @@ from cp_megatron.model.compiled_parts import compile_parts
 from cp_megatron.pipeline import StageLinks
 from cp_megatron.plan import Grid, Mask
 from cp_megatron.plan.stages import Stages
-from cp_megatron.spec import ModelSpec, keeps_whole_weights
-from cp_megatron.spec.stage_weights import stage_weights
+from cp_megatron.spec import ModelSpec, keeps_whole_weights, stage_weights
 from cp_megatron.tensor_parallel import LossRule
 from cp_megatron.train.optimizer import make_optimizer
 from cp_megatron.train.step import StepResult, TrainStep
@@ -105,11 +104,10 @@ def model_of(num_layers: int, width: int) -> ModelConfig:
 
 
 def stages_of(job: Job) -> Stages:
-    """The layers of each stage, by weight, as a run shares them."""
+    """The layers of each pipeline stage, by their cost."""
     spec = ModelSpec.of(job.model, vocab_size=job.vocab_size, seq_length=job.tokens)
-    weights = stage_weights(spec, job.mask)
-    ends = {"first": weights.first, "last": weights.last}
-    return Stages.split(weights.layers, **ends, num_stages=job.grid.pp)
+    layers, first, last = stage_weights(spec, job.mask)
+    return Stages.split(layers, first=first, last=last, num_stages=job.grid.pp)
 
 
 class OurStep:

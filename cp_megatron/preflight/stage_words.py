@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from cp_megatron.plan import Mask
 from cp_megatron.plan.pipeline import PipelinePlan
@@ -11,7 +11,7 @@ from cp_megatron.preflight.run_plan import RunPlan, dtype_on
 from cp_megatron.spec import ModelSpec, keeps_whole_weights, stage_weights
 
 _WAITS_LONG = 0.1
-_ELEMENT_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2}
+_ELEMENT_BYTES: Mapping[str, int] = {"float64": 8, "float32": 4, "bfloat16": 2}
 _STAGES_SHOWN = 8
 
 

@@ -14,7 +14,7 @@ from tests.train.test_loop import train
 
 BASE = """
     --preset toy --num-layers 4 --hidden-size 32 --seq-length 64 --dtype float64 --device cpu
-    --global-batch-size 8 --micro-batch-size 1 --train-iters 4 --log-interval 1 --eval-iters 3
+    --micro-batch-size 1 --train-iters 4 --log-interval 1 --eval-iters 3
     --eval-interval 2 --lr-warmup-iters 0"""
 PP2 = "--pipeline-parallel-size 2"
 CHUNKS = "--num-virtual-stages-per-pipeline-rank 2"
@@ -38,7 +38,7 @@ LONG = [
     (PP2, "--log-params-norm --log-num-zeros-in-grad --z-loss-coeff 1e-3"),
     (f"{PP2} --context-parallel-size 2", "--compile"),
     (f"{PP2} --context-parallel-size 2", "--linear-attention-freq 2"),
-    (f"{PP2} --pipeline-model-parallel-layout E|tttt|L|", ""),
+    (f"{PP2} --pipeline-model-parallel-layout E|tt|tt|L", ""),
     ("--pipeline-parallel-size 4 --pipeline-model-parallel-layout E|tt|tt|L", ""),
     ("--pipeline-parallel-size 4", "--global-batch-size 2 --document-mask"),
     (f"{PP2} {CHUNKS} --data-parallel-replicate-size 2", "--global-batch-size 6"),
@@ -47,16 +47,20 @@ LONG = [
 ]
 
 
+def with_batch(options: str) -> str:
+    return options if "--global-batch" in options else f"{options} --global-batch-size 8"
+
+
 @cache
 def on_one_rank(folder: Path, options: str) -> list[dict[str, Any]]:
-    words = f"{BASE} {options} --save {folder / 'alone'}".split()
+    words = f"{BASE} {with_batch(options)} --save {folder / 'alone'}".split()
     assert run_ranks(train, 1, words, timeout=240) == [4]
     return metrics_of(folder / "alone")
 
 
 def compare(grid: str, options: str, folder: Path) -> None:
     there = on_one_rank(folder, options)
-    words = f"{BASE} {options} {grid} --save {folder / 'stages'}".split()
+    words = f"{BASE} {with_batch(options)} {grid} --save {folder / 'stages'}".split()
     assert run_ranks(train, 4, words, timeout=240) == [4] * 4
     here = metrics_of(folder / "stages")
     assert [row["step"] for row in here] == [row["step"] for row in there] == [1, 2, 3, 4]
