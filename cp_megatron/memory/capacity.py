@@ -17,7 +17,7 @@ from cp_megatron.comm.runtime import Launch
 from cp_megatron.config import CheckpointConfig
 from cp_megatron.config.files.run_folders import RUNS
 from cp_megatron.errors import ConfigError
-from cp_megatron.memory import predict as kinds
+from cp_megatron.memory import kinds
 from cp_megatron.memory.predict import predict, schedules
 from cp_megatron.plan.rehearsal import rehearse
 from cp_megatron.preflight.run_plan import RunPlan

@@ -11,8 +11,9 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from cp_megatron.memory import predict as kinds
-from cp_megatron.memory.predict import Held, expert_rows, predict_ranks
+from cp_megatron.memory import kinds
+from cp_megatron.memory.kinds import Held
+from cp_megatron.memory.predict import expert_rows, predict_ranks
 from cp_megatron.preflight.run_plan import RunPlan
 from cp_megatron.preflight.start_table import print_start
 

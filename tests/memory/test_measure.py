@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from cp_megatron.memory import predict as kinds
+from cp_megatron.memory import kinds
+from cp_megatron.memory.kinds import Held
 from cp_megatron.memory.live_bytes import LiveBytes
 from cp_megatron.memory.measure import MemoryMeter
-from cp_megatron.memory.predict import Held, predict
+from cp_megatron.memory.predict import predict
 from cp_megatron.train.shard import Shard
 from cp_megatron.train.step import TrainStep
 from tests.allocations import counting_memory
@@ -56,6 +57,22 @@ AUX = ["--moe-aux-loss-coeff", "0.1", "--moe-z-loss-coeff", "0.01"]
 SHARED = ["--moe-shared-expert-intermediate-size", "20", "--moe-shared-expert-gate"]
 SIGMOID = ["--moe-router-score-function", "sigmoid", "--moe-router-enable-expert-bias"]
 
+PP2, PP4 = (["--pipeline-parallel-size", size] for size in ("2", "4"))
+LAYERS = ["--num-layers", "8"]
+INTERLEAVED = ["--num-virtual-stages-per-pipeline-rank", "2"]
+ALWAYS, NEVER = (["--fsdp-reshard", when] for when in ("always", "never"))
+MICRO = ["--micro-batch-size", "1"]
+TIED = ["--no-untie-embeddings-and-output-weights"]
+
+PIPELINES = [
+    (2, [*GPT, *PP2, *BF16, *MICRO]),
+    (4, [*LLAMA, *PP4, *LAYERS, *MICRO]),
+    (4, [*LLAMA, *PP2, *CP2, *MICRO]),
+    (4, [*GPT, *PP2, *TP2, *SP, *BF16, *MICRO]),
+    (4, [*LLAMA, *PP2, *BF16, *MICRO]),
+    (4, [*LLAMA, *PP2, *MICRO, *ALWAYS]),
+    (2, [*LLAMA, *PP2, *LAYERS, *INTERLEAVED, *MICRO]),
+]
 CASES = [
     (1, [*LLAMA, *MOE, *AUX, *SHARED, "--moe-layer-freq", "2"]),
     (1, [*LLAMA, *MOE, *SIGMOID, *AUX, *BF16]),
@@ -141,17 +158,13 @@ def prepared(rank: int, world_size: int, argv: list[str]) -> tuple[TrainStep, li
     return run.train_step, [run.train_step.prepare(batch) for batch in batches], run.plan
 
 
-def meter_of(step: TrainStep) -> MemoryMeter:
-    return MemoryMeter(step.model, step.optimizer, step.cp, step.device)
-
-
 def measured(
     rank: int, world_size: int, argv: list[str], forward_alone: bool = False
 ) -> tuple[tuple[Held, ...], tuple[Held, ...]]:
     """The predicted and the measured bytes of this rank."""
     train_step, shards, plan = prepared(rank, world_size, argv)
     with pytest.MonkeyPatch.context() as patch:
-        meter = meter_of(train_step)
+        meter = train_step.memory_meter(len(shards))
         if forward_alone:
             patch.setattr(meter, "_on_cuda", True)
             patch.setattr(torch.cuda, "memory_allocated", lambda _: 1)
@@ -168,7 +181,7 @@ def by_name(held: tuple[Held, ...]) -> dict[tuple[str, str], int]:
 
 @pytest.mark.parametrize(
     ("world_size", "flags"),
-    [*CASES, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)],
+    [*CASES, *PIPELINES, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)],
     ids=words_of,
 )
 def test_measured_is_predicted_to_the_byte(place: Place, world_size: int, flags: list[str]) -> None:
@@ -204,7 +217,7 @@ def peaks(rank: int, world_size: int, one: list[str], other: list[str]) -> tuple
     with counting_memory() as count:
         train_step.run(shards, step=0, lr=0.0)
     train_step, shards, _ = prepared(rank, world_size, other)
-    with meter_of(train_step) as meter:
+    with train_step.memory_meter(len(shards)) as meter:
         train_step.run(shards, step=0, lr=0.0)
     found = by_name(meter.held())
     return found[kinds.PEAK, ""] - found[kinds.PARAMETERS, ""], count.peak
