@@ -141,7 +141,7 @@ class MemoryMeter:
         return hook
 
     def _end_pass(self, result: Tensor) -> None:
-        """After a forward pass with this result: the sum to train, or what goes to another stage."""
+        """After a forward pass; its result is the sum to train, or goes to another stage."""
         result.register_hook(self._before_backward)
         if not self._num_left:
             return

@@ -58,20 +58,40 @@ SHARED = ["--moe-shared-expert-intermediate-size", "20", "--moe-shared-expert-ga
 SIGMOID = ["--moe-router-score-function", "sigmoid", "--moe-router-enable-expert-bias"]
 
 PP2, PP4 = (["--pipeline-parallel-size", size] for size in ("2", "4"))
-LAYERS = ["--num-layers", "8"]
+LAYERS4, LAYERS8 = (["--num-layers", number] for number in ("4", "8"))
 INTERLEAVED = ["--num-virtual-stages-per-pipeline-rank", "2"]
 ALWAYS, NEVER = (["--fsdp-reshard", when] for when in ("always", "never"))
+LAYOUT = ["--pipeline-model-parallel-layout"]
 MICRO = ["--micro-batch-size", "1"]
-TIED = ["--no-untie-embeddings-and-output-weights"]
+UNTIED, TIED = "--untie-embeddings-and-output-weights", "--no-untie-embeddings-and-output-weights"
+OFFLOADS = ["--cpu-offloading", "--optimizer-cpu-offload"]
 
 PIPELINES = [
-    (2, [*GPT, *PP2, *BF16, *MICRO]),
-    (4, [*LLAMA, *PP4, *LAYERS, *MICRO]),
-    (4, [*LLAMA, *PP2, *CP2, *MICRO]),
+    (2, [*GPT, *PP2, *BF16, *MICRO, *DROPOUT]),
+    (2, [*LLAMA, *PP2, *BF16, *GEMMA, *MICRO, *LAYERS4, *SELECTIVE, *FIRST, "--optimizer", "muon"]),
+    (2, [*LLAMA, *PP2, *LAYERS4, *INTERLEAVED, *MICRO, *LINEAR, *GATED, *BF16]),
+    (4, [*LLAMA, *PP4, *LAYERS8, *MICRO, TIED]),
+    (4, [*LLAMA, *PP2, *CP2, *MICRO, "--window-size", "9", "0", "--window-layers", "1"]),
     (4, [*GPT, *PP2, *TP2, *SP, *BF16, *MICRO]),
-    (4, [*LLAMA, *PP2, *BF16, *MICRO]),
+    (4, [*LLAMA, *PP2, *BF16, *MICRO, *LAYERS4, *INTERLEAVED, TIED]),
     (4, [*LLAMA, *PP2, *MICRO, *ALWAYS]),
-    (2, [*LLAMA, *PP2, *LAYERS, *INTERLEAVED, *MICRO]),
+    (2, [*LLAMA, *MICRO, *BF16, *NEVER]),
+]
+SLOW_PIPELINES = [
+    (2, [*GPT, *PP2, *BF16, *MICRO, "--apply-layernorm-1p", UNTIED, *LAYERS4, *INTERLEAVED]),
+    (2, [*LLAMA, *PP2, *MICRO, *FULL, *OFFLOADS]),
+    (2, [*LLAMA, *PP2, *MICRO, *FULL, *KEEPS, *OFFLOADS, *LAYERS4, *INTERLEAVED]),
+    (2, [*LLAMA, *PP2, *MICRO, *LAYOUT, "E|ttL"]),
+    (2, [*GPT, *PP2, *BF16, "--apply-layernorm-1p", *MICRO, *LAYOUT, "Ett|L", *FULL]),
+    (2, [*GPT, *PP2, *LAYOUT, "E|t|t|L", "--micro-batch-size", "4"]),
+    (2, [*LLAMA, *PP2, *MICRO, *MOE, *AUX, *SHARED, "--moe-layer-freq", "2", *LAYERS4]),
+    (4, [*LLAMA, *PP2, *MICRO, *BF16, *LINEAR, *LAYERS4, "--optimizer", "muon"]),
+    (4, [*LLAMA, *PP2, *BF16, "--data-parallel-replicate-size", "2"]),
+    (4, [*LLAMA, *PP2, "--micro-batch-size", "2", *LAYERS4, *INTERLEAVED]),
+    (4, [*LLAMA, *PP2, *TP2, *SP, *LAYERS4, *INTERLEAVED, *MICRO, *ALWAYS, *POST]),
+    (4, [*LLAMA, *PP4, *LAYERS8, *INTERLEAVED, *MICRO, "--dtype", "float64", *SELECTIVE]),
+    (4, [*LLAMA, *CP2, *MICRO, *NEVER, "--global-batch-size", "8"]),
+    (4, [*LLAMA, *MICRO, *BF16, *NEVER, *TP2, *SP, *LINEAR, *GATED]),
 ]
 CASES = [
     (1, [*LLAMA, *MOE, *AUX, *SHARED, "--moe-layer-freq", "2"]),
@@ -123,6 +143,8 @@ SLOW = [
     (4, [*LLAMA, *CP4, *MLA, *A2A]),
 ]
 
+LONG = [*SLOW, *SLOW_PIPELINES]
+
 
 def words_of(value: object) -> str:
     """A case's name."""
@@ -136,8 +158,10 @@ class Place:
     folder: Path
 
     def argv(self, save: str, *flags: str) -> list[str]:
-        words = ["--num-layers", "2", "--hidden-size", "32", "--num-attention-heads", "4"]
-        words += ["--seq-length", "64", "--global-batch-size", "4", "--lr-warmup-iters", "0"]
+        words = ["--hidden-size", "32", "--num-attention-heads", "4"]
+        for name, value in (("--num-layers", "2"), ("--global-batch-size", "4")):
+            words += [] if name in flags else [name, value]
+        words += ["--seq-length", "64", "--lr-warmup-iters", "0"]
         words += ["--train-iters", "2", "--eval-iters", "0", "--log-interval", "1"]
         words += ["--device", "cpu", "--data-path", str(self.folder / "text.txt")]
         words += [] if "--preset" in flags else LLAMA
@@ -181,7 +205,7 @@ def by_name(held: tuple[Held, ...]) -> dict[tuple[str, str], int]:
 
 @pytest.mark.parametrize(
     ("world_size", "flags"),
-    [*CASES, *PIPELINES, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)],
+    [*CASES, *PIPELINES, *(pytest.param(*case, marks=pytest.mark.slow) for case in LONG)],
     ids=words_of,
 )
 def test_measured_is_predicted_to_the_byte(place: Place, world_size: int, flags: list[str]) -> None:

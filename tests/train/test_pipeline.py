@@ -28,6 +28,7 @@ def on_one_rank(case: Case) -> list[StepResult]:
 
 def alone(case: Case) -> Case:
     kept = {"style": case.style, "document_mask": case.document_mask, "kind": case.kind}
+    kept |= {"optimizer": case.optimizer}
     return Case(**kept, num_layers=case.num_layers, micro_batch_size=case.micro_batch_size)
 
 
@@ -58,6 +59,8 @@ LONG = [
     Case(pp=2, tp=2, recompute="selective", **FOUR),
     Case(pp=2, tp=2, cp=2, ep=2, num_chunks=2, **FOUR),
     Case(pp=4, dp=2, style="tied", num_chunks=2, num_layers=8),
+    Case(pp=2, dp=2, optimizer="muon", **FOUR),
+    Case(pp=2, optimizer="muon", num_layers=2, style="tied"),
 ]
 
 
