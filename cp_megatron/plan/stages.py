@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import math
 import re
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 from cp_megatron.errors import ConfigError
 
-LAYOUT, SIZE = "--pipeline-model-parallel-layout", "--pipeline-model-parallel-size"
+LAYOUT, SIZE = "--pipeline-model-parallel-layout", "--pipeline-parallel-size"
 CHUNKS = "--num-virtual-stages-per-pipeline-rank"
 _LETTERS = "E, t and L, | between chunks, (...)*n and t*n to repeat, and commas"
 _MOST_LETTERS = 100_000
@@ -108,14 +110,8 @@ class Stages:
             raise ConfigError(SIZE, num_stages, f"{rule}, which has {len(weights)} layers", works)
         weigh = _weigher(weights, first, last, total)
         size = len(weights), total
-        heaviest = _weights(_cheapest(*size, weigh, max), weigh)
-        limit = max(heaviest)
-
-        def squared(chunk: int, start: int, stop: int) -> float:
-            weight = weigh(chunk, start, stop)
-            return weight * weight if weight <= limit else math.inf
-
-        cuts = _cheapest(*size, squared, lambda one, other: one + other)
+        limit = _least_limit(*size, weigh)
+        cuts = _evenest(*size, weigh, limit)
         if num_chunks > 1:
             cuts = _even_stages(cuts, weigh, limit, num_stages)
         return cls(tuple(range(*ends) for ends in pairwise(cuts)), num_stages)
@@ -149,7 +145,7 @@ class Stages:
         return cls(tuple(range(*ends) for ends in pairwise(cuts)), num_stages)
 
 
-Weigh = Callable[[int, int, int], float]
+Weigh = Callable[[int, int, int], int]
 """The weight of a chunk, by its number, its first layer and the end of its layers."""
 
 
@@ -167,36 +163,75 @@ def _weigher(weights: Sequence[float], first: float, last: float, num_chunks: in
     return weigh
 
 
-def _cheapest(
-    num_layers: int, num_chunks: int, cost: Weigh, join: Callable[[float, float], float]
-) -> list[int]:
-    """The ends of the chunks, from 0 on, that make the joined costs of all chunks least.
+def _least_limit(num_layers: int, num_chunks: int, weigh: Weigh) -> int:
+    """The weight that the heaviest chunk has at least, by bisection: weights are integers."""
+    low, high = 0, weigh(0, 0, num_layers) + weigh(num_chunks - 1, 0, num_layers)
+    while low < high:
+        middle = (low + high) // 2
+        fits = _latest_cuts(num_layers, num_chunks, weigh, middle)[-1] == num_layers
+        low, high = (low, middle) if fits else (middle + 1, high)
+    return low
 
-    Dynamic programming over the number of chunks and the layers in them, with O(chunks x layers^2)
-    costs.
+
+def _latest_cuts(num_layers: int, num_chunks: int, weigh: Weigh, limit: int) -> list[int]:
+    """The latest end of each chunk, from 0 on, if no chunk exceeds the limit or lacks a layer.
+
+    They end before the last layer if no cut keeps the limit.
     """
-    best: list[float] = [0.0] + [math.inf] * num_layers
-    starts: list[list[int]] = []
+    cuts = [0]
     for chunk in range(num_chunks):
-        longer, chosen = [math.inf] * (num_layers + 1), [0] * (num_layers + 1)
-        for stop in range(chunk + 1, num_layers - num_chunks + chunk + 2):
-            for start in range(chunk, stop):
-                value = join(best[start], cost(chunk, start, stop))
-                if value < longer[stop]:
+        start, most = cuts[-1], num_layers - (num_chunks - 1 - chunk)
+        stops = range(start + 1, most + 1)
+        cuts.append(start + bisect_right(stops, limit, key=partial(weigh, chunk, start)))
+        if cuts[-1] == start:
+            break
+    return cuts
+
+
+def _earliest_cuts(num_layers: int, num_chunks: int, weigh: Weigh, limit: int) -> list[int]:
+    """The earliest end of each chunk, from 0 on, for a limit that a cut keeps."""
+    cuts = [num_layers]
+    for chunk in range(num_chunks - 1, 0, -1):
+        lighter = partial(_negative, weigh, chunk, cuts[-1])
+        cuts.append(chunk + bisect_left(range(chunk, cuts[-1]), -limit, key=lighter))
+    return [0, *reversed(cuts)]
+
+
+def _negative(weigh: Weigh, chunk: int, stop: int, start: int) -> int:
+    return -weigh(chunk, start, stop)
+
+
+def _evenest(num_layers: int, num_chunks: int, weigh: Weigh, limit: int) -> list[int]:
+    """The ends of the chunks, from 0 on, that make the sum of the squares of their weights least.
+
+    Dynamic programming over the number of chunks and the layers in them, among the cuts whose
+    chunks do not exceed the limit.
+    """
+    shape = num_layers, num_chunks, weigh, limit
+    latest, earliest = _latest_cuts(*shape), _earliest_cuts(*shape)
+    best, tables = {0: 0}, list[dict[int, int]]()
+    for chunk in range(num_chunks):
+        longer, chosen = dict[int, int](), dict[int, int]()
+        for stop in range(earliest[chunk + 1], latest[chunk + 1] + 1):
+            for start in range(min(stop - 1, latest[chunk]), earliest[chunk] - 1, -1):
+                if (weight := weigh(chunk, start, stop)) > limit:
+                    break
+                value = best[start] + weight * weight
+                if stop not in longer or value <= longer[stop]:
                     longer[stop], chosen[stop] = value, start
         best = longer
-        starts.append(chosen)
+        tables.append(chosen)
     cuts = [num_layers]
-    for chosen in reversed(starts):
+    for chosen in reversed(tables):
         cuts.append(chosen[cuts[-1]])
     return cuts[::-1]
 
 
-def _weights(cuts: Sequence[int], weigh: Weigh) -> list[float]:
+def _weights(cuts: Sequence[int], weigh: Weigh) -> list[int]:
     return [weigh(chunk, *ends) for chunk, ends in enumerate(pairwise(cuts))]
 
 
-def _even_stages(cuts: list[int], weigh: Weigh, limit: float, num_stages: int) -> list[int]:
+def _even_stages(cuts: list[int], weigh: Weigh, limit: int, num_stages: int) -> list[int]:
     """Moves layers between chunks while stages become more even and no chunk exceeds the limit."""
 
     def unevenness(cuts: Sequence[int]) -> tuple[float, float]:

@@ -55,7 +55,7 @@ from cp_megatron.preflight.schedule_rules import (
     schedule_notes,
 )
 from cp_megatron.preflight.sequence import SequencePlan, plan_sequence
-from cp_megatron.preflight.stage_rules import plan_stages
+from cp_megatron.preflight.stage_rules import check_reshard, plan_stages
 
 Batch = tuple[int, int, int]
 """Rows per step over all ranks, rows of a micro batch, micro batches per step on each rank."""
@@ -103,11 +103,14 @@ def check(
     vocab_size, of_tokenizer, sound = _check_model(config, given, collected)
     stages: Stages | None = None
     with collected.collect():
-        stages = plan_stages(config, vocab_size) if sound else None
+        stages = plan_stages(config, vocab_size, given) if sound else None
     grid: Grid | None = None
     with collected.collect():
         # After the model: a command with more ranks is no help if the heads forbid the grid.
-        grid, of_grid = plan_grid(config, launch, dry_run, dry_run_world_size, [script, *argv])
+        known = vocab_size if sound else None
+        grid, of_grid = plan_grid(
+            *(config, launch, dry_run, dry_run_world_size, [script, *argv]), vocab_size=known
+        )
         notes = (*notes, *of_grid, *of_tokenizer)
     one_node = dry_run and not launch.under_torchrun
     if not dry_run:
@@ -230,6 +233,8 @@ def _split(
             kernels = _kernels(config)
     if grid is None:
         return None
+    with mistakes.collect():
+        check_reshard(config, grid, given)
     with mistakes.collect():
         batch = rules.check_batch(config.data, grid.dp)
     with mistakes.collect():

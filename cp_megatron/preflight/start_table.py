@@ -33,6 +33,7 @@ from cp_megatron.preflight.run_length import epochs_line
 from cp_megatron.preflight.run_plan import RunPlan, dtype_on
 from cp_megatron.preflight.save_and_load import model_name
 from cp_megatron.preflight.sequence import SequencePlan
+from cp_megatron.preflight.stage_words import stages_of
 from cp_megatron.spec import ModelSpec
 
 Line = tuple[str, str]
@@ -161,6 +162,7 @@ def _choices(plan: RunPlan) -> Iterator[Line]:
     yield "exchange", _exchange(plan.sequence)
     if plan.grid.tp > 1:
         yield "sequence parallel", "on" if plan.config.parallel.sequence_parallel else "off"
+    yield from stages_of(plan)
 
 
 def _recurrences(plan: RunPlan) -> Iterator[Line]:

@@ -132,14 +132,14 @@ def test_splits_literally() -> None:
     ("num_layers", "shape", "line"),
     [
         (3, (4, 1),
-         "--pipeline-model-parallel-size 4: must leave a layer for each of the 4 chunks of the "
+         "--pipeline-parallel-size 4: must leave a layer for each of the 4 chunks of the "
          "model, which has 3 layers (works: at most 3)"),
         (7, (4, 2),
-         "--pipeline-model-parallel-size 4: must leave a layer for each of the 8 chunks of the "
+         "--pipeline-parallel-size 4: must leave a layer for each of the 8 chunks of the "
          "model, which has 7 layers (works: at most 3 or fewer chunks a stage with "
          "--num-virtual-stages-per-pipeline-rank)"),
         (2, (1, 3),
-         "--pipeline-model-parallel-size 1: must leave a layer for each of the 3 chunks of the "
+         "--pipeline-parallel-size 1: must leave a layer for each of the 3 chunks of the "
          "model, which has 2 layers (works: fewer chunks a stage with "
          "--num-virtual-stages-per-pipeline-rank)"),
     ],
@@ -197,7 +197,7 @@ def test_layouts(layout: str, stages: int, lengths: list[int]) -> None:
         ("EEt|tL", "must begin with the one E"),
         ("", "must begin with the one E"),
         ("Et||t|L", "has no layer in chunk 1, counted from 0 (works: only E or L can be alone"),
-        ("Et|t|L", "has 3 chunks, which the stages of --pipeline-model-parallel-size 2 cannot "
+        ("Et|t|L", "has 3 chunks, which the stages of --pipeline-parallel-size 2 cannot "
          "share (works: a multiple of 2 chunks)"),
         ("E|t|t|L", "has 2 chunks for each of 2 stages, not "
          "--num-virtual-stages-per-pipeline-rank 1 (works: "

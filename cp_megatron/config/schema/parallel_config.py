@@ -47,15 +47,16 @@ class ParallelConfig:
     """When whole weights are dropped and gradients are reduced: after each micro batch (always) or
     at the end of a step (never), which takes fewer messages and more memory; auto is never with
     pipeline stages, otherwise always."""
-    data_parallel_replicate_size: AxisSize = 1
+    data_parallel_replicate_size: AxisSize | Literal["auto"] = "auto"
     """Copies of the model. Weights, gradients and optimizer state are sharded over the ranks of one
     copy (data parallel x context parallel / copies), so that whole weights are gathered from fewer
     and nearer ranks; gradients are then summed over the copies. It must divide the data parallel
-    size."""
+    size. auto makes a copy on each node if the ranks and the memory of a node suffice for it."""
     expert_model_parallel_size: AxisSize = 1
     """Ranks that share the experts of a layer, each of which holds whole ones; tokens are sent to
-    the ranks of their experts. These are neighbours among all ranks of a copy of the model, so the
-    size must divide their number, and --num-experts. Experts are sharded over the other ranks."""
+    the ranks of their experts. These are neighbours among all ranks of a copy of the model, or of
+    its pipeline stage, so the size must divide their number, and --num-experts. Experts are sharded
+    over the other ranks."""
     sequence_parallel: bool = False
     """Also split the residual stream along the sequence over the tensor parallel ranks."""
     cp_comm_type: Exchange = "auto"
