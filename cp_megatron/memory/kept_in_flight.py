@@ -31,6 +31,8 @@ class PassesInFlight:
         counts: how many passes each chunk has made, by its number.
         num_microbatches: the micro batches that these passes belong to.
         receives_next: the pass that follows them waits for a message, into memory of its own.
+        meets_gradients: as many passes are in flight again when all chunks have made a backward
+            pass.
         accumulating: the numbers of chunks that have made a backward pass when the last backward
             pass of the step begins.
     """
@@ -39,6 +41,7 @@ class PassesInFlight:
     counts: Mapping[int, int]
     num_microbatches: int
     receives_next: bool
+    meets_gradients: bool
     accumulating: frozenset[int]
 
     @classmethod
@@ -48,14 +51,23 @@ class PassesInFlight:
         actions = plan.actions(stage)
         first, (following, *_) = actions[: plan.in_flight(stage)], actions[plan.in_flight(stage) :]
         assert {action.kind for action in first} == {"forward"}
+        last_forward = max(i for i, action in enumerate(actions) if action.kind == "forward")
+        before = actions[:last_forward]
         backward = [action.chunk for action in actions if action.kind == "backward"]
         return cls(
             chunks=stages.of(stage),
             counts=Counter(action.chunk for action in first),
             num_microbatches=len({action.microbatch for action in first}),
             receives_next=plan.received(stage, following) is not None,
+            meets_gradients={action.chunk for action in before if action.kind == "backward"}
+            == set(range(stages.num_chunks)),
             accumulating=frozenset(backward[:-1]),
         )
+
+    @property
+    def number(self) -> int:
+        """How many passes are in flight."""
+        return sum(self.counts.values())
 
     @property
     def has_head(self) -> bool:

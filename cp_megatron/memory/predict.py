@@ -17,6 +17,7 @@ where CUDA keeps something else (norms, dropout), they follow torch's sources.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from functools import cache, partial
 from types import MappingProxyType
@@ -84,6 +85,29 @@ def predict_ranks(plan: RunPlan, ranks: Iterable[int]) -> list[tuple[Held, ...]]
         last = Held(kind=kinds.AFTER_FORWARD, num_bytes=total)
         predicted.append((stored, gradients, optimizer, *rows, last))
     return predicted
+
+
+def step_bytes(plan: RunPlan, stage: int, held: Iterable[Held]) -> int:
+    """Returns a lower bound of the memory of a step on the device of a rank.
+
+    Backward releases activations while it allocates gradients, so both are held at the same time
+    only if gradients of earlier micro batches are there. What is offloaded to the host or to files
+    is not counted.
+
+    Args:
+        plan: the run, on its device.
+        stage: that of the rank.
+        held: the prediction for it.
+    """
+    found = Counter[str]()
+    for row in held:
+        if row.detail != kinds.HOST and row.kind != kinds.HOST:
+            found[row.kind] += row.num_bytes
+    forward = found[kinds.GATHERED] + found[kinds.ACTIVATIONS]
+    gradients = max(found[kinds.GRADIENTS], found[kinds.WHOLE])
+    passes = PassesInFlight.of(plan.stages, stage, plan.num_microbatches)
+    together = forward + gradients if passes.meets_gradients else max(forward, gradients)
+    return found[kinds.PARAMETERS] + found[kinds.OPTIMIZER] + together
 
 
 def expert_rows(plan: RunPlan) -> tuple[int, int]:
