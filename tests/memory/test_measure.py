@@ -214,9 +214,14 @@ def test_measured_is_predicted_to_the_byte(place: Place, world_size: int, flags:
         assert by_name(found[:-1]) == by_name(predicted)
 
 
-def test_documents_change_the_exchange_alone(place: Place) -> None:
-    argv = place.argv("run", *CP2, "--document-mask", *ROWS)
-    for predicted, found in run_ranks(measured, 2, argv):
+@pytest.mark.parametrize(
+    ("world_size", "flags"), [(2, [*CP2, *ROWS]), (4, [*CP2, *PP2, *MICRO, *SELECTIVE])]
+)
+def test_documents_change_the_exchange_alone(
+    place: Place, world_size: int, flags: list[str]
+) -> None:
+    argv = place.argv("run", "--document-mask", *flags)
+    for predicted, found in run_ranks(measured, world_size, argv):
         differ = {
             row.kind
             for row, other in zip(predicted, found[:-1], strict=True)
@@ -258,6 +263,7 @@ def test_the_peak_is_all_but_what_operations_take_inside(place: Place) -> None:
     [
         [*TP2, *CP2, *SP, *FULL],
         pytest.param([*CP4, *DROPOUT, *ROWS, *ROWS], marks=pytest.mark.slow),
+        pytest.param([*PP2, *LAYERS4, *INTERLEAVED, *MICRO], marks=pytest.mark.slow),
     ],
 )
 def test_looking_changes_no_bit(place: Place, flags: list[str]) -> None:
