@@ -200,6 +200,7 @@ def test_a_report_has_a_column_for_each_stage() -> None:
     words = ["--pipeline-parallel-size", "2", "--context-parallel-size", "2"]
     many = reported(planned(*words, world_size=16))
     assert "a column has the most that a rank of a stage holds" in many
+    assert [word for word in many.splitlines()[1].split("  ") if word] == ["stage 0", "stage 1"]
     assert "rank 0" not in many
     assert max(map(len, many.splitlines())) <= 80
 
