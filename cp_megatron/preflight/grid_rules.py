@@ -104,7 +104,8 @@ def _copies_on_nodes(
         sizes: dict[str, Any] = grid.sizes
         with_copies = Grid(replicas=copies, ep=grid.ep, **sizes)
         spec = ModelSpec.of(config.model, vocab_size=vocab_size, seq_length=config.data.seq_length)
-        held = spec.parameters_on_rank(with_copies, 0) // grid.pp * _STATE_BYTES
+        of_stage = Grid(replicas=copies, ep=grid.ep, **(sizes | {"pp": 1}))
+        held = spec.parameters_on_rank(of_stage, 0) / grid.pp * _STATE_BYTES
         if held <= _MOST_STATE:
             note = f"{copies} copies of the model, one on the {on_node} ranks of each node, so that"
             return with_copies, (f"{note} weights are gathered inside a node ({REPLICAS} auto)",)
