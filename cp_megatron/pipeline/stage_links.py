@@ -21,17 +21,20 @@ class StageLinks:
 
     Attributes:
         sums: checksums of each channel's messages, while they are open.
+        receiving_bytes: memory of the messages that no pass has waited for yet.
     """
 
     def __init__(self, channels: Mapping[Channel, dist.ProcessGroup] | None = None) -> None:
         self._channels = channels or {}
         self._open: list[Pending] = []
         self.sums = {channel: LinkSums() for channel in self._channels}
+        self.receiving_bytes = 0
 
     def receive(self, message: PipelineMessage, x: Tensor) -> Arriving:
         """Starts to receive a tensor into the memory of ``x``."""
         group, sums = self._channels[message.channel], self.sums[message.channel]
-        return Arriving(x, post(group, receives=[(x, message.peer)], sums=sums))
+        self.receiving_bytes += x.nbytes
+        return Arriving(self, x, post(group, receives=[(x, message.peer)], sums=sums))
 
     def send(self, message: PipelineMessage, x: Tensor) -> Pending:
         """Starts to send a tensor, which must not be modified before it is sent."""
@@ -58,10 +61,11 @@ class StageLinks:
 class Arriving:
     """A tensor that is being received."""
 
-    def __init__(self, x: Tensor, pending: Pending) -> None:
-        self._x, self._pending = x, pending
+    def __init__(self, links: StageLinks, x: Tensor, pending: Pending) -> None:
+        self._links, self._x, self._pending = links, x, pending
 
     def wait(self) -> Tensor:
         """The tensor. On CUDA, the current stream waits instead of the host."""
         self._pending.wait()
+        self._links.receiving_bytes -= self._x.nbytes
         return self._x

@@ -71,10 +71,13 @@ class MicrobatchPasses:
         self._run(len(shards), passes, has_backward=False)
         return passes.found
 
+    def plan(self, num_microbatches: int, *, has_backward: bool = True) -> PipelinePlan:
+        """The order of the passes of all stages."""
+        num_stages, num_chunks = self.groups.grid.pp, len(self.model.chunks)
+        return PipelinePlan(num_stages, num_microbatches, num_chunks, has_backward)
+
     def _run(self, num_microbatches: int, passes: Passes, *, has_backward: bool) -> None:
-        plan = PipelinePlan(
-            self.groups.grid.pp, num_microbatches, len(self.model.chunks), has_backward
-        )
+        plan = self.plan(num_microbatches, has_backward=has_backward)
         run_stage(plan, self.groups.coordinates.pp, self.links, passes)
 
     def forward(

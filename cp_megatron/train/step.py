@@ -35,6 +35,7 @@ from cp_megatron.context_parallel import ContextParallel
 from cp_megatron.data.batch.batch import IGNORED, Batch
 from cp_megatron.faults.checks import ParameterSums
 from cp_megatron.faults.inject import Faults
+from cp_megatron.memory.measure import MemoryMeter
 from cp_megatron.model.row_counts import TokenRows
 from cp_megatron.model.transformer import ExpertReport, Transformer
 from cp_megatron.pipeline import StageLinks
@@ -121,6 +122,17 @@ class TrainStep:
             rule=self.rule,
             reduces_once=self.reduces_once,
             stream_dtype=self.stream_dtype or next(self.model.parameters()).dtype,
+        )
+
+    def memory_meter(self, num_microbatches: int) -> MemoryMeter:
+        """Measures the memory of a step with so many micro batches on this rank."""
+        return MemoryMeter(
+            self.model,
+            self.optimizer,
+            self.cp,
+            self.device,
+            in_flight=self.passes.plan(num_microbatches).in_flight(self.groups.coordinates.pp),
+            links=self.links,
         )
 
     def prepare(self, batch: Batch, *, announced: bool = True) -> Shard:

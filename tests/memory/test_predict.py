@@ -12,9 +12,10 @@ from rich.console import Console
 from cp_megatron.cli.parse import parse_arguments
 from cp_megatron.comm.runtime import Launch
 from cp_megatron.config import tokens_with_logits
-from cp_megatron.memory import predict as kinds
+from cp_megatron.memory import kinds
+from cp_megatron.memory.kinds import Held
 from cp_megatron.memory.memory_report import MemoryReport, predict_report, print_prediction
-from cp_megatron.memory.predict import Held, predict, predict_ranks
+from cp_megatron.memory.predict import expert_rows, predict, predict_ranks
 from cp_megatron.preflight.check import check
 from cp_megatron.preflight.run_plan import RunPlan
 from cp_megatron.spec import ModelSpec
@@ -189,7 +190,7 @@ def test_the_worst_case_of_experts_is_named() -> None:
     words = ["--num-experts", "8", "--moe-router-topk", "4", "--expert-model-parallel-size", "4"]
     plan = planned(*words, "--moe-ffn-hidden-size", "40", world_size=4)
     row = (2 * H + 3 * 40) * 4 + 4 + 2 * 8  # tokens, wide tensors, the weight, two permutations
-    balanced, most = kinds.expert_rows(plan)
+    balanced, most = expert_rows(plan)
     assert (balanced, most) == (B * S * 4 * row, 4 * B * S * 2 * row)
     said = " ".join(shown(plan).split())
     assert f"predicted to keep {balanced / 2**20:,.4f} MiB of tokens, as many on every" in said

@@ -27,7 +27,7 @@ def on_one_rank(case: Case) -> list[StepResult]:
 
 
 def alone(case: Case) -> Case:
-    names = ("style", "document_mask", "kind", "hidden_dropout", "attention_dropout")
+    names = ("style", "document_mask", "kind", "hidden_dropout", "attention_dropout", "optimizer")
     kept = {name: getattr(case, name) for name in names}
     return Case(**kept, num_layers=case.num_layers, micro_batch_size=case.micro_batch_size)
 
@@ -60,6 +60,8 @@ LONG = [
     Case(pp=2, tp=2, num_chunks=2, style="tied", hidden_dropout=0.1, attention_dropout=0.1, **FOUR),
     Case(pp=2, tp=2, cp=2, ep=2, num_chunks=2, **FOUR),
     Case(pp=4, dp=2, style="tied", num_chunks=2, num_layers=8),
+    Case(pp=2, dp=2, optimizer="muon", **FOUR),
+    Case(pp=2, optimizer="muon", num_layers=2, style="tied"),
 ]
 
 
