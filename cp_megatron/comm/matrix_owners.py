@@ -65,7 +65,7 @@ class MatrixOwners:
         self._ranks = range(ranks)
         owners = _assign([_shape(matrix) for matrix in matrices], ranks)
         self.order = sorted(range(len(matrices)), key=lambda number: owners[number])
-        self._matrices = [_shared(matrices[i], owners[i], ranks) for i in self.order]
+        self._matrices = [_shared(matrices[i], owners[i], group) for i in self.order]
         self._own = [matrix for matrix in self._matrices if matrix.owner == self._rank]
 
     def collect(self, flat: Tensor) -> list[Tensor]:
@@ -140,9 +140,12 @@ def _assign(shapes: Sequence[tuple[int, int]], ranks: int) -> list[int]:
     return owners
 
 
-def _shared(matrix: Tensor, owner: int, ranks: int) -> _Shared:
+def _shared(matrix: Tensor, owner: int, group: ProcessGroup | None) -> _Shared:
+    ranks = 1 if group is None else group.size()
     boxes, first = [(slice(0), slice(0))] * ranks, dict[tuple[int, ...], int]()
-    for rank, offset, sizes in _places(matrix):
+    for number, offset, sizes in _places(matrix):
+        # The ranks of a pipeline stage are some of those of the run.
+        rank = 0 if group is None else dist.get_group_rank(group, number)
         rows, columns = (slice(o, o + s) for o, s in zip(offset, sizes, strict=True))
         boxes[rank] = (rows, columns)
         if math.prod(sizes):
@@ -158,7 +161,7 @@ def _shared(matrix: Tensor, owner: int, ranks: int) -> _Shared:
 
 
 def _places(matrix: Tensor) -> Iterator[tuple[int, Sequence[int], Sequence[int]]]:
-    """The rank, the offset and the sizes of each box."""
+    """The number of the rank among all, the offset and the sizes of each box."""
     if not isinstance(matrix, DTensor):
         yield 0, (0, 0), matrix.shape
         return

@@ -89,6 +89,7 @@ class Case:
     padding: int = 0
     recompute: str = "none"
     kind: str = "seq_aux_loss"
+    optimizer: str = "adam"
     dtype: str = "float64"
     memory: tuple[tuple[str, Any], ...] = ()
 
@@ -108,7 +109,7 @@ def config_of(case: Case) -> Config:
         parallel=ParallelConfig(sequence_parallel=case.tp > 1, fsdp_reshard=case.fsdp_reshard),
         data=DataConfig(seq_length=SEQ, micro_batch_size=case.micro_batch_size),
         train=TrainConfig(seed=5),
-        optimizer=OptimizerConfig(lr=3e-3, weight_decay=0.1),
+        optimizer=OptimizerConfig(optimizer=case.optimizer, lr=3e-3, weight_decay=0.1),  # type: ignore[arg-type]
         memory=memory,
     )
 
