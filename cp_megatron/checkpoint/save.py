@@ -102,7 +102,7 @@ class _Shard(NamedTuple):
 
     entry: FileEntry | None
     failure: Exception | None
-    steps: Mapping[str, int]
+    counts: Mapping[str, int]
 
 
 class Save:
@@ -122,7 +122,7 @@ class Save:
         self._manifest, self._retention, self._group = manifest, retention, group
         self._temporary = temporary_folder(folder)
         self._image: Tensor | None = None  # the contents of this rank's shard, if it has one
-        self._steps: Mapping[str, int] = {}  # those that this rank reports
+        self._counts: Mapping[str, int] = {}  # of updates, those that this rank reports
         self._failure: Exception | None = None
         self._thread: Thread | None = None
 
@@ -152,7 +152,7 @@ class Save:
     def _start(
         self,
         state: Mapping[str, Tensor],
-        steps: Mapping[str, int],
+        counts: Mapping[str, int],
         cache: SaveCache,
         began: float,
         background: bool,
@@ -167,7 +167,7 @@ class Save:
         self._manifest = replace(self._manifest, tensors=plan.tensors)
         # One rank reports each, because ranks of several pipeline stages have different ones.
         reported = {split_optimizer_name(name)[0] for name in plan.begun if is_optimizers(name)}
-        self._steps = {name: step for name, step in steps.items() if name in reported}
+        self._counts = {name: count for name, count in counts.items() if name in reported}
 
         def copy() -> Tensor | None:
             boxes = plan.boxes(state)
@@ -203,7 +203,7 @@ class Save:
         try:
             if background and hasattr(os, "setpriority"):
                 os.setpriority(os.PRIO_PROCESS, get_native_id(), _NICENESS)
-            written = _Shard(*attempt(self._write_shard), self._steps)
+            written = _Shard(*attempt(self._write_shard), self._counts)
             answers = all_gather_objects(written, self._group)
             end = partial(self._complete, answers)
             _, self._failure = attempt(lambda: on_first_rank(end, self._group))
@@ -223,8 +223,8 @@ class Save:
         try:
             raise_first([shard.failure for shard in shards])
             files = {shard_file(rank): x.entry for rank, x in enumerate(shards) if x.entry}
-            steps = {name: step for shard in shards for name, step in shard.steps.items()}
-            manifest = replace(self._manifest, files=files, optimizer_steps=steps)
+            counts = {name: count for shard in shards for name, count in shard.counts.items()}
+            manifest = replace(self._manifest, files=files, optimizer_steps=counts)
             with self._disk_errors():
                 write_text(self._temporary / MANIFEST, manifest.to_json())
                 sync(self._temporary)
@@ -295,6 +295,6 @@ def start_save(
     )
     target = step_folder(Path(folder), step)
     save = Save(target, manifest, retention or Retention(), process_group)
-    steps = optimizer_steps(parameters, optimizer)
-    save._start(state, steps, cache or SaveCache(), began, background)
+    counts = optimizer_steps(parameters, optimizer)
+    save._start(state, counts, cache or SaveCache(), began, background)
     return save

@@ -172,6 +172,25 @@ def shapes(manifest: Manifest) -> dict[str, tuple[str, tuple[int, ...]]]:
     return {name: (entry.dtype, entry.shape) for name, entry in manifest.tensors.items()}
 
 
+def losses(rank: int, world_size: int, case: Case, folder: str) -> tuple[float, bool]:
+    """The loss of the saved model alone, and whether that left the optimizer without state."""
+    step = train_step_of(case)
+    load_checkpoint(Path(folder), model=step.model, optimizer=None)
+    return step.evaluate(shards_of(0, case, step)), not step.optimizer.state
+
+
+def test_the_model_alone_is_loaded_for_evaluations() -> None:
+    folder = str(saved(TIED).folder)
+    found = [
+        *run_ranks(losses, 4, TIED, folder),
+        *run_ranks(losses, 2, case("tied", cp=2), folder),
+        *run_ranks(losses, 1, case("tied"), folder),
+    ]
+    assert all(stateless for _, stateless in found)
+    assert all(loss == pytest.approx(found[0][0], rel=1e-12) for loss, _ in found)
+    assert 1 < found[0][0] < 6
+
+
 def refusal(rank: int, world_size: int, case: Case, folder: str) -> tuple[str, bool]:
     """Why a checkpoint is refused, and whether that left the model as it was."""
     step = train_step_of(case)
