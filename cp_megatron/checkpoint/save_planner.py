@@ -44,7 +44,7 @@ class CachedPlan:
 
     @property
     def begun(self) -> set[str]:
-        """Names of the tensors whose first box this rank writes; no other rank has them here."""
+        """Names of the tensors whose first box this rank writes: each tensor is one rank's."""
         indices = (item.index for item in self.items)
         return {index.fqn for index in indices if not any(index.offset or ())}
 

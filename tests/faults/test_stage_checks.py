@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from cp_megatron.faults.checks import Checks, ParameterSums
+from cp_megatron.plan.pipeline import PipelinePlan
 from cp_megatron.train.optimizer import local_values
 from cp_megatron.train.step import TrainStep
 from tests.context_parallel.test_link_sums import flipping
 from tests.ranks import run_ranks
-from tests.train.expert_training import Case, shards_of, train_step_of
+from tests.train.expert_training import ROWS, Case, shards_of, train_step_of
 
 FOUR = Case(style="tied", num_layers=4, document_mask=True)
 
@@ -68,7 +69,11 @@ def test_a_message_that_is_corrupted_between_stages_is_found(
     assert [found for found, _ in unharmed] == [[None, None]] * size
     num_messages = unharmed[victim][1]
     senders = set[int]()
-    for number in range(0, num_messages, num_messages // 4):
+    plan = PipelinePlan(case.pp, ROWS, case.num_chunks)
+    received = [plan.received(victim, action) for action in plan.actions(victim)]
+    channels = [message.channel for message in received if message is not None]
+    assert num_messages == len(channels)
+    for number in sorted({channels.index(channel) for channel in channels}):
         results = [found for found, _ in run_ranks(run_step, size, case, victim, number)]
         assert results == [results[0]] * size
         first, second = results[0]
