@@ -126,6 +126,7 @@ LONG = {
     TIED: [case("tied", pp=2, num_chunks=2), case("tied", pp=2, cp=2)],
     case("sigmoid", dp=2, cp=2, ep=4): [EXPERTS, case("sigmoid", pp=4)],
     case("dense", pp=4): [case("dense", pp=2, cp=2)],
+    case("tied", pp=2, dp=2, replicas=2): [case("tied", pp=4), case("tied", dp=2)],
     case("dense", dp=2, cp=2, optimizer="muon"): [MUON],
 }
 
