@@ -232,6 +232,8 @@ def _make_checks(
         interval=config.train.check_interval,
         parameters=train_step.sums,
         links=train_step.cp.link_sums,
+        stages=train_step.links,
+        tied=train_step.model.spec.head.tied,
         groups=train_step.groups,
         control=control,
         device=train_step.device,

@@ -89,7 +89,7 @@ class Case:
     padding: int = 0
     recompute: str = "none"
     kind: str = "seq_aux_loss"
-    optimizer: str = "adamw"
+    optimizer: str = "adam"
     dtype: str = "float64"
     hidden_dropout: float = 0.0
     attention_dropout: float = 0.0
