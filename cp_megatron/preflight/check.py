@@ -107,10 +107,8 @@ def check(
     grid: Grid | None = None
     with collected.collect():
         # After the model: a command with more ranks is no help if the heads forbid the grid.
-        known = vocab_size if sound else None
-        grid, of_grid = plan_grid(
-            *(config, launch, dry_run, dry_run_world_size, [script, *argv]), vocab_size=known
-        )
+        command, known = [script, *argv], vocab_size if sound else None
+        grid, of_grid = plan_grid(config, launch, dry_run, dry_run_world_size, command, known)
         notes = (*notes, *of_grid, *of_tokenizer)
     one_node = dry_run and not launch.under_torchrun
     if not dry_run:

@@ -29,8 +29,7 @@ def plan_grid(
     dry_run: bool,
     world_size: int | None,
     command: Sequence[str],
-    *,
-    vocab_size: int | None = None,
+    vocab_size: int | None,
 ) -> tuple[Grid, tuple[str, ...]]:
     """The grid over the ranks of this launch or of the dry run, and notes about its size.
 
