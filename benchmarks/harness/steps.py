@@ -150,7 +150,6 @@ class OurStep:
             device=torch.device(job.device),
             seed=0,
             clip_grad=1.0,
-            sequence_parallel=parallel.sequence_parallel,
             rule=LossRule(chunk_size=job.memory.loss_chunk_size),
             reduces_once=keeps_whole_weights(parallel, job.grid),
             stream_dtype=getattr(torch, dtype),
@@ -186,10 +185,13 @@ class OurStep:
         return dict(traffic.sent)
 
     def kept(self) -> int:
-        """Bytes that autograd keeps for backward of one row: each storage once, no weights."""
-        model, shard = self.train_step.model, self.shards[0]
-        labels = {"labels": shard.labels, "rule": self.train_step.rule}
-        num_bytes = kept_bytes(model, lambda: model(shard.tokens, cp=shard.cp, **labels)[0])
+        """Bytes that autograd keeps for backward of one row: each storage once, no weights. A stage
+        of a pipeline keeps as much for each row in flight."""
+        model, shard, passes = self.train_step.model, self.shards[0], self.train_step.passes
+        x = None
+        if not model.chunks[0].has_embedding:
+            x = passes.empty_stream(shard).zero_().requires_grad_()
+        num_bytes = kept_bytes(model, lambda: passes.forward(shard, x)[0].sum())
         model.zero_grad()
         return num_bytes
 

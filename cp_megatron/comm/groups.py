@@ -159,12 +159,10 @@ def _pipeline_groups(
     pipelines = grid.groups("pp")
     channels: dict[Channel, dist.ProcessGroup] = {}
     for kind in KINDS:
-        along = _own_group(pipelines, timeout)
-        # Among more than two stages, the last and the first are no neighbours otherwise.
-        back = _own_group(pipelines, timeout) if grid.pp == 2 else along
-        assert along is not None, "each rank is in a pipeline"
-        assert back is not None
-        channels[Channel(kind, wraps=False)], channels[Channel(kind, wraps=True)] = along, back
+        for wraps in (False, True):
+            group = _own_group(pipelines, timeout)
+            assert group is not None, "each rank is in a pipeline"
+            channels[Channel(kind, wraps)] = group
     return channels, _own_group([[ranks[0], ranks[-1]] for ranks in pipelines], timeout)
 
 

@@ -19,12 +19,13 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from cp_megatron.comm.host_copies import to_device
-from cp_megatron.comm.rng import attention_dropout_seed
+from cp_megatron.comm.rng import attention_dropout_seed, hidden_dropout_seed
 from cp_megatron.config.schema import MemoryConfig, ModelConfig
 from cp_megatron.context_parallel import ContextParallel
 from cp_megatron.errors import ConfigError
 from cp_megatron.expert_parallel import ExpertParallel
 from cp_megatron.kernels.dropout import Dropout
+from cp_megatron.kernels.stream_dropout import StreamDropout
 from cp_megatron.model.expert_mixture import Mixed
 from cp_megatron.model.layer import TransformerLayer
 from cp_megatron.model.layer_memory import LayerMemory
@@ -122,7 +123,6 @@ class Transformer(nn.Module):
             self.embedding = VocabParallelEmbedding(spec.embedding, tp=self.tp)
         table = spec.positions if is_first else None
         self.positions = None if table is None else LearnedPositions(table, tp=self.tp)
-        self.dropout = nn.Dropout(spec.dropout)
         self.offload: LayerOffload | None = None
         if memory.cpu_offloading:  # a layer's input and, if they are kept, attention's out and lse
             self.offload = LayerOffload(per_layer=3 if memory.recompute_keeps_attention else 1)
@@ -143,6 +143,7 @@ class Transformer(nn.Module):
         *,
         cp: ContextParallel,
         attention_dropout: Dropout | None = None,
+        hidden_dropout: Dropout | None = None,
         labels: Tensor | None = None,
         rule: LossRule | None = None,
         rows: TokenRows | None = None,
@@ -158,6 +159,8 @@ class Transformer(nn.Module):
             attention_dropout: with the run's seed and the number of this rank's first query head;
                 every layer draws a mask of its own. Needed to train if the model has dropout of
                 attention weights.
+            hidden_dropout: with the run's seed; every place draws a mask of its own. Needed to
+                train if the model has dropout of the residual stream.
             labels: int64 [b, s], -100 marks a token without a label. With labels the head returns
                 losses, and the logits of all tokens never exist.
             rule: how the losses are computed; None is the plain rule.
@@ -173,20 +176,19 @@ class Transformer(nn.Module):
             experts did.
         """
         part = self.chunks[chunk]
-        expected = self.config.attention_dropout if self.training else 0.0
-        assert expected == (attention_dropout.probability if attention_dropout else 0.0)
+        self._check_dropout(attention_dropout, hidden_dropout)
+        stream = None if hidden_dropout is None else self._stream_dropout(hidden_dropout, cp, x)
         if part.has_embedding:
-            x = self._embed(x, cp)
+            x = self._embed(x, cp, stream)
         rotations = self._rotations(cp, x)
         contexts = self.layer_contexts(cp)
         own = None if rows is None else self._own(rows)
         mixed = list[Mixed]()
         for number in part.layers:
-            dropout = attention_dropout
-            if dropout is not None:
-                seed = attention_dropout_seed(seed=dropout.seed, layer=number)
-                dropout = replace(dropout, seed=seed)
-            out = self.layers[str(number)](x, rotations[number], contexts[number], dropout, own)
+            dropout = None if attention_dropout is None else _of_layer(attention_dropout, number)
+            hidden = None if stream is None else stream.in_layer(number)
+            layer = self.layers[str(number)]
+            out = layer(x, rotations[number], contexts[number], dropout, own, hidden)
             x = out.stream if isinstance(out, Mixed) else out
             mixed += [out] if isinstance(out, Mixed) else []
         report = () if rows is None else (self._report(mixed, part, x.device),)
@@ -217,6 +219,18 @@ class Transformer(nn.Module):
             chosen = [layer.counts for layer in mixed if layer.counts is not None]
             counts[own[0] : own[-1] + 1] = torch.stack(chosen)
         return ExpertReport(terms, counts)
+
+    def _check_dropout(self, *given: Dropout | None) -> None:
+        wanted = self.config.attention_dropout, self.config.hidden_dropout
+        for probability, dropout in zip(wanted, given, strict=True):
+            expected = probability if self.training else 0.0
+            assert expected == (dropout.probability if dropout else 0.0)
+
+    def _stream_dropout(self, dropout: Dropout, cp: ContextParallel, x: Tensor) -> StreamDropout:
+        """That of the embedding of ``x``, for the tokens of this rank's residual stream."""
+        dropout = replace(dropout, seed=hidden_dropout_seed(seed=dropout.seed))
+        positions = self.tp.own_rows(to_device(cp.positions, x.device))
+        return StreamDropout.of(dropout, positions, x.shape[0])
 
     def _own(self, rows: TokenRows) -> TokenRows:
         """The rows of the tokens of this rank's residual stream, [b, s] -> [b * r]."""
@@ -280,7 +294,7 @@ class Transformer(nn.Module):
             made[rotary] = Rotation.of(positions, self.config, rotary, longest=longest, dtype=dtype)
         return [made.get(rotary) for rotary in wanted]
 
-    def _embed(self, tokens: Tensor, cp: ContextParallel) -> Tensor:
+    def _embed(self, tokens: Tensor, cp: ContextParallel, dropout: StreamDropout | None) -> Tensor:
         """[b, s] -> residual stream."""
         assert self.embedding is not None
         if self.tp.splits_sequence:
@@ -289,7 +303,12 @@ class Transformer(nn.Module):
         if self.positions is not None:
             positions = self._positions(cp, tokens.device)
             x = x + self.positions(self.tp.own_rows(positions))
-        return self.dropout(x)
+        return x if dropout is None else dropout(x)
+
+
+def _of_layer(dropout: Dropout, layer: int) -> Dropout:
+    """The dropout of a layer's attention weights."""
+    return replace(dropout, seed=attention_dropout_seed(seed=dropout.seed, layer=layer))
 
 
 def _check(spec: ModelSpec, tp: TensorParallel) -> None:

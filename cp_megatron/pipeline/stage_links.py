@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -20,22 +21,41 @@ class StageLinks:
             for a pipeline of one stage.
 
     Attributes:
-        sums: checksums of each channel's messages, while they are open.
+        receiving_bytes: memory of the messages that no pass has waited for yet.
     """
 
     def __init__(self, channels: Mapping[Channel, dist.ProcessGroup] | None = None) -> None:
         self._channels = channels or {}
         self._open: list[Pending] = []
-        self.sums = {channel: LinkSums() for channel in self._channels}
+        self._sums = {channel: LinkSums() for channel in self._channels}
+        self.receiving_bytes = 0
+
+    def open_sums(self) -> None:
+        """Starts to record checksums of all messages."""
+        for sums in self._sums.values():
+            sums.open()
+
+    def corrupted(self, device: torch.device) -> list[int]:
+        """The stages whose messages arrived corrupted since ``open_sums``, which this ends.
+
+        All stages call it.
+
+        Args:
+            device: the device of the messages.
+        """
+        channels = self._channels.items()
+        found = [self._sums[channel].close(group, device) for channel, group in channels]
+        return sorted({stage for stages in found for stage in stages})
 
     def receive(self, message: PipelineMessage, x: Tensor) -> Arriving:
         """Starts to receive a tensor into the memory of ``x``."""
-        group, sums = self._channels[message.channel], self.sums[message.channel]
-        return Arriving(x, post(group, receives=[(x, message.peer)], sums=sums))
+        group, sums = self._channels[message.channel], self._sums[message.channel]
+        self.receiving_bytes += x.nbytes
+        return Arriving(self, x, post(group, receives=[(x, message.peer)], sums=sums))
 
     def send(self, message: PipelineMessage, x: Tensor) -> Pending:
         """Starts to send a tensor, which must not be modified before it is sent."""
-        group, sums = self._channels[message.channel], self.sums[message.channel]
+        group, sums = self._channels[message.channel], self._sums[message.channel]
         # Frees what is sent. Gloo only says so if it is waited for.
         self._open = [sent for sent in self._open if not sent.is_completed]
         sent = post(group, sends=[(x.contiguous(), message.peer)], sums=sums)
@@ -58,10 +78,11 @@ class StageLinks:
 class Arriving:
     """A tensor that is being received."""
 
-    def __init__(self, x: Tensor, pending: Pending) -> None:
-        self._x, self._pending = x, pending
+    def __init__(self, links: StageLinks, x: Tensor, pending: Pending) -> None:
+        self._links, self._x, self._pending = links, x, pending
 
     def wait(self) -> Tensor:
         """The tensor. On CUDA, the current stream waits instead of the host."""
         self._pending.wait()
+        self._links.receiving_bytes -= self._x.nbytes
         return self._x

@@ -20,10 +20,12 @@ The share of the time in which a stage waits is (P - 1) / (M C + P - 1) with M m
 passes take equally long and P divides M or C is 1.
 
 Messages never overtake one another: both ends of a channel list them in the same order. A channel
-carries activations or gradients, one way between two stages. NCCL works through what is posted on
-two ranks of a group in order, sends and receives alike, so each channel is a group of its own: with
-two stages, what stage P - 1 sends to stage 0 has other groups than what it gets from there. No pass
-waits for a send.
+carries activations or gradients one way along the stages. NCCL may work through what a rank posts
+in a group in order, sends and receives alike, so each channel is a group of its own. What stage
+P - 1 sends to stage 0 has further channels: otherwise the stages would be a ring in which each may
+have a send in front of the receive that the stage before it waits for. No pass waits for a send. A
+loop that waited for one before it posted the next of its channel could wait for ever as well, if
+C > 1 and P does not divide M.
 """
 
 from __future__ import annotations
@@ -169,7 +171,9 @@ class PipelinePlan:
 
     def in_flight(self, stage: int) -> int:
         """The most passes through a chunk whose backward pass is still to come: what a stage keeps
-        activations of."""
+        activations of. Without backward passes, it keeps none."""
+        if not self.has_backward:
+            return 0
         held = most = 0
         for action in self.actions(stage):
             held += 1 if action.kind == "forward" else -1

@@ -18,6 +18,7 @@ from cp_megatron.config import Config, DataConfig
 from cp_megatron.config.files.presets import MEGATRON_PRESET, PRESETS
 from cp_megatron.config.files.run_folders import RUNS
 from cp_megatron.kernels.linear_select import select_linear_kernel
+from cp_megatron.plan.grid import STAGE
 from cp_megatron.preflight.model_words import (
     experts_of,
     factors_of,
@@ -113,7 +114,8 @@ def _model(plan: RunPlan) -> Iterator[Line]:
     yield "vocabulary", f"{config.data.tokenizer_type}, {vocabulary}"
     sizes = {"vocab_size": plan.padded_vocab_size, "seq_length": config.data.seq_length}
     spec = ModelSpec.of(model, **sizes)
-    total, most = spec.num_parameters(), spec.parameters_on_rank(plan.grid, 0)
+    total, firsts = spec.num_parameters(), range(0, plan.grid.world_size, plan.grid.size(STAGE))
+    most = max(spec.parameters_on_rank(plan.grid, rank, plan.stages) for rank in firsts)
     copies = plan.grid.replicas
     over = "dp x cp" if copies == 1 else f"dp x cp / {copies}, in {copies} copies"
     active = f"{spec.num_active_parameters():,} for a token, " if model.num_experts else ""

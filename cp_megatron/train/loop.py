@@ -107,8 +107,7 @@ class Trainer:
         lr, is_first = self.plan.learning_rate_at(step), step == self.plan.load_step + 1
         meter = None
         if self.plan.config.memory.memory_report and is_first:
-            trained = self.train_step
-            meter = MemoryMeter(trained.model, trained.optimizer, trained.cp, trained.device)
+            meter = self.train_step.memory_meter(self.plan.num_microbatches)
         with self.profiler.step(step):
             begin = time.perf_counter()
             with meter or nullcontext():

@@ -16,7 +16,6 @@ from torch.distributed.fsdp import FSDPModule
 
 from cp_megatron.comm.groups import ParallelGroups
 from cp_megatron.comm.host_copies import to_device
-from cp_megatron.comm.rng import dropout_seed, seed_dropout
 from cp_megatron.comm.trace import traced
 from cp_megatron.faults.inject import Faults
 from cp_megatron.kernels.dropout import Dropout
@@ -36,7 +35,7 @@ class MicrobatchPasses:
     """What all passes have in common.
 
     Attributes:
-        seed, sequence_parallel, rule: as in ``TrainStep``.
+        seed, rule: as in ``TrainStep``.
         reduces_once: gradients are reduced over ranks after the last backward pass of a step, not
             after each.
         stream_dtype: of the residual stream.
@@ -47,7 +46,6 @@ class MicrobatchPasses:
     links: StageLinks
     device: torch.device
     seed: int
-    sequence_parallel: bool
     rule: LossRule
     reduces_once: bool
     stream_dtype: torch.dtype
@@ -73,10 +71,13 @@ class MicrobatchPasses:
         self._run(len(shards), passes, has_backward=False)
         return passes.found
 
+    def plan(self, num_microbatches: int, *, has_backward: bool = True) -> PipelinePlan:
+        """The order of the passes of all stages."""
+        num_stages, num_chunks = self.groups.grid.pp, len(self.model.chunks)
+        return PipelinePlan(num_stages, num_microbatches, num_chunks, has_backward)
+
     def _run(self, num_microbatches: int, passes: Passes, *, has_backward: bool) -> None:
-        plan = PipelinePlan(
-            self.groups.grid.pp, num_microbatches, len(self.model.chunks), has_backward
-        )
+        plan = self.plan(num_microbatches, has_backward=has_backward)
         run_stage(plan, self.groups.coordinates.pp, self.links, passes)
 
     def forward(
@@ -98,11 +99,13 @@ class MicrobatchPasses:
             labels = to_device(shard.labels, self.device)
         if rows is not None:
             rows = replace(rows, numbers=to_device(rows.numbers, self.device))
+        attention, hidden = self._dropouts(shard) if self.model.training else (None, None)
         with traced("forward"):
             found = self.model(
                 to_device(shard.tokens, self.device) if x is None else x,
                 cp=shard.cp,
-                attention_dropout=self._attention_dropout(shard) if self.model.training else None,
+                attention_dropout=attention,
+                hidden_dropout=hidden,
                 labels=labels,
                 rule=self.rule,
                 rows=rows,
@@ -113,31 +116,21 @@ class MicrobatchPasses:
     def empty_stream(self, shard: Shard) -> Tensor:
         """Memory for the residual stream of a micro batch."""
         lines, length = shard.tokens.shape
-        if self.sequence_parallel:
+        if self.model.tp.splits_sequence:
             length //= self.groups.grid.tp
         shape = lines, length, self.model.config.hidden_size
         return torch.empty(shape, dtype=self.stream_dtype, device=self.device)
 
-    def _attention_dropout(self, shard: Shard) -> Dropout | None:
+    def _dropouts(self, shard: Shard) -> tuple[Dropout | None, Dropout | None]:
+        """The dropout of attention weights and that of the residual stream."""
         model, place, tp = self.model.config, self.groups.coordinates, self.groups.grid.tp
-        if not model.attention_dropout:
-            return None
-        return Dropout(
-            model.attention_dropout,
-            seed=self.seed,
-            batch0=shard.first_row,
-            row_length=shard.row_length,
-            head0=place.tp * local_heads(model, tp).heads,
+        head0 = place.tp * local_heads(model, tp).heads
+        rows = {"batch0": shard.first_row, "row_length": shard.row_length}
+        attention, hidden = (
+            Dropout(probability, seed=self.seed, head0=head0, **rows) if probability else None
+            for probability in (model.attention_dropout, model.hidden_dropout)
         )
-
-    def seed_dropout(self, step: int, microbatch: int) -> None:
-        """Seeds hidden dropout for a micro batch of a step."""
-        place = self.groups.coordinates
-        tp, step = place.tp if self.sequence_parallel else None, step - 1  # counted from 0
-        seed = dropout_seed(
-            seed=self.seed, step=step, microbatch=microbatch, dp=place.dp, cp=place.cp, tp=tp
-        )
-        seed_dropout(seed, self.device)
+        return attention, hidden
 
 
 class _Microbatches:
@@ -196,7 +189,6 @@ class _TrainingPasses(_Microbatches):
 
     def forward(self, action: Action, x: Tensor | None) -> Outputs:
         common, shard = self.common, self.shards[action.microbatch]
-        common.seed_dropout(self.step, action.microbatch)
         result, *more = common.forward(shard, x, chunk=action.chunk, rows=shard.rows)
         has_head = common.model.chunks[action.chunk].has_head
         objective, stream = (None, result) if not has_head else (result, None)

@@ -211,7 +211,6 @@ def _make_train_step(plan: RunPlan, launch: Launch, control: dist.ProcessGroup) 
         device=device,
         seed=config.train.seed,
         clip_grad=config.optimizer.clip_grad,
-        sequence_parallel=config.parallel.sequence_parallel,
         rule=LossRule(
             chunk_size=config.memory.loss_chunk_size, z_loss_coeff=config.train.z_loss_coeff
         ),
@@ -233,6 +232,8 @@ def _make_checks(
         interval=config.train.check_interval,
         parameters=train_step.sums,
         links=train_step.cp.link_sums,
+        stages=train_step.links,
+        tied=train_step.model.spec.head.tied,
         groups=train_step.groups,
         control=control,
         device=train_step.device,

@@ -35,6 +35,7 @@ from cp_megatron.context_parallel import ContextParallel
 from cp_megatron.data.batch.batch import IGNORED, Batch
 from cp_megatron.faults.checks import ParameterSums
 from cp_megatron.faults.inject import Faults
+from cp_megatron.memory.measure import MemoryMeter
 from cp_megatron.model.row_counts import TokenRows
 from cp_megatron.model.transformer import ExpertReport, Transformer
 from cp_megatron.pipeline import StageLinks
@@ -99,9 +100,8 @@ class TrainStep:
     groups: ParallelGroups
     cp: ContextParallel  # for rows without document masks; that of other rows is derived from it
     device: torch.device
-    seed: int  # the run's seed, for dropout; attention dropout is the same on every grid
+    seed: int  # the run's seed, for dropout
     clip_grad: float  # the largest global gradient norm; 0 disables clipping
-    sequence_parallel: bool  # the residual stream is split over tp, and so dropout differs over tp
     rule: LossRule = field(default_factory=LossRule)
     reduces_once: bool = False  # gradients, over ranks: at the end of a step, not per micro batch
     stream_dtype: torch.dtype | None = None  # of the residual stream; None: that of the parameters
@@ -119,10 +119,20 @@ class TrainStep:
             links=self.links,
             device=self.device,
             seed=self.seed,
-            sequence_parallel=self.sequence_parallel,
             rule=self.rule,
             reduces_once=self.reduces_once,
             stream_dtype=self.stream_dtype or next(self.model.parameters()).dtype,
+        )
+
+    def memory_meter(self, num_microbatches: int) -> MemoryMeter:
+        """Measures the memory of a step with so many micro batches on this rank."""
+        return MemoryMeter(
+            self.model,
+            self.optimizer,
+            self.cp,
+            self.device,
+            in_flight=self.passes.plan(num_microbatches).in_flight(self.groups.coordinates.pp),
+            links=self.links,
         )
 
     def prepare(self, batch: Batch, *, announced: bool = True) -> Shard:

@@ -89,7 +89,10 @@ class Case:
     padding: int = 0
     recompute: str = "none"
     kind: str = "seq_aux_loss"
+    optimizer: str = "adam"
     dtype: str = "float64"
+    hidden_dropout: float = 0.0
+    attention_dropout: float = 0.0
     memory: tuple[tuple[str, Any], ...] = ()
 
     @property
@@ -99,7 +102,12 @@ class Case:
 
 
 def config_of(case: Case) -> Config:
-    model = replace(STYLES[case.style], num_layers=case.num_layers)
+    model = replace(
+        STYLES[case.style],
+        num_layers=case.num_layers,
+        hidden_dropout=case.hidden_dropout,
+        attention_dropout=case.attention_dropout,
+    )
     if model.num_experts:
         model = replace(model, moe_router_load_balancing_type=case.kind)
     memory = MemoryConfig(recompute_granularity=case.recompute, **dict(case.memory))  # type: ignore[arg-type]
@@ -108,7 +116,7 @@ def config_of(case: Case) -> Config:
         parallel=ParallelConfig(sequence_parallel=case.tp > 1, fsdp_reshard=case.fsdp_reshard),
         data=DataConfig(seq_length=SEQ, micro_batch_size=case.micro_batch_size),
         train=TrainConfig(seed=5),
-        optimizer=OptimizerConfig(lr=3e-3, weight_decay=0.1),
+        optimizer=OptimizerConfig(optimizer=case.optimizer, lr=3e-3, weight_decay=0.1),  # type: ignore[arg-type]
         memory=memory,
     )
 
@@ -134,11 +142,14 @@ def train_step_of(case: Case) -> TrainStep:
         model=model,
         optimizer=choose_optimizer(model, config.optimizer, group=groups.stage, device=cpu),
         groups=groups,
-        cp=ContextParallel(groups.cp, Mask.causal(length + case.padding)),
+        cp=ContextParallel(
+            groups.cp,
+            Mask.causal(length + case.padding),
+            kernel="reference" if case.attention_dropout else "auto",
+        ),
         device=cpu,
         seed=5,
         clip_grad=0.5,
-        sequence_parallel=case.tp > 1,
         reduces_once=keeps_whole_weights(config.parallel, case.grid),
         stream_dtype=getattr(torch, case.dtype),
         links=StageLinks(groups.channels),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import fields
 from functools import cache
+from typing import Any
 
 import pytest
 
@@ -27,7 +28,8 @@ def on_one_rank(case: Case) -> list[StepResult]:
 
 
 def alone(case: Case) -> Case:
-    kept = {"style": case.style, "document_mask": case.document_mask, "kind": case.kind}
+    names = ("style", "document_mask", "kind", "hidden_dropout", "attention_dropout", "optimizer")
+    kept: dict[str, Any] = {name: getattr(case, name) for name in names}
     return Case(**kept, num_layers=case.num_layers, micro_batch_size=case.micro_batch_size)
 
 
@@ -45,8 +47,9 @@ def grids(world_size: int) -> list[dict[str, int]]:
 
 FOUR = {"num_layers": 4, "document_mask": True}
 QUICK = [
-    Case(pp=2, cp=2, style="tied", **FOUR),
+    Case(pp=2, cp=2, style="tied", hidden_dropout=0.1, attention_dropout=0.1, **FOUR),
     Case(pp=2, tp=2, ep=2, num_chunks=2, **FOUR),
+    Case(pp=2, dp=2, style="dense", optimizer="muon", **FOUR),
 ]
 LONG = [
     *(Case(**sizes, style=style, **FOUR) for sizes in grids(4) for style in ("tied", "softmax")),
@@ -56,7 +59,10 @@ LONG = [
     Case(pp=2, dp=2, fsdp_reshard="always", **FOUR),
     Case(pp=2, cp=2, recompute="full", num_chunks=2, **FOUR),
     Case(pp=2, tp=2, recompute="selective", **FOUR),
+    Case(pp=2, tp=2, num_chunks=2, style="tied", hidden_dropout=0.1, attention_dropout=0.1, **FOUR),
     Case(pp=2, tp=2, cp=2, ep=2, num_chunks=2, **FOUR),
+    Case(pp=4, style="tied", optimizer="muon", **FOUR),
+    Case(pp=2, tp=2, ep=2, optimizer="muon", **FOUR),
     Case(pp=4, dp=2, style="tied", num_chunks=2, num_layers=8),
 ]
 
