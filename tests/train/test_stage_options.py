@@ -40,10 +40,12 @@ LONG = [
     (f"{PP2} --context-parallel-size 2", "--linear-attention-freq 2"),
     (f"{PP2} --pipeline-model-parallel-layout E|tt|tt|L", ""),
     ("--pipeline-parallel-size 4 --pipeline-model-parallel-layout E|tt|tt|L", ""),
+    # Two stages have no matrix for Muon.
+    ("--pipeline-parallel-size 4 --pipeline-model-parallel-layout E|tt|tt|L", "--optimizer muon"),
     ("--pipeline-parallel-size 4", "--global-batch-size 2 --document-mask"),
     (f"{PP2} {CHUNKS} --data-parallel-replicate-size 2", "--global-batch-size 6"),
     (f"{PP2}", "--kernel-benchmark"),
-    (f"{PP2} --context-parallel-size 2", "--attention-dropout 0.1"),
+    (f"{PP2} --context-parallel-size 2", "--attention-dropout 0.1 --hidden-dropout 0.1"),
 ]
 
 
