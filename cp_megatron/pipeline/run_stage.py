@@ -56,6 +56,7 @@ def run_stage(plan: PipelinePlan, stage: int, links: StageLinks, passes: Passes)
 
     Shapes may differ between micro batches: each stage knows them without a message.
     """
+    assert plan.num_stages > 1 or plan.num_chunks == 1, "one stage sends itself nothing"
     run, actions = _StageRun(plan, stage, links, passes), plan.actions(stage)
     arriving = run.receive(actions[0] if actions else None)
     for action, following in pairwise((*actions, None)):
@@ -64,7 +65,12 @@ def run_stage(plan: PipelinePlan, stage: int, links: StageLinks, passes: Passes)
         arriving = run.receive(following) if is_early else None
         with traced("wait for stage"):
             x = None if current is None else current.wait()
-        run.make(action, x)
+        try:
+            run.make(action, x)
+        except Exception as error:
+            if plan.num_stages > 1:
+                error.add_note(f"stage {stage}: {action}")
+            raise
         if not is_early:
             arriving = run.receive(following)
     links.settle()
@@ -97,11 +103,11 @@ class _StageRun:
                 self._kept[place] = x, outputs
         else:
             entered, outputs = self._kept.pop(place)
-            self._links.sent(self._forwarded.pop(place, None))  # its gradient is here
+            self._links.release(self._forwarded.pop(place, None))  # its gradient is here
             self._passes.backward(action, outputs, x)
             result = None if entered is None else entered.grad
         if (message := self._plan.sent(self._stage, action)) is not None:
             assert result is not None
             sent = self._links.send(message, result.detach())
-            if action.kind == "forward":
+            if action.kind == "forward" and self._plan.has_backward:
                 self._forwarded[place] = sent

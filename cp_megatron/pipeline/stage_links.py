@@ -30,6 +30,25 @@ class StageLinks:
         self._sums = {channel: LinkSums() for channel in self._channels}
         self.receiving_bytes = 0
 
+    def connect(self, device: torch.device) -> None:
+        """Connects neighbouring stages by a first message on each channel. All stages call it.
+
+        The first message between two ranks makes their NCCL hosts wait for each other. In a step,
+        where stages post their first messages at different times, they could wait in a circle.
+
+        Args:
+            device: the device of the messages.
+        """
+        for (kind, wraps), group in self._channels.items():
+            stage, size = group.rank(), group.size()
+            behind, before = (1, -1) if kind == "forward" else (-1, 1)
+            ends = [(peer, (stage + peer) % size) for peer in (behind, before)]
+            here = [peer for step, peer in ends if (peer != stage + step) == wraps]
+            x, y = torch.zeros(2, 1, device=device)
+            sends = [(x, peer) for peer in here if peer == ends[0][1]]
+            receives = [(y, peer) for peer in here if peer == ends[1][1]]
+            post(group, sends=sends, receives=receives, sums=LinkSums()).wait()
+
     def open_sums(self) -> None:
         """Starts to record checksums of all messages."""
         for sums in self._sums.values():
@@ -62,7 +81,7 @@ class StageLinks:
         self._open.append(sent)
         return sent
 
-    def sent(self, pending: Pending | None) -> None:
+    def release(self, pending: Pending | None) -> None:
         """Frees a message that the other stage is known to have."""
         if pending is not None:
             pending.wait()

@@ -17,7 +17,7 @@ passes of its first chunk for a group of P micro batches, then those of its seco
 same group, and so on. Chunks are C times as short, and so are the gaps at both ends.
 
 The share of the time in which a stage waits is (P - 1) / (M C + P - 1) with M micro batches, if all
-passes take equally long and P divides M or C is 1.
+passes take equally long and there are at least P micro batches or one chunk.
 
 Messages never overtake one another: both ends of a channel list them in the same order. A channel
 carries activations or gradients one way along the stages. NCCL may work through what a rank posts
@@ -32,7 +32,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import chain, zip_longest
 from typing import Literal, NamedTuple
 
@@ -96,11 +95,7 @@ class PipelinePlan:
 
     def actions(self, stage: int) -> tuple[Action, ...]:
         """The passes of a stage, in order."""
-        return self._actions[stage]
-
-    @cached_property
-    def _actions(self) -> tuple[tuple[Action, ...], ...]:
-        return tuple(tuple(self._order(stage)) for stage in range(self.num_stages))
+        return tuple(self._order(stage))
 
     def _order(self, stage: int) -> Iterator[Action]:
         """Forward passes, then one of each kind in turn, then the backward passes that are left."""
@@ -165,7 +160,7 @@ class PipelinePlan:
     def _message(self, stage: int, kind: Kind, step: int) -> PipelineMessage | None:
         """To or from the stage before (-1) or behind (1)."""
         if self.num_stages == 1:
-            return None  # a stage hands its own results on
+            return None
         peer = (stage + step) % self.num_stages
         return PipelineMessage(Channel(kind, wraps=peer != stage + step), peer)
 
@@ -182,6 +177,12 @@ class PipelinePlan:
 
     @property
     def bubble(self) -> float:
-        """The share of the time in which a stage waits, if all passes take equally long."""
-        idle = self.num_stages - 1
-        return idle / (self.num_microbatches * self.num_chunks + idle)
+        """The share of the time in which a stage waits, if all passes take equally long.
+
+        With several chunks and P > M, a stage also waits between its chunks.
+        """
+        least, most = sorted((self.num_stages, self.num_microbatches))
+        passes = self.num_microbatches * self.num_chunks
+        if self.num_chunks == 1:
+            return (self.num_stages - 1) / (passes + self.num_stages - 1)
+        return 1 - passes / (most * self.num_chunks + least - 1)

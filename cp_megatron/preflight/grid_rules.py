@@ -106,7 +106,8 @@ def _copies_on_nodes(
         of_stage = Grid(replicas=copies, ep=grid.ep, **(sizes | {"pp": 1}))
         held = spec.parameters_on_rank(of_stage, 0) / grid.pp * _STATE_BYTES
         if held <= _MOST_STATE:
-            note = f"{copies} copies of the model, one on the {on_node} ranks of each node, so that"
+            of = "each pipeline stage" if grid.pp > 1 else "the model"
+            note = f"{copies} copies of {of}, one on the {on_node} ranks of each node, so that"
             return with_copies, (f"{note} weights are gathered inside a node ({REPLICAS} auto)",)
         refused = f"its ranks would each hold {held / 2**30:,.0f} GiB of weights, gradients and "
         refused += f"optimizer state, above {_MOST_STATE // 2**30} GiB"

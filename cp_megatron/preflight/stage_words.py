@@ -8,7 +8,7 @@ from cp_megatron.plan import Mask
 from cp_megatron.plan.pipeline import PipelinePlan
 from cp_megatron.plan.stages import Chunk
 from cp_megatron.preflight.run_plan import RunPlan, dtype_on
-from cp_megatron.spec import ModelSpec, keeps_whole_weights, stage_weights
+from cp_megatron.spec import ModelSpec, is_sharded, keeps_whole_weights, stage_weights
 
 _WAITS_LONG = 0.1
 _ELEMENT_BYTES: Mapping[str, int] = {"float64": 8, "float32": 4, "bfloat16": 2}
@@ -22,7 +22,7 @@ def stages_of(plan: RunPlan) -> Iterator[tuple[str, str]]:
     if pp == 1:
         return
     schedule = PipelinePlan(pp, plan.num_microbatches, stages.num_chunks)
-    interleaved = f"interleaved 1F1B, {stages.num_chunks} parts a stage"
+    interleaved = f"interleaved 1F1B, {stages.num_chunks} virtual stages on each rank"
     name = "1F1B" if stages.num_chunks == 1 else interleaved
     waits = f"stages wait for {schedule.bubble:.0%} of the time"
     micro = "micro batches" if plan.num_microbatches > 1 else "micro batch"
@@ -31,7 +31,9 @@ def stages_of(plan: RunPlan) -> Iterator[tuple[str, str]]:
         text += "; less with a smaller --micro-batch-size or a larger --global-batch-size"
     yield "pipeline", text
     yield "", _messages(plan)
-    if keeps_whole_weights(plan.config.parallel, plan.grid) and plan.grid.size("dp_cp") > 1:
+    offloads = plan.config.memory.optimizer_cpu_offload
+    sharded = is_sharded(plan.config.model, plan.grid, offloads=offloads)
+    if sharded and keeps_whole_weights(plan.config.parallel, plan.grid):
         kept = "whole weights and gradients of a stage are kept until the end of a step"
         yield "", f"{kept} (--fsdp-reshard)"
     shares = _shares(plan)
@@ -84,5 +86,5 @@ def _messages(plan: RunPlan) -> str:
     if len(found) > 1:
         sizes = [f"{size} in {dtype}" for size, (_, dtype) in zip(sizes, found)]
     boundaries = len(plan.stages.ranges) - 1
-    of_all = f"at each of {boundaries} boundaries" if boundaries > 1 else "at the boundary"
-    return f"a rank sends and receives {' or '.join(sizes)} a step {of_all}"
+    of_all = f"each of {boundaries} boundaries" if boundaries > 1 else "the boundary"
+    return f"{of_all} carries {' or '.join(sizes)} a step for each rank of a stage"

@@ -111,7 +111,10 @@ class MicrobatchPasses:
                 rows=rows,
                 chunk=chunk,
             )
-        return found if isinstance(found, tuple) else (found,)
+        results = found if isinstance(found, tuple) else (found,)
+        is_last = self.model.chunks[chunk].has_head
+        assert is_last or results[0].dtype == self.stream_dtype, "what the next stage receives"
+        return results
 
     def empty_stream(self, shard: Shard) -> Tensor:
         """Memory for the residual stream of a micro batch."""
@@ -211,13 +214,13 @@ class _TrainingPasses(_Microbatches):
         if self.common.reduces_once and self._num_left == 0:
             self._reduce(True)
         roots = [root for root in outputs if root is not None]
-        gradients = [gradient if root is outputs.stream else None for root in roots]
         if self.faults.mine:
             self.faults.before_backward(self.step)
-            if gradient is not None:
+            if gradient is not None and self.common.model.head is None:
                 gradient = gradient * self.faults.factor(self.step)
             if self.faults.has("raise", self.step):
                 roots[-1].register_hook(self.faults.raises)
+        gradients = [gradient if root is outputs.stream else None for root in roots]
         with traced("backward"):
             torch.autograd.backward(roots, gradients)
 

@@ -196,6 +196,8 @@ def _make_train_step(plan: RunPlan, launch: Launch, control: dist.ProcessGroup) 
     if config.train.compile:
         on_all_ranks(partial(check_compiler, device), control)
         compile_parts(model)
+    links = StageLinks(groups.channels)
+    links.connect(device)
     optimizer = choose_optimizer(model, config.optimizer, group=groups.stage, device=device)
     if plan.load is not None:
         load_checkpoint(
@@ -218,7 +220,7 @@ def _make_train_step(plan: RunPlan, launch: Launch, control: dist.ProcessGroup) 
         counts_zeros=config.log.log_num_zeros_in_grad,
         reduces_once=keeps_whole_weights(config.parallel, plan.grid),
         stream_dtype=getattr(torch, plan.dtype or "float32"),
-        links=StageLinks(groups.channels),
+        links=links,
         control=control,
     )
 

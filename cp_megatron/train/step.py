@@ -256,7 +256,9 @@ class TrainStep:
         self.model.eval()
         total, count = torch.zeros((), dtype=torch.float64, device=self.device), 0
         digests, rest = list[int](), iter(shards)
-        while some := list(islice(rest, self.groups.grid.pp)):  # they fill the pipeline
+        # A few at a time fill a pipeline; one rank needs no more than one.
+        number = 4 * self.groups.grid.pp if self.groups.grid.pp > 1 else 1
+        while some := list(islice(rest, number)):
             for found in self.passes.losses(some):
                 total += found.sum(dtype=torch.float64)
             count += sum(shard.num_valid for shard in some) if self._counts_tokens else 0

@@ -105,9 +105,9 @@ def test_the_table_shows_stages() -> None:
     text = shown(planned, width=150)
     for part in (
         "pp 1  dp 0  cp 0  tp 0   positions 0-255, 768-1023",
-        "interleaved 1F1B, 2 parts a stage: stages wait for 8% of the time with 6 micro batches",
+        "interleaved 1F1B, 2 virtual stages on each rank: stages wait for 8% of the time with 6",
         # 2 x 6 micro batches x 512 tokens x 192 x 4 bytes
-        "a rank sends and receives 4.5 MiB in float32 or 2.25 MiB in bfloat16 a step at each of 3",
+        "each of 3 boundaries carries 4.5 MiB in float32 or 2.25 MiB in bfloat16 a step for each",
         "whole weights and gradients of a stage are kept until the end of a step (--fsdp-reshard)",
         "embedding, layers 0-1 and layers 4-5: 49",
         "layers 2-3 and layers 6-7, head: 50",
@@ -120,7 +120,7 @@ def test_the_table_shows_stages() -> None:
         "1F1B: stages wait for 27% of the time with 8 micro batches; less with a smaller "
         "--micro-batch-size or a larger --global-batch-size",
     )
-    assert message.endswith("at each of 3 boundaries")
+    assert message.startswith("each of 3 boundaries carries")
     assert not list(stages_of(plan("--preset", "toy")))
 
 

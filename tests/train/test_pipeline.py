@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import cache
 from typing import Any
 
@@ -89,3 +89,18 @@ def test_twenty_steps_equal_one_rank(case: Case) -> None:
                 assert here.experts is not None
                 assert here.experts.counts == there.experts.counts
                 assert here.experts.aux_loss == pytest.approx(there.experts.aux_loss, rel=1e-10)
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_stages_round_as_one_rank(recompute: str) -> None:
+    """In bfloat16, rounded copies of weights serve several micro batches in flight, and gradients
+    are added up in float32."""
+    case = Case(
+        pp=2, cp=2, num_chunks=2, style="tied", dtype="bfloat16", recompute=recompute, **FOUR
+    )
+    reference = run_ranks(train, 1, replace(alone(case), dtype="bfloat16"), 3)[0]
+    for reshard in ("never", "always"):
+        found = run_ranks(train, 4, replace(case, fsdp_reshard=reshard), 3)[0]
+        for here, there in zip(found, reference, strict=True):
+            assert here.loss == pytest.approx(there.loss, rel=5e-3)
+            assert here.grad_norm == pytest.approx(there.grad_norm, rel=2e-2)

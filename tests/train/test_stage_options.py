@@ -69,8 +69,10 @@ def compare(grid: str, options: str, folder: Path) -> None:
     assert there[0]["loss"] - there[-1]["loss"] > 0.1
     for one, other in zip(here, there, strict=True):
         assert one["tokens"] == other["tokens"]
-        names = {"loss", "grad_norm", "valid_loss", "params_norm", "num_zeros"} & other.keys()
-        for name in names:
+        named = {"num_zeros_in_grad": "--log-num-zeros", "params_norm": "--log-params-norm"}
+        asked = {name for name, flag in named.items() if flag in options}
+        assert asked <= other.keys()
+        for name in ({"loss", "grad_norm", "valid_loss"} & other.keys()) | asked:
             assert one[name] == pytest.approx(other[name], rel=1e-9), name
 
 

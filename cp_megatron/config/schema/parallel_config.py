@@ -37,16 +37,17 @@ class ParallelConfig:
     """Stages of a pipeline, each of which has a part of the layers and of the ranks. Micro batches
     pass through the stages one behind the other (1F1B)."""
     num_virtual_stages_per_pipeline_rank: Annotated[int, Range(1)] | None = None
-    """Parts of the layers that each stage has, dealt in turn (interleaved 1F1B): stages wait less,
-    send more messages, and keep more activations. By default 1."""
+    """Virtual stages of each stage: runs of layers that are dealt to the stages in turn
+    (interleaved 1F1B). Stages wait less, send more messages, and keep more activations. By default
+    1."""
     pipeline_model_parallel_layout: str | None = None
     """Which layers each stage has, in Megatron-LM's spelling: E is the embedding, t a layer, L the
-    loss, | ends a part, and x*3 or (xy)*3 repeats, as in E(t|)*3tL. By default layers are shared so
-    that stages compute equally long."""
+    loss, | ends a virtual stage, and x*3 or (xy)*3 repeats, as in E(t|)*3tL. By default layers are
+    shared so that stages compute equally long."""
     fsdp_reshard: FsdpReshard = "auto"
-    """When whole weights are dropped and gradients are reduced: after each micro batch (always) or
-    at the end of a step (never), which takes fewer messages and more memory; auto is never with
-    pipeline stages, otherwise always."""
+    """always frees a layer's gathered weights after each of its passes and reduces gradients after
+    each micro batch. never does both once, at the end of a step, which takes fewer messages and
+    more memory. auto is never with pipeline stages, otherwise always."""
     data_parallel_replicate_size: AxisSize | Literal["auto"] = "auto"
     """Copies of the model. Weights, gradients and optimizer state are sharded over the ranks of one
     copy (data parallel x context parallel / copies), so that whole weights are gathered from fewer
