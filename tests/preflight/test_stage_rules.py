@@ -167,7 +167,8 @@ def test_a_copy_of_the_model_lies_on_one_node(
     found, note = copies(f"{EIGHT} {batch} {words}", world=world, local=local)
     assert found == number
     if found > 1 and "replicate" not in words:
-        told = f"{number} copies of the model, one on the {local} ranks of each node"
+        of = "each pipeline stage" if PP in words else "the model"
+        told = f"{number} copies of {of}, one on the {local} ranks of each node"
         assert note.startswith(told)
     if f"{PP} " in words and found == 1:
         assert note == "", "nothing was to decide"

@@ -95,9 +95,8 @@ def test_twenty_steps_equal_one_rank(case: Case) -> None:
 def test_stages_round_as_one_rank(recompute: str) -> None:
     """In bfloat16, rounded copies of weights serve several micro batches in flight, and gradients
     are added up in float32."""
-    case = Case(
-        pp=2, cp=2, num_chunks=2, style="tied", dtype="bfloat16", recompute=recompute, **FOUR
-    )
+    kept = {"dtype": "bfloat16", "recompute": recompute, "style": "tied", **FOUR}
+    case = Case(pp=2, cp=2, num_chunks=2, **kept)
     reference = run_ranks(train, 1, replace(alone(case), dtype="bfloat16"), 3)[0]
     for reshard in ("never", "always"):
         found = run_ranks(train, 4, replace(case, fsdp_reshard=reshard), 3)[0]
