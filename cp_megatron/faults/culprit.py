@@ -25,6 +25,7 @@ class Report:
 
     kind: Kind  # it ``failed`` by itself, ``lost`` a connection, or ``waited`` until a timeout
     where: str = ""  # the training step and the collective it was in
+    traced: bool = False  # its stack trace is in the output of its launcher
 
 
 def kind_of(error: BaseException) -> Kind:
