@@ -56,7 +56,7 @@ class Host:
 
     def kill(self) -> None:
         """Kills all processes of this host. It has a network after that, and can start others."""
-        _call(*self.command(["sh", "-c", "kill -9 -1"]))
+        _call(*self.command(["sh", "-c", "kill -9 -1 || true"]))
 
     @property
     def network_path(self) -> Path:

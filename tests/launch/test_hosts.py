@@ -25,7 +25,7 @@ pytestmark = [
     pytest.mark.timeout(600),
 ]
 
-STEPS, SAVED = 40, 4
+STEPS, SAVED = 24, 4
 TIMEOUT = 9.0
 """Seconds that a rank waits for a message."""
 NAMING = 5.0
