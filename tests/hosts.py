@@ -13,6 +13,7 @@ outside them. It takes root, ``ip`` and ``tc`` (iproute2), ``unshare`` and ``nse
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import tempfile
@@ -62,12 +63,6 @@ class Host:
     def network_path(self) -> Path:
         """The file that stands for its network namespace."""
         return Path(f"/proc/{self.process.pid}/ns/net")
-
-    def repeated_packets(self) -> int:
-        """How many packets this host has sent again because they were lost."""
-        text = _call(*self.command(["cat", "/proc/net/snmp"]))
-        names, values = (x.split() for x in text.splitlines() if x.startswith("Tcp:"))
-        return int(values[names.index("RetransSegs")])
 
 
 class Network:
@@ -145,6 +140,11 @@ class Network:
             place = ["tc", "filter", "add", "dev", LINK, direction]
             self._at_host(number, *place, "bpf", "da", "bytecode", program)
 
+    def lost(self, number: int) -> int:
+        """How many packets ``lose`` has dropped."""
+        text = self._at_host(number, "tc", "-s", "qdisc", "show", "dev", LINK, "clsact")
+        return int(re.findall(r"dropped (\d+)", text)[0])
+
     def keep(self, number: int) -> None:
         """Ends ``lose``."""
         self._at_host(number, "tc", "qdisc", "del", "dev", LINK, "clsact")
@@ -158,8 +158,8 @@ class Network:
         for device in ("lo", LINK):
             self._at_host(number, "ip", "link", "set", device, "up")
 
-    def _at_host(self, number: int, *words: str) -> None:
-        _call(*self.hosts[number].process.enter, *words)
+    def _at_host(self, number: int, *words: str) -> str:
+        return _call(*self.hosts[number].process.enter, *words)
 
     def _at_switch(self, *words: str) -> None:
         _call(*self._switch.enter, *words)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,11 +26,17 @@ pytestmark = [
     pytest.mark.timeout(600),
 ]
 
-STEPS, SAVED = 24, 4
+STEPS, SAVED = 12, 4
+BROKEN = 6
+"""The step that is logged before something breaks."""
 TIMEOUT = 9.0
 """Seconds that a rank waits for a message."""
-NAMING = 5.0
+NAMING = 6.0
 """Seconds after that until what was lost is named on each host."""
+MBIT = 40.0
+"""The rate of links of which one becomes slow: a step of CP takes about as long as without it."""
+LOST = 0.01
+"""The share of packets that is lost."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +53,7 @@ class Grid:
         return [*range(first, first + self.ranks_per_host)]
 
 
-GRIDS = {
-    "cp-over-two": Grid(2, 1, ("--context-parallel-size", "2")),
+GRIDS: Mapping[str, Grid] = {
     "cp-over-three": Grid(3, 1, ("--context-parallel-size", "3")),
     "cp-over-two-tp-within": Grid(
         2, 2, ("--context-parallel-size", "2", "--tensor-parallel-size", "2")
@@ -85,6 +91,11 @@ class Run:
         """Waits until the output of rank 0 is ready."""
         self.launchers[0].when(ready)
         return self
+
+    @property
+    def out(self) -> str:
+        """The output of rank 0."""
+        return (self.launchers[0].folder / "out.txt").read_text()
 
     def said(self, host: int) -> list[str]:
         """The program's own lines in the output of a host's launcher."""
@@ -130,13 +141,116 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@dataclass(frozen=True)
+class Case:
+    """A grid, its hosts, and the folder that they share with the undisturbed run in it."""
+
+    grid: Grid
+    network: Network
+    folder: Path
+
+    def start(self, save: str) -> Run:
+        return Run(self.grid, self.network, self.folder, save)
+
+
 @pytest.fixture(scope="module", params=GRIDS)
-def case(request: pytest.FixtureRequest, folder: Path) -> Iterator[tuple[Grid, Network, Path]]:
-    """A grid, its hosts, and the undisturbed run on them."""
+def case(request: pytest.FixtureRequest, folder: Path) -> Iterator[Case]:
     grid = GRIDS[request.param]
+    own = folder / request.param
+    own.mkdir()
+    (own / "text").symlink_to(folder / "text")
     try:
         with Network(grid.hosts) as network:
-            whole = Run(grid, network, folder, f"{request.param}-whole").finished()
-            yield grid, network, whole.path
+            case = Case(grid, network, own)
+            case.start("whole").finished()
+            yield case
     except MissingError as error:
         pytest.skip(f"did not run: {error}")
+
+
+def test_an_undisturbed_run_is_whole(case: Case) -> None:
+    rows = metrics_of(case.folder / "whole")
+    assert [row["step"] for row in rows] == [*range(1, STEPS + 1)]
+    assert rows[-1]["loss"] < rows[0]["loss"] - 0.2
+
+
+def named(ranks: Sequence[int], host: int, *, state: str = "") -> str:
+    """The pattern of what is said of the ranks of a host."""
+    return ", ".join(rf"rank {rank} \(process \d+ on node{host}{state}\)" for rank in ranks)
+
+
+def goes_on(case: Case, save: str) -> None:
+    """Starts a run again, as before; it must go on and end as if nothing had happened."""
+    again = case.start(save).finished()
+    (first, *_) = re.findall(r"step +(\d+)/", again.out)
+    assert int(first) > 1, "it went on from a checkpoint"
+    again.assert_equals(case.folder / "whole")
+
+
+@pytest.mark.parametrize("lost", [0, -1], ids=["first", "last"])
+def test_each_host_says_that_a_link_is_cut(case: Case, lost: int) -> None:
+    grid, network = case.grid, case.network
+    cut = lost % grid.hosts
+    others = [host for host in range(grid.hosts) if host != cut]
+    run = case.start(f"cut{cut}").when(at_step(BROKEN))
+    network.cut(cut)
+    lines = run.said_within(TIMEOUT + NAMING, range(grid.hosts))
+    print("\n".join(lines))
+    does = "does" if grid.ranks_per_host == 1 else "do"
+    for host in others:
+        words = rf"pretrain\.py: {named(grid.ranks_of(cut), cut)} {does} not answer \(rank \d waited"
+        assert re.match(words, lines[host])
+    elsewhere = ", ".join(named(grid.ranks_of(host), host) for host in others)
+    assert re.match(rf"pretrain\.py: {elsewhere} do(es)? not answer \(rank \d waited", lines[cut])
+    assert lines[cut].endswith(f"; no other host answers, so node{cut} itself may be cut off")
+    run.kill()
+    network.mend(cut)
+    goes_on(case, f"cut{cut}")
+
+
+@pytest.mark.parametrize("lost", [0, -1], ids=["first", "last"])
+def test_the_other_hosts_say_that_a_host_is_gone(case: Case, lost: int) -> None:
+    grid = case.grid
+    gone = lost % grid.hosts
+    others = [host for host in range(grid.hosts) if host != gone]
+    run = case.start(f"gone{gone}").when(at_step(BROKEN))
+    case.network.hosts[gone].kill()
+    lines = run.said_within(NAMING, others)
+    print("\n".join(lines))
+    words = named(grid.ranks_of(gone), gone, state=", gone")
+    for line in lines:
+        assert re.match(rf"pretrain\.py: {words} do(es)? not answer \(rank \d lost its peer", line)
+    run.kill()
+    goes_on(case, f"gone{gone}")
+
+
+def test_a_slow_link_is_no_failure_and_its_rank_is_named(case: Case) -> None:
+    grid, network = case.grid, case.network
+    for host in range(grid.hosts):
+        network.limit(host, MBIT)
+    try:
+        run = case.start("slow").when(at_step(BROKEN))
+        network.limit(grid.hosts - 1, MBIT / 10)
+        run.finished().assert_equals(case.folder / "whole")
+    finally:
+        for host in range(grid.hosts):
+            network.unlimit(host)
+    found = Counter(map(int, re.findall(r"messages of rank (\d+) to other hosts take", run.out)))
+    print(found, *re.findall(r"step \d+: messages of .*", run.out), sep="\n")
+    if grid.hosts > 2:  # of two, each has the other's slow link
+        assert set(list(zip(*found.most_common(grid.ranks_per_host)))[0]) == {
+            *grid.ranks_of(grid.hosts - 1)
+        }
+
+
+def test_lost_packets_are_no_failure(case: Case) -> None:
+    network, last = case.network, case.grid.hosts - 1
+    run = case.start("lossy").when(at_step(BROKEN))
+    network.lose(last, LOST)
+    try:
+        run.finished().assert_equals(case.folder / "whole")
+        lost = network.lost(last)
+    finally:
+        network.keep(last)
+    print(f"{lost} packets were lost")
+    assert lost > 0
