@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import MappingProxyType
@@ -101,22 +101,25 @@ class Watch:
         """Tells the others and, if it is this rank's turn, the user."""
         self._peers.tell(report)
         self._collect()
-        reports, ranks = dict(self._peers.reports), range(self._launch.world_size)
-        traced = [rank for rank, other in reports.items() if other.traced]
+        traced = [rank for rank, other in self._peers.reports.items() if other.traced]
         if any(self._host_of(rank) == self._host for rank in traced):
             return  # the output of this launcher has the stack trace
-        if traced:
-            there = f"rank {traced[0]} ({self._seen(traced[0])})"
-            blamed, text = (), f"{there} failed; the output of its launcher has the stack trace"
-        else:
-            alive = [rank for rank in ranks if self._lives(rank)]
-            seen = {rank: self._seen(rank) for rank in ranks}
-            blamed, text = judge(reports, world_size=len(ranks), alive=alive, seen=seen)
-            text += self._alternative(reports)
+        culprits, text = self._verdict(traced)
         if self._is_first(f"verdict/{self._host}"):
             self._say(text)
-        for rank in blamed:
+        for rank in culprits:
             self._end(rank)
+
+    def _verdict(self, traced: Sequence[int]) -> tuple[tuple[int, ...], str]:
+        """The ranks that broke the run, as far as they can be killed, and one line for the user."""
+        if traced:
+            there = f"rank {traced[0]} ({self._seen(traced[0])})"
+            return (), f"{there} failed; the output of its launcher has the stack trace"
+        ranks, reports = range(self._launch.world_size), dict(self._peers.reports)
+        alive = [rank for rank in ranks if self._lives(rank)]
+        seen = {rank: self._seen(rank) for rank in ranks}
+        culprits, text = judge(reports, world_size=len(ranks), alive=alive, seen=seen)
+        return culprits, text + self._alternative(reports)
 
     def _collect(self) -> None:
         """Waits until all ranks have reported, have ended or had the time for it."""
