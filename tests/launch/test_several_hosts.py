@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.hosts import MissingError, Network, why_not
-from tests.launch.test_end_to_end import SCRIPT, SHAPE, Program, at_step
+from tests.launch.test_end_to_end import SCRIPT, Program, at_step
 from tests.train.checkpoints import differing, metrics_of, numbers
 
 REASON = why_not()
@@ -37,6 +37,8 @@ MBIT = 40.0
 """The rate of links of which one becomes slow: a step of CP takes about as long as without it."""
 LOST = 0.01
 """The share of packets that is lost."""
+QUIET = ("--no-log-straggler",)
+"""Without the messages between two steps, a step is most of the time."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ class Grid:
     hosts: int
     ranks_per_host: int
     flags: tuple[str, ...]
+    num_layers: int = 1
 
     def ranks_of(self, host: int) -> list[int]:
         """torchrun numbers the ranks in the order of the names of their hosts."""
@@ -68,19 +71,23 @@ class Run:
     Args:
         folder: what the hosts share.
         save: the name of the run's folder.
+        flags: of this run alone.
     """
 
-    def __init__(self, grid: Grid, network: Network, folder: Path, save: str) -> None:
+    def __init__(
+        self, grid: Grid, network: Network, folder: Path, save: str, flags: Sequence[str]
+    ) -> None:
         self.grid, self.network, self.path = grid, network, folder / save
         nodes = ["--nnodes", str(grid.hosts), "--nproc-per-node", str(grid.ranks_per_host)]
         meeting = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "node0:29500"]
         length = ["--train-iters", str(STEPS), "--save-interval", str(SAVED)]
-        model = ["--preset", "toy", *SHAPE, "--seq-length", "96"]
+        model = ["--preset", "toy", "--num-layers", str(grid.num_layers), "--hidden-size", "32"]
+        model += ["--lr-warmup-iters", "0", "--seq-length", "96"]
         rows = ["--global-batch-size", "4", "--data-path", "text"]
         log = ["--log-interval", "1", "--eval-iters", "0", "--device", "cpu"]
         waiting = ["--distributed-timeout-minutes", str(TIMEOUT / 60)]
         words = ["torchrun", *nodes, *meeting, SCRIPT, *model, *grid.flags, *length, *rows, *log]
-        words += [*waiting, "--save", save, "--load", "auto"]
+        words += [*waiting, "--save", save, "--load", "auto", *flags]
         self.launchers: list[Program] = []
         for host in network.hosts:
             own = folder / f"{save}-{host.name}"
@@ -90,6 +97,12 @@ class Run:
     def when(self, ready: Callable[[str], bool]) -> Run:
         """Waits until the output of rank 0 is ready."""
         self.launchers[0].when(ready)
+        return self
+
+    def in_mid_step(self) -> Run:
+        """Waits until the middle of the step after ``BROKEN``."""
+        self.when(at_step(BROKEN))
+        time.sleep(metrics_of(self.path)[-1]["step_seconds"] / 2)
         return self
 
     @property
@@ -149,8 +162,8 @@ class Case:
     network: Network
     folder: Path
 
-    def start(self, save: str) -> Run:
-        return Run(self.grid, self.network, self.folder, save)
+    def start(self, save: str, *flags: str) -> Run:
+        return Run(self.grid, self.network, self.folder, save, flags)
 
 
 @pytest.fixture(scope="module", params=GRIDS)
@@ -181,7 +194,7 @@ def named(ranks: Sequence[int], host: int, *, state: str = "") -> str:
 
 def goes_on(case: Case, save: str) -> None:
     """Starts a run again, as before; it must go on and end as if nothing had happened."""
-    again = case.start(save).finished()
+    again = case.start(save, *QUIET).finished()
     (first, *_) = re.findall(r"step +(\d+)/", again.out)
     assert int(first) > 1, "it went on from a checkpoint"
     again.assert_equals(case.folder / "whole")
@@ -192,7 +205,7 @@ def test_each_host_says_that_a_link_is_cut(case: Case, lost: int) -> None:
     grid, network = case.grid, case.network
     cut = lost % grid.hosts
     others = [host for host in range(grid.hosts) if host != cut]
-    run = case.start(f"cut{cut}").when(at_step(BROKEN))
+    run = case.start(f"cut{cut}", *QUIET).in_mid_step()
     network.cut(cut)
     lines = run.said_within(TIMEOUT + NAMING, range(grid.hosts))
     print("\n".join(lines))
@@ -212,7 +225,7 @@ def test_the_other_hosts_say_that_a_host_is_gone(case: Case, lost: int) -> None:
     grid = case.grid
     gone = lost % grid.hosts
     others = [host for host in range(grid.hosts) if host != gone]
-    run = case.start(f"gone{gone}").when(at_step(BROKEN))
+    run = case.start(f"gone{gone}", *QUIET).in_mid_step()
     case.network.hosts[gone].kill()
     lines = run.said_within(NAMING, others)
     print("\n".join(lines))
