@@ -18,6 +18,7 @@ import secrets
 import socket
 import threading
 import time
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 
@@ -27,6 +28,7 @@ from cp_megatron.faults.culprit import Report
 
 ANSWER_SECONDS = 2.0
 """How long a rank may take to answer; TCP repeats a lost packet after a second."""
+_LOCAL_SECONDS = 0.1
 _LONGEST = 1 << 16
 _BACKLOG = 1024
 
@@ -67,6 +69,7 @@ class Peers:
         answered: ranks that have answered a message or sent one.
         refused: ranks whose host has refused a message.
         pending: ranks whose answer this rank waits for.
+        spoken: ranks that have told the user what broke.
         first_heard: when the first report of another rank came, on the monotonic clock; else 0.
     """
 
@@ -76,6 +79,7 @@ class Peers:
         self.answered: set[int] = set()
         self.refused: set[int] = set()
         self.pending: set[int] = set()
+        self.spoken: set[int] = set()
         self.first_heard = 0.0
         both = socket.has_dualstack_ipv6()
         family = socket.AF_INET6 if both else socket.AF_INET
@@ -99,10 +103,23 @@ class Peers:
         """Sends this rank's report, if it has one, to all others; does not wait for answers."""
         if report is not None:
             self.reports[self._rank] = report
-        others = [rank for rank in range(len(self.processes)) if rank != self._rank]
+        self._send(range(len(self.processes)))
+
+    def tell_spoken(self) -> None:
+        """Tells the ranks of this host that this one has told the user, so they need not."""
+        self.spoken.add(self._rank)
+        host = self._mine.host
+        here = [rank for rank, other in enumerate(self.processes) if other.host == host]
+        for thread in self._send(here):
+            thread.join(_LOCAL_SECONDS)
+
+    def _send(self, ranks: Iterable[int]) -> list[threading.Thread]:
+        others = [rank for rank in ranks if rank != self._rank]
         self.pending.update(others)
-        for rank in others:
-            threading.Thread(target=self._ask, args=(rank,), daemon=True).start()
+        threads = [threading.Thread(target=self._ask, args=(x,), daemon=True) for x in others]
+        for thread in threads:
+            thread.start()
+        return threads
 
     def _ask(self, rank: int) -> None:
         process = self.processes[rank]
@@ -131,7 +148,8 @@ class Peers:
 
     def _line(self, token: str) -> bytes:
         mine = self.reports.get(self._rank)
-        return json.dumps([token, self._rank, mine and asdict(mine)]).encode() + b"\n"
+        spoken = self._rank in self.spoken
+        return json.dumps([token, self._rank, mine and asdict(mine), spoken]).encode() + b"\n"
 
     def _hear(self, connection: socket.socket, token: str) -> int:
         """Reads a message and returns its sender.
@@ -142,9 +160,11 @@ class Peers:
         """
         with connection.makefile("rb") as file:
             words = json.loads(file.readline(_LONGEST))
-        if not isinstance(words, list) or len(words) != 3 or words[0] != token:
+        if not isinstance(words, list) or len(words) != 4 or words[0] != token:
             raise ValueError(f"no message of a rank: {words!r:.80}")
-        rank, report = words[1], words[2]
+        _, rank, report, spoken = words
+        if spoken:
+            self.spoken.add(rank)
         if report is not None:
             self.reports[rank] = Report(**report)
             self.first_heard = self.first_heard or time.monotonic()

@@ -89,7 +89,7 @@ class Watch:
         notes = " ".join(getattr(error, "__notes__", ()))
         where = ", ".join(part for part in (notes, last_collective()) if part)
         kind = kind_of(error)
-        traced = kind == "failed" and self._is_first("failure")
+        traced = kind == "failed" and self._claims("failure") is not False
         with suppress(OSError):
             write_flight(self._folder / f"flight-rank-{self._launch.rank}.jsonl")
         if traced:
@@ -105,8 +105,9 @@ class Watch:
         if any(self._host_of(rank) == self._host for rank in traced):
             return  # the output of this launcher has the stack trace
         culprits, text = self._verdict(traced)
-        if self._is_first(f"verdict/{self._host}"):
+        if self._speaks():
             self._say(text)
+            self._peers.tell_spoken()
         for rank in culprits:
             self._end(rank)
 
@@ -160,11 +161,8 @@ class Watch:
         stat = _stat(self._peers.processes[rank].pid)
         return _STATES.get(stat[0], "running") if stat else "gone"
 
-    def _is_first(self, what: str) -> bool:
-        """Whether this rank is the first to claim ``what``.
-
-        Without the store, it is the first of the ranks of this host that have reported.
-        """
+    def _claims(self, what: str) -> bool | None:
+        """Whether this rank is the first to claim ``what``; None if the store does not answer."""
         first: list[bool] = []
 
         def claim() -> None:
@@ -174,10 +172,19 @@ class Watch:
         thread = threading.Thread(target=claim, daemon=True)
         thread.start()
         thread.join(STORE_SECONDS)
-        if first:
-            return first[0]
-        reported = [rank for rank in self._peers.reports if self._host_of(rank) == self._host]
-        return self._launch.rank <= min(reported, default=self._launch.rank)
+        return first[0] if first else None
+
+    def _speaks(self) -> bool:
+        """Whether this rank tells the user, as one of this host.
+
+        Without the store it is the first of those that have reported, unless another has spoken.
+        """
+        if (claimed := self._claims(f"verdict/{self._host}")) is not None:
+            return claimed
+        peers, rank = self._peers, self._launch.rank
+        here = [other for other in peers.reports if self._host_of(other) == self._host]
+        spoken = any(self._host_of(other) == self._host for other in peers.spoken)
+        return not spoken and rank <= min(here, default=rank)
 
     def _seen(self, rank: int) -> str:
         """A description of a rank's process, with its state if it is known."""

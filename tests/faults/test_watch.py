@@ -147,6 +147,18 @@ def test_one_rank_of_a_host_speaks(
     assert said(capsys) == [line] * 2
 
 
+def test_a_host_is_told_once_although_its_ranks_break_one_after_the_other(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], refusing_port: int
+) -> None:
+    hosts = ["node1", "node1", "node0"]
+    made = watches_of(hosts, tmp_path, store=False)
+    redirect(made, refusing_port, (0, 2), (1, 2))
+    for late in (1, 0):
+        on_hosts(hosts, lambda rank, late=late: made[rank].explain(LOST) if rank == late else None)
+    line = "pretrain.py: rank 2 (process N on node0, gone) does not answer"
+    assert said(capsys) == [f"{line} (rank 1 lost its peer in step 7)"]
+
+
 def test_a_stack_trace_is_printed_once_and_other_hosts_refer_to_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
