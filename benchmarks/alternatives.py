@@ -4,6 +4,8 @@ Four ranks train the same model on the same two rows per step, in float32 over g
 parallelism wherever weights are split. Each alternative distributes the rows in its own way:
 
 - ``tp2 cp2``: context parallelism within tensor parallelism;
+- ``pp2 cp2``: two pipeline stages, each of which shares rows by context parallelism. Each row is a
+  micro batch, so stages wait for a third of the time;
 - ``cp4``: context parallelism alone, with weights sharded by FSDP over the same ranks;
 - ``tp4``: tensor and sequence parallelism alone;
 - ``tp2 full``: two data parallel pairs that recompute every layer, the usual way to make a long row
@@ -40,6 +42,7 @@ RANKS = 4
 FULL = MemoryConfig(recompute_granularity="full")
 ALTERNATIVES = {
     "tp2 cp2": (Grid(dp=1, cp=2, tp=2), MemoryConfig()),
+    "pp2 cp2": (Grid(pp=2, cp=2), MemoryConfig()),
     "cp4": (Grid(dp=1, cp=4, tp=1), MemoryConfig()),
     "tp4": (Grid(dp=1, cp=1, tp=4), MemoryConfig()),
     "tp2 full": (Grid(dp=2, cp=1, tp=2), FULL),

@@ -88,6 +88,8 @@ class Bench:
             interval=INTERVAL,
             parameters=ParameterSums(train_step.model.named_parameters()),
             links=train_step.cp.link_sums,
+            stages=train_step.links,
+            tied=train_step.model.spec.head.tied,
             groups=train_step.groups,
             control=world,
             device=train_step.device,

@@ -28,6 +28,7 @@ LAYERS = {
     "context_parallel": 7,
     "expert_parallel": 7,
     "tensor_parallel": 7,
+    "pipeline": 7,
     "model": 8,
     "checkpoint": 9,
     "faults": 10,

@@ -30,7 +30,10 @@ from cp_megatron.context_parallel import ContextParallel
 from cp_megatron.data.batch.batch import Batch
 from cp_megatron.model import ComputeDType, build_model
 from cp_megatron.model.compiled_parts import compile_parts
+from cp_megatron.pipeline import StageLinks
 from cp_megatron.plan import Grid, Mask
+from cp_megatron.plan.stages import Stages
+from cp_megatron.spec import ModelSpec, keeps_whole_weights, stage_weights
 from cp_megatron.tensor_parallel import LossRule
 from cp_megatron.train.optimizer import make_optimizer
 from cp_megatron.train.step import StepResult, TrainStep
@@ -100,6 +103,13 @@ def model_of(num_layers: int, width: int) -> ModelConfig:
     )
 
 
+def stages_of(job: Job) -> Stages:
+    """The layers of each pipeline stage, by their cost."""
+    spec = ModelSpec.of(job.model, vocab_size=job.vocab_size, seq_length=job.tokens)
+    layers, first, last = stage_weights(spec, job.mask)
+    return Stages.split(layers, first=first, last=last, num_stages=job.grid.pp)
+
+
 class OurStep:
     """A training step of this project with its rows; makes a process group if there is none."""
 
@@ -126,6 +136,7 @@ class OurStep:
             dtype=dtype,
             device=job.device,
             initialize=not draws,
+            chunks=stages_of(job).of(groups.coordinates.pp),
         )
         if draws:
             draw(model)
@@ -139,8 +150,10 @@ class OurStep:
             device=torch.device(job.device),
             seed=0,
             clip_grad=1.0,
-            sequence_parallel=parallel.sequence_parallel,
             rule=LossRule(chunk_size=job.memory.loss_chunk_size),
+            reduces_once=keeps_whole_weights(parallel, job.grid),
+            stream_dtype=getattr(torch, dtype),
+            links=StageLinks(groups.channels),
         )
         own = job.rows // job.grid.dp
         rows = random_rows(job)[groups.coordinates.dp * own :][:own]
@@ -172,10 +185,13 @@ class OurStep:
         return dict(traffic.sent)
 
     def kept(self) -> int:
-        """Bytes that autograd keeps for backward of one row: each storage once, no weights."""
-        model, shard = self.train_step.model, self.shards[0]
-        labels = {"labels": shard.labels, "rule": self.train_step.rule}
-        num_bytes = kept_bytes(model, lambda: model(shard.tokens, cp=shard.cp, **labels)[0])
+        """Bytes that autograd keeps for backward of one row: each storage once, no weights. A stage
+        of a pipeline keeps as much for each row in flight."""
+        model, shard, passes = self.train_step.model, self.shards[0], self.train_step.passes
+        x = None
+        if not model.chunks[0].has_embedding:
+            x = passes.empty_stream(shard).zero_().requires_grad_()
+        num_bytes = kept_bytes(model, lambda: passes.forward(shard, x)[0].sum())
         model.zero_grad()
         return num_bytes
 

@@ -30,8 +30,8 @@ def load_hf(folder: str | Path, *, model: nn.Module, process_group: Group = None
 
     Args:
         folder: holds config.json and weights of any float dtype, in one file or in shards.
-        model: a ``Transformer`` of that config with storage. The rows that pad its vocabulary
-            become zero.
+        model: a ``Transformer`` of that config with storage, or a pipeline stage of it. The rows
+            that pad its vocabulary become zero.
         process_group: the ranks that load; by default all.
 
     Raises:
@@ -45,15 +45,17 @@ def read_into(model: nn.Module, found: HFModel, process_group: Group = None) -> 
     """Fills a model from a folder whose config.json is read; see ``load_hf``."""
     state = {name: value.detach() for name, value in model.state_dict().items()}
     config = getattr(model, "config")  # noqa: B009 - attributes of a module have no types
-    rows = state["embedding.weight"].shape[0]
+    # A stage in the middle has no table of the vocabulary, and reads none.
+    tables = (state[name] for name in ("embedding.weight", "head.weight") if name in state)
+    rows = next((table.shape[0] for table in tables), found.vocab_size)
 
     def find() -> dict[str, Source]:
         if found.vocab_size > rows:
             rule = f"its vocabulary has {found.vocab_size} tokens, the model's has {rows}"
             raise ConfigError(FLAG, found.folder, rule)
         sources = find_weights(found, config, padded_vocab_size=rows)
-        assert sources.keys() == state.keys(), "the model is built from its description"
-        return sources
+        assert sources.keys() >= state.keys(), "the model is built from its description"
+        return {name: source for name, source in sources.items() if name in state}
 
     sources = on_all_ranks(find, process_group)
     with torch.no_grad():

@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from threading import Thread, get_native_id
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -46,7 +46,13 @@ from cp_megatron.checkpoint.shard_writer import (
     write_image,
     write_text,
 )
-from cp_megatron.checkpoint.state_dict import model_state, optimizer_state, optimizer_steps
+from cp_megatron.checkpoint.state_dict import (
+    is_optimizers,
+    model_state,
+    optimizer_state,
+    optimizer_steps,
+    split_optimizer_name,
+)
 from cp_megatron.checkpoint.step_folders import (
     MANIFEST,
     finished_steps,
@@ -91,6 +97,14 @@ class SaveCache:
     plan: CachedPlan | None = None
 
 
+class _Shard(NamedTuple):
+    """What a rank has written: its file, if it has one, or its failure; and update counts."""
+
+    entry: FileEntry | None
+    failure: Exception | None
+    counts: Mapping[str, int]
+
+
 class Save:
     """A save in progress, on one rank.
 
@@ -108,6 +122,7 @@ class Save:
         self._manifest, self._retention, self._group = manifest, retention, group
         self._temporary = temporary_folder(folder)
         self._image: Tensor | None = None  # the contents of this rank's shard, if it has one
+        self._counts: Mapping[str, int] = {}  # of updates, those that this rank reports
         self._failure: Exception | None = None
         self._thread: Thread | None = None
 
@@ -135,7 +150,12 @@ class Save:
         return self.folder
 
     def _start(
-        self, state: Mapping[str, Tensor], cache: SaveCache, began: float, background: bool
+        self,
+        state: Mapping[str, Tensor],
+        counts: Mapping[str, int],
+        cache: SaveCache,
+        began: float,
+        background: bool,
     ) -> None:
         """Plans the save, copies this rank's part of the tensors, and starts the thread."""
         try:
@@ -145,6 +165,9 @@ class Save:
             return
         cache.plan = plan
         self._manifest = replace(self._manifest, tensors=plan.tensors)
+        # One rank reports each, because ranks of several pipeline stages have different ones.
+        reported = {split_optimizer_name(name)[0] for name in plan.begun if is_optimizers(name)}
+        self._counts = {name: count for name, count in counts.items() if name in reported}
 
         def copy() -> Tensor | None:
             boxes = plan.boxes(state)
@@ -180,7 +203,8 @@ class Save:
         try:
             if background and hasattr(os, "setpriority"):
                 os.setpriority(os.PRIO_PROCESS, get_native_id(), _NICENESS)
-            answers = all_gather_objects(attempt(self._write_shard), self._group)
+            written = _Shard(*attempt(self._write_shard), self._counts)
+            answers = all_gather_objects(written, self._group)
             end = partial(self._complete, answers)
             _, self._failure = attempt(lambda: on_first_rank(end, self._group))
         except Exception:  # for example, another rank has ended; training will notice it too
@@ -194,12 +218,13 @@ class Save:
             path = self._temporary / shard_file(rank_in(self._group))
             return None if self._image is None else write_image(path, self._image)
 
-    def _complete(self, shards: Sequence[tuple[FileEntry | None, Exception | None]]) -> None:
+    def _complete(self, shards: Sequence[_Shard]) -> None:
         """Runs on the first rank: writes the manifest, renames the folder, removes older ones."""
         try:
-            raise_first([failure for _, failure in shards])
-            files = {shard_file(rank): entry for rank, (entry, _) in enumerate(shards) if entry}
-            manifest = replace(self._manifest, files=files)
+            raise_first([shard.failure for shard in shards])
+            files = {shard_file(rank): x.entry for rank, x in enumerate(shards) if x.entry}
+            counts = {name: count for shard in shards for name, count in shard.counts.items()}
+            manifest = replace(self._manifest, files=files, optimizer_steps=counts)
             with self._disk_errors():
                 write_text(self._temporary / MANIFEST, manifest.to_json())
                 sync(self._temporary)
@@ -239,7 +264,8 @@ def start_save(
     Args:
         folder: the run's folder, which all ranks share; it is created if it is missing.
         step, consumed, config, grid, data_fingerprint, vocab_size: stored in the manifest.
-        model: any module; DTensor parameters (FSDP2, tensor parallelism) are stored in parts.
+        model: any module; DTensor parameters (FSDP2, tensor parallelism) are stored in parts. It
+            may be one pipeline stage: what any rank has is stored, and once.
         optimizer: AdamW or Muon over parameters of ``model``; None saves only the model.
         extra: other plain data for the manifest, from the first rank.
         retention: which older checkpoints are kept; by default all.
@@ -264,10 +290,11 @@ def start_save(
         torch_version=torch.__version__,
         package_version=cp_megatron.__version__,
         grid=grid.sizes,
-        optimizer_steps=optimizer_steps(parameters, optimizer),
+        optimizer_steps={},  # of all ranks, when the shards are written
         extra=extra or {},
     )
     target = step_folder(Path(folder), step)
     save = Save(target, manifest, retention or Retention(), process_group)
-    save._start(state, cache or SaveCache(), began, background)
+    counts = optimizer_steps(parameters, optimizer)
+    save._start(state, counts, cache or SaveCache(), began, background)
     return save

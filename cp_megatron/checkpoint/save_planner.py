@@ -42,6 +42,12 @@ class CachedPlan:
     items: Sequence[WriteItem]
     tensors: Mapping[str, TensorEntry]
 
+    @property
+    def begun(self) -> set[str]:
+        """Names of the tensors whose first box this rank writes: each tensor is one rank's."""
+        indices = (item.index for item in self.items)
+        return {index.fqn for index in indices if not any(index.offset or ())}
+
     def boxes(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Returns the tensors to write by their keys; they share memory with the state's."""
         planner = _planner()

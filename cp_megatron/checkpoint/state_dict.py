@@ -56,6 +56,11 @@ def optimizer_steps(parameters: Parameters, optimizer: Optimizer | None) -> dict
     return {name: int(values["step"]) for name, values in states if "step" in values}
 
 
+def is_optimizers(entry_name: str) -> bool:
+    """Whether a stored tensor belongs to the optimizer, and not to the model."""
+    return entry_name.startswith("optimizer.")
+
+
 def split_optimizer_name(entry_name: str) -> tuple[str, str]:
     """``optimizer.layers.0.weight.exp_avg`` -> (``layers.0.weight``, ``exp_avg``)."""
     name, _, moment = entry_name.removeprefix("optimizer.").rpartition(".")

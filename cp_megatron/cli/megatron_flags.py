@@ -14,6 +14,7 @@ from cp_megatron.cli.layer_patterns import LAYER_FLAGS, layers_of_pattern
 from cp_megatron.cli.megatron_answers import Answer, Noted, OneOf, Refused, Renamed, Translated
 from cp_megatron.cli.megatron_experts import EXPERTS
 from cp_megatron.cli.megatron_names import NOTED, WITHOUT_COUNTERPART
+from cp_megatron.cli.pipeline_flags import STAGE_FLAGS, stage_piece
 from cp_megatron.config.words import Piece, split_words, truth
 from cp_megatron.errors import ConfigError, Mistakes
 
@@ -28,13 +29,17 @@ WEIGHTS_ONLY = (
 _WEIGHTS = Noted("no run is loaded", unless="--load", works=WEIGHTS_ONLY)
 _ONE_DECAY = "the weight decay is constant"
 _ROPE = "--position-embedding-type rope"
+_LAYOUT = "--pipeline-model-parallel-layout"
 
 SPECIAL: Mapping[str, Answer] = {
     # parallelism
-    "--pipeline-model-parallel-size": OneOf(
-        {"1": ""},
-        "there is no pipeline parallelism; weights are sharded over dp x cp",
-        "--pipeline-model-parallel-size 1",
+    **dict.fromkeys(
+        ("--encoder-pipeline-model-parallel-size", "--encoder-tensor-model-parallel-size"),
+        OneOf({"0": ""}, "there is no encoder"),
+    ),
+    "--pipeline-model-parallel-split-rank": Refused("there is no encoder", _LAYOUT),
+    "--standalone-embedding-stage": Refused(
+        "a layout gives the embedding a stage of its own", f"{_LAYOUT} 'E|t*4|t*4L' for 3 stages"
     ),
     "--hybrid-context-parallel": Refused("all rows share one size", "--context-parallel-size"),
     "--context-parallel-algo": OneOf(
@@ -221,12 +226,9 @@ def translate(
     translation, replacing = Translation([]), dict[str, list[str]]()
     said = {spellings.get(flag, flag) for flag, _ in pieces}
     for flag, words in pieces:
-        if flag in LAYER_FLAGS and any("[" in word for word in words):
+        if flag in STAGE_FLAGS or (flag in LAYER_FLAGS and any("[" in word for word in words)):
             with mistakes.collect():
-                layers = layers_of_pattern(flag, "".join(words), dict(pieces).get("--num-layers"))
-                translation.pieces.append((LAYER_FLAGS[flag], layers))
-                shown = f"{LAYER_FLAGS[flag]} for {len(layers)} layers"
-                translation.read.append(f"{flag} {' '.join(words)} as {shown}")
+                _compute(flag, words, dict(pieces), translation)
             continue
         answer = None if flag in spellings else answer_to(flag)
         if answer is None:
@@ -250,6 +252,26 @@ def translate(
     left = [piece for piece in translation.pieces if spellings.get(piece[0]) not in replacing]
     translation.pieces = [*left, *replacing.items()]
     return translation
+
+
+def _compute(
+    flag: str, words: Sequence[str], pieces: Mapping[str, Sequence[str]], translation: Translation
+) -> None:
+    """Adds a flag whose value follows from other flags of the command line.
+
+    Raises:
+        ConfigError: they do not fit together.
+    """
+    piece: Piece | None
+    if flag in STAGE_FLAGS:
+        piece = stage_piece(flag, pieces)
+        shown = " ".join([piece[0], *piece[1]]) if piece else "part of the same layout"
+    else:
+        layers = layers_of_pattern(flag, "".join(words), pieces.get("--num-layers"))
+        piece = LAYER_FLAGS[flag], layers
+        shown = f"{piece[0]} for {len(layers)} layers"
+    translation.pieces += [piece] if piece else []
+    translation.read.append(f"{flag} {' '.join(words)} as {shown}")
 
 
 def _meaning(flag: str, words: Sequence[str], answer: Answer, said: set[str]) -> list[Piece] | None:

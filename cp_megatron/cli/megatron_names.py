@@ -155,14 +155,11 @@ NOTED: Mapping[str, str] = {
         te-precision-config-file= use-kitchen-attention""",
     "it has an effect only with --mtp-num-layers": """
         mtp-*""",
-    "it has an effect only with --pipeline-model-parallel-size above 1": """
-        account-for-embedding-in-pipeline-split account-for-loss-in-pipeline-split
-        decoder-first-pipeline-num-layers= decoder-last-pipeline-num-layers=
-        encoder-pipeline-model-parallel-size= encoder-tensor-model-parallel-size=
+    "stages share layers by cost, that of the embedding and the loss included": """
+        account-for-embedding-in-pipeline-split account-for-loss-in-pipeline-split""",
+    "micro batches pass through the stages in the order of 1F1B": """
         microbatch-group-size-per-virtual-pipeline-stage=
-        num-layers-per-virtual-pipeline-stage= num-virtual-stages-per-pipeline-rank=
-        pipeline-model-parallel-comm-backend= pipeline-model-parallel-layout=
-        pipeline-model-parallel-split-rank= standalone-embedding-stage""",
+        pipeline-model-parallel-comm-backend=""",
     "it has an effect only with another --optimizer": """
         lion-beta1= lion-beta2= sgd-momentum=""",
     "it has an effect only with --qk-clip": """

@@ -35,6 +35,7 @@ from cp_megatron.families.registry import has_tokenizer, read_hf_config
 
 _ALIASES: Mapping[str, str] = {
     "--tensor-model-parallel-size": "--tensor-parallel-size",
+    "--pipeline-model-parallel-size": "--pipeline-parallel-size",
     "--num-distributed-optimizer-instances": "--data-parallel-replicate-size",
     "--deterministic-mode": "--deterministic",
     "--layernorm-epsilon": "--norm-epsilon",

@@ -100,7 +100,10 @@ def refuse_unread(given: Collection[str], read: Collection[str], program: Progra
         ConfigError: a flag is given that is not read.
     """
     for flag in sorted(set(given) - set(read)):
-        raise ConfigError(flag, "", f"has no effect on {program.name}", "leave it out")
+        works = "leave it out"
+        if "pipeline" in flag:
+            works += ": any checkpoint loads without pipeline stages"
+        raise ConfigError(flag, "", f"has no effect on {program.name}", works)
 
 
 def check_sampling(options: GenerationOptions) -> None:

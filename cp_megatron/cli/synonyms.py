@@ -16,6 +16,8 @@ _SHARDED = "nothing: weights, gradients and optimizer state are sharded over the
 _SELECTIVE = "--recompute-granularity selective or full"
 _TENSORBOARD = "nothing: TensorBoard events are written to the folder of --save"
 _WARMUP = "--lr-warmup-iters"
+_CHUNKS = "--num-virtual-stages-per-pipeline-rank"
+_LAYOUT = "--pipeline-model-parallel-layout, such as Et*4|t*4L; by default stages take equally long"
 _ROWS = "nothing: rows are cut in the process itself"
 
 SYNONYMS: Mapping[str, Mapping[str, str]] = {
@@ -129,7 +131,15 @@ SYNONYMS: Mapping[str, Mapping[str, str]] = {
         "parallelism.context_parallel_rotate_method": "--cp-comm-type",
         "parallelism.expert_parallel_degree": "--expert-model-parallel-size",
         "parallelism.expert_tensor_parallel_degree": "nothing: experts are not split over tp",
-        "parallelism.pipeline_parallel_degree": "nothing: there is no pipeline parallelism",
+        "parallelism.pipeline_parallel_degree": "--pipeline-parallel-size",
+        "parallelism.pipeline_parallel_schedule": f"{_CHUNKS} for Interleaved1F1B, or 1F1B",
+        "parallelism.pipeline_parallel_microbatch_size": "--micro-batch-size",
+        "parallelism.pipeline_parallel_layers_per_stage": _LAYOUT,
+        "parallelism.pipeline_parallel_first_stage_less_layers": _LAYOUT,
+        "parallelism.pipeline_parallel_last_stage_less_layers": _LAYOUT,
+        "parallelism.pipeline_parallel_split_points": _LAYOUT,
+        "parallelism.module_fqns_per_model_part": _LAYOUT,
+        "parallelism.fsdp_reshard_after_forward": "--fsdp-reshard auto, always or never",
         "optimizer.name": "--optimizer",
         "optimizer.lr": "--lr",
         "optimizer.eps": "--adam-eps",
@@ -167,6 +177,7 @@ SYNONYMS: Mapping[str, Mapping[str, str]] = {
         "ds_sequence_parallel_size": "--context-parallel-size",
         "train_micro_batch_size_per_gpu": "--micro-batch-size",
         "gradient_clipping": "--clip-grad",
+        "pipe_parallel_size": "--pipeline-parallel-size",
         "ep_world_size": "--expert-model-parallel-size",
         "moe_expert_parallel_size": "--expert-model-parallel-size",
         "noisy_gate_policy": "nothing: the router reads its input without noise",
@@ -183,10 +194,13 @@ SYNONYMS: Mapping[str, Mapping[str, str]] = {
         "ep_size": "--expert-model-parallel-size",
         "expert_parallel_size": "--expert-model-parallel-size",
         "expert_model_parallel_degree": "--expert-model-parallel-size",
-        "dp": "nothing: the ranks that tp and cp leave are data parallel",
-        "dp_size": "nothing: the ranks that tp and cp leave are data parallel",
-        "data_parallel_size": "nothing: the ranks that tp and cp leave are data parallel",
-        "pp": "nothing: there is no pipeline parallelism",
+        "dp": "nothing: the ranks that tp, cp and pp leave are data parallel",
+        "dp_size": "nothing: the ranks that tp, cp and pp leave are data parallel",
+        "data_parallel_size": "nothing: the ranks that tp, cp and pp leave are data parallel",
+        "pp": "--pipeline-parallel-size",
+        "pp_size": "--pipeline-parallel-size",
+        "pipeline_parallel_degree": "--pipeline-parallel-size",
+        "virtual_pipeline_model_parallel_size": _CHUNKS,
         "sp": "--sequence-parallel, or --context-parallel-size",
         "ulysses_degree": "--context-parallel-size with --cp-comm-type a2a",
         "ring_degree": "--context-parallel-size with --cp-comm-type p2p",

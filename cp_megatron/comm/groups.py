@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from cp_megatron.plan import Coordinates, Grid
+from cp_megatron.plan.grid import STAGE
+from cp_megatron.plan.pipeline import KINDS, Channel
 
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelGroups:
     """This rank's place on the grid and its process groups. A group may have one rank.
 
-    ``groups["cp"]`` is this rank's group along an axis of the grid, along ``dp_cp`` or over the
-    ``world``; those in common use are attributes as well.
+    ``groups["cp"]`` is this rank's group along an axis of the grid, along ``dp_cp``, over the ranks
+    of its pipeline stage (``STAGE``) or over the ``world``; those in common use are attributes as
+    well.
 
     Attributes:
         grid: the sizes of the axes.
@@ -29,6 +32,8 @@ class ParallelGroups:
             dim.
         expert_sharding: the same for experts, over ``edp``; None if there are no experts. Then
             there are also no groups ``ep``, ``edp`` and ``cp_tp``, the ranks that share rows.
+        channels: between the stages of a pipeline, a group for each channel of messages.
+        ends: the first and the last stage of a pipeline; None if there is one stage.
     """
 
     grid: Grid
@@ -36,6 +41,8 @@ class ParallelGroups:
     meshes: Mapping[str, DeviceMesh]
     sharding: DeviceMesh
     expert_sharding: DeviceMesh | None = None
+    channels: Mapping[Channel, dist.ProcessGroup] = field(default_factory=dict)
+    ends: dist.ProcessGroup | None = None
 
     @classmethod
     def create(
@@ -60,6 +67,8 @@ class ParallelGroups:
         mesh = _whole_mesh(grid, device_type)
         meshes = {name: mesh[name] for name in grid.sizes if name != "dp"}
         meshes["world"] = mesh._flatten("world")
+        inner = [name for name in mesh.mesh_dim_names or () if name != "pp"]
+        meshes[STAGE] = meshes["world"] if grid.pp == 1 else mesh[tuple(inner)]._flatten(STAGE)
         if grid.replicas == 1:
             meshes["dp"] = mesh["dp"]
             meshes["dp_cp"] = sharding = mesh["dp", "cp"]._flatten("dp_cp")
@@ -71,12 +80,15 @@ class ParallelGroups:
         expert_sharding = None
         if has_experts or grid.ep > 1:
             expert_sharding = _add_experts(meshes, mesh, grid, device_type)
+        channels, ends = _pipeline_groups(grid)
         return cls(
             grid=grid,
             coordinates=grid.coordinates(dist.get_rank()),
             meshes=meshes,
             sharding=sharding,
             expert_sharding=expert_sharding,
+            channels=channels,
+            ends=ends,
         )
 
     def __getitem__(self, name: str) -> dist.ProcessGroup:
@@ -101,6 +113,11 @@ class ParallelGroups:
     def dp_cp(self) -> dist.ProcessGroup:
         """Ranks that have different tokens, and the same part of the weights over tp."""
         return self["dp_cp"]
+
+    @property
+    def stage(self) -> dist.ProcessGroup:
+        """The ranks of this pipeline stage."""
+        return self[STAGE]
 
     @property
     def world(self) -> dist.ProcessGroup:
@@ -142,8 +159,35 @@ def _add_experts(
 ) -> DeviceMesh:
     """Adds the groups of experts to ``meshes``; returns the mesh that experts are sharded over."""
     # FSDP may take a mesh of three dims for one with replicas.
-    sizes = {name: n for name, n in grid.expert_sizes.items() if name != "replicas" or n > 1}
+    sizes = {"pp": grid.pp} if grid.pp > 1 else {}
+    sizes |= {name: n for name, n in grid.expert_sizes.items() if name != "replicas" or n > 1}
     own = init_device_mesh(device_type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
     meshes |= {"ep": own["ep"], "edp": own["edp"]}
     meshes["cp_tp"] = mesh["cp", "tp"]._flatten("cp_tp")
     return own["edp"] if grid.replicas == 1 else own["replicas", "edp"]
+
+
+def _pipeline_groups(
+    grid: Grid,
+) -> tuple[dict[Channel, dist.ProcessGroup], dist.ProcessGroup | None]:
+    """The channels between the stages of this rank's pipeline, and its two ends."""
+    if grid.pp == 1:
+        return {}, None
+    pipelines = grid.groups("pp")
+    channels: dict[Channel, dist.ProcessGroup] = {}
+    for kind in KINDS:
+        for wraps in (False, True):
+            group = _own_group(pipelines)
+            assert group is not None, "each rank is in a pipeline"
+            channels[Channel(kind, wraps)] = group
+    return channels, _own_group([[ranks[0], ranks[-1]] for ranks in pipelines])
+
+
+def _own_group(groups: Sequence[Sequence[int]]) -> dist.ProcessGroup | None:
+    """Builds a group of each; returns that of this rank, None if it is in none. Collective."""
+    own = None
+    for ranks in groups:
+        group = dist.new_group(list(ranks))
+        if dist.get_rank() in ranks:
+            own = group
+    return own

@@ -61,11 +61,12 @@ class MatrixOwners:
 
     def __init__(self, matrices: Sequence[Tensor], group: ProcessGroup | None) -> None:
         self._group = group = None if group is None or group.size() == 1 else group
-        self._rank, ranks = (0, 1) if group is None else (group.rank(), group.size())
-        self._ranks = range(ranks)
-        owners = _assign([_shape(matrix) for matrix in matrices], ranks)
+        self._rank = 0 if group is None else group.rank()
+        members = None if group is None else dist.get_process_group_ranks(group)
+        self._ranks = range(len(members or [0]))
+        owners = _assign([_shape(matrix) for matrix in matrices], len(self._ranks))
         self.order = sorted(range(len(matrices)), key=lambda number: owners[number])
-        self._matrices = [_shared(matrices[i], owners[i], ranks) for i in self.order]
+        self._matrices = [_shared(matrices[i], owners[i], members) for i in self.order]
         self._own = [matrix for matrix in self._matrices if matrix.owner == self._rank]
 
     def collect(self, flat: Tensor) -> list[Tensor]:
@@ -140,9 +141,10 @@ def _assign(shapes: Sequence[tuple[int, int]], ranks: int) -> list[int]:
     return owners
 
 
-def _shared(matrix: Tensor, owner: int, ranks: int) -> _Shared:
-    boxes, first = [(slice(0), slice(0))] * ranks, dict[tuple[int, ...], int]()
-    for rank, offset, sizes in _places(matrix):
+def _shared(matrix: Tensor, owner: int, members: Sequence[int] | None) -> _Shared:
+    boxes = [(slice(0), slice(0))] * len(members or [0])
+    first = dict[tuple[int, ...], int]()
+    for rank, offset, sizes in _places(matrix, members):
         rows, columns = (slice(o, o + s) for o, s in zip(offset, sizes, strict=True))
         boxes[rank] = (rows, columns)
         if math.prod(sizes):
@@ -157,8 +159,11 @@ def _shared(matrix: Tensor, owner: int, ranks: int) -> _Shared:
     )
 
 
-def _places(matrix: Tensor) -> Iterator[tuple[int, Sequence[int], Sequence[int]]]:
-    """The rank, the offset and the sizes of each box."""
+def _places(
+    matrix: Tensor, members: Sequence[int] | None
+) -> Iterator[tuple[int, Sequence[int], Sequence[int]]]:
+    """The rank among the group's members (None: it has one), the offset and the sizes of each
+    box."""
     if not isinstance(matrix, DTensor):
         yield 0, (0, 0), matrix.shape
         return
@@ -168,7 +173,8 @@ def _places(matrix: Tensor) -> Iterator[tuple[int, Sequence[int], Sequence[int]]
         sizes, offset = _compute_local_shape_and_global_offset(
             matrix.shape, mesh.shape, list(coordinate), matrix.placements
         )
-        yield int(mesh.mesh[coordinate]), offset, sizes
+        place = 0 if members is None else members.index(int(mesh.mesh[coordinate]))
+        yield place, offset, sizes
 
 
 def _numel(box: Box) -> int:

@@ -23,6 +23,11 @@ class Pending:
     receives: Sequence[tuple[Tensor, int]]
     sums: LinkSums
 
+    @property
+    def is_completed(self) -> bool:
+        """Whether everything that was posted has been sent and received, without waiting."""
+        return all(work.is_completed() for work in self.works)
+
     def wait(self) -> None:
         """Returns once everything that was posted has been sent and received.
 

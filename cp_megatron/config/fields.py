@@ -78,6 +78,7 @@ class Setting:
     Attributes:
         section: the field of ``Config`` that holds it; empty if the field is not in a section.
         optional: whether ``None`` is a value.
+        words: texts that are values beside those of its kind, such as ``auto`` beside numbers.
         choices: the only texts that it accepts; empty if it accepts any.
         count: the number of values; 0 means one or more.
     """
@@ -86,6 +87,7 @@ class Setting:
     name: str
     kind: Kind
     optional: bool = False
+    words: tuple[str, ...] = ()
     default: Any = None
     choices: tuple[str, ...] = ()
     range: Range = EVERY_NUMBER
@@ -110,6 +112,7 @@ class Setting:
     def metavar(self) -> str:
         """The values that follow the flag, for ``--help``."""
         one = f"{{{','.join(self.choices)}}}" if self.choices else _KINDS[self.kind][2]
+        one = "|".join((one, *self.words))
         return f"{one} [{one} ...]" if self.count == 0 else " ".join([one] * self.count)
 
     def from_words(self, words: Sequence[str]) -> Any:
@@ -120,6 +123,8 @@ class Setting:
         """
         if self.optional and list(words) == ["None"]:
             return None
+        if len(words) == 1 and words[0] in self.words:
+            return words[0]
         if self.count != 1 and (self.kind != "str" or self.choices):
             # Megatron writes --window-size 128,0.
             words = [part for word in words for part in word.strip("()").split(",")]
@@ -136,8 +141,8 @@ class Setting:
         Raises:
             ConfigError: the field does not accept it.
         """
-        if entry is None and self.optional:
-            return None
+        if (entry is None and self.optional) or (entry in self.words):
+            return entry
         if self.count == 1:
             return self._from_entry(entry)
         if not isinstance(entry, list | tuple) or self.count not in (0, len(entry)):
@@ -148,6 +153,7 @@ class Setting:
     def _from_word(self, word: str) -> Any:
         name = _SPELLINGS.get(word, word)
         type_, rule, _ = _KINDS[self.kind]
+        rule = " or ".join((rule, *self.words))
         try:
             value = type_(name if name in self.choices else word)
         except ValueError:
@@ -172,6 +178,8 @@ class Setting:
             ConfigError: it does not; the message shows the value as ``text``.
         """
         rule = works = ""
+        if value in self.words:
+            return value
         if not isinstance(value, str):
             if isinstance(value, int) and not -(2**63) <= value < 2**63:
                 rule = "must be a number of 64 bits"
@@ -179,7 +187,8 @@ class Setting:
                 rule = "must be finite"
             elif value not in self.range:
                 defaults = self.default if isinstance(self.default, tuple) else (self.default,)
-                valid = [x for x in (*defaults, 1, 0, 2) if x is not None and x in self.range]
+                numbers = [x for x in (*defaults, 1, 0, 2) if x not in (None, *self.words)]
+                valid = [x for x in numbers if x in self.range]
                 rule, works = self.range.rule, self.range.nearest(value) or f"{valid[0]:g}"
         elif self.choices and value not in self.choices:
             several = ("must be one of its choices", ", ".join(self.choices))
@@ -250,8 +259,13 @@ def settings_of(options: Any, section: str = "") -> list[Setting]:
 
 def _setting(hint: Any, **row: Any) -> Setting:
     if get_origin(hint) in (Union, types.UnionType):
-        (hint,) = [part for part in get_args(hint) if part is not type(None)]
-        row["optional"] = True
+        parts = get_args(hint)
+        row["optional"] = type(None) in parts
+        literals = [part for part in parts if get_origin(part) is Literal]
+        others = [part for part in parts if part is not type(None) and part not in literals]
+        if others:
+            row["words"] = tuple(word for part in literals for word in get_args(part))
+        (hint,) = others or literals
     if get_origin(hint) is tuple:
         parts = get_args(hint)
         hint, row["count"] = parts[0], 0 if Ellipsis in parts else len(parts)

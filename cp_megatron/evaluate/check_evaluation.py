@@ -32,6 +32,7 @@ from cp_megatron.metrics.plots import require_matplotlib
 from cp_megatron.preflight.check import check
 from cp_megatron.preflight.run_plan import RunPlan
 from cp_megatron.preflight.save_and_load import check_resume, check_writable
+from cp_megatron.preflight.stage_rules import STAGE_FIELDS
 
 _READ = frozenset({"seed", "dtype", "bf16", "device", "deterministic", "plot"})
 """Settings of the sections ``train``, ``optimizer`` and ``log`` that an evaluation reads."""
@@ -46,6 +47,7 @@ _UNREAD_ELSEWHERE = frozenset(
         *("train_data_path", "valid_data_path", "test_data_path", "packing", "sft"),
         *("hidden_dropout", "attention_dropout"),
         *(BALANCE_FIELDS - {"moe_router_dtype"}),
+        *STAGE_FIELDS,
     }
 )
 """Settings of other sections that an evaluation does not read."""
@@ -224,6 +226,8 @@ def _refuse_training_flags(config: Config, given: frozenset[str]) -> None:
             continue
         if row.flag in given and (_is_unread(row) or row.name == "init_method_std"):
             works = "--lengths" if row.name == "seq_length" else "leave it out"
+            if row.name in STAGE_FIELDS:
+                works += ": any checkpoint loads on a grid without pipeline stages"
             raise ConfigError(row.flag, "", "has no effect on an evaluation", works)
 
 

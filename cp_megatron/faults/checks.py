@@ -5,10 +5,11 @@ The checks compare sums of bits, which change whenever a bit flips (comm/checksu
     update    take sums                    of the parameters that this rank holds
     ...       forward, backward            nothing may write to the parameters
     update    compare sums, take sums      a difference: the memory of this rank
-    check     compare sums; compare the sums of parameters that tensor parallel ranks or copies of
-              the model hold alike (a difference: a wrong update); compare what both ends of every
-              link sent and received in the exchanges of the checked step (a difference: the link of
-              the receiver)
+    check     compare sums; compare the sums of parameters that tensor parallel ranks, copies of
+              the model, or its first and its last stage hold alike (a difference: a wrong update);
+              compare what both ends of every link sent and received in the exchanges of the checked
+              step, of context parallelism and between stages (a difference: the link of the
+              receiver)
 
 Every step compares sums on its own rank, without a message. All ranks share their findings every
 ``interval`` steps and before a save. The checks do not detect wrong arithmetic on a rank whose
@@ -30,6 +31,7 @@ from torch.distributed.tensor import DTensor
 from cp_megatron.checkpoint.object_collectives import all_gather_objects
 from cp_megatron.comm.checksums import LinkSums, bit_sum
 from cp_megatron.comm.groups import ParallelGroups
+from cp_megatron.pipeline import StageLinks
 from cp_megatron.plan import Grid
 
 
@@ -71,6 +73,10 @@ class ParameterSums:
         """One sum over all parameters of this rank."""
         return self._total(self._taken)
 
+    def of(self, name: str) -> int:
+        """The sum of one parameter; 0 if this rank has none of that name."""
+        return int(self._taken[self._names.index(name)]) if name in self._names else 0
+
     def _total(self, taken: Tensor) -> int:
         sums = taken.tolist()
         # The sums are weighted by their place, so that two swapped parameters make a difference.
@@ -95,9 +101,11 @@ class Checks:
     interval: int
     parameters: ParameterSums  # the sums that the training step takes and compares
     links: LinkSums  # the sums of messages in the context parallel group
+    stages: StageLinks  # the messages between the stages of a pipeline
+    tied: bool  # the first stage and the last one hold the embedding's weight
     groups: ParallelGroups
     control: dist.ProcessGroup  # a group of all ranks for CPU tensors
-    device: torch.device  # the device of messages in the context parallel group
+    device: torch.device  # the device of messages
 
     def due(self, step: int) -> bool:
         """Whether this step is checked, which includes its messages."""
@@ -105,8 +113,10 @@ class Checks:
 
     def begin(self, step: int) -> None:
         """Call it before every step, with its number."""
-        if self.due(step) and self.groups.grid.cp > 1:
-            self.links.open()
+        if self.due(step):
+            if self.groups.grid.cp > 1:
+                self.links.open()
+            self.stages.open_sums()
 
     def find(self, step: int) -> str | None:
         """Describes what is corrupted on which ranks, alike on every rank; None if nothing is.
@@ -117,19 +127,22 @@ class Checks:
             step: the number of the last finished step.
         """
         text = self._check_this_rank(step)
-        sums = self.parameters.replicated(), self.parameters.total()
+        sums = [self.parameters.replicated(), self.parameters.total()]
+        sums.append(self.parameters.of("embedding.weight") if self.tied else 0)
         mine = torch.tensor([bool(text), *sums])
         rows = [torch.empty_like(mine) for _ in range(self.control.size())]
         dist.all_gather(rows, mine, group=self.control)
         broken = [bool(row[0]) for row in rows]
         texts = all_gather_objects(text, self.control) if any(broken) else []
         findings = [f"rank {rank}: {text}" for rank, text in enumerate(texts) if text]
-        over_tp, whole = ([int(row[place]) for row in rows] for place in (1, 2))
+        over_tp, whole, tied = ([int(row[place]) for row in rows] for place in (1, 2, 3))
         grid = self.groups.grid
         findings += _deviating(
             grid.groups("tp"), over_tp, broken, "parameters that tensor parallel ranks share differ"
         )
         findings += _deviating(_copies(grid), whole, broken, "copies of the model differ")
+        ends = [[ranks[0], ranks[-1]] for ranks in grid.groups("pp")]
+        findings += _deviating(ends, tied, broken, "copies of the embedding differ")
         return "; ".join(findings) or None
 
     def _check_this_rank(self, step: int) -> str:
@@ -138,20 +151,26 @@ class Checks:
         if names := self.parameters.changed():
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             findings.append(f"{names[0]}{more} changed between two updates")
-        if self.due(step) and self.groups.grid.cp > 1:
-            peers = self.links.close(self.groups.cp, self.device)
-            senders = [dist.get_global_rank(self.groups.cp, peer) for peer in peers]
-            if senders:
-                ranks = ", ".join(map(str, senders))
-                findings.append(f"messages from rank {ranks} arrived corrupted")
+        if self.due(step) and (senders := self._corrupted()):
+            ranks = ", ".join(map(str, sorted(senders)))
+            findings.append(f"messages from rank {ranks} arrived corrupted")
         return ", ".join(findings)
+
+    def _corrupted(self) -> set[int]:
+        """The ranks whose messages arrived corrupted on this rank."""
+        senders = set[int]()
+        if self.groups.grid.cp > 1:
+            peers = self.links.close(self.groups.cp, self.device)
+            senders |= {dist.get_global_rank(self.groups.cp, peer) for peer in peers}
+        stages = self.stages.corrupted(self.device)
+        return senders | {dist.get_global_rank(self.groups["pp"], stage) for stage in stages}
 
 
 def _copies(grid: Grid) -> list[list[int]]:
     """The ranks that hold the same part of the model, one in each copy of it."""
-    groups = defaultdict[tuple[int, int], list[int]](list)
+    groups = defaultdict[tuple[int, ...], list[int]](list)
     for rank in range(grid.world_size):
-        groups[grid.index("tp", rank), grid.shard(rank)].append(rank)
+        groups[grid.index("pp", rank), grid.index("tp", rank), grid.shard(rank)].append(rank)
     return list(groups.values())
 
 

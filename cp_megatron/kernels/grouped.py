@@ -86,10 +86,7 @@ class _GroupedProducts(torch.autograd.Function):
         for weight, bias in zip(operands[:k], operands[k:]):
             assert weight is not None
             y = groups.times(x, weight.transpose(1, 2))
-            if bias is not None:
-                for rows, number in zip(y.split(groups.counts), bias.unbind()):
-                    rows.add_(number)
-            results.append(y)
+            results.append(y if bias is None else groups.add_rows(y, bias))
         return tuple(results)
 
     @staticmethod
@@ -156,8 +153,20 @@ class _Groups:
                 dweight[expert].zero_()
         return dweight
 
+    def add_rows(self, y: Tensor, bias: Tensor) -> Tensor:
+        """Adds each expert's row of ``bias``, [E, o], to its rows of ``y``, [n, o]; returns it."""
+        if y.is_cuda:  # a few launches instead of one for each expert
+            number = torch.arange(len(y), device=y.device)
+            return y.add_(bias[torch.bucketize(number, self._ends_on(y.device), right=True)])
+        for rows, row in zip(y.split(self.counts), bias.unbind()):
+            rows.add_(row)
+        return y
+
     def sums(self, dy: Tensor) -> Tensor:
         """[n, o] -> the sum of each expert's rows, [E, o]."""
+        ones = dy.new_ones(len(dy), _ALIGNMENT // dy.element_size())
+        if dy.is_cuda and _grouped_product_takes(ones, dy):
+            return self.outer(dy, ones)[:, :, 0].contiguous()
         sums = dy.new_zeros(len(self.counts), dy.shape[1])
         for rows, out in zip(dy.split(self.counts), sums.unbind()):
             if len(rows):

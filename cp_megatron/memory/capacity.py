@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
-from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 
@@ -17,8 +16,9 @@ from cp_megatron.comm.runtime import Launch
 from cp_megatron.config import CheckpointConfig
 from cp_megatron.config.files.run_folders import RUNS
 from cp_megatron.errors import ConfigError
-from cp_megatron.memory import predict as kinds
-from cp_megatron.memory.predict import predict, schedules
+from cp_megatron.memory.predict import schedules
+from cp_megatron.memory.stage_notes import stage_needs
+from cp_megatron.plan.grid import STAGE
 from cp_megatron.plan.rehearsal import rehearse
 from cp_megatron.preflight.run_plan import RunPlan
 from cp_megatron.spec import ModelSpec
@@ -85,7 +85,7 @@ def check_memory(plan: RunPlan, *, num_ranks: int, total_bytes: int | None) -> s
     Raises:
         ConfigError: the ranks need more memory than there is.
     """
-    needed = _least_bytes(plan) * num_ranks
+    needed = _least_of_several(plan, num_ranks)
     ranks = "a rank holds" if num_ranks == 1 else f"{num_ranks} ranks hold"
     space = f"{ranks} {_gib(needed)} at least on {plan.device} in a step"
     if total_bytes is None:
@@ -95,6 +95,12 @@ def check_memory(plan: RunPlan, *, num_ranks: int, total_bytes: int | None) -> s
         works = "more ranks with a larger --context-parallel-size, --recompute-granularity full"
         raise ConfigError("--device", plan.device, space, works)
     return space
+
+
+def _least_of_several(plan: RunPlan, num_ranks: int) -> int:
+    """Returns what ``num_ranks`` neighbours need at least, those that need the most."""
+    needs = [need for need in stage_needs(plan) for _ in range(plan.grid.size(STAGE))]
+    return max(sum(needs[at : at + num_ranks]) for at in range(0, len(needs), num_ranks))
 
 
 def check_capacity(plan: RunPlan, launch: Launch, *, dry_run: bool) -> RunPlan:
@@ -137,23 +143,6 @@ def _rehearsed(plan: RunPlan) -> list[str]:
     count = sum(rehearsal.num_messages for rehearsal in rehearsals)
     checked = f"exchange: checked {count:,} messages between {ranks}"
     return [f"{checked}; each matches what its receiver expects"]
-
-
-def _least_bytes(plan: RunPlan) -> int:
-    """Returns a lower bound of the memory of rank 0, which has the largest share, in a step.
-
-    Backward releases activations while it allocates gradients, so both are held at the same time
-    only if gradients of several micro batches are accumulated. What is offloaded to the host or to
-    files is not counted.
-    """
-    held: Counter[str] = Counter()
-    for row in predict(plan, 0):
-        if row.detail != kinds.HOST and row.kind != kinds.HOST:
-            held[row.kind] += row.num_bytes
-    forward = held[kinds.GATHERED] + held[kinds.ACTIVATIONS]
-    gradients = held[kinds.GRADIENTS]
-    together = forward + gradients if plan.num_microbatches > 1 else max(forward, gradients)
-    return held[kinds.PARAMETERS] + held[kinds.OPTIMIZER] + together
 
 
 def machine_bytes() -> int | None:

@@ -1,6 +1,7 @@
 """Measures what a rank holds during its first step, kind by kind.
 
-Two instruments observe the forward pass of the first micro batch, without changing a number. Hooks
+Two instruments observe the forward passes before the first backward pass (of the first micro batch,
+if there are no pipeline stages), without changing a number. Hooks
 on what autograd saves attribute each piece of memory, except weights, to the module that keeps it.
 ``LiveBytes`` knows what was allocated and is still alive; it finds what no hook sees (gradients
 that the loss computes in forward, results that a recomputed attention keeps) at the module that
@@ -21,19 +22,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from cp_megatron.context_parallel import ContextParallel
-from cp_megatron.memory import predict as kinds
+from cp_megatron.memory import kinds
+from cp_megatron.memory.kinds import Held
 from cp_megatron.memory.live_bytes import LiveBytes, plain
-from cp_megatron.memory.predict import Held
 from cp_megatron.model.layer import TransformerLayer
 from cp_megatron.model.transformer import Transformer
+from cp_megatron.pipeline import StageLinks
 
 _AT_ENDS: Mapping[str, str] = MappingProxyType(
     {"embedding": kinds.EMBEDDING, "positions": kinds.EMBEDDING}
-    | {"dropout": kinds.DROPOUT, "norm": kinds.FINAL_NORM, "head": kinds.LOSS}
+    | {"norm": kinds.FINAL_NORM, "head": kinds.LOSS}
 )
 _OUTSIDE = ""
 """The place of tensors that are allocated outside of the model."""
@@ -45,10 +48,21 @@ class MemoryMeter:
     """A context manager around one training step; ``held`` returns the result afterwards.
 
     On CUDA the totals are the allocator's, which rounds sizes up, and the peak is the process's.
+
+    Args:
+        in_flight: how many forward passes come before the first backward pass.
+        links: the messages between pipeline stages.
     """
 
     def __init__(
-        self, model: Transformer, optimizer: Optimizer, cp: ContextParallel, device: torch.device
+        self,
+        model: Transformer,
+        optimizer: Optimizer,
+        cp: ContextParallel,
+        device: torch.device,
+        *,
+        in_flight: int = 1,
+        links: StageLinks | None = None,
     ) -> None:
         self._model, self._optimizer, self._buffers = model, optimizer, cp.buffers
         self._device, self._on_cuda = device, device.type == "cuda"
@@ -56,7 +70,8 @@ class MemoryMeter:
         self._live = LiveBytes(self._place.allocated)
         self._saved: dict[int, tuple[weakref.ref[torch.UntypedStorage], str]] = {}
         self._hooks, self._forward = ExitStack(), ExitStack()
-        self._measured, self._stored = False, set[int]()
+        self._num_left, self._stored = in_flight, set[int]()
+        self._links = links or StageLinks()
         self._at_start, self._buffers_at_start = 0, 0
         self._sizes: Counter[str] = Counter()
 
@@ -91,43 +106,54 @@ class MemoryMeter:
 
     def held(self) -> tuple[Held, ...]:
         """The measured bytes, in the order of ``predict``, and the peak at the end."""
-        assert self._measured, "a step was measured"
+        assert self._num_left == 0, "a step was measured"
         moved = self._on_cuda and not all(x.is_cuda for x in self._parameters())
         permanent = (kinds.PARAMETERS, kinds.GRADIENTS, kinds.OPTIMIZER)
         others = (kinds.LOGITS, kinds.EXCHANGE, kinds.AFTER_FORWARD, kinds.PEAK)
         rows = [(kind, kinds.HOST if moved else "", kind) for kind in permanent]
-        rows += [(kinds.GATHERED, "", kinds.GATHERED)]
+        rows += [(kind, "", kind) for kind in (kinds.GATHERED, kinds.WHOLE)]
         rows += [(kinds.ACTIVATIONS, name, name) for name in kinds.MODULES]
         rows += [(kinds.HOST, kinds.RECOMPUTED, kinds.HOST), *((kind, "", kind) for kind in others)]
         return tuple(Held(kind=x, detail=y, num_bytes=self._sizes[name]) for x, y, name in rows)
 
-    def _entering(self, name: str) -> Callable[[nn.Module, object], None]:
-        def hook(module: nn.Module, args: object) -> None:
-            if self._measured:
+    def _entering(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            if not self._num_left:
                 return
-            if not name:  # the first forward pass begins
+            if not name:  # a forward pass begins
                 if self._on_cuda:
                     self._forward.enter_context(self._live)
                 self._forward.enter_context(saved_tensors_hooks(self._save, lambda x: x))
+                if args[0].is_floating_point():  # from another stage
+                    self._live.adopt(args[0], kinds.BETWEEN)
             self._watch(module)
             self._place.enter(name)
 
         return hook
 
-    def _leaving(self, name: str) -> Callable[[nn.Module, object, object], None]:
-        def hook(module: nn.Module, args: object, out: object) -> None:
-            if self._measured:
-                return
-            self._place.leave(name)
+    def _leaving(self, name: str) -> Callable[[nn.Module, object, Any], None]:
+        def hook(module: nn.Module, args: object, out: Any) -> None:
+            if self._num_left:
+                self._place.leave(name)
             if not name:
-                self._end()
+                self._end_pass(out[0] if isinstance(out, tuple) else out)
 
         return hook
 
-    def _end(self) -> None:
-        """Counts at the end of the first forward pass, when all that backward reads exists."""
-        self._measured = True
+    def _end_pass(self, result: Tensor) -> None:
+        """After a forward pass; its result is the sum to train, or goes to another stage."""
+        result.register_hook(self._before_backward)
+        if not self._num_left:
+            return
         self._forward.close()
+        if result.ndim:
+            self._live.adopt(result, kinds.BETWEEN)
+        self._num_left -= 1
+        if self._num_left == 0:
+            self._count()
+
+    def _count(self) -> None:
+        """Counts what is held now, when all that backward reads exists."""
         if not self._on_cuda:
             time.sleep(GRACE)
         sizes, live, by_place = self._sizes, self._live, Counter[str]()
@@ -144,6 +170,7 @@ class MemoryMeter:
         # The buffers of messages are allocated where attention runs.
         buffers = self._buffers.held_bytes - self._buffers_at_start
         by_place[kinds.ATTENTION] -= buffers
+        by_place[kinds.BETWEEN] += self._links.receiving_bytes
         sizes[kinds.LOGITS] = live.peaks[kinds.LOGITS]
         offload = self._model.offload
         sizes[kinds.HOST] = 0 if offload is None else offload.held_bytes
@@ -175,6 +202,11 @@ class MemoryMeter:
                 if part.untyped_storage()._cdata not in self._stored:
                     self._live.adopt(part, kinds.GATHERED)
 
+    def _before_backward(self, _: Tensor) -> None:
+        """Counts the gradients of whole weights that earlier backward passes left."""
+        held = sum(map(_whole_gradients, self._model.modules()))
+        self._sizes[kinds.WHOLE] = max(self._sizes[kinds.WHOLE], held)
+
     def _before_update(self, *_: object) -> None:
         grads = [p.grad for p in self._model.parameters() if p.grad is not None]
         self._sizes[kinds.GRADIENTS] = _num_bytes(_local(grad) for grad in grads)
@@ -198,6 +230,8 @@ class _Place:
         self._before_loss = True
 
     def enter(self, name: str) -> None:
+        if not name:
+            self._before_loss = True
         if re.fullmatch(r"layers\.\d+", name):
             self._before_mlp = True
         self._inside.append(name)
@@ -238,6 +272,17 @@ class _Place:
             return kinds.OTHER if self._before_loss else kinds.LOSS
         block = kinds.ATTENTION if self._before_mlp else kinds.MLP
         return kinds.IN_LAYER.get(in_layer[1].split(".")[0], block)
+
+
+def _whole_gradients(module: nn.Module) -> int:
+    """Bytes of the unreduced gradients of a unit of FSDP, which has no public way to ask for it."""
+    group = module._get_fsdp_state()._fsdp_param_group if isinstance(module, FSDPModule) else None
+    gradients = []
+    for parameter in [] if group is None else group.fsdp_params:
+        gradients.append(parameter.unsharded_accumulated_grad)
+        if hasattr(parameter, "_unsharded_param"):  # it has been gathered
+            gradients.append(parameter._unsharded_param.grad)
+    return _num_bytes(_local(gradient) for gradient in gradients if gradient is not None)
 
 
 def _local(tensor: Tensor) -> Tensor:

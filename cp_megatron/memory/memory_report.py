@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,14 +11,15 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from cp_megatron.memory import predict as kinds
-from cp_megatron.memory.predict import Held, expert_rows, predict_ranks
+from cp_megatron.memory import kinds
+from cp_megatron.memory.kinds import Held
+from cp_megatron.memory.predict import expert_rows, predict_ranks
+from cp_megatron.memory.stage_notes import MIB, stage_notes
 from cp_megatron.preflight.run_plan import RunPlan
 from cp_megatron.preflight.start_table import print_start
 
 MEMORY_FILE = "memory.json"
 RANKS_SHOWN = 8
-MIB = 2**20
 _NAME_WIDTH, _NUMBER_WIDTH = 22, 13
 
 Key = tuple[str, str]
@@ -65,17 +66,27 @@ class MemoryReport:
         at_once = max(1, (console.width - _NAME_WIDTH) // per_column)
         for first in range(0, len(columns), at_once):
             console.print(self._table(keys, columns[first : first + at_once]), highlight=False)
+        for note in self._notes():
+            console.print(note, highlight=False, markup=False)
+
+    def _notes(self) -> Iterator[str]:
+        """What the numbers assume, and what they depend on."""
+        if self._shows_stages:
+            yield "a column has the most that a rank of a stage holds"
+        yield from stage_notes(self.plan)
         if self.plan.grid.cp > 1 and self.plan.sequence.per_batch:
             kept = ""
             if self.plan.config.model.has_linear_layers:
                 kept = " and the states that recurrences keep"
-            note = f"exchange buffers{kept} are predicted for rows that are one document"
-            console.print(note, highlight=False, markup=False)
+            yield f"exchange buffers{kept} are predicted for rows that are one document"
         if self.plan.grid.ep > 1:
             balanced, most = expert_rows(self.plan)
             note = f"a layer's experts are predicted to keep {balanced / MIB:,.4f} MiB of tokens"
-            note += f", as many on every rank; at worst, one rank keeps {most / MIB:,.4f}"
-            console.print(note, highlight=False, markup=False)
+            yield f"{note}, as many on every rank; at worst, one rank keeps {most / MIB:,.4f}"
+
+    @property
+    def _shows_stages(self) -> bool:
+        return len(self.predicted) > RANKS_SHOWN and self.plan.grid.pp > 1
 
     def _ranks(self) -> list[Parts]:
         measured = [*self.measured] or [()] * len(self.predicted)
@@ -85,26 +96,34 @@ class MemoryReport:
         ]
 
     def _columns(self) -> list[tuple[str, Parts]]:
-        """Merges the columns of equal ranks; for many ranks returns the least and the most."""
+        """Merges the columns of equal ranks; for many ranks returns the least and the most, or the
+        most of each stage."""
         ranks = self._ranks()
+        if self._shows_stages:
+            size = len(ranks) // self.plan.grid.pp
+            stages = [ranks[at : at + size] for at in range(0, len(ranks), size)]
+            return [(f"stage {i}", _each(max, stage)) for i, stage in enumerate(stages)]
         if len(ranks) > RANKS_SHOWN and any(rank != ranks[0] for rank in ranks):
-            keys = _keys([part for parts in ranks for part in parts])
-            sides = [*zip(*ranks)]
-            return [
-                (head, [{key: of(x.get(key, 0) for x in side) for key in keys} for side in sides])
-                for head, of in (("least of all ranks", min), ("most of all ranks", max))
-            ]
+            heads = ("least of all ranks", min), ("most of all ranks", max)
+            return [(head, _each(of, ranks)) for head, of in heads]
         equal: dict[tuple[object, ...], list[int]] = {}
         for number, parts in enumerate(ranks):
             equal.setdefault(tuple(frozenset(part.items()) for part in parts), []).append(number)
-        return [(_head(group), ranks[group[0]]) for group in equal.values()]
+        return [(self._head(group), ranks[group[0]]) for group in equal.values()]
+
+    def _head(self, ranks: Sequence[int]) -> str:
+        """Names the ranks of a column and, if there are several, their stages."""
+        stages = sorted({self.plan.grid.coordinates(rank).pp for rank in ranks})
+        above = f"{_numbered('stage', stages)}\n" if self.plan.grid.pp > 1 else ""
+        return above + _numbered("rank", ranks)
 
     def _table(self, keys: Sequence[Key], columns: Sequence[tuple[str, Parts]]) -> Table:
         table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1), title_justify="left")
         table.add_column("MiB", no_wrap=True)
         sides = 2 if self.measured else 1
         for head, _ in columns:
-            for title in (f"{head}\npredicted", "\nmeasured")[:sides]:
+            blank = "\n" * head.count("\n")
+            for title in (f"{head}\npredicted", f"{blank}\nmeasured")[:sides]:
                 table.add_column(title, justify="right", no_wrap=True)
         for name, group in _lines(keys):
             table.add_row(name, *(_mib(group, x) for _, parts in columns for x in parts[:sides]))
@@ -152,13 +171,19 @@ def _lines(keys: Sequence[Key]) -> Iterator[tuple[str, list[Key]]]:
         yield f"  {detail}" if is_part else ", ".join(filter(None, key)), [key]
 
 
-def _head(ranks: Sequence[int]) -> str:
+def _each(of: Callable[..., int], ranks: Sequence[Parts]) -> Parts:
+    """Applies ``min`` or ``max`` to every number of the ranks."""
+    keys = _keys([part for parts in ranks for part in parts])
+    return [{key: of(x.get(key, 0) for x in side) for key in keys} for side in zip(*ranks)]
+
+
+def _numbered(name: str, numbers: Sequence[int]) -> str:
     """Returns ``rank 0``, ``ranks 0-3`` or ``ranks 0, 2``."""
-    if len(ranks) == 1:
-        return f"rank {ranks[0]}"
-    if ranks[-1] - ranks[0] == len(ranks) - 1:
-        return f"ranks {ranks[0]}-{ranks[-1]}"
-    return f"ranks {', '.join(map(str, ranks))}"
+    if len(numbers) == 1:
+        return f"{name} {numbers[0]}"
+    if numbers[-1] - numbers[0] == len(numbers) - 1:
+        return f"{name}s {numbers[0]}-{numbers[-1]}"
+    return f"{name}s {', '.join(map(str, numbers))}"
 
 
 def _mib(keys: Sequence[Key], held: Mapping[Key, int]) -> str:

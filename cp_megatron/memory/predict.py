@@ -1,9 +1,10 @@
 """Predicts what a rank will hold, kind by kind, from the run plan alone. No torch.
 
 Parameters, gradients and the optimizer's state are permanent. Activations are counted at the end of
-the forward pass of one micro batch, when most of them exist; each block of the spec knows what it
-keeps. What autograd keeps of an operation is a fact of torch, so a test compares every number here
-with what ``measure.py`` measures.
+the last forward pass before the first backward pass, when most of them exist; without pipeline
+stages that is the forward pass of one micro batch. Each block of the spec knows what it keeps. What
+autograd keeps of an operation is a fact of torch, so a test compares every number here with what
+``measure.py`` measures.
 
     residual stream x --> norm -----> q, k, v --> attention --> out --> + --> norm --> MLP --> +
                           keeps x,    norm's      q, k, v,      out           as       the wide
@@ -18,73 +19,37 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from functools import cache, partial
 from types import MappingProxyType
 from typing import NamedTuple
 
-from cp_megatron.config import MemoryConfig
-from cp_megatron.memory.expert_bytes import row_bytes, shared_bytes
+from cp_megatron.memory import kinds
+from cp_megatron.memory.expert_bytes import row_bytes
+from cp_megatron.memory.kept_in_flight import KeptActivations, PassesInFlight
+from cp_megatron.memory.kinds import Held
 from cp_megatron.plan import Schedule
 from cp_megatron.plan.buffer_sizes import AttentionSizes, BufferSizes, RecurrenceSizes
 from cp_megatron.plan.halo import Halo, plan_halos
+from cp_megatron.plan.stages import Chunk
 from cp_megatron.plan.states import StatePlan
 from cp_megatron.plan.tiling import own_tiles, pack
 from cp_megatron.preflight.run_plan import RunPlan
 from cp_megatron.spec import (
     ActivationSizes,
     KeptStates,
-    LayerSpec,
     LinearAttentionSpec,
     MixerSpec,
     ModelSpec,
+    ParameterSpec,
+    is_hidden_matrix,
     is_sharded,
+    keeps_whole_weights,
     local_heads,
 )
 
+DECAY = ".decay."
+"""Occurs in the names of parameters that are never rounded."""
 ELEMENT_BYTES: Mapping[str, int] = MappingProxyType({"float64": 8, "float32": 4, "bfloat16": 2})
-
-PARAMETERS, GRADIENTS, OPTIMIZER = "parameters", "gradients", "optimizer"
-GATHERED = "gathered weights"
-ACTIVATIONS, HOST = "activations", "on the host"
-LOGITS, EXCHANGE = "logits", "exchange buffers"
-AFTER_FORWARD, PEAK = "held after forward", "peak of the step"
-
-EMBEDDING, DROPOUT, INPUTS = "embedding", "dropout masks", "layer inputs"
-RECOMPUTED = "for recomputation"
-ATTENTION_NORM, ATTENTION = "attention norm", "attention"
-MLP_NORM, MLP = "MLP norm", "MLP"
-FINAL_NORM, LOSS, OTHER = "final norm", "loss", "other"
-MODULES = (
-    *(EMBEDDING, DROPOUT, INPUTS, ATTENTION_NORM, ATTENTION),
-    *(MLP_NORM, MLP, FINAL_NORM, LOSS, OTHER),
-)
-IN_LAYER: Mapping[str, str] = MappingProxyType(
-    {"inputs": INPUTS, "attention_norm": ATTENTION_NORM}
-    | {"attention": ATTENTION, "recurrence": ATTENTION}
-    | {"attention_post_norm": ATTENTION_NORM, "mlp_post_norm": MLP_NORM}
-    | {"mlp_norm": MLP_NORM, "mlp": MLP, "dropout": DROPOUT}
-)
-"""The kinds of what the modules of a layer keep, by their names."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Held:
-    """Bytes of one kind on one rank.
-
-    Attributes:
-        kind: ``parameters``, ``gradients`` and ``optimizer`` are permanent; ``gathered weights``
-            are whole or rounded weights beside the parameters at the end of forward, when those of
-            the layers are freed; ``activations`` are kept for the backward of one micro batch;
-            ``logits`` and ``exchange buffers`` are the most at any time.
-        detail: for activations the module, over all layers; ``on the host`` if parameters and
-            what belongs to them are kept there.
-        num_bytes: the number of bytes.
-    """
-
-    kind: str
-    detail: str = ""
-    num_bytes: int
 
 
 def predict(plan: RunPlan, rank: int) -> tuple[Held, ...]:
@@ -112,13 +77,37 @@ def predict_ranks(plan: RunPlan, ranks: Iterable[int]) -> list[tuple[Held, ...]]
     predicted = []
     for rank in ranks:
         stored, gradients, optimizer = _permanent(plan, rank, spec)
-        rows, total = shared(plan.grid.coordinates(rank).cp)
-        if stored.detail != HOST:
+        place = plan.grid.coordinates(rank)
+        rows, total = shared(place.pp, place.cp)
+        if stored.detail != kinds.HOST:
             # The optimizer has no state before the first step, unless it was loaded.
             total += stored.num_bytes + (optimizer.num_bytes if plan.load else 0)
-        last = Held(kind=AFTER_FORWARD, num_bytes=total)
+        last = Held(kind=kinds.AFTER_FORWARD, num_bytes=total)
         predicted.append((stored, gradients, optimizer, *rows, last))
     return predicted
+
+
+def step_bytes(plan: RunPlan, stage: int, held: Iterable[Held]) -> int:
+    """Returns a lower bound of the memory of a step on the device of a rank.
+
+    Backward releases activations while it allocates gradients, so both are held at the same time
+    only if gradients of earlier micro batches are there. What is offloaded to the host or to files
+    is not counted.
+
+    Args:
+        plan: the run, on its device.
+        stage: that of the rank.
+        held: the prediction for it.
+    """
+    found = Counter[str]()
+    for row in held:
+        if row.detail != kinds.HOST and row.kind != kinds.HOST:
+            found[row.kind] += row.num_bytes
+    forward = found[kinds.GATHERED] + found[kinds.ACTIVATIONS]
+    gradients = max(found[kinds.GRADIENTS], found[kinds.WHOLE])
+    passes = PassesInFlight.of(plan.stages, stage, plan.num_microbatches)
+    together = forward + gradients if passes.meets_gradients else max(forward, gradients)
+    return found[kinds.PARAMETERS] + found[kinds.OPTIMIZER] + together
 
 
 def expert_rows(plan: RunPlan) -> tuple[int, int]:
@@ -180,22 +169,46 @@ def _during_step(
     plan: RunPlan,
     spec: ModelSpec,
     planned: tuple[tuple[Schedule, ...], _Recurrence | None],
+    stage: int,
     cp_rank: int,
 ) -> tuple[list[Held], int]:
     """The memory of a rank beside the permanent tensors, and the bytes of it after forward."""
-    sizes = _sizes(plan, cp_rank, spec, *planned)
-    kept, gathered = _kept(spec, plan.config.memory, sizes), _gathered_bytes(plan, spec)
-    on_host = _move_to_host(kept, spec, plan.config.memory, sizes)
-    buffers_in_forward, buffers = _buffer_bytes(plan, *planned, cp_rank, sizes)
-    logits = spec.head.logits_bytes(sizes, plan.config.memory.loss_chunk_size)
+    sizes, per_batch = _sizes(plan, cp_rank, spec, *planned), plan.sequence.per_batch
+    passes = PassesInFlight.of(plan.stages, stage, plan.num_microbatches)
+    activations = KeptActivations(spec, plan.config.memory, sizes, passes, per_batch)
+    kept, on_host = activations.by_module()
+    gathered = _gathered_bytes(plan, spec, passes.chunks)
+    buffers_in_forward, buffers = _buffer_bytes(
+        plan, *_of_stage(plan, passes.chunks, *planned), cp_rank, sizes
+    )
+    logits = 0
+    if passes.has_head:
+        logits = spec.head.logits_bytes(sizes, plan.config.memory.loss_chunk_size)
+    names = kinds.MODULES
     rows = [
-        Held(kind=GATHERED, num_bytes=gathered),
-        *(Held(kind=ACTIVATIONS, detail=name, num_bytes=kept[name]) for name in MODULES),
-        Held(kind=HOST, detail=RECOMPUTED, num_bytes=on_host),
-        Held(kind=LOGITS, num_bytes=logits),
-        Held(kind=EXCHANGE, num_bytes=buffers),
+        Held(kind=kinds.GATHERED, num_bytes=gathered),
+        Held(kind=kinds.WHOLE, num_bytes=_whole_gradients(plan, spec, passes)),
+        *(Held(kind=kinds.ACTIVATIONS, detail=name, num_bytes=kept[name]) for name in names),
+        Held(kind=kinds.HOST, detail=kinds.RECOMPUTED, num_bytes=on_host),
+        Held(kind=kinds.LOGITS, num_bytes=logits),
+        Held(kind=kinds.EXCHANGE, num_bytes=buffers),
     ]
     return rows, gathered + kept.total() + buffers_in_forward
+
+
+def _of_stage(
+    plan: RunPlan,
+    chunks: Iterable[Chunk],
+    planned: tuple[Schedule, ...],
+    recurrence: _Recurrence | None,
+) -> tuple[list[Schedule], _Recurrence | None]:
+    """What the layers of these chunks exchange."""
+    model, mask = plan.config.model, plan.sequence.mask
+    layers = [number for chunk in chunks for number in chunk.layers]
+    attending = [number for number in layers if not model.is_linear(number)]
+    windows = {mask.within(model.layer_window(number)).window for number in attending}
+    schedules = [schedule for schedule in planned if schedule.mask.window in windows]
+    return schedules, recurrence if len(attending) < len(layers) else None
 
 
 def _buffer_bytes(
@@ -242,36 +255,69 @@ def _permanent(plan: RunPlan, rank: int, spec: ModelSpec) -> tuple[Held, Held, H
 
     AdamW has two moments and a step per parameter; Muon has one momentum.
     """
-    element = ELEMENT_BYTES["float64" if plan.dtype == "float64" else "float32"]
-    num_bytes = spec.parameters_on_rank(plan.grid, rank) * element
-    state = 2 * num_bytes + 4 * spec.num_tensors()
+    element = _exact(plan)
+    held = partial(spec.parameters_on_rank, plan.grid, rank, plan.stages)
+    num_bytes = held() * element
+    parameters = list(spec.held(plan.stages.of(plan.grid.coordinates(rank).pp)))
+    state = 2 * num_bytes + 4 * sum(copies for _, copies in parameters)
     if plan.config.optimizer.optimizer == "muon":
-        matrices = list(spec.hidden_matrices())
-        state -= spec.parameters_on_rank(plan.grid, rank, matrices) * element
-        state -= 4 * sum(copies for _, copies in matrices)
+        state -= held(wanted=_is_matrix) * element
+        state -= 4 * sum(copies for x, copies in parameters if _is_matrix(x))
     moved = plan.config.memory.optimizer_cpu_offload and plan.device == "cuda"
-    detail = HOST if moved else ""
+    detail = kinds.HOST if moved else ""
     return (
-        Held(kind=PARAMETERS, detail=detail, num_bytes=num_bytes),
-        Held(kind=GRADIENTS, detail=detail, num_bytes=num_bytes),
-        Held(kind=OPTIMIZER, detail=detail, num_bytes=state),
+        Held(kind=kinds.PARAMETERS, detail=detail, num_bytes=num_bytes),
+        Held(kind=kinds.GRADIENTS, detail=detail, num_bytes=num_bytes),
+        Held(kind=kinds.OPTIMIZER, detail=detail, num_bytes=state),
     )
 
 
-def _gathered_bytes(plan: RunPlan, spec: ModelSpec) -> int:
-    """Whole weights at the end of forward, in the compute type, padded to equal shards."""
-    assert plan.dtype is not None
+def _is_matrix(parameter: ParameterSpec) -> bool:
+    return is_hidden_matrix(parameter.name, parameter.shape)
+
+
+def _exact(plan: RunPlan) -> int:
+    """Bytes of a parameter's element, and of its gradient's."""
+    return ELEMENT_BYTES["float64" if plan.dtype == "float64" else "float32"]
+
+
+def _is_sharded(plan: RunPlan) -> bool:
     offloads = plan.config.memory.optimizer_cpu_offload
-    if not is_sharded(plan.config.model, plan.grid, offloads=offloads):
+    return is_sharded(plan.config.model, plan.grid, offloads=offloads)
+
+
+def _gathered_bytes(plan: RunPlan, spec: ModelSpec, chunks: tuple[Chunk, ...]) -> int:
+    """Whole weights at the end of forward, in the compute type, padded to equal shards: those
+    outside of the layers, or all that the stage has."""
+    assert plan.dtype is not None
+    element = ELEMENT_BYTES[plan.dtype]
+    if not _is_sharded(plan):
         # Parameters are the weights, or copies are rounded, of which backward reads the norm's.
         is_read = plan.dtype == "bfloat16" and not spec.norm.one_plus
-        read = sum(x.numel for x in spec.norm.parameters()) if is_read else 0
-        return ELEMENT_BYTES[plan.dtype] * read
-    ranks, total = plan.grid.shards, 0
-    for parameter in spec.ends():
-        rows, *rest = parameter.local_shape(plan.grid.sizes)
-        total += -(-rows // ranks) * ranks * math.prod(rest)
-    return total * ELEMENT_BYTES[plan.dtype]
+        is_read &= any(chunk.has_head for chunk in chunks)
+        return element * (sum(x.numel for x in spec.norm.parameters()) if is_read else 0)
+    parameters: Iterable[tuple[ParameterSpec, int]] = ((x, 1) for x in spec.ends(chunks))
+    if keeps_whole_weights(plan.config.parallel, plan.grid):
+        parameters = spec.held(chunks)
+    sizes, total = plan.grid.sizes | {"ep": plan.grid.ep}, 0
+    for parameter, copies in parameters:
+        ranks = plan.grid.size("edp") if parameter.stacked else plan.grid.shards
+        shape = list(parameter.local_shape(sizes))
+        rows = shape.pop(parameter.shard_dim(ranks))
+        width = _exact(plan) if DECAY in parameter.name else element
+        total += -(-rows // ranks) * ranks * math.prod(shape) * copies * width
+    return total
+
+
+def _whole_gradients(plan: RunPlan, spec: ModelSpec, passes: PassesInFlight) -> int:
+    """Gradients of whole weights that the last backward pass of a step finds, when all gradients
+    are reduced after it."""
+    if not (_is_sharded(plan) and keeps_whole_weights(plan.config.parallel, plan.grid)):
+        return 0
+    sizes = plan.grid.sizes | {"ep": plan.grid.ep}
+    chunks = [passes.chunks[number] for number in passes.accumulating]
+    whole = (math.prod(x.local_shape(sizes)) * copies for x, copies in spec.held(chunks))
+    return _exact(plan) * sum(whole)
 
 
 def _sizes(
@@ -313,60 +359,6 @@ def _sizes(
         ep=plan.grid.ep,
         rows=plan.micro_batch_size,
     )
-
-
-def _kept(spec: ModelSpec, memory: MemoryConfig, sizes: ActivationSizes) -> Counter[str]:
-    """Bytes by module of what backward reads, summed over layers."""
-    kept: Counter[str] = Counter()
-    kept[EMBEDDING] = spec.embedding.kept_bytes(sizes)
-    if spec.positions is not None:
-        kept[EMBEDDING] += spec.positions.kept_bytes(sizes)
-    if spec.dropout:
-        kept[DROPOUT] = sizes.dropout_bytes(spec.embedding.width)
-    levels = _levels(spec, memory)
-    for layer, granularity in zip(spec.layers, levels, strict=True):
-        for name, num_bytes in _layer_bytes(layer, granularity, memory, sizes).items():
-            kept[IN_LAYER[name]] += num_bytes
-    # Layers that rotate alike share a rotation. Attention keeps it; the caller does if all of
-    # attention is recomputed.
-    attentions = filter(None, (layer.attention for layer in spec.layers))
-    rotations = {x.rotary: x.rotation_bytes(sizes) for x in attentions}
-    rotation = sum(rotations.values())
-    kept[ATTENTION if "none" in levels else OTHER] += rotation
-    kept[FINAL_NORM] = spec.norm.kept_bytes(sizes.stream_tokens, sizes)
-    kept[LOSS] = spec.head.kept_bytes(sizes)
-    report, rows = shared_bytes(spec, levels, sizes)
-    kept[LOSS] += report
-    kept[OTHER] += rows
-    return kept
-
-
-def _levels(spec: ModelSpec, memory: MemoryConfig) -> list[str]:
-    """What is recomputed of each layer."""
-    number, level = memory.recompute_num_layers, memory.recompute_granularity
-    return [level if number is None or i < number else "none" for i in range(len(spec.layers))]
-
-
-def _layer_bytes(
-    layer: LayerSpec, granularity: str, memory: MemoryConfig, sizes: ActivationSizes
-) -> Counter[str]:
-    keeps, tiled = memory.recompute_keeps_attention, memory.mlp_tile_size is not None
-    return layer.kept_bytes(sizes, granularity, tiled=tiled, keeps_attention=keeps)
-
-
-def _move_to_host(
-    kept: Counter[str], spec: ModelSpec, memory: MemoryConfig, sizes: ActivationSizes
-) -> int:
-    """Bytes that recomputed layers keep on the host, which are taken out of ``kept``."""
-    moved = Counter[str]()
-    for layer, granularity in zip(spec.layers, _levels(spec, memory), strict=True):
-        if memory.cpu_offloading and granularity == "full":
-            found = _layer_bytes(layer, granularity, memory, sizes)
-            moved[INPUTS] += found["inputs"]
-            if memory.recompute_keeps_attention and layer.attention is not None:
-                moved[ATTENTION] += found["attention"]
-    kept.subtract(moved)
-    return moved.total()
 
 
 def _is_transposed(plan: RunPlan, cp_rank: int, attention: MixerSpec | None) -> bool:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from cp_megatron.context_parallel import ContextParallel
 from cp_megatron.expert_parallel import ExpertParallel
 from cp_megatron.kernels.dropout import Dropout
+from cp_megatron.kernels.stream_dropout import StreamDropout
 from cp_megatron.model.expert_mixture import ExpertMixture, Mixed
 from cp_megatron.model.gated_delta_net import GatedDeltaNet
 from cp_megatron.model.latent_attention import LatentAttention
@@ -44,9 +45,6 @@ class TransformerLayer(nn.Module):
         spec: the description.
         memory: what is kept for backward.
         experts: the groups of a mixture of experts.
-
-    Attributes:
-        attends: whether the mixer is attention, not a recurrence.
     """
 
     def __init__(
@@ -56,7 +54,6 @@ class TransformerLayer(nn.Module):
         self.memory, self.tp = memory, memory.tp
         self.is_parallel, self.multiplier = spec.is_parallel, spec.multiplier
         self.attention_norm = self._norm(spec.attention_norm)
-        self.attends = spec.attention is not None
         self.attention: SelfAttention | LatentAttention | None = None
         if isinstance(spec.attention, LatentAttentionSpec):
             self.attention = LatentAttention(spec.attention, tp=self.tp)
@@ -73,7 +70,6 @@ class TransformerLayer(nn.Module):
         else:
             self.mlp = MLP(spec.mlp, tp=self.tp)
         self.mlp_post_norm = self._norm(spec.mlp_post_norm)
-        self.dropout = nn.Dropout(spec.dropout)
         read = self.attention_norm if self.is_parallel else self.mlp_norm
         self.mlp_weights = LocalWeights(*([] if read is None else [read]), self.mlp)
 
@@ -94,6 +90,7 @@ class TransformerLayer(nn.Module):
         cp: ContextParallel,
         dropout: Dropout | None,
         rows: TokenRows | None = None,
+        hidden: tuple[StreamDropout, StreamDropout] | None = None,
     ) -> Tensor | Mixed:
         """Residual stream -> residual stream.
 
@@ -104,8 +101,9 @@ class TransformerLayer(nn.Module):
             dropout: of the attention weights.
             rows: those of the tokens of ``x``, [b * r]. With them, a layer that has experts also
                 returns what they add to the loss and how often each was chosen.
+            hidden: the dropouts of what the mixer and the MLP add.
         """
-        return self.memory.layer(self._layer, x, rotation, cp, dropout, rows)
+        return self.memory.layer(self._layer, x, rotation, cp, dropout, rows, hidden)
 
     def _layer(
         self,
@@ -114,21 +112,23 @@ class TransformerLayer(nn.Module):
         cp: ContextParallel,
         dropout: Dropout | None,
         rows: TokenRows | None,
+        hidden: tuple[StreamDropout, StreamDropout] | None,
         layer_pass: Pass,
     ) -> Tensor | Mixed:
+        of_mixer, of_mlp = hidden or (None, None)
         attended = self.memory.mixer(self._attend, layer_pass, x, rotation, cp, dropout)
         mixer = self.mixer
         added = self.tp.leave(mixer.output(attended), mixer.out.local_bias())
-        if normalized := self._adds_and_normalizes():
+        if normalized := hidden is None and self._adds_and_normalizes():
             assert self.mlp_norm is not None
             stream, read = self.mlp_norm(x, added)
         else:
-            stream = self._add(x, added, self.attention_post_norm)
+            stream = self._add(x, added, self.attention_post_norm, of_mixer)
             read = x if self.is_parallel else stream
         if isinstance(self.mlp, ExpertMixture):
             mix = self.mlp if normalized else self._mix
             added, *more = self.memory.mixture(mix, layer_pass, read, rows)
-            stream = self._add(stream, added, self.mlp_post_norm)
+            stream = self._add(stream, added, self.mlp_post_norm, of_mlp)
             return stream if rows is None else Mixed(stream, *more)
         if normalized:
             added = self._feed_normalized(read, False)
@@ -136,22 +136,23 @@ class TransformerLayer(nn.Module):
             # A norm's gradient needs what it normalized, so a recomputation must run the MLP.
             last = layer_pass if self.mlp_post_norm is None else Pass()
             added = self.memory.mlp(self._feed_forward, read, self.mlp_weights, last)
-        return self._add(stream, added, self.mlp_post_norm)
+        return self._add(stream, added, self.mlp_post_norm, of_mlp)
 
-    def _add(self, x: Tensor, added: Tensor, norm: Norm | None) -> Tensor:
+    def _add(
+        self, x: Tensor, added: Tensor, norm: Norm | None, dropout: StreamDropout | None
+    ) -> Tensor:
         """Adds what a block computed to the residual stream."""
         if norm is not None:
             added = norm(added)
         if self.multiplier != 1.0:
             added = added * self.multiplier
-        return x + self.dropout(added)
+        return x + (added if dropout is None else dropout(added))
 
     def _adds_and_normalizes(self) -> bool:
         """Whether the MLP's norm reads the bare sum of the stream and what the mixer adds, and is
         not computed again without that sum."""
         bare = self.attention_post_norm is None and self.multiplier == 1.0
-        drops = self.training and self.dropout.p > 0
-        return bare and not drops and self.mlp_norm is not None and self.memory.keeps_mlp
+        return bare and self.mlp_norm is not None and self.memory.keeps_mlp
 
     def _attend(
         self,

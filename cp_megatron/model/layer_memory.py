@@ -13,7 +13,8 @@ router's choice made again: another run could choose otherwise, and the ranks ha
 Recomputation is torch's own non-reentrant ``checkpoint`` (Chen et al. 2016, arXiv:1604.06174). With
 ``none``, rows that sequence parallelism gathers are freed and gathered again
 (``tensor_parallel/linear.py``); the other levels gather them again anyway. At every level the MLP
-can run in tiles (``sequence_tiles.py``).
+can run in tiles (``sequence_tiles.py``). The states of torch's random generators are not kept,
+because a layer draws nothing from them: what dropout drops is a hash (``kernels/dropout.py``).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -36,6 +38,8 @@ from cp_megatron.model.sequence_tiles import TileFunction, in_tiles
 from cp_megatron.tensor_parallel import Entered, LocalWeights, TensorParallel
 
 Whole = TypeVar("Whole")
+
+_recomputed = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
 
 
 class KeptMixer:
@@ -156,11 +160,10 @@ class LayerMemory:
                 KeptAttention() if store is None else KeptAttention(store.pack, store.unpack)
             )
         with nullcontext() if self.offload is None else self.offload.hooks():
-            return checkpoint(  # type: ignore[return-value]
+            return _recomputed(  # type: ignore[return-value]
                 function,
                 *args,
                 layer_pass,
-                use_reentrant=False,
                 context_fn=lambda: (nullcontext(), layer_pass.second()),
             )
 
@@ -169,7 +172,7 @@ class LayerMemory:
         is a ``KeptMixer``, or None if nothing is computed again."""
         if self._recomputes("selective"):
             kept = KeptMixer(KeptAttention())
-            return checkpoint(function, *args, kept, use_reentrant=False)  # type: ignore[return-value]
+            return _recomputed(function, *args, kept)  # type: ignore[return-value]
         return function(*args, layer_pass.kept if self._recomputes("full") else None)
 
     def mixture(self, function: Callable[..., Whole], layer_pass: Pass, *args: object) -> Whole:
@@ -177,7 +180,7 @@ class LayerMemory:
         if nothing is computed again."""
         assert self.tile_size is None, "tokens of a tile would be sent on their own"
         if self._recomputes("selective"):
-            return checkpoint(function, *args, KeptRouting(), use_reentrant=False)  # type: ignore[return-value]
+            return _recomputed(function, *args, KeptRouting())  # type: ignore[return-value]
         return function(*args, layer_pass.routing if self._recomputes("full") else None)
 
     def mlp(
@@ -198,7 +201,7 @@ class LayerMemory:
                 function, x, weights, rows=rows, recompute=recompute, gradient_only=again
             )
         if self._recomputes("selective"):
-            return checkpoint(function, x, False, use_reentrant=False)  # type: ignore[return-value]
+            return _recomputed(function, x, False)  # type: ignore[return-value]
         return function(x, False)
 
     def entered(self, rows: Tensor) -> Entered:

@@ -38,7 +38,8 @@ from cp_megatron.model.expert_mixture import Experts
 from cp_megatron.model.gated_delta_net import Decay
 from cp_megatron.model.initialize import initial_value
 from cp_megatron.model.transformer import Transformer
-from cp_megatron.spec import ParameterSpec, is_sharded
+from cp_megatron.plan.stages import Chunk
+from cp_megatron.spec import ParameterSpec, is_sharded, keeps_whole_weights
 from cp_megatron.tensor_parallel import (
     SpecifiedModule,
     attach_units,
@@ -58,8 +59,9 @@ def build_model(
     dtype: ComputeDType,
     device: torch.device | str,
     initialize: bool = True,
+    chunks: Sequence[Chunk] | None = None,
 ) -> Transformer:
-    """The initialised model, ready to train.
+    """The initialised model, or the chunks of its layers that a pipeline stage has, ready to train.
 
     Parameters are DTensors, split over the tp axis as the spec says and over the dp x cp ranks of a
     replica by FSDP2. Gradients are *summed* over dp x cp. With bfloat16 the parameters are float32,
@@ -73,6 +75,7 @@ def build_model(
         dtype: the compute type.
         device: where the parameters live.
         initialize: draw the initial weights; False leaves zeros for a caller that loads others.
+        chunks: those of this rank's stage; by default the whole model.
 
     Raises:
         ConfigError: the tp ranks cannot share the model.
@@ -86,6 +89,7 @@ def build_model(
             sequence_parallel=config.parallel.sequence_parallel,
             memory=config.memory,
             experts=_expert_parallel(config, groups),
+            chunks=chunks,
         )
     fill = partial(_fill, config=config, groups=groups, dtype=dtype, device=device)
     if not initialize:
@@ -99,7 +103,7 @@ def build_model(
 
 
 def _expert_parallel(config: Config, groups: ParallelGroups) -> ExpertParallel | None:
-    if not config.model.expert_layers or groups.grid.world_size == 1:
+    if not config.model.expert_layers or groups.stage.size() == 1:
         return None
     return ExpertParallel(group=groups["ep"], row_group=groups["cp_tp"])
 
@@ -146,18 +150,21 @@ def _shard(model: Transformer, shard: _Sharding, fill: Callable[..., None]) -> N
     those of the layers are computed. The embedding belongs to the root unit, because its gradient
     comes last of all; a tied head shares it.
     """
-    units = list[list[FSDPModule]]()
-    for name, layer in model.layers.items():
-        fill(layer, f"layers.{name}")
-        inner = [*shard.experts(layer), *shard.unrounded(layer)]
-        units.append([shard(layer), *inner])
+    for chunk in model.chunks:
+        units = list[list[FSDPModule]]()
+        for number in chunk.layers:
+            layer = model.layers[str(number)]
+            fill(layer, f"layers.{number}")
+            inner = [*shard.experts(layer), *shard.unrounded(layer)]
+            units.append([shard(layer), *inner])
+        if chunk.has_head and not model.spec.head.tied:
+            # Backward begins with the head.
+            fill(model)
+            units.append([shard(model.norm, model.head, reshard_after_forward=False)])
+        for unit, following in pairwise(units):
+            unit[0].set_modules_to_forward_prefetch(following)
     fill(model)
-    if not model.spec.head.tied:
-        # Backward begins with the head.
-        units.append([shard(model.norm, model.head, reshard_after_forward=False)])
     shard(model)
-    for unit, following in pairwise(units):
-        unit[0].set_modules_to_forward_prefetch(following)
     _set_reduction(model, shard.mesh)
 
 
@@ -181,6 +188,7 @@ class _Sharding:
     mesh: DeviceMesh
     dtype: ComputeDType
     offload: OffloadPolicy
+    keeps_whole: bool
     expert_mesh: DeviceMesh | None
 
     @classmethod
@@ -194,8 +202,13 @@ class _Sharding:
         offload = OffloadPolicy()
         if config.memory.optimizer_cpu_offload:
             offload = CPUOffloadPolicy(pin_memory=torch.device(device).type == "cuda")
-        expert_mesh = groups.expert_sharding
-        return cls(mesh=groups.sharding, dtype=dtype, offload=offload, expert_mesh=expert_mesh)
+        return cls(
+            mesh=groups.sharding,
+            dtype=dtype,
+            offload=offload,
+            keeps_whole=keeps_whole_weights(config.parallel, groups.grid),
+            expert_mesh=groups.expert_sharding,
+        )
 
     def __call__(
         self,
@@ -207,7 +220,7 @@ class _Sharding:
 
         Args:
             modules: those of the unit.
-            reshard_after_forward: as in ``fully_shard``.
+            reshard_after_forward: as in ``fully_shard``; no unit does if whole weights are kept.
             shard_dim: the dim of a parameter that is divided; None: dim 0.
         """
         unit = [module for module in modules if module is not None]
@@ -222,7 +235,7 @@ class _Sharding:
             mesh=self.mesh,
             mp_policy=policy,
             offload_policy=self.offload,
-            reshard_after_forward=reshard_after_forward,
+            reshard_after_forward=False if self.keeps_whole else reshard_after_forward,
             shard_placement_fn=shard_dim,
         )
         return cast(FSDPModule, unit[0])

@@ -7,7 +7,9 @@ residual stream is [b, s, h]; with sequence parallelism [b, s/tp, h].
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -17,12 +19,13 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from cp_megatron.comm.host_copies import to_device
-from cp_megatron.comm.rng import attention_dropout_seed
+from cp_megatron.comm.rng import attention_dropout_seed, hidden_dropout_seed
 from cp_megatron.config.schema import MemoryConfig, ModelConfig
 from cp_megatron.context_parallel import ContextParallel
 from cp_megatron.errors import ConfigError
 from cp_megatron.expert_parallel import ExpertParallel
 from cp_megatron.kernels.dropout import Dropout
+from cp_megatron.kernels.stream_dropout import StreamDropout
 from cp_megatron.model.expert_mixture import Mixed
 from cp_megatron.model.layer import TransformerLayer
 from cp_megatron.model.layer_memory import LayerMemory
@@ -30,6 +33,7 @@ from cp_megatron.model.norm import Norm
 from cp_megatron.model.offload import LayerOffload
 from cp_megatron.model.rope import Rotation
 from cp_megatron.model.row_counts import TokenRows
+from cp_megatron.plan.stages import Chunk
 from cp_megatron.spec import ExpertMixtureSpec, ModelSpec, RotarySpec
 from cp_megatron.tensor_parallel import (
     LossRule,
@@ -54,9 +58,10 @@ class ExpertReport(NamedTuple):
     """What this rank's experts did in one pass.
 
     Attributes:
-        terms: [2], what the imbalance and the z-loss add to the loss, summed over all layers and
-            this rank's counted tokens; with a gradient.
-        counts: int64 [layers with experts, E], how many tokens chose each expert.
+        terms: [2], what the imbalance and the z-loss add to the loss, summed over the layers of the
+            pass and this rank's counted tokens; with a gradient.
+        counts: int64 [layers with experts, E], how many tokens chose each expert; 0 in layers of
+            the model that do not belong to the pass.
     """
 
     terms: Tensor
@@ -64,10 +69,11 @@ class ExpertReport(NamedTuple):
 
 
 class Transformer(nn.Module):
-    """Layers [first_layer, last_layer) of the model; the embedding and the head at its ends.
+    """The layers of a model, or the chunks of them that one pipeline stage has.
 
     It is built with global shapes (usually under ``torch.device("meta")``); parameter names depend
-    neither on the grid nor on the range of layers.
+    neither on the grid nor on the chunks. If embedding and head share their weight and are on
+    different stages, both hold it, and the sum of their gradients is left to the caller.
 
     Args:
         config: the model.
@@ -78,15 +84,15 @@ class Transformer(nn.Module):
         memory: what is kept for backward, where, and how much of a sequence is computed at once;
             by default everything is kept.
         experts: the groups of mixtures of experts; by default one rank.
-        first_layer, last_layer: the range. The embedding exists if it starts at 0, the head if it
-            ends at ``config.num_layers`` (None).
+        chunks: those of this rank's stage, in order; by default one with the whole model.
 
     Attributes:
         spec: the description of the whole model, from which its modules are built.
+        copies_embedding: an earlier stage has the embedding's weight as well.
 
     Raises:
-        ConfigError: tp ranks cannot share a parameter, tied weights would be on two pipeline
-            stages, or tokens of experts are not divided over tp.
+        ConfigError: tp ranks cannot share a parameter, or tokens of experts are not divided over
+            tp.
     """
 
     def __init__(
@@ -99,29 +105,30 @@ class Transformer(nn.Module):
         sequence_parallel: bool,
         memory: MemoryConfig | None = None,
         experts: ExpertParallel | None = None,
-        first_layer: int = 0,
-        last_layer: int | None = None,
+        chunks: Sequence[Chunk] | None = None,
     ) -> None:
         super().__init__()
-        last_layer = config.num_layers if last_layer is None else last_layer
+        self.chunks = tuple(chunks or [Chunk(range(config.num_layers), True, True)])
         memory = memory or MemoryConfig()
-        assert 0 <= first_layer < last_layer <= config.num_layers
         self.config = config
         self.tp = TensorParallel(group=tp, sequence_parallel=sequence_parallel)
         self.spec = spec = ModelSpec.of(config, vocab_size=vocab_size, seq_length=seq_length)
-        is_first, is_last = first_layer == 0, last_layer == config.num_layers
-        _check(spec, self.tp, splits_ends=is_last and not is_first)
+        _check(spec, self.tp)
+        is_first = any(chunk.has_embedding for chunk in self.chunks)
+        is_last = any(chunk.has_head for chunk in self.chunks)
+        self.copies_embedding = is_last and spec.head.tied and not is_first
 
-        self.embedding = VocabParallelEmbedding(spec.embedding, tp=self.tp) if is_first else None
+        self.embedding: VocabParallelEmbedding | None = None
+        if is_first or self.copies_embedding:
+            self.embedding = VocabParallelEmbedding(spec.embedding, tp=self.tp)
         table = spec.positions if is_first else None
         self.positions = None if table is None else LearnedPositions(table, tp=self.tp)
-        self.dropout = nn.Dropout(spec.dropout)
         self.offload: LayerOffload | None = None
         if memory.cpu_offloading:  # a layer's input and, if they are kept, attention's out and lse
             self.offload = LayerOffload(per_layer=3 if memory.recompute_keeps_attention else 1)
         # Keyed by the number in the whole model, so that the names on a stage are the model's.
         self.layers = nn.ModuleDict()
-        for i in range(first_layer, last_layer):
+        for i in chain.from_iterable(chunk.layers for chunk in self.chunks):
             attends = spec.layers[i].attention is not None
             strategy = LayerMemory.of(memory, i, attends=attends, tp=self.tp, offload=self.offload)
             layer = TransformerLayer(spec.layers[i], memory=strategy, experts=experts)
@@ -136,50 +143,59 @@ class Transformer(nn.Module):
         *,
         cp: ContextParallel,
         attention_dropout: Dropout | None = None,
+        hidden_dropout: Dropout | None = None,
         labels: Tensor | None = None,
         rule: LossRule | None = None,
         rows: TokenRows | None = None,
-    ) -> Tensor | tuple[Tensor, Tensor] | tuple[Tensor, Tensor, ExpertReport]:
-        """Tokens -> logits or losses, or on a range of layers the residual stream.
+        chunk: int = 0,
+    ) -> Tensor | tuple[Tensor | ExpertReport, ...]:
+        """Tokens -> logits or losses, or from a chunk without the head the residual stream.
 
         Args:
-            x: int64 tokens [b, s] of this rank's shard; without an embedding, the residual stream
-                that the layer before returned.
+            x: int64 tokens [b, s] of this rank's shard; for a chunk without the embedding, the
+                residual stream that the chunk before returned.
             cp: the context parallelism of this batch: which positions the tokens have, and the
                 attention across ranks. If only some layers have a window, its mask has none.
             attention_dropout: with the run's seed and the number of this rank's first query head;
                 every layer draws a mask of its own. Needed to train if the model has dropout of
                 attention weights.
+            hidden_dropout: with the run's seed; every place draws a mask of its own. Needed to
+                train if the model has dropout of the residual stream.
             labels: int64 [b, s], -100 marks a token without a label. With labels the head returns
                 losses, and the logits of all tokens never exist.
             rule: how the losses are computed; None is the plain rule.
             rows: the rows of ``x``, with labels in a model with experts.
+            chunk: the number of the chunk.
 
         Returns:
             Without labels, logits [b, s, v/tp] in the compute dtype, -inf for the vocabulary's
             padding; with labels, the sum to train and the tokens' losses [b, s], as in
             ``vocab_parallel_fused_loss``, and with ``rows`` what the experts did, whose terms are
             not in that sum: it is divided by the number of labels, they by that of the counted
-            tokens. Without a head, the residual stream.
+            tokens. From a chunk without the head, the residual stream, and with ``rows`` what the
+            experts did.
         """
-        expected = self.config.attention_dropout if self.training else 0.0
-        assert expected == (attention_dropout.probability if attention_dropout else 0.0)
-        if self.embedding is not None:
-            x = self._embed(x, cp)
+        part = self.chunks[chunk]
+        self._check_dropout(attention_dropout, hidden_dropout)
+        stream = None if hidden_dropout is None else self._stream_dropout(hidden_dropout, cp, x)
+        if part.has_embedding:
+            x = self._embed(x, cp, stream)
         rotations = self._rotations(cp, x)
         contexts = self.layer_contexts(cp)
         own = None if rows is None else self._own(rows)
         mixed = list[Mixed]()
-        for number, layer in self.layers.items():
-            dropout = attention_dropout
-            if dropout is not None:
-                seed = attention_dropout_seed(seed=dropout.seed, layer=int(number))
-                dropout = replace(dropout, seed=seed)
-            out = layer(x, rotations[int(number)], contexts[int(number)], dropout, own)
+        for number in part.layers:
+            dropout = None if attention_dropout is None else _of_layer(attention_dropout, number)
+            hidden = None if stream is None else stream.in_layer(number)
+            layer = self.layers[str(number)]
+            out = layer(x, rotations[number], contexts[number], dropout, own, hidden)
             x = out.stream if isinstance(out, Mixed) else out
             mixed += [out] if isinstance(out, Mixed) else []
-        if self.head is None or self.norm is None:
-            return x
+        report = () if rows is None else (self._report(mixed, part, x.device),)
+        if not part.has_head:
+            return (x, *report) if report else x
+        assert self.head is not None
+        assert self.norm is not None
         weight = None
         if self.spec.head.tied:
             assert self.embedding is not None
@@ -187,12 +203,34 @@ class Transformer(nn.Module):
         # Hooks of the modules gather their weights, so the loss is computed in the head's forward.
         if labels is None:
             return self.head(self.norm(x), weight)
-        trained, losses = self.head(self.norm(x), weight, labels, rule)
-        if rows is None:
-            return trained, losses
-        terms = torch.stack([layer.terms for layer in mixed if layer.terms is not None]).sum(0)
-        counts = torch.stack([layer.counts for layer in mixed if layer.counts is not None])
-        return trained, losses, ExpertReport(terms, counts)
+        return (*self.head(self.norm(x), weight, labels, rule), *report)
+
+    def _report(self, mixed: Sequence[Mixed], part: Chunk, device: torch.device) -> ExpertReport:
+        """Adds up what the experts of a chunk did."""
+        terms = torch.zeros(2, device=device)
+        found = [layer.terms for layer in mixed if layer.terms is not None]
+        if found:
+            terms = torch.stack(found).sum(0)
+        layers = self.config.expert_layers
+        shape = len(layers), self.config.num_experts or 0
+        counts = torch.zeros(shape, dtype=torch.int64, device=device)
+        own = [number for number, layer in enumerate(layers) if layer in part.layers]
+        if own:  # they are neighbours
+            chosen = [layer.counts for layer in mixed if layer.counts is not None]
+            counts[own[0] : own[-1] + 1] = torch.stack(chosen)
+        return ExpertReport(terms, counts)
+
+    def _check_dropout(self, *given: Dropout | None) -> None:
+        wanted = self.config.attention_dropout, self.config.hidden_dropout
+        for probability, dropout in zip(wanted, given, strict=True):
+            expected = probability if self.training else 0.0
+            assert expected == (dropout.probability if dropout else 0.0)
+
+    def _stream_dropout(self, dropout: Dropout, cp: ContextParallel, x: Tensor) -> StreamDropout:
+        """That of the embedding of ``x``, for the tokens of this rank's residual stream."""
+        dropout = replace(dropout, seed=hidden_dropout_seed(seed=dropout.seed))
+        positions = self.tp.own_rows(to_device(cp.positions, x.device))
+        return StreamDropout.of(dropout, positions, x.shape[0])
 
     def _own(self, rows: TokenRows) -> TokenRows:
         """The rows of the tokens of this rank's residual stream, [b, s] -> [b * r]."""
@@ -213,7 +251,8 @@ class Transformer(nn.Module):
         for number, layer in self.layers.items():
             assert isinstance(layer, TransformerLayer)
             layer.mixer.prepare(contexts[int(number)])
-            pairs[contexts[int(number)]] += layer.attends
+        for context, spec in zip(contexts, self.spec.layers, strict=True):
+            pairs[context] += spec.attention is not None
         total = sum(context.mask.pairs() * layers for context, layers in pairs.items())
         return total / max(1, pairs.total())
 
@@ -255,7 +294,7 @@ class Transformer(nn.Module):
             made[rotary] = Rotation.of(positions, self.config, rotary, longest=longest, dtype=dtype)
         return [made.get(rotary) for rotary in wanted]
 
-    def _embed(self, tokens: Tensor, cp: ContextParallel) -> Tensor:
+    def _embed(self, tokens: Tensor, cp: ContextParallel, dropout: StreamDropout | None) -> Tensor:
         """[b, s] -> residual stream."""
         assert self.embedding is not None
         if self.tp.splits_sequence:
@@ -264,16 +303,18 @@ class Transformer(nn.Module):
         if self.positions is not None:
             positions = self._positions(cp, tokens.device)
             x = x + self.positions(self.tp.own_rows(positions))
-        return self.dropout(x)
+        return x if dropout is None else dropout(x)
 
 
-def _check(spec: ModelSpec, tp: TensorParallel, *, splits_ends: bool) -> None:
+def _of_layer(dropout: Dropout, layer: int) -> Dropout:
+    """The dropout of a layer's attention weights."""
+    return replace(dropout, seed=attention_dropout_seed(seed=dropout.seed, layer=layer))
+
+
+def _check(spec: ModelSpec, tp: TensorParallel) -> None:
     """Refuses what the modules cannot compute; ``Transformer`` says what."""
     spec.check_split("tp", tp.size)
     has_experts = any(isinstance(layer.mlp, ExpertMixtureSpec) for layer in spec.layers)
     if has_experts and tp.size > 1 and not tp.sequence_parallel:
         rule = "experts with tensor parallelism need the sequence divided over its ranks"
         raise ConfigError("--sequence-parallel", False, rule, "True")
-    if spec.head.tied and splits_ends:
-        rule = "the embedding and the output layer are on different pipeline stages"
-        raise ConfigError("--untie-embeddings-and-output-weights", False, rule, "True")

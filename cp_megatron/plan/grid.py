@@ -1,4 +1,4 @@
-"""The grid of ranks over named axes: tensor parallel fastest, then context, then data parallel.
+"""The grid of ranks over named axes: tensor parallel fastest, then context, data and pipeline.
 
 World 8 as dp 2 x cp 2 x tp 2::
 
@@ -14,13 +14,16 @@ Weights are sharded over dp_cp. With ``replicas`` the dp axis has two levels, an
 is sharded: every replica is a run of dp x cp that holds the whole model. With 2 of them above,
 ranks 0-3 and 4-7 hold the same shards, those of [0,2] [1,3], and sum their gradients ([0,4] ..).
 
+The ranks of a pipeline stage are a run of dp x cp x tp. With ``pp`` 2 before the axes above, there
+are 16 ranks, and ranks 8-15 are the second stage. Everything said here then holds in each stage.
+
 Experts are shared by ranks of another grid over the same ranks. With ``ep``, runs of that many
 neighbours, in the order of ranks and within a replica, hold different experts; ``edp`` joins the
 ranks of a replica that hold the same experts, over which these are sharded. With ep 4 above, ep
 groups are [0,1,2,3] [4,5,6,7] and edp groups [0,4] [1,5] [2,6] [3,7].
 
 Tensor parallel neighbours exchange the most data and therefore share a node. This is Megatron-LM's
-order ``tp-cp-dp``.
+order ``tp-cp-dp-pp``.
 """
 
 from __future__ import annotations
@@ -30,10 +33,17 @@ from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 
 AXES: Mapping[str, str] = MappingProxyType(
-    {"tp": "tensor_parallel_size", "cp": "context_parallel_size", "dp": ""}
+    {
+        "tp": "tensor_parallel_size",
+        "cp": "context_parallel_size",
+        "dp": "",
+        "pp": "pipeline_parallel_size",
+    }
 )
 """The axes, fastest first, each with the setting that gives its size. The one axis without a
 setting takes the ranks that the others leave."""
+STAGE = "dp_cp_tp"
+"""The axes of the ranks of one pipeline stage."""
 _OF_EXPERTS = ("ep", "edp")
 
 
@@ -69,6 +79,10 @@ class Coordinates(_PerAxis):
     def __str__(self) -> str:
         return "  ".join(f"{axis} {index}" for axis, index in self._numbers.items())
 
+    def without(self, axis: str) -> Coordinates:
+        """The indices on the other axes."""
+        return Coordinates(**{name: n for name, n in self._numbers.items() if name != axis})
+
 
 class Grid(_PerAxis):
     """The sizes of the axes, e.g. ``grid.cp``.
@@ -79,7 +93,7 @@ class Grid(_PerAxis):
     Args:
         axes: the names of the axes, fastest first.
         replicas: copies of the sharded model along dp, whose size they divide.
-        ep: ranks that share the experts; it divides the number of ranks of a replica.
+        ep: ranks that share the experts; it divides the number of ranks of a replica of a stage.
         sizes: by axis; an axis that is not named has size 1.
     """
 
@@ -92,10 +106,11 @@ class Grid(_PerAxis):
         super().__init__(ones | sizes)
         assert self._numbers.get("dp", 1) % replicas == 0, f"{replicas} replicas on {self}"
         self.replicas, self.ep = replicas, ep
-        assert self.world_size // replicas % ep == 0, f"ep {ep} on {self}"
+        assert self.copy_size % ep == 0, f"ep {ep} on {self}"
 
     def __str__(self) -> str:
-        return " x ".join(f"{axis} {size}" for axis, size in self._numbers.items())
+        shown = {axis: n for axis, n in self._numbers.items() if axis != "pp" or n > 1}
+        return " x ".join(f"{axis} {size}" for axis, size in shown.items())
 
     def __repr__(self) -> str:
         more = f" in {self.replicas} replicas" if self.replicas > 1 else ""
@@ -112,6 +127,11 @@ class Grid(_PerAxis):
         return math.prod(self._numbers.values())
 
     @property
+    def copy_size(self) -> int:
+        """Number of ranks that hold one copy of a pipeline stage's layers."""
+        return self.world_size // self._numbers.get("pp", 1) // self.replicas
+
+    @property
     def shards(self) -> int:
         """Number of ranks over which the weights of a tensor parallel rank are sharded."""
         return self.size("dp_cp") // self.replicas
@@ -122,9 +142,8 @@ class Grid(_PerAxis):
 
     @property
     def expert_sizes(self) -> dict[str, int]:
-        """Sizes of the grid of experts, the slowest first: ``replicas``, ``edp`` and ``ep``."""
-        edp = self.world_size // self.replicas // self.ep
-        return {"replicas": self.replicas, "edp": edp, "ep": self.ep}
+        """Sizes of the grid of a stage's experts, the slowest first."""
+        return {"replicas": self.replicas, "edp": self.copy_size // self.ep, "ep": self.ep}
 
     def size(self, name: str) -> int:
         """Number of ranks along an axis."""
@@ -135,7 +154,7 @@ class Grid(_PerAxis):
     def index(self, name: str, rank: int) -> int:
         """The index of ``rank`` along an axis."""
         if name in _OF_EXPERTS:
-            edp, ep = divmod(rank % (self.world_size // self.replicas), self.ep)
+            edp, ep = divmod(rank % self.copy_size, self.ep)
             return ep if name == "ep" else edp
         index, coordinates = 0, self.coordinates(rank)
         for axis in name.split("_"):
@@ -152,11 +171,10 @@ class Grid(_PerAxis):
     def groups(self, name: str) -> list[list[int]]:
         """The groups of ranks along an axis, each in the order of that axis."""
         along = name.split("_")
-        copy = self.world_size // self.replicas
         groups: dict[tuple[int, ...], list[int]] = {}
         for rank in range(self.world_size):
             if name in _OF_EXPERTS:
-                key = rank // copy, self.index("edp" if name == "ep" else "ep", rank)
+                key = rank // self.copy_size, self.index("edp" if name == "ep" else "ep", rank)
             else:
                 place = self.coordinates(rank)
                 key = tuple(getattr(place, axis) for axis in self._numbers if axis not in along)

@@ -8,8 +8,6 @@ run if it is small); it sends and writes nothing.
 
 from __future__ import annotations
 
-import math
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +15,7 @@ from pathlib import Path
 from cp_megatron.checkpoint.find_checkpoint import CheckpointChoice
 from cp_megatron.comm.runtime import Launch
 from cp_megatron.config import Config
-from cp_megatron.config.fields import check_values, settings
+from cp_megatron.config.fields import check_values
 from cp_megatron.config.files.folder_lock import refuse_held
 from cp_megatron.data.rows.corpora import check_data
 from cp_megatron.data.rows.small_data import is_small
@@ -27,10 +25,11 @@ from cp_megatron.families.registry import check_model_type
 from cp_megatron.faults.inject import parse_faults
 from cp_megatron.kernels.select import KernelChoice
 from cp_megatron.plan import Grid
-from cp_megatron.plan.grid import AXES
+from cp_megatron.plan.stages import Stages
 from cp_megatron.preflight import rules
 from cp_megatron.preflight.block_rules import check_blocks
 from cp_megatron.preflight.expert_rules import check_experts, expert_notes
+from cp_megatron.preflight.grid_rules import plan_grid
 from cp_megatron.preflight.log_rules import check_log
 from cp_megatron.preflight.pretrained import check_load_hf, vocab_size_of
 from cp_megatron.preflight.rope_rules import check_rope, rope_notes
@@ -56,6 +55,7 @@ from cp_megatron.preflight.schedule_rules import (
     schedule_notes,
 )
 from cp_megatron.preflight.sequence import SequencePlan, plan_sequence
+from cp_megatron.preflight.stage_rules import check_reshard, plan_stages
 
 Batch = tuple[int, int, int]
 """Rows per step over all ranks, rows of a micro batch, micro batches per step on each rank."""
@@ -101,10 +101,14 @@ def check(
         check_values(config)
         config = replace(config, data=rules.with_packing(config.data, given))
     vocab_size, of_tokenizer, sound = _check_model(config, given, collected)
+    stages: Stages | None = None
+    with collected.collect():
+        stages = plan_stages(config, vocab_size, given) if sound else None
     grid: Grid | None = None
     with collected.collect():
         # After the model: a command with more ranks is no help if the heads forbid the grid.
-        grid, of_grid = _grid(config, launch, dry_run, dry_run_world_size, [script, *argv])
+        command, known = [script, *argv], vocab_size if sound else None
+        grid, of_grid = plan_grid(config, launch, dry_run, dry_run_world_size, command, known)
         notes = (*notes, *of_grid, *of_tokenizer)
     one_node = dry_run and not launch.under_torchrun
     if not dry_run:
@@ -113,8 +117,9 @@ def check(
     split = _split(config, grid, launch, given, collected, sound=sound, one_node=one_node)
     of_data = _check_rest(config, vocab_size, given, collected, auto=auto, dry_run=dry_run)
     assert split is not None, "otherwise there is a mistake"
-    plan = _with_checkpoint(_plan(config, split, vocab_size, given), auto=auto)
-    plan = _complete(plan, given, dry_run=dry_run)
+    assert stages is not None, "likewise"
+    plan = _plan(config, split, stages, vocab_size, given)
+    plan = _complete(_with_checkpoint(plan, auto=auto), given, dry_run=dry_run)
     return replace(plan, notes=(*notes, *of_data, *plan.notes))
 
 
@@ -227,6 +232,8 @@ def _split(
     if grid is None:
         return None
     with mistakes.collect():
+        check_reshard(config, grid, given)
+    with mistakes.collect():
         batch = rules.check_batch(config.data, grid.dp)
     with mistakes.collect():
         if sound:
@@ -236,7 +243,9 @@ def _split(
     return None
 
 
-def _plan(config: Config, split: Split, vocab_size: int, given: frozenset[str]) -> RunPlan:
+def _plan(
+    config: Config, split: Split, stages: Stages, vocab_size: int, given: frozenset[str]
+) -> RunPlan:
     """The plan of a new run."""
     grid, (rows, micro_batch_size, num_microbatches), sequence, kernels = split
     resolved, notes = _resolved(config, grid, rows, validates=rules.check_data(config.data, given))
@@ -246,6 +255,7 @@ def _plan(config: Config, split: Split, vocab_size: int, given: frozenset[str]) 
         device=None if config.train.device == "auto" else config.train.device,
         kernels=kernels,
         sequence=sequence,
+        stages=stages,
         vocab_size=vocab_size,
         padded_vocab_size=config.model.padded_vocab_size(vocab_size),
         micro_batch_size=micro_batch_size,
@@ -303,58 +313,6 @@ def _kernels(config: Config) -> dict[DeviceName, KernelChoice]:
         # That a kernel does not run on a device at all is the least helpful of the reasons.
         raise min(refusals, key=lambda error: "runs on" in error.rule)
     return kernels
-
-
-def _grid(
-    config: Config, launch: Launch, dry_run: bool, world_size: int | None, command: Sequence[str]
-) -> tuple[Grid, tuple[str, ...]]:
-    """The grid over the ranks of this launch or of the dry run, and a note about its size."""
-    sizes = {axis: getattr(config.parallel, name) for axis, name in AXES.items() if name}
-    replicas = config.parallel.data_parallel_replicate_size
-    ep = config.parallel.expert_model_parallel_size
-    smallest = Grid(dp=replicas, replicas=replicas, **sizes)
-    inner = smallest.world_size
-
-    def grid(ranks: int) -> Grid:
-        if (copy := ranks // replicas) % ep:
-            rule = f"must divide {copy}, the number of ranks of a copy of the model"
-            works = f"{math.gcd(copy, ep)}, or {math.lcm(inner // replicas, ep) * replicas} ranks"
-            raise ConfigError("--expert-model-parallel-size", ep, rule, works)
-        return Grid(dp=ranks * replicas // inner, replicas=replicas, ep=ep, **sizes)
-
-    if world_size is not None:
-        if world_size < 1:
-            raise ConfigError("--world-size", world_size, "must be positive", str(inner))
-        if world_size % inner:
-            rule = f"must be divisible by {_axis_flags(smallest)} = {inner}"
-            raise ConfigError("--world-size", world_size, rule, rules.multiples(world_size, inner))
-        return grid(world_size), ()
-    if dry_run and not launch.under_torchrun:
-        ranks = math.lcm(inner // replicas, ep) * replicas
-        return grid(ranks), (f"no --world-size given: planned for {ranks}, the smallest world",)
-    if launch.world_size % inner:
-        raise _wrong_world(launch, smallest, command)
-    return grid(launch.world_size), ()
-
-
-def _axis_flags(smallest: Grid) -> str:
-    """The flags that give the axes of the smallest grid their sizes, the slowest first."""
-    of_dp = "data_parallel_replicate_size"
-    sizes = {AXES[axis] or of_dp: size for axis, size in smallest.sizes.items() if size > 1}
-    return " x ".join(f"{settings()[name].flag} {size}" for name, size in sizes.items())
-
-
-def _wrong_world(launch: Launch, smallest: Grid, command: Sequence[str]) -> ConfigError:
-    """The error for a world that the grid does not divide, with a whole command that works."""
-    inner, world = smallest.world_size, launch.world_size
-    started = "torchrun started" if launch.under_torchrun else "plain python starts"
-    rule = f"needs a multiple of {inner} ranks, but {started} {world}"
-    flag, _, value = _axis_flags(smallest).rpartition(" ")
-    ranks = max(inner, world // inner * inner)
-    works = shlex.join(["torchrun", "--nproc-per-node", str(ranks), *command])
-    if launch.nodes > 1:
-        works = f"{rules.multiples(world, inner)} ranks over all nodes"
-    return ConfigError(flag, value, rule, works)
 
 
 def _resolved(

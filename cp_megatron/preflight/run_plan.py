@@ -13,6 +13,7 @@ from cp_megatron.data.rows.corpora import Data
 from cp_megatron.errors import ConfigError
 from cp_megatron.kernels.select import KernelChoice, select_kernel
 from cp_megatron.plan import Grid, Mask
+from cp_megatron.plan.stages import Stages
 from cp_megatron.preflight.learning_rate import LearningRate
 from cp_megatron.preflight.sequence import SequencePlan
 
@@ -31,6 +32,7 @@ class RunPlan:
         device: None while ``--device auto`` waits for torch; see ``on_device``.
         kernels: the attention kernel and the reason for it, for each device that is still possible.
         sequence: how a row is split. If documents are masked, the rows of a micro batch are one.
+        stages: which layers each pipeline stage has; without stages, one has all.
         vocab_size: number of tokens the model knows; by default that of the tokenizer.
         padded_vocab_size: rows of the embedding.
         micro_batch_size: rows that pass through the model at once.
@@ -52,6 +54,7 @@ class RunPlan:
     device: DeviceName | None
     kernels: Mapping[DeviceName, KernelChoice]
     sequence: SequencePlan
+    stages: Stages
     vocab_size: int
     padded_vocab_size: int
     micro_batch_size: int

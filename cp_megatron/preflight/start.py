@@ -21,6 +21,7 @@ from cp_megatron.data.rows.corpora import Data
 from cp_megatron.errors import ConfigError
 from cp_megatron.model.parallelize import ComputeDType, build_model
 from cp_megatron.model.transformer import Transformer
+from cp_megatron.preflight.grid_rules import REPLICAS
 from cp_megatron.preflight.run_plan import DeviceName, RunPlan
 
 Read = TypeVar("Read", Data, Corpus)
@@ -45,7 +46,9 @@ def begin(
     capability = torch.cuda.get_device_capability(launch.local_rank) if device == "cuda" else None
     plans = tuple(plan.on_device(device, note, capability) for plan in plans)
     start_torch(launch, device, deterministic=plans[0].config.train.deterministic)
-    return plans, device, _connect(plans[0], launch, device)
+    control = _connect(plans[0], launch, device)
+    _check_same_grid(plans[0], launch, control)
+    return plans, device, control
 
 
 def make_model(
@@ -73,6 +76,7 @@ def make_model(
         dtype=cast(ComputeDType, plan.dtype),
         device=device,
         initialize=initialize,
+        chunks=plan.stages.of(groups.coordinates.pp),
     )
     return model, groups, device
 
@@ -145,6 +149,22 @@ def _connect(plan: RunPlan, launch: Launch, device: DeviceName) -> dist.ProcessG
     control = dist.group.WORLD if on_cpu else dist.new_group(backend="gloo", timeout=timeout)
     assert control is not None
     return control
+
+
+def _check_same_grid(plan: RunPlan, launch: Launch, control: dist.ProcessGroup) -> None:
+    """Compares the grids that ranks have chosen by the size of their node.
+
+    Raises:
+        ConfigError: they differ, because flags or the numbers of ranks on nodes do.
+    """
+    found = all_gather_objects((launch.local_world_size, repr(plan.grid)), control)
+    numbers, grids = zip(*found)
+    if len(set(grids)) > 1:
+        asked = plan.config.parallel.data_parallel_replicate_size
+        shown = ", ".join(map(str, sorted(set(numbers))))
+        rule = f"ranks plan different grids, on nodes of {shown} ranks"
+        works = f"{REPLICAS} 1, or the same flags and as many ranks on every node"
+        raise ConfigError(REPLICAS, asked, rule, works)
 
 
 def _rendezvous_store(launch: Launch, timeout: timedelta) -> Store:

@@ -18,6 +18,7 @@ from cp_megatron.config import Config, DataConfig
 from cp_megatron.config.files.presets import MEGATRON_PRESET, PRESETS
 from cp_megatron.config.files.run_folders import RUNS
 from cp_megatron.kernels.linear_select import select_linear_kernel
+from cp_megatron.plan.grid import STAGE
 from cp_megatron.preflight.model_words import (
     experts_of,
     factors_of,
@@ -32,6 +33,7 @@ from cp_megatron.preflight.run_length import epochs_line
 from cp_megatron.preflight.run_plan import RunPlan, dtype_on
 from cp_megatron.preflight.save_and_load import model_name
 from cp_megatron.preflight.sequence import SequencePlan
+from cp_megatron.preflight.stage_words import stages_of
 from cp_megatron.spec import ModelSpec
 
 Line = tuple[str, str]
@@ -71,7 +73,8 @@ def _world(plan: RunPlan) -> Iterator[Line]:
             yield "...", "..."
             continue
         place = grid.coordinates(rank)
-        held = f"{place}   positions {_positions(plan, place.cp)}"
+        shown = place if grid.pp > 1 else place.without("pp")
+        held = f"{shown}   positions {_positions(plan, place.cp)}"
         if grid.ep > 1:
             held += f"   experts {_experts(plan, rank)}"
         yield f"rank {rank}", held
@@ -111,7 +114,8 @@ def _model(plan: RunPlan) -> Iterator[Line]:
     yield "vocabulary", f"{config.data.tokenizer_type}, {vocabulary}"
     sizes = {"vocab_size": plan.padded_vocab_size, "seq_length": config.data.seq_length}
     spec = ModelSpec.of(model, **sizes)
-    total, most = spec.num_parameters(), spec.parameters_on_rank(plan.grid, 0)
+    total, firsts = spec.num_parameters(), range(0, plan.grid.world_size, plan.grid.size(STAGE))
+    most = max(spec.parameters_on_rank(plan.grid, rank, plan.stages) for rank in firsts)
     copies = plan.grid.replicas
     over = "dp x cp" if copies == 1 else f"dp x cp / {copies}, in {copies} copies"
     active = f"{spec.num_active_parameters():,} for a token, " if model.num_experts else ""
@@ -158,6 +162,7 @@ def _choices(plan: RunPlan) -> Iterator[Line]:
     yield "exchange", _exchange(plan.sequence)
     if plan.grid.tp > 1:
         yield "sequence parallel", "on" if plan.config.parallel.sequence_parallel else "off"
+    yield from stages_of(plan)
 
 
 def _recurrences(plan: RunPlan) -> Iterator[Line]:

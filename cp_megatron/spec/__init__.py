@@ -12,7 +12,13 @@ from cp_megatron.spec.latent import LatentAttentionSpec
 from cp_megatron.spec.layer_spec import LayerSpec
 from cp_megatron.spec.linear_attention import ConvolutionSpec, DecaySpec, LinearAttentionSpec
 from cp_megatron.spec.mixer import AttentionSpec, LocalHeads, MixerSpec, RotarySpec
-from cp_megatron.spec.model_spec import ModelSpec, is_hidden_matrix, is_sharded, local_heads
+from cp_megatron.spec.model_spec import (
+    ModelSpec,
+    is_hidden_matrix,
+    is_sharded,
+    keeps_whole_weights,
+    local_heads,
+)
 from cp_megatron.spec.parameter import BlockSpec, Init, ParameterSpec
 from cp_megatron.spec.pieces import (
     EmbeddingSpec,
@@ -23,6 +29,7 @@ from cp_megatron.spec.pieces import (
     PositionsSpec,
 )
 from cp_megatron.spec.sizes import ActivationSizes, KeptStates
+from cp_megatron.spec.stage_weights import StageWeights, stage_weights
 
 __all__ = [
     "ActivationSizes",
@@ -52,7 +59,10 @@ __all__ = [
     "RotarySpec",
     "RouterSpec",
     "RoutingSpec",
+    "StageWeights",
     "is_hidden_matrix",
     "is_sharded",
+    "keeps_whole_weights",
     "local_heads",
+    "stage_weights",
 ]

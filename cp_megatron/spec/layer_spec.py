@@ -30,7 +30,6 @@ class LayerSpec(BlockSpec):
         is_parallel: the MLP reads ``attention_norm`` of the x that attention reads, and has no norm
             of its own.
         multiplier: the factor of what a block adds.
-        dropout: the probability of the dropout of what a block adds.
     """
 
     attention_norm: NormSpec | None
@@ -42,7 +41,6 @@ class LayerSpec(BlockSpec):
     mlp_post_norm: NormSpec | None
     is_parallel: bool = False
     multiplier: float = 1.0
-    dropout: float = 0.0
 
     @classmethod
     def of(cls, model: ModelConfig, *, layer: int) -> LayerSpec:
@@ -60,7 +58,6 @@ class LayerSpec(BlockSpec):
             mlp_post_norm=after,
             is_parallel=model.parallel_residual,
             multiplier=model.residual_multiplier,
-            dropout=model.hidden_dropout,
         )
 
     @property
@@ -92,8 +89,6 @@ class LayerSpec(BlockSpec):
         kept = Counter(attention=self.mixer.kept_results(sizes))
         for name in ("attention_post_norm", "mlp_post_norm"):
             kept[name] = _norm_bytes(getattr(self, name), sizes)
-        if self.dropout:
-            kept["dropout"] = 2 * sizes.dropout_bytes(width)
         if granularity == "selective":
             kept["inputs"] = (1 if self.is_parallel else 2) * stream
             kept["mlp"] = self._choice_bytes(sizes)

@@ -149,10 +149,6 @@ class LinearAttentionSpec(BlockSpec):
         state = self.head_dim * self.v_head_dim
         return super().matmul_parameters() + 3 * self.heads * state
 
-    def pair_channels(self) -> int:
-        """0, because no pair of tokens is attended."""
-        return 0
-
     def local_heads(self, tp: int) -> tuple[int, int]:
         """The value heads and key heads that one of ``tp`` tensor parallel ranks computes."""
         return self.heads // tp, max(1, self.key_heads // tp)

@@ -107,10 +107,6 @@ class MixerSpec(BlockSpec):
         return LocalHeads(self.heads // tp, kv_heads, self.head_dim, self.v_head_dim)
 
     def pair_channels(self) -> int:
-        """Multiply-adds of one attended pair of a query and a key, in both products together.
-
-        Each product is computed once in forward and twice in backward.
-        """
         return self.heads * (self.head_dim + self.v_head_dim)
 
     def operand_bytes(self, sizes: ActivationSizes) -> int:

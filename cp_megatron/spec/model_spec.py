@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from cp_megatron.config import ModelConfig
+from cp_megatron.config import ModelConfig, ParallelConfig
 from cp_megatron.plan import Grid
+from cp_megatron.plan.grid import STAGE
+from cp_megatron.plan.stages import Chunk, Stages
 from cp_megatron.spec.experts import ExpertMixtureSpec
 from cp_megatron.spec.layer_spec import LayerSpec, attention_of
 from cp_megatron.spec.mixer import LocalHeads
@@ -30,7 +32,7 @@ class ModelSpec(BlockSpec):
     Attributes:
         positions: the table of learned positions, if there is one.
         norm: the norm after the last layer.
-        dropout: the probability of the dropout after the embedding.
+        dropout: the probability of the dropout after the embedding, and of what blocks add.
     """
 
     embedding: EmbeddingSpec
@@ -67,9 +69,18 @@ class ModelSpec(BlockSpec):
             dropout=model.hidden_dropout,
         )
 
-    def ends(self) -> Iterator[ParameterSpec]:
-        """The parameters outside of the layers."""
-        yield from replace(self, layers=()).parameters()
+    def ends(self, chunks: Sequence[Chunk] | None = None) -> Iterator[ParameterSpec]:
+        """The parameters outside of the layers: all, or those that a stage with these chunks holds.
+
+        If embedding and head share a table, the stage of the head holds a copy.
+        """
+        chunks = self._whole() if chunks is None else chunks
+        is_first = any(chunk.has_embedding for chunk in chunks)
+        is_last = any(chunk.has_head for chunk in chunks)
+        held = {"embedding": is_first or (is_last and self.head.tied), "positions": is_first}
+        for parameter in replace(self, layers=()).parameters():
+            if held.get(parameter.name.split(".")[0], is_last):
+                yield parameter
 
     def check_split(self, axis: str, size: int) -> None:
         """Checks that ``size`` ranks of ``axis`` can share every parameter.
@@ -82,7 +93,7 @@ class ModelSpec(BlockSpec):
 
     def num_parameters(self) -> int:
         """Parameters of the whole model, each counted once."""
-        return sum(parameter.numel * copies for parameter, copies in self._distinct())
+        return sum(parameter.numel * copies for parameter, copies in self.held())
 
     def num_active_parameters(self) -> int:
         """Those that compute a token: of experts, only as many as a token has."""
@@ -94,32 +105,41 @@ class ModelSpec(BlockSpec):
             idle += stored // count * (count - mixture.experts.topk)
         return self.num_parameters() - idle
 
-    def num_tensors(self) -> int:
-        """Parameter tensors of the whole model."""
-        return sum(copies for _, copies in self._distinct())
-
-    def hidden_matrices(self) -> Iterator[tuple[ParameterSpec, int]]:
-        """The matrices inside layers, which Muon updates, with the numbers of their copies."""
-        for parameter, copies in self._distinct():
-            if is_hidden_matrix(parameter.name, parameter.shape):
-                yield parameter, copies
+    def held(self, chunks: Sequence[Chunk] | None = None) -> Iterator[tuple[ParameterSpec, int]]:
+        """Every parameter that a stage with these chunks holds (None: the whole model), with the
+        number of its copies; layers that are alike are listed once."""
+        chunks = self._whole() if chunks is None else chunks
+        for parameter in self.ends(chunks):
+            yield parameter, 1
+        layers = (self.layers[number] for chunk in chunks for number in chunk.layers)
+        for layer, copies in Counter(layers).items():
+            for parameter in layer.parameters():
+                yield replace(parameter, name=f"{_LAYERS}{parameter.name}"), copies
 
     def parameters_on_rank(
         self,
         grid: Grid,
         rank: int,
-        parameters: Iterable[tuple[ParameterSpec, int]] | None = None,
+        stages: Stages | None = None,
+        *,
+        wanted: Callable[[ParameterSpec], bool] = lambda _: True,
     ) -> int:
-        """Parameters that ``rank`` stores: its part over tp or ep, sharded over its replica.
+        """Parameters that ``rank`` stores: its part over tp or ep of its stage's parameters,
+        sharded over its replica.
 
         FSDP2 cuts dim 0 into pieces of equal, rounded-up size, so the last ranks may hold less.
 
         Args:
             grid, rank: the grid, and a rank of it.
-            parameters: those to count, with the numbers of their copies; None counts all.
+            stages: the layers of each stage; needed if there are several.
+            wanted: whether to count a parameter.
         """
+        assert grid.pp == (1 if stages is None else stages.num_stages)
+        chunks = None if stages is None else stages.of(grid.coordinates(rank).pp)
         total, sizes = 0, grid.sizes | {"ep": grid.ep}
-        for parameter, copies in self._distinct() if parameters is None else parameters:
+        for parameter, copies in self.held(chunks):
+            if not wanted(parameter):
+                continue
             shards, shard = grid.shards, grid.shard(rank)
             if parameter.stacked:
                 shards, shard = grid.size("edp"), grid.index("edp", rank)
@@ -129,27 +149,8 @@ class ModelSpec(BlockSpec):
             total += min(piece, max(0, rows - shard * piece)) * math.prod(shape) * copies
         return total
 
-    def training_flops(self, *, num_tokens: float, num_pairs: float) -> float:
-        """Forward and backward FLOPs; recomputation is not counted.
-
-        These are 6 per matrix parameter and token (Kaplan et al. 2020, arXiv:2001.08361, table 1)
-        and those of the attended pairs.
-
-        Args:
-            num_tokens: tokens trained on.
-            num_pairs: attended pairs of a query and a key, over all rows; the mean of the layers
-                that attend.
-        """
-        channels = sum(layer.mixer.pair_channels() for layer in self.layers)
-        return 6.0 * (self.matmul_parameters() * num_tokens + num_pairs * channels)
-
-    def _distinct(self) -> Iterator[tuple[ParameterSpec, int]]:
-        """Every parameter with the number of its copies; layers that are alike are listed once."""
-        for parameter in self.ends():
-            yield parameter, 1
-        for layer, copies in Counter(self.layers).items():
-            for parameter in layer.parameters():
-                yield replace(parameter, name=f"{_LAYERS}{parameter.name}"), copies
+    def _whole(self) -> tuple[Chunk, ...]:
+        return (Chunk(range(len(self.layers)), has_embedding=True, has_head=True),)
 
 
 def is_hidden_matrix(name: str, shape: Sequence[int]) -> bool:
@@ -167,9 +168,17 @@ def is_hidden_matrix(name: str, shape: Sequence[int]) -> bool:
 
 def is_sharded(model: ModelConfig, grid: Grid, *, offloads: bool) -> bool:
     """Whether FSDP holds the parameters: they are divided otherwise than over tp, or ``offloads``
-    to the host. Experts are divided over all ranks."""
-    shares_experts = bool(model.expert_layers) and grid.world_size > 1
+    to the host. Experts are divided over all ranks of a stage."""
+    shares_experts = bool(model.expert_layers) and grid.size(STAGE) > 1
     return grid.size("dp_cp") > 1 or shares_experts or offloads
+
+
+def keeps_whole_weights(parallel: ParallelConfig, grid: Grid) -> bool:
+    """Whether FSDP gathers weights and reduces gradients once in a step, and keeps both whole in
+    between; otherwise it does so for each micro batch."""
+    if parallel.fsdp_reshard == "auto":
+        return grid.pp > 1  # several micro batches are in flight
+    return parallel.fsdp_reshard == "never"
 
 
 def local_heads(model: ModelConfig, tp: int) -> LocalHeads:

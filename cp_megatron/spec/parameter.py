@@ -154,3 +154,23 @@ class BlockSpec:
         """Number of elements of the matrices that every token is multiplied with, which is the
         number of its multiply-adds."""
         return sum(part.matmul_parameters() for _, part in self.parts())
+
+    def pair_channels(self) -> int:
+        """Multiply-adds of one attended pair of a query and a key, in both products together.
+
+        Each product is computed once in forward and twice in backward.
+        """
+        return sum(part.pair_channels() for _, part in self.parts())
+
+    def training_flops(self, *, num_tokens: float, num_pairs: float) -> float:
+        """Forward and backward FLOPs; recomputation is not counted.
+
+        These are 6 per matrix parameter and token (Kaplan et al. 2020, arXiv:2001.08361, table 1)
+        and those of the attended pairs.
+
+        Args:
+            num_tokens: tokens trained on.
+            num_pairs: attended pairs of a query and a key, over all rows; the mean of the layers
+                that attend.
+        """
+        return 6.0 * (self.matmul_parameters() * num_tokens + num_pairs * self.pair_channels())

@@ -76,10 +76,3 @@ class ActivationSizes:
     def stream_bytes(self, width: int) -> int:
         """Bytes of the residual stream on this rank."""
         return self.stream_tokens * width * self.element
-
-    def dropout_bytes(self, width: int) -> int:
-        """Bytes of the mask of a dropout of the residual stream.
-
-        On CUDA it is a mask of bytes, on the CPU a tensor of factors.
-        """
-        return self.stream_tokens * width * (1 if self.on_cuda else self.element)

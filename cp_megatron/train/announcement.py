@@ -51,9 +51,9 @@ def announce(
         ConfigError: ranks that share rows have different ones; on every rank.
     """
     arrived = time.perf_counter()
-    # Tensor parallel ranks share their tokens and have the same counts: the first one's are added.
+    # Tensor parallel ranks and stages share tokens and have the same counts: one rank's are added.
     counts = (num_tokens, num_counted, num_pairs)
-    if groups.coordinates.tp > 0:
+    if groups.coordinates.tp > 0 or groups.coordinates.pp > 0:
         counts = (0, 0, 0.0)
     told = gather_numbers((fold(digests), *counts, wish), control)
     folded, tokens, counted, pairs, wishes = zip(*told)

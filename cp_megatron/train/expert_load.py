@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cp_megatron.model.balance import moved_biases
 from cp_megatron.model.expert_mixture import ExpertMixture
-from cp_megatron.model.transformer import ExpertReport
+from cp_megatron.model.layer import TransformerLayer
+from cp_megatron.model.transformer import ExpertReport, Transformer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +87,7 @@ def _busiest(counts: Sequence[int]) -> float:
 
 
 @torch.no_grad()
-def move_biases(model: nn.Module, counts: Tensor, skip: Tensor | None) -> None:
+def move_biases(model: Transformer, counts: Tensor, skip: Tensor | None) -> None:
     """Moves the biases of experts after a step; the host does not wait for the device.
 
     Args:
@@ -94,15 +95,12 @@ def move_biases(model: nn.Module, counts: Tensor, skip: Tensor | None) -> None:
         counts: int64 [layers with experts, E], those of all ranks.
         skip: bool [], whether everything stays as it is; None always moves.
     """
-    moving = [
-        (number, mixture.router.expert_bias, mixture.spec.balance.bias_rate)
-        for number, mixture in enumerate(_mixtures(model))
-        if mixture.spec.balance.bias_rate is not None
-    ]
-    for number, bias, rate in moving:
-        moved = moved_biases(bias, counts[number], rate)
-        bias.copy_(moved if skip is None else torch.where(skip, bias, moved))
-
-
-def _mixtures(model: nn.Module) -> Iterator[ExpertMixture]:
-    return (module for module in model.modules() if isinstance(module, ExpertMixture))
+    for number, layer in enumerate(model.config.expert_layers):
+        if str(layer) not in model.layers:
+            continue  # on another pipeline stage
+        mixture = cast(TransformerLayer, model.layers[str(layer)]).mlp
+        assert isinstance(mixture, ExpertMixture)
+        if (rate := mixture.spec.balance.bias_rate) is not None:
+            bias = mixture.router.expert_bias
+            moved = moved_biases(bias, counts[number], rate)
+            bias.copy_(moved if skip is None else torch.where(skip, bias, moved))

@@ -16,10 +16,12 @@ import torch
 from cp_megatron.comm.host_numbers import gather_numbers
 from cp_megatron.data.batch.batch import Batch
 from cp_megatron.errors import ConfigError
+from cp_megatron.faults.inject import Faults
 from cp_megatron.kernels.load_kernel import load_kernel
 from cp_megatron.kernels.select import KernelChoice, candidates
 from cp_megatron.preflight.run_plan import RunPlan, kernel_needs
 from cp_megatron.preflight.start import make_context
+from cp_megatron.train.announcement import Announcement
 from cp_megatron.train.loop import Trainer
 from cp_megatron.train.step import TrainStep
 
@@ -85,12 +87,12 @@ def _seconds(step: TrainStep, batch: Batch) -> float:
     """The best time of forward and backward of a micro batch; its gradients are dropped."""
     shard = step.prepare(batch, announced=False)
     step.model.train()
+    announcement = Announcement(num_tokens=1, num_counted=1, num_pairs=0.0, wish=0, waited=0.0)
     found = []
     for _ in range(PASSES):
         _wait(step.device)
         begin = time.perf_counter()
-        objective, _ = step.losses(shard)
-        objective.backward()  # type: ignore[no-untyped-call]
+        step.passes.train([shard], announcement, 0, Faults())
         _wait(step.device)
         found.append(time.perf_counter() - begin)
         step.optimizer.zero_grad()

@@ -36,7 +36,8 @@ from cp_megatron.train.late_results import Judged, Results
 from cp_megatron.train.profiler import StepProfiler
 from cp_megatron.train.progress import ProgressView
 from cp_megatron.train.saving import Saver
-from cp_megatron.train.step import Accept, LaunchedStep, Shard, StepResult, TrainStep
+from cp_megatron.train.shard import Shard
+from cp_megatron.train.step import Accept, LaunchedStep, StepResult, TrainStep
 
 
 class DivergedError(RuntimeError):
@@ -106,8 +107,7 @@ class Trainer:
         lr, is_first = self.plan.learning_rate_at(step), step == self.plan.load_step + 1
         meter = None
         if self.plan.config.memory.memory_report and is_first:
-            trained = self.train_step
-            meter = MemoryMeter(trained.model, trained.optimizer, trained.cp, trained.device)
+            meter = self.train_step.memory_meter(self.plan.num_microbatches)
         with self.profiler.step(step):
             begin = time.perf_counter()
             with meter or nullcontext():

@@ -168,9 +168,9 @@ def choose_optimizer(
     """The optimizer that ``--optimizer`` names.
 
     Args:
-        model: a transformer with sharded parameters.
+        model: a transformer with sharded parameters, or a pipeline stage of one.
         config: the settings.
-        group: all ranks.
+        group: the ranks that share the model, or the pipeline stage of it.
         device: where the model computes.
     """
     vectors = stacked_vectors(model)

@@ -1,4 +1,4 @@
-"""Checks that context and tensor parallel ranks made the same rows.
+"""Checks that ranks which share rows made the same: context and tensor parallel ones, and stages.
 
 Each rank makes its rows from its own copy of the data. At the start of a run, ranks compare
 fingerprints of the data; a copy that differs elsewhere, or goes bad later, shows only in its rows.

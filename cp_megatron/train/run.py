@@ -36,11 +36,13 @@ from cp_megatron.memory.capacity import check_memory
 from cp_megatron.metrics.wandb_log import WandbRun
 from cp_megatron.metrics.writer import MetricsWriter, keep_aside
 from cp_megatron.model.compiled_parts import check_compiler, compile_parts
+from cp_megatron.pipeline import StageLinks
 from cp_megatron.preflight.run_length import repetition
 from cp_megatron.preflight.run_plan import RunPlan
 from cp_megatron.preflight.save_and_load import check_save, fresh_run_folder, model_name
 from cp_megatron.preflight.start import begin, make_context, make_model, read_and_compare
 from cp_megatron.preflight.start_table import print_start
+from cp_megatron.spec import keeps_whole_weights
 from cp_megatron.tensor_parallel import LossRule
 from cp_megatron.train.finish import print_end, show_curves
 from cp_megatron.train.kernel_benchmark import with_fastest_kernel
@@ -196,7 +198,9 @@ def _make_train_step(plan: RunPlan, launch: Launch, control: dist.ProcessGroup) 
     if config.train.compile:
         on_all_ranks(partial(check_compiler, device), control)
         compile_parts(model)
-    optimizer = choose_optimizer(model, config.optimizer, group=groups.world, device=device)
+    links = StageLinks(groups.channels)
+    links.connect(device)
+    optimizer = choose_optimizer(model, config.optimizer, group=groups.stage, device=device)
     if plan.load is not None:
         load_checkpoint(
             plan.load, model=model, optimizer=optimizer, verified=True, process_group=control
@@ -211,12 +215,14 @@ def _make_train_step(plan: RunPlan, launch: Launch, control: dist.ProcessGroup) 
         device=device,
         seed=config.train.seed,
         clip_grad=config.optimizer.clip_grad,
-        sequence_parallel=config.parallel.sequence_parallel,
         rule=LossRule(
             chunk_size=config.memory.loss_chunk_size, z_loss_coeff=config.train.z_loss_coeff
         ),
         sums=ParameterSums(model.named_parameters()) if is_checked else None,
         counts_zeros=config.log.log_num_zeros_in_grad,
+        reduces_once=keeps_whole_weights(config.parallel, plan.grid),
+        stream_dtype=getattr(torch, plan.dtype or "float32"),
+        links=links,
         control=control,
     )
 
@@ -230,6 +236,8 @@ def _make_checks(
         interval=config.train.check_interval,
         parameters=train_step.sums,
         links=train_step.cp.link_sums,
+        stages=train_step.links,
+        tied=train_step.model.spec.head.tied,
         groups=train_step.groups,
         control=control,
         device=train_step.device,

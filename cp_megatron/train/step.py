@@ -16,7 +16,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from functools import cached_property
+from itertools import islice
 
 import torch
 import torch.distributed as dist
@@ -25,25 +26,27 @@ from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
 from cp_megatron.comm.groups import ParallelGroups
-from cp_megatron.comm.host_copies import HostCopy, pinned, to_device
+from cp_megatron.comm.host_copies import HostCopy, pinned
 from cp_megatron.comm.host_numbers import gather_numbers
-from cp_megatron.comm.rng import dropout_seed, hash_text, seed_dropout
+from cp_megatron.comm.rng import hash_text
 from cp_megatron.comm.row_digest import digest_rows
 from cp_megatron.comm.trace import traced
 from cp_megatron.context_parallel import ContextParallel
 from cp_megatron.data.batch.batch import IGNORED, Batch
 from cp_megatron.faults.checks import ParameterSums
 from cp_megatron.faults.inject import Faults
-from cp_megatron.kernels.dropout import Dropout
+from cp_megatron.memory.measure import MemoryMeter
 from cp_megatron.model.row_counts import TokenRows
 from cp_megatron.model.transformer import ExpertReport, Transformer
-from cp_megatron.spec import local_heads
+from cp_megatron.pipeline import StageLinks
 from cp_megatron.tensor_parallel import LossRule
 from cp_megatron.train.announcement import Announcement, announce
-from cp_megatron.train.expert_load import ExpertLoads, flat, move_biases, summed
+from cp_megatron.train.expert_load import ExpertLoads, flat, move_biases
+from cp_megatron.train.microbatch_passes import MicrobatchPasses
 from cp_megatron.train.optimizer import local_values, update
 from cp_megatron.train.row_agreement import check_same_rows, fold
-from cp_megatron.train.whole_model import count_zeros, global_norm, squared_norms
+from cp_megatron.train.shard import Shard
+from cp_megatron.train.whole_model import count_zeros, global_norm, squared_norm
 
 Accept = Callable[[Tensor, Tensor], Tensor]
 """(loss, gradient norm) -> whether the model is updated; [] and bool [], on the device."""
@@ -89,26 +92,6 @@ class LaunchedStep:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shard:
-    """This rank's part of a micro batch, on the CPU (pinned for CUDA), with its attention planned.
-
-    Attributes:
-        num_pairs: attended pairs of a query and a key of the whole rows, divided by the number of
-            ranks that share them; the mean of the layers that attend.
-    """
-
-    cp: ContextParallel  # under the micro batch's mask
-    tokens: Tensor  # int64 [b, S / N]
-    labels: Tensor  # int64 [b, S / N]
-    first_row: int  # the number of the first row in the run
-    row_length: int  # the length of the rows that are concatenated into one; 0 if none are
-    num_valid: int  # tokens of this rank that have a label
-    num_pairs: float
-    digest: int  # of the whole rows and their mask, the same on all ranks that share them
-    rows: TokenRows | None = None  # those of the tokens, [b, S / N], if the model has experts
-
-
-@dataclass(frozen=True, kw_only=True)
 class TrainStep:
     """A model and its optimizer."""
 
@@ -117,13 +100,40 @@ class TrainStep:
     groups: ParallelGroups
     cp: ContextParallel  # for rows without document masks; that of other rows is derived from it
     device: torch.device
-    seed: int  # the run's seed, for dropout; attention dropout is the same on every grid
+    seed: int  # the run's seed, for dropout
     clip_grad: float  # the largest global gradient norm; 0 disables clipping
-    sequence_parallel: bool  # the residual stream is split over tp, and so dropout differs over tp
     rule: LossRule = field(default_factory=LossRule)
+    reduces_once: bool = False  # gradients, over ranks: at the end of a step, not per micro batch
+    stream_dtype: torch.dtype | None = None  # of the residual stream; None: that of the parameters
+    links: StageLinks = field(default_factory=StageLinks)  # between the stages of a pipeline
     sums: ParameterSums | None = None  # only an update may change the sums; None disables them
     counts_zeros: bool = False  # count the numbers of the gradient that are 0
     control: dist.ProcessGroup | None = None  # all ranks, for CPU tensors; None is groups.world
+
+    @cached_property
+    def passes(self) -> MicrobatchPasses:
+        """The passes of micro batches."""
+        return MicrobatchPasses(
+            model=self.model,
+            groups=self.groups,
+            links=self.links,
+            device=self.device,
+            seed=self.seed,
+            rule=self.rule,
+            reduces_once=self.reduces_once,
+            stream_dtype=self.stream_dtype or next(self.model.parameters()).dtype,
+        )
+
+    def memory_meter(self, num_microbatches: int) -> MemoryMeter:
+        """Measures the memory of a step with so many micro batches on this rank."""
+        return MemoryMeter(
+            self.model,
+            self.optimizer,
+            self.cp,
+            self.device,
+            in_flight=self.passes.plan(num_microbatches).in_flight(self.groups.coordinates.pp),
+            links=self.links,
+        )
 
     def prepare(self, batch: Batch, *, announced: bool = True) -> Shard:
         """This rank's part of whole rows, [b, S] -> [b, S / N], with its attention planned.
@@ -206,7 +216,8 @@ class TrainStep:
         """
         faults = faults or Faults()
         self.model.train()
-        total, report = self._backward(shards, announcement, step, faults)
+        total, report = self.passes.train(shards, announcement, step, faults)
+        self._sum_tied_gradients()
         with traced("gradient norm"):
             loss, norm, report = self._loss_and_norm(total, report, announcement)
         accepted = None if accept is None else accept(loss, norm)
@@ -239,51 +250,49 @@ class TrainStep:
         launched = self.launch(shards, announcement, step=step, lr=lr, accept=accept, faults=faults)
         return launched.result()
 
-    def _backward(
-        self, shards: Sequence[Shard], announcement: Announcement, step: int, faults: Faults
-    ) -> tuple[Tensor, ExpertReport | None]:
-        """Adds the gradients of the micro batches; returns the sums of this rank's losses, [], and
-        of what its experts did, if there are some."""
-        total, reports = torch.zeros((), dtype=torch.float64, device=self.device), []
-        for microbatch, shard in enumerate(shards):
-            self._seed_dropout(step, microbatch)
-            objective, losses, *report = self._forward(shard, shard.rows)
-            objective = objective / max(announcement.num_tokens, 1)
-            for terms, counts in report:
-                objective = objective + terms.sum() / max(announcement.num_counted, 1)
-                reports.append(ExpertReport(terms.detach(), counts))
-            if faults.mine:
-                faults.before_backward(step)
-                factor = faults.factor(step)
-                objective, losses = objective * factor, losses * factor
-                if faults.has("raise", step):
-                    objective.register_hook(faults.raises)
-            with traced("backward"):
-                objective.backward()
-            total += losses.sum(dtype=torch.float64)
-        return total, summed(reports)
-
     @torch.no_grad()
     def evaluate(self, shards: Iterable[Shard]) -> float:
         """Mean loss per token, in nats, over the batches of all ranks, without training."""
         self.model.eval()
         total, count = torch.zeros((), dtype=torch.float64, device=self.device), 0
-        digests = []
-        for shard in shards:
-            total += self.losses(shard)[1].sum(dtype=torch.float64)
-            count += shard.num_valid
-            digests.append(shard.digest)
-        counted = (total.item(), count) if self.groups.coordinates.tp == 0 else (0.0, 0)
+        digests, rest = list[int](), iter(shards)
+        # A few at a time fill a pipeline; one rank needs no more than one.
+        number = 4 * self.groups.grid.pp if self.groups.grid.pp > 1 else 1
+        while some := list(islice(rest, number)):
+            for found in self.passes.losses(some):
+                total += found.sum(dtype=torch.float64)
+            count += sum(shard.num_valid for shard in some) if self._counts_tokens else 0
+            digests += [shard.digest for shard in some]
+        self._reshard()  # the root, and what lasts for a step, is still whole
+        counted = (total.item() if self.groups.coordinates.tp == 0 else 0.0, count)
         folded, losses, counts = zip(*gather_numbers((fold(digests), *counted), self._control))
         check_same_rows(folded, self.groups.grid)
         return sum(losses) / max(sum(counts), 1)
 
     def params_norm(self) -> float:
         """The L2 norm of all parameters of the model, the same on every rank."""
+        self._reshard()
+        return global_norm(self._own(self.model.parameters()), self.groups, self.device)
+
+    def _reshard(self) -> None:
+        """Lets FSDP free whole weights, as after the last backward pass of a step."""
         for module in self.model.modules():
             if isinstance(module, FSDPModule):
-                module.reshard()  # after an evaluation, the root still holds whole weights
-        return global_norm(self.model.parameters(), self.groups.world, self.device)
+                module.reshard()
+
+    def _own(self, parameters: Iterable[Tensor]) -> list[Tensor]:
+        """Those that no earlier stage has as well."""
+        model = self.model
+        assert model.embedding is not None or not model.copies_embedding
+        copied = model.embedding.weight if model.embedding and model.copies_embedding else None
+        return [parameter for parameter in parameters if parameter is not copied]
+
+    def _sum_tied_gradients(self) -> None:
+        """Adds the gradients of a weight that embedding and head share from different stages."""
+        ends, embedding = self.groups.ends, self.model.embedding
+        if ends is not None and embedding is not None and self.model.spec.head.tied:
+            assert embedding.weight.grad is not None
+            dist.all_reduce(local_values(embedding.weight.grad), group=ends)
 
     @torch.no_grad()
     def is_finite(self) -> bool:
@@ -292,28 +301,6 @@ class TrainStep:
         for parameter in self.model.parameters():
             finite &= local_values(parameter).isfinite().all()
         return bool(finite.item())
-
-    def losses(self, shard: Shard) -> tuple[Tensor, Tensor]:
-        """The objective, [], and the losses of this rank's tokens, [b, S / N]; 0 without label."""
-        objective, losses = self._forward(shard, None)
-        return objective, losses
-
-    def _forward(self, shard: Shard, rows: TokenRows | None) -> tuple[Any, ...]:
-        """``losses``; with the rows of the tokens, an ``ExpertReport`` as well."""
-        tokens, labels = (to_device(x, self.device) for x in (shard.tokens, shard.labels))
-        if rows is not None:
-            rows = replace(rows, numbers=to_device(rows.numbers, self.device))
-        dropout = self._attention_dropout(shard) if self.model.training else None
-        with traced("forward"):
-            found: tuple[Any, ...] = self.model(
-                tokens,
-                cp=shard.cp,
-                attention_dropout=dropout,
-                labels=labels,
-                rule=self.rule,
-                rows=rows,
-            )
-        return found
 
     def _loss_and_norm(
         self, total: Tensor, report: ExpertReport | None, announcement: Announcement
@@ -325,14 +312,14 @@ class TrainStep:
         counts are exact in float64.
         """
         share = total if self.groups.coordinates.tp == 0 else torch.zeros_like(total)
-        squares = squared_norms(self._gradients(), self.groups.world, self.device)
+        squares = squared_norm(self._gradients(), self.groups, self.device)
         numbers = torch.stack([share, (~total.isfinite()).double()])
-        parts = [numbers, *flat(report), squares.double()]
+        parts = [numbers, *flat(report), squares.view(1)]
         totals = torch.cat(parts)
         if self.groups.grid.world_size > 1:
             dist.all_reduce(totals, group=self.groups.world)
         (loss, num_broken), *found, squared = totals.split([len(part) for part in parts])
-        norm = torch.linalg.vector_norm(squared.to(squares.dtype).sqrt())
+        norm = squared.squeeze(0).sqrt()
         if report is not None:
             terms, counts = found
             terms = terms / max(announcement.num_counted, 1)
@@ -341,7 +328,8 @@ class TrainStep:
         return loss.masked_fill(num_broken > 0, math.nan), norm, report
 
     def _gradients(self) -> list[Tensor]:
-        return [p.grad for p in self.model.parameters() if p.grad is not None]
+        parameters = self._own(self.model.parameters())
+        return [parameter.grad for parameter in parameters if parameter.grad is not None]
 
     def _update(
         self, lr: float, norm: Tensor, accepted: Tensor | None, report: ExpertReport | None
@@ -356,7 +344,7 @@ class TrainStep:
         if self.clip_grad > 0:  # as in torch.nn.utils.clip_grad_norm_
             factor = (self.clip_grad / (norm + 1e-6)).clamp(max=1)
         if self.counts_zeros:
-            num_zeros = count_zeros(self._gradients(), self.groups.world, self.device)
+            num_zeros = count_zeros(self._gradients(), self.groups, self.device)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         if self.sums is not None:
@@ -371,29 +359,15 @@ class TrainStep:
         return num_zeros
 
     @property
+    def _counts_tokens(self) -> bool:
+        """Whether this rank counts its tokens, which other ranks and stages have as well."""
+        place = self.groups.coordinates
+        return place.tp == 0 and place.pp == 0
+
+    @property
     def _has_experts(self) -> bool:
         return bool(self.model.config.expert_layers)
 
     @property
     def _control(self) -> dist.ProcessGroup:
         return self.groups.world if self.control is None else self.control
-
-    def _attention_dropout(self, shard: Shard) -> Dropout | None:
-        model, place, tp = self.model.config, self.groups.coordinates, self.groups.grid.tp
-        if not model.attention_dropout:
-            return None
-        return Dropout(
-            model.attention_dropout,
-            seed=self.seed,
-            batch0=shard.first_row,
-            row_length=shard.row_length,
-            head0=place.tp * local_heads(model, tp).heads,
-        )
-
-    def _seed_dropout(self, step: int, microbatch: int) -> None:
-        place = self.groups.coordinates
-        tp, step = place.tp if self.sequence_parallel else None, step - 1  # counted from 0
-        seed = dropout_seed(
-            seed=self.seed, step=step, microbatch=microbatch, dp=place.dp, cp=place.cp, tp=tp
-        )
-        seed_dropout(seed, self.device)

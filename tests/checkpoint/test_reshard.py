@@ -79,7 +79,7 @@ def test_every_rank_writes_its_part_once() -> None:
         "manifest.json",
         *(f"rank-{rank:05d}.safetensors" for rank in range(4)),
     ]
-    assert manifest.grid == {"dp": 1, "cp": 2, "tp": 2}
+    assert manifest.grid == {"pp": 1, "dp": 1, "cp": 2, "tp": 2}
     column = manifest.tensors["model.column"]
     assert [chunk.sizes for chunk in column.chunks] == [(3, 6)] * 4
     assert len({chunk.file for chunk in column.chunks}) == 4

@@ -19,6 +19,7 @@ from cp_megatron.errors import CombinedError, ConfigError
 SIZES = "--num-layers 40 --hidden-size 5120 --num-attention-heads 40"
 KNOWN = {row.flag for row in [*settings().values(), *settings_of(LaunchOptions)]}
 KNOWN |= {row.off_flag for row in settings().values() if row.kind == "bool"}
+ALIASES = {"--layernorm-epsilon", "--pipeline-model-parallel-size"}
 
 
 def read(line: str) -> Arguments:
@@ -99,6 +100,24 @@ def test_a_family_of_flags_has_one_answer() -> None:
 
 FREQUENT: Mapping[str, str] = {
     "--pipeline-model-parallel-size 1": "",
+    "--pipeline-model-parallel-size 4": "--pipeline-parallel-size 4",
+    "--num-layers 40 --pipeline-parallel-size 4 --num-layers-per-virtual-pipeline-stage 5": (
+        "--num-layers 40 --pipeline-parallel-size 4 --num-virtual-stages-per-pipeline-rank 2"
+    ),
+    "--pipeline-model-parallel-size 41 --num-layers-per-virtual-pipeline-stage 1"
+    " --account-for-embedding-in-pipeline-split": (
+        "--pipeline-parallel-size 41 --num-virtual-stages-per-pipeline-rank 1"
+    ),
+    "--num-layers 40 --pipeline-model-parallel-size 4 --decoder-first-pipeline-num-layers 11"
+    " --decoder-last-pipeline-num-layers 9": (
+        "--num-layers 40 --pipeline-parallel-size 4"
+        " --pipeline-model-parallel-layout Et*11|t*10|t*10|t*9L"
+    ),
+    "--num-layers 40 --pipeline-model-parallel-size 4 --decoder-last-pipeline-num-layers 7": (
+        "--num-layers 40 --pipeline-parallel-size 4"
+        " --pipeline-model-parallel-layout Et*11|t*11|t*11|t*7L"
+    ),
+    "--account-for-loss-in-pipeline-split --overlap-p2p-communication-warmup-flush": "",
     "--use-distributed-optimizer": "",
     "--transformer-impl transformer_engine": "",
     "--transformer-impl local": "",
@@ -210,17 +229,30 @@ def test_a_frequent_flag_means_what_it_says(line: str, meaning: str) -> None:
     found, expected = read(f"{SIZES} {line}"), read(f"{SIZES} {meaning}")
     assert found.config == expected.config
     foreign = {word for word in line.split() if word.startswith("--")} - KNOWN
-    silent = line.endswith("false") or (foreign <= {"--layernorm-epsilon"} and "[" not in line)
+    is_computed = "[" in line or "num-layers-per" in line or "--decoder-" in line
+    silent = line.endswith("false") or (foreign <= ALIASES and not is_computed)
     assert (len(found.notes) > len(expected.notes)) == (not silent)
 
 
+STAGES = "--num-layers 40 --pipeline-model-parallel-size"
 _WEIGHTS_ONLY = "launch/convert.py --load RUN --output DIR, then --load-hf DIR"
 
 
 @pytest.mark.parametrize(
     ("line", "works"),
     [
-        ("--pipeline-model-parallel-size 4", "--pipeline-model-parallel-size 1"),
+        ("--num-layers-per-virtual-pipeline-stage 5", "--num-layers and"),
+        (f"{STAGES} 3 --num-layers-per-virtual-pipeline-stage 5", "--num-virtual-stages-per"),
+        (f"{STAGES} 1 --decoder-first-pipeline-num-layers 5", "leave it out"),
+        (f"{STAGES} 4 --decoder-first-pipeline-num-layers 9", "--pipeline-model-parallel-layout"),
+        (f"{STAGES} 2 --decoder-last-pipeline-num-layers 0", "--pipeline-model-parallel-layout"),
+        (
+            f"{STAGES} 4 --decoder-first-pipeline-num-layers 10"
+            " --num-virtual-stages-per-pipeline-rank 2",
+            "--pipeline-model-parallel-layout",
+        ),
+        (f"{STAGES} 4 --standalone-embedding-stage", "--pipeline-model-parallel-layout"),
+        ("--encoder-pipeline-model-parallel-size 2", "leave the flag out"),
         ("--optimizer sgd", "adam, muon"),
         ("--squared-relu", "--swiglu"),
         ("--muon-tp-mode blockwise", "--muon-tp-mode duplicated"),

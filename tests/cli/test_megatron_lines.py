@@ -62,7 +62,7 @@ COUNTS = {name: count for count, names in COUNTED.items() for name in names.spli
 
 # What these lines ask for and does not exist here.
 ABSENT = {
-    *("--pipeline-model-parallel-size", "--fp8-format", "--decoupled-lr"),
+    *("--fp8-format", "--decoupled-lr"),
     "--moe-pad-expert-input-to-capacity",
     *("--rampup-batch-size", "--squared-relu", "--dataloader-type"),
     *("--eod-mask-loss", "--tokenizer-type"),
@@ -85,6 +85,7 @@ SMALL: Mapping[str, str] = {
     "--vocab-size": "400",
     "--recompute-num-layers": "1",
     "--tensor-model-parallel-size": "1",
+    "--pipeline-model-parallel-size": "1",
     "--context-parallel-size": "2",
     "--micro-batch-size": "1",
     "--global-batch-size": "2",
@@ -186,6 +187,8 @@ def shrunk(line: MegatronLine, folder: Path) -> list[str]:
 
     words = ["--device", "cpu"]
     for flag, values in split_words(accepted(line)):
+        if flag == "--num-layers-per-virtual-pipeline-stage":
+            continue
         values = [SMALL[flag]] if flag in SMALL else values
         # The ranks may have been started in another folder.
         words += [flag, *(str(folder / v) if is_file(v) else v for v in values)]

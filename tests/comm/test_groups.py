@@ -46,7 +46,9 @@ def test_four_ranks() -> None:
     assert by_group(found, "dp") == [[0], [1], [2], [3]]
     assert by_group(found, "dp_cp") == [[0, 2], [1, 3]]
     places = [(0, 0), (0, 1), (1, 0), (1, 1)]
-    assert [place for place, _, _ in found] == [Coordinates(dp=0, cp=c, tp=t) for c, t in places]
+    assert [place for place, _, _ in found] == [
+        Coordinates(pp=0, dp=0, cp=c, tp=t) for c, t in places
+    ]
 
 
 @pytest.mark.parametrize("grid", [Grid(dp=4), Grid(cp=4), Grid(tp=4), Grid(dp=2, tp=2)])
@@ -63,12 +65,12 @@ def test_eight_ranks() -> None:
     assert by_group(found, "cp") == [[0, 2], [1, 3], [4, 6], [5, 7]]
     assert by_group(found, "dp") == [[0, 4], [1, 5], [2, 6], [3, 7]]
     assert by_group(found, "dp_cp") == [[0, 2, 4, 6], [1, 3, 5, 7]]
-    assert found[6][0] == Coordinates(dp=1, cp=1, tp=0)
+    assert found[6][0] == Coordinates(pp=0, dp=1, cp=1, tp=0)
 
 
 def test_one_rank_has_groups_too() -> None:
     ((place, ranks, _),) = run_ranks(groups_of, 1, Grid())
-    assert place == Coordinates(dp=0, cp=0, tp=0)
+    assert place == Coordinates(pp=0, dp=0, cp=0, tp=0)
     assert ranks == {axis: [0] for axis in AXES}
 
 

@@ -169,7 +169,7 @@ def test_returned_gradients_are_the_reduce_scatter(mask: str, route: str, layout
 
 # ---- only attention knows the group --------------------------------------------------------------
 
-LOCAL = (Norm, MLP, nn.Dropout, ColumnParallelLinear, RowParallelLinear)
+LOCAL = (Norm, MLP, ColumnParallelLinear, RowParallelLinear)
 KNOWS = (dist.ProcessGroup, DeviceMesh, ParallelGroups, TensorParallel, ContextParallel)
 
 
@@ -216,10 +216,8 @@ def modules_without_groups(rank: int, world_size: int, llama: bool) -> dict[str,
 
 
 @pytest.mark.parametrize("llama", [False, True])
-def test_norms_mlp_and_dropout_never_hold_or_get_a_group(llama: bool) -> None:
+def test_norms_and_mlp_never_hold_or_get_a_group(llama: bool) -> None:
     for calls in run_ranks(modules_without_groups, 4, llama):
         assert calls["Norm"] == 2 * 2 + 1
         assert calls["MLP"] == 2
         assert calls["RowParallelLinear"] == 2 * 2
-        # Without dropout, what a mixer adds goes to the norm of the MLP as it is.
-        assert calls["Dropout"] == 1 + 2

@@ -11,7 +11,8 @@ from cp_megatron.plan import Grid
 from cp_megatron.train.announcement import Announcement
 from cp_megatron.train.loop import DivergedError
 from cp_megatron.train.optimizer import local_values
-from cp_megatron.train.step import LaunchedStep, Shard, TrainStep
+from cp_megatron.train.shard import Shard
+from cp_megatron.train.step import LaunchedStep, TrainStep
 from tests.context_parallel.test_link_sums import flipping
 from tests.ranks import run_ranks
 from tests.train.checkpoints import differing

@@ -8,8 +8,10 @@ from torch import Tensor
 
 from cp_megatron.kernels import gated as gated_seam
 from cp_megatron.kernels import rms_norm as norm_seam
+from cp_megatron.kernels.dropout import Dropout
 from cp_megatron.kernels.gated import GatedFunction, gated
 from cp_megatron.kernels.rms_norm import add_rms_norm, rms_norm
+from cp_megatron.kernels.stream_dropout import StreamDropout
 
 pytestmark = pytest.mark.gpu
 
@@ -82,3 +84,21 @@ def test_norms_and_their_gradients(shape: tuple[int, ...], adds: bool) -> None:
     assert_rounded(out, plain.detach(), atol=1e-5)
     assert_rounded(found[0], dx, atol=1e-4)
     assert error(found[2], dweight) < ROUNDING
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(2, 300, 1000), (1, 33, 5120)], ids=str)
+def test_hidden_dropout_drops_what_the_cpu_drops(
+    shape: tuple[int, int, int], dtype: torch.dtype
+) -> None:
+    x, dropout = drawn(*shape).to(dtype), Dropout(0.3, seed=(1 << 62) + 5, batch0=7)
+    found = []
+    for device in ("cuda", "cpu"):
+        leaf = x.to(device).requires_grad_()
+        made = StreamDropout.of(dropout, torch.arange(shape[1], device=device), shape[0])
+        out = made.in_layer(3)[1](leaf)
+        out.backward(x.to(device).flip(2))
+        assert leaf.grad is not None
+        found.append((out.cpu(), leaf.grad.cpu()))
+    for mine, its in zip(*found, strict=True):
+        assert torch.equal(mine, its)

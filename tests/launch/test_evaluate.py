@@ -24,6 +24,7 @@ from cp_megatron.cli.programs import EVALUATE, EvaluationOptions
 from cp_megatron.comm.runtime import Launch
 from cp_megatron.comm.signals import StopRequest
 from cp_megatron.config.files.folder_lock import FolderLock
+from cp_megatron.config.files.yaml_io import overlay
 from cp_megatron.errors import ConfigError
 from cp_megatron.evaluate import run_evaluation as evaluation_run
 from cp_megatron.evaluate.check_evaluation import EvaluationSetup, check_evaluation
@@ -31,6 +32,7 @@ from cp_megatron.evaluate.results import EvaluationResults
 from cp_megatron.evaluate.run_evaluation import evaluate
 from cp_megatron.metrics import plots
 from cp_megatron.model.transformer import Transformer
+from cp_megatron.plan import Grid
 from tests.launch.test_end_to_end import Ended, ours_in_trace, run
 from tests.ranks import run_ranks
 from tests.train.test_loop import train
@@ -95,7 +97,7 @@ def test_two_ranks_have_the_same_results(folder: Path, alone: tuple[Ended, Any])
     assert "rows of 750 tokens are padded to 752" in ended.out
     found = json.loads((folder / "two" / "results.json").read_text())
     assert sorted(path.name for path in (folder / "two").iterdir()) == ["results.json"]
-    assert found.pop("grid") == {"dp": 1, "cp": 2, "tp": 1}
+    assert found.pop("grid") == {"pp": 1, "dp": 1, "cp": 2, "tp": 1}
     assert near(found, {key: value for key, value in alone[1].items() if key != "grid"})
 
 
@@ -104,6 +106,17 @@ def planned(folder: Path, *argv: str) -> EvaluationSetup:
     arguments = parse_arguments(argv, program=EVALUATE)
     options = cast(EvaluationOptions, arguments.options)
     return check_evaluation(arguments.config, options, Launch(), given=arguments.given)
+
+
+def test_a_run_on_stages_is_evaluated_without_stages(folder: Path) -> None:
+    argv = ["--load", str(folder / "run"), "--output", str(folder / "new"), *FLAGS]
+    arguments = parse_arguments(argv, program=EVALUATE)
+    stages = {"pipeline_parallel_size": 2, "pipeline_model_parallel_layout": "Et|L"}
+    config = overlay(arguments.config, stages)
+    options = cast(EvaluationOptions, arguments.options)
+    setup = check_evaluation(config, options, Launch(), given=arguments.given)
+    assert setup.longest.grid == Grid()
+    assert setup.longest.stages.num_stages == 1
 
 
 @pytest.mark.parametrize(
@@ -117,6 +130,12 @@ def planned(folder: Path, *argv: str) -> EvaluationSetup:
         (["--sequence-parallel"], "--sequence-parallel: has no effect"),
         (["--compile"], "--compile: has no effect"),
         (["--kernel-benchmark"], "--kernel-benchmark: has no effect"),
+        (
+            ["--pipeline-model-parallel-size", "2"],
+            "--pipeline-parallel-size: has no .*any checkpoint loads on a grid without pipeline",
+        ),
+        (["--pipeline-model-parallel-layout", "EtL"], "layout: has no effect on an evaluation"),
+        (["--fsdp-reshard", "never"], "--fsdp-reshard: has no effect on an evaluation"),
         (["--moe-aux-loss-coeff", "1"], "--moe-aux-loss-coeff: has no effect on an evaluation"),
         (["--hidden-size", "64"], "is of another model"),
         (["--dtype", "float64"], "--dtype float64: the checkpoint's weights are float32"),

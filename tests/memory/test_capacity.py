@@ -24,6 +24,10 @@ PLAIN = Launch()
 FLAGS = ["--preset", "toy-gpt", "--device", "cpu"]
 
 
+def _least_bytes(plan: RunPlan) -> int:
+    return capacity._least_of_several(plan, 1)
+
+
 def planned(*argv: str, launch: Launch = ONE, dry_run: bool = False) -> RunPlan:
     found = parse_arguments([*FLAGS, *argv])
     return check(found.config, launch, given=found.given, dry_run=dry_run)
@@ -84,7 +88,7 @@ def _notes(plan: RunPlan, launch: Launch, *, dry_run: bool = False) -> tuple[str
 
 def test_ranks_that_share_a_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     one, two = planned(), planned(launch=TWO)
-    needed = capacity._least_bytes(two)
+    needed = _least_bytes(two)
     monkeypatch.setattr(capacity, "machine_bytes", lambda: 2 * needed)
     assert not [note for note in _notes(two, TWO) if note.startswith("memory")]
     assert [note for note in _notes(two, TWO, dry_run=True) if note.startswith("memory: 2 ranks")]
@@ -105,7 +109,7 @@ def test_offloaded_memory_is_not_counted() -> None:
     for name, flags in {"all": cuda, "lean": lean}.items():
         plan = check(parse_arguments(["--preset", "toy-gpt", *flags]).config, PLAIN, dry_run=True)
         rows = predict(plan, 0)
-        found[name] = capacity._least_bytes(plan)
+        found[name] = _least_bytes(plan)
         here = [row for row in rows if "on the host" not in (row.kind, row.detail)]
         sums = {kind: sum(r.num_bytes for r in here if r.kind == kind) for kind in KINDS}
         most = max(sums["gradients"], sums["gathered weights"] + sums["activations"])
@@ -116,11 +120,8 @@ def test_offloaded_memory_is_not_counted() -> None:
 def test_accumulated_gradients_are_added_to_the_activations() -> None:
     one, two = (planned("--micro-batch-size", "1", "--global-batch-size", n) for n in "12")
     gradients = next(row.num_bytes for row in predict(one, 0) if row.kind == "gradients")
-    forward = capacity._least_bytes(two) - gradients
-    assert (
-        0 < capacity._least_bytes(one) - forward <= gradients
-        or capacity._least_bytes(one) == forward
-    )
+    forward = _least_bytes(two) - gradients
+    assert 0 < _least_bytes(one) - forward <= gradients or _least_bytes(one) == forward
 
 
 def test_a_plan_for_another_machine_is_not_refused_by_this_one(

@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from cp_megatron.memory import predict as kinds
+from cp_megatron.memory import kinds
+from cp_megatron.memory.kinds import Held
 from cp_megatron.memory.live_bytes import LiveBytes
 from cp_megatron.memory.measure import MemoryMeter
-from cp_megatron.memory.predict import Held, predict
-from cp_megatron.train.step import Shard, TrainStep
+from cp_megatron.memory.predict import predict
+from cp_megatron.train.shard import Shard
+from cp_megatron.train.step import TrainStep
 from tests.allocations import counting_memory
 from tests.ranks import run_ranks
 from tests.train.checkpoints import differing, metrics_of, numbers
@@ -29,7 +31,8 @@ KEEPS = ["--recompute-keeps-attention"]
 SELECTIVE, FULL = (["--recompute-granularity", name] for name in ("selective", "full"))
 FIRST = ["--recompute-num-layers", "1"]
 TILES, CHUNKS = ["--mlp-tile-size", "24"], ["--loss-chunk-size", "24"]
-DROPOUT = ["--hidden-dropout", "0.1", "--attention-dropout", "0.1"]
+HIDDEN = ["--hidden-dropout", "0.1"]
+DROPOUT = [*HIDDEN, "--attention-dropout", "0.1"]
 EACH_HEAD, ALL_HEADS = (
     ["--qk-layernorm", "--qk-norm-scope", scope] for scope in ("each_head", "all_heads")
 )
@@ -55,13 +58,49 @@ AUX = ["--moe-aux-loss-coeff", "0.1", "--moe-z-loss-coeff", "0.01"]
 SHARED = ["--moe-shared-expert-intermediate-size", "20", "--moe-shared-expert-gate"]
 SIGMOID = ["--moe-router-score-function", "sigmoid", "--moe-router-enable-expert-bias"]
 
+PP2, PP4 = (["--pipeline-parallel-size", size] for size in ("2", "4"))
+LAYERS4, LAYERS8 = (["--num-layers", number] for number in ("4", "8"))
+INTERLEAVED = ["--num-virtual-stages-per-pipeline-rank", "2"]
+ALWAYS, NEVER = (["--fsdp-reshard", when] for when in ("always", "never"))
+LAYOUT = ["--pipeline-model-parallel-layout"]
+MICRO = ["--micro-batch-size", "1"]
+UNTIED, TIED = "--untie-embeddings-and-output-weights", "--no-untie-embeddings-and-output-weights"
+OFFLOADS = ["--cpu-offloading", "--optimizer-cpu-offload"]
+
+PIPELINES = [
+    (2, [*GPT, *PP2, *BF16, *MICRO, *DROPOUT]),
+    (2, [*LLAMA, *PP2, *BF16, *GEMMA, *MICRO, *LAYERS4, *SELECTIVE, *FIRST, "--optimizer", "muon"]),
+    (2, [*LLAMA, *PP2, *LAYERS4, *INTERLEAVED, *MICRO, *LINEAR, *GATED, *BF16]),
+    (4, [*LLAMA, *PP4, *LAYERS8, *MICRO, TIED]),
+    (4, [*LLAMA, *PP2, *CP2, *MICRO, "--window-size", "9", "0", "--window-layers", "1"]),
+    (4, [*GPT, *PP2, *TP2, *SP, *BF16, *MICRO]),
+    (4, [*LLAMA, *PP2, *BF16, *MICRO, *LAYERS4, *INTERLEAVED, TIED]),
+    (4, [*LLAMA, *PP2, *MICRO, *ALWAYS]),
+    (2, [*LLAMA, *MICRO, *BF16, *NEVER]),
+]
+SLOW_PIPELINES = [
+    (2, [*GPT, *PP2, *BF16, *MICRO, "--apply-layernorm-1p", UNTIED, *LAYERS4, *INTERLEAVED]),
+    (2, [*LLAMA, *PP2, *MICRO, *FULL, *OFFLOADS]),
+    (2, [*LLAMA, *PP2, *MICRO, *FULL, *KEEPS, *OFFLOADS, *LAYERS4, *INTERLEAVED]),
+    (2, [*LLAMA, *PP2, *MICRO, *LAYOUT, "E|ttL"]),
+    (2, [*GPT, *PP2, *BF16, "--apply-layernorm-1p", *MICRO, *LAYOUT, "Ett|L", *FULL]),
+    (2, [*GPT, *PP2, *LAYOUT, "E|t|t|L", "--micro-batch-size", "4"]),
+    (2, [*LLAMA, *PP2, *MICRO, *MOE, *AUX, *SHARED, "--moe-layer-freq", "2", *LAYERS4]),
+    (4, [*LLAMA, *PP2, *MICRO, *BF16, *LINEAR, *LAYERS4, "--optimizer", "muon"]),
+    (4, [*LLAMA, *PP2, *BF16, "--data-parallel-replicate-size", "2"]),
+    (4, [*LLAMA, *PP2, "--micro-batch-size", "2", *LAYERS4, *INTERLEAVED]),
+    (4, [*LLAMA, *PP2, *TP2, *SP, *LAYERS4, *INTERLEAVED, *MICRO, *ALWAYS, *POST]),
+    (4, [*LLAMA, *PP4, *LAYERS8, *INTERLEAVED, *MICRO, "--dtype", "float64", *SELECTIVE]),
+    (4, [*LLAMA, *CP2, *MICRO, *NEVER, "--global-batch-size", "8"]),
+    (4, [*LLAMA, *MICRO, *BF16, *NEVER, *TP2, *SP, *LINEAR, *GATED]),
+]
 CASES = [
     (1, [*LLAMA, *MOE, *AUX, *SHARED, "--moe-layer-freq", "2"]),
     (1, [*LLAMA, *MOE, *SIGMOID, *AUX, *BF16]),
     (2, [*LLAMA, *MOE, *TP2, *SP, *SIGMOID, *SHARED, *BF16, *SELECTIVE, *FIRST]),
     (1, GPT),
     (1, [*LLAMA, *BF16, *TILES, *CHUNKS, "--qk-layernorm", *CAPPED]),
-    (1, [*GPT, *BF16, *SELECTIVE, *ROWS]),
+    (1, [*GPT, *BF16, *SELECTIVE, *ROWS, *HIDDEN]),
     (1, [*LLAMA, *BF16, *SELECTIVE, *FIRST, *TILES]),
     (1, [*LLAMA, *FULL, *FIRST, "--cpu-offloading", "--optimizer-cpu-offload"]),
     (1, [*LLAMA, *FULL, *FIRST, *KEEPS, "--cpu-offloading"]),
@@ -76,7 +115,7 @@ CASES = [
     (2, [*LLAMA, *CP2, *A2A, *BF16, *FULL, *KEEPS, "--num-query-groups", "4"]),
     (2, [*LLAMA, *BF16, "--data-parallel-replicate-size", "2"]),
     (4, [*LLAMA, *CP2, "--data-parallel-replicate-size", "2"]),
-    (4, [*GPT, *TP2, *CP2, *SP, *FULL, *TILES, *CHUNKS]),
+    (4, [*GPT, *TP2, *CP2, *SP, *FULL, *TILES, *CHUNKS, *HIDDEN]),
     (4, [*LLAMA, *TP2, *CP2, *BF16, *ROWS, *ROWS]),
     (4, [*LLAMA, *CP4, "--window-size", "9", "0", "--window-layers", "1"]),
     (4, [*LLAMA, *CP4, *LEVELS]),
@@ -105,6 +144,8 @@ SLOW = [
     (4, [*LLAMA, *CP4, *MLA, *A2A]),
 ]
 
+LONG = [*SLOW, *SLOW_PIPELINES]
+
 
 def words_of(value: object) -> str:
     """A case's name."""
@@ -118,8 +159,10 @@ class Place:
     folder: Path
 
     def argv(self, save: str, *flags: str) -> list[str]:
-        words = ["--num-layers", "2", "--hidden-size", "32", "--num-attention-heads", "4"]
-        words += ["--seq-length", "64", "--global-batch-size", "4", "--lr-warmup-iters", "0"]
+        words = ["--hidden-size", "32", "--num-attention-heads", "4"]
+        for name, value in (("--num-layers", "2"), ("--global-batch-size", "4")):
+            words += [] if name in flags else [name, value]
+        words += ["--seq-length", "64", "--lr-warmup-iters", "0"]
         words += ["--train-iters", "2", "--eval-iters", "0", "--log-interval", "1"]
         words += ["--device", "cpu", "--data-path", str(self.folder / "text.txt")]
         words += [] if "--preset" in flags else LLAMA
@@ -140,17 +183,13 @@ def prepared(rank: int, world_size: int, argv: list[str]) -> tuple[TrainStep, li
     return run.train_step, [run.train_step.prepare(batch) for batch in batches], run.plan
 
 
-def meter_of(step: TrainStep) -> MemoryMeter:
-    return MemoryMeter(step.model, step.optimizer, step.cp, step.device)
-
-
 def measured(
     rank: int, world_size: int, argv: list[str], forward_alone: bool = False
 ) -> tuple[tuple[Held, ...], tuple[Held, ...]]:
     """The predicted and the measured bytes of this rank."""
     train_step, shards, plan = prepared(rank, world_size, argv)
     with pytest.MonkeyPatch.context() as patch:
-        meter = meter_of(train_step)
+        meter = train_step.memory_meter(len(shards))
         if forward_alone:
             patch.setattr(meter, "_on_cuda", True)
             patch.setattr(torch.cuda, "memory_allocated", lambda _: 1)
@@ -167,7 +206,7 @@ def by_name(held: tuple[Held, ...]) -> dict[tuple[str, str], int]:
 
 @pytest.mark.parametrize(
     ("world_size", "flags"),
-    [*CASES, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)],
+    [*CASES, *PIPELINES, *(pytest.param(*case, marks=pytest.mark.slow) for case in LONG)],
     ids=words_of,
 )
 def test_measured_is_predicted_to_the_byte(place: Place, world_size: int, flags: list[str]) -> None:
@@ -176,9 +215,14 @@ def test_measured_is_predicted_to_the_byte(place: Place, world_size: int, flags:
         assert by_name(found[:-1]) == by_name(predicted)
 
 
-def test_documents_change_the_exchange_alone(place: Place) -> None:
-    argv = place.argv("run", *CP2, "--document-mask", *ROWS)
-    for predicted, found in run_ranks(measured, 2, argv):
+@pytest.mark.parametrize(
+    ("world_size", "flags"), [(2, [*CP2, *ROWS]), (4, [*CP2, *PP2, *MICRO, *SELECTIVE])]
+)
+def test_documents_change_the_exchange_alone(
+    place: Place, world_size: int, flags: list[str]
+) -> None:
+    argv = place.argv("run", "--document-mask", *flags)
+    for predicted, found in run_ranks(measured, world_size, argv):
         differ = {
             row.kind
             for row, other in zip(predicted, found[:-1], strict=True)
@@ -203,7 +247,7 @@ def peaks(rank: int, world_size: int, one: list[str], other: list[str]) -> tuple
     with counting_memory() as count:
         train_step.run(shards, step=0, lr=0.0)
     train_step, shards, _ = prepared(rank, world_size, other)
-    with meter_of(train_step) as meter:
+    with train_step.memory_meter(len(shards)) as meter:
         train_step.run(shards, step=0, lr=0.0)
     found = by_name(meter.held())
     return found[kinds.PEAK, ""] - found[kinds.PARAMETERS, ""], count.peak
@@ -220,6 +264,7 @@ def test_the_peak_is_all_but_what_operations_take_inside(place: Place) -> None:
     [
         [*TP2, *CP2, *SP, *FULL],
         pytest.param([*CP4, *DROPOUT, *ROWS, *ROWS], marks=pytest.mark.slow),
+        pytest.param([*PP2, *LAYERS4, *INTERLEAVED, *MICRO], marks=pytest.mark.slow),
     ],
 )
 def test_looking_changes_no_bit(place: Place, flags: list[str]) -> None:

@@ -12,9 +12,10 @@ from rich.console import Console
 from cp_megatron.cli.parse import parse_arguments
 from cp_megatron.comm.runtime import Launch
 from cp_megatron.config import tokens_with_logits
-from cp_megatron.memory import predict as kinds
+from cp_megatron.memory import kinds
+from cp_megatron.memory.kinds import Held
 from cp_megatron.memory.memory_report import MemoryReport, predict_report, print_prediction
-from cp_megatron.memory.predict import Held, predict, predict_ranks
+from cp_megatron.memory.predict import expert_rows, predict, predict_ranks
 from cp_megatron.preflight.check import check
 from cp_megatron.preflight.run_plan import RunPlan
 from cp_megatron.spec import ModelSpec
@@ -61,7 +62,7 @@ def test_a_step_counted_by_hand() -> None:
     assert found[kinds.PARAMETERS] == found[kinds.GRADIENTS] == 4 * number
     assert found[kinds.OPTIMIZER] == 8 * number + 4 * (1 + 1 + L * 9)
     assert found[kinds.GATHERED] == 2 * (V // 2 * H + H)
-    assert found[kinds.DROPOUT] == found[kinds.INPUTS] == found[kinds.OTHER] == 0
+    assert found[kinds.INPUTS] == found[kinds.OTHER] == 0
 
 
 @pytest.mark.parametrize(
@@ -109,11 +110,11 @@ def test_rooms_of_a_ring_counted_by_hand() -> None:
     assert bytes_of(plan, 1)[kinds.EXCHANGE] == (64 + 32 + 32 + 64) * token
 
 
-def test_cuda_keeps_less_of_masks() -> None:
+def test_no_device_keeps_masks() -> None:
     words = ["--hidden-dropout", "0.1", "--bf16"]
     cpu, cuda = (bytes_of(planned(*words, device=device)) for device in ("cpu", "cuda"))
     assert cuda[kinds.FINAL_NORM] == cpu[kinds.FINAL_NORM] == 2 * B * S * H + 4 * B * S
-    assert cuda[kinds.DROPOUT] * 2 == cpu[kinds.DROPOUT] == 2 * B * S * H * (2 * L + 1)
+    assert cuda[kinds.OTHER] == cpu[kinds.OTHER] == 8 * B * S
     assert cuda[kinds.MLP] == cpu[kinds.MLP]
 
 
@@ -149,7 +150,7 @@ def test_a_prediction_is_shown_for_each_device_that_may_be() -> None:
     assert "memory on cpu, float32" in text
     assert "memory on cuda, bfloat16" in text
     assert "measured" not in text
-    assert "dropout" not in text  # a row of zeros
+    assert "other" not in text  # a row of zeros
     rows = {
         line.strip().split("  ")[0]: line.split()[-1] for line in text.splitlines() if line.split()
     }
@@ -189,7 +190,7 @@ def test_the_worst_case_of_experts_is_named() -> None:
     words = ["--num-experts", "8", "--moe-router-topk", "4", "--expert-model-parallel-size", "4"]
     plan = planned(*words, "--moe-ffn-hidden-size", "40", world_size=4)
     row = (2 * H + 3 * 40) * 4 + 4 + 2 * 8  # tokens, wide tensors, the weight, two permutations
-    balanced, most = kinds.expert_rows(plan)
+    balanced, most = expert_rows(plan)
     assert (balanced, most) == (B * S * 4 * row, 4 * B * S * 2 * row)
     said = " ".join(shown(plan).split())
     assert f"predicted to keep {balanced / 2**20:,.4f} MiB of tokens, as many on every" in said

@@ -1,9 +1,8 @@
-"""Tests the model on a grid: placements, precision, accumulation, dropout."""
+"""Tests the model on a grid: placements, precision, accumulation."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from unittest import mock
 
 import pytest
@@ -13,7 +12,6 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from cp_megatron.comm.groups import ParallelGroups
-from cp_megatron.comm.rng import dropout_seed, seed_dropout
 from cp_megatron.context_parallel import ContextParallel
 from cp_megatron.model import Transformer, build_model
 from cp_megatron.model.gated_delta_net import Decay, GatedDeltaNet
@@ -22,7 +20,6 @@ from cp_megatron.plan import Grid, Mask
 from cp_megatron.spec import ModelSpec
 from cp_megatron.tensor_parallel import SpecifiedModule
 from tests.model.grids import (
-    GPT,
     LLAMA,
     RECURRENT,
     SEQ,
@@ -154,49 +151,6 @@ def test_float32_is_float32() -> None:
     expected = plain_step(run_config(LLAMA))
     assert loss == pytest.approx(expected.loss, rel=1e-6)
     assert max(error(gradients[name], x) for name, x in expected.gradients.items()) < 1e-5
-
-
-def dropped(
-    rank: int, world_size: int, sequence_parallel: bool
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """(mask of the embedding's dropout, tp-replicated gradients as this rank has them)."""
-    groups = ParallelGroups.create(Grid(dp=1, cp=2, tp=2), "cpu")
-    at = groups.coordinates
-    config = run_config(replace(GPT, hidden_dropout=0.5), sequence_parallel=sequence_parallel)
-    model = build_model(config, groups, vocab_size=VOCAB, dtype="float64", device="cpu")
-    masks: list[Tensor] = []
-    model.dropout.register_forward_hook(lambda module, x, out: masks.append(out == 0))
-    seed = dropout_seed(
-        seed=1, step=0, microbatch=0, dp=at.dp, cp=at.cp, tp=at.tp if sequence_parallel else None
-    )
-    seed_dropout(seed, torch.device("cpu"))
-    losses_of(model, groups).sum().backward()
-    replicated = {
-        name: p.grad.to_local()
-        for name, p in model.named_parameters()
-        if name.endswith("norm.weight") and isinstance(p.grad, DTensor)
-    }
-    return masks[0], replicated
-
-
-def test_dropout_differs_over_cp_and_agrees_where_activations_do() -> None:
-    # ranks 0, 1 and 2, 3 are the tp groups
-    ranks = run_ranks(dropped, 4, False)
-    assert 0.4 < ranks[0][0].double().mean() < 0.6
-    assert torch.equal(ranks[0][0], ranks[1][0])
-    assert torch.equal(ranks[2][0], ranks[3][0])
-    assert not torch.equal(ranks[0][0], ranks[2][0])
-    for first, second in ((0, 1), (2, 3)):
-        assert ranks[first][1]
-        for name, grad in ranks[first][1].items():
-            assert torch.equal(grad, ranks[second][1][name]), name
-
-
-def test_dropout_differs_over_tp_where_the_sequence_is_split() -> None:
-    masks = [mask for mask, _ in run_ranks(dropped, 4, True)]
-    assert masks[0].shape == (2, SEQ // 4, 32)
-    for i, a in enumerate(masks):
-        assert not [b for b in masks[i + 1 :] if torch.equal(a, b)]
 
 
 def rotation_types(rank: int, world_size: int) -> set[torch.dtype]:

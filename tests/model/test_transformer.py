@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from cp_megatron.comm.rng import hidden_dropout_seed
 from cp_megatron.config import MemoryConfig, ModelConfig
 from cp_megatron.config.files.presets import PRESETS
 from cp_megatron.config.schema import Recompute
 from cp_megatron.context_parallel import ContextParallel, KeptAttention
-from cp_megatron.errors import ConfigError
 from cp_megatron.kernels.dropout import Dropout
+from cp_megatron.kernels.stream_dropout import StreamDropout
 from cp_megatron.model import Transformer
 from cp_megatron.model.initialize import initial_value
 from cp_megatron.model.mlp import MLP
 from cp_megatron.model.norm import Norm
 from cp_megatron.plan import Mask
+from cp_megatron.plan.stages import Stages
 from cp_megatron.spec import ModelSpec
 from cp_megatron.tensor_parallel import ColumnParallelLinear, TensorParallel, named_specs
 from tests.model.grids import BLOCKS, GPT, LLAMA, SEQ, STYLES, VOCAB, batch
@@ -46,15 +49,24 @@ def one_rank(mask: Mask | None = None) -> ContextParallel:
     return ContextParallel(None, mask or Mask.causal(SEQ), kernel="reference")
 
 
-def by_hand(config: ModelConfig, w: Weights, tokens: Tensor, positions: Tensor) -> Tensor:
-    """Logits [b, s, VOCAB] of one causal sequence, in torch's plain functions."""
+def by_hand(
+    config: ModelConfig,
+    w: Weights,
+    tokens: Tensor,
+    positions: Tensor,
+    factors: Sequence[Tensor | float] | None = None,
+) -> Tensor:
+    """Logits [b, s, VOCAB] of one causal sequence, in torch's plain functions; ``factors`` are
+    those of what the embedding, the first layer's attention, its MLP and so on add."""
+    factor = iter(factors or [1.0] * (2 * config.num_layers + 1))
     x = w["embedding.weight"][tokens]
     if config.position_embedding_type == "learned_absolute":
         x = x + w["positions.weight"][positions]
+    x = x * next(factor)
     for i in range(config.num_layers):
         layer = {k.removeprefix(f"layers.{i}."): v for k, v in w.items() if f"layers.{i}." in k}
         h = norm_by_hand(config, layer, "attention_norm", x)
-        x = x + attention_by_hand(config, layer, h, positions)
+        x = x + attention_by_hand(config, layer, h, positions) * next(factor)
         h = norm_by_hand(config, layer, "mlp_norm", x)
         up = linear_by_hand(layer, "mlp.up", h)
         if config.swiglu:
@@ -62,7 +74,7 @@ def by_hand(config: ModelConfig, w: Weights, tokens: Tensor, positions: Tensor) 
             up = gate * torch.sigmoid(gate) * up
         else:
             up = 0.5 * up * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (up + 0.044715 * up**3)))
-        x = x + linear_by_hand(layer, "mlp.down", up)
+        x = x + linear_by_hand(layer, "mlp.down", up) * next(factor)
     x = norm_by_hand(config, w, "norm", x)
     return x @ w.get("head.weight", w["embedding.weight"])[:VOCAB].T
 
@@ -111,6 +123,42 @@ def test_logits_are_those_of_the_mathematics(style: str) -> None:
 
 
 @pytest.mark.parametrize("config", [GPT, LLAMA])
+def test_hidden_dropout_is_that_of_the_mathematics(config: ModelConfig) -> None:
+    config, dropout = replace(config, hidden_dropout=0.2), Dropout(0.2, seed=3, batch0=5)
+    model, tokens = transformer(config), batch()[0]
+    hashed = replace(dropout, seed=hidden_dropout_seed(seed=3))
+    first = StreamDropout.of(hashed, torch.arange(SEQ), len(tokens))
+    drops = [first, *(one for i in range(config.num_layers) for one in first.in_layer(i))]
+    ones = torch.ones(*tokens.shape, config.hidden_size, dtype=torch.float64)
+    factors = [one.drop(ones) for one in drops]
+    expected = by_hand(config, dict(model.state_dict()), tokens, torch.arange(SEQ), factors)
+    actual = model(tokens, cp=one_rank(), hidden_dropout=dropout)[..., :VOCAB]
+    torch.testing.assert_close(actual, expected, atol=1e-11, rtol=1e-11)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [*BLOCKS.values(), replace(LLAMA, num_experts=4, moe_layers=(1,), moe_ffn_hidden_size=8)],
+)
+def test_every_block_drops_at_its_own_place(
+    config: ModelConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drop, places = StreamDropout.drop, list[int]()
+
+    def dropped(self: StreamDropout, x: Tensor) -> Tensor:
+        places.append(self.place)
+        return drop(self, x)
+
+    monkeypatch.setattr(StreamDropout, "drop", dropped)
+    model, dropout = transformer(replace(config, hidden_dropout=0.2)), Dropout(0.2, seed=3)
+    model(batch()[0], cp=one_rank(), hidden_dropout=dropout)
+    assert places == list(range(2 * config.num_layers + 1))
+    places.clear()
+    model.eval()(batch()[0], cp=one_rank())
+    assert not places
+
+
+@pytest.mark.parametrize("config", [GPT, LLAMA])
 def test_positions_are_those_of_the_documents(config: ModelConfig) -> None:
     """Two packed documents are two sequences."""
     model, tokens = transformer(config), batch()[0][:1]
@@ -123,19 +171,22 @@ def test_positions_are_those_of_the_documents(config: ModelConfig) -> None:
 
 
 @pytest.mark.parametrize("config", [GPT, LLAMA])
-def test_ranges_of_layers_chain_to_the_model(config: ModelConfig) -> None:
-    config = replace(config, num_layers=3, untie_embeddings_and_output_weights=True)
+@pytest.mark.parametrize("untied", [False, True])
+def test_chunks_of_layers_chain_to_the_model(config: ModelConfig, untied: bool) -> None:
+    config = replace(config, num_layers=3, untie_embeddings_and_output_weights=untied)
+    config, dropout = replace(config, hidden_dropout=0.2), Dropout(0.2, seed=3)
     model, tokens, cp = transformer(config), batch()[0], one_rank()
-    stages = [
-        transformer(config, first_layer=first, last_layer=last)
-        for first, last in ((0, 1), (1, 2), (2, 3))
-    ]
+    cut = Stages((range(0), range(1), range(1, 2), range(2, 3)), num_stages=2)
+    stages = [transformer(config, chunks=cut.of(stage)) for stage in range(2)]
     x = tokens
-    for stage in stages:
-        x = stage(x, cp=cp)
-    assert torch.equal(x, model(tokens, cp=cp))
+    for chunk in range(2):
+        for stage in stages:
+            x = stage(x, cp=cp, chunk=chunk, hidden_dropout=dropout)
+    assert torch.equal(x, model(tokens, cp=cp, hidden_dropout=dropout))
     names = [name for stage in stages for name, _ in stage.named_parameters()]
-    assert sorted(names) == sorted(name for name, _ in model.named_parameters())
+    copies = [] if untied else ["embedding.weight"]
+    assert sorted(names) == sorted([*copies, *(name for name, _ in model.named_parameters())])
+    assert [stage.copies_embedding for stage in stages] == [False, not untied]
 
 
 def test_tied_weights_exist_once() -> None:
@@ -201,11 +252,12 @@ def test_dropout_is_the_same_when_recomputed(recompute: Recompute) -> None:
     gradients = []
     for level in ("none", recompute):
         model = transformer(config, memory=MemoryConfig(recompute_granularity=level))
-        torch.manual_seed(3)
-        model(batch()[0], cp=one_rank())[..., :VOCAB].square().sum().backward()
+        dropout = Dropout(0.5, seed=3)
+        logits = model(batch()[0], cp=one_rank(), hidden_dropout=dropout)
+        logits[..., :VOCAB].square().sum().backward()
         gradients.append([p.grad for p in model.parameters()])
     for a, b in zip(*gradients, strict=True):
-        torch.testing.assert_close(a, b, atol=1e-12, rtol=1e-12)
+        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("recompute", ["none", "full", "selective"])
@@ -235,12 +287,12 @@ def test_every_layer_drops_pairs_of_its_own_in_training(
         model.train()(tokens, cp=cp)
 
 
-def test_norms_mlp_and_dropout_never_receive_a_group() -> None:
-    unchanged = (Norm, MLP, nn.Dropout, ColumnParallelLinear)
+def test_norms_and_mlp_never_receive_a_group() -> None:
+    unchanged = (Norm, MLP, ColumnParallelLinear)
     for config in (GPT, LLAMA):
         model = transformer(config)
         found = [module for module in model.modules() if isinstance(module, unchanged)]
-        assert {type(module) for module in found} >= {MLP, nn.Dropout}
+        assert {type(module) for module in found} >= {MLP}
         for module in found:
             assert not [x for x in vars(module).values() if isinstance(x, TensorParallel)]
     for module in model.modules():
@@ -259,8 +311,3 @@ def test_norms_mlp_and_dropout_never_receive_a_group() -> None:
 def test_a_model_that_cannot_work_raises(change: dict[str, object]) -> None:
     with pytest.raises((IndexError, RuntimeError)):
         transformer(replace(GPT, **change))(batch()[0], cp=one_rank())  # type: ignore[arg-type]
-
-
-def test_a_last_stage_can_not_share_the_first_ones_weight() -> None:
-    with pytest.raises(ConfigError, match="different pipeline stages"):
-        transformer(GPT, first_layer=1, last_layer=2)

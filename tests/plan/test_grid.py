@@ -7,7 +7,7 @@ import pickle
 import pytest
 
 from cp_megatron.plan import Coordinates, Grid
-from cp_megatron.plan.grid import AXES
+from cp_megatron.plan.grid import AXES, STAGE
 
 FOUR = {"tp": [[0, 1], [2, 3]], "cp": [[0, 2], [1, 3]], "dp": [[0], [1], [2], [3]]}
 EIGHT = {
@@ -63,10 +63,10 @@ def test_groups_without_one_axis() -> None:
 def test_coordinates_on_the_grid() -> None:
     grid = Grid(dp=3, cp=4, tp=5)
     assert grid.world_size == 60
-    assert grid.coordinates(1 + 5 * (2 + 4 * 2)) == Coordinates(dp=2, cp=2, tp=1)
-    assert grid.coordinates(4) == Coordinates(dp=0, cp=0, tp=4)
-    assert grid.coordinates(15) == Coordinates(dp=0, cp=3, tp=0)
-    assert grid.coordinates(40) == Coordinates(dp=2, cp=0, tp=0)
+    assert grid.coordinates(1 + 5 * (2 + 4 * 2)).without("pp") == Coordinates(dp=2, cp=2, tp=1)
+    assert grid.coordinates(4) == Coordinates(pp=0, dp=0, cp=0, tp=4)
+    assert grid.coordinates(15) == Coordinates(pp=0, dp=0, cp=3, tp=0)
+    assert grid.coordinates(40) == Coordinates(pp=0, dp=2, cp=0, tp=0)
     assert len({grid.coordinates(rank) for rank in range(60)}) == 60
 
 
@@ -79,24 +79,44 @@ def test_every_rank_is_in_one_group_of_every_axis() -> None:
         assert all(group[grid.index(axis, rank)] == rank for group in groups for rank in group)
 
 
-def test_one_more_axis() -> None:
-    grid = Grid(axes=(*AXES, "pp"), pp=2, cp=2, tp=2)
+def test_stages_are_runs_of_ranks() -> None:
+    grid = Grid(pp=2, cp=2, tp=2)
     assert grid.sizes == {"pp": 2, "dp": 1, "cp": 2, "tp": 2}
     assert grid.groups("pp") == EIGHT["dp"]
     assert grid.groups("dp_cp") == EIGHT["cp"]
+    assert grid.groups(STAGE) == [[0, 1, 2, 3], [4, 5, 6, 7]]
     assert str(grid.coordinates(6)) == "pp 1  dp 0  cp 1  tp 0"
-    assert Grid(axes=(*AXES, "pp")) != Grid()
+    assert (str(grid), str(Grid(cp=2))) == ("pp 2 x dp 1 x cp 2 x tp 2", "dp 1 x cp 2 x tp 1")
+
+
+def test_experts_and_copies_stay_in_their_stage() -> None:
+    grid = Grid(pp=2, dp=2, cp=2, ep=2)
+    assert grid.groups("ep") == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    assert grid.groups("edp") == [[0, 2], [1, 3], [4, 6], [5, 7]]
+    copies = Grid(pp=2, dp=4, replicas=2, ep=2)
+    assert copies.groups("edp") == [[0], [1], [2], [3], [4], [5], [6], [7]]
+    assert [copies.shard(rank) for rank in range(8)] == [0, 1, 0, 1, 0, 1, 0, 1]
+    for name in ("ep", "edp"):
+        for group in grid.groups(name):
+            assert [grid.index(name, rank) for rank in group] == list(range(grid.size(name)))
+
+
+def test_one_more_axis() -> None:
+    grid = Grid(axes=(*AXES, "xp"), xp=2, cp=2, tp=2)
+    assert grid.sizes == {"xp": 2, "pp": 1, "dp": 1, "cp": 2, "tp": 2}
+    assert grid.groups("xp") == EIGHT["dp"]
+    assert Grid(axes=(*AXES, "xp")) != Grid()
 
 
 def test_a_grid_is_a_value() -> None:
     grid = Grid(dp=2, cp=2)
     assert pickle.loads(pickle.dumps(grid)) == grid == Grid(cp=2, dp=2, tp=1) != Grid(dp=2)
-    assert (str(grid), repr(grid)) == ("dp 2 x cp 2 x tp 1", "Grid(dp=2, cp=2, tp=1)")
+    assert (str(grid), repr(grid)) == ("dp 2 x cp 2 x tp 1", "Grid(pp=1, dp=2, cp=2, tp=1)")
     assert len({grid, Grid(dp=2, cp=2)}) == 1
 
 
 def test_an_axis_that_is_not_there() -> None:
-    with pytest.raises(TypeError, match="there is no axis pp, only dp, cp, tp"):
-        Grid(pp=2)
-    with pytest.raises(AttributeError, match="there is no axis pp, only dp, cp, tp"):
-        _ = Grid().pp
+    with pytest.raises(TypeError, match="there is no axis xp, only pp, dp, cp, tp"):
+        Grid(xp=2)
+    with pytest.raises(AttributeError, match="there is no axis xp, only pp, dp, cp, tp"):
+        _ = Grid().xp

@@ -17,13 +17,18 @@ from cp_megatron.config import (
     ParallelConfig,
     TrainConfig,
 )
+from cp_megatron.config.schema.parallel_config import FsdpReshard
 from cp_megatron.context_parallel import ContextParallel
 from cp_megatron.data.batch.batch import IGNORED, Batch, microbatches
 from cp_megatron.data.rows.sampler import ConcatenatedRows
 from cp_megatron.model.parallelize import build_model
+from cp_megatron.pipeline import StageLinks
 from cp_megatron.plan import Grid, Mask
+from cp_megatron.plan.stages import Stages
+from cp_megatron.spec import keeps_whole_weights
 from cp_megatron.train.muon import choose_optimizer
-from cp_megatron.train.step import Shard, TrainStep
+from cp_megatron.train.shard import Shard
+from cp_megatron.train.step import TrainStep
 from tests.data.ranges import range_of
 from tests.model.grids import LLAMA
 
@@ -55,7 +60,14 @@ SOFTMAX = replace(
     add_mlp_bias=True,
     moe_layers=(1,),
 )
-STYLES = {"sigmoid": MODEL, "softmax": SOFTMAX}
+STYLES = {
+    "sigmoid": MODEL,
+    "softmax": SOFTMAX,
+    "dense": replace(LLAMA, hidden_size=16, init_method_std=0.2),
+    "tied": replace(
+        LLAMA, hidden_size=16, init_method_std=0.2, untie_embeddings_and_output_weights=False
+    ),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,48 +80,79 @@ class Case:
     dp: int = 1
     ep: int = 1
     replicas: int = 1
+    pp: int = 1
+    num_chunks: int = 1
+    num_layers: int = 2
+    fsdp_reshard: FsdpReshard = "auto"
     micro_batch_size: int = 1
     document_mask: bool = False
     padding: int = 0
     recompute: str = "none"
     kind: str = "seq_aux_loss"
+    optimizer: str = "adam"
     dtype: str = "float64"
+    hidden_dropout: float = 0.0
+    attention_dropout: float = 0.0
     memory: tuple[tuple[str, Any], ...] = ()
 
     @property
     def grid(self) -> Grid:
-        sizes = {"tp": self.tp, "cp": self.cp, "dp": self.dp}
+        sizes = {"tp": self.tp, "cp": self.cp, "dp": self.dp, "pp": self.pp}
         return Grid(replicas=self.replicas, ep=self.ep, **sizes)
 
 
 def config_of(case: Case) -> Config:
-    model = replace(STYLES[case.style], moe_router_load_balancing_type=case.kind)
+    model = replace(
+        STYLES[case.style],
+        num_layers=case.num_layers,
+        hidden_dropout=case.hidden_dropout,
+        attention_dropout=case.attention_dropout,
+    )
+    if model.num_experts:
+        model = replace(model, moe_router_load_balancing_type=case.kind)
     memory = MemoryConfig(recompute_granularity=case.recompute, **dict(case.memory))  # type: ignore[arg-type]
     return Config(
         model=model,
-        parallel=ParallelConfig(sequence_parallel=case.tp > 1),
+        parallel=ParallelConfig(sequence_parallel=case.tp > 1, fsdp_reshard=case.fsdp_reshard),
         data=DataConfig(seq_length=SEQ, micro_batch_size=case.micro_batch_size),
         train=TrainConfig(seed=5),
-        optimizer=OptimizerConfig(lr=3e-3, weight_decay=0.1),
+        optimizer=OptimizerConfig(optimizer=case.optimizer, lr=3e-3, weight_decay=0.1),  # type: ignore[arg-type]
         memory=memory,
     )
 
 
 def train_step_of(case: Case) -> TrainStep:
     config = config_of(case)
-    groups = ParallelGroups.create(case.grid, "cpu", has_experts=True)
-    model = build_model(config, groups, vocab_size=VOCAB, dtype=case.dtype, device="cpu")  # type: ignore[arg-type]
+    has_experts = bool(config.model.num_experts)
+    groups = ParallelGroups.create(case.grid, "cpu", has_experts=has_experts)
+    stages = Stages.split(
+        [1.0] * case.num_layers, first=0, last=0.5, num_stages=case.pp, num_chunks=case.num_chunks
+    )
+    model = build_model(
+        config,
+        groups,
+        vocab_size=VOCAB,
+        dtype=case.dtype,  # type: ignore[arg-type]
+        device="cpu",
+        chunks=stages.of(groups.coordinates.pp),
+    )
     cpu = torch.device("cpu")
     length = SEQ * (case.micro_batch_size if case.document_mask else 1)
     return TrainStep(
         model=model,
-        optimizer=choose_optimizer(model, config.optimizer, group=groups.world, device=cpu),
+        optimizer=choose_optimizer(model, config.optimizer, group=groups.stage, device=cpu),
         groups=groups,
-        cp=ContextParallel(groups.cp, Mask.causal(length + case.padding)),
+        cp=ContextParallel(
+            groups.cp,
+            Mask.causal(length + case.padding),
+            kernel="reference" if case.attention_dropout else "auto",
+        ),
         device=cpu,
         seed=5,
         clip_grad=0.5,
-        sequence_parallel=case.tp > 1,
+        reduces_once=keeps_whole_weights(config.parallel, case.grid),
+        stream_dtype=getattr(torch, case.dtype),
+        links=StageLinks(groups.channels),
     )
 
 

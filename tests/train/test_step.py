@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 
 from cp_megatron.comm.groups import ParallelGroups
 from cp_megatron.config import (
@@ -28,7 +27,8 @@ from cp_megatron.data.rows.sampler import ConcatenatedRows
 from cp_megatron.model.parallelize import build_model
 from cp_megatron.plan import Grid, Mask, Schedule
 from cp_megatron.train.optimizer import make_optimizer
-from cp_megatron.train.step import Shard, StepResult, TrainStep
+from cp_megatron.train.shard import Shard
+from cp_megatron.train.step import StepResult, TrainStep
 from tests.data.ranges import range_of
 from tests.ranks import run_ranks
 
@@ -68,6 +68,8 @@ class Case:
     window_layers: tuple[int, ...] | None = None
     padding: int = 0
     attention_dropout: float = 0.0
+    hidden_dropout: float = 0.0
+    mlp_tile_size: int | None = None
     steps: int = STEPS
 
 
@@ -75,6 +77,7 @@ def config_of(style: str, case: Case) -> Config:
     model = replace(
         STYLES[style],
         attention_dropout=case.attention_dropout,
+        hidden_dropout=case.hidden_dropout,
         window_size=case.window,
         window_layers=case.window_layers,
     )
@@ -87,7 +90,7 @@ def config_of(style: str, case: Case) -> Config:
         ),
         data=DataConfig(seq_length=SEQ_LENGTH, micro_batch_size=case.micro_batch_size),
         train=TrainConfig(seed=5),
-        memory=MemoryConfig(recompute_granularity=case.recompute),
+        memory=MemoryConfig(recompute_granularity=case.recompute, mlp_tile_size=case.mlp_tile_size),
     )
 
 
@@ -114,7 +117,6 @@ def train_step_of(style: str, case: Case) -> TrainStep:
         device=torch.device("cpu"),
         seed=5,
         clip_grad=case.clip_grad,
-        sequence_parallel=case.sequence_parallel,
     )
 
 
@@ -223,7 +225,8 @@ CASES += [
 
 def alone(case: Case) -> Case:
     """The same training without a grid."""
-    kept = ("document_mask", "clip_grad", "window", "window_layers", "attention_dropout")
+    kept = ("document_mask", "clip_grad", "window", "window_layers")
+    kept += ("attention_dropout", "hidden_dropout")
     special = case.window or case.attention_dropout
     steps = case.steps if special else STEPS
     return Case(**{name: getattr(case, name) for name in kept}, steps=steps)
@@ -315,33 +318,3 @@ def test_a_batch_without_labels_has_loss_zero() -> None:
     for result in run_ranks(masked_everywhere, 2):
         pairs = BATCH * SEQ_LENGTH * (SEQ_LENGTH + 1) / 2
         assert result == StepResult(loss=0.0, grad_norm=0.0, num_pairs=pairs)
-
-
-def dropout_masks(rank: int, world_size: int, case: Case, step: int) -> torch.Tensor:
-    """Which entries of the embedding's output dropout kept, on this rank."""
-    train_step = train_step_of("gpt", case)
-    dropout = train_step.model.dropout
-    dropout.p = 0.5
-    kept: list[torch.Tensor] = []
-    dropout.register_forward_hook(lambda module, args, out: kept.append(out != 0))
-    train_step.run(shards_of(step, case, train_step)[:1], step=step, lr=0.0)
-    dist.barrier()
-    return kept[0]
-
-
-def test_dropout_differs_over_cp_and_agrees_over_tp() -> None:
-    masks = run_ranks(dropout_masks, 4, Case(tp=2, cp=2), 7)
-    assert torch.equal(masks[0], masks[1])
-    assert torch.equal(masks[2], masks[3])
-    assert not torch.equal(masks[0], masks[2])
-    again = run_ranks(dropout_masks, 4, Case(tp=2, cp=2), 7)
-    assert all(torch.equal(a, b) for a, b in zip(masks, again))
-    later = run_ranks(dropout_masks, 4, Case(tp=2, cp=2), 8)
-    assert not torch.equal(masks[0], later[0])
-
-
-def test_dropout_differs_over_tp_where_the_sequence_is_split() -> None:
-    masks = run_ranks(dropout_masks, 4, Case(tp=2, cp=2, sequence_parallel=True), 7)
-    for one in range(4):
-        for other in range(one):
-            assert not torch.equal(masks[one], masks[other]), (one, other)

@@ -15,7 +15,8 @@ from cp_megatron.comm import nonblocking
 from cp_megatron.comm.host_copies import HostCopy
 from cp_megatron.train.late_results import LAG, Results
 from cp_megatron.train.loop import Trainer
-from cp_megatron.train.step import Shard, TrainStep
+from cp_megatron.train.shard import Shard
+from cp_megatron.train.step import TrainStep
 from tests.ranks import run_ranks
 from tests.train.test_loop import GRIDS, Place, StoppingView, assembled, changed, finish
 from tests.train.test_loop import place as place  # the fixture

@@ -10,6 +10,7 @@ from cp_megatron.config.schema.ranges import AxisSize, Range
 Exchange = Literal["auto", "p2p", "all_gather", "a2a", "a2a+p2p"]
 Route = Literal["auto", "ring", "direct"]
 LatentExchange = Literal["auto", "latent", "expanded"]
+FsdpReshard = Literal["auto", "always", "never"]
 LayoutKind = Literal["auto", "contiguous", "zigzag", "balanced"]
 KernelName = Literal[
     "auto",
@@ -32,15 +33,31 @@ class ParallelConfig:
     """Ranks that share every weight matrix."""
     context_parallel_size: AxisSize = 1
     """Ranks that share every sequence."""
-    data_parallel_replicate_size: AxisSize = 1
+    pipeline_parallel_size: AxisSize = 1
+    """Stages of a pipeline, each of which has a part of the layers and of the ranks. Micro batches
+    pass through the stages one behind the other (1F1B)."""
+    num_virtual_stages_per_pipeline_rank: Annotated[int, Range(1)] | None = None
+    """Virtual stages of each stage: runs of layers that are dealt to the stages in turn
+    (interleaved 1F1B). Stages wait less, send more messages, and keep more activations. By default
+    1."""
+    pipeline_model_parallel_layout: str | None = None
+    """Which layers each stage has, in Megatron-LM's spelling: E is the embedding, t a layer, L the
+    loss, | ends a virtual stage, and x*3 or (xy)*3 repeats, as in E(t|)*3tL. By default layers are
+    shared so that stages compute equally long."""
+    fsdp_reshard: FsdpReshard = "auto"
+    """always frees a layer's gathered weights after each of its passes and reduces gradients after
+    each micro batch. never does both once, at the end of a step, which takes fewer messages and
+    more memory. auto is never with pipeline stages, otherwise always."""
+    data_parallel_replicate_size: AxisSize | Literal["auto"] = "auto"
     """Copies of the model. Weights, gradients and optimizer state are sharded over the ranks of one
     copy (data parallel x context parallel / copies), so that whole weights are gathered from fewer
     and nearer ranks; gradients are then summed over the copies. It must divide the data parallel
-    size."""
+    size. auto makes a copy on each node if the ranks and the memory of a node suffice for it."""
     expert_model_parallel_size: AxisSize = 1
     """Ranks that share the experts of a layer, each of which holds whole ones; tokens are sent to
-    the ranks of their experts. These are neighbours among all ranks of a copy of the model, so the
-    size must divide their number, and --num-experts. Experts are sharded over the other ranks."""
+    the ranks of their experts. These are neighbours among all ranks of a copy of the model, or of
+    its pipeline stage, so the size must divide their number, and --num-experts. Experts are sharded
+    over the other ranks."""
     sequence_parallel: bool = False
     """Also split the residual stream along the sequence over the tensor parallel ranks."""
     cp_comm_type: Exchange = "auto"

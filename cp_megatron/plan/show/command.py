@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -14,12 +15,16 @@ from rich.console import Console
 
 from cp_megatron.config.schema.parallel_config import Exchange, LatentExchange, LayoutKind, Route
 from cp_megatron.config.schema.ranges import Range
-from cp_megatron.config.words import read_options
+from cp_megatron.config.words import read_options, split_words
 from cp_megatron.errors import ConfigError
 from cp_megatron.plan.halo import Halo, plan_halos
 from cp_megatron.plan.layout import SequenceLayout
 from cp_megatron.plan.mask import Mask
+from cp_megatron.plan.pipeline import PipelinePlan
+from cp_megatron.plan.pipeline_timeline import PipelineTimeline
 from cp_megatron.plan.schedule import Schedule
+from cp_megatron.plan.show.pipeline_plot import write_pipeline_svg
+from cp_megatron.plan.show.pipeline_text import print_pipeline
 from cp_megatron.plan.show.states_plot import write_states_svg
 from cp_megatron.plan.show.states_text import print_states
 from cp_megatron.plan.show.text import print_rank, print_schedule
@@ -31,8 +36,14 @@ AtLeastOne = Annotated[int, Range(1)]
 WindowEnd = Annotated[int, Range(-1)]
 _DESCRIPTION = f"""Print and draw a schedule: which rank holds which tokens, computes which tiles
 of the attention matrix in which round, and sends what to whom. It needs neither a GPU nor torch.
+With --pipeline-model-parallel-size, the schedule is that of a pipeline: which stage makes which
+pass when.
 
-{PROGRAM} --mask documents --documents 900 100 3000 96 --context-parallel-size 4 --svg plan.svg"""
+{PROGRAM} --mask documents --documents 900 100 3000 96 --context-parallel-size 4 --svg plan.svg
+{PROGRAM} --pipeline-model-parallel-size 4 --num-microbatches 8 --svg pipeline.svg"""
+
+PIPELINE = "--pipeline-model-parallel-size"
+_PIPELINE_FLAGS = (PIPELINE, "--num-microbatches", "--num-virtual-stages-per-pipeline-rank")
 
 ELEMENT_BYTES: Mapping[str, int] = MappingProxyType({"bfloat16": 2, "float32": 4, "float64": 8})
 """Bytes of a number of each type."""
@@ -94,6 +105,13 @@ class PlanOptions:
     """Number of tokens that the recurrence's convolution reads, itself included, by default 4."""
     dtype: Literal["bfloat16", "float32", "float64"] = "bfloat16"
     """The type in which bytes are counted."""
+    pipeline_model_parallel_size: AtLeastOne | None = None
+    """Stages of a pipeline, whose schedule is shown instead of that of attention."""
+    num_microbatches: AtLeastOne | None = None
+    """Micro batches of a step of the pipeline, by default twice as many as stages."""
+    num_virtual_stages_per_pipeline_rank: AtLeastOne | None = None
+    """Chunks of the model that each stage has, by default 1. With several, passes are
+    interleaved."""
     svg: str | None = None
     """Draw the schedule to this file, and the states of a recurrence to another one, whose name
     ends in -states.svg."""
@@ -105,10 +123,19 @@ def parse(argv: Sequence[str]) -> PlanOptions:
     """Reads a command line, without the program's name.
 
     Raises:
-        ConfigError: a flag or a value is invalid.
+        ConfigError: a flag or a value is invalid, or describes what is not shown.
         SystemExit: with code 0, after ``--help`` is printed.
     """
-    return read_options(argv, PlanOptions, program=PROGRAM, description=_DESCRIPTION)
+    options = read_options(argv, PlanOptions, program=PROGRAM, description=_DESCRIPTION)
+    shows_pipeline = options.pipeline_model_parallel_size is not None
+    for flag, words in split_words(argv):
+        is_for_pipeline = flag in _PIPELINE_FLAGS
+        if is_for_pipeline and not shows_pipeline:
+            raise ConfigError(flag, " ".join(words), "is of a pipeline", f"{PIPELINE} 4 with it")
+        if shows_pipeline and not is_for_pipeline and flag != "--svg":
+            rule = f"is of attention, and {PIPELINE} shows a pipeline instead"
+            raise ConfigError(flag, " ".join(words), rule, f"one of the two: {flag} or {PIPELINE}")
+    return options
 
 
 def run(options: PlanOptions, console: Console | None = None) -> None:
@@ -120,6 +147,9 @@ def run(options: PlanOptions, console: Console | None = None) -> None:
     out = console or Console()
     if not out.is_terminal:
         out = Console(width=240, file=out.file)  # lines are not folded in a file
+    if options.pipeline_model_parallel_size is not None:
+        _show_pipeline(options, options.pipeline_model_parallel_size, out)
+        return
     schedule = make_schedule(options)
     states = make_states(options, schedule)
     rank, size = options.rank, schedule.layout.cp_size
@@ -134,6 +164,22 @@ def run(options: PlanOptions, console: Console | None = None) -> None:
         print_rank(schedule, rank, out)
     if states is not None:
         print_states(*states, out)
+    _print_paths(pictures, out)
+
+
+def _show_pipeline(options: PlanOptions, num_stages: int, out: Console) -> None:
+    """Prints a pipeline, and draws it if requested."""
+    number = options.num_microbatches or 2 * num_stages
+    plan = PipelinePlan(num_stages, number, options.num_virtual_stages_per_pipeline_rank or 1)
+    timeline, path = PipelineTimeline.simulate(plan), options.svg
+    if path is not None:
+        with _writing(path):
+            write_pipeline_svg(timeline, path)
+    print_pipeline(timeline, out)
+    _print_paths([path] if path is not None else [], out)
+
+
+def _print_paths(pictures: Sequence[str], out: Console) -> None:
     if pictures:
         out.print()
     for path in pictures:
@@ -244,15 +290,22 @@ def _draw(
 ) -> list[str]:
     """Writes the pictures and returns their paths."""
     paths = [path]
-    try:
+    with _writing(path):
         schedule.plot(path)
         if states is not None:
             paths.append(str(Path(path).with_suffix("")) + "-states.svg")
             mask = schedule.mask.within(None)
             write_states_svg(states[0], mask, schedule.layout, states[1], paths[1])
+    return paths
+
+
+@contextmanager
+def _writing(path: str) -> Iterator[None]:
+    """Reports a picture that cannot be written."""
+    try:
+        yield
     except OSError as error:
         folder = Path(path).parent
         near = "" if folder.is_dir() else f"a folder that exists, not {folder}"
         rule = f"cannot be written: {error.strerror or error}"
         raise ConfigError("--svg", path, rule, near) from None
-    return paths

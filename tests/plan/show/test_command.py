@@ -52,6 +52,32 @@ rank  states in  states out  transitions  halo  chains of heads  bytes received 
  all          2           2            1     4                            528 B        512 B
 """
 
+PIPELINE = """\
+pipeline  1F1B, 2 stages, 4 micro batches
+bubble    20.0% of the time, if a backward pass takes as long as two forward passes
+passes    F3 is the forward pass of micro batch 3, B a backward pass
+
+stage  waits  in flight  sent  received
+    0  20.0%          2     4         4
+    1  20.0%          1     4         4
+
+stage 0   F0-1  B0 F2 B1 F3  B2-3
+stage 1   F0 B0 ... F3 B3
+"""
+
+CHUNKS = """\
+pipeline  interleaved 1F1B, 2 stages of 2 chunks each, 3 micro batches
+bubble    14.3% of the time, if a backward pass takes as long as two forward passes
+passes    F3.1 is the forward pass of micro batch 3 through chunk 1 of the stage, B a backward pass
+
+stage  waits  in flight  sent  received
+    0  14.3%          6     9         9
+    1  14.3%          4     9         9
+
+stage 0   F0-2.0  F0-2.1  B0-2.1  B0-2.0
+stage 1   F0-2.0  F0.1 B0.1 ... F2.1 B2.1  B0-2.0
+"""
+
 
 def printed(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
     assert main(argv) == 0
@@ -64,6 +90,17 @@ def test_two_ranks_literally(capsys: pytest.CaptureFixture[str]) -> None:
     argv = ["--seq-length", "8", "--context-parallel-size", "2"]
     assert printed(capsys, *argv) == SHARES
     assert printed(capsys, *argv, "--rank", "0") == SHARES + ROUNDS
+
+
+def test_a_pipeline_literally(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    stages = ["--pipeline-model-parallel-size", "2"]
+    assert printed(capsys, *stages) == PIPELINE
+    chunks = ["--num-microbatches", "3", "--num-virtual-stages-per-pipeline-rank", "2"]
+    assert printed(capsys, *stages, *chunks) == CHUNKS
+    path = tmp_path / "pipeline.svg"
+    out = printed(capsys, *stages, "--svg", str(path))
+    assert out == f"{PIPELINE}\npicture   {path}\n"
+    assert path.read_text().startswith("<svg")
 
 
 def test_a_recurrence_needs_its_heads(capsys: pytest.CaptureFixture[str]) -> None:
@@ -171,6 +208,19 @@ def test_it_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["--v-head-dim", "0"], "--v-head-dim 0: must be at least 1"),
         (["--num-query-groups", "5"], "--num-query-groups 5: must divide the 32 query heads"),
         (["--rank", "4"], "--rank 4: is not a rank of --context-parallel-size (works: 0 to 3)"),
+        (["--num-microbatches", "8"],
+         "--num-microbatches 8: is of a pipeline (works: --pipeline-model-parallel-size 4 with"),
+        (["--num-virtual-stages-per-pipeline-rank", "1"],
+         "--num-virtual-stages-per-pipeline-rank 1: is of a pipeline"),
+        (["--pipeline-model-parallel-size", "0"],
+         "--pipeline-model-parallel-size 0: must be at least 1"),
+        (["--pipeline-model-parallel-size", "2", "--context-parallel-size", "4"],
+         "--context-parallel-size 4: is of attention, and --pipeline-model-parallel-size shows a "
+         "pipeline instead (works: one of the two: --context-parallel-size or --pipeline-model"),
+        (["--no-bidirectional", "--pipeline-model-parallel-size", "2"],
+         "--no-bidirectional: is of attention"),
+        (["--pipeline-model-parallel-size", "2", "--svg", "no/such/folder/a.svg"],
+         "--svg no/such/folder/a.svg: cannot be written: No"),
         (["--svg", "no/such/folder/a.svg"], "--svg no/such/folder/a.svg: cannot be written: No"),
     ],
 )  # fmt: skip
