@@ -30,7 +30,6 @@ from __future__ import annotations
 
 import json
 import random
-import signal
 import statistics
 import sys
 import time
@@ -41,12 +40,13 @@ from typing import Any
 import torch.distributed as dist
 from harness import contestants
 from harness.contestants import Contestant
-from harness.hosts import MBIT, MissingError, TwoHosts, why_not
+from harness.hosts import TwoHosts
 from harness.teams import PAUSE, Place, Team, hardware, paired
 from torch.profiler import ProfilerActivity, profile
 
 from cp_megatron.config.words import read_options
 from cp_megatron.plan import Mask, Rates, Schedule, SequenceLayout
+from tests.hosts import MBIT, MissingError, why_not
 
 HEADS, KV_HEADS, HEAD_DIM, BYTES = 8, 4, 64, 4
 LOOPBACK_MBIT = 10_000
@@ -162,11 +162,11 @@ def results(
     order, shuffle = [*names_of(size)], random.Random(0).shuffle
     for _ in range(rounds):
         for rate in rates:
-            hosts.limit(None if rate is None else rate * unit)
+            hosts.set_rate(None if rate is None else rate * unit)
             shuffle(order)
             for name in order:
                 found.setdefault((rate, name), []).append(run(team, name))
-    hosts.limit(None)
+    hosts.set_rate(None)
     team.close()
     for rate in rates:
         seconds = {name: [each for each, _ in found[rate, name]] for name in names_of(size)}
@@ -202,7 +202,6 @@ def main() -> None:
         arguments, rounds = Arguments(ranks=(2,), tokens=256, rates=(1.0,)), 2
     machine = hardware()
     reason = why_not()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # the hosts are removed
     if reason is None:
         try:
             with TwoHosts() as hosts:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 
@@ -57,9 +58,12 @@ class ParallelGroups:
         Args:
             grid: its world size is the default group's.
             device_type: ``cpu`` or ``cuda``.
-            timeout: how long a rank waits for the others; by default that of the default group.
+            timeout: how long a rank waits for the others; by default as long as torch lets it.
             has_experts: build the groups of experts too.
         """
+        if timeout is not None:
+            with _timeout_of_new_groups(timeout):
+                return cls.create(grid, device_type, has_experts=has_experts)
         mesh = _whole_mesh(grid, device_type)
         meshes = {name: mesh[name] for name in grid.sizes if name != "dp"}
         meshes["world"] = mesh._flatten("world")
@@ -76,12 +80,7 @@ class ParallelGroups:
         expert_sharding = None
         if has_experts or grid.ep > 1:
             expert_sharding = _add_experts(meshes, mesh, grid, device_type)
-        if timeout is not None:
-            shardings = [x for x in (sharding, expert_sharding) if x is not None and x.ndim > 1]
-            of_shardings = [x[name] for x in shardings for name in x.mesh_dim_names or ()]
-            for one in (*meshes.values(), *of_shardings):
-                dist.distributed_c10d._set_pg_timeout(timeout, one.get_group())
-        channels, ends = _pipeline_groups(grid, timeout)
+        channels, ends = _pipeline_groups(grid)
         return cls(
             grid=grid,
             coordinates=grid.coordinates(dist.get_rank()),
@@ -126,6 +125,24 @@ class ParallelGroups:
         return self["world"]
 
 
+@contextmanager
+def _timeout_of_new_groups(timeout: timedelta) -> Iterator[None]:
+    """Makes this the timeout of groups that are made without one, as those of a mesh are.
+
+    To change it later is too late: gloo's messages from rank to rank keep the one of their group's
+    beginning.
+    """
+    torch_groups, names = dist.distributed_c10d, ("default_pg_timeout", "default_pg_nccl_timeout")
+    held = {name: getattr(torch_groups, name) for name in names}
+    try:
+        for name in names:
+            setattr(torch_groups, name, timeout)
+        yield
+    finally:
+        for name, value in held.items():
+            setattr(torch_groups, name, value)
+
+
 def _whole_mesh(grid: Grid, device_type: str) -> DeviceMesh:
     """The mesh of all ranks; with replicas, dp is two dims, replicas and in_replica."""
     sizes: dict[str, int] = {}
@@ -151,7 +168,7 @@ def _add_experts(
 
 
 def _pipeline_groups(
-    grid: Grid, timeout: timedelta | None
+    grid: Grid,
 ) -> tuple[dict[Channel, dist.ProcessGroup], dist.ProcessGroup | None]:
     """The channels between the stages of this rank's pipeline, and its two ends."""
     if grid.pp == 1:
@@ -160,19 +177,17 @@ def _pipeline_groups(
     channels: dict[Channel, dist.ProcessGroup] = {}
     for kind in KINDS:
         for wraps in (False, True):
-            group = _own_group(pipelines, timeout)
+            group = _own_group(pipelines)
             assert group is not None, "each rank is in a pipeline"
             channels[Channel(kind, wraps)] = group
-    return channels, _own_group([[ranks[0], ranks[-1]] for ranks in pipelines], timeout)
+    return channels, _own_group([[ranks[0], ranks[-1]] for ranks in pipelines])
 
 
-def _own_group(
-    groups: Sequence[Sequence[int]], timeout: timedelta | None
-) -> dist.ProcessGroup | None:
+def _own_group(groups: Sequence[Sequence[int]]) -> dist.ProcessGroup | None:
     """Builds a group of each; returns that of this rank, None if it is in none. Collective."""
     own = None
     for ranks in groups:
-        group = dist.new_group(list(ranks), timeout=timeout)
+        group = dist.new_group(list(ranks))
         if dist.get_rank() in ranks:
             own = group
     return own

@@ -22,6 +22,7 @@ class Launch:
         under_torchrun: whether a launcher set the variables; otherwise this is plain ``python``.
         restarts: how many times the launcher has restarted the ranks after a failure.
         fault: a fault to inject, for tests; see ``faults/inject.py``.
+        master: the host through which the ranks meet, by a name that all of them know.
     """
 
     rank: int = 0
@@ -31,14 +32,15 @@ class Launch:
     under_torchrun: bool = False
     restarts: int = 0
     fault: str = ""
+    master: str = "localhost"
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str]) -> Launch:
         """Reads RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE as torchrun sets them.
 
-        Also reads TORCHELASTIC_RESTART_COUNT, and CPM_FAULT, which tests set. Without both RANK and
-        WORLD_SIZE this is a plain ``python`` run of one rank. If a launcher sets only these two,
-        all ranks are on one node.
+        Also reads MASTER_ADDR, TORCHELASTIC_RESTART_COUNT, and CPM_FAULT, which tests set. Without
+        both RANK and WORLD_SIZE this is a plain ``python`` run of one rank. If a launcher sets only
+        these two, all ranks are on one node.
 
         Raises:
             ConfigError: a variable is not a number, or the numbers contradict each other.
@@ -62,6 +64,7 @@ class Launch:
             under_torchrun=True,
             restarts=_number(environ, "TORCHELASTIC_RESTART_COUNT", 0),
             fault=environ.get("CPM_FAULT", ""),
+            master=environ.get("MASTER_ADDR", "localhost"),
         )
 
     @property

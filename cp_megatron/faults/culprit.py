@@ -25,6 +25,7 @@ class Report:
 
     kind: Kind  # it ``failed`` by itself, ``lost`` a connection, or ``waited`` until a timeout
     where: str = ""  # the training step and the collective it was in
+    traced: bool = False  # its stack trace is in the output of its launcher
 
 
 def kind_of(error: BaseException) -> Kind:
@@ -63,7 +64,7 @@ def judge(
     gone = [rank for rank in silent if rank not in alive]
     waited = any(report.kind == "waited" for report in reports.values())
     shown = [(rank, reports[rank]) for rank in sorted(reports)[:3] if reports[rank].where]
-    verbs = {"waited": "waited", "lost": "lost its peer"}
+    verbs = {"waited": "waited", "lost": "lost its peer", "failed": "failed"}
     parts = [f"rank {rank} {verbs[report.kind]} in {report.where}" for rank, report in shown]
     details = f" ({'; '.join(parts)})" if parts else ""
     blamed = tuple(gone or (silent if waited else ()))

@@ -1,12 +1,13 @@
 """Finds the rank that the others wait for, and reports it with the metrics.
 
-Each rank measures two times, neither of which needs synchronised clocks:
+Each rank measures three times, none of which needs synchronised clocks:
 
     wait      how long the rank waits at the first message of a step. The last rank to arrive waits
               least: its data, its host or its disk is slow.
     probe     how long its device takes for a matrix product without any message. A processor that
               is shared or throttled takes longer. The time of a step cannot show this, because
               within a step the ranks wait for one another at every exchange.
+    message how long a message to another host takes (``host_links.py``).
 """
 
 from __future__ import annotations
@@ -18,10 +19,15 @@ from statistics import median
 import torch
 import torch.distributed as dist
 
+from cp_megatron.comm.host_numbers import gather_numbers
+from cp_megatron.faults.host_links import message_seconds
+
 LATE_SHARE, LATE_SECONDS = 0.1, 0.01
 """A rank is reported if it is late by more than this share of a step and these seconds."""
 SLOW_FACTOR = 2.0
 """A rank is reported if its probe takes longer than the median of the others by this factor."""
+SLOW_LINK_FACTOR = 3.0
+"""The same for its messages to other hosts."""
 
 
 class Stragglers:
@@ -30,10 +36,17 @@ class Stragglers:
     Args:
         control: a group of all ranks for CPU tensors.
         device: the device to probe.
+        ranks_per_host: the ranks on each host; by default all are on one.
     """
 
-    def __init__(self, control: dist.ProcessGroup, device: torch.device) -> None:
+    def __init__(
+        self,
+        control: dist.ProcessGroup,
+        device: torch.device,
+        ranks_per_host: int | None = None,
+    ) -> None:
         self._control, self._device = control, device
+        self._ranks_per_host = ranks_per_host or control.size()
         self._seconds, self._steps = 0.0, 0
 
     def waited(self, seconds: float) -> None:
@@ -50,20 +63,25 @@ class Stragglers:
             return []
         wait = self._seconds / max(1, self._steps)
         self._seconds, self._steps = 0.0, 0
-        mine = torch.tensor([wait, probe(self._device), step_seconds], dtype=torch.float64)
-        rows = [torch.empty_like(mine) for _ in range(self._control.size())]
-        dist.all_gather(rows, mine, group=self._control)
-        waits, probes, steps = zip(*(row.tolist() for row in rows))
-        return judge(waits, probes, max(steps))
+        message = message_seconds(self._control, self._ranks_per_host)
+        mine = [wait, probe(self._device), step_seconds, message]
+        waits, probes, steps, messages = zip(*gather_numbers(mine, self._control))
+        return judge(waits, probes, max(steps), messages)
 
 
-def judge(waits: Sequence[float], probes: Sequence[float], step_seconds: float) -> list[str]:
+def judge(
+    waits: Sequence[float],
+    probes: Sequence[float],
+    step_seconds: float,
+    messages: Sequence[float] = (),
+) -> list[str]:
     """A line for each rank that is late or slow.
 
     Args:
         waits: for each rank, the seconds that it waits for the others in a step.
         probes: for each rank, the seconds that its device takes for the same work.
         step_seconds: time of a step.
+        messages: for each rank, the seconds of a message to another host; 0 if there is none.
     """
     findings = []
     for rank, (wait, seconds) in enumerate(zip(waits, probes)):
@@ -75,6 +93,10 @@ def judge(waits: Sequence[float], probes: Sequence[float], step_seconds: float) 
         factor = seconds / median(probes[other] for other in others)
         if factor > SLOW_FACTOR:
             findings.append(f"rank {rank} computes {factor:.1f} times as long as the others")
+        usual = median(messages[other] for other in others) if messages else 0.0
+        if usual and messages[rank] > SLOW_LINK_FACTOR * usual:
+            longer = f"{messages[rank] / usual:.1f} times as long as those of the others"
+            findings.append(f"messages of rank {rank} to other hosts take {longer}")
     return findings
 
 

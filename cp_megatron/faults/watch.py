@@ -1,17 +1,15 @@
-"""Watches the ranks of a run: heartbeats, the launcher's death, and which rank broke the run.
+"""Watches the ranks of a run: the launcher's death, and which rank broke the run.
 
-    rank 0   beat beat beat  lost rank 2 -> reports, waits 1.5 s: 1 and 3 report, 2 has no beat
-    rank 1   beat beat beat  lost rank 2 -> reports                         -> "rank 2 is gone"
-    rank 2   beat beat X     killed
-    rank 3   beat beat beat  waits for rank 1 ... its connection breaks when rank 1 exits
+    rank 0   lost rank 2 -> tells 1, 2, 3: 1 and 3 answer, 2 does not   -> "rank 2 is gone"
+    rank 1   lost rank 2 -> tells 0, 2, 3: 0 and 3 answer, 2 does not      (rank 0 has said it)
+    rank 2   killed
+    rank 3   waits for rank 1 ... its connection breaks when rank 1 exits
 
-A thread writes an increasing number into the store through which the ranks met, over a connection
-of its own. It keeps running while a collective waits, unless the process is stopped.
+One rank of each host says it, so that the output of every launcher names what was lost.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import socket
@@ -19,9 +17,8 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict
 from pathlib import Path
 from types import MappingProxyType
 
@@ -30,21 +27,24 @@ from torch.distributed import Store  # type: ignore[attr-defined]
 from cp_megatron.comm.flight import last_collective, write_flight
 from cp_megatron.comm.runtime import Launch
 from cp_megatron.faults.culprit import Report, judge, kind_of
+from cp_megatron.faults.peers import ANSWER_SECONDS, Peers
 
-BEAT_SECONDS = 0.5
-"""A beat takes two requests to the store, which serves all ranks by one thread."""
 REPORT_SECONDS = 1.5
-"""How long a rank collects reports after a connection broke; longer than two beats."""
+"""How long a rank that broke waits for the reports of ranks that answer it."""
+STORE_SECONDS = 1.0
+"""How long it waits for the store, which may be gone or cut off."""
 ORPHAN_SECONDS = 30.0
 """The time that a rank whose launcher died has to finish its step and save."""
-_OVER_SECONDS = 5.0
+OVER_SECONDS = 6.0
+"""The time that a rank has to notice by itself that another one broke."""
+_PAUSE = 0.5
 _STATES: Mapping[str, str] = MappingProxyType(
     {"T": "stopped", "t": "stopped", "Z": "dead", "X": "dead", "D": "waiting for a disk"}
 )
 
 
 class Watch:
-    """The watch of one rank, a context manager around the training.
+    """The watch of one rank, a context manager around the training. All ranks make it together.
 
     Args:
         launch: how this process was started.
@@ -67,9 +67,10 @@ class Watch:
         self._store: Store = store.clone() if hasattr(store, "clone") else store
         self._prefix = f"watch{launch.restarts}"
         self._orphaned, self._parent = orphaned, os.getppid()
-        self._ended = threading.Event()
-        who = [os.getpid(), socket.gethostname()]
-        self._store.set(self._key("who", launch.rank), json.dumps(who))
+        self._ended, self._broken = threading.Event(), threading.Event()
+        self._host = socket.gethostname()
+        key = f"{self._prefix}/who"
+        self._peers = Peers(launch.rank, launch.world_size, store, key, launch.master)
         self._thread = threading.Thread(target=self._watch, daemon=True, name="watch")
 
     def __enter__(self) -> Watch:
@@ -80,131 +81,144 @@ class Watch:
         self._ended.set()
 
     def explain(self, error: BaseException) -> None:
-        """Prints what broke the run, once over all ranks, after ``error`` ended this rank.
+        """Prints what broke the run, once on each host, after ``error`` ended this rank.
 
-        A rank that is stuck on this node is killed.
+        A stack trace is printed once over all ranks. A rank that is stuck on this node is killed.
         """
+        self._broken.set()
         notes = " ".join(getattr(error, "__notes__", ()))
         where = ", ".join(part for part in (notes, last_collective()) if part)
-        report = Report(kind=kind_of(error), where=where)
+        kind = kind_of(error)
+        traced = kind == "failed" and self._claims("failure") is not False
         with suppress(OSError):
             write_flight(self._folder / f"flight-rank-{self._launch.rank}.jsonl")
-        try:
-            self._explain(error, report)
-        except (RuntimeError, OSError, ValueError):  # the rank that served the store is gone
-            self._say(f"rank {self._launch.rank}: {error}; the ranks' store is gone too")
+        if traced:
+            trace = "".join(traceback.format_exception(error))
+            self._say(f"rank {self._launch.rank} failed\n{trace.rstrip()}")
+        self._conclude(Report(kind=kind, where=where, traced=traced))
 
-    def _explain(self, error: BaseException, report: Report) -> None:
-        rank = self._launch.rank
-        if report.kind == "failed":
-            if self._is_first("failure"):
-                trace = "".join(traceback.format_exception(error))
-                self._say(f"rank {rank} failed\n{trace.rstrip()}")
-            self._publish(report)
-            return
-        self._publish(report)
-        reports, alive = self._collect()
-        if any(other.kind == "failed" for other in reports.values()):
-            return
-        seen = {other: self._seen(other) for other in range(self._launch.world_size)}
-        culprits, text = judge(reports, world_size=self._launch.world_size, alive=alive, seen=seen)
-        if self._is_first("verdict"):
+    def _conclude(self, report: Report | None) -> None:
+        """Tells the others and, if it is this rank's turn, the user."""
+        self._peers.tell(report)
+        self._collect()
+        traced = [rank for rank, other in self._peers.reports.items() if other.traced]
+        if any(self._host_of(rank) == self._host for rank in traced):
+            return  # the output of this launcher has the stack trace
+        culprits, text = self._verdict(traced)
+        if self._speaks():
             self._say(text)
-        for other in culprits:
-            self._end(other)
-        self._store.set(self._key("over"), "1")
+            self._peers.tell_spoken()
+        for rank in culprits:
+            self._end(rank)
 
-    def _collect(self) -> tuple[dict[int, Report], list[int]]:
-        """The ranks' reports, and the ranks that have shown a sign of life meanwhile."""
-        others = range(self._launch.world_size)
-        before = [self._read(self._key("beat", rank)) for rank in others]
-        end = time.monotonic() + REPORT_SECONDS
-        while time.monotonic() < end:
-            time.sleep(0.1)
-            reports = self._reports()
-            silent = [rank for rank in others if rank not in reports]
-            # There is no need to wait for the beats of processes that have visibly ended.
-            kinds = {report.kind for report in reports.values()}
-            if "failed" in kinds or all(map(self._has_ended, silent)):
+    def _verdict(self, traced: Sequence[int]) -> tuple[tuple[int, ...], str]:
+        """The ranks that broke the run, as far as they can be killed, and one line for the user."""
+        if traced:
+            there = f"rank {traced[0]} ({self._seen(traced[0])})"
+            return (), f"{there} failed; the output of its launcher has the stack trace"
+        ranks, reports = range(self._launch.world_size), dict(self._peers.reports)
+        alive = [rank for rank in ranks if self._lives(rank)]
+        seen = {rank: self._seen(rank) for rank in ranks}
+        culprits, text = judge(reports, world_size=len(ranks), alive=alive, seen=seen)
+        return culprits, text + self._alternative(reports)
+
+    def _collect(self) -> None:
+        """Waits until all ranks have reported, have ended or had the time for it."""
+        peers, begin = self._peers, time.monotonic()
+        while (waited := time.monotonic() - begin) < ANSWER_SECONDS:
+            time.sleep(0.05)
+            silent = [x for x in range(self._launch.world_size) if x not in peers.reports]
+            running = [rank for rank in silent if not self._has_ended(rank)]
+            told = not any(rank in peers.pending for rank in {*running, *peers.reports})
+            if told and (not running or waited > REPORT_SECONDS):
                 break
-        alive = [rank for rank in others if self._lives(rank, before[rank])]
-        return self._reports(), alive
 
-    def _lives(self, rank: int, beat: str) -> bool:
-        """Whether its process runs; on another node, whether ``beat`` is outdated."""
+    def _alternative(self, reports: Mapping[int, Report]) -> str:
+        """Where no other host answers, this one may be the one that is cut off."""
+        elsewhere = [
+            rank for rank in range(self._launch.world_size) if self._host_of(rank) != self._host
+        ]
+        heard = {*reports, *self._peers.answered, *self._peers.refused}
+        if not elsewhere or heard.intersection(elsewhere):
+            return ""
+        return f"; no other host answers, so {self._host} itself may be cut off"
+
+    def _lives(self, rank: int) -> bool:
+        """Whether its process runs; on another node, whether it answers."""
         if self._state_of(rank):
             return not self._has_ended(rank)
-        return self._read(self._key("beat", rank)) != beat
+        return rank == self._launch.rank or rank in self._peers.answered
 
     def _has_ended(self, rank: int) -> bool:
-        """Whether its process ran on this node and is gone or stopped."""
+        """Whether its process is known to be gone or, on this node, stopped."""
         return self._state_of(rank) in ("gone", "dead", "stopped")
 
     def _state_of(self, rank: int) -> str:
-        """The state of its process, from /proc; empty on another node or without /proc."""
-        pid, host = self._who(rank)
-        if host != socket.gethostname() or not Path("/proc").is_dir():
-            return ""
-        stat = _stat(pid)
+        """The state of its process, if this node can tell: from /proc, or because it is refused."""
+        refused = "gone" if rank in self._peers.refused else ""
+        if self._host_of(rank) != self._host or not Path("/proc").is_dir():
+            return refused
+        stat = _stat(self._peers.processes[rank].pid)
         return _STATES.get(stat[0], "running") if stat else "gone"
 
-    def _reports(self) -> dict[int, Report]:
-        ranks = range(self._launch.world_size)
-        texts = {rank: self._read(self._key("report", rank)) for rank in ranks}
-        return {rank: Report(**json.loads(text)) for rank, text in texts.items() if text}
+    def _claims(self, what: str) -> bool | None:
+        """Whether this rank is the first to claim ``what``; None if the store does not answer."""
+        first: list[bool] = []
 
-    def _publish(self, report: Report) -> None:
-        self._store.set(self._key("report", self._launch.rank), json.dumps(asdict(report)))
+        def claim() -> None:
+            with suppress(RuntimeError, OSError):
+                first.append(self._store.add(f"{self._prefix}/{what}", 1) == 1)
 
-    def _is_first(self, what: str) -> bool:
-        """Whether this rank is the first to claim ``what``."""
-        return self._store.add(self._key(what), 1) == 1
+        thread = threading.Thread(target=claim, daemon=True)
+        thread.start()
+        thread.join(STORE_SECONDS)
+        return first[0] if first else None
+
+    def _speaks(self) -> bool:
+        """Whether this rank tells the user, as one of this host.
+
+        Without the store it is the first of those that have reported, unless another has spoken.
+        """
+        if (claimed := self._claims(f"verdict/{self._host}")) is not None:
+            return claimed
+        peers, rank = self._peers, self._launch.rank
+        here = [other for other in peers.reports if self._host_of(other) == self._host]
+        spoken = any(self._host_of(other) == self._host for other in peers.spoken)
+        return not spoken and rank <= min(here, default=rank)
 
     def _seen(self, rank: int) -> str:
-        """A description of a rank's process, with its state if it runs on this node."""
-        pid, host = self._who(rank)
-        state = self._state_of(rank)
-        return f"process {pid} on {host}" + (f", {state}" if state else "")
+        """A description of a rank's process, with its state if it is known."""
+        process, state = self._peers.processes[rank], self._state_of(rank)
+        return f"process {process.pid} on {process.host}" + (f", {state}" if state else "")
 
-    def _who(self, rank: int) -> tuple[int, str]:
-        pid, host = json.loads(self._read(self._key("who", rank)) or '[0, "?"]')
-        return pid, host
+    def _host_of(self, rank: int) -> str:
+        return self._peers.processes[rank].host
 
     def _end(self, rank: int) -> None:
         """Kills a stuck rank on this node, which does not react to a milder signal.
 
         The process must have the same launcher, because its number may belong to another one now.
         """
-        pid, host = self._who(rank)
-        if host == socket.gethostname() and _stat(pid)[1:2] == [str(self._parent)]:
+        pid = self._peers.processes[rank].pid
+        if self._host_of(rank) == self._host and _stat(pid)[1:2] == [str(self._parent)]:
             with suppress(OSError):
                 os.kill(pid, signal.SIGKILL)
 
     def _watch(self) -> None:
-        beat, over, orphan, reachable = 0, 0.0, 0.0, True
-        while not self._ended.wait(BEAT_SECONDS):
-            beat, now = beat + 1, time.monotonic()
+        orphan = 0.0
+        while not self._ended.wait(_PAUSE):
+            now = time.monotonic()
             if self._launch.under_torchrun and os.getppid() != self._parent:
                 if not orphan:
                     self._orphaned()
                     orphan = now
                 if now - orphan > ORPHAN_SECONDS:
                     os._exit(1)
-            if reachable:
-                try:
-                    self._store.set(self._key("beat", self._launch.rank), str(beat))
-                    over = over or (now if self._read(self._key("over")) else 0.0)
-                except (RuntimeError, OSError):  # once is enough: torch prints a long warning
-                    reachable = False
-            # The others have given up, so this rank waits for a message that will not arrive.
-            if over and now - over > _OVER_SECONDS:
+            # Others have given up, so this rank waits for a message that will not arrive.
+            heard = self._peers.first_heard
+            if heard and now - heard > OVER_SECONDS and not self._broken.is_set():
+                self._conclude(None)
                 os._exit(1)
-
-    def _read(self, key: str) -> str:
-        return self._store.get(key).decode() if self._store.check([key]) else ""
-
-    def _key(self, *parts: object) -> str:
-        return "/".join([self._prefix, *map(str, parts)])
 
     def _say(self, text: str) -> None:
         print(f"{self._program}: {text}", file=sys.stderr, flush=True)

@@ -183,7 +183,9 @@ def assemble(plan: RunPlan, launch: Launch, control: dist.ProcessGroup) -> Train
         guard=_make_guard(plan),
         faults=Faults.of(launch),
         checks=_make_checks(train_step, config, control),
-        stragglers=Stragglers(control, train_step.device) if config.log.log_straggler else None,
+        stragglers=Stragglers(control, train_step.device, launch.local_world_size)
+        if config.log.log_straggler
+        else None,
     )
 
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import time
+from datetime import timedelta
+
 import pytest
+import torch
 import torch.distributed as dist
 
 from cp_megatron.comm.groups import ParallelGroups
@@ -86,3 +90,21 @@ def test_groups_of_experts_are_the_grids(grid: Grid) -> None:
             assert ranks in grid.groups(name)
             assert rank in ranks
         assert shape == ([2, 1] if grid.replicas > 1 else [2])
+
+
+def unsent(rank: int, world_size: int) -> list[float]:
+    """How many seconds this rank waits, in several of its groups, for what no rank sends."""
+    groups = ParallelGroups.create(Grid(dp=2, tp=2, replicas=2), "cpu", timedelta(seconds=1))
+    found = []
+    for group in (groups.tp, groups["dp_cp"], groups.sharding.get_group("replicas")):
+        work = dist.irecv(torch.empty(1), group=group, group_src=1 - group.rank())
+        assert work is not None
+        begin = time.monotonic()
+        with pytest.raises(RuntimeError):
+            work.wait()
+        found.append(time.monotonic() - begin)
+    return found
+
+
+def test_messages_from_rank_to_rank_have_the_timeout() -> None:
+    assert all(0.5 < seconds < 5 for found in run_ranks(unsent, 4) for seconds in found)

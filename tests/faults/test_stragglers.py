@@ -32,6 +32,16 @@ def test_a_device_that_takes_more_than_twice_as_long() -> None:
     assert judge(even, [0.001, 0.0011, 0.001, 0.0019], 0.5) == []
 
 
+def test_messages_that_take_more_than_three_times_as_long() -> None:
+    even, messages = [0.1] * 3, [0.01, 0.011, 0.08]
+    (finding,) = judge(even, ALIKE[:3], 0.5, messages)
+    assert finding == (
+        "messages of rank 2 to other hosts take 7.6 times as long as those of the others"
+    )
+    assert judge(even, ALIKE[:3], 0.5, [0.01, 0.011, 0.03]) == []
+    assert judge(even, ALIKE[:3], 0.5, [0.0] * 3) == []
+
+
 def test_a_probe_takes_some_time() -> None:
     assert 0 < probe(torch.device("cpu")) < 10
 
