@@ -156,10 +156,11 @@ class Save:
         cache: SaveCache,
         began: float,
         background: bool,
+        planning: Group,
     ) -> None:
         """Plans the save, copies this rank's part of the tensors, and starts the thread."""
         try:
-            plan = plan_save(state, group=self._group, cached=cache.plan, begin=self._make_folder)
+            plan = plan_save(state, group=planning, cached=cache.plan, begin=self._make_folder)
         except Exception as error:
             self._failure = error
             return
@@ -258,6 +259,7 @@ def start_save(
     cache: SaveCache | None = None,
     background: bool = True,
     process_group: Group = None,
+    planning_group: Group = None,
 ) -> Save:
     """Begins to write ``folder/step-N``. Every rank calls this; on return the model may change.
 
@@ -274,6 +276,8 @@ def start_save(
         background: whether training continues meanwhile and gets the cores first.
         process_group: the ranks that save, by default all. Nothing else may use the group until
             the save has ended. Without torch.distributed, this process saves alone.
+        planning_group: the same ranks, for the messages before this returns; by default
+            ``process_group``, which may wait longer for a rank that writes slowly.
 
     Returns:
         the save in progress; its ``wait`` raises every failure.
@@ -296,5 +300,6 @@ def start_save(
     target = step_folder(Path(folder), step)
     save = Save(target, manifest, retention or Retention(), process_group)
     counts = optimizer_steps(parameters, optimizer)
-    save._start(state, counts, cache or SaveCache(), began, background)
+    planning = planning_group or process_group
+    save._start(state, counts, cache or SaveCache(), began, background, planning)
     return save

@@ -21,6 +21,7 @@ import torch.distributed as dist
 
 from cp_megatron.comm.host_numbers import gather_numbers
 from cp_megatron.faults.host_links import message_seconds
+from cp_megatron.plan import Grid
 
 LATE_SHARE, LATE_SECONDS = 0.1, 0.01
 """A rank is reported if it is late by more than this share of a step and these seconds."""
@@ -37,6 +38,7 @@ class Stragglers:
         control: a group of all ranks for CPU tensors.
         device: the device to probe.
         ranks_per_host: the ranks on each host; by default all are on one.
+        grid: of the ranks; by default they are one pipeline stage.
     """
 
     def __init__(
@@ -44,7 +46,9 @@ class Stragglers:
         control: dist.ProcessGroup,
         device: torch.device,
         ranks_per_host: int | None = None,
+        grid: Grid | None = None,
     ) -> None:
+        self._grid = grid or Grid(dp=control.size())
         self._control, self._device = control, device
         self._ranks_per_host = ranks_per_host or control.size()
         self._seconds, self._steps = 0.0, 0
@@ -66,7 +70,7 @@ class Stragglers:
         message = message_seconds(self._control, self._ranks_per_host)
         mine = [wait, probe(self._device), step_seconds, message]
         waits, probes, steps, messages = zip(*gather_numbers(mine, self._control))
-        return judge(waits, probes, max(steps), messages)
+        return judge(waits, probes, max(steps), messages, grid=self._grid)
 
 
 def judge(
@@ -74,29 +78,37 @@ def judge(
     probes: Sequence[float],
     step_seconds: float,
     messages: Sequence[float] = (),
+    *,
+    grid: Grid | None = None,
 ) -> list[str]:
     """A line for each rank that is late or slow.
+
+    Ranks are late beside others of their pipeline stage: stages end a step at different times.
 
     Args:
         waits: for each rank, the seconds that it waits for the others in a step.
         probes: for each rank, the seconds that its device takes for the same work.
         step_seconds: time of a step.
         messages: for each rank, the seconds of a message to another host; 0 if there is none.
+        grid: of the ranks; by default they are one pipeline stage.
     """
-    findings = []
-    for rank, (wait, seconds) in enumerate(zip(waits, probes)):
-        others = [*range(rank), *range(rank + 1, len(waits))]
-        late = median(waits[other] for other in others) - wait
+    findings, grid = [], grid or Grid(dp=len(waits))
+    for number, (wait, seconds) in enumerate(zip(waits, probes)):
+        others = [*range(number), *range(number + 1, len(waits))]
+        beside = [x for x in others if grid.index("pp", x) == grid.index("pp", number)] or others
+        late = median(waits[other] for other in beside) - wait
+        place = grid.place_of(number)
+        rank = f"rank {number} ({place})" if place else f"rank {number}"
         if late > max(LATE_SECONDS, LATE_SHARE * step_seconds):
             step = f"a step of {step_seconds:.2f} s"
-            findings.append(f"rank {rank} is {late:.2f} s late in {step}")
+            findings.append(f"{rank} is {late:.2f} s late in {step}")
         factor = seconds / median(probes[other] for other in others)
         if factor > SLOW_FACTOR:
-            findings.append(f"rank {rank} computes {factor:.1f} times as long as the others")
+            findings.append(f"{rank} computes {factor:.1f} times as long as the others")
         usual = median(messages[other] for other in others) if messages else 0.0
-        if usual and messages[rank] > SLOW_LINK_FACTOR * usual:
-            longer = f"{messages[rank] / usual:.1f} times as long as those of the others"
-            findings.append(f"messages of rank {rank} to other hosts take {longer}")
+        if usual and messages[number] > SLOW_LINK_FACTOR * usual:
+            longer = f"{messages[number] / usual:.1f} times as long as those of the others"
+            findings.append(f"messages of {rank} to other hosts take {longer}")
     return findings
 
 

@@ -52,6 +52,7 @@ class Watch:
         folder: the run's folder, for the record of collectives.
         program: the name that messages to the user begin with.
         orphaned: called once when the launcher has died.
+        place_of: what to say of a rank beside its process, such as its pipeline stage.
     """
 
     def __init__(
@@ -62,7 +63,9 @@ class Watch:
         folder: Path,
         program: str,
         orphaned: Callable[[], None],
+        place_of: Callable[[int], str] = lambda rank: "",
     ) -> None:
+        self._place_of = place_of
         self._launch, self._folder, self._program = launch, folder, program
         self._store: Store = store.clone() if hasattr(store, "clone") else store
         self._prefix = f"watch{launch.restarts}"
@@ -188,8 +191,9 @@ class Watch:
 
     def _seen(self, rank: int) -> str:
         """A description of a rank's process, with its state if it is known."""
-        process, state = self._peers.processes[rank], self._state_of(rank)
-        return f"process {process.pid} on {process.host}" + (f", {state}" if state else "")
+        process = self._peers.processes[rank]
+        words = self._place_of(rank), f"process {process.pid} on {process.host}"
+        return ", ".join(filter(None, (*words, self._state_of(rank))))
 
     def _host_of(self, rank: int) -> str:
         return self._peers.processes[rank].host

@@ -69,7 +69,7 @@ def run_stage(plan: PipelinePlan, stage: int, links: StageLinks, passes: Passes)
             run.make(action, x)
         except Exception as error:
             if plan.num_stages > 1:
-                error.add_note(f"stage {stage}: {action}")
+                error.add_note(f"stage {stage}, {action.kind} of micro batch {action.microbatch},")
             raise
         if not is_early:
             arriving = run.receive(following)

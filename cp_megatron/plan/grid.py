@@ -168,6 +168,10 @@ class Grid(_PerAxis):
             rank, indices[axis] = divmod(rank, size)
         return Coordinates(**dict(reversed(indices.items())))
 
+    def place_of(self, rank: int) -> str:
+        """The pipeline stage of a rank in words; empty if there is one stage."""
+        return f"stage {self.index('pp', rank)}" if self._numbers.get("pp", 1) > 1 else ""
+
     def groups(self, name: str) -> list[list[int]]:
         """The groups of ranks along an axis, each in the order of that axis."""
         along = name.split("_")

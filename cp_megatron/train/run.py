@@ -106,6 +106,7 @@ def _watched(trainer: Trainer, launch: Launch, stop: StopRequest, script: str) -
         folder=trainer.folder,
         program=Path(script).name,
         orphaned=lambda: stop(signal.SIGHUP, None),
+        place_of=trainer.plan.grid.place_of,
     ) as watch:
         try:
             return _train(trainer, launch, stop, script)
@@ -183,7 +184,7 @@ def assemble(plan: RunPlan, launch: Launch, control: dist.ProcessGroup) -> Train
         guard=_make_guard(plan),
         faults=Faults.of(launch),
         checks=_make_checks(train_step, config, control),
-        stragglers=Stragglers(control, train_step.device, launch.local_world_size)
+        stragglers=Stragglers(control, train_step.device, launch.local_world_size, plan.grid)
         if config.log.log_straggler
         else None,
     )

@@ -47,6 +47,7 @@ class Saver:
         if plan.config.checkpoint.async_save:  # it sends messages while ``control`` is in use
             group = dist.new_group(backend="gloo", timeout=TIMEOUT)
         self._plan, self._folder, self._group, self._say = plan, folder, group, say
+        self._control = control
         self._fingerprint = data_fingerprint
         self._cache = SaveCache()
         self._under_way: tuple[int, Save] | None = None
@@ -85,6 +86,7 @@ class Saver:
             cache=self._cache,
             background=not waits,
             process_group=self._group,
+            planning_group=self._control,
         )
         self._under_way = step, under_way
         if waits:

@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 
 from cp_megatron.faults.stragglers import Stragglers, judge, probe
+from cp_megatron.plan import Grid
 from tests.ranks import run_ranks
 from tests.train.test_loop import Place, StoppingView, assembled, finish
 from tests.train.test_loop import place as place  # the fixture
@@ -40,6 +41,14 @@ def test_messages_that_take_more_than_three_times_as_long() -> None:
     )
     assert judge(even, ALIKE[:3], 0.5, [0.01, 0.011, 0.03]) == []
     assert judge(even, ALIKE[:3], 0.5, [0.0] * 3) == []
+
+
+def test_stages_of_a_pipeline_end_a_step_at_different_times() -> None:
+    """The ranks of stage 1 arrive last by the schedule; rank 3 is late among them."""
+    grid = Grid(pp=2, cp=2)
+    assert judge([0.5, 0.5, 0.02, 0.02], ALIKE, 0.5, grid=grid) == []
+    (finding,) = judge([0.5, 0.5, 0.22, 0.02], ALIKE, 0.5, grid=grid)
+    assert finding == "rank 3 (stage 1) is 0.20 s late in a step of 0.50 s"
 
 
 def test_a_probe_takes_some_time() -> None:

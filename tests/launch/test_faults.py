@@ -189,6 +189,47 @@ def test_a_rank_that_exits_is_named(folder: Path) -> None:
     assert line.startswith("pretrain.py: rank 2 (")
 
 
+STAGES = [
+    *("--pipeline-parallel-size", "2", "--pipeline-model-parallel-layout", "E|tL"),
+    *("--micro-batch-size", "1"),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("fault", "says"),
+    [
+        ("kill:2:2", r"rank 2 \(stage 1, process \d+ on \S+, (gone|dead)\) does not answer"),
+        ("hang:1:2", r"rank 1 \(stage 0, .*\) is running but did not join the collective"),
+    ],
+)
+def test_a_dead_and_a_stuck_stage_are_named(folder: Path, fault: str, says: str) -> None:
+    save = fault.split(":")[0] + "-stage"
+    timeout = ["--distributed-timeout-minutes", "0.2"]
+    ended = start(folder, save, *STAGES, *timeout, ranks=4, fault=fault).ended()
+    assert ended.code == 1
+    (line,) = ours(ended)
+    assert re.match(rf"pretrain\.py: {says}", line)
+    assert all_gone(save, 1)
+
+
+@pytest.mark.slow
+def test_a_slow_stage_is_named_and_one_that_waits_is_not(folder: Path) -> None:
+    ended = start(folder, "slow-stage", *STAGES, ranks=4, fault="slow:3:2").ended()
+    assert ended.code == 0
+    late = {line.split(" is ")[0] for line in ended.out.splitlines() if " late in a step" in line}
+    assert {text.split(": ")[1] for text in late} == {"rank 3 (stage 1)"}
+
+
+@pytest.mark.slow
+def test_a_step_that_is_skipped_is_skipped_by_all_stages(folder: Path) -> None:
+    flags = [*STAGES, "--skip-budget", "1"]
+    ended = start(folder, "skipped-stage", *flags, ranks=4, fault="nan:0:2").ended()
+    assert ended.code == 0
+    assert ended.out.count("step 3: ") == 1
+    assert "skipped (1 of at most 1" in ended.out
+
+
 # The program, except that one rank does not send in one round of a step.
 SKIPS = f"""
 import os, sys

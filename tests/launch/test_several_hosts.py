@@ -62,6 +62,12 @@ GRIDS: Mapping[str, Grid] = {
         2, 2, ("--context-parallel-size", "2", "--tensor-parallel-size", "2")
     ),
     "hsdp-over-two": Grid(2, 2, ("--data-parallel-replicate-size", "2")),
+    "pp-over-two-cp-within": Grid(
+        *(2, 2),
+        ("--pipeline-parallel-size", "2", "--context-parallel-size", "2")
+        + ("--micro-batch-size", "1"),
+        num_layers=2,
+    ),
 }
 
 
@@ -189,7 +195,9 @@ def test_an_undisturbed_run_is_whole(case: Case) -> None:
 
 def named(ranks: Sequence[int], host: int, *, state: str = "") -> str:
     """The pattern of what is said of the ranks of a host."""
-    return ", ".join(rf"rank {rank} \(process \d+ on node{host}{state}\)" for rank in ranks)
+    return ", ".join(
+        rf"rank {rank} \((?:stage \d, )?process \d+ on node{host}{state}\)" for rank in ranks
+    )
 
 
 def goes_on(case: Case, save: str) -> None:
