@@ -63,9 +63,12 @@ GRIDS: Mapping[str, Grid] = {
     ),
     "hsdp-over-two": Grid(2, 2, ("--data-parallel-replicate-size", "2")),
     "pp-over-two-cp-within": Grid(
-        *(2, 2),
-        ("--pipeline-parallel-size", "2", "--context-parallel-size", "2")
-        + ("--micro-batch-size", "1"),
+        hosts=2,
+        ranks_per_host=2,
+        flags=(
+            *("--pipeline-parallel-size", "2", "--context-parallel-size", "2"),
+            *("--micro-batch-size", "1"),
+        ),
         num_layers=2,
     ),
 }
@@ -195,9 +198,8 @@ def test_an_undisturbed_run_is_whole(case: Case) -> None:
 
 def named(ranks: Sequence[int], host: int, *, state: str = "") -> str:
     """The pattern of what is said of the ranks of a host."""
-    return ", ".join(
-        rf"rank {rank} \((?:stage \d, )?process \d+ on node{host}{state}\)" for rank in ranks
-    )
+    process = rf"(?:stage \d, )?process \d+ on node{host}{state}"
+    return ", ".join(rf"rank {rank} \({process}\)" for rank in ranks)
 
 
 def goes_on(case: Case, save: str) -> None:
