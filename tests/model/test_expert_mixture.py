@@ -26,7 +26,7 @@ from cp_megatron.tensor_parallel import TensorParallel, named_specs
 from cp_megatron.train.optimizer import decay_groups, stacked_vectors
 from tests.model.grids import error
 from tests.ranks import run_ranks
-from tests.train.expert_training import MODEL, SOFTMAX, STYLES, VOCAB, Case, config_of
+from tests.train.expert_training import MODEL, SOFTMAX, VOCAB, Case, config_of
 
 BATCH, LENGTH = 2, 12
 GPT_OSS = replace(
@@ -222,7 +222,7 @@ def rounded(rank: int, world_size: int, case: Case) -> tuple[float, float, dict[
     return float(total), norm**0.5, seen
 
 
-@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("style", ["sigmoid", "softmax"])
 def test_bfloat16_routes_in_float32(style: str) -> None:
     exact = run_ranks(rounded, 1, Case(style=style, dtype="float32"))[0]
     alone = run_ranks(rounded, 1, Case(style=style, dtype="bfloat16"))[0]

@@ -36,14 +36,14 @@ def alone(case: Case) -> Case:
 
 
 @cache
-def on_one_rank(case: Case) -> list[StepResult]:
-    return run_ranks(train, 1, case)[0]
+def on_one_rank(case: Case, steps: int) -> list[StepResult]:
+    return run_ranks(train, 1, case, steps)[0]
 
 
 def gaps(case: Case, found: list[StepResult]) -> tuple[float, float, bool]:
     """The largest relative errors of loss and norm, and whether all counts and terms agree."""
     losses, norms, same = [0.0], [0.0], True
-    for here, there in zip(found, on_one_rank(alone(case)), strict=False):
+    for here, there in zip(found, on_one_rank(alone(case), len(found)), strict=True):
         losses.append(abs(here.loss - there.loss) / there.loss)
         norms.append(abs(here.grad_norm - there.grad_norm) / there.grad_norm)
         assert here.experts is not None
@@ -67,12 +67,13 @@ def grids(world_size: int) -> list[dict[str, int]]:
     ]
 
 
-QUICK = [
-    Case(tp=2, cp=2, ep=4, padding=4),
-    Case(dp=2, cp=2, ep=2, replicas=2, style="softmax"),
-    Case(tp=2, dp=2, ep=2, document_mask=True, micro_batch_size=2, padding=2),
+QUICK = [  # twenty steps of each are slow
+    (Case(tp=2, cp=2, ep=4, padding=4), 6),
+    (Case(dp=2, cp=2, ep=2, replicas=2, style="softmax"), 6),
+    (Case(tp=2, dp=2, ep=2, document_mask=True, micro_batch_size=2, padding=2), 6),
 ]
 LONG = [
+    *(case for case, _ in QUICK),
     Case(cp=4, ep=2, style="softmax", document_mask=True, micro_batch_size=2, kind="aux_loss"),
     *(Case(**sizes, document_mask=True, micro_batch_size=1) for sizes in grids(4)),
     *(Case(**sizes, style="softmax", padding=8) for sizes in grids(4) if sizes["ep"] == 2),
@@ -89,19 +90,25 @@ def described(case: Case) -> str:
     return ",".join(f"{k}={v}" for k, v in changed.items() if v != getattr(Case(), k))
 
 
-@pytest.mark.parametrize(
-    "case",
-    [*QUICK, *(pytest.param(case, marks=pytest.mark.slow) for case in LONG)],
-    ids=described,
-)
-def test_twenty_steps_equal_one_rank(case: Case) -> None:
-    reference = on_one_rank(alone(case))
+def check(case: Case, steps: int) -> None:
+    reference = on_one_rank(alone(case), steps)
     assert reference[0].loss - reference[-1].loss > 0.1
     assert max(result.grad_norm for result in reference) > 0.5  # clipped
-    for found in run_ranks(train, case.grid.world_size, case, timeout=300):
+    for found in run_ranks(train, case.grid.world_size, case, steps, timeout=300):
         loss, norm, same = gaps(case, found)
         assert same
         assert max(loss, norm) < 1e-10
+
+
+@pytest.mark.parametrize(("case", "steps"), QUICK, ids=[described(case) for case, _ in QUICK])
+def test_steps_equal_one_rank(case: Case, steps: int) -> None:
+    check(case, steps)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", LONG, ids=described)
+def test_twenty_steps_equal_one_rank(case: Case) -> None:
+    check(case, STEPS)
 
 
 def mutated(rank: int, world_size: int, case: Case, mutation: str) -> list[StepResult]:

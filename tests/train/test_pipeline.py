@@ -23,8 +23,8 @@ def train(rank: int, world_size: int, case: Case, steps: int = STEPS) -> list[St
 
 
 @cache
-def on_one_rank(case: Case) -> list[StepResult]:
-    return run_ranks(train, 1, case)[0]
+def on_one_rank(case: Case, steps: int) -> list[StepResult]:
+    return run_ranks(train, 1, case, steps)[0]
 
 
 def alone(case: Case) -> Case:
@@ -47,11 +47,12 @@ def grids(world_size: int) -> list[dict[str, int]]:
 
 FOUR = {"num_layers": 4, "document_mask": True}
 QUICK = [
-    Case(pp=2, cp=2, style="tied", hidden_dropout=0.1, attention_dropout=0.1, **FOUR),
-    Case(pp=2, tp=2, ep=2, num_chunks=2, **FOUR),
-    Case(pp=2, dp=2, style="dense", optimizer="muon", **FOUR),
+    (Case(pp=2, cp=2, style="tied", hidden_dropout=0.1, attention_dropout=0.1, **FOUR), STEPS),
+    (Case(pp=2, tp=2, ep=2, num_chunks=2, **FOUR), 6),
+    (Case(pp=2, dp=2, style="dense", optimizer="muon", **FOUR), 6),
 ]
 LONG = [
+    *(case for case, steps in QUICK if steps < STEPS),
     *(Case(**sizes, style=style, **FOUR) for sizes in grids(4) for style in ("tied", "softmax")),
     *(Case(**sizes, num_chunks=2, num_layers=8, style="tied") for sizes in grids(4)),
     *(Case(**sizes, ep=2, **FOUR) for sizes in grids(4) if sizes["pp"] == 2),
@@ -72,15 +73,10 @@ def described(case: Case) -> str:
     return ",".join(f"{k}={v}" for k, v in changed.items() if v != getattr(Case(), k))
 
 
-@pytest.mark.parametrize(
-    "case",
-    [*QUICK, *(pytest.param(case, marks=pytest.mark.slow) for case in LONG)],
-    ids=described,
-)
-def test_twenty_steps_equal_one_rank(case: Case) -> None:
-    reference = on_one_rank(alone(case))
+def check(case: Case, steps: int) -> None:
+    reference = on_one_rank(alone(case), steps)
     assert reference[0].loss - reference[-1].loss > 0.1
-    for found in run_ranks(train, case.grid.world_size, case, timeout=300):
+    for found in run_ranks(train, case.grid.world_size, case, steps, timeout=300):
         for here, there in zip(found, reference, strict=True):
             assert abs(here.loss - there.loss) < 1e-10 * there.loss
             assert abs(here.grad_norm - there.grad_norm) < 1e-10 * there.grad_norm
@@ -89,6 +85,17 @@ def test_twenty_steps_equal_one_rank(case: Case) -> None:
                 assert here.experts is not None
                 assert here.experts.counts == there.experts.counts
                 assert here.experts.aux_loss == pytest.approx(there.experts.aux_loss, rel=1e-10)
+
+
+@pytest.mark.parametrize(("case", "steps"), QUICK, ids=[described(case) for case, _ in QUICK])
+def test_steps_equal_one_rank(case: Case, steps: int) -> None:
+    check(case, steps)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", LONG, ids=described)
+def test_twenty_steps_equal_one_rank(case: Case) -> None:
+    check(case, STEPS)
 
 
 @pytest.mark.parametrize("recompute", ["none", "full"])
