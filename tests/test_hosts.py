@@ -28,7 +28,8 @@ with socket.create_server(("", 0)) as server:
         print(server.accept()[0].recv(100).decode(), flush=True)
 """
 MAKES = """
-import time
+import signal, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
 from tests.hosts import Network
 with Network(2) as network:
     print(*[host.process.pid for host in network.hosts], flush=True)

@@ -26,10 +26,8 @@ GRIDS = {
 }
 
 
-LONG = [pytest.param(name, marks=pytest.mark.slow) for name in ("layout", "interleaved")]
-
-
-@pytest.mark.parametrize("name", ["cp", *LONG])
+@pytest.mark.slow  # tests/train/test_stage_options.py trains in the pool of ranks, by default
+@pytest.mark.parametrize("name", GRIDS)
 def test_stages_train_as_one_rank_does(name: str, folder: Path) -> None:
     packed = ["--document-mask"] if "--document-mask" in GRIDS[name] else []
     alone = run(["python", SCRIPT, *LINE, *packed, "--save", f"{name}-alone"], folder)

@@ -34,6 +34,7 @@ def place(folder: Path, name: str) -> Path:
     return folder / name
 
 
+@pytest.mark.slow  # tests/checkpoint/test_claim_folder.py claims folders in one process
 def test_the_second_run_is_refused_at_once_and_the_lock_of_a_killed_one_is_taken_over(
     folder: Path,
 ) -> None:
