@@ -28,7 +28,8 @@ LATE_SHARE, LATE_SECONDS = 0.1, 0.01
 SLOW_FACTOR = 2.0
 """A rank is reported if its probe takes longer than the median of the others by this factor."""
 SLOW_LINK_FACTOR = 3.0
-"""The same for its messages to other hosts."""
+"""A rank is reported if its messages to other hosts take longer than those of the others by this
+factor."""
 
 
 class Stragglers:

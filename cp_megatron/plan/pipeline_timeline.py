@@ -24,7 +24,7 @@ from typing import NamedTuple
 from cp_megatron.plan.pipeline import Action, Channel, PipelinePlan
 
 Durations = float | Sequence[float]
-"""Of the passes of a kind: one for all chunks, or one for each chunk of the model, in order."""
+"""How long passes of a kind take: one number for all chunks, or one for each chunk of the model."""
 
 
 class TimedPass(NamedTuple):
@@ -49,7 +49,7 @@ class PipelineTimeline:
 
     @cached_property
     def duration(self) -> float:
-        """From the start of the first pass to the end of the last one."""
+        """The time that a step takes, from its first pass to the end of its last one."""
         return max((timed.end for stage in self.passes for timed in stage), default=0.0)
 
     def idle(self, stage: int) -> float:

@@ -13,8 +13,8 @@ from cp_megatron.plan.pipeline_timeline import PipelineTimeline
 from cp_megatron.plan.show.text import MAX_RANKS
 
 COLUMNS = ("stage", "waits", "in flight", "sent", "received")
-"""Of the table of stages: the share of the time, passes through a chunk whose activations are kept,
-and messages."""
+"""The table of stages shows the share of the time in which a stage waits, the passes whose
+activations it keeps at most, and the messages that it sends and receives in a step."""
 
 
 def print_pipeline(timeline: PipelineTimeline, console: Console) -> None:
