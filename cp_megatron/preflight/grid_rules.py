@@ -20,7 +20,7 @@ from cp_megatron.spec import ModelSpec
 REPLICAS = "--data-parallel-replicate-size"
 _MOST_STATE = 16 * 2**30
 _STATE_BYTES = 16
-"""A parameter takes these bytes: its weight, its gradient and the two moments of Adam, in float32."""
+"""A parameter takes these bytes: weight, gradient and the two moments of Adam, each in float32."""
 
 
 def plan_grid(
