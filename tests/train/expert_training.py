@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from cp_megatron.comm.groups import ParallelGroups
 from cp_megatron.config import (
@@ -28,11 +30,12 @@ from cp_megatron.plan.stages import Stages
 from cp_megatron.spec import keeps_whole_weights
 from cp_megatron.train.muon import choose_optimizer
 from cp_megatron.train.shard import Shard
-from cp_megatron.train.step import TrainStep
+from cp_megatron.train.step import StepResult, TrainStep
 from tests.data.ranges import range_of
 from tests.model.grids import LLAMA
 
 SEQ, ROWS, VOCAB = 16, 4, 257
+STEPS = 20
 MODEL = replace(
     LLAMA,
     hidden_size=16,
@@ -183,3 +186,31 @@ def batches_of(step: int, case: Case, train_step: TrainStep) -> list[Batch]:
 
 def shards_of(step: int, case: Case, train_step: TrainStep) -> list[Shard]:
     return [train_step.prepare(batch) for batch in batches_of(step, case, train_step)]
+
+
+def steps_of(case: Case, step: TrainStep, first: int, last: int) -> list[StepResult]:
+    return [
+        step.run(shards_of(number, case, step), step=number + 1, lr=3e-3)
+        for number in range(first, last)
+    ]
+
+
+def train(rank: int, world_size: int, case: Case, steps: int = STEPS) -> list[StepResult]:
+    return steps_of(case, train_step_of(case), 0, steps)
+
+
+def whole(step: TrainStep) -> dict[str, Tensor]:
+    """All parameters, moments and biases of experts."""
+    found = {name: buffer.clone() for name, buffer in step.model.named_buffers()}
+    for name, parameter in step.model.named_parameters():
+        held = {name: parameter, **step.optimizer.state[parameter]}
+        for key, value in held.items():
+            found[f"{name} {key}"] = (
+                value.full_tensor().detach() if isinstance(value, DTensor) else value.clone()
+            )
+    return found
+
+
+def described(case: Case) -> str:
+    changed = {row.name: getattr(case, row.name) for row in fields(Case)}
+    return ",".join(f"{k}={v}" for k, v in changed.items() if v != getattr(Case(), k))

@@ -7,13 +7,19 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from cp_megatron.checkpoint.load import load_checkpoint
 from cp_megatron.checkpoint.save import start_save
-from cp_megatron.train.step import StepResult, TrainStep
+from cp_megatron.train.step import StepResult
 from tests.ranks import run_ranks
-from tests.train.expert_training import VOCAB, Case, config_of, shards_of, train_step_of
+from tests.train.expert_training import (
+    VOCAB,
+    Case,
+    config_of,
+    steps_of,
+    train_step_of,
+    whole,
+)
 
 SAVED, STEPS = 2, 4
 CASE = Case(dp=2, cp=2, ep=4)
@@ -25,25 +31,6 @@ OTHERS = [
     Case(cp=2),
 ]
 Trained = tuple[list[StepResult], dict[str, Tensor]]
-
-
-def steps_of(case: Case, step: TrainStep, first: int, last: int) -> list[StepResult]:
-    return [
-        step.run(shards_of(number, case, step), step=number + 1, lr=3e-3)
-        for number in range(first, last)
-    ]
-
-
-def whole(step: TrainStep) -> dict[str, Tensor]:
-    """All parameters, moments and biases of experts."""
-    found = {name: buffer.clone() for name, buffer in step.model.named_buffers()}
-    for name, parameter in step.model.named_parameters():
-        held = {name: parameter, **step.optimizer.state[parameter]}
-        for key, value in held.items():
-            found[f"{name} {key}"] = (
-                value.full_tensor().detach() if isinstance(value, DTensor) else value.clone()
-            )
-    return found
 
 
 def train_and_save(rank: int, world_size: int, case: Case, folder: str) -> Trained:

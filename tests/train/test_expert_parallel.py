@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -17,16 +17,7 @@ from cp_megatron.model.expert_mixture import Router
 from cp_megatron.model.row_counts import RowCounts
 from cp_megatron.train.step import StepResult
 from tests.ranks import run_ranks
-from tests.train.expert_training import SEQ, Case, shards_of, train_step_of
-
-STEPS = 20
-
-
-def train(rank: int, world_size: int, case: Case, steps: int = STEPS) -> list[StepResult]:
-    step = train_step_of(case)
-    return [
-        step.run(shards_of(number, case, step), step=number + 1, lr=3e-3) for number in range(steps)
-    ]
+from tests.train.expert_training import SEQ, STEPS, Case, described, shards_of, train, train_step_of
 
 
 def alone(case: Case) -> Case:
@@ -83,11 +74,6 @@ LONG = [
     Case(tp=2, cp=2, dp=2, ep=4),
     Case(cp=2, dp=4, ep=2, replicas=2, style="softmax"),
 ]
-
-
-def described(case: Case) -> str:
-    changed = {row.name: getattr(case, row.name) for row in fields(Case)}
-    return ",".join(f"{k}={v}" for k, v in changed.items() if v != getattr(Case(), k))
 
 
 def check(case: Case, steps: int) -> None:

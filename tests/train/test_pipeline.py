@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -10,16 +10,7 @@ import pytest
 
 from cp_megatron.train.step import StepResult
 from tests.ranks import run_ranks
-from tests.train.expert_training import Case, shards_of, train_step_of
-
-STEPS = 20
-
-
-def train(rank: int, world_size: int, case: Case, steps: int = STEPS) -> list[StepResult]:
-    step = train_step_of(case)
-    return [
-        step.run(shards_of(number, case, step), step=number + 1, lr=3e-3) for number in range(steps)
-    ]
+from tests.train.expert_training import STEPS, Case, described, train
 
 
 @cache
@@ -66,11 +57,6 @@ LONG = [
     Case(pp=2, tp=2, ep=2, optimizer="muon", **FOUR),
     Case(pp=4, dp=2, style="tied", num_chunks=2, num_layers=8),
 ]
-
-
-def described(case: Case) -> str:
-    changed = {row.name: getattr(case, row.name) for row in fields(Case)}
-    return ",".join(f"{k}={v}" for k, v in changed.items() if v != getattr(Case(), k))
 
 
 def check(case: Case, steps: int) -> None:

@@ -11,7 +11,6 @@ from tempfile import TemporaryDirectory
 import pytest
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from cp_megatron.checkpoint.load import load_checkpoint
 from cp_megatron.checkpoint.manifest import Manifest, read_manifest
@@ -20,8 +19,16 @@ from cp_megatron.checkpoint.save import Save, SaveCache, start_save
 from cp_megatron.errors import ConfigError
 from cp_megatron.train.step import StepResult, TrainStep
 from tests.ranks import run_ranks
-from tests.train.expert_training import VOCAB, Case, config_of, shards_of, train_step_of
-from tests.train.test_pipeline import described
+from tests.train.expert_training import (
+    VOCAB,
+    Case,
+    config_of,
+    described,
+    shards_of,
+    steps_of,
+    train_step_of,
+    whole,
+)
 
 SAVED, STEPS = 2, 5
 Trained = tuple[list[StepResult], dict[str, Tensor]]
@@ -31,22 +38,9 @@ def case(style: str, **sizes: int | str) -> Case:
     return Case(style=style, num_layers=4, document_mask=True, **sizes)  # type: ignore[arg-type]
 
 
-def steps_of(case: Case, step: TrainStep, first: int, last: int) -> list[StepResult]:
-    return [
-        step.run(shards_of(number, case, step), step=number + 1, lr=3e-3)
-        for number in range(first, last)
-    ]
-
-
-def whole(step: TrainStep) -> dict[str, Tensor]:
+def whole_of_stages(step: TrainStep) -> dict[str, Tensor]:
     """All parameters, moments and biases of experts, of all stages; copies are equal."""
-    found = {name: buffer.clone() for name, buffer in step.model.named_buffers()}
-    for name, parameter in step.model.named_parameters():
-        held = {name: parameter, **step.optimizer.state[parameter]}
-        for key, value in held.items():
-            found[f"{name} {key}"] = (
-                value.full_tensor().detach() if isinstance(value, DTensor) else value.clone()
-            )
+    found = whole(step)
     merged = dict[str, Tensor]()
     for other in all_gather_objects(found, None):
         for name, tensor in other.items():
@@ -78,13 +72,13 @@ def train_and_save(rank: int, world_size: int, case: Case, folder: str) -> Train
     trained = steps_of(case, step, SAVED, STEPS)
     assert under_way is not None
     under_way.wait()
-    return trained, whole(step)
+    return trained, whole_of_stages(step)
 
 
 def load_and_train(rank: int, world_size: int, case: Case, folder: str) -> Trained:
     step = train_step_of(case)
     load_checkpoint(Path(folder), model=step.model, optimizer=step.optimizer)
-    return steps_of(case, step, SAVED, STEPS), whole(step)
+    return steps_of(case, step, SAVED, STEPS), whole_of_stages(step)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,11 +192,11 @@ def test_the_model_alone_is_loaded_for_evaluations() -> None:
 def refusal(rank: int, world_size: int, case: Case, folder: str) -> tuple[str, bool]:
     """Why a checkpoint is refused, and whether that left the model as it was."""
     step = train_step_of(case)
-    before = whole(step)
+    before = whole_of_stages(step)
     try:
         load_checkpoint(Path(folder), model=step.model, optimizer=step.optimizer)
     except ConfigError as error:
-        after = whole(step)
+        after = whole_of_stages(step)
         return str(error), all(torch.equal(before[name], after[name]) for name in before)
     return "", False
 
