@@ -31,7 +31,7 @@ from dataclasses import dataclass, replace
 
 import torch.distributed as dist
 from harness.steps import Job, OurStep, llama_shape, peak_of
-from harness.teams import Place, Team, hardware, measure, paired
+from harness.teams import Place, Team, as_launched, hardware, measure, paired
 
 from cp_megatron.config import MemoryConfig
 from cp_megatron.config.words import read_options
@@ -103,7 +103,7 @@ def main() -> None:
         for name, (grid, memory) in ALTERNATIVES.items()
     }
     machine = hardware()
-    team = Team(RANKS, 1, Bench)
+    team = Team(RANKS, 1, Bench, as_launched)
     team.ask("prepare", jobs)
     seconds = measure(dict.fromkeys(jobs, team), rounds, 1)
     kept = {name: max(team.ask("kept", name)) for name in jobs}
@@ -112,7 +112,7 @@ def main() -> None:
     for name, job in jobs.items():
         peak = 0
         if not arguments.quick:
-            alone = Team(RANKS, 1, Bench)
+            alone = Team(RANKS, 1, Bench, as_launched)
             peak = max(alone.ask("peak", job))
             alone.close()
         kinds = sorted({kind for rank in sent[name] for kind in rank})

@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
-from harness.teams import Place, Team, compared, hardware, measure
+from harness.teams import Place, Team, as_launched, compared, hardware, measure
 from torch import Tensor, nn
 
 from cp_megatron.config.words import read_options
@@ -163,7 +163,7 @@ def bench(place: Place) -> Bench:
 def main() -> None:
     arguments = read_options(sys.argv[1:], Arguments, program=sys.argv[0], description=__doc__)
     sizes = TINY if arguments.quick else arguments
-    machine, team = hardware(), Team(1, 1, bench)
+    machine, team = hardware(), Team(1, 1, bench, as_launched)
     apart = team.ask("prepare", sizes)[0]
     assert apart < 1e-5, f"the results differ by {apart}"
     contestants = {

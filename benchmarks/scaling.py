@@ -32,7 +32,7 @@ from dataclasses import dataclass, field, replace
 
 import torch.distributed as dist
 from harness.steps import Job, OurStep, llama_shape
-from harness.teams import PAUSE, Place, Team, hardware, paired
+from harness.teams import PAUSE, Place, Team, as_launched, hardware, paired
 
 from cp_megatron.config.words import read_options
 from cp_megatron.plan import Grid
@@ -123,7 +123,7 @@ def measured(
 def results(jobs: Mapping[str, Job], rounds: int, cores: int) -> Iterator[dict[str, object]]:
     """One result per way."""
     sizes = {job.grid.world_size for job in jobs.values()}
-    by_size = {size: Team(size, 1, bench) for size in sorted(sizes)}
+    by_size = {size: Team(size, 1, bench, as_launched) for size in sorted(sizes)}
     teams = {name: by_size[job.grid.world_size] for name, job in jobs.items()}
     for team in by_size.values():
         team.ask("prepare", {name: jobs[name] for name in jobs if teams[name] is team})

@@ -1,7 +1,8 @@
 """How fast is a training step, how much of it is mathematics, and what does it hold?
 
 Trains one model (6 layers of 512 by default, float32, AdamW, clipping) on one row a step in
-different ways, which run in turns, in a new random order in every round:
+different ways, which run in turns, in a new random order in every round. Ours runs in processes of
+its own, which keep freed memory as the launcher lets them:
 
 - ``ours`` on one process with two threads, and ``ours lean`` with full recomputation, tiles, small
   chunks of the loss, and offloading;
@@ -50,7 +51,7 @@ from typing import Any
 import harness
 import torch.distributed as dist
 from harness.steps import Job, OurStep, TheirStep, llama_shape, peak_of
-from harness.teams import Place, Team, hardware, measure, paired
+from harness.teams import Place, Team, as_launched, hardware, measure, paired
 
 from cp_megatron.config import MemoryConfig
 from cp_megatron.config.words import read_options
@@ -207,15 +208,16 @@ def jobs_of(arguments: Arguments) -> dict[str, Job]:
 
 
 def teams_of(jobs: Mapping[str, Job], before: Path | None) -> dict[str, Team]:
-    """For each way the team that runs it: one per number of ranks and checkout."""
-    teams: dict[tuple[int, bool], Team] = {}
+    """For each way the team that runs it: one per number of ranks and kind of way."""
+    teams: dict[tuple[int, str], Team] = {}
     result = {}
     for way, job in jobs.items():
-        size, old = job.grid.world_size, way.startswith("before")
-        if (size, old) not in teams:
-            with packages_of(before if old else None):
-                teams[size, old] = Team(size, 2 if size == 1 else 1, Bench)
-        result[way] = teams[size, old]
+        size, kind = job.grid.world_size, way.split()[0]
+        if (size, kind) not in teams:
+            with packages_of(before if kind == "before" else None):
+                enter = as_launched if kind == "ours" else None
+                teams[size, kind] = Team(size, 2 if size == 1 else 1, Bench, enter)
+        result[way] = teams[size, kind]
     return result
 
 

@@ -14,6 +14,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from cp_megatron.checkpoint.object_collectives import all_gather_objects, on_all_ranks
 from cp_megatron.comm.groups import ParallelGroups
+from cp_megatron.comm.host_heap import keep_freed_memory
 from cp_megatron.comm.runtime import Launch, set_cublas_workspace
 from cp_megatron.context_parallel import ContextParallel
 from cp_megatron.data.read.corpus import Corpus
@@ -128,6 +129,7 @@ def start_torch(launch: Launch, device: DeviceName, *, deterministic: bool) -> N
             torch.use_deterministic_algorithms(True)
         torch.cuda.set_device(launch.local_rank)
         return
+    keep_freed_memory()
     # torchrun sets one thread per rank on any machine. Divide the cores among the ranks instead.
     affinity = getattr(os, "sched_getaffinity", None)  # Linux only
     cores = len(affinity(0)) if affinity is not None else os.cpu_count() or 1
