@@ -31,7 +31,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import Shard
 
 from cp_megatron.comm.groups import ParallelGroups
-from cp_megatron.comm.host_collectives import HostGather, HostReduceScatter
+from cp_megatron.comm.host_collectives import HostGather, HostReduceScatter, HostReductions
 from cp_megatron.config.schema import Config
 from cp_megatron.expert_parallel import ExpertParallel
 from cp_megatron.model.expert_mixture import Experts
@@ -165,20 +165,40 @@ def _shard(model: Transformer, shard: _Sharding, fill: Callable[..., None]) -> N
             unit[0].set_modules_to_forward_prefetch(following)
     fill(model)
     shard(model)
-    _set_reduction(model, shard.mesh)
+    _set_reduction(model, shard)
 
 
-def _set_reduction(model: nn.Module, mesh: DeviceMesh) -> None:
+def _set_reduction(model: nn.Module, shard: _Sharding) -> None:
     """Lets FSDP sum gradients over the ranks, where the default is the mean, and choose messages
     that suit the device."""
+    on_cpu = shard.mesh.device_type == "cpu"
+    # Replicas add up the result, and offloading moves it, as soon as FSDP has it.
+    is_viewed = shard.mesh.ndim == 1 and not isinstance(shard.offload, CPUOffloadPolicy)
+    reductions = HostReductions() if is_viewed else None
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            if mesh.device_type == "cpu":
+            if on_cpu:
                 module.set_custom_all_gather(HostGather())  # type: ignore[arg-type]
-                module.set_custom_reduce_scatter(HostReduceScatter())  # type: ignore[arg-type]
+                reduce_scatter = HostReduceScatter(_own_parameters(module), reductions)
+                module.set_custom_reduce_scatter(reduce_scatter)  # type: ignore[arg-type]
             module.set_gradient_divide_factor(1.0)
             # Otherwise the factor is passed to the backend as a scaled sum, which gloo lacks.
             module.set_force_sum_reduction_for_comms(True)
+    if on_cpu:
+        # There are no streams: a gather that is prefetched returns at once, and is awaited later.
+        model._set_unshard_async_op(True)  # type: ignore[operator]
+
+
+def _own_parameters(unit: FSDPModule) -> list[nn.Parameter]:
+    """The parameters of an FSDP unit without those of the units in it."""
+    assert isinstance(unit, nn.Module)
+    inner = {
+        id(parameter)
+        for module in unit.modules()
+        if module is not unit and isinstance(module, FSDPModule)
+        for parameter in module.parameters()
+    }
+    return [parameter for parameter in unit.parameters() if id(parameter) not in inner]
 
 
 @dataclass(frozen=True, kw_only=True)
