@@ -30,8 +30,9 @@ import time
 from dataclasses import dataclass, replace
 
 import torch.distributed as dist
+from harness.launched import as_launched
 from harness.steps import Job, OurStep, llama_shape, peak_of
-from harness.teams import Place, Team, as_launched, hardware, measure, paired
+from harness.teams import Place, Team, hardware, measure, paired
 
 from cp_megatron.config import MemoryConfig
 from cp_megatron.config.words import read_options

@@ -27,7 +27,8 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
-from harness.teams import Place, Team, as_launched, compared, hardware, measure
+from harness.launched import as_launched
+from harness.teams import Place, Team, compared, hardware, measure
 from torch import Tensor, nn
 
 from cp_megatron.config.words import read_options

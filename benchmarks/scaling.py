@@ -31,8 +31,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch.distributed as dist
+from harness.launched import as_launched
 from harness.steps import Job, OurStep, llama_shape
-from harness.teams import PAUSE, Place, Team, as_launched, hardware, paired
+from harness.teams import PAUSE, Place, Team, hardware, paired
 
 from cp_megatron.config.words import read_options
 from cp_megatron.plan import Grid

@@ -51,7 +51,7 @@ from typing import Any
 import harness
 import torch.distributed as dist
 from harness.steps import Job, OurStep, TheirStep, llama_shape, peak_of
-from harness.teams import Place, Team, as_launched, hardware, measure, paired
+from harness.teams import Place, Team, hardware, measure, paired
 
 from cp_megatron.config import MemoryConfig
 from cp_megatron.config.words import read_options
@@ -209,6 +209,8 @@ def jobs_of(arguments: Arguments) -> dict[str, Job]:
 
 def teams_of(jobs: Mapping[str, Job], before: Path | None) -> dict[str, Team]:
     """For each way the team that runs it: one per number of ranks and kind of way."""
+    from harness.launched import as_launched  # what an older checkout cannot import
+
     teams: dict[tuple[int, str], Team] = {}
     result = {}
     for way, job in jobs.items():

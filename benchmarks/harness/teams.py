@@ -23,8 +23,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from cp_megatron.comm.host_heap import keep_freed_memory
-
 PAUSE = 0.05  # seconds between two measurements
 ANSWER_TIMEOUT = 3600.0  # seconds: the longest rows take minutes
 
@@ -55,11 +53,6 @@ class Place:
     size: int
     threads: int
     store: str
-
-
-def as_launched(_: Place) -> None:
-    """Does to a process on CPUs what the launcher does before it trains."""
-    keep_freed_memory()
 
 
 def serve(
