@@ -125,6 +125,9 @@ CASES = [
 ]
 SLOW = [
     (1, [*GPT, *MOE, "--moe-router-pre-softmax", "--moe-z-loss-coeff", "0.01"]),
+    (2, [*GPT, *MOE, *CP2]),
+    (1, [*LLAMA, *MOE, "--moe-z-loss-coeff", "0.01"]),
+    (1, [*LLAMA, *MOE, "--moe-aux-loss-coeff", "0.01"]),
     (2, [*LLAMA, *MOE, *CP2, *SIGMOID, "--moe-aux-loss-coeff", "0.1", *FULL]),
     (4, [*LLAMA, *MOE, *CP2, *TP2, *SP, *AUX, *SHARED]),
     (1, [*LLAMA, *LINEAR]),
