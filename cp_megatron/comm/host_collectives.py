@@ -15,6 +15,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from cp_megatron.comm.trace import waiting_for
+
 _TAG = 1
 """Keeps these messages apart from those of an exchange in the same group, which have tag 0."""
 
@@ -26,12 +28,14 @@ class HostWork:
         self, works: Sequence[dist.Work | None], summed: tuple[Tensor, Tensor] | None = None
     ) -> None:
         self._works, self._summed = works, summed
+        self._name = "a gather" if summed is None else "a sum"
 
     def wait(self) -> None:
         """Waits for all messages; a second call does nothing."""
-        for work in self._works:
-            if work is not None:
-                work.wait()
+        with waiting_for(self._name):
+            for work in self._works:
+                if work is not None:
+                    work.wait()
         if self._summed is not None:
             parts, result = self._summed
             torch.sum(parts, 0, out=result)
