@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.autograd import Variable
 from torch.distributed import ProcessGroup
 
+from cp_megatron.comm.trace import waiting_for
+
 _TAG = 1
 """Keeps these messages apart from those of an exchange in the same group, which have tag 0."""
 
@@ -29,12 +31,14 @@ class HostWork(dist.Work):
     ) -> None:
         super().__init__()
         self._works, self._summed = works, summed
+        self._name = "a gather" if summed is None else "a sum"
 
     def wait(self, timeout: timedelta | None = None) -> bool:
         """Waits for all messages; a second call does nothing."""
-        for work in self._works:
-            if work is not None:
-                work.wait() if timeout is None else work.wait(timeout)
+        with waiting_for(self._name):
+            for work in self._works:
+                if work is not None:
+                    work.wait() if timeout is None else work.wait(timeout)
         if self._summed is not None:
             parts, result = self._summed
             torch.sum(parts, 0, out=result)

@@ -1,12 +1,15 @@
-"""Names for the parts of a step in a profiler's trace."""
+"""Names for the parts of a step: in a profiler's trace, and in the errors of a wait."""
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 from torch._C._autograd import _profiler_enabled
 from torch.profiler import record_function
 
+AWAITED = "waiting for "
+"""How the note of an error begins that says what was waited for."""
 _OFF = nullcontext()
 
 
@@ -17,3 +20,17 @@ def traced(name: str) -> AbstractContextManager[object]:
     context. ``record_function`` alone would cost several microseconds.
     """
     return record_function(name) if _profiler_enabled() else _OFF
+
+
+@contextmanager
+def waiting_for(what: str) -> Iterator[None]:
+    """A wait for another rank, which an error that ends it names in a note.
+
+    torch records collectives, but of messages from rank to rank only those of NCCL, so that after a
+    timeout nothing else may say what a rank waited for.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        error.add_note(f"{AWAITED}{what}")
+        raise

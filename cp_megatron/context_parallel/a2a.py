@@ -29,7 +29,7 @@ from torch import Tensor
 
 from cp_megatron.comm.checksums import LinkSums
 from cp_megatron.comm.send_receive import all_to_all, post
-from cp_megatron.comm.trace import traced
+from cp_megatron.comm.trace import traced, waiting_for
 from cp_megatron.context_parallel.buffers import Workspace
 from cp_megatron.plan.buffer_sizes import RECEIVED_HEADS, SENT_HEADS, message_widths
 from cp_megatron.plan.heads import HeadExchange
@@ -137,12 +137,14 @@ class HeadAllToAll:
                 all_to_all(self.group, sent, received, (counts, sizes), self.sums)
                 return incoming
             others = [i for i in range(len(peers)) if i != index]
-            post(
+            pending = post(
                 self.group,
                 sends=[(outgoing[i], peers[i]) for i in others],
                 receives=[(incoming[i], peers[i]) for i in others],
                 sums=self.sums,
-            ).wait()
+            )
+            with waiting_for("heads"):
+                pending.wait()
         incoming[index] = outgoing[index]
         return incoming
 

@@ -17,7 +17,7 @@ from functools import partial
 from torch import Tensor
 
 from cp_megatron.comm.send_receive import Pending, post
-from cp_megatron.comm.trace import traced
+from cp_megatron.comm.trace import traced, waiting_for
 from cp_megatron.context_parallel.buffers import Workspace
 from cp_megatron.context_parallel.keys import KeyValues, contiguous_runs
 from cp_megatron.context_parallel.partials import (
@@ -185,9 +185,13 @@ class _Slot:
         )
 
     def finish(self, name: str) -> None:
-        """Waits, under this name, until all has been sent and received; uses what has arrived."""
+        """Waits until all has been sent and received, and uses what has arrived.
+
+        Args:
+            name: what is waited for.
+        """
         assert self._pending is not None
-        with traced(name):
+        with traced(f"wait for {name}"), waiting_for(name):
             self._pending.wait()
         for then in self._then:
             then()
@@ -203,7 +207,7 @@ class _Messages:
 
     def __init__(self, plan: RankPlan, own: KeyValues | None = None) -> None:
         self._plan, self._own = plan, own
-        self._name = "wait for keys" if own is None else "wait for keys and gradients"
+        self._name = "keys" if own is None else "keys and gradients"
         self._slots: deque[_Slot] = deque()
         self._before: tuple[_Part, int] | None = None
 

@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from cp_megatron.comm.checksums import LinkSums
 from cp_megatron.comm.host_copies import to_device
 from cp_megatron.comm.send_receive import post
+from cp_megatron.comm.trace import waiting_for
 from cp_megatron.context_parallel.buffers import Buffers
 from cp_megatron.context_parallel.received import Received
 from cp_megatron.kernels.interface import accumulation_dtype
@@ -115,12 +116,14 @@ class HaloExchange:
 
     def _send(self, outgoing: Sequence[Tensor], incoming: Sequence[Tensor]) -> None:
         """Sends a message to every rank and receives one from each; empty ones do not travel."""
-        post(
+        pending = post(
             self.group,
             sends=[(x, peer) for peer, x in enumerate(outgoing) if len(x)],
             receives=[(x, peer) for peer, x in enumerate(incoming) if len(x)],
             sums=self.sums,
-        ).wait()
+        )
+        with waiting_for("tokens of a convolution"):
+            pending.wait()
 
 
 class _ShortConvolution(torch.autograd.Function):

@@ -26,6 +26,7 @@ class Report:
     kind: Kind  # it ``failed`` by itself, ``lost`` a connection, or ``waited`` until a timeout
     where: str = ""  # the training step and the collective it was in
     traced: bool = False  # its stack trace is in the output of its launcher
+    awaited: str = ""  # what it waited for, if it is known
 
 
 def kind_of(error: BaseException) -> Kind:
@@ -64,8 +65,7 @@ def judge(
     gone = [rank for rank in silent if rank not in alive]
     waited = any(report.kind == "waited" for report in reports.values())
     shown = [(rank, reports[rank]) for rank in sorted(reports)[:3] if reports[rank].where]
-    verbs = {"waited": "waited", "lost": "lost its peer", "failed": "failed"}
-    parts = [f"rank {rank} {verbs[report.kind]} in {report.where}" for rank, report in shown]
+    parts = [f"rank {rank} {_ended(report)} in {report.where}" for rank, report in shown]
     details = f" ({'; '.join(parts)})" if parts else ""
     blamed = tuple(gone or (silent if waited else ()))
     if not blamed:
@@ -77,3 +77,12 @@ def judge(
     does, runs = ("does", "is") if len(blamed) == 1 else ("do", "are")
     what = f"{does} not answer" if gone else f"{runs} running but did not join the collective"
     return blamed, f"{who} {what}{details}"
+
+
+def _ended(report: Report) -> str:
+    """How a rank ended, as a verb."""
+    awaited = f" for {report.awaited}" if report.awaited else ""
+    if report.kind == "waited":
+        return f"waited{awaited}"
+    lost = f"lost its peer, waiting{awaited}," if awaited else "lost its peer"
+    return "failed" if report.kind == "failed" else lost

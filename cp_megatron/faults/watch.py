@@ -26,6 +26,7 @@ from torch.distributed import Store  # type: ignore[attr-defined]
 
 from cp_megatron.comm.flight import last_collective, write_flight
 from cp_megatron.comm.runtime import Launch
+from cp_megatron.comm.trace import AWAITED
 from cp_megatron.faults.culprit import Report, judge, kind_of
 from cp_megatron.faults.peers import ANSWER_SECONDS, Peers
 
@@ -89,8 +90,12 @@ class Watch:
         A stack trace is printed once over all ranks. A rank that is stuck on this node is killed.
         """
         self._broken.set()
-        notes = " ".join(getattr(error, "__notes__", ()))
-        where = ", ".join(part for part in (notes, last_collective()) if part)
+        notes = list(getattr(error, "__notes__", ()))
+        awaited = [note for note in notes if note.startswith(AWAITED)]
+        words, newest = " ".join(x for x in notes if x not in awaited), last_collective()
+        if awaited and newest:  # torch has not recorded the message
+            newest = f"after {newest}"
+        where = ", ".join(part for part in (words, newest) if part)
         kind = kind_of(error)
         traced = kind == "failed" and self._claims("failure") is not False
         with suppress(OSError):
@@ -98,7 +103,8 @@ class Watch:
         if traced:
             trace = "".join(traceback.format_exception(error))
             self._say(f"rank {self._launch.rank} failed\n{trace.rstrip()}")
-        self._conclude(Report(kind=kind, where=where, traced=traced))
+        what = awaited[0].removeprefix(AWAITED) if awaited else ""
+        self._conclude(Report(kind=kind, where=where, traced=traced, awaited=what))
 
     def _conclude(self, report: Report | None) -> None:
         """Tells the others and, if it is this rank's turn, the user."""

@@ -11,6 +11,7 @@ import os
 import shutil
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from cp_megatron.comm.runtime import Launch
 from cp_megatron.config import CheckpointConfig
@@ -18,8 +19,10 @@ from cp_megatron.config.files.run_folders import RUNS
 from cp_megatron.errors import ConfigError
 from cp_megatron.memory.predict import schedules
 from cp_megatron.memory.stage_notes import stage_needs
+from cp_megatron.plan import Grid
 from cp_megatron.plan.grid import STAGE
 from cp_megatron.plan.rehearsal import rehearse
+from cp_megatron.preflight.grid_rules import REPLICAS
 from cp_megatron.preflight.run_plan import RunPlan
 from cp_megatron.spec import ModelSpec
 
@@ -93,8 +96,39 @@ def check_memory(plan: RunPlan, *, num_ranks: int, total_bytes: int | None) -> s
     space += f", there are {_gib(total_bytes)}"
     if needed > total_bytes:
         works = "more ranks with a larger --context-parallel-size, --recompute-granularity full"
+        if plan.grid.replicas > 1 and _least_of_several(_one_copy(plan), num_ranks) <= total_bytes:
+            works = f"{REPLICAS} 1"
         raise ConfigError("--device", plan.device, space, works)
     return space
+
+
+def fitting(plan: RunPlan, *, num_ranks: int, total_bytes: int | None) -> RunPlan:
+    """The plan, or one without the copies of the model that ``auto`` chose, if only that fits.
+
+    Args:
+        plan, num_ranks, total_bytes: as for ``check_memory``.
+
+    Raises:
+        ConfigError: the ranks need more memory than there is in any case.
+    """
+    auto = plan.config.parallel.data_parallel_replicate_size == "auto"
+    if auto and plan.grid.replicas > 1 and total_bytes is not None:
+        needed = _least_of_several(plan, num_ranks)
+        if needed > total_bytes:
+            plan = _one_copy(plan)
+            note = "weights are sharded over all nodes, not copied to each: with copies, a step "
+            note += (
+                f"takes {_gib(needed)} at least, there are {_gib(total_bytes)} ({REPLICAS} auto)"
+            )
+            others = (x for x in plan.notes if not x.endswith(f"({REPLICAS} auto)"))
+            plan = dataclasses.replace(plan, notes=(*others, note))
+    check_memory(plan, num_ranks=num_ranks, total_bytes=total_bytes)
+    return plan
+
+
+def _one_copy(plan: RunPlan) -> RunPlan:
+    sizes: dict[str, Any] = plan.grid.sizes
+    return dataclasses.replace(plan, grid=Grid(ep=plan.grid.ep, **sizes))
 
 
 def _least_of_several(plan: RunPlan, num_ranks: int) -> int:
@@ -126,8 +160,11 @@ def check_capacity(plan: RunPlan, launch: Launch, *, dry_run: bool) -> RunPlan:
         notes = [disk] if dry_run or "not fit" in disk else []
         # The memory of a GPU is checked later, when torch is imported.
         if plan.device == "cpu" or (plan.device is None and not _NVIDIA.exists()):
-            on_cpu, num_ranks = plan.on_device("cpu"), launch.local_world_size
-            memory = check_memory(on_cpu, num_ranks=num_ranks, total_bytes=machine_bytes())
+            num_ranks, total = launch.local_world_size, machine_bytes()
+            on_cpu = fitting(plan.on_device("cpu"), num_ranks=num_ranks, total_bytes=total)
+            memory = check_memory(on_cpu, num_ranks=num_ranks, total_bytes=total)
+            if on_cpu.grid != plan.grid:
+                plan = dataclasses.replace(plan, grid=on_cpu.grid, notes=on_cpu.notes)
             notes += [f"memory: {memory}"] if dry_run else []
     notes += _rehearsed(plan) if dry_run else []
     return dataclasses.replace(plan, notes=(*plan.notes, *notes))

@@ -261,8 +261,8 @@ def _permanent(plan: RunPlan, rank: int, spec: ModelSpec) -> tuple[Held, Held, H
     parameters = list(spec.held(plan.stages.of(plan.grid.coordinates(rank).pp)))
     state = 2 * num_bytes + 4 * sum(copies for _, copies in parameters)
     if plan.config.optimizer.optimizer == "muon":
-        state -= held(wanted=_is_matrix) * element
-        state -= 4 * sum(copies for x, copies in parameters if _is_matrix(x))
+        state -= held(wanted=is_hidden_matrix) * element
+        state -= 4 * sum(copies for x, copies in parameters if is_hidden_matrix(x))
     moved = plan.config.memory.optimizer_cpu_offload and plan.device == "cuda"
     detail = kinds.HOST if moved else ""
     return (
@@ -270,10 +270,6 @@ def _permanent(plan: RunPlan, rank: int, spec: ModelSpec) -> tuple[Held, Held, H
         Held(kind=kinds.GRADIENTS, detail=detail, num_bytes=num_bytes),
         Held(kind=kinds.OPTIMIZER, detail=detail, num_bytes=state),
     )
-
-
-def _is_matrix(parameter: ParameterSpec) -> bool:
-    return is_hidden_matrix(parameter.name, parameter.shape)
 
 
 def _exact(plan: RunPlan) -> int:

@@ -167,14 +167,16 @@ class ExpertMixture(nn.Module):
         """The choice, which a second run of the layer takes from the first one, and how often each
         expert was chosen, which only the first run says."""
         spec, first = self.spec.routing, None if kept is None else kept.first
+        measured = rows is not None and self.spec.balance.measures
         if first is not None:
-            return route(logits, spec, experts=first.dispatch.experts), first, None
-        choice = route(logits, spec, self.router.correction)
-        counts, measured = None, None
+            known = first.dispatch.experts
+            return route(logits, spec, experts=known, measured=measured), first, None
+        choice = route(logits, spec, self.router.correction, measured=measured)
+        counts, in_rows = None, None
         if rows is not None:
-            counts, measured = self._count(choice.experts, rows)
+            counts, in_rows = self._count(choice.experts, rows)
         splits = count_rows(choice.experts, spec.num_experts, self.parallel.group)
-        routing = Routing(Dispatch(choice.experts, splits, self.parallel.group), measured)
+        routing = Routing(Dispatch(choice.experts, splits, self.parallel.group), in_rows)
         if kept is not None:
             kept.first = routing
         return choice, routing, counts
@@ -193,6 +195,7 @@ class ExpertMixture(nn.Module):
         aux = z = logits.new_zeros((), dtype=dtype)
         if balance.measures:
             topk = self.spec.routing.topk
+            assert choice.probabilities is not None, "they are measured"
             unequal = imbalance(choice.probabilities, rows.numbers, rows.whole(), topk)
             aux = balance.coefficient * unequal
         if balance.z_coefficient:

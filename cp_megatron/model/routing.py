@@ -39,12 +39,12 @@ class RouterChoice(NamedTuple):
         weights: [n, K], by which their results are multiplied; NaN for a token whose logits or
             whose biases are not all finite.
         probabilities: [n, E], the scores of all experts, without biases and groups, divided by
-            their sum; what a balance loss reads.
+            their sum; what a balance loss reads. None if nothing reads them.
     """
 
     experts: Tensor
     weights: Tensor
-    probabilities: Tensor
+    probabilities: Tensor | None
 
 
 def route(
@@ -53,6 +53,7 @@ def route(
     expert_bias: Tensor | None = None,
     *,
     experts: Tensor | None = None,
+    measured: bool = True,
 ) -> RouterChoice:
     """Chooses K experts for every token; weights and probabilities can be differentiated.
 
@@ -65,10 +66,11 @@ def route(
         spec: how experts are chosen.
         expert_bias: [E], added to the scores for the choice alone.
         experts: int64 [n, K], a choice made before, which is used instead of a new one.
+        measured: a balance loss reads the probabilities.
     """
     dtype = torch.float64 if spec.dtype == "fp64" else accumulation_dtype(logits.dtype)
     logits = logits.to(dtype)
-    probabilities, scores = _probabilities_and_scores(logits, spec)
+    probabilities, scores = _probabilities_and_scores(logits, spec, measured=measured)
     if experts is None:
         experts = _choose(scores.detach(), spec, expert_bias)
     chosen = scores.gather(1, experts)
@@ -81,13 +83,15 @@ def route(
     return RouterChoice(experts, weights + _zero_if_finite(logits, expert_bias), probabilities)
 
 
-def _probabilities_and_scores(logits: Tensor, spec: RoutingSpec) -> tuple[Tensor, Tensor]:
+def _probabilities_and_scores(
+    logits: Tensor, spec: RoutingSpec, *, measured: bool
+) -> tuple[Tensor | None, Tensor]:
     """[n, E] -> twice [n, E]; the second ones rank the experts and make the weights."""
     if spec.score_function == "sigmoid":
         scores = logits.sigmoid()
-        return scores / (scores.sum(1, keepdim=True) + _TINY), scores
-    probabilities = logits.softmax(1)
-    return probabilities, probabilities if spec.pre_softmax else logits
+        return scores / (scores.sum(1, keepdim=True) + _TINY) if measured else None, scores
+    probabilities = logits.softmax(1) if measured or spec.pre_softmax else None
+    return probabilities, logits if probabilities is None or not spec.pre_softmax else probabilities
 
 
 def _choose(scores: Tensor, spec: RoutingSpec, expert_bias: Tensor | None) -> Tensor:

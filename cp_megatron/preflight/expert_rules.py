@@ -152,9 +152,6 @@ def _beside(config: Config) -> Iterator[ConfigError]:
     if tile is not None:
         rule = "does not go with --num-experts: experts compute all tokens of a rank at once"
         yield ConfigError("--mlp-tile-size", tile, rule, "no --mlp-tile-size")
-    if config.optimizer.optimizer == "muon":
-        rule = "does not go with --num-experts: it orthogonalizes matrices, experts are stacked"
-        yield ConfigError("--optimizer", "muon", rule, "--optimizer adam")
 
 
 def _shared(parallel: ParallelConfig, experts: int) -> Iterator[ConfigError]:

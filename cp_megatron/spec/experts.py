@@ -231,16 +231,18 @@ class ExpertMixtureSpec(BlockSpec):
         """Bytes of a token's scores and weights, and of what the terms of the loss keep of them."""
         experts, topk, balance = self.routing.num_experts, self.routing.topk, self.balance
         exact, measured = self.score_element(sizes), balance.measures
-        numbers = 0
+        numbers = logits = 0
         if self.routing.score_function == "sigmoid":
             numbers += experts + (topk + 1 if self.routing.normalizes else 0) + measured
         elif self.routing.pre_softmax:
             numbers += experts
         else:
+            logits = experts  # of which the chosen ones are read
             numbers += topk + (experts if measured else 0)
         numbers += experts if measured else 0
-        z = (experts + 1) * exact + 1 if balance.z_coefficient else 0
-        return numbers * exact + z
+        logits = max(logits, experts if balance.z_coefficient else 0)
+        z = exact + 1 if balance.z_coefficient else 0
+        return (numbers + logits) * exact + z
 
     @classmethod
     def of(cls, model: ModelConfig) -> ExpertMixtureSpec:

@@ -153,17 +153,17 @@ class ModelSpec(BlockSpec):
         return (Chunk(range(len(self.layers)), has_embedding=True, has_head=True),)
 
 
-def is_hidden_matrix(name: str, shape: Sequence[int]) -> bool:
-    """Whether a parameter is a matrix between two hidden layers.
+def is_hidden_matrix(parameter: ParameterSpec) -> bool:
+    """Whether a parameter is a matrix between two hidden layers, or a stack of such.
 
     So the embedding, the positions and the output layer are none, nor are vectors, stacked ones
     included, and convolutions.
 
     Args:
-        name: its name in the whole model.
-        shape: its global shape.
+        parameter: with its name in the whole model.
     """
-    return name.startswith(_LAYERS) and len(shape) == 2 and not name.endswith("_bias")
+    dims = len(parameter.shape) - parameter.stacked
+    return parameter.name.startswith(_LAYERS) and dims == 2
 
 
 def is_sharded(model: ModelConfig, grid: Grid, *, offloads: bool) -> bool:

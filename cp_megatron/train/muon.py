@@ -2,9 +2,10 @@
 
 Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/; Liu et al. 2025,
 arXiv:2502.16982) replaces the running mean of a matrix's gradients by a matrix with the same
-singular vectors and singular values near 1. This takes the whole matrix. ``torch.optim.Muon`` takes
-one matrix at a time, in bfloat16 only, and knows no skipped step, so that only its conventions are
-taken over: the momentum is a running mean, and its state is called ``momentum_buffer``.
+singular vectors and singular values near 1. This takes the whole matrix, and of the stacked
+matrices of experts each one by itself. ``torch.optim.Muon`` takes one matrix at a time, in bfloat16
+only, and knows no skipped step, so that only its conventions are taken over: the momentum is a
+running mean, and its state is called ``momentum_buffer``.
 
     gradients, parts --> momentum, parts --> all-to-all --> whole matrices, a few on each rank
     parameters, parts <-- parts of the results <-- all-to-all <-- Newton-Schulz iterations
@@ -17,7 +18,6 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,9 +25,10 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.optim import AdamW
 
-from cp_megatron.comm.matrix_owners import MatrixOwners
+from cp_megatron.comm.matrix_owners import MatrixOwners, SharedMatrix, shared_matrices
 from cp_megatron.config import OptimizerConfig
 from cp_megatron.spec import is_hidden_matrix
+from cp_megatron.tensor_parallel import named_specs
 from cp_megatron.train.newton_schulz import coefficients, orthogonalize
 from cp_megatron.train.optimizer import (
     LocalAdamW,
@@ -43,14 +44,6 @@ _ROUND_ELEMENTS = 1 << 26
 intermediate results. A larger matrix travels alone."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Round:
-    """Matrices that are updated together, in the order of their owners."""
-
-    matrices: Sequence[nn.Parameter]
-    owners: MatrixOwners
-
-
 class Muon(LocalAdamW):
     """Muon for some matrices, AdamW for other parameters; both obey what ``update`` says.
 
@@ -58,7 +51,8 @@ class Muon(LocalAdamW):
     for float64 parameters, in bfloat16 on CUDA, as published, and in float32 on the CPU.
 
     Args:
-        matrices: the parameters for Muon, [m, n]; every one gets a gradient in every step.
+        matrices: the parameters for Muon, [m, n] or stacks [E, m, n]; every one gets a gradient in
+            every step.
         others: the parameters for AdamW.
         config: the settings of both.
         group: the ranks that share the parameters; None is one rank.
@@ -87,16 +81,23 @@ class Muon(LocalAdamW):
         if not group.get("is_muon"):
             super()._update_group(group)
             return
-        for matrices in self._rounds:
-            self._update_matrices(matrices, lr=group["lr"], decay=group["weight_decay"])
+        for parameter in group["params"]:
+            if not (state := self.state[parameter]):
+                state["momentum_buffer"] = torch.zeros_like(parameter)
+        nothing = local_values(group["params"][0]).flatten()[:0]
+        for owners in self._rounds:
+            if owners.held:
+                self._update_matrices(owners, lr=group["lr"], decay=group["weight_decay"])
+            else:  # this rank may compute for others all the same
+                self._orthogonalized(owners, nothing)
 
-    def _update_matrices(self, together: _Round, *, lr: float, decay: float) -> None:
+    def _update_matrices(self, owners: MatrixOwners, *, lr: float, decay: float) -> None:
+        """Updates this rank's parts of the matrices of a round."""
         found = getattr(self, "found_inf", None)
         skip = None if found is None else found.bool()
-        parameters = [local_values(matrix) for matrix in together.matrices]
-        gradients = [self._gradient(matrix) for matrix in together.matrices]
-        direction = self._advance(together.matrices, gradients, skip)
-        result = self._orthogonalized(together.owners, direction).to(direction)
+        parameters = [matrix.part(local_values(matrix.tensor)) for matrix in owners.held]
+        direction = self._advance(owners.held, skip)
+        result = self._orthogonalized(owners, direction).to(direction)
         kept = direction.new_full((), 1 - lr * decay)
         if skip is not None:  # NaN must not reach the parameters
             result = result.masked_fill(skip, 0)
@@ -104,12 +105,10 @@ class Muon(LocalAdamW):
         torch._foreach_mul_(parameters, kept)
         torch._foreach_add_(parameters, _parts(result, parameters), alpha=-lr)
 
-    def _advance(
-        self, matrices: Sequence[nn.Parameter], gradients: Sequence[Tensor], skip: Tensor | None
-    ) -> Tensor:
+    def _advance(self, matrices: Sequence[SharedMatrix], skip: Tensor | None) -> Tensor:
         """Updates the momentum; returns what is to be orthogonalized, the parts of this rank."""
         buffers = [self._buffer(matrix) for matrix in matrices]
-        gradient = torch.cat([x.flatten() for x in gradients])
+        gradient = torch.cat([self._gradient(matrix).flatten() for matrix in matrices])
         if (scale := getattr(self, "grad_scale", None)) is not None:
             gradient.div_(scale)
         before = torch.cat([x.flatten() for x in buffers])
@@ -151,15 +150,12 @@ class Muon(LocalAdamW):
         }
         return factors[self._config.muon_scale_mode] * self._config.muon_extra_scale_factor
 
-    def _gradient(self, matrix: nn.Parameter) -> Tensor:
-        assert matrix.grad is not None, "all ranks update all matrices"
-        return local_values(matrix.grad)
+    def _gradient(self, matrix: SharedMatrix) -> Tensor:
+        assert matrix.tensor.grad is not None, "all ranks update all matrices"
+        return matrix.part(local_values(matrix.tensor.grad))
 
-    def _buffer(self, matrix: nn.Parameter) -> Tensor:
-        state = self.state[matrix]
-        if "momentum_buffer" not in state:
-            state["momentum_buffer"] = torch.zeros_like(matrix)
-        return local_values(state["momentum_buffer"])
+    def _buffer(self, matrix: SharedMatrix) -> Tensor:
+        return matrix.part(local_values(self.state[matrix.tensor]["momentum_buffer"]))
 
 
 def choose_optimizer(
@@ -176,23 +172,32 @@ def choose_optimizer(
     vectors = stacked_vectors(model)
     if config.optimizer == "adam":
         return make_optimizer(model.parameters(), config, vectors=vectors)
-    matrices, others = list[nn.Parameter](), list[nn.Parameter]()
-    for name, parameter in model.named_parameters():
-        (matrices if is_hidden_matrix(name, parameter.shape) else others).append(parameter)
+    hidden = {
+        owner.get_parameter(name)
+        for owner, name, spec in named_specs(model)
+        if is_hidden_matrix(spec)
+    }
+    matrices = [parameter for parameter in model.parameters() if parameter in hidden]
+    others = [parameter for parameter in model.parameters() if parameter not in hidden]
     return Muon(matrices, others, config, group=group, device=device, vectors=vectors)
 
 
-def _rounds(matrices: Sequence[nn.Parameter], group: ProcessGroup | None) -> Iterator[_Round]:
-    """Matrices of one shape meet in one round as far as possible, to be computed together."""
+def _rounds(tensors: Sequence[nn.Parameter], group: ProcessGroup | None) -> Iterator[MatrixOwners]:
+    """Matrices of one shape meet in one round as far as possible, to be computed together.
+
+    Of stacks, each rank's first matrices come before the second ones, so that no rank is idle.
+    """
     largest = _ROUND_ELEMENTS * (1 if group is None else group.size())
-    waiting: list[nn.Parameter] = []
-    for matrix in [*sorted(matrices, key=lambda matrix: tuple(matrix.shape)), None]:
-        if waiting and (matrix is None or sum(x.numel() for x in (*waiting, matrix)) > largest):
-            owners = MatrixOwners(waiting, group)
-            yield _Round(matrices=[waiting[number] for number in owners.order], owners=owners)
-            waiting = []
-        if matrix is not None:
-            waiting.append(matrix)
+    waiting, elements = list[SharedMatrix](), 0
+    matrices = shared_matrices(tensors, group)
+    for matrix in sorted(matrices, key=lambda matrix: (matrix.shape, matrix.turn)):
+        if waiting and elements + matrix.numel > largest:
+            yield MatrixOwners(waiting, group)
+            waiting, elements = [], 0
+        waiting.append(matrix)
+        elements += matrix.numel
+    if waiting:
+        yield MatrixOwners(waiting, group)
 
 
 def _parts(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:

@@ -18,7 +18,11 @@ from cp_megatron.checkpoint.find_checkpoint import CheckpointChoice
 from cp_megatron.checkpoint.hf_load import load_hf
 from cp_megatron.checkpoint.load import load_checkpoint
 from cp_megatron.checkpoint.manifest import read_manifest
-from cp_megatron.checkpoint.object_collectives import on_all_ranks, on_first_rank
+from cp_megatron.checkpoint.object_collectives import (
+    all_gather_objects,
+    on_all_ranks,
+    on_first_rank,
+)
 from cp_megatron.comm.garbage import frozen_garbage
 from cp_megatron.comm.runtime import Launch, record_collectives
 from cp_megatron.comm.signals import StopRequest, stop_on_signal
@@ -32,7 +36,7 @@ from cp_megatron.faults.guard import Guard
 from cp_megatron.faults.inject import Faults
 from cp_megatron.faults.stragglers import Stragglers
 from cp_megatron.faults.watch import Watch
-from cp_megatron.memory.capacity import check_memory
+from cp_megatron.memory.capacity import fitting
 from cp_megatron.metrics.wandb_log import WandbRun
 from cp_megatron.metrics.writer import MetricsWriter, keep_aside
 from cp_megatron.model.compiled_parts import check_compiler, compile_parts
@@ -76,8 +80,9 @@ def run(
     record_collectives()
     (plan,), device, control = begin([plan], launch)
     if device == "cuda":
-        total = torch.cuda.get_device_properties(launch.local_rank).total_memory
-        check_memory(plan, num_ranks=1, total_bytes=total)
+        own = torch.cuda.get_device_properties(launch.local_rank).total_memory
+        least = min(all_gather_objects(own, control))  # all ranks plan alike
+        plan = fitting(plan, num_ranks=1, total_bytes=least)
     with claimed_folder(
         lambda: _folder_of(plan.config),
         lambda: _check_unchanged(plan),

@@ -88,7 +88,7 @@ def test_a_killed_rank_is_named_and_a_restart_ends_bit_for_bit(folder: Path, who
     assert ended.code == 0, ended.err
     (line,) = ours(ended)
     assert re.match(r"pretrain\.py: rank 1 \(process \d+ on \S+, (gone|dead)\) does not ", line)
-    assert "in step 5, gloo:" in line
+    assert re.search(r"in step 5, (after )?gloo:", line)
     assert differing(whole / f"step-{STEPS}", folder / "killed" / f"step-{STEPS}") == []
     rows, others = metrics_of(whole), metrics_of(folder / "killed")
     assert [numbers(row) for row in rows] == [numbers(row) for row in others]
@@ -250,15 +250,16 @@ sys.exit(pretrain.main(sys.argv[1:], os.environ, sys.argv[0]))
 def test_a_missing_message_shows_in_what_each_rank_waits_for(folder: Path) -> None:
     (folder / "skips.py").write_text(SKIPS)
     flags = [*FLAGS, "--save", "skipped", "--train-iters", str(STEPS), "--cp-comm-type", "p2p"]
-    flags += ["--distributed-timeout-minutes", "0.05"]
+    flags += ["--distributed-timeout-minutes", "0.15"]  # the start of a busy machine takes seconds
     ended = Program(["torchrun", "--nproc-per-node", "2", "skips.py", *flags], folder).ended()
     assert ended.code == 1
     (line,) = [line for line in ended.err.splitlines() if line.startswith("skips.py: ")]
-    assert "the ranks wait for different messages (rank 0 waited in step" in line
+    assert "the ranks wait for different messages (rank 0 waited for keys in step" in line
     # The rank that times out last may lose its peer first.
-    told = r"rank (\d) (?:waited|lost its peer) in (step \d+), gloo:(\S+) #(\d+) of \S+"
+    told = r"rank (\d) (?:waited|lost its peer, waiting) for ([a-z ]+),? in (step \d+), after gloo:"
     waits = re.findall(told, line)
     assert [rank for rank, *_ in waits] == ["0", "1"]
-    assert waits[0][1] == waits[1][1], "in the same step"
-    assert waits[0][2:] != waits[1][2:], "in different collectives"
+    assert waits[0][2] == waits[1][2], "in the same step"
+    assert waits[0][1] == "keys"
+    assert waits[1][1] != "keys", "this rank has sent all but one message, and is further on"
     assert all_gone("skipped", 1)

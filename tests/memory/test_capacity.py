@@ -100,6 +100,31 @@ def test_ranks_that_share_a_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     _notes(two, TWO)
 
 
+def test_copies_on_nodes_are_made_only_if_they_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    nodes = Launch(rank=0, local_rank=0, world_size=4, local_world_size=2, under_torchrun=True)
+    auto = planned("--global-batch-size", "4", launch=nodes)
+    one = planned("--global-batch-size", "4", "--data-parallel-replicate-size", "1", launch=nodes)
+    asked = planned("--global-batch-size", "4", "--data-parallel-replicate-size", "2", launch=nodes)
+    assert (auto.grid, one.grid.replicas) == (asked.grid, 1)
+    more, less = (capacity._least_of_several(plan, 2) for plan in (auto, one))
+    assert less < more
+
+    def found(plan: RunPlan, num_bytes: int) -> RunPlan:
+        monkeypatch.setattr(capacity, "machine_bytes", lambda: num_bytes)
+        return capacity.check_capacity(plan, nodes, dry_run=False)
+
+    assert found(auto, more).grid == auto.grid
+    fits = found(auto, more - 1)
+    assert fits.grid == one.grid
+    (note,) = [note for note in fits.notes if "--data-parallel-replicate-size auto" in note]
+    assert note.startswith("weights are sharded over all nodes")
+    with pytest.raises(ConfigError, match="works: --data-parallel-replicate-size 1"):
+        found(asked, more - 1)
+    for plan in (auto, one, asked):
+        with pytest.raises(ConfigError, match="works: more ranks"):
+            found(plan, less - 1)
+
+
 def test_offloaded_memory_is_not_counted() -> None:
     """Compares with a sum over the rows of the prediction, which another test checks."""
     cuda = ["--device", "cuda", "--recompute-granularity", "full", "--global-batch-size", "1"]

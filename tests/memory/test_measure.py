@@ -96,7 +96,7 @@ SLOW_PIPELINES = [
 ]
 CASES = [
     (1, [*LLAMA, *MOE, *AUX, *SHARED, "--moe-layer-freq", "2"]),
-    (1, [*LLAMA, *MOE, *SIGMOID, *AUX, *BF16]),
+    (1, [*LLAMA, *MOE, *SIGMOID, *AUX, *BF16, "--optimizer", "muon"]),
     (2, [*LLAMA, *MOE, *TP2, *SP, *SIGMOID, *SHARED, *BF16, *SELECTIVE, *FIRST]),
     (1, GPT),
     (1, [*LLAMA, *BF16, *TILES, *CHUNKS, "--qk-layernorm", *CAPPED]),
@@ -125,6 +125,9 @@ CASES = [
 ]
 SLOW = [
     (1, [*GPT, *MOE, "--moe-router-pre-softmax", "--moe-z-loss-coeff", "0.01"]),
+    (2, [*GPT, *MOE, *CP2, "--optimizer", "muon"]),
+    (1, [*LLAMA, *MOE, "--moe-z-loss-coeff", "0.01"]),
+    (1, [*LLAMA, *MOE, "--moe-aux-loss-coeff", "0.01"]),
     (2, [*LLAMA, *MOE, *CP2, *SIGMOID, "--moe-aux-loss-coeff", "0.1", *FULL]),
     (4, [*LLAMA, *MOE, *CP2, *TP2, *SP, *AUX, *SHARED]),
     (1, [*LLAMA, *LINEAR]),

@@ -134,7 +134,6 @@ def refusal(words: str, *, world_size: int | None = None) -> ConfigError:
         # what stands beside experts
         (f"{EXPERTS} {TP}", "needs sequence parallelism", f"{EXPERTS} {TP} --sequence-parallel"),
         (f"{EXPERTS} --mlp-tile-size 64", "compute all tokens of a rank at once", EXPERTS),
-        (f"{EXPERTS} --optimizer muon", "orthogonalizes matrices", EXPERTS),
         (
             f"{EXPERTS} --moe-shared-expert-gate",
             "without a shared expert",
@@ -194,6 +193,10 @@ def test_factors_are_bounded(flag: str, most: int) -> None:
     planned(f"{words} {most}")
     with pytest.raises(ConfigError, match=f"at most {most}"):
         planned(f"{words} {most + 1}")
+
+
+def test_muon_goes_with_experts() -> None:
+    assert planned(f"{EXPERTS} --optimizer muon {EP} 2").config.optimizer.optimizer == "muon"
 
 
 def test_one_gate_has_one_function() -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -16,6 +19,7 @@ from tests.train.expert_training import (
     VOCAB,
     Case,
     config_of,
+    described,
     steps_of,
     train_step_of,
     whole,
@@ -30,6 +34,7 @@ OTHERS = [
     Case(tp=4, ep=4),
     Case(cp=2),
 ]
+MUON = [replace(case, optimizer="muon") for case in OTHERS]
 Trained = tuple[list[StepResult], dict[str, Tensor]]
 
 
@@ -57,17 +62,28 @@ def load_and_train(rank: int, world_size: int, case: Case, folder: str) -> Train
     return steps_of(case, step, SAVED, STEPS), whole(step)
 
 
+Saved = Callable[[str], tuple[str, Trained]]
+
+
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Trained]:
-    """A checkpoint, and how training went on after it."""
-    folder = tmp_path_factory.mktemp("experts")
-    (trained, *_) = run_ranks(train_and_save, 4, CASE, str(folder))
-    return str(folder / f"step-{SAVED}"), trained
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Saved:
+    """For an optimizer, a checkpoint, and how training went on after it."""
+
+    @cache
+    def made(optimizer: str) -> tuple[str, Trained]:
+        folder = str(tmp_path_factory.mktemp(optimizer))
+        case = replace(CASE, optimizer=optimizer)
+        (trained, *_) = run_ranks(train_and_save, 4, case, folder)
+        return f"{folder}/step-{SAVED}", trained
+
+    return made
 
 
-@pytest.mark.parametrize("case", OTHERS, ids=lambda case: repr(case.grid))
-def test_another_grid_continues_exactly(case: Case, saved: tuple[str, Trained]) -> None:
-    folder, (results, tensors) = saved
+@pytest.mark.parametrize(
+    "case", [*OTHERS, *(pytest.param(case, marks=pytest.mark.slow) for case in MUON)], ids=described
+)
+def test_another_grid_continues_exactly(case: Case, saved: Saved) -> None:
+    folder, (results, tensors) = saved(case.optimizer)
     found, held = run_ranks(load_and_train, case.grid.world_size, case, folder)[0]
     for here, there in zip(found, results, strict=True):
         assert here.loss == pytest.approx(there.loss, rel=1e-10)
@@ -80,9 +96,11 @@ def test_another_grid_continues_exactly(case: Case, saved: tuple[str, Trained]) 
         torch.testing.assert_close(held[name], tensor, rtol=1e-10, atol=1e-12)
 
 
-def test_the_same_grid_continues_bit_for_bit(saved: tuple[str, Trained]) -> None:
-    folder, (results, tensors) = saved
-    found, held = run_ranks(load_and_train, 4, CASE, folder)[0]
+@pytest.mark.parametrize("optimizer", ["adam", "muon"])
+def test_the_same_grid_continues_bit_for_bit(optimizer: str, saved: Saved) -> None:
+    folder, (results, tensors) = saved(optimizer)
+    case = replace(CASE, optimizer=optimizer)
+    found, held = run_ranks(load_and_train, 4, case, folder)[0]
     assert found == results
     assert held.keys() == tensors.keys()
     assert all(torch.equal(held[name], tensors[name]) for name in tensors)

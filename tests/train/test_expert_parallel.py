@@ -22,7 +22,9 @@ from tests.train.expert_training import SEQ, STEPS, Case, described, shards_of, 
 
 def alone(case: Case) -> Case:
     """The same training on one rank: with an imbalance of rows, micro batches change nothing."""
-    kept = {"style": case.style, "document_mask": case.document_mask, "kind": case.kind}
+    kept: dict[str, Any] = {
+        name: getattr(case, name) for name in ("style", "document_mask", "kind", "optimizer")
+    }
     return Case(**kept, micro_batch_size=case.micro_batch_size if case.kind == "aux_loss" else 1)
 
 
@@ -62,9 +64,18 @@ QUICK = [  # twenty steps of each are slow
     (Case(tp=2, cp=2, ep=4, padding=4), 6),
     (Case(dp=2, cp=2, ep=2, replicas=2, style="softmax"), 6),
     (Case(tp=2, dp=2, ep=2, document_mask=True, micro_batch_size=2, padding=2), 6),
+    (Case(cp=4, ep=2, optimizer="muon"), 6),
+]
+MUON = [
+    *(Case(**{axis: 2}, ep=2, optimizer="muon") for axis in ("dp", "cp", "tp")),
+    *(Case(**sizes, optimizer="muon") for sizes in grids(4) if sizes["ep"] == 4),
+    Case(dp=4, ep=1, optimizer="muon", style="softmax"),
+    Case(dp=4, ep=2, replicas=2, optimizer="muon", style="softmax"),
+    Case(tp=2, cp=2, ep=2, optimizer="muon", style="softmax", padding=8),
 ]
 LONG = [
     *(case for case, _ in QUICK),
+    *MUON,
     Case(cp=4, ep=2, style="softmax", document_mask=True, micro_batch_size=2, kind="aux_loss"),
     *(Case(**sizes, document_mask=True, micro_batch_size=1) for sizes in grids(4)),
     *(Case(**sizes, style="softmax", padding=8) for sizes in grids(4) if sizes["ep"] == 2),

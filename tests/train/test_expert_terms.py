@@ -1,4 +1,4 @@
-"""The terms that balance experts, and their gradient, do not depend on the labels of a batch."""
+"""The terms that balance experts are trained as defined, whatever the labels of a batch."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from cp_megatron.data.batch.batch import IGNORED, Batch
-from cp_megatron.model.expert_mixture import ExpertMixture
+from cp_megatron.model.expert_mixture import ExpertMixture, Router
 from cp_megatron.spec import BalanceSpec
 from cp_megatron.train.step import TrainStep
 from tests.ranks import run_ranks
-from tests.train.expert_training import ROWS, SEQ, Case, batches_of, train_step_of
+from tests.train.expert_training import MODEL, ROWS, SEQ, Case, batches_of, train_step_of
 
 TOKENS = ROWS * SEQ
 
@@ -91,3 +92,39 @@ def test_terms_do_not_depend_on_labels(case: Case) -> None:
         for one, other in zip(found[0][0], terms):
             assert (one - other).norm() < 1e-12 * other.norm()
         assert all((one - other).norm() > 1e-3 * other.norm() for one, other in zip(whole, terms))
+
+
+def against_plain(rank: int, world_size: int) -> tuple[Tensor, Tensor]:
+    """The gradient of the last router without labels, and that of the terms as they are defined.
+
+    Nothing but its own terms depends on the last router then.
+    """
+    case, seen = Case(), list[Tensor]()
+    step = train_step_of(case)
+    router = [x for x in step.model.modules() if isinstance(x, Router)][-1]
+    router.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach().clone()))
+    (*_, found), _ = gradients(step, labelled(batches_of(0, case, step), 0, 0))
+    weight = router.get_parameter("weight").detach()
+    weight = weight.full_tensor() if isinstance(weight, DTensor) else weight.clone()
+    weight.requires_grad_()
+    experts, topk = MODEL.num_experts or 1, MODEL.moe_router_topk
+    total = torch.zeros((), dtype=torch.float64)
+    for tokens in seen:  # micro batches of one row
+        logits = tokens @ weight.T
+        scores = logits.sigmoid()
+        chosen = torch.zeros(experts, dtype=torch.float64)
+        for token in scores.detach():
+            chosen[token.topk(topk).indices] += 1
+        shares = (scores / scores.sum(1, keepdim=True)).mean(0)
+        imbalance = experts * (chosen / (topk * SEQ) * shares).sum()
+        total = total + MODEL.moe_aux_loss_coeff * imbalance / ROWS
+        squares = logits.exp().sum(1).log().square()
+        total = total + MODEL.moe_z_loss_coeff * squares.sum() / TOKENS
+    total.backward()
+    assert weight.grad is not None
+    return found, weight.grad
+
+
+def test_both_terms_are_trained_as_they_are_defined() -> None:
+    ((found, expected),) = run_ranks(against_plain, 1)
+    assert (found - expected).norm() < 1e-10 * expected.norm()

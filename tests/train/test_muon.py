@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 
 from cp_megatron.comm.groups import ParallelGroups
 from cp_megatron.config import OptimizerConfig
@@ -19,12 +19,16 @@ from cp_megatron.errors import ConfigError
 from cp_megatron.plan import Grid
 from cp_megatron.spec import ParameterSpec
 from cp_megatron.tensor_parallel import place as placed
+from cp_megatron.tensor_parallel import place_stacked
 from cp_megatron.train import muon
 from cp_megatron.train.muon import Muon, choose_optimizer
 from cp_megatron.train.optimizer import update
 from cp_megatron.train.step import StepResult, TrainStep
 from tests.ranks import run_ranks
 from tests.train.checkpoints import differing, metrics_of, numbers
+from tests.train.expert_training import Case as ExpertCase
+from tests.train.expert_training import shards_of as expert_shards_of
+from tests.train.expert_training import train_step_of as expert_step_of
 from tests.train.test_loop import GRIDS, STEPS, STOP, Place, refused, save_again, train
 from tests.train.test_loop import place as place  # the fixture
 from tests.train.test_step import Case, config_of, shards_of, train_step_of
@@ -43,10 +47,34 @@ MATRICES: dict[str, tuple[tuple[int, int], Split]] = {
     "same": ((5, 7), {}),
     "broad": ((4, 6), {"tp": 1}),
 }
+# Experts whose rows two and four ranks can share evenly, and others.
+STACKS = {"shared": (4, 8, 3), "whole": (6, 5, 4)}
+
+
+class Stacks(nn.Module):
+    """Stacked matrices, whole or over ep and edp."""
+
+    def __init__(self, groups: ParallelGroups | None, dtype: torch.dtype) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(4)
+        for name, shape in STACKS.items():
+            value = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+            if groups is not None:
+                mesh = groups.meshes["ep"]
+                value = place_stacked(value.chunk(mesh.size())[mesh.get_local_rank()], mesh, CPU)
+            self.register_parameter(name, nn.Parameter(value))
+        if groups is not None:
+            assert groups.expert_sharding is not None
+            ranks = groups["edp"].size()
+            fully_shard(
+                self,
+                mesh=groups.expert_sharding,
+                shard_placement_fn=lambda x: Shard(0 if x.shape[1] % ranks else 1),
+            )
 
 
 class Matrices(nn.Module):
-    """The matrices and a vector, whole or on a grid."""
+    """The matrices, stacks and a vector, whole or on a grid."""
 
     def __init__(self, groups: ParallelGroups | None, dtype: torch.dtype) -> None:
         super().__init__()
@@ -57,8 +85,9 @@ class Matrices(nn.Module):
                 spec = ParameterSpec(name=name, shape=shape, init="zeros", split=split)
                 value = placed(value, spec, groups.meshes["tp"], "cpu")
             self.register_parameter(name, nn.Parameter(value))
+        self.experts = Stacks(groups, dtype)
         if groups is not None:
-            fully_shard(self, mesh=groups.meshes["dp_cp"])
+            fully_shard(self, mesh=groups.sharding)
 
 
 def made(
@@ -77,40 +106,45 @@ def gradient(parameter: Tensor) -> Tensor:
 
 def oracle(config: OptimizerConfig, updates: int) -> dict[str, Tensor]:
     """Plain Muon, one float64 matrix after another."""
+    parameters = dict(Matrices(None, torch.float64).named_parameters())
+    del parameters["vector"]
+    return {
+        name: torch.stack([plain(matrix, config, updates) for matrix in x.detach()])
+        if x.ndim == 3
+        else plain(x.detach(), config, updates)
+        for name, x in parameters.items()
+    }
+
+
+def plain(x: Tensor, config: OptimizerConfig, updates: int) -> Tensor:
     sets = {"simple": [(3.4445, -4.7750, 2.0315)] * 3}
     sets["quintic"] = [(4.0848, -6.8946, 2.9270), (3.9505, -6.3029, 2.6377)]
     sets["quintic"] += [(3.7418, -5.5913, 2.3037)]
-    found = dict[str, Tensor]()
-    for name, parameter in Matrices(None, torch.float64).named_parameters():
-        x = parameter.detach().clone()
-        mean = torch.zeros_like(x)
-        if name == "vector":
-            continue
-        rows, columns = x.shape
-        for _ in range(updates):
-            grad = x.cos() * 3
-            beta = config.muon_momentum
-            mean = beta * mean + (1 - beta) * grad
-            o = beta * mean + (1 - beta) * grad if config.muon_nesterov else mean
-            o = o / o.square().sum().sqrt()
-            for a, b, c in sets[config.muon_coefficient_type]:
-                o = a * o + b * o @ o.T @ o + c * o @ o.T @ o @ o.T @ o
-            factor = {
-                "spectral": max(rows, columns) ** 0.5,
-                "unit_rms_norm": (rows / columns) ** 0.5,
-                "shape_scaling": max(1, rows / columns) ** 0.5,
-            }[config.muon_scale_mode]
-            x = x - config.lr * config.weight_decay * x
-            x = x - config.lr * factor * config.muon_extra_scale_factor * o
-        found[name] = x
-    return found
+    mean = torch.zeros_like(x)
+    rows, columns = x.shape
+    for _ in range(updates):
+        grad = x.cos() * 3
+        beta = config.muon_momentum
+        mean = beta * mean + (1 - beta) * grad
+        o = beta * mean + (1 - beta) * grad if config.muon_nesterov else mean
+        o = o / o.square().sum().sqrt()
+        for a, b, c in sets[config.muon_coefficient_type]:
+            o = a * o + b * o @ o.T @ o + c * o @ o.T @ o @ o.T @ o
+        factor = {
+            "spectral": max(rows, columns) ** 0.5,
+            "unit_rms_norm": (rows / columns) ** 0.5,
+            "shape_scaling": max(1, rows / columns) ** 0.5,
+        }[config.muon_scale_mode]
+        x = x - config.lr * config.weight_decay * x
+        x = x - config.lr * factor * config.muon_extra_scale_factor * o
+    return x
 
 
 def updated(
     rank: int, world_size: int, config: OptimizerConfig, grid: Grid | None, updates: int
 ) -> dict[str, Tensor]:
     """The whole matrices after some updates."""
-    groups = None if grid is None else ParallelGroups.create(grid, "cpu")
+    groups = None if grid is None else ParallelGroups.create(grid, "cpu", has_experts=True)
     model, optimizer = made(config, groups)
     for _ in range(updates):
         for parameter in model.parameters():
@@ -140,7 +174,15 @@ def test_an_update_is_the_plain_one(changes: dict[str, Any]) -> None:
     assert_same(updated(0, 1, config, None, 2), oracle(config, 2), 1e-13)
 
 
-@pytest.mark.parametrize("grid", [Grid(cp=2, tp=2), Grid(dp=4)], ids=str)
+GRIDS_OF_MATRICES = [
+    Grid(cp=2, tp=2),
+    Grid(dp=4),
+    Grid(cp=2, tp=2, ep=2),
+    Grid(dp=4, ep=2, replicas=2),
+]
+
+
+@pytest.mark.parametrize("grid", GRIDS_OF_MATRICES, ids=str)
 @pytest.mark.parametrize("elements", [1 << 26, 10])
 def test_parts_of_any_size_give_the_plain_update(grid: Grid, elements: int) -> None:
     for found in run_ranks(updated_in_rounds, 4, MUON, grid, elements):
@@ -161,7 +203,7 @@ def test_simple_is_torchs_muon() -> None:
     model, optimizer = made(config, dtype=torch.float32)
     other = Matrices(None, torch.float32)
     reference = torch.optim.Muon(
-        [x for name, x in other.named_parameters() if name != "vector"],
+        [x for x in other.parameters() if x.ndim == 2],
         lr=config.lr,
         weight_decay=config.weight_decay,
         momentum=config.muon_momentum,
@@ -279,6 +321,27 @@ def test_only_matrices_inside_layers_have_momentum() -> None:
     assert by_muon == of_layers
     assert len(by_muon) == 2 * 7
     assert "embedding.weight" in kinds.keys() - by_muon
+
+
+def kinds_of_mixture(rank: int, world_size: int) -> dict[str, list[str]]:
+    case = ExpertCase(style="softmax", optimizer="muon")
+    step = expert_step_of(case)
+    step.run(expert_shards_of(0, case, step), step=1, lr=1e-3)
+    return {name: sorted(step.optimizer.state[x]) for name, x in step.model.named_parameters()}
+
+
+def test_experts_and_routers_are_matrices_and_their_biases_are_not() -> None:
+    (kinds,) = run_ranks(kinds_of_mixture, 1)
+    mlp = {
+        name.removeprefix("layers.1.mlp."): keys
+        for name, keys in kinds.items()
+        if ".1.mlp." in name
+    }
+    by_muon = {name for name, keys in mlp.items() if keys == ["momentum_buffer"]}
+    assert by_muon == {"router.weight", "experts.gate", "experts.up", "experts.down"}
+    biases = {"router.bias", *(f"experts.{name}_bias" for name in ("gate", "up", "down"))}
+    assert mlp.keys() - by_muon == biases
+    assert all("exp_avg_sq" in mlp[name] for name in biases)
 
 
 @pytest.mark.slow

@@ -30,8 +30,9 @@ class OptimizerConfig:
     """The optimizer and its learning rate."""
 
     optimizer: OptimizerName = "adam"
-    """adam is AdamW for all parameters; muon is Muon for the matrices of layers, and AdamW for the
-    embedding, the output layer, vectors and convolutions."""
+    """adam is AdamW for all parameters; muon is Muon for the matrices of layers, those of each
+    expert and of routers included, and AdamW for the embedding, the output layer, vectors and
+    convolutions."""
     lr: Positive = 3e-4
     """Peak learning rate."""
     min_lr: NonNegative = 0.0
