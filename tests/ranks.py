@@ -54,6 +54,9 @@ PRELOADED = (
     "torch.distributed.checkpoint",
     "torch._dynamo",
     "transformers.modeling_utils",
+    "hypothesis",
+    "pytest",
+    "cp_megatron.train.run",
 )
 
 # Errors of a rank that has lost its peer; such a rank is never the root cause.
@@ -303,6 +306,8 @@ def _serve(rank: int, connection: Connection, log_path: str) -> None:
     faulthandler.register(signal.SIGUSR1, log, all_threads=False)
     folder = Path(log_path).parent
     threading.Thread(target=_follow_parent, args=(folder,), daemon=True).start()
+    sys.dont_write_bytecode = False  # as the session's; the server is started without the cache
+    gc.freeze()  # what the server imported is never garbage
     connection.send_bytes(b"+")
     while True:
         try:
