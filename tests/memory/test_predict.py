@@ -133,9 +133,9 @@ def test_the_optimizer_on_the_host_is_said_apart() -> None:
 def test_many_ranks_are_quick() -> None:
     words = ["--preset", "llama3-8b", "--context-parallel-size", "16", "--global-batch-size", "64"]
     plan = planned(*words, "--tensor-parallel-size", "8", world_size=1024)
-    begin = time.monotonic()
+    begin = time.process_time()
     found = predict_ranks(plan, range(1024))
-    assert time.monotonic() - begin < 5
+    assert time.process_time() - begin < 5
     assert found[777] == predict(plan, 777)
 
 
