@@ -31,7 +31,8 @@ def test_only_the_host_with_the_slow_link_is_slow() -> None:
     assert times[1] > 0.3
     assert max(times[0], times[2]) < 0.3
     times = run_ranks(seconds, 4, 2, 0)
-    assert min(times) > 0.3, "of two hosts, each waits for the other"
+    # A rank that begins later waits less.
+    assert min(times) > 0.2, "of two hosts, each waits for the other"
 
 
 def test_one_host_sends_nothing() -> None:
