@@ -102,8 +102,9 @@ def check_memory(plan: RunPlan, *, num_ranks: int, total_bytes: int | None) -> s
     return space
 
 
-def fitting(plan: RunPlan, *, num_ranks: int, total_bytes: int | None) -> RunPlan:
-    """The plan, or one without the copies of the model that ``auto`` chose, if only that fits.
+def fitting(plan: RunPlan, *, num_ranks: int, total_bytes: int | None) -> tuple[RunPlan, str]:
+    """The plan, or one without the copies of the model that ``auto`` chose, if only that fits; and
+    what ``check_memory`` says of it.
 
     Args:
         plan, num_ranks, total_bytes: as for ``check_memory``.
@@ -122,8 +123,7 @@ def fitting(plan: RunPlan, *, num_ranks: int, total_bytes: int | None) -> RunPla
             )
             others = (x for x in plan.notes if not x.endswith(f"({REPLICAS} auto)"))
             plan = dataclasses.replace(plan, notes=(*others, note))
-    check_memory(plan, num_ranks=num_ranks, total_bytes=total_bytes)
-    return plan
+    return plan, check_memory(plan, num_ranks=num_ranks, total_bytes=total_bytes)
 
 
 def _one_copy(plan: RunPlan) -> RunPlan:
@@ -161,8 +161,7 @@ def check_capacity(plan: RunPlan, launch: Launch, *, dry_run: bool) -> RunPlan:
         # The memory of a GPU is checked later, when torch is imported.
         if plan.device == "cpu" or (plan.device is None and not _NVIDIA.exists()):
             num_ranks, total = launch.local_world_size, machine_bytes()
-            on_cpu = fitting(plan.on_device("cpu"), num_ranks=num_ranks, total_bytes=total)
-            memory = check_memory(on_cpu, num_ranks=num_ranks, total_bytes=total)
+            on_cpu, memory = fitting(plan.on_device("cpu"), num_ranks=num_ranks, total_bytes=total)
             if on_cpu.grid != plan.grid:
                 plan = dataclasses.replace(plan, grid=on_cpu.grid, notes=on_cpu.notes)
             notes += [f"memory: {memory}"] if dry_run else []

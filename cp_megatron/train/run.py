@@ -82,7 +82,7 @@ def run(
     if device == "cuda":
         own = torch.cuda.get_device_properties(launch.local_rank).total_memory
         least = min(all_gather_objects(own, control))  # all ranks plan alike
-        plan = fitting(plan, num_ranks=1, total_bytes=least)
+        plan, _ = fitting(plan, num_ranks=1, total_bytes=least)
     with claimed_folder(
         lambda: _folder_of(plan.config),
         lambda: _check_unchanged(plan),
