@@ -24,13 +24,14 @@ def traced(name: str) -> AbstractContextManager[object]:
 
 @contextmanager
 def waiting_for(what: str) -> Iterator[None]:
-    """A wait for another rank, which an error that ends it names in a note.
+    """A wait for another rank, named in the trace, and in a note of an error that ends it.
 
     torch records collectives, but of messages from rank to rank only those of NCCL, so that after a
     timeout nothing else may say what a rank waited for.
     """
     try:
-        yield
+        with traced(f"wait for {what}"):
+            yield
     except RuntimeError as error:
         error.add_note(f"{AWAITED}{what}")
         raise

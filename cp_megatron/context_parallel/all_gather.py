@@ -19,7 +19,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from cp_megatron.comm.nonblocking import Started, start_all_gather, start_reduce_scatter
-from cp_megatron.comm.trace import traced, waiting_for
+from cp_megatron.comm.trace import waiting_for
 from cp_megatron.context_parallel.buffers import Workspace
 from cp_megatron.context_parallel.keys import KeyValues, contiguous_runs
 from cp_megatron.context_parallel.partials import (
@@ -127,7 +127,7 @@ class _KeySource:
         """The keys of portion ``number`` that this rank reads; None if it reads none."""
         if self.pending is None:
             return None
-        with traced("wait for keys"), waiting_for("keys"):
+        with waiting_for("keys"):
             gathered = self.pending.wait()  # [N * W, B, g * (D + E)]
         if self._group is not None:
             self._sums.gathered(self.pending.source, gathered, self._group)
@@ -163,7 +163,7 @@ class _GradientSink:
         if self._pending is None:
             return
         portion, started = self._pending
-        with traced("wait for gradients"), waiting_for("gradients"):
+        with waiting_for("gradients"):
             returned = started.wait()
         self._grads.heads(portion).add_(self._gather.given, returned)
         self._pending = None

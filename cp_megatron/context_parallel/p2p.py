@@ -17,7 +17,7 @@ from functools import partial
 from torch import Tensor
 
 from cp_megatron.comm.send_receive import Pending, post
-from cp_megatron.comm.trace import traced, waiting_for
+from cp_megatron.comm.trace import waiting_for
 from cp_megatron.context_parallel.buffers import Workspace
 from cp_megatron.context_parallel.keys import KeyValues, contiguous_runs
 from cp_megatron.context_parallel.partials import (
@@ -191,7 +191,7 @@ class _Slot:
             name: what is waited for.
         """
         assert self._pending is not None
-        with traced(f"wait for {name}"), waiting_for(name):
+        with waiting_for(name):
             self._pending.wait()
         for then in self._then:
             then()

@@ -21,7 +21,7 @@ from typing import NamedTuple, Protocol
 from torch import Tensor
 
 from cp_megatron.comm.send_receive import Pending
-from cp_megatron.comm.trace import traced, waiting_for
+from cp_megatron.comm.trace import waiting_for
 from cp_megatron.pipeline.stage_links import Arriving, StageLinks
 from cp_megatron.plan.pipeline import Action, PipelinePlan
 
@@ -63,7 +63,7 @@ def run_stage(plan: PipelinePlan, stage: int, links: StageLinks, passes: Passes)
         assert action is not None
         current, is_early = arriving, following is not None and following.kind != action.kind
         arriving = run.receive(following) if is_early else None
-        with traced("wait for stage"), waiting_for("another stage"):
+        with waiting_for("another stage"):
             x = None if current is None else current.wait()
         try:
             run.make(action, x)
