@@ -8,7 +8,7 @@ chosen experts 2 and 0, and so on; a row is a token for one of its experts::
                              exchange rows: the part after the bar goes to rank 1
               arrived     a0 b1 | c0 d0 c1                  arrived     a2 b3 | d2
               by expert   a0 c0 d0   b1 c1                  by expert   a2 d2   b3
-                             the experts compute; every row is multiplied by its weight
+                             the experts compute, and multiply every row by its weight
               returned    a0 b1 | a2 b3                     returned    c0 d0 c1 | d2
               sums        a2 + a0    b3 + b1                sums        c0 + c1    d2 + d0
 
@@ -16,9 +16,9 @@ A token's results are added in the order of its choice, so the sum depends on no
 capacity: all rows are sent, and no token is dropped. Every permutation is a gather in forward and
 in backward, so that all results are deterministic.
 
-Weights are multiplied where the experts are. Their gradients are computed there, from rows that
-this rank has anyway, and nothing that is returned has to be kept. So when a layer is recomputed,
-nobody reads what would be returned, and it is not sent (``Dispatch.back`` saves no tensor).
+Weights are sent with the rows and multiplied by the experts. So their gradients are computed where
+the experts are, and nothing that is returned has to be kept: when a layer is recomputed, nobody
+reads what would be returned, and it is not sent (``Dispatch.back`` saves no tensor).
 
 Bytes that a rank sends with uniform routing, of n tokens with h channels of e bytes and weights of
 w bytes: n K (h e + w) (1 - 1/R) in ``send`` and n K h e (1 - 1/R) in ``back``; backward sends the
@@ -36,7 +36,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
 from cp_megatron.comm.collectives import exchange_rows
@@ -83,17 +82,8 @@ class Dispatch:
         factors = _linear(weights.flatten(), self._by_expert, self._by_choice)
         return self._exchanged(_linear(x, self._repeated, self._summed)), self._exchanged(factors)
 
-    def back(self, rows: Tensor, factors: Tensor) -> Tensor:
-        """What the experts computed, and its weights -> the weighted sum of each token.
-
-        Args:
-            rows: [m, h], in the order of ``send``.
-            factors: [m], from ``send``.
-
-        Returns:
-            [n, h].
-        """
-        rows = _Weighted.apply(rows, factors)  # type: ignore[no-untyped-call]
+    def back(self, rows: Tensor) -> Tensor:
+        """[m, h], what the experts computed, in the order of ``send`` -> its sums, [n, h]."""
         if self._is_shared:
             rows = _linear(rows, self._by_rank, self._by_own_expert)
         rows = exchange_rows(rows, self.splits.from_ranks, self.splits.sent, self.group)
@@ -189,24 +179,3 @@ class _LinearMap(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         return ctx.transpose(grads[0]), None, None
-
-
-class _Weighted(torch.autograd.Function):
-    """rows [m, h] times factors [m], computed in the type of the factors, in the type of rows."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, factors: Tensor) -> Tensor:
-        ctx.save_for_backward(rows, factors)
-        return _product(rows, factors)
-
-    @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
-        rows, factors = ctx.saved_tensors
-        grad, dtype = grads[0], factors.dtype
-        dfactors = torch.einsum("mh,mh->m", grad.to(dtype), rows.to(dtype))
-        return _product(grad, factors), dfactors
-
-
-def _product(rows: Tensor, factors: Tensor) -> Tensor:
-    return torch.mul(rows, factors[:, None], out=torch.empty_like(rows))

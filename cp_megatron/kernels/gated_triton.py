@@ -3,6 +3,11 @@
 All activations have the form act(x) = x sigmoid(z(x)): SiLU with z = x, ``quick_gelu`` with
 z = 1.702 x, and GELU in the tanh form with z = 2 sqrt(2 / pi) (x + 0.044715 x^3), because
 (1 + tanh(u)) / 2 = sigmoid(2 u).
+
+Without weights of the rows, a program computes a block of numbers. With weights it computes a row,
+so that the gradient of its weight is summed in one order.
+
+Shapes: m rows, f their width.
 """
 
 from __future__ import annotations
@@ -18,40 +23,55 @@ from cp_megatron.kernels.gated_function import QUICK, GatedFunction
 _BLOCK = 2048
 
 
-def forward_triton(gate: Tensor, up: Tensor, function: GatedFunction) -> Tensor:
-    """``function`` on a GPU, in tensors of any shape."""
+def forward_triton(
+    gate: Tensor, up: Tensor, function: GatedFunction, weights: Tensor | None
+) -> Tensor:
+    """``function`` on a GPU, in tensors of any shape; [m, f] with ``weights``, [m]."""
     gate, up = gate.contiguous(), up.contiguous()
     out = torch.empty_like(gate)
+    options = _constants(gate, function, weights)
     # Triton launches on the current device, which may be another one than the tensors'.
     with torch.cuda.device_of(gate):
-        _forward[(triton.cdiv(gate.numel(), _BLOCK),)](
-            *(gate, up, out, gate.numel()), **_constants(gate, function)
-        )
+        if weights is None:
+            grid = (triton.cdiv(gate.numel(), _BLOCK),)
+            _forward[grid](*(gate, up, out, gate.numel()), **options)
+        elif gate.numel():
+            weights = weights.contiguous()
+            _forward_row[(len(gate),)](*(gate, up, weights, out, gate.shape[1]), **options)
     return out
 
 
 def backward_triton(
-    grad: Tensor, gate: Tensor, up: Tensor, function: GatedFunction
-) -> tuple[Tensor, Tensor]:
-    """The gradients of gate and up on a GPU."""
+    grad: Tensor, gate: Tensor, up: Tensor, function: GatedFunction, weights: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The gradients of gate, up and weights on a GPU."""
     grad, gate, up = grad.contiguous(), gate.contiguous(), up.contiguous()
-    dgate, dup = torch.empty_like(gate), torch.empty_like(up)
+    dgate, dup, dweights = torch.empty_like(gate), torch.empty_like(up), None
+    options = _constants(gate, function, weights)
     with torch.cuda.device_of(gate):
-        _backward[(triton.cdiv(gate.numel(), _BLOCK),)](
-            *(grad, gate, up, dgate, dup, gate.numel()), **_constants(gate, function)
-        )
-    return dgate, dup
+        if weights is None:
+            grid = (triton.cdiv(gate.numel(), _BLOCK),)
+            _backward[grid](*(grad, gate, up, dgate, dup, gate.numel()), **options)
+        else:
+            weights = weights.contiguous()
+            dweights = torch.zeros_like(weights)
+            tensors = (grad, gate, up, weights, dgate, dup, dweights)
+            if gate.numel():
+                _backward_row[(len(gate),)](*tensors, gate.shape[1], **options)
+    return dgate, dup, dweights
 
 
-def _constants(x: Tensor, function: GatedFunction) -> dict[str, object]:
+def _constants(x: Tensor, function: GatedFunction, weights: Tensor | None) -> dict[str, object]:
+    doubles = torch.float64 in (x.dtype, None if weights is None else weights.dtype)
+    block = _BLOCK if weights is None else min(_BLOCK, triton.next_power_of_2(max(x.shape[1], 1)))
     return {
         "is_gelu": function.activation == "gelu",
         "steepness": QUICK if function.activation == "quick_gelu" else 1.0,
         "clamps": function.clamp is not None,
         "clamp": function.clamp or 0.0,
         "offset": function.offset,
-        "exact": tl.float64 if x.dtype == torch.float64 else tl.float32,
-        "block": _BLOCK,
+        "exact": tl.float64 if doubles else tl.float32,
+        "block": block,
     }
 
 
@@ -73,14 +93,36 @@ def _forward(
     inside = at < count
     x = tl.load(gate + at, mask=inside, other=0.0).to(exact)
     y = tl.load(up + at, mask=inside, other=0.0).to(exact)
-    if clamps:
-        # Unlike a minimum, a comparison keeps NaN.
-        x = tl.where(x > clamp, clamp, x)
-        y = tl.where(y > clamp, clamp, tl.where(y < -clamp, -clamp, y))
-    if offset != 0.0:
-        y += offset
+    x, y = _bounded(x, y, clamps, clamp, offset)
     weight, _ = _sigmoid_and_slope(x, is_gelu, steepness)
     tl.store(out + at, (x * weight * y).to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _forward_row(
+    gate: tl.tensor,
+    up: tl.tensor,
+    weights: tl.tensor,
+    out: tl.tensor,
+    width: tl.tensor,
+    is_gelu: tl.constexpr,
+    steepness: tl.constexpr,
+    clamps: tl.constexpr,
+    clamp: tl.constexpr,
+    offset: tl.constexpr,
+    exact: tl.constexpr,
+    block: tl.constexpr,
+) -> None:
+    row = tl.program_id(0).to(tl.int64)
+    factor = tl.load(weights + row).to(exact)
+    for first in range(0, width, block):
+        column = first + tl.arange(0, block)
+        at, inside = row * width + column, column < width
+        x = tl.load(gate + at, mask=inside, other=0.0).to(exact)
+        y = tl.load(up + at, mask=inside, other=0.0).to(exact)
+        x, y = _bounded(x, y, clamps, clamp, offset)
+        weight, _ = _sigmoid_and_slope(x, is_gelu, steepness)
+        tl.store(out + at, (x * weight * y * factor).to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -104,21 +146,82 @@ def _backward(
     g = tl.load(grad + at, mask=inside, other=0.0).to(exact)
     x = tl.load(gate + at, mask=inside, other=0.0).to(exact)
     y = tl.load(up + at, mask=inside, other=0.0).to(exact)
+    g_x, g_y, _ = _gradients(g, x, y, is_gelu, steepness, clamps, clamp, offset)
+    tl.store(dgate + at, g_x.to(dgate.dtype.element_ty), mask=inside)
+    tl.store(dup + at, g_y.to(dup.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _backward_row(
+    grad: tl.tensor,
+    gate: tl.tensor,
+    up: tl.tensor,
+    weights: tl.tensor,
+    dgate: tl.tensor,
+    dup: tl.tensor,
+    dweights: tl.tensor,
+    width: tl.tensor,
+    is_gelu: tl.constexpr,
+    steepness: tl.constexpr,
+    clamps: tl.constexpr,
+    clamp: tl.constexpr,
+    offset: tl.constexpr,
+    exact: tl.constexpr,
+    block: tl.constexpr,
+) -> None:
+    row = tl.program_id(0).to(tl.int64)
+    factor = tl.load(weights + row).to(exact)
+    total = tl.zeros((block,), exact)
+    for first in range(0, width, block):
+        column = first + tl.arange(0, block)
+        at, inside = row * width + column, column < width
+        g = tl.load(grad + at, mask=inside, other=0.0).to(exact)
+        x = tl.load(gate + at, mask=inside, other=0.0).to(exact)
+        y = tl.load(up + at, mask=inside, other=0.0).to(exact)
+        g_x, g_y, value = _gradients(g, x, y, is_gelu, steepness, clamps, clamp, offset)
+        total += tl.where(inside, g * value, 0.0)
+        tl.store(dgate + at, (g_x * factor).to(dgate.dtype.element_ty), mask=inside)
+        tl.store(dup + at, (g_y * factor).to(dup.dtype.element_ty), mask=inside)
+    tl.store(dweights + row, tl.sum(total).to(dweights.dtype.element_ty))
+
+
+@triton.jit
+def _bounded(
+    x: tl.tensor, y: tl.tensor, clamps: tl.constexpr, clamp: tl.constexpr, offset: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor]:
+    """The argument of the activation, and its factor."""
+    if clamps:
+        # Unlike a minimum, a comparison keeps NaN.
+        x = tl.where(x > clamp, clamp, x)
+        y = tl.where(y > clamp, clamp, tl.where(y < -clamp, -clamp, y))
+    if offset != 0.0:
+        y += offset
+    return x, y
+
+
+@triton.jit
+def _gradients(
+    g: tl.tensor,
+    x: tl.tensor,
+    y: tl.tensor,
+    is_gelu: tl.constexpr,
+    steepness: tl.constexpr,
+    clamps: tl.constexpr,
+    clamp: tl.constexpr,
+    offset: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """Returns the gradients of gate and up, and the result."""
     g_x = g
     g_y = g
     if clamps:
         # No gradient passes through a factor beyond its bound.
         g_x = tl.where(x > clamp, 0.0, g)
         g_y = tl.where(tl.abs(y) > clamp, 0.0, g)
-        x = tl.where(x > clamp, clamp, x)
-        y = tl.where(y > clamp, clamp, tl.where(y < -clamp, -clamp, y))
-    if offset != 0.0:
-        y += offset
+    x, y = _bounded(x, y, clamps, clamp, offset)
     weight, slope = _sigmoid_and_slope(x, is_gelu, steepness)
     # d act / dx = sigmoid(z) + x sigmoid(z) (1 - sigmoid(z)) dz / dx
     derivative = weight + x * weight * (1.0 - weight) * slope
-    tl.store(dgate + at, (g_x * y * derivative).to(dgate.dtype.element_ty), mask=inside)
-    tl.store(dup + at, (g_y * x * weight).to(dup.dtype.element_ty), mask=inside)
+    return g_x * y * derivative, g_y * x * weight, x * weight * y
 
 
 @triton.jit

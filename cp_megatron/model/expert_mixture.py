@@ -2,7 +2,7 @@
 
     rows of the residual stream [n, h]
        |-> router -> K experts of every token, and their weights
-       |-> dispatch -> rows sorted by expert -> experts -> weighted -> back to their tokens --+
+       |-> dispatch -> rows sorted by expert -> experts, weighted -> back to their tokens ----+
        |-> shared MLP, possibly times a gate per token ---------------------------------------+--> +
 
 Tokens leave this rank in ``Dispatch`` alone. What balances the load is a term of the loss, which is
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from cp_megatron.expert_parallel import Dispatch, ExpertParallel, count_rows
-from cp_megatron.kernels.gated import GatedFunction, activate, gated
+from cp_megatron.kernels.gated import GatedFunction, activate, gated, weighted
 from cp_megatron.kernels.grouped import grouped_products
 from cp_megatron.kernels.interface import accumulation_dtype
 from cp_megatron.model.balance import expert_counts, imbalance, squared_logsumexp
@@ -101,15 +101,27 @@ class Experts(SpecifiedModule):
         self.gated, self.bias = spec.experts.gated, spec.experts.bias
         self.function = GatedFunction(spec.activation, spec.clamp, spec.offset)
 
-    def forward(self, x: Tensor, counts: Sequence[int]) -> Tensor:
-        """[m, h], sorted by expert, -> [m, h]; ``counts`` are the rows of each expert."""
+    def forward(self, x: Tensor, weights: Tensor, counts: Sequence[int]) -> Tensor:
+        """Computes rows that are sorted by expert, times their weights.
+
+        Args:
+            x: [m, h].
+            weights: [m]. They are multiplied before the last product, unless it has a bias.
+            counts: the rows of each expert.
+
+        Returns:
+            [m, h].
+        """
+        early = None if self.bias else weights
         if self.gated:
             gate, up = self._products(x, counts, "gate", "up")
-            wide = gated(gate, up, self.function)
+            wide = gated(gate, up, self.function, early)
         else:
             (up,) = self._products(x, counts, "up")
             wide = activate(up, self.function.activation)
-        return self._products(wide, counts, "down")[0]
+            wide = wide if early is None else weighted(wide, early)
+        (out,) = self._products(wide, counts, "down")
+        return weighted(out, weights) if early is None else out
 
     def _products(self, x: Tensor, counts: Sequence[int], *names: str) -> tuple[Tensor, ...]:
         biases = [self.local(f"{name}_bias") for name in names] if self.bias else None
@@ -153,10 +165,10 @@ class ExpertMixture(nn.Module):
         choice, routing, counts = self._route(logits, rows, kept)
         dispatch = routing.dispatch
         shared = self._shared(x)  # all that keeps tensors comes before the results are returned
-        sent, factors = dispatch.send(tokens, choice.weights)
-        computed = self.experts(sent, dispatch.splits.counts)
+        sent, weights = dispatch.send(tokens, choice.weights)
+        computed = self.experts(sent, weights, dispatch.splits.counts)
         terms = None if routing.rows is None else self._terms(logits, choice, routing.rows)
-        mixed = dispatch.back(computed, factors).view_as(x)
+        mixed = dispatch.back(computed).view_as(x)
         if kept is not None:
             dispatch.shrink()
         return Mixed(mixed if shared is None else mixed + shared, terms, counts)

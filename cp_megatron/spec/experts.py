@@ -212,8 +212,10 @@ class ExpertMixtureSpec(BlockSpec):
         At worst, all tokens of the ``sizes.ep`` ranks choose the experts of one of them, which then
         keeps ``sizes.ep`` times as much.
         """
-        wide = (3 if self.experts.gated else 2) * self.experts.width
-        row = (2 * self.hidden + wide) * sizes.element + self.score_element(sizes)
+        early = not self.experts.bias  # before the last product, a row is multiplied by its weight
+        wide = (3 if self.experts.gated or early else 2) * self.experts.width
+        narrow = (1 if early else 2) * self.hidden
+        row = (narrow + wide) * sizes.element + self.score_element(sizes)
         row += 2 * 8 if sizes.ep > 1 else 0  # the order of what arrived and its inverse
         return sizes.stream_tokens * self.routing.topk * row
 

@@ -63,6 +63,22 @@ def test_gated_units(shape: tuple[int, ...], function: GatedFunction) -> None:
         assert_rounded(mine, its, atol=1e-5)
 
 
+@pytest.mark.parametrize("width", [768, 5000])
+def test_gated_units_of_experts(width: int) -> None:
+    """A router weighs the rows, in float32."""
+    gate, up, grad = (4 * drawn(300, width), drawn(300, width).flip(1), drawn(300, width).roll(1))
+    weights = torch.rand(300, device="cuda")
+    leaves = [x.requires_grad_() for x in (gate, up, weights)]
+    out = gated(gate, up, GatedFunction(), weights)
+    *found, dweights = [out, *torch.autograd.grad(out, leaves, grad)]
+    exact = [x.detach().double().requires_grad_() for x in leaves]
+    plain = torch.nn.functional.silu(exact[0]) * exact[1] * exact[2][:, None]
+    *expected, dexact = [plain, *torch.autograd.grad(plain, exact, grad.double())]
+    for mine, its in zip(found, expected, strict=True):
+        assert_rounded(mine, its, atol=1e-5)
+    assert error(dweights, dexact) < 1e-6
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("adds", [False, True])
 def test_norms_and_their_gradients(shape: tuple[int, ...], adds: bool) -> None:

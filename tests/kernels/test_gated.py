@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cp_megatron.kernels import gated as seam
-from cp_megatron.kernels.gated import GatedFunction, GatedKernels, activate, gated
+from cp_megatron.kernels.gated import GatedFunction, GatedKernels, activate, gated, weighted
 from tests.kernels.interpreted import DEVICE, LOW, ROUNDING, triton_file
 
 FUNCTIONS = [
@@ -39,9 +39,13 @@ def drawn(*shape: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
     return [x.to(DEVICE, dtype) for x in draws]
 
 
-def by_autograd(gate: Tensor, up: Tensor, grad: Tensor, function: GatedFunction) -> list[Tensor]:
-    leaves = [x.detach().requires_grad_() for x in (gate, up)]
-    x, factor = leaves
+def by_autograd(
+    gate: Tensor, up: Tensor, grad: Tensor, function: GatedFunction, weights: Tensor | None = None
+) -> list[Tensor]:
+    """The result and the gradients of gate, up and weights."""
+    given = [gate, up, *([] if weights is None else [weights])]
+    leaves = [x.detach().requires_grad_() for x in given]
+    x, factor = leaves[:2]
     if function.clamp is not None:
         x, factor = x.clamp(max=function.clamp), factor.clamp(-function.clamp, function.clamp)
     factor = factor + function.offset
@@ -49,7 +53,24 @@ def by_autograd(gate: Tensor, up: Tensor, grad: Tensor, function: GatedFunction)
         out = F.gelu(x, approximate="tanh") * factor
     else:
         out = x / (1 + torch.exp(-x * (1 if function.activation == "silu" else 1.702))) * factor
+    if weights is not None:
+        out = out * leaves[2][:, None]
     return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
+
+
+def by_kernels(
+    kernels: GatedKernels,
+    gate: Tensor,
+    up: Tensor,
+    grad: Tensor,
+    function: GatedFunction,
+    weights: Tensor | None = None,
+) -> list[Tensor]:
+    """What ``by_autograd`` returns."""
+    gradients = kernels.backward(grad, gate, up, function, weights)
+    assert (gradients[2] is None) == (weights is None)
+    out = kernels.forward(gate, up, function, weights)
+    return [out, *(x for x in gradients if x is not None)]
 
 
 @functions
@@ -68,6 +89,31 @@ def test_gradients(function: GatedFunction) -> None:
     torch.autograd.gradcheck(
         lambda x, y: gated(x, y, function), (gate.requires_grad_(), up.requires_grad_())
     )
+
+
+@functions
+def test_weights_multiply_rows(function: GatedFunction) -> None:
+    gate, up, grad = drawn(6, 5)
+    leaves = [gate, up, drawn(6)[1]]
+    leaves = [x.requires_grad_() for x in leaves]
+    out = gated(gate, up, function, leaves[2])
+    found = [out, *torch.autograd.grad(out, leaves, grad)]
+    for mine, its in zip(found, by_autograd(gate, up, grad, function, leaves[2]), strict=True):
+        torch.testing.assert_close(mine, its, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_weighted_rows(dtype: torch.dtype) -> None:
+    """Rows of few bits are multiplied in the type of the weights, and rounded once."""
+    rows, _, grad = drawn(6, 5, dtype=dtype)
+    weights = drawn(6)[1].requires_grad_()
+    out = weighted(rows.requires_grad_(), weights)
+    found = torch.autograd.grad(out, (rows, weights), grad)
+    factors = weights.detach()[:, None]
+    products = (grad.double() * rows.detach().double()).sum(1)
+    assert torch.equal(out, (rows.double() * factors).to(dtype))
+    assert torch.equal(found[0], (grad.double() * factors).to(dtype))
+    torch.testing.assert_close(found[1], products)
 
 
 @pytest.mark.parametrize("activation", ["silu", "gelu"])
@@ -93,10 +139,12 @@ def test_the_gated_unit_of_gpt_oss() -> None:
     assert torch.equal(mine, theirs)
 
 
-def test_backward_keeps_gate_and_up_alone() -> None:
+def test_backward_keeps_what_it_was_given_alone() -> None:
     gate, up, _ = drawn(3, 4)
-    out = gated(gate.requires_grad_(), up.requires_grad_(), GatedFunction())
-    assert [x.data_ptr() for x in out.grad_fn.saved_tensors] == [gate.data_ptr(), up.data_ptr()]  # type: ignore[union-attr]
+    given = [gate.requires_grad_(), up.requires_grad_(), torch.ones(3, device=DEVICE)]
+    out = gated(gate, up, GatedFunction(), given[2])
+    kept = out.grad_fn.saved_tensors  # type: ignore[union-attr]
+    assert [x.data_ptr() for x in kept] == [x.data_ptr() for x in given]
 
 
 @pytest.mark.filterwarnings("ignore:overflow")  # numpy's; exp(inf) is what sigmoid expects
@@ -108,9 +156,23 @@ def test_the_fused_kernels_are_the_formula(
     """Strided views too, over several programs."""
     gate, up, grad = drawn(*shape, 2)
     gate, up, grad = gate[..., 0], up[..., 1], grad[..., 0].contiguous()
-    found = [fused.forward(gate, up, function), *fused.backward(grad, gate, up, function)]
+    found = by_kernels(fused, gate, up, grad, function)
     for mine, its in zip(found, by_autograd(gate, up, grad, function), strict=True):
         torch.testing.assert_close(mine, its, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.filterwarnings("ignore:overflow")
+@functions
+@pytest.mark.parametrize("shape", [(3, 5), (2, 4100)])
+def test_the_fused_kernels_multiply_rows(
+    fused: GatedKernels, function: GatedFunction, shape: tuple[int, ...]
+) -> None:
+    """A row is shorter than a block, and longer than two."""
+    gate, up, grad = drawn(*shape)
+    weights = drawn(*shape)[1][:, 0]
+    found = by_kernels(fused, gate, up, grad, function, weights)
+    for mine, its in zip(found, by_autograd(gate, up, grad, function, weights), strict=True):
+        torch.testing.assert_close(mine, its, rtol=1e-12, atol=1e-13)
 
 
 @pytest.mark.parametrize("function", FUNCTIONS[3:5], ids=str)
@@ -119,26 +181,34 @@ def test_bounds_let_nan_through(fused: GatedKernels, function: GatedFunction) ->
     for kernels in (fused, seam.gated_kernels("cpu")):
         half = torch.full_like(nan, 0.5)
         for pair in ((nan, nan), (nan, half), (half, nan)):
-            assert kernels.forward(*pair, function).isnan().all()
-            assert torch.stack(kernels.backward(nan, *pair, function)).isnan().all()
+            for weights in (None, torch.ones(2, device=DEVICE)):
+                found = by_kernels(kernels, *pair, nan, function, weights)
+                assert all(x.isnan().all() for x in found)
 
 
 @functions
 def test_no_rows(fused: GatedKernels, function: GatedFunction) -> None:
     empty = torch.empty(0, 4, device=DEVICE)
-    assert fused.forward(empty, empty, function).shape == (0, 4)
-    assert [x.shape for x in fused.backward(empty, empty, empty, function)] == [(0, 4), (0, 4)]
+    found = by_kernels(fused, empty, empty, empty, function)
+    assert [x.shape for x in found] == [(0, 4)] * 3
+    found = by_kernels(fused, empty, empty, empty, function, empty[:, 0])
+    assert [x.shape for x in found] == [(0, 4)] * 3 + [(0,)]
 
 
 @pytest.mark.filterwarnings("ignore:overflow")
 @functions
 def test_the_fused_kernels_round_once(fused: GatedKernels, function: GatedFunction) -> None:
     gate, up, grad = drawn(1, 3000, dtype=LOW)
-    found = [fused.forward(gate, up, function), *fused.backward(grad, gate, up, function)]
-    expected = by_autograd(gate.double(), up.double(), grad.double(), function)
-    for mine, its in zip(found, expected, strict=True):
-        assert mine.dtype == LOW
-        torch.testing.assert_close(mine.double(), its, rtol=1.01 * ROUNDING, atol=1e-6)
+    exact = [x.double() for x in (gate, up, grad)]
+    for weights in (None, torch.full((1,), 0.7, device=DEVICE)):
+        found = by_kernels(fused, gate, up, grad, function, weights)
+        its = by_autograd(*exact, function, None if weights is None else weights.double())
+        for mine, expected in zip(found[:3], its[:3], strict=True):
+            assert mine.dtype == LOW
+            torch.testing.assert_close(mine.double(), expected, rtol=1.01 * ROUNDING, atol=1e-6)
+        if weights is not None:
+            assert found[3].dtype == torch.float32
+            torch.testing.assert_close(found[3].double(), its[3], rtol=1e-5, atol=1e-5)
 
 
 def test_the_fused_kernels_are_for_gpus_with_triton(monkeypatch: pytest.MonkeyPatch) -> None:

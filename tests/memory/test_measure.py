@@ -126,6 +126,8 @@ CASES = [
 SLOW = [
     (1, [*GPT, *MOE, "--moe-router-pre-softmax", "--moe-z-loss-coeff", "0.01"]),
     (2, [*GPT, *MOE, *CP2, "--optimizer", "muon"]),
+    (1, [*GPT, *MOE, "--disable-bias-linear"]),
+    (1, [*LLAMA, *MOE, "--no-disable-bias-linear", *BF16]),
     (1, [*LLAMA, *MOE, "--moe-z-loss-coeff", "0.01"]),
     (1, [*LLAMA, *MOE, "--moe-aux-loss-coeff", "0.01"]),
     (2, [*LLAMA, *MOE, *CP2, *SIGMOID, "--moe-aux-loss-coeff", "0.1", *FULL]),

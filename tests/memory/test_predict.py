@@ -189,7 +189,7 @@ def test_the_worst_case_of_experts_is_named() -> None:
     """All tokens of four ranks may choose one rank's experts, of which there are two."""
     words = ["--num-experts", "8", "--moe-router-topk", "4", "--expert-model-parallel-size", "4"]
     plan = planned(*words, "--moe-ffn-hidden-size", "40", world_size=4)
-    row = (2 * H + 3 * 40) * 4 + 4 + 2 * 8  # tokens, wide tensors, the weight, two permutations
+    row = (H + 3 * 40) * 4 + 4 + 2 * 8  # tokens, wide tensors, the weight, two permutations
     balanced, most = expert_rows(plan)
     assert (balanced, most) == (B * S * 4 * row, 4 * B * S * 2 * row)
     said = " ".join(shown(plan).split())
