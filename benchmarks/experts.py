@@ -1,19 +1,19 @@
 """What do experts cost on one device?
 
 Every token of a row is computed by K of E experts, forward and backward, in float32, by a router
-that sends tokens anywhere, by one thread. Prints one JSON line per result, with the hardware, the
-medians in milliseconds of CPU time, which other load on the machine disturbs less than time on the
-clock, and the ratios of paired rounds, time(theirs) / time(ours):
+that sends tokens anywhere. Prints one JSON line per result, with the hardware, the medians in
+milliseconds, and the ratios of paired rounds, time(theirs) / time(ours). With one thread, the times
+are of the CPU, which other load on the machine disturbs less than time on the clock:
 
 - ``linear``: ``grouped_linear`` against one product of as many rows with one weight (``dense``),
   and against a batched product in which every expert has equally many rows (``even``). Both have
   the same FLOPs; the second one also reads and writes as many weights;
-- ``mlp``: the sort of the rows, three grouped linears and the gated unit, and the weighted sum,
+- ``mlp``: the dispatch of the rows, three grouped linears and the gated unit, and the weighted sum,
   against the modules of transformers' Qwen3-MoE with its ways of computing experts, and against a
   dense MLP on as many rows.
 
     python benchmarks/experts.py                        # two minutes
-    python benchmarks/experts.py --hidden 256 --width 128
+    python benchmarks/experts.py --hidden 256 --width 128 --threads 2
     python benchmarks/experts.py --quick
 """
 
@@ -32,6 +32,7 @@ from harness.teams import Place, Team, compared, hardware, measure
 from torch import Tensor, nn
 
 from cp_megatron.config.words import read_options
+from cp_megatron.expert_parallel import Dispatch, count_rows
 from cp_megatron.kernels.gated import GatedFunction, gated
 from cp_megatron.kernels.grouped import grouped_linear, grouped_products
 
@@ -52,6 +53,8 @@ class Arguments:
     """Width of an expert."""
     rounds: int = 10
     """Measured rounds."""
+    threads: int = 1
+    """Threads."""
     quick: bool = False
     """Use tiny sizes, which show that the script runs but measure nothing."""
 
@@ -86,7 +89,8 @@ class Bench:
         self.arguments = arguments
         scores = self.drawn(arguments.tokens, arguments.experts)
         self.weights, self.chosen = scores.softmax(1).topk(arguments.topk)
-        self.counts = self.chosen.flatten().bincount(minlength=arguments.experts).tolist()
+        self.weights.requires_grad_()
+        self.counts = count_rows(self.chosen, arguments.experts, None).counts
         self.prepare_linear()
         return self.prepare_mlp()
 
@@ -115,14 +119,15 @@ class Bench:
         down = self.drawn(experts, hidden, width).div_(width**0.5)
         ours = [t.requires_grad_() for t in (gate, up, down)]
         dy = self.drawn(self.arguments.tokens, hidden)
-        self.add("mlp ours", lambda: self.mlp(x, *ours), (x, *ours), dy)
+        self.add("mlp ours", lambda: self.mlp(x, *ours), (x, self.weights, *ours), dy)
         results = [self.mlp(x, *ours).detach()]
         for way in WAYS:
             module = transformers_experts(self.arguments, way)
             module.gate_up_proj.data = torch.cat((gate, up), 1).detach()  # type: ignore[union-attr]
             module.down_proj.data = down.detach()  # type: ignore[union-attr]
             run = lambda module=module: module(x, self.chosen, self.weights)  # noqa: E731
-            self.add(f"mlp transformers {way}", run, (x, *module.parameters()), dy)
+            leaves = (x, self.weights, *module.parameters())
+            self.add(f"mlp transformers {way}", run, leaves, dy)
             results.append(run().detach())
         one = [t[0].detach().clone().requires_grad_() for t in ours]
         rows = x.detach().repeat_interleave(self.arguments.topk, 0).requires_grad_()
@@ -132,12 +137,12 @@ class Bench:
 
     def mlp(self, x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
         """[n, h] -> [n, h]."""
-        order = self.chosen.flatten().argsort(stable=True)
-        rows = x.index_select(0, order // self.arguments.topk)
-        left, right = grouped_products(rows, [gate, up], self.counts)
-        out = grouped_linear(gated(left, right, GatedFunction()), down, self.counts)
-        back = out.index_select(0, order.argsort()).view(*self.chosen.shape, -1)
-        return torch.einsum("nkh,nk->nh", back, self.weights)
+        splits = count_rows(self.chosen, self.arguments.experts, None)
+        way = Dispatch(self.chosen, splits, None)
+        rows, weights = way.send(x, self.weights)
+        left, right = grouped_products(rows, [gate, up], splits.counts)
+        wide = gated(left, right, GatedFunction(), weights)
+        return way.back(grouped_linear(wide, down, splits.counts))
 
     def add(
         self, name: str, forward: Callable[[], Tensor], inputs: Sequence[Tensor], dy: Tensor
@@ -145,10 +150,11 @@ class Bench:
         self.runs[name] = lambda: torch.autograd.grad(forward(), inputs, dy)
 
     def time(self, name: str) -> tuple[float, float]:
-        """CPU seconds of this process before and after a run."""
-        begin = time.process_time()
+        """Seconds before and after a run: of this process's CPU, with threads on the clock."""
+        clock = time.process_time if self.arguments.threads == 1 else time.monotonic
+        begin = clock()
         self.runs[name]()
-        return begin, time.process_time()
+        return begin, clock()
 
 
 def dense(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
@@ -164,14 +170,14 @@ def bench(place: Place) -> Bench:
 def main() -> None:
     arguments = read_options(sys.argv[1:], Arguments, program=sys.argv[0], description=__doc__)
     sizes = TINY if arguments.quick else arguments
-    machine, team = hardware(), Team(1, 1, bench, as_launched)
+    machine, team = hardware(), Team(1, sizes.threads, bench, as_launched)
     apart = team.ask("prepare", sizes)[0]
     assert apart < 1e-5, f"the results differ by {apart}"
     contestants = {
         "linear": ("dense", "even"),
         "mlp": ("dense", *(f"transformers {way}" for way in WAYS)),
     }
-    names = ("experts", "topk", "tokens", "hidden", "width")
+    names = ("experts", "topk", "tokens", "hidden", "width", "threads")
     problem = {name: getattr(sizes, name) for name in names}
     for part, others in contestants.items():
         teams = {f"{part} {name}": team for name in ("ours", *others)}

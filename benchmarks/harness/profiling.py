@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 
 from torch.profiler import ProfilerActivity, profile
 
-GEMM = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::addmm_", "aten::baddbmm_")
+PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "addmm_", "baddbmm_")
+GEMM = ("grouped product", *(f"aten::{name}" for name in PRODUCTS))
 ATTENTION = "aten::_scaled_dot_product_flash_attention_for_cpu"
 OUTSIDE = "outside of ops (Python, waiting for threads)"
 

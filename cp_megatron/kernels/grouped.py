@@ -3,10 +3,11 @@
     rows of x, sorted by expert   | expert 0 | expert 1 | expert 3 |      expert 2 has none
     y                             | x W_0^T  | x W_1^T  | x W_3^T  |
 
-One ``F.grouped_mm`` computes that where it takes the tensors: it needs a type other than float64,
-rows that are a multiple of 16 bytes and, on a GPU, bfloat16 and compute capability 9.0, below which
-it copies the offsets to the host. Elsewhere one product per expert writes into its slice of the
-result. On a CPU both give the same bits.
+On a CPU, one call of oneMKL computes that in float32 and float64 (``grouped_mkl.py``). Otherwise
+one ``F.grouped_mm`` does where it takes the tensors: it needs a type other than float64, rows that
+are a multiple of 16 bytes and, on a GPU, bfloat16 and compute capability 9.0, below which it copies
+the offsets to the host. Elsewhere one product per expert writes into its slice of the result. On a
+CPU the last two give the same bits.
 
 Autograd through ``weight[e]`` would add up E gradients of the size of ``weight``. Backward here
 allocates one, and every expert writes its slice. Products that share ``x`` have one function, so
@@ -25,6 +26,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from cp_megatron.kernels import grouped_mkl
 
 _ALIGNMENT = 16
 """Rows of the tensors of ``F.grouped_mm`` are a multiple of this many bytes."""
@@ -123,9 +126,12 @@ class _Groups:
 
     def times(self, x: Tensor, matrices: Tensor) -> Tensor:
         """[n, i] and [E, i, o], of which one of the last two dims has stride 1 -> [n, o]."""
+        y = x.new_empty(len(x), matrices.shape[2])
+        if grouped_mkl.takes(x, matrices):
+            grouped_mkl.write_products(y, x, matrices, self.counts, adds=False)
+            return y
         if _grouped_product_takes(x, matrices):
             return F.grouped_mm(x, matrices, offs=self._ends_on(x.device))
-        y = x.new_empty(len(x), matrices.shape[2])
         for rows, matrix, out in self._slices(x, matrices, y):
             torch.mm(rows, matrix, out=out)
         return y
@@ -134,16 +140,23 @@ class _Groups:
         """Adds ``times(x, matrices)`` to ``y``, and returns it."""
         if x.is_cuda and _grouped_product_takes(x, matrices):
             return y.add_(self.times(x, matrices))
+        if grouped_mkl.takes(x, matrices):
+            grouped_mkl.write_products(y, x, matrices, self.counts, adds=True)
+            return y
         for rows, matrix, out in self._slices(x, matrices, y):
             out.addmm_(rows, matrix)
         return y
 
     def outer(self, dy: Tensor, x: Tensor) -> Tensor:
         """dy [n, o] and x [n, i] -> dy^T x of each expert, [E, o, i]; 0 if it has no rows."""
-        if _grouped_product_takes(x, dy):
+        shape = len(self.counts), dy.shape[1], x.shape[1]
+        if grouped_mkl.takes(x):
+            dweight = x.new_empty(shape)
+            grouped_mkl.write_outer(dweight, dy, x, self.counts)
+        elif _grouped_product_takes(x, dy):
             dweight = F.grouped_mm(dy.t(), x, offs=self._ends_on(x.device))
         else:
-            dweight = x.new_empty(len(self.counts), dy.shape[1], x.shape[1])
+            dweight = x.new_empty(shape)
             pairs = zip(dy.split(self.counts), x.split(self.counts), dweight.unbind())
             for left, right, out in pairs:
                 if len(left):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from cp_megatron.kernels import grouped as seam
+from cp_megatron.kernels import grouped_mkl
 from cp_megatron.kernels.grouped import grouped_linear, grouped_products
 from tests.allocations import counting_memory
 
@@ -54,6 +55,18 @@ def assert_near(found: list[Tensor], expected: list[Tensor], bound: float) -> No
         assert (mine.double() - its).norm() <= bound * its.norm()
 
 
+@pytest.fixture(params=["as it is", "without oneMKL"])
+def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch's library, once as if it did not export what oneMKL has."""
+    if request.param == "without oneMKL":
+        hide_mkl(monkeypatch)
+
+
+def hide_mkl(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(grouped_mkl, "_routines", dict)
+
+
+@pytest.mark.usefixtures("library")
 @pytest.mark.parametrize("dtype", ROUNDING)
 @pytest.mark.parametrize("widths", WIDTHS, ids=str)
 @pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS.keys())
@@ -66,6 +79,7 @@ def test_results_and_gradients(
     assert_near(found, by_loop(given, counts), ROUNDING[dtype])
 
 
+@pytest.mark.usefixtures("library")
 @pytest.mark.parametrize("dtype", ROUNDING)
 def test_tensors_of_any_strides(dtype: torch.dtype) -> None:
     counts = (3, 0, 2)
@@ -96,6 +110,7 @@ def test_one_product_and_the_loop_give_the_same_bits(
     counts: tuple[int, ...], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given = drawn(counts, 24, 16, dtype)
+    hide_mkl(monkeypatch)
     calls = counted(monkeypatch)
     found = by_function(given, counts)
     assert len(calls) == (3 if sum(counts) else 0)
@@ -103,6 +118,31 @@ def test_one_product_and_the_loop_give_the_same_bits(
     for mine, its in zip(found, by_function(given, counts), strict=True):
         assert torch.equal(mine, its)
     assert len(calls) == (3 if sum(counts) else 0)
+
+
+def test_one_call_of_onemkl_computes_all_experts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two products of the inputs, the gradients of which are added up, and one of the weights."""
+    routines = grouped_mkl._routines()
+    if not routines:
+        pytest.skip("PyTorch's library does not export oneMKL here")
+    calls: list[torch.dtype] = []
+
+    def counting(dtype: torch.dtype) -> Callable[..., None]:
+        def call(*args: object) -> None:
+            calls.append(dtype)
+            routines[dtype](*args)
+
+        return call
+
+    monkeypatch.setattr(grouped_mkl, "_routines", lambda: {d: counting(d) for d in routines})
+    counts = (30, 0, 1, 70)
+    for dtype in (torch.float64, torch.float32):
+        x, weight, _, dy = drawn(counts, 40, 24, dtype)
+        leaves = [t.requires_grad_() for t in (x, weight, weight.detach().flip(0))]
+        results = grouped_products(leaves[0], leaves[1:], counts)
+        torch.autograd.grad(results, leaves, (dy, dy))
+        assert calls == [dtype] * 6
+        calls.clear()
 
 
 def counted(patch: pytest.MonkeyPatch) -> list[object]:
@@ -126,7 +166,7 @@ def nan_in_new_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.mark.usefixtures("nan_in_new_memory")
+@pytest.mark.usefixtures("library", "nan_in_new_memory")
 @pytest.mark.parametrize("dtype", ROUNDING)
 @pytest.mark.parametrize("counts", [(0, 0, 0), (0, 5, 0, 0, 6, 0)], ids=str)
 def test_experts_without_rows_have_zero_gradients(
