@@ -55,6 +55,8 @@ class Arguments:
     """Measured rounds."""
     threads: int = 1
     """Threads."""
+    only: tuple[str, ...] = ("linear", "mlp")
+    """The results to measure."""
     quick: bool = False
     """Use tiny sizes, which show that the script runs but measure nothing."""
 
@@ -179,7 +181,8 @@ def main() -> None:
     }
     names = ("experts", "topk", "tokens", "hidden", "width", "threads")
     problem = {name: getattr(sizes, name) for name in names}
-    for part, others in contestants.items():
+    for part in sizes.only:
+        others = contestants[part]
         teams = {f"{part} {name}": team for name in ("ours", *others)}
         seconds = measure(teams, sizes.rounds, 2)
         times = compared({k.partition(" ")[2]: v for k, v in seconds.items()}, "ours")
