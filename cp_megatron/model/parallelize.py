@@ -179,7 +179,7 @@ def _set_reduction(model: nn.Module, shard: _Sharding) -> None:
         if isinstance(module, FSDPModule):
             if on_cpu:
                 module.set_custom_all_gather(HostGather())  # type: ignore[arg-type]
-                reduce_scatter = HostReduceScatter(_own_parameters(module), reductions)
+                reduce_scatter = HostReduceScatter(_sharded_parameters(module), reductions)
                 module.set_custom_reduce_scatter(reduce_scatter)  # type: ignore[arg-type]
             module.set_gradient_divide_factor(1.0)
             # Otherwise the factor is passed to the backend as a scaled sum, which gloo lacks.
@@ -189,16 +189,10 @@ def _set_reduction(model: nn.Module, shard: _Sharding) -> None:
         model._set_unshard_async_op(True)  # type: ignore[operator]
 
 
-def _own_parameters(unit: FSDPModule) -> list[nn.Parameter]:
-    """The parameters of an FSDP unit without those of the units in it."""
-    assert isinstance(unit, nn.Module)
-    inner = {
-        id(parameter)
-        for module in unit.modules()
-        if module is not unit and isinstance(module, FSDPModule)
-        for parameter in module.parameters()
-    }
-    return [parameter for parameter in unit.parameters() if id(parameter) not in inner]
+def _sharded_parameters(unit: FSDPModule) -> list[nn.Parameter]:
+    """The parameters of all modules of an FSDP unit, which has no public way to ask for them."""
+    group = unit._get_fsdp_state()._fsdp_param_group
+    return [] if group is None else [parameter.sharded_param for parameter in group.fsdp_params]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -31,13 +31,14 @@ def watch(model: Transformer, events: list[str]) -> None:
 
 
 def two_backward_passes(
-    rank: int, world_size: int, replicas: int
+    rank: int, world_size: int, replicas: int, frozen: bool = False
 ) -> tuple[list[str], list[str], float]:
     """The events of a step, those of a second backward pass, and how far its sums are from twice
     the first ones."""
     grid = Grid(dp=replicas, cp=2, tp=1, replicas=replicas)
     groups = ParallelGroups.create(grid, "cpu")
     model = build_model(run_config(MODEL), groups, vocab_size=VOCAB, dtype="float64", device="cpu")
+    model.head.requires_grad_(not frozen)
     events, found = list[str](), list[list[str]]()
     watch(model, events)
     plain = HostWork.wait
@@ -52,7 +53,8 @@ def two_backward_passes(
     with no_warnings(), mock.patch.object(HostWork, "wait", wait):
         for _ in range(2):
             model(tokens, cp=cp).square().sum().backward()
-            gradients.append([full(x.grad).clone() for x in model.parameters()])
+            trained = [x for x in model.parameters() if x.requires_grad]
+            gradients.append([full(x.grad).clone() for x in trained])
             found.append([*events])
             events.clear()
     once, twice = gradients
@@ -70,4 +72,11 @@ def test_a_rank_waits_after_the_next_layer(replicas: int) -> None:
         early = [x[: x.index("backward 0")].count("a sum") for x in (events, again)]
         assert early == ([1, 2] if replicas == 1 else [2, 2])
         assert events.count("a sum") == again.count("a sum") == 4
+        assert apart < 1e-12
+
+
+def test_gradients_are_added_up_beside_a_frozen_head() -> None:
+    """The head shares a unit with the norm before it, whose gradients are whole before they are
+    added to those of an earlier pass."""
+    for _, _, apart in run_ranks(two_backward_passes, 2, 1, True):
         assert apart < 1e-12
