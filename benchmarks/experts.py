@@ -23,7 +23,8 @@ import json
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -55,7 +56,7 @@ class Arguments:
     """Measured rounds."""
     threads: int = 1
     """Threads."""
-    only: tuple[str, ...] = ("linear", "mlp")
+    only: tuple[Literal["linear", "mlp"], ...] = ("linear", "mlp")
     """The results to measure."""
     quick: bool = False
     """Use tiny sizes, which show that the script runs but measure nothing."""
@@ -171,7 +172,11 @@ def bench(place: Place) -> Bench:
 
 def main() -> None:
     arguments = read_options(sys.argv[1:], Arguments, program=sys.argv[0], description=__doc__)
-    sizes = TINY if arguments.quick else arguments
+    sizes = (
+        replace(TINY, only=arguments.only, threads=arguments.threads)
+        if arguments.quick
+        else arguments
+    )
     machine, team = hardware(), Team(1, sizes.threads, bench, as_launched)
     apart = team.ask("prepare", sizes)[0]
     assert apart < 1e-5, f"the results differ by {apart}"

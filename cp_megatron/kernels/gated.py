@@ -134,7 +134,7 @@ def forward_eager(
 def backward_eager(
     grad: Tensor, gate: Tensor, up: Tensor, function: GatedFunction, weights: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """``GatedKernels.backward`` in eager PyTorch; SiLU and GELU alone need no temporary tensor."""
+    """``GatedKernels.backward`` in eager PyTorch; plain SiLU and GELU need no temporary."""
     x, factor = _bounded(gate, up, function)
     dup = activate(x, function.activation).mul_(grad)
     dgate, dweights = grad * factor, None

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from cp_megatron.kernels.gated_function import QUICK, GatedFunction
 
-# How many numbers of each tensor one program reads.
+# How many numbers of each tensor one program reads at a time, at most.
 _BLOCK = 2048
 
 

@@ -3,11 +3,11 @@
     rows of x, sorted by expert   | expert 0 | expert 1 | expert 3 |      expert 2 has none
     y                             | x W_0^T  | x W_1^T  | x W_3^T  |
 
-On a CPU, one call of oneMKL computes that in float32 and float64 (``grouped_mkl.py``). Otherwise
-one ``F.grouped_mm`` does where it takes the tensors: it needs a type other than float64, rows that
-are a multiple of 16 bytes and, on a GPU, bfloat16 and compute capability 9.0, below which it copies
-the offsets to the host. Elsewhere one product per expert writes into its slice of the result. On a
-CPU the last two give the same bits.
+On a CPU, one call of oneMKL computes small products in float32 and float64 (``grouped_mkl.py``).
+Otherwise one ``F.grouped_mm`` does where it takes the tensors: it needs a type other than float64,
+rows that are a multiple of 16 bytes and, on a GPU, bfloat16 and compute capability 9.0, below which
+it copies the offsets to the host. Elsewhere one product per expert writes into its slice of the
+result. On a CPU the last two give the same bits.
 
 Autograd through ``weight[e]`` would add up E gradients of the size of ``weight``. Backward here
 allocates one, and every expert writes its slice. Products that share ``x`` have one function, so
@@ -18,7 +18,7 @@ Shapes: n rows, E experts, i inputs, o outputs.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -126,13 +126,13 @@ class _Groups:
 
     def times(self, x: Tensor, matrices: Tensor) -> Tensor:
         """[n, i] and [E, i, o], of which one of the last two dims has stride 1 -> [n, o]."""
-        y = x.new_empty(len(x), matrices.shape[2])
-        if grouped_mkl.takes(x, matrices):
-            grouped_mkl.write_products(y, x, matrices, self.counts, adds=False)
-            return y
-        if _grouped_product_takes(x, matrices):
+        batched = grouped_mkl.takes(x, matrices)
+        if not batched and _grouped_product_takes(x, matrices):
             return F.grouped_mm(x, matrices, offs=self._ends_on(x.device))
-        for rows, matrix, out in self._slices(x, matrices, y):
+        y, done = x.new_empty(len(x), matrices.shape[2]), set[int]()
+        if batched:
+            done = grouped_mkl.write_products(y, x, matrices, self.counts, adds=False)
+        for rows, matrix, out in self._slices(x, matrices, y, done):
             torch.mm(rows, matrix, out=out)
         return y
 
@@ -140,27 +140,24 @@ class _Groups:
         """Adds ``times(x, matrices)`` to ``y``, and returns it."""
         if x.is_cuda and _grouped_product_takes(x, matrices):
             return y.add_(self.times(x, matrices))
+        done = set[int]()
         if grouped_mkl.takes(x, matrices):
-            grouped_mkl.write_products(y, x, matrices, self.counts, adds=True)
-            return y
-        for rows, matrix, out in self._slices(x, matrices, y):
+            done = grouped_mkl.write_products(y, x, matrices, self.counts, adds=True)
+        for rows, matrix, out in self._slices(x, matrices, y, done):
             out.addmm_(rows, matrix)
         return y
 
     def outer(self, dy: Tensor, x: Tensor) -> Tensor:
         """dy [n, o] and x [n, i] -> dy^T x of each expert, [E, o, i]; 0 if it has no rows."""
-        shape = len(self.counts), dy.shape[1], x.shape[1]
-        if grouped_mkl.takes(x):
-            dweight = x.new_empty(shape)
-            grouped_mkl.write_outer(dweight, dy, x, self.counts)
-        elif _grouped_product_takes(x, dy):
+        batched = grouped_mkl.takes(x, dy)
+        if not batched and _grouped_product_takes(x, dy):
             dweight = F.grouped_mm(dy.t(), x, offs=self._ends_on(x.device))
         else:
-            dweight = x.new_empty(shape)
-            pairs = zip(dy.split(self.counts), x.split(self.counts), dweight.unbind())
-            for left, right, out in pairs:
-                if len(left):
-                    torch.mm(left.t(), right, out=out)
+            dweight, done = x.new_empty(len(self.counts), dy.shape[1], x.shape[1]), set[int]()
+            if batched:
+                done = grouped_mkl.write_outer(dweight, dy, x, self.counts)
+            for left, out, right in self._slices(dy, dweight, x, done):
+                torch.mm(left.t(), right, out=out)
         for expert, count in enumerate(self.counts):
             if not count:
                 dweight[expert].zero_()
@@ -187,12 +184,13 @@ class _Groups:
         return sums
 
     def _slices(
-        self, x: Tensor, matrices: Tensor, y: Tensor
+        self, x: Tensor, matrices: Tensor, y: Tensor, done: Container[int]
     ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Rows, matrix and result of each expert that has rows."""
-        for parts in zip(x.split(self.counts), matrices.unbind(), y.split(self.counts)):
-            if len(parts[0]):
-                yield parts
+        """Rows of x, matrix, and rows of y of each expert that has rows and is not done."""
+        parts = zip(x.split(self.counts), matrices.unbind(), y.split(self.counts))
+        for expert, part in enumerate(parts):
+            if self.counts[expert] and expert not in done:
+                yield part
 
     def _ends_on(self, device: torch.device) -> Tensor:
         """int32 [E]: where each expert's rows end. The host does not wait for the device."""

@@ -1,9 +1,11 @@
-"""The products of all experts in one call of oneMKL, for float32 and float64 on a CPU.
+"""The small products of all experts in one call of oneMKL, for float32 and float64 on a CPU.
 
-PyTorch's packages for x86-64 contain oneMKL and export ``cblas_sgemm_batch`` and
+PyTorch's packages for Linux on x86-64 contain oneMKL and export ``cblas_sgemm_batch`` and
 ``cblas_dgemm_batch``, which take matrices of different sizes. Each thread then multiplies whole
 experts, where in a loop over experts all threads share every small product and wait for one another
-after it. Where the library does not export them, nothing is taken.
+after it. Large products are left to such a loop: one expert may have most of the rows, and a single
+thread would compute them. Which these are depends on the expert alone, and on no grid. Where the
+library does not export the routines, nothing is taken.
 
 The results differ from those of a loop by rounding: a loop may multiply a single row in another
 way.
@@ -22,8 +24,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
+_LARGE = 2**24
+"""Multiplications above which threads share a product instead of taking one each."""
 _ROW_MAJOR, _AS_IT_IS, _TRANSPOSED = 101, 111, 112  # of the enumerations of CBLAS
 
 
@@ -33,7 +37,7 @@ class _Matrices(NamedTuple):
     Attributes:
         addresses: where they begin.
         leading: numbers from a line to the next one.
-        order: whether the lines in memory are rows, or columns of a transposed matrix.
+        order: whether the lines in memory are rows of the matrix or its columns.
     """
 
     addresses: NDArray[np.uint64]
@@ -41,17 +45,25 @@ class _Matrices(NamedTuple):
     order: int = _AS_IT_IS
 
 
-def takes(x: Tensor, *matrices: Tensor) -> bool:
+def takes(*tensors: Tensor) -> bool:
     """Whether ``write_products`` or ``write_outer`` computes a product of these tensors."""
-    if not x.is_cpu or x.dtype not in _routines():
+    dtype = tensors[0].dtype
+    return dtype in _routines() and all(x.dtype == dtype and _has_lines(x) for x in tensors)
+
+
+def _has_lines(x: Tensor) -> bool:
+    """Whether a tensor has memory here, in which its matrices are rows or columns apart."""
+    if type(x) not in (Tensor, nn.Parameter) or not x.is_cpu or not x.numel():
         return False
-    return all(1 in matrix.stride()[-2:] for matrix in matrices)
+    (rows, columns), (down, across) = x.shape[-2:], x.stride()[-2:]
+    in_rows = across == 1 and (rows == 1 or down >= columns)
+    return in_rows or (down == 1 and (columns == 1 or across >= rows))
 
 
 def write_products(
     y: Tensor, x: Tensor, matrices: Tensor, counts: Sequence[int], *, adds: bool
-) -> None:
-    """Multiplies each expert's rows by its matrix.
+) -> set[int]:
+    """Multiplies each expert's rows by its matrix, if they are few, and returns these experts.
 
     Args:
         y: [n, o], contiguous, which is overwritten.
@@ -60,45 +72,61 @@ def write_products(
         counts: rows of each expert.
         adds: add the products to ``y`` instead.
     """
-    busy, rows = _busy(counts)
     inputs, outputs = matrices.shape[1:]
+    assert (x.shape[1], y.shape) == (inputs, (len(x), outputs)), (x.shape, matrices.shape, y.shape)
+    few = _few(counts, inputs * outputs)
     _, down, across = matrices.stride()
     lines = (down, _AS_IT_IS, outputs) if across == 1 else (across, _TRANSPOSED, inputs)
-    each = _Matrices(_each(matrices, busy), max(lines[0], lines[2]), lines[1])
-    operands = (_rows(x, rows), each, _rows(y, rows))
-    _multiply(x.dtype, operands, (rows, outputs, inputs), adds=adds)
+    each = _Matrices(_each(matrices, few), max(lines[0], lines[2]), lines[1])
+    operands = (_rows(x, few), each, _rows(y, few))
+    _multiply(x.dtype, operands, (few.rows, outputs, inputs), adds=adds)
+    return set(few.experts.tolist())
 
 
-def write_outer(dweight: Tensor, dy: Tensor, x: Tensor, counts: Sequence[int]) -> None:
-    """Multiplies the transposed rows of each expert: dy^T x.
+def write_outer(dweight: Tensor, dy: Tensor, x: Tensor, counts: Sequence[int]) -> set[int]:
+    """Multiplies the transposed rows of each expert, dy^T x, if they are few, and returns these.
 
     Args:
-        dweight: [E, o, i], contiguous. Experts without rows are not written.
+        dweight: [E, o, i], contiguous.
         dy: [n, o], contiguous.
         x: [n, i], contiguous.
         counts: rows of each expert.
     """
-    busy, rows = _busy(counts)
-    left = _rows(dy, rows)._replace(order=_TRANSPOSED)
-    out = _Matrices(_each(dweight, busy), dweight.shape[2])
-    operands = (left, _rows(x, rows), out)
-    _multiply(x.dtype, operands, (*dweight.shape[1:], rows), adds=False)
+    outputs, inputs = dweight.shape[1:]
+    few = _few(counts, inputs * outputs)
+    left = _rows(dy, few)._replace(order=_TRANSPOSED)
+    operands = (left, _rows(x, few), _Matrices(_each(dweight, few), inputs))
+    _multiply(x.dtype, operands, (outputs, inputs, few.rows), adds=False)
+    return set(few.experts.tolist())
 
 
-def _busy(counts: Sequence[int]) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
-    """The experts that have rows, and how many."""
-    rows = np.array(counts, dtype=np.int32)
-    (busy,) = rows.nonzero()
-    return busy, rows[busy]
+class _Few(NamedTuple):
+    """The experts that have rows, and not too many.
+
+    Attributes:
+        experts: their numbers.
+        begins: where their rows begin.
+        rows: how many these are.
+    """
+
+    experts: NDArray[np.int64]
+    begins: NDArray[np.int64]
+    rows: NDArray[np.int32]
 
 
-def _rows(x: Tensor, rows: NDArray[np.int32]) -> _Matrices:
-    wide, width = rows.astype(np.int64), x.shape[1]
-    return _Matrices(_addresses(x, (wide.cumsum() - wide) * width), width)
+def _few(counts: Sequence[int], numbers: int) -> _Few:
+    """``numbers`` are those of an expert's matrix."""
+    rows = np.array(counts, dtype=np.int64)
+    (experts,) = ((rows > 0) & (rows * numbers <= _LARGE)).nonzero()
+    return _Few(experts, (rows.cumsum() - rows)[experts], rows[experts].astype(np.int32))
 
 
-def _each(matrices: Tensor, busy: NDArray[np.int64]) -> NDArray[np.uint64]:
-    return _addresses(matrices, busy * matrices.stride(0))
+def _rows(x: Tensor, few: _Few) -> _Matrices:
+    return _Matrices(_addresses(x, few.begins * x.shape[1]), x.shape[1])
+
+
+def _each(matrices: Tensor, few: _Few) -> NDArray[np.uint64]:
+    return _addresses(matrices, few.experts * matrices.stride(0))
 
 
 def _addresses(x: Tensor, places: NDArray[np.int64]) -> NDArray[np.uint64]:
@@ -117,7 +145,7 @@ def _multiply(
     Args:
         dtype: of all numbers.
         operands: [m, k], [k, n] and [m, n] for each expert that has rows.
-        sizes: m, n and k, which are the same for all experts or not.
+        sizes: m, n and k, each a number for all experts, or one for each expert that has rows.
     """
     count = len(operands[0].addresses)
     if not count:

@@ -90,6 +90,9 @@ def test_tensors_of_any_strides(dtype: torch.dtype) -> None:
         "a transposed weight": (x, weight.transpose(1, 2).contiguous().transpose(1, 2), bias, dy),
         "columns of a wider weight": (x, weight.repeat(1, 1, 2)[:, :, 16:], bias, dy),
         "a weight at an odd byte": (x, odd(weight), bias, dy),
+        "an expanded weight": (x, weight[:, :1].expand_as(weight), bias, dy),
+        "equal columns of a weight": (x, weight[:, :, :1].expand_as(weight), bias, dy),
+        "a weight that overlaps": (x, weight.as_strided(weight.shape, (20, 2, 1)), bias, dy),
         "an expanded gradient": (x, weight, bias, dy[:1, :1].expand(5, 8)),
         "a transposed gradient": (x, weight, bias, dy.t().contiguous().t()),
     }
@@ -143,6 +146,26 @@ def test_one_call_of_onemkl_computes_all_experts(monkeypatch: pytest.MonkeyPatch
         torch.autograd.grad(results, leaves, (dy, dy))
         assert calls == [dtype] * 6
         calls.clear()
+
+
+def test_large_products_are_not_batched(monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = (30, 0, 1, 70)
+    given = drawn(counts, 40, 24)
+    if grouped_mkl.takes(given[0]):
+        monkeypatch.setattr(grouped_mkl, "_LARGE", 30 * 40 * 24)
+        y = given[3].clone()
+        done = grouped_mkl.write_products(y, given[0], given[1].transpose(1, 2), counts, adds=False)
+        assert done == {0, 2}
+        assert torch.equal(y[31:], given[3][31:])
+        assert grouped_mkl.write_outer(given[1].clone(), y, given[0], counts) == {0, 2}
+    assert_near(by_function(given, counts), by_loop(given, counts), 1e-14)
+
+
+@pytest.mark.usefixtures("library")
+def test_types_are_not_mixed() -> None:
+    x, weight, _, _ = drawn((2, 3), 16, 8, torch.float32)
+    with pytest.raises(RuntimeError):
+        grouped_linear(x, weight.double(), (2, 3))
 
 
 def counted(patch: pytest.MonkeyPatch) -> list[object]:
