@@ -42,7 +42,7 @@ CASES: dict[str, tuple[list[str], list[tuple[str, int, int]], int | None]] = {
     "stopped": ([], NAN[:1], 6),
     "stopped in a bad step": ([], NAN, 7),
 }
-BY_DEFAULT = ("exact budget", "ends at the third", "stopped in a bad step")
+BY_DEFAULT = ("ends at the third", "stopped in a bad step")
 
 
 @pytest.mark.parametrize(

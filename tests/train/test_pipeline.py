@@ -38,7 +38,7 @@ def grids(world_size: int) -> list[dict[str, int]]:
 
 FOUR = {"num_layers": 4, "document_mask": True}
 QUICK = [
-    (Case(pp=2, cp=2, style="tied", hidden_dropout=0.1, attention_dropout=0.1, **FOUR), STEPS),
+    (Case(pp=2, cp=2, style="tied", hidden_dropout=0.1, attention_dropout=0.1, **FOUR), 6),
     (Case(pp=2, tp=2, ep=2, num_chunks=2, **FOUR), 6),
     (Case(pp=2, dp=2, style="dense", optimizer="muon", **FOUR), 6),
 ]

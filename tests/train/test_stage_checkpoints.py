@@ -112,13 +112,13 @@ def assert_same(found: Trained, expected: Trained) -> None:
 TIED, EXPERTS = case("tied", pp=2, dp=2), case("sigmoid", pp=2, dp=2, ep=2)
 MUON = case("dense", pp=2, tp=2, num_chunks=2, optimizer="muon")
 OTHERS = {
-    TIED: [case("tied", pp=4), case("tied"), case("tied", cp=2, tp=2)],
+    TIED: [case("tied"), case("tied", cp=2, tp=2)],
     EXPERTS: [case("sigmoid")],
 }
 LONG = {
     EXPERTS: [case("sigmoid", pp=2, tp=2, ep=2)],
     MUON: [case("dense", pp=4, optimizer="muon"), case("dense", optimizer="muon")],
-    TIED: [case("tied", pp=2, num_chunks=2), case("tied", pp=2, cp=2)],
+    TIED: [case("tied", pp=4), case("tied", pp=2, num_chunks=2), case("tied", pp=2, cp=2)],
     case("sigmoid", dp=2, cp=2, ep=4): [EXPERTS, case("sigmoid", pp=4)],
     case("dense", pp=4): [case("dense", pp=2, cp=2)],
     case("tied", pp=2, dp=2, replicas=2): [case("tied", pp=4), case("tied", dp=2)],

@@ -21,10 +21,10 @@ CHUNKS = "--num-virtual-stages-per-pipeline-rank 2"
 FULL = "--recompute-granularity full"
 # By the words of the grid, those of the options.
 QUICK = [
-    (f"{PP2} --context-parallel-size 2", "--check-interval 2 --deterministic --log-straggler"),
     (f"{PP2} {CHUNKS}", f"{FULL} --cpu-offloading --document-mask"),
 ]
 LONG = [
+    (f"{PP2} --context-parallel-size 2", "--check-interval 2 --deterministic --log-straggler"),
     (f"{PP2} --context-parallel-size 2", "--optimizer-cpu-offload"),
     (f"{PP2} --context-parallel-size 2 --fsdp-reshard always", "--optimizer-cpu-offload"),
     (f"{PP2} {CHUNKS} --context-parallel-size 2", f"{FULL} --cpu-offloading"),

@@ -71,7 +71,7 @@ def signalled(
     ("number", "to", "flags"),
     [
         (signal.SIGINT, 1, []),
-        (signal.SIGTERM, 0, ["--save-interval", "1"]),
+        pytest.param(signal.SIGTERM, 0, ["--save-interval", "1"], marks=pytest.mark.slow),
         (signal.SIGUSR1, 1, ["--save-interval", "1", "--no-async-save"]),
     ],
 )

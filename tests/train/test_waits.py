@@ -82,7 +82,7 @@ MODES = {
     "muon": (2, ["--context-parallel-size", "2", "--optimizer", "muon"]),
     "tp2 cp2": (4, [*GRIDS["tp2 cp2"], "--sequence-parallel"]),
 }
-BY_DEFAULT = ("spikes", "documents", "tp2 cp2")
+BY_DEFAULT = ("spikes", "documents")
 
 
 @pytest.mark.parametrize(
