@@ -4,8 +4,8 @@ All activations have the form act(x) = x sigmoid(z(x)): SiLU with z = x, ``quick
 z = 1.702 x, and GELU in the tanh form with z = 2 sqrt(2 / pi) (x + 0.044715 x^3), because
 (1 + tanh(u)) / 2 = sigmoid(2 u).
 
-Without weights of the rows, a program computes a block of numbers. With weights it computes a row,
-so that the gradient of its weight is summed in one order.
+A program computes a block of numbers. Only backward with weights of the rows has a program for each
+row, so that the gradient of its weight is summed in one order.
 
 Shapes: m rows, f their width.
 """
@@ -29,15 +29,16 @@ def forward_triton(
     """``function`` on a GPU, in tensors of any shape; [m, f] with ``weights``, [m]."""
     gate, up = gate.contiguous(), up.contiguous()
     out = torch.empty_like(gate)
-    options = _constants(gate, function, weights)
+    options, weighted = _constants(gate, function, weights), weights is not None
+    factors = gate if weights is None else weights.contiguous()
     # Triton launches on the current device, which may be another one than the tensors'.
     with torch.cuda.device_of(gate):
-        if weights is None:
-            grid = (triton.cdiv(gate.numel(), _BLOCK),)
-            _forward[grid](*(gate, up, out, gate.numel()), **options)
-        elif gate.numel():
-            weights = weights.contiguous()
-            _forward_row[(len(gate),)](*(gate, up, weights, out, gate.shape[1]), **options)
+        _forward[(triton.cdiv(gate.numel(), _BLOCK),)](
+            *(gate, up, factors, out, gate.numel(), gate.shape[-1]),
+            weighted=weighted,
+            block=_BLOCK,
+            **options,
+        )
     return out
 
 
@@ -51,19 +52,20 @@ def backward_triton(
     with torch.cuda.device_of(gate):
         if weights is None:
             grid = (triton.cdiv(gate.numel(), _BLOCK),)
-            _backward[grid](*(grad, gate, up, dgate, dup, gate.numel()), **options)
+            tensors = (grad, gate, up, dgate, dup)
+            _backward[grid](*tensors, gate.numel(), block=_BLOCK, **options)
         else:
-            weights = weights.contiguous()
+            width, weights = gate.shape[1], weights.contiguous()
             dweights = torch.zeros_like(weights)
-            tensors = (grad, gate, up, weights, dgate, dup, dweights)
+            block = min(_BLOCK, triton.next_power_of_2(max(width, 1)))
+            rows = (grad, gate, up, weights, dgate, dup, dweights)
             if gate.numel():
-                _backward_row[(len(gate),)](*tensors, gate.shape[1], **options)
+                _backward_rows[(len(gate),)](*rows, width, block=block, **options)
     return dgate, dup, dweights
 
 
 def _constants(x: Tensor, function: GatedFunction, weights: Tensor | None) -> dict[str, object]:
     doubles = torch.float64 in (x.dtype, None if weights is None else weights.dtype)
-    block = _BLOCK if weights is None else min(_BLOCK, triton.next_power_of_2(max(x.shape[1], 1)))
     return {
         "is_gelu": function.activation == "gelu",
         "steepness": QUICK if function.activation == "quick_gelu" else 1.0,
@@ -71,7 +73,6 @@ def _constants(x: Tensor, function: GatedFunction, weights: Tensor | None) -> di
         "clamp": function.clamp or 0.0,
         "offset": function.offset,
         "exact": tl.float64 if doubles else tl.float32,
-        "block": block,
     }
 
 
@@ -79,8 +80,11 @@ def _constants(x: Tensor, function: GatedFunction, weights: Tensor | None) -> di
 def _forward(
     gate: tl.tensor,
     up: tl.tensor,
+    weights: tl.tensor,
     out: tl.tensor,
     count: tl.tensor,
+    width: tl.tensor,
+    weighted: tl.constexpr,
     is_gelu: tl.constexpr,
     steepness: tl.constexpr,
     clamps: tl.constexpr,
@@ -95,34 +99,10 @@ def _forward(
     y = tl.load(up + at, mask=inside, other=0.0).to(exact)
     x, y = _bounded(x, y, clamps, clamp, offset)
     weight, _ = _sigmoid_and_slope(x, is_gelu, steepness)
-    tl.store(out + at, (x * weight * y).to(out.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _forward_row(
-    gate: tl.tensor,
-    up: tl.tensor,
-    weights: tl.tensor,
-    out: tl.tensor,
-    width: tl.tensor,
-    is_gelu: tl.constexpr,
-    steepness: tl.constexpr,
-    clamps: tl.constexpr,
-    clamp: tl.constexpr,
-    offset: tl.constexpr,
-    exact: tl.constexpr,
-    block: tl.constexpr,
-) -> None:
-    row = tl.program_id(0).to(tl.int64)
-    factor = tl.load(weights + row).to(exact)
-    for first in range(0, width, block):
-        column = first + tl.arange(0, block)
-        at, inside = row * width + column, column < width
-        x = tl.load(gate + at, mask=inside, other=0.0).to(exact)
-        y = tl.load(up + at, mask=inside, other=0.0).to(exact)
-        x, y = _bounded(x, y, clamps, clamp, offset)
-        weight, _ = _sigmoid_and_slope(x, is_gelu, steepness)
-        tl.store(out + at, (x * weight * y * factor).to(out.dtype.element_ty), mask=inside)
+    value = x * weight * y
+    if weighted:
+        value *= tl.load(weights + at // width, mask=inside, other=0.0).to(exact)
+    tl.store(out + at, value.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -152,7 +132,7 @@ def _backward(
 
 
 @triton.jit
-def _backward_row(
+def _backward_rows(
     grad: tl.tensor,
     gate: tl.tensor,
     up: tl.tensor,
