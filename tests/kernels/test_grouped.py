@@ -124,7 +124,7 @@ def test_one_product_and_the_loop_give_the_same_bits(
 
 
 def test_one_call_of_onemkl_computes_all_experts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two products of the inputs, the gradients of which are added up, and one of the weights."""
+    """Two weights: a call for each result, each summand of x's gradient, each weight's gradient."""
     routines = grouped_mkl._routines()
     if not routines:
         pytest.skip(
