@@ -105,7 +105,7 @@ class HeadAllToAll:
             for i, (start, stop) in enumerate(part.heads):
                 tensor = unpacked[i][number]
                 fresh = max(start, stored)
-                whole[:, :, start:fresh] += tensor[:, :, : fresh - start]
+                whole[:, :, start:fresh].add_(tensor[:, :, : fresh - start])
                 whole[:, :, fresh:stop] = tensor[:, :, fresh - start :]
                 stored = stop
             results.append(whole)

@@ -77,11 +77,11 @@ class KeyValues:
         for start, stop, offset in pack(spans):
             message = packed[offset : offset + stop - start]
             if self.packed is not None:
-                self.packed[start:stop] += message
+                self.packed[start:stop].add_(message)
                 continue
             part = KeyValues.unpack(message, self)
-            self.k[:, start:stop] += part.k
-            self.v[:, start:stop] += part.v
+            self.k[:, start:stop].add_(part.k)
+            self.v[:, start:stop].add_(part.v)
 
 
 def contiguous_runs(

@@ -182,8 +182,8 @@ class LatentExpansion:
         """Adds the gradient of a matrix to that of its heads' weight, [n, P + E, L]."""
         num_heads, _, latent_dim = dweight.shape
         keys, values = self._parts(dmatrix, num_heads)
-        dweight[:, : self._plain] += keys[:, : self._plain, :latent_dim]
-        dweight[:, self._plain :] += values[..., :latent_dim]
+        dweight[:, : self._plain].add_(keys[:, : self._plain, :latent_dim])
+        dweight[:, self._plain :].add_(values[..., :latent_dim])
 
 
 def _message(keys: KeyValues) -> Tensor:

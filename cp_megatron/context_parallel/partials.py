@@ -338,7 +338,7 @@ class Gradients:
                     tensors = _of_lse(tensors, queries.dlse[:, part.heads, tile.rows])
                     dq, dk, _ = tile.backward(call.kernel, tensors, call.scale)
                     dq_sum += dq
-                    part.grads.k[:, tile.columns] += dk
+                    part.grads.k[:, tile.columns].add_(dk)
 
 
 def _write(target: Tensor, value: Tensor, *, store: bool) -> None:

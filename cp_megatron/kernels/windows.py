@@ -140,8 +140,8 @@ class FlashKernel(ABC):
         for t in tiles:
             part = x.part(t.rows, t.columns)
             dq[:, t.rows], part_dk, part_dv = self._backward(part, t.band, scale)
-            dk[:, t.columns] += part_dk
-            dv[:, t.columns] += part_dv
+            dk[:, t.columns].add_(part_dk)
+            dv[:, t.columns].add_(part_dv)
         return dq, dk.to(x.k.dtype), dv.to(x.v.dtype)
 
     def forward_many(

@@ -137,7 +137,7 @@ def launches(plan: RankPlan, shard_len: int) -> tuple[int, int]:
 def test_launches_follow_rounds_and_not_documents(
     seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The rank with the most tiles, of 8 ranks that share a row of 128K tokens."""
+    """Each of 8 ranks that share a row of 128K tokens."""
     # autocast does not know meta tensors, messages have no receiver, and a merge is one launch on
     # a GPU with Triton.
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
@@ -148,11 +148,11 @@ def test_launches_follow_rounds_and_not_documents(
         mask = packed_documents(count, tokens, seed)
         layout = SequenceLayout.make(mask, size, "balanced")
         schedule = Schedule.build(mask, layout, "p2p", "auto", 32, 8, head_dim=128)
-        tiles = [sum(len(r.tiles) for r in schedule.rounds(rank)) for rank in range(size)]
-        plan = RankPlan(schedule, int(np.argmax(tiles)), None, Buffers(), LinkSums())
-        forward, backward = launches(plan, tokens // size)
-        assert forward <= 35
-        assert backward <= 65
+        for rank in range(size):
+            plan = RankPlan(schedule, rank, None, Buffers(), LinkSums())
+            forward, backward = launches(plan, tokens // size)
+            assert forward <= 35
+            assert backward <= 65
 
 
 def single_rank(kernel: Kernel, mask: Mask, *, sums: bool) -> list[Tensor]:
