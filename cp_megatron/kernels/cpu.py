@@ -6,7 +6,7 @@ Shapes as in ``interface.py``; the op takes [B, heads, length, dim] views.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import pairwise
+from functools import cache
 
 import numpy as np
 import torch
@@ -19,7 +19,6 @@ from cp_megatron.kernels.interface import (
     cut,
     same_width,
 )
-from cp_megatron.kernels.merge import merge_
 from cp_megatron.kernels.segments import Segments
 from cp_megatron.kernels.windows import SubTile
 from cp_megatron.plan.tiling import FULL, Band, Tile
@@ -28,12 +27,13 @@ _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 KEY_BLOCK = 512  # keys that the op computes at once
-CAUSAL_LEAF = 256  # causal tiles up to this length are not split
+CAUSAL_LEAF = 256  # causal tiles up to this length, or longer than KEY_BLOCK, are not cut
+BELOW_LEAF = Band(right=CAUSAL_LEAF)  # of the rows that are cut off
 STRIP_ROWS = 128
 SHORT_TILE, JOINED_ROWS = 32, 64  # squares up to the first length are joined up to the second
 
 Strip = tuple[SubTile, Tensor | None]
-"""What one call of the op computes, or a causal square that is halved, and the op's bias."""
+"""What one call of the op computes, and the op's bias."""
 
 
 class CpuKernel:
@@ -44,18 +44,13 @@ class CpuKernel:
     slower on processors without bfloat16 matrix units.
 
     The op computes whole blocks of 512 keys and masks the later ones, so half of the work of a
-    causal tile of 512 is wasted. Therefore such a tile is halved:
+    causal tile of 512 is wasted. Therefore its first 256 rows are a call of their own. Longer tiles
+    are one call, because the op leaves out the blocks after a row's own, and because what is wasted
+    costs less than more calls: halving a row of 2,048 tokens takes 1.1 to 1.2 times as long.
 
-        causal(n)  =  | causal(n/2)              |
-                      | full(n/2)    causal(n/2) |
-
-    Longer ones are one call, because the op leaves out the blocks after a row's own, and because
-    what is wasted costs less than more calls: halving a row of 2,048 tokens takes 1.1 to 1.2 times
-    as long.
-
-    The op accepts other bands only as a bias of rows x columns. They are cut into strips of rows,
-    each with the columns that it attends. The work is then rows x (window + strip), not rows x
-    columns:
+    The op accepts bands that are not causal squares only as a bias of rows x columns. They are cut
+    into strips of rows, each with the columns that it attends. The work is then rows x (window +
+    strip), not rows x columns:
 
         x x . . . . . .        x x
         x x x . . . . .        x x x
@@ -77,7 +72,7 @@ class CpuKernel:
         self, q: Tensor, k: Tensor, v: Tensor, band: Band, scale: float
     ) -> tuple[Tensor, Tensor]:
         strips = _strips(band, q, k)
-        if len(strips) == 1 and _middle(q, k, strips[0][0].band) is None:
+        if len(strips) == 1:
             return _call_forward(q, k, v, strips[0][0].band, scale, strips[0][1])
         return _forward_strips(strips, q, k, v, scale)
 
@@ -86,9 +81,9 @@ class CpuKernel:
     ) -> tuple[Tensor, Tensor, Tensor]:
         strips = _strips(band, x.q, x.k)
         whole = len(strips) == 1 and strips[0][0].k1 - strips[0][0].k0 == x.k.shape[1]
-        if whole and _middle(x.q, x.k, strips[0][0].band) is None:
+        if whole:
             return _call_backward(x, strips[0][0].band, scale, strips[0][1])
-        return _backward_strips(strips, x, scale, add=not whole)
+        return _backward_strips(strips, x, scale)
 
     def forward_many(
         self, q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float
@@ -100,11 +95,7 @@ class CpuKernel:
         self, x: BackwardInputs, segments: Segments, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See ``JoiningKernel.backward_many``."""
-        strips = _strips_of_run(segments, x.q)
-        # Only strips of the same tile have columns in common.
-        disjoint = all(a.k1 <= b.k0 for (a, _), (b, _) in pairwise(strips))
-        covered = sum(strip.k1 - strip.k0 for strip, _ in strips) == x.k.shape[1]
-        return _backward_strips(strips, x, scale, add=not (disjoint and covered))
+        return _backward_strips(_strips_of_run(segments, x.q), x, scale)
 
 
 def _forward_strips(
@@ -116,26 +107,35 @@ def _forward_strips(
     for strip, bias in strips:
         rows, columns = strip.rows, strip.columns
         inputs = q[:, rows], k[:, columns], v[:, columns]
-        _forward_strip(*inputs, strip.band, scale, bias, (out[:, rows], lse[:, :, rows]))
+        out[:, rows], lse[:, :, rows] = _call_forward(*inputs, strip.band, scale, bias)
     return out, lse
 
 
 def _backward_strips(
-    strips: Sequence[Strip], x: BackwardInputs, scale: float, *, add: bool
+    strips: Sequence[Strip], x: BackwardInputs, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Strips cover the columns once, unless gradients of keys ``add`` up over strips."""
-    fill = torch.zeros if add else torch.empty
-    dq = torch.empty(x.q.shape, dtype=x.q.dtype, device=x.q.device)
-    dk, dv = (fill(y.shape, dtype=y.dtype, device=y.device) for y in (x.k, x.v))
-    for strip, bias in strips:
+    """Each row belongs to one strip. Strips that share columns add up their gradients of keys."""
+    dq, dk, dv = (torch.empty(y.shape, dtype=y.dtype, device=y.device) for y in (x.q, x.k, x.v))
+    written = x.k.shape[1]  # no gradient of keys before this column has been written
+    # The last strip of a tile reads most of its columns, so little must be cleared before a sum.
+    for strip, bias in reversed(strips):
         rows, columns = strip.rows, strip.columns
-        grads = dq[:, rows], dk[:, columns], dv[:, columns]
-        _backward_strip(x.part(rows, columns), strip.band, scale, bias, grads, add=add)
+        dq[:, rows], *new = _call_backward(x.part(rows, columns), strip.band, scale, bias)
+        for total, part in zip((dk, dv), new, strict=True):
+            if strip.k1 <= written:
+                total[:, columns] = part
+                total[:, strip.k1 : written].zero_()
+            else:
+                total[:, strip.k0 : written].zero_()
+                total[:, columns].add_(part)
+        written = min(written, strip.k0)
+    for total in (dk, dv):
+        total[:, :written].zero_()
     return dq, dk, dv
 
 
 def cut_band(band: Band, num_keys: int, q0: int, q1: int) -> Iterator[SubTile]:
-    """Cuts rows ``q0:q1`` of a tile into strips. Full and square causal parts stay whole.
+    """Cuts rows ``q0:q1`` of a tile into strips. Full parts and most causal squares stay whole.
 
     The band must leave every row a key.
     """
@@ -143,6 +143,11 @@ def cut_band(band: Band, num_keys: int, q0: int, q1: int) -> Iterator[SubTile]:
     k0, k1 = band.columns(q0, q1, num_keys)
     part = SubTile(q0, q1, k0, k1, band.within(q0, q1, k0, k1))
     causal = part.band.is_causal and rows == k1 - k0
+    if causal and CAUSAL_LEAF < rows <= KEY_BLOCK:
+        middle, corner = q0 + CAUSAL_LEAF, k0 + CAUSAL_LEAF
+        yield SubTile(q0, middle, k0, corner, part.band)
+        yield SubTile(middle, q1, k0, k1, part.band.within(middle, q1, k0, k1))
+        return
     if part.band.is_full or causal or rows <= STRIP_ROWS:
         yield part
         return
@@ -207,86 +212,33 @@ def _packs(tiles: Iterable[Tile]) -> list[list[Tile]]:
 def _separating_bias(tiles: Sequence[Tile], like: Tensor) -> Tensor:
     """An additive mask of squares along the diagonal, each with its own band."""
     masks = [allowed(t.band, t.q1 - t.q0, t.k1 - t.k0, like.device) for t in tiles]
-    return _additive(torch.block_diag(*masks).bool(), like)
+    return _additive(torch.block_diag(*masks).bool(), like.dtype)
 
 
 def _bias(num_queries: int, num_keys: int, band: Band, like: Tensor) -> Tensor | None:
     """An additive mask for bands that the op's causal flag does not cover, in the op's type."""
     if band.is_full or (band.is_causal and num_queries == num_keys):
         return None
-    return _additive(allowed(band, num_queries, num_keys, like.device), like)
+    if band == BELOW_LEAF and num_queries + CAUSAL_LEAF == num_keys <= KEY_BLOCK:
+        return _below_leaf(like.dtype)[:num_queries, :num_keys]
+    return _additive(allowed(band, num_queries, num_keys, like.device), like.dtype)
 
 
-def _additive(mask: Tensor, like: Tensor) -> Tensor:
+@cache
+def _below_leaf(dtype: torch.dtype) -> Tensor:
+    """The bias of the rows of a causal square below its first ones; shorter squares read less."""
+    mask = allowed(BELOW_LEAF, KEY_BLOCK - CAUSAL_LEAF, KEY_BLOCK, torch.device("cpu"))
+    return _additive(mask, dtype)
+
+
+def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     """0 where ``mask`` is True and -inf elsewhere, in the op's type.
 
     The memory is numpy's: it belongs to a plan, and a report of memory must not count it as
     activations of the layer that happens to run first.
     """
-    dtype = np.float64 if like.dtype == torch.float64 else np.float32
-    return torch.from_numpy(np.where(mask.numpy(), 0, -np.inf).astype(dtype))
-
-
-def _middle(q: Tensor, k: Tensor, band: Band) -> int | None:
-    """Where to halve a causal square; None if the op takes the tile as it is."""
-    length = q.shape[1]
-    halves = CAUSAL_LEAF < length <= KEY_BLOCK
-    return length // 2 if halves and band.is_causal and length == k.shape[1] else None
-
-
-def _forward_strip(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    band: Band,
-    scale: float,
-    bias: Tensor | None,
-    results: tuple[Tensor, Tensor],
-) -> None:
-    """Writes out and lse. A causal square is halved; anything else is one call of the op."""
-    middle = _middle(q, k, band)
-    out, lse = results
-    if middle is None:
-        new_out, new_lse = _call_forward(q, k, v, band, scale, bias)
-        out.copy_(new_out)
-        lse.copy_(new_lse)
-        return
-    early, late = slice(0, middle), slice(middle, None)
-    for half in (early, late):
-        part = out[:, half], lse[:, :, half]
-        _forward_strip(q[:, half], k[:, half], v[:, half], band, scale, None, part)
-    full = _call_forward(q[:, late], k[:, early], v[:, early], FULL, scale, None)
-    merge_(out[:, late], lse[:, :, late], *full)
-
-
-def _backward_strip(
-    x: BackwardInputs,
-    band: Band,
-    scale: float,
-    bias: Tensor | None,
-    grads: tuple[Tensor, Tensor, Tensor],
-    *,
-    add: bool,
-) -> None:
-    """Writes dq; writes dk and dv, or adds to them. Halves tiles like ``_forward_strip``."""
-    middle = _middle(x.q, x.k, band)
-    dq, dk, dv = grads
-    if middle is None:
-        new_dq, new_dk, new_dv = _call_backward(x, band, scale, bias)
-        dq.copy_(new_dq)
-        for total, part in ((dk, new_dk), (dv, new_dv)):
-            if add:
-                total += part
-            else:
-                total.copy_(part)
-        return
-    early, late = slice(0, middle), slice(middle, None)
-    for half in (early, late):
-        own = dq[:, half], dk[:, half], dv[:, half]
-        _backward_strip(x.part(half, half), band, scale, None, own, add=add)
-    full = _call_backward(x.part(late, early), FULL, scale, None)
-    for total, part in zip((dq[:, late], dk[:, early], dv[:, early]), full):
-        total += part
+    width = np.float64 if dtype == torch.float64 else np.float32
+    return torch.from_numpy(np.where(mask.numpy(), 0, -np.inf).astype(width))
 
 
 def _call_forward(
