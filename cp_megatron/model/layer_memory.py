@@ -206,7 +206,7 @@ class LayerMemory:
 
     def entered(self, rows: Tensor) -> Entered:
         """Lets rows enter tensor parallelism. What is computed again gathers them again anyway."""
-        return Entered.of(rows, self.tp, keeps=self._recomputes("selective", "full"))
+        return Entered(rows, self.tp, keeps=self._recomputes("selective", "full"))
 
     def _recomputes(self, *levels: Recompute) -> bool:
         return self.granularity in levels and torch.is_grad_enabled()

@@ -1,7 +1,7 @@
 """Linear layers whose weight is split over the tp ranks (Shoeybi et al. 2019, arXiv:1909.08053).
 
-The input of column parallel layers has entered tensor parallelism once for all layers that share it
-(q, k, v; gate, up): ``Entered``. The output of a row parallel layer goes to
+The input of column parallel layers enters tensor parallelism once for all layers that share it
+(q, k, v; gate, up): ``products``. The output of a row parallel layer goes to
 ``TensorParallel.leave``.
 
 With sequence parallelism, these layers need the tokens of all tp ranks: in forward for their
@@ -57,24 +57,17 @@ class ColumnParallelLinear(SpecifiedModule):
 
 
 class Entered(NamedTuple):
-    """Rows of the residual stream, and what column parallel layers read of them.
+    """Rows of the residual stream that column parallel layers read.
 
     Attributes:
         rows: [b, r, i].
-        gathered: [b, s, i], from ``TensorParallel.enter``.
         tp: the group.
-        keeps: whether backward keeps ``gathered`` instead of gathering again.
+        keeps: whether backward keeps the gathered tokens instead of gathering them again.
     """
 
     rows: Tensor
-    gathered: Tensor
     tp: TensorParallel
     keeps: bool
-
-    @classmethod
-    def of(cls, rows: Tensor, tp: TensorParallel, *, keeps: bool) -> Entered:
-        """Lets rows enter tensor parallelism."""
-        return cls(rows, tp.enter(rows), tp, keeps)
 
 
 def products(x: Entered, *layers: ColumnParallelLinear) -> tuple[Tensor, ...]:
@@ -85,8 +78,7 @@ def products(x: Entered, *layers: ColumnParallelLinear) -> tuple[Tensor, ...]:
     """
     operands = (layer.operands() for layer in layers)
     weights, biases = zip(*operands, strict=True)
-    entered = x._replace(gathered=x.gathered.detach())
-    results: tuple[Tensor, ...] = _SharedInput.apply(x.rows, entered, *weights, *biases)
+    results: tuple[Tensor, ...] = _SharedInput.apply(x.rows, x, *weights, *biases)
     return results
 
 
@@ -124,16 +116,17 @@ class _ProductGradientOnly(torch.autograd.Function):
 
 
 class _SharedInput(torch.autograd.Function):
-    """Forward: ``F.linear(gathered, weight, bias)`` of k weights and k biases, some of which are
-    None. Backward: the gradients of the rows, the weights and the biases."""
+    """Forward: ``F.linear(x, weight, bias)`` of k weights and k biases, some of which are None, for
+    the gathered rows x. Backward: the gradients of the rows, the weights and the biases."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, x: Entered, *operands: Tensor | None) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         weights, biases = operands[: len(operands) // 2], operands[len(operands) // 2 :]
         ctx.tp, ctx.gathers = x.tp, x.tp.splits_sequence and not x.keeps
-        ctx.save_for_backward(rows if ctx.gathers else x.gathered, *weights)
-        return tuple(F.linear(x.gathered, *pair) for pair in zip(weights, biases, strict=True))  # type: ignore[arg-type]
+        gathered = start_gather(rows, 1, x.tp.group if x.tp.splits_sequence else None)()
+        ctx.save_for_backward(rows if ctx.gathers else gathered, *weights)
+        return tuple(F.linear(gathered, *pair) for pair in zip(weights, biases, strict=True))  # type: ignore[arg-type]
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]

@@ -177,8 +177,10 @@ def shared_input(
     layers[2].weight.requires_grad_(False)
     x = numbers(0, 2, SEQ, IN)
     x = (x.chunk(world_size, 1)[rank] if splits else x).clone().requires_grad_()
-    shared = Entered.of(x, tp, keeps=keeps)
-    results = list(products(shared, *layers)) if together else [f(shared.gathered) for f in layers]
+    if together:
+        results = list(products(Entered(x, tp, keeps), *layers))
+    else:
+        results = [layer(tp.enter(x)) for layer in layers]
     sum((y * numbers(7, *y.shape)).sum() for y in results).backward()
     assert x.grad is not None
     assert layers[2].weight.grad is None
@@ -206,7 +208,7 @@ def order_of_backward(rank: int, world_size: int) -> list[str]:
     for number, layer in enumerate(layers):
         placed(layer, world_size, number, number + 5)
     x = numbers(0, 1, SEQ, IN).chunk(world_size, 1)[rank].clone().requires_grad_()
-    results = products(Entered.of(x, tp, keeps=False), *layers)
+    results = products(Entered(x, tp, keeps=False), *layers)
     seen: list[str] = []
 
     def watched(start: Any, name: str) -> Any:
@@ -244,7 +246,7 @@ def test_products_add_up_gradients_in_one_tensor_and_skip_those_not_read() -> No
         for parameter in layer.parameters():
             parameter.copy_(numbers(number, *parameter.shape))
     x = numbers(0, 2, SEQ, IN).requires_grad_()
-    first, _, third = products(Entered.of(x, TensorParallel(), keeps=False), *layers)
+    first, _, third = products(Entered(x, TensorParallel(), keeps=False), *layers)
     grads = numbers(1, *first.shape), numbers(2, *third.shape)
     with CountedOps() as ops:
         (dx,) = torch.autograd.grad((first, third), x, grads)
@@ -257,7 +259,7 @@ def test_products_add_up_gradients_in_one_tensor_and_skip_those_not_read() -> No
 def test_results_that_nobody_reads_have_no_gradients() -> None:
     layer = ColumnParallelLinear(COLUMN, tp=TensorParallel()).double()
     x = numbers(0, 2, SEQ, IN).requires_grad_()
-    (result,) = products(Entered.of(x, TensorParallel(), keeps=False), layer)
+    (result,) = products(Entered(x, TensorParallel(), keeps=False), layer)
     gradients = torch.autograd.grad(Unread.apply(result), (x, layer.weight), allow_unused=True)
     assert gradients == (None, None)
 
