@@ -146,12 +146,14 @@ class OurStep:
             model=model,
             optimizer=make_optimizer(model.parameters(), OptimizerConfig()),
             groups=groups,
-            cp=ContextParallel(groups.cp, job.mask, exchange="p2p", kernel=job.kernel),
+            cp=ContextParallel(
+                *(groups.cp, job.mask), exchange="p2p", kernel=job.kernel, check_ranks="once"
+            ),
             device=torch.device(job.device),
             seed=0,
             clip_grad=1.0,
             rule=LossRule(chunk_size=job.memory.loss_chunk_size),
-            reduces_once=keeps_whole_weights(parallel, job.grid),
+            reduces_once=keeps_whole_weights(config, job.grid, model.spec),
             stream_dtype=getattr(torch, dtype),
             links=StageLinks(groups.channels),
         )

@@ -24,7 +24,6 @@ from cp_megatron.plan.grid import STAGE
 from cp_megatron.plan.rehearsal import rehearse
 from cp_megatron.preflight.grid_rules import REPLICAS
 from cp_megatron.preflight.run_plan import RunPlan
-from cp_megatron.spec import ModelSpec
 
 _CGROUP = Path("/sys/fs/cgroup")
 _NVIDIA = Path("/dev/nvidiactl")
@@ -33,10 +32,8 @@ GIB = 2**30
 
 def checkpoint_bytes(plan: RunPlan) -> int:
     """Returns the bytes of one checkpoint on all ranks: parameters and their two moments."""
-    sizes = {"vocab_size": plan.padded_vocab_size, "seq_length": plan.config.data.seq_length}
     element = 8 if plan.dtype == "float64" else 4
-    spec = ModelSpec.of(plan.config.model, **sizes)
-    return 3 * element * spec.num_parameters()
+    return 3 * element * plan.spec.num_parameters()
 
 
 def check_disk(plan: RunPlan, *, other_machine: bool = False) -> str:

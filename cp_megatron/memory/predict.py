@@ -43,7 +43,6 @@ from cp_megatron.spec import (
     ParameterSpec,
     is_hidden_matrix,
     is_sharded,
-    keeps_whole_weights,
     local_heads,
 )
 
@@ -70,8 +69,7 @@ def predict(plan: RunPlan, rank: int) -> tuple[Held, ...]:
 
 def predict_ranks(plan: RunPlan, ranks: Iterable[int]) -> list[tuple[Held, ...]]:
     """The predictions of several ranks; what they share is computed once."""
-    sizes = {"vocab_size": plan.padded_vocab_size, "seq_length": plan.config.data.seq_length}
-    spec = ModelSpec.of(plan.config.model, **sizes)
+    spec = plan.spec
     planned = schedules(plan), _recurrence(plan, spec)
     shared = cache(partial(_during_step, plan, spec, planned))
     predicted = []
@@ -112,8 +110,7 @@ def step_bytes(plan: RunPlan, stage: int, held: Iterable[Held]) -> int:
 
 def expert_rows(plan: RunPlan) -> tuple[int, int]:
     """What a layer keeps of the rows of its experts on a rank: as predicted, and at worst."""
-    sizes = {"vocab_size": plan.padded_vocab_size, "seq_length": plan.config.data.seq_length}
-    spec = ModelSpec.of(plan.config.model, **sizes)
+    spec = plan.spec
     return row_bytes(spec, _sizes(plan, 0, spec, schedules(plan), None))
 
 
@@ -293,7 +290,7 @@ def _gathered_bytes(plan: RunPlan, spec: ModelSpec, chunks: tuple[Chunk, ...]) -
         is_read &= any(chunk.has_head for chunk in chunks)
         return element * (sum(x.numel for x in spec.norm.parameters()) if is_read else 0)
     parameters: Iterable[tuple[ParameterSpec, int]] = ((x, 1) for x in spec.ends(chunks))
-    if keeps_whole_weights(plan.config.parallel, plan.grid):
+    if plan.keeps_whole_weights:
         parameters = spec.held(chunks)
     sizes, total = plan.grid.sizes | {"ep": plan.grid.ep}, 0
     for parameter, copies in parameters:
@@ -308,7 +305,7 @@ def _gathered_bytes(plan: RunPlan, spec: ModelSpec, chunks: tuple[Chunk, ...]) -
 def _whole_gradients(plan: RunPlan, spec: ModelSpec, passes: PassesInFlight) -> int:
     """Gradients of whole weights that the last backward pass of a step finds, when all gradients
     are reduced after it."""
-    if not (_is_sharded(plan) and keeps_whole_weights(plan.config.parallel, plan.grid)):
+    if not (_is_sharded(plan) and plan.keeps_whole_weights):
         return 0
     sizes = plan.grid.sizes | {"ep": plan.grid.ep}
     chunks = [passes.chunks[number] for number in passes.accumulating]

@@ -10,20 +10,20 @@ from cp_megatron.memory.kept_in_flight import PassesInFlight
 from cp_megatron.memory.predict import predict_ranks, step_bytes
 from cp_megatron.plan.grid import STAGE
 from cp_megatron.preflight.run_plan import RunPlan
-from cp_megatron.spec import is_sharded, keeps_whole_weights
+from cp_megatron.spec import is_sharded
 
 MIB = 2**20
 
 
 def stage_notes(plan: RunPlan) -> Iterator[str]:
     """The fullest pipeline stage, how many passes each stage keeps activations of, and what the
-    other ``--fsdp-reshard`` would save or cost; nothing without stages or whole weights.
+    other ``--fsdp-reshard`` would save or cost; nothing without stages unless it is never.
 
     Args:
         plan: the run, on its device.
     """
-    keeps_whole = keeps_whole_weights(plan.config.parallel, plan.grid)
-    if plan.grid.pp == 1 and not keeps_whole:
+    keeps_whole = plan.keeps_whole_weights
+    if plan.grid.pp == 1 and plan.config.parallel.fsdp_reshard != "never":
         return
     needs = stage_needs(plan)
     fullest = needs.index(max(needs))

@@ -95,7 +95,9 @@ def build_model(
     if not initialize:
         fill = partial(fill, value_of=_zeros)
     if is_sharded(config.model, groups.grid, offloads=config.memory.optimizer_cpu_offload):
-        _shard(model, _Sharding.of(config, groups, dtype, device), fill)
+        keeps_whole = keeps_whole_weights(config, groups.grid, model.spec)
+        shard = _Sharding.of(config, groups, dtype, device, keeps_whole=keeps_whole)
+        _shard(model, shard, fill)
     else:
         fill(model)
         attach_units(model, model.layers.values(), getattr(torch, dtype), unrounded=(Decay,))
@@ -212,6 +214,8 @@ class _Sharding:
         groups: ParallelGroups,
         dtype: ComputeDType,
         device: torch.device | str,
+        *,
+        keeps_whole: bool,
     ) -> _Sharding:
         offload = OffloadPolicy()
         if config.memory.optimizer_cpu_offload:
@@ -220,7 +224,7 @@ class _Sharding:
             mesh=groups.sharding,
             dtype=dtype,
             offload=offload,
-            keeps_whole=keeps_whole_weights(config.parallel, groups.grid),
+            keeps_whole=keeps_whole,
             expert_mesh=groups.expert_sharding,
         )
 

@@ -16,6 +16,7 @@ from cp_megatron.plan import Grid, Mask
 from cp_megatron.plan.stages import Stages
 from cp_megatron.preflight.learning_rate import LearningRate
 from cp_megatron.preflight.sequence import SequencePlan
+from cp_megatron.spec import ModelSpec, keeps_whole_weights
 
 DeviceName = Literal["cpu", "cuda"]
 
@@ -81,6 +82,17 @@ class RunPlan:
     def kernel(self) -> KernelChoice | None:
         """The attention kernel; None while the device is not known."""
         return None if self.device is None else self.kernels[self.device]
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The model, whole, with the rows of its embedding that padding adds."""
+        sizes = {"vocab_size": self.padded_vocab_size, "seq_length": self.config.data.seq_length}
+        return ModelSpec.of(self.config.model, **sizes)
+
+    @property
+    def keeps_whole_weights(self) -> bool:
+        """See ``keeps_whole_weights`` of ``spec/model_spec.py``."""
+        return keeps_whole_weights(self.config, self.grid, self.spec)
 
     @property
     def rows_per_step(self) -> int:

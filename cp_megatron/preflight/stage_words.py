@@ -8,7 +8,7 @@ from cp_megatron.plan import Mask
 from cp_megatron.plan.pipeline import PipelinePlan
 from cp_megatron.plan.stages import Chunk
 from cp_megatron.preflight.run_plan import RunPlan, dtype_on
-from cp_megatron.spec import ModelSpec, is_sharded, keeps_whole_weights, stage_weights
+from cp_megatron.spec import ModelSpec, is_sharded, stage_weights
 
 _WAITS_LONG = 0.1
 _ELEMENT_BYTES: Mapping[str, int] = {"float64": 8, "float32": 4, "bfloat16": 2}
@@ -33,7 +33,7 @@ def stages_of(plan: RunPlan) -> Iterator[tuple[str, str]]:
     yield "", _messages(plan)
     offloads = plan.config.memory.optimizer_cpu_offload
     sharded = is_sharded(plan.config.model, plan.grid, offloads=offloads)
-    if sharded and keeps_whole_weights(plan.config.parallel, plan.grid):
+    if sharded and plan.keeps_whole_weights:
         kept = "whole weights and gradients of a stage are kept until the end of a step"
         yield "", f"{kept} (--fsdp-reshard)"
     shares = _shares(plan)

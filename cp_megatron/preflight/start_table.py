@@ -34,7 +34,6 @@ from cp_megatron.preflight.run_plan import RunPlan, dtype_on
 from cp_megatron.preflight.save_and_load import model_name
 from cp_megatron.preflight.sequence import SequencePlan
 from cp_megatron.preflight.stage_words import stages_of
-from cp_megatron.spec import ModelSpec
 
 Line = tuple[str, str]
 """A label and its value."""
@@ -112,8 +111,7 @@ def _model(plan: RunPlan) -> Iterator[Line]:
         yield "", factors
     vocabulary = f"{plan.vocab_size} tokens padded to {plan.padded_vocab_size}"
     yield "vocabulary", f"{config.data.tokenizer_type}, {vocabulary}"
-    sizes = {"vocab_size": plan.padded_vocab_size, "seq_length": config.data.seq_length}
-    spec = ModelSpec.of(model, **sizes)
+    spec = plan.spec
     total, firsts = spec.num_parameters(), range(0, plan.grid.world_size, plan.grid.size(STAGE))
     most = max(spec.parameters_on_rank(plan.grid, rank, plan.stages) for rank in firsts)
     copies = plan.grid.replicas

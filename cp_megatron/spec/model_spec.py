@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from cp_megatron.config import ModelConfig, ParallelConfig
+from cp_megatron.config import Config, ModelConfig
 from cp_megatron.plan import Grid
 from cp_megatron.plan.grid import STAGE
 from cp_megatron.plan.stages import Chunk, Stages
@@ -23,6 +23,7 @@ from cp_megatron.spec.parameter import BlockSpec, ParameterSpec
 from cp_megatron.spec.pieces import EmbeddingSpec, HeadSpec, NormSpec, PositionsSpec
 
 _LAYERS = "layers."
+SMALL_MODEL = 1 << 27  # parameters, whose weights and gradients take a GiB in float32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,12 +174,14 @@ def is_sharded(model: ModelConfig, grid: Grid, *, offloads: bool) -> bool:
     return grid.size("dp_cp") > 1 or shares_experts or offloads
 
 
-def keeps_whole_weights(parallel: ParallelConfig, grid: Grid) -> bool:
+def keeps_whole_weights(config: Config, grid: Grid, spec: ModelSpec) -> bool:
     """Whether FSDP gathers weights and reduces gradients once in a step, and keeps both whole in
     between; otherwise it does so for each micro batch."""
-    if parallel.fsdp_reshard == "auto":
-        return grid.pp > 1  # several micro batches are in flight
-    return parallel.fsdp_reshard == "never"
+    if config.parallel.fsdp_reshard != "auto":
+        return config.parallel.fsdp_reshard == "never"
+    if grid.pp > 1:  # several micro batches are in flight
+        return True
+    return spec.num_parameters() <= SMALL_MODEL and not config.memory.optimizer_cpu_offload
 
 
 def local_heads(model: ModelConfig, tp: int) -> LocalHeads:

@@ -46,7 +46,6 @@ from cp_megatron.preflight.run_plan import RunPlan
 from cp_megatron.preflight.save_and_load import check_save, fresh_run_folder, model_name
 from cp_megatron.preflight.start import begin, make_context, make_model, read_and_compare
 from cp_megatron.preflight.start_table import print_start
-from cp_megatron.spec import keeps_whole_weights
 from cp_megatron.tensor_parallel import LossRule
 from cp_megatron.train.finish import print_end, show_curves
 from cp_megatron.train.kernel_benchmark import with_fastest_kernel
@@ -226,7 +225,7 @@ def _make_train_step(plan: RunPlan, launch: Launch, control: dist.ProcessGroup) 
         ),
         sums=ParameterSums(model.named_parameters()) if is_checked else None,
         counts_zeros=config.log.log_num_zeros_in_grad,
-        reduces_once=keeps_whole_weights(config.parallel, plan.grid),
+        reduces_once=plan.keeps_whole_weights,
         stream_dtype=getattr(torch, plan.dtype or "float32"),
         links=links,
         control=control,

@@ -44,7 +44,7 @@ GRID = ["--tensor-parallel-size", "2", "--sequence-parallel", "--bf16"]
 
 
 def test_a_step_counted_by_hand() -> None:
-    found = bytes_of(planned(*GRID, world_size=4))  # dp 2, tp 2
+    found = bytes_of(planned(*GRID, "--fsdp-reshard", "always", world_size=4))  # dp 2, tp 2
     stream = B * S // 2 * H  # the rank's part of the residual stream
     norm = 2 * stream + 4 * B * S // 2  # x, and 1 / rms in float32
     assert found[kinds.ATTENTION_NORM] == found[kinds.MLP_NORM] == L * norm
@@ -63,6 +63,8 @@ def test_a_step_counted_by_hand() -> None:
     assert found[kinds.OPTIMIZER] == 8 * number + 4 * (1 + 1 + L * 9)
     assert found[kinds.GATHERED] == 2 * (V // 2 * H + H)
     assert found[kinds.INPUTS] == found[kinds.OTHER] == 0
+    whole = bytes_of(planned(*GRID, world_size=4))  # as a model as small as this is kept
+    assert (whole[kinds.GATHERED], whole[kinds.WHOLE]) == (2 * 2 * number, 4 * 2 * number)
 
 
 @pytest.mark.parametrize(

@@ -140,10 +140,10 @@ def run_config(
     sequence_parallel: bool = False,
     memory: MemoryConfig | None = None,
 ) -> Config:
-    """A run of the tiny model."""
+    """A run of the tiny model, whose weights are gathered for each pass as those of a large one."""
     return Config(
         model=model,
-        parallel=ParallelConfig(sequence_parallel=sequence_parallel),
+        parallel=ParallelConfig(sequence_parallel=sequence_parallel, fsdp_reshard="always"),
         data=DataConfig(seq_length=SEQ),
         memory=memory or MemoryConfig(),
     )

@@ -8,11 +8,11 @@ from dataclasses import replace
 
 import pytest
 
-from cp_megatron.config import ModelConfig
+from cp_megatron.config import Config, MemoryConfig, ModelConfig, ParallelConfig
 from cp_megatron.config.files.presets import PRESETS
 from cp_megatron.errors import ConfigError
 from cp_megatron.plan import Grid, Mask
-from cp_megatron.spec import ModelSpec, ParameterSpec
+from cp_megatron.spec import ModelSpec, ParameterSpec, keeps_whole_weights
 
 
 def spec_of(model: ModelConfig, *, vocab_size: int, seq_length: int) -> ModelSpec:
@@ -151,3 +151,21 @@ def test_a_parameter_lies_over_any_named_axis() -> None:
     norm = ParameterSpec(name="weight", shape=(4,), init="ones")
     assert [norm.is_partial("tp", 2, splits_sequence=split) for split in (False, True)] == [0, 1]
     assert replace(norm, used_on="heads").is_partial("tp", 2, splits_sequence=False)
+
+
+def test_small_models_and_stages_keep_whole_weights() -> None:
+    def keeps(rows: int, reshard: str = "auto", *, pp: int = 1, offloads: bool = False) -> bool:
+        model = ModelConfig(num_layers=1, hidden_size=1 << 10, num_attention_heads=8)
+        spec = spec_of(model, vocab_size=rows, seq_length=8)
+        parallel = ParallelConfig(fsdp_reshard=reshard)  # type: ignore[arg-type]
+        memory = MemoryConfig(optimizer_cpu_offload=offloads)
+        config = Config(model=model, parallel=parallel, memory=memory)
+        return keeps_whole_weights(config, Grid(dp=2, pp=pp), spec)
+
+    most = (1 << 27) // (1 << 10)  # rows of an embedding that alone has as many as are small
+    assert keeps(most - 20_000)
+    assert not keeps(most)
+    assert keeps(most, pp=2)
+    assert not keeps(64, offloads=True)
+    assert keeps(most, "never", offloads=True)
+    assert not keeps(64, "always", pp=2)

@@ -86,7 +86,7 @@ class Case:
     pp: int = 1
     num_chunks: int = 1
     num_layers: int = 2
-    fsdp_reshard: FsdpReshard = "auto"
+    fsdp_reshard: FsdpReshard | None = None  # auto with stages, as for a large model without them
     micro_batch_size: int = 1
     document_mask: bool = False
     padding: int = 0
@@ -114,9 +114,10 @@ def config_of(case: Case) -> Config:
     if model.num_experts:
         model = replace(model, moe_router_load_balancing_type=case.kind)
     memory = MemoryConfig(recompute_granularity=case.recompute, **dict(case.memory))  # type: ignore[arg-type]
+    reshard = case.fsdp_reshard or ("auto" if case.pp > 1 else "always")
     return Config(
         model=model,
-        parallel=ParallelConfig(sequence_parallel=case.tp > 1, fsdp_reshard=case.fsdp_reshard),
+        parallel=ParallelConfig(sequence_parallel=case.tp > 1, fsdp_reshard=reshard),
         data=DataConfig(seq_length=SEQ, micro_batch_size=case.micro_batch_size),
         train=TrainConfig(seed=5),
         optimizer=OptimizerConfig(optimizer=case.optimizer, lr=3e-3, weight_decay=0.1),  # type: ignore[arg-type]
@@ -153,7 +154,7 @@ def train_step_of(case: Case) -> TrainStep:
         device=cpu,
         seed=5,
         clip_grad=0.5,
-        reduces_once=keeps_whole_weights(config.parallel, case.grid),
+        reduces_once=keeps_whole_weights(config, case.grid, model.spec),
         stream_dtype=getattr(torch, case.dtype),
         links=StageLinks(groups.channels),
     )

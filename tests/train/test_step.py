@@ -87,6 +87,7 @@ def config_of(style: str, case: Case) -> Config:
             tensor_parallel_size=case.tp,
             context_parallel_size=case.cp,
             sequence_parallel=case.sequence_parallel,
+            fsdp_reshard="always",  # auto would take the tiny model for what it is
         ),
         data=DataConfig(seq_length=SEQ_LENGTH, micro_batch_size=case.micro_batch_size),
         train=TrainConfig(seed=5),

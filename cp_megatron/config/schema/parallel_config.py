@@ -47,7 +47,8 @@ class ParallelConfig:
     fsdp_reshard: FsdpReshard = "auto"
     """always frees a layer's gathered weights after each of its passes and reduces gradients after
     each micro batch. never does both once, at the end of a step, which takes fewer messages and
-    more memory. auto is never with pipeline stages, otherwise always."""
+    more memory. auto is never with pipeline stages, and for a model of up to 134 million parameters
+    without --optimizer-cpu-offload; otherwise always."""
     data_parallel_replicate_size: AxisSize | Literal["auto"] = "auto"
     """Copies of the model. Weights, gradients and optimizer state are sharded over the ranks of one
     copy (data parallel x context parallel / copies), so that whole weights are gathered from fewer
