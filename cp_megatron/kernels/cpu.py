@@ -114,7 +114,8 @@ def _forward_strips(
 def _backward_strips(
     strips: Sequence[Strip], x: BackwardInputs, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Each row belongs to one strip. Strips that share columns add up their gradients of keys."""
+    """Each row belongs to one strip; strips are in the order of their rows and first columns.
+    Those that share columns add up their gradients of keys."""
     dq, dk, dv = (torch.empty(y.shape, dtype=y.dtype, device=y.device) for y in (x.q, x.k, x.v))
     written = x.k.shape[1]  # no gradient of keys before this column has been written
     # The last strip of a tile reads most of its columns, so little must be cleared before a sum.
@@ -128,7 +129,7 @@ def _backward_strips(
             else:
                 total[:, strip.k0 : written].zero_()
                 total[:, columns].add_(part)
-        written = min(written, strip.k0)
+        written = strip.k0
     for total in (dk, dv):
         total[:, :written].zero_()
     return dq, dk, dv

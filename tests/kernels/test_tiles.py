@@ -76,6 +76,18 @@ def test_strips_are_the_band(rows: int, columns: int, left: int | None, right: i
     assert torch.equal(found, mask)
 
 
+@KERNELS
+def test_keys_that_no_row_reads_get_zeros(kernel: Kernel) -> None:
+    """Before the first strip and behind the last; torch fills new memory with NaN meanwhile."""
+    band = Band(left=-20, right=60)
+    attention = oracle(allowed(band, 300, 400), (2, 1, 8, 8))
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert worst_error(kernel, band, attention, torch.float64) < 1e-12
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def test_a_window_costs_its_area() -> None:
     """8,192 rows under a window of 512 cost a fifth more than the pairs, not 16 times as much."""
     strips = list(cut_band(Band(left=511, right=0), 8192, 0, 8192))
@@ -105,6 +117,9 @@ def test_sequences_longer_than_a_block(kernel: Kernel) -> None:
     """The fused op works in blocks of rows and columns."""
     for band, rows, columns in (
         (CAUSAL, 700, 700),
+        (CAUSAL, 257, 257),
+        (CAUSAL, 400, 400),
+        (CAUSAL, 512, 512),
         (FULL, 33, 1100),
         (Band(left=90, right=40), 600, 640),
         (Band(left=300), 500, 420),
