@@ -147,7 +147,7 @@ class OurStep:
             optimizer=make_optimizer(model.parameters(), OptimizerConfig()),
             groups=groups,
             cp=ContextParallel(
-                *(groups.cp, job.mask), exchange="p2p", kernel=job.kernel, check_ranks="once"
+                groups.cp, job.mask, exchange="p2p", kernel=job.kernel, check_ranks="once"
             ),
             device=torch.device(job.device),
             seed=0,

@@ -80,8 +80,7 @@ class CpuKernel:
         self, x: BackwardInputs, band: Band, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         strips = _strips(band, x.q, x.k)
-        whole = len(strips) == 1 and strips[0][0].k1 - strips[0][0].k0 == x.k.shape[1]
-        if whole:
+        if len(strips) == 1 and strips[0][0].k1 - strips[0][0].k0 == x.k.shape[1]:
             return _call_backward(x, strips[0][0].band, scale, strips[0][1])
         return _backward_strips(strips, x, scale)
 
